@@ -1,0 +1,112 @@
+"""Bodies between octets and typed values: msgpack with strict limits, checked once (SPEC.md
+section 4).
+
+Whatever octets come in, only `ProtocolError` comes out. Never pickle, never an extension type.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgpack
+import msgspec
+
+from broker.protocol.errors import ProtocolError
+from broker.protocol.limits import MAX_ARRAY_ITEMS, MAX_MAP_ITEMS, MAX_NESTING
+from broker.protocol.messages import Ledger, OutputEvent
+
+T = TypeVar("T")
+
+_BYTES = (bytes,)
+_MAX_INT = (1 << 64) - 1
+
+
+def _refuse_extension(code: int, data: bytes) -> Any:
+    raise ProtocolError(f"msgpack extension type {code}; the bus uses none")
+
+
+def pack(value: Any) -> bytes:
+    """Encode plain values (None, bool, int, float, str, bytes, list, tuple, dict)."""
+    packed: bytes = msgpack.packb(value, use_bin_type=True)
+    return packed
+
+
+def unpack(body: bytes, limit_bytes: int) -> Any:
+    """Decode octets into plain values, or raise `ProtocolError`."""
+    if len(body) > limit_bytes:
+        raise ProtocolError(f"body of {len(body)} octets; the limit is {limit_bytes}")
+    try:
+        return msgpack.unpackb(
+            body,
+            raw=False,
+            strict_map_key=True,
+            ext_hook=_refuse_extension,
+            max_str_len=limit_bytes,
+            max_bin_len=limit_bytes,
+            max_array_len=MAX_ARRAY_ITEMS,
+            max_map_len=MAX_MAP_ITEMS,
+            max_ext_len=0,
+        )
+    except ProtocolError:
+        raise
+    except Exception as error:  # the decoder's exceptions share no base class
+        raise ProtocolError(f"not msgpack as the bus allows it: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def encode(value: Any) -> bytes:
+    """Encode a message body (any struct of `messages`)."""
+    return pack(msgspec.to_builtins(value, builtin_types=_BYTES))
+
+
+def decode(type_: type[T], body: bytes, limit_bytes: int) -> T:
+    """Decode a message body into `type_`, checked. Raises `ProtocolError` that names the field."""
+    return convert(unpack(body, limit_bytes), type_)
+
+
+def convert(value: Any, type_: type[T]) -> T:
+    """Check plain values against `type_`. Raises `ProtocolError` that names the field."""
+    try:
+        return msgspec.convert(value, type_, builtin_types=_BYTES)
+    except msgspec.ValidationError as error:
+        raise ProtocolError(str(error)) from None
+    except (RecursionError, UnicodeError, OverflowError) as error:
+        raise ProtocolError(f"value cannot be read: {_reason(error)}") from None
+
+
+def check_free_form(value: Any, where: str, depth: int = 0) -> None:
+    """Bound a free-form value (a tool's schema, template arguments) to plain JSON-like data.
+
+    Raises `ProtocolError` for nesting past `MAX_NESTING`, for foreign types and for integers past
+    64 bits.
+    """
+    if depth > MAX_NESTING:
+        raise ProtocolError(f"{where} is nested deeper than {MAX_NESTING} levels")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ProtocolError(f"{where} has a key that is not a string")
+            check_free_form(item, where, depth + 1)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_free_form(item, where, depth + 1)
+    elif value is not None and not isinstance(value, bool | int | float | str | bytes):
+        raise ProtocolError(f"{where} holds a {type(value).__name__}; only plain data is allowed")
+
+
+def encode_events(events: list[OutputEvent]) -> bytes:
+    """Body of an OUTPUT message."""
+    return pack(msgspec.to_builtins(events, builtin_types=_BYTES))
+
+
+def decode_events(body: bytes, limit_bytes: int) -> list[OutputEvent]:
+    """Events of an OUTPUT body. Raises `ProtocolError`."""
+    return convert(unpack(body, limit_bytes), list[OutputEvent])
+
+
+def decode_ledger(frame: bytes, limit_bytes: int) -> Ledger:
+    """Ledger frame of an OUTPUT with the LEDGER flag. Raises `ProtocolError`."""
+    return convert(unpack(frame, limit_bytes), Ledger)

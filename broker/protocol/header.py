@@ -1,0 +1,102 @@
+"""The fixed header: 32 octets, one frame, in front of every message (SPEC.md section 3).
+
+It lets a receiver refuse garbage without a decoder and lets the broker route without reading a
+body.
+Must never import the codec.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum, IntFlag
+from typing import Final, NamedTuple
+
+from broker.protocol.errors import ProtocolError
+from broker.protocol.limits import HEADER_OCTETS, ID_OCTETS, PROTOCOL_VERSION
+
+SIGNATURE: Final = b"\xc5\x42"
+NO_ID: Final = bytes(ID_OCTETS)
+PREFIX_OCTETS: Final = 24
+"""Everything before the sequence number: equal for every OUTPUT message of one route."""
+
+_LAYOUT: Final = struct.Struct(">2sBBHH16sQ")
+
+
+class MessageType(IntEnum):
+    """The message codes of version 1."""
+
+    HELLO = 0x01
+    WELCOME = 0x02
+    REFUSE = 0x03
+    HEARTBEAT = 0x04
+    GOODBYE = 0x05
+    DRAIN = 0x06
+    REQUEST = 0x10
+    ACCEPTED = 0x11
+    ASSIGN = 0x12
+    CANCEL = 0x13
+    WINDOW = 0x14
+    CREDIT = 0x15
+    OUTPUT = 0x16
+    REJECT = 0x17
+    RESUME = 0x18
+    INTERRUPTED = 0x19
+    QUERY = 0x20
+    ANSWER = 0x21
+
+
+class Flag(IntFlag):
+    """Header flags. Unknown bits are ignored by the receiver."""
+
+    NONE = 0
+    #: OUTPUT from a worker: the last frame is a ledger for the broker, removed before forwarding.
+    LEDGER = 0x0001
+
+
+class Header(NamedTuple):
+    """A decoded header."""
+
+    type: MessageType
+    flags: int
+    #: Request id, session id, route or query id, by message type.
+    id: bytes
+    #: Counts the messages of one direction of one session, from 0.
+    sequence: int
+
+
+def prefix(type_: MessageType, id_: bytes = NO_ID, flags: int = 0) -> bytes:
+    """The first 24 octets of a header; `seal` completes it."""
+    return _LAYOUT.pack(SIGNATURE, PROTOCOL_VERSION, type_, flags, 0, id_, 0)[:PREFIX_OCTETS]
+
+
+def seal(prefix_: bytes, sequence: int) -> bytes:
+    """Complete a prefix with a sequence number."""
+    return prefix_ + sequence.to_bytes(8, "big")
+
+
+def encode(type_: MessageType, id_: bytes, sequence: int, flags: int = 0) -> bytes:
+    """Build a header.
+
+    `id_` is 16 octets, `sequence` fits 64 bits; both are the caller's own values, so a wrong one
+    is a bug
+    (`struct.error`), not bad input.
+    """
+    return _LAYOUT.pack(SIGNATURE, PROTOCOL_VERSION, type_, flags, 0, id_, sequence)
+
+
+def decode(frame: bytes) -> Header:
+    """Read a header. Raises `ProtocolError` for anything that is not one of version 1."""
+    if len(frame) != HEADER_OCTETS:
+        raise ProtocolError(f"header of {len(frame)} octets; it has exactly {HEADER_OCTETS}")
+    signature, version, code, flags, reserved, id_, sequence = _LAYOUT.unpack(frame)
+    if signature != SIGNATURE:
+        raise ProtocolError(f"signature {signature.hex()}; a tokenbus message starts with c542")
+    if version != PROTOCOL_VERSION:
+        raise ProtocolError(f"protocol version {version}; this side speaks {PROTOCOL_VERSION}")
+    if reserved:
+        raise ProtocolError(f"reserved octets are {reserved:#06x}; they are zero in version 1")
+    try:
+        type_ = MessageType(code)
+    except ValueError:
+        raise ProtocolError(f"message type {code:#04x} is not one of version 1") from None
+    return Header(type_, flags, id_, sequence)

@@ -1,0 +1,57 @@
+"""Every bound of the wire, in one place, each with its reason (SPEC.md section 9).
+
+A limit protects the receiver; the sender checks it first, so that its user reads a clear error
+instead of
+seeing a connection cut by the peer.
+"""
+
+from typing import Final
+
+PROTOCOL_VERSION: Final = 1
+
+ID_OCTETS: Final = 16
+"""Request, session and route ids: 128 random bits, never reused, not guessable."""
+
+HEADER_OCTETS: Final = 32
+"""Exactly; anything else is refused before a decoder sees it."""
+
+MAX_CONTROL_OCTETS: Final = 64 * 1024
+"""Body of every message but REQUEST, RESUME, ASSIGN, OUTPUT and ANSWER; real ones: 2 KiB."""
+
+MAX_HELLO_OCTETS: Final = 4 * 1024 * 1024
+"""HELLO: a worker lists the requests that it holds, about 60 octets each."""
+
+MAX_REQUEST_OCTETS: Final = 8 * 1024 * 1024
+"""A conversation of one million tokens as ids is about 5 MiB."""
+
+MAX_OUTPUT_OCTETS: Final = 1024 * 1024
+"""One step of one client's requests; a worker splits what is larger."""
+
+MAX_ANSWER_OCTETS: Final = 4 * 1024 * 1024
+"""`bus.workers` of a thousand workers is under 1 MiB."""
+
+MAX_ATTACHMENTS: Final = 16
+MAX_ATTACHMENT_OCTETS: Final = 16 * 1024 * 1024
+"""A 24-megapixel photograph as JPEG is about 10 MiB."""
+MAX_ATTACHMENTS_OCTETS: Final = 64 * 1024 * 1024
+"""All attachments of one message."""
+
+MAX_FRAMES: Final = 4 + MAX_ATTACHMENTS
+"""Routing id, header, up to two bodies, attachments. libzmq itself has no bound: 200,000 were
+accepted."""
+
+MAX_NESTING: Final = 32
+"""Of free-form values (a tool's JSON schema, error details). Real schemas stay under 12."""
+MAX_ARRAY_ITEMS: Final = 1 << 20
+MAX_MAP_ITEMS: Final = 1 << 17
+"""logit_bias may name every token of a large vocabulary."""
+
+MAX_NAME_OCTETS: Final = 256
+"""Names of models, workers, clients."""
+MAX_STOP_STRINGS: Final = 16
+MAX_STOP_CHARACTERS: Final = 1024
+MAX_TOP_LOGPROBS: Final = 20
+MAX_HELD_REQUESTS: Final = 65_536
+
+DEFAULT_WINDOW_TOKENS: Final = 4096
+"""How far a worker may run ahead of what the client's application has taken."""

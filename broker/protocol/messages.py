@@ -1,0 +1,511 @@
+"""Every message body of version 1 as a typed, frozen value (SPEC.md sections 4 to 7).
+
+A body is checked once, at the edge, when it is decoded into one of these; inside, types are
+trusted.
+Control bodies are maps: an unknown key is skipped, so adding an optional key is no version change.
+OUTPUT events and ledgers are arrays: a field with a default may be appended.
+"""
+
+from __future__ import annotations
+
+import secrets
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from broker.protocol.errors import ErrorInfo
+from broker.protocol.limits import (
+    ID_OCTETS,
+    MAX_ATTACHMENTS,
+    MAX_HELD_REQUESTS,
+    MAX_NAME_OCTETS,
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_STRINGS,
+    MAX_TOP_LOGPROBS,
+)
+
+Id = Annotated[bytes, Meta(min_length=ID_OCTETS, max_length=ID_OCTETS)]
+Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_OCTETS)]
+Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Milliseconds = Annotated[int, Meta(ge=0, le=1 << 40)]
+TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
+
+Role = Literal["client", "worker"]
+
+
+class Kind(StrEnum):
+    """What a request asks for."""
+
+    CHAT = "chat"
+    COMPLETE = "complete"
+    EMBED = "embed"
+    COUNT = "count"
+    TOKENIZE = "tokenize"
+    DETOKENIZE = "detokenize"
+    TEMPLATE = "template"
+
+
+class WorkerState(StrEnum):
+    """A worker's own word for what it is doing. Only READY and DRAINING workers hold requests."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+class _Map(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    pass
+
+
+class _Array(Struct, frozen=True, array_like=True):
+    pass
+
+
+# --- sessions -------------------------------------------------------------------------------------
+
+
+class ModelInfo(_Map, frozen=True, kw_only=True):
+    """A model that a worker serves."""
+
+    name: Name
+    kinds: tuple[Kind, ...] = (Kind.CHAT, Kind.COMPLETE)
+    #: Longest prompt plus answer, in tokens; None while it is not known (loading).
+    context_tokens: Count | None = None
+    #: Takes pictures.
+    images: bool = False
+    #: Free facts for people: architecture, parameters, dtype, quantisation.
+    details: dict[str, Any] = {}
+
+
+class Held(_Array, frozen=True):
+    """A request that a worker holds from an earlier session, running or ended a moment ago."""
+
+    request_id: Id
+    epoch: Count
+    #: Tokens generated so far.
+    offset: Count
+    running: bool = True
+
+
+class Hello(_Map, frozen=True, kw_only=True):
+    """First message of a peer (header id zero, sequence 0)."""
+
+    role: Role
+    name: Name
+    min_version: Count = 1
+    max_version: Count = 1
+    software: str = ""
+    # A worker's own:
+    models: list[ModelInfo] = []
+    #: Requests that run at once when everything is ready; the broker never assigns more than is
+    #: granted.
+    capacity: Count = 0
+    #: Relative speed, as the replaced systems' `speed`: weight of lottery and shortest_queue.
+    speed: Annotated[float, Meta(gt=0, le=1e9)] = 1.0
+    engine: str = ""
+    device: str = ""
+    holds: Annotated[list[Held], Meta(max_length=MAX_HELD_REQUESTS)] = []
+
+
+class BusLimits(_Map, frozen=True, kw_only=True):
+    """Bounds of the broker that a peer must keep."""
+
+    request_bytes: Count
+    attachment_bytes: Count
+    attachments_bytes: Count
+    attachments: Count
+    #: Requests of one client that are queued or running at once.
+    inflight: Count
+
+
+class Welcome(_Map, frozen=True, kw_only=True):
+    """The broker's answer to HELLO (header id: the session). Its values bind both sides."""
+
+    version: Count
+    broker: Name
+    software: str = ""
+    heartbeat_interval_ms: Annotated[int, Meta(ge=1, le=3_600_000)]
+    #: Silent intervals after which a peer is gone.
+    liveness: Annotated[int, Meta(ge=1, le=1000)]
+    limits: BusLimits
+    #: Default window of a stream, tokens.
+    window: Annotated[int, Meta(ge=1, le=1 << 31)]
+    #: This session may use the operator's verbs.
+    operator: bool = False
+
+
+class Refuse(_Map, frozen=True, kw_only=True):
+    """The broker ends, or does not begin, a session."""
+
+    error: ErrorInfo
+    #: Do not come back like this: wrong version, wrong key, broken framing.
+    fatal: bool = False
+
+
+class Heartbeat(_Map, frozen=True, kw_only=True):
+    """Sign of life. A client's and the broker's are empty; a worker's carries what follows."""
+
+    state: WorkerState | None = None
+    running: Count = 0
+    waiting: Count = 0
+    #: Cumulative, as in CREDIT; None from who grants nothing.
+    granted: Count | None = None
+    #: Since the engine last finished a step while it had work; 0 when idle.
+    engine_age_ms: Milliseconds = 0
+    #: Loading progress, 0 to 1, with `note` saying what is being done.
+    progress: Annotated[float, Meta(ge=0, le=1)] | None = None
+    note: str = ""
+    #: Figures of the engine: tokens_per_s, ttft_ms, batch, kv_used_tokens, memory_used_bytes, ...
+    metrics: dict[str, float] = {}
+    #: Present once whenever the list differs from what the broker was last told.
+    models: list[ModelInfo] | None = None
+    capacity: Count | None = None
+
+
+class Goodbye(_Map, frozen=True, kw_only=True):
+    """Ends the session. Reasons: closed, drained, engine_dead, stalled, slow_consumer, shutdown."""
+
+    reason: str = "closed"
+    message: str = ""
+
+
+class Drain(_Map, frozen=True, kw_only=True):
+    """No new work; finish what runs within the deadline. To a worker from an operator through the
+    broker, from a worker as an announcement, to everyone from a broker that is about to stop."""
+
+    reason: str = ""
+    deadline_ms: Milliseconds = 0
+
+
+# --- requests -------------------------------------------------------------------------------------
+
+
+class Attachment(_Map, frozen=True, kw_only=True):
+    """Says what the frame of the same index is."""
+
+    kind: Literal["image", "video_frame", "data"] = "image"
+    #: For people and logs; the worker looks at the octets, never at this.
+    media_type: str = ""
+
+
+class TextPart(_Map, frozen=True, kw_only=True, tag="text", tag_field="type"):
+    text: str
+
+
+class ImagePart(_Map, frozen=True, kw_only=True, tag="image", tag_field="type"):
+    #: Index into the attachments.
+    attachment: Annotated[int, Meta(ge=0, lt=MAX_ATTACHMENTS)]
+
+
+class VideoPart(_Map, frozen=True, kw_only=True, tag="video", tag_field="type"):
+    #: Indices of the frames, in order.
+    attachments: Annotated[list[Annotated[int, Meta(ge=0, lt=MAX_ATTACHMENTS)]], Meta(min_length=1)]
+
+
+Part = TextPart | ImagePart | VideoPart
+
+
+class Message(_Map, frozen=True, kw_only=True):
+    """One turn of a conversation."""
+
+    role: Annotated[str, Meta(min_length=1, max_length=64)]
+    content: str | list[Part] | None = None
+    name: str | None = None
+    #: As the model's chat template expects them.
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+
+class Constraint(_Map, frozen=True, kw_only=True):
+    """What the answer must conform to."""
+
+    type: Literal["json_object", "json_schema", "regex", "grammar", "choice"]
+    #: The schema (map), the expression or grammar (string), or the choices (list); none for
+    #: json_object.
+    value: Any = None
+
+
+class Params(_Map, frozen=True, kw_only=True):
+    """How tokens are chosen and when to stop. Defaults are the neutral values."""
+
+    #: None: what is left of the context.
+    max_tokens: Annotated[int, Meta(ge=1, le=1 << 31)] | None = None
+    min_tokens: Count = 0
+    #: 0 is greedy.
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    #: 0 is off.
+    top_k: Count = 0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    #: Over prompt and answer; 1 is off.
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    #: Over the answer; 0 is off.
+    presence_penalty: Annotated[float, Meta(ge=-100, le=100)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-100, le=100)] = 0.0
+    #: With the token's position, the only source of randomness. The client library always sends
+    #: one.
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
+    stop: Annotated[
+        list[Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
+        Meta(max_length=MAX_STOP_STRINGS),
+    ] = []
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=1024)] = []
+    ignore_eos: bool = False
+    #: The stop string, or the special tokens, stand in the text.
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    #: None: none; n: of the chosen token and the n likeliest.
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    #: The text starts with the prompt.
+    echo: bool = False
+    #: Added to the logits: pairs of token id and bias.
+    logit_bias: Annotated[list[tuple[TokenId, Finite]], Meta(max_length=1 << 17)] = []
+    banned_token_ids: Annotated[list[TokenId], Meta(max_length=1 << 17)] = []
+    #: The answer begins with these tokens.
+    forced_token_ids: Annotated[list[TokenId], Meta(max_length=1 << 16)] = []
+    constraint: Constraint | None = None
+    #: When prompt and max_tokens do not fit: refuse, or drop the oldest tokens after BOS and
+    #: system.
+    overflow: Literal["error", "truncate_left"] = "error"
+    #: Deliver at least this many tokens at a time (all of them at the end).
+    stream_interval: Annotated[int, Meta(ge=1, le=1 << 20)] = 1
+
+
+class Resume(_Map, frozen=True, kw_only=True):
+    """What the client already has of an interrupted stream."""
+
+    #: How often the stream was resumed, this time included; events of an older epoch are stale.
+    epoch: Annotated[int, Meta(ge=1, le=1 << 31)]
+    token_ids: list[TokenId] = []
+    #: Characters (Unicode code points) of text received with those tokens.
+    text_characters: Count = 0
+    #: The PROMPT event was received.
+    prompt_seen: bool = False
+    #: Names of workers that died while they ran this request.
+    lost_workers: list[Name] = []
+
+
+class Request(_Map, frozen=True, kw_only=True):
+    """Body of REQUEST and of RESUME (header id: the request)."""
+
+    model: Name
+    kind: Kind = Kind.CHAT
+    #: Exactly one of the following four, by kind.
+    messages: Annotated[list[Message], Meta(min_length=1)] | None = None
+    prompt: str | None = None
+    token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
+    #: Of embed: several texts or lists of token ids.
+    inputs: Annotated[list[str | list[TokenId]], Meta(min_length=1, max_length=4096)] | None = None
+    params: Params = Params()
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    #: Handed to the chat template.
+    template_args: dict[str, Any] = {}
+    #: Of embed: see the worker's documentation (pooling, normalize, dimensions).
+    embed_args: dict[str, Any] = {}
+    #: Longest wait for a worker; None: the broker's own limit.
+    queue_ms: Milliseconds | None = None
+    #: Remaining life of the request; every hop subtracts the time that it held it.
+    ttl_ms: Milliseconds | None = None
+    #: Higher goes first.
+    priority: Annotated[int, Meta(ge=-100, le=100)] = 0
+    #: Fair share is between users of a client; empty: the client session itself.
+    user: Annotated[str, Meta(max_length=MAX_NAME_OCTETS)] = ""
+    #: First token offset that the client does not take yet; see WINDOW.
+    window: Annotated[int, Meta(ge=1, le=1 << 62)]
+    attachments: Annotated[list[Attachment], Meta(max_length=MAX_ATTACHMENTS)] = []
+    #: W3C trace context and the like, for whoever follows the request across processes.
+    trace: dict[str, str] = {}
+    #: Only of RESUME.
+    resume: Resume | None = None
+
+
+class Accepted(_Map, frozen=True, kw_only=True):
+    """The broker has the request; sent again when it leaves the queue."""
+
+    #: Requests that go before it; 0 when it is assigned.
+    position: Count = 0
+    #: The worker it was assigned to; empty while it is queued.
+    worker: str = ""
+
+
+class Assign(_Map, frozen=True, kw_only=True):
+    """First body of ASSIGN; the client's body and attachments follow unchanged."""
+
+    #: Header id for every OUTPUT about this request: names the client's route, opaque to the
+    #: worker.
+    reply_to: Id
+    epoch: Count = 0
+    #: Remaining life of the request on arrival.
+    ttl_ms: Milliseconds | None = None
+    #: The request is believed to be held by this worker: go on with it. Spends no credit.
+    attach: bool = False
+
+
+class Cancel(_Map, frozen=True, kw_only=True):
+    reason: str = ""
+
+
+class Window(_Map, frozen=True, kw_only=True):
+    """Cumulative: tokens below `limit` may be sent."""
+
+    limit: Count
+
+
+class Credit(_Map, frozen=True, kw_only=True):
+    """Cumulative over the session: ASSIGNs the worker will ever have accepted."""
+
+    granted: Count
+
+
+class Reject(_Map, frozen=True, kw_only=True):
+    """The worker never started the request; its slot comes back with `granted`."""
+
+    error: ErrorInfo
+    granted: Count
+
+
+class Interrupted(_Map, frozen=True, kw_only=True):
+    """The worker of the request is gone or draining: RESUME if you like."""
+
+    epoch: Count
+    worker: str
+    #: The worker died: count it against the request (`Resume.lost_workers`).
+    lost: bool
+    error: ErrorInfo
+
+
+class Query(_Map, frozen=True, kw_only=True):
+    verb: Name
+    args: dict[str, Any] = {}
+
+
+class Answer(_Map, frozen=True, kw_only=True):
+    """Exactly one of the two."""
+
+    result: Any = None
+    error: ErrorInfo | None = None
+
+
+# --- output ---------------------------------------------------------------------------------------
+
+
+class TopLogprob(_Array, frozen=True):
+    token_id: TokenId
+    logprob: float
+    token: bytes
+
+
+class TokenLogprob(_Array, frozen=True):
+    """Of one token: natural logarithms of the distribution after penalties, before temperature."""
+
+    logprob: float | None
+    #: The token's own octets (they may be part of a character).
+    token: bytes
+    top: list[TopLogprob] = []
+
+
+class Usage(_Map, frozen=True, kw_only=True):
+    prompt_tokens: Count = 0
+    completion_tokens: Count = 0
+    #: Of the prompt, taken from the prefix cache.
+    cached_tokens: Count = 0
+    image_tokens: Count = 0
+
+
+class Timings(_Map, frozen=True, kw_only=True):
+    """Measured at the worker, milliseconds."""
+
+    queue_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+
+
+class TokensEvent(_Array, frozen=True, tag=0):
+    """New tokens, starting at token `offset`. `text` is what became certain with them."""
+
+    request_id: Id
+    epoch: Count
+    offset: Count
+    token_ids: list[TokenId]
+    text: str
+    #: One for each token, or nothing.
+    logprobs: list[TokenLogprob] | None = None
+
+
+class EndEvent(_Array, frozen=True, tag=1):
+    """The request ended; `offset` is the number of tokens of the whole answer."""
+
+    request_id: Id
+    epoch: Count
+    offset: Count
+    finish_reason: FinishReason
+    #: The rest of the text, held back until now.
+    text: str
+    usage: Usage
+    timings: Timings
+    #: Of embed, count, tokenize, detokenize and template: the answer.
+    result: dict[str, Any] | None = None
+    #: The stop string or token id that ended it.
+    stopped_by: str | int | None = None
+
+
+class FailEvent(_Array, frozen=True, tag=2):
+    """The request failed after `offset` tokens."""
+
+    request_id: Id
+    epoch: Count
+    offset: Count
+    error: ErrorInfo
+
+
+class PromptEvent(_Array, frozen=True, tag=3):
+    """Facts of the prompt, once and before the first token, where they were asked for."""
+
+    request_id: Id
+    epoch: Count
+    #: Always 0.
+    offset: Count
+    token_ids: list[TokenId]
+    #: The prompt's text where `echo` was asked for.
+    text: str
+    logprobs: list[TokenLogprob] | None = None
+
+
+OutputEvent = TokensEvent | EndEvent | FailEvent | PromptEvent
+
+
+class Finished(_Array, frozen=True):
+    """A request that left its slot."""
+
+    request_id: Id
+    #: A finish reason or an error code.
+    outcome: str
+    prompt_tokens: Count = 0
+    completion_tokens: Count = 0
+
+
+class Ledger(_Array, frozen=True):
+    """Last frame of an OUTPUT with the LEDGER flag; read and removed by the broker."""
+
+    granted: Count
+    finished: list[Finished] = []
+    #: Requests whose first token is in this message.
+    started: list[Id] = []
+
+
+def new_id() -> bytes:
+    """A fresh random id of 16 octets. Never zero in its first octet: ZeroMQ reserves such routing
+    ids."""
+    first = secrets.randbelow(255) + 1
+    return bytes((first,)) + secrets.token_bytes(ID_OCTETS - 1)

@@ -1,0 +1,480 @@
+"""Train the demo model from nothing: tokenizer, picture tower and language model.
+
+The job has two stages, as for any LLaVA. First the CLIP tower learns to see: small heads, thrown
+away afterwards, name colour and shape in every cell of the grid. Then the whole model learns to
+answer. Every picture is drawn afresh for its step and used once, so nothing can be memorised.
+
+This module builds its batches from token ids directly because that is fast; `evaluate` takes the
+processor's road and thereby proves that both give the same prompts. It must never read the
+held-out pictures: all its randomness comes from generators seeded with text, `held_out` takes
+integers.
+"""
+
+import argparse
+import math
+import os
+import random
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+# Read when transformers is first imported, so it has to be set before.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from worker.demo.evaluate import count_right, load, report
+from worker.demo.pictures import (
+    COLOURS,
+    IMAGE_COUNTS,
+    KINDS,
+    SHAPES,
+    Scene,
+    ask,
+    held_out,
+    make_scene,
+    render,
+)
+
+__all__ = ["build_model", "build_processor", "build_tokenizer", "main"]
+
+# One patch for each cell of the grid: nine tokens a picture keep prompts short and quick.
+PATCH_PX = 24
+SIDE_PX = 3 * PATCH_PX
+IMAGE_TOKENS = (SIDE_PX // PATCH_PX) ** 2
+
+SPECIAL_TOKENS = (
+    "<|pad|>",
+    "<|bos|>",
+    "<|end|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<image>",
+)
+PAD, BOS, END, SYSTEM, USER, ASSISTANT, IMAGE = range(len(SPECIAL_TOKENS))
+# Pictures are numbered over the whole conversation, which makes "the second image" easy to find.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% set pictures = namespace(count=0) %}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{% set pictures.count = pictures.count + 1 %}"
+    "{{ '#' + pictures.count|string + '<image>' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{{ '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+# Enough for every word of the questions and answers to be one token.
+VOCABULARY_SIZE = 768
+SYSTEM_PROMPTS = (
+    "You are a helpful assistant.",
+    "You are a helpful assistant. Answer briefly.",
+    "Answer the question about the pictures.",
+    "Be brief and polite.",
+)
+ONE_PICTURE_KINDS = tuple(kind for kind in KINDS if IMAGE_COUNTS[kind] == (1,))
+SEVERAL_PICTURES_KINDS = tuple(kind for kind in KINDS if IMAGE_COUNTS[kind] == (2, 3))
+NO_PICTURES_KINDS = tuple(kind for kind in KINDS if IMAGE_COUNTS[kind] == (0,))
+# How often a kind comes up, compared with others for the same number of pictures; 1 if not here.
+KIND_WEIGHTS = {"how many images": 0.15, "count": 1.3, "exists": 1.3, "which image": 2.0}
+
+# Every size a Linear layer takes in is a multiple of 64: 4-bit weights come in blocks of 64.
+TEXT_WIDTH, TEXT_INNER, TEXT_LAYERS, TEXT_HEADS = 192, 512, 4, 6
+TOWER_WIDTH, TOWER_INNER, TOWER_LAYERS, TOWER_HEADS = 128, 384, 3, 4
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer on questions and answers; any text can be encoded."""
+
+    def texts() -> Iterator[str]:
+        rng = random.Random("tokenizer")
+        yield from SYSTEM_PROMPTS
+        for _ in range(1500):
+            for kind in KINDS:
+                asked = ask(rng, [make_scene(rng) for _ in range(IMAGE_COUNTS[kind][-1])], kind)
+                yield from asked or ()
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=SPECIAL_TOKENS[PAD],
+        bos_token=SPECIAL_TOKENS[BOS],
+        eos_token=SPECIAL_TOKENS[END],
+        additional_special_tokens=list(SPECIAL_TOKENS[SYSTEM:]),
+        padding_side="left",
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    """Make the processor; pictures of any size and proportion are scaled to the tower's square."""
+    image_processor = CLIPImageProcessor(
+        size={"height": SIDE_PX, "width": SIDE_PX},
+        do_center_crop=False,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=PATCH_PX,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+        image_token=SPECIAL_TOKENS[IMAGE],
+    )
+
+
+def build_model() -> LlavaForConditionalGeneration:
+    """Make the model with fresh random weights."""
+    text = LlamaConfig(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=TEXT_INNER,
+        num_hidden_layers=TEXT_LAYERS,
+        num_attention_heads=TEXT_HEADS,
+        num_key_value_heads=TEXT_HEADS,
+        max_position_embeddings=2048,
+        bos_token_id=BOS,
+        eos_token_id=END,
+        pad_token_id=PAD,
+        tie_word_embeddings=True,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=TOWER_WIDTH,
+        intermediate_size=TOWER_INNER,
+        num_hidden_layers=TOWER_LAYERS,
+        num_attention_heads=TOWER_HEADS,
+        image_size=SIDE_PX,
+        patch_size=PATCH_PX,
+        hidden_act="gelu",
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        image_seq_length=IMAGE_TOKENS,
+        tie_word_embeddings=True,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+@dataclass(slots=True)
+class Conversation:
+    """Token ids of a whole conversation, where its answers are, and its pictures."""
+
+    ids: list[int]
+    # For each id, the weight of its loss: zero outside the answers.
+    weights: list[float]
+    scenes: list[Scene]
+
+
+class ConversationMaker:
+    """Makes endless conversations; holds the tokenizer and the random state."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> None:
+        self._rng = rng
+        self._encode = lru_cache(maxsize=100_000)(
+            lambda text: tuple(tokenizer(text, add_special_tokens=False).input_ids)
+        )
+
+    def make(self, kinds: Sequence[str]) -> Conversation:
+        """Make a conversation of one to three turns that begins with one of `kinds`."""
+        rng = self._rng
+        image_counts = IMAGE_COUNTS[kinds[0]]
+        image_count = image_counts[0] if rng.random() < 0.7 else image_counts[-1]
+        scenes = [make_scene(rng) for _ in range(image_count)]
+        turns = [self._turn(kinds, scenes)]
+        while len(turns) < 3 and rng.random() < 0.4:
+            if rng.random() < 0.1:
+                # A change of subject; "no picture" would be wrong beside a picture.
+                turns.append(self._turn([k for k in NO_PICTURES_KINDS if k != "no picture"], []))
+            else:
+                turns.append(self._turn(kinds, scenes))
+        conversation = Conversation([BOS], [0.0], scenes)
+        if rng.random() < 0.15:
+            self._add(conversation, SYSTEM, self._encode(rng.choice(SYSTEM_PROMPTS)))
+        pictures: list[int] = []
+        for number in range(1, image_count + 1):
+            pictures += [*self._encode(f"#{number}"), *[IMAGE] * IMAGE_TOKENS]
+        for question, answer in turns:
+            words = self._encode(self._loosen(question))
+            pictures_first = rng.random() < 0.8
+            ids = [*pictures, *words] if pictures_first else [*words, *pictures]
+            self._add(conversation, USER, ids)
+            # Between a mean over tokens, where short answers count for nothing beside the long
+            # ones, and a mean over answers, where a long one is never learned to its end.
+            answer_ids = self._encode(answer)
+            self._add(conversation, ASSISTANT, answer_ids, (len(answer_ids) + 1) ** -0.5)
+            pictures = []
+        return conversation
+
+    def _turn(self, kinds: Sequence[str], scenes: Sequence[Scene]) -> tuple[str, str]:
+        weights = [KIND_WEIGHTS.get(kind, 1.0) for kind in kinds]
+        while True:
+            kind = self._rng.choices(kinds, weights)[0]
+            asked = ask(self._rng, scenes, kind)
+            if asked is not None:
+                return asked
+
+    def _loosen(self, question: str) -> str:
+        """Write a question as people type: now and then in small letters or without its mark."""
+        if self._rng.random() < 0.1:
+            question = question.lower()
+        if self._rng.random() < 0.1:
+            question = question.rstrip("?.!")
+        return question
+
+    @staticmethod
+    def _add(
+        conversation: Conversation, role: int, ids: Sequence[int], weight: float = 0.0
+    ) -> None:
+        conversation.ids += [role, *ids, END]
+        conversation.weights += [0.0, *[weight] * (len(ids) + 1)]
+
+
+def draw(scenes: Sequence[Scene], rng: random.Random) -> Tensor:
+    """Draw scenes as the image processor would hand them to the tower."""
+    pictures = [
+        render(scene, rng, rng.choice((144, 144, 192, 288))).resize(
+            (SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC
+        )
+        for scene in scenes
+    ]
+    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class CellHeads(nn.Module):
+    """Names colour and shape in every cell from the tower's features; never saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.colour = nn.Linear(TOWER_WIDTH, 1 + len(COLOURS))
+        self.shape = nn.Linear(TOWER_WIDTH, 1 + len(SHAPES))
+        self.place = nn.Linear(TOWER_WIDTH, IMAGE_TOKENS)
+        # Most cells are empty, which is also the easiest thing to see.
+        self.register_buffer("colour_weights", torch.tensor([0.2] + [1.0] * len(COLOURS)))
+        self.register_buffer("shape_weights", torch.tensor([0.2] + [1.0] * len(SHAPES)))
+
+    def loss(self, features: Tensor, scenes: Sequence[Scene]) -> Tensor:
+        """Return the loss of naming what is in each cell of each scene."""
+        colours = torch.zeros(len(scenes), IMAGE_TOKENS, dtype=torch.long)
+        shapes = torch.zeros_like(colours)
+        for index, scene in enumerate(scenes):
+            for item in scene:
+                cell = 3 * item.row + item.column
+                colours[index, cell] = 1 + tuple(COLOURS).index(item.colour)
+                shapes[index, cell] = 1 + SHAPES.index(item.shape)
+        places = torch.arange(IMAGE_TOKENS).repeat(len(scenes))
+        flat = features.flatten(0, 1)
+        return (
+            functional.cross_entropy(self.colour(flat), colours.flatten(), self.colour_weights)
+            + functional.cross_entropy(self.shape(flat), shapes.flatten(), self.shape_weights)
+            + 0.3 * functional.cross_entropy(self.place(flat), places)
+        )
+
+
+def see(model: Any, pixels: Tensor) -> Tensor:
+    """Return the tower's features of each patch, without the class token, as LLaVA takes them."""
+    features: Tensor = model.model.vision_tower(pixels).last_hidden_state[:, 1:]
+    return features
+
+
+def answer_loss(model: Any, batch: Sequence[Conversation], features: Tensor | None) -> Tensor:
+    """Return the summed weighted loss of all answers in a batch, padded on the right."""
+    length = max(len(conversation.ids) for conversation in batch)
+    ids = torch.tensor([c.ids + [PAD] * (length - len(c.ids)) for c in batch])
+    weights = torch.tensor([c.weights + [0.0] * (length - len(c.ids)) for c in batch])
+    embeddings = model.get_input_embeddings()(ids)
+    if features is not None:
+        projected = model.model.multi_modal_projector(features).to(embeddings.dtype)
+        mask = (ids == IMAGE).unsqueeze(-1).expand_as(embeddings)
+        embeddings = embeddings.masked_scatter(mask, projected)
+    # No attention mask: attention is causal, so padding on the right is seen by padding only.
+    hidden = model.model.language_model(inputs_embeds=embeddings, use_cache=False)
+    wanted = weights[:, 1:] > 0
+    logits = model.lm_head(hidden.last_hidden_state[:, :-1][wanted])
+    losses = functional.cross_entropy(logits.float(), ids[:, 1:][wanted], reduction="none")
+    return (losses * weights[:, 1:][wanted]).sum()
+
+
+def make_optimizer(modules: Sequence[nn.Module], weight_decay: float) -> torch.optim.Optimizer:
+    """Make AdamW; only matrices are decayed, not biases and gains."""
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.98),
+    )
+
+
+def step_with(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Clip the gradients to a norm of one, take a step, and forget them."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+        torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def schedule(peak: float, done: float, step: int) -> float:
+    """Return the learning rate at a share `done` of the time: warm up, stay, fall to zero."""
+    warm_up = min(1.0, (step + 1) / 100)
+    return peak * warm_up * min(1.0, (1.0 - done) / 0.5)
+
+
+def train_tower(model: Any, heads: CellHeads, minutes: float, peak_rate: float) -> None:
+    """Stage one: teach the tower to see."""
+    rng = random.Random("tower")
+    optimizer = make_optimizer([model.model.vision_tower, heads], 0.02)
+    started, step, loss_value = time.monotonic(), 0, math.nan
+    while (done := (time.monotonic() - started) / (60 * minutes)) < 1:
+        scenes = [make_scene(rng, rng.randint(1, 5)) for _ in range(128)]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            features = see(model, draw(scenes, rng))
+        loss = heads.loss(features.float(), scenes)
+        loss.backward()
+        step_with(optimizer, schedule(peak_rate, done, step))
+        step += 1
+        if step % 200 == 0:
+            print(f"tower: step {step}, loss {loss.item():.4f}", flush=True)
+        loss_value = loss.item()
+    print(f"tower: {step} steps, last loss {loss_value:.4f}", flush=True)
+
+
+def train_all(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    heads: CellHeads | None,
+    options: argparse.Namespace,
+) -> None:
+    """Stage two: teach the whole model to answer; `heads` go on helping the tower if given."""
+    rng = random.Random(f"answers {options.seed}")
+    maker = ConversationMaker(tokenizer, rng)
+    optimizer = make_optimizer([model, heads] if heads else [model], 0.05)
+    # Conversations with as many pictures are of like length: little padding in each group.
+    size = options.batch
+    groups = (
+        (ONE_PICTURE_KINDS, size // 2),
+        (SEVERAL_PICTURES_KINDS, size * 3 // 8),
+        (NO_PICTURES_KINDS, size // 8),
+    )
+    started, step, next_report_s = time.monotonic(), 0, 60.0
+    recent: deque[float] = deque(maxlen=100)
+    while (done := (time.monotonic() - started) / (60 * options.minutes)) < 1:
+        batches = [[maker.make(kinds) for _ in range(count)] for kinds, count in groups]
+        total_weight = sum(sum(c.weights) for batch in batches for c in batch)
+        loss_value = 0.0
+        for batch in batches:
+            scenes = [scene for conversation in batch for scene in conversation.scenes]
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                features = see(model, draw(scenes, rng)) if scenes else None
+                loss = answer_loss(model, batch, features) / total_weight
+            loss_value += loss.item()
+            if heads is not None and features is not None:
+                loss = loss + 0.05 * heads.loss(features.float(), scenes)
+            loss.backward()
+        step_with(optimizer, schedule(options.rate, done, step))
+        step += 1
+        recent.append(loss_value)
+        elapsed_s = time.monotonic() - started
+        if elapsed_s > next_report_s:
+            next_report_s += 60
+            mean = sum(recent) / len(recent)
+            print(f"answers: {elapsed_s:.0f} s, step {step}, loss {mean:.4f}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line `python -m worker.demo.train`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m worker.demo.train",
+        description="Train the tiny demo model on drawn pictures, save it and measure it.",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to save it")
+    parser.add_argument(
+        "--minutes", type=float, default=30, metavar="M", help="of learning to answer; default: 30"
+    )
+    parser.add_argument(
+        "--tower-minutes",
+        type=float,
+        default=3,
+        metavar="M",
+        help="of learning to see, before that; default: 3; no effect with --init",
+    )
+    parser.add_argument(
+        "--init", type=Path, metavar="DIR", help="go on with a model that --out saved"
+    )
+    parser.add_argument("--rate", type=float, default=2e-3, help="top learning rate; default: 2e-3")
+    parser.add_argument(
+        "--batch", type=int, default=128, metavar="N", help="conversations a step; default: 128"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of weights and questions; default: 0"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="of torch; default: 2")
+    parser.add_argument(
+        "--cases", type=int, default=1000, help="held-out cases at the end; default: 1000"
+    )
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+
+    tokenizer = build_tokenizer()
+    heads: CellHeads | None = None
+    if options.init is None:
+        model: Any = build_model()
+        heads = CellHeads()
+        parameter_count = sum(parameter.numel() for parameter in model.parameters())
+        print(f"{parameter_count:,} parameters, {len(tokenizer)} tokens", flush=True)
+        train_tower(model, heads, options.tower_minutes, options.rate)
+    else:
+        model, _ = load(options.init)
+    train_all(model.train(), tokenizer, heads, options)
+
+    model = model.eval().to(torch.bfloat16)
+    model.generation_config = GenerationConfig(
+        bos_token_id=BOS, eos_token_id=END, pad_token_id=PAD, do_sample=False, max_new_tokens=256
+    )
+    model.save_pretrained(options.out)
+    build_processor(tokenizer).save_pretrained(options.out)
+    # Measured as saved: what was written, read back and rounded.
+    print(report(count_right(*load(options.out), held_out(options.cases, seed=1)), show_wrong=3))
+
+
+if __name__ == "__main__":
+    main()
