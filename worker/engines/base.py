@@ -13,7 +13,8 @@ The rules every engine keeps:
 * `add` never blocks for long and never raises for a bad job: `step` returns its `Failed`.
 * `cancel` takes effect within one step and is answered with `Ended(CANCELLED)`; for an unknown id
   it does nothing.
-* A failure of one job (bad picture, raising template, NaN logits, out of memory) is its alone. An exception out of `step` means that the engine is broken: the supervisor starts a new one.
+* A failure of one job (bad picture, raising template, NaN logits, out of memory) is its alone.
+* An exception out of `step` means that the engine is broken: the supervisor starts a new one.
 """
 
 from __future__ import annotations

@@ -1,0 +1,75 @@
+"""Who is alive, and when to come back: Paranoid Pirate heartbeats and back-off (SPEC.md section 5).
+
+Holds no clock: every method takes `now_s`, seconds of a monotonic clock. Any message counts as life.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Final
+
+BACKOFF_FIRST_S: Final = 0.5
+BACKOFF_LONGEST_S: Final = 30.0
+SESSION_PROVEN_S: Final = 10.0
+"""A session that lasted this long resets the back-off: a peer refused at once must not hammer."""
+
+
+class Liveness:
+    """Of one session, seen from one side: when to send a sign of life, when the peer is gone."""
+
+    __slots__ = ("_heard_s", "_interval_s", "_liveness", "_sent_s")
+
+    def __init__(self, interval_s: float, liveness: int, now_s: float) -> None:
+        self._interval_s = interval_s
+        self._liveness = liveness
+        self._heard_s = now_s
+        self._sent_s = now_s
+
+    def heard(self, now_s: float) -> None:
+        """A message of any kind arrived."""
+        self._heard_s = now_s
+
+    def sent(self, now_s: float) -> None:
+        """A message of any kind was sent."""
+        self._sent_s = now_s
+
+    def shift(self, late_s: float) -> None:
+        """This process itself was stopped for `late_s`: nobody's silence of that time counts."""
+        self._heard_s += late_s
+
+    @property
+    def beat_due_s(self) -> float:
+        """When the next HEARTBEAT is due."""
+        return self._sent_s + self._interval_s
+
+    @property
+    def dead_at_s(self) -> float:
+        """When the peer counts as gone."""
+        return self._heard_s + self._interval_s * self._liveness
+
+    def silent_s(self, now_s: float) -> float:
+        """Since the peer was last heard."""
+        return now_s - self._heard_s
+
+
+class Backoff:
+    """Waiting times before a new connection: doubling, full jitter, a ceiling.
+
+    Source: "Exponential Backoff And Jitter" (AWS Architecture Blog, 2015), full jitter.
+    """
+
+    __slots__ = ("_attempt", "_random")
+
+    def __init__(self, generator: random.Random) -> None:
+        self._random = generator
+        self._attempt = 0
+
+    def next_s(self) -> float:
+        """How long to wait before the coming attempt."""
+        ceiling_s = min(BACKOFF_LONGEST_S, BACKOFF_FIRST_S * 2.0 ** min(self._attempt, 16))
+        self._attempt += 1
+        return self._random.uniform(0.0, ceiling_s)
+
+    def reset(self) -> None:
+        """A session proved itself (`SESSION_PROVEN_S`)."""
+        self._attempt = 0
