@@ -99,7 +99,7 @@ NO_PICTURES_KINDS = tuple(kind for kind in KINDS if IMAGE_COUNTS[kind] == (0,))
 KIND_WEIGHTS = {"how many images": 0.15, "count": 1.3, "exists": 1.3, "which image": 2.0}
 
 # Every size a Linear layer takes in is a multiple of 64: 4-bit weights come in blocks of 64.
-TEXT_WIDTH, TEXT_INNER, TEXT_LAYERS, TEXT_HEADS = 192, 512, 4, 6
+TEXT_WIDTH, TEXT_INNER, TEXT_LAYERS, TEXT_HEADS = 192, 512, 4, 3
 TOWER_WIDTH, TOWER_INNER, TOWER_LAYERS, TOWER_HEADS = 128, 384, 3, 4
 
 
