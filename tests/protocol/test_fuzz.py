@@ -1,0 +1,132 @@
+"""Whatever octets come in, only ProtocolError comes out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from broker.protocol import codec, header
+from broker.protocol import messages as m
+from broker.protocol.errors import ProtocolError
+from broker.protocol.limits import MAX_NESTING
+from tests.protocol.make_golden import GOLDEN
+
+BODIES: list[Any] = [
+    m.Hello,
+    m.Welcome,
+    m.Refuse,
+    m.Heartbeat,
+    m.Goodbye,
+    m.Drain,
+    m.Request,
+    m.Accepted,
+    m.Assign,
+    m.Cancel,
+    m.Window,
+    m.Credit,
+    m.Reject,
+    m.Interrupted,
+    m.Query,
+    m.Answer,
+    m.Ledger,
+    list[m.OutputEvent],
+]
+VALID = [
+    bytes.fromhex(frame) for frames in json.loads(GOLDEN.read_text()).values() for frame in frames
+]
+PLAIN = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text()
+    | st.binary(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def _only_protocol_error(octets: bytes) -> None:
+    for type_ in BODIES:
+        try:
+            codec.decode(type_, octets, 1 << 16)
+        except ProtocolError as error:
+            assert str(error)
+    try:
+        header.decode(octets)
+    except ProtocolError as error:
+        assert str(error)
+
+
+@given(st.binary(max_size=200))
+def test_random_octets(octets: bytes) -> None:
+    _only_protocol_error(octets)
+
+
+@given(PLAIN)
+def test_well_formed_msgpack_of_the_wrong_shape(value: Any) -> None:
+    _only_protocol_error(msgpack.packb(value))
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(VALID), st.data())
+def test_valid_messages_with_octets_flipped_cut_and_inserted(octets: bytes, data: Any) -> None:
+    broken = bytearray(octets)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, max(0, len(broken) - 1)))
+        match data.draw(st.integers(0, 2)):
+            case 0 if broken:
+                broken[at] = data.draw(st.integers(0, 255))
+            case 1:
+                del broken[at:]
+            case _:
+                broken[at:at] = data.draw(st.binary(max_size=4))
+    _only_protocol_error(bytes(broken))
+
+
+@pytest.mark.parametrize(
+    "octets",
+    [
+        b"\xdd\xff\xff\xff\xff",  # an array of four thousand million items
+        b"\xdf\xff\xff\xff\xff",
+        b"\xc6\xff\xff\xff\xff",
+        b"\x91" * 5000 + b"\x90",  # nested five thousand deep
+        b"\x81\xa1a" * 5000 + b"\xc0",
+        b"\xd6\xff\x00\x00\x00\x00",  # a timestamp
+        b"\xc7\x00\x05",  # an extension
+        b"\xa2\xff\xff",  # not UTF-8
+        b"\x81\x01\x02",  # a key that is a number
+        b"\x81\xa1a\xc1",  # the octet that msgpack never uses
+        b"\xc0\xc0",  # something after the end
+        b"",
+    ],
+)
+def test_octets_made_to_hurt(octets: bytes) -> None:
+    _only_protocol_error(octets)
+
+
+def test_a_body_past_its_limit_is_refused_before_it_is_decoded() -> None:
+    with pytest.raises(ProtocolError, match="limit is 10"):
+        codec.unpack(msgpack.packb("x" * 20), 10)
+
+
+def test_the_error_names_the_field() -> None:
+    body = msgpack.packb({"model": "demo", "window": 1, "params": {"temperature": "hot"}})
+    with pytest.raises(ProtocolError, match=r"\$\.params\.temperature"):
+        codec.decode(m.Request, body, 1000)
+
+
+def test_free_form_values_are_bounded() -> None:
+    deep: Any = "leaf"
+    for _ in range(MAX_NESTING + 1):
+        deep = [deep]
+    with pytest.raises(ProtocolError, match="tools is nested deeper"):
+        codec.check_free_form(deep, "tools")
+    with pytest.raises(ProtocolError, match="key that is not a string"):
+        codec.check_free_form({b"x": 1}, "tools")
+    codec.check_free_form({"type": "object", "required": ["a"]}, "tools")

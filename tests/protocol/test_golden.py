@@ -1,0 +1,89 @@
+"""The octets on the wire are the contract: every message, both ways, older and newer peers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgpack
+import pytest
+
+from broker.protocol import codec, header
+from broker.protocol import messages as m
+from broker.protocol.header import Flag, MessageType
+from broker.protocol.limits import MAX_REQUEST_OCTETS
+from tests.protocol.make_golden import GOLDEN, REQUEST, examples, octets
+
+KNOWN: dict[str, list[str]] = json.loads(GOLDEN.read_text())
+
+
+def _decode(example: Any, frame: bytes) -> Any:
+    if isinstance(example, list):
+        return codec.decode_events(frame, MAX_REQUEST_OCTETS)
+    return codec.decode(type(example), frame, MAX_REQUEST_OCTETS)
+
+
+def test_every_message_type_has_golden_octets() -> None:
+    assert {row[0] for row in examples().values()} == set(MessageType)
+
+
+def test_the_file_names_exactly_the_examples() -> None:
+    assert set(KNOWN) == set(examples())
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN))
+def test_values_encode_to_the_golden_octets(name: str) -> None:
+    assert octets()[name] == KNOWN[name]
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN))
+def test_golden_octets_decode_to_the_values(name: str) -> None:
+    type_, id_, sequence, flags, bodies, attachments = examples()[name]
+    frames = [bytes.fromhex(frame) for frame in KNOWN[name]]
+    assert header.decode(frames[0]) == (type_, flags, id_, sequence)
+    for body, frame in zip(bodies, frames[1:], strict=False):
+        assert _decode(body, frame) == body
+    assert frames[1 + len(bodies) :] == attachments
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN))
+def test_a_newer_peer_may_add_keys_and_fields(name: str) -> None:
+    *_, bodies, _ = examples()[name]
+    for body in bodies:
+        plain = codec.unpack(
+            codec.encode_events(body) if isinstance(body, list) else codec.encode(body), 1 << 20
+        )
+        assert _decode(body, msgpack.packb(_with_unknown(plain))) == body
+
+
+def _with_unknown(value: Any, top: bool = True) -> Any:
+    """What a newer version might send: one more key in the body, one more field in every event."""
+    if isinstance(value, dict):
+        return {**value, "invented_later": {"deep": [1]}}
+    if value and isinstance(value[0], list):
+        return [[*event, *_missing_defaults(event), "invented later"] for event in value]
+    return [*value, "invented later"] if top else value
+
+
+def _missing_defaults(event: list[Any]) -> list[Any]:
+    full = {0: 7, 1: 10, 2: 5, 3: 7}[event[0]]
+    return [None] * (full - len(event))
+
+
+def test_an_older_peer_may_leave_out_every_key_with_a_default() -> None:
+    hello = codec.decode(m.Hello, msgpack.packb({"role": "worker", "name": "old"}), 1000)
+    assert (hello.capacity, hello.speed, hello.holds) == (0, 1.0, [])
+    request = codec.decode(m.Request, msgpack.packb({"model": "demo", "window": 1}), 1000)
+    assert request.params == m.Params() and request.kind is m.Kind.CHAT
+
+
+def test_an_older_peer_may_end_an_event_before_fields_with_a_default() -> None:
+    events = codec.decode_events(msgpack.packb([[0, REQUEST, 0, 0, [5], "x"]]), 1000)
+    assert events == [m.TokensEvent(REQUEST, 0, 0, [5], "x", None)]
+    ledger = codec.decode_ledger(msgpack.packb([3]), 1000)
+    assert ledger == m.Ledger(3)
+
+
+def test_unknown_header_flags_are_carried_not_refused() -> None:
+    frame = header.encode(MessageType.OUTPUT, REQUEST, 1, 0x8000 | Flag.LEDGER)
+    assert header.decode(frame).flags & Flag.LEDGER

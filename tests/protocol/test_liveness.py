@@ -1,0 +1,38 @@
+"""Heartbeats and back-off in virtual time (SPEC section 5)."""
+
+from __future__ import annotations
+
+import random
+
+from broker.protocol.liveness import BACKOFF_LONGEST_S, Backoff, Liveness
+
+
+def test_a_peer_is_gone_after_interval_times_liveness_of_silence() -> None:
+    liveness = Liveness(1.0, 5, now_s=100.0)
+    assert liveness.dead_at_s == 105.0
+    liveness.heard(103.0)
+    assert liveness.dead_at_s == 108.0
+    assert liveness.silent_s(104.5) == 1.5
+
+
+def test_a_beat_is_due_one_interval_after_the_last_message_of_any_kind() -> None:
+    liveness = Liveness(2.0, 3, now_s=0.0)
+    assert liveness.beat_due_s == 2.0
+    liveness.sent(1.5)
+    assert liveness.beat_due_s == 3.5
+
+
+def test_time_in_which_this_process_was_stopped_does_not_count() -> None:
+    liveness = Liveness(1.0, 5, now_s=0.0)
+    liveness.shift(60.0)
+    assert liveness.dead_at_s == 65.0
+
+
+def test_back_off_doubles_to_a_ceiling_with_full_jitter_and_resets() -> None:
+    backoff = Backoff(random.Random(1))
+    ceilings = [0.5, 1, 2, 4, 8, 16, BACKOFF_LONGEST_S, BACKOFF_LONGEST_S]
+    waits = [backoff.next_s() for _ in ceilings]
+    assert all(0 <= wait <= ceiling for wait, ceiling in zip(waits, ceilings, strict=True))
+    assert len(set(waits)) == len(waits)
+    backoff.reset()
+    assert backoff.next_s() <= 0.5
