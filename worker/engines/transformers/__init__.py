@@ -1,0 +1,23 @@
+"""The transformers engine: continuous batching over plain `model.forward` with a slot KV cache.
+
+`build` is the engine's factory (see `worker.engines.base.EngineFactory`). Importing this package
+must stay cheap: torch and transformers are imported by `build`, never here, so that the link
+process can name the engine without loading it.
+"""
+
+from __future__ import annotations
+
+from worker.engines.base import Engine, EngineOptions, Progress
+
+__all__ = ["build"]
+
+
+def build(options: EngineOptions, progress: Progress) -> Engine:
+    """Load the models named in `options`, warm them up and return the engine that serves them.
+
+    `progress` is told what is being loaded. Raises `EngineLoadError` with one line that says why
+    and what to do. Call it in the engine's own process: it sets torch's thread count.
+    """
+    from worker.engines.transformers.engine import build_engine
+
+    return build_engine(options, progress)

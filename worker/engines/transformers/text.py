@@ -1,0 +1,449 @@
+"""From token ids to the text of an answer: detokenising, stop strings, and both for one request.
+
+`TextStream` is what the engine holds per request; `Detokenizer` and `StopBuffer` are its parts.
+All three are functions of the token ids alone: replaying the same ids gives the same text, cut at
+the same places, which is what lets another worker continue a stream (`prior_ids`).
+
+Work per token is constant, and nothing is ever said twice or taken back. This module must never
+import torch, and must never re-tokenise text: ids to text is the only direction.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from broker.protocol.messages import Params
+
+__all__ = ["Detokenizer", "StopBuffer", "TextStep", "TextStream", "TokenTable", "token_table"]
+
+REPLACEMENT = "\ufffd"
+
+#: A character has at most four octets, so at most four tokens.
+_MAX_PENDING_TOKENS = 4
+
+
+def _one_per_octet(error: UnicodeError) -> tuple[str, int]:
+    """U+FFFD for every octet that is no part of a character, as byte-fallback decoders have it."""
+    assert isinstance(error, UnicodeDecodeError)
+    return REPLACEMENT * (error.end - error.start), error.end
+
+
+codecs.register_error("tokenbus.one_per_octet", _one_per_octet)
+_ONE_PER_OCTET = codecs.getincrementaldecoder("utf-8")
+_MAX_PROBES = 64
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The printable stand-ins of byte-level BPE: character to octet (GPT-2's table)."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [octet for octet in range(256) if octet not in set(plain)]
+    alphabet = {chr(octet): octet for octet in plain}
+    alphabet.update({chr(256 + n): octet for n, octet in enumerate(others)})
+    return alphabet
+
+
+_BYTE_LEVEL = _byte_level_alphabet()
+
+
+def _byte_level_octets(token: str) -> bytes:
+    try:
+        return bytes([_BYTE_LEVEL[character] for character in token])
+    except KeyError:  # an added token outside the alphabet stands for itself
+        return token.encode()
+
+
+class TokenTable:
+    """The octets of every token of one tokenizer, and whether joining them is its `decode`.
+
+    `exact` is found out, not assumed: the table is compared with `decode` on probes when it is
+    built. Where it is False (WordPiece, tokenizers in Python, unknown decoders), `octets` is only
+    for show and text must come from `decode`.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._octets: dict[int, bytes] = {}
+        #: Spaces that `decode` takes away at the very start of a text.
+        self.leading_spaces = 0
+        #: One U+FFFD per stray octet (byte fallback), not one per broken sequence (byte level).
+        self.one_per_octet = False
+        #: Ids that `skip_special_tokens` leaves out.
+        self.special_ids = _special_ids(tokenizer)
+        self._convert = self._find_converter()
+        self.exact = self._convert is not None and self._agrees_with_decode()
+
+    def octets(self, token_id: int) -> bytes:
+        """The token's own octets; they may be a part of a character. Empty for an unknown id."""
+        known = self._octets.get(token_id)
+        if known is None:
+            known = self._octets[token_id] = self._lookup(token_id)
+        return known
+
+    def _lookup(self, token_id: int) -> bytes:
+        try:
+            token = self._tokenizer.convert_ids_to_tokens(token_id)
+        except (IndexError, KeyError, OverflowError, ValueError):
+            return b""
+        if not isinstance(token, str):
+            return token if isinstance(token, bytes) else b""
+        return self._convert(token) if self._convert is not None else token.encode()
+
+    def _find_converter(self) -> Callable[[str], bytes] | None:
+        """How this tokenizer's decoder turns one token into octets; None where it is not known."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return None
+        decoder = json.loads(backend.to_str()).get("decoder") or {}
+        if decoder.get("type") == "ByteLevel":
+            return _byte_level_octets
+        steps = decoder.get("decoders", [decoder])
+        replacements: list[tuple[str, str]] = []
+        byte_fallback = False
+        for step in steps:
+            match step:
+                case {"type": "Metaspace", "replacement": str(mark), "prepend_scheme": scheme}:
+                    replacements.append((mark, " "))
+                    self.leading_spaces = 0 if scheme == "never" else 1
+                case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
+                    replacements.append((old, new))
+                case {"type": "Strip", "content": " ", "start": int(start), "stop": 0}:
+                    self.leading_spaces = start
+                case {"type": "ByteFallback"}:
+                    byte_fallback = True
+                case {"type": "Fuse"}:
+                    pass
+                case _:
+                    return None
+        self.one_per_octet = byte_fallback
+
+        def convert(token: str) -> bytes:
+            if byte_fallback and len(token) == 6 and token.startswith("<0x") and token[-1] == ">":
+                try:
+                    return bytes([int(token[3:5], 16)])
+                except ValueError:
+                    pass
+            for old, new in replacements:
+                token = token.replace(old, new)
+            return token.encode()
+
+        return convert
+
+    def _agrees_with_decode(self) -> bool:
+        """Compare with `decode` on ids from all over the vocabulary, two to nine at a time."""
+        size = len(self._tokenizer)
+        draw = random.Random(0)
+        for _ in range(_MAX_PROBES):
+            ids = [draw.randrange(size) for _ in range(draw.randint(2, 9))]
+            octets = [self.octets(i) for i in ids]
+            if self.one_per_octet and any(o and not _is_text(o) for o in octets):
+                continue  # decode() lets one stray octet spoil its whole run; a stream cannot
+            text = b"".join(octets).decode(errors="replace")
+            for _ in range(self.leading_spaces):
+                text = text.removeprefix(" ")
+            if text != _decode(self._tokenizer, ids, skip_special_tokens=False):
+                return False
+        return True
+
+
+def _is_text(octets: bytes) -> bool:
+    try:
+        octets.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _decode(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+    text: str = tokenizer.decode(
+        ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+    )
+    return text
+
+
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return frozenset(tokenizer.all_special_ids)
+    added = backend.get_added_tokens_decoder()
+    return frozenset(i for i, token in added.items() if token.special)
+
+
+_TABLES: WeakKeyDictionary[Any, TokenTable] = WeakKeyDictionary()
+
+
+def token_table(tokenizer: Any) -> TokenTable:
+    """The table of a tokenizer, built on first use and kept as long as the tokenizer lives."""
+    table = _TABLES.get(tokenizer)
+    if table is None:
+        table = _TABLES[tokenizer] = TokenTable(tokenizer)
+    return table
+
+
+class _OctetDecoder:
+    """Joins octets and gives out whole characters: exact, and a fraction of a microsecond."""
+
+    def __init__(self, table: TokenTable) -> None:
+        errors = "tokenbus.one_per_octet" if table.one_per_octet else "replace"
+        self._octets = table.octets
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
+        self._strip = table.leading_spaces
+
+    def add(self, token_id: int) -> str:
+        text = self._decoder.decode(self._octets(token_id))
+        return self._stripped(text) if self._strip and text else text
+
+    def flush(self) -> str:
+        return self._stripped(self._decoder.decode(b"", final=True))
+
+    def _stripped(self, text: str) -> str:
+        while self._strip and text:
+            if text[0] != " ":
+                self._strip = 0
+                break
+            text = text[1:]
+            self._strip -= 1
+        return text
+
+
+class _WindowDecoder:
+    """Decodes the last few tokens with and without the new one; the difference is its text.
+
+    For tokenizers whose pieces depend on their neighbours. The window starts where the text was
+    complete, one piece back, so that a leading space has the context that keeps it.
+    """
+
+    def __init__(self, tokenizer: Any, *, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._ids: list[int] = []
+        #: Ids of the window whose text was given out, and that text's length in characters.
+        self._done = 0
+        self._done_characters = 0
+
+    def add(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        text = self._text()
+        pending = len(self._ids) - self._done
+        incomplete = text.endswith(REPLACEMENT) or len(text) <= self._done_characters
+        if incomplete and pending <= _MAX_PENDING_TOKENS:
+            return ""
+        return self._take(text)
+
+    def flush(self) -> str:
+        return self._take(self._text())
+
+    def _text(self) -> str:
+        return _decode(self._tokenizer, self._ids, skip_special_tokens=self._skip)
+
+    def _take(self, text: str) -> str:
+        piece = text[self._done_characters :]
+        del self._ids[: self._done]
+        self._done = len(self._ids)
+        self._done_characters = len(self._text()) if self._ids else 0
+        return piece
+
+
+class Detokenizer:
+    """Token ids in, text out, never half a character; constant time per token.
+
+    `prior_ids` were said before: they are taken in and their text is dropped.
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, skip_special_tokens: bool, prior_ids: Sequence[int] = ()
+    ) -> None:
+        table = token_table(tokenizer)
+        self._skipped = table.special_ids if skip_special_tokens else frozenset[int]()
+        self._decoder = (
+            _OctetDecoder(table)
+            if table.exact
+            else _WindowDecoder(tokenizer, skip_special_tokens=skip_special_tokens)
+        )
+        for token_id in prior_ids:
+            self.add(token_id)
+
+    def add(self, token_id: int) -> str:
+        """The text that became certain with this token; empty while a character is incomplete."""
+        return "" if token_id in self._skipped else self._decoder.add(token_id)
+
+    def flush(self) -> str:
+        """What an unfinished character leaves at the end of the answer (U+FFFD), or nothing."""
+        return self._decoder.flush()
+
+
+class StopBuffer:
+    """Holds back the text that may be the start of a stop string, and cuts exactly at a stop.
+
+    The stop that is complete first wins; of two complete at the same character, the longer. That
+    depends on the text alone, not on how it was cut into tokens. An Aho-Corasick automaton: its
+    depth is at any time the number of characters to hold back, and a character costs amortised
+    constant time however many stop strings there are.
+    """
+
+    def __init__(self, stops: Sequence[str], *, include_stop: bool = False) -> None:
+        self._include_stop = include_stop
+        self._next: list[dict[str, int]] = [{}]
+        self._fail = [0]
+        self._depth = [0]
+        #: Of each state: the longest stop string that ends here, or nothing.
+        self._stop = [""]
+        for stop in stops:
+            self._insert(stop)
+        self._link()
+        self._state = 0
+        self._held = ""
+
+    def _insert(self, stop: str) -> None:
+        state = 0
+        for character in stop:
+            following = self._next[state].get(character)
+            if following is None:
+                following = len(self._next)
+                self._next[state][character] = following
+                self._next.append({})
+                self._fail.append(0)
+                self._depth.append(self._depth[state] + 1)
+                self._stop.append("")
+            state = following
+        self._stop[state] = stop
+
+    def _link(self) -> None:
+        queue = list(self._next[0].values())
+        for state in queue:
+            for character, following in self._next[state].items():
+                self._fail[following] = self._step(self._fail[state], character)
+                queue.append(following)
+            self._stop[state] = self._stop[state] or self._stop[self._fail[state]]
+
+    def _step(self, state: int, character: str) -> int:
+        while state and character not in self._next[state]:
+            state = self._fail[state]
+        return self._next[state].get(character, 0)
+
+    def add(self, text: str, *, may_stop: bool = True) -> tuple[str, str | None]:
+        """The text that may go out, and the stop string that was found.
+
+        With `may_stop` False a stop string that is complete within `text` is passed over. After a
+        stop nothing more may be added.
+        """
+        if not self._next[0]:
+            return text, None
+        whole = self._held + text
+        offset = len(self._held)
+        state = self._state
+        for index, character in enumerate(text, offset + 1):
+            state = self._step(state, character)
+            stop = self._stop[state]
+            if stop and may_stop:
+                self._state, self._held = 0, ""
+                return whole[: index if self._include_stop else index - len(stop)], stop
+            while state and not self._next[state]:  # passed over: hold only what can go on
+                state = self._fail[state]
+        self._state = state
+        cut = len(whole) - self._depth[state]
+        self._held = whole[cut:]
+        return whole[:cut], None
+
+    def flush(self) -> str:
+        """The held text, when the answer ended without a stop string."""
+        held, self._held, self._state = self._held, "", 0
+        return held
+
+
+class TextStep(NamedTuple):
+    """What one token brought."""
+
+    #: Text that is certain now; may be empty.
+    text: str
+    #: The stop string that ended the answer with this token.
+    stopped_by: str | None
+
+
+class TextStream:
+    """The text of one answer, as it is sent.
+
+    `prior_ids` are the tokens of an interrupted answer and `prior_characters` the characters of
+    its text that were received: the first new text continues exactly there, text that was held
+    back included. If the prior tokens already reach a stop string, `stopped_by` says so from the
+    start; then no token may be added and `finish` gives what was not received.
+
+    `context_ids` are the last tokens before the answer, for a text that continues theirs: with
+    them a leading space stands where the answer begins (completion); without, the text is that of
+    the answer alone, as `decode` gives it (chat).
+
+    A stop string counts from the token on that makes `params.min_tokens`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        params: Params,
+        *,
+        prior_ids: Sequence[int] = (),
+        prior_characters: int = 0,
+        context_ids: Sequence[int] = (),
+    ) -> None:
+        self._detokenizer = Detokenizer(
+            tokenizer,
+            skip_special_tokens=params.skip_special_tokens,
+            prior_ids=context_ids,
+        )
+        self._stops = StopBuffer(params.stop, include_stop=params.include_stop)
+        self._include_stop = params.include_stop
+        self._min_tokens = params.min_tokens
+        self._tokens = 0
+        #: The stop string that ended the answer.
+        self.stopped_by: str | None = None
+        replayed = []
+        for token_id in prior_ids:
+            if self.stopped_by is not None:
+                break
+            replayed.append(self._advance(token_id))
+        text = "".join(replayed)
+        #: Text of the prior tokens that was not received.
+        self._owed = text[prior_characters:]
+        #: Characters received beyond what the replay gives out; they are not said again.
+        self._ahead = max(0, prior_characters - len(text))
+
+    def add(self, token_id: int) -> TextStep:
+        """Take the next token of the answer."""
+        return TextStep(self._deliver(self._advance(token_id)), self.stopped_by)
+
+    def finish(self, ending_token: int | None = None) -> str:
+        """The rest of the text: what was held back, and nothing after a stop string.
+
+        `ending_token` is the EOS or stop token that ended the answer, if it was not added: its
+        text stands in the answer only with `include_stop`.
+        """
+        text = ""
+        if self.stopped_by is None and ending_token is not None and self._include_stop:
+            text = self._advance(ending_token)
+        if self.stopped_by is None:
+            text += self._check(self._detokenizer.flush())
+        if self.stopped_by is None:
+            text += self._stops.flush()
+        return self._deliver(text)
+
+    def _advance(self, token_id: int) -> str:
+        self._tokens += 1
+        return self._check(self._detokenizer.add(token_id))
+
+    def _check(self, text: str) -> str:
+        if not text:
+            return text
+        text, self.stopped_by = self._stops.add(text, may_stop=self._tokens >= self._min_tokens)
+        return text
+
+    def _deliver(self, text: str) -> str:
+        if self._owed:
+            text, self._owed = self._owed + text, ""
+        if self._ahead:
+            skipped = min(self._ahead, len(text))
+            self._ahead -= skipped
+            text = text[skipped:]
+        return text
