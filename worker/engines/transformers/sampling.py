@@ -1,0 +1,531 @@
+"""Chooses the next token of every row of a batch, each row by its own parameters.
+
+Order of a row: repetition penalty, frequency and presence penalty, bias, bans, constraint; then
+(temperature 0) the likeliest token, or temperature, top_k, top_p, min_p and one draw. Log
+probabilities are those of the distribution after penalties, bias, bans and constraint, before
+temperature and the cuts. Each parameter means what it means in transformers' logits processors;
+presence and frequency penalty are OpenAI's. `top_k` 1 is greedy.
+
+Two promises: a row's token depends on its own logits, parameters and past alone, never on its
+company in the batch; and the only randomness is `uniform(seed, position)`. Hence decisions hang on
+comparisons and on float64 sums in a fixed order, and ties go by token id, whichever short cut a
+batch takes.
+
+This module must never touch torch's random state, and copies its results to the host once per
+step (twice when a row must be sorted in full).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+
+from broker.protocol.errors import ErrorCode, RequestError
+from broker.protocol.limits import MAX_TOP_LOGPROBS
+from broker.protocol.messages import Params, TokenLogprob, TopLogprob
+from worker.engines.transformers.constrain import ConstraintState, mask_logits_
+
+__all__ = [
+    "Sampled",
+    "Sampler",
+    "SamplerRow",
+    "check_token_ids",
+    "prompt_logprobs",
+    "uniform",
+]
+
+Ids: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
+Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
+Mask: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
+
+#: What the wire says for the logarithm of zero (OpenAI's value; JSON has no infinity).
+LOGPROB_FLOOR = -9999.0
+
+#: Likeliest tokens that top_p is looked for in first: real models seldom need more. A row that
+#: does is sorted in full, with the same outcome.
+_CANDIDATES = 1024
+
+#: A top_k up to this is found without sorting in full.
+_MAX_CANDIDATES = 4096
+
+#: Tokens whose weights are summed together when a draw is from the whole vocabulary.
+_BLOCK = 512
+
+
+def uniform(seed: int, position: int) -> float:
+    """The random number of a token: in (0, 1), 53 bits, a function of seed and position alone."""
+    digest = hashlib.blake2b(struct.pack("<QQ", seed, position), digest_size=8).digest()
+    return ((int.from_bytes(digest, "little") >> 11) or 0.5) * 2.0**-53
+
+
+def check_token_ids(params: Params, vocab_size: int) -> None:
+    """Raises RequestError(INVALID_REQUEST) if a token id of the parameters is not the model's."""
+    named: dict[str, Iterable[int]] = {
+        "logit_bias": (token_id for token_id, _ in params.logit_bias),
+        "banned_token_ids": params.banned_token_ids,
+        "forced_token_ids": params.forced_token_ids,
+        "stop_token_ids": params.stop_token_ids,
+    }
+    for name, token_ids in named.items():
+        highest = max(token_ids, default=0)
+        if highest >= vocab_size:
+            raise RequestError(
+                ErrorCode.INVALID_REQUEST,
+                f"{name} names token {highest}, but this model's tokens end at {vocab_size - 1}",
+            )
+
+
+class SamplerRow:
+    """What the sampler keeps of one request; constant work per token.
+
+    `prompt_ids` and `prior_ids` (tokens of an interrupted answer) are its past: the prompt for the
+    repetition penalty, the prior tokens for whatever an answer's tokens count for. `constraint`
+    stands at the beginning of the answer; the prior tokens are replayed here.
+
+    Raises RequestError when prior or forced tokens do not fit the constraint.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        prompt_ids: Sequence[int],
+        *,
+        eos_ids: frozenset[int],
+        prior_ids: Sequence[int] = (),
+        constraint: ConstraintState | None = None,
+    ) -> None:
+        self.params = params
+        self.constraint = constraint
+        self._position = 0
+        self._penalised = (
+            params.repetition_penalty != 1.0
+            or params.presence_penalty != 0.0
+            or params.frequency_penalty != 0.0
+        )
+        #: Penalised tokens: where each stands in the two arrays, and its count in the answer.
+        self._places: dict[int, int] = {}
+        self._counts: dict[int, int] = {}
+        self._past_ids: Ids = np.empty(64, np.int64)
+        self._past_minus: Floats = np.empty(64, np.float32)
+        if params.repetition_penalty != 1.0:
+            for token_id in dict.fromkeys(prompt_ids):
+                self._place(token_id)
+        bias = dict(params.logit_bias)
+        #: Tokens of `logit_bias` and what is added to their logits.
+        self.bias_ids: Ids = np.fromiter(bias.keys(), np.int64, len(bias))
+        self.bias: Floats = np.fromiter(bias.values(), np.float32, len(bias))
+        banned = set(params.banned_token_ids)
+        self._banned: Ids = np.array(sorted(banned), np.int64)
+        ending = eos_ids.union(params.stop_token_ids)
+        self._banned_and_ending: Ids = np.array(sorted(banned | ending), np.int64)
+        for token_id in prior_ids:
+            self.append(token_id)
+        forced = params.forced_token_ids[self._position :]
+        if constraint is not None and forced and not constraint.allows(forced):
+            raise RequestError(
+                ErrorCode.INVALID_REQUEST, "forced_token_ids do not fit the constraint"
+            )
+
+    @property
+    def position(self) -> int:
+        """Tokens of the answer so far, prior tokens included."""
+        return self._position
+
+    @property
+    def greedy(self) -> bool:
+        return self.params.temperature == 0.0 or self.params.top_k == 1
+
+    @property
+    def forced(self) -> int | None:
+        """The token that must come next, whatever the logits say."""
+        forced = self.params.forced_token_ids
+        return forced[self._position] if self._position < len(forced) else None
+
+    @property
+    def past(self) -> tuple[Ids, Floats]:
+        """Penalised tokens, each once, and what presence and frequency penalty take off each."""
+        count = len(self._places)
+        return self._past_ids[:count], self._past_minus[:count]
+
+    @property
+    def forbidden(self) -> Ids:
+        """Tokens that must not come next. Before `min_tokens` nothing may end the answer, except
+        where its grammar lets nothing else follow."""
+        if self._position >= self.params.min_tokens or (
+            self.constraint is not None and self.constraint.finished
+        ):
+            return self._banned
+        return self._banned_and_ending
+
+    def append(self, token_id: int) -> None:
+        """Take the next token of the answer. Raises RequestError if the constraint forbids it."""
+        if self.constraint is not None:
+            self.constraint.accept(token_id)
+        self._position += 1
+        if self._penalised:
+            count = self._counts[token_id] = self._counts.get(token_id, 0) + 1
+            self._past_minus[self._place(token_id)] = (
+                self.params.presence_penalty + self.params.frequency_penalty * count
+            )
+
+    def _place(self, token_id: int) -> int:
+        place = self._places.get(token_id)
+        if place is None:
+            place = self._places[token_id] = len(self._places)
+            if place == len(self._past_ids):
+                self._past_ids = np.resize(self._past_ids, 2 * place)
+                self._past_minus = np.resize(self._past_minus, 2 * place)
+            self._past_ids[place] = token_id
+            self._past_minus[place] = 0.0
+        return place
+
+
+class Sampled(NamedTuple):
+    """The outcome of one row."""
+
+    token_id: int
+    #: Where the row asked for it.
+    logprob: TokenLogprob | None
+    #: False: there is no token, for the reason in `fault`. Other rows are not touched by that.
+    ok: bool
+    fault: str = ""
+
+
+class Sampler:
+    """Samples for the rows of one model.
+
+    `banned_ids` are never chosen (placeholders of pictures, say); `token_bytes` gives the octets
+    of a token, for logprobs.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        banned_ids: Sequence[int] = (),
+        token_bytes: Callable[[int], bytes],
+    ) -> None:
+        self.vocab_size = vocab_size
+        self._token_bytes = token_bytes
+        self._banned = torch.tensor(
+            sorted({i for i in banned_ids if 0 <= i < vocab_size}), dtype=torch.long
+        )
+
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor, rows: Sequence[SamplerRow]) -> list[Sampled]:
+        """The next token of each row. `logits` [B, V], of any float type, is overwritten.
+
+        The rows are not changed: the caller appends to them the tokens that it uses.
+        """
+        if logits.shape != (len(rows), self.vocab_size):
+            raise ValueError(
+                f"logits of shape {tuple(logits.shape)} for {len(rows)} rows and a vocabulary of "
+                f"{self.vocab_size}"
+            )
+        x = logits.float()
+        if len(rows) > 1 and x.stride(0) == 0:  # one prompt's logits, expanded to several answers
+            x = x.clone()
+        failed = self._adjust_(x, rows)
+        best, tokens = x.max(dim=-1)
+        tokens = tokens.clone()
+        unsettled = torch.zeros_like(tokens, dtype=torch.bool)
+        whole, cut = _drawing(rows, self.vocab_size)
+        if whole:
+            tokens[whole] = _draw_whole(x, best, whole, rows)
+        if cut:
+            room = _room([rows[i] for i in cut], self.vocab_size)
+            tokens[cut], unsettled[cut] = _draw_ranked(x, best, cut, rows, room)
+        forced = [i for i, row in enumerate(rows) if row.forced is not None]
+        if forced:
+            ids = [min(rows[i].forced or 0, self.vocab_size - 1) for i in forced]
+            tokens[forced] = torch.tensor(ids, device=x.device)
+        table = _report(x, tokens, best, unsettled, rows)
+        if again := [i for i, row in enumerate(table) if row[_UNSETTLED]]:
+            tokens[again], _ = _draw_ranked(x, best, again, rows, self.vocab_size)
+            table = _report(x, tokens, best, torch.zeros_like(unsettled), rows)
+        return [self._outcome(rows[i], facts, failed.get(i)) for i, facts in enumerate(table)]
+
+    def _adjust_(self, x: torch.Tensor, rows: Sequence[SamplerRow]) -> dict[int, str]:
+        """Apply penalties, bias, bans and constraints in place; returns the rows that failed."""
+        flat = x.view(-1)
+        past = [row.past for row in rows]
+        at, kept = self._places([ids for ids, _ in past])
+        if len(at):
+            minus = np.concatenate([minus for _, minus in past])[kept]
+            factors = np.array([row.params.repetition_penalty for row in rows], np.float32)
+            factors = np.repeat(factors, [len(ids) for ids, _ in past])[kept]
+            where, factor = _to(at, x.device), _to(factors, x.device)
+            score = flat[where]
+            score = torch.where(score < 0, score * factor, score / factor)
+            flat[where] = score - _to(minus, x.device)
+        at, kept = self._places([row.bias_ids for row in rows])
+        if len(at):
+            bias = np.concatenate([row.bias for row in rows])[kept]
+            flat[_to(at, x.device)] += _to(bias, x.device)
+        at, _ = self._places([row.forbidden for row in rows])
+        if len(at):
+            flat[_to(at, x.device)] = -torch.inf
+        if len(self._banned):
+            self._banned = self._banned.to(x.device)
+            x.index_fill_(1, self._banned, -torch.inf)
+        bound = [(i, row.constraint) for i, row in enumerate(rows) if row.constraint is not None]
+        if not bound:
+            return {}
+        errors = mask_logits_(x, [i for i, _ in bound], [state for _, state in bound])
+        return {i: error.info.message for i, error in errors.items()}
+
+    def _places(self, ids_of_rows: Sequence[Ids]) -> tuple[Ids, Mask]:
+        """Token ids of each row as places in the flattened logits, and which ids have one.
+
+        A prompt may hold ids that no output has: placeholders of pictures.
+        """
+        ids = np.concatenate(ids_of_rows)
+        kept = (ids >= 0) & (ids < self.vocab_size)
+        starts = np.arange(len(ids_of_rows)) * self.vocab_size
+        return (ids + np.repeat(starts, [len(part) for part in ids_of_rows]))[kept], kept
+
+    def _outcome(self, row: SamplerRow, facts: Sequence[float], failure: str | None) -> Sampled:
+        token_id, best = int(facts[_TOKEN]), facts[_BEST]
+        if failure is None and row.forced is not None and row.forced >= self.vocab_size:
+            failure = f"forced token {row.forced} is not one of the model's"
+        if failure is None and best == -math.inf:
+            failure = (
+                "no token is allowed: bias, bans, constraint and min_tokens exclude each other"
+            )
+        if failure is None and not math.isfinite(best):
+            failure = "the model's logits are not numbers (NaN or infinite)"
+        if failure is not None:
+            return Sampled(-1, None, ok=False, fault=failure)
+        if row.params.logprobs is None:
+            return Sampled(token_id, None, ok=True)
+        logprob = _token_logprob(
+            token_id, facts[_LOGPROBS:], row.params.logprobs, self._token_bytes
+        )
+        return Sampled(token_id, logprob, ok=True)
+
+
+#: Columns of a step's report; behind them stand the logprobs, as `_scores` has them.
+_TOKEN, _BEST, _UNSETTLED, _LOGPROBS = range(4)
+
+
+def _report(
+    x: torch.Tensor,
+    tokens: torch.Tensor,
+    best: torch.Tensor,
+    unsettled: torch.Tensor,
+    rows: Sequence[SamplerRow],
+) -> list[list[float]]:
+    """All that the host wants to know of a step, in one transfer: a list of columns per row."""
+    wide = _wide(x.device)
+    table = torch.stack([tokens.to(wide), best.to(wide), unsettled.to(wide)], dim=1)
+    scored = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    if scored:
+        top = MAX_TOP_LOGPROBS if any(rows[i].params.logprobs for i in scored) else 0
+        scores = _scores(x[scored], tokens[scored], top)
+        table = torch.nn.functional.pad(table, (0, scores.shape[1]))
+        table[scored, _LOGPROBS:] = scores
+    facts: list[list[float]] = table.tolist()
+    return facts
+
+
+def _scores(x: torch.Tensor, tokens: torch.Tensor, top: int) -> torch.Tensor:
+    """[R, 1 + 2 * top]: the chosen token's logprob, the likeliest logprobs, and their ids.
+
+    Always the same number of likeliest tokens: which of several equal ones are among them must
+    not hang on what other rows ask for.
+    """
+    wide = _wide(x.device)
+    best = x.max(dim=-1, keepdim=True).values
+    norm = best.to(wide) + (x - best).exp_().sum(-1, keepdim=True, dtype=wide).log()
+    parts = [x.gather(1, tokens[:, None]).to(wide) - norm]
+    if top:
+        values, ids = x.topk(min(top, x.shape[1]), dim=-1)
+        parts += [values.to(wide) - norm, ids.to(wide)]
+    return torch.cat(parts, dim=1)
+
+
+def _token_logprob(
+    token_id: int, scores: Sequence[float], top: int, token_bytes: Callable[[int], bytes]
+) -> TokenLogprob:
+    """`scores` is a row of `_scores`. Tokens of probability zero are not among the likeliest."""
+    count = len(scores) // 2
+    likeliest = [
+        TopLogprob(int(i), logprob, token_bytes(int(i)))
+        for logprob, i in zip(scores[1 : 1 + top], scores[1 + count : 1 + count + top], strict=True)
+        if logprob > -math.inf
+    ]
+    return TokenLogprob(max(scores[0], LOGPROB_FLOOR), token_bytes(token_id), likeliest)
+
+
+@torch.inference_mode()
+def prompt_logprobs(
+    logits: torch.Tensor,
+    ids: Sequence[int],
+    top: int,
+    token_bytes: Callable[[int], bytes],
+) -> list[TokenLogprob]:
+    """What the model thought of each token of `ids`.
+
+    `logits` [T, V] stand at the positions before the tokens: row t is about `ids[t]`. `top` is the
+    number of likeliest tokens wanted. The first token of a prompt has no logits: that one's
+    `TokenLogprob(None, ...)` is the caller's.
+    """
+    tokens = torch.tensor(list(ids), device=logits.device)
+    scores = _scores(logits.float(), tokens, MAX_TOP_LOGPROBS if top else 0)
+    facts: list[list[float]] = scores.tolist()
+    return [_token_logprob(i, row, top, token_bytes) for i, row in zip(ids, facts, strict=True)]
+
+
+def _to(values: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(values).to(device, non_blocking=True)
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """The type of sums on which decisions hang; not every kind of device has float64."""
+    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+
+
+def _drawing(rows: Sequence[SamplerRow], vocab_size: int) -> tuple[list[int], list[int]]:
+    """Rows that draw from the whole vocabulary (or all of it above min_p), and rows that draw
+    from the top of the ranking. A row's own parameters decide."""
+    whole: list[int] = []
+    cut: list[int] = []
+    for i, row in enumerate(rows):
+        if row.greedy or row.forced is not None:
+            continue
+        ranked = 0 < row.params.top_k < vocab_size or row.params.top_p < 1.0
+        (cut if ranked else whole).append(i)
+    return whole, cut
+
+
+def _room(rows: Sequence[SamplerRow], vocab_size: int) -> int:
+    """How many of the likeliest tokens to look at; changes the cost, never the outcome."""
+    highest = max(
+        row.params.top_k if 0 < row.params.top_k < vocab_size else _CANDIDATES - 1 for row in rows
+    )
+    # One more than top_k shows that the last of them has no equal outside.
+    room = 1 << min(highest, _MAX_CANDIDATES - 1).bit_length()
+    return min(room, vocab_size)
+
+
+def _columns(values: list[list[float]], device: torch.device) -> list[torch.Tensor]:
+    """Numbers of rows as tensors [R, 1], one for each kind, in one transfer."""
+    table = torch.tensor(values, dtype=_wide(device)).to(device, non_blocking=True)
+    return [table[:, j : j + 1] for j in range(table.shape[1])]
+
+
+def _draw_whole(
+    x: torch.Tensor, best: torch.Tensor, index: list[int], rows: Sequence[SamplerRow]
+) -> torch.Tensor:
+    """Inverse of the cumulative distribution in the order of the vocabulary, without a sort.
+
+    The sums run over blocks first and then inside one block.
+    """
+    temperature, min_p, u = _columns(
+        [
+            [
+                rows[i].params.temperature,
+                rows[i].params.min_p,
+                uniform(rows[i].params.seed, rows[i].position),
+            ]
+            for i in index
+        ],
+        x.device,
+    )
+    count, vocab_size = len(index), x.shape[1]
+    blocks = -(-vocab_size // _BLOCK)
+    padded = x.new_empty(count, blocks * _BLOCK)
+    padded[:, vocab_size:] = 0
+    weights = padded[:, :vocab_size]
+    every = count == len(rows)
+    torch.sub(x if every else x[index], best[index, None], out=weights)
+    weights.div_(temperature.to(x.dtype)).exp_()
+    if any(rows[i].params.min_p for i in index):  # the likeliest weighs 1
+        weights.masked_fill_(weights < min_p, 0)
+    by_block = padded.view(count, blocks, _BLOCK)
+    sums = by_block.sum(-1, dtype=u.dtype).cumsum(-1)
+    target = _inside(u * sums[:, -1:], sums[:, -1:])
+    block = (sums <= target).sum(-1, keepdim=True).clamp_(max=blocks - 1)
+    before = torch.where(block > 0, sums.gather(1, (block - 1).clamp_(min=0)), 0)
+    inner = by_block[torch.arange(count, device=x.device), block[:, 0]].cumsum(-1, dtype=u.dtype)
+    target = _inside(target - before, inner[:, -1:])
+    place = (inner <= target).sum(-1, keepdim=True)
+    return (block * _BLOCK + place).clamp_(max=vocab_size - 1)[:, 0]
+
+
+def _inside(target: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """Keep a target of cumulative weight below the total, which rounding may make it reach."""
+    return torch.minimum(target, total * (1 - torch.finfo(total.dtype).eps))
+
+
+def _draw_ranked(
+    x: torch.Tensor,
+    best: torch.Tensor,
+    index: list[int],
+    rows: Sequence[SamplerRow],
+    room: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw from the top of the ranking: tokens [R], and which of them are not settled [R].
+
+    Looks at the `room` likeliest tokens. A row is unsettled when the tokens that it keeps may go
+    on behind them; with `room` the vocabulary's size none is.
+    """
+    vocab_size = x.shape[1]
+    temperature, top_p, min_p, top_k, u = _columns(
+        [
+            [
+                rows[i].params.temperature,
+                rows[i].params.top_p,
+                rows[i].params.min_p,
+                min(rows[i].params.top_k or vocab_size, vocab_size),
+                uniform(rows[i].params.seed, rows[i].position),
+            ]
+            for i in index
+        ],
+        x.device,
+    )
+    score, top = (x if len(index) == len(rows) else x[index]), best[index, None]
+    values, ids = _rank(score, room)
+    limit = top_k.long()
+    last = values.gather(1, limit.clamp(max=room) - 1)
+    # Equals of the last one stay, as in TopKLogitsWarper.
+    kept = (values >= last) & (values > -torch.inf)
+    weights = ((values - top).to(u.dtype) / temperature).exp().masked_fill(~kept, 0)
+    running = weights.cumsum(-1)
+    total = running[:, -1:]
+    nucleus = [j for j, i in enumerate(index) if not 0 < rows[i].params.top_k < vocab_size]
+    if nucleus:  # summed in one way whatever the room, so that the outcome is the same
+        heat = temperature[nucleus].to(x.dtype)
+        spread = (score[nucleus] - top[nucleus]).div_(heat).exp_()
+        total = total.clone()
+        total[nucleus] = spread.sum(-1, keepdim=True, dtype=u.dtype)
+    kept &= (running - weights < top_p * total) | (top_p >= 1)
+    kept &= weights >= min_p
+    count = kept.sum(-1, keepdim=True).clamp_(min=1)
+    mass = running.gather(1, count - 1)
+    place = (running <= _inside(u * mass, mass)).sum(-1, keepdim=True).clamp_(max=room - 1)
+    edge = values[:, -1:] == values.gather(1, count - 1)
+    unsettled = (edge | (limit > room)) & (room < vocab_size)
+    return ids.gather(1, place)[:, 0], unsettled[:, 0]
+
+
+def _rank(x: torch.Tensor, room: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `room` highest of each row and their ids, descending; of equals the higher id first, as
+    the sort in TopPLogitsWarper leaves them."""
+    if room == x.shape[1]:
+        values, ids = x.sort(dim=-1, stable=True)
+        return values.flip(-1), ids.flip(-1)
+    values, ids = x.topk(room, dim=-1, sorted=False)
+    # One integer orders by value, then by id. Adding zero makes equals of both zeros.
+    bits = (values + 0.0).view(torch.int32)
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    keys = ((ordered << 32) | ids).sort(dim=-1, descending=True).values
+    ordered = (keys >> 32).int()
+    bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
+    return bits.view(torch.float32), keys & 0xFFFFFFFF
