@@ -13,6 +13,7 @@ from __future__ import annotations
 import codecs
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -26,6 +27,9 @@ REPLACEMENT = "\ufffd"
 #: A character has at most four octets, so at most four tokens.
 _MAX_PENDING_TOKENS = 4
 
+#: Random pieces of text on which a table of octets is compared with `decode`: some milliseconds.
+_PROBES = 64
+
 
 def _one_per_octet(error: UnicodeError) -> tuple[str, int]:
     """U+FFFD for every octet that is no part of a character, as byte-fallback decoders have it."""
@@ -34,8 +38,6 @@ def _one_per_octet(error: UnicodeError) -> tuple[str, int]:
 
 
 codecs.register_error("tokenbus.one_per_octet", _one_per_octet)
-_ONE_PER_OCTET = codecs.getincrementaldecoder("utf-8")
-_MAX_PROBES = 64
 
 
 def _byte_level_alphabet() -> dict[str, int]:
@@ -58,27 +60,27 @@ def _byte_level_octets(token: str) -> bytes:
 
 
 class TokenTable:
-    """The octets of every token of one tokenizer, and whether joining them is its `decode`.
+    """The octets of every token of one tokenizer, and whether joined they are what `decode` says.
 
-    `exact` is found out, not assumed: the table is compared with `decode` on probes when it is
-    built. Where it is False (WordPiece, tokenizers in Python, unknown decoders), `octets` is only
-    for show and text must come from `decode`.
+    `exact` is found out, not believed: a table is compared with `decode` when it is built. Where
+    it is False (WordPiece, Metaspace, tokenizers in Python, unknown decoders) octets are only for
+    show, and text comes from `decode`.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._octets: dict[int, bytes] = {}
-        #: Spaces that `decode` takes away at the very start of a text.
-        self.leading_spaces = 0
-        #: One U+FFFD per stray octet (byte fallback), not one per broken sequence (byte level).
-        self.one_per_octet = False
         #: Ids that `skip_special_tokens` leaves out.
         self.special_ids = _special_ids(tokenizer)
-        self._convert = self._find_converter()
-        self.exact = self._convert is not None and self._agrees_with_decode()
+        self._rule = _octet_rule(tokenizer)
+        #: Spaces that `decode` takes away at the very start of a text.
+        self.leading_spaces = self._rule.leading_spaces
+        #: U+FFFD stands for one stray octet (byte fallback), not for one broken sequence.
+        self.one_per_octet = self._rule.byte_fallback
+        self.exact = self._rule.joins and self._agrees_with_decode()
 
     def octets(self, token_id: int) -> bytes:
-        """The token's own octets; they may be a part of a character. Empty for an unknown id."""
+        """The token's own octets; they may be part of a character. Empty for an unknown id."""
         known = self._octets.get(token_id)
         if known is None:
             known = self._octets[token_id] = self._lookup(token_id)
@@ -89,65 +91,74 @@ class TokenTable:
             token = self._tokenizer.convert_ids_to_tokens(token_id)
         except (IndexError, KeyError, OverflowError, ValueError):
             return b""
-        if not isinstance(token, str):
-            return token if isinstance(token, bytes) else b""
-        return self._convert(token) if self._convert is not None else token.encode()
-
-    def _find_converter(self) -> Callable[[str], bytes] | None:
-        """How this tokenizer's decoder turns one token into octets; None where it is not known."""
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            return None
-        decoder = json.loads(backend.to_str()).get("decoder") or {}
-        if decoder.get("type") == "ByteLevel":
-            return _byte_level_octets
-        steps = decoder.get("decoders", [decoder])
-        replacements: list[tuple[str, str]] = []
-        byte_fallback = False
-        for step in steps:
-            match step:
-                case {"type": "Metaspace", "replacement": str(mark), "prepend_scheme": scheme}:
-                    replacements.append((mark, " "))
-                    self.leading_spaces = 0 if scheme == "never" else 1
-                case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
-                    replacements.append((old, new))
-                case {"type": "Strip", "content": " ", "start": int(start), "stop": 0}:
-                    self.leading_spaces = start
-                case {"type": "ByteFallback"}:
-                    byte_fallback = True
-                case {"type": "Fuse"}:
-                    pass
-                case _:
-                    return None
-        self.one_per_octet = byte_fallback
-
-        def convert(token: str) -> bytes:
-            if byte_fallback and len(token) == 6 and token.startswith("<0x") and token[-1] == ">":
-                try:
-                    return bytes([int(token[3:5], 16)])
-                except ValueError:
-                    pass
-            for old, new in replacements:
-                token = token.replace(old, new)
-            return token.encode()
-
-        return convert
+        if isinstance(token, bytes):
+            return token
+        return self._rule.convert(token) if isinstance(token, str) else b""
 
     def _agrees_with_decode(self) -> bool:
-        """Compare with `decode` on ids from all over the vocabulary, two to nine at a time."""
         size = len(self._tokenizer)
         draw = random.Random(0)
-        for _ in range(_MAX_PROBES):
+        for _ in range(_PROBES):
             ids = [draw.randrange(size) for _ in range(draw.randint(2, 9))]
-            octets = [self.octets(i) for i in ids]
-            if self.one_per_octet and any(o and not _is_text(o) for o in octets):
-                continue  # decode() lets one stray octet spoil its whole run; a stream cannot
+            octets = [self.octets(token_id) for token_id in ids]
+            if self.one_per_octet and not all(map(_is_text, octets)):
+                continue  # in `decode` one stray octet spoils its whole run; a stream cannot know
             text = b"".join(octets).decode(errors="replace")
             for _ in range(self.leading_spaces):
                 text = text.removeprefix(" ")
             if text != _decode(self._tokenizer, ids, skip_special_tokens=False):
                 return False
         return True
+
+
+class _OctetRule(NamedTuple):
+    """How one kind of tokenizer turns tokens into octets."""
+
+    convert: Callable[[str], bytes]
+    #: A text is its tokens' octets joined, less spaces at the start.
+    joins: bool = False
+    leading_spaces: int = 0
+    byte_fallback: bool = False
+
+
+def _octet_rule(tokenizer: Any) -> _OctetRule:
+    """Read the rule off the decoder of a fast tokenizer."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.decoder is None:
+        return _OctetRule(str.encode)
+    decoder = json.loads(backend.decoder.__getstate__())
+    steps = decoder.get("decoders", [decoder])
+    if [step["type"] for step in steps] == ["ByteLevel"]:
+        return _OctetRule(_byte_level_octets, joins=True)
+    marks: list[tuple[str, str]] = []
+    joins, byte_fallback, leading_spaces = True, False, 0
+    for step in steps:
+        match step:
+            case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
+                marks.append((old, new))
+            case {"type": "Metaspace", "replacement": str(mark)}:
+                marks.append((mark, " "))
+                joins = False  # the first token is treated in its own way
+            case {"type": "ByteFallback"}:
+                byte_fallback = True
+            case {"type": "Strip", "content": " ", "start": int(start), "stop": 0}:
+                leading_spaces = start
+            case {"type": "Fuse"}:
+                pass
+            case _:
+                joins = False
+
+    def convert(token: str) -> bytes:
+        if byte_fallback and (octet := _FALLBACK_TOKEN.fullmatch(token)):
+            return bytes.fromhex(octet[1])
+        for old, new in marks:
+            token = token.replace(old, new)
+        return token.encode()
+
+    return _OctetRule(convert, joins, leading_spaces, byte_fallback)
+
+
+_FALLBACK_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 def _is_text(octets: bytes) -> bool:
@@ -397,8 +408,7 @@ class TextStream:
         self._include_stop = params.include_stop
         self._min_tokens = params.min_tokens
         self._tokens = 0
-        #: The stop string that ended the answer.
-        self.stopped_by: str | None = None
+        self._stopped_by: str | None = None
         replayed = []
         for token_id in prior_ids:
             if self.stopped_by is not None:
@@ -409,6 +419,11 @@ class TextStream:
         self._owed = text[prior_characters:]
         #: Characters received beyond what the replay gives out; they are not said again.
         self._ahead = max(0, prior_characters - len(text))
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that ended the answer."""
+        return self._stopped_by
 
     def add(self, token_id: int) -> TextStep:
         """Take the next token of the answer."""
@@ -436,7 +451,7 @@ class TextStream:
     def _check(self, text: str) -> str:
         if not text:
             return text
-        text, self.stopped_by = self._stops.add(text, may_stop=self._tokens >= self._min_tokens)
+        text, self._stopped_by = self._stops.add(text, may_stop=self._tokens >= self._min_tokens)
         return text
 
     def _deliver(self, text: str) -> str:
