@@ -1,0 +1,230 @@
+"""The key/value cache: one dense pair of tensors a layer, one row for each running request.
+
+A layer holds `[slots, capacity, heads, head_dim]`. A row is right-padded, starts at position 0 and
+has a length of its own, so requests of different lengths share a batch without moving a byte.
+`SlotLayer` plugs into transformers through its public `CacheLayerMixin`: the models' own code
+calls `update`, and the shared `Plan` says what the coming forward does. This module knows nothing
+of requests; it must never decide who runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from worker.engines.transformers.memory import is_out_of_memory
+
+__all__ = ["Plan", "SlotCache", "SlotLayer"]
+
+ROUND_TOKENS = 64
+"""Capacities are multiples of this: fewer reallocations, aligned reads."""
+
+
+class Plan:
+    """What the next forward does with the cache; set before it, read by every layer.
+
+    Prefill: one row `slot` receives tokens from position `start`. Decode: rows 0 to `rows` - 1
+    receive one token each, at `positions`, and everybody reads `length` positions.
+    """
+
+    __slots__ = ("_flat", "decode", "length", "positions", "rows", "slot", "start")
+
+    def __init__(self) -> None:
+        self.decode = False
+        self.slot = 0
+        self.start = 0
+        self.rows = 0
+        self.length = 0
+        self.positions = torch.zeros(0, dtype=torch.long)
+        # Row-and-position as one index, by device and capacity: computed once, used by all layers.
+        self._flat: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+    def prefill(self, slot: int, start: int) -> None:
+        self.decode, self.slot, self.start = False, slot, start
+
+    def step(self, positions: torch.Tensor, length: int) -> None:
+        """`positions`: int64 [rows], where each row's new token goes; `length`: of the longest row,
+        its new token included."""
+        self.decode, self.rows, self.length = True, positions.shape[0], length
+        self.positions, self.start = positions, length - 1
+        self._flat.clear()
+
+    def flat_index(self, device: torch.device, capacity: int) -> torch.Tensor:
+        key = (device, capacity)
+        index = self._flat.get(key)
+        if index is None:
+            positions = self.positions.to(device)
+            rows = torch.arange(self.rows, device=device)
+            index = self._flat[key] = rows * capacity + positions
+        return index
+
+
+class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer's keys and values, `[slots, capacity, heads, head_dim]` each."""
+
+    is_sliding = False
+
+    def __init__(self, plan: Plan, slots: int, capacity: int) -> None:
+        super().__init__()
+        self.plan = plan
+        self.slots = slots
+        self.capacity = capacity
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate on the first update: only then shapes, dtype and device are known."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = self._allocate(key_states)
+        self.values = self._allocate(value_states)
+        self.is_initialized = True
+
+    def _allocate(self, states: torch.Tensor) -> torch.Tensor:
+        shape = (self.slots, self.capacity, states.shape[1], states.shape[3])
+        return torch.zeros(shape, dtype=states.dtype, device=states.device)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new states [batch, heads, tokens, head_dim]; returns all that these rows may read,
+        as views [batch, heads, length, head_dim]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        plan = self.plan
+        if plan.decode:
+            first, last = 0, plan.rows
+            length = plan.length
+            if plan.rows == 1:
+                self.keys[0, length - 1] = key_states[0, :, 0]
+                self.values[0, length - 1] = value_states[0, :, 0]
+            else:
+                index = plan.flat_index(self.device, self.capacity)
+                self.keys.flatten(0, 1).index_copy_(0, index, key_states[:, :, 0])
+                self.values.flatten(0, 1).index_copy_(0, index, value_states[:, :, 0])
+        else:
+            first, last = plan.slot, plan.slot + 1
+            length = plan.start + key_states.shape[2]
+            self.keys[first, plan.start : length] = key_states[0].transpose(0, 1)
+            self.values[first, plan.start : length] = value_states[0].transpose(0, 1)
+        return (
+            self.keys[first:last, :length].transpose(1, 2),
+            self.values[first:last, :length].transpose(1, 2),
+        )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.plan.start + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.plan.start
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def resize(self, slots: int, capacity: int) -> None:
+        """Reallocate, keeping what fits. On failure the layer is as it was."""
+        if self.is_initialized and (slots, capacity) != (self.slots, self.capacity):
+            resized = [
+                self._resized(states, slots, capacity) for states in (self.keys, self.values)
+            ]
+            self.keys, self.values = resized
+        self.slots, self.capacity = slots, capacity
+
+    @staticmethod
+    def _resized(states: torch.Tensor, slots: int, capacity: int) -> torch.Tensor:
+        result = states.new_zeros(slots, capacity, *states.shape[2:])
+        rows, length = min(slots, states.shape[0]), min(capacity, states.shape[1])
+        result[:rows, :length] = states[:rows, :length]
+        return result
+
+
+class SlotCache(Cache):  # type: ignore[misc]
+    """All layers, resized and moved together.
+
+    `budget` bounds slots times capacity, in tokens; 0: no bound.
+    """
+
+    def __init__(self, layers: int, *, slots: int = 1, capacity: int = ROUND_TOKENS) -> None:
+        self.plan = Plan()
+        self.slots = slots
+        self.capacity = capacity
+        self.budget = 0
+        self.slot_layers = [SlotLayer(self.plan, slots, capacity) for _ in range(layers)]
+        super().__init__(layers=list(self.slot_layers))
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in all layers; 0 before the first forward."""
+        return sum(
+            states.shape[2] * states.shape[3] * states.element_size()
+            for layer in self.slot_layers
+            if layer.is_initialized
+            for states in (layer.keys, layer.values)
+        )
+
+    def reserve(self, rows: int, length: int, used_rows: int, used_length: int) -> bool:
+        """Make room for `rows` rows of `length` tokens, keeping the first `used_rows` rows of up to
+        `used_length` tokens. False if the budget, or the memory, does not allow it."""
+        length = max(length, used_length)
+        if rows <= self.slots and length <= self.capacity:
+            return True
+        capacity = self.capacity
+        if length > capacity:
+            capacity = _rounded(max(length, capacity + capacity // 2))
+        slots = self.slots if rows <= self.slots else max(rows, 2 * self.slots)
+        for wanted in ((slots, capacity), (rows, capacity), (rows, _rounded(length))):
+            if self.budget and wanted[0] * wanted[1] > max(self.budget, ROUND_TOKENS):
+                continue
+            if self._resize(*wanted):
+                return True
+        return False
+
+    def shrink(self, slots: int, capacity: int) -> None:
+        """Give memory back while no row is in use."""
+        capacity = _rounded(capacity)
+        if self.slots * self.capacity > slots * capacity:
+            self._resize(slots, capacity)
+
+    def _resize(self, slots: int, capacity: int) -> bool:
+        try:
+            for layer in self.slot_layers:
+                layer.resize(slots, capacity)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            # Layers resized already are larger than said here, which does no harm.
+            self.slots = min(self.slots, slots)
+            self.capacity = min(self.capacity, capacity)
+            return False
+        self.slots, self.capacity = slots, capacity
+        return True
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens of a row to another row."""
+        for layer in self.slot_layers:
+            layer.keys[target, :length] = layer.keys[source, :length]
+            layer.values[target, :length] = layer.values[source, :length]
+
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Exchange the first `length` tokens of two rows."""
+        for layer in self.slot_layers:
+            for states in (layer.keys, layer.values):
+                kept = states[one, :length].clone()
+                states[one, :length] = states[other, :length]
+                states[other, :length] = kept
+
+    def read(self, row: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """A copy of the first `length` tokens of a row, layer by layer."""
+        return [
+            (layer.keys[row, :length].clone(), layer.values[row, :length].clone())
+            for layer in self.slot_layers
+        ]
+
+    def write(self, row: int, states: list[tuple[torch.Tensor, torch.Tensor]], length: int) -> None:
+        """Put the first `length` tokens of an earlier `read` into a row."""
+        for layer, (keys, values) in zip(self.slot_layers, states, strict=True):
+            layer.keys[row, :length] = keys[:length]
+            layer.values[row, :length] = values[:length]
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // ROUND_TOKENS) * ROUND_TOKENS

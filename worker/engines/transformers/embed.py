@@ -1,0 +1,170 @@
+"""Embeddings: hidden states of texts, pooled, normalised, in bounded batches.
+
+Pooling, normalisation and dense layers are those of the model's sentence-transformers files where
+it has them, else the mean, normalised. Runs on the engine's thread between decode steps; must
+never tokenise.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from broker.protocol.errors import ErrorCode, RequestError
+from worker.engines.transformers.loader import LoadedModel
+
+__all__ = ["EmbedOptions", "Embedder", "embed_options"]
+
+BATCH_TOKENS = 4096
+"""Padded tokens of one batch: bounds what a step of running streams waits for."""
+
+POOLINGS = ("mean", "cls", "last", "max")
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedOptions:
+    """What one request asks for; None means the model's own."""
+
+    pooling: str | None = None
+    normalize: bool | None = None
+    dimensions: int | None = None
+
+
+def embed_options(arguments: dict[str, Any], width: int) -> EmbedOptions:
+    """Check a request's `embed_args`. Raises RequestError(INVALID_REQUEST)."""
+    unknown = sorted(set(arguments) - {"pooling", "normalize", "dimensions"})
+    if unknown:
+        raise _invalid(f"unknown embed_args {', '.join(unknown)}: pooling, normalize, dimensions")
+    pooling = arguments.get("pooling")
+    if pooling is not None and pooling not in POOLINGS:
+        raise _invalid(f"pooling {pooling!r}: choose one of {', '.join(POOLINGS)}")
+    normalize = arguments.get("normalize")
+    if normalize is not None and not isinstance(normalize, bool):
+        raise _invalid("normalize must be true or false")
+    dimensions = arguments.get("dimensions")
+    if dimensions is not None and (
+        not isinstance(dimensions, int)
+        or isinstance(dimensions, bool)
+        or not 1 <= dimensions <= width
+    ):
+        raise _invalid(f"dimensions must lie between 1 and {width}")
+    return EmbedOptions(pooling, normalize, dimensions)
+
+
+class Embedder:
+    """Embeds token ids with one model."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
+        model = loaded.model
+        self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if loaded.encoder_decoder:
+            self._base = self._base.get_encoder()
+        elif not loaded.embedding_only:
+            self._base = self._base.base_model
+        self._pooling, self._normalize, self._dense = _sentence_files(loaded.folder)
+        config = model.config.get_text_config(decoder=True)
+        #: Numbers of one embedding.
+        self.width = (
+            self._dense[-1][0].shape[0] if self._dense else int(getattr(config, "hidden_size", 0))
+        )
+
+    def batches(self, inputs: list[list[int]]) -> list[list[int]]:
+        """Indices of the inputs, in batches of like length within the bound."""
+        order = sorted(range(len(inputs)), key=lambda index: len(inputs[index]))
+        batches: list[list[int]] = []
+        for index in order:
+            longest = len(inputs[index])
+            if batches and longest * (len(batches[-1]) + 1) <= BATCH_TOKENS:
+                batches[-1].append(index)
+            else:
+                batches.append([index])
+        return batches
+
+    @torch.inference_mode()
+    def embed(self, batch: list[list[int]], options: EmbedOptions) -> list[bytes]:
+        """Embeddings of one batch, each float32 little-endian."""
+        device = self._loaded.device
+        longest = max(map(len, batch))
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)
+        mask = torch.zeros(len(batch), longest, dtype=torch.long)
+        for row, tokens in enumerate(batch):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+        ids, mask = ids.to(device), mask.to(device)
+        output = self._base(input_ids=ids, attention_mask=mask)
+        pooled = _pool(output[0].float(), mask, options.pooling or self._pooling)
+        for weight, bias, activation in self._dense:
+            pooled = activation(
+                torch.nn.functional.linear(
+                    pooled, weight.to(device), None if bias is None else bias.to(device)
+                )
+            )
+        if options.dimensions is not None:
+            pooled = pooled[:, : options.dimensions]
+        if self._normalize if options.normalize is None else options.normalize:
+            pooled = torch.nn.functional.normalize(pooled, dim=-1)
+        return [row.astype("<f4").tobytes() for row in pooled.cpu().numpy()]
+
+
+def _pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """[batch, tokens, width] to [batch, width]; rows are right-padded."""
+    if pooling == "cls":
+        return states[:, 0]
+    if pooling == "last":
+        return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
+    seen = mask[:, :, None].bool()
+    if pooling == "max":
+        return states.masked_fill(~seen, -torch.inf).amax(1)
+    return states.masked_fill(~seen, 0.0).sum(1) / mask.sum(1, keepdim=True)
+
+
+Dense = tuple[torch.Tensor, torch.Tensor | None, Any]
+
+
+def _sentence_files(folder: Path | None) -> tuple[str, bool, list[Dense]]:
+    """Pooling, normalisation and dense layers of a sentence-transformers folder."""
+    if folder is None or not (folder / "modules.json").is_file():
+        return "mean", True, []
+    pooling, normalize = "mean", False
+    dense: list[Dense] = []
+    for module in json.loads((folder / "modules.json").read_text()):
+        kind, path = module["type"].rsplit(".", 1)[-1], folder / module["path"]
+        if kind == "Normalize":
+            normalize = True
+        elif kind == "Pooling":
+            pooling = _pooling_mode(json.loads((path / "config.json").read_text()))
+        elif kind == "Dense":
+            dense.append(_dense(path))
+    return pooling, normalize, dense
+
+
+def _pooling_mode(config: dict[str, Any]) -> str:
+    keys = {
+        "pooling_mode_cls_token": "cls",
+        "pooling_mode_lasttoken": "last",
+        "pooling_mode_max_tokens": "max",
+        "pooling_mode_mean_tokens": "mean",
+    }
+    mode = config.get("pooling_mode")
+    if isinstance(mode, str):
+        return {"lasttoken": "last"}.get(mode, mode)
+    return next((name for key, name in keys.items() if config.get(key)), "mean")
+
+
+def _dense(path: Path) -> Dense:
+    from safetensors.torch import load_file
+
+    config = json.loads((path / "config.json").read_text())
+    weights = load_file(path / "model.safetensors")
+    name = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
+    activation = getattr(torch.nn, name.rsplit(".", 1)[-1])()
+    return weights["linear.weight"].float(), weights.get("linear.bias"), activation
+
+
+def _invalid(message: str) -> RequestError:
+    return RequestError(ErrorCode.INVALID_REQUEST, message)

@@ -1,0 +1,291 @@
+"""The per-request path for models that slots cannot serve: each sequence has its own `generate()`.
+
+Encoder-decoder models, state-space and hybrid models, models with positions of their own making:
+transformers' `generate()` runs them all, so it drives here. Each sequence has a thread in which
+`generate()` stops at every token until the scheduler has chosen it; only one of them ever runs,
+so this is turn-taking, not parallelism. Sampling, stops and texts are those of the batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
+from broker.protocol.messages import FinishReason, TokenLogprob
+from worker.engines.base import EngineEvent
+from worker.engines.transformers.loader import LoadedModel
+from worker.engines.transformers.memory import is_out_of_memory, release_cached
+from worker.engines.transformers.runner import RunnerCounts
+from worker.engines.transformers.sampling import Sampler, prompt_logprobs
+from worker.engines.transformers.sequence import Sequence, State
+
+__all__ = ["GenerateRunner", "plain_generation_config"]
+
+NEUTRAL: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": None,
+    "top_k": None,
+    "top_p": None,
+    "min_p": None,
+    "typical_p": None,
+    "repetition_penalty": None,
+    "max_length": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "early_stopping": False,
+    "length_penalty": 1.0,
+    "return_dict_in_generate": False,
+    # Ends are ours to find: a request may ignore EOS.
+    "eos_token_id": None,
+    "forced_eos_token_id": None,
+    "stop_strings": None,
+}
+"""Generation settings that requests own; what remains (suppressed tokens, forced BOS, ...) is the
+model's."""
+
+
+def plain_generation_config(model: Any, **changes: Any) -> Any:
+    """The model's generation config without what requests decide."""
+    config = copy.deepcopy(model.generation_config)
+    pad = config.pad_token_id
+    eos = config.eos_token_id
+    for name, value in {**NEUTRAL, **changes}.items():
+        setattr(config, name, value)
+    if pad is None:
+        # Without a padding id generate() takes EOS, which we have taken away.
+        first = eos[0] if isinstance(eos, list | tuple) and eos else eos
+        config.pad_token_id = first if isinstance(first, int) else 0
+    return config
+
+
+class _Stopped(Exception):
+    """Thrown into `generate()` to end it."""
+
+
+class _Generation(LogitsProcessor):  # type: ignore[misc]
+    """One `generate()` in a thread of its own, that waits at each token for the choice."""
+
+    def __init__(self, loaded: LoadedModel, sequence: Sequence) -> None:
+        self.sequence = sequence
+        self._loaded = loaded
+        self._go = threading.Semaphore(0)
+        self._there = threading.Semaphore(0)
+        self._scores: torch.Tensor | None = None
+        self._chosen: int | None = None
+        self._stop = False
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        #: State that some models keep on themselves between steps.
+        self._rope_deltas: Any = None
+
+    # --- the scheduler's side ---------------------------------------------------------------------
+
+    def advance(self) -> torch.Tensor:
+        """Compute the next logits [1, vocabulary]. Raises what `generate()` raised."""
+        owner = _rope_owner(self._loaded.model)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True, name="generate")
+            self._thread.start()
+        elif owner is not None:
+            owner.rope_deltas = self._rope_deltas
+        self._go.release()
+        self._there.acquire()
+        if owner is not None:
+            self._rope_deltas = owner.rope_deltas
+        if self._error is not None:
+            raise self._error
+        if self._scores is None:
+            raise RuntimeError("generate() ended before the request did")
+        scores, self._scores = self._scores, None
+        return scores
+
+    def choose(self, token_id: int) -> None:
+        self._chosen = token_id
+
+    def stop(self) -> None:
+        """End `generate()` and wait until its thread is gone."""
+        if self._thread is None or not self._thread.is_alive():
+            return
+        self._stop = True
+        self._go.release()
+        self._thread.join()
+
+    # --- the side of generate() -------------------------------------------------------------------
+
+    def _run(self) -> None:
+        self._go.acquire()
+        try:
+            if not self._stop:
+                self._generate()
+        except _Stopped:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._there.release()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._scores = scores
+        self._there.release()
+        self._go.acquire()
+        if self._stop:
+            raise _Stopped
+        forced = torch.full_like(scores, -torch.inf)
+        forced[0, self._chosen] = 0.0
+        return forced
+
+    def _generate(self) -> None:
+        sequence, loaded = self.sequence, self._loaded
+        model, prompt = loaded.model, sequence.prompt
+        config = plain_generation_config(
+            model, max_new_tokens=sequence.max_tokens - len(sequence.answer) + 1
+        )
+        arguments: dict[str, Any] = {}
+        if loaded.encoder_decoder:
+            ids = torch.tensor([prompt.ids])
+            start = config.decoder_start_token_id
+            if sequence.answer:
+                begin = start if start is not None else config.bos_token_id
+                arguments["decoder_input_ids"] = torch.tensor([[begin, *sequence.answer]])
+        else:
+            ids = torch.tensor([prompt.ids + sequence.answer])
+        arguments |= prompt.media
+        for name, value in prompt.aligned.items():
+            missing = ids.shape[1] - value.shape[1]
+            arguments[name] = torch.nn.functional.pad(value, (0, missing))
+        on_device = {
+            name: value.to(loaded.device) if isinstance(value, torch.Tensor) else value
+            for name, value in arguments.items()
+        }
+        if loaded.adapters:
+            on_device["adapter_names"] = [sequence.adapter or "__base__"]
+        model.generate(
+            input_ids=ids.to(loaded.device),
+            attention_mask=torch.ones_like(ids).to(loaded.device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([self]),
+            **on_device,
+        )
+
+
+class GenerateRunner:
+    """Runs up to `slots` sequences in turns, one token each."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        slots: int,
+        banned_ids: frozenset[int],
+        token_bytes: Callable[[int], bytes],
+    ) -> None:
+        self.slots = slots
+        self._loaded = loaded
+        self._banned = banned_ids
+        self._token_bytes = token_bytes
+        self._sampler: Sampler | None = None
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[_Generation] = []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._running or self._waiting)
+
+    def counts(self) -> RunnerCounts:
+        return RunnerCounts(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            batch=len(self._running),
+            kv_used_tokens=sum(generation.sequence.total for generation in self._running),
+        )
+
+    def submit(self, sequence: Sequence) -> None:
+        self._waiting.append(sequence)
+
+    def close(self) -> None:
+        for generation in self._running:
+            generation.stop()
+        self._running.clear()
+        self._waiting.clear()
+
+    def step(self) -> list[EngineEvent]:
+        """One token for each running sequence."""
+        events: list[EngineEvent] = []
+        now = time.perf_counter()
+        for sequence in list(self._waiting):
+            if sequence.cancelled:
+                self._waiting.remove(sequence)
+                events += sequence.end(FinishReason.CANCELLED, now)
+        while self._waiting and len(self._running) < self.slots:
+            sequence = self._waiting.popleft()
+            sequence.started_at = now
+            sequence.state = State.DECODE
+            self._running.append(_Generation(self._loaded, sequence))
+        for generation in list(self._running):
+            self._advance(generation, events)
+            if generation.sequence.state is State.DONE:
+                generation.stop()
+                self._running.remove(generation)
+        return events
+
+    def _advance(self, generation: _Generation, events: list[EngineEvent]) -> None:
+        sequence = generation.sequence
+        if sequence.cancelled:
+            events += sequence.end(FinishReason.CANCELLED, time.perf_counter())
+            return
+        try:
+            if sequence.wants_prompt_logprobs:
+                self._score_prompt(sequence)
+            scores = generation.advance()
+            if self._sampler is None:
+                self._sampler = Sampler(
+                    scores.shape[-1], banned_ids=sorted(self._banned), token_bytes=self._token_bytes
+                )
+            sampled = self._sampler.sample(scores.clone(), [sequence.row])[0]
+            events += sequence.accept(sampled, time.perf_counter())
+            generation.choose(sampled.token_id)
+        except RequestError as error:
+            events += sequence.fail(error.info)
+        except Exception as error:
+            release_cached(self._loaded.device)
+            short = is_out_of_memory(error)
+            cause = " ".join(str(error).split()) or type(error).__name__
+            events += sequence.fail(
+                ErrorInfo(
+                    code=(ErrorCode.OUT_OF_MEMORY if short else ErrorCode.ENGINE_ERROR).value,
+                    message=f"the model failed on this request: {cause[:500]}",
+                )
+            )
+
+    @torch.inference_mode()
+    def _score_prompt(self, sequence: Sequence) -> None:
+        if self._loaded.encoder_decoder:
+            raise RequestError(
+                ErrorCode.INVALID_REQUEST,
+                "prompt_logprobs: an encoder-decoder model gives no probabilities of its prompt",
+            )
+        prompt = sequence.prompt
+        arguments = {
+            name: value.to(self._loaded.device) if isinstance(value, torch.Tensor) else value
+            for name, value in (prompt.media | prompt.aligned).items()
+        }
+        ids = torch.tensor([prompt.ids], device=self._loaded.device)
+        logits = self._loaded.model(input_ids=ids, **arguments).logits[0]
+        first = TokenLogprob(None, self._token_bytes(prompt.ids[0]))
+        top = sequence.params.prompt_logprobs or 0
+        rest = prompt_logprobs(logits[:-1], prompt.ids[1:], top, self._token_bytes)
+        sequence.prompt_logprobs = [first, *rest]
+
+
+def _rope_owner(model: Any) -> Any:
+    inner = getattr(model, "model", None)
+    return inner if hasattr(inner, "rope_deltas") else None

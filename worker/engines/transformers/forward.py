@@ -1,0 +1,190 @@
+"""One forward pass of a model over the slot cache: prefill of one row, decode of many.
+
+Hides what differs between architectures: arguments a model takes, masks of sliding and chunked
+layers, boolean or additive masks, M-RoPE positions, adapters. Must never sample nor schedule.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from worker.engines.transformers.cache import SlotCache
+from worker.engines.transformers.loader import LoadedModel
+from worker.engines.transformers.sequence import Sequence
+
+__all__ = ["Forward", "Unsupported"]
+
+LAYER_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+"""Kinds of layers whose cache is plain keys and values."""
+
+
+class Unsupported(Exception):
+    """The architecture keeps state that slots cannot hold; the message says which."""
+
+
+class Forward:
+    """The model's forward over a slot cache. Raises `Unsupported` at construction where the
+    configuration shows that slots cannot serve it."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        model = loaded.model
+        config = model.config.get_text_config(decoder=True)
+        if loaded.encoder_decoder:
+            raise Unsupported("encoder-decoder models keep two caches")
+        if getattr(config, "num_kv_shared_layers", 0):
+            raise Unsupported("layers share keys and values")
+        kinds = list(getattr(config, "layer_types", None) or [])
+        self._window = int(getattr(config, "sliding_window", None) or 0)
+        self._chunk = int(getattr(config, "attention_chunk_size", None) or 0)
+        if not kinds:
+            kinds = ["sliding_attention" if self._window else "full_attention"]
+        self._kinds = sorted(set(kinds))
+        strange = [kind for kind in self._kinds if kind not in LAYER_KINDS]
+        if strange:
+            raise Unsupported(f"layers of type {', '.join(strange)}")
+        self._model = model
+        self.device = loaded.device
+        self._dtype = loaded.dtype
+        self._additive = getattr(config, "_attn_implementation", "") == "eager"
+        self._accepts = _forward_arguments(model)
+        self._per_row_adapters = bool(loaded.adapters)
+        self.cache = SlotCache(int(config.num_hidden_layers))
+        self._rope_owner = _rope_owner(model)
+        self._index = torch.arange(0, device=self.device)
+
+    # --- prefill ----------------------------------------------------------------------------------
+
+    def prepare(self, sequence: Sequence) -> None:
+        """Before the first prefill of a sequence: M-RoPE positions of its prompt."""
+        if self._rope_owner is None or sequence.rope_positions is not None:
+            return
+        prompt = sequence.prompt
+        ids = torch.tensor([prompt.ids])
+        arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        arguments |= {name: _on(value, torch.device("cpu")) for name, value in prompt.media.items()}
+        arguments |= prompt.aligned
+        positions = self._model._prepare_position_ids_for_generation(ids, dict(arguments))
+        sequence.rope_delta = int(self._rope_owner.rope_deltas.reshape(-1)[0])
+        sequence.rope_positions = positions
+
+    def prefill(
+        self, slot: int, sequence: Sequence, start: int, end: int, *, all_logits: bool = False
+    ) -> torch.Tensor:
+        """Compute tokens `start` to `end` of a sequence in row `slot`.
+
+        Returns logits [tokens or 1, vocabulary]: of the last token, or of all.
+        """
+        prompt = sequence.prompt
+        self.cache.plan.prefill(slot, start)
+        ids = torch.tensor([sequence.tokens(start, end)]).to(self.device, non_blocking=True)
+        arguments: dict[str, Any] = {"input_ids": ids}
+        if prompt.media and start < prompt.media_end:
+            if start != 0:
+                raise ValueError("a prompt's pictures are prefilled from its start")
+            arguments |= {name: _on(value, self.device) for name, value in prompt.media.items()}
+            for name, value in prompt.aligned.items():
+                if name in self._accepts or "kwargs" in self._accepts:
+                    arguments[name] = _stretched(value, end)[:, start:end].to(self.device)
+        if not all_logits and "logits_to_keep" in self._accepts:
+            arguments["logits_to_keep"] = 1
+        if "position_ids" in self._accepts:
+            arguments["position_ids"] = self._prefill_positions(sequence, start, end)
+        logits = self._run(arguments, [sequence])[0]
+        return logits if all_logits else logits[-1:]
+
+    def _prefill_positions(self, sequence: Sequence, start: int, end: int) -> torch.Tensor:
+        if self._rope_owner is None:
+            return torch.arange(start, end, device=self.device)[None]
+        known = sequence.rope_positions
+        assert isinstance(known, torch.Tensor)
+        axes, count = known.shape[0], known.shape[-1]
+        parts = [known[..., start : min(end, count)]]
+        if end > count:
+            text = torch.arange(max(start, count), end)
+            behind = (text + sequence.rope_delta).expand(axes, 1, -1).clone()
+            if axes == 4:
+                behind[0] = text
+            parts.append(behind)
+        return torch.cat(parts, dim=-1).to(self.device)
+
+    # --- decode -----------------------------------------------------------------------------------
+
+    def decode(self, sequences: list[Sequence]) -> torch.Tensor:
+        """One token for rows 0 to len(sequences) - 1. Returns logits [rows, vocabulary]."""
+        lengths = [sequence.filled for sequence in sequences]
+        length = max(lengths) + 1
+        # One transfer to the device for everything that depends on the rows.
+        facts = torch.tensor(
+            [
+                [sequence.answer[-1] for sequence in sequences],
+                lengths,
+                [sequence.rope_delta for sequence in sequences],
+            ]
+        ).to(self.device, non_blocking=True)
+        positions = facts[1]
+        self.cache.plan.step(positions, length)
+        arguments: dict[str, Any] = {"input_ids": facts[0][:, None]}
+        if len(sequences) > 1:
+            arguments["attention_mask"] = self._mask(positions, length)
+        if "position_ids" in self._accepts:
+            text = positions[:, None]
+            if self._rope_owner is not None:
+                axes = sequences[0].rope_positions.shape[0]  # type: ignore[attr-defined]
+                shifted = text + facts[2][:, None]
+                text = torch.stack([text] * (axes - 3) + [shifted] * 3)
+            arguments["position_ids"] = text
+        return self._run(arguments, sequences)[:, -1]
+
+    def _mask(self, positions: torch.Tensor, length: int) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Which keys each row sees, [rows, 1, 1, length], for each kind of layer."""
+        if self._index.shape[0] < length:
+            self._index = torch.arange(2 * length, device=self.device)
+        index, own = self._index[None, :length], positions[:, None]
+        past = index <= own
+        masks: dict[str, torch.Tensor] = {}
+        for kind in self._kinds:
+            seen = past
+            if kind == "sliding_attention" and self._window:
+                seen = past & (index > own - self._window)
+            elif kind == "chunked_attention" and self._chunk:
+                seen = past & (index // self._chunk == own // self._chunk)
+            seen = seen[:, None, None]
+            if self._additive:
+                # The eager path adds the mask: a boolean one would be added as 0 and 1.
+                lowest = torch.finfo(self._dtype).min
+                zeros = torch.zeros(seen.shape, dtype=self._dtype, device=self.device)
+                seen = zeros.masked_fill_(~seen, lowest)
+            masks[kind] = seen
+        return masks if len(masks) > 1 else masks[self._kinds[0]]
+
+    def _run(self, arguments: dict[str, Any], sequences: list[Sequence]) -> torch.Tensor:
+        if self._per_row_adapters:
+            arguments["adapter_names"] = [s.adapter or "__base__" for s in sequences]
+        output = self._model(**arguments, past_key_values=self.cache, use_cache=True)
+        logits: torch.Tensor = output.logits
+        return logits
+
+
+def _forward_arguments(model: Any) -> frozenset[str]:
+    target = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return frozenset(inspect.signature(target.forward).parameters)
+
+
+def _rope_owner(model: Any) -> Any:
+    """The module that keeps `rope_deltas` (Qwen-VL and its kin), or None."""
+    target = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = getattr(target, "model", None)
+    return inner if hasattr(inner, "rope_deltas") else None
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def _stretched(value: torch.Tensor, length: int) -> torch.Tensor:
+    """Per-token facts of a prompt, zeros for the answer behind it."""
+    missing = length - value.shape[1]
+    return torch.nn.functional.pad(value, (0, missing)) if missing > 0 else value

@@ -1,0 +1,492 @@
+"""Loads a model with its tokenizer, processor and facts, from a local folder or a hub id.
+
+Every way in which loading goes wrong becomes `EngineLoadError` with one line that names the cause
+and the way out. Must never step the model: warm-up and self test are `selftest`'s.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+)
+from transformers.utils import logging as transformers_logging
+
+from worker.engines.base import EngineLoadError, EngineOptions, Progress
+from worker.engines.transformers.quantise import bitsandbytes_config, normalise_skip_names
+from worker.engines.transformers.settings import EngineSettings
+
+__all__ = ["LoadedModel", "load_model", "pick_device", "wrap_model"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+SMALL_BYTES = 1 << 30
+"""On a CPU, `dtype=auto` computes in float32 up to this size: exact, and fast enough."""
+
+DEFAULT_CONTEXT_TOKENS = 2048
+"""Where neither configuration nor tokenizer says: what the replaced systems assume."""
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A model ready to be run, and what there is to know of it."""
+
+    model: Any
+    #: None only in tests of bare models.
+    tokenizer: Any
+    #: The processor of a model that takes pictures, else None.
+    processor: Any
+    device: torch.device
+    dtype: torch.dtype
+    context_tokens: int
+    eos_ids: frozenset[int]
+    #: Picture, video and audio placeholders: never sampled, never taken from a user's text.
+    placeholder_ids: frozenset[int]
+    vocabulary: int
+    takes_images: bool
+    encoder_decoder: bool
+    #: Only embeds: it has no output head.
+    embedding_only: bool
+    #: Folder of the model where it is local, for files beside the weights.
+    folder: Path | None
+    quantised: bool = False
+    #: Names of LoRA adapters loaded on the model, each chosen per row.
+    adapters: tuple[str, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device for `--device`; "auto" takes the best that is there. Raises
+    `EngineLoadError` for an unknown or absent one."""
+    if name == "auto":
+        for kind in ("cuda", "xpu", "npu", "mps"):
+            if _available(kind):
+                return torch.device(kind)
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise EngineLoadError(
+            f"unknown device {name!r}: choose auto, cpu, cuda, cuda:1, mps, xpu or npu"
+        ) from None
+    if device.type != "cpu" and not _available(device.type):
+        raise EngineLoadError(
+            f"device {name!r} is not available to this torch ({torch.__version__}): "
+            "choose another --device or install a build of torch for it"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EngineLoadError(f"there is no {name}: {torch.cuda.device_count()} GPUs are visible")
+    return device
+
+
+def _available(kind: str) -> bool:
+    if kind == "mps":
+        return torch.backends.mps.is_available()
+    backend = getattr(torch, kind, None)
+    return backend is not None and bool(backend.is_available())
+
+
+def load_model(
+    path: str, options: EngineOptions, settings: EngineSettings, progress: Progress
+) -> LoadedModel:
+    """Load one model: its own weights, or a PEFT adapter merged into its base (`--model-base`).
+
+    Raises `EngineLoadError`.
+    """
+    adapter: str | None = None
+    folder = _local_folder(path)
+    if folder is not None and not (folder / "config.json").is_file():
+        if not (folder / "adapter_config.json").is_file():
+            raise EngineLoadError(
+                f"{folder} holds no config.json: give the folder that save_pretrained wrote"
+            )
+        adapter, path = path, options.model_base or _base_of_adapter(folder)
+        folder = _local_folder(path)
+    elif options.model_base is not None:
+        adapter, path = path, options.model_base
+        folder = _local_folder(path)
+    with _explained(path):
+        config = AutoConfig.from_pretrained(
+            path, revision=options.revision, trust_remote_code=options.trust_remote_code
+        )
+    auto_class = _auto_class(config, folder, path)
+    device = pick_device(options.device)
+    size = _weight_bytes(folder)
+    dtype = _pick_dtype(options.dtype, config, device, size)
+    progress(0.0, f"loading {path}" + (f" ({size / 2**30:.1f} GiB)" if size else ""))
+    with _explained(path):
+        model, quantised = _load_weights(
+            path, config, auto_class, device, dtype, options, settings, progress
+        )
+        if adapter is not None:
+            model = _merge_adapter(model, adapter, options, progress)
+        tokenizer, processor = _load_tokenizer(
+            path, options, takes_images=auto_class is AutoModelForImageTextToText
+        )
+    progress(1.0, f"loaded {path}")
+    return wrap_model(
+        model, tokenizer, processor, settings=settings, folder=folder, quantised=quantised
+    )
+
+
+def wrap_model(
+    model: Any,
+    tokenizer: Any,
+    processor: Any = None,
+    *,
+    settings: EngineSettings | None = None,
+    folder: Path | None = None,
+    quantised: bool = False,
+) -> LoadedModel:
+    """Gather the facts of a model that is in memory already."""
+    settings = settings or EngineSettings()
+    config = model.config
+    text_config = config.get_text_config(decoder=True)
+    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    context = settings.context_tokens or _context_tokens(config, text_config, tokenizer)
+    parameters = sum(p.numel() for p in model.parameters())
+    dtype = model.dtype
+    return LoadedModel(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        processor=processor,
+        device=model.device,
+        dtype=dtype,
+        context_tokens=context,
+        eos_ids=_eos_ids(model, tokenizer),
+        placeholder_ids=_placeholder_ids(config, processor),
+        vocabulary=int(text_config.vocab_size),
+        takes_images=processor is not None,
+        encoder_decoder=encoder_decoder,
+        embedding_only=head is None,
+        folder=folder,
+        quantised=quantised,
+        details={
+            "architecture": type(model).__name__,
+            "parameters": parameters,
+            "dtype": str(dtype).removeprefix("torch."),
+            "quantised": quantised,
+            "attention": str(getattr(text_config, "_attn_implementation", "")),
+            "layers": int(getattr(text_config, "num_hidden_layers", 0) or 0),
+        },
+    )
+
+
+# --- where the model is ---------------------------------------------------------------------------
+
+
+def _local_folder(path: str) -> Path | None:
+    """The folder `path` names, or None when it must be a hub id."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    looks_local = path.startswith((".", "/", "~")) or os.sep * 2 in path or path.count("/") > 1
+    if folder.exists() or looks_local:
+        raise EngineLoadError(f"there is no folder {path}: give a model's folder or a hub id")
+    return None
+
+
+def _base_of_adapter(folder: Path) -> str:
+    import json
+
+    base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if not base:
+        raise EngineLoadError(f"{folder} is an adapter without a base: name it with --model-base")
+    return str(base)
+
+
+def _weight_bytes(folder: Path | None) -> int:
+    """Octets of the weights on disk; 0 where they are not local."""
+    if folder is None:
+        return 0
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Turn what transformers raises into one clear line."""
+    try:
+        yield
+    except EngineLoadError:
+        raise
+    except ImportError as error:
+        raise EngineLoadError(
+            f"{path} needs a package that is not installed: {_one_line(error)}"
+        ) from error
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
+        text = _one_line(error)
+        if "trust_remote_code" in text:
+            text = "it brings its own code: read it, then pass --trust-remote-code"
+        elif "does not recognize this architecture" in text or "model type" in text:
+            text += " (a newer transformers may know it)"
+        elif "safetensors" in text:
+            text += " (pickled weights: --engine-arg safetensors_only=false if you trust them)"
+        raise EngineLoadError(f"cannot load {path}: {text}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else text[:397] + "..."
+
+
+# --- classes, dtype, weights ----------------------------------------------------------------------
+
+
+def _auto_class(config: Any, folder: Path | None, path: str) -> Any:
+    """Which Auto class loads `config`; by architecture, then by what the mappings know."""
+    kind = type(config)
+    remote = getattr(config, "auto_map", None) or {}
+    architectures = getattr(config, "architectures", None) or []
+    sentence_model = folder is not None and (folder / "modules.json").is_file()
+    if sentence_model and kind in MODEL_MAPPING:
+        return AutoModel
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and any(
+        "ConditionalGeneration" in name or "ImageText" in name for name in architectures
+    ):
+        return AutoModelForImageTextToText
+    if getattr(config, "is_encoder_decoder", False) and (
+        kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    ):
+        return AutoModelForSeq2SeqLM
+    headless = bool(architectures) and all(
+        name.endswith(("Model", "ForMaskedLM", "ForPreTraining")) for name in architectures
+    )
+    if headless and kind in MODEL_MAPPING:
+        return AutoModel
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in remote:
+        return AutoModelForCausalLM
+    if kind in MODEL_MAPPING:
+        return AutoModel
+    if remote:
+        return AutoModelForCausalLM
+    raise EngineLoadError(
+        f"{path}: {kind.__name__} is no text, picture-and-text or embedding model of transformers"
+    )
+
+
+def _pick_dtype(name: str, config: Any, device: torch.device, size: int) -> torch.dtype:
+    if name != "auto":
+        if name not in DTYPES:
+            raise EngineLoadError(f"unknown dtype {name!r}: choose auto, {', '.join(DTYPES)}")
+        return DTYPES[name]
+    stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if isinstance(stored, str):
+        stored = DTYPES.get(stored.removeprefix("torch."))
+    if device.type != "cpu":
+        return stored or torch.float16
+    if stored in (None, torch.float32) or size <= SMALL_BYTES:
+        return torch.float32
+    # float16 on a CPU is emulated; bfloat16 keeps the size and is native where it is fast.
+    return torch.bfloat16
+
+
+def _load_weights(
+    path: str,
+    config: Any,
+    auto_class: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    options: EngineOptions,
+    settings: EngineSettings,
+    progress: Progress,
+) -> tuple[Any, bool]:
+    """Returns the model and whether its weights are quantised."""
+    if options.load_8bit and options.load_4bit:
+        raise EngineLoadError("choose one of --load-8bit and --load-4bit")
+    common: dict[str, Any] = {
+        "revision": options.revision,
+        "trust_remote_code": options.trust_remote_code,
+    }
+    kwargs: dict[str, Any] = dict(
+        common,
+        dtype=dtype,
+        use_safetensors=True if settings.safetensors_only else None,
+    )
+    if settings.attention != "auto":
+        kwargs["attn_implementation"] = settings.attention
+    several = options.device == "auto" and device.type == "cuda" and torch.cuda.device_count() > 1
+    if several or settings.max_memory:
+        kwargs["device_map"] = "auto"
+        if settings.max_memory:
+            kwargs["max_memory"] = _max_memory(settings.max_memory)
+    else:
+        kwargs["device_map"] = {"": str(device)}
+    stored = getattr(config, "quantization_config", None)
+    bits = 8 if options.load_8bit else 4 if options.load_4bit else 0
+    if stored is not None:
+        if bits:
+            raise EngineLoadError(
+                f"{path} is quantised already: load it without --load-8bit and --load-4bit"
+            )
+        as_dict = stored if isinstance(stored, dict) else stored.to_dict()
+        config.quantization_config = normalise_skip_names(as_dict)
+        kwargs["config"] = config
+    elif bits:
+        with torch.device("meta"):
+            skeleton = auto_class.from_config(
+                copy.deepcopy(config), trust_remote_code=options.trust_remote_code
+            )
+        kwargs["quantization_config"] = bitsandbytes_config(
+            skeleton, bits=bits, dtype=dtype, device=device
+        )
+    with _weights_progress(progress, path):
+        model = auto_class.from_pretrained(path, **kwargs)
+    return model, bool(bits) or stored is not None
+
+
+def _max_memory(text: str) -> dict[int | str, str]:
+    """`0=20GiB,cpu=64GiB` as accelerate takes it."""
+    result: dict[int | str, str] = {}
+    for item in text.split(","):
+        name, separator, amount = item.partition("=")
+        if not separator or not amount:
+            raise EngineLoadError(f"max_memory={text}: expected DEVICE=AMOUNT, as in 0=20GiB")
+        result[int(name) if name.strip().isdigit() else name.strip()] = amount.strip()
+    return result
+
+
+@contextmanager
+def _weights_progress(progress: Progress, path: str) -> Iterator[None]:
+    """Pass transformers' own weight-loading bar on to `progress`."""
+
+    def hook(factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kwargs = dict(kwargs)
+        if kwargs.get("desc") != "Loading weights":
+            return factory(*args, **kwargs)
+        return _Reported(args[0] if args else kwargs["iterable"], progress, path)
+
+    previous = transformers_logging.set_tqdm_hook(hook)
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(previous)
+
+
+class _Reported:
+    """An iterable in place of a progress bar, that tells `progress` how far it is."""
+
+    def __init__(self, items: Any, progress: Progress, path: str) -> None:
+        self._items, self._progress, self._path = list(items), progress, path
+
+    def __iter__(self) -> Iterator[Any]:
+        told = 0.0
+        for index, item in enumerate(self._items):
+            yield item
+            fraction = (index + 1) / len(self._items)
+            if fraction - told >= 0.01:
+                told = fraction
+                self._progress(fraction, f"loading weights of {self._path}")
+
+    def __getattr__(self, name: str) -> Any:
+        # set_postfix, update, close and the rest of a bar's decoration mean nothing here.
+        return lambda *args, **kwargs: None
+
+
+def _merge_adapter(model: Any, adapter: str, options: EngineOptions, progress: Progress) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise EngineLoadError(
+            "LoRA adapters need peft: pip install 'tokenbus[worker,lora]'"
+        ) from None
+    progress(None, f"merging {adapter}")
+    return PeftModel.from_pretrained(model, adapter, revision=None).merge_and_unload()
+
+
+def _load_tokenizer(path: str, options: EngineOptions, *, takes_images: bool) -> tuple[Any, Any]:
+    common: dict[str, Any] = {
+        "revision": options.revision,
+        "trust_remote_code": options.trust_remote_code,
+    }
+    processor = AutoProcessor.from_pretrained(path, **common) if takes_images else None
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(path, **common)
+    return tokenizer, processor
+
+
+# --- facts ----------------------------------------------------------------------------------------
+
+
+def _context_tokens(config: Any, text_config: Any, tokenizer: Any) -> int:
+    """Longest prompt plus answer."""
+    names = (
+        "max_position_embeddings",
+        "max_sequence_length",
+        "n_positions",
+        "seq_length",
+        "max_seq_len",
+    )
+    length = next(
+        (
+            int(value)
+            for name in names
+            for value in (getattr(text_config, name, None),)
+            if isinstance(value, int) and value > 0
+        ),
+        0,
+    )
+    scaling = getattr(text_config, "rope_scaling", None)
+    if length and isinstance(scaling, dict):
+        kind = scaling.get("rope_type", scaling.get("type"))
+        # Newer kinds (yarn, llama3, longrope) state the stretched length already.
+        if kind in ("linear", "dynamic"):
+            length = int(length * float(scaling.get("factor", 1.0)))
+    if not length:
+        stated = getattr(tokenizer, "model_max_length", None)
+        if isinstance(stated, int) and 0 < stated < 10_000_000:
+            length = stated
+    return length or DEFAULT_CONTEXT_TOKENS
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Ids that end an answer: generation config first, then configuration, then tokenizer."""
+    generation = getattr(model, "generation_config", None) or GenerationConfig()
+    for source in (generation, model.config.get_text_config(decoder=True), tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return frozenset(ids if isinstance(ids, list | tuple) else [ids])
+    return frozenset()
+
+
+def _placeholder_ids(config: Any, processor: Any) -> frozenset[int]:
+    names = (
+        "image_token_id",
+        "image_token_index",
+        "video_token_id",
+        "video_token_index",
+        "audio_token_id",
+        "audio_token_index",
+    )
+    found = {
+        value
+        for holder in (config, processor)
+        for name in names
+        for value in (getattr(holder, name, None),)
+        if isinstance(value, int) and value >= 0
+    }
+    return frozenset(found)

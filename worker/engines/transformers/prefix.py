@@ -1,0 +1,130 @@
+"""Prefix reuse: keys and values of finished rows, found again by what their tokens were.
+
+An entry's key is its token ids with every picture placeholder replaced by a digest of the
+picture, so equal keys mean equal keys and values. Least recently used entries leave when the
+budget is full. Must never hand out a prefix that ends before the last picture of the request: the
+pictures behind it would have to be passed to the model without those before.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from worker.engines.transformers.sequence import Sequence
+
+__all__ = ["PrefixCache", "PrefixEntry"]
+
+SMALLEST_PREFIX = 16
+"""Shorter prefixes cost as much to copy as to compute."""
+
+LayerStates = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PrefixEntry:
+    """A finished row: its tokens, its adapter, its keys and values."""
+
+    key: NDArray[np.int64]
+    adapter: str | None
+    states: LayerStates
+
+
+class PrefixCache:
+    """Finished rows within a budget of tokens; 0 keeps none."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        #: Tokens held, and tokens that requests took from here or from running rows.
+        self.tokens = 0
+        self.hit_tokens = 0
+        self._entries: OrderedDict[int, PrefixEntry] = OrderedDict()
+        self._next = 0
+
+    def longest(self, sequence: Sequence, limit: int) -> tuple[PrefixEntry | None, int]:
+        """The entry that shares most with the sequence's tokens, and how much, at most `limit`."""
+        best: PrefixEntry | None = None
+        length = 0
+        key = sequence_key(sequence)
+        for entry in self._entries.values():
+            if entry.adapter != sequence.adapter:
+                continue
+            shared = _usable(sequence, min(_common(entry.key, key), limit))
+            if shared > length:
+                best, length = entry, shared
+        return best, length
+
+    def shared(self, other: Sequence, sequence: Sequence, limit: int) -> int:
+        """Tokens that a running sequence has in the cache and `sequence` may copy."""
+        if other.adapter != sequence.adapter:
+            return 0
+        common = _common(sequence_key(other), sequence_key(sequence))
+        return _usable(sequence, min(common, limit))
+
+    def used(self, entry: PrefixEntry, length: int) -> None:
+        """An entry was copied: it is the most recently used now."""
+        self.hit_tokens += length
+        for number, held in self._entries.items():
+            if held is entry:
+                self._entries.move_to_end(number)
+                return
+
+    def store(self, sequence: Sequence, read: Callable[[int], LayerStates]) -> None:
+        """Keep a finished row if it is worth it. `read(length)` copies its keys and values."""
+        length = sequence.filled
+        if length < SMALLEST_PREFIX or length > self.budget:
+            return
+        key = sequence_key(sequence)[:length]
+        for number, entry in list(self._entries.items()):
+            if entry.adapter != sequence.adapter:
+                continue
+            common = _common(entry.key, key)
+            if common == length:
+                # Known already, whole: only its turn to leave changes.
+                self._entries.move_to_end(number)
+                return
+            if common == len(entry.key):
+                self._remove(number)
+        while self.tokens + length > self.budget and self.drop_oldest():
+            pass
+        self._next += 1
+        self._entries[self._next] = PrefixEntry(key, sequence.adapter, read(length))
+        self.tokens += length
+
+    def drop_oldest(self) -> bool:
+        """Give the least recently used entry's memory back; False if there is none."""
+        if not self._entries:
+            return False
+        self._remove(next(iter(self._entries)))
+        return True
+
+    def clear(self) -> None:
+        self._entries.clear()
+        self.tokens = 0
+
+    def _remove(self, number: int) -> None:
+        self.tokens -= len(self._entries.pop(number).key)
+
+
+def sequence_key(sequence: Sequence) -> NDArray[np.int64]:
+    """Key of prompt and answer."""
+    if not sequence.answer:
+        return sequence.prompt.key
+    return np.concatenate([sequence.prompt.key, np.asarray(sequence.answer, dtype=np.int64)])
+
+
+def _common(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
+    count = min(len(one), len(other))
+    different = np.flatnonzero(one[:count] != other[:count])
+    return int(different[0]) if len(different) else count
+
+
+def _usable(sequence: Sequence, shared: int) -> int:
+    if shared < SMALLEST_PREFIX or shared < sequence.prompt.media_end:
+        return 0
+    return shared

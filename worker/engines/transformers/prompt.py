@@ -1,0 +1,485 @@
+"""Turns a request into token ids and model inputs: chat template, raw prompt, token ids, pictures.
+
+Runs in preprocessing threads, one at a time for each model (a fast tokenizer must not be used from
+two threads at once). A special token that a user typed into a message's text never becomes one:
+it is broken by a space, so that no text can open a turn or claim a picture. Raw prompts are the
+caller's own template: special tokens in them are meant.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+import threading
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from broker.protocol.errors import ErrorCode, RequestError
+from broker.protocol.messages import Kind, Message, Request, TextPart, VideoPart
+from worker.engines.base import Job
+from worker.engines.transformers.images import DecodedImage, ImageLimits, decode_image
+from worker.engines.transformers.loader import LoadedModel
+
+__all__ = ["Prompt", "PromptBuilder"]
+
+RAW_PLACEHOLDER = "<image>"
+"""What stands for a picture in a raw prompt, as LLaVA's clients write it."""
+
+_ALIGNED = ("attention_mask", "token_type_ids", "mm_token_type_ids")
+"""Processor outputs with one entry for each prompt token."""
+
+
+@dataclass(slots=True)
+class Prompt:
+    """A prompt ready for prefill."""
+
+    ids: list[int]
+    #: Pictures as the processor made them (pixel_values, image_grid_thw, ...), on the host.
+    media: dict[str, Any] = field(default_factory=dict)
+    #: Tensors of shape [1, len(ids)] that belong to the token ids (token_type_ids, ...).
+    aligned: dict[str, torch.Tensor] = field(default_factory=dict)
+    #: int64 [len(ids)]: the ids, placeholders replaced by a digest of their picture. Equal keys
+    #: mean equal keys and values in the cache.
+    key: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    #: Index behind the last placeholder; up to there a prefill with pictures goes in one piece.
+    media_end: int = 0
+    image_tokens: int = 0
+
+
+class PromptBuilder:
+    """Builds prompts for one model. Every method raises `RequestError` for what it cannot serve."""
+
+    def __init__(self, loaded: LoadedModel, limits: ImageLimits) -> None:
+        self._loaded = loaded
+        self._limits = limits
+        # The step loop decodes with its own tokenizer: a fast one is not safe in two threads.
+        self._tokenizer = copy.deepcopy(loaded.tokenizer)
+        self._processor = copy.copy(loaded.processor)
+        if self._processor is not None:
+            self._processor.tokenizer = self._tokenizer
+        self._lock = threading.Lock()
+        self._image_token = self._find_image_token()
+        self._special = self._special_pattern()
+        self._takes_parts = self._template_takes_parts()
+
+    # --- what requests ask for --------------------------------------------------------------------
+
+    def generation(self, job: Job) -> Prompt:
+        """The prompt of a chat or complete request, pictures included."""
+        request = job.request
+        images = self._decode(job)
+        with self._lock:
+            if request.token_ids is not None:
+                return self._from_ids(request.token_ids, images)
+            if request.kind is Kind.COMPLETE:
+                text, add_special = self._raw_text(request, len(images))
+            else:
+                text, add_special = self.template_text(request, images), None
+            prompt = self._tokenised(text, images, add_special)
+            return self._fit(prompt, request)
+
+    def text(self, request: Request) -> str:
+        """The chat template's text (kind template)."""
+        with self._lock:
+            return self.template_text(request, None)
+
+    def token_count(self, job: Job) -> int:
+        """Prompt tokens, pictures included (kind count)."""
+        return len(self._unfitted(job).ids)
+
+    def token_ids(self, job: Job) -> list[int]:
+        """Token ids of a text or of messages (kind tokenize)."""
+        return self._unfitted(job).ids
+
+    def detokenised(self, token_ids: list[int]) -> str:
+        """Text of token ids (kind detokenize)."""
+        self._check_ids(token_ids)
+        with self._lock:
+            return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
+
+    def embedding_inputs(self, inputs: Items[str | list[int]]) -> list[list[int]]:
+        """Token ids of the texts to embed, special tokens added, within the context."""
+        result: list[list[int]] = []
+        with self._lock:
+            for item in inputs:
+                ids = (
+                    list(self._tokenizer(item, add_special_tokens=True)["input_ids"])
+                    if isinstance(item, str)
+                    else list(item)
+                )
+                if not ids:
+                    raise _invalid(f"input {len(result)} to embed has no tokens")
+                self._check_ids(ids)
+                if len(ids) > self._loaded.context_tokens:
+                    raise _overflow(len(ids), 0, self._loaded.context_tokens)
+                result.append(ids)
+        return result
+
+    def _unfitted(self, job: Job) -> Prompt:
+        request = job.request
+        images = self._decode(job)
+        with self._lock:
+            if request.token_ids is not None:
+                return self._from_ids(request.token_ids, images)
+            if request.messages is not None:
+                return self._tokenised(self.template_text(request, images), images, None)
+            text, add_special = self._raw_text(request, len(images))
+            return self._tokenised(text, images, add_special)
+
+    # --- pictures ---------------------------------------------------------------------------------
+
+    def _decode(self, job: Job) -> list[DecodedImage]:
+        """The request's pictures in the order in which the prompt names them."""
+        request = job.request
+        order = list(range(len(job.attachments)))
+        if request.messages is not None:
+            named = _named_attachments(request.messages)
+            outside = [index for index in named if index >= len(job.attachments)]
+            if outside or len(set(named)) != len(order):
+                raise _invalid(
+                    f"the messages name {len(named)} pictures, the request carries "
+                    f"{len(job.attachments)}: name each attachment in an image part"
+                )
+            order = named
+        if order and not self._loaded.takes_images:
+            raise _invalid(
+                f"model {request.model} takes no pictures, the request carries {len(order)}: "
+                "choose a model that does"
+            )
+        return [decode_image(job.attachments[index], index, self._limits) for index in order]
+
+    # --- text -------------------------------------------------------------------------------------
+
+    def template_text(self, request: Request, images: list[DecodedImage] | None) -> str:
+        """The model's own chat template over the messages. The caller holds the lock."""
+        if request.messages is None:
+            raise _invalid(f"a {request.kind} request needs messages")
+        holder = self._processor if self._has_template(self._processor) else self._tokenizer
+        if not self._has_template(holder):
+            raise _invalid(
+                f"model {request.model} has no chat template: send a raw prompt (kind complete)"
+            )
+        arguments = dict(request.template_args)
+        continue_final = bool(arguments.pop("continue_final_message", False))
+        add_prompt = bool(arguments.pop("add_generation_prompt", not continue_final))
+        for reserved in ("tokenize", "return_dict", "return_tensors", "conversation"):
+            arguments.pop(reserved, None)
+        if request.tool_choice is not None:
+            arguments["tool_choice"] = request.tool_choice
+        try:
+            text = holder.apply_chat_template(
+                [self._message(message) for message in request.messages],
+                tools=request.tools,
+                tokenize=False,
+                add_generation_prompt=add_prompt,
+                continue_final_message=continue_final,
+                **arguments,
+            )
+        except Exception as error:
+            # A template is the model's own program: whatever it raises fails this request only.
+            cause = " ".join(str(error).split()) or type(error).__name__
+            raise _invalid(f"the model's chat template refuses these messages: {cause}") from None
+        return str(text)
+
+    def _message(self, message: Message) -> dict[str, Any]:
+        """One message as templates expect it."""
+        result: dict[str, Any] = {"role": message.role}
+        if message.content is None:
+            result["content"] = "" if message.tool_calls is None else None
+        elif isinstance(message.content, str):
+            text = self._defused(message.content)
+            result["content"] = [{"type": "text", "text": text}] if self._takes_parts else text
+        else:
+            parts: list[dict[str, str]] = []
+            for part in message.content:
+                if isinstance(part, TextPart):
+                    parts.append({"type": "text", "text": self._defused(part.text)})
+                elif isinstance(part, VideoPart):
+                    parts += [{"type": "image"} for _ in part.attachments]
+                else:
+                    parts.append({"type": "image"})
+            result["content"] = (
+                parts
+                if self._takes_parts
+                else "".join(part.get("text", self._image_token or "") for part in parts)
+            )
+        for name in ("name", "tool_calls", "tool_call_id", "reasoning_content"):
+            value = getattr(message, name)
+            if value is not None:
+                result[name] = value
+        return result
+
+    def _raw_text(self, request: Request, images: int) -> tuple[str, bool | None]:
+        """A raw prompt with one placeholder for each picture."""
+        if request.prompt is None:
+            raise _invalid(f"a {request.kind} request needs a prompt or token ids")
+        text = request.prompt
+        if not self._loaded.takes_images:
+            return text, None
+        token = self._image_token or RAW_PLACEHOLDER
+        if token != RAW_PLACEHOLDER and RAW_PLACEHOLDER in text:
+            text = text.replace(RAW_PLACEHOLDER, self._wrapped_image_token())
+        found = text.count(token)
+        if found != images:
+            raise _invalid(
+                f"the prompt has {found} {RAW_PLACEHOLDER} placeholders, the request carries "
+                f"{images} pictures: the counts must be equal",
+                placeholders=found,
+                pictures=images,
+            )
+        return text, None
+
+    def _defused(self, text: str) -> str:
+        """The text with every special token broken by a space behind its first character."""
+        if self._special is None:
+            return text
+        return self._special.sub(lambda match: f"{match[0][:1]} {match[0][1:]}", text)
+
+    # --- tokens -----------------------------------------------------------------------------------
+
+    def _tokenised(self, text: str, images: list[DecodedImage], add_special: bool | None) -> Prompt:
+        """Token ids and inputs of a text; `add_special` None: unless the text brings its BOS."""
+        bos = getattr(self._tokenizer, "bos_token", None)
+        if add_special is None:
+            add_special = not (bos and text.startswith(bos))
+        if self._processor is None:
+            ids = self._tokenizer(text, add_special_tokens=add_special)["input_ids"]
+            if not ids:
+                raise _invalid("the prompt is empty: it has no tokens")
+            return self._finished(list(ids), {}, [])
+        pictures: list[Image.Image] = [image.image for image in images]
+        try:
+            output = self._processor(
+                text=[text],
+                images=pictures or None,
+                return_tensors="pt",
+                add_special_tokens=add_special,
+            )
+        except Exception as error:
+            cause = " ".join(str(error).split()) or type(error).__name__
+            raise _invalid(f"the model's processor refuses this prompt: {cause}") from None
+        ids = output["input_ids"][0].tolist()
+        if not ids:
+            raise _invalid("the prompt is empty: it has no tokens")
+        return self._finished(ids, dict(output), images)
+
+    def _finished(
+        self, ids: list[int], output: dict[str, Any], images: list[DecodedImage]
+    ) -> Prompt:
+        aligned = {
+            name: output[name] for name in _ALIGNED if name in output and name != "attention_mask"
+        }
+        media = (
+            {
+                name: value
+                for name, value in output.items()
+                if name not in ("input_ids", *_ALIGNED) and value is not None
+            }
+            if images
+            else {}
+        )
+        key = np.asarray(ids, dtype=np.int64)
+        placed = np.isin(key, list(self._loaded.placeholder_ids))
+        prompt = Prompt(ids=ids, media=media, aligned=aligned if images else {}, key=key)
+        if images:
+            prompt.image_tokens = int(placed.sum())
+            prompt.media_end = int(np.flatnonzero(placed)[-1]) + 1 if placed.any() else len(ids)
+            prompt.key = _picture_key(key, placed, [image.digest for image in images])
+        elif placed.any():
+            raise _invalid(
+                f"the prompt holds {int(placed.sum())} picture placeholders and no picture"
+            )
+        return prompt
+
+    def _from_ids(self, token_ids: list[int], images: list[DecodedImage]) -> Prompt:
+        if images:
+            raise _invalid("token ids cannot carry pictures: send messages or a raw prompt")
+        self._check_ids(token_ids)
+        return self._finished(list(token_ids), {}, [])
+
+    def _check_ids(self, token_ids: list[int]) -> None:
+        worst = max(token_ids)
+        if worst >= self._loaded.vocabulary:
+            raise _invalid(
+                f"token id {worst} is outside the vocabulary of {self._loaded.vocabulary}"
+            )
+
+    # --- context ----------------------------------------------------------------------------------
+
+    def _fit(self, prompt: Prompt, request: Request) -> Prompt:
+        """The prompt within the context, by the policy asked for."""
+        context, params = self._loaded.context_tokens, request.params
+        # An encoder's context is the prompt's alone.
+        answer = 0 if self._loaded.encoder_decoder else params.max_tokens or 1
+        room = context - answer
+        if len(prompt.ids) <= room:
+            return prompt
+        if params.overflow == "error" or room < 1:
+            raise _overflow(len(prompt.ids), params.max_tokens or 1, context)
+        if params.max_tokens is None:
+            # Without a bound, the answer is left up to a quarter of the context.
+            room = context - max(1, min(context // 4, 1024))
+        keep = self._kept_head(prompt.ids, request)
+        cut = len(prompt.ids) - room
+        if keep >= room:
+            raise _overflow(len(prompt.ids), params.max_tokens or 1, context)
+        if prompt.media and prompt.media_end > keep:
+            first = int(np.flatnonzero(np.isin(prompt.ids, list(self._loaded.placeholder_ids)))[0])
+            if first < keep + cut:
+                raise RequestError(
+                    ErrorCode.CONTEXT_OVERFLOW,
+                    f"the prompt has {len(prompt.ids)} tokens, {room} fit, and its pictures lie "
+                    "where it would be cut: send fewer turns or smaller pictures",
+                )
+        ids = prompt.ids[:keep] + prompt.ids[keep + cut :]
+        return Prompt(
+            ids=ids,
+            media=prompt.media,
+            aligned={
+                name: torch.cat([value[:, :keep], value[:, keep + cut :]], dim=1)
+                for name, value in prompt.aligned.items()
+            },
+            key=np.concatenate([prompt.key[:keep], prompt.key[keep + cut :]]),
+            media_end=max(prompt.media_end - cut, 0),
+            image_tokens=prompt.image_tokens,
+        )
+
+    def _kept_head(self, ids: list[int], request: Request) -> int:
+        """Tokens at the start that truncation keeps: BOS, and the system message of a chat."""
+        keep = 1 if ids and ids[0] == getattr(self._tokenizer, "bos_token_id", None) else 0
+        messages = request.messages or []
+        if not messages or messages[0].role not in ("system", "developer"):
+            return keep
+        # The head is what two conversations with this system message and different users share.
+        heads = []
+        for word in ("a", "b"):
+            pair = [messages[0], Message(role="user", content=word)]
+            probe = Request(model=request.model, messages=pair, window=1, tools=request.tools)
+            text = self.template_text(probe, None)
+            heads.append(self._tokenised(text, [], None).ids)
+        shared = _common_prefix(_common_prefix_ids(*heads), ids)
+        return max(keep, shared)
+
+    # --- what the model understands ---------------------------------------------------------------
+
+    @staticmethod
+    def _has_template(holder: Any) -> bool:
+        return holder is not None and getattr(holder, "chat_template", None) is not None
+
+    def _find_image_token(self) -> str | None:
+        if self._processor is None:
+            return None
+        # Gemma 3 marks a picture with its start token; the processor expands it.
+        for name in ("boi_token", "image_token"):
+            token = getattr(self._processor, name, None)
+            if token is not None:
+                return str(getattr(token, "content", token))
+        return None
+
+    def _special_pattern(self) -> re.Pattern[str] | None:
+        tokens = set(getattr(self._tokenizer, "all_special_tokens", []) or [])
+        added = getattr(self._tokenizer, "added_tokens_decoder", {}) or {}
+        tokens |= {str(token.content) for token in added.values() if token.special}
+        if self._processor is not None:
+            tokens |= {token for token in (self._image_token, RAW_PLACEHOLDER) if token}
+            for name in ("image_token", "video_token", "audio_token"):
+                token = getattr(self._processor, name, None)
+                if token is not None:
+                    tokens.add(str(getattr(token, "content", token)))
+        # One character cannot be broken by a space, and is no control token of any model.
+        words = sorted((t for t in tokens if len(t) > 1), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, words))) if words else None
+
+    def _template_takes_parts(self) -> bool:
+        """Whether the template wants a list of parts rather than a string as content."""
+        if self._processor is None:
+            return False
+        holder = self._processor if self._has_template(self._processor) else self._tokenizer
+        if not self._has_template(holder):
+            return False
+        try:
+            text = holder.apply_chat_template(
+                [{"role": "user", "content": [{"type": "text", "text": "probe"}]}], tokenize=False
+            )
+        except Exception:
+            return False
+        return "probe" in text and "'type'" not in text and '"type"' not in text
+
+    def _wrapped_image_token(self) -> str:
+        """The placeholder with what the model's template writes around it (Qwen-VL's markers)."""
+        token = self._image_token or RAW_PLACEHOLDER
+        holder = self._processor if self._has_template(self._processor) else self._tokenizer
+        if not (self._takes_parts and self._has_template(holder)):
+            return token
+        content = [{"type": "text", "text": "qfirst"}, {"type": "image"}]
+        content.append({"type": "text", "text": "qlast"})
+        text = holder.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        between = text.partition("qfirst")[2].partition("qlast")[0]
+        return between.strip() if token in between else token
+
+
+# --- helpers --------------------------------------------------------------------------------------
+
+
+def _named_attachments(messages: Items[Message]) -> list[int]:
+    named: list[int] = []
+    for message in messages:
+        for part in message.content if isinstance(message.content, list) else []:
+            if isinstance(part, VideoPart):
+                named += part.attachments
+            elif not isinstance(part, TextPart):
+                named.append(part.attachment)
+    return named
+
+
+def _picture_key(
+    key: NDArray[np.int64], placed: NDArray[np.bool_], digests: list[bytes]
+) -> NDArray[np.int64]:
+    """Placeholders replaced by their picture's digest (negative: no token id collides). Where runs
+    of placeholders do not match pictures one to one (tiles), all stand for all pictures."""
+    starts = np.flatnonzero(placed & ~np.concatenate([[False], placed[:-1]]))
+    if len(starts) == len(digests):
+        values = [_negative(digest) for digest in digests]
+        run = np.cumsum(np.isin(np.arange(len(key)), starts)) - 1
+        return np.where(placed, np.asarray(values, dtype=np.int64)[np.maximum(run, 0)], key)
+    combined = hashlib.blake2b(b"".join(digests), digest_size=16).digest()
+    return np.where(placed, np.int64(_negative(combined)), key)
+
+
+def _negative(digest: bytes) -> int:
+    return -1 - (int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _common_prefix_ids(a: list[int], b: list[int]) -> list[int]:
+    return a[: _common_prefix(a, b)]
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    for index, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return index
+    return min(len(a), len(b))
+
+
+def _invalid(message: str, **details: Any) -> RequestError:
+    return RequestError(ErrorCode.INVALID_REQUEST, message, details=details)
+
+
+def _overflow(prompt_tokens: int, answer_tokens: int, context: int) -> RequestError:
+    return RequestError(
+        ErrorCode.CONTEXT_OVERFLOW,
+        f"the prompt has {prompt_tokens} tokens and the answer asks for {answer_tokens}, the "
+        f"context is {context}: shorten the prompt, lower max_tokens or ask for truncation",
+        details={
+            "prompt_tokens": prompt_tokens,
+            "answer_tokens": answer_tokens,
+            "context_tokens": context,
+        },
+    )

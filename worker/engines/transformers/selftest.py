@@ -1,0 +1,184 @@
+"""Load-time self test: is the slot cache right for this model? It is the warm-up as well.
+
+Plain `generate()` gives the logits of two prompts of unequal length; the slot path is given the
+same tokens, in pieces, with rows that join and move, and must come to the same logits. Whatever
+differs or raises sends the model to the fallback, so that no architecture is refused and none is
+served wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+
+from broker.protocol.messages import Params
+from worker.engines.transformers.fallback import plain_generation_config
+from worker.engines.transformers.forward import Forward, Unsupported
+from worker.engines.transformers.loader import LoadedModel
+from worker.engines.transformers.prompt import Prompt
+from worker.engines.transformers.sequence import Sequence
+
+__all__ = ["Verdict", "check"]
+
+STEPS = 4
+"""Answer tokens compared for each prompt."""
+
+TOLERANCES = {torch.float32: 2e-3, torch.float64: 2e-3}
+"""Largest relative error of the logits. A wrong mask or position gives about 1."""
+HALF_TOLERANCE = 0.2
+QUANTISED_TOLERANCE = 0.6
+"""LLM.int8 looks for outliers over the whole batch: its results depend on who shares it."""
+
+
+class Verdict:
+    """The outcome: a forward over slots, or the reason why there is none."""
+
+    def __init__(self, forward: Forward | None, reason: str = "", whole: bool = False) -> None:
+        self.forward = forward
+        self.reason = reason
+        #: Prompts must go in one piece (prefix-LM).
+        self.whole_prompts = whole
+
+
+def check(loaded: LoadedModel, picture_prompt: Prompt | None) -> Verdict:
+    """Compare the slot path with `generate()` on `loaded`, with a picture where one is given."""
+    verdict = _try(loaded, picture_prompt, whole=False)
+    if verdict.forward is None and picture_prompt is not None:
+        whole = _try(loaded, picture_prompt, whole=True)
+        if whole.forward is not None:
+            return whole
+    return verdict
+
+
+def _try(loaded: LoadedModel, picture_prompt: Prompt | None, *, whole: bool) -> Verdict:
+    try:
+        forward = Forward(loaded)
+        long = picture_prompt or _text_prompt(loaded, 13)
+        with torch.inference_mode():
+            _compare(loaded, forward, long, _text_prompt(loaded, 5), whole=whole)
+    except Unsupported as error:
+        return Verdict(None, str(error))
+    except Exception as error:
+        cause = " ".join(str(error).split()) or type(error).__name__
+        return Verdict(None, cause[:300])
+    return Verdict(forward, whole=whole)
+
+
+def _text_prompt(loaded: LoadedModel, length: int) -> Prompt:
+    """Ordinary tokens spread over the vocabulary."""
+    import numpy as np
+
+    special = set(getattr(loaded.tokenizer, "all_special_ids", None) or [])
+    special |= loaded.placeholder_ids
+    stride = max(loaded.vocabulary // (2 * length + 7), 1)
+    ordinary = [
+        token_id
+        for token_id in range(loaded.vocabulary // 3, loaded.vocabulary, stride)
+        if token_id not in special
+    ]
+    ids = (ordinary * length)[:length]
+    return Prompt(ids=ids, key=np.asarray(ids, dtype=np.int64))
+
+
+def _probe(prompt: Prompt) -> Sequence:
+    """A sequence that is only run forward: it needs no sampler and no text."""
+    return Sequence(
+        request_id=b"",
+        params=Params(),
+        prompt=prompt,
+        row=cast(Any, None),
+        text=cast(Any, None),
+        eos_ids=frozenset(),
+        max_tokens=STEPS,
+        prior=0,
+        wants_facts=False,
+        echo_text="",
+        adapter=None,
+        added_at=0.0,
+    )
+
+
+def _compare(
+    loaded: LoadedModel, forward: Forward, long: Prompt, short: Prompt, *, whole: bool
+) -> None:
+    one, other = _probe(long), _probe(short)
+    wanted_one, tokens_one = _reference(loaded, long)
+    wanted_other, tokens_other = _reference(loaded, short)
+    if not forward.cache.reserve(2, len(long.ids) + len(short.ids) + STEPS + 1, 0, 0):
+        raise Unsupported("two short prompts do not fit into memory")
+    tolerance = _tolerance(loaded)
+
+    def expect(got: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
+        error = _relative_error(got, wanted, loaded.placeholder_ids)
+        if not error <= tolerance:
+            raise Unsupported(f"{what}: logits differ from generate() by {error:.3g}")
+
+    def take(sequence: Sequence, token_id: int) -> None:
+        sequence.answer.append(token_id)
+
+    # The long prompt in pieces, one token alone.
+    forward.prepare(one)
+    cut = len(long.ids) if whole else max(long.media_end, len(long.ids) // 2)
+    logits = forward.prefill(0, one, 0, cut)
+    if cut < len(long.ids):
+        logits = forward.prefill(0, one, cut, len(long.ids))
+    expect(logits[-1], wanted_one[0], "prefill in pieces")
+    one.filled = len(long.ids)
+    take(one, tokens_one[0])
+    expect(forward.decode([one])[0], wanted_one[1], "decode of one row")
+    one.filled += 1
+    take(one, tokens_one[1])
+    # A second row joins.
+    forward.prepare(other)
+    expect(forward.prefill(1, other, 0, len(short.ids))[-1], wanted_other[0], "second row")
+    other.filled = len(short.ids)
+    take(other, tokens_other[0])
+    logits = forward.decode([one, other])
+    expect(logits[0], wanted_one[2], "decode of two rows")
+    expect(logits[1], wanted_other[1], "decode of two rows, shorter row")
+    one.filled, other.filled = one.filled + 1, other.filled + 1
+    take(one, tokens_one[2])
+    take(other, tokens_other[1])
+    # The first row leaves, the second moves into its place.
+    forward.cache.move(1, 0, other.filled)
+    expect(forward.decode([other])[0], wanted_other[2], "decode after a move")
+
+
+def _reference(loaded: LoadedModel, prompt: Prompt) -> tuple[list[torch.Tensor], list[int]]:
+    """Logits and tokens of plain greedy `generate()`."""
+    model = loaded.model
+    ids = torch.tensor([prompt.ids], device=loaded.device)
+    inputs = {
+        name: value.to(loaded.device) if isinstance(value, torch.Tensor) else value
+        for name, value in (prompt.media | prompt.aligned).items()
+    }
+    config = plain_generation_config(
+        model,
+        max_new_tokens=STEPS,
+        return_dict_in_generate=True,
+        output_logits=True,
+        suppress_tokens=sorted(loaded.placeholder_ids) or None,
+    )
+    output = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, **inputs
+    )
+    tokens = output.sequences[0, -STEPS:].tolist()
+    return [logits[0].float() for logits in output.logits], tokens
+
+
+def _tolerance(loaded: LoadedModel) -> float:
+    if loaded.quantised:
+        return QUANTISED_TOLERANCE
+    return TOLERANCES.get(loaded.dtype, HALF_TOLERANCE)
+
+
+def _relative_error(got: torch.Tensor, wanted: torch.Tensor, ignored: frozenset[int]) -> float:
+    got, wanted = got.float().clone(), wanted.clone()
+    for token_id in ignored:
+        if token_id < wanted.shape[0]:
+            got[token_id] = wanted[token_id] = 0.0
+    finite = torch.isfinite(wanted)
+    got, wanted = got[finite], wanted[finite]
+    spread = (wanted - wanted.mean()).norm()
+    return float((got - wanted).norm() / spread.clamp_min(1e-12))

@@ -1,0 +1,206 @@
+"""One running request: its prompt, its answer so far, and the events that each token brings.
+
+Shared by every scheduler of the engine. Knows tokens, text and limits; must never touch a model,
+a cache or a tensor on an accelerator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+from broker.protocol.errors import ErrorCode, ErrorInfo
+from broker.protocol.messages import FinishReason, Params, Timings, TokenLogprob, Usage
+from worker.engines.base import Ended, EngineEvent, Failed, PromptFacts, Tokens
+from worker.engines.transformers.prompt import Prompt
+
+if TYPE_CHECKING:
+    from worker.engines.transformers.sampling import Sampled, SamplerRow
+    from worker.engines.transformers.text import TextStream
+
+__all__ = ["Sequence", "State"]
+
+
+class State(Enum):
+    """Where a sequence is. PREFILL and DECODE hold a row."""
+
+    WAITING = auto()
+    PREFILL = auto()
+    DECODE = auto()
+    DONE = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request on its way to an answer. Created by preprocessing, driven by a scheduler."""
+
+    request_id: bytes
+    params: Params
+    prompt: Prompt
+    row: SamplerRow
+    text: TextStream
+    eos_ids: frozenset[int]
+    #: Tokens of the whole answer at which it ends; prior tokens count.
+    max_tokens: int
+    #: Answer tokens generated elsewhere (resume); they are not sent again.
+    prior: int
+    #: PromptFacts are still to be sent.
+    wants_facts: bool
+    #: The prompt's text, where `echo` was asked for.
+    echo_text: str
+    #: LoRA adapter, or None for the model as it is.
+    adapter: str | None
+    #: `perf_counter` when the job was added.
+    added_at: float
+    #: The whole answer so far, prior tokens first.
+    answer: list[int] = field(default_factory=list)
+    state: State = State.WAITING
+    cancelled: bool = False
+    #: Tokens of prompt and answer that are in the cache.
+    filled: int = 0
+    #: M-RoPE: text positions of this sequence are shifted by this much behind its pictures.
+    rope_delta: int = 0
+    #: M-RoPE: positions of the prompt [axes, 1, len(prompt)] on the host.
+    rope_positions: object | None = None
+    #: Prompt tokens taken from the prefix cache.
+    cached: int = 0
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    started_at: float = 0.0
+    first_token_at: float = 0.0
+    #: Order of admission: the youngest gives its memory back first.
+    admitted: int = 0
+    _held_ids: list[int] = field(default_factory=list)
+    _held_text: str = ""
+    _held_logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.prompt.ids) + len(self.answer)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.wants_facts and self.params.prompt_logprobs is not None
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Ids of prompt and answer from `start` to `end`."""
+        count = len(self.prompt.ids)
+        if end <= count:
+            return self.prompt.ids[start:end]
+        if start >= count:
+            return self.answer[start - count : end - count]
+        return self.prompt.ids[start:] + self.answer[: end - count]
+
+    def facts(self) -> list[EngineEvent]:
+        """PromptFacts, where asked for and not sent yet."""
+        if not self.wants_facts:
+            return []
+        self.wants_facts = False
+        logprobs = self.prompt_logprobs if self.params.prompt_logprobs is not None else None
+        return [PromptFacts(self.request_id, self.prompt.ids, self.echo_text, logprobs)]
+
+    def over(self, now: float) -> list[EngineEvent]:
+        """Of a resumed sequence: the end, if the tokens so far already are the whole answer."""
+        last = self.answer[-1] if self.answer else None
+        if self.text.stopped_by is not None:
+            return self.end(FinishReason.STOP, now, self.text.stopped_by)
+        if last is not None and self._ends(last):
+            return self.end(FinishReason.STOP, now, last, ending_token=last)
+        if len(self.answer) >= self.max_tokens:
+            return self.end(FinishReason.LENGTH, now)
+        return []
+
+    def _ends(self, token_id: int) -> bool:
+        if len(self.answer) < self.params.min_tokens:
+            return False
+        if token_id in self.params.stop_token_ids:
+            return True
+        return token_id in self.eos_ids and not self.params.ignore_eos
+
+    def accept(self, sampled: Sampled, now: float) -> list[EngineEvent]:
+        """Take the next token; returns its events. Afterwards `state` may be DONE.
+
+        Raises RequestError where the constraint forbids the token.
+        """
+        if not sampled.ok:
+            cause = getattr(sampled, "fault", "") or "the model's logits are not numbers"
+            return self.fail(
+                ErrorInfo(
+                    code=ErrorCode.ENGINE_ERROR.value,
+                    message=f"no token can be chosen at position {len(self.answer)}: {cause}",
+                )
+            )
+        token_id = sampled.token_id
+        if not self.first_token_at:
+            self.first_token_at = now
+        self.row.append(token_id)
+        self.answer.append(token_id)
+        self._held_ids.append(token_id)
+        if sampled.logprob is not None:
+            self._held_logprobs.append(sampled.logprob)
+        if self._ends(token_id):
+            return self.end(FinishReason.STOP, now, token_id, ending_token=token_id)
+        step = self.text.add(token_id)
+        self._held_text += step.text
+        if step.stopped_by is not None:
+            return self.end(FinishReason.STOP, now, step.stopped_by)
+        if len(self.answer) >= self.max_tokens:
+            return self.end(FinishReason.LENGTH, now)
+        if len(self._held_ids) < self.params.stream_interval:
+            return []
+        return self.facts() + self._flush()
+
+    def _flush(self) -> list[EngineEvent]:
+        if not self._held_ids:
+            return []
+        logprobs = self._held_logprobs if self.params.logprobs is not None else None
+        event = Tokens(self.request_id, self._held_ids, self._held_text, logprobs)
+        self._held_ids, self._held_text, self._held_logprobs = [], "", []
+        return [event]
+
+    def end(
+        self,
+        reason: FinishReason,
+        now: float,
+        stopped_by: str | int | None = None,
+        *,
+        ending_token: int | None = None,
+    ) -> list[EngineEvent]:
+        """The events that end the sequence."""
+        self.state = State.DONE
+        events = [] if reason is FinishReason.CANCELLED else self.facts()
+        events += self._flush()
+        events.append(
+            Ended(
+                self.request_id,
+                reason,
+                text=self.text.finish(ending_token),
+                usage=self.usage(),
+                timings=self.timings(now),
+                stopped_by=stopped_by,
+            )
+        )
+        return events
+
+    def fail(self, error: ErrorInfo) -> list[EngineEvent]:
+        """The event of a failure."""
+        self.state = State.DONE
+        return [*self._flush(), Failed(self.request_id, error, self.usage())]
+
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=len(self.prompt.ids),
+            completion_tokens=len(self.answer),
+            cached_tokens=self.cached,
+            image_tokens=self.prompt.image_tokens,
+        )
+
+    def timings(self, now: float) -> Timings:
+        started = self.started_at or now
+        first = self.first_token_at or now
+        return Timings(
+            queue_ms=(started - self.added_at) * 1e3,
+            prefill_ms=(first - started) * 1e3,
+            decode_ms=(now - first) * 1e3,
+        )

@@ -1,0 +1,303 @@
+"""One served model: weights, prompt builder, scheduler, embedder; and jobs made ready for it.
+
+`prepare` runs in preprocessing threads and turns a job into a sequence, an embedding task or an
+answer; everything that can be wrong with a request is found there. Must never run the model.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from broker.protocol.errors import ErrorCode, RequestError
+from broker.protocol.messages import (
+    FinishReason,
+    ImagePart,
+    Kind,
+    Message,
+    ModelInfo,
+    Request,
+    TextPart,
+    Usage,
+)
+from worker.engines.base import Ended, Job
+from worker.engines.transformers.constrain import ConstraintFactory
+from worker.engines.transformers.embed import Embedder, EmbedOptions, embed_options
+from worker.engines.transformers.fallback import GenerateRunner
+from worker.engines.transformers.images import ImageLimits
+from worker.engines.transformers.loader import LoadedModel
+from worker.engines.transformers.prompt import Prompt, PromptBuilder
+from worker.engines.transformers.runner import Runner
+from worker.engines.transformers.sampling import SamplerRow, check_token_ids
+from worker.engines.transformers.selftest import Verdict, check
+from worker.engines.transformers.sequence import Sequence
+from worker.engines.transformers.settings import EngineSettings
+from worker.engines.transformers.slots import SlotRunner
+from worker.engines.transformers.text import TextStream, token_table
+
+__all__ = ["EmbedTask", "Prepared", "ServedModel"]
+
+log = logging.getLogger(__name__)
+
+FALLBACK_SLOTS = 4
+"""Sequences that take turns on the per-request path: turns only share time, so few are enough."""
+
+CONTEXT_IDS = 8
+"""Prompt tokens that a completion's text stream sees, to continue their text."""
+
+
+@dataclass(slots=True)
+class EmbedTask:
+    """An embedding request on its way: batches of inputs still to run."""
+
+    request_id: bytes
+    inputs: list[list[int]]
+    options: EmbedOptions
+    batches: list[list[int]]
+    results: list[bytes]
+    cancelled: bool = False
+
+    def usage(self) -> Usage:
+        return Usage(prompt_tokens=sum(map(len, self.inputs)))
+
+
+Prepared = Sequence | EmbedTask | Ended
+"""What becomes of a job: something to run, or its answer."""
+
+
+class ServedModel:
+    """A loaded model under its names (adapters have names of their own)."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        names: tuple[str, ...],
+        settings: EngineSettings,
+        *,
+        slots: int,
+    ) -> None:
+        self.loaded = loaded
+        self.names = names
+        limits = ImageLimits(pixels=settings.image_pixels, octets=settings.image_bytes)
+        self.builder = PromptBuilder(loaded, limits)
+        self.embedder = Embedder(loaded)
+        table = token_table(loaded.tokenizer)
+        self._token_bytes: Callable[[int], bytes] = table.octets
+        self._constraints = ConstraintFactory(loaded.tokenizer)
+        self._constraint_lock = threading.Lock()
+        #: How it is served, for people.
+        self.scheduler = "none"
+        self.runner: Runner | None = None
+        if not loaded.embedding_only:
+            self.runner = self._make_runner(settings, slots)
+
+    def _make_runner(self, settings: EngineSettings, slots: int) -> Runner:
+        loaded = self.loaded
+        verdict = Verdict(None, "asked for with --engine-arg scheduler=generate")
+        if settings.scheduler != "generate":
+            verdict = check(loaded, self._picture_prompt() if loaded.takes_images else None)
+        if verdict.forward is None:
+            if settings.scheduler == "slots":
+                from worker.engines.base import EngineLoadError
+
+                raise EngineLoadError(
+                    f"{self.names[0]} cannot be served from slots: {verdict.reason}; "
+                    "leave --engine-arg scheduler away to serve it one request at a time"
+                )
+            self.scheduler = f"generate ({verdict.reason})"
+            log.warning(
+                "%s is served request by request, not in a batch: %s",
+                self.names[0],
+                verdict.reason,
+            )
+            return GenerateRunner(
+                loaded,
+                slots=min(slots, FALLBACK_SLOTS),
+                banned_ids=loaded.placeholder_ids,
+                token_bytes=self._token_bytes,
+            )
+        self.scheduler = "slots, whole prompts" if verdict.whole_prompts else "slots"
+        chunk = settings.prefill_chunk or (256 if loaded.device.type == "cpu" else 1024)
+        return SlotRunner(
+            verdict.forward,
+            slots=slots,
+            prefill_chunk=chunk,
+            stall_ms=settings.stall_ms,
+            banned_ids=loaded.placeholder_ids,
+            token_bytes=self._token_bytes,
+            whole_prompts=verdict.whole_prompts,
+        )
+
+    def _picture_prompt(self) -> Prompt | None:
+        """A prompt with a picture for the self test; None where the model's processor makes none
+        of a plain question."""
+        octets = io.BytesIO()
+        picture = Image.new("RGB", (96, 64), (200, 60, 30))
+        picture.paste((20, 90, 220), (10, 10, 50, 40))
+        picture.save(octets, "PNG")
+        attachments = (octets.getvalue(),)
+        parts = [ImagePart(attachment=0), TextPart(text="What is in this picture?")]
+        chat = Request(
+            model=self.names[0], messages=[Message(role="user", content=list(parts))], window=1
+        )
+        raw = Request(
+            model=self.names[0],
+            kind=Kind.COMPLETE,
+            prompt="<image> What is in this picture?",
+            window=1,
+        )
+        for request in (chat, raw):
+            try:
+                return self.builder.generation(Job(b"", request, attachments))
+            except RequestError as error:
+                log.debug("no self-test prompt from %s: %s", request.kind, error)
+        return None
+
+    # --- facts ------------------------------------------------------------------------------------
+
+    def infos(self) -> list[ModelInfo]:
+        """One record for each name, adapters included."""
+        loaded = self.loaded
+        text = (Kind.COUNT, Kind.TOKENIZE, Kind.DETOKENIZE, Kind.TEMPLATE)
+        kinds: tuple[Kind, ...] = (Kind.EMBED, *text)
+        if not loaded.embedding_only:
+            kinds = (Kind.CHAT, Kind.COMPLETE, *kinds)
+        return [
+            ModelInfo(
+                name=name,
+                kinds=kinds,
+                context_tokens=loaded.context_tokens,
+                images=loaded.takes_images,
+                details=loaded.details | {"scheduler": self.scheduler},
+            )
+            for name in (*self.names, *loaded.adapters)
+        ]
+
+    # --- jobs -------------------------------------------------------------------------------------
+
+    def prepare(self, job: Job, added_at: float) -> Prepared:
+        """Make a job ready, in a preprocessing thread. Raises RequestError."""
+        request = job.request
+        match request.kind:
+            case Kind.CHAT | Kind.COMPLETE:
+                return self._sequence(job, added_at)
+            case Kind.EMBED:
+                return self._embed_task(job)
+            case Kind.COUNT:
+                count = self.builder.token_count(job)
+                return self._answer(job, count, {"count": count})
+            case Kind.TOKENIZE:
+                ids = self.builder.token_ids(job)
+                return self._answer(job, len(ids), {"token_ids": ids})
+            case Kind.DETOKENIZE:
+                if request.token_ids is None:
+                    raise _invalid("a detokenize request needs token ids")
+                text = self.builder.detokenised(request.token_ids)
+                return self._answer(job, len(request.token_ids), {"text": text})
+            case Kind.TEMPLATE:
+                return self._answer(job, 0, {"text": self.builder.text(request)})
+
+    @staticmethod
+    def _answer(job: Job, tokens: int, result: dict[str, Any]) -> Ended:
+        usage = Usage(prompt_tokens=tokens)
+        return Ended(job.request_id, FinishReason.STOP, usage=usage, result=result)
+
+    def _embed_task(self, job: Job) -> EmbedTask:
+        request = job.request
+        if request.inputs is None:
+            raise _invalid("an embed request needs inputs")
+        options = embed_options(request.embed_args, self.embedder.width)
+        inputs = self.builder.embedding_inputs(request.inputs)
+        return EmbedTask(
+            request_id=job.request_id,
+            inputs=inputs,
+            options=options,
+            batches=self.embedder.batches(inputs),
+            results=[b""] * len(inputs),
+        )
+
+    def _sequence(self, job: Job, added_at: float) -> Sequence:
+        request, loaded = job.request, self.loaded
+        params = request.params
+        if self.runner is None:
+            raise _invalid(f"model {request.model} only embeds: it writes no text")
+        check_token_ids(params, loaded.vocabulary)
+        prompt = self.builder.generation(job)
+        prior = request.resume.token_ids if request.resume is not None else []
+        if prior and max(prior) >= loaded.vocabulary:
+            raise _invalid("the tokens to resume from are not this model's")
+        constraint = None
+        if params.constraint is not None:
+            with self._constraint_lock:
+                ends = loaded.eos_ids.union(params.stop_token_ids)
+                constraint = self._constraints.build(params.constraint, ends)
+        # The placeholders stand for pictures: penalising them would mean nothing.
+        row = SamplerRow(
+            params,
+            [token_id for token_id in prompt.ids if token_id not in loaded.placeholder_ids],
+            eos_ids=loaded.eos_ids,
+            prior_ids=prior,
+            constraint=constraint,
+        )
+        completion = request.kind is Kind.COMPLETE and not loaded.encoder_decoder
+        text = TextStream(
+            loaded.tokenizer,
+            params,
+            prior_ids=prior,
+            prior_characters=request.resume.text_characters if request.resume else 0,
+            context_ids=prompt.ids[-CONTEXT_IDS:] if completion else (),
+        )
+        room = loaded.context_tokens - (0 if loaded.encoder_decoder else len(prompt.ids))
+        facts_seen = request.resume is not None and request.resume.prompt_seen
+        echo = params.echo and not facts_seen
+        return Sequence(
+            request_id=job.request_id,
+            params=params,
+            prompt=prompt,
+            row=row,
+            text=text,
+            eos_ids=loaded.eos_ids,
+            max_tokens=min(params.max_tokens or room, room),
+            prior=len(prior),
+            wants_facts=not facts_seen and (params.echo or params.prompt_logprobs is not None),
+            echo_text=self.builder.detokenised(prompt.ids) if echo else "",
+            adapter=request.model if request.model in loaded.adapters else None,
+            added_at=added_at,
+            answer=list(prior),
+        )
+
+    def embed_step(self, task: EmbedTask) -> Ended | None:
+        """Run one batch of an embedding task; its end when all are done."""
+        batch = task.batches.pop()
+        vectors = self.embedder.embed([task.inputs[index] for index in batch], task.options)
+        for index, vector in zip(batch, vectors, strict=True):
+            task.results[index] = vector
+        if task.batches:
+            return None
+        dimensions = len(task.results[0]) // 4
+        return Ended(
+            task.request_id,
+            FinishReason.STOP,
+            usage=task.usage(),
+            result={"embeddings": task.results, "dimensions": dimensions},
+        )
+
+    def close(self) -> None:
+        if self.runner is not None:
+            self.runner.close()
+
+
+def now() -> float:
+    """The engine's clock, seconds."""
+    return time.perf_counter()
+
+
+def _invalid(message: str) -> RequestError:
+    return RequestError(ErrorCode.INVALID_REQUEST, message)

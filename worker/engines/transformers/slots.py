@@ -1,0 +1,412 @@
+"""Continuous batching over the slot cache: who holds a row, what a step computes.
+
+One step spends a bounded budget of prompt tokens on the rows being prefilled, then computes one
+token for every running row in one forward. Sequences join and leave at any step. Rows 0 to
+`active` - 1 decode, the rows behind them are being prefilled; there are never holes.
+
+Memory is the cache's budget: a sequence waits until its prompt fits; a row that cannot grow makes
+the youngest give its memory back and wait (it is computed again later); only what does not fit
+alone fails. Runs on the engine's thread only; must never tokenise or decode pictures.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
+from broker.protocol.messages import FinishReason, TokenLogprob
+from worker.engines.base import EngineEvent
+from worker.engines.transformers.forward import Forward
+from worker.engines.transformers.memory import is_out_of_memory, release_cached
+from worker.engines.transformers.prefix import PrefixCache
+from worker.engines.transformers.sampling import Sampler, prompt_logprobs
+from worker.engines.transformers.sequence import Sequence, State
+
+if TYPE_CHECKING:
+    from worker.engines.transformers.runner import RunnerCounts
+
+__all__ = ["SlotRunner"]
+
+GROWTH_TOKENS = 128
+"""Room behind a prompt that is reserved on admission; longer answers grow on demand."""
+
+SMALLEST_CHUNK = 16
+"""A chunk is never shrunk below this to keep the stall bound: smaller ones cost as much."""
+
+RATE_WEIGHT = 0.3
+"""Weight of the newest measurement of prefill speed and decode time."""
+
+
+class SlotRunner:
+    """Runs the sequences of one model in a batch of slots."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        *,
+        slots: int,
+        prefill_chunk: int,
+        stall_ms: float,
+        banned_ids: frozenset[int],
+        token_bytes: Callable[[int], bytes],
+        whole_prompts: bool = False,
+    ) -> None:
+        self.forward = forward
+        self.cache = forward.cache
+        self.slots = slots
+        self._chunk = prefill_chunk
+        self._stall_ms = stall_ms
+        self._banned = banned_ids
+        self._token_bytes = token_bytes
+        #: A prompt goes in one piece, and no part of it is reused: its tokens see each other.
+        self.whole_prompts = whole_prompts
+        self.prefix = PrefixCache(0)
+        self._sampler: Sampler | None = None
+        self._waiting: deque[Sequence] = deque()
+        self._rows: list[Sequence] = []
+        self._active = 0
+        self._admissions = 0
+        #: Measured: prompt tokens computed in a millisecond, and milliseconds of one decode.
+        self._prefill_rate = 0.0
+        self._decode_ms = 0.0
+
+    # --- what the engine asks ---------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._rows or self._waiting)
+
+    def counts(self) -> RunnerCounts:
+        from worker.engines.transformers.runner import RunnerCounts
+
+        return RunnerCounts(
+            running=len(self._rows),
+            waiting=len(self._waiting),
+            batch=self._active,
+            kv_used_tokens=sum(sequence.filled for sequence in self._rows),
+            kv_total_tokens=self.cache.budget,
+            prefix_tokens=self.prefix.tokens,
+            prefix_hit_tokens=self.prefix.hit_tokens,
+        )
+
+    def submit(self, sequence: Sequence) -> None:
+        self._waiting.append(sequence)
+
+    def close(self) -> None:
+        self._waiting.clear()
+        self._rows.clear()
+        self._active = 0
+        self.prefix.clear()
+
+    @torch.inference_mode()
+    def step(self) -> list[EngineEvent]:
+        """One unit of work: cancellations, admissions, a bounded prefill, one decode."""
+        events: list[EngineEvent] = []
+        started = time.perf_counter()
+        self._drop_cancelled(events)
+        self._admit(events)
+        prefilled = self._prefill(events)
+        decoded = self._decode(events) if self._active else False
+        self._measure(prefilled, decoded, (time.perf_counter() - started) * 1e3)
+        return events
+
+    # --- joining and leaving ----------------------------------------------------------------------
+
+    def _drop_cancelled(self, events: list[EngineEvent]) -> None:
+        now = time.perf_counter()
+        if any(sequence.cancelled for sequence in self._waiting):
+            for sequence in self._waiting:
+                if sequence.cancelled:
+                    events += sequence.end(FinishReason.CANCELLED, now)
+            self._waiting = deque(s for s in self._waiting if s.state is State.WAITING)
+        for row in reversed(range(len(self._rows))):
+            if self._rows[row].cancelled:
+                events += self._rows[row].end(FinishReason.CANCELLED, now)
+                self._leave(row)
+
+    def _admit(self, events: list[EngineEvent]) -> None:
+        while self._waiting and len(self._rows) < self.slots:
+            sequence = self._waiting[0]
+            need = min(sequence.total + GROWTH_TOKENS, self._longest(sequence))
+            if not self._reserve(len(self._rows) + 1, need) and not self._reserve(
+                len(self._rows) + 1, sequence.total + 1
+            ):
+                if self._rows or self.prefix.drop_oldest():
+                    if self._rows:
+                        return
+                    continue
+                self._waiting.popleft()
+                events += sequence.fail(self._too_large(sequence))
+                continue
+            self._waiting.popleft()
+            self._start(sequence, events)
+
+    def _start(self, sequence: Sequence, events: list[EngineEvent]) -> None:
+        """Give a sequence the row behind all others, with what is known of its prompt."""
+        now = time.perf_counter()
+        sequence.started_at = sequence.started_at or now
+        sequence.state = State.PREFILL
+        self._admissions += 1
+        sequence.admitted = self._admissions
+        sequence.filled = 0
+        self._rows.append(sequence)
+        row = len(self._rows) - 1
+        try:
+            self.forward.prepare(sequence)
+            if not (self.whole_prompts or sequence.wants_prompt_logprobs):
+                self._reuse(sequence, row)
+        except Exception as error:
+            self._fail_row(row, error, events)
+
+    def _reuse(self, sequence: Sequence, row: int) -> None:
+        """Copy the longest known prefix of the prompt into the row."""
+        if not self.cache.token_bytes:
+            return
+        limit = sequence.total - 1
+        entry, length = self.prefix.longest(sequence, limit)
+        donor, shared = self._running_donor(sequence, limit, row)
+        if donor is not None and shared > length:
+            self.cache.move(donor, row, shared)
+            length = shared
+            self.prefix.hit_tokens += shared
+        elif entry is not None:
+            self.cache.write(row, entry.states, length)
+            self.prefix.used(entry, length)
+        sequence.filled = length
+        if not sequence.answer:
+            sequence.cached = length
+
+    def _running_donor(self, sequence: Sequence, limit: int, row: int) -> tuple[int | None, int]:
+        """A row that runs now and shares the longest prefix (several answers to one prompt)."""
+        best, donor = 0, None
+        for index, other in enumerate(self._rows[:row]):
+            shared = self.prefix.shared(other, sequence, min(limit, other.filled))
+            if shared > best:
+                best, donor = shared, index
+        return donor, best
+
+    def _leave(self, row: int, *, keep: bool = True) -> None:
+        """Take a row out; the last rows close the hole."""
+        sequence = self._rows[row]
+        if keep and not self.whole_prompts and self.cache.token_bytes:
+            self.prefix.store(sequence, lambda length: self.cache.read(row, length))
+        hole = row
+        if hole < self._active:
+            last = self._active - 1
+            if hole != last:
+                self._move(last, hole)
+            hole = last
+            self._active -= 1
+        if hole != len(self._rows) - 1:
+            self._move(len(self._rows) - 1, hole)
+        self._rows.pop()
+
+    def _move(self, source: int, target: int) -> None:
+        moved = self._rows[source]
+        self.cache.move(source, target, moved.filled)
+        self._rows[target] = moved
+
+    def _activate(self, row: int) -> None:
+        """A row whose prompt is computed joins those that decode."""
+        first = self._active
+        if row != first:
+            one, other = self._rows[row], self._rows[first]
+            self.cache.swap(row, first, max(one.filled, other.filled))
+            self._rows[row], self._rows[first] = other, one
+        self._rows[first].state = State.DECODE
+        self._active += 1
+
+    # --- memory -----------------------------------------------------------------------------------
+
+    def _longest(self, sequence: Sequence) -> int:
+        return len(sequence.prompt.ids) + sequence.max_tokens
+
+    def _reserve(self, rows: int, length: int) -> bool:
+        used = max((sequence.filled for sequence in self._rows), default=0)
+        return self.cache.reserve(rows, length, len(self._rows), used)
+
+    def _too_large(self, sequence: Sequence) -> ErrorInfo:
+        return ErrorInfo(
+            code=ErrorCode.OUT_OF_MEMORY.value,
+            message=(
+                f"{sequence.total} tokens of prompt and answer do not fit into the memory for keys "
+                f"and values ({self.cache.budget or self.cache.capacity} tokens): shorten the "
+                "prompt, or start the worker with a larger kv_tokens or memory_share"
+            ),
+            details={"tokens": sequence.total, "budget_tokens": self.cache.budget},
+        )
+
+    def _make_room(self, events: list[EngineEvent]) -> None:
+        """Every active row gets room for one more token; the youngest rows give way."""
+        while self._active:
+            longest = max(sequence.filled for sequence in self._rows[: self._active]) + 1
+            if longest <= self.cache.capacity:
+                return
+            wanted = min(
+                longest + GROWTH_TOKENS,
+                max(self._longest(sequence) for sequence in self._rows[: self._active]),
+            )
+            if self._reserve(len(self._rows), max(longest, wanted)):
+                return
+            if self._reserve(len(self._rows), longest) or self.prefix.drop_oldest():
+                continue
+            self._give_way(events)
+
+    def _give_way(self, events: list[EngineEvent]) -> None:
+        """The youngest row goes back to the queue; the only one fails."""
+        release_cached(self.forward.device)
+        if len(self._rows) == 1:
+            sequence = self._rows[0]
+            events += sequence.fail(self._too_large(sequence))
+            self._leave(0, keep=False)
+            return
+        row = max(range(len(self._rows)), key=lambda index: self._rows[index].admitted)
+        sequence = self._rows[row]
+        self._leave(row)
+        sequence.state = State.WAITING
+        self._waiting.appendleft(sequence)
+
+    # --- prefill ----------------------------------------------------------------------------------
+
+    def _allowance(self) -> int:
+        """Prompt tokens that this step may compute."""
+        if not self._active or not self._prefill_rate:
+            return self._chunk
+        within_bound = int(self._prefill_rate * self._stall_ms)
+        return max(SMALLEST_CHUNK, min(self._chunk, within_bound))
+
+    def _prefill(self, events: list[EngineEvent]) -> int:
+        """Spend the step's allowance; returns the tokens computed. The prompt with the least left
+        goes first, but half of the allowance is for the oldest, so that none starves."""
+        budget = self._allowance()
+        spent = 0
+        while spent < budget and len(self._rows) > self._active:
+            pending = self._rows[self._active :]
+            oldest = min(pending, key=lambda sequence: sequence.admitted)
+            shortest = min(pending, key=lambda sequence: sequence.total - sequence.filled)
+            chosen = shortest if spent < budget / 2 else oldest
+            left = budget - spent
+            if chosen is not oldest and chosen.total - chosen.filled > left // 2:
+                chosen = oldest
+            row = self._rows.index(chosen)
+            spent += self._prefill_row(row, left, events)
+        return spent
+
+    def _piece(self, sequence: Sequence, limit: int) -> int:
+        """Where the next piece of a prompt ends."""
+        start, total = sequence.filled, sequence.total
+        if start == 0 and self.whole_prompts:
+            return len(sequence.prompt.ids)
+        if sequence.prompt.media and start < sequence.prompt.media_end:
+            return min(total, max(sequence.prompt.media_end, start + limit))
+        return min(total, start + limit)
+
+    def _prefill_row(self, row: int, limit: int, events: list[EngineEvent]) -> int:
+        sequence = self._rows[row]
+        start, end = sequence.filled, self._piece(sequence, limit)
+        wants = sequence.wants_prompt_logprobs and start < len(sequence.prompt.ids)
+        try:
+            logits = self.forward.prefill(row, sequence, start, end, all_logits=wants)
+            sequence.filled = end
+            if wants:
+                self._score_prompt(sequence, start, end, logits)
+                logits = logits[-1:]
+            if end == sequence.total:
+                self._activate(row)
+                self._emit([sequence], logits, events)
+        except Exception as error:
+            if is_out_of_memory(error) and len(self._rows) > 1:
+                self._give_way(events)
+            else:
+                self._fail_row(self._rows.index(sequence), error, events)
+        return end - start
+
+    def _score_prompt(self, sequence: Sequence, start: int, end: int, logits: torch.Tensor) -> None:
+        """Log probabilities of the prompt tokens that this piece predicts."""
+        top = sequence.params.prompt_logprobs or 0
+        ids = sequence.prompt.ids
+        if start == 0:
+            sequence.prompt_logprobs.append(TokenLogprob(None, self._token_bytes(ids[0])))
+        count = min(end, len(ids) - 1) - start
+        if count > 0:
+            sequence.prompt_logprobs += prompt_logprobs(
+                logits[:count], ids[start + 1 : start + 1 + count], top, self._token_bytes
+            )
+
+    # --- decode -----------------------------------------------------------------------------------
+
+    def _decode(self, events: list[EngineEvent]) -> bool:
+        """One token for every active row. False where there was none to compute."""
+        self._make_room(events)
+        # A row that joined in this very step has its first token; it decodes with the others.
+        sequences = self._rows[: self._active]
+        if not sequences:
+            return False
+        try:
+            logits = self.forward.decode(sequences)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._give_way(events)
+            return False
+        for sequence in sequences:
+            sequence.filled += 1
+        self._emit(sequences, logits, events)
+        return True
+
+    def _emit(
+        self, sequences: list[Sequence], logits: torch.Tensor, events: list[EngineEvent]
+    ) -> None:
+        """Choose a token for each sequence and say what it brings; finished rows leave."""
+        if self._sampler is None:
+            self._sampler = Sampler(
+                logits.shape[-1], banned_ids=sorted(self._banned), token_bytes=self._token_bytes
+            )
+        sampled = self._sampler.sample(logits, [sequence.row for sequence in sequences])
+        now = time.perf_counter()
+        for sequence, choice in zip(sequences, sampled, strict=True):
+            try:
+                events += sequence.accept(choice, now)
+            except RequestError as error:
+                events += sequence.fail(error.info)
+        for sequence in sequences:
+            if sequence.state is State.DONE:
+                self._leave(self._rows.index(sequence))
+
+    def _fail_row(self, row: int, error: Exception, events: list[EngineEvent]) -> None:
+        """One sequence failed by itself: picture, memory, a model that refuses its inputs."""
+        sequence = self._rows[row]
+        if isinstance(error, RequestError):
+            info = error.info
+        elif is_out_of_memory(error):
+            release_cached(self.forward.device)
+            info = self._too_large(sequence)
+        else:
+            cause = " ".join(str(error).split()) or type(error).__name__
+            info = ErrorInfo(
+                code=ErrorCode.ENGINE_ERROR.value,
+                message=f"the model failed on this prompt: {cause[:500]}",
+            )
+        events += sequence.fail(info)
+        self._leave(row, keep=False)
+
+    # --- the stall bound --------------------------------------------------------------------------
+
+    def _measure(self, prefilled: int, decoded: bool, step_ms: float) -> None:
+        """Learn how fast prompts are computed, from steps as they come."""
+        if not prefilled:
+            if decoded:
+                self._decode_ms += RATE_WEIGHT * (step_ms - self._decode_ms)
+            return
+        if prefilled < SMALLEST_CHUNK:
+            return
+        spent_ms = max(step_ms - (self._decode_ms if decoded else 0.0), 1e-3)
+        rate = prefilled / spent_ms
+        # A slower rate is believed at once: the bound is a promise.
+        weight = RATE_WEIGHT if rate > self._prefill_rate and self._prefill_rate else 1.0
+        self._prefill_rate += weight * (rate - self._prefill_rate)
