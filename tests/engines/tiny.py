@@ -6,14 +6,36 @@ Random weights are the hardest case for exactness: logits are flat, so a small e
 
 from __future__ import annotations
 
+import io
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
+from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from broker.protocol.errors import ErrorInfo
+from broker.protocol.messages import (
+    FinishReason,
+    ImagePart,
+    Kind,
+    Message,
+    Params,
+    Part,
+    Request,
+    TextPart,
+    TokenLogprob,
+    new_id,
+)
+from worker.engines.base import Ended, Failed, Job, PromptFacts, Tokens
+from worker.engines.transformers.engine import TransformersEngine
+from worker.engines.transformers.loader import wrap_model
+from worker.engines.transformers.served import ServedModel
+from worker.engines.transformers.settings import EngineSettings
 
 SPECIAL = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<image>"]
 PAD, BOS, END, SYSTEM, USER, ASSISTANT, IMAGE = range(7)
@@ -27,42 +49,13 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
+# fmt: off
 WORDS = [
-    "the",
-    "a",
-    "red",
-    "blue",
-    "green",
-    "circle",
-    "square",
-    "picture",
-    "of",
-    "what",
-    "is",
-    "in",
-    "this",
-    "where",
-    "how",
-    "many",
-    "words",
-    "there",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "lazy",
-    "dog",
-    "hello",
-    "world",
-    "answer",
-    "question",
-    "left",
-    "right",
-    "two",
-    "three",
-    "four",
+    "the", "a", "red", "blue", "green", "circle", "square", "picture", "of", "what", "is", "in",
+    "this", "where", "how", "many", "words", "there", "quick", "brown", "fox", "jumps", "over",
+    "lazy", "dog", "hello", "world", "answer", "question", "left", "right", "two", "three", "four",
 ]
+# fmt: on
 
 
 def _corpus() -> Iterator[str]:
@@ -189,3 +182,141 @@ def llava_processor(*, image: int = 28, patch: int = 14) -> Any:
         chat_template=CHAT_TEMPLATE,
         image_token="<image>",
     )
+
+
+# --- engines and answers --------------------------------------------------------------------------
+
+
+def serve(
+    model: Any,
+    *,
+    processor: Any = None,
+    slots: int = 8,
+    name: str = "tiny",
+    **settings: Any,
+) -> TransformersEngine:
+    """An engine over a model that is in memory."""
+    own = EngineSettings(**({"kv_tokens": 8192, "prefill_chunk": 16} | settings))
+    loaded = wrap_model(model, tokenizer(), processor, settings=own)
+    return TransformersEngine([ServedModel(loaded, (name,), own, slots=slots)], own, slots=slots)
+
+
+@dataclass
+class Answer:
+    """Everything that an engine said of one job."""
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    facts: PromptFacts | None = None
+    ended: Ended | None = None
+    failed: ErrorInfo | None = None
+
+    @property
+    def reason(self) -> FinishReason:
+        assert self.ended is not None, self.failed
+        return self.ended.finish_reason
+
+
+def collect(events: Sequence[Any], answers: dict[bytes, Answer]) -> None:
+    """Add events to the answers, checking that nothing is said after the end."""
+    for event in events:
+        answer = answers.setdefault(event.request_id, Answer())
+        assert answer.ended is None and answer.failed is None, "an event after the end"
+        match event:
+            case Tokens():
+                answer.token_ids += event.token_ids
+                answer.text += event.text
+                answer.logprobs += event.logprobs or []
+            case PromptFacts():
+                assert not answer.token_ids, "the prompt's facts come before its first token"
+                answer.facts = event
+            case Ended():
+                answer.text += event.text
+                answer.ended = event
+            case Failed():
+                answer.failed = event.error
+
+
+def run(
+    engine: TransformersEngine, jobs: Sequence[Job], *, every: Sequence[int] = (), steps: int = 5000
+) -> list[Answer]:
+    """Run jobs to their ends; job i is added `every[i]` steps after the one before it."""
+    answers: dict[bytes, Answer] = {}
+    pending = list(zip(jobs, list(every) + [0] * len(jobs), strict=False))
+    wait = 0
+    for _ in range(steps):
+        while pending and wait >= pending[0][1]:
+            engine.add(pending.pop(0)[0])
+            wait = 0
+        wait += 1
+        if not engine.busy and not pending:
+            break
+        if engine.busy:
+            collect(engine.step(), answers)
+    assert not engine.busy, "the engine did not come to an end"
+    return [answers[job.request_id] for job in jobs]
+
+
+def ids_job(token_ids: Sequence[int], model: str = "tiny", **params: Any) -> Job:
+    """A job of token ids; greedy unless told otherwise."""
+    request = Request(
+        model=model,
+        kind=Kind.COMPLETE,
+        token_ids=list(token_ids),
+        params=Params(**({"temperature": 0.0, "max_tokens": 12, "ignore_eos": True} | params)),
+        window=1 << 30,
+    )
+    return Job(new_id(), request)
+
+
+def chat_job(text: str, pictures: Sequence[bytes] = (), model: str = "tiny", **params: Any) -> Job:
+    """A job of one user message with pictures before the text; greedy unless told otherwise."""
+    parts: list[Part] = [ImagePart(attachment=index) for index in range(len(pictures))]
+    request = Request(
+        model=model,
+        messages=[Message(role="user", content=[*parts, TextPart(text=text)])],
+        params=Params(**({"temperature": 0.0, "max_tokens": 12, "ignore_eos": True} | params)),
+        window=1 << 30,
+    )
+    return Job(new_id(), request, tuple(pictures))
+
+
+def prompts(count: int, low: int = 3, high: int = 60, seed: int = 0) -> list[list[int]]:
+    """Random ordinary token ids."""
+    choose = random.Random(seed)
+    return [
+        [choose.randrange(10, VOCABULARY) for _ in range(choose.randint(low, high))]
+        for _ in range(count)
+    ]
+
+
+def picture(seed: int, width: int = 40, height: int = 32, kind: str = "PNG") -> bytes:
+    """An encoded picture with some shapes."""
+    choose = random.Random(seed)
+    image = Image.new("RGB", (width, height), tuple(choose.randrange(256) for _ in range(3)))
+    draw = ImageDraw.Draw(image)
+    for _ in range(4):
+        x, y = choose.randrange(width), choose.randrange(height)
+        color = tuple(choose.randrange(256) for _ in range(3))
+        draw.rectangle((x, y, x + width // 3, y + height // 3), fill=color)
+    octets = io.BytesIO()
+    image.save(octets, kind)
+    return octets.getvalue()
+
+
+@torch.inference_mode()
+def generated(
+    model: Any, inputs: dict[str, Any], max_tokens: int, banned: Sequence[int]
+) -> list[int]:
+    """What plain greedy `generate()` writes, EOS ignored, placeholders never."""
+    from worker.engines.transformers.fallback import plain_generation_config
+
+    config = plain_generation_config(
+        model, max_new_tokens=max_tokens, suppress_tokens=list(banned) or None
+    )
+    inputs = dict(inputs)
+    inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+    output = model.generate(**inputs, generation_config=config)
+    start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    return [int(token) for token in output[0, start:]]

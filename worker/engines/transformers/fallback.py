@@ -29,24 +29,24 @@ from worker.engines.transformers.sequence import Sequence, State
 
 __all__ = ["GenerateRunner", "plain_generation_config"]
 
+IMPOSSIBLE_ID = 2**31 - 1
+"""An end token that no model has: `generate()` would replace None by the model's own."""
+
 NEUTRAL: dict[str, Any] = {
     "do_sample": False,
     "num_beams": 1,
-    "temperature": None,
-    "top_k": None,
-    "top_p": None,
-    "min_p": None,
-    "typical_p": None,
-    "repetition_penalty": None,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
     "max_length": None,
     "min_length": 0,
-    "min_new_tokens": None,
+    "min_new_tokens": 0,
     "early_stopping": False,
     "length_penalty": 1.0,
     "return_dict_in_generate": False,
     # Ends are ours to find: a request may ignore EOS.
-    "eos_token_id": None,
-    "forced_eos_token_id": None,
+    "eos_token_id": IMPOSSIBLE_ID,
     "stop_strings": None,
 }
 """Generation settings that requests own; what remains (suppressed tokens, forced BOS, ...) is the

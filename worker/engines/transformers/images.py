@@ -12,6 +12,7 @@ import io
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from broker.protocol.errors import ErrorCode, RequestError
@@ -101,14 +102,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB: transparency lies on white, 16-bit grey is scaled rather than clipped."""
     if image.mode == "RGB":
         return image.copy()
-    if image.mode.startswith("I"):
-        return (
-            image.point(lambda value: value / 256, "L").convert("RGB")
-            if (
-                image.mode != "I" or image.getextrema()[1] > 255  # type: ignore[operator,index]
-            )
-            else image.convert("L").convert("RGB")
-        )
+    if image.mode.startswith(("I", "F")):
+        grey = np.asarray(image).astype(np.float32)
+        if float(grey.max(initial=0.0)) > 255.0:
+            grey = grey / 257.0
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layered = image.convert("RGBA")
         white = Image.new("RGBA", layered.size, (255, 255, 255, 255))

@@ -69,7 +69,7 @@ def _language_model_path(skeleton: nn.Module) -> str | None:
     """Path of the language model inside a vision-language model; None in a text model."""
     for path, _ in skeleton.named_modules():
         if path.rsplit(".", 1)[-1] in ("language_model", "text_model") and "vision" not in path:
-            return path
+            return str(path)
     return None
 
 

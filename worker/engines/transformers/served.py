@@ -23,6 +23,7 @@ from broker.protocol.messages import (
     Kind,
     Message,
     ModelInfo,
+    Part,
     Request,
     TextPart,
     Usage,
@@ -143,9 +144,9 @@ class ServedModel:
         picture.paste((20, 90, 220), (10, 10, 50, 40))
         picture.save(octets, "PNG")
         attachments = (octets.getvalue(),)
-        parts = [ImagePart(attachment=0), TextPart(text="What is in this picture?")]
+        parts: list[Part] = [ImagePart(attachment=0), TextPart(text="What is in this picture?")]
         chat = Request(
-            model=self.names[0], messages=[Message(role="user", content=list(parts))], window=1
+            model=self.names[0], messages=[Message(role="user", content=parts)], window=1
         )
         raw = Request(
             model=self.names[0],

@@ -96,9 +96,7 @@ def parse_settings(engine_args: Mapping[str, str]) -> EngineSettings:
                 + ", ".join(sorted(known))
             )
         default = known[name].default
-        parse: Callable[[str], Any] = (
-            _boolean if isinstance(default, bool) else type(default)  # type: ignore[assignment]
-        )
+        parse: Callable[[str], Any] = _boolean if isinstance(default, bool) else type(default)
         try:
             value = parse(text)
         except ValueError as error:
