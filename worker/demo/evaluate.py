@@ -18,13 +18,16 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+import transformers
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from worker.demo import model_path
 from worker.demo.pictures import KINDS, held_out
 
 __all__ = ["FORMATS", "Tally", "count_right", "load", "main", "report"]
+
+# Half of its classes have types; as Any here, no call below needs an ignore.
+hf: Any = transformers
 
 # How the weights are held while measuring; the last two need bitsandbytes.
 FORMATS = ("float32", "bfloat16", "int8", "nf4")
@@ -42,21 +45,25 @@ class Tally:
     wrong: list[str] | None = None
 
 
+# The model's inputs, the question, the answer and the kind.
+_Prepared = tuple[Mapping[str, Any], str, str, str]
+
+
 def load(path: Path, weights: str = "float32") -> tuple[Any, Any]:
     """Load (model, processor) from a folder, offline; `weights` is one of `FORMATS`."""
     options: dict[str, Any] = {"dtype": torch.float32}
     if weights == "bfloat16":
         options = {"dtype": torch.bfloat16}
     elif weights == "int8":
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        options["quantization_config"] = hf.BitsAndBytesConfig(load_in_8bit=True)
     elif weights == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
+        options["quantization_config"] = hf.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.float32,
         )
-    model = AutoModelForImageTextToText.from_pretrained(path, **options)
-    return model.eval(), AutoProcessor.from_pretrained(path)
+    model = hf.AutoModelForImageTextToText.from_pretrained(path, **options)
+    return model.eval(), hf.AutoProcessor.from_pretrained(path)
 
 
 def count_right(
@@ -70,7 +77,7 @@ def count_right(
 
     Cases are batched with others of the same prompt length, so that no padding is needed.
     """
-    batches: dict[tuple[int, int], list[tuple[Mapping[str, Any], str, str, str]]] = defaultdict(list)
+    batches: dict[tuple[int, int], list[_Prepared]] = defaultdict(list)
     for pictures, question, answer, kind in cases:
         parts: list[dict[str, str]] = [{"type": "image"} for _ in pictures]
         text = {"type": "text", "text": question}

@@ -14,8 +14,9 @@ import argparse
 import math
 import os
 import random
+import tempfile
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,20 +28,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.multiprocessing import spawn
 from torch.nn import functional
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    GenerationConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
 
 from worker.demo.evaluate import count_right, load, report
 from worker.demo.pictures import (
@@ -56,6 +49,9 @@ from worker.demo.pictures import (
 )
 
 __all__ = ["build_model", "build_processor", "build_tokenizer", "main"]
+
+# Half of its classes have types; as Any here, no call below needs an ignore.
+hf: Any = transformers
 
 # One patch for each cell of the grid: nine tokens a picture keep prompts short and quick.
 PATCH_PX = 24
@@ -96,14 +92,26 @@ ONE_PICTURE_KINDS = tuple(kind for kind in KINDS if IMAGE_COUNTS[kind] == (1,))
 SEVERAL_PICTURES_KINDS = tuple(kind for kind in KINDS if IMAGE_COUNTS[kind] == (2, 3))
 NO_PICTURES_KINDS = tuple(kind for kind in KINDS if IMAGE_COUNTS[kind] == (0,))
 # How often a kind comes up, compared with others for the same number of pictures; 1 if not here.
-KIND_WEIGHTS = {"how many images": 0.15, "count": 1.3, "exists": 1.3, "which image": 2.0}
+KIND_WEIGHTS = {
+    "shape": 0.7,
+    "where": 1.5,
+    "exists": 1.5,
+    "which image": 2.0,
+    "how many images": 0.15,
+    "sum": 3.0,
+    "count to": 0.7,
+    "no picture": 0.7,
+}
 
 # Every size a Linear layer takes in is a multiple of 64: 4-bit weights come in blocks of 64.
-TEXT_WIDTH, TEXT_INNER, TEXT_LAYERS, TEXT_HEADS = 192, 512, 4, 3
+TEXT_WIDTH, TEXT_INNER, TEXT_LAYERS, TEXT_HEADS = 128, 384, 4, 4
 TOWER_WIDTH, TOWER_INNER, TOWER_LAYERS, TOWER_HEADS = 128, 384, 3, 4
 
+# About one over the root of the width; the usual 0.02 is meant for models far wider than this.
+INITIAL_SPREAD = 0.06
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+
+def build_tokenizer() -> Any:
     """Train a byte-level BPE tokenizer on questions and answers; any text can be encoded."""
 
     def texts() -> Iterator[str]:
@@ -124,7 +132,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts(), trainer)
-    return PreTrainedTokenizerFast(
+    return hf.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=SPECIAL_TOKENS[PAD],
         bos_token=SPECIAL_TOKENS[BOS],
@@ -136,15 +144,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+def build_processor(tokenizer: Any) -> Any:
     """Make the processor; pictures of any size and proportion are scaled to the tower's square."""
-    image_processor = CLIPImageProcessor(
+    image_processor = hf.CLIPImageProcessor(
         size={"height": SIDE_PX, "width": SIDE_PX},
         do_center_crop=False,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
-    return LlavaProcessor(
+    return hf.LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=PATCH_PX,
@@ -155,9 +163,9 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     )
 
 
-def build_model() -> LlavaForConditionalGeneration:
+def build_model() -> Any:
     """Make the model with fresh random weights."""
-    text = LlamaConfig(
+    text = hf.LlamaConfig(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=TEXT_WIDTH,
         intermediate_size=TEXT_INNER,
@@ -169,8 +177,9 @@ def build_model() -> LlavaForConditionalGeneration:
         eos_token_id=END,
         pad_token_id=PAD,
         tie_word_embeddings=True,
+        initializer_range=INITIAL_SPREAD,
     )
-    vision = CLIPVisionConfig(
+    vision = hf.CLIPVisionConfig(
         hidden_size=TOWER_WIDTH,
         intermediate_size=TOWER_INNER,
         num_hidden_layers=TOWER_LAYERS,
@@ -179,7 +188,7 @@ def build_model() -> LlavaForConditionalGeneration:
         patch_size=PATCH_PX,
         hidden_act="gelu",
     )
-    config = LlavaConfig(
+    config = hf.LlavaConfig(
         vision_config=vision,
         text_config=text,
         image_token_id=IMAGE,
@@ -188,7 +197,7 @@ def build_model() -> LlavaForConditionalGeneration:
         image_seq_length=IMAGE_TOKENS,
         tie_word_embeddings=True,
     )
-    return LlavaForConditionalGeneration(config)
+    return hf.LlavaForConditionalGeneration(config)
 
 
 @dataclass(slots=True)
@@ -204,7 +213,7 @@ class Conversation:
 class ConversationMaker:
     """Makes endless conversations; holds the tokenizer and the random state."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> None:
+    def __init__(self, tokenizer: Any, rng: random.Random) -> None:
         self._rng = rng
         self._encode = lru_cache(maxsize=100_000)(
             lambda text: tuple(tokenizer(text, add_special_tokens=False).input_ids)
@@ -286,8 +295,8 @@ class CellHeads(nn.Module):
         self.shape = nn.Linear(TOWER_WIDTH, 1 + len(SHAPES))
         self.place = nn.Linear(TOWER_WIDTH, IMAGE_TOKENS)
         # Most cells are empty, which is also the easiest thing to see.
-        self.register_buffer("colour_weights", torch.tensor([0.2] + [1.0] * len(COLOURS)))
-        self.register_buffer("shape_weights", torch.tensor([0.2] + [1.0] * len(SHAPES)))
+        self._colour_weights = torch.tensor([0.2] + [1.0] * len(COLOURS))
+        self._shape_weights = torch.tensor([0.2] + [1.0] * len(SHAPES))
 
     def loss(self, features: Tensor, scenes: Sequence[Scene]) -> Tensor:
         """Return the loss of naming what is in each cell of each scene."""
@@ -301,55 +310,116 @@ class CellHeads(nn.Module):
         places = torch.arange(IMAGE_TOKENS).repeat(len(scenes))
         flat = features.flatten(0, 1)
         return (
-            functional.cross_entropy(self.colour(flat), colours.flatten(), self.colour_weights)
-            + functional.cross_entropy(self.shape(flat), shapes.flatten(), self.shape_weights)
+            functional.cross_entropy(self.colour(flat), colours.flatten(), self._colour_weights)
+            + functional.cross_entropy(self.shape(flat), shapes.flatten(), self._shape_weights)
             + 0.3 * functional.cross_entropy(self.place(flat), places)
         )
 
 
+def _up_to(count: int, multiple: int) -> int:
+    """Round up. Every new matrix shape costs oneDNN a compilation, so shapes must be few."""
+    return -(-count // multiple) * multiple
+
+
 def see(model: Any, pixels: Tensor) -> Tensor:
     """Return the tower's features of each patch, without the class token, as LLaVA takes them."""
-    features: Tensor = model.model.vision_tower(pixels).last_hidden_state[:, 1:]
+    count = len(pixels)
+    padded = functional.pad(pixels, (0, 0, 0, 0, 0, 0, 0, _up_to(count, 16) - count))
+    features: Tensor = model.model.vision_tower(padded).last_hidden_state[:count, 1:]
     return features
 
 
 def answer_loss(model: Any, batch: Sequence[Conversation], features: Tensor | None) -> Tensor:
     """Return the summed weighted loss of all answers in a batch, padded on the right."""
-    length = max(len(conversation.ids) for conversation in batch)
+    length = _up_to(max(len(conversation.ids) for conversation in batch), 16)
     ids = torch.tensor([c.ids + [PAD] * (length - len(c.ids)) for c in batch])
     weights = torch.tensor([c.weights + [0.0] * (length - len(c.ids)) for c in batch])
     embeddings = model.get_input_embeddings()(ids)
     if features is not None:
-        projected = model.model.multi_modal_projector(features).to(embeddings.dtype)
+        padded = functional.pad(
+            features, (0, 0, 0, 0, 0, _up_to(len(features), 16) - len(features))
+        )
+        projected = model.model.multi_modal_projector(padded)[: len(features)]
         mask = (ids == IMAGE).unsqueeze(-1).expand_as(embeddings)
-        embeddings = embeddings.masked_scatter(mask, projected)
+        embeddings = embeddings.masked_scatter(mask, projected.to(embeddings.dtype))
     # No attention mask: attention is causal, so padding on the right is seen by padding only.
     hidden = model.model.language_model(inputs_embeds=embeddings, use_cache=False)
-    wanted = weights[:, 1:] > 0
-    logits = model.lm_head(hidden.last_hidden_state[:, :-1][wanted])
-    losses = functional.cross_entropy(logits.float(), ids[:, 1:][wanted], reduction="none")
-    return (losses * weights[:, 1:][wanted]).sum()
+    # Only the places before an answer's tokens are worth a row of logits.
+    wanted = (weights[:, 1:] > 0).nonzero()
+    wanted = functional.pad(wanted, (0, 0, 0, _up_to(len(wanted), 256) - len(wanted)))
+    rows, columns = wanted.unbind(1)
+    logits = model.lm_head(hidden.last_hidden_state[rows, columns])
+    losses = functional.cross_entropy(logits.float(), ids[rows, columns + 1], reduction="none")
+    # The rows that were filled up point at the first token, whose weight is zero.
+    return (losses * weights[rows, columns + 1]).sum()
 
 
-def make_optimizer(modules: Sequence[nn.Module], weight_decay: float) -> torch.optim.Optimizer:
-    """Make AdamW; only matrices are decayed, not biases and gains."""
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    return torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.98),
-    )
+def make_optimizers(
+    modules: Sequence[nn.Module], weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """Make Muon for the matrices inside the layers, which it trains far faster, AdamW for the rest.
+
+    Embeddings, the output layer tied to them, biases and gains are no matrices in Muon's sense.
+    """
+    parts = {id(p): p for module in modules for p in module.parameters()}
+    embeddings = {
+        id(part.weight)
+        for module in modules
+        for part in module.modules()
+        if isinstance(part, nn.Embedding)
+    }
+    matrices = [p for key, p in parts.items() if p.ndim == 2 and key not in embeddings]
+    inner = {id(p) for p in matrices}
+    others = [p for key, p in parts.items() if key not in inner]
+    return [
+        torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
 
 
-def step_with(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Clip the gradients to a norm of one, take a step, and forget them."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-        torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+class Team:
+    """The processes that train together, each on its own pictures.
+
+    On a small processor two processes of one thread each are nearly twice as fast as one process
+    of two threads: the matrices are too small to be shared out.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self._size = size
+
+    def say(self, text: str) -> None:
+        """Print a line, once for the whole team."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def step(
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        learning_rate: float,
+        numbers: Sequence[float],
+    ) -> list[float]:
+        """Average gradients and `numbers` over the team, take a step, return the averages.
+
+        As everybody gets the same numbers, all can decide alike by them (when to stop, say).
+        """
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        parameters = [p for group in groups for p in group["params"]]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([*(g.flatten() for g in gradients), torch.tensor(numbers)])
+        if self._size > 1:
+            distributed.all_reduce(flat)
+            flat /= self._size
+        *pieces, averages = flat.split([*(g.numel() for g in gradients), len(numbers)])
+        for parameter, piece in zip(parameters, pieces, strict=True):
+            parameter.grad = piece.view_as(parameter)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in groups:
+            group["lr"] = learning_rate
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return averages.tolist()
 
 
 def schedule(peak: float, done: float, step: int) -> float:
@@ -358,35 +428,32 @@ def schedule(peak: float, done: float, step: int) -> float:
     return peak * warm_up * min(1.0, (1.0 - done) / 0.5)
 
 
-def train_tower(model: Any, heads: CellHeads, minutes: float, peak_rate: float) -> None:
+def train_tower(model: Any, heads: CellHeads, team: Team, options: argparse.Namespace) -> None:
     """Stage one: teach the tower to see."""
-    rng = random.Random("tower")
-    optimizer = make_optimizer([model.model.vision_tower, heads], 0.02)
-    started, step, loss_value = time.monotonic(), 0, math.nan
-    while (done := (time.monotonic() - started) / (60 * minutes)) < 1:
-        scenes = [make_scene(rng, rng.randint(1, 5)) for _ in range(128)]
+    rng = random.Random(f"tower {options.seed} {team.rank}")
+    optimizers = make_optimizers([model.model.vision_tower, heads], 0.02)
+    started, step, elapsed_s, mean_loss = time.monotonic(), 0, 0.0, math.nan
+    while (done := elapsed_s / (60 * options.tower_minutes)) < 1:
+        scenes = [make_scene(rng, rng.randint(1, 5)) for _ in range(options.batch)]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             features = see(model, draw(scenes, rng))
         loss = heads.loss(features.float(), scenes)
-        loss.backward()
-        step_with(optimizer, schedule(peak_rate, done, step))
+        torch.autograd.backward(loss)
+        numbers = (time.monotonic() - started, loss.item())
+        elapsed_s, mean_loss = team.step(optimizers, schedule(options.rate, done, step), numbers)
         step += 1
         if step % 200 == 0:
-            print(f"tower: step {step}, loss {loss.item():.4f}", flush=True)
-        loss_value = loss.item()
-    print(f"tower: {step} steps, last loss {loss_value:.4f}", flush=True)
+            team.say(f"tower: {elapsed_s:.0f} s, step {step}, loss {mean_loss:.4f}")
+    team.say(f"tower: {step} steps, last loss {mean_loss:.4f}")
 
 
 def train_all(
-    model: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    heads: CellHeads | None,
-    options: argparse.Namespace,
+    model: Any, tokenizer: Any, heads: CellHeads | None, team: Team, options: argparse.Namespace
 ) -> None:
     """Stage two: teach the whole model to answer; `heads` go on helping the tower if given."""
-    rng = random.Random(f"answers {options.seed}")
+    rng = random.Random(f"answers {options.seed} {team.rank}")
     maker = ConversationMaker(tokenizer, rng)
-    optimizer = make_optimizer([model, heads] if heads else [model], 0.05)
+    optimizers = make_optimizers([model, heads] if heads else [model], 0.05)
     # Conversations with as many pictures are of like length: little padding in each group.
     size = options.batch
     groups = (
@@ -394,10 +461,14 @@ def train_all(
         (SEVERAL_PICTURES_KINDS, size * 3 // 8),
         (NO_PICTURES_KINDS, size // 8),
     )
-    started, step, next_report_s = time.monotonic(), 0, 60.0
-    recent: deque[float] = deque(maxlen=100)
-    while (done := (time.monotonic() - started) / (60 * options.minutes)) < 1:
-        batches = [[maker.make(kinds) for _ in range(count)] for kinds, count in groups]
+    started, step, elapsed_s, next_report_s = time.monotonic(), 0, 0.0, 30.0
+    recent: deque[float] = deque(maxlen=50)
+    while (done := elapsed_s / (60 * options.minutes)) < 1:
+        batches = []
+        for kinds, count in groups:
+            group = sorted((maker.make(kinds) for _ in range(count)), key=lambda c: len(c.ids))
+            # The longest few on their own: padding the rest to their length doubles the work.
+            batches += [group[: count * 3 // 4], group[count * 3 // 4 :]]
         total_weight = sum(sum(c.weights) for batch in batches for c in batch)
         loss_value = 0.0
         for batch in batches:
@@ -408,15 +479,51 @@ def train_all(
             loss_value += loss.item()
             if heads is not None and features is not None:
                 loss = loss + 0.05 * heads.loss(features.float(), scenes)
-            loss.backward()
-        step_with(optimizer, schedule(options.rate, done, step))
+            torch.autograd.backward(loss)
+        numbers = (time.monotonic() - started, loss_value)
+        elapsed_s, mean_loss = team.step(optimizers, schedule(options.rate, done, step), numbers)
         step += 1
-        recent.append(loss_value)
-        elapsed_s = time.monotonic() - started
+        recent.append(mean_loss)
         if elapsed_s > next_report_s:
-            next_report_s += 60
+            next_report_s += 30
             mean = sum(recent) / len(recent)
-            print(f"answers: {elapsed_s:.0f} s, step {step}, loss {mean:.4f}", flush=True)
+            team.say(f"answers: {elapsed_s:.0f} s, step {step}, loss {mean:.4f}")
+
+
+def train(rank: int, meeting_file: Path, options: argparse.Namespace) -> None:
+    """Train as one of the team's processes; the first of them saves the model."""
+    torch.set_num_threads(1)
+    torch.manual_seed(options.seed)
+    team = Team(rank, options.processes)
+    distributed.init_process_group(
+        "gloo", f"file://{meeting_file}", rank=rank, world_size=options.processes
+    )
+    tokenizer = build_tokenizer()
+    heads = None if options.init else CellHeads()
+    model: Any = load(options.init)[0] if options.init else build_model()
+    parameter_count = sum(parameter.numel() for parameter in model.parameters())
+    team.say(f"{parameter_count:,} parameters, {len(tokenizer)} tokens")
+    # The fused attention of torch is slow on the way back on a processor.
+    model.set_attn_implementation("eager")
+    if options.compile:
+        model.model.vision_tower.compile(dynamic=True)
+        model.model.language_model.compile(dynamic=True)
+    model.train()
+    if heads is not None:
+        train_tower(model, heads, team, options)
+    train_all(model, tokenizer, heads, team, options)
+    if rank == 0:
+        model.eval().to(torch.bfloat16)
+        model.generation_config = hf.GenerationConfig(
+            bos_token_id=BOS,
+            eos_token_id=END,
+            pad_token_id=PAD,
+            do_sample=False,
+            max_new_tokens=256,
+        )
+        model.save_pretrained(options.out)
+        build_processor(tokenizer).save_pretrained(options.out)
+    distributed.destroy_process_group()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -441,37 +548,25 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--rate", type=float, default=2e-3, help="top learning rate; default: 2e-3")
     parser.add_argument(
-        "--batch", type=int, default=128, metavar="N", help="conversations a step; default: 128"
+        "--batch",
+        type=int,
+        default=64,
+        metavar="N",
+        help="conversations a step, in each process; default: 64",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of weights and questions; default: 0"
+        "--processes", type=int, default=2, metavar="N", help="of one thread each; default: 2"
     )
-    parser.add_argument("--threads", type=int, default=2, help="of torch; default: 2")
+    parser.add_argument(
+        "--compile", action="store_true", help="half as fast again; needs a C++ compiler"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights and questions; default: 0")
     parser.add_argument(
         "--cases", type=int, default=1000, help="held-out cases at the end; default: 1000"
     )
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
-
-    tokenizer = build_tokenizer()
-    heads: CellHeads | None = None
-    if options.init is None:
-        model: Any = build_model()
-        heads = CellHeads()
-        parameter_count = sum(parameter.numel() for parameter in model.parameters())
-        print(f"{parameter_count:,} parameters, {len(tokenizer)} tokens", flush=True)
-        train_tower(model, heads, options.tower_minutes, options.rate)
-    else:
-        model, _ = load(options.init)
-    train_all(model.train(), tokenizer, heads, options)
-
-    model = model.eval().to(torch.bfloat16)
-    model.generation_config = GenerationConfig(
-        bos_token_id=BOS, eos_token_id=END, pad_token_id=PAD, do_sample=False, max_new_tokens=256
-    )
-    model.save_pretrained(options.out)
-    build_processor(tokenizer).save_pretrained(options.out)
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(train, (Path(folder) / "meeting", options), options.processes)
     # Measured as saved: what was written, read back and rounded.
     print(report(count_right(*load(options.out), held_out(options.cases, seed=1)), show_wrong=3))
 
