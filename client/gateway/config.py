@@ -1,0 +1,190 @@
+"""The gateway's options: one table, read from flags, then `TOKENBUS_GATEWAY_...`, then defaults.
+
+Refuses what would be unsafe by accident: an address beyond this machine without keys.
+"""
+
+# ruff: noqa: RUF009 (the call makes a dataclass field)
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from broker.protocol.limits import MAX_ATTACHMENT_OCTETS, MAX_ATTACHMENTS_OCTETS, MAX_REQUEST_OCTETS
+from client.gateway.images import ImagePolicy, Network
+
+__all__ = ["Config", "ConfigError", "parse_args"]
+
+PREFIX = "TOKENBUS_GATEWAY_"
+
+
+class ConfigError(Exception):
+    """An option has an impossible value; the message names it."""
+
+
+def _text(value: str) -> str:
+    return value
+
+
+def _flag(value: str) -> bool:
+    if value.lower() in ("1", "true", "yes", "on"):
+        return True
+    if value.lower() in ("0", "false", "no", "off", ""):
+        return False
+    raise ValueError(f"{value!r} is neither true nor false")
+
+
+def _port(value: str) -> int:
+    number = int(value)
+    if not 0 <= number < 65536:
+        raise ValueError(f"{value} is no port")
+    return number
+
+
+def _positive(value: str) -> float:
+    number = float(value)
+    if not 0 < number < 1e9:
+        raise ValueError(f"{value} is not above 0")
+    return number
+
+
+def _count(value: str) -> int:
+    number = int(value)
+    if number < 0:
+        raise ValueError(f"{value} is negative")
+    return number
+
+
+def _words(value: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in value.split(",") if word.strip())
+
+
+def _networks(value: str) -> tuple[Network, ...]:
+    return tuple(ipaddress.ip_network(word) for word in _words(value))
+
+
+def _dialect(value: str) -> str:
+    if value not in ("auto", "fastchat", "llava"):
+        raise ValueError(f"{value!r} is none of auto, fastchat, llava")
+    return value
+
+
+#: Room for every picture of a request as base64 beside its text.
+_DEFAULT_BODY_BYTES = MAX_ATTACHMENTS_OCTETS * 4 // 3 + 2 * MAX_REQUEST_OCTETS
+
+
+def _option(read: Callable[[str], Any], default: Any, help: str, metavar: str = "") -> Any:
+    """One option: the attribute's name is also the flag and the variable."""
+    return field(default=default, metadata={"read": read, "help": help, "metavar": metavar})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Every option with its value; the one table that flags, variables and help come from."""
+
+    broker: tuple[str, ...] = _option(
+        _words, (), "front address of the broker, or several", "FRONT"
+    )
+    server_key: str | None = _option(_text, None, "the broker's CURVE public key", "Z85")
+    key_file: str | None = _option(_text, None, "this gateway's CURVE certificate", "FILE")
+    host: str = _option(_text, "127.0.0.1", "address to listen on")
+    port: int = _option(_port, 8000, "port to listen on; 0 picks a free one")
+    keys: Path | None = _option(Path, None, "file of API keys; without it anybody may ask", "FILE")
+    insecure: bool = _option(_flag, False, "listen beyond this machine without keys")
+    public_url: str | None = _option(_text, None, "this gateway as others reach it", "URL")
+    allowed_hosts: tuple[str, ...] = _option(_words, (), "further host names to answer to", "NAMES")
+    cors_origins: tuple[str, ...] = _option(
+        _words, (), "pages that may call this; * is any", "URLS"
+    )
+    tls_cert: Path | None = _option(Path, None, "certificate chain, PEM; serves https", "FILE")
+    tls_key: Path | None = _option(Path, None, "private key, PEM", "FILE")
+    allow_remote_images: bool = _option(_flag, False, "fetch pictures from http(s) addresses")
+    image_networks: tuple[Network, ...] = _option(
+        _networks, (), "private networks of pictures", "CIDRS"
+    )
+    image_timeout_s: float = _option(_positive, 10.0, "for fetching one picture, seconds", "S")
+    image_bytes: int = _option(_count, MAX_ATTACHMENT_OCTETS, "largest picture, bytes", "N")
+    body_bytes: int = _option(_count, _DEFAULT_BODY_BYTES, "largest request body, bytes", "N")
+    keep_alive_s: float = _option(_positive, 15.0, "silence before a comment line", "S")
+    reattach_s: float = _option(_positive, 60.0, "time to re-attach to an answer", "S")
+    store_entries: int = _option(_count, 1000, "answers kept for re-attaching and follow-up", "N")
+    store_bytes: int = _option(_count, 64 << 20, "memory for them", "N")
+    legacy_dialect: str = _option(_dialect, "auto", "older API: auto, fastchat or llava", "NAME")
+    no_legacy: bool = _option(_flag, False, "do not serve the older controller and worker API")
+    no_page: bool = _option(_flag, False, "do not serve the web page")
+    shutdown_s: float = _option(_positive, 10.0, "grace of running answers at a stop", "S")
+    log_level: str = _option(_text, "info", "debug, info, warning or error", "LEVEL")
+
+    @property
+    def images(self) -> ImagePolicy:
+        """What pictures may be loaded."""
+        return ImagePolicy(
+            allow_remote=self.allow_remote_images,
+            max_bytes=self.image_bytes,
+            timeout_s=self.image_timeout_s,
+            allowed_networks=self.image_networks,
+        )
+
+    @property
+    def loopback(self) -> bool:
+        """Only programs of this machine reach the gateway."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    def check(self) -> None:
+        """Raises ConfigError for a combination that cannot be or should not be."""
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("--tls-cert and --tls-key go together")
+        if not self.loopback and self.keys is None and not self.insecure:
+            raise ConfigError(
+                f"--host {self.host} is reached from beyond this machine, and there are no keys: "
+                "make some with `keys add NAME` and pass --keys FILE, or pass --insecure if "
+                "something in front of the gateway checks who asks"
+            )
+
+
+def parse_args(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> Config:
+    """The configuration that flags and environment ask for; raises ConfigError."""
+    parser = argparse.ArgumentParser(
+        prog="python -m client.gateway",
+        description="Serve the models of a tokenbus broker over HTTP: OpenAI's API, the older "
+        "FastChat and LLaVA API, and a web page.",
+        epilog="Each option can also be set as an environment variable: "
+        f"{PREFIX}PORT=8080 is --port 8080. Flags win. Keys: "
+        "`python -m client.gateway keys --help`.",
+    )
+    for option in fields(Config):
+        flag = "--" + option.name.replace("_", "-")
+        words = option.metadata["help"]
+        if option.metadata["read"] is _flag:
+            parser.add_argument(flag, action="store_const", const="1", help=words)
+            continue
+        if option.default not in (None, ()):
+            words += f" (default {option.default})"
+        parser.add_argument(flag, metavar=option.metadata["metavar"] or "VALUE", help=words)
+    given = vars(parser.parse_args(argv))
+    values: dict[str, Any] = {}
+    for option in fields(Config):
+        text = given[option.name]
+        source = "--" + option.name.replace("_", "-")
+        if text is None:
+            source = PREFIX + option.name.upper()
+            text = environment.get(source)
+        if text is None:
+            continue
+        try:
+            values[option.name] = option.metadata["read"](text)
+        except ValueError as error:
+            raise ConfigError(f"{source}: {error}") from None
+    config = Config(**values)
+    config.check()
+    return config

@@ -1,0 +1,146 @@
+"""Failures as an HTTP client sees them: OpenAI's error shape around the bus's own codes.
+
+    {"error": {"message": ..., "type": ..., "param": ..., "code": ..., "request_id": ...}}
+
+`code` is one of the bus's codes (broker/protocol/SPEC.md section 8) and decides the status; `type`
+is the word that OpenAI's SDKs know for that status. Must never invent a cause: an unforeseen
+exception is told as `engine_error` of the gateway, its trace goes to the log alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from broker.protocol.errors import HTTP_STATUS, ErrorCode, ErrorInfo
+from client import BusError
+
+__all__ = [
+    "GatewayError",
+    "describe",
+    "error_body",
+    "error_headers",
+    "error_response",
+    "invalid",
+    "too_large",
+]
+
+log = logging.getLogger("tokenbus.gateway")
+
+_TYPE_OF_STATUS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    409: "conflict_error",
+    429: "rate_limit_error",
+    504: "timeout_error",
+}
+
+
+class GatewayError(Exception):
+    """A request that the gateway answers with an error of its own making or of the bus."""
+
+    def __init__(
+        self,
+        code: ErrorCode | str,
+        message: str,
+        *,
+        param: str | None = None,
+        status: int | None = None,
+        retryable: bool = False,
+        retry_after_ms: int | None = None,
+        details: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.info = ErrorInfo(
+            code=str(code),
+            message=message,
+            retryable=retryable,
+            retry_after_ms=retry_after_ms,
+            details=details or {},
+        )
+        #: The field of the request that is wrong, as a path: `messages[0].role`.
+        self.param = param
+        self.status = status if status is not None else status_of(self.info)
+
+
+def status_of(info: ErrorInfo) -> int:
+    """The HTTP status of a bus error; 502 for a code that this version does not know."""
+    try:
+        return HTTP_STATUS[ErrorCode(info.code)]
+    except ValueError:
+        return 502
+
+
+def invalid(param: str | None, message: str) -> GatewayError:
+    """The request is wrong at `param`; the message says how to mend it."""
+    return GatewayError(ErrorCode.INVALID_REQUEST, message, param=param)
+
+
+def too_large(param: str | None, message: str) -> GatewayError:
+    """`param` is beyond a limit of the gateway or of the bus."""
+    return GatewayError(ErrorCode.TOO_LARGE, message, param=param)
+
+
+def describe(error: BaseException) -> GatewayError:
+    """Any failure as the one that the HTTP client is told."""
+    if isinstance(error, GatewayError):
+        return error
+    if isinstance(error, BusError):
+        return GatewayError(
+            error.code,
+            error.message,
+            retryable=error.retryable,
+            retry_after_ms=error.retry_after_ms,
+            details=error.details,
+        )
+    log.error("unforeseen failure", exc_info=error)
+    return GatewayError(
+        ErrorCode.ENGINE_ERROR,
+        "The gateway failed on this request; its log has the cause under this request id.",
+    )
+
+
+def error_body(error: GatewayError, request_id: str | None = None) -> dict[str, Any]:
+    """The JSON body, also used as the data of an error event in a stream."""
+    if error.status < 500 and error.status not in _TYPE_OF_STATUS:
+        kind = "invalid_request_error"
+    else:
+        kind = _TYPE_OF_STATUS.get(error.status, "server_error")
+    body: dict[str, Any] = {
+        "message": error.info.message,
+        "type": kind,
+        "param": error.param,
+        "code": error.info.code,
+    }
+    if error.info.details:
+        body["details"] = error.info.details
+    if request_id is not None:
+        body["request_id"] = request_id
+    return {"error": body}
+
+
+def error_headers(error: GatewayError) -> dict[str, str]:
+    """`x-should-retry` and `retry-after-ms` are what OpenAI's SDKs read before the status."""
+    headers = {"x-should-retry": "true" if error.info.retryable else "false"}
+    wait_ms = error.info.retry_after_ms
+    if wait_ms is None and error.status in (429, 503):
+        wait_ms = 1000
+    if wait_ms is not None:
+        headers["retry-after"] = str(max(1, math.ceil(wait_ms / 1000)))
+        headers["retry-after-ms"] = str(wait_ms)
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return headers
+
+
+def error_response(error: BaseException, request_id: str | None = None) -> JSONResponse:
+    """The whole HTTP answer to a failed request."""
+    told = describe(error)
+    return JSONResponse(
+        error_body(told, request_id), status_code=told.status, headers=error_headers(told)
+    )

@@ -1,0 +1,299 @@
+"""API keys: a file of hashes with limits, re-read when it changes; rate and concurrency per key.
+
+A key is 256 random bits, so one SHA-256 of it is as good as a slow hash: there is nothing to guess.
+The key itself is shown once, when it is made, and stands in no file and no log.
+
+    # keys.toml                                  python -m client.gateway keys add alice
+    [keys.alice]
+    hash = "sha256:..."
+    rate_per_minute = 60        # requests; left out: no limit
+    concurrency = 4             # requests at once; left out: no limit
+    max_priority = 0            # highest `priority` that its requests may ask for
+    operator = false            # may drain workers and see the operator's view
+    many_users = false          # a front end of several people: fair share by its `user` field
+    models = ["llava"]          # left out: every model
+    expires = 2027-01-31        # left out: never
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import hmac
+import math
+import os
+import re
+import secrets
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from broker.protocol.errors import ErrorCode
+from client.gateway.errors import GatewayError
+
+__all__ = ["ANYBODY", "Key", "KeyFile", "KeyFileError", "Usage", "add_key", "remove_key"]
+
+_PREFIX = "tb-"
+_NAME = re.compile(r"^[A-Za-z0-9_-]{1,64}$")
+
+
+class KeyFileError(Exception):
+    """The key file cannot be used; the message says where and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """Who asks, and what it may do."""
+
+    name: str
+    digest: bytes = b""
+    rate_per_minute: float | None = None
+    concurrency: int | None = None
+    max_priority: int = 0
+    operator: bool = False
+    many_users: bool = False
+    models: frozenset[str] | None = None
+    expires: datetime.date | None = None
+
+    def may_use(self, model: str) -> bool:
+        """The key's list of models, where it has one, holds this one."""
+        return self.models is None or model in self.models
+
+
+#: The key of a gateway without a key file.
+ANYBODY = Key("", max_priority=100, operator=True, many_users=True)
+
+
+@dataclass(slots=True)
+class Usage:
+    """What one key has in flight and has left of its rate: a bucket of one minute's requests."""
+
+    running: int = 0
+    #: Requests that may come at once; refilled at rate_per_minute / 60 a second.
+    left: float = math.inf
+    at_s: float = 0.0
+
+    def admit(self, key: Key, now_s: float) -> None:
+        """Count one request in; raises GatewayError(quota). `finished` must follow."""
+        if key.concurrency is not None and self.running >= key.concurrency:
+            raise GatewayError(
+                ErrorCode.QUOTA,
+                f"Key {key.name!r} has {self.running} requests running, which is its limit; wait "
+                "until one has ended.",
+                retryable=True,
+                retry_after_ms=1000,
+                details={"concurrency": key.concurrency},
+            )
+        if key.rate_per_minute is not None:
+            per_s = key.rate_per_minute / 60
+            burst = max(1.0, key.rate_per_minute)
+            self.left = min(burst, min(self.left, burst) + (now_s - self.at_s) * per_s)
+            self.at_s = now_s
+            if self.left < 1:
+                wait_ms = math.ceil((1 - self.left) / per_s * 1000)
+                raise GatewayError(
+                    ErrorCode.QUOTA,
+                    f"Key {key.name!r} is past its {key.rate_per_minute:g} requests a minute; come "
+                    f"back in {wait_ms / 1000:.1f} s.",
+                    retryable=True,
+                    retry_after_ms=wait_ms,
+                    details={"rate_per_minute": key.rate_per_minute},
+                )
+            self.left -= 1
+        self.running += 1
+
+    def finished(self) -> None:
+        """The request that `admit` counted in is over."""
+        self.running -= 1
+
+
+@dataclass(slots=True)
+class KeyFile:
+    """The keys of a file, re-read when the file changes; a broken edit keeps the old keys."""
+
+    path: Path
+    _keys: dict[bytes, Key] = field(default_factory=dict)
+    _usage: dict[str, Usage] = field(default_factory=dict)
+    #: (mtime_ns, size, inode) of what was read last.
+    _version: tuple[int, int, int] | None = None
+    #: Why the file as it is now was not taken; empty when it was.
+    problem: str = ""
+
+    def __post_init__(self) -> None:
+        self.refresh()
+        if self.problem:
+            raise KeyFileError(self.problem)
+
+    def refresh(self) -> None:
+        """Read the file again if it changed."""
+        try:
+            status = self.path.stat()
+            version = (status.st_mtime_ns, status.st_size, status.st_ino)
+            if version == self._version:
+                return
+            self._keys = {key.digest: key for key in _read(self.path).values()}
+            self._version = version
+            self.problem = ""
+        except (OSError, KeyFileError) as error:
+            self.problem = str(error)
+
+    def find(self, presented: str | None, today: datetime.date) -> Key:
+        """The key that was presented; raises GatewayError(unauthenticated)."""
+        self.refresh()
+        if not presented:
+            raise GatewayError(
+                ErrorCode.UNAUTHENTICATED,
+                "No API key. Send it as `Authorization: Bearer KEY`.",
+            )
+        digest = hashlib.sha256(presented.encode()).digest()
+        key = self._keys.get(digest)
+        if key is None or not hmac.compare_digest(key.digest, digest):
+            raise GatewayError(
+                ErrorCode.UNAUTHENTICATED, "The API key is not known here; ask for a new one."
+            )
+        if key.expires is not None and today > key.expires:
+            raise GatewayError(
+                ErrorCode.UNAUTHENTICATED, f"Key {key.name!r} expired on {key.expires}."
+            )
+        return key
+
+    def usage(self, key: Key) -> Usage:
+        """The running account of a key; it outlives edits of the file."""
+        return self._usage.setdefault(key.name, Usage())
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._keys.values())
+
+
+def _read(path: Path) -> dict[str, Key]:
+    try:
+        tables = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise KeyFileError(f"{path}: {error}") from None
+    unknown = set(tables) - {"keys"}
+    if unknown:
+        raise KeyFileError(f"{path}: {sorted(unknown)[0]!r} is not known; write [keys.NAME] tables")
+    found = {}
+    for name, values in tables.get("keys", {}).items():
+        found[name] = _key(path, name, values)
+    return found
+
+
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "hash": str,
+    "rate_per_minute": (int, float),
+    "concurrency": int,
+    "max_priority": int,
+    "operator": bool,
+    "many_users": bool,
+    "models": list,
+    "expires": datetime.date,
+}
+
+
+def _key(path: Path, name: str, values: Any) -> Key:
+    where = f"{path}: [keys.{name}]"
+    if not isinstance(values, dict):
+        raise KeyFileError(f"{where} must be a table")
+    for item, value in values.items():
+        kinds = _FIELDS.get(item)
+        if kinds is None:
+            raise KeyFileError(f"{where}: {item!r} is not known")
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+            raise KeyFileError(f"{where}: {item} has a wrong type")
+    for item in ("rate_per_minute", "concurrency"):
+        if item in values and values[item] <= 0:
+            raise KeyFileError(f"{where}: {item} must be above 0; leave it out for no limit")
+    scheme, _, digits = str(values.get("hash", "")).partition(":")
+    try:
+        digest = bytes.fromhex(digits)
+    except ValueError:
+        digest = b""
+    if scheme != "sha256" or len(digest) != 32:
+        raise KeyFileError(
+            f"{where}: hash must be sha256: and 64 hex digits, as `keys add` makes it"
+        )
+    return Key(
+        name=name,
+        digest=digest,
+        rate_per_minute=values.get("rate_per_minute"),
+        concurrency=values.get("concurrency"),
+        max_priority=values.get("max_priority", 0),
+        operator=values.get("operator", False),
+        many_users=values.get("many_users", False),
+        models=frozenset(map(str, values["models"])) if "models" in values else None,
+        expires=values.get("expires"),
+    )
+
+
+def add_key(
+    path: Path,
+    name: str,
+    *,
+    rate_per_minute: float | None = None,
+    concurrency: int | None = None,
+    max_priority: int = 0,
+    operator: bool = False,
+    many_users: bool = False,
+    models: list[str] | None = None,
+) -> str:
+    """Append a new key to the file and return it; the only time that it can be seen."""
+    if not _NAME.match(name):
+        raise KeyFileError(f"{name!r} is no name for a key: letters, digits, - and _, at most 64")
+    if path.exists() and name in _read(path):
+        raise KeyFileError(f"{path} already has a key {name!r}; remove it first")
+    presented = _PREFIX + secrets.token_urlsafe(32)
+    lines = [
+        f"[keys.{name}]",
+        f'hash = "sha256:{hashlib.sha256(presented.encode()).hexdigest()}"',
+    ]
+    if rate_per_minute is not None:
+        lines.append(f"rate_per_minute = {rate_per_minute:g}")
+    if concurrency is not None:
+        lines.append(f"concurrency = {concurrency}")
+    if max_priority:
+        lines.append(f"max_priority = {max_priority}")
+    if operator:
+        lines.append("operator = true")
+    if many_users:
+        lines.append("many_users = true")
+    if models:
+        lines.append(f"models = [{', '.join(_toml_string(model) for model in models)}]")
+    old = path.read_text("utf-8") if path.exists() else ""
+    _replace(path, f"{old.rstrip()}\n\n{chr(10).join(lines)}\n".lstrip())
+    return presented
+
+
+def remove_key(path: Path, name: str) -> None:
+    """Take a key out of the file; gateways that use the file refuse it from the next request on."""
+    if name not in _read(path):
+        raise KeyFileError(f"{path} has no key {name!r}")
+    kept: list[str] = []
+    inside = False
+    for line in path.read_text("utf-8").splitlines():
+        if line.lstrip().startswith("["):
+            inside = line.strip().split("#")[0].strip() == f"[keys.{name}]"
+        if not inside:
+            kept.append(line)
+    text = "\n".join(kept).strip() + "\n"
+    if name in tomllib.loads(text).get("keys", {}):
+        raise KeyFileError(f"{path}: remove the table of {name!r} by hand")
+    _replace(path, text.lstrip())
+
+
+def _toml_string(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write the whole file or nothing, readable by its owner alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with contextlib.suppress(FileNotFoundError):
+        beside.unlink()
+    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    beside.replace(path)

@@ -1,0 +1,363 @@
+"""The bodies that OpenAI's endpoints take, as typed values: every field is listed here or refused.
+
+Three kinds of fields:
+
+* honoured: typed below, bounds as OpenAI documents them, or the bus's where the bus allows more;
+* harmless labels, accepted without effect on the answer: `metadata`, `store`,
+  `safety_identifier`, `prompt_cache_key`, `prompt_cache_retention`, `prompt_cache_options` (a
+  worker's prefix cache needs no key) and `stream_options.include_obfuscation`;
+* known but not served: typed `Refused` with the reason; any value but null is a 400 naming it.
+
+A field that stands nowhere is a 400 that names it. Beyond OpenAI's own fields the common extensions
+of other servers are taken: top_k, min_p, repetition_penalty, min_tokens, stop_token_ids,
+ignore_eos, include_stop_str_in_output, skip_special_tokens, structured_outputs,
+chat_template_kwargs, priority (higher goes first), queue_ms and ttl_ms.
+
+Must never talk to the bus: `convert` turns these values into bus requests.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+
+import msgspec
+from msgspec import Meta, Struct
+
+from broker.protocol.limits import MAX_NAME_OCTETS, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
+from client.gateway.errors import GatewayError, invalid
+
+__all__ = [
+    "ChatMessage",
+    "ChatRequest",
+    "CompletionRequest",
+    "EmbeddingRequest",
+    "JsonSchemaFormat",
+    "Sampling",
+    "StructuredOutputs",
+    "parse",
+    "refuse_unserved",
+    "texts_of",
+]
+
+Temperature = Annotated[float, Meta(ge=0, le=2)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Choices = Annotated[int, Meta(ge=1, le=128)]
+Tokens = Annotated[int, Meta(ge=1, le=1 << 31)]
+StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
+Stop = StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)]
+TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
+ModelName = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_OCTETS)]
+#: One text, several, the token ids of one, or those of several; `texts_of` sorts them out.
+Texts = str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1, max_length=4096)]
+#: A known field that this gateway does not serve; see `_UNSERVED`.
+Refused = Annotated[Any, "refused"]
+
+
+class _Body(Struct, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class StreamOptions(_Body, kw_only=True):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class StructuredOutputs(_Body, kw_only=True):
+    """What the answer must conform to; exactly one of the five."""
+
+    json: dict[str, Any] | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    choice: Annotated[list[str], Meta(min_length=1)] | None = None
+
+
+class Sampling(_Body, kw_only=True):
+    """The fields that chat and completions have in common."""
+
+    model: ModelName
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Choices | None = None
+    temperature: Temperature | None = None
+    top_p: Share | None = None
+    stop: Stop | None = None
+    seed: int | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[str, Bias] | None = None
+    #: Whose fair share of the model this request takes.
+    user: str | None = None
+    # Labels.
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    # Extensions.
+    top_k: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = None
+    min_p: Share | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=1 << 31)] | None = None
+    stop_token_ids: list[TokenId] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
+    priority: Annotated[int, Meta(ge=-100, le=100)] | None = None
+    queue_ms: Annotated[int, Meta(ge=0, le=1 << 40)] | None = None
+    ttl_ms: Annotated[int, Meta(ge=1, le=1 << 40)] | None = None
+
+
+# --- chat -----------------------------------------------------------------------------------------
+
+
+class ImageUrl(_Body, kw_only=True):
+    url: str
+    #: The model gets the picture as it is, which is what `auto` and `high` ask for.
+    detail: Literal["auto", "high", "low"] | None = None
+
+
+class TextPart(_Body, tag="text", tag_field="type", kw_only=True):
+    text: str
+
+
+class ImagePart(_Body, tag="image_url", tag_field="type", kw_only=True):
+    image_url: ImageUrl
+
+
+class RefusalPart(_Body, tag="refusal", tag_field="type", kw_only=True):
+    refusal: str
+
+
+class AudioPart(_Body, tag="input_audio", tag_field="type", kw_only=True):
+    input_audio: Refused = None
+
+
+class FilePart(_Body, tag="file", tag_field="type", kw_only=True):
+    file: Refused = None
+
+
+ContentPart = TextPart | ImagePart | RefusalPart | AudioPart | FilePart
+
+
+class CalledFunction(_Body, kw_only=True):
+    name: str
+    arguments: str
+
+
+class ToolCall(_Body, kw_only=True):
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+    #: Position in a stream; SDK objects that were built from one carry it.
+    index: int | None = None
+
+
+class ChatMessage(_Body, kw_only=True):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    # SDK objects of an earlier answer carry these as null.
+    annotations: Any = None
+    audio: Refused = None
+    function_call: Refused = None
+
+
+class Function(_Body, kw_only=True):
+    name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Body, kw_only=True):
+    function: Function
+    type: Literal["function"]
+
+
+class NamedFunction(_Body, kw_only=True):
+    name: str
+
+
+class NamedTool(_Body, kw_only=True):
+    function: NamedFunction
+    type: Literal["function"]
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+
+class JsonSchema(_Body, kw_only=True):
+    name: str
+    schema: dict[str, Any] | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextFormat(_Body, tag="text", tag_field="type", kw_only=True):
+    pass
+
+
+class JsonObjectFormat(_Body, tag="json_object", tag_field="type", kw_only=True):
+    pass
+
+
+class JsonSchemaFormat(_Body, tag="json_schema", tag_field="type", kw_only=True):
+    json_schema: JsonSchema
+
+
+ResponseFormat = TextFormat | JsonObjectFormat | JsonSchemaFormat
+
+
+class ChatRequest(Sampling, kw_only=True):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    max_tokens: Tokens | None = None
+    max_completion_tokens: Tokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Meta(min_length=1, max_length=128)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    #: "flex" waits behind the others, "priority" and "fast" go before them.
+    service_tier: Literal["auto", "default", "flex", "priority", "fast"] | None = None
+    #: Given to the chat template under this name.
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    modalities: list[Literal["text", "audio"]] | None = None
+    audio: Refused = None
+    function_call: Refused = None
+    functions: Refused = None
+    moderation: Refused = None
+    prediction: Refused = None
+    verbosity: Refused = None
+    web_search_options: Refused = None
+
+
+# --- completions and embeddings -------------------------------------------------------------------
+
+
+class CompletionRequest(Sampling, kw_only=True):
+    """Body of `POST /v1/completions`."""
+
+    prompt: Texts
+    #: 0 is allowed with `echo`: the prompt alone, with its log-probabilities where asked for.
+    max_tokens: Annotated[int, Meta(ge=0, le=1 << 31)] | None = 16
+    best_of: Choices | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    suffix: Refused = None
+
+
+class EmbeddingRequest(_Body, kw_only=True):
+    """Body of `POST /v1/embeddings`."""
+
+    model: ModelName
+    input: Texts
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
+    user: str | None = None
+    priority: Annotated[int, Meta(ge=-100, le=100)] | None = None
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+_UNSERVED = {
+    "audio": "the bus serves text and pictures, no sound",
+    "background": "it needs `store` to be true",
+    "context_management": "send the part of the conversation that the model shall see",
+    "conversation": "use `previous_response_id`, or send the conversation as `input`",
+    "file": "send text, or a picture as `image_url`",
+    "function_call": "it is the deprecated form of `tool_choice`",
+    "functions": "it is the deprecated form of `tools`",
+    "input_audio": "the bus serves text and pictures, no sound",
+    "max_tool_calls": "tools run at the caller, who can count them",
+    "moderation": "no moderation model stands behind this gateway",
+    "prediction": "workers of this bus do not take predicted outputs",
+    "prompt": "prompt templates are not stored here; send `input` and `instructions`",
+    "suffix": "no model of the bus fills in the middle through this endpoint",
+    "verbosity": "say in the system prompt how long the answer shall be",
+    "web_search_options": "the bus does not reach the web",
+}
+
+_PATH = re.compile(r" - at `(?:key in )?\$?\.?(?P<path>[^`]*)`$")
+_UNKNOWN = re.compile(r"^Object contains unknown field `(?P<field>[^`]*)`")
+_MISSING = re.compile(r"^Object missing required field `(?P<field>[^`]*)`")
+
+Body = TypeVar("Body", bound=Struct)
+
+
+def parse(kind: type[Body], octets: bytes) -> Body:
+    """Read a request body; raises GatewayError(invalid_request) that names the field at fault."""
+    try:
+        return msgspec.json.decode(octets, type=kind)
+    except msgspec.ValidationError as error:
+        raise _named(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise invalid(None, f"The body is not JSON: {error}. Send one JSON object.") from None
+    except RecursionError:
+        raise invalid(None, "The body is nested too deeply.") from None
+
+
+def _named(message: str) -> GatewayError:
+    path = ""
+    if at := _PATH.search(message):
+        path = at["path"]
+        message = message[: at.start()]
+    if unknown := _UNKNOWN.match(message):
+        field = f"{path}.{unknown['field']}" if path else unknown["field"]
+        return invalid(
+            field, f"`{field}` is not a field of this endpoint; remove it or mend its spelling."
+        )
+    if missing := _MISSING.match(message):
+        field = f"{path}.{missing['field']}" if path else missing["field"]
+        return invalid(field, f"`{field}` is required.")
+    where = f"`{path}`: " if path else ""
+    return invalid(path or None, f"{where}{message}.")
+
+
+def texts_of(field: str, value: Texts) -> list[str | list[int]]:
+    """The texts or token lists that a `prompt` or an `input` stands for, at least one."""
+    if isinstance(value, str):
+        return [value]
+    if all(isinstance(item, int) for item in value):
+        return [[item for item in value if isinstance(item, int)]]
+    texts = [item for item in value if not isinstance(item, int)]
+    if len(texts) != len(value) or len({type(item) for item in texts}) > 1:
+        raise invalid(field, f"`{field}` mixes texts and token ids; send one kind.")
+    if any(isinstance(item, list) and not item for item in texts):
+        raise invalid(field, f"`{field}` holds an empty list of token ids.")
+    return texts
+
+
+def refuse_unserved(body: Struct, path: str = "") -> None:
+    """Raise for the first known but unserved field that is set, here or below."""
+    for field in body.__struct_fields__:
+        value = getattr(body, field)
+        here = f"{path}.{field}" if path else field
+        if value is not None and field in _refused_fields(type(body)):
+            raise invalid(here, f"`{here}` is not served: {_UNSERVED[field]}.")
+        if isinstance(value, Struct):
+            refuse_unserved(value, here)
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                if isinstance(item, Struct):
+                    refuse_unserved(item, f"{here}[{index}]")
+
+
+@functools.cache
+def _refused_fields(kind: type[Struct]) -> frozenset[str]:
+    hints = get_type_hints(kind, include_extras=True)
+    return frozenset(field for field, hint in hints.items() if hint is Refused)

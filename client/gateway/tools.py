@@ -1,0 +1,389 @@
+"""Finds tool calls in a model's text as it streams, whatever common format the model writes.
+
+Which format a model was trained on stands nowhere in a request, so it is detected:
+
+    <tool_call>{"name": ..., "arguments": {...}}</tool_call>     Hermes, Qwen; anywhere in the text
+    [TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]         Mistral
+    [TOOL_CALLS]name[ARGS]{...}                                  Mistral, newer
+    <|python_tag|>{"name": ..., "parameters": {...}}; {...}      Llama 3; the tag is optional
+    [{"name": ..., "arguments": {...}}, ...]                     a forced call, or a skipped tag
+
+JSON without a marker counts only at the very start of the text, and all of it only when it names
+one of the request's tools; anything else stays text. Arguments are passed on as the model writes
+them. Pure: fed text, returns pieces. How the text is cut into feeds never changes the outcome, and
+nothing is lost but the markup of calls and the white space around it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import Enum, auto
+
+__all__ = ["Arguments", "CallStart", "Piece", "Text", "ToolCallParser"]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Text outside of any call."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallStart:
+    """A call of the tool `name` begins; `index` counts the calls of the answer."""
+
+    index: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """More of the JSON text of the arguments of call `index`."""
+
+    index: int
+    text: str
+
+
+Piece = Text | CallStart | Arguments
+
+_HERMES, _HERMES_END = "<tool_call>", "</tool_call>"
+_MISTRAL, _MISTRAL_ARGS = "[TOOL_CALLS]", "[ARGS]"
+_LLAMA = "<|python_tag|>"
+_MARKERS = (_HERMES, _MISTRAL, _LLAMA)
+_SPACE = " \t\r\n"
+_SEPARATORS = _SPACE + ",;"
+#: Keys under which models put the arguments, and what else a call may have beside its name.
+_ARGUMENTS = ("arguments", "parameters")
+_BESIDE = ("id", "type", "index")
+
+
+class _Reader:
+    """Reads one JSON object that may be a call, and knows the name before the object is complete.
+
+    With `name` given the object is the arguments themselves.
+    """
+
+    def __init__(self, names: Collection[str], name: str | None = None) -> None:
+        self._names = names
+        self._bare_arguments = name is not None
+        self.name = name
+        #: All that was taken.
+        self.raw = ""
+        self.complete = False
+        self.refused = False
+        self._arguments = ""  # known, not yet handed out
+        self._had_arguments = False
+        self._key: str | None = None  # None: a key is expected
+        self._from: int | None = None  # where the key or value in hand begins in `raw`
+        self._in_string = False
+        self._escaped = False
+        self._depth = 0
+
+    def feed(self, text: str) -> str:
+        """Take text until the object is complete or refused; returns what is left over."""
+        for position, character in enumerate(text):
+            self.raw += character
+            if self._is_streamed(character):
+                self._had_arguments = True
+                self._arguments += character
+            self._take(character)
+            if self.complete or self.refused:
+                return text[position + 1 :]
+        return ""
+
+    def new_arguments(self) -> str:
+        """Text of the arguments since the last call; nothing before the name is known."""
+        if self.name is None:
+            return ""
+        new, self._arguments = self._arguments, ""
+        return new
+
+    def _is_streamed(self, character: str) -> bool:
+        if self._bare_arguments:
+            return True
+        if self._key not in _ARGUMENTS or self._in_string and self._depth == 1:
+            return False
+        return self._depth >= 2 or (character in "{[" and self._from is None)
+
+    def _take(self, character: str) -> None:
+        if self._in_string:
+            if self._escaped:
+                self._escaped = False
+            elif character == "\\":
+                self._escaped = True
+            elif character == '"':
+                self._in_string = False
+            return
+        if self._from is None and character not in _SPACE + ":,}]" and self._depth:
+            self._from = len(self.raw) - 1
+        if character == '"':
+            self._in_string = True
+        elif character in "{[":
+            self._depth += 1
+        elif character in "}]":
+            self._depth -= 1
+            if self._depth == 0:
+                self._close()
+        elif self._depth == 1 and not self._bare_arguments:
+            if character == ":" and self._key is None:
+                self._key_ends()
+            elif character == ",":
+                self._value_ends()
+
+    def _cut(self) -> str:
+        """The key or value that ended before the character just taken."""
+        cut = "" if self._from is None else self.raw[self._from : -1].strip(_SPACE)
+        self._from = None
+        return cut
+
+    def _key_ends(self) -> None:
+        key = _string(self._cut())
+        if key in ("name", "function", *_ARGUMENTS, *_BESIDE):
+            self._key = key
+        else:
+            self._refuse()
+
+    def _value_ends(self) -> None:
+        key, value = self._key, self._cut()
+        self._key = None
+        if key in ("name", "function"):
+            name = _string(value)
+            if name not in self._names:
+                self._refuse()
+            elif self.name is None:
+                self.name = name
+        elif key in _ARGUMENTS and not self._had_arguments:
+            # Null, or a string that holds the JSON; an object was streamed.
+            self._had_arguments = True
+            self._arguments += _string(value) or "{}"
+        elif key is None:
+            self._refuse()
+
+    def _close(self) -> None:
+        if not self._bare_arguments:
+            self._value_ends()
+            if self.name is None:
+                self._refuse()
+            elif not self._had_arguments:
+                self._arguments += "{}"
+        self.complete = not self.refused
+
+    def _refuse(self) -> None:
+        # Once the name was told, whatever follows in the object belongs to that call.
+        self.refused = self.name is None
+
+
+def _string(text: str) -> str | None:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, str) else None
+
+
+class _State(Enum):
+    START = auto()  # only white space so far
+    TEXT = auto()
+    CALLS = auto()  # in a region of calls: a call, a separator, or the end
+    NAME = auto()  # Mistral's newer form: the name stands before the object
+    READING = auto()  # inside the object of a call
+
+
+class ToolCallParser:
+    """Splits the text of one answer into text and calls of `names`."""
+
+    def __init__(self, names: Collection[str], *, parallel: bool = True) -> None:
+        self._names = frozenset(names)
+        self._parallel = parallel
+        self._state = _State.START
+        self._pending = ""  # not yet decided
+        self._region = ""  # taken since the region of calls began, while it holds no call
+        self._marker = ""  # how the region began
+        self._in_list = False
+        self._reader: _Reader | None = None
+        self._told = False  # the call in hand was told
+        self._trim = False  # white space follows a call
+        #: Calls found so far.
+        self.calls = 0
+
+    @property
+    def satisfied(self) -> bool:
+        """The only call that was allowed is complete: the rest of the answer is of no use."""
+        return not self._parallel and self.calls > 0 and self._reader is None
+
+    def feed(self, text: str) -> list[Piece]:
+        """The pieces that became certain with this text."""
+        self._pending += text
+        pieces: list[Piece] = []
+        while self._pending and not self.satisfied and self._step(pieces):
+            pass
+        return _merged(pieces)
+
+    def finish(self) -> list[Piece]:
+        """The answer is over: what was held back is text, unless it belongs to a call."""
+        rest = self._pending
+        if self._reader is not None:
+            rest = "" if self._told else self._region + self._reader.raw
+        elif self._state in (_State.CALLS, _State.NAME):
+            rest = self._region + rest if self._region else rest.strip(_SEPARATORS + "]")
+        elif self._trim:
+            rest = rest.lstrip(_SPACE)
+        done = self.satisfied
+        self._pending, self._region, self._reader = "", "", None
+        return [Text(rest)] if rest and not done else []
+
+    def _step(self, pieces: list[Piece]) -> bool:
+        """Decide about the beginning of what is pending; False when more text is needed."""
+        match self._state:
+            case _State.START:
+                return self._start()
+            case _State.TEXT:
+                return self._text(pieces)
+            case _State.CALLS:
+                return self._between(pieces)
+            case _State.NAME:
+                return self._name(pieces)
+            case _State.READING:
+                return self._read(pieces)
+
+    def _start(self) -> bool:
+        head = self._pending.lstrip(_SPACE)
+        if not head:
+            return False
+        if head[0] == "{" or (head[0] == "[" and head[1:].lstrip(_SPACE).startswith("{")):
+            self._enter("")
+        elif head[0] == "[" and not head[1:].strip(_SPACE):
+            return False
+        else:
+            self._state = _State.TEXT
+        return True
+
+    def _text(self, pieces: list[Piece]) -> bool:
+        if self._trim:
+            self._pending = self._pending.lstrip(_SPACE)
+            self._trim = not self._pending
+        found = [at for at in (self._pending.find(marker) for marker in _MARKERS) if at >= 0]
+        sure = min(found) if found else len(self._pending) - _held_back(self._pending)
+        kept = self._pending[:sure].rstrip(_SPACE)
+        if found:
+            marker = next(m for m in _MARKERS if self._pending.startswith(m, sure))
+            pieces.append(Text(kept))
+            # The white space before a marker is text if the marker turns out to begin no call.
+            self._enter(self._pending[len(kept) : sure] + marker)
+            self._marker = marker
+            self._pending = self._pending[sure + len(marker) :]
+            return True
+        pieces.append(Text(kept))
+        self._pending = self._pending[len(kept) :]
+        return False
+
+    def _enter(self, taken: str) -> None:
+        self._state = _State.CALLS
+        self._region, self._marker, self._in_list = taken, "", False
+
+    def _leave(self, pieces: list[Piece]) -> bool:
+        pieces.append(Text(self._region))
+        self._trim = not self._region
+        self._region = ""
+        self._state = _State.TEXT
+        return True
+
+    def _swallow(self, count: int) -> bool:
+        if self._region or not self.calls:
+            self._region += self._pending[:count]
+        self._pending = self._pending[count:]
+        return True
+
+    def _between(self, pieces: list[Piece]) -> bool:
+        head = self._pending.lstrip(_SEPARATORS)
+        before = len(self._pending) - len(head)
+        if not head:
+            return False
+        for tag in (_HERMES_END, _MISTRAL):
+            if tag.startswith(head[: len(tag)]) and (tag != _HERMES_END or self._marker == _HERMES):
+                if len(head) < len(tag) and head != "[":
+                    return False
+                if len(head) >= len(tag):
+                    self._swallow(before + len(tag))
+                    return self._leave(pieces) if tag == _HERMES_END else True
+        if head[0] == "{":
+            self._swallow(before)
+            self._reader, self._told = _Reader(self._names), False
+            self._state = _State.READING
+            return True
+        if head[0] == "[" and not self._in_list and self._marker != _HERMES:
+            if head == "[":
+                return False
+            self._in_list = True
+            return self._swallow(before + 1)
+        if head[0] == "]" and self._in_list:
+            self._swallow(before + 1)
+            return self._leave(pieces)
+        if self._marker == _MISTRAL and not self._in_list:
+            self._swallow(before)
+            self._state = _State.NAME
+            return True
+        return self._leave(pieces)
+
+    def _name(self, pieces: list[Piece]) -> bool:
+        name, brace, _ = self._pending.partition("{")
+        if not brace:
+            longest = max(map(len, self._names), default=0) + len(_MISTRAL_ARGS) + len(_SPACE)
+            return len(name) > longest and self._leave(pieces)
+        called = name.strip(_SPACE).removesuffix(_MISTRAL_ARGS).strip(_SPACE)
+        if called not in self._names:
+            return self._leave(pieces)
+        self._swallow(len(name))
+        self._reader, self._told = _Reader(self._names, called), False
+        self._state = _State.READING
+        return True
+
+    def _read(self, pieces: list[Piece]) -> bool:
+        reader = self._reader
+        assert reader is not None
+        self._pending = reader.feed(self._pending)
+        if reader.refused:
+            self._region += reader.raw
+            self._reader = None
+            return self._leave(pieces)
+        if reader.name is not None and not self._told:
+            self._told, self._region = True, ""
+            pieces.append(CallStart(self.calls, reader.name))
+            self.calls += 1
+        pieces.append(Arguments(self.calls - 1, reader.new_arguments()))
+        if not reader.complete:
+            return False
+        self._reader = None
+        self._state = _State.CALLS
+        return True
+
+
+def _held_back(text: str) -> int:
+    """How many characters at the end could be the beginning of a marker."""
+    for count in range(min(max(map(len, _MARKERS)) - 1, len(text)), 0, -1):
+        if any(marker.startswith(text[-count:]) for marker in _MARKERS):
+            return count
+    return 0
+
+
+def _merged(pieces: list[Piece]) -> list[Piece]:
+    """Neighbours of one kind as one piece, without empty ones."""
+    merged: list[Piece] = []
+    for piece in pieces:
+        last = merged[-1] if merged else None
+        if isinstance(piece, Text | Arguments) and not piece.text:
+            continue
+        if isinstance(piece, Text) and isinstance(last, Text):
+            merged[-1] = Text(last.text + piece.text)
+        elif (
+            isinstance(piece, Arguments)
+            and isinstance(last, Arguments)
+            and (last.index == piece.index)
+        ):
+            merged[-1] = Arguments(last.index, last.text + piece.text)
+        else:
+            merged.append(piece)
+    return merged
