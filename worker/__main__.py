@@ -1,0 +1,101 @@
+"""`python -m worker`: serve models on the bus until told to stop.
+
+This process becomes the link; the engine runs in a child process. Exit status: 0 after a drain, 1
+when the engine cannot be had or every broker refuses the worker, 2 for a wrong option. Must never
+import torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+
+from worker import config as options
+from worker import log as logs
+from worker.display import LoadingDisplay
+
+log = logging.getLogger("worker")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    try:
+        config = options.parse(sys.argv[1:] if arguments is None else arguments)
+        logs.configure(config.log_level, config.log_format, config.log_file)
+    except options.ConfigError as error:
+        print(f"worker: {error}\n(python -m worker --help lists the options)", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"worker: the log file cannot be written: {error}", file=sys.stderr)
+        return 2
+    return serve(config) if config.register else check(config)
+
+
+def _environment(config: options.WorkerConfig) -> dict[str, str]:
+    return {} if config.threads is None else {"OMP_NUM_THREADS": str(config.threads)}
+
+
+def serve(config: options.WorkerConfig) -> int:
+    """Be a worker; returns the exit status."""
+    from worker.link import KeyFileError, Keys, Link
+    from worker.session import Settings, WorkerCore
+    from worker.supervisor import Supervisor
+
+    keys = None
+    if config.server_key is not None and config.key is not None:
+        try:
+            keys = Keys.load(config.server_key, config.key)
+        except KeyFileError as error:
+            print(f"worker: {error}", file=sys.stderr)
+            return 2
+    settings = Settings(
+        name=config.worker_id,
+        brokers=config.brokers,
+        models=tuple(name for group in config.engine.model_names for name in group),
+        software=options.software(),
+        speed=config.speed,
+        engine=config.engine.engine,
+        device=config.engine.device,
+        grace_s=config.grace_s,
+        drain_s=config.drain_s,
+        stall_s=config.engine_stall_s,
+    )
+    fields = {
+        "worker": config.worker_id,
+        "models": ", ".join(settings.models),
+        "broker": ", ".join(config.brokers),
+    }
+    log.info("worker starts", extra={"fields": fields})
+    link = Link(
+        WorkerCore(settings, time.monotonic()),
+        Supervisor(config.engine, _environment(config)),
+        config.brokers,
+        keys,
+        LoadingDisplay(config.progress),
+    )
+    end = link.run()
+    if end.message:
+        print(f"worker: {end.message}", file=sys.stderr)
+    log.info("worker ends", extra={"fields": {"status": end.code}})
+    return end.code
+
+
+def check(config: options.WorkerConfig) -> int:
+    """`--no-register`: load the engine and let it answer one prompt; returns the exit status."""
+    from worker.check import CheckFailed, check_engine
+
+    try:
+        report = check_engine(config.engine, _environment(config), LoadingDisplay(config.progress))
+    except CheckFailed as error:
+        print(f"worker: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print(report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""`--no-register`: load the engine as a worker would, let each model answer one prompt, report.
+
+For a model that is to be tried before it joins a bus. Serves nobody. Must never import zmq or
+torch.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+
+from broker.protocol import codec
+from broker.protocol.messages import Kind, Params, Request, new_id
+from worker import events as fact
+from worker.display import LoadingDisplay
+from worker.engines.base import Capabilities, EngineOptions
+from worker.streams import END, TOKENS
+from worker.supervisor import Supervisor
+
+ANSWER_TOKENS = 8
+ANSWER_TIMEOUT_S = 120.0
+
+
+class CheckFailed(Exception):
+    """The engine cannot be loaded, or does not answer; the message says why."""
+
+
+def check_engine(
+    options: EngineOptions, environment: dict[str, str], display: LoadingDisplay
+) -> str:
+    """Load the engine and let each model answer. Returns a report; raises CheckFailed."""
+    supervisor = Supervisor(options, environment)
+    supervisor.start()
+    try:
+        capabilities = _load(supervisor, display)
+        return "\n".join(_ask(supervisor, capabilities, name) for name in _names(capabilities))
+    finally:
+        display.done()
+        supervisor.stop()
+
+
+def _names(capabilities: Capabilities) -> list[str]:
+    return [
+        model.name
+        for model in capabilities.models
+        if Kind.COMPLETE in model.kinds or Kind.CHAT in model.kinds
+    ]
+
+
+def _facts(supervisor: Supervisor, timeout_s: float | None) -> list[fact.Event]:
+    if supervisor.pipe is not None:
+        select.select([supervisor.pipe], [], [], timeout_s)
+    events = supervisor.read(time.monotonic())
+    for event in events:
+        if isinstance(event, fact.EngineLost | fact.WorkerFailed):
+            raise CheckFailed(event.message)
+    return events
+
+
+def _load(supervisor: Supervisor, display: LoadingDisplay) -> Capabilities:
+    while True:
+        for event in _facts(supervisor, None):
+            match event:
+                case fact.EngineLoading(progress, note):
+                    display.show(progress, note)
+                case fact.EngineReady(capabilities):
+                    display.done()
+                    return capabilities
+
+
+def _ask(supervisor: Supervisor, capabilities: Capabilities, model: str) -> str:
+    request = Request(
+        model=model,
+        kind=Kind.COMPLETE,
+        prompt="The quick brown fox",
+        params=Params(max_tokens=ANSWER_TOKENS, temperature=0.0),
+        window=1 << 20,
+    )
+    begin_s = time.monotonic()
+    supervisor.add(new_id(), codec.encode(request), ())
+    tokens = 0
+    while (left_s := begin_s + ANSWER_TIMEOUT_S - time.monotonic()) > 0:
+        for event in _facts(supervisor, left_s):
+            for item in event.events if isinstance(event, fact.EngineStepped) else ():
+                if item[0] == TOKENS:
+                    tokens += len(item[2])
+                elif item[0] == END:
+                    took_ms = (time.monotonic() - begin_s) * 1000
+                    return (
+                        f"{model}: answers ({tokens} tokens in {took_ms:.0f} ms) on "
+                        f"{capabilities.device}, {capabilities.capacity} slots, "
+                        f"engine {capabilities.engine}; joined no broker"
+                    )
+                elif item[0] != 3:
+                    raise CheckFailed(f"{model} does not answer: {item[2]['message']}")
+    raise CheckFailed(f"{model} did not answer within {ANSWER_TIMEOUT_S:.0f} s")

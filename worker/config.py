@@ -1,0 +1,359 @@
+"""Every option of the worker: flag, environment variable, default, unit and reason.
+
+Flags go before the environment (`TOKENBUS_WORKER_...`), which goes before the defaults. Old
+spellings of the replaced systems are accepted, and so are unambiguous beginnings of options. Must
+never import zmq or torch: `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from worker.demo import model_path
+from worker.engines import registry
+from worker.engines.base import EngineOptions
+from worker.naming import pair_names
+
+ENVIRONMENT_PREFIX: Final = "TOKENBUS_WORKER_"
+DEFAULT_BROKER: Final = "tcp://127.0.0.1:5556"
+DEMO_NAME: Final = "demo"
+
+_EPILOG: Final = f"""\
+Every option can be set by an environment variable: {ENVIRONMENT_PREFIX}LIMIT_MODEL_CONCURRENCY=4;
+lists are separated by commas, switches are 1 or 0.
+
+examples:
+  python -m worker                                       the bundled demo model, offline
+  python -m worker --model-path Qwen/Qwen2.5-0.5B-Instruct --broker tcp://gpu-bus:5556
+  python -m worker --model-path /data/tuned/checkpoint-400 --model-name tuned,tuned-latest
+  python -m worker --engine echo --slots 64              no model: for tests and benchmarks
+"""
+
+
+class ConfigError(Exception):
+    """An option is wrong; the message names it and says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """What `python -m worker` was told."""
+
+    worker_id: str
+    brokers: tuple[str, ...]
+    register: bool
+    speed: float
+    grace_s: float
+    drain_s: float
+    engine_stall_s: float
+    threads: int | None
+    server_key: Path | None
+    key: Path | None
+    log_level: str
+    log_format: str
+    log_file: Path | None
+    progress: bool
+    engine: EngineOptions
+
+
+def software() -> str:
+    """What this worker runs, for HELLO."""
+    try:
+        return f"tokenbus {version('tokenbus')}"
+    except PackageNotFoundError:
+        return "tokenbus (not installed)"
+
+
+def check_address(address: str) -> str:
+    """A broker's address as ZeroMQ takes it. Raises ConfigError that says what to use instead."""
+    scheme, _, rest = address.partition("://")
+    if scheme in ("http", "https"):
+        raise ConfigError(
+            f"{address} is a web address, and the bus speaks ZeroMQ: use tcp://HOST:PORT with the "
+            "broker's back port (5556 unless its operator chose another)"
+        )
+    if scheme == "ipc" and rest:
+        return address
+    host, _, port = rest.rpartition(":")
+    if scheme == "tcp" and host and port.isdigit() and 0 < int(port) < 65536:
+        return address
+    raise ConfigError(f"{address!r} is no broker address: use tcp://HOST:PORT or ipc://PATH")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line. Defaults are None: the environment is asked after the flags."""
+    made = _Parser(
+        prog="python -m worker",
+        description="Serve models on a tokenbus: connects out to a broker, runs the engine in a "
+        "process of its own.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=None,
+    )
+    models = made.add_argument_group("model")
+    models.add_argument(
+        "--model-path",
+        "--model",
+        action="append",
+        metavar="PATH",
+        help="local folder or hub id; repeat, or separate by commas, for several [the demo model]",
+    )
+    models.add_argument(
+        "--model-name",
+        "--model-names",
+        action="append",
+        metavar="NAME",
+        help="name to serve it under, comma list for several; once for each model "
+        "[the path's last part]",
+    )
+    models.add_argument(
+        "--model-base", metavar="PATH", help="base model of an adapter or a projector"
+    )
+    models.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub [main]")
+    models.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that the model brings along: only for models that you trust [no]",
+    )
+
+    engine = made.add_argument_group("engine")
+    engine.add_argument(
+        "--engine", metavar="NAME", help=f"{', '.join(registry.BUILT_IN)}, ... [transformers]"
+    )
+    engine.add_argument(
+        "--engine-arg",
+        action="append",
+        metavar="KEY=VALUE",
+        help="an option of the engine itself; repeat for several",
+    )
+    engine.add_argument(
+        "--device", metavar="DEV", help="auto, cpu, cuda, cuda:1, mps, xpu, npu [auto]"
+    )
+    engine.add_argument("--dtype", metavar="TYPE", help="auto, float32, float16, bfloat16 [auto]")
+    engine.add_argument("--load-8bit", action="store_true", help="quantise weights to 8 bits")
+    engine.add_argument("--load-4bit", action="store_true", help="quantise weights to 4 bits")
+    engine.add_argument(
+        "--limit-model-concurrency",
+        "--limit-worker-concurrency",
+        "--slots",
+        dest="slots",
+        type=_count,
+        metavar="N",
+        help="requests that run at once [the engine's choice]",
+    )
+    engine.add_argument(
+        "--threads", type=_count, metavar="N", help="CPU threads of the engine [all cores]"
+    )
+    engine.add_argument(
+        "--engine-stall-s",
+        type=_positive,
+        metavar="S",
+        help="an engine with work that finishes no step for so long is killed and started again "
+        "[120]",
+    )
+
+    bus = made.add_argument_group("bus")
+    bus.add_argument(
+        "--broker",
+        "--controller-address",
+        action="append",
+        metavar="ADDRESS",
+        help=f"back address of a broker; repeat to serve several from one pool [{DEFAULT_BROKER}]",
+    )
+    bus.add_argument(
+        "--worker-id", metavar="NAME", help="name on the bus, unique [host name and 6 hex digits]"
+    )
+    bus.add_argument(
+        "--no-register",
+        action="store_true",
+        help="join no broker: load the engine, answer one prompt as a check, and exit. (The "
+        "replaced systems kept an unregistered HTTP server here; a bus worker has no address, so "
+        "nobody could reach it.)",
+    )
+    bus.add_argument(
+        "--speed", type=_positive, metavar="X", help="weight in the broker's placement [1]"
+    )
+    bus.add_argument(
+        "--grace-s",
+        type=_seconds,
+        metavar="S",
+        help="how long requests run on after their broker was lost [30]",
+    )
+    bus.add_argument(
+        "--drain-s",
+        type=_seconds,
+        metavar="S",
+        help="how long running requests may take once the worker is told to stop [30]",
+    )
+    bus.add_argument(
+        "--server-key", metavar="FILE", help="the broker's public CURVE key (.key file)"
+    )
+    bus.add_argument(
+        "--key", metavar="FILE", help="this worker's own CURVE key pair (.key_secret file)"
+    )
+
+    logs = made.add_argument_group("log")
+    logs.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning, error [info]")
+    logs.add_argument("--log-format", metavar="STYLE", help="text or json [text]")
+    logs.add_argument("--log-file", metavar="FILE", help="write the log there [standard error]")
+    logs.add_argument("--no-progress", action="store_true", help="show no loading progress")
+    made.add_argument("--version", action="version", version=software())
+    return made
+
+
+_DEFAULTS: Final[dict[str, Any]] = {
+    "engine": "transformers",
+    "device": "auto",
+    "dtype": "auto",
+    "slots": 0,
+    "speed": 1.0,
+    "grace_s": 30.0,
+    "drain_s": 30.0,
+    "engine_stall_s": 120.0,
+    "log_level": "info",
+    "log_format": "text",
+}
+_CHOICES: Final = {
+    "dtype": ("auto", "float32", "float16", "bfloat16"),
+    "log_level": ("debug", "info", "warning", "error"),
+    "log_format": ("text", "json"),
+}
+_FLAGS: Final = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
+def _from_environment(action: argparse.Action, text: str, name: str) -> Any:
+    """The value that an environment variable gives an option."""
+    if isinstance(action, argparse._StoreTrueAction):
+        if text.lower() not in _FLAGS:
+            raise ConfigError(f"{name}={text}: 1 or 0 is needed")
+        return _FLAGS[text.lower()]
+    if isinstance(action, argparse._AppendAction):
+        return [item for item in text.split(",") if item]
+    if callable(action.type):
+        try:
+            return action.type(text)
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise ConfigError(f"{name}={text}: {error}") from None
+    return text
+
+
+def parse(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> WorkerConfig:
+    """The configuration. Raises ConfigError; `--help` and `--version` end the process."""
+    command_line = parser()
+    given = vars(command_line.parse_args(arguments))
+    values: dict[str, Any] = {}
+    for action in command_line._actions:
+        if action.dest in ("help", "version"):
+            continue
+        value = given[action.dest]
+        spellings = [o.lstrip("-").replace("-", "_").upper() for o in action.option_strings]
+        for name in (ENVIRONMENT_PREFIX + spelling for spelling in spellings):
+            if value in (None, False) and environment.get(name):
+                value = _from_environment(action, environment[name], name)
+        values[action.dest] = _DEFAULTS.get(action.dest) if value is None else value
+    for option, choices in _CHOICES.items():
+        if values[option] not in choices:
+            flag = "--" + option.replace("_", "-")
+            raise ConfigError(f"{flag} {values[option]}: one of {', '.join(choices)} is needed")
+    return _checked(values)
+
+
+def _checked(values: dict[str, Any]) -> WorkerConfig:
+    brokers = tuple(
+        dict.fromkeys(
+            check_address(address)
+            for group in values["broker"] or [DEFAULT_BROKER]
+            for address in group.split(",")
+        )
+    )
+    if (values["server_key"] is None) != (values["key"] is None):
+        raise ConfigError("--server-key and --key belong together: give both, or neither")
+    worker_id = values["worker_id"] or f"{socket.gethostname()[:200]}-{secrets.token_hex(3)}"
+    if len(worker_id.encode()) > 256:
+        raise ConfigError("--worker-id is longer than 256 octets")
+    return WorkerConfig(
+        worker_id=worker_id,
+        brokers=brokers,
+        register=not values["no_register"],
+        speed=values["speed"],
+        grace_s=values["grace_s"],
+        drain_s=values["drain_s"],
+        engine_stall_s=values["engine_stall_s"],
+        threads=values["threads"],
+        server_key=Path(values["server_key"]) if values["server_key"] else None,
+        key=Path(values["key"]) if values["key"] else None,
+        log_level=values["log_level"],
+        log_format=values["log_format"],
+        log_file=Path(values["log_file"]) if values["log_file"] else None,
+        progress=not values["no_progress"],
+        engine=_engine_options(values),
+    )
+
+
+def _engine_options(values: dict[str, Any]) -> EngineOptions:
+    paths: list[str] = values["model_path"] or []
+    names: list[str] = values["model_name"] or []
+    if values["load_8bit"] and values["load_4bit"]:
+        raise ConfigError("--load-8bit and --load-4bit exclude each other")
+    engine_args = {}
+    for item in values["engine_arg"] or []:
+        key, separator, text = item.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--engine-arg {item}: KEY=VALUE is needed")
+        engine_args[key.replace("-", "_")] = text
+    if not paths:
+        if values["engine"] == "transformers":
+            paths, names = [str(model_path())], names or [DEMO_NAME]
+        else:
+            paths, names = [values["engine"]], names or [values["engine"]]
+    try:
+        models, groups = pair_names(paths, names)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return EngineOptions(
+        engine=values["engine"],
+        model_paths=models,
+        model_names=groups,
+        model_base=values["model_base"],
+        device=values["device"],
+        dtype=values["dtype"],
+        load_8bit=values["load_8bit"],
+        load_4bit=values["load_4bit"],
+        slots=values["slots"],
+        revision=values["revision"],
+        trust_remote_code=values["trust_remote_code"],
+        engine_args=engine_args,
+    )

@@ -1,0 +1,713 @@
+"""The echo engine: deterministic answers without a model, and faults on demand.
+
+Tests and benchmarks run it in place of a model: it keeps every rule of `worker.engines.base`,
+resuming included, and what it says can be computed by hand. Must never import torch.
+
+**Tokens.** 0 to 255 are octets of UTF-8; 256 and up are 4,096 made-up words with a leading space.
+Text is split greedily into those words and, for the rest, octets, so that every text has exactly
+one list of tokens and every list of tokens a text. Half a character makes a token without text, as
+in a real tokenizer.
+
+**Answers.** `mode=echo` repeats the prompt: the last user message of a chat, the prompt of a
+completion, preceded by one line for pictures ("2 images: 64x48, 32x32. "). `mode=sampled` draws
+words: token = f(seed, prompt, position), so that a resumed stream can be checked for equality. The
+answer ends after `answer_tokens` (sampled) or at the end of the echo; with `ignore_eos` it goes on,
+cyclic.
+
+**Options**, as `--engine-arg KEY=VALUE`, in a request's `template_args.echo` map, or in its text as
+`[[echo KEY=VALUE ...]]` (removed from the answer); the later of these win:
+
+    mode            echo | sampled                                            [echo]
+    answer_tokens   length of a sampled answer                                [64]
+    tokens_per_step tokens of each event                                      [1]
+    step_delay_ms   sleep of each step while the request runs                 [0]
+    prefill_ms      time before the first token; other requests go on         [0]
+    error_at        fails with engine_error before token N                    [-1]
+    oom_at          fails with out_of_memory before token N                   [-1]
+    raise_at        raises out of `step` before token N: a broken engine      [-1]
+    hang_at         `step` never returns, before token N                      [-1]
+    exit_at         the process exits with status 13, before token N          [-1]
+    kill_at         the process kills itself by SIGKILL, before token N       [-1]
+    fault_resumed   1: the faults above also strike a resumed request         [0]
+
+and for the whole engine only: `slots` is `--slots` [8], `context_tokens` [32768], `load_ms` [0],
+`load_error` (text: the engine cannot be built), `crash_on_load` (1: the process is killed while it
+loads). Whoever can send a request can crash this engine: it is for tests.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import struct
+import time
+import zlib
+from codecs import getincrementaldecoder
+from collections.abc import Iterable
+from functools import cache
+from typing import Any, Final
+
+import msgspec
+
+from broker.protocol.errors import ErrorCode, RequestError
+from broker.protocol.messages import (
+    FinishReason,
+    ImagePart,
+    Kind,
+    ModelInfo,
+    Request,
+    TextPart,
+    Timings,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+    VideoPart,
+)
+from worker.engines.base import (
+    Capabilities,
+    Ended,
+    EngineEvent,
+    EngineLoadError,
+    EngineOptions,
+    Failed,
+    Job,
+    Progress,
+    PromptFacts,
+    Tokens,
+)
+
+OCTETS: Final = 256
+WORDS: Final = 4096
+VOCABULARY: Final = OCTETS + WORDS
+EMBEDDING_DIMENSIONS: Final = 8
+DEFAULT_SLOTS: Final = 8
+EXIT_STATUS: Final = 13
+
+_DIRECTIVE: Final = re.compile(r"\[\[echo((?:\s+\w+=\S+)*)\s*\]\]\s?")
+_PIECE: Final = re.compile(r" [a-z]+|.", re.DOTALL)
+_CONSONANTS: Final = "bdfgklmn"
+_VOWELS: Final = "aeio"
+_Utf8Decoder = getincrementaldecoder("utf-8")
+
+
+class Options(msgspec.Struct, frozen=True):
+    """Of one request; see the module's docstring."""
+
+    mode: str = "echo"
+    answer_tokens: int = 64
+    tokens_per_step: int = 1
+    step_delay_ms: float = 0.0
+    prefill_ms: float = 0.0
+    error_at: int = -1
+    oom_at: int = -1
+    raise_at: int = -1
+    hang_at: int = -1
+    exit_at: int = -1
+    kill_at: int = -1
+    fault_resumed: int = 0
+
+
+FAULTS: Final = ("error_at", "oom_at", "raise_at", "hang_at", "exit_at", "kill_at")
+
+
+class EchoFault(Exception):
+    """The fault that `raise_at` asked for."""
+
+
+# --- tokens ---------------------------------------------------------------------------------------
+
+
+@cache
+def words() -> tuple[str, ...]:
+    """The vocabulary's words, each with its leading space."""
+    syllables = [c + v for c in _CONSONANTS for v in _VOWELS]
+    pairs = [first + second for first in syllables for second in syllables]
+    quads = [pair + last for pair in pairs for last in ("na", "ro", "se")]
+    return tuple(" " + word for word in (pairs + quads))[:WORDS]
+
+
+@cache
+def _word_ids() -> dict[str, int]:
+    return {word: OCTETS + index for index, word in enumerate(words())}
+
+
+def tokenize(text: str) -> list[int]:
+    """Token ids of a text."""
+    ids = _word_ids()
+    tokens: list[int] = []
+    for piece in _PIECE.findall(text):
+        token = ids.get(piece)
+        if token is not None:
+            tokens.append(token)
+        else:
+            tokens += piece.encode("utf-8", "surrogatepass")
+    return tokens
+
+
+def token_octets(token_id: int) -> bytes:
+    """The octets that a token stands for."""
+    if token_id < OCTETS:
+        return bytes((token_id,))
+    return words()[(token_id - OCTETS) % WORDS].encode()
+
+
+def detokenize(token_ids: Iterable[int]) -> str:
+    """Text of token ids; octets that are no UTF-8 become replacement characters."""
+    return b"".join(map(token_octets, token_ids)).decode("utf-8", "replace")
+
+
+def sampled_token(seed: int, prompt_hash: int, position: int) -> int:
+    """The token at a position: a hash (the finaliser of splitmix64), so nothing else matters."""
+    mask = (1 << 64) - 1
+    z = (seed ^ (prompt_hash << 32)) + (position + 1) * 0x9E3779B97F4A7C15 & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return OCTETS + (z ^ (z >> 31)) % WORDS
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def _image_size(octets: bytes) -> str:
+    """Width and height of a PNG, which stand in its first octets; of others, the octets' number."""
+    if octets[:8] == b"\x89PNG\r\n\x1a\n" and len(octets) >= 24:
+        width, height = struct.unpack(">II", octets[16:24])
+        return f"{width}x{height}"
+    return f"{len(octets)} octets"
+
+
+# --- one request ----------------------------------------------------------------------------------
+
+
+class _Text:
+    """From tokens to text that is certain: whole characters, and no possible start of a stop."""
+
+    __slots__ = ("_decoder", "_held", "_include", "_longest", "_stops", "stopped_by")
+
+    def __init__(self, stops: list[str], include_stop: bool) -> None:
+        self._decoder = _Utf8Decoder("replace")
+        self._stops = stops
+        self._include = include_stop
+        self._longest = max(map(len, stops), default=0)
+        self._held = ""
+        self.stopped_by: str | None = None
+
+    def push(self, token_ids: list[int]) -> str:
+        """Text that became certain."""
+        text = self._held
+        for token in token_ids:
+            if token >= OCTETS:
+                octets = words()[(token - OCTETS) % WORDS].encode()
+            else:
+                octets = bytes((token,))
+            text += self._decoder.decode(octets)
+        if not self._stops:
+            return text
+        found = [(text.find(stop), stop) for stop in self._stops if stop in text]
+        if found:
+            at, self.stopped_by = min(found)
+            self._held = ""
+            return text[: at + len(self.stopped_by)] if self._include else text[:at]
+        keep = 0
+        for length in range(min(len(text), self._longest - 1), 0, -1):
+            tail = text[-length:]
+            if any(stop.startswith(tail) for stop in self._stops):
+                keep = length
+                break
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """What was held back, at the end of the answer."""
+        text = self._held + self._decoder.decode(b"", final=True)
+        self._held = ""
+        return text
+
+
+class _Run:
+    """A request that is being answered."""
+
+    __slots__ = (
+        "added_s",
+        "answer",
+        "bytes_only",
+        "end_at",
+        "fault_at",
+        "image_tokens",
+        "limit",
+        "options",
+        "params",
+        "position",
+        "prefill_until_s",
+        "prompt_hash",
+        "prompt_ids",
+        "request_id",
+        "skip",
+        "started_s",
+        "text",
+    )
+
+    def __init__(
+        self, job: Job, options: Options, prompt: str, prompt_ids: list[int], prefix: str
+    ) -> None:
+        request, params = job.request, job.request.params
+        self.request_id = job.request_id
+        self.options = options
+        self.params = params
+        self.prompt_ids = prompt_ids
+        self.prompt_hash = zlib.crc32(prompt.encode("utf-8", "surrogatepass"))
+        #: The echo, or None where tokens are sampled.
+        self.answer: list[int] | None = None
+        if options.mode == "echo":
+            self.answer = [*params.forced_token_ids, *tokenize(prefix + prompt)]
+            length = len(self.answer)
+        else:
+            length = options.answer_tokens
+        #: The answer's natural end, and the last token in any case.
+        self.end_at = max(length, params.min_tokens)
+        self.limit = params.max_tokens if params.max_tokens is not None else 1 << 30
+        if params.ignore_eos:
+            self.end_at = 1 << 30
+        prior = request.resume.token_ids if request.resume else []
+        self.text = _Text(params.stop, params.include_stop)
+        #: Characters that the client already has of the text to come.
+        self.skip = request.resume.text_characters if request.resume else 0
+        self.position = 0
+        faults = not prior or options.fault_resumed
+        self.fault_at = {
+            at: name for name in FAULTS if faults and (at := getattr(options, name)) >= 0
+        }
+        self.image_tokens = 0
+        self.added_s = self.started_s = time.monotonic()
+        self.prefill_until_s = self.added_s + options.prefill_ms / 1000
+
+    def token_at(self, position: int) -> int:
+        """The answer's token at a position."""
+        if self.answer is None:
+            forced = self.params.forced_token_ids
+            if position < len(forced):
+                return forced[position]
+            return sampled_token(self.params.seed, self.prompt_hash, position)
+        return self.answer[position % len(self.answer)] if self.answer else ord(".")
+
+    def visible(self, text: str) -> str:
+        """Text without what the client has already."""
+        if self.skip:
+            hidden = min(self.skip, len(text))
+            self.skip -= hidden
+            return text[hidden:]
+        return text
+
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=len(self.prompt_ids),
+            completion_tokens=self.position,
+            image_tokens=self.image_tokens,
+        )
+
+    def timings(self) -> Timings:
+        now_s = time.monotonic()
+        return Timings(
+            queue_ms=(self.started_s - self.added_s) * 1000,
+            prefill_ms=self.options.prefill_ms,
+            decode_ms=max(0.0, now_s - max(self.started_s, self.prefill_until_s)) * 1000,
+        )
+
+
+# --- the engine -----------------------------------------------------------------------------------
+
+
+class EchoEngine:
+    """See the module's docstring."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        arguments = dict(options.engine_args)
+        self._context_tokens = _number(arguments, "context_tokens", 32768)
+        for name in ("load_ms", "load_error", "crash_on_load"):
+            arguments.pop(name, None)
+        try:
+            self._defaults = msgspec.convert(arguments, Options, strict=False)
+        except msgspec.ValidationError as error:
+            raise EngineLoadError(f"--engine-arg of the echo engine: {error}") from None
+        unknown = arguments.keys() - set(Options.__struct_fields__)
+        if unknown:
+            raise EngineLoadError(
+                f"the echo engine has no --engine-arg {', '.join(sorted(unknown))}; it has "
+                f"{', '.join(Options.__struct_fields__)}"
+            )
+        names = [name for group in options.model_names for name in group] or ["echo"]
+        self._capabilities = Capabilities(
+            engine="echo",
+            device="cpu",
+            models=tuple(
+                ModelInfo(
+                    name=name,
+                    kinds=tuple(Kind),
+                    context_tokens=self._context_tokens,
+                    images=True,
+                    details={"architecture": "echo"},
+                )
+                for name in names
+            ),
+            capacity=options.slots or DEFAULT_SLOTS,
+        )
+        self._waiting: dict[bytes, Job] = {}
+        self._runs: dict[bytes, _Run] = {}
+        self._cancelled: list[bytes] = []
+        self._tokens = 0
+        self._measured = (time.monotonic(), 0)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._runs or self._waiting)
+
+    def add(self, job: Job) -> None:
+        self._waiting[job.request_id] = job
+
+    def cancel(self, request_id: bytes) -> None:
+        if request_id in self._runs or request_id in self._waiting:
+            self._cancelled.append(request_id)
+
+    def metrics(self) -> dict[str, float]:
+        now_s = time.monotonic()
+        since_s, tokens = self._measured
+        self._measured = (now_s, self._tokens)
+        rate = (self._tokens - tokens) / max(1e-6, now_s - since_s)
+        return {
+            "running": float(len(self._runs)),
+            "waiting": float(len(self._waiting)),
+            "tokens_per_s": round(rate, 1),
+        }
+
+    def close(self) -> None:
+        self._runs.clear()
+        self._waiting.clear()
+
+    def step(self) -> list[EngineEvent]:
+        events: list[EngineEvent] = []
+        self._stop_cancelled(events)
+        self._admit(events)
+        now_s = time.monotonic()
+        delay_ms, soonest_s = 0.0, None
+        for run in list(self._runs.values()):
+            if run.prefill_until_s > now_s:
+                soonest_s = min(soonest_s or run.prefill_until_s, run.prefill_until_s)
+                continue
+            delay_ms = max(delay_ms, run.options.step_delay_ms)
+            self._advance(run, events)
+        if delay_ms:
+            time.sleep(delay_ms / 1000)
+        elif not events and soonest_s is not None:
+            time.sleep(min(0.005, max(0.0, soonest_s - now_s)))
+        return events
+
+    def _stop_cancelled(self, events: list[EngineEvent]) -> None:
+        for request_id in self._cancelled:
+            run = self._runs.pop(request_id, None)
+            if run is not None:
+                events.append(self._ended(run, FinishReason.CANCELLED, "", None))
+            elif self._waiting.pop(request_id, None) is not None:
+                events.append(Ended(request_id, FinishReason.CANCELLED))
+        self._cancelled.clear()
+
+    def _ended(
+        self, run: _Run, reason: FinishReason, text: str, stopped_by: str | int | None
+    ) -> Ended:
+        return Ended(
+            run.request_id, reason, text, run.usage(), run.timings(), stopped_by=stopped_by
+        )
+
+    # --- from job to run --------------------------------------------------------------------------
+
+    def _admit(self, events: list[EngineEvent]) -> None:
+        while self._waiting and len(self._runs) < self._capabilities.capacity:
+            request_id = next(iter(self._waiting))
+            job = self._waiting.pop(request_id)
+            try:
+                self._begin(job, events)
+            except RequestError as error:
+                events.append(Failed(request_id, error.info))
+
+    def _begin(self, job: Job, events: list[EngineEvent]) -> None:
+        request = job.request
+        if request.kind is Kind.EMBED:
+            events.append(_embed(job))
+            return
+        if request.kind is Kind.DETOKENIZE:
+            result: dict[str, Any] = {"text": detokenize(_required(request.token_ids, request))}
+            events.append(Ended(job.request_id, FinishReason.STOP, result=result))
+            return
+        prompt, echoed, images = _prompt(request, len(job.attachments))
+        options, directive = self._options(request, echoed)
+        if directive:
+            echoed = _DIRECTIVE.sub("", echoed)
+            prompt = _DIRECTIVE.sub("", prompt)
+        prompt_ids = tokenize(prompt)
+        if request.kind is not Kind.CHAT and request.kind is not Kind.COMPLETE:
+            events.append(_answer_about(job, prompt, prompt_ids))
+            return
+        room = self._context_tokens - len(prompt_ids)
+        if room < 1 or (request.params.max_tokens or 0) > room:
+            raise RequestError(
+                ErrorCode.CONTEXT_OVERFLOW,
+                f"prompt of {len(prompt_ids)} tokens and max_tokens "
+                f"{request.params.max_tokens} pass the context of {self._context_tokens}",
+            )
+        prefix = ""
+        if images:
+            sizes = ", ".join(_image_size(job.attachments[index]) for index in images)
+            prefix = f"{len(images)} image{'s' if len(images) > 1 else ''}: {sizes}. "
+        run = _Run(job, options, echoed, prompt_ids, prefix)
+        run.limit = min(run.limit, room)
+        run.image_tokens = len(images)
+        self._describe_prompt(job, run, prompt, events)
+        if not self._replay(job, run, events):
+            self._runs[job.request_id] = run
+
+    def _options(self, request: Request, text: str) -> tuple[Options, bool]:
+        given = request.template_args.get("echo")
+        found = _DIRECTIVE.search(text)
+        if given is None and found is None:
+            return self._defaults, False
+        fields = msgspec.structs.asdict(self._defaults)
+        if isinstance(given, dict):
+            fields |= given
+        if found is not None:
+            fields |= dict(item.split("=", 1) for item in found.group(1).split())
+        unknown = fields.keys() - set(Options.__struct_fields__)
+        try:
+            if unknown:
+                raise msgspec.ValidationError(f"no such option: {', '.join(sorted(unknown))}")
+            return msgspec.convert(fields, Options, strict=False), found is not None
+        except msgspec.ValidationError as error:
+            raise RequestError(ErrorCode.INVALID_REQUEST, f"echo options: {error}") from None
+
+    @staticmethod
+    def _describe_prompt(job: Job, run: _Run, prompt: str, events: list[EngineEvent]) -> None:
+        params, resume = job.request.params, job.request.resume
+        if not (params.echo or params.prompt_logprobs is not None):
+            return
+        if resume is not None and resume.prompt_seen:
+            return
+        logprobs = None
+        if params.prompt_logprobs is not None:
+            top = params.prompt_logprobs
+            logprobs = [_logprob(token, top) for token in run.prompt_ids]
+            logprobs[:1] = [TokenLogprob(None, token_octets(run.prompt_ids[0]))][: len(logprobs)]
+        text = prompt if params.echo else ""
+        events.append(PromptFacts(job.request_id, run.prompt_ids, text, logprobs))
+
+    def _replay(self, job: Job, run: _Run, events: list[EngineEvent]) -> bool:
+        """Take the tokens of a resumed request as if they were generated; True when they complete
+        the answer."""
+        prior = job.request.resume.token_ids if job.request.resume else []
+        for token in prior:
+            text = run.text.push([token])
+            run.position += 1
+            if run.skip >= len(text):
+                run.skip -= len(text)
+            else:
+                # Text that was certain with these tokens but was not received goes first.
+                events.append(Tokens(job.request_id, [], run.visible(text)))
+            if self._finish(run, token, events):
+                return True
+        return False
+
+    # --- from run to tokens -----------------------------------------------------------------------
+
+    def _advance(self, run: _Run, events: list[EngineEvent]) -> None:
+        """One step of one request."""
+        position = run.position
+        count = min(run.options.tokens_per_step, run.limit - position, run.end_at - position)
+        if run.fault_at:
+            due = [at for at in run.fault_at if at < position + max(1, count)]
+            if due and min(due) <= position:
+                self._strike(run, run.fault_at.pop(min(due)), events)
+                return
+            if due:
+                count = min(due) - position
+        ids: list[int] = []
+        text = ""
+        end: Ended | None = None
+        tail: list[EngineEvent] = []
+        for offset in range(position, position + count):
+            token = run.token_at(offset)
+            ids.append(token)
+            text += run.text.push([token])
+            run.position += 1
+            if self._finish(run, token, tail):
+                break
+        self._tokens += len(ids)
+        if ids:
+            logprobs = None
+            if run.params.logprobs is not None:
+                logprobs = [_logprob(token, run.params.logprobs) for token in ids]
+            if run.skip:
+                text = run.visible(text)
+            events.append(Tokens(run.request_id, ids, text, logprobs))
+        events += tail
+        if end is None and not ids and not tail:
+            # Nothing to say: an empty prompt echoed.
+            events.append(self._ended(run, FinishReason.STOP, run.text.finish(), None))
+            del self._runs[run.request_id]
+
+    def _finish(self, run: _Run, token: int, events: list[EngineEvent]) -> bool:
+        """Whether the answer ends with this token; then its end is among the events."""
+        reason: FinishReason | None = None
+        stopped_by: str | int | None = None
+        text = ""
+        params = run.params
+        early = run.position < params.min_tokens
+        if run.text.stopped_by is not None:
+            reason, stopped_by = FinishReason.STOP, run.text.stopped_by
+        elif token in params.stop_token_ids and not early:
+            reason, stopped_by = FinishReason.STOP, token
+        elif run.position >= run.end_at:
+            reason = FinishReason.STOP
+        elif run.position >= run.limit:
+            reason = FinishReason.LENGTH
+        if reason is None:
+            return False
+        if run.text.stopped_by is None:
+            text = run.visible(run.text.finish())
+        events.append(self._ended(run, reason, text, stopped_by))
+        self._runs.pop(run.request_id, None)
+        return True
+
+    def _strike(self, run: _Run, fault: str, events: list[EngineEvent]) -> None:
+        where = f"before token {run.position}, as asked"
+        if fault == "raise_at":
+            raise EchoFault(f"the engine broke {where}")
+        if fault == "hang_at":
+            while True:
+                time.sleep(3600)
+        if fault == "exit_at":
+            os._exit(EXIT_STATUS)
+        if fault == "kill_at":
+            os.kill(os.getpid(), signal.SIGKILL)
+        code = ErrorCode.OUT_OF_MEMORY if fault == "oom_at" else ErrorCode.ENGINE_ERROR
+        del self._runs[run.request_id]
+        error = RequestError(code, f"the request failed {where}")
+        events.append(Failed(run.request_id, error.info, run.usage()))
+
+
+# --- helpers --------------------------------------------------------------------------------------
+
+
+def _number(arguments: dict[str, str], name: str, default: int) -> int:
+    text = arguments.pop(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise EngineLoadError(f"--engine-arg {name}={text}: a whole number is needed") from None
+
+
+def _required(value: Any, request: Request) -> Any:
+    if value is None:
+        raise RequestError(
+            ErrorCode.INVALID_REQUEST, f"a request of kind {request.kind} lacks its input"
+        )
+    return value
+
+
+def _prompt(request: Request, attachments: int) -> tuple[str, str, list[int]]:
+    """The whole prompt, what is echoed of it, and the attachments in the order of their places."""
+    if request.messages is None:
+        if request.token_ids is not None:
+            text = detokenize(request.token_ids)
+        else:
+            text = _required(request.prompt, request)
+        places = text.count("<image>")
+        if attachments and places != attachments:
+            raise RequestError(
+                ErrorCode.INVALID_REQUEST,
+                f"{attachments} pictures came, the prompt has {places} places for one",
+            )
+        return text, text, list(range(attachments))
+    lines, images, echoed = [], [], ""
+    for message in request.messages:
+        parts = message.content or ""
+        text = ""
+        for part in [TextPart(text=parts)] if isinstance(parts, str) else parts:
+            match part:
+                case TextPart():
+                    text += part.text
+                case ImagePart():
+                    images.append(part.attachment)
+                case VideoPart():
+                    images += part.attachments
+        lines.append(f"{message.role}: {text}\n")
+        if message.role == "user":
+            echoed = text
+    missing = [index for index in images if index >= attachments]
+    if missing or len(set(images)) != attachments:
+        raise RequestError(
+            ErrorCode.INVALID_REQUEST,
+            f"the messages show {len(set(images))} pictures, {attachments} came with them",
+        )
+    return "".join(lines), echoed, images
+
+
+def _answer_about(job: Job, prompt: str, prompt_ids: list[int]) -> Ended:
+    """The answer of count, tokenize and template."""
+    results: dict[Kind, dict[str, Any]] = {
+        Kind.COUNT: {"count": len(prompt_ids)},
+        Kind.TOKENIZE: {"token_ids": prompt_ids},
+        Kind.TEMPLATE: {"text": prompt},
+    }
+    return Ended(
+        job.request_id,
+        FinishReason.STOP,
+        usage=Usage(prompt_tokens=len(prompt_ids)),
+        result=results[job.request.kind],
+    )
+
+
+def _embed(job: Job) -> Ended:
+    """Embeddings: relative frequencies of the tokens, in eight classes."""
+    rows, total = [], 0
+    for item in _required(job.request.inputs, job.request):
+        ids = tokenize(item) if isinstance(item, str) else item
+        total += len(ids)
+        counts = [0.0] * EMBEDDING_DIMENSIONS
+        for token in ids:
+            counts[token % EMBEDDING_DIMENSIONS] += 1 / len(ids)
+        rows.append(struct.pack(f"<{EMBEDDING_DIMENSIONS}f", *counts))
+    return Ended(
+        job.request_id,
+        FinishReason.STOP,
+        usage=Usage(prompt_tokens=total),
+        result={"embeddings": rows, "dimensions": EMBEDDING_DIMENSIONS},
+    )
+
+
+def _logprob(token: int, alternatives: int) -> TokenLogprob:
+    """A made-up but deterministic log probability: the token, then its neighbours."""
+    value = -(token % 100) / 100 - 0.01
+    top = [
+        TopLogprob((token + rank) % VOCABULARY, value - rank, token_octets((token + rank) % OCTETS))
+        for rank in range(alternatives)
+    ]
+    return TokenLogprob(value, token_octets(token), top)
+
+
+def build(options: EngineOptions, progress: Progress) -> EchoEngine:
+    """The `EngineFactory` of the echo engine."""
+    arguments = dict(options.engine_args)
+    load_ms = _number(arguments, "load_ms", 0)
+    steps = 20 if load_ms else 0
+    for step in range(steps):
+        progress(step / steps, "pretending to load")
+        time.sleep(load_ms / 1000 / steps)
+    if arguments.get("crash_on_load") == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "load_error" in arguments:
+        raise EngineLoadError(arguments["load_error"])
+    engine = EchoEngine(options)
+    progress(1.0, "ready")
+    return engine

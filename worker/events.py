@@ -1,0 +1,126 @@
+"""Facts that the worker's core is told: past events of sockets, engine and operator.
+
+Plain frozen values; the link and the tests make them, `session.WorkerCore.handle` reads them. Must
+never hold a socket or a file descriptor. A broker is named by its index in the list of brokers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from worker.engines.base import Capabilities
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """The time that `deadline_s` named has come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The socket that `OpenSocket` asked for is connected; the handshake is done."""
+
+    broker: int
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """The operating system or ZeroMQ reported the connection lost, or never made."""
+
+    broker: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class MessageReceived:
+    """A whole message came from a broker: header first."""
+
+    broker: int
+    frames: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SendBlocked:
+    """The socket takes no more for now; the link keeps what it was given and sends it later."""
+
+    broker: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendUnblocked:
+    """Everything that waited went out."""
+
+    broker: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoading:
+    """The engine process is (still) loading."""
+
+    #: 0 to 1, or None where it is not known.
+    progress: float | None
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReady:
+    """The engine is loaded and takes jobs."""
+
+    capabilities: Capabilities
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStepped:
+    """The engine finished a step.
+
+    `events` are the engine's events as plain arrays, tag first (`worker.engines.base`): they are
+    passed on unread wherever possible, because this is the path of every token.
+    """
+
+    events: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineMeasured:
+    """Figures of the engine, about once a second."""
+
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLost:
+    """The engine process is gone; another one is being started."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequested:
+    """Finish what runs and leave (SIGTERM). A second one does not wait."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFailed:
+    """The engine cannot be had: say goodbye and leave with an error."""
+
+    message: str
+
+
+Event = (
+    Tick
+    | Connected
+    | Disconnected
+    | MessageReceived
+    | SendBlocked
+    | SendUnblocked
+    | EngineLoading
+    | EngineReady
+    | EngineStepped
+    | EngineMeasured
+    | EngineLost
+    | StopRequested
+    | WorkerFailed
+)

@@ -1,0 +1,80 @@
+"""What the worker's core wants done: imperatives that the link carries out, in order.
+
+Plain frozen values. Must never do anything by themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSocket:
+    """Open a new socket with a new random routing id to this broker (SPEC.md section 2)."""
+
+    broker: int
+
+
+@dataclass(frozen=True, slots=True)
+class CloseSocket:
+    """Close the socket to this broker."""
+
+    broker: int
+    #: Let what was sent go out first; otherwise drop it.
+    linger: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a message, header first. Never blocks; what does not fit is kept in order."""
+
+    broker: int
+    frames: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAdd:
+    """Give the engine a job; `body` is the client's `Request`, still encoded, and was checked."""
+
+    job_id: bytes
+    body: bytes
+    attachments: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCancel:
+    """Stop a job of the engine."""
+
+    job_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RestartEngine:
+    """Kill the engine process, which no longer steps, and start another."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """Everything is said; end the process."""
+
+    code: int
+    #: Why, for the terminal; empty when all went as asked.
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """A transition that people may want to read; never a prompt or a token."""
+
+    event: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    level: int = logging.INFO
+
+
+Instruction = (
+    OpenSocket | CloseSocket | Send | EngineAdd | EngineCancel | RestartEngine | Exit | Log
+)

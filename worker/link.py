@@ -1,0 +1,360 @@
+"""The link process's loop: sockets to the brokers, the pipe to the engine, signals, time.
+
+Reads facts from all of them, gives them to the core, carries out what the core wants. The only
+place of the worker that knows ZeroMQ; every socket option is set here, with its reason. One thread
+owns every socket. Must never import torch, and never wait for the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import zmq
+import zmq.auth
+from zmq.utils.monitor import recv_monitor_message
+
+from broker.protocol.limits import MAX_ATTACHMENT_OCTETS
+from broker.protocol.messages import new_id
+from worker import events as fact
+from worker.display import LoadingDisplay
+from worker.instructions import (
+    CloseSocket,
+    EngineAdd,
+    EngineCancel,
+    Exit,
+    Instruction,
+    Log,
+    OpenSocket,
+    RestartEngine,
+    Send,
+)
+from worker.session import WorkerCore
+from worker.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
+
+LINGER_MS: Final = 1000
+MESSAGES_AT_ONCE: Final = 1000
+"""From one broker, before the engine and the timers get their turn."""
+
+_CONNECTED: Final = zmq.Event.HANDSHAKE_SUCCEEDED
+_LOST: Final = {
+    zmq.Event.DISCONNECTED: "the connection was closed",
+    zmq.Event.CLOSED: "nobody listens there",
+    zmq.Event.CONNECT_RETRIED: "nobody listens there",
+    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: "the handshake failed; is that a tokenbus broker?",
+    zmq.Event.HANDSHAKE_FAILED_PROTOCOL: (
+        "the handshake failed: one side uses CURVE keys and the other does not, or the broker's "
+        "key (--server-key) is another"
+    ),
+    zmq.Event.HANDSHAKE_FAILED_AUTH: (
+        "the broker refuses this worker's key (--key); its operator must add it to the allow-list "
+        "of workers"
+    ),
+}
+
+_OPTIONS: Final = {
+    zmq.SNDHWM: 1000,  # finite, so that a broker that stands still shows as EAGAIN
+    zmq.RCVHWM: 1000,  # beyond it TCP holds the broker back
+    zmq.MAXMSGSIZE: MAX_ATTACHMENT_OCTETS,  # of one frame
+    zmq.IMMEDIATE: 1,  # nothing is queued for a broker that is not there
+    zmq.RECONNECT_IVL: -1,  # one socket, one connection, one session (SPEC.md section 2)
+    zmq.CONNECT_TIMEOUT: 5000,  # the kernel's own is minutes
+    zmq.HANDSHAKE_IVL: 5000,
+    zmq.HEARTBEAT_IVL: 0,  # libzmq's own heartbeats can abort the process (libzmq 3596)
+    zmq.TCP_KEEPALIVE: 1,  # reap half-open connections
+    zmq.TCP_KEEPALIVE_IDLE: 30,
+    zmq.TCP_KEEPALIVE_INTVL: 10,
+    zmq.TCP_KEEPALIVE_CNT: 3,
+    zmq.TCP_MAXRT: 30000,  # bounds unacknowledged data
+}
+
+
+class KeyFileError(Exception):
+    """A key file cannot be read, or holds no key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """CURVE keys, as ZeroMQ wants them (Z85 text)."""
+
+    server: bytes
+    public: bytes
+    secret: bytes
+
+    @classmethod
+    def load(cls, server_key: Path, key: Path) -> Keys:
+        """Read the broker's public key and this worker's key pair from certificate files as
+        `zmq.auth.create_certificates` writes them. Raises `KeyFileError`."""
+        server, _ = _certificate(server_key)
+        public, secret = _certificate(key)
+        if secret is None:
+            raise KeyFileError(f"{key} holds no secret key; give the .key_secret file")
+        return cls(server, public, secret)
+
+
+def _certificate(path: Path) -> tuple[bytes, bytes | None]:
+    try:
+        return zmq.auth.load_certificate(path)
+    except (OSError, ValueError) as error:
+        raise KeyFileError(f"key file {path}: {error}") from None
+
+
+class _BrokerSocket:
+    """A DEALER to one broker, its monitor, and what the socket would not take yet."""
+
+    def __init__(self, context: zmq.Context[Any], address: str, keys: Keys | None) -> None:
+        self.dealer = context.socket(zmq.DEALER)
+        self.outgoing: deque[tuple[bytes, ...]] = deque()
+        for option, value in _OPTIONS.items():
+            self.dealer.setsockopt(option, value)
+        # A new name for each socket: a ROUTER must never take it for an earlier one.
+        self.dealer.setsockopt(zmq.ROUTING_ID, new_id())
+        self.dealer.setsockopt(zmq.LINGER, 0)
+        if keys is not None:
+            self.dealer.curve_serverkey = keys.server
+            self.dealer.curve_publickey = keys.public
+            self.dealer.curve_secretkey = keys.secret
+        self.monitor = self.dealer.get_monitor_socket(_CONNECTED | sum(_LOST))
+        self.dealer.connect(address)
+
+    def send(self, frames: tuple[bytes, ...]) -> bool:
+        """Send, or keep in order; False when the socket takes no more."""
+        if self.outgoing:
+            self.outgoing.append(frames)
+            return True
+        if self._send(frames):
+            return True
+        self.outgoing.append(frames)
+        return False
+
+    def flush(self) -> bool:
+        """Send what was kept; True when all of it went."""
+        while self.outgoing and self._send(self.outgoing[0]):
+            self.outgoing.popleft()
+        return not self.outgoing
+
+    def _send(self, frames: tuple[bytes, ...]) -> bool:
+        try:
+            self.dealer.send_multipart(frames, zmq.DONTWAIT)
+        except zmq.Again:
+            return False
+        return True
+
+    def receive(self) -> tuple[bytes, ...] | None:
+        """The next message, if there is one."""
+        dealer = self.dealer
+        try:
+            frames = [dealer.recv(zmq.DONTWAIT)]
+        except zmq.Again:
+            return None
+        while dealer.getsockopt(zmq.RCVMORE):
+            frames.append(dealer.recv(zmq.DONTWAIT))
+        return tuple(frames)
+
+    def lost(self) -> tuple[bool, str | None]:
+        """From the monitor: whether the connection was made, and why it was lost, if it was."""
+        made, why = False, None
+        while self.monitor.poll(0):
+            event = zmq.Event(recv_monitor_message(self.monitor)["event"])
+            made |= event == _CONNECTED
+            why = why or _LOST.get(event)
+        return made, why
+
+    def close(self, linger: bool) -> None:
+        self.dealer.disable_monitor()
+        self.monitor.close(0)
+        self.dealer.close(LINGER_MS if linger else 0)
+
+
+class _Signals:
+    """SIGTERM and SIGINT as something to poll for."""
+
+    def __init__(self) -> None:
+        self._read, self._write = socket.socketpair()
+        self._read.setblocking(False)
+        self._write.setblocking(False)
+        self._names: list[str] = []
+        self._old_fd = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        self._old = {
+            number: signal.signal(number, self._take) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+
+    def fileno(self) -> int:
+        return self._read.fileno()
+
+    def _take(self, number: int, _frame: object) -> None:
+        self._names.append(signal.Signals(number).name)
+
+    def take(self) -> list[str]:
+        """Names of the signals that came."""
+        try:
+            while self._read.recv(4096):
+                pass
+        except BlockingIOError:
+            pass
+        names, self._names = self._names, []
+        return names
+
+    def close(self) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_fd)
+        self._read.close()
+        self._write.close()
+
+
+class Link:
+    """Joins core, sockets and engine process until the core says `Exit`."""
+
+    def __init__(
+        self,
+        core: WorkerCore,
+        supervisor: Supervisor,
+        brokers: tuple[str, ...],
+        keys: Keys | None = None,
+        display: LoadingDisplay | None = None,
+    ) -> None:
+        self._core = core
+        self._supervisor = supervisor
+        self._addresses = brokers
+        self._keys = keys
+        self._display = display or LoadingDisplay(enabled=False)
+        self._context: zmq.Context[Any] = zmq.Context(io_threads=1)
+        self._sockets: dict[int, _BrokerSocket] = {}
+        self._signals = _Signals()
+        self._exit: Exit | None = None
+
+    def run(self) -> Exit:
+        """Serve until told to stop. The engine process is gone when this returns."""
+        try:
+            self._supervisor.start()
+            while self._exit is None:
+                self._turn()
+            return self._exit
+        finally:
+            self._display.done()
+            for broker_socket in self._sockets.values():
+                broker_socket.close(linger=False)
+            self._supervisor.stop()
+            self._signals.close()
+            self._context.term()
+
+    def _turn(self) -> None:
+        """Wait for something, and deal with everything that came."""
+        due_s = min(self._core.deadline_s(), self._supervisor.deadline_s())
+        now_s = time.monotonic()
+        wait_s = 0.0 if self._supervisor.waiting else min(max(0.0, due_s - now_s), 3600.0)
+        # Rounded up: a poll that returns a moment before its time would be a busy loop.
+        self._poller().poll(int(wait_s * 1000) + 1 if wait_s else 0)
+        for name in self._signals.take():
+            self._tell(fact.StopRequested(name))
+        for event in self._supervisor.read(time.monotonic()):
+            self._show(event)
+            self._tell(event)
+        for broker in list(self._sockets):
+            self._read(broker)
+        now_s = time.monotonic()
+        if now_s >= self._supervisor.deadline_s():
+            self._tell_all(self._supervisor.tick(now_s))
+        if now_s >= due_s:
+            self._tell(fact.Tick())
+
+    def _poller(self) -> zmq.Poller:
+        poller = zmq.Poller()
+        poller.register(self._signals, zmq.POLLIN)
+        pipe = self._supervisor.pipe
+        if pipe is not None:
+            poller.register(pipe, zmq.POLLIN | (zmq.POLLOUT if pipe.backlog_bytes else 0))
+        for broker_socket in self._sockets.values():
+            poller.register(
+                broker_socket.dealer,
+                zmq.POLLIN | (zmq.POLLOUT if broker_socket.outgoing else 0),
+            )
+            poller.register(broker_socket.monitor, zmq.POLLIN)
+        return poller
+
+    def _read(self, broker: int) -> None:
+        """Everything about one broker's socket. Its last messages go before the news of its end."""
+        broker_socket = self._sockets[broker]
+        made, why = broker_socket.lost()
+        if made:
+            self._tell(fact.Connected(broker))
+        for _ in range(MESSAGES_AT_ONCE):
+            if self._sockets.get(broker) is not broker_socket:
+                return
+            frames = broker_socket.receive()
+            if frames is None:
+                break
+            self._tell(fact.MessageReceived(broker, frames))
+        if why is not None:
+            self._tell(fact.Disconnected(broker, why))
+        elif broker_socket.outgoing and broker_socket.flush():
+            self._tell(fact.SendUnblocked(broker))
+
+    # --- facts and instructions -------------------------------------------------------------------
+
+    def _show(self, event: fact.Event) -> None:
+        match event:
+            case fact.EngineLoading(progress, note):
+                self._display.show(progress, note)
+            case fact.EngineReady(capabilities):
+                self._display.done()
+                names = ", ".join(model.name for model in capabilities.models)
+                fields = {
+                    "models": names,
+                    "engine": capabilities.engine,
+                    "device": capabilities.device,
+                    "slots": capabilities.capacity,
+                }
+                log.info("engine ready", extra={"fields": fields})
+            case fact.EngineLost() | fact.WorkerFailed():
+                self._display.done()
+
+    def _tell_all(self, events: Iterable[fact.Event]) -> None:
+        for event in events:
+            self._show(event)
+            self._tell(event)
+
+    def _tell(self, event: fact.Event) -> None:
+        for instruction in self._core.handle(event, time.monotonic()):
+            self._do(instruction)
+
+    def _do(self, instruction: Instruction) -> None:
+        match instruction:
+            case Send(broker, frames):
+                broker_socket = self._sockets.get(broker)
+                if broker_socket is not None and not broker_socket.send(frames):
+                    self._tell(fact.SendBlocked(broker))
+            case EngineAdd(job_id, body, attachments):
+                self._supervisor.add(job_id, body, attachments)
+            case EngineCancel(job_id):
+                self._supervisor.cancel(job_id)
+            case OpenSocket(broker):
+                self._open(broker)
+            case CloseSocket(broker, linger):
+                broker_socket = self._sockets.pop(broker, None)
+                if broker_socket is not None:
+                    broker_socket.close(linger)
+            case RestartEngine(reason):
+                self._tell_all(self._supervisor.restart(reason, time.monotonic()))
+            case Log(event, fields, level):
+                log.log(level, event, extra={"fields": fields})
+            case Exit():
+                self._exit = instruction
+
+    def _open(self, broker: int) -> None:
+        try:
+            self._sockets[broker] = _BrokerSocket(
+                self._context, self._addresses[broker], self._keys
+            )
+        except zmq.ZMQError as error:
+            self._tell(fact.Disconnected(broker, f"no socket can be opened: {error}"))

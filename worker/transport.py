@@ -1,0 +1,130 @@
+"""The pipe between the link and the engine process: messages of frames over a stream socket.
+
+The link's end never blocks: what the engine does not take is queued, because a hung engine must
+not stall a heartbeat. The engine's end blocks when it sends, and looks without waiting when it has
+work. The frames of one message go out without being copied together, so a large picture costs no
+more than its octets. Must never import zmq or torch.
+
+    message = count (4 octets, big-endian), count lengths (8 octets each), the frames
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+from collections import deque
+from collections.abc import Sequence
+from typing import Final
+
+_COUNT: Final = struct.Struct(">I")
+_READ_OCTETS: Final = 1 << 18
+_READ_AT_ONCE_OCTETS: Final = 1 << 24
+"""Then whoever reads gets to do something else, even while the other side goes on writing."""
+_IOVECS: Final = 64
+
+
+class PipeClosed(Exception):
+    """The process at the other end is gone."""
+
+
+class Pipe:
+    """One end of the pipe."""
+
+    def __init__(self, end: socket.socket, *, blocking: bool) -> None:
+        self._socket = end
+        end.setblocking(blocking)
+        self._received = bytearray()
+        self._outgoing: deque[memoryview] = deque()
+        #: Octets that wait for the other side to read.
+        self.backlog_bytes = 0
+
+    def fileno(self) -> int:
+        """For a poller."""
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        """The other side reads the end of the stream."""
+        self._socket.close()
+
+    def send(self, frames: Sequence[bytes]) -> None:
+        """Send a message, or (at an end that does not block) as much as goes and queue the rest.
+
+        Raises `PipeClosed`.
+        """
+        lengths = struct.pack(f">{len(frames)}Q", *map(len, frames))
+        head = _COUNT.pack(len(frames)) + lengths
+        for part in (head, *frames):
+            if part:
+                self._outgoing.append(memoryview(part))
+                self.backlog_bytes += len(part)
+        self.flush()
+
+    def flush(self) -> None:
+        """Go on sending what is queued. Raises `PipeClosed`."""
+        outgoing = self._outgoing
+        try:
+            while outgoing:
+                some = [outgoing[index] for index in range(min(len(outgoing), _IOVECS))]
+                sent = self._socket.sendmsg(some)
+                self.backlog_bytes -= sent
+                while outgoing and sent >= len(outgoing[0]):
+                    sent -= len(outgoing.popleft())
+                if sent:
+                    outgoing[0] = outgoing[0][sent:]
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise PipeClosed(str(error)) from None
+
+    def receive(self, timeout_s: float | None = 0.0) -> list[list[bytes]]:
+        """The whole messages that came, in order; waits up to `timeout_s` for something (None: for
+        ever). Raises `PipeClosed` when the other side is gone and everything was read.
+        """
+        if timeout_s != 0.0:
+            select.select([self._socket], [], [], timeout_s)
+        received = self._received
+        limit = len(received) + _READ_AT_ONCE_OCTETS
+        closed = False
+        while len(received) < limit:
+            try:
+                chunk = self._socket.recv(_READ_OCTETS, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+            except OSError:
+                closed = True
+                break
+            if not chunk:
+                closed = True
+                break
+            received += chunk
+            if len(chunk) < _READ_OCTETS:
+                break
+        messages = self._parse()
+        if closed and not messages:
+            raise PipeClosed("end of stream")
+        return messages
+
+    def _parse(self) -> list[list[bytes]]:
+        messages: list[list[bytes]] = []
+        received = self._received
+        start = 0
+        with memoryview(received) as view:
+            while len(view) - start >= _COUNT.size:
+                (count,) = _COUNT.unpack_from(view, start)
+                body = start + _COUNT.size + 8 * count
+                if len(view) < body:
+                    break
+                lengths = struct.unpack_from(f">{count}Q", view, start + _COUNT.size)
+                end = body + sum(lengths)
+                if len(view) < end:
+                    break
+                frames = []
+                for length in lengths:
+                    frames.append(bytes(view[body : body + length]))
+                    body += length
+                messages.append(frames)
+                start = end
+        if start:
+            del received[:start]
+        return messages
