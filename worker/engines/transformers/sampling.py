@@ -21,6 +21,7 @@ import hashlib
 import math
 import struct
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -47,12 +48,11 @@ Mask: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
 #: What the wire says for the logarithm of zero (OpenAI's value; JSON has no infinity).
 LOGPROB_FLOOR = -9999.0
 
-#: Likeliest tokens that top_p is looked for in first: real models seldom need more. A row that
-#: does is sorted in full, with the same outcome.
+#: Likeliest tokens that top_p is looked for in first: models that know what they say seldom need
+#: more. For a row that does, `_MORE` times as many are looked at, until they suffice; the outcome
+#: is the same.
 _CANDIDATES = 1024
-
-#: A top_k up to this is found without sorting in full.
-_MAX_CANDIDATES = 4096
+_MORE = 16
 
 #: Tokens whose weights are summed together when a draw is from the whole vocabulary.
 _BLOCK = 512
@@ -170,7 +170,8 @@ class SamplerRow:
         self._position += 1
         if self._penalised:
             count = self._counts[token_id] = self._counts.get(token_id, 0) + 1
-            self._past_minus[self._place(token_id)] = (
+            place = self._place(token_id)
+            self._past_minus[place] = (
                 self.params.presence_penalty + self.params.frequency_penalty * count
             )
 
@@ -228,27 +229,28 @@ class Sampler:
                 f"logits of shape {tuple(logits.shape)} for {len(rows)} rows and a vocabulary of "
                 f"{self.vocab_size}"
             )
-        x = logits.float()
-        if len(rows) > 1 and x.stride(0) == 0:  # one prompt's logits, expanded to several answers
-            x = x.clone()
+        if not rows:
+            return []
+        x = logits.float().contiguous()
         failed = self._adjust_(x, rows)
         best, tokens = x.max(dim=-1)
         tokens = tokens.clone()
         unsettled = torch.zeros_like(tokens, dtype=torch.bool)
         whole, cut = _drawing(rows, self.vocab_size)
+        room = _room([rows[i] for i in cut], self.vocab_size)
         if whole:
             tokens[whole] = _draw_whole(x, best, whole, rows)
         if cut:
-            room = _room([rows[i] for i in cut], self.vocab_size)
             tokens[cut], unsettled[cut] = _draw_ranked(x, best, cut, rows, room)
         forced = [i for i, row in enumerate(rows) if row.forced is not None]
         if forced:
             ids = [min(rows[i].forced or 0, self.vocab_size - 1) for i in forced]
             tokens[forced] = torch.tensor(ids, device=x.device)
         table = _report(x, tokens, best, unsettled, rows)
-        if again := [i for i, row in enumerate(table) if row[_UNSETTLED]]:
-            tokens[again], _ = _draw_ranked(x, best, again, rows, self.vocab_size)
-            table = _report(x, tokens, best, torch.zeros_like(unsettled), rows)
+        while again := [i for i, facts in enumerate(table) if facts[_UNSETTLED]]:
+            room = min(room * _MORE, self.vocab_size)
+            tokens[again], unsettled[again] = _draw_ranked(x, best, again, rows, room)
+            table = _report(x, tokens, best, unsettled, rows)
         return [self._outcome(rows[i], facts, failed.get(i)) for i, facts in enumerate(table)]
 
     def _adjust_(self, x: torch.Tensor, rows: Sequence[SamplerRow]) -> dict[int, str]:
@@ -327,22 +329,24 @@ def _report(
     scored = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     if scored:
         top = MAX_TOP_LOGPROBS if any(rows[i].params.logprobs for i in scored) else 0
-        scores = _scores(x[scored], tokens[scored], top)
+        scores = _scores(_of(x, scored), _of(best, scored), _of(tokens, scored), top)
         table = torch.nn.functional.pad(table, (0, scores.shape[1]))
         table[scored, _LOGPROBS:] = scores
     facts: list[list[float]] = table.tolist()
     return facts
 
 
-def _scores(x: torch.Tensor, tokens: torch.Tensor, top: int) -> torch.Tensor:
+def _scores(x: torch.Tensor, best: torch.Tensor, tokens: torch.Tensor, top: int) -> torch.Tensor:
     """[R, 1 + 2 * top]: the chosen token's logprob, the likeliest logprobs, and their ids.
 
     Always the same number of likeliest tokens: which of several equal ones are among them must
     not hang on what other rows ask for.
     """
     wide = _wide(x.device)
-    best = x.max(dim=-1, keepdim=True).values
-    norm = best.to(wide) + (x - best).exp_().sum(-1, keepdim=True, dtype=wide).log()
+    norm = (
+        best[:, None].to(wide)
+        + _weights(x, best[:, None]).sum(-1).to(wide).sum(-1, keepdim=True).log()
+    )
     parts = [x.gather(1, tokens[:, None]).to(wide) - norm]
     if top:
         values, ids = x.topk(min(top, x.shape[1]), dim=-1)
@@ -355,9 +359,10 @@ def _token_logprob(
 ) -> TokenLogprob:
     """`scores` is a row of `_scores`. Tokens of probability zero are not among the likeliest."""
     count = len(scores) // 2
+    pairs = zip(scores[1 : 1 + count], scores[1 + count :], strict=True)
     likeliest = [
         TopLogprob(int(i), logprob, token_bytes(int(i)))
-        for logprob, i in zip(scores[1 : 1 + top], scores[1 + count : 1 + count + top], strict=True)
+        for logprob, i in islice(pairs, top)
         if logprob > -math.inf
     ]
     return TokenLogprob(max(scores[0], LOGPROB_FLOOR), token_bytes(token_id), likeliest)
@@ -377,9 +382,15 @@ def prompt_logprobs(
     `TokenLogprob(None, ...)` is the caller's.
     """
     tokens = torch.tensor(list(ids), device=logits.device)
-    scores = _scores(logits.float(), tokens, MAX_TOP_LOGPROBS if top else 0)
+    x = logits.float()
+    scores = _scores(x, x.amax(dim=-1), tokens, MAX_TOP_LOGPROBS if top else 0)
     facts: list[list[float]] = scores.tolist()
     return [_token_logprob(i, row, top, token_bytes) for i, row in zip(ids, facts, strict=True)]
+
+
+def _of(x: torch.Tensor, index: list[int]) -> torch.Tensor:
+    """Some rows of a tensor (ascending); all of them without a copy."""
+    return x if len(index) == len(x) else x[index]
 
 
 def _to(values: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
@@ -406,12 +417,9 @@ def _drawing(rows: Sequence[SamplerRow], vocab_size: int) -> tuple[list[int], li
 
 def _room(rows: Sequence[SamplerRow], vocab_size: int) -> int:
     """How many of the likeliest tokens to look at; changes the cost, never the outcome."""
-    highest = max(
-        row.params.top_k if 0 < row.params.top_k < vocab_size else _CANDIDATES - 1 for row in rows
-    )
-    # One more than top_k shows that the last of them has no equal outside.
-    room = 1 << min(highest, _MAX_CANDIDATES - 1).bit_length()
-    return min(room, vocab_size)
+    wanted = [row.params.top_k if row.params.top_k else _CANDIDATES - 1 for row in rows]
+    # One more than top_k shows whether the last of them has an equal outside.
+    return min(1 << max(wanted, default=0).bit_length(), vocab_size)
 
 
 def _columns(values: list[list[float]], device: torch.device) -> list[torch.Tensor]:
@@ -420,43 +428,46 @@ def _columns(values: list[list[float]], device: torch.device) -> list[torch.Tens
     return [table[:, j : j + 1] for j in range(table.shape[1])]
 
 
-def _draw_whole(
-    x: torch.Tensor, best: torch.Tensor, index: list[int], rows: Sequence[SamplerRow]
+def _weights(
+    x: torch.Tensor, best: torch.Tensor, temperature: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Inverse of the cumulative distribution in the order of the vocabulary, without a sort.
+    """exp((x - best) / temperature) in blocks, [R, blocks, _BLOCK], filled up with zeros.
 
-    The sums run over blocks first and then inside one block.
+    Blocks, because a long sum is added up in another order when it stands alone: a short one is
+    not, and the sums of the blocks are added in float64. `best` and `temperature` are [R, 1].
     """
-    temperature, min_p, u = _columns(
-        [
-            [
-                rows[i].params.temperature,
-                rows[i].params.min_p,
-                uniform(rows[i].params.seed, rows[i].position),
-            ]
-            for i in index
-        ],
-        x.device,
-    )
-    count, vocab_size = len(index), x.shape[1]
+    count, vocab_size = x.shape
     blocks = -(-vocab_size // _BLOCK)
     padded = x.new_empty(count, blocks * _BLOCK)
     padded[:, vocab_size:] = 0
     weights = padded[:, :vocab_size]
-    every = count == len(rows)
-    torch.sub(x if every else x[index], best[index, None], out=weights)
-    weights.div_(temperature.to(x.dtype)).exp_()
-    if any(rows[i].params.min_p for i in index):  # the likeliest weighs 1
-        weights.masked_fill_(weights < min_p, 0)
-    by_block = padded.view(count, blocks, _BLOCK)
-    sums = by_block.sum(-1, dtype=u.dtype).cumsum(-1)
+    torch.sub(x, best, out=weights)
+    if temperature is not None:
+        weights.div_(temperature.to(x.dtype))
+    weights.exp_()
+    return padded.view(count, blocks, _BLOCK)
+
+
+def _draw_whole(
+    x: torch.Tensor, best: torch.Tensor, index: list[int], rows: Sequence[SamplerRow]
+) -> torch.Tensor:
+    """Tokens [R], by inverting the cumulative distribution in the order of the vocabulary: first
+    to a block of it, then inside that block. No sort."""
+    chosen = [(rows[i].params, rows[i].position) for i in index]
+    temperature, min_p, u = _columns(
+        [[p.temperature, p.min_p, uniform(p.seed, position)] for p, position in chosen], x.device
+    )
+    weights = _weights(_of(x, index), _of(best, index)[:, None], temperature)
+    if any(p.min_p for p, _ in chosen):  # the likeliest weighs 1
+        weights.masked_fill_(weights < min_p[:, :, None].to(x.dtype), 0)
+    sums = weights.sum(-1).to(u.dtype).cumsum(-1)
     target = _inside(u * sums[:, -1:], sums[:, -1:])
-    block = (sums <= target).sum(-1, keepdim=True).clamp_(max=blocks - 1)
+    block = (sums <= target).sum(-1, keepdim=True).clamp_(max=sums.shape[1] - 1)
     before = torch.where(block > 0, sums.gather(1, (block - 1).clamp_(min=0)), 0)
-    inner = by_block[torch.arange(count, device=x.device), block[:, 0]].cumsum(-1, dtype=u.dtype)
+    inner = weights[torch.arange(len(index), device=x.device), block[:, 0]].to(u.dtype).cumsum(-1)
     target = _inside(target - before, inner[:, -1:])
     place = (inner <= target).sum(-1, keepdim=True)
-    return (block * _BLOCK + place).clamp_(max=vocab_size - 1)[:, 0]
+    return (block * _BLOCK + place).clamp_(max=x.shape[1] - 1)[:, 0]
 
 
 def _inside(target: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
@@ -477,55 +488,59 @@ def _draw_ranked(
     on behind them; with `room` the vocabulary's size none is.
     """
     vocab_size = x.shape[1]
+    chosen = [(rows[i].params, rows[i].position) for i in index]
     temperature, top_p, min_p, top_k, u = _columns(
         [
-            [
-                rows[i].params.temperature,
-                rows[i].params.top_p,
-                rows[i].params.min_p,
-                min(rows[i].params.top_k or vocab_size, vocab_size),
-                uniform(rows[i].params.seed, rows[i].position),
-            ]
-            for i in index
+            [p.temperature, p.top_p, p.min_p, p.top_k, uniform(p.seed, position)]
+            for p, position in chosen
         ],
         x.device,
     )
-    score, top = (x if len(index) == len(rows) else x[index]), best[index, None]
+    score, top = _of(x, index), _of(best, index)[:, None]
     values, ids = _rank(score, room)
-    limit = top_k.long()
-    last = values.gather(1, limit.clamp(max=room) - 1)
-    # Equals of the last one stay, as in TopKLogitsWarper.
-    kept = (values >= last) & (values > -torch.inf)
-    weights = ((values - top).to(u.dtype) / temperature).exp().masked_fill(~kept, 0)
+    weights = (values - top).to(u.dtype).div_(temperature).exp_()
     running = weights.cumsum(-1)
-    total = running[:, -1:]
-    nucleus = [j for j, i in enumerate(index) if not 0 < rows[i].params.top_k < vocab_size]
-    if nucleus:  # summed in one way whatever the room, so that the outcome is the same
-        heat = temperature[nucleus].to(x.dtype)
-        spread = (score[nucleus] - top[nucleus]).div_(heat).exp_()
-        total = total.clone()
-        total[nucleus] = spread.sum(-1, keepdim=True, dtype=u.dtype)
-    kept &= (running - weights < top_p * total) | (top_p >= 1)
-    kept &= weights >= min_p
-    count = kept.sum(-1, keepdim=True).clamp_(min=1)
+    count = torch.full_like(ids[:, :1], room)
+    nucleus = [j for j, (p, _) in enumerate(chosen) if not 0 < p.top_k < vocab_size]
+    if len(nucleus) < len(chosen):
+        last = torch.where((top_k > 0) & (top_k < room), top_k.long(), room)
+        # Equals of the last one stay. Of a row that is not numbers nothing stays.
+        count = (values >= values.gather(1, last - 1)).sum(-1, keepdim=True).clamp_(min=1)
+    if any(p.top_p < 1 for p, _ in chosen):
+        total = running.gather(1, count - 1)
+        if nucleus:  # summed in one way whatever the room, so that the outcome is the same
+            spread = _weights(_of(score, nucleus), _of(top, nucleus), _of(temperature, nucleus))
+            total[nucleus] = spread.sum(-1).to(u.dtype).sum(-1, keepdim=True)
+        within = torch.searchsorted(running, top_p * total) + 1
+        count = torch.where(top_p < 1, count.minimum(within), count)
+    if any(p.min_p for p, _ in chosen):
+        count = count.minimum((weights >= min_p).sum(-1, keepdim=True))
+    count.clamp_(min=1)
     mass = running.gather(1, count - 1)
-    place = (running <= _inside(u * mass, mass)).sum(-1, keepdim=True).clamp_(max=room - 1)
-    edge = values[:, -1:] == values.gather(1, count - 1)
-    unsettled = (edge | (limit > room)) & (room < vocab_size)
+    place = torch.searchsorted(running, _inside(u * mass, mass), right=True).clamp_(max=room - 1)
+    edge = values[:, -1:]
+    unsettled = (values.gather(1, count - 1) == edge) & (edge > -torch.inf) & (room < vocab_size)
     return ids.gather(1, place)[:, 0], unsettled[:, 0]
 
 
 def _rank(x: torch.Tensor, room: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `room` highest of each row and their ids, descending; of equals the higher id first, as
-    the sort in TopPLogitsWarper leaves them."""
-    if room == x.shape[1]:
-        values, ids = x.sort(dim=-1, stable=True)
-        return values.flip(-1), ids.flip(-1)
-    values, ids = x.topk(room, dim=-1, sorted=False)
-    # One integer orders by value, then by id. Adding zero makes equals of both zeros.
-    bits = (values + 0.0).view(torch.int32)
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-    keys = ((ordered << 32) | ids).sort(dim=-1, descending=True).values
-    ordered = (keys >> 32).int()
-    bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
-    return bits.view(torch.float32), keys & 0xFFFFFFFF
+    """The `room` highest of each row and their ids, descending; of equals the lower id first, so
+    that the first of all is the greedy choice."""
+    if room < x.shape[1]:
+        values, ids = x.topk(room, dim=-1, sorted=False)
+    else:
+        values, ids = x, torch.arange(room, device=x.device)
+    # One integer orders by value, then by id. Adding zero makes one zero of two.
+    keys = _ascending(values.add(0.0).view(torch.int32)).bitwise_not_().long()
+    keys.bitwise_left_shift_(32).bitwise_or_(ids)
+    if keys.device.type == "cpu":  # NumPy's vectorised sort takes a tenth of the time of torch's
+        keys.numpy().sort(axis=-1)
+    else:
+        keys = keys.sort(dim=-1).values
+    values = _ascending((keys >> 32).int().bitwise_not_()).view(torch.float32)
+    return values, keys.bitwise_and_(0xFFFFFFFF)
+
+
+def _ascending(bits: torch.Tensor) -> torch.Tensor:
+    """The bits of float32 values as integers of the same order, and back again; in place."""
+    return bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
