@@ -3,13 +3,16 @@ plain greedy `generate()` writes for it alone."""
 
 from __future__ import annotations
 
+import io
 import random
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.engines import tiny
-from tests.engines.architectures import ALONE, BATCHED, text_model
+from tests.engines.architectures import ALONE, BATCHED, VISION, text_model, vision_model
 
 
 def _agree(model: torch.nn.Module, *, scheduler: str, jobs: int = 6) -> None:
@@ -51,3 +54,57 @@ def test_a_batch_with_eager_attention_writes_what_generate_writes(name: str) -> 
 @pytest.mark.parametrize("name", ALONE)
 def test_a_model_that_no_slot_can_hold_takes_turns_and_writes_the_same(name: str) -> None:
     _agree(text_model(name), scheduler="generate", jobs=4)
+
+
+def _picture_inputs(model: Any, processor: Any, text: str, pictures: list[bytes]) -> dict[str, Any]:
+    """What the model's own processor makes of a message."""
+    content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": text}]
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    images = [Image.open(io.BytesIO(octets)).convert("RGB") for octets in pictures]
+    inputs = dict(processor(text=[prompt], images=images or None, return_tensors="pt"))
+    inputs.pop("labels", None)
+    return inputs
+
+
+# PaliGemma's processor calls numpy in a way that numpy 2 wants changed.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("name", VISION)
+def test_pictures_and_texts_in_one_batch_write_what_generate_writes(name: str) -> None:
+    model, processor = vision_model(name)
+    engine = tiny.serve(model, processor=processor, slots=4)
+    try:
+        served = engine.capabilities.models[0].details["scheduler"]
+        assert served.startswith("slots"), served
+        asked = [
+            ("hello", [tiny.picture(1, 90, 70)]),
+            ("what is in this picture", []),
+            ("left right", [tiny.picture(2, 64, 120), tiny.picture(3, 80, 80)]),
+            ("hello", [tiny.picture(4, 90, 70)]),
+            ("two three four", [tiny.picture(5, 100, 50)]),
+            ("the quick brown fox", []),
+        ]
+        if name == "paligemma":
+            # Its processor makes no prompt without a picture.
+            asked = [(text, pictures) for text, pictures in asked if pictures]
+        banned = sorted(engine._served[0].loaded.placeholder_ids)
+        lengths = [random.Random(index).randint(4, 12) for index in range(len(asked))]
+        wanted = [
+            tiny.generated(model, _picture_inputs(model, processor, text, pictures), length, banned)
+            for (text, pictures), length in zip(asked, lengths, strict=True)
+        ]
+        answers = tiny.run(
+            engine,
+            [
+                tiny.chat_job(text, pictures, max_tokens=length)
+                for (text, pictures), length in zip(asked, lengths, strict=True)
+            ],
+            every=[0, 0, 2, 3, 1, 4],
+        )
+        assert [answer.failed for answer in answers] == [None] * len(answers)
+        assert [answer.token_ids for answer in answers] == wanted
+        assert len({token for answer in wanted for token in answer}) > 6
+        assert wanted[0] != wanted[3 if name != "paligemma" else 2], "the picture must matter"
+    finally:
+        engine.close()

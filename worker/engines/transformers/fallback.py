@@ -41,7 +41,6 @@ NEUTRAL: dict[str, Any] = {
     "repetition_penalty": 1.0,
     "max_length": None,
     "min_length": 0,
-    "min_new_tokens": 0,
     "early_stopping": False,
     "length_penalty": 1.0,
     "return_dict_in_generate": False,

@@ -21,7 +21,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
-    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
 )
@@ -34,6 +33,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from worker.engines.base import EngineLoadError, EngineOptions, Progress
+from worker.engines.transformers.processors import load_processor
 from worker.engines.transformers.quantise import bitsandbytes_config, normalise_skip_names
 from worker.engines.transformers.settings import EngineSettings
 
@@ -142,7 +142,7 @@ def load_model(
         if adapter is not None:
             model = _merge_adapter(model, adapter, options, progress)
         tokenizer, processor = _load_tokenizer(
-            path, options, takes_images=auto_class is AutoModelForImageTextToText
+            path, config, options, takes_images=auto_class is AutoModelForImageTextToText
         )
     progress(1.0, f"loaded {path}")
     return wrap_model(
@@ -417,12 +417,14 @@ def _merge_adapter(model: Any, adapter: str, options: EngineOptions, progress: P
     return PeftModel.from_pretrained(model, adapter, revision=None).merge_and_unload()
 
 
-def _load_tokenizer(path: str, options: EngineOptions, *, takes_images: bool) -> tuple[Any, Any]:
+def _load_tokenizer(
+    path: str, config: Any, options: EngineOptions, *, takes_images: bool
+) -> tuple[Any, Any]:
     common: dict[str, Any] = {
         "revision": options.revision,
         "trust_remote_code": options.trust_remote_code,
     }
-    processor = AutoProcessor.from_pretrained(path, **common) if takes_images else None
+    processor = load_processor(path, config, **common) if takes_images else None
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(path, **common)

@@ -8,7 +8,6 @@ caller's own template: special tokens in them are meant.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import re
 import threading
@@ -59,11 +58,8 @@ class PromptBuilder:
     def __init__(self, loaded: LoadedModel, limits: ImageLimits) -> None:
         self._loaded = loaded
         self._limits = limits
-        # The step loop decodes with its own tokenizer: a fast one is not safe in two threads.
-        self._tokenizer = copy.deepcopy(loaded.tokenizer)
-        self._processor = copy.copy(loaded.processor)
-        if self._processor is not None:
-            self._processor.tokenizer = self._tokenizer
+        self._tokenizer = loaded.tokenizer
+        self._processor = loaded.processor
         self._lock = threading.Lock()
         self._image_token = self._find_image_token()
         self._special = self._special_pattern()
@@ -280,7 +276,8 @@ class PromptBuilder:
             {
                 name: value
                 for name, value in output.items()
-                if name not in ("input_ids", *_ALIGNED) and value is not None
+                # PaliGemma's processor adds labels, for training.
+                if name not in ("input_ids", "labels", *_ALIGNED) and value is not None
             }
             if images
             else {}

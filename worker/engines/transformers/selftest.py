@@ -34,9 +34,18 @@ QUANTISED_TOLERANCE = 0.6
 class Verdict:
     """The outcome: a forward over slots, or the reason why there is none."""
 
-    def __init__(self, forward: Forward | None, reason: str = "", whole: bool = False) -> None:
+    def __init__(
+        self,
+        forward: Forward | None,
+        reason: str = "",
+        *,
+        whole: bool = False,
+        compared: bool = True,
+    ) -> None:
         self.forward = forward
         self.reason = reason
+        #: False: the configuration alone decided.
+        self.compared = compared
         #: Prompts must go in one piece (prefix-LM).
         self.whole_prompts = whole
 
@@ -44,16 +53,20 @@ class Verdict:
 def check(loaded: LoadedModel, picture_prompt: Prompt | None) -> Verdict:
     """Compare the slot path with `generate()` on `loaded`, with a picture where one is given."""
     verdict = _try(loaded, picture_prompt, whole=False)
-    if verdict.forward is None and picture_prompt is not None:
+    if verdict.forward is None and verdict.compared:
         whole = _try(loaded, picture_prompt, whole=True)
         if whole.forward is not None:
             return whole
+        return Verdict(None, f"{verdict.reason}; with whole prompts: {whole.reason}")
     return verdict
 
 
 def _try(loaded: LoadedModel, picture_prompt: Prompt | None, *, whole: bool) -> Verdict:
     try:
         forward = Forward(loaded)
+    except Unsupported as error:
+        return Verdict(None, str(error), compared=False)
+    try:
         long = picture_prompt or _text_prompt(loaded, 13)
         with torch.inference_mode():
             _compare(loaded, forward, long, _text_prompt(loaded, 5), whole=whole)

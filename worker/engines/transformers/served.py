@@ -6,6 +6,7 @@ answer; everything that can be wrong with a request is found there. Must never r
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import threading
@@ -89,8 +90,10 @@ class ServedModel:
         limits = ImageLimits(pixels=settings.image_pixels, octets=settings.image_bytes)
         self.builder = PromptBuilder(loaded, limits)
         self.embedder = Embedder(loaded)
-        table = token_table(loaded.tokenizer)
-        self._token_bytes: Callable[[int], bytes] = table.octets
+        # Texts are decoded in the step loop while prompts are encoded in other threads, and a fast
+        # tokenizer must not be used in two threads at once.
+        self._decoder = copy.deepcopy(loaded.tokenizer)
+        self._token_bytes: Callable[[int], bytes] = token_table(self._decoder).octets
         self._constraints = ConstraintFactory(loaded.tokenizer)
         self._constraint_lock = threading.Lock()
         #: How it is served, for people.
@@ -249,7 +252,7 @@ class ServedModel:
         )
         completion = request.kind is Kind.COMPLETE and not loaded.encoder_decoder
         text = TextStream(
-            loaded.tokenizer,
+            self._decoder,
             params,
             prior_ids=prior,
             prior_characters=request.resume.text_characters if request.resume else 0,
