@@ -1,0 +1,137 @@
+"""The bus as the benchmarks drive it: starting its programs, and raw peers without the library.
+
+`RawPeer` speaks broker.protocol itself on a plain socket, so that the load generator costs little and
+the broker alone is measured. The one place that knows command lines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from bench.common import Process, endpoints, python
+from bench.zmtp import Connection
+from broker.protocol import codec
+from broker.protocol.header import NO_ID, MessageType, decode, encode
+from broker.protocol.limits import MAX_ANSWER_OCTETS, MAX_CONTROL_OCTETS
+from broker.protocol.messages import (
+    Accepted,
+    Assign,
+    Credit,
+    Heartbeat,
+    Hello,
+    ModelInfo,
+    Request,
+    Welcome,
+    WorkerState,
+    new_id,
+)
+
+WAIT_S = 20.0
+"""Longest wait for a message of the broker."""
+QUIET = ("--worker-heartbeat-s", "3600", "--client-heartbeat-s", "3600")
+"""No heartbeats: a load generator that counts octets must not meet one."""
+
+
+@contextlib.contextmanager
+def broker(transport: str = "tcp", *arguments: str) -> Iterator[tuple[Process, str, str]]:
+    """A broker on fresh endpoints: process, front, back."""
+    with (
+        endpoints(transport) as (front, back),
+        Process(
+            python("-m", "broker", "--front", front, "--back", back, "--log-level", "warning")
+            + list(arguments)
+        ) as process,
+    ):
+        process.wait_line("listens")
+        yield process, front, back
+
+
+class RawPeer:
+    """One session on one connection, without threads or timers: the caller sends heartbeats."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.connection = Connection(endpoint, new_id(), WAIT_S)
+        self.session = NO_ID
+        #: Sequence number of the next message sent.
+        self.sequence = 0
+
+    def send(self, type_: MessageType, id_: bytes, *frames: bytes) -> None:
+        """Send one message."""
+        self.connection.send((encode(type_, id_, self.sequence), *frames))
+        self.sequence += 1
+
+    def receive(self) -> tuple[MessageType, bytes, list[bytes]]:
+        """The next message: type, id, frames after the header. Raises `TimeoutError`."""
+        head, *frames = self.connection.receive()
+        header = decode(head)
+        return header.type, header.id, frames
+
+    def expect(self, wanted: MessageType) -> tuple[bytes, list[bytes]]:
+        """The next message of a type; heartbeats and receipts between are passed over."""
+        passing = {MessageType.HEARTBEAT, MessageType.ACCEPTED} - {wanted}
+        while True:
+            type_, id_, frames = self.receive()
+            if type_ == wanted:
+                return id_, frames
+            if type_ not in passing:
+                body = codec.unpack(frames[0], MAX_ANSWER_OCTETS)
+                raise ConnectionError(
+                    f"expected {wanted.name}, the broker sent {type_.name}: {body}"
+                )
+
+    def hello(
+        self,
+        role: str,
+        name: str,
+        *,
+        models: list[ModelInfo] | None = None,
+        capacity: int = 0,
+    ) -> Welcome:
+        """Open the session."""
+        hello = Hello(role=role, name=name, models=models or [], capacity=capacity)
+        self.send(MessageType.HELLO, NO_ID, codec.encode(hello))
+        self.session, frames = self.expect(MessageType.WELCOME)
+        return codec.decode(Welcome, frames[0], MAX_CONTROL_OCTETS)
+
+    def ready(self, models: list[ModelInfo], capacity: int) -> None:
+        """A worker says that it is ready and grants its capacity."""
+        beat = Heartbeat(state=WorkerState.READY, granted=0, models=models, capacity=capacity)
+        self.send(MessageType.HEARTBEAT, self.session, codec.encode(beat))
+        self.send(MessageType.CREDIT, self.session, codec.encode(Credit(granted=capacity)))
+
+    def beat(self, worker: bool = False) -> None:
+        """A sign of life."""
+        body = codec.encode(Heartbeat(state=WorkerState.READY)) if worker else b"\x80"
+        self.send(MessageType.HEARTBEAT, self.session, body)
+
+    def request(self, model: str, max_tokens: int = 1 << 20) -> bytes:
+        """Send a REQUEST for a completion; its id."""
+        request_id = new_id()
+        body = {
+            "model": model,
+            "kind": "complete",
+            "prompt": "x",
+            "params": {"max_tokens": max_tokens},
+            "window": 1 << 30,
+        }
+        self.send(MessageType.REQUEST, request_id, codec.pack(body))
+        return request_id
+
+    def assigned(self) -> tuple[bytes, Assign, Request]:
+        """A worker takes its next ASSIGN: request id, assignment, request."""
+        id_, frames = self.expect(MessageType.ASSIGN)
+        return (
+            id_,
+            codec.decode(Assign, frames[0], MAX_CONTROL_OCTETS),
+            codec.decode(Request, frames[1], MAX_ANSWER_OCTETS),
+        )
+
+    def accepted(self) -> Accepted:
+        """A client takes its next ACCEPTED; `worker` is empty while the request is queued."""
+        _, frames = self.expect(MessageType.ACCEPTED)
+        return codec.decode(Accepted, frames[0], MAX_CONTROL_OCTETS)
+
+    def close(self) -> None:
+        """Close the connection; a GOODBYE is the caller's."""
+        self.connection.close()

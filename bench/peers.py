@@ -1,0 +1,100 @@
+"""The plain ZeroMQ forwarders that the broker is measured beside, each in a process of its own.
+
+`python -m bench.peers NAME FRONT BACK` binds both endpoints, prints `ready` and forwards until it is
+killed. They check nothing: no session, no sequence, no credit. Never part of the bus.
+
+* zmq_proxy: `zmq.proxy`, ROUTER in front, DEALER behind; the worker puts the client's routing id first.
+* monitored_queue: pyzmq's ROUTER-ROUTER queue, which swaps the two ids in front of a message.
+* python_floor: the least that a forwarder in Python can do with the bus's own frames: six direct
+  socket calls, one look-up, a new header. What the broker costs above it are its checks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import zmq
+from zmq.devices import monitored_queue
+
+IO_THREADS = 1
+
+
+def _bound(context: zmq.Context[zmq.Socket[bytes]], kind: int, endpoint: str) -> zmq.Socket[bytes]:
+    bound = context.socket(kind)
+    bound.set_hwm(10_000)
+    bound.bind(endpoint)
+    return bound
+
+
+def run_zmq_proxy(front: str, back: str) -> None:
+    """libzmq's C proxy."""
+    context = zmq.Context(IO_THREADS)
+    ends = _bound(context, zmq.ROUTER, front), _bound(context, zmq.DEALER, back)
+    print("ready", flush=True)
+    zmq.proxy(*ends)
+
+
+def run_monitored_queue(front: str, back: str) -> None:
+    """pyzmq's C queue; the monitor is a PUB socket that nobody reads."""
+    context = zmq.Context(IO_THREADS)
+    ends = _bound(context, zmq.ROUTER, front), _bound(context, zmq.ROUTER, back)
+    watcher = context.socket(zmq.PUB)
+    watcher.bind("inproc://watcher")
+    print("ready", flush=True)
+    monitored_queue(*ends, watcher)
+
+
+def run_python_floor(front: str, back: str) -> None:
+    """Route by the header's id field: a client says hello with a first frame that is its route."""
+    context = zmq.Context(IO_THREADS)
+    clients, workers = _bound(context, zmq.ROUTER, front), _bound(context, zmq.ROUTER, back)
+    #: By route: the client's routing id, and the sequence number of its next message.
+    routes: dict[bytes, tuple[bytes, list[int]]] = {}
+    poller = zmq.Poller()
+    poller.register(clients, zmq.POLLIN)
+    poller.register(workers, zmq.POLLIN)
+    print("ready", flush=True)
+    receive, send, get = workers.recv, clients.send, routes.get
+    again, more = zmq.DONTWAIT, zmq.SNDMORE | zmq.DONTWAIT
+    while True:
+        for ready, _ in poller.poll():
+            if ready is clients:
+                identity, route = clients.recv_multipart()
+                routes[route] = identity, [0]
+                clients.send_multipart([identity, b"ready"])
+                continue
+            try:
+                while True:
+                    receive(again)
+                    header = receive(again)
+                    body = receive(again)
+                    entry = get(header[8:24])
+                    if entry is None:
+                        continue
+                    identity, counter = entry
+                    sequence = counter[0]
+                    counter[0] = sequence + 1
+                    send(identity, more)
+                    send(header[:24] + sequence.to_bytes(8, "big"), more)
+                    send(body, again)
+            except zmq.Again:
+                pass
+
+
+PEERS: dict[str, Callable[[str, str], None]] = {
+    "zmq_proxy": run_zmq_proxy,
+    "monitored_queue": run_monitored_queue,
+    "python_floor": run_python_floor,
+}
+
+
+def main() -> None:
+    """Run one forwarder."""
+    if len(sys.argv) != 4 or sys.argv[1] not in PEERS:
+        raise SystemExit(f"usage: python -m bench.peers {{{','.join(PEERS)}}} FRONT BACK")
+    PEERS[sys.argv[1]](sys.argv[2], sys.argv[3])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""A DEALER in plain sockets: ZMTP 3.0 (RFC 23) with the NULL mechanism, as much as a load generator needs.
+
+A load generator made of ZeroMQ sockets costs more CPU than the forwarder it is to load. This one
+writes a burst of messages with one system call and counts what comes back by octets. It is no
+library: no reconnect, no queue, no thread.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Sequence
+
+_GREETING = (
+    b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + b"\0" + bytes(31)
+)
+_MORE, _LONG, _COMMAND = 1, 2, 4
+_CHUNK = 1 << 20
+
+
+def encode(frames: Sequence[bytes]) -> bytes:
+    """One message as it stands on the wire."""
+    parts: list[bytes] = []
+    last = len(frames) - 1
+    for index, frame in enumerate(frames):
+        more = _MORE if index < last else 0
+        size = len(frame)
+        if size < 256:
+            parts.append(bytes((more, size)))
+        else:
+            parts.append(bytes((more | _LONG,)) + size.to_bytes(8, "big"))
+        parts.append(frame)
+    return b"".join(parts)
+
+
+def _ready(identity: bytes) -> bytes:
+    body = b"\x05READY"
+    for name, value in ((b"Socket-Type", b"DEALER"), (b"Identity", identity)):
+        body += bytes((len(name),)) + name + len(value).to_bytes(4, "big") + value
+    return bytes((_COMMAND, len(body))) + body
+
+
+class Connection:
+    """One connection of a DEALER to a ROUTER or a DEALER."""
+
+    def __init__(self, endpoint: str, identity: bytes, timeout_s: float = 20.0) -> None:
+        scheme, _, address = endpoint.partition("://")
+        if scheme == "tcp":
+            host, _, port = address.rpartition(":")
+            self.socket = socket.create_connection((host, int(port)), timeout_s)
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        elif scheme == "ipc":
+            self.socket = socket.socket(socket.AF_UNIX)
+            self.socket.settimeout(timeout_s)
+            self.socket.connect(address)
+        else:
+            raise ValueError(f"{endpoint}: only tcp:// and ipc:// endpoints")
+        self.identity = identity
+        self._buffer = bytearray()
+        self.socket.sendall(_GREETING + _ready(identity))
+        self._take(len(_GREETING))
+        self._frame()
+
+    def fileno(self) -> int:
+        """For selectors."""
+        return self.socket.fileno()
+
+    def _fill(self) -> None:
+        data = self.socket.recv(_CHUNK)
+        if not data:
+            raise ConnectionError("the peer closed the connection")
+        self._buffer += data
+
+    def _take(self, size: int) -> bytes:
+        while len(self._buffer) < size:
+            self._fill()
+        taken = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return taken
+
+    def _frame(self) -> tuple[int, bytes]:
+        flags = self._take(1)[0]
+        size = int.from_bytes(self._take(8 if flags & _LONG else 1), "big")
+        return flags, self._take(size)
+
+    def send(self, frames: Sequence[bytes]) -> None:
+        """Send one message."""
+        self.socket.sendall(encode(frames))
+
+    def send_encoded(self, messages: Iterable[bytes]) -> None:
+        """Send several messages that `encode` made, with as few system calls as it takes."""
+        self.socket.sendall(b"".join(messages))
+
+    def receive(self) -> list[bytes]:
+        """The next message. Raises `TimeoutError`, or `ConnectionError` when the peer has gone."""
+        frames: list[bytes] = []
+        while True:
+            flags, body = self._frame()
+            if flags & _COMMAND:
+                continue
+            frames.append(body)
+            if not flags & _MORE:
+                return frames
+
+    def pending(self) -> bool:
+        """Octets were read that no message was made of yet."""
+        return bool(self._buffer)
+
+    def skip(self, size: int) -> bytes:
+        """Read `size` octets of messages without looking at them; the last 64 KiB or less of it."""
+        left = size
+        tail = b""
+        if self._buffer:
+            tail = self._take(min(left, len(self._buffer)))
+            left -= len(tail)
+        while left:
+            tail = self.socket.recv(min(left, 65_536))
+            if not tail:
+                raise ConnectionError("the peer closed the connection")
+            left -= len(tail)
+        return tail
+
+    def close(self) -> None:
+        """Close at once."""
+        self.socket.close()
