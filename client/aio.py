@@ -1,0 +1,270 @@
+"""`AsyncClient`: the asyncio face. Builds a call, starts it, waits; no logic of the bus.
+
+May be used from several event loops; a stream belongs to one task at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Literal, Self, overload
+from weakref import WeakKeyDictionary
+
+from broker.protocol.messages import Kind
+from client import calls
+from client.calls import Call, Embeddings, Messages, Prompt
+from client.errors import BusError
+from client.events import Answered, End
+from client.face import Face, drain_args
+from client.images import Image
+from client.stream import AsyncInbox, AsyncStream, Completion, LoopGate
+
+__all__ = ["AsyncClient"]
+
+
+class AsyncClient(Face):
+    """A client of the bus.
+
+    ```
+    async with AsyncClient() as client:
+        print(await client.chat("demo", "What is in this picture?", images=["picture.png"]))
+        stream = await client.chat("demo", "Tell me a story", stream=True)
+        async for piece in stream.text:
+            print(piece, end="", flush=True)
+    ```
+
+    Keyword arguments of the calls are the fields of `broker.protocol.messages.Params`
+    (`max_tokens`, `temperature`, `stop`, `seed`, ...), fields of the request (`priority`, `user`,
+    `tools`, `tool_choice`, `template_args`, `trace`), and `timeout`, `retry`, `window`.
+    An unknown one raises `TypeError` and names what is near. All calls raise `BusError`s.
+    """
+
+    def __init__(self, broker: str | Sequence[str] | None = None, **options: Any) -> None:
+        """As `client.Client`."""
+        super().__init__(broker, **options)
+        #: Of every loop that uses this client, gone with it.
+        self._gates: WeakKeyDictionary[asyncio.AbstractEventLoop, LoopGate] = WeakKeyDictionary()
+
+    @overload
+    async def chat(
+        self,
+        model: str | None,
+        messages: Messages,
+        *,
+        images: Sequence[Image] = ...,
+        stream: Literal[False] = ...,
+        **params: Any,
+    ) -> Completion: ...
+
+    @overload
+    async def chat(
+        self,
+        model: str | None,
+        messages: Messages,
+        *,
+        images: Sequence[Image] = ...,
+        stream: Literal[True],
+        **params: Any,
+    ) -> AsyncStream: ...
+
+    async def chat(
+        self,
+        model: str | None,
+        messages: Messages,
+        *,
+        images: Sequence[Image] = (),
+        stream: bool = False,
+        **params: Any,
+    ) -> Completion | AsyncStream:
+        """The answer to a conversation.
+
+        `model`: a name, or None for the only model served. `messages`: a text, or a list of
+        `{"role": ..., "content": ...}`. `images` (paths, octets, Pillow images) join the last user
+        message; or place them by parts `{"type": "image", "image": ...}`.
+        """
+        return await self._answer(
+            calls.chat(self._defaults, model, messages, images, params), stream
+        )
+
+    @overload
+    async def generate(
+        self,
+        prompt: str | None = ...,
+        *,
+        model: str | None = ...,
+        token_ids: Sequence[int] | None = ...,
+        images: Sequence[Image] = ...,
+        stream: Literal[False] = ...,
+        **params: Any,
+    ) -> Completion: ...
+
+    @overload
+    async def generate(
+        self,
+        prompt: str | None = ...,
+        *,
+        model: str | None = ...,
+        token_ids: Sequence[int] | None = ...,
+        images: Sequence[Image] = ...,
+        stream: Literal[True],
+        **params: Any,
+    ) -> AsyncStream: ...
+
+    async def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        model: str | None = None,
+        token_ids: Sequence[int] | None = None,
+        images: Sequence[Image] = (),
+        stream: bool = False,
+        **params: Any,
+    ) -> Completion | AsyncStream:
+        """Continue a raw prompt (`<image>` for each picture) or token ids, without a template."""
+        call = calls.complete(self._defaults, model, prompt, token_ids, images, params)
+        return await self._answer(call, stream)
+
+    async def embed(
+        self, inputs: str | Sequence[Prompt], *, model: str | None = None, **options: Any
+    ) -> Embeddings:
+        """Vectors of texts or lists of token ids; `options` such as pooling go to the worker."""
+        made = calls.embed(self._defaults, model, inputs, options)
+        streams = [self._stream(call) for call in made]
+        try:
+            return calls.embeddings_from([await _end_of(stream) for stream in streams])
+        finally:
+            for stream in streams:
+                stream.close()
+
+    async def count(
+        self,
+        messages: Messages | None = None,
+        *,
+        model: str | None = None,
+        token_ids: Sequence[int] | None = None,
+        images: Sequence[Image] = (),
+        **options: Any,
+    ) -> int:
+        """Tokens of a text, a conversation (with its template and pictures), or token ids."""
+        return int(
+            await self._field("count", Kind.COUNT, messages, model, token_ids, images, options)
+        )
+
+    async def tokenize(
+        self, messages: Messages, *, model: str | None = None, **options: Any
+    ) -> list[int]:
+        """Token ids of a text or a conversation."""
+        return list(
+            await self._field("token_ids", Kind.TOKENIZE, messages, model, None, (), options)
+        )
+
+    async def detokenize(
+        self, token_ids: Sequence[int], *, model: str | None = None, **options: Any
+    ) -> str:
+        """The text of token ids."""
+        return str(await self._field("text", Kind.DETOKENIZE, None, model, token_ids, (), options))
+
+    async def template(
+        self, messages: Messages, *, model: str | None = None, **options: Any
+    ) -> str:
+        """The prompt that the model's chat template makes of a conversation."""
+        call = calls.chat(self._defaults, model, messages, (), options, Kind.TEMPLATE)
+        return str(calls.field_of(await _end_of(self._stream(call)), "text"))
+
+    async def models(self) -> list[dict[str, Any]]:
+        """The models served, with workers, capacity and queue of each (SPEC.md section 10)."""
+        return list(await self.query("bus.models"))
+
+    async def workers(self) -> list[dict[str, Any]]:
+        """The workers, with state, slots and figures of each."""
+        return list(await self.query("bus.workers"))
+
+    async def clients(self) -> list[dict[str, Any]]:
+        """The clients of the broker."""
+        return list(await self.query("bus.clients"))
+
+    async def requests(self, limit: int | None = None) -> list[dict[str, Any]]:
+        """The latest requests, with state and outcome of each."""
+        return list(await self.query("bus.requests", {} if limit is None else {"limit": limit}))
+
+    async def stats(self) -> dict[str, Any]:
+        """Counters and gauges of the broker."""
+        return dict(await self.query("bus.stats"))
+
+    async def drain(
+        self, worker: str, *, deadline_s: float | None = None, reason: str = ""
+    ) -> dict[str, Any]:
+        """Let a worker finish and take nothing new. An operator's verb."""
+        return dict(await self.query("bus.drain", drain_args(worker, deadline_s, reason)))
+
+    async def query(
+        self,
+        verb: str,
+        args: dict[str, Any] | None = None,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109  # the session keeps it
+    ) -> Any:
+        """Ask the broker itself (SPEC.md section 10)."""
+        inbox = AsyncInbox(self._gate())
+        query_id = self._ask(verb, args, timeout, inbox)
+        try:
+            item = await inbox.next()
+        except BaseException:
+            self._forget(query_id)
+            raise
+        if isinstance(item, BusError):
+            raise item
+        assert isinstance(item, Answered), item
+        return item.result
+
+    async def aclose(self) -> None:
+        """Cancel what is open, say goodbye, end the thread. Idempotent."""
+        self._transport.close()
+        await asyncio.to_thread(self._finalizer)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def _answer(self, call: Call, stream: bool) -> Completion | AsyncStream:
+        started = self._stream(call)
+        return started if stream else await started.result()
+
+    def _stream(self, call: Call) -> AsyncStream:
+        inbox = AsyncInbox(self._gate())
+        return AsyncStream(self._start(call, inbox), inbox, self)
+
+    def _gate(self) -> LoopGate:
+        loop = asyncio.get_running_loop()
+        gate = self._gates.get(loop)
+        if gate is None:
+            gate = self._gates[loop] = LoopGate(loop)
+        return gate
+
+    async def _field(
+        self,
+        name: str,
+        kind: Kind,
+        given: Messages | None,
+        model: str | None,
+        token_ids: Sequence[int] | None,
+        images: Sequence[Image],
+        options: dict[str, Any],
+    ) -> Any:
+        call = calls.text_or_messages(
+            self._defaults, kind, model, given, token_ids, images, options
+        )
+        return calls.field_of(await _end_of(self._stream(call)), name)
+
+
+async def _end_of(stream: AsyncStream) -> End:
+    await stream.result()
+    return stream.end

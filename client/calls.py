@@ -1,0 +1,347 @@
+"""From the arguments of a call to the request that travels, for both faces: messages, pictures,
+parameters, checked here so that a mistake is told before anything is sent.
+
+No sockets and no state; reads picture files and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import secrets
+import sys
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+
+from broker.protocol import codec
+from broker.protocol.errors import ProtocolError
+from broker.protocol.messages import Attachment, Kind, Message, Params, Request, Usage
+from client import images as pictures
+from client.errors import BrokenProtocol, InvalidRequest
+from client.events import End
+from client.images import Image
+from client.options import Retry, Timeout
+
+MessageLike = str | Mapping[str, Any] | Message
+Messages = str | Mapping[str, Any] | Message | Sequence[MessageLike]
+Prompt = str | Sequence[int]
+
+_PARAMS: Final = frozenset(Params.__struct_fields__)
+#: Fields of a request that callers set by name beside the parameters.
+_FIELDS: Final = frozenset(("tools", "tool_choice", "template_args", "priority", "user", "trace"))
+_OPTIONS: Final = frozenset(("timeout", "retry", "window"))
+
+EMBED_INPUTS_AT_ONCE: Final = 32
+"""Vectors of one request: an OUTPUT of 1 MiB holds 32 of 8192 dimensions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request that is ready to go."""
+
+    request: Request
+    attachments: tuple[bytes, ...]
+    timeout: Timeout
+    retry: Retry
+    window_tokens: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What the client was made with."""
+
+    timeout: Timeout
+    retry: Retry
+
+
+class _Attached:
+    """Gathers the pictures of one request, in order."""
+
+    def __init__(self) -> None:
+        self.octets: list[bytes] = []
+        self.entries: list[Attachment] = []
+
+    def add(self, image: Image) -> int:
+        octets, entry = pictures.encode(image)
+        self.octets.append(octets)
+        self.entries.append(entry)
+        return len(self.octets) - 1
+
+
+def chat(
+    defaults: Defaults,
+    model: str | None,
+    conversation: Messages,
+    images: Sequence[Image],
+    options: dict[str, Any],
+    kind: Kind = Kind.CHAT,
+) -> Call:
+    """A request with messages. Raises `InvalidRequest`, `TooLarge`; `TypeError` for a bad name."""
+    attached = _Attached()
+    turns = [_turn(turn, attached) for turn in _turns(conversation)]
+    if images:
+        last = next((i for i in reversed(range(len(turns))) if turns[i]["role"] == "user"), None)
+        if last is None:
+            raise InvalidRequest("pictures need a user message to go with; there is none")
+        turns[last] = _with_pictures(turns[last], [attached.add(image) for image in _each(images)])
+    return _call(defaults, kind, model, {"messages": turns}, attached, options)
+
+
+def complete(
+    defaults: Defaults,
+    model: str | None,
+    prompt: str | None,
+    token_ids: Sequence[int] | None,
+    images: Sequence[Image],
+    options: dict[str, Any],
+    kind: Kind = Kind.COMPLETE,
+) -> Call:
+    """A request with a raw prompt or token ids. Raises like `chat`."""
+    if (prompt is None) == (token_ids is None):
+        raise InvalidRequest("give either a prompt or token_ids")
+    attached = _Attached()
+    for image in _each(images):
+        attached.add(image)
+    given: dict[str, Any] = {"prompt": prompt}
+    if token_ids is not None:
+        given = {"token_ids": list(token_ids)}
+    return _call(defaults, kind, model, given, attached, options)
+
+
+def text_or_messages(
+    defaults: Defaults,
+    kind: Kind,
+    model: str | None,
+    given: str | Messages | None,
+    token_ids: Sequence[int] | None,
+    images: Sequence[Image],
+    options: dict[str, Any],
+) -> Call:
+    """A request of a kind that takes text as it is, a conversation, or token ids."""
+    if isinstance(given, str) or given is None:
+        return complete(defaults, model, given, token_ids, images, options, kind)
+    return chat(defaults, model, given, images, options, kind)
+
+
+def embed(
+    defaults: Defaults,
+    model: str | None,
+    inputs: str | Sequence[Prompt],
+    options: dict[str, Any],
+) -> list[Call]:
+    """Requests for vectors: one for every `EMBED_INPUTS_AT_ONCE` inputs, in order.
+
+    Names that are no option of the call (pooling, normalize, dimensions) go to the worker.
+    """
+    items = [inputs] if isinstance(inputs, str) else list(inputs)
+    if not items:
+        raise InvalidRequest("nothing to embed; give a text or a list of texts")
+    known = {key: value for key, value in options.items() if key in _OPTIONS | _FIELDS}
+    embed_args = {key: value for key, value in options.items() if key not in known}
+    calls = []
+    for start in range(0, len(items), EMBED_INPUTS_AT_ONCE):
+        part = items[start : start + EMBED_INPUTS_AT_ONCE]
+        given = {
+            "inputs": [item if isinstance(item, str) else list(item) for item in part],
+            "embed_args": embed_args,
+        }
+        calls.append(_call(defaults, Kind.EMBED, model, given, _Attached(), dict(known)))
+    return calls
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """Vectors, one for each input, as `array("f")` (numpy takes them without a copy)."""
+
+    vectors: list[array[float]]
+    dimensions: int
+    usage: Usage
+    model: str
+    worker: str
+
+
+def embeddings_from(ends: Iterable[End]) -> Embeddings:
+    """Join the answers of `embed`'s requests. Raises `BrokenProtocol` for what is no vector."""
+    vectors: list[array[float]] = []
+    prompt_tokens = 0
+    dimensions, model, worker = 0, "", ""
+    for end in ends:
+        result = end.result or {}
+        packed = result.get("embeddings")
+        dimensions = result.get("dimensions", 0)
+        model, worker = end.model, end.worker
+        if not isinstance(packed, list) or not all(
+            isinstance(item, bytes) and len(item) == 4 * dimensions for item in packed
+        ):
+            raise BrokenProtocol(f"worker {worker!r} sent vectors that are none; update it")
+        for octets in packed:
+            vector = array("f", octets)
+            if sys.byteorder == "big":
+                vector.byteswap()
+            vectors.append(vector)
+        prompt_tokens += end.usage.prompt_tokens
+    return Embeddings(vectors, dimensions, Usage(prompt_tokens=prompt_tokens), model, worker)
+
+
+def field_of(end: End, name: str) -> Any:
+    """The named result of count, tokenize, detokenize or template."""
+    try:
+        return (end.result or {})[name]
+    except KeyError:
+        raise BrokenProtocol(
+            f"worker {end.worker!r} answered without {name!r}; update it"
+        ) from None
+
+
+# --- messages -------------------------------------------------------------------------------------
+
+
+def _turns(conversation: Messages) -> Sequence[MessageLike]:
+    if isinstance(conversation, str | Mapping | Message):
+        return [conversation]
+    if not isinstance(conversation, Sequence):
+        raise InvalidRequest(
+            f"messages cannot be a {type(conversation).__name__}; give a text or a list of "
+            '{"role": ..., "content": ...}'
+        )
+    return conversation
+
+
+def _turn(turn: MessageLike, attached: _Attached) -> dict[str, Any]:
+    if isinstance(turn, str):
+        return {"role": "user", "content": turn}
+    if isinstance(turn, Message):
+        return dict(msgspec.to_builtins(turn))
+    if not isinstance(turn, Mapping):
+        raise InvalidRequest(
+            f"a message cannot be a {type(turn).__name__}; give a text or a dict with role and "
+            "content"
+        )
+    unknown = set(turn) - set(Message.__struct_fields__)
+    if unknown:
+        raise InvalidRequest(
+            f"a message has no field {sorted(unknown)[0]!r}; it has "
+            f"{', '.join(Message.__struct_fields__)}"
+        )
+    plain = dict(turn)
+    content = plain.get("content")
+    if content is not None and not isinstance(content, str):
+        plain["content"] = [_part(part, attached) for part in content]
+    return plain
+
+
+def _part(part: Any, attached: _Attached) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if isinstance(part, msgspec.Struct):
+        return dict(msgspec.to_builtins(part))
+    if not isinstance(part, Mapping):
+        raise InvalidRequest(f"a part of a message cannot be a {type(part).__name__}")
+    match part.get("type"):
+        case "image" if "image" in part:
+            return {"type": "image", "attachment": attached.add(part["image"])}
+        case "video" if "frames" in part:
+            indices = [attached.add(frame) for frame in part["frames"]]
+            return {"type": "video", "attachments": indices}
+        case "text" | "image" | "video":
+            return dict(part)
+        case other:
+            raise InvalidRequest(
+                f"a part of a message has type {other!r}; it may be "
+                '{"type": "text", "text": ...} or {"type": "image", "image": PATH_OR_OCTETS}'
+            )
+
+
+def _with_pictures(turn: dict[str, Any], indices: list[int]) -> dict[str, Any]:
+    """Pictures before the text, as the chat templates of most models were trained."""
+    content = turn.get("content") or []
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return {**turn, "content": [*({"type": "image", "attachment": i} for i in indices), *parts]}
+
+
+def _each(images: Sequence[Image]) -> Sequence[Image]:
+    if isinstance(images, list | tuple):
+        return images
+    return [images]
+
+
+# --- parameters -----------------------------------------------------------------------------------
+
+
+def _call(
+    defaults: Defaults,
+    kind: Kind,
+    model: str | None,
+    given: dict[str, Any],
+    attached: _Attached,
+    options: dict[str, Any],
+) -> Call:
+    known = _PARAMS | _FIELDS | _OPTIONS
+    for name in options:
+        if name not in known:
+            raise TypeError(_unknown(name, known))
+    timeout = _timeout(options.pop("timeout", None), defaults.timeout)
+    retry = options.pop("retry", None) or defaults.retry
+    window = options.pop("window", None)
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise InvalidRequest(f"window is {window!r}; give a count of tokens from 1 up")
+    params = {
+        name: _plain(name, options.pop(name))
+        for name in list(options)
+        if name in _PARAMS and options[name] is not None
+    }
+    # Always one, so that a resumed stream continues exactly; 2**53 survives JSON.
+    params.setdefault("seed", secrets.randbelow(1 << 53))
+    fields = {name: value for name, value in options.items() if value is not None}
+    entries = [msgspec.to_builtins(entry) for entry in attached.entries]
+    # A name of one character stands in for "the only model": the session asks for it later.
+    raw = {
+        **given,
+        **fields,
+        "kind": kind.value,
+        "model": model or "?",
+        "params": params,
+        "attachments": entries,
+        "window": 1,
+    }
+    try:
+        for name in ("tools", "tool_choice", "template_args", "embed_args"):
+            codec.check_free_form(raw.get(name), name)
+        request = codec.convert(raw, Request)
+    except ProtocolError as error:
+        raise InvalidRequest(f"{error}; nothing was sent") from None
+    if not model:
+        request = msgspec.structs.replace(request, model="")
+    return Call(request, tuple(attached.octets), timeout, retry, window)
+
+
+def _timeout(given: Any, default: Timeout) -> Timeout:
+    if given is None:
+        return default
+    if isinstance(given, Timeout):
+        return given
+    # A bare number limits the whole request, as a caller in a hurry means it.
+    return dataclasses.replace(default, total=given)
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Forms that callers find natural, as the wire has them."""
+    if name == "stop" and isinstance(value, str):
+        return [value]
+    if name == "logit_bias" and isinstance(value, Mapping):
+        return [[int(token_id), bias] for token_id, bias in value.items()]
+    if isinstance(value, msgspec.Struct):
+        return msgspec.to_builtins(value)
+    if isinstance(value, tuple | set | frozenset | range):
+        return list(value)
+    return value
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(known))}"
+    return f"unknown parameter {name!r}; {hint}"

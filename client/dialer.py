@@ -1,0 +1,284 @@
+"""The life of a client's connection, sans-IO: which broker, HELLO and WELCOME, sequence numbers,
+heartbeats, back-off, and the list of brokers (SPEC.md section 5; the guide's Freelance pattern).
+
+Knows nothing of requests. It writes its orders into the list that it is given and tells its host,
+the session, what happened; the host sets `now_s` before every call.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Final, Protocol
+
+import msgspec
+
+from broker.protocol import codec, header, limits, messages
+from broker.protocol.errors import ErrorInfo, ProtocolError
+from broker.protocol.header import NO_ID, MessageType
+from broker.protocol.liveness import SESSION_PROVEN_S, Backoff, Liveness
+from client.events import CloseSocket, Instruction, OpenSocket, Send, Stop
+
+ATTEMPT_S: Final = 5.0
+"""From opening a socket to WELCOME. The same as the socket's own handshake limit."""
+
+
+class Link(Enum):
+    """The state of the connection."""
+
+    #: No socket, and nobody needs one.
+    IDLE = "idle"
+    #: No socket until the back-off is over.
+    WAITING = "waiting"
+    #: A socket that is not connected yet.
+    CONNECTING = "connecting"
+    #: HELLO sent.
+    GREETING = "greeting"
+    READY = "ready"
+    #: The broker is about to stop: what runs may finish, nothing new is sent.
+    DRAINING = "draining"
+    CLOSED = "closed"
+
+
+class Host(Protocol):
+    """Whom the dialer serves."""
+
+    def session_began(self) -> None:
+        """WELCOME came: send."""
+
+    def session_over(self, story: str) -> None:
+        """There was a session, and it is gone."""
+
+    def refused_for_good(self, error: ErrorInfo) -> None:
+        """No broker is left that would ever accept us."""
+
+    def wants_session(self) -> bool:
+        """Something is open that needs a broker."""
+
+
+class Dialer:
+    """Finds a broker, keeps one session with it, and comes back."""
+
+    def __init__(
+        self,
+        brokers: Sequence[str],
+        hello: messages.Hello,
+        host: Host,
+        out: Callable[[Instruction], None],
+        generator: random.Random,
+    ) -> None:
+        #: Addresses that may accept us; the first is the one in use.
+        self.brokers = list(brokers)
+        self.state = Link.IDLE
+        #: Monotonic seconds; set by the host.
+        self.now_s = 0.0
+        #: Why the last connection or attempt ended, for people.
+        self.last_reason = ""
+        #: The latest; its bounds hold until the next.
+        self.welcome: messages.Welcome | None = None
+        self._hello = hello
+        self._host = host
+        self._out = out
+        self._random = generator
+        self._backoff = Backoff(generator)
+        #: Connections in a row that brought no session.
+        self._attempts = 0
+        self._reopen_s = 0.0
+        self._attempt_due_s = math.inf
+        self._session_id = NO_ID
+        self._ready_since_s = 0.0
+        self._interval_s = 1.0
+        self._liveness = Liveness(1.0, 1, 0.0)
+        self._sequence_out = 0
+        self._sequence_in = 0
+
+    @property
+    def has_session(self) -> bool:
+        """Between WELCOME and the end of the session."""
+        return self.state in (Link.READY, Link.DRAINING)
+
+    def deadline_s(self) -> float:
+        """When `tick` is wanted next."""
+        match self.state:
+            case Link.WAITING:
+                return self._reopen_s
+            case Link.CONNECTING | Link.GREETING:
+                return self._attempt_due_s
+            case Link.READY | Link.DRAINING:
+                return min(self._liveness.beat_due_s, self._liveness.dead_at_s)
+        return math.inf
+
+    # --- from the host ---
+
+    def want(self) -> None:
+        """Something is open now: connect, unless that is under way."""
+        if self.state is Link.IDLE:
+            if self._reopen_s > self.now_s:
+                self.state = Link.WAITING
+            else:
+                self._open()
+
+    def send(self, type_: MessageType, id_: bytes, *frames: bytes) -> None:
+        """Send a message in the session. The first frame is its encoded body."""
+        head = header.encode(type_, id_, self._sequence_out)
+        self._sequence_out += 1
+        self._liveness.sent(self.now_s)
+        self._out(Send((head, *frames)))
+
+    def send_body(self, type_: MessageType, id_: bytes, body: msgspec.Struct) -> None:
+        """Send a message that is one body."""
+        self.send(type_, id_, codec.encode(body))
+
+    def leave(self, why: str, *, reason: str, message: str = "") -> None:
+        """End the session politely and come back."""
+        if self._session_id != NO_ID:
+            body = messages.Goodbye(reason=reason, message=message[:1000])
+            self.send_body(MessageType.GOODBYE, self._session_id, body)
+        self._lose(why)
+
+    def close(self) -> None:
+        """Say goodbye, which cancels everything at the broker, and end for good."""
+        if self.state is Link.CLOSED:
+            return
+        if self.has_session:
+            self.send_body(MessageType.GOODBYE, self._session_id, messages.Goodbye())
+        if self.state not in (Link.IDLE, Link.WAITING):
+            self._out(CloseSocket(linger=True))
+        self.state = Link.CLOSED
+        self._out(Stop())
+
+    def new_id(self) -> bytes:
+        """As `messages.new_id`, from the injected generator."""
+        return bytes((self._random.randrange(1, 256),)) + self._random.randbytes(15)
+
+    # --- from the socket ---
+
+    def opened(self) -> None:
+        """The socket is connected: the peer speaks first."""
+        if self.state is Link.CONNECTING:
+            self.state = Link.GREETING
+            self.send_body(MessageType.HELLO, NO_ID, self._hello)
+
+    def cut_off(self, reason: str) -> None:
+        """The socket was refused or disconnected."""
+        if self.state not in (Link.IDLE, Link.WAITING, Link.CLOSED):
+            self._lose(reason)
+
+    def banned(self, error: ErrorInfo) -> None:
+        """This broker will never accept us like this: do not come back to it."""
+        if self.state in (Link.IDLE, Link.WAITING, Link.CLOSED):
+            return
+        if len(self.brokers) > 1:
+            self._lose(error.message, banned=True)
+            return
+        self._host.refused_for_good(error)
+        self._lose(error.message)
+
+    def read(self, frames: tuple[bytes, ...]) -> tuple[MessageType, bytes, bytes] | None:
+        """Type, id and body of a message that concerns the host. Raises `ProtocolError`."""
+        head = header.decode(frames[0])
+        if len(frames) != 2:
+            raise ProtocolError(f"{head.type.name} of {len(frames)} frames; a client gets two")
+        body = frames[1]
+        if head.type is MessageType.REFUSE:  # its sequence is always 0
+            self._on_refuse(body)
+            return None
+        if head.sequence != self._sequence_in:
+            raise ProtocolError(f"sequence {head.sequence}; {self._sequence_in} was to come")
+        self._sequence_in += 1
+        self._liveness.heard(self.now_s)
+        if self.state is Link.GREETING:
+            if head.type is not MessageType.WELCOME:
+                raise ProtocolError(f"{head.type.name} instead of WELCOME")
+            self._on_welcome(head.id, body)
+            return None
+        match head.type:
+            case MessageType.HEARTBEAT:
+                codec.decode(messages.Heartbeat, body, limits.MAX_CONTROL_OCTETS)
+            case MessageType.DRAIN:
+                codec.decode(messages.Drain, body, limits.MAX_CONTROL_OCTETS)
+                self.state = Link.DRAINING
+                return head.type, head.id, body
+            case MessageType.GOODBYE:
+                goodbye = codec.decode(messages.Goodbye, body, limits.MAX_CONTROL_OCTETS)
+                self._lose(f"the broker said goodbye: {goodbye.message or goodbye.reason}")
+            case _:
+                return head.type, head.id, body
+        return None
+
+    def tick(self) -> None:
+        """Time has passed."""
+        match self.state:
+            case Link.WAITING if self.now_s >= self._reopen_s:
+                if self._host.wants_session():
+                    self._open()
+                else:
+                    self.state = Link.IDLE
+            case Link.CONNECTING | Link.GREETING if self.now_s >= self._attempt_due_s:
+                doing = "no connection" if self.state is Link.CONNECTING else "no answer to HELLO"
+                self._lose(f"{doing} within {ATTEMPT_S:g} s; is that a tokenbus broker's front?")
+            case Link.READY | Link.DRAINING:
+                self._keep_alive()
+
+    # --- inside ---
+
+    def _open(self) -> None:
+        self.state = Link.CONNECTING
+        self._attempt_due_s = self.now_s + ATTEMPT_S
+        self._sequence_out = self._sequence_in = 0
+        self._session_id = NO_ID
+        self._out(OpenSocket(self.brokers[0], self.new_id()))
+
+    def _on_welcome(self, session_id: bytes, body: bytes) -> None:
+        welcome = codec.decode(messages.Welcome, body, limits.MAX_CONTROL_OCTETS)
+        if welcome.version != limits.PROTOCOL_VERSION:
+            raise ProtocolError(f"version {welcome.version} was not offered")
+        self.welcome = welcome
+        self.state = Link.READY
+        self._session_id = session_id
+        self._ready_since_s = self.now_s
+        self._attempts = 0
+        self._interval_s = welcome.heartbeat_interval_ms / 1000
+        self._liveness = Liveness(self._interval_s, welcome.liveness, self.now_s)
+        self._host.session_began()
+
+    def _on_refuse(self, body: bytes) -> None:
+        refuse = codec.decode(messages.Refuse, body, limits.MAX_CONTROL_OCTETS)
+        if refuse.fatal:
+            self.banned(refuse.error)
+        else:
+            self._lose(refuse.error.message, (refuse.error.retry_after_ms or 0) / 1000)
+
+    def _keep_alive(self) -> None:
+        late_s = self.now_s - self._liveness.beat_due_s
+        if late_s > self._interval_s:
+            self._liveness.shift(late_s)  # it was this process that slept, not the broker
+        if self.now_s >= self._liveness.dead_at_s:
+            silent_s = self._liveness.silent_s(self.now_s)
+            self._lose(f"the broker has been silent for {silent_s:.1f} s")
+        elif self.now_s >= self._liveness.beat_due_s:
+            self.send_body(MessageType.HEARTBEAT, self._session_id, messages.Heartbeat())
+
+    def _lose(self, reason: str, wait_s: float = 0.0, *, banned: bool = False) -> None:
+        """The session or the attempt is over: tell the host, come back later or elsewhere."""
+        had_session = self.has_session
+        self._out(CloseSocket())
+        self.last_reason = reason
+        self.state = Link.IDLE
+        self._session_id = NO_ID
+        address = self.brokers.pop(0)
+        if not banned:
+            self.brokers.append(address)
+        self._attempts += 1
+        if had_session and self.now_s - self._ready_since_s >= SESSION_PROVEN_S:
+            self._backoff.reset()
+        # The next of several brokers at once; a pause only after a round of all.
+        if self._attempts % len(self.brokers) == 0:
+            wait_s = max(wait_s, self._backoff.next_s())
+        self._reopen_s = self.now_s + wait_s
+        if had_session:
+            self._host.session_over(f"connection to the broker at {address} lost: {reason}")
+        if self._host.wants_session():
+            self.state = Link.WAITING

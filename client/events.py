@@ -1,0 +1,222 @@
+"""The vocabulary of the client: facts that the session is told, orders that it gives, and the
+events that a caller reads from a stream.
+
+Only values: frozen, without behaviour.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from broker.protocol.messages import (
+    FinishReason,
+    PromptEvent,
+    Request,
+    Timings,
+    TokensEvent,
+    Usage,
+)
+from client.errors import BusError
+from client.options import Retry, Timeout
+
+# --- what a caller reads from a stream ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """The broker has the request; `position` others go before it."""
+
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A worker has the request. `resumed` counts how often the stream was continued so far."""
+
+    worker: str
+    model: str
+    resumed: int
+    #: Tokens that may wait unread; the worker coalesces further ones.
+    window_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recovering:
+    """The stream was interrupted and is about to be resumed; nothing received is lost."""
+
+    #: What happened, for people.
+    reason: str
+    #: The worker that was running it; empty if none was.
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The answer is complete."""
+
+    finish_reason: FinishReason
+    #: The rest of the text, held back until now.
+    text: str
+    usage: Usage
+    #: Measured at the worker.
+    timings: Timings
+    #: Of embed, count, tokenize, detokenize and template.
+    result: dict[str, Any] | None
+    #: The stop string or token id that ended it.
+    stopped_by: str | int | None
+    model: str
+    worker: str
+    resumed: int
+    #: Measured here, from the call; None when there was no token.
+    first_token_s: float | None
+    total_s: float
+
+
+#: Tokens and text; straight from the wire, see `broker.protocol.messages`.
+Tokens = TokensEvent
+#: Facts of the prompt, where `echo` or `prompt_logprobs` asked for them.
+Prompt = PromptEvent
+
+StreamEvent = Queued | Started | Recovering | Prompt | Tokens | End
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The result of a query."""
+
+    result: Any
+
+
+#: What a sink is handed; an exception is raised where the caller reads it.
+Item = StreamEvent | Answered | BusError
+
+
+# --- facts ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMade:
+    """The application asks for something. An empty `request.model` means the only one served."""
+
+    request_id: bytes
+    request: Request
+    attachments: tuple[bytes, ...]
+    timeout: Timeout
+    retry: Retry
+    #: Tokens that may wait unread; None: the broker's default.
+    window_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QueryMade:
+    """The application asks the broker itself."""
+
+    query_id: bytes
+    verb: str
+    args: dict[str, Any]
+    timeout: Timeout
+
+
+@dataclass(frozen=True, slots=True)
+class TokensTaken:
+    """The application has read all tokens below `offset`."""
+
+    request_id: bytes
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestDropped:
+    """The application is no longer interested; it hears nothing more of it."""
+
+    request_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CloseRequested:
+    """The application closes the client."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionOpened:
+    """The socket is connected and its handshake done."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLost:
+    """The socket was refused or cut off; it will not come back."""
+
+    reason: str
+    #: The broker will never accept us like this: wrong key, no key, key where none is expected.
+    unauthenticated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MessageReceived:
+    """A message arrived, header first."""
+
+    frames: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed: `deadline_s` may be due."""
+
+
+Event = (
+    RequestMade
+    | QueryMade
+    | TokensTaken
+    | RequestDropped
+    | CloseRequested
+    | ConnectionOpened
+    | ConnectionLost
+    | MessageReceived
+    | Tick
+)
+
+
+# --- orders ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSocket:
+    """Open a new socket with this routing id; there is none open. Answered by ConnectionOpened or
+    ConnectionLost."""
+
+    address: str
+    routing_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CloseSocket:
+    """Close the socket; nothing that it reports afterwards counts."""
+
+    #: What was sent shall still leave, within a second.
+    linger: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send on the open socket, in order, none left out."""
+
+    frames: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """Hand items to whoever waits for this request or query."""
+
+    id: bytes
+    items: tuple[Item, ...]
+    #: Nothing follows.
+    final: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The session is closed for good; the transport ends."""
+
+
+Instruction = OpenSocket | CloseSocket | Send | Deliver | Stop

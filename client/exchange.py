@@ -1,0 +1,231 @@
+"""One request as its client owns it: what was asked, what has arrived, which limit passes when.
+
+It is enough to continue the stream anywhere (SPEC.md section 6.4). Knows no session and no socket;
+`session` decides what happens.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+from typing import Final
+
+import msgspec
+
+from broker.protocol.messages import Request, Resume, TokensEvent
+from client import errors
+from client.errors import DeadlineExceeded
+from client.events import RequestMade
+
+WIRE_GRACE_S: Final = 1.0
+"""What broker and worker are told beyond our own limits: the caller reads our exact exception,
+and they still clean up after a client that is gone."""
+
+
+class Phase(Enum):
+    """Where a request is."""
+
+    #: Here, until there is a session and room in it.
+    HELD = "held"
+    #: Here, until a recovery's back-off is over.
+    BACKING_OFF = "backing off"
+    #: At the broker.
+    QUEUED = "queued"
+    #: At a worker.
+    RUNNING = "running"
+
+
+class Acceptance(Enum):
+    """How a TOKENS event fits what has arrived."""
+
+    NEXT = "next"
+    REPEATED = "repeated"
+    #: Something before it is missing, or it overlaps by half: only a RESUME tells exactly.
+    GAP = "gap"
+
+
+class Exchange:
+    """One open request."""
+
+    __slots__ = (
+        "attachments",
+        "epoch",
+        "failures",
+        "first_token_s",
+        "heard_s",
+        "held_s",
+        "id",
+        "lost_workers",
+        "made_s",
+        "phase",
+        "phase_since_s",
+        "position",
+        "prompt_seen",
+        "request",
+        "resumed",
+        "retry",
+        "retry_at_s",
+        "scheduled_s",
+        "sent_before",
+        "taken",
+        "text_characters",
+        "timeout",
+        "token_ids",
+        "window_limit",
+        "window_tokens",
+        "worker",
+    )
+
+    def __init__(self, made: RequestMade, now_s: float) -> None:
+        self.id = made.request_id
+        self.request = made.request
+        self.attachments = made.attachments
+        self.timeout = made.timeout
+        self.retry = made.retry
+        self.window_tokens = made.window_tokens
+
+        self.phase = Phase.HELD
+        self.made_s = now_s
+        #: Since when it waits here for a session.
+        self.held_s = now_s
+        self.phase_since_s = now_s
+        self.retry_at_s = math.inf
+        #: Due time of its entry in the session's heap.
+        self.scheduled_s = math.inf
+
+        #: A REQUEST left already: from now on only RESUME is right.
+        self.sent_before = False
+        self.epoch = 0
+        #: Recoveries since the last token.
+        self.failures = 0
+        self.resumed = 0
+        self.lost_workers: list[str] = []
+        self.worker = ""
+        self.position = 0
+
+        self.token_ids: list[int] = []
+        self.text_characters = 0
+        self.prompt_seen = False
+        self.first_token_s: float | None = None
+        #: Last event of this run at this worker; None before the first.
+        self.heard_s: float | None = None
+        #: Tokens that the application has read, and the WINDOW that it was last given.
+        self.taken = 0
+        self.window_limit = 0
+
+    # --- sending ---
+
+    def body(self, window_tokens: int, now_s: float) -> Request:
+        """The REQUEST, or the RESUME once it was sent before. Enters the next epoch."""
+        if self.sent_before:
+            self.epoch += 1
+        self.sent_before = True
+        self.window_limit = max(self.taken, len(self.token_ids)) + window_tokens
+        resume = None
+        if self.epoch:
+            resume = Resume(
+                epoch=self.epoch,
+                token_ids=self.token_ids,
+                text_characters=self.text_characters,
+                prompt_seen=self.prompt_seen,
+                lost_workers=self.lost_workers,
+            )
+        return msgspec.structs.replace(
+            self.request,
+            window=self.window_limit,
+            resume=resume,
+            queue_ms=_wire_ms(self.timeout.queue),
+            ttl_ms=_wire_ms(self._total_due_s() - now_s),
+        )
+
+    def enter(self, phase: Phase, now_s: float) -> None:
+        """Go to another phase."""
+        self.phase = phase
+        self.phase_since_s = now_s
+        self.heard_s = None
+        if phase is Phase.HELD:
+            self.held_s = now_s
+
+    # --- receiving ---
+
+    def accept(self, event: TokensEvent, now_s: float) -> Acceptance:
+        """Take a TOKENS event of the current epoch in, if it is the next."""
+        have = len(self.token_ids)
+        if event.offset != have:
+            repeated = event.offset + len(event.token_ids) <= have and event.offset < have
+            return Acceptance.REPEATED if repeated else Acceptance.GAP
+        self.token_ids += event.token_ids
+        self.text_characters += len(event.text)
+        self.failures = 0
+        self.heard_s = now_s
+        if self.first_token_s is None:
+            self.first_token_s = now_s - self.made_s
+        return Acceptance.NEXT
+
+    # --- time ---
+
+    def due_s(self, ready: bool) -> float:
+        """When the next limit passes; `ready` says whether there is a session."""
+        return min(self._total_due_s(), self.phase_due_s(ready))
+
+    def phase_due_s(self, ready: bool) -> float:
+        """When the limit of the present phase passes."""
+        limits = self.timeout
+        match self.phase:
+            case Phase.HELD:
+                if self.sent_before and not ready:
+                    return self.held_s + self.retry.reconnect
+                if not ready or not self.request.model:
+                    return _after(self.held_s, limits.connect)
+                return _after(self.held_s, limits.queue)
+            case Phase.BACKING_OFF:
+                return self.retry_at_s
+            case Phase.QUEUED:
+                return _after(self.phase_since_s, limits.queue)
+            case Phase.RUNNING:
+                if len(self.token_ids) >= self.window_limit:
+                    return math.inf  # the worker may not send: the application has to read
+                if self.heard_s is None:
+                    return _after(self.phase_since_s, limits.first_token)
+                return _after(self.heard_s, limits.between_tokens)
+
+    def _total_due_s(self) -> float:
+        return _after(self.made_s, self.timeout.total)
+
+    def overdue(self, now_s: float) -> tuple[type[DeadlineExceeded], str]:
+        """The exception and the words for the limit that has passed, the session being there."""
+        limits = self.timeout
+        if now_s >= self._total_due_s():
+            return (
+                errors.TotalTimeout,
+                f"no complete answer within {limits.total:g} s (Timeout.total); "
+                f"{len(self.token_ids)} tokens had arrived. Ask for fewer tokens or more time",
+            )
+        if self.phase is Phase.RUNNING and self.heard_s is None:
+            return (
+                errors.FirstTokenTimeout,
+                f"worker {self.worker!r} took the request and sent nothing within "
+                f"{limits.first_token:g} s (Timeout.first_token); is its prompt very long, "
+                "or the worker stalled? `python -m client workers` shows it",
+            )
+        if self.phase is Phase.RUNNING:
+            return (
+                errors.TokenTimeout,
+                f"worker {self.worker!r} sent no token for {limits.between_tokens:g} s "
+                f"(Timeout.between_tokens) after {len(self.token_ids)} tokens",
+            )
+        return (
+            errors.QueueTimeout,
+            f"no worker took the request within {limits.queue:g} s (Timeout.queue); it was number "
+            f"{self.position} in the queue. Wait longer, or start another worker",
+        )
+
+
+def _after(start_s: float, limit_s: float | None) -> float:
+    return math.inf if limit_s is None else start_s + limit_s
+
+
+def _wire_ms(limit_s: float | None) -> int | None:
+    if limit_s is None or math.isinf(limit_s):
+        return None
+    return max(0, math.ceil((limit_s + WIRE_GRACE_S) * 1000))

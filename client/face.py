@@ -1,0 +1,117 @@
+"""What `Client` and `AsyncClient` share: construction, defaults, starting a stream, the end.
+
+They differ only in how they wait; nothing here waits.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from broker.protocol.messages import new_id
+from client import events
+from client.calls import Call, Defaults
+from client.options import Connection, Limits, Retry, Timeout
+from client.stream import StreamState
+from client.transport import Sink, Transport, key_pair, server_key_of
+from client.version import SOFTWARE
+
+
+class Face:
+    """A client without its way of waiting. Connects with the first call."""
+
+    def __init__(
+        self,
+        broker: str | Sequence[str] | None = None,
+        *,
+        timeout: Timeout | float | None = None,
+        retry: Retry | None = None,
+        limits: Limits | None = None,
+        name: str | None = None,
+        server_key: str | bytes | None = None,
+        key_file: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """`broker`: a front address, several separated by commas, or a list; without it,
+        `TOKENBUS_BROKER`, else tcp://127.0.0.1:5555. The first that answers is used.
+
+        `timeout`: a `Timeout`, or seconds for each whole request. `retry`: how to recover.
+        `limits`: bounds of memory and of what is in flight.
+        `name`: as logs and `clients()` show it.
+        `server_key`: CURVE, the broker's public key or `.key` file; `key_file`: our own
+        `.key_secret` file, where the broker has an allow-list.
+
+        Raises `InvalidRequest` for what cannot be right.
+        """
+        if isinstance(server_key, bytes):
+            server_key = server_key.decode("ascii")
+        connection = Connection.resolve(
+            broker,
+            name=name,
+            server_key=None if server_key is None else server_key_of(server_key),
+            key_file=key_file,
+            limits=limits,
+        )
+        if connection.server_key is not None:
+            key_pair(connection)  # a missing file is told here, not by the thread
+        if timeout is None or isinstance(timeout, int | float):
+            timeout = Timeout(total=timeout)
+        self._defaults = Defaults(timeout, retry or Retry())
+        self._connection = connection
+        self._transport = Transport(connection, SOFTWARE)
+        # Also at the end of the process: workers are told, rather than left to find out.
+        self._finalizer = weakref.finalize(self, _shut_down, self._transport)
+
+    @property
+    def brokers(self) -> tuple[str, ...]:
+        """The addresses that this client tries, in order."""
+        return self._connection.brokers
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._connection.name!r} of {', '.join(self.brokers)}>"
+
+    def _start(self, call: Call, sink: Sink) -> StreamState:
+        request_id = new_id()
+        made = events.RequestMade(
+            request_id,
+            call.request,
+            call.attachments,
+            call.timeout,
+            call.retry,
+            call.window_tokens,
+        )
+        state = StreamState(
+            request_id, call.request.model, call.request.params.seed, self._transport.post
+        )
+        self._transport.open(made, sink)
+        return state
+
+    def _ask(
+        self, verb: str, args: dict[str, Any] | None, timeout: float | None, sink: Sink
+    ) -> bytes:
+        limit = self._defaults.timeout
+        query_id = new_id()
+        chosen = Timeout(connect=limit.connect, total=timeout if timeout is not None else None)
+        self._transport.open(events.QueryMade(query_id, verb, args or {}, chosen), sink)
+        return query_id
+
+    def _forget(self, id_: bytes) -> None:
+        self._transport.post(events.RequestDropped(id_))
+
+
+def _shut_down(transport: Transport) -> None:
+    transport.close()
+    if threading.current_thread().name != transport.thread_name:
+        transport.join()
+
+
+def drain_args(worker: str, deadline_s: float | None, reason: str) -> dict[str, Any]:
+    """Arguments of `bus.drain`."""
+    args: dict[str, Any] = {"worker": worker}
+    if deadline_s is not None:
+        args["deadline_ms"] = round(deadline_s * 1000)
+    if reason:
+        args["reason"] = reason
+    return args

@@ -1,0 +1,97 @@
+"""A picture as a caller has it (path, octets, Pillow image) to the encoded octets that travel.
+
+Never decodes: the worker does that, under bounds. Never imports Pillow: a Pillow image brings
+its own encoder along.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any, Final
+
+from broker.protocol.limits import MAX_ATTACHMENT_OCTETS
+from broker.protocol.messages import Attachment
+from client.errors import InvalidRequest, TooLarge
+
+__all__ = ["Image", "encode"]
+
+#: What is taken for a picture: a path, encoded octets (PNG, JPEG, ...), or a Pillow image.
+Image = str | os.PathLike[str] | bytes | bytearray | memoryview | Any
+
+_MAGIC: Final = (
+    (b"\x89PNG\r\n\x1a\n", "image/png"),
+    (b"\xff\xd8\xff", "image/jpeg"),
+    (b"GIF8", "image/gif"),
+    (b"BM", "image/bmp"),
+    (b"II*\0", "image/tiff"),
+    (b"MM\0*", "image/tiff"),
+)
+
+
+def encode(image: Image) -> tuple[bytes, Attachment]:
+    """Encoded octets of a picture, and what to say of them.
+
+    Raises `InvalidRequest` for what is no picture or cannot be read, `TooLarge` beyond the bound.
+    """
+    if isinstance(image, bytes | bytearray | memoryview):
+        octets, where = bytes(image), "the picture"
+    elif isinstance(image, str | os.PathLike):
+        octets, where = _read(Path(image)), f"picture {os.fspath(image)!r}"
+    elif hasattr(image, "save") and hasattr(image, "mode"):
+        octets, where = _encode_pillow(image), "the Pillow image"
+    else:
+        raise InvalidRequest(
+            f"a picture cannot be a {type(image).__name__}; give a path, encoded octets "
+            "(the content of a PNG or JPEG file), or a Pillow image"
+        )
+    if not octets:
+        raise InvalidRequest(f"{where} is empty")
+    if len(octets) > MAX_ATTACHMENT_OCTETS:
+        raise _too_large(where, len(octets))
+    return octets, Attachment(media_type=media_type(octets))
+
+
+def media_type(octets: bytes) -> str:
+    """The format by its first octets, for people and logs; empty when unknown."""
+    for magic, name in _MAGIC:
+        if octets.startswith(magic):
+            return name
+    if octets[:4] == b"RIFF" and octets[8:12] == b"WEBP":
+        return "image/webp"
+    return ""
+
+
+def _read(path: Path) -> bytes:
+    if str(path).startswith(("http:/", "https:/", "data:")):
+        raise InvalidRequest(
+            f"picture {str(path)[:80]!r} is an address; the bus carries octets: download it first"
+        )
+    try:
+        size = path.stat().st_size
+        if size > MAX_ATTACHMENT_OCTETS:
+            raise _too_large(f"picture {str(path)!r}", size)
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidRequest(
+            f"cannot read picture {str(path)!r}: {error.strerror or error}; give a path that exists"
+        ) from error
+
+
+def _encode_pillow(image: Any) -> bytes:
+    buffer = io.BytesIO()
+    try:
+        # PNG keeps every pixel; modes that it has no room for (CMYK, YCbCr, float) become RGB.
+        known = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+        (image if known else image.convert("RGB")).save(buffer, format="PNG")
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"the Pillow image cannot be encoded: {error}") from error
+    return buffer.getvalue()
+
+
+def _too_large(where: str, size: int) -> TooLarge:
+    return TooLarge(
+        f"{where} has {size} octets; at most {MAX_ATTACHMENT_OCTETS} travel. Scale it down",
+        details={"size_bytes": size, "limit_bytes": MAX_ATTACHMENT_OCTETS},
+    )

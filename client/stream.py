@@ -1,0 +1,476 @@
+"""An answer as it arrives, for both faces.
+
+`StreamState` knows what was taken and assembles the `Completion`; it does no IO. `Stream` and
+`AsyncStream` only differ in how they wait. Whatever makes a caller stop reading (break, close, an
+exception, garbage collection) cancels the request at the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Self
+
+from broker.protocol.messages import (
+    FinishReason,
+    PromptEvent,
+    Timings,
+    TokenLogprob,
+    TokensEvent,
+    Usage,
+)
+from client import events
+from client.errors import BusError, short_id
+from client.events import (
+    Answered,
+    End,
+    Item,
+    Prompt,
+    Queued,
+    Recovering,
+    Started,
+    StreamEvent,
+    Tokens,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer. `str(completion)` is its text."""
+
+    text: str
+    token_ids: list[int]
+    #: Of each token, where asked for.
+    logprobs: list[TokenLogprob] | None
+    finish_reason: FinishReason
+    #: The stop string or token id that ended it.
+    stopped_by: str | int | None
+    usage: Usage
+    #: Measured at the worker.
+    timings: Timings
+    #: Where `echo` or `prompt_logprobs` was asked for.
+    prompt: Prompt | None
+    model: str
+    #: Who finished it.
+    worker: str
+    #: How often the stream was continued after an interruption.
+    resumed: int
+    #: The seed that was used; give it again to get the same answer.
+    seed: int
+    #: First hex digits of the request id, as logs show them.
+    request_id: str
+    #: Measured here, seconds from the call; None when there was no token.
+    first_token_s: float | None
+    total_s: float
+    #: Of embed, count, tokenize, detokenize and template.
+    result: dict[str, Any] | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Post = Callable[[events.Event], None]
+
+
+class StreamState:
+    """What the application has taken of one stream."""
+
+    __slots__ = (
+        "_id",
+        "_logprobs",
+        "_post",
+        "_prompt",
+        "_report_at",
+        "_report_every",
+        "_taken",
+        "_text",
+        "_token_ids",
+        "end",
+        "error",
+        "model",
+        "resumed",
+        "seed",
+        "worker",
+    )
+
+    def __init__(self, request_id: bytes, model: str, seed: int, post: Post) -> None:
+        self._id = request_id
+        self._post = post
+        #: Tokens between two reports to the session; `Started` tells it, and precedes every token.
+        self._report_every = 1
+        self._report_at = 1
+        self._taken = 0
+        self._text: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._prompt: PromptEvent | None = None
+        self.end: End | None = None
+        self.error: BusError | None = None
+        self.model = model
+        self.worker = ""
+        self.resumed = 0
+        self.seed = seed
+
+    @property
+    def request_id(self) -> str:
+        return short_id(self._id)
+
+    @property
+    def over(self) -> bool:
+        """Nothing more will come."""
+        return self.end is not None or self.error is not None
+
+    @property
+    def text(self) -> str:
+        """The text taken so far."""
+        return "".join(self._text)
+
+    def take(self, item: Item) -> StreamEvent:
+        """Account for an item that the application gets now. Raises it if it is an exception."""
+        if type(item) is TokensEvent:
+            self._token_ids += item.token_ids
+            self._text.append(item.text)
+            if item.logprobs:
+                self._logprobs += item.logprobs
+            self._taken += len(item.token_ids)
+            if self._taken >= self._report_at:
+                self._report_at = self._taken + self._report_every
+                self._post(events.TokensTaken(self._id, self._taken))
+            return item
+        match item:
+            case End():
+                self.end = item
+                self.model, self.worker, self.resumed = item.model, item.worker, item.resumed
+                self._text.append(item.text)
+            case Started():
+                self.model, self.worker, self.resumed = item.model, item.worker, item.resumed
+                self._report_every = max(1, item.window_tokens // 4)
+            case PromptEvent():
+                self._prompt = item
+            case BusError():
+                self.error = item
+                raise item
+            case Answered():
+                raise AssertionError("the answer of a query in a stream")
+        return item
+
+    def drop(self) -> None:
+        """The application takes no more: cancel at the worker, if it is not over."""
+        if not self.over:
+            self.end = End(
+                finish_reason=FinishReason.CANCELLED,
+                text="",
+                usage=Usage(completion_tokens=self._taken),
+                timings=Timings(),
+                result=None,
+                stopped_by=None,
+                model=self.model,
+                worker=self.worker,
+                resumed=self.resumed,
+                first_token_s=None,
+                total_s=0.0,
+            )
+            self._post(events.RequestDropped(self._id))
+
+    def completion(self) -> Completion:
+        """The whole answer; of a dropped stream, what was taken (`finish_reason` cancelled)."""
+        if self.error is not None:
+            raise self.error
+        end = self.end
+        assert end is not None, "the stream is not over"
+        return Completion(
+            text="".join(self._text),
+            token_ids=list(self._token_ids),
+            logprobs=self._logprobs or None,
+            finish_reason=end.finish_reason,
+            stopped_by=end.stopped_by,
+            usage=end.usage,
+            timings=end.timings,
+            prompt=self._prompt,
+            model=end.model,
+            worker=end.worker,
+            resumed=end.resumed,
+            seed=self.seed,
+            request_id=self.request_id,
+            first_token_s=end.first_token_s,
+            total_s=end.total_s,
+            result=end.result,
+        )
+
+
+def _text_of(event: StreamEvent) -> str:
+    return event.text if isinstance(event, Tokens | End) else ""
+
+
+class _Reading:
+    """What both faces show of a stream."""
+
+    def __init__(self, state: StreamState, owner: object) -> None:
+        self._state = state
+        #: The client, kept alive as long as one of its streams is.
+        self._owner = owner
+
+    @property
+    def end(self) -> End:
+        """How it ended; only once it is over. Raises what ended it otherwise."""
+        if self._state.error is not None:
+            raise self._state.error
+        if self._state.end is None:
+            raise RuntimeError("the stream is not over; read it to its end first")
+        return self._state.end
+
+    @property
+    def request_id(self) -> str:
+        """First hex digits of the request id, as logs of broker and worker show them."""
+        return self._state.request_id
+
+    @property
+    def model(self) -> str:
+        """The model; known once the request started, if the caller left it out."""
+        return self._state.model
+
+    @property
+    def worker(self) -> str:
+        """Who runs it; empty while nobody does."""
+        return self._state.worker
+
+    @property
+    def resumed(self) -> int:
+        """How often the stream was continued after an interruption."""
+        return self._state.resumed
+
+    @property
+    def seed(self) -> int:
+        """The seed of its sampling."""
+        return self._state.seed
+
+    @property
+    def text_so_far(self) -> str:
+        """The text read so far."""
+        return self._state.text
+
+    def close(self) -> None:
+        """Take no more; cancels the request at the worker if it has not ended. Idempotent."""
+        self._state.drop()
+
+    def __del__(self) -> None:
+        self._state.drop()
+
+
+class Inbox:
+    """The sink of a blocking consumer."""
+
+    gate = None
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[Sequence[Item]] = SimpleQueue()
+
+    def put(self, items: Sequence[Item]) -> None:
+        """In the transport's thread."""
+        self._queue.put(items)
+
+    def get(self) -> Sequence[Item]:
+        """Wait for the next items. The session's own limits end every wait."""
+        return self._queue.get()
+
+
+class Stream(_Reading):
+    """A stream of a `Client`: iterate over it for events, over `.text` for text; `result()` reads.
+
+    One thread reads a stream. Leaving the loop early cancels the request.
+    """
+
+    def __init__(self, state: StreamState, inbox: Inbox, owner: object) -> None:
+        super().__init__(state, owner)
+        self._inbox = inbox
+        #: Received, not yet given to the application.
+        self._items: deque[Item] = deque()
+
+    def __iter__(self) -> Iterator[StreamEvent]:
+        state, items, take = self._state, self._items, self._state.take
+        try:
+            while not state.over:
+                if not items:
+                    items.extend(self._inbox.get())
+                while items and not state.over:
+                    yield take(items.popleft())
+        finally:
+            self.close()
+
+    @property
+    def text(self) -> Iterator[str]:
+        """The text in the pieces in which it arrives."""
+        for event in self:
+            piece = _text_of(event)
+            if piece:
+                yield piece
+
+    def result(self) -> Completion:
+        """Read to the end. Raises what ended the request, if it was not its end."""
+        for _ in self:
+            pass
+        return self._state.completion()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class LoopGate:
+    """Hands items over to one event loop: one `call_soon_threadsafe` for all of a round."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._lock = threading.Lock()
+        self._pending: list[tuple[AsyncInbox, Sequence[Item]]] = []
+
+    def put(self, inbox: AsyncInbox, items: Sequence[Item]) -> None:
+        """In the transport's thread; `flush` follows."""
+        with self._lock:
+            self._pending.append((inbox, items))
+
+    def flush(self) -> None:
+        """In the transport's thread."""
+        try:
+            self.loop.call_soon_threadsafe(self._hand_over)
+        except RuntimeError:
+            self._pending.clear()  # the loop is closed: nobody will ever read this
+
+    def _hand_over(self) -> None:
+        with self._lock:
+            pending, self._pending = self._pending, []
+        for inbox, items in pending:
+            inbox.arrived(items)
+
+
+class AsyncInbox:
+    """The sink of an asyncio consumer."""
+
+    def __init__(self, gate: LoopGate) -> None:
+        self.gate = gate
+        self._items: deque[Item] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, items: Sequence[Item]) -> None:
+        """In the transport's thread."""
+        self.gate.put(self, items)
+
+    def arrived(self, items: Sequence[Item]) -> None:
+        """In the loop's thread."""
+        self._items.extend(items)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def next(self) -> Item:
+        """Wait for the next item."""
+        while not self._items:
+            self._waiter = self.gate.loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return self._items.popleft()
+
+
+class AsyncStream(_Reading):
+    """A stream of an `AsyncClient`. Like `Stream`, with `async for` and `await`.
+
+    One task reads a stream. Leaving the loop early or cancelling the task cancels the request.
+    """
+
+    def __init__(self, state: StreamState, inbox: AsyncInbox, owner: object) -> None:
+        super().__init__(state, owner)
+        self._inbox = inbox
+
+    def __aiter__(self) -> AsyncIterator[StreamEvent]:
+        return _Events(self._state, self._inbox)
+
+    @property
+    def text(self) -> AsyncIterator[str]:
+        """The text in the pieces in which it arrives."""
+        return _Texts(_Events(self._state, self._inbox))
+
+    async def result(self) -> Completion:
+        """Read to the end. Raises what ended the request, if it was not its end."""
+        async for _ in self:
+            pass
+        return self._state.completion()
+
+    async def aclose(self) -> None:
+        """The same as `close`, for `contextlib.aclosing`."""
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _Events:
+    """One iteration. An object rather than an asynchronous generator: Python ends an abandoned
+    generator some time later, this at once."""
+
+    def __init__(self, state: StreamState, inbox: AsyncInbox) -> None:
+        self._state = state
+        self._inbox = inbox
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> StreamEvent:
+        if self._state.over:
+            raise StopAsyncIteration
+        try:
+            return self._state.take(await self._inbox.next())
+        except BaseException:
+            self._state.drop()
+            raise
+
+    def __del__(self) -> None:
+        self._state.drop()
+
+
+class _Texts:
+    """The text pieces of an iteration."""
+
+    def __init__(self, events_: _Events) -> None:
+        self._events = events_
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> str:
+        while True:
+            piece = _text_of(await anext(self._events))
+            if piece:
+                return piece
+
+
+__all__ = [
+    "AsyncStream",
+    "Completion",
+    "Queued",
+    "Recovering",
+    "Started",
+    "Stream",
+    "StreamEvent",
+    "Tokens",
+]

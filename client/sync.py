@@ -1,0 +1,241 @@
+"""`Client`: the blocking face. Builds a call, starts it, waits; no logic of the bus.
+
+Safe to use from several threads; a stream belongs to one thread at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Literal, Self, overload
+
+from broker.protocol.messages import Kind
+from client import calls
+from client.calls import Call, Embeddings, Messages, Prompt
+from client.errors import BusError
+from client.events import Answered, End
+from client.face import Face, drain_args
+from client.images import Image
+from client.stream import Completion, Inbox, Stream
+
+__all__ = ["Client"]
+
+
+class Client(Face):
+    """A client of the bus.
+
+    ```
+    with Client() as client:
+        print(client.chat("demo", "What is in this picture?", images=["picture.png"]))
+        for piece in client.chat("demo", "Tell me a story", stream=True).text:
+            print(piece, end="", flush=True)
+    ```
+
+    Keyword arguments of the calls are the fields of `broker.protocol.messages.Params`
+    (`max_tokens`, `temperature`, `stop`, `seed`, ...), fields of the request (`priority`, `user`,
+    `tools`, `tool_choice`, `template_args`, `trace`), and `timeout`, `retry`, `window`.
+    An unknown one raises `TypeError` and names what is near. All calls raise `BusError`s.
+    """
+
+    @overload
+    def chat(
+        self,
+        model: str | None,
+        messages: Messages,
+        *,
+        images: Sequence[Image] = ...,
+        stream: Literal[False] = ...,
+        **params: Any,
+    ) -> Completion: ...
+
+    @overload
+    def chat(
+        self,
+        model: str | None,
+        messages: Messages,
+        *,
+        images: Sequence[Image] = ...,
+        stream: Literal[True],
+        **params: Any,
+    ) -> Stream: ...
+
+    def chat(
+        self,
+        model: str | None,
+        messages: Messages,
+        *,
+        images: Sequence[Image] = (),
+        stream: bool = False,
+        **params: Any,
+    ) -> Completion | Stream:
+        """The answer to a conversation.
+
+        `model`: a name, or None for the only model served. `messages`: a text, or a list of
+        `{"role": ..., "content": ...}`. `images` (paths, octets, Pillow images) join the last user
+        message; or place them by parts `{"type": "image", "image": ...}`.
+        """
+        return self._answer(calls.chat(self._defaults, model, messages, images, params), stream)
+
+    @overload
+    def generate(
+        self,
+        prompt: str | None = ...,
+        *,
+        model: str | None = ...,
+        token_ids: Sequence[int] | None = ...,
+        images: Sequence[Image] = ...,
+        stream: Literal[False] = ...,
+        **params: Any,
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str | None = ...,
+        *,
+        model: str | None = ...,
+        token_ids: Sequence[int] | None = ...,
+        images: Sequence[Image] = ...,
+        stream: Literal[True],
+        **params: Any,
+    ) -> Stream: ...
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        model: str | None = None,
+        token_ids: Sequence[int] | None = None,
+        images: Sequence[Image] = (),
+        stream: bool = False,
+        **params: Any,
+    ) -> Completion | Stream:
+        """Continue a raw prompt (`<image>` for each picture) or token ids, without a template."""
+        call = calls.complete(self._defaults, model, prompt, token_ids, images, params)
+        return self._answer(call, stream)
+
+    def embed(
+        self, inputs: str | Sequence[Prompt], *, model: str | None = None, **options: Any
+    ) -> Embeddings:
+        """Vectors of texts or lists of token ids; `options` such as pooling go to the worker."""
+        made = calls.embed(self._defaults, model, inputs, options)
+        streams = [self._stream(call) for call in made]
+        try:
+            return calls.embeddings_from(_end_of(stream) for stream in streams)
+        finally:
+            for stream in streams:
+                stream.close()
+
+    def count(
+        self,
+        messages: Messages | None = None,
+        *,
+        model: str | None = None,
+        token_ids: Sequence[int] | None = None,
+        images: Sequence[Image] = (),
+        **options: Any,
+    ) -> int:
+        """Tokens of a text, a conversation (with its template and pictures), or token ids."""
+        return int(self._field("count", Kind.COUNT, messages, model, token_ids, images, options))
+
+    def tokenize(
+        self, messages: Messages, *, model: str | None = None, **options: Any
+    ) -> list[int]:
+        """Token ids of a text or a conversation."""
+        return list(self._field("token_ids", Kind.TOKENIZE, messages, model, None, (), options))
+
+    def detokenize(
+        self, token_ids: Sequence[int], *, model: str | None = None, **options: Any
+    ) -> str:
+        """The text of token ids."""
+        return str(self._field("text", Kind.DETOKENIZE, None, model, token_ids, (), options))
+
+    def template(self, messages: Messages, *, model: str | None = None, **options: Any) -> str:
+        """The prompt that the model's chat template makes of a conversation."""
+        call = calls.chat(self._defaults, model, messages, (), options, Kind.TEMPLATE)
+        return str(calls.field_of(_end_of(self._stream(call)), "text"))
+
+    def models(self) -> list[dict[str, Any]]:
+        """The models served, with workers, capacity and queue of each (SPEC.md section 10)."""
+        return list(self.query("bus.models"))
+
+    def workers(self) -> list[dict[str, Any]]:
+        """The workers, with state, slots and figures of each."""
+        return list(self.query("bus.workers"))
+
+    def clients(self) -> list[dict[str, Any]]:
+        """The clients of the broker."""
+        return list(self.query("bus.clients"))
+
+    def requests(self, limit: int | None = None) -> list[dict[str, Any]]:
+        """The latest requests, with state and outcome of each."""
+        return list(self.query("bus.requests", {} if limit is None else {"limit": limit}))
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and gauges of the broker."""
+        return dict(self.query("bus.stats"))
+
+    def drain(
+        self, worker: str, *, deadline_s: float | None = None, reason: str = ""
+    ) -> dict[str, Any]:
+        """Let a worker finish and take nothing new. An operator's verb."""
+        return dict(self.query("bus.drain", drain_args(worker, deadline_s, reason)))
+
+    def query(
+        self, verb: str, args: dict[str, Any] | None = None, *, timeout: float | None = None
+    ) -> Any:
+        """Ask the broker itself (SPEC.md section 10)."""
+        inbox = Inbox()
+        query_id = self._ask(verb, args, timeout, inbox)
+        try:
+            (item,) = inbox.get()
+        except BaseException:
+            self._forget(query_id)
+            raise
+        if isinstance(item, BusError):
+            raise item
+        assert isinstance(item, Answered), item
+        return item.result
+
+    def close(self) -> None:
+        """Cancel what is open, say goodbye, end the thread. Idempotent."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _answer(self, call: Call, stream: bool) -> Completion | Stream:
+        started = self._stream(call)
+        return started if stream else started.result()
+
+    def _stream(self, call: Call) -> Stream:
+        inbox = Inbox()
+        return Stream(self._start(call, inbox), inbox, self)
+
+    def _field(
+        self,
+        name: str,
+        kind: Kind,
+        given: Messages | None,
+        model: str | None,
+        token_ids: Sequence[int] | None,
+        images: Sequence[Image],
+        options: dict[str, Any],
+    ) -> Any:
+        call = calls.text_or_messages(
+            self._defaults, kind, model, given, token_ids, images, options
+        )
+        return calls.field_of(_end_of(self._stream(call)), name)
+
+
+def _end_of(stream: Stream) -> End:
+    stream.result()
+    return stream.end
