@@ -1,7 +1,7 @@
 """The bus as the benchmarks drive it: starting its programs, and raw peers without the library.
 
-`RawPeer` speaks broker.protocol itself on a plain socket, so that the load generator costs little and
-the broker alone is measured. The one place that knows command lines.
+`RawPeer` speaks broker.protocol itself on a plain socket, so that the load generator costs little
+and the broker alone is measured. The one place that knows command lines.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class Hop:
         self.sequence = first_sequence
 
     def run(self, body: bytes, messages: int) -> dict[str, float]:
-        """Forward at least `messages` messages; CPU of the forwarder and wall time for each, in µs."""
+        """Forward at least `messages`; CPU of the forwarder and wall time for each, in µs."""
         clients = len(self.clients)
         # Each client takes the same number of messages of a burst.
         each = max(1, BURST // clients)

@@ -1,9 +1,9 @@
 """The plain ZeroMQ forwarders that the broker is measured beside, each in a process of its own.
 
-`python -m bench.peers NAME FRONT BACK` binds both endpoints, prints `ready` and forwards until it is
-killed. They check nothing: no session, no sequence, no credit. Never part of the bus.
+`python -m bench.peers NAME FRONT BACK` binds both endpoints, prints `ready` and forwards until it
+is killed. They check nothing: no session, no sequence, no credit. Never part of the bus.
 
-* zmq_proxy: `zmq.proxy`, ROUTER in front, DEALER behind; the worker puts the client's routing id first.
+* zmq_proxy: `zmq.proxy`, ROUTER in front, DEALER behind; the worker puts the client's id first.
 * monitored_queue: pyzmq's ROUTER-ROUTER queue, which swaps the two ids in front of a message.
 * python_floor: the least that a forwarder in Python can do with the bus's own frames: six direct
   socket calls, one look-up, a new header. What the broker costs above it are its checks.
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 
 import zmq
+from zmq.backend import Socket
 from zmq.devices import monitored_queue
 
 IO_THREADS = 1
@@ -55,8 +56,10 @@ def run_python_floor(front: str, back: str) -> None:
     poller.register(clients, zmq.POLLIN)
     poller.register(workers, zmq.POLLIN)
     print("ready", flush=True)
-    receive, send, get = workers.recv, clients.send, routes.get
-    again, more = zmq.DONTWAIT, zmq.SNDMORE | zmq.DONTWAIT
+    # The backend's methods: `zmq.Socket.send` is a Python function around them.
+    receive, send = Socket.recv.__get__(workers), Socket.send.__get__(clients)
+    get = routes.get
+    again, more = int(zmq.DONTWAIT), int(zmq.SNDMORE | zmq.DONTWAIT)
     while True:
         for ready, _ in poller.poll():
             if ready is clients:
@@ -67,8 +70,8 @@ def run_python_floor(front: str, back: str) -> None:
             try:
                 while True:
                     receive(again)
-                    header = receive(again)
-                    body = receive(again)
+                    header = receive()
+                    body = receive()
                     entry = get(header[8:24])
                     if entry is None:
                         continue
@@ -77,7 +80,7 @@ def run_python_floor(front: str, back: str) -> None:
                     counter[0] = sequence + 1
                     send(identity, more)
                     send(header[:24] + sequence.to_bytes(8, "big"), more)
-                    send(body, again)
+                    send(body)
             except zmq.Again:
                 pass
 

@@ -1,4 +1,4 @@
-"""A DEALER in plain sockets: ZMTP 3.0 (RFC 23) with the NULL mechanism, as much as a load generator needs.
+"""A DEALER in plain sockets: ZMTP 3.0 (RFC 23), NULL mechanism; what a load generator needs.
 
 A load generator made of ZeroMQ sockets costs more CPU than the forwarder it is to load. This one
 writes a burst of messages with one system call and counts what comes back by octets. It is no
