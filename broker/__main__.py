@@ -1,0 +1,112 @@
+"""`python -m broker`: start a broker, make its keys, or check its options.
+
+Puts the parts together and turns every failure into one line and an exit code: 2 for a wrong
+option, 1 for a failure, 0 for a clean stop.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from broker import config as options
+from broker.config import Config, ConfigError
+from broker.core.controller import BrokerCore
+from broker.log import Logger
+from broker.loop import BrokerLoop
+from broker.sockets import (
+    BindError,
+    SocketSettings,
+    bind,
+    check_address,
+    is_local,
+    make_context,
+    make_router,
+)
+
+PROGRAM = "python -m broker"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m broker` and of `tokenbus-broker`."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _serve(options.read(given, program=PROGRAM))
+    except ConfigError as error:
+        return _complain(str(error), 2)
+    except BindError as error:
+        return _complain(str(error), 1)
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    return code
+
+
+def _serve(config: Config) -> int:
+    _check_addresses(config)
+    _raise_descriptor_limit(config)
+    log = Logger(form=config.log_format, level=config.log_level)
+    settings = SocketSettings(config.high_water_mark, config.linger_ms, config.io_threads)
+    context = make_context(settings)
+    front = make_router(context, settings, front=True)
+    back = make_router(context, settings, front=False)
+    try:
+        fronts = bind(front, config.front)
+        backs = bind(back, config.back)
+        core = BrokerCore(config, now_s=time.monotonic())
+        loop = BrokerLoop(config, core, front, back, log)
+        _announce(config, fronts, backs)
+        gc.collect()
+        gc.freeze()
+        loop.run()
+    finally:
+        front.close()
+        back.close()
+        context.term()
+    return 0
+
+
+def _check_addresses(config: Config) -> None:
+    for address in (*config.front, *config.back):
+        check_address(address)
+        if not (is_local(address) or config.keys or config.insecure):
+            raise ConfigError(
+                f"{address} can be reached from other machines and CURVE is off: everybody there "
+                "could read and send. Make keys with `python -m broker keys` and give --keys, or "
+                "say --insecure"
+            )
+
+
+def _raise_descriptor_limit(config: Config) -> None:
+    """Each peer costs a descriptor; without one, accept fails in a tight loop."""
+    wanted = 2 * (config.max_clients + config.max_workers) + 256
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _announce(config: Config, fronts: list[str], backs: list[str]) -> None:
+    """Where it listens, and what to do next."""
+    print(f"tokenbus broker listens: clients {', '.join(fronts)}   workers {', '.join(backs)}")
+    print(f"next:  python -m worker --broker {backs[0]}")
+    print(f"       python -m client chat --broker {fronts[0]}", flush=True)
+    if config.ready_file:
+        ready = {"front": fronts, "back": backs, "pid": os.getpid()}
+        path = Path(config.ready_file)
+        # Whoever waits for the file must never read half of it.
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        part.write_text(json.dumps(ready), encoding="utf-8")
+        part.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

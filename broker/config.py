@@ -1,0 +1,216 @@
+"""Options of `python -m broker`, each once: flag > environment > TOML file > default.
+
+The dataclass fields are the table: name, type, default, unit and reason. Flags, `TOKENBUS_…`
+variables, keys of the TOML file and the help text are made from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from broker.core.settings import CoreSettings, option
+
+ENV_PREFIX = "TOKENBUS_"
+
+
+class ConfigError(Exception):
+    """An option is wrong; the message says which, where it came from, and what it may be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config(CoreSettings):
+    """Everything that the broker process may be told; the core sees its own part."""
+
+    front: tuple[str, ...] = option(
+        ("tcp://127.0.0.1:5555",), "", "where clients connect; tcp:// or ipc://, * = free port"
+    )
+    back: tuple[str, ...] = option(
+        ("tcp://127.0.0.1:5556",), "", "where workers connect; tcp:// or ipc://, * = free port"
+    )
+    ready_file: str = option("", "", "JSON with the real addresses, written once they are bound")
+
+    keys: str = option("", "", "folder made by `python -m broker keys`; turns CURVE on")
+    insecure: bool = option(False, "", "allow other addresses than loopback without CURVE")
+
+    shutdown_grace_s: float = option(
+        30.0, "s", "from the first SIGTERM until running streams are handed over", low=0
+    )
+    linger_ms: int = option(
+        1000, "ms", "for last words when the sockets close; infinity would hang", low=0, high=60_000
+    )
+    outgoing_messages: int = option(
+        1000, "", "waiting for one slow peer beside ZeroMQ's own queue; then it is cut off", low=1
+    )
+    outgoing_bytes: int = option(
+        16 << 20, "bytes", "the same in bytes: one request with pictures fits", low=1
+    )
+    high_water_mark: int = option(
+        1000, "", "messages in ZeroMQ's queue to one peer; finite, so that slow peers show", low=1
+    )
+    io_threads: int = option(
+        1, "", "ZeroMQ threads; one carries 1 GB/s, CURVE and pictures want 2", low=1, high=16
+    )
+    log_format: str = option(
+        "auto", "", "text on a terminal, JSON elsewhere", choices=("auto", "text", "json")
+    )
+    log_level: str = option(
+        "info",
+        "",
+        "debug adds a line for each step of a request",
+        choices=("debug", "info", "warning"),
+    )
+
+
+def read(
+    arguments: Sequence[str], environment: Mapping[str, str] = os.environ, *, program: str
+) -> Config:
+    """The configuration. Raises `ConfigError`; `--help` and unknown flags leave by SystemExit."""
+    parser = _parser(program)
+    flags = vars(parser.parse_args(arguments))
+    file = flags.pop("config") or environment.get(ENV_PREFIX + "CONFIG")
+    values: dict[str, Any] = _from_file(Path(file)) if file else {}
+    for field in dataclasses.fields(Config):
+        name = field.name
+        variable = ENV_PREFIX + name.upper()
+        if flags.get(name) is not None:
+            values[name] = _convert(field, flags[name], _flag(name))
+        elif variable in environment:
+            text = environment[variable]
+            given = text.split(",") if str(field.type).startswith("tuple") else text
+            values[name] = _convert(field, given, variable)
+    return Config(**values)
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not TOML: {error}") from None
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    unknown = sorted(set(table) - set(fields))
+    if unknown:
+        raise ConfigError(f"--config {path}: unknown option {unknown[0]!r}; see --help for all")
+    return {
+        name: _convert(fields[name], value, f"{name} in {path}") for name, value in table.items()
+    }
+
+
+def _convert(field: dataclasses.Field[Any], value: Any, source: str) -> Any:
+    kind = str(field.type)
+    try:
+        if kind == "bool":
+            return _boolean(value)
+        if kind == "int":
+            value = int(str(value).replace("_", ""))
+        elif kind == "float":
+            value = float(value)
+        elif kind == "tuple[str, ...]":
+            value = tuple([value] if isinstance(value, str) else value)
+            if not value or not all(isinstance(item, str) and item for item in value):
+                raise ValueError
+        elif not isinstance(value, str):
+            raise ValueError
+    except (ValueError, TypeError):
+        raise ConfigError(f"{source}: {value!r} is not {_WANTED[kind]}") from None
+    _check_bounds(field, value, source)
+    return value
+
+
+_WANTED = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "tuple[str, ...]": "an address or a list of them",
+}
+
+
+def _boolean(value: Any) -> bool:
+    text = str(value).strip().lower()
+    if text in ("true", "1", "yes", "on"):
+        return True
+    if text in ("false", "0", "no", "off", ""):
+        return False
+    raise ValueError
+
+
+def _check_bounds(field: dataclasses.Field[Any], value: Any, source: str) -> None:
+    about = field.metadata
+    choices = about.get("choices")
+    if choices and value not in choices:
+        raise ConfigError(f"{source}: {value!r} is none of {', '.join(choices)}")
+    low, high = about.get("low"), about.get("high")
+    # Written so that NaN is out of bounds too.
+    if low is not None and not value >= low:
+        raise ConfigError(f"{source}: {value} is below {low}")
+    if high is not None and not value <= high:
+        raise ConfigError(f"{source}: {value} is above {high}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="The tokenbus broker: clients at the front, workers at the back.",
+        usage=f"{program} [OPTION ...] | {program} keys --help | {program} check [OPTION ...]",
+        epilog=_table(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="TOML file with options by their name")
+    for field in dataclasses.fields(Config):
+        flag = _flag(field.name)
+        if field.type == "bool":
+            parser.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=None, help=argparse.SUPPRESS
+            )
+        elif str(field.type).startswith("tuple"):
+            parser.add_argument(flag, action="append", default=None, help=argparse.SUPPRESS)
+        else:
+            parser.add_argument(flag, default=None, help=argparse.SUPPRESS)
+    return parser
+
+
+def _table() -> str:
+    rows = [("flag", "environment", "default", "reason")]
+    for field in sorted(dataclasses.fields(Config), key=lambda field: _rank(field.name)):
+        about = field.metadata
+        default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+        unit = f" {about['unit']}" if about["unit"] else ""
+        choices = f" ({', '.join(about['choices'])})" if "choices" in about else ""
+        rows.append(
+            (
+                _flag(field.name),
+                ENV_PREFIX + field.name.upper(),
+                f"{default}{unit}" if default != "" else "-",
+                about["reason"] + choices,
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
+        for row in rows
+    ]
+    return (
+        "Flags win over the environment, that over the TOML file (keys as the flags, with _ for -),"
+        "\nthat over the defaults. --front and --back may be repeated.\n\n" + "\n".join(lines)
+    )
+
+
+def _rank(name: str) -> tuple[int, int]:
+    """The process's own options first: they are what people look for."""
+    names = [field.name for field in dataclasses.fields(Config)]
+    core = {field.name for field in dataclasses.fields(CoreSettings)}
+    return (name in core, names.index(name))

@@ -1,0 +1,106 @@
+"""Facts that happen to the broker. The loop reports them, `BrokerCore.handle` takes them.
+
+Plain frozen values; they carry no behaviour and no time (that is an argument of `handle`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Side(Enum):
+    """Which of the two sockets: clients come in at the front, workers at the back."""
+
+    FRONT = "front"
+    BACK = "back"
+
+
+@dataclass(frozen=True, slots=True)
+class MessageReceived:
+    """A message, header first, without the routing id frame."""
+
+    side: Side
+    routing_id: bytes
+    frames: tuple[bytes, ...]
+    #: Z85 public key that CURVE proved for this connection; empty without CURVE. Only needed with
+    #: HELLO: the session is bound to it.
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerUnreachable:
+    """A send found no connection of that routing id."""
+
+    side: Side
+    routing_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PeerOverflowed:
+    """The bounded outgoing queue to this peer is full: it does not read."""
+
+    side: Side
+    routing_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DisconnectReported:
+    """The operating system reported that some connection of this side is gone; not whose."""
+
+    side: Side
+
+
+@dataclass(frozen=True, slots=True)
+class LoopWasLate:
+    """This process was stopped or overloaded: nobody's silence of that time counts."""
+
+    late_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class AccessChanged:
+    """The allow-lists were read again (Z85 public keys); only where CURVE is on."""
+
+    clients: frozenset[str]
+    workers: frozenset[str]
+    operators: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ShutdownRequested:
+    """Stop in good order: nothing new, what runs may end within `grace_s`."""
+
+    grace_s: float
+    reason: str = "shutdown"
+
+
+@dataclass(frozen=True, slots=True)
+class ShutdownForced:
+    """Stop now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """`deadline_s()` has passed.
+
+    A peer's silence is judged only up to the moment until which its socket was read empty: a sign
+    of life that waits behind data in a busy broker still counts.
+    """
+
+    front_read_s: float = math.inf
+    back_read_s: float = math.inf
+
+
+Event = (
+    MessageReceived
+    | PeerUnreachable
+    | PeerOverflowed
+    | DisconnectReported
+    | LoopWasLate
+    | AccessChanged
+    | ShutdownRequested
+    | ShutdownForced
+    | Tick
+)

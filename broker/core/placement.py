@@ -1,0 +1,122 @@
+"""Which of the free workers takes a request: pure functions behind names.
+
+A policy sees workers that all serve the model and have credit, and must return one of them. It
+must not change anything; randomness comes from the generator that it is given.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
+from types import MappingProxyType
+from typing import Final
+
+from broker.core.requests import Request
+from broker.core.workers import WorkerSession
+from broker.protocol.messages import Message, TextPart
+from broker.protocol.messages import Request as RequestBody
+
+PREFIX_CHARACTERS: Final = 4096
+"""Of the prompt that decide affinity: enough to tell system prompts apart, cheap to hash."""
+
+Policy = Callable[
+    [Request, Sequence[WorkerSession], Sequence[WorkerSession], random.Random], WorkerSession
+]
+"""(request, workers with credit, all of the model, generator) → one of those with credit."""
+
+
+def least_loaded(
+    request: Request,
+    free: Sequence[WorkerSession],
+    serving: Sequence[WorkerSession],
+    generator: random.Random,
+) -> WorkerSession:
+    """The smallest share of its slots in use; of equals, the least recently used."""
+    return min(free, key=_load)
+
+
+def _load(worker: WorkerSession) -> tuple[float, int]:
+    return len(worker.running) / max(worker.capacity, 1), worker.last_assigned
+
+
+def shortest_queue(
+    request: Request,
+    free: Sequence[WorkerSession],
+    serving: Sequence[WorkerSession],
+    generator: random.Random,
+) -> WorkerSession:
+    """FastChat's rule: queue length over speed."""
+    return min(free, key=lambda worker: (len(worker.running) / worker.speed, worker.last_assigned))
+
+
+def lottery(
+    request: Request,
+    free: Sequence[WorkerSession],
+    serving: Sequence[WorkerSession],
+    generator: random.Random,
+) -> WorkerSession:
+    """FastChat's other rule: by chance, weighted with speed."""
+    return generator.choices(free, weights=[worker.speed for worker in free])[0]
+
+
+def affinity(
+    request: Request,
+    free: Sequence[WorkerSession],
+    serving: Sequence[WorkerSession],
+    generator: random.Random,
+) -> WorkerSession:
+    """The same beginning of a prompt to the same worker while it has credit, so that its prefix
+    cache is used; else the least loaded.
+
+    Rendezvous hashing: no table to keep, and a worker that comes or goes moves only its own share.
+    """
+    if request.prefix_key:
+        home = max(serving, key=lambda worker: _weight(request.prefix_key, worker.name))
+        if any(worker is home for worker in free):
+            return home
+    return least_loaded(request, free, serving, generator)
+
+
+def _weight(prefix_key: bytes, worker_name: str) -> bytes:
+    return blake2b(worker_name.encode(), digest_size=8, key=prefix_key).digest()
+
+
+def prefix_key(body: RequestBody) -> bytes:
+    """Digest of the beginning of a prompt: everything up to the first turn of the user, so that
+    the later turns of a conversation have the same one."""
+    digest = blake2b(body.model.encode(), digest_size=16)
+    for piece in _beginning(body):
+        digest.update(piece[:PREFIX_CHARACTERS].encode(errors="surrogatepass"))
+        digest.update(b"\x00")
+    return digest.digest()
+
+
+def _beginning(body: RequestBody) -> list[str]:
+    if body.prompt is not None:
+        return [body.prompt]
+    if body.token_ids is not None:
+        return [repr(body.token_ids[: PREFIX_CHARACTERS // 4])]
+    pieces = []
+    for message in body.messages or ():
+        pieces.append(message.role)
+        pieces.extend(_texts(message))
+        if message.role == "user":
+            break
+    return pieces
+
+
+def _texts(message: Message) -> list[str]:
+    if isinstance(message.content, str):
+        return [message.content]
+    return [part.text for part in message.content or () if isinstance(part, TextPart)]
+
+
+POLICIES: Final[Mapping[str, Policy]] = MappingProxyType(
+    {
+        "least_loaded": least_loaded,
+        "shortest_queue": shortest_queue,
+        "lottery": lottery,
+        "affinity": affinity,
+    }
+)

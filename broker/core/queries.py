@@ -1,0 +1,250 @@
+"""Answers to QUERY: what the bus knows of itself, and the operator's verbs (SPEC.md section 10)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from broker.core import shutdown
+from broker.core.instructions import ReloadAccess
+from broker.core.requests import Phase, Request
+from broker.protocol import codec, limits
+from broker.protocol.errors import ErrorCode, ProtocolError, RequestError
+from broker.protocol.header import Header, MessageType
+from broker.protocol.messages import Answer, ModelInfo, Query
+
+if TYPE_CHECKING:
+    from broker.core.controller import BrokerCore, Frames
+    from broker.core.sessions import ClientSession
+    from broker.core.workers import WorkerSession
+
+_OPERATOR_VERBS: Final = frozenset(("bus.drain", "bus.shutdown", "bus.reload"))
+_ANSWER_DELAY_S: Final = 0.05
+"""A shutdown begins this much after its ANSWER, which so is not the last thing in the queue."""
+
+
+class _RequestsArgs(msgspec.Struct, frozen=True):
+    limit: int = 100
+
+
+class _DrainArgs(msgspec.Struct, frozen=True):
+    worker: str
+    deadline_ms: int | None = None
+    reason: str = "drained by the operator"
+
+
+class _ShutdownArgs(msgspec.Struct, frozen=True):
+    deadline_ms: int | None = None
+
+
+class _NoArgs(msgspec.Struct, frozen=True):
+    pass
+
+
+def answer(core: BrokerCore, client: ClientSession, head: Header, frames: Frames) -> None:
+    """Answer a QUERY. Raises ProtocolError for a body that is none."""
+    if len(frames) != 2:
+        raise ProtocolError(f"{len(frames)} frames; QUERY has 2")
+    query = codec.decode(Query, frames[1], limits.MAX_CONTROL_OCTETS)
+    core.counters["queries"] += 1
+    try:
+        body = codec.encode(Answer(result=_result(core, client, query)))
+        if len(body) > limits.MAX_ANSWER_OCTETS:
+            raise RequestError(
+                ErrorCode.TOO_LARGE,
+                f"the answer has {len(body)} octets; the limit is {limits.MAX_ANSWER_OCTETS}",
+            )
+    except RequestError as error:
+        body = codec.encode(Answer(error=error.info))
+    core.send(client, MessageType.ANSWER, head.id, body)
+
+
+def _result(core: BrokerCore, client: ClientSession, query: Query) -> Any:
+    verb = _VERBS.get(query.verb)
+    if verb is None:
+        known = ", ".join(_VERBS)
+        raise RequestError(
+            ErrorCode.INVALID_REQUEST, f"unknown verb {query.verb[:100]!r}; known are {known}"
+        )
+    if query.verb in _OPERATOR_VERBS and not client.operator:
+        raise RequestError(
+            ErrorCode.FORBIDDEN, f"{query.verb} needs an operator's key; this session has none"
+        )
+    args_type, act = verb
+    try:
+        args = codec.convert(query.args, args_type)
+    except ProtocolError as error:
+        raise RequestError(ErrorCode.INVALID_REQUEST, f"args of {query.verb}: {error}") from None
+    return act(core, args)
+
+
+def _version(core: BrokerCore, _: _NoArgs) -> dict[str, Any]:
+    from broker.core.controller import SOFTWARE
+
+    return {
+        "broker": core.settings.broker_name,
+        "software": SOFTWARE,
+        "protocol": limits.PROTOCOL_VERSION,
+    }
+
+
+def _models(core: BrokerCore, _: _NoArgs) -> list[dict[str, Any]]:
+    return [_model(core, name) for name in sorted(core.registry.models())]
+
+
+def _model(core: BrokerCore, name: str) -> dict[str, Any]:
+    workers = list(core.registry.serving(name).values())
+    infos = [worker.models[name] for worker in workers]
+    queue = core.queues.get(name)
+    known = [info.context_tokens for info in infos if info.context_tokens is not None]
+    return {
+        "name": name,
+        "kinds": [kind.value for kind in infos[0].kinds],
+        "images": any(info.images for info in infos),
+        "context_tokens": min(known, default=None),
+        "workers": len(workers),
+        "ready": sum(worker.state_name == "ready" for worker in workers),
+        "capacity": sum(worker.capacity for worker in workers),
+        "running": sum(
+            request.model == name for worker in workers for request in worker.running.values()
+        ),
+        "queued": queue.requests if queue else 0,
+        "details": _details(infos),
+    }
+
+
+def _details(infos: list[ModelInfo]) -> dict[str, Any]:
+    return next((info.details for info in infos if info.details), {})
+
+
+def _workers(core: BrokerCore, _: _NoArgs) -> list[dict[str, Any]]:
+    return [_worker(core, worker) for worker in core.workers.values()]
+
+
+def _worker(core: BrokerCore, worker: WorkerSession) -> dict[str, Any]:
+    beat = worker.beat
+    return {
+        "name": worker.name,
+        "models": list(worker.models),
+        "state": worker.state_name,
+        "capacity": worker.capacity,
+        "granted": worker.granted,
+        "assigned": worker.assigned,
+        "running": len(worker.running),
+        "waiting": beat.waiting,
+        "engine": worker.engine,
+        "device": worker.device,
+        "progress": beat.progress,
+        "note": beat.note,
+        "engine_age_ms": beat.engine_age_ms,
+        "silent_ms": round(worker.silent_s(core.now_s) * 1000),
+        "metrics": beat.metrics,
+    }
+
+
+def _clients(core: BrokerCore, _: _NoArgs) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": client.name,
+            "inflight": len(client.requests),
+            "queued": sum(entry.phase is Phase.QUEUED for entry in client.requests.values()),
+            "silent_ms": round(client.silent_s(core.now_s) * 1000),
+        }
+        for client in core.clients.values()
+    ]
+
+
+def stats(core: BrokerCore) -> dict[str, float]:
+    """Counters and gauges by name, from the core's state."""
+    gauges: dict[str, float] = {
+        "uptime_s": core.now_s - core.started_s,
+        "clients": len(core.clients),
+        "workers": len(core.workers),
+        "models": sum(1 for _ in core.registry.models()),
+        "queued": sum(queue.requests for queue in core.queues.values()),
+        "queued_bytes": core.queued_bytes,
+        "running": sum(len(worker.running) for worker in core.workers.values()),
+        "granted_free": sum(max(0, worker.free) for worker in core.workers.values()),
+        "capacity": sum(worker.capacity for worker in core.workers.values()),
+        "requests_known": len(core.requests),
+        "routes": len(core.routes),
+    }
+    return gauges | {f"{name}_total": count for name, count in sorted(core.counters.items())}
+
+
+def _stats(core: BrokerCore, _: _NoArgs) -> dict[str, float]:
+    return stats(core)
+
+
+def _requests(core: BrokerCore, args: _RequestsArgs) -> list[dict[str, Any]]:
+    live = [
+        request
+        for request in core.requests.values()
+        if request.phase not in (Phase.ENDED, Phase.INTERRUPTED)
+    ]
+    latest = sorted([*core.history, *live], key=lambda request: request.queued_s, reverse=True)
+    return [_request(core, request) for request in latest[: max(0, min(args.limit, 1000))]]
+
+
+def _request(core: BrokerCore, request: Request) -> dict[str, Any]:
+    over_s = request.ended_s if request.ended_s is not None else core.now_s
+    left_queue_s = request.assigned_s if request.assigned_s is not None else over_s
+    return {
+        "id": request.id[:4].hex(),
+        "model": request.model,
+        "kind": request.kind,
+        "state": "ended" if request.ended_s is not None else request.phase.value,
+        "outcome": request.outcome,
+        "worker": request.worker_name,
+        "epoch": request.epoch,
+        "priority": request.priority,
+        "age_ms": round((core.now_s - request.queued_s) * 1000),
+        "queued_ms": round((left_queue_s - request.queued_s) * 1000),
+        "took_ms": round((over_s - request.queued_s) * 1000),
+        "cancelled": request.cancelled,
+    }
+
+
+def _drain(core: BrokerCore, args: _DrainArgs) -> dict[str, Any]:
+    workers = [worker for worker in core.workers.values() if worker.name == args.worker]
+    if not workers:
+        names = ", ".join(sorted({worker.name for worker in core.workers.values()})[:10]) or "none"
+        raise RequestError(
+            ErrorCode.INVALID_REQUEST,
+            f"no worker {args.worker[:100]!r} is here; there are: {names}",
+        )
+    deadline_s = core.settings.drain_s if args.deadline_ms is None else args.deadline_ms / 1000
+    for worker in workers:
+        shutdown.drain_worker(core, worker, min(max(deadline_s, 0.0), 1e6), args.reason[:200])
+    return {"worker": args.worker, "state": "draining"}
+
+
+def _shutdown(core: BrokerCore, args: _ShutdownArgs) -> dict[str, Any]:
+    grace_s = core.settings.drain_s if args.deadline_ms is None else args.deadline_ms / 1000
+    grace_s = min(max(grace_s, 0.0), 1e6)
+    core.at(
+        core.now_s + _ANSWER_DELAY_S,
+        lambda _: shutdown.begin(core, grace_s, "the operator stops this broker"),
+        None,
+    )
+    return {}
+
+
+def _reload(core: BrokerCore, _: _NoArgs) -> dict[str, Any]:
+    core.instruct(ReloadAccess())
+    return {}
+
+
+_VERBS: Final[dict[str, tuple[type[Any], Callable[[BrokerCore, Any], Any]]]] = {
+    "bus.version": (_NoArgs, _version),
+    "bus.models": (_NoArgs, _models),
+    "bus.workers": (_NoArgs, _workers),
+    "bus.clients": (_NoArgs, _clients),
+    "bus.stats": (_NoArgs, _stats),
+    "bus.requests": (_RequestsArgs, _requests),
+    "bus.drain": (_DrainArgs, _drain),
+    "bus.shutdown": (_ShutdownArgs, _shutdown),
+    "bus.reload": (_NoArgs, _reload),
+}

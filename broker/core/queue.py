@@ -1,0 +1,115 @@
+"""The waiting requests of one model: priority, then round robin between users, then age.
+
+Bounded in requests and octets; the controller asks `is_full_for` before it adds. Holds no clock:
+deadlines are the controller's timers.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from broker.core.requests import Request
+
+_Line = OrderedDict[bytes, Request]
+
+
+class ModelQueue:
+    """Requests by priority, user and age. All operations but `position` and a rare out-of-order
+    insertion take constant time."""
+
+    __slots__ = ("_levels", "bytes", "last_served", "requests")
+
+    def __init__(self) -> None:
+        #: priority → user → requests in order of age. The first user is the next to be served.
+        self._levels: dict[int, OrderedDict[str, _Line]] = {}
+        #: Number of requests.
+        self.requests = 0
+        #: Octets of their bodies and attachments.
+        self.bytes = 0
+        #: Number of the broker's assignment that last came from here (fairness between models).
+        self.last_served = 0
+
+    def add(self, request: Request) -> None:
+        """Put a request in its place by age (`order`) in the line of its user."""
+        users = self._levels.setdefault(request.priority, OrderedDict())
+        line = users.setdefault(request.user_key, OrderedDict())
+        youngest = next(reversed(line.values()), None)
+        line[request.id] = request
+        if youngest is not None and youngest.order > request.order:
+            # A resumed request keeps its age. Rare, so a sort is cheap enough.
+            for entry in sorted(line.values(), key=lambda entry: entry.order):
+                line.move_to_end(entry.id)
+        self.requests += 1
+        self.bytes += request.size_bytes
+
+    def remove(self, request: Request) -> None:
+        """Take out a request that is in the queue."""
+        users = self._levels[request.priority]
+        line = users[request.user_key]
+        del line[request.id]
+        if not line:
+            del users[request.user_key]
+            if not users:
+                del self._levels[request.priority]
+        self.requests -= 1
+        self.bytes -= request.size_bytes
+
+    def take(self) -> Request:
+        """Remove and return the next request; its user goes to the end of the round."""
+        users = self._levels[max(self._levels)]
+        user, line = next(iter(users.items()))
+        request = next(iter(line.values()))
+        users.move_to_end(user)
+        self.remove(request)
+        return request
+
+    def put_back(self, request: Request) -> None:
+        """Undo a `take`: the request and its user are first again."""
+        self.add(request)
+        self._levels[request.priority].move_to_end(request.user_key, last=False)
+
+    def position(self, request: Request) -> int:
+        """How many requests go before this one, if nobody else arrives or leaves."""
+        before = sum(
+            len(line)
+            for priority, users in self._levels.items()
+            if priority > request.priority
+            for line in users.values()
+        )
+        users = self._levels[request.priority]
+        line = users[request.user_key]
+        youngest = next(reversed(line))
+        own = len(line) - 1 if youngest == request.id else list(line).index(request.id)
+        seen_own = False
+        for user, other in users.items():
+            if user == request.user_key:
+                seen_own = True
+            else:
+                # Users ahead in the round have one turn more than those behind.
+                before += min(len(other), own if seen_own else own + 1)
+        return before + own
+
+    def longest_line(self, priority: int) -> tuple[str, Request] | None:
+        """Who has most waiting at the lowest priority, if that is not above `priority`; and the
+        youngest of those requests."""
+        if not self._levels:
+            return None
+        lowest = min(self._levels)
+        if lowest > priority:
+            return None
+        user, line = max(self._levels[lowest].items(), key=lambda item: len(item[1]))
+        return user, next(reversed(line.values()))
+
+    def waiting(self, priority: int, user_key: str) -> int:
+        """How many requests a user has at a priority."""
+        users = self._levels.get(priority)
+        return len(users.get(user_key, ())) if users else 0
+
+    def all(self) -> list[Request]:
+        """Every request, in no promised order."""
+        return [
+            request
+            for users in self._levels.values()
+            for line in users.values()
+            for request in line.values()
+        ]

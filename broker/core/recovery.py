@@ -1,0 +1,175 @@
+"""RESUME, orphans and workers that come back: how a stream outlives sessions (SPEC.md section 6.4).
+
+Functions on the core's state, called by the controller alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from broker.core.requests import Phase, Request
+from broker.protocol import codec, limits
+from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
+from broker.protocol.header import Header, MessageType
+from broker.protocol.messages import Cancel, FailEvent, Held
+from broker.protocol.messages import Request as RequestBody
+
+if TYPE_CHECKING:
+    from broker.core.controller import BrokerCore, Frames
+    from broker.core.sessions import ClientSession
+    from broker.core.workers import Route, WorkerSession
+
+
+def resume(core: BrokerCore, client: ClientSession, head: Header, frames: Frames) -> None:
+    """RESUME: go on with a request where it is, or queue it anew."""
+    try:
+        body = core.read_body(client, head, frames, resumed=True)
+        _resume(core, client, head.id, body, frames[1:])
+    except RequestError as error:
+        core.fail_unqueued(client, head, frames, error)
+
+
+def _resume(
+    core: BrokerCore, client: ClientSession, request_id: bytes, body: RequestBody, frames: Frames
+) -> None:
+    facts = body.resume
+    assert facts is not None, "admission checked it"
+    core.counters["resumes"] += 1
+    known = core.requests.get(request_id)
+    if known is not None and known.phase is not Phase.INTERRUPTED and facts.epoch <= known.epoch:
+        core.counters["stale_resumes"] += 1
+        if known.client is not client:
+            raise RequestError(
+                ErrorCode.DUPLICATE_REQUEST,
+                f"the request is at epoch {known.epoch} already; another session resumed it",
+            )
+        return
+    order = next(core.numbers) if known is None else known.order
+    if known is not None:
+        if known.client is not None and known.client is not client:
+            _take_over(core, known, known.client)
+        if known.worker is not None:
+            _attach(core, client, known, known.worker, body, frames)
+            return
+        core.release(known)
+        core.forget(known)
+    if len(facts.lost_workers) >= 2:
+        raise RequestError(
+            ErrorCode.POISON,
+            f"workers {', '.join(facts.lost_workers[:8])} died while they ran this request; "
+            "it is not given to another one",
+        )
+    request = Request(request_id, body.model, Phase.QUEUED, core.now_s)
+    request.order = order or next(core.numbers)
+    core.enqueue(client, request, body, frames)
+
+
+def _attach(
+    core: BrokerCore,
+    client: ClientSession,
+    request: Request,
+    worker: WorkerSession,
+    body: RequestBody,
+    frames: Frames,
+) -> None:
+    """The worker has it: tell it to go on for this client. No credit is spent."""
+    assert body.resume is not None, "admission checked it"
+    request.client = client
+    request.model = body.model
+    request.kind = body.kind.value
+    request.epoch = body.resume.epoch
+    request.offset = len(body.resume.token_ids)
+    request.window = request.window_told = body.window
+    ttl_s = core.settings.ttl_s if body.ttl_ms is None else body.ttl_ms / 1000
+    request.ttl_until_s = core.now_s + ttl_s
+    if request.phase is Phase.RUNNING:
+        client.requests[request.id] = request
+    core.counters["attached"] += 1
+    core.attach(request, worker, frames, attach=True)
+
+
+def _take_over(core: BrokerCore, request: Request, old: ClientSession) -> None:
+    """Another session resumed the request while this one lives: it must not receive it any more."""
+    old.requests.pop(request.id, None)
+    route = old.routes.get(request.worker.id) if request.worker is not None else None
+    if route is not None and request.phase is Phase.RUNNING:
+        core.divert(route, request.id)
+    error = ErrorInfo(
+        code=ErrorCode.DUPLICATE_REQUEST,
+        message="another session resumed this request; its stream goes on there",
+    )
+    core.send_events(old, FailEvent(request.id, request.epoch, request.offset, error))
+
+
+def without_moved(route: Route, body: bytes) -> bytes:
+    """The body of an OUTPUT without the events of requests that moved to another session. Raises
+    ProtocolError."""
+    events = codec.decode_events(body, limits.MAX_OUTPUT_OCTETS)
+    return codec.encode_events([event for event in events if event.request_id not in route.moved])
+
+
+def orphan(core: BrokerCore, request: Request) -> None:
+    """The client vanished. The request lives on for a while, in case it comes back."""
+    request.orphan_until_s = core.now_s + core.settings.orphan_grace_s
+    core.counters["orphaned"] += 1
+    if request.phase is Phase.QUEUED:
+        # Not worth a slot while nobody listens; a RESUME brings the body again.
+        core.release(request)
+        request.phase = Phase.PARKED
+    core.at(request.orphan_until_s, lambda _: _end_orphan(core, request), None)
+
+
+def _end_orphan(core: BrokerCore, request: Request) -> None:
+    alone = request.client is None and core.requests.get(request.id) is request
+    if not alone or request.phase not in (Phase.PARKED, Phase.RUNNING) or request.cancelled:
+        return
+    if core.now_s < request.orphan_until_s:
+        core.at(request.orphan_until_s, lambda _: _end_orphan(core, request), None)
+        return
+    core.cancel(request, "its client did not come back")
+
+
+def take_in(core: BrokerCore, worker: WorkerSession, holds: list[Held]) -> None:
+    """A worker brought requests along from an earlier session, of this broker or another."""
+    for held in holds:
+        known = core.requests.get(held.request_id)
+        other = known.worker if known is not None else None
+        if known is not None and other is not None:
+            if other.name != worker.name:
+                # It runs elsewhere by now: the one that slept through that must not go on.
+                if held.running:
+                    body = codec.encode(Cancel(reason="resumed at another worker"))
+                    core.send(worker, MessageType.CANCEL, held.request_id, body)
+                continue
+            # Only the same process can know the id: its old connection is dead, unnoticed so far.
+            core.drop_worker(other, "it came back on a new connection", lost=False)
+            known = core.requests.get(held.request_id)
+        _hold(core, worker, held, known)
+
+
+def _hold(core: BrokerCore, worker: WorkerSession, held: Held, known: Request | None) -> None:
+    request = known or Request(held.request_id, "", Phase.INTERRUPTED, core.now_s)
+    waiting = request.phase is Phase.QUEUED
+    client, frames = request.client, request.frames
+    core.release(request)
+    request.phase = Phase.RUNNING if held.running else Phase.ENDED
+    request.worker = worker
+    request.worker_name = worker.name
+    request.cancelled = False
+    core.requests[request.id] = request
+    (worker.running if held.running else worker.ended)[request.id] = request
+    if not held.running:
+        request.outcome = "held"
+        core.keep(request)
+    if waiting and client is not None:
+        # Its RESUME came before the worker did.
+        request.client = client
+        if held.running:
+            client.requests[request.id] = request
+        core.counters["attached"] += 1
+        core.attach(request, worker, frames, attach=True)
+        return
+    request.client = None
+    request.epoch = max(held.epoch, request.epoch)
+    if held.running:
+        orphan(core, request)

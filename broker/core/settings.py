@@ -1,0 +1,118 @@
+"""Options of the core, each once: name, default, unit, reason; `broker.config` makes flags of them.
+
+Plain data; the core never reads an environment or a file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from broker.protocol.limits import (
+    DEFAULT_WINDOW_TOKENS,
+    MAX_ATTACHMENT_OCTETS,
+    MAX_ATTACHMENTS,
+    MAX_ATTACHMENTS_OCTETS,
+    MAX_REQUEST_OCTETS,
+)
+
+
+def option(default: Any, unit: str, reason: str, **more: Any) -> Any:
+    """A dataclass field that carries what `--help` says about it.
+
+    `more` may hold `low` and `high` (bounds) and `choices`.
+    """
+    return field(default=default, metadata={"unit": unit, "reason": reason, **more})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoreSettings:
+    """What the core may be told. The defaults suit one broker for some hundred workers."""
+
+    broker_name: str = option("broker", "", "shown to peers in WELCOME and in bus.version")
+
+    worker_heartbeat_s: float = option(
+        1.0, "s", "a dead worker is found in heartbeat x liveness", low=0.01, high=3600
+    )
+    worker_liveness: int = option(
+        5, "", "silent heartbeats until a worker is lost; 3 to 5 in PPP and MDP", low=1, high=1000
+    )
+    client_heartbeat_s: float = option(
+        5.0, "s", "clients are many and losing one late costs little", low=0.01, high=3600
+    )
+    client_liveness: int = option(
+        3, "", "silent heartbeats until a client is lost", low=1, high=1000
+    )
+
+    max_clients: int = option(4096, "", "one file descriptor and about 30 kB each", low=1)
+    max_workers: int = option(1024, "", "one file descriptor and about 30 kB each", low=1)
+    inflight: int = option(
+        1024, "", "requests of one client queued or running; a gateway is one client", low=1
+    )
+
+    queue_requests: int = option(
+        4096, "", "per model; more would wait longer than people do", low=1
+    )
+    queue_bytes: int = option(
+        256 << 20, "bytes", "per model; pictures wait in the broker's memory", low=1
+    )
+    queue_total_bytes: int = option(1 << 30, "bytes", "all models together", low=1)
+    queue_s: float = option(
+        120.0, "s", "longest wait for a worker where the request names none (queue_ms)", low=0.001
+    )
+    ttl_s: float = option(
+        3600.0, "s", "longest life of a request where it names none (ttl_ms)", low=0.001
+    )
+    model_grace_s: float = option(
+        30.0,
+        "s",
+        "wait for a model that nobody serves yet or any more; the longest back-off of a worker",
+        low=0,
+    )
+    placement: str = option(
+        "least_loaded",
+        "",
+        "which free worker takes a request",
+        choices=("least_loaded", "shortest_queue", "lottery", "affinity"),
+    )
+
+    orphan_grace_s: float = option(
+        30.0, "s", "how long the requests of a vanished client live; its longest back-off", low=0
+    )
+    ended_keep_s: float = option(
+        60.0, "s", "an ended request can be resumed; as long as workers keep them", low=0
+    )
+    ended_keep: int = option(20_000, "", "ended requests remembered; about 1 kB each", low=0)
+    stall_no_work_s: float = option(
+        30.0, "s", "engine without progress gets no new work; a long prefill stays below", low=0.01
+    )
+    stall_lost_s: float = option(120.0, "s", "engine without progress counts as lost", low=0.01)
+    drain_s: float = option(30.0, "s", "deadline of a drain that names none", low=0)
+
+    window_tokens: int = option(
+        DEFAULT_WINDOW_TOKENS, "tokens", "default window of a stream, told in WELCOME", low=1
+    )
+    request_bytes: int = option(
+        MAX_REQUEST_OCTETS,
+        "bytes",
+        "body of a request; at most the protocol's own bound",
+        low=1024,
+        high=MAX_REQUEST_OCTETS,
+    )
+    attachment_bytes: int = option(
+        MAX_ATTACHMENT_OCTETS,
+        "bytes",
+        "one picture; at most the protocol's own bound",
+        low=0,
+        high=MAX_ATTACHMENT_OCTETS,
+    )
+    attachments_bytes: int = option(
+        MAX_ATTACHMENTS_OCTETS,
+        "bytes",
+        "all pictures of a request together",
+        low=0,
+        high=MAX_ATTACHMENTS_OCTETS,
+    )
+    attachments: int = option(
+        MAX_ATTACHMENTS, "", "pictures of a request", low=0, high=MAX_ATTACHMENTS
+    )

@@ -1,0 +1,54 @@
+"""Structured logs: one line for each transition of a session or a request.
+
+`key=value` on a terminal, JSON for machines. Never a prompt, a token or a whole id: who calls gives
+only names, codes, counts and the first 8 hex digits of ids.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Final, TextIO
+
+_RANK: Final = {"debug": 0, "info": 1, "warning": 2, "error": 3}
+
+
+class Logger:
+    """Writes lines to one stream. Where it cannot be written (full disk, closed pipe), the line is
+    lost, never the broker."""
+
+    def __init__(self, stream: TextIO | None = None, *, form: str = "auto", level: str = "info"):
+        self._stream = stream if stream is not None else sys.stderr
+        self._json = form == "json" or (form == "auto" and not self._stream.isatty())
+        self._least = _RANK[level]
+        #: Lines that could not be written.
+        self.lost = 0
+
+    def __call__(self, level: str, event: str, fields: Mapping[str, Any] | None = None) -> None:
+        """Write one line, if `level` is high enough."""
+        if _RANK[level] < self._least:
+            return
+        now = time.time()
+        if self._json:
+            record = {"time": round(now, 3), "level": level, "event": event, **(fields or {})}
+            line = json.dumps(record, default=str)
+        else:
+            clock = time.strftime("%H:%M:%S", time.localtime(now))
+            words = [f"{clock}.{int(now * 1000) % 1000:03d}", level.upper().ljust(7), event]
+            words += [f"{key}={_value(value)}" for key, value in (fields or {}).items()]
+            line = " ".join(words)
+        try:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+        except (OSError, ValueError):
+            self.lost += 1
+
+
+def _value(value: Any) -> str:
+    """Names come from peers: nothing of them may break the line or colour the terminal."""
+    text = str(value)
+    if text.isprintable() and text and not set(text) & set(" \"'="):
+        return text
+    return json.dumps(text)

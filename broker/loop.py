@@ -1,0 +1,420 @@
+"""The one loop of the broker: poll, drain, feed the core, carry out its instructions.
+
+Owns both sockets; nothing else may touch them. Blocks only in `poll`. The back is drained first, so
+that a flood of requests never delays tokens. Never decides anything: that is the core's.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import socket as sockets
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any, Final
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from broker.config import Config
+from broker.core.controller import BrokerCore
+from broker.core.events import (
+    AccessChanged,
+    DisconnectReported,
+    Event,
+    LoopWasLate,
+    MessageReceived,
+    PeerOverflowed,
+    PeerUnreachable,
+    ShutdownForced,
+    ShutdownRequested,
+    Side,
+    Tick,
+)
+from broker.core.instructions import ForgetPeer, Log, ReloadAccess, Send, StopLoop
+from broker.log import Logger
+from broker.protocol import codec
+from broker.protocol.header import MessageType
+from broker.protocol.limits import MAX_FRAMES
+
+BACK_BATCH: Final = 512
+"""Messages taken from the back before the front has its turn: a few milliseconds."""
+FRONT_BATCH: Final = 64
+"""Requests cost more (they are decoded), so fewer."""
+RETRY_S: Final = 0.005
+"""Between attempts to send to a full peer: POLLOUT of a ROUTER is about some peer, not this."""
+CLOSING_S: Final = 5.0
+"""How long what is queued for a peer outlives its session."""
+LONGEST_POLL_S: Final = 1.0
+LATE_S: Final = 0.1
+"""Lateness below this is ordinary scheduling."""
+MONITOR_BATCH: Final = 256
+"""Without descriptors left, accept fails many thousand times a second."""
+NO_EVENTS: Final = codec.pack([])
+HELLO_OCTET: Final = bytes((MessageType.HELLO,))
+SMALL_BYTES: Final = 64 * 1024
+"""Below, copying a frame is cheaper than not copying it."""
+
+
+class _Outgoing:
+    """What waits for one peer whose ZeroMQ queue is full."""
+
+    __slots__ = ("bytes", "give_up_s", "messages")
+
+    def __init__(self) -> None:
+        self.messages: deque[tuple[bytes, ...]] = deque()
+        self.bytes = 0
+        #: The session is over: until then it may still be flushed.
+        self.give_up_s = math.inf
+
+
+class BrokerLoop:
+    """Runs a core on two bound sockets until it says stop."""
+
+    def __init__(
+        self,
+        config: Config,
+        core: BrokerCore,
+        front: zmq.Socket[bytes],
+        back: zmq.Socket[bytes],
+        log: Logger,
+        *,
+        curve: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        reload_access: Callable[[], AccessChanged | None] = lambda: None,
+    ) -> None:
+        """`reload_access` reads keys and allow-lists again; None: nothing to read, or it failed."""
+        self._config = config
+        self._core = core
+        self._sockets = {Side.FRONT: front, Side.BACK: back}
+        self._log = log
+        #: Peers prove a key; it is read with their HELLO.
+        self._curve = curve
+        self._clock = clock
+        self._reload_access = reload_access
+        self._outgoing: dict[Side, dict[bytes, _Outgoing]] = {Side.FRONT: {}, Side.BACK: {}}
+        self._retry_s = math.inf
+        self._read_s = {Side.FRONT: math.inf, Side.BACK: math.inf}
+        self._running = True
+        #: Events that arose while instructions were carried out.
+        self._pending: deque[Event] = deque()
+        self._signals, self._signal_writer = sockets.socketpair()
+        self.figures: dict[str, float] = dict.fromkeys(
+            ("forwarded_total", "late_total", "unsent_total", "outgoing_peers", "wakes_total"), 0.0
+        )
+
+    # --- running ----------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Run until the core says stop. Signals are handled while this runs."""
+        front, back = self._sockets[Side.FRONT], self._sockets[Side.BACK]
+        monitors = {
+            self._monitor(front): Side.FRONT,
+            self._monitor(back): Side.BACK,
+        }
+        poller = zmq.Poller()
+        for readable in (front, back, *monitors):
+            poller.register(readable, zmq.POLLIN)
+        poller.register(self._signals, zmq.POLLIN)
+        self._catch_signals()
+        clock, core = self._clock, self._core
+        busy_since_s = clock()
+        while self._running:
+            before_s = clock()
+            timeout_s = self._timeout_s(before_s)
+            ready = dict(poller.poll(math.ceil(timeout_s * 1000)))
+            now_s = clock()
+            self.figures["wakes_total"] += 1
+            late_s = max(0.0, now_s - before_s - timeout_s) + (before_s - busy_since_s)
+            busy_since_s = now_s
+            if late_s > LATE_S:
+                self.figures["late_total"] += 1
+                self._feed(LoopWasLate(late_s), now_s)
+            if self._signals.fileno() in ready:
+                self._on_signals(now_s)
+            if back not in ready or self._drain_back(now_s):
+                self._read_s[Side.BACK] = now_s
+            if front not in ready or self._drain_front(now_s):
+                self._read_s[Side.FRONT] = now_s
+            for monitor, side in monitors.items():
+                if monitor in ready:
+                    self._on_monitor(monitor, side, now_s)
+            if now_s >= self._retry_s:
+                self._flush(now_s)
+            if now_s >= core.deadline_s():
+                self._feed(Tick(self._read_s[Side.FRONT], self._read_s[Side.BACK]), now_s)
+        self._flush(clock())
+        for socket in (front, back):
+            socket.disable_monitor()
+        for monitor in monitors:
+            monitor.close(linger=0)
+
+    def _timeout_s(self, now_s: float) -> float:
+        due_s = min(self._core.deadline_s(), self._retry_s)
+        return min(max(0.0, due_s - now_s), LONGEST_POLL_S)
+
+    def _feed(self, event: Event, now_s: float) -> None:
+        """Tell the core a fact, and the facts that come of carrying out what it wants."""
+        self._carry_out(event, now_s)
+        self._feed_pending(now_s)
+
+    def _feed_pending(self, now_s: float) -> None:
+        while self._pending:
+            self._carry_out(self._pending.popleft(), now_s)
+
+    def _carry_out(self, event: Event, now_s: float) -> None:
+        for instruction in self._core.handle(event, now_s):
+            match instruction:
+                case Send(side, routing_id, frames, last):
+                    self._send(side, routing_id, frames, last, now_s)
+                case Log(level, what, fields):
+                    self._log(level, what, fields)
+                case ForgetPeer(side, routing_id):
+                    self._outgoing[side].pop(routing_id, None)
+                case ReloadAccess():
+                    self._reload()
+                case StopLoop():
+                    self._running = False
+
+    # --- receiving --------------------------------------------------------------------------------
+
+    def _drain_back(self, now_s: float) -> bool:
+        """Read workers' messages; True when nothing was left to read."""
+        back, front = self._sockets[Side.BACK], self._sockets[Side.FRONT]
+        receive, send, forward = back.recv, front.send, self._core.forward
+        outgoing = self._outgoing[Side.FRONT]
+        dont_wait, more_follows = zmq.DONTWAIT, zmq.DONTWAIT | zmq.SNDMORE
+        forwarded = 0
+        try:
+            for _ in range(BACK_BATCH):
+                routing_id = receive(dont_wait)
+                head = receive(dont_wait)
+                way = forward(routing_id, head, now_s)
+                if way is None:
+                    self._feed(self._message(Side.BACK, routing_id, head), now_s)
+                    continue
+                forwarded += 1
+                client_id, client_head = way
+                body = self._output_body(back, routing_id, now_s)
+                if outgoing and client_id in outgoing:
+                    self._queue(Side.FRONT, client_id, (client_head, body), now_s)
+                    continue
+                try:
+                    send(client_id, more_follows)
+                except zmq.ZMQError as error:
+                    self._not_sent(error, Side.FRONT, client_id, (client_head, body), now_s)
+                    self._feed_pending(now_s)
+                    continue
+                send(client_head, more_follows)
+                send(body, dont_wait)
+        except zmq.Again:
+            return True
+        finally:
+            self.figures["forwarded_total"] += forwarded
+        return False
+
+    def _output_body(self, back: zmq.Socket[bytes], routing_id: bytes, now_s: float) -> bytes:
+        """The body of an OUTPUT whose header is on its way already.
+
+        Asking the socket for RCVMORE costs as much as receiving a frame, the frame's own `more`
+        half of that. A worker that breaks the framing here ends its own session, nobody else's: the
+        client gets an OUTPUT without events, so that its sequence goes on.
+        """
+        try:
+            frame = back.recv(zmq.DONTWAIT, copy=False)
+        except zmq.Again:
+            self._pending.append(MessageReceived(Side.BACK, routing_id, ()))
+            self._feed_pending(now_s)
+            return NO_EVENTS
+        if not frame.more:
+            return frame.bytes
+        self._pending.append(MessageReceived(Side.BACK, routing_id, ()))
+        next_id = frame.bytes
+        if next_id in self._core.workers:
+            # The OUTPUT was a header alone; this is the next message. (Nobody can forge that:
+            # a worker knows no routing id but its own.)
+            self._pending.append(self._message(Side.BACK, next_id, back.recv(zmq.DONTWAIT)))
+        else:
+            self._skip(back)
+        self._feed_pending(now_s)
+        return NO_EVENTS
+
+    def _drain_front(self, now_s: float) -> bool:
+        """Read clients' messages; True when nothing was left to read."""
+        receive = self._sockets[Side.FRONT].recv
+        try:
+            for _ in range(FRONT_BATCH):
+                routing_id = receive(zmq.DONTWAIT)
+                head = receive(zmq.DONTWAIT)
+                self._feed(self._message(Side.FRONT, routing_id, head), now_s)
+        except zmq.Again:
+            return True
+        return False
+
+    def _message(self, side: Side, routing_id: bytes, head: bytes) -> MessageReceived:
+        """Read the rest of a message. Frames beyond the bound are thrown away, and the core is
+        shown one too many."""
+        socket = self._sockets[side]
+        frames = [head]
+        key = ""
+        while socket.getsockopt(zmq.RCVMORE):
+            if self._curve and len(frames) == 1 and head[3:4] == HELLO_OCTET:
+                frame = socket.recv(zmq.DONTWAIT, copy=False)
+                key = str(frame.get("User-Id"))
+                frames.append(frame.bytes)
+            elif len(frames) < MAX_FRAMES:
+                frames.append(socket.recv(zmq.DONTWAIT))
+            else:
+                self._skip(socket)
+        return MessageReceived(side, routing_id, tuple(frames), key)
+
+    @staticmethod
+    def _skip(socket: zmq.Socket[bytes]) -> None:
+        """Throw the rest of a message away."""
+        while socket.getsockopt(zmq.RCVMORE):
+            socket.recv(zmq.DONTWAIT)
+
+    # --- sending ----------------------------------------------------------------------------------
+
+    def _send(
+        self, side: Side, routing_id: bytes, frames: tuple[bytes, ...], last: bool, now_s: float
+    ) -> None:
+        waiting = self._outgoing[side].get(routing_id)
+        if waiting is None:
+            socket = self._sockets[side]
+            try:
+                _send_now(socket, routing_id, frames)
+                return
+            except zmq.ZMQError as error:
+                self._not_sent(error, side, routing_id, frames, now_s)
+                waiting = self._outgoing[side].get(routing_id)
+        else:
+            self._queue(side, routing_id, frames, now_s)
+        if last and waiting is not None:
+            waiting.give_up_s = now_s + CLOSING_S
+
+    def _not_sent(
+        self,
+        error: zmq.ZMQError,
+        side: Side,
+        routing_id: bytes,
+        frames: tuple[bytes, ...],
+        now_s: float,
+    ) -> None:
+        if error.errno == zmq.EAGAIN:
+            self._queue(side, routing_id, frames, now_s)
+        elif error.errno == zmq.EHOSTUNREACH:
+            self.figures["unsent_total"] += 1
+            self._pending.append(PeerUnreachable(side, routing_id))
+        else:
+            raise error
+
+    def _queue(
+        self, side: Side, routing_id: bytes, frames: tuple[bytes, ...], now_s: float
+    ) -> None:
+        """Keep a message for a full peer. Nothing is ever dropped: at the bound the core ends the
+        session, and what was queued goes out if the peer reads again soon."""
+        waiting = self._outgoing[side].setdefault(routing_id, _Outgoing())
+        if waiting.give_up_s < math.inf:
+            return
+        waiting.messages.append(frames)
+        waiting.bytes += sum(map(len, frames))
+        self._retry_s = min(self._retry_s, now_s + RETRY_S)
+        if (
+            len(waiting.messages) == self._config.outgoing_messages + 1
+            or waiting.bytes > self._config.outgoing_bytes
+        ):
+            self._pending.append(PeerOverflowed(side, routing_id))
+
+    def _flush(self, now_s: float) -> None:
+        """Try again what full peers could not take."""
+        for side, peers in self._outgoing.items():
+            socket = self._sockets[side]
+            for routing_id, waiting in list(peers.items()):
+                try:
+                    while waiting.messages:
+                        _send_now(socket, routing_id, waiting.messages[0])
+                        waiting.bytes -= sum(map(len, waiting.messages.popleft()))
+                    del peers[routing_id]
+                except zmq.ZMQError as error:
+                    if error.errno == zmq.EHOSTUNREACH:
+                        del peers[routing_id]
+                        self._pending.append(PeerUnreachable(side, routing_id))
+                    elif error.errno != zmq.EAGAIN:
+                        raise
+                    elif now_s >= waiting.give_up_s:
+                        del peers[routing_id]
+        left = sum(map(len, self._outgoing.values()))
+        self.figures["outgoing_peers"] = left
+        self._retry_s = now_s + RETRY_S if left else math.inf
+        self._feed_pending(now_s)
+
+    # --- beside the messages ----------------------------------------------------------------------
+
+    def _reload(self) -> None:
+        change = self._reload_access()
+        if change is not None:
+            self._pending.append(change)
+
+    def _catch_signals(self) -> None:
+        """Make signals readable, so that `poll` wakes for them."""
+        self._signals.setblocking(False)
+        self._signal_writer.setblocking(False)
+        signal.set_wakeup_fd(self._signal_writer.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)
+
+    def _on_signals(self, now_s: float) -> None:
+        for number in self._signals.recv(64):
+            if number == signal.SIGHUP:
+                self._log("info", "reload asked for by signal")
+                self._reload()
+                self._feed_pending(now_s)
+            elif number in (signal.SIGINT, signal.SIGTERM):
+                event: Event
+                if self._core.shutdown_until_s is None:
+                    grace_s = self._config.shutdown_grace_s
+                    event = ShutdownRequested(grace_s, signal.Signals(number).name)
+                else:
+                    event = ShutdownForced()
+                self._feed(event, now_s)
+
+    @staticmethod
+    def _monitor(socket: zmq.Socket[bytes]) -> zmq.Socket[Any]:
+        """Tells of lost and refused connections. It does not say whose: the core probes."""
+        watched = (
+            zmq.EVENT_DISCONNECTED
+            | zmq.EVENT_ACCEPT_FAILED
+            | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        )
+        monitor: zmq.Socket[Any] = socket.get_monitor_socket(watched)
+        return monitor
+
+    def _on_monitor(self, monitor: zmq.Socket[Any], side: Side, now_s: float) -> None:
+        seen: Counter[int] = Counter()
+        try:
+            for _ in range(MONITOR_BATCH):
+                event = recv_monitor_message(monitor, zmq.DONTWAIT)
+                seen[event["event"]] += 1
+        except zmq.Again:
+            pass
+        if seen.pop(zmq.EVENT_DISCONNECTED, 0):
+            self._feed(DisconnectReported(side), now_s)
+        for number, count in seen.items():
+            name = str(zmq.Event(number).name).lower()
+            self.figures[f"{name}_total"] = self.figures.get(f"{name}_total", 0.0) + count
+            self._log(
+                "warning", "connection refused", {"side": side.value, "why": name, "n": count}
+            )
+
+
+def _send_now(socket: zmq.Socket[bytes], routing_id: bytes, frames: tuple[bytes, ...]) -> None:
+    """Send a whole message or raise `zmq.ZMQError`: only the first frame can fail."""
+    socket.send(routing_id, zmq.DONTWAIT | zmq.SNDMORE)
+    last = len(frames) - 1
+    for index, frame in enumerate(frames):
+        flags = zmq.DONTWAIT | zmq.SNDMORE if index < last else zmq.DONTWAIT
+        socket.send(frame, flags, copy=len(frame) < SMALL_BYTES)
