@@ -58,7 +58,6 @@ class Connection:
         "liveness",
         "models_told",
         "name",
-        "renewed_s",
         "routes",
         "session",
         "silent",
@@ -75,7 +74,6 @@ class Connection:
         self.until_s = now_s
         #: The broker's own name, once it told it.
         self.name = ""
-        self.renewed_s = -math.inf
         #: The absence of this broker was told; not again until it was there.
         self.told_absent = False
         self._reset(now_s)

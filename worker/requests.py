@@ -229,8 +229,9 @@ class Requests:
             stream.ttl_until_s = now_s + assign.ttl_ms / 1000
             self._at(stream.ttl_until_s, _Timer.TTL, stream)
 
-    def renounce(self, stream: Stream) -> None:
+    def renounce(self, connection: Connection, stream: Stream) -> None:
         """Stop a running request whose place a new run takes, slot included."""
+        connection.held.discard(stream.request_id)  # for this broker it goes on
         self.abandon(stream)
         self._slotless.add(stream.job_id)
 

@@ -54,8 +54,12 @@ from worker.instructions import (
 )
 from worker.requests import Requests
 
+STARVED_S = 2.0
+"""A broker without credit for so long may have some that an idle one sits on."""
 RENEW_INTERVAL_S = 10.0
-"""Between two renewals of an idle session that sits on credit which another broker lacks."""
+"""Between two renewals of an idle session for that."""
+RENEWAL_S = 3.0
+"""How long the credit of a broker whose session is renewed is kept for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,10 @@ class WorkerCore:
         self._requests = Requests(
             self._connections, settings.grace_s, settings.kept_s, settings.window_wait_s
         )
+        # Credit: since when a broker has none, and whose session was renewed, and when.
+        self._starved_s = math.inf
+        self._renewed = -1
+        self._renewed_s = -math.inf
         # Stopping.
         self._drain_until_s = math.inf
         self._exited = False
@@ -282,7 +290,8 @@ class WorkerCore:
         self._part(connection, "closed", "credit is moved to another broker", now_s)
         self._out.append(CloseSocket(connection.index, linger=True))
         self._requests.orphan(connection, now_s)
-        connection.renewed_s = now_s
+        self._renewed, self._renewed_s = connection.index, now_s
+        self._starved_s = math.inf
         connection.lost(now_s)
         connection.until_s = now_s
 
@@ -437,7 +446,7 @@ class WorkerCore:
             # What is held here is not what this client has: it is run on from what the client has.
             renounced = stream.running
             if renounced:
-                requests.renounce(stream)
+                requests.renounce(connection, stream)
             else:
                 requests.forget(stream)
         if not renounced:
@@ -477,7 +486,7 @@ class WorkerCore:
         retryable: bool = False,
     ) -> None:
         """REJECT gives the credit back at once, where there is a slot behind it."""
-        self._distribute()
+        self._distribute(now_s)
         error = ErrorInfo(code=code.value, message=message, retryable=retryable)
         connection.announced = connection.granted
         reject = Reject(error=error, granted=connection.granted)
@@ -488,35 +497,50 @@ class WorkerCore:
 
     # --- credit -----------------------------------------------------------------------------------
 
-    def _distribute(self) -> None:
-        """Grant every free slot, each to the broker that has the least to spend."""
+    def _distribute(self, now_s: float) -> None:
+        """Grant every free slot, each to the broker that has the least to spend.
+
+        A broker whose session is being renewed will have its share: it is left for it.
+        """
         if self._state is not WorkerState.READY:
             return
-        takers = [c for c in self._connections if c.open]
-        if not takers:
-            return
-        free = self.capacity - self.running - sum(c.unused for c in self._connections if c.open)
-        for _ in range(free):
-            min(takers, key=lambda c: c.unused).granted += 1
+        returning = now_s < self._renewed_s + RENEWAL_S
+        shares = {
+            connection.index: connection.unused
+            for connection in self._connections
+            if connection.open or (returning and connection.index == self._renewed)
+        }
+        free = self.capacity - self.running - sum(shares.values())
+        for _ in range(free if shares else 0):
+            index = min(shares, key=lambda index: (shares[index], index))
+            shares[index] += 1
+            if self._connections[index].open:
+                self._connections[index].granted += 1
 
     def _balance(self, now_s: float) -> None:
-        """Credit never falls, so an idle broker's surplus moves by a new session with it."""
-        takers = [c for c in self._connections if c.open]
-        if self._state is not WorkerState.READY or len(takers) < 2:
+        """Credit never falls, so an idle broker's surplus moves by a new session with it.
+
+        Only for a broker that had none to spend for a while: a new session costs the idle one a
+        moment without this worker.
+        """
+        takers = [connection for connection in self._connections if connection.open]
+        starved = len(takers) > 1 and min(connection.unused for connection in takers) == 0
+        if self._state is not WorkerState.READY or not starved:
+            self._starved_s = math.inf
             return
-        least = min(c.unused for c in takers)
-        for connection in takers:
-            surplus = connection.unused - least
-            rested = now_s - connection.renewed_s >= RENEW_INTERVAL_S
-            if surplus >= 2 and rested and connection.idle:
-                self._renew(connection, now_s)
-                return
+        self._starved_s = min(self._starved_s, now_s)
+        rested = now_s - self._renewed_s >= RENEW_INTERVAL_S
+        if rested and now_s - self._starved_s >= STARVED_S:
+            for connection in takers:
+                if connection.unused >= 2 and connection.idle:
+                    self._renew(connection, now_s)
+                    return
 
     def _settle(self, now_s: float) -> None:
         """After every fact: grant what is free, send what is ready, leave when all is done."""
         if self._exited:
             return
-        self._distribute()
+        self._distribute(now_s)
         self._requests.flush(now_s)
         for connection in self._connections:
             if connection.open and connection.announced != connection.granted:

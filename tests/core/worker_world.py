@@ -1,0 +1,393 @@
+"""A worker's core with brokers and an engine played by the test, on a hand-wound clock.
+
+Brokers here speak the real protocol: their messages are encoded and the worker's are decoded and
+checked (sequence numbers, credit), so that a test reads and writes only facts.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from broker.protocol import codec, header
+from broker.protocol.errors import ErrorInfo
+from broker.protocol.header import NO_ID, Flag, MessageType
+from broker.protocol.messages import (
+    Assign,
+    BusLimits,
+    Cancel,
+    Drain,
+    EndEvent,
+    FailEvent,
+    Goodbye,
+    Heartbeat,
+    ModelInfo,
+    OutputEvent,
+    Params,
+    Refuse,
+    Reject,
+    Request,
+    Resume,
+    TokensEvent,
+    Welcome,
+    Window,
+)
+from worker import events as fact
+from worker import instructions as order
+from worker.engines.base import Capabilities
+from worker.session import Settings, WorkerCore
+
+MODEL = "demo"
+ROUTE = b"\x11" * 16
+OTHER_ROUTE = b"\x22" * 16
+
+
+def request_id(number: int) -> bytes:
+    """The id of the test's n-th request."""
+    return bytes((1,)) + number.to_bytes(15, "big")
+
+
+def body(
+    window: int = 1 << 20,
+    resume: Resume | None = None,
+    model: str = MODEL,
+    **params: Any,
+) -> bytes:
+    """A client's REQUEST or RESUME body."""
+    return codec.encode(
+        Request(model=model, prompt="p", window=window, resume=resume, params=Params(**params))
+    )
+
+
+def resume(epoch: int, tokens: list[int], characters: int, prompt_seen: bool = False) -> Resume:
+    """What a client has."""
+    return Resume(
+        epoch=epoch, token_ids=tokens, text_characters=characters, prompt_seen=prompt_seen
+    )
+
+
+@dataclass
+class Answer:
+    """What a client has put together of one request, as SPEC.md section 6.1 tells it to."""
+
+    epoch: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[Any] = field(default_factory=list)
+    end: EndEvent | FailEvent | None = None
+
+    def take(self, event: OutputEvent) -> None:
+        """Take the next event; a gap or a repetition fails the test."""
+        if event.epoch != self.epoch:
+            return
+        assert self.end is None, "an event after the end"
+        if isinstance(event, TokensEvent):
+            assert event.offset == len(self.token_ids), "a gap or a repetition"
+            self.token_ids += event.token_ids
+            self.text += event.text
+            self.logprobs += event.logprobs or []
+        elif isinstance(event, EndEvent):
+            assert event.offset == len(self.token_ids)
+            self.text += event.text
+            self.end = event
+        elif isinstance(event, FailEvent):
+            self.end = event
+
+    def resume(self) -> Resume:
+        """What a RESUME says of it; from now on only the new epoch counts."""
+        self.epoch += 1
+        return resume(self.epoch, list(self.token_ids), len(self.text))
+
+
+class Broker:
+    """One broker: a session's two counters, its view of the credit, and what came."""
+
+    def __init__(self, world: World, index: int) -> None:
+        self.world = world
+        self.index = index
+        self.session = NO_ID
+        self.granted = 0
+        self.assigned = 0
+        self.messages: list[tuple[header.Header, Any]] = []
+        self.finished: list[tuple[bytes, str]] = []
+        self.started: list[bytes] = []
+        self.outputs: list[tuple[bytes, list[OutputEvent]]] = []
+        self.answers: dict[bytes, Answer] = {}
+        self.routes: dict[int, bytes] = {}
+        self.up = False
+        self._sent = self._heard = 0
+
+    @property
+    def free(self) -> int:
+        return self.granted - self.assigned
+
+    def came(self, type_: MessageType) -> list[Any]:
+        """Bodies of all messages of a type."""
+        return [content for head, content in self.messages if head.type is type_]
+
+    def answer(self, number: int) -> Answer:
+        return self.answers.setdefault(request_id(number), Answer())
+
+    # --- what it says -----------------------------------------------------------------------------
+
+    def say(self, type_: MessageType, id_: bytes, *frames: bytes) -> None:
+        head = header.encode(type_, id_, self._sent)
+        self._sent += 1
+        self.world.tell(fact.MessageReceived(self.index, (head, *frames)))
+
+    def connect(self, welcome: bool = True) -> None:
+        """The worker's socket gets through; HELLO is answered."""
+        assert self.index in self.world.sockets, "the worker opened no socket"
+        self.up = True
+        self._sent = self._heard = 0
+        self.granted = self.assigned = 0
+        self.world.tell(fact.Connected(self.index))
+        if welcome:
+            self.session = bytes((9, self.index)) + bytes(14)
+            self.say(MessageType.WELCOME, self.session, codec.encode(WELCOME))
+
+    def lose(self) -> None:
+        """The connection breaks."""
+        self.up = False
+        self.world.tell(fact.Disconnected(self.index, "reset"))
+
+    def assign(
+        self,
+        number: int,
+        route: bytes = ROUTE,
+        epoch: int = 0,
+        attach: bool = False,
+        ttl_ms: int | None = None,
+        attachments: tuple[bytes, ...] = (),
+        request: bytes | None = None,
+        **fields: Any,
+    ) -> None:
+        """ASSIGN a request; `fields` go into the client's body."""
+        if not attach:
+            self.assigned += 1
+        given: Resume | None = fields.get("resume")
+        seen = self.answer(number)
+        if given is not None:
+            epoch = given.epoch
+        elif epoch == 0 and route != self.routes.get(number, route):
+            given = resume(1, [], 0)  # another client with the same id has nothing
+        if given is not None:
+            del seen.token_ids[len(given.token_ids) :]
+            seen.text = seen.text[: given.text_characters]
+            seen.end = None
+        self.routes[number] = route
+        assign = Assign(reply_to=route, epoch=epoch, ttl_ms=ttl_ms, attach=attach)
+        seen.epoch = epoch
+        self.say(
+            MessageType.ASSIGN,
+            request_id(number),
+            codec.encode(assign),
+            body(**fields) if request is None else request,
+            *attachments,
+        )
+
+    def cancel(self, number: int) -> None:
+        self.say(MessageType.CANCEL, request_id(number), codec.encode(Cancel()))
+
+    def window(self, number: int, limit: int) -> None:
+        self.say(MessageType.WINDOW, request_id(number), codec.encode(Window(limit=limit)))
+
+    def beat(self) -> None:
+        self.say(MessageType.HEARTBEAT, self.session, codec.encode(Heartbeat()))
+
+    def drain(self, deadline_ms: int = 0) -> None:
+        message = Drain(reason="test", deadline_ms=deadline_ms)
+        self.say(MessageType.DRAIN, self.session, codec.encode(message))
+
+    def goodbye(self) -> None:
+        self.say(MessageType.GOODBYE, self.session, codec.encode(Goodbye(reason="shutdown")))
+
+    def refuse(self, fatal: bool, retry_after_ms: int | None = None) -> None:
+        error = ErrorInfo(code="forbidden", message="no", retry_after_ms=retry_after_ms)
+        self.say(MessageType.REFUSE, NO_ID, codec.encode(Refuse(error=error, fatal=fatal)))
+
+    # --- what it hears ----------------------------------------------------------------------------
+
+    def hear(self, frames: tuple[bytes, ...]) -> None:
+        head = header.decode(frames[0])
+        assert head.sequence == self._heard, "the worker's sequence has a gap"
+        self._heard += 1
+        if head.type is MessageType.OUTPUT:
+            events = codec.decode_events(frames[1], 1 << 20)
+            self.outputs.append((head.id, events))
+            for event in events:
+                self.answers.setdefault(event.request_id, Answer()).take(event)
+            if head.flags & Flag.LEDGER:
+                ledger = codec.decode_ledger(frames[2], 1 << 20)
+                self._grant(ledger.granted)
+                self.finished += [(f.request_id, f.outcome) for f in ledger.finished]
+                self.started += ledger.started
+            else:
+                assert len(frames) == 2
+            self.messages.append((head, events))
+            return
+        content = codec.decode(TYPES[head.type], frames[1], 1 << 22)
+        self.messages.append((head, content))
+        granted = getattr(content, "granted", None)
+        if granted is not None:
+            self._grant(granted)
+
+    def _grant(self, granted: int) -> None:
+        assert granted >= self.granted, "credit fell"
+        self.granted = granted
+
+
+from broker.protocol.messages import Credit, Hello  # noqa: E402
+
+TYPES: dict[MessageType, type] = {
+    MessageType.HELLO: Hello,
+    MessageType.HEARTBEAT: Heartbeat,
+    MessageType.GOODBYE: Goodbye,
+    MessageType.DRAIN: Drain,
+    MessageType.CREDIT: Credit,
+    MessageType.REJECT: Reject,
+}
+WELCOME = Welcome(
+    version=1,
+    broker="b",
+    heartbeat_interval_ms=1000,
+    liveness=5,
+    limits=BusLimits(
+        request_bytes=1 << 23,
+        attachment_bytes=1 << 24,
+        attachments_bytes=1 << 26,
+        attachments=16,
+        inflight=256,
+    ),
+    window=4096,
+)
+
+
+class World:
+    """The core, its brokers, its engine, and the time."""
+
+    def __init__(self, brokers: int = 1, capacity: int = 2, **settings: Any) -> None:
+        self.now_s = 1000.0
+        self.capacity = capacity
+        addresses = tuple(f"tcp://b{index}:1" for index in range(brokers))
+        self.core = WorkerCore(
+            Settings(name="w", brokers=addresses, models=(MODEL,), **settings),
+            self.now_s,
+            random.Random(7),
+        )
+        self.brokers = [Broker(self, index) for index in range(brokers)]
+        self.sockets: set[int] = set()
+        #: Jobs of the engine, by job id: the request's body.
+        self.jobs: dict[bytes, bytes] = {}
+        self.attachments: dict[bytes, tuple[bytes, ...]] = {}
+        self.cancels: list[bytes] = []
+        self.restarts: list[str] = []
+        self.logs: list[order.Log] = []
+        self.exit: order.Exit | None = None
+
+    # --- facts ------------------------------------------------------------------------------------
+
+    def tell(self, event: fact.Event) -> None:
+        for instruction in self.core.handle(event, self.now_s):
+            self._do(instruction)
+        if self.exit is None:
+            self.core.invariants()
+
+    def _do(self, instruction: order.Instruction) -> None:
+        match instruction:
+            case order.Send(broker, frames):
+                assert broker in self.sockets, "sent to a closed socket"
+                self.brokers[broker].hear(frames)
+            case order.OpenSocket(broker):
+                assert broker not in self.sockets, "two sockets to one broker"
+                self.sockets.add(broker)
+            case order.CloseSocket(broker):
+                self.sockets.remove(broker)
+                self.brokers[broker].up = False
+            case order.EngineAdd(job_id, content, attachments):
+                assert job_id not in self.jobs, "a job was added twice"
+                self.jobs[job_id] = content
+                self.attachments[job_id] = attachments
+                held = len(self.jobs) - len(self.cancels)
+                assert held <= self.capacity, "the engine holds more than its slots"
+            case order.EngineCancel(job_id):
+                self.cancels.append(job_id)
+            case order.RestartEngine(reason):
+                self.restarts.append(reason)
+            case order.Log():
+                self.logs.append(instruction)
+            case order.Exit():
+                self.exit = instruction
+
+    def advance(self, seconds: float, brokers_live: bool = True) -> None:
+        """Let time pass; every timer fires at its time, and living brokers send heartbeats."""
+        until_s = self.now_s + seconds
+        while self.now_s < until_s and self.exit is None:
+            due_s = min(self.core.deadline_s(), until_s)
+            beat_s = math.floor(self.now_s) + 1.0 if brokers_live else math.inf
+            self.now_s = max(self.now_s, min(due_s, beat_s))
+            if brokers_live and self.now_s == beat_s:
+                for broker in self.brokers:
+                    if broker.up:
+                        broker.beat()
+            if self.exit is None and self.core.deadline_s() <= self.now_s:
+                self.tell(fact.Tick())
+
+    # --- engine -----------------------------------------------------------------------------------
+
+    def ready(self, capacity: int | None = None) -> None:
+        """The engine is loaded."""
+        info = ModelInfo(name=MODEL, context_tokens=1000)
+        capabilities = Capabilities("echo", "cpu", (info,), capacity or self.capacity)
+        self.tell(fact.EngineReady(capabilities))
+
+    def step(self, *events: list[Any]) -> None:
+        self.tell(fact.EngineStepped(list(events)))
+
+    def generate(self, number: int, *token_ids: int, job: bytes | None = None) -> None:
+        """A step that brings one event: tokens whose text is their number and a space."""
+        text = "".join(f"{token} " for token in token_ids)
+        self.step([0, job or request_id(number), list(token_ids), text, None])
+
+    def end(
+        self, number: int, reason: str = "stop", text: str = "", job: bytes | None = None
+    ) -> None:
+        """The engine ends a job."""
+        job = job or request_id(number)
+        self._gone(job)
+        usage = {"prompt_tokens": 1, "completion_tokens": 2}
+        self.step([1, job, reason, text, usage, {}, None, None])
+
+    def fail(self, number: int, code: str = "engine_error", retryable: bool = False) -> None:
+        self._gone(request_id(number))
+        error = {"code": code, "message": "m"} | ({"retryable": True} if retryable else {})
+        self.step([2, request_id(number), error, {}])
+
+    def _gone(self, job: bytes) -> None:
+        del self.jobs[job]
+        self.cancels = [other for other in self.cancels if other != job]
+
+    def obey_cancels(self) -> None:
+        """The engine's next step answers every cancel."""
+        for job in list(self.cancels):
+            if job in self.jobs:
+                self._gone(job)
+                self.step([1, job, "cancelled", "", {}, {}, None, None])
+        self.cancels.clear()
+
+
+def serving(brokers: int = 1, capacity: int = 2, **settings: Any) -> World:
+    """A worker with a loaded engine that is connected to all of its brokers."""
+    world = World(brokers, capacity, **settings)
+    world.tell(fact.Tick())
+    for broker in world.brokers:
+        broker.connect()
+    world.ready()
+    return world
+
+
+def text_of(*token_ids: int) -> str:
+    """The text that `World.generate` makes."""
+    return "".join(f"{token} " for token in token_ids)
