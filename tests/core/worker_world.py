@@ -18,11 +18,13 @@ from broker.protocol.messages import (
     Assign,
     BusLimits,
     Cancel,
+    Credit,
     Drain,
     EndEvent,
     FailEvent,
     Goodbye,
     Heartbeat,
+    Hello,
     ModelInfo,
     OutputEvent,
     Params,
@@ -238,8 +240,6 @@ class Broker:
         assert granted >= self.granted, "credit fell"
         self.granted = granted
 
-
-from broker.protocol.messages import Credit, Hello  # noqa: E402
 
 TYPES: dict[MessageType, type] = {
     MessageType.HELLO: Hello,
