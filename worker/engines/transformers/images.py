@@ -19,7 +19,12 @@ from broker.protocol.errors import ErrorCode, RequestError
 
 __all__ = ["FORMATS", "DecodedImage", "ImageLimits", "decode_image"]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM", "AVIF")
+Image.init()
+FORMATS = tuple(
+    name
+    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+    if name in Image.OPEN
+)
 """Formats that people send. Anything else Pillow knows (EPS runs Ghostscript, PSD, FITS, ...) only
 widens what a stranger may reach."""
 

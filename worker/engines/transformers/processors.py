@@ -54,7 +54,7 @@ def pictures_only(base: Any) -> Any:
             return None
         return super(result, self).check_argument_for_proper_class(name, argument)
 
-    def parts(cls: Any, path: Any, processor_dict: Any = None, **options: Any) -> list[Any]:
+    def parts(cls: type[Any], path: Any, /, processor_dict: Any = None, **options: Any) -> Any:
         options.pop("subfolder", None)
         loaded: list[Any] = []
         for name in cls.get_attributes():

@@ -73,7 +73,7 @@ class PromptBuilder:
         images = self._decode(job)
         with self._lock:
             if request.token_ids is not None:
-                return self._from_ids(request.token_ids, images)
+                return self._fit(self._from_ids(request.token_ids, images), request)
             if request.kind is Kind.COMPLETE:
                 text, add_special = self._raw_text(request, len(images))
             else:

@@ -228,7 +228,9 @@ class SlotRunner:
 
     def _reserve(self, rows: int, length: int) -> bool:
         used = max((sequence.filled for sequence in self._rows), default=0)
-        return self.cache.reserve(rows, length, len(self._rows), used)
+        # What was promised to prompts that are still being computed stays theirs.
+        promised = max((sequence.total for sequence in self._rows[self._active :]), default=0)
+        return self.cache.reserve(rows, max(length, promised), len(self._rows), used)
 
     def _too_large(self, sequence: Sequence) -> ErrorInfo:
         return ErrorInfo(
