@@ -1,0 +1,336 @@
+"""The echo engine keeps the rules of every engine, and its faults strike where they are told to."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import pytest
+
+from broker.protocol.messages import (
+    FinishReason,
+    ImagePart,
+    Kind,
+    Message,
+    Params,
+    Request,
+    Resume,
+    TextPart,
+)
+from worker.engines import echo, registry
+from worker.engines.base import (
+    Ended,
+    EngineEvent,
+    EngineLoadError,
+    EngineOptions,
+    Failed,
+    Job,
+    PromptFacts,
+    Tokens,
+)
+
+MODEL = "echo"
+
+
+def build(slots: int = 4, **engine_args: object) -> echo.EchoEngine:
+    """An engine with these options."""
+    arguments = {key: str(value) for key, value in engine_args.items()}
+    options = EngineOptions(engine="echo", slots=slots, engine_args=arguments)
+    return echo.build(options, lambda fraction, note: None)
+
+
+def job(
+    prompt: str = "one two three",
+    number: int = 1,
+    resume: Resume | None = None,
+    kind: Kind = Kind.COMPLETE,
+    attachments: tuple[bytes, ...] = (),
+    options: dict[str, Any] | None = None,
+    **params: Any,
+) -> Job:
+    """A completion of `prompt`; `params` are those of the request."""
+    request = Request(
+        model=MODEL,
+        kind=kind,
+        prompt=prompt,
+        params=Params(**params),
+        template_args={"echo": options} if options else {},
+        window=1 << 20,
+        resume=resume,
+        attachments=[],
+    )
+    return Job(bytes((number,)) * 16, request, attachments)
+
+
+def run(engine: echo.EchoEngine, *jobs: Job) -> dict[bytes, list[EngineEvent]]:
+    """Step until idle; each job's events. A job that ends twice fails the test."""
+    for one in jobs:
+        engine.add(one)
+    events: dict[bytes, list[EngineEvent]] = {one.request_id: [] for one in jobs}
+    while engine.busy:
+        for event in engine.step():
+            of_job = events[event.request_id]
+            assert not of_job or not isinstance(of_job[-1], Ended | Failed), "it ended twice"
+            of_job.append(event)
+    return events
+
+
+def answer(engine: echo.EchoEngine, one: Job) -> tuple[list[int], str, Ended]:
+    """Token ids, text and end of a job that must not fail."""
+    events = run(engine, one)[one.request_id]
+    end = events[-1]
+    assert isinstance(end, Ended), end
+    ids = [token for event in events if isinstance(event, Tokens) for token in event.token_ids]
+    text = "".join(event.text for event in events if isinstance(event, Tokens)) + end.text
+    return ids, text, end
+
+
+def failure(engine: echo.EchoEngine, one: Job) -> str:
+    """Error code of a job that must fail."""
+    event = run(engine, one)[one.request_id][-1]
+    assert isinstance(event, Failed)
+    return event.error.code
+
+
+# --- tokens ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", ["", "hello", " badaba bad", "Grüße, 世界 🙂", "a  b\n\tc", echo.words()[4095]]
+)
+def test_text_survives_tokens_and_back(text: str) -> None:
+    assert echo.detokenize(echo.tokenize(text)) == text
+
+
+def test_the_vocabulary_has_no_word_twice() -> None:
+    assert len(set(echo.words())) == echo.WORDS
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+def test_a_completion_is_echoed_token_by_token() -> None:
+    ids, text, end = answer(build(), job("Hello, Welt: äöü 🙂"))
+    assert text == "Hello, Welt: äöü 🙂"
+    assert ids == echo.tokenize(text)
+    assert end.finish_reason is FinishReason.STOP
+    assert end.usage.completion_tokens == end.usage.prompt_tokens == len(ids)
+
+
+def test_a_chat_echoes_the_last_user_message_and_names_its_pictures() -> None:
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", 64, 48)
+    request = Request(
+        model=MODEL,
+        messages=[
+            Message(role="user", content=[ImagePart(attachment=1), TextPart(text="first")]),
+            Message(role="assistant", content="yes"),
+            Message(role="user", content=[TextPart(text="second"), ImagePart(attachment=0)]),
+        ],
+        window=1 << 20,
+    )
+    _, text, end = answer(build(), Job(b"\x01" * 16, request, (png, b"jpeg")))
+    assert text == "2 images: 4 octets, 64x48. second"
+    assert end.usage.image_tokens == 2
+
+
+@pytest.mark.parametrize(("prompt", "pictures"), [("no place", 1), ("<image> <image>", 1)])
+def test_a_wrong_number_of_pictures_is_told(prompt: str, pictures: int) -> None:
+    assert failure(build(), job(prompt, attachments=(b"x",) * pictures)) == "invalid_request"
+
+
+def test_max_tokens_ends_with_length_and_ignore_eos_goes_on() -> None:
+    ids, _, end = answer(build(), job("abc", max_tokens=2))
+    assert (len(ids), end.finish_reason) == (2, FinishReason.LENGTH)
+    ids, text, end = answer(build(), job("abc", max_tokens=8, ignore_eos=True))
+    assert (text, end.finish_reason) == ("abcabcab", FinishReason.LENGTH)
+    assert answer(build(), job("abc", min_tokens=5))[1] == "abcab"
+
+
+def test_an_empty_prompt_has_an_empty_answer() -> None:
+    ids, text, end = answer(build(), job(""))
+    assert (ids, text, end.finish_reason) == ([], "", FinishReason.STOP)
+
+
+@pytest.mark.parametrize("tokens_per_step", [1, 3, 100])
+def test_stop_strings_cut_exactly_and_hold_back_what_may_become_one(tokens_per_step: int) -> None:
+    engine = build(tokens_per_step=tokens_per_step)
+    _, text, end = answer(engine, job("one STO two STOP three", stop=["STOP", "zzz"]))
+    assert (text, end.stopped_by) == ("one STO two ", "STOP")
+    _, text, _ = answer(engine, job("one STOP", stop=["STOP"], include_stop=True))
+    assert text == "one STOP"
+    _, text, _ = answer(engine, job("one STO", stop=["STOP"]))
+    assert text == "one STO", "what was held back comes with the end"
+    _, text, end = answer(engine, job("abc", stop_token_ids=[ord("b")]))
+    assert (text, end.stopped_by) == ("ab", ord("b"))
+
+
+def test_half_a_character_is_a_token_without_text() -> None:
+    one = job("ü")
+    events = [event for event in run(build(), one)[one.request_id] if isinstance(event, Tokens)]
+    assert [event.text for event in events] == ["", "ü"]
+
+
+def test_sampled_tokens_depend_on_seed_prompt_and_position_alone() -> None:
+    options = {"mode": "sampled", "answer_tokens": 20}
+    first = answer(build(), job("p", seed=3, options=options))[0]
+    beside = [job("other", number=2, seed=3, options=options), job("p", seed=3, options=options)]
+    events = run(build(), *beside)[beside[1].request_id]
+    again = [t for event in events if isinstance(event, Tokens) for t in event.token_ids]
+    assert first == again
+    assert len(first) == 20
+    assert first != answer(build(), job("p", seed=4, options=options))[0]
+    assert first != answer(build(), job("q", seed=3, options=options))[0]
+
+
+@pytest.mark.parametrize("tokens_per_step", [1, 4])
+@pytest.mark.parametrize("mode", ["echo", "sampled"])
+def test_a_resumed_answer_goes_on_as_the_interrupted_one(mode: str, tokens_per_step: int) -> None:
+    options = {"mode": mode, "answer_tokens": 12, "tokens_per_step": tokens_per_step}
+    stops = ["ST", "bifa"]
+    prompt = "äö one bifu two"
+    whole, text, end = answer(build(), job(prompt, seed=5, options=options, stop=stops))
+    for have in range(len(whole) + 1):
+        for characters in range(len(text) + 1):
+            resume = Resume(epoch=1, token_ids=whole[:have], text_characters=characters)
+            certain = echo._Text(stops, False).push(whole[:have])
+            if characters > len(certain):
+                continue
+            rest = job(prompt, seed=5, options=options, stop=stops, resume=resume)
+            ids, more, resumed_end = answer(build(), rest)
+            assert whole[:have] + ids == whole
+            assert text[:characters] + more == text
+            assert resumed_end.finish_reason == end.finish_reason
+            assert resumed_end.usage.completion_tokens == len(whole)
+
+
+def test_log_probabilities_and_prompt_facts_come_where_asked_for() -> None:
+    one = job("ab", logprobs=2, prompt_logprobs=1, echo=True)
+    events = run(build(), one)[one.request_id]
+    assert isinstance(events[0], PromptFacts)
+    assert (events[0].token_ids, events[0].text) == ([97, 98], "ab")
+    assert events[0].logprobs is not None
+    assert events[0].logprobs[0].logprob is None
+    assert isinstance(events[1], Tokens)
+    assert events[1].logprobs is not None
+    assert (events[1].logprobs[0].token, len(events[1].logprobs[0].top)) == (b"a", 2)
+    seen = job("ab", echo=True, resume=Resume(epoch=1, prompt_seen=True))
+    assert not any(isinstance(event, PromptFacts) for event in run(build(), seen)[seen.request_id])
+
+
+# --- other kinds ----------------------------------------------------------------------------------
+
+
+def test_count_tokenize_template_and_detokenize() -> None:
+    engine = build()
+    assert answer(engine, job("abc", kind=Kind.COUNT))[2].result == {"count": 3}
+    assert answer(engine, job("abc", kind=Kind.TOKENIZE))[2].result == {"token_ids": [97, 98, 99]}
+    messages = [Message(role="user", content="hi")]
+    chat = Request(model=MODEL, kind=Kind.TEMPLATE, messages=messages, window=1)
+    assert answer(engine, Job(b"\x01" * 16, chat))[2].result == {"text": "user: hi\n"}
+    ids = Request(model=MODEL, kind=Kind.DETOKENIZE, token_ids=[97, 98], window=1)
+    assert answer(engine, Job(b"\x01" * 16, ids))[2].result == {"text": "ab"}
+
+
+def test_embeddings_are_float32_rows() -> None:
+    request = Request(model=MODEL, kind=Kind.EMBED, inputs=["ab", [0, 0]], window=1)
+    result = answer(build(), Job(b"\x01" * 16, request))[2].result
+    assert result is not None
+    rows = [struct.unpack("<8f", row) for row in result["embeddings"]]
+    assert rows[1] == (1.0, 0, 0, 0, 0, 0, 0, 0)
+    assert (sum(rows[0]), result["dimensions"]) == (1.0, 8)
+
+
+def test_a_missing_input_is_told() -> None:
+    request = Request(model=MODEL, kind=Kind.EMBED, window=1)
+    assert failure(build(), Job(b"\x01" * 16, request)) == "invalid_request"
+
+
+# --- slots, cancel, faults ------------------------------------------------------------------------
+
+
+def test_no_more_jobs_run_than_there_are_slots() -> None:
+    engine = build(slots=2)
+    jobs = [job("abc", number) for number in range(1, 6)]
+    for one in jobs:
+        engine.add(one)
+    engine.step()
+    assert engine.metrics()["running"] == 2
+    assert engine.metrics()["waiting"] == 3
+    ended: list[bytes] = []
+    while engine.busy:
+        ended += [event.request_id for event in engine.step() if isinstance(event, Ended)]
+    assert ended == [one.request_id for one in jobs]
+
+
+def test_cancel_is_answered_by_the_next_step_and_unknown_ids_do_nothing() -> None:
+    engine = build(slots=1)
+    first, second = job("abc", 1), job("abc", 2)
+    engine.add(first)
+    engine.add(second)
+    engine.step()
+    for one in (first, second):
+        engine.cancel(one.request_id)
+    engine.cancel(b"\xff" * 16)
+    ends = engine.step()
+    assert [(end.request_id, end.finish_reason) for end in ends if isinstance(end, Ended)] == [
+        (first.request_id, FinishReason.CANCELLED),
+        (second.request_id, FinishReason.CANCELLED),
+    ]
+    assert not engine.busy
+
+
+def test_a_prompt_past_the_context_is_refused() -> None:
+    engine = build(context_tokens=10)
+    assert failure(engine, job("x" * 11)) == "context_overflow"
+    assert failure(engine, job("x" * 5, max_tokens=6)) == "context_overflow"
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"), [("error_at", "engine_error"), ("oom_at", "out_of_memory")]
+)
+def test_an_injected_failure_strikes_at_its_token_and_its_request_alone(
+    fault: str, code: str
+) -> None:
+    bad, good = job("abcdef", 1, options={fault: 3, "tokens_per_step": 2}), job("abcdef", 2)
+    events = run(build(), bad, good)
+    end = events[bad.request_id][-1]
+    assert isinstance(end, Failed)
+    assert (end.error.code, end.usage.completion_tokens) == (code, 3)
+    assert isinstance(events[good.request_id][-1], Ended)
+
+
+def test_a_broken_engine_raises_out_of_step() -> None:
+    with pytest.raises(echo.EchoFault):
+        run(build(), job(options={"raise_at": 1}))
+
+
+def test_faults_spare_a_resumed_request_unless_told_otherwise() -> None:
+    resume = Resume(epoch=1, token_ids=[97], text_characters=1)
+    assert answer(build(), job("abc", options={"error_at": 2}, resume=resume))[1] == "bc"
+    always = job("abc", options={"error_at": 2, "fault_resumed": 1}, resume=resume)
+    assert failure(build(), always) == "engine_error"
+
+
+def test_options_stand_in_the_prompt_as_well_and_are_not_echoed() -> None:
+    assert answer(build(), job("[[echo tokens_per_step=9]] abc"))[1] == "abc"
+    assert failure(build(), job("abc [[echo error_at=0]]")) == "engine_error"
+
+
+def test_wrong_options_are_told() -> None:
+    assert failure(build(), job(options={"nonsense": 1})) == "invalid_request"
+    assert failure(build(), job(options={"error_at": "soon"})) == "invalid_request"
+    with pytest.raises(EngineLoadError, match="nonsense"):
+        build(nonsense=1)
+    with pytest.raises(EngineLoadError, match="whole number"):
+        build(context_tokens="many")
+    with pytest.raises(EngineLoadError, match="as asked"):
+        build(load_error="as asked")
+
+
+# --- registry -------------------------------------------------------------------------------------
+
+
+def test_the_registry_knows_the_built_in_engines_and_names_them_when_asked_for_another() -> None:
+    assert registry.load("echo") is echo.build
+    with pytest.raises(EngineLoadError, match="echo, transformers"):
+        registry.load("nosuch")
