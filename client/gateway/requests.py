@@ -36,6 +36,7 @@ __all__ = [
     "JsonSchemaFormat",
     "Sampling",
     "StructuredOutputs",
+    "named_error",
     "parse",
     "refuse_unserved",
     "texts_of",
@@ -304,17 +305,17 @@ def parse(kind: type[Body], octets: bytes) -> Body:
     try:
         return msgspec.json.decode(octets, type=kind)
     except msgspec.ValidationError as error:
-        raise _named(str(error)) from None
+        raise named_error(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid(None, f"The body is not JSON: {error}. Send one JSON object.") from None
     except RecursionError:
         raise invalid(None, "The body is nested too deeply.") from None
 
 
-def _named(message: str) -> GatewayError:
-    path = ""
+def named_error(message: str, path: str = "") -> GatewayError:
+    """The decoder's complaint as an error that names the field; `path` leads to the value."""
     if at := _PATH.search(message):
-        path = at["path"]
+        path = f"{path}.{at['path']}" if path and at["path"] else path or at["path"]
         message = message[: at.start()]
     if unknown := _UNKNOWN.match(message):
         field = f"{path}.{unknown['field']}" if path else unknown["field"]

@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from broker.protocol.errors import ErrorCode
 from client.gateway.errors import GatewayError, describe, error_response
 
 __all__ = ["DONE", "KEEP_ALIVE", "Event", "EventStream", "encode", "until_disconnect"]
 
-KEEP_ALIVE = b": keep-alive\n\n"
+KEEP_ALIVE: Final = b": keep-alive\n\n"
+
+#: Events between the source and the socket; a reader that is slower holds the source back.
+_QUEUED_EVENTS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,24 +94,60 @@ class EventStream(Response):
             await asyncio.gather(leaving, writer, return_exceptions=True)
 
     async def _write(self, scope: Scope, receive: Receive, send: Send) -> None:
+        queue: asyncio.Queue[bytes | BaseException | None] = asyncio.Queue(_QUEUED_EVENTS)
+        # One task drives the source from start to end, as asynchronous generators need it.
+        reader = asyncio.create_task(self._read(queue))
         started = False
         try:
-            async for event in _with_keep_alive(self._source, self._keep_alive_s):
+            while True:
+                try:
+                    async with asyncio.timeout(self._keep_alive_s):
+                        item = await queue.get()
+                except TimeoutError:
+                    item = KEEP_ALIVE
+                if isinstance(item, BaseException) and not started:
+                    self.outcome = describe(item).status
+                    await error_response(item, self._request_id)(scope, receive, send)
+                    return
                 if not started:
                     started = True
                     await self._start(send)
-                await _body(send, KEEP_ALIVE if event is None else encode(event))
+                octets, over = self._gathered(item, queue)
+                await send({"type": "http.response.body", "body": octets, "more_body": not over})
+                if over:
+                    return
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+
+    async def _read(self, queue: asyncio.Queue[bytes | BaseException | None]) -> None:
+        try:
+            async with contextlib.aclosing(self._source):
+                async for event in self._source:
+                    await queue.put(encode(event))
         except Exception as error:
-            told = describe(error)
-            self.outcome = told.status
-            if not started:
-                await error_response(error, self._request_id)(scope, receive, send)
-                return
-            for event in self._on_error(told):
-                await _body(send, encode(event))
-        if not started:
-            await self._start(send)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await queue.put(error)
+        else:
+            await queue.put(None)
+
+    def _gathered(
+        self,
+        item: bytes | BaseException | None,
+        queue: asyncio.Queue[bytes | BaseException | None],
+    ) -> tuple[bytes, bool]:
+        """The octets of `item` and of all that is ready, and whether they are the last."""
+        octets = b""
+        while True:
+            if isinstance(item, BaseException):
+                told = describe(item)
+                self.outcome = told.status
+                return octets + b"".join(map(encode, self._on_error(told))), True
+            if item is None:
+                return octets, True
+            octets += item
+            if queue.empty():
+                return octets, False
+            item = queue.get_nowait()
 
     async def _start(self, send: Send) -> None:
         await send(
@@ -115,34 +155,10 @@ class EventStream(Response):
         )
 
 
-async def _body(send: Send, octets: bytes) -> None:
-    await send({"type": "http.response.body", "body": octets, "more_body": True})
-
-
 async def _disconnected(receive: Receive) -> None:
     message: Message = {"type": ""}
     while message["type"] != "http.disconnect":
         message = await receive()
-
-
-async def _with_keep_alive(source: Source, keep_alive_s: float) -> AsyncIterator[Event | None]:
-    """The events of `source`, and None whenever none came for `keep_alive_s`."""
-    pending: asyncio.Task[Event] | None = None
-    try:
-        while True:
-            pending = asyncio.ensure_future(anext(source))
-            while not (await asyncio.wait({pending}, timeout=keep_alive_s))[0]:
-                yield None
-            try:
-                event = pending.result()
-            except StopAsyncIteration:
-                return
-            yield event
-    finally:
-        if pending is not None and not pending.done():
-            pending.cancel()
-            await asyncio.gather(pending, return_exceptions=True)
-        await source.aclose()
 
 
 T = TypeVar("T")
@@ -164,7 +180,7 @@ async def until_disconnect(work: AsyncGenerator[T, None], receive: Receive) -> l
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise GatewayError("cancelled", "The HTTP client went away.")
+        raise GatewayError(ErrorCode.CANCELLED, "The HTTP client went away.")
     finally:
         leaving.cancel()
         working.cancel()

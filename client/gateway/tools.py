@@ -104,7 +104,7 @@ class _Reader:
     def _is_streamed(self, character: str) -> bool:
         if self._bare_arguments:
             return True
-        if self._key not in _ARGUMENTS or self._in_string and self._depth == 1:
+        if self._key not in _ARGUMENTS or (self._in_string and self._depth == 1):
             return False
         return self._depth >= 2 or (character in "{[" and self._from is None)
 

@@ -1,0 +1,142 @@
+"""`python -m client.gateway`: serve the gateway, or manage its API keys.
+
+Turns every failure to start into one line and an exit code: 2 for a wrong option, 1 for a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from client import BusError
+from client.gateway.config import PREFIX, Config, ConfigError, parse_args
+from client.gateway.keys import KeyFile, KeyFileError, add_key, remove_key
+
+PROGRAM = "python -m client.gateway"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m client.gateway`."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if given[:1] == ["keys"]:
+            return _keys(given[1:])
+        return _serve(parse_args(given))
+    except (ConfigError, KeyFileError) as error:
+        return _complain(str(error), 2)
+    except BusError as error:
+        return _complain(error.message, 2)
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    return code
+
+
+def _serve(config: Config) -> int:
+    try:
+        import uvicorn
+
+        from client.gateway.app import create_app
+    except ImportError as error:
+        return _complain(
+            f"{error.name} is not installed; install the extra: pip install 'tokenbus[gateway]'", 1
+        )
+    logging.basicConfig(
+        level=config.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+    )
+    app = create_app(config)
+    try:
+        listener = _listen(config)
+    except OSError as error:
+        reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error}"
+        return _complain(f"{config.host} port {config.port} {reason}; see --host and --port", 1)
+    scheme = "https" if config.tls_cert is not None else "http"
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    address = f"{scheme}://{host}:{listener.getsockname()[1]}"
+    print(
+        f"tokenbus gateway on {address} (web page), {address}/v1 (OpenAI base_url)"
+        + ("" if config.keys is not None else "; no API keys asked"),
+        flush=True,
+    )
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            ssl_certfile=config.tls_cert,
+            ssl_keyfile=config.tls_key,
+            timeout_graceful_shutdown=int(config.shutdown_s) or 1,
+        )
+    )
+    server.run(sockets=[listener])
+    return 0 if server.started else 1
+
+
+def _listen(config: Config) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((config.host, config.port))
+        listener.set_inheritable(True)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _keys(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog=f"{PROGRAM} keys", description="Manage API keys.")
+    default = Path(os.environ.get(f"{PREFIX}KEYS", "keys.toml"))
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("add", help="make a key and show it once")
+    add.add_argument("name")
+    add.add_argument("--rate-per-minute", type=float, help="requests a minute (no limit)")
+    add.add_argument("--concurrency", type=int, help="requests at once (no limit)")
+    add.add_argument("--max-priority", type=int, default=0, help="highest priority (0)")
+    add.add_argument("--operator", action="store_true", help="may drain workers")
+    add.add_argument(
+        "--many-users", action="store_true", help="fair share by the request's `user` field"
+    )
+    add.add_argument("--model", action="append", help="may use only this model; repeatable")
+    remove = commands.add_parser("remove", help="take a key away")
+    remove.add_argument("name")
+    show = commands.add_parser("list", help="show the keys, without the keys")
+    for command in (add, remove, show):
+        command.add_argument("--file", type=Path, default=default, help=f"key file ({default})")
+    given = parser.parse_args(arguments)
+    if given.command == "add":
+        print(
+            add_key(
+                given.file,
+                given.name,
+                rate_per_minute=given.rate_per_minute,
+                concurrency=given.concurrency,
+                max_priority=given.max_priority,
+                operator=given.operator,
+                many_users=given.many_users,
+                models=given.model,
+            )
+        )
+    elif given.command == "remove":
+        remove_key(given.file, given.name)
+    else:
+        for key in KeyFile(given.file):
+            rate = "" if key.rate_per_minute is None else f" {key.rate_per_minute:g}/min"
+            running = "" if key.concurrency is None else f" {key.concurrency} at once"
+            print(f"{key.name}{rate}{running}{' operator' if key.operator else ''}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""The application: which path is answered by whom, and what surrounds every answer.
+
+`create_app` is what tests and other servers use; `__main__` serves it with uvicorn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from client import AsyncClient, BusError, Timeout
+from client.gateway.config import Config
+from client.gateway.errors import GatewayError, error_response
+from client.gateway.keys import KeyFile
+from client.gateway.metrics import CONTENT_TYPE
+from client.gateway.openai_chat import chat_completions
+from client.gateway.openai_completions import completions
+from client.gateway.openai_embeddings import embeddings
+from client.gateway.openai_models import get_model, list_models
+from client.gateway.openai_responses import (
+    cancel_response,
+    create_response,
+    delete_response,
+    get_response,
+    input_items,
+)
+from client.gateway.reattach import Store
+from client.gateway.state import Gateway
+from client.gateway.visit import Endpoint, Visit
+
+__all__ = ["create_app"]
+
+log = logging.getLogger("tokenbus.gateway")
+
+#: An answer to "is the bus there" is worth no longer wait.
+_READY_S = 2.0
+
+
+def create_app(config: Config) -> Starlette:
+    """The gateway as an ASGI application; its lifespan owns the client of the bus."""
+    keys = KeyFile(config.keys) if config.keys is not None else None
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with AsyncClient(
+            list(config.broker) or None,
+            name="gateway",
+            server_key=config.server_key,
+            key_file=config.key_file,
+            timeout=Timeout(first_token=None, between_tokens=None),
+        ) as bus:
+            store = Store(config.store_entries, config.store_bytes)
+            app.state.gateway = Gateway(config, bus, keys, store)
+            yield
+            app.state.gateway.stopping = True
+            await store.close()
+
+    return Starlette(
+        routes=_routes(config),
+        lifespan=lifespan,
+        middleware=_middleware(config),
+        exception_handlers={HTTPException: _not_here},
+    )
+
+
+def _routes(config: Config) -> list[BaseRoute]:
+    return [
+        Route("/health", Endpoint(_health, public=True), methods=["GET"]),
+        Route("/ready", Endpoint(_ready, public=True), methods=["GET"]),
+        Route("/metrics", Endpoint(_metrics), methods=["GET"]),
+        Route("/v1/models", Endpoint(list_models), methods=["GET"]),
+        Route("/v1/models/{model:path}", Endpoint(get_model), methods=["GET"]),
+        Route("/v1/chat/completions", Endpoint(chat_completions, counted=True), methods=["POST"]),
+        Route("/v1/completions", Endpoint(completions, counted=True), methods=["POST"]),
+        Route("/v1/embeddings", Endpoint(embeddings, counted=True), methods=["POST"]),
+        Route("/v1/responses", Endpoint(create_response, counted=True), methods=["POST"]),
+        Route("/v1/responses/{id}", Endpoint(get_response), methods=["GET"]),
+        Route("/v1/responses/{id}", Endpoint(delete_response), methods=["DELETE"]),
+        Route("/v1/responses/{id}/cancel", Endpoint(cancel_response), methods=["POST"]),
+        Route("/v1/responses/{id}/input_items", Endpoint(input_items), methods=["GET"]),
+    ]
+
+
+def _middleware(config: Config) -> list[Middleware]:
+    found = []
+    if config.cors_origins:
+        found.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(config.cors_origins),
+                allow_methods=["GET", "POST", "DELETE"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id", "retry-after", "retry-after-ms"],
+            )
+        )
+    if config.loopback:
+        # A page whose name was rebound to this machine shall not reach an open gateway.
+        names = ["localhost", "127.0.0.1", "[::1]", config.host, *config.allowed_hosts]
+        found.append(Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False))
+    return found
+
+
+async def _not_here(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    words = {
+        404: f"There is nothing at {request.url.path}.",
+        405: f"{request.url.path} does not take {request.method}.",
+    }
+    message = words.get(error.status_code, error.detail)
+    return error_response(GatewayError("invalid_request", message, status=error.status_code))
+
+
+async def _health(visit: Visit) -> Response:
+    """The process lives."""
+    return PlainTextResponse("ok")
+
+
+async def _ready(visit: Visit) -> Response:
+    """The broker answers and this process takes requests."""
+    if visit.gateway.stopping:
+        return JSONResponse({"ready": False, "why": "the gateway is stopping"}, 503)
+    try:
+        models = await visit.gateway.bus.query("bus.models", timeout=_READY_S)
+    except BusError as error:
+        return JSONResponse({"ready": False, "why": error.message}, 503)
+    serving = sum(1 for model in models if model.get("ready"))
+    return JSONResponse({"ready": True, "models": len(models), "serving": serving})
+
+
+async def _metrics(visit: Visit) -> Response:
+    return Response(visit.gateway.metrics.text(), media_type=CONTENT_TYPE)
+
+
+STATIC = Path(__file__).parent / "static"

@@ -1,0 +1,179 @@
+"""Runs the bus requests of one HTTP request and merges their events, in order for each choice.
+
+The generators here own the streams that they open: whatever ends a generator, cancellation and
+`aclose` included, cancels at the workers what still runs. One task must drive a generator from its
+start to its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+
+from broker.protocol.errors import ErrorCode
+from broker.protocol.messages import Kind, Params, Request, TokenLogprob
+from client import AsyncClient, AsyncStream, Retry, Timeout
+from client.events import End, Prompt, StreamEvent, Tokens
+from client.gateway.convert import Call
+
+__all__ = ["RETRY", "ChoiceEvent", "Delta", "Finish", "Prompted", "generate", "open_stream"]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New text of a choice; `logprobs` are of the tokens of this delta, where asked for."""
+
+    choice: int
+    text: str
+    tokens: int
+    logprobs: list[TokenLogprob] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompted:
+    """The facts of the prompt of a choice, before its first delta, where asked for."""
+
+    choice: int
+    prompt: Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """A choice is complete; its last text was in the deltas before."""
+
+    choice: int
+    end: End
+
+
+ChoiceEvent = Delta | Prompted | Finish
+
+#: An HTTP client is told at once that the bus is full or the model unknown, and decides itself;
+#: a stream that runs is carried over every interruption.
+RETRY: Final = Retry(
+    codes=frozenset(
+        code.value
+        for code in (
+            ErrorCode.WORKER_LOST,
+            ErrorCode.DRAINING,
+            ErrorCode.CONNECTION_LOST,
+            ErrorCode.UNKNOWN_SESSION,
+        )
+    )
+)
+
+_DEFAULT_PARAMS: Final = Params()
+#: Choices that may wait unread between the streams and the HTTP answer.
+_MERGE_EVENTS: Final = 16
+
+
+async def open_stream(bus: AsyncClient, call: Call) -> AsyncStream:
+    """Send the call; raises a BusError for what the client library refuses."""
+    request = call.request
+    options: dict[str, Any] = {
+        name: getattr(request.params, name)
+        for name in Params.__struct_fields__
+        if getattr(request.params, name) != getattr(_DEFAULT_PARAMS, name)
+    }
+    # Zero is a seed like any other; left out, the library would pick one.
+    options["seed"] = request.params.seed
+    options.update(
+        tools=request.tools,
+        tool_choice=request.tool_choice,
+        template_args=request.template_args or None,
+        priority=request.priority,
+        user=request.user,
+        trace=request.trace or None,
+        timeout=_timeout(request),
+        retry=RETRY,
+    )
+    images = list(call.attachments)
+    if request.kind is Kind.CHAT:
+        messages = [_message(message, images) for message in request.messages or []]
+        return await bus.chat(request.model, messages, stream=True, **options)
+    return await bus.generate(
+        request.prompt,
+        model=request.model,
+        token_ids=request.token_ids,
+        images=images,
+        stream=True,
+        **options,
+    )
+
+
+def _message(message: Any, images: list[bytes]) -> dict[str, Any]:
+    plain: dict[str, Any] = msgspec.to_builtins(message)
+    if isinstance(plain.get("content"), list):
+        plain["content"] = [
+            {"type": "image", "image": images[part["attachment"]]}
+            if part["type"] == "image"
+            else part
+            for part in plain["content"]
+        ]
+    return plain
+
+
+def _timeout(request: Request) -> Timeout:
+    return Timeout(
+        queue=None if request.queue_ms is None else max(request.queue_ms, 1) / 1000,
+        total=None if request.ttl_ms is None else request.ttl_ms / 1000,
+    )
+
+
+async def generate(bus: AsyncClient, calls: Sequence[Call]) -> AsyncGenerator[ChoiceEvent, None]:
+    """The events of all calls, the i-th call being choice i. Raises the first failure of any."""
+    if len(calls) == 1:
+        stream = await open_stream(bus, calls[0])
+        try:
+            async for arrived in stream:
+                for out in _translated(0, arrived):
+                    yield out
+        finally:
+            await stream.aclose()
+        return
+    events: asyncio.Queue[ChoiceEvent | BaseException] = asyncio.Queue(_MERGE_EVENTS)
+    tasks = [
+        asyncio.create_task(_pump(bus, index, call, events)) for index, call in enumerate(calls)
+    ]
+    try:
+        left = len(tasks)
+        while left:
+            event = await events.get()
+            if isinstance(event, BaseException):
+                raise event
+            left -= isinstance(event, Finish)
+            yield event
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(
+    bus: AsyncClient, index: int, call: Call, events: asyncio.Queue[ChoiceEvent | BaseException]
+) -> None:
+    try:
+        stream = await open_stream(bus, call)
+        try:
+            async for event in stream:
+                for out in _translated(index, event):
+                    await events.put(out)
+        finally:
+            await stream.aclose()
+    except Exception as error:
+        await events.put(error)
+
+
+def _translated(choice: int, event: StreamEvent) -> list[ChoiceEvent]:
+    if isinstance(event, Tokens):
+        return [Delta(choice, event.text, len(event.token_ids), event.logprobs)]
+    if isinstance(event, End):
+        out: list[ChoiceEvent] = [Delta(choice, event.text, 0, None)] if event.text else []
+        return [*out, Finish(choice, event)]
+    if isinstance(event, Prompt):
+        return [Prompted(choice, event)]
+    # Queued, started, recovering: of no interest to an HTTP client.
+    return []

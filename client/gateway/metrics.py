@@ -1,0 +1,74 @@
+"""The gateway's own figures in Prometheus' text format; those of broker and workers are theirs.
+
+One registry per application, so that several can live in one process. Labels have few values:
+never an address, a request id, or a model name that nobody serves.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+if TYPE_CHECKING:
+    from client.gateway.visit import Visit
+
+__all__ = ["CONTENT_TYPE", "Metrics"]
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Metrics:
+    """Counters of one gateway."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self.running = Gauge(
+            "tokenbus_gateway_running_requests",
+            "HTTP requests being served now.",
+            registry=self._registry,
+        )
+        self._requests = Counter(
+            "tokenbus_gateway_requests",
+            "HTTP requests by endpoint and status; 499 is a client that went away.",
+            ("endpoint", "status"),
+            registry=self._registry,
+        )
+        self._tokens = Counter(
+            "tokenbus_gateway_tokens",
+            "Tokens of answered requests.",
+            ("model", "kind"),
+            registry=self._registry,
+        )
+        self._first_token = Histogram(
+            "tokenbus_gateway_first_token_seconds",
+            "From the request to the first token on its way out.",
+            ("model",),
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._duration = Histogram(
+            "tokenbus_gateway_request_seconds",
+            "From the request to the last octet of its answer.",
+            ("endpoint",),
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+
+    def observe(self, visit: Visit, endpoint: str, status: int, total_s: float) -> None:
+        """Count a request that is over."""
+        self._requests.labels(endpoint, str(status)).inc()
+        self._duration.labels(endpoint).observe(total_s)
+        # Only a model that answered: clients may name what they like.
+        if visit.completion_tokens or visit.prompt_tokens:
+            self._tokens.labels(visit.model, "prompt").inc(visit.prompt_tokens)
+            self._tokens.labels(visit.model, "completion").inc(visit.completion_tokens)
+        if visit.first_token_s is not None:
+            self._first_token.labels(visit.model).observe(visit.first_token_s)
+
+    def text(self) -> bytes:
+        """All figures, for a scrape."""
+        return generate_latest(self._registry)

@@ -1,0 +1,441 @@
+"""`/v1/responses`: create, stream, run in the background, read again, re-attach, cancel, delete.
+
+A response in the background (`background: true`) outlives its reader: `GET
+/v1/responses/{id}?stream=true&starting_after=N` goes on behind event N on the gateway that made it,
+while it runs and as long as it is kept. Any other response ends with its reader, at the worker too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+from typing import Any, Literal
+
+import msgspec
+from openai.types import responses as shapes
+from openai.types.responses import response_output_text, response_text_delta_event
+from openai.types.responses.response_usage import (
+    InputTokensDetails,
+    OutputTokensDetails,
+    ResponseUsage,
+)
+from pydantic import BaseModel
+from starlette.responses import JSONResponse, Response
+
+from broker.protocol.messages import FinishReason, TokenLogprob, Usage
+from client.gateway import requests as http
+from client.gateway import tools
+from client.gateway.convert import Call, chat_call
+from client.gateway.errors import GatewayError, describe, invalid
+from client.gateway.generation import ChoiceEvent, Delta, Finish, generate
+from client.gateway.openai_chat import parser_for
+from client.gateway.openai_shared import chat_logprobs, new_id, pick_seed
+from client.gateway.reattach import Kept, Transcript
+from client.gateway.requests import parse
+from client.gateway.responses_input import ResponseRequest, as_chat
+from client.gateway.sse import Event, until_disconnect
+from client.gateway.visit import Visit
+
+__all__ = [
+    "cancel_response",
+    "create_response",
+    "delete_response",
+    "get_response",
+    "input_items",
+]
+
+Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
+
+
+async def create_response(visit: Visit) -> Response:
+    """Answer an input; see `responses_input.ResponseRequest` for the body."""
+    body = parse(ResponseRequest, await visit.body())
+    store = visit.gateway.store
+    earlier: list[http.ChatMessage] = []
+    if body.previous_response_id is not None:
+        kept = store.find(body.previous_response_id, visit.key.name, "response")
+        earlier = kept.value.conversation()
+    chat = as_chat(body, earlier)
+    call = await chat_call(
+        chat,
+        visit.gateway.config.images,
+        seed=pick_seed(body.seed),
+        user=visit.share(body.user),
+    )
+    if body.truncation == "auto":
+        params = msgspec.structs.replace(call.request.params, overflow="truncate_left")
+        call = Call(msgspec.structs.replace(call.request, params=params), call.attachments)
+    visit.check(body.model, call.request.priority)
+    making = Making(visit, body, chat, call)
+    source = making.events(generate(visit.gateway.bus, [call]))
+    kept = Kept(making.id, visit.key.name, None, making, len(msgspec.json.encode(chat)))
+    kept.kind = "response"
+    if body.background:
+        kept.transcript = Transcript(
+            source, making.failed, grace_s=None, on_end=visit.gateway.store.trim
+        )
+        store.put(kept)
+        if body.stream:
+            return visit.stream(kept.transcript.read(), making.failed)
+        return _json(making.snapshot())
+    if body.store is not False:
+        store.put(kept)
+    if body.stream:
+        return visit.stream(source, making.failed)
+    try:
+        await until_disconnect(source, visit.request.receive)
+    except BaseException:
+        store.drop(kept)
+        raise
+    return _json(making.snapshot())
+
+
+async def get_response(visit: Visit) -> Response:
+    """The response as it is now, or its events behind a number."""
+    kept = _find(visit)
+    query = visit.request.query_params
+    if query.get("stream") not in ("true", "1"):
+        return _json(kept.value.snapshot())
+    if kept.transcript is None:
+        raise invalid("stream", "Only a response made with `background: true` streams again.")
+    after = query.get("starting_after") or visit.last_event_id
+    if after is not None and not after.isdecimal():
+        raise invalid("starting_after", "`starting_after` is a sequence number.")
+    # Sequence numbers count from 0, positions from 1.
+    position = 0 if after is None else int(after) + 1
+    return visit.stream(kept.transcript.read(position), kept.value.failed)
+
+
+async def delete_response(visit: Visit) -> Response:
+    """Forget a response; one that runs is cancelled."""
+    kept = _find(visit)
+    visit.gateway.store.drop(kept)
+    return JSONResponse({"id": kept.id, "object": "response", "deleted": True})
+
+
+async def cancel_response(visit: Visit) -> Response:
+    """Stop a response that runs in the background, at the worker too."""
+    kept = _find(visit)
+    if kept.transcript is None:
+        raise invalid("id", "Only a response made with `background: true` can be cancelled.")
+    kept.transcript.cancel()
+    await kept.transcript.finished()
+    return _json(kept.value.snapshot())
+
+
+async def input_items(visit: Visit) -> Response:
+    """What the response was asked with."""
+    given = _find(visit).value.body.input
+    if isinstance(given, str):
+        given = [{"role": "user", "content": [{"type": "input_text", "text": given}]}]
+    items = [{"type": "message", "id": f"item_{i}", **item} for i, item in enumerate(given)]
+    first, last = (items[0]["id"], items[-1]["id"]) if items else (None, None)
+    return JSONResponse(
+        {"object": "list", "data": items, "first_id": first, "last_id": last, "has_more": False}
+    )
+
+
+def _find(visit: Visit) -> Kept:
+    return visit.gateway.store.find(visit.request.path_params["id"], visit.key.name, "response")
+
+
+def _json(response: BaseModel) -> Response:
+    return Response(_dump(response), media_type="application/json")
+
+
+def _dump(shape: BaseModel) -> str:
+    return shape.model_dump_json(exclude_unset=True, by_alias=True, warnings=False)
+
+
+class Making:
+    """One response in the making, and what is known of it afterwards."""
+
+    def __init__(
+        self, visit: Visit, body: ResponseRequest, chat: http.ChatRequest, call: Call
+    ) -> None:
+        self.id = new_id("resp_")
+        self.body = body
+        self._visit = visit
+        self._chat = chat
+        names = [tool["function"]["name"] for tool in call.request.tools or []]
+        self._parser = parser_for(names, parallel=body.parallel_tool_calls)
+        self._created = time.time()
+        self._status: Status = "queued"
+        self._usage: Usage | None = None
+        self._error: GatewayError | None = None
+        self._output: list[shapes.ResponseOutputMessage | shapes.ResponseFunctionToolCall] = []
+        self._open = False  # the last output item is not complete
+        self._sequence = 0
+
+    def conversation(self) -> list[http.ChatMessage]:
+        """Everything that was said, this answer included: what a follow-up stands on.
+
+        As OpenAI has it, `instructions` are of their own response alone.
+        """
+        said = [*self._chat.messages[1:]] if self.body.instructions else [*self._chat.messages]
+        for item in self._output:
+            if isinstance(item, shapes.ResponseOutputMessage):
+                said.append(http.ChatMessage(role="assistant", content=_text_of(item).text))
+            else:
+                called = http.ToolCall(
+                    id=item.call_id,
+                    function=http.CalledFunction(name=item.name, arguments=item.arguments),
+                )
+                if said[-1].role == "assistant" and said[-1] not in self._chat.messages:
+                    said[-1].tool_calls = [*(said[-1].tool_calls or []), called]
+                else:
+                    said.append(http.ChatMessage(role="assistant", tool_calls=[called]))
+        return said
+
+    def snapshot(self) -> shapes.Response:
+        """The response as far as it is known."""
+        body = self.body
+        response = shapes.Response.model_construct(
+            id=self.id,
+            object="response",
+            created_at=self._created,
+            status=self._status,
+            background=bool(body.background),
+            error=None,
+            incomplete_details=None,
+            instructions=body.instructions,
+            max_output_tokens=body.max_output_tokens,
+            metadata=body.metadata or {},
+            model=body.model,
+            output=list(self._output),
+            parallel_tool_calls=body.parallel_tool_calls is not False,
+            previous_response_id=body.previous_response_id,
+            service_tier=body.service_tier or "default",
+            temperature=1.0 if body.temperature is None else body.temperature,
+            text=msgspec.to_builtins(body.text) if body.text else {"format": {"type": "text"}},
+            tool_choice=msgspec.to_builtins(body.tool_choice) or "auto",
+            tools=msgspec.to_builtins(body.tools or []),
+            top_logprobs=body.top_logprobs or 0,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            truncation=body.truncation or "disabled",
+            usage=None,
+            user=body.user,
+        )
+        if self._status == "incomplete":
+            response.incomplete_details = shapes.response.IncompleteDetails(
+                reason="max_output_tokens"
+            )
+        if self._error is not None:
+            info = self._error.info
+            response.error = shapes.ResponseError.model_construct(
+                code=info.code, message=info.message
+            )
+        if self._usage is not None:
+            usage = self._usage
+            response.usage = ResponseUsage(
+                input_tokens=usage.prompt_tokens,
+                input_tokens_details=InputTokensDetails(
+                    cached_tokens=usage.cached_tokens, cache_write_tokens=0
+                ),
+                output_tokens=usage.completion_tokens,
+                output_tokens_details=OutputTokensDetails(reasoning_tokens=0),
+                total_tokens=usage.prompt_tokens + usage.completion_tokens,
+            )
+        return response
+
+    async def events(
+        self, source: AsyncGenerator[ChoiceEvent, None]
+    ) -> AsyncGenerator[Event, None]:
+        """The events of the response as they happen."""
+        try:
+            async with contextlib.aclosing(source):
+                async for event in source:
+                    if self._status == "queued":
+                        yield self._whole("response.created")
+                        self._status = "in_progress"
+                        yield self._whole("response.in_progress")
+                    for out in self._take(event):
+                        yield out
+        except Exception as error:
+            self._error = describe(error)
+            self._status = "failed"
+            raise
+        finally:
+            if self._status in ("queued", "in_progress"):
+                self._status = "cancelled"
+
+    def failed(self, error: GatewayError) -> list[Event]:
+        """The last event of a response that failed."""
+        self._error, self._status = error, "failed"
+        return [self._whole("response.failed")]
+
+    def _take(self, event: ChoiceEvent) -> list[Event]:
+        pieces: list[tools.Piece] = []
+        logprobs: list[TokenLogprob] = []
+        if isinstance(event, Delta):
+            self._visit.saw_token()
+            logprobs = event.logprobs or []
+            pieces = self._parser.feed(event.text) if self._parser else [tools.Text(event.text)]
+        elif isinstance(event, Finish) and self._parser is not None:
+            pieces = self._parser.finish()
+        out: list[Event] = []
+        for part in pieces:
+            match part:
+                case tools.Text():
+                    if part.text or logprobs:
+                        out += self._more_text(part.text, logprobs)
+                    logprobs = []
+                case tools.CallStart():
+                    out += self._close()
+                    out += self._begin_call(part.name)
+                case tools.Arguments():
+                    out += self._more_arguments(part.text)
+        if isinstance(event, Finish):
+            out += self._end(event)
+        return out
+
+    # --- output items ---
+
+    def _begin_message(self) -> list[Event]:
+        message = shapes.ResponseOutputMessage(
+            id=new_id("msg_"), type="message", role="assistant", status="in_progress", content=[]
+        )
+        self._output.append(message)
+        self._open = True
+        added = self._event("response.output_item.added", item=message.model_copy())
+        message.content.append(
+            shapes.ResponseOutputText(type="output_text", text="", annotations=[], logprobs=[])
+        )
+        part = self._event(
+            "response.content_part.added",
+            item_id=message.id,
+            content_index=0,
+            part=_text_of(message).model_copy(),
+        )
+        return [added, part]
+
+    def _more_text(self, text: str, logprobs: list[TokenLogprob]) -> list[Event]:
+        out: list[Event] = []
+        message = self._output[-1] if self._open else None
+        if not isinstance(message, shapes.ResponseOutputMessage):
+            out = [*self._close(), *self._begin_message()]
+            message = self._output[-1]
+        assert isinstance(message, shapes.ResponseOutputMessage)
+        content = _text_of(message)
+        content.text += text
+        shown = chat_logprobs(logprobs)
+        assert content.logprobs is not None
+        content.logprobs += [
+            response_output_text.Logprob.model_construct(**dict(entry)) for entry in shown
+        ]
+        delta = self._event(
+            "response.output_text.delta",
+            item_id=message.id,
+            content_index=0,
+            delta=text,
+            logprobs=[
+                response_text_delta_event.Logprob.model_construct(
+                    token=entry.token, logprob=entry.logprob, top_logprobs=entry.top_logprobs
+                )
+                for entry in shown
+            ],
+        )
+        return [*out, delta]
+
+    def _begin_call(self, name: str) -> list[Event]:
+        call = shapes.ResponseFunctionToolCall(
+            type="function_call",
+            id=new_id("fc_"),
+            call_id=new_id("call_"),
+            name=name,
+            arguments="",
+            status="in_progress",
+        )
+        self._output.append(call)
+        self._open = True
+        return [self._event("response.output_item.added", item=call.model_copy())]
+
+    def _more_arguments(self, text: str) -> list[Event]:
+        call = self._output[-1]
+        assert isinstance(call, shapes.ResponseFunctionToolCall)
+        call.arguments += text
+        return [self._event("response.function_call_arguments.delta", item_id=call.id, delta=text)]
+
+    def _close(self, status: Literal["completed", "incomplete"] = "completed") -> list[Event]:
+        """End the output item in hand."""
+        if not self._open:
+            return []
+        self._open = False
+        item = self._output[-1]
+        item.status = status
+        if isinstance(item, shapes.ResponseFunctionToolCall):
+            done = [
+                self._event(
+                    "response.function_call_arguments.done",
+                    item_id=item.id,
+                    name=item.name,
+                    arguments=item.arguments,
+                )
+            ]
+        else:
+            content = _text_of(item)
+            done = [
+                self._event(
+                    "response.output_text.done",
+                    item_id=item.id,
+                    content_index=0,
+                    text=content.text,
+                    logprobs=content.logprobs,
+                ),
+                self._event(
+                    "response.content_part.done", item_id=item.id, content_index=0, part=content
+                ),
+            ]
+        return [*done, self._event("response.output_item.done", item=item)]
+
+    def _end(self, event: Finish) -> list[Event]:
+        cut = event.end.finish_reason is FinishReason.LENGTH
+        out: list[Event] = []
+        if not self._output:
+            # An empty answer is a message without text.
+            out = self._begin_message()
+        out += self._close("incomplete" if cut else "completed")
+        self._usage = event.end.usage
+        self._visit.prompt_tokens = self._usage.prompt_tokens
+        self._visit.completion_tokens = self._usage.completion_tokens
+        self._status = "incomplete" if cut else "completed"
+        return [*out, self._whole(f"response.{self._status}")]
+
+    # --- events ---
+
+    def _event(self, kind: str, **fields: Any) -> Event:
+        """An event about the last output item."""
+        return self._made(kind, {"output_index": len(self._output) - 1, **fields})
+
+    def _whole(self, kind: str) -> Event:
+        return self._made(kind, {"response": self.snapshot()})
+
+    def _made(self, kind: str, fields: dict[str, Any]) -> Event:
+        number = self._sequence
+        self._sequence += 1
+        shape = _SHAPES[kind].model_construct(type=kind, sequence_number=number, **fields)
+        return Event(_dump(shape), event=kind, id=str(number))
+
+
+def _text_of(message: shapes.ResponseOutputMessage) -> shapes.ResponseOutputText:
+    [content] = message.content
+    assert isinstance(content, shapes.ResponseOutputText)
+    return content
+
+
+_SHAPES: dict[str, type[BaseModel]] = {
+    "response.created": shapes.ResponseCreatedEvent,
+    "response.in_progress": shapes.ResponseInProgressEvent,
+    "response.completed": shapes.ResponseCompletedEvent,
+    "response.incomplete": shapes.ResponseIncompleteEvent,
+    "response.failed": shapes.ResponseFailedEvent,
+    "response.output_item.added": shapes.ResponseOutputItemAddedEvent,
+    "response.output_item.done": shapes.ResponseOutputItemDoneEvent,
+    "response.content_part.added": shapes.ResponseContentPartAddedEvent,
+    "response.content_part.done": shapes.ResponseContentPartDoneEvent,
+    "response.output_text.delta": shapes.ResponseTextDeltaEvent,
+    "response.output_text.done": shapes.ResponseTextDoneEvent,
+    "response.function_call_arguments.delta": shapes.ResponseFunctionCallArgumentsDeltaEvent,
+    "response.function_call_arguments.done": shapes.ResponseFunctionCallArgumentsDoneEvent,
+}

@@ -1,0 +1,32 @@
+"""What all requests of one gateway share: configuration, the one client of the bus, keys, figures.
+
+Nothing here is needed by another gateway to serve a new request.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from client import AsyncClient
+from client.gateway.config import Config
+from client.gateway.keys import KeyFile
+from client.gateway.metrics import Metrics
+from client.gateway.reattach import Store
+
+__all__ = ["Gateway"]
+
+
+@dataclass(slots=True)
+class Gateway:
+    """One gateway process."""
+
+    config: Config
+    bus: AsyncClient
+    keys: KeyFile | None
+    store: Store
+    metrics: Metrics = field(default_factory=Metrics)
+    #: Wall clock, seconds: `created` of models.
+    started_at: int = field(default_factory=lambda: int(time.time()))
+    #: The server is stopping: `/ready` says so.
+    stopping: bool = False

@@ -1,0 +1,244 @@
+"""One HTTP request on its way through the gateway: who asks, what it may, what became of it.
+
+`Endpoint` wraps every handler that reaches the bus: it finds the key, admits the request, reads the
+body under the limit, turns failures into answers, and accounts for the outcome once the last octet
+was sent. Holds no knowledge of any API.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import datetime
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from broker.protocol.errors import ErrorCode
+from broker.protocol.limits import MAX_NAME_OCTETS
+from client.gateway.errors import GatewayError, error_response, invalid, too_large
+from client.gateway.keys import ANYBODY, Key
+from client.gateway.sse import Event, EventStream
+
+if TYPE_CHECKING:
+    from client.gateway.state import Gateway
+
+__all__ = ["Endpoint", "Visit", "presented_key"]
+
+log = logging.getLogger("tokenbus.gateway")
+
+REQUEST_ID_HEADER = "x-request-id"
+REATTACH_HEADER = "x-reattach"
+
+
+@dataclass(slots=True)
+class Visit:
+    """What handlers know of the request beside its body."""
+
+    gateway: Gateway
+    request: Request
+    #: As the client gave it, or made here; in the answer's headers, logs and errors.
+    request_id: str
+    key: Key
+    #: For the log and the metrics; handlers fill them in.
+    model: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    started_s: float = field(default_factory=time.monotonic)
+    first_token_s: float | None = None
+
+    def share(self, user: str | None) -> str:
+        """Whose fair share of a model a bus request takes; `user` is the body's field."""
+        if not self.key.name:
+            who = user or (self.request.client.host if self.request.client else "")
+        elif self.key.many_users and user:
+            who = f"{self.key.name}/{user}"
+        else:
+            # Else one key could take many shares by inventing users.
+            who = self.key.name
+        return who.encode()[:MAX_NAME_OCTETS].decode(errors="ignore")
+
+    def check(self, model: str, priority: int) -> None:
+        """The key may use this model at this priority; raises GatewayError(forbidden)."""
+        self.model = model
+        if not self.key.may_use(model):
+            raise GatewayError(
+                ErrorCode.FORBIDDEN,
+                f"Key {self.key.name!r} may not use model {model!r}.",
+                param="model",
+            )
+        if priority > self.key.max_priority:
+            raise GatewayError(
+                ErrorCode.FORBIDDEN,
+                f"Key {self.key.name!r} may ask for a priority of at most {self.key.max_priority}.",
+                param="priority",
+            )
+
+    def check_operator(self) -> None:
+        """The key is an operator's; raises GatewayError(forbidden)."""
+        if not self.key.operator:
+            raise GatewayError(
+                ErrorCode.FORBIDDEN, f"Key {self.key.name!r} is not an operator's key."
+            )
+
+    def saw_token(self) -> None:
+        """The first token is on its way out."""
+        if self.first_token_s is None:
+            self.first_token_s = time.monotonic() - self.started_s
+
+    @property
+    def reattach_s(self) -> float | None:
+        """How long the answer shall outlive a lost connection; None: not at all."""
+        asked = self.request.headers.get(REATTACH_HEADER)
+        if asked is None:
+            return None
+        try:
+            seconds = float(asked)
+        except ValueError:
+            seconds = -1.0
+        if not 0 < seconds < 1e9:
+            raise invalid(REATTACH_HEADER, f"The header `{REATTACH_HEADER}` holds seconds above 0.")
+        return min(seconds, self.gateway.config.reattach_s)
+
+    @property
+    def last_event_id(self) -> str | None:
+        """Where a reader stopped that lost its connection."""
+        return self.request.headers.get("last-event-id")
+
+    def stream(
+        self,
+        source: AsyncGenerator[Event, None],
+        on_error: Callable[[GatewayError], list[Event]],
+        headers: dict[str, str] | None = None,
+    ) -> EventStream:
+        """The HTTP answer that sends the events of `source`."""
+        return EventStream(
+            source,
+            on_error=on_error,
+            request_id=self.request_id,
+            keep_alive_s=self.gateway.config.keep_alive_s,
+            headers=headers,
+        )
+
+    async def body(self) -> bytes:
+        """The JSON body; raises GatewayError for another media type or one beyond the limit.
+
+        Another media type is refused because a browser sends it across origins without asking.
+        """
+        media_type = self.request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != "application/json" and not media_type.endswith("+json"):
+            raise invalid(None, "Send the body as JSON, with `content-type: application/json`.")
+        limit = self.gateway.config.body_bytes
+        octets = bytearray()
+        try:
+            async for chunk in self.request.stream():
+                octets += chunk
+                if len(octets) > limit:
+                    raise too_large(None, f"The body is beyond the {limit} bytes of this gateway.")
+        except ClientDisconnect:
+            raise GatewayError(ErrorCode.CANCELLED, "The HTTP client went away.") from None
+        return bytes(octets)
+
+
+Handler = Callable[[Visit], Awaitable[Response]]
+
+
+def presented_key(headers: Headers) -> str | None:
+    """The API key of a request: a bearer token, or the password of basic authentication.
+
+    The latter is what a program sends whose only setting is an address: http://any:KEY@host.
+    """
+    scheme, _, rest = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return rest.strip() or None
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(rest).decode().partition(":")[2] or None
+        except (binascii.Error, UnicodeDecodeError):
+            return None
+    return headers.get("x-api-key")
+
+
+class Endpoint:
+    """An ASGI application around a handler.
+
+    `counted`: it takes one of the key's requests. `public`: it needs no key.
+    """
+
+    def __init__(self, handler: Handler, *, counted: bool = False, public: bool = False) -> None:
+        self._handler = handler
+        self._counted = counted
+        self._public = public
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gateway: Gateway = scope["app"].state.gateway
+        request = Request(scope, receive)
+        request_id = request.headers.get(REQUEST_ID_HEADER, "")
+        if (
+            not request_id.isascii()
+            or not request_id.isprintable()
+            or not 0 < len(request_id) <= 128
+        ):
+            request_id = f"req-{secrets.token_hex(12)}"
+        visit = Visit(gateway, request, request_id, ANYBODY)
+        outcome = 500
+        admitted = None
+
+        async def tell(message: Message) -> None:
+            nonlocal outcome
+            if message["type"] == "http.response.start":
+                outcome = message["status"]
+                message["headers"] = [
+                    *message["headers"],
+                    (REQUEST_ID_HEADER.encode(), request_id.encode()),
+                ]
+            await send(message)
+
+        try:
+            if gateway.keys is not None and not self._public:
+                today = datetime.datetime.now(datetime.UTC).date()
+                visit.key = gateway.keys.find(presented_key(request.headers), today)
+                if self._counted:
+                    account = gateway.keys.usage(visit.key)
+                    account.admit(visit.key, time.monotonic())
+                    admitted = account
+            gateway.metrics.running.inc()
+            try:
+                response = await self._handler(visit)
+                await response(scope, receive, tell)
+                if isinstance(response, EventStream):
+                    outcome = response.outcome
+            finally:
+                gateway.metrics.running.dec()
+        except Exception as error:
+            answer = error_response(error, request_id)
+            await answer(scope, receive, tell)
+        finally:
+            if admitted is not None:
+                admitted.finished()
+            self._account(visit, outcome)
+
+    def _account(self, visit: Visit, outcome: int) -> None:
+        total_s = time.monotonic() - visit.started_s
+        path = visit.request.scope.get("route_path", visit.request.url.path)
+        visit.gateway.metrics.observe(visit, path, outcome, total_s)
+        if self._counted:
+            log.info(
+                "request id=%s path=%s key=%s model=%s status=%d prompt=%d completion=%d ms=%d",
+                visit.request_id,
+                path,
+                visit.key.name or "-",
+                visit.model or "-",
+                outcome,
+                visit.prompt_tokens,
+                visit.completion_tokens,
+                total_s * 1000,
+            )
