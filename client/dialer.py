@@ -268,6 +268,7 @@ class Dialer:
         self.last_reason = reason
         self.state = Link.IDLE
         self._session_id = NO_ID
+        round_length = len(self.brokers)
         address = self.brokers.pop(0)
         if not banned:
             self.brokers.append(address)
@@ -275,7 +276,7 @@ class Dialer:
         if had_session and self.now_s - self._ready_since_s >= SESSION_PROVEN_S:
             self._backoff.reset()
         # The next of several brokers at once; a pause only after a round of all.
-        if self._attempts % len(self.brokers) == 0:
+        if self._attempts % round_length == 0:
             wait_s = max(wait_s, self._backoff.next_s())
         self._reopen_s = self.now_s + wait_s
         if had_session:

@@ -346,7 +346,7 @@ class ClientSession:
         body = codec.encode(exchange.body(self._window_of(exchange), self._now_s))
         error = self._beyond_limits(exchange, len(body))
         if error is not None:
-            self._end(exchange, error)
+            self._end(exchange, error, ended=not sent_before)
             return
         type_ = MessageType.RESUME if sent_before else MessageType.REQUEST
         self._at_broker.add(exchange.id)

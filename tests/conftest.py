@@ -1,0 +1,65 @@
+"""Fixtures for everybody: a shared bus, buses of one's own, logs of their processes on failure."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import Bus, running_bus
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody's TOKENBUS_... variables decide a test."""
+    for name in [name for name in os.environ if name.startswith("TOKENBUS_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def shared_bus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bus]:
+    """One broker with two echo workers for all tests; use it through `bus`."""
+    with running_bus(tmp_path_factory.mktemp("bus"), workers=2) as bus:
+        yield bus
+
+
+@pytest.fixture
+def bus(shared_bus: Bus) -> Iterator[Bus]:
+    """Two ready echo workers of eight slots. Shared: kill nothing, leave nothing running."""
+    yield shared_bus
+    shared_bus.wait_idle()
+
+
+@pytest.fixture
+def make_bus(tmp_path: Path) -> Iterator[Callable[..., Bus]]:
+    """Buses of one's own, to kill and restart: `make_bus(workers=2, slots=4, step_delay_ms=5)`."""
+    with contextlib.ExitStack() as stack:
+        made = 0
+
+        def make(
+            workers: int = 1, *broker_options: str, slots: int = 8, **engine_args: object
+        ) -> Bus:
+            nonlocal made
+            made += 1
+            folder = tmp_path / f"bus-{made}"
+            folder.mkdir()
+            return stack.enter_context(
+                running_bus(folder, workers, *broker_options, slots=slots, **engine_args)
+            )
+
+        yield make
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show what the processes of the bus wrote when a test fails."""
+    report = yield
+    if report.failed:
+        for bus in Bus.alive:
+            report.sections.append((f"bus at {bus.front}", bus.logs()))
+    return report
