@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 
 from tokenizers import (
@@ -69,8 +70,10 @@ def byte_fallback(vocab_size: int = 500) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator([line.replace(" ", "▁") for line in _CORPUS], trainer)
-    # As in the models' own files, the octets are plain tokens.
-    plain = Tokenizer.from_str(tokenizer.to_str().replace('"special":true', '"special":false'))
+    # As in the models' own files, octets are tokens of the model like any other.
+    description = json.loads(tokenizer.to_str())
+    description["added_tokens"] = []
+    plain = Tokenizer.from_str(json.dumps(description))
     return _wrapped(plain)
 
 
@@ -97,4 +100,13 @@ def word_piece() -> PreTrainedTokenizerFast:
         vocab_size=300, special_tokens=["[UNK]"], show_progress=False
     )
     tokenizer.train_from_iterator(_CORPUS, trainer)
+    return _wrapped(tokenizer)
+
+
+@cache
+def letters() -> PreTrainedTokenizerFast:
+    """Byte level, but with the letters a to f alone: most texts cannot be spelt."""
+    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate("abcdef")}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return _wrapped(tokenizer)

@@ -1,18 +1,20 @@
 """Structured output: which tokens a grammar allows next, through llguidance (extra `structured`).
 
-One `ConstraintFactory` per tokenizer, one `ConstraintState` per request. The sampler asks for the
-masks of all constrained rows of a batch at once (`mask_logits_`).
+One `ConstraintFactory` per tokenizer, one `ConstraintState` per answer; `mask_logits_` takes all
+constrained rows of a batch at once.
 
-Duties kept here: EOS is allowed exactly where the grammar accepts, so a constrained answer can
-always end; a bad schema, expression or grammar is the request's own failure and never the
-engine's. llguidance is imported only when a constraint is built.
+Kept here: the end of the answer is allowed exactly where the grammar accepts, so a constrained
+answer can always end; a bad schema, expression or grammar is its request's own failure, never the
+engine's. llguidance is imported only when a constraint is built. Building takes from milliseconds
+to a second: it must never happen in the step loop.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
+from functools import cache
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,79 +23,92 @@ from broker.protocol.errors import ErrorCode, RequestError
 from broker.protocol.messages import Constraint
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 __all__ = ["ConstraintFactory", "ConstraintState", "mask_logits_"]
 
 _WORD_BITS = 32
 
+#: Blanks in a row that JSON may hold: enough for deep indentation. Without a bound, a model that
+#: has lost its way goes on with blanks until max_tokens.
+_JSON_BLANKS = r"[\x20\x0A\x0D\x09]{1,64}"
+
+#: The library's own words, where they are long.
+_MAX_MESSAGE = 500
+
 
 class ConstraintState:
     """Where one answer stands in its grammar."""
 
-    def __init__(self, matcher: LLMatcher, eos_ids: frozenset[int], words: int) -> None:
+    def __init__(self, matcher: LLMatcher, eos_ids: frozenset[int], vocab_size: int) -> None:
         self._matcher = matcher
         self._eos_ids = eos_ids
-        #: 32-bit words of a mask: the tokenizer's vocabulary.
-        self.words = words
+        self._words = -(-vocab_size // _WORD_BITS)
         self._ended = False
 
     @property
     def finished(self) -> bool:
-        """Nothing may follow but EOS (or EOS was taken)."""
+        """Nothing may follow but the end of the answer."""
         return self._ended or bool(self._matcher.is_stopped())
 
     @property
     def accepting(self) -> bool:
-        """The answer is complete as it stands: EOS is allowed."""
+        """The answer is complete as it stands: it may end."""
         return self._ended or bool(self._matcher.is_accepting())
 
     def accept(self, token_id: int) -> None:
         """Take the next token of the answer.
 
-        Raises RequestError(ENGINE_ERROR) if the grammar forbids it.
+        Raises RequestError(ENGINE_ERROR) if the grammar forbids it: it was not sampled with the
+        mask.
         """
-        if self._ended:
-            return
-        if token_id in self._eos_ids and self.accepting:
-            self._ended = True
-            return
-        if not self._matcher.consume_token(token_id):
+        if not self._take(token_id):
             raise RequestError(
                 ErrorCode.ENGINE_ERROR,
-                f"token {token_id} does not fit the constraint: {self._matcher.get_error()}",
+                f"token {token_id} does not fit the constraint ({self._error()})",
             )
 
     def replay(self, token_ids: Iterable[int]) -> None:
-        """Take the tokens of an interrupted answer."""
-        for token_id in token_ids:
-            self.accept(token_id)
+        """Take the tokens of an interrupted answer.
+
+        Raises RequestError(INVALID_REQUEST) if they do not fit.
+        """
+        for offset, token_id in enumerate(token_ids):
+            if not self._take(token_id):
+                raise RequestError(
+                    ErrorCode.INVALID_REQUEST,
+                    f"the answer cannot be resumed: its token {token_id} at offset {offset} does "
+                    f"not fit the constraint ({self._error()})",
+                )
 
     def allows(self, token_ids: Sequence[int]) -> bool:
-        """The tokens, one after the other, fit the grammar from here on. Changes nothing."""
-        plain = [i for i in token_ids if i not in self._eos_ids]
-        return len(plain) == len(token_ids) and self._matcher.validate_tokens(plain) == len(plain)
-
-    def fill_mask(self, mask: torch.Tensor) -> None:
-        """Write the allowed tokens into int32 words [>= words] on the CPU, a bit each.
-
-        Raises RequestError(ENGINE_ERROR) when the grammar ran into a limit of the library.
-        """
-        if not self.finished:
-            self._matcher.unsafe_compute_mask_ptr(mask.data_ptr(), self.words * 4)
-            if self._matcher.is_error():
-                raise RequestError(
-                    ErrorCode.ENGINE_ERROR, f"the constraint failed: {self._matcher.get_error()}"
-                )
-            return
-        mask.zero_()
-        for token_id in self._eos_ids:
-            bit = 1 << (token_id % _WORD_BITS)
-            mask[token_id // _WORD_BITS] |= bit - (1 << _WORD_BITS) if bit >> 31 else bit
+        """The tokens fit one after the other from here on. Changes nothing."""
+        return int(self._matcher.validate_tokens(list(token_ids))) == len(token_ids)
 
     def mask_logits_(self, logits: torch.Tensor) -> None:
-        """Set what the grammar forbids to -inf in one row of logits [V], in place."""
-        mask_logits_(logits[None], [0], [self])
+        """Set what the grammar forbids to -inf in one row of logits [V], in place.
+
+        Raises RequestError(ENGINE_ERROR) if the grammar cannot go on.
+        """
+        for error in mask_logits_(logits[None], [0], [self]).values():
+            raise error
+
+    def _take(self, token_id: int) -> bool:
+        if token_id in self._eos_ids and self.accepting:
+            self._ended = True
+            return True
+        return not self._ended and bool(self._matcher.consume_token(token_id))
+
+    def _error(self) -> str:
+        """The library's words, less the mark that says that it could say more."""
+        error = str(self._matcher.get_error()).replace("<non-verbose/>", "").strip()
+        return error[:_MAX_MESSAGE] or "the answer had ended"
+
+    def _failure(self) -> RequestError:
+        cause = self._error()
+        if cause.startswith("NoExtension"):
+            cause = "no token of this model can come next in it"
+        return RequestError(ErrorCode.ENGINE_ERROR, f"the constraint cannot be kept: {cause}")
 
 
 def mask_logits_(
@@ -101,65 +116,92 @@ def mask_logits_(
 ) -> dict[int, RequestError]:
     """Set what the grammars forbid to -inf in the given rows of logits [B, V], in place.
 
-    Returns the rows whose grammar failed, each with its error; their logits mean nothing.
+    `rows` ascend and `states` are parallel to them, all of one factory. Returns the rows whose
+    grammar cannot go on, each with its error; their logits mean nothing.
     """
-    vocab_size = logits.shape[1]
-    words = max(-(-vocab_size // _WORD_BITS), *(state.words for state in states))
+    words = states[0]._words
     masks = torch.zeros(len(states), words, dtype=torch.int32)
+    going_on = [(state._matcher, n) for n, state in enumerate(states) if not state.finished]
+    if len(going_on) == 1:
+        matcher, n = going_on[0]
+        matcher.unsafe_compute_mask_ptr(masks[n].data_ptr(), words * 4)
+    elif going_on:
+        _executor().unsafe_compute_mask_ptr(going_on, masks.data_ptr(), words * 4, len(states))
+    going_on_rows = {n for _, n in going_on}
     failed: dict[int, RequestError] = {}
-    for row, mask, state in zip(rows, masks, states, strict=True):
-        try:
-            state.fill_mask(mask)
-        except RequestError as error:
-            failed[row] = error
-    on_device = masks.to(logits.device, non_blocking=True)
-    shifts = torch.arange(_WORD_BITS, dtype=torch.int32, device=logits.device)
-    allowed = ((on_device[:, :, None] >> shifts) & 1).view(len(states), -1)[:, :vocab_size].bool()
-    index = torch.tensor(list(rows), device=logits.device)
-    logits[index] = logits[index].masked_fill(~allowed, -torch.inf)
+    for n, (row, state) in enumerate(zip(rows, states, strict=True)):
+        if n not in going_on_rows:
+            for token_id in state._eos_ids:
+                masks[n, token_id // _WORD_BITS] |= _BITS[token_id % _WORD_BITS]
+        elif state._matcher.is_error():
+            failed[row] = state._failure()
+    vocab_size = logits.shape[1]
+    forbidden = (
+        masks.to(logits.device, non_blocking=True)[:, :, None] & _BITS.to(logits.device)
+    ) == 0
+    forbidden = forbidden.view(len(states), -1)[:, :vocab_size]
+    if (beyond := vocab_size - forbidden.shape[1]) > 0:  # padding of the model's output
+        forbidden = torch.nn.functional.pad(forbidden, (0, beyond), value=True)
+    if len(rows) == len(logits):
+        logits.masked_fill_(forbidden, -torch.inf)
+    else:
+        index = torch.tensor(list(rows), device=logits.device)
+        logits[index] = logits[index].masked_fill_(forbidden, -torch.inf)
     return failed
 
 
+#: The bits of a word of a mask; the last one is the sign.
+_BITS = torch.tensor([1 << n for n in range(31)] + [-(1 << 31)], dtype=torch.int32)
+
+
+@cache
+def _executor() -> LLExecutor:
+    """Threads of the library that fill the masks of several rows at once."""
+    from llguidance import LLExecutor
+
+    return LLExecutor()
+
+
 class ConstraintFactory:
-    """Builds constraint states for the answers of one tokenizer (a fast tokenizer)."""
+    """Builds the constraints of answers of one (fast) tokenizer. May be called by any thread."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        #: By the ids that end an answer. Building one takes up to a second.
+        #: By the ids that end an answer.
         self._vocabularies: dict[frozenset[int], LLTokenizer] = {}
+        self._lock = Lock()
 
     def build(self, constraint: Constraint, eos_ids: Iterable[int]) -> ConstraintState:
-        """The state of an answer that begins now.
+        """The constraint of an answer that begins now and may end with one of `eos_ids`.
 
-        `eos_ids` are the tokens with which it may end. Raises RequestError(INVALID_REQUEST) when
-        the constraint is no valid schema, expression or grammar, with the library's own words;
-        when the extra is missing, and when the tokenizer cannot be used.
+        Raises RequestError(INVALID_REQUEST): the value is no valid schema, expression or grammar
+        (with the library's own words), the extra is missing, or the tokenizer is not one of those
+        that llguidance reads.
         """
         try:
             import llguidance
         except ImportError as error:
             raise RequestError(
                 ErrorCode.INVALID_REQUEST,
-                "this worker cannot constrain answers: llguidance is not installed there; "
-                "install tokenbus[structured] on the worker",
+                "this worker cannot constrain answers: llguidance is not installed there; install "
+                "tokenbus[structured] on the worker",
             ) from error
         ends = frozenset(eos_ids)
         if not ends:
             raise RequestError(
                 ErrorCode.INVALID_REQUEST,
-                "this model has no end token, so that a constrained answer could not end",
+                "this model has no end token, so a constrained answer could never end",
             )
         grammar = _grammar(constraint)
-        if ends not in self._vocabularies:
-            self._vocabularies[ends] = self._vocabulary(ends)
-        vocabulary = self._vocabularies[ends]
-        try:
-            matcher = llguidance.LLMatcher(vocabulary, grammar, log_level=0)
-        except ValueError as error:
-            raise _invalid(constraint, str(error)) from error
+        with self._lock:
+            vocabulary = self._vocabularies.get(ends)
+            if vocabulary is None:
+                vocabulary = self._vocabularies[ends] = self._vocabulary(ends)
+        limits = llguidance.LLParserLimits(verbose_errors=False)
+        matcher = llguidance.LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise _invalid(constraint, matcher.get_error())
-        return ConstraintState(matcher, ends, -(-vocabulary.vocab_size // _WORD_BITS))
+        return ConstraintState(matcher, ends, vocabulary.vocab_size)
 
     def _vocabulary(self, eos_ids: frozenset[int]) -> LLTokenizer:
         from llguidance.hf import from_tokenizer
@@ -169,44 +211,53 @@ class ConstraintFactory:
         except ValueError as error:
             raise RequestError(
                 ErrorCode.INVALID_REQUEST,
-                f"answers of this model cannot be constrained: its tokenizer is of a kind that "
-                f"llguidance does not read ({error})",
+                "this model's answers cannot be constrained: llguidance does not read its "
+                f"tokenizer ({str(error)[:_MAX_MESSAGE]})",
             ) from error
 
 
 def _invalid(constraint: Constraint, message: str) -> RequestError:
     return RequestError(
-        ErrorCode.INVALID_REQUEST, f"constraint of type {constraint.type}: {message}"
+        ErrorCode.INVALID_REQUEST,
+        f"constraint of type {constraint.type}: {message.strip()[:_MAX_MESSAGE]}",
     )
 
 
 def _grammar(constraint: Constraint) -> str:
-    """The constraint in llguidance's own form."""
+    """The constraint in llguidance's own form. Raises RequestError if the value is of a wrong
+    type; whether it makes sense is for the library to say."""
+    match constraint.type, constraint.value:
+        case "json_object", _:
+            return _json_grammar({"type": "object"})
+        case "json_schema", dict() | bool() as schema:
+            try:
+                return _json_grammar(schema)
+            except (TypeError, ValueError) as error:  # octets, say, which msgpack has
+                raise _invalid(constraint, str(error)) from error
+        case "regex", str(expression):
+            return _matcher().grammar_from_regex(expression)
+        case "grammar", str(lark):
+            return _matcher().grammar_from_lark(lark)
+        case "choice", [str(), *_] as choices if all(isinstance(c, str) and c for c in choices):
+            # Strings of a Lark grammar are written as in JSON.
+            quoted = (json.dumps(choice, ensure_ascii=False) for choice in choices)
+            return _matcher().grammar_from_lark(f"start: {' | '.join(quoted)}")
+    expected = {
+        "json_schema": "a schema (a map)",
+        "regex": "a regular expression (a string)",
+        "grammar": "a Lark grammar (a string)",
+        "choice": "a list of strings, none of them empty",
+    }[constraint.type]
+    raise _invalid(constraint, f"the value must be {expected}")
+
+
+def _json_grammar(schema: dict[str, Any] | bool) -> str:
+    return _matcher().grammar_from_json_schema(
+        json.dumps(schema), defaults={"whitespace_pattern": _JSON_BLANKS}
+    )
+
+
+def _matcher() -> type[LLMatcher]:
     from llguidance import LLMatcher
 
-    value = constraint.value
-    match constraint.type:
-        case "json_object":
-            return LLMatcher.grammar_from_json_schema({"type": "object"})
-        case "json_schema":
-            if not isinstance(value, dict | bool | str):
-                raise _invalid(constraint, "the value must be a schema (a map)")
-            return LLMatcher.grammar_from_json_schema(
-                value if isinstance(value, str) else json.dumps(value)
-            )
-        case "regex":
-            if not isinstance(value, str):
-                raise _invalid(constraint, "the value must be a regular expression (a string)")
-            return LLMatcher.grammar_from_regex(value)
-        case "grammar":
-            if not isinstance(value, str):
-                raise _invalid(constraint, "the value must be a Lark grammar (a string)")
-            return LLMatcher.grammar_from_lark(value)
-        case "choice":
-            if (
-                not isinstance(value, list | tuple)
-                or not value
-                or not all(isinstance(choice, str) and choice for choice in value)
-            ):
-                raise _invalid(constraint, "the value must be a list of non-empty strings")
-            return LLMatcher.grammar_from_regex("|".join(re.escape(choice) for choice in value))
+    return LLMatcher

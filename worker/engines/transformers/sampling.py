@@ -124,8 +124,10 @@ class SamplerRow:
         self._banned: Ids = np.array(sorted(banned), np.int64)
         ending = eos_ids.union(params.stop_token_ids)
         self._banned_and_ending: Ids = np.array(sorted(banned | ending), np.int64)
+        if constraint is not None:
+            constraint.replay(prior_ids)
         for token_id in prior_ids:
-            self.append(token_id)
+            self._count(token_id)
         forced = params.forced_token_ids[self._position :]
         if constraint is not None and forced and not constraint.allows(forced):
             raise RequestError(
@@ -167,6 +169,9 @@ class SamplerRow:
         """Take the next token of the answer. Raises RequestError if the constraint forbids it."""
         if self.constraint is not None:
             self.constraint.accept(token_id)
+        self._count(token_id)
+
+    def _count(self, token_id: int) -> None:
         self._position += 1
         if self._penalised:
             count = self._counts[token_id] = self._counts.get(token_id, 0) + 1
