@@ -164,7 +164,7 @@ def text_model(name: str, *, attention: str | None = None, seed: int = 0) -> Any
 
 _MARKS = {
     "image_token": "<image>",
-    "video_token": "<video>",
+    "video_token": "<|video_pad|>",
     "boi_token": "<start_of_image>",
     "eoi_token": "<end_of_image>",
     "start_image_token": "<img>",
@@ -302,7 +302,7 @@ def _llava_onevision() -> tuple[Any, Any]:
 def _qwen_vl(kind: str) -> tuple[Any, Any]:
     import transformers as t
 
-    tok = _vision_tokenizer("<image>", "<|vision_start|>{image}<|vision_end|>")
+    tok = _vision_tokenizer("<|image_pad|>", "<|vision_start|>{image}<|vision_end|>")
     vision: dict[str, Any] = {
         "depth": 2,
         "num_heads": 4,

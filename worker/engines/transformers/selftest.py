@@ -166,6 +166,8 @@ def _reference(loaded: LoadedModel, prompt: Prompt) -> tuple[list[torch.Tensor],
         name: value.to(loaded.device) if isinstance(value, torch.Tensor) else value
         for name, value in (prompt.media | prompt.aligned).items()
     }
+    if loaded.adapters:
+        inputs["adapter_names"] = ["__base__"]
     config = plain_generation_config(
         model,
         max_new_tokens=STEPS,

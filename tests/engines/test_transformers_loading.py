@@ -1,0 +1,482 @@
+"""Loading: folders and what is wrong with them, kinds of numbers, adapters, several models, and
+models that only embed."""
+
+from __future__ import annotations
+
+import json
+import struct
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from broker.protocol.messages import FinishReason, Kind, Request, new_id
+from tests.engines import tiny
+from tests.engines.architectures import vision_model
+from worker.engines.base import EngineLoadError, EngineOptions, Job
+from worker.engines.transformers import build
+from worker.engines.transformers.engine import TransformersEngine
+from worker.engines.transformers.quantise import modules_to_skip, normalise_skip_names
+from worker.engines.transformers.settings import parse_settings
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny.llama().save_pretrained(path)
+    tiny.tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def vision_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny-llava"
+    tiny.llava().save_pretrained(path)
+    tiny.llava_processor().save_pretrained(path)
+    return path
+
+
+def load(*paths: Path, **options: Any) -> TransformersEngine:
+    arguments = {"kv_tokens": "4096"} | options.pop("engine_args", {})
+    engine = build(
+        EngineOptions(
+            model_paths=tuple(map(str, paths)),
+            device="cpu",
+            engine_args=arguments,
+            **options,
+        ),
+        lambda fraction, note: None,
+    )
+    assert isinstance(engine, TransformersEngine)
+    return engine
+
+
+def plain(model: Any, ids: list[int], count: int) -> list[int]:
+    return tiny.generated(model, {"input_ids": torch.tensor([ids])}, count, ())
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_served_under_its_name_with_its_facts(folder: Path) -> None:
+    told: list[tuple[float | None, str]] = []
+    engine = build(
+        EngineOptions(model_paths=(str(folder),), device="cpu"),
+        lambda fraction, note: told.append((fraction, note)),
+    )
+    try:
+        info = engine.capabilities.models[0]
+        assert info.name == "tiny-llama"
+        assert info.context_tokens == 512
+        assert not info.images
+        assert Kind.CHAT in info.kinds and Kind.EMBED in info.kinds
+        assert info.details["architecture"] == "LlamaForCausalLM"
+        assert info.details["scheduler"] == "slots"
+        fractions = [fraction for fraction, _ in told if fraction is not None]
+        assert fractions == sorted(fractions) and fractions[-1] == 1.0
+        assert any("loading weights" in note for _, note in told)
+        assert any("warming up" in note for _, note in told)
+    finally:
+        engine.close()
+
+
+def test_what_was_loaded_writes_what_was_saved(folder: Path) -> None:
+    engine = load(folder)
+    ids = tiny.prompts(1)[0]
+    try:
+        answer = tiny.run(engine, [tiny.ids_job(ids, model="tiny-llama")])[0]
+        assert answer.token_ids == plain(tiny.llama(), ids, 12)
+    finally:
+        engine.close()
+
+
+def test_a_vision_language_folder_is_loaded_with_its_processor(vision_folder: Path) -> None:
+    engine = load(vision_folder)
+    job = tiny.chat_job("hello", [tiny.picture(3)], model="tiny-llava")
+    direct = tiny.serve(tiny.llava(), processor=tiny.llava_processor(), name="tiny-llava")
+    try:
+        assert engine.capabilities.models[0].images
+        assert tiny.run(engine, [job])[0].token_ids == tiny.run(direct, [job])[0].token_ids
+    finally:
+        engine.close()
+        direct.close()
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
+def test_a_processor_that_could_take_videos_is_loaded_with_pillow_alone(
+    name: str, tmp_path: Path
+) -> None:
+    model, processor = vision_model(name)
+    model.save_pretrained(tmp_path / name)
+    processor.image_processor.save_pretrained(tmp_path / name)
+    processor.tokenizer.save_pretrained(tmp_path / name)
+    facts = {"processor_class": type(processor).__name__}
+    for key in ("num_image_tokens", "vision_feature_select_strategy"):
+        if hasattr(processor, key):
+            facts[key] = getattr(processor, key)
+    (tmp_path / name / "processor_config.json").write_text(json.dumps(facts))
+    engine = load(tmp_path / name)
+    try:
+        answer = tiny.run(engine, [tiny.chat_job("hello", [tiny.picture(3, 90, 70)], model=name)])[
+            0
+        ]
+        assert answer.failed is None and len(answer.token_ids) == 12
+        assert engine.capabilities.models[0].details["scheduler"] == "slots"
+    finally:
+        engine.close()
+
+
+def empty(path: Path) -> str:
+    return str(path)
+
+
+def of_unknown_kind(path: Path) -> str:
+    (path / "config.json").write_text(json.dumps({"model_type": "nobody-knows-this"}))
+    return str(path)
+
+
+def without_weights(path: Path) -> str:
+    tiny.llama().config.save_pretrained(path)
+    tiny.tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def of_pictures_only(path: Path) -> str:
+    (path / "config.json").write_text("not json at all")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: str(path / "nowhere"), "there is no folder"),
+        (empty, "no config.json"),
+        (of_unknown_kind, "nobody-knows-this"),
+        (without_weights, "safetensors"),
+        (of_pictures_only, "cannot load"),
+    ],
+    ids=["missing", "empty", "unknown", "no weights", "broken"],
+)
+def test_a_folder_that_cannot_be_loaded_says_why_in_one_line(
+    make: Callable[[Path], str], words: str, tmp_path: Path
+) -> None:
+    path = make(tmp_path)
+    with pytest.raises(EngineLoadError) as caught:
+        load(Path(path))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"device": "gpu7"}, "unknown device"),
+        ({"dtype": "float12"}, "unknown dtype"),
+        ({"load_8bit": True, "load_4bit": True}, "choose one"),
+        ({"engine_args": {"speed": "11"}}, "unknown --engine-arg"),
+        ({"engine_args": {"stall_ms": "soon"}}, "stall_ms=soon"),
+        ({"engine_args": {"scheduler": "magic"}}, "choose one of auto, slots, generate"),
+        ({"model_names": ((), ())}, "2 names were given for 1 models"),
+    ],
+)
+def test_a_wrong_option_says_what_is_right(
+    folder: Path, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(EngineLoadError, match=words):
+        build(
+            EngineOptions(**({"model_paths": (str(folder),), "device": "cpu"} | options)),
+            lambda fraction, note: None,
+        )
+
+
+def test_settings_are_parsed_from_text() -> None:
+    settings = parse_settings({"prefill-chunk": "64", "self_test": "no", "stall_ms": "12.5"})
+    assert settings.prefill_chunk == 64
+    assert settings.self_test is False
+    assert settings.stall_ms == 12.5
+
+
+# --- kinds of numbers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_agrees_with_itself_within_its_tolerance(folder: Path, dtype: str) -> None:
+    engine = load(folder, dtype=dtype)
+    ids = tiny.prompts(6, seed=3)
+    try:
+        assert engine.capabilities.models[0].details["dtype"] == dtype
+        assert engine.capabilities.models[0].details["scheduler"] == "slots"
+        jobs = [tiny.ids_job(i, model="tiny-llama", max_tokens=1, logprobs=5) for i in ids]
+        together = tiny.run(engine, jobs)
+        alone = [
+            tiny.run(engine, [tiny.ids_job(i, model="tiny-llama", max_tokens=1, logprobs=5)])[0]
+            for i in ids
+        ]
+        for one, other in zip(together, alone, strict=True):
+            assert one.logprobs[0].logprob == pytest.approx(other.logprobs[0].logprob, abs=0.15)
+    finally:
+        engine.close()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_weights_serve_text_and_pictures(vision_folder: Path, bits: int) -> None:
+    pytest.importorskip("bitsandbytes")
+    engine = load(vision_folder, load_8bit=bits == 8, load_4bit=bits == 4)
+    try:
+        details = engine.capabilities.models[0].details
+        assert details["quantised"] is True
+        assert details["scheduler"] == "slots", details
+        model = engine._served[0].loaded.model
+        kinds = {type(m).__name__ for p, m in model.named_modules() if "language_model" in p}
+        assert "Linear8bitLt" in kinds or "Linear4bit" in kinds
+        for path, module in model.named_modules():
+            if "vision_tower" in path or "projector" in path or path.endswith("lm_head"):
+                assert "bit" not in type(module).__name__, path
+        jobs = [
+            tiny.chat_job("hello", [tiny.picture(1)], model="tiny-llava"),
+            tiny.chat_job("what is in this", model="tiny-llava"),
+        ]
+        assert [a.reason for a in tiny.run(engine, jobs)] == [FinishReason.LENGTH] * 2
+    finally:
+        engine.close()
+
+
+def test_what_is_not_quantised_is_named_by_its_full_path() -> None:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    model = tiny.llava(hidden=96)
+    skip = modules_to_skip(model, bits=4, device=torch.device("cpu"))
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        inside = ".language_model." in path and module.in_features % 64 == 0
+        assert should_convert_module(path, skip) is inside, path
+
+
+def test_old_skip_names_mean_what_they_did() -> None:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    config = normalise_skip_names({"llm_int8_skip_modules": ["vision_tower", "lm_head"]})
+    skip = config["llm_int8_skip_modules"]
+    assert not should_convert_module("model.vision_tower.layers.0.fc1", skip)
+    assert not should_convert_module("lm_head", skip)
+    assert should_convert_module("model.language_model.layers.0.mlp.up_proj", skip)
+
+
+# --- several models and adapters ------------------------------------------------------------------
+
+
+def test_one_worker_serves_several_models(folder: Path, vision_folder: Path) -> None:
+    engine = load(folder, vision_folder, model_names=(("text", "chat"), ("vision",)))
+    ids = tiny.prompts(1)[0]
+    try:
+        assert [info.name for info in engine.capabilities.models] == ["text", "chat", "vision"]
+        text, chat, vision = tiny.run(
+            engine,
+            [
+                tiny.ids_job(ids, model="text"),
+                tiny.ids_job(ids, model="chat"),
+                tiny.chat_job("hello", [tiny.picture(1)], model="vision"),
+            ],
+        )
+        assert text.token_ids == chat.token_ids == plain(tiny.llama(), ids, 12)
+        assert vision.reason is FinishReason.LENGTH
+    finally:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def adapters(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    peft = pytest.importorskip("peft")
+    result = {}
+    for seed, name in enumerate(("red", "blue")):
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(
+            r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"]
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            model = peft.get_peft_model(tiny.llama(), config)
+        with torch.no_grad():
+            for path, parameter in model.named_parameters():
+                if "lora_B" in path:
+                    parameter.normal_(0.0, 0.2)
+        result[name] = tmp_path_factory.mktemp("adapters") / name
+        model.peft_config["default"].base_model_name_or_path = str(folder)
+        model.save_pretrained(result[name])
+    return result
+
+
+# peft uses names that transformers is about to change.
+PEFT = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def merged(adapter: Path) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(tiny.llama(), str(adapter)).merge_and_unload().eval()
+
+
+@PEFT
+def test_an_adapter_is_merged_into_its_base(folder: Path, adapters: dict[str, Path]) -> None:
+    ids = tiny.prompts(1)[0]
+    wanted = plain(merged(adapters["red"]), ids, 12)
+    for options in ({"model_base": str(folder)}, {}):
+        engine = load(adapters["red"], **options)
+        try:
+            answer = tiny.run(engine, [tiny.ids_job(ids, model="red")])[0]
+            assert answer.token_ids == wanted != plain(tiny.llama(), ids, 12)
+        finally:
+            engine.close()
+
+
+@PEFT
+def test_several_adapters_and_their_base_share_one_batch(
+    folder: Path, adapters: dict[str, Path]
+) -> None:
+    text = ",".join(f"{name}={path}" for name, path in adapters.items())
+    engine = load(folder, engine_args={"adapters": text})
+    prompts = tiny.prompts(6, seed=6)
+    names = ["tiny-llama", "red", "blue"] * 2
+    models = {
+        "tiny-llama": tiny.llama(),
+        "red": merged(adapters["red"]),
+        "blue": merged(adapters["blue"]),
+    }
+    try:
+        assert {info.name for info in engine.capabilities.models} == set(names)
+        assert engine.capabilities.models[0].details["scheduler"] == "slots"
+        answers = tiny.run(
+            engine,
+            [tiny.ids_job(i, model=n) for i, n in zip(prompts, names, strict=True)],
+            every=[0, 1, 0, 2, 0, 1],
+        )
+        wanted = [plain(models[n], i, 12) for i, n in zip(prompts, names, strict=True)]
+        assert [a.token_ids for a in answers] == wanted
+        # The same prompt to two adapters must not share its prefix.
+        same = [tiny.ids_job(prompts[0] * 2, model=name) for name in models]
+        together = [tiny.run(engine, [job])[0] for job in same]
+        assert [a.token_ids for a in together] == [
+            plain(models[name], prompts[0] * 2, 12) for name in models
+        ]
+    finally:
+        engine.close()
+
+
+# --- embeddings -----------------------------------------------------------------------------------
+
+
+def embed(engine: TransformersEngine, inputs: list[Any], model: str, **arguments: Any) -> Any:
+    request = Request(model=model, kind=Kind.EMBED, inputs=inputs, embed_args=arguments, window=1)
+    answer = tiny.run(engine, [Job(new_id(), request)])[0]
+    assert answer.ended is not None and answer.ended.result is not None, answer.failed
+    result = answer.ended.result
+    width = result["dimensions"]
+    return np.array([struct.unpack(f"<{width}f", row) for row in result["embeddings"]])
+
+
+def test_embeddings_are_the_normalised_mean_of_the_states(folder: Path) -> None:
+    engine = load(folder)
+    inputs = tiny.prompts(7, low=3, high=60, seed=2)
+    try:
+        got = embed(engine, inputs, "tiny-llama")
+        base = tiny.llama().model
+        with torch.inference_mode():
+            rows = [base(torch.tensor([ids])).last_hidden_state[0].mean(0) for ids in inputs]
+        wanted = torch.nn.functional.normalize(torch.stack(rows), dim=-1).numpy()
+        assert np.allclose(got, wanted, atol=1e-5)
+        text = embed(engine, ["hello world", [307, 382]], "tiny-llama")
+        assert np.allclose(text[0], text[1], atol=1e-6)
+        short = embed(engine, inputs, "tiny-llama", dimensions=16, pooling="last")
+        assert short.shape == (7, 16)
+        assert np.allclose(np.linalg.norm(short, axis=1), 1.0, atol=1e-5)
+    finally:
+        engine.close()
+
+
+def test_a_sentence_model_pools_as_its_files_say(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+    )
+    model = BertModel(config).eval()
+    path = tmp_path / "sentences"
+    model.save_pretrained(path)
+    tiny.tokenizer().save_pretrained(path)
+    modules = [
+        {"path": "", "type": "sentence_transformers.models.Transformer"},
+        {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        {"path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+    ]
+    (path / "modules.json").write_text(json.dumps(modules))
+    (path / "1_Pooling").mkdir()
+    (path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    engine = load(path)
+    inputs = tiny.prompts(4, low=3, high=30, seed=2)
+    try:
+        assert Kind.CHAT not in engine.capabilities.models[0].kinds
+        got = embed(engine, inputs, "sentences")
+        with torch.inference_mode():
+            rows = [model(torch.tensor([ids])).last_hidden_state[0, 0] for ids in inputs]
+        wanted = torch.nn.functional.normalize(torch.stack(rows), dim=-1).numpy()
+        assert np.allclose(got, wanted, atol=1e-5)
+        chat = tiny.run(engine, [tiny.ids_job([20, 21], model="sentences")])[0]
+        assert chat.failed is not None and "only embeds" in chat.failed.message
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"pooling": "sum"}, "pooling"),
+        ({"dimensions": 0}, "dimensions"),
+        ({"dimensions": 65}, "dimensions"),
+        ({"normalise": True}, "normalise"),
+    ],
+)
+def test_a_wrong_embedding_argument_is_refused(
+    folder: Path, arguments: dict[str, Any], words: str
+) -> None:
+    engine = tiny.serve(tiny.llama())
+    request = Request(
+        model="tiny", kind=Kind.EMBED, inputs=["hello"], embed_args=arguments, window=1
+    )
+    try:
+        answer = tiny.run(engine, [Job(new_id(), request)])[0]
+        assert answer.failed is not None and words in answer.failed.message
+    finally:
+        engine.close()
+
+
+def test_embedding_goes_on_beside_running_streams() -> None:
+    engine = tiny.serve(tiny.llama())
+    stream = tiny.ids_job([20, 21, 22], max_tokens=40)
+    request = Request(
+        model="tiny", kind=Kind.EMBED, inputs=tiny.prompts(100, low=100, high=200), window=1
+    )
+    try:
+        answers = tiny.run(engine, [stream, Job(new_id(), request)])
+        assert answers[0].token_ids == plain(tiny.llama(), [20, 21, 22], 40)
+        assert answers[1].ended is not None and answers[1].ended.result is not None
+        assert len(answers[1].ended.result["embeddings"]) == 100
+    finally:
+        engine.close()
