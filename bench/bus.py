@@ -7,9 +7,10 @@ and the broker alone is measured. The one place that knows command lines.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
-from bench.common import Process, endpoints, python
+from bench.common import ROOT, Process, endpoints, python
 from bench.zmtp import Connection
 from broker.protocol import codec
 from broker.protocol.header import NO_ID, MessageType, decode, encode
@@ -45,6 +46,13 @@ def broker(transport: str = "tcp", *arguments: str) -> Iterator[tuple[Process, s
     ):
         process.wait_line("listens")
         yield process, front, back
+
+
+def worker(back: str, engine: str, *arguments: str, path: str = "") -> Process:
+    """A worker; `path` is a further folder where its engine is looked for."""
+    command = python("-m", "worker", "--engine", engine, "--broker", back)
+    command += ["--no-progress", "--log-level", "warning", *arguments]
+    return Process(command, {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), path]))})
 
 
 class RawPeer:

@@ -1,0 +1,401 @@
+"""Systems that stream tokens, each with its servers and driven in one way: ours and the peers.
+
+A `System` answers `stream(tokens)` with the times at which the pieces came. The HTTP systems are
+driven by the cheapest client there is (a socket, counting delimiters), so that their figures are
+their servers' and not a library's; the bus is driven by its own client library, decoding included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgpack
+
+from bench import bus
+from bench.common import ROOT, Process, family, free_port, python, wait_for, wait_port
+from broker.protocol.messages import new_id
+
+FASTCHAT = ROOT / "bench" / "fastchat"
+NULL_MODEL = "null"
+
+
+@dataclass
+class Arrivals:
+    """One stream as it arrived, seconds of `time.monotonic`."""
+
+    started_s: float
+    #: Of each piece; a piece may hold several tokens.
+    at_s: list[float] = field(default_factory=list)
+    #: From the making of each token to its arrival, where the engine says when it was made.
+    delays_s: list[float] = field(default_factory=list)
+
+
+class System(Protocol):
+    """What `bench.stream` drives."""
+
+    #: Processes by party, each with its children counted.
+    parties: dict[str, list[int]]
+
+    async def stream(self, tokens: int) -> Arrivals: ...
+
+
+class Unavailable(Exception):
+    """A peer is not installed; the message says how to."""
+
+
+def pids(*processes: Process) -> list[int]:
+    """The processes and their children."""
+    return [pid for process in processes for pid in family(process.pid)]
+
+
+# --- the bus --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def bus_servers(
+    engine: str, slots: int, *engine_arguments: str, workers: int = 1, path: str = ""
+) -> Iterator[tuple[str, dict[str, list[int]]]]:
+    """A broker with workers that are ready: its front, and the processes by party."""
+    arguments = [part for item in engine_arguments for part in ("--engine-arg", item)]
+    with (
+        bus.broker("tcp", "--inflight", "100000", "--queue-requests", "100000") as (
+            broker,
+            front,
+            back,
+        ),
+        contextlib.ExitStack() as stack,
+    ):
+        worker_processes = [
+            stack.enter_context(
+                bus.worker(back, engine, "--slots", str(slots), *arguments, path=path)
+            )
+            for _ in range(workers)
+        ]
+        from client import Client
+
+        with Client(front) as client:
+
+            def ready() -> bool:
+                for process in (broker, *worker_processes):
+                    process.check()
+                return sum(worker["state"] == "ready" for worker in client.workers()) == workers
+
+            wait_for(ready, "the workers to be ready")
+        links = [process.pid for process in worker_processes]
+        engines = [pid for pid in pids(*worker_processes) if pid not in links]
+        yield front, {"broker": [broker.pid], "link": links, "engine": engines}
+
+
+class Bus:
+    """The client library's asyncio face, one client for all streams."""
+
+    def __init__(self, client: Any, parties: dict[str, list[int]], clock: bool) -> None:
+        self.client = client
+        self.parties = parties
+        #: Tokens are the time at which they were made (`bench.clock_engine`).
+        self.clock = clock
+
+    async def stream(self, tokens: int) -> Arrivals:
+        arrivals = Arrivals(time.monotonic())
+        arrived, now = arrivals.at_s.append, time.monotonic
+        stream = await self.client.generate("x", stream=True, max_tokens=tokens, ignore_eos=True)
+        got = 0
+        async for event in stream:
+            token_ids = getattr(event, "token_ids", None)
+            if token_ids:
+                arrived(now())
+                got += len(token_ids)
+                if self.clock:
+                    now_ns = time.monotonic_ns()
+                    arrivals.delays_s += [(now_ns - int(made)) / 1e9 for made in event.text.split()]
+        if got != tokens:
+            raise RuntimeError(f"a stream of {tokens} tokens ended after {got}")
+        return arrivals
+
+
+@contextlib.asynccontextmanager
+async def bus_system(
+    slots: int, *engine_arguments: str, workers: int = 1, clock: bool = False
+) -> AsyncIterator[Bus]:
+    """Broker, workers with the echo engine (or the clock engine), and one `AsyncClient`."""
+    from bench.clock_engine import engine_path
+    from client import AsyncClient
+
+    with contextlib.ExitStack() as stack:
+        path = stack.enter_context(engine_path()) if clock else ""
+        engine = "clock" if clock else "echo"
+        front, parties = stack.enter_context(
+            bus_servers(engine, slots, *engine_arguments, workers=workers, path=path)
+        )
+        async with AsyncClient(front) as client:
+            yield Bus(client, parties, clock)
+
+
+# --- HTTP -----------------------------------------------------------------------------------------
+
+
+class Http:
+    """A POST whose answer is a stream of pieces, counted by a delimiter."""
+
+    def __init__(
+        self,
+        port: int,
+        path: str,
+        body: dict[str, Any],
+        limit_field: str,
+        piece: bytes,
+        last: bytes,
+        parties: dict[str, list[int]],
+    ) -> None:
+        self.port = port
+        self.path = path
+        self.body = body
+        #: The field of the body that says how many tokens.
+        self.limit_field = limit_field
+        #: Stands once in each piece.
+        self.piece = piece
+        #: Stands at the end of a good answer.
+        self.last = last
+        self.parties = parties
+
+    async def stream(self, tokens: int) -> Arrivals:
+        arrivals = Arrivals(time.monotonic())
+        body = json.dumps({**self.body, self.limit_field: tokens}).encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(
+            f"POST {self.path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+        tail = b""
+        try:
+            while data := await reader.read(1 << 16):
+                now_s = time.monotonic()
+                arrivals.at_s += [now_s] * data.count(self.piece)
+                tail = (tail + data)[-4096:]
+        finally:
+            writer.close()
+        if self.last not in tail or len(arrivals.at_s) < 1:
+            raise RuntimeError(f"{self.path} did not answer as expected: {tail[-500:]!r}")
+        return arrivals
+
+
+@contextlib.contextmanager
+def fastchat_servers(repaired: bool) -> Iterator[tuple[int, int, dict[str, list[int]]]]:
+    """FastChat's controller, a null worker, its API server: ports of worker and API server."""
+    interpreter = FASTCHAT / ".venv" / "bin" / "python"
+    if not interpreter.exists():
+        raise Unavailable("FastChat is not installed: run bench/fastchat/install.sh")
+    controller, worker, api = free_port(), free_port(), free_port()
+    with contextlib.ExitStack() as stack:
+        # FastChat writes log files where it runs.
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tb-fastchat-"))
+        environment = {"LOGDIR": folder}
+
+        def start(port: int, *arguments: str) -> Process:
+            command = [str(interpreter), *arguments, "--port", str(port)]
+            process = stack.enter_context(Process(command, environment, Path(folder)))
+            wait_port(port, process)
+            return process
+
+        address = f"http://127.0.0.1:{controller}"
+        controller_process = start(
+            controller, "-m", "fastchat.serve.controller", "--host", "127.0.0.1"
+        )
+        worker_process = start(worker, str(FASTCHAT / "null_worker.py"), "--controller", address)
+        api_process = start(
+            api,
+            str(FASTCHAT / "api_server.py"),
+            *(["--repaired"] if repaired else []),
+            "--host",
+            "127.0.0.1",
+            "--controller-address",
+            address,
+        )
+        parties = {
+            "controller": pids(controller_process),
+            "engine": pids(worker_process),
+            "gateway": pids(api_process),
+        }
+        yield worker, api, parties
+
+
+CHAT = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+
+
+@contextlib.asynccontextmanager
+async def fastchat_system(path: str) -> AsyncIterator[Http]:
+    """`path`: "api" (repaired), "api_as_shipped", or "worker" (its worker directly)."""
+    with fastchat_servers(path == "api") as (worker, api, parties):
+        if path == "worker":
+            yield Http(
+                worker,
+                "/worker_generate_stream",
+                {"model": NULL_MODEL, "prompt": "x"},
+                "max_new_tokens",
+                b"\0",
+                b'"finish_reason": "length"}\0',
+                {"engine": parties["engine"]},
+            )
+        else:
+            yield Http(
+                api,
+                "/v1/chat/completions",
+                {"model": NULL_MODEL, **CHAT},
+                "max_tokens",
+                b'"content"',
+                b"[DONE]",
+                parties,
+            )
+
+
+@contextlib.asynccontextmanager
+async def gateway_system(slots: int, *engine_arguments: str) -> AsyncIterator[Http]:
+    """Our gateway's SSE, in front of broker and echo worker."""
+    with bus_servers("echo", slots, *engine_arguments) as (front, parties):
+        port = free_port()
+        command = python("-m", "client.gateway", "--broker", front, "--port", str(port))
+        with Process(command) as process:
+            wait_port(port, process)
+            yield Http(
+                port,
+                "/v1/chat/completions",
+                {"model": "echo", "ignore_eos": True, **CHAT},
+                "max_tokens",
+                b'"content"',
+                b"[DONE]",
+                {**parties, "gateway": pids(process)},
+            )
+
+
+# --- message brokers ------------------------------------------------------------------------------
+
+
+class Nats:
+    """One subscription for all streams, as nats-py's own request-reply does it."""
+
+    def __init__(self, connection: Any, parties: dict[str, list[int]]) -> None:
+        self.connection = connection
+        self.parties = parties
+        self.streams: dict[bytes, tuple[Arrivals, asyncio.Future[None]]] = {}
+        self.inbox = connection.new_inbox()
+
+    async def open(self) -> None:
+        """Subscribe."""
+
+        async def arrived(message: Any) -> None:
+            _arrived(self.streams, message.data)
+
+        await self.connection.subscribe(self.inbox, cb=arrived, pending_msgs_limit=-1)
+
+    async def stream(self, tokens: int) -> Arrivals:
+        id_, arrivals, over = _begin(self.streams)
+        body = msgpack.packb([id_, tokens, 0])
+        await self.connection.publish("tokens", body, reply=self.inbox)
+        await over
+        return arrivals
+
+
+def _begin(
+    streams: dict[bytes, tuple[Arrivals, asyncio.Future[None]]],
+) -> tuple[bytes, Arrivals, asyncio.Future[None]]:
+    id_, arrivals = new_id(), Arrivals(time.monotonic())
+    over = asyncio.get_running_loop().create_future()
+    streams[id_] = (arrivals, over)
+    return id_, arrivals, over
+
+
+def _arrived(streams: dict[bytes, tuple[Arrivals, asyncio.Future[None]]], body: bytes) -> None:
+    id_, offset, _, _, last = msgpack.unpackb(body)
+    arrivals, over = streams[id_]
+    arrivals.at_s.append(time.monotonic())
+    if last:
+        del streams[id_]
+        if offset + 1 != len(arrivals.at_s):
+            over.set_exception(RuntimeError(f"{offset + 1} tokens, {len(arrivals.at_s)} arrived"))
+        else:
+            over.set_result(None)
+
+
+@contextlib.asynccontextmanager
+async def nats_system() -> AsyncIterator[Nats]:
+    """nats-server, a null worker, nats-py."""
+    server = shutil.which("nats-server", path=os.environ.get("PATH", "") + ":/usr/sbin")
+    try:
+        import nats
+    except ImportError:
+        raise Unavailable("nats-py is not installed: pip install 'tokenbus[bench]'") from None
+    if server is None:
+        raise Unavailable("nats-server is not installed: apt install nats-server")
+    port = free_port()
+    with Process([server, "-a", "127.0.0.1", "-p", str(port)]) as process:
+        wait_port(port, process)
+        with Process(python("-m", "bench.null_workers", "nats", str(port))) as worker:
+            worker.wait_line("ready")
+            connection = await nats.connect(f"nats://127.0.0.1:{port}")
+            system = Nats(connection, {"broker": pids(process), "engine": pids(worker)})
+            await system.open()
+            try:
+                yield system
+            finally:
+                await connection.close()
+
+
+class PlainZmq:
+    """DEALER, `zmq.proxy`, DEALER: no sessions, no credit, one message a token."""
+
+    def __init__(self, socket: Any, parties: dict[str, list[int]]) -> None:
+        self.socket = socket
+        self.parties = parties
+        self.streams: dict[bytes, tuple[Arrivals, asyncio.Future[None]]] = {}
+
+    def readable(self) -> None:
+        """Drain: ZeroMQ's descriptor is edge-triggered."""
+        import zmq
+
+        with contextlib.suppress(zmq.Again):
+            for _ in range(1000):
+                _arrived(self.streams, self.socket.recv(zmq.DONTWAIT))
+            asyncio.get_running_loop().call_soon(self.readable)
+
+    async def stream(self, tokens: int) -> Arrivals:
+        id_, arrivals, over = _begin(self.streams)
+        self.socket.send(msgpack.packb([id_, tokens, 0]))
+        # A send may take the edge that told of waiting messages.
+        asyncio.get_running_loop().call_soon(self.readable)
+        await over
+        return arrivals
+
+
+@contextlib.asynccontextmanager
+async def zmq_system() -> AsyncIterator[PlainZmq]:
+    """`zmq.proxy` between a null worker and one client socket."""
+    import zmq
+
+    front, back = (f"tcp://127.0.0.1:{free_port()}" for _ in range(2))
+    with Process(python("-m", "bench.peers", "zmq_proxy", front, back)) as proxy:
+        proxy.wait_line("ready")
+        with Process(python("-m", "bench.null_workers", "zmq", back)) as worker:
+            worker.wait_line("ready")
+            socket = zmq.Context.instance().socket(zmq.DEALER)
+            socket.set_hwm(100_000)
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.connect(front)
+            system = PlainZmq(socket, {"broker": [proxy.pid], "engine": pids(worker)})
+            loop = asyncio.get_running_loop()
+            loop.add_reader(socket.fileno(), system.readable)
+            try:
+                yield system
+            finally:
+                loop.remove_reader(socket.fileno())
+                socket.close()
