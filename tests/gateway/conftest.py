@@ -1,0 +1,109 @@
+"""A gateway process in front of the shared bus, and OpenAI's own clients of it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2 as httpx
+import openai
+import pytest
+
+from tests.harness import Bus, ManagedProcess, wait_until
+
+MODEL = "echo"
+
+
+@dataclass
+class GatewayProcess:
+    """A running `python -m client.gateway`."""
+
+    process: ManagedProcess
+    url: str
+    bus: Bus
+
+    def openai(self, **options: object) -> openai.OpenAI:
+        """OpenAI's client, without retries unless asked for."""
+        return openai.OpenAI(
+            **{"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, **options}
+        )
+
+    def http(self, **options: object) -> httpx.Client:
+        """A plain HTTP client."""
+        return httpx.Client(base_url=self.url, timeout=20, **options)
+
+
+@contextlib.contextmanager
+def running_gateway(folder: Path, bus: Bus, *options: str) -> Iterator[GatewayProcess]:
+    """A gateway in front of `bus`, ended whatever happens."""
+    process = ManagedProcess(
+        "gateway",
+        ["-m", "client.gateway", "--broker", bus.front, "--port", "0", *options],
+        folder,
+    )
+    try:
+
+        def address() -> str | None:
+            assert process.running, process.log()
+            found = re.search(r"https?://\S+(?= \(web page\))", process.log())
+            return found and found[0]
+
+        url = wait_until(address, "the gateway's start-up line", story=process.log)
+        verify = not url.startswith("https")
+
+        def answers() -> bool:
+            assert process.running, process.log()
+            with contextlib.suppress(httpx.TransportError):
+                return httpx.get(f"{url}/health", verify=verify).status_code == 200
+            return False
+
+        wait_until(answers, "the gateway's health", story=process.log)
+        yield GatewayProcess(process, url, bus)
+    finally:
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def shared_gateway(
+    shared_bus: Bus, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[GatewayProcess]:
+    with running_gateway(
+        tmp_path_factory.mktemp("gateway"), shared_bus, "--keep-alive-s", "0.2"
+    ) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def gateway(bus: Bus, shared_gateway: GatewayProcess) -> GatewayProcess:
+    """A gateway on the echo engine. Shared: every test leaves it idle."""
+    return shared_gateway
+
+
+@pytest.fixture
+def make_gateway(bus: Bus, tmp_path: Path) -> Iterator[Callable[..., GatewayProcess]]:
+    """Gateways of one's own on the shared bus: `make_gateway("--keys", path)`."""
+    with contextlib.ExitStack() as stack:
+
+        def make(*options: str, bus: Bus = bus) -> GatewayProcess:
+            folder = tmp_path / f"gateway-{len(list(tmp_path.iterdir()))}"
+            folder.mkdir()
+            return stack.enter_context(running_gateway(folder, bus, *options))
+
+        yield make
+
+
+@pytest.fixture
+def client(gateway: GatewayProcess) -> Iterator[openai.OpenAI]:
+    """OpenAI's synchronous client."""
+    with gateway.openai() as made:
+        yield made
+
+
+@pytest.fixture
+def http(gateway: GatewayProcess) -> Iterator[httpx.Client]:
+    """A plain HTTP client of the gateway."""
+    with gateway.http() as made:
+        yield made
