@@ -36,7 +36,7 @@ from broker.core.instructions import ForgetPeer, Log, ReloadAccess, Send, StopLo
 from broker.log import Logger
 from broker.protocol import codec
 from broker.protocol.header import MessageType
-from broker.protocol.limits import MAX_FRAMES
+from broker.protocol.limits import MAX_FRAMES, MAX_OUTPUT_OCTETS
 
 BACK_BATCH: Final = 512
 """Messages taken from the back before the front has its turn: a few milliseconds."""
@@ -103,6 +103,7 @@ class BrokerLoop:
         self.figures: dict[str, float] = dict.fromkeys(
             ("forwarded_total", "late_total", "unsent_total", "outgoing_peers", "wakes_total"), 0.0
         )
+        core.loop_figures = self.figures
 
     # --- running ----------------------------------------------------------------------------------
 
@@ -221,22 +222,23 @@ class BrokerLoop:
         half of that. A worker that breaks the framing here ends its own session, nobody else's: the
         client gets an OUTPUT without events, so that its sequence goes on.
         """
+        frame = None
         try:
             frame = back.recv(zmq.DONTWAIT, copy=False)
+            if not frame.more and len(frame) <= MAX_OUTPUT_OCTETS:
+                return frame.bytes
         except zmq.Again:
-            self._pending.append(MessageReceived(Side.BACK, routing_id, ()))
-            self._feed_pending(now_s)
-            return NO_EVENTS
-        if not frame.more:
-            return frame.bytes
+            pass
+        # Without frames, the core ends the session for broken framing.
         self._pending.append(MessageReceived(Side.BACK, routing_id, ()))
-        next_id = frame.bytes
-        if next_id in self._core.workers:
-            # The OUTPUT was a header alone; this is the next message. (Nobody can forge that:
-            # a worker knows no routing id but its own.)
-            self._pending.append(self._message(Side.BACK, next_id, back.recv(zmq.DONTWAIT)))
-        else:
-            self._skip(back)
+        if frame is not None and frame.more:
+            next_id = frame.bytes
+            if next_id in self._core.workers:
+                # The OUTPUT was a header alone; this is the next message. (Nobody can forge that:
+                # a worker knows no routing id but its own.)
+                self._pending.append(self._message(Side.BACK, next_id, back.recv(zmq.DONTWAIT)))
+            else:
+                self._skip(back)
         self._feed_pending(now_s)
         return NO_EVENTS
 

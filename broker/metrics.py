@@ -1,4 +1,4 @@
-"""Counters and gauges as a plain dictionary: the core's and those of the loop around it."""
+"""Counters and gauges of a broker as a plain dictionary, for whoever exports them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from broker.core.controller import BrokerCore
 from broker.core.queries import stats
 
 
-def collect(core: BrokerCore, loop_figures: dict[str, float]) -> dict[str, float]:
-    """Everything that is counted, by name. Names end in `_total` for what only rises."""
-    return stats(core) | {f"loop_{name}": value for name, value in loop_figures.items()}
+def collect(core: BrokerCore) -> dict[str, float]:
+    """Everything that is counted, by name: the core's figures and, as `loop_…`, those of the loop.
+
+    Names end in `_total` for what only rises.
+    """
+    return stats(core)

@@ -10,6 +10,7 @@ import msgspec
 from broker.core import shutdown
 from broker.core.instructions import ReloadAccess
 from broker.core.requests import Phase, Request
+from broker.core.state import SOFTWARE
 from broker.protocol import codec, limits
 from broker.protocol.errors import ErrorCode, ProtocolError, RequestError
 from broker.protocol.header import Header, MessageType
@@ -81,8 +82,6 @@ def _result(core: BrokerCore, client: ClientSession, query: Query) -> Any:
 
 
 def _version(core: BrokerCore, _: _NoArgs) -> dict[str, Any]:
-    from broker.core.controller import SOFTWARE
-
     return {
         "broker": core.settings.broker_name,
         "software": SOFTWARE,
@@ -171,7 +170,8 @@ def stats(core: BrokerCore) -> dict[str, float]:
         "requests_known": len(core.requests),
         "routes": len(core.routes),
     }
-    return gauges | {f"{name}_total": count for name, count in sorted(core.counters.items())}
+    counters = {f"{name}_total": count for name, count in sorted(core.counters.items())}
+    return gauges | counters | {f"loop_{name}": n for name, n in core.loop_figures.items()}
 
 
 def _stats(core: BrokerCore, _: _NoArgs) -> dict[str, float]:
@@ -226,7 +226,7 @@ def _shutdown(core: BrokerCore, args: _ShutdownArgs) -> dict[str, Any]:
     grace_s = min(max(grace_s, 0.0), 1e6)
     core.at(
         core.now_s + _ANSWER_DELAY_S,
-        lambda _: shutdown.begin(core, grace_s, "the operator stops this broker"),
+        lambda core, _: shutdown.begin(core, grace_s, "the operator stops this broker"),
         None,
     )
     return {}

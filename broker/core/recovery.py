@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from broker.core import admission
 from broker.core.requests import Phase, Request
 from broker.protocol import codec, limits
 from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
 def resume(core: BrokerCore, client: ClientSession, head: Header, frames: Frames) -> None:
     """RESUME: go on with a request where it is, or queue it anew."""
     try:
-        body = core.read_body(client, head, frames, resumed=True)
+        body = admission.read_body(core, client, head, frames, resumed=True)
         _resume(core, client, head.id, body, frames[1:])
     except RequestError as error:
-        core.fail_unqueued(client, head, frames, error)
+        admission.fail_unqueued(core, client, head, frames, error)
 
 
 def _resume(
@@ -59,7 +60,9 @@ def _resume(
             f"workers {', '.join(facts.lost_workers[:8])} died while they ran this request; "
             "it is not given to another one",
         )
-    request = Request(request_id, body.model, Phase.QUEUED, core.now_s)
+    waiting = known is not None and known.phase in (Phase.QUEUED, Phase.PARKED)
+    since_s = known.queued_s if known is not None and waiting else core.now_s
+    request = Request(request_id, body.model, Phase.QUEUED, since_s)
     request.order = order or next(core.numbers)
     core.enqueue(client, request, body, frames)
 
@@ -75,6 +78,7 @@ def _attach(
     """The worker has it: tell it to go on for this client. No credit is spent."""
     assert body.resume is not None, "admission checked it"
     request.client = client
+    request.end_held = request.phase is Phase.ENDED
     request.model = body.model
     request.kind = body.kind.value
     request.epoch = body.resume.epoch
@@ -90,10 +94,14 @@ def _attach(
 
 def _take_over(core: BrokerCore, request: Request, old: ClientSession) -> None:
     """Another session resumed the request while this one lives: it must not receive it any more."""
+    if core.clients.get(old.routing_id) is not old or not (
+        request.phase is not Phase.ENDED or request.end_held
+    ):
+        return
     old.requests.pop(request.id, None)
     route = old.routes.get(request.worker.id) if request.worker is not None else None
-    if route is not None and request.phase is Phase.RUNNING:
-        core.divert(route, request.id)
+    if route is not None:
+        core.divert(route, request)
     error = ErrorInfo(
         code=ErrorCode.DUPLICATE_REQUEST,
         message="another session resumed this request; its stream goes on there",
@@ -116,7 +124,7 @@ def orphan(core: BrokerCore, request: Request) -> None:
         # Not worth a slot while nobody listens; a RESUME brings the body again.
         core.release(request)
         request.phase = Phase.PARKED
-    core.at(request.orphan_until_s, lambda _: _end_orphan(core, request), None)
+    core.at(request.orphan_until_s, _end_orphan, request)
 
 
 def _end_orphan(core: BrokerCore, request: Request) -> None:
@@ -124,7 +132,7 @@ def _end_orphan(core: BrokerCore, request: Request) -> None:
     if not alone or request.phase not in (Phase.PARKED, Phase.RUNNING) or request.cancelled:
         return
     if core.now_s < request.orphan_until_s:
-        core.at(request.orphan_until_s, lambda _: _end_orphan(core, request), None)
+        core.at(request.orphan_until_s, _end_orphan, request)
         return
     core.cancel(request, "its client did not come back")
 
@@ -134,7 +142,9 @@ def take_in(core: BrokerCore, worker: WorkerSession, holds: list[Held]) -> None:
     for held in holds:
         known = core.requests.get(held.request_id)
         other = known.worker if known is not None else None
-        if known is not None and other is not None:
+        if other is worker:
+            continue  # named twice
+        if other is not None:
             if other.name != worker.name:
                 # It runs elsewhere by now: the one that slept through that must not go on.
                 if held.running:
@@ -166,6 +176,8 @@ def _hold(core: BrokerCore, worker: WorkerSession, held: Held, known: Request | 
         request.client = client
         if held.running:
             client.requests[request.id] = request
+        else:
+            request.end_held = True
         core.counters["attached"] += 1
         core.attach(request, worker, frames, attach=True)
         return

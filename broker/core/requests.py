@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from broker.core.sessions import ClientSession
-    from broker.core.workers import WorkerSession
+    from broker.core.workers import Route, WorkerSession
 
 
 class Phase(Enum):
@@ -41,6 +41,8 @@ class Request:
         "assigned_s",
         "cancelled",
         "client",
+        "diverted",
+        "end_held",
         "ended_s",
         "epoch",
         "frames",
@@ -99,6 +101,10 @@ class Request:
         #: CANCEL was passed on to the worker.
         self.cancelled = False
         self.outcome = ""
+        #: It left its slot, but its END waits at the worker until the client's window opens.
+        self.end_held = False
+        #: Routes of earlier owners on which its events are held back.
+        self.diverted: list[Route] = []
         self.queued_s = now_s
         self.queue_until_s = math.inf
         self.ttl_until_s = math.inf

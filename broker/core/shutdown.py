@@ -31,7 +31,7 @@ def begin(core: BrokerCore, grace_s: float, reason: str) -> None:
     body = codec.encode(Drain(reason=reason, deadline_ms=round(grace_s * 1000)))
     for client in core.clients.values():
         core.send(client, MessageType.DRAIN, client.id, body)
-    core.at(core.shutdown_until_s, lambda _: finish(core), None)
+    core.at(core.shutdown_until_s, _on_grace_over, None)
     open_requests = sum(len(client.requests) for client in core.clients.values())
     core.instruct(Log("info", "stopping", {"grace_s": grace_s, "requests": open_requests}))
 
@@ -61,6 +61,10 @@ def finish(core: BrokerCore) -> None:
     core.instruct(StopLoop())
 
 
+def _on_grace_over(core: BrokerCore, _: None) -> None:
+    finish(core)
+
+
 def draining_error(core: BrokerCore) -> RequestError:
     """What everybody is told who wants something new."""
     left_s = max(0.0, (core.shutdown_until_s or 0.0) - core.now_s)
@@ -78,7 +82,7 @@ def drain_worker(core: BrokerCore, worker: WorkerSession, deadline_s: float, rea
     worker.drain_until_s = core.now_s + deadline_s + DRAIN_SLACK_S
     body = codec.encode(Drain(reason=reason, deadline_ms=round(deadline_s * 1000)))
     core.send(worker, MessageType.DRAIN, worker.id, body)
-    core.at(worker.drain_until_s, lambda _: _end_drain(core, worker), None)
+    core.at(worker.drain_until_s, _end_drain, worker)
     core.log("info", "worker is drained", worker, why=reason, deadline_s=deadline_s)
 
 

@@ -1,0 +1,123 @@
+"""What must hold between two events, whatever happened. For tests and simulation: it reads all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from broker.core.requests import Phase, Request
+
+if TYPE_CHECKING:
+    from broker.core.controller import BrokerCore
+
+
+def check(core: BrokerCore) -> None:
+    """Raises AssertionError that names the table and the entry which contradict each other."""
+    _check_workers(core)
+    _check_requests(core)
+    _check_queues(core)
+    _check_clients(core)
+    _check_routes(core)
+
+
+def _check_workers(core: BrokerCore) -> None:
+    for routing_id, worker in core.workers.items():
+        who = f"worker {worker.name}"
+        assert worker.routing_id == routing_id, f"{who} stands under another routing id"
+        assert 0 <= worker.assigned <= worker.granted, (
+            f"{who}: {worker.assigned} assigned of {worker.granted} granted"
+        )
+        for request_id, request in worker.running.items():
+            assert core.requests.get(request_id) is request, (
+                f"{who} runs a forgotten {_story(request)}"
+            )
+            assert request.phase is Phase.RUNNING, f"{who} runs {_story(request)}"
+            assert request.worker is worker, f"{who} runs {_story(request)} of another worker"
+        for request_id, request in worker.ended.items():
+            assert core.requests.get(request_id) is request, (
+                f"{who} keeps a forgotten {_story(request)}"
+            )
+            assert request.phase is Phase.ENDED, f"{who} keeps {_story(request)}"
+            assert request.worker is worker, f"{who} keeps {_story(request)} of another worker"
+        for model in worker.models:
+            assert worker.id in core.registry.serving(model), f"{who} is not indexed under {model}"
+    for model in core.registry.models():
+        for worker in core.registry.serving(model).values():
+            assert core.workers.get(worker.routing_id) is worker, f"{model} names a lost worker"
+
+
+def _check_requests(core: BrokerCore) -> None:
+    for request_id, request in core.requests.items():
+        story = _story(request)
+        assert request.id == request_id, f"{story} stands under another id"
+        match request.phase:
+            case Phase.QUEUED:
+                assert request.worker is None, f"{story} has a worker"
+                assert request.client is not None, f"{story} waits for nobody"
+                assert request.frames, f"{story} lost its body"
+            case Phase.PARKED:
+                assert request.client is None, f"{story} has a client"
+                assert request.worker is None, f"{story} has a worker"
+            case Phase.RUNNING:
+                assert request.worker is not None, f"{story} runs nowhere"
+                assert request.worker.running.get(request_id) is request, f"{story} is lost"
+            case Phase.ENDED:
+                assert request.worker is not None, f"{story} ended nowhere"
+                assert request.worker.ended.get(request_id) is request, f"{story} is lost"
+            case Phase.INTERRUPTED:
+                assert request.client is None, f"{story} has a client"
+                assert request.worker is None, f"{story} has a worker"
+        if request.worker is not None:
+            here = core.workers.get(request.worker.routing_id)
+            assert here is request.worker, f"{story} is at a worker that left"
+        if request.phase is not Phase.QUEUED:
+            assert not request.frames, f"{story} still holds its body"
+        live = request.client is not None and request.phase in (Phase.QUEUED, Phase.RUNNING)
+        if live and request.client is not None:
+            assert core.clients.get(request.client.routing_id) is request.client, (
+                f"{story} belongs to a client that left"
+            )
+            assert request.client.requests.get(request_id) is request, f"{story} is not counted"
+
+
+def _check_queues(core: BrokerCore) -> None:
+    queued = [request for request in core.requests.values() if request.phase is Phase.QUEUED]
+    waiting = [request for queue in core.queues.values() for request in queue.all()]
+    assert {id(request) for request in queued} == {id(request) for request in waiting}, (
+        f"{len(queued)} requests are queued, the queues hold {len(waiting)}"
+    )
+    for model, queue in core.queues.items():
+        entries = queue.all()
+        assert entries, f"the queue of {model} is empty and was kept"
+        assert queue.requests == len(entries), f"the queue of {model} miscounts its requests"
+        assert queue.bytes == sum(entry.size_bytes for entry in entries), f"{model} miscounts bytes"
+        assert not core.registry.available(model) or all(entry.lost_workers for entry in entries), (
+            f"requests wait for {model} while a worker has a free slot"
+        )
+    total = sum(queue.bytes for queue in core.queues.values())
+    assert core.queued_bytes == total, f"{core.queued_bytes} octets counted, {total} queued"
+
+
+def _check_clients(core: BrokerCore) -> None:
+    for client in core.clients.values():
+        assert len(client.requests) <= core.settings.inflight + sum(
+            request.phase is Phase.RUNNING for request in client.requests.values()
+        ), f"client {client.name} has {len(client.requests)} requests in flight"
+        for request_id, request in client.requests.items():
+            assert core.requests.get(request_id) is request, f"{_story(request)} is forgotten"
+            assert request.client is client, f"{_story(request)} belongs to another client"
+
+
+def _check_routes(core: BrokerCore) -> None:
+    for route in core.routes.values():
+        assert core.workers.get(route.worker.routing_id) is route.worker, "a route from nowhere"
+        assert core.clients.get(route.client.routing_id) is route.client, "a route to nowhere"
+        assert route.worker.routes.get(route.client.id) is route, "a route its worker forgot"
+        assert route.client.routes.get(route.worker.id) is route, "a route its client forgot"
+        fast = core.fast_routes.get(route.key) is route
+        assert fast == (not route.moved), f"a route with {len(route.moved)} moved requests"
+    assert len(core.fast_routes) <= len(core.routes), "a fast route outlived its route"
+
+
+def _story(request: Request) -> str:
+    where = f" at {request.worker_name}" if request.worker_name else ""
+    return f"request {request.id[:4].hex()} ({request.phase.value}, epoch {request.epoch}{where})"

@@ -1,0 +1,251 @@
+"""Who is on the bus: HELLO and WELCOME, signs of life, keys (SPEC.md sections 5 and 11).
+
+Functions on the core's state, called by the controller alone. What ends with a session is the
+controller's `drop_client` and `drop_worker`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Final
+
+from broker.core import recovery, shutdown
+from broker.core.events import AccessChanged, MessageReceived, Side
+from broker.core.instructions import Log, Send
+from broker.core.sessions import ClientSession, Session
+from broker.core.state import EMPTY_MAP, SOFTWARE
+from broker.core.workers import WorkerSession
+from broker.protocol import codec, header, limits
+from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError, RequestError
+from broker.protocol.header import Header, MessageType
+from broker.protocol.messages import BusLimits, Goodbye, Hello, Refuse, Welcome
+
+if TYPE_CHECKING:
+    from broker.core.controller import BrokerCore
+
+PROBE_SPACING_S: Final = 0.05
+"""At most one round of probes in this time, however many connections drop at once."""
+
+
+def on_first_message(core: BrokerCore, event: MessageReceived, head: Header) -> None:
+    if head.type is not MessageType.HELLO:
+        core.counters["unknown_sessions"] += 1
+        refuse(
+            core,
+            event.side,
+            event.routing_id,
+            ErrorInfo(
+                code=ErrorCode.UNKNOWN_SESSION,
+                message="this broker knows no session of this connection; "
+                "open a new socket and say HELLO",
+                retryable=True,
+            ),
+        )
+        return
+    try:
+        hello = codec.decode(Hello, event.frames[1], limits.MAX_HELLO_OCTETS)
+        check_hello(core, event.side, head, hello)
+    except ProtocolError as error:
+        # It would say the same again.
+        info = ErrorInfo(code=ErrorCode.PROTOCOL_ERROR, message=f"HELLO: {error}")
+        refuse(core, event.side, event.routing_id, info, fatal=True)
+        return
+    except RequestError as error:
+        refuse(core, event.side, event.routing_id, error.info)
+        return
+    if event.side is Side.FRONT:
+        welcome_client(core, event, hello)
+    else:
+        welcome_worker(core, event, hello)
+
+
+def check_hello(core: BrokerCore, side: Side, head: Header, hello: Hello) -> None:
+    """Raises ProtocolError for what can never be right, RequestError for what may be later."""
+    role = "client" if side is Side.FRONT else "worker"
+    if hello.role != role:
+        raise ProtocolError(
+            f"a {hello.role} came to the {side.value} of the broker, where {role}s connect; "
+            "use its other address"
+        )
+    if head.sequence != 0:
+        raise ProtocolError(f"sequence {head.sequence}; HELLO has 0")
+    if not hello.min_version <= limits.PROTOCOL_VERSION <= hello.max_version:
+        raise ProtocolError(
+            f"the peer speaks versions {hello.min_version} to {hello.max_version}, "
+            f"the broker {limits.PROTOCOL_VERSION}"
+        )
+    if core.shutdown_until_s is not None:
+        raise shutdown.draining_error(core)
+    full = (
+        len(core.clients) >= core.settings.max_clients
+        if side is Side.FRONT
+        else len(core.workers) >= core.settings.max_workers
+    )
+    if full:
+        raise RequestError(
+            ErrorCode.OVERLOADED,
+            f"this broker has as many {role}s as it takes; come back later",
+            retryable=True,
+            retry_after_ms=5000,
+        )
+
+
+def welcome_client(core: BrokerCore, event: MessageReceived, hello: Hello) -> None:
+    client = ClientSession(
+        event.routing_id,
+        core.new_id(),
+        hello.name,
+        hello.software,
+        event.key,
+        core.settings.client_heartbeat_s,
+        core.settings.client_liveness,
+        core.now_s,
+    )
+    client.operator = core.operators is None or event.key in core.operators
+    core.clients[event.routing_id] = client
+    begin(core, client, operator=client.operator)
+
+
+def welcome_worker(core: BrokerCore, event: MessageReceived, hello: Hello) -> None:
+    worker = WorkerSession(
+        event.routing_id,
+        core.new_id(),
+        hello,
+        event.key,
+        core.settings.worker_heartbeat_s,
+        core.settings.worker_liveness,
+        core.now_s,
+    )
+    core.workers[event.routing_id] = worker
+    begin(core, worker, operator=False)
+    core.registry.add(worker)
+    core.dirty.update(worker.models)
+    recovery.take_in(core, worker, hello.holds)
+
+
+def begin(core: BrokerCore, session: Session, *, operator: bool) -> None:
+    settings = core.settings
+    worker = session.side is Side.BACK
+    heartbeat_s = settings.worker_heartbeat_s if worker else settings.client_heartbeat_s
+    core.counters["sessions"] += 1
+    core.send(
+        session,
+        MessageType.WELCOME,
+        session.id,
+        codec.encode(
+            Welcome(
+                version=limits.PROTOCOL_VERSION,
+                broker=settings.broker_name,
+                software=SOFTWARE,
+                heartbeat_interval_ms=max(1, round(heartbeat_s * 1000)),
+                liveness=settings.worker_liveness if worker else settings.client_liveness,
+                limits=BusLimits(
+                    request_bytes=settings.request_bytes,
+                    attachment_bytes=settings.attachment_bytes,
+                    attachments_bytes=settings.attachments_bytes,
+                    attachments=settings.attachments,
+                    inflight=settings.inflight,
+                ),
+                window=settings.window_tokens,
+                operator=operator,
+            )
+        ),
+    )
+    role = "worker" if worker else "client"
+    core.at(session.beat_due_s, watch, session)
+    core.log("info", f"{role} joined", session, software=session.software)
+
+
+def refuse(
+    core: BrokerCore, side: Side, routing_id: bytes, error: ErrorInfo, *, fatal: bool = False
+) -> None:
+    """Answer a connection that has no session."""
+    core.counters["refused"] += 1
+    frames = (
+        header.encode(MessageType.REFUSE, header.NO_ID, 0),
+        codec.encode(Refuse(error=error, fatal=fatal)),
+    )
+    core.instruct(Send(side, routing_id, frames, last=True))
+    core.instruct(
+        Log("info", "refused", {"side": side.value, "code": error.code, "why": error.message})
+    )
+
+
+def watch(core: BrokerCore, session: Session) -> None:
+    """Timer of a session: send a sign of life when due, end it when it was silent too long."""
+    if core.session(session.side, session.routing_id) is not session:
+        return
+    if min(core.now_s, core.read_until_s[session.side]) >= session.dead_at_s:
+        core.counters["peers_silent"] += 1
+        silent_s = session.silent_s(core.now_s)
+        core.end_session(session, f"silent for {silent_s:.1f} s", told=Goodbye(reason="silent"))
+        return
+    if core.now_s >= session.beat_due_s:
+        core.send(session, MessageType.HEARTBEAT, session.id, EMPTY_MAP)
+    # Where a dead peer may not be judged yet, the next beat is the time to look again.
+    dead_at_s = session.dead_at_s if session.dead_at_s > core.now_s else math.inf
+    core.at(min(session.beat_due_s, dead_at_s), watch, session)
+
+
+def probe_workers_soon(core: BrokerCore) -> None:
+    """Some worker's connection is gone: sending to each shows which (EHOSTUNREACH)."""
+    if core.probe_at_s <= core.now_s:
+        core.probe_at_s = max(core.now_s, core.probe_at_s) + PROBE_SPACING_S
+        probe_workers(core, None)
+    elif core.probe_at_s < math.inf:
+        core.at(core.probe_at_s, probe_workers, None)
+        core.probe_at_s = math.inf
+
+
+def probe_workers(core: BrokerCore, _: None) -> None:
+    if core.probe_at_s == math.inf:
+        core.probe_at_s = core.now_s + PROBE_SPACING_S
+    for worker in core.workers.values():
+        core.send(worker, MessageType.HEARTBEAT, worker.id, EMPTY_MAP)
+
+
+def forgive(core: BrokerCore, late_s: float) -> None:
+    if late_s <= min(core.settings.worker_heartbeat_s, core.settings.client_heartbeat_s):
+        return
+    core.counters["loop_late"] += 1
+    for session in (*core.clients.values(), *core.workers.values()):
+        session.shift(late_s)
+    for request in core.requests.values():
+        request.orphan_until_s += late_s
+    core.instruct(Log("warning", "the broker was late", {"late_s": round(late_s, 3)}))
+
+
+def on_access_changed(core: BrokerCore, event: AccessChanged) -> None:
+    core.operators = event.operators
+    for client in list(core.clients.values()):
+        client.operator = client.key in event.operators
+        if client.key not in event.clients:
+            expel(core, client)
+    for worker in list(core.workers.values()):
+        if worker.key not in event.workers:
+            expel(core, worker)
+
+
+def expel(core: BrokerCore, session: Session) -> None:
+    info = ErrorInfo(
+        code=ErrorCode.UNAUTHENTICATED, message="the key was taken off the broker's allow-list"
+    )
+    core.end_session(session, info.message, told=Refuse(error=info, fatal=True))
+
+
+def judge_engine(core: BrokerCore, worker: WorkerSession, age_s: float) -> None:
+    """Dead, stalled and slow are three things: here the link lives and the engine does not."""
+    if age_s >= core.settings.stall_lost_s:
+        core.counters["workers_stalled"] += 1
+        why = f"its engine made no progress for {age_s:.0f} s"
+        core.end_session(worker, why, told=Goodbye(reason="stalled", message=why))
+        return
+    stalled = age_s >= core.settings.stall_no_work_s
+    if stalled != worker.stalled:
+        worker.stalled = stalled
+        core.log(
+            "warning",
+            "worker stalled" if stalled else "worker moves again",
+            worker,
+            engine_age_s=round(age_s, 1),
+        )

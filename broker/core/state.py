@@ -1,0 +1,230 @@
+"""The tables of the broker and the few ways to change them that every rule needs.
+
+Holds no rule: who may do what, and when, is in `controller.py` and the modules that it names.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import random
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any, Final, Literal
+
+from broker.core import placement
+from broker.core.events import Side
+from broker.core.instructions import Instruction, Log, Send
+from broker.core.queue import ModelQueue
+from broker.core.requests import Phase, Request
+from broker.core.sessions import ClientSession, Session
+from broker.core.settings import CoreSettings
+from broker.core.workers import Registry, Route, WorkerSession
+from broker.protocol import codec
+from broker.protocol.errors import ErrorCode, ErrorInfo
+from broker.protocol.header import MessageType
+from broker.protocol.messages import OutputEvent
+
+SOFTWARE: Final = "tokenbus 0.1.0"
+EMPTY_MAP: Final = codec.pack({})
+
+Level = Literal["debug", "info", "warning"]
+
+
+class BusState:
+    """What the broker knows. Changed only by `broker.core`, on one thread."""
+
+    def __init__(
+        self,
+        settings: CoreSettings,
+        *,
+        generator: random.Random | None = None,
+        operators: frozenset[str] | None = None,
+        now_s: float = 0.0,
+    ) -> None:
+        """`operators`: public keys that may use the operator's verbs; None: CURVE is off, everybody
+        may. `now_s`: start, on the same monotonic clock as `handle`."""
+        self.settings = settings
+        self.generator = generator or random.SystemRandom()
+        self.operators = operators
+        self.started_s = now_s
+        #: Time of the event being handled.
+        self.now_s = now_s
+        #: Sessions by routing id.
+        self.clients: dict[bytes, ClientSession] = {}
+        self.workers: dict[bytes, WorkerSession] = {}
+        self.registry = Registry()
+        #: Every request known, by id, in whatever phase.
+        self.requests: dict[bytes, Request] = {}
+        #: Waiting requests by model; an empty queue is dropped.
+        self.queues: dict[str, ModelQueue] = {}
+        self.queued_bytes = 0
+        #: By route id.
+        self.routes: dict[bytes, Route] = {}
+        #: By the first 24 octets of an OUTPUT header: the routes that need no reading of bodies.
+        self.fast_routes: dict[bytes, Route] = {}
+        #: ENDED and INTERRUPTED requests with the time to forget them, oldest first.
+        self.kept: deque[tuple[float, Request]] = deque()
+        #: The latest requests that are over, for the operator.
+        self.history: deque[Request] = deque(maxlen=256)
+        #: Smoothed time from ASSIGN to the free slot, seconds, by model.
+        self.service_s: dict[str, float] = {}
+        self.counters: Counter[str] = Counter()
+        #: Figures of the loop around the core; shown by bus.stats, never used.
+        self.loop_figures: dict[str, float] = {}
+        #: When a shutdown in progress gives up waiting; None: no shutdown.
+        self.shutdown_until_s: float | None = None
+        self.stopped = False
+        self.policy = placement.POLICIES[settings.placement]
+        self.timers: list[tuple[float, int, Callable[[Any, Any], None], Any]] = []
+        self.numbers = itertools.count(1)
+        #: Models whose queue or workers changed during this event.
+        self.dirty: set[str] = set()
+        self.out: list[Instruction] = []
+        self.read_until_s = {Side.FRONT: math.inf, Side.BACK: math.inf}
+        self.probe_at_s = -math.inf
+
+    def at(self, due_s: float, act: Callable[[Any, Any], None], about: Any) -> None:
+        """Call `act(core, about)` then. It must look whether there is still something to do."""
+        heapq.heappush(self.timers, (due_s, next(self.numbers), act, about))
+
+    def run_timers(self) -> None:
+        while self.timers and self.timers[0][0] <= self.now_s:
+            _, _, act, about = heapq.heappop(self.timers)
+            act(self, about)
+
+    def send(
+        self,
+        session: Session,
+        type_: MessageType,
+        id_: bytes,
+        *frames: bytes,
+        last: bool = False,
+    ) -> None:
+        """The next message of a session."""
+        head = session.header(type_, id_, self.now_s)
+        self.out.append(Send(session.side, session.routing_id, (head, *frames), last))
+
+    def send_events(self, client: ClientSession, *events: OutputEvent) -> None:
+        """OUTPUT of the broker's own making."""
+        body = codec.encode_events(list(events))
+        self.send(client, MessageType.OUTPUT, client.id, body)
+
+    def count_failure(self, error: ErrorInfo) -> None:
+        """Count a FAIL by its code; codes that we do not know are one counter."""
+        known = error.code in ErrorCode.__members__.values()
+        self.counters[f"failed_{error.code if known else 'other'}"] += 1
+
+    def instruct(self, instruction: Instruction) -> None:
+        """Add an instruction to what `handle` returns."""
+        self.out.append(instruction)
+
+    def new_id(self) -> bytes:
+        """A fresh id of 16 octets, the first not zero."""
+        value = self.generator.getrandbits(128)
+        return (value | 1 << 120 if value >> 120 == 0 else value).to_bytes(16, "big")
+
+    def log(self, level: Level, event: str, session: Session, **fields: Any) -> None:
+        """A line about a session."""
+        about = {"peer": session.name, "session": short(session.id), **fields}
+        self.out.append(Log(level, event, about))
+
+    def log_request(
+        self,
+        level: Level,
+        event: str,
+        request: Request,
+        worker: WorkerSession | None = None,
+        **fields: Any,
+    ) -> None:
+        """A line about a request."""
+        about = {"request": short(request.id), "model": request.model}
+        if worker is not None:
+            about["worker"] = worker.name
+        self.out.append(Log(level, f"request {event}", about | fields))
+
+    def route_to(self, worker: WorkerSession, client: ClientSession) -> Route:
+        route = worker.routes.get(client.id)
+        if route is None:
+            route = Route(self.new_id(), worker, client)
+            worker.routes[client.id] = client.routes[worker.id] = route
+            self.routes[route.id] = self.fast_routes[route.key] = route
+        return route
+
+    def divert(self, route: Route, request: Request) -> None:
+        """From now on nothing of this request may pass this route: its bodies are read."""
+        route.moved.add(request.id)
+        request.diverted.append(route)
+        self.fast_routes.pop(route.key, None)
+
+    def end_diversions(self, request: Request) -> None:
+        """The request is over: routes that it left need no reading any more."""
+        for route in request.diverted:
+            route.moved.discard(request.id)
+            if not route.moved and self.routes.get(route.id) is route:
+                self.fast_routes[route.key] = route
+        request.diverted = []
+
+    def remove_route(self, route: Route) -> None:
+        del self.routes[route.id]
+        self.fast_routes.pop(route.key, None)
+        del route.worker.routes[route.client.id]
+        del route.client.routes[route.worker.id]
+
+    def release(self, request: Request) -> None:
+        """Take a request out of its queue, from its worker and from its client."""
+        if request.phase is Phase.QUEUED:
+            queue = self.queues[request.model]
+            queue.remove(request)
+            self.queued_bytes -= request.size_bytes
+            request.frames = ()
+            if not queue.requests:
+                del self.queues[request.model]
+        self.end_diversions(request)
+        if request.worker is not None:
+            request.worker.running.pop(request.id, None)
+            request.worker.ended.pop(request.id, None)
+            request.worker = None
+        if request.client is not None:
+            request.client.requests.pop(request.id, None)
+
+    def keep(self, request: Request) -> None:
+        """Remember a request that is over for a RESUME, bounded in time and number."""
+        self.requests[request.id] = request
+        request.ended_s = self.now_s
+        self.history.append(request)
+        if not self.kept:
+            self.at(self.now_s + self.settings.ended_keep_s, BusState._forget_kept, None)
+        self.kept.append((self.now_s + self.settings.ended_keep_s, request))
+        while len(self.kept) > self.settings.ended_keep:
+            self._forget_if_over(self.kept.popleft()[1])
+
+    def forget(self, request: Request) -> None:
+        """Nothing is known of this request any more but its line in the history."""
+        if self.requests.get(request.id) is request:
+            del self.requests[request.id]
+        request.client = None
+        if request.ended_s is None:
+            request.ended_s = self.now_s
+            self.history.append(request)
+
+    def _forget_kept(self, _: None) -> None:
+        while self.kept and self.kept[0][0] <= self.now_s:
+            self._forget_if_over(self.kept.popleft()[1])
+        if self.kept:
+            self.at(self.kept[0][0], BusState._forget_kept, None)
+
+    def _forget_if_over(self, request: Request) -> None:
+        if request.phase in (Phase.ENDED, Phase.INTERRUPTED):
+            self.release(request)
+            self.forget(request)
+
+    def session(self, side: Side, routing_id: bytes) -> Session | None:
+        """The session of a connection."""
+        return (self.clients if side is Side.FRONT else self.workers).get(routing_id)
+
+
+def short(id_: bytes) -> str:
+    """As much of an id as people may see: knowing all of it is the right to the stream."""
+    return id_[:4].hex()
