@@ -91,7 +91,7 @@ def answer(
         assert outcome.ok, outcome.fault
         one.append(outcome.token_id)
         if outcome.token_id in ends(tokenizer):
-            assert state.finished
+            assert one.finished
             return ids
         ids.append(outcome.token_id)
     raise AssertionError(f"no end after {most} tokens")
@@ -217,6 +217,31 @@ def test_when_nothing_else_may_follow_only_the_end_may(
     assert allowed(state, width) == ends(tokenizer)
     state.accept(tokenizer.eos_token_id)
     assert allowed(state, width) == ends(tokenizer)
+
+
+def test_each_answer_has_its_own_ends_and_they_are_never_content(
+    tokenizer: Any, factory: ConstraintFactory
+) -> None:
+    """A stop token ends the answer, so it may come only where the answer is complete; and an end
+    token that is none of this answer's is nothing."""
+    (a,), (b,) = encode(tokenizer, "a"), encode(tokenizer, "b")
+    eos, width = tokenizer.eos_token_id, len(tokenizer) + PADDING
+    expression = Constraint(type="regex", value="[ab]+")
+    usual, other = factory.build(expression, {eos}), factory.build(expression, {b})
+    assert {a, b} <= allowed(usual, width)
+    assert b not in allowed(other, width)
+    for state in (usual, other):
+        state.accept(a)
+    assert {a, b, eos} <= allowed(usual, width)
+    assert {a, b} <= allowed(other, width)
+    assert eos not in allowed(other, width)
+    usual.accept(b)
+    other.accept(b)
+    assert (usual.finished, other.finished) == (False, True)
+    with pytest.raises(RequestError, match="the answer had ended"):
+        other.accept(a)
+    with pytest.raises(RequestError, match="not complete and cannot end"):
+        factory.build(expression, {eos}).accept(eos)
 
 
 def test_min_tokens_does_not_keep_a_finished_answer_from_ending(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -40,16 +41,21 @@ _MAX_MESSAGE = 500
 class ConstraintState:
     """Where one answer stands in its grammar."""
 
-    def __init__(self, matcher: LLMatcher, eos_ids: frozenset[int], vocab_size: int) -> None:
+    def __init__(
+        self, matcher: LLMatcher, end_ids: frozenset[int], vocabulary: _Vocabulary
+    ) -> None:
         self._matcher = matcher
-        self._eos_ids = eos_ids
-        self._words = -(-vocab_size // _WORD_BITS)
+        self._end_ids = end_ids
+        self._words = vocabulary.words
+        #: Masks of the ids that end the answer, and of all but those and the library's own.
+        self._ends = _mask_of(end_ids, vocabulary.words)
+        self._others = ~_mask_of(end_ids | vocabulary.end_ids, vocabulary.words)
         self._ended = False
 
     @property
     def finished(self) -> bool:
         """Nothing may follow but the end of the answer."""
-        return self._ended or bool(self._matcher.is_stopped())
+        return self._ended or (self._matcher.is_stopped() and not self._matcher.is_error())
 
     @property
     def accepting(self) -> bool:
@@ -65,7 +71,7 @@ class ConstraintState:
         if not self._take(token_id):
             raise RequestError(
                 ErrorCode.ENGINE_ERROR,
-                f"token {token_id} does not fit the constraint ({self._error()})",
+                f"token {token_id} does not fit the constraint: {self._refusal(token_id)}",
             )
 
     def replay(self, token_ids: Iterable[int]) -> None:
@@ -78,12 +84,13 @@ class ConstraintState:
                 raise RequestError(
                     ErrorCode.INVALID_REQUEST,
                     f"the answer cannot be resumed: its token {token_id} at offset {offset} does "
-                    f"not fit the constraint ({self._error()})",
+                    f"not fit the constraint: {self._refusal(token_id)}",
                 )
 
     def allows(self, token_ids: Sequence[int]) -> bool:
         """The tokens fit one after the other from here on. Changes nothing."""
-        return int(self._matcher.validate_tokens(list(token_ids))) == len(token_ids)
+        ids = list(token_ids)
+        return int(self._matcher.validate_tokens(ids)) == len(ids) and not self._end_ids & set(ids)
 
     def mask_logits_(self, logits: torch.Tensor) -> None:
         """Set what the grammar forbids to -inf in one row of logits [V], in place.
@@ -94,15 +101,21 @@ class ConstraintState:
             raise error
 
     def _take(self, token_id: int) -> bool:
-        if token_id in self._eos_ids and self.accepting:
-            self._ended = True
-            return True
+        if token_id in self._end_ids:
+            self._ended = self.accepting
+            return self._ended
         return not self._ended and bool(self._matcher.consume_token(token_id))
+
+    def _refusal(self, token_id: int) -> str:
+        """Why the token was not taken."""
+        if token_id in self._end_ids:
+            return "the answer is not complete and cannot end"
+        return self._error() or "the answer had ended"
 
     def _error(self) -> str:
         """The library's words, less the mark that says that it could say more."""
         error = str(self._matcher.get_error()).replace("<non-verbose/>", "").strip()
-        return error[:_MAX_MESSAGE] or "the answer had ended"
+        return error[:_MAX_MESSAGE]
 
     def _failure(self) -> RequestError:
         cause = self._error()
@@ -121,18 +134,21 @@ def mask_logits_(
     """
     words = states[0]._words
     masks = torch.zeros(len(states), words, dtype=torch.int32)
-    going_on = [(state._matcher, n) for n, state in enumerate(states) if not state.finished]
+    going_on = [
+        (state._matcher, n)
+        for n, state in enumerate(states)
+        if not (state._ended or state._matcher.is_stopped())
+    ]
     if len(going_on) == 1:
         matcher, n = going_on[0]
         matcher.unsafe_compute_mask_ptr(masks[n].data_ptr(), words * 4)
     elif going_on:
         _executor().unsafe_compute_mask_ptr(going_on, masks.data_ptr(), words * 4, len(states))
-    going_on_rows = {n for _, n in going_on}
     failed: dict[int, RequestError] = {}
-    for n, (row, state) in enumerate(zip(rows, states, strict=True)):
-        if n not in going_on_rows:
-            for token_id in state._eos_ids:
-                masks[n, token_id // _WORD_BITS] |= _BITS[token_id % _WORD_BITS]
+    for row, mask, state in zip(rows, masks, states, strict=True):
+        mask &= state._others
+        if state.accepting:
+            mask |= state._ends
         elif state._matcher.is_error():
             failed[row] = state._failure()
     vocab_size = logits.shape[1]
@@ -154,6 +170,15 @@ def mask_logits_(
 _BITS = torch.tensor([1 << n for n in range(31)] + [-(1 << 31)], dtype=torch.int32)
 
 
+def _mask_of(token_ids: Iterable[int], words: int) -> torch.Tensor:
+    """A mask [words] of these tokens; those beyond it have no place in an answer."""
+    mask = torch.zeros(words, dtype=torch.int32)
+    for token_id in token_ids:
+        if token_id < words * _WORD_BITS:
+            mask[token_id // _WORD_BITS] |= _BITS[token_id % _WORD_BITS]
+    return mask
+
+
 @cache
 def _executor() -> LLExecutor:
     """Threads of the library that fill the masks of several rows at once."""
@@ -162,17 +187,27 @@ def _executor() -> LLExecutor:
     return LLExecutor()
 
 
+@dataclass(frozen=True, slots=True)
+class _Vocabulary:
+    """A tokenizer as the library knows it."""
+
+    tokens: LLTokenizer
+    words: int
+    #: The ids with which the library itself would end an answer.
+    end_ids: frozenset[int]
+
+
 class ConstraintFactory:
     """Builds the constraints of answers of one (fast) tokenizer. May be called by any thread."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        #: By the ids that end an answer.
-        self._vocabularies: dict[frozenset[int], LLTokenizer] = {}
+        self._known: _Vocabulary | None = None
         self._lock = Lock()
 
     def build(self, constraint: Constraint, eos_ids: Iterable[int]) -> ConstraintState:
-        """The constraint of an answer that begins now and may end with one of `eos_ids`.
+        """The constraint of an answer that begins now and ends with one of `eos_ids`, which may
+        differ from answer to answer. They are never content.
 
         Raises RequestError(INVALID_REQUEST): the value is no valid schema, expression or grammar
         (with the library's own words), the extra is missing, or the tokenizer is not one of those
@@ -194,26 +229,25 @@ class ConstraintFactory:
             )
         grammar = _grammar(constraint)
         with self._lock:
-            vocabulary = self._vocabularies.get(ends)
-            if vocabulary is None:
-                vocabulary = self._vocabularies[ends] = self._vocabulary(ends)
+            vocabulary = self._known = self._known or self._vocabulary(min(ends))
         limits = llguidance.LLParserLimits(verbose_errors=False)
-        matcher = llguidance.LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
+        matcher = llguidance.LLMatcher(vocabulary.tokens, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise _invalid(constraint, matcher.get_error())
-        return ConstraintState(matcher, ends, vocabulary.vocab_size)
+        return ConstraintState(matcher, ends, vocabulary)
 
-    def _vocabulary(self, eos_ids: frozenset[int]) -> LLTokenizer:
+    def _vocabulary(self, end_id: int) -> _Vocabulary:
         from llguidance.hf import from_tokenizer
 
         try:
-            return from_tokenizer(self._tokenizer, eos_token=sorted(eos_ids))
+            tokens = from_tokenizer(self._tokenizer, eos_token=end_id)
         except ValueError as error:
             raise RequestError(
                 ErrorCode.INVALID_REQUEST,
                 "this model's answers cannot be constrained: llguidance does not read its "
                 f"tokenizer ({str(error)[:_MAX_MESSAGE]})",
             ) from error
+        return _Vocabulary(tokens, -(-tokens.vocab_size // _WORD_BITS), frozenset({end_id}))
 
 
 def _invalid(constraint: Constraint, message: str) -> RequestError:

@@ -150,6 +150,11 @@ class SamplerRow:
         return forced[self._position] if self._position < len(forced) else None
 
     @property
+    def finished(self) -> bool:
+        """The constraint lets nothing follow: the answer is over, with or without an end token."""
+        return self.constraint is not None and self.constraint.finished
+
+    @property
     def past(self) -> tuple[Ids, Floats]:
         """Penalised tokens, each once, and what presence and frequency penalty take off each."""
         count = len(self._places)
@@ -159,9 +164,7 @@ class SamplerRow:
     def forbidden(self) -> Ids:
         """Tokens that must not come next. Before `min_tokens` nothing may end the answer, except
         where its grammar lets nothing else follow."""
-        if self._position >= self.params.min_tokens or (
-            self.constraint is not None and self.constraint.finished
-        ):
+        if self._position >= self.params.min_tokens or self.finished:
             return self._banned
         return self._banned_and_ending
 
@@ -366,7 +369,7 @@ def _token_logprob(
     count = len(scores) // 2
     pairs = zip(scores[1 : 1 + count], scores[1 + count :], strict=True)
     likeliest = [
-        TopLogprob(int(i), logprob, token_bytes(int(i)))
+        TopLogprob(int(i), max(logprob, LOGPROB_FLOOR), token_bytes(int(i)))
         for logprob, i in islice(pairs, top)
         if logprob > -math.inf
     ]
