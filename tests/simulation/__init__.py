@@ -1,0 +1,1 @@
+"""Broker cores, worker sessions and client sessions, joined in memory under a virtual clock."""

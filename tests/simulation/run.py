@@ -1,0 +1,51 @@
+"""Long runs: `python -m tests.simulation.run --seeds 100000`. Prints the story of what fails,
+shrunk."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+
+from tests.simulation.plan import FAULTS, Run, make, shrink
+from tests.simulation.plan import fails as story_of
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=1000, help="how many scenarios")
+    parser.add_argument("--start", type=int, default=0, help="first seed")
+    parser.add_argument("--kinds", nargs="*", default=list(FAULTS), help="faults to use")
+    parser.add_argument("--faults", type=int, default=8, help="most faults of a scenario")
+    parser.add_argument("--brokers", type=int, nargs="*", default=[1, 1, 2], help="how many, drawn")
+    parser.add_argument("--keep-going", action="store_true", help="do not end at the first failure")
+    parser.add_argument("--no-shrink", action="store_true")
+    args = parser.parse_args()
+
+    began_s = time.monotonic()
+    seen: Counter[str] = Counter()
+    failed = 0
+    for seed in range(args.start, args.start + args.seeds):
+        plan = make(seed, tuple(args.kinds), args.faults, tuple(args.brokers))
+        try:
+            run = Run(plan).to_the_end()
+        except Exception as error:  # any exception out of a core is a finding
+            failed += 1
+            print(f"seed {seed} fails: {str(error).splitlines()[0] if str(error) else error!r}")
+            if args.keep_going:
+                continue
+            small = plan if args.no_shrink else shrink(plan)
+            sys.exit(story_of(small))
+        seen["events"] += run.world.events
+        for call in run.calls:
+            seen["dropped" if call.dropped else call.outcome] += 1
+            seen["resumes"] += call.resumed
+    took_s = time.monotonic() - began_s
+    print(f"{args.seeds} scenarios, {failed} failed, {args.seeds / took_s * 60:.0f} a minute")
+    print(", ".join(f"{name} {count}" for name, count in sorted(seen.items())))
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
