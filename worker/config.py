@@ -227,7 +227,9 @@ def parser() -> argparse.ArgumentParser:
 
     logs = made.add_argument_group("log")
     logs.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning, error [info]")
-    logs.add_argument("--log-format", metavar="STYLE", help="text or json [text]")
+    logs.add_argument(
+        "--log-format", metavar="STYLE", help="auto, text (a terminal's) or json [auto]"
+    )
     logs.add_argument("--log-file", metavar="FILE", help="write the log there [standard error]")
     logs.add_argument("--no-progress", action="store_true", help="show no loading progress")
     made.add_argument("--version", action="version", version=software())
@@ -244,12 +246,12 @@ _DEFAULTS: Final[dict[str, Any]] = {
     "drain_s": 30.0,
     "engine_stall_s": 120.0,
     "log_level": "info",
-    "log_format": "text",
+    "log_format": "auto",
 }
 _CHOICES: Final = {
     "dtype": ("auto", "float32", "float16", "bfloat16"),
     "log_level": ("debug", "info", "warning", "error"),
-    "log_format": ("text", "json"),
+    "log_format": ("auto", "text", "json"),
 }
 _FLAGS: Final = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 

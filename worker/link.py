@@ -231,6 +231,8 @@ class Link:
         self._context: zmq.Context[Any] = zmq.Context(io_threads=1)
         self._sockets: dict[int, _BrokerSocket] = {}
         self._signals = _Signals()
+        self._poll = zmq.Poller()
+        self._polled: list[tuple[Any, int]] = []
         self._exit: Exit | None = None
 
     def run(self) -> Exit:
@@ -269,18 +271,21 @@ class Link:
             self._tell(fact.Tick())
 
     def _poller(self) -> zmq.Poller:
-        poller = zmq.Poller()
-        poller.register(self._signals, zmq.POLLIN)
+        """What to wait for; made anew only when that has changed."""
         pipe = self._supervisor.pipe
+        wanted: list[tuple[Any, int]] = [(self._signals, zmq.POLLIN)]
         if pipe is not None:
-            poller.register(pipe, zmq.POLLIN | (zmq.POLLOUT if pipe.backlog_bytes else 0))
+            wanted.append((pipe, zmq.POLLIN | (zmq.POLLOUT if pipe.backlog_bytes else 0)))
         for broker_socket in self._sockets.values():
-            poller.register(
-                broker_socket.dealer,
-                zmq.POLLIN | (zmq.POLLOUT if broker_socket.outgoing else 0),
-            )
-            poller.register(broker_socket.monitor, zmq.POLLIN)
-        return poller
+            writing = zmq.POLLOUT if broker_socket.outgoing else 0
+            wanted.append((broker_socket.dealer, zmq.POLLIN | writing))
+            wanted.append((broker_socket.monitor, zmq.POLLIN))
+        if wanted != self._polled:
+            self._polled = wanted
+            self._poll = zmq.Poller()
+            for what, events in wanted:
+                self._poll.register(what, events)
+        return self._poll
 
     def _read(self, broker: int) -> None:
         """Everything about one broker's socket. Its last messages go before the news of its end."""

@@ -41,11 +41,15 @@ class _JsonFormatter(logging.Formatter):
 
 
 def configure(level: str, style: str, file: Path | None) -> None:
-    """Set up logging for the process: to standard error, or to a file."""
+    """Set up logging for the process: to standard error, or to a file.
+
+    `style`: text, json, or auto: text for a terminal, JSON for what a program will read.
+    """
     handler: logging.Handler = (
         logging.FileHandler(file, encoding="utf-8") if file else logging.StreamHandler(sys.stderr)
     )
-    handler.setFormatter(_JsonFormatter() if style == "json" else _TextFormatter())
+    text = style == "text" or (style == "auto" and file is None and sys.stderr.isatty())
+    handler.setFormatter(_TextFormatter() if text else _JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # A full disk must not stop a worker, nor fill its terminal with tracebacks.
     logging.raiseExceptions = False

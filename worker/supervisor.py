@@ -28,7 +28,7 @@ from worker.transport import Pipe, PipeClosed
 
 log = logging.getLogger(__name__)
 
-FIRST_RESTART_S = 0.5
+FIRST_RESTART_S = 0.1
 LONGEST_RESTART_S = 30.0
 QUICK_DEATHS = 5
 """So many deaths in a row, each soon after the engine was ready (or before), end the worker."""
@@ -89,6 +89,7 @@ class Supervisor:
         os.close(life_read)
         self._life = life_write
         self.pipe = Pipe(ours, blocking=False)
+        log.info("engine starts", extra={"fields": {"pid": self._process.pid}})
         self._ready_s = None
         self._restart_s = math.inf
         self._last_words, self._unusable = "", False

@@ -183,10 +183,12 @@ def _image_size(octets: bytes) -> str:
 class _Text:
     """From tokens to text that is certain: whole characters, and no possible start of a stop."""
 
-    __slots__ = ("_decoder", "_held", "_include", "_longest", "_stops", "stopped_by")
+    __slots__ = ("_decoder", "_half", "_held", "_include", "_longest", "_stops", "stopped_by")
 
     def __init__(self, stops: list[str], include_stop: bool) -> None:
         self._decoder = _Utf8Decoder("replace")
+        #: The decoder has the beginning of a character.
+        self._half = False
         self._stops = stops
         self._include = include_stop
         self._longest = max(map(len, stops), default=0)
@@ -196,12 +198,13 @@ class _Text:
     def push(self, token_ids: list[int]) -> str:
         """Text that became certain."""
         text = self._held
+        vocabulary = words()
         for token in token_ids:
-            if token >= OCTETS:
-                octets = words()[(token - OCTETS) % WORDS].encode()
+            if token >= OCTETS and not self._half:
+                text += vocabulary[(token - OCTETS) % WORDS]
             else:
-                octets = bytes((token,))
-            text += self._decoder.decode(octets)
+                text += self._decoder.decode(token_octets(token))
+                self._half = bool(self._decoder.getstate()[0])
         if not self._stops:
             return text
         found = [(text.find(stop), stop) for stop in self._stops if stop in text]
