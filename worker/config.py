@@ -66,9 +66,9 @@ class WorkerConfig:
 def software() -> str:
     """What this worker runs, for HELLO."""
     try:
-        return f"tokenbus {version('tokenbus')}"
+        return f"tokenbus-worker/{version('tokenbus')}"
     except PackageNotFoundError:
-        return "tokenbus (not installed)"
+        return "tokenbus-worker/0+source"  # run from a source tree that is not installed
 
 
 def check_address(address: str) -> str:

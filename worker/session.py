@@ -596,7 +596,15 @@ class WorkerCore:
         self._state = WorkerState.DRAINING
         self._drain_until_s = now_s + drain_s
         self._out.append(
-            Log("draining", {"cause": reason, "running": self.running, "within_s": drain_s})
+            Log(
+                "draining",
+                {
+                    "cause": reason,
+                    "running": self.running,
+                    "within_s": drain_s,
+                    "hint": "a second signal does not wait",
+                },
+            )
         )
         for connection in self._connections:
             if connection.open:

@@ -1,0 +1,161 @@
+"""Options of the worker: old spellings, environment, names from paths, clear errors."""
+
+from __future__ import annotations
+
+import pytest
+
+from worker.config import ConfigError, WorkerConfig, parse
+from worker.demo import model_path
+from worker.naming import name_from_path, pair_names
+
+
+def given(*arguments: str, **environment: str) -> WorkerConfig:
+    """The configuration from these arguments and TOKENBUS_WORKER_ variables."""
+    return parse(arguments, {f"TOKENBUS_WORKER_{key}": value for key, value in environment.items()})
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("liuhaotian/llava-v1.5-7b", "llava-v1.5-7b"),
+        ("liuhaotian/llava-v1.5-7b/", "llava-v1.5-7b"),
+        ("/data/tuned/checkpoint-400", "tuned_checkpoint-400"),
+        ("/data/tuned/checkpoint-400/", "tuned_checkpoint-400"),
+        ("checkpoint-400", "checkpoint-400"),
+        ("model", "model"),
+    ],
+)
+def test_the_name_is_the_last_part_of_the_path_and_a_checkpoint_takes_its_parents(
+    path: str, name: str
+) -> None:
+    assert name_from_path(path) == name
+
+
+def test_a_path_without_a_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="no model name"):
+        name_from_path("/")
+
+
+@pytest.mark.parametrize(
+    ("paths", "names", "groups"),
+    [
+        (["a/x"], [], (("x",),)),
+        (["a/x"], ["one,two"], (("one", "two"),)),
+        (["a/x"], ["one", "two"], (("one", "two"),)),
+        (["a/x", "b/y"], [], (("x",), ("y",))),
+        (["a/x,b/y"], ["one,two"], (("one",), ("two",))),
+        (["a/x", "b/y"], ["one,uno", "two"], (("one", "uno"), ("two",))),
+    ],
+)
+def test_names_go_to_their_models(
+    paths: list[str], names: list[str], groups: tuple[tuple[str, ...], ...]
+) -> None:
+    assert pair_names(paths, names)[1] == groups
+
+
+@pytest.mark.parametrize(
+    ("paths", "names", "words"),
+    [
+        (["a/x", "b/x"], [], "two models would be served as 'x'"),
+        (["a/x", "b/y"], ["one"], "give one for each model"),
+        (["a/x"], ["n" * 300], "longer than 256 octets"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(paths: list[str], names: list[str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        pair_names(paths, names)
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+def test_without_any_option_the_demo_model_is_served_on_this_machine() -> None:
+    config = given()
+    assert config.brokers == ("tcp://127.0.0.1:5556",)
+    assert config.engine.engine == "transformers"
+    assert config.engine.model_paths == (str(model_path()),)
+    assert config.engine.model_names == (("demo",),)
+    assert (config.grace_s, config.drain_s, config.engine_stall_s) == (30.0, 30.0, 120.0)
+    assert config.worker_id != given().worker_id
+
+
+def test_the_echo_engine_needs_no_model_and_is_served_by_its_name() -> None:
+    assert given("--engine", "echo").engine.model_names == (("echo",),)
+    assert given("--engine", "echo", "--model-name", "m,n").engine.model_names == (("m", "n"),)
+
+
+@pytest.mark.parametrize(
+    "spelling", ["--limit-model-concurrency", "--limit-worker-concurrency", "--slots", "--limit-m"]
+)
+def test_old_spellings_and_beginnings_of_options_are_accepted(spelling: str) -> None:
+    assert given(spelling, "5").engine.slots == 5
+
+
+def test_old_spellings_of_model_and_controller_are_accepted() -> None:
+    config = given("--model", "a/x,b/y", "--model-names", "one,two", "--controller", "tcp://h:1")
+    assert config.engine.model_paths == ("a/x", "b/y")
+    assert config.engine.model_names == (("one",), ("two",))
+    assert config.brokers == ("tcp://h:1",)
+
+
+def test_the_environment_gives_what_no_flag_does() -> None:
+    config = given(
+        "--device",
+        "cpu",
+        DEVICE="cuda",
+        SLOTS="7",
+        LOAD_8BIT="1",
+        BROKER="tcp://a:1,ipc:///x",
+        ENGINE_ARG="block=4,fast=yes",
+        MODEL="a/x",
+    )
+    assert (config.engine.device, config.engine.slots, config.engine.load_8bit) == ("cpu", 7, True)
+    assert config.brokers == ("tcp://a:1", "ipc:///x")
+    assert config.engine.engine_args == {"block": "4", "fast": "yes"}
+    assert config.engine.model_names == (("x",),)
+
+
+def test_a_broker_named_twice_is_one_broker() -> None:
+    assert given("--broker", "tcp://a:1", "--broker", "tcp://a:1,tcp://b:1").brokers == (
+        "tcp://a:1",
+        "tcp://b:1",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--broker", "http://localhost:21001"], "is a web address"),
+        (["--broker", "localhost:5556"], "use tcp://HOST:PORT"),
+        (["--broker", "tcp://localhost:0"], "use tcp://HOST:PORT"),
+        (["--load-8bit", "--load-4bit"], "exclude each other"),
+        (["--engine-arg", "fast"], "KEY=VALUE"),
+        (["--slots", "0"], "at least 1"),
+        (["--speed", "-1"], "positive"),
+        (["--dtype", "int3"], "one of auto, float32"),
+        (["--key", "k"], "belong together"),
+        (["--worker-id", "x" * 300], "256 octets"),
+        (["--nosuch"], "unrecognized arguments"),
+    ],
+)
+def test_a_wrong_option_says_what_is_wrong(arguments: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        given(*arguments)
+
+
+def test_a_wrong_variable_is_named() -> None:
+    with pytest.raises(ConfigError, match="TOKENBUS_WORKER_SLOTS=many"):
+        given(SLOTS="many")
+    with pytest.raises(ConfigError, match="TOKENBUS_WORKER_LOAD_4BIT=perhaps"):
+        given(LOAD_4BIT="perhaps")
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        given("--help")
+    text = capsys.readouterr().out
+    for option in ("--model-path", "--broker", "--no-register", "--engine-arg", "TOKENBUS_WORKER_"):
+        assert option in text
