@@ -1,0 +1,67 @@
+"""`python -m client` (`tokenbus`): parse, run one command, turn errors into one line and a status.
+
+0 done, 1 the bus said no or the demo's answer is wrong, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from client import BusError, InvalidRequest, TooLarge
+from client.cli import chat, demo, generate, tables
+from client.cli.terminal import Terminal
+from client.version import VERSION
+
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    parsed = _parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace, Terminal], int] = parsed.run
+    terminal = Terminal()
+    try:
+        return run(parsed, terminal)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone; the interpreter must not stumble over it at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (InvalidRequest, TooLarge, TypeError) as error:
+        if isinstance(error, TypeError) and "parameter" not in str(error):
+            raise  # ours, not the caller's
+        terminal.error(str(error))
+        return USAGE
+    except BusError as error:
+        terminal.error(f"{error} [{error.code}]")
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m client",
+        description="Talk to models behind a tokenbus broker.",
+        epilog="`python -m client COMMAND --help` tells the options of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"tokenbus {VERSION}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    demo.add(commands)
+    generate.add(commands)
+    chat.add(commands)
+    tables.add(commands)
+    version = commands.add_parser("version", help="print the version")
+    version.set_defaults(run=_version)
+    return parser
+
+
+def _version(_: argparse.Namespace, terminal: Terminal) -> int:
+    terminal.line(f"tokenbus {VERSION}")
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Flags that several commands share; those of the sampling parameters are made from `Params`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgspec
+
+from broker.protocol.messages import Params
+from client import Client, Timeout
+
+#: What argparse makes of a field by its type; other fields go through `--param`.
+_READERS: Final[dict[type[msgspec.inspect.Type], Callable[[str], Any]]] = {
+    msgspec.inspect.IntType: int,
+    msgspec.inspect.FloatType: float,
+}
+
+
+def add_connection(parser: argparse.ArgumentParser) -> None:
+    """Which broker, with which key."""
+    group = parser.add_argument_group("connection")
+    group.add_argument(
+        "--broker",
+        metavar="ADDRESS",
+        help="front address, several by commas [$TOKENBUS_BROKER or tcp://127.0.0.1:5555]",
+    )
+    group.add_argument("--server-key", metavar="KEY", help="CURVE: the broker's public key or file")
+    group.add_argument("--key-file", metavar="FILE", help="CURVE: our own .key_secret file")
+    group.add_argument(
+        "--connect-timeout", type=float, default=5.0, metavar="S", help="seconds [5]"
+    )
+    group.add_argument("--timeout", type=float, metavar="S", help="seconds for each whole request")
+
+
+def connect(arguments: argparse.Namespace, **timeouts: float | None) -> Client:
+    """The client that the flags describe."""
+    limits: dict[str, float | None] = {
+        "connect": arguments.connect_timeout,
+        "total": arguments.timeout,
+        **timeouts,
+    }
+    return Client(
+        arguments.broker,
+        server_key=arguments.server_key,
+        key_file=arguments.key_file,
+        timeout=Timeout(**limits),
+    )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model."""
+    parser.add_argument("--model", "-m", metavar="NAME", help="[the only one that is served]")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """For scripts."""
+    parser.add_argument("--json", action="store_true", help="JSON, one value a line")
+
+
+def add_params(parser: argparse.ArgumentParser) -> None:
+    """Every parameter of sampling that fits a flag, and `--param` for the others."""
+    group = parser.add_argument_group("sampling (SPEC.md section 4.2)")
+    for name, kind in _flags().items():
+        flag = "--" + name.replace("_", "-")
+        if kind is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
+        elif kind is list:
+            group.add_argument(flag, action="append", metavar="TEXT", help="repeatable")
+        else:
+            group.add_argument(flag, type=kind, metavar="N")
+    group.add_argument(
+        "--param",
+        action="append",
+        default=[],
+        type=_assignment,
+        metavar="NAME=JSON",
+        help='any other parameter, such as logit_bias={"5":2.5}',
+    )
+
+
+def params_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The parameters that were given."""
+    given = {name: getattr(arguments, name) for name in _flags()}
+    return {name: value for name, value in given.items() if value is not None} | dict(
+        arguments.param
+    )
+
+
+def read_param(name: str, text: str) -> Any:
+    """A parameter's value as a person types it. Raises `ValueError`."""
+    kind = _flags().get(name)
+    if kind is list:
+        return [text]
+    if kind in (int, float):
+        return kind(text)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _flags() -> dict[str, Any]:
+    flags: dict[str, Any] = {}
+    info = msgspec.inspect.type_info(Params)
+    assert isinstance(info, msgspec.inspect.StructType)
+    for field in info.fields:
+        kind = field.type
+        if isinstance(kind, msgspec.inspect.UnionType):
+            kind = next(t for t in kind.types if not isinstance(t, msgspec.inspect.NoneType))
+        if isinstance(kind, msgspec.inspect.BoolType):
+            flags[field.name] = bool
+        elif type(kind) in _READERS:
+            flags[field.name] = _READERS[type(kind)]
+        elif isinstance(kind, msgspec.inspect.ListType) and isinstance(
+            kind.item_type, msgspec.inspect.StrType
+        ):
+            flags[field.name] = list
+    return flags
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=JSON")
+    return name.strip().replace("-", "_"), read_param(name.strip(), value)

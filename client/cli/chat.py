@@ -1,0 +1,353 @@
+"""`chat`: a conversation at the terminal, with pictures. Ctrl-C stops the answer, Ctrl-D leaves.
+
+Piped, every line of standard input is a turn and only answers go to standard output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from client import BusError, Client, ConnectTimeout, InvalidRequest, ModelUnavailable
+from client.cli import arguments as flags
+from client.cli.generate import show, summary
+from client.cli.terminal import Terminal
+from client.images import encode
+
+HELP: Final = """\
+/image PATH     add a picture to the next question
+/reset          forget the conversation
+/undo           forget the last question and its answer
+/regen          answer the last question again
+/system TEXT    set the system prompt (empty: none)
+/set NAME VALUE set a parameter, such as temperature 0.5 (empty value: back to its default)
+/model NAME     talk to another model
+/save FILE      write the conversation to a file
+/load FILE      go on with a conversation from a file
+/help           this text
+/exit           leave (or Ctrl-D); Ctrl-C stops an answer"""
+
+FORMAT: Final = "tokenbus-chat-1"
+
+
+@dataclass(slots=True)
+class Conversation:
+    """What was said, and how answers are made. Plain data, so that it can be saved."""
+
+    model: str | None = None
+    system: str = ""
+    params: dict[str, Any] = field(default_factory=dict)
+    #: Turns as {"role", "content", "images"}; `images` are paths.
+    turns: list[dict[str, Any]] = field(default_factory=list)
+    #: Pictures for the next question.
+    images: list[str] = field(default_factory=list)
+
+    def messages(self) -> list[dict[str, Any]]:
+        """As the library takes them."""
+        messages: list[dict[str, Any]] = []
+        if self.system:
+            messages.append({"role": "system", "content": self.system})
+        for turn in self.turns:
+            parts = [{"type": "image", "image": path} for path in turn.get("images", ())]
+            text = turn["content"]
+            content = [*parts, {"type": "text", "text": text}] if parts else text
+            messages.append({"role": turn["role"], "content": content})
+        return messages
+
+    def undo(self) -> bool:
+        """Forget the last question and what followed. False when there is none."""
+        for index in reversed(range(len(self.turns))):
+            if self.turns[index]["role"] == "user":
+                del self.turns[index:]
+                return True
+        return False
+
+    def save(self, path: Path) -> None:
+        """Write as JSON. Raises `OSError`."""
+        whole = {
+            "format": FORMAT,
+            "model": self.model,
+            "system": self.system,
+            "params": self.params,
+            "turns": self.turns,
+        }
+        path.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Conversation:
+        """Read what `save` wrote. Raises `OSError`, `ValueError`."""
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(whole, dict) or whole.get("format") != FORMAT:
+            raise ValueError(f"{path} is no saved conversation")
+        turns = whole.get("turns", [])
+        if not all(
+            isinstance(turn, dict)
+            and turn.get("role") in ("user", "assistant")
+            and isinstance(turn.get("content"), str)
+            for turn in turns
+        ):
+            raise ValueError(f"{path} has a turn that is none")
+        return cls(whole.get("model"), whole.get("system", ""), whole.get("params", {}), turns)
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "chat",
+        help="talk to a model, with pictures",
+        epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    flags.add_model(parser)
+    parser.add_argument(
+        "--image",
+        "-i",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="picture for the first question; repeatable",
+    )
+    parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
+    parser.add_argument("--load", metavar="FILE", help="go on with a saved conversation")
+    parser.add_argument("--stats", action="store_true", help="tokens and times after each answer")
+    flags.add_params(parser)
+    flags.add_connection(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    """Talk until the end of the input."""
+    interactive = sys.stdin.isatty()
+    with flags.connect(arguments) as client:
+        chat = _Chat(client, terminal, interactive, arguments.stats)
+        if arguments.load:
+            chat.do_load(arguments.load)
+        conversation = chat.conversation
+        conversation.params |= flags.params_of(arguments)
+        conversation.system = arguments.system or conversation.system
+        conversation.model = arguments.model or conversation.model
+        for path in arguments.image:
+            chat.do_image(path)
+        if interactive:
+            chat.greet()
+        return chat.loop()
+
+
+class _Chat:
+    """The loop of reading and answering."""
+
+    def __init__(self, client: Client, terminal: Terminal, interactive: bool, stats: bool) -> None:
+        self.conversation = Conversation()
+        self._client = client
+        self._terminal = terminal
+        self._interactive = interactive
+        self._stats = stats
+        self._failed = False
+        #: Each command and what it does with the rest of its line.
+        self._commands: dict[str, Callable[[str], None]] = {
+            name.removeprefix("do_"): getattr(self, name)
+            for name in dir(self)
+            if name.startswith("do_")
+        }
+
+    def greet(self) -> None:
+        """Wait for broker and model, in whichever order they start; then say who is there."""
+        conversation = self.conversation
+        with self._terminal.waiting("looking for a broker ...") as tell:
+            while True:
+                try:
+                    names = [row["name"] for row in self._client.models()]
+                except ConnectTimeout:
+                    where = " or ".join(self._client.brokers)
+                    tell(f"waiting for a broker at {where}: start one with `python -m broker`")
+                    continue
+                if names:
+                    break
+                tell("the broker serves no model yet: start one with `python -m worker`")
+                time.sleep(0.5)
+        if conversation.model is None:
+            if len(names) > 1:
+                self._terminal.notice(f"served are {', '.join(names)}; /model NAME picks another")
+            conversation.model = names[0]
+        self._terminal.notice(
+            f"talking to {conversation.model}; /help tells the commands, Ctrl-D leaves"
+        )
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # gives input() editing and history
+
+    def loop(self) -> int:
+        """Read lines until the end."""
+        while True:
+            try:
+                line = input("you> " if self._interactive else "")
+            except EOFError:
+                if self._interactive:
+                    self._terminal.line()
+                return 1 if self._failed and not self._interactive else 0
+            except KeyboardInterrupt:
+                if not self._interactive:
+                    raise
+                self._terminal.notice("\n(Ctrl-D or /exit leaves)")
+                continue
+            text = line.strip()
+            if not text:
+                continue
+            if text.startswith("/"):
+                if text in ("/exit", "/quit"):
+                    return 0
+                self._command(text)
+            else:
+                self._ask(text)
+
+    def _command(self, text: str) -> None:
+        name, _, rest = text[1:].partition(" ")
+        command = self._commands.get(name)
+        if command is None:
+            self._complain(f"no command /{name}; /help tells them")
+            return
+        try:
+            command(rest.strip())
+        except (OSError, ValueError, InvalidRequest) as error:
+            self._complain(str(error))
+
+    def _complain(self, text: str) -> None:
+        self._failed = True
+        self._terminal.error(text)
+
+    # --- answering ---
+
+    def _ask(self, text: str) -> None:
+        conversation = self.conversation
+        turn: dict[str, Any] = {"role": "user", "content": text}
+        if conversation.images:
+            turn["images"] = conversation.images
+        conversation.turns.append(turn)
+        if self._answer():
+            conversation.images = []
+        else:
+            conversation.turns.pop()  # so that the question can be asked again
+
+    def _answer(self) -> bool:
+        """Answer the last question; False when there is no answer at all."""
+        conversation = self.conversation
+        try:
+            stream = self._client.chat(
+                conversation.model, conversation.messages(), stream=True, **conversation.params
+            )
+        except (BusError, TypeError) as error:
+            self._complain(str(error))
+            return False
+        with stream:
+            try:
+                end = show(stream, self._terminal)
+            except KeyboardInterrupt:
+                if not self._interactive:
+                    raise
+                self._terminal.notice("\n(stopped)")
+            except BusError as error:
+                if stream.text_so_far:
+                    self._terminal.line()
+                self._complain(str(error))
+                if isinstance(error, ModelUnavailable) and self._interactive:
+                    self._terminal.notice("(/model NAME picks another model)")
+                if not stream.text_so_far:
+                    return False
+            else:
+                if self._stats:
+                    self._terminal.notice(f"({summary(end)})")
+        conversation.turns.append({"role": "assistant", "content": stream.text_so_far})
+        return True
+
+    # --- commands ---
+
+    def do_image(self, rest: str) -> None:
+        """Add a picture to the next question."""
+        if not rest:
+            raise ValueError("/image needs the path of a picture")
+        path = str(Path(rest).expanduser())
+        encode(path)  # a wrong path is told now, not with the question
+        self.conversation.images.append(path)
+        self._say(f"picture {len(self.conversation.images)} of the next question: {path}")
+
+    def do_reset(self, _: str) -> None:
+        """Forget the conversation."""
+        self.conversation.turns.clear()
+        self.conversation.images.clear()
+        self._say("the conversation is forgotten")
+
+    def do_undo(self, _: str) -> None:
+        """Forget the last question and its answer."""
+        if not self.conversation.undo():
+            raise ValueError("there is nothing to undo")
+        self._say("the last question and its answer are forgotten")
+
+    def do_regen(self, _: str) -> None:
+        """Answer the last question again."""
+        turns = self.conversation.turns
+        before = list(turns)
+        while turns and turns[-1]["role"] == "assistant":
+            turns.pop()
+        if not turns:
+            raise ValueError("there is no question to answer again")
+        if not self._answer():
+            turns[:] = before
+
+    def do_system(self, rest: str) -> None:
+        """Set the system prompt."""
+        self.conversation.system = rest
+        self._say("system prompt set" if rest else "no system prompt")
+
+    def do_set(self, rest: str) -> None:
+        """Set a parameter."""
+        name, _, text = rest.partition(" ")
+        name = name.replace("-", "_")
+        if not name:
+            shown = ", ".join(f"{k}={v}" for k, v in self.conversation.params.items())
+            self._say(shown or "no parameters are set")
+        elif not text.strip():
+            self.conversation.params.pop(name, None)
+            self._say(f"{name} is back to its default")
+        else:
+            self.conversation.params[name] = flags.read_param(name, text.strip())
+            self._say(f"{name} = {self.conversation.params[name]}")
+
+    def do_model(self, rest: str) -> None:
+        """Talk to another model."""
+        if not rest:
+            raise ValueError("/model needs a name; `python -m client models` lists them")
+        self.conversation.model = rest
+        self._say(f"talking to {rest}")
+
+    def do_save(self, rest: str) -> None:
+        """Write the conversation to a file."""
+        if not rest:
+            raise ValueError("/save needs a file name")
+        self.conversation.save(Path(rest).expanduser())
+        self._say(f"saved to {rest}")
+
+    def do_load(self, rest: str) -> None:
+        """Go on with a conversation from a file."""
+        if not rest:
+            raise ValueError("/load needs a file name")
+        try:
+            self.conversation = Conversation.load(Path(rest).expanduser())
+        except json.JSONDecodeError as error:
+            raise InvalidRequest(f"{rest} is no saved conversation: {error}") from None
+        except (OSError, ValueError) as error:
+            raise InvalidRequest(str(error)) from None
+        self._say(f"{len(self.conversation.turns)} turns loaded from {rest}")
+
+    def do_help(self, _: str) -> None:
+        """Tell the commands."""
+        self._terminal.notice(HELP)
+
+    def _say(self, text: str) -> None:
+        if self._interactive:
+            self._terminal.notice(f"({text})")

@@ -1,0 +1,156 @@
+"""`generate`, `embed`, `count`: one question, one answer, for people and for scripts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from client import End, InvalidRequest, Recovering, Started, Stream, Tokens
+from client.cli import arguments as flags
+from client.cli.terminal import Terminal
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the commands."""
+    parser = commands.add_parser("generate", help="ask once and stream the answer")
+    parser.add_argument("prompt", nargs="*", help="the question; without it, standard input")
+    flags.add_model(parser)
+    parser.add_argument(
+        "--image", "-i", action="append", default=[], metavar="PATH", help="picture; repeatable"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument("--raw", action="store_true", help="continue the text, no chat template")
+    parser.add_argument("--stats", action="store_true", help="tokens and times on standard error")
+    flags.add_json(parser)
+    flags.add_params(parser)
+    flags.add_connection(parser)
+    parser.set_defaults(run=generate)
+
+    parser = commands.add_parser("embed", help="vectors of texts, as JSON lines")
+    parser.add_argument("text", nargs="*", help="texts; without them, lines of standard input")
+    flags.add_model(parser)
+    flags.add_connection(parser)
+    parser.set_defaults(run=embed)
+
+    parser = commands.add_parser("count", help="tokens of a text")
+    parser.add_argument("text", nargs="*", help="the text; without it, standard input")
+    flags.add_model(parser)
+    flags.add_connection(parser)
+    parser.set_defaults(run=count)
+
+
+def generate(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    """Ask once."""
+    prompt = _text(arguments.prompt)
+    params = flags.params_of(arguments)
+    with flags.connect(arguments) as client:
+        if arguments.raw:
+            stream = client.generate(
+                prompt, model=arguments.model, images=arguments.image, stream=True, **params
+            )
+        else:
+            turns: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
+            if arguments.system:
+                turns.insert(0, {"role": "system", "content": arguments.system})
+            stream = client.chat(
+                arguments.model, turns, images=arguments.image, stream=True, **params
+            )
+        with stream:
+            end = (_as_json if arguments.json else show)(stream, terminal)
+        if arguments.stats:
+            terminal.notice(summary(end))
+    return 0
+
+
+def show(stream: Stream, terminal: Terminal) -> End:
+    """Print a stream's text as it comes, with a notice when it had to be resumed."""
+    broken = False
+    for event in stream:
+        match event:
+            case Tokens() | End():
+                if event.text:
+                    terminal.piece(event.text)
+            case Recovering(reason):
+                broken = True
+                terminal.notice(f"\n[interrupted: {reason}; resuming]")
+            case Started(worker) if broken:
+                terminal.notice(f"[resumed on worker {worker}]")
+    terminal.line()
+    return stream.end
+
+
+def _as_json(stream: Stream, terminal: Terminal) -> End:
+    for event in stream:
+        match event:
+            case Tokens():
+                line: dict[str, Any] = {
+                    "event": "tokens",
+                    "offset": event.offset,
+                    "text": event.text,
+                    "token_ids": event.token_ids,
+                }
+                if event.logprobs is not None:
+                    line["logprobs"] = [entry.logprob for entry in event.logprobs]
+                terminal.json(line)
+            case End():
+                terminal.json(
+                    {
+                        "event": "end",
+                        "text": stream.text_so_far,
+                        "finish_reason": event.finish_reason,
+                        "usage": event.usage,
+                        "timings": event.timings,
+                        "model": event.model,
+                        "worker": event.worker,
+                        "resumed": event.resumed,
+                        "seed": stream.seed,
+                        "request_id": stream.request_id,
+                        "first_token_s": event.first_token_s,
+                        "total_s": event.total_s,
+                    }
+                )
+            case Started():
+                terminal.json({"event": "started", "worker": event.worker, "model": event.model})
+            case Recovering():
+                terminal.json({"event": "recovering", "reason": event.reason})
+    return stream.end
+
+
+def summary(end: End) -> str:
+    """Tokens and times of an answer, in one line."""
+    count = end.usage.completion_tokens
+    parts = [f"{end.usage.prompt_tokens} prompt tokens, {count} answer tokens"]
+    if end.first_token_s is not None:
+        parts.append(f"first token after {end.first_token_s * 1000:.0f} ms")
+        streaming_s = end.total_s - end.first_token_s
+        if count > 1 and streaming_s > 0:
+            parts.append(f"then {(count - 1) / streaming_s:.1f} tokens/s")
+    parts.append(f"{end.total_s:.2f} s in all, on {end.worker or 'no worker'}")
+    if end.resumed:
+        parts.append(f"resumed {end.resumed} times")
+    return "; ".join(parts)
+
+
+def embed(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    """Print vectors."""
+    texts = arguments.text or [line.rstrip("\n") for line in sys.stdin]
+    with flags.connect(arguments) as client:
+        answer = client.embed(texts, model=arguments.model)
+    for text, vector in zip(texts, answer.vectors, strict=True):
+        terminal.json({"text": text, "embedding": vector.tolist()})
+    return 0
+
+
+def count(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    """Print a number of tokens."""
+    with flags.connect(arguments) as client:
+        terminal.line(str(client.count(_text(arguments.text), model=arguments.model)))
+    return 0
+
+
+def _text(words: list[str]) -> str:
+    text = " ".join(words) if words else sys.stdin.read().rstrip("\n")
+    if not text:
+        raise InvalidRequest("no text given; put it on the command line or on standard input")
+    return text

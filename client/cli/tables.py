@@ -1,0 +1,170 @@
+"""`models`, `workers`, `clients`, `requests`, `status`, `drain`: what the broker knows, as tables."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from client import Client
+from client.cli import arguments as flags
+from client.cli.terminal import Terminal
+from client.version import VERSION
+
+Row = dict[str, Any]
+#: Heading and cell of each column.
+Columns = tuple[tuple[str, Callable[[Row], Any]], ...]
+
+
+def _field(name: str, missing: str = "") -> Callable[[Row], Any]:
+    def read(row: Row) -> Any:
+        value = row.get(name)
+        return missing if value is None else value
+
+    return read
+
+
+def _seconds(name: str) -> Callable[[Row], str]:
+    def read(row: Row) -> str:
+        value = row.get(name)
+        return "" if value is None else f"{value / 1000:.1f} s"
+
+    return read
+
+
+def _list(name: str) -> Callable[[Row], str]:
+    return lambda row: ", ".join(map(str, row.get(name) or ()))
+
+
+def _state(row: Row) -> str:
+    state = str(row.get("state") or "unknown")
+    progress = row.get("progress")
+    if state == "loading" and progress is not None:
+        return f"{state} {progress:.0%}"
+    return state
+
+
+def _rate(row: Row) -> str:
+    rate = (row.get("metrics") or {}).get("tokens_per_s")
+    return "" if rate is None else f"{rate:.1f}"
+
+
+MODELS: Columns = (
+    ("model", _field("name")),
+    ("workers", lambda row: f"{row.get('ready', 0)}/{row.get('workers', 0)}"),
+    ("running", lambda row: f"{row.get('running', 0)}/{row.get('capacity', 0)}"),
+    ("queued", _field("queued")),
+    ("context", _field("context_tokens", "?")),
+    ("pictures", lambda row: "yes" if row.get("images") else "no"),
+    ("kinds", _list("kinds")),
+)
+WORKERS: Columns = (
+    ("worker", _field("name")),
+    ("state", _state),
+    ("models", _list("models")),
+    ("running", lambda row: f"{row.get('running', 0)}/{row.get('capacity', 0)}"),
+    ("tokens/s", _rate),
+    ("engine", _field("engine")),
+    ("device", _field("device")),
+    ("heard", _seconds("silent_ms")),
+    ("note", _field("note")),
+)
+CLIENTS: Columns = (
+    ("client", _field("name")),
+    ("in flight", _field("inflight")),
+    ("queued", _field("queued")),
+    ("heard", _seconds("silent_ms")),
+)
+REQUESTS: Columns = (
+    ("request", _field("id")),
+    ("model", _field("model")),
+    ("state", _field("state")),
+    ("outcome", _field("outcome")),
+    ("worker", _field("worker")),
+    ("queued", _seconds("queued_ms")),
+    ("age", _seconds("age_ms")),
+)
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the commands."""
+    for name, columns, ask, words, nothing in (
+        ("models", MODELS, Client.models, "models that are served", "start `python -m worker`"),
+        ("workers", WORKERS, Client.workers, "workers and their state", "start `python -m worker`"),
+        ("clients", CLIENTS, Client.clients, "clients of the broker", "none"),
+        ("requests", REQUESTS, Client.requests, "the latest requests", "none yet"),
+    ):
+        parser = commands.add_parser(name, help=words)
+        flags.add_json(parser)
+        flags.add_connection(parser)
+        parser.set_defaults(run=_lister(name, columns, ask, nothing))
+
+    parser = commands.add_parser("status", help="broker, models and workers at a glance")
+    flags.add_json(parser)
+    flags.add_connection(parser)
+    parser.set_defaults(run=status)
+
+    parser = commands.add_parser("drain", help="let a worker finish and take nothing new")
+    parser.add_argument("worker", help="its name, as `workers` shows it")
+    parser.add_argument("--deadline", type=float, metavar="S", help="seconds for running requests")
+    parser.add_argument("--reason", default="", metavar="TEXT")
+    flags.add_connection(parser)
+    parser.set_defaults(run=drain)
+
+
+def _lister(
+    name: str, columns: Columns, ask: Callable[[Client], list[Row]], nothing: str
+) -> Callable[[argparse.Namespace, Terminal], int]:
+    def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
+        with flags.connect(arguments) as client:
+            rows = ask(client)
+        if arguments.json:
+            for row in rows:
+                terminal.json(row)
+        elif rows:
+            show(terminal, name, columns, rows)
+        else:
+            terminal.notice(f"no {name}: {nothing}")
+        return 0
+
+    return run
+
+
+def show(terminal: Terminal, title: str, columns: Columns, rows: list[Row]) -> None:
+    """Print rows under their headings."""
+    cells = [[str(read(row)) for _, read in columns] for row in rows]
+    terminal.table(title, [heading for heading, _ in columns], cells)
+
+
+def status(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    """Print what there is."""
+    with flags.connect(arguments) as client:
+        facts = {
+            "client": {"software": VERSION, "brokers": list(client.brokers)},
+            "broker": client.query("bus.version"),
+            "models": client.models(),
+            "workers": client.workers(),
+            "stats": client.stats(),
+        }
+    if arguments.json:
+        terminal.json(facts)
+        return 0
+    broker = facts["broker"]
+    terminal.line(f"broker {broker.get('broker')}: {broker.get('software')}, up and answering")
+    for name, columns in (("models", MODELS), ("workers", WORKERS)):
+        rows = facts[name]
+        if rows:
+            show(terminal, name, columns, rows)
+        else:
+            terminal.line(f"no {name}: start `python -m worker`")
+    return 0
+
+
+def drain(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    """Drain a worker."""
+    with flags.connect(arguments) as client:
+        answer = client.drain(
+            arguments.worker, deadline_s=arguments.deadline, reason=arguments.reason
+        )
+    terminal.line(f"worker {answer.get('worker', arguments.worker)}: {answer.get('state')}")
+    return 0

@@ -1,0 +1,111 @@
+"""What the commands write, and how: with `rich` on a terminal, plain when piped or without it.
+
+Answers go to standard output, everything else to standard error, so that output can be piped. The
+text of a model is never taken for markup, and its control characters never reach a terminal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import msgspec
+
+#: A model's answer may be hostile: escape sequences could rewrite the screen.
+_CONTROL: Final = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+class Terminal:
+    """Where a command's output goes."""
+
+    def __init__(self) -> None:
+        self.interactive = sys.stdout.isatty()
+        self._consoles = _consoles()
+
+    # --- answers ---
+
+    def piece(self, text: str) -> None:
+        """A part of an answer, as it arrives."""
+        sys.stdout.write(text.translate(_CONTROL) if self.interactive else text)
+        sys.stdout.flush()
+
+    def line(self, text: str = "") -> None:
+        """A line of the result."""
+        self.piece(text + "\n")
+
+    def json(self, value: Any) -> None:
+        """A line of JSON."""
+        plain = msgspec.to_builtins(value)
+        sys.stdout.write(json.dumps(plain, ensure_ascii=False, separators=(",", ":")) + "\n")
+        sys.stdout.flush()
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Rows under their headings."""
+        if self._consoles and self.interactive:
+            from rich.table import Table
+            from rich.text import Text
+
+            table = Table(title=title, title_justify="left", header_style="bold")
+            for column in columns:
+                table.add_column(column)
+            for row in rows:
+                table.add_row(*(Text(cell) for cell in row))
+            self._consoles[0].print(table)
+            return
+        widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+        for cells in (columns, *rows):
+            padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+            self.line("  ".join(padded).rstrip())
+
+    # --- beside the answer ---
+
+    def notice(self, text: str) -> None:
+        """Something worth knowing that is no part of the answer."""
+        if self._consoles:
+            self._consoles[1].print(text, style="dim", markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def error(self, text: str) -> None:
+        """What went wrong, in one line."""
+        one_line = " ".join(text.split())
+        if self._consoles:
+            from rich.text import Text
+
+            message = Text.assemble(("error: ", "bold red"), one_line)
+            self._consoles[1].print(message, soft_wrap=True, highlight=False)
+        else:
+            print(f"error: {one_line}", file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def waiting(self, text: str) -> Iterator[Any]:
+        """While something takes its time; call the result with a new text when there is one."""
+        if self._consoles and sys.stderr.isatty():
+            with self._consoles[1].status(text) as status:
+                yield status.update
+            return
+        print(text, file=sys.stderr, flush=True)
+        shown = text
+
+        def update(new: str) -> None:
+            nonlocal shown
+            if new != shown:
+                shown = new
+                print(new, file=sys.stderr, flush=True)
+
+        yield update
+
+
+def _consoles() -> tuple[Any, Any] | None:
+    """Rich consoles of standard output and error; None where plain text is due."""
+    if not (sys.stdout.isatty() or sys.stderr.isatty()) or os.environ.get("TERM") == "dumb":
+        return None
+    try:
+        from rich.console import Console
+    except ImportError:
+        return None  # the extra `terminal` is not installed
+    return Console(), Console(stderr=True)
