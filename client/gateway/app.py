@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -23,8 +22,9 @@ from client import AsyncClient, BusError, Timeout
 from client.gateway.config import Config
 from client.gateway.errors import GatewayError, error_response
 from client.gateway.keys import KeyFile
+from client.gateway.legacy import legacy_routes
 from client.gateway.metrics import CONTENT_TYPE
-from client.gateway.openai_chat import chat_completions
+from client.gateway.openai_chat import cancel_chat, chat_completions, read_chat
 from client.gateway.openai_completions import completions
 from client.gateway.openai_embeddings import embeddings
 from client.gateway.openai_models import get_model, list_models
@@ -35,6 +35,8 @@ from client.gateway.openai_responses import (
     get_response,
     input_items,
 )
+from client.gateway.operator_view import drain, live, overview, session
+from client.gateway.page import page_routes
 from client.gateway.reattach import Store
 from client.gateway.state import Gateway
 from client.gateway.visit import Endpoint, Visit
@@ -75,13 +77,15 @@ def create_app(config: Config) -> Starlette:
 
 
 def _routes(config: Config) -> list[BaseRoute]:
-    return [
+    routes: list[BaseRoute] = [
         Route("/health", Endpoint(_health, public=True), methods=["GET"]),
         Route("/ready", Endpoint(_ready, public=True), methods=["GET"]),
         Route("/metrics", Endpoint(_metrics), methods=["GET"]),
         Route("/v1/models", Endpoint(list_models), methods=["GET"]),
         Route("/v1/models/{model:path}", Endpoint(get_model), methods=["GET"]),
         Route("/v1/chat/completions", Endpoint(chat_completions, counted=True), methods=["POST"]),
+        Route("/v1/chat/completions/{id}", Endpoint(read_chat), methods=["GET"]),
+        Route("/v1/chat/completions/{id}/cancel", Endpoint(cancel_chat), methods=["POST"]),
         Route("/v1/completions", Endpoint(completions, counted=True), methods=["POST"]),
         Route("/v1/embeddings", Endpoint(embeddings, counted=True), methods=["POST"]),
         Route("/v1/responses", Endpoint(create_response, counted=True), methods=["POST"]),
@@ -89,7 +93,16 @@ def _routes(config: Config) -> list[BaseRoute]:
         Route("/v1/responses/{id}", Endpoint(delete_response), methods=["DELETE"]),
         Route("/v1/responses/{id}/cancel", Endpoint(cancel_response), methods=["POST"]),
         Route("/v1/responses/{id}/input_items", Endpoint(input_items), methods=["GET"]),
+        Route("/bus/session", Endpoint(session), methods=["GET"]),
+        Route("/bus/overview", Endpoint(overview), methods=["GET"]),
+        Route("/bus/live", Endpoint(live), methods=["GET"]),
+        Route("/bus/drain", Endpoint(drain), methods=["POST"]),
     ]
+    if not config.no_legacy:
+        routes += legacy_routes()
+    if not config.no_page:
+        routes += page_routes()
+    return routes
 
 
 def _middleware(config: Config) -> list[Middleware]:
@@ -140,6 +153,3 @@ async def _ready(visit: Visit) -> Response:
 
 async def _metrics(visit: Visit) -> Response:
     return Response(visit.gateway.metrics.text(), media_type=CONTENT_TYPE)
-
-
-STATIC = Path(__file__).parent / "static"

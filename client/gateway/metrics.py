@@ -26,11 +26,12 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self.running = Gauge(
+        self._running = 0
+        Gauge(
             "tokenbus_gateway_running_requests",
             "HTTP requests being served now.",
             registry=self._registry,
-        )
+        ).set_function(lambda: self._running)
         self._requests = Counter(
             "tokenbus_gateway_requests",
             "HTTP requests by endpoint and status; 499 is a client that went away.",
@@ -57,6 +58,19 @@ class Metrics:
             buckets=_SECONDS,
             registry=self._registry,
         )
+
+    @property
+    def running_now(self) -> int:
+        """HTTP requests being served now."""
+        return self._running
+
+    def started(self) -> None:
+        """A request came in; `ended` must follow."""
+        self._running += 1
+
+    def ended(self) -> None:
+        """The request that `started` counted is over."""
+        self._running -= 1
 
     def observe(self, visit: Visit, endpoint: str, status: int, total_s: float) -> None:
         """Count a request that is over."""

@@ -1,10 +1,23 @@
-"""`POST /v1/chat/completions`, streamed and not: bus events in, OpenAI's chat shapes out."""
+"""`POST /v1/chat/completions`, streamed and not: bus events in, OpenAI's chat shapes out.
+
+**Re-attaching.** Every event of a stream has an id. A reader that lost its connection
+
+* sends the same request again with `Last-Event-ID`, to any gateway of the bus: the answer follows
+  from the seed, which the id carries, so it is made again and goes on behind what was received.
+  That holds as long as the model is the same; log-probabilities go on with the next new token;
+* or, where the request had the header `x-reattach: SECONDS`, reads `GET
+  /v1/chat/completions/{id}` with `Last-Event-ID` at the same gateway within that time: the running
+  answer itself goes on, and nothing is computed twice. Without that header the answer ends with
+  its reader, at the worker too. `POST /v1/chat/completions/{id}/cancel` ends it at once.
+"""
 
 from __future__ import annotations
 
+import re
+import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
@@ -14,19 +27,20 @@ from openai.types.chat.chat_completion_message_function_tool_call import (
     ChatCompletionMessageFunctionToolCall,
     Function,
 )
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from broker.protocol.messages import FinishReason, TokenLogprob, Usage
 from client.gateway import tools
 from client.gateway.convert import chat_call, seeded
-from client.gateway.errors import GatewayError
+from client.gateway.errors import GatewayError, invalid
 from client.gateway.generation import ChoiceEvent, Delta, Finish, generate
 from client.gateway.openai_shared import chat_logprobs, error_event, new_id, pick_seed, usage_of
+from client.gateway.reattach import Kept, Transcript
 from client.gateway.requests import ChatRequest, parse
 from client.gateway.sse import DONE, Event, until_disconnect
 from client.gateway.visit import Visit
 
-__all__ = ["chat_completions", "parser_for"]
+__all__ = ["cancel_chat", "chat_completions", "parser_for", "read_chat"]
 
 
 Reason = Literal["stop", "length", "tool_calls"]
@@ -84,35 +98,118 @@ def parser_for(names: Sequence[str], *, parallel: bool | None) -> tools.ToolCall
 async def chat_completions(visit: Visit) -> Response:
     """Answer a chat; see `requests.ChatRequest` for the body."""
     body = parse(ChatRequest, await visit.body())
+    resumed = _Position.read(visit.last_event_id) if body.stream else None
+    if resumed is not None and resumed.is_kept(visit):
+        return _read_again(visit, resumed)
     call = await chat_call(
         body,
         visit.gateway.config.images,
-        seed=pick_seed(body.seed),
+        seed=pick_seed(body.seed) if resumed is None else resumed.seed,
         user=visit.share(body.user),
     )
     visit.check(body.model, call.request.priority)
     names = [tool["function"]["name"] for tool in call.request.tools or []]
-    answer = _Answer(
-        visit,
-        body,
-        [_Choice(parser_for(names, parallel=body.parallel_tool_calls)) for _ in range(body.n or 1)],
-    )
-    events = generate(visit.gateway.bus, [seeded(call, i) for i in range(body.n or 1)])
+    count = body.n or 1
+    position = resumed or _Position.first(call.request.params.seed, count)
+    choices = [_Choice(parser_for(names, parallel=body.parallel_tool_calls)) for _ in range(count)]
+    answer = _Answer(visit, body, choices, position)
+    events = generate(visit.gateway.bus, [seeded(call, i) for i in range(count)])
     if body.stream:
-        return visit.stream(answer.stream(events), answer.failed)
+        source = answer.stream(events)
+        if visit.reattach_s is None:
+            return visit.stream(source, answer.failed)
+        store = visit.gateway.store
+        transcript = Transcript(source, answer.failed, grace_s=visit.reattach_s, on_end=store.trim)
+        store.put(Kept(position.answer, visit.key.name, transcript, kind="chat"))
+        return visit.stream(transcript.read(), answer.failed)
     for event in await until_disconnect(events, visit.request.receive):
         answer.take(event)
     return Response(answer.complete(), media_type="application/json")
 
 
+async def read_chat(visit: Visit) -> Response:
+    """Go on with an answer that outlived its connection."""
+    position = _Position.read(visit.last_event_id)
+    return _read_again(visit, position or _Position(visit.request.path_params["id"], 0, ()))
+
+
+async def cancel_chat(visit: Visit) -> Response:
+    """Stop an answer that outlives its connection, at the worker too."""
+    kept = visit.gateway.store.find(visit.request.path_params["id"], visit.key.name, "chat")
+    visit.gateway.store.drop(kept)
+    return JSONResponse({"id": kept.id, "cancelled": True})
+
+
+def _read_again(visit: Visit, position: _Position) -> Response:
+    kept = visit.gateway.store.find(position.answer, visit.key.name, "chat")
+    assert kept.transcript is not None
+
+    def failed(error: GatewayError) -> list[Event]:
+        return [error_event(error, visit.request_id), DONE]
+
+    return visit.stream(kept.transcript.read(position.events), failed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Position:
+    """Where a reader of an answer is; travels as the event's id."""
+
+    #: The answer's id: "chatcmpl-", the seed as 16 hex digits, 16 random ones.
+    answer: str
+    #: Events read.
+    events: int
+    #: For each choice: characters of text and arguments read, and one for each call begun.
+    read_atoms: tuple[int, ...]
+
+    @classmethod
+    def first(cls, seed: int, choices: int) -> _Position:
+        """Of a new answer."""
+        return cls(f"chatcmpl-{seed:016x}{secrets.token_hex(8)}", 0, (0,) * choices)
+
+    @classmethod
+    def read(cls, text: str | None) -> _Position | None:
+        """From `Last-Event-ID`; raises GatewayError for what is none of ours."""
+        if text is None:
+            return None
+        found = _POSITION.fullmatch(text)
+        if found is None:
+            raise invalid("last-event-id", "`Last-Event-ID` is no id of an event of this endpoint.")
+        atoms = tuple(map(int, found["atoms"].split("-")))
+        return cls(found["answer"], int(found["events"]), atoms)
+
+    def __str__(self) -> str:
+        return f"{self.answer}:{self.events}:{'-'.join(map(str, self.read_atoms))}"
+
+    @property
+    def seed(self) -> int:
+        """What the answer follows from, beside the request."""
+        return int(self.answer[9:25], 16)
+
+    def is_kept(self, visit: Visit) -> bool:
+        """The answer itself is in this gateway's store."""
+        return visit.gateway.store.has(self.answer, visit.key.name)
+
+
+_POSITION = re.compile(
+    r"(?P<answer>chatcmpl-[0-9a-f]{32}):(?P<events>\d{1,9}):(?P<atoms>\d{1,9}(-\d{1,9}){0,127})"
+)
+
+
 class _Answer:
     """One answer in the making."""
 
-    def __init__(self, visit: Visit, body: ChatRequest, choices: list[_Choice]) -> None:
+    def __init__(
+        self, visit: Visit, body: ChatRequest, choices: list[_Choice], position: _Position
+    ) -> None:
         self._visit = visit
         self._body = body
         self._choices = choices
-        self._id = new_id("chatcmpl-")
+        self._id = position.answer
+        #: What the reader has already; nothing of it is sent again.
+        self._skip = list(position.read_atoms)
+        self._skip += [0] * (len(choices) - len(self._skip))
+        self._sent = list(self._skip)
+        self._events = position.events
         self._created = int(time.time())
         options = body.stream_options
         self._with_usage = options is not None and bool(options.include_usage)
@@ -170,7 +267,7 @@ class _Answer:
         self, events: AsyncGenerator[ChoiceEvent, None]
     ) -> AsyncGenerator[Event, None]:
         """The answer as chunks."""
-        greeted: set[int] = set()
+        greeted = {index for index, atoms in enumerate(self._sent) if atoms}
         try:
             async for event in events:
                 pieces = self.take(event)
@@ -179,9 +276,10 @@ class _Answer:
                 if event.choice not in greeted:
                     greeted.add(event.choice)
                     yield self._chunk(event.choice, piece.ChoiceDelta(role="assistant", content=""))
+                pieces = self._unread(event.choice, pieces)
                 deltas = list(self._deltas(self._choices[event.choice], pieces))
                 logprobs = event.logprobs if isinstance(event, Delta) else None
-                if logprobs and not deltas:
+                if logprobs and not deltas and not self._skip[event.choice]:
                     deltas = [piece.ChoiceDelta(content="")]
                 for position, delta in enumerate(deltas):
                     yield self._chunk(event.choice, delta, logprobs if position == 0 else None)
@@ -200,8 +298,27 @@ class _Answer:
                 choices=[],
                 usage=usage,
             )
-            yield Event(last.model_dump_json(exclude_unset=True))
+            yield self._event(last)
         yield DONE
+
+    def _unread(self, index: int, pieces: list[tools.Piece]) -> list[tools.Piece]:
+        """The pieces without what the reader has; counts what goes out."""
+        unread: list[tools.Piece] = []
+        for part in pieces:
+            atoms = 1 if isinstance(part, tools.CallStart) else len(part.text)
+            skipped = min(atoms, self._skip[index])
+            self._skip[index] -= skipped
+            self._sent[index] += atoms - skipped
+            if isinstance(part, tools.CallStart):
+                unread += [] if skipped else [part]
+            elif skipped < atoms:
+                unread.append(replace(part, text=part.text[skipped:]))
+        return unread
+
+    def _event(self, chunk: ChatCompletionChunk) -> Event:
+        self._events += 1
+        position = _Position(self._id, self._events, tuple(self._sent))
+        return Event(chunk.model_dump_json(exclude_unset=True), id=str(position))
 
     @staticmethod
     def _deltas(choice: _Choice, pieces: list[tools.Piece]) -> Iterator[piece.ChoiceDelta]:
@@ -250,7 +367,7 @@ class _Answer:
         )
         if self._with_usage:
             chunk.usage = None
-        return Event(chunk.model_dump_json(exclude_unset=True))
+        return self._event(chunk)
 
     def failed(self, error: GatewayError) -> list[Event]:
         """The end of a stream that fails after its first event."""

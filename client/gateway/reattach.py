@@ -167,6 +167,11 @@ class Store:
             )
         return kept
 
+    def has(self, id_: str, owner: str) -> bool:
+        """The answer is here and may be read by this key."""
+        kept = self._entries.get(id_)
+        return kept is not None and kept.owner == owner and kept.transcript is not None
+
     def drop(self, kept: Kept) -> None:
         """Forget an answer, and stop it if it runs."""
         self._entries.pop(kept.id, None)

@@ -80,6 +80,7 @@ class EventStream(Response):
         self._keep_alive_s = keep_alive_s
         #: What became of it, for the log and the metrics: a status, 499 when the reader left.
         self.outcome = 200
+        self.failure: GatewayError | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writer = asyncio.create_task(self._write(scope, receive, send))
@@ -106,8 +107,9 @@ class EventStream(Response):
                 except TimeoutError:
                     item = KEEP_ALIVE
                 if isinstance(item, BaseException) and not started:
-                    self.outcome = describe(item).status
-                    await error_response(item, self._request_id)(scope, receive, send)
+                    self.failure = describe(item)
+                    self.outcome = self.failure.status
+                    await error_response(self.failure, self._request_id)(scope, receive, send)
                     return
                 if not started:
                     started = True
@@ -139,7 +141,7 @@ class EventStream(Response):
         octets = b""
         while True:
             if isinstance(item, BaseException):
-                told = describe(item)
+                told = self.failure = describe(item)
                 self.outcome = told.status
                 return octets + b"".join(map(encode, self._on_error(told))), True
             if item is None:

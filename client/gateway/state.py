@@ -6,12 +6,15 @@ Nothing here is needed by another gateway to serve a new request.
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 from client import AsyncClient
 from client.gateway.config import Config
 from client.gateway.keys import KeyFile
 from client.gateway.metrics import Metrics
+from client.gateway.operator_view import Overview
 from client.gateway.reattach import Store
 
 __all__ = ["Gateway"]
@@ -28,5 +31,8 @@ class Gateway:
     metrics: Metrics = field(default_factory=Metrics)
     #: Wall clock, seconds: `created` of models.
     started_at: int = field(default_factory=lambda: int(time.time()))
+    overview: Overview = field(default_factory=Overview)
+    #: The latest failures of requests, newest last, for the operator's view.
+    errors: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=50))
     #: The server is stopping: `/ready` says so.
     stopping: bool = False

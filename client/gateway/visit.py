@@ -24,7 +24,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from broker.protocol.errors import ErrorCode
 from broker.protocol.limits import MAX_NAME_OCTETS
-from client.gateway.errors import GatewayError, error_response, invalid, too_large
+from client.gateway.errors import GatewayError, describe, error_response, invalid, too_large
 from client.gateway.keys import ANYBODY, Key
 from client.gateway.sse import Event, EventStream
 
@@ -88,6 +88,22 @@ class Visit:
             raise GatewayError(
                 ErrorCode.FORBIDDEN, f"Key {self.key.name!r} is not an operator's key."
             )
+
+    def remember(self, error: GatewayError) -> None:
+        """Keep a failure for the operator's view; a client that left is none."""
+        if error.info.code == ErrorCode.CANCELLED:
+            return
+        self.gateway.errors.append(
+            {
+                "at_ms": round(time.time() * 1000),
+                "request": self.request_id,
+                "path": self.request.url.path,
+                "key": self.key.name,
+                "model": self.model,
+                "code": error.info.code,
+                "message": error.info.message,
+            }
+        )
 
     def saw_token(self) -> None:
         """The first token is on its way out."""
@@ -210,17 +226,19 @@ class Endpoint:
                     account = gateway.keys.usage(visit.key)
                     account.admit(visit.key, time.monotonic())
                     admitted = account
-            gateway.metrics.running.inc()
+            gateway.metrics.started()
             try:
                 response = await self._handler(visit)
                 await response(scope, receive, tell)
                 if isinstance(response, EventStream):
                     outcome = response.outcome
+                    if response.failure is not None:
+                        visit.remember(response.failure)
             finally:
-                gateway.metrics.running.dec()
+                gateway.metrics.ended()
         except Exception as error:
-            answer = error_response(error, request_id)
-            await answer(scope, receive, tell)
+            visit.remember(describe(error))
+            await error_response(error, request_id)(scope, receive, tell)
         finally:
             if admitted is not None:
                 admitted.finished()

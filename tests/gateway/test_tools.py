@@ -1,7 +1,8 @@
-"""The tool-call parser: formats, what is no call, and that the cutting of the text never matters."""
+"""The tool-call parser: formats, what is no call, and that cutting never matters."""
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -132,7 +133,7 @@ def test_what_is_no_call_stays_text_to_the_letter(case: str) -> None:
 )
 def test_how_the_text_is_cut_never_matters(whole: str, cuts: list[int]) -> None:
     edges = [0, *sorted(min(cut, len(whole)) for cut in cuts), len(whole)]
-    feeds = [whole[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    feeds = [whole[a:b] for a, b in itertools.pairwise(edges)]
     assert parsed(feeds) == parsed([whole])
 
 

@@ -1,0 +1,128 @@
+"""`/bus/...`: what the web page's second tab shows, and the operator's drain.
+
+All viewers of one gateway share one look at the broker a second, however many they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import msgspec
+from msgspec import Meta, Struct
+from starlette.responses import JSONResponse, Response
+
+from client import BusError
+from client.gateway.errors import GatewayError, error_body
+from client.gateway.openai_models import visible_models
+from client.gateway.requests import parse
+from client.gateway.sse import Event
+from client.gateway.visit import Visit
+
+if TYPE_CHECKING:
+    from client.gateway.state import Gateway
+
+__all__ = ["Overview", "drain", "live", "overview", "session"]
+
+INTERVAL_S: Final = 1.0
+#: A broker that says nothing for so long is told as away.
+_PATIENCE_S: Final = 3.0
+_REQUESTS: Final = 80
+
+
+class Overview:
+    """The latest look at the bus, not older than `INTERVAL_S`."""
+
+    def __init__(self) -> None:
+        self._looked_s = float("-inf")
+        self._text = ""
+        self._lock = asyncio.Lock()
+
+    async def text(self, gateway: Gateway) -> str:
+        """The overview as JSON."""
+        async with self._lock:
+            if time.monotonic() - self._looked_s >= INTERVAL_S * 0.9:
+                self._text = msgspec.json.encode(await _look(gateway)).decode()
+                self._looked_s = time.monotonic()
+            return self._text
+
+
+async def _look(gateway: Gateway) -> dict[str, Any]:
+    bus = gateway.bus
+    found: dict[str, Any] = {
+        "at_ms": round(time.time() * 1000),
+        "gateway": {"running": gateway.metrics.running_now, "errors": list(gateway.errors)},
+    }
+    asked: dict[str, dict[str, Any]] = {
+        "bus.models": {},
+        "bus.workers": {},
+        "bus.clients": {},
+        "bus.stats": {},
+        "bus.requests": {"limit": _REQUESTS},
+    }
+    try:
+        answers = await asyncio.gather(
+            *(bus.query(verb, args, timeout=_PATIENCE_S) for verb, args in asked.items())
+        )
+    except BusError as error:
+        return {**found, "problem": error.message}
+    for verb, answer in zip(asked, answers, strict=True):
+        found[verb.removeprefix("bus.")] = answer
+    return found
+
+
+async def session(visit: Visit) -> Response:
+    """Who the page speaks for, and the models that it may use."""
+    models = await visible_models(visit)
+    return JSONResponse(
+        {
+            "key": visit.key.name,
+            "keys_required": visit.gateway.keys is not None,
+            "operator": visit.key.operator,
+            "reattach_s": visit.gateway.config.reattach_s,
+            "models": models,
+        }
+    )
+
+
+async def overview(visit: Visit) -> Response:
+    """One look at the bus."""
+    visit.check_operator()
+    return Response(await visit.gateway.overview.text(visit.gateway), media_type="application/json")
+
+
+async def live(visit: Visit) -> Response:
+    """A look at the bus every second, as events."""
+    visit.check_operator()
+    gateway = visit.gateway
+
+    async def looks() -> AsyncGenerator[Event, None]:
+        while True:
+            yield Event(await gateway.overview.text(gateway))
+            await asyncio.sleep(INTERVAL_S)
+
+    def failed(error: GatewayError) -> list[Event]:
+        text = msgspec.json.encode(error_body(error, visit.request_id)).decode()
+        return [Event(text, event="failed")]
+
+    return visit.stream(looks(), failed)
+
+
+class DrainBody(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Body of `POST /bus/drain`."""
+
+    worker: str
+    deadline_s: Annotated[float, Meta(ge=0, le=1e6)] = 30.0
+    reason: str = ""
+
+
+async def drain(visit: Visit) -> Response:
+    """Let a worker finish and take nothing new."""
+    visit.check_operator()
+    body = parse(DrainBody, await visit.body())
+    answer = await visit.gateway.bus.drain(
+        body.worker, deadline_s=body.deadline_s, reason=body.reason or "asked for on the web page"
+    )
+    return JSONResponse(answer)
