@@ -43,7 +43,7 @@ PEER_QUEUE_MESSAGES = 300
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the model says to a prompt: a function of the prompt, the seed and the position alone."""
+    """What the model says to a prompt: a function of prompt, seed and position alone."""
 
     prompt: str
     seed: int
@@ -111,7 +111,8 @@ class SimBroker(Party):
         self.wires[side][wire.routing_id] = wire
 
     def received(self, side: Side, wire: Wire, frames: tuple[bytes, ...]) -> None:
-        if side is Side.BACK and self.alive and not self.paused and not self._inbox and len(frames) == 2:
+        reads_at_once = self.alive and not self.paused and not self.backlog
+        if side is Side.BACK and reads_at_once and len(frames) == 2:
             forward = self.core.forward(wire.routing_id, frames[0], self.world.now_s)
             if forward is not None:
                 self._send(Side.FRONT, forward[0], (forward[1], frames[1]))
@@ -287,8 +288,9 @@ class SimEngine:
                 )
         self.jobs[job_id] = _Job(answer, position)
         if len(self.jobs) > self.worker.slots + self.worker.replacing:
-            raise Violation(f"{self.worker.name} runs {len(self.jobs)} of {self.worker.slots}
-            slots")
+            raise Violation(
+                f"{self.worker.name} runs {len(self.jobs)} in {self.worker.slots} slots"
+            )
         self._go_on()
 
     def cancel(self, job_id: bytes) -> None:
@@ -320,7 +322,8 @@ class SimEngine:
                 events.append([TOKENS, job_id, [answer.token(before)], text, None])
             if job.position >= answer.length:
                 del self.jobs[job_id]
-                rest = answer.text(job.position)[len(answer.text(answer.sure_until(job.position))) :]
+                sure = len(answer.text(answer.sure_until(job.position)))
+                rest = answer.text(job.position)[sure:]
                 usage = {"prompt_tokens": 1, "completion_tokens": answer.length}
                 events.append([END, job_id, "length", rest, usage, {}, None, None])
         self.worker.tell(worker_fact.EngineStepped(events))
@@ -485,8 +488,10 @@ class SimClient(Party):
             window=1,
         )
         made = client_fact.RequestMade(
-            call.request_id, request, (), Timeout(connect=None, first_token=None,
-            between_tokens=None),
+            call.request_id,
+            request,
+            (),
+            Timeout(connect=None, first_token=None, between_tokens=None),
             self.retry,
         )
         self.tell(made)
@@ -549,9 +554,11 @@ class SimClient(Party):
         if call.outcome:
             call.ended_s = self.world.now_s
             self.world.note(self.name, f"{id_.hex()[:8]} ends: {call.outcome}")
-        if call.outcome and call.outcome != "end" and not call.answer.text(
-            call.answer.length
-        ).startswith(call.text):
+        if (
+            call.outcome
+            and call.outcome != "end"
+            and not call.answer.text(call.answer.length).startswith(call.text)
+        ):
             raise Violation(f"{name} failed after text that is no prefix: {call.text!r}")
 
     def _tokens(self, name: str, call: Call, item: TokensEvent) -> None:
@@ -562,8 +569,9 @@ class SimClient(Party):
         call.token_ids += item.token_ids
         call.text += item.text
         if call.read_s:
-            self.world.after(call.read_s * len(item.token_ids), self._take, call,
-            len(call.token_ids))
+            self.world.after(
+                call.read_s * len(item.token_ids), self._take, call, len(call.token_ids)
+            )
         else:
             self._take(call, len(call.token_ids))
 

@@ -8,6 +8,7 @@ ordered, never doubled, and lost as a whole, as ZeroMQ's are. Nothing here knows
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections import deque
 from collections.abc import Callable
