@@ -113,7 +113,7 @@ class Party:
     def arm(self) -> None:
         """See to it that the core's next deadline is kept."""
         due_s = self.core.deadline_s()
-        if due_s == float("inf") or any(
+        if due_s == math.inf or any(
             due_s >= wake_s >= self.world.now_s for wake_s in self._wakes
         ):
             return
