@@ -13,16 +13,24 @@ from collections.abc import Iterator
 from bench.common import ROOT, Process, endpoints, python
 from bench.zmtp import Connection
 from broker.protocol import codec
-from broker.protocol.header import NO_ID, MessageType, decode, encode
-from broker.protocol.limits import MAX_ANSWER_OCTETS, MAX_CONTROL_OCTETS
+from broker.protocol.header import NO_ID, Flag, MessageType, decode, encode
+from broker.protocol.limits import MAX_ANSWER_OCTETS, MAX_CONTROL_OCTETS, MAX_OUTPUT_OCTETS
 from broker.protocol.messages import (
     Accepted,
     Assign,
     Credit,
+    EndEvent,
+    Finished,
+    FinishReason,
     Heartbeat,
     Hello,
+    Ledger,
     ModelInfo,
+    OutputEvent,
     Request,
+    Timings,
+    TokensEvent,
+    Usage,
     Welcome,
     WorkerState,
     new_id,
@@ -139,6 +147,22 @@ class RawPeer:
         """A client takes its next ACCEPTED; `worker` is empty while the request is queued."""
         _, frames = self.expect(MessageType.ACCEPTED)
         return codec.decode(Accepted, frames[0], MAX_CONTROL_OCTETS)
+
+    def output(self) -> list[OutputEvent]:
+        """A client takes its next OUTPUT."""
+        _, frames = self.expect(MessageType.OUTPUT)
+        return codec.decode_events(frames[0], MAX_OUTPUT_OCTETS)
+
+    def answer(self, reply_to: bytes, request_id: bytes, granted: int) -> None:
+        """A worker answers with one token and the end, and gives the slot back."""
+        events = [
+            TokensEvent(request_id, 0, 0, [1234], " word"),
+            EndEvent(request_id, 0, 1, FinishReason.LENGTH, "", Usage(), Timings()),
+        ]
+        ledger = Ledger(granted, [Finished(request_id, "length", 1, 1)], [request_id])
+        head = encode(MessageType.OUTPUT, reply_to, self.sequence, Flag.LEDGER)
+        self.connection.send((head, codec.encode_events(events), codec.encode(ledger)))
+        self.sequence += 1
 
     def close(self) -> None:
         """Close the connection; a GOODBYE is the caller's."""

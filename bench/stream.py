@@ -2,7 +2,7 @@
 
 Broker, worker (echo engine, a process of its own) and the client library, at 1 to 1,024 streams,
 beside FastChat, NATS and plain ZeroMQ with token sources that do as little. Paced runs use an
-engine whose tokens carry the time of their making, so that the one-way delay is seen and not guessed.
+engine whose tokens carry the time of their making: the one-way delay is seen, not guessed.
 """
 
 from __future__ import annotations

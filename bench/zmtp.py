@@ -56,9 +56,11 @@ class Connection:
             raise ValueError(f"{endpoint}: only tcp:// and ipc:// endpoints")
         self.identity = identity
         self._buffer = bytearray()
+        #: The peer's greeting was read. It is read with the first message, so that thousands of
+        #: connections can be opened without waiting for each; libzmq closes a connection on which
+        #: a message comes before its own greeting has left.
+        self._greeted = False
         self.socket.sendall(_GREETING + _ready(identity))
-        self._take(len(_GREETING))
-        self._frame()
 
     def fileno(self) -> int:
         """For selectors."""
@@ -84,6 +86,7 @@ class Connection:
 
     def send(self, frames: Sequence[bytes]) -> None:
         """Send one message."""
+        self.settle()
         self.socket.sendall(encode(frames))
 
     def send_encoded(self, messages: Iterable[bytes]) -> None:
@@ -92,6 +95,7 @@ class Connection:
 
     def receive(self) -> list[bytes]:
         """The next message. Raises `TimeoutError`, or `ConnectionError` when the peer has gone."""
+        self.settle()
         frames: list[bytes] = []
         while True:
             flags, body = self._frame()
@@ -100,6 +104,13 @@ class Connection:
             frames.append(body)
             if not flags & _MORE:
                 return frames
+
+    def settle(self) -> None:
+        """Wait for the peer's half of the handshake."""
+        if not self._greeted:
+            self._greeted = True
+            self._take(len(_GREETING))
+            self._frame()
 
     def pending(self) -> bool:
         """Octets were read that no message was made of yet."""

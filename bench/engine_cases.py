@@ -1,0 +1,287 @@
+"""Models and runners of `bench.engine`: our engine and its peers on one and the same model.
+
+Every runner takes the prompts of all streams at once, writes the same number of tokens for each,
+greedy, and returns what was seen. Nothing here is downloaded: weights are random.
+"""
+
+from __future__ import annotations
+
+import queue
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TextIteratorStreamer,
+)
+
+from broker.protocol.messages import Kind, Params, Request, new_id
+from worker.engines.base import Job, Tokens
+from worker.engines.transformers.engine import TransformersEngine
+from worker.engines.transformers.loader import wrap_model
+from worker.engines.transformers.served import ServedModel
+from worker.engines.transformers.settings import EngineSettings
+
+__all__ = ["SIZES", "Shape", "build_engine", "build_model", "peers", "run_engine"]
+
+FASTCHAT_THREADS = 5
+"""FastChat's default limit of concurrent `generate()` calls in one worker."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama by its numbers."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    intermediate: int
+    dtype: torch.dtype
+
+
+SIZES = {
+    "3m": Shape(192, 4, 4, 2, 4096, 512, torch.float32),
+    "32m": Shape(512, 8, 8, 4, 8192, 1408, torch.float32),
+    "110m": Shape(1024, 8, 16, 8, 8192, 2816, torch.bfloat16),
+    "1b": Shape(2048, 16, 32, 8, 32_000, 8192, torch.bfloat16),
+    "3b": Shape(3072, 28, 24, 8, 32_000, 8192, torch.bfloat16),
+    "8b": Shape(4096, 32, 32, 8, 32_000, 14_336, torch.bfloat16),
+}
+"""32m is the model of the targets; 1b and larger are meant for a GPU."""
+
+
+def build_tokenizer(vocabulary: int) -> Any:
+    """A byte-level tokenizer; ids that it has no word for decode to nothing."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    words = [f"w{number:05d} " for number in range(vocabulary)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=min(vocabulary, 4000),
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(words, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def build_model(shape: Shape, device: torch.device, context: int = 16_384) -> Any:
+    """A Llama with random weights, made on the device."""
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=context,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(config, dtype=shape.dtype)
+    return model.eval()
+
+
+def build_engine(model: Any, tokenizer: Any, slots: int, **settings: Any) -> TransformersEngine:
+    """Our engine over the model."""
+    own = EngineSettings(**({"prefix_tokens": 0} | settings))
+    loaded = wrap_model(model, tokenizer, settings=own)
+    return TransformersEngine([ServedModel(loaded, ("bench",), own, slots=slots)], own, slots=slots)
+
+
+def run_engine(
+    engine: TransformersEngine, prompts: Sequence[Sequence[int]], new_tokens: int
+) -> dict[str, float]:
+    """All prompts at once through the engine; returns tokens_per_s, ttft_ms and gap_ms."""
+    jobs = [
+        Job(
+            new_id(),
+            Request(
+                model="bench",
+                kind=Kind.COMPLETE,
+                token_ids=list(ids),
+                params=Params(temperature=0.0, max_tokens=new_tokens, ignore_eos=True),
+                window=1 << 30,
+            ),
+        )
+        for ids in prompts
+    ]
+    started = time.perf_counter()
+    for job in jobs:
+        engine.add(job)
+    first: dict[bytes, float] = {}
+    last: dict[bytes, float] = {}
+    gaps: list[float] = []
+    count = 0
+    while engine.busy:
+        events = engine.step()
+        now = time.perf_counter()
+        for event in events:
+            if isinstance(event, Tokens):
+                count += len(event.token_ids)
+                first.setdefault(event.request_id, now)
+                if event.request_id in last:
+                    gaps.append(now - last[event.request_id])
+                last[event.request_id] = now
+    elapsed = time.perf_counter() - started
+    # The last token of an answer comes with its end.
+    return _figures(count, elapsed, [at - started for at in first.values()], gaps)
+
+
+def _figures(
+    tokens: int, elapsed: float, first: Sequence[float], gaps: Sequence[float] = ()
+) -> dict[str, float]:
+    figures = {"tokens_per_s": tokens / elapsed}
+    if first:
+        figures["ttft_ms"] = statistics.median(first) * 1e3
+    if gaps:
+        figures["gap_ms"] = statistics.median(gaps) * 1e3
+        figures["worst_gap_ms"] = max(gaps) * 1e3
+    return figures
+
+
+Runner = Callable[[Sequence[Sequence[int]], int], dict[str, float]]
+
+
+def peers(model: Any, tokenizer: Any, slots: int) -> dict[str, Runner]:
+    """The peers by the names that issue and README use."""
+    return {
+        "generate": lambda prompts, new: run_generate(model, prompts, new),
+        "generate_threads": lambda prompts, new: run_threads(model, tokenizer, prompts, new),
+        "transformers_cb": lambda prompts, new: run_cb(model, prompts, new, slots),
+    }
+
+
+def _generation(new_tokens: int) -> GenerationConfig:
+    return GenerationConfig(
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+
+
+def run_generate(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, float]:
+    """Plain `generate()`, one request after the other."""
+    config = _generation(new_tokens)
+    started = time.perf_counter()
+    for ids in prompts:
+        tensor = torch.tensor([list(ids)], device=model.device)
+        model.generate(tensor, attention_mask=torch.ones_like(tensor), generation_config=config)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return _figures(len(prompts) * new_tokens, time.perf_counter() - started, [])
+
+
+def run_threads(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], new_tokens: int
+) -> dict[str, float]:
+    """FastChat's way: at most five threads of `generate()`, each with a TextIteratorStreamer."""
+    config = _generation(new_tokens)
+    permits = threading.Semaphore(FASTCHAT_THREADS)
+    first: list[float] = []
+    started = time.perf_counter()
+
+    def serve(ids: Sequence[int]) -> None:
+        with permits:
+            streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=120.0)
+            tensor = torch.tensor([list(ids)], device=model.device)
+            work = threading.Thread(
+                target=model.generate,
+                kwargs={
+                    "inputs": tensor,
+                    "attention_mask": torch.ones_like(tensor),
+                    "generation_config": config,
+                    "streamer": streamer,
+                },
+            )
+            work.start()
+            for index, _ in enumerate(streamer):
+                if index == 0:
+                    first.append(time.perf_counter() - started)
+            work.join()
+
+    threads = [threading.Thread(target=serve, args=(ids,)) for ids in prompts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return _figures(len(prompts) * new_tokens, time.perf_counter() - started, first)
+
+
+def run_cb(
+    model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, slots: int
+) -> dict[str, float]:
+    """transformers' continuous batching, with sizes that fit the load (its defaults reserve most of
+    the memory and start after ten seconds on a CPU)."""
+    from transformers import ContinuousBatchingConfig
+
+    longest = max(map(len, prompts)) + new_tokens
+    page = 32
+    attention = model.config._attn_implementation
+    settings = ContinuousBatchingConfig(
+        page_size=page,
+        num_blocks=-(-longest // page) * slots + slots,
+        max_batch_tokens=256,
+        max_requests_per_batch=slots,
+    )
+    generation = GenerationConfig(
+        max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    manager = model.init_continuous_batching(
+        generation_config=generation, continuous_batching_config=settings
+    )
+    manager.start()
+    first: list[float] = []
+    try:
+        # Its own start is not its speed.
+        warm = manager.add_request([5, 6, 7], max_new_tokens=2)
+        _await(manager, {warm})
+        started = time.perf_counter()
+        pending = {manager.add_request(list(ids), max_new_tokens=new_tokens) for ids in prompts}
+        counts = _await(manager, pending)
+        elapsed = time.perf_counter() - started
+    finally:
+        manager.stop(block=True)
+        model.config._attn_implementation = attention
+        model.set_attn_implementation(attention)
+    return _figures(sum(counts), elapsed, first)
+
+
+def _await(manager: Any, pending: set[str]) -> list[int]:
+    counts = []
+    deadline = time.monotonic() + 300.0
+    while pending:
+        if time.monotonic() > deadline:
+            raise RuntimeError("transformers' continuous batching did not finish in 300 s")
+        try:
+            result = manager.get_result(timeout=1)
+        except queue.Empty:
+            continue
+        if result is None:
+            continue
+        if result.error:
+            raise RuntimeError(f"transformers' continuous batching failed: {result.error}")
+        if result.is_finished() and result.request_id in pending:
+            pending.discard(result.request_id)
+            counts.append(len(result.generated_tokens))
+    return counts
