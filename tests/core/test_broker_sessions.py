@@ -1,0 +1,396 @@
+"""Sessions of the broker core: HELLO, sequences, liveness, engines that stall, keys, garbage."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from broker.core.events import (
+    AccessChanged,
+    DisconnectReported,
+    LoopWasLate,
+    MessageReceived,
+    PeerOverflowed,
+    PeerUnreachable,
+    Side,
+    Tick,
+)
+from broker.core.instructions import ForgetPeer
+from broker.protocol import codec, header
+from broker.protocol.header import MessageType
+from broker.protocol.messages import Hello, Refuse, WorkerState
+from tests.core.broker_facts import Bus, ClientPeer, Peer, WorkerPeer, types
+
+
+def hello(bus: Bus, side: Side, **body: object) -> Peer:
+    peer = Peer(bus, side)
+    peer.send(MessageType.HELLO, header.NO_ID, Hello(**{"name": "peer"} | body))  # type: ignore[arg-type]
+    peer.begin()
+    return peer
+
+
+def refusal(peer: Peer) -> Refuse:
+    (message,) = peer.first
+    assert message.type is MessageType.REFUSE
+    body: Refuse = message.body
+    return body
+
+
+def test_welcome_binds_both_sides_to_the_broker_s_values() -> None:
+    bus = Bus(worker_heartbeat_s=0.5, worker_liveness=4, client_heartbeat_s=2.0, inflight=9)
+    worker, client = bus.worker(), bus.client()
+    told = worker.first[0].body
+    assert (told.heartbeat_interval_ms, told.liveness) == (500, 4)
+    told = client.first[0].body
+    assert (told.heartbeat_interval_ms, told.liveness, told.limits.inflight) == (2000, 3, 9)
+
+
+def test_a_message_of_an_unknown_connection_is_told_to_say_hello() -> None:
+    bus = Bus()
+    peer = Peer(bus, Side.FRONT)
+    peer.send(MessageType.REQUEST, bus.new_id(), {})
+    peer.begin()
+    assert refusal(peer).error.code == "unknown_session"
+    assert not refusal(peer).fatal
+
+
+def test_a_peer_at_the_wrong_socket_is_told_so_for_good() -> None:
+    peer = hello(Bus(), Side.FRONT, role="worker")
+    assert refusal(peer).fatal
+    assert "other address" in refusal(peer).error.message
+
+
+def test_a_peer_of_another_version_is_refused_for_good() -> None:
+    peer = hello(Bus(), Side.FRONT, role="client", min_version=2, max_version=3)
+    assert refusal(peer).fatal
+    assert "2 to 3" in refusal(peer).error.message
+
+
+def test_a_peer_that_speaks_newer_versions_too_is_welcome() -> None:
+    assert hello(Bus(), Side.FRONT, role="client", min_version=1, max_version=9).welcomed
+
+
+def test_a_full_broker_refuses_and_says_when_to_come_back() -> None:
+    bus = Bus(max_clients=1, max_workers=1)
+    bus.client(), bus.worker()
+    for side, role in ((Side.FRONT, "client"), (Side.BACK, "worker")):
+        refused = refusal(hello(bus, side, role=role))
+        assert (refused.error.code, refused.fatal) == ("overloaded", False)
+        assert refused.error.retry_after_ms is not None
+
+
+def test_a_second_hello_ends_the_session() -> None:
+    bus = Bus()
+    client = bus.client()
+    client.send(MessageType.HELLO, header.NO_ID, Hello(role="client", name="again"))
+    assert client.only(MessageType.REFUSE).body.error.code == "protocol_error"
+    assert not client.known
+
+
+@pytest.mark.parametrize("skipped", [1, -1])
+def test_a_gap_or_a_repetition_in_the_sequence_ends_the_session(skipped: int) -> None:
+    bus = Bus()
+    client = bus.client()
+    client.beat()
+    client.sequence += skipped
+    client.beat()
+    assert "sequence" in client.only(MessageType.REFUSE).body.error.message
+    assert not client.known
+
+
+def test_garbage_ends_only_the_session_that_sent_it() -> None:
+    bus = Bus()
+    worker, client = bus.worker(), bus.client()
+    request_id = client.request()
+    (assign,) = worker.assigned()
+    generator = random.Random(5)
+    for _ in range(300):
+        peer = ClientPeer(bus, generator.choice(list(Side)))
+        if generator.random() < 0.5:
+            role = "client" if peer.side is Side.FRONT else "worker"
+            peer.send(MessageType.HELLO, header.NO_ID, Hello(role=role, name="fuzz"))
+        octets = [generator.randbytes(generator.choice((0, 3, 32, 40))) for _ in range(3)]
+        if generator.random() < 0.7:
+            type_ = generator.choice(list(MessageType))
+            octets[0] = header.encode(type_, bus.new_id(), peer.sequence, generator.randrange(4))
+        peer.send_frames(*octets[: generator.randrange(4)])
+    worker.tokens(assign)
+    worker.finish(assign, tokens=1)
+    assert [event.request_id for event in client.events()] == [request_id] * 2
+
+
+def test_a_broken_control_message_ends_the_session_and_names_the_field() -> None:
+    bus = Bus()
+    worker = bus.worker()
+    worker.send(MessageType.CREDIT, worker.id, {"granted": -1})
+    assert "granted" in worker.only(MessageType.REFUSE).body.error.message
+
+
+def test_a_broken_request_fails_alone_and_names_the_field() -> None:
+    bus = Bus()
+    client = bus.client()
+    client.send(MessageType.REQUEST, bus.new_id(), {"model": "demo", "window": 0})
+    (event,) = client.events()
+    assert event.error.code == "invalid_request"
+    assert "window" in event.error.message
+    assert client.known
+
+
+# --- liveness -------------------------------------------------------------------------------------
+
+
+def test_a_silent_worker_is_lost_after_its_liveness_and_its_clients_are_told() -> None:
+    bus = Bus()
+    worker, client = bus.worker(), bus.client()
+    client.request()
+    client.receive()
+    bus.wait(4.9)
+    assert worker.known
+    bus.wait(0.2)
+    assert not worker.known
+    interrupted = client.only(MessageType.INTERRUPTED).body
+    assert (interrupted.worker, interrupted.lost) == ("worker", True)
+    assert interrupted.error.code == "worker_lost"
+    assert worker.receive()[-1].type is MessageType.GOODBYE
+
+
+def test_any_message_counts_as_life_output_on_the_fast_path_too() -> None:
+    bus = Bus()
+    worker, client = bus.worker(), bus.client()
+    client.request()
+    (assign,) = worker.assigned()
+    for offset in range(10):
+        bus.wait(4.0)
+        worker.tokens(assign, offset)
+        client.beat()
+    assert worker.known
+
+
+def test_the_broker_beats_when_it_has_nothing_else_to_say() -> None:
+    bus = Bus()
+    worker = bus.worker()
+    bus.wait(3.05)
+    beats = bus.mail[(Side.BACK, worker.routing_id)]
+    assert types(beats) == ["HEARTBEAT"] * 3
+
+
+def test_a_broker_that_was_late_forgives_the_silence_of_that_time() -> None:
+    bus = Bus()
+    worker = bus.worker()
+    bus.now_s += 60.0
+    bus.handle(LoopWasLate(60.0))
+    bus.handle(Tick())
+    assert worker.known
+    bus.wait(5.5)
+    assert not worker.known, "but not the silence that follows"
+
+
+def test_a_small_lateness_is_no_excuse() -> None:
+    bus = Bus()
+    worker = bus.worker()
+    bus.wait(4.5)
+    bus.handle(LoopWasLate(0.9))
+    bus.wait(0.6)
+    assert not worker.known
+
+
+def test_silence_is_judged_only_up_to_what_was_read() -> None:
+    bus = Bus()
+    worker = bus.worker()
+    read_s = bus.now_s
+    bus.now_s += 6.0
+    bus.handle(Tick(read_s, read_s))
+    assert worker.known, "its heartbeats may wait behind data"
+    bus.handle(Tick(bus.now_s, bus.now_s))
+    bus.wait(1.1)
+    assert not worker.known
+
+
+def test_an_unreachable_worker_is_lost_at_once() -> None:
+    bus = Bus()
+    worker, client = bus.worker(), bus.client()
+    client.request()
+    client.receive()
+    bus.handle(PeerUnreachable(Side.BACK, worker.routing_id))
+    assert client.only(MessageType.INTERRUPTED).body.lost
+    assert bus.others == [ForgetPeer(Side.BACK, worker.routing_id)]
+
+
+def test_a_reported_disconnect_probes_every_worker_at_once_but_not_in_a_storm() -> None:
+    bus = Bus()
+    workers = [bus.worker(name) for name in "abc"]
+    for worker in workers:
+        worker.receive()
+    for _ in range(100):
+        bus.handle(DisconnectReported(Side.BACK))
+    bus.wait(0.2)
+    for worker in workers:
+        probes = bus.mail[(Side.BACK, worker.routing_id)]
+        assert types(probes) == ["HEARTBEAT"] * 2
+
+
+def test_a_slow_consumer_is_told_and_its_requests_wait_for_a_resume() -> None:
+    bus = Bus()
+    worker, client = bus.worker(), bus.client()
+    request_id = client.request()
+    worker.receive()
+    client.receive()
+    bus.handle(PeerOverflowed(Side.FRONT, client.routing_id))
+    assert client.only(MessageType.GOODBYE).body.reason == "slow_consumer"
+    assert worker.receive() == [], "not cancelled"
+    again = bus.client()
+    again.resume(request_id)
+    assert worker.assigned()[0].assign.attach
+
+
+# --- engines --------------------------------------------------------------------------------------
+
+
+def test_an_engine_without_progress_gets_no_new_work_until_it_moves() -> None:
+    bus = Bus()
+    worker, client = bus.worker(slots=2), bus.client()
+    worker.beat(state=WorkerState.READY, engine_age_ms=30_000)
+    client.request()
+    assert worker.assigned() == []
+    worker.beat(state=WorkerState.READY, engine_age_ms=10)
+    assert len(worker.assigned()) == 1
+
+
+def test_an_engine_that_is_merely_slow_is_left_alone() -> None:
+    bus = Bus()
+    worker, client = bus.worker(slots=2), bus.client()
+    worker.beat(state=WorkerState.READY, engine_age_ms=29_000)
+    client.request()
+    assert len(worker.assigned()) == 1
+
+
+def test_an_engine_without_progress_for_long_is_lost() -> None:
+    bus = Bus()
+    worker, client = bus.worker(), bus.client()
+    client.request()
+    client.receive()
+    worker.receive()
+    worker.beat(state=WorkerState.READY, engine_age_ms=120_000)
+    assert worker.only(MessageType.GOODBYE).body.reason == "stalled"
+    assert client.only(MessageType.INTERRUPTED).body.lost
+
+
+@pytest.mark.parametrize(
+    ("reason", "lost"),
+    [("engine_dead", True), ("stalled", True), ("drained", False), ("closed", False)],
+)
+def test_a_goodbye_tells_whether_the_worker_died(reason: str, lost: bool) -> None:
+    bus = Bus()
+    worker, client = bus.worker(), bus.client()
+    client.request()
+    client.receive()
+    worker.goodbye(reason)
+    assert client.only(MessageType.INTERRUPTED).body.lost is lost
+
+
+def test_a_worker_that_loads_gets_nothing_and_its_model_is_known() -> None:
+    bus = Bus()
+    worker, client = bus.worker(grant=False), bus.client()
+    worker.beat(state=WorkerState.LOADING, progress=0.4, note="reading weights")
+    client.request()
+    client.receive()
+    (told,) = client.query("bus.workers")
+    assert (told["state"], told["progress"], told["note"]) == ("loading", 0.4, "reading weights")
+    assert client.query("bus.models")[0]["queued"] == 1
+
+
+def test_a_heartbeat_may_change_the_models() -> None:
+    bus = Bus()
+    worker, client = bus.worker(models=("old",), grant=False), bus.client()
+    worker.beat(models=[{"name": "new", "context_tokens": 128}], capacity=3)
+    worker.grant(3)
+    (model,) = client.query("bus.models")
+    assert (model["name"], model["context_tokens"], model["capacity"]) == ("new", 128, 3)
+    client.request("new")
+    assert len(worker.assigned()) == 1
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+
+def test_operator_verbs_need_an_operator_s_key_where_curve_is_on() -> None:
+    bus = Bus(operators=frozenset({"the operator's key"}))
+    bus.worker()
+    guest, operator = bus.client(key="some key"), bus.client(key="the operator's key")
+    assert not guest.first[0].body.operator
+    assert operator.first[0].body.operator
+    assert guest.query("bus.drain", worker="worker")["code"] == "forbidden"
+    assert guest.query("bus.version")["protocol"] == 1
+    assert operator.query("bus.drain", worker="worker") == {"worker": "worker", "state": "draining"}
+
+
+def test_a_key_taken_off_the_list_ends_its_sessions() -> None:
+    bus = Bus(operators=frozenset())
+    stays, goes = bus.client(key="a"), bus.client(key="b")
+    worker = bus.worker(key="w")
+    bus.handle(AccessChanged(frozenset("a"), frozenset("w"), frozenset("a")))
+    assert goes.only(MessageType.REFUSE).body.error.code == "unauthenticated"
+    assert stays.known and worker.known
+    assert stays.query("bus.reload") == {}, "it is an operator's key now"
+
+
+# --- nothing is left ------------------------------------------------------------------------------
+
+
+def test_nothing_is_left_when_everyone_has_gone() -> None:
+    bus = Bus(orphan_grace_s=5, ended_keep_s=5, model_grace_s=5)
+    generator = random.Random(3)
+    peers: list[Peer] = []
+    for _ in range(400):
+        match generator.randrange(6):
+            case 0:
+                peers.append(bus.client())
+            case 1:
+                peers.append(bus.worker(slots=generator.randrange(1, 4)))
+            case 2 if peers:
+                peer = peers.pop(generator.randrange(len(peers)))
+                if peer.known and generator.random() < 0.5:
+                    peer.goodbye()
+                elif peer.known:
+                    bus.handle(PeerUnreachable(peer.side, peer.routing_id))
+            case _ if peers:
+                peer = generator.choice(peers)
+                if isinstance(peer, ClientPeer) and peer.known:
+                    request_id = peer.request()
+                    if generator.random() < 0.3:
+                        peer.cancel(request_id)
+                if isinstance(peer, WorkerPeer) and peer.known:
+                    for assign in peer.assigned():
+                        if generator.random() < 0.6:
+                            peer.finish(assign)
+        bus.wait(generator.random() * 0.2)
+    for peer in peers:
+        if peer.known:
+            peer.goodbye()
+    bus.wait(130)
+    core = bus.core
+    for table in (
+        core.clients,
+        core.workers,
+        core.requests,
+        core.queues,
+        core.routes,
+        core.fast_routes,
+        core.kept,
+        core.service_s,
+        core.timers,
+        list(core.registry.models()),
+    ):
+        assert not table, table
+    assert core.queued_bytes == 0
+
+
+def test_a_peer_s_message_is_never_in_the_log() -> None:
+    bus = Bus()
+    worker, client = bus.worker(), bus.client()
+    client.request(prompt="a secret of the user")
+    worker.finish(worker.assigned()[0])
+    client.send(MessageType.REQUEST, bus.new_id(), codec.encode({"prompt": "a secret"}))
+    bus.handle(MessageReceived(Side.FRONT, client.routing_id, (b"a secret",)))
+    assert "secret" not in repr(bus.logs)
