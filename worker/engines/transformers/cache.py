@@ -25,14 +25,16 @@ ROUND_TOKENS = 64
 class Plan:
     """What the next forward does with the cache; set before it, read by every layer.
 
-    Prefill: one row `slot` receives tokens from position `start`. Decode: rows 0 to `rows` - 1
-    receive one token each, at `positions`, and everybody reads `length` positions.
+    Prefill: one row `slot` receives tokens from position `start`. Otherwise `rows` rows from
+    `slot` on receive the same number of tokens each, at `positions`, and everybody reads `length`
+    positions; a decode is that with one token each.
     """
 
-    __slots__ = ("_flat", "decode", "length", "positions", "rows", "slot", "start")
+    __slots__ = ("_flat", "length", "many", "positions", "rows", "slot", "start")
 
     def __init__(self) -> None:
-        self.decode = False
+        #: Several rows at once, each token with a position of its own.
+        self.many = False
         self.slot = 0
         self.start = 0
         self.rows = 0
@@ -42,22 +44,24 @@ class Plan:
         self._flat: dict[tuple[torch.device, int], torch.Tensor] = {}
 
     def prefill(self, slot: int, start: int) -> None:
-        self.decode, self.slot, self.start = False, slot, start
+        self.many, self.slot, self.start = False, slot, start
 
-    def step(self, positions: torch.Tensor, length: int) -> None:
-        """`positions`: int64 [rows], where each row's new token goes; `length`: of the longest row,
-        its new token included."""
-        self.decode, self.rows, self.length = True, positions.shape[0], length
-        self.positions, self.start = positions, length - 1
+    def step(self, slot: int, positions: torch.Tensor, length: int) -> None:
+        """`positions`: int64 [rows, tokens], where each row's new tokens go; `length`: of the
+        longest row, its new tokens included."""
+        self.many, self.slot, self.rows, self.length = True, slot, positions.shape[0], length
+        self.positions, self.start = positions, length - positions.shape[1]
         self._flat.clear()
 
     def flat_index(self, device: torch.device, capacity: int) -> torch.Tensor:
+        """Row and position of every new token as one index into a layer of that capacity."""
         key = (device, capacity)
         index = self._flat.get(key)
         if index is None:
             positions = self.positions.to(device)
-            rows = torch.arange(self.rows, device=device)
-            index = self._flat[key] = rows * capacity + positions
+            rows = torch.arange(self.slot, self.slot + self.rows, device=device)
+            index = (rows[:, None] * capacity + positions).flatten()
+            self._flat[key] = index
         return index
 
 
@@ -91,19 +95,15 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         plan = self.plan
-        if plan.decode:
-            first, last = 0, plan.rows
-            length = plan.length
-            if plan.rows == 1:
-                self.keys[0, length - 1] = key_states[0, :, 0]
-                self.values[0, length - 1] = value_states[0, :, 0]
-            else:
-                index = plan.flat_index(self.device, self.capacity)
-                self.keys.flatten(0, 1).index_copy_(0, index, key_states[:, :, 0])
-                self.values.flatten(0, 1).index_copy_(0, index, value_states[:, :, 0])
+        tokens = key_states.shape[2]
+        first = plan.slot
+        if plan.many and (plan.rows > 1 or tokens > 1):
+            last, length = first + plan.rows, plan.length
+            index = plan.flat_index(self.device, self.capacity)
+            self.keys.flatten(0, 1).index_copy_(0, index, _by_token(key_states))
+            self.values.flatten(0, 1).index_copy_(0, index, _by_token(value_states))
         else:
-            first, last = plan.slot, plan.slot + 1
-            length = plan.start + key_states.shape[2]
+            last, length = first + 1, plan.start + tokens
             self.keys[first, plan.start : length] = key_states[0].transpose(0, 1)
             self.values[first, plan.start : length] = value_states[0].transpose(0, 1)
         return (
@@ -224,6 +224,11 @@ class SlotCache(Cache):  # type: ignore[misc]
         for layer, (keys, values) in zip(self.slot_layers, states, strict=True):
             layer.keys[row, :length] = keys[:length]
             layer.values[row, :length] = values[:length]
+
+
+def _by_token(states: torch.Tensor) -> torch.Tensor:
+    """[rows, heads, tokens, head_dim] to [rows * tokens, heads, head_dim]."""
+    return states.transpose(1, 2).flatten(0, 1)
 
 
 def _rounded(tokens: int) -> int:

@@ -69,7 +69,8 @@ def build_engine(options: EngineOptions, progress: Progress) -> TransformersEngi
     if settings.threads:
         torch.set_num_threads(settings.threads)
     paths = options.model_paths or (_demo_path(),)
-    names = options.model_names or tuple((model_name(path),) for path in paths)
+    default = tuple((model_name(path),) for path in paths) if options.model_paths else (("demo",),)
+    names = options.model_names or default
     if len(names) != len(paths):
         raise EngineLoadError(f"{len(names)} names were given for {len(paths)} models")
     slots = options.slots or DEFAULT_SLOTS

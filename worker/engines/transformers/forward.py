@@ -54,6 +54,8 @@ class Forward:
         self.cache = SlotCache(int(config.num_hidden_layers))
         self._rope_owner = _rope_owner(model)
         self._index = torch.arange(0, device=self.device)
+        #: Several prompts may be computed in one forward; the self test decides.
+        self.many_prompts = True
 
     # --- prefill ----------------------------------------------------------------------------------
 
@@ -110,6 +112,39 @@ class Forward:
             parts.append(behind)
         return torch.cat(parts, dim=-1).to(self.device)
 
+    def prefill_many(self, slot: int, sequences: list[Sequence]) -> torch.Tensor:
+        """Compute all that is left of several prompts at once, in rows from `slot` on.
+
+        No part of a picture may be left. Returns logits [rows, vocabulary] of their last tokens.
+        """
+        tokens = max(sequence.total - sequence.filled for sequence in sequences)
+        ids: list[list[int]] = []
+        places: list[list[int]] = []
+        for sequence in sequences:
+            start, end = sequence.filled, sequence.total
+            padding = tokens - (end - start)
+            # Rows are aligned at their last token. What pads the front is stored behind the row's
+            # end, where the next token overwrites it before anybody looks.
+            ids.append([0] * padding + sequence.tokens(start, end))
+            places.append([end] * padding + list(range(start, end)))
+        positions = torch.tensor(places).to(self.device, non_blocking=True)
+        length = max(sequence.total for sequence in sequences) + 1
+        self.cache.plan.step(slot, positions, length)
+        arguments: dict[str, Any] = {
+            "input_ids": torch.tensor(ids).to(self.device, non_blocking=True),
+            "attention_mask": self._mask(positions, length),
+        }
+        if "logits_to_keep" in self._accepts:
+            arguments["logits_to_keep"] = 1
+        if "position_ids" in self._accepts:
+            if self._rope_owner is None:
+                arguments["position_ids"] = positions
+            else:
+                rows = [self._prefill_positions(s, s.filled, s.total) for s in sequences]
+                padded = [torch.nn.functional.pad(p, (tokens - p.shape[-1], 0)) for p in rows]
+                arguments["position_ids"] = torch.cat(padded, dim=1)
+        return self._run(arguments, sequences)[:, -1]
+
     # --- decode -----------------------------------------------------------------------------------
 
     def decode(self, sequences: list[Sequence]) -> torch.Tensor:
@@ -124,13 +159,13 @@ class Forward:
                 [sequence.rope_delta for sequence in sequences],
             ]
         ).to(self.device, non_blocking=True)
-        positions = facts[1]
-        self.cache.plan.step(positions, length)
+        positions = facts[1][:, None]
+        self.cache.plan.step(0, positions, length)
         arguments: dict[str, Any] = {"input_ids": facts[0][:, None]}
         if len(sequences) > 1:
             arguments["attention_mask"] = self._mask(positions, length)
         if "position_ids" in self._accepts:
-            text = positions[:, None]
+            text = positions
             if self._rope_owner is not None:
                 axes = sequences[0].rope_positions.shape[0]  # type: ignore[attr-defined]
                 shifted = text + facts[2][:, None]
@@ -139,10 +174,11 @@ class Forward:
         return self._run(arguments, sequences)[:, -1]
 
     def _mask(self, positions: torch.Tensor, length: int) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Which keys each row sees, [rows, 1, 1, length], for each kind of layer."""
+        """Which keys each new token sees, [rows, 1, tokens, length], for each kind of layer;
+        `positions` [rows, tokens]."""
         if self._index.shape[0] < length:
             self._index = torch.arange(2 * length, device=self.device)
-        index, own = self._index[None, :length], positions[:, None]
+        index, own = self._index[:length], positions[:, :, None]
         past = index <= own
         masks: dict[str, torch.Tensor] = {}
         for kind in self._kinds:
@@ -151,7 +187,7 @@ class Forward:
                 seen = past & (index > own - self._window)
             elif kind == "chunked_attention" and self._chunk:
                 seen = past & (index // self._chunk == own // self._chunk)
-            seen = seen[:, None, None]
+            seen = seen[:, None]
             if self._additive:
                 # The eager path adds the mask: a boolean one would be added as 0 and 1.
                 lowest = torch.finfo(self._dtype).min

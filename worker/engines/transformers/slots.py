@@ -213,13 +213,19 @@ class SlotRunner:
 
     def _activate(self, row: int) -> None:
         """A row whose prompt is computed joins those that decode."""
-        first = self._active
-        if row != first:
-            one, other = self._rows[row], self._rows[first]
-            self.cache.swap(row, first, max(one.filled, other.filled))
-            self._rows[row], self._rows[first] = other, one
-        self._rows[first].state = State.DECODE
+        self._exchange(row, self._active)
+        self._rows[self._active].state = State.DECODE
         self._active += 1
+
+    def _exchange(self, row: int, other: int) -> None:
+        """Two sequences change rows."""
+        if row == other:
+            return
+        one, two = self._rows[row], self._rows[other]
+        length = max(one.filled, two.filled)
+        if length:
+            self.cache.swap(row, other, length)
+        self._rows[row], self._rows[other] = two, one
 
     # --- memory -----------------------------------------------------------------------------------
 
@@ -286,7 +292,7 @@ class SlotRunner:
         """Spend the step's allowance; returns the tokens computed. The prompt with the least left
         goes first, but half of the allowance is for the oldest, so that none starves."""
         budget = self._allowance()
-        spent = 0
+        spent = self._prefill_together(budget, events)
         while spent < budget and len(self._rows) > self._active:
             pending = self._rows[self._active :]
             oldest = min(pending, key=lambda sequence: sequence.admitted)
@@ -298,6 +304,42 @@ class SlotRunner:
             row = self._rows.index(chosen)
             spent += self._prefill_row(row, left, events)
         return spent
+
+    def _prefill_together(self, budget: int, events: list[EngineEvent]) -> int:
+        """Short prompts that fit into the allowance go in one forward; returns its tokens, padding
+        included."""
+        if not self.forward.many_prompts or len(self._rows) - self._active < 2:
+            return 0
+        able = [s for s in self._rows[self._active :] if self._may_share(s)]
+        able.sort(key=lambda sequence: sequence.total - sequence.filled)
+        chosen: list[Sequence] = []
+        for sequence in able:
+            left = sequence.total - sequence.filled
+            if left * (len(chosen) + 1) > budget:
+                break
+            chosen.append(sequence)
+        if len(chosen) < 2:
+            return 0
+        for place, sequence in enumerate(chosen, self._active):
+            self._exchange(self._rows.index(sequence), place)
+        tokens = (chosen[-1].total - chosen[-1].filled) * len(chosen)
+        try:
+            logits = self.forward.prefill_many(self._active, chosen)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._give_way(events)
+            return tokens
+        for sequence in chosen:
+            sequence.filled = sequence.total
+            sequence.state = State.DECODE
+        self._active += len(chosen)
+        self._emit(chosen, logits, events)
+        return tokens
+
+    def _may_share(self, sequence: Sequence) -> bool:
+        """Whether what is left of a prompt is plain tokens, and only its last logits count."""
+        return sequence.filled >= sequence.prompt.media_end and not sequence.wants_prompt_logprobs
 
     def _piece(self, sequence: Sequence, limit: int) -> int:
         """Where the next piece of a prompt ends."""
