@@ -355,7 +355,9 @@ class Requests:
             message = "the client took the answer's tokens too slowly for them to be kept"
             stream.cut()
             stream.end = (FAIL, {"code": ErrorCode.SLOW_CONSUMER.value, "message": message}, {})
-            self.advance(stream, now_s)
+            # One last event, even to a socket that takes no more for now: the link keeps it.
+            self._touch(stream.route)
+            stream.send_ready()
         self.forget(stream)
 
     # --- output -----------------------------------------------------------------------------------

@@ -768,6 +768,20 @@ def test_while_the_socket_is_full_streams_coalesce_and_catch_up_afterwards() -> 
     assert isinstance(broker.answer(1).end, EndEvent)
 
 
+def test_an_end_that_waited_too_long_for_a_full_socket_is_told_as_a_failure() -> None:
+    world = serving()
+    (broker,) = world.brokers
+    broker.assign(1)
+    world.generate(1, 0)
+    world.tell(fact.SendBlocked(0))
+    world.generate(1, 1)
+    world.end(1)
+    world.advance(61.0)
+    end = broker.answer(1).end
+    assert isinstance(end, FailEvent)
+    assert (end.error.code, end.offset) == ("slow_consumer", 1)
+
+
 # --- engine ---------------------------------------------------------------------------------------
 
 

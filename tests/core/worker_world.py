@@ -119,6 +119,8 @@ class Broker:
         self.answers: dict[bytes, Answer] = {}
         self.routes: dict[int, bytes] = {}
         self.up = False
+        #: Sessions so far.
+        self.sessions = 0
         self._sent = self._heard = 0
 
     @property
@@ -143,6 +145,7 @@ class Broker:
         """The worker's socket gets through; HELLO is answered."""
         assert self.index in self.world.sockets, "the worker opened no socket"
         self.up = True
+        self.sessions += 1
         self._sent = self._heard = 0
         self.granted = self.assigned = 0
         self.world.tell(fact.Connected(self.index))
