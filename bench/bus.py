@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import selectors
+from collections.abc import Iterator, Sequence
 
 from bench.common import ROOT, Process, endpoints, python
 from bench.zmtp import Connection
@@ -63,6 +64,26 @@ def worker(back: str, engine: str, *arguments: str, path: str = "") -> Process:
     return Process(command, {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), path]))})
 
 
+class Watch:
+    """Waits for many peers at once. Whoever takes a message takes all that were read with it."""
+
+    def __init__(self, peers: Sequence[RawPeer]) -> None:
+        self._selector = selectors.DefaultSelector()
+        for peer in peers:
+            self._selector.register(peer.connection, selectors.EVENT_READ, peer)
+
+    def readable(self) -> list[RawPeer]:
+        """Those for whom something came; waits for the first."""
+        ready = [key.data for key, _ in self._selector.select(WAIT_S)]
+        if not ready:
+            raise TimeoutError(f"nothing came in {WAIT_S} s")
+        return ready
+
+    def close(self) -> None:
+        """Release the selector."""
+        self._selector.close()
+
+
 class RawPeer:
     """One session on one connection, without threads or timers: the caller sends heartbeats."""
 
@@ -71,6 +92,8 @@ class RawPeer:
         self.session = NO_ID
         #: Sequence number of the next message sent.
         self.sequence = 0
+        #: Of a worker: slots granted so far.
+        self.granted = 0
 
     def send(self, type_: MessageType, id_: bytes, *frames: bytes) -> None:
         """Send one message."""
@@ -105,8 +128,23 @@ class RawPeer:
         capacity: int = 0,
     ) -> Welcome:
         """Open the session."""
+        self.say_hello(role, name, models=models, capacity=capacity)
+        return self.welcomed()
+
+    def say_hello(
+        self,
+        role: str,
+        name: str,
+        *,
+        models: list[ModelInfo] | None = None,
+        capacity: int = 0,
+    ) -> None:
+        """The first half of `hello`, which does not wait."""
         hello = Hello(role=role, name=name, models=models or [], capacity=capacity)
         self.send(MessageType.HELLO, NO_ID, codec.encode(hello))
+
+    def welcomed(self) -> Welcome:
+        """The second half of `hello`."""
         self.session, frames = self.expect(MessageType.WELCOME)
         return codec.decode(Welcome, frames[0], MAX_CONTROL_OCTETS)
 
@@ -114,7 +152,12 @@ class RawPeer:
         """A worker says that it is ready and grants its capacity."""
         beat = Heartbeat(state=WorkerState.READY, granted=0, models=models, capacity=capacity)
         self.send(MessageType.HEARTBEAT, self.session, codec.encode(beat))
-        self.send(MessageType.CREDIT, self.session, codec.encode(Credit(granted=capacity)))
+        self.credit(capacity)
+
+    def credit(self, granted: int) -> None:
+        """A worker grants slots: a cumulative number."""
+        self.granted = granted
+        self.send(MessageType.CREDIT, self.session, codec.encode(Credit(granted=granted)))
 
     def beat(self, worker: bool = False) -> None:
         """A sign of life."""

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -50,16 +51,16 @@ IMPORT_LIMIT_MS = 150.0
 MIB = 1 << 20
 
 
-def import_ms(statement: str) -> float:
-    """Time of an import in a fresh interpreter, its own start not counted."""
+def import_ms(statement: str) -> dict[str, float]:
+    """Time of an import in a fresh interpreter, its own start not counted; wall and CPU."""
     program = (
-        "import time; t = time.perf_counter(); "
-        f"{statement}; print((time.perf_counter() - t) * 1000)"
+        "import time; wall, cpu = time.perf_counter(), time.process_time(); "
+        f"{statement}; print(time.perf_counter() - wall, time.process_time() - cpu)"
     )
-    done = subprocess.run(
-        python("-c", program), cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return float(done.stdout)
+    command = python("-c", program)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    wall_s, cpu_s = map(float, done.stdout.split())
+    return {"ms": wall_s * 1e3, "cpu_ms": cpu_s * 1e3}
 
 
 def broker_start() -> dict[str, float]:
@@ -170,25 +171,29 @@ def measure(arguments: argparse.Namespace) -> Report:
     report = Report("start: imports, first accepted request, memory")
     times = repeats(arguments)
 
-    def importing(statement: str) -> Callable[[], dict[str, float]]:
-        return lambda: {"ms": import_ms(statement)}
-
     imports = interleave(
-        {name: importing(statement) for name, statement in IMPORTS.items()}, 2 * times + 1
+        {name: partial(import_ms, statement) for name, statement in IMPORTS.items()}, 2 * times + 1
     )
-    floor = imports["dependencies"]["ms"]
+    floor = imports["dependencies"]
     for name, figures in imports.items():
+        for figure, value in figures.items():
+            report.add(
+                f"start.import_{figure}",
+                value,
+                "ms",
+                peer="dependencies",
+                against=floor[figure],
+                what=name,
+            )
+    for figure, value in imports["client"].items():
         report.add(
-            "start.import_ms", figures["ms"], "ms", peer="dependencies", against=floor, what=name
+            f"start.import_{figure}",
+            value,
+            "ms",
+            peer="limit",
+            against=IMPORT_LIMIT_MS,
+            what="client",
         )
-    report.add(
-        "start.import_ms",
-        imports["client"]["ms"],
-        "ms",
-        peer="limit",
-        against=IMPORT_LIMIT_MS,
-        what="client",
-    )
     cases: dict[str, Callable[[], dict[str, float]]] = {
         "broker": broker_start,
         "worker (echo)": worker_start,
@@ -214,9 +219,8 @@ def measure(arguments: argparse.Namespace) -> Report:
             what = "echo engine process"
             _row(report, "start.memory_mib", figures["engine_mib"], "MiB", None, what)
     if fastchat:
-        whole = Sample(
-            tuple(seen["broker"]["ms"].median + v for v in seen["worker (echo)"]["ms"].values)
-        )
+        broker_ms = seen["broker"]["ms"].median
+        whole = Sample(tuple(broker_ms + ms for ms in seen["worker (echo)"]["ms"].values))
         what = "broker, then worker, to the first answer"
         _row(report, "start.first_request_ms", whole, "ms", fastchat["ms"], what)
     return report
