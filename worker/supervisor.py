@@ -151,7 +151,11 @@ class Supervisor:
             self.pipe.flush()
             for message in self.pipe.receive():
                 event = self._said(msgspec.msgpack.decode(message[0]), now_s)
-                if event is not None:
+                last = events[-1] if events else None
+                if isinstance(event, fact.EngineStepped) and isinstance(last, fact.EngineStepped):
+                    # The link is behind: several steps leave as one OUTPUT.
+                    last.events.extend(event.events)
+                elif event is not None:
                     events.append(event)
         except PipeClosed:
             events += self._ended(now_s)
