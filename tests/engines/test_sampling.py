@@ -110,10 +110,12 @@ def chi_squared(
 
 
 def random_cuts(draw: random.Random) -> dict[str, Any]:
+    """Half of the rows draw from the top of the ranking, half from the whole vocabulary."""
+    ranked = draw.random() < 0.5
     return {
         "temperature": draw.choice([0.3, 0.7, 1.0, 1.0, 1.8]),
-        "top_k": draw.choice([0, 0, 2, 5, 40, 10**6]),
-        "top_p": draw.choice([1.0, 1.0, 0.95, 0.6, 0.05]),
+        "top_k": draw.choice([0, 2, 5, 40] if ranked else [0, 10**6]),
+        "top_p": draw.choice([1.0, 0.95, 0.6, 0.05] if ranked else [1.0]),
         "min_p": draw.choice([0.0, 0.0, 0.02, 0.3]),
         "repetition_penalty": draw.choice([1.0, 1.0, 1.3, 0.8]),
     }
