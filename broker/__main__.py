@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from broker import config as options
+from broker.auth import Gate, KeyFileError, keys_command, load_allow_lists, load_broker_key, protect
 from broker.config import Config, ConfigError
 from broker.core.controller import BrokerCore
+from broker.core.events import Side
 from broker.log import Logger
 from broker.loop import BrokerLoop
 from broker.sockets import (
@@ -37,10 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `python -m broker` and of `tokenbus-broker`."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if given[:1] == ["keys"]:
+            print(keys_command(given[1:], program=f"{PROGRAM} keys"))
+            return 0
+        if given[:1] == ["check"]:
+            return _check(options.read(given[1:], program=f"{PROGRAM} check"))
         return _serve(options.read(given, program=PROGRAM))
     except ConfigError as error:
         return _complain(str(error), 2)
-    except BindError as error:
+    except (BindError, KeyFileError) as error:
         return _complain(str(error), 1)
 
 
@@ -57,11 +64,18 @@ def _serve(config: Config) -> int:
     context = make_context(settings)
     front = make_router(context, settings, front=True)
     back = make_router(context, settings, front=False)
+    gate = None
     try:
+        if config.keys:
+            _, secret = load_broker_key(Path(config.keys))
+            gate = Gate(context, Path(config.keys), log)
+            protect(front, Side.FRONT, secret)
+            protect(back, Side.BACK, secret)
         fronts = bind(front, config.front)
         backs = bind(back, config.back)
-        core = BrokerCore(config, now_s=time.monotonic())
-        loop = BrokerLoop(config, core, front, back, log)
+        access = gate.event() if gate is not None else None
+        core = BrokerCore(config, access=access, now_s=time.monotonic())
+        loop = BrokerLoop(config, core, front, back, log, gate=gate)
         _announce(config, fronts, backs)
         gc.collect()
         gc.freeze()
@@ -69,6 +83,8 @@ def _serve(config: Config) -> int:
     finally:
         front.close()
         back.close()
+        if gate is not None:
+            gate.socket.close()
         context.term()
     return 0
 
@@ -82,6 +98,22 @@ def _check_addresses(config: Config) -> None:
                 "could read and send. Make keys with `python -m broker keys` and give --keys, or "
                 "say --insecure"
             )
+
+
+def _check(config: Config) -> int:
+    """Say whether a broker could start with these options, without starting one."""
+    _check_addresses(config)
+    if config.keys:
+        load_broker_key(Path(config.keys))
+        allowed = load_allow_lists(Path(config.keys)).as_event()
+        print(
+            f"CURVE on: {len(allowed.clients)} keys at the front, of them "
+            f"{len(allowed.operators)} operators; {len(allowed.workers)} workers"
+        )
+    for name, value in options.changed(config).items():
+        print(f"{name} = {value!r}")
+    print("the options are right")
+    return 0
 
 
 def _raise_descriptor_limit(config: Config) -> None:

@@ -49,7 +49,7 @@ class Config(CoreSettings):
         1000, "", "waiting for one slow peer beside ZeroMQ's own queue; then it is cut off", low=1
     )
     outgoing_bytes: int = option(
-        16 << 20, "bytes", "the same in bytes: one request with pictures fits", low=1
+        16 << 20, "bytes", "the same in bytes: what one slow peer may cost", low=1
     )
     high_water_mark: int = option(
         1000, "", "messages in ZeroMQ's queue to one peer; finite, so that slow peers show", low=1
@@ -86,6 +86,15 @@ def read(
             given = text.split(",") if str(field.type).startswith("tuple") else text
             values[name] = _convert(field, given, variable)
     return Config(**values)
+
+
+def changed(config: Config) -> dict[str, Any]:
+    """Options that are not at their defaults."""
+    return {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(Config)
+        if getattr(config, field.name) != field.default
+    }
 
 
 def _from_file(path: Path) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from typing import Any, Final
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from broker.auth import Gate
 from broker.config import Config
 from broker.core.controller import BrokerCore
 from broker.core.events import (
-    AccessChanged,
     DisconnectReported,
     Event,
     LoopWasLate,
@@ -80,19 +80,17 @@ class BrokerLoop:
         back: zmq.Socket[bytes],
         log: Logger,
         *,
-        curve: bool = False,
+        gate: Gate | None = None,
         clock: Callable[[], float] = time.monotonic,
-        reload_access: Callable[[], AccessChanged | None] = lambda: None,
     ) -> None:
-        """`reload_access` reads keys and allow-lists again; None: nothing to read, or it failed."""
+        """`gate`: who may connect; None: CURVE is off."""
         self._config = config
         self._core = core
         self._sockets = {Side.FRONT: front, Side.BACK: back}
         self._log = log
-        #: Peers prove a key; it is read with their HELLO.
-        self._curve = curve
+        #: With it, peers prove a key, which is read with their HELLO.
+        self._gate = gate
         self._clock = clock
-        self._reload_access = reload_access
         self._outgoing: dict[Side, dict[bytes, _Outgoing]] = {Side.FRONT: {}, Side.BACK: {}}
         self._retry_s = math.inf
         self._read_s = {Side.FRONT: math.inf, Side.BACK: math.inf}
@@ -118,6 +116,9 @@ class BrokerLoop:
         for readable in (front, back, *monitors):
             poller.register(readable, zmq.POLLIN)
         poller.register(self._signals, zmq.POLLIN)
+        gate = self._gate
+        if gate is not None:
+            poller.register(gate.socket, zmq.POLLIN)
         self._catch_signals()
         clock, core = self._clock, self._core
         busy_since_s = clock()
@@ -134,6 +135,8 @@ class BrokerLoop:
                 self._feed(LoopWasLate(late_s), now_s)
             if self._signals.fileno() in ready:
                 self._on_signals(now_s)
+            if gate is not None and gate.socket in ready:
+                gate.answer()
             if back not in ready or self._drain_back(now_s):
                 self._read_s[Side.BACK] = now_s
             if front not in ready or self._drain_front(now_s):
@@ -261,7 +264,7 @@ class BrokerLoop:
         frames = [head]
         key = ""
         while socket.getsockopt(zmq.RCVMORE):
-            if self._curve and len(frames) == 1 and head[3:4] == HELLO_OCTET:
+            if self._gate is not None and len(frames) == 1 and head[3:4] == HELLO_OCTET:
                 frame = socket.recv(zmq.DONTWAIT, copy=False)
                 key = str(frame.get("User-Id"))
                 frames.append(frame.bytes)
@@ -323,9 +326,8 @@ class BrokerLoop:
         waiting.messages.append(frames)
         waiting.bytes += sum(map(len, frames))
         self._retry_s = min(self._retry_s, now_s + RETRY_S)
-        if (
-            len(waiting.messages) == self._config.outgoing_messages + 1
-            or waiting.bytes > self._config.outgoing_bytes
+        if len(waiting.messages) == self._config.outgoing_messages + 1 or (
+            waiting.bytes > self._config.outgoing_bytes and len(waiting.messages) > 1
         ):
             self._pending.append(PeerOverflowed(side, routing_id))
 
@@ -355,7 +357,10 @@ class BrokerLoop:
     # --- beside the messages ----------------------------------------------------------------------
 
     def _reload(self) -> None:
-        change = self._reload_access()
+        if self._gate is None:
+            self._log("info", "nothing to reload: CURVE is off")
+            return
+        change = self._gate.reload()
         if change is not None:
             self._pending.append(change)
 

@@ -23,6 +23,9 @@ from broker.protocol.messages import BusLimits, Goodbye, Hello, Refuse, Welcome
 if TYPE_CHECKING:
     from broker.core.controller import BrokerCore
 
+_NOT_ALLOWED: Final = ErrorInfo(
+    code=ErrorCode.UNAUTHENTICATED, message="the key is not on the broker's allow-list any more"
+)
 PROBE_SPACING_S: Final = 0.05
 """At most one round of probes in this time, however many connections drop at once."""
 
@@ -42,6 +45,13 @@ def on_first_message(core: BrokerCore, event: MessageReceived, head: Header) -> 
             ),
         )
         return
+    access = core.access
+    if access is not None:
+        allowed = access.clients if event.side is Side.FRONT else access.workers
+        if event.key not in allowed:
+            # The gate let the connection in before the list changed.
+            refuse(core, event.side, event.routing_id, _NOT_ALLOWED, fatal=True)
+            return
     try:
         hello = codec.decode(Hello, event.frames[1], limits.MAX_HELLO_OCTETS)
         check_hello(core, event.side, head, hello)
@@ -101,7 +111,7 @@ def welcome_client(core: BrokerCore, event: MessageReceived, hello: Hello) -> No
         core.settings.client_liveness,
         core.now_s,
     )
-    client.operator = core.operators is None or event.key in core.operators
+    client.operator = core.access is None or event.key in core.access.operators
     core.clients[event.routing_id] = client
     begin(core, client, operator=client.operator)
 
@@ -216,7 +226,7 @@ def forgive(core: BrokerCore, late_s: float) -> None:
 
 
 def on_access_changed(core: BrokerCore, event: AccessChanged) -> None:
-    core.operators = event.operators
+    core.access = event
     for client in list(core.clients.values()):
         client.operator = client.key in event.operators
         if client.key not in event.clients:
@@ -227,10 +237,8 @@ def on_access_changed(core: BrokerCore, event: AccessChanged) -> None:
 
 
 def expel(core: BrokerCore, session: Session) -> None:
-    info = ErrorInfo(
-        code=ErrorCode.UNAUTHENTICATED, message="the key was taken off the broker's allow-list"
-    )
-    core.end_session(session, info.message, told=Refuse(error=info, fatal=True))
+    told = Refuse(error=_NOT_ALLOWED, fatal=True)
+    core.end_session(session, _NOT_ALLOWED.message, told=told)
 
 
 def judge_engine(core: BrokerCore, worker: WorkerSession, age_s: float) -> None:

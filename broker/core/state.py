@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, Final, Literal
 
 from broker.core import placement
-from broker.core.events import Side
+from broker.core.events import AccessChanged, Side
 from broker.core.instructions import Instruction, Log, Send
 from broker.core.queue import ModelQueue
 from broker.core.requests import Phase, Request
@@ -40,14 +40,14 @@ class BusState:
         settings: CoreSettings,
         *,
         generator: random.Random | None = None,
-        operators: frozenset[str] | None = None,
+        access: AccessChanged | None = None,
         now_s: float = 0.0,
     ) -> None:
-        """`operators`: public keys that may use the operator's verbs; None: CURVE is off, everybody
-        may. `now_s`: start, on the same monotonic clock as `handle`."""
+        """`access`: keys that may come in; None: CURVE is off, everybody may, operators too.
+        `now_s`: start, on the same monotonic clock as `handle`."""
         self.settings = settings
         self.generator = generator or random.SystemRandom()
-        self.operators = operators
+        self.access = access
         self.started_s = now_s
         #: Time of the event being handled.
         self.now_s = now_s

@@ -9,7 +9,7 @@ import random
 from typing import Any
 
 from broker.core.controller import BrokerCore
-from broker.core.events import Event, MessageReceived, Side, Tick
+from broker.core.events import AccessChanged, Event, MessageReceived, Side, Tick
 from broker.core.instructions import Instruction, Log, Send
 from broker.core.settings import CoreSettings
 from broker.protocol import codec, header, limits
@@ -88,12 +88,12 @@ class Message:
 class Bus:
     """A core, its clock, and the mail of its peers."""
 
-    def __init__(self, operators: frozenset[str] | None = None, **settings: Any) -> None:
+    def __init__(self, access: AccessChanged | None = None, **settings: Any) -> None:
         self.now_s = 1000.0
         self.core = BrokerCore(
             CoreSettings(**settings),
             generator=random.Random(7),
-            operators=operators,
+            access=access,
             now_s=self.now_s,
         )
         self.mail: dict[tuple[Side, bytes], list[Message]] = {}

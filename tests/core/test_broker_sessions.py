@@ -315,9 +315,9 @@ def test_a_heartbeat_may_change_the_models() -> None:
 
 
 def test_operator_verbs_need_an_operator_s_key_where_curve_is_on() -> None:
-    bus = Bus(operators=frozenset({"the operator's key"}))
-    bus.worker()
-    guest, operator = bus.client(key="some key"), bus.client(key="the operator's key")
+    bus = Bus(access=AccessChanged(frozenset({"some", "op"}), frozenset({"w"}), frozenset({"op"})))
+    bus.worker(key="w")
+    guest, operator = bus.client(key="some"), bus.client(key="op")
     assert not guest.first[0].body.operator
     assert operator.first[0].body.operator
     assert guest.query("bus.drain", worker="worker")["code"] == "forbidden"
@@ -326,13 +326,17 @@ def test_operator_verbs_need_an_operator_s_key_where_curve_is_on() -> None:
 
 
 def test_a_key_taken_off_the_list_ends_its_sessions() -> None:
-    bus = Bus(operators=frozenset())
+    bus = Bus(access=AccessChanged(frozenset("ab"), frozenset("w"), frozenset()))
     stays, goes = bus.client(key="a"), bus.client(key="b")
     worker = bus.worker(key="w")
     bus.handle(AccessChanged(frozenset("a"), frozenset("w"), frozenset("a")))
     assert goes.only(MessageType.REFUSE).body.error.code == "unauthenticated"
     assert stays.known and worker.known
     assert stays.query("bus.reload") == {}, "it is an operator's key now"
+    goes.sequence = 0
+    goes.send(MessageType.HELLO, header.NO_ID, Hello(role="client", name="on the old connection"))
+    goes.begin()
+    assert refusal(goes).fatal
 
 
 # --- nothing is left ------------------------------------------------------------------------------

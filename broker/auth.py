@@ -1,0 +1,273 @@
+"""CURVE: key files, allow-lists, and the gate that every connection must pass (ZeroMQ RFC 26, 27).
+
+A folder made by `python -m broker keys` holds the broker's key pair, key pairs to hand out, and one
+allow-list for each kind of peer. Files use pyzmq's certificate format. The gate runs inside the
+broker's loop, not in a thread of its own, so it cannot die unnoticed. Secret keys are never logged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import zmq
+import zmq.auth
+from zmq.utils import z85
+
+from broker.core.events import AccessChanged, Side
+from broker.log import Logger
+
+ROLES: Final = ("client", "worker", "operator")
+DOMAINS: Final = {Side.FRONT: b"front", Side.BACK: b"back"}
+"""One ZAP domain for each socket. Without one the gate would never be asked."""
+ZAP_ENDPOINT: Final = "inproc://zeromq.zap.01"
+ZAP_VERSION: Final = b"1.0"
+LOGGED_A_SECOND: Final = 10
+"""Refusals beyond that are only counted: a stranger must not fill the disk."""
+GATE_BATCH: Final = 64
+
+
+class KeyFileError(Exception):
+    """Keys or allow-lists cannot be used; the message says which file, why, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class AllowLists:
+    """Z85 public keys with the names behind them."""
+
+    clients: dict[str, str]
+    workers: dict[str, str]
+    operators: dict[str, str]
+
+    def may_enter(self, side: Side) -> dict[str, str]:
+        """Who may connect at a socket; operators come in at the front."""
+        return self.workers if side is Side.BACK else self.clients | self.operators
+
+    def as_event(self) -> AccessChanged:
+        """What the core needs to know."""
+        return AccessChanged(
+            clients=frozenset(self.may_enter(Side.FRONT)),
+            workers=frozenset(self.workers),
+            operators=frozenset(self.operators),
+        )
+
+
+def load_broker_key(folder: Path) -> tuple[bytes, bytes]:
+    """Public and secret key of the broker. Raises `KeyFileError`."""
+    path = folder / "broker.key_secret"
+    try:
+        if path.stat().st_mode & 0o077:
+            raise KeyFileError(f"{path} can be read by others; run: chmod 600 {path}")
+        public, secret = zmq.auth.load_certificate(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise KeyFileError(f"{path}: {reason}; make keys: python -m broker keys {folder}") from None
+    except ValueError as error:
+        raise KeyFileError(f"{path} is not a key file: {error}") from None
+    if secret is None:
+        raise KeyFileError(f"{path} holds no secret key; make keys: python -m broker keys {folder}")
+    return public, secret
+
+
+def load_allow_lists(folder: Path) -> AllowLists:
+    """All three lists. Raises `KeyFileError`."""
+    return AllowLists(*(_load_list(folder / f"{role}s.allow") for role in ROLES))
+
+
+def _load_list(path: Path) -> dict[str, str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise KeyFileError(f"{path}: {error}") from None
+    allowed = {}
+    for number, line in enumerate(lines, 1):
+        key, _, name = line.strip().partition(" ")
+        # Z85 uses "#" too, so a comment is a line that begins with it and is not a key.
+        if not key or (key.startswith("#") and len(key) != 40):
+            continue
+        if len(key) != 40:
+            raise KeyFileError(f"{path} line {number}: a public key has 40 characters of Z85")
+        allowed[key] = name.strip()
+    return allowed
+
+
+def protect(socket: zmq.Socket[bytes], side: Side, secret: bytes) -> None:
+    """Demand CURVE and the gate's leave of every peer. Must come before `bind`."""
+    socket.setsockopt(zmq.CURVE_SERVER, 1)
+    socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
+    socket.setsockopt(zmq.ZAP_DOMAIN, DOMAINS[side])
+    # Else a missing gate would let everyone in.
+    socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+
+
+class Gate:
+    """Answers ZAP requests from the allow-lists. Make it before the sockets are bound."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], folder: Path, log: Logger) -> None:
+        """Raises `KeyFileError`."""
+        self._folder = folder
+        self._log = log
+        self._allowed = load_allow_lists(folder)
+        #: Polled by the loop, which calls `answer` when it is readable.
+        self.socket: zmq.Socket[bytes] = context.socket(zmq.REP)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.bind(ZAP_ENDPOINT)
+        self.refused = 0
+        self._second = 0
+        self._logged = 0
+
+    def event(self) -> AccessChanged:
+        """The lists as they are now."""
+        return self._allowed.as_event()
+
+    def reload(self) -> AccessChanged | None:
+        """Read the lists again. None: they are broken, and the old ones stay in force."""
+        try:
+            self._allowed = load_allow_lists(self._folder)
+        except KeyFileError as error:
+            self._log("warning", "allow-lists not reloaded", {"why": str(error)})
+            return None
+        allowed = self._allowed
+        counts = {f"{role}s": len(getattr(allowed, f"{role}s")) for role in ROLES}
+        self._log("info", "allow-lists reloaded", counts)
+        return allowed.as_event()
+
+    def answer(self) -> None:
+        """Answer what waits, a bounded number."""
+        for _ in range(GATE_BATCH):
+            try:
+                frames = self.socket.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            self.socket.send_multipart(self._judge(frames))
+
+    def _judge(self, frames: Sequence[bytes]) -> list[bytes]:
+        if len(frames) < 6 or frames[0] != ZAP_VERSION:
+            request_id = frames[1] if len(frames) > 1 else b""
+            return [ZAP_VERSION, request_id, b"500", b"not ZAP 1.0", b"", b""]
+        request_id, domain, address, _, mechanism = frames[1:6]
+        side = next((side for side, name in DOMAINS.items() if name == domain), None)
+        if side is None or mechanism != b"CURVE" or len(frames) != 7 or len(frames[6]) != 32:
+            return [ZAP_VERSION, request_id, b"400", b"CURVE is needed here", b"", b""]
+        key = z85.encode(frames[6]).decode("ascii")
+        if key in self._allowed.may_enter(side):
+            return [ZAP_VERSION, request_id, b"200", b"welcome", key.encode(), b""]
+        self._log_refusal(side, address.decode("utf-8", "replace"), key)
+        return [ZAP_VERSION, request_id, b"400", b"key is not on the allow-list", b"", b""]
+
+    def _log_refusal(self, side: Side, address: str, key: str) -> None:
+        self.refused += 1
+        second = int(time.monotonic())
+        if second != self._second:
+            self._second, self._logged = second, 0
+        self._logged += 1
+        if self._logged > LOGGED_A_SECOND:
+            return
+        wanted = "workers.allow" if side is Side.BACK else "clients.allow"
+        fields = {"side": side.value, "address": address, "key": key, "add_to": wanted}
+        self._log("warning", "key refused", fields)
+
+
+# --- python -m broker keys ------------------------------------------------------------------------
+
+
+def keys_command(arguments: Sequence[str], *, program: str) -> str:
+    """Make what is missing in a folder of keys, or add a peer. Returns what to tell the user.
+    Raises `KeyFileError`."""
+    options = _keys_parser(program).parse_args(arguments)
+    folder = Path(options.folder)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if options.add:
+            name = options.name or options.add
+            _check_name(name)
+            if not (folder / "broker.key").exists():
+                raise KeyFileError(f"{folder} holds no broker's key; first: {program} {folder}")
+            made = [_add_peer(folder, options.add, name)]
+        else:
+            made = _make_all(folder)
+    except OSError as error:
+        raise KeyFileError(f"{folder}: {error.strerror or error}") from None
+    if not made:
+        return f"{folder} is complete; nothing was changed. --add ROLE --name NAME adds a peer."
+    lines = [f"  {line}" for line in made]
+    return "\n".join(
+        [
+            f"made in {folder} (readable by you alone):",
+            *lines,
+            f"start the broker:  python -m broker --keys {folder}",
+            "hand out:          broker.key, and to each peer its own .key_secret file",
+        ]
+    )
+
+
+def _keys_parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Make CURVE keys and allow-lists for a broker and its peers, or add a peer. "
+        "What exists is never overwritten. A running broker reads the lists again on SIGHUP or "
+        "the operator's bus.reload.",
+    )
+    parser.add_argument("folder", help="where they are kept; made if it is missing")
+    parser.add_argument("--add", choices=ROLES, help="make one more key pair of this kind")
+    parser.add_argument("--name", help="name of the new peer and of its files")
+    return parser
+
+
+def _check_name(name: str) -> None:
+    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name[0] == ".":
+        raise KeyFileError(f"{name!r}: a name is letters, digits, dots, dashes and underscores")
+
+
+def _make_all(folder: Path) -> list[str]:
+    made = []
+    if not (folder / "broker.key_secret").exists():
+        _make_pair(folder, "broker")
+        made.append("broker.key_secret     the broker's own; never leaves this machine")
+        made.append("broker.key            the broker's public key; every peer needs it")
+    for role in ROLES:
+        path = folder / f"{role}s.allow"
+        if not path.exists():
+            _write_private(path, f"# public keys of {role}s, one a line: KEY NAME\n")
+            made.append(f"{path.name.ljust(21)} allow-list of {role}s")
+            if not (folder / f"{role}.key_secret").exists():
+                made.append(_add_peer(folder, role, role))
+    return made
+
+
+def _add_peer(folder: Path, role: str, name: str) -> str:
+    if (folder / f"{name}.key_secret").exists():
+        raise KeyFileError(f"{folder / name}.key_secret exists; choose another --name")
+    public = _make_pair(folder, name)
+    path = folder / f"{role}s.allow"
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    if old and not old.endswith("\n"):
+        old += "\n"
+    _write_private(path, f"{old}{public} {name}\n")
+    return f"{(name + '.key_secret').ljust(21)} for a {role}; on the list {path.name}"
+
+
+def _make_pair(folder: Path, name: str) -> str:
+    old_mask = os.umask(0o077)
+    try:
+        public_file, secret_file = zmq.auth.create_certificates(folder, name)
+    finally:
+        os.umask(old_mask)
+    for file in (public_file, secret_file):
+        Path(file).chmod(0o600)
+    public: Any = zmq.auth.load_certificate(public_file)[0]
+    return str(public.decode("ascii"))
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Replace a file in one step: a broker that reloads just now sees the old or the new one."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+    part.replace(path)
