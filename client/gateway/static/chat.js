@@ -1,0 +1,476 @@
+// The chat: conversations, pictures, streaming, stopping, editing, asking again.
+
+import { ApiError, chat as ask } from "./api.js";
+import { h, render } from "./markdown.js";
+import * as store from "./store.js";
+
+const $ = (id) => document.getElementById(id);
+const NUMBERS = ["temperature", "top_p", "max_tokens", "top_k", "min_p", "repetition_penalty", "seed"];
+const LAST = "tokenbus.last";
+const MAX_PICTURES = 16;
+const MAX_PICTURE_CHARACTERS = 6_000_000;
+
+let talks = [];
+let talk = null;
+let models = [];
+let pictures = []; // data URLs that wait to be sent
+let running = null; // {controller, talk, message}
+let reattachS = 30;
+let onUnauthorized = () => {};
+
+const fresh = () => {
+  const last = JSON.parse(localStorage.getItem(LAST) ?? "{}");
+  return { id: crypto.randomUUID(), title: "", updated: Date.now(), model: last.model ?? "", settings: last.settings ?? {}, messages: [] };
+};
+
+// --- start ---------------------------------------------------------------------------------------
+
+export async function start(options) {
+  onUnauthorized = options.onUnauthorized;
+  talks = await store.all();
+  show(talks[0] ?? fresh());
+  $("composer").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
+  $("stop").addEventListener("click", stop);
+  $("new-talk").addEventListener("click", () => { show(fresh()); closeTalks(); $("prompt").focus(); });
+  $("model").addEventListener("change", () => { talk.model = $("model").value; remember(); });
+  prepareField();
+  preparePictures();
+  prepareSettings();
+  prepareTalks();
+  $("messages").addEventListener("scroll", () => ($("to-end").hidden = atEnd()), { passive: true });
+  $("to-end").addEventListener("click", () => scrollToEnd());
+}
+
+export function setModels(found, seconds) {
+  models = found.filter((model) => !model.kinds || model.kinds.includes("chat"));
+  reattachS = Math.min(30, seconds);
+  chooseModel();
+}
+
+function chooseModel() {
+  const select = $("model");
+  select.replaceChildren(
+    ...models.map((model) => {
+      const state = model.ready ? "" : " (loading)";
+      return h("option", { value: model.name }, model.name + state);
+    }),
+  );
+  if (!models.length) select.append(h("option", { value: "" }, "no model on the bus"));
+  if (models.some((model) => model.name === talk.model)) select.value = talk.model;
+  else talk.model = select.value;
+}
+
+export const focus = () => $("prompt").focus();
+
+// --- conversations -------------------------------------------------------------------------------
+
+function show(next) {
+  talk = next;
+  chooseModel();
+  fillSettings();
+  draw();
+  drawTalks();
+  scrollToEnd(false);
+}
+
+function drawTalks() {
+  const rows = talks.map((item) => {
+    const current = item.id === talk.id;
+    const open = h("button", { class: "talk", "aria-current": current ? "true" : null, onclick: () => { show(item); closeTalks(); } }, item.title || "New conversation");
+    const remove = h("button", { class: "icon-button small", "aria-label": `Delete “${item.title}”`, onclick: () => forget(item) }, icon("m5.5 5.5 9 9m0-9-9 9"));
+    return h("li", { class: current ? "current" : "" }, open, remove);
+  });
+  $("talk-list").replaceChildren(...rows);
+}
+
+async function forget(item) {
+  if (running?.talk === item) stop();
+  talks = talks.filter((other) => other !== item);
+  await store.remove(item.id);
+  if (talk === item) show(talks[0] ?? fresh());
+  else drawTalks();
+}
+
+async function remember() {
+  localStorage.setItem(LAST, JSON.stringify({ model: talk.model, settings: { ...talk.settings, system: "" } }));
+  if (talk.messages.length) await keep(talk);
+}
+
+async function keep(item) {
+  item.updated = Date.now();
+  if (!talks.includes(item)) talks.unshift(item);
+  else talks = [item, ...talks.filter((other) => other !== item)];
+  drawTalks();
+  await store.put(item);
+}
+
+function prepareTalks() {
+  $("open-talks").addEventListener("click", () => {
+    const open = document.body.classList.toggle("talks-open");
+    $("scrim").hidden = !open;
+    $("open-talks").setAttribute("aria-expanded", String(open));
+    if (open) $("new-talk").focus();
+  });
+  $("scrim").addEventListener("click", closeTalks);
+}
+
+export function closeTalks() {
+  document.body.classList.remove("talks-open");
+  $("scrim").hidden = true;
+  $("open-talks").setAttribute("aria-expanded", "false");
+}
+
+// --- messages ------------------------------------------------------------------------------------
+
+function icon(path, filled = false) {
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  svg.setAttribute("viewBox", "0 0 20 20");
+  svg.setAttribute("aria-hidden", "true");
+  const shape = document.createElementNS("http://www.w3.org/2000/svg", "path");
+  shape.setAttribute("d", path);
+  if (filled) shape.setAttribute("class", "filled");
+  svg.append(shape);
+  return svg;
+}
+
+const ICONS = {
+  copy: "M7.5 7.5v-3h8v8h-3m-8-5h8v8h-8z",
+  edit: "m4 16 .8-3.2L13.2 4.4l2.4 2.4-8.4 8.4z",
+  again: "M15.5 8.5A6 6 0 1 0 16 11m-.2-6v3.6h-3.6",
+};
+
+const action = (name, label, run) =>
+  h("button", { class: "icon-button small", type: "button", "aria-label": label, title: label, onclick: run }, icon(ICONS[name]));
+
+function draw() {
+  const column = $("message-column");
+  column.replaceChildren(...(talk.messages.length ? talk.messages.map(messageNode) : [empty()]));
+}
+
+function empty() {
+  const ideas = ["What is in this picture?", "Explain what a message bus does, in three sentences.", "Write a haiku about a queue."];
+  return h(
+    "div",
+    { class: "empty" },
+    h("h1", {}, "What shall it be?"),
+    h("p", {}, "Write below, or drop a picture anywhere on this page."),
+    h("div", { class: "ideas" }, ...ideas.map((idea) => h("button", { class: "idea", type: "button", onclick: () => { $("prompt").value = idea; grow(); focus(); } }, idea))),
+  );
+}
+
+function messageNode(message, index) {
+  const node = h("article", { class: `message ${message.role}`, "aria-label": message.role === "user" ? "You" : "Answer" });
+  fill(node, message, index);
+  return node;
+}
+
+function fill(node, message, index) {
+  const busy = running?.message === message;
+  // A screen reader waits for the whole answer instead of reading every token.
+  node.setAttribute("aria-busy", String(busy));
+  const children = [];
+  if (message.pictures?.length) {
+    children.push(h("div", { class: "sent-pictures" }, ...message.pictures.map((url, i) => h("img", { src: url, alt: `Picture ${i + 1}` }))));
+  }
+  if (message.role === "user") {
+    if (message.text) children.push(h("div", { class: "bubble" }, message.text));
+  } else {
+    const body = h("div", { class: "body" }, ...render(message.text));
+    if (busy && !message.text) body.append(h("p", { class: "waiting" }, h("span", { class: "pulse", "aria-hidden": "true" }), message.state ?? "Waiting for the first token"));
+    children.push(body);
+    if (busy && message.text && message.state) children.push(h("p", { class: "waiting" }, h("span", { class: "pulse", "aria-hidden": "true" }), message.state));
+    if (message.problem) children.push(h("div", { class: "problem", role: "alert" }, h("strong", {}, message.problem.title), h("span", {}, message.problem.text)));
+  }
+  if (!busy) {
+    const copy = message.text ? action("copy", "Copy", () => navigator.clipboard.writeText(message.text)) : null;
+    const edit = message.role === "user" ? action("edit", "Edit and ask again", () => editMessage(node, message, index)) : null;
+    const again = message.role === "assistant" && index === talk.messages.length - 1 ? action("again", "Answer again", () => regenerate(index)) : null;
+    const facts = message.facts ? h("span", { class: "facts" }, message.facts) : null;
+    children.push(h("div", { class: "actions" }, copy, edit, again, facts));
+  }
+  node.replaceChildren(...children);
+}
+
+function editMessage(node, message, index) {
+  if (running) return;
+  const field = h("textarea", { class: "edit", rows: "3", "aria-label": "Edit the message" });
+  field.value = message.text;
+  const cancel = () => fill(node, message, index);
+  const save = () => {
+    const text = field.value.trim();
+    if (!text && !message.pictures?.length) return;
+    talk.messages = talk.messages.slice(0, index);
+    talk.messages.push({ ...message, text });
+    draw();
+    answer();
+  };
+  field.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") { event.stopPropagation(); cancel(); }
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) save();
+  });
+  node.replaceChildren(field, h("div", { class: "edit-row" }, h("button", { class: "button", type: "button", onclick: cancel }, "Cancel"), h("button", { class: "button primary", type: "button", onclick: save }, "Ask again")));
+  field.focus();
+}
+
+function regenerate(index) {
+  if (running) return;
+  talk.messages = talk.messages.slice(0, index);
+  draw();
+  answer();
+}
+
+const atEnd = () => {
+  const box = $("messages");
+  return box.scrollHeight - box.scrollTop - box.clientHeight < 60;
+};
+
+function scrollToEnd(smooth = true) {
+  const box = $("messages");
+  const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  box.scrollTo({ top: box.scrollHeight, behavior: smooth && !calm ? "smooth" : "instant" });
+}
+
+// --- asking --------------------------------------------------------------------------------------
+
+function submit() {
+  const field = $("prompt");
+  const text = field.value.trim();
+  if (running || (!text && !pictures.length)) return;
+  talk.messages.push({ role: "user", text, pictures });
+  if (!talk.title) talk.title = text.split("\n")[0].slice(0, 60) || "A picture";
+  field.value = "";
+  pictures = [];
+  drawPictures();
+  grow();
+  draw();
+  answer();
+}
+
+function requestBody(item) {
+  const messages = item.messages.filter((message) => message.role === "user" || message.text).map((message) => ({
+    role: message.role,
+    content: message.pictures?.length
+      ? [...message.pictures.map((url) => ({ type: "image_url", image_url: { url } })), ...(message.text ? [{ type: "text", text: message.text }] : [])]
+      : message.text,
+  }));
+  const { system, stop: stops, ...numbers } = item.settings;
+  if (system) messages.unshift({ role: "system", content: system });
+  const body = { model: item.model, messages, ...numbers };
+  const lines = (stops ?? "").split("\n").filter(Boolean);
+  if (lines.length) body.stop = lines;
+  return body;
+}
+
+async function answer() {
+  const item = talk;
+  const message = { role: "assistant", text: "" };
+  const body = requestBody(item);
+  item.messages.push(message);
+  const controller = new AbortController();
+  running = { controller, talk: item, message };
+  setBusy(true);
+  draw();
+  scrollToEnd();
+  keep(item);
+  const begun = performance.now();
+  let first = null;
+  let usage = null;
+  let reason = null;
+  let frame = 0;
+  const index = item.messages.length - 1;
+  const redraw = () => {
+    frame = 0;
+    if (talk !== item) return;
+    const stick = atEnd();
+    const node = $("message-column").children[index];
+    if (node) fill(node, message, index);
+    if (stick) scrollToEnd(false);
+  };
+  const later = () => (frame ||= requestAnimationFrame(redraw));
+  const onState = (state) => {
+    message.state = state === "reconnecting" ? "Connection lost, trying again" : null;
+    later();
+  };
+  try {
+    for await (const chunk of ask(body, { signal: controller.signal, reattachS, onState })) {
+      usage = chunk.usage ?? usage;
+      for (const choice of chunk.choices) {
+        reason = choice.finish_reason ?? reason;
+        if (choice.delta.content) {
+          first ??= performance.now();
+          message.text += choice.delta.content;
+          later();
+        }
+      }
+    }
+  } catch (error) {
+    if (error.name === "AbortError" || controller.signal.aborted) reason = "stopped";
+    else tell(message, error);
+  }
+  cancelAnimationFrame(frame);
+  running = null;
+  delete message.state;
+  message.facts = facts(usage, reason, begun, first);
+  setBusy(false);
+  redraw();
+  await keep(item);
+}
+
+function facts(usage, reason, begun, first) {
+  const found = [];
+  if (usage) found.push(`${usage.completion_tokens} token${usage.completion_tokens === 1 ? "" : "s"}`);
+  const seconds = first === null ? 0 : (performance.now() - first) / 1000;
+  if (usage && seconds > 0.05 && usage.completion_tokens > 1) found.push(`${((usage.completion_tokens - 1) / seconds).toFixed(seconds > 1 ? 0 : 1)} a second`);
+  if (first !== null) found.push(`first after ${((first - begun) / 1000).toFixed(2)} s`);
+  if (reason === "length") found.push("cut at the longest answer");
+  if (reason === "stopped") found.push("stopped");
+  return found.join(" · ");
+}
+
+const TITLES = {
+  model_unavailable: "No worker serves this model",
+  overloaded: "The bus is full",
+  quota: "Too many requests",
+  context_overflow: "The conversation is too long for this model",
+  connection_lost: "No connection",
+  unauthenticated: "A key is needed",
+};
+
+function tell(message, error) {
+  message.problem = { title: TITLES[error.code] ?? "It did not work", text: error.message };
+  if (error instanceof ApiError && error.status === 401) onUnauthorized(error.message);
+  if (!(error instanceof ApiError)) throw error;
+}
+
+export function stop() {
+  running?.controller.abort();
+}
+
+function setBusy(busy) {
+  $("send").hidden = busy;
+  $("stop").hidden = !busy;
+  document.body.classList.toggle("busy", busy);
+}
+
+// --- the field -----------------------------------------------------------------------------------
+
+function grow() {
+  const field = $("prompt");
+  field.style.height = "auto";
+  field.style.height = `${Math.min(field.scrollHeight, innerHeight * 0.4)}px`;
+}
+
+function prepareField() {
+  const field = $("prompt");
+  const touch = matchMedia("(pointer: coarse)");
+  field.addEventListener("input", grow);
+  field.addEventListener("keydown", (event) => {
+    // On a phone the Enter key is the only way to a new line.
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing || touch.matches) return;
+    event.preventDefault();
+    submit();
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && !document.querySelector("dialog[open]")) {
+      if (document.body.classList.contains("talks-open")) closeTalks();
+      else stop();
+    }
+    const typing = /^(INPUT|TEXTAREA|SELECT)$/.test(document.activeElement?.tagName ?? "");
+    if (event.key === "/" && !typing && !$("panel-chat").hidden) { event.preventDefault(); focus(); }
+  });
+}
+
+// --- pictures ------------------------------------------------------------------------------------
+
+function preparePictures() {
+  $("file").addEventListener("change", async () => { await addPictures([...$("file").files]); $("file").value = ""; focus(); });
+  document.addEventListener("paste", (event) => {
+    const files = [...(event.clipboardData?.files ?? [])].filter((file) => file.type.startsWith("image/"));
+    if (files.length) { event.preventDefault(); addPictures(files); }
+  });
+  let depth = 0;
+  const carries = (event) => !$("panel-chat").hidden && [...(event.dataTransfer?.types ?? [])].includes("Files");
+  document.addEventListener("dragenter", (event) => { if (carries(event)) { depth += 1; $("drop").hidden = false; } });
+  document.addEventListener("dragleave", (event) => { if (carries(event) && --depth <= 0) { depth = 0; $("drop").hidden = true; } });
+  document.addEventListener("dragover", (event) => { if (carries(event)) event.preventDefault(); });
+  document.addEventListener("drop", (event) => {
+    depth = 0;
+    $("drop").hidden = true;
+    if (!carries(event)) return;
+    event.preventDefault();
+    addPictures([...event.dataTransfer.files].filter((file) => file.type.startsWith("image/")));
+  });
+}
+
+const readAsUrl = (file) => new Promise((resolve, reject) => {
+  const reader = new FileReader();
+  reader.onload = () => resolve(reader.result);
+  reader.onerror = () => reject(reader.error);
+  reader.readAsDataURL(file);
+});
+
+/** A picture as a data URL; one that is very large or of an unusual format is drawn anew. */
+async function pictureUrl(file) {
+  const url = await readAsUrl(file);
+  if (/^image\/(png|jpeg|webp|gif)$/.test(file.type) && url.length <= MAX_PICTURE_CHARACTERS) return url;
+  const bitmap = await createImageBitmap(file);
+  const scale = Math.min(1, 2048 / Math.max(bitmap.width, bitmap.height));
+  const canvas = h("canvas", { width: Math.round(bitmap.width * scale), height: Math.round(bitmap.height * scale) });
+  canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  return canvas.toDataURL("image/jpeg", 0.9);
+}
+
+async function addPictures(files) {
+  for (const file of files.slice(0, MAX_PICTURES - pictures.length)) {
+    try {
+      pictures.push(await pictureUrl(file));
+    } catch {
+      $("link-state").textContent = `${file.name} is no picture that this browser can read`;
+    }
+  }
+  drawPictures();
+}
+
+function drawPictures() {
+  $("pictures").replaceChildren(
+    ...pictures.map((url, i) => h("li", {}, h("img", { src: url, alt: `Picture ${i + 1}` }), h("button", { class: "icon-button small", type: "button", "aria-label": `Remove picture ${i + 1}`, onclick: () => { pictures.splice(i, 1); drawPictures(); focus(); } }, icon("m5.5 5.5 9 9m0-9-9 9")))),
+  );
+}
+
+// --- settings ------------------------------------------------------------------------------------
+
+function fillSettings() {
+  $("s-system").value = talk.settings.system ?? "";
+  $("s-stop").value = talk.settings.stop ?? "";
+  for (const name of NUMBERS) {
+    $(`s-${name}`).value = talk.settings[name] ?? "";
+    const range = $(`s-${name}-range`);
+    if (range) range.value = talk.settings[name] ?? 1;
+  }
+  $("open-settings").classList.toggle("set", Object.values(talk.settings).some((value) => value !== "" && value !== undefined));
+}
+
+function readSettings() {
+  const settings = {};
+  for (const name of NUMBERS) {
+    const field = $(`s-${name}`);
+    if (field.value !== "" && field.validity.valid) settings[name] = Number(field.value);
+  }
+  if ($("s-system").value.trim()) settings.system = $("s-system").value.trim();
+  if ($("s-stop").value.trim()) settings.stop = $("s-stop").value;
+  talk.settings = settings;
+  remember();
+}
+
+function prepareSettings() {
+  const dialog = $("settings");
+  $("open-settings").addEventListener("click", () => { fillSettings(); dialog.showModal(); });
+  dialog.addEventListener("close", () => { readSettings(); fillSettings(); });
+  dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+  $("reset-settings").addEventListener("click", () => { talk.settings = {}; fillSettings(); });
+  for (const name of NUMBERS) {
+    const range = $(`s-${name}-range`);
+    range?.addEventListener("input", () => ($(`s-${name}`).value = range.value));
+    if (range) $(`s-${name}`).addEventListener("input", () => (range.value = $(`s-${name}`).value || 1));
+  }
+}
