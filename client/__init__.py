@@ -8,11 +8,13 @@ with Client("tcp://127.0.0.1:5555") as client:
         print(piece, end="", flush=True)
 ```
 
-Public names are those of `__all__`; everything else may change.
+Public names are those of `__all__`; everything else may change. `AsyncClient` and `__version__` are
+loaded when they are used: asyncio and the package's metadata take as long as all the rest.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from broker.protocol.messages import FinishReason, Message, ModelInfo, Timings, Usage
-from client.aio import AsyncClient
 from client.calls import Embeddings
 from client.errors import *  # noqa: F403  # its `__all__` is the list, kept once
 from client.errors import __all__ as _errors
@@ -20,7 +22,11 @@ from client.events import End, Prompt, Queued, Recovering, Started, StreamEvent,
 from client.options import Limits, Retry, Timeout
 from client.stream import AsyncStream, Completion, Stream
 from client.sync import Client
-from client.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from client.aio import AsyncClient
+
+    __version__: str
 
 __all__ = [
     "AsyncClient",
@@ -47,3 +53,16 @@ __all__ = [
     "__version__",
     *_errors,
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AsyncClient":
+        from client.aio import AsyncClient
+
+        globals()[name] = AsyncClient
+        return AsyncClient
+    if name == "__version__":
+        from client.version import version
+
+        return version()
+    raise AttributeError(f"module 'client' has no attribute {name!r}")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from client import BusError, InvalidRequest, TooLarge
 from client.cli import chat, demo, generate, tables
 from client.cli.terminal import Terminal
-from client.version import VERSION
+from client.version import version
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -47,19 +47,18 @@ def _parser() -> argparse.ArgumentParser:
         description="Talk to models behind a tokenbus broker.",
         epilog="`python -m client COMMAND --help` tells the options of a command.",
     )
-    parser.add_argument("--version", action="version", version=f"tokenbus {VERSION}")
+    parser.add_argument("--version", action="version", version=f"tokenbus {version()}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     demo.add(commands)
     generate.add(commands)
     chat.add(commands)
     tables.add(commands)
-    version = commands.add_parser("version", help="print the version")
-    version.set_defaults(run=_version)
+    commands.add_parser("version", help="print the version").set_defaults(run=_version)
     return parser
 
 
 def _version(_: argparse.Namespace, terminal: Terminal) -> int:
-    terminal.line(f"tokenbus {VERSION}")
+    terminal.line(f"tokenbus {version()}")
     return DONE
 
 

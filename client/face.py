@@ -17,7 +17,7 @@ from client.calls import Call, Defaults
 from client.options import Connection, Limits, Retry, Timeout
 from client.stream import StreamState
 from client.transport import Sink, Transport, key_pair, server_key_of
-from client.version import SOFTWARE
+from client.version import software
 
 
 class Face:
@@ -60,7 +60,7 @@ class Face:
             timeout = Timeout(total=timeout)
         self._defaults = Defaults(timeout, retry or Retry())
         self._connection = connection
-        self._transport = Transport(connection, SOFTWARE)
+        self._transport = Transport(connection, software())
         # Also at the end of the process: workers are told, rather than left to find out.
         self._finalizer = weakref.finalize(self, _shut_down, self._transport)
 

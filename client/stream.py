@@ -7,14 +7,13 @@ exception, garbage collection) cancels the request at the worker.
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from broker.protocol.messages import (
     FinishReason,
@@ -37,6 +36,9 @@ from client.events import (
     StreamEvent,
     Tokens,
 )
+
+if TYPE_CHECKING:
+    import asyncio  # never at run time: a blocking program does not pay for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -395,12 +397,12 @@ class AsyncStream(_Reading):
         self._inbox = inbox
 
     def __aiter__(self) -> AsyncIterator[StreamEvent]:
-        return _Events(self._state, self._inbox)
+        return _Events(self)
 
     @property
     def text(self) -> AsyncIterator[str]:
         """The text in the pieces in which it arrives."""
-        return _Texts(_Events(self._state, self._inbox))
+        return _Texts(_Events(self))
 
     async def result(self) -> Completion:
         """Read to the end. Raises what ended the request, if it was not its end."""
@@ -428,9 +430,11 @@ class _Events:
     """One iteration. An object rather than an asynchronous generator: Python ends an abandoned
     generator some time later, this at once."""
 
-    def __init__(self, state: StreamState, inbox: AsyncInbox) -> None:
-        self._state = state
-        self._inbox = inbox
+    def __init__(self, stream: AsyncStream) -> None:
+        #: Kept: `async for event in await client.chat(...)` holds nothing but this.
+        self._stream = stream
+        self._state = stream._state
+        self._inbox = stream._inbox
 
     def __aiter__(self) -> Self:
         return self

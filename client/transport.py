@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import socket
+import struct
 import threading
 import time
 import warnings
@@ -19,8 +20,6 @@ from collections.abc import Sequence
 from typing import Final, Protocol
 
 import zmq
-import zmq.auth
-from zmq.utils.monitor import parse_monitor_message
 
 from broker.protocol.limits import MAX_ANSWER_OCTETS
 from client import events
@@ -43,6 +42,10 @@ _Monitored: Final = (
     | zmq.Event.DISCONNECTED
     | zmq.Event.CLOSED
 )
+
+
+_REPORT: Final = struct.Struct("=Hi")
+"""First frame of a monitor's message: the event and a value, in the machine's own order."""
 
 
 class Gate(Protocol):
@@ -160,10 +163,11 @@ class _Dealer:
         seen = []
         while self.monitor is not None:
             try:
-                report = parse_monitor_message(self.monitor.recv_multipart(zmq.DONTWAIT))
+                report, _address = self.monitor.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
                 break
-            seen.append(zmq.Event(report["event"]))
+            # Read by hand: `zmq.utils.monitor` would load all of asyncio.
+            seen.append(zmq.Event(_REPORT.unpack(report)[0]))
         return seen
 
 
@@ -174,8 +178,10 @@ def key_pair(connection: Connection) -> tuple[bytes, bytes]:
     """
     if connection.key_file is None:
         return zmq.curve_keypair()
+    from zmq import auth  # only where CURVE is on: it is slow to load
+
     try:
-        public, secret = zmq.auth.load_certificate(connection.key_file)
+        public, secret = auth.load_certificate(connection.key_file)
     except (OSError, ValueError) as error:
         raise InvalidRequest(
             f"cannot read key file {str(connection.key_file)!r}: {error}"
@@ -195,8 +201,10 @@ def server_key_of(given: str) -> str:
     """
     if len(given) == 40 and not os.path.exists(given):  # noqa: PTH110  # 40 characters may be no path
         return given
+    from zmq import auth
+
     try:
-        public, _ = zmq.auth.load_certificate(given)
+        public, _ = auth.load_certificate(given)
     except (OSError, ValueError) as error:
         raise InvalidRequest(
             f"server_key {given!r} is neither 40 characters of Z85 nor a .key file: {error}"

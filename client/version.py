@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 
+def version() -> str:
+    """Of the installed distribution. Slow enough to be asked for only when it is needed."""
+    from importlib import metadata
 
-def _installed() -> str:
     try:
         return metadata.version("tokenbus")
     except metadata.PackageNotFoundError:
         return "0+source"  # run from a source tree that is not installed
 
 
-VERSION = _installed()
-SOFTWARE = f"tokenbus-python/{VERSION}"
+def software() -> str:
+    """As HELLO tells it."""
+    return f"tokenbus-python/{version()}"

@@ -1,4 +1,4 @@
-"""`models`, `workers`, `clients`, `requests`, `status`, `drain`: what the broker knows, as tables."""
+"""`models`, `workers`, `clients`, `requests`, `status`, `drain`: what the broker knows, in rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from client import Client
 from client.cli import arguments as flags
 from client.cli.terminal import Terminal
-from client.version import VERSION
+from client.version import version
 
 Row = dict[str, Any]
 #: Heading and cell of each column.
@@ -140,7 +140,7 @@ def status(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Print what there is."""
     with flags.connect(arguments) as client:
         facts = {
-            "client": {"software": VERSION, "brokers": list(client.brokers)},
+            "client": {"software": version(), "brokers": list(client.brokers)},
             "broker": client.query("bus.version"),
             "models": client.models(),
             "workers": client.workers(),

@@ -1,0 +1,208 @@
+"""Who may import whom: the protocol is shared, cores are pure, clients are light.
+
+Twice: by reading every module's source, and by asking an interpreter what was really loaded.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("broker", "worker", "client")
+OURS = frozenset(PACKAGES)
+HEAVY = frozenset(("torch", "transformers", "numpy", "PIL", "rich", "pydantic", "accelerate"))
+
+#: The modules that own sockets, and nobody else.
+SOCKET_OWNERS = frozenset(("sockets", "loop", "auth", "link", "transport"))
+IMPORT_CLIENT_S = 0.150
+TRIES = 40
+
+
+def modules(package: str) -> Iterator[tuple[str, Path]]:
+    """Dotted name and file of each module of a package."""
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = list(path.relative_to(ROOT).with_suffix("").parts)
+        if parts[-1] == "__init__":
+            parts.pop()
+        yield ".".join(parts), path
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names that a module imports anywhere, `from a import b` as both a and a.b."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; the project writes names in full"
+            assert node.module is not None
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def ours(path: Path) -> set[str]:
+    return {name for name in imported(path) if name.partition(".")[0] in OURS}
+
+
+ALL = [entry for package in PACKAGES for entry in modules(package)]
+
+
+def check(name: str, path: Path, *allowed: str) -> None:
+    """The module imports nothing of ours but what is allowed."""
+    wrong = {other for other in ours(path) if not any(within(other, one) for one in allowed)}
+    # `from broker import protocol` names the bare package too.
+    wrong -= {package for package in OURS if any(one.startswith(package + ".") for one in allowed)}
+    assert not wrong, f"{name} imports {sorted(wrong)}"
+
+
+def test_the_walk_sees_all_three_packages() -> None:
+    names = {name for name, _ in ALL}
+    assert {"broker.protocol.header", "worker.session", "client.session"} <= names
+
+
+def test_the_protocol_imports_nothing_of_ours() -> None:
+    for name, path in modules("broker/protocol"):
+        check(name, path, "broker.protocol")
+
+
+def test_the_brokers_core_imports_only_the_protocol() -> None:
+    found = list(modules("broker/core"))
+    assert found
+    for name, path in found:
+        check(name, path, "broker.core", "broker.protocol")
+
+
+def test_the_broker_knows_neither_workers_nor_clients() -> None:
+    for name, path in modules("broker"):
+        check(name, path, "broker")
+
+
+def test_the_worker_knows_of_the_broker_only_the_protocol() -> None:
+    for name, path in modules("worker"):
+        check(name, path, "worker", "broker.protocol")
+
+
+def test_the_client_knows_of_the_broker_only_the_protocol() -> None:
+    for name, path in modules("client"):
+        # The demo draws its picture with the worker's own generator, and starts the worker itself.
+        extra = ("worker.demo",) if name == "client.cli.demo" else ()
+        check(name, path, "client", "broker.protocol", *extra)
+
+
+def test_the_library_knows_neither_its_commands_nor_the_gateway() -> None:
+    for name, path in modules("client"):
+        if not (within(name, "client.cli") or within(name, "client.gateway")) and (
+            name != "client.__main__"
+        ):
+            wrong = {
+                n for n in ours(path) if within(n, "client.cli") or within(n, "client.gateway")
+            }
+            assert not wrong, f"{name} imports {sorted(wrong)}"
+
+
+def test_zeromq_is_imported_only_where_sockets_are_owned() -> None:
+    for name, path in ALL:
+        if any(within(other, "zmq") for other in imported(path)):
+            assert path.stem in SOCKET_OWNERS, f"{name} imports zmq"
+
+
+#: sans-IO: what a core must not import, whatever it calls it.
+IMPURE = frozenset(
+    ("zmq", "socket", "threading", "asyncio", "logging", "time", "subprocess", "signal", "select")
+)
+
+
+@pytest.mark.parametrize(
+    "core", ["broker.core", "worker.session", "client.session", "client.exchange", "client.dialer"]
+)
+def test_a_core_imports_no_io_and_no_clock(core: str) -> None:
+    found = [(name, path) for name, path in ALL if within(name, core)]
+    assert found
+    for name, path in found:
+        tops = {other.partition(".")[0] for other in imported(path)}
+        assert not tops & IMPURE, f"{name} imports {sorted(tops & IMPURE)}"
+
+
+def test_nobody_pickles() -> None:
+    for name, path in ALL:
+        tops = {other.partition(".")[0] for other in imported(path)}
+        wrong = tops & {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
+        assert not wrong, f"{name} imports {sorted(wrong)}"
+
+
+def test_no_package_imports_anything_by_itself_except_the_clients_public_face() -> None:
+    for package in ("broker", "worker"):
+        assert not imported(ROOT / package / "__init__.py")
+
+
+# --- what an interpreter really loads -------------------------------------------------------------
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Names of all modules after a statement in a fresh interpreter."""
+    code = f"{statement}\nimport sys\nprint('\\n'.join(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return set(result.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import client",
+        "import client.__main__",
+        "import broker.__main__",
+        "import broker.core.controller",
+        "import worker.link",
+    ],
+)
+def test_bus_and_link_load_nothing_heavy(statement: str) -> None:
+    heavy = loaded_by(statement) & HEAVY
+    assert not heavy, f"{statement} loads {sorted(heavy)}"
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["broker.core.controller", "worker.session", "client.session", "broker.protocol.codec"],
+)
+def test_cores_load_without_zeromq(module: str) -> None:
+    # `import client.session` runs the package's own __init__, which is the public face with its
+    # transport; so the core's closure is looked at with the package left empty.
+    blank = (
+        "import sys, types\n"
+        f"package = types.ModuleType({module.partition('.')[0]!r})\n"
+        f"package.__path__ = [{str(ROOT / module.partition('.')[0])!r}]\n"
+        f"sys.modules[{module.partition('.')[0]!r}] = package\n"
+        f"import {module}"
+    )
+    assert "zmq" not in loaded_by(blank)
+
+
+def test_importing_the_client_is_quick() -> None:
+    """The best of several, with the interpreter's own start: others' load only ever adds."""
+
+    def seconds(statement: str) -> float:
+        start_s = time.perf_counter()
+        subprocess.run([sys.executable, "-c", statement], cwd=ROOT, check=True)
+        return time.perf_counter() - start_s
+
+    seconds("import client")  # compiles, and warms the disk's cache
+    taken_s = []
+    while len(taken_s) < TRIES:
+        taken_s.append(seconds("import client"))
+        if taken_s[-1] < IMPORT_CLIENT_S:
+            return
+    raise AssertionError(f"import client takes {min(taken_s):.3f} s at best of {taken_s}")
