@@ -143,7 +143,9 @@ class WorkerCore:
             case fact.Disconnected():
                 self._disconnected(self._connections[event.broker], event.reason, now_s)
             case fact.SendBlocked():
-                self._connections[event.broker].blocked = True
+                connection = self._connections[event.broker]
+                connection.blocked = True
+                self._log("broker reads slowly", connection, level=logging.DEBUG)
             case fact.SendUnblocked():
                 connection = self._connections[event.broker]
                 connection.blocked = False

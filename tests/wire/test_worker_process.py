@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 
 from client import BusError, Client, Stream
 from tests.harness import ROOT, Bus, ManagedProcess, running_bus, wait_until
+from worker.engines import echo
 
 PROMPT = "The quick brown fox jumps over the lazy dog."
 
@@ -66,8 +68,8 @@ class Begun:
 
 def begin(client: Client, prompt: str = PROMPT, **options: Any) -> Begun:
     """Begin a stream; `options` are those of the echo engine."""
-    echo = {"step_delay_ms": 20, **options}
-    return Begun(client.generate(prompt, model="echo", template_args={"echo": echo}, stream=True))
+    arguments = {"echo": {"step_delay_ms": 20, **options}}
+    return Begun(client.generate(prompt, model="echo", template_args=arguments, stream=True))
 
 
 @pytest.fixture
@@ -212,6 +214,47 @@ def test_a_stream_survives_a_broker_that_is_killed_and_is_not_run_twice(one: Bus
     assert lost["requests_held"] == 1
     # The worker ran it once: what was resumed was attached to, not prefilled again.
     assert one.worker_rows()[0]["assigned"] == 0
+
+
+def test_a_broker_that_stands_still_for_a_while_costs_a_pause_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    tokens, streams = 1000, 16
+    with running_bus(tmp_path, 0, "--worker-heartbeat-s", "3") as bus:
+        worker = bus.start_worker("w1", "--log-level", "debug", slots=streams)
+        bus.wait_ready(1)
+        assert bus.broker is not None
+        options = {"mode": "sampled", "answer_tokens": tokens, "step_delay_ms": 1}
+        clients = [bus.client() for _ in range(streams)]
+        texts: dict[int, str] = {}
+
+        def ask(index: int) -> None:
+            answer = clients[index].generate(
+                f"p{index}",
+                model="echo",
+                seed=5,
+                window=1 << 24,
+                logprobs=20,  # half a kilobyte a token, so that buffers fill soon
+                template_args={"echo": options},
+            )
+            texts[index] = answer.text
+
+        threads = [threading.Thread(target=ask, args=(index,)) for index in range(streams)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: bus.worker_rows()[0]["running"] > 0, "running streams")
+        bus.broker.signal(signal.SIGSTOP)
+        try:
+            wait_until(lambda: records(worker, "broker reads slowly"), "a full socket", 12.0)
+        finally:
+            bus.broker.signal(signal.SIGCONT)
+        for thread in threads:
+            thread.join(60)
+        for index in range(streams):
+            seeds = (5, zlib.crc32(f"p{index}".encode()))
+            expected = [echo.sampled_token(*seeds, position) for position in range(tokens)]
+            assert texts[index] == echo.detokenize(expected)
+        assert not records(worker, "broker lost")
 
 
 # --- drain ----------------------------------------------------------------------------------------
@@ -376,3 +419,42 @@ def test_many_streams_share_a_worker_and_each_gets_its_own_text(
         thread.join(60)
     assert [texts[index] for index in range(len(prompts))] == prompts
     bus.wait_idle()
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    """A folder of keys as the broker makes them."""
+    folder = tmp_path / "keys"
+    subprocess.run(
+        [sys.executable, "-m", "broker", "keys", str(folder)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    return folder
+
+
+def test_a_worker_joins_with_its_key_and_others_are_told_why_not(
+    tmp_path: Path, keys: Path
+) -> None:
+    bus = Bus(tmp_path, "--keys", str(keys))
+    try:
+        bus.start_broker()
+        server = ["--server-key", str(keys / "broker.key")]
+        good = bus.start_worker("good", *server, "--key", str(keys / "worker.key_secret"))
+        wrong = bus.start_worker("wrong", *server, "--key", str(keys / "client.key_secret"))
+        bare = bus.start_worker("bare")
+        wait_until(
+            lambda: records(good, "broker connected"), "the worker with its key", story=good.log
+        )
+        for worker, words in ((wrong, "refuses this worker's key"), (bare, "CURVE")):
+            (absent,) = wait_until(
+                lambda worker=worker: records(worker, "broker absent"), "a reason", story=worker.log
+            )
+            assert words in absent["cause"]
+            assert not records(worker, "broker connected")
+    finally:
+        bus.stop()
