@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import re
@@ -49,7 +50,14 @@ def options(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--repeats", type=int, default=None, help="runs of each case (default 5, with --quick 3)"
     )
+    parser.add_argument(
+        "--without", type=_names, default=frozenset(), help="peers to leave out: fastchat, ..."
+    )
     return parser
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(filter(None, text.split(",")))
 
 
 def repeats(arguments: argparse.Namespace) -> int:
@@ -120,8 +128,8 @@ def percentile(values: Sequence[float], percent: float) -> float:
     if not values:
         return float("nan")
     ordered = sorted(values)
-    rank = max(0, min(len(ordered) - 1, round(percent / 100 * len(ordered) + 0.5) - 1))
-    return ordered[rank]
+    rank = math.ceil(percent / 100 * len(ordered))
+    return ordered[max(1, rank) - 1]
 
 
 # --- CPU ------------------------------------------------------------------------------------------
@@ -417,9 +425,8 @@ class Report:
             if arguments.json:
                 Path(arguments.json).write_text(self.json_lines())
         if arguments.plot:
-            if plot is None:
-                raise SystemExit("this script has nothing to plot")
-            draw(arguments.plot, self.title, lambda figure: plot(figure, self.rows))
+            fill = plot or bars
+            draw(arguments.plot, self.title, lambda figure: fill(figure, self.rows))
 
 
 def _median(value: Sample | float) -> float:
@@ -488,6 +495,22 @@ def curves(
     axes.grid(True, which="both", alpha=0.3)
     if lines:
         axes.legend(fontsize="small")
+
+
+def bars(figure: Any, rows: list[Row]) -> None:
+    """Fill a figure with the ratios to the peers, or with the values where there is no peer."""
+    compared = [row for row in rows if row.ratio is not None]
+    shown = (compared or rows)[:40]
+    labels = [
+        " ".join([row.name, *(_text(value) for value in row.parameters.values()), row.peer or ""])
+        for row in shown
+    ]
+    axes = figure.subplots()
+    axes.barh(range(len(shown)), [row.ratio if compared else row.value for row in shown])
+    axes.set_yticks(range(len(shown)), labels, fontsize="xx-small")
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("times the peer" if compared else "value")
 
 
 # --- the machine ----------------------------------------------------------------------------------

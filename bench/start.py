@@ -199,12 +199,13 @@ def measure(arguments: argparse.Namespace) -> Report:
         "worker (echo)": worker_start,
         "client": client_start,
     }
-    try:
-        fastchat_controller_start()
-        cases["fastchat controller"] = fastchat_controller_start
-        cases["fastchat"] = fastchat_start
-    except Unavailable as missing:
-        report.note(f"fastchat was not measured: {missing}")
+    if "fastchat" not in arguments.without:
+        try:
+            fastchat_controller_start()
+            cases["fastchat controller"] = fastchat_controller_start
+            cases["fastchat"] = fastchat_start
+        except Unavailable as missing:
+            report.note(f"fastchat was not measured: {missing}")
     seen = interleave(cases, times)
     controller = seen.pop("fastchat controller", {})
     fastchat = seen.pop("fastchat", {})

@@ -277,13 +277,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--paced", type=integers, help="streams at once, paced at 20 ms")
     parser.add_argument("--tokens", type=int, default=16_384, help="tokens of a run, about")
     parser.add_argument(
-        "--without", default="", help="leave out: fastchat, nats, zmq_proxy, gateway"
-    )
-    parser.add_argument(
         "--fastchat-streams", type=int, default=64, help="most streams given to FastChat"
     )
     arguments = parser.parse_args(argv)
-    arguments.without = set(arguments.without.split(","))
     asyncio.run(measure(arguments)).finish(arguments, plot)
 
 

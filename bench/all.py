@@ -1,0 +1,74 @@
+"""Run every benchmark and write one results file: `python -m bench.all --quick`.
+
+Each script is a process of its own, so that none measures what another left behind. The file holds
+the JSON lines of all scripts, each with the name of its script; tables go to standard output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.common import ROOT, python
+
+SCRIPTS = ("hop", "stream", "scale", "images", "start", "engine")
+RESULTS = ROOT / "bench" / "results.json"
+LIMIT_S = {True: 180.0, False: 1800.0}
+"""Of one script, with and without --quick: a machine under load takes longer than a quiet one."""
+
+
+def run(script: str, arguments: argparse.Namespace, lines: Path) -> list[str] | None:
+    """One script's JSON lines; None when it failed, which was printed."""
+    command = python("-m", f"bench.{script}", "--json", str(lines))
+    if arguments.quick:
+        command.append("--quick")
+    if arguments.plots:
+        command += ["--plot", str(arguments.plots / f"{script}.svg")]
+    began = time.monotonic()
+    try:
+        subprocess.run(command, cwd=ROOT, check=True, timeout=LIMIT_S[arguments.quick])
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        print(f"bench.{script} failed: {error}", file=sys.stderr)
+        return None
+    print(f"({script}: {time.monotonic() - began:.0f} s)\n", flush=True)
+    return lines.read_text().splitlines()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run all; 1 when one failed."""
+    parser = argparse.ArgumentParser(description="All benchmarks, one results file.")
+    parser.add_argument("--quick", action="store_true", help="a minute or less for each")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="results [bench/results.json]")
+    parser.add_argument("--plots", type=Path, help="folder for plots; needs matplotlib")
+    parser.add_argument("--only", default=",".join(SCRIPTS), help="scripts, a list")
+    arguments = parser.parse_args(argv)
+    if arguments.plots:
+        arguments.plots.mkdir(parents=True, exist_ok=True)
+    written: list[str] = []
+    failed = []
+    with tempfile.TemporaryDirectory(prefix="tb-") as folder:
+        for script in filter(None, arguments.only.split(",")):
+            lines = run(script, arguments, Path(folder) / f"{script}.json")
+            if lines is None:
+                failed.append(script)
+                continue
+            for line in lines:
+                row = json.loads(line)
+                written.append(json.dumps({"name": row.pop("name"), "script": script, **row}))
+    arguments.json.write_text("\n".join(written) + "\n")
+    print(f"{len(written)} lines in {arguments.json}")
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

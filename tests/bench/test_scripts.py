@@ -1,0 +1,81 @@
+"""Each benchmark runs at a tiny size and writes the JSON lines that its readers rely on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(script: str, *arguments: str) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", f"bench.{script}", "--quick", "--json", "-", "--repeats", "1"]
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert rows[0]["name"] == "machine"
+    for row in rows:
+        assert isinstance(row["name"], str)
+        assert isinstance(row["value"], int | float)
+        assert isinstance(row["unit"], str)
+    return rows[1:]
+
+
+def test_hop_measures_the_broker_beside_both_proxies() -> None:
+    rows = run("hop", "--events", "1,16", "--streams", "10", "--messages", "512", "--clients", "4")
+    costs = [row for row in rows if row["name"] == "hop.cpu_us_per_message"]
+    assert {row["peer"] for row in costs} == {"zmq_proxy", "monitored_queue", "python_floor"}
+    for row in costs:
+        assert row["value"] > 0
+        assert row["ratio"] == pytest.approx(row["value"] / row["peer_value"])
+    assert {row["events_per_message"] for row in costs} == {1, 16}
+    assert {row["streams"] for row in costs} == {10, 64}
+
+
+def test_stream_measures_rate_first_token_and_delay_through_the_whole_bus() -> None:
+    rows = run(
+        "stream",
+        *("--streams", "4", "--batched", "4", "--paced", "4", "--tokens", "256"),
+        *("--without", "fastchat,nats,gateway"),
+    )
+    rates = [row for row in rows if row["name"] == "stream.tokens_per_s"]
+    assert all(row["value"] > 0 for row in rates)
+    assert any(row.get("peer") == "zmq_proxy" and row["ratio"] > 0 for row in rates)
+    paced = {row["name"]: row["value"] for row in rows if row.get("paced_ms") == 20}
+    assert paced["stream.delay_ms_p99"] >= paced["stream.delay_ms_p50"] > 0
+    parties = {row["name"].rsplit(".", 1)[1] for row in rows if ".cpu_us_per_token." in row["name"]}
+    assert parties == {"engine", "link", "broker", "client"}
+
+
+def test_scale_registers_every_peer_and_spreads_the_requests_evenly() -> None:
+    rows = run("scale", "--workers", "4", "--clients", "20")
+    values = {row["name"]: row["value"] for row in rows}
+    assert values["scale.jain_index_workers"] == 1.0
+    assert values["scale.messages_per_s"] > 0
+    (fair,) = [row for row in rows if row["name"] == "scale.assignments_until_served"]
+    # Round robin between the two clients: ten of each.
+    assert fair["value"] == 20
+    assert {row["what"] for row in rows if row["name"] == "scale.restart_s"} == {
+        "broker listens",
+        "all peers registered",
+    }
+
+
+def test_images_go_through_with_and_without_curve() -> None:
+    rows = run("images", "--without", "fastchat", "--kib", "16", "--mib", "1")
+    rates = {row["curve"]: row["value"] for row in rows if row["name"] == "images.mib_per_s"}
+    assert rates.keys() == {True, False}
+    assert min(rates.values()) > 0
+
+
+def test_start_measures_imports_and_first_requests() -> None:
+    rows = run("start", "--without", "fastchat")
+    imports = [row for row in rows if row["name"] == "start.import_cpu_ms"]
+    assert {"client", "broker", "worker link", "dependencies"} <= {row["what"] for row in imports}
+    firsts = {row["what"]: row["value"] for row in rows if row["name"] == "start.first_request_ms"}
+    assert {"broker", "worker (echo)", "client"} <= firsts.keys()
