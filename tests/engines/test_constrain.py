@@ -16,7 +16,12 @@ import torch
 from broker.protocol.errors import ErrorCode, RequestError
 from broker.protocol.messages import Constraint, Params
 from tests.engines import tiny_tokenizers
-from worker.engines.transformers.constrain import ConstraintFactory, ConstraintState
+from worker.engines.transformers.constrain import (
+    ConstraintFactory,
+    ConstraintState,
+    _spread,
+    _unpacked,
+)
 from worker.engines.transformers.sampling import Sampler, SamplerRow
 from worker.engines.transformers.text import TextStream, token_table
 
@@ -424,3 +429,9 @@ def test_a_tokenizer_of_another_kind_is_named() -> None:
 def test_a_model_without_an_end_token_is_refused() -> None:
     with pytest.raises(RequestError, match="no end token"):
         ConstraintFactory(tiny_tokenizers.byte_level()).build(Constraint(type="json_object"), [])
+
+
+def test_masks_are_unpacked_alike_on_the_cpu_and_on_accelerators() -> None:
+    masks = torch.randint(-(1 << 31), 1 << 31, (3, 7), dtype=torch.int32)
+    assert torch.equal(_spread(masks), _unpacked(masks, torch.device("cpu")))
+    assert _spread(masks).shape == (3, 7 * 32)

@@ -18,6 +18,7 @@ from functools import cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from broker.protocol.errors import ErrorCode, RequestError
@@ -152,10 +153,7 @@ def mask_logits_(
         elif state._matcher.is_error():
             failed[row] = state._failure()
     vocab_size = logits.shape[1]
-    forbidden = (
-        masks.to(logits.device, non_blocking=True)[:, :, None] & _BITS.to(logits.device)
-    ) == 0
-    forbidden = forbidden.view(len(states), -1)[:, :vocab_size]
+    forbidden = _unpacked(~masks, logits.device)[:, :vocab_size]
     if (beyond := vocab_size - forbidden.shape[1]) > 0:  # padding of the model's output
         forbidden = torch.nn.functional.pad(forbidden, (0, beyond), value=True)
     if len(rows) == len(logits):
@@ -177,6 +175,19 @@ def _mask_of(token_ids: Iterable[int], words: int) -> torch.Tensor:
         if token_id < words * _WORD_BITS:
             mask[token_id // _WORD_BITS] |= _BITS[token_id % _WORD_BITS]
     return mask
+
+
+def _unpacked(masks: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Masks [R, words] on the CPU as bool [R, 32 * words] on the device."""
+    if device.type == "cpu":  # NumPy does it in a tenth of the time
+        octets = masks.numpy().view(np.uint8)
+        return torch.from_numpy(np.unpackbits(octets, axis=1, bitorder="little").view(np.bool_))
+    return _spread(masks.to(device, non_blocking=True))
+
+
+def _spread(masks: torch.Tensor) -> torch.Tensor:
+    """Masks as bool, where they are."""
+    return (masks[:, :, None] & _BITS.to(masks.device) != 0).flatten(1)
 
 
 @cache
