@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from broker import config as options
-from broker.auth import Gate, KeyFileError, keys_command, load_allow_lists, load_broker_key, protect
-from broker.config import Config, ConfigError
+from broker.config import Config, ConfigError, StartError
 from broker.core.controller import BrokerCore
 from broker.core.events import Side
 from broker.log import Logger
@@ -40,14 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if given[:1] == ["keys"]:
-            print(keys_command(given[1:], program=f"{PROGRAM} keys"))
+            from broker import auth
+
+            print(auth.keys_command(given[1:], program=f"{PROGRAM} keys"))
             return 0
         if given[:1] == ["check"]:
             return _check(options.read(given[1:], program=f"{PROGRAM} check"))
         return _serve(options.read(given, program=PROGRAM))
     except ConfigError as error:
         return _complain(str(error), 2)
-    except (BindError, KeyFileError) as error:
+    except StartError as error:
         return _complain(str(error), 1)
 
 
@@ -67,15 +68,18 @@ def _serve(config: Config) -> int:
     gate = None
     try:
         if config.keys:
-            _, secret = load_broker_key(Path(config.keys))
-            gate = Gate(context, Path(config.keys), log)
-            protect(front, Side.FRONT, secret)
-            protect(back, Side.BACK, secret)
+            from broker import auth
+
+            _, secret = auth.load_broker_key(Path(config.keys))
+            gate = auth.Gate(context, Path(config.keys), log)
+            auth.protect(front, Side.FRONT, secret)
+            auth.protect(back, Side.BACK, secret)
         fronts = bind(front, config.front)
         backs = bind(back, config.back)
         access = gate.event() if gate is not None else None
         core = BrokerCore(config, access=access, now_s=time.monotonic())
         loop = BrokerLoop(config, core, front, back, log, gate=gate)
+        loop.catch_signals()
         _announce(config, fronts, backs)
         gc.collect()
         gc.freeze()
@@ -91,7 +95,10 @@ def _serve(config: Config) -> int:
 
 def _check_addresses(config: Config) -> None:
     for address in (*config.front, *config.back):
-        check_address(address)
+        try:
+            check_address(address)
+        except BindError as error:
+            raise ConfigError(str(error)) from None
         if not (is_local(address) or config.keys or config.insecure):
             raise ConfigError(
                 f"{address} can be reached from other machines and CURVE is off: everybody there "
@@ -104,8 +111,10 @@ def _check(config: Config) -> int:
     """Say whether a broker could start with these options, without starting one."""
     _check_addresses(config)
     if config.keys:
-        load_broker_key(Path(config.keys))
-        allowed = load_allow_lists(Path(config.keys)).as_event()
+        from broker import auth
+
+        auth.load_broker_key(Path(config.keys))
+        allowed = auth.load_allow_lists(Path(config.keys)).as_event()
         print(
             f"CURVE on: {len(allowed.clients)} keys at the front, of them "
             f"{len(allowed.operators)} operators; {len(allowed.workers)} workers"

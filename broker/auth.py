@@ -3,6 +3,7 @@
 A folder made by `python -m broker keys` holds the broker's key pair, key pairs to hand out, and one
 allow-list for each kind of peer. Files use pyzmq's certificate format. The gate runs inside the
 broker's loop, not in a thread of its own, so it cannot die unnoticed. Secret keys are never logged.
+Import it only where keys are used: pyzmq's certificates load asyncio.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import zmq
 import zmq.auth
 from zmq.utils import z85
 
+from broker.config import StartError
 from broker.core.events import AccessChanged, Side
 from broker.log import Logger
 
@@ -32,7 +34,7 @@ LOGGED_A_SECOND: Final = 10
 GATE_BATCH: Final = 64
 
 
-class KeyFileError(Exception):
+class KeyFileError(StartError):
     """Keys or allow-lists cannot be used; the message says which file, why, and what to do."""
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,10 @@ from typing import Any
 from broker.core.settings import CoreSettings, option
 
 ENV_PREFIX = "TOKENBUS_"
+
+
+class StartError(Exception):
+    """The broker cannot start; the message says why, and what to do."""
 
 
 class ConfigError(Exception):
@@ -98,6 +101,8 @@ def changed(config: Config) -> dict[str, Any]:
 
 
 def _from_file(path: Path) -> dict[str, Any]:
+    import tomllib  # a tenth of the start-up time, and most brokers have no file
+
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

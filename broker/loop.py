@@ -9,15 +9,14 @@ from __future__ import annotations
 import math
 import signal
 import socket as sockets
+import struct
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
-from broker.auth import Gate
 from broker.config import Config
 from broker.core.controller import BrokerCore
 from broker.core.events import (
@@ -38,6 +37,9 @@ from broker.protocol import codec
 from broker.protocol.header import MessageType
 from broker.protocol.limits import MAX_FRAMES, MAX_OUTPUT_OCTETS
 
+if TYPE_CHECKING:
+    from broker.auth import Gate
+
 BACK_BATCH: Final = 512
 """Messages taken from the back before the front has its turn: a few milliseconds."""
 FRONT_BATCH: Final = 64
@@ -53,6 +55,8 @@ MONITOR_BATCH: Final = 256
 """Without descriptors left, accept fails many thousand times a second."""
 NO_EVENTS: Final = codec.pack([])
 HELLO_OCTET: Final = bytes((MessageType.HELLO,))
+_MONITOR_EVENT: Final = struct.Struct("=HI")
+"""Number and value, as libzmq's manual has it; pyzmq's own parser would load asyncio."""
 SMALL_BYTES: Final = 64 * 1024
 """Below, copying a frame is cheaper than not copying it."""
 
@@ -106,7 +110,7 @@ class BrokerLoop:
     # --- running ----------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Run until the core says stop. Signals are handled while this runs."""
+        """Run until the core says stop."""
         front, back = self._sockets[Side.FRONT], self._sockets[Side.BACK]
         monitors = {
             self._monitor(front): Side.FRONT,
@@ -119,7 +123,6 @@ class BrokerLoop:
         gate = self._gate
         if gate is not None:
             poller.register(gate.socket, zmq.POLLIN)
-        self._catch_signals()
         clock, core = self._clock, self._core
         busy_since_s = clock()
         while self._running:
@@ -203,15 +206,16 @@ class BrokerLoop:
                 body = self._output_body(back, routing_id, now_s)
                 if outgoing and client_id in outgoing:
                     self._queue(Side.FRONT, client_id, (client_head, body), now_s)
-                    continue
-                try:
-                    send(client_id, more_follows)
-                except zmq.ZMQError as error:
-                    self._not_sent(error, Side.FRONT, client_id, (client_head, body), now_s)
+                else:
+                    try:
+                        send(client_id, more_follows)
+                    except zmq.ZMQError as error:
+                        self._not_sent(error, Side.FRONT, client_id, (client_head, body), now_s)
+                    else:
+                        send(client_head, more_follows)
+                        send(body, dont_wait)
+                if self._pending:
                     self._feed_pending(now_s)
-                    continue
-                send(client_head, more_follows)
-                send(body, dont_wait)
         except zmq.Again:
             return True
         finally:
@@ -232,7 +236,7 @@ class BrokerLoop:
                 return frame.bytes
         except zmq.Again:
             pass
-        # Without frames, the core ends the session for broken framing.
+        # Without frames, the core ends the session for broken framing; after this OUTPUT is sent.
         self._pending.append(MessageReceived(Side.BACK, routing_id, ()))
         if frame is not None and frame.more:
             next_id = frame.bytes
@@ -242,7 +246,6 @@ class BrokerLoop:
                 self._pending.append(self._message(Side.BACK, next_id, back.recv(zmq.DONTWAIT)))
             else:
                 self._skip(back)
-        self._feed_pending(now_s)
         return NO_EVENTS
 
     def _drain_front(self, now_s: float) -> bool:
@@ -364,8 +367,8 @@ class BrokerLoop:
         if change is not None:
             self._pending.append(change)
 
-    def _catch_signals(self) -> None:
-        """Make signals readable, so that `poll` wakes for them."""
+    def catch_signals(self) -> None:
+        """From now on signals wait for `run` and wake its `poll`. On the main thread only."""
         self._signals.setblocking(False)
         self._signal_writer.setblocking(False)
         signal.set_wakeup_fd(self._signal_writer.fileno(), warn_on_full_buffer=False)
@@ -404,8 +407,8 @@ class BrokerLoop:
         seen: Counter[int] = Counter()
         try:
             for _ in range(MONITOR_BATCH):
-                event = recv_monitor_message(monitor, zmq.DONTWAIT)
-                seen[event["event"]] += 1
+                event, _address = monitor.recv_multipart(zmq.DONTWAIT)
+                seen[_MONITOR_EVENT.unpack(event)[0]] += 1
         except zmq.Again:
             pass
         if seen.pop(zmq.EVENT_DISCONNECTED, 0):

@@ -13,13 +13,14 @@ from urllib.parse import urlsplit
 
 import zmq
 
+from broker.config import StartError
 from broker.protocol.limits import (
     MAX_ATTACHMENT_OCTETS,
     MAX_HELLO_OCTETS,
 )
 
 
-class BindError(Exception):
+class BindError(StartError):
     """An address cannot be listened on; the message says which, why, and what to do."""
 
 

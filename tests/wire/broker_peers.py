@@ -1,0 +1,244 @@
+"""A broker process and raw DEALER peers that speak the protocol frame by frame."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import zmq
+
+from broker.protocol import codec, header, limits
+from broker.protocol.header import Header, MessageType
+from broker.protocol.messages import (
+    Assign,
+    Credit,
+    EndEvent,
+    Finished,
+    FinishReason,
+    Heartbeat,
+    Hello,
+    Kind,
+    Ledger,
+    ModelInfo,
+    Query,
+    Request,
+    Timings,
+    TokensEvent,
+    Usage,
+    new_id,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 20.0
+
+
+def wait_until(condition: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:
+    """Wait for a condition and return its value."""
+    until_s = time.monotonic() + patience_s
+    while not (value := condition()):
+        assert time.monotonic() < until_s, f"waited {patience_s} s in vain for {what}"
+        time.sleep(0.005)
+    return value
+
+
+class BrokerProcess:
+    """`python -m broker` on free addresses."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.ready_file = folder / "ready.json"
+        self.log_file = folder / "broker.log"
+        given = " ".join(options)
+        if "--front" not in given:
+            options += ("--front", "tcp://127.0.0.1:*")
+        if "--back" not in given:
+            options += ("--back", "tcp://127.0.0.1:*")
+        with self.log_file.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "broker", "--ready-file", str(self.ready_file), *options],
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+            )
+        wait_until(lambda: self.ready_file.exists() or self.process.poll() is not None, "a start")
+        assert self.process.poll() is None, self.log
+        self.ready = json.loads(self.ready_file.read_text())
+        self.front: str = self.ready["front"][0]
+        self.back: str = self.ready["back"][0]
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.process.pid, number)
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.signal(signal.SIGCONT)
+            self.process.terminate()
+            try:
+                self.process.wait(5)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait(5)
+
+
+@contextmanager
+def running_broker(folder: Path, *options: str) -> Iterator[BrokerProcess]:
+    broker = BrokerProcess(folder, *options)
+    try:
+        yield broker
+    finally:
+        broker.stop()
+
+
+@contextmanager
+def peers_context() -> Iterator[zmq.Context[Any]]:
+    """A context for raw peers; closes whatever sockets they left open."""
+    with zmq.Context() as context:
+        try:
+            yield context
+        finally:
+            while RawPeer.open_sockets:
+                RawPeer.open_sockets.pop().close(linger=0)
+
+
+class RawPeer:
+    """One DEALER connection, driven by hand. It sends no heartbeats by itself."""
+
+    open_sockets: ClassVar[list[zmq.Socket[Any]]] = []
+
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        address: str,
+        *,
+        keys: tuple[bytes, bytes, bytes] | None = None,
+        receive_limit: int = 1000,
+    ) -> None:
+        self.socket = context.socket(zmq.DEALER)
+        self.open_sockets.append(self.socket)
+        self.socket.setsockopt(zmq.ROUTING_ID, new_id())
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.RCVHWM, receive_limit)
+        if keys is not None:
+            server, public, secret = keys
+            self.socket.setsockopt(zmq.CURVE_SERVERKEY, server)
+            self.socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
+            self.socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
+        self.socket.connect(address)
+        self.sequence = 0
+        self.id = header.NO_ID
+
+    def send(self, type_: MessageType, id_: bytes, body: Any, *more: bytes, flags: int = 0) -> None:
+        octets = body if isinstance(body, bytes) else codec.encode(body)
+        head = header.encode(type_, id_, self.sequence, flags)
+        self.socket.send_multipart([head, octets, *more])
+        self.sequence += 1
+
+    def receive(self, patience_s: float = PATIENCE_S) -> tuple[Header, list[bytes]]:
+        """The next message that is not a heartbeat."""
+        until_s = time.monotonic() + patience_s
+        while True:
+            left_ms = max(0, int((until_s - time.monotonic()) * 1000))
+            assert self.socket.poll(left_ms), "no message came"
+            head, *frames = self.socket.recv_multipart()
+            decoded = header.decode(head)
+            if decoded.type is not MessageType.HEARTBEAT:
+                return decoded, frames
+
+    def expect(self, type_: MessageType, patience_s: float = PATIENCE_S) -> tuple[Header, Any]:
+        """The next message, which has this type; its body as plain values."""
+        head, frames = self.receive(patience_s)
+        body = codec.unpack(frames[0], limits.MAX_REQUEST_OCTETS)
+        assert head.type is type_, (head, body)
+        return head, body
+
+    def hello(self, **body: Any) -> dict[str, Any]:
+        self.send(MessageType.HELLO, header.NO_ID, Hello(**body))
+        head, welcome = self.expect(MessageType.WELCOME)
+        self.id = head.id
+        return dict(welcome)
+
+    def beat(self) -> None:
+        self.send(MessageType.HEARTBEAT, self.id, Heartbeat())
+
+    def close(self) -> None:
+        self.socket.close(linger=0)
+
+
+class RawClient(RawPeer):
+    """A client by hand."""
+
+    def request(self, model: str = "demo", *attachments: bytes, **body: Any) -> bytes:
+        request_id = new_id()
+        given = {"kind": Kind.COMPLETE, "prompt": "Once", "window": 1 << 40} | body
+        value = Request(model=model, attachments=[{} for _ in attachments], **given)
+        self.send(MessageType.REQUEST, request_id, value, *attachments)
+        return request_id
+
+    def query(self, verb: str, **args: Any) -> Any:
+        self.send(MessageType.QUERY, new_id(), Query(verb=verb, args=args))
+        while True:
+            head, frames = self.receive()
+            if head.type is MessageType.ANSWER:
+                answer = codec.unpack(frames[0], limits.MAX_ANSWER_OCTETS)
+                return answer.get("result", answer.get("error"))
+
+
+class RawWorker(RawPeer):
+    """A worker by hand."""
+
+    granted = 0
+
+    def join(
+        self, name: str = "worker", *, slots: int = 4, models: Sequence[str] = ("demo",)
+    ) -> None:
+        self.hello(
+            role="worker", name=name, models=[ModelInfo(name=m) for m in models], capacity=slots
+        )
+        self.granted = slots
+        self.send(MessageType.CREDIT, self.id, Credit(granted=slots))
+
+    def take(self) -> tuple[bytes, Assign, list[bytes]]:
+        """The next ASSIGN: request id, its first body, the client's frames."""
+        head, frames = self.receive()
+        assert head.type is MessageType.ASSIGN, head
+        return head.id, codec.decode(Assign, frames[0], limits.MAX_CONTROL_OCTETS), frames[1:]
+
+    def tokens(self, request_id: bytes, reply_to: bytes, offset: int, text: str = "x") -> None:
+        event = TokensEvent(request_id, 0, offset, [1], text)
+        self.send(MessageType.OUTPUT, reply_to, codec.encode_events([event]))
+
+    def finish(self, request_id: bytes, reply_to: bytes, tokens: int) -> None:
+        self.granted += 1
+        end = EndEvent(request_id, 0, tokens, FinishReason.STOP, "", Usage(), Timings())
+        ledger = Ledger(self.granted, [Finished(request_id, "stop", 1, tokens)])
+        body, frame = codec.encode_events([end]), codec.encode(ledger)
+        self.send(MessageType.OUTPUT, reply_to, body, frame, flags=1)
+
+
+def stream_works(client: RawClient, worker: RawWorker) -> None:
+    """One whole stream from end to end."""
+    request_id = client.request()
+    assigned_id, assign, _ = worker.take()
+    assert assigned_id == request_id
+    for offset in range(3):
+        worker.tokens(request_id, assign.reply_to, offset)
+    worker.finish(request_id, assign.reply_to, 3)
+    client.expect(MessageType.ACCEPTED)
+    events = []
+    for _ in range(4):
+        head, frames = client.receive()
+        assert head.type is MessageType.OUTPUT
+        events += codec.decode_events(frames[0], limits.MAX_OUTPUT_OCTETS)
+    assert [event.offset for event in events] == [0, 1, 2, 3]
+    assert {event.request_id for event in events} == {request_id}

@@ -1,0 +1,273 @@
+"""The broker on real sockets: keys, slow readers, hostile frames, dead and sleeping parties."""
+
+from __future__ import annotations
+
+import random
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+import zmq.auth
+
+from broker import auth
+from broker.protocol import codec, header
+from broker.protocol.header import MessageType
+from broker.protocol.messages import new_id
+from tests.wire.broker_peers import (
+    BrokerProcess,
+    RawClient,
+    RawPeer,
+    RawWorker,
+    peers_context,
+    running_broker,
+    stream_works,
+    wait_until,
+)
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context[Any]]:
+    with peers_context() as context:
+        yield context
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[BrokerProcess]:
+    with running_broker(tmp_path) as broker:
+        yield broker
+
+
+def pair(context: zmq.Context[Any], broker: BrokerProcess) -> tuple[RawWorker, RawClient]:
+    worker, client = RawWorker(context, broker.back), RawClient(context, broker.front)
+    worker.join()
+    client.hello(role="client", name="client")
+    return worker, client
+
+
+# --- loss -----------------------------------------------------------------------------------------
+
+
+def test_the_client_is_told_within_a_second_that_its_worker_s_connection_broke(
+    context: zmq.Context[Any], broker: BrokerProcess
+) -> None:
+    worker, client = pair(context, broker)
+    client.request()
+    client.expect(MessageType.ACCEPTED)
+    worker.close()
+    _, told = client.expect(MessageType.INTERRUPTED, patience_s=1.0)
+    assert (told["worker"], told["lost"]) == ("worker", True)
+
+
+def test_a_broker_that_was_stopped_loses_nobody(tmp_path: Path, context: zmq.Context[Any]) -> None:
+    options = ("--worker-heartbeat-s", "0.2", "--client-heartbeat-s", "0.2")
+    with running_broker(tmp_path, *options) as broker:
+        worker, client = pair(context, broker)
+        broker.signal(signal.SIGSTOP)
+        time.sleep(1.5)  # longer than any liveness; the length of the stop is what is tested
+        broker.signal(signal.SIGCONT)
+        worker.beat()
+        client.beat()
+        stream_works(client, worker)
+        assert "late" in broker.log
+
+
+# --- slow readers ---------------------------------------------------------------------------------
+
+
+def test_a_client_that_does_not_read_is_cut_off_and_nobody_else_suffers(
+    tmp_path: Path, context: zmq.Context[Any]
+) -> None:
+    options = ("--high-water-mark", "10", "--outgoing-messages", "20", "--orphan-grace-s", "0.2")
+    with running_broker(tmp_path, *options) as broker:
+        worker, good = pair(context, broker)
+        slow = RawClient(context, broker.front, receive_limit=1)
+        slow.hello(role="client", name="slow")
+        request_id = slow.request()
+        _, assign, _ = worker.take()
+        text = "x" * 200_000
+        for offset in range(10_000):
+            worker.tokens(request_id, assign.reply_to, offset, text)
+            if offset % 50 == 0:
+                good.beat()
+                if "slow" not in {client["name"] for client in good.query("bus.clients")}:
+                    break
+        else:
+            pytest.fail("it was never cut off")
+        stats = good.query("bus.stats")
+        assert stats["peers_overflowed_total"] == 1
+        assert worker.receive()[0].type is MessageType.CANCEL, "its request was an orphan"
+        stream_works(good, worker)
+        last = header.decode(slow.socket.recv_multipart()[0])
+        while last.type is not MessageType.GOODBYE:
+            previous, last = last.sequence, slow.receive()[0]
+            assert last.sequence == previous + 1, "no single message was dropped"
+
+
+# --- hostile frames -------------------------------------------------------------------------------
+
+
+def test_garbage_of_every_shape_ends_only_the_connection_that_sent_it(
+    context: zmq.Context[Any], broker: BrokerProcess
+) -> None:
+    worker, client = pair(context, broker)
+    generator = random.Random(17)
+    for address in (broker.front, broker.back):
+        role = "client" if address == broker.front else "worker"
+        for _ in range(40):
+            peer = RawPeer(context, address)
+            if generator.random() < 0.5:
+                peer.hello(role=role, name="fuzz")
+            for _ in range(5):
+                frames = [generator.randbytes(generator.choice((0, 5, 32, 900))) for _ in range(3)]
+                if generator.random() < 0.6:
+                    type_ = generator.choice(list(MessageType))
+                    frames[0] = header.encode(
+                        type_, new_id(), peer.sequence, generator.randrange(4)
+                    )
+                peer.socket.send_multipart(frames[: generator.randrange(1, 4)])
+            peer.close()
+        RawPeer(context, address).socket.send_multipart([b""] * 5000)
+        host, _, port = address.removeprefix("tcp://").partition(":")
+        with socket.create_connection((host, int(port))) as raw:
+            raw.sendall(b"GET / HTTP/1.1\r\n\r\n" + generator.randbytes(500))
+    stream_works(client, worker)
+    assert broker.process.poll() is None
+    assert "Traceback" not in broker.log
+
+
+def test_a_frame_that_is_too_large_ends_only_its_connection(
+    context: zmq.Context[Any], broker: BrokerProcess
+) -> None:
+    worker, client = pair(context, broker)
+    for address, size in ((broker.front, 17 << 20), (broker.back, 5 << 20)):
+        peer = RawPeer(context, address)
+        peer.socket.send_multipart([bytes(32), bytes(size)])
+    stream_works(client, worker)
+
+
+@pytest.mark.parametrize(
+    "shape", ["header only", "one frame more", "three frames more", "too large"]
+)
+def test_a_worker_that_breaks_the_framing_of_output_harms_nobody_else(
+    context: zmq.Context[Any], broker: BrokerProcess, shape: str
+) -> None:
+    """The fast path reads no more frames than it must: the end of a message is still found."""
+    worker, client = pair(context, broker)
+    hostile = RawWorker(context, broker.back)
+    hostile.join("hostile", models=("evil",))
+    request_id = client.request("evil")
+    _, assign, _ = hostile.take()
+    client.expect(MessageType.ACCEPTED)
+    head = header.encode(MessageType.OUTPUT, assign.reply_to, hostile.sequence)
+    body = codec.encode_events([])
+    frames = {
+        "header only": [head],
+        "one frame more": [head, body, b"x"],
+        "three frames more": [head, body, *[worker.socket.getsockopt(zmq.ROUTING_ID)[:15]] * 3],
+        "too large": [head, bytes(2 << 20)],
+    }[shape]
+    hostile.socket.send_multipart(frames)
+    for _ in range(20):
+        worker.beat()
+    newcomer = RawWorker(context, broker.back)
+    newcomer.join("newcomer", models=("new",))
+    assert hostile.expect(MessageType.REFUSE)[1]["error"]["code"] == "protocol_error"
+    head_, body_ = client.expect(MessageType.OUTPUT)
+    assert (head_.sequence, body_) == (2, []), "the client's sequence goes on"
+    assert client.expect(MessageType.INTERRUPTED)[0].id == request_id
+    stream_works(client, worker)
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+
+def certificate(folder: Path, name: str) -> tuple[bytes, bytes, bytes]:
+    server, _ = zmq.auth.load_certificate(folder / "broker.key")
+    public, secret = zmq.auth.load_certificate(folder / f"{name}.key_secret")
+    assert secret is not None
+    return server, public, secret
+
+
+def test_keys_on_the_list_come_in_others_do_not_and_the_log_says_who(
+    tmp_path: Path, context: zmq.Context[Any]
+) -> None:
+    keys = tmp_path / "keys"
+    told = auth.keys_command([str(keys)], program="keys")
+    assert "broker.key" in told
+    assert {path.stat().st_mode & 0o777 for path in keys.iterdir()} == {0o600}
+    with running_broker(tmp_path, "--keys", str(keys)) as broker:
+        worker = RawWorker(context, broker.back, keys=certificate(keys, "worker"))
+        worker.join()
+        client = RawClient(context, broker.front, keys=certificate(keys, "client"))
+        assert not client.hello(role="client", name="c").get("operator", False)
+        operator = RawClient(context, broker.front, keys=certificate(keys, "operator"))
+        assert operator.hello(role="client", name="o")["operator"]
+        stream_works(client, worker)
+        assert client.query("bus.drain", worker="worker")["code"] == "forbidden"
+
+        stranger_public, stranger_secret = zmq.curve_keypair()
+        server = certificate(keys, "client")[0]
+        for address, pair_, side in (
+            (broker.front, (stranger_public, stranger_secret), "front"),
+            (broker.back, certificate(keys, "client")[1:], "back"),
+        ):
+            stranger = RawPeer(context, address, keys=(server, *pair_))
+            stranger.send(MessageType.HELLO, header.NO_ID, {"role": "client", "name": "x"})
+            line = pair_[0].decode()
+            wait_until(lambda line=line: line in broker.log, "a log line with the refused key")
+            assert f'"side": "{side}"' in broker.log
+            assert not stranger.socket.poll(100)
+        plain = RawPeer(context, broker.front)
+        plain.send(MessageType.HELLO, header.NO_ID, {"role": "client", "name": "plain"})
+        wait_until(lambda: "handshake_failed" in broker.log, "a log line")
+        assert not plain.socket.poll(100)
+
+
+def test_the_lists_are_read_again_without_a_restart(
+    tmp_path: Path, context: zmq.Context[Any]
+) -> None:
+    keys = tmp_path / "keys"
+    auth.keys_command([str(keys)], program="keys")
+    with running_broker(tmp_path, "--keys", str(keys)) as broker:
+        goes = RawClient(context, broker.front, keys=certificate(keys, "client"))
+        goes.hello(role="client", name="goes")
+        auth.keys_command([str(keys), "--add", "client", "--name", "alice"], program="keys")
+        operator = RawClient(context, broker.front, keys=certificate(keys, "operator"))
+        operator.hello(role="client", name="operator")
+        assert operator.query("bus.reload") == {}
+        alice = RawClient(context, broker.front, keys=certificate(keys, "alice"))
+        alice.hello(role="client", name="alice")
+
+        listed = keys / "clients.allow"
+        lines = listed.read_text().splitlines()
+        listed.write_text("\n".join(line for line in lines if not line.endswith(" client")) + "\n")
+        broker.signal(signal.SIGHUP)
+        _, refused = goes.expect(MessageType.REFUSE)
+        assert (refused["error"]["code"], refused["fatal"]) == ("unauthenticated", True)
+        assert alice.query("bus.version")["protocol"] == 1
+
+        listed.write_text("not a key\n")
+        broker.signal(signal.SIGHUP)
+        wait_until(lambda: "not reloaded" in broker.log, "a warning")
+        assert alice.query("bus.version")["protocol"] == 1, "the old list stays in force"
+
+
+def test_a_secret_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    auth.keys_command([str(tmp_path)], program="keys")
+    (tmp_path / "broker.key_secret").chmod(0o644)
+    with pytest.raises(auth.KeyFileError, match="chmod 600"):
+        auth.load_broker_key(tmp_path)
+
+
+def test_keys_are_never_overwritten(tmp_path: Path) -> None:
+    auth.keys_command([str(tmp_path)], program="keys")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    auth.keys_command([str(tmp_path)], program="keys")
+    with pytest.raises(auth.KeyFileError):
+        auth.keys_command([str(tmp_path), "--add", "worker", "--name", "client"], program="keys")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -1,0 +1,263 @@
+"""The broker as a process: start and stop, addresses, options, exit codes, imports."""
+
+from __future__ import annotations
+
+import ast
+import json
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from broker import config
+from broker.config import Config, ConfigError
+from broker.protocol.header import MessageType
+from tests.wire.broker_peers import (
+    ROOT,
+    RawClient,
+    RawWorker,
+    peers_context,
+    running_broker,
+    stream_works,
+    wait_until,
+)
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context[Any]]:
+    with peers_context() as context:
+        yield context
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "broker", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+
+
+# --- start ----------------------------------------------------------------------------------------
+
+
+def test_it_starts_in_under_300_milliseconds(tmp_path: Path) -> None:
+    """Start, stop and all between, in processor time: the machine may be busy with other things."""
+    used_s = []
+    for attempt in range(3):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        with running_broker(folder):
+            pass
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used_s.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(used_s) < 0.3, used_s
+
+
+def test_it_imports_nothing_heavy() -> None:
+    code = "import sys, json, broker.__main__; print(json.dumps(sorted(sys.modules)))"
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    loaded = {name.partition(".")[0] for name in json.loads(told.stdout)}
+    foreign = loaded - set(sys.stdlib_module_names) - {"__main__", "broker"}
+    foreign = {name for name in foreign if not name.startswith(("_", "sitecustomize"))}
+    assert foreign <= {"zmq", "msgpack", "msgspec", "typing_extensions", "cython_runtime"}
+    assert "asyncio" not in loaded
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "broker" / "core").glob("*.py")), ids=lambda p: p.name
+)
+def test_the_core_imports_nothing_that_touches_the_world(path: Path) -> None:
+    allowed = {
+        "__future__",
+        "broker",
+        "collections",
+        "dataclasses",
+        "enum",
+        "functools",
+        "hashlib",
+        "heapq",
+        "itertools",
+        "math",
+        "msgspec",
+        "random",
+        "types",
+        "typing",
+    }
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        for name in names:
+            assert name.partition(".")[0] in allowed, f"{path.name} imports {name}"
+            if name.startswith("broker."):
+                assert name.startswith(("broker.core", "broker.protocol")), name
+
+
+def test_it_says_where_it_listens_and_what_to_do_next(tmp_path: Path) -> None:
+    with running_broker(tmp_path) as broker:
+        assert broker.ready == {
+            "front": [broker.front],
+            "back": [broker.back],
+            "pid": broker.process.pid,
+        }
+        assert broker.front.startswith("tcp://127.0.0.1:")
+        assert f"python -m worker --broker {broker.back}" in broker.log
+        assert broker.front in broker.log
+
+
+def test_it_listens_on_several_addresses_tcp_and_ipc(
+    tmp_path: Path, context: zmq.Context[Any]
+) -> None:
+    options = ["--front", f"ipc://{tmp_path}/front", "--front", "tcp://127.0.0.1:0"]
+    options += ["--back", f"ipc://{tmp_path}/back"]
+    with running_broker(tmp_path, *options) as broker:
+        worker = RawWorker(context, broker.back)
+        worker.join()
+        assert len(broker.ready["front"]) == 2
+        for address in broker.ready["front"]:
+            client = RawClient(context, address)
+            client.hello(role="client", name="client")
+            stream_works(client, worker)
+
+
+# --- stop -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_an_idle_broker_cleanly(tmp_path: Path, number: signal.Signals) -> None:
+    with running_broker(tmp_path) as broker:
+        broker.signal(number)
+        assert broker.process.wait(5) == 0
+        assert "Traceback" not in broker.log
+
+
+def test_the_first_signal_lets_streams_end_and_says_goodbye(
+    tmp_path: Path, context: zmq.Context[Any]
+) -> None:
+    with running_broker(tmp_path) as broker:
+        worker, client = RawWorker(context, broker.back), RawClient(context, broker.front)
+        worker.join()
+        client.hello(role="client", name="client")
+        request_id = client.request()
+        _, assign, _ = worker.take()
+        client.expect(MessageType.ACCEPTED)
+        broker.signal(signal.SIGTERM)
+        client.expect(MessageType.DRAIN)
+        worker.finish(request_id, assign.reply_to, 0)
+        client.expect(MessageType.OUTPUT)
+        assert client.expect(MessageType.GOODBYE)[1]["reason"] == "shutdown"
+        assert worker.expect(MessageType.GOODBYE)[1]["reason"] == "shutdown"
+        assert broker.process.wait(5) == 0
+
+
+def test_the_second_signal_forces_and_hands_the_stream_over(
+    tmp_path: Path, context: zmq.Context[Any]
+) -> None:
+    with running_broker(tmp_path) as broker:
+        worker, client = RawWorker(context, broker.back), RawClient(context, broker.front)
+        worker.join()
+        client.hello(role="client", name="client")
+        client.request()
+        client.expect(MessageType.ACCEPTED)
+        broker.signal(signal.SIGINT)
+        client.expect(MessageType.DRAIN)
+        broker.signal(signal.SIGINT)
+        assert client.expect(MessageType.INTERRUPTED)[1]["lost"] is False
+        assert broker.process.wait(5) == 0
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+def test_an_address_in_use_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    with running_broker(tmp_path) as broker:
+        told = run("--front", broker.front, "--back", "tcp://127.0.0.1:*")
+    assert told.returncode == 1
+    assert told.stderr.count("\n") == 1
+    assert "in use" in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("--front", "tcp://0.0.0.0:*"), "--insecure"),
+        (("--back", "tcp://*:*"), "--insecure"),
+        (("--front", "127.0.0.1:5555"), "is not an address"),
+        (("--placement", "best"), "least_loaded"),
+        (("--inflight", "many"), "whole number"),
+        (("--queue-s", "nan"), "below"),
+        (("--config", "nowhere.toml"), "nowhere.toml"),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_exit_code_2(arguments: tuple[str, ...], word: str) -> None:
+    told = run(*arguments)
+    assert (told.returncode, told.stderr.count("\n")) == (2, 1), told.stderr
+    assert word in told.stderr
+
+
+def test_insecure_must_be_said(tmp_path: Path) -> None:
+    told = run("check", "--front", "tcp://0.0.0.0:7001", "--insecure")
+    assert told.returncode == 0, told.stderr
+
+
+def test_flags_win_over_environment_over_file_over_default(tmp_path: Path) -> None:
+    file = tmp_path / "broker.toml"
+    file.write_text(
+        'inflight = 1\nqueue_requests = 1\nqueue_s = 1.5\nfront = ["ipc://a", "ipc://b"]\n'
+    )
+    environment = {
+        "TOKENBUS_INFLIGHT": "2",
+        "TOKENBUS_QUEUE_REQUESTS": "2",
+        "TOKENBUS_BACK": "ipc://c",
+    }
+    arguments = ["--config", str(file), "--inflight", "3", "--insecure"]
+    read = config.read(arguments, environment, program="broker")
+    assert (read.inflight, read.queue_requests, read.queue_s) == (3, 2, 1.5)
+    assert (read.front, read.back, read.insecure) == (("ipc://a", "ipc://b"), ("ipc://c",), True)
+    assert read.ttl_s == Config().ttl_s
+
+
+def test_an_unknown_key_in_the_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "broker.toml"
+    file.write_text("inflght = 1\n")
+    with pytest.raises(ConfigError, match="inflght"):
+        config.read(["--config", str(file)], {}, program="broker")
+
+
+def test_help_shows_every_option_with_flag_environment_default_and_reason() -> None:
+    told = run("--help").stdout
+    for name in Config.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')} " in told
+        assert f"TOKENBUS_{name.upper()} " in told
+    for field in Config.__dataclass_fields__.values():
+        assert field.metadata["reason"] in told
+
+
+def test_the_descriptor_limit_is_raised(tmp_path: Path) -> None:
+    code = (
+        "import resource, runpy, sys; hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]; "
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard)); "
+        "sys.argv = ['broker', '--front', 'tcp://127.0.0.1:*', '--back', 'tcp://127.0.0.1:*', "
+        f"'--ready-file', {str(tmp_path / 'ready')!r}]; "
+        "runpy.run_module('broker', run_name='__main__')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        wait_until((tmp_path / "ready").exists, "a start")
+        limits = Path(f"/proc/{process.pid}/limits").read_text()
+        soft = next(line for line in limits.splitlines() if "open files" in line).split()[3]
+        assert int(soft) > 64
+    finally:
+        process.terminate()
+        process.wait(5)
