@@ -12,7 +12,8 @@ from typing import Final
 
 import msgspec
 
-from broker.protocol.messages import Request, Resume, TokensEvent
+from broker.protocol.errors import ErrorCode, ErrorInfo
+from broker.protocol.messages import BusLimits, Request, Resume, TokensEvent
 from client import errors
 from client.errors import DeadlineExceeded
 from client.events import RequestMade
@@ -137,6 +138,34 @@ class Exchange:
             queue_ms=_wire_ms(self.timeout.queue),
             ttl_ms=_wire_ms(self._total_due_s() - now_s),
         )
+
+    def beyond(self, bounds: BusLimits, body_bytes: int) -> ErrorInfo | None:
+        """What of the request the broker would not take: told here, before ZeroMQ cuts us off."""
+        sizes = [len(octets) for octets in self.attachments]
+        for what, size, limit in (
+            ("the request without its pictures", body_bytes, bounds.request_bytes),
+            ("the largest picture", max(sizes, default=0), bounds.attachment_bytes),
+            ("all pictures together", sum(sizes), bounds.attachments_bytes),
+        ):
+            if size > limit:
+                return ErrorInfo(
+                    code=ErrorCode.TOO_LARGE.value,
+                    message=f"{what}: {size} octets; this broker takes {limit}. Send less",
+                    details={"size_bytes": size, "limit_bytes": limit},
+                )
+        if len(sizes) > bounds.attachments:
+            return ErrorInfo(
+                code=ErrorCode.TOO_LARGE.value,
+                message=f"{len(sizes)} pictures; this broker takes {bounds.attachments} at a time",
+                details={"count": len(sizes), "limit": bounds.attachments},
+            )
+        return None
+
+    @property
+    def backoff_ceiling_s(self) -> float:
+        """Longest wait before the coming recovery; the wait itself is drawn below it."""
+        doubled_s = self.retry.backoff_first * 2.0 ** min(self.failures - 1, 32)
+        return min(doubled_s, self.retry.backoff_longest)
 
     def enter(self, phase: Phase, now_s: float) -> None:
         """Go to another phase."""

@@ -16,7 +16,6 @@ import heapq
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
@@ -31,28 +30,10 @@ from client.errors import BusError, ClientClosed, ConnectTimeout, error_from
 from client.events import Deliver, End, Instruction, Item
 from client.exchange import Acceptance, Exchange, Phase
 from client.options import Limits
+from client.questions import Questions
 
 CANCEL_KEPT_S: Final = 60.0
 """How long an unconfirmed cancel is remembered: longer than any worker keeps a lost request."""
-
-ANSWER_S: Final = 30.0
-"""Longest wait for the broker's own answer, where the caller gives no total limit."""
-
-REPEATABLE_VERBS: Final = frozenset(
-    f"bus.{name}" for name in ("version", "models", "workers", "clients", "stats", "requests")
-)
-"""Asking twice does no harm, so these survive a lost session."""
-
-
-@dataclass(slots=True)
-class _Question:
-    """An open query."""
-
-    made: events.QueryMade
-    due_s: float
-    #: While no broker answers, it fails at this time.
-    connect_due_s: float
-    sent: bool = False
 
 
 class ClientSession:
@@ -71,6 +52,12 @@ class ClientSession:
         self._client_limits = client_limits or Limits()
         hello = messages.Hello(role="client", name=name, software=software)
         self._dialer = Dialer(brokers, hello, self, self._order, self._random)
+        self._questions = Questions(
+            self._dialer,
+            answer=lambda id_, item: self._deliver(id_, item, final=True),
+            timer=self._timer,
+            no_broker=self._no_broker,
+        )
         #: Set when no broker is left that would accept us.
         self._fatal: BusError | None = None
 
@@ -83,7 +70,6 @@ class ClientSession:
         self._at_broker: set[bytes] = set()
         #: Dropped here, not yet ended there: until when to remember.
         self._closing: dict[bytes, float] = {}
-        self._questions: dict[bytes, _Question] = {}
         #: The query behind `_unnamed`, while it is open.
         self._naming: bytes | None = None
         #: (due, id) of exchanges, questions and closing ids; stale entries are skipped.
@@ -155,14 +141,8 @@ class ClientSession:
         if refusal is not None:
             self._deliver(made.query_id, refusal, final=True)
             return
-        total_s = made.timeout.total or ANSWER_S
-        connect_s = math.inf if made.timeout.connect is None else made.timeout.connect
-        question = _Question(made, self._now_s + total_s, self._now_s + connect_s)
-        self._questions[made.query_id] = question
-        self._timer(min(question.due_s, question.connect_due_s), made.query_id)
+        self._questions.made(made)
         self._dialer.want()
-        if self._dialer.has_session:
-            self._ask(question)
 
     def _on_taken(self, taken: events.TokensTaken) -> None:
         exchange = self._exchanges.get(taken.request_id)
@@ -183,7 +163,7 @@ class ClientSession:
         exchange = self._exchanges.get(dropped.request_id)
         if exchange is not None:
             self._forget(exchange, "dropped by the application")
-        self._questions.pop(dropped.request_id, None)
+        self._questions.forget(dropped.request_id)
 
     def _on_close(self, _: events.CloseRequested) -> None:
         closed = ClientClosed("the client was closed while this was open; make a new Client")
@@ -215,8 +195,7 @@ class ClientSession:
         for request_id in self._closing:
             body = messages.Cancel(reason="dropped while there was no session")
             self._send(MessageType.CANCEL, request_id, body)
-        for question in self._questions.values():
-            self._ask(question)
+        self._questions.session_began()
         self._dispatch()
         for exchange in self._held.values():
             self._schedule(exchange)  # another limit counts now
@@ -239,13 +218,7 @@ class ClientSession:
             if exchange.phase is Phase.HELD:
                 exchange.held_s = self._now_s
                 self._schedule(exchange)
-        for query_id, question in list(self._questions.items()):
-            if not question.sent or question.made.verb in REPEATABLE_VERBS:
-                question.sent = False
-                question.connect_due_s = self._now_s + (question.made.timeout.connect or math.inf)
-                self._timer(min(question.due_s, question.connect_due_s), query_id)
-            else:
-                self._answer_with(query_id, error_from(error))
+        self._questions.session_over(error)
 
     # --- time -------------------------------------------------------------------------------------
 
@@ -268,13 +241,12 @@ class ClientSession:
 
     def _on_timer(self, due_s: float, id_: bytes) -> None:
         exchange = self._exchanges.get(id_)
-        question = self._questions.get(id_)
         if exchange is not None:
             if exchange.scheduled_s == due_s:
                 exchange.scheduled_s = math.inf
                 self._on_exchange_due(exchange)
-        elif question is not None:
-            self._on_question_due(id_, question)
+        elif id_ in self._questions:
+            self._questions.due(id_)
         elif self._closing.get(id_, math.inf) <= self._now_s:
             del self._closing[id_]
 
@@ -295,19 +267,7 @@ class ClientSession:
             info = ErrorInfo(code=ErrorCode.DEADLINE_EXCEEDED.value, message=story)
             self._end(exchange, self._error(exchange, info, cls))
 
-    def _on_question_due(self, id_: bytes, question: _Question) -> None:
-        connect_due_s = math.inf if question.sent else question.connect_due_s
-        if self._now_s >= connect_due_s:
-            waited_s = question.made.timeout.connect or 0.0
-            self._answer_with(id_, self._no_broker(waited_s, None))
-        elif self._now_s >= question.due_s:
-            story = f"the broker did not answer {question.made.verb} in time; ask again"
-            info = ErrorInfo(code=ErrorCode.DEADLINE_EXCEEDED.value, message=story)
-            self._answer_with(id_, error_from(info))
-        else:
-            self._timer(min(connect_due_s, question.due_s), id_)
-
-    def _no_broker(self, waited_s: float, exchange: Exchange | None) -> BusError:
+    def _no_broker(self, waited_s: float, exchange: Exchange | None = None) -> BusError:
         where = " or ".join(self._dialer.brokers)
         last = self._dialer.last_reason
         because = f" (last: {last})" if last else ""
@@ -344,39 +304,15 @@ class ClientSession:
     def _transmit(self, exchange: Exchange) -> None:
         sent_before = exchange.sent_before
         body = codec.encode(exchange.body(self._window_of(exchange), self._now_s))
-        error = self._beyond_limits(exchange, len(body))
-        if error is not None:
-            self._end(exchange, error, ended=not sent_before)
+        excess = exchange.beyond(self._bounds(), len(body))
+        if excess is not None:
+            self._end(exchange, self._error(exchange, excess), ended=not sent_before)
             return
         type_ = MessageType.RESUME if sent_before else MessageType.REQUEST
         self._at_broker.add(exchange.id)
         exchange.enter(Phase.QUEUED, self._now_s)
         self._dialer.send(type_, exchange.id, body, *exchange.attachments)
         self._schedule(exchange)
-
-    def _beyond_limits(self, exchange: Exchange, body_bytes: int) -> BusError | None:
-        bounds = self._bounds()
-        sizes = [len(octets) for octets in exchange.attachments]
-        for what, size, limit in (
-            ("the request without its pictures", body_bytes, bounds.request_bytes),
-            ("the largest picture", max(sizes, default=0), bounds.attachment_bytes),
-            ("all pictures together", sum(sizes), bounds.attachments_bytes),
-        ):
-            if size > limit:
-                info = ErrorInfo(
-                    code=ErrorCode.TOO_LARGE.value,
-                    message=f"{what}: {size} octets; this broker takes {limit}. Send less",
-                    details={"size_bytes": size, "limit_bytes": limit},
-                )
-                return self._error(exchange, info)
-        if len(sizes) > bounds.attachments:
-            info = ErrorInfo(
-                code=ErrorCode.TOO_LARGE.value,
-                message=f"{len(sizes)} pictures; this broker takes {bounds.attachments} at a time",
-                details={"count": len(sizes), "limit": bounds.attachments},
-            )
-            return self._error(exchange, info)
-        return None
 
     def _bounds(self) -> messages.BusLimits:
         welcome = self._dialer.welcome
@@ -414,9 +350,7 @@ class ClientSession:
         exchange.worker = ""
         delay_s = (error.retry_after_ms or 0) / 1000
         if exchange.failures > 1 or not running:
-            ceiling_s = exchange.retry.backoff_first * 2.0 ** min(exchange.failures - 1, 32)
-            jitter_s = self._random.uniform(0.0, min(ceiling_s, exchange.retry.backoff_longest))
-            delay_s = max(delay_s, jitter_s)
+            delay_s = max(delay_s, self._random.uniform(0.0, exchange.backoff_ceiling_s))
         if reconnecting or delay_s <= 0:
             self._hold(exchange)
             return
@@ -466,8 +400,7 @@ class ClientSession:
     def _fail_all(self, error: BusError) -> None:
         for exchange in list(self._exchanges.values()):
             self._deliver(exchange.id, error, final=True)
-        for query_id in list(self._questions):
-            self._answer_with(query_id, error)
+        self._questions.fail_all(error)
         for table in (self._exchanges, self._held, self._unnamed):
             table.clear()
         self._at_broker.clear()
@@ -613,25 +546,15 @@ class ClientSession:
         )
         self._end(exchange, end, ended=True)
 
-    # --- queries ----------------------------------------------------------------------------------
-
-    def _ask(self, question: _Question) -> None:
-        question.sent = True
-        query = messages.Query(verb=question.made.verb, args=question.made.args)
-        self._send(MessageType.QUERY, question.made.query_id, query)
+    # --- answers of the broker itself ---------------------------------------------------------------
 
     def _on_answer(self, query_id: bytes, body: bytes) -> None:
         answer = codec.decode(messages.Answer, body, limits.MAX_ANSWER_OCTETS)
         if query_id == self._naming:
             self._naming = None
             self._name_models(answer)
-        elif query_id in self._questions:
-            answered = events.Answered(answer.result)
-            self._answer_with(query_id, error_from(answer.error) if answer.error else answered)
-
-    def _answer_with(self, query_id: bytes, item: Item) -> None:
-        del self._questions[query_id]
-        self._deliver(query_id, item, final=True)
+        else:
+            self._questions.answered(query_id, answer)
 
     def _name_models(self, answer: messages.Answer) -> None:
         """Requests without a model get the only one that is served."""
