@@ -325,6 +325,17 @@ def test_an_assignment_beyond_the_grant_is_rejected_and_keeps_the_counts_in_step
     assert broker.free == 1
 
 
+def test_an_assignment_to_a_loading_worker_is_rejected_and_does_not_change_its_grant() -> None:
+    world = World(capacity=2)
+    world.tell(fact.Tick())
+    (broker,) = world.brokers
+    broker.connect()
+    broker.assign(1)
+    assert broker.came(MessageType.REJECT)[0].error.retryable
+    world.ready()
+    assert broker.free == 2
+
+
 def test_a_model_that_is_not_served_is_rejected_and_the_credit_returned() -> None:
     world = serving(capacity=1)
     (broker,) = world.brokers
@@ -674,15 +685,22 @@ def test_a_foreign_request_goes_on_after_the_tokens_that_came_with_it() -> None:
     assert answer.text == "7 8 9 "
 
 
-def test_a_client_that_has_other_tokens_is_continued_from_its_own_in_the_same_slot() -> None:
+@pytest.mark.parametrize("tokens", [[0, 5, 6], [0, 5], [5]])
+def test_a_client_that_has_other_tokens_is_continued_from_its_own_in_the_same_slot(
+    tokens: list[int],
+) -> None:
     world = serving(capacity=1)
     (broker,) = world.brokers
     broker.assign(1)
     world.generate(1, 0, 1)
+    broker.lose()
+    world.advance(1.0)
+    broker.connect()
     answer = broker.answer(1)
-    answer.token_ids, answer.text = [0, 5, 6], text_of(0, 5, 6)
+    answer.token_ids, answer.text = list(tokens), text_of(*tokens)
     broker.assign(1, attach=True, resume=answer.resume())
     assert world.cancels == [request_id(1)]
+    assert broker.finished == [], "for the broker it goes on"
     (job,) = set(world.jobs) - {request_id(1)}
     world.generate(1, 2)  # the old run, before it notices
     assert broker.free == 0
@@ -690,8 +708,18 @@ def test_a_client_that_has_other_tokens_is_continued_from_its_own_in_the_same_sl
     assert broker.free == 0, "the new run took the slot over"
     world.generate(1, 7, job=job)
     world.end(1, job=job)
-    assert answer.token_ids == [0, 5, 6, 7]
+    assert answer.token_ids == [*tokens, 7]
+    assert answer.text == text_of(*tokens, 7)
     assert broker.free == 1
+
+
+def test_a_client_that_has_less_than_was_resumed_here_is_continued_from_what_it_has() -> None:
+    world = serving(capacity=1)
+    (broker,) = world.brokers
+    broker.assign(1, resume=resume(1, [7, 8], 0))  # two tokens without text
+    broker.assign(1, attach=True, resume=resume(2, [7], 0))
+    assert world.cancels == [request_id(1)]
+    assert len(world.jobs) == 2
 
 
 def test_a_retryable_failure_is_run_again_when_it_is_resumed() -> None:
