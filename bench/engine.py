@@ -137,14 +137,15 @@ def _throughput(
         own = seen.pop("tokenbus")
         common = {"streams": count, "model": size}
         for name, figures in seen.items():
-            report.add(
-                "engine_tokens_per_s",
-                own["tokens_per_s"],
-                "tokens/s",
-                peer=name,
-                against=_paired(own["tokens_per_s"], figures["tokens_per_s"]),
-                **common,
-            )
+            for figure in ("tokens_per_s", "tokens_per_cpu_s"):
+                report.add(
+                    f"engine_{figure}",
+                    own[figure],
+                    figure.replace("_per_", "/").replace("_", " "),
+                    peer=name,
+                    against=_paired(own[figure], figures[figure]),
+                    **common,
+                )
         if not seen:
             report.add("engine_tokens_per_s", own["tokens_per_s"], "tokens/s", **common)
         threads = seen.get("generate_threads", {}).get("ttft_ms")
