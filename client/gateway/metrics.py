@@ -6,6 +6,7 @@ never an address, a request id, or a model name that nobody serves.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -27,6 +28,8 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._running = 0
+        #: (when, seconds) of the latest first tokens, for the operator's view.
+        self._firsts: deque[tuple[float, float]] = deque(maxlen=200)
         Gauge(
             "tokenbus_gateway_running_requests",
             "HTTP requests being served now.",
@@ -82,6 +85,12 @@ class Metrics:
             self._tokens.labels(visit.model, "completion").inc(visit.completion_tokens)
         if visit.first_token_s is not None:
             self._first_token.labels(visit.model).observe(visit.first_token_s)
+            self._firsts.append((visit.started_s, visit.first_token_s))
+
+    def recent_first_token_ms(self, now_s: float) -> float | None:
+        """Mean of the last minute; None without any."""
+        recent = [first_s for at_s, first_s in self._firsts if now_s - at_s < 60]
+        return sum(recent) / len(recent) * 1000 if recent else None
 
     def text(self) -> bytes:
         """All figures, for a scrape."""

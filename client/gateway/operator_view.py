@@ -53,7 +53,11 @@ async def _look(gateway: Gateway) -> dict[str, Any]:
     bus = gateway.bus
     found: dict[str, Any] = {
         "at_ms": round(time.time() * 1000),
-        "gateway": {"running": gateway.metrics.running_now, "errors": list(gateway.errors)},
+        "gateway": {
+            "running": gateway.metrics.running_now,
+            "first_token_ms": gateway.metrics.recent_first_token_ms(time.monotonic()),
+            "errors": list(gateway.errors),
+        },
     }
     asked: dict[str, dict[str, Any]] = {
         "bus.models": {},

@@ -16,6 +16,7 @@ let models = [];
 let pictures = []; // data URLs that wait to be sent
 let running = null; // {controller, talk, message}
 let reattachS = 30;
+let follow = true; // the end of the conversation stays in sight
 let onUnauthorized = () => {};
 
 const fresh = () => {
@@ -37,7 +38,14 @@ export async function start(options) {
   preparePictures();
   prepareSettings();
   prepareTalks();
-  $("messages").addEventListener("scroll", () => ($("to-end").hidden = atEnd()), { passive: true });
+  let top = 0;
+  $("messages").addEventListener("scroll", () => {
+    // Whoever scrolls up reads; the stream follows again from the end on.
+    const now = $("messages").scrollTop;
+    follow = atEnd() || (follow && now >= top);
+    top = now;
+    $("to-end").hidden = follow;
+  }, { passive: true });
   $("to-end").addEventListener("click", () => scrollToEnd());
 }
 
@@ -186,7 +194,7 @@ function fill(node, message, index) {
     const edit = message.role === "user" ? action("edit", "Edit and ask again", () => editMessage(node, message, index)) : null;
     const again = message.role === "assistant" && index === talk.messages.length - 1 ? action("again", "Answer again", () => regenerate(index)) : null;
     const facts = message.facts ? h("span", { class: "facts" }, message.facts) : null;
-    children.push(h("div", { class: "actions" }, copy, edit, again, facts));
+    children.push(h("div", { class: "actions" }, facts, copy, edit, again));
   }
   node.replaceChildren(...children);
 }
@@ -225,6 +233,7 @@ const atEnd = () => {
 };
 
 function scrollToEnd(smooth = true) {
+  follow = true;
   const box = $("messages");
   const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
   box.scrollTo({ top: box.scrollHeight, behavior: smooth && !calm ? "smooth" : "instant" });
@@ -270,7 +279,7 @@ async function answer() {
   running = { controller, talk: item, message };
   setBusy(true);
   draw();
-  scrollToEnd();
+  scrollToEnd(false);
   keep(item);
   const begun = performance.now();
   let first = null;
@@ -281,10 +290,9 @@ async function answer() {
   const redraw = () => {
     frame = 0;
     if (talk !== item) return;
-    const stick = atEnd();
     const node = $("message-column").children[index];
     if (node) fill(node, message, index);
-    if (stick) scrollToEnd(false);
+    if (follow) scrollToEnd(false);
   };
   const later = () => (frame ||= requestAnimationFrame(redraw));
   const onState = (state) => {

@@ -116,7 +116,7 @@ function take(look) {
   push(history.running, running);
   push(history.queued, look.stats.queued ?? 0);
   push(history.rate, reported || counted);
-  push(history.first, first.length ? first.reduce((a, b) => a + b) / first.length : null);
+  push(history.first, first.length ? first.reduce((a, b) => a + b) / first.length : look.gateway.first_token_ms);
   draw();
 }
 
@@ -125,7 +125,9 @@ function take(look) {
 function spark(values, ceiling) {
   const known = values.map((value) => value ?? 0);
   const top = Math.max(ceiling ?? 0, ...known, 1e-9);
-  const x = (i) => ((i + HISTORY - known.length) / (HISTORY - 1)) * 120;
+  // A chart that began a moment ago is as wide as one of half a minute.
+  const span = Math.max(30, known.length);
+  const x = (i) => ((i + span - known.length) / (span - 1)) * 120;
   const y = (value) => 30 - (value / top) * 27;
   const line = known.map((value, i) => `${x(i).toFixed(1)},${y(value).toFixed(1)}`);
   const area = known.length ? `M${x(0).toFixed(1)},31 L${line.join(" L")} L120,31 Z` : "";
@@ -147,7 +149,7 @@ function draw() {
     card("Slots used", whole.format(last(history.running)), `of ${whole.format(capacity)}`, `${ready} of ${workers.length} workers ready`, spark(history.running, capacity)),
     card("Waiting", whole.format(stats.queued ?? 0), "", oldest ? `longest for ${duration(oldest)}` : "nothing waits", spark(history.queued, 4)),
     card("Tokens a second", one.format(last(history.rate)), "", `${whole.format(stats.completion_tokens_total ?? 0)} since the start`, spark(history.rate)),
-    card("First token", last(history.first) === null ? "–" : duration(last(history.first)), "", last(history.first) === null ? "not reported" : "mean over the workers", spark(history.first)),
+    card("First token", last(history.first) === null ? "–" : duration(last(history.first)), "", last(history.first) === null ? "no answer in the last minute" : "mean, lately", spark(history.first)),
   );
   table("workers", ["Worker", "State", "Slots", "Tokens/s", "First token", "Heartbeat", "Memory", ""], workers.toSorted((a, b) => a.name.localeCompare(b.name)).map(workerRow), "No worker has joined yet: python -m worker --broker BACK");
   $("workers-note").textContent = `${workers.length} on this broker`;

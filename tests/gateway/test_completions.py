@@ -1,0 +1,134 @@
+"""`/v1/completions`, `/v1/embeddings` and `/v1/models` as OpenAI's own client sees them."""
+
+from __future__ import annotations
+
+import openai
+import pytest
+
+from tests.gateway.conftest import MODEL, GatewayProcess
+
+
+def test_a_prompt_is_continued_with_exact_usage(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model=MODEL, prompt="one two three", max_tokens=100)
+    assert answer.choices[0].text == "one two three"
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None and answer.usage.prompt_tokens > 0
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_the_default_is_sixteen_tokens_as_openais(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model=MODEL, prompt="a long prompt of very many octets")
+    assert answer.usage is not None and answer.usage.completion_tokens == 16
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_several_prompts_have_n_choices_each_in_order(client: openai.OpenAI) -> None:
+    prompts = ["aa", "bb", "cc"]
+    answer = client.completions.create(model=MODEL, prompt=prompts, n=2)
+    assert [choice.text for choice in answer.choices] == ["aa", "aa", "bb", "bb", "cc", "cc"]
+    assert [choice.index for choice in answer.choices] == list(range(6))
+    single = client.completions.create(model=MODEL, prompt="aa")
+    assert answer.usage is not None and single.usage is not None
+    assert answer.usage.prompt_tokens == 3 * single.usage.prompt_tokens
+    assert answer.usage.completion_tokens == 6 * single.usage.completion_tokens
+
+
+def test_token_ids_are_prompts_too(client: openai.OpenAI) -> None:
+    ids = list(b"token")
+    assert client.completions.create(model=MODEL, prompt=ids).choices[0].text == "token"
+    both = client.completions.create(model=MODEL, prompt=[ids, list(b"ids")])
+    assert [choice.text for choice in both.choices] == ["token", "ids"]
+
+
+def test_a_stream_gives_text_and_usage(client: openai.OpenAI) -> None:
+    chunks = list(
+        client.completions.create(
+            model=MODEL,
+            prompt=["aa", "bb"],
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    texts = ["", ""]
+    for chunk in chunks:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == ["aa", "bb"]
+    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens > 0
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def test_echo_puts_the_prompt_in_front_with_its_logprobs(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model=MODEL, prompt="abc", echo=True, logprobs=1)
+    [choice] = answer.choices
+    assert choice.text == "abcabc"
+    assert choice.logprobs is not None
+    assert "".join(choice.logprobs.tokens or []) == "abcabc"
+    assert choice.logprobs.text_offset == list(range(6))
+    assert (choice.logprobs.token_logprobs or [0])[0] is None
+    assert len(choice.logprobs.top_logprobs or []) == 6
+
+
+def test_the_prompt_alone_can_be_scored(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model=MODEL, prompt="abc", echo=True, logprobs=1, max_tokens=0
+    )
+    assert answer.choices[0].text == "abc"
+    assert answer.choices[0].logprobs is not None
+    assert len(answer.choices[0].logprobs.tokens or []) == 3
+    assert answer.usage is not None and answer.usage.completion_tokens == 0
+
+
+def test_best_of_returns_the_likeliest(client: openai.OpenAI) -> None:
+    prompt = "[[echo mode=sampled answer_tokens=8]]x"
+    every = client.completions.create(model=MODEL, prompt=prompt, n=5, seed=3, logprobs=0)
+    means = []
+    for choice in every.choices:
+        assert choice.logprobs is not None
+        logprobs = choice.logprobs.token_logprobs or []
+        means.append((sum(logprobs) / len(logprobs), choice.text))
+    best = client.completions.create(model=MODEL, prompt=prompt, best_of=5, seed=3)
+    assert [choice.text for choice in best.choices] == [max(means)[1]]
+    assert best.choices[0].logprobs is None
+    assert best.usage is not None and best.usage.completion_tokens == 5 * 8
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 2, "stream": True}, "best_of"),
+        ({"n": 2, "best_of": 1}, "best_of"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"prompt": ["a", [1]]}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"messages": []}, "messages"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(
+    client: openai.OpenAI, change: dict[str, object], param: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(**{"model": MODEL, "prompt": "x"}, extra_body=change)
+    assert caught.value.param == param
+
+
+def test_embeddings_are_the_same_as_numbers_and_packed(client: openai.OpenAI) -> None:
+    inputs = ["one", "two"]
+    numbers = client.embeddings.create(model=MODEL, input=inputs, encoding_format="float")
+    packed = client.embeddings.create(model=MODEL, input=inputs)  # the SDK asks for base64
+    assert [row.index for row in numbers.data] == [0, 1]
+    assert numbers.data[0].embedding == pytest.approx(packed.data[0].embedding)
+    assert numbers.data[0].embedding != numbers.data[1].embedding
+    assert numbers.usage.prompt_tokens > 0
+    assert client.embeddings.create(model=MODEL, input=[1, 2, 3]).data[0].index == 0
+
+
+def test_models_are_those_of_the_bus(client: openai.OpenAI, gateway: GatewayProcess) -> None:
+    [model] = client.models.list().data
+    assert (model.id, model.object, model.owned_by) == (MODEL, "model", "tokenbus")
+    assert client.models.retrieve(MODEL) == model
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("nope")
+    assert caught.value.code == "model_unavailable"

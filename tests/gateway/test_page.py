@@ -1,0 +1,280 @@
+"""The web page in a real browser, headless: what a person does, and what the bus sees of it."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.gateway.conftest import GatewayProcess
+from tests.harness import Bus, wait_until
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+if CHROMIUM is None:
+    pytest.skip("no chromium on this machine", allow_module_level=True)
+sync_api = pytest.importorskip("playwright.sync_api")
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[sync_api.Browser]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+OpenPage = Callable[..., "sync_api.Page"]
+
+
+@pytest.fixture
+def open_page(browser: sync_api.Browser, gateway: GatewayProcess) -> Iterator[OpenPage]:
+    """Opens the page; fails the test on any error that the page threw."""
+    contexts, errors = [], []
+
+    def make(url: str = gateway.url, wait: bool = True, **options: object) -> sync_api.Page:
+        context = browser.new_context(**{"viewport": {"width": 1200, "height": 800}, **options})
+        context.set_default_timeout(15_000)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(url)
+        if wait:
+            page.locator("body[data-ready]").wait_for()
+        return page
+
+    yield make
+    for context in contexts:
+        context.close()
+    assert errors == []
+
+
+def ask(page: sync_api.Page, text: str) -> sync_api.Locator:
+    """Send a message; returns the last answer."""
+    page.locator("#prompt").fill(text)
+    page.locator("#prompt").press("Enter")
+    return page.locator(".message.assistant").last
+
+
+def done(page: sync_api.Page, answers: int = 1) -> None:
+    page.locator(".message.assistant .facts").nth(answers - 1).wait_for()
+
+
+def test_a_person_chats_about_a_picture(open_page: OpenPage, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (320, 200), "green").save(picture)
+    page = open_page()
+    page.locator("#file").set_input_files(picture)
+    page.locator("#pictures img").wait_for()
+    answer = ask(page, "What is this?")
+    done(page)
+    assert answer.locator(".body").inner_text() == "1 image: 320x200. What is this?"
+    assert "tokens" in answer.locator(".facts").inner_text()
+    # The conversation is still there after a reload, picture included.
+    page.reload()
+    page.locator("body[data-ready]").wait_for()
+    assert page.locator(".message").count() == 2
+    assert page.locator(".sent-pictures img").count() == 1
+    assert page.locator(".talk").inner_text() == "What is this?"
+
+
+def test_a_dropped_picture_is_taken(open_page: OpenPage) -> None:
+    page = open_page()
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "blue").save(buffer, "PNG")
+    transfer = page.evaluate_handle(
+        """(octets) => {
+            const transfer = new DataTransfer();
+            const file = new File([new Uint8Array(octets)], "a.png", { type: "image/png" });
+            transfer.items.add(file);
+            return transfer;
+        }""",
+        list(buffer.getvalue()),
+    )
+    page.dispatch_event("body", "drop", {"dataTransfer": transfer})
+    page.locator("#pictures img").wait_for()
+
+
+def test_stop_frees_the_slot_and_keeps_what_was_said(
+    open_page: OpenPage, gateway: GatewayProcess
+) -> None:
+    page = open_page()
+    answer = ask(page, "[[echo mode=sampled answer_tokens=5000 step_delay_ms=20]]go on and on")
+    answer.locator(".body p:not(.waiting)").wait_for()
+    assert gateway.bus.running() == 1
+    page.locator("#stop").click()
+    wait_until(lambda: gateway.bus.running() == 0, "a free slot", 3)
+    assert "stopped" in answer.locator(".facts").inner_text()
+    assert answer.locator(".body").inner_text()
+    assert page.locator("#send").is_visible()
+
+
+def test_escape_stops_as_well_and_leaving_the_page_cancels(
+    open_page: OpenPage, gateway: GatewayProcess
+) -> None:
+    page = open_page()
+    slow = "[[echo mode=sampled answer_tokens=5000 step_delay_ms=20]]x"
+    ask(page, slow).locator(".body p:not(.waiting)").wait_for()
+    page.keyboard.press("Escape")
+    wait_until(lambda: gateway.bus.running() == 0, "a free slot", 3)
+    done(page)
+    ask(page, slow).locator(".body p:not(.waiting)").wait_for()
+    page.goto("about:blank")
+    wait_until(lambda: gateway.bus.running() == 0, "a free slot", 3)
+
+
+def test_editing_and_asking_again_cut_the_conversation(open_page: OpenPage) -> None:
+    page = open_page()
+    ask(page, "first")
+    done(page)
+    ask(page, "second")
+    done(page, 2)
+    first = page.locator(".message.user").first
+    first.hover()
+    first.get_by_label("Edit and ask again").click()
+    first.locator("textarea").fill("changed")
+    first.get_by_text("Ask again").click()
+    page.locator(".message.assistant .body", has_text="changed").wait_for()
+    done(page)
+    assert page.locator(".message").count() == 2
+    page.get_by_label("Answer again").click()
+    done(page)
+    assert page.locator(".message").count() == 2
+
+
+def test_what_a_model_writes_never_runs(open_page: OpenPage) -> None:
+    page = open_page()
+    hostile = (
+        "<img src=x onerror=\"document.title='owned'\"> <script>document.title='owned'</script> "
+        "[click](javascript:document.title='owned') **bold** `code`\n\n"
+        "| a | b |\n|---|---|\n| <b>1</b> | 2 |\n\n```html\n<script>1</script>\n```\n- one\n- two"
+    )
+    answer = ask(page, "x")
+    done(page)
+    page.locator("#prompt").fill(hostile)
+    page.locator("#send").click()
+    done(page, 2)
+    answer = page.locator(".message.assistant").last
+    assert page.title() == "tokenbus"
+    assert answer.locator("img, script, b, a").count() == 0
+    assert answer.locator("strong").inner_text() == "bold"
+    assert answer.locator("td").first.inner_text() == "<b>1</b>"
+    assert answer.locator("pre").inner_text() == "<script>1</script>"
+    assert answer.locator("li").count() == 2
+
+
+def test_settings_travel_with_the_request(open_page: OpenPage) -> None:
+    page = open_page()
+    page.locator("#open-settings").click()
+    page.locator("#s-max_tokens").fill("3")
+    page.locator("#settings .primary").click()
+    answer = ask(page, "a much longer sentence than three tokens")
+    done(page)
+    assert "3 tokens" in answer.locator(".facts").inner_text()
+    assert "longest answer" in answer.locator(".facts").inner_text()
+
+
+def test_an_error_is_told_in_words(open_page: OpenPage) -> None:
+    page = open_page()
+    answer = ask(page, "[[echo error_at=0]]x")
+    answer.locator(".problem").wait_for()
+    assert "as asked" in answer.locator(".problem").inner_text()
+
+
+def test_the_operator_sees_a_request_and_its_freed_slot(
+    open_page: OpenPage, gateway: GatewayProcess
+) -> None:
+    page = open_page(f"{gateway.url}/#bus")
+    page.locator("#workers tbody tr").nth(1).wait_for()
+    used = page.locator(".card .figure").first
+    page.locator(".figure", has_text="0 of 16").wait_for()
+    client = gateway.bus.client()
+    stream = client.chat(
+        "echo", "[[echo mode=sampled answer_tokens=5000 step_delay_ms=20]]x", stream=True
+    )
+    events = iter(stream)
+    next(events)
+    page.locator(".figure", has_text="1 of 16").wait_for()
+    page.locator(".lanes .bar-run").wait_for()
+    stream.close()
+    page.locator(".figure", has_text="0 of 16").wait_for()
+    assert used.inner_text().startswith("0")
+    client.close()
+
+
+def test_an_operator_drains_a_worker(
+    open_page: OpenPage, make_bus: Callable[..., Bus], make_gateway: Callable[..., GatewayProcess]
+) -> None:
+    own = make_bus(workers=2)
+    gateway = make_gateway(bus=own)
+    page = open_page(f"{gateway.url}/#bus")
+    page.locator('button[data-worker="w1"]').click()
+    page.locator("#confirm-yes").click()
+    wait_until(lambda: not own.workers["w1"].running, "the drained worker's end")
+    page.locator("#workers-note", has_text="1 on this broker").wait_for()
+
+
+def test_a_key_is_asked_for_where_one_is_needed(
+    open_page: OpenPage, make_gateway: Callable[..., GatewayProcess], tmp_path: Path
+) -> None:
+    from client.gateway.keys import add_key
+
+    file = tmp_path / "keys.toml"
+    key = add_key(file, "alice")
+    gateway = make_gateway("--keys", str(file))
+    page = open_page(gateway.url, wait=False)
+    page.locator("#key-dialog[open]").wait_for()
+    page.locator("#key").fill(key)
+    page.locator("#key-dialog .primary").click()
+    page.locator("#model option", has_text="echo").wait_for(state="attached")
+    ask(page, "hello")
+    done(page)
+    # Not an operator's key.
+    assert page.locator("#tab-bus").is_hidden()
+
+
+def test_a_phone_shows_everything_without_scrolling_sideways(open_page: OpenPage) -> None:
+    page = open_page(
+        viewport={"width": 360, "height": 740}, is_mobile=True, has_touch=True, color_scheme="dark"
+    )
+    page.locator("#prompt").fill("`a` " * 60 + "\n\n```\n" + "x" * 300 + "\n```")
+    page.locator("#send").tap()
+    done(page)
+    wide = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
+    assert not page.evaluate(wide)
+    page.locator("#open-talks").tap()
+    page.locator(".talk").tap()
+    page.locator("#tab-bus").tap()
+    page.locator("#workers tbody tr").nth(1).wait_for()
+    assert not page.evaluate(wide)
+
+
+def test_everything_is_reached_by_the_keyboard_and_has_a_name(open_page: OpenPage) -> None:
+    page = open_page()
+    page.locator("#tab-chat").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.id") == "tab-bus"
+    page.keyboard.press("ArrowLeft")
+    nameless = page.evaluate(
+        """[...document.querySelectorAll("button, input, select, textarea")].filter((node) =>
+            !(node.textContent.trim() || node.getAttribute("aria-label") || node.labels?.length)
+        ).map((node) => node.outerHTML)"""
+    )
+    assert nameless == []
+    page.locator("#prompt").focus()
+    page.keyboard.type("by key")
+    page.keyboard.press("Enter")
+    done(page)

@@ -1,0 +1,195 @@
+"""`/v1/responses` as OpenAI's own client sees it."""
+
+from __future__ import annotations
+
+import json
+
+import openai
+import pytest
+
+from tests.gateway.conftest import MODEL, GatewayProcess
+from tests.gateway.test_chat import CALL, picture
+from tests.harness import wait_until
+
+TOOL = {
+    "type": "function",
+    "name": "get_weather",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    "strict": False,
+}
+SLOW = "[[echo mode=sampled answer_tokens=400 step_delay_ms=20]]x"
+
+
+def test_an_answer_has_openais_shape(client: openai.OpenAI) -> None:
+    response = client.responses.create(model=MODEL, input="hello", instructions="Be kind.")
+    assert response.output_text == "hello"
+    assert response.status == "completed" and response.object == "response"
+    assert response.usage is not None
+    assert response.usage.total_tokens == response.usage.input_tokens + response.usage.output_tokens
+    assert response.instructions == "Be kind."
+
+
+def test_a_stream_tells_the_whole_story_in_order(client: openai.OpenAI) -> None:
+    events = list(client.responses.create(model=MODEL, input="hello", stream=True))
+    kinds = [event.type for event in events]
+    assert kinds[:4] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+    ]
+    assert kinds[-4:] == [
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    assert set(kinds[4:-4]) == {"response.output_text.delta"}
+    text = "".join(e.delta for e in events if e.type == "response.output_text.delta")
+    assert text == "hello" == events[-1].response.output_text
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+
+
+def test_the_sdks_own_stream_helper_accepts_it(client: openai.OpenAI) -> None:
+    with client.responses.stream(model=MODEL, input="hello") as stream:
+        for _ in stream:
+            pass
+        assert stream.get_final_response().output_text == "hello"
+
+
+def test_pictures_and_items_are_taken(client: openai.OpenAI) -> None:
+    response = client.responses.create(
+        model=MODEL,
+        input=[
+            {"role": "developer", "content": "Be brief."},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "input_text", "text": "what"},
+                    {"type": "input_image", "image_url": picture(), "detail": "auto"},
+                ],
+            },
+        ],
+    )
+    assert response.output_text == "1 image: 64x48. what"
+
+
+def test_a_follow_up_stands_on_what_was_said(client: openai.OpenAI) -> None:
+    first = client.responses.create(model=MODEL, input="one", instructions="Only now.")
+    second = client.responses.create(
+        model=MODEL, input="two", previous_response_id=first.id, store=False
+    )
+    alone = client.responses.create(model=MODEL, input="two")
+    assert second.usage is not None and alone.usage is not None
+    assert second.usage.input_tokens > alone.usage.input_tokens
+    with pytest.raises(openai.NotFoundError):
+        client.responses.create(model=MODEL, input="x", previous_response_id=second.id)
+
+
+def test_tool_calls_are_items_of_their_own(client: openai.OpenAI) -> None:
+    events = list(client.responses.create(model=MODEL, input=CALL, tools=[TOOL], stream=True))
+    done = next(e for e in events if e.type == "response.function_call_arguments.done")
+    assert json.loads(done.arguments) == {"city": "Graz"}
+    [item] = events[-1].response.output
+    assert item.type == "function_call" and item.name == "get_weather"
+    answer = client.responses.create(
+        model=MODEL,
+        tools=[TOOL],
+        input=[
+            {"role": "user", "content": "weather?"},
+            item.model_dump(exclude_none=True),
+            {"type": "function_call_output", "call_id": item.call_id, "output": "sunny"},
+            {"role": "user", "content": "thanks"},
+        ],
+    )
+    assert answer.output_text == "thanks"
+
+
+def test_an_answer_that_is_cut_is_incomplete(client: openai.OpenAI) -> None:
+    response = client.responses.create(model=MODEL, input="a long text", max_output_tokens=2)
+    assert response.status == "incomplete"
+    assert response.incomplete_details is not None
+    assert response.incomplete_details.reason == "max_output_tokens"
+
+
+def test_logprobs_come_where_they_are_included(client: openai.OpenAI) -> None:
+    response = client.responses.create(
+        model=MODEL, input="ab", include=["message.output_text.logprobs"], top_logprobs=1
+    )
+    [content] = response.output[0].content
+    assert [entry.token for entry in content.logprobs] == ["a", "b"]
+
+
+def test_a_response_is_kept_read_again_and_deleted(client: openai.OpenAI) -> None:
+    made = client.responses.create(model=MODEL, input="hello")
+    assert client.responses.retrieve(made.id).output_text == "hello"
+    [item] = client.responses.input_items.list(made.id).data
+    assert item.role == "user"
+    client.responses.delete(made.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(made.id)
+
+
+def test_a_background_response_outlives_its_reader_and_is_read_on(
+    client: openai.OpenAI, gateway: GatewayProcess
+) -> None:
+    text = "[[echo mode=sampled answer_tokens=60 step_delay_ms=10]]x"
+    stream = client.responses.create(
+        model=MODEL, input=text, background=True, stream=True, extra_body={"seed": 5}
+    )
+    heard = []
+    for event in stream:
+        heard.append(event)
+        if len(heard) == 12:
+            break
+    stream.close()
+    id_ = heard[0].response.id
+    rest = list(
+        client.responses.retrieve(id_, stream=True, starting_after=heard[-1].sequence_number)
+    )
+    events = heard + rest
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    whole = client.responses.create(model=MODEL, input=text, extra_body={"seed": 5})
+    said = "".join(e.delta for e in events if e.type == "response.output_text.delta")
+    assert said == whole.output_text == client.responses.retrieve(id_).output_text
+
+
+def test_a_background_response_is_polled_and_cancelled(
+    client: openai.OpenAI, gateway: GatewayProcess
+) -> None:
+    made = client.responses.create(model=MODEL, input=SLOW, background=True)
+    assert made.status == "queued"
+    wait_until(lambda: client.responses.retrieve(made.id).status == "in_progress", "a start")
+    assert client.responses.cancel(made.id).status == "cancelled"
+    wait_until(lambda: gateway.bus.running() == 0, "a free slot", 5)
+
+
+def test_a_failing_response_ends_with_its_error(client: openai.OpenAI) -> None:
+    events = list(
+        client.responses.create(model=MODEL, input="[[echo error_at=2]]abcdef", stream=True)
+    )
+    assert events[-1].type == "response.failed"
+    assert events[-1].response.error.code == "engine_error"
+    with pytest.raises(openai.InternalServerError):
+        client.responses.create(model=MODEL, input="[[echo error_at=0]]abcdef", stream=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"conversation": "c"}, "conversation"),
+        ({"foo": 1}, "foo"),
+        ({"input": [{"type": "mcp_call"}]}, "input[0].type"),
+        ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input[0].content[0]"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"include": ["file_search_call.results"]}, "include"),
+        ({"background": True, "store": False}, "background"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(
+    client: openai.OpenAI, change: dict[str, object], param: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.create(**{"model": MODEL, "input": "x"}, extra_body=change)
+    assert caught.value.param == param
