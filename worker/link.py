@@ -252,7 +252,8 @@ class Link:
             self._display.done()
             for broker_socket in self._sockets.values():
                 broker_socket.close(linger=False)
-            self._supervisor.stop()
+            # What still runs is given up: an engine in the middle of a step is not waited for.
+            self._supervisor.stop(wait=self._core.running == 0)
             self._signals.close()
             self._context.term()
 

@@ -42,6 +42,7 @@ from broker.protocol.messages import (
 )
 from worker import events as fact
 from worker.connection import Connection, State
+from worker.credit import CreditPool
 from worker.engines.base import Capabilities
 from worker.instructions import (
     CloseSocket,
@@ -53,13 +54,6 @@ from worker.instructions import (
     Send,
 )
 from worker.requests import Requests
-
-STARVED_S = 2.0
-"""A broker without credit for so long may have some that an idle one sits on."""
-RENEW_INTERVAL_S = 10.0
-"""Between two renewals of an idle session for that."""
-RENEWAL_S = 3.0
-"""How long the credit of a broker whose session is renewed is kept for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +104,7 @@ class WorkerCore:
         self._requests = Requests(
             self._connections, settings.grace_s, settings.kept_s, settings.window_wait_s
         )
-        # Credit: since when a broker has none, and whose session was renewed, and when.
-        self._starved_s = math.inf
-        self._renewed = -1
-        self._renewed_s = -math.inf
+        self._credit = CreditPool(self._connections)
         # Stopping.
         self._drain_until_s = math.inf
         self._exited = False
@@ -292,8 +283,6 @@ class WorkerCore:
         self._part(connection, "closed", "credit is moved to another broker", now_s)
         self._out.append(CloseSocket(connection.index, linger=True))
         self._requests.orphan(connection, now_s)
-        self._renewed, self._renewed_s = connection.index, now_s
-        self._starved_s = math.inf
         connection.lost(now_s)
         connection.until_s = now_s
 
@@ -500,43 +489,8 @@ class WorkerCore:
     # --- credit -----------------------------------------------------------------------------------
 
     def _distribute(self, now_s: float) -> None:
-        """Grant every free slot, each to the broker that has the least to spend.
-
-        A broker whose session is being renewed will have its share: it is left for it.
-        """
-        if self._state is not WorkerState.READY:
-            return
-        returning = now_s < self._renewed_s + RENEWAL_S
-        shares = {
-            connection.index: connection.unused
-            for connection in self._connections
-            if connection.open or (returning and connection.index == self._renewed)
-        }
-        free = self.capacity - self.running - sum(shares.values())
-        for _ in range(free if shares else 0):
-            index = min(shares, key=lambda index: (shares[index], index))
-            shares[index] += 1
-            if self._connections[index].open:
-                self._connections[index].granted += 1
-
-    def _balance(self, now_s: float) -> None:
-        """Credit never falls, so an idle broker's surplus moves by a new session with it.
-
-        Only for a broker that had none to spend for a while: a new session costs the idle one a
-        moment without this worker.
-        """
-        takers = [connection for connection in self._connections if connection.open]
-        starved = len(takers) > 1 and min(connection.unused for connection in takers) == 0
-        if self._state is not WorkerState.READY or not starved:
-            self._starved_s = math.inf
-            return
-        self._starved_s = min(self._starved_s, now_s)
-        rested = now_s - self._renewed_s >= RENEW_INTERVAL_S
-        if rested and now_s - self._starved_s >= STARVED_S:
-            for connection in takers:
-                if connection.unused >= 2 and connection.idle:
-                    self._renew(connection, now_s)
-                    return
+        if self._state is WorkerState.READY:
+            self._credit.distribute(self.capacity - self.running, now_s)
 
     def _settle(self, now_s: float) -> None:
         """After every fact: grant what is free, send what is ready, leave when all is done."""
@@ -549,8 +503,10 @@ class WorkerCore:
                 connection.announced = connection.granted
                 credit = Credit(granted=connection.granted)
                 self._send(connection, MessageType.CREDIT, connection.session, credit, now_s)
-        if len(self._connections) > 1:
-            self._balance(now_s)
+        if self._state is WorkerState.READY:
+            surplus = self._credit.surplus(now_s)
+            if surplus is not None:
+                self._renew(surplus, now_s)
         if self._state is WorkerState.DRAINING and not self._requests.unfinished:
             self._leave("drained", "", 0, now_s)
 

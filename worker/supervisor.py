@@ -113,10 +113,10 @@ class Supervisor:
             os.close(self._life)
             self._life = None
 
-    def stop(self) -> None:
-        """End the engine process for good: asked first, then killed."""
+    def stop(self, *, wait: bool = True) -> None:
+        """End the engine process for good: killed, unless it leaves by itself when it is asked."""
         process = self._process
-        if process is not None and self.pipe is not None:
+        if wait and process is not None and self.pipe is not None:
             with contextlib.suppress(PipeClosed, subprocess.TimeoutExpired):
                 self.pipe.send((msgspec.msgpack.encode(("close",)),))
                 process.wait(CLOSE_WAIT_S if self._ready_s is not None else 0.0)
@@ -166,13 +166,25 @@ class Supervisor:
             case ["step", events]:
                 return fact.EngineStepped(events)
             case ["metrics", metrics]:
-                return fact.EngineMeasured(metrics)
+                return fact.EngineMeasured(
+                    {
+                        str(name): float(value)
+                        for name, value in metrics.items()
+                        if isinstance(value, int | float) and math.isfinite(value)
+                    }
+                )
             case ["loading", fraction, note]:
                 return fact.EngineLoading(fraction, note)
             case ["ready", capabilities]:
+                try:
+                    known = msgspec.convert(capabilities, Capabilities)
+                except msgspec.ValidationError as error:
+                    self._kill()
+                    engine = self._options.engine
+                    return fact.WorkerFailed(f"engine {engine} describes itself wrongly: {error}")
                 self._ready_s = now_s
                 self._was_ready = True
-                return fact.EngineReady(msgspec.convert(capabilities, Capabilities))
+                return fact.EngineReady(known)
             case ["unusable", reason]:
                 self._unusable = True
                 self._last_words = reason

@@ -17,7 +17,7 @@ from broker.protocol.messages import (
     Resume,
     TextPart,
 )
-from worker.engines import echo, registry
+from worker.engines import echo, echo_tokens, registry
 from worker.engines.base import (
     Ended,
     EngineEvent,
@@ -96,14 +96,14 @@ def failure(engine: echo.EchoEngine, one: Job) -> str:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "hello", " badaba bad", "Grüße, 世界 🙂", "a  b\n\tc", echo.words()[4095]]
+    "text", ["", "hello", " badaba bad", "Grüße, 世界 🙂", "a  b\n\tc", echo_tokens.words()[4095]]
 )
 def test_text_survives_tokens_and_back(text: str) -> None:
-    assert echo.detokenize(echo.tokenize(text)) == text
+    assert echo_tokens.detokenize(echo_tokens.tokenize(text)) == text
 
 
 def test_the_vocabulary_has_no_word_twice() -> None:
-    assert len(set(echo.words())) == echo.WORDS
+    assert len(set(echo_tokens.words())) == echo_tokens.WORDS
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def test_the_vocabulary_has_no_word_twice() -> None:
 def test_a_completion_is_echoed_token_by_token() -> None:
     ids, text, end = answer(build(), job("Hello, Welt: äöü 🙂"))
     assert text == "Hello, Welt: äöü 🙂"
-    assert ids == echo.tokenize(text)
+    assert ids == echo_tokens.tokenize(text)
     assert end.finish_reason is FinishReason.STOP
     assert end.usage.completion_tokens == end.usage.prompt_tokens == len(ids)
 
@@ -192,7 +192,7 @@ def test_a_resumed_answer_goes_on_as_the_interrupted_one(mode: str, tokens_per_s
     for have in range(len(whole) + 1):
         for characters in range(len(text) + 1):
             resume = Resume(epoch=1, token_ids=whole[:have], text_characters=characters)
-            certain = echo._Text(stops, False).push(whole[:have])
+            certain = echo_tokens.Text(stops, False).push(whole[:have])
             if characters > len(certain):
                 continue
             rest = job(prompt, seed=5, options=options, stop=stops, resume=resume)

@@ -19,7 +19,7 @@ import pytest
 
 from client import BusError, Client, Stream
 from tests.harness import ROOT, Bus, ManagedProcess, running_bus, wait_until
-from worker.engines import echo
+from worker.engines import echo_tokens
 
 PROMPT = "The quick brown fox jumps over the lazy dog."
 
@@ -245,8 +245,8 @@ def test_a_broker_that_stands_still_for_a_while_costs_a_pause_and_nothing_else(
             bus.broker.signal(signal.SIGCONT)
         for index, stream in enumerate(begun):
             seeds = (5, zlib.crc32(f"p{index}".encode()))
-            expected = [echo.sampled_token(*seeds, position) for position in range(tokens)]
-            assert stream.text() == echo.detokenize(expected)
+            expected = [echo_tokens.sampled_token(*seeds, position) for position in range(tokens)]
+            assert stream.text() == echo_tokens.detokenize(expected)
         assert not records(worker, "broker lost")
     finally:
         bus.stop()

@@ -1,12 +1,8 @@
 """The echo engine: deterministic answers without a model, and faults on demand.
 
 Tests and benchmarks run it in place of a model: it keeps every rule of `worker.engines.base`,
-resuming included, and what it says can be computed by hand. Must never import torch.
-
-**Tokens.** 0 to 255 are octets of UTF-8; 256 and up are 4,096 made-up words with a leading space.
-Text is split greedily into those words and, for the rest, octets, so that every text has exactly
-one list of tokens and every list of tokens a text. Half a character makes a token without text, as
-in a real tokenizer.
+resuming included, and what it says can be computed by hand. Its tokens are those of `echo_tokens`.
+Must never import torch.
 
 **Answers.** `mode=echo` repeats the prompt: the last user message of a chat, the prompt of a
 completion, preceded by one line for pictures ("2 images: 64x48, 32x32. "). `mode=sampled` draws
@@ -43,9 +39,6 @@ import signal
 import struct
 import time
 import zlib
-from codecs import getincrementaldecoder
-from collections.abc import Iterable
-from functools import cache
 from typing import Any, Final
 
 import msgspec
@@ -76,19 +69,20 @@ from worker.engines.base import (
     PromptFacts,
     Tokens,
 )
+from worker.engines.echo_tokens import (
+    VOCABULARY,
+    Text,
+    detokenize,
+    sampled_token,
+    token_octets,
+    tokenize,
+)
 
-OCTETS: Final = 256
-WORDS: Final = 4096
-VOCABULARY: Final = OCTETS + WORDS
 EMBEDDING_DIMENSIONS: Final = 8
 DEFAULT_SLOTS: Final = 8
 EXIT_STATUS: Final = 13
 
 _DIRECTIVE: Final = re.compile(r"\[\[echo((?:\s+\w+=\S+)*)\s*\]\]\s?")
-_PIECE: Final = re.compile(r" [a-z]+|.", re.DOTALL)
-_CONSONANTS: Final = "bdfgklmn"
-_VOWELS: Final = "aeio"
-_Utf8Decoder = getincrementaldecoder("utf-8")
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -115,57 +109,6 @@ class EchoFault(Exception):
     """The fault that `raise_at` asked for."""
 
 
-# --- tokens ---------------------------------------------------------------------------------------
-
-
-@cache
-def words() -> tuple[str, ...]:
-    """The vocabulary's words, each with its leading space."""
-    syllables = [c + v for c in _CONSONANTS for v in _VOWELS]
-    pairs = [first + second for first in syllables for second in syllables]
-    quads = [pair + last for pair in pairs for last in ("na", "ro", "se")]
-    return tuple(" " + word for word in (pairs + quads))[:WORDS]
-
-
-@cache
-def _word_ids() -> dict[str, int]:
-    return {word: OCTETS + index for index, word in enumerate(words())}
-
-
-def tokenize(text: str) -> list[int]:
-    """Token ids of a text."""
-    ids = _word_ids()
-    tokens: list[int] = []
-    for piece in _PIECE.findall(text):
-        token = ids.get(piece)
-        if token is not None:
-            tokens.append(token)
-        else:
-            tokens += piece.encode("utf-8", "surrogatepass")
-    return tokens
-
-
-def token_octets(token_id: int) -> bytes:
-    """The octets that a token stands for."""
-    if token_id < OCTETS:
-        return bytes((token_id,))
-    return words()[(token_id - OCTETS) % WORDS].encode()
-
-
-def detokenize(token_ids: Iterable[int]) -> str:
-    """Text of token ids; octets that are no UTF-8 become replacement characters."""
-    return b"".join(map(token_octets, token_ids)).decode("utf-8", "replace")
-
-
-def sampled_token(seed: int, prompt_hash: int, position: int) -> int:
-    """The token at a position: a hash (the finaliser of splitmix64), so nothing else matters."""
-    mask = (1 << 64) - 1
-    z = (seed ^ (prompt_hash << 32)) + (position + 1) * 0x9E3779B97F4A7C15 & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return OCTETS + (z ^ (z >> 31)) % WORDS
-
-
 # --- pictures -------------------------------------------------------------------------------------
 
 
@@ -178,54 +121,6 @@ def _image_size(octets: bytes) -> str:
 
 
 # --- one request ----------------------------------------------------------------------------------
-
-
-class _Text:
-    """From tokens to text that is certain: whole characters, and no possible start of a stop."""
-
-    __slots__ = ("_decoder", "_half", "_held", "_include", "_longest", "_stops", "stopped_by")
-
-    def __init__(self, stops: list[str], include_stop: bool) -> None:
-        self._decoder = _Utf8Decoder("replace")
-        #: The decoder has the beginning of a character.
-        self._half = False
-        self._stops = stops
-        self._include = include_stop
-        self._longest = max(map(len, stops), default=0)
-        self._held = ""
-        self.stopped_by: str | None = None
-
-    def push(self, token_ids: list[int]) -> str:
-        """Text that became certain."""
-        text = self._held
-        vocabulary = words()
-        for token in token_ids:
-            if token >= OCTETS and not self._half:
-                text += vocabulary[(token - OCTETS) % WORDS]
-            else:
-                text += self._decoder.decode(token_octets(token))
-                self._half = bool(self._decoder.getstate()[0])
-        if not self._stops:
-            return text
-        found = [(text.find(stop), stop) for stop in self._stops if stop in text]
-        if found:
-            at, self.stopped_by = min(found)
-            self._held = ""
-            return text[: at + len(self.stopped_by)] if self._include else text[:at]
-        keep = 0
-        for length in range(min(len(text), self._longest - 1), 0, -1):
-            tail = text[-length:]
-            if any(stop.startswith(tail) for stop in self._stops):
-                keep = length
-                break
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def finish(self) -> str:
-        """What was held back, at the end of the answer."""
-        text = self._held + self._decoder.decode(b"", final=True)
-        self._held = ""
-        return text
 
 
 class _Run:
@@ -273,7 +168,7 @@ class _Run:
         if params.ignore_eos:
             self.end_at = 1 << 30
         prior = request.resume.token_ids if request.resume else []
-        self.text = _Text(params.stop, params.include_stop)
+        self.text = Text(params.stop, params.include_stop)
         #: Characters that the client already has of the text to come.
         self.skip = request.resume.text_characters if request.resume else 0
         self.position = 0
@@ -693,7 +588,7 @@ def _logprob(token: int, alternatives: int) -> TokenLogprob:
     """A made-up but deterministic log probability: the token, then its neighbours."""
     value = -(token % 100) / 100 - 0.01
     top = [
-        TopLogprob((token + rank) % VOCABULARY, value - rank, token_octets((token + rank) % OCTETS))
+        TopLogprob((token + rank) % VOCABULARY, value - rank, token_octets((token + rank) % 256))
         for rank in range(alternatives)
     ]
     return TokenLogprob(value, token_octets(token), top)
