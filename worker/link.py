@@ -52,7 +52,10 @@ _LOST: Final = {
     zmq.Event.DISCONNECTED: "the connection was closed",
     zmq.Event.CLOSED: "nobody listens there",
     zmq.Event.CONNECT_RETRIED: "nobody listens there",
-    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: "the handshake failed; is that a tokenbus broker?",
+    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: (
+        "the handshake failed: either it is no tokenbus broker, or one side uses CURVE keys and "
+        "the other does not"
+    ),
     zmq.Event.HANDSHAKE_FAILED_PROTOCOL: (
         "the handshake failed: one side uses CURVE keys and the other does not, or the broker's "
         "key (--server-key) is another"
