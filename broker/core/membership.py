@@ -52,6 +52,13 @@ def on_first_message(core: BrokerCore, event: MessageReceived, head: Header) -> 
             # The gate let the connection in before the list changed.
             refuse(core, event.side, event.routing_id, _NOT_ALLOWED, fatal=True)
             return
+    if len(event.routing_id) != limits.ID_OCTETS or event.routing_id[0] == 0:
+        error = ErrorInfo(
+            code=ErrorCode.PROTOCOL_ERROR,
+            message="HELLO: the routing id must be 16 random octets, the first not zero",
+        )
+        refuse(core, event.side, event.routing_id, error, fatal=True)
+        return
     try:
         hello = codec.decode(Hello, event.frames[1], limits.MAX_HELLO_OCTETS)
         check_hello(core, event.side, head, hello)

@@ -80,6 +80,16 @@ def test_a_full_broker_refuses_and_says_when_to_come_back() -> None:
         assert refused.error.retry_after_ms is not None
 
 
+@pytest.mark.parametrize("routing_id", [b"\x00abcd", b"\x00" + bytes(15), b"a" * 15, b"a" * 17])
+def test_a_routing_id_that_is_not_16_octets_is_refused_for_good(routing_id: bytes) -> None:
+    bus = Bus()
+    peer = Peer(bus, Side.BACK)
+    peer.routing_id = routing_id
+    peer.send(MessageType.HELLO, header.NO_ID, Hello(role="worker", name="w"))
+    peer.begin()
+    assert refusal(peer).fatal
+
+
 def test_a_second_hello_ends_the_session() -> None:
     bus = Bus()
     client = bus.client()

@@ -17,7 +17,7 @@ import zmq.auth
 from broker import auth
 from broker.protocol import codec, header
 from broker.protocol.header import MessageType
-from broker.protocol.messages import new_id
+from broker.protocol.messages import TokensEvent, new_id
 from tests.wire.broker_peers import (
     BrokerProcess,
     RawClient,
@@ -151,10 +151,18 @@ def test_a_frame_that_is_too_large_ends_only_its_connection(
 
 
 @pytest.mark.parametrize(
-    "shape", ["header only", "one frame more", "three frames more", "too large"]
+    ("shape", "ended"),
+    [
+        ("header only", True),
+        ("too large", True),
+        ("empty body and a frame more", True),
+        ("one frame more", False),
+        ("two frames more", False),
+        ("three frames more", False),
+    ],
 )
 def test_a_worker_that_breaks_the_framing_of_output_harms_nobody_else(
-    context: zmq.Context[Any], broker: BrokerProcess, shape: str
+    context: zmq.Context[Any], broker: BrokerProcess, shape: str, ended: bool
 ) -> None:
     """The fast path reads no more frames than it must: the end of a message is still found."""
     worker, client = pair(context, broker)
@@ -164,22 +172,26 @@ def test_a_worker_that_breaks_the_framing_of_output_harms_nobody_else(
     _, assign, _ = hostile.take()
     client.expect(MessageType.ACCEPTED)
     head = header.encode(MessageType.OUTPUT, assign.reply_to, hostile.sequence)
-    body = codec.encode_events([])
+    body = codec.encode_events([TokensEvent(request_id, 0, 0, [1], "x")])
     frames = {
         "header only": [head],
-        "one frame more": [head, body, b"x"],
-        "three frames more": [head, body, *[worker.socket.getsockopt(zmq.ROUTING_ID)[:15]] * 3],
         "too large": [head, bytes(2 << 20)],
+        "empty body and a frame more": [head, b"\x90", b"x"],
+        "one frame more": [head, body, b"x"],
+        "two frames more": [head, body, b"x", head],
+        "three frames more": [head, body, *[worker.socket.getsockopt(zmq.ROUTING_ID)[:15]] * 3],
     }[shape]
     hostile.socket.send_multipart(frames)
     for _ in range(20):
         worker.beat()
     newcomer = RawWorker(context, broker.back)
     newcomer.join("newcomer", models=("new",))
-    assert hostile.expect(MessageType.REFUSE)[1]["error"]["code"] == "protocol_error"
-    head_, body_ = client.expect(MessageType.OUTPUT)
-    assert (head_.sequence, body_) == (2, []), "the client's sequence goes on"
-    assert client.expect(MessageType.INTERRUPTED)[0].id == request_id
+    came, events = client.expect(MessageType.OUTPUT)
+    assert came.sequence == 2, "the client's sequence goes on"
+    assert events == ([] if ended else codec.unpack(body, 1000))
+    if ended:
+        assert hostile.expect(MessageType.REFUSE)[1]["error"]["code"] == "protocol_error"
+        assert client.expect(MessageType.INTERRUPTED)[0].id == request_id
     stream_works(client, worker)
 
 
