@@ -546,7 +546,7 @@ class ClientSession:
         )
         self._end(exchange, end, ended=True)
 
-    # --- answers of the broker itself ---------------------------------------------------------------
+    # --- answers of the broker itself -------------------------------------------------------------
 
     def _on_answer(self, query_id: bytes, body: bytes) -> None:
         answer = codec.decode(messages.Answer, body, limits.MAX_ANSWER_OCTETS)

@@ -30,6 +30,9 @@ STOP_S: Final = 10.0
 """A process that has not ended so long after SIGTERM is killed."""
 
 WORKER: Final = "demo"
+QUIET: Final = ("--log-level", "warning", "--log-format", "text")
+"""So that the last line of a process that fails is its reason."""
+
 NEEDED: Final = ("torch", "transformers", "PIL")
 
 
@@ -74,10 +77,10 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         with Client(front, timeout=Timeout(total=300.0)) as client:
             right = _ask(client, case, arguments.engine, terminal)
         if arguments.keep:
-            terminal.notice(
-                f"the bus goes on: `python -m client chat --broker {front}`; Ctrl-C stops it"
-            )
             with contextlib.suppress(KeyboardInterrupt):
+                terminal.notice(
+                    f"the bus goes on: `python -m client chat --broker {front}`; Ctrl-C stops it"
+                )
                 bus.wait()
         with terminal.waiting("stopping worker and broker ..."):
             bus.stop()
@@ -166,7 +169,8 @@ class _Bus:
         ready = self._folder / "ready.json"
         with terminal.waiting("starting a broker ...") as tell:
             ports = ("--front", "tcp://127.0.0.1:*", "--back", "tcp://127.0.0.1:*")
-            self._launch("broker", "-m", "broker", *ports, "--ready-file", str(ready))
+            ready_file = ("--ready-file", str(ready))
+            self._launch("broker", "-m", "broker", *ports, *ready_file, *QUIET)
             self._await(ready.exists, "broker", 30.0)
             addresses = json.loads(ready.read_text(encoding="utf-8"))
             front: str = addresses["front"][0]
@@ -182,6 +186,7 @@ class _Bus:
                 "--engine",
                 engine,
                 "--no-progress",
+                *QUIET,
             )
             with Client(front, timeout=Timeout(connect=30.0)) as client:
                 self._await(lambda: _is_ready(client, tell), "worker", load_timeout_s)

@@ -1,0 +1,386 @@
+"""`python -m client`: what a person at a terminal, or a script, sees."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from client import Timeout
+from tests.harness import PATIENCE_S, ROOT, Bus, wait_until
+
+ENDLESS = "[[echo mode=sampled answer_tokens=100000 step_delay_ms=5]] go"
+
+
+def run(
+    *arguments: str, stdin: str = "", environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, piped."""
+    return subprocess.run(
+        [sys.executable, "-m", "client", *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=90,
+        env={**os.environ, **(environment or {})},
+    )
+
+
+class Person:
+    """Somebody at a terminal: types, reads, presses keys."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        self._ours, theirs = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "client", *arguments],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            cwd=ROOT,
+            env={**os.environ, "TERM": "xterm", **environment},
+            start_new_session=True,
+            preexec_fn=_take_terminal,
+        )
+        os.close(theirs)
+        self.screen = ""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                octets = os.read(self._ours, 65_536)
+            except OSError:
+                return  # the other end is closed
+            if not octets:
+                return
+            self.screen += octets.decode("utf-8", errors="replace")
+
+    def sees(self, text: str, times: int = 1) -> None:
+        wait_until(
+            lambda: self.screen.count(text) >= times, f"{text!r} on screen", story=self._story
+        )
+
+    def _story(self) -> str:
+        return f"screen: {self.screen!r}"
+
+    def types(self, text: str) -> None:
+        os.write(self._ours, text.encode())
+
+    def leaves(self) -> int:
+        status = self.process.wait(PATIENCE_S)
+        self._reader.join(PATIENCE_S)
+        os.close(self._ours)
+        return status
+
+
+def _take_terminal() -> None:
+    """Make the pseudo terminal the controlling one, so that Ctrl-C is a signal."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> str:
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (5, 4), "red").save(path)
+    return str(path)
+
+
+# --- one question ---------------------------------------------------------------------------------
+
+
+def test_generate_prints_the_answer_and_nothing_else(bus: Bus) -> None:
+    done = run("generate", "--broker", bus.front, "hello", "there")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "hello there\n", "")
+
+
+def test_generate_reads_standard_input_and_the_environment(bus: Bus) -> None:
+    done = run("generate", stdin="from a pipe\n", environment={"TOKENBUS_BROKER": bus.front})
+    assert (done.returncode, done.stdout) == (0, "from a pipe\n")
+
+
+def test_generate_takes_pictures_and_parameters(bus: Bus, picture: str) -> None:
+    done = run(
+        *("generate", "--broker", bus.front, "-m", "echo", "-i", picture, "--image", picture),
+        *("--max-tokens", "200", "--stop", "END", "--param", "logit_bias=[[5, 1.5]]", "--stats"),
+        "before END after",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("2 images: 5x4, 5x4. before")
+    assert "after" not in done.stdout
+    assert "answer tokens" in done.stderr
+
+
+def test_generate_as_json_gives_a_line_for_each_event(bus: Bus) -> None:
+    done = run("generate", "--broker", bus.front, "--json", "--seed", "7", "abc")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["event"] for line in lines][-1] == "end"
+    tokens = [line for line in lines if line["event"] == "tokens"]
+    assert "".join(line["text"] for line in tokens) == lines[-1]["text"] == "abc"
+    assert lines[-1]["seed"] == 7 and lines[-1]["finish_reason"] == "stop"
+
+
+def test_embed_and_count(bus: Bus) -> None:
+    done = run("embed", "--broker", bus.front, "one", "two")
+    vectors = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["text"] for line in vectors] == ["one", "two"]
+    assert len(vectors[0]["embedding"]) == len(vectors[1]["embedding"]) > 0
+    assert int(run("count", "--broker", bus.front, "hello").stdout) == bus.client().count("hello")
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def test_models_workers_and_status_as_tables_and_as_json(bus: Bus) -> None:
+    models = run("models", "--broker", bus.front)
+    assert models.stdout.splitlines()[0].split()[:2] == ["model", "workers"]
+    assert models.stdout.splitlines()[1].split()[:2] == ["echo", "2/2"]
+    workers = run("workers", "--broker", bus.front, "--json")
+    assert {json.loads(line)["name"] for line in workers.stdout.splitlines()} == {"w1", "w2"}
+    status = run("status", "--broker", bus.front)
+    assert "up and answering" in status.stdout and "w1" in status.stdout
+    for command in ("clients", "requests"):
+        assert run(command, "--broker", bus.front).returncode == 0
+
+
+def test_drain_lets_a_worker_go(make_bus: Callable[..., Bus]) -> None:
+    bus = make_bus(workers=2)
+    done = run("drain", "--broker", bus.front, "w1", "--deadline", "1")
+    assert done.returncode == 0, done.stderr
+    client = bus.client(timeout=Timeout(total=20))
+    wait_until(
+        lambda: {row["name"] for row in client.workers() if row["state"] == "ready"} == {"w2"},
+        "w1 drained",
+    )
+    assert client.chat("echo", "x").worker == "w2"
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "told"),
+    [
+        (["models", "--broker", "tcp://127.0.0.1:1", "--connect-timeout", "0.3"], 1, "-m broker"),
+        (["models", "--broker", "nonsense"], 2, "tcp://HOST:PORT"),
+        (["generate", "x", "--image", "/nowhere.png"], 2, "/nowhere.png"),
+        (["generate", "x", "--temperature", "-1"], 2, "temperature"),
+        (["generate", "x", "--param", "temprature=1"], 2, "did you mean temperature"),
+        (["generate", "--server-key", "short", "x"], 2, "server_key"),
+        (["generate"], 2, "no text"),
+    ],
+)
+def test_a_mistake_is_one_line_without_a_traceback(
+    arguments: list[str], status: int, told: str
+) -> None:
+    done = run(*arguments)
+    assert done.returncode == status, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert told in done.stderr
+
+
+def test_an_unknown_command_is_wrong_usage() -> None:
+    assert run("dance").returncode == 2
+    assert run().returncode == 2
+
+
+def test_an_error_of_the_bus_is_told_with_its_code(bus: Bus) -> None:
+    done = run("generate", "--broker", bus.front, "-m", "nope", "x")
+    assert done.returncode == 1
+    assert "[model_unavailable]" in done.stderr
+
+
+def test_ctrl_c_ends_generate_with_130_and_frees_the_slot(bus: Bus) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "client", "generate", "--broker", bus.front, ENDLESS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.read(10)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE_S) == 130
+        assert process.stderr.read() == b""
+    bus.wait_idle(timeout_s=10)
+
+
+def test_a_reader_that_goes_away_ends_generate_quietly(bus: Bus) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "client", "generate", "--broker", bus.front, ENDLESS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.wait(PATIENCE_S) == 1
+        assert process.stderr.read() == b""
+    bus.wait_idle(timeout_s=10)
+
+
+# --- chat -----------------------------------------------------------------------------------------
+
+
+def test_chat_works_piped(bus: Bus, picture: str, tmp_path: Path) -> None:
+    saved = tmp_path / "talk.json"
+    first = run(
+        *("chat", "--broker", bus.front),
+        stdin=f"hello\n/image {picture}\nlook\n/regen\n/undo\n/save {saved}\n/exit\nnever\n",
+    )
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.splitlines() == ["hello", *["1 image: 5x4. look"] * 2]
+    turns = json.loads(saved.read_text())["turns"]
+    assert [(turn["role"], turn["content"]) for turn in turns] == [
+        ("user", "hello"),
+        ("assistant", "hello"),
+    ]
+    again = run("chat", "--broker", bus.front, "--load", str(saved), stdin="/regen\nmore\n")
+    assert again.stdout.splitlines() == ["hello", "more"]
+
+
+def test_chat_sets_parameters_and_forgets(bus: Bus) -> None:
+    done = run(
+        *("chat", "--broker", bus.front),
+        stdin="/set stop X\nabXcd\n/set stop\nabXcd\n/reset\n/regen\n",
+    )
+    assert done.stdout.splitlines() == ["ab", "abXcd"]
+    assert "no question" in done.stderr
+    assert done.returncode == 1, "something in the script was wrong"
+
+
+def test_a_mistake_in_chat_does_not_end_it(bus: Bus) -> None:
+    done = run(
+        *("chat", "--broker", bus.front),
+        stdin="/dance\n/image /nowhere.png\n/load /nowhere\n/set temperature -1\nx\n"
+        "/set temperature\nstill here\n",
+    )
+    assert done.stdout.splitlines() == ["still here"]
+    assert done.stderr.count("error: ") == 4
+    assert "Traceback" not in done.stderr
+
+
+def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(bus: Bus) -> None:
+    person = Person("chat", "--broker", bus.front)
+    person.sees("you> ")
+    person.types(ENDLESS + "\n")
+    wait_until(lambda: bus.running() == 1, "the answer runs", story=lambda: person.screen)
+    person.types("\x03")
+    person.sees("(stopped)")
+    bus.wait_idle(timeout_s=10)
+    person.sees("you> ", times=2)
+    person.types("hello again\n")
+    person.sees("hello again", times=2)  # typed, and answered
+    person.sees("you> ", times=3)
+    person.types("\x03")
+    person.sees("(Ctrl-D or /exit leaves)")
+    person.types("\x04")
+    assert person.leaves() == 0
+
+
+def test_chat_may_be_started_before_the_broker(make_bus: Callable[..., Bus]) -> None:
+    bus = make_bus(workers=0)
+    assert bus.broker is not None
+    bus.broker.kill()
+    person = Person("chat", "--broker", bus.front, "--connect-timeout", "0.5", NO_COLOR="1")
+    person.sees("waiting for a broker")
+    bus.start_broker()
+    person.sees("serves no model yet")
+    bus.start_worker()
+    person.sees("talking to echo")
+    assert "\x1b[3" not in person.screen, "NO_COLOR"
+    person.types("/exit\n")
+    assert person.leaves() == 0
+
+
+def test_chat_tells_when_a_stream_was_resumed(make_bus: Callable[..., Bus]) -> None:
+    bus = make_bus(workers=2)
+    person = Person("chat", "--broker", bus.front)
+    person.sees("you> ")
+    person.types("[[echo mode=sampled answer_tokens=150 step_delay_ms=20]] go\n")
+    rows = wait_until(
+        lambda: [row["name"] for row in bus.worker_rows() if row["running"]], "a running worker"
+    )
+    bus.workers[rows[0]].kill()
+    other = ({"w1", "w2"} - set(rows)).pop()
+    person.sees(f"resumed on worker {other}")
+    person.sees("you> ", times=2)
+    person.types("\x04")
+    assert person.leaves() == 0
+
+
+# --- demo -----------------------------------------------------------------------------------------
+
+
+def test_the_demo_shows_the_whole_way_and_stops_everything(tmp_path: Path) -> None:
+    done = run("demo", "--engine", "echo", environment={"TMPDIR": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1 image: 240x240. ")
+    for word in ("first token after", "tokens/s", "expected", "right"):
+        assert word in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert "demo" not in _processes_of(tmp_path)
+
+
+def test_the_demo_takes_a_picture_and_a_question(picture: str) -> None:
+    done = run("demo", "--engine", "echo", "--image", picture, "--question", "what?")
+    assert (done.returncode, done.stdout) == (0, "1 image: 5x4. what?\n")
+
+
+def test_a_worker_that_cannot_start_is_told_with_its_own_words() -> None:
+    done = run("demo", "--engine", "no-such-engine", "--load-timeout", "30")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "no-such-engine" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "client", "demo", "--engine", "echo", "--keep"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    ) as process:
+        assert process.stderr is not None
+        seen = b""
+        while b"the bus goes on" not in seen:
+            line = process.stderr.readline()
+            assert line, seen
+            seen += line
+        assert "broker" in _processes_of(tmp_path)
+        process.send_signal(number)
+        assert process.wait(PATIENCE_S) == 0
+        process.stderr.read()
+    assert _processes_of(tmp_path) == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def _processes_of(folder: Path) -> str:
+    """Command lines of processes that were started with this temporary folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (entry / "environ").read_bytes()
+            command = (entry / "cmdline").read_bytes()
+        except OSError:
+            continue  # gone, or somebody else's
+        if f"TMPDIR={folder}".encode() in environment and int(entry.name) != os.getpid():
+            found.append(command.replace(b"\0", b" ").decode())
+    return "\n".join(found)
