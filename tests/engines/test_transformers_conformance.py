@@ -15,11 +15,14 @@ from tests.engines import tiny
 from tests.engines.architectures import ALONE, BATCHED, VISION, text_model, vision_model
 
 
-def _agree(model: torch.nn.Module, *, scheduler: str, jobs: int = 6) -> None:
-    engine = tiny.serve(model, slots=4)
+def _agree(model: torch.nn.Module, *, scheduler: str, jobs: int = 6, **settings: Any) -> None:
+    engine = tiny.serve(model, slots=4, **settings)
     try:
         served = engine.capabilities.models[0].details["scheduler"]
         assert served.startswith(scheduler), served
+        if settings.get("cuda_graphs") == "on":
+            static = engine._served[0].runner.forward.static
+            assert static._steps and not static.refused
         prompts = tiny.prompts(jobs, low=3, high=40, seed=5)
         lengths = [random.Random(index).randint(4, 14) for index in range(jobs)]
         wanted = [
@@ -73,7 +76,8 @@ def _picture_inputs(model: Any, processor: Any, text: str, pictures: list[bytes]
 @pytest.mark.parametrize("name", VISION)
 def test_pictures_and_texts_in_one_batch_write_what_generate_writes(name: str) -> None:
     model, processor = vision_model(name)
-    engine = tiny.serve(model, processor=processor, slots=4)
+    fixed = "on" if name in ("qwen2_vl", "llava") else "off"
+    engine = tiny.serve(model, processor=processor, slots=4, cuda_graphs=fixed)
     try:
         served = engine.capabilities.models[0].details["scheduler"]
         assert served.startswith("slots"), served
@@ -108,3 +112,8 @@ def test_pictures_and_texts_in_one_batch_write_what_generate_writes(name: str) -
         assert wanted[0] != wanted[3 if name != "paligemma" else 2], "the picture must matter"
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "deepseek_v3", "mixtral"])
+def test_decode_steps_of_fixed_shape_write_what_generate_writes(name: str) -> None:
+    _agree(text_model(name), scheduler="slots", cuda_graphs="on")

@@ -30,7 +30,17 @@ class Plan:
     positions; a decode is that with one token each.
     """
 
-    __slots__ = ("_flat", "length", "many", "positions", "rows", "slot", "start")
+    __slots__ = (
+        "_flat",
+        "length",
+        "many",
+        "positions",
+        "row_index",
+        "rows",
+        "slot",
+        "start",
+        "static",
+    )
 
     def __init__(self) -> None:
         #: Several rows at once, each token with a position of its own.
@@ -40,17 +50,28 @@ class Plan:
         self.rows = 0
         self.length = 0
         self.positions = torch.zeros(0, dtype=torch.long)
+        #: int64 [rows]: where each row is stored, if not in rows `slot` to `slot` + `rows` - 1.
+        self.row_index: torch.Tensor | None = None
+        #: The forward may be captured: nothing may depend on the positions but tensors.
+        self.static = False
         # Row-and-position as one index, by device and capacity: computed once, used by all layers.
         self._flat: dict[tuple[torch.device, int], torch.Tensor] = {}
 
     def prefill(self, slot: int, start: int) -> None:
-        self.many, self.slot, self.start = False, slot, start
+        self.many, self.slot, self.start, self.static = False, slot, start, False
 
-    def step(self, slot: int, positions: torch.Tensor, length: int) -> None:
+    def step(
+        self,
+        slot: int,
+        positions: torch.Tensor,
+        length: int,
+        row_index: torch.Tensor | None = None,
+    ) -> None:
         """`positions`: int64 [rows, tokens], where each row's new tokens go; `length`: of the
-        longest row, its new tokens included."""
+        longest row, its new tokens included. With `row_index` the step is static."""
         self.many, self.slot, self.rows, self.length = True, slot, positions.shape[0], length
         self.positions, self.start = positions, length - positions.shape[1]
+        self.row_index, self.static = row_index, row_index is not None
         self._flat.clear()
 
     def flat_index(self, device: torch.device, capacity: int) -> torch.Tensor:
@@ -59,7 +80,10 @@ class Plan:
         index = self._flat.get(key)
         if index is None:
             positions = self.positions.to(device)
-            rows = torch.arange(self.slot, self.slot + self.rows, device=device)
+            if self.row_index is not None:
+                rows = self.row_index.to(device)
+            else:
+                rows = torch.arange(self.slot, self.slot + self.rows, device=device)
             index = (rows[:, None] * capacity + positions).flatten()
             self._flat[key] = index
         return index
@@ -70,9 +94,11 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
     is_sliding = False
 
-    def __init__(self, plan: Plan, slots: int, capacity: int) -> None:
+    def __init__(self, plan: Plan, slots: int, capacity: int, spare: int = 0) -> None:
         super().__init__()
         self.plan = plan
+        #: Rows behind the slots, written by steps that are padded to a fixed shape.
+        self.spare = spare
         self.slots = slots
         self.capacity = capacity
 
@@ -84,7 +110,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self.is_initialized = True
 
     def _allocate(self, states: torch.Tensor) -> torch.Tensor:
-        shape = (self.slots, self.capacity, states.shape[1], states.shape[3])
+        shape = (self.slots + self.spare, self.capacity, states.shape[1], states.shape[3])
         return torch.zeros(shape, dtype=states.dtype, device=states.device)
 
     def update(
@@ -97,7 +123,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         plan = self.plan
         tokens = key_states.shape[2]
         first = plan.slot
-        if plan.many and (plan.rows > 1 or tokens > 1):
+        if plan.many and (plan.static or plan.rows > 1 or tokens > 1):
             last, length = first + plan.rows, plan.length
             index = plan.flat_index(self.device, self.capacity)
             self.keys.flatten(0, 1).index_copy_(0, index, _by_token(key_states))
@@ -124,7 +150,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         """Reallocate, keeping what fits. On failure the layer is as it was."""
         if self.is_initialized and (slots, capacity) != (self.slots, self.capacity):
             resized = [
-                self._resized(states, slots, capacity) for states in (self.keys, self.values)
+                self._resized(states, slots + self.spare, capacity)
+                for states in (self.keys, self.values)
             ]
             self.keys, self.values = resized
         self.slots, self.capacity = slots, capacity
@@ -143,12 +170,16 @@ class SlotCache(Cache):  # type: ignore[misc]
     `budget` bounds slots times capacity, in tokens; 0: no bound.
     """
 
-    def __init__(self, layers: int, *, slots: int = 1, capacity: int = ROUND_TOKENS) -> None:
+    def __init__(
+        self, layers: int, *, slots: int = 1, capacity: int = ROUND_TOKENS, spare: int = 0
+    ) -> None:
         self.plan = Plan()
+        #: Counts reallocations: addresses of an older generation are void.
+        self.generation = 0
         self.slots = slots
         self.capacity = capacity
         self.budget = 0
-        self.slot_layers = [SlotLayer(self.plan, slots, capacity) for _ in range(layers)]
+        self.slot_layers = [SlotLayer(self.plan, slots, capacity, spare) for _ in range(layers)]
         super().__init__(layers=list(self.slot_layers))
 
     @property
@@ -185,6 +216,7 @@ class SlotCache(Cache):  # type: ignore[misc]
             self._resize(slots, capacity)
 
     def _resize(self, slots: int, capacity: int) -> bool:
+        self.generation += 1
         try:
             for layer in self.slot_layers:
                 layer.resize(slots, capacity)

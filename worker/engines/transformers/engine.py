@@ -48,6 +48,9 @@ DEFAULT_SLOTS = 32
 PREPARE_WAIT_S = 0.004
 """How long a step waits when all there is to do is preprocessing."""
 
+ROOM_TOKENS = 2048
+"""Of each slot, allocated at once where decode steps are captured."""
+
 RATE_WINDOW_S = 10.0
 """Tokens per second are those of the last ten seconds."""
 
@@ -187,6 +190,10 @@ class TransformersEngine:
                 tokens = max(tokens - kept, 0)
             cache.budget = max(tokens, 64)
             runner.prefix = PrefixCache(0 if runner.whole_prompts else kept)
+            if runner.forward.static is not None:
+                # Growth would void what was captured: room for ordinary requests from the start.
+                room = min(ROOM_TOKENS, cache.budget // runner.slots)
+                cache.reserve(runner.slots, room, 0, 0)
 
     # --- the engine contract ----------------------------------------------------------------------
 

@@ -7,18 +7,28 @@ layers, boolean or additive masks, M-RoPE positions, adapters. Must never sample
 from __future__ import annotations
 
 import inspect
+from enum import Enum, auto
 from typing import Any
 
 import torch
 
 from worker.engines.transformers.cache import SlotCache
+from worker.engines.transformers.graphs import StaticDecode
 from worker.engines.transformers.loader import LoadedModel
 from worker.engines.transformers.sequence import Sequence
 
-__all__ = ["Forward", "Unsupported"]
+__all__ = ["Forward", "StaticUse", "Unsupported"]
 
 LAYER_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 """Kinds of layers whose cache is plain keys and values."""
+
+
+class StaticUse(Enum):
+    """Whether decode steps have fixed shapes, and whether these are captured."""
+
+    NEVER = auto()
+    UNCAPTURED = auto()
+    CAPTURED = auto()
 
 
 class Unsupported(Exception):
@@ -29,7 +39,7 @@ class Forward:
     """The model's forward over a slot cache. Raises `Unsupported` at construction where the
     configuration shows that slots cannot serve it."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, *, static: StaticUse = StaticUse.NEVER) -> None:
         model = loaded.model
         config = model.config.get_text_config(decoder=True)
         if loaded.encoder_decoder:
@@ -51,8 +61,19 @@ class Forward:
         self._additive = getattr(config, "_attn_implementation", "") == "eager"
         self._accepts = _forward_arguments(model)
         self._per_row_adapters = bool(loaded.adapters)
-        self.cache = SlotCache(int(config.num_hidden_layers))
+        if loaded.adapters:
+            # Which adapter a row uses is not in a captured step.
+            static = StaticUse.NEVER
+        self.cache = SlotCache(
+            int(config.num_hidden_layers), spare=0 if static is StaticUse.NEVER else 1
+        )
+        #: Decode steps of fixed shape, where they are used.
+        self.static: StaticDecode | None = None
+        if static is not StaticUse.NEVER:
+            self.static = StaticDecode(self, capture=static is StaticUse.CAPTURED)
         self._rope_owner = _rope_owner(model)
+        #: Axes of M-RoPE positions: text first where there are four.
+        self._rope_axes = 4
         self._index = torch.arange(0, device=self.device)
         #: Several prompts may be computed in one forward; the self test decides.
         self.many_prompts = True
@@ -132,7 +153,7 @@ class Forward:
         self.cache.plan.step(slot, positions, length)
         arguments: dict[str, Any] = {
             "input_ids": torch.tensor(ids).to(self.device, non_blocking=True),
-            "attention_mask": self._mask(positions, length),
+            "attention_mask": self._mask(positions, self._first(length)),
         }
         if "logits_to_keep" in self._accepts:
             arguments["logits_to_keep"] = 1
@@ -148,7 +169,13 @@ class Forward:
     # --- decode -----------------------------------------------------------------------------------
 
     def decode(self, sequences: list[Sequence]) -> torch.Tensor:
-        """One token for rows 0 to len(sequences) - 1. Returns logits [rows, vocabulary]."""
+        """One token for rows 0 to len(sequences) - 1. Returns logits [rows, vocabulary], which the
+        next call may overwrite."""
+        self._rope_axes = _axes(sequences[0], self._rope_axes)
+        if self.static is not None:
+            logits = self.static.decode(sequences)
+            if logits is not None:
+                return logits
         lengths = [sequence.filled for sequence in sequences]
         length = max(lengths) + 1
         # One transfer to the device for everything that depends on the rows.
@@ -163,22 +190,42 @@ class Forward:
         self.cache.plan.step(0, positions, length)
         arguments: dict[str, Any] = {"input_ids": facts[0][:, None]}
         if len(sequences) > 1:
-            arguments["attention_mask"] = self._mask(positions, length)
+            arguments["attention_mask"] = self._mask(positions, self._first(length))
         if "position_ids" in self._accepts:
-            text = positions
-            if self._rope_owner is not None:
-                axes = sequences[0].rope_positions.shape[0]  # type: ignore[attr-defined]
-                shifted = text + facts[2][:, None]
-                text = torch.stack([text] * (axes - 3) + [shifted] * 3)
-            arguments["position_ids"] = text
+            arguments["position_ids"] = self._decode_positions(positions, facts[2])
         return self._run(arguments, sequences)[:, -1]
 
-    def _mask(self, positions: torch.Tensor, length: int) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Which keys each new token sees, [rows, 1, tokens, length], for each kind of layer;
-        `positions` [rows, tokens]."""
+    def _decode_positions(self, positions: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:
+        if self._rope_owner is None:
+            return positions
+        shifted = positions + deltas[:, None]
+        return torch.stack([positions] * (self._rope_axes - 3) + [shifted] * 3)
+
+    def run_static(self, facts: torch.Tensor, length: int) -> torch.Tensor:
+        """A decode of fixed shape over `facts` [4, rows] (see `graphs`), reading `length`
+        positions. Nothing but tensors changes from one run to the next."""
+        positions = facts[1][:, None]
+        self.cache.plan.step(0, positions, length, row_index=facts[2])
+        arguments: dict[str, Any] = {
+            "input_ids": facts[0][:, None],
+            "attention_mask": self._mask(positions, torch.arange(length, device=self.device)),
+        }
+        if "position_ids" in self._accepts:
+            arguments["position_ids"] = self._decode_positions(positions, facts[3])
+        return self._run(arguments, [])[:, -1]
+
+    def _first(self, length: int) -> torch.Tensor:
+        """Numbers 0 to `length` - 1 on the device, made once."""
         if self._index.shape[0] < length:
             self._index = torch.arange(2 * length, device=self.device)
-        index, own = self._index[:length], positions[:, :, None]
+        return self._index[:length]
+
+    def _mask(
+        self, positions: torch.Tensor, index: torch.Tensor
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Which of the keys `index` [length] each new token sees, [rows, 1, tokens, length], for
+        each kind of layer; `positions` [rows, tokens]."""
+        own = positions[:, :, None]
         past = index <= own
         masks: dict[str, torch.Tensor] = {}
         for kind in self._kinds:
@@ -202,6 +249,11 @@ class Forward:
         output = self._model(**arguments, past_key_values=self.cache, use_cache=True)
         logits: torch.Tensor = output.logits
         return logits
+
+
+def _axes(sequence: Sequence, known: int) -> int:
+    positions = sequence.rope_positions
+    return int(positions.shape[0]) if isinstance(positions, torch.Tensor) else known
 
 
 def _forward_arguments(model: Any) -> frozenset[str]:

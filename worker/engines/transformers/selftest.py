@@ -8,18 +8,21 @@ served wrong.
 
 from __future__ import annotations
 
+import logging
 from typing import Any, cast
 
 import torch
 
 from broker.protocol.messages import Params
 from worker.engines.transformers.fallback import plain_generation_config
-from worker.engines.transformers.forward import Forward, Unsupported
+from worker.engines.transformers.forward import Forward, StaticUse, Unsupported
 from worker.engines.transformers.loader import LoadedModel
 from worker.engines.transformers.prompt import Prompt
 from worker.engines.transformers.sequence import Sequence
 
 __all__ = ["Verdict", "check"]
+
+log = logging.getLogger(__name__)
 
 STEPS = 4
 """Answer tokens compared for each prompt."""
@@ -50,20 +53,31 @@ class Verdict:
         self.whole_prompts = whole
 
 
-def check(loaded: LoadedModel, picture_prompt: Prompt | None) -> Verdict:
+def check(
+    loaded: LoadedModel,
+    picture_prompt: Prompt | None,
+    *,
+    static: StaticUse = StaticUse.NEVER,
+) -> Verdict:
     """Compare the slot path with `generate()` on `loaded`, with a picture where one is given."""
-    verdict = _try(loaded, picture_prompt, whole=False)
+    verdict = _try(loaded, picture_prompt, static, whole=False)
+    if verdict.forward is None and verdict.compared and static is not StaticUse.NEVER:
+        log.warning("steps of fixed shape are not used: %s", verdict.reason)
+        static = StaticUse.NEVER
+        verdict = _try(loaded, picture_prompt, static, whole=False)
     if verdict.forward is None and verdict.compared:
-        whole = _try(loaded, picture_prompt, whole=True)
+        whole = _try(loaded, picture_prompt, static, whole=True)
         if whole.forward is not None:
             return whole
         return Verdict(None, f"{verdict.reason}; with whole prompts: {whole.reason}")
     return verdict
 
 
-def _try(loaded: LoadedModel, picture_prompt: Prompt | None, *, whole: bool) -> Verdict:
+def _try(
+    loaded: LoadedModel, picture_prompt: Prompt | None, static: StaticUse, *, whole: bool
+) -> Verdict:
     try:
-        forward = Forward(loaded)
+        forward = Forward(loaded, static=static)
     except Unsupported as error:
         return Verdict(None, str(error), compared=False)
     try:

@@ -33,6 +33,7 @@ from worker.engines.base import Ended, Job
 from worker.engines.transformers.constrain import ConstraintFactory
 from worker.engines.transformers.embed import Embedder, EmbedOptions, embed_options
 from worker.engines.transformers.fallback import GenerateRunner
+from worker.engines.transformers.forward import StaticUse
 from worker.engines.transformers.images import ImageLimits
 from worker.engines.transformers.loader import LoadedModel
 from worker.engines.transformers.prompt import Prompt, PromptBuilder
@@ -106,7 +107,11 @@ class ServedModel:
         loaded = self.loaded
         verdict = Verdict(None, "asked for with --engine-arg scheduler=generate")
         if settings.scheduler != "generate":
-            verdict = check(loaded, self._picture_prompt() if loaded.takes_images else None)
+            verdict = check(
+                loaded,
+                self._picture_prompt() if loaded.takes_images else None,
+                static=_static_use(settings, loaded),
+            )
         if verdict.forward is None:
             if settings.scheduler == "slots":
                 from worker.engines.base import EngineLoadError
@@ -296,6 +301,16 @@ class ServedModel:
     def close(self) -> None:
         if self.runner is not None:
             self.runner.close()
+
+
+def _static_use(settings: EngineSettings, loaded: LoadedModel) -> StaticUse:
+    if settings.cuda_graphs == "off":
+        return StaticUse.NEVER
+    places = set((getattr(loaded.model, "hf_device_map", None) or {}).values())
+    if loaded.device.type == "cuda" and len(places) < 2:
+        return StaticUse.CAPTURED
+    # Layers on several devices, or no CUDA: there is nothing to capture.
+    return StaticUse.UNCAPTURED if settings.cuda_graphs == "on" else StaticUse.NEVER
 
 
 def now() -> float:

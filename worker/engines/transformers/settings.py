@@ -36,7 +36,8 @@ class EngineSettings:
     context_tokens: int = 0
     #: "auto", "eager", "sdpa", "flash_attention_2", ...: handed to transformers.
     attention: str = "auto"
-    #: "auto": on CUDA where the load-time test passes; "on"; "off".
+    #: "auto": decode steps are captured on CUDA where the load-time test passes; "off": never;
+    #: "on": steps of fixed shape everywhere, captured or not.
     cuda_graphs: str = "auto"
     #: Threads of one torch operation on a CPU; 0: torch's own choice.
     threads: int = 0

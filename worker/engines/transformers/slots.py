@@ -38,6 +38,9 @@ GROWTH_TOKENS = 128
 SMALLEST_CHUNK = 16
 """A chunk is never shrunk below this to keep the stall bound: smaller ones cost as much."""
 
+STALL_SHARE = 0.75
+"""Of the bound that a chunk aims at: later tokens of a prompt cost more than those measured."""
+
 RATE_WEIGHT = 0.3
 """Weight of the newest measurement of prefill speed and decode time."""
 
@@ -285,7 +288,7 @@ class SlotRunner:
         """Prompt tokens that this step may compute."""
         if not self._active or not self._prefill_rate:
             return self._chunk
-        within_bound = int(self._prefill_rate * self._stall_ms)
+        within_bound = int(self._prefill_rate * self._stall_ms * STALL_SHARE)
         return max(SMALLEST_CHUNK, min(self._chunk, within_bound))
 
     def _prefill(self, events: list[EngineEvent]) -> int:
