@@ -63,8 +63,10 @@ class Requests:
         #: Ended ones in the order of their end, with their size.
         self._kept: dict[bytes, int] = {}
         self._kept_bytes = 0
-        self._timers: list[tuple[float, int, _Timer, Stream]] = []
-        self._timer_count = 0
+        #: Heap of when, what and which request. Entries that were overtaken stay until they are
+        #: due or the heap has doubled, so they must not keep a stream alive.
+        self._timers: list[tuple[float, int, bytes]] = []
+        self._timers_tidied = 0
         #: Routes to which something is to be sent in the call under way.
         self._touched: list[Route] = []
 
@@ -119,17 +121,20 @@ class Requests:
     def tick(self, now_s: float) -> None:
         """Act on the timers that are due."""
         while self._timers and self._timers[0][0] <= now_s:
-            when_s, _, timer, stream = heapq.heappop(self._timers)
-            self._fire(timer, stream, when_s, now_s)
+            when_s, timer, request_id = heapq.heappop(self._timers)
+            stream = self.streams.get(request_id)
+            if stream is not None:
+                self._fire(_Timer(timer), stream, when_s, now_s)
 
     def _at(self, when_s: float, timer: _Timer, stream: Stream) -> None:
-        self._timer_count += 1
-        heapq.heappush(self._timers, (when_s, self._timer_count, timer, stream))
+        heapq.heappush(self._timers, (when_s, int(timer), stream.request_id))
+        if len(self._timers) > 2 * self._timers_tidied + 64:
+            self._timers = [entry for entry in self._timers if entry[2] in self.streams]
+            heapq.heapify(self._timers)
+            self._timers_tidied = len(self._timers)
 
     def _fire(self, timer: _Timer, stream: Stream, when_s: float, now_s: float) -> None:
         """A timer is due; it may have been overtaken, so its reason is checked here."""
-        if self.streams.get(stream.request_id) is not stream:
-            return
         match timer:
             case _Timer.TTL:
                 if stream.ttl_until_s <= when_s and not stream.end_sent:
@@ -141,13 +146,24 @@ class Requests:
                     self._log("request abandoned", stream, cause="nobody resumed it")
                     self.abandon(stream)
             case _Timer.WINDOW:
+                stream.window_timer = False
                 since_s = stream.blocked_since_s
-                if since_s is not None and since_s + self._window_wait_s <= when_s:
-                    message = f"the client took no token for {self._window_wait_s:g} s"
-                    self._fail(stream, ErrorCode.SLOW_CONSUMER, message, now_s)
+                if since_s is None:
+                    return
+                if since_s + self._window_wait_s > when_s:
+                    self._watch_window(stream, since_s)
+                    return
+                message = f"the client took no token for {self._window_wait_s:g} s"
+                self._fail(stream, ErrorCode.SLOW_CONSUMER, message, now_s)
             case _Timer.KEPT:
-                if not stream.running and stream.ended_s + self._kept_s <= when_s:
-                    self._release(stream, now_s)
+                # Whoever still takes it, however slowly, has it kept for him: only the window's
+                # timer judges that.
+                if (
+                    not stream.running
+                    and stream.route is None
+                    and stream.kept_since_s + self._kept_s <= when_s
+                ):
+                    self.forget(stream)
 
     # --- begin and resume -------------------------------------------------------------------------
 
@@ -262,8 +278,11 @@ class Requests:
             if stream.route is not None and stream.route.connection is connection:
                 stream.detach()
                 stream.blocked_since_s = None
-                stream.orphaned_s = now_s
-                self._at(now_s + self._grace_s, _Timer.ORPHANED, stream)
+                if stream.running:
+                    stream.orphaned_s = now_s
+                    self._at(now_s + self._grace_s, _Timer.ORPHANED, stream)
+                else:
+                    self._keep_from(stream, now_s)
         for route in self._touched:
             if route.connection is connection:
                 route.clear()
@@ -337,19 +356,29 @@ class Requests:
     def _end(self, stream: Stream, end: tuple[Any, ...], now_s: float) -> None:
         """The answer is complete: it is sent as far as the window allows, and kept a while."""
         stream.end = end
-        stream.ended_s = now_s
         outcome = end[1] if end[0] == END else end[1]["code"]
         self._log("request ended", stream, outcome=outcome, tokens=len(stream.token_ids))
         self._tell_holders(stream, outcome)
         size = stream.size_bytes()
         self._kept_bytes += size - self._kept.pop(stream.request_id, 0)
         self._kept[stream.request_id] = size
-        self._at(now_s + self._kept_s, _Timer.KEPT, stream)
+        if stream.route is None:
+            self._keep_from(stream, now_s)
         self.advance(stream, now_s)
         while len(self._kept) > KEPT_REQUESTS or self._kept_bytes > KEPT_BYTES:
-            self._release(self.streams[next(iter(self._kept))], now_s)
+            self._release(self._least_needed())
 
-    def _release(self, stream: Stream, now_s: float) -> None:
+    def _keep_from(self, stream: Stream, now_s: float) -> None:
+        """An ended request that nobody receives now is kept for a while, for a RESUME."""
+        stream.kept_since_s = now_s
+        self._at(now_s + self._kept_s, _Timer.KEPT, stream)
+
+    def _least_needed(self) -> Stream:
+        """The ended request to give up first: the oldest that nobody receives, else the oldest."""
+        alone = (id_ for id_ in self._kept if self.streams[id_].route is None)
+        return self.streams[next(alone, None) or next(iter(self._kept))]
+
+    def _release(self, stream: Stream) -> None:
         """Keep an ended request no longer; if somebody still waits for its rest, tell him."""
         if stream.route is not None:
             message = "the client took the answer's tokens too slowly for them to be kept"
@@ -425,9 +454,15 @@ class Requests:
             stream.blocked_since_s = None
         elif stream.blocked_since_s is None:
             stream.blocked_since_s = now_s
-            self._at(now_s + self._window_wait_s, _Timer.WINDOW, stream)
+            self._watch_window(stream, now_s)
         if stream.end_sent:
             stream.detach()
+
+    def _watch_window(self, stream: Stream, since_s: float) -> None:
+        """One timer for each stream, however often its window is used up."""
+        if not stream.window_timer:
+            stream.window_timer = True
+            self._at(since_s + self._window_wait_s, _Timer.WINDOW, stream)
 
     def unblocked(self, connection: Connection, now_s: float) -> None:
         """The socket takes messages again: catch up, each stream in as few events as possible."""

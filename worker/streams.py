@@ -73,12 +73,12 @@ class Stream:
         "cancelled",
         "end",
         "end_sent",
-        "ended_s",
         "ends",
         "epoch",
         "in_engine",
         "interval",
         "job_id",
+        "kept_since_s",
         "logprobs",
         "model",
         "orphaned_s",
@@ -94,6 +94,7 @@ class Stream:
         "token_ids",
         "ttl_until_s",
         "window",
+        "window_timer",
     )
 
     def __init__(
@@ -125,7 +126,8 @@ class Stream:
         self.prompt: tuple[Any, ...] | None = None
         #: The END or FAIL event's fields after the offset, tag first; None while it runs.
         self.end: tuple[Any, ...] | None = None
-        self.ended_s = 0.0
+        #: Since when it is kept for nobody in particular, once it ended and nobody receives it.
+        self.kept_since_s = 0.0
         #: The engine still has the job, so it still takes a slot.
         self.in_engine = True
         #: The client asked for its end.
@@ -149,6 +151,8 @@ class Stream:
         self.ttl_until_s = math.inf
         #: Since when tokens wait for the client's window.
         self.blocked_since_s: float | None = None
+        #: A timer watches that.
+        self.window_timer = False
         #: When its session was lost, while it has no route.
         self.orphaned_s: float | None = None
 

@@ -776,6 +776,22 @@ def test_an_ended_answer_that_cannot_be_kept_for_a_slow_client_fails(
     assert broker.answer(2).end is None
 
 
+def test_nothing_is_left_of_requests_that_nobody_can_ask_for_any_more() -> None:
+    world = serving()
+    (broker,) = world.brokers
+    for number in range(1, 2001):
+        broker.assign(number, route=request_id(number), ttl_ms=3_600_000, window=1)
+        world.generate(number, 0, 1)
+        broker.window(number, 9)
+        world.end(number)
+        world.advance(0.5)
+    world.advance(61.0)
+    requests = world.core._requests
+    assert requests.streams == {} == requests._kept
+    assert len(requests._timers) < 1000
+    assert len(world.core._connections[0].routes) <= 64
+
+
 # --- a broker that reads slowly -------------------------------------------------------------------
 
 

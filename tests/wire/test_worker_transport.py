@@ -1,0 +1,90 @@
+"""The pipe between link and engine process: whole messages, no waiting, a clear end."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from worker.transport import Pipe, PipeClosed
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Pipe, Pipe]]:
+    """The link's end, which never blocks, and the engine's, which does."""
+    ours, theirs = socket.socketpair()
+    link, engine = Pipe(ours, blocking=False), Pipe(theirs, blocking=True)
+    yield link, engine
+    link.close()
+    engine.close()
+
+
+def receive(pipe: Pipe, count: int) -> list[list[bytes]]:
+    """Wait for `count` messages."""
+    messages: list[list[bytes]] = []
+    while len(messages) < count:
+        messages += pipe.receive(10.0)
+    return messages
+
+
+@pytest.mark.parametrize(
+    "message",
+    [[b""], [b"one"], [b"one", b"", b"three"], [bytes(300_000)], [b"x"] * 200],
+)
+def test_messages_arrive_whole_and_in_order(ends: tuple[Pipe, Pipe], message: list[bytes]) -> None:
+    link, engine = ends
+    engine_has: list[list[bytes]] = []
+    reader = threading.Thread(target=lambda: engine_has.extend(receive(engine, 2)))
+    reader.start()
+    link.send(message)
+    link.send([b"next"])
+    while link.backlog_bytes:
+        link.flush()
+    reader.join(10)
+    assert engine_has == [message, [b"next"]]
+
+
+def test_what_is_not_read_is_queued_without_waiting_and_counted(ends: tuple[Pipe, Pipe]) -> None:
+    link, engine = ends
+    pictures = [bytes((number,)) * (4 << 20) for number in range(4)]
+    link.send([b"head", *pictures])
+    assert link.backlog_bytes > 8 << 20
+    got: list[list[bytes]] = []
+    writer = threading.Thread(target=lambda: got.extend(receive(engine, 1)))
+    writer.start()
+    while link.backlog_bytes:
+        link.flush()
+    writer.join(10)
+    assert got == [[b"head", *pictures]]
+
+
+def test_nothing_to_read_is_no_message_and_no_wait(ends: tuple[Pipe, Pipe]) -> None:
+    assert ends[0].receive() == []
+    assert ends[1].receive() == []
+
+
+def test_half_a_message_waits_for_the_rest() -> None:
+    raw, theirs = socket.socketpair()
+    pipe = Pipe(theirs, blocking=True)
+    octets = b"\x00\x00\x00\x01" + (5).to_bytes(8, "big") + b"hello"
+    for octet in octets[:-1]:
+        raw.sendall(bytes((octet,)))
+        assert pipe.receive() == []
+    raw.sendall(octets[-1:])
+    assert pipe.receive(1.0) == [[b"hello"]]
+    raw.close()
+    pipe.close()
+
+
+def test_the_other_sides_end_is_told_after_its_last_message(ends: tuple[Pipe, Pipe]) -> None:
+    link, engine = ends
+    engine.send([b"last words"])
+    engine.close()
+    assert link.receive(1.0) == [[b"last words"]]
+    with pytest.raises(PipeClosed):
+        link.receive(1.0)
+    with pytest.raises(PipeClosed):
+        for _ in range(100):
+            link.send([b"x" * 100_000])
