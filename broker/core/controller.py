@@ -501,7 +501,7 @@ class BrokerCore(BusState):
         self.counters["ended"] += 1
         self.counters["prompt_tokens"] += finished.prompt_tokens
         self.counters["completion_tokens"] += finished.completion_tokens
-        if request.assigned_s is not None:
+        if request.assigned_s is not None and self.registry.serving(request.model):
             took_s = self.now_s - request.assigned_s
             # Weight of 1/8 as TCP smooths its round trip time (RFC 6298).
             smoothed_s = self.service_s.get(request.model, took_s)
