@@ -92,6 +92,21 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
+_LISTENING: Final = ("--host", "--port", "--worker-address", "--worker")
+
+
+class _NoListening(argparse.Action):
+    """Options of the replaced systems' workers, which were servers."""
+
+    def __call__(
+        self, _parser: Any, _namespace: Any, _values: Any, option: str | None = None
+    ) -> None:
+        raise ConfigError(
+            f"{option} is not needed: a worker listens nowhere, it connects to --broker; leave "
+            "it out"
+        )
+
+
 def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
@@ -168,6 +183,7 @@ def parser() -> argparse.ArgumentParser:
     engine.add_argument(
         "--limit-model-concurrency",
         "--limit-worker-concurrency",
+        "--limit",
         "--slots",
         dest="slots",
         type=_count,
@@ -232,6 +248,8 @@ def parser() -> argparse.ArgumentParser:
     )
     logs.add_argument("--log-file", metavar="FILE", help="write the log there [standard error]")
     logs.add_argument("--no-progress", action="store_true", help="show no loading progress")
+    for option in _LISTENING:
+        made.add_argument(option, action=_NoListening, help=argparse.SUPPRESS)
     made.add_argument("--version", action="version", version=software())
     return made
 
@@ -278,7 +296,7 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] = os.environ)
     given = vars(command_line.parse_args(arguments))
     values: dict[str, Any] = {}
     for action in command_line._actions:
-        if action.dest in ("help", "version"):
+        if action.dest in ("help", "version") or isinstance(action, _NoListening):
             continue
         value = given[action.dest]
         spellings = [o.lstrip("-").replace("-", "_").upper() for o in action.option_strings]

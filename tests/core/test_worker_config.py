@@ -88,7 +88,7 @@ def test_the_echo_engine_needs_no_model_and_is_served_by_its_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "spelling", ["--limit-model-concurrency", "--limit-worker-concurrency", "--slots", "--limit-m"]
+    "spelling", ["--limit-model-concurrency", "--limit-worker-concurrency", "--slots", "--limit"]
 )
 def test_old_spellings_and_beginnings_of_options_are_accepted(spelling: str) -> None:
     assert given(spelling, "5").engine.slots == 5
@@ -138,6 +138,8 @@ def test_a_broker_named_twice_is_one_broker() -> None:
         (["--dtype", "int3"], "one of auto, float32"),
         (["--key", "k"], "belong together"),
         (["--worker-id", "x" * 300], "256 octets"),
+        (["--port", "40000"], "listens nowhere"),
+        (["--worker", "http://localhost:40000"], "listens nowhere"),
         (["--nosuch"], "unrecognized arguments"),
     ],
 )
