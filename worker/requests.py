@@ -457,6 +457,7 @@ class Requests:
             self._watch_window(stream, now_s)
         if stream.end_sent:
             stream.detach()
+            self._keep_from(stream, now_s)
 
     def _watch_window(self, stream: Stream, since_s: float) -> None:
         """One timer for each stream, however often its window is used up."""

@@ -582,7 +582,7 @@ def test_an_ended_request_is_replayed_for_a_minute_end_included() -> None:
     assert answer.token_ids == [0, 1]
     assert isinstance(answer.end, EndEvent)
     assert broker.finished == [(request_id(1), "stop")] * 2
-    world.advance(2.0)
+    world.advance(61.0)
     broker.assign(1, attach=True, resume=resume(2, [0], 2))
     assert broker.came(MessageType.REJECT)[-1].error.retryable
 
@@ -792,6 +792,52 @@ def test_nothing_is_left_of_requests_that_nobody_can_ask_for_any_more() -> None:
     assert len(world.core._connections[0].routes) <= 64
 
 
+def test_an_answer_that_ended_long_ago_is_kept_for_a_client_that_still_takes_it() -> None:
+    world = serving()
+    (broker,) = world.brokers
+    broker.assign(1, window=1)
+    world.generate(1, *range(5))
+    world.end(1)
+    for limit in range(2, 6):
+        world.advance(50.0)
+        broker.window(1, limit)
+    assert broker.answer(1).text == text_of(*range(5))
+    assert isinstance(broker.answer(1).end, EndEvent)
+    world.advance(59.0)
+    assert world.core._requests.holds(), "and the time that it is kept begins with its END"
+    world.advance(2.0)
+    assert not world.core._requests.holds()
+
+
+def test_an_ended_answer_is_kept_from_the_moment_at_which_its_client_was_lost() -> None:
+    world = serving()
+    (broker,) = world.brokers
+    broker.assign(1, window=1)
+    world.generate(1, 0, 1)
+    world.end(1)
+    world.advance(50.0)
+    broker.lose()
+    world.advance(50.0)
+    broker.connect()
+    broker.assign(1, attach=True, resume=resume(1, [0], 2))
+    assert broker.answer(1).text == text_of(0, 1)
+
+
+def test_what_nobody_takes_is_given_up_before_what_somebody_waits_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "KEPT_REQUESTS", 2)
+    world = serving()
+    (broker,) = world.brokers
+    for number, window in ((1, 1), (2, 9), (3, 1)):
+        broker.assign(number, window=window)
+        world.generate(number, 0, 1)
+        world.end(number)
+    for number in (1, 3):
+        broker.window(number, 9)
+        assert broker.answer(number).text == text_of(0, 1)
+
+
 # --- a broker that reads slowly -------------------------------------------------------------------
 
 
@@ -812,15 +858,19 @@ def test_while_the_socket_is_full_streams_coalesce_and_catch_up_afterwards() -> 
     assert isinstance(broker.answer(1).end, EndEvent)
 
 
-def test_an_end_that_waited_too_long_for_a_full_socket_is_told_as_a_failure() -> None:
+def test_an_end_that_cannot_be_kept_for_a_full_socket_is_told_as_a_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "KEPT_REQUESTS", 1)
     world = serving()
     (broker,) = world.brokers
-    broker.assign(1)
-    world.generate(1, 0)
+    for number in (1, 2):
+        broker.assign(number)
+        world.generate(number, 0)
     world.tell(fact.SendBlocked(0))
-    world.generate(1, 1)
-    world.end(1)
-    world.advance(61.0)
+    for number in (1, 2):
+        world.generate(number, 1)
+        world.end(number)
     end = broker.answer(1).end
     assert isinstance(end, FailEvent)
     assert (end.error.code, end.offset) == ("slow_consumer", 1)
