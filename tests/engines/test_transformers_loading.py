@@ -200,9 +200,9 @@ def test_a_wrong_option_says_what_is_right(
 
 
 def test_settings_are_parsed_from_text() -> None:
-    settings = parse_settings({"prefill-chunk": "64", "self_test": "no", "stall_ms": "12.5"})
+    settings = parse_settings({"prefill-chunk": "64", "safetensors_only": "no", "stall_ms": "12.5"})
     assert settings.prefill_chunk == 64
-    assert settings.self_test is False
+    assert settings.safetensors_only is False
     assert settings.stall_ms == 12.5
 
 
@@ -224,6 +224,16 @@ def test_half_precision_agrees_with_itself_within_its_tolerance(folder: Path, dt
         ]
         for one, other in zip(together, alone, strict=True):
             assert one.logprobs[0].logprob == pytest.approx(other.logprobs[0].logprob, abs=0.15)
+    finally:
+        engine.close()
+
+
+def test_pictures_are_served_in_half_precision(vision_folder: Path) -> None:
+    engine = load(vision_folder, dtype="bfloat16")
+    try:
+        assert engine.capabilities.models[0].details["scheduler"] == "slots"
+        job = tiny.chat_job("hello", [tiny.picture(1)], model="tiny-llava")
+        assert tiny.run(engine, [job])[0].reason is FinishReason.LENGTH
     finally:
         engine.close()
 

@@ -148,7 +148,7 @@ class _Generation(LogitsProcessor):  # type: ignore[misc]
         config = plain_generation_config(
             model, max_new_tokens=sequence.max_tokens - len(sequence.answer) + 1
         )
-        arguments: dict[str, Any] = {}
+        arguments: dict[str, Any] = prompt.media_on(loaded.device, loaded.dtype)
         if loaded.encoder_decoder:
             ids = torch.tensor([prompt.ids])
             start = config.decoder_start_token_id
@@ -157,7 +157,6 @@ class _Generation(LogitsProcessor):  # type: ignore[misc]
                 arguments["decoder_input_ids"] = torch.tensor([[begin, *sequence.answer]])
         else:
             ids = torch.tensor([prompt.ids + sequence.answer])
-        arguments |= prompt.media
         for name, value in prompt.aligned.items():
             missing = ids.shape[1] - value.shape[1]
             arguments[name] = torch.nn.functional.pad(value, (0, missing))
@@ -273,10 +272,7 @@ class GenerateRunner:
                 "prompt_logprobs: an encoder-decoder model gives no probabilities of its prompt",
             )
         prompt = sequence.prompt
-        arguments = {
-            name: value.to(self._loaded.device) if isinstance(value, torch.Tensor) else value
-            for name, value in (prompt.media | prompt.aligned).items()
-        }
+        arguments = prompt.inputs(self._loaded.device, self._loaded.dtype)
         ids = torch.tensor([prompt.ids], device=self._loaded.device)
         logits = self._loaded.model(input_ids=ids, **arguments).logits[0]
         first = TokenLogprob(None, self._token_bytes(prompt.ids[0]))

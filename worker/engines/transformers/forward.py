@@ -87,8 +87,7 @@ class Forward:
         prompt = sequence.prompt
         ids = torch.tensor([prompt.ids])
         arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        arguments |= {name: _on(value, torch.device("cpu")) for name, value in prompt.media.items()}
-        arguments |= prompt.aligned
+        arguments |= prompt.media | prompt.aligned
         positions = self._model._prepare_position_ids_for_generation(ids, dict(arguments))
         sequence.rope_delta = int(self._rope_owner.rope_deltas.reshape(-1)[0])
         sequence.rope_positions = positions
@@ -107,7 +106,7 @@ class Forward:
         if prompt.media and start < prompt.media_end:
             if start != 0:
                 raise ValueError("a prompt's pictures are prefilled from its start")
-            arguments |= {name: _on(value, self.device) for name, value in prompt.media.items()}
+            arguments |= prompt.media_on(self.device, self._dtype)
             for name, value in prompt.aligned.items():
                 if name in self._accepts or "kwargs" in self._accepts:
                     arguments[name] = _stretched(value, end)[:, start:end].to(self.device)
@@ -266,10 +265,6 @@ def _rope_owner(model: Any) -> Any:
     target = model.get_base_model() if hasattr(model, "get_base_model") else model
     inner = getattr(target, "model", None)
     return inner if hasattr(inner, "rope_deltas") else None
-
-
-def _on(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def _stretched(value: torch.Tensor, length: int) -> torch.Tensor:

@@ -51,6 +51,15 @@ class Prompt:
     media_end: int = 0
     image_tokens: int = 0
 
+    def media_on(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        """The pictures on a device; what is measured in floats becomes the model's type."""
+        return {name: _moved(value, device, dtype) for name, value in self.media.items()}
+
+    def inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        """Everything but the token ids, on a device."""
+        aligned = {name: value.to(device) for name, value in self.aligned.items()}
+        return self.media_on(device, dtype) | aligned
+
 
 class PromptBuilder:
     """Builds prompts for one model. Every method raises `RequestError` for what it cannot serve."""
@@ -423,6 +432,12 @@ class PromptBuilder:
 
 
 # --- helpers --------------------------------------------------------------------------------------
+
+
+def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(device, dtype) if value.is_floating_point() else value.to(device)
 
 
 def _named_attachments(messages: Items[Message]) -> list[int]:

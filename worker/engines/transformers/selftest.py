@@ -118,7 +118,6 @@ def _probe(prompt: Prompt) -> Sequence:
         text=cast(Any, None),
         eos_ids=frozenset(),
         max_tokens=STEPS,
-        prior=0,
         wants_facts=False,
         echo_text="",
         adapter=None,
@@ -215,10 +214,7 @@ def _reference(loaded: LoadedModel, prompt: Prompt) -> tuple[list[torch.Tensor],
     """Logits and tokens of plain greedy `generate()`."""
     model = loaded.model
     ids = torch.tensor([prompt.ids], device=loaded.device)
-    inputs = {
-        name: value.to(loaded.device) if isinstance(value, torch.Tensor) else value
-        for name, value in (prompt.media | prompt.aligned).items()
-    }
+    inputs = prompt.inputs(loaded.device, loaded.dtype)
     if loaded.adapters:
         inputs["adapter_names"] = ["__base__"]
     config = plain_generation_config(

@@ -43,8 +43,6 @@ class Sequence:
     eos_ids: frozenset[int]
     #: Tokens of the whole answer at which it ends; prior tokens count.
     max_tokens: int
-    #: Answer tokens generated elsewhere (resume); they are not sent again.
-    prior: int
     #: PromptFacts are still to be sent.
     wants_facts: bool
     #: The prompt's text, where `echo` was asked for.
@@ -53,7 +51,7 @@ class Sequence:
     adapter: str | None
     #: `perf_counter` when the job was added.
     added_at: float
-    #: The whole answer so far, prior tokens first.
+    #: The whole answer so far; what was generated elsewhere (resume) first.
     answer: list[int] = field(default_factory=list)
     state: State = State.WAITING
     cancelled: bool = False

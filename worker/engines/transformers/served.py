@@ -274,7 +274,6 @@ class ServedModel:
             text=text,
             eos_ids=loaded.eos_ids,
             max_tokens=min(params.max_tokens or room, room),
-            prior=len(prior),
             wants_facts=not facts_seen and (params.echo or params.prompt_logprobs is not None),
             echo_text=self.builder.detokenised(prompt.ids) if echo else "",
             adapter=request.model if request.model in loaded.adapters else None,

@@ -53,8 +53,6 @@ class EngineSettings:
     max_memory: str = ""
     #: LoRA adapters served beside their base: "name=path,name=path" (first model only).
     adapters: str = ""
-    #: The load-time self test compares this engine with plain `generate()`.
-    self_test: bool = True
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {

@@ -11,6 +11,7 @@ alone fails. Runs on the engine's thread only; must never tokenise or decode pic
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -32,11 +33,16 @@ if TYPE_CHECKING:
 
 __all__ = ["SlotRunner"]
 
+log = logging.getLogger(__name__)
+
 GROWTH_TOKENS = 128
 """Room behind a prompt that is reserved on admission; longer answers grow on demand."""
 
 SMALLEST_CHUNK = 16
 """A chunk is never shrunk below this to keep the stall bound: smaller ones cost as much."""
+
+KEPT_CAPACITY = 4096
+"""Tokens of a row that stay allocated when nobody runs; more goes back to the machine."""
 
 STALL_SHARE = 0.75
 """Of the bound that a chunk aims at: later tokens of a prompt cost more than those measured."""
@@ -112,6 +118,8 @@ class SlotRunner:
         events: list[EngineEvent] = []
         started = time.perf_counter()
         self._drop_cancelled(events)
+        if not self._rows and self.cache.capacity > KEPT_CAPACITY and not self.forward.static:
+            self.cache.shrink(self.cache.slots, KEPT_CAPACITY)
         self._admit(events)
         prefilled = self._prefill(events)
         decoded = self._decode(events) if self._active else False
@@ -329,10 +337,12 @@ class SlotRunner:
         try:
             logits = self.forward.prefill_many(self._active, chosen)
         except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            self._give_way(events)
-            return tokens
+            if is_out_of_memory(error):
+                self._give_way(events)
+                return tokens
+            # One by one, the prompt that is the cause fails alone.
+            log.warning("prompts are computed one by one: %s", error)
+            return 0
         for sequence in chosen:
             sequence.filled = sequence.total
             sequence.state = State.DECODE
