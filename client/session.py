@@ -32,6 +32,9 @@ from client.exchange import Acceptance, Exchange, Phase
 from client.options import Limits
 from client.questions import Questions
 
+LEAVE_S: Final = 1.0
+"""How long a client that is closed waits for its cancels to be confirmed: one step of a worker."""
+
 CANCEL_KEPT_S: Final = 60.0
 """How long an unconfirmed cancel is remembered: longer than any worker keeps a lost request."""
 
@@ -75,6 +78,8 @@ class ClientSession:
         #: (due, id) of exchanges, questions and closing ids; stale entries are skipped.
         self._timers: list[tuple[float, bytes]] = []
 
+        #: Set once the application has closed the client: when to go at the latest.
+        self._leaving_s: float | None = None
         self._now_s = 0.0
         self._out: list[Instruction] = []
         self._handlers: dict[type[events.Event], Callable[[Any], None]] = {
@@ -104,7 +109,9 @@ class ClientSession:
         self._handlers[type(event)](event)
         if self._held or self._unnamed:
             self._dispatch()
-        if self._dialer.state is Link.DRAINING and not self._at_broker:
+        if self._leaving_s is not None:
+            self._leave_if_done(self._leaving_s)
+        elif self._dialer.state is Link.DRAINING and not self._at_broker:
             self._dialer.leave("the broker is draining", reason="drained")
         out, self._out = self._out, []
         return out
@@ -112,7 +119,8 @@ class ClientSession:
     def deadline_s(self) -> float:
         """When the next `Tick` is due; `inf`: never."""
         timer_s = self._timers[0][0] if self._timers else math.inf
-        return min(timer_s, self._dialer.deadline_s())
+        leaving_s = math.inf if self._leaving_s is None else self._leaving_s
+        return min(timer_s, leaving_s, self._dialer.deadline_s())
 
     @property
     def link(self) -> Link:
@@ -166,14 +174,25 @@ class ClientSession:
         self._questions.forget(dropped.request_id)
 
     def _on_close(self, _: events.CloseRequested) -> None:
-        closed = ClientClosed("the client was closed while this was open; make a new Client")
-        self._fail_all(closed)
-        self._closing.clear()
+        if self._leaving_s is not None or self._dialer.state is Link.CLOSED:
+            return
+        self._leaving_s = self._now_s + LEAVE_S
+        for exchange in self._exchanges.values():
+            if exchange.sent_before:
+                self._cancel(exchange.id, "the client was closed")
+        self._fail_all(ClientClosed("the client was closed while this was open; make a new Client"))
         self._timers.clear()
-        self._dialer.close()
+
+    def _leave_if_done(self, leaving_s: float) -> None:
+        """Go once the cancels are confirmed: what a broker has not read when the connection ends
+        may be lost, as it notices the end by its own next message to us."""
+        if not self._closing or not self._dialer.has_session or self._now_s >= leaving_s:
+            self._closing.clear()
+            self._leaving_s = None
+            self._dialer.close()
 
     def _refusal(self) -> BusError | None:
-        if self._dialer.state is Link.CLOSED:
+        if self._leaving_s is not None or self._dialer.state is Link.CLOSED:
             return ClientClosed("this client is closed; make a new Client")
         return self._fatal
 
@@ -188,7 +207,8 @@ class ClientSession:
 
     def wants_session(self) -> bool:
         """Something is open that needs a broker."""
-        return bool(self._exchanges or self._questions or self._closing)
+        open_ = bool(self._exchanges or self._questions or self._closing)
+        return open_ and self._leaving_s is None
 
     def session_began(self) -> None:
         """Cancel what was dropped meanwhile, then send what is held."""

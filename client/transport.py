@@ -26,7 +26,7 @@ from client import events
 from client.errors import BusError, ClientClosed, InvalidRequest
 from client.events import CloseSocket, Deliver, Instruction, Item, OpenSocket, Send, Stop
 from client.options import Connection
-from client.session import ClientSession
+from client.session import LEAVE_S, ClientSession
 
 ROUND_MESSAGES: Final = 64
 """Messages read before consumers are woken: a burst costs one wake-up, a token waits little."""
@@ -269,7 +269,7 @@ class Transport:
                 self._ended = ClientClosed("this client is closed; make a new Client")
         self.post(events.CloseRequested())
 
-    def join(self, timeout_s: float = 2 * CLOSE_S) -> None:
+    def join(self, timeout_s: float = LEAVE_S + 2 * CLOSE_S) -> None:
         """Wait for the thread to end after `close`."""
         if self._thread is not None and os.getpid() == self._pid:
             self._thread.join(timeout_s)
@@ -405,9 +405,14 @@ class Transport:
                 )
                 return events.ConnectionLost(f"handshake failed: {advice}", unauthenticated=True)
             case zmq.Event.HANDSHAKE_FAILED_NO_DETAIL:
-                guess = "is server_key the broker's? " if secured else ""
+                # Which side notices a mismatch first is chance; this one may also be no broker.
+                guess = (
+                    "is server_key this broker's?"
+                    if secured
+                    else "does the broker demand CURVE (server_key, key_file)?"
+                )
                 return events.ConnectionLost(
-                    f"handshake broken off; {guess}is this a tokenbus broker's front address?"
+                    f"handshake broken off; is this a tokenbus broker's front address, and {guess}"
                 )
             case zmq.Event.CLOSED:
                 return events.ConnectionLost("connection refused: nobody listens there")

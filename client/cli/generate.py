@@ -124,8 +124,10 @@ def summary(end: End) -> str:
     if end.first_token_s is not None:
         parts.append(f"first token after {end.first_token_s * 1000:.0f} ms")
         streaming_s = end.total_s - end.first_token_s
-        if count > 1 and streaming_s > 0:
+        if count > 1 and streaming_s > 0.001:
             parts.append(f"then {(count - 1) / streaming_s:.1f} tokens/s")
+        elif end.timings.decode_ms > 0:  # all came at once: only the worker can tell
+            parts.append(f"{count * 1000 / end.timings.decode_ms:.1f} tokens/s at the worker")
     parts.append(f"{end.total_s:.2f} s in all, on {end.worker or 'no worker'}")
     if end.resumed:
         parts.append(f"resumed {end.resumed} times")

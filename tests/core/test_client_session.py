@@ -384,9 +384,42 @@ def test_closing_ends_everything_and_says_goodbye(running: tuple[Wire, bytes]) -
     wire, id_ = running
     wire.tell(events.CloseRequested())
     assert isinstance(wire.last(id_), errors.ClientClosed)
-    assert [(t, b.reason) for t, _, b in wire.take_sent()] == [(T.GOODBYE, "closed")]
     assert isinstance(wire.last(wire.ask(2)), errors.ClientClosed)
+    assert [(t, i) for t, i, _ in wire.take_sent()] == [(T.CANCEL, id_)]
+    wire.output(
+        EndEvent(id_, 0, 3, FinishReason.CANCELLED, "", messages.Usage(), messages.Timings())
+    )
+    assert [(t, b.reason) for t, _, b in wire.take_sent()] == [(T.GOODBYE, "closed")]
+    assert wire.closed == 1
     assert wire.session.deadline_s() == math.inf
+
+
+def test_closing_waits_for_the_bus_no_longer_than_a_second(running: tuple[Wire, bytes]) -> None:
+    wire, _ = running
+    wire.tell(events.CloseRequested())
+    wire.at(0.9)
+    assert wire.closed == 0
+    wire.at(0.2)
+    assert [t for t, _, _ in wire.take_sent()] == [T.CANCEL, T.GOODBYE]
+    assert wire.session.link is Link.CLOSED
+
+
+def test_closing_does_not_wait_where_nothing_is_open_or_nobody_listens(wire: Wire) -> None:
+    id_ = wire.ask()
+    wire.connect()
+    wire.output(over(id_, 0))
+    wire.tell(events.CloseRequested())
+    assert wire.session.link is Link.CLOSED
+    wire = Wire()
+    wire.ask()
+    wire.tell(events.CloseRequested())
+    assert wire.session.link is Link.CLOSED
+    wire = Wire()
+    wire.ask()
+    wire.connect()
+    wire.tell(events.CloseRequested())
+    wire.tell(events.ConnectionLost("cut"))
+    assert wire.session.link is Link.CLOSED and wire.session.deadline_s() == math.inf
 
 
 def test_a_draining_broker_gets_no_new_request_and_is_left_when_the_old_have_ended(

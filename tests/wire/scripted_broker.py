@@ -190,6 +190,8 @@ class ScriptedBroker:
             case MessageType.REQUEST | MessageType.RESUME:
                 request = codec.decode(messages.Request, frames[1], limits.MAX_REQUEST_OCTETS)
                 self._answer(self, head.id, request, frames[2:])
+            case MessageType.CANCEL:  # always answered (SPEC.md section 6.2)
+                self.output(end(head.id, 0, reason=FinishReason.CANCELLED))
             case MessageType.QUERY:
                 query = codec.decode(messages.Query, frames[1], limits.MAX_CONTROL_OCTETS)
                 rows = [{"name": name} for name in self._models]

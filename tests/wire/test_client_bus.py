@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +17,10 @@ import pytest
 from client import (
     AsyncClient,
     Client,
+    ConnectTimeout,
     End,
     EngineError,
+    InvalidRequest,
     ModelUnavailable,
     OutOfMemory,
     Recovering,
@@ -24,8 +29,9 @@ from client import (
     Timeout,
     Tokens,
     TotalTimeout,
+    Unauthenticated,
 )
-from tests.harness import Bus, wait_until
+from tests.harness import ROOT, Bus, wait_until
 
 MakeBus = Callable[..., Bus]
 
@@ -306,3 +312,37 @@ def test_a_stopped_broker_that_goes_on_loses_nothing(make_bus: MakeBus) -> None:
     text, _, end = read_with(stream, 30, pause)
     assert text == expected
     assert end.resumed == 0
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    """What `python -m broker keys` makes."""
+    folder = tmp_path / "keys"
+    command = [sys.executable, "-m", "broker", "keys", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return folder
+
+
+def test_with_keys_a_client_on_the_list_is_served_and_others_are_told_why(
+    make_bus: MakeBus, keys: Path
+) -> None:
+    bus = make_bus(0, "--keys", str(keys))
+    quick = Timeout(connect=5)
+    public, own = str(keys / "broker.key"), keys / "client.key_secret"
+    with Client(bus.front, server_key=public, key_file=own, timeout=quick) as client:
+        assert client.models() == []
+    with (
+        Client(bus.front, server_key=public, timeout=quick) as client,
+        pytest.raises(Unauthenticated, match="allow-list"),
+    ):
+        client.models()
+    keyless = Client(bus.front, timeout=Timeout(connect=1))
+    with keyless, pytest.raises((Unauthenticated, ConnectTimeout), match="demands? CURVE"):
+        keyless.models()
+    with pytest.raises(InvalidRequest, match="nowhere"):
+        Client(bus.front, server_key=public, key_file=keys / "nowhere")
+    with pytest.raises(InvalidRequest, match="no secret key"):
+        Client(bus.front, server_key=public, key_file=public)

@@ -331,7 +331,7 @@ def test_the_demo_shows_the_whole_way_and_stops_everything(tmp_path: Path) -> No
     done = run("demo", "--engine", "echo", environment={"TMPDIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("1 image: 240x240. ")
-    for word in ("first token after", "tokens/s", "expected", "right"):
+    for word in ("first token after", "tokens/s", "all, on demo", "expected", "right"):
         assert word in done.stderr
     assert list(tmp_path.iterdir()) == []
     assert "demo" not in _processes_of(tmp_path)
