@@ -16,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute
 
 from client import AsyncClient, BusError, Timeout
 from client.gateway.config import Config
@@ -39,7 +39,7 @@ from client.gateway.operator_view import drain, live, overview, session
 from client.gateway.page import page_routes
 from client.gateway.reattach import Store
 from client.gateway.state import Gateway
-from client.gateway.visit import Endpoint, Visit
+from client.gateway.visit import Visit, route
 
 __all__ = ["create_app"]
 
@@ -78,25 +78,25 @@ def create_app(config: Config) -> Starlette:
 
 def _routes(config: Config) -> list[BaseRoute]:
     routes: list[BaseRoute] = [
-        Route("/health", Endpoint(_health, public=True), methods=["GET"]),
-        Route("/ready", Endpoint(_ready, public=True), methods=["GET"]),
-        Route("/metrics", Endpoint(_metrics), methods=["GET"]),
-        Route("/v1/models", Endpoint(list_models), methods=["GET"]),
-        Route("/v1/models/{model:path}", Endpoint(get_model), methods=["GET"]),
-        Route("/v1/chat/completions", Endpoint(chat_completions, counted=True), methods=["POST"]),
-        Route("/v1/chat/completions/{id}", Endpoint(read_chat), methods=["GET"]),
-        Route("/v1/chat/completions/{id}/cancel", Endpoint(cancel_chat), methods=["POST"]),
-        Route("/v1/completions", Endpoint(completions, counted=True), methods=["POST"]),
-        Route("/v1/embeddings", Endpoint(embeddings, counted=True), methods=["POST"]),
-        Route("/v1/responses", Endpoint(create_response, counted=True), methods=["POST"]),
-        Route("/v1/responses/{id}", Endpoint(get_response), methods=["GET"]),
-        Route("/v1/responses/{id}", Endpoint(delete_response), methods=["DELETE"]),
-        Route("/v1/responses/{id}/cancel", Endpoint(cancel_response), methods=["POST"]),
-        Route("/v1/responses/{id}/input_items", Endpoint(input_items), methods=["GET"]),
-        Route("/bus/session", Endpoint(session), methods=["GET"]),
-        Route("/bus/overview", Endpoint(overview), methods=["GET"]),
-        Route("/bus/live", Endpoint(live), methods=["GET"]),
-        Route("/bus/drain", Endpoint(drain), methods=["POST"]),
+        route("/health", _health, public=True),
+        route("/ready", _ready, public=True),
+        route("/metrics", _metrics),
+        route("/v1/models", list_models),
+        route("/v1/models/{model:path}", get_model),
+        route("/v1/chat/completions", chat_completions, "POST", counted=True),
+        route("/v1/chat/completions/{id}", read_chat),
+        route("/v1/chat/completions/{id}/cancel", cancel_chat, "POST"),
+        route("/v1/completions", completions, "POST", counted=True),
+        route("/v1/embeddings", embeddings, "POST", counted=True),
+        route("/v1/responses", create_response, "POST", counted=True),
+        route("/v1/responses/{id}", get_response),
+        route("/v1/responses/{id}", delete_response, "DELETE"),
+        route("/v1/responses/{id}/cancel", cancel_response, "POST"),
+        route("/v1/responses/{id}/input_items", input_items),
+        route("/bus/session", session),
+        route("/bus/overview", overview),
+        route("/bus/live", live),
+        route("/bus/drain", drain, "POST"),
     ]
     if not config.no_legacy:
         routes += legacy_routes()

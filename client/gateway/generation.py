@@ -8,7 +8,7 @@ start to its end.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -123,10 +123,19 @@ def _timeout(request: Request) -> Timeout:
     )
 
 
-async def generate(bus: AsyncClient, calls: Sequence[Call]) -> AsyncGenerator[ChoiceEvent, None]:
-    """The events of all calls, the i-th call being choice i. Raises the first failure of any."""
+Opened = Callable[[AsyncStream], None]
+
+
+async def generate(
+    bus: AsyncClient, calls: Sequence[Call], opened: Opened
+) -> AsyncGenerator[ChoiceEvent, None]:
+    """The events of all calls, the i-th call being choice i. Raises the first failure of any.
+
+    `opened` is told of every stream before its first event.
+    """
     if len(calls) == 1:
         stream = await open_stream(bus, calls[0])
+        opened(stream)
         try:
             async for arrived in stream:
                 for out in _translated(0, arrived):
@@ -136,7 +145,8 @@ async def generate(bus: AsyncClient, calls: Sequence[Call]) -> AsyncGenerator[Ch
         return
     events: asyncio.Queue[ChoiceEvent | BaseException] = asyncio.Queue(_MERGE_EVENTS)
     tasks = [
-        asyncio.create_task(_pump(bus, index, call, events)) for index, call in enumerate(calls)
+        asyncio.create_task(_pump(bus, index, call, opened, events))
+        for index, call in enumerate(calls)
     ]
     try:
         left = len(tasks)
@@ -153,10 +163,15 @@ async def generate(bus: AsyncClient, calls: Sequence[Call]) -> AsyncGenerator[Ch
 
 
 async def _pump(
-    bus: AsyncClient, index: int, call: Call, events: asyncio.Queue[ChoiceEvent | BaseException]
+    bus: AsyncClient,
+    index: int,
+    call: Call,
+    opened: Opened,
+    events: asyncio.Queue[ChoiceEvent | BaseException],
 ) -> None:
     try:
         stream = await open_stream(bus, call)
+        opened(stream)
         try:
             async for event in stream:
                 for out in _translated(index, event):

@@ -145,16 +145,16 @@ def _fetch(address: str, policy: ImagePolicy, param: str) -> bytes:
             try:
                 target = f"{url.path or '/'}{'?' + url.query if url.query else ''}"
                 connection.request("GET", target, headers={"accept": "image/*"})
-                response = connection.getresponse()
-                location = response.getheader("location")
-                if response.status in (301, 302, 303, 307, 308) and location:
-                    address = urljoin(address, location)
-                    continue
-                if response.status != 200:
-                    raise invalid(
-                        param, f"`{param}`: the host answered with status {response.status}."
-                    )
-                return _read(connection, response, deadline, policy, param)
+                with connection.getresponse() as response:
+                    location = response.getheader("location")
+                    if response.status in (301, 302, 303, 307, 308) and location:
+                        address = urljoin(address, location)
+                        continue
+                    if response.status != 200:
+                        raise invalid(
+                            param, f"`{param}`: the host answered with status {response.status}."
+                        )
+                    return _read(connection, response, deadline, policy, param)
             finally:
                 connection.close()
     except TimeoutError:

@@ -176,8 +176,11 @@ def _read(path: Path) -> dict[str, Key]:
     unknown = set(tables) - {"keys"}
     if unknown:
         raise KeyFileError(f"{path}: {sorted(unknown)[0]!r} is not known; write [keys.NAME] tables")
+    keys = tables.get("keys", {})
+    if not isinstance(keys, dict):
+        raise KeyFileError(f"{path}: write [keys.NAME] tables")
     found = {}
-    for name, values in tables.get("keys", {}).items():
+    for name, values in keys.items():
         found[name] = _key(path, name, values)
     return found
 

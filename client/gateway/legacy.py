@@ -34,12 +34,12 @@ from broker.protocol.messages import Attachment, FinishReason, Kind, Message, Pa
 from client import End
 from client.gateway.convert import Call
 from client.gateway.errors import GatewayError, describe, invalid, too_large
-from client.gateway.generation import RETRY, Delta, Finish, Prompted, generate
+from client.gateway.generation import RETRY, Delta, Finish, Prompted
 from client.gateway.openai_models import visible_models
 from client.gateway.openai_shared import IMPOSSIBLE, pick_seed
 from client.gateway.requests import parse
 from client.gateway.sse import until_disconnect
-from client.gateway.visit import Endpoint, Visit
+from client.gateway.visit import Visit, route
 
 __all__ = ["legacy_routes"]
 
@@ -273,7 +273,7 @@ async def _frames(visit: Visit, wanted: _Wanted) -> AsyncGenerator[dict[str, Any
     logprobs: dict[str, list[Any]] | None = None
     if wanted.call.request.params.logprobs is not None:
         logprobs = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
-    async for event in generate(visit.gateway.bus, [wanted.call]):
+    async for event in visit.generate([wanted.call]):
         match event:
             case Prompted():
                 prompt_tokens = len(event.prompt.token_ids)
@@ -523,21 +523,26 @@ async def _read(visit: Visit, kind: type[Any]) -> Any:
 
 def legacy_routes() -> list[Route]:
     """Every path of both systems."""
-    post = {
-        "/register_worker": Endpoint(_one_way),
-        "/receive_heart_beat": Endpoint(_heartbeat),
-        "/refresh_all_workers": Endpoint(_null),
-        "/list_models": Endpoint(_list_models),
-        "/list_multimodal_models": Endpoint(_list_multimodal),
-        "/list_language_models": Endpoint(_list_language),
-        "/get_worker_address": Endpoint(_worker_address),
-        "/worker_generate_stream": Endpoint(_generate_stream, counted=True),
-        "/worker_generate": Endpoint(_generate_whole, counted=True),
-        "/worker_get_embeddings": Endpoint(_embeddings, counted=True),
-        "/worker_get_status": Endpoint(_status),
-        "/count_token": Endpoint(_count_token),
-        "/worker_get_conv_template": Endpoint(_conv_template),
-        "/model_details": Endpoint(_model_details),
+    free = {
+        "/register_worker": _one_way,
+        "/receive_heart_beat": _heartbeat,
+        "/refresh_all_workers": _null,
+        "/list_models": _list_models,
+        "/list_multimodal_models": _list_multimodal,
+        "/list_language_models": _list_language,
+        "/get_worker_address": _worker_address,
+        "/worker_get_status": _status,
+        "/count_token": _count_token,
+        "/worker_get_conv_template": _conv_template,
+        "/model_details": _model_details,
     }
-    routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in post.items()]
-    return [*routes, Route("/test_connection", Endpoint(_test_connection), methods=["GET"])]
+    counted = {
+        "/worker_generate_stream": _generate_stream,
+        "/worker_generate": _generate_whole,
+        "/worker_get_embeddings": _embeddings,
+    }
+    return [
+        route("/test_connection", _test_connection),
+        *(route(path, handler, "POST") for path, handler in free.items()),
+        *(route(path, handler, "POST", counted=True) for path, handler in counted.items()),
+    ]

@@ -33,7 +33,7 @@ from broker.protocol.messages import FinishReason, TokenLogprob, Usage
 from client.gateway import tools
 from client.gateway.convert import chat_call, seeded
 from client.gateway.errors import GatewayError, invalid
-from client.gateway.generation import ChoiceEvent, Delta, Finish, generate
+from client.gateway.generation import ChoiceEvent, Delta, Finish
 from client.gateway.openai_shared import chat_logprobs, error_event, new_id, pick_seed, usage_of
 from client.gateway.reattach import Kept, Transcript
 from client.gateway.requests import ChatRequest, parse
@@ -113,7 +113,7 @@ async def chat_completions(visit: Visit) -> Response:
     position = resumed or _Position.first(call.request.params.seed, count)
     choices = [_Choice(parser_for(names, parallel=body.parallel_tool_calls)) for _ in range(count)]
     answer = _Answer(visit, body, choices, position)
-    events = generate(visit.gateway.bus, [seeded(call, i) for i in range(count)])
+    events = visit.generate([seeded(call, i) for i in range(count)])
     if body.stream:
         source = answer.stream(events)
         if visit.reattach_s is None:

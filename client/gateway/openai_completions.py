@@ -14,7 +14,7 @@ from starlette.responses import Response
 from broker.protocol.messages import FinishReason, TokenLogprob, Usage
 from client.gateway.convert import completion_calls, seeded
 from client.gateway.errors import GatewayError
-from client.gateway.generation import ChoiceEvent, Delta, Finish, Prompted, generate
+from client.gateway.generation import ChoiceEvent, Delta, Finish, Prompted
 from client.gateway.openai_shared import IMPOSSIBLE, error_event, new_id, pick_seed, usage_of
 from client.gateway.requests import CompletionRequest, parse
 from client.gateway.sse import DONE, Event, until_disconnect
@@ -31,7 +31,7 @@ async def completions(visit: Visit) -> Response:
     candidates = body.best_of or body.n or 1
     calls = [seeded(call, i) for call in prompts for i in range(candidates)]
     answer = _Answer(visit, body, len(prompts), candidates)
-    events = generate(visit.gateway.bus, calls)
+    events = visit.generate(calls)
     if body.stream:
         return visit.stream(answer.stream(events), answer.failed)
     for event in await until_disconnect(events, visit.request.receive):

@@ -28,7 +28,7 @@ from client.gateway import requests as http
 from client.gateway import tools
 from client.gateway.convert import Call, chat_call
 from client.gateway.errors import GatewayError, describe, invalid
-from client.gateway.generation import ChoiceEvent, Delta, Finish, generate
+from client.gateway.generation import ChoiceEvent, Delta, Finish
 from client.gateway.openai_chat import parser_for
 from client.gateway.openai_shared import chat_logprobs, new_id, pick_seed
 from client.gateway.reattach import Kept, Transcript
@@ -68,7 +68,7 @@ async def create_response(visit: Visit) -> Response:
         call = Call(msgspec.structs.replace(call.request, params=params), call.attachments)
     visit.check(body.model, call.request.priority)
     making = Making(visit, body, chat, call)
-    source = making.events(generate(visit.gateway.bus, [call]))
+    source = making.events(visit.generate([call]))
     kept = Kept(making.id, visit.key.name, None, making, len(msgspec.json.encode(chat)))
     kept.kind = "response"
     if body.background:

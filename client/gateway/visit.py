@@ -13,29 +13,37 @@ import datetime
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import msgspec
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from broker.protocol.errors import ErrorCode
 from broker.protocol.limits import MAX_NAME_OCTETS
+from client import AsyncStream
+from client.gateway.convert import Call
 from client.gateway.errors import GatewayError, describe, error_response, invalid, too_large
+from client.gateway.generation import ChoiceEvent, generate
 from client.gateway.keys import ANYBODY, Key
 from client.gateway.sse import Event, EventStream
 
 if TYPE_CHECKING:
     from client.gateway.state import Gateway
 
-__all__ = ["Endpoint", "Visit", "presented_key"]
+__all__ = ["Endpoint", "Visit", "presented_key", "route"]
 
 log = logging.getLogger("tokenbus.gateway")
 
 REQUEST_ID_HEADER = "x-request-id"
+BUS_REQUESTS_HEADER = "x-bus-requests"
+#: Context of whoever follows a request across processes, passed on to broker and worker.
+TRACE_HEADERS = ("traceparent", "tracestate")
 REATTACH_HEADER = "x-reattach"
 
 
@@ -52,6 +60,8 @@ class Visit:
     model: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    #: As the logs of broker and workers show the requests that this one became.
+    bus_requests: list[str] = field(default_factory=list)
     started_s: float = field(default_factory=time.monotonic)
     first_token_s: float | None = None
 
@@ -104,6 +114,23 @@ class Visit:
                 "message": error.info.message,
             }
         )
+
+    def generate(self, calls: Sequence[Call]) -> AsyncGenerator[ChoiceEvent, None]:
+        """Run requests of the bus for this one; see `generation.generate`."""
+        headers = self.request.headers
+        trace = {name: headers[name] for name in TRACE_HEADERS if name in headers}
+        trace[REQUEST_ID_HEADER] = self.request_id
+        return generate(
+            self.gateway.bus,
+            [
+                replace(call, request=msgspec.structs.replace(call.request, trace=trace))
+                for call in calls
+            ],
+            self._opened,
+        )
+
+    def _opened(self, stream: AsyncStream) -> None:
+        self.bus_requests.append(stream.request_id)
 
     def saw_token(self) -> None:
         """The first token is on its way out."""
@@ -183,13 +210,27 @@ def presented_key(headers: Headers) -> str | None:
     return headers.get("x-api-key")
 
 
-class Endpoint:
-    """An ASGI application around a handler.
+def route(
+    path: str,
+    handler: Handler,
+    method: str = "GET",
+    *,
+    counted: bool = False,
+    public: bool = False,
+) -> Route:
+    """A path that reaches the bus.
 
     `counted`: it takes one of the key's requests. `public`: it needs no key.
     """
+    endpoint = Endpoint(path, handler, counted=counted, public=public)
+    return Route(path, endpoint, methods=[method])
 
-    def __init__(self, handler: Handler, *, counted: bool = False, public: bool = False) -> None:
+
+class Endpoint:
+    """An ASGI application around a handler; see `route`. `path` names it in logs and figures."""
+
+    def __init__(self, path: str, handler: Handler, *, counted: bool, public: bool) -> None:
+        self._path = path
         self._handler = handler
         self._counted = counted
         self._public = public
@@ -212,9 +253,12 @@ class Endpoint:
             nonlocal outcome
             if message["type"] == "http.response.start":
                 outcome = message["status"]
+                added = [(REQUEST_ID_HEADER, request_id)]
+                if visit.bus_requests:
+                    added.append((BUS_REQUESTS_HEADER, ",".join(visit.bus_requests)))
                 message["headers"] = [
                     *message["headers"],
-                    (REQUEST_ID_HEADER.encode(), request_id.encode()),
+                    *((name.encode(), value.encode()) for name, value in added),
                 ]
             await send(message)
 
@@ -246,13 +290,14 @@ class Endpoint:
 
     def _account(self, visit: Visit, outcome: int) -> None:
         total_s = time.monotonic() - visit.started_s
-        path = visit.request.scope.get("route_path", visit.request.url.path)
-        visit.gateway.metrics.observe(visit, path, outcome, total_s)
+        visit.gateway.metrics.observe(visit, self._path, outcome, total_s)
         if self._counted:
             log.info(
-                "request id=%s path=%s key=%s model=%s status=%d prompt=%d completion=%d ms=%d",
+                "request id=%s bus=%s path=%s key=%s model=%s status=%d "
+                "prompt=%d completion=%d ms=%d",
                 visit.request_id,
-                path,
+                ",".join(visit.bus_requests) or "-",
+                self._path,
                 visit.key.name or "-",
                 visit.model or "-",
                 outcome,

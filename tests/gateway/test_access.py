@@ -1,0 +1,328 @@
+"""Who may ask for what: keys and their limits, CORS, hosts, health, figures, start-up."""
+
+from __future__ import annotations
+
+import datetime
+import re
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx2 as httpx
+import openai
+import pytest
+
+from broker.protocol.errors import ErrorCode
+from client.gateway.config import Config, ConfigError, parse_args
+from client.gateway.errors import GatewayError
+from client.gateway.keys import Key, KeyFile, KeyFileError, Usage, add_key, remove_key
+from tests.gateway.conftest import MODEL, GatewayProcess
+from tests.harness import ROOT, wait_until
+
+TODAY = datetime.date(2030, 1, 1)
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def slow(seconds: float) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"[[echo prefill_ms={int(seconds * 1000)}]]late"}]
+
+
+# --- the key file ---------------------------------------------------------------------------------
+
+
+def test_a_key_is_shown_once_and_kept_as_a_hash(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    key = add_key(path, "alice", rate_per_minute=60, models=['a"b'])
+    assert key not in path.read_text()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    found = KeyFile(path).find(key, TODAY)
+    assert (found.name, found.rate_per_minute, found.models) == ("alice", 60, frozenset({'a"b'}))
+    with pytest.raises(KeyFileError, match="already"):
+        add_key(path, "alice")
+
+
+def test_a_changed_file_counts_from_the_next_request_on(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    alice, bob = add_key(path, "alice"), add_key(path, "bob")
+    keys = KeyFile(path)
+    remove_key(path, "alice")
+    assert keys.find(bob, TODAY).name == "bob"
+    with pytest.raises(GatewayError) as caught:
+        keys.find(alice, TODAY)
+    assert caught.value.status == 401
+    # A broken edit changes nothing.
+    path.write_text("[keys.bob]\nhash = 3\n")
+    assert keys.find(bob, TODAY).name == "bob"
+    assert "hash" in keys.problem
+
+
+def test_an_expired_key_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    key = add_key(path, "alice")
+    path.write_text(path.read_text() + "expires = 2029-12-31\n")
+    with pytest.raises(GatewayError, match="expired"):
+        KeyFile(path).find(key, TODAY)
+
+
+@pytest.mark.parametrize(
+    "text", ["x = 1", "[keys.a]\n", "[keys.a]\nhash='md5:00'", "[keys.a]\nfoo=1", "[", "keys=3"]
+)
+def test_a_broken_key_file_is_told_at_the_start(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(text)
+    with pytest.raises(KeyFileError, match="keys"):
+        KeyFile(path)
+
+
+def test_the_rate_of_a_key_refills_with_time() -> None:
+    key, usage = Key("k", rate_per_minute=2), Usage()
+    for _ in range(2):
+        usage.admit(key, 100.0)
+        usage.finished()
+    with pytest.raises(GatewayError) as caught:
+        usage.admit(key, 100.0)
+    assert caught.value.info.code == ErrorCode.QUOTA
+    assert caught.value.info.retry_after_ms == 30_000
+    usage.admit(key, 130.0)
+    assert usage.running == 1
+
+
+# --- a gateway with keys --------------------------------------------------------------------------
+
+
+def test_keys_are_asked_for_everywhere_but_at_the_doors(
+    make_gateway: Callable[..., GatewayProcess], tmp_path: Path
+) -> None:
+    path = tmp_path / "keys.toml"
+    key = add_key(path, "alice", concurrency=1)
+    narrow = add_key(path, "bob", models=["other"])
+    boss = add_key(path, "boss", operator=True, rate_per_minute=1)
+    gateway = make_gateway("--keys", str(path))
+    with gateway.http() as http:
+        for open_path in ("/health", "/ready", "/", "/page/app.js"):
+            assert http.get(open_path).status_code == 200, open_path
+        for method, closed in (
+            ("GET", "/v1/models"),
+            ("GET", "/metrics"),
+            ("GET", "/bus/overview"),
+            ("POST", "/bus/drain"),
+            ("POST", "/v1/chat/completions"),
+            ("POST", "/v1/responses"),
+            ("POST", "/list_models"),
+            ("POST", "/worker_generate_stream"),
+            ("POST", "/worker_get_status"),
+        ):
+            answer = http.request(method, closed)
+            assert answer.status_code == 401, closed
+            assert answer.json()["error"]["code"] == "unauthenticated"
+        bearer = {"authorization": f"Bearer {key}"}
+        assert http.get("/bus/overview", headers=bearer).status_code == 403
+        assert http.post("/bus/drain", headers=bearer, json={"worker": "w"}).status_code == 403
+        # A program that knows only an address.
+        assert http.post("/list_models", auth=("any", key)).json() == {"models": [MODEL]}
+        owner = http.post("/get_worker_address", auth=("any", key), json={"model": MODEL})
+        assert f"any:{key}@" in owner.json()["address"]
+    with pytest.raises(openai.AuthenticationError):
+        gateway.openai(api_key="wrong").models.list()
+    with pytest.raises(openai.PermissionDeniedError, match="bob"):
+        gateway.openai(api_key=narrow).chat.completions.create(model=MODEL, messages=HELLO)
+    assert gateway.openai(api_key=narrow).models.list().data == []
+    with pytest.raises(openai.PermissionDeniedError, match="priority"):
+        gateway.openai(api_key=key).chat.completions.create(
+            model=MODEL, messages=HELLO, service_tier="priority"
+        )
+    # One at once.
+    client = gateway.openai(api_key=key)
+    stream = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "[[echo step_delay_ms=10]]x"}],
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    next(iter(stream))
+    with pytest.raises(openai.RateLimitError) as caught:
+        client.chat.completions.create(model=MODEL, messages=HELLO)
+    assert caught.value.code == "quota"
+    assert int(caught.value.response.headers["retry-after"]) >= 1
+    assert caught.value.response.headers["x-should-retry"] == "true"
+    stream.close()
+    wait_until(lambda: gateway.bus.running() == 0, "a free slot")
+    assert client.chat.completions.create(model=MODEL, messages=HELLO)
+    # One a minute.
+    boss_client = gateway.openai(api_key=boss)
+    boss_client.chat.completions.create(model=MODEL, messages=HELLO)
+    with pytest.raises(openai.RateLimitError, match="a minute"):
+        boss_client.chat.completions.create(model=MODEL, messages=HELLO)
+    # A response of one key is nobody else's.
+    made = client.responses.create(model=MODEL, input="mine")
+    with pytest.raises(openai.NotFoundError):
+        boss_client.responses.retrieve(made.id)
+
+
+def test_the_command_line_manages_keys(tmp_path: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "client.gateway", "keys", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    file = ("--file", str(tmp_path / "k.toml"))
+    made = run("add", "alice", "--concurrency", "2", *file)
+    assert made.stdout.startswith("tb-") and len(made.stdout.strip()) == 46
+    assert run("list", *file).stdout == "alice 2 at once\n"
+    assert run("add", "a b", *file).returncode == 2
+
+
+# --- around every answer --------------------------------------------------------------------------
+
+
+def test_health_and_readiness(http: httpx.Client) -> None:
+    assert http.get("/health").text == "ok"
+    assert http.get("/ready").json() == {"ready": True, "models": 1, "serving": 1}
+
+
+def test_a_gateway_without_a_broker_lives_but_is_not_ready(
+    make_gateway: Callable[..., GatewayProcess],
+) -> None:
+    gateway = make_gateway("--broker", "tcp://127.0.0.1:9")
+    with gateway.http() as http:
+        answer = http.get("/ready")
+        assert answer.status_code == 503 and answer.json()["ready"] is False
+
+
+def test_every_answer_carries_a_request_id(http: httpx.Client) -> None:
+    assert re.fullmatch("req-[0-9a-f]{24}", http.get("/v1/models").headers["x-request-id"])
+    answer = http.post("/v1/chat/completions", headers={"x-request-id": "mine"}, json={})
+    assert answer.headers["x-request-id"] == "mine"
+    assert answer.json()["error"]["request_id"] == "mine"
+    stream = http.post(
+        "/v1/chat/completions", json={"model": MODEL, "messages": HELLO, "stream": True}
+    )
+    assert stream.headers["x-request-id"].startswith("req-")
+
+
+def test_the_buss_own_ids_lead_from_an_answer_to_the_brokers_log(
+    gateway: GatewayProcess, http: httpx.Client
+) -> None:
+    body = {"model": MODEL, "messages": HELLO, "n": 2}
+    broker = gateway.bus.broker
+    assert broker is not None
+    for stream in (False, True):
+        answer = http.post("/v1/chat/completions", json={**body, "stream": stream})
+        ids = answer.headers["x-bus-requests"].split(",")
+        assert len(ids) == 2
+        for id_ in ids:
+            wait_until(lambda id_=id_: id_ in broker.log(), "the id in the broker's log")
+        assert answer.headers["x-bus-requests"] in gateway.process.log()
+
+
+def test_what_is_not_there_is_told_in_the_same_shape(http: httpx.Client) -> None:
+    assert http.get("/v1/nothing").status_code == 404
+    assert http.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
+    assert http.get("/v1/chat/completions").status_code == 405
+    text = http.post("/v1/chat/completions", content=b"{}", headers={"content-type": "text/plain"})
+    assert text.status_code == 400
+    broken = http.post(
+        "/v1/chat/completions", content=b"{", headers={"content-type": "application/json"}
+    )
+    assert broken.status_code == 400 and "JSON" in broken.json()["error"]["message"]
+
+
+def test_a_foreign_name_of_this_machine_is_refused(http: httpx.Client) -> None:
+    assert http.get("/v1/models", headers={"host": "evil.example"}).status_code == 400
+
+
+def test_pages_of_other_origins_only_where_allowed(
+    http: httpx.Client, make_gateway: Callable[..., GatewayProcess]
+) -> None:
+    ask = {
+        "origin": "https://app.example",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type",
+    }
+    assert "access-control-allow-origin" not in http.get("/v1/models", headers=ask).headers
+    gateway = make_gateway("--cors-origins", "https://app.example")
+    with gateway.http() as allowed:
+        answer = allowed.options("/v1/chat/completions", headers=ask)
+        assert answer.headers["access-control-allow-origin"] == "https://app.example"
+        other = allowed.get("/v1/models", headers={"origin": "https://other.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+def test_a_body_beyond_the_limit_is_refused(make_gateway: Callable[..., GatewayProcess]) -> None:
+    gateway = make_gateway("--body-bytes", "1000")
+    with pytest.raises(openai.APIStatusError) as caught:
+        gateway.openai().chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "x" * 2000}]
+        )
+    assert caught.value.status_code == 413 and caught.value.code == "too_large"
+
+
+def test_figures_are_in_prometheus_format(client: openai.OpenAI, http: httpx.Client) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    client.chat.completions.create(model=MODEL, messages=HELLO)
+    families = {
+        family.name: family for family in text_string_to_metric_families(http.get("/metrics").text)
+    }
+    counted = {
+        (sample.labels["endpoint"], sample.labels["status"]): sample.value
+        for sample in families["tokenbus_gateway_requests"].samples
+        if sample.name.endswith("_total")
+    }
+    assert counted["/v1/chat/completions", "200"] >= 1
+    assert families["tokenbus_gateway_first_token_seconds"].type == "histogram"
+    assert any(s.labels["kind"] == "prompt" for s in families["tokenbus_gateway_tokens"].samples)
+
+
+def test_no_endpoint_label_is_made_of_what_clients_write(http: httpx.Client) -> None:
+    http.get("/v1/models/some-name-that-nobody-serves")
+    http.get("/v1/responses/resp_made_up")
+    text = http.get("/metrics").text
+    assert "nobody-serves" not in text and "made_up" not in text
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+def test_flags_win_over_the_environment() -> None:
+    environment = {"TOKENBUS_GATEWAY_PORT": "9000", "TOKENBUS_GATEWAY_INSECURE": "yes"}
+    config = parse_args(["--port", "9001", "--broker", "a://x, b://y"], environment)
+    assert (config.port, config.insecure, config.broker) == (9001, True, ("a://x", "b://y"))
+    assert parse_args([], {}) == Config()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--host", "0.0.0.0"], "--keys"),
+        (["--tls-cert", "a"], "--tls-key"),
+        (["--port", "70000"], "--port"),
+        (["--image-networks", "10.0.0.0/99"], "--image-networks"),
+    ],
+)
+def test_an_unsafe_or_impossible_option_is_refused(arguments: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_args(arguments, {})
+
+
+def test_tls_is_served_where_a_certificate_is_given(
+    make_gateway: Callable[..., GatewayProcess], tmp_path: Path
+) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(
+        f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost "
+        f"-keyout {key} -out {cert}",
+        shell=True,
+        check=True,
+        capture_output=True,
+    )
+    gateway = make_gateway("--tls-cert", str(cert), "--tls-key", str(key))
+    assert gateway.url.startswith("https://")
+    with gateway.http(verify=False) as http:
+        assert http.get("/v1/models").status_code == 200

@@ -1,0 +1,179 @@
+"""The older HTTP API: FastChat's and LLaVA's own way of asking, answered in their shapes."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from PIL import Image
+
+from tests.gateway.conftest import MODEL, GatewayProcess
+from tests.harness import wait_until
+
+FASTCHAT = {"user-agent": "FastChat Client"}
+LLAVA = {"user-agent": "LLaVA Client"}
+
+
+def frames(http: httpx.Client, body: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
+    """The NUL-delimited JSON of `/worker_generate_stream`."""
+    answer = http.post("/worker_generate_stream", json=body, **options)
+    assert answer.status_code == 200
+    *parts, rest = answer.content.split(b"\0")
+    assert rest == b""
+    return [json.loads(part) for part in parts]
+
+
+# --- controller -----------------------------------------------------------------------------------
+
+
+def test_the_controllers_questions_are_answered(
+    http: httpx.Client, gateway: GatewayProcess
+) -> None:
+    assert http.post("/refresh_all_workers").json() is None
+    assert http.post("/list_models").json() == {"models": [MODEL]}
+    assert http.post("/list_multimodal_models").json() == {"models": [MODEL]}
+    assert http.post("/list_language_models").json() == {"models": []}
+    address = http.post("/get_worker_address", json={"model": MODEL}).json()
+    assert address == {"address": gateway.url}
+    assert http.post("/get_worker_address", json={"model": "x"}).json() == {"address": ""}
+    assert http.get("/test_connection").json() == "success"
+    status = http.post("/worker_get_status").json()
+    assert status == {"model_names": [MODEL], "speed": 2, "queue_length": 0}
+
+
+def test_their_workers_are_told_that_it_is_one_way(http: httpx.Client) -> None:
+    answer = http.post("/register_worker", json={"worker_name": "http://x", "x": 1})
+    assert answer.status_code == 501
+    assert http.post("/receive_heart_beat", json={}).json() == {"exist": False}
+
+
+# --- LLaVA ----------------------------------------------------------------------------------------
+
+
+def test_llava_gets_the_prompt_and_the_text_so_far_in_every_frame(http: httpx.Client) -> None:
+    body = {
+        "model": MODEL,
+        "prompt": "USER: hi ASSISTANT:",
+        "temperature": 0.2,
+        "top_p": 0.7,
+        "max_new_tokens": 512,
+        "stop": "</s>",
+        "images": [],
+    }
+    told = frames(http, body, headers=LLAVA)
+    assert all(frame == {"text": frame["text"], "error_code": 0} for frame in told)
+    assert all(frame["text"].startswith(body["prompt"]) for frame in told)
+    lengths = [len(frame["text"]) for frame in told]
+    assert lengths == sorted(lengths) and len(set(lengths)) > 5
+    assert told[-1]["text"] == body["prompt"] + body["prompt"]
+    # The family shows in the fields as well.
+    assert frames(http, body)[-1] == told[-1]
+
+
+def test_llava_sends_pictures_as_base64(http: httpx.Client) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 10)).save(buffer, "PNG")
+    picture = base64.b64encode(buffer.getvalue()).decode()
+    body = {"model": MODEL, "prompt": "<image>\nwhat", "images": [picture], "max_input_tiles": 12}
+    assert "20x10" in frames(http, body, headers=LLAVA)[-1]["text"]
+    wrong = frames(http, {**body, "images": [picture, picture]}, headers=LLAVA)
+    assert [frame["error_code"] for frame in wrong] == [1]
+
+
+def test_llava_has_its_own_codes(http: httpx.Client) -> None:
+    [frame] = frames(http, {"model": "nope", "prompt": "x"}, headers=LLAVA)
+    assert frame["error_code"] == 2 and "NETWORK ERROR" in frame["text"]
+    [frame] = frames(http, {"model": MODEL, "prompt": "[[echo error_at=0]]x"}, headers=LLAVA)
+    assert frame["error_code"] == 1
+    long = "x" * 40_000
+    [frame] = frames(http, {"model": MODEL, "prompt": long}, headers=LLAVA)
+    assert frame["error_code"] == 0
+    assert frame["text"] == long + (
+        "Exceeds max token length. Please start a new conversation, thanks."
+    )
+    [frame] = frames(http, {"model": MODEL}, headers=LLAVA)
+    assert frame["error_code"] == 1
+
+
+# --- FastChat -------------------------------------------------------------------------------------
+
+
+def test_fastchat_gets_usage_and_a_last_frame_with_the_reason(http: httpx.Client) -> None:
+    body = {"model": MODEL, "prompt": "hello", "echo": False, "max_new_tokens": 100}
+    told = frames(http, body)
+    assert told[-1]["text"] == "hello" and told[-1]["finish_reason"] == "stop"
+    assert [frame["finish_reason"] for frame in told[:-1]] == [None] * (len(told) - 1)
+    prompt_tokens = told[-1]["usage"]["prompt_tokens"]
+    assert prompt_tokens > 0
+    assert {frame["usage"]["prompt_tokens"] for frame in told} == {prompt_tokens}
+    assert told[-1]["usage"]["total_tokens"] == prompt_tokens + 5
+    cut = frames(http, {**body, "max_new_tokens": 2})
+    assert cut[-1]["finish_reason"] == "length"
+    assert frames(http, {**body, "echo": True})[-1]["text"] == "hellohello"
+
+
+def test_fastchat_asks_for_the_whole_answer_at_once(http: httpx.Client) -> None:
+    body = {"model": MODEL, "prompt": "ab", "echo": False, "logprobs": 1, "stop": ["x"]}
+    told = http.post("/worker_generate", json=body).json()
+    assert told["text"] == "ab" and told["error_code"] == 0
+    assert told["logprobs"]["tokens"] == ["a", "b"]
+    assert told["logprobs"]["text_offset"] == [0, 1]
+
+
+def test_fastchat_has_its_own_codes(http: httpx.Client) -> None:
+    [frame] = frames(http, {"model": "nope", "prompt": "x"}, headers=FASTCHAT)
+    assert frame["error_code"] == 50005 and "nope" in frame["text"]
+    [frame] = frames(http, {"model": MODEL, "prompt": "[[echo oom_at=0]]x"}, headers=FASTCHAT)
+    assert frame["error_code"] == 50002
+    told = frames(http, {"model": MODEL, "prompt": "[[echo error_at=2]]xyz"}, headers=FASTCHAT)
+    assert [frame["error_code"] for frame in told] == [0] * (len(told) - 1) + [50001]
+
+
+def test_fastchats_details_counts_and_vectors(http: httpx.Client) -> None:
+    asked = {"model": MODEL, "prompt": "hello"}
+    assert http.post("/model_details", json=asked).json() == {"context_length": 32768}
+    counted = http.post("/count_token", json=asked).json()
+    assert counted == {"count": 5, "error_code": 0}
+    made = http.post("/worker_get_embeddings", json={"model": MODEL, "input": ["a", "b"]}).json()
+    assert len(made["embedding"]) == 2 and made["token_num"] > 0
+    packed = http.post(
+        "/worker_get_embeddings",
+        json={"model": MODEL, "input": ["a"], "encoding_format": "base64"},
+    ).json()
+    assert len(base64.b64decode(packed["embedding"][0])) == 4 * len(made["embedding"][0])
+
+
+def test_a_prompt_made_with_our_template_is_a_chat_again(http: httpx.Client) -> None:
+    conv = http.post("/worker_get_conv_template", json={"model": MODEL}).json()["conv"]
+    user, assistant = conv["roles"]
+    sep = conv["sep"]
+    # What FastChat's CHATML style makes of a conversation.
+    prompt = conv["system_template"].format(system_message="") + f"{sep}\n"
+    for role, text in ((user, "first"), (assistant, "one\ntwo"), (user, "and now?")):
+        prompt += f"{role}\n{text}{sep}\n"
+    prompt += f"{assistant}\n"
+    told = frames(http, {"model": MODEL, "prompt": prompt, "echo": False})
+    # The echo engine repeats the last user message of a chat, and all of a raw prompt.
+    assert told[-1]["text"] == "and now?"
+
+
+# --- both -----------------------------------------------------------------------------------------
+
+
+def test_a_front_end_that_hangs_up_frees_the_slot(gateway: GatewayProcess) -> None:
+    body = {"model": MODEL, "prompt": "[[echo mode=sampled answer_tokens=900 step_delay_ms=20]]x"}
+    with gateway.http() as http, pytest.raises(httpx.ReadTimeout):
+        http.post("/worker_generate", json={**body, "max_new_tokens": 900}, timeout=0.5)
+    wait_until(lambda: gateway.bus.running() == 0, "a free slot", 5)
+    with gateway.http() as http:
+        stream = http.stream(
+            "POST", "/worker_generate_stream", json={**body, "max_new_tokens": 900}
+        )
+        with stream as answer:
+            next(answer.iter_raw())
+            assert gateway.bus.running() == 1
+    wait_until(lambda: gateway.bus.running() == 0, "a free slot", 5)

@@ -1,0 +1,141 @@
+"""Going on with an answer after a lost connection: the running one, or the same one elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+from tests.gateway.conftest import MODEL, GatewayProcess
+from tests.gateway.test_chat import CALL, TOOLS
+from tests.harness import wait_until
+
+PATH = "/v1/chat/completions"
+
+
+def body(text: str, **more: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": text}]
+    return {"model": MODEL, "messages": messages, "stream": True, **more}
+
+
+SLOW = body("[[echo mode=sampled answer_tokens=60 step_delay_ms=10]]x", seed=4, n=2)
+
+
+def events(answer: httpx.Response) -> Iterator[tuple[str | None, str]]:
+    """(id, data) of the events of a stream, as they come."""
+    assert answer.status_code == 200, answer.read()
+    id_ = None
+    for line in answer.iter_lines():
+        if line.startswith("id: "):
+            id_ = line[4:]
+        elif line.startswith("data: "):
+            yield id_, line[6:]
+
+
+def read(
+    http: httpx.Client, method: str = "POST", path: str = PATH, stop_after: int = 10**6, **kw: Any
+) -> list[tuple[str | None, str]]:
+    """The events of a request; leaves after `stop_after` of them."""
+    found = []
+    with http.stream(method, path, **kw) as answer:
+        for event in events(answer):
+            found.append(event)
+            if len(found) >= stop_after:
+                break
+    return found
+
+
+def texts(found: list[tuple[str | None, str]], choices: int = 2) -> list[str]:
+    told = [""] * choices
+    for _, data in found:
+        if data != "[DONE]":
+            for choice in json.loads(data)["choices"]:
+                told[choice["index"]] += choice["delta"].get("content") or ""
+    return told
+
+
+def answer_id(found: list[tuple[str | None, str]]) -> str:
+    return str(json.loads(found[0][1])["id"])
+
+
+def test_the_running_answer_goes_on_where_it_was_left(
+    gateway: GatewayProcess, http: httpx.Client
+) -> None:
+    whole = texts(read(http, json=SLOW))
+    heard = read(http, json=SLOW, headers={"x-reattach": "20"}, stop_after=20)
+    assert gateway.bus.running() > 0
+    rest = read(
+        http, "GET", f"{PATH}/{answer_id(heard)}", headers={"last-event-id": heard[-1][0] or ""}
+    )
+    assert rest[-1][1] == "[DONE]"
+    assert texts(heard + rest) == whole
+    # It may be read again from its start as long as it is kept.
+    assert texts(read(http, "GET", f"{PATH}/{answer_id(heard)}")) == whole
+
+
+def test_the_same_request_goes_on_at_another_gateway(
+    http: httpx.Client, make_gateway: Callable[..., GatewayProcess]
+) -> None:
+    drawn = {name: value for name, value in SLOW.items() if name != "seed"}
+    heard = read(http, json=drawn, stop_after=25)
+    other = make_gateway()
+    with other.http() as elsewhere:
+        last = {"last-event-id": heard[-1][0] or ""}
+        rest = read(elsewhere, json=drawn, headers=last)
+        again = read(elsewhere, json=drawn, headers={"last-event-id": rest[0][0] or ""})
+    assert answer_id(rest) == answer_id(heard)
+    seed = int(answer_id(heard)[9:25], 16)
+    assert texts(heard + rest) == texts(read(http, json={**drawn, "seed": seed}))
+    assert texts(heard + rest[:1] + again) == texts(heard + rest)
+
+
+def test_tool_calls_go_on_without_a_character_lost_or_doubled(http: httpx.Client) -> None:
+    asked = body(f"Let me see. {CALL}", tools=TOOLS)
+    whole = read(http, json=asked)
+
+    def told(found: list[tuple[str | None, str]]) -> tuple[str, str, int]:
+        text, arguments, begun = "", "", 0
+        for _, data in found:
+            for choice in json.loads(data)["choices"] if data != "[DONE]" else []:
+                text += choice["delta"].get("content") or ""
+                for call in choice["delta"].get("tool_calls") or []:
+                    begun += "id" in call
+                    arguments += call["function"].get("arguments", "")
+        return text, arguments, begun
+
+    for cut in (3, len(whole) // 2, len(whole) - 4):
+        rest = read(http, json=asked, headers={"last-event-id": whole[cut][0] or ""})
+        assert told(whole[: cut + 1] + rest) == told(whole)
+
+
+def test_a_lost_reader_that_does_not_come_back_frees_the_slot(
+    gateway: GatewayProcess, http: httpx.Client
+) -> None:
+    long = body("[[echo mode=sampled answer_tokens=2000 step_delay_ms=20]]x")
+    read(http, json=long, headers={"x-reattach": "0.3"}, stop_after=3)
+    assert gateway.bus.running() == 1
+    wait_until(lambda: gateway.bus.running() == 0, "a free slot", 5)
+
+
+def test_a_kept_answer_is_cancelled_by_name(gateway: GatewayProcess, http: httpx.Client) -> None:
+    long = body("[[echo mode=sampled answer_tokens=2000 step_delay_ms=20]]x")
+    heard = read(http, json=long, headers={"x-reattach": "20"}, stop_after=3)
+    assert http.post(f"{PATH}/{answer_id(heard)}/cancel").json()["cancelled"] is True
+    wait_until(lambda: gateway.bus.running() == 0, "a free slot", 5)
+    assert http.get(f"{PATH}/{answer_id(heard)}").status_code == 404
+
+
+@pytest.mark.parametrize("header", ["x", "chatcmpl-1:2:3", "chatcmpl-" + "0" * 32 + ":1:x"])
+def test_an_id_that_is_none_of_ours_is_refused(http: httpx.Client, header: str) -> None:
+    answer = http.post(PATH, json=body("x"), headers={"last-event-id": header})
+    assert answer.status_code == 400
+
+
+def test_an_error_reaches_the_reader_of_a_kept_answer(http: httpx.Client) -> None:
+    kept = {"x-reattach": "5"}
+    assert http.post(PATH, json=body("x", model="nope"), headers=kept).status_code == 404
+    found = read(http, json=body("[[echo error_at=2]]abcdef"), headers=kept)
+    assert json.loads(found[-2][1])["error"]["code"] == "engine_error"
