@@ -357,6 +357,8 @@ class BrokerCore(BusState):
         if request is None or request.client is not client or limit <= request.window:
             return
         request.window = limit
+        if request.phase is Phase.ENDED:
+            self.keep(request)  # somebody still reads
         if request.worker is not None:
             self.send(request.worker, MessageType.WINDOW, head.id, frames[1])
 
@@ -435,7 +437,9 @@ class BrokerCore(BusState):
         client = request.client
         if client is None:
             raise AssertionError(f"request {short(request.id)} is assigned without a client")
-        if request.phase is not Phase.ENDED:
+        if request.phase is Phase.ENDED:
+            self.keep(request)  # its events are sent again; the worker may still reject it
+        else:
             request.phase = Phase.RUNNING
             worker.running[request.id] = request
         request.worker = worker

@@ -47,6 +47,7 @@ class Request:
         "epoch",
         "frames",
         "id",
+        "keep_until_s",
         "kind",
         "lost_workers",
         "model",
@@ -109,6 +110,8 @@ class Request:
         self.queue_until_s = math.inf
         self.ttl_until_s = math.inf
         self.orphan_until_s = math.inf
+        #: When a request that is over is forgotten; moved on while somebody still reads its end.
+        self.keep_until_s = -math.inf
         self.assigned_s: float | None = None
         self.started_s: float | None = None
         self.ended_s: float | None = None

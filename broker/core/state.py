@@ -192,13 +192,15 @@ class BusState:
     def keep(self, request: Request) -> None:
         """Remember a request that is over for a RESUME, bounded in time and number."""
         self.requests[request.id] = request
-        request.ended_s = self.now_s
-        self.history.append(request)
+        if request.ended_s is None:
+            request.ended_s = self.now_s
+            self.history.append(request)
+        request.keep_until_s = self.now_s + self.settings.ended_keep_s
         if not self.kept:
-            self.at(self.now_s + self.settings.ended_keep_s, BusState._forget_kept, None)
-        self.kept.append((self.now_s + self.settings.ended_keep_s, request))
+            self.at(request.keep_until_s, BusState._forget_kept, None)
+        self.kept.append((request.keep_until_s, request))
         while len(self.kept) > self.settings.ended_keep:
-            self._forget_if_over(self.kept.popleft()[1])
+            self._forget_if_over(*self.kept.popleft())
 
     def forget(self, request: Request) -> None:
         """Nothing is known of this request any more but its line in the history."""
@@ -211,12 +213,14 @@ class BusState:
 
     def _forget_kept(self, _: None) -> None:
         while self.kept and self.kept[0][0] <= self.now_s:
-            self._forget_if_over(self.kept.popleft()[1])
+            self._forget_if_over(*self.kept.popleft())
         if self.kept:
             self.at(self.kept[0][0], BusState._forget_kept, None)
 
-    def _forget_if_over(self, request: Request) -> None:
-        if request.phase in (Phase.ENDED, Phase.INTERRUPTED):
+    def _forget_if_over(self, until_s: float, request: Request) -> None:
+        # Kept anew since, it stands further behind in the line too.
+        current = request.keep_until_s == until_s
+        if current and request.phase in (Phase.ENDED, Phase.INTERRUPTED):
             self.release(request)
             self.forget(request)
 

@@ -130,6 +130,37 @@ def test_resume_of_a_request_ended_too_long_ago_is_queued_as_new() -> None:
     assert not worker.assigned()[0].assign.attach
 
 
+def test_a_replay_that_is_rejected_late_is_still_interrupted() -> None:
+    """Found by the simulation: the broker forgot the request between ASSIGN and REJECT."""
+    bus = Bus(ended_keep_s=3)
+    worker, client = bus.worker(), bus.client()
+    request_id = client.request()
+    worker.finish(worker.assigned()[0])
+    bus.wait(2.9)
+    client.resume(request_id)
+    (assign,) = worker.assigned()
+    bus.wait(0.2)
+    client.receive()
+    worker.reject(assign)
+    assert client.only(MessageType.INTERRUPTED).id == request_id
+
+
+def test_an_end_held_back_is_remembered_as_long_as_the_client_reads() -> None:
+    bus = Bus(ended_keep_s=3)
+    worker, client = bus.worker(), bus.client()
+    request_id = client.request(window=10)
+    (assign,) = worker.assigned()
+    worker.output(assign.assign.reply_to, ledger=Ledger(2, [Finished(request_id, "stop", 1, 99)]))
+    for limit in range(20, 90, 10):
+        bus.wait(2.5)
+        worker.beat(), client.beat()
+        client.send(MessageType.WINDOW, request_id, {"limit": limit})
+        assert worker.only(MessageType.WINDOW).body.limit == limit
+    client.goodbye()
+    bus.wait(4)
+    assert bus.core.requests == {}
+
+
 def test_ended_requests_are_bounded_in_number() -> None:
     bus = Bus(ended_keep=3)
     worker, client = bus.worker(), bus.client()
