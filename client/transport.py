@@ -14,7 +14,6 @@ import socket
 import struct
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Sequence
 from typing import Final, Protocol
@@ -226,7 +225,8 @@ class Transport:
         #: Facts of other threads, in order. `deque` needs no lock for append and popleft.
         self._facts: deque[events.Event] = deque()
         self._sinks: dict[bytes, Sink] = {}
-        self._lock = threading.Lock()
+        # Reentrant: the garbage collector may close a client in the middle of anything.
+        self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
         #: Set when the thread has ended: why.
@@ -460,11 +460,6 @@ class Transport:
                 gates[id(gate)] = gate
         for gate in gates.values():
             gate.flush()
-
-    def __del__(self) -> None:
-        # Never started or already ended: nothing to release. A running thread keeps this alive.
-        if self._thread is not None and self._ended is None and os.getpid() == self._pid:
-            warnings.warn("transport dropped while it runs", ResourceWarning, stacklevel=1)
 
 
 _LOSS: Final = frozenset(

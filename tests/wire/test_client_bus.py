@@ -340,7 +340,7 @@ def test_with_keys_a_client_on_the_list_is_served_and_others_are_told_why(
     ):
         client.models()
     keyless = Client(bus.front, timeout=Timeout(connect=1))
-    with keyless, pytest.raises((Unauthenticated, ConnectTimeout), match="demands? CURVE"):
+    with keyless, pytest.raises((Unauthenticated, ConnectTimeout), match=r"demands? CURVE"):
         keyless.models()
     with pytest.raises(InvalidRequest, match="nowhere"):
         Client(bus.front, server_key=public, key_file=keys / "nowhere")

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from client import Timeout
+from client.__main__ import main
 from tests.harness import PATIENCE_S, ROOT, Bus, wait_until
 
 ENDLESS = "[[echo mode=sampled answer_tokens=100000 step_delay_ms=5]] go"
@@ -340,6 +341,15 @@ def test_the_demo_shows_the_whole_way_and_stops_everything(tmp_path: Path) -> No
 def test_the_demo_takes_a_picture_and_a_question(picture: str) -> None:
     done = run("demo", "--engine", "echo", "--image", picture, "--question", "what?")
     assert (done.returncode, done.stdout) == (0, "1 image: 5x4. what?\n")
+
+
+def test_without_the_workers_packages_the_demo_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["demo"]) == 1
+    told = capsys.readouterr().err
+    assert "tokenbus[worker]" in told and "--engine echo" in told
 
 
 def test_a_worker_that_cannot_start_is_told_with_its_own_words() -> None:
