@@ -224,7 +224,9 @@ class BrokerCore(BusState):
         for request in list(worker.running.values()):
             self.interrupt(request, error, lost=lost)
         for request in list(worker.ended.values()):
-            if request.end_held and request.client is not None:
+            client = request.client
+            here = client is not None and self.clients.get(client.routing_id) is client
+            if request.end_held and here:
                 self.interrupt(request, error, lost=lost)
             else:
                 self.release(request)

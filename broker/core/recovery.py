@@ -77,8 +77,12 @@ def _attach(
 ) -> None:
     """The worker has it: tell it to go on for this client. No credit is spent."""
     assert body.resume is not None, "admission checked it"
+    if request.phase is Phase.ENDED:
+        # Its end is sent again, with a ledger that names it again: until then it is open.
+        del worker.ended[request.id]
+        request.phase = Phase.RUNNING
+        request.end_held = False
     request.client = client
-    request.end_held = request.phase is Phase.ENDED
     request.model = body.model
     request.kind = body.kind.value
     request.epoch = body.resume.epoch
@@ -86,8 +90,7 @@ def _attach(
     request.window = request.window_told = body.window
     ttl_s = core.settings.ttl_s if body.ttl_ms is None else body.ttl_ms / 1000
     request.ttl_until_s = core.now_s + ttl_s
-    if request.phase is Phase.RUNNING:
-        client.requests[request.id] = request
+    client.requests[request.id] = request
     core.counters["attached"] += 1
     core.attach(request, worker, frames, attach=True)
 
@@ -162,22 +165,20 @@ def _hold(core: BrokerCore, worker: WorkerSession, held: Held, known: Request | 
     waiting = request.phase is Phase.QUEUED
     client, frames = request.client, request.frames
     core.release(request)
-    request.phase = Phase.RUNNING if held.running else Phase.ENDED
+    wanted = waiting and client is not None
+    request.phase = Phase.RUNNING if held.running or wanted else Phase.ENDED
     request.worker = worker
     request.worker_name = worker.name
     request.cancelled = False
     core.requests[request.id] = request
-    (worker.running if held.running else worker.ended)[request.id] = request
-    if not held.running:
+    (worker.running if request.phase is Phase.RUNNING else worker.ended)[request.id] = request
+    if request.phase is Phase.ENDED:
         request.outcome = "held"
         core.keep(request)
-    if waiting and client is not None:
+    if wanted and client is not None:
         # Its RESUME came before the worker did.
         request.client = client
-        if held.running:
-            client.requests[request.id] = request
-        else:
-            request.end_held = True
+        client.requests[request.id] = request
         core.counters["attached"] += 1
         core.attach(request, worker, frames, attach=True)
         return

@@ -24,7 +24,7 @@ from broker.core.workers import Registry, Route, WorkerSession
 from broker.protocol import codec
 from broker.protocol.errors import ErrorCode, ErrorInfo
 from broker.protocol.header import MessageType
-from broker.protocol.messages import OutputEvent
+from broker.protocol.messages import Interrupted, OutputEvent
 
 SOFTWARE: Final = "tokenbus 0.1.0"
 EMPTY_MAP: Final = codec.pack({})
@@ -220,9 +220,23 @@ class BusState:
     def _forget_if_over(self, until_s: float, request: Request) -> None:
         # Kept anew since, it stands further behind in the line too.
         current = request.keep_until_s == until_s
-        if current and request.phase in (Phase.ENDED, Phase.INTERRUPTED):
-            self.release(request)
-            self.forget(request)
+        if not current or request.phase not in (Phase.ENDED, Phase.INTERRUPTED):
+            return
+        if request.end_held and request.client is not None:
+            # Nobody knows whether its end was read. Who has it ignores this; who waits resumes.
+            error = ErrorInfo(
+                code=ErrorCode.WORKER_LOST,
+                message="the end of the answer was not taken in time; resume the request",
+                retryable=True,
+            )
+            body = Interrupted(
+                epoch=request.epoch, worker=request.worker_name, lost=False, error=error
+            )
+            if self.clients.get(request.client.routing_id) is request.client:
+                client = request.client
+                self.send(client, MessageType.INTERRUPTED, request.id, codec.encode(body))
+        self.release(request)
+        self.forget(request)
 
     def session(self, side: Side, routing_id: bytes) -> Session | None:
         """The session of a connection."""
