@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -204,6 +206,33 @@ def test_settings_are_parsed_from_text() -> None:
     assert settings.prefill_chunk == 64
     assert settings.safetensors_only is False
     assert settings.stall_ms == 12.5
+
+
+def test_naming_the_engine_does_not_load_torch() -> None:
+    code = "import sys, worker.engines.transformers; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "package"),
+    [
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "gptqmodel"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "optimum"),
+        ({"quant_method": "compressed-tensors"}, "compressed"),
+    ],
+)
+def test_a_quantised_checkpoint_names_the_package_that_it_needs(
+    quantisation: dict[str, Any], package: str, folder: Path, tmp_path: Path
+) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = quantisation
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EngineLoadError) as caught:
+        load(tmp_path)
+    assert package in str(caught.value).lower()
+    assert "\n" not in str(caught.value)
 
 
 # --- kinds of numbers -----------------------------------------------------------------------------

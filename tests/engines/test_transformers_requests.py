@@ -300,6 +300,35 @@ def test_a_raw_prompt_may_use_special_tokens(engine: TransformersEngine) -> None
     assert answer.ended.result["token_ids"] == [tiny.USER, 307]
 
 
+def test_tool_calls_reach_the_template_as_maps(model: Any) -> None:
+    engine = tiny.serve(model)
+    tokenizer = engine._served[0].loaded.tokenizer
+    tokenizer.chat_template = (
+        "{% for t in tools %}{{ t.function.name }} {% endfor %}"
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.arguments.city }}{% endfor %}{{ m.content or '' }}{% endfor %}"
+    )
+    call = {"id": "1", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    request = Request(
+        model="tiny",
+        kind=Kind.TEMPLATE,
+        messages=[
+            Message(role="user", content="rain? "),
+            Message(role="assistant", tool_calls=[call]),
+            Message(role="tool", content=" sun", tool_call_id="1"),
+        ],
+        tools=[{"type": "function", "function": {"name": "weather"}}],
+        window=1,
+    )
+    try:
+        answer = tiny.run(engine, [Job(new_id(), request)])[0]
+        assert answer.ended is not None and answer.ended.result is not None, answer.failed
+        assert answer.ended.result["text"] == "weather rain? Rome sun"
+    finally:
+        tokenizer.chat_template = tiny.CHAT_TEMPLATE
+        engine.close()
+
+
 def test_a_template_that_raises_fails_its_own_request_only(model: Any) -> None:
     engine = tiny.serve(model)
     engine._served[0].loaded.tokenizer.chat_template = "{{ raise_exception('roles, please') }}"

@@ -51,6 +51,11 @@ PREPARE_WAIT_S = 0.004
 ROOM_TOKENS = 2048
 """Of each slot, allocated at once where decode steps are captured."""
 
+DEVICE_SHARE = 0.8
+HOST_SHARE = 0.4
+HOST_PREFIX_BYTES = 1 << 30
+"""See `EngineSettings.memory_share` and `prefix_tokens`."""
+
 RATE_WINDOW_S = 10.0
 """Tokens per second are those of the last ten seconds."""
 
@@ -181,10 +186,14 @@ class TransformersEngine:
             cache, device = runner.cache, runner.forward.device
             beside = sum(1 for other in runners if other.forward.device == device)
             token_bytes = max(cache.token_bytes, 1)
-            tokens = settings.kv_tokens or int(
-                free_bytes(device) * settings.memory_share / beside / token_bytes
-            )
-            kept = settings.prefix_tokens if settings.prefix_tokens >= 0 else tokens // 4
+            on_host = device.type == "cpu"
+            share = settings.memory_share or (HOST_SHARE if on_host else DEVICE_SHARE)
+            tokens = settings.kv_tokens or int(free_bytes(device) * share / beside / token_bytes)
+            kept = settings.prefix_tokens
+            if kept < 0:
+                kept = tokens // 4
+                if on_host:
+                    kept = min(kept, HOST_PREFIX_BYTES // token_bytes)
             if settings.kv_tokens == 0:
                 # Kept prefixes come out of the same memory.
                 tokens = max(tokens - kept, 0)

@@ -9,6 +9,7 @@ caller's own template: special tokens in them are meant.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import threading
 from collections.abc import Sequence as Items
@@ -218,7 +219,7 @@ class PromptBuilder:
         for name in ("name", "tool_calls", "tool_call_id", "reasoning_content"):
             value = getattr(message, name)
             if value is not None:
-                result[name] = value
+                result[name] = _parsed_calls(value) if name == "tool_calls" else value
         return result
 
     def _raw_text(self, request: Request, images: int) -> tuple[str, bool | None]:
@@ -432,6 +433,22 @@ class PromptBuilder:
 
 
 # --- helpers --------------------------------------------------------------------------------------
+
+
+def _parsed_calls(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tool calls as templates want them: arguments are a map. Clients send them as JSON text."""
+    parsed = []
+    for call in calls:
+        function = call.get("function")
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            try:
+                arguments = json.loads(function["arguments"])
+            except ValueError:
+                # Not JSON: the template gets the text, as the model once wrote it.
+                arguments = function["arguments"]
+            call = {**call, "function": {**function, "arguments": arguments}}
+        parsed.append(call)
+    return parsed
 
 
 def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:

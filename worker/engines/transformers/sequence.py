@@ -55,6 +55,8 @@ class Sequence:
     answer: list[int] = field(default_factory=list)
     state: State = State.WAITING
     cancelled: bool = False
+    #: It came to a bad end: its keys and values are not to be trusted.
+    failed: bool = False
     #: Tokens of prompt and answer that are in the cache.
     filled: int = 0
     #: M-RoPE: text positions of this sequence are shifted by this much behind its pictures.
@@ -184,6 +186,7 @@ class Sequence:
     def fail(self, error: ErrorInfo) -> list[EngineEvent]:
         """The event of a failure."""
         self.state = State.DONE
+        self.failed = True
         return [*self._flush(), Failed(self.request_id, error, self.usage())]
 
     def usage(self) -> Usage:

@@ -28,9 +28,11 @@ class EngineSettings:
     stall_ms: float = 200.0
     #: Key/value tokens held at once, all rows together; 0: what fits into `memory_share`.
     kv_tokens: int = 0
-    #: Share of the memory left free after loading that keys, values and prefixes may take.
-    memory_share: float = 0.8
-    #: Tokens of finished prompts and answers kept for reuse; -1: a quarter of `kv_tokens`; 0: none.
+    #: Share of the memory left free after loading that keys, values and prefixes may take; 0: 0.8
+    #: of an accelerator's, 0.4 of a host's, which others use too.
+    memory_share: float = 0.0
+    #: Tokens of finished prompts and answers kept for reuse; -1: a quarter of what fits, on a host
+    #: at most 1 GiB; 0: none.
     prefix_tokens: int = -1
     #: Longest prompt plus answer, tokens; 0: what the model's configuration says.
     context_tokens: int = 0
@@ -63,7 +65,7 @@ _MINIMUM: dict[str, float] = {
     "prefill_chunk": 0,
     "stall_ms": 1,
     "kv_tokens": 0,
-    "memory_share": 0.01,
+    "memory_share": 0,
     "prefix_tokens": -1,
     "context_tokens": 0,
     "threads": 0,

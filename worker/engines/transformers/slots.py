@@ -204,7 +204,7 @@ class SlotRunner:
     def _leave(self, row: int, *, keep: bool = True) -> None:
         """Take a row out; the last rows close the hole."""
         sequence = self._rows[row]
-        if keep and not self.whole_prompts and self.cache.token_bytes:
+        if keep and not sequence.failed and not self.whole_prompts and self.cache.token_bytes:
             self.prefix.store(sequence, lambda length: self.cache.read(row, length))
         hole = row
         if hole < self._active:
