@@ -145,18 +145,22 @@ def test_a_replay_that_is_rejected_late_is_still_interrupted() -> None:
     assert client.only(MessageType.INTERRUPTED).id == request_id
 
 
-def test_a_replay_that_never_came_is_interrupted_when_it_is_forgotten() -> None:
+def test_a_replay_is_open_until_its_end_was_sent_again() -> None:
     """Found by the simulation: the worker was cut off just after ASSIGN, and lost much later."""
     bus = Bus(ended_keep_s=3)
     worker, client = bus.worker(), bus.client()
-    request_id = client.request()
+    request_id = client.request(window=10)
     worker.finish(worker.assigned()[0])
-    client.resume(request_id)
+    client.resume(request_id, window=10)
+    (assign,) = worker.assigned()
     client.receive()
-    bus.wait(3.1)
+    bus.wait(4)
+    worker.beat()
+    client.send(MessageType.WINDOW, request_id, {"limit": 20})
+    assert worker.only(MessageType.WINDOW).body.limit == 20
+    bus.wait(5.1)
     interrupted = client.only(MessageType.INTERRUPTED)
-    assert (interrupted.id, interrupted.body.lost) == (request_id, False)
-    assert bus.core.requests == {}
+    assert (interrupted.id, interrupted.body.lost) == (request_id, True)
 
 
 def test_an_end_held_back_is_remembered_as_long_as_the_client_reads() -> None:
