@@ -1,13 +1,17 @@
-"""Token sources for the peers that are no LLM servers: NATS, and plain ZeroMQ behind `zmq.proxy`.
+"""Token sources for the peers that are no LLM servers: NATS, plain ZeroMQ, and HTTP routers.
 
-`python -m bench.null_workers nats PORT` or `... zmq ENDPOINT`. A request is [id, tokens, step in
-ms] as msgpack; every step sends one message a stream, as such systems do without batching: one
-event [id, offset, token ids, text, last] as msgpack.
+`python -m bench.null_workers nats PORT`, `... zmq ENDPOINT` or `... http PORT`. The last is OpenAI's
+chat route, one server-sent event a token. For the others a request is [id, tokens, step in ms] as
+msgpack; every step sends one message a stream, as such systems do without batching: one event
+[id, offset, token ids, text, last] as msgpack.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
+import re
 import sys
 import time
 
@@ -72,6 +76,52 @@ def run_zmq(endpoint: str) -> None:
         time.sleep(pause_ms / 1000)
 
 
+CHUNK = (
+    '{"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"null","choices":'
+    '[{"index":0,"delta":%s,"finish_reason":%s}]}'
+)
+WORD = b"data: " + (CHUNK % ('{"role":"assistant","content":" word"}', "null")).encode() + b"\n\n"
+LAST = b"data: " + (CHUNK % ("{}", '"length"')).encode() + b"\n\ndata: [DONE]\n\n"
+MODELS = b'{"object":"list","data":[{"id":"null","object":"model","owned_by":"null"}]}'
+
+
+async def run_http(port: int) -> None:
+    """As little of an HTTP server as routers accept: keep-alive, one chunk a token."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                size = re.search(rb"(?i)content-length: *(\d+)", head)
+                body = await reader.readexactly(int(size[1])) if size else b""
+                if head.startswith(b"POST /v1/chat/completions"):
+                    await _answer(writer, int(json.loads(body)["max_tokens"]))
+                else:
+                    writer.write(
+                        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+                        b"Content-Length: %d\r\n\r\n%s" % (len(MODELS), MODELS)
+                    )
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", port)
+    print("ready", flush=True)
+    await server.serve_forever()
+
+
+async def _answer(writer: asyncio.StreamWriter, tokens: int) -> None:
+    writer.write(
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    word = b"%x\r\n%s\r\n" % (len(WORD), WORD)
+    for _ in range(tokens):
+        writer.write(word)
+        await writer.drain()
+        # The other streams' turn: one token each, as a batch would step.
+        await asyncio.sleep(0)
+    writer.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(LAST), LAST))
+    await writer.drain()
+
+
 def main() -> None:
     """Run one source."""
     match sys.argv[1:]:
@@ -79,8 +129,12 @@ def main() -> None:
             asyncio.run(run_nats(int(port)))
         case ["zmq", endpoint]:
             run_zmq(endpoint)
+        case ["http", port]:
+            asyncio.run(run_http(int(port)))
         case _:
-            raise SystemExit("usage: python -m bench.null_workers nats PORT | zmq ENDPOINT")
+            raise SystemExit(
+                "usage: python -m bench.null_workers nats PORT | zmq ENDPOINT | http PORT"
+            )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ async def run(system: System, streams: int, tokens: int) -> dict[str, float]:
         for name, pids in system.parties.items()
     }
     figures["client_us"] = (time.process_time() - client) / total * 1e6
+    figures["all_us"] = sum(figures.values())
     figures["tokens_per_s"] = total / wall
     first = [arrivals.at_s[0] - arrivals.started_s for arrivals in seen]
     figures["ttft_ms_p50"] = percentile(first, 50) * 1e3
@@ -144,6 +146,7 @@ FIGURES = [
     "delay_ms_p99",
 ]
 PARTIES = ["engine_us", "link_us", "broker_us", "gateway_us", "client_us"]
+"""CPU a token; `all_us` is their sum, and the figure that a busy machine disturbs least."""
 
 
 def _echo(streams: int, *arguments: str) -> Open:
@@ -155,29 +158,33 @@ def _echo(streams: int, *arguments: str) -> Open:
 async def unpaced(report: Report, arguments: argparse.Namespace, streams: int, times: int) -> None:
     """As fast as all parties can; small answers, since FastChat's grow with their square."""
     tokens = max(16, min(256, arguments.tokens // streams))
-    few = max(8, min(128, tokens // 4))
+    few = max(8, tokens // 4) if arguments.quick else tokens
     opened: dict[str, tuple[Open, int]] = {"tokenbus": (_echo(streams), tokens)}
     if "gateway" not in arguments.without:
-        gateway = lambda: systems.gateway_system(  # noqa: E731
-            max(8, streams), "mode=sampled", "answer_tokens=1000000"
-        )
+        slots = max(8, streams)
+        gateway = partial(systems.gateway_system, slots, "mode=sampled", "answer_tokens=1000000")
         opened["gateway"] = gateway, few
+        for name in sorted(systems.ROUTERS.keys() - arguments.without):
+            opened[name] = partial(systems.router_system, name), few
     if "nats" not in arguments.without:
         opened["nats"] = systems.nats_system, tokens
     if "zmq_proxy" not in arguments.without:
         opened["zmq_proxy"] = systems.zmq_system, tokens
     if "fastchat" not in arguments.without and streams <= arguments.fastchat_streams:
         for path in ("api", "api_as_shipped", "worker"):
-            opened[f"fastchat:{path}"] = (lambda path=path: systems.fastchat_system(path)), few
+            opened[f"fastchat:{path}"] = partial(systems.fastchat_system, path), few
     seen = await compare(report, opened, streams, times)
     own = seen.pop("tokenbus")
     gateway_figures = seen.pop("gateway", None)
     case = {"streams": streams, "paced_ms": 0, "tokens_per_event": 1}
-    add(report, own, seen, FIGURES[:3], path="bus", **case)
+    routers = {name: seen.pop(name) for name in systems.ROUTERS if name in seen}
+    add(report, own, seen, ["tokens_per_s", "all_us", *FIGURES[1:3]], path="bus", **case)
     add(report, own, {}, FIGURES[3:5] + PARTIES, path="bus", **case)
     if gateway_figures is not None:
         http = {name: figures for name, figures in seen.items() if name.startswith("fastchat:api")}
-        add(report, gateway_figures, http, FIGURES[:3], path="sse", **case)
+        http |= routers
+        compared = ["tokens_per_s", "all_us", *FIGURES[1:3]]
+        add(report, gateway_figures, http, compared, path="sse", **case)
         add(report, gateway_figures, {}, FIGURES[3:5] + PARTIES, path="sse", **case)
 
 

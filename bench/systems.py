@@ -278,6 +278,75 @@ async def gateway_system(slots: int, *engine_arguments: str) -> AsyncIterator[Ht
             )
 
 
+ROUTERS = {
+    "smg": ("from smg.cli import main; main()", "launch", "--worker-urls", "{worker}"),
+    "vllm_router": (
+        "from vllm_router.launch_router import main; main()",
+        "--worker-urls",
+        "{worker}",
+    ),
+    "litellm": (
+        "from litellm import run_server; run_server()",
+        "--model",
+        "openai/null",
+        "--api_base",
+        "{worker}/v1",
+    ),
+}
+"""How each router starts: a line of Python, its arguments."""
+
+
+@contextlib.asynccontextmanager
+async def router_system(name: str) -> AsyncIterator[Http]:
+    """An HTTP router in front of the mock worker."""
+    interpreter = ROOT / "bench" / "routers" / name / ".venv" / "bin" / "python"
+    if not interpreter.exists():
+        raise Unavailable(f"{name} is not installed: run bench/routers/install.sh")
+    program, *arguments = ROUTERS[name]
+    worker_port, port = free_port(), free_port()
+    address = f"http://127.0.0.1:{worker_port}"
+    command = [str(interpreter), "-c", program]
+    command += [argument.format(worker=address) for argument in arguments]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    environment = {
+        "OPENAI_API_KEY": "none",
+        # LiteLLM would fetch its price list when it starts, and wants a key even on the loopback.
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+    }
+    with (
+        Process(python("-m", "bench.null_workers", "http", str(worker_port))) as worker,
+        tempfile.TemporaryDirectory(prefix="tb-router-") as folder,
+    ):
+        worker.wait_line("ready")
+        with Process(command, environment, Path(folder)) as router:
+            wait_port(port, router)
+            system = Http(
+                port,
+                "/v1/chat/completions",
+                {"model": "openai/null" if name == "litellm" else NULL_MODEL, **CHAT},
+                "max_tokens",
+                b'"content":" word"' if name != "litellm" else b'" word"',
+                b"[DONE]",
+                {"engine": pids(worker), "gateway": pids(router)},
+            )
+            await _answers(system, router)
+            yield system
+
+
+async def _answers(system: Http, router: Process) -> None:
+    """Routers listen before they know their workers."""
+    for attempt in range(150):
+        router.check()
+        try:
+            await system.stream(1)
+            return
+        except (RuntimeError, ConnectionError):
+            if attempt == 149:
+                raise
+            await asyncio.sleep(0.2)
+
+
 # --- message brokers ------------------------------------------------------------------------------
 
 

@@ -49,7 +49,7 @@ def test_stream_measures_rate_first_token_and_delay_through_the_whole_bus() -> N
     paced = {row["name"]: row["value"] for row in rows if row.get("paced_ms") == 20}
     assert paced["stream.delay_ms_p99"] >= paced["stream.delay_ms_p50"] > 0
     parties = {row["name"].rsplit(".", 1)[1] for row in rows if ".cpu_us_per_token." in row["name"]}
-    assert parties == {"engine", "link", "broker", "client"}
+    assert parties == {"engine", "link", "broker", "client", "all"}
 
 
 def test_scale_registers_every_peer_and_spreads_the_requests_evenly() -> None:
