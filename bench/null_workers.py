@@ -1,9 +1,9 @@
 """Token sources for the peers that are no LLM servers: NATS, plain ZeroMQ, and HTTP routers.
 
-`python -m bench.null_workers nats PORT`, `... zmq ENDPOINT` or `... http PORT`. The last is OpenAI's
-chat route, one server-sent event a token. For the others a request is [id, tokens, step in ms] as
-msgpack; every step sends one message a stream, as such systems do without batching: one event
-[id, offset, token ids, text, last] as msgpack.
+`python -m bench.null_workers nats PORT`, `... zmq ENDPOINT` or `... http PORT`. The last is
+OpenAI's chat route, one server-sent event a token. For the others a request is [id, tokens, step in
+ms] as msgpack; every step sends one message a stream, as such systems do without batching: one
+event [id, offset, token ids, text, last] as msgpack.
 """
 
 from __future__ import annotations

@@ -159,12 +159,14 @@ async def unpaced(report: Report, arguments: argparse.Namespace, streams: int, t
     """As fast as all parties can; small answers, since FastChat's grow with their square."""
     tokens = max(16, min(256, arguments.tokens // streams))
     few = max(8, tokens // 4) if arguments.quick else tokens
+    # LiteLLM takes longer to start than the quick run may.
+    slow = {"litellm"} if arguments.quick else set()
     opened: dict[str, tuple[Open, int]] = {"tokenbus": (_echo(streams), tokens)}
     if "gateway" not in arguments.without:
         slots = max(8, streams)
         gateway = partial(systems.gateway_system, slots, "mode=sampled", "answer_tokens=1000000")
         opened["gateway"] = gateway, few
-        for name in sorted(systems.ROUTERS.keys() - arguments.without):
+        for name in sorted(systems.ROUTERS.keys() - arguments.without - slow):
             opened[name] = partial(systems.router_system, name), few
     if "nats" not in arguments.without:
         opened["nats"] = systems.nats_system, tokens

@@ -294,6 +294,8 @@ ROUTERS = {
     ),
 }
 """How each router starts: a line of Python, its arguments."""
+ROUTER_READY_S = 120.0
+"""LiteLLM loads for half a minute on a busy machine."""
 
 
 @contextlib.asynccontextmanager
@@ -320,7 +322,7 @@ async def router_system(name: str) -> AsyncIterator[Http]:
     ):
         worker.wait_line("ready")
         with Process(command, environment, Path(folder)) as router:
-            wait_port(port, router)
+            wait_port(port, router, ROUTER_READY_S)
             system = Http(
                 port,
                 "/v1/chat/completions",
