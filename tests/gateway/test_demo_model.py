@@ -1,0 +1,135 @@
+"""The gateway on the bundled demo model: a real picture, real sampling, real constraints."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from tests.gateway.conftest import running_gateway
+from tests.harness import Bus, ManagedProcess
+
+pytest.importorskip("torch")
+pytest.importorskip("llguidance")
+from worker.demo import model_path
+from worker.demo.pictures import example
+
+pytestmark = pytest.mark.skipif(
+    not (model_path() / "config.json").is_file(), reason="the demo model is not trained here"
+)
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "colour": {"type": "string", "enum": ["red", "blue"]},
+        "count": {"type": "integer", "minimum": 0, "maximum": 9},
+    },
+    "required": ["colour", "count"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    folder = tmp_path_factory.mktemp("demo")
+    bus = Bus(folder)
+    try:
+        bus.start_broker()
+        bus.workers["demo"] = ManagedProcess(
+            "demo", ["-m", "worker", "--broker", bus.back, "--no-progress"], folder
+        )
+        bus.wait_ready(1)
+        with running_gateway(folder, bus) as gateway, gateway.openai() as client:
+            yield client
+    finally:
+        bus.stop()
+
+
+def picture_and(question: str) -> list[dict[str, Any]]:
+    image, _, _ = example()
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": url}},
+                {"type": "text", "text": question},
+            ],
+        }
+    ]
+
+
+def test_the_right_picture_gives_the_right_words(demo: openai.OpenAI) -> None:
+    _, question, answer = example()
+    messages = picture_and(question)
+    whole = demo.chat.completions.create(model="demo", messages=messages, temperature=0)
+    assert whole.choices[0].message.content == answer
+    assert whole.usage is not None and whole.usage.prompt_tokens_details is not None
+    assert whole.usage.prompt_tokens_details.model_dump()["image_tokens"] > 0
+    stream = demo.chat.completions.create(
+        model="demo", messages=messages, temperature=0, stream=True
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == answer
+
+
+def test_an_answer_keeps_to_a_json_schema(demo: openai.OpenAI) -> None:
+    answer = demo.chat.completions.create(
+        model="demo",
+        messages=picture_and("What is in the picture?"),
+        temperature=0,
+        max_tokens=900,
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "shapes", "schema": SCHEMA},
+        },
+    )
+    told = json.loads(answer.choices[0].message.content or "")
+    assert told["colour"] in ("red", "blue") and 0 <= told["count"] <= 9
+
+
+def test_a_forced_tool_is_called_with_fitting_arguments(demo: openai.OpenAI) -> None:
+    answer = demo.chat.completions.create(
+        model="demo",
+        messages=picture_and("Paint it."),
+        temperature=0,
+        max_tokens=1500,
+        tools=[{"type": "function", "function": {"name": "paint", "parameters": SCHEMA}}],
+        tool_choice={"type": "function", "function": {"name": "paint"}},
+    )
+    [call] = answer.choices[0].message.tool_calls or []
+    assert call.type == "function" and call.function.name == "paint"
+    assert set(json.loads(call.function.arguments)) == {"colour", "count"}
+    assert answer.choices[0].message.content is None
+
+
+def test_choices_and_expressions_are_kept_as_well(demo: openai.OpenAI) -> None:
+    def ask(**outputs: Any) -> str | None:
+        answer = demo.chat.completions.create(
+            model="demo",
+            messages=[{"role": "user", "content": "Say it."}],
+            max_tokens=30,
+            extra_body={"structured_outputs": outputs},
+        )
+        return answer.choices[0].message.content
+
+    assert ask(choice=["yes", "no"]) in ("yes", "no")
+    assert ask(regex="(red|blue) [0-9]") in [f"{c} {n}" for c in ("red", "blue") for n in range(10)]
+
+
+def test_a_schema_that_makes_no_sense_is_refused(demo: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError):
+        demo.chat.completions.create(
+            model="demo",
+            messages=[{"role": "user", "content": "x"}],
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {"type": "nonsense"}},
+            },
+        )
