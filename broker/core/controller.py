@@ -439,11 +439,8 @@ class BrokerCore(BusState):
         client = request.client
         if client is None:
             raise AssertionError(f"request {short(request.id)} is assigned without a client")
-        if request.phase is Phase.ENDED:
-            self.keep(request)  # its events are sent again; the worker may still reject it
-        else:
-            request.phase = Phase.RUNNING
-            worker.running[request.id] = request
+        request.phase = Phase.RUNNING
+        worker.running[request.id] = request
         request.worker = worker
         request.worker_name = worker.name
         assign = Assign(
