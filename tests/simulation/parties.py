@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -347,8 +348,10 @@ class SimWorker(Party):
         step_s: float,
         load_s: float,
         settings: dict[str, Any],
+        on_exit: Callable[[SimWorker], None],
     ) -> None:
         super().__init__(world, name)
+        self._on_exit = on_exit
         self.slots = slots
         self.step_s = step_s
         self.load_s = load_s
@@ -397,6 +400,7 @@ class SimWorker(Party):
                 self.engine.die()
                 self.sockets.cut_all()
                 self.world.note(self.name, f"exits {instruction.code} {instruction.message}")
+                self._on_exit(self)
 
     def _new_engine(self) -> None:
         self.deaths += 1
@@ -423,6 +427,7 @@ class SimWorker(Party):
             self.deaths += 1
             self.engine.die()
             self.sockets.cut_all()
+            self._on_exit(self)
 
 
 @dataclass(slots=True)
@@ -498,10 +503,17 @@ class SimClient(Party):
 
     def drop(self, call: Call) -> None:
         """The application stops reading."""
-        if not call.outcome and not call.dropped and call.request_id in self.calls:
+        if call.request_id in self.calls:
+            self.tell(client_fact.RequestDropped(call.request_id))
+
+    def handle(self, event: Any) -> None:
+        if isinstance(event, client_fact.RequestDropped):
+            call = self.calls[event.request_id]
+            if call.outcome or call.dropped:
+                return
             call.dropped = True
             self.world.note(self.name, f"drops {call.request_id.hex()[:8]}")
-            self.tell(client_fact.RequestDropped(call.request_id))
+        super().handle(event)
 
     def drain_worker(self, name: str) -> None:
         """The operator's verb."""

@@ -23,6 +23,8 @@ MENDED_BOUND_S = 240.0
 KEEP_S = 3.0
 GRACE_S = 6.0
 STALL_S = 8.0
+RESTART_S = 3.0
+"""A supervisor starts another worker in place of one that is gone."""
 
 FAULTS = (
     "cut_client",
@@ -160,6 +162,7 @@ class Run:
         ]
         self.calls: list[Call] = []
         self.happened: set[str] = set()
+        self.leaving = False
 
     # --- the three parts --------------------------------------------------------------------------
 
@@ -190,14 +193,13 @@ class Run:
                 broker.start()
         for peer in [*self.workers, *self.clients]:
             peer.sockets.plug_in()
-        while len(self.workers) < self.plan.workers:
-            self._start_worker()
         self.world.note("world", "is mended")
         self.world.run(self.world.now_s + MENDED_BOUND_S, self._all_over)
         for call in self.calls:
             self._judge(call)
 
     def _leave(self) -> None:
+        self.leaving = True
         for client in self.clients:
             client.close()
         # A second for what is under way, and the time that ended requests are kept.
@@ -268,6 +270,7 @@ class Run:
                     "window_wait_s": 600.0,
                     "stall_s": STALL_S,
                 },
+                on_exit=lambda worker: self.world.after(RESTART_S, self._replace, worker),
             )
         )
 
@@ -304,13 +307,10 @@ class Run:
                 world.after(fault.lasts_s + 3.0, self._restart, broker)
             case "kill_worker":
                 worker.kill()
-                world.after(fault.lasts_s, self._replace, worker)
             case "drain_worker":
                 worker.tell(_stop())
-                world.after(fault.lasts_s + 3.0, self._replace, worker)
             case "order_drain":
                 client.drain_worker(worker.name)
-                world.after(8.0, self._replace, worker)
             case "kill_engine":
                 worker.engine_dies()
             case "hang_engine":
@@ -334,7 +334,7 @@ class Run:
 
     def _replace(self, worker: SimWorker) -> None:
         """A supervisor starts another process where one is gone."""
-        if not worker.alive and worker in self.workers:
+        if not self.leaving:
             self.workers.remove(worker)
             self.gone_workers.append(worker)
             self._start_worker()
