@@ -1,7 +1,8 @@
 """Run every benchmark and write one results file: `python -m bench.all --quick`.
 
 Each script is a process of its own, so that none measures what another left behind. The file holds
-the JSON lines of all scripts, each with the name of its script; tables go to standard output.
+the JSON lines of all scripts, each with the name of its script; tables go to standard output, and
+into bench/README.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench import figures
 from bench.common import ROOT, python
 
 SCRIPTS = ("hop", "stream", "scale", "images", "start", "engine")
@@ -62,9 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 continue
             for line in lines:
                 row = json.loads(line)
+                if row["name"] == "machine":
+                    row["quick"] = arguments.quick
                 written.append(json.dumps({"name": row.pop("name"), "script": script, **row}))
     arguments.json.write_text("\n".join(written) + "\n")
     print(f"{len(written)} lines in {arguments.json}")
+    if arguments.json == RESULTS:
+        figures.main([])
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -10,8 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from bench import common, compare, zmtp
+from bench import common, compare, figures, zmtp
 from bench.common import Report, Sample
+
+MACHINE = {
+    "processor": "a processor",
+    "memory_gib": 4,
+    "kernel": "6",
+    "python": "3.11",
+    "date": "2026-01-01",
+    "load_1min": 0.1,
+    "quick": True,
+}
 
 
 def test_a_sample_is_its_median_and_its_noise_ignores_one_outlier() -> None:
@@ -140,3 +150,22 @@ def test_plain_zmtp_reports_a_peer_that_hangs_up() -> None:
         with pytest.raises(ConnectionError):
             peer.receive()
         peer.close()
+
+
+def test_tables_of_the_page_are_made_from_the_results(tmp_path: Path) -> None:
+    rows = [
+        {"name": "machine", "script": "hop", "value": 2, "unit": "cores", **MACHINE},
+        {"name": "hop.x", "script": "hop", "value": 1234.5, "unit": "us", "noise": 0.021}
+        | {"peer": "zmq_proxy", "peer_value": 617.25, "ratio": 2.0, "streams": 64},
+    ]
+    results, page = tmp_path / "results.json", tmp_path / "page.md"
+    results.write_text("\n".join(map(json.dumps, rows)))
+    page.write_text(f"before\n{figures.BEGIN}\nold\n{figures.END}\nafter\n")
+    for _ in range(2):
+        figures.main([str(results), "--page", str(page)])
+    text = page.read_text()
+    assert "| x | streams 64 | 1,234 us | ±2% | zmq_proxy | 617 | 2.00× |" in text
+    assert "`python -m bench.hop --quick` · 2026-01-01 · 2 cores of a processor" in text
+    assert "old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
