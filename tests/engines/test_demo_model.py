@@ -58,6 +58,18 @@ def test_roles_strings_and_parts_share_one_template(loaded: tuple[Any, Any]) -> 
     )
 
 
+def test_a_question_before_its_pictures_makes_the_same_prompt_as_after_them(
+    loaded: tuple[Any, Any],
+) -> None:
+    _, processor = loaded
+    picture, text = {"type": "image"}, {"type": "text", "text": "What is this?"}
+    before, after = (
+        processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+        for parts in ([text, picture, picture], [picture, picture, text])
+    )
+    assert before == after == "<|bos|><|user|>#1<image>#2<image>What is this?<|end|>"
+
+
 def test_the_model_knows_its_special_tokens_and_is_small(loaded: tuple[Any, Any]) -> None:
     model, processor = loaded
     tokenizer, generation = processor.tokenizer, model.generation_config

@@ -70,8 +70,6 @@ def count_right(
     model: Any,
     processor: Any,
     cases: Iterable[tuple[list[Image.Image], str, str, str]],
-    *,
-    text_first: bool = False,
 ) -> dict[str, Tally]:
     """Answer every case greedily; return a tally for each kind that occurred.
 
@@ -80,8 +78,7 @@ def count_right(
     batches: dict[tuple[int, int], list[_Prepared]] = defaultdict(list)
     for pictures, question, answer, kind in cases:
         parts: list[dict[str, str]] = [{"type": "image"} for _ in pictures]
-        text = {"type": "text", "text": question}
-        parts = [text, *parts] if text_first else [*parts, text]
+        parts.append({"type": "text", "text": question})
         prompt = processor.apply_chat_template(
             [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
         )
@@ -144,9 +141,6 @@ def main(arguments: list[str] | None = None) -> None:
         "--weights", choices=FORMATS, default="float32", help="how weights are held; float32"
     )
     parser.add_argument(
-        "--text-first", action="store_true", help="put the question before the pictures"
-    )
-    parser.add_argument(
         "--show-wrong", type=int, default=0, metavar="N", help="print N wrong answers of each kind"
     )
     parser.add_argument("--threads", type=int, default=2, help="of torch; default: 2")
@@ -155,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
     model, processor = load(options.model, options.weights)
     started = time.perf_counter()
     cases = held_out(options.cases, options.seed)
-    tallies = count_right(model, processor, cases, text_first=options.text_first)
+    tallies = count_right(model, processor, cases)
     print(report(tallies, show_wrong=options.show_wrong))
     print(f"{options.weights}, seed {options.seed}, {time.perf_counter() - started:.0f} s")
 

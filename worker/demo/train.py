@@ -70,15 +70,18 @@ SPECIAL_TOKENS = (
 )
 PAD, BOS, END, SYSTEM, USER, ASSISTANT, IMAGE = range(len(SPECIAL_TOKENS))
 # Pictures are numbered over the whole conversation, which makes "the second image" easy to find.
+# As in the template of LLaVA itself, a message's pictures come before its text wherever they
+# stood: a question is easier to answer for a model that has seen the pictures when it reads it.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% set pictures = namespace(count=0) %}"
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
     "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{% set pictures.count = pictures.count + 1 %}"
-    "{{ '#' + pictures.count|string + '<image>' }}"
-    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}{{ '<|end|>' }}{% endfor %}"
+    "{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}"
+    "{% set pictures.count = pictures.count + 1 %}"
+    "{{ '#' + pictures.count|string + '<image>' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}{{ '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 # Enough for every word of the questions and answers to be one token.
@@ -243,9 +246,7 @@ class ConversationMaker:
             pictures += [*self._encode(f"#{number}"), *[IMAGE] * IMAGE_TOKENS]
         for question, answer in turns:
             words = self._encode(self._loosen(question))
-            pictures_first = rng.random() < 0.8
-            ids = [*pictures, *words] if pictures_first else [*words, *pictures]
-            self._add(conversation, USER, ids)
+            self._add(conversation, USER, [*pictures, *words])
             # Between a mean over tokens, where short answers count for nothing beside the long
             # ones, and a mean over answers, where a long one is never learned to its end.
             answer_ids = self._encode(answer)
@@ -571,7 +572,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--init", type=Path, metavar="DIR", help="go on with a model that --out saved"
     )
-    parser.add_argument("--rate", type=float, default=2e-3, help="top learning rate; default: 2e-3")
+    parser.add_argument("--rate", type=float, default=3e-3, help="top learning rate; default: 3e-3")
     parser.add_argument(
         "--batch",
         type=int,
