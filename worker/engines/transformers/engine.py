@@ -202,7 +202,8 @@ class TransformersEngine:
             if runner.forward.static is not None:
                 # Growth would void what was captured: room for ordinary requests from the start.
                 room = min(ROOM_TOKENS, cache.budget // runner.slots)
-                cache.reserve(runner.slots, room, 0, 0)
+                if cache.reserve(runner.slots, room, 0, 0):
+                    runner.forward.static.warm_up()
 
     # --- the engine contract ----------------------------------------------------------------------
 

@@ -27,6 +27,8 @@ ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 LENGTH_STEP = 256
 """Buckets of length are multiples of this up to four of them, then of a quarter of their size: a
 step reads at most a quarter more than it needs."""
+WARM_UP_LENGTHS = (256, 512)
+"""Buckets of length that are prepared at load time, for every bucket of rows."""
 WARM_UP_RUNS = 2
 """Runs before a capture: libraries allocate and choose kernels in the first ones."""
 
@@ -70,14 +72,9 @@ class StaticDecode:
         length = length_bucket(max(s.filled for s in sequences) + 1, cache.capacity)
         step = self._steps.get((rows, length))
         if step is None:
-            try:
-                step = self._prepare(rows, length, sequences)
-            except Exception as error:
-                self.refused = " ".join(str(error).split())[:300] or type(error).__name__
-                log.warning("decode steps are not captured as CUDA graphs: %s", self.refused)
-                self._steps.clear()
-                return None
-            self._steps[rows, length] = step
+            step = self._add(rows, length, sequences)
+        if step is None:
+            return None
         self._fill(step, sequences, rows)
         if step.graph is not None:
             step.graph.replay()
@@ -85,6 +82,32 @@ class StaticDecode:
             step.logits = self._run(step.facts, length)
         assert step.logits is not None
         return step.logits[:count]
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Prepare the steps of ordinary requests before the first one comes: a capture takes a
+        good part of a second."""
+        cache = self._forward.cache
+        self._steps.clear()
+        self._generation = cache.generation
+        rows = sorted({row_bucket(size, cache.slots) for size in ROW_BUCKETS})
+        lengths = sorted({length_bucket(length, cache.capacity) for length in WARM_UP_LENGTHS})
+        for length in lengths:
+            for count in rows:
+                if self.refused:
+                    return
+                self._add(count, length, [])
+
+    def _add(self, rows: int, length: int, sequences: list[Sequence]) -> _Step | None:
+        try:
+            step = self._prepare(rows, length, sequences)
+        except Exception as error:
+            self.refused = " ".join(str(error).split())[:300] or type(error).__name__
+            log.warning("decode steps are not captured as CUDA graphs: %s", self.refused)
+            self._steps.clear()
+            return None
+        self._steps[rows, length] = step
+        return step
 
     def _fill(self, step: _Step, sequences: list[Sequence], rows: int) -> None:
         idle = rows - len(sequences)

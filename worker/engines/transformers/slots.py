@@ -294,7 +294,10 @@ class SlotRunner:
 
     def _allowance(self) -> int:
         """Prompt tokens that this step may compute."""
-        if not self._active or not self._prefill_rate:
+        if not self._active:
+            # Nobody waits for a token: a larger batch of prompts is cheaper.
+            return 2 * self._chunk
+        if not self._prefill_rate:
             return self._chunk
         within_bound = int(self._prefill_rate * self._stall_ms * STALL_SHARE)
         return max(SMALLEST_CHUNK, min(self._chunk, within_bound))
