@@ -111,6 +111,9 @@ class BrokerLoop:
         self._running = True
         #: Events that arose while instructions were carried out.
         self._pending: deque[Event] = deque()
+        #: Peers to whom a send failed, and the turn in which it did: see `_report_gone`.
+        self._gone: dict[tuple[Side, bytes], int] = {}
+        self._turn = 0
         self._signals, self._signal_writer = sockets.socketpair()
         #: Counters and gauges; shown by bus.stats.
         self.figures: dict[str, float] = dict.fromkeys(_FIGURES, 0.0)
@@ -139,6 +142,7 @@ class BrokerLoop:
             timeout_s = self._timeout_s(before_s)
             ready = dict(poller.poll(math.ceil(timeout_s * 1000)))
             now_s = clock()
+            self._turn += 1
             self.figures["wakes_total"] += 1
             late_s = max(0.0, now_s - before_s - timeout_s) + (before_s - busy_since_s)
             busy_since_s = now_s
@@ -153,6 +157,8 @@ class BrokerLoop:
                 self._read_s[Side.BACK] = now_s
             if front not in ready or self._drain_front(now_s):
                 self._read_s[Side.FRONT] = now_s
+            if self._gone:
+                self._report_gone(now_s)
             for monitor, side in monitors.items():
                 if monitor in ready:
                     self._on_monitor(monitor, side, now_s)
@@ -166,7 +172,17 @@ class BrokerLoop:
         for monitor in monitors:
             monitor.close(linger=0)
 
+    def _report_gone(self, now_s: float) -> None:
+        """Tell the core which peers are unreachable, once everything that they had sent is read:
+        their last words (CANCEL, GOODBYE) still lie in the socket when a send to them fails."""
+        for (side, routing_id), turn in list(self._gone.items()):
+            if turn < self._turn and self._read_s[side] == now_s:
+                del self._gone[side, routing_id]
+                self._feed(PeerUnreachable(side, routing_id), now_s)
+
     def _timeout_s(self, now_s: float) -> float:
+        if self._gone:
+            return 0.0
         due_s = min(self._core.deadline_s(), self._retry_s)
         return min(max(0.0, due_s - now_s), LONGEST_POLL_S)
 
@@ -334,7 +350,7 @@ class BrokerLoop:
             self._queue(side, routing_id, frames, now_s)
         elif error.errno == zmq.EHOSTUNREACH:
             self.figures["unsent_total"] += 1
-            self._pending.append(PeerUnreachable(side, routing_id))
+            self._gone.setdefault((side, routing_id), self._turn)
         else:
             raise error
 
@@ -367,7 +383,7 @@ class BrokerLoop:
                 except zmq.ZMQError as error:
                     if error.errno == zmq.EHOSTUNREACH:
                         del peers[routing_id]
-                        self._pending.append(PeerUnreachable(side, routing_id))
+                        self._gone.setdefault((side, routing_id), self._turn)
                     elif error.errno != zmq.EAGAIN:
                         raise
                     elif now_s >= waiting.give_up_s:

@@ -1,6 +1,6 @@
 """Who is alive, when to come back: Paranoid Pirate heartbeats, back-off (SPEC.md section 5).
 
-Holds no clock: every method takes `now_s`, seconds of a monotonic clock. Any message counts as life.
+Holds no clock: every method takes `now_s`, seconds of a monotonic clock. Any message counts.
 """
 
 from __future__ import annotations

@@ -79,6 +79,23 @@ def test_a_broker_that_was_stopped_loses_nobody(tmp_path: Path, context: zmq.Con
 # --- slow readers ---------------------------------------------------------------------------------
 
 
+def test_the_last_words_of_a_client_are_heard_although_a_send_to_it_failed_first(
+    context: zmq.Context[Any], broker: BrokerProcess
+) -> None:
+    worker, client = pair(context, broker)
+    request_id = client.request()
+    _, assign, _ = worker.take()
+    client.expect(MessageType.ACCEPTED)
+    broker.process.send_signal(signal.SIGSTOP)
+    client.send(MessageType.CANCEL, request_id, codec.pack({}))
+    client.close()
+    # On waking, the broker reads the back first and finds the client gone.
+    for offset in range(20):
+        worker.tokens(request_id, assign.reply_to, offset, "x")
+    broker.process.send_signal(signal.SIGCONT)
+    assert worker.receive()[0].type is MessageType.CANCEL
+
+
 def test_a_client_that_does_not_read_is_cut_off_and_nobody_else_suffers(
     tmp_path: Path, context: zmq.Context[Any]
 ) -> None:
