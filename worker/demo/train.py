@@ -540,6 +540,9 @@ def train(rank: int, meeting_file: Path, options: argparse.Namespace) -> None:
     train_all(model, tokenizer, heads, team, options)
     if rank == 0:
         model.eval().to(torch.bfloat16)
+        # With --init the parts still say how they were loaded, and dtype="auto" would believe it.
+        for part in (model.config, model.config.text_config, model.config.vision_config):
+            part.dtype = torch.bfloat16
         model.generation_config = hf.GenerationConfig(
             bos_token_id=BOS,
             eos_token_id=END,
