@@ -35,6 +35,7 @@ from client.gateway.openai_responses import (
     get_response,
     input_items,
 )
+from client.gateway.openapi import openapi
 from client.gateway.operator_view import drain, live, overview, session
 from client.gateway.page import page_routes
 from client.gateway.reattach import Store
@@ -81,6 +82,7 @@ def _routes(config: Config) -> list[BaseRoute]:
         route("/health", _health, public=True),
         route("/ready", _ready, public=True),
         route("/metrics", _metrics),
+        route("/openapi.json", openapi, public=True),
         route("/v1/models", list_models),
         route("/v1/models/{model:path}", get_model),
         route("/v1/chat/completions", chat_completions, "POST", counted=True),

@@ -55,7 +55,7 @@ ModelName = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_OCTETS)]
 #: One text, several, the token ids of one, or those of several; `texts_of` sorts them out.
 Texts = str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1, max_length=4096)]
 #: A known field that this gateway does not serve; see `_UNSERVED`.
-Refused = Annotated[Any, "refused"]
+Refused = Annotated[Any, Meta(extra_json_schema={"type": "null"})]
 
 
 class _Body(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -277,18 +277,20 @@ class EmbeddingRequest(_Body, kw_only=True):
 
 _UNSERVED = {
     "audio": "the bus serves text and pictures, no sound",
-    "background": "it needs `store` to be true",
     "context_management": "send the part of the conversation that the model shall see",
     "conversation": "use `previous_response_id`, or send the conversation as `input`",
     "file": "send text, or a picture as `image_url`",
+    "file_id": "no files are kept here; send a picture as `image_url`",
     "function_call": "it is the deprecated form of `tool_choice`",
     "functions": "it is the deprecated form of `tools`",
+    "generate_summary": "models of the bus write no summaries of their reasoning",
     "input_audio": "the bus serves text and pictures, no sound",
     "max_tool_calls": "tools run at the caller, who can count them",
     "moderation": "no moderation model stands behind this gateway",
     "prediction": "workers of this bus do not take predicted outputs",
     "prompt": "prompt templates are not stored here; send `input` and `instructions`",
     "suffix": "no model of the bus fills in the middle through this endpoint",
+    "summary": "models of the bus write no summaries of their reasoning",
     "verbosity": "say in the system prompt how long the answer shall be",
     "web_search_options": "the bus does not reach the web",
 }
@@ -361,4 +363,4 @@ def refuse_unserved(body: Struct, path: str = "") -> None:
 @functools.cache
 def _refused_fields(kind: type[Struct]) -> frozenset[str]:
     hints = get_type_hints(kind, include_extras=True)
-    return frozenset(field for field, hint in hints.items() if hint is Refused)
+    return frozenset(field for field, hint in hints.items() if hint == Refused)
