@@ -116,4 +116,4 @@ def test_pictures_and_texts_in_one_batch_write_what_generate_writes(name: str) -
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "deepseek_v3", "mixtral"])
 def test_decode_steps_of_fixed_shape_write_what_generate_writes(name: str) -> None:
-    _agree(text_model(name), scheduler="slots", cuda_graphs="on")
+    _agree(text_model(name), scheduler="slots", cuda_graphs="on", overlap="on")

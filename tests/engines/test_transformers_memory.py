@@ -134,8 +134,11 @@ def test_a_small_budget_makes_requests_wait_and_changes_no_answer(model: Any) ->
         engine.close()
 
 
-def test_rows_that_outgrow_the_budget_wait_and_are_computed_again(model: Any) -> None:
-    engine = tiny.serve(model, kv_tokens=384, slots=4, prefix_tokens=0)
+@pytest.mark.parametrize("settings", [{}, {"overlap": "on"}], ids=["cpu", "overlap"])
+def test_rows_that_outgrow_the_budget_wait_and_are_computed_again(
+    model: Any, settings: dict[str, Any]
+) -> None:
+    engine = tiny.serve(model, kv_tokens=384, slots=4, prefix_tokens=0, **settings)
     prompts = tiny.prompts(4, low=10, high=20, seed=14)
     jobs = [
         tiny.ids_job(ids, max_tokens=220, temperature=0.8, seed=index)

@@ -30,9 +30,13 @@ def model() -> Any:
     return tiny.llama()
 
 
-@pytest.fixture(scope="module")
-def shared_engine(model: Any) -> Iterator[TransformersEngine]:
-    engine = tiny.serve(model)
+AS_ON_A_GPU = {"overlap": "on", "cuda_graphs": "on"}
+"""Steps of fixed shape, and events told while the next step is computed."""
+
+
+@pytest.fixture(scope="module", params=[{}, AS_ON_A_GPU], ids=["cpu", "gpu"])
+def shared_engine(model: Any, request: pytest.FixtureRequest) -> Iterator[TransformersEngine]:
+    engine = tiny.serve(model, **request.param)
     yield engine
     engine.close()
 
@@ -423,8 +427,11 @@ def test_a_request_that_cannot_be_served_says_why(
     assert good.reason is FinishReason.LENGTH
 
 
-def test_logits_that_are_no_numbers_fail_their_own_request(model: Any) -> None:
-    engine = tiny.serve(model)
+@pytest.mark.parametrize("settings", [{}, AS_ON_A_GPU], ids=["cpu", "gpu"])
+def test_logits_that_are_no_numbers_fail_their_own_request(
+    model: Any, settings: dict[str, Any]
+) -> None:
+    engine = tiny.serve(model, **settings)
     embedding = model.get_input_embeddings().weight
     poisoned, kept = 300, embedding[300].detach().clone()
     try:

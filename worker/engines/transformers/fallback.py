@@ -249,7 +249,9 @@ class GenerateRunner:
                     scores.shape[-1], banned_ids=sorted(self._banned), token_bytes=self._token_bytes
                 )
             sampled = self._sampler.sample(scores.clone(), [sequence.row])[0]
-            events += sequence.accept(sampled, time.perf_counter())
+            now = time.perf_counter()
+            sequence.take(sampled, now)
+            events += sequence.tell(now)
             generation.choose(sampled.token_id)
         except RequestError as error:
             events += sequence.fail(error.info)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from broker.protocol.errors import ErrorCode, ErrorInfo
+from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 from broker.protocol.messages import FinishReason, Params, Timings, TokenLogprob, Usage
 from worker.engines.base import Ended, EngineEvent, Failed, PromptFacts, Tokens
 from worker.engines.transformers.prompt import Prompt
@@ -70,6 +70,9 @@ class Sequence:
     first_token_at: float = 0.0
     #: Order of admission: the youngest gives its memory back first.
     admitted: int = 0
+    #: The token taken last, until its events are told; what made it impossible to take one.
+    _untold: int | None = None
+    _fault: ErrorInfo | None = None
     _held_ids: list[int] = field(default_factory=list)
     _held_text: str = ""
     _held_logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -118,27 +121,42 @@ class Sequence:
             return True
         return token_id in self.eos_ids and not self.params.ignore_eos
 
-    def accept(self, sampled: Sampled, now: float) -> list[EngineEvent]:
-        """Take the next token; returns its events. Afterwards `state` may be DONE.
-
-        Raises RequestError where the constraint forbids the token.
-        """
+    def take(self, sampled: Sampled, now: float) -> None:
+        """Take the next token. Afterwards `state` is DONE if nothing can follow it, whatever its
+        text says; `tell` gives the events, later."""
         if not sampled.ok:
-            cause = getattr(sampled, "fault", "") or "the model's logits are not numbers"
-            return self.fail(
-                ErrorInfo(
-                    code=ErrorCode.ENGINE_ERROR.value,
-                    message=f"no token can be chosen at position {len(self.answer)}: {cause}",
-                )
-            )
+            cause = sampled.fault or "the model's logits are not numbers"
+            self._spoil(f"no token can be chosen at position {len(self.answer)}: {cause}")
+            return
         token_id = sampled.token_id
+        try:
+            self.row.append(token_id)
+        except RequestError as error:
+            self._spoil(error.info.message)
+            return
         if not self.first_token_at:
             self.first_token_at = now
-        self.row.append(token_id)
         self.answer.append(token_id)
         self._held_ids.append(token_id)
         if sampled.logprob is not None:
             self._held_logprobs.append(sampled.logprob)
+        self._untold = token_id
+        if self._ends(token_id) or len(self.answer) >= self.max_tokens:
+            self.state = State.DONE
+
+    def _spoil(self, message: str) -> None:
+        self._fault = ErrorInfo(code=ErrorCode.ENGINE_ERROR.value, message=message)
+        self.state = State.DONE
+        self.failed = True
+
+    def tell(self, now: float) -> list[EngineEvent]:
+        """The events of the token that was taken last. Afterwards `state` may be DONE."""
+        if self._fault is not None:
+            return self.fail(self._fault)
+        token_id = self._untold
+        if token_id is None:
+            return []
+        self._untold = None
         if self._ends(token_id):
             return self.end(FinishReason.STOP, now, token_id, ending_token=token_id)
         step = self.text.add(token_id)
@@ -169,6 +187,7 @@ class Sequence:
     ) -> list[EngineEvent]:
         """The events that end the sequence."""
         self.state = State.DONE
+        self._untold = None
         events = [] if reason is FinishReason.CANCELLED else self.facts()
         events += self._flush()
         events.append(
@@ -187,6 +206,7 @@ class Sequence:
         """The event of a failure."""
         self.state = State.DONE
         self.failed = True
+        self._untold = self._fault = None
         return [*self._flush(), Failed(self.request_id, error, self.usage())]
 
     def usage(self) -> Usage:

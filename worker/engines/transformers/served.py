@@ -142,6 +142,8 @@ class ServedModel:
             banned_ids=loaded.placeholder_ids,
             token_bytes=self._token_bytes,
             whole_prompts=verdict.whole_prompts,
+            overlap=settings.overlap == "on"
+            or (settings.overlap == "auto" and loaded.device.type != "cpu"),
         )
 
     def _picture_prompt(self) -> Prompt | None:

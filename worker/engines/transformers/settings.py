@@ -41,6 +41,9 @@ class EngineSettings:
     #: "auto": decode steps are captured on CUDA where the load-time test passes; "off": never;
     #: "on": steps of fixed shape everywhere, captured or not.
     cuda_graphs: str = "auto"
+    #: The host tells of one token while the device computes the next: "auto": on an accelerator;
+    #: "on"; "off".
+    overlap: str = "auto"
     #: Threads of one torch operation on a CPU; 0: torch's own choice.
     threads: int = 0
     #: Threads that decode pictures and tokenise prompts outside the step loop.
@@ -60,6 +63,7 @@ class EngineSettings:
 _CHOICES: dict[str, tuple[str, ...]] = {
     "scheduler": ("auto", "slots", "generate"),
     "cuda_graphs": ("auto", "on", "off"),
+    "overlap": ("auto", "on", "off"),
 }
 _MINIMUM: dict[str, float] = {
     "prefill_chunk": 0,

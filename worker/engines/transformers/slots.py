@@ -64,6 +64,7 @@ class SlotRunner:
         banned_ids: frozenset[int],
         token_bytes: Callable[[int], bytes],
         whole_prompts: bool = False,
+        overlap: bool = False,
     ) -> None:
         self.forward = forward
         self.cache = forward.cache
@@ -80,6 +81,11 @@ class SlotRunner:
         self._rows: list[Sequence] = []
         self._active = 0
         self._admissions = 0
+        self._overlap = overlap
+        #: Sequences and logits of a decode that was launched and not looked at yet.
+        self._computed: tuple[list[Sequence], torch.Tensor] | None = None
+        #: Sequences with a token of which nothing was said yet; empty between steps.
+        self._fresh: list[Sequence] = []
         #: Measured: prompt tokens computed in a millisecond, and milliseconds of one decode.
         self._prefill_rate = 0.0
         self._decode_ms = 0.0
@@ -110,6 +116,7 @@ class SlotRunner:
         self._waiting.clear()
         self._rows.clear()
         self._active = 0
+        self._computed = None
         self.prefix.clear()
 
     @torch.inference_mode()
@@ -120,9 +127,18 @@ class SlotRunner:
         self._drop_cancelled(events)
         if not self._rows and self.cache.capacity > KEPT_CAPACITY and not self.forward.static:
             self.cache.shrink(self.cache.slots, KEPT_CAPACITY)
+        decoded = self._collect() if self._overlap else False
         self._admit(events)
         prefilled = self._prefill(events)
-        decoded = self._decode(events) if self._active else False
+        if self._overlap:
+            # The device computes the next tokens while the host tells of the last ones.
+            self._launch(events)
+        else:
+            self._tell(events)
+            if self._active:
+                self._launch(events)
+                decoded = self._collect()
+        self._tell(events)
         self._measure(prefilled, decoded, (time.perf_counter() - started) * 1e3)
         return events
 
@@ -350,7 +366,7 @@ class SlotRunner:
             sequence.filled = sequence.total
             sequence.state = State.DECODE
         self._active += len(chosen)
-        self._emit(chosen, logits, events)
+        self._choose(chosen, logits)
         return tokens
 
     def _may_share(self, sequence: Sequence) -> bool:
@@ -378,7 +394,7 @@ class SlotRunner:
                 logits = logits[-1:]
             if end == sequence.total:
                 self._activate(row)
-                self._emit([sequence], logits, events)
+                self._choose([sequence], logits)
         except Exception as error:
             if is_out_of_memory(error) and len(self._rows) > 1:
                 self._give_way(events)
@@ -400,29 +416,42 @@ class SlotRunner:
 
     # --- decode -----------------------------------------------------------------------------------
 
-    def _decode(self, events: list[EngineEvent]) -> bool:
-        """One token for every active row. False where there was none to compute."""
+    def _launch(self, events: list[EngineEvent]) -> None:
+        """Compute the next token's logits of every active row; an accelerator goes on with it after
+        this returns."""
         self._make_room(events)
-        # A row that joined in this very step has its first token; it decodes with the others.
         sequences = self._rows[: self._active]
         if not sequences:
-            return False
+            return
         try:
             logits = self.forward.decode(sequences)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             self._give_way(events)
-            return False
+            return
         for sequence in sequences:
             sequence.filled += 1
-        self._emit(sequences, logits, events)
+        self._computed = (sequences, logits)
+
+    def _collect(self) -> bool:
+        """Choose tokens from what was launched. False where there was nothing."""
+        if self._computed is None:
+            return False
+        sequences, logits = self._computed
+        self._computed = None
+        alive = [i for i, s in enumerate(sequences) if s.state is State.DECODE]
+        if len(alive) < len(sequences):
+            # Ended by the text of the token before, or cancelled: computed in vain.
+            sequences = [sequences[index] for index in alive]
+            if not sequences:
+                return False
+            logits = logits[torch.tensor(alive, device=logits.device)]
+        self._choose(sequences, logits)
         return True
 
-    def _emit(
-        self, sequences: list[Sequence], logits: torch.Tensor, events: list[EngineEvent]
-    ) -> None:
-        """Choose a token for each sequence and say what it brings; finished rows leave."""
+    def _choose(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
+        """Choose a token for each sequence; those that end with it leave their rows."""
         if self._sampler is None:
             self._sampler = Sampler(
                 logits.shape[-1], banned_ids=sorted(self._banned), token_bytes=self._token_bytes
@@ -430,13 +459,23 @@ class SlotRunner:
         sampled = self._sampler.sample(logits, [sequence.row for sequence in sequences])
         now = time.perf_counter()
         for sequence, choice in zip(sequences, sampled, strict=True):
-            try:
-                events += sequence.accept(choice, now)
-            except RequestError as error:
-                events += sequence.fail(error.info)
-        for sequence in sequences:
+            sequence.take(choice, now)
+            self._fresh.append(sequence)
             if sequence.state is State.DONE:
                 self._leave(self._rows.index(sequence))
+
+    def _tell(self, events: list[EngineEvent]) -> None:
+        """The events of all tokens chosen since; sequences whose text ends them leave."""
+        now = time.perf_counter()
+        for sequence in self._fresh:
+            over = sequence.state is State.DONE
+            events += sequence.tell(now)
+            if sequence.state is State.DONE and not over:
+                if sequence in self._rows:
+                    self._leave(self._rows.index(sequence))
+                else:
+                    self._waiting.remove(sequence)
+        self._fresh.clear()
 
     def _fail_row(self, row: int, error: Exception, events: list[EngineEvent]) -> None:
         """One sequence failed by itself: picture, memory, a model that refuses its inputs."""
