@@ -9,6 +9,7 @@ import argparse
 import errno
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -78,6 +79,10 @@ def _serve(config: Config) -> int:
             timeout_graceful_shutdown=int(config.shutdown_s) or 1,
         )
     )
+    # The server handles signals while it runs and raises them again afterwards: a stop that was
+    # asked for is a success.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
     server.run(sockets=[listener])
     return 0 if server.started else 1
 

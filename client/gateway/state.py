@@ -34,5 +34,3 @@ class Gateway:
     overview: Overview = field(default_factory=Overview)
     #: The latest failures of requests, newest last, for the operator's view.
     errors: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=50))
-    #: The server is stopping: `/ready` says so.
-    stopping: bool = False

@@ -195,6 +195,22 @@ def test_a_gateway_without_a_broker_lives_but_is_not_ready(
         assert answer.status_code == 503 and answer.json()["ready"] is False
 
 
+def test_a_stop_lets_running_answers_end(make_gateway: Callable[..., GatewayProcess]) -> None:
+    gateway = make_gateway("--shutdown-s", "20")
+    with gateway.openai() as client:
+        stream = client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "[[echo step_delay_ms=20]]a last word or two"}],
+            stream=True,
+        )
+        chunks = iter(stream)
+        text = next(chunks).choices[0].delta.content or ""
+        gateway.process.popen.terminate()
+        text += "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == "a last word or two"
+    assert gateway.process.popen.wait(20) == 0
+
+
 def test_every_answer_carries_a_request_id(http: httpx.Client) -> None:
     assert re.fullmatch("req-[0-9a-f]{24}", http.get("/v1/models").headers["x-request-id"])
     answer = http.post("/v1/chat/completions", headers={"x-request-id": "mine"}, json={})
