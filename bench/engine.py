@@ -21,12 +21,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import argparse
+import io
 import random
 import sys
 import time
 from typing import Any
 
 import torch
+from PIL import Image
 
 from bench.common import Report, Row, Sample, integers, interleave, options, percentile, repeats
 from bench.engine_cases import (
@@ -34,8 +36,12 @@ from bench.engine_cases import (
     build_engine,
     build_model,
     build_tokenizer,
+    build_vision,
     peers,
     run_engine,
+    run_generate_pictures,
+    run_pictures,
+    token_job,
 )
 from worker.engines.base import Tokens
 
@@ -53,6 +59,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--peers", default="generate,generate_threads,transformers_cb", help="which peers to run"
     )
+    parser.add_argument(
+        "--shared", type=int, metavar="TOKENS", help="only: prompts that share a prefix"
+    )
+    parser.add_argument("--pictures", action="store_true", help="only: questions about pictures")
     parser.add_argument("--gap", action="store_true", help="only: a long prompt beside 8 streams")
     parser.add_argument("--gap-prompt", type=int, default=8000, help="tokens of the long prompt")
     parser.add_argument("--stall-ms", type=float, default=200.0, help="the engine's bound")
@@ -79,6 +89,11 @@ def main() -> None:
     streams = arguments.streams or ([1, 16, 64] if on_gpu else [1, 4, 16, 32])
     if arguments.quick and not arguments.streams:
         streams = [1, 16, 64] if on_gpu else [1, 32]
+    if arguments.pictures:
+        report = Report(f"engine, pictures: {size} on {_device_words(device)}")
+        _pictures(shape, device, streams[-1], arguments, report)
+        report.finish(arguments)
+        return
     model = build_model(shape, device)
     tokenizer = build_tokenizer(shape.vocabulary)
     report = Report(f"engine: {size} on {_device_words(device)}")
@@ -87,6 +102,11 @@ def main() -> None:
     report.note(f"scheduler: {engine.capabilities.models[0].details['scheduler']}")
     if arguments.profile:
         _profile(engine, model, streams[-1], arguments, shape.vocabulary)
+        return
+    if arguments.shared:
+        engine.close()
+        _shared(model, tokenizer, streams[-1], arguments, report)
+        report.finish(arguments)
         return
     if arguments.gap:
         _gap(engine, arguments, report, shape.vocabulary)
@@ -167,19 +187,75 @@ def _paired(own: Sample, peer: Sample) -> float:
     return own.median / ratios.median
 
 
+def _shared(
+    model: Any, tokenizer: Any, count: int, arguments: argparse.Namespace, report: Report
+) -> None:
+    """Prompts that share a prefix, with and without reuse of what was computed."""
+    tail = _prompts(count, 8, 16, model.config.vocab_size, seed=5)
+    head = _prompts(1, arguments.shared, arguments.shared, model.config.vocab_size, seed=6)[0]
+    prompts = [head + ids for ids in tail]
+    new = arguments.new or 16
+    engines = {
+        "reuse": build_engine(model, tokenizer, count, prefix_tokens=20_000, kv_tokens=200_000),
+        "none": build_engine(model, tokenizer, count, prefix_tokens=0, kv_tokens=200_000),
+    }
+    # Without reuse, rows that run side by side would still share: they go one after the other.
+    cases = {
+        name: lambda e=engine: {
+            "ttft_ms": percentile([run_engine(e, [ids], new)["ttft_ms"] for ids in prompts], 50)
+        }
+        for name, engine in engines.items()
+    }
+    seen = interleave(cases, repeats(arguments))
+    report.add(
+        "engine_shared_prefix_ttft_ms",
+        seen["reuse"]["ttft_ms"],
+        "ms",
+        peer="no reuse",
+        against=seen["none"]["ttft_ms"],
+        prefix_tokens=arguments.shared,
+    )
+
+
+def _pictures(
+    shape: Any, device: torch.device, count: int, arguments: argparse.Namespace, report: Report
+) -> None:
+    """Questions about pictures, all at once, beside plain generate()."""
+    model, processor = build_vision(shape, device)
+    engine = build_engine(model, processor.tokenizer, count, processor, kv_tokens=100_000)
+    report.note(f"scheduler: {engine.capabilities.models[0].details['scheduler']}")
+    new = arguments.new or 32
+    pictures = []
+    for seed in range(count):
+        octets = io.BytesIO()
+        colour = (seed * 37 % 256, seed * 91 % 256, seed * 53 % 256)
+        Image.new("RGB", (640, 480), colour).save(octets, "JPEG")
+        pictures.append(octets.getvalue())
+    seen = interleave(
+        {
+            "tokenbus": lambda: run_pictures(engine, pictures, new),
+            "generate": lambda: run_generate_pictures(model, processor, pictures, new),
+        },
+        repeats(arguments),
+    )
+    for figure in ("tokens_per_s", "tokens_per_cpu_s"):
+        own, peer = seen["tokenbus"][figure], seen["generate"][figure]
+        report.add(
+            f"engine_pictures_{figure}",
+            own,
+            figure.replace("_per_", "/").replace("_", " "),
+            peer="generate",
+            against=_paired(own, peer),
+            streams=count,
+        )
+    report.add("engine_pictures_ttft_ms", seen["tokenbus"]["ttft_ms"], "ms", streams=count)
+    engine.close()
+
+
 def _gap(engine: Any, arguments: argparse.Namespace, report: Report, vocabulary: int) -> None:
     """Time between tokens of 8 streams, without and with a long prompt that arrives."""
-    from bench.engine_cases import Job, Kind, Params, Request, new_id
-
-    def job(ids: list[int], new: int) -> Any:
-        params = Params(temperature=0.0, max_tokens=new, ignore_eos=True)
-        request = Request(
-            model="bench", kind=Kind.COMPLETE, token_ids=ids, params=params, window=1 << 30
-        )
-        return Job(new_id(), request)
-
-    streams = [job(ids, 4000) for ids in _prompts(8, 5, 9, vocabulary, seed=1)]
-    long = job(_prompts(1, arguments.gap_prompt, arguments.gap_prompt, vocabulary, 2)[0], 2)
+    streams = [token_job(ids, 4000) for ids in _prompts(8, 5, 9, vocabulary, seed=1)]
+    long = token_job(_prompts(1, arguments.gap_prompt, arguments.gap_prompt, vocabulary, 2)[0], 2)
     for one in streams:
         engine.add(one)
     before: list[float] = []

@@ -6,6 +6,7 @@ greedy, and returns what was seen. Nothing here is downloaded: weights are rando
 
 from __future__ import annotations
 
+import io
 import queue
 import statistics
 import threading
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
@@ -31,7 +33,19 @@ from worker.engines.transformers.loader import wrap_model
 from worker.engines.transformers.served import ServedModel
 from worker.engines.transformers.settings import EngineSettings
 
-__all__ = ["SIZES", "Shape", "build_engine", "build_model", "peers", "run_engine"]
+__all__ = [
+    "SIZES",
+    "Shape",
+    "build_engine",
+    "build_model",
+    "build_tokenizer",
+    "build_vision",
+    "peers",
+    "run_engine",
+    "run_generate_pictures",
+    "run_pictures",
+    "token_job",
+]
 
 FASTCHAT_THREADS = 5
 """FastChat's default limit of concurrent `generate()` calls in one worker."""
@@ -81,7 +95,14 @@ def build_tokenizer(vocabulary: int) -> Any:
 
 def build_model(shape: Shape, device: torch.device, context: int = 16_384) -> Any:
     """A Llama with random weights, made on the device."""
-    config = LlamaConfig(
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(build_config(shape, context), dtype=shape.dtype)
+    return model.eval()
+
+
+def build_config(shape: Shape, context: int) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -94,16 +115,62 @@ def build_model(shape: Shape, device: torch.device, context: int = 16_384) -> An
         pad_token_id=0,
         tie_word_embeddings=False,
     )
+
+
+PICTURE_SIDE = 224
+PICTURE_PATCH = 14
+
+
+def build_vision(shape: Shape, device: torch.device) -> tuple[Any, Any]:
+    """A LLaVA with random weights whose language model has that shape, and its processor: 256
+    tokens for each picture."""
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    tokenizer = build_tokenizer(shape.vocabulary)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    text = build_config(shape, 4096)
+    vision = CLIPVisionConfig(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        image_size=PICTURE_SIDE,
+        patch_size=PICTURE_PATCH,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=image_id,
+        image_token_index=image_id,
+        image_seq_length=(PICTURE_SIDE // PICTURE_PATCH) ** 2,
+    )
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM._from_config(config, dtype=shape.dtype)
-    return model.eval()
+        model = LlavaForConditionalGeneration._from_config(config, dtype=shape.dtype)
+    side = {"height": PICTURE_SIDE, "width": PICTURE_SIDE}
+    processor = LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": PICTURE_SIDE}, crop_size=side),
+        tokenizer,
+        patch_size=PICTURE_PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    return model.eval(), processor
 
 
-def build_engine(model: Any, tokenizer: Any, slots: int, **settings: Any) -> TransformersEngine:
+def build_engine(
+    model: Any, tokenizer: Any, slots: int, processor: Any = None, **settings: Any
+) -> TransformersEngine:
     """Our engine over the model."""
     own = EngineSettings(**({"prefix_tokens": 0} | settings))
-    loaded = wrap_model(model, tokenizer, settings=own)
+    loaded = wrap_model(model, tokenizer, processor, settings=own)
     return TransformersEngine([ServedModel(loaded, ("bench",), own, slots=slots)], own, slots=slots)
 
 
@@ -111,19 +178,49 @@ def run_engine(
     engine: TransformersEngine, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> dict[str, float]:
     """All prompts at once through the engine; returns tokens_per_s, ttft_ms and gap_ms."""
-    jobs = [
-        Job(
-            new_id(),
-            Request(
-                model="bench",
-                kind=Kind.COMPLETE,
-                token_ids=list(ids),
-                params=Params(temperature=0.0, max_tokens=new_tokens, ignore_eos=True),
-                window=1 << 30,
-            ),
-        )
-        for ids in prompts
-    ]
+    return _run_jobs(engine, [token_job(ids, new_tokens) for ids in prompts])
+
+
+def token_job(ids: Sequence[int], new_tokens: int) -> Job:
+    """A greedy request of token ids."""
+    params = Params(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+    request = Request(
+        model="bench", kind=Kind.COMPLETE, token_ids=list(ids), params=params, window=1 << 30
+    )
+    return Job(new_id(), request)
+
+
+def run_pictures(
+    engine: TransformersEngine, pictures: Sequence[bytes], new_tokens: int
+) -> dict[str, float]:
+    """One question to each encoded picture, all at once; decoding is part of it."""
+    params = Params(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+    request = Request(
+        model="bench",
+        kind=Kind.COMPLETE,
+        prompt="<image> w00001 w00002",
+        params=params,
+        window=1 << 30,
+    )
+    return _run_jobs(engine, [Job(new_id(), request, (octets,)) for octets in pictures])
+
+
+def run_generate_pictures(
+    model: Any, processor: Any, pictures: Sequence[bytes], new_tokens: int
+) -> dict[str, float]:
+    """The same questions with plain `generate()`, one after the other."""
+    config = _generation(new_tokens)
+    clock = _Clock()
+    for octets in pictures:
+        image = Image.open(io.BytesIO(octets)).convert("RGB")
+        text = "<image> w00001 w00002"
+        inputs = processor(text=[text], images=[image], return_tensors="pt").to(model.device)
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        model.generate(**inputs, generation_config=config)
+    return _figures(len(pictures) * new_tokens, clock.stop(), [])
+
+
+def _run_jobs(engine: TransformersEngine, jobs: Sequence[Job]) -> dict[str, float]:
     clock = _Clock()
     for job in jobs:
         engine.add(job)

@@ -484,11 +484,10 @@ def _placeholder_ids(config: Any, processor: Any) -> frozenset[int]:
         "audio_token_id",
         "audio_token_index",
     )
-    found = {
-        value
-        for holder in (config, processor)
-        for name in names
-        for value in (getattr(holder, name, None),)
-        if isinstance(value, int) and value >= 0
-    }
-    return frozenset(found)
+    # A processor may call another token so (Gemma 3: the one that opens a picture).
+    for holder in (config, processor):
+        found = {getattr(holder, name, None) for name in names}
+        ids = frozenset(value for value in found if isinstance(value, int) and value >= 0)
+        if ids:
+            return ids
+    return frozenset()
