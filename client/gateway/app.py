@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import AsyncIterator
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -120,7 +121,9 @@ def _middleware(config: Config) -> list[Middleware]:
         )
     if config.loopback:
         # A page whose name was rebound to this machine shall not reach an open gateway.
-        names = ["localhost", "127.0.0.1", "[::1]", config.host, *config.allowed_hosts]
+        names = ["localhost", "127.0.0.1", "::1", "[::1]", config.host, *config.allowed_hosts]
+        if config.public_url is not None:
+            names.append(urlsplit(config.public_url).hostname or "localhost")
         found.append(Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False))
     return found
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
-
-from starlette.responses import JSONResponse
+from typing import TYPE_CHECKING, Any
 
 from broker.protocol.errors import HTTP_STATUS, ErrorCode, ErrorInfo
 from client import BusError
+
+if TYPE_CHECKING:
+    # Not at run time: `convert` and its errors are of use without the extra `gateway`.
+    from starlette.responses import JSONResponse
 
 __all__ = [
     "GatewayError",
@@ -140,6 +142,8 @@ def error_headers(error: GatewayError) -> dict[str, str]:
 
 def error_response(error: BaseException, request_id: str | None = None) -> JSONResponse:
     """The whole HTTP answer to a failed request."""
+    from starlette.responses import JSONResponse
+
     told = describe(error)
     return JSONResponse(
         error_body(told, request_id), status_code=told.status, headers=error_headers(told)

@@ -8,8 +8,9 @@ start to its end.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -65,13 +66,21 @@ RETRY: Final = Retry(
     )
 )
 
+#: The library's own limits.
+PATIENCE: Final = Timeout()
+
 _DEFAULT_PARAMS: Final = Params()
 #: Choices that may wait unread between the streams and the HTTP answer.
 _MERGE_EVENTS: Final = 16
 
 
-async def open_stream(bus: AsyncClient, call: Call) -> AsyncStream:
-    """Send the call; raises a BusError for what the client library refuses."""
+async def open_stream(
+    bus: AsyncClient, call: Call, retry: Retry = RETRY, limits: Timeout = PATIENCE
+) -> AsyncStream:
+    """Send the call; raises a BusError for what the client library refuses.
+
+    `limits`: those that the call itself does not name.
+    """
     request = call.request
     options: dict[str, Any] = {
         name: getattr(request.params, name)
@@ -87,8 +96,8 @@ async def open_stream(bus: AsyncClient, call: Call) -> AsyncStream:
         priority=request.priority,
         user=request.user,
         trace=request.trace or None,
-        timeout=_timeout(request),
-        retry=RETRY,
+        timeout=_timeout(request, limits),
+        retry=retry,
     )
     images = list(call.attachments)
     if request.kind is Kind.CHAT:
@@ -116,25 +125,36 @@ def _message(message: Any, images: list[bytes]) -> dict[str, Any]:
     return plain
 
 
-def _timeout(request: Request) -> Timeout:
-    return Timeout(
-        queue=None if request.queue_ms is None else max(request.queue_ms, 1) / 1000,
-        total=None if request.ttl_ms is None else request.ttl_ms / 1000,
-    )
+def _timeout(request: Request, given: Timeout) -> Timeout:
+    named: dict[str, float] = {}
+    if request.queue_ms is not None:
+        named["queue"] = max(request.queue_ms, 1) / 1000
+    if request.ttl_ms is not None:
+        named["total"] = request.ttl_ms / 1000
+    return replace(given, **named)
 
 
 Opened = Callable[[AsyncStream], None]
 
 
 async def generate(
-    bus: AsyncClient, calls: Sequence[Call], opened: Opened
+    bus: AsyncClient,
+    calls: Sequence[Call],
+    opened: Opened,
+    *,
+    retry: Retry = RETRY,
+    limits: Timeout = PATIENCE,
 ) -> AsyncGenerator[ChoiceEvent, None]:
     """The events of all calls, the i-th call being choice i. Raises the first failure of any.
 
     `opened` is told of every stream before its first event.
     """
+
+    def open_call(call: Call) -> Awaitable[AsyncStream]:
+        return open_stream(bus, call, retry, limits)
+
     if len(calls) == 1:
-        stream = await open_stream(bus, calls[0])
+        stream = await open_call(calls[0])
         opened(stream)
         try:
             async for arrived in stream:
@@ -145,7 +165,7 @@ async def generate(
         return
     events: asyncio.Queue[ChoiceEvent | BaseException] = asyncio.Queue(_MERGE_EVENTS)
     tasks = [
-        asyncio.create_task(_pump(bus, index, call, opened, events))
+        asyncio.create_task(_pump(partial(open_call, call), index, opened, events))
         for index, call in enumerate(calls)
     ]
     try:
@@ -163,14 +183,13 @@ async def generate(
 
 
 async def _pump(
-    bus: AsyncClient,
+    open_it: Callable[[], Awaitable[AsyncStream]],
     index: int,
-    call: Call,
     opened: Opened,
     events: asyncio.Queue[ChoiceEvent | BaseException],
 ) -> None:
     try:
-        stream = await open_stream(bus, call)
+        stream = await open_it()
         opened(stream)
         try:
             async for event in stream:

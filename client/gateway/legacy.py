@@ -32,11 +32,11 @@ from broker.protocol.errors import ErrorCode
 from broker.protocol.limits import DEFAULT_WINDOW_TOKENS
 from broker.protocol.messages import Attachment, FinishReason, Kind, Message, Params, Request
 from client import End
+from client.gateway.answers import IMPOSSIBLE, pick_seed
 from client.gateway.convert import Call
 from client.gateway.errors import GatewayError, describe, invalid, too_large
 from client.gateway.generation import RETRY, Delta, Finish, Prompted
 from client.gateway.openai_models import visible_models
-from client.gateway.openai_shared import IMPOSSIBLE, pick_seed
 from client.gateway.requests import parse
 from client.gateway.sse import until_disconnect
 from client.gateway.visit import Visit, route

@@ -75,10 +75,13 @@ class Metrics:
         """The request that `started` counted is over."""
         self._running -= 1
 
-    def observe(self, visit: Visit, endpoint: str, status: int, total_s: float) -> None:
-        """Count a request that is over."""
+    def observe(self, endpoint: str, status: int, total_s: float) -> None:
+        """Count an HTTP request whose last octet was sent."""
         self._requests.labels(endpoint, str(status)).inc()
         self._duration.labels(endpoint).observe(total_s)
+
+    def answered(self, visit: Visit) -> None:
+        """Count the tokens of a request that is over, its answer in the background included."""
         # Only a model that answered: clients may name what they like.
         if visit.completion_tokens or visit.prompt_tokens:
             self._tokens.labels(visit.model, "prompt").inc(visit.prompt_tokens)

@@ -16,9 +16,8 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import dataclass, replace
 
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
 from openai.types.chat import chat_completion as whole
@@ -29,70 +28,19 @@ from openai.types.chat.chat_completion_message_function_tool_call import (
 )
 from starlette.responses import JSONResponse, Response
 
-from broker.protocol.messages import FinishReason, TokenLogprob, Usage
+from broker.protocol.messages import TokenLogprob, Usage
 from client.gateway import tools
+from client.gateway.answers import ChatChoice, ChatReason, parser_for, pick_seed
 from client.gateway.convert import chat_call, seeded
 from client.gateway.errors import GatewayError, invalid
 from client.gateway.generation import ChoiceEvent, Delta, Finish
-from client.gateway.openai_shared import chat_logprobs, error_event, new_id, pick_seed, usage_of
+from client.gateway.openai_shared import chat_logprobs, error_event, usage_of
 from client.gateway.reattach import Kept, Transcript
 from client.gateway.requests import ChatRequest, parse
 from client.gateway.sse import DONE, Event, until_disconnect
 from client.gateway.visit import Visit
 
-__all__ = ["cancel_chat", "chat_completions", "parser_for", "read_chat"]
-
-
-Reason = Literal["stop", "length", "tool_calls"]
-
-
-@dataclass(slots=True)
-class _Call:
-    id: str
-    name: str
-    arguments: str = ""
-
-
-@dataclass(slots=True)
-class _Choice:
-    """One choice as far as it is known."""
-
-    parser: tools.ToolCallParser | None
-    text: str = ""
-    calls: list[_Call] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    usage: Usage | None = None
-    finish_reason: FinishReason | None = None
-
-    def take(self, event: Delta | Finish) -> list[tools.Piece]:
-        """Account for an event; returns what is new."""
-        pieces: list[tools.Piece]
-        if isinstance(event, Finish):
-            self.usage, self.finish_reason = event.end.usage, event.end.finish_reason
-            pieces = self.parser.finish() if self.parser is not None else []
-        else:
-            self.logprobs += event.logprobs or []
-            pieces = self.parser.feed(event.text) if self.parser else [tools.Text(event.text)]
-        for part in pieces:
-            match part:
-                case tools.Text():
-                    self.text += part.text
-                case tools.CallStart():
-                    self.calls.append(_Call(new_id("call_"), part.name))
-                case tools.Arguments():
-                    self.calls[part.index].arguments += part.text
-        return pieces
-
-    @property
-    def openai_finish_reason(self) -> Reason:
-        if self.finish_reason is FinishReason.LENGTH:
-            return "length"
-        return "tool_calls" if self.calls else "stop"
-
-
-def parser_for(names: Sequence[str], *, parallel: bool | None) -> tools.ToolCallParser | None:
-    """A parser where the request has tools."""
-    return tools.ToolCallParser(names, parallel=parallel is not False) if names else None
+__all__ = ["cancel_chat", "chat_completions", "read_chat"]
 
 
 async def chat_completions(visit: Visit) -> Response:
@@ -111,16 +59,19 @@ async def chat_completions(visit: Visit) -> Response:
     names = [tool["function"]["name"] for tool in call.request.tools or []]
     count = body.n or 1
     position = resumed or _Position.first(call.request.params.seed, count)
-    choices = [_Choice(parser_for(names, parallel=body.parallel_tool_calls)) for _ in range(count)]
+    choices = [
+        ChatChoice(parser_for(names, parallel=body.parallel_tool_calls)) for _ in range(count)
+    ]
     answer = _Answer(visit, body, choices, position)
     events = visit.generate([seeded(call, i) for i in range(count)])
     if body.stream:
         source = answer.stream(events)
         if visit.reattach_s is None:
             return visit.stream(source, answer.failed)
-        store = visit.gateway.store
-        transcript = Transcript(source, answer.failed, grace_s=visit.reattach_s, on_end=store.trim)
-        store.put(Kept(position.answer, visit.key.name, transcript, kind="chat"))
+        transcript = Transcript(
+            source, answer.failed, grace_s=visit.reattach_s, on_end=visit.hand_over()
+        )
+        visit.gateway.store.put(Kept(position.answer, visit.key.name, transcript, kind="chat"))
         return visit.stream(transcript.read(), answer.failed)
     for event in await until_disconnect(events, visit.request.receive):
         answer.take(event)
@@ -199,7 +150,7 @@ class _Answer:
     """One answer in the making."""
 
     def __init__(
-        self, visit: Visit, body: ChatRequest, choices: list[_Choice], position: _Position
+        self, visit: Visit, body: ChatRequest, choices: list[ChatChoice], position: _Position
     ) -> None:
         self._visit = visit
         self._body = body
@@ -239,7 +190,7 @@ class _Answer:
         )
         return answer.model_dump_json(exclude_unset=True)
 
-    def _whole_choice(self, index: int, choice: _Choice) -> whole.Choice:
+    def _whole_choice(self, index: int, choice: ChatChoice) -> whole.Choice:
         message = ChatCompletionMessage(
             role="assistant",
             content=choice.text if choice.text or not choice.calls else None,
@@ -321,7 +272,7 @@ class _Answer:
         return Event(chunk.model_dump_json(exclude_unset=True), id=str(position))
 
     @staticmethod
-    def _deltas(choice: _Choice, pieces: list[tools.Piece]) -> Iterator[piece.ChoiceDelta]:
+    def _deltas(choice: ChatChoice, pieces: list[tools.Piece]) -> Iterator[piece.ChoiceDelta]:
         for part in pieces:
             match part:
                 case tools.Text():
@@ -349,7 +300,7 @@ class _Answer:
         delta: piece.ChoiceDelta,
         logprobs: list[TokenLogprob] | None = None,
         *,
-        finish_reason: Reason | None = None,
+        finish_reason: ChatReason | None = None,
     ) -> Event:
         choice = piece.Choice(index=index, delta=delta, finish_reason=finish_reason)
         if self._body.logprobs:

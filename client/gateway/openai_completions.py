@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
 from typing import Literal
 
 from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.completion_choice import Logprobs
 from starlette.responses import Response
 
-from broker.protocol.messages import FinishReason, TokenLogprob, Usage
+from broker.protocol.messages import TokenLogprob
+from client.gateway.answers import TextChoice, best_of, new_id, pick_seed
 from client.gateway.convert import completion_calls, seeded
 from client.gateway.errors import GatewayError
-from client.gateway.generation import ChoiceEvent, Delta, Finish, Prompted
-from client.gateway.openai_shared import IMPOSSIBLE, error_event, new_id, pick_seed, usage_of
+from client.gateway.generation import ChoiceEvent, Delta, Finish
+from client.gateway.openai_shared import error_event, usage_of
 from client.gateway.requests import CompletionRequest, parse
 from client.gateway.sse import DONE, Event, until_disconnect
 from client.gateway.visit import Visit
@@ -39,22 +39,6 @@ async def completions(visit: Visit) -> Response:
     return Response(answer.complete(), media_type="application/json")
 
 
-@dataclass(slots=True)
-class _Choice:
-    text: str = ""
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    #: Characters before the first token of the next log-probabilities.
-    offset: int = 0
-    usage: Usage = field(default_factory=Usage)
-    finish_reason: Literal["stop", "length"] = "stop"
-
-    @property
-    def mean_logprob(self) -> float:
-        """What `best_of` goes by."""
-        known = [token.logprob for token in self.logprobs if token.logprob is not None]
-        return sum(known) / len(known) if known else IMPOSSIBLE
-
-
 class _Answer:
     def __init__(
         self, visit: Visit, body: CompletionRequest, prompts: int, candidates: int
@@ -63,46 +47,28 @@ class _Answer:
         self._body = body
         self._prompts = prompts
         self._candidates = candidates
-        self._choices = [_Choice() for _ in range(prompts * candidates)]
+        prompt_only = body.max_tokens == 0
+        self._choices = [TextChoice(prompt_only) for _ in range(prompts * candidates)]
         self._id = new_id("cmpl-")
         self._created = int(time.time())
-        #: With `max_tokens: 0` the one token that the bus makes is not part of the answer.
-        self._prompt_only = body.max_tokens == 0
         options = body.stream_options
         self._with_usage = options is not None and bool(options.include_usage)
 
     def take(self, event: ChoiceEvent) -> tuple[str, list[TokenLogprob]]:
         """Account for one event; returns the new text and log-probabilities of its choice."""
         choice = self._choices[event.choice]
-        text, logprobs = "", []
-        match event:
-            case Prompted():
-                text, logprobs = event.prompt.text, event.prompt.logprobs or []
-            case Delta() if not self._prompt_only:
-                self._visit.saw_token()
-                text, logprobs = event.text, event.logprobs or []
-            case Finish():
-                choice.usage = event.end.usage
-                if self._prompt_only:
-                    choice.usage = Usage(prompt_tokens=event.end.usage.prompt_tokens)
-                stopped = event.end.finish_reason is FinishReason.STOP
-                choice.finish_reason = "stop" if stopped else "length"
-                self._visit.completion_tokens += choice.usage.completion_tokens
-                if event.choice % self._candidates == 0:
-                    self._visit.prompt_tokens += choice.usage.prompt_tokens
-        choice.text += text
-        choice.logprobs += logprobs
+        text, logprobs = choice.take(event)
+        if isinstance(event, Delta) and not choice.prompt_only:
+            self._visit.saw_token()
+        elif isinstance(event, Finish):
+            self._visit.completion_tokens += choice.usage.completion_tokens
+            if event.choice % self._candidates == 0:
+                self._visit.prompt_tokens += choice.usage.prompt_tokens
         return text, logprobs
 
     def complete(self) -> str:
         """The answer that is not streamed: the best `n` candidates of each prompt."""
-        kept: list[_Choice] = []
-        for prompt in range(self._prompts):
-            first = prompt * self._candidates
-            candidates = self._choices[first : first + self._candidates]
-            if self._candidates > (self._body.n or 1):
-                candidates.sort(key=lambda choice: -choice.mean_logprob)
-            kept += candidates[: self._body.n or 1]
+        kept = best_of(self._choices, self._candidates, self._body.n or 1)
         answer = Completion(
             id=self._id,
             object="text_completion",
@@ -170,7 +136,7 @@ class _Answer:
             chunk.usage = usage
         return chunk.model_dump_json(exclude_unset=True, warnings=False)
 
-    def _logprobs(self, choice: _Choice, tokens: list[TokenLogprob]) -> Logprobs | None:
+    def _logprobs(self, choice: TextChoice, tokens: list[TokenLogprob]) -> Logprobs | None:
         if self._body.logprobs is None:
             return None
         texts, offsets = [], []

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import sys
-from array import array
 from typing import Any
 
 from openai.types import CreateEmbeddingResponse, Embedding
 from openai.types.create_embedding_response import Usage
 from starlette.responses import Response
 
+from client.gateway.answers import packed
 from client.gateway.generation import RETRY
 from client.gateway.requests import EmbeddingRequest, parse, texts_of
 from client.gateway.sse import until_disconnect
 from client.gateway.visit import Visit
 
-__all__ = ["embeddings", "packed"]
+__all__ = ["embeddings"]
 
 
 async def embeddings(visit: Visit) -> Response:
@@ -51,11 +49,3 @@ async def embeddings(visit: Visit) -> Response:
     )
     octets = await asyncio.to_thread(answer.model_dump_json, warnings=False)
     return Response(octets, media_type="application/json")
-
-
-def packed(vector: array[float]) -> str:
-    """A vector as base64 of little-endian 32-bit floats."""
-    if sys.byteorder == "big":
-        vector = array("f", vector)
-        vector.byteswap()
-    return base64.b64encode(vector.tobytes()).decode()

@@ -26,11 +26,11 @@ from starlette.responses import JSONResponse, Response
 from broker.protocol.messages import FinishReason, TokenLogprob, Usage
 from client.gateway import requests as http
 from client.gateway import tools
+from client.gateway.answers import new_id, parser_for, pick_seed
 from client.gateway.convert import Call, chat_call
 from client.gateway.errors import GatewayError, describe, invalid
 from client.gateway.generation import ChoiceEvent, Delta, Finish
-from client.gateway.openai_chat import parser_for
-from client.gateway.openai_shared import chat_logprobs, new_id, pick_seed
+from client.gateway.openai_shared import chat_logprobs
 from client.gateway.reattach import Kept, Transcript
 from client.gateway.requests import parse
 from client.gateway.responses_input import ResponseRequest, as_chat
@@ -72,9 +72,7 @@ async def create_response(visit: Visit) -> Response:
     kept = Kept(making.id, visit.key.name, None, making, len(msgspec.json.encode(chat)))
     kept.kind = "response"
     if body.background:
-        kept.transcript = Transcript(
-            source, making.failed, grace_s=None, on_end=visit.gateway.store.trim
-        )
+        kept.transcript = Transcript(source, making.failed, grace_s=None, on_end=visit.hand_over())
         store.put(kept)
         if body.stream:
             return visit.stream(kept.transcript.read(), making.failed)

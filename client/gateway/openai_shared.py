@@ -1,11 +1,10 @@
-"""What OpenAI's endpoints have in common: usage, log-probabilities, seeds, ids, the last events.
+"""What OpenAI's endpoints have in common: usage, log-probabilities, the last events.
 
 Shapes are the types of the `openai` package, so that conformity is theirs.
 """
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable
 
 import msgspec
@@ -15,23 +14,11 @@ from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from openai.types.completion_usage import PromptTokensDetails
 
 from broker.protocol.messages import TokenLogprob, Usage
+from client.gateway.answers import IMPOSSIBLE
 from client.gateway.errors import GatewayError, error_body
 from client.gateway.sse import Event
 
-__all__ = ["IMPOSSIBLE", "chat_logprobs", "error_event", "new_id", "pick_seed", "usage_of"]
-
-#: Stands for minus infinity, as OpenAI's API has it.
-IMPOSSIBLE = -9999.0
-
-
-def new_id(prefix: str) -> str:
-    """An id that nobody guesses: who knows it may read the answer again."""
-    return f"{prefix}{secrets.token_hex(16)}"
-
-
-def pick_seed(given: int | None) -> int:
-    """The caller's seed, or a fresh one that survives JSON."""
-    return secrets.randbelow(1 << 53) if given is None else given
+__all__ = ["chat_logprobs", "error_event", "usage_of"]
 
 
 def usage_of(ends: Iterable[Usage], *, prompts: int = 1) -> CompletionUsage:

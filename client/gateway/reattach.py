@@ -35,7 +35,7 @@ class Transcript:
         on_error: Callable[[GatewayError], list[Event]],
         *,
         grace_s: float | None,
-        on_end: Callable[[], None] = lambda: None,
+        on_end: Callable[[], None],
     ) -> None:
         """`grace_s`: how long it runs while nobody reads; None: to its end."""
         self._events: list[Event] = []
@@ -96,8 +96,10 @@ class Transcript:
         finally:
             self._readers -= 1
             if not self._readers and not self.over and self._grace_s is not None:
+                # Without an event nobody knows what to come back for.
+                wait_s = self._grace_s if self._events else 0.0
                 loop = asyncio.get_running_loop()
-                self._giving_up = loop.call_later(self._grace_s, self._task.cancel)
+                self._giving_up = loop.call_later(wait_s, self._task.cancel)
 
     def cancel(self) -> None:
         """Stop it now, at the worker too."""
@@ -143,10 +145,6 @@ class Store:
     def put(self, kept: Kept) -> None:
         """Keep an answer; the oldest finished ones make room."""
         self._entries[kept.id] = kept
-        self.trim()
-
-    def trim(self) -> None:
-        """Keep the bounds. Called when answers grew."""
         size = sum(kept.size_bytes for kept in self._entries.values())
         for id_, kept in list(self._entries.items()):
             if len(self._entries) <= self.max_entries and size <= self.max_bytes:

@@ -30,7 +30,7 @@ from client import AsyncStream
 from client.gateway.convert import Call
 from client.gateway.errors import GatewayError, describe, error_response, invalid, too_large
 from client.gateway.generation import ChoiceEvent, generate
-from client.gateway.keys import ANYBODY, Key
+from client.gateway.keys import ANYBODY, Key, Usage
 from client.gateway.sse import Event, EventStream
 
 if TYPE_CHECKING:
@@ -62,6 +62,10 @@ class Visit:
     completion_tokens: int = 0
     #: As the logs of broker and workers show the requests that this one became.
     bus_requests: list[str] = field(default_factory=list)
+    #: The key's account, while this request counts in it.
+    account: Usage | None = None
+    #: An answer that may outlive this request ends the visit in its stead.
+    handed_over: bool = False
     started_s: float = field(default_factory=time.monotonic)
     first_token_s: float | None = None
 
@@ -128,6 +132,17 @@ class Visit:
             ],
             self._opened,
         )
+
+    def hand_over(self) -> Callable[[], None]:
+        """The visit lasts until the function returned is called, not only to the answer's end."""
+        self.handed_over = True
+        return self.close
+
+    def close(self) -> None:
+        """What was asked for is over: the key's account and the figures are told."""
+        self.gateway.metrics.answered(self)
+        if self.account is not None:
+            self.account.finished()
 
     def _opened(self, stream: AsyncStream) -> None:
         self.bus_requests.append(stream.request_id)
@@ -247,7 +262,6 @@ class Endpoint:
             request_id = f"req-{secrets.token_hex(12)}"
         visit = Visit(gateway, request, request_id, ANYBODY)
         outcome = 500
-        admitted = None
 
         async def tell(message: Message) -> None:
             nonlocal outcome
@@ -269,7 +283,7 @@ class Endpoint:
                 if self._counted:
                     account = gateway.keys.usage(visit.key)
                     account.admit(visit.key, time.monotonic())
-                    admitted = account
+                    visit.account = account
             gateway.metrics.started()
             try:
                 response = await self._handler(visit)
@@ -284,13 +298,13 @@ class Endpoint:
             visit.remember(describe(error))
             await error_response(error, request_id)(scope, receive, tell)
         finally:
-            if admitted is not None:
-                admitted.finished()
             self._account(visit, outcome)
+            if not visit.handed_over:
+                visit.close()
 
     def _account(self, visit: Visit, outcome: int) -> None:
         total_s = time.monotonic() - visit.started_s
-        visit.gateway.metrics.observe(visit, self._path, outcome, total_s)
+        visit.gateway.metrics.observe(self._path, outcome, total_s)
         if self._counted:
             log.info(
                 "request id=%s bus=%s path=%s key=%s model=%s status=%d "

@@ -161,6 +161,28 @@ def test_keys_are_asked_for_everywhere_but_at_the_doors(
         boss_client.responses.retrieve(made.id)
 
 
+def test_an_answer_in_the_background_counts_until_it_is_over(
+    make_gateway: Callable[..., GatewayProcess], tmp_path: Path
+) -> None:
+    path = tmp_path / "keys.toml"
+    key = add_key(path, "alice", concurrency=1)
+    client = make_gateway("--keys", str(path)).openai(api_key=key)
+    made = client.responses.create(
+        model=MODEL,
+        input="[[echo mode=sampled answer_tokens=900 step_delay_ms=20]]x",
+        background=True,
+    )
+    with pytest.raises(openai.RateLimitError):
+        client.responses.create(model=MODEL, input="x")
+    client.responses.cancel(made.id)
+    assert client.responses.create(model=MODEL, input="x").output_text == "x"
+    scrape = httpx.get(
+        f"{str(client.base_url).removesuffix('v1/')}metrics",
+        headers={"authorization": f"Bearer {key}"},
+    )
+    assert 'kind="prompt",model="echo"' in scrape.text
+
+
 def test_the_command_line_manages_keys(tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -253,7 +275,7 @@ def test_a_foreign_name_of_this_machine_is_refused(http: httpx.Client) -> None:
     assert http.get("/v1/models", headers={"host": "evil.example"}).status_code == 400
 
 
-def test_pages_of_other_origins_only_where_allowed(
+def test_pages_of_other_origins_and_large_bodies_only_where_allowed(
     http: httpx.Client, make_gateway: Callable[..., GatewayProcess]
 ) -> None:
     ask = {
@@ -262,16 +284,12 @@ def test_pages_of_other_origins_only_where_allowed(
         "access-control-request-headers": "authorization,content-type",
     }
     assert "access-control-allow-origin" not in http.get("/v1/models", headers=ask).headers
-    gateway = make_gateway("--cors-origins", "https://app.example")
+    gateway = make_gateway("--cors-origins", "https://app.example", "--body-bytes", "1000")
     with gateway.http() as allowed:
         answer = allowed.options("/v1/chat/completions", headers=ask)
         assert answer.headers["access-control-allow-origin"] == "https://app.example"
         other = allowed.get("/v1/models", headers={"origin": "https://other.example"})
         assert "access-control-allow-origin" not in other.headers
-
-
-def test_a_body_beyond_the_limit_is_refused(make_gateway: Callable[..., GatewayProcess]) -> None:
-    gateway = make_gateway("--body-bytes", "1000")
     with pytest.raises(openai.APIStatusError) as caught:
         gateway.openai().chat.completions.create(
             model=MODEL, messages=[{"role": "user", "content": "x" * 2000}]
@@ -327,7 +345,7 @@ def test_an_unsafe_or_impossible_option_is_refused(arguments: list[str], words: 
         parse_args(arguments, {})
 
 
-def test_tls_is_served_where_a_certificate_is_given(
+def test_tls_is_served_where_a_certificate_is_given_on_ipv6_as_well(
     make_gateway: Callable[..., GatewayProcess], tmp_path: Path
 ) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
@@ -338,7 +356,8 @@ def test_tls_is_served_where_a_certificate_is_given(
         check=True,
         capture_output=True,
     )
-    gateway = make_gateway("--tls-cert", str(cert), "--tls-key", str(key))
-    assert gateway.url.startswith("https://")
+    gateway = make_gateway("--host", "::1", "--tls-cert", str(cert), "--tls-key", str(key))
+    assert gateway.url.startswith("https://[::1]:")
     with gateway.http(verify=False) as http:
-        assert http.get("/v1/models").status_code == 200
+        address = http.post("/get_worker_address", json={"model": MODEL}).json()
+        assert address == {"address": gateway.url}

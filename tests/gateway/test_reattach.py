@@ -11,7 +11,7 @@ import pytest
 
 from tests.gateway.conftest import MODEL, GatewayProcess
 from tests.gateway.test_chat import CALL, TOOLS
-from tests.harness import wait_until
+from tests.harness import Bus, wait_until
 
 PATH = "/v1/chat/completions"
 
@@ -118,6 +118,37 @@ def test_a_lost_reader_that_does_not_come_back_frees_the_slot(
     read(http, json=long, headers={"x-reattach": "0.3"}, stop_after=3)
     assert gateway.bus.running() == 1
     wait_until(lambda: gateway.bus.running() == 0, "a free slot", 5)
+
+
+def test_a_reader_that_leaves_before_the_first_token_cannot_come_back(
+    gateway: GatewayProcess, http: httpx.Client
+) -> None:
+    waiting = body("[[echo prefill_ms=20000]]x")
+    with pytest.raises(httpx.ReadTimeout):
+        http.post(PATH, json=waiting, headers={"x-reattach": "50"}, timeout=0.15)
+    wait_until(lambda: gateway.bus.running() == 0, "a free slot", 5)
+
+
+def test_a_stream_outlives_its_worker_and_its_broker(
+    make_bus: Callable[..., Bus], make_gateway: Callable[..., GatewayProcess]
+) -> None:
+    own = make_bus(workers=2)
+    asked = body("[[echo mode=sampled answer_tokens=80 step_delay_ms=15]]x", seed=9)
+    with make_gateway(bus=own).http() as http:
+        whole = texts(read(http, json=asked), 1)
+        found = []
+        with http.stream("POST", PATH, json=asked) as answer:
+            for event in events(answer):
+                found.append(event)
+                if len(found) == 10:
+                    [running] = [row["name"] for row in own.worker_rows() if row["running"]]
+                    own.workers.pop(running).kill()
+                if len(found) == 40:
+                    assert own.broker is not None
+                    own.broker.kill()
+                    own.start_broker()
+        assert texts(found, 1) == whole
+        assert found[-1][1] == "[DONE]"
 
 
 def test_a_kept_answer_is_cancelled_by_name(gateway: GatewayProcess, http: httpx.Client) -> None:

@@ -19,9 +19,12 @@ let reattachS = 30;
 let follow = true; // the end of the conversation stays in sight
 let onUnauthorized = () => {};
 
+// `crypto.randomUUID` and the clipboard are kept from pages that come over plain http from afar.
+const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (octet) => octet.toString(16).padStart(2, "0")).join("");
+
 const fresh = () => {
   const last = JSON.parse(localStorage.getItem(LAST) ?? "{}");
-  return { id: crypto.randomUUID(), title: "", updated: Date.now(), model: last.model ?? "", settings: last.settings ?? {}, messages: [] };
+  return { id: newId(), title: "", updated: Date.now(), model: last.model ?? "", settings: last.settings ?? {}, messages: [] };
 };
 
 // --- start ---------------------------------------------------------------------------------------
@@ -190,7 +193,7 @@ function fill(node, message, index) {
     if (message.problem) children.push(h("div", { class: "problem", role: "alert" }, h("strong", {}, message.problem.title), h("span", {}, message.problem.text)));
   }
   if (!busy) {
-    const copy = message.text ? action("copy", "Copy", () => navigator.clipboard.writeText(message.text)) : null;
+    const copy = message.text && navigator.clipboard ? action("copy", "Copy", () => navigator.clipboard.writeText(message.text)) : null;
     const edit = message.role === "user" ? action("edit", "Edit and ask again", () => editMessage(node, message, index)) : null;
     const again = message.role === "assistant" && index === talk.messages.length - 1 ? action("again", "Answer again", () => regenerate(index)) : null;
     const facts = message.facts ? h("span", { class: "facts" }, message.facts) : null;

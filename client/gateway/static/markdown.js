@@ -71,7 +71,7 @@ function codeBlock(language, text) {
   return h(
     "figure",
     { class: "code" },
-    h("figcaption", {}, h("span", {}, language || "text"), copy),
+    h("figcaption", {}, h("span", {}, language || "text"), navigator.clipboard ? copy : null),
     h("pre", { tabindex: "0" }, h("code", {}, text)),
   );
 }

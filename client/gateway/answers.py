@@ -1,0 +1,162 @@
+"""What becomes of the bus's events before any API gives them a shape: choices, ids, seeds, vectors.
+
+Shared by the gateway's endpoints and by `python -m client batch`, so it must never import what
+only the extra `gateway` installs.
+"""
+
+from __future__ import annotations
+
+import base64
+import secrets
+import sys
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from broker.protocol.messages import FinishReason, TokenLogprob, Usage
+from client.gateway import tools
+from client.gateway.generation import ChoiceEvent, Delta, Finish, Prompted
+
+__all__ = [
+    "IMPOSSIBLE",
+    "Call",
+    "ChatChoice",
+    "ChatReason",
+    "TextChoice",
+    "best_of",
+    "new_id",
+    "packed",
+    "parser_for",
+    "pick_seed",
+]
+
+#: Stands for minus infinity, as OpenAI's API has it.
+IMPOSSIBLE: Final = -9999.0
+
+ChatReason = Literal["stop", "length", "tool_calls"]
+
+
+def new_id(prefix: str) -> str:
+    """An id that nobody guesses: who knows it may read the answer again."""
+    return f"{prefix}{secrets.token_hex(16)}"
+
+
+def pick_seed(given: int | None) -> int:
+    """The caller's seed, or a fresh one that survives JSON."""
+    return secrets.randbelow(1 << 53) if given is None else given
+
+
+def packed(vector: array[float]) -> str:
+    """A vector as base64 of little-endian 32-bit floats."""
+    if sys.byteorder == "big":
+        vector = array("f", vector)
+        vector.byteswap()
+    return base64.b64encode(vector.tobytes()).decode()
+
+
+# --- chat -----------------------------------------------------------------------------------------
+
+
+def parser_for(names: Sequence[str], *, parallel: bool | None) -> tools.ToolCallParser | None:
+    """A parser where the request has tools."""
+    return tools.ToolCallParser(names, parallel=parallel is not False) if names else None
+
+
+@dataclass(slots=True)
+class Call:
+    """A tool call of an answer."""
+
+    id: str
+    name: str
+    arguments: str = ""
+
+
+@dataclass(slots=True)
+class ChatChoice:
+    """One choice of a chat as far as it is known."""
+
+    parser: tools.ToolCallParser | None
+    text: str = ""
+    calls: list[Call] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    usage: Usage | None = None
+    finish_reason: FinishReason | None = None
+
+    def take(self, event: Delta | Finish) -> list[tools.Piece]:
+        """Account for an event; returns what is new."""
+        pieces: list[tools.Piece]
+        if isinstance(event, Finish):
+            self.usage, self.finish_reason = event.end.usage, event.end.finish_reason
+            pieces = self.parser.finish() if self.parser is not None else []
+        else:
+            self.logprobs += event.logprobs or []
+            pieces = self.parser.feed(event.text) if self.parser else [tools.Text(event.text)]
+        for part in pieces:
+            match part:
+                case tools.Text():
+                    self.text += part.text
+                case tools.CallStart():
+                    self.calls.append(Call(new_id("call_"), part.name))
+                case tools.Arguments():
+                    self.calls[part.index].arguments += part.text
+        return pieces
+
+    @property
+    def openai_finish_reason(self) -> ChatReason:
+        """The finish reason in OpenAI's words."""
+        if self.finish_reason is FinishReason.LENGTH:
+            return "length"
+        return "tool_calls" if self.calls else "stop"
+
+
+# --- completions ----------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class TextChoice:
+    """One choice of a completion as far as it is known."""
+
+    #: With `max_tokens: 0` the one token that the bus makes is not part of the answer.
+    prompt_only: bool = False
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    #: Characters before the first token of the next log-probabilities.
+    offset: int = 0
+    usage: Usage = field(default_factory=Usage)
+    finish_reason: Literal["stop", "length"] = "stop"
+
+    def take(self, event: ChoiceEvent) -> tuple[str, list[TokenLogprob]]:
+        """Account for an event; returns the new text and log-probabilities."""
+        text, logprobs = "", []
+        match event:
+            case Prompted():
+                text, logprobs = event.prompt.text, event.prompt.logprobs or []
+            case Delta() if not self.prompt_only:
+                text, logprobs = event.text, event.logprobs or []
+            case Finish():
+                self.usage = event.end.usage
+                if self.prompt_only:
+                    self.usage = Usage(prompt_tokens=event.end.usage.prompt_tokens)
+                stopped = event.end.finish_reason is FinishReason.STOP
+                self.finish_reason = "stop" if stopped else "length"
+        self.text += text
+        self.logprobs += logprobs
+        return text, logprobs
+
+    @property
+    def mean_logprob(self) -> float:
+        """What `best_of` goes by."""
+        known = [token.logprob for token in self.logprobs if token.logprob is not None]
+        return sum(known) / len(known) if known else IMPOSSIBLE
+
+
+def best_of(choices: Sequence[TextChoice], candidates: int, wanted: int) -> list[TextChoice]:
+    """The best `wanted` of every `candidates` choices, which belong to one prompt."""
+    kept: list[TextChoice] = []
+    for first in range(0, len(choices), candidates):
+        of_prompt = list(choices[first : first + candidates])
+        if candidates > wanted:
+            of_prompt.sort(key=lambda choice: -choice.mean_logprob)
+        kept += of_prompt[:wanted]
+    return kept
