@@ -55,6 +55,7 @@ class Exchange:
         "first_token_s",
         "heard_s",
         "held_s",
+        "holder",
         "id",
         "lost_workers",
         "made_s",
@@ -102,6 +103,8 @@ class Exchange:
         self.resumed = 0
         self.lost_workers: list[str] = []
         self.worker = ""
+        #: The worker that ran it last, as long as nobody said that it does not have it any more.
+        self.holder = ""
         self.position = 0
 
         self.token_ids: list[int] = []
@@ -130,6 +133,7 @@ class Exchange:
                 text_characters=self.text_characters,
                 prompt_seen=self.prompt_seen,
                 lost_workers=self.lost_workers,
+                holder=self.holder,
             )
         return msgspec.structs.replace(
             self.request,

@@ -381,6 +381,7 @@ class ClientSession:
     def _failed(self, exchange: Exchange, error: ErrorInfo) -> None:
         """The bus said FAIL: final, unless the policy says to try again."""
         self._at_broker.discard(exchange.id)
+        exchange.holder = ""
         if error.retryable and error.code in exchange.retry.codes:
             self._recover(exchange, error)
         else:
@@ -461,7 +462,7 @@ class ClientSession:
             exchange.position = accepted.position
             self._deliver(request_id, events.Queued(accepted.position))
         elif exchange.worker != accepted.worker or exchange.phase is not Phase.RUNNING:
-            exchange.worker = accepted.worker
+            exchange.worker = exchange.holder = accepted.worker
             self._started(exchange)
 
     def _started(self, exchange: Exchange) -> None:
@@ -484,6 +485,7 @@ class ClientSession:
         if interrupted.lost and interrupted.worker:
             exchange.lost_workers.append(interrupted.worker)
         exchange.worker = interrupted.worker
+        exchange.holder = ""
         if interrupted.error.code in exchange.retry.codes:
             self._recover(exchange, interrupted.error)
         else:

@@ -48,22 +48,29 @@ class Connection:
         "_opened_s",
         "_sent_sequence",
         "announced",
+        "answered",
         "assigned",
+        "assigned_order",
         "beat_at_s",
         "blocked",
         "granted",
+        "granted_order",
         "held",
         "index",
         "interval_s",
         "liveness",
         "models_told",
         "name",
+        "recalled",
+        "recalled_told",
+        "returned",
         "routes",
         "session",
         "silent",
         "state",
         "told_absent",
         "until_s",
+        "waiting",
     )
 
     def __init__(self, index: int, generator: random.Random, now_s: float) -> None:
@@ -92,6 +99,17 @@ class Connection:
         self.granted = 0
         self.announced = 0
         self.assigned = 0
+        #: Requests that wait at the broker for this worker, by its latest word.
+        self.waiting = 0
+        #: Credit that the broker was asked to give back, as last told, as far as it has answered,
+        #: and what it gave. All cumulative.
+        self.recalled = 0
+        self.recalled_told = 0
+        self.answered = 0
+        self.returned = 0
+        #: Numbers of the last grant and of the last ASSIGN of the whole worker that were its.
+        self.granted_order = 0
+        self.assigned_order = 0
         #: The broker knows the engine's models and capacity.
         self.models_told = False
         self.routes: dict[bytes, Route] = {}
@@ -155,7 +173,13 @@ class Connection:
     @property
     def unused(self) -> int:
         """Credit that the broker has not spent."""
-        return self.granted - self.assigned
+        return self.granted - self.assigned - self.returned
+
+    @property
+    def wanted(self) -> int:
+        """Slots that the broker could use beyond its credit; negative: credit that nobody there
+        waits for."""
+        return self.waiting - self.unused
 
     def deadline_s(self) -> float:
         """When something is due, if nothing happens before."""

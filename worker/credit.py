@@ -1,21 +1,14 @@
 """How the slots of one worker become credit at several brokers (SPEC.md section 7).
 
-Credit is cumulative and never falls: what a broker was granted and does not spend cannot be taken
-back: it moves only with a new session. Must never send anything: it counts.
+Every free slot is granted to some broker, so that a request never waits for a grant. Where another
+broker has requests waiting, credit that an idle one does not need is asked back. Must never send
+anything: it counts.
 """
 
 from __future__ import annotations
 
-import math
-
+from broker.protocol.errors import ProtocolError
 from worker.connection import Connection
-
-STARVED_S = 2.0
-"""A broker without credit for so long may have some that an idle one sits on."""
-RENEW_INTERVAL_S = 10.0
-"""Between two renewals of an idle session for that."""
-RENEWAL_S = 3.0
-"""How long the credit of a broker whose session is renewed is kept for it."""
 
 
 class CreditPool:
@@ -23,45 +16,54 @@ class CreditPool:
 
     def __init__(self, connections: list[Connection]) -> None:
         self._connections = connections
-        #: Since when some open session has had no credit to spend.
-        self._starved_s = math.inf
-        #: The connection whose session was renewed last, and when.
-        self._renewed: Connection | None = None
-        self._renewed_s = -math.inf
+        self._grants = 0
+        self._assigns = 0
 
-    def distribute(self, slots: int, now_s: float) -> None:
-        """Grant what is left of `slots` (those that no request takes), each to the broker that has
-        the least to spend. A broker whose session is being renewed gets its share when it is back.
+    def distribute(self, slots: int) -> None:
+        """Grant what is left of `slots` (those that no request takes): first, in turn, to brokers
+        where more waits than they may spend; then to whoever has least to spend, and of equals to
+        the one that used it last, which will likely need it again."""
+        open_ = [connection for connection in self._connections if connection.open]
+        free = slots - sum(connection.unused for connection in open_)
+        for _ in range(free if open_ else 0):
+            taker = min(open_, key=_rank)
+            taker.granted += 1
+            self._grants += 1
+            taker.granted_order = self._grants
+
+    def spent(self, connection: Connection) -> None:
+        """ASSIGN came. The broker counts what waits there in the same way."""
+        self._assigns += 1
+        connection.assigned += 1
+        connection.assigned_order = self._assigns
+        connection.waiting = max(0, connection.waiting - 1)
+
+    def heard(self, connection: Connection, waiting: int, recalled: int, returned: int) -> None:
+        """A broker's HEARTBEAT. Raises `ProtocolError`."""
+        connection.waiting = waiting
+        more = returned - connection.returned
+        if more > max(0, connection.unused) or recalled > connection.recalled:
+            raise ProtocolError(f"the broker gives back {more} of {connection.unused} credit")
+        if more > 0:
+            connection.returned = returned
+        connection.answered = max(connection.answered, recalled)
+
+    def recall(self) -> None:
+        """Ask idle brokers for credit that others wait for.
+
+        A broker is asked for more only when it has answered; what it had spent meanwhile it keeps.
         """
-        returning = self._renewed if now_s < self._renewed_s + RENEWAL_S else None
-        shares = {
-            connection.index: connection.unused
-            for connection in self._connections
-            if connection.open or connection is returning
-        }
-        for _ in range(slots - sum(shares.values()) if shares else 0):
-            index = min(shares, key=lambda index: (shares[index], index))
-            shares[index] += 1
-            if self._connections[index].open:
-                self._connections[index].granted += 1
+        open_ = [connection for connection in self._connections if connection.open]
+        need = sum(max(0, connection.wanted) for connection in open_)
+        need -= sum(connection.recalled - connection.answered for connection in open_)
+        for connection in sorted(open_, key=lambda connection: -connection.unused):
+            spare = min(need, -connection.wanted)
+            if spare > 0 and connection.recalled == connection.answered:
+                connection.recalled += spare
+                need -= spare
 
-    def surplus(self, now_s: float) -> Connection | None:
-        """An idle session that is to be renewed, so that its credit is shared anew.
 
-        Only for the sake of a broker that had none to spend for a while: a new session costs the
-        idle broker a moment without this worker.
-        """
-        takers = [connection for connection in self._connections if connection.open]
-        if len(takers) < 2 or min(connection.unused for connection in takers) > 0:
-            self._starved_s = math.inf
-            return None
-        self._starved_s = min(self._starved_s, now_s)
-        rested = now_s - self._renewed_s >= RENEW_INTERVAL_S
-        if not rested or now_s - self._starved_s < STARVED_S:
-            return None
-        for connection in takers:
-            if connection.unused >= 2 and connection.idle:
-                self._renewed, self._renewed_s = connection, now_s
-                self._starved_s = math.inf
-                return connection
-        return None
+def _rank(connection: Connection) -> tuple[int, int, int]:
+    if connection.wanted > 0:
+        return 0, connection.unused, connection.granted_order
+    return 1, connection.unused, -connection.assigned_order

@@ -239,6 +239,7 @@ class WorkerCore:
             engine=capabilities.engine if capabilities else settings.engine,
             device=capabilities.device if capabilities else settings.device,
             holds=holds,
+            brokers=len(settings.brokers),
         )
         connection.greeting(now_s)
         self._send(connection, MessageType.HELLO, connection.session, hello, now_s)
@@ -277,14 +278,6 @@ class WorkerCore:
             self._requests.flush(now_s)
             goodbye = Goodbye(reason=reason, message=message[:1000])
             self._send(connection, MessageType.GOODBYE, connection.session, goodbye, now_s)
-
-    def _renew(self, connection: Connection, now_s: float) -> None:
-        """End an idle session and begin another, so that its unspent credit goes elsewhere."""
-        self._part(connection, "closed", "credit is moved to another broker", now_s)
-        self._out.append(CloseSocket(connection.index, linger=True))
-        self._requests.orphan(connection, now_s)
-        connection.lost(now_s)
-        connection.until_s = now_s
 
     def _protocol_error(self, connection: Connection, error: ProtocolError, now_s: float) -> None:
         self._part(connection, "protocol_error", str(error), now_s)
@@ -373,7 +366,8 @@ class WorkerCore:
         body = frames[1]
         match type_:
             case MessageType.HEARTBEAT:
-                codec.decode(Heartbeat, body, MAX_CONTROL_OCTETS)
+                beat = codec.decode(Heartbeat, body, MAX_CONTROL_OCTETS)
+                self._credit.heard(connection, beat.waiting, beat.recalled, beat.returned)
             case MessageType.ASSIGN:
                 if len(frames) < 3:
                     raise ProtocolError("ASSIGN without the client's body")
@@ -411,7 +405,7 @@ class WorkerCore:
     ) -> None:
         beyond = not assign.attach and connection.unused <= 0
         if not assign.attach:
-            connection.assigned += 1
+            self._credit.spent(connection)
             if beyond:
                 connection.granted += 1  # the broker's count is kept in step; no slot stands behind
         try:
@@ -490,7 +484,8 @@ class WorkerCore:
 
     def _distribute(self, now_s: float) -> None:
         if self._state is WorkerState.READY:
-            self._credit.distribute(self.capacity - self.running, now_s)
+            self._credit.recall()
+            self._credit.distribute(self.capacity - self.running)
 
     def _settle(self, now_s: float) -> None:
         """After every fact: grant what is free, send what is ready, leave when all is done."""
@@ -499,14 +494,14 @@ class WorkerCore:
         self._distribute(now_s)
         self._requests.flush(now_s)
         for connection in self._connections:
-            if connection.open and connection.announced != connection.granted:
+            if connection.open and (
+                connection.announced != connection.granted
+                or connection.recalled_told != connection.recalled
+            ):
                 connection.announced = connection.granted
-                credit = Credit(granted=connection.granted)
+                connection.recalled_told = connection.recalled
+                credit = Credit(granted=connection.granted, recalled=connection.recalled)
                 self._send(connection, MessageType.CREDIT, connection.session, credit, now_s)
-        if self._state is WorkerState.READY:
-            surplus = self._credit.surplus(now_s)
-            if surplus is not None:
-                self._renew(surplus, now_s)
         if self._state is WorkerState.DRAINING and not self._requests.unfinished:
             self._leave("drained", "", 0, now_s)
 

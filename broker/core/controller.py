@@ -213,6 +213,7 @@ class BrokerCore(BusState):
         """Forget a worker and interrupt what it ran. `lost`: it died, which counts against the
         requests; else it gave them up."""
         del self.workers[worker.routing_id]
+        self.shared.pop(worker.routing_id, None)
         self.registry.remove(worker, self.now_s)
         for route in list(worker.routes.values()):
             self.remove_route(route)
@@ -294,6 +295,7 @@ class BrokerCore(BusState):
             request.epoch = body.resume.epoch
             request.offset = len(body.resume.token_ids)
             request.lost_workers = tuple(body.resume.lost_workers)
+            request.holder = body.resume.holder
         if self.settings.placement == "affinity":
             request.prefix_key = placement.prefix_key(body)
         queue_s = self.settings.queue_s if body.queue_ms is None else body.queue_ms / 1000
@@ -319,6 +321,9 @@ class BrokerCore(BusState):
                     admission.on_model_grace,
                     request.model,
                 )
+            if recovery.awaits_holder(self, request):
+                settled_s = self.started_s + self.settings.settle_s
+                self.at(settled_s, recovery.on_settled, request.model)
             accepted = Accepted(position=queue.position(request))
             self.send(client, MessageType.ACCEPTED, request.id, codec.encode(accepted))
             self.log_request("debug", "queued", request, position=accepted.position)
@@ -382,6 +387,8 @@ class BrokerCore(BusState):
             for model in sorted(self.dirty, key=self._last_served):
                 if not self._assign_next(model):
                     self.dirty.discard(model)
+        if self.shared:
+            membership.tell_demand(self)
 
     def _last_served(self, model: str) -> int:
         queue = self.queues.get(model)
@@ -413,6 +420,8 @@ class BrokerCore(BusState):
 
     def _choose(self, request: Request, free: list[WorkerSession]) -> WorkerSession | None:
         """A free worker for the request; None: it should rather wait for another."""
+        if recovery.awaits_holder(self, request):
+            return None
         serving = list(self.registry.serving(request.model).values())
         if request.lost_workers:
             others = [worker for worker in serving if worker.name not in request.lost_workers]
@@ -423,6 +432,7 @@ class BrokerCore(BusState):
 
     def _assign(self, request: Request, worker: WorkerSession) -> None:
         worker.assigned += 1
+        worker.waiting_told = max(0, worker.waiting_told - 1)
         worker.last_assigned = next(self.numbers)
         request.assigned_s = self.now_s
         self.counters["assigned"] += 1
@@ -525,7 +535,10 @@ class BrokerCore(BusState):
             self.dirty.update(worker.models)
 
     def _on_credit(self, worker: WorkerSession, head: Header, frames: Frames) -> None:
-        self._grant(worker, self._control(Credit, frames).granted)
+        credit = self._control(Credit, frames)
+        self._grant(worker, credit.granted)
+        self._dispatch()  # what waits here goes first
+        membership.give_back(self, worker, credit.recalled)
 
     def _on_worker_heartbeat(self, worker: WorkerSession, head: Header, frames: Frames) -> None:
         beat = self._control(Heartbeat, frames)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from broker.core import recovery
 from broker.core.requests import Phase, Request
 
 if TYPE_CHECKING:
@@ -23,8 +24,9 @@ def _check_workers(core: BrokerCore) -> None:
     for routing_id, worker in core.workers.items():
         who = f"worker {worker.name}"
         assert worker.routing_id == routing_id, f"{who} stands under another routing id"
-        assert 0 <= worker.assigned <= worker.granted, (
-            f"{who}: {worker.assigned} assigned of {worker.granted} granted"
+        assert worker.assigned >= 0 and worker.returned >= 0 and worker.unspent >= 0, (
+            f"{who}: {worker.assigned} assigned and {worker.returned} given back of "
+            f"{worker.granted} granted"
         )
         for request_id, request in worker.running.items():
             assert core.requests.get(request_id) is request, (
@@ -90,9 +92,9 @@ def _check_queues(core: BrokerCore) -> None:
         assert entries, f"the queue of {model} is empty and was kept"
         assert queue.requests == len(entries), f"the queue of {model} miscounts its requests"
         assert queue.bytes == sum(entry.size_bytes for entry in entries), f"{model} miscounts bytes"
-        assert not core.registry.available(model) or all(entry.lost_workers for entry in entries), (
-            f"requests wait for {model} while a worker has a free slot"
-        )
+        assert not core.registry.available(model) or all(
+            entry.lost_workers or recovery.awaits_holder(core, entry) for entry in entries
+        ), f"requests wait for {model} while a worker has a free slot"
     total = sum(queue.bytes for queue in core.queues.values())
     assert core.queued_bytes == total, f"{core.queued_bytes} octets counted, {total} queued"
 

@@ -18,7 +18,7 @@ from broker.core.workers import WorkerSession
 from broker.protocol import codec, header, limits
 from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError, RequestError
 from broker.protocol.header import Header, MessageType
-from broker.protocol.messages import BusLimits, Goodbye, Hello, Refuse, Welcome
+from broker.protocol.messages import BusLimits, Goodbye, Heartbeat, Hello, Refuse, Welcome
 
 if TYPE_CHECKING:
     from broker.core.controller import BrokerCore
@@ -134,6 +134,8 @@ def welcome_worker(core: BrokerCore, event: MessageReceived, hello: Hello) -> No
         core.now_s,
     )
     core.workers[event.routing_id] = worker
+    if worker.shared:
+        core.shared[event.routing_id] = worker
     begin(core, worker, operator=False)
     core.registry.add(worker)
     core.dirty.update(worker.models)
@@ -198,7 +200,7 @@ def watch(core: BrokerCore, session: Session) -> None:
         core.end_session(session, f"silent for {silent_s:.1f} s", told=Goodbye(reason="silent"))
         return
     if core.now_s >= session.beat_due_s:
-        core.send(session, MessageType.HEARTBEAT, session.id, EMPTY_MAP)
+        beat(core, session)
     # Where a dead peer may not be judged yet, the next beat is the time to look again.
     dead_at_s = session.dead_at_s if session.dead_at_s > core.now_s else math.inf
     core.at(min(session.beat_due_s, dead_at_s), watch, session)
@@ -218,7 +220,43 @@ def probe_workers(core: BrokerCore, _: None) -> None:
     if core.probe_at_s == math.inf:
         core.probe_at_s = core.now_s + PROBE_SPACING_S
     for worker in core.workers.values():
-        core.send(worker, MessageType.HEARTBEAT, worker.id, EMPTY_MAP)
+        beat(core, worker)
+
+
+def beat(core: BrokerCore, session: Session) -> None:
+    """A sign of life. To a worker that other brokers use too, with what it needs to know to share
+    its slots out (SPEC.md section 7)."""
+    body = EMPTY_MAP
+    if isinstance(session, WorkerSession) and session.shared:
+        session.waiting_told = demand(core, session)
+        body = codec.encode(
+            Heartbeat(
+                waiting=session.waiting_told, recalled=session.recalled, returned=session.returned
+            )
+        )
+    core.send(session, MessageType.HEARTBEAT, session.id, body)
+
+
+def demand(core: BrokerCore, worker: WorkerSession) -> int:
+    """Requests that wait here for this worker's models."""
+    queues = (core.queues.get(model) for model in worker.models)
+    return sum(queue.requests for queue in queues if queue is not None)
+
+
+def tell_demand(core: BrokerCore) -> None:
+    """Tell workers that other brokers use too that something waits for them, or no longer."""
+    for worker in core.shared.values():
+        if (demand(core, worker) > 0) != (worker.waiting_told > 0):
+            beat(core, worker)
+
+
+def give_back(core: BrokerCore, worker: WorkerSession, recalled: int) -> None:
+    """The worker wants credit back for another broker: what nobody here needs goes. It is answered
+    even if that is nothing, so that the worker may ask again."""
+    if recalled > worker.recalled:
+        worker.returned += min(recalled - worker.recalled, worker.unspent)
+        worker.recalled = recalled
+        beat(core, worker)
 
 
 def forgive(core: BrokerCore, late_s: float) -> None:

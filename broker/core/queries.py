@@ -130,7 +130,7 @@ def _worker(core: BrokerCore, worker: WorkerSession) -> dict[str, Any]:
         "state": worker.state_name,
         "capacity": worker.capacity,
         "granted": worker.granted,
-        "assigned": worker.assigned,
+        "assigned": worker.assigned + worker.returned,
         "running": len(worker.running),
         "waiting": beat.waiting,
         "engine": worker.engine,

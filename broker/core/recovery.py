@@ -54,6 +54,13 @@ def _resume(
             return
         core.release(known)
         core.forget(known)
+    elif (holder := connected(core, facts.holder, body.model)) is not None:
+        # It came from another broker. A worker that does not have it any more will REJECT it.
+        request = Request(request_id, body.model, Phase.RUNNING, core.now_s)
+        request.order = order
+        core.requests[request_id] = request
+        _attach(core, client, request, holder, body, frames)
+        return
     if len(facts.lost_workers) >= 2:
         raise RequestError(
             ErrorCode.POISON,
@@ -65,6 +72,27 @@ def _resume(
     request = Request(request_id, body.model, Phase.QUEUED, since_s)
     request.order = order or next(core.numbers)
     core.enqueue(client, request, body, frames)
+
+
+def connected(core: BrokerCore, name: str, model: str) -> WorkerSession | None:
+    """The worker of that name, if it is here and serves the model."""
+    serving = core.registry.serving(model).values() if name else ()
+    return next((worker for worker in serving if worker.name == name), None)
+
+
+def awaits_holder(core: BrokerCore, request: Request) -> bool:
+    """A broker that has just started waits a moment for the worker that still runs a request,
+    before another one computes it again."""
+    return (
+        bool(request.holder)
+        and core.now_s < core.started_s + core.settings.settle_s
+        and connected(core, request.holder, request.model) is None
+    )
+
+
+def on_settled(core: BrokerCore, model: str) -> None:
+    """Who has not come by now is not waited for any longer."""
+    core.dirty.add(model)
 
 
 def _attach(

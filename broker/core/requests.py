@@ -46,6 +46,7 @@ class Request:
         "ended_s",
         "epoch",
         "frames",
+        "holder",
         "id",
         "keep_until_s",
         "kind",
@@ -97,6 +98,8 @@ class Request:
         #: The window that stands in the body; where it moved meanwhile, WINDOW follows ASSIGN.
         self.window_told = 0
         self.lost_workers: tuple[str, ...] = ()
+        #: The worker that ran it last and may still have it, by the client's word; empty: none.
+        self.holder = ""
         #: Of the affinity placement: equal for prompts that start alike.
         self.prefix_key = b""
         #: CANCEL was passed on to the worker.

@@ -55,6 +55,8 @@ class BusState:
         self.clients: dict[bytes, ClientSession] = {}
         self.workers: dict[bytes, WorkerSession] = {}
         self.registry = Registry()
+        #: Workers that serve other brokers too, by routing id.
+        self.shared: dict[bytes, WorkerSession] = {}
         #: Every request known, by id, in whatever phase.
         self.requests: dict[bytes, Request] = {}
         #: Waiting requests by model; an empty queue is dropped.
@@ -181,6 +183,7 @@ class BusState:
             request.frames = ()
             if not queue.requests:
                 del self.queues[request.model]
+                self.dirty.add(request.model)
         self.end_diversions(request)
         if request.worker is not None:
             request.worker.running.pop(request.id, None)

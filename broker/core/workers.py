@@ -53,11 +53,15 @@ class WorkerSession(Session):
         "granted",
         "last_assigned",
         "models",
+        "recalled",
+        "returned",
         "routes",
         "running",
+        "shared",
         "speed",
         "stalled",
         "state",
+        "waiting_told",
     )
 
     def __init__(
@@ -92,8 +96,16 @@ class WorkerSession(Session):
         self.beat = Heartbeat()
         #: Cumulative; never falls (SPEC.md section 7).
         self.granted = 0
-        #: ASSIGNs that spent credit, of this session. At most `granted`.
+        #: ASSIGNs that spent credit, of this session.
         self.assigned = 0
+        #: Credit that was given back unspent; with `assigned` at most `granted`. And what was asked
+        #: back so far. Both cumulative.
+        self.returned = 0
+        self.recalled = 0
+        #: It serves other brokers from the same slots, so it is told what waits here for it.
+        self.shared = hello.brokers > 1
+        #: What it was told, less what it got since.
+        self.waiting_told = 0
         #: A drain was ordered or announced: nothing more is assigned.
         self.draining = False
         #: When the broker ends an ordered drain itself.
@@ -114,7 +126,12 @@ class WorkerSession(Session):
         """Slots that may be assigned: credit left of a worker that is fit to take work."""
         if self.draining or self.stalled or self.state is WorkerState.LOADING:
             return 0
-        return self.granted - self.assigned
+        return self.unspent
+
+    @property
+    def unspent(self) -> int:
+        """Credit left, whether it may be spent now or not."""
+        return self.granted - self.assigned - self.returned
 
     @property
     def state_name(self) -> str:

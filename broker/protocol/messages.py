@@ -113,6 +113,8 @@ class Hello(_Map, frozen=True, kw_only=True):
     engine: str = ""
     device: str = ""
     holds: Annotated[list[Held], Meta(max_length=MAX_HELD_REQUESTS)] = []
+    #: Brokers that share this worker's slots; above 1 each tells it what waits there.
+    brokers: Annotated[int, Meta(ge=1, le=1 << 16)] = 1
 
 
 class BusLimits(_Map, frozen=True, kw_only=True):
@@ -151,10 +153,12 @@ class Refuse(_Map, frozen=True, kw_only=True):
 
 
 class Heartbeat(_Map, frozen=True, kw_only=True):
-    """Sign of life. A client's and the broker's are empty; a worker's carries what follows."""
+    """Sign of life. A client's is empty, and so is the broker's to clients and to workers of one
+    broker; a worker's carries what follows."""
 
     state: WorkerState | None = None
     running: Count = 0
+    #: At the engine. From a broker to a worker of several: requests queued for its models.
     waiting: Count = 0
     #: Cumulative, as in CREDIT; None from who grants nothing.
     granted: Count | None = None
@@ -168,6 +172,10 @@ class Heartbeat(_Map, frozen=True, kw_only=True):
     #: Present once whenever the list differs from what the broker was last told.
     models: list[ModelInfo] | None = None
     capacity: Count | None = None
+    #: From a broker: the `Credit.recalled` that it has answered, and the credit that it has given
+    #: back unspent for that. Both cumulative over the session.
+    recalled: Count = 0
+    returned: Count = 0
 
 
 class Goodbye(_Map, frozen=True, kw_only=True):
@@ -293,6 +301,8 @@ class Resume(_Map, frozen=True, kw_only=True):
     prompt_seen: bool = False
     #: Names of workers that died while they ran this request.
     lost_workers: list[Name] = []
+    #: Name of the worker that ran it last and may still hold it; empty: none is known.
+    holder: Annotated[str, Meta(max_length=MAX_NAME_OCTETS)] = ""
 
 
 class Request(_Map, frozen=True, kw_only=True):
@@ -366,6 +376,8 @@ class Credit(_Map, frozen=True, kw_only=True):
     """Cumulative over the session: ASSIGNs the worker will ever have accepted."""
 
     granted: Count
+    #: Credit that the worker would like back unspent, because another of its brokers needs it.
+    recalled: Count = 0
 
 
 class Reject(_Map, frozen=True, kw_only=True):

@@ -598,6 +598,24 @@ def test_an_interrupted_stream_is_resumed_at_once_and_names_the_lost_worker(
     assert [type(item).__name__ for item in wire.got[id_]].count("Recovering") == 1
 
 
+def test_a_resume_names_the_worker_that_may_still_hold_the_request(
+    running: tuple[Wire, bytes],
+) -> None:
+    wire, id_ = running
+    wire.opened.clear()
+    wire.tell(events.ConnectionLost("cut"))
+    if not wire.opened:
+        wire.at(1)
+    wire.connect()
+    body = check_resume(wire, id_, 1)
+    assert body.resume is not None and body.resume.holder == "w1"
+    wire.message(T.INTERRUPTED, id_, gone(epoch=1, lost=False))
+    if not (sent := wire.take_sent(T.RESUME)):
+        wire.at(30)
+        sent = wire.take_sent(T.RESUME)
+    assert sent[0][2].resume.holder == "", "it said that it does not"
+
+
 def test_a_drained_worker_is_not_counted_as_lost(running: tuple[Wire, bytes]) -> None:
     wire, id_ = running
     wire.message(T.INTERRUPTED, id_, gone(lost=False))

@@ -1023,52 +1023,65 @@ def test_the_credit_of_a_lost_broker_goes_to_the_others() -> None:
     assert two.free == 4
 
 
-def test_an_idle_brokers_surplus_moves_to_one_that_came_later() -> None:
-    world = World(brokers=2, capacity=4)
-    world.ready()
-    world.tell(fact.Tick())
+def test_credit_that_an_idle_broker_does_not_need_goes_to_one_where_requests_wait() -> None:
+    world = serving(brokers=2, capacity=2)
     one, two = world.brokers
-    one.connect()
-    assert one.free == 4
-    two.connect()
-    assert two.free == 0
-    while not one.came(MessageType.GOODBYE):
-        world.advance(0.1)
-    world.tell(fact.Tick())
-    assert two.free == 2, "the other half is left for the broker that comes back"
-    one.connect()
-    assert (one.free, two.free) == (2, 2)
-    world.advance(60.0)
-    assert len(one.came(MessageType.HELLO)) == 2, "and then it is quiet"
+    assert one.came(MessageType.HELLO)[0].brokers == 2
+    assert (one.free, two.free) == (1, 1)
+    two.beat(waiting=2)
+    assert one.came(MessageType.CREDIT)[-1].recalled == 1
+    two.beat(waiting=2)
+    assert one.came(MessageType.CREDIT)[-1].recalled == 1, "it is asked once"
+    assert two.free == 1, "what the first broker may still spend is not granted twice"
+    one.give_back(1)
+    assert (one.free, two.free) == (0, 2)
 
 
-def test_credit_kept_for_a_broker_that_does_not_come_back_goes_to_the_others() -> None:
-    world = World(brokers=2, capacity=4)
-    world.ready()
-    world.tell(fact.Tick())
+def test_credit_that_was_spent_meanwhile_stays_and_may_be_asked_for_again() -> None:
+    world = serving(brokers=2, capacity=1)
     one, two = world.brokers
-    one.connect()
-    two.connect()
-    while not one.came(MessageType.GOODBYE):
-        world.advance(0.1)
-    world.advance(5.0)
-    assert two.free == 4
-
-
-def test_a_busy_broker_keeps_its_session_whatever_another_lacks() -> None:
-    world = World(brokers=2, capacity=4)
-    world.ready()
-    world.tell(fact.Tick())
-    one, two = world.brokers
-    one.connect()
-    one.assign(1)
-    two.connect()
-    for _ in range(10):
-        world.advance(1.0)
-        world.step()
-    assert one.came(MessageType.GOODBYE) == []
+    two.beat(waiting=1)
+    one.assign(1)  # crosses the recall
+    one.give_back(0, answers=1)
+    assert (one.free, two.free) == (0, 0)
     world.end(1)
-    assert two.free == 1
+    assert (one.free, two.free) == (0, 1), "the freed slot goes where a request waits"
+    two.assign(2)
+    world.end(2)
+    assert two.free == 1, "and stays with the one that used it"
+    one.beat(waiting=1)
+    assert two.came(MessageType.CREDIT)[-1].recalled == 1
+
+
+def test_two_brokers_with_more_than_they_can_spend_are_served_in_turn() -> None:
+    world = serving(brokers=2, capacity=1)
+    one, two = world.brokers
+    turns = []
+    for number in range(1, 7):
+        one.beat(waiting=9)
+        two.beat(waiting=9)
+        taker = one if one.free else two
+        turns.append(taker.index)
+        taker.assign(number)
+        world.end(number)
+    assert turns == [0, 1, 0, 1, 0, 1]
+
+
+def test_brokers_where_nothing_waits_are_left_alone() -> None:
+    world = serving(brokers=2, capacity=1)
+    one, two = world.brokers
+    world.advance(60.0)
+    for broker in (one, two):
+        assert len(broker.came(MessageType.HELLO)) == 1
+        assert all(credit.recalled == 0 for credit in broker.came(MessageType.CREDIT))
+
+
+def test_a_broker_that_gives_back_more_than_it_has_breaks_the_protocol() -> None:
+    world = serving(brokers=2, capacity=2)
+    one, two = world.brokers
+    two.beat(waiting=2)
+    one.give_back(2, answers=1)
+    assert one.came(MessageType.GOODBYE)[0].reason == "protocol_error"
 
 
 def test_a_stream_moves_from_one_broker_to_another() -> None:

@@ -112,6 +112,7 @@ class Broker:
         self.session = NO_ID
         self.granted = 0
         self.assigned = 0
+        self.returned = 0
         self.messages: list[tuple[header.Header, Any]] = []
         self.finished: list[tuple[bytes, str]] = []
         self.started: list[bytes] = []
@@ -125,7 +126,7 @@ class Broker:
 
     @property
     def free(self) -> int:
-        return self.granted - self.assigned
+        return self.granted - self.assigned - self.returned
 
     def came(self, type_: MessageType) -> list[Any]:
         """Bodies of all messages of a type."""
@@ -147,7 +148,7 @@ class Broker:
         self.up = True
         self.sessions += 1
         self._sent = self._heard = 0
-        self.granted = self.assigned = 0
+        self.granted = self.assigned = self.returned = 0
         self.world.tell(fact.Connected(self.index))
         if welcome:
             self.session = bytes((9, self.index)) + bytes(14)
@@ -199,8 +200,15 @@ class Broker:
     def window(self, number: int, limit: int) -> None:
         self.say(MessageType.WINDOW, request_id(number), codec.encode(Window(limit=limit)))
 
-    def beat(self) -> None:
-        self.say(MessageType.HEARTBEAT, self.session, codec.encode(Heartbeat()))
+    def beat(self, **fields: int) -> None:
+        """Without `fields` as from a broker that knows nothing of others."""
+        fields = {"returned": self.returned} | fields
+        self.say(MessageType.HEARTBEAT, self.session, codec.encode(Heartbeat(**fields)))
+
+    def give_back(self, credit: int, answers: int | None = None) -> None:
+        """The answer to a recall."""
+        self.returned += credit
+        self.beat(recalled=credit if answers is None else answers)
 
     def drain(self, deadline_ms: int = 0) -> None:
         message = Drain(reason="test", deadline_ms=deadline_ms)

@@ -60,6 +60,13 @@ def examples() -> dict[str, tuple[MessageType, bytes, int, int, list[Any], list[
             epoch=1, token_ids=[5, 6], text_characters=7, prompt_seen=True, lost_workers=["gpu-1"]
         ),
     )
+    moved = m.Request(
+        model="demo",
+        kind=m.Kind.COMPLETE,
+        prompt="Once",
+        window=20,
+        resume=m.Resume(epoch=2, token_ids=[5, 6], text_characters=7, holder="gpu-2"),
+    )
     logprob = m.TokenLogprob(
         -0.5, b"He", [m.TopLogprob(11, -0.5, b"He"), m.TopLogprob(12, -1, b"A")]
     )
@@ -144,6 +151,22 @@ def examples() -> dict[str, tuple[MessageType, bytes, int, int, list[Any], list[
             ],
             [],
         ),
+        "heartbeat_broker": (
+            t.HEARTBEAT,
+            SESSION,
+            7,
+            0,
+            [m.Heartbeat(waiting=3, recalled=2, returned=1)],
+            [],
+        ),
+        "hello_worker_of_two_brokers": (
+            t.HELLO,
+            header.NO_ID,
+            0,
+            0,
+            [m.Hello(role="worker", name="gpu-1", capacity=1, brokers=2)],
+            [],
+        ),
         "goodbye": (t.GOODBYE, SESSION, 7, 0, [m.Goodbye(reason="drained")], []),
         "drain": (t.DRAIN, SESSION, 8, 0, [m.Drain(reason="upgrade", deadline_ms=30_000)], []),
         "request_chat": (t.REQUEST, REQUEST, 1, 0, [request], [picture]),
@@ -168,6 +191,7 @@ def examples() -> dict[str, tuple[MessageType, bytes, int, int, list[Any], list[
         "cancel": (t.CANCEL, REQUEST, 3, 0, [m.Cancel()], []),
         "window": (t.WINDOW, REQUEST, 4, 0, [m.Window(limit=8192)], []),
         "credit": (t.CREDIT, SESSION, 1, 0, [m.Credit(granted=32)], []),
+        "credit_recalled": (t.CREDIT, SESSION, 2, 0, [m.Credit(granted=32, recalled=2)], []),
         "output_worker_ledger": (
             t.OUTPUT,
             ROUTE,
@@ -179,6 +203,7 @@ def examples() -> dict[str, tuple[MessageType, bytes, int, int, list[Any], list[
         "output_client": (t.OUTPUT, SESSION, 12, 0, [events], []),
         "reject": (t.REJECT, REQUEST, 12, 0, [m.Reject(error=ERROR, granted=10)], []),
         "resume": (t.RESUME, REQUEST, 5, 0, [resumed], []),
+        "resume_with_holder": (t.RESUME, REQUEST, 6, 0, [moved], []),
         "interrupted": (
             t.INTERRUPTED,
             REQUEST,
