@@ -278,13 +278,10 @@ async def gateway_system(slots: int, *engine_arguments: str) -> AsyncIterator[Ht
             )
 
 
+_RUST_ROUTER = ("--worker-urls", "{worker}", "--prometheus-port", "{metrics}")
 ROUTERS = {
-    "smg": ("from smg.cli import main; main()", "launch", "--worker-urls", "{worker}"),
-    "vllm_router": (
-        "from vllm_router.launch_router import main; main()",
-        "--worker-urls",
-        "{worker}",
-    ),
+    "smg": ("from smg.cli import main; main()", "launch", *_RUST_ROUTER),
+    "vllm_router": ("from vllm_router.launch_router import main; main()", *_RUST_ROUTER),
     "litellm": (
         "from litellm import run_server; run_server()",
         "--model",
@@ -308,7 +305,8 @@ async def router_system(name: str) -> AsyncIterator[Http]:
     worker_port, port = free_port(), free_port()
     address = f"http://127.0.0.1:{worker_port}"
     command = [str(interpreter), "-c", program]
-    command += [argument.format(worker=address) for argument in arguments]
+    places = {"worker": address, "metrics": free_port()}
+    command += [argument.format_map(places) for argument in arguments]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     environment = {
         "OPENAI_API_KEY": "none",
