@@ -26,6 +26,11 @@ class Terminal:
         self.interactive = sys.stdout.isatty()
         self._consoles = _consoles()
 
+    @property
+    def error_console(self) -> Any:
+        """Rich's console of standard error; None where plain text is due."""
+        return self._consoles[1] if self._consoles else None
+
     # --- answers ---
 
     def piece(self, text: str) -> None:
