@@ -68,9 +68,10 @@ async def chat_completions(visit: Visit) -> Response:
         source = answer.stream(events)
         if visit.reattach_s is None:
             return visit.stream(source, answer.failed)
-        store = visit.gateway.store
-        transcript = Transcript(source, answer.failed, grace_s=visit.reattach_s, on_end=store.trim)
-        store.put(Kept(position.answer, visit.key.name, transcript, kind="chat"))
+        transcript = Transcript(
+            source, answer.failed, grace_s=visit.reattach_s, on_end=visit.hand_over()
+        )
+        visit.gateway.store.put(Kept(position.answer, visit.key.name, transcript, kind="chat"))
         return visit.stream(transcript.read(), answer.failed)
     for event in await until_disconnect(events, visit.request.receive):
         answer.take(event)

@@ -72,9 +72,7 @@ async def create_response(visit: Visit) -> Response:
     kept = Kept(making.id, visit.key.name, None, making, len(msgspec.json.encode(chat)))
     kept.kind = "response"
     if body.background:
-        kept.transcript = Transcript(
-            source, making.failed, grace_s=None, on_end=visit.gateway.store.trim
-        )
+        kept.transcript = Transcript(source, making.failed, grace_s=None, on_end=visit.hand_over())
         store.put(kept)
         if body.stream:
             return visit.stream(kept.transcript.read(), making.failed)
