@@ -137,6 +137,7 @@ class Bus:
         slots: int = 1,
         holds: tuple[Held, ...] = (),
         grant: bool = True,
+        brokers: int = 1,
         speed: float = 1.0,
         key: str = "",
     ) -> WorkerPeer:
@@ -148,6 +149,7 @@ class Bus:
             capacity=slots,
             speed=speed,
             holds=list(holds),
+            brokers=brokers,
         )
         worker.send(MessageType.HELLO, header.NO_ID, hello)
         worker.begin()
@@ -169,6 +171,8 @@ class Peer:
         self.heard = 0
         self.id = header.NO_ID
         self.first: list[Message] = []
+        #: Heartbeats that came since the last look at them.
+        self.beats: list[Message] = []
 
     def begin(self) -> None:
         """Read the answer to HELLO."""
@@ -195,6 +199,7 @@ class Peer:
             if message.id != header.NO_ID or message.type is not MessageType.REFUSE:
                 assert message.header.sequence == self.heard, "the broker skipped a number"
                 self.heard += 1
+        self.beats += [message for message in came if message.type is MessageType.HEARTBEAT]
         return [message for message in came if message.type is not MessageType.HEARTBEAT]
 
     def only(self, type_: MessageType) -> Message:
@@ -232,9 +237,15 @@ class ClientPeer(Peer):
         model: str = "demo",
         tokens: int = 0,
         lost: tuple[str, ...] = (),
+        holder: str = "",
         **body: Any,
     ) -> None:
-        facts = Resume(epoch=epoch, token_ids=list(range(tokens)), lost_workers=list(lost))
+        facts = Resume(
+            epoch=epoch,
+            token_ids=list(range(tokens)),
+            lost_workers=list(lost),
+            holder=holder,
+        )
         self.send(MessageType.RESUME, request_id, a_request(model, resume=facts, **body))
 
     def cancel(self, request_id: bytes) -> None:
@@ -269,6 +280,16 @@ class WorkerPeer(Peer):
     def __init__(self, bus: Bus, side: Side, key: str = "") -> None:
         super().__init__(bus, side, key)
         self.granted = 0
+
+    def beats_told(self) -> list[dict[str, int]]:
+        """Bodies of the heartbeats that came since the last look."""
+        self.receive()
+        came, self.beats = self.beats, []
+        return [message.plain for message in came]
+
+    def recall(self, credit: int) -> None:
+        """Ask for credit back, all in all."""
+        self.send(MessageType.CREDIT, self.id, Credit(granted=self.granted, recalled=credit))
 
     def grant(self, more: int = 1) -> None:
         self.granted += more

@@ -1,0 +1,143 @@
+"""A worker that several brokers share, and clients that come from another broker, as one of those
+brokers sees them."""
+
+from __future__ import annotations
+
+from broker.protocol.header import MessageType
+from broker.protocol.messages import Held
+from tests.core.broker_facts import Bus
+
+# --- credit of a worker that serves other brokers too ---------------------------------------------
+
+
+def test_a_worker_of_several_brokers_hears_at_once_when_something_begins_and_ends_to_wait() -> None:
+    bus = Bus()
+    worker, client = bus.worker(brokers=2), bus.client()
+    running, first, second = (client.request() for _ in range(3))
+    assert worker.beats_told() == [{"waiting": 1}], "the second that waits is no news"
+    client.cancel(first)
+    assert worker.beats_told() == []
+    client.cancel(second)
+    assert worker.beats_told() == [{}]
+    assert bus.core.requests[running].worker is not None
+
+
+def test_a_request_that_is_assigned_waits_no_longer_without_a_word() -> None:
+    bus = Bus()
+    worker, client = bus.worker(brokers=2), bus.client()
+    client.request(), client.request()
+    assert worker.beats_told() == [{"waiting": 1}]
+    worker.grant()
+    assert worker.beats_told() == []
+    client.request()
+    assert worker.beats_told() == [{"waiting": 1}]
+
+
+def test_a_worker_of_one_broker_is_told_nothing() -> None:
+    bus = Bus()
+    worker, client = bus.worker(), bus.client()
+    client.request(), client.request()
+    assert worker.beats_told() == []
+    bus.wait(1.1)
+    assert worker.beats_told() == [{}]
+
+
+def test_credit_that_nobody_needs_is_given_back_when_the_worker_asks() -> None:
+    bus = Bus()
+    worker, client = bus.worker(slots=3, brokers=2), bus.client()
+    client.request()
+    worker.recall(1)
+    assert worker.beats_told() == [{"recalled": 1, "returned": 1}]
+    worker.recall(1)
+    assert worker.beats_told() == [], "a repeated recall asks for nothing"
+    client.request()
+    worker.receive()
+    client.request()
+    assert worker.beats_told() == [{"waiting": 1, "recalled": 1, "returned": 1}]
+    worker.recall(2)
+    assert worker.beats_told() == [{"waiting": 1, "recalled": 2, "returned": 1}], "all was spent"
+
+
+def test_what_waits_is_served_before_credit_is_given_back() -> None:
+    bus = Bus()
+    worker, client = bus.worker(slots=1, brokers=2), bus.client()
+    client.request()
+    waiting = client.request()
+    worker.receive()
+    worker.granted += 1
+    worker.recall(1)
+    assert worker.assigned_ids() == [waiting]
+    assert worker.beats_told()[-1] == {"recalled": 1}, "nothing was left to give back"
+
+
+# --- a stream that comes from another broker ------------------------------------------------------
+
+
+def test_a_resume_from_another_broker_is_attached_to_the_worker_that_holds_it() -> None:
+    bus = Bus()
+    worker, client = bus.worker(brokers=2), bus.client()
+    client.request()
+    worker.receive()
+    moved = bus.new_id()
+    client.resume(moved, epoch=3, tokens=2, holder="worker")
+    (assign,) = worker.assigned()
+    assert (assign.id, assign.assign.attach, assign.assign.epoch) == (moved, True, 3)
+    worker.finish(assign, grant=False)
+    assert client.receive()[-1].events[0].request_id == moved
+
+
+def test_a_holder_that_does_not_have_it_any_more_rejects_and_the_client_resumes_elsewhere() -> None:
+    bus = Bus()
+    worker, client = bus.worker(), bus.client()
+    moved = bus.new_id()
+    client.resume(moved, holder="worker")
+    (assign,) = worker.assigned()
+    client.receive()
+    worker.granted -= 1  # no credit was spent
+    worker.reject(assign, "worker_lost")
+    interrupted = client.only(MessageType.INTERRUPTED)
+    assert (interrupted.id, interrupted.body.lost) == (moved, False)
+    client.resume(moved, epoch=2)
+    (assign,) = worker.assigned()
+    assert not assign.assign.attach
+
+
+def test_a_new_broker_waits_a_moment_for_the_worker_that_still_runs_a_request() -> None:
+    bus = Bus(settle_s=5)
+    other, client = bus.worker("other"), bus.client()
+    resumed = bus.new_id()
+    client.resume(resumed, holder="holder")
+    assert other.assigned() == []
+    holder = bus.worker("holder", holds=(Held(resumed, 0, 7),))
+    (assign,) = [m for m in holder.first if m.type is MessageType.ASSIGN]
+    assert (assign.id, assign.assign.attach) == (resumed, True)
+
+
+def test_a_holder_that_comes_without_the_request_is_waited_for_no_longer() -> None:
+    bus = Bus(settle_s=5)
+    other, client = bus.worker("other"), bus.client()
+    resumed = bus.new_id()
+    client.resume(resumed, holder="holder")
+    assert other.assigned() == []
+    bus.worker("holder")
+    assert other.assigned_ids() == [resumed]
+
+
+def test_a_holder_that_does_not_come_is_not_waited_for_long() -> None:
+    bus = Bus(settle_s=5, worker_heartbeat_s=10)
+    other, client = bus.worker("other"), bus.client()
+    resumed = bus.new_id()
+    client.resume(resumed, holder="holder")
+    bus.wait(4.9)
+    assert other.assigned() == []
+    bus.wait(0.2)
+    assert other.assigned_ids() == [resumed]
+
+
+def test_an_old_broker_waits_for_nobody() -> None:
+    bus = Bus(settle_s=5, worker_heartbeat_s=10)
+    other, client = bus.worker("other"), bus.client()
+    bus.wait(6)
+    resumed = bus.new_id()
+    client.resume(resumed, holder="holder")
+    assert other.assigned_ids() == [resumed]
