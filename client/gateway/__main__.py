@@ -45,7 +45,7 @@ def _serve(config: Config) -> int:
         import uvicorn
 
         from client.gateway.app import create_app
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         return _complain(
             f"{error.name} is not installed; install the extra: pip install 'tokenbus[gateway]'", 1
         )

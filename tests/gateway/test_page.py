@@ -136,6 +136,26 @@ def test_escape_stops_as_well_and_leaving_the_page_cancels(
     wait_until(lambda: gateway.bus.running() == 0, "a free slot", 3)
 
 
+def test_an_answer_goes_on_after_the_gateway_was_away(
+    open_page: OpenPage, make_gateway: Callable[..., GatewayProcess]
+) -> None:
+    gateway = make_gateway()
+    page = open_page(gateway.url)
+    slow = "[[echo mode=sampled answer_tokens=60 step_delay_ms=25]]x"
+    page.locator("#open-settings").click()
+    page.locator("#settings summary").click()
+    page.locator("#s-seed").fill("7")
+    page.locator("#settings .primary").click()
+    answer = ask(page, slow)
+    answer.locator(".body p:not(.waiting)").wait_for()
+    gateway.process.kill()
+    answer.locator(".waiting", has_text="Connection lost").wait_for()
+    make_gateway("--port", gateway.url.rpartition(":")[2])
+    done(page)
+    whole = gateway.bus.client().chat("echo", slow, seed=7)
+    assert answer.locator(".body").inner_text().strip() == whole.text.strip()
+
+
 def test_editing_and_asking_again_cut_the_conversation(open_page: OpenPage) -> None:
     page = open_page()
     ask(page, "first")
