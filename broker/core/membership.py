@@ -199,6 +199,10 @@ def watch(core: BrokerCore, session: Session) -> None:
         silent_s = session.silent_s(core.now_s)
         core.end_session(session, f"silent for {silent_s:.1f} s", told=Goodbye(reason="silent"))
         return
+    if session.side is Side.BACK and session.silent_s(core.now_s) > LATE_BEATS * (
+        core.settings.worker_heartbeat_s
+    ):
+        core.counters["heartbeats_late"] += 1
     if core.now_s >= session.beat_due_s:
         beat(core, session)
     # Where a dead peer may not be judged yet, the next beat is the time to look again.
@@ -207,18 +211,27 @@ def watch(core: BrokerCore, session: Session) -> None:
 
 
 def probe_workers_soon(core: BrokerCore) -> None:
-    """Some worker's connection is gone: sending to each shows which (EHOSTUNREACH)."""
-    if core.probe_at_s <= core.now_s:
-        core.probe_at_s = max(core.now_s, core.probe_at_s) + PROBE_SPACING_S
-        probe_workers(core, None)
-    elif core.probe_at_s < math.inf:
-        core.at(core.probe_at_s, probe_workers, None)
-        core.probe_at_s = math.inf
+    """Some worker's connection is gone: sending to each shows which (EHOSTUNREACH).
 
-
-def probe_workers(core: BrokerCore, _: None) -> None:
+    The report may come before ZeroMQ takes the connection out of use, and the send still succeed;
+    so every report is followed by a second round, and reports until then need none of their own.
+    """
     if core.probe_at_s == math.inf:
-        core.probe_at_s = core.now_s + PROBE_SPACING_S
+        return
+    if core.probe_at_s <= core.now_s:
+        probe_workers(core)
+        core.probe_at_s = core.now_s
+    core.at(core.probe_at_s + PROBE_SPACING_S, _on_probe_due, None)
+    core.probe_at_s = math.inf
+
+
+def _on_probe_due(core: BrokerCore, _: None) -> None:
+    probe_workers(core)
+    core.probe_at_s = core.now_s + PROBE_SPACING_S
+
+
+def probe_workers(core: BrokerCore) -> None:
+    """Send every worker a sign of life."""
     for worker in core.workers.values():
         beat(core, worker)
 

@@ -240,6 +240,17 @@ def test_a_reported_disconnect_probes_every_worker_at_once_but_not_in_a_storm() 
         assert types(probes) == ["HEARTBEAT"] * 2
 
 
+def test_a_disconnect_that_was_reported_too_early_is_found_by_the_second_probe() -> None:
+    bus = Bus()
+    worker = bus.worker()
+    worker.receive()
+    bus.handle(DisconnectReported(Side.BACK))
+    probes = bus.mail[(Side.BACK, worker.routing_id)]
+    assert types(probes) == ["HEARTBEAT"], "sent, since ZeroMQ had not noticed yet"
+    bus.wait(0.1)
+    assert types(probes) == ["HEARTBEAT"] * 2
+
+
 def test_a_slow_consumer_is_told_and_its_requests_wait_for_a_resume() -> None:
     bus = Bus()
     worker, client = bus.worker(), bus.client()
