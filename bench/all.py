@@ -44,20 +44,29 @@ def run(script: str, arguments: argparse.Namespace, lines: Path) -> list[str] | 
     return lines.read_text().splitlines()
 
 
+def kept(results: Path, chosen: Sequence[str]) -> list[str]:
+    """Lines of earlier results of the scripts that do not run now."""
+    if not results.exists():
+        return []
+    lines = filter(str.strip, results.read_text().splitlines())
+    return [line for line in lines if json.loads(line)["script"] not in chosen]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all; 1 when one failed."""
     parser = argparse.ArgumentParser(description="All benchmarks, one results file.")
     parser.add_argument("--quick", action="store_true", help="a minute or less for each")
     parser.add_argument("--json", type=Path, default=RESULTS, help="results [bench/results.json]")
     parser.add_argument("--plots", type=Path, help="folder for plots; needs matplotlib")
-    parser.add_argument("--only", default=",".join(SCRIPTS), help="scripts, a list")
+    parser.add_argument("--only", default=",".join(SCRIPTS), help="a list; others keep their lines")
     arguments = parser.parse_args(argv)
     if arguments.plots:
         arguments.plots.mkdir(parents=True, exist_ok=True)
-    written: list[str] = []
+    chosen = list(filter(None, arguments.only.split(",")))
+    written = kept(arguments.json, chosen)
     failed = []
     with tempfile.TemporaryDirectory(prefix="tb-") as folder:
-        for script in filter(None, arguments.only.split(",")):
+        for script in chosen:
             lines = run(script, arguments, Path(folder) / f"{script}.json")
             if lines is None:
                 failed.append(script)

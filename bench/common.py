@@ -242,6 +242,22 @@ class Process:
         if self._process.poll() is not None:
             raise RuntimeError(self._story("ended too early"))
 
+    @property
+    def ended(self) -> bool:
+        """Whether it runs no more."""
+        return self._process.poll() is not None
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process alone, not to its children; nothing if it has ended."""
+        self._process.send_signal(number)
+
+    def wait(self, timeout_s: float) -> int:
+        """Wait for its end and return the exit status. Raises `RuntimeError` when it goes on."""
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(self._story(f"did not end within {timeout_s} s")) from None
+
     def kill(self) -> None:
         """SIGKILL, at once, to it and its children."""
         with contextlib.suppress(ProcessLookupError):
@@ -262,7 +278,9 @@ class Process:
     def __enter__(self) -> Process:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self._process.poll() is not None:
+            print(self._story("had ended when the measurement failed"), file=sys.stderr)
         self.stop()
 
 
@@ -365,8 +383,10 @@ class Report:
         against: Sample | float | None = None,
         **parameters: Any,
     ) -> Row:
-        """Add a figure; with `against` (the peer's figure) its ratio is computed."""
-        row = Row(name, _median(value), unit, peer=peer, parameters=parameters)
+        """Add a figure; with `against` (the peer's figure) its ratio is computed. A parameter that
+        is None is left out."""
+        known = {key: value for key, value in parameters.items() if value is not None}
+        row = Row(name, _median(value), unit, peer=peer, parameters=known)
         if isinstance(value, Sample) and len(value.values) > 1:
             row.noise = round(value.noise, 4)
         if against is not None:
