@@ -62,6 +62,7 @@ SMALL_BYTES: Final = 64 * 1024
 
 
 _FIGURES: Final = (
+    "forwarded_bytes_total",
     "forwarded_total",
     "late_total",
     "outgoing_peers",
@@ -222,7 +223,7 @@ class BrokerLoop:
         receive, send, forward = back.recv, front.send, self._core.forward
         outgoing, pending = self._outgoing[Side.FRONT], self._pending
         dont_wait, more_follows = zmq.DONTWAIT, zmq.DONTWAIT | zmq.SNDMORE
-        forwarded = 0
+        forwarded = forwarded_bytes = 0
         try:
             for _ in range(BACK_BATCH):
                 routing_id = receive(dont_wait)
@@ -241,6 +242,7 @@ class BrokerLoop:
                     body = b""
                 if not ID_OCTETS < len(body) <= MAX_OUTPUT_OCTETS:
                     body = self._odd_body(back, routing_id, body)
+                forwarded_bytes += len(body)
                 if outgoing and client_id in outgoing:
                     self._queue(Side.FRONT, client_id, (client_head, body), now_s)
                 else:
@@ -257,6 +259,7 @@ class BrokerLoop:
             return True
         finally:
             self.figures["forwarded_total"] += forwarded
+            self.figures["forwarded_bytes_total"] += forwarded_bytes
         return False
 
     def _odd_body(self, back: zmq.Socket[bytes], routing_id: bytes, body: bytes) -> bytes:

@@ -22,7 +22,8 @@ ANSWER_S: Final = 30.0
 """Longest wait for the broker's own answer, where the caller gives no total limit."""
 
 REPEATABLE_VERBS: Final = frozenset(
-    f"bus.{name}" for name in ("version", "models", "workers", "clients", "stats", "requests")
+    f"bus.{name}"
+    for name in ("version", "models", "workers", "clients", "stats", "metrics", "requests")
 )
 """Asking twice does no harm, so these survive a lost session."""
 

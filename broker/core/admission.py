@@ -248,6 +248,7 @@ def fail_unqueued(
     epoch, offset = resume_facts(frames[1], core.settings)
     core.counters["requests_refused"] += 1
     core.count_failure(error.info)
+    core.figures.refused(error.info.code)
     core.send_events(client, FailEvent(head.id, epoch, offset, error.info))
     core.out.append(
         Log(

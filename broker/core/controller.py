@@ -309,6 +309,7 @@ class BrokerCore(BusState):
         queue.add(request)
         self.queued_bytes += request.size_bytes
         self.counters["requests"] += 1
+        self.counters["request_bytes"] += request.size_bytes
         self.dirty.add(request.model)
         self._dispatch()
         if request.phase is Phase.QUEUED and self.requests.get(request.id) is request:
@@ -436,6 +437,7 @@ class BrokerCore(BusState):
         worker.last_assigned = next(self.numbers)
         request.assigned_s = self.now_s
         self.counters["assigned"] += 1
+        self.figures.assigned(request, self.now_s)
         frames, request.frames = request.frames, ()
         self.attach(request, worker, frames, attach=False)
 
@@ -485,6 +487,8 @@ class BrokerCore(BusState):
         route = self.routes.get(head.id)
         if route is not None and route.worker is worker:
             body = recovery.without_moved(route, frames[1]) if route.moved else frames[1]
+            self.counters["output_forwarded"] += 1
+            self.counters["output_bytes"] += len(body)
             self.send(route.client, MessageType.OUTPUT, route.client.id, body)
         else:
             # Its client is gone, or the worker answers to an earlier session.
@@ -494,6 +498,7 @@ class BrokerCore(BusState):
                 request = worker.running.get(request_id)
                 if request is not None and request.started_s is None:
                     request.started_s = self.now_s
+                    self.figures.started(request, self.now_s)
             for finished in ledger.finished:
                 self._finish(worker, finished)
             self._grant(worker, ledger.granted)
@@ -519,6 +524,8 @@ class BrokerCore(BusState):
             # Weight of 1/8 as TCP smooths its round trip time (RFC 6298).
             smoothed_s = self.service_s.get(request.model, took_s)
             self.service_s[request.model] = smoothed_s + (took_s - smoothed_s) / 8
+        if request.ended_s is None:
+            self.figures.finished(request, finished, self.now_s)
         self.keep(request)
         self.log_request(
             "info",
@@ -598,6 +605,9 @@ class BrokerCore(BusState):
     def _close(self, request: Request, outcome: str) -> None:
         self.release(request)
         request.outcome = outcome
+        if request.ended_s is None:
+            served = bool(self.registry.serving(request.model))
+            self.figures.ended(request, outcome, self.now_s, served=served)
         self.forget(request)
         self.log_request("info", "ended", request, outcome=outcome)
 

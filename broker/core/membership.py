@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _NOT_ALLOWED: Final = ErrorInfo(
     code=ErrorCode.UNAUTHENTICATED, message="the key is not on the broker's allow-list any more"
 )
+_LATE_BEATS: Final = 1.5
+"""Intervals without a word after which a worker's sign of life counts as late."""
 PROBE_SPACING_S: Final = 0.05
 """At most one round of probes in this time, however many connections drop at once."""
 
@@ -199,9 +201,8 @@ def watch(core: BrokerCore, session: Session) -> None:
         silent_s = session.silent_s(core.now_s)
         core.end_session(session, f"silent for {silent_s:.1f} s", told=Goodbye(reason="silent"))
         return
-    if session.side is Side.BACK and session.silent_s(core.now_s) > LATE_BEATS * (
-        core.settings.worker_heartbeat_s
-    ):
+    late_s = _LATE_BEATS * core.settings.worker_heartbeat_s
+    if session.side is Side.BACK and session.silent_s(core.now_s) > late_s:
         core.counters["heartbeats_late"] += 1
     if core.now_s >= session.beat_due_s:
         beat(core, session)

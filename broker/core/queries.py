@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from broker.core import shutdown
+from broker.core import exposition, shutdown
 from broker.core.instructions import ReloadAccess
 from broker.core.requests import Phase, Request
 from broker.core.state import SOFTWARE
@@ -178,6 +178,10 @@ def _stats(core: BrokerCore, _: _NoArgs) -> dict[str, float]:
     return stats(core)
 
 
+def _metrics(core: BrokerCore, _: _NoArgs) -> dict[str, str]:
+    return {"content_type": exposition.CONTENT_TYPE, "text": exposition.text(core)}
+
+
 def _requests(core: BrokerCore, args: _RequestsArgs) -> list[dict[str, Any]]:
     live = [
         request
@@ -243,6 +247,7 @@ _VERBS: Final[dict[str, tuple[type[Any], Callable[[BrokerCore, Any], Any]]]] = {
     "bus.workers": (_NoArgs, _workers),
     "bus.clients": (_NoArgs, _clients),
     "bus.stats": (_NoArgs, _stats),
+    "bus.metrics": (_NoArgs, _metrics),
     "bus.requests": (_RequestsArgs, _requests),
     "bus.drain": (_DrainArgs, _drain),
     "bus.shutdown": (_ShutdownArgs, _shutdown),

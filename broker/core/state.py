@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 
 from broker.core import placement
 from broker.core.events import AccessChanged, Side
+from broker.core.figures import Figures
 from broker.core.instructions import Instruction, Log, Send
 from broker.core.queue import ModelQueue
 from broker.core.requests import Phase, Request
@@ -73,6 +74,8 @@ class BusState:
         #: Smoothed time from ASSIGN to the free slot, seconds, by model.
         self.service_s: dict[str, float] = {}
         self.counters: Counter[str] = Counter()
+        #: What is counted by model.
+        self.figures = Figures()
         #: Figures of the loop around the core; shown by bus.stats, never used.
         self.loop_figures: dict[str, float] = {}
         #: When a shutdown in progress gives up waiting; None: no shutdown.
