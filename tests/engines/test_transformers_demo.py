@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
 from broker.protocol.messages import FinishReason
@@ -67,5 +69,40 @@ def test_many_picture_questions_at_once_are_answered_as_one_at_a_time(
         print(f"{options}: {right} of {QUESTIONS} right, {same} the same alone")
         assert same >= agreement * QUESTIONS
         assert right >= accuracy * QUESTIONS
+    finally:
+        engine.close()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"dtype": "float32"}, 1e-3),
+        ({"dtype": "float16"}, 0.05),
+        ({"dtype": "bfloat16"}, 0.3),
+        ({"load_8bit": True, "dtype": "float32"}, 0.5),
+    ],
+    ids=["float32", "float16", "bfloat16", "8-bit"],
+)
+def test_company_moves_log_probabilities_no_further_than_the_tolerance(
+    options: dict[str, Any], tolerance: float
+) -> None:
+    engine = build(EngineOptions(device="cpu", **options), lambda fraction, note: None)
+
+    def asked() -> list[Job]:
+        jobs = []
+        for job, _ in questions()[:8]:
+            params = msgspec.structs.replace(job.request.params, logprobs=0, max_tokens=1)
+            jobs.append(replace(job, request=msgspec.structs.replace(job.request, params=params)))
+        return jobs
+
+    try:
+        together = tiny.run(engine, asked())
+        alone = [tiny.run(engine, [job])[0] for job in asked()]
+        for one, other in zip(together, alone, strict=True):
+            assert one.token_ids == other.token_ids
+            assert one.logprobs[0].logprob == pytest.approx(
+                other.logprobs[0].logprob, abs=tolerance
+            )
     finally:
         engine.close()
