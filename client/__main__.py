@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from client import BusError, InvalidRequest, TooLarge
-from client.cli import batch, chat, demo, generate, tables
+from client.cli import batch, chat, demo, generate, metrics, tables
 from client.cli.terminal import Terminal
 from client.version import version
 
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add(commands)
     tables.add(commands)
     batch.add(commands)
+    metrics.add(commands)
     commands.add_parser("version", help="print the version").set_defaults(run=_version)
     return parser
 

@@ -21,7 +21,7 @@ from starlette.routing import BaseRoute
 
 from client import AsyncClient, BusError, Timeout
 from client.gateway.config import Config
-from client.gateway.errors import GatewayError, error_response
+from client.gateway.errors import GatewayError, error_response, invalid
 from client.gateway.keys import KeyFile
 from client.gateway.legacy import legacy_routes
 from client.gateway.metrics import CONTENT_TYPE
@@ -154,4 +154,19 @@ async def _ready(visit: Visit) -> Response:
 
 
 async def _metrics(visit: Visit) -> Response:
-    return Response(visit.gateway.metrics.text(), media_type=CONTENT_TYPE)
+    """The gateway's figures and, for operators, those of broker and workers.
+
+    Of several gateways one is asked for all; the others with `?scope=gateway`.
+    """
+    scope = visit.request.query_params.get("scope", "all")
+    if scope not in ("all", "gateway"):
+        raise invalid("scope", "`scope` is `all` or `gateway`.")
+    metrics, of_bus = visit.gateway.metrics, b""
+    if scope == "all" and visit.key.operator:
+        try:
+            answer = await visit.gateway.bus.query("bus.metrics", timeout=_READY_S)
+            of_bus = answer["text"].encode()
+        except BusError:
+            pass  # a scrape without the broker tells so itself
+        metrics.broker_seen(bool(of_bus))
+    return Response(metrics.text() + of_bus, media_type=CONTENT_TYPE)

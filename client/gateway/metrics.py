@@ -1,4 +1,5 @@
-"""The gateway's own figures in Prometheus' text format; those of broker and workers are theirs.
+"""The gateway's own figures in Prometheus' text format; those of broker and workers are the
+broker's, which `/metrics` appends.
 
 One registry per application, so that several can live in one process. Labels have few values:
 never an address, a request id, or a model name that nobody serves.
@@ -35,6 +36,11 @@ class Metrics:
             "HTTP requests being served now.",
             registry=self._registry,
         ).set_function(lambda: self._running)
+        self._broker_up = Gauge(
+            "tokenbus_gateway_broker_up",
+            "1 when the broker answered the latest scrape for all figures.",
+            registry=self._registry,
+        )
         self._requests = Counter(
             "tokenbus_gateway_requests",
             "HTTP requests by endpoint and status; 499 is a client that went away.",
@@ -61,6 +67,10 @@ class Metrics:
             buckets=_SECONDS,
             registry=self._registry,
         )
+
+    def broker_seen(self, answers: bool) -> None:
+        """Whether the broker answers."""
+        self._broker_up.set(answers)
 
     @property
     def running_now(self) -> int:

@@ -1,0 +1,107 @@
+"""`python -m client metrics` and the gateway's `/metrics`: what Prometheus reads of a live bus."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from client.__main__ import main
+from tests.gateway.conftest import running_gateway
+from tests.harness import PATIENCE_S, Bus, ManagedProcess, wait_until
+
+
+def families(text: str) -> dict[str, float]:
+    """First sample of each family, as Prometheus' own parser reads them."""
+    return {
+        family.name: sum(sample.value for sample in family.samples)
+        for family in text_string_to_metric_families(text)
+    }
+
+
+def read(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        assert answer.headers["content-type"].startswith("text/plain")
+        return answer.read().decode()
+
+
+def test_the_figures_of_a_real_answer_are_printed(
+    bus: Bus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bus.client().generate("one two three four", model="echo")
+    wait_until(lambda: bus.running() == 0, "the slot is free")
+    assert main(["metrics", "--broker", bus.front]) == 0
+    found = families(capsys.readouterr().out)
+    assert found["tokenbus_tokens"] >= 4
+    assert found["tokenbus_time_to_first_token_seconds"] > 0
+    assert found["tokenbus_forwarded_bytes"] > 0
+    assert found["tokenbus_worker_ready"] == 2
+
+
+def test_an_exporter_serves_them_and_says_when_the_broker_is_away(
+    make_bus: Callable[..., Bus], tmp_path: Path
+) -> None:
+    bus = make_bus(workers=1)
+    options = ["--connect-timeout", "0.3", "--serve", "127.0.0.1:0"]
+    exporter = ManagedProcess(
+        "exporter", ["-m", "client", "metrics", "--broker", bus.front, *options], tmp_path
+    )
+    try:
+        found = wait_until(
+            lambda: re.search(r"http://\S+/metrics", exporter.log()), "its address", PATIENCE_S
+        )
+        assert families(read(found[0]))["tokenbus_worker_ready"] == 1
+        with pytest.raises(urllib.error.HTTPError) as elsewhere:
+            read(found[0].replace("/metrics", "/else"))
+        assert elsewhere.value.code == 404
+        elsewhere.value.close()
+        assert bus.broker is not None
+        bus.broker.kill()
+        with pytest.raises(urllib.error.HTTPError) as away:
+            read(found[0])
+        assert away.value.code == 503
+        away.value.close()
+        bus.start_broker()
+
+        def back() -> bool:
+            try:
+                return "tokenbus_uptime_seconds" in read(found[0])
+            except urllib.error.HTTPError as error:
+                error.close()
+                return False
+
+        wait_until(back, "the exporter finds the new broker")
+    finally:
+        exporter.kill()
+
+
+@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:99999", ":x"])
+def test_an_address_that_is_none_is_refused(address: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "client", "metrics", "--serve", address],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2 and "127.0.0.1:9464" in done.stderr
+
+
+def test_the_gateway_adds_the_figures_of_the_bus_to_its_own(bus: Bus, tmp_path: Path) -> None:
+    with running_gateway(tmp_path, bus) as gateway:
+        both = families(read(f"{gateway.url}/metrics"))
+        assert both["tokenbus_worker_ready"] == 2
+        assert both["tokenbus_gateway_broker_up"] == 1
+        own = families(read(f"{gateway.url}/metrics?scope=gateway"))
+        assert "tokenbus_gateway_running_requests" in own
+        assert not any(name.startswith("tokenbus_worker") for name in own)
+        with pytest.raises(urllib.error.HTTPError) as wrong:
+            read(f"{gateway.url}/metrics?scope=moon")
+        assert wrong.value.code == 400
+        wrong.value.close()
