@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import select
 import sys
 import time
 from collections.abc import Iterator
@@ -150,7 +149,7 @@ def peer_hop(name: str, transport: str, clients: int) -> Iterator[Hop]:
         for end in ends:
             for _ in range(100):
                 end.send([*head, b"hello"])
-                if select.select([worker], [], [], 0.1)[0]:
+                if worker.readable(0.1):
                     break
             worker.receive()
         yield Hop(

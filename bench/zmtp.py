@@ -7,6 +7,7 @@ library: no reconnect, no queue, no thread.
 
 from __future__ import annotations
 
+import select
 import socket
 from collections.abc import Iterable, Sequence
 
@@ -111,6 +112,12 @@ class Connection:
             self._greeted = True
             self._take(len(_GREETING))
             self._frame()
+
+    def readable(self, timeout_s: float) -> bool:
+        """Wait for octets; `poll`, since `select` knows no more than 1,024 descriptors."""
+        poll = select.poll()
+        poll.register(self.socket, select.POLLIN)
+        return self.pending() or bool(poll.poll(timeout_s * 1000))
 
     def pending(self) -> bool:
         """Octets were read that no message was made of yet."""
