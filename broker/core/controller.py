@@ -86,7 +86,7 @@ class BrokerCore(BusState):
             case PeerUnreachable(side, routing_id):
                 if session := self.session(side, routing_id):
                     self.counters["peers_unreachable"] += 1
-                    self.end_session(session, "connection lost", told=None)
+                    self.end_session(session, "connection lost", told=None, died=True)
                 self.out.append(ForgetPeer(side, routing_id))
             case PeerOverflowed(side, routing_id):
                 if session := self.session(side, routing_id):
@@ -184,8 +184,12 @@ class BrokerCore(BusState):
 
     # --- the end of a session ---------------------------------------------------------------------
 
-    def end_session(self, session: Session, why: str, *, told: Goodbye | Refuse | None) -> None:
-        """End a session that failed. `told`: last words; None: the peer cannot be reached."""
+    def end_session(
+        self, session: Session, why: str, *, told: Goodbye | Refuse | None, died: bool = False
+    ) -> None:
+        """End a session that failed. `told`: last words; None: the peer cannot be reached.
+        `died`: what ran there may have killed it. Silence alone is no such sign: where the network
+        to the workers breaks, all fall silent, one after the other, and no request is to blame."""
         if isinstance(told, Goodbye):
             self.send(session, MessageType.GOODBYE, session.id, codec.encode(told), last=True)
         elif told is not None:
@@ -193,7 +197,7 @@ class BrokerCore(BusState):
         if isinstance(session, ClientSession):
             self.drop_client(session, why, cancel=False)
         elif isinstance(session, WorkerSession):
-            self.drop_worker(session, why, lost=True)
+            self.drop_worker(session, why, lost=died)
 
     def drop_client(self, client: ClientSession, why: str, *, cancel: bool) -> None:
         """Forget a client. `cancel`: it said GOODBYE; else its requests wait for a RESUME."""
@@ -209,16 +213,23 @@ class BrokerCore(BusState):
         client.requests.clear()
         self.log("info", "client left", client, why=why)
 
-    def drop_worker(self, worker: WorkerSession, why: str, *, lost: bool) -> None:
+    def drop_worker(
+        self,
+        worker: WorkerSession,
+        why: str,
+        *,
+        lost: bool,
+        code: ErrorCode = ErrorCode.WORKER_LOST,
+    ) -> None:
         """Forget a worker and interrupt what it ran. `lost`: it died, which counts against the
-        requests; else it gave them up."""
+        requests."""
         del self.workers[worker.routing_id]
         self.shared.pop(worker.routing_id, None)
         self.registry.remove(worker, self.now_s)
         for route in list(worker.routes.values()):
             self.remove_route(route)
         error = ErrorInfo(
-            code=ErrorCode.WORKER_LOST if lost else ErrorCode.DRAINING,
+            code=code,
             message=f"worker {worker.name} left while it ran the request ({why}); resume it",
             retryable=True,
         )
@@ -587,7 +598,8 @@ class BrokerCore(BusState):
         goodbye = self._control(Goodbye, frames)
         lost = goodbye.reason in ("engine_dead", "stalled")
         why = f"{goodbye.reason}: {goodbye.message}" if goodbye.message else goodbye.reason
-        self.drop_worker(worker, why[:200], lost=lost)
+        code = ErrorCode.WORKER_LOST if lost else ErrorCode.DRAINING
+        self.drop_worker(worker, why[:200], lost=lost, code=code)
 
     # --- the end of a request ---------------------------------------------------------------------
 

@@ -305,7 +305,7 @@ def judge_engine(core: BrokerCore, worker: WorkerSession, age_s: float) -> None:
     if age_s >= core.settings.stall_lost_s:
         core.counters["workers_stalled"] += 1
         why = f"its engine made no progress for {age_s:.0f} s"
-        core.end_session(worker, why, told=Goodbye(reason="stalled", message=why))
+        core.end_session(worker, why, told=Goodbye(reason="stalled", message=why), died=True)
         return
     stalled = age_s >= core.settings.stall_no_work_s
     if stalled != worker.stalled:

@@ -57,7 +57,7 @@ def finish(core: BrokerCore) -> None:
         core.drop_client(client, "the broker stops", cancel=False)
     for worker in list(core.workers.values()):
         core.send(worker, MessageType.GOODBYE, worker.id, goodbye, last=True)
-        core.drop_worker(worker, "the broker stops", lost=False)
+        core.drop_worker(worker, "the broker stops", lost=False, code=ErrorCode.DRAINING)
     core.instruct(StopLoop())
 
 
@@ -100,4 +100,4 @@ def _end_drain(core: BrokerCore, worker: WorkerSession) -> None:
             core.interrupt(request, error, lost=False)
     goodbye = codec.encode(Goodbye(reason="drained", message="the deadline of the drain is over"))
     core.send(worker, MessageType.GOODBYE, worker.id, goodbye, last=True)
-    core.drop_worker(worker, "drained", lost=False)
+    core.drop_worker(worker, "drained", lost=False, code=ErrorCode.DRAINING)

@@ -160,9 +160,26 @@ def test_a_silent_worker_is_lost_after_its_liveness_and_its_clients_are_told() -
     bus.wait(0.2)
     assert not worker.known
     interrupted = client.only(MessageType.INTERRUPTED).body
-    assert (interrupted.worker, interrupted.lost) == ("worker", True)
+    assert interrupted.worker == "worker"
     assert interrupted.error.code == "worker_lost"
     assert worker.receive()[-1].type is MessageType.GOODBYE
+
+
+def test_a_network_that_breaks_for_all_workers_poisons_no_request() -> None:
+    """One after the other falls silent, and the request with each: none of them died."""
+    bus = Bus()
+    first, client = bus.worker("first"), bus.client()
+    bus.wait(1)
+    second = bus.worker("second")
+    request_id = client.request()
+    assert first.assigned_ids() == [request_id]
+    for wait_s, next_epoch in ((4.5, 1), (1.0, 2)):
+        bus.wait(wait_s)
+        (told,) = [m.body for m in client.receive() if m.type is MessageType.INTERRUPTED]
+        assert not told.lost
+        client.resume(request_id, epoch=next_epoch)
+    assert not second.known
+    assert bus.worker("first").assigned_ids() == [request_id]
 
 
 def test_any_message_counts_as_life_output_on_the_fast_path_too() -> None:
