@@ -319,8 +319,11 @@ class BrokerLoop:
     @staticmethod
     def _skip(socket: zmq.Socket[bytes]) -> None:
         """Throw the rest of a message away."""
-        while socket.getsockopt(zmq.RCVMORE):
-            socket.recv(zmq.DONTWAIT)
+        if socket.getsockopt(zmq.RCVMORE):
+            # A frame object knows whether another follows, six times cheaper than asking the
+            # socket; a stranger may send hundred thousands.
+            while socket.recv(zmq.DONTWAIT, copy=False).more:
+                pass
 
     # --- sending ----------------------------------------------------------------------------------
 

@@ -1,0 +1,202 @@
+"""The bus that `bench.chaos` breaks: brokers, workers and readers as processes, proxies between.
+
+Starts, watches and heals; which faults there are, and what they must not change, stands in
+`bench.chaos`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+from bench.chaos_reader import Got
+from bench.common import Process, free_port, python, wait_for
+from bench.faults import Proxy
+from client import BusError, Client, Timeout
+
+SLOTS: Final = 32
+HEAL_S: Final = 40.0
+"""Longest wait for all workers to be back and idle after a fault."""
+READ_S: Final = 120.0
+"""Longest wait for a reader's report; each of its streams ends long before, by its own limit."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a stage is made of."""
+
+    workers: int = 3
+    brokers: int = 1
+    #: Seconds between heartbeats of everybody; None: the product's own intervals.
+    heartbeat_s: float | None = None
+    #: Clients and workers reach the broker through a proxy each.
+    proxied: bool = False
+    #: Nobody can write a log line: their output goes to a full device.
+    full_disk: bool = False
+    #: File descriptors that the broker may have; None: as many as it asks for.
+    descriptors: int | None = None
+
+
+class Stage:
+    """A running bus. Use it with `with`."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._stack = contextlib.ExitStack()
+        self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="tb-")))
+        ports = [(free_port(), free_port()) for _ in range(layout.brokers)]
+        self.fronts = [f"tcp://127.0.0.1:{front}" for front, _ in ports]
+        self.backs = [f"tcp://127.0.0.1:{back}" for _, back in ports]
+        self.front_proxy: Proxy | None = None
+        self.back_proxy: Proxy | None = None
+        if layout.proxied:
+            self.front_proxy = self._stack.enter_context(Proxy(self.fronts[0]))
+            self.back_proxy = self._stack.enter_context(Proxy(self.backs[0]))
+        self.brokers: dict[int, Process] = {}
+        self.workers: dict[str, Process] = {}
+        self._observer: Client | None = None
+        self._started = 0
+        self._readers: list[Process] = []
+
+    def __enter__(self) -> Stage:
+        for index in range(self.layout.brokers):
+            self.start_broker(index)
+        for number in range(1, self.layout.workers + 1):
+            self.start_worker(f"w{number}")
+        self.wait_healthy()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._observer is not None:
+            self._observer.close()
+        for process in (*self._readers, *self.workers.values(), *self.brokers.values()):
+            process.kill()
+            process.stop()
+        self._stack.close()
+
+    # --- processes --------------------------------------------------------------------------------
+
+    def _process(self, *arguments: str, limit: int | None = None) -> Process:
+        command = python(*arguments)
+        if limit is None and not self.layout.full_disk:
+            return Process(command)
+        shell = f"ulimit -n {limit}; " if limit is not None else ""
+        full = " >/dev/full 2>&1" if self.layout.full_disk else ""
+        return Process(["sh", "-c", f'{shell}exec "$@"{full}', "sh", *command])
+
+    def start_broker(self, index: int = 0) -> Process:
+        """Start a broker, or another one at the same addresses; returns once it listens."""
+        self._started += 1
+        ready = self.folder / f"ready-{self._started}"
+        beat = self.layout.heartbeat_s
+        arguments = ["-m", "broker", "--front", self.fronts[index], "--back", self.backs[index]]
+        arguments += ["--ready-file", str(ready), "--orphan-grace-s", "5"]
+        if beat is not None:
+            arguments += ["--worker-heartbeat-s", str(beat), "--client-heartbeat-s", str(beat)]
+        process = self._process(*arguments, limit=self.layout.descriptors)
+        self.brokers[index] = process
+        wait_for(ready.exists, "the broker's ready file", process=process)
+        return process
+
+    def start_worker(self, name: str) -> Process:
+        """Start a worker; does not wait."""
+        backs = [self.back_proxy.address] if self.back_proxy else self.backs
+        arguments = ["-m", "worker", "--engine", "echo", "--worker-id", name, "--no-progress"]
+        arguments += ["--slots", str(SLOTS), "--engine-stall-s", "2", "--drain-s", "0.5"]
+        for back in backs:
+            arguments += ["--broker", back]
+        self.workers[name] = process = self._process(*arguments)
+        return process
+
+    def start_reader(
+        self, first: int, last: int, tokens: int, pace_ms: float, *, repeat: bool = False
+    ) -> Process:
+        """Start a client that reads a stream in each of the lanes from `first` up to `last`."""
+        fronts = [self.front_proxy.address] if self.front_proxy else self.fronts
+        arguments = ["-m", "bench.chaos_reader", "--broker", ",".join(fronts)]
+        arguments += ["--lanes", f"{first}:{last}", "--tokens", str(tokens)]
+        arguments += ["--pace-ms", str(pace_ms), *(["--repeat"] if repeat else [])]
+        process = Process(python(*arguments))
+        self._readers.append(process)
+        return process
+
+    def report_of(self, reader: Process) -> list[Got]:
+        """What a reader got; waits for its end. Raises `RuntimeError` with its last words."""
+        line = reader.wait_line(r'^\{"streams"', READ_S).string
+        reader.stop()
+        self._readers.remove(reader)
+        return [Got(**stream) for stream in json.loads(line)["streams"]]
+
+    # --- health -----------------------------------------------------------------------------------
+
+    def observer(self) -> Client:
+        """A client past all proxies, for questions and orders."""
+        if self._observer is None:
+            self._observer = Client(self.fronts, name="observer", timeout=Timeout(connect=2))
+        return self._observer
+
+    def rows(self) -> list[dict[str, Any]]:
+        """`bus.workers`; empty while no broker answers."""
+        try:
+            return self.observer().workers()
+        except BusError:
+            return []
+
+    def stats(self) -> dict[str, float]:
+        """`bus.stats`."""
+        answer: dict[str, float] = self.observer().query("bus.stats")
+        return answer
+
+    def heal(self) -> None:
+        """Replace the dead and wake the stopped. A supervisor of the system would."""
+        for index, broker in list(self.brokers.items()):
+            if broker.ended:
+                broker.stop()
+                self.start_broker(index)
+        for name, worker in list(self.workers.items()):
+            if worker.ended:
+                worker.stop()
+                self.start_worker(name)
+
+    def wait_healthy(self) -> None:
+        """Wait until every worker is ready with all of its slots free: nothing leaked."""
+        names = set(self.workers)
+
+        def healthy() -> bool:
+            rows = [row for row in self.rows() if row["name"] in names]
+            return {row["name"] for row in rows} == names and all(
+                row["state"] == "ready"
+                and row["running"] == 0
+                and row["granted"] - row["assigned"] == row["capacity"]
+                for row in rows
+            )
+
+        try:
+            wait_for(healthy, "all workers to be ready and idle", HEAL_S)
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}; bus.workers: {self.rows()}\n{self.story()}") from None
+
+    def story(self, lines: int = 30, *, warnings: bool = False) -> str:
+        """The last lines of every process, or the last that warn."""
+        parts = []
+        for name, process in [
+            *((f"broker {index}", process) for index, process in self.brokers.items()),
+            *self.workers.items(),
+        ]:
+            ended = f" ended with {process.wait(0)}" if process.ended else ""
+            parts.append(f"--- {name} (pid {process.pid}){ended}")
+            said = process.lines
+            if warnings:
+                said = [line for line in said if '"level": "warning"' in line]
+            parts += said[-lines:]
+        return "\n".join(parts)
