@@ -386,7 +386,9 @@ class BrokerCore(BusState):
 
     def _on_client_goodbye(self, client: ClientSession, head: Header, frames: Frames) -> None:
         goodbye = self._control(Goodbye, frames)
-        self.drop_client(client, f"goodbye: {goodbye.reason}", cancel=True)
+        # Who leaves because of a broken session comes back for its streams.
+        cancel = goodbye.reason != ErrorCode.PROTOCOL_ERROR
+        self.drop_client(client, f"goodbye: {goodbye.reason}", cancel=cancel)
 
     def _on_client_heartbeat(self, client: ClientSession, head: Header, frames: Frames) -> None:
         self._control(Heartbeat, frames)

@@ -130,6 +130,19 @@ def test_resume_of_a_request_ended_too_long_ago_is_queued_as_new() -> None:
     assert not worker.assigned()[0].assign.attach
 
 
+def test_a_client_that_leaves_a_broken_session_comes_back_for_its_streams() -> None:
+    """Found by the simulation: its requests were cancelled as those of one that is closed."""
+    bus = Bus()
+    worker, client = bus.worker(), bus.client()
+    request_id = client.request()
+    worker.receive()
+    client.goodbye("protocol_error")
+    assert worker.receive() == []
+    again = bus.client()
+    again.resume(request_id)
+    assert worker.assigned()[0].assign.attach
+
+
 def test_a_replay_that_is_rejected_late_is_still_interrupted() -> None:
     """Found by the simulation: the broker forgot the request between ASSIGN and REJECT."""
     bus = Bus(ended_keep_s=3)
