@@ -1,12 +1,10 @@
-"""Broker, worker with its engine, and client of the simulation: the real cores, simulated
-processes."""
+"""Broker, worker and client of the simulation: the real cores in simulated processes."""
 
 from __future__ import annotations
 
-import hashlib
 import random
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from broker.core import events as broker_fact
@@ -15,16 +13,16 @@ from broker.core.events import Side
 from broker.core.instructions import ForgetPeer, StopLoop
 from broker.core.instructions import Send as BrokerSend
 from broker.core.settings import CoreSettings
-from broker.protocol import codec
-from broker.protocol.limits import MAX_REQUEST_OCTETS
-from broker.protocol.messages import Kind, ModelInfo, Params, Request, TokensEvent
+from broker.protocol.header import MessageType
+from broker.protocol.messages import Cancel, Credit, Kind, Params, Request, TokensEvent, Window
 from client import events as client_fact
 from client.errors import BusError
 from client.options import Limits, Retry, Timeout
 from client.session import ClientSession
+from tests.simulation.answers import EMBEDDING, Call
+from tests.simulation.engine import MODEL, SimEngine
 from tests.simulation.world import Party, Violation, Wire, World
 from worker import events as worker_fact
-from worker.engines.base import Capabilities
 from worker.instructions import (
     CloseSocket,
     EngineAdd,
@@ -36,48 +34,17 @@ from worker.instructions import (
 from worker.instructions import Send as WorkerSend
 from worker.session import Settings, WorkerCore
 
-MODEL = "model"
-TOKENS, END = 0, 1
-PEER_QUEUE_MESSAGES = 300
-"""What ZeroMQ, the kernel and the broker together hold for a peer that does not read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What the model says to a prompt: a function of prompt, seed and position alone."""
-
-    prompt: str
-    seed: int
-    length: int
-
-    def token(self, position: int) -> int:
-        octets = hashlib.blake2b(f"{self.prompt}/{self.seed}/{position}".encode(), digest_size=4)
-        return int.from_bytes(octets.digest()) % 5000
-
-    def piece(self, position: int) -> str:
-        return f"{self.token(position)} "
-
-    def sure_until(self, count: int) -> int:
-        """Tokens of the first `count` whose text is certain: each fifth id is half a character."""
-        while count and self.token(count - 1) % 5 == 0:
-            count -= 1
-        return count
-
-    def text(self, count: int) -> str:
-        return "".join(self.piece(i) for i in range(count))
-
-    @classmethod
-    def of(cls, request: Request) -> Answer:
-        assert request.prompt is not None and request.params.max_tokens is not None
-        return cls(request.prompt, request.params.seed, request.params.max_tokens)
-
 
 class SimBroker(Party):
     """A broker process: it can be killed and started again, and forgets everything."""
 
-    def __init__(self, world: World, name: str, settings: CoreSettings) -> None:
+    def __init__(
+        self, world: World, name: str, settings: CoreSettings, peer_queue_messages: int
+    ) -> None:
         super().__init__(world, name)
         self.settings = settings
+        #: What ZeroMQ, the kernel and the broker together hold for a peer that does not read.
+        self.peer_queue_messages = peer_queue_messages
         self.wires: dict[Side, dict[bytes, Wire]] = {}
         self.stopped_in_order = False
         self.start()
@@ -145,7 +112,7 @@ class SimBroker(Party):
             return
         wire.send_to_peer(frames)
         peer: Party = wire.peer  # type: ignore[attr-defined]
-        if peer.backlog > PEER_QUEUE_MESSAGES:
+        if peer.backlog > self.peer_queue_messages:
             self.world.after(0.0, self.tell, broker_fact.PeerOverflowed(side, routing_id))
 
 
@@ -220,6 +187,11 @@ class _Sockets:
     def plug_in(self) -> None:
         self.unplugged = False
 
+    def garble(self, copies: int) -> None:
+        """The next message each way arrives so often: lost or doubled."""
+        for wire in self.wires.values():
+            wire.copies_to_peer = wire.copies_to_broker = copies
+
     # Facts, in the words of the party's core:
     def opened_event(self, index: int) -> Any:
         return worker_fact.Connected(index)
@@ -242,99 +214,6 @@ class _ClientSockets(_Sockets):
         return client_fact.MessageReceived(frames)
 
 
-@dataclass(slots=True)
-class _Job:
-    answer: Answer
-    position: int
-    cancelled: bool = False
-
-
-class SimEngine:
-    """An engine process: steps all its jobs at once; can die and hang."""
-
-    def __init__(self, worker: SimWorker, step_s: float, load_s: float) -> None:
-        self.worker = worker
-        self.world = worker.world
-        self.step_s = step_s
-        self.jobs: dict[bytes, _Job] = {}
-        self.alive = True
-        self.hung = False
-        self.stepping = False
-        self.ready = False
-        self.world.after(load_s, self._loaded)
-
-    def _loaded(self) -> None:
-        if self.alive:
-            self.ready = True
-            model = ModelInfo(name=MODEL, kinds=(Kind.COMPLETE,), context_tokens=1 << 20)
-            capabilities = Capabilities("sim", "none", (model,), self.worker.slots)
-            self.worker.tell(worker_fact.EngineReady(capabilities))
-
-    def add(self, job_id: bytes, body: bytes) -> None:
-        if not self.ready:
-            raise Violation(f"{self.worker.name} was given work while it loads")
-        request = codec.decode(Request, body, MAX_REQUEST_OCTETS)
-        answer = Answer.of(request)
-        position = 0
-        if request.resume is not None:
-            position = len(request.resume.token_ids)
-            given = request.resume.token_ids
-            if given != [answer.token(i) for i in range(position)]:
-                raise Violation(f"{self.worker.name} is to continue tokens that were never said")
-            sure = len(answer.text(answer.sure_until(position)))
-            if request.resume.text_characters != sure:
-                raise Violation(
-                    f"{self.worker.name} is to continue after {request.resume.text_characters} "
-                    f"characters; {position} tokens are {sure}"
-                )
-        self.jobs[job_id] = _Job(answer, position)
-        if len(self.jobs) > self.worker.slots + self.worker.replacing:
-            raise Violation(
-                f"{self.worker.name} runs {len(self.jobs)} in {self.worker.slots} slots"
-            )
-        self._go_on()
-
-    def cancel(self, job_id: bytes) -> None:
-        if job_id in self.jobs:
-            self.jobs[job_id].cancelled = True
-            self._go_on()
-
-    def _go_on(self) -> None:
-        if not self.stepping and self.jobs and self.alive and not self.hung:
-            self.stepping = True
-            self.world.after(self.step_s * self.world.rng.uniform(0.5, 1.5), self._step)
-
-    def _step(self) -> None:
-        self.stepping = False
-        if not self.alive or self.hung:
-            return
-        events: list[list[Any]] = []
-        for job_id, job in list(self.jobs.items()):
-            answer = job.answer
-            if job.cancelled:
-                del self.jobs[job_id]
-                events.append([END, job_id, "cancelled", "", {}, {}, None, None])
-                continue
-            if job.position < answer.length:
-                before, job.position = job.position, job.position + 1
-                text = answer.text(answer.sure_until(job.position))[
-                    len(answer.text(answer.sure_until(before))) :
-                ]
-                events.append([TOKENS, job_id, [answer.token(before)], text, None])
-            if job.position >= answer.length:
-                del self.jobs[job_id]
-                sure = len(answer.text(answer.sure_until(job.position)))
-                rest = answer.text(job.position)[sure:]
-                usage = {"prompt_tokens": 1, "completion_tokens": answer.length}
-                events.append([END, job_id, "length", rest, usage, {}, None, None])
-        self.worker.tell(worker_fact.EngineStepped(events))
-        self._go_on()
-
-    def die(self) -> None:
-        self.alive = False
-        self.jobs.clear()
-
-
 class SimWorker(Party):
     """A worker: link process and engine process."""
 
@@ -355,8 +234,6 @@ class SimWorker(Party):
         self.slots = slots
         self.step_s = step_s
         self.load_s = load_s
-        #: Jobs that end at the next step while their successor is added (a RESUME run anew).
-        self.replacing = 0
         self.sockets = _Sockets(self, Side.BACK, brokers)
         self.core = WorkerCore(
             Settings(
@@ -370,7 +247,10 @@ class SimWorker(Party):
         )
         self.exit: Exit | None = None
         self.deaths = 0
-        self.runs: dict[bytes, int] = {}
+        #: By prompt: how often it was begun, tokens computed, failures that were to be.
+        self.runs: Counter[str] = Counter()
+        self.computed: Counter[str] = Counter()
+        self.failed: Counter[str] = Counter()
         world.note(name, "starts")
         self.engine = SimEngine(self, step_s, load_s)
         self.arm()
@@ -387,9 +267,7 @@ class SimWorker(Party):
             case CloseSocket(broker):
                 self.sockets.close(broker)
             case EngineAdd(job_id, body):
-                self.replacing = sum(job.cancelled for job in self.engine.jobs.values())
                 self.engine.add(job_id, body)
-                self.runs[job_id] = self.runs.get(job_id, 0) + 1
             case EngineCancel(job_id):
                 self.engine.cancel(job_id)
             case RestartEngine():
@@ -409,10 +287,25 @@ class SimWorker(Party):
 
     def engine_dies(self) -> None:
         """The engine process crashes; the supervisor starts another."""
-        if self.alive and self.engine.ready:
+        if self.alive and self.engine.ready and self.engine.alive:
             self.world.note(self.name, "loses its engine")
-            self._new_engine()
+            self.engine.die()
             self.tell(worker_fact.EngineLost("killed by signal 9"))
+
+    def handle(self, event: Any) -> None:
+        if isinstance(event, worker_fact.EngineLost):
+            self._new_engine()  # the supervisor, a part of this process, saw it now
+        super().handle(event)
+
+    def repeat_credit(self) -> None:
+        """Say again, late, what was granted a while ago."""
+        for connection in self.core._connections:
+            if self.alive and not self.paused and connection.open:
+                credit = Credit(granted=self.world.rng.randint(0, connection.announced))
+                frames = connection.message(
+                    MessageType.CREDIT, connection.session, credit, self.world.now_s
+                )
+                self.sockets.send(connection.index, frames)
 
     def engine_hangs(self) -> None:
         if self.alive and self.engine.ready:
@@ -428,27 +321,6 @@ class SimWorker(Party):
             self.engine.die()
             self.sockets.cut_all()
             self._on_exit(self)
-
-
-@dataclass(slots=True)
-class Call:
-    """One request of an application, and everything that it saw."""
-
-    request_id: bytes
-    answer: Answer
-    priority: int
-    #: Seconds that the application needs for a token; 0: it reads at once.
-    read_s: float
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    taken: int = 0
-    made_s: float = 0.0
-    ended_s: float = 0.0
-    dropped: bool = False
-    #: "end", or the code of the error.
-    outcome: str = ""
-    error: BusError | None = None
-    resumed: int = 0
 
 
 class SimClient(Party):
@@ -484,22 +356,26 @@ class SimClient(Party):
         """The application makes a request."""
         call.made_s = self.world.now_s
         self.calls[call.request_id] = call
-        request = Request(
-            model=MODEL,
-            kind=Kind.COMPLETE,
-            prompt=call.answer.prompt,
-            params=Params(max_tokens=call.answer.length, seed=call.answer.seed),
-            priority=call.priority,
-            window=1,
+        answer = call.answer
+        if call.embeds:
+            asked = Request(model=MODEL, kind=Kind.EMBED, inputs=[answer.prompt], window=1)
+        else:
+            asked = Request(
+                model=MODEL,
+                kind=Kind.COMPLETE,
+                prompt=answer.prompt,
+                params=Params(max_tokens=answer.length, seed=answer.seed),
+                priority=call.priority,
+                window=1,
+            )
+        limits = Timeout(
+            connect=None,
+            queue=call.queue_s,
+            first_token=None,
+            between_tokens=None,
+            total=call.total_s,
         )
-        made = client_fact.RequestMade(
-            call.request_id,
-            request,
-            (),
-            Timeout(connect=None, first_token=None, between_tokens=None),
-            self.retry,
-        )
-        self.tell(made)
+        self.tell(client_fact.RequestMade(call.request_id, asked, (), limits, self.retry))
 
     def drop(self, call: Call) -> None:
         """The application stops reading."""
@@ -522,6 +398,31 @@ class SimClient(Party):
         args = {"worker": name, "deadline_ms": 2000}
         self.tell(client_fact.QueryMade(query_id, "bus.drain", args, Timeout(total=5)))
 
+    def kill(self) -> None:
+        """kill -9: nobody reads its answers any more."""
+        if self.alive:
+            self.world.note(self.name, "is killed")
+            self.alive = False
+            for call in self.calls.values():
+                call.gone = not call.outcome
+            self.sockets.cut_all()
+
+    def say_stray_things(self, calls: list[Call]) -> None:
+        """Messages that are legal and mean nothing: late, repeated, of nobody's request."""
+        core = self.core
+        if not self.alive or self.paused or not core._dialer.has_session:
+            return
+        core._dialer.now_s = self.world.now_s
+        ended = [call.request_id for call in calls if call.outcome]
+        for id_ in [b"\x01" + self.world.rng.randbytes(15), *ended[-2:]]:
+            core._send(MessageType.CANCEL, id_, Cancel())
+            core._send(MessageType.WINDOW, id_, Window(limit=1 << 20))
+        for id_ in sorted(core._at_broker)[:1]:
+            core._send(MessageType.WINDOW, id_, Window(limit=1))
+        orders, core._out = core._out, []
+        for order in orders:
+            self.carry_out(order)
+
     def close(self) -> None:
         self.closed = True
         self.tell(client_fact.CloseRequested())
@@ -542,7 +443,7 @@ class SimClient(Party):
         if id_ in self.drains:
             return
         call = self.calls[id_]
-        name = f"{self.name} request {id_.hex()[:8]}"
+        name = f"{self.name} request {call.name}"
         if call.dropped and not self.closed:
             raise Violation(f"{name} was dropped and still gets {items}")
         if call.outcome:
@@ -553,7 +454,7 @@ class SimClient(Party):
                     self._tokens(name, call, item)
                 case client_fact.End():
                     call.outcome, call.text = "end", call.text + item.text
-                    call.resumed = item.resumed
+                    call.resumed, call.result = item.resumed, item.result
                     self._check_end(name, call)
                 case client_fact.Started():
                     self.world.note(self.name, f"{id_.hex()[:8]} runs at {item.worker}")
@@ -580,6 +481,11 @@ class SimClient(Party):
             raise Violation(f"{name} got {item} after {at} tokens; right is {right}")
         call.token_ids += item.token_ids
         call.text += item.text
+        exchange = self.core._exchanges.get(call.request_id)  # None: it has ended meanwhile
+        if exchange is not None and len(call.token_ids) > exchange.window_limit:
+            raise Violation(
+                f"{name} got {len(call.token_ids)} tokens; its window is {exchange.window_limit}"
+            )
         if call.read_s:
             self.world.after(
                 call.read_s * len(item.token_ids), self._take, call, len(call.token_ids)
@@ -593,6 +499,10 @@ class SimClient(Party):
 
     def _check_end(self, name: str, call: Call) -> None:
         whole = call.answer.text(call.answer.length)
+        if call.embeds and call.result != EMBEDDING:
+            raise Violation(f"{name} ended with the result {call.result}")
+        if call.answer.fails_at is not None and not call.answer.fails_once:
+            raise Violation(f"{name} ended well; its engine failed it")
         if call.text != whole or len(call.token_ids) != call.answer.length:
             raise Violation(
                 f"{name} ended with {len(call.token_ids)} of {call.answer.length} tokens and "

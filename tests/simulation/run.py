@@ -8,8 +8,8 @@ import sys
 import time
 from collections import Counter
 
-from tests.simulation.plan import FAULTS, Run, make, shrink
-from tests.simulation.plan import fails as story_of
+from tests.simulation.plan import FAULTS, make, shrink
+from tests.simulation.scenario import Run, fails
 
 
 def main() -> None:
@@ -32,14 +32,16 @@ def main() -> None:
             run = Run(plan).to_the_end()
         except Exception as error:  # any exception out of a core is a finding
             failed += 1
-            print(f"seed {seed} fails: {str(error).splitlines()[0] if str(error) else error!r}")
+            first_line = (str(error) or repr(error)).splitlines()[0]
+            print(f"seed {seed} fails: {type(error).__name__}: {first_line}")
             if args.keep_going:
                 continue
-            small = plan if args.no_shrink else shrink(plan)
-            sys.exit(story_of(small))
+            small = plan if args.no_shrink else shrink(plan, fails)
+            sys.exit(fails(small))
         seen["events"] += run.world.events
+        seen["faults"] += len(plan.faults)
         for call in run.calls:
-            seen["dropped" if call.dropped else call.outcome] += 1
+            seen["dropped" if call.dropped else "gone" if call.gone else call.outcome] += 1
             seen["resumes"] += call.resumed
     took_s = time.monotonic() - began_s
     print(f"{args.seeds} scenarios, {failed} failed, {args.seeds / took_s * 60:.0f} a minute")

@@ -1,8 +1,7 @@
 """A virtual clock, and connections between cores that can be slow, cut or silent.
 
 `World` runs what is scheduled, in order of time; equal seeds give equal runs. `Wire` is one
-connection:
-ordered, never doubled, and lost as a whole, as ZeroMQ's are. Nothing here knows what a request is.
+connection: ordered, and lost as a whole, as ZeroMQ's are. Nothing here knows what a request is.
 """
 
 from __future__ import annotations
@@ -113,9 +112,7 @@ class Party:
     def arm(self) -> None:
         """See to it that the core's next deadline is kept."""
         due_s = self.core.deadline_s()
-        if due_s == math.inf or any(
-            due_s >= wake_s >= self.world.now_s for wake_s in self._wakes
-        ):
+        if due_s == math.inf or any(due_s >= wake_s >= self.world.now_s for wake_s in self._wakes):
             return
         self._wakes.add(due_s)
         self.world.at(max(due_s, self.world.now_s), self._wake, due_s)
@@ -176,15 +173,22 @@ class Wire:
         self.open = True
         #: Nothing passes any more and nobody is told (a cable pulled, a firewall).
         self.silent = False
+        #: How often the next message arrives. ZeroMQ neither loses nor doubles one; if anything
+        #: ever does, the sequence numbers tell.
+        self.copies_to_peer = self.copies_to_broker = 1
         self._peer_s = self._broker_s = world.now_s
 
     def send_to_peer(self, frames: tuple[bytes, ...]) -> None:
         self._peer_s = max(self._peer_s, self.world.now_s + self.world.delay_s())
-        self.world.at(self._peer_s, self._deliver, self._to_peer, (frames,))
+        copies, self.copies_to_peer = self.copies_to_peer, 1
+        for _ in range(copies):
+            self.world.at(self._peer_s, self._deliver, self._to_peer, (frames,))
 
     def send_to_broker(self, frames: tuple[bytes, ...]) -> None:
         self._broker_s = max(self._broker_s, self.world.now_s + self.world.delay_s())
-        self.world.at(self._broker_s, self._deliver, self._to_broker, (self, frames))
+        copies, self.copies_to_broker = self.copies_to_broker, 1
+        for _ in range(copies):
+            self.world.at(self._broker_s, self._deliver, self._to_broker, (self, frames))
 
     def _deliver(self, to: Callable[..., None], args: tuple[Any, ...]) -> None:
         if self.open and not self.silent:

@@ -1,0 +1,99 @@
+"""What is right: the model's answer to a prompt, and what one call of an application saw of it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from broker.protocol.messages import Kind, Request
+from client.errors import BusError
+
+EMBEDDING = {"embeddings": [[0.5, 0.25]]}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model says to a prompt: a function of prompt, seed and position alone."""
+
+    prompt: str
+    seed: int
+    length: int
+    #: Token at which the engine gives up, and whether another attempt would do better.
+    fails_at: int | None = None
+    fails_once: bool = False
+
+    @classmethod
+    def of(cls, request: Request) -> Answer:
+        """The answer to a request as it came over the wire."""
+        if request.kind is Kind.EMBED:
+            assert request.inputs is not None
+            return cls(str(request.inputs[0]), 0, 0)
+        assert request.prompt is not None and request.params.max_tokens is not None
+        _, fails_at, fails_once = request.prompt.split("|")
+        return cls(
+            request.prompt,
+            request.params.seed,
+            request.params.max_tokens,
+            int(fails_at) if fails_at else None,
+            fails_once == "once",
+        )
+
+    def token(self, position: int) -> int:
+        return _tokens(self.prompt, self.seed, self.length)[position]
+
+    def sure_until(self, count: int) -> int:
+        """Tokens of the first `count` whose text is certain: each fifth id is half a character."""
+        while count and self.token(count - 1) % 5 == 0:
+            count -= 1
+        return count
+
+    def text(self, count: int) -> str:
+        """Of the first `count` tokens."""
+        return _texts(self.prompt, self.seed, self.length)[count]
+
+
+@functools.lru_cache(maxsize=256)
+def _tokens(prompt: str, seed: int, length: int) -> list[int]:
+    octets = hashlib.shake_128(f"{prompt}/{seed}".encode()).digest(2 * length)
+    return [int.from_bytes(octets[2 * i : 2 * i + 2]) % 5000 for i in range(length)]
+
+
+@functools.lru_cache(maxsize=256)
+def _texts(prompt: str, seed: int, length: int) -> list[str]:
+    texts = [""]
+    for token in _tokens(prompt, seed, length):
+        texts.append(texts[-1] + f"{token} ")
+    return texts
+
+
+@dataclass(slots=True)
+class Call:
+    """One request of an application, and everything that it saw."""
+
+    request_id: bytes
+    answer: Answer
+    embeds: bool
+    priority: int
+    #: Seconds that the application needs for a token; 0: it reads at once.
+    read_s: float
+    #: Limits that the application sets, seconds.
+    total_s: float | None = None
+    queue_s: float | None = None
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    made_s: float = 0.0
+    ended_s: float = 0.0
+    dropped: bool = False
+    #: Its client was killed.
+    gone: bool = False
+    #: "end", or the code of the error.
+    outcome: str = ""
+    error: BusError | None = None
+    result: Any = None
+    resumed: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.request_id.hex()[:8]

@@ -1,0 +1,143 @@
+"""The engine process of a simulated worker: all its jobs one token a step; it can die and hang."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from broker.protocol import codec
+from broker.protocol.limits import MAX_REQUEST_OCTETS
+from broker.protocol.messages import Kind, ModelInfo, Request
+from tests.simulation.answers import EMBEDDING, Answer
+from tests.simulation.world import Violation
+from worker import events as worker_fact
+from worker.engines.base import Capabilities
+
+if TYPE_CHECKING:
+    from tests.simulation.parties import SimWorker
+
+MODEL = "model"
+TOKENS, END, FAIL = 0, 1, 2
+
+
+@dataclass(slots=True)
+class _Job:
+    answer: Answer
+    embeds: bool
+    position: int
+    cancelled: bool = False
+
+
+class SimEngine:
+    """One engine process."""
+
+    def __init__(self, worker: SimWorker, step_s: float, load_s: float) -> None:
+        self.worker = worker
+        self.world = worker.world
+        self.step_s = step_s
+        self.jobs: dict[bytes, _Job] = {}
+        self.alive = True
+        self.hung = False
+        self.ready = False
+        self._stepping = False
+        self.world.after(load_s, self._loaded)
+
+    def _loaded(self) -> None:
+        if self.alive:
+            self.ready = True
+            kinds = (Kind.COMPLETE, Kind.EMBED)
+            model = ModelInfo(name=MODEL, kinds=kinds, context_tokens=1 << 20)
+            capabilities = Capabilities("sim", "none", (model,), self.worker.slots)
+            self.worker.tell(worker_fact.EngineReady(capabilities))
+
+    def add(self, job_id: bytes, body: bytes) -> None:
+        """A new job. One that reaches an engine which died meanwhile is lost with it."""
+        if not self.alive:
+            return
+        name = self.worker.name
+        if not self.ready:
+            raise Violation(f"{name} was given work while it loads")
+        request = codec.decode(Request, body, MAX_REQUEST_OCTETS)
+        answer = Answer.of(request)
+        position = 0
+        if request.resume is not None:
+            given = request.resume.token_ids
+            position = len(given)
+            if given != [answer.token(i) for i in range(position)]:
+                raise Violation(f"{name} is to continue tokens that were never said")
+            sure = len(answer.text(answer.sure_until(position)))
+            if request.resume.text_characters != sure:
+                raise Violation(
+                    f"{name} is to continue after {request.resume.text_characters} "
+                    f"characters; {position} tokens are {sure}"
+                )
+        # A job that is cancelled ends at the next step; its successor may be added before.
+        replaced = sum(job.cancelled for job in self.jobs.values())
+        self.jobs[job_id] = _Job(answer, request.kind is Kind.EMBED, position)
+        if len(self.jobs) > self.worker.slots + replaced:
+            raise Violation(f"{name} runs {len(self.jobs)} in {self.worker.slots} slots")
+        self.worker.runs[answer.prompt] += 1
+        self._go_on()
+
+    def cancel(self, job_id: bytes) -> None:
+        """Stop a job at the next step."""
+        if job_id in self.jobs:
+            self.jobs[job_id].cancelled = True
+            self._go_on()
+
+    def die(self) -> None:
+        """It is gone with all that it had."""
+        self.alive = False
+        self.jobs.clear()
+
+    def _go_on(self) -> None:
+        if not self._stepping and self.jobs and self.alive and not self.hung:
+            self._stepping = True
+            self.world.after(self.step_s * self.world.rng.uniform(0.5, 1.5), self._step)
+
+    def _step(self) -> None:
+        self._stepping = False
+        if not self.alive or self.hung:
+            return
+        events: list[list[Any]] = []
+        for job_id, job in list(self.jobs.items()):
+            events += self._events(job_id, job)
+        self.worker.tell(worker_fact.EngineStepped(events))
+        self._go_on()
+
+    def _events(self, job_id: bytes, job: _Job) -> list[list[Any]]:
+        answer = job.answer
+        if job.cancelled:
+            del self.jobs[job_id]
+            return [[END, job_id, "cancelled", "", {}, {}, None, None]]
+        if job.embeds:
+            del self.jobs[job_id]
+            return [[END, job_id, "stop", "", {"prompt_tokens": 2}, {}, EMBEDDING, None]]
+        if job.position == answer.fails_at and not self._mended(answer):
+            del self.jobs[job_id]
+            code = "worker_lost" if answer.fails_once else "engine_error"
+            error = {"code": code, "message": "no", "retryable": answer.fails_once}
+            return [[FAIL, job_id, error, {}]]
+        events: list[list[Any]] = []
+        if job.position < answer.length:
+            before, job.position = job.position, job.position + 1
+            sure = len(answer.text(answer.sure_until(before)))
+            text = answer.text(answer.sure_until(job.position))[sure:]
+            events.append([TOKENS, job_id, [answer.token(before)], text, None])
+            self.worker.computed[answer.prompt] += 1
+        if job.position >= answer.length:
+            del self.jobs[job_id]
+            sure = len(answer.text(answer.sure_until(job.position)))
+            rest = answer.text(job.position)[sure:]
+            usage = {"prompt_tokens": 1, "completion_tokens": answer.length}
+            events.append([END, job_id, "length", rest, usage, {}, None, None])
+        return events
+
+    def _mended(self, answer: Answer) -> bool:
+        """A failure that happens once has happened."""
+        if not answer.fails_once:
+            return False
+        failed: Counter[str] = self.worker.failed
+        failed[answer.prompt] += 1
+        return failed[answer.prompt] > 1

@@ -1,0 +1,130 @@
+"""Was it right? What every call of a scenario must have come to, and what may be left of it.
+
+The text itself, the window and the slots are checked as they happen (`parties`, `engine`), the
+cores' own invariants after every fact (`world`). An error is only allowed for a reason that the
+scenario gave.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from tests.simulation.answers import Call
+from tests.simulation.plan import HARMLESS
+from tests.simulation.world import Violation
+
+if TYPE_CHECKING:
+    from tests.simulation.scenario import Run
+
+Left = Callable[["Run"], str]
+
+_SILENCE = frozenset(
+    {
+        "pause_worker",
+        "unplug_worker",
+        "cut_worker",
+        "garble_worker",
+        "pause_broker",
+        "hang_engine",
+    }
+)
+"""A worker that is not heard for too long, or whose messages do not count right, counts as dead."""
+_AWAY = frozenset({"pause_client", "unplug_client", "cut_client", "kill_broker", "stop_broker"})
+"""A client that is away for longer than the grace finds its request cancelled."""
+_ONCE = frozenset({*HARMLESS, "cut_client", "garble_client"})
+"""Faults that give nobody a reason to compute anything again."""
+LATE_S = 0.001
+
+
+def calls(run: Run) -> None:
+    """Judge every call, some time after all was mended."""
+    for call in run.calls:
+        if not call.dropped and not call.gone and call.outcome != "end":
+            _failure(run, call)
+        if call.outcome and call.total_s is not None and "pause_client" not in run.happened:
+            took_s = call.ended_s - call.made_s
+            if took_s > call.total_s + LATE_S:
+                raise Violation(f"request {call.name} took {took_s:.3f} s of {call.total_s} s")
+    if run.happened <= _ONCE and run.plan.brokers == 1:
+        _nothing_twice(run)
+
+
+def _failure(run: Run, call: Call) -> None:
+    if not call.outcome:
+        raise Violation(
+            f"request {call.name} was not served although all was mended long ago: "
+            f"{len(call.token_ids)} of {call.answer.length} tokens"
+        )
+    lived_s = call.ended_s - call.made_s + LATE_S
+    deaths = sum(worker.deaths for worker in run.all_workers)
+    lost = deaths + sum(fault.kind in _SILENCE for fault in run.plan.faults)
+    excuse = {
+        "poison": lost >= 2,
+        "cancelled": bool(_AWAY & run.happened),
+        "engine_error": call.answer.fails_at is not None and not call.answer.fails_once,
+        "deadline_exceeded": (call.total_s is not None and lived_s >= call.total_s)
+        or (call.queue_s is not None and lived_s >= call.queue_s),
+    }
+    if not excuse.get(call.outcome):
+        raise Violation(f"request {call.name} failed without need: {call.error!r}")
+
+
+def _nothing_twice(run: Run) -> None:
+    """Only connections of clients broke: each request was begun once, each token computed once."""
+    runs: Counter[str] = Counter()
+    computed: Counter[str] = Counter()
+    for worker in run.all_workers:
+        runs += worker.runs
+        computed += worker.computed
+    for call in run.calls:
+        again = len(run.all_workers) if call.answer.fails_once else 0
+        if runs[call.answer.prompt] > 1 + again:
+            raise Violation(f"request {call.name} was begun {runs[call.answer.prompt]} times")
+        if not again and computed[call.answer.prompt] > call.answer.length:
+            raise Violation(f"{computed[call.answer.prompt]} tokens of {call.name} were computed")
+
+
+def left_by_clients(run: Run) -> str:
+    """What is left although all clients have gone; empty: nothing."""
+    for worker in run.workers:
+        core = worker.core
+        if not worker.alive:
+            continue
+        if worker.engine.jobs or core.running:
+            return f"{worker.name} runs {len(worker.engine.jobs)} jobs and counts {core.running}"
+        if core._requests.streams:
+            return f"{worker.name} keeps {len(core._requests.streams)} requests"
+        if not worker.engine.ready or worker.engine.hung:
+            continue
+        if not all(connection.open for connection in core._connections):
+            return f"{worker.name} is not connected"
+        credit = 0
+        for broker in run.brokers:
+            sessions = broker.core.workers.values()
+            credit += sum(s.unspent for s in sessions if s.name == worker.name)
+        if credit != worker.slots:
+            return f"{worker.name} has {worker.slots} slots; brokers have credit for {credit}"
+    for client in run.clients:
+        if client.alive and client.core.open_requests:
+            return f"{client.name} has {client.core.open_requests} open requests"
+    return _left_at_brokers(run, ("clients", "requests", "queues", "queued_bytes", "routes"))
+
+
+def left_by_workers(run: Run) -> str:
+    """What is left although everyone has gone; empty: nothing."""
+    for worker in run.workers:
+        if worker.alive:
+            return f"{worker.name} was told to stop and has not"
+    return _left_at_brokers(run, ("workers", "shared", "routes", "fast_routes", "requests"))
+
+
+def _left_at_brokers(run: Run, tables: tuple[str, ...]) -> str:
+    for broker in run.brokers:
+        for table in tables:
+            held = getattr(broker.core, table)
+            if held:
+                count = held if isinstance(held, int) else len(held)
+                return f"{broker.name} has left behind {table}: {count}"
+    return ""
