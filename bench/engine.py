@@ -142,7 +142,8 @@ def _throughput(
             names = [name for name in names if name != "generate_threads"]
         cases = {"tokenbus": lambda p=prompts: run_engine(engine, p, new)}
         for name in names:
-            cases[name] = lambda p=prompts, run=runners[name], n=lengths.get(name, new): run(p, n)
+            length = lengths.get(name, new)
+            cases[name] = lambda p=prompts, run=runners[name], n=length: run(p, n)
         for name in list(cases):
             try:
                 cases[name]()
