@@ -27,6 +27,11 @@ class Terminal:
         self._consoles = _consoles()
 
     @property
+    def console(self) -> Any:
+        """Rich's console of standard output; None where plain text is due."""
+        return self._consoles[0] if self._consoles else None
+
+    @property
     def error_console(self) -> Any:
         """Rich's console of standard error; None where plain text is due."""
         return self._consoles[1] if self._consoles else None
