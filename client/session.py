@@ -15,6 +15,7 @@ from __future__ import annotations
 import heapq
 import math
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -66,7 +67,7 @@ class ClientSession:
 
         self._exchanges: dict[bytes, Exchange] = {}
         #: Of these: HELD with a model name, in the order in which they may go.
-        self._held: dict[bytes, Exchange] = {}
+        self._held: OrderedDict[bytes, Exchange] = OrderedDict()
         #: HELD until the broker tells which model is the only one.
         self._unnamed: dict[bytes, Exchange] = {}
         #: QUEUED or RUNNING.
@@ -232,7 +233,8 @@ class ClientSession:
         error = ErrorInfo(code=ErrorCode.CONNECTION_LOST.value, message=story, retryable=True)
         at_broker, self._at_broker = self._at_broker, set()
         # In the order of their making, not of the set's: runs must be reproducible.
-        for exchange in [e for e in self._exchanges.values() if e.id in at_broker]:
+        # The latest first, since each goes to the head of those that are held.
+        for exchange in [e for e in reversed(self._exchanges.values()) if e.id in at_broker]:
             self._recover(exchange, error, reconnecting=True)
         for exchange in self._exchanges.values():
             if exchange.phase is Phase.HELD:
@@ -308,6 +310,9 @@ class ClientSession:
         exchange.enter(Phase.HELD, self._now_s)
         queue = self._held if exchange.request.model else self._unnamed
         queue[exchange.id] = exchange
+        if exchange.sent_before and queue is self._held:
+            # What runs somewhere is not kept for ever; what was never sent can wait.
+            self._held.move_to_end(exchange.id, last=False)
         self._schedule(exchange)
 
     def _dispatch(self) -> None:

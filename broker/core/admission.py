@@ -185,8 +185,7 @@ def admit(core: BrokerCore, client: ClientSession, request: Entry) -> None:
 
 def is_full(core: BrokerCore, queue: ModelQueue, request: Entry) -> bool:
     settings = core.settings
-    # A resumed request was admitted once and its stream is open: only memory can refuse it.
-    crowded = queue.requests >= settings.queue_requests and request.epoch == 0
+    crowded = queue.requests >= settings.queue_requests and not request.admitted
     return (
         crowded
         or queue.bytes + request.size_bytes > settings.queue_bytes

@@ -91,6 +91,8 @@ def _check_queues(core: BrokerCore) -> None:
         entries = queue.all()
         assert entries, f"the queue of {model} is empty and was kept"
         assert queue.requests == len(entries), f"the queue of {model} miscounts its requests"
+        new = sum(not entry.admitted for entry in entries)
+        assert new <= core.settings.queue_requests, f"{new} requests wait for {model}"
         assert queue.bytes == sum(entry.size_bytes for entry in entries), f"{model} miscounts bytes"
         assert not core.registry.available(model) or all(
             entry.lost_workers or recovery.awaits_holder(core, entry) for entry in entries

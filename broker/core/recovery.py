@@ -71,6 +71,9 @@ def _resume(
     since_s = known.queued_s if known is not None and waiting else core.now_s
     request = Request(request_id, body.model, Phase.QUEUED, since_s)
     request.order = order or next(core.numbers)
+    request.admitted = known is not None or bool(
+        facts.token_ids or facts.holder or facts.lost_workers
+    )
     core.enqueue(client, request, body, frames)
 
 

@@ -38,6 +38,7 @@ class Request:
     """One request. The body is held only while it is queued."""
 
     __slots__ = (
+        "admitted",
         "assigned_s",
         "cancelled",
         "client",
@@ -93,6 +94,8 @@ class Request:
         #: Body and attachments as the client sent them; empty once assigned.
         self.frames: tuple[bytes, ...] = ()
         self.size_bytes = 0
+        #: It was let in before (it waited here, or a worker had it): only memory can refuse it now.
+        self.admitted = False
         #: Highest window told by the client.
         self.window = 0
         #: The window that stands in the body; where it moved meanwhile, WINDOW follows ASSIGN.

@@ -393,3 +393,17 @@ def test_the_latest_requests_are_listed_without_their_ids() -> None:
     assert {entry["id"] for entry in listed} == {done.hex()[:8], waits.hex()[:8]}
     assert {entry["outcome"] for entry in listed} == {"stop", ""}
     assert client.query("bus.requests", limit=1) == [listed[0]]
+
+
+def test_a_refused_request_that_comes_again_does_not_slip_past_the_full_queue() -> None:
+    """Found by the simulation: clients send it again as a RESUME, which was always let in."""
+    bus = Bus(queue_requests=1)
+    bus.worker()
+    client = bus.client()
+    client.request(), client.request()
+    refused = client.request()
+    assert client.failure() == "overloaded"
+    client.resume(refused)
+    assert client.failure() == "overloaded"
+    client.resume(refused, epoch=2, tokens=3)
+    assert client.events() == [], "a stream that was let in before is"

@@ -653,6 +653,19 @@ def test_a_stream_is_resumed_after_a_lost_session(running: tuple[Wire, bytes], h
     finish(wire, id_, 1)
 
 
+def test_open_streams_are_resumed_before_requests_that_were_never_sent(wire: Wire) -> None:
+    """Found by the simulation: they waited behind them until the workers' grace was over."""
+    ids = [wire.ask(number) for number in range(1, 6)]
+    wire.connect()
+    assert [i for _, i, _ in wire.take_sent(T.REQUEST)] == ids[:3]
+    wire.opened.clear()
+    wire.tell(events.ConnectionLost("cut"))
+    wire.reopen()
+    assert [(t, i) for t, i, _ in wire.take_sent(T.REQUEST, T.RESUME)] == [
+        (T.RESUME, id_) for id_ in ids[:3]
+    ]
+
+
 def test_a_gap_in_offsets_is_resumed_on_the_same_session(running: tuple[Wire, bytes]) -> None:
     wire, id_ = running
     wire.output(toks(id_, 4, "e"))

@@ -39,14 +39,19 @@ class SimBroker(Party):
     """A broker process: it can be killed and started again, and forgets everything."""
 
     def __init__(
-        self, world: World, name: str, settings: CoreSettings, peer_queue_messages: int
+        self,
+        world: World,
+        name: str,
+        settings: CoreSettings,
+        peer_queue_messages: int,
+        on_exit: Callable[[SimBroker], None],
     ) -> None:
         super().__init__(world, name)
+        self._on_exit = on_exit
         self.settings = settings
         #: What ZeroMQ, the kernel and the broker together hold for a peer that does not read.
         self.peer_queue_messages = peer_queue_messages
         self.wires: dict[Side, dict[bytes, Wire]] = {}
-        self.stopped_in_order = False
         self.start()
 
     def start(self) -> None:
@@ -68,6 +73,7 @@ class SimBroker(Party):
         for wires in self.wires.values():
             for wire in list(wires.values()):
                 wire.cut("the connection was closed")
+        self._on_exit(self)
 
     def tick_event(self) -> Any:
         return broker_fact.Tick()
@@ -97,13 +103,13 @@ class SimBroker(Party):
             case ForgetPeer(side, routing_id):
                 self.wires[side].pop(routing_id, None)
             case StopLoop():
-                self.stopped_in_order = True
                 # What was sent still leaves (linger).
                 for wires in self.wires.values():
                     for wire in wires.values():
                         self.world.after(0.1, wire.cut, "the connection was closed")
                 self.alive = False
                 self.world.note(self.name, "has stopped in good order")
+                self._on_exit(self)
 
     def _send(self, side: Side, routing_id: bytes, frames: tuple[bytes, ...]) -> None:
         wire = self.wires[side].get(routing_id)

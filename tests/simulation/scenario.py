@@ -47,7 +47,7 @@ class Run:
             inflight=plan.inflight,
         )
         self.brokers = [
-            SimBroker(world, f"broker{i}", settings, plan.peer_queue_messages)
+            SimBroker(world, f"broker{i}", settings, plan.peer_queue_messages, self._broker_gone)
             for i in range(plan.brokers)
         ]
         self.workers: list[SimWorker] = []
@@ -58,6 +58,7 @@ class Run:
         for _ in range(plan.clients):
             self._start_client()
         self.calls: list[Call] = []
+        self.broker_away_s = RESTART_S
         self.happened: set[str] = set()
         self.leaving = False
 
@@ -196,12 +197,12 @@ class Run:
                 world.after(fault.lasts_s, peer.sockets.plug_in)
             case "garble_client" | "garble_worker":
                 peer.sockets.garble(0 if fault.lasts_s < 2 else 2)
-            case "kill_broker" | "stop_broker":
-                if fault.kind == "kill_broker":
-                    broker.kill()
-                else:
-                    broker.tell(ShutdownRequested(min(fault.lasts_s, 2.0)))
-                world.after(fault.lasts_s + RESTART_S, self._restart, broker)
+            case "kill_broker":
+                self.broker_away_s = fault.lasts_s + RESTART_S
+                broker.kill()
+            case "stop_broker":
+                self.broker_away_s = fault.lasts_s + RESTART_S
+                broker.tell(ShutdownRequested(min(fault.lasts_s, 2.0)))
             case "kill_worker":
                 worker.kill()
             case "drain_worker":
@@ -233,6 +234,9 @@ class Run:
                 worker.repeat_credit()
             case "stray":
                 client.say_stray_things(self.calls)
+
+    def _broker_gone(self, broker: SimBroker) -> None:
+        self.world.after(self.broker_away_s, self._restart, broker)
 
     def _restart(self, broker: SimBroker) -> None:
         if not broker.alive:
