@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from client import BusError, InvalidRequest, TooLarge
-from client.cli import batch, chat, demo, generate, metrics, tables, top
+from client.cli import batch, bench, chat, demo, generate, metrics, tables, top
 from client.cli.terminal import Terminal
 from client.version import version
 
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     batch.add(commands)
     metrics.add(commands)
     top.add(commands)
+    bench.add(commands)
     commands.add_parser("version", help="print the version").set_defaults(run=_version)
     return parser
 

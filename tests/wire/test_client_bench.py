@@ -1,0 +1,60 @@
+"""`python -m client bench`: a load test that tells what a user would feel."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from client.__main__ import main
+from client.cli.bench import percentile
+from tests.harness import ROOT, Bus
+
+
+def test_as_json_it_tells_times_rates_and_who_answered(
+    make_bus: Callable[..., Bus], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bus = make_bus(workers=1, slots=4, step_delay_ms=10, prefill_ms=30)
+    sizes = ["--requests", "8", "--concurrency", "4", "--answer-tokens", "5", "--prompt-words", "7"]
+    assert main(["bench", "--json", "--broker", bus.front, *sizes]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["requests"], found["failed"], found["workers"]) == (8, {}, {"w1": 8})
+    assert found["answer_tokens"] == 40 and found["prompt_tokens"] >= 8 * 7
+    # What the engine was told to take is what is measured, whatever else the machine does.
+    assert found["first_token_ms"]["p50"] >= 30
+    assert found["between_tokens_ms"]["p50"] >= 5
+    assert found["whole_ms"]["p99"] >= found["whole_ms"]["p50"] >= 30 + 4 * 10
+    assert found["requests_per_s"] == pytest.approx(8 / found["took_s"], rel=0.01)
+
+
+def test_for_people_it_is_a_table(bus: Bus) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "client", "bench", "--broker", bus.front),
+            *("--requests", "6", "--answer-tokens", "4", "--rate", "200"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    for words in ("first token, ms", "between tokens, ms", "p99", "6 answers in", "24 answer tok"):
+        assert words in done.stdout
+
+
+def test_a_model_that_nobody_serves_is_told_before_the_test_begins(
+    bus: Bus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "--broker", bus.front, "--model", "nobody"]) == 1
+    told = capsys.readouterr()
+    assert "nobody" in told.err and told.out == ""
+
+
+def test_percentiles_are_interpolated() -> None:
+    assert percentile([1.0, 2.0, 3.0, 4.0], 50) == 2.5
+    assert percentile([1.0, 2.0, 3.0, 4.0], 100) == 4.0
+    assert percentile([7.0], 99) == 7.0
