@@ -135,14 +135,15 @@ class BrokerCore(BusState):
         if route is None:
             return None
         worker = route.worker
-        if worker.routing_id != routing_id or frame[24:] != worker.expected.to_bytes(8, "big"):
+        expected = worker.expected
+        if worker.routing_id != routing_id or frame[24:] != expected.to_bytes(8, "big"):
             return None
-        worker.expected += 1
-        worker.heard(now_s)
+        worker.expected = expected + 1
+        worker.heard_s = now_s
         client = route.client
         sequence = client.sequence
         client.sequence = sequence + 1
-        client.sent(now_s)
+        client.sent_s = now_s
         return client.routing_id, client.output_prefix + sequence.to_bytes(8, "big")
 
     # --- messages ---------------------------------------------------------------------------------

@@ -17,39 +17,41 @@ SESSION_PROVEN_S: Final = 10.0
 class Liveness:
     """Of one session, seen from one side: when to send a sign of life, when the peer is gone."""
 
-    __slots__ = ("_heard_s", "_interval_s", "_liveness", "_sent_s")
+    __slots__ = ("_interval_s", "_liveness", "heard_s", "sent_s")
 
     def __init__(self, interval_s: float, liveness: int, now_s: float) -> None:
         self._interval_s = interval_s
         self._liveness = liveness
-        self._heard_s = now_s
-        self._sent_s = now_s
+        #: When the last message arrived and when the last one left. Whoever handles a hundred
+        #: thousand messages a second sets them itself instead of calling `heard` and `sent`.
+        self.heard_s = now_s
+        self.sent_s = now_s
 
     def heard(self, now_s: float) -> None:
         """A message of any kind arrived."""
-        self._heard_s = now_s
+        self.heard_s = now_s
 
     def sent(self, now_s: float) -> None:
         """A message of any kind was sent."""
-        self._sent_s = now_s
+        self.sent_s = now_s
 
     def shift(self, late_s: float) -> None:
         """This process itself was stopped for `late_s`: nobody's silence of that time counts."""
-        self._heard_s += late_s
+        self.heard_s += late_s
 
     @property
     def beat_due_s(self) -> float:
         """When the next HEARTBEAT is due."""
-        return self._sent_s + self._interval_s
+        return self.sent_s + self._interval_s
 
     @property
     def dead_at_s(self) -> float:
         """When the peer counts as gone."""
-        return self._heard_s + self._interval_s * self._liveness
+        return self.heard_s + self._interval_s * self._liveness
 
     def silent_s(self, now_s: float) -> float:
         """Since the peer was last heard."""
-        return now_s - self._heard_s
+        return now_s - self.heard_s
 
 
 class Backoff:
