@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from typing import Final, cast
 
 from worker.engines.base import EngineFactory, EngineLoadError
@@ -17,7 +18,20 @@ ENTRY_POINT_GROUP: Final = "tokenbus.engines"
 BUILT_IN: Final = {
     "echo": "worker.engines.echo:build",
     "transformers": "worker.engines.transformers:build",
+    "vllm": "worker.engines.vllm:build",
+    "mlx": "worker.engines.mlx:build",
+    "llamacpp": "worker.engines.llamacpp:build",
+    "sglang": "worker.engines.sglang:build",
 }
+
+EXTRAS: Final = {
+    "transformers": "worker",
+    "vllm": "vllm",
+    "mlx": "mlx",
+    "llamacpp": "llamacpp",
+    "sglang": "sglang",
+}
+"""The extra of this package that installs what a built-in engine needs."""
 
 
 def names() -> list[str]:
@@ -40,7 +54,21 @@ def load(name: str) -> EngineFactory:
     except ImportError as error:
         if error.name is None or error.name.split(".")[0] in ("worker", "broker"):
             raise
-        raise EngineLoadError(
-            f"engine {name!r} needs the package {error.name!r}, which is not installed; "
-            "install it with: pip install 'tokenbus[worker]'"
-        ) from error
+        raise _missing(name, error.name) from error
+
+
+def require(name: str, *packages: str) -> None:
+    """Check that the packages of a built-in engine are installed, without importing them.
+
+    Raises `EngineLoadError` that names the first missing one and the extra that brings it.
+    """
+    for package in packages:
+        if find_spec(package) is None:
+            raise _missing(name, package)
+
+
+def _missing(name: str, package: str) -> EngineLoadError:
+    return EngineLoadError(
+        f"engine {name!r} needs the package {package!r}, which is not installed; "
+        f"install it with: pip install 'tokenbus[{EXTRAS.get(name, 'worker')}]'"
+    )

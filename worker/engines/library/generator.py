@@ -1,0 +1,153 @@
+"""The seam between the bus and a library that batches by itself: insert, remove, next.
+
+`LibraryRunner` drives a `Generator` as the transformers engine drives its own schedulers: it admits
+within the slots, tells tokens, and ends what is over. Knows no library; must never touch a tensor.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
+from broker.protocol.messages import FinishReason
+from worker.engines.base import EngineEvent
+from worker.engines.transformers.runner import RunnerCounts
+from worker.engines.transformers.sampling import Sampled
+from worker.engines.transformers.sequence import Sequence, State
+
+__all__ = ["Drawn", "Generator", "LibraryRunner", "failure"]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The next token of a sequence, or why there is none."""
+
+    sequence: Sequence
+    outcome: Sampled | ErrorInfo
+
+
+class Generator(Protocol):
+    """One loaded model of a library, with sequences in its batch. Called by one thread.
+
+    A sequence is in the batch from `insert` until `remove`, which is called exactly once for each
+    that was inserted, also after a failure.
+    """
+
+    #: Sequences that may be in the batch at once.
+    slots: int
+
+    def insert(self, sequence: Sequence) -> None:
+        """Take a sequence into the batch: its prompt, then `sequence.answer` (a resumed answer), go
+        before the first new token. Raises RequestError when it cannot be taken; `remove` is not
+        called then."""
+
+    def remove(self, sequence: Sequence) -> None:
+        """Compute nothing more for a sequence and free what it held."""
+
+    def next(self) -> Iterable[Drawn]:
+        """One step of the batch; may bring nothing (a prompt is being read) or, for one sequence,
+        several tokens in order. May set `prompt_logprobs` and `cached` of a sequence before its
+        first token, and raises only if the library is broken."""
+
+    def kv_total_tokens(self) -> int:
+        """Tokens that the batch has room for; 0: no bound is known."""
+
+    def close(self) -> None:
+        """Release the model."""
+
+
+def failure(error: BaseException) -> ErrorInfo:
+    """What a library's exception about one request is to its client."""
+    if isinstance(error, RequestError):
+        return error.info
+    cause = " ".join(str(error).split()) or type(error).__name__
+    code = ErrorCode.OUT_OF_MEMORY if isinstance(error, MemoryError) else ErrorCode.ENGINE_ERROR
+    return ErrorInfo(code=code.value, message=f"the model failed on this request: {cause[:500]}")
+
+
+class LibraryRunner:
+    """Runs the sequences of one model on its generator (see `transformers.runner.Runner`)."""
+
+    def __init__(self, generator: Generator) -> None:
+        self.slots = generator.slots
+        self._generator = generator
+        self._waiting: deque[Sequence] = deque()
+        #: By identity of the sequence, in order of admission.
+        self._running: dict[int, Sequence] = {}
+        self._batch = 0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def submit(self, sequence: Sequence) -> None:
+        self._waiting.append(sequence)
+
+    def counts(self) -> RunnerCounts:
+        return RunnerCounts(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            batch=self._batch,
+            kv_used_tokens=sum(sequence.total for sequence in self._running.values()),
+            kv_total_tokens=self._generator.kv_total_tokens(),
+        )
+
+    def close(self) -> None:
+        self._waiting.clear()
+        self._running.clear()
+        self._generator.close()
+
+    def step(self) -> list[EngineEvent]:
+        """Cancel, admit, one step of the library, tell."""
+        events: list[EngineEvent] = []
+        self._cancel(events)
+        self._admit(events)
+        if not self._running:
+            return events
+        told: set[int] = set()
+        for drawn in self._generator.next():
+            sequence = drawn.sequence
+            if id(sequence) not in self._running:
+                # A library that is ahead may still speak of what has ended.
+                continue
+            told.add(id(sequence))
+            now = time.perf_counter()
+            if isinstance(drawn.outcome, ErrorInfo):
+                events += sequence.fail(drawn.outcome)
+            else:
+                sequence.state = State.DECODE
+                sequence.take(drawn.outcome, now)
+                events += sequence.tell(now)
+            if sequence.state is State.DONE:
+                self._leave(sequence)
+        self._batch = len(told)
+        return events
+
+    def _cancel(self, events: list[EngineEvent]) -> None:
+        now = time.perf_counter()
+        for sequence in [s for s in self._waiting if s.cancelled]:
+            self._waiting.remove(sequence)
+            events += sequence.end(FinishReason.CANCELLED, now)
+        for sequence in [s for s in self._running.values() if s.cancelled]:
+            events += sequence.end(FinishReason.CANCELLED, now)
+            self._leave(sequence)
+
+    def _admit(self, events: list[EngineEvent]) -> None:
+        while self._waiting and len(self._running) < self.slots:
+            sequence = self._waiting.popleft()
+            sequence.started_at = time.perf_counter()
+            sequence.state = State.PREFILL
+            try:
+                self._generator.insert(sequence)
+            except RequestError as error:
+                events += sequence.fail(error.info)
+            else:
+                self._running[id(sequence)] = sequence
+
+    def _leave(self, sequence: Sequence) -> None:
+        del self._running[id(sequence)]
+        self._generator.remove(sequence)

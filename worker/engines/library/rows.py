@@ -1,0 +1,117 @@
+"""The transformers engine's sampler for logits that another library computed.
+
+With it every sampling parameter means the same on each engine, and a sampled answer is a function
+of (seed, position) here too. Must never touch the library that the logits come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from broker.protocol.errors import RequestError
+from broker.protocol.messages import TokenLogprob, TopLogprob
+from worker.engines.transformers.loader import LoadedModel
+from worker.engines.transformers.sampling import (
+    LOGPROB_FLOOR,
+    Sampled,
+    Sampler,
+    SamplerRow,
+    prompt_logprobs,
+)
+from worker.engines.transformers.sequence import Sequence
+from worker.engines.transformers.text import token_table
+
+__all__ = ["HostSampler", "RowAhead", "is_plain_greedy", "token_logprob"]
+
+
+def is_plain_greedy(sequence: Sequence, *, scored_elsewhere: bool = False) -> bool:
+    """The next token is the likeliest, whatever came before, and nobody asks how likely
+    (`scored_elsewhere`: or the library answers that itself)."""
+    params = sequence.params
+    return (
+        sequence.row.greedy
+        and params.repetition_penalty == 1.0
+        and params.presence_penalty == params.frequency_penalty == 0.0
+        and (params.logprobs is None or scored_elsewhere)
+        and params.constraint is None
+        and not (params.logit_bias or params.banned_token_ids or params.forced_token_ids)
+        and params.min_tokens <= len(sequence.answer)
+    )
+
+
+def token_logprob(
+    token_id: int,
+    logprob: float,
+    likeliest: Items[tuple[int, float]],
+    octets: Callable[[int], bytes],
+) -> TokenLogprob:
+    """A library's own figures as the bus has them; `likeliest` are ids and logprobs, best first."""
+    top = [TopLogprob(i, max(value, LOGPROB_FLOOR), octets(i)) for i, value in likeliest]
+    return TokenLogprob(max(logprob, LOGPROB_FLOOR), octets(token_id), top)
+
+
+class RowAhead:
+    """Takes a sequence's row for a library that samples before it tells.
+
+    The row advances when its token is sampled; `Sequence` still appends what it is told, to this
+    stand-in, which knows it already.
+    """
+
+    def __init__(self, sequence: Sequence) -> None:
+        self.row: SamplerRow = sequence.row
+        sequence.row = _Told()
+
+    def took(self, sampled: Sampled) -> Sampled:
+        """Advance by a token; the outcome as it is to be told."""
+        if sampled.ok:
+            try:
+                self.row.append(sampled.token_id)
+            except RequestError as error:
+                return Sampled(-1, None, ok=False, fault=error.info.message)
+        return sampled
+
+
+class _Told(SamplerRow):
+    """A row that was advanced elsewhere."""
+
+    def __init__(self) -> None:
+        """Nothing is kept here."""
+
+    def append(self, token_id: int) -> None:
+        """It was appended when it was sampled."""
+
+
+class HostSampler:
+    """Samples rows of logits on the host."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._octets = token_table(loaded.tokenizer).octets
+        self._banned = sorted(loaded.placeholder_ids)
+        self._sampler: Sampler | None = None
+
+    def sample(self, logits: NDArray[np.float32], rows: Items[SamplerRow]) -> list[Sampled]:
+        """The next token of each row; `logits` [rows, vocabulary] is overwritten."""
+        tensor = torch.from_numpy(logits)
+        if self._sampler is None or self._sampler.vocab_size != tensor.shape[1]:
+            self._sampler = Sampler(
+                tensor.shape[1], banned_ids=self._banned, token_bytes=self._octets
+            )
+        return self._sampler.sample(tensor, rows)
+
+    def score_prompt(self, sequence: Sequence, start: int, logits: NDArray[np.float32]) -> None:
+        """Give a sequence the logprobs of its prompt, piece by piece; `logits` [n, vocabulary] are
+        those at prompt tokens `start` to `start + n`, each about the token behind it."""
+        ids = sequence.prompt.ids
+        top = sequence.params.prompt_logprobs or 0
+        if start == 0:
+            sequence.prompt_logprobs = [TokenLogprob(None, self._octets(ids[0]))]
+        following = ids[start + 1 : start + 1 + len(logits)]
+        if following:
+            sequence.prompt_logprobs += prompt_logprobs(
+                torch.from_numpy(logits[: len(following)]), following, top, self._octets
+            )
