@@ -29,6 +29,12 @@ FORMATS = tuple(
 widens what a stranger may reach."""
 
 
+MAX_JPEG_SCANS = 200
+"""A progressive JPEG of photographs has about ten. Each scan visits every block again, so a file of
+some hundred kilobytes could keep a decoder busy for hours."""
+_START_OF_SCAN = b"\xff\xda"
+
+
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
     """Bounds of one picture."""
@@ -83,6 +89,8 @@ def decode_image(octets: bytes, index: int, limits: ImageLimits) -> DecodedImage
             raise _too_many_pixels(index, image.size, limits)
         if width < 1 or height < 1:
             raise _refuse(index, f"it is {width} by {height} pixels")
+        if image.format in ("JPEG", "MPO") and octets.count(_START_OF_SCAN) > MAX_JPEG_SCANS:
+            raise _refuse(index, f"it has more than {MAX_JPEG_SCANS} scans; save it again")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
