@@ -10,6 +10,7 @@ from broker.protocol.messages import EndEvent, FailEvent, WorkerState
 from tests.core.worker_world import (
     OTHER_ROUTE,
     ROUTE,
+    WELCOME,
     World,
     body,
     request_id,
@@ -459,7 +460,7 @@ def test_cancel_is_answered_by_the_engines_next_step_once() -> None:
     assert broker.finished == [(request_id(1), "cancelled")]
     broker.cancel(1)
     broker.cancel(77)
-    assert len(broker.finished) == 1
+    assert len(broker.answers) == 1, "a request that is over or unknown has no second end"
 
 
 def test_an_end_that_crosses_the_cancel_stands() -> None:
@@ -481,6 +482,20 @@ def test_cancel_of_an_answer_that_waits_for_its_window_ends_it() -> None:
     end = broker.answer(1).end
     assert isinstance(end, EndEvent)
     assert (end.finish_reason, end.offset) == ("cancelled", 1)
+
+
+def test_the_end_of_a_cancelled_request_does_not_wait_for_a_window() -> None:
+    """Found by the simulation: a killed client's request was kept until the window's time limit."""
+    world = serving()
+    (broker,) = world.brokers
+    broker.assign(1, window=1)
+    world.generate(1, 0, 1, 2)
+    broker.cancel(1)
+    world.obey_cancels()
+    end = broker.answer(1).end
+    assert isinstance(end, EndEvent)
+    assert (end.finish_reason, end.offset) == ("cancelled", 1)
+    assert broker.finished == [(request_id(1), "cancelled")]
 
 
 def test_time_to_live_is_enforced_at_the_worker() -> None:
@@ -809,6 +824,22 @@ def test_an_answer_that_ended_long_ago_is_kept_for_a_client_that_still_takes_it(
     assert not world.core._requests.holds()
 
 
+def test_a_request_that_ends_while_hello_is_answered_is_told_to_have_ended() -> None:
+    """Found by the simulation: the broker waited for ever for what HELLO had named as running."""
+    world = serving()
+    (broker,) = world.brokers
+    broker.assign(1)
+    broker.lose()
+    world.advance(1.0)
+    broker.connect(welcome=False)
+    assert broker.came(MessageType.HELLO)[-1].holds[0].running
+    world.end(1)
+    assert broker.finished == []
+    broker.session = bytes((9, 0)) + bytes(14)
+    broker.say(MessageType.WELCOME, broker.session, codec.encode(WELCOME))
+    assert broker.finished == [(request_id(1), "stop")]
+
+
 def test_an_ended_answer_is_kept_from_the_moment_at_which_its_client_was_lost() -> None:
     world = serving()
     (broker,) = world.brokers
@@ -1098,6 +1129,32 @@ def test_a_stream_moves_from_one_broker_to_another() -> None:
     world.end(1)
     assert two.answer(1).text == "0 1 2 "
     assert one.free + two.free == 4
+
+
+def test_a_broker_that_cancels_what_moved_away_or_is_gone_need_not_wait_for_its_end() -> None:
+    """Found by the simulation: it counted the request as running for ever."""
+    world = serving(brokers=2, capacity=4)
+    one, two = world.brokers
+    one.assign(1)
+    two.assign(1, resume=resume(1, [], 0))
+    one.finished.clear()
+    one.cancel(1)
+    one.cancel(2)
+    assert one.finished == [(request_id(1), "cancelled"), (request_id(2), "cancelled")]
+    assert world.cancels == []
+
+
+def test_a_failed_attempt_that_another_broker_has_run_again_is_over_for_the_first() -> None:
+    """Found by the simulation: the failure waited for the window of a client that had moved on."""
+    world = serving(brokers=2, capacity=4)
+    one, two = world.brokers
+    one.assign(1, window=1)
+    world.generate(1, 0, 1)
+    world.fail(1, retryable=True)
+    assert one.finished == []
+    two.assign(1, resume=resume(1, [0], 2))
+    assert one.finished == [(request_id(1), "cancelled")]
+    assert request_id(1) in world.jobs
 
 
 def test_bodies_of_the_test_are_what_clients_send() -> None:
