@@ -10,7 +10,7 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from worker.engines.base import EngineLoadError, EngineOptions, Progress
+from worker.engines.transformers.llava import LlavaParts, assemble, find_parts
 from worker.engines.transformers.processors import load_processor
 from worker.engines.transformers.quantise import bitsandbytes_config, normalise_skip_names
 from worker.engines.transformers.settings import EngineSettings
@@ -110,12 +111,17 @@ def _available(kind: str) -> bool:
 def load_model(
     path: str, options: EngineOptions, settings: EngineSettings, progress: Progress
 ) -> LoadedModel:
-    """Load one model: its own weights, or a PEFT adapter merged into its base (`--model-base`).
+    """Load one model: its own weights, a PEFT adapter merged into its base (`--model-base`), or
+    what the LLaVA project trained, put together with its base.
 
     Raises `EngineLoadError`.
     """
     adapter: str | None = None
     folder = _local_folder(path)
+    if folder is not None:
+        parts = find_parts(folder, safetensors_only=settings.safetensors_only)
+        if parts is not None:
+            return _load_llava(parts, options, settings, progress)
     if folder is not None and not (folder / "config.json").is_file():
         if not (folder / "adapter_config.json").is_file():
             raise EngineLoadError(
@@ -147,6 +153,61 @@ def load_model(
     progress(1.0, f"loaded {path}")
     return wrap_model(
         model, tokenizer, processor, settings=settings, folder=folder, quantised=quantised
+    )
+
+
+def _load_llava(
+    parts: LlavaParts, options: EngineOptions, settings: EngineSettings, progress: Progress
+) -> LoadedModel:
+    """A LLaVA made of its base, its vision tower and what the folder holds."""
+    base = options.model_base
+    if base is None and parts.has_adapter:
+        base = _base_of_adapter(parts.folder)
+    if base is None:
+        raise EngineLoadError(
+            f"{parts.folder} holds only {parts.weights.name} of a LLaVA: name its language model "
+            "with --model-base"
+        )
+    folder = _local_folder(base)
+    spread = _is_spread(options, settings)
+    if spread and (options.load_8bit or options.load_4bit):
+        raise EngineLoadError(
+            f"{parts.folder} is put together from parts: quantise it on one device (--device "
+            "cuda:0, no max_memory)"
+        )
+    with _explained(base):
+        config = AutoConfig.from_pretrained(base, trust_remote_code=options.trust_remote_code)
+        # Layers can be spread over devices only when the whole model is known.
+        device = torch.device("cpu") if spread else pick_device(options.device)
+        dtype = _pick_dtype(options.dtype, config, device, _weight_bytes(folder))
+        progress(0.0, f"loading {base}")
+        own = replace(options, revision=None, device=str(device))
+        language_model, quantised = _load_weights(
+            base,
+            config,
+            AutoModelForCausalLM,
+            device,
+            dtype,
+            own,
+            replace(settings, max_memory=""),
+            progress,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=options.trust_remote_code)
+    with _explained(str(parts.folder)):
+        if parts.has_adapter:
+            language_model = _merge_adapter(language_model, str(parts.folder), options, progress)
+        model, processor = assemble(
+            parts,
+            language_model,
+            tokenizer,
+            safetensors_only=settings.safetensors_only,
+            attention=None if settings.attention == "auto" else settings.attention,
+        )
+        if spread:
+            model = _spread(model, settings)
+    progress(1.0, f"loaded {parts.folder}")
+    return wrap_model(
+        model, tokenizer, processor, settings=settings, folder=parts.folder, quantised=quantised
     )
 
 
@@ -328,8 +389,7 @@ def _load_weights(
     )
     if settings.attention != "auto":
         kwargs["attn_implementation"] = settings.attention
-    several = options.device == "auto" and device.type == "cuda" and torch.cuda.device_count() > 1
-    if several or settings.max_memory:
+    if _is_spread(options, settings):
         kwargs["device_map"] = "auto"
         if settings.max_memory:
             kwargs["max_memory"] = _max_memory(settings.max_memory)
@@ -356,6 +416,26 @@ def _load_weights(
     with _weights_progress(progress, path):
         model = auto_class.from_pretrained(path, **kwargs)
     return model, bool(bits) or stored is not None
+
+
+def _is_spread(options: EngineOptions, settings: EngineSettings) -> bool:
+    """Whether accelerate lays the model out over several devices."""
+    return bool(settings.max_memory) or (
+        options.device == "auto" and torch.cuda.is_available() and torch.cuda.device_count() > 1
+    )
+
+
+def _spread(model: Any, settings: EngineSettings) -> Any:
+    """A model on the CPU, laid out as `device_map="auto"` would."""
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    kept = list(model._no_split_modules or ())
+    limits: Any = _max_memory(settings.max_memory) if settings.max_memory else None
+    limits = get_balanced_memory(model, max_memory=limits, no_split_module_classes=kept)
+    return dispatch_model(
+        model, infer_auto_device_map(model, max_memory=limits, no_split_module_classes=kept)
+    )
 
 
 def _max_memory(text: str) -> dict[int | str, str]:

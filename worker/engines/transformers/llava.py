@@ -1,0 +1,314 @@
+"""Puts a LLaVA together from parts: a language model, a vision tower and a projector.
+
+The LLaVA project saves what it trained and nothing else: a folder with the projector
+(`mm_projector`), or with a LoRA adapter and everything trained beside it (`non_lora_trainables`).
+The language model is named by `--model-base`, the vision tower by the folder's config.json. Names
+of weights are the LLaVA project's; the model made of them is transformers' own. Must never unpickle
+anything but tensors, nor read a pickle that was not asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from worker.engines.base import EngineLoadError
+
+__all__ = ["LLAVA_TEMPLATE", "LlavaParts", "assemble", "find_parts"]
+
+_WEIGHTS = ("non_lora_trainables", "mm_projector")
+_WHOLE = ("model*.safetensors", "pytorch_model*.bin")
+_IMAGE_TOKEN = "<image>"
+
+LLAVA_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the human's questions. {% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}USER: {% elif message['role'] == 'assistant' %}ASSISTANT: "
+    "{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\n' }}"
+    "{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}{% endif %}"
+    "{{ eos_token if message['role'] == 'assistant' else ' ' }}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+"""LLaVA's conversation "v1", for language models without a chat template of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class LlavaParts:
+    """A folder of the LLaVA project that is no whole model."""
+
+    folder: Path
+    #: Its config.json.
+    facts: dict[str, Any]
+    #: Projector, and whatever else was trained in full.
+    weights: Path
+    #: A LoRA adapter of the language model lies in the folder.
+    has_adapter: bool
+
+
+def find_parts(folder: Path, *, safetensors_only: bool) -> LlavaParts | None:
+    """What the LLaVA project left in `folder`, or None when it is no such folder (a whole model is
+    none either). Raises `EngineLoadError` for pickles when only safetensors are wanted, and for
+    LLaVAs that transformers' class cannot compute."""
+    try:
+        facts = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(facts, dict) or "mm_vision_tower" not in facts:
+        return None
+    if any(any(folder.glob(pattern)) for pattern in _WHOLE):
+        return None
+    found = [
+        folder / (name + suffix)
+        for name in _WEIGHTS
+        for suffix in (".safetensors", ".bin")
+        if (folder / (name + suffix)).is_file()
+    ]
+    if not found:
+        return None
+    has_adapter = (folder / "adapter_config.json").is_file()
+    pickles = [found[0]] if found[0].suffix == ".bin" else []
+    if has_adapter and not (folder / "adapter_model.safetensors").is_file():
+        pickles.append(folder / "adapter_model.bin")
+    if pickles and safetensors_only:
+        raise EngineLoadError(
+            f"{folder} holds pickled weights ({', '.join(file.name for file in pickles)}): "
+            "convert them to safetensors, or pass --engine-arg safetensors_only=false"
+        )
+    if facts.get("mm_use_im_start_end"):
+        raise EngineLoadError(
+            f"{folder} marks pictures with <im_start> and <im_end> (mm_use_im_start_end), which "
+            "transformers' LLaVA does not: only projectors trained without them can be served"
+        )
+    if facts.get("image_aspect_ratio") == "anyres" or facts.get("mm_patch_merge_type") not in (
+        None,
+        "flat",
+    ):
+        raise EngineLoadError(
+            f"{folder} is a LLaVA-NeXT (pictures in tiles): only LLaVA 1.0 and 1.5 are put "
+            "together from parts, convert it to transformers' format"
+        )
+    return LlavaParts(folder, facts, found[0], has_adapter)
+
+
+def assemble(
+    parts: LlavaParts,
+    language_model: Any,
+    tokenizer: Any,
+    *,
+    safetensors_only: bool = True,
+    attention: str | None = None,
+) -> tuple[Any, Any]:
+    """The model and its processor.
+
+    `language_model` has its output head, is on its device and has the folder's adapter merged
+    already; its modules are taken over, not copied. `attention` None: transformers' choice. Raises
+    `EngineLoadError` where the parts do not fit, and what transformers raises for the tower.
+    """
+    from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    projector_state, tower_state, language_state = _sorted_weights(parts.weights)
+    if not projector_state:
+        raise EngineLoadError(f"{parts.weights} holds no weights of a projector (mm_projector)")
+    tower_path = _tower_path(parts)
+    use_safetensors = True if safetensors_only else None
+    tower = _load_tower(tower_path, language_model, attention, use_safetensors)
+    image_token_id = _add_image_token(language_model, tokenizer)
+    classes = tower.config.model_type == "clip_vision_model"
+    whole = not classes or parts.facts.get("mm_vision_select_feature") == "cls_patch"
+    patches = (tower.config.image_size // tower.config.patch_size) ** 2
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=language_model.config,
+        image_token_index=image_token_id,
+        image_seq_length=patches + (1 if classes and whole else 0),
+        vision_feature_layer=parts.facts.get("mm_vision_select_layer", -2),
+        vision_feature_select_strategy="full" if whole else "default",
+        tie_word_embeddings=bool(getattr(language_model.config, "tie_word_embeddings", False)),
+    )
+    config.architectures = [LlavaForConditionalGeneration.__name__]
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration._from_config(
+            config, **({"attn_implementation": attention} if attention else {})
+        )
+    projector = _projector(parts, model.model.multi_modal_projector, tower, language_model)
+    _fill(projector, projector_state, parts.weights)
+    _fill(tower, _as_named_by(tower, tower_state), parts.weights, complete=False)
+    _fill(language_model, language_state, parts.weights, complete=False)
+    # The modules replace those on the meta device, so that nothing is in memory twice.
+    model.model.multi_modal_projector = projector
+    model.model.vision_tower = tower
+    model.model.language_model = language_model.base_model
+    model.lm_head = language_model.get_output_embeddings()
+    model.generation_config = getattr(language_model, "generation_config", GenerationConfig())
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = LLAVA_TEMPLATE
+    return model.eval(), _processor(parts, tower_path, config, tokenizer, classes=classes)
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def _sorted_weights(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Weights of projector, tower and language model, under the names of those modules."""
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        state = load_file(file)
+    else:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError):
+            raise EngineLoadError(
+                f"{file} holds something else than tensors, or is damaged: it is not read"
+            ) from None
+    projector: dict[str, Any] = {}
+    tower: dict[str, Any] = {}
+    language: dict[str, Any] = {}
+    for name, tensor in state.items():
+        name = name.removeprefix("base_model.").removeprefix("module.")
+        if name.startswith("model.model.") or name.startswith("model.lm_head."):
+            name = name.removeprefix("model.")
+        if "mm_projector." in name:
+            projector[name.split("mm_projector.", 1)[1]] = tensor
+        elif "vision_tower.vision_tower." in name:
+            tower[name.split("vision_tower.vision_tower.", 1)[1]] = tensor
+        else:
+            language[name] = tensor
+    return projector, tower, language
+
+
+def _projector(parts: LlavaParts, own: nn.Module, tower: Any, language_model: Any) -> nn.Module:
+    """An empty projector of the kind that the folder names, on the language model's device, whose
+    weights have the LLaVA project's names or transformers' (see `_fill`)."""
+    kind = str(parts.facts.get("mm_projector_type", "linear"))
+    inside, outside = tower.config.hidden_size, language_model.config.hidden_size
+    place = {"device": language_model.device, "dtype": tower.dtype}
+    if kind == "mlp2x_gelu":
+        return own.to_empty(device=place["device"]).to(place["dtype"])
+    if kind == "linear":
+        return nn.Linear(inside, outside, **place)
+    depth = kind.removeprefix("mlp").removesuffix("x_gelu")
+    if not depth.isdigit():
+        raise EngineLoadError(
+            f"{parts.folder} has a projector of kind {kind!r}: linear and mlpNx_gelu are known"
+        )
+    layers: list[nn.Module] = [nn.Linear(inside, outside, **place)]
+    for _ in range(1, int(depth)):
+        layers += [nn.GELU(), nn.Linear(outside, outside, **place)]
+    return nn.Sequential(*layers)
+
+
+_OWN_NAMES = {"0": "linear_1", "2": "linear_2"}
+"""Transformers' names for the layers of the usual projector."""
+
+
+def _fill(module: nn.Module, state: dict[str, Any], source: Path, *, complete: bool = True) -> None:
+    """Copy `state` into `module`; `complete`: nothing of the module may be left out."""
+    if hasattr(module, "linear_1"):
+        renamed = {}
+        for name, tensor in state.items():
+            layer, _, rest = name.partition(".")
+            renamed[f"{_OWN_NAMES.get(layer, layer)}.{rest}"] = tensor
+        state = renamed
+    try:
+        left_out, unknown = module.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise EngineLoadError(
+            f"{source} does not fit this --model-base: {' '.join(str(error).split())[:300]}"
+        ) from None
+    if unknown or (complete and left_out):
+        names = ", ".join(sorted(unknown or left_out)[:3])
+        raise EngineLoadError(
+            f"{source} {'holds unknown weights' if unknown else 'lacks weights'}: {names}"
+        )
+
+
+def _as_named_by(tower: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Tower weights under the names of this transformers, which may leave `vision_model.` out."""
+    if hasattr(tower, "vision_model"):
+        return state
+    return {name.removeprefix("vision_model."): tensor for name, tensor in state.items()}
+
+
+# --- tower, tokenizer, processor ------------------------------------------------------------------
+
+
+def _tower_path(parts: LlavaParts) -> str:
+    name = str(parts.facts["mm_vision_tower"])
+    beside = parts.folder / name
+    return str(beside) if beside.is_dir() else name
+
+
+def _load_tower(
+    path: str, language_model: Any, attention: str | None, use_safetensors: bool | None
+) -> Any:
+    from transformers import AutoConfig, CLIPVisionModel, SiglipVisionModel
+
+    kind = AutoConfig.from_pretrained(path).model_type
+    classes = {
+        "clip": CLIPVisionModel,
+        "clip_vision_model": CLIPVisionModel,
+        "siglip": SiglipVisionModel,
+        "siglip_vision_model": SiglipVisionModel,
+    }
+    if kind not in classes:
+        raise EngineLoadError(f"vision tower {path} is a {kind}: CLIP and SigLIP are known")
+    extra = {"attn_implementation": attention} if attention else {}
+    tower = classes[kind].from_pretrained(
+        path, dtype=language_model.dtype, use_safetensors=use_safetensors, **extra
+    )
+    return tower.to(language_model.device).eval()
+
+
+def _add_image_token(language_model: Any, tokenizer: Any) -> int:
+    """The id of `<image>`, given to tokenizer and model where they have none. Its embedding is
+    never read (pictures take its place) and it is never sampled, so the new row is zero."""
+    from tokenizers import AddedToken
+
+    if _IMAGE_TOKEN not in tokenizer.get_vocab():
+        token = AddedToken(_IMAGE_TOKEN, special=True, normalized=False)
+        tokenizer.add_tokens([token], special_tokens=True)
+    token_id = int(tokenizer.convert_tokens_to_ids(_IMAGE_TOKEN))
+    rows = language_model.get_input_embeddings().num_embeddings
+    if token_id >= rows:
+        language_model.resize_token_embeddings(token_id + 1, mean_resizing=False)
+        with torch.no_grad():
+            for layer in (
+                language_model.get_input_embeddings(),
+                language_model.get_output_embeddings(),
+            ):
+                layer.weight[rows:] = 0.0
+    return token_id
+
+
+def _processor(
+    parts: LlavaParts, tower_path: str, config: Any, tokenizer: Any, *, classes: bool
+) -> Any:
+    from transformers import AutoImageProcessor, LlavaImageProcessor, LlavaProcessor
+
+    pictures = AutoImageProcessor.from_pretrained(tower_path)
+    if parts.facts.get("image_aspect_ratio") == "pad":
+        facts = pictures.to_dict()
+        facts.pop("image_processor_type", None)
+        pictures = LlavaImageProcessor(**facts | {"do_pad": True})
+    return LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1 if classes else 0,
+        chat_template=tokenizer.chat_template,
+        image_token=_IMAGE_TOKEN,
+    )
