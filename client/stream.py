@@ -103,7 +103,8 @@ class StreamState:
     def __init__(self, request_id: bytes, model: str, seed: int, post: Post) -> None:
         self._id = request_id
         self._post = post
-        #: Tokens between two reports to the session; `Started` tells it, and precedes every token.
+        #: Tokens between two reports to the session, and when the next is due: `Started` tells it,
+        #: and precedes every token. No report at once: it would send a WINDOW for each request.
         self._report_every = 1
         self._report_at = 1
         self._taken = 0
@@ -152,6 +153,7 @@ class StreamState:
             case Started():
                 self.model, self.worker, self.resumed = item.model, item.worker, item.resumed
                 self._report_every = max(1, item.window_tokens // 4)
+                self._report_at = self._taken + self._report_every
             case PromptEvent():
                 self._prompt = item
             case BusError():
@@ -331,12 +333,15 @@ class Stream(_Reading):
 
 
 class LoopGate:
-    """Hands items over to one event loop: one `call_soon_threadsafe` for all of a round."""
+    """Hands items over to one event loop: one `call_soon_threadsafe` for all of a round, and none
+    while an earlier one has not run yet."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._lock = threading.Lock()
         self._pending: list[tuple[AsyncInbox, Sequence[Item]]] = []
+        #: `_hand_over` is on its way.
+        self._called = False
 
     def put(self, inbox: AsyncInbox, items: Sequence[Item]) -> None:
         """In the transport's thread; `flush` follows."""
@@ -345,14 +350,20 @@ class LoopGate:
 
     def flush(self) -> None:
         """In the transport's thread."""
+        with self._lock:
+            if self._called:
+                return
+            self._called = True
         try:
             self.loop.call_soon_threadsafe(self._hand_over)
         except RuntimeError:
             self._pending.clear()  # the loop is closed: nobody will ever read this
+            self._called = False
 
     def _hand_over(self) -> None:
         with self._lock:
             pending, self._pending = self._pending, []
+            self._called = False
         for inbox, items in pending:
             inbox.arrived(items)
 
