@@ -99,8 +99,9 @@ def bus_servers(
 class Bus:
     """The client library's asyncio face, one client for all streams."""
 
-    def __init__(self, client: Any, parties: dict[str, list[int]], clock: bool) -> None:
+    def __init__(self, client: Any, parties: dict[str, list[int]], clock: bool, model: str) -> None:
         self.client = client
+        self.model = model
         self.parties = parties
         #: Tokens are the time at which they were made (`bench.clock_engine`).
         self.clock = clock
@@ -108,7 +109,10 @@ class Bus:
     async def stream(self, tokens: int) -> Arrivals:
         arrivals = Arrivals(time.monotonic())
         arrived, now = arrivals.at_s.append, time.monotonic
-        stream = await self.client.generate("x", stream=True, max_tokens=tokens, ignore_eos=True)
+        # Named, as the peers' requests name it: without, the client asks for the only model first.
+        stream = await self.client.generate(
+            "x", model=self.model, stream=True, max_tokens=tokens, ignore_eos=True
+        )
         got = 0
         async for event in stream:
             token_ids = getattr(event, "token_ids", None)
@@ -138,7 +142,8 @@ async def bus_system(
             bus_servers(engine, slots, *engine_arguments, workers=workers, path=path)
         )
         async with AsyncClient(front) as client:
-            yield Bus(client, parties, clock)
+            (served,) = await client.models()
+            yield Bus(client, parties, clock, served["name"])
 
 
 # --- HTTP -----------------------------------------------------------------------------------------
