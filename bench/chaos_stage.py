@@ -113,6 +113,7 @@ class Stage:
         backs = [self.back_proxy.address] if self.back_proxy else self.backs
         arguments = ["-m", "worker", "--engine", "echo", "--worker-id", name, "--no-progress"]
         arguments += ["--slots", str(SLOTS), "--engine-stall-s", "2", "--drain-s", "0.5"]
+        arguments += ["--engine-arg", "context_tokens=10000000"]
         for back in backs:
             arguments += ["--broker", back]
         self.workers[name] = process = self._process(*arguments)

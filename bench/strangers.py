@@ -146,7 +146,7 @@ def pester(address: str, seed: int, messages: int, *, role: str = "client") -> i
             try:
                 sequence = 0
                 if hostile.random.random() < 0.5:
-                    connection.send((header.encode(MessageType.HELLO, NO_ID, 0), _hello(role)))
+                    connection.send((header.encode(MessageType.HELLO, NO_ID, 0), hello(role)))
                     sequence = 1
                 for _ in range(MESSAGES_A_CONNECTION):
                     connection.send(hostile.message(sequence))
@@ -157,7 +157,8 @@ def pester(address: str, seed: int, messages: int, *, role: str = "client") -> i
     return sent
 
 
-def _hello(role: str) -> bytes:
+def hello(role: str) -> bytes:
+    """Body of an honest HELLO."""
     # Models of its own: a stranger that honestly offers the model would be given honest requests.
     models = [ModelInfo(name="nobodys")] if role == "worker" else []
     return codec.encode(Hello(role=role, name="stranger", models=models, capacity=len(models)))
@@ -206,18 +207,17 @@ def oversized_frame(address: str, octets: int) -> None:
         connection.close()
 
 
-def come_and_go(address: str, count: int, *, role: str = "client", hello: bool = True) -> int:
-    """Connect and disconnect so many times, most with a session that is opened and left without a
-    word. Returns how many were welcomed."""
+def come_and_go(address: str, count: int, *, role: str = "client") -> int:
+    """Open so many sessions, one after the other, and leave each without a word. Returns how many
+    were welcomed."""
     welcomed = 0
-    body = _hello(role)
+    body = hello(role)
     for _ in range(count):
         connection = Connection(address, new_id(), TIMEOUT_S)
         try:
-            if hello:
-                connection.send((header.encode(MessageType.HELLO, NO_ID, 0), body))
-                head = connection.receive()[0]
-                welcomed += header.decode(head).type is MessageType.WELCOME
+            connection.send((header.encode(MessageType.HELLO, NO_ID, 0), body))
+            head = connection.receive()[0]
+            welcomed += header.decode(head).type is MessageType.WELCOME
         finally:
             connection.close()
     return welcomed

@@ -12,6 +12,11 @@ import time
 from collections.abc import Mapping
 from typing import Any, Final, TextIO
 
+FROM_STRANGERS: Final = frozenset(("connection refused", "refused"))
+"""Events that anybody who reaches a port can cause, thousands a second."""
+LINES_A_SECOND: Final = 10
+"""Of each of those; beyond, they are only counted. A stranger must not fill the disk."""
+
 _RANK: Final = {"debug": 0, "info": 1, "warning": 2, "error": 3}
 
 
@@ -25,12 +30,19 @@ class Logger:
         self._least = _RANK[level]
         #: Lines that could not be written.
         self.lost = 0
+        #: Of events of strangers: the second, lines in it, events since that were left out.
+        self._strangers = {event: [0, 0, 0] for event in FROM_STRANGERS}
 
     def __call__(self, level: str, event: str, fields: Mapping[str, Any] | None = None) -> None:
         """Write one line, if `level` is high enough."""
         if _RANK[level] < self._least:
             return
         now = time.time()
+        if event in FROM_STRANGERS:
+            left_out = self._left_out(event, int(now))
+            if left_out is None:
+                return
+            fields = {**(fields or {}), **({"not_shown": left_out} if left_out else {})}
         if self._json:
             record = {"time": round(now, 3), "level": level, "event": event, **(fields or {})}
             line = json.dumps(record, default=str)
@@ -44,6 +56,18 @@ class Logger:
             self._stream.flush()
         except (OSError, ValueError):
             self.lost += 1
+
+    def _left_out(self, event: str, second: int) -> int | None:
+        """How many of this event were left out before this line; None: this one is, too."""
+        state = self._strangers[event]
+        if state[0] != second:
+            state[:2] = second, 0
+        if state[1] == LINES_A_SECOND:
+            state[2] += 1
+            return None
+        state[1] += 1
+        left_out, state[2] = state[2], 0
+        return left_out
 
 
 def _value(value: Any) -> str:

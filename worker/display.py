@@ -6,6 +6,7 @@ new stage and each tenth. Must never be needed for anything: without it the work
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
@@ -53,7 +54,9 @@ class LoadingDisplay:
             self._bar.update(self._task, completed=progress or 0.0, total=total, description=note)
         elif self._told is None or self._told != (note, tenth):
             share = "" if progress is None else f" {progress:.0%}"
-            print(f"loading:{share} {note}", file=sys.stderr, flush=True)
+            # A full disk must not stop a worker.
+            with contextlib.suppress(OSError):
+                print(f"loading:{share} {note}", file=sys.stderr, flush=True)
         self._told = (note, tenth)
 
     def done(self) -> None:

@@ -15,6 +15,7 @@ Messages (first frame msgpack, further frames raw octets):
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -91,6 +92,13 @@ def serve(engine: Engine, pipe: Pipe) -> None:
                 link.say("step", events)
 
 
+def _print_traceback() -> None:
+    """Of the exception being handled; where it cannot be written (full disk), the link is still
+    told."""
+    with contextlib.suppress(OSError):
+        traceback.print_exc()
+
+
 def _build(link: _Link, options: EngineOptions) -> Engine:
     """The engine, or the end of the process with a message to the link that says why not."""
     try:
@@ -100,7 +108,7 @@ def _build(link: _Link, options: EngineOptions) -> Engine:
     except MemoryError:
         reason = "there is not enough memory to load the model"
     except Exception as error:
-        traceback.print_exc()
+        _print_traceback()
         reason = f"the engine could not be built: {type(error).__name__}: {error}"
     link.say("unusable", " ".join(reason.split()))
     sys.exit(EXIT_UNUSABLE)
@@ -147,7 +155,7 @@ def main(arguments: list[str]) -> int:
     except PipeClosed:
         return 0
     except Exception as error:
-        traceback.print_exc()
+        _print_traceback()
         link.say("broken", f"{type(error).__name__}: {error}")
         return EXIT_BROKEN
     return 0

@@ -1,0 +1,31 @@
+"""Several streams at once with something happening in their middle, each text checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from client import Client, Tokens
+
+
+def read_all(client: Client, count: int, fault: Callable[[], None]) -> list[int]:
+    """Read so many streams at once, let something happen in their middle, check every text; how
+    often each was resumed."""
+    echo = {"mode": "sampled", "answer_tokens": 80, "step_delay_ms": 10}
+    options = {"model": "echo", "template_args": {"echo": echo}}
+    streams = [client.generate("x", seed=n, stream=True, **options) for n in range(count)]
+    events = [iter(stream) for stream in streams]
+    heard = [""] * count
+    for index, stream in enumerate(events):
+        while True:
+            event = next(stream)
+            if isinstance(event, Tokens):
+                heard[index] += event.text
+                break
+    fault()
+    texts = [
+        begun + "".join(getattr(event, "text", "") for event in rest)
+        for begun, rest in zip(heard, events, strict=True)
+    ]
+    quick = {"model": "echo", "template_args": {"echo": echo | {"step_delay_ms": 0}}}
+    assert texts == [client.generate("x", seed=n, **quick).text for n in range(count)]
+    return [stream.resumed for stream in streams]

@@ -1,0 +1,73 @@
+"""Faults of the network between real parties: what was asked for arrives whole.
+
+The long version, with every fault in the middle of fifty streams, is `bench.chaos`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.faults import Proxy
+from client import Client, Timeout
+from tests.harness import Bus
+from tests.wire.many_streams import read_all
+
+QUICK_BEATS = ("--worker-heartbeat-s", "0.2", "--client-heartbeat-s", "0.2")
+SILENT_S = 1.5
+"""Longer than any liveness with these heartbeats."""
+
+
+class Proxied:
+    """A bus whose clients and workers reach the broker through a proxy each."""
+
+    def __init__(self, bus: Bus, front: Proxy, back: Proxy) -> None:
+        self.bus, self.front, self.back = bus, front, back
+
+    def client(self) -> Client:
+        return Client(self.front.address, timeout=Timeout(connect=10, total=60))
+
+
+@pytest.fixture
+def proxied(tmp_path: Path) -> Iterator[Proxied]:
+    bus = Bus(tmp_path, *QUICK_BEATS)
+    with contextlib.ExitStack() as stack:
+        stack.callback(bus.stop)
+        bus.start_broker()
+        front = stack.enter_context(Proxy(bus.front))
+        back = stack.enter_context(Proxy(bus.back))
+        real, bus.back = bus.back, back.address
+        for name in ("w1", "w2"):
+            bus.start_worker(name)
+        bus.back = real
+        bus.wait_ready(2)
+        yield Proxied(bus, front, back)
+
+
+def hold_and_release(proxy: Proxy) -> None:
+    """The network stands still for longer than anybody waits, then delivers what it kept."""
+    proxy.hold()
+    time.sleep(SILENT_S)  # its length is the fault
+    proxy.release()
+
+
+@pytest.mark.parametrize("side", ["front", "back"])
+@pytest.mark.parametrize("fault", [hold_and_release, Proxy.abandon, Proxy.reset])
+def test_a_network_that_breaks_alters_no_text(
+    proxied: Proxied, fault: Callable[[Proxy], None], side: str
+) -> None:
+    with proxied.client() as client:
+        assert len(read_all(client, 6, lambda: fault(getattr(proxied, side)))) == 6
+    proxied.bus.wait_idle()
+
+
+def test_a_slow_network_is_no_fault(proxied: Proxied) -> None:
+    with proxied.client() as client:
+        proxied.front.delay(0.1)
+        proxied.back.delay(0.1)
+        resumed = read_all(client, 6, lambda: None)
+    assert resumed == [0] * 6

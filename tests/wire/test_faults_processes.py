@@ -1,0 +1,227 @@
+"""Faults of processes and of the machine: stopped and killed clients, a full disk, no descriptor
+left, strangers who come and go.
+
+The long version, with every fault in the middle of fifty streams, is `bench.chaos`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bench.chaos_reader import Got
+from bench.common import Process, memory_bytes, python
+from bench.faults import engine_of, stop_for
+from bench.strangers import come_and_go
+from tests.harness import ROOT, Bus, running_bus, wait_until
+from tests.wire.many_streams import read_all
+
+MakeBus = Callable[..., Bus]
+
+
+# --- clients --------------------------------------------------------------------------------------
+
+
+def reader(bus: Bus, *arguments: str) -> Process:
+    """A client process that reads streams; returns once each has some tokens."""
+    command = python("-m", "bench.chaos_reader", "--broker", bus.front, *arguments)
+    process = Process(command)
+    process.wait_line("^running$")
+    return process
+
+
+def test_a_client_that_sleeps_longer_than_its_session_lives_misses_nothing(
+    tmp_path: Path,
+) -> None:
+    with running_bus(tmp_path, 1, "--client-heartbeat-s", "0.2", slots=16) as bus:
+        options = ("--lanes", "0:8", "--tokens", "80", "--pace-ms")
+        with reader(bus, *options, "1") as process:
+            expected = texts(process)
+        with reader(bus, *options, "10") as process:
+            stop_for(process.pid, 1.5)
+            assert texts(process) == expected
+            assert min(got.resumed for got in streams(process)) >= 1
+
+
+def streams(process: Process) -> list[Got]:
+    line = process.wait_line(r'^\{"streams"').string
+    return [Got(**stream) for stream in json.loads(line)["streams"]]
+
+
+def texts(process: Process) -> list[tuple[str, list[int], str | None]]:
+    return [(got.text, got.token_ids, got.error) for got in streams(process)]
+
+
+def test_a_killed_client_frees_its_slots_after_the_orphan_grace(tmp_path: Path) -> None:
+    with running_bus(tmp_path, 1, "--orphan-grace-s", "0.3") as bus:
+        with reader(bus, "--lanes", "0:6", "--tokens", "2000", "--pace-ms", "10") as process:
+            assert bus.running() == 6
+            process.kill()
+        bus.wait_idle()
+
+
+# --- engines --------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_stands_still_for_a_while_is_left_alone(make_bus: MakeBus) -> None:
+    bus = make_bus(1)
+    engine = engine_of(bus.workers["w1"].pid)
+    assert read_all(bus.client(), 4, lambda: stop_for(engine, 0.7)) == [0] * 4
+    assert engine_of(bus.workers["w1"].pid) == engine
+
+
+# --- the machine ----------------------------------------------------------------------------------
+
+
+def test_a_full_disk_costs_log_lines_and_nothing_else(tmp_path: Path) -> None:
+    """Broker, worker and engine write to a device that is always full, from the first line on."""
+    bus = Bus(tmp_path)
+    ready = tmp_path / "ready.json"
+    running: list[subprocess.Popen[bytes]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[bytes]:
+        with Path("/dev/full").open("wb") as full:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *arguments], cwd=ROOT, stdout=full, stderr=full
+            )
+        running.append(process)
+        return process
+
+    try:
+        anywhere = ("--front", "tcp://127.0.0.1:*", "--back", "tcp://127.0.0.1:*")
+        broker = start("broker", *anywhere, "--ready-file", str(ready), "--log-level", "debug")
+        wait_until(lambda: ready.exists() or broker.poll() is not None, "a broker that listens")
+        addresses = json.loads(ready.read_text())
+        bus.front = addresses["front"][0]
+        worker = start(
+            *("worker", "--engine", "echo", "--broker", addresses["back"][0]),
+            *("--worker-id", "w1", "--log-level", "debug"),
+        )
+        bus.wait_ready(1)
+        assert len(read_all(bus.client(), 4, lambda: os.kill(engine_of(worker.pid), 9))) == 4
+        worker.terminate()
+        assert worker.wait(20) == 0
+        broker.terminate()
+        assert broker.wait(20) == 0
+    finally:
+        bus.stop()
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def test_without_a_descriptor_left_the_open_streams_go_on_and_others_are_served_later(
+    tmp_path: Path,
+) -> None:
+    with running_bus(tmp_path, 1) as bus:
+        assert bus.broker is not None
+        pid = bus.broker.pid
+        used = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 40, used + 40))
+        host, _, port = bus.front.removeprefix("tcp://").rpartition(":")
+        client = bus.client()
+        client.models()
+        with contextlib.ExitStack() as strangers:
+
+            def take_every_descriptor() -> None:
+                for _ in range(100):
+                    sock = strangers.enter_context(socket.socket())
+                    sock.setblocking(False)
+                    sock.connect_ex((host, int(port)))
+                wait_until(
+                    lambda: client.query("bus.stats").get("loop_accept_failed_total", 0) > 0,
+                    "a connection that cannot be accepted",
+                )
+
+            assert read_all(client, 6, take_every_descriptor) == [0] * 6
+        assert bus.client().generate("again", model="echo").text == "again"
+        # Accept fails many thousand times a second: that must not fill the disk.
+        assert len(bus.broker.log().splitlines()) < 500
+
+
+def test_thousands_who_come_and_go_leave_no_trace(tmp_path: Path) -> None:
+    with running_bus(tmp_path, 1) as bus:
+        assert bus.broker is not None
+        client = bus.client()
+
+        def gone() -> bool:
+            stats = client.query("bus.stats")
+            return bool(stats["clients"] <= 2 and stats["workers"] == 1)
+
+        def come(count: int) -> int:
+            front = come_and_go(bus.front, count // 2)
+            front += come_and_go(bus.back, count // 2, role="worker")
+            wait_until(gone, "all of them forgotten")
+            assert bus.broker is not None
+            return memory_bytes(bus.broker.pid) if front == count else 0
+
+        settled = come(400)
+        assert settled
+        grown = come(1200) - settled
+        assert grown < 4 << 20, f"{grown} bytes more after 1,200 connections"
+        assert len(list(Path(f"/proc/{bus.broker.pid}/fd").iterdir())) < 60
+
+
+SURVIVE = """
+import sys, time, zmq
+from broker.sockets import SocketSettings, bind, make_context, make_router
+
+settings = SocketSettings(1000, 0, 1)
+context = make_context(settings)
+router = make_router(context, settings, front=sys.argv[1] == "front")
+(address,) = bind(router, ["tcp://127.0.0.1:*"])
+peers = zmq.Context()
+dealers = []
+for _ in range(3):
+    dealer = peers.socket(zmq.DEALER)
+    dealer.setsockopt(zmq.SNDHWM, 0)
+    dealer.setsockopt(zmq.LINGER, 0)
+    dealer.setsockopt(zmq.HEARTBEAT_IVL, 50)
+    dealer.setsockopt(zmq.HEARTBEAT_TTL, 100)
+    dealer.setsockopt(zmq.HEARTBEAT_TIMEOUT, 50)
+    dealer.connect(address)
+    dealers.append(dealer)
+for _ in range(20_000):
+    for dealer in dealers:
+        dealer.send_multipart([bytes(32), bytes(100)], zmq.DONTWAIT)
+time.sleep(0.5)  # nobody reads until the queues are full and several heartbeats are overdue
+while router.poll(200):
+    router.recv_multipart()
+print("survived")
+"""
+
+
+@pytest.mark.parametrize("side", ["front", "back"])
+def test_a_socket_that_is_not_read_outlives_the_heartbeats_of_its_peers(side: str) -> None:
+    """With ZMTP heartbeats on at our side, this ends the process (libzmq 3596, 4767)."""
+    done = subprocess.run(
+        [sys.executable, "-c", SURVIVE, side], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "survived"), done.stderr
+
+
+def test_a_second_broker_takes_over_while_the_first_stays_dead(tmp_path: Path) -> None:
+    from client import Client
+
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    with running_bus(folders[0], 0) as first, running_bus(folders[1], 0) as second:
+        first.start_worker("shared", "--broker", second.back, slots=16)
+        for bus in (first, second):
+            wait_until(
+                lambda bus=bus: bus.worker_rows() and bus.worker_rows()[0]["granted"], "slots"
+            )
+        with Client([first.front, second.front]) as client:
+            assert first.broker is not None
+            resumed = read_all(client, 6, first.broker.kill)
+        assert min(resumed) >= 1
