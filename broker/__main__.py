@@ -65,26 +65,36 @@ def _serve(config: Config) -> int:
     context = make_context(settings)
     front = make_router(context, settings, front=True)
     back = make_router(context, settings, front=False)
-    gate = None
+    gate = upstream = None
+    server_key, relay_keys = "", None
     try:
         if config.keys:
             from broker import auth
 
-            _, secret = auth.load_broker_key(Path(config.keys))
-            gate = auth.Gate(context, Path(config.keys), log)
+            public, secret = auth.load_broker_key(Path(config.keys))
+            server_key = public.decode("ascii")
+            if config.upstream:
+                relay_keys = auth.fresh_pair()
+            gate = auth.Gate(context, Path(config.keys), log, relay_keys and relay_keys[0])
             auth.protect(front, Side.FRONT, secret)
             auth.protect(back, Side.BACK, secret)
         fronts = bind(front, config.front)
         backs = bind(back, config.back)
         access = gate.event() if gate is not None else None
         core = BrokerCore(config, access=access, now_s=time.monotonic())
-        loop = BrokerLoop(config, core, front, back, log, gate=gate)
+        if config.upstream:
+            from broker.upstream import Upstream
+
+            upstream = Upstream(config, fronts[0], log, server_key=server_key, keys=relay_keys)
+        loop = BrokerLoop(config, core, front, back, log, gate=gate, upstream=upstream)
         loop.catch_signals()
         _announce(config, fronts, backs)
         gc.collect()
         gc.freeze()
         loop.run()
     finally:
+        if upstream is not None:
+            upstream.close()
         front.close()
         back.close()
         if gate is not None:
@@ -105,6 +115,10 @@ def _check_addresses(config: Config) -> None:
                 "could read and send. Make keys with `python -m broker keys` and give --keys, or "
                 "say --insecure"
             )
+    if config.upstream or config.upstream_key or config.upstream_server_key:
+        from broker.upstream import check
+
+        check(config)
 
 
 def _check(config: Config) -> int:

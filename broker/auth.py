@@ -12,7 +12,7 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -76,6 +76,12 @@ def load_broker_key(folder: Path) -> tuple[bytes, bytes]:
     return public, secret
 
 
+def fresh_pair() -> tuple[str, str]:
+    """Public and secret key, in Z85, of a peer that this process starts itself."""
+    public, secret = zmq.curve_keypair()
+    return public.decode("ascii"), secret.decode("ascii")
+
+
 def load_allow_lists(folder: Path) -> AllowLists:
     """All three lists. Raises `KeyFileError`."""
     return AllowLists(*(_load_list(folder / f"{role}s.allow") for role in ROLES))
@@ -110,11 +116,19 @@ def protect(socket: zmq.Socket[bytes], side: Side, secret: bytes) -> None:
 class Gate:
     """Answers ZAP requests from the allow-lists. Make it before the sockets are bound."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], folder: Path, log: Logger) -> None:
-        """Raises `KeyFileError`."""
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        folder: Path,
+        log: Logger,
+        relay_key: str | None = None,
+    ) -> None:
+        """`relay_key`: of this broker's own relay, a client that stands on no list. Raises
+        `KeyFileError`."""
         self._folder = folder
         self._log = log
-        self._allowed = load_allow_lists(folder)
+        self._relay = {relay_key: "this broker's relay"} if relay_key else {}
+        self._allowed = self._load()
         #: Polled by the loop, which calls `answer` when it is readable.
         self.socket: zmq.Socket[bytes] = context.socket(zmq.REP)
         self.socket.setsockopt(zmq.LINGER, 0)
@@ -123,6 +137,10 @@ class Gate:
         self._second = 0
         self._logged = 0
 
+    def _load(self) -> AllowLists:
+        lists = load_allow_lists(self._folder)
+        return replace(lists, clients=lists.clients | self._relay)
+
     def event(self) -> AccessChanged:
         """The lists as they are now."""
         return self._allowed.as_event()
@@ -130,7 +148,7 @@ class Gate:
     def reload(self) -> AccessChanged | None:
         """Read the lists again. None: they are broken, and the old ones stay in force."""
         try:
-            self._allowed = load_allow_lists(self._folder)
+            self._allowed = self._load()
         except KeyFileError as error:
             self._log("warning", "allow-lists not reloaded", {"why": str(error)})
             return None

@@ -42,6 +42,14 @@ class Config(CoreSettings):
     keys: str = option("", "", "folder made by `python -m broker keys`; turns CURVE on")
     insecure: bool = option(False, "", "allow other addresses than loopback without CURVE")
 
+    upstream: tuple[str, ...] = option(
+        (), "", "back address of a broker above: this one serves there as a worker; repeatable"
+    )
+    upstream_server_key: str = option("", "", "file of that broker's public CURVE key (.key)")
+    upstream_key: str = option(
+        "", "", "this broker's own pair (.key_secret), on that one's list of workers"
+    )
+
     shutdown_grace_s: float = option(
         30.0, "s", "from the first SIGTERM until running streams are handed over", low=0
     )
@@ -219,7 +227,8 @@ def _table() -> str:
     ]
     return (
         "Flags win over the environment, that over the TOML file (keys as the flags, with _ for -),"
-        "\nthat over the defaults. --front and --back may be repeated.\n\n" + "\n".join(lines)
+        "\nthat over the defaults. --front, --back and --upstream may be repeated.\n\n"
+        + "\n".join(lines)
     )
 
 

@@ -39,6 +39,7 @@ from broker.protocol.limits import ID_OCTETS, MAX_FRAMES, MAX_OUTPUT_OCTETS
 
 if TYPE_CHECKING:
     from broker.auth import Gate
+    from broker.upstream import Upstream
 
 BACK_BATCH: Final = 512
 """Messages taken from the back before the front has its turn: a few milliseconds."""
@@ -96,15 +97,17 @@ class BrokerLoop:
         log: Logger,
         *,
         gate: Gate | None = None,
+        upstream: Upstream | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`gate`: who may connect; None: CURVE is off."""
+        """`gate`: who may connect; None: CURVE is off. `upstream`: this broker as a worker."""
         self._config = config
         self._core = core
         self._sockets = {Side.FRONT: front, Side.BACK: back}
         self._log = log
         #: With it, peers prove a key, which is read with their HELLO.
         self._gate = gate
+        self._upstream = upstream
         self._clock = clock
         self._outgoing: dict[Side, dict[bytes, _Outgoing]] = {Side.FRONT: {}, Side.BACK: {}}
         self._retry_s = math.inf
@@ -167,6 +170,8 @@ class BrokerLoop:
                 self._flush(now_s)
             if now_s >= core.deadline_s():
                 self._feed(Tick(self._read_s[Side.FRONT], self._read_s[Side.BACK]), now_s)
+            if self._upstream is not None:
+                self._upstream.look(now_s, stopping=core.shutdown_until_s is not None)
         self._flush(clock())
         for socket in (front, back):
             socket.disable_monitor()

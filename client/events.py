@@ -13,6 +13,7 @@ from broker.protocol.messages import (
     FinishReason,
     PromptEvent,
     Request,
+    Resume,
     Timings,
     TokensEvent,
     Usage,
@@ -106,6 +107,8 @@ class RequestMade:
     retry: Retry
     #: Tokens that may wait unread; None: the broker's default.
     window_tokens: int | None = None
+    #: What of the answer is there already, from another bus: it begins as a RESUME.
+    resume: Resume | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,6 +116,12 @@ class Exchange:
         #: Tokens that the application has read, and the WINDOW that it was last given.
         self.taken = 0
         self.window_limit = 0
+        if made.resume is not None:
+            self.sent_before = True
+            self.epoch = made.resume.epoch - 1
+            self.token_ids = list(made.resume.token_ids)
+            self.text_characters = made.resume.text_characters
+            self.prompt_seen = made.resume.prompt_seen
 
     # --- sending ---
 

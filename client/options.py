@@ -129,6 +129,8 @@ class Connection:
     server_key: str | None = None
     #: CURVE: this client's certificate (`*.key_secret`, as `python -m broker keys` writes it).
     key_file: Path | None = None
+    #: The same as text of Z85, public and secret, for whoever has it in no file.
+    key_pair: tuple[str, str] | None = None
     limits: Limits = field(default_factory=Limits)
 
     @classmethod

@@ -175,6 +175,9 @@ def key_pair(connection: Connection) -> tuple[bytes, bytes]:
 
     Raises `InvalidRequest` for a file that is no secret certificate.
     """
+    if connection.key_pair is not None:
+        public_text, secret_text = connection.key_pair
+        return public_text.encode("ascii"), secret_text.encode("ascii")
     if connection.key_file is None:
         return zmq.curve_keypair()
     from zmq import auth  # only where CURVE is on: it is slow to load

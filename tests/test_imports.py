@@ -91,7 +91,9 @@ def test_the_broker_knows_neither_workers_nor_clients() -> None:
 
 def test_the_worker_knows_of_the_broker_only_the_protocol() -> None:
     for name, path in modules("worker"):
-        check(name, path, "worker", "broker.protocol")
+        # A relay is a worker of one bus and a client of another.
+        extra = ("client",) if within(name, "worker.relay") else ()
+        check(name, path, "worker", "broker.protocol", *extra)
 
 
 def test_the_client_knows_of_the_broker_only_the_protocol() -> None:
@@ -130,7 +132,14 @@ LEVELS = frozenset(("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"))
     "core",
     [
         *("broker.core", "worker.session", "worker.connection", "worker.requests"),
-        *("client.session", "client.exchange", "client.dialer", "client.questions"),
+        *(
+            "worker.relay.core",
+            "worker.relay.survey",
+            "client.session",
+            "client.exchange",
+            "client.dialer",
+            "client.questions",
+        ),
     ],
 )
 def test_a_core_imports_no_io_and_no_clock(core: str) -> None:

@@ -48,12 +48,20 @@ class CreditPool:
             connection.returned = returned
         connection.answered = max(connection.answered, recalled)
 
-    def recall(self) -> None:
-        """Ask idle brokers for credit that others wait for.
+    def recall(self, slots: int) -> None:
+        """Ask idle brokers for credit that others wait for, and all for credit beyond `slots`,
+        those that no request takes: a relay's may have gone to others.
 
         A broker is asked for more only when it has answered; what it had spent meanwhile it keeps.
         """
         open_ = [connection for connection in self._connections if connection.open]
+        beyond = sum(connection.unused for connection in open_) - slots
+        beyond -= sum(connection.recalled - connection.answered for connection in open_)
+        for connection in sorted(open_, key=lambda connection: connection.wanted):
+            spare = min(beyond, connection.unused)
+            if spare > 0 and connection.recalled == connection.answered:
+                connection.recalled += spare
+                beyond -= spare
         need = sum(max(0, connection.wanted) for connection in open_)
         need -= sum(connection.recalled - connection.answered for connection in open_)
         for connection in sorted(open_, key=lambda connection: -connection.unused):

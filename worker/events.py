@@ -71,6 +71,14 @@ class EngineReady:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineChanged:
+    """The engine, still loaded, has other models or another number of slots: a relay's are those
+    that a lower bus has free."""
+
+    capabilities: Capabilities
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStepped:
     """The engine finished a step.
 
@@ -118,6 +126,7 @@ Event = (
     | SendUnblocked
     | EngineLoading
     | EngineReady
+    | EngineChanged
     | EngineStepped
     | EngineMeasured
     | EngineLost

@@ -51,6 +51,14 @@ class EngineCancel:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineWindow:
+    """The client takes tokens of this job below `limit`: only for an engine that waits for it."""
+
+    job_id: bytes
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
 class RestartEngine:
     """Kill the engine process, which no longer steps, and start another."""
 
@@ -76,5 +84,13 @@ class Log:
 
 
 Instruction = (
-    OpenSocket | CloseSocket | Send | EngineAdd | EngineCancel | RestartEngine | Exit | Log
+    OpenSocket
+    | CloseSocket
+    | Send
+    | EngineAdd
+    | EngineCancel
+    | EngineWindow
+    | RestartEngine
+    | Exit
+    | Log
 )

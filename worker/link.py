@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import zmq
 import zmq.auth
@@ -29,6 +29,7 @@ from worker.instructions import (
     CloseSocket,
     EngineAdd,
     EngineCancel,
+    EngineWindow,
     Exit,
     Instruction,
     Log,
@@ -37,7 +38,6 @@ from worker.instructions import (
     Send,
 )
 from worker.session import WorkerCore
-from worker.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -221,13 +221,45 @@ class _Signals:
         self._write.close()
 
 
+class Readable(Protocol):
+    """Where something arrives from the engine."""
+
+    def fileno(self) -> int: ...
+
+    @property
+    def backlog_bytes(self) -> int:
+        """What waits to be written."""
+
+
+class EngineSide(Protocol):
+    """What stands behind the link: `supervisor.Supervisor` with an engine process, or another bus
+    (`relay.port.LowerBus`). None of its methods waits."""
+
+    @property
+    def pipe(self) -> Readable | None: ...
+
+    @property
+    def waiting(self) -> bool:
+        """`read` has something to say although the pipe has not."""
+
+    def start(self) -> None: ...
+    def stop(self, *, wait: bool = True) -> None: ...
+    def restart(self, reason: str, now_s: float) -> list[fact.Event]: ...
+    def deadline_s(self) -> float: ...
+    def tick(self, now_s: float) -> list[fact.Event]: ...
+    def read(self, now_s: float) -> list[fact.Event]: ...
+    def add(self, job_id: bytes, body: bytes, attachments: tuple[bytes, ...]) -> None: ...
+    def cancel(self, job_id: bytes) -> None: ...
+    def widen(self, job_id: bytes, limit: int) -> None: ...
+
+
 class Link:
     """Joins core, sockets and engine process until the core says `Exit`."""
 
     def __init__(
         self,
         core: WorkerCore,
-        supervisor: Supervisor,
+        supervisor: EngineSide,
         brokers: tuple[str, ...],
         keys: Keys | None = None,
         display: LoadingDisplay | None = None,
@@ -353,6 +385,8 @@ class Link:
                 self._supervisor.add(job_id, body, attachments)
             case EngineCancel(job_id):
                 self._supervisor.cancel(job_id)
+            case EngineWindow(job_id, limit):
+                self._supervisor.widen(job_id, limit)
             case OpenSocket(broker):
                 self._open(broker)
             case CloseSocket(broker, linger):

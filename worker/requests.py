@@ -21,7 +21,7 @@ from broker.protocol.errors import ErrorCode
 from broker.protocol.limits import MAX_OUTPUT_OCTETS
 from broker.protocol.messages import Assign, Held, Request, Resume, new_id
 from worker.connection import Connection
-from worker.instructions import EngineAdd, EngineCancel, Instruction, Log, Send
+from worker.instructions import EngineAdd, EngineCancel, EngineWindow, Instruction, Log, Send
 from worker.streams import END, FAIL, PROMPT, TOKENS, Route, Stream
 
 KEPT_REQUESTS = 4096
@@ -46,12 +46,20 @@ class Requests:
     """The worker's requests, from ASSIGN until nobody can ask for them any more."""
 
     def __init__(
-        self, connections: list[Connection], grace_s: float, kept_s: float, window_wait_s: float
+        self,
+        connections: list[Connection],
+        grace_s: float,
+        kept_s: float,
+        window_wait_s: float,
+        *,
+        tell_windows: bool = False,
     ) -> None:
         self._connections = connections
         self._grace_s = grace_s
         self._kept_s = kept_s
         self._window_wait_s = window_wait_s
+        #: The engine generates no further than the client's window, so it is told.
+        self._tell_windows = tell_windows
         #: Instructions of the call under way; replaced by the core for each fact.
         self.out: list[Instruction] = []
         #: By request id: running, and ended ones that can still be resumed.
@@ -219,6 +227,7 @@ class Requests:
             self._touch(old)
         self._direct(connection, stream, assign, request, now_s)
         self._log("request resumed", stream, resumed_at=stream.attached_at)
+        self._tell_window(stream)
         self.advance(stream, now_s)
         return True
 
@@ -250,6 +259,7 @@ class Requests:
         connection.held.discard(stream.request_id)  # for this broker it goes on
         self.abandon(stream)
         self._slotless.add(stream.job_id)
+        return True
 
     def abandon(self, stream: Stream) -> None:
         """Stop a running request of which nothing more is to be said."""
@@ -307,7 +317,12 @@ class Requests:
         if limit > stream.window:
             stream.window = limit
             stream.blocked_since_s = None
+            self._tell_window(stream)
             self.advance(stream, now_s)
+
+    def _tell_window(self, stream: Stream) -> None:
+        if self._tell_windows and stream.running:
+            self.out.append(EngineWindow(stream.job_id, stream.window))
 
     def cancel(self, connection: Connection, request_id: bytes, now_s: float) -> None:
         """CANCEL: the engine's next step answers it, or it had ended already.
@@ -331,7 +346,6 @@ class Requests:
                 self.out.append(EngineCancel(stream.job_id))
         elif not stream.end_sent and stream.end is not None:
             # It ended, but the window holds the rest back: nobody wants that any more.
-            usage = stream.end[3] if stream.end[0] == END else stream.end[2]
             stream.cut()
             stream.end = (END, "cancelled", "", usage, {})
             self.advance(stream, now_s)

@@ -80,6 +80,9 @@ class Settings:
     window_wait_s: float = 60.0
     #: An engine that has work and finished no step for so long hangs.
     stall_s: float = 120.0
+    #: The engine is another bus, whose slots others use too: their number falls and rises, and it
+    #: is told of windows.
+    relay: bool = False
 
 
 class WorkerCore:
@@ -102,7 +105,11 @@ class WorkerCore:
         #: When the engine last finished a step, or was given its first job after being idle.
         self._mark_s = now_s
         self._requests = Requests(
-            self._connections, settings.grace_s, settings.kept_s, settings.window_wait_s
+            self._connections,
+            settings.grace_s,
+            settings.kept_s,
+            settings.window_wait_s,
+            tell_windows=settings.relay,
         )
         self._credit = CreditPool(self._connections)
         # Stopping.
@@ -143,7 +150,7 @@ class WorkerCore:
                 self._requests.unblocked(connection, now_s)
             case fact.EngineLoading():
                 self._progress, self._note = event.progress, event.note
-            case fact.EngineReady():
+            case fact.EngineReady() | fact.EngineChanged():
                 self._engine_ready(event.capabilities, now_s)
             case fact.EngineMeasured():
                 self._metrics = event.metrics
@@ -179,7 +186,8 @@ class WorkerCore:
         """Raise AssertionError where the state contradicts itself."""
         self._requests.invariants()
         unused = sum(c.unused for c in self._connections if c.open)
-        if self._capabilities is not None and self._state is not WorkerState.LOADING:
+        fixed = not self._settings.relay  # what a relay lost to others may be granted for a moment
+        if fixed and self._capabilities is not None and self._state is not WorkerState.LOADING:
             assert self.running + unused <= self.capacity, (
                 f"{self.running} running and {unused} granted of {self.capacity} slots"
             )
@@ -239,7 +247,7 @@ class WorkerCore:
             engine=capabilities.engine if capabilities else settings.engine,
             device=capabilities.device if capabilities else settings.device,
             holds=holds,
-            brokers=len(settings.brokers),
+            brokers=len(settings.brokers) + settings.relay,
         )
         connection.greeting(now_s)
         self._send(connection, MessageType.HELLO, connection.session, hello, now_s)
@@ -484,8 +492,9 @@ class WorkerCore:
 
     def _distribute(self, now_s: float) -> None:
         if self._state is WorkerState.READY:
-            self._credit.recall()
-            self._credit.distribute(self.capacity - self.running)
+            slots = max(0, self.capacity - self.running)
+            self._credit.recall(slots)
+            self._credit.distribute(slots)
 
     def _settle(self, now_s: float) -> None:
         """After every fact: grant what is free, send what is ready, leave when all is done."""

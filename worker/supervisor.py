@@ -236,6 +236,10 @@ class Supervisor:
         """Stop a job."""
         self._tell((msgspec.msgpack.encode(("cancel", job_id)),))
 
+    def widen(self, job_id: bytes, limit: int) -> None:
+        """Nothing to tell: an engine generates ahead of every window, and its stream keeps what the
+        client does not take yet."""
+
     def _tell(self, frames: tuple[bytes, ...]) -> None:
         # That the other side is gone is found, and told, by the next `read`.
         if self.pipe is not None:

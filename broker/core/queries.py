@@ -135,6 +135,7 @@ def _worker(core: BrokerCore, worker: WorkerSession) -> dict[str, Any]:
         "waiting": beat.waiting,
         "engine": worker.engine,
         "device": worker.device,
+        "via": worker.via,
         "progress": beat.progress,
         "note": beat.note,
         "engine_age_ms": beat.engine_age_ms,

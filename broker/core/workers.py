@@ -128,6 +128,20 @@ class WorkerSession(Session):
             return 0
         return self.unspent
 
+    def may_take(self, model: str) -> bool:
+        """A request of this model may be assigned."""
+        if self.free <= 0:
+            return False
+        most = self.models[model].capacity
+        return most is None or most > sum(r.model == model for r in self.running.values())
+
+    @property
+    def via(self) -> list[str]:
+        """Brokers behind a worker that is a broker itself."""
+        named = (info.details.get("via") for info in self.models.values())
+        lists = (names for names in named if isinstance(names, list))
+        return sorted({name for names in lists for name in names if isinstance(name, str)})
+
     @property
     def unspent(self) -> int:
         """Credit left, whether it may be spent now or not."""
@@ -195,7 +209,7 @@ class Registry:
 
     def available(self, model: str) -> list[WorkerSession]:
         """Workers of a model that may take a request now."""
-        return [worker for worker in self.serving(model).values() if worker.free > 0]
+        return [worker for worker in self.serving(model).values() if worker.may_take(model)]
 
     def models(self) -> Iterator[str]:
         """Names of all models served, in whatever state their workers are."""

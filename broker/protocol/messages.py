@@ -81,8 +81,11 @@ class ModelInfo(_Map, frozen=True, kw_only=True):
     context_tokens: Count | None = None
     #: Takes pictures.
     images: bool = False
-    #: Free facts for people: architecture, parameters, dtype, quantisation.
+    #: Free facts for people: architecture, parameters, dtype, quantisation. Of a relay, `via`: the
+    #: brokers that stand behind it.
     details: dict[str, Any] = {}
+    #: Requests of this model that run at once, where that is less than the worker's slots.
+    capacity: Count | None = None
 
 
 class Held(_Array, frozen=True):

@@ -1,0 +1,169 @@
+"""`--upstream`: keeps the process running that makes this broker a worker of other brokers.
+
+That process, the relay, is a client of this broker and a worker of those above, and is built from
+the two packages that a broker must not import; so it is only started here, watched, started again
+when it dies, and told to drain when this broker stops. It has a pipe to this process, which carries
+its options (keys are among them) and tells it by its end that the broker is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from broker.config import Config, ConfigError
+from broker.log import Logger
+from broker.sockets import BindError, check_address
+
+LOOK_S: Final = 0.2
+FIRST_RESTART_S: Final = 0.5
+LONGEST_RESTART_S: Final = 30.0
+PROVEN_S: Final = 30.0
+"""A relay that ran for so long was not broken from the start."""
+CLOSE_S: Final = 1.0
+"""For its last words, once there is nothing more to wait for."""
+
+
+def check(config: Config) -> None:
+    """Raises `ConfigError` for options that no relay could use."""
+    if bool(config.upstream_server_key) != bool(config.upstream_key):
+        raise ConfigError("--upstream-server-key and --upstream-key: give both, or neither")
+    if config.upstream_key and not config.upstream:
+        raise ConfigError("--upstream-key without --upstream: say which broker it is for")
+    for address in config.upstream:
+        try:
+            check_address(address)
+        except BindError as error:
+            raise ConfigError(f"--upstream: {error}") from None
+        if "*" in address or address.startswith("tcp://0.0.0.0:"):
+            raise ConfigError(f"--upstream {address}: one broker's back address is needed")
+
+
+class Upstream:
+    """The relay, from the broker's side. Never waits, except in `close`."""
+
+    def __init__(
+        self,
+        config: Config,
+        front: str,
+        log: Logger,
+        *,
+        server_key: str = "",
+        keys: tuple[str, str] | None = None,
+    ) -> None:
+        """`front`: where this broker listens; with CURVE, its public key and the relay's pair."""
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+        self._life: int | None = None
+        self._draining = False
+        self._starts = 0
+        self._started_s = -math.inf
+        self._look_s = self._start_s = -math.inf
+        self._wait_s = FIRST_RESTART_S
+        #: Told apart from any other broker, of the same name too, wherever brokers form a loop.
+        self._mark = f"{config.broker_name}-{secrets.token_hex(3)}"
+        self._options: dict[str, Any] = {
+            "mark": self._mark,
+            "lower": _reachable(front),
+            "inflight": config.inflight,
+            "upstream": config.upstream,
+            "drain_s": config.shutdown_grace_s,
+            "server_key": config.upstream_server_key,
+            "key": config.upstream_key,
+            "lower_server_key": server_key,
+            "lower_keys": keys,
+            "log_format": config.log_format,
+            "log_level": config.log_level,
+        }
+
+    def look(self, now_s: float, *, stopping: bool) -> None:
+        """Start the relay, or start it again; drain it once when the broker is `stopping`."""
+        if now_s < self._look_s:
+            return
+        self._look_s = now_s + LOOK_S
+        process = self._process
+        if process is not None and process.poll() is not None:
+            self._ended(process.returncode, now_s)
+        elif process is not None and stopping:
+            self._drain()
+        elif process is None and not stopping and now_s >= self._start_s:
+            self._start(now_s)
+
+    def _start(self, now_s: float) -> None:
+        self._starts += 1
+        name = f"{self._mark}.{self._starts}"
+        life_read, self._life = os.pipe()
+        paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "worker.relay", str(life_read)],
+            stdin=subprocess.DEVNULL,
+            pass_fds=(life_read,),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            # Ctrl-C on the terminal is the broker's to handle.
+            process_group=0,
+        )
+        os.close(life_read)
+        self._started_s = now_s
+        self._draining = False
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._life, json.dumps({**self._options, "name": name}).encode() + b"\n")
+        fields = {
+            "relay": name,
+            "upstream": ", ".join(self._options["upstream"]),
+            "pid": self._process.pid,
+        }
+        self._log("info", "relay starts", fields)
+
+    def _ended(self, status: int, now_s: float) -> None:
+        self._forget()
+        if now_s - self._started_s >= PROVEN_S:
+            self._wait_s = FIRST_RESTART_S
+        self._start_s = now_s + self._wait_s
+        fields = {"status": status, "restart_in_s": self._wait_s}
+        self._log("warning", "relay ended", fields)
+        self._wait_s = min(LONGEST_RESTART_S, 2 * self._wait_s)
+
+    def _drain(self) -> None:
+        if self._process is not None and not self._draining:
+            self._draining = True
+            self._process.send_signal(signal.SIGTERM)
+
+    def _forget(self) -> None:
+        self._process = None
+        if self._life is not None:
+            os.close(self._life)
+            self._life = None
+
+    def close(self) -> None:
+        """End the relay: it says goodbye above, and what it still ran goes on elsewhere."""
+        process = self._process
+        if process is None:
+            return
+        self._drain()
+        for ask_again in (process.terminate, process.kill, None):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(CLOSE_S)
+                break
+            if ask_again is not None:
+                ask_again()  # a second SIGTERM does not wait for what runs
+        self._log("info", "relay ended", {"status": process.poll()})
+        self._forget()
+
+
+def _reachable(front: str) -> str:
+    """An address to connect to, for one that is bound."""
+    for everywhere, here in (
+        ("tcp://0.0.0.0:", "tcp://127.0.0.1:"),
+        ("tcp://[::]:", "tcp://[::1]:"),
+    ):
+        if front.startswith(everywhere):
+            return here + front.removeprefix(everywhere)
+    return front

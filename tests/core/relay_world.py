@@ -1,0 +1,437 @@
+"""Two buses and the relay between them, in memory, under a clock that is wound by hand.
+
+    callers ── upper broker ── relay ── lower broker ── workers
+                                            └────────── callers of its own
+
+All cores are the real ones; messages arrive at once and in order. Only the engine of the lower
+workers is made up: a token of an answer is a function of its seed and its position.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from broker.core import events as broker_fact
+from broker.core.controller import BrokerCore
+from broker.core.events import Side
+from broker.core.instructions import Send as BrokerSend
+from broker.core.settings import CoreSettings
+from broker.protocol import codec
+from broker.protocol.limits import MAX_REQUEST_OCTETS
+from broker.protocol.messages import Kind, ModelInfo, Params, Request, TokensEvent
+from client import events as client_fact
+from client.errors import BusError
+from client.options import Retry, Timeout
+from client.session import ClientSession
+from worker import events as worker_fact
+from worker import instructions as worker_order
+from worker.engines.base import Capabilities
+from worker.relay import core as relay
+from worker.session import Settings, WorkerCore
+
+
+def token(seed: int, position: int) -> int:
+    """Of every answer: what the model says."""
+    return (seed * 7919 + position * 104_729) % 5000
+
+
+def answer(seed: int, length: int) -> list[int]:
+    return [token(seed, position) for position in range(length)]
+
+
+class World:
+    """The clock, and what is to happen now."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.random = random.Random(seed)
+        self.now_s = 1000.0
+        self.queue: deque[Callable[[], None]] = deque()
+        self.parties: list[Any] = []
+
+    def settle(self) -> None:
+        """Deliver what is under way."""
+        while self.queue:
+            self.queue.popleft()()
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass, timer by timer."""
+        until_s = self.now_s + seconds
+        self.settle()
+        while True:
+            due = min(self.parties, key=lambda party: party.deadline_s())
+            if due.deadline_s() > until_s:
+                break
+            self.now_s = max(self.now_s, due.deadline_s())
+            due.tick()
+            self.settle()
+        self.now_s = until_s
+
+
+class Broker:
+    """A broker; `lines` are the connections of its peers by side and routing id."""
+
+    def __init__(self, world: World, name: str, **settings: Any) -> None:
+        self.world, self.name, self.settings = world, name, settings
+        self.lines: dict[tuple[Side, bytes], Callable[[tuple[bytes, ...]], None]] = {}
+        self.cuts: dict[tuple[Side, bytes], Callable[[], None]] = {}
+        world.parties.append(self)
+        self.start()
+
+    def start(self) -> None:
+        options = CoreSettings(broker_name=self.name, **self.settings)
+        self.core = BrokerCore(
+            options, generator=random.Random(self.world.random.random()), now_s=self.world.now_s
+        )
+
+    def restart(self) -> None:
+        """Killed, and another one in its place: every connection breaks."""
+        self.lines.clear()
+        cuts, self.cuts = self.cuts, {}
+        self.start()
+        for cut in cuts.values():
+            self.world.queue.append(cut)
+
+    def deadline_s(self) -> float:
+        return self.core.deadline_s()
+
+    def tick(self) -> None:
+        self._carry_out(self.core.handle(broker_fact.Tick(), self.world.now_s))
+
+    def hear(self, side: Side, routing_id: bytes, frames: tuple[bytes, ...]) -> None:
+        if (side, routing_id) in self.lines:
+            event = broker_fact.MessageReceived(side, routing_id, frames)
+            self._carry_out(self.core.handle(event, self.world.now_s))
+
+    def _carry_out(self, instructions: list[Any]) -> None:
+        for instruction in instructions:
+            if isinstance(instruction, BrokerSend):
+                line = self.lines.get((instruction.side, instruction.routing_id))
+                if line is not None:
+                    self.world.queue.append(
+                        lambda line=line, frames=instruction.frames: line(frames)
+                    )
+        self.core.invariants()
+
+    def query(self, verb: str) -> Any:
+        """What an observer would be answered."""
+        from broker.core import queries
+
+        return queries._VERBS[verb][1](self.core, queries._NoArgs())
+
+
+class Caller:
+    """A client's session with a broker, and what its requests brought."""
+
+    def __init__(self, world: World, broker: Broker, name: str) -> None:
+        self.world, self.broker = world, broker
+        self.session = ClientSession(
+            ["tcp://broker:1"], name=name, generator=random.Random(world.random.random())
+        )
+        self._routing_id = b""
+        self.tokens: dict[bytes, list[int]] = {}
+        self.texts: dict[bytes, str] = {}
+        self.ends: dict[bytes, client_fact.End | BusError] = {}
+        self.taken: dict[bytes, int] = {}
+        self.resumed = 0
+        world.parties.append(self)
+
+    def deadline_s(self) -> float:
+        return self.session.deadline_s()
+
+    def tick(self) -> None:
+        self.tell(client_fact.Tick())
+
+    def tell(self, fact: client_fact.Event) -> None:
+        for order in self.session.handle(fact, self.world.now_s):
+            match order:
+                case client_fact.OpenSocket(_, routing_id):
+                    self._routing_id = routing_id
+                    key = Side.FRONT, routing_id
+                    self.broker.lines[key] = lambda frames, r=routing_id: self._hear(r, frames)
+                    self.broker.cuts[key] = lambda r=routing_id: self._cut(r)
+                    self.world.queue.append(lambda: self.tell(client_fact.ConnectionOpened()))
+                case client_fact.CloseSocket():
+                    self.broker.lines.pop((Side.FRONT, self._routing_id), None)
+                case client_fact.Send(frames):
+                    routing_id = self._routing_id
+                    self.world.queue.append(
+                        lambda r=routing_id, f=frames: self.broker.hear(Side.FRONT, r, f)
+                    )
+                case client_fact.Deliver(id_, items, _):
+                    self.deliver(id_, items)
+        self.session.invariants()
+
+    def _hear(self, routing_id: bytes, frames: tuple[bytes, ...]) -> None:
+        if routing_id == self._routing_id:
+            self.tell(client_fact.MessageReceived(frames))
+
+    def _cut(self, routing_id: bytes) -> None:
+        if routing_id == self._routing_id:
+            self.tell(client_fact.ConnectionLost("disconnected"))
+
+    def deliver(self, id_: bytes, items: tuple[client_fact.Item, ...]) -> None:
+        for item in items:
+            match item:
+                case TokensEvent():
+                    assert len(self.tokens[id_]) == item.offset
+                    self.tokens[id_] += item.token_ids
+                    self.texts[id_] += item.text
+                case client_fact.Recovering():
+                    self.resumed += 1
+                case client_fact.End() | BusError():
+                    assert id_ not in self.ends, "it ends once"
+                    self.ends[id_] = item
+                    if isinstance(item, client_fact.End):
+                        self.texts[id_] += item.text
+
+    def ask(
+        self,
+        seed: int,
+        length: int,
+        *,
+        model: str = "model",
+        window: int = 100_000,
+        **more: Any,
+    ) -> bytes:
+        """Make a request; returns its id."""
+        id_ = bytes((1,)) + self.world.random.randbytes(15)
+        self.tokens[id_], self.texts[id_] = [], ""
+        request = Request(
+            model=model,
+            kind=Kind.COMPLETE,
+            prompt="x",
+            params=Params(seed=seed, max_tokens=length),
+            window=window,
+            **more,
+        )
+        made = client_fact.RequestMade(
+            id_, request, (), Timeout(), Retry(attempts=50), window_tokens=window
+        )
+        self.tell(made)
+        return id_
+
+    def read(self, id_: bytes) -> None:
+        """Take all tokens that have arrived."""
+        self.tell(client_fact.TokensTaken(id_, len(self.tokens[id_])))
+
+    def drop(self, id_: bytes) -> None:
+        self.ends[id_] = BusError("dropped")
+        self.tell(client_fact.RequestDropped(id_))
+
+
+class _Worker:
+    """What workers and the relay have in common: a WorkerCore and its connections."""
+
+    def __init__(
+        self, world: World, brokers: list[Broker], name: str, *, relay: bool = False
+    ) -> None:
+        self.world, self.brokers, self.name = world, brokers, name
+        settings = Settings(
+            name=name, brokers=tuple(broker.name for broker in brokers), relay=relay
+        )
+        self.core = WorkerCore(settings, world.now_s, random.Random(world.random.random()))
+        self.exit: worker_order.Exit | None = None
+        self._routing_ids: dict[int, bytes] = {}
+        world.parties.append(self)
+
+    def deadline_s(self) -> float:
+        return math.inf if self.exit else self.core.deadline_s()
+
+    def tick(self) -> None:
+        self.tell(worker_fact.Tick())
+
+    def tell(self, fact: worker_fact.Event) -> None:
+        for order in self.core.handle(fact, self.world.now_s):
+            match order:
+                case worker_order.OpenSocket(index):
+                    self._open(index)
+                case worker_order.CloseSocket(index):
+                    routing_id = self._routing_ids.pop(index, b"")
+                    self.brokers[index].cuts.pop((Side.BACK, routing_id), None)
+                case worker_order.Send(index, frames):
+                    routing_id = self._routing_ids[index]
+                    self.world.queue.append(
+                        lambda i=index, r=routing_id, f=frames: self.brokers[i].hear(
+                            Side.BACK, r, f
+                        )
+                    )
+                case worker_order.Exit():
+                    self.exit = order
+                case _:
+                    self.engine(order)
+        self.core.invariants()
+
+    def _open(self, index: int) -> None:
+        routing_id = bytes((1,)) + self.world.random.randbytes(15)
+        self._routing_ids[index] = routing_id
+        key = Side.BACK, routing_id
+        broker = self.brokers[index]
+
+        def hear(frames: tuple[bytes, ...]) -> None:
+            if self._routing_ids.get(index) == routing_id:
+                self.tell(worker_fact.MessageReceived(index, frames))
+
+        def cut() -> None:
+            if self._routing_ids.get(index) == routing_id:
+                self.tell(worker_fact.Disconnected(index, "the connection was closed"))
+
+        broker.lines[key], broker.cuts[key] = hear, cut
+        self.world.queue.append(lambda: self.tell(worker_fact.Connected(index)))
+
+    def engine(self, order: Any) -> None:
+        """An instruction for the engine."""
+        raise NotImplementedError
+
+
+class Worker(_Worker):
+    """A worker of the lower bus; its engine runs `slots` jobs, a token of each in a step."""
+
+    def __init__(
+        self, world: World, broker: Broker, name: str, slots: int, models: tuple[str, ...]
+    ) -> None:
+        super().__init__(world, [broker], name)
+        self.slots = slots
+        #: Of each job: what is asked for, and how many tokens there are.
+        self.jobs: dict[bytes, tuple[Request, int]] = {}
+        #: Jobs in the order of their coming, and the windows at which they came.
+        self.ran: list[Request] = []
+        #: What the next step ends.
+        self.cancelled: list[bytes] = []
+        #: The next step fails all jobs with this error.
+        self.error: dict[str, Any] | None = None
+        infos = tuple(ModelInfo(name=model, kinds=(Kind.COMPLETE,)) for model in models)
+        self.tell(worker_fact.EngineReady(Capabilities("made up", "cpu", infos, slots)))
+
+    def engine(self, order: Any) -> None:
+        match order:
+            case worker_order.EngineAdd(job_id, body, _):
+                request = codec.decode(Request, body, MAX_REQUEST_OCTETS)
+                count = len(request.resume.token_ids) if request.resume else 0
+                if request.resume:
+                    assert request.params.max_tokens is not None
+                    assert request.resume.token_ids == answer(request.params.seed, count)
+                self.jobs[job_id] = request, count
+                self.ran.append(request)
+                assert len(self.jobs) <= self.slots, "more than its slots"
+            case worker_order.EngineCancel(job_id) if job_id in self.jobs:
+                self.cancelled.append(job_id)
+
+    def step(self) -> None:
+        """One token for every job."""
+        events: list[list[Any]] = []
+        for job_id in self.cancelled:
+            _, count = self.jobs.pop(job_id, (None, 0))
+            events.append([1, job_id, "cancelled", "", {"completion_tokens": count}, {}])
+        self.cancelled.clear()
+        for job_id, (request, count) in list(self.jobs.items()):
+            length = request.params.max_tokens
+            assert length is not None
+            if self.error is not None:
+                events.append([2, job_id, self.error, {}])
+                del self.jobs[job_id]
+                continue
+            if count < length:
+                next_token = token(request.params.seed, count)
+                events.append([0, job_id, [next_token], f"{next_token} ", None])
+                count += 1
+                self.jobs[job_id] = request, count
+            if count >= length:
+                usage = {"prompt_tokens": 1, "completion_tokens": count}
+                events.append([1, job_id, "length", "", usage, {"decode_ms": 1.5}])
+                del self.jobs[job_id]
+        if events:
+            self.tell(worker_fact.EngineStepped(events))
+
+
+class Relay(_Worker):
+    """The relay: its engine is a caller of the lower bus."""
+
+    def __init__(self, world: World, uppers: list[Broker], lower: Broker, name: str) -> None:
+        super().__init__(world, uppers, name, relay=True)
+        self.relay = relay.RelayCore(
+            relay.RelaySettings(mark=lower.name, lower=lower.name),
+            random.Random(world.random.random()),
+        )
+        self.caller = Caller(world, lower, name)
+        self.caller.deliver = self._arrived  # type: ignore[method-assign]
+        self.reports: list[worker_fact.Event] = []
+        world.parties.append(_RelayClock(self))
+        self.join(relay.Begun())
+
+    def _arrived(self, id_: bytes, items: tuple[client_fact.Item, ...]) -> None:
+        self.world.queue.append(lambda: self.join(relay.ItemsArrived(id_, items)))
+
+    def join(self, fact: relay.Event) -> None:
+        for order in self.relay.handle(fact, self.world.now_s):
+            match order:
+                case relay.Ask(asked):
+                    self.world.queue.append(lambda f=asked: self.caller.tell(f))
+                case relay.Report(reported):
+                    self.reports.append(reported)
+                    self.world.queue.append(lambda f=reported: self.tell(f))
+        self.relay.invariants()
+
+    def engine(self, order: Any) -> None:
+        match order:
+            case worker_order.EngineAdd(job_id, body, attachments):
+                fact: relay.Event = relay.JobAdded(job_id, body, attachments)
+            case worker_order.EngineCancel(job_id):
+                fact = relay.JobCancelled(job_id)
+            case worker_order.EngineWindow(job_id, limit):
+                fact = relay.WindowMoved(job_id, limit)
+            case _:
+                return
+        self.world.queue.append(lambda: self.join(fact))
+
+
+class _RelayClock:
+    """The timers of the relay's own core."""
+
+    def __init__(self, owner: Relay) -> None:
+        self._owner = owner
+
+    def deadline_s(self) -> float:
+        return self._owner.relay.deadline_s()
+
+    def tick(self) -> None:
+        self._owner.join(relay.Tick())
+
+
+class TwoBuses:
+    """An upper broker, a relay, a lower broker with workers, and a caller at each broker."""
+
+    def __init__(
+        self, seed: int = 0, workers: tuple[tuple[int, tuple[str, ...]], ...] = ((4, ("model",)),)
+    ) -> None:
+        self.world = World(seed)
+        self.upper = Broker(self.world, "upper")
+        self.lower = Broker(self.world, "lower")
+        self.workers = [
+            Worker(self.world, self.lower, f"w{index}", slots, models)
+            for index, (slots, models) in enumerate(workers)
+        ]
+        self.relay = Relay(self.world, [self.upper], self.lower, "relay")
+        self.above = Caller(self.world, self.upper, "above")
+        self.below = Caller(self.world, self.lower, "below")
+        self.world.advance(3.0)
+
+    def steps(self, count: int = 1, pause_s: float = 0.01) -> None:
+        """Steps of all engines."""
+        for _ in range(count):
+            for worker in self.workers:
+                worker.step()
+            self.world.advance(pause_s)
+
+    @property
+    def credit(self) -> int:
+        """What the upper broker may still assign to the relay."""
+        return sum(worker.unspent for worker in self.upper.core.workers.values())
+
+    @property
+    def queued_below(self) -> int:
+        """Requests that wait in the lower broker."""
+        return sum(queue.requests for queue in self.lower.core.queues.values())

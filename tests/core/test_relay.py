@@ -1,0 +1,333 @@
+"""The relay between two buses, in virtual time: credit, windows, cancels, resumes, failures."""
+
+from __future__ import annotations
+
+import pytest
+
+from broker.protocol.messages import FinishReason
+from client.errors import BusError
+from client.events import Answered, End, QueryMade
+from tests.core.relay_world import Relay, TwoBuses, answer
+from worker import events as worker_fact
+from worker.relay import core as relay
+
+TWO_MODELS = ((3, ("one",)), (2, ("two",)))
+
+
+def test_the_slots_of_the_lower_bus_are_the_credit_above() -> None:
+    buses = TwoBuses(workers=((4, ("model",)), (3, ("model",))))
+    assert buses.credit == 7
+    (row,) = buses.upper.query("bus.workers")
+    assert (row["engine"], row["capacity"], row["via"]) == ("bus", 7, ["lower"])
+
+
+def test_an_answer_passes_unchanged() -> None:
+    buses = TwoBuses()
+    request = buses.above.ask(5, 30, user="alice", priority=7, trace={"traceparent": "00-ab"})
+    buses.steps(31)
+    assert buses.above.tokens[request] == answer(5, 30)
+    assert buses.above.texts[request] == "".join(f"{token} " for token in answer(5, 30))
+    end = buses.above.ends[request]
+    assert isinstance(end, End)
+    assert end.finish_reason is FinishReason.LENGTH
+    assert (end.usage.prompt_tokens, end.usage.completion_tokens) == (1, 30)
+    assert end.timings.decode_ms == 1.5
+    (ran,) = buses.workers[0].ran
+    assert (ran.user, ran.priority, ran.trace) == ("alice", 7, {"traceparent": "00-ab"})
+    buses.world.advance(1.0)
+    assert buses.credit == 4
+
+
+def test_what_does_not_fit_waits_above_and_never_below() -> None:
+    buses = TwoBuses()
+    requests = [buses.above.ask(n, 20) for n in range(20)]
+    for _ in range(150):
+        buses.steps()
+        assert buses.queued_below == 0
+        assert len(buses.workers[0].jobs) <= 4
+    for n, request in enumerate(requests):
+        assert buses.above.tokens[request] == answer(n, 20)
+
+
+def test_a_slot_that_others_take_below_is_asked_back_above() -> None:
+    buses = TwoBuses()
+    direct = [buses.below.ask(n, 1000) for n in range(3)]
+    buses.world.advance(1.5)
+    assert buses.credit == 1
+    for request in direct:
+        buses.below.drop(request)
+    buses.world.settle()
+    buses.steps(1)
+    buses.world.advance(1.5)
+    assert buses.credit == 4
+
+
+def test_a_slot_that_others_wait_for_is_not_promised_above_again() -> None:
+    buses = TwoBuses()
+    for n in range(4):
+        buses.above.ask(n, 20)
+    buses.world.advance(0.5)
+    direct = [buses.below.ask(n, 20) for n in range(4)]
+    waits = buses.above.ask(9, 20)
+    buses.world.advance(1.5)
+    buses.steps(21)
+    assert buses.queued_below == 0
+    assert buses.credit == 0
+    assert {request.params.seed for request in buses.workers[0].ran[4:]} == {0, 1, 2, 3}
+    buses.steps(21)
+    assert all(request in buses.below.ends for request in direct)
+    buses.world.advance(1.5)
+    buses.steps(21)
+    assert buses.above.tokens[waits] == answer(9, 20)
+
+
+def test_each_model_gets_the_slots_of_its_own_workers() -> None:
+    buses = TwoBuses(workers=TWO_MODELS)
+    assert buses.credit == 5
+    for n in range(6):
+        buses.above.ask(n, 10, model="two")
+    late = buses.above.ask(9, 10, model="one")
+    for _ in range(80):
+        buses.steps()
+        assert buses.queued_below == 0
+    assert buses.above.tokens[late] == answer(9, 10)
+    assert all(isinstance(end, End) for end in buses.above.ends.values())
+    assert len(buses.above.ends) == 7
+
+
+def test_a_lower_bus_without_a_ready_worker_offers_nothing() -> None:
+    buses = TwoBuses()
+    buses.workers[0].tell(worker_fact.EngineLost("the engine process was killed by SIGKILL"))
+    buses.world.advance(1.5)
+    assert buses.credit == 0
+    assert [row["name"] for row in buses.upper.query("bus.models")] == ["model"]
+
+
+def test_a_cancel_frees_the_slot_below_and_then_the_credit() -> None:
+    buses = TwoBuses()
+    request = buses.above.ask(1, 1000)
+    buses.steps(5)
+    buses.above.drop(request)
+    buses.world.advance(0.02)
+    assert buses.workers[0].cancelled, "it reached the worker that runs it"
+    assert buses.credit == 3, "whose slot is not free yet"
+    buses.steps(1)
+    buses.world.advance(1.0)
+    assert buses.workers[0].jobs == {}
+    assert buses.credit == 4
+
+
+def test_the_window_below_is_the_window_above() -> None:
+    buses = TwoBuses()
+    request = buses.above.ask(1, 100, window=10)
+    buses.steps(60)
+    assert len(buses.above.tokens[request]) == 10
+    (job,) = buses.relay.relay._jobs.values()
+    assert job.have == 10, "the rest waits at the worker that made it"
+    reads = 0
+    while request not in buses.above.ends:
+        buses.above.read(request)
+        buses.steps(1)
+        reads += 1
+        assert reads < 100
+        assert job.have <= len(buses.above.tokens[request]) + 10
+    assert buses.above.tokens[request] == answer(1, 100)
+
+
+def test_a_failure_passes_with_its_code_and_what_it_says() -> None:
+    buses = TwoBuses()
+    request = buses.above.ask(1, 100)
+    buses.world.settle()
+    buses.steps(3)
+    buses.workers[0].error = {
+        "code": "overloaded",
+        "message": "no memory for the cache",
+        "retryable": False,
+        "retry_after_ms": 1234,
+        "details": {"bytes": 5},
+    }
+    buses.steps(1)
+    error = buses.above.ends[request]
+    assert isinstance(error, BusError)
+    assert (error.code, error.message, error.retryable) == (
+        "overloaded",
+        "no memory for the cache",
+        False,
+    )
+    assert (error.retry_after_ms, error.details) == (1234, {"bytes": 5})
+    assert buses.above.tokens[request] == answer(1, 3)
+
+
+def test_a_request_resumed_above_goes_on_below_from_the_tokens_so_far() -> None:
+    buses = TwoBuses()
+    request = buses.above.ask(1, 50)
+    buses.steps(10)
+    for _ in range(2):  # below, it is in another epoch than above
+        buses.lower.restart()
+        buses.world.advance(8.0)
+    buses.steps(10)
+    assert buses.above.resumed == 0
+    # The upper broker and the relay die; another relay comes, which knows nothing.
+    buses.relay.caller.broker.lines.clear()
+    _remove(buses, buses.relay)
+    buses.upper.restart()
+    buses.relay = Relay(buses.world, [buses.upper], buses.lower, "relay 2")
+    buses.world.advance(8.0)
+    buses.steps(40)
+    assert buses.above.tokens[request] == answer(1, 50)
+    assert buses.above.texts[request] == "".join(f"{token} " for token in answer(1, 50))
+    assert buses.above.resumed >= 1
+    assert len(buses.workers[0].ran) == 1, "it ran on below, and was attached to by its id"
+
+
+def _remove(buses: TwoBuses, gone: Relay) -> None:
+    """As SIGKILL: it says and hears nothing any more."""
+    parties = buses.world.parties
+    parties[:] = [
+        party
+        for party in parties
+        if party is not gone
+        and party is not gone.caller
+        and getattr(party, "_owner", None) is not gone
+    ]
+    gone.tell = lambda fact: None  # type: ignore[method-assign]
+    gone.join = lambda fact: None  # type: ignore[method-assign]
+    gone.caller.tell = lambda fact: None  # type: ignore[method-assign]
+
+
+def test_a_worker_that_dies_below_is_not_noticed_above() -> None:
+    buses = TwoBuses(workers=((4, ("model",)), (4, ("model",))))
+    requests = [buses.above.ask(n, 40) for n in range(4)]
+    buses.steps(10)
+    dead = buses.workers[0]
+    assert dead.jobs
+    dead.jobs.clear()
+    dead.tell(worker_fact.EngineLost("the engine process was killed by SIGKILL"))
+    buses.world.advance(2.0)
+    buses.steps(60)
+    for n, request in enumerate(requests):
+        assert buses.above.tokens[request] == answer(n, 40)
+    assert buses.above.resumed == 0
+
+
+def test_a_lower_broker_that_comes_back_empty_is_only_a_pause() -> None:
+    buses = TwoBuses()
+    requests = [buses.above.ask(n, 40) for n in range(4)]
+    buses.steps(10)
+    buses.lower.restart()
+    buses.world.advance(10.0)
+    buses.steps(40)
+    for n, request in enumerate(requests):
+        assert buses.above.tokens[request] == answer(n, 40)
+    assert buses.above.resumed == 0
+    buses.world.advance(5.0)
+    assert buses.credit == 4
+
+
+def test_while_the_lower_broker_is_away_nothing_is_promised() -> None:
+    buses = TwoBuses()
+    buses.lower.restart()
+    buses.lower.hear = lambda *_: None  # type: ignore[method-assign]
+    buses.world.advance(5.0)
+    assert buses.credit == 0
+    request = buses.above.ask(1, 5)
+    buses.steps(20)
+    assert not buses.above.tokens[request]
+    assert buses.relay.relay._jobs == {}
+
+
+def test_a_relay_that_is_stopped_drains_and_then_leaves() -> None:
+    buses = TwoBuses()
+    request = buses.above.ask(1, 30)
+    buses.steps(5)
+    buses.relay.tell(worker_fact.StopRequested("SIGTERM"))
+    buses.world.settle()
+    (row,) = buses.upper.query("bus.workers")
+    assert row["state"] == "draining"
+    assert buses.relay.exit is None
+    buses.steps(30)
+    assert buses.above.tokens[request] == answer(1, 30)
+    assert buses.relay.exit is not None and buses.relay.exit.code == 0
+    assert buses.upper.query("bus.workers") == []
+
+
+def test_a_broker_that_would_be_a_worker_of_itself_says_so_and_offers_nothing() -> None:
+    buses = TwoBuses()
+    Relay(buses.world, [buses.lower], buses.upper, "back again")
+    buses.world.advance(2.0)
+    assert buses.credit == 0
+    failed = [fact for fact in buses.relay.reports if isinstance(fact, worker_fact.WorkerFailed)]
+    assert failed and "a loop of brokers: lower would be a worker of itself" in failed[0].message
+
+
+def test_the_relays_of_a_loop_promise_nothing_until_one_of_them_has_left() -> None:
+    core = relay.RelayCore(relay.RelaySettings(mark="b", lower="tcp://b"))
+    models = [{"name": "model", "kinds": ["chat"], "queued": 0, "details": {}}]
+    worker = {"name": "w", "models": ["model"], "state": "ready", "granted": 4, "assigned": 0}
+
+    def look(now_s: float, via: list[str]) -> list[object]:
+        """Facts that follow a look at a bus with a worker behind which these brokers stand."""
+        fact = relay.Begun() if now_s == 0 else relay.Tick()
+        queries = [order.fact for order in core.handle(fact, now_s) if isinstance(order, relay.Ask)]
+        facts: list[object] = []
+        for query in queries:
+            assert isinstance(query, QueryMade)
+            result = models if query.verb == "bus.models" else [{**worker, "via": via}]
+            arrived = relay.ItemsArrived(query.query_id, (Answered(result),))
+            orders = core.handle(arrived, now_s)
+            facts += [order.fact for order in orders if isinstance(order, relay.Report)]
+        return facts
+
+    look(0.0, [])
+    assert core.capacity == 4
+    failures = [look(now_s, ["a", "b"])[-1] for now_s in (2.0, 4.0, 6.0)]
+    assert core.capacity == 0
+    assert not any(isinstance(fact, worker_fact.WorkerFailed) for fact in failures)
+    assert any(isinstance(fact, worker_fact.WorkerFailed) for fact in look(8.0, ["a", "b"]))
+    look(10.0, ["a"])
+    assert core.capacity == 4
+
+
+@pytest.mark.parametrize("share", [1.0, 0.75])
+@pytest.mark.parametrize("seed", range(8))
+def test_in_any_order_of_things_texts_are_exact_and_credit_is_true(seed: int, share: float) -> None:
+    """Callers above (a `share` of all) and below come, read slowly and go. Nothing waits below
+    where nobody else takes slots and each worker's slots are those of its own models."""
+    mixed = ("one", "two") if share < 1 else ("one",)
+    buses = TwoBuses(seed, workers=((3, mixed), (2, ("two",)), (2, ("one",))))
+    rng = buses.world.random
+    asked: dict[bytes, tuple[int, int, bool]] = {}
+    for n in range(80):
+        above = rng.random() < share
+        caller = buses.above if above else buses.below
+        length = rng.randrange(1, 30)
+        window = rng.choice([3, 10, 1000])
+        model = rng.choice(["one", "two"])
+        asked[caller.ask(n, length, model=model, window=window)] = n, length, above
+        for _ in range(rng.randrange(6)):
+            buses.steps(1, pause_s=rng.choice([0.0, 0.01, 0.3]))
+            assert share < 1 or buses.queued_below == 0
+            for reader in (buses.above, buses.below):
+                for id_ in list(reader.tokens):
+                    if id_ not in reader.ends and rng.random() < 0.3:
+                        reader.read(id_)
+        if rng.random() < 0.1:
+            ids = [id_ for id_ in caller.tokens if id_ not in caller.ends]
+            if ids:
+                caller.drop(rng.choice(ids))
+    for _ in range(200):
+        buses.steps(1, pause_s=0.05)
+        for reader in (buses.above, buses.below):
+            for id_ in list(reader.tokens):
+                if id_ not in reader.ends:
+                    reader.read(id_)
+    for id_, (n, length, above) in asked.items():
+        caller = buses.above if above else buses.below
+        if isinstance(caller.ends[id_], End):
+            assert caller.tokens[id_] == answer(n, length)
+        else:
+            assert str(caller.ends[id_]) == "dropped"
+            assert caller.tokens[id_] == answer(n, len(caller.tokens[id_]))
+    buses.world.advance(2.0)
+    assert buses.credit == 7
+    assert buses.relay.relay._jobs == {}

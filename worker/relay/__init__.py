@@ -1,0 +1,1 @@
+"""A broker as a worker of another broker: the requests of the upper bus run on the lower one."""

@@ -1,0 +1,123 @@
+"""`python -m worker.relay`: serve a whole bus as a worker of another one. Started by
+`python -m broker --upstream`, which keeps it running; not meant to be started by hand.
+
+What it is told comes as one JSON line on the file descriptor that is its argument, because keys are
+among it; the same pipe tells it, by its end, that its broker is gone. Then it takes nothing more,
+and what runs is resumed with the broker that comes in its place. Exit status as `python -m worker`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from client.options import Connection
+from worker import config as options
+from worker import log as logs
+from worker.link import KeyFileError, Keys, Link
+from worker.relay.core import RelayCore, RelaySettings
+from worker.relay.port import LowerBus
+from worker.session import Settings, WorkerCore
+
+log = logging.getLogger("worker.relay")
+
+
+class Told(msgspec.Struct, frozen=True, kw_only=True):
+    """The options of a relay, as its broker writes them."""
+
+    #: Unique names: of the lower broker's process, and of this relay.
+    mark: str
+    name: str
+    #: Front address of the lower broker, and its limit of requests for one client.
+    lower: str
+    inflight: int
+    #: Back addresses of the brokers above.
+    upstream: tuple[str, ...]
+    drain_s: float
+    speed: float = 1.0
+    #: CURVE above: file of the brokers' public key, file of the relay's own pair.
+    server_key: str = ""
+    key: str = ""
+    #: CURVE below, in Z85: the broker's public key, and the pair that it made for this relay.
+    lower_server_key: str = ""
+    lower_keys: tuple[str, str] | None = None
+    log_format: str = "auto"
+    log_level: str = "info"
+
+
+def _read_line(descriptor: int) -> bytes:
+    line = b""
+    while not line.endswith(b"\n"):
+        octet = os.read(descriptor, 1)
+        if not octet:
+            break
+        line += octet
+    return line
+
+
+def main(arguments: list[str]) -> int:
+    """Entry point; the argument is the file descriptor of the pipe."""
+    try:
+        descriptor = int(arguments[0])
+        told = msgspec.json.decode(_read_line(descriptor), type=Told)
+    except (IndexError, ValueError, OSError, msgspec.MsgspecError) as error:
+        print(
+            f"worker.relay is started by `python -m broker --upstream ADDRESS`: {error}",
+            file=sys.stderr,
+        )
+        return 2
+    logs.configure(told.log_level, told.log_format, None)
+    keys = None
+    if told.server_key:
+        try:
+            keys = Keys.load(Path(told.server_key), Path(told.key))
+        except KeyFileError as error:
+            print(f"worker.relay: {error}", file=sys.stderr)
+            return 2
+    end = _link(told, keys, descriptor).run()
+    fields: dict[str, Any] = {"status": end.code}
+    if end.message:
+        fields["cause"] = end.message
+    log.log(
+        logging.ERROR if end.code else logging.INFO,
+        "relay ends",
+        extra={"fields": fields},
+    )
+    return end.code
+
+
+def _link(told: Told, keys: Keys | None, descriptor: int) -> Link:
+    software = options.software()
+    settings = Settings(
+        name=told.name,
+        brokers=told.upstream,
+        software=software,
+        speed=told.speed,
+        engine="bus",
+        device=told.lower,
+        drain_s=told.drain_s,
+        relay=True,
+    )
+    connection = Connection(
+        brokers=(told.lower,),
+        name=told.name,
+        server_key=told.lower_server_key or None,
+        key_pair=told.lower_keys,
+    )
+    core = RelayCore(RelaySettings(told.mark, told.lower, told.inflight))
+    return Link(
+        WorkerCore(settings, time.monotonic()),
+        LowerBus(core, connection, software, descriptor),
+        told.upstream,
+        keys,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,547 @@
+"""The engine of a relay, sans-IO: jobs of the upper bus become requests of the lower one.
+
+    upper broker ── WorkerCore ── RelayCore ── ClientSession ── lower broker
+
+Above, it keeps the rules of an engine (`worker.engines.base`), except that its number of slots
+moves: they are the lower bus's, and others use them too. What is offered is what the lower broker
+said was free when it was last asked, and what runs there for us; it is asked once a second, and
+more often while that changes. Below, it is a caller like any other: interrupted streams are resumed
+there by the client's session, and nobody above hears of it. Must never touch a socket or a clock.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+
+from broker.protocol import codec
+from broker.protocol.errors import ErrorCode, ErrorInfo
+from broker.protocol.limits import MAX_REQUEST_OCTETS
+from broker.protocol.messages import (
+    FinishReason,
+    ModelInfo,
+    PromptEvent,
+    Request,
+    Resume,
+    TokensEvent,
+    Usage,
+)
+from client import events as below
+from client.errors import BusError
+from client.options import Retry, Timeout
+from worker import events as above
+from worker.engines.base import Capabilities, Ended, Failed, PromptFacts, Tokens
+from worker.instructions import Log
+from worker.relay.survey import Survey, SurveyError, read
+
+ASK_S: Final = 1.0
+"""Between two looks at the lower bus."""
+ASK_SOON_S: Final = 0.05
+"""The same while slots change hands."""
+SOON_FOR_S: Final = 0.5
+ANSWER_S: Final = 3.0
+"""A lower broker that does not answer for so long has nothing to offer."""
+KEPT_MODEL_S: Final = 10.0
+"""A model stays offered so long after its last worker left, without a slot: a broker that has just
+been started again knows its workers a moment later."""
+LOOP_S: Final = 5.0
+"""Of the relays of a loop, the one of the least name gives up at once, the others after this."""
+EPOCHS: Final = 4096
+"""Epochs of the lower bus for each one above, so that a request keeps its id and a relay that knows
+nothing of the one before it still comes later."""
+USED_IDS: Final = 65_536
+
+#: Resumed here, because another worker of the lower bus can go on. All else is for the caller.
+_RECOVERED: Final = frozenset(
+    code.value
+    for code in (
+        ErrorCode.WORKER_LOST,
+        ErrorCode.DRAINING,
+        ErrorCode.CONNECTION_LOST,
+        ErrorCode.UNKNOWN_SESSION,
+    )
+)
+#: Told once more only if the lower broker is still like this: a wrong key, a wrong port.
+_HOPELESS: Final = frozenset((ErrorCode.UNAUTHENTICATED.value, ErrorCode.PROTOCOL_ERROR.value))
+
+
+@dataclass(frozen=True, slots=True)
+class RelaySettings:
+    """What the core needs to know."""
+
+    #: The lower broker's unique name: whoever sees it among the brokers behind a worker of that
+    #: very broker has found a loop.
+    mark: str
+    #: Its address, for people.
+    lower: str
+    #: Requests that it lets one client have at once.
+    inflight: int = 1024
+
+
+# --- facts ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The process is up."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobAdded:
+    """The upper bus has a job; `body` is its `Request`, still encoded, and was checked."""
+
+    job_id: bytes
+    body: bytes
+    attachments: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JobCancelled:
+    """Nobody above wants it any more."""
+
+    job_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class WindowMoved:
+    """The caller above takes tokens below `limit`."""
+
+    job_id: bytes
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class ItemsArrived:
+    """The lower bus said something of a request or a query."""
+
+    id: bytes
+    items: tuple[below.Item, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """The time that `deadline_s` named has come."""
+
+
+Event = Begun | JobAdded | JobCancelled | WindowMoved | ItemsArrived | Tick
+
+
+# --- instructions ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A fact for the client's session of the lower bus."""
+
+    fact: below.Event
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A fact for the worker's core of the upper bus."""
+
+    fact: above.Event
+
+
+Instruction = Ask | Report | Log
+
+
+class _Job:
+    """A request of the upper bus that runs, or waits, on the lower one."""
+
+    __slots__ = (
+        "blocked",
+        "have",
+        "id",
+        "limit",
+        "lower_id",
+        "model",
+        "started",
+        "taken",
+        "window_tokens",
+    )
+
+    def __init__(self, id_: bytes, lower_id: bytes, request: Request) -> None:
+        self.id = id_
+        self.lower_id = lower_id
+        self.model = request.model
+        #: A worker of the lower bus has it.
+        self.started = False
+        #: Tokens of the answer so far, those of a RESUME included.
+        self.have = len(request.resume.token_ids) if request.resume else 0
+        #: The window above (an offset), and how far it was ahead of the answer at the start.
+        self.limit = request.window
+        self.window_tokens = max(1, request.window - self.have)
+        #: What the session below was last told to be read: its window is that much further.
+        self.taken = 0
+        #: At the last look it waited for the window: it may have left its slot long ago, with only
+        #: the rest of its answer to come, and that slot was counted as free.
+        self.blocked = False
+
+    def due_taken(self) -> int:
+        """What may be called read, so that the window below is the one above."""
+        return min(self.limit - self.window_tokens, self.have)
+
+
+class RelayCore:
+    """All of a relay that is neither of its two sessions."""
+
+    def __init__(self, settings: RelaySettings, generator: random.Random | None = None) -> None:
+        self._settings = settings
+        self._random = generator or random.SystemRandom()
+        self._jobs: dict[bytes, _Job] = {}
+        self._by_lower: dict[bytes, _Job] = {}
+        #: Ids that were used on the lower bus, oldest first.
+        self._used: dict[bytes, None] = {}
+
+        #: The two queries under way, by verb, and the jobs that were open when they were sent.
+        self._asked: dict[bytes, str] = {}
+        self._answers: dict[str, Any] = {}
+        self._asked_jobs: frozenset[bytes] = frozenset()
+        self._ask_s = 0.0
+        self._soon_until_s = 0.0
+
+        #: The last look; None before the first, and while the lower broker does not answer.
+        self._survey: Survey | None = None
+        self._absent_told = False
+        #: Others wait there, so a slot that we leave is not ours to give again.
+        self._contended = False
+        #: Slots for us, those in use included; and by model where that is less.
+        self._capacity = 0
+        self._capacity_of: dict[str, int] = {}
+        #: Models with the time at which they were last seen.
+        self._models: dict[str, tuple[ModelInfo, float]] = {}
+        #: Brokers behind the lower one.
+        self._via: tuple[str, ...] = ()
+        self._told: Capabilities | None = None
+        self._loop_since_s: float | None = None
+
+        self._now_s = 0.0
+        self._out: list[Instruction] = []
+        #: Events of jobs, as the worker's core takes them.
+        self._events: list[Any] = []
+
+    # --- interface --------------------------------------------------------------------------------
+
+    def handle(self, event: Event, now_s: float) -> list[Instruction]:
+        """Take a fact, return what is to be done, in order."""
+        self._now_s = now_s
+        out: list[Instruction] = []
+        self._out = out
+        match event:
+            case ItemsArrived(id_, items):
+                self._on_items(id_, items)
+            case WindowMoved(job_id, limit):
+                self._on_window(job_id, limit)
+            case JobAdded():
+                self._on_job(event)
+            case JobCancelled(job_id):
+                self._on_cancel(job_id)
+            case Begun():
+                note = f"waiting for the lower broker at {self._settings.lower}"
+                out.append(Report(above.EngineLoading(None, note)))
+                self._ask()
+            case Tick():
+                if now_s >= self._ask_s and not self._asked:
+                    self._ask()
+        # Fewer slots first: else the worker would grant again what just ended.
+        self._offer()
+        if self._events:
+            events, self._events = self._events, []
+            out.append(Report(above.EngineStepped(events)))
+        return out
+
+    def deadline_s(self) -> float:
+        """When a `Tick` is due."""
+        return math.inf if self._asked else self._ask_s
+
+    @property
+    def capacity(self) -> int:
+        """Slots offered, those in use included."""
+        return self._capacity
+
+    def invariants(self) -> None:
+        """Raise AssertionError where the state contradicts itself."""
+        assert len(self._jobs) == len(self._by_lower), "a job without its request"
+        for job in self._jobs.values():
+            assert self._by_lower.get(job.lower_id) is job
+            assert job.taken <= job.have, f"{job.taken} of {job.have} tokens called read"
+        assert self._capacity >= 0
+
+    # --- jobs -------------------------------------------------------------------------------------
+
+    def _on_job(self, added: JobAdded) -> None:
+        request = codec.decode(Request, added.body, MAX_REQUEST_OCTETS)
+        # The same id wherever it may be: then a request that still runs on the lower bus, for a
+        # relay that died, goes on instead of running twice.
+        lower_id = added.job_id if added.job_id not in self._used else self._new_id()
+        self._used[lower_id] = None
+        if len(self._used) > USED_IDS:
+            del self._used[next(iter(self._used))]
+        job = _Job(added.job_id, lower_id, request)
+        self._jobs[job.id] = self._by_lower[lower_id] = job
+        resume = request.resume
+        if resume is not None:
+            resume = Resume(
+                epoch=min(resume.epoch, (1 << 31) // EPOCHS - 1) * EPOCHS,
+                token_ids=resume.token_ids,
+                text_characters=resume.text_characters,
+                prompt_seen=resume.prompt_seen,
+            )
+        made = below.RequestMade(
+            request_id=lower_id,
+            request=msgspec.structs.replace(request, resume=None),
+            attachments=added.attachments,
+            timeout=Timeout(
+                queue=_seconds(request.queue_ms),
+                first_token=None,
+                between_tokens=None,
+                total=_seconds(request.ttl_ms),
+            ),
+            retry=Retry(codes=_RECOVERED),
+            window_tokens=job.window_tokens,
+            resume=resume,
+        )
+        self._out.append(Ask(made))
+
+    def _on_cancel(self, job_id: bytes) -> None:
+        job = self._jobs.get(job_id)
+        if job is None:
+            return
+        self._out.append(Ask(below.RequestDropped(job.lower_id)))
+        usage = Usage(completion_tokens=job.have)
+        # The slot below is free a step later: it is offered again once it is seen to be.
+        self._over(job, Ended(job.id, FinishReason.CANCELLED, usage=usage), seen_free=False)
+
+    def _on_window(self, job_id: bytes, limit: int) -> None:
+        job = self._jobs.get(job_id)
+        if job is not None and limit > job.limit:
+            job.limit = limit
+            self._tell_taken(job, 1)
+
+    def _tell_taken(self, job: _Job, at_least: int) -> None:
+        taken = job.due_taken()
+        if taken - job.taken >= at_least:
+            job.taken = taken
+            self._out.append(Ask(below.TokensTaken(job.lower_id, taken)))
+
+    def _on_items(self, id_: bytes, items: tuple[below.Item, ...]) -> None:
+        if id_ in self._asked:
+            self._on_answer(id_, items[-1])
+            return
+        for item in items:
+            job = self._by_lower.get(id_)
+            if job is None:
+                return  # it was cancelled
+            self._on_item(job, item)
+
+    def _on_item(self, job: _Job, item: below.Item) -> None:
+        match item:
+            case TokensEvent():
+                job.have += len(item.token_ids)
+                self._say(Tokens(job.id, item.token_ids, item.text, item.logprobs))
+                self._tell_taken(job, max(1, job.window_tokens // 4))
+            case below.Started():
+                job.started = True
+            case below.Queued():
+                job.started = False
+            case below.Recovering():
+                job.started = False
+                self._soon()
+                self._log("resuming below", request=job.lower_id[:4].hex(), cause=item.reason)
+            case PromptEvent():
+                self._say(PromptFacts(job.id, item.token_ids, item.text, item.logprobs))
+            case below.End():
+                self._over(
+                    job,
+                    Ended(
+                        job.id,
+                        item.finish_reason,
+                        item.text,
+                        item.usage,
+                        item.timings,
+                        item.result,
+                        item.stopped_by,
+                    ),
+                )
+            case BusError():
+                error = ErrorInfo(
+                    code=item.code,
+                    message=item.message,
+                    retryable=item.retryable,
+                    retry_after_ms=item.retry_after_ms,
+                    details=item.details,
+                )
+                seen_free = job.started and item.code != ErrorCode.CONNECTION_LOST
+                self._over(job, Failed(job.id, error, Usage(completion_tokens=job.have)), seen_free)
+
+    def _over(self, job: _Job, end: Ended | Failed, seen_free: bool = True) -> None:
+        """A job left. Its slot is ours to give again unless somebody else waits for it."""
+        del self._jobs[job.id], self._by_lower[job.lower_id]
+        self._say(end)
+        if not seen_free or job.blocked or self._contended or self._survey is None:
+            self._capacity = max(0, self._capacity - 1)
+            if job.model in self._capacity_of:
+                self._capacity_of[job.model] = max(0, self._capacity_of[job.model] - 1)
+            self._soon()
+        elif self._capacity_of:
+            self._soon()
+
+    def _say(self, event: Tokens | Ended | Failed | PromptFacts) -> None:
+        self._events.append(msgspec.to_builtins(event, builtin_types=(bytes,)))
+
+    def _new_id(self) -> bytes:
+        return bytes((self._random.randrange(1, 256),)) + self._random.randbytes(15)
+
+    # --- what the lower bus has -------------------------------------------------------------------
+
+    def _ask(self) -> None:
+        self._answers = {}
+        self._asked_jobs = frozenset(self._jobs)
+        # Workers last: its answer is the newest, and all that we know of our jobs came before it.
+        for verb in ("bus.models", "bus.workers"):
+            query_id = self._new_id()
+            self._asked[query_id] = verb
+            timeout = Timeout(connect=ANSWER_S, total=ANSWER_S)
+            self._out.append(Ask(below.QueryMade(query_id, verb, {}, timeout)))
+        if self._jobs:
+            # The worker's core takes an engine that says nothing for long for one that hangs;
+            # whether a worker of the lower bus does is for the lower broker to find.
+            self._out.append(Report(above.EngineStepped([])))
+
+    def _soon(self) -> None:
+        self._soon_until_s = self._now_s + SOON_FOR_S
+        self._ask_s = min(self._ask_s, self._now_s + ASK_SOON_S)
+
+    def _on_answer(self, query_id: bytes, item: below.Item) -> None:
+        verb = self._asked.pop(query_id)
+        if isinstance(item, BusError):
+            self._asked.clear()
+            self._wait()
+            self._absent(item)
+            return
+        assert isinstance(item, below.Answered)
+        self._answers[verb] = item.result
+        if self._asked:
+            return
+        self._wait()
+        try:
+            survey = read(self._answers["bus.workers"], self._answers["bus.models"])
+        except SurveyError as error:
+            self._out.append(Report(above.WorkerFailed(str(error))))
+            return
+        self._surveyed(survey)
+
+    def _wait(self) -> None:
+        soon = self._now_s < self._soon_until_s
+        self._ask_s = self._now_s + (ASK_SOON_S if soon else ASK_S)
+
+    def _absent(self, error: BusError) -> None:
+        """Nobody answers below: what runs is resumed there when somebody does, nothing is added."""
+        if error.code in _HOPELESS:
+            self._out.append(Report(above.WorkerFailed(f"lower broker: {error}")))
+            return
+        self._survey = None
+        self._capacity = min(self._capacity, len(self._jobs))
+        if not self._absent_told:
+            self._absent_told = True
+            self._log("lower broker absent", logging.WARNING, cause=error.message)
+
+    def _surveyed(self, survey: Survey) -> None:
+        if self._absent_told:
+            self._absent_told = False
+            self._log("lower broker answers")
+        self._survey = survey
+        self._via = survey.via
+        for info in survey.models:
+            self._models[info.name] = info, self._now_s
+        # What we had there when we asked, and still have, is ours beside what is free.
+        known = [self._jobs[id_] for id_ in self._asked_jobs if id_ in self._jobs]
+        running = [job.model for job in known if job.started]
+        for job in known:
+            job.blocked = job.have >= job.taken + job.window_tokens
+        looped = self._looped(survey)
+        free = 0 if looped else survey.free
+        self._capacity = min(len(running) + free, self._settings.inflight)
+        self._capacity_of = {
+            name: running.count(name) + (0 if looped else free_of)
+            for name, free_of in survey.free_of.items()
+        }
+        served = {info.name for info in survey.models}
+        self._capacity_of |= {name: 0 for name in self._models if name not in served}
+        self._contended = survey.queued > len(known) - len(running)
+        self._out.append(
+            Report(
+                above.EngineMeasured(
+                    {
+                        "running": float(len(self._jobs)),
+                        "waiting": float(len(self._jobs) - sum(map(_started, self._jobs.values()))),
+                        "lower_free": float(survey.free),
+                        "lower_queued": float(survey.queued),
+                        "lower_workers": float(survey.ready_workers),
+                    }
+                )
+            )
+        )
+
+    def _looped(self, survey: Survey) -> bool:
+        """Whether the lower broker reaches itself through the upper one. Then nothing is offered,
+        and one relay of the loop leaves."""
+        mark = self._settings.mark
+        if mark not in survey.via:
+            self._loop_since_s = None
+            return False
+        around = ", ".join(survey.via)
+        story = (
+            f"a loop of brokers: {mark} would be a worker of itself, through {around}. Take "
+            "--upstream away from one of them"
+        )
+        if self._loop_since_s is None:
+            self._loop_since_s = self._now_s
+            self._log("loop of brokers", logging.ERROR, via=around)
+        if mark == min(survey.via) or self._now_s >= self._loop_since_s + LOOP_S:
+            self._out.append(Report(above.WorkerFailed(story)))
+        return True
+
+    def _offer(self) -> None:
+        """Tell the worker's core what there is, if that has changed."""
+        if self._told is None and self._survey is None:
+            return
+        capabilities = Capabilities("bus", self._settings.lower, self._infos(), self._capacity)
+        if capabilities == self._told:
+            return
+        first, self._told = self._told is None, capabilities
+        fact = above.EngineReady if first else above.EngineChanged
+        self._out.append(Report(fact(capabilities)))
+
+    def _infos(self) -> tuple[ModelInfo, ...]:
+        via = [self._settings.mark, *self._via]
+        self._models = {
+            name: (info, seen_s)
+            for name, (info, seen_s) in self._models.items()
+            if self._survey is None or seen_s + KEPT_MODEL_S > self._now_s
+        }
+        return tuple(
+            msgspec.structs.replace(
+                info,
+                capacity=self._capacity_of.get(name),
+                details={**info.details, "via": via},
+            )
+            for name, (info, _) in self._models.items()
+        )
+
+    def _log(self, event: str, level: int = logging.INFO, **fields: Any) -> None:
+        self._out.append(Log(event, {"lower": self._settings.lower, **fields}, level))
+
+
+def _started(job: _Job) -> bool:
+    return job.started
+
+
+def _seconds(ms: int | None) -> float | None:
+    return None if ms is None else max(ms, 1) / 1000

@@ -1,0 +1,194 @@
+"""The relay's side of the link that is otherwise an engine process: the lower bus.
+
+Joins `core.RelayCore` and the client library's transport, whose thread owns the socket of the lower
+bus; what arrives there wakes the link. Everything else happens on the link's thread. Never decides
+anything: that is the core's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from client import events as below
+from client.errors import BusError
+from client.events import Item
+from client.options import Connection
+from client.transport import Gate, Transport
+from worker import events as above
+from worker.instructions import Log
+from worker.relay import core as relay
+from worker.relay.core import Ask, RelayCore, Report
+
+log = logging.getLogger(__name__)
+
+_READ_OCTETS = 4096
+
+
+class _Bell:
+    """Wakes the link's poll from another thread."""
+
+    #: Nothing is ever written to the engine's side.
+    backlog_bytes = 0
+
+    def __init__(self) -> None:
+        self._hear, self._ring = socket.socketpair()
+        self._hear.setblocking(False)
+        self._ring.setblocking(False)
+
+    def fileno(self) -> int:
+        return self._hear.fileno()
+
+    def ring(self) -> None:
+        # Full: it rings already. Closed: nobody listens any more.
+        with contextlib.suppress(OSError):
+            self._ring.send(b"\0")
+
+    def heard(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while self._hear.recv(_READ_OCTETS):
+                pass
+
+    def close(self) -> None:
+        self._hear.close()
+        self._ring.close()
+
+
+class _Sink:
+    """Takes what the transport's thread has for one request or query."""
+
+    gate: Gate | None = None
+
+    def __init__(self, id_: bytes, inbox: deque[relay.ItemsArrived], bell: _Bell) -> None:
+        self._id = id_
+        self._inbox = inbox
+        self._bell = bell
+
+    def put(self, items: Sequence[Item]) -> None:
+        self._inbox.append(relay.ItemsArrived(self._id, tuple(items)))
+        self._bell.ring()
+
+
+class LowerBus:
+    """What the link takes for its engine (`worker.link.EngineSide`)."""
+
+    def __init__(
+        self, core: RelayCore, connection: Connection, software: str, life_fd: int | None = None
+    ) -> None:
+        """`life_fd`: a pipe that the lower broker's process holds open as long as it lives."""
+        self._core = core
+        self._transport = Transport(connection, software)
+        self._bell: _Bell | None = _Bell()
+        self._inbox: deque[relay.ItemsArrived] = deque()
+        #: Facts for the worker's core that arose outside `read`.
+        self._facts: list[above.Event] = []
+        self._life_fd = life_fd
+        self._orphaned = threading.Event()
+
+    @property
+    def pipe(self) -> _Bell | None:
+        """Readable when `read` has something to say."""
+        return self._bell
+
+    @property
+    def waiting(self) -> bool:
+        """The same, where the bell did not ring."""
+        return bool(self._facts or self._inbox)
+
+    def start(self) -> None:
+        """Begin to look at the lower bus."""
+        if self._life_fd is not None:
+            threading.Thread(target=self._watch, args=(self._life_fd,), daemon=True).start()
+        self._tell(relay.Begun())
+
+    def _watch(self, life_fd: int) -> None:
+        with contextlib.suppress(OSError):
+            while os.read(life_fd, _READ_OCTETS):
+                pass
+        self._orphaned.set()
+        bell = self._bell
+        if bell is not None:
+            bell.ring()
+
+    def stop(self, *, wait: bool = True) -> None:
+        """Leave the lower bus; what still runs there for us is cancelled."""
+        self._transport.close()
+        self._transport.join()
+        bell, self._bell = self._bell, None
+        if bell is not None:
+            bell.close()
+
+    def restart(self, reason: str, now_s: float) -> list[above.Event]:
+        """There is no process to restart here: end, and let the broker start another relay."""
+        return [above.WorkerFailed(f"the relay stands still: {reason}")]
+
+    def deadline_s(self) -> float:
+        """When `tick` is due."""
+        return self._core.deadline_s()
+
+    def tick(self, now_s: float) -> list[above.Event]:
+        """Look at the lower bus again."""
+        self._tell(relay.Tick())
+        return self._taken()
+
+    def read(self, now_s: float) -> list[above.Event]:
+        """Facts since the last call."""
+        bell = self._bell
+        if bell is not None:
+            bell.heard()
+        if self._orphaned.is_set():
+            self._orphaned.clear()
+            self._facts.append(above.StopRequested("its broker is gone"))
+        while self._inbox:
+            self._tell(self._inbox.popleft())
+        return self._taken()
+
+    def add(self, job_id: bytes, body: bytes, attachments: tuple[bytes, ...]) -> None:
+        """Send a request down."""
+        self._tell(relay.JobAdded(job_id, body, attachments))
+
+    def cancel(self, job_id: bytes) -> None:
+        """Cancel it there."""
+        self._tell(relay.JobCancelled(job_id))
+
+    def widen(self, job_id: bytes, limit: int) -> None:
+        """Let its tokens come as far as the caller above takes them."""
+        self._tell(relay.WindowMoved(job_id, limit))
+
+    def _taken(self) -> list[above.Event]:
+        facts, self._facts = self._facts, []
+        return facts
+
+    def _tell(self, fact: relay.Event) -> None:
+        for instruction in self._core.handle(fact, time.monotonic()):
+            match instruction:
+                case Ask(asked):
+                    self._ask(asked)
+                case Report(reported):
+                    self._report(reported)
+                case Log(event, fields, level):
+                    log.log(level, event, extra={"fields": fields})
+
+    def _ask(self, fact: below.Event) -> None:
+        if not isinstance(fact, below.RequestMade | below.QueryMade):
+            self._transport.post(fact)
+            return
+        id_ = fact.request_id if isinstance(fact, below.RequestMade) else fact.query_id
+        try:
+            assert self._bell is not None, "the link still runs"
+            self._transport.open(fact, _Sink(id_, self._inbox, self._bell))
+        except BusError as error:
+            self._facts.append(above.WorkerFailed(f"lower bus: {error}"))
+
+    def _report(self, fact: above.Event) -> None:
+        last = self._facts[-1] if self._facts else None
+        if isinstance(fact, above.EngineStepped) and isinstance(last, above.EngineStepped):
+            last.events.extend(fact.events)  # they leave as one OUTPUT for each client
+        else:
+            self._facts.append(fact)

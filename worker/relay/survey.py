@@ -1,0 +1,89 @@
+"""What a bus has to offer just now, read from its answers to `bus.workers` and `bus.models`.
+
+Values only. Must never ask anything itself, and never believe a row more than its types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from broker.protocol.messages import Kind, ModelInfo
+
+
+class SurveyError(Exception):
+    """The answer is none that a broker of this version gives."""
+
+
+class _WorkerRow(msgspec.Struct, frozen=True):
+    name: str
+    models: list[str]
+    state: str
+    granted: int
+    assigned: int
+    via: list[str] = []
+
+    @property
+    def free(self) -> int:
+        return max(0, self.granted - self.assigned)
+
+
+class _ModelRow(msgspec.Struct, frozen=True):
+    name: str
+    kinds: list[str] = []
+    images: bool = False
+    context_tokens: int | None = None
+    queued: int = 0
+    details: dict[str, Any] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """A bus at one moment."""
+
+    models: tuple[ModelInfo, ...] = ()
+    #: Slots that nobody uses, at workers that take requests.
+    free: int = 0
+    #: The same by model, for those models that not every one of these workers serves.
+    free_of: Mapping[str, int] = field(default_factory=dict)
+    #: Requests that wait at the broker, whoever sent them.
+    queued: int = 0
+    ready_workers: int = 0
+    #: Brokers behind those workers that are brokers themselves.
+    via: tuple[str, ...] = ()
+
+
+def read(workers: Any, models: Any) -> Survey:
+    """Make sense of both answers. Raises `SurveyError`."""
+    try:
+        worker_rows = msgspec.convert(workers, list[_WorkerRow])
+        model_rows = msgspec.convert(models, list[_ModelRow])
+        infos = tuple(_info(row) for row in model_rows)
+    except msgspec.ValidationError as error:
+        raise SurveyError(f"the broker describes its bus in another way: {error}") from None
+    ready = [row for row in worker_rows if row.state == "ready"]
+    partial = {info.name for info in infos if not all(info.name in row.models for row in ready)}
+    return Survey(
+        models=infos,
+        free=sum(row.free for row in ready),
+        free_of={
+            name: sum(row.free for row in ready if name in row.models) for name in sorted(partial)
+        },
+        queued=sum(row.queued for row in model_rows),
+        ready_workers=len(ready),
+        via=tuple(sorted({name for row in worker_rows for name in row.via})),
+    )
+
+
+def _info(row: _ModelRow) -> ModelInfo:
+    known = {kind.value for kind in Kind}
+    return ModelInfo(
+        name=row.name,
+        kinds=tuple(Kind(kind) for kind in row.kinds if kind in known),
+        context_tokens=row.context_tokens,
+        images=row.images,
+        details=row.details,
+    )
