@@ -259,7 +259,6 @@ class Requests:
         connection.held.discard(stream.request_id)  # for this broker it goes on
         self.abandon(stream)
         self._slotless.add(stream.job_id)
-        return True
 
     def abandon(self, stream: Stream) -> None:
         """Stop a running request of which nothing more is to be said."""
@@ -347,6 +346,7 @@ class Requests:
         elif not stream.end_sent and stream.end is not None:
             # It ended, but the window holds the rest back: nobody wants that any more.
             stream.cut()
+            usage = stream.end[3] if stream.end[0] == END else stream.end[2]
             stream.end = (END, "cancelled", "", usage, {})
             self.advance(stream, now_s)
 
