@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +86,9 @@ class Call:
     text: str = ""
     made_s: float = 0.0
     ended_s: float = 0.0
+    #: When it was queued last; the longest time from there to a worker.
+    queued_s: float = math.inf
+    waited_s: float = 0.0
     dropped: bool = False
     #: Its client was killed.
     gone: bool = False

@@ -47,6 +47,9 @@ def calls(run: Run) -> None:
             took_s = call.ended_s - call.made_s
             if took_s > call.total_s + LATE_S:
                 raise Violation(f"request {call.name} took {took_s:.3f} s of {call.total_s} s")
+        on_time = not any(kind.startswith(("pause", "unplug", "kill")) for kind in run.happened)
+        if on_time and call.waited_s > run.plan.queue_s + 2 * run.plan.longest_delay_s + LATE_S:
+            raise Violation(f"request {call.name} waited {call.waited_s:.3f} s in the queue")
     if run.happened <= _ONCE and run.plan.brokers == 1:
         _nothing_twice(run)
 
@@ -64,8 +67,10 @@ def _failure(run: Run, call: Call) -> None:
         "poison": lost >= 2,
         "cancelled": bool(_AWAY & run.happened),
         "engine_error": call.answer.fails_at is not None and not call.answer.fails_once,
-        "deadline_exceeded": (call.total_s is not None and lived_s >= call.total_s)
-        or (call.queue_s is not None and lived_s >= call.queue_s),
+        "deadline_exceeded": any(
+            limit_s is not None and lived_s >= limit_s
+            for limit_s in (call.total_s, call.queue_s, run.plan.queue_s)
+        ),
     }
     if not excuse.get(call.outcome):
         raise Violation(f"request {call.name} failed without need: {call.error!r}")

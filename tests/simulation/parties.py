@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+
+import msgspec
 
 from broker.core import events as broker_fact
 from broker.core.controller import BrokerCore
@@ -13,8 +16,18 @@ from broker.core.events import Side
 from broker.core.instructions import ForgetPeer, StopLoop
 from broker.core.instructions import Send as BrokerSend
 from broker.core.settings import CoreSettings
+from broker.protocol import codec
 from broker.protocol.header import MessageType
-from broker.protocol.messages import Cancel, Credit, Kind, Params, Request, TokensEvent, Window
+from broker.protocol.messages import (
+    Cancel,
+    Credit,
+    Kind,
+    Params,
+    Request,
+    Resume,
+    TokensEvent,
+    Window,
+)
 from client import events as client_fact
 from client.errors import BusError
 from client.options import Limits, Retry, Timeout
@@ -318,6 +331,27 @@ class SimWorker(Party):
             self.world.note(self.name, "has an engine that hangs")
             self.engine.hung = True
 
+    def say_odd_things(self) -> None:
+        """Events that a client must not fall for: repeated, too early, of an epoch that is over."""
+        streams = [s for s in self.core._requests.streams.values() if s.route and s.sent]
+        for stream in streams if self.alive and not self.paused else ():
+            route, connection = stream.route, stream.route.connection
+            if connection.blocked or not stream.token_ids:
+                continue
+            last = stream.sent - 1
+            event = self.world.rng.choice(
+                (
+                    (stream.epoch, last, stream.token_ids[last : last + 1], "repeated "),
+                    (stream.epoch, stream.sent + 3, [1], "too early "),
+                    (max(0, stream.epoch - 1), stream.sent, [1], "of long ago "),
+                )
+            )
+            if event[0] == stream.epoch and event[1] == stream.sent:
+                continue  # there is no epoch before the first
+            body = codec.pack([[0, stream.request_id, *event]])
+            frames = (connection.seal(route.plain, self.world.now_s), body)
+            self.sockets.send(connection.index, frames)
+
     def kill(self) -> None:
         """kill -9 of the link; the engine follows."""
         if self.alive:
@@ -425,6 +459,14 @@ class SimClient(Party):
             core._send(MessageType.WINDOW, id_, Window(limit=1 << 20))
         for id_ in sorted(core._at_broker)[:1]:
             core._send(MessageType.WINDOW, id_, Window(limit=1))
+            exchange = core._exchanges[id_]
+            again = msgspec.structs.replace(exchange.request, window=1)
+            type_ = MessageType.REQUEST
+            if exchange.epoch:
+                type_ = MessageType.RESUME
+                resume = Resume(epoch=self.world.rng.randint(1, exchange.epoch))
+                again = msgspec.structs.replace(again, resume=resume)
+            core._send(type_, id_, again)
         orders, core._out = core._out, []
         for order in orders:
             self.carry_out(order)
@@ -462,9 +504,14 @@ class SimClient(Party):
                     call.outcome, call.text = "end", call.text + item.text
                     call.resumed, call.result = item.resumed, item.result
                     self._check_end(name, call)
+                case client_fact.Queued():
+                    call.queued_s = self.world.now_s
                 case client_fact.Started():
+                    call.waited_s = max(call.waited_s, self.world.now_s - call.queued_s)
+                    call.queued_s = math.inf
                     self.world.note(self.name, f"{id_.hex()[:8]} runs at {item.worker}")
                 case client_fact.Recovering():
+                    call.queued_s = math.inf
                     self.world.note(self.name, f"{id_.hex()[:8]} recovers: {item.reason}")
                 case BusError():
                     call.outcome, call.error = str(item.code), item

@@ -20,7 +20,7 @@ DRAIN = ("drain_worker", "order_drain")
 PAUSE = ("pause_broker", "pause_worker", "pause_client")
 #: Applications, and messages that are legal and mean nothing.
 APPLICATION = ("drop", "burst", "kill_client", "new_client")
-HARMLESS = ("repeat_credit", "stray", "drop", "burst", "new_client")
+HARMLESS = ("repeat_credit", "stray", "odd_output", "drop", "burst", "new_client")
 
 FAULTS = tuple(
     dict.fromkeys(
@@ -79,6 +79,8 @@ class Plan:
     longest_delay_s: float
     placement: str
     queue_requests: int
+    #: The broker's own limit of the time in its queue.
+    queue_s: float
     inflight: int
     peer_queue_messages: int
     asks: tuple[Ask, ...]
@@ -115,6 +117,7 @@ def make(
         longest_delay_s=rng.choice((0.003, 0.05, 0.4)),
         placement=rng.choice(("least_loaded", "shortest_queue", "lottery", "affinity")),
         queue_requests=rng.choice((2, 1000, 1000)),
+        queue_s=rng.choice((2.0, 10_000.0, 10_000.0, 10_000.0)),
         inflight=rng.choice((2, 1000, 1000)),
         peer_queue_messages=rng.choice((8, 300)),
         asks=asks,

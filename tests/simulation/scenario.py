@@ -31,7 +31,7 @@ class Run:
         self.plan = plan
         self.world = world = World(plan.seed ^ 0x5EED, plan.longest_delay_s)
         settings = CoreSettings(
-            queue_s=10_000.0,
+            queue_s=plan.queue_s,
             ttl_s=10_000.0,
             model_grace_s=600.0,
             client_heartbeat_s=1.0,
@@ -232,6 +232,8 @@ class Run:
                 self._start_client()
             case "repeat_credit":
                 worker.repeat_credit()
+            case "odd_output":
+                worker.say_odd_things()
             case "stray":
                 client.say_stray_things(self.calls)
 

@@ -29,6 +29,7 @@ QUIET = Plan(
     longest_delay_s=0.003,
     placement="least_loaded",
     queue_requests=4096,
+    queue_s=10_000.0,
     inflight=1024,
     peer_queue_messages=300,
     asks=(),
