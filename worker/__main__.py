@@ -7,14 +7,19 @@ import torch.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from worker import config as options
 from worker import log as logs
 from worker.display import LoadingDisplay
+
+if TYPE_CHECKING:
+    from worker.link import EngineSide
 
 log = logging.getLogger("worker")
 
@@ -39,6 +44,7 @@ def _environment(config: options.WorkerConfig) -> dict[str, str]:
 
 def serve(config: options.WorkerConfig) -> int:
     """Be a worker; returns the exit status."""
+    from broker.protocol.tracing import make_tracer
     from worker.link import KeyFileError, Keys, Link
     from worker.session import Settings, WorkerCore
     from worker.supervisor import Supervisor
@@ -68,16 +74,23 @@ def serve(config: options.WorkerConfig) -> int:
         "broker": ", ".join(config.brokers),
     }
     log.info("worker starts", extra={"fields": fields})
+    engine: EngineSide = Supervisor(config.engine, _environment(config))
+    tracer = make_tracer("tokenbus-worker")
+    if tracer is not None:
+        from worker.traces import TracedEngine
+
+        engine = TracedEngine(engine, tracer, config.worker_id)
     link = Link(
         WorkerCore(settings, time.monotonic()),
-        Supervisor(config.engine, _environment(config)),
+        engine,
         config.brokers,
         keys,
         LoadingDisplay(config.progress),
     )
     end = link.run()
     if end.message:
-        print(f"worker: {end.message}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a full disk does not change the exit status
+            print(f"worker: {end.message}", file=sys.stderr)
     log.info("worker ends", extra={"fields": {"status": end.code}})
     return end.code
 

@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute
 
+from broker.protocol.tracing import make_tracer
 from client import AsyncClient, BusError, Timeout
 from client.gateway.config import Config
 from client.gateway.errors import GatewayError, error_response, invalid
@@ -65,7 +66,8 @@ def create_app(config: Config) -> Starlette:
             timeout=Timeout(first_token=None, between_tokens=None),
         ) as bus:
             store = Store(config.store_entries, config.store_bytes)
-            app.state.gateway = Gateway(config, bus, keys, store)
+            tracer = make_tracer("tokenbus-gateway")
+            app.state.gateway = Gateway(config, bus, keys, store, tracer=tracer)
             yield
             await store.close()
 

@@ -8,7 +8,8 @@ start to its end.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -20,6 +21,7 @@ from broker.protocol.messages import Kind, Params, Request, TokenLogprob
 from client import AsyncClient, AsyncStream, Retry, Timeout
 from client.events import End, Prompt, StreamEvent, Tokens
 from client.gateway.convert import Call
+from client.gateway.traces import BusSpan
 
 __all__ = ["RETRY", "ChoiceEvent", "Delta", "Finish", "Prompted", "generate", "open_stream"]
 
@@ -144,28 +146,32 @@ async def generate(
     *,
     retry: Retry = RETRY,
     limits: Timeout = PATIENCE,
+    spans: Sequence[BusSpan] = (),
 ) -> AsyncGenerator[ChoiceEvent, None]:
     """The events of all calls, the i-th call being choice i. Raises the first failure of any.
 
-    `opened` is told of every stream before its first event.
+    `opened` is told of every stream before its first event. `spans`: none, or one for each call.
     """
 
     def open_call(call: Call) -> Awaitable[AsyncStream]:
         return open_stream(bus, call, retry, limits)
 
     if len(calls) == 1:
-        stream = await open_call(calls[0])
-        opened(stream)
-        try:
-            async for arrived in stream:
-                for out in _translated(0, arrived):
-                    yield out
-        finally:
-            await stream.aclose()
+        with _traced(spans, 0) as span:
+            stream = await open_call(calls[0])
+            opened(stream)
+            try:
+                async for arrived in stream:
+                    if span is not None:
+                        span.saw(arrived)
+                    for out in _translated(0, arrived):
+                        yield out
+            finally:
+                await stream.aclose()
         return
     events: asyncio.Queue[ChoiceEvent | BaseException] = asyncio.Queue(_MERGE_EVENTS)
     tasks = [
-        asyncio.create_task(_pump(partial(open_call, call), index, opened, events))
+        asyncio.create_task(_pump(partial(open_call, call), index, opened, events, spans))
         for index, call in enumerate(calls)
     ]
     try:
@@ -187,18 +193,36 @@ async def _pump(
     index: int,
     opened: Opened,
     events: asyncio.Queue[ChoiceEvent | BaseException],
+    spans: Sequence[BusSpan],
 ) -> None:
     try:
-        stream = await open_it()
-        opened(stream)
-        try:
-            async for event in stream:
-                for out in _translated(index, event):
-                    await events.put(out)
-        finally:
-            await stream.aclose()
+        with _traced(spans, index) as span:
+            stream = await open_it()
+            opened(stream)
+            try:
+                async for event in stream:
+                    if span is not None:
+                        span.saw(event)
+                    for out in _translated(index, event):
+                        await events.put(out)
+            finally:
+                await stream.aclose()
     except Exception as error:
         await events.put(error)
+
+
+@contextlib.contextmanager
+def _traced(spans: Sequence[BusSpan], index: int) -> Iterator[BusSpan | None]:
+    """The span of a call, ended with whatever ends the call."""
+    span = spans[index] if spans else None
+    try:
+        yield span
+    except BaseException as error:
+        if span is not None:
+            span.end(error)
+        raise
+    if span is not None:
+        span.end()
 
 
 def _translated(choice: int, event: StreamEvent) -> list[ChoiceEvent]:

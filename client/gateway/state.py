@@ -32,5 +32,7 @@ class Gateway:
     #: Wall clock, seconds: `created` of models.
     started_at: int = field(default_factory=lambda: int(time.time()))
     overview: Overview = field(default_factory=Overview)
+    #: Of OpenTelemetry; None where traces are off.
+    tracer: Any = None
     #: The latest failures of requests, newest last, for the operator's view.
     errors: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=50))

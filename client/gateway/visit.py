@@ -26,12 +26,14 @@ from starlette.types import Message, Receive, Scope, Send
 
 from broker.protocol.errors import ErrorCode
 from broker.protocol.limits import MAX_NAME_OCTETS
+from broker.protocol.tracing import TRACE_KEYS
 from client import AsyncStream
 from client.gateway.convert import Call
 from client.gateway.errors import GatewayError, describe, error_response, invalid, too_large
 from client.gateway.generation import ChoiceEvent, generate
 from client.gateway.keys import ANYBODY, Key, Usage
 from client.gateway.sse import Event, EventStream
+from client.gateway.traces import HttpSpan
 
 if TYPE_CHECKING:
     from client.gateway.state import Gateway
@@ -42,8 +44,6 @@ log = logging.getLogger("tokenbus.gateway")
 
 REQUEST_ID_HEADER = "x-request-id"
 BUS_REQUESTS_HEADER = "x-bus-requests"
-#: Context of whoever follows a request across processes, passed on to broker and worker.
-TRACE_HEADERS = ("traceparent", "tracestate")
 REATTACH_HEADER = "x-reattach"
 
 
@@ -64,6 +64,8 @@ class Visit:
     bus_requests: list[str] = field(default_factory=list)
     #: The key's account, while this request counts in it.
     account: Usage | None = None
+    #: Of this request; None where traces are off.
+    span: HttpSpan | None = None
     #: An answer that may outlive this request ends the visit in its stead.
     handed_over: bool = False
     started_s: float = field(default_factory=time.monotonic)
@@ -122,15 +124,20 @@ class Visit:
     def generate(self, calls: Sequence[Call]) -> AsyncGenerator[ChoiceEvent, None]:
         """Run requests of the bus for this one; see `generation.generate`."""
         headers = self.request.headers
-        trace = {name: headers[name] for name in TRACE_HEADERS if name in headers}
+        trace = {name: headers[name] for name in TRACE_KEYS if name in headers}
         trace[REQUEST_ID_HEADER] = self.request_id
+        spans = []
+        if self.span is not None:
+            spans = [self.span.bus_request(call.request.kind, call.request.model) for call in calls]
+        traces = [{**trace, **span.trace} for span in spans] or [trace] * len(calls)
         return generate(
             self.gateway.bus,
             [
-                replace(call, request=msgspec.structs.replace(call.request, trace=trace))
-                for call in calls
+                replace(call, request=msgspec.structs.replace(call.request, trace=one))
+                for call, one in zip(calls, traces, strict=True)
             ],
             self._opened,
+            spans=spans,
         )
 
     def hand_over(self) -> Callable[[], None]:
@@ -261,6 +268,10 @@ class Endpoint:
         ):
             request_id = f"req-{secrets.token_hex(12)}"
         visit = Visit(gateway, request, request_id, ANYBODY)
+        if gateway.tracer is not None and self._counted:
+            visit.span = HttpSpan(
+                gateway.tracer, request.method, self._path, request.headers, request_id
+            )
         outcome = 500
 
         async def tell(message: Message) -> None:
@@ -299,6 +310,8 @@ class Endpoint:
             await error_response(error, request_id)(scope, receive, tell)
         finally:
             self._account(visit, outcome)
+            if visit.span is not None:
+                visit.span.end(outcome)
             if not visit.handed_over:
                 visit.close()
 

@@ -1,0 +1,112 @@
+"""Spans of the gateway: one for each HTTP request, and below it one for each request of the bus.
+
+The bus request's span has a child `queue`, from the call to the worker that takes it: the broker's
+part. Its context travels in `Request.trace`, where the worker finds it. Used only where
+`broker.protocol.tracing` made a tracer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from broker.protocol.tracing import context_of, trace_of
+from client.events import End, Started, StreamEvent
+
+__all__ = ["BusSpan", "HttpSpan"]
+
+
+class HttpSpan:
+    """An HTTP request."""
+
+    def __init__(
+        self, tracer: Any, method: str, path: str, headers: Mapping[str, str], request_id: str
+    ) -> None:
+        from opentelemetry.trace import SpanKind
+
+        self._tracer = tracer
+        self._span = tracer.start_span(
+            f"{method} {path}",
+            context=context_of(headers),
+            kind=SpanKind.SERVER,
+            attributes={
+                "http.request.method": method,
+                "http.route": path,
+                "tokenbus.request_id": request_id,
+            },
+        )
+
+    def bus_request(self, kind: str, model: str) -> BusSpan:
+        """A request of the bus that this one became."""
+        return BusSpan(self._tracer, self._span, kind, model)
+
+    def end(self, status: int) -> None:
+        """The last octet was sent; 499: the client went away."""
+        self._span.set_attribute("http.response.status_code", status)
+        if status >= 500:
+            _fail(self._span, str(status))
+        self._span.end()
+
+
+class BusSpan:
+    """A request of the bus, from the call to its end."""
+
+    def __init__(self, tracer: Any, above: Any, kind: str, model: str) -> None:
+        from opentelemetry.trace import SpanKind, set_span_in_context
+
+        self._tracer = tracer
+        self._queue: Any = None
+        self._span = tracer.start_span(
+            f"bus {kind} {model}",
+            context=set_span_in_context(above),
+            kind=SpanKind.CLIENT,
+            attributes={"gen_ai.request.model": model},
+        )
+        self._queued()
+
+    @property
+    def trace(self) -> dict[str, str]:
+        """For `Request.trace`."""
+        return trace_of(self._span)
+
+    def saw(self, event: StreamEvent) -> None:
+        """An event of the stream, in order."""
+        if isinstance(event, Started):
+            self._leave_queue()
+            self._span.add_event("started", {"tokenbus.worker": event.worker})
+        elif isinstance(event, End):
+            self._span.set_attributes(
+                {
+                    "tokenbus.worker": event.worker,
+                    "tokenbus.resumed": event.resumed,
+                    "gen_ai.response.finish_reasons": [event.finish_reason.value],
+                    "gen_ai.usage.input_tokens": event.usage.prompt_tokens,
+                    "gen_ai.usage.output_tokens": event.usage.completion_tokens,
+                }
+            )
+
+    def end(self, error: BaseException | None = None) -> None:
+        """The stream is over. Idempotent."""
+        self._leave_queue()
+        if error is not None and self._span.is_recording():
+            _fail(self._span, getattr(error, "code", type(error).__name__))
+        self._span.end()
+
+    def _queued(self) -> None:
+        from opentelemetry.trace import set_span_in_context
+
+        self._queue = self._tracer.start_span(
+            "queue", context=set_span_in_context(self._span), start_time=time.time_ns()
+        )
+
+    def _leave_queue(self) -> None:
+        if self._queue is not None:
+            self._queue.end()
+            self._queue = None
+
+
+def _fail(span: Any, why: str) -> None:
+    from opentelemetry.trace import Status, StatusCode
+
+    span.set_status(Status(StatusCode.ERROR, why))

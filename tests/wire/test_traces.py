@@ -1,0 +1,302 @@
+"""Traces: one from the gateway over the broker to the engine, judged by OpenTelemetry's own SDK."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+pytest.importorskip("opentelemetry.sdk")
+
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
+
+from broker.protocol import codec, tracing
+from broker.protocol.messages import (
+    FinishReason,
+    Kind,
+    Message,
+    Request,
+    Timings,
+    Usage,
+)
+from client.events import End, Started
+from client.gateway.traces import HttpSpan
+from tests.gateway.conftest import running_gateway
+from tests.harness import Bus, ManagedProcess, wait_until
+from worker import events as fact
+from worker.traces import TracedEngine
+
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+TRACE_ID = 0x0AF7651916CD43DD8448EB211C80319C
+JOB = b"\x01" * 16
+
+
+class Exported:
+    """A tracer whose spans stay here."""
+
+    def __init__(self) -> None:
+        self._memory = InMemorySpanExporter()
+        provider = TracerProvider()
+        provider.add_span_processor(SimpleSpanProcessor(self._memory))
+        self.tracer = provider.get_tracer("tests")
+
+    def __getitem__(self, name: str) -> ReadableSpan:
+        [span] = [span for span in self._memory.get_finished_spans() if span.name == name]
+        return span
+
+    @property
+    def names(self) -> list[str]:
+        return [span.name for span in self._memory.get_finished_spans()]
+
+
+@pytest.fixture
+def exported() -> Exported:
+    return Exported()
+
+
+def milliseconds(span: ReadableSpan) -> float:
+    assert span.start_time is not None and span.end_time is not None
+    return (span.end_time - span.start_time) / 1e6
+
+
+# --- the worker -----------------------------------------------------------------------------------
+
+
+class ScriptedEngine:
+    """What stands behind the link, saying what a test wants said."""
+
+    pipe = None
+    waiting = False
+
+    def __init__(self) -> None:
+        self.says: list[fact.Event] = []
+        self.added: list[bytes] = []
+
+    def start(self) -> None: ...
+    def stop(self, *, wait: bool = True) -> None: ...
+    def deadline_s(self) -> float:
+        return 0.0
+
+    def cancel(self, job_id: bytes) -> None: ...
+    def widen(self, job_id: bytes, limit: int) -> None: ...
+    def add(self, job_id: bytes, body: bytes, attachments: tuple[bytes, ...]) -> None:
+        self.added.append(job_id)
+
+    def read(self, now_s: float) -> list[fact.Event]:
+        return self.says
+
+    def tick(self, now_s: float) -> list[fact.Event]:
+        return []
+
+    def restart(self, reason: str, now_s: float) -> list[fact.Event]:
+        return []
+
+
+def body(**trace: str) -> bytes:
+    message = Message(role="user", content="hello")
+    return codec.encode(
+        Request(model="demo", kind=Kind.CHAT, messages=[message], trace=trace, window=1)
+    )
+
+
+def test_a_job_becomes_a_span_with_its_queue_prefill_and_decode(exported: Exported) -> None:
+    engine = ScriptedEngine()
+    traced = TracedEngine(engine, exported.tracer, "w1")
+    traced.add(JOB, body(traceparent=PARENT), ())
+    timings = {"queue_ms": 0.0, "prefill_ms": 3.0, "decode_ms": 5.0}
+    usage = {"prompt_tokens": 4, "completion_tokens": 7}
+    # A job cannot have taken longer than since it was added.
+    job = traced._jobs[JOB]
+    job.started_ns -= 10_000_000
+    engine.says = [fact.EngineStepped([[1, JOB, "stop", "", usage, timings]])]
+    assert traced.read(0.0) is engine.says
+    whole = exported["chat demo"]
+    assert whole.context.trace_id == TRACE_ID
+    assert whole.parent is not None and f"{whole.parent.span_id:016x}" == "b7ad6b7169203331"
+    assert whole.attributes is not None
+    assert whole.attributes["tokenbus.worker"] == "w1"
+    assert whole.attributes["gen_ai.usage.output_tokens"] == 7
+    assert set(exported.names) == {"chat demo", "prefill", "decode"}
+    assert milliseconds(exported["decode"]) == pytest.approx(5.0, abs=0.01)
+    assert milliseconds(exported["prefill"]) == pytest.approx(3.0, abs=0.01)
+    assert exported["prefill"].end_time == exported["decode"].start_time
+    for part in ("prefill", "decode"):
+        assert exported[part].parent.span_id == whole.context.span_id
+
+
+def test_a_job_that_fails_or_is_lost_is_an_error(exported: Exported) -> None:
+    engine = ScriptedEngine()
+    traced = TracedEngine(engine, exported.tracer, "w1")
+    other = b"\x02" * 16
+    traced.add(JOB, body(traceparent=PARENT), ())
+    traced.add(other, body(traceparent=PARENT), ())
+    engine.says = [fact.EngineStepped([[2, JOB, {"code": "out_of_memory", "message": "full"}]])]
+    traced.read(0.0)
+    traced.restart("it hangs", 0.0)
+    statuses = [span.status for span in exported._memory.get_finished_spans()]
+    assert [status.status_code for status in statuses] == [StatusCode.ERROR] * 2
+    assert [status.description for status in statuses] == ["out_of_memory", "it hangs"]
+
+
+def test_a_request_without_context_makes_no_span(exported: Exported) -> None:
+    engine = ScriptedEngine()
+    traced = TracedEngine(engine, exported.tracer, "w1")
+    traced.add(JOB, body(**{"x-request-id": "r1"}), ())
+    engine.says = [fact.EngineStepped([[1, JOB, "stop"]])]
+    traced.read(0.0)
+    assert engine.added == [JOB] and exported.names == []
+
+
+# --- the gateway ----------------------------------------------------------------------------------
+
+
+def end(**more: Any) -> End:
+    facts: dict[str, Any] = {
+        "finish_reason": FinishReason.STOP,
+        "text": "",
+        "usage": Usage(prompt_tokens=3, completion_tokens=9),
+        "timings": Timings(),
+        "result": None,
+        "stopped_by": None,
+        "model": "demo",
+        "worker": "w1",
+        "resumed": 1,
+        "first_token_s": 0.1,
+        "total_s": 1.0,
+    }
+    return End(**{**facts, **more})
+
+
+def test_an_http_request_is_above_its_bus_requests_and_below_its_caller(
+    exported: Exported,
+) -> None:
+    path = "/v1/chat/completions"
+    http = HttpSpan(exported.tracer, "POST", path, {"traceparent": PARENT}, "req-1")
+    bus = http.bus_request("chat", "demo")
+    assert tracing.context_of(bus.trace)
+    bus.saw(Started("w1", "demo", 0, 4096))
+    bus.saw(end())
+    bus.end()
+    bus.end()
+    http.end(200)
+    above, below = exported[f"POST {path}"], exported["bus chat demo"]
+    assert above.context.trace_id == below.context.trace_id == TRACE_ID
+    assert below.parent.span_id == above.context.span_id
+    assert exported["queue"].parent.span_id == below.context.span_id
+    assert bus.trace["traceparent"].split("-")[2] == f"{below.context.span_id:016x}"
+    assert below.attributes is not None and below.attributes["tokenbus.resumed"] == 1
+
+
+# --- on and off -----------------------------------------------------------------------------------
+
+
+def test_traces_are_on_where_opentelemetrys_environment_names_a_collector() -> None:
+    named = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318"}
+    assert tracing.wanted(named)
+    assert not tracing.wanted({})
+    assert not tracing.wanted({**named, "OTEL_TRACES_EXPORTER": "none"})
+    assert not tracing.wanted({**named, "OTEL_SDK_DISABLED": "true"})
+
+
+class Collector(ThreadingHTTPServer):
+    """Takes what exporters send."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[str, Any]] = []
+        super().__init__(("127.0.0.1", 0), _Collect)
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def take(self, octets: bytes) -> None:
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+            ExportTraceServiceRequest,
+        )
+
+        for resource in ExportTraceServiceRequest.FromString(octets).resource_spans:
+            service = next(
+                a.value.string_value
+                for a in resource.resource.attributes
+                if a.key == "service.name"
+            )
+            self.spans += [
+                (service, span) for scope in resource.scope_spans for span in scope.spans
+            ]
+
+
+class _Collect(BaseHTTPRequestHandler):
+    server: Collector
+
+    def do_POST(self) -> None:
+        octets = self.rfile.read(int(self.headers["content-length"]))
+        if self.headers.get("content-encoding") == "gzip":
+            import gzip
+
+            octets = gzip.decompress(octets)
+        self.server.take(octets)
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    with Collector() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_one_trace_leads_from_the_caller_through_gateway_and_broker_to_the_worker(
+    collector: Collector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.address)
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+    bus = Bus(tmp_path)
+    try:
+        bus.start_broker()
+        worker: ManagedProcess = bus.start_worker(prefill_ms=20, step_delay_ms=2)
+        bus.wait_ready(1)
+        with running_gateway(tmp_path, bus) as gateway:
+            message = {"role": "user", "content": "one two three"}
+            httpx.post(
+                f"{gateway.url}/v1/chat/completions",
+                json={"model": "echo", "messages": [message]},
+                headers={"traceparent": PARENT},
+            ).raise_for_status()
+
+            def names() -> set[str]:
+                return {span.name for _, span in list(collector.spans)}
+
+            wanted = {"POST /v1/chat/completions", "bus chat echo", "queue", "chat echo", "decode"}
+            wait_until(lambda: wanted <= names(), "all spans", story=lambda: f"{names()}")
+        assert worker.running
+    finally:
+        bus.stop()
+    found = {(service, span.name): span for service, span in collector.spans}
+    assert {span.trace_id.hex() for span in found.values()} == {f"{TRACE_ID:032x}"}
+    http = found["tokenbus-gateway", "POST /v1/chat/completions"]
+    asked = found["tokenbus-gateway", "bus chat echo"]
+    ran = found["tokenbus-worker", "chat echo"]
+    assert http.parent_span_id.hex() == "b7ad6b7169203331"
+    assert asked.parent_span_id == http.span_id
+    assert ran.parent_span_id == asked.span_id
+    assert found["tokenbus-worker", "decode"].parent_span_id == ran.span_id
+    assert asked.start_time_unix_nano <= ran.start_time_unix_nano
+    assert ran.end_time_unix_nano <= http.end_time_unix_nano
