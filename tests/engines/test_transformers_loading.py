@@ -3,6 +3,7 @@ models that only embed."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import struct
 import subprocess
@@ -216,9 +217,16 @@ def test_naming_the_engine_does_not_load_torch() -> None:
 @pytest.mark.parametrize(
     ("quantisation", "package"),
     [
-        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "gptqmodel"),
+        ({"quant_method": "awq", "bits": 8, "group_size": 128}, "gptqmodel"),
         ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "optimum"),
-        ({"quant_method": "compressed-tensors"}, "compressed"),
+        pytest.param(
+            {"quant_method": "compressed-tensors"},
+            "tokenbus[compressed]",
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec("compressed_tensors") is not None,
+                reason="the package is installed",
+            ),
+        ),
     ],
 )
 def test_a_quantised_checkpoint_names_the_package_that_it_needs(

@@ -7,6 +7,7 @@ and the way out. Must never step the model: warm-up and self test are `selftest`
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -139,7 +140,9 @@ def load_model(
     auto_class = _auto_class(config, folder, path)
     device = pick_device(options.device)
     size = _weight_bytes(folder)
-    dtype = _pick_dtype(options.dtype, config, device, size)
+    # What comes in 4 bits has four times its size in half precision.
+    packed = getattr(config, "quantization_config", None) is not None
+    dtype = _pick_dtype(options.dtype, config, device, size * 4 if packed else size)
     progress(0.0, f"loading {path}" + (f" ({size / 2**30:.1f} GiB)" if size else ""))
     with _explained(path):
         model, quantised = _load_weights(
@@ -396,6 +399,7 @@ def _load_weights(
     else:
         kwargs["device_map"] = {"": str(device)}
     stored = getattr(config, "quantization_config", None)
+    quantised = False
     bits = 8 if options.load_8bit else 4 if options.load_4bit else 0
     if stored is not None:
         if bits:
@@ -403,7 +407,7 @@ def _load_weights(
                 f"{path} is quantised already: load it without --load-8bit and --load-4bit"
             )
         as_dict = stored if isinstance(stored, dict) else stored.to_dict()
-        config.quantization_config = normalise_skip_names(as_dict)
+        config.quantization_config, quantised = _stored_quantisation(as_dict, path)
         kwargs["config"] = config
     elif bits:
         with torch.device("meta"):
@@ -413,9 +417,32 @@ def _load_weights(
         kwargs["quantization_config"] = bitsandbytes_config(
             skeleton, bits=bits, dtype=dtype, device=device
         )
+        quantised = True
     with _weights_progress(progress, path):
-        model = auto_class.from_pretrained(path, **kwargs)
-    return model, bool(bits) or stored is not None
+        model, told = auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
+    if stored is not None and told["missing_keys"]:
+        # transformers would go on with random weights.
+        names = ", ".join(sorted(map(str, told["missing_keys"]))[:3])
+        raise EngineLoadError(f"{path} is quantised in a way that leaves weights out: {names}, ...")
+    return model, quantised
+
+
+def _stored_quantisation(stored: dict[str, Any], path: str) -> tuple[dict[str, Any], bool]:
+    """The quantisation config to load a quantised checkpoint with, and whether its weights stay
+    quantised in memory."""
+    method = str(stored.get("quant_method", "")).lower()
+    if method == "awq" and importlib.util.find_spec("gptqmodel") is None:
+        from worker.engines.transformers.awq import dequantising_config
+
+        return dequantising_config(stored, path), False
+    if method == "compressed-tensors":
+        if importlib.util.find_spec("compressed_tensors") is None:
+            raise EngineLoadError(
+                f"{path} needs compressed-tensors: pip install 'tokenbus[compressed]'"
+            )
+        # It would be decompressed at the first forward anyhow: rather where loading is shown.
+        return stored | {"dequantize": True}, False
+    return normalise_skip_names(stored), True
 
 
 def _is_spread(options: EngineOptions, settings: EngineSettings) -> bool:
