@@ -24,7 +24,6 @@ HIDDEN = 128
 """Four heads of 32: vLLM's attention on a CPU knows no smaller ones."""
 
 
-
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[checks.Subject]:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -68,3 +67,30 @@ def test_options_that_it_cannot_honour_are_refused(tmp_path: Path) -> None:
 def test_without_vllm_the_error_names_the_extra(tmp_path: Path) -> None:
     with pytest.raises(EngineLoadError, match=r"pip install 'tokenbus\[vllm\]'"):
         registry.load("vllm")(checks.options("vllm", tmp_path), checks.told)
+
+
+@needs_vllm
+def test_pictures_are_seen_as_transformers_sees_them(tmp_path: Path) -> None:
+    model, processor = tiny.llava(hidden=HIDDEN), tiny.llava_processor()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    arguments = {"enforce_eager": "true", "context_tokens": "512"}
+    options = checks.options("vllm", tmp_path, engine_args=arguments)
+    engine = registry.load("vllm")(options, checks.told)
+    reference = tiny.serve(model, processor=processor)
+    try:
+        assert engine.capabilities.models[0].images
+        jobs = [
+            tiny.chat_job("what is in this picture", [tiny.picture(n) for n in range(count)])
+            for count in (1, 0, 2)
+        ]
+        answers = tiny.run(engine, jobs)
+        expected = tiny.run(reference, jobs)
+        assert [a.failed for a in answers] == [None] * 3
+        assert [a.token_ids for a in answers] == [a.token_ids for a in expected]
+        for answer, want in zip(answers, expected, strict=True):
+            assert answer.ended is not None and want.ended is not None
+            assert answer.ended.usage == want.ended.usage
+    finally:
+        engine.close()
+        reference.close()

@@ -1,0 +1,210 @@
+"""What tokenbus does around a library that batches by itself, without any such library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from broker.protocol.errors import ErrorCode
+from broker.protocol.messages import FinishReason, Kind, Request, Resume, new_id
+from tests.engines import tiny
+from tests.engines.library_standin import StandIn, served, written
+from worker.engines import registry
+from worker.engines.base import EngineLoadError, EngineOptions, Job
+from worker.engines.library.arguments import boolean, split_arguments, whole
+from worker.engines.library.model import LibraryEngine, named_models, refuse_options
+
+PROMPT = [30, 31, 32, 33]
+
+
+@pytest.fixture
+def library() -> StandIn:
+    return StandIn()
+
+
+@pytest.fixture
+def engine(library: StandIn) -> Iterator[LibraryEngine]:
+    made = served(library, {"prompt_logprobs": "does not score prompts"})
+    yield made
+    made.close()
+
+
+def _text(token_ids: list[int]) -> str:
+    return str(tiny.tokenizer().decode(token_ids, skip_special_tokens=True))
+
+
+def _resumed(token_ids: list[int], characters: int, **params: object) -> Job:
+    job = tiny.ids_job(PROMPT, **params)
+    resume = Resume(epoch=1, token_ids=token_ids, text_characters=characters)
+    request = job.request
+    return Job(
+        new_id(),
+        Request(
+            model="tiny",
+            kind=Kind.COMPLETE,
+            token_ids=PROMPT,
+            params=request.params,
+            window=1 << 30,
+            resume=resume,
+        ),
+    )
+
+
+def test_capabilities_are_those_of_the_library(engine: LibraryEngine) -> None:
+    capabilities = engine.capabilities
+    assert (capabilities.engine, capabilities.device, capabilities.capacity) == (
+        "stand-in",
+        "cpu",
+        2,
+    )
+    (model,) = capabilities.models
+    assert (model.name, model.context_tokens, model.images) == ("tiny", 512, False)
+    assert Kind.CHAT in model.kinds and Kind.EMBED not in model.kinds
+
+
+def test_requests_beyond_the_slots_wait_and_every_answer_is_its_own(
+    engine: LibraryEngine, library: StandIn
+) -> None:
+    prompts = tiny.prompts(7)
+    answers = tiny.run(engine, [tiny.ids_job(p, max_tokens=n + 1) for n, p in enumerate(prompts)])
+    assert [a.token_ids for a in answers] == [written(p, n + 1) for n, p in enumerate(prompts)]
+    assert library.inserted == library.removed == 7
+
+
+def test_a_cancelled_request_leaves_in_the_next_step_wherever_it_is(
+    engine: LibraryEngine, library: StandIn
+) -> None:
+    jobs = [tiny.ids_job(prompt, max_tokens=400) for prompt in tiny.prompts(3)]
+    answers: dict[bytes, tiny.Answer] = {}
+    for job in jobs:
+        engine.add(job)
+    while not all(answers.get(j.request_id, tiny.Answer()).token_ids for j in jobs[:2]):
+        tiny.collect(engine.step(), answers)
+    waiting = next(j for j in jobs if not answers.get(j.request_id, tiny.Answer()).token_ids)
+    running = jobs[0] if waiting is not jobs[0] else jobs[1]
+    engine.cancel(waiting.request_id)
+    engine.cancel(running.request_id)
+    tiny.collect(engine.step(), answers)
+    assert answers[waiting.request_id].reason is FinishReason.CANCELLED
+    assert answers[running.request_id].reason is FinishReason.CANCELLED
+    assert len(library.batch) == 1
+    ended = answers[running.request_id].ended
+    assert ended is not None
+    assert ended.usage.completion_tokens == len(answers[running.request_id].token_ids)
+
+
+def test_a_stop_string_cuts_the_text_and_ends_the_computation(
+    engine: LibraryEngine, library: StandIn
+) -> None:
+    whole_answer = tiny.run(engine, [tiny.ids_job(PROMPT, max_tokens=20)])[0].text
+    stop = whole_answer[6:10]
+    (answer,) = tiny.run(engine, [tiny.ids_job(PROMPT, max_tokens=20, stop=[stop])])
+    assert answer.text == whole_answer[: whole_answer.index(stop)]
+    assert answer.ended is not None and answer.ended.stopped_by == stop
+    assert answer.reason is FinishReason.STOP
+    assert library.batch == []
+
+
+@pytest.mark.parametrize("cut", [1, 5, 11])
+def test_a_resumed_answer_goes_on_behind_the_tokens_and_the_text_so_far(
+    engine: LibraryEngine, cut: int
+) -> None:
+    (whole_answer,) = tiny.run(engine, [tiny.ids_job(PROMPT, max_tokens=12)])
+    (rest,) = tiny.run(engine, [_resumed(whole_answer.token_ids[:cut], 3, max_tokens=12)])
+    assert rest.token_ids == whole_answer.token_ids[cut:]
+    assert rest.text == whole_answer.text[3:]
+    assert rest.ended is not None and rest.ended.usage.completion_tokens == 12
+
+
+def test_an_answer_that_was_whole_already_ends_without_the_library(
+    engine: LibraryEngine, library: StandIn
+) -> None:
+    tokens = written(PROMPT, 12)
+    (rest,) = tiny.run(engine, [_resumed(tokens, 0, max_tokens=12)])
+    assert (rest.token_ids, rest.text) == ([], _text(tokens))
+    assert library.inserted == 0
+
+
+def test_tokens_that_come_with_or_behind_the_end_are_dropped() -> None:
+    library = StandIn(at_once=5)
+    engine = served(library)
+    (answer,) = tiny.run(engine, [tiny.ids_job(PROMPT, max_tokens=7)])
+    assert answer.token_ids == written(PROMPT, 7)
+    assert library.steps == 2
+    engine.close()
+
+
+def test_what_the_library_refuses_or_breaks_fails_alone(
+    engine: LibraryEngine, library: StandIn
+) -> None:
+    library.refused, library.failing = {5}, {6}
+    jobs = [tiny.ids_job(list(range(30, 30 + count)), max_tokens=3) for count in (4, 5, 6, 7)]
+    good, refused, broken, other = tiny.run(engine, jobs)
+    assert refused.failed is not None and refused.failed.code == ErrorCode.INVALID_REQUEST.value
+    assert broken.failed is not None and broken.failed.code == ErrorCode.ENGINE_ERROR.value
+    assert [good.token_ids, other.token_ids] == [written(range(30, n), 3) for n in (34, 37)]
+    assert library.inserted == library.removed == 3
+
+
+def test_a_parameter_that_the_library_cannot_honour_is_refused_by_name(
+    engine: LibraryEngine, library: StandIn
+) -> None:
+    (answer,) = tiny.run(engine, [tiny.ids_job(PROMPT, prompt_logprobs=0)])
+    assert answer.failed is not None
+    assert answer.failed.code == ErrorCode.INVALID_REQUEST.value
+    assert "prompt_logprobs" in answer.failed.message
+    assert answer.failed.details == {"parameter": "prompt_logprobs"}
+    assert library.inserted == 0
+
+
+def test_the_heartbeat_sees_the_librarys_batch(engine: LibraryEngine) -> None:
+    for prompt in tiny.prompts(3):
+        engine.add(tiny.ids_job(prompt, max_tokens=400))
+    while engine.metrics()["batch"] < 2:
+        engine.step()
+    metrics = engine.metrics()
+    assert (metrics["running"], metrics["waiting"]) == (2.0, 1.0)
+    assert metrics["kv_total_tokens"] == 1000.0
+    assert metrics["kv_used_tokens"] > 0
+
+
+# --- loading --------------------------------------------------------------------------------------
+
+
+def test_arguments_are_shared_or_the_engines_own_or_unknown() -> None:
+    own = {"rows": whole(1), "fast": boolean}
+    given = {"rows": "3", "fast": "yes", "context_tokens": "99"}
+    settings, values = split_arguments("some", given, own)
+    assert values == {"rows": 3, "fast": True}
+    assert settings.context_tokens == 99
+    with pytest.raises(EngineLoadError, match="rows=0: at least 1"):
+        split_arguments("some", {"rows": "0"}, own)
+    with pytest.raises(EngineLoadError, match="fast=maybe: expected true or false"):
+        split_arguments("some", {"fast": "maybe"}, own)
+    with pytest.raises(EngineLoadError, match=r"unknown --engine-arg 'kv'.*fast.*rows"):
+        split_arguments("some", {"kv": "1"}, own)
+
+
+def test_models_are_named_by_their_files() -> None:
+    options = EngineOptions(engine="some", model_paths=("models/one", "models/two.gguf"))
+    assert named_models(options, several=True) == [
+        ("models/one", ("one",)),
+        ("models/two.gguf", ("two",)),
+    ]
+    with pytest.raises(EngineLoadError, match="one model per worker"):
+        named_models(options, several=False)
+    with pytest.raises(EngineLoadError, match="--model-path"):
+        named_models(EngineOptions(engine="some"), several=True)
+
+
+def test_options_that_an_engine_does_not_know_are_refused_with_the_way_out() -> None:
+    refuse_options(EngineOptions(engine="some"), {"load_8bit": "convert it"})
+    with pytest.raises(EngineLoadError, match="does not take --load-8bit: convert it"):
+        refuse_options(EngineOptions(engine="some", load_8bit=True), {"load_8bit": "convert it"})
+
+
+def test_every_built_in_engine_can_be_named_without_its_library() -> None:
+    for name in registry.BUILT_IN:
+        assert callable(registry.load(name))
+        assert name in registry.names()
