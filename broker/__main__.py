@@ -6,6 +6,7 @@ option, 1 for a failure, 0 for a clean stop.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -151,9 +152,14 @@ def _raise_descriptor_limit(config: Config) -> None:
 
 def _announce(config: Config, fronts: list[str], backs: list[str]) -> None:
     """Where it listens, and what to do next."""
-    print(f"tokenbus broker listens: clients {', '.join(fronts)}   workers {', '.join(backs)}")
-    print(f"next:  python -m worker --broker {backs[0]}")
-    print(f"       python -m client chat --broker {fronts[0]}", flush=True)
+    lines = [
+        f"tokenbus broker listens: clients {', '.join(fronts)}   workers {', '.join(backs)}",
+        f"next:  python -m worker --broker {backs[0]}",
+        f"       python -m client chat --broker {fronts[0]}",
+    ]
+    # On a full disk the lines are lost, never the broker.
+    with contextlib.suppress(OSError):
+        print("\n".join(lines), flush=True)
     if config.ready_file:
         ready = {"front": fronts, "back": backs, "pid": os.getpid()}
         path = Path(config.ready_file)
