@@ -297,6 +297,11 @@ def _call(
     # Always one, so that a resumed stream continues exactly; 2**53 survives JSON.
     params.setdefault("seed", secrets.randbelow(1 << 53))
     fields = {name: value for name, value in options.items() if value is not None}
+    if "trace" not in fields and "opentelemetry.trace" in sys.modules:
+        # The program traces itself: what the worker does becomes part of its span.
+        from broker.protocol.tracing import current_trace
+
+        fields["trace"] = current_trace()
     entries = [msgspec.to_builtins(entry) for entry in attached.entries]
     # A name of one character stands in for "the only model": the session asks for it later.
     raw = {

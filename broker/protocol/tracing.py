@@ -57,6 +57,15 @@ def context_of(trace: Mapping[str, str]) -> Any:
     return TraceContextTextMapPropagator().extract(carrier, context=Context())
 
 
+def current_trace() -> dict[str, str]:
+    """As `trace_of`, of the span that the calling program is in; empty outside of one."""
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    carrier: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(carrier)
+    return carrier
+
+
 def trace_of(span: Any) -> dict[str, str]:
     """What travels in `Request.trace` so that spans elsewhere become children of this one."""
     from opentelemetry.trace import set_span_in_context

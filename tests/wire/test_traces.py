@@ -27,6 +27,7 @@ from broker.protocol.messages import (
     Timings,
     Usage,
 )
+from client import Retry, Timeout, calls
 from client.events import End, Started
 from client.gateway.traces import HttpSpan
 from tests.gateway.conftest import running_gateway
@@ -193,6 +194,21 @@ def test_an_http_request_is_above_its_bus_requests_and_below_its_caller(
     assert exported["queue"].parent.span_id == below.context.span_id
     assert bus.trace["traceparent"].split("-")[2] == f"{below.context.span_id:016x}"
     assert below.attributes is not None and below.attributes["tokenbus.resumed"] == 1
+
+
+def test_a_program_that_traces_itself_finds_the_worker_below_its_own_span(
+    exported: Exported,
+) -> None:
+    defaults = calls.Defaults(Timeout(), Retry())
+
+    def trace() -> dict[str, str]:
+        return calls.chat(defaults, "demo", "hello", (), {}).request.trace
+
+    assert trace() == {}
+    with exported.tracer.start_as_current_span("mine") as span:
+        assert f"{span.get_span_context().span_id:016x}" in trace()["traceparent"]
+        named = calls.chat(defaults, "demo", "hello", (), {"trace": {"a": "b"}})
+        assert named.request.trace == {"a": "b"}
 
 
 # --- on and off -----------------------------------------------------------------------------------
