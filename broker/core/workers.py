@@ -130,7 +130,10 @@ class WorkerSession(Session):
 
     def may_take(self, model: str) -> bool:
         """A request of this model may be assigned."""
-        if self.free <= 0:
+        # As `free`, written out: of a thousand workers, this is most of a placement.
+        if self.granted <= self.assigned + self.returned:
+            return False
+        if self.draining or self.stalled or self.state is WorkerState.LOADING:
             return False
         most = self.models[model].capacity
         return most is None or most > sum(r.model == model for r in self.running.values())
