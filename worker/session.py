@@ -294,7 +294,8 @@ class WorkerCore:
     def _beat(self, connection: Connection, now_s: float) -> None:
         busy = self._requests.engine_busy
         loading = self._state is WorkerState.LOADING
-        tell = not connection.models_told and self._capabilities is not None
+        capabilities = self._capabilities
+        tell = not connection.models_told and capabilities is not None
         connection.models_told |= tell
         connection.announced = connection.granted
         heartbeat = Heartbeat(
@@ -308,6 +309,8 @@ class WorkerCore:
             metrics=self._metrics,
             models=self._models() if tell else None,
             capacity=self.capacity if tell else None,
+            engine=capabilities.engine if tell and capabilities else None,
+            device=capabilities.device if tell and capabilities else None,
         )
         self._send(connection, MessageType.HEARTBEAT, connection.session, heartbeat, now_s)
         connection.beat_at_s = now_s + connection.interval_s

@@ -571,6 +571,8 @@ class BrokerCore(BusState):
                 self.at(self.now_s + self.settings.model_grace_s, admission.on_model_grace, model)
         if beat.capacity is not None:
             worker.capacity = beat.capacity
+        worker.engine = beat.engine or worker.engine
+        worker.device = beat.device or worker.device
         if beat.state is not None and beat.state is not worker.state:
             worker.state = beat.state
             self.log("info", f"worker {beat.state.value}", worker, note=beat.note)

@@ -175,6 +175,9 @@ class Heartbeat(_Map, frozen=True, kw_only=True):
     #: Present once whenever the list differs from what the broker was last told.
     models: list[ModelInfo] | None = None
     capacity: Count | None = None
+    #: With `models`, of a worker whose engine is loaded: what HELLO could not know yet.
+    engine: str | None = None
+    device: str | None = None
     #: From a broker: the `Credit.recalled` that it has answered, and the credit that it has given
     #: back unspent for that. Both cumulative over the session.
     recalled: Count = 0

@@ -349,6 +349,15 @@ def test_a_heartbeat_may_change_the_models() -> None:
     assert len(worker.assigned()) == 1
 
 
+def test_a_heartbeat_tells_engine_and_device_as_they_turned_out() -> None:
+    bus = Bus()
+    worker, client = bus.worker(grant=False), bus.client()
+    worker.beat(state=WorkerState.READY, engine="transformers", device="cuda:1")
+    worker.beat(state=WorkerState.READY)
+    (row,) = client.query("bus.workers")
+    assert (row["engine"], row["device"]) == ("transformers", "cuda:1")
+
+
 # --- keys -----------------------------------------------------------------------------------------
 
 

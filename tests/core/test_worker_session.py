@@ -48,6 +48,7 @@ def test_a_loaded_engine_is_announced_once_with_models_then_granted() -> None:
     assert [(b.state, b.capacity, b.models[0].context_tokens) for b in beats] == [
         (WorkerState.READY, 3, 1000)
     ]
+    assert [(b.engine, b.device) for b in beats] == [("echo", "cpu")]
     kinds = [head.type for head, _ in broker.messages]
     assert kinds.index(MessageType.CREDIT) > kinds.index(MessageType.HEARTBEAT)
     assert broker.free == 3

@@ -151,6 +151,23 @@ def examples() -> dict[str, tuple[MessageType, bytes, int, int, list[Any], list[
             ],
             [],
         ),
+        "heartbeat_engine_ready": (
+            t.HEARTBEAT,
+            SESSION,
+            7,
+            0,
+            [
+                m.Heartbeat(
+                    state=m.WorkerState.READY,
+                    granted=0,
+                    models=[model],
+                    capacity=32,
+                    engine="transformers",
+                    device="cuda:0",
+                )
+            ],
+            [],
+        ),
         "heartbeat_broker": (
             t.HEARTBEAT,
             SESSION,
