@@ -79,7 +79,6 @@ def test_the_upper_bus_answers_as_the_lower_one_does(pair: tuple[Bus, Bus]) -> N
     assert one.prompt is not None and two.prompt is not None
     assert one.prompt.token_ids == two.prompt.token_ids
     assert one.prompt.logprobs == two.prompt.logprobs
-    assert [token for token in one.token_ids] == two.token_ids
     (row,) = relays(upper)
     assert row["models"] == ["echo"] and row["via"] == [row["name"].rpartition(".")[0]]
     wait_free(upper, 8)
@@ -241,20 +240,15 @@ def test_whatever_dies_the_text_is_the_same(
     upper, lower = pair
     answers = stream_through(upper, lambda: strike(upper, lower))
     assert [answer.token_ids for answer in answers] == expected
-    slots = 4 if strike is _kill_a_worker else 8
-    wait_free(upper, slots)
+    if strike in (_kill_a_worker, _kill_the_lower_broker):
+        assert {answer.resumed for answer in answers} == {0}, "it is not noticed above"
+    if strike is _kill_the_relay:
+        # The next relay attached to what went on below; no worker began it again.
+        stats = lower.client().query("bus.stats")
+        assert stats["attached_total"] == STREAMS
+        assert stats["assigned_total"] == 2 * STREAMS, "these, and what they were compared with"
+    wait_free(upper, 4 if strike is _kill_a_worker else 8)
     lower.wait_idle()
-    # Below, the same request is resumed: nothing is computed by two workers at once.
-    assert lower.running() == 0
-
-
-def test_a_worker_that_dies_below_is_not_noticed_above(
-    pair: tuple[Bus, Bus], expected: list[list[int]]
-) -> None:
-    upper, lower = pair
-    answers = stream_through(upper, lambda: _kill_a_worker(upper, lower))
-    assert [answer.token_ids for answer in answers] == expected
-    assert {answer.resumed for answer in answers} == {0}
 
 
 def test_a_lower_broker_that_is_stopped_drains_upward(
