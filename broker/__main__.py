@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(auth.keys_command(given[1:], program=f"{PROGRAM} keys"))
             return 0
         if given[:1] == ["check"]:
-            return _check(options.read(given[1:], program=f"{PROGRAM} check"))
+            # `check broker.toml` is what people type.
+            flags = ["--config"] if given[1:] and not given[1].startswith("-") else []
+            return _check(options.read([*flags, *given[1:]], program=f"{PROGRAM} check"))
         return _serve(options.read(given, program=PROGRAM))
     except ConfigError as error:
         return _complain(str(error), 2)

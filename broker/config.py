@@ -186,7 +186,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program,
         description="The tokenbus broker: clients at the front, workers at the back.",
-        usage=f"{program} [OPTION ...] | {program} keys --help | {program} check [OPTION ...]",
+        usage=f"{program} [OPTION ...] | {program} keys --help | {program} check [FILE] [OPTION ...]",
         epilog=_table(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

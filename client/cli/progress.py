@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -31,7 +32,8 @@ class Progress:
         self._bar: Any = None
         console = terminal.error_console
         if console is not None and sys.stderr.isatty():
-            self._bar, self._task = _bar(console, what, total, before)
+            self._bar = _bar(console, self.facts)
+            self._task = self._bar.add_task(what, total=total, completed=before)
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -56,39 +58,40 @@ class Progress:
         while len(self._marks) > 2 and self._marks[0][0] < now_s - _WINDOW_S:
             self._marks.pop(0)
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, facts=self._facts(now_s))
+            self._bar.update(self._task, completed=self._done)
         elif now_s - self._told_s >= INTERVAL_S:
             self._told_s = now_s
-            print(self._line(now_s), file=sys.stderr, flush=True)
+            print(f"{self._what}: {self.facts()}", file=sys.stderr, flush=True)
 
-    def _rate(self, now_s: float) -> float:
+    def facts(self) -> str:
+        """Count, failures, rate and remaining time as of now: a halt shows as a falling rate."""
         since_s, before = self._marks[0]
-        return (self._done - before) / max(now_s - since_s, 1e-3)
-
-    def _facts(self, now_s: float) -> str:
-        rate = self._rate(now_s)
-        left_s = (self._total - self._done) / rate if rate else 0.0
         failed = f", {self._failed} failed" if self._failed else ""
-        return f"{self._done}/{self._total}{failed}  {rate:.1f}/s  {duration(left_s)} left"
+        told = f"{self._done}/{self._total}{failed}"
+        if self._done == before:
+            return told
+        rate = (self._done - before) / max(time.monotonic() - since_s, 1e-3)
+        return f"{told}  {rate:.1f}/s  {duration((self._total - self._done) / rate)} left"
 
-    def _line(self, now_s: float) -> str:
-        return f"{self._what}: {self._facts(now_s)}"
 
-
-def _bar(console: Any, what: str, total: int, before: int) -> tuple[Any, Any]:
-    from rich.progress import BarColumn, TextColumn
+def _bar(console: Any, facts: Callable[[], str]) -> Any:
+    from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
     from rich.progress import Progress as Bar
+    from rich.text import Text
 
-    bar = Bar(
+    class Facts(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(facts())
+
+    return Bar(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[facts]}", markup=False),
+        Facts(),
         console=console,
         expand=True,
         refresh_per_second=5,
     )
-    return bar, bar.add_task(what, total=total, completed=before, facts=f"{before}/{total}")
 
 
 def duration(seconds: float) -> str:

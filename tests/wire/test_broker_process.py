@@ -212,6 +212,16 @@ def test_insecure_must_be_said(tmp_path: Path) -> None:
     assert told.returncode == 0, told.stderr
 
 
+def test_check_takes_the_file_alone_and_says_what_is_wrong_in_it(tmp_path: Path) -> None:
+    file = tmp_path / "broker.toml"
+    file.write_text("inflight = 7\n")
+    good = run("check", str(file))
+    assert good.returncode == 0 and "inflight = 7" in good.stdout, good.stderr
+    file.write_text("inflght = 7\n")
+    wrong = run("check", str(file))
+    assert wrong.returncode == 2 and "unknown option 'inflght'" in wrong.stderr
+
+
 def test_flags_win_over_environment_over_file_over_default(tmp_path: Path) -> None:
     file = tmp_path / "broker.toml"
     file.write_text(
