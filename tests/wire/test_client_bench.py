@@ -12,6 +12,7 @@ import pytest
 from client.__main__ import main
 from client.cli.bench import percentile
 from tests.harness import ROOT, Bus
+from tests.wire.test_client_cli import Person
 
 
 def test_as_json_it_tells_times_rates_and_who_answered(
@@ -44,6 +45,17 @@ def test_for_people_it_is_a_table(bus: Bus) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     for words in ("first token, ms", "between tokens, ms", "p99", "6 answers in", "24 answer tok"):
         assert words in done.stdout
+
+
+def test_at_a_terminal_a_bar_tells_rate_and_remaining_time(make_bus: Callable[..., Bus]) -> None:
+    bus = make_bus(workers=1, slots=2, step_delay_ms=20)
+    sizes = ["--requests", "12", "--concurrency", "2", "--answer-tokens", "10"]
+    person = Person("bench", "--broker", bus.front, *sizes, COLUMNS="100")
+    person.sees("/s  0:0")
+    person.sees(" left")
+    person.sees("12 answers in")
+    assert person.leaves() == 0
+    assert "12/12" in person.screen and "\x1b[?25h" in person.screen, "the cursor is back"
 
 
 def test_a_model_that_nobody_serves_is_told_before_the_test_begins(
