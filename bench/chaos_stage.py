@@ -79,7 +79,8 @@ class Stage:
     ) -> None:
         if self._observer is not None:
             self._observer.close()
-        for process in (*self._readers, *self.workers.values(), *self.brokers.values()):
+        self.end_readers()
+        for process in (*self.workers.values(), *self.brokers.values()):
             process.kill()
             process.stop()
         self._stack.close()
@@ -112,7 +113,8 @@ class Stage:
         """Start a worker; does not wait."""
         backs = [self.back_proxy.address] if self.back_proxy else self.backs
         arguments = ["-m", "worker", "--engine", "echo", "--worker-id", name, "--no-progress"]
-        arguments += ["--slots", str(SLOTS), "--engine-stall-s", "2", "--drain-s", "0.5"]
+        arguments += ["--slots", str(SLOTS), "--engine-stall-s", "1.5", "--drain-s", "0.5"]
+        # An answer as long as the slow reader's.
         arguments += ["--engine-arg", "context_tokens=10000000"]
         for back in backs:
             arguments += ["--broker", back]
@@ -137,6 +139,13 @@ class Stage:
         reader.stop()
         self._readers.remove(reader)
         return [Got(**stream) for stream in json.loads(line)["streams"]]
+
+    def end_readers(self) -> None:
+        """Kill whatever reads still."""
+        while self._readers:
+            reader = self._readers.pop()
+            reader.kill()
+            reader.stop()
 
     # --- health -----------------------------------------------------------------------------------
 
