@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from broker.protocol.messages import FinishReason
+from broker.protocol import codec
+from broker.protocol.messages import FinishReason, Kind, Params, Request, Resume
 from client.errors import BusError
 from client.events import Answered, End, QueryMade
 from tests.core.relay_world import Relay, TwoBuses, answer
@@ -36,6 +37,25 @@ def test_an_answer_passes_unchanged() -> None:
     assert (ran.user, ran.priority, ran.trace) == ("alice", 7, {"traceparent": "00-ab"})
     buses.world.advance(1.0)
     assert buses.credit == 4
+
+
+@pytest.mark.parametrize("limit_ms", [0, 1 << 40])
+def test_a_limit_that_is_none_in_practice_is_no_harm(limit_ms: int) -> None:
+    """Nothing that a stranger may ask for ends the relay: the shortest and the longest limits."""
+    buses = TwoBuses()
+    job = Request(
+        model="model",
+        kind=Kind.COMPLETE,
+        prompt="x",
+        params=Params(max_tokens=3),
+        window=1 << 62,
+        queue_ms=limit_ms,
+        ttl_ms=limit_ms,
+        resume=Resume(epoch=1 << 31),
+    )
+    buses.relay.join(relay.JobAdded(bytes((1,)) * 16, codec.encode(job), ()))
+    buses.steps(5)
+    assert buses.relay.relay._jobs == {}
 
 
 def test_what_does_not_fit_waits_above_and_never_below() -> None:
@@ -289,7 +309,7 @@ def test_the_relays_of_a_loop_promise_nothing_until_one_of_them_has_left() -> No
 
 
 @pytest.mark.parametrize("share", [1.0, 0.75])
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_in_any_order_of_things_texts_are_exact_and_credit_is_true(seed: int, share: float) -> None:
     """Callers above (a `share` of all) and below come, read slowly and go. Nothing waits below
     where nobody else takes slots and each worker's slots are those of its own models."""
@@ -315,7 +335,10 @@ def test_in_any_order_of_things_texts_are_exact_and_credit_is_true(seed: int, sh
             ids = [id_ for id_ in caller.tokens if id_ not in caller.ends]
             if ids:
                 caller.drop(rng.choice(ids))
-    for _ in range(200):
+    left_s = 60.0
+    while len(buses.above.ends) + len(buses.below.ends) < len(asked):
+        left_s -= 0.05
+        assert left_s > 0, "what can be served is served in time"
         buses.steps(1, pause_s=0.05)
         for reader in (buses.above, buses.below):
             for id_ in list(reader.tokens):

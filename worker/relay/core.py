@@ -55,6 +55,8 @@ EPOCHS: Final = 4096
 """Epochs of the lower bus for each one above, so that a request keeps its id and a relay that knows
 nothing of the one before it still comes later."""
 USED_IDS: Final = 65_536
+LONGEST_LIMIT_S: Final = 1e9
+"""Callers of the client library can ask for no more."""
 
 #: Resumed here, because another worker of the lower bus can go on. All else is for the caller.
 _RECOVERED: Final = frozenset(
@@ -544,4 +546,5 @@ def _started(job: _Job) -> bool:
 
 
 def _seconds(ms: int | None) -> float | None:
-    return None if ms is None else max(ms, 1) / 1000
+    """A limit of the wire as `Timeout` takes it."""
+    return None if ms is None else min(max(ms, 1) / 1000, LONGEST_LIMIT_S)
