@@ -186,7 +186,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program,
         description="The tokenbus broker: clients at the front, workers at the back.",
-        usage=f"{program} [OPTION ...] | {program} keys --help | {program} check [FILE] [OPTION ...]",
+        usage=f"{program} [OPTION ...] | {program} keys --help | "
+        f"{program} check [FILE] [OPTION ...]",
         epilog=_table(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
