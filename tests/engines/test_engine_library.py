@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -208,3 +209,37 @@ def test_every_built_in_engine_can_be_named_without_its_library() -> None:
     for name in registry.BUILT_IN:
         assert callable(registry.load(name))
         assert name in registry.names()
+
+
+# --- engines from outside -------------------------------------------------------------------------
+
+
+def test_the_readmes_engine_from_outside_keeps_the_contract(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = Path(registry.__file__).with_name("README.md").read_text()
+    code = readme.partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "shouting.py").write_text(code)
+    facts = tmp_path / "shouting-1.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: shouting\nVersion: 1\n")
+    (facts / "entry_points.txt").write_text("[tokenbus.engines]\nshout = shouting:build\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "shout" in registry.names()
+    options = EngineOptions(engine="shout", model_paths=("any",), model_names=(("loud",),))
+    engine = registry.load("shout")(options, lambda fraction, note: None)
+    assert [model.name for model in engine.capabilities.models] == ["loud"]
+    jobs = [
+        Job(new_id(), Request(model="loud", kind=Kind.COMPLETE, prompt="hello", window=1))
+        for _ in range(2)
+    ]
+    for job in jobs:
+        engine.add(job)
+    engine.cancel(jobs[1].request_id)
+    engine.cancel(new_id())
+    answers: dict[bytes, tiny.Answer] = {}
+    tiny.collect(engine.step(), answers)
+    assert answers[jobs[0].request_id].text == "HELLO"
+    assert answers[jobs[1].request_id].reason is FinishReason.CANCELLED
+    assert not engine.busy
+    engine.close()
