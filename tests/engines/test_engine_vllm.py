@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.engines import library_checks as checks
 from tests.engines import tiny
@@ -69,11 +70,24 @@ def test_without_vllm_the_error_names_the_extra(tmp_path: Path) -> None:
         registry.load("vllm")(checks.options("vllm", tmp_path), checks.told)
 
 
+def _name_as_the_hub_does(file: Path) -> None:
+    """vLLM knows the names of LLaVA's published weights, which this transformers shortens."""
+    weights = load_file(file)
+    inner, outer = "vision_tower.", "vision_tower.vision_model."
+    renamed = {
+        name.replace(inner, outer) if inner in name and outer not in name else name: weight
+        for name, weight in weights.items()
+    }
+    save_file(renamed, file, metadata={"format": "pt"})
+
+
 @needs_vllm
+@pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM's LLaVA needs torchvision")
 def test_pictures_are_seen_as_transformers_sees_them(tmp_path: Path) -> None:
     model, processor = tiny.llava(hidden=HIDDEN), tiny.llava_processor()
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
+    _name_as_the_hub_does(tmp_path / "model.safetensors")
     arguments = {"enforce_eager": "true", "context_tokens": "512"}
     options = checks.options("vllm", tmp_path, engine_args=arguments)
     engine = registry.load("vllm")(options, checks.told)
