@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Final, Protocol
 
 import zmq
+from zmq.backend import Socket as BackendSocket
 
 from broker.protocol.limits import MAX_ANSWER_OCTETS
 from client import events
@@ -29,6 +30,12 @@ from client.session import LEAVE_S, ClientSession
 
 ROUND_MESSAGES: Final = 64
 """Messages read before consumers are woken: a burst costs one wake-up, a token waits little."""
+
+# Plain numbers, and pyzmq's method beneath its Python one: `|` of its flags takes longer than
+# receiving a frame.
+_DONT_WAIT: Final = int(zmq.DONTWAIT)
+_MORE_FOLLOWS: Final = int(zmq.DONTWAIT | zmq.SNDMORE)
+_send: Final = BackendSocket.send
 
 CLOSE_S: Final = 1.0
 """How long a GOODBYE may take to leave."""
@@ -137,24 +144,31 @@ class _Dealer:
         return bool(self._outbox)
 
     def _try(self, frames: tuple[bytes, ...]) -> bool:
-        assert self.socket is not None
+        dealer = self.socket
+        assert dealer is not None
         try:
-            self.socket.send_multipart(frames, zmq.DONTWAIT)
+            # Only the first frame can be refused.
+            for frame in frames[:-1]:
+                _send(dealer, frame, _MORE_FOLLOWS)
+            _send(dealer, frames[-1], _DONT_WAIT)
         except zmq.Again:
             return False
         return True
 
     def receive(self) -> tuple[bytes, ...] | None:
-        """The next message, or None. Direct calls: `recv_multipart` costs seven times as much."""
+        """The next message, or None. A frame object knows whether another follows, which costs a
+        third of asking the socket."""
         dealer = self.socket
         if dealer is None:
             return None
         try:
-            frames = [dealer.recv(zmq.DONTWAIT)]
+            frame = dealer.recv(_DONT_WAIT, copy=False)
         except zmq.Again:
             return None
-        while dealer.getsockopt(zmq.RCVMORE):
-            frames.append(dealer.recv(zmq.DONTWAIT))
+        frames = [frame.bytes]
+        while frame.more:
+            frame = dealer.recv(_DONT_WAIT, copy=False)
+            frames.append(frame.bytes)
         return tuple(frames)
 
     def reports(self) -> list[zmq.Event]:
