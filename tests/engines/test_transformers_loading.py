@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import struct
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from worker.engines.base import EngineLoadError, EngineOptions, Job
 from worker.engines.transformers import build
 from worker.engines.transformers.engine import TransformersEngine
 from worker.engines.transformers.quantise import modules_to_skip, normalise_skip_names
+from worker.engines.transformers.quiet import quiet_libraries
 from worker.engines.transformers.settings import parse_settings
 
 
@@ -527,3 +529,19 @@ def test_embedding_goes_on_beside_running_streams() -> None:
         assert len(answers[1].ended.result["embeddings"]) == 100
     finally:
         engine.close()
+
+
+# --- what libraries say ---------------------------------------------------------------------------
+
+
+def test_known_noise_of_libraries_is_not_shown_and_their_other_warnings_are(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    quiet_libraries()
+    logger = logging.getLogger("transformers.utils.import_utils")
+    with caplog.at_level(logging.WARNING, "transformers"):
+        logger.addHandler(caplog.handler)
+        logger.warning("`X` requires torchvision (not installed); falling back to `XPil` ...")
+        logger.warning("something is wrong with the weights")
+        logger.removeHandler(caplog.handler)
+    assert "torchvision" not in caplog.text and "weights" in caplog.text

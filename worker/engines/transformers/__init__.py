@@ -18,6 +18,9 @@ def build(options: EngineOptions, progress: Progress) -> Engine:
     `progress` is told what is being loaded. Raises `EngineLoadError` with one line that says why
     and what to do. Call it in the engine's own process: it sets torch's thread count.
     """
+    from worker.engines.transformers.quiet import quiet_libraries
+
+    quiet_libraries()
     from worker.engines.transformers.engine import build_engine
 
     return build_engine(options, progress)

@@ -8,7 +8,6 @@ on the meta device, with full paths. Must never load weights.
 from __future__ import annotations
 
 import importlib.util
-import logging
 import re
 from typing import Any
 
@@ -34,8 +33,6 @@ def bitsandbytes_config(
         )
     from transformers import BitsAndBytesConfig
 
-    # One warning for every matrix multiplication otherwise.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     skip = modules_to_skip(skeleton, bits=bits, device=device)
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)

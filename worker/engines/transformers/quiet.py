@@ -1,0 +1,44 @@
+"""Silences what libraries say that is no news to anyone who runs a worker.
+
+Each line is known, harmless and would be repeated at every start (or at every matrix
+multiplication). Everything else that a library warns of is shown. Must never raise a whole
+library's level, nor touch standard error.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from functools import cache
+
+__all__ = ["quiet_libraries"]
+
+_HARMLESS = {
+    # The engine prepares pictures with Pillow, so this is what it wants.
+    "transformers.utils.import_utils": "requires torchvision (not installed); falling back to",
+    "transformers.models.auto.image_processing_auto": "backend is not available. Falling back to",
+    # A faster kernel of a package that is no dependency; the answers are the same.
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+}
+
+
+class _Without(logging.Filter):
+    """Lets everything pass but records with this text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self._text = text
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self._text not in record.getMessage()
+
+
+@cache
+def quiet_libraries() -> None:
+    """Set up the logging of this process so. Idempotent; call it in the engine's process."""
+    for name, text in _HARMLESS.items():
+        logging.getLogger(name).addFilter(_Without(text))
+    # Said for every matrix multiplication of LLM.int8: a level costs less than a filter.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    # peft asks for it by the name that transformers will take away.
+    warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
