@@ -221,10 +221,7 @@ class Requests:
         new = connection.route(assign.reply_to)
         if old is new and stream.epoch == assign.epoch:
             return True  # a copy of what is under way
-        if old is not None and old.connection is not connection:
-            # It moved to another broker: the former one may forget it.
-            old.finished.append((stream.request_id, "cancelled"))
-            self._touch(old)
+        self._leave_broker(connection, stream)
         self._direct(connection, stream, assign, request, now_s)
         self._log("request resumed", stream, resumed_at=stream.attached_at)
         self._tell_window(stream)
@@ -254,11 +251,28 @@ class Requests:
             stream.ttl_until_s = now_s + assign.ttl_ms / 1000
             self._at(stream.ttl_until_s, _Timer.TTL, stream)
 
-    def renounce(self, connection: Connection, stream: Stream) -> None:
-        """Stop a running request whose place a new run takes, slot included."""
+    def _leave_broker(self, connection: Connection, stream: Stream) -> None:
+        """The request comes through `connection` now: its former broker may forget it."""
+        old = stream.route
+        if old is not None and old.connection is not connection:
+            self._tell_over(old.connection, stream.request_id)
+
+    def _tell_over(self, connection: Connection, request_id: bytes) -> None:
+        """Nothing will come of this request here, so that the broker does not wait for its end."""
+        connection.silent.finished.append((request_id, "cancelled"))
+        self._touch(connection.silent)
+
+    def renounce(self, connection: Connection, stream: Stream) -> bool:
+        """Give up what is held, since it cannot be continued for its client. True when a new run
+        takes its place, slot included; False when it had ended."""
+        self._leave_broker(connection, stream)
         connection.held.discard(stream.request_id)  # for this broker it goes on
+        if not stream.running:
+            self.forget(stream)
+            return False
         self.abandon(stream)
         self._slotless.add(stream.job_id)
+        return True
 
     def abandon(self, stream: Stream) -> None:
         """Stop a running request of which nothing more is to be said."""
@@ -273,6 +287,15 @@ class Requests:
             if connection.open and stream.request_id in connection.held:
                 connection.held.discard(stream.request_id)
                 connection.silent.finished.append((stream.request_id, outcome))
+                self._touch(connection.silent)
+
+    def tell_ended(self, connection: Connection) -> None:
+        """The session began: what HELLO named as running may have ended meanwhile."""
+        for request_id in sorted(connection.held):
+            stream = self.streams.get(request_id)
+            if stream is None or stream.end is not None:
+                connection.held.discard(request_id)
+                connection.silent.finished.append((request_id, _outcome(stream)))
                 self._touch(connection.silent)
 
     def forget(self, stream: Stream) -> None:
@@ -327,18 +350,20 @@ class Requests:
         """CANCEL: the engine's next step answers it, or it had ended already.
 
         One that nobody receives any more is dropped: the broker knows that it runs elsewhere, or
-        that its client will not come back. Another broker's CANCEL means nothing, since the request
-        moved from there to here.
+        that its client will not come back. Another broker's CANCEL stops nothing, since the request
+        moved from there to here; that broker is told that it need not wait.
         """
         stream = self.streams.get(request_id)
-        if stream is None:
-            return
-        if stream.route is None:
-            if stream.running:
-                self._log("request abandoned", stream, cause="the broker cancelled it")
-                self.abandon(stream)
-        elif stream.route.connection is not connection:
-            return
+        route = stream.route if stream is not None else None
+        if stream is None or (route is None and not stream.running):
+            self._tell_over(connection, request_id)
+        elif route is None:
+            self._log("request abandoned", stream, cause="the broker cancelled it")
+            self._tell_over(connection, request_id)
+            connection.held.discard(request_id)
+            self.abandon(stream)
+        elif route.connection is not connection:
+            self._tell_over(connection, request_id)
         elif stream.running:
             if not stream.cancelled:
                 stream.cancelled = True
@@ -346,8 +371,7 @@ class Requests:
         elif not stream.end_sent and stream.end is not None:
             # It ended, but the window holds the rest back: nobody wants that any more.
             stream.cut()
-            usage = stream.end[3] if stream.end[0] == END else stream.end[2]
-            stream.end = (END, "cancelled", "", usage, {})
+            stream.end = (END, "cancelled", "", _usage(stream.end), {})
             self.advance(stream, now_s)
 
     def refuse(
@@ -369,8 +393,12 @@ class Requests:
 
     def _end(self, stream: Stream, end: tuple[Any, ...], now_s: float) -> None:
         """The answer is complete: it is sent as far as the window allows, and kept a while."""
+        if stream.cancelled and len(stream.token_ids) > stream.window:
+            # The rest would wait for a window that nobody opens any more.
+            stream.cut()
+            end = (END, "cancelled", "", _usage(end), {})
         stream.end = end
-        outcome = end[1] if end[0] == END else end[1]["code"]
+        outcome = _outcome(stream)
         self._log("request ended", stream, outcome=outcome, tokens=len(stream.token_ids))
         self._tell_holders(stream, outcome)
         size = stream.size_bytes()
@@ -548,3 +576,16 @@ class Requests:
     def _log(self, event: str, stream: Stream, **fields: Any) -> None:
         fields = {"request": stream.request_id[:4].hex(), "model": stream.model, **fields}
         self.out.append(Log(event, fields, logging.DEBUG))
+
+
+def _outcome(stream: Stream | None) -> str:
+    """The finish reason, or the code of the failure, of a request that is over."""
+    if stream is None or stream.end is None:
+        return "cancelled"
+    outcome: str = stream.end[1] if stream.end[0] == END else stream.end[1]["code"]
+    return outcome
+
+
+def _usage(end: tuple[Any, ...]) -> dict[str, int]:
+    usage: dict[str, int] = end[3] if end[0] == END else end[2]
+    return usage

@@ -344,6 +344,7 @@ class WorkerCore:
         if type_ is MessageType.WELCOME:
             welcome = codec.decode(Welcome, body, MAX_CONTROL_OCTETS)
             connection.opened(id_, welcome, now_s)
+            self._requests.tell_ended(connection)
             self._log("broker connected", connection, broker=welcome.broker)
             self._beat(connection, now_s)
         elif type_ is MessageType.REFUSE:
@@ -440,11 +441,7 @@ class WorkerCore:
             if not stream.retryable and requests.resume(connection, stream, assign, request, now_s):
                 return
             # What is held here is not what this client has: it is run on from what the client has.
-            renounced = stream.running
-            if renounced:
-                requests.renounce(connection, stream)
-            else:
-                requests.forget(stream)
+            renounced = requests.renounce(connection, stream)
         if not renounced:
             refusal = self._refusal(assign, beyond, request.model)
             if refusal is not None:
