@@ -156,8 +156,8 @@ class _Dealer:
         return True
 
     def receive(self) -> tuple[bytes, ...] | None:
-        """The next message, or None. A frame object knows whether another follows, which costs a
-        third of asking the socket."""
+        """The next message, or None. A frame object knows whether another follows; asking
+        the socket takes longer than receiving."""
         dealer = self.socket
         if dealer is None:
             return None
