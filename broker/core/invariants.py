@@ -109,6 +109,8 @@ def _check_clients(core: BrokerCore) -> None:
         for request_id, request in client.requests.items():
             assert core.requests.get(request_id) is request, f"{_story(request)} is forgotten"
             assert request.client is client, f"{_story(request)} belongs to another client"
+            open_ = request.phase in (Phase.QUEUED, Phase.RUNNING)
+            assert open_, f"{_story(request)} still counts for its client"
 
 
 def _check_routes(core: BrokerCore) -> None:

@@ -89,6 +89,9 @@ class Call:
     #: When it was queued last; the longest time from there to a worker.
     queued_s: float = math.inf
     waited_s: float = 0.0
+    #: When it was interrupted last; the longest time from there to a worker or the end.
+    lost_s: float = math.inf
+    away_s: float = 0.0
     dropped: bool = False
     #: Its client was killed.
     gone: bool = False

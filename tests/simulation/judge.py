@@ -31,8 +31,11 @@ _SILENCE = frozenset(
     }
 )
 """A worker that is not heard for too long, or whose messages do not count right, counts as dead."""
-_AWAY = frozenset({"pause_client", "unplug_client", "cut_client", "kill_broker", "stop_broker"})
-"""A client that is away for longer than the grace finds its request cancelled."""
+_AWAY = frozenset({"pause_client", "unplug_client", "pause_broker", "kill_broker", "stop_broker"})
+"""A client that is away for longer than the grace finds its request cancelled; where the client
+cannot know itself how long that was."""
+AWAY_S = 2.5
+"""An absence that is surely shorter than all times that requests are kept for."""
 _ONCE = frozenset({*HARMLESS, "cut_client", "garble_client"})
 """Faults that give nobody a reason to compute anything again."""
 LATE_S = 0.001
@@ -50,6 +53,8 @@ def calls(run: Run) -> None:
         on_time = not any(kind.startswith(("pause", "unplug", "kill")) for kind in run.happened)
         if on_time and call.waited_s > run.plan.queue_s + 2 * run.plan.longest_delay_s + LATE_S:
             raise Violation(f"request {call.name} waited {call.waited_s:.3f} s in the queue")
+        if not run.happened and call.resumed and not call.answer.fails_once:
+            raise Violation(f"request {call.name} was resumed although nothing went wrong")
     if run.happened <= _ONCE and run.plan.brokers == 1:
         _nothing_twice(run)
 
@@ -65,7 +70,7 @@ def _failure(run: Run, call: Call) -> None:
     lost = deaths + sum(fault.kind in _SILENCE for fault in run.plan.faults)
     excuse = {
         "poison": lost >= 2,
-        "cancelled": bool(_AWAY & run.happened),
+        "cancelled": bool(_AWAY & run.happened) or call.away_s > AWAY_S,
         "engine_error": call.answer.fails_at is not None and not call.answer.fails_once,
         "deadline_exceeded": any(
             limit_s is not None and lived_s >= limit_s
@@ -84,6 +89,8 @@ def _nothing_twice(run: Run) -> None:
         runs += worker.runs
         computed += worker.computed
     for call in run.calls:
+        if call.away_s > AWAY_S:
+            continue
         again = len(run.all_workers) if call.answer.fails_once else 0
         if runs[call.answer.prompt] > 1 + again:
             raise Violation(f"request {call.name} was begun {runs[call.answer.prompt]} times")

@@ -290,6 +290,8 @@ class SimWorker(Party):
             case EngineCancel(job_id):
                 self.engine.cancel(job_id)
             case RestartEngine():
+                if not self.engine.hung:
+                    raise Violation(f"{self.name} restarts an engine that works")
                 self._new_engine()
             case Exit():
                 self.exit = instruction
@@ -508,10 +510,11 @@ class SimClient(Party):
                     call.queued_s = self.world.now_s
                 case client_fact.Started():
                     call.waited_s = max(call.waited_s, self.world.now_s - call.queued_s)
-                    call.queued_s = math.inf
+                    call.away_s = max(call.away_s, self.world.now_s - call.lost_s)
+                    call.queued_s = call.lost_s = math.inf
                     self.world.note(self.name, f"{id_.hex()[:8]} runs at {item.worker}")
                 case client_fact.Recovering():
-                    call.queued_s = math.inf
+                    call.queued_s, call.lost_s = math.inf, min(call.lost_s, self.world.now_s)
                     self.world.note(self.name, f"{id_.hex()[:8]} recovers: {item.reason}")
                 case BusError():
                     call.outcome, call.error = str(item.code), item
@@ -519,6 +522,7 @@ class SimClient(Party):
             raise Violation(f"{name}: final is {final}, the outcome {call.outcome!r}")
         if call.outcome:
             call.ended_s = self.world.now_s
+            call.away_s = max(call.away_s, self.world.now_s - call.lost_s)
             self.world.note(self.name, f"{id_.hex()[:8]} ends: {call.outcome}")
         if (
             call.outcome

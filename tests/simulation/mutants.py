@@ -1,0 +1,371 @@
+"""Bugs on purpose: a test of the test. Each mutant is one line of a core made wrong; the simulation
+must notice every one.
+
+A mutant is a text replacement in the source of one function, which is compiled again and put in the
+place of the original while the mutant lives. A mutant whose text is not found fails: the code has
+changed, and the mutant must follow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import worker.credit
+import worker.requests
+import worker.streams
+from broker.core import admission, controller, membership, recovery
+from broker.core.controller import BrokerCore
+from client.exchange import Exchange
+from client.session import ClientSession
+from tests.simulation import plan as plans
+from tests.simulation.plan import FAULTS
+
+_HANDLERS: tuple[dict[Any, Any], ...] = (controller._FROM_CLIENT, controller._FROM_WORKER)
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One bug."""
+
+    name: str
+    owner: Any
+    function: str
+    right: str
+    wrong: str
+    #: Where to look for it.
+    kinds: tuple[str, ...] = FAULTS
+    brokers: tuple[int, ...] = (1,)
+
+    @contextlib.contextmanager
+    def alive(self) -> Iterator[None]:
+        """The code with the bug in it."""
+        original = inspect.getattr_static(self.owner, self.function)
+        is_property = isinstance(original, property)
+        plain = original.fget if is_property else original
+        changed = _rewritten(plain, self.right, self.wrong)
+        setattr(self.owner, self.function, property(changed) if is_property else changed)
+        replaced = [
+            (table, key) for table in _HANDLERS for key, value in table.items() if value is original
+        ]
+        for table, key in replaced:
+            table[key] = changed
+        try:
+            yield
+        finally:
+            setattr(self.owner, self.function, original)
+            for table, key in replaced:
+                table[key] = original
+
+
+def _rewritten(function: Any, right: str, wrong: str) -> Any:
+    source = textwrap.dedent(inspect.getsource(function))
+    found = source.count(right)
+    if found != 1:
+        raise LookupError(f"{function.__qualname__} has {found} times {right!r}")
+    code = compile(
+        "from __future__ import annotations\n" + source.replace(right, wrong),
+        f"<mutant of {function.__qualname__}>",
+        "exec",
+    )
+    made: dict[str, Any] = {}
+    exec(code, function.__globals__, made)
+    return made[function.__name__]
+
+
+_Requests = worker.requests.Requests
+_Stream = worker.streams.Stream
+_Pool = worker.credit.CreditPool
+
+MUTANTS = (
+    # --- the client -------------------------------------------------------------------------------
+    Mutant(
+        "the client takes events of an older epoch",
+        ClientSession,
+        "_on_output",
+        "event.epoch != exchange.epoch or ",
+        "",
+        ("odd_output", "cut_client"),
+    ),
+    Mutant(
+        "the client takes events at any offset",
+        Exchange,
+        "accept",
+        "event.offset != have",
+        "False",
+        ("odd_output",),
+    ),
+    Mutant(
+        "the client ignores INTERRUPTED",
+        ClientSession,
+        "_on_interrupted",
+        "exchange = self._exchanges.get(request_id)",
+        "return",
+        plans.WORKER_DEATH,
+    ),
+    Mutant(
+        "a RESUME forgets the tokens received",
+        Exchange,
+        "body",
+        "token_ids=self.token_ids",
+        "token_ids=[]",
+        plans.CLIENT_CONNECTION,
+    ),
+    Mutant(
+        "a RESUME miscounts the characters received",
+        Exchange,
+        "body",
+        "text_characters=self.text_characters",
+        "text_characters=max(0, self.text_characters - 1)",
+        plans.CLIENT_CONNECTION,
+    ),
+    Mutant(
+        "the client blames every worker that interrupts",
+        ClientSession,
+        "_on_interrupted",
+        "interrupted.lost and ",
+        "",
+        plans.DRAIN,
+    ),
+    Mutant(
+        "the client does not resume after a lost session",
+        ClientSession,
+        "session_over",
+        "self._recover(exchange, error, reconnecting=True)",
+        "self._at_broker.add(exchange.id)",
+        ("cut_client",),
+    ),
+    Mutant(
+        "the client never tells its window",
+        ClientSession,
+        "_on_taken",
+        "self._send(MessageType.WINDOW",
+        "len or (MessageType.WINDOW",
+        (),
+    ),
+    Mutant(
+        "an ended request counts as in flight",
+        ClientSession,
+        "_forget",
+        "self._at_broker.discard(exchange.id)",
+        "pass",
+        ("drop",),
+    ),
+    # --- the broker -------------------------------------------------------------------------------
+    Mutant(
+        "the broker attaches a RESUME of an older epoch",
+        recovery,
+        "_resume",
+        "facts.epoch <= known.epoch",
+        "facts.epoch < 0",
+        ("stray", "cut_client"),
+    ),
+    Mutant(
+        "the broker ignores a worker's sequence numbers",
+        BrokerCore,
+        "_on_message",
+        "head.sequence != session.expected",
+        "False",
+        ("garble_worker", "garble_client"),
+    ),
+    Mutant(
+        "a queued request never expires",
+        admission,
+        "on_queue_timer",
+        "request.phase is not Phase.QUEUED",
+        "True",
+        (),
+    ),
+    Mutant(
+        "a full queue takes more",
+        admission,
+        "is_full",
+        "crowded\n",
+        "False\n",
+        ("burst",),
+    ),
+    Mutant(
+        "a cancelled request stays in the queue",
+        BrokerCore,
+        "_close",
+        "self.release(request)",
+        "pass",
+        ("drop", "burst"),
+    ),
+    Mutant(
+        "a vanished client's request stays in the queue",
+        recovery,
+        "orphan",
+        "core.release(request)",
+        "pass",
+        ("cut_client", "burst"),
+    ),
+    Mutant(
+        "a finished request still counts for its client",
+        BrokerCore,
+        "_finish",
+        "request.client.requests.pop(request.id, None)",
+        "pass",
+        (),
+    ),
+    Mutant(
+        "orphans are never cancelled",
+        recovery,
+        "_end_orphan",
+        'core.cancel(request, "its client did not come back")',
+        "pass",
+        ("kill_client",),
+    ),
+    Mutant(
+        "routes outlive their client",
+        BrokerCore,
+        "drop_client",
+        "self.remove_route(route)",
+        "pass",
+        ("cut_client",),
+    ),
+    Mutant(
+        "a superseded session keeps the request",
+        recovery,
+        "_take_over",
+        "old.requests.pop(request.id, None)",
+        "pass",
+        ("cut_client", "unplug_client"),
+    ),
+    Mutant(
+        "nobody is told that the worker is gone",
+        BrokerCore,
+        "interrupt",
+        "if client is not None:",
+        "if client is not None and False:",
+        plans.WORKER_DEATH,
+    ),
+    Mutant(
+        "a heartbeat makes a worker ready",
+        BrokerCore,
+        "_on_worker_heartbeat",
+        "self._grant(worker, beat.granted)",
+        "self._grant(worker, beat.granted + (beat.state is WorkerState.READY))",
+        (),
+    ),
+    Mutant(
+        "a silent peer lives for ever",
+        membership,
+        "watch",
+        ">= session.dead_at_s",
+        ">= 1e9",
+        ("unplug_worker", "unplug_client"),
+    ),
+    Mutant(
+        "a window is not passed on",
+        BrokerCore,
+        "_on_window",
+        "request.worker is not None",
+        "False",
+        (),
+    ),
+    Mutant(
+        "a broker does not say what waits there",
+        membership,
+        "demand",
+        "return sum(",
+        "return 0 * sum(",
+        ("kill_broker", "cut_client"),
+        (2,),
+    ),
+    # --- the worker -------------------------------------------------------------------------------
+    Mutant(
+        "a cancelled job keeps its slot",
+        _Requests,
+        "_engine_event",
+        "del self._jobs[job_id]",
+        "self._jobs.pop(job_id) if fields[0] != 'cancelled' else None",
+        ("drop",),
+    ),
+    Mutant(
+        "a freed slot is granted twice",
+        _Pool,
+        "distribute",
+        "taker.granted += 1",
+        "taker.granted += 1 + (taker.granted > 4)",
+        (),
+    ),
+    Mutant(
+        "credit that was given back is not taken",
+        _Pool,
+        "heard",
+        "connection.returned = returned",
+        "pass",
+        (),
+        (2,),
+    ),
+    Mutant(
+        "an idle broker keeps its credit",
+        _Pool,
+        "recall",
+        "spare = min(need, -connection.wanted)",
+        "spare = 0",
+        ("kill_broker", "cut_client"),
+        (2,),
+    ),
+    Mutant(
+        "a resumed stream is sent from its start",
+        _Stream,
+        "attach",
+        "self.sent = self.attached_at = count",
+        "self.sent = self.attached_at = 0",
+        plans.CLIENT_CONNECTION,
+    ),
+    Mutant(
+        "a resumed stream's text begins at the wrong character",
+        _Stream,
+        "attach",
+        "rest = characters - self.base_characters",
+        "rest = characters",
+        (*plans.WORKER_DEATH, "cut_client"),
+    ),
+    Mutant(
+        "the text that was sent is sent again after a RESUME",
+        _Stream,
+        "attach",
+        "piece += 1",
+        "break",
+        ("cut_client",),
+    ),
+    Mutant(
+        "END overtakes tokens that wait for the window",
+        _Stream,
+        "send_ready",
+        "return limit == total",
+        "pass",
+        (),
+    ),
+    Mutant(
+        "tokens leave without a window",
+        _Requests,
+        "stepped",
+        "and count <= stream.window",
+        "",
+        (),
+    ),
+    Mutant(
+        "ended requests are kept for ever",
+        _Requests,
+        "_fire",
+        "stream.kept_since_s + self._kept_s <= when_s",
+        "False",
+        (),
+    ),
+    Mutant(
+        "requests of a lost session are forgotten",
+        _Requests,
+        "orphan",
+        "stream.orphaned_s = now_s",
+        "self.abandon(stream)",
+        ("cut_worker",),
+    ),
+)
