@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import secrets
+import os
 import sys
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
@@ -295,7 +295,7 @@ def _call(
         if name in _PARAMS and options[name] is not None
     }
     # Always one, so that a resumed stream continues exactly; 2**53 survives JSON.
-    params.setdefault("seed", secrets.randbelow(1 << 53))
+    params.setdefault("seed", int.from_bytes(os.urandom(6)))
     fields = {name: value for name, value in options.items() if value is not None}
     if "trace" not in fields and "opentelemetry.trace" in sys.modules:
         # The program traces itself: what the worker does becomes part of its span.

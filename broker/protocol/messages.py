@@ -8,7 +8,7 @@ OUTPUT events and ledgers are arrays: a field with a default may be appended.
 
 from __future__ import annotations
 
-import secrets
+import os
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
@@ -525,5 +525,6 @@ class Ledger(_Array, frozen=True):
 def new_id() -> bytes:
     """A fresh random id of 16 octets. Never zero in its first octet: ZeroMQ reserves such routing
     ids."""
-    first = secrets.randbelow(255) + 1
-    return bytes((first,)) + secrets.token_bytes(ID_OCTETS - 1)
+    while not (id_ := os.urandom(ID_OCTETS))[0]:
+        pass
+    return id_
