@@ -21,6 +21,7 @@ from bench.zmtp import Connection
 from bench.zmtp import encode as zmtp_message
 from broker.protocol import codec, header
 from broker.protocol.header import NO_ID, MessageType
+from broker.protocol.limits import HEADER_OCTETS
 from broker.protocol.messages import Hello, ModelInfo, new_id
 
 Frames = list[bytes]
@@ -59,7 +60,7 @@ class Hostile:
         frames = self.random.choice(self._makers)()
         if frames and self.random.random() < 0.7:
             type_ = self.random.choice(list(MessageType))
-            if len(frames[0]) == header.HEADER_OCTETS and self.random.random() < 0.7:
+            if len(frames[0]) == HEADER_OCTETS and self.random.random() < 0.7:
                 with contextlib.suppress(ValueError):
                     type_ = MessageType(frames[0][3])
             frames[0] = header.encode(type_, new_id(), sequence, self.random.choice((0, 0, 1)))
@@ -83,7 +84,7 @@ class Hostile:
     def _wrong_shape(self) -> Frames:
         """A header with msgpack of anything."""
         body = msgpack.packb(self._value(4))
-        return [bytes(header.HEADER_OCTETS), body, *([b"x"] * self.random.randrange(3))]
+        return [bytes(HEADER_OCTETS), body, *([b"x"] * self.random.randrange(3))]
 
     def _value(self, depth: int) -> object:
         kind = self.random.randrange(9 if depth else 7)
@@ -131,7 +132,7 @@ class Hostile:
                 b"\xc1",
             )
         )
-        return [bytes(header.HEADER_OCTETS), body]
+        return [bytes(HEADER_OCTETS), body]
 
 
 def pester(address: str, seed: int, messages: int, *, role: str = "client") -> int:
@@ -202,7 +203,7 @@ def oversized_frame(address: str, octets: int) -> None:
     connection = Connection(address, new_id(), TIMEOUT_S)
     try:
         with contextlib.suppress(OSError):
-            connection.send([bytes(header.HEADER_OCTETS), bytes(octets)])
+            connection.send([bytes(HEADER_OCTETS), bytes(octets)])
     finally:
         connection.close()
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.chaos import Outcome, differences, judge, recoveries_ms
+from bench.chaos_judge import Outcome, differences, judge, recoveries_ms
 from bench.chaos_reader import Got
 from bench.common import ROOT
 

@@ -1,0 +1,114 @@
+"""What came of a fault: streams compared with the run without faults, and how long they paused.
+
+Pure functions on what readers report; nothing here knows how a fault is made.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+from bench.chaos_reader import Got, arguments_of
+from bench.common import percentile
+from worker.engines import echo_tokens
+
+PACE_MS: Final = 20.0
+"""Between two tokens of a stream."""
+
+Reference = dict[int, Got]
+
+
+# --- what came of it ------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """One fault, over all its rounds."""
+
+    fault: str
+    requests: int = 0
+    #: Streams that were continued at least once.
+    resumed: int = 0
+    #: Requests that ended with a typed error.
+    failed: int = 0
+    tokens_lost: int = 0
+    tokens_doubled: int = 0
+    texts_altered: int = 0
+    #: Of every affected stream, milliseconds.
+    recovery_ms: list[float] = field(default_factory=list)
+    #: What broke a promise; empty is good.
+    wrong: list[str] = field(default_factory=list)
+    #: Further figures of this fault.
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        """As it stands in a JSON line."""
+        row = asdict(self)
+        times = row.pop("recovery_ms")
+        row |= row.pop("figures")
+        wrong = row.pop("wrong")
+        row["affected"] = len(times)
+        for percent in (50, 99):
+            row[f"recovery_p{percent}_ms"] = round(percentile(times, percent), 1) if times else None
+        return row | ({"wrong": wrong} if wrong else {})
+
+
+def differences(got: Sequence[int], expected: Sequence[int]) -> tuple[int, int]:
+    """Tokens lost and tokens doubled (or made up) between an answer and what it should be."""
+    lost = doubled = 0
+    matcher = difflib.SequenceMatcher(None, expected, got, autojunk=False)
+    for kind, low, high, other_low, other_high in matcher.get_opcodes():
+        if kind != "equal":
+            lost += high - low
+            doubled += other_high - other_low
+    return lost, doubled
+
+
+def judge(outcome: Outcome, streams: Sequence[Got], reference: Reference) -> None:
+    """Compare what was read with the run without faults. A stream that failed must be a true
+    beginning of its answer."""
+    for got in streams:
+        expected = reference[got.lane]
+        outcome.requests += 1
+        outcome.resumed += got.resumed > 0
+        ids, text = expected.token_ids, expected.text
+        if got.error is not None:
+            outcome.failed += 1
+            ids, text = ids[: len(got.token_ids)], text[: len(got.text)]
+        if got.token_ids != ids:
+            lost, doubled = differences(got.token_ids, ids)
+            outcome.tokens_lost += lost
+            outcome.tokens_doubled += doubled
+        outcome.texts_altered += got.text != text
+
+
+def recoveries_ms(streams: Sequence[Got], struck_s: float, workers: Sequence[str]) -> list[float]:
+    """The longest pause after the fault of each stream that it hit: those that ran at one of these
+    workers, or everywhere where none is named."""
+    found = []
+    for got in streams:
+        at = [worker for since_s, worker in got.workers if since_s <= struck_s]
+        running = got.arrived_s and got.arrived_s[0] <= struck_s < got.arrived_s[-1]
+        if not running or (workers and at[-1:] and at[-1] not in workers):
+            continue
+        times = [struck_s, *(moment_s for moment_s in got.arrived_s if moment_s > struck_s)]
+        pauses = (after - before for before, after in itertools.pairwise(times))
+        found.append(max(pauses) * 1000)
+    return found
+
+
+def check_reference(streams: Sequence[Got], tokens: int) -> None:
+    """The run without faults against what the echo engine must say. Raises `RuntimeError`."""
+    for got in streams:
+        asked = arguments_of(got.lane, tokens, PACE_MS)
+        if got.lane % 2:
+            seeds = (asked["seed"], zlib.crc32(asked["prompt"].encode()))
+            expected = [echo_tokens.sampled_token(*seeds, at) for at in range(tokens)]
+        else:
+            expected = echo_tokens.tokenize(asked["prompt"])[:tokens]
+        if got.error is not None or got.token_ids != expected:
+            raise RuntimeError(f"lane {got.lane} is wrong without any fault: {got}")
