@@ -84,8 +84,8 @@ def test_a_run_does_not_depend_on_the_order_of_sets() -> None:
 
 def test_scenarios_meet_what_they_are_made_for() -> None:
     """The faults bite: streams are resumed, requests refused, limits passed."""
-    seen = {"resumed": 0, "deadline_exceeded": 0, "engine_error": 0, "cancelled": 0, "end": 0}
-    for seed in range(1, 200):
+    seen = {"resumed": 0, "deadline_exceeded": 0, "engine_error": 0, "end": 0}
+    for seed in range(1, 60):
         run = Run(make(seed)).to_the_end()
         for call in run.calls:
             seen["resumed"] += call.resumed > 0
