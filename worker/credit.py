@@ -54,6 +54,8 @@ class CreditPool:
 
         A broker is asked for more only when it has answered; what it had spent meanwhile it keeps.
         """
+        if len(self._connections) == 1 and self._connections[0].unused <= slots:
+            return  # the common case, after every step of the engine
         open_ = [connection for connection in self._connections if connection.open]
         beyond = sum(connection.unused for connection in open_) - slots
         beyond -= sum(connection.recalled - connection.answered for connection in open_)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from broker.core import recovery
 from broker.core.requests import Phase, Request
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ def _check_queues(core: BrokerCore) -> None:
         assert new <= core.settings.queue_requests, f"{new} requests wait for {model}"
         assert queue.bytes == sum(entry.size_bytes for entry in entries), f"{model} miscounts bytes"
         assert not core.registry.available(model) or all(
-            entry.lost_workers or recovery.awaits_holder(core, entry) for entry in entries
+            entry.lost_workers or entry.holder for entry in entries
         ), f"requests wait for {model} while a worker has a free slot"
     total = sum(queue.bytes for queue in core.queues.values())
     assert core.queued_bytes == total, f"{core.queued_bytes} octets counted, {total} queued"

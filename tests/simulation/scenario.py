@@ -15,8 +15,9 @@ from worker.events import StopRequested
 
 MENDED_BOUND_S = 240.0
 """Everything that can be served is, this long after the last fault."""
-GONE_BOUND_S = 40.0
-"""Nothing is left behind, this long after everyone has gone: all graces and a longest back-off."""
+GONE_BOUND_S = 60.0
+"""Nothing is left behind, this long after everyone has gone: all graces, an attempt to connect and
+a longest back-off."""
 RESTART_S = 3.0
 """A supervisor starts another process in place of one that is gone."""
 KEEP_S = 3.0
