@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+# Before torch is imported, here and in every worker of a test: models this small gain nothing by
+# more threads, and OpenMP's busy waiting on a machine that is shared costs a hundredfold.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from tests.harness import Bus, running_bus
 
 
