@@ -256,7 +256,8 @@ def test_the_buss_own_ids_lead_from_an_answer_to_the_brokers_log(
         assert len(ids) == 2
         for id_ in ids:
             wait_until(lambda id_=id_: id_ in broker.log(), "the id in the broker's log")
-        assert answer.headers["x-bus-requests"] in gateway.process.log()
+        both = answer.headers["x-bus-requests"]
+        wait_until(lambda both=both: both in gateway.process.log(), "the ids in the gateway's log")
 
 
 def test_what_is_not_there_is_told_in_the_same_shape(http: httpx.Client) -> None:
