@@ -332,5 +332,5 @@ def test_wrong_options_are_told() -> None:
 
 def test_the_registry_knows_the_built_in_engines_and_names_them_when_asked_for_another() -> None:
     assert registry.load("echo") is echo.build
-    with pytest.raises(EngineLoadError, match="there are: echo, .*transformers"):
+    with pytest.raises(EngineLoadError, match=r"there are: echo, .*transformers"):
         registry.load("nosuch")
