@@ -514,8 +514,15 @@ class BrokerCore(BusState):
                     request.started_s = self.now_s
                     self.figures.started(request, self.now_s)
             for finished in ledger.finished:
-                self._finish(worker, finished)
+                # Without a route it is about requests that nobody receives; one that was attached
+                # meanwhile is replayed, and named again with its end.
+                if head.id != header.NO_ID or not self._awaited(worker, finished.request_id):
+                    self._finish(worker, finished)
             self._grant(worker, ledger.granted)
+
+    def _awaited(self, worker: WorkerSession, request_id: bytes) -> bool:
+        request = worker.running.get(request_id)
+        return request is not None and request.client is not None and not request.cancelled
 
     def _finish(self, worker: WorkerSession, finished: Finished) -> None:
         """A request left its slot. Its END may still wait at the worker for the client's window."""

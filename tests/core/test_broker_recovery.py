@@ -7,7 +7,7 @@ import pytest
 from broker.core.events import PeerUnreachable, ShutdownForced, ShutdownRequested, Side
 from broker.core.instructions import StopLoop
 from broker.protocol import codec
-from broker.protocol.header import MessageType
+from broker.protocol.header import NO_ID, MessageType
 from broker.protocol.messages import FailEvent, Finished, Held, Ledger, TokensEvent
 from tests.core.broker_facts import Bus, ClientPeer, WorkerPeer, types
 
@@ -156,6 +156,21 @@ def test_a_replay_that_is_rejected_late_is_still_interrupted() -> None:
     client.receive()
     worker.reject(assign)
     assert client.only(MessageType.INTERRUPTED).id == request_id
+
+
+def test_a_held_request_that_ended_while_it_was_attached_is_open_until_its_end_comes() -> None:
+    """Found by the simulation: the worker's word that it had ended crossed the ASSIGN."""
+    bus = Bus()
+    client = bus.client()
+    request_id = bus.new_id()
+    client.resume(request_id)
+    worker = bus.worker(holds=(Held(request_id, 0, 7),))
+    (assign,) = [m for m in worker.first if m.type is MessageType.ASSIGN]
+    client.receive()
+    worker.output(NO_ID, ledger=Ledger(worker.granted, [Finished(request_id, "stop", 1, 7)]))
+    assert request_id in bus.core.clients[client.routing_id].requests
+    worker.finish(assign, grant=False)
+    assert bus.core.clients[client.routing_id].requests == {}
 
 
 def test_a_replay_is_open_until_its_end_was_sent_again() -> None:
