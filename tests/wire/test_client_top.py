@@ -170,6 +170,8 @@ class Window:
 
     def __init__(self, *arguments: str, columns: int = 100, rows: int = 30) -> None:
         self._ours, theirs = pty.openpty()
+        # They would overrule the size of the terminal.
+        unsized = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
         self.before = termios.tcgetattr(theirs)
         self.resize(columns, rows)
         self.process = subprocess.Popen(
@@ -178,7 +180,7 @@ class Window:
             stdout=theirs,
             stderr=theirs,
             cwd=ROOT,
-            env={**os.environ, "TERM": "xterm-256color"},
+            env={**unsized, "TERM": "xterm-256color"},
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
