@@ -164,6 +164,13 @@ def _reset_back(blow: Blow) -> None:
     blow.stage.back_proxy.reset()
 
 
+def _reset_back_twice(blow: Blow) -> None:
+    """No worker dies: two lost connections within one request are no reason to call it poison."""
+    _reset_back(blow)
+    time.sleep(0.7)
+    _reset_back(blow)
+
+
 def _reset_again_and_again(blow: Blow) -> None:
     for _ in range(4):
         _reset_front(blow)
@@ -369,6 +376,7 @@ FAULTS: Final = (
     Fault("network, workers: half-open", _half_open_back, layout=_PROXIED),
     Fault("network, clients: reset", _reset_front, layout=_PROXIED),
     Fault("network, workers: reset", _reset_back, layout=_PROXIED),
+    Fault("network, workers: reset twice", _reset_back_twice, layout=_PROXIED),
     Fault("network: resets again and again", _reset_again_and_again, layout=_PROXIED),
     Fault("network: 0.2 s late", _delay, layout=_PROXIED),
     Fault("logs: disk full", _kill_link, hits=("w1",), layout=Layout(full_disk=True)),

@@ -263,6 +263,8 @@ class BrokerCore(BusState):
             request.client = None
             request.phase = Phase.INTERRUPTED
             request.outcome = "interrupted"
+            if lost:
+                request.lost_workers += (request.worker_name,)
             self.keep(request)
         else:
             request.outcome = "orphaned"
@@ -306,7 +308,6 @@ class BrokerCore(BusState):
         if body.resume is not None:
             request.epoch = body.resume.epoch
             request.offset = len(body.resume.token_ids)
-            request.lost_workers = tuple(body.resume.lost_workers)
             request.holder = body.resume.holder
         if self.settings.placement == "affinity":
             request.prefix_key = placement.prefix_key(body)

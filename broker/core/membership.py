@@ -281,6 +281,8 @@ def forgive(core: BrokerCore, late_s: float) -> None:
         session.shift(late_s)
     for request in core.requests.values():
         request.orphan_until_s += late_s
+        if request.suspect_until_s is not None:
+            request.suspect_until_s += late_s
     core.instruct(Log("warning", "the broker was late", {"late_s": round(late_s, 3)}))
 
 

@@ -5,7 +5,9 @@ Functions on the core's state, called by the controller alone.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
 
 from broker.core import admission
 from broker.core.requests import Phase, Request
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from broker.core.controller import BrokerCore, Frames
     from broker.core.sessions import ClientSession
     from broker.core.workers import Route, WorkerSession
+
+POISON_DEATHS: Final = 2
+"""Workers that died while they ran a request; it is not given to another one."""
 
 
 def resume(core: BrokerCore, client: ClientSession, head: Header, frames: Frames) -> None:
@@ -54,27 +59,59 @@ def _resume(
             return
         core.release(known)
         core.forget(known)
-    elif (holder := connected(core, facts.holder, body.model)) is not None:
+    elif (holder := _holder(core, body)) is not None:
         # It came from another broker. A worker that does not have it any more will REJECT it.
         request = Request(request_id, body.model, Phase.RUNNING, core.now_s)
         request.order = order
         core.requests[request_id] = request
         _attach(core, client, request, holder, body, frames)
         return
-    if len(facts.lost_workers) >= 2:
-        raise RequestError(
-            ErrorCode.POISON,
-            f"workers {', '.join(facts.lost_workers[:8])} died while they ran this request; "
-            "it is not given to another one",
-        )
     waiting = known is not None and known.phase in (Phase.QUEUED, Phase.PARKED)
     since_s = known.queued_s if known is not None and waiting else core.now_s
     request = Request(request_id, body.model, Phase.QUEUED, since_s)
     request.order = order or next(core.numbers)
+    request.returned = known.returned if known is not None else ()
+    request.lost_workers = _not_returned(facts.lost_workers, request.returned)
+    if len(request.lost_workers) >= POISON_DEATHS:
+        before_s = known.suspect_until_s if known is not None else None
+        settled_s = core.now_s + core.settings.settle_s
+        request.suspect_until_s = settled_s if before_s is None else before_s
     request.admitted = known is not None or bool(
         facts.token_ids or facts.holder or facts.lost_workers
     )
     core.enqueue(client, request, body, frames)
+    if request.suspect_until_s is not None:
+        _judge(core, request)
+
+
+def _not_returned(lost: Sequence[str], returned: Sequence[str]) -> tuple[str, ...]:
+    """Lost workers without those that came back with the request: it did not kill them."""
+    return tuple((Counter(lost) - Counter(returned)).elements())
+
+
+def _judge(core: BrokerCore, request: Request) -> None:
+    """Timer of a request that looks like poison: the workers may have lost nothing but their
+    connections, and come back with it in `Hello.holds`."""
+    due_s = request.suspect_until_s
+    mine = core.requests.get(request.id) is request and request.phase is Phase.QUEUED
+    if due_s is None or not mine:
+        return
+    if core.now_s < due_s:
+        core.at(due_s, _judge, request)
+        return
+    names = ", ".join(request.lost_workers[:8])
+    error = f"workers {names} died while they ran this request; it is not given to another one"
+    core.fail(request, RequestError(ErrorCode.POISON, error))
+
+
+def _holder(core: BrokerCore, body: RequestBody) -> WorkerSession | None:
+    """A worker that is here and may have a request that this broker does not know: by the client's
+    word, or one that it takes for dead although only a connection to another broker broke."""
+    facts = body.resume
+    assert facts is not None, "admission checked it"
+    lost = facts.lost_workers if len(facts.lost_workers) >= POISON_DEATHS else ()
+    here = (connected(core, name, body.model) for name in (facts.holder, *lost))
+    return next((worker for worker in here if worker is not None), None)
 
 
 def connected(core: BrokerCore, name: str, model: str) -> WorkerSession | None:
@@ -84,9 +121,9 @@ def connected(core: BrokerCore, name: str, model: str) -> WorkerSession | None:
 
 
 def awaits_holder(core: BrokerCore, request: Request) -> bool:
-    """A broker that has just started waits a moment for the worker that still runs a request,
-    before another one computes it again."""
-    return (
+    """No worker may begin it now. A broker that has just started waits a moment for the worker that
+    still runs a request, before another one computes it again."""
+    return request.suspect_until_s is not None or (
         bool(request.holder)
         and core.now_s < core.started_s + core.settings.settle_s
         and connected(core, request.holder, request.model) is None
@@ -178,6 +215,9 @@ def take_in(core: BrokerCore, worker: WorkerSession, holds: list[Held]) -> None:
         other = known.worker if known is not None else None
         if other is worker:
             continue  # named twice
+        if known is not None and worker.name in known.lost_workers:
+            known.returned += (worker.name,)
+            known.lost_workers = _not_returned(known.lost_workers, (worker.name,))
         if other is not None:
             if other.name != worker.name:
                 # It runs elsewhere by now: the one that slept through that must not go on.
@@ -201,6 +241,7 @@ def _hold(core: BrokerCore, worker: WorkerSession, held: Held, known: Request | 
     request.worker = worker
     request.worker_name = worker.name
     request.cancelled = False
+    request.suspect_until_s = None
     core.requests[request.id] = request
     (worker.running if request.phase is Phase.RUNNING else worker.ended)[request.id] = request
     if request.phase is Phase.ENDED:

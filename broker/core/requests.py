@@ -62,8 +62,10 @@ class Request:
         "priority",
         "queue_until_s",
         "queued_s",
+        "returned",
         "size_bytes",
         "started_s",
+        "suspect_until_s",
         "ttl_until_s",
         "user_key",
         "window",
@@ -100,7 +102,12 @@ class Request:
         self.window = 0
         #: The window that stands in the body; where it moved meanwhile, WINDOW follows ASSIGN.
         self.window_told = 0
+        #: Workers that were lost while they ran it, as often, less those that came back with it.
         self.lost_workers: tuple[str, ...] = ()
+        #: Lost workers that came back with it, as often: the client still counts them.
+        self.returned: tuple[str, ...] = ()
+        #: It looks like poison and waits so long for lost workers to come back; None: it does not.
+        self.suspect_until_s: float | None = None
         #: The worker that ran it last and may still have it, by the client's word; empty: none.
         self.holder = ""
         #: Of the affinity placement: equal for prompts that start alike.

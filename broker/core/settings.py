@@ -84,7 +84,10 @@ class CoreSettings:
     )
     ended_keep: int = option(20_000, "", "ended requests remembered; about 1 kB each", low=0)
     settle_s: float = option(
-        5.0, "s", "a new broker waits so long for the worker that still runs a request", low=0
+        5.0,
+        "s",
+        "wait for workers that may come back with a request; their first back-offs are below 2 s",
+        low=0,
     )
     stall_no_work_s: float = option(
         30.0, "s", "engine without progress gets no new work; a long prefill stays below", low=0.01

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from broker.core.events import PeerUnreachable, ShutdownForced, ShutdownRequested, Side
+from broker.core.events import LoopWasLate, PeerUnreachable, ShutdownForced, ShutdownRequested, Side
 from broker.core.instructions import StopLoop
 from broker.protocol import codec
 from broker.protocol.header import NO_ID, MessageType
@@ -262,12 +262,123 @@ def test_a_lost_worker_is_taken_again_where_it_is_the_only_one() -> None:
 
 
 def test_a_request_that_saw_two_workers_die_is_poison() -> None:
-    bus = Bus()
+    """The dead do not come back: once they had time to, nobody else is given the request."""
+    bus = Bus(settle_s=4)
     worker, client = bus.worker(), bus.client()
     client.resume(bus.new_id(), epoch=2, tokens=4, lost=("a", "b"))
+    bus.wait(3.9)
+    assert types(client.receive()) == ["ACCEPTED"]
+    bus.wait(0.2)
     (fail,) = client.events()
     assert (fail.error.code, fail.epoch, fail.offset) == ("poison", 2, 4)
     assert worker.assigned() == []
+    assert bus.core.queues == {}
+
+
+def test_a_worker_that_died_twice_is_two_deaths() -> None:
+    bus = Bus()
+    client = bus.client()
+    client.resume(bus.new_id(), epoch=2, lost=("again", "again"))
+    bus.worker("again")
+    bus.wait(5.1)
+    assert client.failure() == "poison"
+
+
+def test_connections_that_broke_twice_are_no_deaths_where_the_worker_comes_back() -> None:
+    """Two resets within one request, of a worker that went on all the while."""
+    bus = Bus()
+    worker, client = bus.worker("w"), bus.client()
+    request_id = client.request()
+    for epoch in (1, 2, 3):
+        vanish(worker)
+        client.receive()
+        client.resume(request_id, epoch, tokens=epoch, lost=("w",) * epoch)
+        bus.wait(1.0)
+        worker = bus.worker("w", holds=(Held(request_id, epoch - 1, 9),), grant=False)
+        (assign,) = [m for m in worker.first if m.type is MessageType.ASSIGN]
+        assert (assign.assign.attach, assign.assign.epoch) == (True, epoch)
+    worker.finish(assign)
+    assert len(client.events()) == 1
+
+
+def test_a_worker_that_comes_back_too_late_for_the_request_is_not_counted_either() -> None:
+    """Each reset moves the request on before the worker that held it is back."""
+    bus = Bus()
+    first, client = bus.worker("first"), bus.client()
+    request_id = client.request()
+    second = bus.worker("second")
+    vanish(first)
+    client.resume(request_id, 1, lost=("first",))
+    assert second.assigned_ids() == [request_id]
+    bus.worker("first", holds=(Held(request_id, 0, 2),), grant=False)
+    third = bus.worker("third")
+    vanish(second)
+    client.resume(request_id, 2, lost=("first", "second"))
+    assert third.assigned_ids() == [request_id], "one worker is missing, not two"
+    vanish(third)
+    client.receive()
+    client.resume(request_id, 3, lost=("first", "second", "third"))
+    bus.wait(5.1)
+    assert client.failure() == "poison"
+
+
+def test_a_worker_that_is_back_before_the_resume_is_not_counted() -> None:
+    bus = Bus()
+    worker, client = bus.worker("w"), bus.client()
+    request_id = client.request()
+    vanish(worker)
+    client.receive()
+    back = bus.worker("w", holds=(Held(request_id, 0, 1),), grant=False)
+    client.resume(request_id, 1, lost=("w",))
+    (assign,) = back.assigned()
+    assert assign.assign.attach
+    other = bus.worker("other")
+    vanish(back)
+    client.resume(request_id, 2, lost=("w", "w"))
+    assert other.assigned_ids() == [request_id]
+
+
+def test_the_lost_worker_may_be_here_although_another_broker_lost_it() -> None:
+    """Its connection to the client's former broker broke twice, the one to this broker did not."""
+    bus = Bus()
+    worker, client = bus.worker("w"), bus.client()
+    request_id = bus.new_id()
+    client.resume(request_id, 2, lost=("w", "w"))
+    (assign,) = worker.assigned()
+    assert assign.assign.attach
+    client.receive()
+    worker.reject(assign)
+    client.only(MessageType.INTERRUPTED)
+    client.resume(request_id, 3, lost=("w", "w"))
+    assert worker.assigned() == [], "it was asked and does not have it"
+    bus.wait(4)
+    worker.beat()
+    bus.wait(1.1)
+    assert client.failure() == "poison"
+
+
+def test_a_request_under_suspicion_is_judged_once_however_often_it_is_resumed() -> None:
+    bus = Bus(settle_s=4)
+    client = bus.client()
+    request_id = bus.new_id()
+    client.resume(request_id, 2, lost=("a", "b"))
+    bus.wait(3)
+    client.receive()
+    client.resume(request_id, 3, lost=("a", "b"))
+    bus.wait(1.1)
+    assert client.failure() == "poison"
+
+
+def test_a_broker_that_was_stopped_gives_lost_workers_their_time() -> None:
+    bus = Bus(settle_s=4)
+    client = bus.client()
+    request_id = bus.new_id()
+    client.resume(request_id, 2, lost=("a", "b"))
+    bus.now_s += 20
+    bus.handle(LoopWasLate(20.0))
+    bus.wait(3.9)
+    worker = bus.worker("a", holds=(Held(request_id, 1, 2),), grant=False)
+    assert MessageType.ASSIGN in {message.type for message in worker.first}
 
 
 def test_a_stale_resume_from_another_session_does_not_steal_the_stream() -> None:

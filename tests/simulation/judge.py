@@ -20,17 +20,11 @@ if TYPE_CHECKING:
 
 Left = Callable[["Run"], str]
 
-_SILENCE = frozenset(
-    {
-        "pause_worker",
-        "unplug_worker",
-        "cut_worker",
-        "garble_worker",
-        "pause_broker",
-        "hang_engine",
-    }
-)
-"""A worker that is not heard for too long, or whose messages do not count right, counts as dead."""
+_SILENCE = frozenset({"pause_worker", "unplug_worker", "hang_engine"})
+"""A worker that cannot come back in time counts as dead. One whose connection broke can, until its
+back-off is longer than requests are kept for."""
+_BROKEN = frozenset({"cut_worker", "garble_worker"})
+_QUICK_RETURNS = 3
 _AWAY = frozenset({"pause_client", "unplug_client", "pause_broker", "kill_broker", "stop_broker"})
 """A client that is away for longer than the grace finds its request cancelled; where the client
 cannot know itself how long that was."""
@@ -67,7 +61,9 @@ def _failure(run: Run, call: Call) -> None:
         )
     lived_s = call.ended_s - call.made_s + LATE_S
     deaths = sum(worker.deaths for worker in run.all_workers)
-    lost = deaths + sum(fault.kind in _SILENCE for fault in run.plan.faults)
+    faults = Counter(fault.kind for fault in run.plan.faults)
+    silent, broken = (sum(faults[kind] for kind in kinds) for kinds in (_SILENCE, _BROKEN))
+    lost = deaths + silent + max(0, broken - _QUICK_RETURNS)
     excuse = {
         "poison": lost >= 2,
         "cancelled": bool(_AWAY & run.happened) or call.away_s > AWAY_S,

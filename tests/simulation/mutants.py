@@ -237,6 +237,14 @@ MUTANTS = (
         ("cut_client", "unplug_client"),
     ),
     Mutant(
+        "a worker that comes back with the request counts as dead",
+        recovery,
+        "take_in",
+        "known.returned += (worker.name,)",
+        "pass",
+        ("cut_worker",),
+    ),
+    Mutant(
         "nobody is told that the worker is gone",
         BrokerCore,
         "interrupt",
