@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from typing import Any
 
 import pytest
@@ -180,6 +181,18 @@ def test_sampled_tokens_depend_on_seed_prompt_and_position_alone() -> None:
     assert len(first) == 20
     assert first != answer(build(), job("p", seed=4, options=options))[0]
     assert first != answer(build(), job("q", seed=3, options=options))[0]
+
+
+@pytest.mark.parametrize("tokens_per_step", [1, 7, 64, 150])
+@pytest.mark.parametrize("seed", [0, 3, (1 << 48) - 1])
+def test_tokens_drawn_many_at_a_time_are_those_drawn_one_by_one(
+    seed: int, tokens_per_step: int
+) -> None:
+    options = {"mode": "sampled", "answer_tokens": 200, "tokens_per_step": tokens_per_step}
+    ids, text, _ = answer(build(), job("p", seed=seed, options=options))
+    prompt_hash = zlib.crc32(b"p")
+    assert ids == [echo_tokens.sampled_token(seed, prompt_hash, at) for at in range(200)]
+    assert text == echo_tokens.detokenize(ids)
 
 
 @pytest.mark.parametrize("tokens_per_step", [1, 4])

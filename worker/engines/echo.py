@@ -74,6 +74,8 @@ from worker.engines.echo_tokens import (
     Text,
     detokenize,
     sampled_token,
+    sampled_tokens,
+    texts,
     token_octets,
     tokenize,
 )
@@ -129,13 +131,15 @@ class _Run:
     __slots__ = (
         "added_s",
         "answer",
-        "bytes_only",
+        "drawn",
+        "drawn_from",
         "end_at",
         "fault_at",
         "image_tokens",
         "limit",
         "options",
         "params",
+        "plain",
         "position",
         "prefill_until_s",
         "prompt_hash",
@@ -176,6 +180,15 @@ class _Run:
         self.fault_at = {
             at: name for name in FAULTS if faults and (at := getattr(options, name)) >= 0
         }
+        #: Words alone, drawn many at a time, as long as nothing but the answer's end is to come.
+        self.plain = (
+            self.answer is None
+            and not (params.forced_token_ids or params.stop_token_ids or self.fault_at)
+            and params.logprobs is None
+        )
+        #: Tokens drawn ahead, and the position of the first.
+        self.drawn: list[int] = []
+        self.drawn_from = 0
         self.image_tokens = 0
         self.added_s = self.started_s = time.monotonic()
         self.prefill_until_s = self.added_s + options.prefill_ms / 1000
@@ -188,6 +201,17 @@ class _Run:
                 return forced[position]
             return sampled_token(self.params.seed, self.prompt_hash, position)
         return self.answer[position % len(self.answer)] if self.answer else ord(".")
+
+    def draw(self, count: int) -> list[int]:
+        """The next tokens of a sampled answer; they count as said."""
+        at = self.position - self.drawn_from
+        ids = self.drawn[at : at + count]
+        while len(ids) < count:
+            self.drawn_from = self.position + len(ids)
+            self.drawn = sampled_tokens(self.params.seed, self.prompt_hash, self.drawn_from)
+            ids += self.drawn[: count - len(ids)]
+        self.position += count
+        return ids
 
     def visible(self, text: str) -> str:
         """Text without what the client has already."""
@@ -365,6 +389,7 @@ class EchoEngine:
         run.image_tokens = len(images)
         self._describe_prompt(job, run, prompt, events)
         if not self._replay(job, run, events):
+            run.plain = run.plain and run.text.plain and run.options.tokens_per_step > 0
             self._runs[job.request_id] = run
 
     def _options(self, request: Request, text: str) -> tuple[Options, bool]:
@@ -421,7 +446,15 @@ class EchoEngine:
     def _advance(self, run: _Run, events: list[EngineEvent]) -> None:
         """One step of one request."""
         position = run.position
-        count = min(run.options.tokens_per_step, run.limit - position, run.end_at - position)
+        count = run.options.tokens_per_step
+        if run.plain and position + count < run.limit and position + count < run.end_at:
+            ids = run.draw(count)
+            words = texts()
+            text = words[ids[0]] if count == 1 else "".join([words[token] for token in ids])
+            self._tokens += count
+            events.append(Tokens(run.request_id, ids, run.visible(text) if run.skip else text))
+            return
+        count = min(count, run.limit - position, run.end_at - position)
         if run.fault_at:
             due = [at for at in run.fault_at if at < position + max(1, count)]
             if due and min(due) <= position:
@@ -429,7 +462,7 @@ class EchoEngine:
                 return
             if due:
                 count = min(due) - position
-        ids: list[int] = []
+        ids = []
         text = ""
         end: Ended | None = None
         tail: list[EngineEvent] = []
