@@ -1,6 +1,7 @@
 """`demo`: a broker, a worker with the bundled model, a picture, an answer, and everything stopped.
 
-The whole bus for real, in processes of its own on free loopback ports.
+The whole bus for real (`demo_bus`). With `--web` a gateway as well: the answer is then had in the
+browser, and the bus runs until Ctrl-C.
 """
 
 from __future__ import annotations
@@ -8,36 +9,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+import webbrowser
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import Final
 
-from client import BusError, Client, End, Timeout
+from client import Client, End, InvalidRequest, Timeout
+from client.cli.demo_bus import GATEWAY_PORT, DemoBus, DemoError
 from client.cli.generate import show, summary
 from client.cli.terminal import Terminal
 from client.images import Image
 
-STOP_S: Final = 10.0
-"""A process that has not ended so long after SIGTERM is killed."""
-
-WORKER: Final = "demo"
-QUIET: Final = ("--log-level", "warning", "--log-format", "text")
-"""So that the last line of a process that fails is its reason."""
-
-NEEDED: Final = ("torch", "transformers", "PIL")
-
-
-class DemoError(BusError):
-    """The demo cannot go on; the message says why."""
+WORKER_NEEDS: Final = ("torch", "transformers", "PIL")
+GATEWAY_NEEDS: Final = ("starlette", "uvicorn", "openai", "prometheus_client")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +49,18 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--engine", default="transformers", help="[transformers] or echo")
     parser.add_argument("--keep", action="store_true", help="leave the bus running until Ctrl-C")
     parser.add_argument(
+        "--web", action="store_true", help="chat about a picture in the browser, until Ctrl-C"
+    )
+    parser.add_argument(
+        "--port",
+        type=int,
+        metavar="N",
+        help=f"with --web: the page's [{GATEWAY_PORT}, or a free one where that is in use]",
+    )
+    parser.add_argument(
+        "--no-browser", action="store_true", help="with --web: print the address only"
+    )
+    parser.add_argument(
         "--load-timeout", type=float, default=600.0, metavar="S", help="for the model [600]"
     )
     parser.set_defaults(run=run)
@@ -66,25 +68,57 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Show it; returns 1 when the answer is wrong."""
-    _check_installed(arguments.engine)
-    case = _case(arguments)
+    _check_options(arguments)
     with (
         _sigterm_as_interrupt(),
         tempfile.TemporaryDirectory(prefix="tokenbus-demo-") as folder,
-        _Bus(Path(folder)) as bus,
+        DemoBus(Path(folder)) as bus,
     ):
-        front = bus.start(arguments.engine, arguments.load_timeout, terminal)
-        with Client(front, timeout=Timeout(total=300.0)) as client:
-            right = _ask(client, case, arguments.engine, terminal)
-        if arguments.keep:
-            with contextlib.suppress(KeyboardInterrupt):
-                terminal.notice(
-                    f"the bus goes on: `python -m client chat --broker {front}`; Ctrl-C stops it"
-                )
-                bus.wait()
-        with terminal.waiting("stopping worker and broker ..."):
-            bus.stop()
+        if arguments.web:
+            return _on_the_page(bus, arguments, terminal)
+        return _in_the_terminal(bus, arguments, terminal)
+
+
+def _in_the_terminal(bus: DemoBus, arguments: argparse.Namespace, terminal: Terminal) -> int:
+    case = _case(arguments)
+    front = bus.start(arguments.engine, arguments.load_timeout, terminal)
+    with Client(front, timeout=Timeout(total=300.0)) as client:
+        right = _ask(client, case, arguments.engine, terminal)
+    if arguments.keep:
+        terminal.notice(
+            f"the bus goes on: `python -m client chat --broker {front}`; Ctrl-C stops it"
+        )
+        with contextlib.suppress(KeyboardInterrupt):
+            bus.wait()
+    _stop(bus, "worker and broker", terminal)
     return 0 if right else 1
+
+
+def _on_the_page(bus: DemoBus, arguments: argparse.Namespace, terminal: Terminal) -> int:
+    front, url = bus.start_with_page(
+        arguments.engine, arguments.load_timeout, arguments.port, terminal
+    )
+    terminal.line(f"The page is at {url}/")
+    # A conversation of an earlier demo is not what a newcomer looks for.
+    opened = not arguments.no_browser and _has_display() and webbrowser.open(f"{url}/#new")
+    if not opened and not arguments.no_browser:
+        terminal.notice("no browser could be opened: open that address in one")
+    if "SSH_CONNECTION" in os.environ:
+        port = url.rpartition(":")[2]
+        terminal.notice(f"from your own machine first: ssh -L {port}:127.0.0.1:{port} HOST")
+    terminal.notice(
+        f"an OpenAI SDK uses base_url {url}/v1, this program --broker {front}; "
+        "Ctrl-C stops everything"
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        bus.wait()
+    _stop(bus, "gateway, worker and broker", terminal)
+    return 0
+
+
+def _stop(bus: DemoBus, what: str, terminal: Terminal) -> None:
+    with terminal.waiting(f"stopping {what} ..."):
+        bus.stop()
 
 
 def _ask(client: Client, case: Case, engine: str, terminal: Terminal) -> bool:
@@ -125,16 +159,38 @@ def _case(arguments: argparse.Namespace) -> Case:
     return Case(question or usual, [picture], where, None if question else truth)
 
 
-def _check_installed(engine: str) -> None:
-    if engine == "echo":
-        return
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Raise for what is asked for in vain, before anything is started."""
+    if arguments.web and (arguments.image or arguments.question):
+        raise InvalidRequest(
+            "--image and --question are asked in the terminal; with --web, add the picture and "
+            "ask on the page"
+        )
+    if not arguments.web and (arguments.port is not None or arguments.no_browser):
+        raise InvalidRequest("--port and --no-browser belong to --web")
+    if arguments.engine != "echo":
+        _check_installed(
+            "worker", WORKER_NEEDS, "worker", ", or try `--engine echo`, which needs no model"
+        )
+    if arguments.web:
+        _check_installed("gateway, which serves the page,", GATEWAY_NEEDS, "gateway")
+
+
+def _check_installed(who: str, needs: Sequence[str], extra: str, instead: str = "") -> None:
+    missing = [name for name in needs if importlib.util.find_spec(name) is None]
     if missing:
         raise DemoError(
-            f"the demo's worker needs {', '.join(missing)}: install it with "
-            "`pip install 'tokenbus[worker]'`, or try `--engine echo`, which needs no model",
+            f"the demo's {who} needs {', '.join(missing)}: install it with "
+            f"`pip install 'tokenbus[{extra}]'`{instead}",
             code="not_installed",
         )
+
+
+def _has_display() -> bool:
+    """There is a screen for a browser; else a text browser would take the terminal."""
+    if sys.platform in ("darwin", "win32"):
+        return True
+    return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
 @contextlib.contextmanager
@@ -149,114 +205,3 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-class _Bus:
-    """A broker and a worker that end with this process."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
-
-    def __enter__(self) -> _Bus:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def start(self, engine: str, load_timeout_s: float, terminal: Terminal) -> str:
-        """Start both and wait for the model. Returns the front address."""
-        ready = self._folder / "ready.json"
-        with terminal.waiting("starting a broker ...") as tell:
-            ports = ("--front", "tcp://127.0.0.1:*", "--back", "tcp://127.0.0.1:*")
-            ready_file = ("--ready-file", str(ready))
-            self._launch("broker", "-m", "broker", *ports, *ready_file, *QUIET)
-            self._await(ready.exists, "broker", 30.0)
-            addresses = json.loads(ready.read_text(encoding="utf-8"))
-            front: str = addresses["front"][0]
-            tell("starting a worker ...")
-            back = ("--broker", addresses["back"][0])
-            self._launch(
-                "worker",
-                "-m",
-                "worker",
-                *back,
-                "--worker-id",
-                WORKER,
-                "--engine",
-                engine,
-                "--no-progress",
-                *QUIET,
-            )
-            with Client(front, timeout=Timeout(connect=30.0)) as client:
-                self._await(lambda: _is_ready(client, tell), "worker", load_timeout_s)
-        terminal.notice(f"broker at {front}, worker {WORKER!r} ready")
-        return front
-
-    def _launch(self, name: str, *command: str) -> None:
-        # The packages of this very library, installed or not.
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        settings = {k: v for k, v in os.environ.items() if not k.startswith("TOKENBUS_")}
-        with self._log(name).open("wb") as log:
-            self._processes[name] = subprocess.Popen(
-                [sys.executable, *command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**settings, "PYTHONPATH": path},
-                # Ctrl-C is for us: we stop them in order.
-                start_new_session=True,
-            )
-
-    def _await(self, condition: Any, name: str, patience_s: float) -> None:
-        until_s = time.monotonic() + patience_s
-        while not condition():
-            status = self._processes[name].poll()
-            if status is not None:
-                raise DemoError(f"the {name} ended with status {status}: {self._last_words(name)}")
-            if time.monotonic() > until_s:
-                raise DemoError(
-                    f"the {name} is not ready after {patience_s:g} s: {self._last_words(name)}"
-                )
-            time.sleep(0.05)
-
-    def _log(self, name: str) -> Path:
-        return self._folder / f"{name}.log"
-
-    def _last_words(self, name: str) -> str:
-        lines = self._log(name).read_text(encoding="utf-8", errors="replace").split("\n")
-        said = [line.strip() for line in lines if line.strip()]
-        return said[-1] if said else "it said nothing"
-
-    def wait(self) -> None:
-        """Until a process ends by itself."""
-        while all(process.poll() is None for process in self._processes.values()):
-            time.sleep(0.2)
-
-    def stop(self) -> None:
-        """Worker first, so that it says goodbye. Idempotent."""
-        for name in reversed(list(self._processes)):
-            process = self._processes.pop(name)
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
-            try:
-                process.wait(STOP_S)
-            except (subprocess.TimeoutExpired, KeyboardInterrupt):
-                pass  # a second Ctrl-C forces
-            finally:
-                # Also its engine process, which is of the same group.
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-
-
-def _is_ready(client: Client, tell: Any) -> bool:
-    for row in client.workers():
-        if row["name"] == WORKER:
-            if row["state"] == "ready":
-                return True
-            done = f" {row['progress']:.0%}" if row.get("progress") is not None else ""
-            note = f" ({row['note']})" if row.get("note") else ""
-            tell(f"loading the model ...{done}{note}")
-    return False

@@ -18,10 +18,12 @@ _FILES: Final = {
     "app.js": "text/javascript; charset=utf-8",
     "api.js": "text/javascript; charset=utf-8",
     "chat.js": "text/javascript; charset=utf-8",
+    "ideas.js": "text/javascript; charset=utf-8",
     "markdown.js": "text/javascript; charset=utf-8",
     "store.js": "text/javascript; charset=utf-8",
     "view.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",
+    "sample.png": "image/png",
 }
 
 _HEADERS: Final = {

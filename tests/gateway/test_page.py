@@ -91,6 +91,42 @@ def test_a_person_chats_about_a_picture(open_page: OpenPage, tmp_path: Path) -> 
     assert page.locator(".talk").inner_text() == "What is this?"
 
 
+def test_a_newcomer_asks_about_the_picture_that_is_there(open_page: OpenPage) -> None:
+    page = open_page()
+    page.get_by_role("button", name="What is in this image?").click()
+    done(page)
+    answer = page.locator(".message.assistant .body").last
+    assert answer.inner_text() == "1 image: 240x240. What is in this image?"
+    # Further questions are at hand, each once, and the keyboard is back in the field.
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    page.locator(".further").get_by_role("button").first.click()
+    done(page, 2)
+    assert page.locator(".sent-pictures img").count() == 1
+    assert page.locator(".further").count() == 0
+    # A new conversation offers it anew, by key as well.
+    page.locator("#new-talk").click()
+    page.locator(".sample .idea").first.focus()
+    page.keyboard.press("Enter")
+    done(page)
+    assert page.locator(".message").count() == 2
+
+
+def test_a_link_to_a_new_conversation_is_that_once(
+    open_page: OpenPage, gateway: GatewayProcess
+) -> None:
+    page = open_page()
+    ask(page, "hello")
+    done(page)
+    page.goto(f"{gateway.url}/page/icon.svg")
+    page.goto(f"{gateway.url}/#new")
+    page.locator("body[data-ready]").wait_for()
+    assert page.locator(".message").count() == 0
+    ask(page, "again")
+    done(page)
+    page.reload()
+    page.locator(".message .bubble", has_text="again").wait_for()
+
+
 def test_a_dropped_picture_is_taken(open_page: OpenPage) -> None:
     page = open_page()
     buffer = io.BytesIO()
@@ -233,6 +269,22 @@ def test_the_operator_sees_a_request_and_its_freed_slot(
     page.locator(".figure", has_text="0 of 16").wait_for()
     assert used.inner_text().startswith("0")
     client.close()
+
+
+def test_a_stop_in_the_browser_is_a_freed_slot_in_the_operators_view(
+    open_page: OpenPage, gateway: GatewayProcess
+) -> None:
+    chat, bus = open_page(), open_page(f"{gateway.url}/#bus")
+    bus.locator(".figure", has_text="0 of 16").wait_for()
+    answer = ask(chat, "[[echo mode=sampled answer_tokens=5000 step_delay_ms=20]]x")
+    answer.locator(".body p:not(.waiting)").wait_for()
+    bus.locator(".figure", has_text="1 of 16").wait_for()
+    chat.locator("#stop").click()
+    bus.locator(".figure", has_text="0 of 16").wait_for()
+    assert "stopped" in answer.locator(".facts").inner_text()
+    bus.locator("#timeline summary, details summary", has_text="As a table").click()
+    latest = bus.locator("#requests tbody tr").first
+    latest.locator(".chip", has_text="cancelled").wait_for()
 
 
 def test_an_operator_drains_a_worker(

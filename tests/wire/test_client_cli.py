@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 
 from client import Timeout
-from client.__main__ import main
 from tests.harness import PATIENCE_S, ROOT, Bus, wait_until
 
 ENDLESS = "[[echo mode=sampled answer_tokens=100000 step_delay_ms=5]] go"
@@ -323,74 +322,3 @@ def test_chat_tells_when_a_stream_was_resumed(make_bus: Callable[..., Bus]) -> N
     person.sees("you> ", times=2)
     person.types("\x04")
     assert person.leaves() == 0
-
-
-# --- demo -----------------------------------------------------------------------------------------
-
-
-def test_the_demo_shows_the_whole_way_and_stops_everything(tmp_path: Path) -> None:
-    done = run("demo", "--engine", "echo", environment={"TMPDIR": str(tmp_path)})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("1 image: 240x240. ")
-    for word in ("first token after", "tokens/s", "all, on demo", "expected", "right"):
-        assert word in done.stderr
-    assert list(tmp_path.iterdir()) == []
-    assert "demo" not in _processes_of(tmp_path)
-
-
-def test_the_demo_takes_a_picture_and_a_question(picture: str) -> None:
-    done = run("demo", "--engine", "echo", "--image", picture, "--question", "what?")
-    assert (done.returncode, done.stdout) == (0, "1 image: 5x4. what?\n")
-
-
-def test_without_the_workers_packages_the_demo_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert main(["demo"]) == 1
-    told = capsys.readouterr().err
-    assert "tokenbus[worker]" in told and "--engine echo" in told
-
-
-def test_a_worker_that_cannot_start_is_told_with_its_own_words() -> None:
-    done = run("demo", "--engine", "no-such-engine", "--load-timeout", "30")
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: ")
-    assert "no-such-engine" in done.stderr
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-m", "client", "demo", "--engine", "echo", "--keep"],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-    ) as process:
-        assert process.stderr is not None
-        seen = b""
-        while b"the bus goes on" not in seen:
-            line = process.stderr.readline()
-            assert line, seen
-            seen += line
-        assert "broker" in _processes_of(tmp_path)
-        process.send_signal(number)
-        assert process.wait(PATIENCE_S) == 0
-        process.stderr.read()
-    assert _processes_of(tmp_path) == ""
-    assert list(tmp_path.iterdir()) == []
-
-
-def _processes_of(folder: Path) -> str:
-    """Command lines of processes that were started with this temporary folder."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = (entry / "environ").read_bytes()
-            command = (entry / "cmdline").read_bytes()
-        except OSError:
-            continue  # gone, or somebody else's
-        if f"TMPDIR={folder}".encode() in environment and int(entry.name) != os.getpid():
-            found.append(command.replace(b"\0", b" ").decode())
-    return "\n".join(found)

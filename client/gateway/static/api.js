@@ -51,6 +51,8 @@ async function send(path, options) {
 
 export const getJson = async (path) => (await send(path)).json();
 
+export const getPicture = async (path) => (await send(path)).blob();
+
 export const postJson = async (path, body) =>
   (
     await send(path, {

@@ -1,6 +1,7 @@
 // The chat: conversations, pictures, streaming, stopping, editing, asking again.
 
-import { ApiError, chat as ask } from "./api.js";
+import { ApiError, chat as ask, getPicture } from "./api.js";
+import { further, PICTURE, welcome } from "./ideas.js";
 import { h, render } from "./markdown.js";
 import * as store from "./store.js";
 
@@ -32,11 +33,14 @@ const fresh = () => {
 export async function start(options) {
   onUnauthorized = options.onUnauthorized;
   talks = await store.all();
-  show(talks[0] ?? fresh());
-  $("composer").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
+  // A link to a new conversation is that once: a reload shows it as it went on.
+  const anew = location.hash === "#new";
+  if (anew) history.replaceState(null, "", location.pathname);
+  show((anew ? null : talks[0]) ?? fresh());
+  $("composer").addEventListener("submit", (event) => { event.preventDefault(); submitField(); });
   $("stop").addEventListener("click", stop);
   $("new-talk").addEventListener("click", () => { show(fresh()); closeTalks(); $("prompt").focus(); });
-  $("model").addEventListener("change", () => { talk.model = $("model").value; remember(); });
+  $("model").addEventListener("change", () => { talk.model = $("model").value; offer(); remember(); });
   prepareField();
   preparePictures();
   prepareSettings();
@@ -69,7 +73,10 @@ function chooseModel() {
   if (!models.length) select.append(h("option", { value: "" }, "no model on the bus"));
   if (models.some((model) => model.name === talk.model)) select.value = talk.model;
   else talk.model = select.value;
+  if (!talk.messages.length) offer();
 }
+
+const chosen = () => models.find((model) => model.name === talk.model);
 
 export const focus = () => $("prompt").focus();
 
@@ -154,19 +161,37 @@ const action = (name, label, run) =>
   h("button", { class: "icon-button small", type: "button", "aria-label": label, title: label, onclick: run }, icon(ICONS[name]));
 
 function draw() {
-  const column = $("message-column");
-  column.replaceChildren(...(talk.messages.length ? talk.messages.map(messageNode) : [empty()]));
+  $("message-column").replaceChildren(...talk.messages.map(messageNode));
+  offer();
 }
 
-function empty() {
-  const ideas = ["What is in this picture?", "Explain what a message bus does, in three sentences.", "Write a haiku about a queue."];
-  return h(
-    "div",
-    { class: "empty" },
-    h("h1", {}, "What shall it be?"),
-    h("p", {}, "Write below, or drop a picture anywhere on this page."),
-    h("div", { class: "ideas" }, ...ideas.map((idea) => h("button", { class: "idea", type: "button", onclick: () => { $("prompt").value = idea; grow(); focus(); } }, idea))),
-  );
+/** Things to say: at the start, and about the sample picture as long as a question is left. */
+function offer() {
+  const column = $("message-column");
+  const shown = column.querySelector(".empty, .further");
+  const model = chosen();
+  // Drawn anew only when it says something else, so that a focused button stays focused.
+  const now = JSON.stringify([talk.id, talk.messages.length, running?.talk === talk, model?.name, model?.images]);
+  if (shown?.dataset.of === now) return;
+  shown?.remove();
+  let node = null;
+  if (!talk.messages.length) node = welcome(model, { say: choose, show: showSample });
+  else if (talk.sample && running?.talk !== talk) node = further(model, new Set(talk.messages.map((message) => message.text)), choose);
+  if (!node) return;
+  node.dataset.of = now;
+  column.append(node);
+}
+
+async function showSample(text) {
+  const picture = await pictureUrl(await getPicture(PICTURE));
+  talk.sample = true;
+  choose(text, [picture]);
+}
+
+function choose(text, taken = []) {
+  submit(text, taken);
+  // The button is gone; on a phone the keyboard would cover the answer.
+  if (matchMedia("(pointer: fine)").matches) focus();
 }
 
 function messageNode(message, index) {
@@ -244,16 +269,22 @@ function scrollToEnd(smooth = true) {
 
 // --- asking --------------------------------------------------------------------------------------
 
-function submit() {
+function submitField() {
   const field = $("prompt");
   const text = field.value.trim();
   if (running || (!text && !pictures.length)) return;
-  talk.messages.push({ role: "user", text, pictures });
-  if (!talk.title) talk.title = text.split("\n")[0].slice(0, 60) || "A picture";
+  const taken = pictures;
   field.value = "";
   pictures = [];
   drawPictures();
   grow();
+  submit(text, taken);
+}
+
+function submit(text, taken = []) {
+  if (running) return;
+  talk.messages.push({ role: "user", text, pictures: taken });
+  if (!talk.title) talk.title = text.split("\n")[0].slice(0, 60) || "A picture";
   draw();
   answer();
 }
@@ -324,6 +355,8 @@ async function answer() {
   message.facts = facts(usage, reason, begun, first);
   setBusy(false);
   redraw();
+  if (talk === item) offer();
+  if (follow) scrollToEnd(false);
   await keep(item);
 }
 
@@ -379,7 +412,7 @@ function prepareField() {
     // On a phone the Enter key is the only way to a new line.
     if (event.key !== "Enter" || event.shiftKey || event.isComposing || touch.matches) return;
     event.preventDefault();
-    submit();
+    submitField();
   });
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape" && !document.querySelector("dialog[open]")) {
