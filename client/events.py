@@ -218,8 +218,15 @@ class Deliver:
 
 
 @dataclass(frozen=True, slots=True)
+class Arrived:
+    """Hand tokens to those who wait for them: of many requests, in the order of their arrival."""
+
+    tokens: list[TokensEvent]
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """The session is closed for good; the transport ends."""
 
 
-Instruction = OpenSocket | CloseSocket | Send | Deliver | Stop
+Instruction = OpenSocket | CloseSocket | Send | Deliver | Arrived | Stop

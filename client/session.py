@@ -24,17 +24,27 @@ import msgspec
 from broker.protocol import codec, limits, messages
 from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError
 from broker.protocol.header import MessageType
-from broker.protocol.messages import EndEvent, FailEvent, FinishReason, PromptEvent, TokensEvent
+from broker.protocol.messages import (
+    EndEvent,
+    FailEvent,
+    FinishReason,
+    OutputEvent,
+    PromptEvent,
+    TokensEvent,
+)
 from client import events
 from client.dialer import Dialer, Link
 from client.errors import BusError, ClientClosed, ConnectTimeout, error_from
-from client.events import Deliver, End, Instruction, Item
+from client.events import Arrived, Deliver, End, Instruction, Item
 from client.exchange import Acceptance, Exchange, Phase
 from client.options import Limits
 from client.questions import Questions
 
 LEAVE_S: Final = 1.0
 """How long a client that is closed waits for its cancels to be confirmed: one step of a worker."""
+
+# Bound once: looked up for every token.
+_NEXT: Final = Acceptance.NEXT
 
 CANCEL_KEPT_S: Final = 60.0
 """How long an unconfirmed cancel is remembered: longer than any worker keeps a lost request."""
@@ -498,50 +508,54 @@ class ClientSession:
             self._end(exchange, self._error(exchange, interrupted.error))
 
     def _on_output(self, _id: bytes, body: bytes) -> None:
-        batches: dict[bytes, list[Item]] = {}
+        exchanges, now_s = self._exchanges, self._now_s
+        #: Of this message, not handed on yet: one order for many requests.
+        fresh: list[TokensEvent] = []
         for event in codec.decode_events(body, limits.MAX_OUTPUT_OCTETS):
-            exchange = self._exchanges.get(event.request_id)
+            exchange = exchanges.get(event.request_id)
             if exchange is None:
                 if isinstance(event, EndEvent | FailEvent):
                     self._closing.pop(event.request_id, None)
                 continue
             if event.epoch != exchange.epoch or exchange.id not in self._at_broker:
                 continue
-            if exchange.phase is Phase.QUEUED and not isinstance(event, FailEvent | EndEvent):
-                self._flush(batches, exchange.id)
-                self._started(exchange)
-            if type(event) is TokensEvent:
-                first = exchange.heard_s is None
-                match exchange.accept(event, self._now_s):
-                    case Acceptance.NEXT:
-                        batches.setdefault(exchange.id, []).append(event)
-                        if first:
-                            self._schedule(exchange)
-                    case Acceptance.GAP:
-                        self._flush(batches, exchange.id)
-                        self._recover(exchange, _gap(event.offset, len(exchange.token_ids)))
+            if (
+                type(event) is TokensEvent
+                and exchange.heard_s is not None
+                and exchange.accept(event, now_s) is _NEXT
+            ):
+                fresh.append(event)
                 continue
-            self._flush(batches, exchange.id, event if isinstance(event, PromptEvent) else None)
-            if isinstance(event, PromptEvent):
-                exchange.prompt_seen = True
-                exchange.heard_s = self._now_s
-                self._schedule(exchange)
-            elif isinstance(event, FailEvent):
-                self._failed(exchange, event.error)
-            elif isinstance(event, EndEvent):
-                self._ended(exchange, event)
-        for id_, items in batches.items():
-            self._out.append(Deliver(id_, tuple(items)))
+            fresh = self._arrived(fresh)
+            self._on_event(exchange, event)
+        self._arrived(fresh)
 
-    def _flush(
-        self, batches: dict[bytes, list[Item]], id_: bytes, last: Item | None = None
-    ) -> None:
-        """Deliver what was gathered of this message before something else is said of it."""
-        items = batches.pop(id_, [])
-        if last is not None:
-            items.append(last)
-        if items:
-            self._out.append(Deliver(id_, tuple(items)))
+    def _on_event(self, exchange: Exchange, event: OutputEvent) -> None:
+        """What is not simply the next tokens of a stream."""
+        if exchange.phase is Phase.QUEUED and not isinstance(event, FailEvent | EndEvent):
+            self._started(exchange)
+        if isinstance(event, TokensEvent):
+            match exchange.accept(event, self._now_s):
+                case Acceptance.NEXT:
+                    self._arrived([event])
+                    self._schedule(exchange)
+                case Acceptance.GAP:
+                    self._recover(exchange, _gap(event.offset, len(exchange.token_ids)))
+        elif isinstance(event, PromptEvent):
+            self._deliver(exchange.id, event)
+            exchange.prompt_seen = True
+            exchange.heard_s = self._now_s
+            self._schedule(exchange)
+        elif isinstance(event, FailEvent):
+            self._failed(exchange, event.error)
+        else:
+            self._ended(exchange, event)
+
+    def _arrived(self, tokens: list[TokensEvent]) -> list[TokensEvent]:
+        """Hand these on before anything else is said of their requests; returns an empty list."""
+        if tokens:
+            self._out.append(Arrived(tokens))
+        return []
 
     def _ended(self, exchange: Exchange, event: EndEvent) -> None:
         have = len(exchange.token_ids)

@@ -24,7 +24,7 @@ from zmq.backend import Socket as BackendSocket
 from broker.protocol.limits import MAX_ANSWER_OCTETS
 from client import events
 from client.errors import BusError, ClientClosed, InvalidRequest
-from client.events import CloseSocket, Deliver, Instruction, Item, OpenSocket, Send, Stop
+from client.events import Arrived, CloseSocket, Deliver, Instruction, Item, OpenSocket, Send, Stop
 from client.options import Connection
 from client.session import LEAVE_S, ClientSession
 
@@ -451,6 +451,11 @@ class Transport:
                     sink = self._sinks.pop(id_, None) if final else self._sinks.get(id_)
                     if sink is not None:
                         deliveries.append((sink, items))
+                case Arrived(arrived):
+                    for event in arrived:
+                        sink = self._sinks.get(event.request_id)
+                        if sink is not None:
+                            deliveries.append((sink, (event,)))
                 case Send(frames):
                     dealer.send(frames)
                 case CloseSocket(linger):

@@ -161,6 +161,9 @@ class Caller:
                     self.world.queue.append(
                         lambda r=routing_id, f=frames: self.broker.hear(Side.FRONT, r, f)
                     )
+                case client_fact.Arrived(arrived):
+                    for event in arrived:
+                        self.deliver(event.request_id, (event,))
                 case client_fact.Deliver(id_, items, _):
                     self.deliver(id_, items)
         self.session.invariants()

@@ -17,7 +17,7 @@ from broker.protocol.header import NO_ID, MessageType
 from broker.protocol.messages import EndEvent, FailEvent, FinishReason, OutputEvent, TokensEvent
 from client import errors, events
 from client.dialer import Link
-from client.events import CloseSocket, Deliver, End, OpenSocket, Send
+from client.events import Arrived, CloseSocket, Deliver, End, OpenSocket, Send
 from client.options import Limits, Retry, Timeout
 from client.session import ClientSession
 
@@ -85,6 +85,10 @@ class Wire:
                     self._out += 1
                     body = codec.decode(BODIES[head.type], frames[1], limits.MAX_REQUEST_OCTETS)
                     self.sent.append((head.type, head.id, body))
+                case Arrived(arrived):
+                    for event in arrived:
+                        assert not self.final.get(event.request_id), "something follows the end"
+                        self.got.setdefault(event.request_id, []).append(event)
                 case Deliver(id_, items, final):
                     assert not self.final.get(id_), "something follows the end"
                     self.got.setdefault(id_, []).extend(items)

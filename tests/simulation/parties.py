@@ -486,6 +486,9 @@ class SimClient(Party):
                 self.sockets.open(self._socket, routing_id)
             case client_fact.CloseSocket():
                 self.sockets.close(self._socket)
+            case client_fact.Arrived(arrived):
+                for event in arrived:
+                    self._read(event.request_id, (event,), False)
             case client_fact.Deliver(id_, items, final):
                 self._read(id_, items, final)
 
