@@ -199,10 +199,15 @@ async def unpaced(report: Report, arguments: argparse.Namespace, streams: int, t
 
 async def in_batches(report: Report, streams: int, tokens_per_event: int, times: int) -> None:
     """Engines that give several tokens of a stream in one step (speculative decoding does)."""
-    tokens = 32 * tokens_per_event
+    tokens = 128 * tokens_per_event  # the start of as many requests at once is another figure
     open_ = _echo(streams, f"tokens_per_step={tokens_per_event}")
     seen = await compare(report, {"tokenbus": (open_, tokens)}, streams, times)
-    case = {"streams": streams, "paced_ms": 0, "tokens_per_event": tokens_per_event}
+    case = {
+        "streams": streams,
+        "tokens_per_stream": tokens,
+        "paced_ms": 0,
+        "tokens_per_event": tokens_per_event,
+    }
     add(report, seen["tokenbus"], {}, ["tokens_per_s", *PARTIES], path="bus", **case)
 
 

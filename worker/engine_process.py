@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import socket
@@ -149,6 +150,9 @@ def main(arguments: list[str]) -> int:
     link = _Link(pipe)
     try:
         engine = _build(link, _receive_options(pipe))
+        # Whoever looks for cycles among the objects of a loaded model makes every stream wait.
+        gc.collect()
+        gc.freeze()
         link.say("ready", engine.capabilities)
         serve(engine, pipe)
         engine.close()
