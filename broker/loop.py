@@ -46,6 +46,8 @@ BACK_BATCH: Final = 512
 """Messages taken from the back before the front has its turn: a few milliseconds."""
 FRONT_BATCH: Final = 64
 """Requests cost more (they are decoded), so fewer."""
+SKIP_BATCH: Final = 4096
+"""Frames of a message that is thrown away, before the other side has its turn."""
 RETRY_S: Final = 0.005
 """Between attempts to send to a full peer: POLLOUT of a ROUTER is about some peer, not this."""
 CLOSING_S: Final = 5.0
@@ -116,6 +118,8 @@ class BrokerLoop:
         self._outgoing: dict[Side, dict[bytes, _Outgoing]] = {Side.FRONT: {}, Side.BACK: {}}
         self._retry_s = math.inf
         self._read_s = {Side.FRONT: math.inf, Side.BACK: math.inf}
+        #: Sides whose next frames are the rest of a message that is thrown away.
+        self._skipping: set[Side] = set()
         self._running = True
         #: Events that arose while instructions were carried out.
         self._pending: deque[Event] = deque()
@@ -233,6 +237,8 @@ class BrokerLoop:
         outgoing, pending = self._outgoing[Side.FRONT], self._pending
         dont_wait, more_follows = DONT_WAIT, MORE_FOLLOWS
         forwarded = forwarded_bytes = 0
+        if not self._skipped(Side.BACK):
+            return False
         try:
             for _ in range(BACK_BATCH):
                 routing_id = receive(dont_wait)
@@ -242,6 +248,8 @@ class BrokerLoop:
                     if len(head) == ID_OCTETS and self._stray(back, routing_id):
                         routing_id, head = head, receive(dont_wait)
                     self._feed(self._message(Side.BACK, routing_id, head), now_s)
+                    if Side.BACK in self._skipping:
+                        return False
                     continue
                 forwarded += 1
                 client_id, client_head = way
@@ -264,6 +272,8 @@ class BrokerLoop:
                         send(body, dont_wait)
                 if pending:
                     self._feed_pending(now_s)
+                    if Side.BACK in self._skipping:
+                        return False
         except zmq.Again:
             return True
         finally:
@@ -285,7 +295,7 @@ class BrokerLoop:
             # forgery, of a stranger then: a worker knows no routing id but its own.)
             self._pending.append(self._message(Side.BACK, body, back.recv(zmq.DONTWAIT)))
         else:
-            self._skip(back)
+            self._skip(Side.BACK)
         return NO_EVENTS
 
     def _stray(self, back: zmq.Socket[bytes], routing_id: bytes) -> bool:
@@ -299,11 +309,15 @@ class BrokerLoop:
     def _drain_front(self, now_s: float) -> bool:
         """Read clients' messages; True when nothing was left to read."""
         receive = self._sockets[Side.FRONT].recv
+        if not self._skipped(Side.FRONT):
+            return False
         try:
             for _ in range(FRONT_BATCH):
                 routing_id = receive(zmq.DONTWAIT)
                 head = receive(zmq.DONTWAIT)
                 self._feed(self._message(Side.FRONT, routing_id, head), now_s)
+                if Side.FRONT in self._skipping:
+                    return False
         except zmq.Again:
             return True
         return False
@@ -322,17 +336,28 @@ class BrokerLoop:
             elif len(frames) < MAX_FRAMES:
                 frames.append(socket.recv(zmq.DONTWAIT))
             else:
-                self._skip(socket)
+                self._skip(side)
+                break
         return MessageReceived(side, routing_id, tuple(frames), key)
 
-    @staticmethod
-    def _skip(socket: zmq.Socket[bytes]) -> None:
-        """Throw the rest of a message away."""
+    def _skip(self, side: Side) -> None:
+        """Throw the rest of a message away: a batch now, what is left in the next turns. Until its
+        last frame ZeroMQ gives no message of another peer of this side; the other side goes on."""
+        socket = self._sockets[side]
+        self._skipping.discard(side)
         if socket.getsockopt(zmq.RCVMORE):
             # A frame object knows whether another follows, six times cheaper than asking the
             # socket; a stranger may send hundred thousands.
-            while socket.recv(zmq.DONTWAIT, copy=False).more:
-                pass
+            for _ in range(SKIP_BATCH):
+                if not socket.recv(zmq.DONTWAIT, copy=False).more:
+                    return
+            self._skipping.add(side)
+
+    def _skipped(self, side: Side) -> bool:
+        """Go on throwing away; whether the next frame begins a message."""
+        if side in self._skipping:
+            self._skip(side)
+        return side not in self._skipping
 
     # --- sending ----------------------------------------------------------------------------------
 

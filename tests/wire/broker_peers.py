@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -81,14 +82,14 @@ class BrokerProcess:
         os.kill(self.process.pid, number)
 
     def stop(self) -> None:
+        """SIGTERM until it has ended: the second forces, whatever requests are open."""
         if self.process.poll() is None:
             self.signal(signal.SIGCONT)
-            self.process.terminate()
-            try:
-                self.process.wait(5)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait(5)
+        until_s = time.monotonic() + 5
+        while self.process.poll() is None:
+            self.process.terminate() if time.monotonic() < until_s else self.process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.1)
 
 
 @contextmanager

@@ -15,9 +15,14 @@ import zmq
 import zmq.auth
 
 from broker import auth
+from broker.config import Config
+from broker.core.controller import BrokerCore
+from broker.core.events import Side
+from broker.log import Logger
+from broker.loop import SKIP_BATCH, BrokerLoop
 from broker.protocol import codec, header
 from broker.protocol.header import MessageType
-from broker.protocol.messages import TokensEvent, new_id
+from broker.protocol.messages import Hello, TokensEvent, new_id
 from tests.wire.broker_peers import (
     BrokerProcess,
     RawClient,
@@ -155,6 +160,27 @@ def test_garbage_of_every_shape_ends_only_the_connection_that_sent_it(
     stream_works(client, worker)
     assert broker.process.poll() is None
     assert "Traceback" not in broker.log
+
+
+@pytest.mark.parametrize("side", list(Side), ids=lambda side: side.value)
+def test_a_message_of_endless_frames_is_thrown_away_in_batches_between_which_all_else_has_its_turn(
+    context: zmq.Context[Any], side: Side
+) -> None:
+    routers = {side: context.socket(zmq.ROUTER) for side in Side}
+    with routers[Side.FRONT] as front, routers[Side.BACK] as back:
+        address = f"tcp://127.0.0.1:{routers[side].bind_to_random_port('tcp://127.0.0.1')}"
+        loop = BrokerLoop(Config(), BrokerCore(Config()), front, back, Logger(level="warning"))
+        drain = loop._drain_front if side is Side.FRONT else loop._drain_back
+        stranger, peer = RawPeer(context, address), RawPeer(context, address)
+        stranger.socket.send_multipart([b""] * (3 * SKIP_BATCH))
+        assert routers[side].poll(5000)
+        assert [drain(0.0) for _ in range(3)] == [False, False, True]
+        role = "client" if side is Side.FRONT else "worker"
+        peer.send(MessageType.HELLO, header.NO_ID, Hello(role=role, name="next"))
+        assert routers[side].poll(5000)
+        assert drain(0.0)
+        assert peer.expect(MessageType.WELCOME)
+        loop._signals.close(), loop._signal_writer.close()
 
 
 def test_a_frame_that_is_too_large_ends_only_its_connection(
