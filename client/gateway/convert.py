@@ -321,8 +321,21 @@ def constraint_of(
 
 
 def _check_stream_options(body: http.Sampling) -> None:
-    if body.stream_options is not None and not body.stream:
+    options = body.stream_options
+    if options is None:
+        return
+    if not body.stream:
         raise invalid("stream_options", "`stream_options` needs `stream` to be true.")
+    if options.continuous_usage_stats and not options.include_usage:
+        raise invalid(
+            "stream_options.continuous_usage_stats",
+            "`stream_options.continuous_usage_stats` needs `include_usage` to be true.",
+        )
+
+
+def wants_usage_so_far(body: http.Sampling) -> bool:
+    """Every chunk of the stream tells the usage so far."""
+    return body.stream_options is not None and bool(body.stream_options.continuous_usage_stats)
 
 
 def _params(
@@ -359,6 +372,8 @@ def _params(
         ignore_eos=bool(body.ignore_eos),
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
+        # The prompt's length comes with its echo, before the first token.
+        echo=wants_usage_so_far(body),
         logprobs=logprobs,
         logit_bias=bias,
         constraint=constraint,

@@ -13,11 +13,9 @@
 
 from __future__ import annotations
 
-import re
-import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
 from openai.types.chat import chat_completion as whole
@@ -31,10 +29,11 @@ from starlette.responses import JSONResponse, Response
 from broker.protocol.messages import TokenLogprob, Usage
 from client.gateway import tools
 from client.gateway.answers import ChatChoice, ChatReason, parser_for, pick_seed
-from client.gateway.convert import chat_call, seeded
-from client.gateway.errors import GatewayError, invalid
+from client.gateway.convert import chat_call, seeded, wants_usage_so_far
+from client.gateway.errors import GatewayError
 from client.gateway.generation import ChoiceEvent, Delta, Finish
-from client.gateway.openai_shared import chat_logprobs, error_event, usage_of
+from client.gateway.openai_shared import UsageSoFar, chat_logprobs, error_event, usage_of
+from client.gateway.position import Position
 from client.gateway.reattach import Kept, Transcript
 from client.gateway.requests import ChatRequest, parse
 from client.gateway.sse import DONE, Event, until_disconnect
@@ -42,12 +41,14 @@ from client.gateway.visit import Visit
 
 __all__ = ["cancel_chat", "chat_completions", "read_chat"]
 
+_PREFIX = "chatcmpl-"
+
 
 async def chat_completions(visit: Visit) -> Response:
     """Answer a chat; see `requests.ChatRequest` for the body."""
     body = parse(ChatRequest, await visit.body())
-    resumed = _Position.read(visit.last_event_id) if body.stream else None
-    if resumed is not None and resumed.is_kept(visit):
+    resumed = Position.read(_PREFIX, visit.last_event_id) if body.stream else None
+    if resumed is not None and visit.gateway.store.has(resumed.answer, visit.key.name):
         return _read_again(visit, resumed)
     call = await chat_call(
         body,
@@ -58,7 +59,7 @@ async def chat_completions(visit: Visit) -> Response:
     visit.check(body.model, call.request.priority)
     names = [tool["function"]["name"] for tool in call.request.tools or []]
     count = body.n or 1
-    position = resumed or _Position.first(call.request.params.seed, count)
+    position = resumed or Position.first(_PREFIX, call.request.params.seed, count)
     choices = [
         ChatChoice(parser_for(names, parallel=body.parallel_tool_calls)) for _ in range(count)
     ]
@@ -80,8 +81,8 @@ async def chat_completions(visit: Visit) -> Response:
 
 async def read_chat(visit: Visit) -> Response:
     """Go on with an answer that outlived its connection."""
-    position = _Position.read(visit.last_event_id)
-    return _read_again(visit, position or _Position(visit.request.path_params["id"], 0, ()))
+    position = Position.read(_PREFIX, visit.last_event_id)
+    return _read_again(visit, position or Position(visit.request.path_params["id"], 0, ()))
 
 
 async def cancel_chat(visit: Visit) -> Response:
@@ -91,7 +92,7 @@ async def cancel_chat(visit: Visit) -> Response:
     return JSONResponse({"id": kept.id, "cancelled": True})
 
 
-def _read_again(visit: Visit, position: _Position) -> Response:
+def _read_again(visit: Visit, position: Position) -> Response:
     kept = visit.gateway.store.find(position.answer, visit.key.name, "chat")
     assert kept.transcript is not None
 
@@ -101,72 +102,29 @@ def _read_again(visit: Visit, position: _Position) -> Response:
     return visit.stream(kept.transcript.read(position.events), failed)
 
 
-@dataclass(frozen=True, slots=True)
-class _Position:
-    """Where a reader of an answer is; travels as the event's id."""
-
-    #: The answer's id: "chatcmpl-", the seed as 16 hex digits, 16 random ones.
-    answer: str
-    #: Events read.
-    events: int
-    #: For each choice: characters of text and arguments read, and one for each call begun.
-    read_atoms: tuple[int, ...]
-
-    @classmethod
-    def first(cls, seed: int, choices: int) -> _Position:
-        """Of a new answer."""
-        return cls(f"chatcmpl-{seed:016x}{secrets.token_hex(8)}", 0, (0,) * choices)
-
-    @classmethod
-    def read(cls, text: str | None) -> _Position | None:
-        """From `Last-Event-ID`; raises GatewayError for what is none of ours."""
-        if text is None:
-            return None
-        found = _POSITION.fullmatch(text)
-        if found is None:
-            raise invalid("last-event-id", "`Last-Event-ID` is no id of an event of this endpoint.")
-        atoms = tuple(map(int, found["atoms"].split("-")))
-        return cls(found["answer"], int(found["events"]), atoms)
-
-    def __str__(self) -> str:
-        return f"{self.answer}:{self.events}:{'-'.join(map(str, self.read_atoms))}"
-
-    @property
-    def seed(self) -> int:
-        """What the answer follows from, beside the request."""
-        return int(self.answer[9:25], 16)
-
-    def is_kept(self, visit: Visit) -> bool:
-        """The answer itself is in this gateway's store."""
-        return visit.gateway.store.has(self.answer, visit.key.name)
-
-
-_POSITION = re.compile(
-    r"(?P<answer>chatcmpl-[0-9a-f]{32}):(?P<events>\d{1,9}):(?P<atoms>\d{1,9}(-\d{1,9}){0,127})"
-)
-
-
 class _Answer:
     """One answer in the making."""
 
     def __init__(
-        self, visit: Visit, body: ChatRequest, choices: list[ChatChoice], position: _Position
+        self, visit: Visit, body: ChatRequest, choices: list[ChatChoice], position: Position
     ) -> None:
         self._visit = visit
         self._body = body
         self._choices = choices
         self._id = position.answer
         #: What the reader has already; nothing of it is sent again.
-        self._skip = list(position.read_atoms)
-        self._skip += [0] * (len(choices) - len(self._skip))
+        self._skip = position.atoms_of(len(choices))
         self._sent = list(self._skip)
         self._events = position.events
         self._created = int(time.time())
         options = body.stream_options
         self._with_usage = options is not None and bool(options.include_usage)
+        self._so_far = UsageSoFar(len(choices)) if wants_usage_so_far(body) else None
 
     def take(self, event: ChoiceEvent) -> list[tools.Piece]:
         """Account for one event of the bus."""
+        if self._so_far is not None:
+            self._so_far.take(event)
         if isinstance(event, Delta):
             self._visit.saw_token()
         if not isinstance(event, Delta | Finish):
@@ -268,8 +226,8 @@ class _Answer:
 
     def _event(self, chunk: ChatCompletionChunk) -> Event:
         self._events += 1
-        position = _Position(self._id, self._events, tuple(self._sent))
-        return Event(chunk.model_dump_json(exclude_unset=True), id=str(position))
+        position = Position(self._id, self._events, tuple(self._sent))
+        return Event(chunk.model_dump_json(exclude_unset=True), id=position.event_id)
 
     @staticmethod
     def _deltas(choice: ChatChoice, pieces: list[tools.Piece]) -> Iterator[piece.ChoiceDelta]:
@@ -317,7 +275,7 @@ class _Answer:
             choices=[choice],
         )
         if self._with_usage:
-            chunk.usage = None
+            chunk.usage = self._so_far.usage if self._so_far is not None else None
         return self._event(chunk)
 
     def failed(self, error: GatewayError) -> list[Event]:

@@ -1,4 +1,8 @@
-"""`POST /v1/completions`: raw prompts, several at once, with echo, logprobs and best_of."""
+"""`POST /v1/completions`: raw prompts, several at once, with echo, logprobs and best_of.
+
+Every event of a stream has an id. The same request again with `Last-Event-ID`, to any gateway,
+goes on behind what was received, as in `openai_chat`: the answer is made again from its seed.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +15,32 @@ from openai.types.completion_choice import Logprobs
 from starlette.responses import Response
 
 from broker.protocol.messages import TokenLogprob
-from client.gateway.answers import TextChoice, best_of, new_id, pick_seed
-from client.gateway.convert import completion_calls, seeded
+from client.gateway.answers import TextChoice, best_of, pick_seed
+from client.gateway.convert import completion_calls, seeded, wants_usage_so_far
 from client.gateway.errors import GatewayError
-from client.gateway.generation import ChoiceEvent, Delta, Finish
-from client.gateway.openai_shared import error_event, usage_of
+from client.gateway.generation import ChoiceEvent, Delta, Finish, Prompted
+from client.gateway.openai_shared import UsageSoFar, error_event, usage_of
+from client.gateway.position import Position
 from client.gateway.requests import CompletionRequest, parse
 from client.gateway.sse import DONE, Event, until_disconnect
 from client.gateway.visit import Visit
 
 __all__ = ["completions"]
 
+_PREFIX = "cmpl-"
+
 
 async def completions(visit: Visit) -> Response:
     """Continue one or several prompts; see `requests.CompletionRequest` for the body."""
     body = parse(CompletionRequest, await visit.body())
     visit.check(body.model, body.priority or 0)
-    prompts = completion_calls(body, seed=pick_seed(body.seed), user=visit.share(body.user))
+    resumed = Position.read(_PREFIX, visit.last_event_id) if body.stream else None
+    seed = pick_seed(body.seed) if resumed is None else resumed.seed
+    prompts = completion_calls(body, seed=seed, user=visit.share(body.user))
     candidates = body.best_of or body.n or 1
     calls = [seeded(call, i) for call in prompts for i in range(candidates)]
-    answer = _Answer(visit, body, len(prompts), candidates)
+    position = resumed or Position.first(_PREFIX, calls[0].request.params.seed, len(calls))
+    answer = _Answer(visit, body, len(prompts), candidates, position)
     events = visit.generate(calls)
     if body.stream:
         return visit.stream(answer.stream(events), answer.failed)
@@ -41,7 +51,12 @@ async def completions(visit: Visit) -> Response:
 
 class _Answer:
     def __init__(
-        self, visit: Visit, body: CompletionRequest, prompts: int, candidates: int
+        self,
+        visit: Visit,
+        body: CompletionRequest,
+        prompts: int,
+        candidates: int,
+        position: Position,
     ) -> None:
         self._visit = visit
         self._body = body
@@ -49,14 +64,25 @@ class _Answer:
         self._candidates = candidates
         prompt_only = body.max_tokens == 0
         self._choices = [TextChoice(prompt_only) for _ in range(prompts * candidates)]
-        self._id = new_id("cmpl-")
+        self._id = position.answer
+        #: Characters that the reader of each choice has already; nothing of them is sent again.
+        self._skip = position.atoms_of(len(self._choices))
+        self._sent = list(self._skip)
+        self._events = position.events
         self._created = int(time.time())
         options = body.stream_options
         self._with_usage = options is not None and bool(options.include_usage)
+        self._so_far = (
+            UsageSoFar(len(self._choices), prompts=prompts) if wants_usage_so_far(body) else None
+        )
 
     def take(self, event: ChoiceEvent) -> tuple[str, list[TokenLogprob]]:
         """Account for one event; returns the new text and log-probabilities of its choice."""
         choice = self._choices[event.choice]
+        if self._so_far is not None:
+            self._so_far.take(event)
+        if isinstance(event, Prompted) and not self._body.echo:
+            return "", []  # asked for its length alone
         text, logprobs = choice.take(event)
         if isinstance(event, Delta) and not choice.prompt_only:
             self._visit.saw_token()
@@ -96,7 +122,7 @@ class _Answer:
         """The answer as chunks."""
         try:
             async for event in events:
-                text, logprobs = self.take(event)
+                text, logprobs = self._unread(event.choice, *self.take(event))
                 if text or logprobs:
                     yield self._chunk(event.choice, text, logprobs, None)
                 if isinstance(event, Finish):
@@ -105,8 +131,20 @@ class _Answer:
         finally:
             await events.aclose()
         if self._with_usage:
-            yield Event(self._envelope([], usage=self._usage()))
+            yield self._event([], self._usage())
         yield DONE
+
+    def _unread(
+        self, index: int, text: str, logprobs: list[TokenLogprob]
+    ) -> tuple[str, list[TokenLogprob]]:
+        """What the reader does not have; log-probabilities go on with the next new token."""
+        skipped = min(len(text), self._skip[index])
+        self._skip[index] -= skipped
+        self._sent[index] += len(text) - skipped
+        if skipped:
+            self._logprobs(self._choices[index], logprobs)  # moves the offset of what follows
+            logprobs = []
+        return text[skipped:], logprobs
 
     def _chunk(
         self,
@@ -122,9 +160,9 @@ class _Answer:
             finish_reason=finish_reason,
             logprobs=self._logprobs(self._choices[index], logprobs) if logprobs else None,
         )
-        return Event(self._envelope([choice], usage=None))
+        return self._event([choice], self._so_far.usage if self._so_far is not None else None)
 
-    def _envelope(self, choices: list[CompletionChoice], usage: CompletionUsage | None) -> str:
+    def _event(self, choices: list[CompletionChoice], usage: CompletionUsage | None) -> Event:
         chunk = Completion.model_construct(
             id=self._id,
             object="text_completion",
@@ -134,7 +172,10 @@ class _Answer:
         )
         if self._with_usage:
             chunk.usage = usage
-        return chunk.model_dump_json(exclude_unset=True, warnings=False)
+        self._events += 1
+        position = Position(self._id, self._events, tuple(self._sent))
+        text = chunk.model_dump_json(exclude_unset=True, warnings=False)
+        return Event(text, id=position.event_id)
 
     def _logprobs(self, choice: TextChoice, tokens: list[TokenLogprob]) -> Logprobs | None:
         if self._body.logprobs is None:

@@ -16,9 +16,10 @@ from openai.types.completion_usage import PromptTokensDetails
 from broker.protocol.messages import TokenLogprob, Usage
 from client.gateway.answers import IMPOSSIBLE
 from client.gateway.errors import GatewayError, error_body
+from client.gateway.generation import ChoiceEvent, Delta, Finish, Prompted
 from client.gateway.sse import Event
 
-__all__ = ["chat_logprobs", "error_event", "usage_of"]
+__all__ = ["UsageSoFar", "chat_logprobs", "error_event", "usage_of"]
 
 
 def usage_of(ends: Iterable[Usage], *, prompts: int = 1) -> CompletionUsage:
@@ -40,6 +41,39 @@ def usage_of(ends: Iterable[Usage], *, prompts: int = 1) -> CompletionUsage:
             image_tokens=sum(usage.image_tokens for usage in counted),
         ),
     )
+
+
+class UsageSoFar:
+    """Usage while a stream runs, summed over its choices, which are in the order of `usage_of`."""
+
+    def __init__(self, choices: int, *, prompts: int = 1) -> None:
+        self._each = choices // prompts
+        self._prompts = prompts
+        #: Prompt tokens by prompt; a worker tells them before the first token, where it is asked.
+        self._prompt_tokens: dict[int, int] = {}
+        self._completion_tokens = [0] * choices
+
+    def take(self, event: ChoiceEvent) -> None:
+        """Account for an event."""
+        prompt = event.choice // self._each
+        match event:
+            case Prompted():
+                self._prompt_tokens[prompt] = len(event.prompt.token_ids)
+            case Delta():
+                self._completion_tokens[event.choice] += event.tokens
+            case Finish():
+                self._prompt_tokens[prompt] = event.end.usage.prompt_tokens
+                self._completion_tokens[event.choice] = event.end.usage.completion_tokens
+
+    @property
+    def usage(self) -> CompletionUsage | None:
+        """None as long as a prompt's length is not known."""
+        if len(self._prompt_tokens) < self._prompts:
+            return None
+        prompt, completion = sum(self._prompt_tokens.values()), sum(self._completion_tokens)
+        return CompletionUsage(
+            prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
+        )
 
 
 def _finite(logprob: float | None) -> float:

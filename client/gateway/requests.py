@@ -64,6 +64,8 @@ class _Body(Struct, forbid_unknown_fields=True, kw_only=True):
 
 class StreamOptions(_Body, kw_only=True):
     include_usage: bool | None = None
+    #: Usage so far in every chunk, as vLLM has it; load generators count tokens by it.
+    continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
 
 

@@ -66,6 +66,8 @@ class Visit:
     account: Usage | None = None
     #: Of this request; None where traces are off.
     span: HttpSpan | None = None
+    #: What went wrong, for the log.
+    failure: GatewayError | None = None
     #: An answer that may outlive this request ends the visit in its stead.
     handed_over: bool = False
     started_s: float = field(default_factory=time.monotonic)
@@ -106,7 +108,8 @@ class Visit:
             )
 
     def remember(self, error: GatewayError) -> None:
-        """Keep a failure for the operator's view; a client that left is none."""
+        """Keep a failure for the log and the operator's view; a client that left is none there."""
+        self.failure = error
         if error.info.code == ErrorCode.CANCELLED:
             return
         self.gateway.errors.append(
@@ -321,7 +324,7 @@ class Endpoint:
         if self._counted:
             log.info(
                 "request id=%s bus=%s path=%s key=%s model=%s status=%d "
-                "prompt=%d completion=%d ms=%d",
+                "prompt=%d completion=%d ms=%d code=%s param=%.80s",
                 visit.request_id,
                 ",".join(visit.bus_requests) or "-",
                 self._path,
@@ -331,4 +334,7 @@ class Endpoint:
                 visit.prompt_tokens,
                 visit.completion_tokens,
                 total_s * 1000,
+                visit.failure.info.code if visit.failure is not None else "-",
+                # A caller's own word: escaped, so that it cannot forge a line.
+                ascii(visit.failure.param) if visit.failure and visit.failure.param else "-",
             )

@@ -222,6 +222,10 @@ WRONG = {
     "too many top_logprobs": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     "two limits": ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
     "a bias of no token": ({"logit_bias": {"x": 1}}, "logit_bias"),
+    "usage so far without usage": (
+        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+        "stream_options.continuous_usage_stats",
+    ),
     "options of no stream": ({"stream_options": {"include_usage": True}}, "stream_options"),
     "a choice without tools": ({"tool_choice": "required"}, "tool_choice"),
     "a remote picture": (

@@ -58,6 +58,23 @@ def test_a_stream_gives_text_and_usage(client: openai.OpenAI) -> None:
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
+def test_usage_so_far_is_in_every_chunk_where_it_is_asked_for(client: openai.OpenAI) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    asked = {"model": MODEL, "prompt": ["aaa", "bb"], "n": 2}
+    chunks = list(client.completions.create(**asked, stream=True, stream_options=options))
+    assert "".join(c.text for chunk in chunks for c in chunk.choices if c.index == 0) == "aaa"
+    told = [chunk.usage for chunk in chunks if chunk.usage is not None]
+    # From when the length of both prompts is known.
+    assert {usage.prompt_tokens for usage in told} == {told[-1].prompt_tokens}
+    counts = [usage.completion_tokens for usage in told]
+    assert counts == sorted(counts) and len(set(counts)) > 3
+    whole = client.completions.create(**asked).usage
+    assert whole is not None and (told[-1].prompt_tokens, told[-1].completion_tokens) == (
+        whole.prompt_tokens,
+        whole.completion_tokens,
+    )
+
+
 def test_echo_puts_the_prompt_in_front_with_its_logprobs(client: openai.OpenAI) -> None:
     answer = client.completions.create(model=MODEL, prompt="abc", echo=True, logprobs=1)
     [choice] = answer.choices

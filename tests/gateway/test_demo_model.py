@@ -79,6 +79,24 @@ def test_the_right_picture_gives_the_right_words(demo: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == answer
 
 
+def test_usage_so_far_counts_the_picture(demo: openai.OpenAI) -> None:
+    _, question, answer = example()
+    chunks = list(
+        demo.chat.completions.create(
+            model="demo",
+            messages=picture_and(question),
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True, "continuous_usage_stats": True},
+        )
+    )
+    told = [chunk.usage for chunk in chunks]
+    assert all(usage is not None for usage in told)
+    assert {usage.prompt_tokens for usage in told} == {told[-1].prompt_tokens}
+    assert told[-2].completion_tokens == told[-1].completion_tokens
+    assert "".join(c.delta.content or "" for chunk in chunks for c in chunk.choices) == answer
+
+
 def test_an_answer_keeps_to_a_json_schema(demo: openai.OpenAI) -> None:
     answer = demo.chat.completions.create(
         model="demo",

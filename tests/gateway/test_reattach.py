@@ -92,6 +92,35 @@ def test_the_same_request_goes_on_at_another_gateway(
     assert texts(heard + rest[:1] + again) == texts(heard + rest)
 
 
+def test_a_completion_goes_on_at_another_gateway(
+    http: httpx.Client, make_gateway: Callable[..., GatewayProcess]
+) -> None:
+    path = "/v1/completions"
+    prompts = ["[[echo mode=sampled answer_tokens=40 step_delay_ms=5]]x", "[[echo]]short"]
+    asked = {"model": MODEL, "prompt": prompts, "stream": True, "n": 2, "logprobs": 0}
+
+    def told(found: list[tuple[str | None, str]]) -> tuple[list[str], list[list[int]]]:
+        texts, offsets = [""] * 4, [[] for _ in range(4)]
+        for _, data in found:
+            for choice in json.loads(data)["choices"] if data != "[DONE]" else []:
+                texts[choice["index"]] += choice["text"]
+                if choice["logprobs"]:
+                    offsets[choice["index"]] += choice["logprobs"]["text_offset"]
+        return texts, offsets
+
+    heard = read(http, path=path, json=asked, stop_after=25)
+    with make_gateway().http() as elsewhere:
+        last = {"last-event-id": heard[-1][0] or ""}
+        rest = read(elsewhere, path=path, json=asked, headers=last)
+    assert answer_id(rest) == answer_id(heard)
+    seed = int(answer_id(heard)[5:21], 16)
+    whole = told(read(http, path=path, json={**asked, "seed": seed}))
+    assert told(heard + rest) == whole
+    # An id of the other endpoint's is none of this one's.
+    wrong = {"last-event-id": f"chatcmpl-{'0' * 32}:1:0"}
+    assert http.post(path, json=asked, headers=wrong).status_code == 400
+
+
 def test_tool_calls_go_on_without_a_character_lost_or_doubled(http: httpx.Client) -> None:
     asked = body(f"Let me see. {CALL}", tools=TOOLS)
     whole = read(http, json=asked)
