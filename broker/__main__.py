@@ -13,6 +13,7 @@ import os
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -95,6 +96,13 @@ def _serve(config: Config) -> int:
         gc.collect()
         gc.freeze()
         loop.run()
+    except (ConfigError, StartError):
+        raise  # `main` says it in a line
+    except Exception:
+        # Now: closing the sockets may end the process (an assertion of libzmq), and nobody would
+        # learn why it ended.
+        traceback.print_exc()
+        return 1
     finally:
         if upstream is not None:
             upstream.close()

@@ -50,6 +50,9 @@ class Config(CoreSettings):
         "", "", "this broker's own pair (.key_secret), on that one's list of workers"
     )
 
+    stranger_s: float = option(
+        15.0, "s", "a connection that has no session is closed after so long", low=0.1
+    )
     shutdown_grace_s: float = option(
         30.0, "s", "from the first SIGTERM until running streams are handed over", low=0
     )

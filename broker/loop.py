@@ -6,19 +6,21 @@ that a flood of requests never delays tokens. Never decides anything: that is th
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import socket as sockets
 import struct
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import TYPE_CHECKING, Any, Final
 
 import zmq
 from zmq.backend import Socket as BackendSocket
 
 from broker.config import Config
+from broker.connections import Connections
 from broker.core.controller import BrokerCore
 from broker.core.events import (
     DisconnectReported,
@@ -73,6 +75,7 @@ _FIGURES: Final = (
     "forwarded_total",
     "late_total",
     "outgoing_peers",
+    "strangers_closed_total",
     "stray_frames_total",
     "unsent_total",
     "wakes_total",
@@ -114,6 +117,7 @@ class BrokerLoop:
         #: With it, peers prove a key, which is read with their HELLO.
         self._gate = gate
         self._upstream = upstream
+        self._connections = Connections(config.stranger_s)
         self._clock = clock
         self._outgoing: dict[Side, dict[bytes, _Outgoing]] = {Side.FRONT: {}, Side.BACK: {}}
         self._retry_s = math.inf
@@ -178,6 +182,8 @@ class BrokerLoop:
                 self._flush(now_s)
             if now_s >= core.deadline_s():
                 self._feed(Tick(self._read_s[Side.FRONT], self._read_s[Side.BACK]), now_s)
+            if now_s >= self._connections.due_s:
+                self._end_strangers(now_s)
             if self._upstream is not None:
                 self._upstream.look(now_s, stopping=core.shutdown_until_s is not None)
         self._flush(clock())
@@ -185,6 +191,18 @@ class BrokerLoop:
             socket.disable_monitor()
         for monitor in monitors:
             monitor.close(linger=0)
+
+    def _end_strangers(self, now_s: float) -> None:
+        """Close connections that have no session."""
+        tables: dict[Side, Container[bytes]] = {
+            Side.FRONT: self._core.clients,
+            Side.BACK: self._core.workers,
+        }
+        read = {side: table for side, table in tables.items() if self._read_s[side] == now_s}
+        closed = self._connections.sweep(now_s, read)
+        if closed:
+            self.figures["strangers_closed_total"] += closed
+            self._log("info", "connections without a session closed", {"n": closed})
 
     def _report_gone(self, now_s: float) -> None:
         """Tell the core which peers are unreachable, once everything that they had sent is read:
@@ -329,9 +347,12 @@ class BrokerLoop:
         frames = [head]
         key = ""
         while socket.getsockopt(zmq.RCVMORE):
-            if self._gate is not None and len(frames) == 1 and head[3:4] == HELLO_OCTET:
+            if len(frames) == 1 and head[3:4] == HELLO_OCTET:
                 frame = socket.recv(zmq.DONTWAIT, copy=False)
-                key = str(frame.get("User-Id"))
+                key = str(frame.get("User-Id")) if self._gate is not None else ""
+                with contextlib.suppress(zmq.ZMQError):  # of ZMTP before 3, ZeroMQ does not know
+                    descriptor = int(frame.get(zmq.SRCFD))
+                    self._connections.named(side, descriptor, routing_id)
                 frames.append(frame.bytes)
             elif len(frames) < MAX_FRAMES:
                 frames.append(socket.recv(zmq.DONTWAIT))
@@ -468,9 +489,10 @@ class BrokerLoop:
 
     @staticmethod
     def _monitor(socket: zmq.Socket[bytes]) -> zmq.Socket[Any]:
-        """Tells of lost and refused connections. It does not say whose: the core probes."""
+        """Tells of new, lost and refused connections. It does not say whose: the core probes."""
         watched = (
-            zmq.EVENT_DISCONNECTED
+            zmq.EVENT_ACCEPTED
+            | zmq.EVENT_DISCONNECTED
             | zmq.EVENT_ACCEPT_FAILED
             | zmq.EVENT_HANDSHAKE_FAILED_AUTH
             | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -484,7 +506,11 @@ class BrokerLoop:
         try:
             for _ in range(MONITOR_BATCH):
                 event, _address = monitor.recv_multipart(zmq.DONTWAIT)
-                seen[_MONITOR_EVENT.unpack(event)[0]] += 1
+                number, value = _MONITOR_EVENT.unpack(event)
+                if number == zmq.EVENT_ACCEPTED:
+                    self._connections.accepted(side, value)
+                else:
+                    seen[number] += 1
         except zmq.Again:
             pass
         if seen.pop(zmq.EVENT_DISCONNECTED, 0):

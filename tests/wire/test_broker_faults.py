@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +16,11 @@ import pytest
 import zmq
 import zmq.auth
 
+from bench.strangers import hello
+from bench.zmtp import Connection
 from broker import auth
 from broker.config import Config
+from broker.connections import Connections
 from broker.core.controller import BrokerCore
 from broker.core.events import Side
 from broker.log import Logger
@@ -236,6 +241,86 @@ def test_a_worker_that_breaks_the_framing_of_output_harms_nobody_else(
         assert hostile.expect(MessageType.REFUSE)[1]["error"]["code"] == "protocol_error"
         assert client.expect(MessageType.INTERRUPTED)[0].id == request_id
     stream_works(client, worker)
+
+
+# --- connections without a session ----------------------------------------------------------------
+
+
+def ends(connection: Connection) -> bool:
+    """Whatever is still said, the broker closes the connection."""
+    try:
+        while connection.receive():
+            pass
+    except ConnectionError:
+        return True
+    return False
+
+
+def descriptors(broker: BrokerProcess) -> int:
+    return sum(1 for _ in Path(f"/proc/{broker.process.pid}/fd").iterdir())
+
+
+@pytest.mark.parametrize("role", ["client", "worker"])
+def test_who_has_no_session_is_not_let_hold_a_descriptor(
+    tmp_path: Path, context: zmq.Context[Any], role: str
+) -> None:
+    options = ("--stranger-s", "0.3", "--client-heartbeat-s", "0.1", "--worker-heartbeat-s", "0.1")
+    with running_broker(tmp_path, *options) as broker:
+        worker, client = pair(context, broker)
+        address = broker.front if role == "client" else broker.back
+        before = descriptors(broker)
+        speechless, silent, odd = (Connection(address, new_id()) for _ in range(3))
+        silent.send([header.encode(MessageType.HELLO, header.NO_ID, 0), hello(role)])
+        odd.send([bytes(32), b"x"])
+        try:
+            closed: list[bool] = []
+            waits = threading.Thread(
+                target=lambda: closed.extend(map(ends, (speechless, silent, odd)))
+            )
+            waits.start()
+            while waits.is_alive():
+                worker.beat(), client.beat()
+                time.sleep(0.02)
+            assert closed == [True] * 3
+        finally:
+            for stranger in (speechless, silent, odd):
+                stranger.close()
+        # Who speaks stays, however long.
+        stream_works(client, worker)
+        held = descriptors(broker)
+        assert held <= before
+        assert client.query("bus.stats")["loop_strangers_closed_total"] == 3
+
+
+def test_a_descriptor_that_is_another_connection_by_now_is_left_alone() -> None:
+    connections = Connections(1.0)
+    here, there = socket.socketpair()
+    with here, there:
+        number = here.fileno()
+        connections.accepted(Side.FRONT, number)
+        assert connections.sweep(0.0, {Side.FRONT: set()}) == 0
+        other, far = socket.socketpair()
+        with other, far:
+            os.dup2(other.fileno(), number)
+            assert connections.sweep(1.5, {Side.FRONT: set()}) == 0
+            far.sendall(b"x")
+            assert other.recv(1) == b"x"
+
+
+def test_who_could_not_be_heard_is_given_its_time_again() -> None:
+    connections = Connections(1.0)
+    here, there = socket.socketpair()
+    with here, there:
+        connections.accepted(Side.FRONT, here.fileno())
+        nobody: dict[Side, set[bytes]] = {Side.FRONT: set()}
+        assert connections.sweep(0.0, nobody) == 0
+        assert connections.sweep(100.0, nobody) == 0, "the broker was stopped"
+        assert connections.sweep(100.9, {}) == 0, "its messages are not read yet"
+        connections.named(Side.FRONT, here.fileno(), b"peer")
+        assert connections.sweep(101.5, {Side.FRONT: {b"peer"}}) == 0
+        assert connections.sweep(101.9, nobody) == 0, "its session has just ended"
+        assert connections.sweep(102.9, nobody) == 1
+        assert there.recv(1) == b""
 
 
 # --- keys -----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,28 @@ def test_an_address_in_use_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
     assert told.returncode == 1
     assert told.stderr.count("\n") == 1
     assert "in use" in told.stderr
+
+
+def test_a_broker_that_fails_says_why_before_anything_else_can_end_it() -> None:
+    """Closing the sockets may: libzmq aborts the process at what it did not expect."""
+    script = """
+        import os, sys
+        from broker import __main__, loop
+        def fails(self): raise RuntimeError("a bug")
+        loop.BrokerLoop.run = fails
+        make_router = __main__.make_router
+        def abort(): os.abort()
+        def router(*args, **kwargs):
+            socket = make_router(*args, **kwargs)
+            socket.close = abort
+            return socket
+        __main__.make_router = router
+        sys.exit(__main__.main(["--front", "tcp://127.0.0.1:*", "--back", "tcp://127.0.0.1:*"]))
+    """
+    code = textwrap.dedent(script)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGABRT
+    assert "RuntimeError: a bug" in done.stderr
 
 
 @pytest.mark.parametrize(
