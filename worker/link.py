@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import select
 import signal
 import socket
 import time
@@ -52,6 +53,8 @@ MESSAGES_AT_ONCE: Final = 1000
 _LAST: Final = int(zmq.DONTWAIT)
 _MORE: Final = int(zmq.DONTWAIT | zmq.SNDMORE)
 _send: Final = BackendSocket.send
+_READABLE: Final = int(zmq.POLLIN)
+_WRITABLE: Final = int(zmq.POLLOUT)
 
 _CONNECTED: Final = zmq.Event.HANDSHAKE_SUCCEEDED
 _LOST: Final = {
@@ -140,7 +143,18 @@ class _BrokerSocket:
             self.dealer.curve_publickey = keys.public
             self.dealer.curve_secretkey = keys.secret
         self.monitor = self.dealer.get_monitor_socket(_CONNECTED | sum(_LOST))
+        #: What to poll. ZeroMQ's descriptors tell of a change only: see `due`.
+        self.fd = int(self.dealer.getsockopt(zmq.FD))
+        self.monitor_fd = int(self.monitor.getsockopt(zmq.FD))
+        # ZeroMQ signals the descriptor for a reader only that has found nothing before.
+        self.lost()
         self.dealer.connect(address)
+
+    def due(self) -> bool:
+        """Something can be done without waiting. Its descriptor need not say so: a send may have
+        taken note of what came, so this is asked after the last send, before every wait."""
+        wanted = _READABLE | _WRITABLE if self.outgoing else _READABLE
+        return bool(self.dealer.getsockopt(zmq.EVENTS) & wanted)
 
     def send(self, frames: tuple[bytes, ...]) -> bool:
         """Send, or keep in order; False when the socket takes no more."""
@@ -288,8 +302,9 @@ class Link:
         self._context: zmq.Context[Any] = zmq.Context(io_threads=1)
         self._sockets: dict[int, _BrokerSocket] = {}
         self._signals = _Signals()
-        self._poll = zmq.Poller()
-        self._polled: list[tuple[Any, int]] = []
+        #: Of the system, over descriptors: `zmq.Poller` asks every socket, monitors too, twice.
+        self._poll = select.poll()
+        self._polled: list[tuple[int, int]] = []
         self._exit: Exit | None = None
 
     def run(self) -> Exit:
@@ -315,43 +330,51 @@ class Link:
         """Wait for something, and deal with everything that came."""
         due_s = min(self._core.deadline_s(), self._supervisor.deadline_s())
         now_s = time.monotonic()
-        wait_s = 0.0 if self._supervisor.waiting else min(max(0.0, due_s - now_s), 3600.0)
+        due = {broker for broker, socket in self._sockets.items() if socket.due()}
+        wait_s = min(max(0.0, due_s - now_s), 3600.0)
+        if due or self._supervisor.waiting:
+            wait_s = 0.0
         # Rounded up: a poll that returns a moment before its time would be a busy loop.
-        self._poller().poll(int(wait_s * 1000) + 1 if wait_s else 0)
-        for name in self._signals.take():
-            self._tell(fact.StopRequested(name))
-        for event in self._supervisor.read(time.monotonic()):
-            self._show(event)
-            self._tell(event)
-        for broker in list(self._sockets):
-            self._read(broker)
+        ready = {fd for fd, _ in self._poller().poll(int(wait_s * 1000) + 1 if wait_s else 0)}
+        if self._signals.fileno() in ready:
+            for name in self._signals.take():
+                self._tell(fact.StopRequested(name))
+        pipe = self._supervisor.pipe
+        if self._supervisor.waiting or (pipe is not None and pipe.fileno() in ready):
+            for event in self._supervisor.read(time.monotonic()):
+                self._show(event)
+                self._tell(event)
+        for broker, broker_socket in list(self._sockets.items()):
+            reported = broker_socket.monitor_fd in ready
+            heard = reported or broker in due or broker_socket.fd in ready
+            if heard and self._sockets.get(broker) is broker_socket:
+                self._read(broker, broker_socket, reported)
         now_s = time.monotonic()
         if now_s >= self._supervisor.deadline_s():
             self._tell_all(self._supervisor.tick(now_s))
         if now_s >= due_s:
             self._tell(fact.Tick())
 
-    def _poller(self) -> zmq.Poller:
+    def _poller(self) -> select.poll:
         """What to wait for; made anew only when that has changed."""
         pipe = self._supervisor.pipe
-        wanted: list[tuple[Any, int]] = [(self._signals, zmq.POLLIN)]
+        wanted = [(self._signals.fileno(), select.POLLIN)]
         if pipe is not None:
-            wanted.append((pipe, zmq.POLLIN | (zmq.POLLOUT if pipe.backlog_bytes else 0)))
+            writing = select.POLLOUT if pipe.backlog_bytes else 0
+            wanted.append((pipe.fileno(), select.POLLIN | writing))
         for broker_socket in self._sockets.values():
-            writing = zmq.POLLOUT if broker_socket.outgoing else 0
-            wanted.append((broker_socket.dealer, zmq.POLLIN | writing))
-            wanted.append((broker_socket.monitor, zmq.POLLIN))
+            wanted.append((broker_socket.fd, select.POLLIN))
+            wanted.append((broker_socket.monitor_fd, select.POLLIN))
         if wanted != self._polled:
             self._polled = wanted
-            self._poll = zmq.Poller()
-            for what, events in wanted:
-                self._poll.register(what, events)
+            self._poll = select.poll()
+            for descriptor, events in wanted:
+                self._poll.register(descriptor, events)
         return self._poll
 
-    def _read(self, broker: int) -> None:
+    def _read(self, broker: int, broker_socket: _BrokerSocket, reported: bool) -> None:
         """Everything about one broker's socket. Its last messages go before the news of its end."""
-        broker_socket = self._sockets[broker]
-        made, why = broker_socket.lost()
+        made, why = broker_socket.lost() if reported else (False, None)
         if made:
             self._tell(fact.Connected(broker))
         for _ in range(MESSAGES_AT_ONCE):
