@@ -1,15 +1,18 @@
 """`AsyncClient`: the asyncio face. Builds a call, starts it, waits; no logic of the bus.
 
-May be used from several event loops; a stream belongs to one task at a time.
+May be used from several event loops, each of which gets a session of its own; a stream belongs to
+one task at a time. The loop itself serves the socket: while it is blocked, nothing arrives and no
+sign of life leaves, and a session that was given up meanwhile is resumed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
+import weakref
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, overload
-from weakref import WeakKeyDictionary
 
 from broker.protocol.messages import Kind
 from client import calls
@@ -18,7 +21,10 @@ from client.errors import BusError
 from client.events import Answered, End
 from client.face import Face, drain_args
 from client.images import Image
-from client.stream import AsyncInbox, AsyncStream, Completion, LoopGate
+from client.looped import LoopTransport
+from client.stream import AsyncInbox, AsyncStream, Completion
+from client.transport import closed
+from client.version import software
 
 __all__ = ["AsyncClient"]
 
@@ -40,11 +46,13 @@ class AsyncClient(Face):
     An unknown one raises `TypeError` and names what is near. All calls raise `BusError`s.
     """
 
-    def __init__(self, broker: str | Sequence[str] | None = None, **options: Any) -> None:
-        """As `client.Client`."""
-        super().__init__(broker, **options)
-        #: Of every loop that uses this client, gone with it.
-        self._gates: WeakKeyDictionary[asyncio.AbstractEventLoop, LoopGate] = WeakKeyDictionary()
+    def _prepare(self) -> None:
+        self._lock = threading.Lock()
+        self._closed = False
+        #: A session of its own for each loop, driven by it.
+        self._transports: dict[asyncio.AbstractEventLoop, LoopTransport] = {}
+        # Also at the end of the process: workers are told, rather than left to find out.
+        self._finalizer = weakref.finalize(self, _shut_down, self._transports)
 
     @overload
     async def chat(
@@ -206,7 +214,7 @@ class AsyncClient(Face):
         timeout: float | None = None,  # noqa: ASYNC109  # the session keeps it
     ) -> Any:
         """Ask the broker itself (SPEC.md section 10)."""
-        inbox = AsyncInbox(self._gate())
+        inbox = AsyncInbox(asyncio.get_running_loop())
         query_id = self._ask(verb, args, timeout, inbox)
         try:
             item = await inbox.next()
@@ -219,9 +227,17 @@ class AsyncClient(Face):
         return item.result
 
     async def aclose(self) -> None:
-        """Cancel what is open, say goodbye, end the thread. Idempotent."""
-        self._transport.close()
-        await asyncio.to_thread(self._finalizer)
+        """Cancel what is open and say goodbye. Idempotent."""
+        with self._lock:
+            self._closed = True
+            transports = list(self._transports.values())
+        loop = asyncio.get_running_loop()
+        for transport in transports:
+            if transport.loop is loop:
+                await transport.aclose()
+            else:
+                await asyncio.to_thread(transport.shut_down)
+        self._finalizer.detach()
 
     async def __aenter__(self) -> Self:
         return self
@@ -239,15 +255,21 @@ class AsyncClient(Face):
         return started if stream else await started.result()
 
     def _stream(self, call: Call) -> AsyncStream:
-        inbox = AsyncInbox(self._gate())
+        inbox = AsyncInbox(asyncio.get_running_loop())
         return AsyncStream(self._start(call, inbox), inbox, self)
 
-    def _gate(self) -> LoopGate:
+    def _carrier(self) -> LoopTransport:
         loop = asyncio.get_running_loop()
-        gate = self._gates.get(loop)
-        if gate is None:
-            gate = self._gates[loop] = LoopGate(loop)
-        return gate
+        return self._transports.get(loop) or self._join_loop(loop)
+
+    def _join_loop(self, loop: asyncio.AbstractEventLoop) -> LoopTransport:
+        with self._lock:
+            if self._closed:
+                raise closed()
+            for other in [loop for loop in self._transports if loop.is_closed()]:
+                self._transports.pop(other).shut_down(wait=False)
+            made = self._transports[loop] = LoopTransport(self._connection, software(), loop)
+            return made
 
     async def _field(
         self,
@@ -263,6 +285,11 @@ class AsyncClient(Face):
             self._defaults, kind, model, given, token_ids, images, options
         )
         return calls.field_of(await _end_of(self._stream(call)), name)
+
+
+def _shut_down(transports: dict[asyncio.AbstractEventLoop, LoopTransport]) -> None:
+    for transport in list(transports.values()):
+        transport.shut_down()
 
 
 async def _end_of(stream: AsyncStream) -> End:

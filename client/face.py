@@ -6,18 +6,17 @@ They differ only in how they wait; nothing here waits.
 from __future__ import annotations
 
 import os
-import threading
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
 from broker.protocol.messages import new_id
 from client import events
 from client.calls import Call, Defaults
+from client.dealer import key_pair, server_key_of
+from client.driver import Sink
 from client.options import Connection, Limits, Retry, Timeout
 from client.stream import StreamState
-from client.transport import Sink, Transport, key_pair, server_key_of
-from client.version import software
+from client.transport import Transport
 
 
 class Face:
@@ -60,9 +59,15 @@ class Face:
             timeout = Timeout(total=timeout)
         self._defaults = Defaults(timeout, retry or Retry())
         self._connection = connection
-        self._transport = Transport(connection, software())
-        # Also at the end of the process: workers are told, rather than left to find out.
-        self._finalizer = weakref.finalize(self, _shut_down, self._transport)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """The rest of the construction."""
+        raise NotImplementedError
+
+    def _carrier(self) -> Transport:
+        """What carries the calls that are made here."""
+        raise NotImplementedError
 
     @property
     def brokers(self) -> tuple[str, ...]:
@@ -82,10 +87,9 @@ class Face:
             call.retry,
             call.window_tokens,
         )
-        state = StreamState(
-            request_id, call.request.model, call.request.params.seed, self._transport.post
-        )
-        self._transport.open(made, sink)
+        carrier = self._carrier()
+        state = StreamState(request_id, call.request.model, call.request.params.seed, carrier.post)
+        carrier.open(made, sink)
         return state
 
     def _ask(
@@ -94,17 +98,11 @@ class Face:
         limit = self._defaults.timeout
         query_id = new_id()
         chosen = Timeout(connect=limit.connect, total=timeout if timeout is not None else None)
-        self._transport.open(events.QueryMade(query_id, verb, args or {}, chosen), sink)
+        self._carrier().open(events.QueryMade(query_id, verb, args or {}, chosen), sink)
         return query_id
 
     def _forget(self, id_: bytes) -> None:
-        self._transport.post(events.RequestDropped(id_))
-
-
-def _shut_down(transport: Transport) -> None:
-    transport.close()
-    if threading.current_thread().name != transport.thread_name:
-        transport.join()
+        self._carrier().post(events.RequestDropped(id_))
 
 
 def drain_args(worker: str, deadline_s: float | None, reason: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ exception, garbage collection) cancels the request at the worker.
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -269,7 +268,7 @@ class _Reading:
 class Inbox:
     """The sink of a blocking consumer."""
 
-    gate = None
+    __slots__ = ("_queue",)
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[Sequence[Item]] = SimpleQueue()
@@ -332,69 +331,36 @@ class Stream(_Reading):
         self.close()
 
 
-class LoopGate:
-    """Hands items over to one event loop: one `call_soon_threadsafe` for all of a round, and none
-    while an earlier one has not run yet."""
+class AsyncInbox:
+    """The sink of an asyncio consumer; everything happens in its loop."""
+
+    __slots__ = ("_loop", "_waiter", "items")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self._lock = threading.Lock()
-        self._pending: list[tuple[AsyncInbox, Sequence[Item]]] = []
-        #: `_hand_over` is on its way.
-        self._called = False
-
-    def put(self, inbox: AsyncInbox, items: Sequence[Item]) -> None:
-        """In the transport's thread; `flush` follows."""
-        with self._lock:
-            self._pending.append((inbox, items))
-
-    def flush(self) -> None:
-        """In the transport's thread."""
-        with self._lock:
-            if self._called:
-                return
-            self._called = True
-        try:
-            self.loop.call_soon_threadsafe(self._hand_over)
-        except RuntimeError:
-            self._pending.clear()  # the loop is closed: nobody will ever read this
-            self._called = False
-
-    def _hand_over(self) -> None:
-        with self._lock:
-            pending, self._pending = self._pending, []
-            self._called = False
-        for inbox, items in pending:
-            inbox.arrived(items)
-
-
-class AsyncInbox:
-    """The sink of an asyncio consumer."""
-
-    def __init__(self, gate: LoopGate) -> None:
-        self.gate = gate
-        self._items: deque[Item] = deque()
+        self._loop = loop
+        #: Arrived, not yet taken.
+        self.items: deque[Item] = deque()
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, items: Sequence[Item]) -> None:
-        """In the transport's thread."""
-        self.gate.put(self, items)
+        """What arrived in a round."""
+        self.items.extend(items)
+        waiter = self._waiter
+        if waiter is not None:
+            self._waiter = None
+            if not waiter.done():  # cancelled
+                waiter.set_result(None)
 
-    def arrived(self, items: Sequence[Item]) -> None:
-        """In the loop's thread."""
-        self._items.extend(items)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+    async def wait(self) -> None:
+        """Until there are items."""
+        while not self.items:
+            self._waiter = self._loop.create_future()
+            await self._waiter
 
     async def next(self) -> Item:
         """Wait for the next item."""
-        while not self._items:
-            self._waiter = self.gate.loop.create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        return self._items.popleft()
+        await self.wait()
+        return self.items.popleft()
 
 
 class AsyncStream(_Reading):
@@ -446,18 +412,22 @@ class _Events:
         self._stream = stream
         self._state = stream._state
         self._inbox = stream._inbox
+        self._items = stream._inbox.items
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> StreamEvent:
-        if self._state.over:
+        state = self._state
+        if state.over:
             raise StopAsyncIteration
-        try:
-            return self._state.take(await self._inbox.next())
-        except BaseException:
-            self._state.drop()
-            raise
+        if not self._items:
+            try:
+                await self._inbox.wait()
+            except BaseException:
+                state.drop()
+                raise
+        return state.take(self._items.popleft())
 
     def __del__(self) -> None:
         self._state.drop()

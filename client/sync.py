@@ -5,6 +5,7 @@ Safe to use from several threads; a stream belongs to one thread at a time.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, overload
@@ -17,6 +18,8 @@ from client.events import Answered, End
 from client.face import Face, drain_args
 from client.images import Image
 from client.stream import Completion, Inbox, Stream
+from client.transport import Transport
+from client.version import software
 
 __all__ = ["Client"]
 
@@ -36,6 +39,14 @@ class Client(Face):
     `tools`, `tool_choice`, `template_args`, `trace`), and `timeout`, `retry`, `window`.
     An unknown one raises `TypeError` and names what is near. All calls raise `BusError`s.
     """
+
+    def _prepare(self) -> None:
+        self._transport = Transport(self._connection, software())
+        # Also at the end of the process: workers are told, rather than left to find out.
+        self._finalizer = weakref.finalize(self, _shut_down, self._transport)
+
+    def _carrier(self) -> Transport:
+        return self._transport
 
     @overload
     def chat(
@@ -234,6 +245,11 @@ class Client(Face):
             self._defaults, kind, model, given, token_ids, images, options
         )
         return calls.field_of(_end_of(self._stream(call)), name)
+
+
+def _shut_down(transport: Transport) -> None:
+    transport.close()
+    transport.join()
 
 
 def _end_of(stream: Stream) -> End:

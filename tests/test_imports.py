@@ -20,7 +20,7 @@ OURS = frozenset(PACKAGES)
 HEAVY = frozenset(("torch", "transformers", "numpy", "PIL", "rich", "pydantic", "accelerate"))
 
 #: The modules that own sockets, and nobody else.
-SOCKET_OWNERS = frozenset(("sockets", "loop", "auth", "link", "transport"))
+SOCKET_OWNERS = frozenset(("sockets", "loop", "auth", "link", "transport", "dealer"))
 IMPORT_CLIENT_S = 0.150
 TRIES = 40
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+
+import pytest
 
 from broker.protocol.messages import TokensEvent
 from client import events
-from client.events import Started
-from client.stream import AsyncInbox, LoopGate, StreamState
+from client.events import Item, Started
+from client.stream import AsyncInbox, StreamState
 
 ID = bytes(range(1, 17))
 
@@ -53,36 +53,43 @@ def test_a_stream_that_goes_on_elsewhere_counts_from_what_was_read() -> None:
     assert told == [events.TokensTaken(ID, 3)]
 
 
-class CountingLoop:
-    """As much of an event loop as a gate needs; runs what it was given when it is told to."""
+def test_a_waiting_reader_is_woken_once_for_many_items() -> None:
+    async def read() -> tuple[int, list[int]]:
+        inbox = AsyncInbox(asyncio.get_running_loop())
+        woken = 0
+        seen: list[int] = []
 
-    def __init__(self) -> None:
-        self.calls: list[Callable[[], None]] = []
+        async def reader() -> None:
+            nonlocal woken
+            while len(seen) < 4:
+                await inbox.wait()
+                woken += 1
+                while inbox.items:
+                    item = inbox.items.popleft()
+                    assert isinstance(item, TokensEvent)
+                    seen.append(item.offset)
 
-    def call_soon_threadsafe(self, call: Callable[[], None]) -> None:
-        self.calls.append(call)
+        task = asyncio.ensure_future(reader())
+        await asyncio.sleep(0)  # it waits now
+        for offset in range(3):
+            inbox.put([token(offset)])
+        await asyncio.sleep(0)
+        inbox.put([token(3)])
+        await task
+        return woken, seen
 
-    def run(self) -> None:
-        calls, self.calls = self.calls, []
-        for call in calls:
-            call()
+    assert asyncio.run(read()) == (2, [0, 1, 2, 3])
 
 
-def test_a_loop_that_is_behind_is_called_once_for_many_rounds() -> None:
-    loop: Any = CountingLoop()
-    gate = LoopGate(loop)
-    inbox = AsyncInbox(gate)
-    for offset in range(3):
-        inbox.put([token(offset)])
-        gate.flush()
-    assert len(loop.calls) == 1
-    loop.run()
-    inbox.put([token(3)])
-    gate.flush()
-    assert len(loop.calls) == 1, "what comes after a hand-over needs another"
-    loop.run()
+def test_what_arrives_for_a_reader_that_was_cancelled_disturbs_nobody() -> None:
+    async def main() -> Item:
+        inbox = AsyncInbox(asyncio.get_running_loop())
+        task = asyncio.ensure_future(inbox.next())
+        await asyncio.sleep(0)
+        task.cancel()
+        inbox.put([token(0)])
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return await inbox.next()
 
-    async def read() -> list[int]:
-        return [(await inbox.next()).offset for _ in range(4)]
-
-    assert asyncio.run(read()) == [0, 1, 2, 3]
+    assert asyncio.run(main()) == token(0)

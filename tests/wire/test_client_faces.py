@@ -12,7 +12,9 @@ import pickle
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from client import (
     Overloaded,
     Retry,
     Started,
+    StreamEvent,
     Timeout,
     Tokens,
     TooLarge,
@@ -623,7 +626,9 @@ def test_a_failure_inside_the_thread_reaches_every_open_call(
         def explode(*_: object) -> None:
             raise RuntimeError("a bug")
 
-        monkeypatch.setattr(client._transport._session, "handle", explode)
+        driver = client._transport._driver
+        assert driver is not None
+        monkeypatch.setattr(driver.session, "handle", explode)
         with pytest.raises(ClientClosed, match="a bug"):
             client.models()
         with pytest.raises(ClientClosed, match="a bug"):
@@ -696,3 +701,134 @@ def test_an_end_that_is_no_vector_is_told() -> None:
         pytest.raises(library.BrokenProtocol, match="vectors"),
     ):
         client.embed("x", model="demo")
+
+
+# --- event loops ----------------------------------------------------------------------------------
+
+
+def test_a_client_serves_one_loop_after_the_other() -> None:
+    with ScriptedBroker() as broker:
+        client = AsyncClient(broker.address)
+
+        async def ask(last: bool) -> str:
+            answer = (await client.chat("demo", "abc")).text
+            if last:
+                await client.aclose()
+            return answer
+
+        assert asyncio.run(ask(False)) == "abc"
+        assert asyncio.run(ask(True)) == "abc"
+        broker.wait_for(Type.GOODBYE, 2)
+        with pytest.raises(ClientClosed):
+            asyncio.run(ask(True))
+
+
+def test_a_client_serves_loops_in_several_threads() -> None:
+    with ScriptedBroker() as broker:
+        client = AsyncClient(broker.address)
+
+        async def ask(number: int) -> str:
+            answers = await asyncio.gather(*(client.chat("demo", f"{number}") for _ in range(8)))
+            return answers[0].text
+
+        with ThreadPoolExecutor(3) as pool:
+            texts = list(pool.map(lambda number: asyncio.run(ask(number)), range(3)))
+        assert texts == ["0", "1", "2"]
+        asyncio.run(client.aclose())
+        broker.wait_for(Type.GOODBYE, 3)
+
+
+@pytest.mark.parametrize("forgotten", ["in the loop", "after the loop"])
+def test_an_async_client_that_is_forgotten_says_goodbye(forgotten: str) -> None:
+    async def use(client: AsyncClient) -> None:
+        await client.models()
+
+    async def forget(address: str) -> None:
+        await use(AsyncClient(address))
+        gc.collect()
+
+    with ScriptedBroker() as broker:
+        if forgotten == "in the loop":
+            asyncio.run(forget(broker.address))
+        else:
+            client = AsyncClient(broker.address)
+            asyncio.run(use(client))
+            del client
+        gc.collect()
+        broker.wait_for(Type.GOODBYE)
+
+
+def test_a_stream_may_be_forgotten_in_another_thread() -> None:
+    async def main(broker: ScriptedBroker) -> None:
+        async with AsyncClient(broker.address) as client:
+            readers = [aiter(await client.chat("demo", "x", stream=True))]
+            await anext(readers[0])
+            await asyncio.to_thread(readers.clear)
+            await asyncio.to_thread(broker.wait_for, Type.CANCEL)
+
+    with ScriptedBroker(endless) as broker:
+        asyncio.run(main(broker))
+
+
+def test_a_failure_while_the_loop_drives_reaches_every_open_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def explode(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    async def main(broker: ScriptedBroker) -> None:
+        client = AsyncClient(broker.address)
+        events = aiter(await client.chat("demo", "x", stream=True))
+        await anext(events)
+        (transport,) = client._transports.values()
+        assert transport._driver is not None
+        monkeypatch.setattr(transport._driver.session, "handle", explode)
+        with pytest.raises(ClientClosed, match="a bug"):
+            await client.models()
+        with pytest.raises(ClientClosed, match="a bug"):
+            while True:
+                await anext(events)
+        with pytest.raises(ClientClosed, match="a bug"):
+            await client.chat("demo", "x")
+        await client.aclose()
+
+    with ScriptedBroker(endless) as broker:
+        asyncio.run(main(broker))
+
+
+def test_a_client_that_is_closed_from_another_loop_ends_the_streams_of_this_one() -> None:
+    async def begin(client: AsyncClient) -> AsyncIterator[StreamEvent]:
+        reader = aiter(await client.chat("demo", "x", stream=True))
+        await anext(reader)
+        return reader
+
+    async def read_on(reader: AsyncIterator[StreamEvent]) -> None:
+        async for _ in reader:
+            pass
+
+    with ScriptedBroker(endless) as broker, closing(asyncio.new_event_loop()) as loop:
+        client = AsyncClient(broker.address)
+        reader = loop.run_until_complete(begin(client))
+        asyncio.run(client.aclose())
+        broker.wait_for(Type.GOODBYE)
+        with pytest.raises(ClientClosed):
+            loop.run_until_complete(read_on(reader))
+
+
+def test_no_descriptor_stays_behind_where_loops_come_and_go() -> None:
+    folder = Path("/proc/self/fd")
+    if not folder.exists():
+        pytest.skip("no /proc on this system")
+
+    async def ask(client: AsyncClient) -> None:
+        await client.chat("demo", "x")
+
+    with ScriptedBroker() as broker:
+        client = AsyncClient(broker.address)
+        asyncio.run(ask(client))
+        asyncio.run(ask(client))  # the session of the first loop ends meanwhile
+        before = len(list(folder.iterdir()))
+        for _ in range(10):
+            asyncio.run(ask(client))
+        wait_until(lambda: len(list(folder.iterdir())) <= before, "closed descriptors")
+        asyncio.run(client.aclose())

@@ -20,7 +20,7 @@ from client import events as below
 from client.errors import BusError
 from client.events import Item
 from client.options import Connection
-from client.transport import Gate, Transport
+from client.transport import Transport
 from worker import events as above
 from worker.instructions import Log
 from worker.relay import core as relay
@@ -62,8 +62,6 @@ class _Bell:
 
 class _Sink:
     """Takes what the transport's thread has for one request or query."""
-
-    gate: Gate | None = None
 
     def __init__(self, id_: bytes, inbox: deque[relay.ItemsArrived], bell: _Bell) -> None:
         self._id = id_
