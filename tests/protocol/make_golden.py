@@ -30,8 +30,12 @@ ERROR = ErrorInfo(
 )
 
 
-def examples() -> dict[str, tuple[MessageType, bytes, int, int, list[Any], list[bytes]]]:
-    """name -> type, id, sequence, flags, bodies, attachments."""
+Example = tuple[MessageType, bytes, int, int, list[Any], list[bytes]]
+"""Type, id, sequence, flags, bodies, attachments."""
+
+
+def examples() -> dict[str, Example]:
+    """One message of every kind, with every field in one of them."""
     t = MessageType
     picture = b"\x89PNG not really"
     request = m.Request(
@@ -232,6 +236,100 @@ def examples() -> dict[str, tuple[MessageType, bytes, int, int, list[Any], list[
         "query": (t.QUERY, ROUTE, 6, 0, [m.Query(verb="bus.drain", args={"worker": "gpu-1"})], []),
         "answer": (t.ANSWER, ROUTE, 14, 0, [m.Answer(result=[{"name": "demo"}])], []),
         "answer_error": (t.ANSWER, ROUTE, 15, 0, [m.Answer(error=ERROR)], []),
+    } | _every_field()
+
+
+def _every_field() -> dict[str, Example]:
+    """Fields that the messages above leave at their defaults."""
+    t = MessageType
+    relay = m.ModelInfo(
+        name="demo", kinds=(m.Kind.CHAT, m.Kind.EMBED), details={"via": ["lower"]}, capacity=3
+    )
+    hello = m.Hello(
+        role="worker", name="relay", models=[relay], capacity=8, max_version=2, min_version=0
+    )
+    loading = m.Heartbeat(state=m.WorkerState.LOADING, progress=0.5, note="weights", models=[relay])
+    params = m.Params(
+        min_tokens=2,
+        top_p=0.9,
+        top_k=40,
+        min_p=0.05,
+        repetition_penalty=1.1,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        stop_token_ids=[2],
+        ignore_eos=True,
+        include_stop=True,
+        skip_special_tokens=False,
+        prompt_logprobs=1,
+        echo=True,
+        logit_bias=[(5, -1.5)],
+        banned_token_ids=[6],
+        forced_token_ids=[7],
+        constraint=m.Constraint(type="regex", value="[0-9]+"),
+        overflow="truncate_left",
+        stream_interval=4,
+    )
+    call = {"id": "call-1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    tools = m.Request(
+        model="demo",
+        messages=[
+            m.Message(role="user", content=[m.VideoPart(attachments=[0, 1])], name="ann"),
+            m.Message(role="assistant", reasoning_content="Ask the clock.", tool_calls=[call]),
+            m.Message(role="tool", content="noon", tool_call_id="call-1"),
+        ],
+        params=params,
+        tools=[{"type": "function", "function": {"name": "now"}}],
+        tool_choice="auto",
+        template_args={"enable_thinking": False},
+        queue_ms=5000,
+        window=1,
+        attachments=[m.Attachment(kind="video_frame"), m.Attachment(kind="video_frame")],
+        trace={"traceparent": "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"},
+    )
+    embed = m.Request(
+        model="demo",
+        kind=m.Kind.EMBED,
+        inputs=["Once", [1, 2]],
+        embed_args={"dimensions": 2},
+        window=1,
+    )
+    vectors = {"embeddings": [bytes(8), bytes(8)], "dimensions": 2}
+    ended = m.EndEvent(
+        REQUEST,
+        0,
+        0,
+        m.FinishReason.STOP,
+        "",
+        m.Usage(prompt_tokens=4),
+        m.Timings(prefill_ms=2.5, decode_ms=1.5),
+        vectors,
+    )
+    prompt = m.PromptEvent(REQUEST, 1, 0, [1], "Once", [m.TokenLogprob(None, b"Once")])
+    limits = m.BusLimits(
+        request_bytes=1, attachment_bytes=2, attachments_bytes=3, attachments=4, inflight=5
+    )
+    welcome = m.Welcome(
+        version=1,
+        broker="bus",
+        heartbeat_interval_ms=1,
+        liveness=1,
+        limits=limits,
+        window=1,
+        operator=True,
+    )
+    goodbye = m.Goodbye(reason="slow_consumer", message="read faster")
+    return {
+        "hello_relay": (t.HELLO, header.NO_ID, 0, 0, [hello], []),
+        "welcome_operator": (t.WELCOME, SESSION, 0, 0, [welcome], []),
+        "heartbeat_loading": (t.HEARTBEAT, SESSION, 1, 0, [loading], []),
+        "goodbye_message": (t.GOODBYE, SESSION, 2, 0, [goodbye], []),
+        "request_tools_video": (t.REQUEST, REQUEST, 1, 0, [tools], [b"frame 0", b"frame 1"]),
+        "request_embed": (t.REQUEST, REQUEST, 1, 0, [embed], []),
+        "accepted_worker": (t.ACCEPTED, REQUEST, 1, 0, [m.Accepted(worker="gpu-1")], []),
+        "cancel_reason": (t.CANCEL, REQUEST, 2, 0, [m.Cancel(reason="closed")], []),
+        "output_embed": (t.OUTPUT, SESSION, 2, 0, [[ended]], []),
+        "output_prompt": (t.OUTPUT, SESSION, 3, 0, [[prompt]], []),
     }
 
 

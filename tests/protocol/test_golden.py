@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import msgpack
+import msgspec
 import pytest
 
 from broker.protocol import codec, header
@@ -25,6 +27,35 @@ def _decode(example: Any, frame: bytes) -> Any:
 
 def test_every_message_type_has_golden_octets() -> None:
     assert {row[0] for row in examples().values()} == set(MessageType)
+
+
+def test_every_field_stands_in_some_golden_message() -> None:
+    """Else two implementations may agree on all octets here and not understand each other."""
+    types = [vars(m)[name] for name in vars(m) if not name.startswith("_")]
+    fields = {
+        (type_.__name__, field.name)
+        for type_ in types
+        if isinstance(type_, type) and issubclass(type_, msgspec.Struct)
+        for field in msgspec.structs.fields(type_)
+    }
+    said = {field for *_, bodies, _ in examples().values() for field in _said(bodies)}
+    assert fields - said == set()
+
+
+def _said(value: Any) -> Iterator[tuple[str, str]]:
+    """Fields that have another value than their default."""
+    if isinstance(value, msgspec.Struct):
+        for field in msgspec.structs.fields(value):
+            inner = getattr(value, field.name)
+            default = field.default
+            if field.default_factory is not msgspec.NODEFAULT:
+                default = field.default_factory()
+            if inner != default:
+                yield type(value).__name__, field.name
+            yield from _said(inner)
+    elif isinstance(value, list | tuple | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _said(inner)
 
 
 def test_the_file_names_exactly_the_examples() -> None:
