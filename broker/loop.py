@@ -39,6 +39,7 @@ from broker.log import Logger
 from broker.protocol import codec
 from broker.protocol.header import MessageType
 from broker.protocol.limits import ID_OCTETS, MAX_FRAMES, MAX_OUTPUT_OCTETS
+from broker.readiness import Readiness
 
 if TYPE_CHECKING:
     from broker.auth import Gate
@@ -144,19 +145,16 @@ class BrokerLoop:
             self._monitor(front): Side.FRONT,
             self._monitor(back): Side.BACK,
         }
-        poller = zmq.Poller()
-        for readable in (front, back, *monitors):
-            poller.register(readable, zmq.POLLIN)
-        poller.register(self._signals, zmq.POLLIN)
         gate = self._gate
-        if gate is not None:
-            poller.register(gate.socket, zmq.POLLIN)
+        asked = [back, front, *([gate.socket] if gate is not None else [])]
+        signals = self._signals.fileno()
+        readiness = Readiness(asked, monitors, signals)
         clock, core = self._clock, self._core
         busy_since_s = clock()
         while self._running:
             before_s = clock()
             timeout_s = self._timeout_s(before_s)
-            ready = dict(poller.poll(math.ceil(timeout_s * 1000)))
+            ready = readiness.wait(timeout_s)
             now_s = clock()
             self._turn += 1
             self.figures["wakes_total"] += 1
@@ -165,7 +163,7 @@ class BrokerLoop:
             if late_s > LATE_S:
                 self.figures["late_total"] += 1
                 self._feed(LoopWasLate(late_s), now_s)
-            if self._signals.fileno() in ready:
+            if signals in ready:
                 self._on_signals(now_s)
             if gate is not None and gate.socket in ready:
                 gate.answer()
@@ -176,8 +174,8 @@ class BrokerLoop:
             if self._gone:
                 self._report_gone(now_s)
             for monitor, side in monitors.items():
-                if monitor in ready:
-                    self._on_monitor(monitor, side, now_s)
+                if monitor in ready and not self._on_monitor(monitor, side, now_s):
+                    readiness.again(monitor)
             if now_s >= self._retry_s:
                 self._flush(now_s)
             if now_s >= core.deadline_s():
@@ -501,8 +499,10 @@ class BrokerLoop:
         monitor: zmq.Socket[Any] = socket.get_monitor_socket(watched)
         return monitor
 
-    def _on_monitor(self, monitor: zmq.Socket[Any], side: Side, now_s: float) -> None:
+    def _on_monitor(self, monitor: zmq.Socket[Any], side: Side, now_s: float) -> bool:
+        """Read a monitor; True when nothing was left to read."""
         seen: Counter[int] = Counter()
+        drained = False
         try:
             for _ in range(MONITOR_BATCH):
                 event, _address = monitor.recv_multipart(zmq.DONTWAIT)
@@ -512,7 +512,7 @@ class BrokerLoop:
                 else:
                     seen[number] += 1
         except zmq.Again:
-            pass
+            drained = True
         if seen.pop(zmq.EVENT_DISCONNECTED, 0):
             self._feed(DisconnectReported(side), now_s)
         for number, count in seen.items():
@@ -521,6 +521,7 @@ class BrokerLoop:
             self._log(
                 "warning", "connection refused", {"side": side.value, "why": name, "n": count}
             )
+        return drained
 
 
 def _send_now(socket: zmq.Socket[bytes], routing_id: bytes, frames: tuple[bytes, ...]) -> None:
