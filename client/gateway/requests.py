@@ -33,6 +33,7 @@ __all__ = [
     "ChatRequest",
     "CompletionRequest",
     "EmbeddingRequest",
+    "Extensions",
     "JsonSchemaFormat",
     "Sampling",
     "StructuredOutputs",
@@ -79,33 +80,17 @@ class StructuredOutputs(_Body, kw_only=True):
     choice: Annotated[list[str], Meta(min_length=1)] | None = None
 
 
-class Sampling(_Body, kw_only=True):
-    """The fields that chat and completions have in common."""
+class Extensions(_Body, kw_only=True):
+    """What every endpoint takes that makes text, though OpenAI's does not take all of it."""
 
-    model: ModelName
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Choices | None = None
-    temperature: Temperature | None = None
-    top_p: Share | None = None
-    stop: Stop | None = None
     seed: int | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, Bias] | None = None
-    #: Whose fair share of the model this request takes.
-    user: str | None = None
-    # Labels.
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    prompt_cache_options: dict[str, Any] | None = None
-    # Extensions.
+    stop: Stop | None = None
     top_k: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = None
     min_p: Share | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[str, Bias] | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=1 << 31)] | None = None
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
@@ -115,6 +100,26 @@ class Sampling(_Body, kw_only=True):
     priority: Annotated[int, Meta(ge=-100, le=100)] | None = None
     queue_ms: Annotated[int, Meta(ge=0, le=1 << 40)] | None = None
     ttl_ms: Annotated[int, Meta(ge=1, le=1 << 40)] | None = None
+
+
+class Sampling(Extensions, kw_only=True):
+    """The fields that chat and completions have in common, beside `Extensions`."""
+
+    model: ModelName
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Choices | None = None
+    temperature: Temperature | None = None
+    top_p: Share | None = None
+    #: Whose fair share of the model this request takes.
+    user: str | None = None
+    # Labels.
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
 
 
 # --- chat -----------------------------------------------------------------------------------------
@@ -197,6 +202,7 @@ class NamedTool(_Body, kw_only=True):
     type: Literal["function"]
 
 
+#: What a caller may say of the choice between its tools.
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 

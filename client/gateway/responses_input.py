@@ -141,7 +141,7 @@ class ResponseStreamOptions(_Body, kw_only=True):
     include_obfuscation: bool | None = None
 
 
-class ResponseRequest(_Body, kw_only=True):
+class ResponseRequest(http.Extensions, kw_only=True):
     """Body of `POST /v1/responses`."""
 
     model: http.ModelName
@@ -174,13 +174,8 @@ class ResponseRequest(_Body, kw_only=True):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
-    # Extensions.
-    seed: int | None = None
-    stop: http.Stop | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = None
-    min_p: http.Share | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
-    priority: Annotated[int, Meta(ge=-100, le=100)] | None = None
+    #: Given to the chat template as they are.
+    chat_template_kwargs: dict[str, Any] | None = None
     # Known, not served.
     context_management: http.Refused = None
     conversation: http.Refused = None
@@ -283,24 +278,22 @@ def as_chat(body: ResponseRequest, earlier: list[http.ChatMessage]) -> http.Chat
         top_logprobs=body.top_logprobs if logprobs else None,
         response_format=_format(body.text),
         tools=[_tool(tool) for tool in body.tools] if body.tools else None,
-        tool_choice=http.NamedTool(
-            type="function", function=http.NamedFunction(name=body.tool_choice.name)
-        )
-        if isinstance(body.tool_choice, NamedTool)
-        else body.tool_choice
-        if body.tools
-        else None,
+        tool_choice=_tool_choice(body),
         parallel_tool_calls=body.parallel_tool_calls,
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
         service_tier=body.service_tier,
         user=body.user,
-        seed=body.seed,
-        stop=body.stop,
-        top_k=body.top_k,
-        min_p=body.min_p,
-        repetition_penalty=body.repetition_penalty,
-        priority=body.priority,
+        chat_template_kwargs=body.chat_template_kwargs,
+        **{name: getattr(body, name) for name in http.Extensions.__struct_fields__},
     )
+
+
+def _tool_choice(body: ResponseRequest) -> http.ToolChoice | None:
+    if isinstance(body.tool_choice, NamedTool):
+        named = http.NamedFunction(name=body.tool_choice.name)
+        return http.NamedTool(type="function", function=named)
+    # As OpenAI's answers tell it where there are no tools.
+    return None if body.tool_choice == "auto" and not body.tools else body.tool_choice
 
 
 def _tool(tool: FunctionTool) -> http.Tool:

@@ -112,6 +112,18 @@ def test_an_answer_that_is_cut_is_incomplete(client: openai.OpenAI) -> None:
     assert response.incomplete_details.reason == "max_output_tokens"
 
 
+def test_the_extensions_of_a_chat_are_taken(client: openai.OpenAI) -> None:
+    def ask(**extra: object) -> str:
+        return client.responses.create(
+            model=MODEL, input="abcdef", max_output_tokens=12, extra_body=extra
+        ).output_text
+
+    assert ask(stop=["d"]) == "abc"
+    assert ask(stop=["d"], include_stop_str_in_output=True) == "abcd"
+    assert len(ask(ignore_eos=True)) == 12
+    assert ask(tool_choice="auto") == "abcdef"
+
+
 def test_logprobs_come_where_they_are_included(client: openai.OpenAI) -> None:
     response = client.responses.create(
         model=MODEL, input="ab", include=["message.output_text.logprobs"], top_logprobs=1
@@ -184,6 +196,9 @@ def test_a_failing_response_ends_with_its_error(client: openai.OpenAI) -> None:
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"include": ["file_search_call.results"]}, "include"),
         ({"background": True, "store": False}, "background"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
+        ({"min_tokens": 9, "max_output_tokens": 2}, "min_tokens"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
     ],
 )
