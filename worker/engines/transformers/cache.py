@@ -9,6 +9,8 @@ of requests; it must never decide who runs.
 
 from __future__ import annotations
 
+import math
+import mmap
 from typing import Any
 
 import torch
@@ -111,7 +113,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _allocate(self, states: torch.Tensor) -> torch.Tensor:
         shape = (self.slots + self.spare, self.capacity, states.shape[1], states.shape[3])
-        return torch.zeros(shape, dtype=states.dtype, device=states.device)
+        return _zeros(shape, states)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -158,7 +160,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @staticmethod
     def _resized(states: torch.Tensor, slots: int, capacity: int) -> torch.Tensor:
-        result = states.new_zeros(slots, capacity, *states.shape[2:])
+        result = _zeros((slots, capacity, *states.shape[2:]), states)
         rows, length = min(slots, states.shape[0]), min(capacity, states.shape[1])
         result[:rows, :length] = states[:rows, :length]
         return result
@@ -256,6 +258,20 @@ class SlotCache(Cache):  # type: ignore[misc]
         for layer, (keys, values) in zip(self.slot_layers, states, strict=True):
             layer.keys[row, :length] = keys[:length]
             layer.values[row, :length] = values[:length]
+
+
+def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Zeros of that type, there. On a host the system gives zeroed memory page by page as it is
+    written: room for a long prompt costs nothing before it is used, where writing all the zeros
+    would keep running streams waiting for seconds."""
+    if like.device.type != "cpu":
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    octets = max(math.prod(shape) * like.element_size(), 1)
+    try:
+        memory = mmap.mmap(-1, octets)
+    except OSError as error:
+        raise MemoryError(f"{octets} octets for keys and values: {error}") from error
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
 def _by_token(states: torch.Tensor) -> torch.Tensor:

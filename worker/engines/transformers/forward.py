@@ -7,7 +7,11 @@ layers, boolean or additive masks, M-RoPE positions, adapters. Must never sample
 from __future__ import annotations
 
 import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum, auto
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,6 +25,9 @@ __all__ = ["Forward", "StaticUse", "Unsupported"]
 
 LAYER_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 """Kinds of layers whose cache is plain keys and values."""
+
+GROUPED_HEADS = "TRANSFORMERS_SDPA_FORCE_GQA"
+"""Where this is set, transformers hands grouped heads to torch as they are."""
 
 
 class StaticUse(Enum):
@@ -60,6 +67,7 @@ class Forward:
         self._dtype = loaded.dtype
         self._additive = getattr(config, "_attn_implementation", "") == "eager"
         self._accepts = _forward_arguments(model)
+        self._weight_bytes: int = sum(p.numel() * p.element_size() for p in model.parameters())
         self._per_row_adapters = bool(loaded.adapters)
         if loaded.adapters:
             # Which adapter a row uses is not in a captured step.
@@ -114,8 +122,23 @@ class Forward:
             arguments["logits_to_keep"] = 1
         if "position_ids" in self._accepts:
             arguments["position_ids"] = self._prefill_positions(sequence, start, end)
-        logits = self._run(arguments, [sequence])[0]
+        with self._grouped_heads():
+            logits = self._run(arguments, [sequence])[0]
         return logits if all_logits else logits[-1:]
+
+    @contextmanager
+    def _grouped_heads(self) -> Iterator[None]:
+        """On a CPU torch's attention takes grouped heads and a mask, where transformers would copy
+        all keys and values before for each query head, in every layer. Not for single tokens: their
+        heads are folded, which is cheaper still."""
+        if self.device.type != "cpu" or GROUPED_HEADS in os.environ:
+            yield
+            return
+        os.environ[GROUPED_HEADS] = "1"
+        try:
+            yield
+        finally:
+            del os.environ[GROUPED_HEADS]
 
     def _prefill_positions(self, sequence: Sequence, start: int, end: int) -> torch.Tensor:
         if self._rope_owner is None:
@@ -163,7 +186,8 @@ class Forward:
                 rows = [self._prefill_positions(s, s.filled, s.total) for s in sequences]
                 padded = [torch.nn.functional.pad(p, (tokens - p.shape[-1], 0)) for p in rows]
                 arguments["position_ids"] = torch.cat(padded, dim=1)
-        return self._run(arguments, sequences)[:, -1]
+        with self._grouped_heads():
+            return self._run(arguments, sequences)[:, -1]
 
     # --- decode -----------------------------------------------------------------------------------
 
@@ -176,6 +200,17 @@ class Forward:
             if logits is not None:
                 return logits
         lengths = [sequence.filled for sequence in sequences]
+        runs = _runs(lengths, self._forward_tokens())
+        parts = [self._decode_run(sequences[start:end], start) for start, end in runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _forward_tokens(self) -> int:
+        """Cached tokens that take as long to read as the weights do."""
+        return self._weight_bytes // max(self.cache.token_bytes, 1)
+
+    def _decode_run(self, sequences: list[Sequence], slot: int) -> torch.Tensor:
+        """One token for rows from `slot` on, in one forward."""
+        lengths = [sequence.filled for sequence in sequences]
         length = max(lengths) + 1
         # One transfer to the device for everything that depends on the rows.
         facts = torch.tensor(
@@ -186,7 +221,7 @@ class Forward:
             ]
         ).to(self.device, non_blocking=True)
         positions = facts[1][:, None]
-        self.cache.plan.step(0, positions, length)
+        self.cache.plan.step(slot, positions, length)
         arguments: dict[str, Any] = {"input_ids": facts[0][:, None]}
         if len(sequences) > 1:
             arguments["attention_mask"] = self._mask(positions, self._first(length))
@@ -248,6 +283,32 @@ class Forward:
         output = self._model(**arguments, past_key_values=self.cache, use_cache=True)
         logits: torch.Tensor = output.logits
         return logits
+
+
+def _runs(lengths: list[int], worth: int) -> list[tuple[int, int]]:
+    """Cut rows of these lengths, in their order, into runs that are decoded one after the other: a
+    row is read to the end of the longest in its run, so that one long row would make all others
+    slow. A cut is made where it spares more than `worth` tokens."""
+    runs: list[tuple[int, int]] = []
+    open_ = [(0, len(lengths))]
+    while open_:
+        start, end = open_.pop()
+        count, longest = end - start, max(lengths[start:end])
+        cut, spared = 0, worth
+        if count * longest - sum(lengths[start:end]) > worth:
+            behind = list(accumulate(reversed(lengths[start:end]), max))
+            before = 0
+            for taken in range(1, count):
+                before = max(before, lengths[start + taken - 1])
+                rest = count - taken
+                gain = count * longest - taken * before - rest * behind[rest - 1]
+                if gain > spared:
+                    cut, spared = taken, gain
+        if cut:
+            open_ += [(start + cut, end), (start, start + cut)]
+        else:
+            runs.append((start, end))
+    return runs
 
 
 def _axes(sequence: Sequence, known: int) -> int:

@@ -24,6 +24,7 @@ from broker.protocol.messages import FinishReason, TokenLogprob
 from worker.engines.base import EngineEvent
 from worker.engines.transformers.forward import Forward
 from worker.engines.transformers.memory import is_out_of_memory, release_cached
+from worker.engines.transformers.pace import Allowance, Pace
 from worker.engines.transformers.prefix import PrefixCache
 from worker.engines.transformers.sampling import Sampler, prompt_logprobs
 from worker.engines.transformers.sequence import Sequence, State
@@ -38,9 +39,6 @@ log = logging.getLogger(__name__)
 GROWTH_TOKENS = 128
 """Room behind a prompt that is reserved on admission; longer answers grow on demand."""
 
-SMALLEST_CHUNK = 16
-"""A chunk is never shrunk below this to keep the stall bound: smaller ones cost as much."""
-
 KEPT_CAPACITY = 4096
 """Tokens of a row that stay allocated when nobody runs; more goes back to the machine."""
 
@@ -48,11 +46,11 @@ GROUP_TOKENS = 64
 GROUP_FILL = 0.85
 """Prompts computed together are of like length: beyond this size, padding takes at most 15 %."""
 
-STALL_SHARE = 0.75
-"""Of the bound that a chunk aims at: later tokens of a prompt cost more than those measured."""
+IDLE_MS = 1000.0
+"""Of prompts in one step while nobody waits for a token: cancellations are looked at between."""
 
-RATE_WEIGHT = 0.3
-"""Weight of the newest measurement of prefill speed and decode time."""
+DECODE_WEIGHT = 0.3
+"""Weight of the newest measurement of a decode."""
 
 
 class SlotRunner:
@@ -69,6 +67,7 @@ class SlotRunner:
         token_bytes: Callable[[int], bytes],
         whole_prompts: bool = False,
         overlap: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.forward = forward
         self.cache = forward.cache
@@ -90,8 +89,14 @@ class SlotRunner:
         self._computed: tuple[list[Sequence], torch.Tensor] | None = None
         #: Sequences with a token of which nothing was said yet; empty between steps.
         self._fresh: list[Sequence] = []
-        #: Measured: prompt tokens computed in a millisecond, and milliseconds of one decode.
-        self._prefill_rate = 0.0
+        self._clock = clock
+        self._pace = Pace()
+        #: A forward is over when it returns; elsewhere it is when its tokens are looked at.
+        self._synchronous = forward.device.type == "cpu"
+        #: Elsewhere: since when the device works on what was launched, pieces of prompts launched
+        #: since then (tokens, start, rows), and milliseconds of a decode.
+        self._since = 0.0
+        self._launched: list[tuple[int, int, int]] = []
         self._decode_ms = 0.0
 
     # --- what the engine asks ---------------------------------------------------------------------
@@ -127,13 +132,16 @@ class SlotRunner:
     def step(self) -> list[EngineEvent]:
         """One unit of work: cancellations, admissions, a bounded prefill, one decode."""
         events: list[EngineEvent] = []
-        started = time.perf_counter()
         self._drop_cancelled(events)
         if not self._rows and self.cache.capacity > KEPT_CAPACITY and not self.forward.static:
             self.cache.shrink(self.cache.slots, KEPT_CAPACITY)
-        decoded = self._collect() if self._overlap else False
+        if self._computed is None:
+            self._since = self._clock()
+            self._launched.clear()
+        if self._overlap:
+            self._collect()
         self._admit(events)
-        prefilled = self._prefill(events)
+        self._prefill(events)
         if self._overlap:
             # The device computes the next tokens while the host tells of the last ones.
             self._launch(events)
@@ -141,9 +149,8 @@ class SlotRunner:
             self._tell(events)
             if self._active:
                 self._launch(events)
-                decoded = self._collect()
+                self._collect()
         self._tell(events)
-        self._measure(prefilled, decoded, (time.perf_counter() - started) * 1e3)
         return events
 
     # --- joining and leaving ----------------------------------------------------------------------
@@ -312,42 +319,40 @@ class SlotRunner:
 
     # --- prefill ----------------------------------------------------------------------------------
 
-    def _allowance(self) -> int:
-        """Prompt tokens that this step may compute."""
-        if not self._active:
-            # Nobody waits for a token: a larger batch of prompts is cheaper.
-            return 2 * self._chunk
-        if not self._prefill_rate:
-            return self._chunk
-        within_bound = int(self._prefill_rate * self._stall_ms * STALL_SHARE)
-        return max(SMALLEST_CHUNK, min(self._chunk, within_bound))
-
-    def _prefill(self, events: list[EngineEvent]) -> int:
-        """Spend the step's allowance; returns the tokens computed. The prompt with the least left
-        goes first, but half of the allowance is for the oldest, so that none starves."""
-        budget = self._allowance()
-        spent = 0
-        while together := self._prefill_together(budget - spent, events):
-            spent += together
-        while spent < budget and len(self._rows) > self._active:
+    def _prefill(self, events: list[EngineEvent]) -> None:
+        """Spend the step's allowance. The prompt with the least left goes first, but half of the
+        allowance is for the oldest, so that none starves."""
+        # While nobody waits for a token, a larger batch of prompts is cheaper.
+        budget = self._chunk if self._active else 2 * self._chunk
+        step = Allowance(self._pace, budget, IDLE_MS)
+        together = True
+        while len(self._rows) > self._active:
+            if self._active:
+                step.tighten(self._stall_ms)
+            if together and (together := self._prefill_together(step, events)):
+                continue
             pending = self._rows[self._active :]
             oldest = min(pending, key=lambda sequence: sequence.admitted)
             shortest = min(pending, key=lambda sequence: sequence.total - sequence.filled)
-            chosen = shortest if spent < budget / 2 else oldest
-            left = budget - spent
-            if chosen is not oldest and chosen.total - chosen.filled > left // 2:
+            chosen = shortest if step.tokens > budget / 2 else oldest
+            if chosen.total - chosen.filled > step.piece(chosen.filled) // 2:
                 chosen = oldest
-            row = self._rows.index(chosen)
-            spent += self._prefill_row(row, left, events)
-        return spent
+            limit = step.piece(chosen.filled)
+            if not limit:
+                return
+            self._prefill_row(self._rows.index(chosen), limit, step, events)
 
-    def _prefill_together(self, budget: int, events: list[EngineEvent]) -> int:
-        """Short prompts that fit into the allowance go in one forward; returns its tokens, padding
-        included."""
+    def _prefill_together(self, step: Allowance, events: list[EngineEvent]) -> bool:
+        """Short prompts that fit into the allowance go in one forward. False where there are
+        none."""
         if not self.forward.many_prompts or len(self._rows) - self._active < 2:
-            return 0
+            return False
         able = [s for s in self._rows[self._active :] if self._may_share(s)]
+        if len(able) < 2:
+            return False
         able.sort(key=lambda sequence: sequence.total - sequence.filled)
+        start = max(sequence.filled for sequence in able)
+        budget = step.piece(start)
         chosen: list[Sequence] = []
         real = 0
         for sequence in able:
@@ -358,25 +363,28 @@ class SlotRunner:
                 break
             chosen.append(sequence)
         if len(chosen) < 2:
-            return 0
+            return False
         for place, sequence in enumerate(chosen, self._active):
             self._exchange(self._rows.index(sequence), place)
         tokens = (chosen[-1].total - chosen[-1].filled) * len(chosen)
+        started = self._clock()
         try:
             logits = self.forward.prefill_many(self._active, chosen)
         except Exception as error:
             if is_out_of_memory(error):
                 self._give_way(events)
-                return tokens
+                step.spend(tokens, (self._clock() - started) * 1e3)
+                return True
             # One by one, the prompt that is the cause fails alone.
             log.warning("prompts are computed one by one: %s", error)
-            return 0
+            return False
+        self._computed_piece(step, tokens, start, len(chosen), started)
         for sequence in chosen:
             sequence.filled = sequence.total
             sequence.state = State.DECODE
         self._active += len(chosen)
         self._choose(chosen, logits)
-        return tokens
+        return True
 
     def _may_share(self, sequence: Sequence) -> bool:
         """Whether what is left of a prompt is plain tokens, and only its last logits count."""
@@ -391,12 +399,16 @@ class SlotRunner:
             return min(total, max(sequence.prompt.media_end, start + limit))
         return min(total, start + limit)
 
-    def _prefill_row(self, row: int, limit: int, events: list[EngineEvent]) -> int:
+    def _prefill_row(
+        self, row: int, limit: int, step: Allowance, events: list[EngineEvent]
+    ) -> None:
         sequence = self._rows[row]
         start, end = sequence.filled, self._piece(sequence, limit)
         wants = sequence.wants_prompt_logprobs and start < len(sequence.prompt.ids)
+        started = self._clock()
         try:
             logits = self.forward.prefill(row, sequence, start, end, all_logits=wants)
+            self._computed_piece(step, end - start, start, 1, started)
             sequence.filled = end
             if wants:
                 self._score_prompt(sequence, start, end, logits)
@@ -409,7 +421,7 @@ class SlotRunner:
                 self._give_way(events)
             else:
                 self._fail_row(self._rows.index(sequence), error, events)
-        return end - start
+            step.spend(end - start, (self._clock() - started) * 1e3)
 
     def _score_prompt(self, sequence: Sequence, start: int, end: int, logits: torch.Tensor) -> None:
         """Log probabilities of the prompt tokens that this piece predicts."""
@@ -443,10 +455,10 @@ class SlotRunner:
             sequence.filled += 1
         self._computed = (sequences, logits)
 
-    def _collect(self) -> bool:
-        """Choose tokens from what was launched. False where there was nothing."""
+    def _collect(self) -> None:
+        """Choose tokens from what was launched."""
         if self._computed is None:
-            return False
+            return
         sequences, logits = self._computed
         self._computed = None
         alive = [i for i, s in enumerate(sequences) if s.state is State.DECODE]
@@ -454,10 +466,10 @@ class SlotRunner:
             # Ended by the text of the token before, or cancelled: computed in vain.
             sequences = [sequences[index] for index in alive]
             if not sequences:
-                return False
+                return
             logits = logits[torch.tensor(alive, device=logits.device)]
         self._choose(sequences, logits)
-        return True
+        self._measure()
 
     def _choose(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """Choose a token for each sequence; those that end with it leave their rows."""
@@ -505,16 +517,28 @@ class SlotRunner:
 
     # --- the stall bound --------------------------------------------------------------------------
 
-    def _measure(self, prefilled: int, decoded: bool, step_ms: float) -> None:
-        """Learn how fast prompts are computed, from steps as they come."""
-        if not prefilled:
-            if decoded:
-                self._decode_ms += RATE_WEIGHT * (step_ms - self._decode_ms)
+    def _computed_piece(
+        self, step: Allowance, tokens: int, start: int, rows: int, started: float
+    ) -> None:
+        """A piece of a prompt is computed, or on its way: book what it takes of the step."""
+        if not self._synchronous:
+            step.spend(tokens, self._pace.foreseen_ms(tokens, start, rows))
+            self._launched.append((tokens, start, rows))
             return
-        if prefilled < SMALLEST_CHUNK:
+        spent_ms = (self._clock() - started) * 1e3
+        step.spend(tokens, spent_ms)
+        self._pace.learn(tokens, start, spent_ms, rows)
+
+    def _measure(self) -> None:
+        """The tokens of a decode were looked at: the device is done with all before it too."""
+        if self._synchronous:
             return
-        spent_ms = max(step_ms - (self._decode_ms if decoded else 0.0), 1e-3)
-        rate = prefilled / spent_ms
-        # A slower rate is believed at once: the bound is a promise.
-        weight = RATE_WEIGHT if rate > self._prefill_rate and self._prefill_rate else 1.0
-        self._prefill_rate += weight * (rate - self._prefill_rate)
+        now = self._clock()
+        spent_ms, self._since = (now - self._since) * 1e3, now
+        if not self._launched:
+            self._decode_ms += DECODE_WEIGHT * (spent_ms - self._decode_ms)
+            return
+        tokens = sum(piece[0] for piece in self._launched)
+        for piece, start, rows in self._launched:
+            self._pace.learn(piece, start, (spent_ms - self._decode_ms) * piece / tokens, rows)
+        self._launched.clear()
