@@ -357,6 +357,10 @@ def _engine_options(values: dict[str, Any]) -> EngineOptions:
     if not paths:
         if values["engine"] == "transformers":
             paths, names = [str(model_path())], names or [DEMO_NAME]
+        elif values["engine"] in registry.NEED_MODEL:
+            raise ConfigError(
+                f"--engine {values['engine']} needs --model-path: a folder, a file or a hub id"
+            )
         else:
             paths, names = [values["engine"]], names or [values["engine"]]
     try:

@@ -87,6 +87,13 @@ def test_the_echo_engine_needs_no_model_and_is_served_by_its_name() -> None:
     assert given("--engine", "echo", "--model-name", "m,n").engine.model_names == (("m", "n"),)
 
 
+@pytest.mark.parametrize("engine", ["vllm", "mlx", "llamacpp", "sglang"])
+def test_engines_of_other_libraries_must_be_told_a_model(engine: str) -> None:
+    with pytest.raises(ConfigError, match=f"--engine {engine} needs --model-path"):
+        given("--engine", engine, "--model-name", "m")
+    assert given("--engine", engine, "--model", "a/x").engine.model_paths == ("a/x",)
+
+
 @pytest.mark.parametrize(
     "spelling", ["--limit-model-concurrency", "--limit-worker-concurrency", "--slots", "--limit"]
 )

@@ -33,6 +33,9 @@ EXTRAS: Final = {
 }
 """The extra of this package that installs what a built-in engine needs."""
 
+NEED_MODEL: Final = frozenset({"vllm", "mlx", "llamacpp", "sglang"})
+"""Built-in engines that have nothing to serve where no model is named."""
+
 
 def names() -> list[str]:
     """Names of the engines that can be asked for."""
