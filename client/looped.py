@@ -58,7 +58,8 @@ class LoopTransport(Transport):
         if self._without_loop:
             super()._wake()
         elif _runs_here(self.loop):
-            if not self._driving:
+            # The first fact of a turn of the loop goes out at once, those that follow together.
+            if not (self._driving or self._called):
                 self._tell_now()
         elif not self._woken:
             self._woken = True

@@ -517,13 +517,10 @@ class ClientSession:
                 if isinstance(event, EndEvent | FailEvent):
                     self._closing.pop(event.request_id, None)
                 continue
-            if event.epoch != exchange.epoch or exchange.id not in self._at_broker:
+            running = exchange.heard_s is not None
+            if event.epoch != exchange.epoch or not (running or exchange.id in self._at_broker):
                 continue
-            if (
-                type(event) is TokensEvent
-                and exchange.heard_s is not None
-                and exchange.accept(event, now_s) is _NEXT
-            ):
+            if running and type(event) is TokensEvent and exchange.accept(event, now_s) is _NEXT:
                 fresh.append(event)
                 continue
             fresh = self._arrived(fresh)

@@ -88,12 +88,12 @@ class StreamState:
         "_prompt",
         "_report_at",
         "_report_every",
-        "_taken",
         "_text",
         "_token_ids",
         "end",
         "error",
         "model",
+        "over",
         "resumed",
         "seed",
         "worker",
@@ -106,11 +106,12 @@ class StreamState:
         #: and precedes every token. No report at once: it would send a WINDOW for each request.
         self._report_every = 1
         self._report_at = 1
-        self._taken = 0
         self._text: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._prompt: PromptEvent | None = None
+        #: Nothing more will come: there is an `end` or an `error`.
+        self.over = False
         self.end: End | None = None
         self.error: BusError | None = None
         self.model = model
@@ -123,11 +124,6 @@ class StreamState:
         return short_id(self._id)
 
     @property
-    def over(self) -> bool:
-        """Nothing more will come."""
-        return self.end is not None or self.error is not None
-
-    @property
     def text(self) -> str:
         """The text taken so far."""
         return "".join(self._text)
@@ -135,28 +131,29 @@ class StreamState:
     def take(self, item: Item) -> StreamEvent:
         """Account for an item that the application gets now. Raises it if it is an exception."""
         if type(item) is TokensEvent:
-            self._token_ids += item.token_ids
             self._text.append(item.text)
+            token_ids = self._token_ids
+            token_ids += item.token_ids
             if item.logprobs:
                 self._logprobs += item.logprobs
-            self._taken += len(item.token_ids)
-            if self._taken >= self._report_at:
-                self._report_at = self._taken + self._report_every
-                self._post(events.TokensTaken(self._id, self._taken))
+            taken = len(token_ids)
+            if taken >= self._report_at:
+                self._report_at = taken + self._report_every
+                self._post(events.TokensTaken(self._id, taken))
             return item
         match item:
             case End():
-                self.end = item
+                self.end, self.over = item, True
                 self.model, self.worker, self.resumed = item.model, item.worker, item.resumed
                 self._text.append(item.text)
             case Started():
                 self.model, self.worker, self.resumed = item.model, item.worker, item.resumed
                 self._report_every = max(1, item.window_tokens // 4)
-                self._report_at = self._taken + self._report_every
+                self._report_at = len(self._token_ids) + self._report_every
             case PromptEvent():
                 self._prompt = item
             case BusError():
-                self.error = item
+                self.error, self.over = item, True
                 raise item
             case Answered():
                 raise AssertionError("the answer of a query in a stream")
@@ -165,10 +162,11 @@ class StreamState:
     def drop(self) -> None:
         """The application takes no more: cancel at the worker, if it is not over."""
         if not self.over:
+            self.over = True
             self.end = End(
                 finish_reason=FinishReason.CANCELLED,
                 text="",
-                usage=Usage(completion_tokens=self._taken),
+                usage=Usage(completion_tokens=len(self._token_ids)),
                 timings=Timings(),
                 result=None,
                 stopped_by=None,
@@ -351,15 +349,15 @@ class AsyncInbox:
             if not waiter.done():  # cancelled
                 waiter.set_result(None)
 
-    async def wait(self) -> None:
-        """Until there are items."""
-        while not self.items:
-            self._waiter = self._loop.create_future()
-            await self._waiter
+    def waiter(self) -> asyncio.Future[None]:
+        """To be awaited while there are no items; then look again."""
+        self._waiter = waiter = self._loop.create_future()
+        return waiter
 
     async def next(self) -> Item:
         """Wait for the next item."""
-        await self.wait()
+        while not self.items:
+            await self.waiter()
         return self.items.popleft()
 
 
@@ -421,13 +419,14 @@ class _Events:
         state = self._state
         if state.over:
             raise StopAsyncIteration
-        if not self._items:
+        items = self._items
+        while not items:
             try:
-                await self._inbox.wait()
+                await self._inbox.waiter()
             except BaseException:
                 state.drop()
                 raise
-        return state.take(self._items.popleft())
+        return state.take(items.popleft())
 
     def __del__(self) -> None:
         self._state.drop()

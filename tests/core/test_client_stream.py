@@ -62,7 +62,7 @@ def test_a_waiting_reader_is_woken_once_for_many_items() -> None:
         async def reader() -> None:
             nonlocal woken
             while len(seen) < 4:
-                await inbox.wait()
+                await inbox.waiter()
                 woken += 1
                 while inbox.items:
                     item = inbox.items.popleft()
