@@ -66,7 +66,14 @@ async def run(system: System, streams: int, tokens: int) -> dict[str, float]:
     if gaps:
         figures["between_ms_p50"] = percentile(gaps, 50) * 1e3
         figures["between_ms_p99"] = percentile(gaps, 99) * 1e3
-    delays = [delay for arrivals in seen for delay in arrivals.delays_s]
+    # The requests themselves, started all at once, are no part of the delay of a token.
+    settled_s = max(arrivals.at_s[0] for arrivals in seen)
+    delays = [
+        delay
+        for arrivals in seen
+        for made_s, delay in zip(arrivals.made_s, arrivals.delays_s, strict=True)
+        if made_s >= settled_s
+    ]
     if delays:
         figures["delay_ms_p50"] = percentile(delays, 50) * 1e3
         figures["delay_ms_p99"] = percentile(delays, 99) * 1e3

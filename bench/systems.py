@@ -36,7 +36,8 @@ class Arrivals:
     started_s: float
     #: Of each piece; a piece may hold several tokens.
     at_s: list[float] = field(default_factory=list)
-    #: From the making of each token to its arrival, where the engine says when it was made.
+    #: When each token was made and how long it was on its way, where the engine says so.
+    made_s: list[float] = field(default_factory=list)
     delays_s: list[float] = field(default_factory=list)
 
 
@@ -120,8 +121,10 @@ class Bus:
                 arrived(now())
                 got += len(token_ids)
                 if self.clock:
-                    now_ns = time.monotonic_ns()
-                    arrivals.delays_s += [(now_ns - int(made)) / 1e9 for made in event.text.split()]
+                    made_s = [int(made) / 1e9 for made in event.text.split()]
+                    now_s = time.monotonic()
+                    arrivals.made_s += made_s
+                    arrivals.delays_s += [now_s - each for each in made_s]
         if got != tokens:
             raise RuntimeError(f"a stream of {tokens} tokens ended after {got}")
         return arrivals
