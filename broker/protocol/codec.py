@@ -14,7 +14,7 @@ import msgspec
 
 from broker.protocol.errors import ProtocolError
 from broker.protocol.limits import MAX_ARRAY_ITEMS, MAX_MAP_ITEMS, MAX_NESTING
-from broker.protocol.messages import Ledger, OutputEvent, TokensEvent
+from broker.protocol.messages import EndEvent, FailEvent, Ledger, OutputEvent, TokensEvent
 
 T = TypeVar("T")
 
@@ -22,9 +22,10 @@ _BYTES = (bytes,)
 _MAX_INT = (1 << 64) - 1
 
 _TOKENS_ONLY: Final = msgspec.msgpack.Decoder(list[TokensEvent])
-"""Octets to events in one call. Safe for TOKENS alone, which have no free-form field where an
-extension type could hide (what a later version appends is skipped unread); memory grows with what
-has been read, not with what a length claims."""
+_ANY_EVENTS: Final = msgspec.msgpack.Decoder(list[OutputEvent])
+"""Octets to events in one call. Safe for events without a free-form field, where an extension type
+could hide (what a later version appends is skipped unread); memory grows with what has been read,
+not with what a length claims."""
 
 
 def _refuse_extension(code: int, data: bytes) -> Any:
@@ -111,11 +112,20 @@ def encode_events(events: list[OutputEvent]) -> bytes:
 def decode_events(body: bytes, limit_bytes: int) -> Sequence[OutputEvent]:
     """Events of an OUTPUT body. Raises `ProtocolError`."""
     if len(body) <= limit_bytes:
-        try:
-            return _TOKENS_ONLY.decode(body)
-        except (msgspec.MsgspecError, RecursionError, UnicodeError, OverflowError):
-            pass  # other events are among them, or it is bad: the other way tells
+        for decoder in (_TOKENS_ONLY, _ANY_EVENTS):
+            try:
+                events = decoder.decode(body)
+            except (msgspec.MsgspecError, RecursionError, UnicodeError, OverflowError):
+                continue  # other events are among them, or it is bad: the slow way tells
+            if decoder is _TOKENS_ONLY or not any(map(_is_free_form, events)):
+                return events
     return convert(unpack(body, limit_bytes), list[OutputEvent])
+
+
+def _is_free_form(event: OutputEvent) -> bool:
+    return isinstance(event, FailEvent) or (
+        isinstance(event, EndEvent) and event.result is not None
+    )
 
 
 def decode_ledger(frame: bytes, limit_bytes: int) -> Ledger:
