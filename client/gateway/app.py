@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import BaseRoute
+from starlette.routing import BaseRoute, Match, Route
 
 from broker.protocol.tracing import make_tracer
 from client import AsyncClient, BusError, Timeout
@@ -137,7 +137,21 @@ async def _not_here(request: Request, error: Exception) -> Response:
         405: f"{request.url.path} does not take {request.method}.",
     }
     message = words.get(error.status_code, error.detail)
-    return error_response(GatewayError("invalid_request", message, status=error.status_code))
+    told = GatewayError("invalid_request", message, status=error.status_code)
+    response = error_response(told)
+    if error.status_code == 405:
+        response.headers["allow"] = ", ".join(sorted(_methods_at(request)))
+    return response
+
+
+def _methods_at(request: Request) -> set[str]:
+    """What the path of a request takes: a path may have a route for each method."""
+    return {
+        method
+        for one in request.app.routes
+        if isinstance(one, Route) and one.matches(request.scope)[0] is not Match.NONE
+        for method in one.methods or ()
+    }
 
 
 async def _health(visit: Visit) -> Response:

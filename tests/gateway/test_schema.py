@@ -1,0 +1,74 @@
+"""schemathesis, unmodified, sends what `/openapi.json` allows and forbids, and judges answers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+from tests.gateway.conftest import MODEL, GatewayProcess
+from tests.harness import ROOT
+
+pytest.importorskip("schemathesis")
+
+#: Fields may exclude each other (`tool_choice` needs `tools`), which a schema does not say.
+LEFT_OUT = "positive_data_acceptance"
+
+
+def with_bounds(document: dict[str, Any]) -> dict[str, Any]:
+    """The document, but with requests that reach a model and answers that end soon."""
+    for schema in document["components"]["schemas"].values():
+        properties = schema.get("properties", {})
+        if "model" in properties:
+            properties["model"] = {"type": "string", "enum": [MODEL]}
+        for name, most in (
+            ("max_tokens", 8),
+            ("max_completion_tokens", 8),
+            ("max_output_tokens", 8),
+            ("n", 3),
+            ("best_of", 3),
+        ):
+            for option in properties.get(name, {}).get("anyOf", []):
+                if option.get("type") == "integer":
+                    option["maximum"] = most
+    return document
+
+
+@pytest.mark.timeout(300)
+def test_the_document_and_the_answers_agree(gateway: GatewayProcess, tmp_path: Path) -> None:
+    file = tmp_path / "openapi.json"
+    file.write_text(json.dumps(with_bounds(httpx.get(f"{gateway.url}/openapi.json").json())))
+    # In a process of its own: what it and its libraries warn of is not ours.
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "schemathesis.cli", "run", str(file), "--url", gateway.url),
+            *("--phases", "fuzzing", "--max-examples", "15", "--generation-deterministic"),
+            *("--exclude-checks", LEFT_OUT, "--request-timeout", "30"),
+            # What it would do to the bus is tested elsewhere.
+            *("--exclude-path", "/bus/drain", "--no-color"),
+        ],
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "NO_PROXY": "127.0.0.1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0 and "Tested: 17" in done.stdout, (
+        done.stdout[-12_000:] + done.stderr[-4000:]
+    )
+    gateway.bus.wait_idle()
+
+
+def test_a_method_that_a_path_does_not_take_is_told_with_those_that_it_takes(
+    gateway: GatewayProcess,
+) -> None:
+    for path, operations in httpx.get(f"{gateway.url}/openapi.json").json()["paths"].items():
+        answer = httpx.request("PATCH", gateway.url + path.replace("{id}", "x"))
+        assert answer.status_code == 405 and answer.json()["error"]["message"]
+        allowed = set(answer.headers["allow"].lower().split(", "))
+        assert set(operations) <= allowed <= {*operations, "head"}, path
