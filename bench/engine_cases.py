@@ -29,7 +29,7 @@ from transformers import (
 from broker.protocol.messages import Kind, Params, Request, new_id
 from worker.engines.base import Job, Tokens
 from worker.engines.transformers.engine import TransformersEngine
-from worker.engines.transformers.loader import wrap_model
+from worker.engines.transformers.loaded import wrap_model
 from worker.engines.transformers.served import ServedModel
 from worker.engines.transformers.settings import EngineSettings
 

@@ -15,7 +15,7 @@ from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 from tests.engines import tiny
 from worker.engines.library.generator import Drawn, Generator
 from worker.engines.library.model import LibraryEngine, LibraryModel, wrap_elsewhere
-from worker.engines.transformers.loader import LoadedModel
+from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.sampling import Sampled
 from worker.engines.transformers.sequence import Sequence
 from worker.engines.transformers.settings import EngineSettings

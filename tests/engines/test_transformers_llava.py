@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from tests.engines import tiny
 from worker.engines.base import EngineLoadError, EngineOptions
 from worker.engines.transformers import build
-from worker.engines.transformers.loader import LoadedModel, load_model
+from worker.engines.transformers.loaded import LoadedModel
+from worker.engines.transformers.loader import load_model
 from worker.engines.transformers.settings import EngineSettings
 
 PROJECTOR = {"linear_1": "0", "linear_2": "2"}
@@ -295,3 +296,136 @@ def test_a_projector_for_another_base_is_refused(base: Path, tower: Path, tmp_pa
     folder = write(tmp_path / "wide", facts(tower), "mm_projector.safetensors", weights)
     with pytest.raises(EngineLoadError, match=r"does not fit this --model-base.*size mismatch"):
         load(folder, base)
+
+
+# --- whole checkpoints in the LLaVA project's format ----------------------------------------------
+
+
+def original(
+    folder: Path, whole: Any, config: dict[str, Any], *, with_tower: bool = False, end: str = ""
+) -> Path:
+    """`whole` as the LLaVA project saves it, in two files."""
+    text = whole.config.text_config.to_dict()
+    text = {name: text[name] for name in text if name not in ("model_type", "architectures")}
+    # Of version 1.5 on the type is the one that transformers gave to its own class later.
+    config = text | config | {"model_type": config.get("model_type", "llava")}
+    weights = {name: t.clone() for name, t in language_model(whole).state_dict().items()}
+    weights |= projector_weights(whole)
+    if with_tower:
+        for name, tensor in whole.model.vision_tower.state_dict().items():
+            name = name.removeprefix("vision_model.")
+            weights[f"model.vision_tower.vision_tower.vision_model.{name}"] = tensor.clone()
+    names = sorted(weights)
+    halves = names[: len(names) // 2], names[len(names) // 2 :]
+    end = end or ".safetensors"
+    stem = "pytorch_model" if end == ".bin" else "model"
+    places = {}
+    for number, half in enumerate(halves, 1):
+        file = f"{stem}-{number:05}-of-00002{end}"
+        write(folder, config, file, {name: weights[name] for name in half})
+        places |= dict.fromkeys(half, file)
+    index = {"metadata": {"total_size": 1}, "weight_map": places}
+    (folder / f"{stem}{end}.index.json").write_text(json.dumps(index))
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_llama"])
+@pytest.mark.parametrize("end", [".safetensors", ".bin"])
+def test_a_whole_checkpoint_is_the_same_model_as_in_transformers_format(
+    kind: str, end: str, tower: Path, tmp_path: Path
+) -> None:
+    whole = tiny.llava()
+    config = facts(tower, model_type=kind)
+    folder = original(tmp_path / "llava-v1.5-tiny", whole, config, end=end)
+    loaded = load(folder, None, safetensors_only=end != ".bin")
+    assert loaded.details["architecture"] == "LlavaForConditionalGeneration"
+    assert torch.equal(
+        logits(loaded.model, loaded.processor), logits(whole, tiny.llava_processor())
+    )
+
+
+def test_a_whole_checkpoint_answers_as_in_transformers_format(tower: Path, tmp_path: Path) -> None:
+    whole = tiny.llava()
+    folder = original(tmp_path / "theirs", whole, facts(tower))
+    converted = tmp_path / "ours"
+    whole.save_pretrained(converted)
+    tiny.llava_processor().save_pretrained(converted)
+    engine = build(
+        EngineOptions(
+            model_paths=(str(folder), str(converted)),
+            device="cpu",
+            engine_args={"kv_tokens": "4096"},
+        ),
+        lambda share, note: None,
+    )
+    try:
+        answers = []
+        for name in ("theirs", "ours"):
+            jobs = [tiny.chat_job("hello", [tiny.picture(i)], model=name) for i in range(3)]
+            jobs.append(tiny.chat_job("no picture", model=name))
+            answers.append([answer.token_ids for answer in tiny.run(engine, jobs)])
+        assert answers[0] == answers[1]
+        assert len({tuple(ids) for ids in answers[0]}) > 1
+    finally:
+        engine.close()
+
+
+def test_a_tower_among_the_weights_goes_before_the_one_that_is_named(
+    tower: Path, tmp_path: Path
+) -> None:
+    whole = tiny.llava()
+    with torch.no_grad():
+        for parameter in whole.model.vision_tower.parameters():
+            parameter.mul_(1.1)
+    # The named folder tells sizes and preparation only: its weights are not needed.
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in tower.glob("*.json"):
+        (bare / file.name).write_bytes(file.read_bytes())
+    folder = original(tmp_path / "tuned", whole, facts(bare), with_tower=True)
+    loaded = load(folder, None)
+    assert torch.equal(
+        logits(loaded.model, loaded.processor), logits(whole, tiny.llava_processor())
+    )
+
+
+def test_sizes_of_a_clip_tower_among_the_weights_are_those_of_its_weights(tmp_path: Path) -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    whole = tiny.llava()
+    torch.manual_seed(7)
+    vision = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    whole.config.vision_config = vision
+    whole.model.vision_tower = CLIPVisionModel(vision).eval()
+    whole.model.multi_modal_projector.linear_1 = torch.nn.Linear(128, 64)
+    config = facts(Path("openai/clip-vit-tiny-patch14"))
+    folder = original(tmp_path / "offline", whole, config, with_tower=True)
+    loaded = load(folder, None)
+    assert torch.equal(
+        logits(loaded.model, loaded.processor), logits(whole, tiny.llava_processor())
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"mm_vision_tower": "openai/clip-vit-large-patch14-336"}, "load it once while online"),
+        ({"mm_vision_tower": "towers/missing"}, "names the vision tower towers/missing"),
+        ({"mm_patch_merge_type": "spatial_unpad"}, "llava-hf"),
+        ({"model_type": "llava_mpt"}, "LLaVA of type 'llava_mpt'"),
+    ],
+)
+def test_a_whole_checkpoint_that_cannot_be_read_says_why(
+    change: dict[str, Any], words: str, tower: Path, tmp_path: Path
+) -> None:
+    folder = original(tmp_path / "odd", tiny.llava(), facts(tower) | change)
+    with pytest.raises(EngineLoadError, match=words):
+        load(folder, None)

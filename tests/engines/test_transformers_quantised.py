@@ -16,7 +16,8 @@ from torch import nn
 from tests.engines import tiny
 from worker.engines.base import EngineLoadError, EngineOptions
 from worker.engines.transformers import build
-from worker.engines.transformers.loader import LoadedModel, load_model
+from worker.engines.transformers.loaded import LoadedModel
+from worker.engines.transformers.loader import load_model
 from worker.engines.transformers.settings import EngineSettings
 
 GROUP = 32

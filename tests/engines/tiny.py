@@ -33,7 +33,7 @@ from broker.protocol.messages import (
 )
 from worker.engines.base import Ended, Failed, Job, PromptFacts, Tokens
 from worker.engines.transformers.engine import TransformersEngine
-from worker.engines.transformers.loader import wrap_model
+from worker.engines.transformers.loaded import wrap_model
 from worker.engines.transformers.served import ServedModel
 from worker.engines.transformers.settings import EngineSettings
 

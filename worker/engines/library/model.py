@@ -22,7 +22,7 @@ from worker.engines.base import Capabilities, EngineLoadError, EngineOptions, Jo
 from worker.engines.library.generator import Generator, LibraryRunner
 from worker.engines.transformers.engine import TransformersEngine, model_name
 from worker.engines.transformers.images import ImageLimits
-from worker.engines.transformers.loader import LoadedModel, wrap_model
+from worker.engines.transformers.loaded import LoadedModel, wrap_model
 from worker.engines.transformers.processors import load_processor
 from worker.engines.transformers.prompt import PromptBuilder
 from worker.engines.transformers.runner import Runner

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from broker.protocol.errors import RequestError
 from broker.protocol.messages import TokenLogprob, TopLogprob
-from worker.engines.transformers.loader import LoadedModel
+from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.sampling import (
     LOGPROB_FLOOR,
     Sampled,

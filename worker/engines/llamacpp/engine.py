@@ -28,7 +28,7 @@ from worker.engines.library.model import (
 )
 from worker.engines.library.rows import HostSampler
 from worker.engines.llamacpp.gguf import GgufTokenizer, load_weights, metadata
-from worker.engines.transformers.loader import LoadedModel
+from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.sequence import Sequence
 from worker.engines.transformers.served import ServedModel
 from worker.engines.transformers.settings import EngineSettings

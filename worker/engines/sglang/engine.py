@@ -28,7 +28,7 @@ from worker.engines.library.model import (
     named_models,
     refuse_options,
 )
-from worker.engines.transformers.loader import LoadedModel
+from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.sampling import Sampled
 from worker.engines.transformers.sequence import Sequence
 

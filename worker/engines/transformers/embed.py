@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from broker.protocol.errors import ErrorCode, RequestError
-from worker.engines.transformers.loader import LoadedModel
+from worker.engines.transformers.loaded import LoadedModel
 
 __all__ = ["EmbedOptions", "Embedder", "embed_options"]
 

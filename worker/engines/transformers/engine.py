@@ -32,7 +32,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
-from worker.engines.transformers.loader import LoadedModel, load_model
+from worker.engines.transformers.loaded import LoadedModel
+from worker.engines.transformers.loader import load_model
 from worker.engines.transformers.memory import free_bytes, is_out_of_memory, used_bytes
 from worker.engines.transformers.prefix import PrefixCache
 from worker.engines.transformers.sequence import Sequence, State

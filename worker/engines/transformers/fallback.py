@@ -21,7 +21,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 from broker.protocol.messages import FinishReason, TokenLogprob
 from worker.engines.base import EngineEvent
-from worker.engines.transformers.loader import LoadedModel
+from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.memory import is_out_of_memory, release_cached
 from worker.engines.transformers.runner import RunnerCounts
 from worker.engines.transformers.sampling import Sampler, prompt_logprobs

@@ -18,7 +18,7 @@ import torch
 
 from worker.engines.transformers.cache import SlotCache
 from worker.engines.transformers.graphs import StaticDecode
-from worker.engines.transformers.loader import LoadedModel
+from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.sequence import Sequence
 
 __all__ = ["Forward", "StaticUse", "Unsupported"]

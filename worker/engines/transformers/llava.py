@@ -1,15 +1,16 @@
-"""Puts a LLaVA together from parts: a language model, a vision tower and a projector.
+"""Reads what the LLaVA project saved, and makes transformers' own LLaVA of it.
 
-The LLaVA project saves what it trained and nothing else: a folder with the projector
-(`mm_projector`), or with a LoRA adapter and everything trained beside it (`non_lora_trainables`).
-The language model is named by `--model-base`, the vision tower by the folder's config.json. Names
-of weights are the LLaVA project's; the model made of them is transformers' own. Must never unpickle
-anything but tensors, nor read a pickle that was not asked for.
+That is a folder with a whole language model and the projector among its weights, or with nothing
+but what was trained: the projector (`mm_projector`), or a LoRA adapter and everything trained
+beside it (`non_lora_trainables`); the language model is then named by `--model-base`. The vision
+tower lies among the weights or is named by config.json (see `tower`). Names of weights are the
+LLaVA project's. Must never unpickle anything but tensors, nor read a pickle that was not asked for.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ import torch
 from torch import nn
 
 from worker.engines.base import EngineLoadError
+from worker.engines.transformers.tower import load_tower
 
-__all__ = ["LLAVA_TEMPLATE", "LlavaParts", "assemble", "find_parts"]
+__all__ = ["LLAVA_TEMPLATE", "LlavaParts", "assemble", "find_parts", "language_config"]
 
 _WEIGHTS = ("non_lora_trainables", "mm_projector")
 _WHOLE = ("model*.safetensors", "pytorch_model*.bin")
+_LANGUAGE_MODELS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
+"""The LLaVA project's `model_type` and transformers' for the same language model."""
 _IMAGE_TOKEN = "<image>"
 
 LLAVA_TEMPLATE = (
@@ -45,39 +49,40 @@ LLAVA_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class LlavaParts:
-    """A folder of the LLaVA project that is no whole model."""
+    """A folder of the LLaVA project."""
 
     folder: Path
     #: Its config.json.
     facts: dict[str, Any]
-    #: Projector, and whatever else was trained in full.
-    weights: Path
+    #: Files that hold the projector, and whatever else was trained in full.
+    weights: tuple[Path, ...]
     #: A LoRA adapter of the language model lies in the folder.
     has_adapter: bool
+    #: The language model is among the weights.
+    whole: bool
 
 
 def find_parts(folder: Path, *, safetensors_only: bool) -> LlavaParts | None:
-    """What the LLaVA project left in `folder`, or None when it is no such folder (a whole model is
-    none either). Raises `EngineLoadError` for pickles when only safetensors are wanted, and for
-    LLaVAs that transformers' class cannot compute."""
+    """What the LLaVA project left in `folder`, or None when it is no such folder (a model in
+    transformers' own format is none). Raises `EngineLoadError` for pickles when only safetensors
+    are wanted, and for LLaVAs that transformers' class cannot compute."""
     try:
         facts = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
         return None
     if not isinstance(facts, dict) or "mm_vision_tower" not in facts:
         return None
-    if any(any(folder.glob(pattern)) for pattern in _WHOLE):
-        return None
-    found = [
-        folder / (name + suffix)
-        for name in _WEIGHTS
-        for suffix in (".safetensors", ".bin")
-        if (folder / (name + suffix)).is_file()
-    ]
+    found: list[Path] = []
+    for pattern in _WHOLE:
+        found = found or sorted(folder.glob(pattern))
+    whole = bool(found)
+    if not whole:
+        trained = [folder / (name + end) for name in _WEIGHTS for end in (".safetensors", ".bin")]
+        found = [file for file in trained if file.is_file()][:1]
     if not found:
         return None
-    has_adapter = (folder / "adapter_config.json").is_file()
-    pickles = [found[0]] if found[0].suffix == ".bin" else []
+    has_adapter = not whole and (folder / "adapter_config.json").is_file()
+    pickles = [file for file in found if file.suffix == ".bin"]
     if has_adapter and not (folder / "adapter_model.safetensors").is_file():
         pickles.append(folder / "adapter_model.bin")
     if pickles and safetensors_only:
@@ -95,10 +100,29 @@ def find_parts(folder: Path, *, safetensors_only: bool) -> LlavaParts | None:
         "flat",
     ):
         raise EngineLoadError(
-            f"{folder} is a LLaVA-NeXT (pictures in tiles): only LLaVA 1.0 and 1.5 are put "
-            "together from parts, convert it to transformers' format"
+            f"{folder} is a LLaVA-NeXT (pictures in tiles) in the LLaVA project's format: only 1.0 "
+            "and 1.5 are read in it, take the model in transformers' format (llava-hf on the hub)"
         )
-    return LlavaParts(folder, facts, found[0], has_adapter)
+    return LlavaParts(folder, facts, tuple(found), has_adapter, whole)
+
+
+def language_config(parts: LlavaParts) -> Any:
+    """Transformers' configuration of the language model in a whole checkpoint."""
+    from transformers import AutoConfig
+
+    kind = _LANGUAGE_MODELS.get(str(parts.facts.get("model_type")))
+    if kind is None:
+        raise EngineLoadError(
+            f"{parts.folder} is a LLaVA of type {parts.facts.get('model_type')!r}: "
+            f"{', '.join(sorted(_LANGUAGE_MODELS))} are read in the LLaVA project's format"
+        )
+    strange = ("model_type", "architectures", "auto_map", "transformers_version")
+    own = {
+        name: value
+        for name, value in parts.facts.items()
+        if name not in strange and not name.startswith(("mm_", "tune_mm_"))
+    }
+    return AutoConfig.for_model(kind, **own)
 
 
 def assemble(
@@ -117,12 +141,19 @@ def assemble(
     """
     from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    projector_state, tower_state, language_state = _sorted_weights(parts.weights)
+    source = parts.weights[0] if len(parts.weights) == 1 else parts.folder
+    projector_state, tower_state, language_state = _sorted_weights(parts)
     if not projector_state:
-        raise EngineLoadError(f"{parts.weights} holds no weights of a projector (mm_projector)")
-    tower_path = _tower_path(parts)
-    use_safetensors = True if safetensors_only else None
-    tower = _load_tower(tower_path, language_model, attention, use_safetensors)
+        raise EngineLoadError(f"{source} holds no weights of a projector (mm_projector)")
+    tower, pictures = load_tower(
+        parts.folder,
+        str(parts.facts["mm_vision_tower"]),
+        tower_state,
+        device=language_model.device,
+        dtype=language_model.dtype,
+        attention=attention,
+        safetensors_only=safetensors_only,
+    )
     image_token_id = _add_image_token(language_model, tokenizer)
     classes = tower.config.model_type == "clip_vision_model"
     whole = not classes or parts.facts.get("mm_vision_select_feature") == "cls_patch"
@@ -142,9 +173,8 @@ def assemble(
             config, **({"attn_implementation": attention} if attention else {})
         )
     projector = _projector(parts, model.model.multi_modal_projector, tower, language_model)
-    _fill(projector, projector_state, parts.weights)
-    _fill(tower, _as_named_by(tower, tower_state), parts.weights, complete=False)
-    _fill(language_model, language_state, parts.weights, complete=False)
+    _fill(projector, projector_state, source)
+    _fill(language_model, language_state, source, complete=False)
     # The modules replace those on the meta device, so that nothing is in memory twice.
     model.model.multi_modal_projector = projector
     model.model.vision_tower = tower
@@ -153,25 +183,20 @@ def assemble(
     model.generation_config = getattr(language_model, "generation_config", GenerationConfig())
     if tokenizer.chat_template is None:
         tokenizer.chat_template = LLAVA_TEMPLATE
-    return model.eval(), _processor(parts, tower_path, config, tokenizer, classes=classes)
+    return model.eval(), _processor(parts, pictures, config, tokenizer, classes=classes)
 
 
 # --- weights --------------------------------------------------------------------------------------
 
 
-def _sorted_weights(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Weights of projector, tower and language model, under the names of those modules."""
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(file)
-    else:
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception:  # the unpickler's own error among others; nobody here imports it
-            raise EngineLoadError(
-                f"{file} holds something else than tensors, or is damaged: it is not read"
-            ) from None
+def _sorted_weights(
+    parts: LlavaParts,
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Weights of projector, tower and language model, under the names of those modules; the latter
+    are left out where transformers reads them itself."""
+    state: dict[str, Any] = {}
+    for file in parts.weights:
+        state |= _tensors(file, _of_pictures if parts.whole else None)
     projector: dict[str, Any] = {}
     tower: dict[str, Any] = {}
     language: dict[str, Any] = {}
@@ -186,6 +211,27 @@ def _sorted_weights(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[st
         else:
             language[name] = tensor
     return projector, tower, language
+
+
+def _of_pictures(name: str) -> bool:
+    return "mm_projector." in name or "vision_tower." in name
+
+
+def _tensors(file: Path, wanted: Callable[[str], bool] | None) -> dict[str, Any]:
+    """The tensors of a file, or those whose names are wanted."""
+    if file.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(file, framework="pt") as held:
+            names = [name for name in held.keys() if wanted is None or wanted(name)]  # noqa: SIM118
+            return {name: held.get_tensor(name) for name in names}
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # the unpickler's own error among others; nobody here imports it
+        raise EngineLoadError(
+            f"{file} holds something else than tensors, or is damaged: it is not read"
+        ) from None
+    return {name: state[name] for name in state if wanted is None or wanted(name)}
 
 
 def _projector(parts: LlavaParts, own: nn.Module, tower: Any, language_model: Any) -> nn.Module:
@@ -234,41 +280,7 @@ def _fill(module: nn.Module, state: dict[str, Any], source: Path, *, complete: b
         )
 
 
-def _as_named_by(tower: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """Tower weights under the names of this transformers, which may leave `vision_model.` out."""
-    if hasattr(tower, "vision_model"):
-        return state
-    return {name.removeprefix("vision_model."): tensor for name, tensor in state.items()}
-
-
-# --- tower, tokenizer, processor ------------------------------------------------------------------
-
-
-def _tower_path(parts: LlavaParts) -> str:
-    name = str(parts.facts["mm_vision_tower"])
-    beside = parts.folder / name
-    return str(beside) if beside.is_dir() else name
-
-
-def _load_tower(
-    path: str, language_model: Any, attention: str | None, use_safetensors: bool | None
-) -> Any:
-    from transformers import AutoConfig, CLIPVisionModel, SiglipVisionModel
-
-    kind = AutoConfig.from_pretrained(path).model_type
-    classes = {
-        "clip": CLIPVisionModel,
-        "clip_vision_model": CLIPVisionModel,
-        "siglip": SiglipVisionModel,
-        "siglip_vision_model": SiglipVisionModel,
-    }
-    if kind not in classes:
-        raise EngineLoadError(f"vision tower {path} is a {kind}: CLIP and SigLIP are known")
-    extra = {"attn_implementation": attention} if attention else {}
-    tower = classes[kind].from_pretrained(
-        path, dtype=language_model.dtype, use_safetensors=use_safetensors, **extra
-    )
-    return tower.to(language_model.device).eval()
+# --- tokenizer, processor ------------------------------------------------------------------------
 
 
 def _add_image_token(language_model: Any, tokenizer: Any) -> int:
@@ -293,11 +305,10 @@ def _add_image_token(language_model: Any, tokenizer: Any) -> int:
 
 
 def _processor(
-    parts: LlavaParts, tower_path: str, config: Any, tokenizer: Any, *, classes: bool
+    parts: LlavaParts, pictures: Any, config: Any, tokenizer: Any, *, classes: bool
 ) -> Any:
-    from transformers import AutoImageProcessor, LlavaImageProcessor, LlavaProcessor
+    from transformers import LlavaImageProcessor, LlavaProcessor
 
-    pictures = AutoImageProcessor.from_pretrained(tower_path)
     if parts.facts.get("image_aspect_ratio") == "pad":
         facts = pictures.to_dict()
         facts.pop("image_processor_type", None)

@@ -11,7 +11,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    GenerationConfig,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -34,48 +33,23 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from worker.engines.base import EngineLoadError, EngineOptions, Progress
-from worker.engines.transformers.llava import LlavaParts, assemble, find_parts
+from worker.engines.transformers.llava import (
+    LlavaParts,
+    assemble,
+    find_parts,
+    language_config,
+)
+from worker.engines.transformers.loaded import LoadedModel, wrap_model
 from worker.engines.transformers.processors import load_processor
 from worker.engines.transformers.quantise import bitsandbytes_config, normalise_skip_names
 from worker.engines.transformers.settings import EngineSettings
 
-__all__ = ["LoadedModel", "load_model", "pick_device", "wrap_model"]
+__all__ = ["load_model", "pick_device"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 SMALL_BYTES = 1 << 30
 """On a CPU, `dtype=auto` computes in float32 up to this size: exact, and fast enough."""
-
-DEFAULT_CONTEXT_TOKENS = 2048
-"""Where neither configuration nor tokenizer says: what the replaced systems assume."""
-
-
-@dataclass(slots=True)
-class LoadedModel:
-    """A model ready to be run, and what there is to know of it."""
-
-    model: Any
-    #: None only in tests of bare models.
-    tokenizer: Any
-    #: The processor of a model that takes pictures, else None.
-    processor: Any
-    device: torch.device
-    dtype: torch.dtype
-    context_tokens: int
-    eos_ids: frozenset[int]
-    #: Picture, video and audio placeholders: never sampled, never taken from a user's text.
-    placeholder_ids: frozenset[int]
-    vocabulary: int
-    takes_images: bool
-    encoder_decoder: bool
-    #: Only embeds: it has no output head.
-    embedding_only: bool
-    #: Folder of the model where it is local, for files beside the weights.
-    folder: Path | None
-    quantised: bool = False
-    #: Names of LoRA adapters loaded on the model, each chosen per row.
-    adapters: tuple[str, ...] = ()
-    details: dict[str, Any] = field(default_factory=dict)
 
 
 def pick_device(name: str) -> torch.device:
@@ -164,12 +138,14 @@ def _load_llava(
 ) -> LoadedModel:
     """A LLaVA made of its base, its vision tower and what the folder holds."""
     base = options.model_base
-    if base is None and parts.has_adapter:
+    if parts.whole:
+        base = str(parts.folder)
+    elif base is None and parts.has_adapter:
         base = _base_of_adapter(parts.folder)
     if base is None:
         raise EngineLoadError(
-            f"{parts.folder} holds only {parts.weights.name} of a LLaVA: name its language model "
-            "with --model-base"
+            f"{parts.folder} holds only {parts.weights[0].name} of a LLaVA: name its language "
+            "model with --model-base"
         )
     folder = _local_folder(base)
     spread = _is_spread(options, settings)
@@ -179,7 +155,10 @@ def _load_llava(
             "cuda:0, no max_memory)"
         )
     with _explained(base):
-        config = AutoConfig.from_pretrained(base, trust_remote_code=options.trust_remote_code)
+        if parts.whole:
+            config = language_config(parts)
+        else:
+            config = AutoConfig.from_pretrained(base, trust_remote_code=options.trust_remote_code)
         # Layers can be spread over devices only when the whole model is known.
         device = torch.device("cpu") if spread else pick_device(options.device)
         dtype = _pick_dtype(options.dtype, config, device, _weight_bytes(folder))
@@ -195,7 +174,9 @@ def _load_llava(
             replace(settings, max_memory=""),
             progress,
         )
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=options.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            base, config=config, trust_remote_code=options.trust_remote_code
+        )
     with _explained(str(parts.folder)):
         if parts.has_adapter:
             language_model = _merge_adapter(language_model, str(parts.folder), options, progress)
@@ -211,50 +192,6 @@ def _load_llava(
     progress(1.0, f"loaded {parts.folder}")
     return wrap_model(
         model, tokenizer, processor, settings=settings, folder=parts.folder, quantised=quantised
-    )
-
-
-def wrap_model(
-    model: Any,
-    tokenizer: Any,
-    processor: Any = None,
-    *,
-    settings: EngineSettings | None = None,
-    folder: Path | None = None,
-    quantised: bool = False,
-) -> LoadedModel:
-    """Gather the facts of a model that is in memory already."""
-    settings = settings or EngineSettings()
-    config = model.config
-    text_config = config.get_text_config(decoder=True)
-    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    context = settings.context_tokens or _context_tokens(config, text_config, tokenizer)
-    parameters = sum(p.numel() for p in model.parameters())
-    dtype = model.dtype
-    return LoadedModel(
-        model=model.eval(),
-        tokenizer=tokenizer,
-        processor=processor,
-        device=model.device,
-        dtype=dtype,
-        context_tokens=context,
-        eos_ids=_eos_ids(model, tokenizer),
-        placeholder_ids=_placeholder_ids(config, processor),
-        vocabulary=int(text_config.vocab_size),
-        takes_images=processor is not None,
-        encoder_decoder=encoder_decoder,
-        embedding_only=head is None,
-        folder=folder,
-        quantised=quantised,
-        details={
-            "architecture": type(model).__name__,
-            "parameters": parameters,
-            "dtype": str(dtype).removeprefix("torch."),
-            "quantised": quantised,
-            "attention": str(getattr(text_config, "_attn_implementation", "")),
-            "layers": int(getattr(text_config, "num_hidden_layers", 0) or 0),
-        },
     )
 
 
@@ -387,6 +324,7 @@ def _load_weights(
     }
     kwargs: dict[str, Any] = dict(
         common,
+        config=config,
         dtype=dtype,
         use_safetensors=True if settings.safetensors_only else None,
     )
@@ -408,7 +346,6 @@ def _load_weights(
             )
         as_dict = stored if isinstance(stored, dict) else stored.to_dict()
         config.quantization_config, quantised = _stored_quantisation(as_dict, path)
-        kwargs["config"] = config
     elif bits:
         with torch.device("meta"):
             skeleton = auto_class.from_config(
@@ -536,65 +473,3 @@ def _load_tokenizer(
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(path, **common)
     return tokenizer, processor
-
-
-# --- facts ----------------------------------------------------------------------------------------
-
-
-def _context_tokens(config: Any, text_config: Any, tokenizer: Any) -> int:
-    """Longest prompt plus answer."""
-    names = (
-        "max_position_embeddings",
-        "max_sequence_length",
-        "n_positions",
-        "seq_length",
-        "max_seq_len",
-    )
-    length = next(
-        (
-            int(value)
-            for name in names
-            for value in (getattr(text_config, name, None),)
-            if isinstance(value, int) and value > 0
-        ),
-        0,
-    )
-    scaling = getattr(text_config, "rope_scaling", None)
-    if length and isinstance(scaling, dict):
-        kind = scaling.get("rope_type", scaling.get("type"))
-        # Newer kinds (yarn, llama3, longrope) state the stretched length already.
-        if kind in ("linear", "dynamic"):
-            length = int(length * float(scaling.get("factor", 1.0)))
-    if not length:
-        stated = getattr(tokenizer, "model_max_length", None)
-        if isinstance(stated, int) and 0 < stated < 10_000_000:
-            length = stated
-    return length or DEFAULT_CONTEXT_TOKENS
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Ids that end an answer: generation config first, then configuration, then tokenizer."""
-    generation = getattr(model, "generation_config", None) or GenerationConfig()
-    for source in (generation, model.config.get_text_config(decoder=True), tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            return frozenset(ids if isinstance(ids, list | tuple) else [ids])
-    return frozenset()
-
-
-def _placeholder_ids(config: Any, processor: Any) -> frozenset[int]:
-    names = (
-        "image_token_id",
-        "image_token_index",
-        "video_token_id",
-        "video_token_index",
-        "audio_token_id",
-        "audio_token_index",
-    )
-    # A processor may call another token so (Gemma 3: the one that opens a picture).
-    for holder in (config, processor):
-        found = {getattr(holder, name, None) for name in names}
-        ids = frozenset(value for value in found if isinstance(value, int) and value >= 0)
-        if ids:
-            return ids
-    return frozenset()

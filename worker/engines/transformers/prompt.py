@@ -25,7 +25,7 @@ from broker.protocol.errors import ErrorCode, RequestError
 from broker.protocol.messages import Kind, Message, Request, TextPart, VideoPart
 from worker.engines.base import Job
 from worker.engines.transformers.images import DecodedImage, ImageLimits, decode_image
-from worker.engines.transformers.loader import LoadedModel
+from worker.engines.transformers.loaded import LoadedModel
 
 __all__ = ["Prompt", "PromptBuilder"]
 

@@ -16,7 +16,7 @@ import torch
 from broker.protocol.messages import Params
 from worker.engines.transformers.fallback import plain_generation_config
 from worker.engines.transformers.forward import Forward, StaticUse, Unsupported
-from worker.engines.transformers.loader import LoadedModel
+from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.prompt import Prompt
 from worker.engines.transformers.sequence import Sequence
 

@@ -35,7 +35,7 @@ from worker.engines.transformers.embed import Embedder, EmbedOptions, embed_opti
 from worker.engines.transformers.fallback import GenerateRunner
 from worker.engines.transformers.forward import StaticUse
 from worker.engines.transformers.images import ImageLimits
-from worker.engines.transformers.loader import LoadedModel
+from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.prompt import Prompt, PromptBuilder
 from worker.engines.transformers.runner import Runner
 from worker.engines.transformers.sampling import SamplerRow, check_token_ids

@@ -38,7 +38,7 @@ from worker.engines.library.model import (
     refuse_options,
 )
 from worker.engines.library.rows import is_plain_greedy, token_logprob
-from worker.engines.transformers.loader import LoadedModel
+from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.sampling import Sampled
 from worker.engines.transformers.sequence import Sequence
 from worker.engines.transformers.text import token_table

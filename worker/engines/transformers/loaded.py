@@ -1,0 +1,151 @@
+"""A model in memory and what there is to know of it: context, end tokens, placeholders.
+
+Reads configurations and tokenizers; must never load weights nor run the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from worker.engines.transformers.settings import EngineSettings
+
+__all__ = ["LoadedModel", "wrap_model"]
+
+DEFAULT_CONTEXT_TOKENS = 2048
+"""Where neither configuration nor tokenizer says: what the replaced systems assume."""
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A model ready to be run, and what there is to know of it."""
+
+    model: Any
+    #: None only in tests of bare models.
+    tokenizer: Any
+    #: The processor of a model that takes pictures, else None.
+    processor: Any
+    device: torch.device
+    dtype: torch.dtype
+    context_tokens: int
+    eos_ids: frozenset[int]
+    #: Picture, video and audio placeholders: never sampled, never taken from a user's text.
+    placeholder_ids: frozenset[int]
+    vocabulary: int
+    takes_images: bool
+    encoder_decoder: bool
+    #: Only embeds: it has no output head.
+    embedding_only: bool
+    #: Folder of the model where it is local, for files beside the weights.
+    folder: Path | None
+    quantised: bool = False
+    #: Names of LoRA adapters loaded on the model, each chosen per row.
+    adapters: tuple[str, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def wrap_model(
+    model: Any,
+    tokenizer: Any,
+    processor: Any = None,
+    *,
+    settings: EngineSettings | None = None,
+    folder: Path | None = None,
+    quantised: bool = False,
+) -> LoadedModel:
+    """Gather the facts of a model that is in memory already."""
+    settings = settings or EngineSettings()
+    config = model.config
+    text_config = config.get_text_config(decoder=True)
+    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    context = settings.context_tokens or _context_tokens(config, text_config, tokenizer)
+    parameters = sum(p.numel() for p in model.parameters())
+    dtype = model.dtype
+    return LoadedModel(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        processor=processor,
+        device=model.device,
+        dtype=dtype,
+        context_tokens=context,
+        eos_ids=_eos_ids(model, tokenizer),
+        placeholder_ids=_placeholder_ids(config, processor),
+        vocabulary=int(text_config.vocab_size),
+        takes_images=processor is not None,
+        encoder_decoder=encoder_decoder,
+        embedding_only=head is None,
+        folder=folder,
+        quantised=quantised,
+        details={
+            "architecture": type(model).__name__,
+            "parameters": parameters,
+            "dtype": str(dtype).removeprefix("torch."),
+            "quantised": quantised,
+            "attention": str(getattr(text_config, "_attn_implementation", "")),
+            "layers": int(getattr(text_config, "num_hidden_layers", 0) or 0),
+        },
+    )
+
+
+def _context_tokens(config: Any, text_config: Any, tokenizer: Any) -> int:
+    """Longest prompt plus answer."""
+    names = (
+        "max_position_embeddings",
+        "max_sequence_length",
+        "n_positions",
+        "seq_length",
+        "max_seq_len",
+    )
+    length = next(
+        (
+            int(value)
+            for name in names
+            for value in (getattr(text_config, name, None),)
+            if isinstance(value, int) and value > 0
+        ),
+        0,
+    )
+    scaling = getattr(text_config, "rope_scaling", None)
+    if length and isinstance(scaling, dict):
+        kind = scaling.get("rope_type", scaling.get("type"))
+        # Newer kinds (yarn, llama3, longrope) state the stretched length already.
+        if kind in ("linear", "dynamic"):
+            length = int(length * float(scaling.get("factor", 1.0)))
+    if not length:
+        stated = getattr(tokenizer, "model_max_length", None)
+        if isinstance(stated, int) and 0 < stated < 10_000_000:
+            length = stated
+    return length or DEFAULT_CONTEXT_TOKENS
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Ids that end an answer: generation config first, then configuration, then tokenizer."""
+    generation = getattr(model, "generation_config", None) or GenerationConfig()
+    for source in (generation, model.config.get_text_config(decoder=True), tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return frozenset(ids if isinstance(ids, list | tuple) else [ids])
+    return frozenset()
+
+
+def _placeholder_ids(config: Any, processor: Any) -> frozenset[int]:
+    names = (
+        "image_token_id",
+        "image_token_index",
+        "video_token_id",
+        "video_token_index",
+        "audio_token_id",
+        "audio_token_index",
+    )
+    # A processor may call another token so (Gemma 3: the one that opens a picture).
+    for holder in (config, processor):
+        found = {getattr(holder, name, None) for name in names}
+        ids = frozenset(value for value in found if isinstance(value, int) and value >= 0)
+        if ids:
+            return ids
+    return frozenset()
