@@ -48,36 +48,39 @@ def _check_workers(core: BrokerCore) -> None:
 
 def _check_requests(core: BrokerCore) -> None:
     for request_id, request in core.requests.items():
-        story = _story(request)
-        assert request.id == request_id, f"{story} stands under another id"
+        assert request.id == request_id, f"{_story(request)} stands under another id"
         match request.phase:
             case Phase.QUEUED:
-                assert request.worker is None, f"{story} has a worker"
-                assert request.client is not None, f"{story} waits for nobody"
-                assert request.frames, f"{story} lost its body"
+                assert request.worker is None, f"{_story(request)} has a worker"
+                assert request.client is not None, f"{_story(request)} waits for nobody"
+                assert request.frames, f"{_story(request)} lost its body"
             case Phase.PARKED:
-                assert request.client is None, f"{story} has a client"
-                assert request.worker is None, f"{story} has a worker"
+                assert request.client is None, f"{_story(request)} has a client"
+                assert request.worker is None, f"{_story(request)} has a worker"
             case Phase.RUNNING:
-                assert request.worker is not None, f"{story} runs nowhere"
-                assert request.worker.running.get(request_id) is request, f"{story} is lost"
+                assert request.worker is not None, f"{_story(request)} runs nowhere"
+                assert request.worker.running.get(request_id) is request, (
+                    f"{_story(request)} is lost"
+                )
             case Phase.ENDED:
-                assert request.worker is not None, f"{story} ended nowhere"
-                assert request.worker.ended.get(request_id) is request, f"{story} is lost"
+                assert request.worker is not None, f"{_story(request)} ended nowhere"
+                assert request.worker.ended.get(request_id) is request, f"{_story(request)} is lost"
             case Phase.INTERRUPTED:
-                assert request.client is None, f"{story} has a client"
-                assert request.worker is None, f"{story} has a worker"
+                assert request.client is None, f"{_story(request)} has a client"
+                assert request.worker is None, f"{_story(request)} has a worker"
         if request.worker is not None:
             here = core.workers.get(request.worker.routing_id)
-            assert here is request.worker, f"{story} is at a worker that left"
+            assert here is request.worker, f"{_story(request)} is at a worker that left"
         if request.phase is not Phase.QUEUED:
-            assert not request.frames, f"{story} still holds its body"
+            assert not request.frames, f"{_story(request)} still holds its body"
         live = request.client is not None and request.phase in (Phase.QUEUED, Phase.RUNNING)
         if live and request.client is not None:
             assert core.clients.get(request.client.routing_id) is request.client, (
-                f"{story} belongs to a client that left"
+                f"{_story(request)} belongs to a client that left"
             )
-            assert request.client.requests.get(request_id) is request, f"{story} is not counted"
+            assert request.client.requests.get(request_id) is request, (
+                f"{_story(request)} is not counted"
+            )
 
 
 def _check_queues(core: BrokerCore) -> None:

@@ -22,9 +22,10 @@ Left = Callable[["Run"], str]
 
 _SILENCE = frozenset({"pause_worker", "unplug_worker", "hang_engine"})
 """A worker that cannot come back in time counts as dead. One whose connection broke can, until its
-back-off is longer than requests are kept for."""
+back-off is longer than requests are kept for: after some breaks, or a time without a broker."""
 _BROKEN = frozenset({"cut_worker", "garble_worker"})
 _QUICK_RETURNS = 3
+_NO_BROKER = frozenset({"kill_broker", "stop_broker", "pause_broker"})
 _AWAY = frozenset({"pause_client", "unplug_client", "pause_broker", "kill_broker", "stop_broker"})
 """A client that is away for longer than the grace finds its request cancelled; where the client
 cannot know itself how long that was."""
@@ -63,7 +64,9 @@ def _failure(run: Run, call: Call) -> None:
     deaths = sum(worker.deaths for worker in run.all_workers)
     faults = Counter(fault.kind for fault in run.plan.faults)
     silent, broken = (sum(faults[kind] for kind in kinds) for kinds in (_SILENCE, _BROKEN))
-    lost = deaths + silent + max(0, broken - _QUICK_RETURNS)
+    late = broken if _NO_BROKER & run.happened else max(0, broken - _QUICK_RETURNS)
+    # What failed at its worker while the connection was away does not come back with it.
+    lost = deaths + silent + late + call.answer.fails_once
     excuse = {
         "poison": lost >= 2,
         "cancelled": bool(_AWAY & run.happened) or call.away_s > AWAY_S,

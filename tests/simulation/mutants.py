@@ -40,6 +40,8 @@ class Mutant:
     #: Where to look for it.
     kinds: tuple[str, ...] = FAULTS
     brokers: tuple[int, ...] = (1,)
+    #: First seed to look at: near one that meets it, where what it takes is rare.
+    start: int = 0
 
     @contextlib.contextmanager
     def alive(self) -> Iterator[None]:
@@ -242,7 +244,17 @@ MUTANTS = (
         "take_in",
         "known.returned += (worker.name,)",
         "pass",
+        ("cut_worker", "kill_worker"),
+        start=285,
+    ),
+    Mutant(
+        "nobody waits for lost workers before it is poison",
+        recovery,
+        "_judge",
+        "if core.now_s < due_s:",
+        "if core.now_s < 0:",
         ("cut_worker",),
+        start=290,
     ),
     Mutant(
         "nobody is told that the worker is gone",

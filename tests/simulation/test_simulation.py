@@ -51,11 +51,6 @@ def test_every_stream_is_exact_or_fails_with_a_reason_whatever_goes_wrong(first:
     run_seeds(first, 100, FAULTS, (1,))
 
 
-@pytest.mark.parametrize("first", range(30_000, 30_600, 100))
-def test_so_it_is_with_two_brokers(first: int) -> None:
-    run_seeds(first, 100, FAULTS, (2,))
-
-
 def test_the_same_seed_is_the_same_run() -> None:
     for seed in range(5):
         one, two = (Run(make(seed)).to_the_end().world for _ in range(2))
