@@ -1,0 +1,13 @@
+"""Scenarios with two brokers, in a file of their own: files are what runs side by side."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.simulation.plan import FAULTS
+from tests.simulation.test_simulation import run_seeds
+
+
+@pytest.mark.parametrize("first", range(30_000, 30_600, 100))
+def test_every_stream_is_exact_or_fails_with_a_reason(first: int) -> None:
+    run_seeds(first, 100, FAULTS, (2,))
