@@ -220,7 +220,7 @@ def test_naming_the_engine_does_not_load_torch() -> None:
     ("quantisation", "package"),
     [
         ({"quant_method": "awq", "bits": 8, "group_size": 128}, "gptqmodel"),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "optimum"),
+        ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "gptqmodel and optimum"),
         pytest.param(
             {"quant_method": "compressed-tensors"},
             "tokenbus[compressed]",

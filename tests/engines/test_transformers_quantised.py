@@ -26,6 +26,8 @@ without_gptqmodel = pytest.mark.skipif(
     importlib.util.find_spec("gptqmodel") is not None, reason="gptqmodel computes AWQ itself"
 )
 
+GPTQ_PACKAGES = all(importlib.util.find_spec(name) for name in ("gptqmodel", "optimum"))
+
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +204,78 @@ def test_a_damaged_awq_checkpoint_is_not_served_with_random_weights(
     save_file(damage(load_file(file)), file, metadata={"format": "pt"})
     with pytest.raises(EngineLoadError):
         load(tmp_path)
+
+
+def gptq(
+    folder: Path, model: Any, *, bits: int = 4, layout: str = "gptq", reordered: bool = False
+) -> None:
+    """Write `model` as a GPTQ checkpoint with random integers, packed as AutoGPTQ documents it,
+    and set its own weights to what they stand for."""
+    torch.manual_seed(12)
+    state = {name: tensor.clone() for name, tensor in load_state(folder, model).items()}
+    each = 32 // bits
+    for name, weight in linear_weights(model).items():
+        outs, ins = weight.shape
+        values = torch.randint(0, 1 << bits, (ins, outs))
+        zeros = torch.randint(1, 1 << bits, (ins // GROUP, outs))
+        scales = (torch.rand(ins // GROUP, outs) * 0.2 / (1 << bits) + 0.01).half()
+        groups = torch.arange(ins) // GROUP
+        if reordered:
+            groups = groups[torch.randperm(ins)]
+        with torch.no_grad():
+            weight.copy_(((values - zeros[groups]) * scales.float()[groups]).t())
+        stored = zeros - int(layout == "gptq")
+        weights = torch.zeros(ins // each, outs, dtype=torch.int64)
+        points = torch.zeros(ins // GROUP, outs // each, dtype=torch.int64)
+        for place in range(each):
+            weights |= values[place::each] << (bits * place)
+            points |= stored[:, place::each] << (bits * place)
+        stem = name.removesuffix("weight")
+        del state[name]
+        state |= {f"{stem}qweight": weights.int(), f"{stem}qzeros": points.int()}
+        state |= {f"{stem}scales": scales, f"{stem}g_idx": groups.int()}
+    config = {"quant_method": "gptq", "bits": bits, "group_size": GROUP, "desc_act": reordered}
+    write(folder, model, state, config | {"sym": False, "checkpoint_format": layout})
+
+
+without_gptq = pytest.mark.skipif(
+    GPTQ_PACKAGES, reason="gptqmodel and optimum compute GPTQ themselves"
+)
+
+
+@without_gptq
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("reordered", [False, True])
+def test_a_gptq_checkpoint_is_the_model_that_its_integers_stand_for(
+    bits: int, layout: str, reordered: bool, tmp_path: Path
+) -> None:
+    model = tiny.llama()
+    gptq(tmp_path, model, bits=bits, layout=layout, reordered=reordered)
+    loaded = load(tmp_path)
+    assert not loaded.quantised
+    assert torch.equal(logits(loaded.model), logits(model))
+    assert not torch.allclose(logits(model), logits(tiny.llama()), atol=0.1)
+
+
+@without_gptq
+def test_a_damaged_gptq_checkpoint_is_not_served_with_random_weights(tmp_path: Path) -> None:
+    model = tiny.llama()
+    gptq(tmp_path, model)
+    file = tmp_path / "model.safetensors"
+    save_file(with_short_scales(load_file(file)), file, metadata={"format": "pt"})
+    with pytest.raises(EngineLoadError):
+        load(tmp_path)
+
+
+@pytest.mark.skipif(not GPTQ_PACKAGES, reason="gptqmodel and optimum are not installed here")
+def test_gptqmodel_computes_what_the_integers_stand_for(tmp_path: Path) -> None:
+    model = tiny.llama()
+    gptq(tmp_path, model)
+    loaded = load(tmp_path, dtype="float32")
+    assert loaded.quantised
+    found, wanted = logits(loaded.model), logits(model)
+    assert float((found - wanted).norm() / wanted.norm()) < 0.05
 
 
 def test_an_fp8_checkpoint_is_the_model_that_its_blocks_stand_for(tmp_path: Path) -> None:

@@ -1,27 +1,18 @@
-"""AWQ checkpoints (4 bits, GEMM layout) without gptqmodel: dequantised while they are loaded.
-
-Each weight is unpacked as it is read, so the packed and the dense model never lie in memory
-together. What is served is a dense model in the dtype asked for. Uses transformers' own extension
-points for quantisers; must never be imported where gptqmodel is to do the work.
-"""
+"""AWQ checkpoints (4 bits, GEMM layout) without gptqmodel: dequantised while they are loaded
+(`dense`). Must never be imported where gptqmodel is to do the work."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from worker.engines.base import EngineLoadError
+from worker.engines.transformers.dense import register
 
 __all__ = ["dequantised", "dequantising_config"]
 
 METHOD = "tokenbus_awq"
-
-_PARTS = ("qweight", "qzeros", "scales")
 
 NIBBLE_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight neighbouring columns each nibble of a word holds, lowest nibble first."""
@@ -66,54 +57,4 @@ def _unpacked(words: torch.Tensor) -> torch.Tensor:
     return result.flatten(1)
 
 
-class _Dequantise(ConversionOps):  # type: ignore[misc]
-    """The three tensors of a layer become its weight; those of experts, which transformers fuses
-    in a later operation, a list of weights."""
-
-    def __init__(self, quantizer: HfQuantizer) -> None:
-        self._quantizer = quantizer
-
-    def convert(
-        self, input_dict: dict[str, Any], *args: Any, full_layer_name: str, **kwargs: Any
-    ) -> dict[str, Any]:
-        dtype = kwargs["model"].get_parameter(full_layer_name).dtype
-        result: dict[str, Any] = {}
-        for name in input_dict:
-            stem, separator, _ = name.rpartition("qweight")
-            if not separator:
-                continue
-            parts = (input_dict[stem + part] for part in _PARTS)
-            lists = (part if isinstance(part, list) else [part] for part in parts)
-            dense = [dequantised(*layer).to(dtype) for layer in zip(*lists, strict=True)]
-            if not stem:
-                return {full_layer_name: dense[0]}
-            # Later operations look for the names of sources.
-            result[name] = dense
-        return result
-
-
-@register_quantization_config(METHOD)
-class _Config(QuantizationConfigMixin):  # type: ignore[misc]
-    """Says that weights are AWQ's and shall be dense."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        self.quant_method = METHOD
-        self.dequantize = True
-
-
-@register_quantizer(METHOD)
-class _Quantizer(HfQuantizer):  # type: ignore[misc]
-    """Loads AWQ's tensors into a model of ordinary layers."""
-
-    requires_calibration = True
-    serialized_names = {"weight": [*_PARTS]}  # noqa: RUF012
-
-    def get_load_operations(self) -> dict[str, Any]:
-        return {"dequantize": _Dequantise}
-
-    def is_serializable(self) -> bool:
-        return False
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
+register(METHOD, ("qweight", "qzeros", "scales"), dequantised)

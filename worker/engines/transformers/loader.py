@@ -368,18 +368,26 @@ def _stored_quantisation(stored: dict[str, Any], path: str) -> tuple[dict[str, A
     """The quantisation config to load a quantised checkpoint with, and whether its weights stay
     quantised in memory."""
     method = str(stored.get("quant_method", "")).lower()
-    if method == "awq" and importlib.util.find_spec("gptqmodel") is None:
-        from worker.engines.transformers.awq import dequantising_config
+    if method == "awq" and not _installed("gptqmodel"):
+        from worker.engines.transformers import awq
 
-        return dequantising_config(stored, path), False
+        return awq.dequantising_config(stored, path), False
+    if method == "gptq" and not _installed("gptqmodel", "optimum"):
+        from worker.engines.transformers import gptq
+
+        return gptq.dequantising_config(stored, path), False
     if method == "compressed-tensors":
-        if importlib.util.find_spec("compressed_tensors") is None:
+        if not _installed("compressed_tensors"):
             raise EngineLoadError(
                 f"{path} needs compressed-tensors: pip install 'tokenbus[compressed]'"
             )
         # It would be decompressed at the first forward anyhow: rather where loading is shown.
         return stored | {"dequantize": True}, False
     return normalise_skip_names(stored), True
+
+
+def _installed(*packages: str) -> bool:
+    return all(importlib.util.find_spec(package) is not None for package in packages)
 
 
 def _is_spread(options: EngineOptions, settings: EngineSettings) -> bool:

@@ -1,0 +1,80 @@
+"""Checkpoints of packed integers, dequantised while they are loaded, for want of their library.
+
+Each weight is unpacked as it is read, so the packed and the dense model never lie in memory
+together. What is served is a dense model in the dtype asked for. Uses transformers' own extension
+points for quantisers; the formats are `awq`'s and `gptq`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+__all__ = ["register"]
+
+
+def register(method: str, parts: tuple[str, ...], dequantised: Callable[..., torch.Tensor]) -> None:
+    """Teach transformers the quantisation method `method`. A layer's tensors are `parts`, and
+    `dequantised(*tensors, **facts)` makes its weight [out, in] of them; `facts` is the rest of the
+    quantisation config."""
+
+    class Dequantise(ConversionOps):  # type: ignore[misc]
+        """The tensors of a layer become its weight; those of experts, which transformers fuses in
+        a later operation, a list of weights."""
+
+        def __init__(self, quantizer: HfQuantizer) -> None:
+            self._facts = quantizer.quantization_config.facts
+
+        def convert(
+            self, input_dict: dict[str, Any], *args: Any, full_layer_name: str, **kwargs: Any
+        ) -> dict[str, Any]:
+            dtype = kwargs["model"].get_parameter(full_layer_name).dtype
+            result: dict[str, Any] = {}
+            for name in input_dict:
+                stem, separator, _ = name.rpartition(parts[0])
+                if not separator:
+                    continue
+                held = (input_dict[stem + part] for part in parts)
+                lists = (part if isinstance(part, list) else [part] for part in held)
+                dense = [
+                    dequantised(*layer, **self._facts).to(dtype)
+                    for layer in zip(*lists, strict=True)
+                ]
+                if not stem:
+                    return {full_layer_name: dense[0]}
+                # Later operations look for the names of sources.
+                result[name] = dense
+            return result
+
+    class Config(QuantizationConfigMixin):  # type: ignore[misc]
+        """Says how weights are packed, and that they shall be dense."""
+
+        def __init__(self, quant_method: str = method, **facts: Any) -> None:
+            self.quant_method = quant_method
+            self.dequantize = True
+            self.facts = facts
+
+    class Quantizer(HfQuantizer):  # type: ignore[misc]
+        """Loads packed tensors into a model of ordinary layers."""
+
+        requires_calibration = True
+        serialized_names = {"weight": [*parts]}  # noqa: RUF012
+
+        def get_load_operations(self) -> dict[str, Any]:
+            return {"dequantize": Dequantise}
+
+        def is_serializable(self) -> bool:
+            return False
+
+        @property
+        def is_trainable(self) -> bool:
+            return False
+
+    register_quantization_config(method)(Config)
+    register_quantizer(method)(Quantizer)
