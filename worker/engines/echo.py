@@ -36,7 +36,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import struct
 import time
 import zlib
 from typing import Any, Final
@@ -46,16 +45,13 @@ import msgspec
 from broker.protocol.errors import ErrorCode, RequestError
 from broker.protocol.messages import (
     FinishReason,
-    ImagePart,
     Kind,
     ModelInfo,
     Request,
-    TextPart,
     Timings,
     TokenLogprob,
     TopLogprob,
     Usage,
-    VideoPart,
 )
 from worker.engines.base import (
     Capabilities,
@@ -69,6 +65,13 @@ from worker.engines.base import (
     PromptFacts,
     Tokens,
 )
+from worker.engines.echo_requests import (
+    answer_about,
+    embeddings,
+    image_size,
+    required,
+    whole_prompt,
+)
 from worker.engines.echo_tokens import (
     VOCABULARY,
     Text,
@@ -80,7 +83,6 @@ from worker.engines.echo_tokens import (
     tokenize,
 )
 
-EMBEDDING_DIMENSIONS: Final = 8
 DEFAULT_SLOTS: Final = 8
 EXIT_STATUS: Final = 13
 
@@ -109,17 +111,6 @@ FAULTS: Final = ("error_at", "oom_at", "raise_at", "hang_at", "exit_at", "kill_a
 
 class EchoFault(Exception):
     """The fault that `raise_at` asked for."""
-
-
-# --- pictures -------------------------------------------------------------------------------------
-
-
-def _image_size(octets: bytes) -> str:
-    """Width and height of a PNG, which stand in its first octets; of others, the octets' number."""
-    if octets[:8] == b"\x89PNG\r\n\x1a\n" and len(octets) >= 24:
-        width, height = struct.unpack(">II", octets[16:24])
-        return f"{width}x{height}"
-    return f"{len(octets)} octets"
 
 
 # --- one request ----------------------------------------------------------------------------------
@@ -358,20 +349,20 @@ class EchoEngine:
     def _begin(self, job: Job, events: list[EngineEvent]) -> None:
         request = job.request
         if request.kind is Kind.EMBED:
-            events.append(_embed(job))
+            events.append(embeddings(job))
             return
         if request.kind is Kind.DETOKENIZE:
-            result: dict[str, Any] = {"text": detokenize(_required(request.token_ids, request))}
+            result: dict[str, Any] = {"text": detokenize(required(request.token_ids, request))}
             events.append(Ended(job.request_id, FinishReason.STOP, result=result))
             return
-        prompt, echoed, images = _prompt(request, len(job.attachments))
+        prompt, echoed, images = whole_prompt(request, len(job.attachments))
         options, directive = self._options(request, echoed)
         if directive:
             echoed = _DIRECTIVE.sub("", echoed)
             prompt = _DIRECTIVE.sub("", prompt)
         prompt_ids = tokenize(prompt)
         if request.kind is not Kind.CHAT and request.kind is not Kind.COMPLETE:
-            events.append(_answer_about(job, prompt, prompt_ids))
+            events.append(answer_about(job, prompt, prompt_ids))
             return
         room = self._context_tokens - len(prompt_ids)
         if room < 1 or (request.params.max_tokens or 0) > room:
@@ -382,7 +373,7 @@ class EchoEngine:
             )
         prefix = ""
         if images:
-            sizes = ", ".join(_image_size(job.attachments[index]) for index in images)
+            sizes = ", ".join(image_size(job.attachments[index]) for index in images)
             prefix = f"{len(images)} image{'s' if len(images) > 1 else ''}: {sizes}. "
         run = _Run(job, options, echoed, prompt_ids, prefix)
         run.limit = min(run.limit, room)
@@ -536,85 +527,6 @@ def _number(arguments: dict[str, str], name: str, default: int) -> int:
         return int(text)
     except ValueError:
         raise EngineLoadError(f"--engine-arg {name}={text}: a whole number is needed") from None
-
-
-def _required(value: Any, request: Request) -> Any:
-    if value is None:
-        raise RequestError(
-            ErrorCode.INVALID_REQUEST, f"a request of kind {request.kind} lacks its input"
-        )
-    return value
-
-
-def _prompt(request: Request, attachments: int) -> tuple[str, str, list[int]]:
-    """The whole prompt, what is echoed of it, and the attachments in the order of their places."""
-    if request.messages is None:
-        if request.token_ids is not None:
-            text = detokenize(request.token_ids)
-        else:
-            text = _required(request.prompt, request)
-        places = text.count("<image>")
-        if attachments and places != attachments:
-            raise RequestError(
-                ErrorCode.INVALID_REQUEST,
-                f"{attachments} pictures came, the prompt has {places} places for one",
-            )
-        return text, text, list(range(attachments))
-    lines, images, echoed = [], [], ""
-    for message in request.messages:
-        parts = message.content or ""
-        text = ""
-        for part in [TextPart(text=parts)] if isinstance(parts, str) else parts:
-            match part:
-                case TextPart():
-                    text += part.text
-                case ImagePart():
-                    images.append(part.attachment)
-                case VideoPart():
-                    images += part.attachments
-        lines.append(f"{message.role}: {text}\n")
-        if message.role == "user":
-            echoed = text
-    missing = [index for index in images if index >= attachments]
-    if missing or len(set(images)) != attachments:
-        raise RequestError(
-            ErrorCode.INVALID_REQUEST,
-            f"the messages show {len(set(images))} pictures, {attachments} came with them",
-        )
-    return "".join(lines), echoed, images
-
-
-def _answer_about(job: Job, prompt: str, prompt_ids: list[int]) -> Ended:
-    """The answer of count, tokenize and template."""
-    results: dict[Kind, dict[str, Any]] = {
-        Kind.COUNT: {"count": len(prompt_ids)},
-        Kind.TOKENIZE: {"token_ids": prompt_ids},
-        Kind.TEMPLATE: {"text": prompt},
-    }
-    return Ended(
-        job.request_id,
-        FinishReason.STOP,
-        usage=Usage(prompt_tokens=len(prompt_ids)),
-        result=results[job.request.kind],
-    )
-
-
-def _embed(job: Job) -> Ended:
-    """Embeddings: relative frequencies of the tokens, in eight classes."""
-    rows, total = [], 0
-    for item in _required(job.request.inputs, job.request):
-        ids = tokenize(item) if isinstance(item, str) else item
-        total += len(ids)
-        counts = [0.0] * EMBEDDING_DIMENSIONS
-        for token in ids:
-            counts[token % EMBEDDING_DIMENSIONS] += 1 / len(ids)
-        rows.append(struct.pack(f"<{EMBEDDING_DIMENSIONS}f", *counts))
-    return Ended(
-        job.request_id,
-        FinishReason.STOP,
-        usage=Usage(prompt_tokens=total),
-        result={"embeddings": rows, "dimensions": EMBEDDING_DIMENSIONS},
-    )
 
 
 def _logprob(token: int, alternatives: int) -> TokenLogprob:

@@ -1,0 +1,111 @@
+"""What the echo engine makes of a request without running it: its prompt, and the answers that need
+no stream. Must never import torch."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, Final
+
+from broker.protocol.errors import ErrorCode, RequestError
+from broker.protocol.messages import (
+    FinishReason,
+    ImagePart,
+    Kind,
+    Request,
+    TextPart,
+    Usage,
+    VideoPart,
+)
+from worker.engines.base import Ended, Job
+from worker.engines.echo_tokens import detokenize, tokenize
+
+__all__ = ["answer_about", "embeddings", "image_size", "required", "whole_prompt"]
+
+EMBEDDING_DIMENSIONS: Final = 8
+
+
+def image_size(octets: bytes) -> str:
+    """Width and height of a PNG, which stand in its first octets; of others, the octets' number."""
+    if octets[:8] == b"\x89PNG\r\n\x1a\n" and len(octets) >= 24:
+        width, height = struct.unpack(">II", octets[16:24])
+        return f"{width}x{height}"
+    return f"{len(octets)} octets"
+
+
+def required(value: Any, request: Request) -> Any:
+    if value is None:
+        raise RequestError(
+            ErrorCode.INVALID_REQUEST, f"a request of kind {request.kind} lacks its input"
+        )
+    return value
+
+
+def whole_prompt(request: Request, attachments: int) -> tuple[str, str, list[int]]:
+    """The whole prompt, what is echoed of it, and the attachments in the order of their places."""
+    if request.messages is None:
+        if request.token_ids is not None:
+            text = detokenize(request.token_ids)
+        else:
+            text = required(request.prompt, request)
+        places = text.count("<image>")
+        if attachments and places != attachments:
+            raise RequestError(
+                ErrorCode.INVALID_REQUEST,
+                f"{attachments} pictures came, the prompt has {places} places for one",
+            )
+        return text, text, list(range(attachments))
+    lines, images, echoed = [], [], ""
+    for message in request.messages:
+        parts = message.content or ""
+        text = ""
+        for part in [TextPart(text=parts)] if isinstance(parts, str) else parts:
+            match part:
+                case TextPart():
+                    text += part.text
+                case ImagePart():
+                    images.append(part.attachment)
+                case VideoPart():
+                    images += part.attachments
+        lines.append(f"{message.role}: {text}\n")
+        if message.role == "user":
+            echoed = text
+    missing = [index for index in images if index >= attachments]
+    if missing or len(set(images)) != attachments:
+        raise RequestError(
+            ErrorCode.INVALID_REQUEST,
+            f"the messages show {len(set(images))} pictures, {attachments} came with them",
+        )
+    return "".join(lines), echoed, images
+
+
+def answer_about(job: Job, prompt: str, prompt_ids: list[int]) -> Ended:
+    """The answer of count, tokenize and template."""
+    results: dict[Kind, dict[str, Any]] = {
+        Kind.COUNT: {"count": len(prompt_ids)},
+        Kind.TOKENIZE: {"token_ids": prompt_ids},
+        Kind.TEMPLATE: {"text": prompt},
+    }
+    return Ended(
+        job.request_id,
+        FinishReason.STOP,
+        usage=Usage(prompt_tokens=len(prompt_ids)),
+        result=results[job.request.kind],
+    )
+
+
+def embeddings(job: Job) -> Ended:
+    """Embeddings: relative frequencies of the tokens, in eight classes."""
+    rows, total = [], 0
+    for item in required(job.request.inputs, job.request):
+        ids = tokenize(item) if isinstance(item, str) else item
+        total += len(ids)
+        counts = [0.0] * EMBEDDING_DIMENSIONS
+        for token in ids:
+            counts[token % EMBEDDING_DIMENSIONS] += 1 / len(ids)
+        rows.append(struct.pack(f"<{EMBEDDING_DIMENSIONS}f", *counts))
+    return Ended(
+        job.request_id,
+        FinishReason.STOP,
+        usage=Usage(prompt_tokens=total),
+        result={"embeddings": rows, "dimensions": EMBEDDING_DIMENSIONS},
+    )
