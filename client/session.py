@@ -473,6 +473,9 @@ class ClientSession:
         exchange = self._exchanges.get(request_id)
         if exchange is None or request_id not in self._at_broker:
             return
+        for name in accepted.returned:
+            if name in exchange.lost_workers:
+                exchange.lost_workers.remove(name)
         if not accepted.worker:
             exchange.position = accepted.position
             self._deliver(request_id, events.Queued(accepted.position))

@@ -480,8 +480,7 @@ class BrokerCore(BusState):
         if request.window > request.window_told:
             body = codec.encode(Window(limit=request.window))
             self.send(worker, MessageType.WINDOW, request.id, body)
-        accepted = codec.encode(Accepted(worker=worker.name))
-        self.send(client, MessageType.ACCEPTED, request.id, accepted)
+        recovery.tell_where(self, request)
         self.log_request("debug", "attached" if attach else "assigned", request, worker=worker)
 
     # --- from workers -----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from broker.core.requests import Phase, Request
 from broker.protocol import codec, limits
 from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 from broker.protocol.header import Header, MessageType
-from broker.protocol.messages import Cancel, FailEvent, Held
+from broker.protocol.messages import Accepted, Cancel, FailEvent, Held
 from broker.protocol.messages import Request as RequestBody
 
 if TYPE_CHECKING:
@@ -87,6 +87,17 @@ def _resume(
 def _not_returned(lost: Sequence[str], returned: Sequence[str]) -> tuple[str, ...]:
     """Lost workers without those that came back with the request: it did not kill them."""
     return tuple((Counter(lost) - Counter(returned)).elements())
+
+
+def tell_where(core: BrokerCore, request: Request) -> None:
+    """ACCEPTED of a request at a worker. Which lost workers came back with it, the client must know
+    too: its next RESUME may be to another broker."""
+    client = request.client
+    if client is None:
+        return
+    accepted = Accepted(worker=request.worker_name, returned=list(request.returned))
+    request.returned = ()
+    core.send(client, MessageType.ACCEPTED, request.id, codec.encode(accepted))
 
 
 def _judge(core: BrokerCore, request: Request) -> None:
@@ -224,6 +235,8 @@ def take_in(core: BrokerCore, worker: WorkerSession, holds: list[Held]) -> None:
                 if held.running:
                     body = codec.encode(Cancel(reason="resumed at another worker"))
                     core.send(worker, MessageType.CANCEL, held.request_id, body)
+                if known is not None and known.returned and known.phase is Phase.RUNNING:
+                    tell_where(core, known)
                 continue
             # Only the same process can know the id: its old connection is dead, unnoticed so far.
             core.drop_worker(other, "it came back on a new connection", lost=False)

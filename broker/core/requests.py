@@ -104,7 +104,7 @@ class Request:
         self.window_told = 0
         #: Workers that were lost while they ran it, as often, less those that came back with it.
         self.lost_workers: tuple[str, ...] = ()
-        #: Lost workers that came back with it, as often: the client still counts them.
+        #: Lost workers that came back with it, as often, of which the client was not told yet.
         self.returned: tuple[str, ...] = ()
         #: It looks like poison and waits so long for lost workers to come back; None: it does not.
         self.suspect_until_s: float | None = None

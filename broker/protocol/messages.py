@@ -353,6 +353,8 @@ class Accepted(_Map, frozen=True, kw_only=True):
     position: Count = 0
     #: The worker it was assigned to; empty while it is queued.
     worker: str = ""
+    #: Workers that were reported lost and came back with the request: they are no `lost_workers`.
+    returned: list[Name] = []
 
 
 class Assign(_Map, frozen=True, kw_only=True):

@@ -292,11 +292,13 @@ def test_connections_that_broke_twice_are_no_deaths_where_the_worker_comes_back(
     for epoch in (1, 2, 3):
         vanish(worker)
         client.receive()
-        client.resume(request_id, epoch, tokens=epoch, lost=("w",) * epoch)
+        client.resume(request_id, epoch, tokens=epoch, lost=("w",))
+        client.receive()
         bus.wait(1.0)
         worker = bus.worker("w", holds=(Held(request_id, epoch - 1, 9),), grant=False)
         (assign,) = [m for m in worker.first if m.type is MessageType.ASSIGN]
         assert (assign.assign.attach, assign.assign.epoch) == (True, epoch)
+        assert client.only(MessageType.ACCEPTED).plain["returned"] == ["w"]
     worker.finish(assign)
     assert len(client.events()) == 1
 
@@ -310,14 +312,17 @@ def test_a_worker_that_comes_back_too_late_for_the_request_is_not_counted_either
     vanish(first)
     client.resume(request_id, 1, lost=("first",))
     assert second.assigned_ids() == [request_id]
+    client.receive()
     bus.worker("first", holds=(Held(request_id, 0, 2),), grant=False)
+    told = client.only(MessageType.ACCEPTED).plain
+    assert (told["worker"], told["returned"]) == ("second", ["first"])
     third = bus.worker("third")
     vanish(second)
-    client.resume(request_id, 2, lost=("first", "second"))
+    client.resume(request_id, 2, lost=("second",))
     assert third.assigned_ids() == [request_id], "one worker is missing, not two"
     vanish(third)
     client.receive()
-    client.resume(request_id, 3, lost=("first", "second", "third"))
+    client.resume(request_id, 3, lost=("second", "third"))
     bus.wait(5.1)
     assert client.failure() == "poison"
 
@@ -332,9 +337,10 @@ def test_a_worker_that_is_back_before_the_resume_is_not_counted() -> None:
     client.resume(request_id, 1, lost=("w",))
     (assign,) = back.assigned()
     assert assign.assign.attach
+    assert client.only(MessageType.ACCEPTED).plain["returned"] == ["w"]
     other = bus.worker("other")
     vanish(back)
-    client.resume(request_id, 2, lost=("w", "w"))
+    client.resume(request_id, 2, lost=("w",))
     assert other.assigned_ids() == [request_id]
 
 

@@ -602,6 +602,20 @@ def test_an_interrupted_stream_is_resumed_at_once_and_names_the_lost_worker(
     assert [type(item).__name__ for item in wire.got[id_]].count("Recovering") == 1
 
 
+def test_a_worker_that_came_back_with_the_request_is_lost_no_more(
+    running: tuple[Wire, bytes],
+) -> None:
+    wire, id_ = running
+    wire.message(T.INTERRUPTED, id_, gone())
+    check_resume(wire, id_, 1)
+    wire.message(T.ACCEPTED, id_, messages.Accepted(worker="w2", returned=["w1", "other"]))
+    wire.message(T.INTERRUPTED, id_, gone(epoch=1, worker="w2"))
+    if not (sent := wire.take_sent(T.RESUME)):
+        wire.at(30)
+        sent = wire.take_sent(T.RESUME)
+    assert sent[0][2].resume.lost_workers == ["w2"]
+
+
 def test_a_resume_names_the_worker_that_may_still_hold_the_request(
     running: tuple[Wire, bytes],
 ) -> None:
