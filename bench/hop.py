@@ -233,16 +233,22 @@ def measure(
             against=samples[name]["cpu_us"],
             **parameters,
         )
-    report.add("hop.cpu_us_per_token", own["cpu_us"].median / events, "us", **parameters)
+    per_token = Sample(tuple(value / events for value in own["cpu_us"].values))
+    report.add("hop.cpu_us_per_token", per_token, "us", **parameters)
     report.add(
         "hop.messages_per_s",
-        1e6 / own["wall_us"].median,
+        rate(own["wall_us"]),
         "1/s",
         peer="zmq_proxy",
-        against=1e6 / samples["zmq_proxy"]["wall_us"].median,
+        against=rate(samples["zmq_proxy"]["wall_us"]),
         **parameters,
     )
     return samples
+
+
+def rate(wall_us: Sample, each: int = 1) -> Sample:
+    """Per second, of what took so long; `each` of it at a time."""
+    return Sample(tuple(each * 1e6 / value for value in wall_us.values))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -269,12 +275,12 @@ def main(argv: list[str] | None = None) -> None:
         if streams != 64 or 1 not in together:
             measure(report, arguments, streams, 1, messages)
     if 1 in together:
-        single = 1e6 / together[1]["zmq_proxy"]["wall_us"].median
+        single = rate(together[1]["zmq_proxy"]["wall_us"])
         for events, samples in together.items():
             # What a step's events gain by travelling together: the proxy sends them one by one.
             report.add(
                 "hop.tokens_per_s",
-                events * 1e6 / samples["tokenbus"]["wall_us"].median,
+                rate(samples["tokenbus"]["wall_us"], events),
                 "1/s",
                 peer="zmq_proxy",
                 against=single,
