@@ -20,7 +20,16 @@ import math
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from broker.core import admission, invariants, membership, placement, queries, recovery, shutdown
+from broker.core import (
+    admission,
+    causes,
+    invariants,
+    membership,
+    placement,
+    queries,
+    recovery,
+    shutdown,
+)
 from broker.core.events import (
     AccessChanged,
     DisconnectReported,
@@ -513,18 +522,19 @@ class BrokerCore(BusState):
                 if request is not None and request.started_s is None:
                     request.started_s = self.now_s
                     self.figures.started(request, self.now_s)
+            told = causes.told_in(frames[1], ledger.finished)
             for finished in ledger.finished:
                 # Without a route it is about requests that nobody receives; one that was attached
                 # meanwhile is replayed, and named again with its end.
                 if head.id != header.NO_ID or not self._awaited(worker, finished.request_id):
-                    self._finish(worker, finished)
+                    self._finish(worker, finished, told.get(finished.request_id, ""))
             self._grant(worker, ledger.granted)
 
     def _awaited(self, worker: WorkerSession, request_id: bytes) -> bool:
         request = worker.running.get(request_id)
         return request is not None and request.client is not None and not request.cancelled
 
-    def _finish(self, worker: WorkerSession, finished: Finished) -> None:
+    def _finish(self, worker: WorkerSession, finished: Finished, cause: str) -> None:
         """A request left its slot. Its END may still wait at the worker for the client's window."""
         request = worker.running.pop(finished.request_id, None)
         if request is None:
@@ -535,6 +545,7 @@ class BrokerCore(BusState):
             request.client.requests.pop(request.id, None)
         request.phase = Phase.ENDED
         request.outcome = finished.outcome[:64]
+        request.cause = cause
         request.end_held = finished.completion_tokens > request.window
         worker.ended[request.id] = request
         self.counters["ended"] += 1
@@ -555,6 +566,7 @@ class BrokerCore(BusState):
             worker=worker,
             outcome=request.outcome,
             tokens=finished.completion_tokens,
+            **({"cause": cause} if cause else {}),
         )
 
     def _grant(self, worker: WorkerSession, granted: int) -> None:
@@ -621,6 +633,7 @@ class BrokerCore(BusState):
 
     def _fail_with(self, request: Request, info: ErrorInfo) -> None:
         self.count_failure(info)
+        request.cause = causes.in_words(info)
         if request.client is not None:
             event = FailEvent(request.id, request.epoch, request.offset, info)
             self.send_events(request.client, event)

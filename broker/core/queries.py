@@ -202,6 +202,7 @@ def _request(core: BrokerCore, request: Request) -> dict[str, Any]:
         "kind": request.kind,
         "state": "ended" if request.ended_s is not None else request.phase.value,
         "outcome": request.outcome,
+        "cause": request.cause,
         "worker": request.worker_name,
         "epoch": request.epoch,
         "priority": request.priority,

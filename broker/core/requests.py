@@ -41,6 +41,7 @@ class Request:
         "admitted",
         "assigned_s",
         "cancelled",
+        "cause",
         "client",
         "diverted",
         "end_held",
@@ -115,6 +116,8 @@ class Request:
         #: CANCEL was passed on to the worker.
         self.cancelled = False
         self.outcome = ""
+        #: Why it failed, for the operator's list.
+        self.cause = ""
         #: It left its slot, but its END waits at the worker until the client's window opens.
         self.end_held = False
         #: Routes of earlier owners on which its events are held back.

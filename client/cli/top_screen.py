@@ -409,6 +409,7 @@ _REQUESTS: Final = (
 _ERRORS: Final = (
     _Column("request", _of("id")),
     _Column("error", _of("outcome"), 0, style=lambda row: "red"),
+    _Column("cause", _of("cause"), 0, widest=60),
     _Column("ago", _field_ms("age_ms"), 1, "right"),
     _Column("worker", _of("worker"), 2),
     _Column("model", _of("model"), 3),

@@ -116,6 +116,7 @@ class Visit:
             {
                 "at_ms": round(time.time() * 1000),
                 "request": self.request_id,
+                "bus": self.bus_requests,
                 "path": self.request.url.path,
                 "key": self.key.name,
                 "model": self.model,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from client import BusError
 from tests.gateway.conftest import GatewayProcess
 from tests.harness import Bus, wait_until
 
@@ -285,6 +286,24 @@ def test_a_stop_in_the_browser_is_a_freed_slot_in_the_operators_view(
     bus.locator("#timeline summary, details summary", has_text="As a table").click()
     latest = bus.locator("#requests tbody tr").first
     latest.locator(".chip", has_text="cancelled").wait_for()
+
+
+def test_the_operator_sees_why_requests_failed_whoever_asked(
+    open_page: OpenPage, gateway: GatewayProcess
+) -> None:
+    page = open_page()
+    ask(page, "[[echo error_at=0]]x").locator(".problem").wait_for()
+    with pytest.raises(BusError):
+        gateway.bus.client().chat("echo", "[[echo oom_at=0]]x")
+    page.locator("#tab-bus").click()
+    listed = page.locator("#errors li")
+    listed.filter(has_text="engine_error").filter(has_text="as asked").first.wait_for()
+    listed.filter(has_text="out_of_memory").filter(has_text="as asked").first.wait_for()
+    # Told once, though both the gateway and the broker know of it.
+    with gateway.http() as http:
+        look = http.get("/bus/overview").json()
+    answered = look["gateway"]["errors"][-1]["request"]
+    assert listed.filter(has_text=answered).count() == 1
 
 
 def test_an_operator_drains_a_worker(

@@ -62,7 +62,7 @@ function skeleton() {
       section("workers", "Workers", ""),
       section("timeline", "Requests", "the last minute", h("details", { class: "block-more" }, h("summary", {}, "As a table"), h("div", { id: "requests", class: "scroll-x" }))),
       h("div", { class: "two" }, section("models", "Models and queues", ""), section("clients", "Clients", "")),
-      section("errors", "Recent errors", "of this gateway"),
+      section("errors", "Recent errors", "of the bus, and of this gateway"),
     ),
   );
 }
@@ -157,7 +157,7 @@ function draw() {
   table("clients", ["Client", "In flight", "Waiting", "Silent for"], clients.map((client) => [client.name, whole.format(client.inflight), whole.format(client.queued), duration(client.silent_ms)]), "No client is connected.");
   table("requests", ["Request", "Model", "Worker", "State", "Waited", "Took"], requests.slice(0, 40).map((row) => [h("code", {}, row.id), row.model, row.worker || "–", outcome(row), duration(row.queued_ms), duration(row.took_ms)]), "No request yet.");
   timeline(requests);
-  errors(latest.gateway.errors.toReversed());
+  errors(failures(requests, latest.gateway.errors));
 }
 
 const strong = (title, note) => h("span", { class: "two-line" }, h("strong", {}, title), note ? h("small", {}, note) : null);
@@ -237,7 +237,7 @@ function timeline(requests) {
     if (lane > 15) continue;
     const began = Math.min(to, x(Math.max(0, row.age_ms - row.queued_ms)));
     const top = 22 + lane * 12;
-    const words = `${row.id} · ${row.model} · ${row.worker || "no worker"} · ${row.state === "ended" ? row.outcome : row.state} · waited ${duration(row.queued_ms)}, took ${duration(row.took_ms)}`;
+    const words = `${row.id} · ${row.model} · ${row.worker || "no worker"} · ${row.state === "ended" ? row.outcome : row.state} · waited ${duration(row.queued_ms)}, took ${duration(row.took_ms)}${row.cause ? ` · ${row.cause}` : ""}`;
     const group = svg("g", {}, svg("title", {}, words), svg("rect", { class: "bar-wait", x: from, y: top, width: Math.max(0, began - from), height: 8, rx: 2 }), svg("rect", { class: `bar-${kindOf(row)}`, x: began, y: top, width: Math.max(4, to - began), height: 8, rx: 2 }));
     bars.push(group);
   }
@@ -253,10 +253,19 @@ function timeline(requests) {
   $("timeline-note").textContent = `${shown.length} in the last minute${failed ? `, ${failed} failed` : ""}`;
 }
 
+/** What this gateway told its callers, and what failed for other clients of the bus; latest first. */
+function failures(requests, told) {
+  const known = new Set(told.flatMap((row) => row.bus));
+  const others = requests
+    .filter((row) => kindOf(row) === "bad" && !known.has(row.id))
+    .map((row) => ({ at_ms: latest.at_ms - row.age_ms + row.took_ms, request: row.id, model: row.model, code: row.outcome, worker: row.worker, message: row.cause || "Its caller was told why." }));
+  return [...told, ...others].sort((a, b) => b.at_ms - a.at_ms);
+}
+
 function errors(rows) {
   const box = $("errors");
-  if (!rows.length) { box.replaceChildren(h("p", { class: "none" }, "None since the gateway started.")); return; }
+  if (!rows.length) { box.replaceChildren(h("p", { class: "none" }, "None lately.")); return; }
   box.replaceChildren(
-    h("ul", { class: "error-list" }, ...rows.slice(0, 12).map((row) => h("li", {}, h("div", {}, chip(row.code, "bad"), h("span", { class: "fine" }, ` ${duration(latest.at_ms - row.at_ms)} ago · ${row.model || row.path}${row.key ? ` · ${row.key}` : ""} · `, h("code", {}, row.request))), h("p", {}, row.message)))),
+    h("ul", { class: "error-list" }, ...rows.slice(0, 12).map((row) => h("li", {}, h("div", {}, chip(row.code, "bad"), h("span", { class: "fine" }, ` ${duration(latest.at_ms - row.at_ms)} ago · ${row.model || row.path}${row.key ? ` · ${row.key}` : ""}${row.worker ? ` · at ${row.worker}` : ""} · `, h("code", {}, row.request))), h("p", {}, row.message)))),
   );
 }
