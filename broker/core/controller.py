@@ -2,13 +2,14 @@
 
 The main path of a request, top to bottom in this file:
 
-    REQUEST ─▶ _on_request ─▶ enqueue ─▶ _dispatch ─▶ _assign ─▶ ASSIGN to a worker
+    REQUEST ─▶ _on_request ─▶ enqueue ─▶ _dispatch ─▶ ASSIGN to a worker
     OUTPUT  ─▶ forward (the common case, one look-up)  or  _on_output (with a ledger)
     ledger  ─▶ _finish ─▶ credit is free again ─▶ _dispatch
 
-Beside it: sessions begin and end here; `recovery` holds RESUME and orphans, `shutdown` the drains,
-`queries` the operator's verbs, `admission` the checks of a request, `placement` who gets it,
-`membership` HELLO and signs of life, `state` the tables.
+Beside it: sessions begin and end here; `dispatch` brings queue and workers together, `recovery`
+holds RESUME and orphans, `shutdown` the drains, `queries` the operator's verbs, `admission` the
+checks of a request, `placement` who gets it, `membership` HELLO and signs of life, `state` the
+tables.
 
 Sans-IO: no socket, clock, log or environment. All state lives in this object and is changed only
 by this package, inside `handle` and `forward`, on one thread.
@@ -23,6 +24,7 @@ from typing import Final, TypeVar
 from broker.core import (
     admission,
     causes,
+    dispatch,
     invariants,
     membership,
     placement,
@@ -47,14 +49,13 @@ from broker.core.instructions import ForgetPeer, Instruction
 from broker.core.queue import ModelQueue
 from broker.core.requests import Phase, Request
 from broker.core.sessions import ClientSession, Session
-from broker.core.state import BusState, short
+from broker.core.state import BusState
 from broker.core.workers import WorkerSession
 from broker.protocol import codec, header, limits
 from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError, RequestError
 from broker.protocol.header import Flag, Header, MessageType
 from broker.protocol.messages import (
     Accepted,
-    Assign,
     Cancel,
     Credit,
     Drain,
@@ -344,9 +345,9 @@ class BrokerCore(BusState):
                     admission.on_model_grace,
                     request.model,
                 )
-            if recovery.awaits_holder(self, request):
+            if dispatch.awaits_worker(self, request):
                 settled_s = self.started_s + self.settings.settle_s
-                self.at(settled_s, recovery.on_settled, request.model)
+                self.at(settled_s, dispatch.on_settled, request.model)
             accepted = Accepted(position=queue.position(request))
             self.send(client, MessageType.ACCEPTED, request.id, codec.encode(accepted))
             self.log_request("debug", "queued", request, position=accepted.position)
@@ -404,93 +405,11 @@ class BrokerCore(BusState):
     def _on_client_heartbeat(self, client: ClientSession, head: Header, frames: Frames) -> None:
         self._control(Heartbeat, frames)
 
-    # --- from the queue to a worker ---------------------------------------------------------------
-
     def _dispatch(self) -> None:
-        """Give what waits to who is free, one request of each model in turn."""
-        while self.dirty:
-            for model in sorted(self.dirty, key=self._last_served):
-                if not self._assign_next(model):
-                    self.dirty.discard(model)
+        """Give what waits to who is free, and tell workers that other brokers use too."""
+        dispatch.run(self)
         if self.shared:
             membership.tell_demand(self)
-
-    def _last_served(self, model: str) -> int:
-        queue = self.queues.get(model)
-        return queue.last_served if queue else 0
-
-    def _assign_next(self, model: str) -> bool:
-        queue = self.queues.get(model)
-        free = self.registry.available(model) if queue else []
-        if queue is None or not free:
-            return False
-        passed_over = []
-        try:
-            while queue.requests:
-                request = queue.take()
-                worker = self._choose(request, free)
-                if worker is None:
-                    passed_over.append(request)
-                    continue
-                self.queued_bytes -= request.size_bytes
-                self._assign(request, worker)
-                queue.last_served = worker.last_assigned
-                return True
-            return False
-        finally:
-            for request in reversed(passed_over):
-                queue.put_back(request)
-            if not queue.requests:
-                self.queues.pop(model, None)
-
-    def _choose(self, request: Request, free: list[WorkerSession]) -> WorkerSession | None:
-        """A free worker for the request; None: it should rather wait for another."""
-        if recovery.awaits_holder(self, request):
-            return None
-        serving = list(self.registry.serving(request.model).values())
-        if request.lost_workers:
-            others = [worker for worker in serving if worker.name not in request.lost_workers]
-            if others:
-                serving = others
-                free = [worker for worker in free if worker.name not in request.lost_workers]
-        return self.policy(request, free, serving, self.generator) if free else None
-
-    def _assign(self, request: Request, worker: WorkerSession) -> None:
-        worker.assigned += 1
-        worker.waiting_told = max(0, worker.waiting_told - 1)
-        worker.last_assigned = next(self.numbers)
-        request.assigned_s = self.now_s
-        self.counters["assigned"] += 1
-        self.figures.assigned(request, self.now_s)
-        frames, request.frames = request.frames, ()
-        self.attach(request, worker, frames, attach=False)
-
-    def attach(
-        self, request: Request, worker: WorkerSession, frames: Frames, *, attach: bool
-    ) -> None:
-        """Send ASSIGN and tie request, worker and client together. The body is not kept.
-
-        `attach`: the worker has the request already, no credit is spent.
-        """
-        client = request.client
-        if client is None:
-            raise AssertionError(f"request {short(request.id)} is assigned without a client")
-        request.phase = Phase.RUNNING
-        worker.running[request.id] = request
-        request.worker = worker
-        request.worker_name = worker.name
-        assign = Assign(
-            reply_to=self.route_to(worker, client).id,
-            epoch=request.epoch,
-            ttl_ms=max(1, round((request.ttl_until_s - self.now_s) * 1000)),
-            attach=attach,
-        )
-        self.send(worker, MessageType.ASSIGN, request.id, codec.encode(assign), *frames)
-        if request.window > request.window_told:
-            body = codec.encode(Window(limit=request.window))
-            self.send(worker, MessageType.WINDOW, request.id, body)
-        recovery.tell_where(self, request)
-        self.log_request("debug", "attached" if attach else "assigned", request, worker=worker)
 
     # --- from workers -----------------------------------------------------------------------------
 

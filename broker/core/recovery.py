@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from broker.core import admission
+from broker.core import admission, dispatch
 from broker.core.requests import Phase, Request
 from broker.protocol import codec, limits
 from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 from broker.protocol.header import Header, MessageType
-from broker.protocol.messages import Accepted, Cancel, FailEvent, Held
+from broker.protocol.messages import Cancel, FailEvent, Held
 from broker.protocol.messages import Request as RequestBody
 
 if TYPE_CHECKING:
@@ -89,17 +89,6 @@ def _not_returned(lost: Sequence[str], returned: Sequence[str]) -> tuple[str, ..
     return tuple((Counter(lost) - Counter(returned)).elements())
 
 
-def tell_where(core: BrokerCore, request: Request) -> None:
-    """ACCEPTED of a request at a worker. Which lost workers came back with it, the client must know
-    too: its next RESUME may be to another broker."""
-    client = request.client
-    if client is None:
-        return
-    accepted = Accepted(worker=request.worker_name, returned=list(request.returned))
-    request.returned = ()
-    core.send(client, MessageType.ACCEPTED, request.id, codec.encode(accepted))
-
-
 def _judge(core: BrokerCore, request: Request) -> None:
     """Timer of a request that looks like poison: the workers may have lost nothing but their
     connections, and come back with it in `Hello.holds`."""
@@ -121,29 +110,8 @@ def _holder(core: BrokerCore, body: RequestBody) -> WorkerSession | None:
     facts = body.resume
     assert facts is not None, "admission checked it"
     lost = facts.lost_workers if len(facts.lost_workers) >= POISON_DEATHS else ()
-    here = (connected(core, name, body.model) for name in (facts.holder, *lost))
+    here = (dispatch.connected(core, name, body.model) for name in (facts.holder, *lost))
     return next((worker for worker in here if worker is not None), None)
-
-
-def connected(core: BrokerCore, name: str, model: str) -> WorkerSession | None:
-    """The worker of that name, if it is here and serves the model."""
-    serving = core.registry.serving(model).values() if name else ()
-    return next((worker for worker in serving if worker.name == name), None)
-
-
-def awaits_holder(core: BrokerCore, request: Request) -> bool:
-    """No worker may begin it now. A broker that has just started waits a moment for the worker that
-    still runs a request, before another one computes it again."""
-    return request.suspect_until_s is not None or (
-        bool(request.holder)
-        and core.now_s < core.started_s + core.settings.settle_s
-        and connected(core, request.holder, request.model) is None
-    )
-
-
-def on_settled(core: BrokerCore, model: str) -> None:
-    """Who has not come by now is not waited for any longer."""
-    core.dirty.add(model)
 
 
 def _attach(
@@ -171,7 +139,7 @@ def _attach(
     request.ttl_until_s = core.now_s + ttl_s
     client.requests[request.id] = request
     core.counters["attached"] += 1
-    core.attach(request, worker, frames, attach=True)
+    dispatch.attach(core, request, worker, frames, attach=True)
 
 
 def _take_over(core: BrokerCore, request: Request, old: ClientSession) -> None:
@@ -236,7 +204,7 @@ def take_in(core: BrokerCore, worker: WorkerSession, holds: list[Held]) -> None:
                     body = codec.encode(Cancel(reason="resumed at another worker"))
                     core.send(worker, MessageType.CANCEL, held.request_id, body)
                 if known is not None and known.returned and known.phase is Phase.RUNNING:
-                    tell_where(core, known)
+                    dispatch.tell_where(core, known)
                 continue
             # Only the same process can know the id: its old connection is dead, unnoticed so far.
             core.drop_worker(other, "it came back on a new connection", lost=False)
@@ -265,7 +233,7 @@ def _hold(core: BrokerCore, worker: WorkerSession, held: Held, known: Request | 
         request.client = client
         client.requests[request.id] = request
         core.counters["attached"] += 1
-        core.attach(request, worker, frames, attach=True)
+        dispatch.attach(core, request, worker, frames, attach=True)
         return
     request.client = None
     request.epoch = max(held.epoch, request.epoch)
