@@ -462,12 +462,9 @@ async def _embeddings(visit: Visit) -> Response:
     model = await _model(visit, body.model)
     visit.check(model, 0)
     try:
-        made = await visit.gateway.bus.embed(
-            body.input, model=model, user=visit.share(None), retry=RETRY
-        )
+        made = await visit.embed(body.input, model, user=visit.share(None))
     except Exception as error:
         return JSONResponse(_failure(error, "fastchat", ""))
-    visit.prompt_tokens = made.usage.prompt_tokens
     vectors: Iterable[Any] = (vector.tolist() for vector in made.vectors)
     if body.encoding_format == "base64":
         vectors = (base64.b64encode(vector.tobytes()).decode() for vector in made.vectors)

@@ -10,7 +10,6 @@ from openai.types.create_embedding_response import Usage
 from starlette.responses import Response
 
 from client.gateway.answers import packed
-from client.gateway.generation import RETRY
 from client.gateway.requests import EmbeddingRequest, parse, texts_of
 from client.gateway.sse import until_disconnect
 from client.gateway.visit import Visit
@@ -28,10 +27,9 @@ async def embeddings(visit: Visit) -> Response:
     inputs = texts_of("input", body.input)
 
     async def work() -> Any:
-        yield await visit.gateway.bus.embed(inputs, model=body.model, retry=RETRY, **options)
+        yield await visit.embed(inputs, body.model, **options)
 
     [made] = await until_disconnect(work(), visit.request.receive)
-    visit.prompt_tokens = made.usage.prompt_tokens
     as_text = body.encoding_format == "base64"
     answer = CreateEmbeddingResponse(
         object="list",

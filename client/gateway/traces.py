@@ -7,14 +7,15 @@ part. Its context travels in `Request.trace`, where the worker finds it. Used on
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from broker.protocol.tracing import context_of, trace_of
 from client.events import End, Started, StreamEvent
 
-__all__ = ["BusSpan", "HttpSpan"]
+__all__ = ["BusSpan", "EmbedSpan", "HttpSpan"]
 
 
 class HttpSpan:
@@ -41,6 +42,17 @@ class HttpSpan:
         """A request of the bus that this one became."""
         return BusSpan(self._tracer, self._span, kind, model)
 
+    @contextlib.contextmanager
+    def embedding(self, model: str) -> Iterator[EmbedSpan]:
+        """The requests of the bus that make vectors: one span for all of them."""
+        span = EmbedSpan(self._tracer, self._span, model)
+        try:
+            yield span
+        except BaseException as error:
+            span.end(error)
+            raise
+        span.end()
+
     def end(self, status: int) -> None:
         """The last octet was sent; 499: the client went away."""
         self._span.set_attribute("http.response.status_code", status)
@@ -49,20 +61,37 @@ class HttpSpan:
         self._span.end()
 
 
+class EmbedSpan:
+    """Vectors of inputs, which the library divides into as many requests as they need."""
+
+    def __init__(self, tracer: Any, above: Any, model: str) -> None:
+        self._span = _client_span(tracer, above, "embed", model)
+
+    @property
+    def trace(self) -> dict[str, str]:
+        """For `Request.trace`."""
+        return trace_of(self._span)
+
+    def made(self, worker: str, prompt_tokens: int) -> None:
+        """They are there."""
+        self._span.set_attributes(
+            {"tokenbus.worker": worker, "gen_ai.usage.input_tokens": prompt_tokens}
+        )
+
+    def end(self, error: BaseException | None = None) -> None:
+        """It is over."""
+        if error is not None:
+            _fail(self._span, getattr(error, "code", type(error).__name__))
+        self._span.end()
+
+
 class BusSpan:
     """A request of the bus, from the call to its end."""
 
     def __init__(self, tracer: Any, above: Any, kind: str, model: str) -> None:
-        from opentelemetry.trace import SpanKind, set_span_in_context
-
         self._tracer = tracer
         self._queue: Any = None
-        self._span = tracer.start_span(
-            f"bus {kind} {model}",
-            context=set_span_in_context(above),
-            kind=SpanKind.CLIENT,
-            attributes={"gen_ai.request.model": model},
-        )
+        self._span = _client_span(tracer, above, kind, model)
         self._queued()
 
     @property
@@ -104,6 +133,17 @@ class BusSpan:
         if self._queue is not None:
             self._queue.end()
             self._queue = None
+
+
+def _client_span(tracer: Any, above: Any, kind: str, model: str) -> Any:
+    from opentelemetry.trace import SpanKind, set_span_in_context
+
+    return tracer.start_span(
+        f"bus {kind} {model}",
+        context=set_span_in_context(above),
+        kind=SpanKind.CLIENT,
+        attributes={"gen_ai.request.model": model},
+    )
 
 
 def _fail(span: Any, why: str) -> None:

@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from starlette.datastructures import Headers
@@ -27,10 +27,10 @@ from starlette.types import Message, Receive, Scope, Send
 from broker.protocol.errors import ErrorCode
 from broker.protocol.limits import MAX_NAME_OCTETS
 from broker.protocol.tracing import TRACE_KEYS
-from client import AsyncStream
+from client import AsyncStream, Embeddings
 from client.gateway.convert import Call
 from client.gateway.errors import GatewayError, describe, error_response, invalid, too_large
-from client.gateway.generation import ChoiceEvent, generate
+from client.gateway.generation import RETRY, ChoiceEvent, generate
 from client.gateway.keys import ANYBODY, Key, Usage
 from client.gateway.sse import Event, EventStream
 from client.gateway.traces import HttpSpan
@@ -127,9 +127,7 @@ class Visit:
 
     def generate(self, calls: Sequence[Call]) -> AsyncGenerator[ChoiceEvent, None]:
         """Run requests of the bus for this one; see `generation.generate`."""
-        headers = self.request.headers
-        trace = {name: headers[name] for name in TRACE_KEYS if name in headers}
-        trace[REQUEST_ID_HEADER] = self.request_id
+        trace = self._trace()
         spans = []
         if self.span is not None:
             spans = [self.span.bus_request(call.request.kind, call.request.model) for call in calls]
@@ -143,6 +141,29 @@ class Visit:
             self._opened,
             spans=spans,
         )
+
+    async def embed(
+        self, inputs: str | Sequence[str | list[int]], model: str, **options: Any
+    ) -> Embeddings:
+        """Vectors of the inputs; the bus's requests stand under this one's id and span."""
+        options |= {"model": model, "retry": RETRY}
+        trace = self._trace()
+        if self.span is None:
+            made = await self.gateway.bus.embed(inputs, trace=trace, **options)
+        else:
+            with self.span.embedding(model) as span:
+                made = await self.gateway.bus.embed(
+                    inputs, trace={**trace, **span.trace}, **options
+                )
+                span.made(made.worker, made.usage.prompt_tokens)
+        self.prompt_tokens = made.usage.prompt_tokens
+        return made
+
+    def _trace(self) -> dict[str, str]:
+        """What goes with every request of the bus that this one becomes."""
+        headers = self.request.headers
+        trace = {name: headers[name] for name in TRACE_KEYS if name in headers}
+        return {**trace, REQUEST_ID_HEADER: self.request_id}
 
     def hand_over(self) -> Callable[[], None]:
         """The visit lasts until the function returned is called, not only to the answer's end."""

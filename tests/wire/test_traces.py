@@ -297,10 +297,17 @@ def test_one_trace_leads_from_the_caller_through_gateway_and_broker_to_the_worke
                 headers={"traceparent": PARENT},
             ).raise_for_status()
 
+            httpx.post(
+                f"{gateway.url}/v1/embeddings",
+                json={"model": "echo", "input": ["one", "two"]},
+                headers={"traceparent": PARENT},
+            ).raise_for_status()
+
             def names() -> set[str]:
                 return {span.name for _, span in list(collector.spans)}
 
             wanted = {"POST /v1/chat/completions", "bus chat echo", "queue", "chat echo", "decode"}
+            wanted |= {"POST /v1/embeddings", "bus embed echo", "embed echo"}
             wait_until(lambda: wanted <= names(), "all spans", story=lambda: f"{names()}")
         assert worker.running
     finally:
@@ -315,4 +322,10 @@ def test_one_trace_leads_from_the_caller_through_gateway_and_broker_to_the_worke
     assert ran.parent_span_id == asked.span_id
     assert found["tokenbus-worker", "decode"].parent_span_id == ran.span_id
     assert asked.start_time_unix_nano <= ran.start_time_unix_nano
+    embed = found["tokenbus-gateway", "bus embed echo"]
+    assert embed.parent_span_id == found["tokenbus-gateway", "POST /v1/embeddings"].span_id
+    assert found["tokenbus-worker", "embed echo"].parent_span_id == embed.span_id
+    told = {attribute.key: attribute.value for attribute in embed.attributes}
+    assert told["tokenbus.worker"].string_value == worker.name
+    assert told["gen_ai.usage.input_tokens"].int_value > 0
     assert ran.end_time_unix_nano <= http.end_time_unix_nano
