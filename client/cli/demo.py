@@ -85,10 +85,10 @@ def _in_the_terminal(bus: DemoBus, arguments: argparse.Namespace, terminal: Term
     with Client(front, timeout=Timeout(total=300.0)) as client:
         right = _ask(client, case, arguments.engine, terminal)
     if arguments.keep:
-        terminal.notice(
-            f"the bus goes on: `python -m client chat --broker {front}`; Ctrl-C stops it"
-        )
         with contextlib.suppress(KeyboardInterrupt):
+            terminal.notice(
+                f"the bus goes on: `python -m client chat --broker {front}`; Ctrl-C stops it"
+            )
             bus.wait()
     _stop(bus, "worker and broker", terminal)
     return 0 if right else 1
@@ -106,11 +106,11 @@ def _on_the_page(bus: DemoBus, arguments: argparse.Namespace, terminal: Terminal
     if "SSH_CONNECTION" in os.environ:
         port = url.rpartition(":")[2]
         terminal.notice(f"from your own machine first: ssh -L {port}:127.0.0.1:{port} HOST")
-    terminal.notice(
-        f"an OpenAI SDK uses base_url {url}/v1, this program --broker {front}; "
-        "Ctrl-C stops everything"
-    )
     with contextlib.suppress(KeyboardInterrupt):
+        terminal.notice(
+            f"an OpenAI SDK uses base_url {url}/v1, this program --broker {front}; "
+            "Ctrl-C stops everything"
+        )
         bus.wait()
     _stop(bus, "gateway, worker and broker", terminal)
     return 0
