@@ -43,7 +43,7 @@ from bench.engine_cases import (
     run_pictures,
     token_job,
 )
-from worker.engines.base import Tokens
+from worker.engines.base import Ended, Failed
 
 
 def _arguments() -> argparse.Namespace:
@@ -131,6 +131,8 @@ def _throughput(
     # Five threads are saturated at once: their rate does not depend on the length of answers, so
     # --quick does not wait for long ones.
     lengths = {"generate_threads": min(new, 16)} if arguments.quick else {}
+    for name, length in lengths.items():
+        report.note(f"{name} wrote {length} tokens an answer, the others {new}")
     low, high = arguments.prompt[0], arguments.prompt[-1]
     wanted = [name for name in arguments.peers.split(",") if name]
     for count in streams:
@@ -255,41 +257,58 @@ def _pictures(
 
 
 def _gap(engine: Any, arguments: argparse.Namespace, report: Report, vocabulary: int) -> None:
-    """Time between tokens of 8 streams, without and with a long prompt that arrives."""
+    """Time between tokens of 8 streams: alone, while a long prompt is computed beside them, and
+    while it is answered. By the wall and by the CPU: where other programs run, the wall's tail is
+    theirs."""
     streams = [token_job(ids, 4000) for ids in _prompts(8, 5, 9, vocabulary, seed=1)]
-    long = token_job(_prompts(1, arguments.gap_prompt, arguments.gap_prompt, vocabulary, 2)[0], 2)
+    prompt = _prompts(1, arguments.gap_prompt, arguments.gap_prompt, vocabulary, 2)[0]
+    long = token_job(prompt, 16)
     for one in streams:
         engine.add(one)
-    before: list[float] = []
-    beside: list[float] = []
-    at = time.perf_counter()
-    arrived: float | None = None
+    # Of each step with tokens: wall and CPU milliseconds since the one before.
+    quiet: list[tuple[float, float]] = []
+    prompting: list[tuple[float, float]] = []
+    answering: list[tuple[float, float]] = []
+    at, cpu = time.perf_counter(), time.process_time()
+    arrived = ttft_ms = 0.0
     done = False
     while not done:
         events = engine.step()
-        now = time.perf_counter()
-        if any(isinstance(e, Tokens) and e.request_id != long.request_id for e in events):
-            (before if arrived is None else beside).append((now - at) * 1e3)
-            at = now
-        if arrived is None and len(before) > 60:
+        now, cpu_now = time.perf_counter(), time.process_time()
+        of_long = [event for event in events if event.request_id == long.request_id]
+        if len(of_long) < len(events):
+            phase = quiet if not arrived else answering if ttft_ms else prompting
+            phase.append(((now - at) * 1e3, (cpu_now - cpu) * 1e3))
+            at, cpu = now, cpu_now
+        if of_long and not ttft_ms:
+            ttft_ms = (now - arrived) * 1e3
+        if not arrived and len(quiet) > 60:
             engine.add(long)
             arrived = now
-        done = any(e.request_id == long.request_id for e in events)
+        done = any(isinstance(event, Ended | Failed) for event in of_long)
     for one in streams:
         engine.cancel(one.request_id)
     while engine.busy:
         engine.step()
-    quiet, bound = percentile(before[10:], 50), arguments.stall_ms
     common = {"streams": 8, "prompt": arguments.gap_prompt}
-    report.add("engine_gap_quiet_ms", quiet, "ms", **common)
-    for name, figure in (("p50", 50.0), ("p99", 99.0), ("max", 100.0)):
-        added = percentile(beside, figure) - quiet
-        report.add(
-            f"engine_gap_added_{name}_ms", added, "ms", peer="bound", against=bound, **common
-        )
-    ttft = (now - arrived) * 1e3 if arrived is not None else 0.0
-    report.add("engine_long_prompt_ttft_ms", ttft, "ms", **common)
-    report.note(f"{len(beside)} steps while the long prompt was computed")
+    bound = arguments.stall_ms
+    for column, clock in enumerate(("wall", "cpu")):
+        usual = percentile([gap[column] for gap in quiet[10:]], 50)
+        report.add("engine_gap_quiet_ms", usual, "ms", clock=clock, **common)
+        for name, gaps in (("prompt", prompting), ("answer", answering)):
+            for share in (50.0, 99.0, 100.0):
+                report.add(
+                    f"engine_gap_added_p{share:g}_ms",
+                    percentile([gap[column] for gap in gaps], share) - usual,
+                    "ms",
+                    peer="bound",
+                    against=bound,
+                    beside=f"its {name}",
+                    clock=clock,
+                    **common,
+                )
+    report.add("engine_long_prompt_ttft_ms", ttft_ms, "ms", **common)
+    report.note(f"{len(prompting)} steps while the long prompt was computed")
 
 
 def _floor(
