@@ -230,10 +230,11 @@ class BrokerCore(BusState):
         why: str,
         *,
         lost: bool,
+        told: bool = False,
         code: ErrorCode = ErrorCode.WORKER_LOST,
     ) -> None:
         """Forget a worker and interrupt what it ran. `lost`: it died, which counts against the
-        requests."""
+        requests. `told`: it said so itself."""
         del self.workers[worker.routing_id]
         self.shared.pop(worker.routing_id, None)
         self.registry.remove(worker, self.now_s)
@@ -245,6 +246,7 @@ class BrokerCore(BusState):
             retryable=True,
         )
         for request in list(worker.running.values()):
+            request.deaths += told and lost
             self.interrupt(request, error, lost=lost)
         for request in list(worker.ended.values()):
             client = request.client
@@ -542,7 +544,7 @@ class BrokerCore(BusState):
         lost = goodbye.reason in ("engine_dead", "stalled")
         why = f"{goodbye.reason}: {goodbye.message}" if goodbye.message else goodbye.reason
         code = ErrorCode.WORKER_LOST if lost else ErrorCode.DRAINING
-        self.drop_worker(worker, why[:200], lost=lost, code=code)
+        self.drop_worker(worker, why[:200], lost=lost, told=True, code=code)
 
     # --- the end of a request ---------------------------------------------------------------------
 

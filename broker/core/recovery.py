@@ -70,12 +70,14 @@ def _resume(
     since_s = known.queued_s if known is not None and waiting else core.now_s
     request = Request(request_id, body.model, Phase.QUEUED, since_s)
     request.order = order or next(core.numbers)
-    request.returned = known.returned if known is not None else ()
+    if known is not None:
+        request.returned, request.deaths = known.returned, known.deaths
     request.lost_workers = _not_returned(facts.lost_workers, request.returned)
     if len(request.lost_workers) >= POISON_DEATHS:
         before_s = known.suspect_until_s if known is not None else None
-        settled_s = core.now_s + core.settings.settle_s
-        request.suspect_until_s = settled_s if before_s is None else before_s
+        # Deaths that were told leave nothing to wait for.
+        wait_s = core.settings.poison_wait_s if request.deaths < POISON_DEATHS else 0.0
+        request.suspect_until_s = core.now_s + wait_s if before_s is None else before_s
     request.admitted = known is not None or bool(
         facts.token_ids or facts.holder or facts.lost_workers
     )

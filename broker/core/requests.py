@@ -43,6 +43,7 @@ class Request:
         "cancelled",
         "cause",
         "client",
+        "deaths",
         "diverted",
         "end_held",
         "ended_s",
@@ -105,6 +106,8 @@ class Request:
         self.window_told = 0
         #: Workers that were lost while they ran it, as often, less those that came back with it.
         self.lost_workers: tuple[str, ...] = ()
+        #: How many of them are surely dead: they said so.
+        self.deaths = 0
         #: Lost workers that came back with it, as often, of which the client was not told yet.
         self.returned: tuple[str, ...] = ()
         #: It looks like poison and waits so long for lost workers to come back; None: it does not.

@@ -84,9 +84,13 @@ class CoreSettings:
     )
     ended_keep: int = option(20_000, "", "ended requests remembered; about 1 kB each", low=0)
     settle_s: float = option(
-        5.0,
+        5.0, "s", "a new broker waits so long for the worker that still runs a request", low=0
+    )
+    poison_wait_s: float = option(
+        15.0,
         "s",
-        "wait for workers that may come back with a request; their first back-offs are below 2 s",
+        "before a request counts as poison: its workers may have lost connections only, and come "
+        "back; half the time that they keep it, more than four of their back-offs in a row",
         low=0,
     )
     stall_no_work_s: float = option(

@@ -263,7 +263,7 @@ def test_a_lost_worker_is_taken_again_where_it_is_the_only_one() -> None:
 
 def test_a_request_that_saw_two_workers_die_is_poison() -> None:
     """The dead do not come back: once they had time to, nobody else is given the request."""
-    bus = Bus(settle_s=4)
+    bus = Bus(poison_wait_s=4)
     worker, client = bus.worker(), bus.client()
     client.resume(bus.new_id(), epoch=2, tokens=4, lost=("a", "b"))
     bus.wait(3.9)
@@ -275,8 +275,21 @@ def test_a_request_that_saw_two_workers_die_is_poison() -> None:
     assert bus.core.queues == {}
 
 
-def test_a_worker_that_died_twice_is_two_deaths() -> None:
+def test_nobody_waits_for_workers_that_told_their_deaths() -> None:
     bus = Bus()
+    client = bus.client()
+    request_id = client.request()
+    for epoch, name in enumerate(("first", "second"), start=1):
+        worker = bus.worker(name)
+        worker.goodbye("engine_dead")
+        client.receive()
+        lost = ("first", "second")[:epoch]
+        client.resume(request_id, epoch, lost=lost)
+    assert client.failure() == "poison"
+
+
+def test_a_worker_that_died_twice_is_two_deaths() -> None:
+    bus = Bus(poison_wait_s=5)
     client = bus.client()
     client.resume(bus.new_id(), epoch=2, lost=("again", "again"))
     bus.worker("again")
@@ -305,7 +318,7 @@ def test_connections_that_broke_twice_are_no_deaths_where_the_worker_comes_back(
 
 def test_a_worker_that_comes_back_too_late_for_the_request_is_not_counted_either() -> None:
     """Each reset moves the request on before the worker that held it is back."""
-    bus = Bus()
+    bus = Bus(poison_wait_s=5)
     first, client = bus.worker("first"), bus.client()
     request_id = client.request()
     second = bus.worker("second")
@@ -346,7 +359,7 @@ def test_a_worker_that_is_back_before_the_resume_is_not_counted() -> None:
 
 def test_the_lost_worker_may_be_here_although_another_broker_lost_it() -> None:
     """Its connection to the client's former broker broke twice, the one to this broker did not."""
-    bus = Bus()
+    bus = Bus(poison_wait_s=5)
     worker, client = bus.worker("w"), bus.client()
     request_id = bus.new_id()
     client.resume(request_id, 2, lost=("w", "w"))
@@ -364,7 +377,7 @@ def test_the_lost_worker_may_be_here_although_another_broker_lost_it() -> None:
 
 
 def test_a_request_under_suspicion_is_judged_once_however_often_it_is_resumed() -> None:
-    bus = Bus(settle_s=4)
+    bus = Bus(poison_wait_s=4)
     client = bus.client()
     request_id = bus.new_id()
     client.resume(request_id, 2, lost=("a", "b"))
@@ -376,7 +389,7 @@ def test_a_request_under_suspicion_is_judged_once_however_often_it_is_resumed() 
 
 
 def test_a_broker_that_was_stopped_gives_lost_workers_their_time() -> None:
-    bus = Bus(settle_s=4)
+    bus = Bus(poison_wait_s=4)
     client = bus.client()
     request_id = bus.new_id()
     client.resume(request_id, 2, lost=("a", "b"))

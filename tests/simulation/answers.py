@@ -92,6 +92,9 @@ class Call:
     #: When it was interrupted last; the longest time from there to a worker or the end.
     lost_s: float = math.inf
     away_s: float = 0.0
+    #: It runs at a worker from which nothing has come yet; how often it was interrupted there.
+    begun: bool = False
+    unheard: int = 0
     dropped: bool = False
     #: Its client was killed.
     gone: bool = False

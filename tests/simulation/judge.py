@@ -65,8 +65,9 @@ def _failure(run: Run, call: Call) -> None:
     faults = Counter(fault.kind for fault in run.plan.faults)
     silent, broken = (sum(faults[kind] for kind in kinds) for kinds in (_SILENCE, _BROKEN))
     late = broken if _NO_BROKER & run.happened else max(0, broken - _QUICK_RETURNS)
-    # What failed at its worker while the connection was away does not come back with it.
-    lost = deaths + silent + late + call.answer.fails_once
+    # What failed at its worker while the connection was away does not come back with it, nor does
+    # what never reached it.
+    lost = deaths + silent + late + call.answer.fails_once + call.unheard
     excuse = {
         "poison": lost >= 2,
         "cancelled": bool(_AWAY & run.happened) or call.away_s > AWAY_S,

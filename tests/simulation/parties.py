@@ -504,6 +504,7 @@ class SimClient(Party):
         for item in items:
             match item:
                 case TokensEvent():
+                    call.begun = False
                     self._tokens(name, call, item)
                 case client_fact.End():
                     call.outcome, call.text = "end", call.text + item.text
@@ -512,11 +513,14 @@ class SimClient(Party):
                 case client_fact.Queued():
                     call.queued_s = self.world.now_s
                 case client_fact.Started():
+                    call.begun = True
                     call.waited_s = max(call.waited_s, self.world.now_s - call.queued_s)
                     call.away_s = max(call.away_s, self.world.now_s - call.lost_s)
                     call.queued_s = call.lost_s = math.inf
                     self.world.note(self.name, f"{id_.hex()[:8]} runs at {item.worker}")
                 case client_fact.Recovering():
+                    call.unheard += call.begun
+                    call.begun = False
                     call.queued_s, call.lost_s = math.inf, min(call.lost_s, self.world.now_s)
                     self.world.note(self.name, f"{id_.hex()[:8]} recovers: {item.reason}")
                 case BusError():
