@@ -40,6 +40,7 @@ from client.gateway.openai_responses import (
 from client.gateway.openapi import openapi
 from client.gateway.operator_view import drain, live, overview, session
 from client.gateway.page import page_routes
+from client.gateway.peers import Peers, anywhere
 from client.gateway.reattach import Store
 from client.gateway.state import Gateway
 from client.gateway.visit import Visit, route
@@ -67,9 +68,11 @@ def create_app(config: Config) -> Starlette:
         ) as bus:
             store = Store(config.store_entries, config.store_bytes)
             tracer = make_tracer("tokenbus-gateway")
-            app.state.gateway = Gateway(config, bus, keys, store, tracer=tracer)
+            peers = Peers(config.peers, 4 * config.keep_alive_s)
+            app.state.gateway = Gateway(config, bus, keys, store, peers, tracer=tracer)
             yield
             await store.close()
+            await peers.close()
 
     return Starlette(
         routes=_routes(config),
@@ -88,15 +91,15 @@ def _routes(config: Config) -> list[BaseRoute]:
         route("/v1/models", list_models),
         route("/v1/models/{model:path}", get_model),
         route("/v1/chat/completions", chat_completions, "POST", counted=True),
-        route("/v1/chat/completions/{id}", read_chat),
-        route("/v1/chat/completions/{id}/cancel", cancel_chat, "POST"),
+        route("/v1/chat/completions/{id}", anywhere(read_chat)),
+        route("/v1/chat/completions/{id}/cancel", anywhere(cancel_chat), "POST"),
         route("/v1/completions", completions, "POST", counted=True),
         route("/v1/embeddings", embeddings, "POST", counted=True),
-        route("/v1/responses", create_response, "POST", counted=True),
-        route("/v1/responses/{id}", get_response),
-        route("/v1/responses/{id}", delete_response, "DELETE"),
-        route("/v1/responses/{id}/cancel", cancel_response, "POST"),
-        route("/v1/responses/{id}/input_items", input_items),
+        route("/v1/responses", anywhere(create_response), "POST", counted=True),
+        route("/v1/responses/{id}", anywhere(get_response)),
+        route("/v1/responses/{id}", anywhere(delete_response), "DELETE"),
+        route("/v1/responses/{id}/cancel", anywhere(cancel_response), "POST"),
+        route("/v1/responses/{id}/input_items", anywhere(input_items)),
         route("/bus/session", session),
         route("/bus/overview", overview),
         route("/bus/live", live),

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from broker.protocol.limits import MAX_ATTACHMENT_OCTETS, MAX_ATTACHMENTS_OCTETS, MAX_REQUEST_OCTETS
 from client.gateway.images import ImagePolicy, Network
@@ -64,6 +65,15 @@ def _words(value: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in value.split(",") if word.strip())
 
 
+def _urls(value: str) -> tuple[str, ...]:
+    urls = _words(value)
+    for url in urls:
+        split = urlsplit(url)
+        if split.scheme not in ("http", "https") or not split.hostname or split.path.strip("/"):
+            raise ValueError(f"{url!r} is not http://HOST:PORT")
+    return urls
+
+
 def _networks(value: str) -> tuple[Network, ...]:
     return tuple(ipaddress.ip_network(word) for word in _words(value))
 
@@ -112,6 +122,9 @@ class Config:
     body_bytes: int = _option(_count, _DEFAULT_BODY_BYTES, "largest request body, bytes", "N")
     keep_alive_s: float = _option(_positive, 15.0, "silence before a comment line", "S")
     reattach_s: float = _option(_positive, 60.0, "time to re-attach to an answer", "S")
+    peers: tuple[str, ...] = _option(
+        _urls, (), "the other gateways of this bus, asked for answers that they keep", "URLS"
+    )
     store_entries: int = _option(_count, 1000, "answers kept for re-attaching and follow-up", "N")
     store_bytes: int = _option(_count, 64 << 20, "memory for them", "N")
     legacy_dialect: str = _option(_dialect, "auto", "older API: auto, fastchat or llava", "NAME")

@@ -1,8 +1,9 @@
 """`/v1/responses`: create, stream, run in the background, read again, re-attach, cancel, delete.
 
-A response in the background (`background: true`) outlives its reader: `GET
-/v1/responses/{id}?stream=true&starting_after=N` goes on behind event N on the gateway that made it,
-while it runs and as long as it is kept. Any other response ends with its reader, at the worker too.
+A response in the background (`background: true`) outlives its reader. While it runs and as long as
+it is kept, `GET /v1/responses/{id}?stream=true&starting_after=N` goes on behind event N, at the
+gateway that made it and at those that have it as a peer. Any other response ends with its reader,
+at the worker too.
 """
 
 from __future__ import annotations

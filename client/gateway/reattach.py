@@ -5,8 +5,9 @@ A `Transcript` runs the source of an answer in a task of its own and keeps its e
 cancelled after a grace time, which cancels at the worker; an answer in the background runs on.
 
 The store is bounded in entries and octets: the oldest finished answers go first. It is this
-gateway's memory alone. What holds across gateways is told in `openai_chat`: the same request sent
-again with `Last-Event-ID` is continued anywhere, because an answer follows from its seed.
+gateway's memory alone; other gateways ask for what it keeps (`peers`). Without them, what holds is
+told in `openai_chat`: the same request sent again with `Last-Event-ID` is continued anywhere,
+because an answer follows from its seed.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ class Store:
             raise GatewayError(
                 ErrorCode.INVALID_REQUEST,
                 f"No answer {id_!r} here: it is too old, belongs to another key, was not to be "
-                "kept, or was made by another gateway.",
+                "kept, or was made by a gateway that cannot be asked.",
                 status=404,
             )
         return kept

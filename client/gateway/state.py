@@ -15,6 +15,7 @@ from client.gateway.config import Config
 from client.gateway.keys import KeyFile
 from client.gateway.metrics import Metrics
 from client.gateway.operator_view import Overview
+from client.gateway.peers import Peers
 from client.gateway.reattach import Store
 
 __all__ = ["Gateway"]
@@ -28,6 +29,7 @@ class Gateway:
     bus: AsyncClient
     keys: KeyFile | None
     store: Store
+    peers: Peers
     metrics: Metrics = field(default_factory=Metrics)
     #: Wall clock, seconds: `created` of models.
     started_at: int = field(default_factory=lambda: int(time.time()))

@@ -38,7 +38,7 @@ from client.gateway.traces import HttpSpan
 if TYPE_CHECKING:
     from client.gateway.state import Gateway
 
-__all__ = ["Endpoint", "Visit", "presented_key", "route"]
+__all__ = ["Endpoint", "Handler", "Visit", "presented_key", "route"]
 
 log = logging.getLogger("tokenbus.gateway")
 
@@ -66,6 +66,8 @@ class Visit:
     account: Usage | None = None
     #: Of this request; None where traces are off.
     span: HttpSpan | None = None
+    #: The body as it was read.
+    octets: bytes = b""
     #: What went wrong, for the log.
     failure: GatewayError | None = None
     #: An answer that may outlive this request ends the visit in its stead.
@@ -235,7 +237,8 @@ class Visit:
                     raise too_large(None, f"The body is beyond the {limit} bytes of this gateway.")
         except ClientDisconnect:
             raise GatewayError(ErrorCode.CANCELLED, "The HTTP client went away.") from None
-        return bytes(octets)
+        self.octets = bytes(octets)
+        return self.octets
 
 
 Handler = Callable[[Visit], Awaitable[Response]]

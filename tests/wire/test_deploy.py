@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -131,6 +132,16 @@ def test_the_kubernetes_services_lead_to_ports_and_pods_that_exist() -> None:
         named = {port["name"]: port["containerPort"] for port in container["ports"]}
         for port in ports:
             assert port.get("targetPort", port["port"]) in (*named, *named.values())
+    # Gateways find each other by a name that stands for all of them.
+    [container] = pods["tokenbus-gateway"]["containers"]
+    [peers] = check(container["args"]).peers
+    services = {
+        document["metadata"]["name"]: document["spec"]
+        for document in documents("kubernetes.yaml")
+        if document["kind"] == "Service"
+    }
+    named = services[urlsplit(peers).hostname]
+    assert named["clusterIP"] == "None" and named["selector"] == {"app": "tokenbus-gateway"}
     mounted = {
         mount["name"]
         for pod in pods.values()

@@ -1,0 +1,147 @@
+"""Two gateways of one bus that know each other: what one keeps is had at the other."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx2 as httpx
+import openai
+import pytest
+
+from client.gateway.config import ConfigError, parse_args
+from client.gateway.keys import add_key
+from tests.gateway.conftest import MODEL, GatewayProcess
+from tests.gateway.test_reattach import answer_id, body, read, texts
+from tests.harness import wait_until
+
+MakeGateway = Callable[..., GatewayProcess]
+SLOW = "[[echo mode=sampled answer_tokens=80 step_delay_ms=10]]x"
+ENDLESS = "[[echo mode=sampled answer_tokens=5000 step_delay_ms=20]]x"
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture
+def pair(make_gateway: MakeGateway) -> Iterator[tuple[GatewayProcess, GatewayProcess]]:
+    """The second one knows the first, and one that is away."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        away = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        first = make_gateway("--keep-alive-s", "0.2")
+        yield first, make_gateway("--peers", f"{away},{first.url}")
+
+
+def test_a_background_response_is_read_on_elsewhere(
+    pair: tuple[GatewayProcess, GatewayProcess],
+) -> None:
+    here, there = (gateway.openai() for gateway in pair)
+    with here, there:
+        stream = here.responses.create(
+            model=MODEL, input=SLOW, background=True, stream=True, extra_body={"seed": 5}
+        )
+        heard = []
+        for event in stream:
+            heard.append(event)
+            if len(heard) == 15:
+                break
+        stream.close()
+        id_, last = heard[0].response.id, heard[-1].sequence_number
+        rest = list(there.responses.retrieve(id_, stream=True, starting_after=last))
+        numbers = [event.sequence_number for event in heard + rest]
+        assert numbers == list(range(len(numbers))) and rest[-1].type == "response.completed"
+        said = "".join(e.delta for e in heard + rest if e.type == "response.output_text.delta")
+        assert said == there.responses.retrieve(id_).output_text
+        assert there.responses.input_items.list(id_).data[0].role == "user"
+        # A follow-up stands on it, wherever it is asked.
+        follow = there.responses.create(model=MODEL, input="and?", previous_response_id=id_)
+        assert follow.output_text == "and?" and follow.previous_response_id == id_
+        there.responses.delete(id_)
+        with pytest.raises(openai.NotFoundError):
+            here.responses.retrieve(id_)
+
+
+def test_a_background_response_is_cancelled_elsewhere(
+    pair: tuple[GatewayProcess, GatewayProcess],
+) -> None:
+    here, there = (gateway.openai() for gateway in pair)
+    with here, there:
+        made = here.responses.create(model=MODEL, input=ENDLESS, background=True)
+        wait_until(lambda: there.responses.retrieve(made.id).status == "in_progress", "a start")
+        assert there.responses.cancel(made.id).status == "cancelled"
+    wait_until(lambda: pair[0].bus.running() == 0, "a free slot", 5)
+
+
+def test_the_running_answer_of_a_chat_goes_on_elsewhere(
+    pair: tuple[GatewayProcess, GatewayProcess],
+) -> None:
+    asked = body(SLOW, seed=4)
+    with pair[0].http() as here, pair[1].http() as there:
+        whole = texts(read(here, json=asked), 1)
+        heard = read(here, json=asked, headers={"x-reattach": "20"}, stop_after=20)
+        last = {"last-event-id": heard[-1][0] or ""}
+        rest = read(there, "GET", f"{CHAT}/{answer_id(heard)}", headers=last)
+        assert texts(heard + rest, 1) == whole and rest[-1][1] == "[DONE]"
+        # A reader that leaves there is one that left here: the answer ends after its time.
+        heard = read(here, json=body(ENDLESS), headers={"x-reattach": "0.5"}, stop_after=3)
+        read(there, "GET", f"{CHAT}/{answer_id(heard)}", stop_after=5)
+    wait_until(lambda: pair[0].bus.running() == 0, "a free slot", 5)
+
+
+def test_what_no_gateway_knows_is_told_once(pair: tuple[GatewayProcess, GatewayProcess]) -> None:
+    with pair[1].http() as there:
+        answer = there.get("/v1/responses/resp_none")
+        assert answer.status_code == 404 and "resp_none" in answer.json()["error"]["message"]
+        # An unknown model is no matter for the others.
+        answer = there.post("/v1/responses", json={"model": "nope", "input": "x"})
+        assert answer.json()["error"]["code"] == "model_unavailable"
+
+
+def test_gateways_that_know_each_other_do_not_ask_in_circles(make_gateway: MakeGateway) -> None:
+    first = make_gateway()
+    second = make_gateway("--peers", first.url)
+    port = first.url.rpartition(":")[2]
+    first.process.kill()
+    again = make_gateway("--port", port, "--peers", f"{second.url},{first.url}")
+    with again.http() as http:
+        assert http.get("/v1/responses/resp_none").status_code == 404
+
+
+def test_a_peer_goes_by_the_callers_own_key(make_gateway: MakeGateway, tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    alice, bob = add_key(file, "alice"), add_key(file, "bob")
+    first = make_gateway("--keys", str(file))
+    second = make_gateway("--keys", str(file), "--peers", first.url)
+    with first.openai(api_key=alice) as here, second.openai(api_key=alice) as there:
+        made = here.responses.create(model=MODEL, input="hello")
+        assert there.responses.retrieve(made.id).output_text == "hello"
+    with second.openai(api_key=bob) as other, pytest.raises(openai.NotFoundError):
+        other.responses.retrieve(made.id)
+    assert httpx.get(f"{second.url}/v1/responses/{made.id}").status_code == 401
+
+
+def test_a_peer_that_breaks_off_ends_the_stream_there(
+    pair: tuple[GatewayProcess, GatewayProcess],
+) -> None:
+    first, second = pair
+    with first.openai() as here, second.http() as there:
+        # Nobody cancels it: its gateway dies.
+        some = "[[echo mode=sampled answer_tokens=200 step_delay_ms=20]]x"
+        made = here.responses.create(model=MODEL, input=some, background=True)
+        path = f"/v1/responses/{made.id}?stream=true"
+        with there.stream("GET", path) as answer:
+            lines = answer.iter_lines()
+            while not next(lines).startswith("data: "):
+                pass
+            first.process.kill()
+            told = [json.loads(line[6:])["type"] for line in lines if line.startswith("data: ")]
+        assert "response.completed" not in told
+        assert there.get(path).status_code == 404
+    wait_until(lambda: first.bus.running() == 0, "a free slot", 30)
+
+
+@pytest.mark.parametrize("value", ["gateway:8000", "ftp://x", "http://x/path"])
+def test_a_peer_that_is_no_address_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match="--peers"):
+        parse_args(["--peers", value], {})
