@@ -6,10 +6,11 @@ import base64
 import io
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
+from pydantic import BaseModel
 
 from tests.gateway.conftest import running_gateway
 from tests.harness import Bus, ManagedProcess
@@ -110,6 +111,21 @@ def test_an_answer_keeps_to_a_json_schema(demo: openai.OpenAI) -> None:
     )
     told = json.loads(answer.choices[0].message.content or "")
     assert told["colour"] in ("red", "blue") and 0 <= told["count"] <= 9
+
+
+def test_the_sdk_parses_an_answer_into_a_type(demo: openai.OpenAI) -> None:
+    class Shape(BaseModel):
+        colour: Literal["red", "blue"]
+        sides: Literal[3, 4]
+
+    chat = demo.chat.completions.parse(
+        model="demo", messages=picture_and("What is it?"), response_format=Shape, max_tokens=900
+    )
+    assert isinstance(chat.choices[0].message.parsed, Shape)
+    response = demo.responses.parse(
+        model="demo", input="What is it?", text_format=Shape, max_output_tokens=900
+    )
+    assert isinstance(response.output_parsed, Shape)
 
 
 def test_a_forced_tool_is_called_with_fitting_arguments(demo: openai.OpenAI) -> None:
