@@ -451,7 +451,8 @@ class Timings(_Map, frozen=True, kw_only=True):
     decode_ms: float = 0.0
 
 
-class TokensEvent(_Array, frozen=True, tag=0):
+#: Never part of a cycle: the garbage collector need not look at each token.
+class TokensEvent(_Array, frozen=True, tag=0, gc=False):
     """New tokens, starting at token `offset`. `text` is what became certain with them."""
 
     request_id: Id
