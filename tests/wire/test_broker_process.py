@@ -91,6 +91,7 @@ def test_the_core_imports_nothing_that_touches_the_world(path: Path) -> None:
         "math",
         "msgspec",
         "random",
+        "re",
         "types",
         "typing",
     }
