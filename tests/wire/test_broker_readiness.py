@@ -1,0 +1,112 @@
+"""`broker.readiness`: no message is slept over, whatever ZeroMQ's descriptors say."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import zmq
+
+from broker.readiness import Readiness
+
+Socket = zmq.Socket[Any]
+Pair = Callable[[int, int], tuple[Socket, Socket]]
+LONG_S = 20.0
+"""Longer than any test may take: whoever waits so long slept over something."""
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    """Makes two connected sockets of two kinds."""
+    context: zmq.Context[Any] = zmq.Context()
+    made: list[Socket] = []
+
+    def make(kind: int, peer_kind: int) -> tuple[Socket, Socket]:
+        ours, theirs = context.socket(kind), context.socket(peer_kind)
+        made.extend((ours, theirs))
+        theirs.setsockopt(zmq.ROUTING_ID, b"peer")
+        ours.bind("inproc://here")
+        theirs.connect("inproc://here")
+        return ours, theirs
+
+    yield make
+    for each in made:
+        each.close(0)
+    context.term()
+
+
+@pytest.fixture
+def bell() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ends = socket.socketpair()
+    yield ends
+    for end in ends:
+        end.close()
+
+
+def drain(ours: Socket) -> int:
+    """Read to the end; how many messages."""
+    count = 0
+    while True:
+        try:
+            ours.recv_multipart(zmq.DONTWAIT)
+        except zmq.Again:
+            return count
+        count += 1
+
+
+def test_a_message_makes_its_socket_ready_until_it_is_read(
+    pair: Pair, bell: tuple[socket.socket, socket.socket]
+) -> None:
+    ours, theirs = pair(zmq.ROUTER, zmq.DEALER)
+    readiness = Readiness([ours], [], bell[0].fileno())
+    assert readiness.wait(0.0) == set()
+    theirs.send(b"one")
+    assert readiness.wait(LONG_S) == {ours}
+    assert readiness.wait(LONG_S) == {ours}, "as long as it is not read"
+    assert drain(ours) == 1
+    assert readiness.wait(0.0) == set()
+
+
+def test_a_message_that_came_during_a_send_is_not_slept_over(
+    pair: Pair, bell: tuple[socket.socket, socket.socket]
+) -> None:
+    ours, theirs = pair(zmq.ROUTER, zmq.DEALER)
+    readiness = Readiness([ours], [], bell[0].fileno())
+    theirs.send(b"hello")
+    readiness.wait(LONG_S)
+    for _ in range(100):
+        assert drain(ours) == 1
+        theirs.send(b"next")
+        # Any operation on the socket takes the signal of its descriptor away.
+        ours.getsockopt(zmq.EVENTS)
+        ours.send_multipart([b"peer", b"answer"])
+        assert readiness.wait(LONG_S) == {ours}
+
+
+def test_a_drained_socket_is_ready_at_first_and_when_it_was_left_with_a_rest(
+    pair: Pair, bell: tuple[socket.socket, socket.socket]
+) -> None:
+    theirs, ours = pair(zmq.PAIR, zmq.PAIR)  # it connects, as the reader of a monitor does
+    readiness = Readiness([], [ours], bell[0].fileno())
+    assert readiness.wait(LONG_S) == {ours}, "or its descriptor would never tell of anything"
+    assert drain(ours) == 0
+    for part in (b"one", b"two"):
+        theirs.send(part)
+    assert readiness.wait(LONG_S) == {ours}
+    assert ours.recv() == b"one"
+    readiness.again(ours)
+    assert readiness.wait(LONG_S) == {ours}
+    assert drain(ours) == 1
+    theirs.send(b"three")
+    assert readiness.wait(LONG_S) == {ours}
+
+
+def test_the_descriptor_of_the_system_is_named_itself(
+    pair: Pair, bell: tuple[socket.socket, socket.socket]
+) -> None:
+    ours, _ = pair(zmq.ROUTER, zmq.DEALER)
+    readiness = Readiness([ours], [], bell[0].fileno())
+    bell[1].send(b"!")
+    assert readiness.wait(LONG_S) == {bell[0].fileno()}
