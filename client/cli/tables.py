@@ -80,10 +80,10 @@ REQUESTS: Columns = (
     ("model", _field("model")),
     ("state", _field("state")),
     ("outcome", _field("outcome")),
-    ("cause", _field("cause")),
     ("worker", _field("worker")),
     ("queued", _seconds("queued_ms")),
     ("age", _seconds("age_ms")),
+    ("cause", _field("cause")),
 )
 
 
