@@ -134,6 +134,15 @@ MUTANTS = (
         plans.DRAIN,
     ),
     Mutant(
+        "the client goes on counting a worker that came back",
+        ClientSession,
+        "_on_accepted",
+        "exchange.lost_workers.remove(name)",
+        "pass",
+        ("cut_worker", "kill_worker"),
+        start=285,
+    ),
+    Mutant(
         "the client does not resume after a lost session",
         ClientSession,
         "session_over",
