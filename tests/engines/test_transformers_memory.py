@@ -46,12 +46,15 @@ def test_a_shared_prefix_is_computed_once_and_changes_nothing(model: Any) -> Non
         engine.close()
 
 
-def test_several_answers_to_one_prompt_share_it_while_they_run(model: Any) -> None:
+@pytest.mark.parametrize("every", [[0, 9, 0, 0], [0, 0, 0, 0]], ids=["later", "at once"])
+def test_several_answers_to_one_prompt_share_it_while_they_run(
+    every: list[int], model: Any
+) -> None:
     engine = tiny.serve(model, prefix_tokens=0)
     ids = tiny.prompts(1, low=90, high=90)[0]
     jobs = [tiny.ids_job(ids, temperature=1.0, seed=seed, max_tokens=20) for seed in range(4)]
     try:
-        together = tiny.run(engine, jobs, every=[0, 9, 0, 0])
+        together = tiny.run(engine, jobs, every=every)
         cached = [a.ended.usage.cached_tokens for a in together if a.ended is not None]
         assert cached[0] == 0 and all(count == 89 for count in cached[1:])
         alone = [
@@ -59,6 +62,24 @@ def test_several_answers_to_one_prompt_share_it_while_they_run(model: Any) -> No
             for seed in range(4)
         ]
         assert [a.token_ids for a in together] == [a.token_ids for a in alone]
+    finally:
+        engine.close()
+
+
+def test_who_waits_for_a_prefix_is_not_held_up_when_it_does_not_come(model: Any) -> None:
+    engine = tiny.serve(model, prefix_tokens=0, prefill_chunk=32)
+    ids = tiny.prompts(1, low=400, high=400)[0]
+    first, second = tiny.ids_job(ids, max_tokens=4), tiny.ids_job([*ids[:300], 9], max_tokens=4)
+    try:
+        engine.add(first)
+        engine.add(second)
+        while not any(row.follows for row in runner_of(engine)._rows):
+            engine.step()
+        engine.cancel(first.request_id)
+        answers = tiny.run(engine, [tiny.ids_job(ids[:200], max_tokens=4)])
+        assert answers[0].token_ids == plain(model, ids[:200], 4)
+        while engine.busy:
+            engine.step()
     finally:
         engine.close()
 

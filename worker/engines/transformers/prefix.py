@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from worker.engines.transformers.sequence import Sequence
 
-__all__ = ["PrefixCache", "PrefixEntry"]
+__all__ = ["SMALLEST_PREFIX", "PrefixCache", "PrefixEntry"]
 
 SMALLEST_PREFIX = 16
 """Shorter prefixes cost as much to copy as to compute."""
@@ -60,7 +60,7 @@ class PrefixCache:
         return best, length
 
     def shared(self, other: Sequence, sequence: Sequence, limit: int) -> int:
-        """Tokens that a running sequence has in the cache and `sequence` may copy."""
+        """Tokens that two sequences have in common and `sequence` may copy."""
         if other.adapter != sequence.adapter:
             return 0
         common = _common(sequence_key(other), sequence_key(sequence))

@@ -63,8 +63,11 @@ class Sequence:
     rope_delta: int = 0
     #: M-RoPE: positions of the prompt [axes, 1, len(prompt)] on the host.
     rope_positions: object | None = None
-    #: Prompt tokens taken from the prefix cache.
+    #: Prompt tokens taken from the prefix cache or another row.
     cached: int = 0
+    #: The row that computes a prefix which this one waits for, and how long that prefix is.
+    follows: Sequence | None = None
+    shared: int = 0
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     started_at: float = 0.0
     first_token_at: float = 0.0

@@ -25,7 +25,7 @@ from worker.engines.base import EngineEvent
 from worker.engines.transformers.forward import Forward
 from worker.engines.transformers.memory import is_out_of_memory, release_cached
 from worker.engines.transformers.pace import Allowance, Pace
-from worker.engines.transformers.prefix import PrefixCache
+from worker.engines.transformers.prefix import SMALLEST_PREFIX, PrefixCache
 from worker.engines.transformers.sampling import Sampler, prompt_logprobs
 from worker.engines.transformers.sequence import Sequence, State
 
@@ -192,6 +192,7 @@ class SlotRunner:
         self._admissions += 1
         sequence.admitted = self._admissions
         sequence.filled = 0
+        sequence.follows = None
         self._rows.append(sequence)
         row = len(self._rows) - 1
         try:
@@ -202,31 +203,53 @@ class SlotRunner:
             self._fail_row(row, error, events)
 
     def _reuse(self, sequence: Sequence, row: int) -> None:
-        """Copy the longest known prefix of the prompt into the row."""
+        """Copy the longest known prefix of the prompt into the row, or wait for the row that is
+        computing more of it (several answers to one prompt come together)."""
         if not self.cache.token_bytes:
             return
         limit = sequence.total - 1
+        shares = [self.prefix.shared(other, sequence, limit) for other in self._rows[:row]]
+        least = max(SMALLEST_PREFIX, sequence.prompt.media_end)
+        here = [
+            share if share <= other.filled else other.filled if other.filled >= least else 0
+            for share, other in zip(shares, self._rows, strict=False)
+        ]
         entry, length = self.prefix.longest(sequence, limit)
-        donor, shared = self._running_donor(sequence, limit, row)
-        if donor is not None and shared > length:
-            self.cache.move(donor, row, shared)
-            length = shared
-            self.prefix.hit_tokens += shared
+        running = max(here, default=0)
+        if running > length:
+            self.cache.move(here.index(running), row, running)
+            length = running
+            self.prefix.hit_tokens += running
         elif entry is not None:
             self.cache.write(row, entry.states, length)
             self.prefix.used(entry, length)
         sequence.filled = length
         if not sequence.answer:
             sequence.cached = length
+        sequence.shared = 0
+        for other, share in zip(self._rows, shares, strict=False):
+            # Nobody follows a follower: no two wait for each other.
+            if other.follows is None and share >= max(length, sequence.shared) + SMALLEST_PREFIX:
+                sequence.follows, sequence.shared = other, share
 
-    def _running_donor(self, sequence: Sequence, limit: int, row: int) -> tuple[int | None, int]:
-        """A row that runs now and shares the longest prefix (several answers to one prompt)."""
-        best, donor = 0, None
-        for index, other in enumerate(self._rows[:row]):
-            shared = self.prefix.shared(other, sequence, min(limit, other.filled))
-            if shared > best:
-                best, donor = shared, index
-        return donor, best
+    def _follow(self) -> None:
+        """Rows whose prefix is computed by now, or will not be, go on."""
+        for row in range(self._active, len(self._rows)):
+            sequence = self._rows[row]
+            leader = sequence.follows
+            if leader is None or (
+                leader.state is State.PREFILL and leader.filled < sequence.shared
+            ):
+                continue
+            sequence.follows = None
+            if leader in self._rows:
+                self.cache.move(self._rows.index(leader), row, sequence.shared)
+                self.prefix.hit_tokens += sequence.shared - sequence.filled
+                sequence.filled = sequence.shared
+                if not sequence.answer:
+                    sequence.cached = sequence.shared
+            elif not sequence.cancelled:
+                self._reuse(sequence, row)
 
     def _leave(self, row: int, *, keep: bool = True) -> None:
         """Take a row out; the last rows close the hole."""
@@ -329,9 +352,10 @@ class SlotRunner:
         while len(self._rows) > self._active:
             if self._active:
                 step.tighten(self._stall_ms)
+            self._follow()
             if together and (together := self._prefill_together(step, events)):
                 continue
-            pending = self._rows[self._active :]
+            pending = [s for s in self._rows[self._active :] if s.follows is None]
             oldest = min(pending, key=lambda sequence: sequence.admitted)
             shortest = min(pending, key=lambda sequence: sequence.total - sequence.filled)
             chosen = shortest if step.tokens > budget / 2 else oldest
@@ -347,7 +371,7 @@ class SlotRunner:
         none."""
         if not self.forward.many_prompts or len(self._rows) - self._active < 2:
             return False
-        able = [s for s in self._rows[self._active :] if self._may_share(s)]
+        able = [s for s in self._rows[self._active :] if s.follows is None and self._may_share(s)]
         if len(able) < 2:
             return False
         able.sort(key=lambda sequence: sequence.total - sequence.filled)
