@@ -1,13 +1,16 @@
 """The vocabulary of the client: facts that the session is told, orders that it gives, and the
 events that a caller reads from a stream.
 
-Only values: frozen, without behaviour.
+Only values: frozen, without behaviour. Facts and orders are structs rather than dataclasses: a
+request makes a dozen of them, and each takes a tenth of the time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from broker.protocol.messages import (
     FinishReason,
@@ -96,8 +99,7 @@ Item = StreamEvent | Answered | BusError
 # --- facts ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class RequestMade:
+class RequestMade(Struct, frozen=True):
     """The application asks for something. An empty `request.model` means the only one served."""
 
     request_id: bytes
@@ -111,8 +113,7 @@ class RequestMade:
     resume: Resume | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class QueryMade:
+class QueryMade(Struct, frozen=True):
     """The application asks the broker itself."""
 
     query_id: bytes
@@ -121,33 +122,28 @@ class QueryMade:
     timeout: Timeout
 
 
-@dataclass(frozen=True, slots=True)
-class TokensTaken:
+class TokensTaken(Struct, frozen=True):
     """The application has read all tokens below `offset`."""
 
     request_id: bytes
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class RequestDropped:
+class RequestDropped(Struct, frozen=True):
     """The application is no longer interested; it hears nothing more of it."""
 
     request_id: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class CloseRequested:
+class CloseRequested(Struct, frozen=True):
     """The application closes the client."""
 
 
-@dataclass(frozen=True, slots=True)
-class ConnectionOpened:
+class ConnectionOpened(Struct, frozen=True):
     """The socket is connected and its handshake done."""
 
 
-@dataclass(frozen=True, slots=True)
-class ConnectionLost:
+class ConnectionLost(Struct, frozen=True):
     """The socket was refused or cut off; it will not come back."""
 
     reason: str
@@ -155,15 +151,13 @@ class ConnectionLost:
     unauthenticated: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class MessageReceived:
+class MessageReceived(Struct, frozen=True):
     """A message arrived, header first."""
 
     frames: tuple[bytes, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
+class Tick(Struct, frozen=True):
     """Time has passed: `deadline_s` may be due."""
 
 
@@ -183,8 +177,7 @@ Event = (
 # --- orders ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class OpenSocket:
+class OpenSocket(Struct, frozen=True):
     """Open a new socket with this routing id; there is none open. Answered by ConnectionOpened or
     ConnectionLost."""
 
@@ -192,23 +185,20 @@ class OpenSocket:
     routing_id: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class CloseSocket:
+class CloseSocket(Struct, frozen=True):
     """Close the socket; nothing that it reports afterwards counts."""
 
     #: What was sent shall still leave, within a second.
     linger: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(Struct, frozen=True):
     """Send on the open socket, in order, none left out."""
 
     frames: tuple[bytes, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Deliver:
+class Deliver(Struct, frozen=True):
     """Hand items to whoever waits for this request or query."""
 
     id: bytes
@@ -217,15 +207,13 @@ class Deliver:
     final: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Arrived:
+class Arrived(Struct, frozen=True):
     """Hand tokens to those who wait for them: of many requests, in the order of their arrival."""
 
     tokens: list[TokensEvent]
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(Struct, frozen=True):
     """The session is closed for good; the transport ends."""
 
 

@@ -45,6 +45,10 @@ class Acceptance(Enum):
     GAP = "gap"
 
 
+NEXT: Final = Acceptance.NEXT
+"""Bound once: looking into an enumeration takes longer than a token may."""
+
+
 class Exchange:
     """One open request."""
 
@@ -199,7 +203,7 @@ class Exchange:
         self.heard_s = now_s
         if self.first_token_s is None:
             self.first_token_s = now_s - self.made_s
-        return Acceptance.NEXT
+        return NEXT
 
     # --- time ---
 

@@ -36,15 +36,12 @@ from client import events
 from client.dialer import Dialer, Link
 from client.errors import BusError, ClientClosed, ConnectTimeout, error_from
 from client.events import Arrived, Deliver, End, Instruction, Item
-from client.exchange import Acceptance, Exchange, Phase
+from client.exchange import NEXT, Acceptance, Exchange, Phase
 from client.options import Limits
 from client.questions import Questions
 
 LEAVE_S: Final = 1.0
 """How long a client that is closed waits for its cancels to be confirmed: one step of a worker."""
-
-# Bound once: looked up for every token.
-_NEXT: Final = Acceptance.NEXT
 
 CANCEL_KEPT_S: Final = 60.0
 """How long an unconfirmed cancel is remembered: longer than any worker keeps a lost request."""
@@ -523,7 +520,7 @@ class ClientSession:
             running = exchange.heard_s is not None
             if event.epoch != exchange.epoch or not (running or exchange.id in self._at_broker):
                 continue
-            if running and type(event) is TokensEvent and exchange.accept(event, now_s) is _NEXT:
+            if running and type(event) is TokensEvent and exchange.accept(event, now_s) is NEXT:
                 fresh.append(event)
                 continue
             fresh = self._arrived(fresh)
