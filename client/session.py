@@ -37,6 +37,7 @@ from client.dialer import Dialer, Link
 from client.errors import BusError, ClientClosed, ConnectTimeout, error_from
 from client.events import Arrived, Deliver, End, Instruction, Item
 from client.exchange import NEXT, Acceptance, Exchange, Phase
+from client.naming import Naming
 from client.options import Limits
 from client.questions import Questions
 
@@ -76,13 +77,11 @@ class ClientSession:
         #: Of these: HELD with a model name, in the order in which they may go.
         self._held: OrderedDict[bytes, Exchange] = OrderedDict()
         #: HELD until the broker tells which model is the only one.
-        self._unnamed: dict[bytes, Exchange] = {}
+        self._naming = Naming(self._dialer, self._hold, self._failed)
         #: QUEUED or RUNNING.
         self._at_broker: set[bytes] = set()
         #: Dropped here, not yet ended there: until when to remember.
         self._closing: dict[bytes, float] = {}
-        #: The query behind `_unnamed`, while it is open.
-        self._naming: bytes | None = None
         #: (due, id) of exchanges, questions and closing ids; stale entries are skipped.
         self._timers: list[tuple[float, bytes]] = []
 
@@ -115,7 +114,7 @@ class ClientSession:
         """Take a fact; return what is to be done, in order. `now_s` is monotonic seconds."""
         self._now_s = self._dialer.now_s = now_s
         self._handlers[type(event)](event)
-        if self._held or self._unnamed:
+        if self._held or self._naming.waiting:
             self._dispatch()
         if self._leaving_s is not None:
             self._leave_if_done(self._leaving_s)
@@ -236,7 +235,7 @@ class ClientSession:
 
     def session_over(self, story: str) -> None:
         """Recover what was at the broker, by a RESUME in the next session."""
-        self._naming = None
+        self._naming.session_over()
         error = ErrorInfo(code=ErrorCode.CONNECTION_LOST.value, message=story, retryable=True)
         at_broker, self._at_broker = self._at_broker, set()
         # In the order of their making, not of the set's: runs must be reproducible.
@@ -315,7 +314,7 @@ class ClientSession:
 
     def _hold(self, exchange: Exchange) -> None:
         exchange.enter(Phase.HELD, self._now_s)
-        queue = self._held if exchange.request.model else self._unnamed
+        queue = self._held if exchange.request.model else self._naming.waiting
         queue[exchange.id] = exchange
         if exchange.sent_before and queue is self._held:
             # What runs somewhere is not kept for ever; what was never sent can wait.
@@ -326,9 +325,7 @@ class ClientSession:
         """Send what is held, as far as the session and its limits allow."""
         if self._dialer.state is not Link.READY:
             return
-        if self._unnamed and self._naming is None:
-            self._naming = self._dialer.new_id()
-            self._send(MessageType.QUERY, self._naming, messages.Query(verb="bus.models"))
+        self._naming.ask()
         while self._held and len(self._at_broker) + len(self._closing) < self._inflight_limit():
             id_ = next(iter(self._held))
             self._transmit(self._held.pop(id_))
@@ -418,7 +415,7 @@ class ClientSession:
         """No longer ours. Unless the bus said that it ended, cancel it: it may run somewhere."""
         del self._exchanges[exchange.id]
         self._held.pop(exchange.id, None)
-        self._unnamed.pop(exchange.id, None)
+        self._naming.waiting.pop(exchange.id, None)
         self._at_broker.discard(exchange.id)
         if exchange.sent_before and not ended:
             self._cancel(exchange.id, why)
@@ -434,7 +431,7 @@ class ClientSession:
         for exchange in list(self._exchanges.values()):
             self._deliver(exchange.id, error, final=True)
         self._questions.fail_all(error)
-        for table in (self._exchanges, self._held, self._unnamed):
+        for table in (self._exchanges, self._held, self._naming.waiting):
             table.clear()
         self._at_broker.clear()
 
@@ -461,7 +458,7 @@ class ClientSession:
             self._dialer.leave(f"the broker broke the protocol: {error}", reason="protocol_error")
 
     def _on_drain(self, _id: bytes, _body: bytes) -> None:
-        for exchange in (*self._held.values(), *self._unnamed.values()):
+        for exchange in (*self._held.values(), *self._naming.waiting.values()):
             exchange.held_s = self._now_s
             self._schedule(exchange)
 
@@ -588,30 +585,10 @@ class ClientSession:
 
     def _on_answer(self, query_id: bytes, body: bytes) -> None:
         answer = codec.decode(messages.Answer, body, limits.MAX_ANSWER_OCTETS)
-        if query_id == self._naming:
-            self._naming = None
-            self._name_models(answer)
+        if self._naming.is_answer(query_id):
+            self._naming.answered(answer)
         else:
             self._questions.answered(query_id, answer)
-
-    def _name_models(self, answer: messages.Answer) -> None:
-        """Requests without a model get the only one that is served."""
-        unnamed, self._unnamed = self._unnamed, {}
-        names = _names_of(answer.result)
-        for exchange in unnamed.values():
-            if len(names) == 1:
-                exchange.request = msgspec.structs.replace(exchange.request, model=names[0])
-                self._hold(exchange)
-            elif answer.error is not None:
-                self._failed(exchange, answer.error)
-            elif names:
-                story = f"several models are served, say which: model= one of {', '.join(names)}"
-                info = ErrorInfo(code=ErrorCode.INVALID_REQUEST.value, message=story)
-                self._end(exchange, self._error(exchange, info))
-            else:
-                story = "no model is served yet; start a worker with `python -m worker`"
-                code = ErrorCode.MODEL_UNAVAILABLE.value
-                self._failed(exchange, ErrorInfo(code=code, message=story, retryable=True))
 
     # --- for tests and simulation -----------------------------------------------------------------
 
@@ -621,7 +598,7 @@ class ClientSession:
             story = f"{id_.hex()[:8]} {exchange.phase.value} link={self._dialer.state.value}"
             at_broker = exchange.phase in (Phase.QUEUED, Phase.RUNNING)
             assert at_broker == (id_ in self._at_broker), f"{story}: phase and place differ"
-            waiting = id_ in self._held or id_ in self._unnamed
+            waiting = id_ in self._held or id_ in self._naming.waiting
             assert waiting == (exchange.phase is Phase.HELD), f"{story}: phase and queue differ"
             assert id_ not in self._closing, f"{story}: open and closing at once"
             due_s = exchange.due_s(self._dialer.state is Link.READY)
@@ -637,9 +614,3 @@ class ClientSession:
 def _gap(offset: int, have: int) -> ErrorInfo:
     story = f"the stream went on at token {offset} while {have} had arrived"
     return ErrorInfo(code=ErrorCode.CONNECTION_LOST.value, message=story, retryable=True)
-
-
-def _names_of(result: Any) -> list[str]:
-    rows = result if isinstance(result, list) else []
-    names = (row.get("name") for row in rows if isinstance(row, dict))
-    return sorted({name for name in names if isinstance(name, str) and name})
