@@ -189,24 +189,41 @@ def _end_orphan(core: BrokerCore, request: Request) -> None:
     core.cancel(request, "its client did not come back")
 
 
+def _clear_of_blame(core: BrokerCore, worker: WorkerSession, holds: list[Held]) -> None:
+    """A worker that brings along a request with which it was lost is the same process: no other
+    knows the id. So it had lost its connection only, and nothing that was sent to it killed it.
+    What was lost on its way there, it does not even name."""
+    name = worker.name
+    known = (core.requests.get(held.request_id) for held in holds)
+    came = {request.id for request in known if request is not None and name in request.lost_workers}
+    if not came:
+        return
+    for request in core.requests.values():
+        if name not in request.lost_workers or (request.deaths and request.id not in came):
+            continue
+        request.returned += (name,)
+        request.lost_workers = _not_returned(request.lost_workers, (name,))
+        if request.phase is Phase.RUNNING:
+            dispatch.tell_where(core, request)
+        elif len(request.lost_workers) < POISON_DEATHS:
+            request.suspect_until_s = None
+            core.dirty.add(request.model)
+
+
 def take_in(core: BrokerCore, worker: WorkerSession, holds: list[Held]) -> None:
     """A worker brought requests along from an earlier session, of this broker or another."""
+    _clear_of_blame(core, worker, holds)
     for held in holds:
         known = core.requests.get(held.request_id)
         other = known.worker if known is not None else None
         if other is worker:
             continue  # named twice
-        if known is not None and worker.name in known.lost_workers:
-            known.returned += (worker.name,)
-            known.lost_workers = _not_returned(known.lost_workers, (worker.name,))
         if other is not None:
             if other.name != worker.name:
                 # It runs elsewhere by now: the one that slept through that must not go on.
                 if held.running:
                     body = codec.encode(Cancel(reason="resumed at another worker"))
                     core.send(worker, MessageType.CANCEL, held.request_id, body)
-                if known is not None and known.returned and known.phase is Phase.RUNNING:
-                    dispatch.tell_where(core, known)
                 continue
             # Only the same process can know the id: its old connection is dead, unnoticed so far.
             core.drop_worker(other, "it came back on a new connection", lost=False)

@@ -340,6 +340,28 @@ def test_a_worker_that_comes_back_too_late_for_the_request_is_not_counted_either
     assert client.failure() == "poison"
 
 
+def test_a_request_that_was_lost_on_its_way_to_a_worker_did_not_kill_it() -> None:
+    """All connections break at once: what the first had goes to the second, whose connection is
+    broken too. It comes back with its own request, and has never seen the other."""
+    bus = Bus()
+    first, client = bus.worker("first"), bus.client()
+    moved = client.request()
+    second = bus.worker("second", slots=2)
+    own = client.request(user="another")
+    assert second.assigned_ids() == [own]
+    vanish(first)
+    client.resume(moved, 1, lost=("first",))
+    assert second.assigned_ids() == [moved]
+    vanish(second)
+    client.receive()
+    client.resume(moved, 2, lost=("first", "second"))
+    back = bus.worker("second", slots=2, holds=(Held(own, 0, 3),), grant=False)
+    assert back.first[-1].type is not MessageType.ASSIGN, "it has granted nothing yet"
+    back.grant(1)
+    (assign,) = back.assigned()
+    assert (assign.id, assign.assign.attach) == (moved, False)
+
+
 def test_a_worker_that_is_back_before_the_resume_is_not_counted() -> None:
     bus = Bus()
     worker, client = bus.worker("w"), bus.client()

@@ -269,6 +269,8 @@ def test_a_damaged_gptq_checkpoint_is_not_served_with_random_weights(tmp_path: P
 
 
 @pytest.mark.skipif(not GPTQ_PACKAGES, reason="gptqmodel and optimum are not installed here")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.timeout(900)  # gptqmodel compiles its kernel when it is first used
 def test_gptqmodel_computes_what_the_integers_stand_for(tmp_path: Path) -> None:
     model = tiny.llama()

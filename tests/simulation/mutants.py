@@ -250,8 +250,8 @@ MUTANTS = (
     Mutant(
         "a worker that comes back with the request counts as dead",
         recovery,
-        "take_in",
-        "known.returned += (worker.name,)",
+        "_clear_of_blame",
+        "request.returned += (name,)",
         "pass",
         ("cut_worker", "kill_worker"),
         start=285,
