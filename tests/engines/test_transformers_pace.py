@@ -60,6 +60,16 @@ def test_a_short_prompt_says_little_about_a_long_one() -> None:
     assert seen[3][0] > 80
 
 
+def test_the_first_long_piece_keeps_the_bound_though_short_ones_told_nothing_of_it() -> None:
+    """The very first prompts came into a cold cache: the larger of two took less time than the
+    smaller, as if tokens cost nothing."""
+    pace = Pace()
+    pace.learn(24, 0, 45.0, rows=3)
+    pace.learn(40, 0, 34.0, rows=5)
+    seen = pieces(pace, 1000, cost_ms)
+    assert max(ms for _, ms in seen) <= BOUND_MS
+
+
 def test_a_single_disturbance_is_forgotten_within_a_few_steps() -> None:
     pace = Pace()
     pieces(pace, 2000, cost_ms)
@@ -93,6 +103,16 @@ def test_several_prompts_in_a_step_share_its_allowance() -> None:
         step.spend(tokens, cost_ms(tokens, 0))
         spent += cost_ms(tokens, 0)
     assert spent <= BOUND_MS
+
+
+def test_what_admission_took_is_part_of_the_step() -> None:
+    """Room for a long prompt was made in 50 ms, and its first piece then took the whole bound."""
+    pace = Pace()
+    pieces(pace, 1000, cost_ms)
+    step, late = (Allowance(pace, 256, 1000.0) for _ in range(2))
+    step.tighten(BOUND_MS, 0.0)
+    late.tighten(BOUND_MS, 50.0)
+    assert cost_ms(late.piece(0), 0) + 50.0 <= BOUND_MS < cost_ms(step.piece(0), 0) + 50.0
 
 
 def test_running_streams_wait_for_a_long_prompt_no_longer_than_the_bound(

@@ -148,21 +148,23 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def get_max_length(self) -> int:
         return -1
 
-    def resize(self, slots: int, capacity: int) -> None:
-        """Reallocate, keeping what fits. On failure the layer is as it was."""
+    def resize(self, slots: int, capacity: int, used_rows: int, used_length: int) -> None:
+        """Reallocate, keeping what is used. On failure the layer is as it was."""
         if self.is_initialized and (slots, capacity) != (self.slots, self.capacity):
             resized = [
-                self._resized(states, slots + self.spare, capacity)
+                self._resized(states, slots + self.spare, capacity, used_rows, used_length)
                 for states in (self.keys, self.values)
             ]
             self.keys, self.values = resized
         self.slots, self.capacity = slots, capacity
 
     @staticmethod
-    def _resized(states: torch.Tensor, slots: int, capacity: int) -> torch.Tensor:
+    def _resized(
+        states: torch.Tensor, slots: int, capacity: int, used_rows: int, used_length: int
+    ) -> torch.Tensor:
         result = _zeros((slots, capacity, *states.shape[2:]), states)
-        rows, length = min(slots, states.shape[0]), min(capacity, states.shape[1])
-        result[:rows, :length] = states[:rows, :length]
+        # Running streams wait meanwhile: what no row uses is not copied.
+        result[:used_rows, :used_length] = states[:used_rows, :used_length]
         return result
 
 
@@ -207,7 +209,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         for wanted in ((slots, capacity), (rows, capacity), (rows, _rounded(length))):
             if self.budget and wanted[0] * wanted[1] > max(self.budget, ROUND_TOKENS):
                 continue
-            if self._resize(*wanted):
+            if self._resize(*wanted, used_rows, used_length):
                 return True
         return False
 
@@ -217,11 +219,11 @@ class SlotCache(Cache):  # type: ignore[misc]
         if self.slots * self.capacity > slots * capacity:
             self._resize(slots, capacity)
 
-    def _resize(self, slots: int, capacity: int) -> bool:
+    def _resize(self, slots: int, capacity: int, used_rows: int = 0, used_length: int = 0) -> bool:
         self.generation += 1
         try:
             for layer in self.slot_layers:
-                layer.resize(slots, capacity)
+                layer.resize(slots, capacity, used_rows, used_length)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

@@ -8,6 +8,8 @@ only; must never look at a clock nor touch a model.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 __all__ = ["SMALLEST_PIECE", "Allowance", "Pace"]
 
 SMALLEST_PIECE = 8
@@ -41,6 +43,8 @@ class Pace:
         self._products = [0.0] * 3
         #: Measured over foreseen, of late; 1 or more.
         self._surprise = 1.0
+        #: The largest piece that was measured: tokens, milliseconds.
+        self._largest = (1, 0.0)
 
     @property
     def known(self) -> bool:
@@ -59,16 +63,14 @@ class Pace:
         if not self.known:
             return most
         room_ms = left_ms / self._surprise
-        if self.foreseen_ms(most, start) <= room_ms:
-            return most
-        low, high = 0, most
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self.foreseen_ms(middle, start) <= room_ms:
-                low = middle
-            else:
-                high = middle
-        return low if low >= SMALLEST_PIECE else 0
+        sizes = range(1, most + 1)
+        fitting = bisect_right(sizes, room_ms, key=lambda size: self.foreseen_ms(size, start))
+        # Short prompts tell little about what every forward has: of a piece larger than any
+        # before, all of the cost is taken to grow with its tokens.
+        largest, took_ms = self._largest
+        if fitting > largest:
+            fitting = min(fitting, max(largest, int(largest * room_ms / took_ms)))
+        return fitting if fitting >= min(SMALLEST_PIECE, most) else 0
 
     def learn(self, tokens: int, start: int, spent_ms: float, rows: int = 1) -> None:
         """That took `spent_ms` (see `foreseen_ms`)."""
@@ -80,6 +82,8 @@ class Pace:
             weight = 1.0 if ratio > self._surprise else RELAX
             ratio = min(max(ratio, 1.0), WORST_SURPRISE)
             self._surprise += weight * (ratio - self._surprise)
+        if tokens >= self._largest[0]:
+            self._largest = (tokens, spent_ms)
         parts = [part / spent_ms for part in _parts(tokens, start, rows)]
         for i, one in enumerate(parts):
             self._products[i] = FORGET * self._products[i] + one
@@ -107,9 +111,9 @@ class Allowance:
         self._left_ms = bound_ms * MARGIN
         self._begun = False
 
-    def tighten(self, bound_ms: float) -> None:
-        """From here on somebody waits for tokens."""
-        self._left_ms = min(self._left_ms, bound_ms * MARGIN)
+    def tighten(self, bound_ms: float, spent_ms: float) -> None:
+        """From here on somebody waits for tokens; `spent_ms` of the step are over."""
+        self._left_ms = min(self._left_ms, bound_ms * MARGIN - spent_ms)
 
     def piece(self, start: int) -> int:
         """Tokens that may follow `start` others now. No step is without any: prompts must end."""

@@ -140,8 +140,9 @@ class SlotRunner:
             self._launched.clear()
         if self._overlap:
             self._collect()
+        began = self._clock()
         self._admit(events)
-        self._prefill(events)
+        self._prefill(events, (self._clock() - began) * 1e3)
         if self._overlap:
             # The device computes the next tokens while the host tells of the last ones.
             self._launch(events)
@@ -342,16 +343,16 @@ class SlotRunner:
 
     # --- prefill ----------------------------------------------------------------------------------
 
-    def _prefill(self, events: list[EngineEvent]) -> None:
-        """Spend the step's allowance. The prompt with the least left goes first, but half of the
-        allowance is for the oldest, so that none starves."""
+    def _prefill(self, events: list[EngineEvent], spent_ms: float) -> None:
+        """Spend what admissions left of the step's allowance. The prompt with the least left goes
+        first, but half of the allowance is for the oldest, so that none starves."""
         # While nobody waits for a token, a larger batch of prompts is cheaper.
         budget = self._chunk if self._active else 2 * self._chunk
         step = Allowance(self._pace, budget, IDLE_MS)
         together = True
         while len(self._rows) > self._active:
             if self._active:
-                step.tighten(self._stall_ms)
+                step.tighten(self._stall_ms, spent_ms)
             self._follow()
             if together and (together := self._prefill_together(step, events)):
                 continue
