@@ -19,7 +19,7 @@ from typing import Any
 FIGURES = frozenset({"value", "unit", "ratio", "noise", "peer_value"})
 """Fields that are results; all others say what was measured."""
 
-HIGHER_IS_BETTER = ("1/s", "MiB/s")
+HIGHER_IS_BETTER = ("1/s", "MiB/s", "tokens/s", "tokens/cpu s", "of floor")
 
 
 @dataclass(frozen=True)

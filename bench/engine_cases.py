@@ -1,13 +1,18 @@
 """Models and runners of `bench.engine`: our engine and its peers on one and the same model.
 
 Every runner takes the prompts of all streams at once, writes the same number of tokens for each,
-greedy, and returns what was seen. Nothing here is downloaded: weights are random.
+greedy, and returns what was seen. Nothing here is downloaded: weights are random. The runners of
+this file share the process; servers of their own are `bench.engine_served`'s.
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
 import io
+import json
 import queue
+import random
 import statistics
 import threading
 import time
@@ -26,6 +31,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from bench.common import Report, Sample
 from broker.protocol.messages import Kind, Params, Request, new_id
 from worker.engines.base import Job, Tokens
 from worker.engines.transformers.engine import TransformersEngine
@@ -34,21 +40,29 @@ from worker.engines.transformers.served import ServedModel
 from worker.engines.transformers.settings import EngineSettings
 
 __all__ = [
+    "KV_TOKENS",
     "SIZES",
+    "Setting",
     "Shape",
     "build_engine",
     "build_model",
     "build_tokenizer",
     "build_vision",
+    "paired",
     "peers",
     "run_engine",
     "run_generate_pictures",
     "run_pictures",
+    "shorter",
     "token_job",
 ]
 
 FASTCHAT_THREADS = 5
 """FastChat's default limit of concurrent `generate()` calls in one worker."""
+KV_TOKENS = 100_000
+"""Key and value tokens of our engine on a CPU."""
+QUEUED_TOKENS = 512
+"""What a peer writes in one run that answers one by one, or five by five."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +89,12 @@ SIZES = {
 """32m is the model of the targets; 1b and larger are meant for a GPU."""
 
 
+NO_WORDS = 3 + 256
+"""The first ids: special tokens and single octets."""
+
+
 def build_tokenizer(vocabulary: int) -> Any:
-    """A byte-level tokenizer; ids that it has no word for decode to nothing."""
+    """A byte-level tokenizer with a word for every id; `w00042 ` is three tokens."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -88,16 +106,28 @@ def build_tokenizer(vocabulary: int) -> Any:
         show_progress=False,
     )
     core.train_from_iterator(words, trainer)
+    learnt = json.loads(core.to_str())
+    known = learnt["model"]["vocab"]
+    # No merge leads to these: prompts have none of them, answers do, and all are text.
+    known |= {
+        f"\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}x{id_}": id_
+        for id_ in range(len(known), vocabulary)
+    }
+    core = Tokenizer.from_str(json.dumps(learnt))
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
 
 
 def build_model(shape: Shape, device: torch.device, context: int = 16_384) -> Any:
-    """A Llama with random weights, made on the device."""
+    """A Llama with random weights, made on the device. Greedy, it writes whole words alone: no
+    end, which a peer may not be able to ignore, and no half of a character."""
     torch.manual_seed(0)
     with torch.device(device):
         model = LlamaForCausalLM._from_config(build_config(shape, context), dtype=shape.dtype)
+        with torch.no_grad():
+            # Logits of 0 are never the largest of thousands.
+            model.lm_head.weight[:NO_WORDS] = 0
     return model.eval()
 
 
@@ -163,6 +193,75 @@ def build_vision(shape: Shape, device: torch.device) -> tuple[Any, Any]:
         num_additional_image_tokens=1,
     )
     return model.eval(), processor
+
+
+@dataclass
+class Setting:
+    """One run of `bench.engine`: what its cases share. Models are built when first asked for."""
+
+    arguments: argparse.Namespace
+    report: Report
+    device: torch.device
+    size: str
+    #: Numbers of streams.
+    counts: list[int]
+
+    @property
+    def shape(self) -> Shape:
+        return SIZES[self.size]
+
+    @functools.cached_property
+    def model(self) -> Any:
+        return build_model(self.shape, self.device)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        return build_tokenizer(self.shape.vocabulary)
+
+    @functools.cached_property
+    def engine(self) -> TransformersEngine:
+        """Our engine, for all cases without settings of their own."""
+        own = build_engine(
+            self.model,
+            self.tokenizer,
+            max(*self.counts, 9),
+            kv_tokens=KV_TOKENS if self.device.type == "cpu" else 0,
+            stall_ms=self.arguments.stall_ms,
+        )
+        self.report.note(f"scheduler: {own.capabilities.models[0].details['scheduler']}")
+        return own
+
+    def token_prompts(self, count: int, low: int, high: int, seed: int) -> list[list[int]]:
+        """Random token ids, `low` to `high` of them in each prompt."""
+        choose = random.Random(seed)
+        return [
+            [choose.randrange(10, self.shape.vocabulary) for _ in range(choose.randint(low, high))]
+            for _ in range(count)
+        ]
+
+    def text_prompts(self, count: int, seed: int) -> list[str]:
+        """Random words, about as many tokens as `--prompt` says."""
+        choose = random.Random(seed)
+        low, high = self.arguments.prompt[0], self.arguments.prompt[-1]
+        return [
+            " ".join(
+                f"w{choose.randrange(self.shape.vocabulary):05d}"
+                for _ in range(max(1, choose.randint(low, high) // 3))
+            )
+            for _ in range(count)
+        ]
+
+
+def shorter(count: int, new_tokens: int) -> int:
+    """Answers of a peer whose rate depends neither on their length nor on how many wait."""
+    return max(8, min(new_tokens, QUEUED_TOKENS // count))
+
+
+def paired(own: Sample, peer: Sample) -> float:
+    """The peer's figure such that the ratio is the median of the ratios of each round: what slows
+    the machine in one round slows both."""
+    ratios = Sample(tuple(a / b for a, b in zip(own.values, peer.values, strict=True)))
+    return own.median / ratios.median
 
 
 def build_engine(

@@ -33,7 +33,7 @@ def table(rows: Iterable[dict[str, Any]]) -> list[str]:
         )
         ratio, noise = row.get("ratio"), row.get("noise")
         cells = [
-            row["name"].partition(".")[2],
+            row["name"][len(row["script"]) + 1 :],
             case,
             f"{number(row['value'])} {row['unit']}",
             "" if noise is None else f"±{noise:.0%}",

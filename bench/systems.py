@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from typing import Any, Protocol
 import msgpack
 
 from bench import bus
-from bench.common import ROOT, Process, family, free_port, python, wait_for, wait_port
+from bench.common import READY_S, ROOT, Process, family, free_port, python, wait_for, wait_port
 from broker.protocol.messages import new_id
 
 FASTCHAT = ROOT / "bench" / "fastchat"
@@ -64,10 +65,18 @@ def pids(*processes: Process) -> list[int]:
 
 @contextlib.contextmanager
 def bus_servers(
-    engine: str, slots: int, *engine_arguments: str, workers: int = 1, path: str = ""
+    engine: str,
+    slots: int,
+    *engine_arguments: str,
+    workers: int = 1,
+    path: str = "",
+    options: Sequence[str] = (),
+    ready_s: float = READY_S,
 ) -> Iterator[tuple[str, dict[str, list[int]]]]:
-    """A broker with workers that are ready: its front, and the processes by party."""
+    """A broker with workers that are ready: its front, and the processes by party. `options` are
+    further ones of the worker."""
     arguments = [part for item in engine_arguments for part in ("--engine-arg", item)]
+    arguments += options
     with (
         bus.broker("tcp", "--inflight", "100000", "--queue-requests", "100000") as (
             broker,
@@ -91,7 +100,7 @@ def bus_servers(
                     process.check()
                 return sum(worker["state"] == "ready" for worker in client.workers()) == workers
 
-            wait_for(ready, "the workers to be ready")
+            wait_for(ready, "the workers to be ready", ready_s)
         links = [process.pid for process in worker_processes]
         engines = [pid for pid in pids(*worker_processes) if pid not in links]
         yield front, {"broker": [broker.pid], "link": links, "engine": engines}
@@ -106,13 +115,19 @@ class Bus:
         self.parties = parties
         #: Tokens are the time at which they were made (`bench.clock_engine`).
         self.clock = clock
+        self.prompts: Iterator[str] = itertools.repeat("x")
+        self.params: dict[str, Any] = {"ignore_eos": True}
 
     async def stream(self, tokens: int) -> Arrivals:
         arrivals = Arrivals(time.monotonic())
         arrived, now = arrivals.at_s.append, time.monotonic
         # Named, as the peers' requests name it: without, the client asks for the only model first.
         stream = await self.client.generate(
-            "x", model=self.model, stream=True, max_tokens=tokens, ignore_eos=True
+            next(self.prompts),
+            model=self.model,
+            stream=True,
+            max_tokens=tokens,
+            **self.params,
         )
         got = 0
         async for event in stream:

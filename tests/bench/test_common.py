@@ -157,6 +157,8 @@ def test_tables_of_the_page_are_made_from_the_results(tmp_path: Path) -> None:
         {"name": "machine", "script": "hop", "value": 2, "unit": "cores", **MACHINE},
         {"name": "hop.x", "script": "hop", "value": 1234.5, "unit": "us", "noise": 0.021}
         | {"peer": "zmq_proxy", "peer_value": 617.25, "ratio": 2.0, "streams": 64},
+        {"name": "machine", "script": "engine", "value": 2, "unit": "cores", **MACHINE},
+        {"name": "engine_bus_share", "script": "engine", "value": 2.5, "unit": "%", "streams": 1},
     ]
     results, page = tmp_path / "results.json", tmp_path / "page.md"
     results.write_text("\n".join(map(json.dumps, rows)))
@@ -165,6 +167,7 @@ def test_tables_of_the_page_are_made_from_the_results(tmp_path: Path) -> None:
         figures.main([str(results), "--page", str(page)])
     text = page.read_text()
     assert "| x | streams 64 | 1,234 us | ±2% | zmq_proxy | 617 | 2.00× |" in text
+    assert "| bus_share | streams 1 | 2.5 % |" in text
     assert "`python -m bench.hop --quick` · 2026-01-01 · 2 cores of a processor" in text
     assert "old" not in text
     assert text.startswith("before\n")

@@ -79,3 +79,44 @@ def test_start_measures_imports_and_first_requests() -> None:
     assert {"client", "broker", "worker link", "dependencies"} <= {row["what"] for row in imports}
     firsts = {row["what"]: row["value"] for row in rows if row["name"] == "start.first_request_ms"}
     assert {"broker", "worker (echo)", "client"} <= firsts.keys()
+
+
+def test_engine_stands_beside_its_peers_alone_and_as_it_is_served() -> None:
+    rows = run(
+        "engine",
+        *("--only", "throughput,served,bus,shared", "--size", "3m", "--streams", "1,2"),
+        *("--new", "8", "--shared", "64"),
+        *("--without", "transformers_cb,fastchat,transformers_serve,transformers_serve_cb"),
+    )
+    rates = [row for row in rows if row["name"] == "engine_tokens_per_s"]
+    assert {(row["streams"], row["peer"]) for row in rates} == {
+        (1, "generate"),
+        (2, "generate_threads"),
+    }
+    served = [row for row in rows if row["name"] == "engine_served_tokens_per_s"]
+    assert {(row["streams"], row["path"]) for row in served} == {
+        (streams, path) for streams in (1, 2) for path in ("bus", "gateway")
+    }
+    shares = {row["streams"]: row for row in rows if row["name"] == "engine_bus_share"}
+    assert shares.keys() == {1, 2}
+    assert all(row["value"] > 0 and row["peer_value"] == 3 for row in shares.values())
+    (prefix,) = [row for row in rows if row["name"] == "engine_shared_prefix_ttft_ms"]
+    assert prefix["peer"] == "no reuse"
+
+
+def test_a_server_that_is_missing_is_a_note_and_the_others_are_measured() -> None:
+    program = """
+import sys, pathlib
+from bench import engine, systems
+systems.FASTCHAT = pathlib.Path("/nonexistent")
+sys.argv = "engine --only served --size 3m --streams 1 --new 4 --repeats 1".split()
+sys.argv += ["--json", "-", "--without", "transformers_serve,transformers_serve_cb"]
+engine.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    notes = [row["text"] for row in rows if row["name"] == "note"]
+    assert any("fastchat was not measured: not installed" in note for note in notes), done.stderr
+    assert any(row["name"] == "engine_served_tokens_per_s" for row in rows)

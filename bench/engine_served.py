@@ -1,0 +1,347 @@
+"""A real model as users reach it: our bus and gateway beside other people's servers.
+
+Every server loads the same folder (the model of this run, written by `save`), with the same number
+of torch threads, and is asked the same prompts over its own streaming interface. A server that is
+missing or fails is left out, with a note that says why. `bus` sets our own bus against the engine
+in this process. Never imports what it measures: servers are processes of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import itertools
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import systems
+from bench.common import Process, Report, Sample, free_port, python, repeats, wait_port
+from bench.engine_cases import KV_TOKENS, Setting, paired, run_engine, shorter
+from bench.stream import run
+from bench.systems import Arrivals, Unavailable, pids
+
+READY_S = 120.0
+"""Longest start of a server that imports torch and loads a model."""
+CB_BLOCK = 256
+"""Tokens of a block of `transformers serve`, its default."""
+TARGET_SHARE = 3.0
+"""Percent of a step that the bus around the engine may cost."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The model on disk and how every server is to run it."""
+
+    path: Path
+    device: str
+    threads: int
+    #: Requests at once, at most.
+    slots: int
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1"}
+
+
+@contextlib.contextmanager
+def save(setting: Setting) -> Iterator[Folder]:
+    """Write model and tokenizer as `from_pretrained` reads them."""
+    with tempfile.TemporaryDirectory(prefix="tb-model-") as name:
+        path = Path(name) / "bench"
+        setting.model.save_pretrained(path)
+        setting.tokenizer.save_pretrained(path)
+        # The class that every release of transformers knows, whatever this one calls it.
+        config = path / "tokenizer_config.json"
+        config.write_text(
+            config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast")
+        )
+        yield Folder(path, str(setting.device), setting.arguments.threads, max(setting.counts))
+
+
+class Asked(systems.Http):
+    """A completion over HTTP, of the next prompt each time."""
+
+    prompts: Iterator[str]
+
+    async def stream(self, tokens: int) -> Arrivals:
+        self.body = {**self.body, "prompt": next(self.prompts)}
+        return await super().stream(tokens)
+
+
+Parties = dict[str, list[int]]
+
+
+def bus_servers(folder: Folder) -> contextlib.AbstractContextManager[tuple[str, Parties]]:
+    """Broker and worker with the transformers engine: the broker's front, and the processes."""
+    return systems.bus_servers(
+        "transformers",
+        folder.slots,
+        # As the engine in this process: every round asks the same prompts.
+        "prefix_tokens=0",
+        *([f"kv_tokens={KV_TOKENS}"] if folder.device == "cpu" else []),
+        options=(
+            *("--model-path", str(folder.path), "--model-name", "bench"),
+            *("--device", folder.device, "--threads", str(folder.threads)),
+        ),
+        ready_s=READY_S,
+    )
+
+
+@contextlib.asynccontextmanager
+async def bus_client(front: str, parties: Parties) -> AsyncIterator[systems.Bus]:
+    """The client library, in this process."""
+    from client import AsyncClient
+
+    async with AsyncClient(front) as client:
+        system = systems.Bus(client, parties, False, "bench")
+        system.params = {"ignore_eos": True, "temperature": 0.0}
+        yield system
+
+
+@contextlib.asynccontextmanager
+async def gateway_client(front: str, parties: Parties) -> AsyncIterator[Asked]:
+    """The gateway's SSE, in front of the same bus."""
+    port = free_port()
+    command = python("-m", "client.gateway", "--broker", front, "--port", str(port))
+    with Process(command) as process:
+        wait_port(port, process)
+        body = {"model": "bench", "stream": True, "temperature": 0.0, "ignore_eos": True}
+        yield _completions(port, body, b"[DONE]", {**parties, "gateway": pids(process)})
+
+
+def _completions(port: int, body: dict[str, Any], last: bytes, parties: Parties) -> Asked:
+    return Asked(port, "/v1/completions", body, "max_tokens", b'"text":', last, parties)
+
+
+@contextlib.asynccontextmanager
+async def fastchat_system(folder: Folder) -> AsyncIterator[Asked]:
+    """FastChat's `model_worker`, unmodified, asked directly: no controller, no API server."""
+    interpreter = systems.FASTCHAT / ".venv" / "bin" / "python"
+    if not any(interpreter.parent.parent.glob("lib/python*/site-packages/torch")):
+        raise Unavailable("not installed: run bench/fastchat/install.sh --with-model")
+    port = free_port()
+    command = [str(interpreter), "-m", "fastchat.serve.model_worker", "--no-register"]
+    command += ["--model-path", str(folder.path), "--model-names", "bench"]
+    command += ["--device", folder.device.partition(":")[0]]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    with tempfile.TemporaryDirectory(prefix="tb-fastchat-") as logs:
+        environment = {**folder.environment, "LOGDIR": logs}
+        with Process(command, environment, Path(logs)) as process:
+            wait_port(port, process, READY_S)
+            yield Asked(
+                port,
+                "/worker_generate_stream",
+                {"model": "bench", "temperature": 0.0, "echo": False},
+                "max_new_tokens",
+                b"\0",
+                b'"finish_reason": "length"',
+                {"engine": pids(process)},
+            )
+
+
+@contextlib.asynccontextmanager
+async def transformers_system(folder: Folder, *options: str) -> AsyncIterator[Asked]:
+    """`transformers serve`, of this environment."""
+    program = Path(sys.executable).parent / "transformers"
+    try:
+        import fastapi  # noqa: F401
+    except ImportError:
+        raise Unavailable("fastapi is not installed: pip install 'tokenbus[bench]'") from None
+    port = free_port()
+    command = [str(program), "serve", str(folder.path), "--device", folder.device, *options]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    with Process(command, folder.environment) as process:
+        wait_port(port, process, READY_S)
+        body = {"model": str(folder.path), "stream": True, "temperature": 0.0}
+        yield _completions(port, body, b'"finish_reason":"length"', {"engine": pids(process)})
+
+
+Open = Callable[[], contextlib.AbstractAsyncContextManager[Any]]
+
+
+def _foreign(folder: Folder, longest: int) -> dict[str, Open]:
+    """Other people's servers; `longest` prompt and answer, tokens."""
+    # Its defaults reserve most of the memory.
+    blocks = folder.slots * (longest // CB_BLOCK + 2)
+    batching = ("--continuous-batching", "--cb-num-blocks", str(blocks))
+    return {
+        "fastchat": partial(fastchat_system, folder),
+        "transformers_serve": partial(transformers_system, folder),
+        "transformers_serve_cb": partial(transformers_system, folder, *batching),
+    }
+
+
+def served(setting: Setting) -> None:
+    """Tokens/s and time to first token of every server at every number of streams."""
+    with save(setting) as folder:
+        asyncio.run(_served(setting, folder))
+
+
+async def _served(setting: Setting, folder: Folder) -> None:
+    arguments, report = setting.arguments, setting.report
+    new = arguments.new or 64
+    async with contextlib.AsyncExitStack() as stack:
+        front, parties = stack.enter_context(bus_servers(folder))
+        systems_open: dict[str, Any] = {
+            "bus": await stack.enter_async_context(bus_client(front, parties)),
+            "gateway": await stack.enter_async_context(gateway_client(front, parties)),
+        }
+        for name, open_ in _foreign(folder, arguments.prompt[-1] + new).items():
+            if name in arguments.without:
+                continue
+            try:
+                systems_open[name] = await stack.enter_async_context(open_())
+            except Exception as error:
+                report.note(f"{name} was not measured: {_short(error)}")
+        for count in setting.counts:
+            lengths = {
+                name: shorter(count, new) if name in ONE_BY_ONE else new for name in systems_open
+            }
+            asked = setting.text_prompts(count, seed=count)
+            seen: dict[str, dict[str, list[float]]] = {name: {} for name in systems_open}
+            # The first round is short: what each does only once.
+            for round_ in range(-1, repeats(arguments)):
+                for name in list(seen):
+                    system = systems_open[name]
+                    system.prompts = itertools.cycle(asked)
+                    try:
+                        figures = await run(system, count, lengths[name] if round_ >= 0 else 2)
+                    except Exception as error:
+                        if name in OURS:
+                            raise
+                        report.note(f"{name} at {count} streams: {_short(error)}")
+                        del seen[name]
+                        continue
+                    figures["tokens_per_cpu_s"] = 1e6 / figures["all_us"]
+                    for figure, value in figures.items() if round_ >= 0 else ():
+                        seen[name].setdefault(figure, []).append(value)
+            _add_served(report, seen, lengths, count)
+
+
+OURS = ("bus", "gateway")
+ONE_BY_ONE = frozenset({"fastchat", "transformers_serve"})
+"""One request after the other, or five at once: their rate does not depend on an answer's length,
+and their first tokens come the earlier the shorter the answers are that they wait for."""
+
+
+def _short(error: Exception) -> str:
+    """One line; the last words of a server that died are its reason."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 240 else f"{text[:80]} ... {text[-160:]}"
+
+
+def _add_served(
+    report: Report, seen: dict[str, dict[str, list[float]]], lengths: dict[str, int], count: int
+) -> None:
+    samples = {
+        name: {figure: Sample(tuple(values)) for figure, values in figures.items()}
+        for name, figures in seen.items()
+    }
+    own = {name: samples.pop(name) for name in OURS}
+    for path, figures in own.items():
+        for figure, name, unit in (
+            ("tokens_per_s", "engine_served_tokens_per_s", "tokens/s"),
+            ("tokens_per_cpu_s", "engine_served_tokens_per_cpu_s", "tokens/cpu s"),
+            ("ttft_ms_p50", "engine_served_ttft_ms", "ms"),
+        ):
+            if not samples:
+                report.add(name, figures[figure], unit, path=path, streams=count)
+            for peer, others in samples.items():
+                shorter_ones = lengths[peer] if lengths[peer] != lengths[path] else None
+                report.add(
+                    name,
+                    figures[figure],
+                    unit,
+                    peer=peer,
+                    against=paired(figures[figure], others[figure]),
+                    path=path,
+                    streams=count,
+                    peer_answer=shorter_ones,
+                )
+
+
+def bus(setting: Setting) -> None:
+    """The same requests to the engine in this process and through broker, worker and client: the
+    CPU that the bus takes for each step, over the engine's."""
+    with save(setting) as folder:
+        asyncio.run(_bus(setting, folder))
+
+
+async def _bus(setting: Setting, folder: Folder) -> None:
+    engine, new = setting.engine, setting.arguments.new or (32 if setting.arguments.quick else 64)
+
+    def alone(prompts: list[list[int]], tokens: int) -> dict[str, float]:
+        # OpenMP keeps this number by thread.
+        torch.set_num_threads(folder.threads)
+        return run_engine(engine, prompts, tokens)
+
+    with bus_servers(folder) as (front, parties):
+        async with bus_client(front, parties) as system:
+            # A client's own process holds no model: what is here already is none of its garbage.
+            gc.collect()
+            gc.freeze()
+            try:
+                for count in sorted({1, min(32, folder.slots)}):
+                    texts = setting.text_prompts(count, seed=count)
+                    prompts = [setting.tokenizer(text).input_ids for text in texts]
+                    system.prompts = itertools.cycle(texts)
+                    through: list[dict[str, float]] = []
+                    within: list[dict[str, float]] = []
+                    for round_ in range(-1, repeats(setting.arguments)):
+                        tokens = new if round_ >= 0 else 4
+                        # In a thread: the client's heartbeats go on.
+                        in_process = await asyncio.to_thread(alone, prompts, tokens)
+                        on_the_bus = await run(system, count, tokens)
+                        if round_ >= 0:
+                            within.append(in_process)
+                            through.append(on_the_bus)
+                    _add_bus(setting.report, through, within, count)
+            finally:
+                gc.unfreeze()
+
+
+def _add_bus(
+    report: Report, through: list[dict[str, float]], within: list[dict[str, float]], count: int
+) -> None:
+    """A step writes one token of each stream."""
+
+    def sample(figures: Iterable[float]) -> Sample:
+        return Sample(tuple(figures))
+
+    parties = ("link_us", "broker_us", "client_us")
+    share = sample(
+        sum(each[name] for name in parties) / each["engine_us"] * 100 for each in through
+    )
+    report.add("engine_bus_share", share, "%", peer="target", against=TARGET_SHARE, streams=count)
+    # By the wall: how much longer than in this process a token takes. The two cores do the rest.
+    longer = sample(
+        (alone["tokens_per_s"] / each["tokens_per_s"] - 1) * 100
+        for each, alone in zip(through, within, strict=True)
+    )
+    report.add("engine_bus_longer", longer, "%", peer="target", against=TARGET_SHARE, streams=count)
+    for name in parties:
+        cost = sample(each[name] * count for each in through)
+        report.add(f"engine_bus_step_us.{name.removesuffix('_us')}", cost, "us", streams=count)
+    for name, unit, own, alone in (
+        (
+            "engine_bus_step_ms.engine",
+            "ms",
+            sample(each["engine_us"] * count / 1e3 for each in through),
+            sample(count / each["tokens_per_cpu_s"] * 1e3 for each in within),
+        ),
+        (
+            "engine_bus_tokens_per_s",
+            "tokens/s",
+            sample(each["tokens_per_s"] for each in through),
+            sample(each["tokens_per_s"] for each in within),
+        ),
+    ):
+        report.add(name, own, unit, peer="in_process", against=paired(own, alone), streams=count)

@@ -1,0 +1,185 @@
+"""Situations beside plain throughput: a shared prefix, pictures, a long prompt beside running
+streams, and a GPU's memory bandwidth. Each case takes the setting of the run and adds its rows."""
+
+from __future__ import annotations
+
+import io
+import time
+
+import torch
+from PIL import Image
+
+from bench.common import Sample, interleave, percentile, repeats
+from bench.engine_cases import (
+    KV_TOKENS,
+    Setting,
+    build_engine,
+    build_vision,
+    paired,
+    run_engine,
+    run_generate_pictures,
+    run_pictures,
+    token_job,
+)
+from worker.engines.base import Ended, Failed
+
+PICTURES = 16
+"""Questions about pictures at once; plain `generate()` answers one after the other."""
+
+
+def shared(setting: Setting) -> None:
+    """Prompts that share a prefix, with and without reuse of what was computed."""
+    arguments = setting.arguments
+    count, new = 8, 8
+    tail = setting.token_prompts(count, 8, 16, seed=5)
+    head = setting.token_prompts(1, arguments.shared, arguments.shared, seed=6)[0]
+    prompts = [head + ids for ids in tail]
+    engines = {
+        name: build_engine(
+            setting.model, setting.tokenizer, count, prefix_tokens=tokens, kv_tokens=KV_TOKENS
+        )
+        for name, tokens in (("reuse", 20_000), ("none", 0))
+    }
+    # Without reuse, rows that run side by side would still share: they go one after the other.
+    cases = {
+        name: lambda e=engine: {
+            "ttft_ms": percentile([run_engine(e, [ids], new)["ttft_ms"] for ids in prompts], 50)
+        }
+        for name, engine in engines.items()
+    }
+    seen = interleave(cases, min(3, repeats(arguments)))
+    setting.report.add(
+        "engine_shared_prefix_ttft_ms",
+        seen["reuse"]["ttft_ms"],
+        "ms",
+        peer="no reuse",
+        against=seen["none"]["ttft_ms"],
+        prefix_tokens=arguments.shared,
+    )
+    for engine in engines.values():
+        engine.close()
+
+
+def pictures(setting: Setting) -> None:
+    """Questions about pictures, all at once, beside plain generate()."""
+    arguments, report = setting.arguments, setting.report
+    model, processor = build_vision(setting.shape, setting.device)
+    engine = build_engine(model, processor.tokenizer, PICTURES, processor, kv_tokens=KV_TOKENS)
+    new = arguments.new or 32
+    octets = []
+    for seed in range(PICTURES):
+        file = io.BytesIO()
+        colour = (seed * 37 % 256, seed * 91 % 256, seed * 53 % 256)
+        Image.new("RGB", (640, 480), colour).save(file, "JPEG")
+        octets.append(file.getvalue())
+    run_pictures(engine, octets[:1], 2)
+    seen = interleave(
+        {
+            "tokenbus": lambda: run_pictures(engine, octets, new),
+            "generate": lambda: run_generate_pictures(model, processor, octets, new),
+        },
+        min(3, repeats(arguments)),
+    )
+    for figure in ("tokens_per_s", "tokens_per_cpu_s"):
+        own, peer = seen["tokenbus"][figure], seen["generate"][figure]
+        report.add(
+            f"engine_pictures_{figure}",
+            own,
+            figure.replace("_per_", "/").replace("_", " "),
+            peer="generate",
+            against=paired(own, peer),
+            streams=PICTURES,
+        )
+    report.add("engine_pictures_ttft_ms", seen["tokenbus"]["ttft_ms"], "ms", streams=PICTURES)
+    engine.close()
+
+
+def gap(setting: Setting) -> None:
+    """Time between tokens of 8 streams: alone, while a long prompt is computed beside them, and
+    while it is answered. By the wall and by the CPU: where other programs run, the wall's tail is
+    theirs."""
+    arguments, report, engine = setting.arguments, setting.report, setting.engine
+    streams = [token_job(ids, 4000) for ids in setting.token_prompts(8, 5, 9, seed=1)]
+    prompt = setting.token_prompts(1, arguments.gap_prompt, arguments.gap_prompt, seed=2)[0]
+    long = token_job(prompt, 16)
+    for one in streams:
+        engine.add(one)
+    # Of each step with tokens: wall and CPU milliseconds since the one before.
+    quiet: list[tuple[float, float]] = []
+    prompting: list[tuple[float, float]] = []
+    answering: list[tuple[float, float]] = []
+    at, cpu = time.perf_counter(), time.process_time()
+    arrived = ttft_ms = 0.0
+    done = False
+    while not done:
+        events = engine.step()
+        now, cpu_now = time.perf_counter(), time.process_time()
+        of_long = [event for event in events if event.request_id == long.request_id]
+        if len(of_long) < len(events):
+            phase = quiet if not arrived else answering if ttft_ms else prompting
+            phase.append(((now - at) * 1e3, (cpu_now - cpu) * 1e3))
+            at, cpu = now, cpu_now
+        if of_long and not ttft_ms:
+            ttft_ms = (now - arrived) * 1e3
+        if not arrived and len(quiet) > 60:
+            engine.add(long)
+            arrived = now
+        done = any(isinstance(event, Ended | Failed) for event in of_long)
+    for one in streams:
+        engine.cancel(one.request_id)
+    while engine.busy:
+        engine.step()
+    common = {"streams": 8, "prompt": arguments.gap_prompt}
+    bound = arguments.stall_ms
+    for column, clock in enumerate(("wall", "cpu")):
+        usual = percentile([gap[column] for gap in quiet[10:]], 50)
+        report.add("engine_gap_quiet_ms", usual, "ms", clock=clock, **common)
+        for name, gaps in (("prompt", prompting), ("answer", answering)):
+            for share in (50.0, 99.0, 100.0):
+                report.add(
+                    f"engine_gap_added_p{share:g}_ms",
+                    percentile([gap[column] for gap in gaps], share) - usual,
+                    "ms",
+                    peer="bound",
+                    against=bound,
+                    beside=f"its {name}",
+                    clock=clock,
+                    **common,
+                )
+    report.add("engine_long_prompt_ttft_ms", ttft_ms, "ms", **common)
+    report.note(f"{len(prompting)} steps while the long prompt was computed")
+
+
+def floor(setting: Setting) -> None:
+    """Decode beside the memory-bandwidth floor of the same GPU."""
+    model, engine, report = setting.model, setting.engine, setting.report
+    bandwidth = _bandwidth(setting.device)
+    embedding = model.get_input_embeddings().weight
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    # A step reads a few rows of the embedding, not the table.
+    weights -= embedding.numel() * embedding.element_size()
+    token_bytes = engine._served[0].runner.cache.token_bytes
+    report.add("engine_gpu_bandwidth", bandwidth / 1e9, "GB/s")
+    for count in setting.counts:
+        prompts = setting.token_prompts(count, 128, 128, seed=count)
+        run_engine(engine, prompts, 16)
+        seen = [
+            run_engine(engine, prompts, 128)["gap_ms"] for _ in range(repeats(setting.arguments))
+        ]
+        step = Sample(tuple(seen))
+        floor_ms = (weights + count * 192 * token_bytes) / bandwidth * 1e3
+        report.add("engine_floor_share", floor_ms / step.median, "of floor", streams=count)
+        report.add("engine_step_ms", step, "ms", peer="floor", against=floor_ms, streams=count)
+
+
+def _bandwidth(device: torch.device) -> float:
+    """Bytes per second that a plain read of memory reaches."""
+    data = torch.empty(1 << 30, dtype=torch.float32, device=device).normal_()
+    for _ in range(3):
+        data.sum()
+    torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(10):
+        data.sum()
+    torch.cuda.synchronize(device)
+    return 10 * data.numel() * 4 / (time.perf_counter() - started)
