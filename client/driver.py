@@ -28,8 +28,13 @@ CLOSE_S: Final = 1.0
 class Sink(Protocol):
     """Where the items of a request or query go."""
 
-    def put(self, items: Sequence[Item]) -> None:
-        """Called where the driver is called, once in a round; never blocks."""
+    @property
+    def add(self) -> Callable[[Item], None]:
+        """Take one. Called where the driver is called; never blocks, and wakes nobody."""
+
+    def wake(self) -> None:
+        """What was added can be read. Called when all that came in a round is added, so that
+        nobody's turn delays another's items; maybe more than once."""
 
 
 class Driver:
@@ -50,8 +55,8 @@ class Driver:
         self._opened: Callable[[], None] = _nothing
         self._closing: Callable[[], None] = _nothing
         self.dealer = Dealer(connection)
-        #: What arrived in this round, by request or query, and which of them got their last.
-        self._arrived: dict[bytes, list[Item]] = {}
+        #: Who got something in this round, and which requests and queries got their last.
+        self._awaited: list[Sink] = []
         self._ended: list[bytes] = []
 
     def watched_by(self, opened: Callable[[], None], closing: Callable[[], None]) -> None:
@@ -74,15 +79,18 @@ class Driver:
     def _carry_out(self, order: Instruction, later: list[Instruction]) -> None:
         match order:
             case Arrived(tokens):
-                arrived = self._arrived
+                find, awaited = self.sinks.get, self._awaited
                 for event in tokens:
-                    items = arrived.get(event.request_id)
-                    if items is None:
-                        arrived[event.request_id] = [event]
-                    else:
-                        items.append(event)
+                    sink = find(event.request_id)
+                    if sink is not None:
+                        sink.add(event)
+                        awaited.append(sink)
             case Deliver(id_, items, final):
-                self._arrived.setdefault(id_, []).extend(items)
+                sink = self.sinks.get(id_)
+                if sink is not None:
+                    for item in items:
+                        sink.add(item)
+                    self._awaited.append(sink)
                 if final:
                     self._ended.append(id_)
             case Send(frames):
@@ -127,25 +135,21 @@ class Driver:
         return more
 
     def hand_over(self) -> None:
-        """Give the sinks what has arrived."""
-        if not self._arrived:
-            return
-        arrived, self._arrived = self._arrived, {}
-        sinks = self.sinks
-        for id_, items in arrived.items():
-            sink = sinks.get(id_)
-            if sink is not None:
-                sink.put(items)
+        """Wake those for whom something has arrived."""
+        awaited, self._awaited = self._awaited, []
+        for sink in awaited:
+            sink.wake()
         ended, self._ended = self._ended, []
         for id_ in ended:
-            sinks.pop(id_, None)
+            self.sinks.pop(id_, None)
 
     def fail_all(self, why: BusError) -> None:
         """Nothing goes on: raise `why` in whatever is open, and close the socket."""
         self.stopped = True
         sinks, self.sinks = self.sinks, {}
         for sink in sinks.values():
-            sink.put((why,))
+            sink.add(why)
+            sink.wake()
         self._close(0)
 
     def _close(self, linger_ms: int) -> None:

@@ -214,7 +214,8 @@ class LoopTransport(Transport):
         for sink in sinks.values():
             # What waits in a loop that is closed waits for ever.
             with contextlib.suppress(RuntimeError):
-                sink.put((closed(),))
+                sink.add(closed())
+                sink.wake()
         self._make_bell()
 
     def _term(self) -> None:

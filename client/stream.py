@@ -266,14 +266,22 @@ class _Reading:
 class Inbox:
     """The sink of a blocking consumer."""
 
-    __slots__ = ("_queue",)
+    __slots__ = ("_added", "_queue")
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[Sequence[Item]] = SimpleQueue()
+        #: In this round.
+        self._added: list[Item] = []
 
-    def put(self, items: Sequence[Item]) -> None:
+    def add(self, item: Item) -> None:
         """In the transport's thread."""
-        self._queue.put(items)
+        self._added.append(item)
+
+    def wake(self) -> None:
+        """In the transport's thread."""
+        if self._added:
+            added, self._added = self._added, []
+            self._queue.put(added)
 
     def get(self) -> Sequence[Item]:
         """Wait for the next items. The session's own limits end every wait."""
@@ -332,17 +340,18 @@ class Stream(_Reading):
 class AsyncInbox:
     """The sink of an asyncio consumer; everything happens in its loop."""
 
-    __slots__ = ("_loop", "_waiter", "items")
+    __slots__ = ("_future", "_waiter", "add", "items")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        #: A future of the loop; and how an item is taken in: bound once, for every token.
+        self._future = loop.create_future
         #: Arrived, not yet taken.
         self.items: deque[Item] = deque()
+        self.add: Callable[[Item], None] = self.items.append
         self._waiter: asyncio.Future[None] | None = None
 
-    def put(self, items: Sequence[Item]) -> None:
-        """What arrived in a round."""
-        self.items.extend(items)
+    def wake(self) -> None:
+        """What was added can be read."""
         waiter = self._waiter
         if waiter is not None:
             self._waiter = None
@@ -351,7 +360,7 @@ class AsyncInbox:
 
     def waiter(self) -> asyncio.Future[None]:
         """To be awaited while there are no items; then look again."""
-        self._waiter = waiter = self._loop.create_future()
+        self._waiter = waiter = self._future()
         return waiter
 
     async def next(self) -> Item:
@@ -378,6 +387,11 @@ class AsyncStream(_Reading):
     def text(self) -> AsyncIterator[str]:
         """The text in the pieces in which it arrives."""
         return _Texts(_Events(self))
+
+    @property
+    def batches(self) -> AsyncIterator[list[StreamEvent]]:
+        """The events, those together that came together: for whoever passes them on."""
+        return _Batches(_Events(self))
 
     async def result(self) -> Completion:
         """Read to the end. Raises what ended the request, if it was not its end."""
@@ -430,6 +444,26 @@ class _Events:
 
     def __del__(self) -> None:
         self._state.drop()
+
+
+class _Batches:
+    """All that is there, whenever something is."""
+
+    def __init__(self, events_: _Events) -> None:
+        self._events = events_
+        self._state = events_._state
+        self._items = events_._items
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> list[StreamEvent]:
+        batch = [await anext(self._events)]
+        state, items = self._state, self._items
+        # An error waits for its turn: what came before it is not lost.
+        while items and not state.over and not isinstance(items[0], BusError):
+            batch.append(state.take(items.popleft()))
+        return batch
 
 
 class _Texts:

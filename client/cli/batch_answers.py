@@ -21,7 +21,7 @@ from client.gateway import answers, convert
 from client.gateway import requests as http
 from client.gateway.answers import ChatChoice, TextChoice
 from client.gateway.errors import GatewayError, describe, error_body, invalid
-from client.gateway.generation import Delta, Finish, generate
+from client.gateway.generation import Batches, Delta, Finish, generate
 from client.gateway.images import ImagePolicy
 
 #: Nothing of the batch can succeed after these: it stops, and no line is blamed.
@@ -87,9 +87,10 @@ async def _chat(octets: bytes, asking: Asking) -> dict[str, Any]:
         ChatChoice(answers.parser_for(names, parallel=body.parallel_tool_calls))
         for _ in range(body.n or 1)
     ]
-    async for event in _events([convert.seeded(call, i) for i in range(len(choices))], asking):
-        if isinstance(event, Delta | Finish):
-            choices[event.choice].take(event)
+    async for batch in _batches([convert.seeded(call, i) for i in range(len(choices))], asking):
+        for event in batch:
+            if isinstance(event, Delta | Finish):
+                choices[event.choice].take(event)
     answered: dict[str, Any] = {
         "id": answers.new_id("chatcmpl-"),
         "object": "chat.completion",
@@ -122,8 +123,9 @@ async def _completion(octets: bytes, asking: Asking) -> dict[str, Any]:
     candidates = body.best_of or body.n or 1
     calls = [convert.seeded(call, i) for call in prompts for i in range(candidates)]
     choices = [TextChoice(body.max_tokens == 0) for _ in calls]
-    async for event in _events(calls, asking):
-        choices[event.choice].take(event)
+    async for batch in _batches(calls, asking):
+        for event in batch:
+            choices[event.choice].take(event)
     return {
         "id": answers.new_id("cmpl-"),
         "object": "text_completion",
@@ -182,7 +184,7 @@ _ENDPOINTS: Final = {
 }
 
 
-def _events(calls: Sequence[convert.Call], asking: Asking) -> Any:
+def _batches(calls: Sequence[convert.Call], asking: Asking) -> Batches:
     return generate(
         asking.bus, calls, lambda stream: None, retry=asking.retry, limits=asking.limits
     )

@@ -77,7 +77,7 @@ class ChatChoice:
     """One choice of a chat as far as it is known."""
 
     parser: tools.ToolCallParser | None
-    text: str = ""
+    texts: list[str] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     usage: Usage | None = None
@@ -95,12 +95,17 @@ class ChatChoice:
         for part in pieces:
             match part:
                 case tools.Text():
-                    self.text += part.text
+                    self.texts.append(part.text)
                 case tools.CallStart():
                     self.calls.append(Call(new_id("call_"), part.name))
                 case tools.Arguments():
                     self.calls[part.index].arguments += part.text
         return pieces
+
+    @property
+    def text(self) -> str:
+        """All text so far."""
+        return "".join(self.texts)
 
     @property
     def openai_finish_reason(self) -> ChatReason:
@@ -119,7 +124,7 @@ class TextChoice:
 
     #: With `max_tokens: 0` the one token that the bus makes is not part of the answer.
     prompt_only: bool = False
-    text: str = ""
+    texts: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     #: Characters before the first token of the next log-probabilities.
     offset: int = 0
@@ -140,9 +145,14 @@ class TextChoice:
                     self.usage = Usage(prompt_tokens=event.end.usage.prompt_tokens)
                 stopped = event.end.finish_reason is FinishReason.STOP
                 self.finish_reason = "stop" if stopped else "length"
-        self.text += text
+        self.texts.append(text)
         self.logprobs += logprobs
         return text, logprobs
+
+    @property
+    def text(self) -> str:
+        """All text so far."""
+        return "".join(self.texts)
 
     @property
     def mean_logprob(self) -> float:

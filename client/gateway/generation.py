@@ -1,5 +1,7 @@
 """Runs the bus requests of one HTTP request and merges their events, in order for each choice.
 
+Events that came together stay together, so that what is done for each wake-up is done once.
+
 The generators here own the streams that they open: whatever ends a generator, cancellation and
 `aclose` included, cancels at the workers what still runs. One task must drive a generator from its
 start to its end.
@@ -10,11 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
 import msgspec
+from msgspec import Struct
 
 from broker.protocol.errors import ErrorCode
 from broker.protocol.messages import Kind, Params, Request, TokenLogprob
@@ -23,11 +26,19 @@ from client.events import End, Prompt, StreamEvent, Tokens
 from client.gateway.convert import Call
 from client.gateway.traces import BusSpan
 
-__all__ = ["RETRY", "ChoiceEvent", "Delta", "Finish", "Prompted", "generate", "open_stream"]
+__all__ = [
+    "RETRY",
+    "Batches",
+    "ChoiceEvent",
+    "Delta",
+    "Finish",
+    "Prompted",
+    "generate",
+    "open_stream",
+]
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(Struct, frozen=True):
     """New text of a choice; `logprobs` are of the tokens of this delta, where asked for."""
 
     choice: int
@@ -36,16 +47,14 @@ class Delta:
     logprobs: list[TokenLogprob] | None
 
 
-@dataclass(frozen=True, slots=True)
-class Prompted:
+class Prompted(Struct, frozen=True):
     """The facts of the prompt of a choice, before its first delta, where asked for."""
 
     choice: int
     prompt: Prompt
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
+class Finish(Struct, frozen=True):
     """A choice is complete; its last text was in the deltas before."""
 
     choice: int
@@ -53,6 +62,7 @@ class Finish:
 
 
 ChoiceEvent = Delta | Prompted | Finish
+Batches = AsyncGenerator[list[ChoiceEvent], None]
 
 #: An HTTP client is told at once that the bus is full or the model unknown, and decides itself;
 #: a stream that runs is carried over every interruption.
@@ -72,8 +82,8 @@ RETRY: Final = Retry(
 PATIENCE: Final = Timeout()
 
 _DEFAULT_PARAMS: Final = Params()
-#: Choices that may wait unread between the streams and the HTTP answer.
-_MERGE_EVENTS: Final = 16
+#: Batches that may wait unread between the streams of several choices and the HTTP answer.
+_MERGED_BATCHES: Final = 16
 
 
 async def open_stream(
@@ -147,7 +157,7 @@ async def generate(
     retry: Retry = RETRY,
     limits: Timeout = PATIENCE,
     spans: Sequence[BusSpan] = (),
-) -> AsyncGenerator[ChoiceEvent, None]:
+) -> Batches:
     """The events of all calls, the i-th call being choice i. Raises the first failure of any.
 
     `opened` is told of every stream before its first event. `spans`: none, or one for each call.
@@ -161,27 +171,26 @@ async def generate(
             stream = await open_call(calls[0])
             opened(stream)
             try:
-                async for arrived in stream:
-                    if span is not None:
-                        span.saw(arrived)
-                    for out in _translated(0, arrived):
-                        yield out
+                async for arrived in stream.batches:
+                    batch = _translated(0, arrived, span)
+                    if batch:
+                        yield batch
             finally:
                 await stream.aclose()
         return
-    events: asyncio.Queue[ChoiceEvent | BaseException] = asyncio.Queue(_MERGE_EVENTS)
+    batches: asyncio.Queue[list[ChoiceEvent] | BaseException] = asyncio.Queue(_MERGED_BATCHES)
     tasks = [
-        asyncio.create_task(_pump(partial(open_call, call), index, opened, events, spans))
+        asyncio.create_task(_pump(partial(open_call, call), index, opened, batches, spans))
         for index, call in enumerate(calls)
     ]
     try:
         left = len(tasks)
         while left:
-            event = await events.get()
-            if isinstance(event, BaseException):
-                raise event
-            left -= isinstance(event, Finish)
-            yield event
+            merged = await batches.get()
+            if isinstance(merged, BaseException):
+                raise merged
+            left -= isinstance(merged[-1], Finish)
+            yield merged
     finally:
         for task in tasks:
             task.cancel()
@@ -192,7 +201,7 @@ async def _pump(
     open_it: Callable[[], Awaitable[AsyncStream]],
     index: int,
     opened: Opened,
-    events: asyncio.Queue[ChoiceEvent | BaseException],
+    batches: asyncio.Queue[list[ChoiceEvent] | BaseException],
     spans: Sequence[BusSpan],
 ) -> None:
     try:
@@ -200,15 +209,14 @@ async def _pump(
             stream = await open_it()
             opened(stream)
             try:
-                async for event in stream:
-                    if span is not None:
-                        span.saw(event)
-                    for out in _translated(index, event):
-                        await events.put(out)
+                async for arrived in stream.batches:
+                    batch = _translated(index, arrived, span)
+                    if batch:
+                        await batches.put(batch)
             finally:
                 await stream.aclose()
     except Exception as error:
-        await events.put(error)
+        await batches.put(error)
 
 
 @contextlib.contextmanager
@@ -225,13 +233,18 @@ def _traced(spans: Sequence[BusSpan], index: int) -> Iterator[BusSpan | None]:
         span.end()
 
 
-def _translated(choice: int, event: StreamEvent) -> list[ChoiceEvent]:
-    if isinstance(event, Tokens):
-        return [Delta(choice, event.text, len(event.token_ids), event.logprobs)]
-    if isinstance(event, End):
-        out: list[ChoiceEvent] = [Delta(choice, event.text, 0, None)] if event.text else []
-        return [*out, Finish(choice, event)]
-    if isinstance(event, Prompt):
-        return [Prompted(choice, event)]
-    # Queued, started, recovering: of no interest to an HTTP client.
-    return []
+def _translated(choice: int, arrived: list[StreamEvent], span: BusSpan | None) -> list[ChoiceEvent]:
+    batch: list[ChoiceEvent] = []
+    for event in arrived:
+        if span is not None:
+            span.saw(event)
+        if isinstance(event, Tokens):
+            batch.append(Delta(choice, event.text, len(event.token_ids), event.logprobs))
+        elif isinstance(event, End):
+            if event.text:
+                batch.append(Delta(choice, event.text, 0, None))
+            batch.append(Finish(choice, event))
+        elif isinstance(event, Prompt):
+            batch.append(Prompted(choice, event))
+        # Queued, started, recovering: of no interest to an HTTP client.
+    return batch

@@ -30,7 +30,15 @@ from starlette.routing import Route
 
 from broker.protocol.errors import ErrorCode
 from broker.protocol.limits import DEFAULT_WINDOW_TOKENS
-from broker.protocol.messages import Attachment, FinishReason, Kind, Message, Params, Request
+from broker.protocol.messages import (
+    Attachment,
+    FinishReason,
+    Kind,
+    Message,
+    Params,
+    Request,
+    TokenLogprob,
+)
 from client import End
 from client.gateway.answers import IMPOSSIBLE, pick_seed
 from client.gateway.convert import Call
@@ -246,56 +254,71 @@ class _FrameStream(Response):
         self._wanted = wanted
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def octets() -> AsyncGenerator[None, None]:
+        async def told() -> AsyncGenerator[tuple[()], None]:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
-                async for frame in _frames(self._visit, self._wanted):
-                    await _body(_frame(frame))
-                    yield
+                async for frames in _frames(self._visit, self._wanted):
+                    await _body(b"".join(map(_frame, frames)))
+                    yield ()
             except Exception as error:
-                told = _failure(error, self._wanted.dialect, self._wanted.before)
-                await _body(_frame(told))
+                failure = _failure(error, self._wanted.dialect, self._wanted.before)
+                await _body(_frame(failure))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         async def _body(part: bytes) -> None:
             await send({"type": "http.response.body", "body": part, "more_body": True})
 
-        await until_disconnect(octets(), receive)
+        await until_disconnect(told(), receive)
 
 
 def _frame(value: dict[str, Any]) -> bytes:
     return json.dumps(value).encode() + b"\0"
 
 
-async def _frames(visit: Visit, wanted: _Wanted) -> AsyncGenerator[dict[str, Any], None]:
+async def _frames(visit: Visit, wanted: _Wanted) -> AsyncGenerator[list[dict[str, Any]], None]:
     """The answer as their workers tell it: the whole text so far, again and again."""
     text, tokens, prompt_tokens = wanted.before, 0, 0
     logprobs: dict[str, list[Any]] | None = None
     if wanted.call.request.params.logprobs is not None:
         logprobs = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
-    async for event in visit.generate([wanted.call]):
-        match event:
-            case Prompted():
-                prompt_tokens = len(event.prompt.token_ids)
-            case Delta():
-                visit.saw_token()
-                for token in event.logprobs or []:
-                    assert logprobs is not None
-                    logprobs["text_offset"].append(len(text))
-                    logprobs["tokens"].append(token.token.decode(errors="replace"))
-                    logprobs["token_logprobs"].append(token.logprob or IMPOSSIBLE)
-                    logprobs["top_logprobs"].append(
-                        {top.token.decode(errors="replace"): top.logprob for top in token.top}
-                    )
-                text += event.text
-                tokens += event.tokens
-                if event.text:
-                    yield _told(wanted, text, prompt_tokens, tokens, logprobs, None)
-            case Finish():
-                end = event.end
-                visit.prompt_tokens = end.usage.prompt_tokens
-                visit.completion_tokens = end.usage.completion_tokens
-                yield _last(wanted, text, end, logprobs)
+    async for batch in visit.generate([wanted.call]):
+        frames: list[dict[str, Any]] = []
+        for event in batch:
+            match event:
+                case Prompted():
+                    prompt_tokens = len(event.prompt.token_ids)
+                case Delta():
+                    visit.saw_token()
+                    if logprobs is not None:
+                        logprobs = _longer(logprobs, len(text), event.logprobs or [])
+                    text += event.text
+                    tokens += event.tokens
+                    if event.text:
+                        frames.append(_told(wanted, text, prompt_tokens, tokens, logprobs, None))
+                case Finish():
+                    end = event.end
+                    visit.prompt_tokens = end.usage.prompt_tokens
+                    visit.completion_tokens = end.usage.completion_tokens
+                    frames.append(_last(wanted, text, end, logprobs))
+        if frames:
+            yield frames
+
+
+def _longer(
+    logprobs: dict[str, list[Any]], offset: int, tokens: list[TokenLogprob]
+) -> dict[str, list[Any]]:
+    """With those of further tokens; frames that were made before keep theirs."""
+    return {
+        "text_offset": logprobs["text_offset"] + [offset] * len(tokens),
+        "token_logprobs": logprobs["token_logprobs"]
+        + [token.logprob or IMPOSSIBLE for token in tokens],
+        "tokens": logprobs["tokens"] + [token.token.decode(errors="replace") for token in tokens],
+        "top_logprobs": logprobs["top_logprobs"]
+        + [
+            {top.token.decode(errors="replace"): top.logprob for top in token.top}
+            for token in tokens
+        ],
+    }
 
 
 def _last(

@@ -13,10 +13,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import AsyncGenerator, Iterator
-from dataclasses import replace
+from typing import Final
 
+from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
 from openai.types.chat import chat_completion as whole
 from openai.types.chat import chat_completion_chunk as piece
@@ -28,20 +29,32 @@ from starlette.responses import JSONResponse, Response
 
 from broker.protocol.messages import TokenLogprob, Usage
 from client.gateway import tools
-from client.gateway.answers import ChatChoice, ChatReason, parser_for, pick_seed
+from client.gateway.answers import ChatChoice, parser_for, pick_seed
 from client.gateway.convert import chat_call, seeded, wants_usage_so_far
 from client.gateway.errors import GatewayError
-from client.gateway.generation import ChoiceEvent, Delta, Finish
-from client.gateway.openai_shared import UsageSoFar, chat_logprobs, error_event, usage_of
+from client.gateway.generation import Batches, ChoiceEvent, Delta, Finish
+from client.gateway.openai_shared import (
+    JSON,
+    Chunks,
+    UsageSoFar,
+    chat_logprobs,
+    dumped,
+    error_event,
+    usage_of,
+)
 from client.gateway.position import Position
 from client.gateway.reattach import Kept, Transcript
 from client.gateway.requests import ChatRequest, parse
-from client.gateway.sse import DONE, Event, until_disconnect
+from client.gateway.sse import DONE, Source, until_disconnect
 from client.gateway.visit import Visit
 
 __all__ = ["cancel_chat", "chat_completions", "read_chat"]
 
 _PREFIX = "chatcmpl-"
+
+_GREETING: Final = dumped(piece.ChoiceDelta(role="assistant", content=""))
+_NO_TEXT: Final = dumped(piece.ChoiceDelta(content=""))
+_NOTHING: Final = dumped(piece.ChoiceDelta())
 
 
 async def chat_completions(visit: Visit) -> Response:
@@ -96,7 +109,7 @@ def _read_again(visit: Visit, position: Position) -> Response:
     kept = visit.gateway.store.find(position.answer, visit.key.name, "chat")
     assert kept.transcript is not None
 
-    def failed(error: GatewayError) -> list[Event]:
+    def failed(error: GatewayError) -> list[bytes]:
         return [error_event(error, visit.request_id), DONE]
 
     return visit.stream(kept.transcript.read(position.events), failed)
@@ -112,14 +125,19 @@ class _Answer:
         self._body = body
         self._choices = choices
         self._id = position.answer
-        #: What the reader has already; nothing of it is sent again.
-        self._skip = position.atoms_of(len(choices))
-        self._sent = list(self._skip)
-        self._events = position.events
-        self._created = int(time.time())
         options = body.stream_options
-        self._with_usage = options is not None and bool(options.include_usage)
         self._so_far = UsageSoFar(len(choices)) if wants_usage_so_far(body) else None
+        self._chunks = Chunks(
+            ChatCompletionChunk,
+            "chat.completion.chunk",
+            body.model,
+            position,
+            len(choices),
+            with_usage=options is not None and bool(options.include_usage),
+            so_far=self._so_far,
+        )
+        #: Choices whose role was told.
+        self._greeted = {index for index, atoms in enumerate(self._chunks.reader.sent) if atoms}
 
     def take(self, event: ChoiceEvent) -> list[tools.Piece]:
         """Account for one event of the bus."""
@@ -140,10 +158,10 @@ class _Answer:
         answer = ChatCompletion(
             id=self._id,
             object="chat.completion",
-            created=self._created,
+            created=int(time.time()),
             model=self._body.model,
             choices=[self._whole_choice(i, choice) for i, choice in enumerate(self._choices)],
-            usage=usage_of(choice.usage or Usage() for choice in self._choices),
+            usage=self._usage(),
             service_tier=self._body.service_tier,
         )
         return answer.model_dump_json(exclude_unset=True)
@@ -172,112 +190,80 @@ class _Answer:
             else None,
         )
 
-    async def stream(
-        self, events: AsyncGenerator[ChoiceEvent, None]
-    ) -> AsyncGenerator[Event, None]:
+    def _usage(self) -> CompletionUsage:
+        return usage_of(choice.usage or Usage() for choice in self._choices)
+
+    async def stream(self, batches: Batches) -> Source:
         """The answer as chunks."""
-        greeted = {index for index, atoms in enumerate(self._sent) if atoms}
-        try:
-            async for event in events:
-                pieces = self.take(event)
-                if not isinstance(event, Delta | Finish):
-                    continue
-                if event.choice not in greeted:
-                    greeted.add(event.choice)
-                    yield self._chunk(event.choice, piece.ChoiceDelta(role="assistant", content=""))
-                pieces = self._unread(event.choice, pieces)
-                deltas = list(self._deltas(self._choices[event.choice], pieces))
-                logprobs = event.logprobs if isinstance(event, Delta) else None
-                if logprobs and not deltas and not self._skip[event.choice]:
-                    deltas = [piece.ChoiceDelta(content="")]
-                for position, delta in enumerate(deltas):
-                    yield self._chunk(event.choice, delta, logprobs if position == 0 else None)
-                if isinstance(event, Finish):
-                    reason = self._choices[event.choice].openai_finish_reason
-                    yield self._chunk(event.choice, piece.ChoiceDelta(), finish_reason=reason)
-        finally:
-            await events.aclose()
-        if self._with_usage:
-            usage = usage_of(choice.usage or Usage() for choice in self._choices)
-            last = ChatCompletionChunk(
-                id=self._id,
-                object="chat.completion.chunk",
-                created=self._created,
-                model=self._body.model,
-                choices=[],
-                usage=usage,
+        async with contextlib.aclosing(batches):
+            async for batch in batches:
+                out: list[bytes] = []
+                for event in batch:
+                    self._tell(event, out)
+                if out:
+                    yield out
+        yield [*self._chunks.last(self._usage()), DONE]
+
+    def _tell(self, event: ChoiceEvent, out: list[bytes]) -> None:
+        """Account for one event of the bus, and add what the reader hears of it."""
+        pieces = self.take(event)
+        if not isinstance(event, Delta | Finish):
+            return
+        index = event.choice
+        if index not in self._greeted:
+            self._greeted.add(index)
+            out.append(self._chunk(index, _GREETING))
+        logprobs = event.logprobs if isinstance(event, Delta) else None
+        for part in pieces:
+            delta = self._delta(index, part)
+            if delta is not None:
+                out.append(self._chunk(index, delta, logprobs))
+                logprobs = None
+        if logprobs and self._chunks.reader.is_behind(index):
+            out.append(self._chunk(index, _NO_TEXT, logprobs))
+        if isinstance(event, Finish):
+            reason = JSON.encode(self._choices[index].openai_finish_reason)
+            out.append(self._chunk(index, _NOTHING, finish_reason=reason))
+
+    def _delta(self, index: int, part: tools.Piece) -> bytes | None:
+        """What the reader does not have of a piece."""
+        if isinstance(part, tools.CallStart):
+            if self._chunks.reader.skipped(index, 1):
+                return None
+            start = piece.ChoiceDeltaToolCall(
+                index=part.index,
+                id=self._choices[index].calls[part.index].id,
+                type="function",
+                function=piece.ChoiceDeltaToolCallFunction(name=part.name, arguments=""),
             )
-            yield self._event(last)
-        yield DONE
-
-    def _unread(self, index: int, pieces: list[tools.Piece]) -> list[tools.Piece]:
-        """The pieces without what the reader has; counts what goes out."""
-        unread: list[tools.Piece] = []
-        for part in pieces:
-            atoms = 1 if isinstance(part, tools.CallStart) else len(part.text)
-            skipped = min(atoms, self._skip[index])
-            self._skip[index] -= skipped
-            self._sent[index] += atoms - skipped
-            if isinstance(part, tools.CallStart):
-                unread += [] if skipped else [part]
-            elif skipped < atoms:
-                unread.append(replace(part, text=part.text[skipped:]))
-        return unread
-
-    def _event(self, chunk: ChatCompletionChunk) -> Event:
-        self._events += 1
-        position = Position(self._id, self._events, tuple(self._sent))
-        return Event(chunk.model_dump_json(exclude_unset=True), id=position.event_id)
-
-    @staticmethod
-    def _deltas(choice: ChatChoice, pieces: list[tools.Piece]) -> Iterator[piece.ChoiceDelta]:
-        for part in pieces:
-            match part:
-                case tools.Text():
-                    if part.text:
-                        yield piece.ChoiceDelta(content=part.text)
-                case tools.CallStart():
-                    call = choice.calls[part.index]
-                    start = piece.ChoiceDeltaToolCall(
-                        index=part.index,
-                        id=call.id,
-                        type="function",
-                        function=piece.ChoiceDeltaToolCallFunction(name=part.name, arguments=""),
-                    )
-                    yield piece.ChoiceDelta(tool_calls=[start])
-                case tools.Arguments():
-                    more = piece.ChoiceDeltaToolCall(
-                        index=part.index,
-                        function=piece.ChoiceDeltaToolCallFunction(arguments=part.text),
-                    )
-                    yield piece.ChoiceDelta(tool_calls=[more])
+            return dumped(piece.ChoiceDelta(tool_calls=[start]))
+        unread = part.text[self._chunks.reader.skipped(index, len(part.text)) :]
+        if not unread:
+            return None
+        text = JSON.encode(unread)
+        if isinstance(part, tools.Text):
+            return b'{"content":%b}' % text
+        return b'{"tool_calls":[{"index":%d,"function":{"arguments":%b}}]}' % (part.index, text)
 
     def _chunk(
         self,
         index: int,
-        delta: piece.ChoiceDelta,
+        delta: bytes,
         logprobs: list[TokenLogprob] | None = None,
         *,
-        finish_reason: ChatReason | None = None,
-    ) -> Event:
-        choice = piece.Choice(index=index, delta=delta, finish_reason=finish_reason)
+        finish_reason: bytes = b"null",
+    ) -> bytes:
+        shown = b""
         if self._body.logprobs:
-            choice.logprobs = (
-                piece.ChoiceLogprobs(content=chat_logprobs(logprobs), refusal=None)
-                if logprobs
-                else None
-            )
-        chunk = ChatCompletionChunk(
-            id=self._id,
-            object="chat.completion.chunk",
-            created=self._created,
-            model=self._body.model,
-            choices=[choice],
+            of_tokens = b"null"
+            if logprobs:
+                content = chat_logprobs(logprobs)
+                of_tokens = dumped(piece.ChoiceLogprobs(content=content, refusal=None))
+            shown = b',"logprobs":' + of_tokens
+        return self._chunks.event(
+            b'{"delta":%b,"finish_reason":%b,"index":%d%b}' % (delta, finish_reason, index, shown)
         )
-        if self._with_usage:
-            chunk.usage = self._so_far.usage if self._so_far is not None else None
-        return self._event(chunk)
 
-    def failed(self, error: GatewayError) -> list[Event]:
+    def failed(self, error: GatewayError) -> list[bytes]:
         """The end of a stream that fails after its first event."""
         return [error_event(error, self._visit.request_id), DONE]

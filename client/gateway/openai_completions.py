@@ -6,9 +6,8 @@ goes on behind what was received, as in `openai_chat`: the answer is made again 
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import AsyncGenerator
-from typing import Literal
 
 from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.completion_choice import Logprobs
@@ -18,11 +17,11 @@ from broker.protocol.messages import TokenLogprob
 from client.gateway.answers import TextChoice, best_of, pick_seed
 from client.gateway.convert import completion_calls, seeded, wants_usage_so_far
 from client.gateway.errors import GatewayError
-from client.gateway.generation import ChoiceEvent, Delta, Finish, Prompted
-from client.gateway.openai_shared import UsageSoFar, error_event, usage_of
+from client.gateway.generation import Batches, ChoiceEvent, Delta, Finish, Prompted
+from client.gateway.openai_shared import JSON, Chunks, UsageSoFar, dumped, error_event, usage_of
 from client.gateway.position import Position
 from client.gateway.requests import CompletionRequest, parse
-from client.gateway.sse import DONE, Event, until_disconnect
+from client.gateway.sse import DONE, Source, until_disconnect
 from client.gateway.visit import Visit
 
 __all__ = ["completions"]
@@ -65,15 +64,18 @@ class _Answer:
         prompt_only = body.max_tokens == 0
         self._choices = [TextChoice(prompt_only) for _ in range(prompts * candidates)]
         self._id = position.answer
-        #: Characters that the reader of each choice has already; nothing of them is sent again.
-        self._skip = position.atoms_of(len(self._choices))
-        self._sent = list(self._skip)
-        self._events = position.events
-        self._created = int(time.time())
         options = body.stream_options
-        self._with_usage = options is not None and bool(options.include_usage)
         self._so_far = (
             UsageSoFar(len(self._choices), prompts=prompts) if wants_usage_so_far(body) else None
+        )
+        self._chunks = Chunks(
+            Completion,
+            "text_completion",
+            body.model,
+            position,
+            len(self._choices),
+            with_usage=options is not None and bool(options.include_usage),
+            so_far=self._so_far,
         )
 
     def take(self, event: ChoiceEvent) -> tuple[str, list[TokenLogprob]]:
@@ -98,7 +100,7 @@ class _Answer:
         answer = Completion(
             id=self._id,
             object="text_completion",
-            created=self._created,
+            created=int(time.time()),
             model=self._body.model,
             choices=[
                 CompletionChoice(
@@ -116,66 +118,49 @@ class _Answer:
     def _usage(self) -> CompletionUsage:
         return usage_of([choice.usage for choice in self._choices], prompts=self._prompts)
 
-    async def stream(
-        self, events: AsyncGenerator[ChoiceEvent, None]
-    ) -> AsyncGenerator[Event, None]:
+    async def stream(self, batches: Batches) -> Source:
         """The answer as chunks."""
-        try:
-            async for event in events:
-                text, logprobs = self._unread(event.choice, *self.take(event))
-                if text or logprobs:
-                    yield self._chunk(event.choice, text, logprobs, None)
-                if isinstance(event, Finish):
-                    reason = self._choices[event.choice].finish_reason
-                    yield self._chunk(event.choice, "", [], reason)
-        finally:
-            await events.aclose()
-        if self._with_usage:
-            yield self._event([], self._usage())
-        yield DONE
+        async with contextlib.aclosing(batches):
+            async for batch in batches:
+                out: list[bytes] = []
+                for event in batch:
+                    text, logprobs = self._unread(event.choice, *self.take(event))
+                    if text or logprobs:
+                        out.append(self._chunk(event.choice, text, logprobs))
+                    if isinstance(event, Finish):
+                        reason = self._choices[event.choice].finish_reason
+                        out.append(self._chunk(event.choice, "", [], JSON.encode(reason)))
+                if out:
+                    yield out
+        yield [*self._chunks.last(self._usage()), DONE]
 
     def _unread(
         self, index: int, text: str, logprobs: list[TokenLogprob]
     ) -> tuple[str, list[TokenLogprob]]:
         """What the reader does not have; log-probabilities go on with the next new token."""
-        skipped = min(len(text), self._skip[index])
-        self._skip[index] -= skipped
-        self._sent[index] += len(text) - skipped
-        if skipped:
-            self._logprobs(self._choices[index], logprobs)  # moves the offset of what follows
-            logprobs = []
-        return text[skipped:], logprobs
+        skipped = self._chunks.reader.skipped(index, len(text))
+        if not skipped:
+            return text, logprobs
+        self._logprobs(self._choices[index], logprobs)  # moves the offset of what follows
+        return text[skipped:], []
 
     def _chunk(
         self,
         index: int,
         text: str,
         logprobs: list[TokenLogprob],
-        finish_reason: Literal["stop", "length"] | None,
-    ) -> Event:
-        # A chunk's finish reason is null until the last; the type of the whole answer forbids it.
-        choice = CompletionChoice.model_construct(
-            index=index,
-            text=text,
-            finish_reason=finish_reason,
-            logprobs=self._logprobs(self._choices[index], logprobs) if logprobs else None,
+        finish_reason: bytes = b"null",
+    ) -> bytes:
+        shown = self._logprobs(self._choices[index], logprobs) if logprobs else None
+        return self._chunks.event(
+            b'{"finish_reason":%b,"index":%d,"logprobs":%b,"text":%b}'
+            % (
+                finish_reason,
+                index,
+                dumped(shown) if shown is not None else b"null",
+                JSON.encode(text),
+            )
         )
-        return self._event([choice], self._so_far.usage if self._so_far is not None else None)
-
-    def _event(self, choices: list[CompletionChoice], usage: CompletionUsage | None) -> Event:
-        chunk = Completion.model_construct(
-            id=self._id,
-            object="text_completion",
-            created=self._created,
-            model=self._body.model,
-            choices=choices,
-        )
-        if self._with_usage:
-            chunk.usage = usage
-        self._events += 1
-        position = Position(self._id, self._events, tuple(self._sent))
-        text = chunk.model_dump_json(exclude_unset=True, warnings=False)
-        return Event(text, id=position.event_id)
 
     def _logprobs(self, choice: TextChoice, tokens: list[TokenLogprob]) -> Logprobs | None:
         if self._body.logprobs is None:
@@ -196,6 +181,6 @@ class _Answer:
             text_offset=offsets,
         )
 
-    def failed(self, error: GatewayError) -> list[Event]:
+    def failed(self, error: GatewayError) -> list[bytes]:
         """The end of a stream that fails after its first event."""
         return [error_event(error, self._visit.request_id), DONE]

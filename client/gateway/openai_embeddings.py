@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from openai.types import CreateEmbeddingResponse, Embedding
 from openai.types.create_embedding_response import Usage
 from starlette.responses import Response
 
+from client import Embeddings
 from client.gateway.answers import packed
 from client.gateway.requests import EmbeddingRequest, parse, texts_of
 from client.gateway.sse import until_disconnect
@@ -26,8 +28,8 @@ async def embeddings(visit: Visit) -> Response:
         options["dimensions"] = body.dimensions
     inputs = texts_of("input", body.input)
 
-    async def work() -> Any:
-        yield await visit.embed(inputs, body.model, **options)
+    async def work() -> AsyncGenerator[list[Embeddings], None]:
+        yield [await visit.embed(inputs, body.model, **options)]
 
     [made] = await until_disconnect(work(), visit.request.receive)
     as_text = body.encoding_format == "base64"

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncGenerator
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 from openai.types import responses as shapes
@@ -30,12 +29,12 @@ from client.gateway import tools
 from client.gateway.answers import new_id, parser_for, pick_seed
 from client.gateway.convert import Call, chat_call
 from client.gateway.errors import GatewayError, describe, invalid
-from client.gateway.generation import ChoiceEvent, Delta, Finish
-from client.gateway.openai_shared import chat_logprobs
+from client.gateway.generation import Batches, ChoiceEvent, Delta, Finish
+from client.gateway.openai_shared import chat_logprobs, dumped
 from client.gateway.reattach import Kept, Transcript
 from client.gateway.requests import parse
 from client.gateway.responses_input import ResponseRequest, as_chat
-from client.gateway.sse import Event, until_disconnect
+from client.gateway.sse import Source, encode, until_disconnect
 from client.gateway.visit import Visit
 
 __all__ = [
@@ -45,6 +44,9 @@ __all__ = [
     "get_response",
     "input_items",
 ]
+
+#: Events are plain values around the shapes of the `openai` package.
+_JSON: Final = msgspec.json.Encoder(enc_hook=lambda shape: msgspec.Raw(dumped(shape)))
 
 Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 
@@ -140,11 +142,7 @@ def _find(visit: Visit) -> Kept:
 
 
 def _json(response: BaseModel) -> Response:
-    return Response(_dump(response), media_type="application/json")
-
-
-def _dump(shape: BaseModel) -> str:
-    return shape.model_dump_json(exclude_unset=True, by_alias=True, warnings=False)
+    return Response(dumped(response), media_type="application/json")
 
 
 class Making:
@@ -238,18 +236,19 @@ class Making:
             )
         return response
 
-    async def events(
-        self, source: AsyncGenerator[ChoiceEvent, None]
-    ) -> AsyncGenerator[Event, None]:
+    async def events(self, batches: Batches) -> Source:
         """The events of the response as they happen."""
         try:
-            async with contextlib.aclosing(source):
-                async for event in source:
+            async with contextlib.aclosing(batches):
+                async for batch in batches:
+                    out: list[bytes] = []
                     if self._status == "queued":
-                        yield self._whole("response.created")
+                        out.append(self._whole("response.created"))
                         self._status = "in_progress"
-                        yield self._whole("response.in_progress")
-                    for out in self._take(event):
+                        out.append(self._whole("response.in_progress"))
+                    for event in batch:
+                        out += self._take(event)
+                    if out:
                         yield out
         except Exception as error:
             self._error = describe(error)
@@ -259,12 +258,12 @@ class Making:
             if self._status in ("queued", "in_progress"):
                 self._status = "cancelled"
 
-    def failed(self, error: GatewayError) -> list[Event]:
+    def failed(self, error: GatewayError) -> list[bytes]:
         """The last event of a response that failed."""
         self._error, self._status = error, "failed"
         return [self._whole("response.failed")]
 
-    def _take(self, event: ChoiceEvent) -> list[Event]:
+    def _take(self, event: ChoiceEvent) -> list[bytes]:
         pieces: list[tools.Piece] = []
         logprobs: list[TokenLogprob] = []
         if isinstance(event, Delta):
@@ -273,7 +272,7 @@ class Making:
             pieces = self._parser.feed(event.text) if self._parser else [tools.Text(event.text)]
         elif isinstance(event, Finish) and self._parser is not None:
             pieces = self._parser.finish()
-        out: list[Event] = []
+        out: list[bytes] = []
         for part in pieces:
             match part:
                 case tools.Text():
@@ -291,7 +290,7 @@ class Making:
 
     # --- output items ---
 
-    def _begin_message(self) -> list[Event]:
+    def _begin_message(self) -> list[bytes]:
         message = shapes.ResponseOutputMessage(
             id=new_id("msg_"), type="message", role="assistant", status="in_progress", content=[]
         )
@@ -309,8 +308,8 @@ class Making:
         )
         return [added, part]
 
-    def _more_text(self, text: str, logprobs: list[TokenLogprob]) -> list[Event]:
-        out: list[Event] = []
+    def _more_text(self, text: str, logprobs: list[TokenLogprob]) -> list[bytes]:
+        out: list[bytes] = []
         message = self._output[-1] if self._open else None
         if not isinstance(message, shapes.ResponseOutputMessage):
             out = [*self._close(), *self._begin_message()]
@@ -337,7 +336,7 @@ class Making:
         )
         return [*out, delta]
 
-    def _begin_call(self, name: str) -> list[Event]:
+    def _begin_call(self, name: str) -> list[bytes]:
         call = shapes.ResponseFunctionToolCall(
             type="function_call",
             id=new_id("fc_"),
@@ -350,13 +349,13 @@ class Making:
         self._open = True
         return [self._event("response.output_item.added", item=call.model_copy())]
 
-    def _more_arguments(self, text: str) -> list[Event]:
+    def _more_arguments(self, text: str) -> list[bytes]:
         call = self._output[-1]
         assert isinstance(call, shapes.ResponseFunctionToolCall)
         call.arguments += text
         return [self._event("response.function_call_arguments.delta", item_id=call.id, delta=text)]
 
-    def _close(self, status: Literal["completed", "incomplete"] = "completed") -> list[Event]:
+    def _close(self, status: Literal["completed", "incomplete"] = "completed") -> list[bytes]:
         """End the output item in hand."""
         if not self._open:
             return []
@@ -388,9 +387,9 @@ class Making:
             ]
         return [*done, self._event("response.output_item.done", item=item)]
 
-    def _end(self, event: Finish) -> list[Event]:
+    def _end(self, event: Finish) -> list[bytes]:
         cut = event.end.finish_reason is FinishReason.LENGTH
-        out: list[Event] = []
+        out: list[bytes] = []
         if not self._output:
             # An empty answer is a message without text.
             out = self._begin_message()
@@ -403,38 +402,21 @@ class Making:
 
     # --- events ---
 
-    def _event(self, kind: str, **fields: Any) -> Event:
+    def _event(self, kind: str, **fields: Any) -> bytes:
         """An event about the last output item."""
         return self._made(kind, {"output_index": len(self._output) - 1, **fields})
 
-    def _whole(self, kind: str) -> Event:
+    def _whole(self, kind: str) -> bytes:
         return self._made(kind, {"response": self.snapshot()})
 
-    def _made(self, kind: str, fields: dict[str, Any]) -> Event:
+    def _made(self, kind: str, fields: dict[str, Any]) -> bytes:
         number = self._sequence
         self._sequence += 1
-        shape = _SHAPES[kind].model_construct(type=kind, sequence_number=number, **fields)
-        return Event(_dump(shape), event=kind, id=str(number))
+        made = _JSON.encode({"type": kind, "sequence_number": number, **fields})
+        return encode(made, event=kind, id_=str(number))
 
 
 def _text_of(message: shapes.ResponseOutputMessage) -> shapes.ResponseOutputText:
     [content] = message.content
     assert isinstance(content, shapes.ResponseOutputText)
     return content
-
-
-_SHAPES: dict[str, type[BaseModel]] = {
-    "response.created": shapes.ResponseCreatedEvent,
-    "response.in_progress": shapes.ResponseInProgressEvent,
-    "response.completed": shapes.ResponseCompletedEvent,
-    "response.incomplete": shapes.ResponseIncompleteEvent,
-    "response.failed": shapes.ResponseFailedEvent,
-    "response.output_item.added": shapes.ResponseOutputItemAddedEvent,
-    "response.output_item.done": shapes.ResponseOutputItemDoneEvent,
-    "response.content_part.added": shapes.ResponseContentPartAddedEvent,
-    "response.content_part.done": shapes.ResponseContentPartDoneEvent,
-    "response.output_text.delta": shapes.ResponseTextDeltaEvent,
-    "response.output_text.done": shapes.ResponseTextDoneEvent,
-    "response.function_call_arguments.delta": shapes.ResponseFunctionCallArgumentsDeltaEvent,
-    "response.function_call_arguments.done": shapes.ResponseFunctionCallArgumentsDoneEvent,
-}

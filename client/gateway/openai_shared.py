@@ -1,25 +1,46 @@
 """What OpenAI's endpoints have in common: usage, log-probabilities, the last events.
 
-Shapes are the types of the `openai` package, so that conformity is theirs.
+Shapes are the types of the `openai` package, so that conformity is theirs. The chunks of a stream
+are filled into octets that those types made once: a token shall not cost a model.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
+from typing import Final
 
 import msgspec
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletionTokenLogprob
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from openai.types.completion_usage import PromptTokensDetails
+from pydantic import BaseModel
 
 from broker.protocol.messages import TokenLogprob, Usage
 from client.gateway.answers import IMPOSSIBLE
 from client.gateway.errors import GatewayError, error_body
 from client.gateway.generation import ChoiceEvent, Delta, Finish, Prompted
-from client.gateway.sse import Event
+from client.gateway.position import Position, Reader
+from client.gateway.sse import encode
 
-__all__ = ["UsageSoFar", "chat_logprobs", "error_event", "usage_of"]
+__all__ = [
+    "JSON",
+    "Chunks",
+    "UsageSoFar",
+    "chat_logprobs",
+    "dumped",
+    "error_event",
+    "usage_of",
+]
+
+#: For the text of a chunk.
+JSON: Final = msgspec.json.Encoder()
+
+
+def dumped(shape: BaseModel) -> bytes:
+    """A shape of the `openai` package as JSON."""
+    return shape.model_dump_json(exclude_unset=True, by_alias=True, warnings=False).encode()
 
 
 def usage_of(ends: Iterable[Usage], *, prompts: int = 1) -> CompletionUsage:
@@ -65,15 +86,56 @@ class UsageSoFar:
                 self._prompt_tokens[prompt] = event.end.usage.prompt_tokens
                 self._completion_tokens[event.choice] = event.end.usage.completion_tokens
 
-    @property
-    def usage(self) -> CompletionUsage | None:
-        """None as long as a prompt's length is not known."""
+    def usage(self) -> bytes:
+        """As JSON; null as long as a prompt's length is not known."""
         if len(self._prompt_tokens) < self._prompts:
-            return None
+            return b"null"
         prompt, completion = sum(self._prompt_tokens.values()), sum(self._completion_tokens)
-        return CompletionUsage(
-            prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
+        return b'{"completion_tokens":%d,"prompt_tokens":%d,"total_tokens":%d}' % (
+            completion,
+            prompt,
+            prompt + completion,
         )
+
+
+class Chunks:
+    """The chunks of one streamed answer, as events. What all have in common is written once."""
+
+    def __init__(
+        self,
+        shape: type[BaseModel],
+        kind: str,
+        model: str,
+        position: Position,
+        choices: int,
+        *,
+        with_usage: bool,
+        so_far: UsageSoFar | None,
+    ) -> None:
+        """`shape`: a type of the `openai` package, `kind` what it calls itself."""
+        empty = shape.model_construct(
+            id=position.answer, object=kind, created=int(time.time()), model=model, choices=[]
+        )
+        head, choices_, tail = dumped(empty).partition(b'"choices":[')
+        self._head = b"data: " + head + choices_
+        self._tail = tail.removesuffix(b"}")
+        self._with_usage = with_usage
+        self._so_far = so_far
+        self.reader = Reader(position, choices)
+
+    def event(self, choice: bytes) -> bytes:
+        """The chunk of one choice."""
+        usage = b""
+        if self._with_usage:
+            usage = b',"usage":' + (self._so_far.usage() if self._so_far is not None else b"null")
+        return self._event(choice, usage)
+
+    def last(self, usage: CompletionUsage) -> list[bytes]:
+        """What follows all choices: their usage, where it was asked for."""
+        return [self._event(b"", b',"usage":' + dumped(usage))] if self._with_usage else []
+
+    def _event(self, choice: bytes, usage: bytes) -> bytes:
+        return b"%b%b%b%b%b}\n\n" % (self.reader.next_id(), self._head, choice, self._tail, usage)
 
 
 def _finite(logprob: float | None) -> float:
@@ -100,6 +162,6 @@ def chat_logprobs(tokens: Iterable[TokenLogprob]) -> list[ChatCompletionTokenLog
     ]
 
 
-def error_event(error: GatewayError, request_id: str) -> Event:
+def error_event(error: GatewayError, request_id: str) -> bytes:
     """The last event but one of a stream that failed; OpenAI's SDKs raise it."""
-    return Event(msgspec.json.encode(error_body(error, request_id)).decode())
+    return encode(msgspec.json.encode(error_body(error, request_id)))

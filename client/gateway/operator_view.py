@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
@@ -18,7 +17,7 @@ from client import BusError
 from client.gateway.errors import GatewayError, error_body
 from client.gateway.openai_models import visible_models
 from client.gateway.requests import parse
-from client.gateway.sse import Event
+from client.gateway.sse import Source, encode
 from client.gateway.visit import Visit
 
 if TYPE_CHECKING:
@@ -102,14 +101,14 @@ async def live(visit: Visit) -> Response:
     visit.check_operator()
     gateway = visit.gateway
 
-    async def looks() -> AsyncGenerator[Event, None]:
+    async def looks() -> Source:
         while True:
-            yield Event(await gateway.overview.text(gateway))
+            yield [encode(await gateway.overview.text(gateway))]
             await asyncio.sleep(INTERVAL_S)
 
-    def failed(error: GatewayError) -> list[Event]:
-        text = msgspec.json.encode(error_body(error, visit.request_id)).decode()
-        return [Event(text, event="failed")]
+    def failed(error: GatewayError) -> list[bytes]:
+        told = msgspec.json.encode(error_body(error, visit.request_id))
+        return [encode(told, event="failed")]
 
     return visit.stream(looks(), failed)
 

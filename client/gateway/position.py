@@ -1,7 +1,8 @@
 """Where the reader of a streamed answer is: the event's id, which comes back as `Last-Event-ID`.
 
 The answer's id holds the seed, from which, with the request, the answer follows: any gateway makes
-it again and goes on behind what was read. Knows neither chat nor completions.
+it again and goes on behind what was read. `Reader` counts what goes out. Knows neither chat nor
+completions.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 from client.gateway.errors import invalid
 
-__all__ = ["Position"]
+__all__ = ["Position", "Reader"]
 
 _POSITION = re.compile(
     r"(?P<answer>(?P<prefix>[a-z]+-)(?P<seed>[0-9a-f]{16})[0-9a-f]{16}):(?P<events>\d{1,9})"
@@ -50,13 +51,6 @@ class Position:
         return cls(found["answer"], int(found["events"]), atoms)
 
     @property
-    def event_id(self) -> str | None:
-        """None where too many choices run at once to say where each is."""
-        if len(self.read_atoms) > _MAX_CHOICES:
-            return None
-        return f"{self.answer}:{self.events}:{'-'.join(map(str, self.read_atoms))}"
-
-    @property
     def seed(self) -> int:
         """What the answer follows from, beside the request."""
         return int(self.answer.partition("-")[2][:16], 16)
@@ -64,3 +58,32 @@ class Position:
     def atoms_of(self, choices: int) -> list[int]:
         """`read_atoms` for so many choices."""
         return [*self.read_atoms, *[0] * choices][:choices]
+
+
+class Reader:
+    """What the reader of a running answer has: nothing of it is sent again."""
+
+    def __init__(self, position: Position, choices: int) -> None:
+        self._prefix = f"id: {position.answer}:"
+        self._events = position.events
+        self._skip = position.atoms_of(choices)
+        #: For each choice: atoms that the reader has or gets with the event in hand.
+        self.sent = list(self._skip)
+
+    def skipped(self, choice: int, atoms: int) -> int:
+        """How many of the next atoms of a choice the reader has; the others count as sent."""
+        skipped = min(atoms, self._skip[choice])
+        self._skip[choice] -= skipped
+        self.sent[choice] += atoms - skipped
+        return skipped
+
+    def is_behind(self, choice: int) -> bool:
+        """The choice is past everything that the reader had."""
+        return not self._skip[choice]
+
+    def next_id(self) -> bytes:
+        """The line of the next event's id; none where too many choices run to say where each is."""
+        self._events += 1
+        if len(self.sent) > _MAX_CHOICES:
+            return b""
+        return f"{self._prefix}{self._events}:{'-'.join(map(str, self.sent))}\n".encode()

@@ -16,15 +16,18 @@ import asyncio
 import contextlib
 import dataclasses
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from broker.protocol.errors import ErrorCode
 from client.gateway.errors import GatewayError, describe
-from client.gateway.sse import Event
+from client.gateway.sse import Source
 
 __all__ = ["Kept", "Store", "Transcript"]
+
+#: Events that a reader who comes back gets in one write.
+_READ_EVENTS: Final = 64
 
 
 class Transcript:
@@ -32,14 +35,14 @@ class Transcript:
 
     def __init__(
         self,
-        source: AsyncGenerator[Event, None],
-        on_error: Callable[[GatewayError], list[Event]],
+        source: Source,
+        on_error: Callable[[GatewayError], list[bytes]],
         *,
         grace_s: float | None,
         on_end: Callable[[], None],
     ) -> None:
         """`grace_s`: how long it runs while nobody reads; None: to its end."""
-        self._events: list[Event] = []
+        self._events: list[bytes] = []
         self._on_error = on_error
         self._grace_s = grace_s
         self._on_end = on_end
@@ -51,32 +54,31 @@ class Transcript:
         self.size_bytes = 0
         self._task = asyncio.create_task(self._run(source))
 
-    async def _run(self, source: AsyncGenerator[Event, None]) -> None:
+    async def _run(self, source: Source) -> None:
         try:
             async with contextlib.aclosing(source):
-                async for event in source:
-                    self._append(event)
+                async for events in source:
+                    self._append(events)
         except Exception as error:
             if not self._events:
                 # Its reader still waits for the status line.
                 self._first_error = error
-            for event in self._on_error(describe(error)):
-                self._append(event)
+            self._append(self._on_error(describe(error)))
         finally:
             self.over = True
             self._wake()
             self._on_end()
 
-    def _append(self, event: Event) -> None:
-        self._events.append(event)
-        self.size_bytes += len(event.data)
+    def _append(self, events: Sequence[bytes]) -> None:
+        self._events += events
+        self.size_bytes += sum(map(len, events))
         self._wake()
 
     def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def read(self, after: int = 0) -> AsyncGenerator[Event, None]:
+    async def read(self, after: int = 0) -> Source:
         """The events behind number `after`, and those to come."""
         self._readers += 1
         if self._giving_up is not None:
@@ -85,12 +87,13 @@ class Transcript:
         position = after
         try:
             while True:
-                while position < len(self._events):
+                if position < len(self._events):
                     if self._first_error is not None and position == 0:
                         raise self._first_error
-                    event = self._events[position]
-                    position += 1
-                    yield event
+                    behind = self._events[position : position + _READ_EVENTS]
+                    position += len(behind)
+                    yield behind
+                    continue
                 if self.over:
                     return
                 await self._changed.wait()

@@ -1,17 +1,17 @@
 """Server-sent events: framing, keep-alives, and noticing at once that the reader is gone.
 
-`EventStream` is the one way from a stream of events to an HTTP answer. The status line waits for
-the first event, so that a request which fails at once gets a real HTTP status; a request that waits
-longer gets its headers and comment lines, which keep proxies and readers from giving up. When the
-reader goes away the source is closed, which cancels at the worker.
+`EventStream` is the one way from a stream of events to an HTTP answer. Events that come together go
+out in one write. The status line waits for the first event, so that a request which fails at once
+gets a real HTTP status; a request that waits longer gets its headers and comment lines, which keep
+proxies and readers from giving up. When the reader goes away the source is closed, which cancels at
+the worker. A slow reader holds the source back.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Final, TypeVar
 
 from starlette.responses import Response
@@ -20,37 +20,24 @@ from starlette.types import Message, Receive, Scope, Send
 from broker.protocol.errors import ErrorCode
 from client.gateway.errors import GatewayError, describe, error_response
 
-__all__ = ["DONE", "KEEP_ALIVE", "Event", "EventStream", "encode", "until_disconnect"]
+__all__ = ["DONE", "KEEP_ALIVE", "EventStream", "Source", "encode", "until_disconnect"]
 
 KEEP_ALIVE: Final = b": keep-alive\n\n"
 
-#: Events between the source and the socket; a reader that is slower holds the source back.
-_QUEUED_EVENTS: Final = 64
 
-
-@dataclass(frozen=True, slots=True)
-class Event:
+def encode(data: str | bytes, *, event: str | None = None, id_: str | None = None) -> bytes:
     """One event. `data` is one line (JSON has no raw newline)."""
-
-    data: str
-    event: str | None = None
-    id: str | None = None
-
-
-DONE = Event("[DONE]")
+    octets = data.encode() if isinstance(data, str) else data
+    lines = "" if id_ is None else f"id: {id_}\n"
+    if event is not None:
+        lines += f"event: {event}\n"
+    return b"%bdata: %b\n\n" % (lines.encode(), octets)
 
 
-def encode(event: Event) -> bytes:
-    """The octets of one event."""
-    lines = ""
-    if event.id is not None:
-        lines += f"id: {event.id}\n"
-    if event.event is not None:
-        lines += f"event: {event.event}\n"
-    return f"{lines}data: {event.data}\n\n".encode()
+DONE: Final = encode(b"[DONE]")
 
-
-Source = AsyncGenerator[Event, None]
+#: Encoded events, those together that came together; a batch is never empty.
+Source = AsyncGenerator[Sequence[bytes], None]
 
 
 class EventStream(Response):
@@ -64,7 +51,7 @@ class EventStream(Response):
         self,
         source: Source,
         *,
-        on_error: Callable[[GatewayError], list[Event]],
+        on_error: Callable[[GatewayError], list[bytes]],
         request_id: str,
         keep_alive_s: float,
         headers: dict[str, str] | None = None,
@@ -78,83 +65,88 @@ class EventStream(Response):
         self._on_error = on_error
         self._request_id = request_id
         self._keep_alive_s = keep_alive_s
+        self._started = False
+        #: The source is waited for since then; None while the socket is.
+        self._silent_since_s: float | None = None
+        #: A comment on its way.
+        self._comment: asyncio.Task[None] | None = None
         #: What became of it, for the log and the metrics: a status, 499 when the reader left.
         self.outcome = 200
         self.failure: GatewayError | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # One task drives the source from start to end, as asynchronous generators need it.
         writer = asyncio.create_task(self._write(scope, receive, send))
         leaving = asyncio.create_task(_disconnected(receive))
         try:
-            await asyncio.wait({writer, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            while not (writer.done() or leaving.done()):
+                await asyncio.wait(
+                    {writer, leaving},
+                    timeout=self._keep_alive_in_s(send),
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
             if not writer.done():
                 self.outcome = 499
         finally:
-            leaving.cancel()
-            writer.cancel()
-            await asyncio.gather(leaving, writer, return_exceptions=True)
+            tasks = {writer, leaving} if self._comment is None else {writer, leaving, self._comment}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _keep_alive_in_s(self, send: Send) -> float:
+        """Begin a comment if one is due; how long until the next may be."""
+        if self._silent_since_s is None or self._comment is not None:
+            return self._keep_alive_s
+        now_s = asyncio.get_running_loop().time()
+        left_s = self._silent_since_s + self._keep_alive_s - now_s
+        if left_s > 0:
+            return left_s
+        self._silent_since_s = now_s
+        self._comment = asyncio.create_task(self._tell(send, KEEP_ALIVE))
+        self._comment.add_done_callback(self._commented)
+        return self._keep_alive_s
+
+    def _commented(self, task: asyncio.Task[None]) -> None:
+        self._comment = None
 
     async def _write(self, scope: Scope, receive: Receive, send: Send) -> None:
-        queue: asyncio.Queue[bytes | BaseException | None] = asyncio.Queue(_QUEUED_EVENTS)
-        # One task drives the source from start to end, as asynchronous generators need it.
-        reader = asyncio.create_task(self._read(queue))
-        started = False
-        try:
-            while True:
-                try:
-                    async with asyncio.timeout(self._keep_alive_s):
-                        item = await queue.get()
-                except TimeoutError:
-                    item = KEEP_ALIVE
-                if isinstance(item, BaseException) and not started:
-                    self.failure = describe(item)
-                    self.outcome = self.failure.status
-                    await error_response(self.failure, self._request_id)(scope, receive, send)
-                    return
-                if not started:
-                    started = True
-                    await self._start(send)
-                octets, over = self._gathered(item, queue)
-                await send({"type": "http.response.body", "body": octets, "more_body": not over})
-                if over:
-                    return
-        finally:
-            reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
-
-    async def _read(self, queue: asyncio.Queue[bytes | BaseException | None]) -> None:
-        try:
-            async with contextlib.aclosing(self._source):
-                async for event in self._source:
-                    await queue.put(encode(event))
-        except Exception as error:
-            await queue.put(error)
+        async with contextlib.aclosing(self._source) as source:
+            while events := await self._next(source):
+                await self._tell(send, b"".join(events))
+        if self.failure is None:
+            await self._tell(send, b"", over=True)
+        elif self._started:
+            await self._tell(send, b"".join(self._on_error(self.failure)), over=True)
         else:
-            await queue.put(None)
+            await error_response(self.failure, self._request_id)(scope, receive, send)
 
-    def _gathered(
-        self,
-        item: bytes | BaseException | None,
-        queue: asyncio.Queue[bytes | BaseException | None],
-    ) -> tuple[bytes, bool]:
-        """The octets of `item` and of all that is ready, and whether they are the last."""
-        octets = b""
-        while True:
-            if isinstance(item, BaseException):
-                told = self.failure = describe(item)
-                self.outcome = told.status
-                return octets + b"".join(map(encode, self._on_error(told))), True
-            if item is None:
-                return octets, True
-            octets += item
-            if queue.empty():
-                return octets, False
-            item = queue.get_nowait()
+    async def _next(self, source: Source) -> Sequence[bytes]:
+        """The events that come next; none when it is over or failed."""
+        self._silent_since_s = asyncio.get_running_loop().time()
+        events: Sequence[bytes] = ()
+        try:
+            events = await anext(source)
+        except StopAsyncIteration:
+            pass
+        except Exception as error:
+            self.failure = describe(error)
+            self.outcome = self.failure.status
+        self._silent_since_s = None
+        if self._comment is not None:
+            await asyncio.wait({self._comment})
+        return events
 
-    async def _start(self, send: Send) -> None:
-        await send(
-            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-        )
+    async def _tell(self, send: Send, octets: bytes, *, over: bool = False) -> None:
+        if not self._started:
+            self._started = True
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": self.status_code,
+                    "headers": self.raw_headers,
+                }
+            )
+        await send({"type": "http.response.body", "body": octets, "more_body": not over})
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -166,15 +158,15 @@ async def _disconnected(receive: Receive) -> None:
 T = TypeVar("T")
 
 
-async def until_disconnect(work: AsyncGenerator[T, None], receive: Receive) -> list[T]:
-    """Everything that `work` yields, for an answer that is not streamed.
+async def until_disconnect(work: AsyncGenerator[Sequence[T], None], receive: Receive) -> list[T]:
+    """Everything in the batches of `work`, for an answer that is not streamed.
 
     Raises GatewayError(cancelled) as soon as the HTTP client is gone, after `work` was closed.
     """
 
     async def gather() -> list[T]:
         async with contextlib.aclosing(work):
-            return [item async for item in work]
+            return [item async for batch in work for item in batch]
 
     working = asyncio.create_task(gather())
     leaving = asyncio.create_task(_disconnected(receive))

@@ -18,29 +18,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
 from enum import Enum, auto
+
+from msgspec import Struct
 
 __all__ = ["Arguments", "CallStart", "Piece", "Text", "ToolCallParser"]
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
+class Text(Struct, frozen=True):
     """Text outside of any call."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class CallStart:
+class CallStart(Struct, frozen=True):
     """A call of the tool `name` begins; `index` counts the calls of the answer."""
 
     index: int
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class Arguments:
+class Arguments(Struct, frozen=True):
     """More of the JSON text of the arguments of call `index`."""
 
     index: int

@@ -13,7 +13,7 @@ import datetime
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +30,9 @@ from broker.protocol.tracing import TRACE_KEYS
 from client import AsyncStream, Embeddings
 from client.gateway.convert import Call
 from client.gateway.errors import GatewayError, describe, error_response, invalid, too_large
-from client.gateway.generation import RETRY, ChoiceEvent, generate
+from client.gateway.generation import RETRY, Batches, generate
 from client.gateway.keys import ANYBODY, Key, Usage
-from client.gateway.sse import Event, EventStream
+from client.gateway.sse import EventStream, Source
 from client.gateway.traces import HttpSpan
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class Visit:
             }
         )
 
-    def generate(self, calls: Sequence[Call]) -> AsyncGenerator[ChoiceEvent, None]:
+    def generate(self, calls: Sequence[Call]) -> Batches:
         """Run requests of the bus for this one; see `generation.generate`."""
         trace = self._trace()
         spans = []
@@ -207,8 +207,8 @@ class Visit:
 
     def stream(
         self,
-        source: AsyncGenerator[Event, None],
-        on_error: Callable[[GatewayError], list[Event]],
+        source: Source,
+        on_error: Callable[[GatewayError], list[bytes]],
         headers: dict[str, str] | None = None,
     ) -> EventStream:
         """The HTTP answer that sends the events of `source`."""
@@ -302,7 +302,8 @@ class Endpoint:
             )
         outcome = 500
 
-        async def tell(message: Message) -> None:
+        # Not a coroutine of its own: most of its calls are parts of a body, passed on as they are.
+        def tell(message: Message) -> Awaitable[None]:
             nonlocal outcome
             if message["type"] == "http.response.start":
                 outcome = message["status"]
@@ -313,7 +314,7 @@ class Endpoint:
                     *message["headers"],
                     *((name.encode(), value.encode()) for name, value in added),
                 ]
-            await send(message)
+            return send(message)
 
         try:
             if gateway.keys is not None and not self._public:

@@ -117,6 +117,35 @@ def test_the_async_face_does_the_same() -> None:
         asyncio.run(talk(broker.address))
 
 
+def test_a_batch_is_all_that_came_and_an_error_waits_for_its_turn() -> None:
+    error = ErrorInfo(code="engine_error", message="scripted")
+
+    def fails(broker: ScriptedBroker, id_: bytes, request: messages.Request, _: object) -> None:
+        broker.send(Type.ACCEPTED, id_, messages.Accepted(worker="w1"))
+        broker.output(
+            tokens(id_, "ab"), tokens(id_, "c", offset=2), messages.FailEvent(id_, 0, 3, error)
+        )
+
+    async def talk(address: str) -> list[StreamEvent]:
+        got: list[StreamEvent] = []
+        async with AsyncClient(address, retry=NO_RETRY) as client:
+            stream = await client.chat("demo", "x", stream=True)
+            with pytest.raises(BusError, match="scripted"):
+                async for batch in stream.batches:
+                    assert batch
+                    got += batch
+                    if isinstance(batch[-1], Tokens):
+                        assert [event.text for event in batch[-2:]] == ["ab", "c"]
+        return got
+
+    with ScriptedBroker(fails) as broker:
+        assert [type(event) for event in asyncio.run(talk(broker.address))] == [
+            Started,
+            Tokens,
+            Tokens,
+        ]
+
+
 def test_sixty_four_streams_at_once_on_each_face() -> None:
     texts = [f"stream number {n}" for n in range(64)]
 
