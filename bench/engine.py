@@ -40,7 +40,7 @@ import torch
 
 from bench import engine_served, engine_situations
 from bench.common import Report, Row, integers, interleave, options, repeats
-from bench.engine_cases import SIZES, Setting, paired, peers, run_engine, shorter
+from bench.engine_cases import SIZES, Load, Setting, paired, peers, run_engine
 
 Case = Callable[[Setting], None]
 
@@ -54,7 +54,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--size", choices=tuple(SIZES), help="model; default 32m, 3b on a GPU")
     parser.add_argument("--streams", type=integers, help="default 1,4,16,32,64; 1,16,64 on a GPU")
     parser.add_argument("--prompt", type=integers, default=[4, 12], help="shortest,longest; tokens")
-    parser.add_argument("--new", type=int, help="tokens of each answer; default 64, --quick 32")
+    parser.add_argument("--new", type=int, help="tokens of each answer; default: each case's own")
     parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU")
     parser.add_argument("--shared", type=int, default=512, help="tokens of the shared prefix")
     parser.add_argument("--gap-prompt", type=int, default=8000, help="tokens of the long prompt")
@@ -104,13 +104,17 @@ def throughput(setting: Setting) -> None:
         runners = peers(setting.model, setting.tokenizer, max(count, 4))
         # One stream: plain generate() is the limit. Many: it only repeats what one stream shows.
         left_out = arguments.without | {"generate_threads" if count == 1 else "generate"}
-        few = shorter(count, new)
+        whole = Load(count, new)
+        queued = whole.for_a_queue(arguments.quick)
+        loads = {"generate_threads": queued}
         cases: dict[str, Callable[[int], dict[str, float]]] = {
-            "tokenbus": lambda n, p=prompts: run_engine(engine, p, min(n, new))  # type: ignore[misc]
+            "tokenbus": lambda n, p=prompts: run_engine(engine, p, n)  # type: ignore[misc]
         }
-        for name in runners.keys() - left_out:
-            length = few if name == "generate_threads" else new
-            cases[name] = lambda n, p=prompts, r=runners[name], m=length: r(p, min(n, m))  # type: ignore[misc]
+        for name in (name for name in runners if name not in left_out):
+            load = loads.get(name, whole)
+            cases[name] = lambda n, r=runners[name], p=prompts[: load.streams], m=load.tokens: r(  # type: ignore[misc]
+                p, min(n, m)
+            )
         for name in list(cases):
             try:
                 # Short: what each does only once.
@@ -122,12 +126,11 @@ def throughput(setting: Setting) -> None:
                 report.note(f"{name} at {count} streams: {type(error).__name__}: {cause}")
                 del cases[name]
         # One stream is compared to within a few percent: it takes more rounds.
-        rounds = repeats(arguments) * (2 if count == 1 else 1)
+        rounds = repeats(arguments) + (1 if count == 1 else 0)
         seen = interleave({name: lambda r=run: r(new) for name, run in cases.items()}, rounds)
         own = seen.pop("tokenbus")
         common = {"streams": count, "model": setting.size}
         for name, figures in seen.items():
-            shorter_ones = few if name == "generate_threads" and few < new else None
             for figure in ("tokens_per_s", "tokens_per_cpu_s"):
                 report.add(
                     f"engine_{figure}",
@@ -135,7 +138,7 @@ def throughput(setting: Setting) -> None:
                     figure.replace("_per_", "/").replace("_", " "),
                     peer=name,
                     against=paired(own[figure], figures[figure]),
-                    peer_answer=shorter_ones,
+                    **loads.get(name, whole).smaller(whole),
                     **common,
                 )
         if not seen:
@@ -147,7 +150,7 @@ def throughput(setting: Setting) -> None:
             "ms",
             peer="generate_threads" if threads else None,
             against=threads,
-            peer_answer=few if threads and few < new else None,
+            **(queued if threads else whole).smaller(whole),
             **common,
         )
         report.add("engine_gap_ms", own["gap_ms"], "ms", **common)

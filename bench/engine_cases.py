@@ -42,6 +42,7 @@ from worker.engines.transformers.settings import EngineSettings
 __all__ = [
     "KV_TOKENS",
     "SIZES",
+    "Load",
     "Setting",
     "Shape",
     "build_engine",
@@ -53,7 +54,6 @@ __all__ = [
     "run_engine",
     "run_generate_pictures",
     "run_pictures",
-    "shorter",
     "token_job",
 ]
 
@@ -61,8 +61,10 @@ FASTCHAT_THREADS = 5
 """FastChat's default limit of concurrent `generate()` calls in one worker."""
 KV_TOKENS = 100_000
 """Key and value tokens of our engine on a CPU."""
-QUEUED_TOKENS = 512
-"""What a peer writes in one run that answers one by one, or five by five."""
+QUEUED_TOKENS = {False: 256, True: 80}
+"""What a peer writes in one run that answers one by one or five by five, without and with
+--quick: its rate depends neither on the length of answers nor on how many wait for theirs."""
+LEAST_ANSWER = 8
 
 
 @dataclass(frozen=True)
@@ -252,9 +254,27 @@ class Setting:
         ]
 
 
-def shorter(count: int, new_tokens: int) -> int:
-    """Answers of a peer whose rate depends neither on their length nor on how many wait."""
-    return max(8, min(new_tokens, QUEUED_TOKENS // count))
+@dataclass(frozen=True)
+class Load:
+    """Streams at once, and tokens of each answer."""
+
+    streams: int
+    tokens: int
+
+    def for_a_queue(self, quick: bool) -> Load:
+        """What a peer gets that answers one by one or five by five. That its first tokens wait for
+        shorter answers is to its advantage."""
+        limit = QUEUED_TOKENS[quick]
+        least = min(LEAST_ANSWER, self.tokens)
+        streams = min(self.streams, limit // least)
+        return Load(streams, max(least, min(self.tokens, limit // streams)))
+
+    def smaller(self, whole: Load) -> dict[str, int | None]:
+        """Parameters of a row whose peer had this load and we the whole."""
+        return {
+            "peer_streams": self.streams if self.streams < whole.streams else None,
+            "peer_answer": self.tokens if self.tokens < whole.tokens else None,
+        }
 
 
 def paired(own: Sample, peer: Sample) -> float:

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from bench import systems
 from bench.common import Process, Report, Sample, free_port, python, repeats, wait_port
-from bench.engine_cases import KV_TOKENS, Setting, paired, run_engine, shorter
+from bench.engine_cases import KV_TOKENS, Load, Setting, paired, run_engine
 from bench.stream import run
 from bench.systems import Arrivals, Unavailable, pids
 
@@ -56,6 +57,7 @@ def save(setting: Setting) -> Iterator[Folder]:
     """Write model and tokenizer as `from_pretrained` reads them."""
     with tempfile.TemporaryDirectory(prefix="tb-model-") as name:
         path = Path(name) / "bench"
+        disable_progress_bar()
         setting.model.save_pretrained(path)
         setting.tokenizer.save_pretrained(path)
         # The class that every release of transformers knows, whatever this one calls it.
@@ -202,18 +204,20 @@ async def _served(setting: Setting, folder: Folder) -> None:
             except Exception as error:
                 report.note(f"{name} was not measured: {_short(error)}")
         for count in setting.counts:
-            lengths = {
-                name: shorter(count, new) if name in ONE_BY_ONE else new for name in systems_open
-            }
+            whole = Load(count, new)
+            queued = whole.for_a_queue(arguments.quick)
+            loads = {name: queued if name in ONE_BY_ONE else whole for name in systems_open}
             asked = setting.text_prompts(count, seed=count)
             seen: dict[str, dict[str, list[float]]] = {name: {} for name in systems_open}
             # The first round is short: what each does only once.
-            for round_ in range(-1, repeats(arguments)):
+            for round_ in range(-1, min(3, repeats(arguments))):
                 for name in list(seen):
-                    system = systems_open[name]
+                    system, load = systems_open[name], loads[name]
+                    if round_ < 0:
+                        load = Load(load.streams, 2)
                     system.prompts = itertools.cycle(asked)
                     try:
-                        figures = await run(system, count, lengths[name] if round_ >= 0 else 2)
+                        figures = await run(system, load.streams, load.tokens)
                     except Exception as error:
                         if name in OURS:
                             raise
@@ -223,13 +227,12 @@ async def _served(setting: Setting, folder: Folder) -> None:
                     figures["tokens_per_cpu_s"] = 1e6 / figures["all_us"]
                     for figure, value in figures.items() if round_ >= 0 else ():
                         seen[name].setdefault(figure, []).append(value)
-            _add_served(report, seen, lengths, count)
+            _add_served(report, seen, loads)
 
 
 OURS = ("bus", "gateway")
 ONE_BY_ONE = frozenset({"fastchat", "transformers_serve"})
-"""One request after the other, or five at once: their rate does not depend on an answer's length,
-and their first tokens come the earlier the shorter the answers are that they wait for."""
+"""One request after the other, or five at once."""
 
 
 def _short(error: Exception) -> str:
@@ -239,13 +242,14 @@ def _short(error: Exception) -> str:
 
 
 def _add_served(
-    report: Report, seen: dict[str, dict[str, list[float]]], lengths: dict[str, int], count: int
+    report: Report, seen: dict[str, dict[str, list[float]]], loads: dict[str, Load]
 ) -> None:
     samples = {
         name: {figure: Sample(tuple(values)) for figure, values in figures.items()}
         for name, figures in seen.items()
     }
     own = {name: samples.pop(name) for name in OURS}
+    whole = loads["bus"]
     for path, figures in own.items():
         for figure, name, unit in (
             ("tokens_per_s", "engine_served_tokens_per_s", "tokens/s"),
@@ -253,9 +257,8 @@ def _add_served(
             ("ttft_ms_p50", "engine_served_ttft_ms", "ms"),
         ):
             if not samples:
-                report.add(name, figures[figure], unit, path=path, streams=count)
+                report.add(name, figures[figure], unit, path=path, streams=whole.streams)
             for peer, others in samples.items():
-                shorter_ones = lengths[peer] if lengths[peer] != lengths[path] else None
                 report.add(
                     name,
                     figures[figure],
@@ -263,8 +266,8 @@ def _add_served(
                     peer=peer,
                     against=paired(figures[figure], others[figure]),
                     path=path,
-                    streams=count,
-                    peer_answer=shorter_ones,
+                    streams=whole.streams,
+                    **loads[peer].smaller(whole),
                 )
 
 
@@ -276,7 +279,9 @@ def bus(setting: Setting) -> None:
 
 
 async def _bus(setting: Setting, folder: Folder) -> None:
-    engine, new = setting.engine, setting.arguments.new or (32 if setting.arguments.quick else 64)
+    engine, quick = setting.engine, setting.arguments.quick
+    # Long answers: the share is a step's, not a request's.
+    new = setting.arguments.new or (32 if quick else 128)
 
     def alone(prompts: list[list[int]], tokens: int) -> dict[str, float]:
         # OpenMP keeps this number by thread.
@@ -295,7 +300,7 @@ async def _bus(setting: Setting, folder: Folder) -> None:
                     system.prompts = itertools.cycle(texts)
                     through: list[dict[str, float]] = []
                     within: list[dict[str, float]] = []
-                    for round_ in range(-1, repeats(setting.arguments)):
+                    for round_ in range(-1, 2 if quick else repeats(setting.arguments)):
                         tokens = new if round_ >= 0 else 4
                         # In a thread: the client's heartbeats go on.
                         in_process = await asyncio.to_thread(alone, prompts, tokens)
