@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import logging
 import os
 import signal
@@ -14,12 +15,15 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from client import BusError
 from client.gateway.config import PREFIX, Config, ConfigError, parse_args
 from client.gateway.keys import KeyFile, KeyFileError, add_key, remove_key
 
 PROGRAM = "python -m client.gateway"
+GC_THRESHOLD: Final = 50_000
+"""Objects made before cycles are looked for."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,6 +83,11 @@ def _serve(config: Config) -> int:
             timeout_graceful_shutdown=int(config.shutdown_s) or 1,
         )
     )
+    # Whatever a stream makes dies with its last reference: looked at rarely, and never again what
+    # was imported.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD)
     # The server handles signals while it runs and raises them again afterwards: a stop that was
     # asked for is a success.
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -90,16 +90,16 @@ class ChatChoice:
             self.usage, self.finish_reason = event.end.usage, event.end.finish_reason
             pieces = self.parser.finish() if self.parser is not None else []
         else:
-            self.logprobs += event.logprobs or []
+            if event.logprobs:
+                self.logprobs += event.logprobs
             pieces = self.parser.feed(event.text) if self.parser else [tools.Text(event.text)]
         for part in pieces:
-            match part:
-                case tools.Text():
-                    self.texts.append(part.text)
-                case tools.CallStart():
-                    self.calls.append(Call(new_id("call_"), part.name))
-                case tools.Arguments():
-                    self.calls[part.index].arguments += part.text
+            if isinstance(part, tools.Text):
+                self.texts.append(part.text)
+            elif isinstance(part, tools.CallStart):
+                self.calls.append(Call(new_id("call_"), part.name))
+            else:
+                self.calls[part.index].arguments += part.text
         return pieces
 
     @property

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 
-class Delta(Struct, frozen=True):
+class Delta(Struct, frozen=True, gc=False):
     """New text of a choice; `logprobs` are of the tokens of this delta, where asked for."""
 
     choice: int

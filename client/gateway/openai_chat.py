@@ -32,7 +32,7 @@ from client.gateway import tools
 from client.gateway.answers import ChatChoice, parser_for, pick_seed
 from client.gateway.convert import chat_call, seeded, wants_usage_so_far
 from client.gateway.errors import GatewayError
-from client.gateway.generation import Batches, ChoiceEvent, Delta, Finish
+from client.gateway.generation import Batches, ChoiceEvent, Delta, Finish, Prompted
 from client.gateway.openai_shared import (
     JSON,
     Chunks,
@@ -143,15 +143,14 @@ class _Answer:
         """Account for one event of the bus."""
         if self._so_far is not None:
             self._so_far.take(event)
+        if isinstance(event, Prompted):
+            return []
         if isinstance(event, Delta):
             self._visit.saw_token()
-        if not isinstance(event, Delta | Finish):
-            return []
-        pieces = self._choices[event.choice].take(event)
-        if isinstance(event, Finish):
+        else:
             self._visit.completion_tokens += event.end.usage.completion_tokens
             self._visit.prompt_tokens = event.end.usage.prompt_tokens
-        return pieces
+        return self._choices[event.choice].take(event)
 
     def complete(self) -> str:
         """The answer that is not streamed."""
@@ -207,7 +206,7 @@ class _Answer:
     def _tell(self, event: ChoiceEvent, out: list[bytes]) -> None:
         """Account for one event of the bus, and add what the reader hears of it."""
         pieces = self.take(event)
-        if not isinstance(event, Delta | Finish):
+        if isinstance(event, Prompted):
             return
         index = event.choice
         if index not in self._greeted:

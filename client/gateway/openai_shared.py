@@ -113,29 +113,32 @@ class Chunks:
         so_far: UsageSoFar | None,
     ) -> None:
         """`shape`: a type of the `openai` package, `kind` what it calls itself."""
-        empty = shape.model_construct(
+        empty = shape(
             id=position.answer, object=kind, created=int(time.time()), model=model, choices=[]
         )
-        head, choices_, tail = dumped(empty).partition(b'"choices":[')
-        self._head = b"data: " + head + choices_
-        self._tail = tail.removesuffix(b"}")
+        head, before, behind = dumped(empty).replace(b"%", b"%%").partition(b'"choices":[')
+        self.reader = Reader(position, choices)
+        #: To be filled with the id, the choice and the usage.
+        self._format = (
+            self.reader.id_line
+            + (b"data: " + head + before + b"%b")
+            + (behind.removesuffix(b"}") + b"%b}\n\n")
+        )
         self._with_usage = with_usage
         self._so_far = so_far
-        self.reader = Reader(position, choices)
 
     def event(self, choice: bytes) -> bytes:
         """The chunk of one choice."""
         usage = b""
         if self._with_usage:
             usage = b',"usage":' + (self._so_far.usage() if self._so_far is not None else b"null")
-        return self._event(choice, usage)
+        return self._format % (*self.reader.next_id(), choice, usage)
 
     def last(self, usage: CompletionUsage) -> list[bytes]:
         """What follows all choices: their usage, where it was asked for."""
-        return [self._event(b"", b',"usage":' + dumped(usage))] if self._with_usage else []
-
-    def _event(self, choice: bytes, usage: bytes) -> bytes:
-        return b"%b%b%b%b%b}\n\n" % (self.reader.next_id(), self._head, choice, self._tail, usage)
+        if not self._with_usage:
+            return []
+        return [self._format % (*self.reader.next_id(), b"", b',"usage":' + dumped(usage))]
 
 
 def _finite(logprob: float | None) -> float:

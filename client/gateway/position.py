@@ -64,15 +64,23 @@ class Reader:
     """What the reader of a running answer has: nothing of it is sent again."""
 
     def __init__(self, position: Position, choices: int) -> None:
-        self._prefix = f"id: {position.answer}:"
         self._events = position.events
         self._skip = position.atoms_of(choices)
         #: For each choice: atoms that the reader has or gets with the event in hand.
         self.sent = list(self._skip)
+        #: To be filled with `next_id`; empty where too many choices run to say where each is.
+        self.id_line = b""
+        if choices <= _MAX_CHOICES:
+            atoms = b"-".join([b"%d"] * choices)
+            self.id_line = b"id: %b:%%d:%b\n" % (position.answer.encode(), atoms)
 
     def skipped(self, choice: int, atoms: int) -> int:
         """How many of the next atoms of a choice the reader has; the others count as sent."""
-        skipped = min(atoms, self._skip[choice])
+        left = self._skip[choice]
+        if not left:
+            self.sent[choice] += atoms
+            return 0
+        skipped = min(atoms, left)
         self._skip[choice] -= skipped
         self.sent[choice] += atoms - skipped
         return skipped
@@ -81,9 +89,7 @@ class Reader:
         """The choice is past everything that the reader had."""
         return not self._skip[choice]
 
-    def next_id(self) -> bytes:
-        """The line of the next event's id; none where too many choices run to say where each is."""
+    def next_id(self) -> tuple[int, ...]:
+        """Of the event in hand."""
         self._events += 1
-        if len(self.sent) > _MAX_CHOICES:
-            return b""
-        return f"{self._prefix}{self._events}:{'-'.join(map(str, self.sent))}\n".encode()
+        return (self._events, *self.sent) if self.id_line else ()

@@ -25,20 +25,20 @@ from msgspec import Struct
 __all__ = ["Arguments", "CallStart", "Piece", "Text", "ToolCallParser"]
 
 
-class Text(Struct, frozen=True):
+class Text(Struct, frozen=True, gc=False):
     """Text outside of any call."""
 
     text: str
 
 
-class CallStart(Struct, frozen=True):
+class CallStart(Struct, frozen=True, gc=False):
     """A call of the tool `name` begins; `index` counts the calls of the answer."""
 
     index: int
     name: str
 
 
-class Arguments(Struct, frozen=True):
+class Arguments(Struct, frozen=True, gc=False):
     """More of the JSON text of the arguments of call `index`."""
 
     index: int
