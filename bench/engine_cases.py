@@ -164,7 +164,8 @@ def build_vision(shape: Shape, device: torch.device) -> tuple[Any, Any]:
         LlavaProcessor,
     )
 
-    tokenizer = build_tokenizer(shape.vocabulary)
+    # The picture's token takes the last id.
+    tokenizer = build_tokenizer(shape.vocabulary - 1)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
     image_id = tokenizer.convert_tokens_to_ids("<image>")
     text = build_config(shape, 4096)

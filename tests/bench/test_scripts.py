@@ -84,7 +84,8 @@ def test_start_measures_imports_and_first_requests() -> None:
 def test_engine_stands_beside_its_peers_alone_and_as_it_is_served() -> None:
     rows = run(
         "engine",
-        *("--only", "throughput,served,bus,shared", "--size", "3m", "--streams", "1,2"),
+        *("--only", "throughput,served,bus,shared,pictures"),
+        *("--size", "3m", "--streams", "1,2"),
         *("--new", "8", "--shared", "64"),
         *("--without", "transformers_cb,fastchat,transformers_serve,transformers_serve_cb"),
     )
@@ -102,6 +103,7 @@ def test_engine_stands_beside_its_peers_alone_and_as_it_is_served() -> None:
     assert all(row["value"] > 0 and row["peer_value"] == 3 for row in shares.values())
     (prefix,) = [row for row in rows if row["name"] == "engine_shared_prefix_ttft_ms"]
     assert prefix["peer"] == "no reuse"
+    assert any(row["name"] == "engine_pictures_tokens_per_s" for row in rows)
 
 
 def test_a_server_that_is_missing_is_a_note_and_the_others_are_measured() -> None:
