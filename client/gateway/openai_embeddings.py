@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from client import Embeddings
 from client.gateway.answers import packed
+from client.gateway.errors import invalid
 from client.gateway.requests import EmbeddingRequest, parse, texts_of
 from client.gateway.sse import until_disconnect
 from client.gateway.visit import Visit
@@ -32,6 +33,11 @@ async def embeddings(visit: Visit) -> Response:
         yield [await visit.embed(inputs, body.model, **options)]
 
     [made] = await until_disconnect(work(), visit.request.receive)
+    if body.dimensions not in (None, made.dimensions):
+        raise invalid(
+            "dimensions",
+            f"`dimensions` is not served by {body.model!r}: its vectors have {made.dimensions}.",
+        )
     as_text = body.encoding_format == "base64"
     answer = CreateEmbeddingResponse(
         object="list",

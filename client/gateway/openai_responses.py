@@ -33,7 +33,7 @@ from client.gateway.generation import Batches, ChoiceEvent, Delta, Finish
 from client.gateway.openai_shared import chat_logprobs, dumped
 from client.gateway.reattach import Kept, Transcript
 from client.gateway.requests import parse
-from client.gateway.responses_input import ResponseRequest, as_chat
+from client.gateway.responses_input import LOGPROBS, ResponseRequest, as_chat
 from client.gateway.sse import Source, encode, until_disconnect
 from client.gateway.visit import Visit
 
@@ -57,7 +57,11 @@ async def create_response(visit: Visit) -> Response:
     store = visit.gateway.store
     earlier: list[http.ChatMessage] = []
     if body.previous_response_id is not None:
-        kept = store.find(body.previous_response_id, visit.key.name, "response")
+        try:
+            kept = store.find(body.previous_response_id, visit.key.name, "response")
+        except GatewayError as error:
+            error.param = "previous_response_id"
+            raise
         earlier = kept.value.conversation()
     chat = as_chat(body, earlier)
     call = await chat_call(
@@ -96,7 +100,14 @@ async def get_response(visit: Visit) -> Response:
     """The response as it is now, or its events behind a number."""
     kept = _find(visit)
     query = visit.request.query_params
-    if query.get("stream") not in ("true", "1"):
+    # Log-probabilities are in the answer already, where they were asked for.
+    _check_query(visit, "stream", "starting_after", "include", "include[]", "include_obfuscation")
+    streamed = query.get("stream", "false").lower()
+    if streamed not in ("true", "1", "false", "0"):
+        raise invalid("stream", "`stream` is `true` or `false`.")
+    if streamed in ("false", "0"):
+        if "starting_after" in query:
+            raise invalid("starting_after", "`starting_after` needs `stream=true`.")
         return _json(kept.value.snapshot())
     if kept.transcript is None:
         raise invalid("stream", "Only a response made with `background: true` streams again.")
@@ -126,15 +137,47 @@ async def cancel_response(visit: Visit) -> Response:
 
 
 async def input_items(visit: Visit) -> Response:
-    """What the response was asked with."""
+    """A page of what the response was asked with; the latest item first, as OpenAI has it."""
     given = _find(visit).value.body.input
+    _check_query(visit, "after", "limit", "order", "include", "include[]")
+    query = visit.request.query_params
     if isinstance(given, str):
         given = [{"role": "user", "content": [{"type": "input_text", "text": given}]}]
     items = [{"type": "message", "id": f"item_{i}", **item} for i, item in enumerate(given)]
-    first, last = (items[0]["id"], items[-1]["id"]) if items else (None, None)
+    order, limit = query.get("order", "desc"), query.get("limit", "20")
+    if order not in ("asc", "desc"):
+        raise invalid("order", "`order` is `asc` or `desc`.")
+    if not limit.isdecimal() or not 1 <= int(limit) <= 100:
+        raise invalid("limit", "`limit` is a number from 1 to 100.")
+    if order == "desc":
+        items.reverse()
+    after = query.get("after")
+    if after is not None:
+        at = [index for index, item in enumerate(items) if item["id"] == after]
+        if not at:
+            raise invalid("after", f"`after` names {after!r}, which is no item of this response.")
+        items = items[at[0] + 1 :]
+    page = items[: int(limit)]
+    first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
     return JSONResponse(
-        {"object": "list", "data": items, "first_id": first, "last_id": last, "has_more": False}
+        {
+            "object": "list",
+            "data": page,
+            "first_id": first,
+            "last_id": last,
+            "has_more": len(page) < len(items),
+        }
     )
+
+
+def _check_query(visit: Visit, *known: str) -> None:
+    query = visit.request.query_params
+    for name in query:
+        if name not in known:
+            raise invalid(name, f"`{name}` is not a parameter of this endpoint; remove it.")
+    for entry in (*query.getlist("include"), *query.getlist("include[]")):
+        if entry != LOGPROBS:
+            raise invalid("include", f"`include` knows {LOGPROBS!r}, not {entry!r}.")
 
 
 def _find(visit: Visit) -> Kept:

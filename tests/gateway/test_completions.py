@@ -142,6 +142,17 @@ def test_embeddings_are_the_same_as_numbers_and_packed(client: openai.OpenAI) ->
     assert client.embeddings.create(model=MODEL, input=[1, 2, 3]).data[0].index == 0
 
 
+def test_dimensions_that_a_model_cannot_give_are_refused(client: openai.OpenAI) -> None:
+    """The engine here knows one length; an answer of another than was asked for is none."""
+    with pytest.raises(openai.BadRequestError, match="its vectors have 8") as caught:
+        client.embeddings.create(model=MODEL, input="x", dimensions=3)
+    assert caught.value.param == "dimensions"
+    [row] = client.embeddings.create(
+        model=MODEL, input="x", dimensions=8, encoding_format="float"
+    ).data
+    assert len(row.embedding) == 8
+
+
 def test_models_are_those_of_the_bus(client: openai.OpenAI, gateway: GatewayProcess) -> None:
     [model] = client.models.list().data
     assert (model.id, model.object, model.owned_by) == (MODEL, "model", "tokenbus")

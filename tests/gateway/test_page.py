@@ -98,6 +98,12 @@ def test_a_newcomer_asks_about_the_picture_that_is_there(open_page: OpenPage) ->
     done(page)
     answer = page.locator(".message.assistant .body").last
     assert answer.inner_text() == "1 image: 240x240. What is in this image?"
+    # Asking again is offered without a mouse over the answer, further questions below it or not.
+    page.mouse.move(0, 0)
+    again = page.get_by_role("button", name="Answer again")
+    page.wait_for_function(
+        "node => getComputedStyle(node).opacity === '1'", arg=again.element_handle()
+    )
     # Further questions are at hand, each once, and the keyboard is back in the field.
     assert page.evaluate("document.activeElement.id") == "prompt"
     page.locator(".further").get_by_role("button").first.click()

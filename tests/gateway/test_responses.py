@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import httpx2 as httpx
 import openai
 import pytest
 
@@ -140,6 +141,42 @@ def test_a_response_is_kept_read_again_and_deleted(client: openai.OpenAI) -> Non
     client.responses.delete(made.id)
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(made.id)
+
+
+def test_items_come_in_pages_in_the_order_that_is_asked_for(client: openai.OpenAI) -> None:
+    said = [{"role": "user", "content": word} for word in "abc"]
+    made = client.responses.create(model=MODEL, input=said)
+    items = client.responses.input_items
+    assert [item.content for item in items.list(made.id)] == ["c", "b", "a"]
+    first = items.list(made.id, order="asc", limit=2)
+    assert [item.content for item in first.data] == ["a", "b"] and first.has_more
+    assert [item.content for item in first] == ["a", "b", "c"]  # their client turns the pages
+
+
+@pytest.mark.parametrize(
+    ("path", "param"),
+    [
+        ("/input_items?limit=0", "limit"),
+        ("/input_items?order=any", "order"),
+        ("/input_items?after=item_9", "after"),
+        ("/input_items?befor=item_0", "befor"),
+        ("?starting_after=3", "starting_after"),
+        ("?stream=maybe", "stream"),
+        ("?include[]=file_search_call.results", "include"),
+    ],
+)
+def test_a_parameter_that_cannot_be_honoured_is_refused_by_name(
+    client: openai.OpenAI, http: httpx.Client, path: str, param: str
+) -> None:
+    made = client.responses.create(model=MODEL, input="x")
+    refused = http.get(f"/v1/responses/{made.id}{path}")
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == param
+
+
+def test_a_follow_up_of_nothing_names_its_field(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.responses.create(model=MODEL, input="x", previous_response_id="resp_none")
+    assert caught.value.param == "previous_response_id"
 
 
 def test_a_background_response_outlives_its_reader_and_is_read_on(
