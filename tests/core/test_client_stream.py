@@ -72,9 +72,11 @@ def test_a_waiting_reader_is_woken_once_for_many_items() -> None:
         task = asyncio.ensure_future(reader())
         await asyncio.sleep(0)  # it waits now
         for offset in range(3):
-            inbox.put([token(offset)])
+            inbox.add(token(offset))
+        inbox.wake()
         await asyncio.sleep(0)
-        inbox.put([token(3)])
+        inbox.add(token(3))
+        inbox.wake()
         await task
         return woken, seen
 
@@ -87,7 +89,8 @@ def test_what_arrives_for_a_reader_that_was_cancelled_disturbs_nobody() -> None:
         task = asyncio.ensure_future(inbox.next())
         await asyncio.sleep(0)
         task.cancel()
-        inbox.put([token(0)])
+        inbox.add(token(0))
+        inbox.wake()
         with pytest.raises(asyncio.CancelledError):
             await task
         return await inbox.next()

@@ -14,7 +14,6 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
 
 from client import events as below
 from client.errors import BusError
@@ -67,10 +66,16 @@ class _Sink:
         self._id = id_
         self._inbox = inbox
         self._bell = bell
+        self._items: list[Item] = []
 
-    def put(self, items: Sequence[Item]) -> None:
-        self._inbox.append(relay.ItemsArrived(self._id, tuple(items)))
-        self._bell.ring()
+    def add(self, item: Item) -> None:
+        self._items.append(item)
+
+    def wake(self) -> None:
+        if self._items:
+            items, self._items = self._items, []
+            self._inbox.append(relay.ItemsArrived(self._id, tuple(items)))
+            self._bell.ring()
 
 
 class LowerBus:
