@@ -26,6 +26,8 @@ from client.cli.top_screen import Line, Look, Memory, lines
 
 #: More than any screen shows; enough to find the failures among them.
 _REQUESTS: Final = 200
+#: Of a look once the broker has answered. The first is bounded by the limit of connecting alone,
+#: which knows why there was no answer.
 _QUERY_S: Final = 3.0
 #: How soon a new size of the window is seen.
 _KEY_S: Final = 0.1
@@ -59,11 +61,11 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         live = terminal.interactive and sys.stdin.isatty() and console is not None
         if live and not (arguments.once or arguments.json):
             # The terminal is given back first: a broker that is not there is told in plain view.
-            first = _look(client)
+            first = _look(client, first=True)
             with contextlib.suppress(KeyboardInterrupt):
                 _Live(client, console, arguments.interval, first).run()
             return 0
-        look = _look(client)
+        look = _look(client, first=True)
     if arguments.json:
         terminal.json(
             {name: value for name, value in msgspec.to_builtins(look).items() if name != "at_s"}
@@ -76,12 +78,12 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     return 0
 
 
-def _look(client: Client) -> Look:
+def _look(client: Client, *, first: bool = False) -> Look:
     def ask(verb: str, **args: Any) -> Any:
         return client.query(f"bus.{verb}", args, timeout=_QUERY_S)
 
     return Look(
-        version=ask("version"),
+        version=client.query("bus.version") if first else ask("version"),
         models=ask("models"),
         workers=ask("workers"),
         clients=ask("clients"),

@@ -299,4 +299,13 @@ def _latest(window: Window) -> str:
 def test_without_a_broker_it_says_so_in_plain_view(open_window: Callable[..., Window]) -> None:
     window = open_window("--broker", "tcp://127.0.0.1:9", "--connect-timeout", "0.2")
     assert window.leaves() == 1
-    assert "error:" in window.text and "\x1b[?1049h" not in window.text
+    assert "error:" in window.text and "no broker answered" in window.text
+    assert "\x1b[?1049h" not in window.text
+
+
+def test_the_cause_is_told_however_patient_the_connecting(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A look has a shorter limit than connecting; it must not speak first."""
+    assert main(["top", "--once", "--broker", "tcp://127.0.0.1:9", "--connect-timeout", "3.5"]) == 1
+    assert "no broker answered at tcp://127.0.0.1:9" in capsys.readouterr().err
