@@ -61,10 +61,9 @@ FASTCHAT_THREADS = 5
 """FastChat's default limit of concurrent `generate()` calls in one worker."""
 KV_TOKENS = 100_000
 """Key and value tokens of our engine on a CPU."""
-QUEUED_TOKENS = {False: 256, True: 80}
-"""What a peer writes in one run that answers one by one or five by five, without and with
---quick: its rate depends neither on the length of answers nor on how many wait for theirs."""
-LEAST_ANSWER = 8
+QUEUED_STREAMS = 2 * FASTCHAT_THREADS
+"""What a peer gets in one run that answers one by one or five by five: its rate does not depend on
+how many wait. (On the length of answers it does: FastChat collects garbage after each.)"""
 
 
 @dataclass(frozen=True)
@@ -263,12 +262,11 @@ class Load:
     tokens: int
 
     def for_a_queue(self, quick: bool) -> Load:
-        """What a peer gets that answers one by one or five by five. That its first tokens wait for
-        shorter answers is to its advantage."""
-        limit = QUEUED_TOKENS[quick]
-        least = min(LEAST_ANSWER, self.tokens)
-        streams = min(self.streams, limit // least)
-        return Load(streams, max(least, min(self.tokens, limit // streams)))
+        """What a peer gets that answers one by one or five by five. That fewer wait is to the
+        advantage of its first tokens."""
+        if quick:
+            return Load(min(self.streams, FASTCHAT_THREADS), min(self.tokens, 16))
+        return Load(min(self.streams, QUEUED_STREAMS), self.tokens)
 
     def smaller(self, whole: Load) -> dict[str, int | None]:
         """Parameters of a row whose peer had this load and we the whole."""
