@@ -20,7 +20,18 @@ from starlette.types import Message, Receive, Scope, Send
 from broker.protocol.errors import ErrorCode
 from client.gateway.errors import GatewayError, describe, error_response
 
-__all__ = ["DONE", "KEEP_ALIVE", "EventStream", "Source", "encode", "until_disconnect"]
+__all__ = [
+    "DONE",
+    "KEEP_ALIVE",
+    "STATUS_LEFT",
+    "EventStream",
+    "Source",
+    "encode",
+    "until_disconnect",
+]
+
+STATUS_LEFT: Final = 499
+"""Of a stream whose reader went away: nginx's number, in the log, the metrics and traces only."""
 
 KEEP_ALIVE: Final = b": keep-alive\n\n"
 
@@ -70,7 +81,7 @@ class EventStream(Response):
         self._silent_since_s: float | None = None
         #: A comment on its way.
         self._comment: asyncio.Task[None] | None = None
-        #: What became of it, for the log and the metrics: a status, 499 when the reader left.
+        #: What became of it, for the log and the metrics: a status.
         self.outcome = 200
         self.failure: GatewayError | None = None
 
@@ -86,7 +97,7 @@ class EventStream(Response):
                     return_when=asyncio.FIRST_COMPLETED,
                 )
             if not writer.done():
-                self.outcome = 499
+                self.outcome = STATUS_LEFT
         finally:
             tasks = {writer, leaving} if self._comment is None else {writer, leaving, self._comment}
             for task in tasks:

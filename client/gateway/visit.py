@@ -32,7 +32,7 @@ from client.gateway.convert import Call
 from client.gateway.errors import GatewayError, describe, error_response, invalid, too_large
 from client.gateway.generation import RETRY, Batches, generate
 from client.gateway.keys import ANYBODY, Key, Usage
-from client.gateway.sse import EventStream, Source
+from client.gateway.sse import STATUS_LEFT, EventStream, Source
 from client.gateway.traces import HttpSpan
 
 if TYPE_CHECKING:
@@ -346,6 +346,9 @@ class Endpoint:
 
     def _account(self, visit: Visit, outcome: int) -> None:
         total_s = time.monotonic() - visit.started_s
+        code = "cancelled" if outcome == STATUS_LEFT else "-"
+        if visit.failure is not None:
+            code = visit.failure.info.code
         visit.gateway.metrics.observe(self._path, outcome, total_s)
         if self._counted:
             log.info(
@@ -360,7 +363,7 @@ class Endpoint:
                 visit.prompt_tokens,
                 visit.completion_tokens,
                 total_s * 1000,
-                visit.failure.info.code if visit.failure is not None else "-",
+                code,
                 # A caller's own word: escaped, so that it cannot forge a line.
                 ascii(visit.failure.param) if visit.failure and visit.failure.param else "-",
             )

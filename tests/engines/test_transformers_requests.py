@@ -21,7 +21,7 @@ from broker.protocol.messages import (
     new_id,
 )
 from tests.engines import tiny
-from worker.engines.base import Job
+from worker.engines.base import Job, Tokens
 from worker.engines.transformers.engine import TransformersEngine, model_name
 
 
@@ -196,6 +196,17 @@ def test_a_long_prompt_does_not_hold_short_ones_up(engine: TransformersEngine) -
     while engine.busy:
         ended += [e.request_id for e in engine.step() if hasattr(e, "finish_reason")]
     assert ended[-1] == long.request_id
+
+
+def test_a_first_token_does_not_wait_for_the_second(engine: TransformersEngine) -> None:
+    if engine._served[0].runner._overlap:
+        pytest.skip("the second is computed meanwhile, by the device")
+    job = tiny.ids_job(tiny.prompts(1)[0], max_tokens=3)
+    engine.add(job)
+    told = []
+    while engine.busy:
+        told += [[e for e in engine.step() if isinstance(e, Tokens)]]
+    assert [[len(event.token_ids) for event in events] for events in told if events] == [[1]] * 3
 
 
 # --- cancellation ---------------------------------------------------------------------------------

@@ -362,3 +362,20 @@ def test_tls_is_served_where_a_certificate_is_given_on_ipv6_as_well(
     with gateway.http(verify=False) as http:
         address = http.post("/get_worker_address", json={"model": MODEL}).json()
         assert address == {"address": gateway.url}
+
+
+def test_a_stream_whose_reader_left_is_logged_as_cancelled(
+    gateway: GatewayProcess, http: httpx.Client
+) -> None:
+    body = {"model": MODEL, "messages": slow(30.0), "stream": True}
+    headers = {"x-request-id": "gone-in-between"}
+    with http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
+        next(answer.iter_lines())
+
+    def logged() -> bool:
+        lines = gateway.process.log().splitlines()
+        return any("id=gone-in-between" in line and "status=499" in line for line in lines)
+
+    wait_until(logged, "the request in the gateway's log", story=gateway.process.log)
+    (line,) = (line for line in gateway.process.log().splitlines() if "gone-in-between" in line)
+    assert "code=cancelled" in line

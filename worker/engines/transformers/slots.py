@@ -89,6 +89,8 @@ class SlotRunner:
         self._computed: tuple[list[Sequence], torch.Tensor] | None = None
         #: Sequences with a token of which nothing was said yet; empty between steps.
         self._fresh: list[Sequence] = []
+        #: First tokens left with the last step, and its decode is still to come.
+        self._first_told = False
         self._clock = clock
         self._pace = Pace()
         #: A forward is over when it returns; elsewhere it is when its tokens are looked at.
@@ -140,17 +142,20 @@ class SlotRunner:
             self._launched.clear()
         if self._overlap:
             self._collect()
-        began = self._clock()
-        self._admit(events)
-        self._prefill(events, (self._clock() - began) * 1e3)
+        if not self._first_told:
+            began = self._clock()
+            self._admit(events)
+            self._prefill(events, (self._clock() - began) * 1e3)
+        self._first_told = False
         if self._overlap:
             # The device computes the next tokens while the host tells of the last ones.
             self._launch(events)
-        else:
-            self._tell(events)
-            if self._active:
-                self._launch(events)
-                self._collect()
+        elif self._fresh:
+            # First tokens leave before the decode that follows; that is the next step's.
+            self._first_told = True
+        elif self._active:
+            self._launch(events)
+            self._collect()
         self._tell(events)
         return events
 
