@@ -12,7 +12,6 @@ import time
 from broker.protocol import codec
 from broker.protocol.messages import Kind, Params, Request, new_id
 from worker import events as fact
-from worker import steps
 from worker.display import LoadingDisplay
 from worker.engines.base import Capabilities, EngineOptions
 from worker.streams import END, TOKENS
@@ -83,9 +82,7 @@ def _ask(supervisor: Supervisor, capabilities: Capabilities, model: str) -> str:
     while (left_s := begin_s + ANSWER_TIMEOUT_S - time.monotonic()) > 0:
         for event in _facts(supervisor, left_s):
             for item in event.events if isinstance(event, fact.EngineStepped) else ():
-                if isinstance(item, bytes):
-                    tokens += len(steps.opened(item)[0])
-                elif item[0] == TOKENS:
+                if item[0] == TOKENS:
                     tokens += len(item[2])
                 elif item[0] == END:
                     took_ms = (time.monotonic() - begin_s) * 1000

@@ -9,9 +9,8 @@ Messages (first frame msgpack, further frames raw octets):
 
     link → engine   ["options", map] · ["add", job id] body *attachment · ["cancel", job id] ·
                     ["close"]
-    engine → link   ["loading", fraction, note] · ["ready", capabilities] ·
-                    ["step", jobs, ends, events] (`worker.steps`) · ["metrics", map] ·
-                    ["unusable", message] · ["broken", message]
+    engine → link   ["loading", fraction, note] · ["ready", capabilities] · ["step", events] ·
+                    ["metrics", map] · ["unusable", message] · ["broken", message]
 """
 
 from __future__ import annotations
@@ -35,7 +34,6 @@ from broker.protocol.limits import MAX_REQUEST_OCTETS
 from broker.protocol.messages import Request
 from worker.engines import registry
 from worker.engines.base import Engine, EngineLoadError, EngineOptions, Job
-from worker.steps import StepEncoder
 from worker.transport import Pipe, PipeClosed
 
 METRICS_INTERVAL_S = 1.0
@@ -72,7 +70,6 @@ class _Link:
 def serve(engine: Engine, pipe: Pipe) -> None:
     """Run the engine until the link says `close` or is gone."""
     link = _Link(pipe)
-    encoder = StepEncoder(engine.cancel)
     metrics_due_s = mark_s = 0.0
     while True:
         now_s = time.monotonic()
@@ -83,8 +80,6 @@ def serve(engine: Engine, pipe: Pipe) -> None:
             command, *arguments = msgspec.msgpack.decode(message[0])
             if command == "add":
                 request = codec.decode(Request, message[1], MAX_REQUEST_OCTETS)
-                resume = request.resume
-                encoder.begin(arguments[0], len(resume.token_ids) if resume else 0)
                 engine.add(Job(arguments[0], request, tuple(message[2:])))
             elif command == "cancel":
                 engine.cancel(arguments[0])
@@ -95,7 +90,7 @@ def serve(engine: Engine, pipe: Pipe) -> None:
             now_s = time.monotonic()
             if events or now_s - mark_s >= EMPTY_MARK_INTERVAL_S:
                 mark_s = now_s
-                link.say("step", *encoder.encode(events))
+                link.say("step", events)
 
 
 def _print_traceback() -> None:

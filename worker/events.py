@@ -6,7 +6,7 @@ never hold a socket or a file descriptor. A broker is named by its index in the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from worker.engines.base import Capabilities
@@ -82,14 +82,11 @@ class EngineChanged:
 class EngineStepped:
     """The engine finished a step.
 
-    `events` are the engine's events as plain arrays, tag first (`worker.engines.base`). Where
-    `jobs` and `ends` stand beside them, tokens among them are octets that are passed on unread
-    wherever possible (`worker.steps`), because this is the path of every token.
+    `events` are the engine's events as plain arrays, tag first (`worker.engines.base`): they are
+    passed on unread wherever possible, because this is the path of every token.
     """
 
     events: list[Any]
-    jobs: list[bytes] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,7 +131,7 @@ class WorkerCore:
         match event:
             case fact.EngineStepped():
                 self._mark_s = now_s
-                self._requests.stepped(event, now_s)
+                self._requests.stepped(event.events, now_s)
             case fact.MessageReceived():
                 self._received(event, now_s)
             case fact.Tick():
@@ -143,7 +143,6 @@ class WorkerCore:
             case fact.SendBlocked():
                 connection = self._connections[event.broker]
                 connection.blocked = True
-                self._requests.blocked(connection)
                 self._log("broker reads slowly", connection, level=logging.DEBUG)
             case fact.SendUnblocked():
                 connection = self._connections[event.broker]

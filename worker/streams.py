@@ -1,10 +1,8 @@
 """One request as the worker holds it: what was generated, what was sent, and where it goes.
 
 A `Stream` keeps every token, piece of text and log probability of an answer, so that it can be sent
-again from any offset (SPEC.md section 6.4), and sends no token past the client's window (6.3). As
-long as nothing is held back, it keeps and passes on the engine's octets (`steps`) without reading
-them. A `Route` gathers the events of one client session. Must never know of credit, timers or
-sockets.
+again from any offset (SPEC.md section 6.4), and sends no token past the client's window (6.3). A
+`Route` gathers the events of one client session. Must never know of credit, timers or sockets.
 """
 
 from __future__ import annotations
@@ -12,10 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
-
 from broker.protocol.header import Flag, MessageType, prefix
-from worker import steps
 
 if TYPE_CHECKING:
     from worker.connection import Connection
@@ -25,17 +20,10 @@ END: Final = 1
 FAIL: Final = 2
 PROMPT: Final = 3
 
-CLOSED: Final = -1
-"""`Stream.through` where no event may be passed on unread."""
-
 COALESCED_TOKENS: Final = 4096
 """Longest TOKENS event made by catching up: far below MAX_OUTPUT_OCTETS at 5 octets a token."""
 COALESCED_LOGPROBS: Final = 256
 """The same with log probabilities: about 1 KiB for each token with 20 alternatives."""
-
-encode = msgspec.msgpack.Encoder().encode
-"""For events and ledgers, plain values of our own making: the same octets as `codec.pack`, four
-times as fast."""
 
 
 class Route:
@@ -57,19 +45,14 @@ class Route:
         #: The first 24 octets of the header, without and with the LEDGER flag.
         self.plain = prefix(MessageType.OUTPUT, reply_to)
         self.flagged = prefix(MessageType.OUTPUT, reply_to, Flag.LEDGER)
-        #: Events of the message that is being put together, encoded; empty between two calls of the
-        #: core.
-        self.events: list[bytes] = []
+        #: Events of the message that is being put together; empty between two calls of the core.
+        self.events: list[Any] = []
         self.started: list[bytes] = []
         self.finished: list[Any] = []
         #: Streams that use it; the route is forgotten with the last.
         self.streams = 0
         #: It stands in the list of routes to be sent to.
         self.touched = False
-
-    def add(self, event: tuple[Any, ...]) -> None:
-        """Put an event into the next message."""
-        self.events.append(encode(event))
 
     def clear(self) -> None:
         """The message is sent, or will never be."""
@@ -92,14 +75,12 @@ class Stream:
         "end_sent",
         "ends",
         "epoch",
-        "head",
         "in_engine",
         "interval",
         "job_id",
         "kept_since_s",
         "logprobs",
         "model",
-        "octets",
         "orphaned_s",
         "piece",
         "prompt",
@@ -110,9 +91,7 @@ class Stream:
         "skip",
         "started",
         "texts",
-        "through",
         "token_ids",
-        "total",
         "ttl_until_s",
         "window",
         "window_timer",
@@ -133,11 +112,7 @@ class Stream:
         self.model = model
         #: `Params.stream_interval`.
         self.interval = interval
-        #: Number of the answer's tokens, those that came with a RESUME included.
-        self.total = len(prior_token_ids)
-        #: The latest events as the engine encoded them, none of them sent by half. `open_octets`
-        #: makes what follows here complete.
-        self.octets: list[bytes] = []
+        #: The answer's tokens, those that came with a RESUME included.
         self.token_ids: list[int] = list(prior_token_ids)
         #: Pieces of text as the engine gave them, and the token count with which each was complete.
         self.texts: list[str] = []
@@ -163,10 +138,6 @@ class Stream:
         self.epoch = 0
         #: First token offset that may not be sent.
         self.window = 0
-        #: Up to here events may be passed on as the engine encoded them: all before was sent.
-        self.through = CLOSED
-        #: What their head must be replaced by; None where it is right.
-        self.head: bytes | None = None
         #: Tokens sent; `piece` and `skip` (characters of that piece) say how much of the text was.
         self.sent = self.base_tokens
         self.piece = 0
@@ -189,7 +160,6 @@ class Stream:
 
     def append(self, token_ids: list[int], text: str, logprobs: list[Any] | None) -> None:
         """Keep what the engine generated."""
-        self.open_octets()
         if logprobs is not None:
             if self.logprobs is None:
                 self.logprobs = []
@@ -197,18 +167,6 @@ class Stream:
         self.token_ids += token_ids
         self.texts.append(text)
         self.ends.append(len(self.token_ids))
-        self.total = len(self.token_ids)
-
-    def open_octets(self) -> None:
-        """Read what was passed on, or came since, unread."""
-        octets, self.octets = self.octets, []
-        for event in octets:
-            token_ids, text = steps.opened(event)
-            self.token_ids += token_ids
-            self.texts.append(text)
-            self.ends.append(len(self.token_ids))
-            if self.ends[-1] <= self.sent:
-                self.piece += 1
 
     @property
     def running(self) -> bool:
@@ -224,9 +182,7 @@ class Stream:
         """About how much memory it takes; to bound what is kept of ended requests."""
         characters = sum(map(len, self.texts))
         logprobs = len(self.logprobs or ()) * 1024
-        octets = 48 * len(self.octets) + sum(map(len, self.octets))
-        opened = 40 * len(self.token_ids) + 120 * len(self.texts) + 2 * characters
-        return 512 + octets + opened + logprobs
+        return 512 + 40 * len(self.token_ids) + 120 * len(self.texts) + 2 * characters + logprobs
 
     def holds(self, token_ids: list[int], characters: int) -> bool:
         """Whether the stream can go on after these tokens and characters that a client has.
@@ -235,7 +191,6 @@ class Stream:
         when it asks for text that this worker never had.
         """
         count = len(token_ids)
-        self.open_octets()
         return (
             self.base_tokens <= count <= len(self.token_ids)
             and self.base_characters
@@ -251,12 +206,9 @@ class Stream:
     ) -> None:
         """Send from token `count` and character `characters` on, to `route`, as `epoch`."""
         self.detach()
-        self.open_octets()
         route.streams += 1
         self.route = route
         self.epoch = epoch
-        renamed = self.job_id != self.request_id
-        self.head = steps.head(self.request_id, epoch) if epoch or renamed else None
         self.window = window
         self.sent = self.attached_at = count
         self.prompt_sent = prompt_seen
@@ -272,7 +224,6 @@ class Stream:
 
     def detach(self) -> None:
         """Forget where it goes."""
-        self.through = CLOSED
         if self.route is not None:
             self.route.streams -= 1
             self.route = None
@@ -297,14 +248,14 @@ class Stream:
         Tokens past the window stay; less than `interval` tokens wait for more. Returns False when
         the window holds something back.
         """
-        self.through = CLOSED
         route = self.route
         if route is None or self.end_sent:
             return True
+        events = route.events
         if self.prompt is not None and not self.prompt_sent:
-            route.add((PROMPT, self.request_id, self.epoch, 0, *self.prompt))
+            events.append((PROMPT, self.request_id, self.epoch, 0, *self.prompt))
             self.prompt_sent = True
-        total = self.total
+        total = len(self.token_ids)
         limit = min(total, self.window)
         if limit - self.sent >= self.interval or self.end is not None or limit < total:
             self._send_tokens(route, limit)
@@ -312,12 +263,9 @@ class Stream:
             return limit == total
         if self.end is not None:
             self._send_end(route)
-        elif self.interval == 1 and self.piece == len(self.ends):
-            self.through = min(self.window, steps.PLAIN - 1)
         return True
 
     def _send_tokens(self, route: Route, limit: int) -> None:
-        self.open_octets()
         most = COALESCED_TOKENS if self.logprobs is None else COALESCED_LOGPROBS
         while self.sent < limit:
             offset = self.sent
@@ -325,11 +273,13 @@ class Stream:
             ids = self.token_ids[offset:count]
             text = self._text_until(count)
             if self.logprobs is None:
-                route.add((TOKENS, self.request_id, self.epoch, offset, ids, text))
+                route.events.append((TOKENS, self.request_id, self.epoch, offset, ids, text))
             else:
                 base = self.base_tokens
                 logprobs = self.logprobs[offset - base : count - base]
-                route.add((TOKENS, self.request_id, self.epoch, offset, ids, text, logprobs))
+                route.events.append(
+                    (TOKENS, self.request_id, self.epoch, offset, ids, text, logprobs)
+                )
             self.sent = count
             if not self.started:
                 self.started = True
@@ -338,17 +288,17 @@ class Stream:
     def _send_end(self, route: Route) -> None:
         assert self.end is not None
         tag, *fields = self.end
-        offset = self.total
+        offset = len(self.token_ids)
         if tag == END:
             reason, text, *rest = fields
             text = self._text_until(offset) + text
             usage = rest[0]
             outcome = reason
-            route.add((END, self.request_id, self.epoch, offset, reason, text, *rest))
+            route.events.append((END, self.request_id, self.epoch, offset, reason, text, *rest))
         else:
             error, usage = fields
             outcome = error["code"]
-            route.add((FAIL, self.request_id, self.epoch, offset, error))
+            route.events.append((FAIL, self.request_id, self.epoch, offset, error))
         route.finished.append(
             (
                 self.request_id,
@@ -361,9 +311,7 @@ class Stream:
 
     def cut(self) -> None:
         """Forget what was generated but not sent: the answer ends with what the client has."""
-        self.open_octets()
         del self.token_ids[self.sent :]
-        self.total = len(self.token_ids)
         del self.texts[self.piece :]
         del self.ends[self.piece :]
         if self.logprobs is not None:

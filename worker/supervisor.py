@@ -152,14 +152,8 @@ class Supervisor:
             for message in self.pipe.receive():
                 event = self._said(msgspec.msgpack.decode(message[0]), now_s)
                 last = events[-1] if events else None
-                if (
-                    isinstance(event, fact.EngineStepped)
-                    and isinstance(last, fact.EngineStepped)
-                    and last.jobs
-                ):
+                if isinstance(event, fact.EngineStepped) and isinstance(last, fact.EngineStepped):
                     # The link is behind: several steps leave as one OUTPUT.
-                    last.jobs.extend(event.jobs)
-                    last.ends.extend(event.ends)
                     last.events.extend(event.events)
                 elif event is not None:
                     events.append(event)
@@ -169,8 +163,8 @@ class Supervisor:
 
     def _said(self, message: list[Any], now_s: float) -> fact.Event | None:
         match message:
-            case ["step", jobs, ends, events]:
-                return fact.EngineStepped(events, jobs, ends)
+            case ["step", events]:
+                return fact.EngineStepped(events)
             case ["metrics", metrics]:
                 return fact.EngineMeasured(
                     {

@@ -116,8 +116,6 @@ class TracedEngine:
         for event in events:
             if isinstance(event, fact.EngineStepped) and self._jobs:
                 for entry in event.events:
-                    if isinstance(entry, bytes):
-                        continue  # tokens
                     if entry[0] in (_ENDED, _FAILED) and entry[1] in self._jobs:
                         self._end(self._jobs.pop(entry[1]), entry)
             elif isinstance(event, fact.EngineLost):

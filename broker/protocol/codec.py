@@ -109,18 +109,6 @@ def encode_events(events: list[OutputEvent]) -> bytes:
     return pack(msgspec.to_builtins(events, builtin_types=_BYTES))
 
 
-def join_events(events: Sequence[bytes]) -> bytes:
-    """Body of an OUTPUT message, of events that are encoded already."""
-    count = len(events)
-    if count < 16:
-        head = bytes((0x90 | count,))
-    elif count < 1 << 16:
-        head = b"\xdc" + count.to_bytes(2, "big")
-    else:
-        head = b"\xdd" + count.to_bytes(4, "big")
-    return head + b"".join(events)
-
-
 def decode_events(body: bytes, limit_bytes: int) -> Sequence[OutputEvent]:
     """Events of an OUTPUT body. Raises `ProtocolError`."""
     if len(body) <= limit_bytes:
