@@ -211,8 +211,10 @@ class Bus:
             return []
 
     def running(self) -> int:
-        """Requests that run at the workers, as the broker counts them."""
-        return sum(row["running"] for row in self.worker_rows())
+        """Requests that run at the workers, as the broker counts them. A broker that is too busy to
+        answer at once has not said that there are none."""
+        rows = wait_until(self.worker_rows, "the broker's list of workers")
+        return sum(row["running"] for row in rows)
 
     def wait_idle(self, timeout_s: float = PATIENCE_S) -> None:
         """Wait until nothing runs at any worker and all its slots are free again."""
