@@ -22,6 +22,9 @@ HEAVY = frozenset(("torch", "transformers", "numpy", "PIL", "rich", "pydantic", 
 #: The modules that own sockets, and nobody else.
 SOCKET_OWNERS = frozenset(("sockets", "loop", "auth", "link", "transport", "dealer", "readiness"))
 IMPORT_CLIENT_S = 0.150
+DEPENDENCIES_S = 0.045
+"""Processor time of an interpreter that imports the client's dependencies, on a machine that is as
+quick as the limit means; another one gets as much more time for both."""
 TRIES = 40
 
 
@@ -226,9 +229,11 @@ def test_importing_the_client_is_quick() -> None:
         return usage.ru_utime + usage.ru_stime
 
     seconds("import client")  # compiles, and warms the disk's cache
-    taken_s = []
+    taken_s, dependencies_s = [], []
     while len(taken_s) < TRIES:
+        dependencies_s.append(seconds("import zmq, msgpack, msgspec"))
         taken_s.append(seconds("import client"))
-        if taken_s[-1] < IMPORT_CLIENT_S:
+        slower = max(1.0, min(dependencies_s) / DEPENDENCIES_S)
+        if min(taken_s) < IMPORT_CLIENT_S * slower:
             return
     raise AssertionError(f"import client takes {min(taken_s):.3f} s at best of {taken_s}")
