@@ -336,6 +336,8 @@ async def router_system(name: str) -> AsyncIterator[Http]:
         # LiteLLM would fetch its price list when it starts, and wants a key even on the loopback.
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+        # A mock that repeats its word is taken for a model that lost its way.
+        "REPEATED_STREAMING_CHUNK_LIMIT": "1000000000",
     }
     with (
         Process(python("-m", "bench.null_workers", "http", str(worker_port))) as worker,
