@@ -25,6 +25,7 @@ from client.gateway.config import Config
 from client.gateway.errors import GatewayError, error_response, invalid
 from client.gateway.keys import KeyFile
 from client.gateway.legacy import legacy_routes
+from client.gateway.legacy_api import legacy_api_routes
 from client.gateway.metrics import CONTENT_TYPE
 from client.gateway.openai_chat import cancel_chat, chat_completions, read_chat
 from client.gateway.openai_completions import completions
@@ -106,7 +107,7 @@ def _routes(config: Config) -> list[BaseRoute]:
         route("/bus/drain", drain, "POST"),
     ]
     if not config.no_legacy:
-        routes += legacy_routes()
+        routes += [*legacy_routes(), *legacy_api_routes()]
     if not config.no_page:
         routes += page_routes()
     return routes

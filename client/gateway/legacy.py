@@ -5,8 +5,9 @@ address here; the gateway names itself as the address of every worker. Answers h
 shapes: NUL-delimited JSON whose `text` is cumulative, with the prompt in front where they put it.
 
 The two families share paths and differ in codes and defaults. A request is FastChat's if it carries
-a field that only FastChat sends, or its user agent; else it is LLaVA's. One way only: workers of
-the old kind are told that they cannot register.
+a field that only FastChat sends, or its user agent; else it is LLaVA's, and so is InternVL's, whose
+prompt is a list of messages. One way only: workers of the old kind are told that they cannot
+register.
 
 FastChat's API server makes a prompt from a template that it asks the worker for. It gets one whose
 turns are marked with words that no model uses; a prompt with those marks is turned back into
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import json
 import re
 from collections.abc import AsyncGenerator, Iterable
@@ -33,17 +35,21 @@ from broker.protocol.limits import DEFAULT_WINDOW_TOKENS
 from broker.protocol.messages import (
     Attachment,
     FinishReason,
+    ImagePart,
     Kind,
     Message,
     Params,
+    Part,
     Request,
+    TextPart,
     TokenLogprob,
 )
-from client import End
+from client import BusError, End
 from client.gateway.answers import IMPOSSIBLE, pick_seed
 from client.gateway.convert import Call
 from client.gateway.errors import GatewayError, describe, invalid, too_large
-from client.gateway.generation import RETRY, Delta, Finish, Prompted
+from client.gateway.generation import RETRY, Batches, Delta, Finish, Prompted
+from client.gateway.legacy_api import context_tokens
 from client.gateway.openai_models import visible_models
 from client.gateway.requests import parse
 from client.gateway.sse import until_disconnect
@@ -98,10 +104,19 @@ class _Body(Struct, kw_only=True):
     model: str | None = None
 
 
+class Turn(Struct, kw_only=True):
+    """A message of InternVL's front end."""
+
+    role: str
+    content: str
+    #: base64.
+    image: list[str] | None = None
+
+
 class GenerateBody(_Body, kw_only=True):
     """Body of `/worker_generate_stream` and `/worker_generate`, both families."""
 
-    prompt: str
+    prompt: str | Annotated[list[Turn], Meta(min_length=1)]
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -281,27 +296,49 @@ async def _frames(visit: Visit, wanted: _Wanted) -> AsyncGenerator[list[dict[str
     logprobs: dict[str, list[Any]] | None = None
     if wanted.call.request.params.logprobs is not None:
         logprobs = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
-    async for batch in visit.generate([wanted.call]):
-        frames: list[dict[str, Any]] = []
-        for event in batch:
-            match event:
-                case Prompted():
-                    prompt_tokens = len(event.prompt.token_ids)
-                case Delta():
-                    visit.saw_token()
-                    if logprobs is not None:
-                        logprobs = _longer(logprobs, len(text), event.logprobs or [])
-                    text += event.text
-                    tokens += event.tokens
-                    if event.text:
-                        frames.append(_told(wanted, text, prompt_tokens, tokens, logprobs, None))
-                case Finish():
-                    end = event.end
-                    visit.prompt_tokens = end.usage.prompt_tokens
-                    visit.completion_tokens = end.usage.completion_tokens
-                    frames.append(_last(wanted, text, end, logprobs))
-        if frames:
-            yield frames
+    async with contextlib.aclosing(_generated(visit, wanted)) as batches:
+        async for batch in batches:
+            frames: list[dict[str, Any]] = []
+            for event in batch:
+                match event:
+                    case Prompted():
+                        prompt_tokens = len(event.prompt.token_ids)
+                    case Delta():
+                        visit.saw_token()
+                        if logprobs is not None:
+                            logprobs = _longer(logprobs, len(text), event.logprobs or [])
+                        text += event.text
+                        tokens += event.tokens
+                        if event.text:
+                            told = _told(wanted, text, prompt_tokens, tokens, logprobs, None)
+                            frames.append(told)
+                    case Finish():
+                        end = event.end
+                        visit.prompt_tokens = end.usage.prompt_tokens
+                        visit.completion_tokens = end.usage.completion_tokens
+                        frames.append(_last(wanted, text, end, logprobs))
+            if frames:
+                yield frames
+
+
+async def _generated(visit: Visit, wanted: _Wanted) -> Batches:
+    """The events of the request. LLaVA's workers shorten an answer to what the context leaves."""
+    call, begun = wanted.call, False
+    try:
+        async with contextlib.aclosing(visit.generate([call])) as batches:
+            async for batch in batches:
+                begun = True
+                yield batch
+        return
+    except BusError as error:
+        shorter = wanted.dialect == "llava" and error.code == ErrorCode.CONTEXT_OVERFLOW
+        if begun or not shorter:
+            raise
+    params = msgspec.structs.replace(call.request.params, max_tokens=None)
+    call = Call(msgspec.structs.replace(call.request, params=params), call.attachments)
+    async with contextlib.aclosing(visit.generate([call])) as batches:
+        async for batch in batches:
+            yield batch
 
 
 def _longer(
@@ -392,6 +429,8 @@ def _dialect(visit: Visit, octets: bytes) -> Dialect:
         fields = msgspec.json.decode(octets, type=dict[str, Any])
     except msgspec.MsgspecError:
         return "llava"
+    if isinstance(fields.get("prompt"), list):
+        return "llava"
     return "fastchat" if _ONLY_FASTCHAT & fields.keys() else "llava"
 
 
@@ -401,16 +440,20 @@ async def _wanted(visit: Visit, octets: bytes, dialect: Dialect) -> _Wanted:
     visit.check(model, 0)
     if (body.best_of or 1) > 1 or body.use_beam_search:
         raise invalid("best_of", "Beam search and `best_of` are not served.")
+    limit = visit.gateway.config.image_bytes
+    pictures = list(body.images or [])
+    if isinstance(body.prompt, str):
+        prompt, messages = body.prompt, _turns(body.prompt)
+    else:
+        prompt, messages = "", _conversation(body.prompt, pictures)
     attachments = tuple(
-        _picture(text, f"images[{index}]", visit.gateway.config.image_bytes)
-        for index, text in enumerate(body.images or [])
+        _picture(text, f"images[{index}]", limit) for index, text in enumerate(pictures)
     )
-    messages = _turns(body.prompt)
     request = Request(
         model=model,
         kind=Kind.CHAT if messages else Kind.COMPLETE,
         messages=messages,
-        prompt=None if messages else body.prompt,
+        prompt=None if messages else prompt,
         params=_params(body, dialect),
         user=visit.share(None),
         window=DEFAULT_WINDOW_TOKENS,
@@ -418,7 +461,7 @@ async def _wanted(visit: Visit, octets: bytes, dialect: Dialect) -> _Wanted:
     )
     # LLaVA's workers always put the prompt in front, FastChat's unless told not to.
     echo = dialect == "llava" or body.echo is not False
-    return _Wanted(Call(request, attachments), body.prompt if echo else "", dialect)
+    return _Wanted(Call(request, attachments), prompt if echo else "", dialect)
 
 
 def _params(body: GenerateBody, dialect: Dialect) -> Params:
@@ -458,6 +501,23 @@ def _turns(prompt: str) -> list[Message] | None:
     found = [(turn[1], turn[2]) for turn in _TURN.finditer(prompt)]
     # The last turn is the empty one of the assistant, and an empty system prompt is none.
     return [Message(role=role, content=text) for role, text in found if text] or None
+
+
+def _conversation(turns: list[Turn], pictures: list[str]) -> list[Message]:
+    """InternVL's turns as messages; their pictures are put behind `pictures`, and are numbered
+    where there are several, as its workers do."""
+    several = sum(len(turn.image or ()) for turn in turns) > 1
+    messages = []
+    for turn in turns:
+        parts: list[Part] = []
+        for picture in turn.image or ():
+            if several:
+                parts.append(TextPart(text=f"Image-{len(pictures) + 1}: "))
+            parts.append(ImagePart(attachment=len(pictures)))
+            pictures.append(picture)
+        content = [*parts, TextPart(text=turn.content)] if parts else turn.content
+        messages.append(Message(role=turn.role, content=content))
+    return messages
 
 
 def _picture(text: str, param: str, limit: int) -> bytes:
@@ -506,13 +566,7 @@ async def _count_token(visit: Visit) -> Response:
 async def _model_details(visit: Visit) -> Response:
     body = await _read(visit, _Body)
     name = await _model(visit, body.model)
-    for model in await visible_models(visit):
-        if model["name"] == name:
-            # What FastChat assumes where a model does not say.
-            return JSONResponse({"context_length": model.get("context_tokens") or 2048})
-    raise GatewayError(
-        ErrorCode.MODEL_UNAVAILABLE, f"No worker serves model {name!r}.", param="model"
-    )
+    return JSONResponse({"context_length": await context_tokens(visit, name)})
 
 
 async def _conv_template(visit: Visit) -> Response:

@@ -17,12 +17,16 @@ from client.gateway.requests import EmbeddingRequest, parse, texts_of
 from client.gateway.sse import until_disconnect
 from client.gateway.visit import Visit
 
-__all__ = ["embeddings"]
+__all__ = ["embed", "embeddings"]
 
 
 async def embeddings(visit: Visit) -> Response:
     """Vectors of one or several inputs; see `requests.EmbeddingRequest` for the body."""
-    body = parse(EmbeddingRequest, await visit.body())
+    return await embed(visit, parse(EmbeddingRequest, await visit.body()))
+
+
+async def embed(visit: Visit, body: EmbeddingRequest) -> Response:
+    """The answer to a body that was read."""
     visit.check(body.model, body.priority or 0)
     options: dict[str, Any] = {"priority": body.priority or 0, "user": visit.share(body.user)}
     if body.dimensions is not None:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from client import __version__
 from client.gateway.operator_view import DrainBody
 from client.gateway.requests import ChatRequest, CompletionRequest, EmbeddingRequest
-from client.gateway.responses_input import ResponseRequest
+from client.gateway.responses_input import LOGPROBS, ResponseRequest
 from client.gateway.visit import Visit
 
 __all__ = ["openapi"]
@@ -40,6 +40,22 @@ _TAKES_NOTHING = {
     ("get", "/health"): "The process lives.",
     ("get", "/ready"): "The broker answers.",
     ("get", "/metrics"): "Figures in Prometheus' format.",
+}
+_INCLUDE = {"type": "array", "items": {"const": LOGPROBS}}
+_QUERY: dict[str, dict[str, dict[str, Any]]] = {
+    "/v1/responses/{id}": {
+        "stream": {"type": "boolean", "default": False},
+        "starting_after": {"type": "integer", "minimum": 0},
+        "include": _INCLUDE,
+        "include_obfuscation": {"type": "boolean"},
+    },
+    "/v1/responses/{id}/input_items": {
+        "after": {"type": "string"},
+        "limit": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20},
+        "order": {"enum": ["asc", "desc"], "default": "desc"},
+        "include": _INCLUDE,
+    },
+    "/metrics": {"scope": {"enum": ["all", "gateway"], "default": "all"}},
 }
 _ERROR = {
     "type": "object",
@@ -76,11 +92,12 @@ def _document() -> bytes:
     for ((method, path), (_, words)), schema in zip(_TAKES.items(), schemas, strict=True):
         content = {"application/json": {"schema": schema}}
         paths.setdefault(path, {})[method] = {
-            **_operation(path, words),
+            **_operation(path, words, {}),
             "requestBody": {"required": True, "content": content},
         }
     for (method, path), words in _TAKES_NOTHING.items():
-        paths.setdefault(path, {})[method] = _operation(path, words)
+        query = _QUERY.get(path, {}) if method == "get" else {}
+        paths.setdefault(path, {})[method] = _operation(path, words, query)
     return msgspec.json.encode(
         {
             "openapi": "3.1.0",
@@ -95,7 +112,7 @@ def _document() -> bytes:
     )
 
 
-def _operation(path: str, words: str) -> dict[str, Any]:
+def _operation(path: str, words: str, query: dict[str, dict[str, Any]]) -> dict[str, Any]:
     media = ["text/plain"] if path in ("/health", "/metrics") else ["application/json"]
     if path.startswith(("/v1/chat", "/v1/completions", "/v1/responses")):
         media.append("text/event-stream")
@@ -114,8 +131,11 @@ def _operation(path: str, words: str) -> dict[str, Any]:
             "description": "Not ready, and why.",
             "content": {"application/json": {}},
         }
+    parameters = [{"name": name, "in": "query", "schema": schema} for name, schema in query.items()]
     if "{id}" in path:
-        operation["parameters"] = [
+        parameters.append(
             {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
-        ]
+        )
+    if parameters:
+        operation["parameters"] = parameters
     return operation

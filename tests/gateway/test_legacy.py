@@ -99,6 +99,37 @@ def test_llava_has_its_own_codes(http: httpx.Client) -> None:
     assert frame["error_code"] == 1
 
 
+def test_llava_gets_as_long_an_answer_as_the_context_leaves(http: httpx.Client) -> None:
+    [model] = http.get("/v1/models").json()["data"]
+    prompt = "hello"
+    body = {"model": MODEL, "prompt": prompt, "max_new_tokens": model["context_tokens"]}
+    assert frames(http, body, headers=LLAVA)[-1] == {"text": prompt + prompt, "error_code": 0}
+    [frame] = frames(http, {**body, "max_new_tokens": 1 << 30}, headers=FASTCHAT)
+    assert frame["error_code"] == 40303
+
+
+def test_internvl_sends_messages_with_their_pictures(http: httpx.Client) -> None:
+    def picture(width: int) -> str:
+        buffer = io.BytesIO()
+        Image.new("RGB", (width, 10)).save(buffer, "PNG")
+        return base64.b64encode(buffer.getvalue()).decode()
+
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "first", "image": [picture(20), picture(30)]},
+        {"role": "assistant", "content": "seen"},
+        {"role": "user", "content": "last"},
+    ]
+    body = {"model": MODEL, "prompt": turns, "max_input_tiles": 12, "repetition_penalty": 1.1}
+    told = frames(http, body)
+    assert all(frame == {"text": frame["text"], "error_code": 0} for frame in told)
+    # The echo engine tells what it was asked with; the prompt is not put in front.
+    assert "20x10" in told[-1]["text"] and "30x10" in told[-1]["text"]
+    assert told[-1]["text"].endswith("last")
+    [frame] = frames(http, {**body, "prompt": [{"role": "user", "content": "x", "image": ["?"]}]})
+    assert frame["error_code"] == 1
+
+
 # --- FastChat -------------------------------------------------------------------------------------
 
 
@@ -145,6 +176,24 @@ def test_fastchats_details_counts_and_vectors(http: httpx.Client) -> None:
         json={"model": MODEL, "input": ["a"], "encoding_format": "base64"},
     ).json()
     assert len(base64.b64decode(packed["embedding"][0])) == 4 * len(made["embedding"][0])
+
+
+def test_fastchats_api_server_has_paths_beside_openais(http: httpx.Client) -> None:
+    [model] = http.get("/v1/models").json()["data"]
+    context = model["context_tokens"]
+    items = [{"model": MODEL, "prompt": "hello", "max_tokens": n} for n in (1, context)]
+    told = http.post("/api/v1/token_check", json={"prompts": items}).json()["prompts"]
+    assert [item["fits"] for item in told] == [True, False]
+    assert {item["contextLength"] for item in told} == {context}
+    assert {item["tokenCount"] for item in told} == {5}
+    missing = http.post("/api/v1/token_check", json={"prompts": [{**items[0], "model": "x"}]})
+    assert missing.status_code == 404 and "'x'" in missing.json()["error"]["message"]
+    body = {"messages": [{"role": "user", "content": "hi"}], "repetition_penalty": 1.1}
+    chat = http.post("/api/v1/chat/completions", json={"model": MODEL, **body}).json()
+    assert chat["choices"][0]["message"]["content"] == "hi"
+    body = {"input": ["a", "b"], "model": "left out"}
+    vectors = http.post(f"/v1/engines/{MODEL}/embeddings", json=body).json()
+    assert vectors["model"] == MODEL and len(vectors["data"]) == 2
 
 
 def test_a_prompt_made_with_our_template_is_a_chat_again(http: httpx.Client) -> None:
