@@ -1,0 +1,81 @@
+"""What FastChat's API server answers beside OpenAI's paths: its token check, and its older names.
+
+The OpenAI paths themselves are the `openai_*` modules'.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from broker.protocol.errors import ErrorCode
+from client.gateway.errors import GatewayError
+from client.gateway.generation import RETRY
+from client.gateway.openai_chat import chat_completions
+from client.gateway.openai_embeddings import embed
+from client.gateway.openai_models import visible_models
+from client.gateway.requests import EmbeddingRequest, parse
+from client.gateway.visit import Visit, route
+
+__all__ = ["context_tokens", "legacy_api_routes"]
+
+#: What FastChat assumes where a model does not say.
+ASSUMED_CONTEXT_TOKENS = 2048
+
+
+class TokenCheckItem(Struct, kw_only=True):
+    """A prompt and the answer wanted for it."""
+
+    model: str
+    prompt: str
+    max_tokens: Annotated[int, Meta(ge=0)]
+
+
+class TokenCheckBody(Struct, kw_only=True):
+    """Body of `/api/v1/token_check`."""
+
+    prompts: Annotated[list[TokenCheckItem], Meta(max_length=1000)]
+
+
+async def context_tokens(visit: Visit, name: str) -> int:
+    """The context of a model; raises GatewayError(model_unavailable) where no worker serves it."""
+    for model in await visible_models(visit):
+        if model["name"] == name:
+            return model.get("context_tokens") or ASSUMED_CONTEXT_TOKENS
+    raise GatewayError(
+        ErrorCode.MODEL_UNAVAILABLE, f"No worker serves model {name!r}.", param="model"
+    )
+
+
+async def _token_check(visit: Visit) -> Response:
+    body = parse(TokenCheckBody, await visit.body())
+    told = []
+    for item in body.prompts:
+        visit.check(item.model, 0)
+        context = await context_tokens(visit, item.model)
+        count = await visit.gateway.bus.count(
+            item.prompt, model=item.model, user=visit.share(None), retry=RETRY
+        )
+        fits = count + item.max_tokens <= context
+        told.append({"fits": fits, "tokenCount": count, "contextLength": context})
+    return JSONResponse({"prompts": told})
+
+
+async def _engine_embeddings(visit: Visit) -> Response:
+    """The model stands in the path, as in the first version of OpenAI's API."""
+    fields = parse(dict[str, msgspec.Raw], await visit.body())
+    fields["model"] = msgspec.Raw(msgspec.json.encode(visit.request.path_params["model"]))
+    return await embed(visit, parse(EmbeddingRequest, msgspec.json.encode(fields)))
+
+
+def legacy_api_routes() -> list[Route]:
+    """The paths that only FastChat's API server has."""
+    return [
+        route("/api/v1/token_check", _token_check, "POST", counted=True),
+        route("/api/v1/chat/completions", chat_completions, "POST", counted=True),
+        route("/v1/engines/{model:path}/embeddings", _engine_embeddings, "POST", counted=True),
+    ]
