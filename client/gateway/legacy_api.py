@@ -41,6 +41,12 @@ class TokenCheckBody(Struct, kw_only=True):
     prompts: Annotated[list[TokenCheckItem], Meta(max_length=1000)]
 
 
+class _EngineInput(EmbeddingRequest, kw_only=True):
+    """Body of `/v1/engines/MODEL/embeddings`, where the path names the model."""
+
+    model: str = ""
+
+
 async def context_tokens(visit: Visit, name: str) -> int:
     """The context of a model; raises GatewayError(model_unavailable) where no worker serves it."""
     for model in await visible_models(visit):
@@ -67,9 +73,9 @@ async def _token_check(visit: Visit) -> Response:
 
 async def _engine_embeddings(visit: Visit) -> Response:
     """The model stands in the path, as in the first version of OpenAI's API."""
-    fields = parse(dict[str, msgspec.Raw], await visit.body())
-    fields["model"] = msgspec.Raw(msgspec.json.encode(visit.request.path_params["model"]))
-    return await embed(visit, parse(EmbeddingRequest, msgspec.json.encode(fields)))
+    body = parse(_EngineInput, await visit.body())
+    model = visit.request.path_params["model"]
+    return await embed(visit, msgspec.structs.replace(body, model=model))
 
 
 def legacy_api_routes() -> list[Route]:

@@ -131,6 +131,7 @@ def _operation(path: str, words: str, query: dict[str, dict[str, Any]]) -> dict[
             "description": "Not ready, and why.",
             "content": {"application/json": {}},
         }
+    parameters: list[dict[str, Any]]
     parameters = [{"name": name, "in": "query", "schema": schema} for name, schema in query.items()]
     if "{id}" in path:
         parameters.append(

@@ -23,6 +23,7 @@ import re
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import msgspec
+import msgspec.inspect
 from msgspec import Meta, Struct
 
 from broker.protocol.limits import MAX_NAME_OCTETS, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
@@ -315,17 +316,20 @@ def parse(kind: type[Body], octets: bytes) -> Body:
     try:
         return msgspec.json.decode(octets, type=kind)
     except msgspec.ValidationError as error:
-        raise named_error(str(error)) from None
+        raise named_error(str(error), kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid(None, f"The body is not JSON: {error}. Send one JSON object.") from None
     except RecursionError:
         raise invalid(None, "The body is nested too deeply.") from None
 
 
-def named_error(message: str, path: str = "") -> GatewayError:
-    """The decoder's complaint as an error that names the field; `path` leads to the value."""
+def named_error(message: str, kind: Any, path: str = "") -> GatewayError:
+    """The decoder's complaint about a `kind` as an error that names the field and, where only some
+    values are allowed, those; `path` leads to the value that was decoded."""
+    inner = ""
     if at := _PATH.search(message):
-        path = f"{path}.{at['path']}" if path and at["path"] else path or at["path"]
+        inner = at["path"]
+        path = f"{path}.{inner}" if path and inner else path or inner
         message = message[: at.start()]
     if unknown := _UNKNOWN.match(message):
         field = f"{path}.{unknown['field']}" if path else unknown["field"]
@@ -335,8 +339,35 @@ def named_error(message: str, path: str = "") -> GatewayError:
     if missing := _MISSING.match(message):
         field = f"{path}.{missing['field']}" if path else missing["field"]
         return invalid(field, f"`{field}` is required.")
+    if message.startswith("Invalid enum value") and (allowed := _allowed_values(kind, inner)):
+        message += f"; allowed are {', '.join(map(repr, allowed))}"
     where = f"`{path}`: " if path else ""
     return invalid(path or None, f"{where}{message}.")
+
+
+def _allowed_values(kind: Any, path: str) -> list[Any]:
+    """Values of the literals at the decoder's path in a `kind`, such as `messages[0].role`."""
+    found = _alternatives(msgspec.inspect.type_info(kind))
+    for step in re.findall(r"[A-Za-z_]\w*|\[", path):
+        within: list[msgspec.inspect.Type] = []
+        for one in found:
+            if isinstance(one, msgspec.inspect.StructType):
+                within += [field.type for field in one.fields if field.encode_name == step]
+            elif isinstance(one, msgspec.inspect.ListType) and step == "[":
+                within.append(one.item_type)
+        found = [inner for one in within for inner in _alternatives(one)]
+    return [
+        value
+        for one in found
+        if isinstance(one, msgspec.inspect.LiteralType)
+        for value in one.values
+    ]
+
+
+def _alternatives(one: msgspec.inspect.Type) -> list[msgspec.inspect.Type]:
+    if isinstance(one, msgspec.inspect.Metadata):
+        one = one.type
+    return list(one.types) if isinstance(one, msgspec.inspect.UnionType) else [one]
 
 
 def texts_of(field: str, value: Texts) -> list[str | list[int]]:

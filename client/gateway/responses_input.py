@@ -196,7 +196,7 @@ def messages_of(body: ResponseRequest) -> list[http.ChatMessage]:
         try:
             item = msgspec.convert({"type": "message", **raw}, Item)
         except msgspec.ValidationError as error:
-            raise http.named_error(str(error), path) from None
+            raise http.named_error(str(error), Item, path) from None
         http.refuse_unserved(item, path)
         _append(messages, item, path)
     return messages

@@ -74,6 +74,24 @@ def test_octets_that_are_no_request_are_refused(octets: bytes) -> None:
         parse(ChatRequest, octets)
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields", "param", "allowed"),
+    [
+        (ChatRequest, {"messages": [{"role": "robot"}]}, "messages[0].role", "'assistant', 'deve"),
+        (ChatRequest, {"service_tier": "slow"}, "service_tier", "'auto', 'default'"),
+        (EmbeddingRequest, {"encoding_format": "int"}, "encoding_format", "'base64', 'float'"),
+        (ResponseRequest, {"tool_choice": "never"}, "tool_choice", "'auto', 'none', 'required'"),
+    ],
+)
+def test_a_wrong_word_is_told_the_words_that_are_allowed(
+    kind: type[msgspec.Struct], fields: dict[str, object], param: str, allowed: str
+) -> None:
+    with pytest.raises(GatewayError) as refused:
+        parse(kind, json.dumps(fields).encode())
+    assert refused.value.param == param
+    assert f"; allowed are {allowed}" in refused.value.info.message
+
+
 def test_prompts_are_told_apart() -> None:
     assert texts_of("prompt", "a") == ["a"]
     assert texts_of("prompt", [1, 2]) == [[1, 2]]
