@@ -164,23 +164,25 @@ def _echo(streams: int, *arguments: str) -> Open:
 
 async def unpaced(report: Report, arguments: argparse.Namespace, streams: int, times: int) -> None:
     """As fast as all parties can."""
-    tokens = max(16, min(256, arguments.tokens // streams))
+    # Below 64 tokens it is the requests that cost, not the tokens.
+    tokens = max(64, min(256, arguments.tokens // streams))
     # What FastChat sends grows with the square of an answer: as shipped it has less to do here.
-    few = max(8, tokens // 4) if arguments.quick else tokens
+    few = max(8, tokens // 4)
     # LiteLLM takes longer to start than the quick run may.
-    slow = {"litellm"} if arguments.quick else set()
+    slow = set() if streams <= arguments.slow_streams and not arguments.quick else {"litellm"}
     opened: dict[str, tuple[Open, int]] = {"tokenbus": (_echo(streams), tokens)}
     if "gateway" not in arguments.without:
         slots = max(8, streams)
         gateway = partial(systems.gateway_system, slots, "mode=sampled", "answer_tokens=1000000")
         opened["gateway"] = gateway, tokens
         for name in sorted(systems.ROUTERS.keys() - arguments.without - slow):
-            opened[name] = partial(systems.router_system, name), tokens
+            amount = few if name == "litellm" else tokens
+            opened[name] = partial(systems.router_system, name), amount
     if "nats" not in arguments.without:
         opened["nats"] = systems.nats_system, tokens
     if "zmq_proxy" not in arguments.without:
         opened["zmq_proxy"] = systems.zmq_system, tokens
-    if "fastchat" not in arguments.without and streams <= arguments.fastchat_streams:
+    if "fastchat" not in arguments.without and streams <= arguments.slow_streams:
         for path in ("api", "api_as_shipped", "worker"):
             amount = few if path == "api_as_shipped" else tokens
             opened[f"fastchat:{path}"] = partial(systems.fastchat_system, path), amount
@@ -305,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--paced", type=integers, help="streams at once, paced at 20 ms")
     parser.add_argument("--tokens", type=int, default=16_384, help="tokens of a run, about")
     parser.add_argument(
-        "--fastchat-streams", type=int, default=64, help="most streams given to FastChat"
+        "--slow-streams", type=int, default=64, help="most streams given to FastChat and LiteLLM"
     )
     arguments = parser.parse_args(argv)
     asyncio.run(measure(arguments)).finish(arguments, plot)
