@@ -36,7 +36,7 @@ from bench.chaos_faults import FAULTS, Blow, Fault
 from bench.chaos_judge import PACE_MS, Outcome, Reference, check_reference, judge, recoveries_ms
 from bench.chaos_reader import Got
 from bench.chaos_stage import Layout, Stage
-from bench.common import machine
+from bench.common import machine, output
 
 STREAMS: Final = 50
 QUICK_HEARTBEAT_S: Final = 0.2
@@ -212,7 +212,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Faults in the middle of fifty streams, on real processes."
     )
     parser.add_argument("--quick", action="store_true", help="shorter streams: under two minutes")
-    parser.add_argument("--json", metavar="FILE", help="JSON lines to FILE; - for standard output")
+    parser.add_argument(
+        "--json", metavar="FILE", type=output, help="JSON lines to FILE; - for standard output"
+    )
     parser.add_argument(
         "--seconds", type=float, help="go on in random order for so long, after a first round"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -43,12 +44,17 @@ def options(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick", action="store_true", help="fewer cases and repeats, under a minute"
     )
-    parser.add_argument("--json", metavar="FILE", help="JSON lines to FILE; - for standard output")
     parser.add_argument(
-        "--plot", metavar="FILE", help="plot to FILE (.png or .svg); needs matplotlib"
+        "--json", metavar="FILE", type=output, help="JSON lines to FILE; - for standard output"
     )
     parser.add_argument(
-        "--repeats", type=int, default=None, help="runs of each case (default 5, with --quick 3)"
+        "--plot", metavar="FILE", type=_plot, help="plot to FILE (.png or .svg); needs matplotlib"
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=None,
+        help="runs of each case (default 5; with --quick, and in bench.engine, 3)",
     )
     parser.add_argument(
         "--without", type=_names, default=frozenset(), help="peers to leave out: fastchat, ..."
@@ -58,6 +64,30 @@ def options(description: str) -> argparse.ArgumentParser:
 
 def _names(text: str) -> frozenset[str]:
     return frozenset(filter(None, text.split(",")))
+
+
+def output(text: str) -> str:
+    """A file to write, `-` for standard output (an argparse type): refused before the measurement,
+    which takes minutes, not after it."""
+    if text != "-" and not os.access(Path(text).resolve().parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: make its folder first")
+    return text
+
+
+def _plot(text: str) -> str:
+    if not text.endswith((".png", ".svg")):
+        raise argparse.ArgumentTypeError(f"{text} is neither .png nor .svg")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("it needs matplotlib: pip install 'tokenbus[bench]'")
+    return output(text)
+
+
+def progress(text: str) -> None:
+    """Say what is measured now, on one line of the terminal that the next call writes over; nothing
+    where standard error is a file or a pipe. An empty text clears the line."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{text}")
+        sys.stderr.flush()
 
 
 def repeats(arguments: argparse.Namespace) -> int:
@@ -113,8 +143,9 @@ def interleave(
     Each case returns named figures; the answer is a `Sample` by case and figure.
     """
     seen: dict[str, dict[str, list[float]]] = {name: {} for name in cases}
-    for _ in range(times):
+    for round_ in range(times):
         for name, run in cases.items():
+            progress(f"{name}, round {round_ + 1} of {times}")
             for figure, value in run().items():
                 seen[name].setdefault(figure, []).append(value)
     return {
@@ -438,6 +469,7 @@ class Report:
         plot: Callable[[Any, list[Row]], None] | None = None,
     ) -> None:
         """Print, write, draw, as the options say. `plot` fills a matplotlib figure."""
+        progress("")
         if arguments.json == "-":
             sys.stdout.write(self.json_lines())
         else:
@@ -480,11 +512,9 @@ def _columns(heads: list[str], body: list[list[str]], right: Iterable[str]) -> l
 
 
 def draw(path: str, title: str, fill: Callable[[Any], None]) -> None:
-    """Write a PNG or SVG. Ends the program with advice where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SystemExit("--plot needs matplotlib: pip install 'tokenbus[bench]'") from None
+    """Write a PNG or SVG."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 5), layout="constrained")
     figure.suptitle(title)
     fill(figure)

@@ -59,6 +59,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--shared", type=int, default=512, help="tokens of the shared prefix")
     parser.add_argument("--gap-prompt", type=int, default=8000, help="tokens of the long prompt")
     parser.add_argument("--stall-ms", type=float, default=200.0, help="the engine's bound")
+    parser.set_defaults(repeats=3)  # a round of all peers takes minutes
     parser.add_argument("--profile", action="store_true", help="only: where a decode step goes")
     return parser.parse_args()
 

@@ -24,7 +24,16 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from bench import systems
-from bench.common import Process, Report, Sample, free_port, python, repeats, wait_port
+from bench.common import (
+    Process,
+    Report,
+    Sample,
+    free_port,
+    progress,
+    python,
+    repeats,
+    wait_port,
+)
 from bench.engine_cases import KV_TOKENS, Load, Setting, paired, run_engine
 from bench.stream import run
 from bench.systems import Arrivals, Unavailable, pids
@@ -216,6 +225,7 @@ async def _served(setting: Setting, folder: Folder) -> None:
                     if round_ < 0:
                         load = Load(load.streams, 2)
                     system.prompts = itertools.cycle(asked)
+                    progress(f"served, {count} streams: {name}, round {max(round_, 0) + 1}")
                     try:
                         figures = await run(system, load.streams, load.tokens)
                     except Exception as error:

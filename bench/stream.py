@@ -30,6 +30,7 @@ from bench.common import (
     integers,
     options,
     percentile,
+    progress,
     repeats,
 )
 from bench.systems import System, Unavailable
@@ -91,6 +92,7 @@ async def compare(
     async with contextlib.AsyncExitStack() as stack:
         systems_open: dict[str, tuple[System, int]] = {}
         for name, (open_, tokens) in opened.items():
+            progress(f"{streams} streams: {name} starts")
             try:
                 system = await stack.enter_async_context(open_())
             except Unavailable as missing:
@@ -100,8 +102,9 @@ async def compare(
                 continue
             systems_open[name] = system, tokens
             await run(system, min(streams, 4), min(tokens, 16))
-        for _ in range(times):
+        for round_ in range(times):
             for name, (system, tokens) in systems_open.items():
+                progress(f"{streams} streams: {name}, round {round_ + 1} of {times}")
                 for figure, value in (await run(system, streams, tokens)).items():
                     seen.setdefault(name, {}).setdefault(figure, []).append(value)
     return {

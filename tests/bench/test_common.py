@@ -68,6 +68,25 @@ def test_percentiles_are_values_that_were_seen() -> None:
     assert common.percentile([7.0], 99) == 7.0
 
 
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_measurement(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if option == "--plot":
+        pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit):
+        common.options("x").parse_args([option, str(tmp_path / "nowhere" / "x.png")])
+    assert "make its folder first" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        common.options("x").parse_args(["--plot", "x.bmp"])
+    assert common.options("x").parse_args(["--json", "-"]).json == "-"
+
+
+def test_progress_is_for_terminals(capsys: pytest.CaptureFixture[str]) -> None:
+    common.progress("one case")
+    assert capsys.readouterr().err == ""
+
+
 def test_cpu_time_of_a_process_is_its_own() -> None:
     before = common.cpu_s(os.getpid())
     end = time.process_time() + 0.02
