@@ -23,7 +23,7 @@ IO_THREADS = 1
 
 def _bound(context: zmq.Context[zmq.Socket[bytes]], kind: int, endpoint: str) -> zmq.Socket[bytes]:
     bound = context.socket(kind)
-    bound.set_hwm(10_000)
+    bound.set_hwm(100_000)  # a ROUTER drops beyond it
     bound.bind(endpoint)
     return bound
 

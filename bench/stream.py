@@ -37,6 +37,8 @@ from bench.systems import System, Unavailable
 
 Open = Callable[[], contextlib.AbstractAsyncContextManager[System]]
 
+OURS = ("tokenbus", "gateway")
+"""What fails here fails the run; a peer is left out, and a note says so."""
 STEP_MS = 20
 """A decode step of a model of some ten billion parameters on one GPU."""
 
@@ -103,9 +105,17 @@ async def compare(
             systems_open[name] = system, tokens
             await run(system, min(streams, 4), min(tokens, 16))
         for round_ in range(times):
-            for name, (system, tokens) in systems_open.items():
+            for name, (system, tokens) in list(systems_open.items()):
                 progress(f"{streams} streams: {name}, round {round_ + 1} of {times}")
-                for figure, value in (await run(system, streams, tokens)).items():
+                try:
+                    figures = await run(system, streams, tokens)
+                except Exception as error:
+                    if name in OURS:
+                        raise
+                    report.note(f"{name} failed at {streams} streams: {error}")
+                    del systems_open[name]
+                    continue
+                for figure, value in figures.items():
                     seen.setdefault(name, {}).setdefault(figure, []).append(value)
     return {
         name: {figure: Sample(tuple(values)) for figure, values in figures.items()}
