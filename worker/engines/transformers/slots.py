@@ -43,8 +43,9 @@ KEPT_CAPACITY = 4096
 """Tokens of a row that stay allocated when nobody runs; more goes back to the machine."""
 
 GROUP_TOKENS = 64
-GROUP_FILL = 0.85
-"""Prompts computed together are of like length: beyond this size, padding takes at most 15 %."""
+GROUP_PADDING = 0.15
+"""Prompts computed together are of like length: padding is at most what one more forward costs,
+in tokens, or this share."""
 
 IDLE_MS = 1000.0
 """Of prompts in one step while nobody waits for a token: cancellations are looked at between."""
@@ -389,7 +390,7 @@ class SlotRunner:
             left = sequence.total - sequence.filled
             padded = left * (len(chosen) + 1)
             real += left
-            if padded > budget or (padded > GROUP_TOKENS and real < GROUP_FILL * padded):
+            if padded > budget or padded - real > max(GROUP_TOKENS, GROUP_PADDING * padded):
                 break
             chosen.append(sequence)
         if len(chosen) < 2:
