@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from broker import config as options
-from broker.config import Config, ConfigError, StartError
+from broker.config import PROGRAM, Config, ConfigError, StartError
 from broker.core.controller import BrokerCore
 from broker.core.events import Side
 from broker.log import Logger
@@ -32,8 +32,6 @@ from broker.sockets import (
     make_context,
     make_router,
 )
-
-PROGRAM = "python -m broker"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -141,8 +139,8 @@ def _check(config: Config) -> int:
         auth.load_broker_key(Path(config.keys))
         allowed = auth.load_allow_lists(Path(config.keys)).as_event()
         print(
-            f"CURVE on: {len(allowed.clients)} keys at the front, of them "
-            f"{len(allowed.operators)} operators; {len(allowed.workers)} workers"
+            f"CURVE on: keys at the front: {len(allowed.clients)}, of them operators: "
+            f"{len(allowed.operators)}; keys of workers: {len(allowed.workers)}"
         )
     for name, value in options.changed(config).items():
         print(f"{name} = {value!r}")
@@ -162,10 +160,15 @@ def _raise_descriptor_limit(config: Config) -> None:
 
 def _announce(config: Config, fronts: list[str], backs: list[str]) -> None:
     """Where it listens, and what to do next."""
+    worker_keys = client_keys = ""
+    if config.keys:
+        server_key = f" --server-key {config.keys}/broker.key"
+        worker_keys = f"{server_key} --key {config.keys}/worker.key_secret"
+        client_keys = f"{server_key} --key-file {config.keys}/client.key_secret"
     lines = [
         f"tokenbus broker listens: clients {', '.join(fronts)}   workers {', '.join(backs)}",
-        f"next:  python -m worker --broker {backs[0]}",
-        f"       python -m client chat --broker {fronts[0]}",
+        f"next:  python -m worker --broker {backs[0]}{worker_keys}",
+        f"       python -m client chat --broker {fronts[0]}{client_keys}",
     ]
     # On a full disk the lines are lost, never the broker.
     with contextlib.suppress(OSError):
@@ -175,8 +178,11 @@ def _announce(config: Config, fronts: list[str], backs: list[str]) -> None:
         path = Path(config.ready_file)
         # Whoever waits for the file must never read half of it.
         part = path.with_name(f".{path.name}.{os.getpid()}")
-        part.write_text(json.dumps(ready), encoding="utf-8")
-        part.replace(path)
+        try:
+            part.write_text(json.dumps(ready), encoding="utf-8")
+            part.replace(path)
+        except OSError as error:
+            raise StartError(f"--ready-file {path} cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -90,7 +90,12 @@ def load_allow_lists(folder: Path) -> AllowLists:
 def _load_list(path: Path) -> dict[str, str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise KeyFileError(
+            f"{path}: {reason}; make lists: python -m broker keys {path.parent}"
+        ) from None
+    except UnicodeDecodeError as error:
         raise KeyFileError(f"{path}: {error}") from None
     allowed = {}
     for number, line in enumerate(lines, 1):
@@ -199,7 +204,10 @@ class Gate:
 def keys_command(arguments: Sequence[str], *, program: str) -> str:
     """Make what is missing in a folder of keys, or add a peer. Returns what to tell the user.
     Raises `KeyFileError`."""
-    options = _keys_parser(program).parse_args(arguments)
+    parser = _keys_parser(program)
+    options = parser.parse_args(arguments)
+    if options.name and not options.add:
+        parser.error("--name needs --add: client, worker or operator")
     folder = Path(options.folder)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -216,14 +224,20 @@ def keys_command(arguments: Sequence[str], *, program: str) -> str:
     if not made:
         return f"{folder} is complete; nothing was changed. --add ROLE --name NAME adds a peer."
     lines = [f"  {line}" for line in made]
+    start = f"start the broker:  python -m broker --keys {folder}"
+    if options.add:
+        start += "   (one that runs: kill -HUP its process)"
     return "\n".join(
         [
             f"made in {folder} (readable by you alone):",
             *lines,
-            f"start the broker:  python -m broker --keys {folder}",
+            start,
             "hand out:          broker.key, and to each peer its own .key_secret file",
         ]
     )
+
+
+_A = {"client": "a client", "worker": "a worker", "operator": "an operator"}
 
 
 def _keys_parser(program: str) -> argparse.ArgumentParser:
@@ -269,7 +283,7 @@ def _add_peer(folder: Path, role: str, name: str) -> str:
     if old and not old.endswith("\n"):
         old += "\n"
     _write_private(path, f"{old}{public} {name}\n")
-    return f"{(name + '.key_secret').ljust(21)} for a {role}; on the list {path.name}"
+    return f"{(name + '.key_secret').ljust(21)} for {_A[role]}; on the list {path.name}"
 
 
 def _make_pair(folder: Path, name: str) -> str:

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from broker.core.settings import CoreSettings, option
+from broker.core.state import SOFTWARE
 
+PROGRAM = "python -m broker"
 ENV_PREFIX = "TOKENBUS_"
 
 
@@ -189,12 +191,13 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program,
         description="The tokenbus broker: clients at the front, workers at the back.",
-        usage=f"{program} [OPTION ...] | {program} keys --help | "
-        f"{program} check [FILE] [OPTION ...]",
+        usage=f"{PROGRAM} [OPTION ...] | {PROGRAM} keys --help | "
+        f"{PROGRAM} check [FILE] [OPTION ...]",
         epilog=_table(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=SOFTWARE)
     parser.add_argument("--config", metavar="FILE", help="TOML file with options by their name")
     for field in dataclasses.fields(Config):
         flag = _flag(field.name)

@@ -108,7 +108,11 @@ def check_address(address: str) -> None:
     if address.startswith("ipc://") and len(address) > len("ipc://"):
         return
     if address.startswith("tcp://") and ":" in address[len("tcp://") :]:
-        return
+        port = address.rpartition(":")[2]
+        # libzmq takes any number and listens at its lowest 16 bits.
+        if port == "*" or (port.isascii() and port.isdecimal() and int(port) < 65_536):
+            return
+        raise BindError(f"{address!r} has no port from 1 to 65535; or write * for a free one")
     raise BindError(
         f"{address!r} is not an address; write tcp://127.0.0.1:5555, tcp://127.0.0.1:* or ipc://PATH"
     )

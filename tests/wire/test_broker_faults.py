@@ -403,6 +403,19 @@ def test_a_secret_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
         auth.load_broker_key(tmp_path)
 
 
+def test_a_missing_allow_list_is_named_with_what_to_do(tmp_path: Path) -> None:
+    auth.keys_command([str(tmp_path)], program="keys")
+    (tmp_path / "clients.allow").unlink()
+    with pytest.raises(auth.KeyFileError, match=r"clients\.allow: No such file.*broker keys"):
+        auth.load_allow_lists(tmp_path)
+
+
+def test_a_name_without_a_kind_of_peer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        auth.keys_command([str(tmp_path / "new"), "--name", "alice"], program="keys")
+    assert not (tmp_path / "new").exists()
+
+
 def test_keys_are_never_overwritten(tmp_path: Path) -> None:
     auth.keys_command([str(tmp_path)], program="keys")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}

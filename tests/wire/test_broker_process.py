@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import zmq
 
-from broker import config
+from broker import __main__ as broker_main
+from broker import auth, config
 from broker.config import Config, ConfigError
 from broker.protocol.header import MessageType
 from tests.wire.broker_peers import (
@@ -219,6 +220,8 @@ def test_a_broker_that_fails_says_why_before_anything_else_can_end_it() -> None:
         (("--front", "tcp://0.0.0.0:*"), "--insecure"),
         (("--back", "tcp://*:*"), "--insecure"),
         (("--front", "127.0.0.1:5555"), "is not an address"),
+        (("--front", "tcp://127.0.0.1:99999"), "1 to 65535"),
+        (("--back", "tcp://127.0.0.1:http"), "1 to 65535"),
         (("--placement", "best"), "least_loaded"),
         (("--inflight", "many"), "whole number"),
         (("--queue-s", "nan"), "below"),
@@ -244,6 +247,29 @@ def test_check_takes_the_file_alone_and_says_what_is_wrong_in_it(tmp_path: Path)
     file.write_text("inflght = 7\n")
     wrong = run("check", str(file))
     assert wrong.returncode == 2 and "unknown option 'inflght'" in wrong.stderr
+
+
+def test_the_usage_names_the_three_forms_whichever_was_called() -> None:
+    broker, check = run("--help"), run("check", "--help")
+    assert broker.stdout.splitlines()[0] == check.stdout.splitlines()[0]
+
+
+def test_a_ready_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    free = ("--front", "tcp://127.0.0.1:*", "--back", "tcp://127.0.0.1:*")
+    told = run(*free, "--ready-file", str(tmp_path / "missing" / "ready"))
+    assert told.returncode == 1
+    assert told.stderr.count("\n") == 1 and "--ready-file" in told.stderr, told.stderr
+
+
+def test_the_next_commands_name_the_keys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    auth.keys_command([str(tmp_path)], program="keys")
+    broker_main._announce(Config(keys=str(tmp_path)), ["tcp://f:1"], ["tcp://b:2"])
+    worker, client = capsys.readouterr().out.splitlines()[1:]
+    for line, flag, name in ((worker, "--key", "worker"), (client, "--key-file", "client")):
+        assert f" --server-key {tmp_path}/broker.key {flag} {tmp_path}/{name}.key_secret" in line
+    assert all(Path(word).exists() for word in worker.split() if word.startswith(str(tmp_path)))
 
 
 def test_flags_win_over_environment_over_file_over_default(tmp_path: Path) -> None:
