@@ -33,7 +33,9 @@ __all__ = [
 STATUS_LEFT: Final = 499
 """Of a stream whose reader went away: nginx's number, in the log, the metrics and traces only."""
 
-KEEP_ALIVE: Final = b": keep-alive\n\n"
+#: No empty line behind it: OpenAI's SDKs would read one as an event without data, once they saw an
+#: id, and fail on it. The comment is the first line of the event to come.
+KEEP_ALIVE: Final = b": keep-alive\n"
 
 
 def encode(data: str | bytes, *, event: str | None = None, id_: str | None = None) -> bytes:

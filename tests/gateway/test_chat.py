@@ -15,6 +15,8 @@ from PIL import Image
 from tests.gateway.conftest import MODEL, GatewayProcess
 from tests.harness import wait_until
 
+STREAM = openai.Stream[object]
+
 HELLO = [{"role": "user", "content": "hello there"}]
 
 
@@ -322,5 +324,27 @@ def test_a_stream_that_waits_gets_comments(gateway: GatewayProcess) -> None:
     body = {"model": MODEL, "messages": waiting, "stream": True}
     with gateway.http() as client:
         text = client.post("/v1/chat/completions", json=body).text
-    assert text.startswith(": keep-alive\n\n")
+    assert text.startswith(": keep-alive\n")
     assert '"finish_reason":"stop"' in text
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "responses"])
+def test_a_pause_between_tokens_is_nothing_to_openais_client(
+    gateway: GatewayProcess, path: str
+) -> None:
+    prompt = "[[echo step_delay_ms=500]]ab"
+    asked = {
+        "chat/completions": {"messages": [{"role": "user", "content": prompt}]},
+        "completions": {"prompt": prompt},
+        "responses": {"input": prompt},
+    }[path]
+    body = {"model": MODEL, "stream": True, **asked}
+    with gateway.http() as http:
+        # Comments behind events that have ids.
+        behind = http.post(f"/v1/{path}", json=body).text.partition("\ndata: ")[2]
+        assert ": keep-alive\n" in behind
+    with gateway.openai() as client:
+        heard = [
+            *client.post(f"/{path}", cast_to=object, body=body, stream=True, stream_cls=STREAM)
+        ]
+    assert len(heard) >= 2
