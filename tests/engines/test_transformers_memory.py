@@ -12,6 +12,7 @@ import torch
 from broker.protocol.messages import FinishReason
 from tests.engines import tiny
 from worker.engines.transformers.cache import SlotCache
+from worker.engines.transformers.sampling import Sampled, Sampler
 from worker.engines.transformers.slots import SlotRunner
 
 
@@ -22,6 +23,10 @@ def model() -> Any:
 
 def plain(model: Any, ids: list[int], count: int) -> list[int]:
     return tiny.generated(model, {"input_ids": torch.tensor([ids])}, count, ())
+
+
+TOO_MUCH = 9
+"""A token of a prompt that lacks memory; `tiny.prompts` has it not."""
 
 
 def runner_of(engine: Any) -> SlotRunner:
@@ -238,6 +243,91 @@ def test_memory_that_a_forward_lacks_costs_its_own_request_only(
         )
         assert bad.failed is not None and bad.failed.code == "out_of_memory"
         assert good.reason is after.reason is FinishReason.LENGTH
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+@pytest.mark.parametrize("lacking", ["one prompt", "many rows", "sampling"])
+def test_requests_that_lack_memory_together_come_to_an_end_one_after_the_other(
+    lacking: str, overlap: str, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk = 8 if lacking == "one prompt" else 32
+    engine = tiny.serve(model, prefill_chunk=chunk, slots=8, overlap=overlap)
+    real, sample = model.forward, Sampler.sample
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        ids = kwargs["input_ids"]
+        if TOO_MUCH in ids or (len(ids) > 2 and lacking == "many rows"):
+            raise torch.OutOfMemoryError("no memory for you")
+        return real(*args, **kwargs)
+
+    def scarce(self: Sampler, logits: torch.Tensor, rows: Any) -> list[Sampled]:
+        if len(rows) > 2 and lacking == "sampling":
+            raise torch.OutOfMemoryError("no memory for you")
+        return sample(self, logits, rows)
+
+    prompts = tiny.prompts(5, low=16, high=16)
+    jobs = [tiny.ids_job(ids) for ids in prompts]
+    if lacking == "one prompt":
+        jobs.insert(0, tiny.ids_job([TOO_MUCH, *tiny.prompts(1, low=200, high=200)[0]]))
+    try:
+        monkeypatch.setattr(model, "forward", forward)
+        monkeypatch.setattr(Sampler, "sample", scarce)
+        answers = tiny.run_at_once(engine, jobs)
+        if lacking == "one prompt":
+            failed = answers.pop(0).failed
+            assert failed is not None and failed.code == "out_of_memory"
+        monkeypatch.undo()
+        assert [a.token_ids for a in answers] == [plain(model, ids, 12) for ids in prompts]
+    finally:
+        engine.close()
+
+
+def test_a_row_that_cannot_be_kept_for_reuse_ends_as_usual(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny.serve(model, prefix_tokens=2048)
+    ids = tiny.prompts(1, low=60, high=60)[0]
+
+    def read(row: int, length: int) -> Any:
+        raise torch.OutOfMemoryError("no memory for you")
+
+    try:
+        monkeypatch.setattr(runner_of(engine).cache, "read", read)
+        assert tiny.run(engine, [tiny.ids_job(ids)])[0].token_ids == plain(model, ids, 12)
+        assert engine.metrics()["prefix_tokens"] == 0
+    finally:
+        engine.close()
+
+
+def test_prompts_are_scored_once_although_they_are_computed_again(model: Any) -> None:
+    engine = tiny.serve(model, kv_tokens=384, slots=4, prefix_tokens=0)
+    prompts = tiny.prompts(4, low=60, high=60, seed=14)
+    jobs = [
+        tiny.ids_job(ids, max_tokens=150, prompt_logprobs=1, stream_interval=200) for ids in prompts
+    ]
+    try:
+        for ids, answer in zip(prompts, tiny.run_at_once(engine, jobs), strict=True):
+            assert answer.facts is not None and answer.facts.logprobs is not None
+            assert len(answer.facts.logprobs) == len(ids)
+    finally:
+        engine.close()
+
+
+def test_a_prompt_that_fills_its_row_spoils_no_other(
+    model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = tiny.serve(model, kv_tokens=256, slots=4, prefix_tokens=512, prefill_chunk=64)
+    one, two, three = tiny.prompts(3, low=64, high=64, seed=52)
+    asked = [one, two[:50], three[:40]]
+    try:
+        # Short prompts behind prefixes of unlike length are padded when they are computed together.
+        for known in (one[:48], three[:20]):
+            tiny.run(engine, [tiny.ids_job(known, max_tokens=1)])
+        answers = tiny.run_at_once(engine, [tiny.ids_job(ids, max_tokens=2) for ids in asked])
+        assert [a.token_ids for a in answers] == [plain(model, ids, 2) for ids in asked]
+        assert "one by one" not in caplog.text
     finally:
         engine.close()
 

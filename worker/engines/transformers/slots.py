@@ -26,7 +26,7 @@ from worker.engines.transformers.forward import Forward
 from worker.engines.transformers.memory import is_out_of_memory, release_cached
 from worker.engines.transformers.pace import Allowance, Pace
 from worker.engines.transformers.prefix import SMALLEST_PREFIX, PrefixCache
-from worker.engines.transformers.sampling import Sampler, prompt_logprobs
+from worker.engines.transformers.sampling import Sampled, Sampler, prompt_logprobs
 from worker.engines.transformers.sequence import Sequence, State
 
 if TYPE_CHECKING:
@@ -85,6 +85,8 @@ class SlotRunner:
         self._rows: list[Sequence] = []
         self._active = 0
         self._admissions = 0
+        #: Rows that memory was enough for, where a forward lacked some; more with each that ends.
+        self._most = slots
         self._overlap = overlap
         #: Sequences and logits of a decode that was launched and not looked at yet.
         self._computed: tuple[list[Sequence], torch.Tensor] | None = None
@@ -142,7 +144,7 @@ class SlotRunner:
             self._since = self._clock()
             self._launched.clear()
         if self._overlap:
-            self._collect()
+            self._collect(events)
         if not self._first_told:
             began = self._clock()
             self._admit(events)
@@ -156,7 +158,7 @@ class SlotRunner:
             self._first_told = True
         elif self._active:
             self._launch(events)
-            self._collect()
+            self._collect(events)
         self._tell(events)
         return events
 
@@ -175,7 +177,7 @@ class SlotRunner:
                 self._leave(row)
 
     def _admit(self, events: list[EngineEvent]) -> None:
-        while self._waiting and len(self._rows) < self.slots:
+        while self._waiting and len(self._rows) < self._most:
             sequence = self._waiting[0]
             need = min(sequence.total + GROWTH_TOKENS, self._longest(sequence))
             if not self._reserve(len(self._rows) + 1, need) and not self._reserve(
@@ -200,6 +202,7 @@ class SlotRunner:
         sequence.admitted = self._admissions
         sequence.filled = 0
         sequence.follows = None
+        sequence.prompt_logprobs = []
         self._rows.append(sequence)
         row = len(self._rows) - 1
         try:
@@ -262,7 +265,9 @@ class SlotRunner:
         """Take a row out; the last rows close the hole."""
         sequence = self._rows[row]
         if keep and not sequence.failed and not self.whole_prompts and self.cache.token_bytes:
-            self.prefix.store(sequence, lambda length: self.cache.read(row, length))
+            self._keep(sequence, row)
+        if sequence.state is State.DONE:
+            self._most = min(2 * self._most, self.slots)
         hole = row
         if hole < self._active:
             last = self._active - 1
@@ -273,6 +278,15 @@ class SlotRunner:
         if hole != len(self._rows) - 1:
             self._move(len(self._rows) - 1, hole)
         self._rows.pop()
+
+    def _keep(self, sequence: Sequence, row: int) -> None:
+        """Keep a row for reuse, unless there is no memory for a copy."""
+        try:
+            self.prefix.store(sequence, lambda length: self.cache.read(row, length))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self.prefix.drop_oldest()
 
     def _move(self, source: int, target: int) -> None:
         moved = self._rows[source]
@@ -303,7 +317,8 @@ class SlotRunner:
     def _reserve(self, rows: int, length: int) -> bool:
         used = max((sequence.filled for sequence in self._rows), default=0)
         # What was promised to prompts that are still being computed stays theirs.
-        promised = max((sequence.total for sequence in self._rows[self._active :]), default=0)
+        # One more: there, prompts computed together store what pads them.
+        promised = max((sequence.total + 1 for sequence in self._rows[self._active :]), default=0)
         return self.cache.reserve(rows, max(length, promised), len(self._rows), used)
 
     def _too_large(self, sequence: Sequence) -> ErrorInfo:
@@ -346,6 +361,12 @@ class SlotRunner:
         self._leave(row)
         sequence.state = State.WAITING
         self._waiting.appendleft(sequence)
+
+    def _ran_short(self, events: list[EngineEvent]) -> None:
+        """A forward lacked memory. Fewer rows run until one ends: whoever gave way would come back
+        in the next step, and nobody would get any further."""
+        self._give_way(events)
+        self._most = len(self._rows) or self.slots
 
     # --- prefill ----------------------------------------------------------------------------------
 
@@ -401,20 +422,21 @@ class SlotRunner:
         started = self._clock()
         try:
             logits = self.forward.prefill_many(self._active, chosen)
+            self._computed_piece(step, tokens, start, len(chosen), started)
+            choices = self._sample(chosen, logits)
         except Exception as error:
             if is_out_of_memory(error):
-                self._give_way(events)
+                self._ran_short(events)
                 step.spend(tokens, (self._clock() - started) * 1e3)
                 return True
             # One by one, the prompt that is the cause fails alone.
             log.warning("prompts are computed one by one: %s", error)
             return False
-        self._computed_piece(step, tokens, start, len(chosen), started)
         for sequence in chosen:
             sequence.filled = sequence.total
             sequence.state = State.DECODE
         self._active += len(chosen)
-        self._choose(chosen, logits)
+        self._take(chosen, choices)
         return True
 
     def _may_share(self, sequence: Sequence) -> bool:
@@ -440,31 +462,34 @@ class SlotRunner:
         try:
             logits = self.forward.prefill(row, sequence, start, end, all_logits=wants)
             self._computed_piece(step, end - start, start, 1, started)
+            scores = self._prompt_scores(sequence, start, end, logits) if wants else []
+            whole = end == sequence.total
+            choices = self._sample([sequence], logits[-1:]) if whole else []
             sequence.filled = end
-            if wants:
-                self._score_prompt(sequence, start, end, logits)
-                logits = logits[-1:]
-            if end == sequence.total:
+            sequence.prompt_logprobs += scores
+            if whole:
                 self._activate(row)
-                self._choose([sequence], logits)
+                self._take([sequence], choices)
         except Exception as error:
             if is_out_of_memory(error) and len(self._rows) > 1:
-                self._give_way(events)
+                self._ran_short(events)
             else:
                 self._fail_row(self._rows.index(sequence), error, events)
             step.spend(end - start, (self._clock() - started) * 1e3)
 
-    def _score_prompt(self, sequence: Sequence, start: int, end: int, logits: torch.Tensor) -> None:
+    def _prompt_scores(
+        self, sequence: Sequence, start: int, end: int, logits: torch.Tensor
+    ) -> list[TokenLogprob]:
         """Log probabilities of the prompt tokens that this piece predicts."""
         top = sequence.params.prompt_logprobs or 0
         ids = sequence.prompt.ids
-        if start == 0:
-            sequence.prompt_logprobs.append(TokenLogprob(None, self._token_bytes(ids[0])))
+        scores = [TokenLogprob(None, self._token_bytes(ids[0]))] if start == 0 else []
         count = min(end, len(ids) - 1) - start
         if count > 0:
-            sequence.prompt_logprobs += prompt_logprobs(
+            scores += prompt_logprobs(
                 logits[:count], ids[start + 1 : start + 1 + count], top, self._token_bytes
             )
+        return scores
 
     # --- decode -----------------------------------------------------------------------------------
 
@@ -480,13 +505,13 @@ class SlotRunner:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            self._give_way(events)
+            self._ran_short(events)
             return
         for sequence in sequences:
             sequence.filled += 1
         self._computed = (sequences, logits)
 
-    def _collect(self) -> None:
+    def _collect(self, events: list[EngineEvent]) -> None:
         """Choose tokens from what was launched."""
         if self._computed is None:
             return
@@ -499,18 +524,31 @@ class SlotRunner:
             if not sequences:
                 return
             logits = logits[torch.tensor(alive, device=logits.device)]
-        self._choose(sequences, logits)
+        try:
+            choices = self._sample(sequences, logits)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            for sequence in sequences:
+                # Computed again, by those that stay.
+                sequence.filled -= 1
+            self._ran_short(events)
+            return
+        self._take(sequences, choices)
         self._measure()
 
-    def _choose(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
-        """Choose a token for each sequence; those that end with it leave their rows."""
+    def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> list[Sampled]:
+        """A token for each sequence; nothing of them is changed."""
         if self._sampler is None:
             self._sampler = Sampler(
                 logits.shape[-1], banned_ids=sorted(self._banned), token_bytes=self._token_bytes
             )
-        sampled = self._sampler.sample(logits, [sequence.row for sequence in sequences])
+        return self._sampler.sample(logits, [sequence.row for sequence in sequences])
+
+    def _take(self, sequences: list[Sequence], choices: list[Sampled]) -> None:
+        """Each sequence takes its token; those that end with it leave their rows."""
         now = time.perf_counter()
-        for sequence, choice in zip(sequences, sampled, strict=True):
+        for sequence, choice in zip(sequences, choices, strict=True):
             sequence.take(choice, now)
             self._fresh.append(sequence)
             if sequence.state is State.DONE:
