@@ -225,6 +225,10 @@ def _called(call: http.ToolCall, path: str) -> dict[str, Any]:
         raise invalid(
             f"{path}.tool_calls", f"The arguments of tool call {call.id!r} are not JSON."
         ) from None
+    except RecursionError:
+        raise invalid(
+            f"{path}.tool_calls", f"The arguments of tool call {call.id!r} are nested too deeply."
+        ) from None
     function = {"name": call.function.name, "arguments": arguments}
     return {"id": call.id, "type": "function", "function": function}
 
@@ -349,9 +353,10 @@ def _params(
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     bias: list[tuple[int, float]] = []
     for token, value in (body.logit_bias or {}).items():
-        if not token.isdecimal() or int(token) >= 1 << 31:
+        id_ = http.number_of(token)
+        if id_ is None or id_ >= 1 << 31:
             raise invalid("logit_bias", f"`logit_bias` names {token!r}, which is no token id.")
-        bias.append((int(token), value))
+        bias.append((id_, value))
     if body.min_tokens is not None and max_tokens is not None and body.min_tokens > max_tokens:
         raise invalid("min_tokens", "`min_tokens` is beyond the longest answer allowed.")
     return Params(

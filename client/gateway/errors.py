@@ -43,6 +43,19 @@ _TYPE_OF_STATUS = {
 }
 
 
+#: Of a message, and of the name of a field: both may hold what the caller sent, of any length.
+_MESSAGE_CHARACTERS = 2000
+_PARAM_CHARACTERS = 200
+
+
+def _shortened(text: str, characters: int) -> str:
+    """`text` without its middle where it is too long to be told, kept and shown."""
+    if len(text) <= characters:
+        return text
+    half = characters // 2
+    return f"{text[:half]} ... {text[-half:]}"
+
+
 class GatewayError(Exception):
     """A request that the gateway answers with an error of its own making or of the bus."""
 
@@ -57,6 +70,7 @@ class GatewayError(Exception):
         retry_after_ms: int | None = None,
         details: dict[str, Any] | None = None,
     ) -> None:
+        message = _shortened(message, _MESSAGE_CHARACTERS)
         super().__init__(message)
         self.info = ErrorInfo(
             code=str(code),
@@ -66,7 +80,7 @@ class GatewayError(Exception):
             details=details or {},
         )
         #: The field of the request that is wrong, as a path: `messages[0].role`.
-        self.param = param
+        self.param = None if param is None else _shortened(param, _PARAM_CHARACTERS)
         self.status = status if status is not None else status_of(self.info)
 
 

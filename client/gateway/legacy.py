@@ -207,7 +207,8 @@ def _own_address(visit: Visit) -> str:
     kind, _, packed = visit.request.headers.get("authorization", "").partition(" ")
     if kind.lower() == "basic":
         # The caller sent it a moment ago; its worker calls need it again.
-        rest = f"{base64.b64decode(packed).decode()}@{rest}"
+        with contextlib.suppress(binascii.Error, UnicodeDecodeError):
+            rest = f"{base64.b64decode(packed, validate=True).decode()}@{rest}"
     return f"{scheme}://{rest}"
 
 
@@ -348,7 +349,7 @@ def _longer(
     return {
         "text_offset": logprobs["text_offset"] + [offset] * len(tokens),
         "token_logprobs": logprobs["token_logprobs"]
-        + [token.logprob or IMPOSSIBLE for token in tokens],
+        + [IMPOSSIBLE if token.logprob is None else token.logprob for token in tokens],
         "tokens": logprobs["tokens"] + [token.token.decode(errors="replace") for token in tokens],
         "top_logprobs": logprobs["top_logprobs"]
         + [
@@ -427,8 +428,8 @@ def _dialect(visit: Visit, octets: bytes) -> Dialect:
         return "llava"
     try:
         fields = msgspec.json.decode(octets, type=dict[str, Any])
-    except msgspec.MsgspecError:
-        return "llava"
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return "llava"  # the reader of the whole body says what is wrong with it
     if isinstance(fields.get("prompt"), list):
         return "llava"
     return "fastchat" if _ONLY_FASTCHAT & fields.keys() else "llava"

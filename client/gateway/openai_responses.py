@@ -33,7 +33,7 @@ from client.gateway.generation import Batches, ChoiceEvent, Delta, Finish
 from client.gateway.openai_shared import chat_logprobs, dumped
 from client.gateway.reattach import Kept, Transcript
 from client.gateway.requests import parse
-from client.gateway.responses_input import LOGPROBS, ResponseRequest, as_chat
+from client.gateway.responses_input import LOGPROBS, ResponseRequest, as_chat, named_in_input
 from client.gateway.sse import Source, encode, until_disconnect
 from client.gateway.visit import Visit
 
@@ -62,14 +62,22 @@ async def create_response(visit: Visit) -> Response:
         except GatewayError as error:
             error.param = "previous_response_id"
             raise
+        if not kept.value.over:
+            raise invalid(
+                "previous_response_id",
+                f"Response {kept.id!r} still runs; wait for its end, or cancel it.",
+            )
         earlier = kept.value.conversation()
     chat = as_chat(body, earlier)
-    call = await chat_call(
-        chat,
-        visit.gateway.config.images,
-        seed=pick_seed(body.seed),
-        user=visit.share(body.user),
-    )
+    try:
+        call = await chat_call(
+            chat,
+            visit.gateway.config.images,
+            seed=pick_seed(body.seed),
+            user=visit.share(body.user),
+        )
+    except GatewayError as error:
+        raise named_in_input(error, body, chat) from None
     if body.truncation == "auto":
         params = msgspec.structs.replace(call.request.params, overflow="truncate_left")
         call = Call(msgspec.structs.replace(call.request, params=params), call.attachments)
@@ -111,11 +119,13 @@ async def get_response(visit: Visit) -> Response:
         return _json(kept.value.snapshot())
     if kept.transcript is None:
         raise invalid("stream", "Only a response made with `background: true` streams again.")
+    named = "starting_after" if query.get("starting_after") else "last-event-id"
     after = query.get("starting_after") or visit.last_event_id
-    if after is not None and not after.isdecimal():
-        raise invalid("starting_after", "`starting_after` is a sequence number.")
     # Sequence numbers count from 0, positions from 1.
-    position = 0 if after is None else int(after) + 1
+    number = -1 if after is None else http.number_of(after)
+    if number is None:
+        raise invalid(named, f"`{named}` is the sequence number of an event.")
+    position = number + 1
     return visit.stream(kept.transcript.read(position), kept.value.failed)
 
 
@@ -144,10 +154,10 @@ async def input_items(visit: Visit) -> Response:
     if isinstance(given, str):
         given = [{"role": "user", "content": [{"type": "input_text", "text": given}]}]
     items = [{"type": "message", "id": f"item_{i}", **item} for i, item in enumerate(given)]
-    order, limit = query.get("order", "desc"), query.get("limit", "20")
+    order, limit = query.get("order", "desc"), http.number_of(query.get("limit", "20"))
     if order not in ("asc", "desc"):
         raise invalid("order", "`order` is `asc` or `desc`.")
-    if not limit.isdecimal() or not 1 <= int(limit) <= 100:
+    if limit is None or not 1 <= limit <= 100:
         raise invalid("limit", "`limit` is a number from 1 to 100.")
     if order == "desc":
         items.reverse()
@@ -157,7 +167,7 @@ async def input_items(visit: Visit) -> Response:
         if not at:
             raise invalid("after", f"`after` names {after!r}, which is no item of this response.")
         items = items[at[0] + 1 :]
-    page = items[: int(limit)]
+    page = items[:limit]
     first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
     return JSONResponse(
         {
@@ -207,6 +217,11 @@ class Making:
         self._output: list[shapes.ResponseOutputMessage | shapes.ResponseFunctionToolCall] = []
         self._open = False  # the last output item is not complete
         self._sequence = 0
+
+    @property
+    def over(self) -> bool:
+        """Nothing more will be said."""
+        return self._status not in ("queued", "in_progress")
 
     def conversation(self) -> list[http.ChatMessage]:
         """Everything that was said, this answer included: what a follow-up stands on.

@@ -39,6 +39,7 @@ __all__ = [
     "Sampling",
     "StructuredOutputs",
     "named_error",
+    "number_of",
     "parse",
     "refuse_unserved",
     "texts_of",
@@ -339,24 +340,29 @@ def named_error(message: str, kind: Any, path: str = "") -> GatewayError:
     if missing := _MISSING.match(message):
         field = f"{path}.{missing['field']}" if path else missing["field"]
         return invalid(field, f"`{field}` is required.")
-    if message.startswith("Invalid enum value") and (allowed := _allowed_values(kind, inner)):
+    if message.startswith("Invalid ") and (allowed := _allowed_values(kind, inner)):
         message += f"; allowed are {', '.join(map(repr, allowed))}"
     where = f"`{path}`: " if path else ""
     return invalid(path or None, f"{where}{message}.")
 
 
 def _allowed_values(kind: Any, path: str) -> list[Any]:
-    """Values of the literals at the decoder's path in a `kind`, such as `messages[0].role`."""
+    """Values of the literals at the decoder's path in a `kind`, such as `messages[0].role`, or the
+    words that tell the objects there apart."""
     found = _alternatives(msgspec.inspect.type_info(kind))
+    words: list[Any] = []
     for step in re.findall(r"[A-Za-z_]\w*|\[", path):
         within: list[msgspec.inspect.Type] = []
+        words = []
         for one in found:
+            if isinstance(one, msgspec.inspect.StructType) and one.tag_field == step:
+                words.append(one.tag)
             if isinstance(one, msgspec.inspect.StructType):
                 within += [field.type for field in one.fields if field.encode_name == step]
             elif isinstance(one, msgspec.inspect.ListType) and step == "[":
                 within.append(one.item_type)
         found = [inner for one in within for inner in _alternatives(one)]
-    return [
+    return words + [
         value
         for one in found
         if isinstance(one, msgspec.inspect.LiteralType)
@@ -368,6 +374,11 @@ def _alternatives(one: msgspec.inspect.Type) -> list[msgspec.inspect.Type]:
     if isinstance(one, msgspec.inspect.Metadata):
         one = one.type
     return list(one.types) if isinstance(one, msgspec.inspect.UnionType) else [one]
+
+
+def number_of(text: str) -> int | None:
+    """The number that stands in `text` as digits, up to 18 of them; None for anything else."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
 
 
 def texts_of(field: str, value: Texts) -> list[str | list[int]]:

@@ -6,6 +6,7 @@ turned into chat messages, so that one conversion knows what a message means on 
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -13,9 +14,9 @@ from msgspec import Meta, Struct
 
 from broker.protocol.limits import MAX_TOP_LOGPROBS
 from client.gateway import requests as http
-from client.gateway.errors import invalid
+from client.gateway.errors import GatewayError, invalid
 
-__all__ = ["ResponseRequest", "as_chat", "messages_of"]
+__all__ = ["ResponseRequest", "as_chat", "named_in_input"]
 
 LOGPROBS = "message.output_text.logprobs"
 
@@ -184,13 +185,14 @@ class ResponseRequest(http.Extensions, kw_only=True):
     prompt: http.Refused = None
 
 
-def messages_of(body: ResponseRequest) -> list[http.ChatMessage]:
-    """The input as chat messages, without instructions and earlier turns."""
+def _messages_of(body: ResponseRequest) -> tuple[list[http.ChatMessage], list[str]]:
+    """The input as chat messages, without instructions and earlier turns; where each begins."""
     if isinstance(body.input, str):
-        return [http.ChatMessage(role="user", content=body.input)]
+        return [http.ChatMessage(role="user", content=body.input)], ["input"]
     if not body.input:
         raise invalid("input", "`input` is an empty list.")
     messages: list[http.ChatMessage] = []
+    paths: list[str] = []
     for index, raw in enumerate(body.input):
         path = f"input[{index}]"
         try:
@@ -199,7 +201,30 @@ def messages_of(body: ResponseRequest) -> list[http.ChatMessage]:
             raise http.named_error(str(error), Item, path) from None
         http.refuse_unserved(item, path)
         _append(messages, item, path)
-    return messages
+        paths += [path] * (len(messages) - len(paths))
+    if not messages:
+        raise invalid("input", "`input` holds nothing that a model reads; add a message.")
+    return messages, paths
+
+
+def named_in_input(
+    error: GatewayError, body: ResponseRequest, chat: http.ChatRequest
+) -> GatewayError:
+    """An error about a message of the chat that the body became, told of the body's own field."""
+    at = re.match(r"messages\[(\d+)\]", error.param or "")
+    if at is None or error.param is None:
+        return error
+    _, paths = _messages_of(body)
+    index = int(at[1]) - (len(chat.messages) - len(paths))
+    if error.param.endswith(".tool_calls"):
+        field = "input"  # calls of one turn are one message; the error names the call
+    elif index < 0:
+        field = "instructions" if body.instructions and at[1] == "0" else "previous_response_id"
+    else:
+        inner = error.param[at.end() :].replace(".image_url.url", ".image_url")
+        field = paths[index] + inner.replace(".image_url.detail", ".detail")
+    message = error.info.message.replace(error.param, field)
+    return GatewayError(error.info.code, message, param=field, status=error.status)
 
 
 def _append(messages: list[http.ChatMessage], item: Item, path: str) -> None:
@@ -270,7 +295,7 @@ def as_chat(body: ResponseRequest, earlier: list[http.ChatMessage]) -> http.Chat
     logprobs = LOGPROBS in (body.include or []) or body.top_logprobs is not None
     return http.ChatRequest(
         model=body.model,
-        messages=[*instructions, *earlier, *messages_of(body)],
+        messages=[*instructions, *earlier, *_messages_of(body)[0]],
         max_completion_tokens=body.max_output_tokens,
         temperature=body.temperature,
         top_p=body.top_p,

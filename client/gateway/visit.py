@@ -228,7 +228,12 @@ class Visit:
         media_type = self.request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != "application/json" and not media_type.endswith("+json"):
             raise invalid(None, "Send the body as JSON, with `content-type: application/json`.")
+        if self.request.headers.get("content-encoding", "identity").lower() != "identity":
+            raise invalid(None, "Send the body as it is, without `content-encoding`.")
         limit = self.gateway.config.body_bytes
+        announced = self.request.headers.get("content-length", "")
+        if announced.isdecimal() and int(announced[:19]) > limit:
+            raise too_large(None, f"The body is beyond the {limit} bytes of this gateway.")
         octets = bytearray()
         try:
             async for chunk in self.request.stream():

@@ -11,6 +11,8 @@ import httpx2 as httpx
 import pytest
 from PIL import Image
 
+from broker.protocol.messages import TokenLogprob
+from client.gateway.legacy import _longer
 from tests.gateway.conftest import MODEL, GatewayProcess
 from tests.harness import wait_until
 
@@ -226,3 +228,25 @@ def test_a_front_end_that_hangs_up_frees_the_slot(gateway: GatewayProcess) -> No
             next(answer.iter_raw())
             assert gateway.bus.running() == 1
     wait_until(lambda: gateway.bus.running() == 0, "a free slot", 5)
+
+
+def test_a_token_that_is_certain_is_not_an_impossible_one() -> None:
+    none: dict[str, list[Any]] = {
+        "text_offset": [],
+        "token_logprobs": [],
+        "tokens": [],
+        "top_logprobs": [],
+    }
+    tokens = [TokenLogprob(logprob=value, token=b"a") for value in (0.0, -1.0, None)]
+    assert _longer(none, 0, tokens)["token_logprobs"] == [0.0, -1.0, -9999.0]
+
+
+def test_what_cannot_be_read_is_an_error_of_their_shape(http: httpx.Client) -> None:
+    for octets in (b"", b"\xff", b'{"prompt":"x","zzz":' + b"[" * 50_000):
+        json_body = {"content-type": "application/json"}
+        answer = http.post("/worker_generate", content=octets, headers=json_body)
+        assert answer.json()["error_code"] == 1
+    for odd in ("/w==", "@@@@"):
+        headers = {"authorization": f"Basic {odd}"}
+        told = http.post("/get_worker_address", json={"model": MODEL}, headers=headers)
+        assert told.json() == {"address": str(http.base_url).rstrip("/")}

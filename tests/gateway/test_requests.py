@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import socket
 
 import httpx2 as httpx
 import msgspec
@@ -21,11 +22,12 @@ from client.gateway.requests import (
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
+    number_of,
     parse,
     texts_of,
 )
 from client.gateway.responses_input import ResponseRequest
-from tests.gateway.conftest import MODEL
+from tests.gateway.conftest import MODEL, GatewayProcess
 
 BODIES = {
     ChatRequest: chat_params.CompletionCreateParamsBase,
@@ -81,6 +83,13 @@ def test_octets_that_are_no_request_are_refused(octets: bytes) -> None:
         (ChatRequest, {"service_tier": "slow"}, "service_tier", "'auto', 'default'"),
         (EmbeddingRequest, {"encoding_format": "int"}, "encoding_format", "'base64', 'float'"),
         (ResponseRequest, {"tool_choice": "never"}, "tool_choice", "'auto', 'none', 'required'"),
+        (
+            ChatRequest,
+            {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
+            "messages[0].content[0].type",
+            "'text', 'image_url', ",
+        ),
+        (ResponseRequest, {"text": {"format": {"type": "xml"}}}, "text.format.type", "'text', "),
     ],
 )
 def test_a_wrong_word_is_told_the_words_that_are_allowed(
@@ -100,6 +109,18 @@ def test_prompts_are_told_apart() -> None:
     for wrong in (["a", 1], ["a", [1]], [[1], []]):
         with pytest.raises(GatewayError):
             texts_of("prompt", wrong)
+
+
+def test_a_number_is_a_few_plain_digits() -> None:
+    assert (number_of("0"), number_of("42"), number_of("9" * 18)) == (0, 42, 10**18 - 1)
+    assert [number_of(text) for text in ("", "-1", "1.0", " 1", "\u0663", "9" * 5000)] == [None] * 6
+
+
+def test_what_a_caller_sent_is_not_told_back_at_any_length() -> None:
+    with pytest.raises(GatewayError) as refused:
+        parse(ChatRequest, json.dumps({"z" * 100_000: 1}).encode())
+    assert len(refused.value.info.message) < 2100 and len(refused.value.param or "") < 250
+    assert refused.value.info.message.endswith("remove it or mend its spelling.")
 
 
 def test_the_document_describes_what_is_taken(http: httpx.Client) -> None:
@@ -123,3 +144,56 @@ def test_a_field_of_null_is_as_if_it_were_not_there(http: httpx.Client) -> None:
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], **optional}
     answer = http.post("/v1/chat/completions", json=body)
     assert answer.json()["choices"][0]["message"]["content"] == "hello"
+
+
+def deep(levels: int) -> str:
+    return "[" * levels + "]" * levels
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/v1/chat/completions", {"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+        (
+            "/v1/chat/completions",
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "tool_calls": [
+                            {
+                                "id": "call",
+                                "type": "function",
+                                "function": {"name": "f", "arguments": deep(5000)},
+                            }
+                        ],
+                    }
+                ]
+            },
+            "messages[0].tool_calls",
+        ),
+    ],
+)
+def test_a_value_beyond_reason_is_the_callers_fault(
+    http: httpx.Client, path: str, fields: dict[str, object], param: str
+) -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], **fields}
+    answer = http.post(path, json=body)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == param
+
+
+def test_a_body_that_will_be_too_long_is_refused_before_it_comes(gateway: GatewayProcess) -> None:
+    host, _, port = gateway.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+            b"content-type: application/json\r\ncontent-length: 1000000000000000000\r\n\r\n{"
+        )
+        head = connection.recv(4096).decode()
+    assert head.startswith("HTTP/1.1 413 ")
+
+
+def test_a_packed_body_is_refused_with_the_reason(http: httpx.Client) -> None:
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    answer = http.post("/v1/chat/completions", content=b"\x1f\x8b", headers=headers)
+    assert answer.status_code == 400 and "content-encoding" in answer.json()["error"]["message"]

@@ -18,6 +18,7 @@ TOOL = {
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
     "strict": False,
 }
+CALLED = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
 SLOW = "[[echo mode=sampled answer_tokens=400 step_delay_ms=20]]x"
 
 
@@ -173,10 +174,35 @@ def test_a_parameter_that_cannot_be_honoured_is_refused_by_name(
     assert refused.status_code == 400 and refused.json()["error"]["param"] == param
 
 
+def test_a_place_that_is_no_number_is_refused(http: httpx.Client) -> None:
+    body = {"model": MODEL, "input": "x", "background": True}
+    path = f"/v1/responses/{http.post('/v1/responses', json=body).json()['id']}"
+    many = "9" * 5000
+
+    def refused(path: str, **headers: str) -> str | None:
+        answer = http.get(path, headers=headers)
+        assert answer.status_code == 400
+        return answer.json()["error"]["param"]
+
+    assert refused(f"{path}?stream=true&starting_after={many}") == "starting_after"
+    assert refused(f"{path}?stream=true", **{"last-event-id": "x"}) == "last-event-id"
+    assert refused(f"{path}/input_items?limit={many}") == "limit"
+
+
 def test_a_follow_up_of_nothing_names_its_field(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         client.responses.create(model=MODEL, input="x", previous_response_id="resp_none")
     assert caught.value.param == "previous_response_id"
+
+
+def test_a_follow_up_of_what_still_runs_is_refused(client: openai.OpenAI) -> None:
+    made = client.responses.create(model=MODEL, input=SLOW, background=True)
+    with pytest.raises(openai.BadRequestError, match="still runs") as caught:
+        client.responses.create(model=MODEL, input="x", previous_response_id=made.id)
+    assert caught.value.param == "previous_response_id"
+    client.responses.cancel(made.id)
+    follow = client.responses.create(model=MODEL, input="x", previous_response_id=made.id)
+    assert follow.output_text == "x"
 
 
 def test_a_background_response_outlives_its_reader_and_is_read_on(
@@ -230,6 +256,19 @@ def test_a_failing_response_ends_with_its_error(client: openai.OpenAI) -> None:
         ({"foo": 1}, "foo"),
         ({"input": [{"type": "mcp_call"}]}, "input[0].type"),
         ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input[0].content[0]"),
+        # The chat that a body becomes has fields of its own; nobody hears of them.
+        (
+            {
+                "instructions": "i",
+                "input": [
+                    {"type": "reasoning"},
+                    {"role": "user", "content": [{"type": "input_image", "image_url": "ftp://x"}]},
+                ],
+            },
+            "input[1].content[0].image_url",
+        ),
+        ({"input": [CALLED, {**CALLED, "arguments": "{"}]}, "input"),
+        ({"input": [{"type": "reasoning"}]}, "input"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"include": ["file_search_call.results"]}, "include"),
         ({"background": True, "store": False}, "background"),
