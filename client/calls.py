@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import sys
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
@@ -269,6 +270,9 @@ def _each(images: Sequence[Image]) -> Sequence[Image]:
     return [images]
 
 
+#: A caller knows parameters by name, not by their place in a message.
+_PLACE: Final = re.compile(r"^(.*) - at `\$\.(?:params\.)?(\w+)`$")
+
 # --- parameters -----------------------------------------------------------------------------------
 
 
@@ -318,7 +322,8 @@ def _call(
             codec.check_free_form(raw.get(name), name)
         request = codec.convert(raw, Request)
     except ProtocolError as error:
-        raise InvalidRequest(f"{error}; nothing was sent") from None
+        told = _PLACE.sub(r"\2: \1", str(error))
+        raise InvalidRequest(f"{told}; nothing was sent") from None
     if not model:
         request = msgspec.structs.replace(request, model="")
     return Call(request, tuple(attached.octets), timeout, retry, window)
@@ -347,6 +352,6 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(known))}"
     return f"unknown parameter {name!r}; {hint}"

@@ -95,7 +95,11 @@ def read_param(name: str, text: str) -> Any:
     if kind is list:
         return [text]
     if kind in (int, float):
-        return kind(text)
+        try:
+            return kind(text)
+        except ValueError:
+            wanted = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{name}: {text!r} is not {wanted}") from None
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -123,6 +127,10 @@ def _flags() -> dict[str, Any]:
 
 def _assignment(text: str) -> tuple[str, Any]:
     name, separator, value = text.partition("=")
+    name = name.strip().replace("-", "_")
     if not separator or not name:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=JSON")
-    return name.strip().replace("-", "_"), read_param(name.strip(), value)
+    try:
+        return name, read_param(name, value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

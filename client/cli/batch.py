@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from client import AsyncClient, BusError, Retry, Timeout
+from client import AsyncClient, BusError, InvalidRequest, Retry, Timeout
 from client.cli import arguments as flags
 from client.cli import batch_files
 from client.cli.batch_files import Line, Output
@@ -36,7 +36,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="answer a file of OpenAI batch lines",
         description="Answers every line of IN into OUT, in the order in which they get ready. "
         "Lines whose custom_id stands in OUT are skipped, so that a batch goes on where it "
-        "stopped. Status: 0 all answered, 1 some failed or the bus is away, 130 stopped.",
+        "stopped. Status: 0 all answered, 1 some failed, now or before, or the bus is away, "
+        "130 stopped.",
     )
     parser.add_argument("input", metavar="IN.jsonl", type=Path)
     parser.add_argument("output", metavar="OUT.jsonl", type=Path)
@@ -101,6 +102,8 @@ class _Tally:
 def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Answer the lines that have no answer yet."""
     wanted = batch_files.check(arguments.input)
+    if arguments.output.exists() and arguments.output.samefile(arguments.input):
+        raise InvalidRequest(f"{arguments.output} is the input too; give another file for answers")
     with Output(arguments.output, retry_failed=arguments.retry_failed) as output:
         if output.torn_bytes:
             terminal.notice(f"a line of {arguments.output} was cut off; it is asked again")
@@ -116,7 +119,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
             terminal.notice(f"stopped: {left} lines are left; the same command goes on")
             raise
     _report(arguments, terminal, tally, output, time.monotonic() - started_s)
-    return 1 if tally.failed else 0
+    return 1 if tally.failed or output.failed else 0
 
 
 def _report(
@@ -144,6 +147,10 @@ def _report(
         f"{tally.answered} lines{failed}; {tally.prompt_tokens} prompt tokens, "
         f"{tally.completion_tokens} answer tokens ({rate:.0f}/s) in {duration(took_s)}"
     )
+    if tally.failed or output.failed:
+        terminal.notice(
+            f"{tally.failed + output.failed} failed in all; --retry-failed asks those again"
+        )
 
 
 async def _answer_all(

@@ -18,7 +18,7 @@ from typing import Any, Final
 from client import BusError, Client, ConnectTimeout, InvalidRequest, ModelUnavailable
 from client.cli import arguments as flags
 from client.cli.generate import show, summary
-from client.cli.terminal import Terminal
+from client.cli.terminal import Terminal, cause
 from client.images import encode
 
 HELP: Final = """\
@@ -86,7 +86,15 @@ class Conversation:
         whole = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(whole, dict) or whole.get("format") != FORMAT:
             raise ValueError(f"{path} is no saved conversation")
-        turns = whole.get("turns", [])
+        model, system = whole.get("model"), whole.get("system", "")
+        params, turns = whole.get("params", {}), whole.get("turns", [])
+        if not (
+            isinstance(model, str | None)
+            and isinstance(system, str)
+            and isinstance(params, dict)
+            and isinstance(turns, list)
+        ):
+            raise ValueError(f"{path}: model, system, params or turns is not what /save writes")
         if not all(
             isinstance(turn, dict)
             and turn.get("role") in ("user", "assistant")
@@ -94,7 +102,7 @@ class Conversation:
             for turn in turns
         ):
             raise ValueError(f"{path} has a turn that is none")
-        return cls(whole.get("model"), whole.get("system", ""), whole.get("params", {}), turns)
+        return cls(model, system, params, turns)
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -190,7 +198,7 @@ class _Chat:
             except EOFError:
                 if self._interactive:
                     self._terminal.line()
-                return 1 if self._failed and not self._interactive else 0
+                return self._status()
             except KeyboardInterrupt:
                 if not self._interactive:
                     raise
@@ -201,10 +209,14 @@ class _Chat:
                 continue
             if text.startswith("/"):
                 if text in ("/exit", "/quit"):
-                    return 0
+                    return self._status()
                 self._command(text)
             else:
                 self._ask(text)
+
+    def _status(self) -> int:
+        """A script learns of its mistakes; a person has seen them."""
+        return 1 if self._failed and not self._interactive else 0
 
     def _command(self, text: str) -> None:
         name, _, rest = text[1:].partition(" ")
@@ -215,7 +227,7 @@ class _Chat:
         try:
             command(rest.strip())
         except (OSError, ValueError, InvalidRequest) as error:
-            self._complain(str(error))
+            self._complain(cause(error))
 
     def _complain(self, text: str) -> None:
         self._failed = True
@@ -338,10 +350,10 @@ class _Chat:
             raise ValueError("/load needs a file name")
         try:
             self.conversation = Conversation.load(Path(rest).expanduser())
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InvalidRequest(f"{rest} is no saved conversation: {error}") from None
         except (OSError, ValueError) as error:
-            raise InvalidRequest(str(error)) from None
+            raise InvalidRequest(cause(error)) from None
         self._say(f"{len(self.conversation.turns)} turns loaded from {rest}")
 
     def do_help(self, _: str) -> None:

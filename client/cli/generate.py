@@ -152,6 +152,9 @@ def count(arguments: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _text(words: list[str]) -> str:
+    if not words and sys.stdin.isatty():
+        # Else it would seem to hang.
+        print("the text, please; Ctrl-D at the start of a line ends it:", file=sys.stderr)
     text = " ".join(words) if words else sys.stdin.read().rstrip("\n")
     if not text:
         raise InvalidRequest("no text given; put it on the command line or on standard input")

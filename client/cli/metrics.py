@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from client import BusError, Client
 from client.cli import arguments as flags
-from client.cli.terminal import Terminal
+from client.cli.terminal import Terminal, cause
 
 #: Prometheus gives up a scrape after 10 s by default.
 _SCRAPE_S: Final = 5.0
@@ -51,7 +51,8 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         try:
             server = _Server(arguments.serve, client)
         except OSError as error:
-            terminal.error(f"cannot listen at {':'.join(map(str, arguments.serve))}: {error}")
+            where = ":".join(map(str, arguments.serve))
+            terminal.error(f"cannot listen at {where}: {cause(error)}; choose another HOST:PORT")
             return 1
         with server:
             host, port = server.server_address[:2]

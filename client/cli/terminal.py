@@ -110,6 +110,13 @@ class Terminal:
         yield update
 
 
+def cause(error: Exception) -> str:
+    """What went wrong, for people: a file and the reason, without the error's number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
 def _consoles() -> tuple[Any, Any] | None:
     """Rich consoles of standard output and error; None where plain text is due."""
     if not (sys.stdout.isatty() or sys.stderr.isatty()) or os.environ.get("TERM") == "dumb":

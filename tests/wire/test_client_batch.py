@@ -215,11 +215,33 @@ def test_failures_are_asked_again_when_told_so(batch: Batch, files: Files) -> No
     assert batch() == 1
     good = files.answers()["a"]
     files.ask(line("a"), line("b"))
-    assert batch() == 0  # nothing is asked: both have their answer
+    assert batch() == 1  # nothing is asked: both have their answer, and one is a failure
     assert files.error("b")[0] == 404
     assert batch("--retry-failed") == 0
     assert files.body("b") and files.answers()["a"] == good
     assert sorted(path.name for path in files.output.parent.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def test_a_run_that_goes_on_tells_of_the_failures_before_it(
+    batch: Batch, files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files.ask(line("a", model="nobody"))
+    assert batch() == 1
+    files.ask(line("a", model="nobody"), line("b"))
+    capsys.readouterr()
+    assert batch() == 1
+    assert "1 failed in all; --retry-failed asks those again" in capsys.readouterr().err
+
+
+def test_the_input_is_never_taken_for_the_answers(
+    batch: Batch, files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files.ask(line("a"))
+    asked = files.input.read_bytes()
+    files.output.symlink_to(files.input)
+    assert batch("--retry-failed") == 2
+    assert "is the input too" in capsys.readouterr().err
+    assert files.input.read_bytes() == asked
 
 
 def test_a_file_that_is_no_answer_file_is_left_alone(batch: Batch, files: Files) -> None:

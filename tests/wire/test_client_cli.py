@@ -177,7 +177,8 @@ def test_drain_lets_a_worker_go(make_bus: Callable[..., Bus]) -> None:
         (["models", "--broker", "tcp://127.0.0.1:1", "--connect-timeout", "0.3"], 1, "-m broker"),
         (["models", "--broker", "nonsense"], 2, "tcp://HOST:PORT"),
         (["generate", "x", "--image", "/nowhere.png"], 2, "/nowhere.png"),
-        (["generate", "x", "--temperature", "-1"], 2, "temperature"),
+        (["generate", "x", "--temperature", "-1"], 2, "error: temperature: "),
+        (["generate", "x", "--param", "foo=1"], 2, "known are "),
         (["generate", "x", "--param", "temprature=1"], 2, "did you mean temperature"),
         (["generate", "--server-key", "short", "x"], 2, "server_key"),
         (["generate"], 2, "no text"),
@@ -262,6 +263,25 @@ def test_chat_sets_parameters_and_forgets(bus: Bus) -> None:
     assert done.stdout.splitlines() == ["ab", "abXcd"]
     assert "no question" in done.stderr
     assert done.returncode == 1, "something in the script was wrong"
+
+
+def test_chat_tells_mistakes_in_words_and_a_script_by_the_status(bus: Bus, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text('{"format": "tokenbus-chat-1", "params": 3, "turns": 4}')
+    missing = tmp_path / "missing" / "file"
+    done = run(
+        *("chat", "--broker", bus.front),
+        stdin=f"/load {missing}\n/save {missing}\n/load {damaged}\n"
+        "/set temperature warm\n/set seed 1.5\nstill here\n/exit\n",
+    )
+    assert done.stdout.splitlines() == ["still here"]
+    assert done.stderr.splitlines() == [
+        *[f"error: {missing}: No such file or directory"] * 2,
+        f"error: {damaged}: model, system, params or turns is not what /save writes",
+        "error: temperature: 'warm' is not a number",
+        "error: seed: '1.5' is not a whole number",
+    ]
+    assert done.returncode == 1
 
 
 def test_a_mistake_in_chat_does_not_end_it(bus: Bus) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -91,6 +92,14 @@ def test_an_address_that_is_none_is_refused(address: str) -> None:
         timeout=60,
     )
     assert done.returncode == 2 and "127.0.0.1:9464" in done.stderr
+
+
+def test_a_port_in_use_is_told_in_words(bus: Bus, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        where = f"127.0.0.1:{other.getsockname()[1]}"
+        assert main(["metrics", "--broker", bus.front, "--serve", where]) == 1
+    told = capsys.readouterr().err
+    assert f"cannot listen at {where}: Address already in use; choose" in told
 
 
 def test_the_gateway_adds_the_figures_of_the_bus_to_its_own(bus: Bus, tmp_path: Path) -> None:
