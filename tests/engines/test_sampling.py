@@ -205,9 +205,11 @@ def test_greedy_takes_the_likeliest_token_whatever_else_is_set() -> None:
     assert [one.token_id for one in sample(logits, rows)] == logits.argmax(-1).tolist()
 
 
-def test_a_very_low_temperature_is_greedy_and_not_an_overflow() -> None:
+@pytest.mark.parametrize("temperature", [1e-30, 1e-46, 1e-300])
+def test_a_very_low_temperature_is_greedy_and_not_an_overflow(temperature: float) -> None:
     logits = random_logits(4, 50, 2, scale=1e4)
-    rows = [row(Params(temperature=1e-30, seed=n, top_p=0.9 if n % 2 else 1)) for n in range(4)]
+    chosen = [Params(temperature=temperature, seed=n, top_p=0.9 if n % 2 else 1) for n in range(4)]
+    rows = [row(params) for params in chosen]
     assert [one.token_id for one in sample(logits, rows)] == logits.argmax(-1).tolist()
 
 

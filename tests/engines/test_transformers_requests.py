@@ -295,6 +295,22 @@ def test_resuming_a_finished_answer_only_ends_it(engine: TransformersEngine) -> 
 # --- texts and templates --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("include_stop", [False, True])
+@pytest.mark.parametrize("received", [0, 1], ids=["no text", "some text"])
+def test_what_ended_an_answer_is_said_once_however_it_is_resumed(
+    received: int, include_stop: bool, engine: TransformersEngine, model: Any
+) -> None:
+    ids = tiny.prompts(1, seed=41)[0]
+    job = tiny.ids_job(
+        ids, stop_token_ids=[plain(model, ids, 12)[8]], include_stop=include_stop, max_tokens=20
+    )
+    whole = one(engine, job)
+    resume = Resume(epoch=1, token_ids=whole.token_ids, text_characters=received)
+    again = one(engine, Job(new_id(), msgspec.structs.replace(job.request, resume=resume)))
+    assert again.reason is FinishReason.STOP and again.token_ids == []
+    assert whole.text[:received] + again.text == whole.text
+
+
 def test_a_special_token_typed_by_a_user_stays_text(engine: TransformersEngine) -> None:
     request = Request(
         model="tiny",
@@ -475,6 +491,20 @@ def test_an_answer_keeps_to_its_constraint(engine: TransformersEngine) -> None:
     )
     assert answer.text in ("red circle", "blue square")
     assert answer.reason is FinishReason.STOP
+
+
+@pytest.mark.parametrize("more", [{"min_tokens": 10}, {"ignore_eos": True}], ids=str)
+def test_an_answer_whose_constraint_is_met_ends_whatever_more_is_asked_for(
+    more: dict[str, Any], engine: TransformersEngine
+) -> None:
+    pytest.importorskip("llguidance")
+    from broker.protocol.messages import Constraint
+
+    constraint = Constraint(type="choice", value=["the fox"])
+    params = {"ignore_eos": False, "max_tokens": 20, "constraint": constraint} | more
+    answer = one(engine, tiny.ids_job(tiny.prompts(1)[0], **params))
+    assert answer.token_ids.count(tiny.END) == 1 and answer.reason is FinishReason.STOP
+    assert answer.text.endswith("the fox")
 
 
 # --- names ----------------------------------------------------------------------------------------

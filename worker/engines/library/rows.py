@@ -64,7 +64,7 @@ class RowAhead:
 
     def __init__(self, sequence: Sequence) -> None:
         self.row: SamplerRow = sequence.row
-        sequence.row = _Told()
+        sequence.row = _Told(self.row)
 
     def took(self, sampled: Sampled) -> Sampled:
         """Advance by a token; the outcome as it is to be told."""
@@ -79,8 +79,13 @@ class RowAhead:
 class _Told(SamplerRow):
     """A row that was advanced elsewhere."""
 
-    def __init__(self) -> None:
-        """Nothing is kept here."""
+    def __init__(self, ahead: SamplerRow) -> None:
+        self._ahead = ahead
+
+    @property
+    def finished(self) -> bool:
+        """Asked of end tokens only, behind which nothing was sampled but more of them."""
+        return self._ahead.finished
 
     def append(self, token_id: int) -> None:
         """It was appended when it was sampled."""

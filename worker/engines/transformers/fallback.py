@@ -241,7 +241,7 @@ class GenerateRunner:
             events += sequence.end(FinishReason.CANCELLED, time.perf_counter())
             return
         try:
-            if sequence.wants_prompt_logprobs:
+            if sequence.wants_prompt_logprobs and not sequence.prompt_logprobs:
                 self._score_prompt(sequence)
             scores = generation.advance()
             if self._sampler is None:

@@ -48,6 +48,9 @@ Mask: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
 #: What the wire says for the logarithm of zero (OpenAI's value; JSON has no infinity).
 LOGPROB_FLOOR = -9999.0
 
+#: Below it a temperature is as good as none, and is zero in float32.
+_GREEDY_TEMPERATURE = 1e-37
+
 #: Likeliest tokens that top_p is looked for in first: models that know what they say seldom need
 #: more. For a row that does, `_MORE` times as many are looked at, until they suffice; the outcome
 #: is the same.
@@ -141,7 +144,7 @@ class SamplerRow:
 
     @property
     def greedy(self) -> bool:
-        return self.params.temperature == 0.0 or self.params.top_k == 1
+        return self.params.temperature < _GREEDY_TEMPERATURE or self.params.top_k == 1
 
     @property
     def forced(self) -> int | None:

@@ -19,7 +19,21 @@ if TYPE_CHECKING:
     from worker.engines.transformers.sampling import Sampled, SamplerRow
     from worker.engines.transformers.text import TextStream
 
-__all__ = ["Sequence", "State"]
+__all__ = ["Sequence", "State", "ends_answer"]
+
+
+def ends_answer(
+    token_id: int, count: int, params: Params, eos_ids: frozenset[int], *, finished: bool
+) -> bool:
+    """Whether the answer is over with this token, its `count`th; `finished`: the constraint lets
+    nothing follow, so neither `min_tokens` nor `ignore_eos` can have more."""
+    if token_id not in params.stop_token_ids and token_id not in eos_ids:
+        return False
+    if finished:
+        return True
+    if count < params.min_tokens:
+        return False
+    return not params.ignore_eos or token_id in params.stop_token_ids
 
 
 class State(Enum):
@@ -118,11 +132,8 @@ class Sequence:
         return []
 
     def _ends(self, token_id: int) -> bool:
-        if len(self.answer) < self.params.min_tokens:
-            return False
-        if token_id in self.params.stop_token_ids:
-            return True
-        return token_id in self.eos_ids and not self.params.ignore_eos
+        count, finished = len(self.answer), self.row.finished
+        return ends_answer(token_id, count, self.params, self.eos_ids, finished=finished)
 
     def take(self, sampled: Sampled, now: float) -> None:
         """Take the next token. Afterwards `state` is DONE if nothing can follow it, whatever its

@@ -40,7 +40,7 @@ from worker.engines.transformers.prompt import Prompt, PromptBuilder
 from worker.engines.transformers.runner import Runner
 from worker.engines.transformers.sampling import SamplerRow, check_token_ids
 from worker.engines.transformers.selftest import Verdict, check
-from worker.engines.transformers.sequence import Sequence
+from worker.engines.transformers.sequence import Sequence, ends_answer
 from worker.engines.transformers.settings import EngineSettings
 from worker.engines.transformers.slots import SlotRunner
 from worker.engines.transformers.text import TextStream, token_table
@@ -258,10 +258,14 @@ class ServedModel:
             constraint=constraint,
         )
         completion = request.kind is Kind.COMPLETE and not loaded.encoder_decoder
+        over = bool(prior) and ends_answer(
+            prior[-1], len(prior), params, loaded.eos_ids, finished=row.finished
+        )
         text = TextStream(
             self._decoder,
             params,
-            prior_ids=prior,
+            # What ends an answer is no part of its text.
+            prior_ids=prior[:-1] if over else prior,
             prior_characters=request.resume.text_characters if request.resume else 0,
             context_ids=prompt.ids[-CONTEXT_IDS:] if completion else (),
         )
