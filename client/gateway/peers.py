@@ -116,10 +116,16 @@ def anywhere(handler: Handler) -> Handler:
 async def _events(answer: httpx.Response) -> AsyncGenerator[bytes, None]:
     """The octets as they come; leaving early tells the peer that the reader is gone."""
     async with contextlib.aclosing(answer):
-        # A stream that breaks off here breaks off at the reader too, who then comes back.
-        with contextlib.suppress(httpx.TransportError):
+        try:
             async for octets in answer.aiter_raw():
                 yield octets
+        except httpx.TransportError as error:
+            # A stream that breaks off here breaks off at the reader too, who then comes back.
+            raise GatewayError(
+                ErrorCode.CONNECTION_LOST,
+                f"The gateway that keeps this answer broke off: {error or type(error).__name__}.",
+                retryable=True,
+            ) from None
 
 
 async def _places(address: str) -> list[tuple[str, str]]:

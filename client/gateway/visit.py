@@ -7,6 +7,7 @@ was sent. Holds no knowledge of any API.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import datetime
@@ -15,7 +16,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from starlette.datastructures import Headers
@@ -41,6 +42,11 @@ if TYPE_CHECKING:
 __all__ = ["Endpoint", "Handler", "Visit", "presented_key", "route"]
 
 log = logging.getLogger("tokenbus.gateway")
+
+#: The server cancels what still runs at the end of its grace.
+STOPPING: Final = GatewayError(
+    ErrorCode.DRAINING, "This gateway is being stopped; send the request again.", retryable=True
+)
 
 REQUEST_ID_HEADER = "x-request-id"
 BUS_REQUESTS_HEADER = "x-bus-requests"
@@ -305,12 +311,13 @@ class Endpoint:
             visit.span = HttpSpan(
                 gateway.tracer, request.method, self._path, request.headers, request_id
             )
-        outcome = 500
+        outcome, begun = 500, False
 
         # Not a coroutine of its own: most of its calls are parts of a body, passed on as they are.
         def tell(message: Message) -> Awaitable[None]:
-            nonlocal outcome
+            nonlocal outcome, begun
             if message["type"] == "http.response.start":
+                begun = True
                 outcome = message["status"]
                 added = [(REQUEST_ID_HEADER, request_id)]
                 if visit.bus_requests:
@@ -339,9 +346,14 @@ class Endpoint:
                         visit.remember(response.failure)
             finally:
                 gateway.metrics.ended()
-        except Exception as error:
-            visit.remember(describe(error))
-            await error_response(error, request_id)(scope, receive, tell)
+        except (Exception, asyncio.CancelledError) as error:
+            told = STOPPING if isinstance(error, asyncio.CancelledError) else describe(error)
+            visit.remember(told)
+            outcome = told.status
+            # An answer that has begun is left incomplete: the server breaks the connection off, and
+            # the reader knows that there was more to come.
+            if not begun:
+                await error_response(told, request_id)(scope, receive, tell)
         finally:
             self._account(visit, outcome)
             if visit.span is not None:
