@@ -206,7 +206,7 @@ def _turns(conversation: Messages) -> Sequence[MessageLike]:
         return [conversation]
     if not isinstance(conversation, Sequence):
         raise InvalidRequest(
-            f"messages cannot be a {type(conversation).__name__}; give a text or a list of "
+            f"messages cannot be of type {type(conversation).__name__}; give a text or a list of "
             '{"role": ..., "content": ...}'
         )
     return conversation
@@ -219,8 +219,8 @@ def _turn(turn: MessageLike, attached: _Attached) -> dict[str, Any]:
         return dict(msgspec.to_builtins(turn))
     if not isinstance(turn, Mapping):
         raise InvalidRequest(
-            f"a message cannot be a {type(turn).__name__}; give a text or a dict with role and "
-            "content"
+            f"a message cannot be of type {type(turn).__name__}; give a text or a dict with "
+            "role and content"
         )
     unknown = set(turn) - set(Message.__struct_fields__)
     if unknown:
@@ -241,7 +241,7 @@ def _part(part: Any, attached: _Attached) -> dict[str, Any]:
     if isinstance(part, msgspec.Struct):
         return dict(msgspec.to_builtins(part))
     if not isinstance(part, Mapping):
-        raise InvalidRequest(f"a part of a message cannot be a {type(part).__name__}")
+        raise InvalidRequest(f"a part of a message cannot be of type {type(part).__name__}")
     match part.get("type"):
         case "image" if "image" in part:
             return {"type": "image", "attachment": attached.add(part["image"])}

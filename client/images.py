@@ -43,7 +43,7 @@ def encode(image: Image) -> tuple[bytes, Attachment]:
         octets, where = _encode_pillow(image), "the Pillow image"
     else:
         raise InvalidRequest(
-            f"a picture cannot be a {type(image).__name__}; give a path, encoded octets "
+            f"a picture cannot be of type {type(image).__name__}; give a path, encoded octets "
             "(the content of a PNG or JPEG file), or a Pillow image"
         )
     if not octets:

@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"worker: {error}\n(python -m worker --help lists the options)", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"worker: the log file cannot be written: {error}", file=sys.stderr)
+        why = f"{config.log_file}: {error.strerror or error}"
+        print(f"worker: the log file cannot be written: {why}", file=sys.stderr)
         return 2
     return serve(config) if config.register else check(config)
 

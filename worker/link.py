@@ -62,8 +62,8 @@ _LOST: Final = {
     zmq.Event.CLOSED: "nobody listens there",
     zmq.Event.CONNECT_RETRIED: "nobody listens there",
     zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: (
-        "the handshake failed: either it is no tokenbus broker, or one side uses CURVE keys and "
-        "the other does not"
+        "the handshake failed: it is no tokenbus broker, or one side uses CURVE keys and the other "
+        "does not, or the broker's key (--server-key) is another"
     ),
     zmq.Event.HANDSHAKE_FAILED_PROTOCOL: (
         "the handshake failed: one side uses CURVE keys and the other does not, or the broker's "

@@ -43,7 +43,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("output", metavar="OUT.jsonl", type=Path)
     parser.add_argument(
         "--concurrency",
-        type=_count,
+        type=flags.count,
         default=CONCURRENCY,
         metavar="N",
         help=f"lines in flight [{CONCURRENCY}]",
@@ -75,18 +75,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=run)
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is no count from 1 up")
-    return value
-
-
 def _priority(text: str) -> int:
-    value = int(text)
-    if not -100 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"{value} is not from -100 to 100")
-    return value
+    value = flags.number(text)
+    if not (-100 <= value <= 100 and value.is_integer()):
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from -100 to 100")
+    return int(value)
 
 
 @dataclass(slots=True)

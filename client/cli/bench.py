@@ -40,10 +40,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     flags.add_model(parser)
     parser.add_argument(
-        "--requests", "-n", type=_count, default=64, metavar="N", help="in all [64]"
+        "--requests", "-n", type=flags.count, default=64, metavar="N", help="in all [64]"
     )
     parser.add_argument(
-        "--concurrency", "-c", type=_count, default=8, metavar="N", help="at once [8]"
+        "--concurrency", "-c", type=flags.count, default=8, metavar="N", help="at once [8]"
     )
     parser.add_argument(
         "--rate",
@@ -52,11 +52,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="requests a second, arriving at random (Poisson); at most --concurrency at once",
     )
     parser.add_argument(
-        "--prompt-words", type=_count, default=64, metavar="N", help="of each prompt [64]"
+        "--prompt-words", type=flags.count, default=64, metavar="N", help="of each prompt [64]"
     )
     parser.add_argument(
         "--answer-tokens",
-        type=_count,
+        type=flags.count,
         default=64,
         metavar="N",
         help="of each answer, exactly: the end of sequence is ignored [64]",
@@ -68,15 +68,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=run)
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is no count from 1 up")
-    return value
-
-
 def _positive(text: str) -> float:
-    value = float(text)
+    value = flags.number(text)
     if not 0 < value < 1e9:
         raise argparse.ArgumentTypeError(f"{text} is no rate above 0")
     return value

@@ -24,7 +24,7 @@ from client import Client, End, InvalidRequest, Timeout
 from client.cli.demo_bus import GATEWAY_PORT, DemoBus, DemoError
 from client.cli.generate import show, summary
 from client.cli.terminal import Terminal
-from client.images import Image
+from client.images import Image, encode
 
 WORKER_NEEDS: Final = ("torch", "transformers", "PIL")
 GATEWAY_NEEDS: Final = ("starlette", "uvicorn", "openai", "prometheus_client")
@@ -168,6 +168,8 @@ def _check_options(arguments: argparse.Namespace) -> None:
         )
     if not arguments.web and (arguments.port is not None or arguments.no_browser):
         raise InvalidRequest("--port and --no-browser belong to --web")
+    if arguments.image:
+        encode(arguments.image)  # a wrong path is told now, not after the model is loaded
     if arguments.engine != "echo":
         _check_installed(
             "worker", WORKER_NEEDS, "worker", ", or try `--engine echo`, which needs no model"

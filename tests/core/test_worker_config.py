@@ -141,6 +141,9 @@ def test_a_broker_named_twice_is_one_broker() -> None:
         (["--load-8bit", "--load-4bit"], "exclude each other"),
         (["--engine-arg", "fast"], "KEY=VALUE"),
         (["--slots", "0"], "at least 1"),
+        (["--slots", "many"], "many is not a whole number"),
+        (["--speed", "fast"], "fast is not a positive number"),
+        (["--drain-s", "long"], "long is not a number of seconds"),
         (["--speed", "-1"], "positive"),
         (["--dtype", "int3"], "one of auto, float32"),
         (["--key", "k"], "belong together"),
@@ -156,7 +159,7 @@ def test_a_wrong_option_says_what_is_wrong(arguments: list[str], words: str) -> 
 
 
 def test_a_wrong_variable_is_named() -> None:
-    with pytest.raises(ConfigError, match="TOKENBUS_WORKER_SLOTS=many"):
+    with pytest.raises(ConfigError, match="TOKENBUS_WORKER_SLOTS=many: many is not a whole number"):
         given(SLOTS="many")
     with pytest.raises(ConfigError, match="TOKENBUS_WORKER_LOAD_4BIT=perhaps"):
         given(LOAD_4BIT="perhaps")

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from client import Timeout
+from client.__main__ import main
 from tests.harness import PATIENCE_S, ROOT, Bus, wait_until
 
 ENDLESS = "[[echo mode=sampled answer_tokens=100000 step_delay_ms=5]] go"
@@ -192,6 +193,26 @@ def test_a_mistake_is_one_line_without_a_traceback(
     assert done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert told in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["bench", "--requests", "many"], "many is no count from 1 up"),
+        (["bench", "--rate", "fast"], "fast is no rate above 0"),
+        (["batch", "--concurrency", "0", "in", "out"], "0 is no count from 1 up"),
+        (["batch", "--priority", "1.5", "in", "out"], "1.5 is no whole number from -100 to 100"),
+        (["top", "--interval", "short"], "short is not from 0.1 to 3600 seconds"),
+        (["generate", "--param", "seed=x", "hi"], "seed: 'x' is not a whole number"),
+    ],
+)
+def test_a_wrong_value_of_a_flag_is_told_in_words(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_an_unknown_command_is_wrong_usage() -> None:

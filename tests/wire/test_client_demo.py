@@ -217,6 +217,14 @@ def test_options_that_would_do_nothing_are_refused(
     assert "--web" in capsys.readouterr().err
 
 
+def test_a_picture_that_is_not_there_is_told_before_anything_starts(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["demo", "--engine", "echo", "--image", "/nowhere.png"]) == 2
+    told = capsys.readouterr().err
+    assert "/nowhere.png" in told and told.count("\n") == 1
+
+
 def _numbers_of(folder: Path, words: str) -> list[int]:
     return [number for number, command in _started_with(folder).items() if words in command]
 

@@ -329,7 +329,7 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
             client.chat("demo", "x", images=[tmp_path / "nowhere.png"])
         with pytest.raises(InvalidRequest, match="address"):
             client.chat("demo", "x", images=["https://example.org/a.png"])
-        with pytest.raises(InvalidRequest, match="cannot be a float"):
+        with pytest.raises(InvalidRequest, match="cannot be of type float"):
             client.chat("demo", "x", images=[1.5])
         with pytest.raises(InvalidRequest, match="empty"):
             client.chat("demo", "x", images=[b""])
