@@ -24,6 +24,7 @@ import re
 from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 import msgspec
 from msgspec import Meta, Struct
@@ -208,7 +209,8 @@ def _own_address(visit: Visit) -> str:
     if kind.lower() == "basic":
         # The caller sent it a moment ago; its worker calls need it again.
         with contextlib.suppress(binascii.Error, UnicodeDecodeError):
-            rest = f"{base64.b64decode(packed, validate=True).decode()}@{rest}"
+            user, _, key = base64.b64decode(packed, validate=True).decode().partition(":")
+            rest = f"{quote(user, safe='')}:{quote(key, safe='')}@{rest}"
     return f"{scheme}://{rest}"
 
 
@@ -241,7 +243,8 @@ async def _generate_stream(visit: Visit) -> Response:
         wanted = await _wanted(visit, octets, dialect)
     except Exception as error:
         # Their front ends read errors from frames, never from the status.
-        return Response(_frame(_failure(error, dialect, "")), media_type="application/octet-stream")
+        told = _failure(visit, error, dialect, "")
+        return Response(_frame(told), media_type="application/octet-stream")
     return _FrameStream(visit, wanted)
 
 
@@ -254,7 +257,9 @@ async def _generate_whole(visit: Visit) -> Response:
         for frame in await until_disconnect(_frames(visit, wanted), visit.request.receive):
             last = frame
     except Exception as error:
-        last = _failure(error, dialect, "")
+        if isinstance(error, GatewayError) and error.info.code == ErrorCode.CANCELLED:
+            raise
+        last = _failure(visit, error, dialect, "")
     return JSONResponse(last)
 
 
@@ -277,7 +282,8 @@ class _FrameStream(Response):
                     await _body(b"".join(map(_frame, frames)))
                     yield ()
             except Exception as error:
-                failure = _failure(error, self._wanted.dialect, self._wanted.before)
+                wanted = self._wanted
+                failure = _failure(self._visit, error, wanted.dialect, wanted.before)
                 await _body(_frame(failure))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -388,8 +394,10 @@ def _told(
     return frame
 
 
-def _failure(error: BaseException, dialect: Dialect, before: str) -> dict[str, Any]:
+def _failure(visit: Visit, error: Exception, dialect: Dialect, before: str) -> dict[str, Any]:
     told = describe(error)
+    # The frame hardly says what happened: the log and the operator's view do.
+    visit.remember(told)
     try:
         code: ErrorCode | None = ErrorCode(told.info.code)
     except ValueError:
@@ -548,7 +556,7 @@ async def _embeddings(visit: Visit) -> Response:
     try:
         made = await visit.embed(body.input, model, user=visit.share(None))
     except Exception as error:
-        return JSONResponse(_failure(error, "fastchat", ""))
+        return JSONResponse(_failure(visit, error, "fastchat", ""))
     vectors: Iterable[Any] = (vector.tolist() for vector in made.vectors)
     if body.encoding_format == "base64":
         vectors = (base64.b64encode(vector.tobytes()).decode() for vector in made.vectors)

@@ -215,6 +215,44 @@ def test_a_prompt_made_with_our_template_is_a_chat_again(http: httpx.Client) -> 
 # --- both -----------------------------------------------------------------------------------------
 
 
+def test_what_their_frames_hide_is_in_the_log_and_in_the_operators_view(
+    gateway: GatewayProcess, http: httpx.Client
+) -> None:
+    body = {"model": MODEL, "prompt": "[[echo error_at=1]]hello"}
+    for path in ("/worker_generate", "/worker_generate_stream"):
+        mine = f"hidden{path.replace('/', '-')}"
+        headers = {**LLAVA, "x-request-id": mine}
+        assert "before token 1" not in http.post(path, json=body, headers=headers).text
+
+        def logged(mine: str = mine) -> bool:
+            lines = gateway.process.log().splitlines()
+            return any(f"id={mine} " in line and "code=engine_error" in line for line in lines)
+
+        def shown(mine: str = mine) -> bool:
+            errors = http.get("/bus/overview").json()["gateway"]["errors"]
+            return any(
+                error["request"] == mine and "before token 1" in error["message"]
+                for error in errors
+            )
+
+        wait_until(logged, "the failure in the gateway's log", story=gateway.process.log)
+        wait_until(shown, "the failure in the operator's view")
+
+
+def test_a_front_end_that_gives_up_waiting_is_counted_as_gone(
+    gateway: GatewayProcess, http: httpx.Client
+) -> None:
+    body = {"model": MODEL, "prompt": "[[echo prefill_ms=30000]]late"}
+    with pytest.raises(httpx.ReadTimeout):
+        http.post("/worker_generate", json=body, headers={"x-request-id": "gave-up"}, timeout=0.3)
+
+    def logged() -> bool:
+        lines = gateway.process.log().splitlines()
+        return any("id=gave-up" in line and "status=499" in line for line in lines)
+
+    wait_until(logged, "the request in the gateway's log", story=gateway.process.log)
+
+
 def test_a_front_end_that_hangs_up_frees_the_slot(gateway: GatewayProcess) -> None:
     body = {"model": MODEL, "prompt": "[[echo mode=sampled answer_tokens=900 step_delay_ms=20]]x"}
     with gateway.http() as http, pytest.raises(httpx.ReadTimeout):
@@ -250,3 +288,7 @@ def test_what_cannot_be_read_is_an_error_of_their_shape(http: httpx.Client) -> N
         headers = {"authorization": f"Basic {odd}"}
         told = http.post("/get_worker_address", json={"model": MODEL}, headers=headers)
         assert told.json() == {"address": str(http.base_url).rstrip("/")}
+    packed = base64.b64encode(b"me@home/x:key").decode()
+    headers = {"authorization": f"Basic {packed}"}
+    told = http.post("/get_worker_address", json={"model": MODEL}, headers=headers).json()
+    assert told["address"].startswith("http://me%40home%2Fx:key@127.0.0.1:")
