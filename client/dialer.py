@@ -217,8 +217,14 @@ class Dialer:
                 else:
                     self.state = Link.IDLE
             case Link.CONNECTING | Link.GREETING if self.now_s >= self._attempt_due_s:
-                doing = "no connection" if self.state is Link.CONNECTING else "no answer to HELLO"
-                self._lose(f"{doing} within {ATTEMPT_S:g} s; is that a tokenbus broker's front?")
+                # libzmq does not tell of a host name that nobody knows.
+                self._lose(
+                    f"no connection within {ATTEMPT_S:g} s; is the host's name right, and its "
+                    "network open?"
+                    if self.state is Link.CONNECTING
+                    else f"no answer to HELLO within {ATTEMPT_S:g} s; is that a tokenbus broker's "
+                    "front?"
+                )
             case Link.READY | Link.DRAINING:
                 self._keep_alive()
 

@@ -227,7 +227,9 @@ class WorkerCore:
             connection.opening(now_s)
             self._out.append(OpenSocket(connection.index))
         elif connection.state is State.CONNECTING:
-            self._lose(connection, "no connection", now_s)
+            # libzmq does not tell of a host name that nobody knows.
+            why = "no connection: is the host's name right, and its network open?"
+            self._lose(connection, why, now_s)
         else:
             self._lose(connection, "HELLO was not answered", now_s)
 

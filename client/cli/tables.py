@@ -151,7 +151,9 @@ def status(arguments: argparse.Namespace, terminal: Terminal) -> int:
         terminal.json(facts)
         return 0
     broker = facts["broker"]
-    terminal.line(f"broker {broker.get('broker')}: {broker.get('software')}, up and answering")
+    # "broker" is the name of one that was given none.
+    named = "" if broker.get("broker") == "broker" else f" {broker.get('broker')}"
+    terminal.line(f"broker{named}: {broker.get('software')}, up and answering")
     for name, columns in (("models", MODELS), ("workers", WORKERS)):
         rows = facts[name]
         if rows:

@@ -59,9 +59,12 @@ class Terminal:
             from rich.table import Table
             from rich.text import Text
 
-            table = Table(title=title, title_justify="left", header_style="bold")
-            for column in columns:
-                table.add_column(column)
+            table = Table(
+                title=title, title_justify="left", header_style="bold", box=None, pad_edge=False
+            )
+            for index, column in enumerate(columns):
+                # The first names what others are told to do something with: it is shown whole.
+                table.add_column(column, no_wrap=index == 0, overflow="fold")
             for row in rows:
                 table.add_row(*(Text(cell) for cell in row))
             self._consoles[0].print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from client import Timeout
 from client.__main__ import main
+from client.cli.terminal import Terminal
 from tests.harness import PATIENCE_S, ROOT, Bus, wait_until
 
 ENDLESS = "[[echo mode=sampled answer_tokens=100000 step_delay_ms=5]] go"
@@ -155,6 +158,19 @@ def test_models_workers_and_status_as_tables_and_as_json(bus: Bus) -> None:
     assert "up and answering" in status.stdout and "w1" in status.stdout
     for command in ("clients", "requests"):
         assert run(command, "--broker", bus.front).returncode == 0
+
+
+def test_a_narrow_window_shows_the_name_that_drain_wants_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    screen = io.StringIO()
+    terminal = Terminal()
+    terminal.interactive = True
+    console = Console(file=screen, width=40)
+    monkeypatch.setattr(terminal, "_consoles", (console, console))
+    name = "gpu-machine-7-a1b2c3"
+    terminal.table("workers", ["worker", "engine", "note"], [[name, "transformers", "long " * 9]])
+    assert name in screen.getvalue() and "…" not in screen.getvalue()
 
 
 def test_drain_lets_a_worker_go(make_bus: Callable[..., Bus]) -> None:
