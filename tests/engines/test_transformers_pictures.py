@@ -260,3 +260,39 @@ def test_a_resumed_answer_about_a_picture_continues(engine: TransformersEngine) 
     request = msgspec.structs.replace(job.request, resume=resume)
     rest = tiny.run(engine, [Job(new_id(), request, job.attachments)])[0]
     assert whole.token_ids[6:] == rest.token_ids
+
+
+# --- truncation -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", [0, 1], ids=["in the system message", "and in the question"])
+def test_truncation_keeps_the_pictures_of_the_system_message(model: Any, asked: int) -> None:
+    engine = tiny.serve(model, processor=tiny.llava_processor())
+    wide = tiny.serve(model, processor=tiny.llava_processor())
+    pictures = [tiny.picture(seed) for seed in range(1 + asked)]
+    system = Message(
+        role="system", content=[ImagePart(attachment=0), TextPart(text="answer the question")]
+    )
+    shown = [ImagePart(attachment=1)] if asked else []
+    question = Message(role="user", content=[*shown, TextPart(text="what is in this picture")])
+    turns = [Message(role="user", content="how many words " * 12)] * 8
+
+    def answer(engine: TransformersEngine, messages: list[Message]) -> tiny.Answer:
+        params = Params(max_tokens=8, temperature=0, ignore_eos=True, overflow="truncate_left")
+        request = Request(model="tiny", messages=messages, params=params, window=1)
+        return tiny.run(engine, [Job(new_id(), request, tuple(pictures))])[0]
+
+    try:
+        # What is left of the turns is exactly one of them: the context is that long.
+        fitting = answer(wide, [system, turns[0], question])
+        assert fitting.ended is not None
+        short = fitting.ended.usage.prompt_tokens
+        engine._served[0].loaded.context_tokens = short + 8
+        cut = answer(engine, [system, *turns, question])
+        assert cut.ended is not None, cut.failed
+        assert cut.ended.usage.prompt_tokens == short
+        assert cut.ended.usage.image_tokens == 4 * (1 + asked)
+        assert cut.token_ids == fitting.token_ids
+    finally:
+        engine.close()
+        wide.close()

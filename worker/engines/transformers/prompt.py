@@ -83,13 +83,13 @@ class PromptBuilder:
         images = self._decode(job)
         with self._lock:
             if request.token_ids is not None:
-                return self._fit(self._from_ids(request.token_ids, images), request)
+                return self._fit(self._from_ids(request.token_ids, images), request, images)
             if request.kind is Kind.COMPLETE:
                 text, add_special = self._raw_text(request, len(images))
             else:
                 text, add_special = self.template_text(request, images), None
             prompt = self._tokenised(text, images, add_special)
-            return self._fit(prompt, request)
+            return self._fit(prompt, request, images)
 
     def text(self, request: Request) -> str:
         """The chat template's text (kind template)."""
@@ -320,7 +320,7 @@ class PromptBuilder:
 
     # --- context ----------------------------------------------------------------------------------
 
-    def _fit(self, prompt: Prompt, request: Request) -> Prompt:
+    def _fit(self, prompt: Prompt, request: Request, images: list[DecodedImage]) -> Prompt:
         """The prompt within the context, by the policy asked for."""
         context, params = self._loaded.context_tokens, request.params
         # An encoder's context is the prompt's alone.
@@ -333,18 +333,17 @@ class PromptBuilder:
         if params.max_tokens is None:
             # Without a bound, the answer is left up to a quarter of the context.
             room = context - max(1, min(context // 4, 1024))
-        keep = self._kept_head(prompt.ids, request)
+        keep = self._kept_head(prompt.ids, request, images)
         cut = len(prompt.ids) - room
         if keep >= room:
             raise _overflow(len(prompt.ids), params.max_tokens or 1, context)
-        if prompt.media and prompt.media_end > keep:
-            first = int(np.flatnonzero(np.isin(prompt.ids, list(self._loaded.placeholder_ids)))[0])
-            if first < keep + cut:
-                raise RequestError(
-                    ErrorCode.CONTEXT_OVERFLOW,
-                    f"the prompt has {len(prompt.ids)} tokens, {room} fit, and its pictures lie "
-                    "where it would be cut: send fewer turns or smaller pictures",
-                )
+        dropped = np.isin(prompt.ids[keep : keep + cut], list(self._loaded.placeholder_ids))
+        if dropped.any():
+            raise RequestError(
+                ErrorCode.CONTEXT_OVERFLOW,
+                f"the prompt has {len(prompt.ids)} tokens, {room} fit, and its pictures lie "
+                "where it would be cut: send fewer turns or smaller pictures",
+            )
         ids = prompt.ids[:keep] + prompt.ids[keep + cut :]
         return Prompt(
             ids=ids,
@@ -354,23 +353,24 @@ class PromptBuilder:
                 for name, value in prompt.aligned.items()
             },
             key=np.concatenate([prompt.key[:keep], prompt.key[keep + cut :]]),
-            media_end=max(prompt.media_end - cut, 0),
+            media_end=prompt.media_end - (cut if prompt.media_end > keep else 0),
             image_tokens=prompt.image_tokens,
         )
 
-    def _kept_head(self, ids: list[int], request: Request) -> int:
+    def _kept_head(self, ids: list[int], request: Request, images: list[DecodedImage]) -> int:
         """Tokens at the start that truncation keeps: BOS, and the system message of a chat."""
         keep = 1 if ids and ids[0] == getattr(self._tokenizer, "bos_token_id", None) else 0
         messages = request.messages or []
         if not messages or messages[0].role not in ("system", "developer"):
             return keep
         # The head is what two conversations with this system message and different users share.
+        own = images[: len(_named_attachments(messages[:1]))]
         heads = []
         for word in ("a", "b"):
             pair = [messages[0], Message(role="user", content=word)]
             probe = Request(model=request.model, messages=pair, window=1, tools=request.tools)
-            text = self.template_text(probe, None)
-            heads.append(self._tokenised(text, [], None).ids)
+            text = self.template_text(probe, own)
+            heads.append(self._tokenised(text, own, None).ids)
         shared = _common_prefix(_common_prefix_ids(*heads), ids)
         return max(keep, shared)
 
