@@ -86,7 +86,7 @@ async def chat_completions(visit: Visit) -> Response:
             source, answer.failed, grace_s=visit.reattach_s, on_end=visit.hand_over()
         )
         visit.gateway.store.put(Kept(position.answer, visit.key.name, transcript, kind="chat"))
-        return visit.stream(transcript.read(), answer.failed)
+        return visit.stream(transcript.read(asking=True), answer.failed)
     for event in await until_disconnect(events, visit.request.receive):
         answer.take(event)
     return Response(answer.complete(), media_type="application/json")

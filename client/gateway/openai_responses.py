@@ -90,7 +90,7 @@ async def create_response(visit: Visit) -> Response:
         kept.transcript = Transcript(source, making.failed, grace_s=None, on_end=visit.hand_over())
         store.put(kept)
         if body.stream:
-            return visit.stream(kept.transcript.read(), making.failed)
+            return visit.stream(kept.transcript.read(asking=True), making.failed)
         return _json(making.snapshot())
     if body.store is not False:
         store.put(kept)

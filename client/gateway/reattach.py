@@ -78,8 +78,12 @@ class Transcript:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def read(self, after: int = 0) -> Source:
-        """The events behind number `after`, and those to come."""
+    async def read(self, after: int = 0, *, asking: bool = False) -> Source:
+        """The events behind number `after`, and those to come.
+
+        `asking`: the reader is the request itself, which hears of a failure before any event by its
+        status; a later one reads of it as an event.
+        """
         self._readers += 1
         if self._giving_up is not None:
             self._giving_up.cancel()
@@ -88,7 +92,7 @@ class Transcript:
         try:
             while True:
                 if position < len(self._events):
-                    if self._first_error is not None and position == 0:
+                    if self._first_error is not None and asking:
                         raise self._first_error
                     behind = self._events[position : position + _READ_EVENTS]
                     position += len(behind)

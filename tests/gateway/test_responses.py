@@ -239,6 +239,17 @@ def test_a_background_response_is_polled_and_cancelled(
     wait_until(lambda: gateway.bus.running() == 0, "a free slot", 5)
 
 
+def test_what_failed_in_the_background_is_read_as_its_end(client: openai.OpenAI) -> None:
+    made = client.responses.create(model="nope", input="x", background=True)
+    wait_until(lambda: client.responses.retrieve(made.id).status == "failed", "the failure")
+    [event] = client.responses.retrieve(made.id, stream=True)
+    assert event.type == "response.failed"
+    assert event.response.error is not None and event.response.error.code == "model_unavailable"
+    # Who asks for it now hears of it by the status.
+    with pytest.raises(openai.NotFoundError):
+        client.responses.create(model="nope", input="x", background=True, stream=True)
+
+
 def test_a_failing_response_ends_with_its_error(client: openai.OpenAI) -> None:
     events = list(
         client.responses.create(model=MODEL, input="[[echo error_at=2]]abcdef", stream=True)
