@@ -242,6 +242,7 @@ def test_memory_that_a_forward_lacks_costs_its_own_request_only(
             engine, [tiny.ids_job([20, 21], max_tokens=30), large, tiny.ids_job([22, 23])]
         )
         assert bad.failed is not None and bad.failed.code == "out_of_memory"
+        assert bad.failed.message.startswith("memory ran out while 300 tokens")
         assert good.reason is after.reason is FinishReason.LENGTH
     finally:
         engine.close()

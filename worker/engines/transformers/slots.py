@@ -348,12 +348,24 @@ class SlotRunner:
                 continue
             self._give_way(events)
 
-    def _give_way(self, events: list[EngineEvent]) -> None:
+    def _uncomputable(self, sequence: Sequence) -> ErrorInfo:
+        return ErrorInfo(
+            code=ErrorCode.OUT_OF_MEMORY.value,
+            message=(
+                f"memory ran out while {sequence.total} tokens of prompt and answer were computed: "
+                "shorten the prompt or send smaller pictures, or start the worker with a smaller "
+                "prefill_chunk, kv_tokens or memory_share"
+            ),
+            details={"tokens": sequence.total},
+        )
+
+    def _give_way(self, events: list[EngineEvent], *, computing: bool = False) -> None:
         """The youngest row goes back to the queue; the only one fails."""
         release_cached(self.forward.device)
         if len(self._rows) == 1:
             sequence = self._rows[0]
-            events += sequence.fail(self._too_large(sequence))
+            cause = self._uncomputable if computing else self._too_large
+            events += sequence.fail(cause(sequence))
             self._leave(0, keep=False)
             return
         row = max(range(len(self._rows)), key=lambda index: self._rows[index].admitted)
@@ -365,7 +377,7 @@ class SlotRunner:
     def _ran_short(self, events: list[EngineEvent]) -> None:
         """A forward lacked memory. Fewer rows run until one ends: whoever gave way would come back
         in the next step, and nobody would get any further."""
-        self._give_way(events)
+        self._give_way(events, computing=True)
         self._most = len(self._rows) or self.slots
 
     # --- prefill ----------------------------------------------------------------------------------
@@ -574,7 +586,7 @@ class SlotRunner:
             info = error.info
         elif is_out_of_memory(error):
             release_cached(self.forward.device)
-            info = self._too_large(sequence)
+            info = self._uncomputable(sequence)
         else:
             cause = " ".join(str(error).split()) or type(error).__name__
             info = ErrorInfo(
