@@ -239,10 +239,13 @@ class Exchange:
         """The exception and the words for the limit that has passed, the session being there."""
         limits = self.timeout
         if now_s >= self._total_due_s():
+            advice = "Ask for fewer tokens or more time"
+            if self.phase is not Phase.RUNNING:
+                advice = "No worker has it: `python -m client workers` shows whether one is free"
             return (
                 errors.TotalTimeout,
                 f"no complete answer within {limits.total:g} s (Timeout.total); "
-                f"{len(self.token_ids)} tokens had arrived. Ask for fewer tokens or more time",
+                f"{len(self.token_ids)} tokens had arrived. {advice}",
             )
         if self.phase is Phase.RUNNING and self.heard_s is None:
             return (

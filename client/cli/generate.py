@@ -65,15 +65,18 @@ def generate(arguments: argparse.Namespace, terminal: Terminal) -> int:
 
 def show(stream: Stream, terminal: Terminal) -> End:
     """Print a stream's text as it comes, with a notice when it had to be resumed."""
-    broken = False
+    broken, told = False, ""
     for event in stream:
         match event:
             case Tokens() | End():
                 if event.text:
                     terminal.piece(event.text)
-            case Recovering(reason):
+            case Recovering(reason, worker) if worker:
                 broken = True
                 terminal.notice(f"\n[interrupted: {reason}; resuming]")
+            case Recovering(reason) if reason != told:  # again and again while nobody serves it
+                told = reason
+                terminal.notice(f"[{reason}; trying again]")
             case Started(worker) if broken:
                 terminal.notice(f"[resumed on worker {worker}]")
     terminal.line()

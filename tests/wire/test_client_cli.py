@@ -242,6 +242,15 @@ def test_an_error_of_the_bus_is_told_with_its_code(bus: Bus) -> None:
     assert "[model_unavailable]" in done.stderr
 
 
+def test_what_is_waited_for_is_told_once(make_bus: Callable[..., Bus]) -> None:
+    bus = make_bus(workers=0)
+    done = run("generate", "--broker", bus.front, "--timeout", "3", "x")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.count("; trying again]\n") <= 1 and "interrupted" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and "python -m" in last and "fewer tokens" not in last
+
+
 def test_ctrl_c_ends_generate_with_130_and_frees_the_slot(bus: Bus) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "client", "generate", "--broker", bus.front, ENDLESS],
