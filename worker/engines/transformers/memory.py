@@ -1,4 +1,5 @@
-"""How much memory is free on a device, and how much this process uses. Reads, never allocates."""
+"""How much memory is free on a device, how much this process uses, and what is said when there is
+too little. Reads, never allocates."""
 
 from __future__ import annotations
 
@@ -7,7 +8,16 @@ from pathlib import Path
 import psutil
 import torch
 
-__all__ = ["free_bytes", "is_out_of_memory", "release_cached", "used_bytes"]
+from broker.protocol.errors import ErrorCode, ErrorInfo
+
+__all__ = [
+    "free_bytes",
+    "is_out_of_memory",
+    "no_room",
+    "release_cached",
+    "uncomputable",
+    "used_bytes",
+]
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -64,3 +74,29 @@ def release_cached(device: torch.device) -> None:
         torch.mps.empty_cache()
     elif device.type == "xpu":
         torch.xpu.empty_cache()
+
+
+def no_room(tokens: int, budget: int, capacity: int) -> ErrorInfo:
+    """`tokens` of one request do not fit into a cache of that budget (0: no bound) and capacity."""
+    return ErrorInfo(
+        code=ErrorCode.OUT_OF_MEMORY.value,
+        message=(
+            f"{tokens} tokens of prompt and answer do not fit into the memory for keys and values "
+            f"({budget or capacity} tokens): shorten the prompt, or start the worker with a larger "
+            "kv_tokens or memory_share"
+        ),
+        details={"tokens": tokens, "budget_tokens": budget},
+    )
+
+
+def uncomputable(tokens: int) -> ErrorInfo:
+    """Memory ran out while `tokens` of one request were computed."""
+    return ErrorInfo(
+        code=ErrorCode.OUT_OF_MEMORY.value,
+        message=(
+            f"memory ran out while {tokens} tokens of prompt and answer were computed: shorten the "
+            "prompt or send smaller pictures, or start the worker with a smaller prefill_chunk, "
+            "kv_tokens or memory_share"
+        ),
+        details={"tokens": tokens},
+    )

@@ -23,7 +23,12 @@ from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 from broker.protocol.messages import FinishReason, TokenLogprob
 from worker.engines.base import EngineEvent
 from worker.engines.transformers.forward import Forward
-from worker.engines.transformers.memory import is_out_of_memory, release_cached
+from worker.engines.transformers.memory import (
+    is_out_of_memory,
+    no_room,
+    release_cached,
+    uncomputable,
+)
 from worker.engines.transformers.pace import Allowance, Pace
 from worker.engines.transformers.prefix import SMALLEST_PREFIX, PrefixCache
 from worker.engines.transformers.sampling import Sampled, Sampler, prompt_logprobs
@@ -322,15 +327,7 @@ class SlotRunner:
         return self.cache.reserve(rows, max(length, promised), len(self._rows), used)
 
     def _too_large(self, sequence: Sequence) -> ErrorInfo:
-        return ErrorInfo(
-            code=ErrorCode.OUT_OF_MEMORY.value,
-            message=(
-                f"{sequence.total} tokens of prompt and answer do not fit into the memory for keys "
-                f"and values ({self.cache.budget or self.cache.capacity} tokens): shorten the "
-                "prompt, or start the worker with a larger kv_tokens or memory_share"
-            ),
-            details={"tokens": sequence.total, "budget_tokens": self.cache.budget},
-        )
+        return no_room(sequence.total, self.cache.budget, self.cache.capacity)
 
     def _make_room(self, events: list[EngineEvent]) -> None:
         """Every active row gets room for one more token; the youngest rows give way."""
@@ -348,24 +345,13 @@ class SlotRunner:
                 continue
             self._give_way(events)
 
-    def _uncomputable(self, sequence: Sequence) -> ErrorInfo:
-        return ErrorInfo(
-            code=ErrorCode.OUT_OF_MEMORY.value,
-            message=(
-                f"memory ran out while {sequence.total} tokens of prompt and answer were computed: "
-                "shorten the prompt or send smaller pictures, or start the worker with a smaller "
-                "prefill_chunk, kv_tokens or memory_share"
-            ),
-            details={"tokens": sequence.total},
-        )
-
     def _give_way(self, events: list[EngineEvent], *, computing: bool = False) -> None:
         """The youngest row goes back to the queue; the only one fails."""
         release_cached(self.forward.device)
         if len(self._rows) == 1:
             sequence = self._rows[0]
-            cause = self._uncomputable if computing else self._too_large
-            events += sequence.fail(cause(sequence))
+            info = uncomputable(sequence.total) if computing else self._too_large(sequence)
+            events += sequence.fail(info)
             self._leave(0, keep=False)
             return
         row = max(range(len(self._rows)), key=lambda index: self._rows[index].admitted)
@@ -586,7 +572,7 @@ class SlotRunner:
             info = error.info
         elif is_out_of_memory(error):
             release_cached(self.forward.device)
-            info = self._uncomputable(sequence)
+            info = uncomputable(sequence.total)
         else:
             cause = " ".join(str(error).split()) or type(error).__name__
             info = ErrorInfo(
