@@ -318,9 +318,8 @@ def _call(
         "window": 1,
     }
     try:
-        for name in ("tools", "tool_choice", "template_args", "embed_args"):
-            codec.check_free_form(raw.get(name), name)
         request = codec.convert(raw, Request)
+        codec.check_free_forms(request)
     except ProtocolError as error:
         told = _PLACE.sub(r"\2: \1", str(error))
         raise InvalidRequest(f"{told}; nothing was sent") from None

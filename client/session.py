@@ -332,7 +332,14 @@ class ClientSession:
 
     def _transmit(self, exchange: Exchange) -> None:
         sent_before = exchange.sent_before
-        body = codec.encode(exchange.body(self._window_of(exchange), self._now_s))
+        try:
+            body = codec.encode(exchange.body(self._window_of(exchange), self._now_s))
+        except (ValueError, OverflowError, TypeError, RecursionError) as error:
+            # One caller's value, such as half of a surrogate pair: the requests of others go on.
+            why = f"the request cannot be written: {error}; nothing was sent"
+            info = ErrorInfo(code=ErrorCode.INVALID_REQUEST.value, message=why)
+            self._end(exchange, self._error(exchange, info), ended=not sent_before)
+            return
         excess = exchange.beyond(self._bounds(), len(body))
         if excess is not None:
             self._end(exchange, self._error(exchange, excess), ended=not sent_before)

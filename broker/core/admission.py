@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from broker.core import shutdown
 from broker.core.instructions import Log
@@ -19,7 +19,7 @@ from broker.core.requests import Request as Entry
 from broker.core.sessions import ClientSession
 from broker.core.settings import CoreSettings
 from broker.core.state import short
-from broker.protocol.codec import check_free_form, decode, unpack
+from broker.protocol.codec import check_free_forms, decode, unpack
 from broker.protocol.errors import ErrorCode, ProtocolError, RequestError
 from broker.protocol.header import Header
 from broker.protocol.messages import FailEvent, ImagePart, Kind, Message, Request, VideoPart
@@ -48,7 +48,7 @@ def read_request(
     _check_sizes(body, attachments, settings)
     try:
         request = decode(Request, body, settings.request_bytes)
-        _check_free_forms(request)
+        check_free_forms(request)
     except ProtocolError as error:
         raise _invalid(f"the request cannot be read: {error}") from None
     if resumed and request.resume is None:
@@ -86,23 +86,6 @@ def _check_sizes(body: bytes, attachments: tuple[bytes, ...], settings: CoreSett
     total = sum(map(len, attachments))
     if total > settings.attachments_bytes:
         raise _too_large("attachments together", total, settings.attachments_bytes)
-
-
-def _check_free_forms(request: Request) -> None:
-    for where, value in _free_forms(request):
-        check_free_form(value, where)
-
-
-def _free_forms(request: Request) -> Iterator[tuple[str, Any]]:
-    yield "tools", request.tools
-    yield "tool_choice", request.tool_choice
-    yield "template_args", request.template_args
-    yield "embed_args", request.embed_args
-    if request.params.constraint is not None:
-        yield "params.constraint.value", request.params.constraint.value
-    for index, message in enumerate(request.messages or ()):
-        if message.tool_calls is not None:
-            yield f"messages[{index}].tool_calls", message.tool_calls
 
 
 def _check_input(request: Request) -> None:

@@ -6,7 +6,7 @@ Whatever octets come in, only `ProtocolError` comes out. Never pickle, never an 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, TypeVar
 
 import msgpack
@@ -14,12 +14,19 @@ import msgspec
 
 from broker.protocol.errors import ProtocolError
 from broker.protocol.limits import MAX_ARRAY_ITEMS, MAX_MAP_ITEMS, MAX_NESTING
-from broker.protocol.messages import EndEvent, FailEvent, Ledger, OutputEvent, TokensEvent
+from broker.protocol.messages import (
+    EndEvent,
+    FailEvent,
+    Ledger,
+    OutputEvent,
+    Request,
+    TokensEvent,
+)
 
 T = TypeVar("T")
 
 _BYTES = (bytes,)
-_MAX_INT = (1 << 64) - 1
+_MIN_INT, _MAX_INT = -(1 << 63), (1 << 64) - 1
 
 _TOKENS_ONLY: Final = msgspec.msgpack.Decoder(list[TokensEvent])
 _ANY_EVENTS: Final = msgspec.msgpack.Decoder(list[OutputEvent])
@@ -100,8 +107,29 @@ def check_free_form(value: Any, where: str, depth: int = 0) -> None:
     elif isinstance(value, list | tuple):
         for item in value:
             check_free_form(item, where, depth + 1)
-    elif value is not None and not isinstance(value, bool | int | float | str | bytes):
+    elif isinstance(value, int):
+        if not _MIN_INT <= value <= _MAX_INT:
+            raise ProtocolError(f"{where} holds an integer past 64 bits")
+    elif value is not None and not isinstance(value, float | str | bytes):
         raise ProtocolError(f"{where} holds a {type(value).__name__}; only plain data is allowed")
+
+
+def check_free_forms(request: Request) -> None:
+    """Bound every free-form value of a request. Raises `ProtocolError` that names the field."""
+    for where, value in _free_forms(request):
+        check_free_form(value, where)
+
+
+def _free_forms(request: Request) -> Iterator[tuple[str, Any]]:
+    yield "tools", request.tools
+    yield "tool_choice", request.tool_choice
+    yield "template_args", request.template_args
+    yield "embed_args", request.embed_args
+    if request.params.constraint is not None:
+        yield "params.constraint.value", request.params.constraint.value
+    for index, message in enumerate(request.messages or ()):
+        if message.tool_calls is not None:
+            yield f"messages[{index}].tool_calls", message.tool_calls
 
 
 def encode_events(events: list[OutputEvent]) -> bytes:

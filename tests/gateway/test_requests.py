@@ -197,3 +197,39 @@ def test_a_packed_body_is_refused_with_the_reason(http: httpx.Client) -> None:
     headers = {"content-type": "application/json", "content-encoding": "gzip"}
     answer = http.post("/v1/chat/completions", content=b"\x1f\x8b", headers=headers)
     assert answer.status_code == 400 and "content-encoding" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("value", ["1" + "0" * 30, '{"a":' * 960 + "1" + "}" * 960])
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        (
+            "chat/completions",
+            '"messages":[{"role":"user","content":"x"}],"chat_template_kwargs":{"v":%s}',
+        ),
+        (
+            "chat/completions",
+            '"messages":[{"role":"user","content":"x"}],"tools":[{"type":"function","function":'
+            '{"name":"f","parameters":{"v":%s}}}]',
+        ),
+        (
+            "chat/completions",
+            '"messages":[{"role":"assistant","tool_calls":[{"id":"c","type":"function",'
+            '"function":{"name":"f","arguments":%s}}]}]',
+        ),
+        ("completions", '"prompt":"x","structured_outputs":{"json":{"v":%s}}'),
+        (
+            "responses",
+            '"input":"x","text":{"format":{"type":"json_schema","name":"n","schema":{"v":%s}}}',
+        ),
+    ],
+)
+def test_a_value_that_cannot_travel_is_refused_and_no_other_request_suffers(
+    http: httpx.Client, path: str, field: str, value: str
+) -> None:
+    given = json.dumps(f'{{"v":{value}}}') if "arguments" in field else value
+    body = f'{{"model":"{MODEL}",{field % given}}}'
+    headers = {"content-type": "application/json"}
+    refused = http.post(f"/v1/{path}", content=body.encode(), headers=headers)
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "invalid_request"
+    assert http.post("/v1/completions", json={"model": MODEL, "prompt": "y"}).status_code == 200

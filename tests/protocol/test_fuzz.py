@@ -129,4 +129,8 @@ def test_free_form_values_are_bounded() -> None:
         codec.check_free_form(deep, "tools")
     with pytest.raises(ProtocolError, match="key that is not a string"):
         codec.check_free_form({b"x": 1}, "tools")
-    codec.check_free_form({"type": "object", "required": ["a"]}, "tools")
+    for past in (1 << 64, -(1 << 63) - 1):
+        with pytest.raises(ProtocolError, match="tools holds an integer past 64 bits"):
+            codec.check_free_form({"maximum": past}, "tools")
+    widest = {"type": "object", "required": ["a"], "range": [-(1 << 63), (1 << 64) - 1, True]}
+    codec.check_free_form(widest, "tools")

@@ -230,6 +230,8 @@ def test_parameters_and_fields_travel() -> None:
         ({"stop": ["x"] * 17}, "stop"),
         ({"priority": 1000}, "priority"),
         ({"tools": [{"a": object()}]}, "tools"),
+        ({"template_args": {"a": 1 << 64}}, "template_args holds an integer past 64 bits"),
+        ({"constraint": {"type": "json_schema", "value": {"a": 1 << 64}}}, "constraint.value"),
         ({"window": 0}, "window"),
         ({"timeout": -1}, "Timeout.total"),
     ],
@@ -237,6 +239,15 @@ def test_parameters_and_fields_travel() -> None:
 def test_a_wrong_value_is_told_before_anything_is_sent(wrong: dict[str, Any], told: str) -> None:
     with Client("tcp://127.0.0.1:1") as client, pytest.raises(InvalidRequest, match=told):
         client.chat("demo", "x", **wrong)
+
+
+def test_a_text_that_cannot_be_written_fails_alone() -> None:
+    with ScriptedBroker() as broker, Client(broker.address) as client:
+        other = client.chat("demo", "abc", stream=True)
+        with pytest.raises(InvalidRequest, match="surrogates not allowed; nothing was sent"):
+            client.chat("demo", "half of a pair: \ud83d")
+        assert other.result().text == "abc"
+        assert client.chat("demo", "x").text == "x"
 
 
 def test_an_unknown_name_is_a_type_error_that_lists_near_ones() -> None:
