@@ -148,7 +148,9 @@ class Supervisor:
         if self.pipe is None:
             return events
         try:
-            self.pipe.flush()
+            with contextlib.suppress(PipeClosed):
+                # That the engine is gone, `receive` finds, behind the engine's last words.
+                self.pipe.flush()
             for message in self.pipe.receive():
                 event = self._said(msgspec.msgpack.decode(message[0]), now_s)
                 last = events[-1] if events else None

@@ -6,8 +6,12 @@ import socket
 import threading
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
+from worker import events as fact
+from worker.engines.base import EngineOptions
+from worker.supervisor import Supervisor
 from worker.transport import Pipe, PipeClosed
 
 
@@ -88,3 +92,20 @@ def test_the_other_sides_end_is_told_after_its_last_message(ends: tuple[Pipe, Pi
     with pytest.raises(PipeClosed):
         for _ in range(100):
             link.send([b"x" * 100_000])
+
+
+def test_an_engines_last_words_are_heard_although_it_left_what_was_sent_to_it(
+    ends: tuple[Pipe, Pipe],
+) -> None:
+    """A picture was on its way when the engine broke: the write fails before the cause was read."""
+    link, engine = ends
+    supervisor = Supervisor(EngineOptions(engine="echo"))
+    supervisor.pipe = link
+    link.send([bytes(8 << 20)])
+    assert link.backlog_bytes
+    engine.send([msgspec.msgpack.encode(("broken", "the device is lost"))])
+    engine.close()
+    events = supervisor.read(0.0) + supervisor.read(0.0)
+    assert [event for event in events if isinstance(event, fact.EngineLost)] == [
+        fact.EngineLost("the device is lost")
+    ]
