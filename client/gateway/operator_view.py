@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta, Struct
 from starlette.responses import JSONResponse, Response
 
+from broker.protocol.limits import MAX_NAME_OCTETS
 from client import BusError
 from client.gateway.errors import GatewayError, error_body
 from client.gateway.openai_models import visible_models
@@ -116,9 +117,9 @@ async def live(visit: Visit) -> Response:
 class DrainBody(Struct, forbid_unknown_fields=True, kw_only=True):
     """Body of `POST /bus/drain`."""
 
-    worker: str
+    worker: Annotated[str, Meta(max_length=MAX_NAME_OCTETS)]
     deadline_s: Annotated[float, Meta(ge=0, le=1e6)] = 30.0
-    reason: str = ""
+    reason: Annotated[str, Meta(max_length=1000)] = ""
 
 
 async def drain(visit: Visit) -> Response:

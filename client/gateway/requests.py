@@ -20,13 +20,18 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Final, Literal, TypeVar, get_type_hints
 
 import msgspec
 import msgspec.inspect
 from msgspec import Meta, Struct
 
-from broker.protocol.limits import MAX_NAME_OCTETS, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
+from broker.protocol.limits import (
+    MAX_ARRAY_ITEMS,
+    MAX_NAME_OCTETS,
+    MAX_STOP_STRINGS,
+    MAX_TOP_LOGPROBS,
+)
 from client.gateway.errors import GatewayError, invalid
 
 __all__ = [
@@ -56,7 +61,12 @@ TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 ModelName = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_OCTETS)]
 #: One text, several, the token ids of one, or those of several; `texts_of` sorts them out.
-Texts = str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1, max_length=4096)]
+Texts = (
+    str
+    | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1, max_length=MAX_ARRAY_ITEMS)]
+)
+#: Of one request; each is a request of the bus, or several.
+MAX_TEXTS: Final = 4096
 #: A known field that this gateway does not serve; see `_UNSERVED`.
 Refused = Annotated[Any, Meta(extra_json_schema={"type": "null"})]
 
@@ -390,6 +400,8 @@ def texts_of(field: str, value: Texts) -> list[str | list[int]]:
     texts = [item for item in value if not isinstance(item, int)]
     if len(texts) != len(value) or len({type(item) for item in texts}) > 1:
         raise invalid(field, f"`{field}` mixes texts and token ids; send one kind.")
+    if len(texts) > MAX_TEXTS:
+        raise invalid(field, f"`{field}` holds {len(texts)} texts; {MAX_TEXTS} are allowed.")
     if any(isinstance(item, list) and not item for item in texts):
         raise invalid(field, f"`{field}` holds an empty list of token ids.")
     return texts

@@ -43,6 +43,9 @@ __all__ = ["Endpoint", "Handler", "Visit", "presented_key", "route"]
 
 log = logging.getLogger("tokenbus.gateway")
 
+#: As many requests of the bus are named in a header and in a line of the log.
+NAMED_REQUESTS: Final = 128
+
 #: The server cancels what still runs at the end of its grace.
 STOPPING: Final = GatewayError(
     ErrorCode.DRAINING, "This gateway is being stopped; send the request again.", retryable=True
@@ -80,6 +83,11 @@ class Visit:
     handed_over: bool = False
     started_s: float = field(default_factory=time.monotonic)
     first_token_s: float | None = None
+
+    @property
+    def bus_names(self) -> str:
+        """The first of `bus_requests`: clients take no header of any length."""
+        return ",".join(self.bus_requests[:NAMED_REQUESTS])
 
     def share(self, user: str | None) -> str:
         """Whose fair share of a model a bus request takes; `user` is the body's field."""
@@ -321,7 +329,7 @@ class Endpoint:
                 outcome = message["status"]
                 added = [(REQUEST_ID_HEADER, request_id)]
                 if visit.bus_requests:
-                    added.append((BUS_REQUESTS_HEADER, ",".join(visit.bus_requests)))
+                    added.append((BUS_REQUESTS_HEADER, visit.bus_names))
                 message["headers"] = [
                     *message["headers"],
                     *((name.encode(), value.encode()) for name, value in added),
@@ -372,7 +380,7 @@ class Endpoint:
                 "request id=%s bus=%s path=%s key=%s model=%s status=%d "
                 "prompt=%d completion=%d ms=%d code=%s param=%.80s",
                 visit.request_id,
-                ",".join(visit.bus_requests) or "-",
+                visit.bus_names or "-",
                 self._path,
                 visit.key.name or "-",
                 visit.model or "-",

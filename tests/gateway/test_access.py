@@ -218,6 +218,15 @@ def test_a_gateway_without_a_broker_lives_but_is_not_ready(
         assert answer.status_code == 503 and answer.json()["ready"] is False
 
 
+@pytest.mark.parametrize("field", ["worker", "reason"])
+def test_a_drain_of_any_length_is_refused_here_and_not_by_the_broker(
+    http: httpx.Client, field: str
+) -> None:
+    body = {"worker": "nobody", field: "x" * 100_000}
+    answer = http.post("/bus/drain", json=body)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == field
+
+
 def test_a_stop_lets_running_answers_end(make_gateway: Callable[..., GatewayProcess]) -> None:
     gateway = make_gateway("--shutdown-s", "20")
     with gateway.openai() as client:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import httpx2 as httpx
 import openai
 import pytest
 
@@ -160,3 +161,17 @@ def test_models_are_those_of_the_bus(client: openai.OpenAI, gateway: GatewayProc
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("nope")
     assert caught.value.code == "model_unavailable"
+
+
+def test_many_choices_make_no_endless_header(http: httpx.Client) -> None:
+    body = {"model": MODEL, "prompt": ["a", "b"], "n": 100, "max_tokens": 1}
+    answer = http.post("/v1/completions", json=body, timeout=60)
+    assert len(answer.json()["choices"]) == 200
+    assert answer.json()["usage"]["completion_tokens"] == 200
+    assert len(answer.headers["x-bus-requests"].split(",")) == 128
+
+
+def test_a_long_prompt_may_be_token_ids(http: httpx.Client) -> None:
+    body = {"model": MODEL, "prompt": [ord("a")] * 10_000, "max_tokens": 1}
+    answer = http.post("/v1/completions", json=body).json()
+    assert answer["usage"]["prompt_tokens"] == 10_000

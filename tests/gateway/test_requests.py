@@ -106,7 +106,9 @@ def test_prompts_are_told_apart() -> None:
     assert texts_of("prompt", [1, 2]) == [[1, 2]]
     assert texts_of("prompt", ["a", "b"]) == ["a", "b"]
     assert texts_of("prompt", [[1], [2]]) == [[1], [2]]
-    for wrong in (["a", 1], ["a", [1]], [[1], []]):
+    # A text may have more tokens than there may be texts.
+    assert texts_of("prompt", [1] * 10_000) == [[1] * 10_000]
+    for wrong in (["a", 1], ["a", [1]], [[1], []], ["a"] * 4097):
         with pytest.raises(GatewayError):
             texts_of("prompt", wrong)
 
