@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error), 2)
     except BusError as error:
         return _complain(error.message, 2)
+    except KeyboardInterrupt:
+        return 130
 
 
 def _complain(message: str, code: int) -> int:

@@ -17,7 +17,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from broker.protocol.limits import MAX_ATTACHMENT_OCTETS, MAX_ATTACHMENTS_OCTETS, MAX_REQUEST_OCTETS
+from client import BusError
 from client.gateway.images import ImagePolicy, Network
+from client.options import Connection
 
 __all__ = ["Config", "ConfigError", "parse_args"]
 
@@ -40,22 +42,32 @@ def _flag(value: str) -> bool:
     raise ValueError(f"{value!r} is neither true nor false")
 
 
+def _whole(value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is no whole number") from None
+
+
 def _port(value: str) -> int:
-    number = int(value)
+    number = _whole(value)
     if not 0 <= number < 65536:
         raise ValueError(f"{value} is no port")
     return number
 
 
 def _positive(value: str) -> float:
-    number = float(value)
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is no number") from None
     if not 0 < number < 1e9:
         raise ValueError(f"{value} is not above 0")
     return number
 
 
 def _count(value: str) -> int:
-    number = int(value)
+    number = _whole(value)
     if number < 0:
         raise ValueError(f"{value} is negative")
     return number
@@ -163,6 +175,12 @@ class Config:
                 "make some with `keys add NAME` and pass --keys FILE, or pass --insecure if "
                 "something in front of the gateway checks who asks"
             )
+        try:
+            Connection.resolve(
+                self.broker or None, server_key=self.server_key, key_file=self.key_file
+            )
+        except BusError as error:
+            raise ConfigError(error.message) from None
 
 
 def parse_args(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> Config:

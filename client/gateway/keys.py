@@ -137,7 +137,11 @@ class KeyFile:
             self._keys = {key.digest: key for key in _read(self.path).values()}
             self._version = version
             self.problem = ""
-        except (OSError, KeyFileError) as error:
+        except FileNotFoundError:
+            self.problem = f"{self.path} does not exist; make keys with `keys add NAME --file FILE`"
+        except OSError as error:
+            self.problem = f"{self.path}: {error.strerror}"
+        except KeyFileError as error:
             self.problem = str(error)
 
     def find(self, presented: str | None, today: datetime.date) -> Key:

@@ -42,6 +42,8 @@ def test_a_key_is_shown_once_and_kept_as_a_hash(tmp_path: Path) -> None:
     assert (found.name, found.rate_per_minute, found.models) == ("alice", 60, frozenset({'a"b'}))
     with pytest.raises(KeyFileError, match="already"):
         add_key(path, "alice")
+    with pytest.raises(KeyFileError, match="does not exist; make keys"):
+        KeyFile(tmp_path / "nowhere.toml")
 
 
 def test_a_changed_file_counts_from_the_next_request_on(tmp_path: Path) -> None:
@@ -363,8 +365,9 @@ def test_no_endpoint_label_is_made_of_what_clients_write(http: httpx.Client) -> 
 
 def test_flags_win_over_the_environment() -> None:
     environment = {"TOKENBUS_GATEWAY_PORT": "9000", "TOKENBUS_GATEWAY_INSECURE": "yes"}
-    config = parse_args(["--port", "9001", "--broker", "a://x, b://y"], environment)
-    assert (config.port, config.insecure, config.broker) == (9001, True, ("a://x", "b://y"))
+    config = parse_args(["--port", "9001", "--broker", "tcp://x:1, tcp://y:2"], environment)
+    assert (config.port, config.insecure) == (9001, True)
+    assert config.broker == ("tcp://x:1", "tcp://y:2")
     assert parse_args([], {}) == Config()
 
 
@@ -374,6 +377,9 @@ def test_flags_win_over_the_environment() -> None:
         (["--host", "0.0.0.0"], "--keys"),
         (["--tls-cert", "a"], "--tls-key"),
         (["--port", "70000"], "--port"),
+        (["--port", "x"], "--port: 'x' is no whole number"),
+        (["--shutdown-s", "x"], "--shutdown-s: 'x' is no number"),
+        (["--broker", "foo"], "write tcp://HOST:PORT"),
         (["--image-networks", "10.0.0.0/99"], "--image-networks"),
     ],
 )
