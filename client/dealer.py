@@ -193,6 +193,11 @@ def key_pair(connection: Connection) -> tuple[bytes, bytes]:
         return public_text.encode("ascii"), secret_text.encode("ascii")
     if connection.key_file is None:
         return zmq.curve_keypair()
+    if not connection.key_file.exists():
+        raise InvalidRequest(
+            f"key file {str(connection.key_file)!r} does not exist; "
+            "`python -m broker keys` makes it"
+        )
     from zmq import auth  # only where CURVE is on: it is slow to load
 
     try:

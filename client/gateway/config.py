@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from broker.protocol.limits import MAX_ATTACHMENT_OCTETS, MAX_ATTACHMENTS_OCTETS, MAX_REQUEST_OCTETS
 from client import BusError
+from client.dealer import key_pair, server_key_of
 from client.gateway.images import ImagePolicy, Network
 from client.options import Connection
 
@@ -176,9 +177,12 @@ class Config:
                 "something in front of the gateway checks who asks"
             )
         try:
-            Connection.resolve(
+            connection = Connection.resolve(
                 self.broker or None, server_key=self.server_key, key_file=self.key_file
             )
+            if connection.server_key is not None:
+                server_key_of(connection.server_key)
+                key_pair(connection)
         except BusError as error:
             raise ConfigError(error.message) from None
 

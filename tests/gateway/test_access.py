@@ -380,6 +380,8 @@ def test_flags_win_over_the_environment() -> None:
         (["--port", "x"], "--port: 'x' is no whole number"),
         (["--shutdown-s", "x"], "--shutdown-s: 'x' is no number"),
         (["--broker", "foo"], "write tcp://HOST:PORT"),
+        (["--server-key", "short"], "40 characters of Z85"),
+        (["--server-key", "x" * 40, "--key-file", "nowhere.key_secret"], "does not exist"),
         (["--image-networks", "10.0.0.0/99"], "--image-networks"),
     ],
 )
