@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from client import BusError
+from client.dealer import key_pair, server_key_of
 from client.gateway.config import PREFIX, Config, ConfigError, parse_args
 from client.gateway.keys import KeyFile, KeyFileError, add_key, remove_key
 
@@ -60,6 +61,11 @@ def _serve(config: Config) -> int:
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
         stream=sys.stderr,
     )
+    connection = config.connection()
+    if connection.server_key is not None:
+        # Read again when the server runs, where a failure would be a traceback.
+        server_key_of(connection.server_key)
+        key_pair(connection)
     app = create_app(config)
     try:
         listener = _listen(config)

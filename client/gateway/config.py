@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 
 from broker.protocol.limits import MAX_ATTACHMENT_OCTETS, MAX_ATTACHMENTS_OCTETS, MAX_REQUEST_OCTETS
 from client import BusError
-from client.dealer import key_pair, server_key_of
 from client.gateway.images import ImagePolicy, Network
 from client.options import Connection
 
@@ -177,14 +176,15 @@ class Config:
                 "something in front of the gateway checks who asks"
             )
         try:
-            connection = Connection.resolve(
-                self.broker or None, server_key=self.server_key, key_file=self.key_file
-            )
-            if connection.server_key is not None:
-                server_key_of(connection.server_key)
-                key_pair(connection)
+            self.connection()
         except BusError as error:
             raise ConfigError(error.message) from None
+
+    def connection(self) -> Connection:
+        """To the bus. Raises InvalidRequest for an address that is none; key files are not read."""
+        return Connection.resolve(
+            self.broker or None, server_key=self.server_key, key_file=self.key_file
+        )
 
 
 def parse_args(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> Config:

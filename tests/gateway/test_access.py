@@ -16,6 +16,7 @@ import openai
 import pytest
 
 from broker.protocol.errors import ErrorCode
+from client.gateway.__main__ import main
 from client.gateway.config import Config, ConfigError, parse_args
 from client.gateway.errors import GatewayError
 from client.gateway.keys import Key, KeyFile, KeyFileError, Usage, add_key, remove_key
@@ -380,14 +381,26 @@ def test_flags_win_over_the_environment() -> None:
         (["--port", "x"], "--port: 'x' is no whole number"),
         (["--shutdown-s", "x"], "--shutdown-s: 'x' is no number"),
         (["--broker", "foo"], "write tcp://HOST:PORT"),
-        (["--server-key", "short"], "40 characters of Z85"),
-        (["--server-key", "x" * 40, "--key-file", "nowhere.key_secret"], "does not exist"),
         (["--image-networks", "10.0.0.0/99"], "--image-networks"),
     ],
 )
 def test_an_unsafe_or_impossible_option_is_refused(arguments: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         parse_args(arguments, {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--server-key", "short"], "40 characters of Z85"),
+        (["--server-key", "x" * 40, "--key-file", "nowhere.key_secret"], "does not exist"),
+    ],
+)
+def test_a_key_that_cannot_be_read_ends_it_before_it_serves(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--port", "0", *arguments]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_tls_is_served_where_a_certificate_is_given_on_ipv6_as_well(
