@@ -51,7 +51,7 @@ from client.gateway.convert import Call
 from client.gateway.errors import GatewayError, describe, invalid, too_large
 from client.gateway.generation import RETRY, Batches, Delta, Finish, Prompted
 from client.gateway.legacy_api import context_tokens
-from client.gateway.openai_models import visible_models
+from client.gateway.openai_models import find_model, visible_models
 from client.gateway.requests import parse
 from client.gateway.sse import until_disconnect
 from client.gateway.visit import Visit, route
@@ -330,22 +330,23 @@ async def _frames(visit: Visit, wanted: _Wanted) -> AsyncGenerator[list[dict[str
 
 async def _generated(visit: Visit, wanted: _Wanted) -> Batches:
     """The events of the request. LLaVA's workers shorten an answer to what the context leaves."""
-    call, begun = wanted.call, False
-    try:
-        async with contextlib.aclosing(visit.generate([call])) as batches:
-            async for batch in batches:
-                begun = True
-                yield batch
-        return
-    except BusError as error:
-        shorter = wanted.dialect == "llava" and error.code == ErrorCode.CONTEXT_OVERFLOW
-        if begun or not shorter:
-            raise
-    params = msgspec.structs.replace(call.request.params, max_tokens=None)
-    call = Call(msgspec.structs.replace(call.request, params=params), call.attachments)
-    async with contextlib.aclosing(visit.generate([call])) as batches:
-        async for batch in batches:
-            yield batch
+    calls = [wanted.call]
+    if wanted.dialect == "llava":
+        request = wanted.call.request
+        params = msgspec.structs.replace(request.params, max_tokens=None)
+        unbounded = msgspec.structs.replace(request, params=params)
+        calls.append(Call(unbounded, wanted.call.attachments))
+    for call in calls:
+        begun = False
+        try:
+            async with contextlib.aclosing(visit.generate([call])) as batches:
+                async for batch in batches:
+                    begun = True
+                    yield batch
+            return
+        except BusError as error:
+            if begun or call is calls[-1] or error.code != ErrorCode.CONTEXT_OVERFLOW:
+                raise
 
 
 def _longer(
@@ -575,7 +576,8 @@ async def _count_token(visit: Visit) -> Response:
 async def _model_details(visit: Visit) -> Response:
     body = await _read(visit, _Body)
     name = await _model(visit, body.model)
-    return JSONResponse({"context_length": await context_tokens(visit, name)})
+    model = find_model(await visible_models(visit), name)
+    return JSONResponse({"context_length": context_tokens(model)})
 
 
 async def _conv_template(visit: Visit) -> Response:

@@ -5,19 +5,17 @@ The OpenAI paths themselves are the `openai_*` modules'.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from broker.protocol.errors import ErrorCode
-from client.gateway.errors import GatewayError
 from client.gateway.generation import RETRY
 from client.gateway.openai_chat import chat_completions
 from client.gateway.openai_embeddings import embed
-from client.gateway.openai_models import visible_models
+from client.gateway.openai_models import find_model, visible_models
 from client.gateway.requests import EmbeddingRequest, parse
 from client.gateway.visit import Visit, route
 
@@ -47,22 +45,18 @@ class _EngineInput(EmbeddingRequest, kw_only=True):
     model: str = ""
 
 
-async def context_tokens(visit: Visit, name: str) -> int:
-    """The context of a model; raises GatewayError(model_unavailable) where no worker serves it."""
-    for model in await visible_models(visit):
-        if model["name"] == name:
-            return model.get("context_tokens") or ASSUMED_CONTEXT_TOKENS
-    raise GatewayError(
-        ErrorCode.MODEL_UNAVAILABLE, f"No worker serves model {name!r}.", param="model"
-    )
+def context_tokens(model: dict[str, Any]) -> int:
+    """Of a model as `bus.models` describes it."""
+    return model.get("context_tokens") or ASSUMED_CONTEXT_TOKENS
 
 
 async def _token_check(visit: Visit) -> Response:
     body = parse(TokenCheckBody, await visit.body())
+    models = await visible_models(visit)
     told = []
     for item in body.prompts:
         visit.check(item.model, 0)
-        context = await context_tokens(visit, item.model)
+        context = context_tokens(find_model(models, item.model))
         count = await visit.gateway.bus.count(
             item.prompt, model=item.model, user=visit.share(None), retry=RETRY
         )

@@ -11,7 +11,7 @@ from broker.protocol.errors import ErrorCode
 from client.gateway.errors import GatewayError
 from client.gateway.visit import Visit
 
-__all__ = ["get_model", "list_models", "visible_models"]
+__all__ = ["find_model", "get_model", "list_models", "visible_models"]
 
 #: Facts of the bus that are shown beside OpenAI's own fields.
 _BESIDE = ("kinds", "images", "context_tokens", "workers", "ready", "capacity", "running", "queued")
@@ -23,6 +23,18 @@ async def visible_models(visit: Visit) -> list[dict[str, Any]]:
     return sorted(
         (model for model in models if visit.key.may_use(model["name"])),
         key=lambda model: str(model["name"]),
+    )
+
+
+def find_model(models: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The model of that name; raises GatewayError(model_unavailable) where there is none."""
+    for model in models:
+        if model["name"] == name:
+            return model
+    raise GatewayError(
+        ErrorCode.MODEL_UNAVAILABLE,
+        f"No worker serves model {name!r}; `GET /v1/models` lists those that are served.",
+        param="model",
     )
 
 
@@ -44,12 +56,5 @@ async def list_models(visit: Visit) -> Response:
 
 async def get_model(visit: Visit) -> Response:
     """One model."""
-    name = visit.request.path_params["model"]
-    for model in await visible_models(visit):
-        if model["name"] == name:
-            return JSONResponse(_shown(visit, model))
-    raise GatewayError(
-        ErrorCode.MODEL_UNAVAILABLE,
-        f"No worker serves model {name!r}; `GET /v1/models` lists those that are served.",
-        param="model",
-    )
+    model = find_model(await visible_models(visit), visit.request.path_params["model"])
+    return JSONResponse(_shown(visit, model))
