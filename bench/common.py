@@ -82,6 +82,12 @@ def _plot(text: str) -> str:
     return output(text)
 
 
+def short(error: Exception) -> str:
+    """One line; the last words of a server that died are its reason."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 240 else f"{text[:80]} ... {text[-160:]}"
+
+
 def progress(text: str) -> None:
     """Say what is measured now, on one line of the terminal that the next call writes over; nothing
     where standard error is a file or a pipe. An empty text clears the line."""

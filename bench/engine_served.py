@@ -32,10 +32,11 @@ from bench.common import (
     progress,
     python,
     repeats,
+    short,
     wait_port,
 )
 from bench.engine_cases import KV_TOKENS, Load, Setting, paired, run_engine
-from bench.stream import run
+from bench.stream import attempt, run
 from bench.systems import Arrivals, Unavailable, pids
 
 READY_S = 120.0
@@ -211,7 +212,7 @@ async def _served(setting: Setting, folder: Folder) -> None:
             try:
                 systems_open[name] = await stack.enter_async_context(open_())
             except Exception as error:
-                report.note(f"{name} was not measured: {_short(error)}")
+                report.note(f"{name} was not measured: {short(error)}")
         for count in setting.counts:
             whole = Load(count, new)
             queued = whole.for_a_queue(arguments.quick)
@@ -226,12 +227,8 @@ async def _served(setting: Setting, folder: Folder) -> None:
                         load = Load(load.streams, 2)
                     system.prompts = itertools.cycle(asked)
                     progress(f"served, {count} streams: {name}, round {max(round_, 0) + 1}")
-                    try:
-                        figures = await run(system, load.streams, load.tokens)
-                    except Exception as error:
-                        if name in OURS:
-                            raise
-                        report.note(f"{name} at {count} streams: {_short(error)}")
+                    figures = await attempt(report, name, system, load.streams, load.tokens)
+                    if figures is None:
                         del seen[name]
                         continue
                     figures["tokens_per_cpu_s"] = 1e6 / figures["all_us"]
@@ -240,15 +237,10 @@ async def _served(setting: Setting, folder: Folder) -> None:
             _add_served(report, seen, loads)
 
 
-OURS = ("bus", "gateway")
+PATHS = ("bus", "gateway")
+"""Our own ways to the engine."""
 ONE_BY_ONE = frozenset({"fastchat", "transformers_serve"})
 """One request after the other, or five at once."""
-
-
-def _short(error: Exception) -> str:
-    """One line; the last words of a server that died are its reason."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) < 240 else f"{text[:80]} ... {text[-160:]}"
 
 
 def _add_served(
@@ -258,7 +250,7 @@ def _add_served(
         name: {figure: Sample(tuple(values)) for figure, values in figures.items()}
         for name, figures in seen.items()
     }
-    own = {name: samples.pop(name) for name in OURS}
+    own = {name: samples.pop(name) for name in PATHS}
     whole = loads["bus"]
     for path, figures in own.items():
         for figure, name, unit in (

@@ -32,12 +32,13 @@ from bench.common import (
     percentile,
     progress,
     repeats,
+    short,
 )
 from bench.systems import System, Unavailable
 
 Open = Callable[[], contextlib.AbstractAsyncContextManager[System]]
 
-OURS = ("tokenbus", "gateway")
+OURS = ("tokenbus", "bus", "gateway")
 """What fails here fails the run; a peer is left out, and a note says so."""
 STEP_MS = 20
 """A decode step of a model of some ten billion parameters on one GPU."""
@@ -83,6 +84,19 @@ async def run(system: System, streams: int, tokens: int) -> dict[str, float]:
     return figures
 
 
+async def attempt(
+    report: Report, name: str, system: System, streams: int, tokens: int
+) -> dict[str, float] | None:
+    """Figures of a run; None where a peer failed, of which the report has a note."""
+    try:
+        return await run(system, streams, tokens)
+    except Exception as error:
+        if name in OURS:
+            raise
+        report.note(f"{name} failed at {streams} streams: {short(error)}")
+        return None
+
+
 Figures = dict[str, Sample]
 
 
@@ -107,12 +121,8 @@ async def compare(
         for round_ in range(times):
             for name, (system, tokens) in list(systems_open.items()):
                 progress(f"{streams} streams: {name}, round {round_ + 1} of {times}")
-                try:
-                    figures = await run(system, streams, tokens)
-                except Exception as error:
-                    if name in OURS:
-                        raise
-                    report.note(f"{name} failed at {streams} streams: {error}")
+                figures = await attempt(report, name, system, streams, tokens)
+                if figures is None:
                     del systems_open[name]
                     continue
                 for figure, value in figures.items():
