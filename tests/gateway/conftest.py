@@ -35,6 +35,15 @@ class GatewayProcess:
         """A plain HTTP client."""
         return httpx.Client(base_url=self.url, timeout=20, **options)
 
+    def logged(self, request_id: str, words: str) -> str:
+        """The log's line about a request, once it has these words."""
+
+        def line() -> str | None:
+            lines = self.process.log().splitlines()
+            return next((x for x in lines if f"id={request_id} " in x and words in x), None)
+
+        return wait_until(line, f"{words!r} of {request_id} in the log", story=self.process.log)
+
 
 @contextlib.contextmanager
 def running_gateway(folder: Path, bus: Bus, *options: str) -> Iterator[GatewayProcess]:

@@ -29,6 +29,13 @@ def frames(http: httpx.Client, body: dict[str, Any], **options: Any) -> list[dic
     return [json.loads(part) for part in parts]
 
 
+def picture(width: int) -> str:
+    """A PNG of that width and ten lines, as base64."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, 10)).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
 # --- controller -----------------------------------------------------------------------------------
 
 
@@ -77,12 +84,10 @@ def test_llava_gets_the_prompt_and_the_text_so_far_in_every_frame(http: httpx.Cl
 
 
 def test_llava_sends_pictures_as_base64(http: httpx.Client) -> None:
-    buffer = io.BytesIO()
-    Image.new("RGB", (20, 10)).save(buffer, "PNG")
-    picture = base64.b64encode(buffer.getvalue()).decode()
-    body = {"model": MODEL, "prompt": "<image>\nwhat", "images": [picture], "max_input_tiles": 12}
+    shown = picture(20)
+    body = {"model": MODEL, "prompt": "<image>\nwhat", "images": [shown], "max_input_tiles": 12}
     assert "20x10" in frames(http, body, headers=LLAVA)[-1]["text"]
-    wrong = frames(http, {**body, "images": [picture, picture]}, headers=LLAVA)
+    wrong = frames(http, {**body, "images": [shown, shown]}, headers=LLAVA)
     assert [frame["error_code"] for frame in wrong] == [1]
 
 
@@ -111,11 +116,6 @@ def test_llava_gets_as_long_an_answer_as_the_context_leaves(http: httpx.Client) 
 
 
 def test_internvl_sends_messages_with_their_pictures(http: httpx.Client) -> None:
-    def picture(width: int) -> str:
-        buffer = io.BytesIO()
-        Image.new("RGB", (width, 10)).save(buffer, "PNG")
-        return base64.b64encode(buffer.getvalue()).decode()
-
     turns = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "first", "image": [picture(20), picture(30)]},
@@ -224,10 +224,6 @@ def test_what_their_frames_hide_is_in_the_log_and_in_the_operators_view(
         headers = {**LLAVA, "x-request-id": mine}
         assert "before token 1" not in http.post(path, json=body, headers=headers).text
 
-        def logged(mine: str = mine) -> bool:
-            lines = gateway.process.log().splitlines()
-            return any(f"id={mine} " in line and "code=engine_error" in line for line in lines)
-
         def shown(mine: str = mine) -> bool:
             errors = http.get("/bus/overview").json()["gateway"]["errors"]
             return any(
@@ -235,7 +231,7 @@ def test_what_their_frames_hide_is_in_the_log_and_in_the_operators_view(
                 for error in errors
             )
 
-        wait_until(logged, "the failure in the gateway's log", story=gateway.process.log)
+        gateway.logged(mine, "code=engine_error")
         wait_until(shown, "the failure in the operator's view")
 
 
@@ -245,12 +241,7 @@ def test_a_front_end_that_gives_up_waiting_is_counted_as_gone(
     body = {"model": MODEL, "prompt": "[[echo prefill_ms=30000]]late"}
     with pytest.raises(httpx.ReadTimeout):
         http.post("/worker_generate", json=body, headers={"x-request-id": "gave-up"}, timeout=0.3)
-
-    def logged() -> bool:
-        lines = gateway.process.log().splitlines()
-        return any("id=gave-up" in line and "status=499" in line for line in lines)
-
-    wait_until(logged, "the request in the gateway's log", story=gateway.process.log)
+    gateway.logged("gave-up", "status=499")
 
 
 def test_a_front_end_that_hangs_up_frees_the_slot(gateway: GatewayProcess) -> None:
