@@ -1,0 +1,293 @@
+"""Bodies of the older HTTP API, FastChat's, LLaVA's and InternVL's, as requests of the bus.
+
+Which family asks, and what its fields mean; `legacy` answers. Knows no shape of an answer.
+
+FastChat's API server makes a prompt from a template that it asks the worker for. It gets one whose
+turns are marked with words that no model uses; a prompt with those marks is turned back into
+messages, so that the model's own chat template is applied and never guessed from a name.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from broker.protocol.limits import DEFAULT_WINDOW_TOKENS
+from broker.protocol.messages import (
+    Attachment,
+    ImagePart,
+    Kind,
+    Message,
+    Params,
+    Part,
+    Request,
+    TextPart,
+)
+from client.gateway.answers import pick_seed
+from client.gateway.convert import Call
+from client.gateway.errors import invalid, too_large
+from client.gateway.openai_models import visible_models
+from client.gateway.requests import parse
+from client.gateway.visit import Visit
+
+__all__ = [
+    "CONVERSATION",
+    "Dialect",
+    "EmbeddingBody",
+    "ModelBody",
+    "PromptBody",
+    "Wanted",
+    "dialect_of",
+    "model_names",
+    "model_of",
+    "turns_of",
+    "wanted_of",
+]
+
+# Marks of the neutral template; see the module's docstring.
+_SYSTEM, _USER, _ASSISTANT, _END = (
+    "<|tokenbus:system|>",
+    "<|tokenbus:user|>",
+    "<|tokenbus:assistant|>",
+    "<|tokenbus:end|>",
+)
+_TURN = re.compile(
+    re.escape("<|tokenbus:") + r"(system|user|assistant)" + re.escape("|>") + r"\n?"
+    r"(.*?)(?:" + re.escape(_END) + r"\n?|\Z)",
+    re.DOTALL,
+)
+#: SeparatorStyle.CHATML of FastChat: turns are role, newline, text, separator, newline.
+_CHATML = 9
+
+#: What FastChat takes for a model's template.
+CONVERSATION = {
+    "name": "tokenbus",
+    "system_template": f"{_SYSTEM}\n{{system_message}}",
+    "system_message": "",
+    "system_message_vision": "",
+    "roles": [_USER, _ASSISTANT],
+    "messages": [],
+    "offset": 0,
+    "sep_style": _CHATML,
+    "sep": _END,
+    "sep2": None,
+    "stop_str": None,
+    "stop_token_ids": None,
+    "max_image_size_mb": None,
+}
+
+Dialect = Literal["fastchat", "llava"]
+
+
+class ModelBody(Struct, kw_only=True):
+    """Body that names a model; with none named, the only one of the bus is meant."""
+
+    # Unlike OpenAI's, these bodies may carry what nobody reads: front ends send more than workers
+    # ever took (`conv_template`, `max_input_tiles`, `org_images`).
+    model: str | None = None
+
+
+class Turn(Struct, kw_only=True):
+    """A message of InternVL's front end."""
+
+    role: str
+    content: str
+    #: base64.
+    image: list[str] | None = None
+
+
+class GenerateBody(ModelBody, kw_only=True):
+    """Body of `/worker_generate_stream` and `/worker_generate`, both families."""
+
+    prompt: str | Annotated[list[Turn], Meta(min_length=1)]
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    max_new_tokens: int | float | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    echo: bool | None = None
+    logprobs: int | bool | None = None
+    best_of: int | None = None
+    use_beam_search: bool | None = None
+    images: list[str] | None = None
+    seed: int | None = None
+
+
+class PromptBody(ModelBody, kw_only=True):
+    prompt: str = ""
+
+
+class EmbeddingBody(ModelBody, kw_only=True):
+    input: str | Annotated[list[str | list[int]], Meta(min_length=1)]
+    encoding_format: Literal["float", "base64"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A generation request, understood."""
+
+    call: Call
+    #: What stands before the answer in every frame.
+    before: str
+    dialect: Dialect
+
+
+_ONLY_FASTCHAT = frozenset(
+    (
+        "echo",
+        "stop_token_ids",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "top_k",
+        "logprobs",
+        "best_of",
+        "use_beam_search",
+    )
+)
+
+
+def dialect_of(visit: Visit, octets: bytes) -> Dialect:
+    """Which family's codes, defaults and frames the caller wants."""
+    fixed = visit.gateway.config.legacy_dialect
+    if fixed == "fastchat" or fixed == "llava":
+        return fixed  # type: ignore[return-value]
+    agent = visit.request.headers.get("user-agent", "").lower()
+    if "fastchat" in agent:
+        return "fastchat"
+    if "llava" in agent:
+        return "llava"
+    try:
+        fields = msgspec.json.decode(octets, type=dict[str, Any])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return "llava"  # the reader of the whole body says what is wrong with it
+    if isinstance(fields.get("prompt"), list):
+        return "llava"
+    return "fastchat" if _ONLY_FASTCHAT & fields.keys() else "llava"
+
+
+async def wanted_of(visit: Visit, octets: bytes, dialect: Dialect) -> Wanted:
+    """Read a generation request; raises GatewayError for what cannot be served."""
+    body = parse(GenerateBody, octets)
+    model = await model_of(visit, body.model)
+    visit.check(model, 0)
+    if (body.best_of or 1) > 1 or body.use_beam_search:
+        raise invalid("best_of", "Beam search and `best_of` are not served.")
+    limit = visit.gateway.config.image_bytes
+    pictures = list(body.images or [])
+    if isinstance(body.prompt, str):
+        prompt, messages = body.prompt, turns_of(body.prompt)
+    else:
+        prompt, messages = "", _conversation(body.prompt, pictures)
+    attachments = tuple(
+        _picture(text, f"images[{index}]", limit) for index, text in enumerate(pictures)
+    )
+    request = Request(
+        model=model,
+        kind=Kind.CHAT if messages else Kind.COMPLETE,
+        messages=messages,
+        prompt=None if messages else prompt,
+        params=_params(body, dialect),
+        user=visit.share(None),
+        window=DEFAULT_WINDOW_TOKENS,
+        attachments=[Attachment() for _ in attachments],
+    )
+    # LLaVA's workers always put the prompt in front, FastChat's unless told not to.
+    echo = dialect == "llava" or body.echo is not False
+    return Wanted(Call(request, attachments), prompt if echo else "", dialect)
+
+
+def _params(body: GenerateBody, dialect: Dialect) -> Params:
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    temperature = 1.0 if body.temperature is None else body.temperature
+    top_p = 1.0 if body.top_p is None else body.top_p
+    greedy = temperature < 1e-5 or top_p < 1e-8
+    logprobs: int | None = None
+    if body.logprobs is not None and body.logprobs is not False:
+        logprobs = min(int(body.logprobs), 20)
+    values = {
+        "max_tokens": max(1, int(body.max_new_tokens or 256)),
+        "temperature": 0.0 if greedy else temperature,
+        "top_p": 1.0 if greedy else top_p,
+        "top_k": max(body.top_k or 0, 0),
+        "repetition_penalty": body.repetition_penalty or 1.0,
+        "presence_penalty": body.presence_penalty or 0.0,
+        "frequency_penalty": body.frequency_penalty or 0.0,
+        "stop": [text for text in stop if text],
+        "stop_token_ids": body.stop_token_ids or [],
+        "seed": pick_seed(body.seed) & ((1 << 63) - 1),
+        "logprobs": logprobs,
+        # FastChat keeps the end of a prompt that is too long, and counts the prompt in every frame.
+        "overflow": "truncate_left" if dialect == "fastchat" else "error",
+        "echo": dialect == "fastchat",
+    }
+    try:
+        return msgspec.convert(values, Params)
+    except msgspec.ValidationError as error:
+        raise invalid(None, f"{error}.") from None
+
+
+def turns_of(prompt: str) -> list[Message] | None:
+    """The messages of a prompt that was made with the neutral template; None for any other."""
+    if not prompt.startswith("<|tokenbus:"):
+        return None
+    found = [(turn[1], turn[2]) for turn in _TURN.finditer(prompt)]
+    # The last turn is the empty one of the assistant, and an empty system prompt is none.
+    return [Message(role=role, content=text) for role, text in found if text] or None
+
+
+def _conversation(turns: list[Turn], pictures: list[str]) -> list[Message]:
+    """InternVL's turns as messages; their pictures are put behind `pictures`, and are numbered
+    where there are several, as its workers do."""
+    several = sum(len(turn.image or ()) for turn in turns) > 1
+    messages = []
+    for turn in turns:
+        parts: list[Part] = []
+        for picture in turn.image or ():
+            if several:
+                parts.append(TextPart(text=f"Image-{len(pictures) + 1}: "))
+            parts.append(ImagePart(attachment=len(pictures)))
+            pictures.append(picture)
+        content = [*parts, TextPart(text=turn.content)] if parts else turn.content
+        messages.append(Message(role=turn.role, content=content))
+    return messages
+
+
+def _picture(text: str, param: str, limit: int) -> bytes:
+    payload = text.partition(",")[2] if text[:5] == "data:" else text
+    try:
+        octets = base64.b64decode("".join(payload.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise invalid(param, f"`{param}` is not base64 of a picture.") from None
+    if len(octets) > limit:
+        raise too_large(param, f"`{param}` is beyond the {limit} bytes of one picture.")
+    return octets
+
+
+async def model_names(visit: Visit, images: bool | None = None) -> list[str]:
+    """Of the models that the key may use; `images`: only those that take pictures, or take none."""
+    return [
+        model["name"]
+        for model in await visible_models(visit)
+        if images is None or bool(model.get("images")) == images
+    ]
+
+
+async def model_of(visit: Visit, named: str | None) -> str:
+    """The model named, or the only one that the key may use; raises GatewayError(invalid_request)."""
+    if named:
+        return named
+    names = await model_names(visit)
+    if len(names) == 1:
+        return names[0]
+    raise invalid("model", f"`model` is required: the bus serves {', '.join(names) or 'none'}.")
