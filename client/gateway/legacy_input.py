@@ -284,7 +284,7 @@ async def model_names(visit: Visit, images: bool | None = None) -> list[str]:
 
 
 async def model_of(visit: Visit, named: str | None) -> str:
-    """The model named, or the only one that the key may use; raises GatewayError(invalid_request)."""
+    """The model named, or the only one there is; raises GatewayError(invalid_request)."""
     if named:
         return named
     names = await model_names(visit)
