@@ -21,6 +21,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 from broker.protocol.messages import FinishReason, TokenLogprob
 from worker.engines.base import EngineEvent
+from worker.engines.transformers.compat import rope_owner
 from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.memory import is_out_of_memory, release_cached
 from worker.engines.transformers.runner import RunnerCounts
@@ -90,7 +91,7 @@ class _Generation(LogitsProcessor):  # type: ignore[misc]
 
     def advance(self) -> torch.Tensor:
         """Compute the next logits [1, vocabulary]. Raises what `generate()` raised."""
-        owner = _rope_owner(self._loaded.model)
+        owner = rope_owner(self._loaded.model)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, daemon=True, name="generate")
             self._thread.start()
@@ -281,8 +282,3 @@ class GenerateRunner:
         top = sequence.params.prompt_logprobs or 0
         rest = prompt_logprobs(logits[:-1], prompt.ids[1:], top, self._token_bytes)
         sequence.prompt_logprobs = [first, *rest]
-
-
-def _rope_owner(model: Any) -> Any:
-    inner = getattr(model, "model", None)
-    return inner if hasattr(inner, "rope_deltas") else None

@@ -6,7 +6,6 @@ layers, boolean or additive masks, M-RoPE positions, adapters. Must never sample
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from worker.engines.transformers.cache import SlotCache
+from worker.engines.transformers.compat import cache_argument, forward_parameters, rope_owner
 from worker.engines.transformers.graphs import StaticDecode
 from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.sequence import Sequence
@@ -66,7 +66,11 @@ class Forward:
         self.device = loaded.device
         self._dtype = loaded.dtype
         self._additive = getattr(config, "_attn_implementation", "") == "eager"
-        self._accepts = _forward_arguments(model)
+        self._accepts = forward_parameters(model)
+        word = cache_argument(self._accepts)
+        if word is None:
+            raise Unsupported("its forward takes no key/value cache")
+        self._cache_word = word
         self._weight_bytes: int = sum(p.numel() * p.element_size() for p in model.parameters())
         self._per_row_adapters = bool(loaded.adapters)
         if loaded.adapters:
@@ -79,7 +83,7 @@ class Forward:
         self.static: StaticDecode | None = None
         if static is not StaticUse.NEVER:
             self.static = StaticDecode(self, capture=static is StaticUse.CAPTURED)
-        self._rope_owner = _rope_owner(model)
+        self._rope_owner = rope_owner(model)
         #: Axes of M-RoPE positions: text first where there are four.
         self._rope_axes = 4
         self._index = torch.arange(0, device=self.device)
@@ -280,7 +284,8 @@ class Forward:
     def _run(self, arguments: dict[str, Any], sequences: list[Sequence]) -> torch.Tensor:
         if self._per_row_adapters:
             arguments["adapter_names"] = [s.adapter or "__base__" for s in sequences]
-        output = self._model(**arguments, past_key_values=self.cache, use_cache=True)
+        arguments[self._cache_word] = self.cache
+        output = self._model(**arguments, use_cache=True)
         logits: torch.Tensor = output.logits
         return logits
 
@@ -314,18 +319,6 @@ def _runs(lengths: list[int], worth: int) -> list[tuple[int, int]]:
 def _axes(sequence: Sequence, known: int) -> int:
     positions = sequence.rope_positions
     return int(positions.shape[0]) if isinstance(positions, torch.Tensor) else known
-
-
-def _forward_arguments(model: Any) -> frozenset[str]:
-    target = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return frozenset(inspect.signature(target.forward).parameters)
-
-
-def _rope_owner(model: Any) -> Any:
-    """The module that keeps `rope_deltas` (Qwen-VL and its kin), or None."""
-    target = model.get_base_model() if hasattr(model, "get_base_model") else model
-    inner = getattr(target, "model", None)
-    return inner if hasattr(inner, "rope_deltas") else None
 
 
 def _stretched(value: torch.Tensor, length: int) -> torch.Tensor:

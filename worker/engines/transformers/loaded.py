@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from worker.engines.transformers.compat import rope_parameters
 from worker.engines.transformers.settings import EngineSettings
 
 __all__ = ["LoadedModel", "wrap_model"]
@@ -110,8 +111,8 @@ def _context_tokens(config: Any, text_config: Any, tokenizer: Any) -> int:
         ),
         0,
     )
-    scaling = getattr(text_config, "rope_scaling", None)
-    if length and isinstance(scaling, dict):
+    scaling = rope_parameters(text_config)
+    if length and scaling:
         kind = scaling.get("rope_type", scaling.get("type"))
         # Newer kinds (yarn, llama3, longrope) state the stretched length already.
         if kind in ("linear", "dynamic"):
