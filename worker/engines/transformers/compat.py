@@ -10,7 +10,18 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-__all__ = ["base_model", "cache_argument", "forward_parameters", "rope_owner", "rope_parameters"]
+__all__ = [
+    "KNOWN_RELEASES",
+    "base_model",
+    "cache_argument",
+    "forward_parameters",
+    "rope_owner",
+    "rope_parameters",
+]
+
+KNOWN_RELEASES = ("5.23", "5.24")
+"""Oldest and newest minor release of transformers that passed all tests; only ever told to people.
+A test keeps it equal to what `pyproject.toml` allows and to what the lock holds."""
 
 CACHE_WORDS = ("cache", "past_key_values")
 """The argument of `forward` that takes the key/value cache, newest first: renamed in 5.24, the old

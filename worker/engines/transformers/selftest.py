@@ -1,26 +1,42 @@
 """Load-time self test: is the slot cache right for this model? It is the warm-up as well.
 
 Plain `generate()` gives the logits of two prompts of unequal length; the slot path is given the
-same tokens, in pieces, with rows that join and move, and must come to the same logits. Whatever
-differs or raises sends the model to the fallback, so that no architecture is refused and none is
-served wrong.
+same tokens, in pieces, with rows that join and move, and must come to the same logits. Where it
+does not, a tiny reference model takes the same test, which tells three causes apart:
+
+* the reference passes: this model cannot be batched, and is served one request at a time;
+* the reference fails as well: this release of transformers and this engine do not fit together,
+  and every model would be slow: `EngineLoadError`;
+* the reference passes and the error is one of our own code's: a fault to report, with its
+  traceback in the log: `EngineLoadError`.
+
+A model whose own `generate()` fails is not served at all. Must never let a wrong model pass.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from typing import Any, cast
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, cast
 
 import torch
 
+import worker
 from broker.protocol.messages import Params
+from worker.engines.base import EngineLoadError
+from worker.engines.transformers.compat import KNOWN_RELEASES
 from worker.engines.transformers.fallback import plain_generation_config
 from worker.engines.transformers.forward import Forward, StaticUse, Unsupported
-from worker.engines.transformers.loaded import LoadedModel
+from worker.engines.transformers.loaded import LoadedModel, wrap_model
+from worker.engines.transformers.memory import is_out_of_memory
 from worker.engines.transformers.prompt import Prompt
 from worker.engines.transformers.sequence import Sequence
 
-__all__ = ["Verdict", "check"]
+__all__ = ["Verdict", "check", "check_generate"]
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +51,10 @@ EXPERTS_TOLERANCE = 0.35
 QUANTISED_TOLERANCE = 0.6
 """LLM.int8 looks for outliers over the whole batch: its results depend on who shares it."""
 
+PROGRAMMING_ERRORS = (AssertionError, AttributeError, KeyError, NameError, TypeError)
+"""Raised by a line of ours they are faults of ours; what torch raises there (RuntimeError,
+IndexError, ValueError) is about shapes that a model has and a slot cannot hold."""
+
 
 class Verdict:
     """The outcome: a forward over slots, or the reason why there is none."""
@@ -46,6 +66,7 @@ class Verdict:
         *,
         whole: bool = False,
         compared: bool = True,
+        fault: Exception | None = None,
     ) -> None:
         self.forward = forward
         self.reason = reason
@@ -53,6 +74,17 @@ class Verdict:
         self.compared = compared
         #: Prompts must go in one piece (prefix-LM).
         self.whole_prompts = whole
+        #: The error of our own code that ended the test.
+        self.fault = fault
+
+
+class Reference(NamedTuple):
+    """A prompt and what plain greedy `generate()` makes of it."""
+
+    prompt: Prompt
+    #: float32 [vocabulary] for each of `STEPS` tokens.
+    logits: list[torch.Tensor]
+    tokens: list[int]
 
 
 def check(
@@ -61,37 +93,152 @@ def check(
     *,
     static: StaticUse = StaticUse.NEVER,
 ) -> Verdict:
-    """Compare the slot path with `generate()` on `loaded`, with a picture where one is given."""
-    verdict = _try(loaded, picture_prompt, static, whole=False)
+    """Compare the slot path with `generate()` on `loaded`, with a picture where one is given.
+
+    Raises `EngineLoadError` where `generate()` itself fails, memory is short, transformers and this
+    engine do not fit together, or our own code is at fault.
+    """
+    try:
+        long, short = _references(loaded, picture_prompt)
+    except Unsupported as error:
+        return Verdict(None, str(error), compared=False)
+    verdict = _verdict(loaded, long, short, static)
+    if verdict.forward is not None:
+        return verdict
+    disagreement = _reference_model_fails(str(loaded.device))
+    if disagreement:
+        raise EngineLoadError(
+            f"transformers {metadata.version('transformers')} and this engine do not fit together: "
+            f"a tiny reference model fails the self test as well ({disagreement}). Install a "
+            f"release of transformers from {KNOWN_RELEASES[0]} to {KNOWN_RELEASES[1]}, which are "
+            "known to work, or serve one request at a time with --engine-arg scheduler=generate"
+        )
+    if verdict.fault is not None:
+        log.error("the self test met a fault of tokenbus: please report it", exc_info=verdict.fault)
+        raise EngineLoadError(
+            f"a fault of tokenbus itself, not of the model: {verdict.reason} (the log has the "
+            "traceback; please report it). Serve one request at a time with --engine-arg "
+            "scheduler=generate"
+        )
+    return verdict
+
+
+def check_generate(loaded: LoadedModel, picture_prompt: Prompt | None) -> None:
+    """Run the model's own `generate()`, which serves it one request at a time. Raises
+    `EngineLoadError` where that fails."""
+    with contextlib.suppress(Unsupported):
+        _references(loaded, picture_prompt)
+
+
+def _references(loaded: LoadedModel, picture_prompt: Prompt | None) -> tuple[Reference, Reference]:
+    """A long prompt (with a picture where there is one) and a short one, run by `generate()`.
+
+    Raises `EngineLoadError` where that fails, `Unsupported` where it needs a picture.
+    """
+    long = _generated(loaded, picture_prompt or _text_prompt(loaded, 13))
+    try:
+        return long, _generated(loaded, _text_prompt(loaded, 5))
+    except EngineLoadError as error:
+        if picture_prompt is None:
+            raise
+        raise Unsupported(f"a prompt without a picture fails: {error}") from error
+
+
+def _generated(loaded: LoadedModel, prompt: Prompt) -> Reference:
+    try:
+        with torch.inference_mode():
+            return _reference(loaded, prompt)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise _memory_short(error) from error
+        raise EngineLoadError(
+            f"the model's own generate() fails, so that no request could be answered: "
+            f"{type(error).__name__}: {_one_line(error)}"
+        ) from error
+
+
+def _verdict(loaded: LoadedModel, long: Reference, short: Reference, static: StaticUse) -> Verdict:
+    verdict = _try(loaded, long, short, static, whole=False)
     if verdict.forward is None and verdict.compared and static is not StaticUse.NEVER:
         log.warning("steps of fixed shape are not used: %s", verdict.reason)
         static = StaticUse.NEVER
-        verdict = _try(loaded, picture_prompt, static, whole=False)
+        verdict = _try(loaded, long, short, static, whole=False)
     if verdict.forward is None and verdict.compared:
-        whole = _try(loaded, picture_prompt, static, whole=True)
+        whole = _try(loaded, long, short, static, whole=True)
         if whole.forward is not None:
             return whole
-        return Verdict(None, f"{verdict.reason}; with whole prompts: {whole.reason}")
+        if whole.reason != verdict.reason:
+            verdict.reason += f"; with whole prompts: {whole.reason}"
     return verdict
 
 
 def _try(
-    loaded: LoadedModel, picture_prompt: Prompt | None, static: StaticUse, *, whole: bool
+    loaded: LoadedModel, long: Reference, short: Reference, static: StaticUse, *, whole: bool
 ) -> Verdict:
     try:
         forward = Forward(loaded, static=static)
     except Unsupported as error:
         return Verdict(None, str(error), compared=False)
     try:
-        long = picture_prompt or _text_prompt(loaded, 13)
         with torch.inference_mode():
-            _compare(loaded, forward, long, _text_prompt(loaded, 5), whole=whole)
+            _compare(loaded, forward, long, short, whole=whole)
     except Unsupported as error:
         return Verdict(None, str(error))
+    except EngineLoadError:
+        raise
     except Exception as error:
-        cause = " ".join(str(error).split()) or type(error).__name__
-        return Verdict(None, cause[:300])
+        if is_out_of_memory(error):
+            raise _memory_short(error) from error
+        ours = isinstance(error, PROGRAMMING_ERRORS) and _raised_by_us(error.__traceback__)
+        reason = f"{type(error).__name__}: {_one_line(error)}"
+        return Verdict(None, reason, fault=error if ours else None)
     return Verdict(forward, whole=whole)
+
+
+@cache
+def _reference_model_fails(device: str) -> str:
+    """Why the smallest ordinary model cannot be served from slots either; empty where it can."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    loaded = wrap_model(model.to(device), None)
+    try:
+        long, short = _references(loaded, None)
+    except EngineLoadError as error:
+        return str(error)
+    verdict = _verdict(loaded, long, short, StaticUse.NEVER)
+    return verdict.reason if verdict.forward is None else ""
+
+
+def _raised_by_us(traceback: TracebackType | None) -> bool:
+    """Whether the line that raised is in our code, and not in a library that we called."""
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    home = Path(worker.__file__).parent
+    return traceback is not None and home in Path(traceback.tb_frame.f_code.co_filename).parents
+
+
+def _memory_short(error: BaseException) -> EngineLoadError:
+    return EngineLoadError(
+        f"too little memory for two short prompts beside the weights: {_one_line(error)}; "
+        "--load-8bit and --load-4bit need less"
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def _text_prompt(loaded: LoadedModel, length: int) -> Prompt:
@@ -128,13 +275,19 @@ def _probe(prompt: Prompt) -> Sequence:
 
 
 def _compare(
-    loaded: LoadedModel, forward: Forward, long: Prompt, short: Prompt, *, whole: bool
+    loaded: LoadedModel,
+    forward: Forward,
+    long_reference: Reference,
+    short_reference: Reference,
+    *,
+    whole: bool,
 ) -> None:
+    long, wanted_one, tokens_one = long_reference
+    short, wanted_other, tokens_other = short_reference
     one, other = _probe(long), _probe(short)
-    wanted_one, tokens_one = _reference(loaded, long)
-    wanted_other, tokens_other = _reference(loaded, short)
-    if not forward.cache.reserve(2, len(long.ids) + len(short.ids) + STEPS + 1, 0, 0):
-        raise Unsupported("two short prompts do not fit into memory")
+    tokens = len(long.ids) + len(short.ids) + STEPS + 1
+    if not forward.cache.reserve(2, tokens, 0, 0):
+        raise _memory_short(MemoryError(f"no room for {tokens} tokens of cache"))
     tolerance = _tolerance(loaded)
 
     def expect(got: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
@@ -212,8 +365,7 @@ def _many_agree(
     )
 
 
-def _reference(loaded: LoadedModel, prompt: Prompt) -> tuple[list[torch.Tensor], list[int]]:
-    """Logits and tokens of plain greedy `generate()`."""
+def _reference(loaded: LoadedModel, prompt: Prompt) -> Reference:
     model = loaded.model
     ids = torch.tensor([prompt.ids], device=loaded.device)
     inputs = prompt.inputs(loaded.device, loaded.dtype)
@@ -230,7 +382,7 @@ def _reference(loaded: LoadedModel, prompt: Prompt) -> tuple[list[torch.Tensor],
         input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, **inputs
     )
     tokens = output.sequences[0, -STEPS:].tolist()
-    return [logits[0].float() for logits in output.logits], tokens
+    return Reference(prompt, [logits[0].float() for logits in output.logits], tokens)
 
 
 def _tolerance(loaded: LoadedModel) -> float:

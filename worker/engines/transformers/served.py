@@ -39,7 +39,7 @@ from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.prompt import Prompt, PromptBuilder
 from worker.engines.transformers.runner import Runner
 from worker.engines.transformers.sampling import SamplerRow, check_token_ids
-from worker.engines.transformers.selftest import Verdict, check
+from worker.engines.transformers.selftest import Verdict, check, check_generate
 from worker.engines.transformers.sequence import Sequence, ends_answer
 from worker.engines.transformers.settings import EngineSettings
 from worker.engines.transformers.slots import SlotRunner
@@ -105,13 +105,12 @@ class ServedModel:
 
     def _make_runner(self, settings: EngineSettings, slots: int) -> Runner:
         loaded = self.loaded
-        verdict = Verdict(None, "asked for with --engine-arg scheduler=generate")
-        if settings.scheduler != "generate":
-            verdict = check(
-                loaded,
-                self._picture_prompt() if loaded.takes_images else None,
-                static=_static_use(settings, loaded),
-            )
+        picture_prompt = self._picture_prompt() if loaded.takes_images else None
+        if settings.scheduler == "generate":
+            check_generate(loaded, picture_prompt)
+            verdict = Verdict(None, "asked for with --engine-arg scheduler=generate")
+        else:
+            verdict = check(loaded, picture_prompt, static=_static_use(settings, loaded))
         if verdict.forward is None:
             if settings.scheduler == "slots":
                 from worker.engines.base import EngineLoadError
