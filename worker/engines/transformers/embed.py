@@ -8,6 +8,7 @@ never tokenise.
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,16 @@ class Embedder:
         )
 
     def batches(self, inputs: list[list[int]]) -> list[list[int]]:
-        """Indices of the inputs, in batches of like length within the bound."""
+        """Indices of the inputs, in batches of like length within the bound. Where the angles of
+        positions depend on the longest input of a batch, long ones go alone."""
+        rope = self._loaded.rope
+        together = BATCH_TOKENS if rope is None else rope.unchanged_tokens
         order = sorted(range(len(inputs)), key=lambda index: len(inputs[index]))
         batches: list[list[int]] = []
         for index in order:
             longest = len(inputs[index])
-            if batches and longest * (len(batches[-1]) + 1) <= BATCH_TOKENS:
+            fits = batches and longest * (len(batches[-1]) + 1) <= BATCH_TOKENS
+            if fits and longest <= together:
                 batches[-1].append(index)
             else:
                 batches.append([index])
@@ -96,7 +101,9 @@ class Embedder:
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = 1
         ids, mask = ids.to(device), mask.to(device)
-        output = self._base(input_ids=ids, attention_mask=mask)
+        rope = self._loaded.rope
+        with rope.used() if rope is not None else nullcontext():
+            output = self._base(input_ids=ids, attention_mask=mask)
         pooled = _pool(output[0].float(), mask, options.pooling or self._pooling)
         for weight, bias, activation in self._dense:
             pooled = activation(

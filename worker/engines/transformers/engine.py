@@ -39,7 +39,6 @@ from worker.engines.transformers.prefix import PrefixCache
 from worker.engines.transformers.sequence import Sequence, State
 from worker.engines.transformers.served import EmbedTask, Prepared, ServedModel, now
 from worker.engines.transformers.settings import EngineSettings, parse_settings
-from worker.engines.transformers.slots import SlotRunner
 
 __all__ = ["TransformersEngine", "build_engine", "model_name"]
 
@@ -182,7 +181,7 @@ class TransformersEngine:
 
     def _share_memory(self, settings: EngineSettings) -> None:
         """Divide the free memory of each device between the slot caches on it."""
-        runners = [m.runner for m in self._served if isinstance(m.runner, SlotRunner)]
+        runners = [m.slot_runner for m in self._served if m.slot_runner is not None]
         for runner in runners:
             cache, device = runner.cache, runner.forward.device
             beside = sum(1 for other in runners if other.forward.device == device)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from worker.engines.base import EngineEvent
 from worker.engines.transformers.compat import rope_owner
 from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.memory import is_out_of_memory, release_cached
+from worker.engines.transformers.rope import RopeState
 from worker.engines.transformers.runner import RunnerCounts
 from worker.engines.transformers.sampling import Sampler, prompt_logprobs
 from worker.engines.transformers.sequence import Sequence, State
@@ -86,11 +88,24 @@ class _Generation(LogitsProcessor):  # type: ignore[misc]
         self._thread: threading.Thread | None = None
         #: State that some models keep on themselves between steps.
         self._rope_deltas: Any = None
+        self._rope: RopeState | None = None
+        #: Tokens of the answer that `generate()` starts from, and those that it has to go through
+        #: one by one again: they were computed with the frequencies of their own lengths.
+        self.known, self.replayed = _divided(loaded, sequence)
 
     # --- the scheduler's side ---------------------------------------------------------------------
 
     def advance(self) -> torch.Tensor:
         """Compute the next logits [1, vocabulary]. Raises what `generate()` raised."""
+        rope = self._loaded.rope
+        if rope is None:
+            return self._advance()
+        with rope.used(self._rope):
+            scores = self._advance()
+            self._rope = rope.state()
+        return scores
+
+    def _advance(self) -> torch.Tensor:
         owner = rope_owner(self._loaded.model)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, daemon=True, name="generate")
@@ -147,17 +162,17 @@ class _Generation(LogitsProcessor):  # type: ignore[misc]
         sequence, loaded = self.sequence, self._loaded
         model, prompt = loaded.model, sequence.prompt
         config = plain_generation_config(
-            model, max_new_tokens=sequence.max_tokens - len(sequence.answer) + 1
+            model, max_new_tokens=sequence.max_tokens - len(self.known) + 1
         )
         arguments: dict[str, Any] = prompt.media_on(loaded.device, loaded.dtype)
         if loaded.encoder_decoder:
             ids = torch.tensor([prompt.ids])
             start = config.decoder_start_token_id
-            if sequence.answer:
+            if self.known:
                 begin = start if start is not None else config.bos_token_id
-                arguments["decoder_input_ids"] = torch.tensor([[begin, *sequence.answer]])
+                arguments["decoder_input_ids"] = torch.tensor([[begin, *self.known]])
         else:
-            ids = torch.tensor([prompt.ids + sequence.answer])
+            ids = torch.tensor([prompt.ids + self.known])
         for name, value in prompt.aligned.items():
             missing = ids.shape[1] - value.shape[1]
             arguments[name] = torch.nn.functional.pad(value, (0, missing))
@@ -226,7 +241,7 @@ class GenerateRunner:
                 events += sequence.end(FinishReason.CANCELLED, now)
         while self._waiting and len(self._running) < self.slots:
             sequence = self._waiting.popleft()
-            sequence.started_at = now
+            sequence.started_at = sequence.started_at or now
             sequence.state = State.DECODE
             self._running.append(_Generation(self._loaded, sequence))
         for generation in list(self._running):
@@ -245,6 +260,9 @@ class GenerateRunner:
             if sequence.wants_prompt_logprobs and not sequence.prompt_logprobs:
                 self._score_prompt(sequence)
             scores = generation.advance()
+            if generation.replayed:
+                generation.choose(generation.replayed.popleft())
+                return
             if self._sampler is None:
                 self._sampler = Sampler(
                     scores.shape[-1], banned_ids=sorted(self._banned), token_bytes=self._token_bytes
@@ -277,8 +295,19 @@ class GenerateRunner:
         prompt = sequence.prompt
         arguments = prompt.inputs(self._loaded.device, self._loaded.dtype)
         ids = torch.tensor([prompt.ids], device=self._loaded.device)
-        logits = self._loaded.model(input_ids=ids, **arguments).logits[0]
+        with self._loaded.rope.used() if self._loaded.rope is not None else nullcontext():
+            logits = self._loaded.model(input_ids=ids, **arguments).logits[0]
         first = TokenLogprob(None, self._token_bytes(prompt.ids[0]))
         top = sequence.params.prompt_logprobs or 0
         rest = prompt_logprobs(logits[:-1], prompt.ids[1:], top, self._token_bytes)
         sequence.prompt_logprobs = [first, *rest]
+
+
+def _divided(loaded: LoadedModel, sequence: Sequence) -> tuple[list[int], deque[int]]:
+    """The answer so far: what may be computed with the prompt in one forward, and the rest."""
+    answer, count = sequence.answer, len(sequence.answer)
+    if loaded.rope is not None:
+        # An encoder-decoder model's answer has positions of its own.
+        before = 0 if loaded.encoder_decoder else len(sequence.prompt.ids)
+        count = min(max(loaded.rope.unchanged_tokens - before, 0), count)
+    return answer[:count], deque(answer[count:])

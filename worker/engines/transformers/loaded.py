@@ -1,6 +1,7 @@
 """A model in memory and what there is to know of it: context, end tokens, placeholders.
 
-Reads configurations and tokenizers; must never load weights nor run the model.
+Reads configurations and tokenizers, probes rotary embeddings; must never load weights nor run the
+model.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from transformers import GenerationConfig
 
 from worker.engines.transformers.compat import rope_parameters
+from worker.engines.transformers.rope import LengthRope, find_length_rope
 from worker.engines.transformers.settings import EngineSettings
 
 __all__ = ["LoadedModel", "wrap_model"]
@@ -46,6 +48,8 @@ class LoadedModel:
     quantised: bool = False
     #: Names of LoRA adapters loaded on the model, each chosen per row.
     adapters: tuple[str, ...] = ()
+    #: Where positions have other angles in long sequences than in short ones.
+    rope: LengthRope | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -60,6 +64,7 @@ def wrap_model(
 ) -> LoadedModel:
     """Gather the facts of a model that is in memory already."""
     settings = settings or EngineSettings()
+    model = model.eval()
     config = model.config
     text_config = config.get_text_config(decoder=True)
     encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
@@ -68,7 +73,7 @@ def wrap_model(
     parameters = sum(p.numel() for p in model.parameters())
     dtype = model.dtype
     return LoadedModel(
-        model=model.eval(),
+        model=model,
         tokenizer=tokenizer,
         processor=processor,
         device=model.device,
@@ -82,6 +87,7 @@ def wrap_model(
         embedding_only=head is None,
         folder=folder,
         quantised=quantised,
+        rope=find_length_rope(model, context),
         details={
             "architecture": type(model).__name__,
             "parameters": parameters,

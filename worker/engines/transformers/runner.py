@@ -1,4 +1,5 @@
-"""What the engine asks of a scheduler; two exist: `slots` (a batch) and `fallback` (one by one)."""
+"""What the engine asks of a scheduler; two exist, `slots` (a batch) and `fallback` (one by
+one), and `lengths` joins them."""
 
 from __future__ import annotations
 

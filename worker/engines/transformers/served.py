@@ -35,6 +35,7 @@ from worker.engines.transformers.embed import Embedder, EmbedOptions, embed_opti
 from worker.engines.transformers.fallback import GenerateRunner
 from worker.engines.transformers.forward import StaticUse
 from worker.engines.transformers.images import ImageLimits
+from worker.engines.transformers.lengths import LengthRunner
 from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.prompt import Prompt, PromptBuilder
 from worker.engines.transformers.runner import Runner
@@ -100,6 +101,8 @@ class ServedModel:
         #: How it is served, for people.
         self.scheduler = "none"
         self.runner: Runner | None = None
+        #: The batch, where there is one: it is `runner` or a part of it.
+        self.slot_runner: SlotRunner | None = None
         if not loaded.embedding_only:
             self.runner = self._make_runner(settings, slots)
 
@@ -125,15 +128,10 @@ class ServedModel:
                 self.names[0],
                 verdict.reason,
             )
-            return GenerateRunner(
-                loaded,
-                slots=min(slots, FALLBACK_SLOTS),
-                banned_ids=loaded.placeholder_ids,
-                token_bytes=self._token_bytes,
-            )
+            return self._one_by_one(slots)
         self.scheduler = "slots, whole prompts" if verdict.whole_prompts else "slots"
         chunk = settings.prefill_chunk or (256 if loaded.device.type == "cpu" else 1024)
-        return SlotRunner(
+        self.slot_runner = SlotRunner(
             verdict.forward,
             slots=slots,
             prefill_chunk=chunk,
@@ -143,6 +141,19 @@ class ServedModel:
             whole_prompts=verdict.whole_prompts,
             overlap=settings.overlap == "on"
             or (settings.overlap == "auto" and loaded.device.type != "cpu"),
+        )
+        if loaded.rope is None:
+            return self.slot_runner
+        limit = loaded.rope.unchanged_tokens - 1
+        self.scheduler += f"; from {limit} tokens one by one: rotary frequencies change there"
+        return LengthRunner(self.slot_runner, self._one_by_one(slots), limit)
+
+    def _one_by_one(self, slots: int) -> GenerateRunner:
+        return GenerateRunner(
+            self.loaded,
+            slots=min(slots, FALLBACK_SLOTS),
+            banned_ids=self.loaded.placeholder_ids,
+            token_bytes=self._token_bytes,
         )
 
     def _picture_prompt(self) -> Prompt | None:

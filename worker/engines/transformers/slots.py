@@ -131,6 +131,21 @@ class SlotRunner:
     def submit(self, sequence: Sequence) -> None:
         self._waiting.append(sequence)
 
+    @torch.inference_mode()
+    def give_up(self, tokens: int) -> list[Sequence]:
+        """Take out the rows whose prompt and answer have come to `tokens`, for another scheduler to
+        go on with. Call it between steps."""
+        grown = [sequence for sequence in self._rows[: self._active] if sequence.total >= tokens]
+        for sequence in grown:
+            self._leave(self._rows.index(sequence))
+            sequence.state = State.WAITING
+        if grown and self._computed is not None:
+            sequences, logits = self._computed
+            kept = [index for index, sequence in enumerate(sequences) if sequence not in grown]
+            stay = [sequences[index] for index in kept]
+            self._computed = (stay, logits[torch.tensor(kept).to(logits.device)]) if stay else None
+        return grown
+
     def close(self) -> None:
         self._waiting.clear()
         self._rows.clear()
