@@ -404,7 +404,11 @@ class Link:
                     "device": capabilities.device,
                     "slots": capabilities.capacity,
                 }
-                log.info("engine ready", extra={"fields": fields})
+                serial = [model for model in capabilities.models if model.serial]
+                for model in serial:
+                    fields[f"{model.name} runs one request at a time"] = model.serial
+                level = logging.WARNING if serial else logging.INFO
+                log.log(level, "engine ready", extra={"fields": fields})
             case fact.EngineLost() | fact.WorkerFailed():
                 self._display.done()
 

@@ -225,6 +225,13 @@ def _workers(core: BrokerCore, page: _Page) -> None:
         for name, worker in workers.items()
     ]
     page.family("worker_info", "gauge", "Facts about a worker, as labels.", facts)
+    serial: list[_Sample] = [
+        ({"worker": name, "model": info.name, "reason": info.serial}, 1)
+        for name, worker in workers.items()
+        for info in worker.models.values()
+        if info.serial
+    ]
+    page.family("worker_serial", "gauge", "A model served one request at a time, and why.", serial)
     family("ready", "1 when it may take requests.", lambda w: int(w.state_name == "ready"))
     family("slots", "Requests that it runs at once.", lambda w: w.capacity)
     family("credit", "Slots granted and not spent.", lambda w: max(0, w.free))

@@ -111,6 +111,7 @@ def _model(core: BrokerCore, name: str) -> dict[str, Any]:
         ),
         "queued": queue.requests if queue else 0,
         "details": _details(infos),
+        "serial": next((info.serial for info in infos if info.serial), ""),
     }
 
 
@@ -141,6 +142,7 @@ def _worker(core: BrokerCore, worker: WorkerSession) -> dict[str, Any]:
         "engine_age_ms": beat.engine_age_ms,
         "silent_ms": round(worker.silent_s(core.now_s) * 1000),
         "metrics": beat.metrics,
+        "serial": {info.name: info.serial for info in worker.models.values() if info.serial},
     }
 
 

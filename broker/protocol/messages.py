@@ -86,6 +86,8 @@ class ModelInfo(_Map, frozen=True, kw_only=True):
     details: dict[str, Any] = {}
     #: Requests of this model that run at once, where that is less than the worker's slots.
     capacity: Count | None = None
+    #: Why requests of this model run one at a time and not in a batch; empty: in a batch.
+    serial: str = ""
 
 
 class Held(_Array, frozen=True):

@@ -8,10 +8,10 @@ from typing import Any
 
 from client import Client
 from client.cli import arguments as flags
+from client.cli.rows import Row, worker_note, worker_state
 from client.cli.terminal import Terminal
 from client.version import version
 
-Row = dict[str, Any]
 #: Heading and cell of each column.
 Columns = tuple[tuple[str, Callable[[Row], Any]], ...]
 
@@ -36,14 +36,6 @@ def _list(name: str) -> Callable[[Row], str]:
     return lambda row: ", ".join(map(str, row.get(name) or ()))
 
 
-def _state(row: Row) -> str:
-    state = str(row.get("state") or "unknown")
-    progress = row.get("progress")
-    if state == "loading" and progress is not None:
-        return f"{state} {progress:.0%}"
-    return state
-
-
 def _rate(row: Row) -> str:
     rate = (row.get("metrics") or {}).get("tokens_per_s")
     return "" if rate is None else f"{rate:.1f}"
@@ -60,14 +52,14 @@ MODELS: Columns = (
 )
 WORKERS: Columns = (
     ("worker", _field("name")),
-    ("state", _state),
+    ("state", worker_state),
     ("models", _list("models")),
     ("running", lambda row: f"{row.get('running', 0)}/{row.get('capacity', 0)}"),
     ("tokens/s", _rate),
     ("engine", _field("engine")),
     ("device", _field("device")),
     ("heard", _seconds("silent_ms")),
-    ("note", _field("note")),
+    ("note", worker_note),
 )
 CLIENTS: Columns = (
     ("client", _field("name")),

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-Row = dict[str, Any]
+from client.cli.rows import Row, worker_note, worker_state
+
 #: Parts of a line with their style, in the words of `rich`; empty: none.
 Line = list[tuple[str, str]]
 #: Text, style, and who goes first where room is short; 0 stays.
@@ -333,12 +334,6 @@ def _age(seconds: float) -> str:
     return f"{hours // 24} d"
 
 
-def _state(row: Row) -> str:
-    state = str(row.get("state") or "unknown")
-    progress = row.get("progress")
-    return f"{state} {progress:.0%}" if state == "loading" and progress is not None else state
-
-
 def _state_style(row: Row) -> str:
     return _STATE_STYLE.get(str(row.get("state")), "")
 
@@ -372,7 +367,7 @@ def _of(name: str) -> Callable[[Row], Any]:
 
 _WORKERS: Final = (
     _Column("worker", _of("name")),
-    _Column("state", _state, style=_state_style),
+    _Column("state", worker_state, style=_state_style),
     _Column("slots", lambda row: f"{row.get('running', 0)}/{row.get('capacity', 0)}", 0, "right"),
     _Column("tokens/s", _number("tokens_per_s"), 1, "right"),
     _Column("first token", _first_token, 3, "right"),
@@ -382,7 +377,7 @@ _WORKERS: Final = (
     _Column("stuck", _engine_age, 2, "right", style=lambda row: _ERROR),
     _Column("model", lambda row: ", ".join(map(str, row.get("models") or ())), 1),
     _Column("device", _of("device"), 7),
-    _Column("note", _of("note"), 6, widest=40),
+    _Column("note", worker_note, 6, widest=40),
 )
 _MODELS: Final = (
     _Column("model", _of("name")),

@@ -11,6 +11,7 @@ from client.events import Answered, End, QueryMade
 from tests.core.relay_world import Relay, TwoBuses, answer
 from worker import events as worker_fact
 from worker.relay import core as relay
+from worker.relay import survey
 
 TWO_MODELS = ((3, ("one",)), (2, ("two",)))
 
@@ -99,6 +100,11 @@ def test_a_slot_that_others_wait_for_is_not_promised_above_again() -> None:
     buses.world.advance(1.5)
     buses.steps(21)
     assert buses.above.tokens[waits] == answer(9, 20)
+
+
+def test_a_model_that_is_not_batched_below_is_said_so_above() -> None:
+    models = [{"name": "model", "serial": "layers of type recurrent"}]
+    assert survey.read([], models).models[0].serial == "layers of type recurrent"
 
 
 def test_each_model_gets_the_slots_of_its_own_workers() -> None:

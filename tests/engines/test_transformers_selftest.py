@@ -32,7 +32,7 @@ def _fresh_reference_model() -> Iterator[None]:
     selftest._reference_model_fails.cache_clear()
 
 
-def serial(engine: Any) -> str:
+def served_by(engine: Any) -> str:
     return str(engine.capabilities.models[0].details["scheduler"])
 
 
@@ -76,7 +76,7 @@ def respelt(word: str) -> Any:
 def test_a_release_that_knows_one_word_for_the_cache_is_served_from_slots(word: str) -> None:
     wanted = answers(tiny.serve(tiny.llama()))
     engine = tiny.serve(respelt(word))
-    assert serial(engine) == "slots"
+    assert served_by(engine) == "slots"
     assert answers(engine) == wanted
 
 
@@ -96,7 +96,7 @@ def test_a_future_release_without_the_old_word_is_served_from_slots() -> None:
 
     model.__class__ = Future
     engine = tiny.serve(model)
-    assert serial(engine) == "slots"
+    assert served_by(engine) == "slots"
     assert answers(engine) == answers(tiny.serve(tiny.llama()))
 
 
@@ -122,7 +122,9 @@ def test_the_releases_told_to_people_are_those_that_are_allowed() -> None:
 def test_a_model_that_cannot_be_batched_is_served_one_by_one_with_the_reason() -> None:
     engine = tiny.serve(text_model("bloom"))
     # Its ALiBi positions come from a mask of two dimensions.
-    assert serial(engine) == "generate (ValueError: too many values to unpack (expected 2))"
+    (model,) = engine.capabilities.models
+    assert model.serial == "ValueError: too many values to unpack (expected 2)"
+    assert served_by(engine) == "generate"
     engine.close()
 
 

@@ -324,6 +324,15 @@ def test_an_operator_drains_a_worker(
     page.locator("#workers-note", has_text="1 on this broker").wait_for()
 
 
+def test_a_worker_that_does_not_batch_says_why(
+    open_page: OpenPage, make_bus: Callable[..., Bus], make_gateway: Callable[..., GatewayProcess]
+) -> None:
+    gateway = make_gateway(bus=make_bus(serial="layers of type recurrent"))
+    page = open_page(f"{gateway.url}/#bus")
+    why = "echo runs one request at a time: layers of type recurrent"
+    page.locator("#workers", has_text=why).wait_for()
+
+
 def test_a_key_is_asked_for_where_one_is_needed(
     open_page: OpenPage, make_gateway: Callable[..., GatewayProcess], tmp_path: Path
 ) -> None:

@@ -248,6 +248,8 @@ def _every_field() -> dict[str, Example]:
     hello = m.Hello(
         role="worker", name="relay", models=[relay], capacity=8, max_version=2, min_version=0
     )
+    unbatched = m.ModelInfo(name="demo", serial="layers of type recurrent")
+    serial = m.Hello(role="worker", name="gpu-0", models=[unbatched])
     loading = m.Heartbeat(state=m.WorkerState.LOADING, progress=0.5, note="weights", models=[relay])
     params = m.Params(
         min_tokens=2,
@@ -320,6 +322,7 @@ def _every_field() -> dict[str, Example]:
     )
     goodbye = m.Goodbye(reason="slow_consumer", message="read faster")
     return {
+        "hello_serial": (t.HELLO, header.NO_ID, 0, 0, [serial], []),
         "hello_relay": (t.HELLO, header.NO_ID, 0, 0, [hello], []),
         "welcome_operator": (t.WELCOME, SESSION, 0, 0, [welcome], []),
         "heartbeat_loading": (t.HEARTBEAT, SESSION, 1, 0, [loading], []),

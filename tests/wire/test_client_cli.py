@@ -160,6 +160,24 @@ def test_models_workers_and_status_as_tables_and_as_json(bus: Bus) -> None:
         assert run(command, "--broker", bus.front).returncode == 0
 
 
+def test_a_worker_that_does_not_batch_says_so_with_the_reason(make_bus: Callable[..., Bus]) -> None:
+    bus = make_bus(serial="layers of type recurrent")
+    told = "echo runs one request at a time: layers of type recurrent"
+    workers = run("workers", "--broker", bus.front)
+    assert "ready, serial" in workers.stdout and told in workers.stdout
+    assert told in run("status", "--broker", bus.front).stdout
+    client = bus.client()
+    (worker,) = client.workers()
+    assert worker["serial"] == {"echo": "layers of type recurrent"}
+    (model,) = client.models()
+    assert model["serial"] == "layers of type recurrent"
+    (line,) = (line for line in bus.logs().splitlines() if "engine ready" in line)
+    assert "one request at a time" in line and "layers of type recurrent" in line
+    scraped = run("metrics", "--broker", bus.front).stdout
+    labels = 'worker="w1",model="echo",reason="layers of type recurrent"'
+    assert f"tokenbus_worker_serial{{{labels}}} 1" in scraped
+
+
 def test_a_narrow_window_shows_the_name_that_drain_wants_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -81,6 +81,15 @@ def test_a_worker_is_shown_with_all_that_an_operator_asks_first() -> None:
         assert fact in row
 
 
+def test_a_worker_that_does_not_batch_says_so_at_any_width_and_why_where_there_is_room() -> None:
+    seen = look()
+    seen.workers[0]["serial"] = {"demo": "its mask"}
+    [row] = [line for line in screen(seen) if line.startswith("w1")]
+    assert "ready, serial" in row and "demo runs one request at a time: its" in row
+    [row] = [line for line in screen(seen, width=40) if line.startswith("w1")]
+    assert "ready, serial" in row
+
+
 def test_the_head_tells_load_queue_and_failures_by_code() -> None:
     stats = {"uptime_s": 75.0, "running": 2, "capacity": 8, "queued": 3, "failed_poison_total": 4}
     first, second, *_ = screen(look(stats=stats))

@@ -28,7 +28,8 @@ cyclic.
 
 and for the whole engine only: `slots` is `--slots` [8], `context_tokens` [32768], `load_ms` [0],
 `load_error` (text: the engine cannot be built), `crash_on_load` (1: the process is killed while it
-loads). Whoever can send a request can crash this engine: it is for tests.
+loads), `serial` (text: it says that it runs one request at a time, and why). Whoever can send a
+request can crash this engine: it is for tests.
 """
 
 from __future__ import annotations
@@ -237,6 +238,7 @@ class EchoEngine:
     def __init__(self, options: EngineOptions) -> None:
         arguments = dict(options.engine_args)
         self._context_tokens = _number(arguments, "context_tokens", 32768)
+        serial = arguments.pop("serial", "")
         for name in ("load_ms", "load_error", "crash_on_load"):
             arguments.pop(name, None)
         try:
@@ -260,6 +262,7 @@ class EchoEngine:
                     context_tokens=self._context_tokens,
                     images=True,
                     details={"architecture": "echo"},
+                    serial=serial,
                 )
                 for name in names
             ),

@@ -38,6 +38,7 @@ class _ModelRow(msgspec.Struct, frozen=True):
     context_tokens: int | None = None
     queued: int = 0
     details: dict[str, Any] = {}
+    serial: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,4 +87,5 @@ def _info(row: _ModelRow) -> ModelInfo:
         context_tokens=row.context_tokens,
         images=row.images,
         details=row.details,
+        serial=row.serial,
     )

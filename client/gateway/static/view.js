@@ -197,7 +197,7 @@ function workerRow(worker) {
   const button = worker.state === "draining" ? "" : h("button", { class: "button small", type: "button", "data-worker": worker.name, onclick: () => drain(worker.name) }, "Drain");
   return [
     strong(worker.name, `${worker.models.join(", ")} · ${worker.engine}, ${worker.device}`),
-    h("span", { class: "two-line" }, chip(state, STATES[worker.state] ?? "bad"), worker.note ? h("small", {}, worker.note) : null),
+    h("span", { class: "two-line" }, chip(state, STATES[worker.state] ?? "bad"), worker.note ? h("small", {}, worker.note) : null, ...Object.entries(worker.serial ?? {}).map(([model, why]) => h("small", { class: "slow" }, `${model} runs one request at a time: ${why}`))),
     h("span", { class: "slots" }, `${worker.running} / ${worker.capacity}`, bar),
     speed === undefined ? "–" : one.format(speed),
     metrics.ttft_ms ? duration(metrics.ttft_ms) : "–",

@@ -100,6 +100,8 @@ class ServedModel:
         self._constraint_lock = threading.Lock()
         #: How it is served, for people.
         self.scheduler = "none"
+        #: Why its requests run one at a time; empty: in a batch.
+        self.serial = ""
         self.runner: Runner | None = None
         #: The batch, where there is one: it is `runner` or a part of it.
         self.slot_runner: SlotRunner | None = None
@@ -122,12 +124,7 @@ class ServedModel:
                     f"{self.names[0]} cannot be served from slots: {verdict.reason}; "
                     "leave --engine-arg scheduler away to serve it one request at a time"
                 )
-            self.scheduler = f"generate ({verdict.reason})"
-            log.warning(
-                "%s is served request by request, not in a batch: %s",
-                self.names[0],
-                verdict.reason,
-            )
+            self.scheduler, self.serial = "generate", verdict.reason
             return self._one_by_one(slots)
         self.scheduler = "slots, whole prompts" if verdict.whole_prompts else "slots"
         chunk = settings.prefill_chunk or (256 if loaded.device.type == "cpu" else 1024)
@@ -145,6 +142,7 @@ class ServedModel:
         if loaded.rope is None:
             return self.slot_runner
         limit = loaded.rope.unchanged_tokens - 1
+        self.serial = f"only from {limit} tokens, where its rotary frequencies change"
         self.scheduler += f"; from {limit} tokens one by one: rotary frequencies change there"
         return LengthRunner(self.slot_runner, self._one_by_one(slots), limit)
 
@@ -197,6 +195,7 @@ class ServedModel:
                 context_tokens=loaded.context_tokens,
                 images=loaded.takes_images,
                 details=loaded.details | {"scheduler": self.scheduler},
+                serial=self.serial,
             )
             for name in (*self.names, *loaded.adapters)
         ]
