@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import io
+import struct
 import warnings
+import zlib
 from dataclasses import dataclass
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from broker.protocol.errors import ErrorCode, RequestError
+from worker.engines.transformers.pixels import samples_of, to_rgb
 
 __all__ = ["FORMATS", "DecodedImage", "ImageLimits", "decode_image"]
 
@@ -33,6 +35,19 @@ MAX_JPEG_SCANS = 200
 """A progressive JPEG of photographs has about ten. Each scan visits every block again, so a file of
 some hundred kilobytes could keep a decoder busy for hours."""
 _START_OF_SCAN = b"\xff\xda"
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by its EXIF orientation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +88,11 @@ def decode_image(octets: bytes, index: int, limits: ImageLimits) -> DecodedImage
             details={"attachment": index, "octets": len(octets), "limit": limits.octets},
         )
     try:
-        # Pillow's own bomb warning is replaced by our bound, which is checked before decoding.
+        # Pillow's own bomb warning is replaced by our bound, which is checked before decoding;
+        # what it thinks of metadata does not matter.
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(octets), formats=FORMATS)
+            warnings.simplefilter("ignore")
+            image = _opened(octets)
     except UnidentifiedImageError:
         raise _refuse(index, f"it is none of {', '.join(FORMATS)}, or it is damaged") from None
     except Image.DecompressionBombError:
@@ -94,9 +110,9 @@ def decode_image(octets: bytes, index: int, limits: ImageLimits) -> DecodedImage
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                samples = samples_of(image, octets)
                 image.load()
-                upright = ImageOps.exif_transpose(image)
-                converted = _to_rgb(upright)
+                converted = to_rgb(_upright(image), samples)
         except Exception as error:
             raise _refuse(index, str(error) or type(error).__name__) from None
     return DecodedImage(converted, hashlib.blake2b(octets, digest_size=16).digest())
@@ -111,17 +127,38 @@ def _too_many_pixels(index: int, size: tuple[int, int] | None, limits: ImageLimi
     )
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB: transparency lies on white, 16-bit grey is scaled rather than clipped."""
-    if image.mode == "RGB":
-        return image.copy()
-    if image.mode.startswith(("I", "F")):
-        grey = np.asarray(image).astype(np.float32)
-        if float(grey.max(initial=0.0)) > 255.0:
-            grey = grey / 257.0
-        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        layered = image.convert("RGBA")
-        white = Image.new("RGBA", layered.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layered).convert("RGB")
-    return image.convert("RGB")
+def _opened(octets: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(octets), formats=FORMATS)
+    except UnidentifiedImageError:
+        if not octets.startswith(_PNG_SIGNATURE):
+            raise
+        return Image.open(io.BytesIO(_without_damaged_chunks(octets)), formats=FORMATS)
+
+
+def _without_damaged_chunks(octets: bytes) -> bytes:
+    """A PNG without the chunks that a viewer can do without (EXIF, texts, ...) and whose checksum
+    is wrong: other decoders pass over them, Pillow refuses the file."""
+    kept, at = [_PNG_SIGNATURE], len(_PNG_SIGNATURE)
+    while at + 12 <= len(octets):
+        length, kind = struct.unpack_from(">I4s", octets, at)
+        end = at + 12 + length
+        ancillary = bool(kind[0] & 0x20)
+        if not ancillary or zlib.crc32(octets[at + 4 : end - 4]) == int.from_bytes(
+            octets[end - 4 : end], "big"
+        ):
+            kept.append(octets[at:end])
+        at = end
+    return b"".join(kept)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image as it is to be looked at; as it is stored where its EXIF cannot be read."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:
+        # Metadata, damaged in any way: no reason to refuse the image. Nor is it written again,
+        # which fails where single entries are damaged.
+        return image
+    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
