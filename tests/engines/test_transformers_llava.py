@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.engines import tiny
 from worker.engines.base import EngineLoadError, EngineOptions
@@ -246,6 +247,57 @@ def test_a_lora_folder_is_merged_into_language_model_and_projector(
     wanted = logits(whole, tiny.llava_processor())
     torch.testing.assert_close(logits(loaded.model, loaded.processor), wanted)
     assert not torch.allclose(wanted, logits(tiny.llava(), tiny.llava_processor()), atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        ("config.json", "half of a LLaVA.*config.json"),
+        ("non_lora_trainables.bin", "half of a LLaVA.*projector"),
+        ("adapter_config.json", "half of a LLaVA.*adapter_config.json"),
+    ],
+)
+def test_half_of_a_lora_folder_is_refused(
+    missing: str, words: str, tuned: tuple[Path, Any], base: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "half"
+    shutil.copytree(tuned[0], folder)
+    (folder / missing).unlink()
+    with pytest.raises(EngineLoadError, match=words):
+        load(folder, base, safetensors_only=False)
+
+
+def test_a_checkpoint_of_a_run_has_the_adapter_alone_and_is_refused(
+    tuned: tuple[Path, Any], base: Path, tmp_path: Path
+) -> None:
+    for parent, finished in (("run", True), ("llava-lora", False)):
+        folder = tmp_path / parent / "checkpoint-10"
+        folder.mkdir(parents=True)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copy(tuned[0] / name, folder)
+        if finished:
+            shutil.copy(tuned[0] / "non_lora_trainables.bin", folder.parent)
+        with pytest.raises(EngineLoadError, match="half of a LLaVA"):
+            load(folder, base)
+
+
+def test_a_vision_tower_without_a_weight_is_refused(
+    base: Path, tower: Path, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "clip"
+    shutil.copytree(tower, damaged)
+    weights = load_file(damaged / "model.safetensors")
+    lost = next(name for name in weights if name.endswith("layers.1.mlp.fc1.weight"))
+    del weights[lost]
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    folder = write(
+        tmp_path / "mine",
+        facts(damaged),
+        "mm_projector.safetensors",
+        projector_weights(tiny.llava()),
+    )
+    with pytest.raises(EngineLoadError, match=r"layers\.1\.mlp\.fc1\.weight"):
+        load(folder, base)
 
 
 def test_pickled_weights_are_refused_unless_they_are_asked_for(

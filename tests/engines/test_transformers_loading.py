@@ -22,6 +22,7 @@ from torch import nn
 from broker.protocol.messages import FinishReason, Kind, Request, new_id
 from tests.engines import tiny
 from tests.engines.architectures import vision_model
+from tests.engines.tiny import load
 from worker.engines.base import EngineLoadError, EngineOptions, Job
 from worker.engines.transformers import build
 from worker.engines.transformers.engine import TransformersEngine
@@ -49,21 +50,6 @@ def vision_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.llava().save_pretrained(path)
     tiny.llava_processor().save_pretrained(path)
     return path
-
-
-def load(*paths: Path, **options: Any) -> TransformersEngine:
-    arguments = {"kv_tokens": "4096"} | options.pop("engine_args", {})
-    engine = build(
-        EngineOptions(
-            model_paths=tuple(map(str, paths)),
-            device="cpu",
-            engine_args=arguments,
-            **options,
-        ),
-        lambda fraction, note: None,
-    )
-    assert isinstance(engine, TransformersEngine)
-    return engine
 
 
 def plain(model: Any, ids: list[int], count: int) -> list[int]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ from broker.protocol.messages import (
     TokenLogprob,
     new_id,
 )
-from worker.engines.base import Ended, Failed, Job, PromptFacts, Tokens
+from worker.engines.base import Ended, EngineOptions, Failed, Job, PromptFacts, Tokens
+from worker.engines.transformers import build
 from worker.engines.transformers.engine import TransformersEngine
 from worker.engines.transformers.loaded import wrap_model
 from worker.engines.transformers.served import ServedModel
@@ -200,6 +202,19 @@ def serve(
     own = EngineSettings(**({"kv_tokens": 8192, "prefill_chunk": 16} | settings))
     loaded = wrap_model(model, tokenizer(), processor, settings=own)
     return TransformersEngine([ServedModel(loaded, (name,), own, slots=slots)], own, slots=slots)
+
+
+def load(*paths: Path, **options: Any) -> TransformersEngine:
+    """An engine over models in folders; `options` are those of `EngineOptions`."""
+    arguments = {"kv_tokens": "4096"} | options.pop("engine_args", {})
+    engine = build(
+        EngineOptions(
+            model_paths=tuple(map(str, paths)), device="cpu", engine_args=arguments, **options
+        ),
+        lambda fraction, note: None,
+    )
+    assert isinstance(engine, TransformersEngine)
+    return engine
 
 
 @dataclass

@@ -21,7 +21,14 @@ from torch import nn
 from worker.engines.base import EngineLoadError
 from worker.engines.transformers.tower import load_tower
 
-__all__ = ["LLAVA_TEMPLATE", "LlavaParts", "assemble", "find_parts", "language_config"]
+__all__ = [
+    "LLAVA_TEMPLATE",
+    "LlavaParts",
+    "assemble",
+    "find_parts",
+    "language_config",
+    "refuse_half",
+]
 
 _WEIGHTS = ("non_lora_trainables", "mm_projector")
 _WHOLE = ("model*.safetensors", "pytorch_model*.bin")
@@ -79,9 +86,18 @@ def find_parts(folder: Path, *, safetensors_only: bool) -> LlavaParts | None:
     if not whole:
         trained = [folder / (name + end) for name in _WEIGHTS for end in (".safetensors", ".bin")]
         found = [file for file in trained if file.is_file()][:1]
-    if not found:
-        return None
     has_adapter = not whole and (folder / "adapter_config.json").is_file()
+    if not found:
+        files = "non_lora_trainables.bin beside its adapter" if has_adapter else "mm_projector.bin"
+        raise EngineLoadError(
+            f"{folder} is half of a LLaVA: its config.json names a vision tower, but the projector "
+            f"({files}) is missing; copy the whole folder"
+        )
+    if not whole and not has_adapter and found[0].stem == _WEIGHTS[0]:
+        raise EngineLoadError(
+            f"{folder} is half of a LLaVA: {found[0].name} was trained beside a LoRA adapter, and "
+            "adapter_config.json is missing; copy the whole folder"
+        )
     pickles = [file for file in found if file.suffix == ".bin"]
     if has_adapter and not (folder / "adapter_model.safetensors").is_file():
         pickles.append(folder / "adapter_model.bin")
@@ -104,6 +120,23 @@ def find_parts(folder: Path, *, safetensors_only: bool) -> LlavaParts | None:
             "and 1.5 are read in it, take the model in transformers' format (llava-hf on the hub)"
         )
     return LlavaParts(folder, facts, tuple(found), has_adapter, whole)
+
+
+def refuse_half(folder: Path) -> None:
+    """Raise `EngineLoadError` for the adapter of a LLaVA without the config.json beside it: it
+    would be merged into a language model that sees nothing. Such an adapter is known by a trained
+    projector beside it, by the finished run around a checkpoint of it, and by its name, in which
+    the LLaVA project itself looks for the word."""
+    place = folder.resolve()
+    beside = [place, place.parent] if place.name.startswith("checkpoint-") else [place]
+    for one in beside:
+        trained = [one / (name + end) for name in _WEIGHTS for end in (".safetensors", ".bin")]
+        if any(file.is_file() for file in trained) or "llava" in one.name.lower():
+            raise EngineLoadError(
+                f"{folder} is half of a LLaVA: the adapter alone sees no images, and config.json "
+                "and the projector (non_lora_trainables.bin) are missing; copy the whole folder "
+                "of the finished run"
+            )
 
 
 def language_config(parts: LlavaParts) -> Any:

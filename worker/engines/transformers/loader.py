@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,28 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    MODEL_MAPPING,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from worker.engines.base import EngineLoadError, EngineOptions, Progress
+from worker.engines.transformers.checkpoint import refuse_missing
+from worker.engines.transformers.classes import ModelClass, model_class
 from worker.engines.transformers.llava import (
     LlavaParts,
     assemble,
     find_parts,
     language_config,
+    refuse_half,
 )
 from worker.engines.transformers.loaded import LoadedModel, wrap_model
 from worker.engines.transformers.processors import load_processor
@@ -45,6 +36,8 @@ from worker.engines.transformers.quantise import bitsandbytes_config, normalise_
 from worker.engines.transformers.settings import EngineSettings
 
 __all__ = ["load_model", "pick_device"]
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -111,7 +104,9 @@ def load_model(
         config = AutoConfig.from_pretrained(
             path, revision=options.revision, trust_remote_code=options.trust_remote_code
         )
-    auto_class = _auto_class(config, folder, path)
+    chosen = model_class(config, folder, path, trust_remote_code=options.trust_remote_code)
+    if adapter is not None and not chosen.takes_images and (held := _local_folder(adapter)):
+        refuse_half(held)
     device = pick_device(options.device)
     size = _weight_bytes(folder)
     # What comes in 4 bits has four times its size in half precision.
@@ -120,13 +115,11 @@ def load_model(
     progress(0.0, f"loading {path}" + (f" ({size / 2**30:.1f} GiB)" if size else ""))
     with _explained(path):
         model, quantised = _load_weights(
-            path, config, auto_class, device, dtype, options, settings, progress
+            path, config, chosen.auto, device, dtype, options, settings, progress
         )
         if adapter is not None:
             model = _merge_adapter(model, adapter, options, progress)
-        tokenizer, processor = _load_tokenizer(
-            path, config, options, takes_images=auto_class is AutoModelForImageTextToText
-        )
+        tokenizer, processor = _load_tokenizer(path, config, options, chosen)
     progress(1.0, f"loaded {path}")
     return wrap_model(
         model, tokenizer, processor, settings=settings, folder=folder, quantised=quantised
@@ -238,7 +231,7 @@ def _explained(path: str) -> Iterator[None]:
         ) from error
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
         text = _one_line(error)
-        if "trust_remote_code" in text:
+        if "trust_remote_code" in str(error):
             text = "it brings its own code: read it, then pass --trust-remote-code"
         elif "does not recognize this architecture" in text or "model type" in text:
             text += " (a newer transformers may know it)"
@@ -253,40 +246,6 @@ def _one_line(error: BaseException) -> str:
 
 
 # --- classes, dtype, weights ----------------------------------------------------------------------
-
-
-def _auto_class(config: Any, folder: Path | None, path: str) -> Any:
-    """Which Auto class loads `config`; by architecture, then by what the mappings know."""
-    kind = type(config)
-    remote = getattr(config, "auto_map", None) or {}
-    architectures = getattr(config, "architectures", None) or []
-    sentence_model = folder is not None and (folder / "modules.json").is_file()
-    if sentence_model and kind in MODEL_MAPPING:
-        return AutoModel
-    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return AutoModelForImageTextToText
-    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and any(
-        "ConditionalGeneration" in name or "ImageText" in name for name in architectures
-    ):
-        return AutoModelForImageTextToText
-    if getattr(config, "is_encoder_decoder", False) and (
-        kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-    ):
-        return AutoModelForSeq2SeqLM
-    headless = bool(architectures) and all(
-        name.endswith(("Model", "ForMaskedLM", "ForPreTraining")) for name in architectures
-    )
-    if headless and kind in MODEL_MAPPING:
-        return AutoModel
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in remote:
-        return AutoModelForCausalLM
-    if kind in MODEL_MAPPING:
-        return AutoModel
-    if remote:
-        return AutoModelForCausalLM
-    raise EngineLoadError(
-        f"{path}: {kind.__name__} is no text, picture-and-text or embedding model of transformers"
-    )
 
 
 def _pick_dtype(name: str, config: Any, device: torch.device, size: int) -> torch.dtype:
@@ -357,10 +316,7 @@ def _load_weights(
         quantised = True
     with _weights_progress(progress, path):
         model, told = auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
-    if stored is not None and told["missing_keys"]:
-        # transformers would go on with random weights.
-        names = ", ".join(sorted(map(str, told["missing_keys"]))[:3])
-        raise EngineLoadError(f"{path} is quantised in a way that leaves weights out: {names}, ...")
+    refuse_missing(model, told["missing_keys"], path, quantised=stored is not None)
     return model, quantised
 
 
@@ -470,14 +426,34 @@ def _merge_adapter(model: Any, adapter: str, options: EngineOptions, progress: P
 
 
 def _load_tokenizer(
-    path: str, config: Any, options: EngineOptions, *, takes_images: bool
+    path: str, config: Any, options: EngineOptions, chosen: ModelClass
 ) -> tuple[Any, Any]:
+    """The tokenizer, and the processor of a model that takes images."""
     common: dict[str, Any] = {
         "revision": options.revision,
         "trust_remote_code": options.trust_remote_code,
     }
-    processor = load_processor(path, config, **common) if takes_images else None
+    processor = None
+    if chosen.takes_images:
+        processor = load_processor(path, config, **common)
+    elif chosen.may_take_images:
+        processor = _remote_processor(path, config, common)
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(path, **common)
     return tokenizer, processor
+
+
+def _remote_processor(path: str, config: Any, common: dict[str, Any]) -> Any:
+    """The processor of remote code, or None where it has none that puts images into prompts: the
+    model is then served without images, and says so."""
+    try:
+        processor = load_processor(path, config, **common)
+    except Exception as error:  # whatever the folder's own code raises
+        cause = _one_line(error)
+    else:
+        if hasattr(processor, "tokenizer") and hasattr(processor, "image_processor"):
+            return processor
+        cause = f"{type(processor).__name__} does not put images into prompts"
+    log.warning("%s is served without images, its processor cannot be used: %s", path, cause)
+    return None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from worker.engines.base import EngineLoadError
+from worker.engines.transformers.checkpoint import refuse_missing
 
 __all__ = ["load_tower"]
 
@@ -59,13 +60,15 @@ def load_tower(
             tower = kind._from_config(config, dtype=dtype, **extra)
             _fill(tower, state, folder)
             return tower.to(device).eval(), pictures
-    tower = kind.from_pretrained(
+    tower, told = kind.from_pretrained(
         path,
         config=config,
         dtype=dtype,
         use_safetensors=True if safetensors_only else None,
+        output_loading_info=True,
         **extra,
     )
+    refuse_missing(tower, set(told["missing_keys"]) - _named_by(tower, state).keys(), path)
     _fill(tower, state, folder)
     return tower.to(device).eval(), pictures
 

@@ -1,0 +1,47 @@
+"""What a checkpoint must hold: every weight that the model computes with.
+
+transformers goes on with random weights where some are missing, and says so in a log line. Must
+never load weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from worker.engines.base import EngineLoadError
+
+__all__ = ["refuse_missing"]
+
+
+def refuse_missing(
+    model: Any, missing: Iterable[str], path: str, *, quantised: bool = False
+) -> None:
+    """Raise `EngineLoadError` where weights of `model` that were not in its checkpoint matter.
+
+    `missing` is what transformers reports: it has left out already what is tied to another weight
+    and what the model declares optional.
+    """
+    buffers = dict(model.named_buffers())
+    headless = not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None
+    lacking = sorted(
+        name
+        for name in map(str, missing)
+        # Computed, not learned. What is learned may be a buffer too (statistics, a router's bias).
+        if not (name in buffers and not buffers[name].is_floating_point())
+        and not name.endswith("inv_freq")
+        # Nobody reads it: embeddings are pooled from the last hidden states.
+        and not (headless and "pooler" in name.split("."))
+    )
+    if not lacking:
+        return
+    names = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+    cause = (
+        "it is quantised in a way that leaves them out, or a file is missing"
+        if quantised
+        else "a file is missing, or it was saved for another architecture"
+    )
+    raise EngineLoadError(
+        f"{path} lacks {len(lacking)} of the model's weights ({names}): {cause}; "
+        "fetch or convert it again"
+    )
