@@ -8,7 +8,6 @@ never tokenise.
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,8 +100,7 @@ class Embedder:
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = 1
         ids, mask = ids.to(device), mask.to(device)
-        rope = self._loaded.rope
-        with rope.used() if rope is not None else nullcontext():
+        with self._loaded.any_length():
             output = self._base(input_ids=ids, attention_mask=mask)
         pooled = _pool(output[0].float(), mask, options.pooling or self._pooling)
         for weight, bias, activation in self._dense:

@@ -13,7 +13,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -295,7 +294,7 @@ class GenerateRunner:
         prompt = sequence.prompt
         arguments = prompt.inputs(self._loaded.device, self._loaded.dtype)
         ids = torch.tensor([prompt.ids], device=self._loaded.device)
-        with self._loaded.rope.used() if self._loaded.rope is not None else nullcontext():
+        with self._loaded.any_length():
             logits = self._loaded.model(input_ids=ids, **arguments).logits[0]
         first = TokenLogprob(None, self._token_bytes(prompt.ids[0]))
         top = sequence.params.prompt_logprobs or 0

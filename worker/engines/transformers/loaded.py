@@ -6,6 +6,7 @@ model.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,10 @@ class LoadedModel:
     #: Where positions have other angles in long sequences than in short ones.
     rope: LengthRope | None = None
     details: dict[str, Any] = field(default_factory=dict)
+
+    def any_length(self) -> AbstractContextManager[None]:
+        """Inside, forwards of the model may be longer than `rope` allows a batch to be."""
+        return nullcontext() if self.rope is None else self.rope.used()
 
 
 def wrap_model(
