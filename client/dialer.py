@@ -1,5 +1,6 @@
 """The life of a client's connection, sans-IO: which broker, HELLO and WELCOME, sequence numbers,
-heartbeats, back-off, and the list of brokers (SPEC.md section 5; the guide's Freelance pattern).
+heartbeats, and the list of brokers, each with a back-off of its own (SPEC.md section 5; the
+guide's Freelance pattern).
 
 Knows nothing of requests. It writes its orders into the list that it is given and tells its host,
 the session, what happened; the host sets `now_s` before every call.
@@ -18,11 +19,15 @@ import msgspec
 from broker.protocol import codec, header, limits, messages
 from broker.protocol.errors import ErrorInfo, ProtocolError
 from broker.protocol.header import NO_ID, MessageType
-from broker.protocol.liveness import SESSION_PROVEN_S, Backoff, Liveness
+from broker.protocol.liveness import ATTEMPT_S, SLEPT_S, Backoff, Liveness
 from client.events import CloseSocket, Instruction, OpenSocket, Send, Stop
 
-ATTEMPT_S: Final = 5.0
-"""From opening a socket to WELCOME. The same as the socket's own handshake limit."""
+DRAINING_S: Final = 1.0
+"""A broker that drains is asked again so soon: somebody else may have taken its address."""
+HURRY_S: Final = 1.0
+"""Longest wait once the application asks for something new, unless the broker named a time."""
+SLACK_S: Final = 1.0
+"""For reading what came while this process was held up."""
 
 
 class Link(Enum):
@@ -30,7 +35,7 @@ class Link(Enum):
 
     #: No socket, and nobody needs one.
     IDLE = "idle"
-    #: No socket until the back-off is over.
+    #: No socket until an address may be tried again.
     WAITING = "waiting"
     #: A socket that is not connected yet.
     CONNECTING = "connecting"
@@ -58,6 +63,22 @@ class Host(Protocol):
         """Something is open that needs a broker."""
 
 
+class _Address:
+    """One broker's address, and when it may be tried again."""
+
+    __slots__ = ("backoff", "from_s", "name", "reason", "told")
+
+    def __init__(self, name: str, generator: random.Random) -> None:
+        self.name = name
+        self.backoff = Backoff(generator)
+        #: Not to be tried before.
+        self.from_s = -math.inf
+        #: That time is the broker's own word.
+        self.told = False
+        #: Why the last session or attempt ended.
+        self.reason = ""
+
+
 class Dialer:
     """Finds a broker, keeps one session with it, and comes back."""
 
@@ -70,22 +91,16 @@ class Dialer:
         generator: random.Random,
     ) -> None:
         #: Addresses that may accept us; the first is the one in use.
-        self.brokers = list(brokers)
+        self._addresses = [_Address(name, generator) for name in brokers]
         self.state = Link.IDLE
         #: Monotonic seconds; set by the host.
         self.now_s = 0.0
-        #: Why the last connection or attempt ended, for people.
-        self.last_reason = ""
         #: The latest; its bounds hold until the next.
         self.welcome: messages.Welcome | None = None
         self._hello = hello
         self._host = host
         self._out = out
         self._random = generator
-        self._backoff = Backoff(generator)
-        #: Connections in a row that brought no session.
-        self._attempts = 0
-        self._reopen_s = 0.0
         self._attempt_due_s = math.inf
         self._session_id = NO_ID
         self._ready_since_s = 0.0
@@ -93,6 +108,27 @@ class Dialer:
         self._liveness = Liveness(1.0, 1, 0.0)
         self._sequence_out = 0
         self._sequence_in = 0
+
+    @property
+    def brokers(self) -> list[str]:
+        """Addresses that may accept us."""
+        return [address.name for address in self._addresses]
+
+    @property
+    def alternative(self) -> bool:
+        """There is another address than the one in use."""
+        return len(self._addresses) > 1
+
+    def story(self) -> str:
+        """What became of the latest attempts, for people."""
+        if self.state is Link.DRAINING:
+            self._addresses[0].reason = "it is about to stop and takes nothing new"
+        elif self.state in (Link.CONNECTING, Link.GREETING) and not self._addresses[0].reason:
+            self._addresses[0].reason = "no answer so far"
+        if not self.alternative:
+            last = self._addresses[0].reason
+            return f"last: {last}" if last else ""
+        return "; ".join(f"{a.name}: {a.reason or 'not tried'}" for a in self._addresses)
 
     @property
     def has_session(self) -> bool:
@@ -114,11 +150,17 @@ class Dialer:
 
     def want(self) -> None:
         """Something is open now: connect, unless that is under way."""
-        if self.state is Link.IDLE:
-            if self._reopen_s > self.now_s:
-                self.state = Link.WAITING
-            else:
-                self._open()
+        if self.state not in (Link.IDLE, Link.WAITING):
+            return
+        if self._reopen_s > self.now_s + HURRY_S:
+            for address in self._addresses:
+                if not address.told:
+                    soon_s = self.now_s + self._random.uniform(0.0, HURRY_S)
+                    address.from_s = min(address.from_s, soon_s)
+        if self._reopen_s > self.now_s:
+            self.state = Link.WAITING
+        else:
+            self._open()
 
     def send(self, type_: MessageType, id_: bytes, *frames: bytes) -> None:
         """Send a message in the session. The first frame is its encoded body."""
@@ -136,7 +178,15 @@ class Dialer:
         if self._session_id != NO_ID:
             body = messages.Goodbye(reason=reason, message=message[:1000])
             self.send_body(MessageType.GOODBYE, self._session_id, body)
-        self._lose(why)
+        self._lose(why, refused=True)
+
+    def move_on(self, *, cancel: bool) -> None:
+        """The broker drains: go to another one. `cancel`: nothing runs here, so say goodbye, which
+        would cancel it; else what runs is resumed there."""
+        if cancel and self._session_id != NO_ID:
+            body = messages.Goodbye(reason="drained")
+            self.send_body(MessageType.GOODBYE, self._session_id, body)
+        self._lose("the broker is draining", retry_after_s=DRAINING_S)
 
     def close(self) -> None:
         """Say goodbye, which cancels everything at the broker, and end for good."""
@@ -159,6 +209,7 @@ class Dialer:
         """The socket is connected: the peer speaks first."""
         if self.state is Link.CONNECTING:
             self.state = Link.GREETING
+            self._attempt_due_s = self.now_s + self._addresses[0].backoff.greeting_s
             self.send_body(MessageType.HELLO, NO_ID, self._hello)
 
     def cut_off(self, reason: str) -> None:
@@ -170,11 +221,11 @@ class Dialer:
         """This broker will never accept us like this: do not come back to it."""
         if self.state in (Link.IDLE, Link.WAITING, Link.CLOSED):
             return
-        if len(self.brokers) > 1:
+        if self.alternative:
             self._lose(error.message, banned=True)
             return
         self._host.refused_for_good(error)
-        self._lose(error.message)
+        self._lose(error.message, refused=True)
 
     def read(self, frames: tuple[bytes, ...]) -> tuple[MessageType, bytes, bytes] | None:
         """Type, id and body of a message that concerns the host. Raises `ProtocolError`."""
@@ -203,7 +254,10 @@ class Dialer:
                 return head.type, head.id, body
             case MessageType.GOODBYE:
                 goodbye = codec.decode(messages.Goodbye, body, limits.MAX_CONTROL_OCTETS)
-                self._lose(f"the broker said goodbye: {goodbye.message or goodbye.reason}")
+                self._lose(
+                    f"the broker said goodbye: {goodbye.message or goodbye.reason}",
+                    refused=goodbye.reason != "shutdown",
+                )
             case _:
                 return head.type, head.id, body
         return None
@@ -217,25 +271,43 @@ class Dialer:
                 else:
                     self.state = Link.IDLE
             case Link.CONNECTING | Link.GREETING if self.now_s >= self._attempt_due_s:
-                # libzmq does not tell of a host name that nobody knows.
-                self._lose(
-                    f"no connection within {ATTEMPT_S:g} s; is the host's name right, and its "
-                    "network open?"
-                    if self.state is Link.CONNECTING
-                    else f"no answer to HELLO within {ATTEMPT_S:g} s; is that a tokenbus broker's "
-                    "front?"
-                )
+                self._on_attempt_due()
             case Link.READY | Link.DRAINING:
                 self._keep_alive()
 
     # --- inside ---
 
+    @property
+    def _reopen_s(self) -> float:
+        """When the first address may be tried again."""
+        return min(address.from_s for address in self._addresses)
+
     def _open(self) -> None:
+        chosen = next(a for a in self._addresses if a.from_s <= self.now_s)
+        self._addresses.remove(chosen)
+        self._addresses.insert(0, chosen)
         self.state = Link.CONNECTING
         self._attempt_due_s = self.now_s + ATTEMPT_S
         self._sequence_out = self._sequence_in = 0
         self._session_id = NO_ID
-        self._out(OpenSocket(self.brokers[0], self.new_id()))
+        self._out(OpenSocket(chosen.name, self.new_id()))
+
+    def _on_attempt_due(self) -> None:
+        if self.now_s - self._attempt_due_s > SLEPT_S:
+            self._attempt_due_s = self.now_s + SLACK_S  # it was this process that slept
+        elif self.state is Link.CONNECTING:
+            # libzmq does not tell of a host name that nobody knows.
+            self._lose(
+                f"no connection within {ATTEMPT_S:g} s; is the host's name right, and its network "
+                "open?"
+            )
+        else:
+            backoff = self._addresses[0].backoff
+            waited_s = backoff.greeting_s
+            backoff.unanswered()
+            self._lose(
+                f"no answer to HELLO within {waited_s:g} s; is that a tokenbus broker's front?"
+            )
 
     def _on_welcome(self, session_id: bytes, body: bytes) -> None:
         welcome = codec.decode(messages.Welcome, body, limits.MAX_CONTROL_OCTETS)
@@ -245,7 +317,6 @@ class Dialer:
         self.state = Link.READY
         self._session_id = session_id
         self._ready_since_s = self.now_s
-        self._attempts = 0
         self._interval_s = welcome.heartbeat_interval_ms / 1000
         self._liveness = Liveness(self._interval_s, welcome.liveness, self.now_s)
         self._host.session_began()
@@ -255,7 +326,9 @@ class Dialer:
         if refuse.fatal:
             self.banned(refuse.error)
         else:
-            self._lose(refuse.error.message, (refuse.error.retry_after_ms or 0) / 1000)
+            retry_after_ms = refuse.error.retry_after_ms
+            retry_after_s = None if retry_after_ms is None else retry_after_ms / 1000
+            self._lose(refuse.error.message, refused=True, retry_after_s=retry_after_s)
 
     def _keep_alive(self) -> None:
         late_s = self.now_s - self._liveness.beat_due_s
@@ -267,25 +340,36 @@ class Dialer:
         elif self.now_s >= self._liveness.beat_due_s:
             self.send_body(MessageType.HEARTBEAT, self._session_id, messages.Heartbeat())
 
-    def _lose(self, reason: str, wait_s: float = 0.0, *, banned: bool = False) -> None:
-        """The session or the attempt is over: tell the host, come back later or elsewhere."""
+    def _lose(
+        self,
+        reason: str,
+        *,
+        refused: bool = False,
+        retry_after_s: float | None = None,
+        banned: bool = False,
+    ) -> None:
+        """The session or the attempt is over: tell the host, come back later or elsewhere.
+
+        Only this address waits: `retry_after_s` if the broker named a time, else its back-off.
+        """
         had_session = self.has_session
         self._out(CloseSocket())
-        self.last_reason = reason
         self.state = Link.IDLE
         self._session_id = NO_ID
-        round_length = len(self.brokers)
-        address = self.brokers.pop(0)
-        if not banned:
-            self.brokers.append(address)
-        self._attempts += 1
-        if had_session and self.now_s - self._ready_since_s >= SESSION_PROVEN_S:
-            self._backoff.reset()
-        # The next of several brokers at once; a pause only after a round of all.
-        if self._attempts % round_length == 0:
-            wait_s = max(wait_s, self._backoff.next_s())
-        self._reopen_s = self.now_s + wait_s
+        address = self._addresses.pop(0)
+        address.reason = reason
         if had_session:
-            self._host.session_over(f"connection to the broker at {address} lost: {reason}")
+            address.backoff.session_over(self.now_s - self._ready_since_s, refused=refused)
+        address.told = retry_after_s is not None
+        wait_s = (
+            address.backoff.next_s(self.now_s, refused=refused)
+            if retry_after_s is None
+            else address.backoff.hinted_s(retry_after_s)
+        )
+        address.from_s = self.now_s + wait_s
+        if not banned:
+            self._addresses.append(address)
+        if had_session:
+            self._host.session_over(f"connection to the broker at {address.name} lost: {reason}")
         if self._host.wants_session():
             self.state = Link.WAITING

@@ -118,10 +118,17 @@ class ClientSession:
             self._dispatch()
         if self._leaving_s is not None:
             self._leave_if_done(self._leaving_s)
-        elif self._dialer.state is Link.DRAINING and not self._at_broker:
-            self._dialer.leave("the broker is draining", reason="drained")
+        elif self._dialer.state is Link.DRAINING:
+            self._move_on()
         out, self._out = self._out, []
         return out
+
+    def _move_on(self) -> None:
+        """Leave a draining broker once nothing runs there, or something new has somewhere to go:
+        a stream that runs is resumed at the next broker, at the worker that holds it."""
+        waiting = self._held or self._naming.waiting
+        if not self._at_broker or (waiting and self._dialer.alternative):
+            self._dialer.move_on(cancel=not self._at_broker)
 
     def deadline_s(self) -> float:
         """When the next `Tick` is due; `inf`: never."""
@@ -297,8 +304,8 @@ class ClientSession:
 
     def _no_broker(self, waited_s: float, exchange: Exchange | None = None) -> BusError:
         where = " or ".join(self._dialer.brokers)
-        last = self._dialer.last_reason
-        because = f" (last: {last})" if last else ""
+        story = self._dialer.story()
+        because = f" ({story})" if story else ""
         story = (
             f"no broker answered at {where} within {waited_s:.3g} s{because}. Start one with "
             "`python -m broker`, or name its front address: Client('tcp://HOST:5555'), "

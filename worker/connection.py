@@ -21,12 +21,12 @@ from broker.protocol import codec, header
 from broker.protocol.errors import ProtocolError
 from broker.protocol.header import NO_ID, Header, MessageType
 from broker.protocol.limits import MAX_FRAMES
-from broker.protocol.liveness import SESSION_PROVEN_S, Backoff, Liveness
+from broker.protocol.liveness import ATTEMPT_S, SLEPT_S, Backoff, Liveness
 from broker.protocol.messages import Welcome
 from worker.streams import Route
 
-CONNECT_TIMEOUT_S = 10.0
-"""For the connection with its handshake, and again for the answer to HELLO."""
+SLACK_S = 1.0
+"""For reading what came while this process was held up."""
 
 
 class State(Enum):
@@ -124,12 +124,12 @@ class Connection:
         """A new socket is opened."""
         self._reset(now_s)
         self.state = State.CONNECTING
-        self.until_s = now_s + CONNECT_TIMEOUT_S
+        self.until_s = now_s + ATTEMPT_S
 
     def greeting(self, now_s: float) -> None:
         """HELLO is sent."""
         self.state = State.GREETING
-        self.until_s = now_s + CONNECT_TIMEOUT_S
+        self.until_s = now_s + self._backoff.greeting_s
 
     def opened(self, session: bytes, welcome: Welcome, now_s: float) -> None:
         """WELCOME came: its values bind both sides."""
@@ -142,11 +142,30 @@ class Connection:
         self.beat_at_s = now_s
         self.told_absent = False
 
-    def lost(self, now_s: float, at_least_s: float = 0.0) -> float:
-        """The session or the attempt is over; returns the wait before the next, seconds."""
-        if self.state is State.OPEN and now_s - self._opened_s >= SESSION_PROVEN_S:
-            self._backoff.reset()
-        wait_s = max(at_least_s, self._backoff.next_s())
+    def held_up(self, now_s: float) -> bool:
+        """The limit of an attempt passed while this process did not run: what came meanwhile is to
+        be read first. True at most once in a row."""
+        if now_s - self.until_s <= SLEPT_S:
+            return False
+        self.until_s = now_s + SLACK_S
+        return True
+
+    def unanswered(self) -> None:
+        """HELLO was sent, and nothing came back in time."""
+        self._backoff.unanswered()
+
+    def lost(
+        self, now_s: float, *, refused: bool = False, retry_after_s: float | None = None
+    ) -> float:
+        """The session or the attempt is over; returns the wait before the next, seconds.
+        `refused`: by the broker, which may have said after what time to come back."""
+        if self.state is State.OPEN:
+            self._backoff.session_over(now_s - self._opened_s, refused=refused)
+        wait_s = (
+            self._backoff.next_s(now_s, refused=refused)
+            if retry_after_s is None
+            else self._backoff.hinted_s(retry_after_s)
+        )
         self._reset(now_s)
         self.state = State.WAITING
         self.until_s = now_s + wait_s

@@ -30,6 +30,8 @@ class Disconnected:
 
     broker: int
     reason: str
+    #: Somebody is there and does not let us in: a wrong key, CURVE on one side only.
+    refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)

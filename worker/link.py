@@ -75,6 +75,8 @@ _LOST: Final = {
     ),
 }
 
+_REFUSED: Final = (zmq.Event.HANDSHAKE_FAILED_PROTOCOL, zmq.Event.HANDSHAKE_FAILED_AUTH)
+
 _OPTIONS: Final = {
     zmq.SNDHWM: 1000,  # finite, so that a broker that stands still shows as EAGAIN
     zmq.RCVHWM: 1000,  # beyond it TCP holds the broker back
@@ -197,15 +199,17 @@ class _BrokerSocket:
             frames.append(frame.bytes)
         return tuple(frames)
 
-    def lost(self) -> tuple[bool, str | None]:
-        """From the monitor: whether the connection was made, and why it was lost, if it was."""
-        made, why = False, None
+    def lost(self) -> tuple[bool, str | None, bool]:
+        """From the monitor: whether the connection was made, why it was lost, if it was, and
+        whether the broker's side refused it."""
+        made, why, refused = False, None, False
         while True:
             try:
                 event = zmq.Event(recv_monitor_message(self.monitor, _LAST)["event"])
             except zmq.Again:
-                return made, why
+                return made, why, refused
             made |= event == _CONNECTED
+            refused |= event in _REFUSED
             why = why or _LOST.get(event)
 
     def close(self, linger: bool) -> None:
@@ -374,7 +378,7 @@ class Link:
 
     def _read(self, broker: int, broker_socket: _BrokerSocket, reported: bool) -> None:
         """Everything about one broker's socket. Its last messages go before the news of its end."""
-        made, why = broker_socket.lost() if reported else (False, None)
+        made, why, refused = broker_socket.lost() if reported else (False, None, False)
         if made:
             self._tell(fact.Connected(broker))
         for _ in range(MESSAGES_AT_ONCE):
@@ -385,7 +389,7 @@ class Link:
                 break
             self._tell(fact.MessageReceived(broker, frames))
         if why is not None:
-            self._tell(fact.Disconnected(broker, why))
+            self._tell(fact.Disconnected(broker, why, refused))
         elif broker_socket.outgoing and broker_socket.flush():
             self._tell(fact.SendUnblocked(broker))
 

@@ -139,7 +139,8 @@ class WorkerCore:
             case fact.Connected():
                 self._connected(self._connections[event.broker], now_s)
             case fact.Disconnected():
-                self._disconnected(self._connections[event.broker], event.reason, now_s)
+                connection = self._connections[event.broker]
+                self._disconnected(connection, event.reason, event.refused, now_s)
             case fact.SendBlocked():
                 connection = self._connections[event.broker]
                 connection.blocked = True
@@ -226,11 +227,14 @@ class WorkerCore:
         elif connection.state is State.WAITING:
             connection.opening(now_s)
             self._out.append(OpenSocket(connection.index))
+        elif connection.held_up(now_s):
+            pass
         elif connection.state is State.CONNECTING:
             # libzmq does not tell of a host name that nobody knows.
             why = "no connection: is the host's name right, and its network open?"
             self._lose(connection, why, now_s)
         else:
+            connection.unanswered()
             self._lose(connection, "HELLO was not answered", now_s)
 
     # --- sessions ---------------------------------------------------------------------------------
@@ -259,18 +263,26 @@ class WorkerCore:
             return list(self._capabilities.models)
         return [ModelInfo(name=name) for name in self._settings.models]
 
-    def _disconnected(self, connection: Connection, reason: str, now_s: float) -> None:
+    def _disconnected(
+        self, connection: Connection, reason: str, refused: bool, now_s: float
+    ) -> None:
         if connection.has_socket:
-            self._lose(connection, reason, now_s)
+            self._lose(connection, reason, now_s, refused=refused)
 
     def _lose(
-        self, connection: Connection, reason: str, now_s: float, at_least_s: float = 0.0
+        self,
+        connection: Connection,
+        reason: str,
+        now_s: float,
+        *,
+        refused: bool = False,
+        retry_after_s: float | None = None,
     ) -> None:
         """The session, or the attempt to have one, is over; its requests live on."""
         was_open = connection.open
         self._out.append(CloseSocket(connection.index))
         self._requests.orphan(connection, now_s)
-        wait_s = connection.lost(now_s, at_least_s)
+        wait_s = connection.lost(now_s, refused=refused, retry_after_s=retry_after_s)
         if was_open:
             held = self._requests.orphans()
             self._log(
@@ -291,7 +303,7 @@ class WorkerCore:
 
     def _protocol_error(self, connection: Connection, error: ProtocolError, now_s: float) -> None:
         self._part(connection, "protocol_error", str(error), now_s)
-        self._lose(connection, f"the broker broke the protocol: {error}", now_s)
+        self._lose(connection, f"the broker broke the protocol: {error}", now_s, refused=True)
 
     def _beat(self, connection: Connection, now_s: float) -> None:
         busy = self._requests.engine_busy
@@ -357,8 +369,10 @@ class WorkerCore:
     def _refused(self, connection: Connection, refuse: Refuse, now_s: float) -> None:
         error = refuse.error
         if not refuse.fatal:
-            wait_s = (error.retry_after_ms or 0) / 1000
-            self._lose(connection, f"refused: {error.message} ({error.code})", now_s, wait_s)
+            after_ms = error.retry_after_ms
+            retry_after_s = None if after_ms is None else after_ms / 1000
+            why = f"refused: {error.message} ({error.code})"
+            self._lose(connection, why, now_s, refused=True, retry_after_s=retry_after_s)
             return
         self._out.append(CloseSocket(connection.index))
         self._requests.orphan(connection, now_s)
@@ -400,7 +414,8 @@ class WorkerCore:
             case MessageType.GOODBYE:
                 goodbye = codec.decode(Goodbye, body, MAX_CONTROL_OCTETS)
                 words = f"{goodbye.reason} {goodbye.message}".strip()
-                self._lose(connection, f"the broker said goodbye: {words}", now_s)
+                why = f"the broker said goodbye: {words}"
+                self._lose(connection, why, now_s, refused=goodbye.reason != "shutdown")
             case MessageType.REFUSE:
                 self._refused(connection, codec.decode(Refuse, body, MAX_CONTROL_OCTETS), now_s)
             case _:

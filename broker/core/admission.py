@@ -137,7 +137,7 @@ def _too_large(what: str, size: int, limit: int) -> RequestError:
 def admit(core: BrokerCore, client: ClientSession, request: Entry) -> None:
     """Raises RequestError when there is no room or no hope."""
     if core.shutdown_until_s is not None:
-        raise shutdown.draining_error(core)
+        raise shutdown.draining_error()
     if request.ttl_until_s <= core.now_s:
         raise RequestError(ErrorCode.DEADLINE_EXCEEDED, "the request came with no time to live")
     if len(client.requests) >= core.settings.inflight:

@@ -94,7 +94,7 @@ def check_hello(core: BrokerCore, side: Side, head: Header, hello: Hello) -> Non
             f"the broker {limits.PROTOCOL_VERSION}"
         )
     if core.shutdown_until_s is not None:
-        raise shutdown.draining_error(core)
+        raise shutdown.draining_error()
     full = (
         len(core.clients) >= core.settings.max_clients
         if side is Side.FRONT

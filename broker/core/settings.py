@@ -77,7 +77,10 @@ class CoreSettings:
     )
 
     orphan_grace_s: float = option(
-        30.0, "s", "how long the requests of a vanished client live; its longest back-off", low=0
+        30.0,
+        "s",
+        "how long the requests of a vanished client live; as long as its longest back-off",
+        low=0,
     )
     ended_keep_s: float = option(
         60.0, "s", "an ended request can be resumed; as long as workers keep them", low=0

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from broker.core.controller import BrokerCore
     from broker.core.workers import WorkerSession
 
+RETRY_AFTER_MS: Final = 1000
 DRAIN_SLACK_S: Final = 5.0
 """A worker ends its drain itself, at the deadline; the broker ends it this much later."""
 
@@ -48,7 +49,7 @@ def finish(core: BrokerCore) -> None:
         return
     core.stopped = True
     core.shutdown_until_s = core.now_s
-    error = draining_error(core).info
+    error = draining_error().info
     goodbye = codec.encode(Goodbye(reason="shutdown", message="this broker stops"))
     for client in list(core.clients.values()):
         for request in list(client.requests.values()):
@@ -65,14 +66,14 @@ def _on_grace_over(core: BrokerCore, _: None) -> None:
     finish(core)
 
 
-def draining_error(core: BrokerCore) -> RequestError:
-    """What everybody is told who wants something new."""
-    left_s = max(0.0, (core.shutdown_until_s or 0.0) - core.now_s)
+def draining_error() -> RequestError:
+    """What everybody is told who wants something new. Soon, however long this drain lasts: the next
+    broker may take the address before."""
     return RequestError(
         ErrorCode.DRAINING,
         "this broker is about to stop; come back to the next one",
         retryable=True,
-        retry_after_ms=1000 + round(left_s * 1000),
+        retry_after_ms=RETRY_AFTER_MS,
     )
 
 

@@ -9,9 +9,23 @@ import random
 from typing import Final
 
 BACKOFF_FIRST_S: Final = 0.5
-BACKOFF_LONGEST_S: Final = 30.0
-SESSION_PROVEN_S: Final = 10.0
-"""A session that lasted this long resets the back-off: a peer refused at once must not hammer."""
+ABSENT_LONGEST_S: Final = 10.0
+"""Longest wait for a broker that is not there: an attempt costs next to nothing."""
+REFUSED_LONGEST_S: Final = 30.0
+"""Longest wait for a broker that answers and refuses without saying for how long."""
+SESSION_PROVEN_S: Final = 2.0
+"""A session that the broker ends sooner after WELCOME counts as refused: nobody may hammer."""
+HINT_SPREAD: Final = 0.5
+"""Part of a broker's `retry_after_ms` by which waits differ, so that not all come back at once."""
+ATTEMPT_S: Final = 5.0
+"""For a connection with its handshake, as long as the sockets' own limits; then, again, for the
+first answer to HELLO."""
+GREETING_LONGEST_S: Final = 20.0
+"""A HELLO that is not answered is waited for twice as long the next time, up to this: a broker that
+answers late would else never be heard."""
+SLEPT_S: Final = 0.5
+"""A timer that fires so late was held up with its whole process: what came meanwhile is read
+before anybody counts as silent."""
 
 
 class Liveness:
@@ -55,23 +69,53 @@ class Liveness:
 
 
 class Backoff:
-    """Waiting times before a new connection: doubling, full jitter, a ceiling.
+    """Waits before the next attempt to reach one address, each a random part of a ceiling.
 
-    Source: "Exponential Backoff And Jitter" (AWS Architecture Blog, 2015), full jitter.
+    Where nobody answers, the ceiling is a quarter of the absence so far: a broker that was away for
+    a second is found within half a second, and one that is away for long costs little. Where
+    somebody answers and refuses, it doubles. Full jitter: "Exponential Backoff And Jitter" (AWS
+    Architecture Blog, 2015).
     """
 
-    __slots__ = ("_attempt", "_random")
+    __slots__ = ("_absent_since_s", "_random", "_refusals", "_unanswered")
 
     def __init__(self, generator: random.Random) -> None:
         self._random = generator
-        self._attempt = 0
+        #: First failure since the last useful session.
+        self._absent_since_s: float | None = None
+        self._refusals = 0
+        self._unanswered = 0
 
-    def next_s(self) -> float:
-        """How long to wait before the coming attempt."""
-        ceiling_s = min(BACKOFF_LONGEST_S, BACKOFF_FIRST_S * 2.0 ** min(self._attempt, 16))
-        self._attempt += 1
+    def next_s(self, now_s: float, *, refused: bool = False) -> float:
+        """How long to wait after a failure. `refused`: somebody answered, and does not want us."""
+        if self._absent_since_s is None:
+            self._absent_since_s = now_s
+        absent_s = min(ABSENT_LONGEST_S, (now_s - self._absent_since_s) / 4)
+        self._refusals += refused
+        refused_s = min(REFUSED_LONGEST_S, BACKOFF_FIRST_S * 2.0 ** min(self._refusals, 16))
+        ceiling_s = max(BACKOFF_FIRST_S, absent_s, refused_s if self._refusals else 0.0)
         return self._random.uniform(0.0, ceiling_s)
 
+    def hinted_s(self, retry_after_s: float) -> float:
+        """How long to wait where the broker itself says after what time to come back."""
+        return retry_after_s * self._random.uniform(1.0, 1.0 + HINT_SPREAD)
+
+    def session_over(self, lasted_s: float, *, refused: bool) -> None:
+        """A session ended. Any was of use, and the waits start anew, unless the broker ended it
+        right after WELCOME."""
+        if not refused or lasted_s >= SESSION_PROVEN_S:
+            self.reset()
+
     def reset(self) -> None:
-        """A session proved itself (`SESSION_PROVEN_S`)."""
-        self._attempt = 0
+        """The address was of use."""
+        self._absent_since_s = None
+        self._refusals = self._unanswered = 0
+
+    def unanswered(self) -> None:
+        """HELLO was sent, and nothing came back."""
+        self._unanswered += 1
+
+    @property
+    def greeting_s(self) -> float:
+        """How long to wait for the answer to HELLO."""
+        return float(min(GREETING_LONGEST_S, ATTEMPT_S * 2 ** min(self._unanswered, 8)))

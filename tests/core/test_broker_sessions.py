@@ -13,6 +13,7 @@ from broker.core.events import (
     MessageReceived,
     PeerOverflowed,
     PeerUnreachable,
+    ShutdownRequested,
     Side,
     Tick,
 )
@@ -78,6 +79,18 @@ def test_a_full_broker_refuses_and_says_when_to_come_back() -> None:
         refused = refusal(hello(bus, side, role=role))
         assert (refused.error.code, refused.fatal) == ("overloaded", False)
         assert refused.error.retry_after_ms is not None
+
+
+def test_a_draining_broker_asks_to_come_back_in_a_second_however_long_it_drains() -> None:
+    bus = Bus()
+    busy = bus.client()
+    bus.worker()
+    busy.request()
+    bus.handle(ShutdownRequested(600.0))
+    for side, role in ((Side.FRONT, "client"), (Side.BACK, "worker")):
+        refused = refusal(hello(bus, side, role=role))
+        assert (refused.error.code, refused.fatal) == ("draining", False)
+        assert refused.error.retry_after_ms == 1000
 
 
 @pytest.mark.parametrize("routing_id", [b"\x00abcd", b"\x00" + bytes(15), b"a" * 15, b"a" * 17])
