@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 
 from broker.protocol.limits import MAX_ATTACHMENT_OCTETS, MAX_ATTACHMENTS_OCTETS, MAX_REQUEST_OCTETS
 from client import BusError
-from client.gateway.images import ImagePolicy, Network
+from client.gateway.addresses import Network
+from client.gateway.images import ImagePolicy
 from client.options import Connection
 
 __all__ = ["Config", "ConfigError", "parse_args"]
@@ -127,9 +128,11 @@ class Config:
     tls_key: Path | None = _option(Path, None, "private key, PEM", "FILE")
     allow_remote_images: bool = _option(_flag, False, "fetch pictures from http(s) addresses")
     image_networks: tuple[Network, ...] = _option(
-        _networks, (), "private networks of pictures", "CIDRS"
+        _networks, (), "networks that are not public and may hold pictures", "CIDRS"
     )
-    image_timeout_s: float = _option(_positive, 10.0, "for fetching one picture, seconds", "S")
+    image_timeout_s: float = _option(
+        _positive, 10.0, "for fetching one picture, seconds in all", "S"
+    )
     image_bytes: int = _option(_count, MAX_ATTACHMENT_OCTETS, "largest picture, bytes", "N")
     body_bytes: int = _option(_count, _DEFAULT_BODY_BYTES, "largest request body, bytes", "N")
     keep_alive_s: float = _option(_positive, 15.0, "silence before a comment line", "S")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import http.server
 import ipaddress
+import socket
 import threading
 from collections.abc import Iterator
 
 import pytest
 
+from client.gateway.addresses import public_address
 from client.gateway.errors import GatewayError
-from client.gateway.images import ImagePolicy, load_image, public_address
+from client.gateway.images import ImagePolicy, load_image
 
 LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"),)
 
@@ -72,6 +75,44 @@ def test_a_picture_beyond_the_limit_is_refused() -> None:
         "::ffff:127.0.0.1",
         "64:ff9b::7f00:1",
         "2002:7f00:1::",
+        # One of every block in IANA's special registries.
+        "192.0.0.8",
+        "192.0.2.1",
+        "192.31.196.1",
+        "192.52.193.1",
+        "192.88.99.1",
+        "192.175.48.1",
+        "198.18.0.1",
+        "198.19.255.255",
+        "198.51.100.1",
+        "203.0.113.1",
+        "240.0.0.1",
+        "255.255.255.255",
+        "::",
+        "64:ff9b:1::1",
+        "100::1",
+        "100:0:0:1::1",
+        "2001::1",
+        "2001:1::1",
+        "2001:2::1",
+        "2001:3::1",
+        "2001:4:112::1",
+        "2001:10::1",
+        "2001:20::1",
+        "2001:30::1",
+        "2001:db8::1",
+        "2620:4f:8000::1",
+        "3fff::1",
+        "5f00::1",
+        "fec0::1",
+        "ff02::1",
+        # An IPv4 address within one of IPv6: a translator decides where it leads.
+        "::8.8.8.8",
+        "::ffff:8.8.8.8",
+        "::ffff:10.0.0.1",
+        "64:ff9b::808:808",
+        "64:ff9b::a00:1",
+        "2002:808:808::1",
     ],
 )
 def test_private_addresses_are_known_as_such(address: str) -> None:
@@ -79,12 +120,25 @@ def test_private_addresses_are_known_as_such(address: str) -> None:
 
 
 def test_public_addresses_are_known_as_such() -> None:
-    assert public_address(ipaddress.ip_address("8.8.8.8"))
-    assert public_address(ipaddress.ip_address("2606:4700:4700::1111"))
+    for address in ("8.8.8.8", "192.0.1.1", "198.17.255.255", "223.255.255.255"):
+        assert public_address(ipaddress.ip_address(address)), address
+    for address in ("2606:4700:4700::1111", "2001:200::1", "2a00::1", "2003::1"):
+        assert public_address(ipaddress.ip_address(address)), address
+
+
+#: Where a host begins to trickle.
+TRICKLES = {
+    "/status": b"HTTP/1.1 20",
+    "/header": b"HTTP/1.1 200 OK\r\nx: ",
+    "/chunk": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n",
+    "/body": b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n",
+}
 
 
 class _Pictures(http.server.BaseHTTPRequestHandler):
     asked: list[str]
+    #: Slow answers are held back until it is set.
+    released: threading.Event
 
     def do_GET(self) -> None:
         type(self).asked.append(self.path)
@@ -102,6 +156,10 @@ class _Pictures(http.server.BaseHTTPRequestHandler):
             self.end_headers()
         elif self.path == "/missing":
             self.send_error(404)
+        elif self.path.startswith("/silent"):
+            self.released.wait(30)
+        elif self.path in TRICKLES:
+            self.trickle(TRICKLES[self.path])
         elif self.path == "/endless":
             self.send_response(200)
             self.end_headers()
@@ -115,6 +173,13 @@ class _Pictures(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(b"octets")
 
+    def trickle(self, begun: bytes) -> None:
+        """An octet at a time, each well within the time for a whole picture."""
+        with contextlib.suppress(OSError):
+            self.wfile.write(begun)
+            while not self.released.wait(0.02):
+                self.wfile.write(b"0")
+
     def log_message(self, *arguments: object) -> None:
         pass
 
@@ -122,11 +187,12 @@ class _Pictures(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def pictures() -> Iterator[str]:
     """A web server on this machine; its address."""
-    _Pictures.asked = []
+    _Pictures.asked, _Pictures.released = [], threading.Event()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Pictures) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
+        _Pictures.released.set()
         server.shutdown()
         thread.join()
 
@@ -155,3 +221,47 @@ def test_loops_misses_and_endless_pictures_are_told_apart(pictures: str) -> None
     assert "redirects" in str(refusal(f"{pictures}/loop", **allowed))
     assert "404" in str(refusal(f"{pictures}/missing", **allowed))
     assert refusal(f"{pictures}/endless", **allowed, max_bytes=200_000).info.code == "too_large"
+
+
+@pytest.mark.parametrize("path", TRICKLES)
+def test_a_host_that_trickles_is_given_up(pictures: str, path: str) -> None:
+    allowed = {"allow_remote": True, "allowed_networks": LOOPBACK, "timeout_s": 0.2}
+    assert "within 0.2 s" in str(refusal(pictures + path, **allowed))
+
+
+def test_slow_hosts_hold_up_nobodys_pictures(pictures: str) -> None:
+    policy = ImagePolicy(allow_remote=True, allowed_networks=LOOPBACK)
+
+    async def first() -> bytes:
+        slow = [
+            asyncio.ensure_future(load_image(f"{pictures}/silent{i}", policy, "url"))
+            for i in range(40)
+        ]
+        quick = asyncio.ensure_future(load_image(f"{pictures}/picture", policy, "url"))
+        done, _ = await asyncio.wait({quick, *slow}, return_when=asyncio.FIRST_COMPLETED)
+        for task in slow:
+            task.cancel()
+        await asyncio.gather(*slow, return_exceptions=True)
+        [one] = done
+        assert one is quick
+        return one.result()
+
+    assert asyncio.run(first()) == b"octets"
+
+
+def test_names_that_nobody_resolves_are_given_up_and_hold_up_nobody(
+    pictures: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve = socket.getaddrinfo
+
+    def slowly(host: str, *arguments: object, **named: object) -> object:
+        if host == "stuck.example":
+            _Pictures.released.wait(30)
+        return resolve("127.0.0.1", *arguments, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slowly)
+    allowed = {"allow_remote": True, "allowed_networks": LOOPBACK, "timeout_s": 0.2}
+    for _ in range(20):
+        assert "within" in str(refusal("http://stuck.example/x", **allowed))
+    port = pictures.rpartition(":")[2]
+    assert load(f"http://known.example:{port}/x", **{**allowed, "timeout_s": 30}) == b"octets"

@@ -1,0 +1,189 @@
+"""Fetches a picture from an http or https address that a caller named.
+
+Only from addresses that the whole internet may reach: the name is looked up once, every address
+that it has is checked, the connection goes to a checked address, and each redirect starts over. One
+deadline holds for all of it, the look-up and every octet included, and nothing here waits in the
+threads that others use. Octets are not decoded; the worker looks at them under its own bounds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import ipaddress
+import socket
+import ssl
+import threading
+from collections.abc import Iterable
+from typing import Final
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+import httpcore2 as httpcore
+
+from broker.protocol.errors import ErrorCode
+from client.gateway.addresses import public_address
+from client.gateway.errors import GatewayError, invalid, too_large
+from client.gateway.images import ImagePolicy
+
+__all__ = ["fetch"]
+
+_MAX_REDIRECTS: Final = 5
+_MAX_LOOKUPS: Final = 64
+"""Names that are looked up at once. The system's resolver cannot be interrupted: a look-up that
+nobody waits for any more still holds its thread, for up to half a minute."""
+
+_lookups = threading.BoundedSemaphore(_MAX_LOOKUPS)
+
+
+async def fetch(address: str, policy: ImagePolicy, param: str) -> bytes:
+    """The octets behind the address; raises GatewayError naming `param`."""
+    try:
+        async with asyncio.timeout(policy.timeout_s):
+            return await _follow(address, policy, param)
+    except TimeoutError:
+        raise invalid(param, f"`{param}` did not arrive within {policy.timeout_s:g} s.") from None
+    except (
+        OSError,
+        UnicodeError,
+        httpcore.NetworkError,
+        httpcore.ProtocolError,
+        httpcore.TimeoutException,
+    ) as error:
+        cause = str(error) or type(error).__name__
+        raise invalid(param, f"`{param}` could not be fetched: {cause}.") from None
+
+
+async def _follow(address: str, policy: ImagePolicy, param: str) -> bytes:
+    for _ in range(_MAX_REDIRECTS + 1):
+        url = urlsplit(address)
+        if url.scheme not in ("http", "https"):
+            raise invalid(param, f"`{param}` leads to {url.scheme!r}; only http and https do.")
+        pool = httpcore.AsyncConnectionPool(
+            ssl_context=_ssl_context() if url.scheme == "https" else None,
+            network_backend=_CheckedConnections(policy, param),
+        )
+        headers = [("accept", "image/*")]
+        async with pool, pool.stream("GET", _address_of(url, param), headers=headers) as answer:
+            location = _header(answer, b"location")
+            if answer.status in (301, 302, 303, 307, 308) and location:
+                address = urljoin(address, location)
+                continue
+            if answer.status != 200:
+                raise invalid(param, f"`{param}`: the host answered with status {answer.status}.")
+            return await _read(answer, policy, param)
+    raise invalid(param, f"`{param}` redirects more than {_MAX_REDIRECTS} times.")
+
+
+def _address_of(url: SplitResult, param: str) -> httpcore.URL:
+    host = url.hostname
+    if not host or url.username is not None:
+        raise invalid(param, f"`{param}` is not a plain http or https address.")
+    try:
+        port = url.port
+    except ValueError:
+        raise invalid(param, f"`{param}` has an impossible port.") from None
+    target = f"{url.path or '/'}{'?' + url.query if url.query else ''}"
+    named = host if ":" in host else host.encode("idna").decode()
+    return httpcore.URL(
+        scheme=url.scheme.encode(), host=named.encode(), port=port, target=target.encode("ascii")
+    )
+
+
+def _header(answer: httpcore.Response, name: bytes) -> str:
+    found = (value for given, value in answer.headers if given.lower() == name)
+    return next(found, b"").decode("latin-1")
+
+
+async def _read(answer: httpcore.Response, policy: ImagePolicy, param: str) -> bytes:
+    octets = bytearray()
+    async for chunk in answer.aiter_stream():
+        octets += chunk
+        if len(octets) > policy.max_bytes:
+            raise too_large(
+                param, f"`{param}` is beyond the {policy.max_bytes} bytes of one picture."
+            )
+    if not octets:
+        raise invalid(param, f"`{param}` is an empty picture.")
+    return bytes(octets)
+
+
+@functools.cache
+def _ssl_context() -> ssl.SSLContext:
+    return ssl.create_default_context()
+
+
+class _CheckedConnections(httpcore.AsyncNetworkBackend):
+    """Connects to a name by an address that was checked: a second look-up could give another."""
+
+    def __init__(self, policy: ImagePolicy, param: str) -> None:
+        self._policy = policy
+        self._param = param
+        self._connect = httpcore.AnyIOBackend().connect_tcp
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109  # the interface's own
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        addresses = await self._checked(host, port)
+        for address in addresses[:-1]:
+            # A machine without IPv6 still has its name resolved to such addresses.
+            with contextlib.suppress(httpcore.ConnectError):
+                return await self._connect(address, port, timeout, local_address, socket_options)
+        return await self._connect(addresses[-1], port, timeout, local_address, socket_options)
+
+    async def _checked(self, host: str, port: int) -> list[str]:
+        param = self._param
+        try:
+            found = await _look_up(host, port)
+        except OSError:
+            raise invalid(param, f"`{param}`: the host {host!r} is not known.") from None
+        addresses = [ipaddress.ip_address(text.partition("%")[0]) for text in found]
+        for address in addresses:
+            allowed = any(address in network for network in self._policy.allowed_networks)
+            # One private address among several is enough: the next look-up might have picked it.
+            if not allowed and not public_address(address):
+                raise invalid(
+                    param, f"`{param}`: {host!r} is not an address of the public internet."
+                )
+        return [str(address) for address in addresses]
+
+
+async def _look_up(host: str, port: int) -> list[str]:
+    """The addresses of a name, asked for in a thread of its own. Raises OSError, GatewayError."""
+    if not _lookups.acquire(blocking=False):
+        raise GatewayError(
+            ErrorCode.OVERLOADED,
+            f"{_MAX_LOOKUPS} hosts of pictures are being looked up already; try again.",
+            retryable=True,
+        )
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[list[str]] = loop.create_future()
+
+    def tell(found: list[str] | OSError) -> None:
+        if answer.done():
+            return
+        if isinstance(found, OSError):
+            answer.set_exception(found)
+        else:
+            answer.set_result(found)
+
+    def ask() -> None:
+        found: list[str] | OSError
+        try:
+            entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found = [str(entry[4][0]) for entry in entries]
+        except (OSError, UnicodeError) as error:
+            found = error if isinstance(error, OSError) else OSError(str(error))
+        finally:
+            _lookups.release()
+        # A loop that has ended meanwhile wants no answer.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(tell, found)
+
+    threading.Thread(target=ask, name="picture-host", daemon=True).start()
+    return await answer
