@@ -182,6 +182,7 @@ async def _metrics(visit: Visit) -> Response:
     if scope not in ("all", "gateway"):
         raise invalid("scope", "`scope` is `all` or `gateway`.")
     metrics, of_bus = visit.gateway.metrics, b""
+    metrics.key_file_seen(bool(visit.gateway.key_file_problem()))
     if scope == "all" and visit.key.operator:
         try:
             answer = await visit.gateway.bus.query("bus.metrics", timeout=_READY_S)

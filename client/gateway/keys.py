@@ -21,6 +21,7 @@ import contextlib
 import datetime
 import hashlib
 import hmac
+import logging
 import math
 import os
 import re
@@ -35,6 +36,8 @@ from broker.protocol.errors import ErrorCode
 from client.gateway.errors import GatewayError
 
 __all__ = ["ANYBODY", "Key", "KeyFile", "KeyFileError", "Usage", "add_key", "remove_key"]
+
+log = logging.getLogger("tokenbus.gateway")
 
 _PREFIX = "tb-"
 _NAME = re.compile(r"^[A-Za-z0-9_-]{1,64}$")
@@ -112,34 +115,49 @@ class Usage:
 
 @dataclass(slots=True)
 class KeyFile:
-    """The keys of a file, re-read when the file changes; a broken edit keeps the old keys."""
+    """The keys of a file, re-read when the file changes; one that cannot be used keeps the old."""
 
     path: Path
     _keys: dict[bytes, Key] = field(default_factory=dict)
     _usage: dict[str, Usage] = field(default_factory=dict)
-    #: (mtime_ns, size, inode) of what was read last.
-    _version: tuple[int, int, int] | None = None
+    #: Of the file as it was looked at last; None while it is not there.
+    _version: tuple[int, ...] | None = None
+    _try_again: bool = False
     #: Why the file as it is now was not taken; empty when it was.
     problem: str = ""
 
     def __post_init__(self) -> None:
-        self.refresh()
+        self._look()
         if self.problem:
             raise KeyFileError(self.problem)
 
     def refresh(self) -> None:
-        """Read the file again if it changed."""
+        """Read the file again if it changed. A file that cannot be used is logged once for each of
+        its versions, and so is the version that mends it."""
+        version, problem = self._version, self.problem
+        self._look()
+        if self.problem and (self._version, self.problem) != (version, problem):
+            # What the file says is told escaped: it must not forge a line.
+            told = ascii(self.problem)
+            log.error("the key file cannot be used, the keys before still hold: %s", told)
+        elif problem and not self.problem:
+            log.info("the key file %s can be used again", self.path)
+
+    def _look(self) -> None:
         try:
             status = self.path.stat()
-            version = (status.st_mtime_ns, status.st_size, status.st_ino)
-            if version == self._version:
+            version = (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
+            if version == self._version and not self._try_again:
                 return
+            self._version, self._try_again = version, False
             self._keys = {key.digest: key for key in _read(self.path).values()}
-            self._version = version
             self.problem = ""
         except FileNotFoundError:
+            self._version = None
             self.problem = f"{self.path} does not exist; make keys with `keys add NAME --file FILE`"
         except OSError as error:
+            # It may be the machine's trouble (no descriptors left), and not the file's.
+            self._try_again = True
             self.problem = f"{self.path}: {error.strerror}"
         except KeyFileError as error:
             self.problem = str(error)
@@ -175,7 +193,7 @@ class KeyFile:
 def _read(path: Path) -> dict[str, Key]:
     try:
         tables = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise KeyFileError(f"{path}: {error}") from None
     unknown = set(tables) - {"keys"}
     if unknown:

@@ -41,6 +41,11 @@ class Metrics:
             "1 when the broker answered the latest scrape for all figures.",
             registry=self._registry,
         )
+        self._key_file_broken = Gauge(
+            "tokenbus_gateway_key_file_broken",
+            "1 while the key file is gone or cannot be used and the keys before it still hold.",
+            registry=self._registry,
+        )
         self._requests = Counter(
             "tokenbus_gateway_requests",
             "HTTP requests by endpoint and status; 499 is a client that went away.",
@@ -71,6 +76,10 @@ class Metrics:
     def broker_seen(self, answers: bool) -> None:
         """Whether the broker answers."""
         self._broker_up.set(answers)
+
+    def key_file_seen(self, broken: bool) -> None:
+        """Whether the key file as it is now cannot be used."""
+        self._key_file_broken.set(broken)
 
     @property
     def running_now(self) -> int:

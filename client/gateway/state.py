@@ -38,3 +38,10 @@ class Gateway:
     tracer: Any = None
     #: The latest failures of requests, newest last, for the operator's view.
     errors: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=50))
+
+    def key_file_problem(self) -> str:
+        """Why the key file as it is now is not used; empty where it is, or there is none."""
+        if self.keys is None:
+            return ""
+        self.keys.refresh()
+        return self.keys.problem

@@ -62,6 +62,73 @@ def test_a_changed_file_counts_from_the_next_request_on(tmp_path: Path) -> None:
     assert "hash" in keys.problem
 
 
+def test_a_key_file_that_breaks_is_logged_once_for_each_version(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "tokenbus.gateway")
+    path = tmp_path / "keys.toml"
+    bob = add_key(path, "bob")
+    good = path.read_text()
+    keys = KeyFile(path)
+
+    def logged() -> list[str]:
+        for _ in range(3):
+            assert keys.find(bob, TODAY).name == "bob"
+        told = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return told
+
+    assert logged() == []
+    path.write_text("[keys.bob]\nhash = 3\n")
+    [line] = logged()
+    assert "hash has a wrong type" in line and "the keys before still hold" in line
+    path.write_text('[keys."a\\n2030 forged"]\n')
+    [line] = logged()
+    assert "forged" in line and "\n" not in line
+    path.unlink()
+    [line] = logged()
+    assert "does not exist" in line
+    path.write_text(good)
+    [line] = logged()
+    assert "can be used again" in line
+    # A path that no file stands at: asked for again each time, told once.
+    path.unlink()
+    path.mkdir()
+    [line] = logged()
+    assert "directory" in line
+    path.rmdir()
+    path.write_text(good)
+    [line] = logged()
+    assert "can be used again" in line and keys.problem == ""
+
+
+def test_a_key_file_that_breaks_is_shown_in_figures_and_to_operators(
+    make_gateway: Callable[..., GatewayProcess], tmp_path: Path
+) -> None:
+    path = tmp_path / "keys.toml"
+    boss = {"authorization": f"Bearer {add_key(path, 'boss', operator=True)}"}
+    gateway = make_gateway("--keys", str(path))
+    with gateway.http(headers=boss) as http:
+
+        def shown() -> tuple[str, str]:
+            figures = http.get("/metrics", params={"scope": "gateway"}).text
+            found = re.search(r"^tokenbus_gateway_key_file_broken (\S+)$", figures, re.M)
+            assert found is not None
+            problem = http.get("/bus/overview").json()["gateway"]["key_file_problem"]
+            return found[1], problem
+
+        assert shown() == ("0.0", "")
+        good = path.read_text()
+        path.write_text("nonsense")
+        wait_until(lambda: str(path) in shown()[1], "the problem in the operator's view")
+        assert shown()[0] == "1.0"
+        path.write_text(good)
+        wait_until(lambda: shown() == ("0.0", ""), "the figures of a good file")
+    log = gateway.process.log()
+    assert log.count("the key file cannot be used") == 1
+    assert log.count("can be used again") == 1
+
+
 def test_an_expired_key_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     key = add_key(path, "alice")

@@ -104,7 +104,8 @@ function take(look) {
     trouble(look.problem);
     return;
   }
-  trouble("");
+  const keys = look.gateway.key_file_problem;
+  trouble(keys ? `The key file cannot be used, the keys before still hold: ${keys}` : "");
   const now = look.at_ms;
   const total = look.stats.completion_tokens_total ?? 0;
   const running = sum(look.workers, "running");
