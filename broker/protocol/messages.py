@@ -248,6 +248,8 @@ class Constraint(_Map, frozen=True, kw_only=True):
     #: The schema (map), the expression or grammar (string), or the choices (list); none for
     #: json_object.
     value: Any = None
+    #: Of JSON: without any white space between its parts.
+    compact: bool = False
 
 
 class Params(_Map, frozen=True, kw_only=True):

@@ -25,6 +25,7 @@ from broker.protocol.messages import (
 )
 from client.gateway import requests as http
 from client.gateway.errors import invalid
+from client.gateway.forced import forced_calls
 from client.gateway.images import ImagePolicy, load_image
 
 __all__ = ["Call", "Pictures", "chat_call", "completion_calls", "constraint_of", "seeded"]
@@ -198,7 +199,7 @@ async def _message(message: http.ChatMessage, path: str, pictures: Pictures) -> 
         role="system" if message.role == "developer" else message.role,
         content=content,
         name=message.name,
-        tool_calls=[_called(call, path) for call in message.tool_calls or []] or None,
+        tool_calls=[_called(call) for call in message.tool_calls or []] or None,
         tool_call_id=message.tool_call_id,
         reasoning_content=message.reasoning_content,
     )
@@ -217,19 +218,10 @@ async def _part(part: http.ContentPart, path: str, role: str, pictures: Pictures
     raise invalid(path, f"`{path}` is of a type that is not served; send text or `image_url`.")
 
 
-def _called(call: http.ToolCall, path: str) -> dict[str, Any]:
-    """An earlier call as chat templates expect it: the arguments as a value, not as its text."""
-    try:
-        arguments: Any = msgspec.json.decode(call.function.arguments or "{}")
-    except (msgspec.DecodeError, ValueError):
-        raise invalid(
-            f"{path}.tool_calls", f"The arguments of tool call {call.id!r} are not JSON."
-        ) from None
-    except RecursionError:
-        raise invalid(
-            f"{path}.tool_calls", f"The arguments of tool call {call.id!r} are nested too deeply."
-        ) from None
-    function = {"name": call.function.name, "arguments": arguments}
+def _called(call: http.ToolCall) -> dict[str, Any]:
+    """An earlier call. Its arguments stay the text that the model wrote, which may be cut or odd;
+    the worker reads them for its template."""
+    function = {"name": call.function.name, "arguments": call.function.arguments}
     return {"id": call.id, "type": "function", "function": function}
 
 
@@ -267,25 +259,8 @@ def _forced_tool(body: http.ChatRequest) -> Constraint | None:
     functions = [tool.function for tool in body.tools]
     if isinstance(body.tool_choice, http.NamedTool):
         functions = [f for f in functions if f.name == body.tool_choice.function.name]
-    call = {
-        "anyOf": [
-            {
-                "type": "object",
-                "properties": {
-                    "name": {"const": function.name},
-                    "arguments": function.parameters or {"type": "object"},
-                },
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            for function in functions
-        ]
-    }
-    if len(functions) == 1:
-        call = call["anyOf"][0]  # type: ignore[assignment]
     single = isinstance(body.tool_choice, http.NamedTool) or body.parallel_tool_calls is False
-    schema = call if single else {"type": "array", "minItems": 1, "items": call}
-    return Constraint(type="json_schema", value=schema)
+    return forced_calls(functions, single=single)
 
 
 def constraint_of(

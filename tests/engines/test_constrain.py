@@ -21,6 +21,7 @@ from worker.engines.transformers.constrain import (
     ConstraintState,
     _spread,
     _unpacked,
+    mask_logits_,
 )
 from worker.engines.transformers.sampling import Sampler, SamplerRow
 from worker.engines.transformers.text import TextStream, token_table
@@ -139,8 +140,8 @@ def test_blanks_in_json_are_bounded(tokenizer: Any, factory: ConstraintFactory) 
     blank = encode(tokenizer, " ")
     state = factory.build(Constraint(type="json_object"), ends(tokenizer))
     state.replay(encode(tokenizer, "{"))
-    assert state.allows(blank * 64)
-    assert not state.allows(blank * 65)
+    assert state.allows(blank)
+    assert not state.allows(blank * 2)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +250,70 @@ def test_each_answer_has_its_own_ends_and_they_are_never_content(
         factory.build(expression, {eos}).accept(eos)
 
 
+@pytest.mark.parametrize("text", ["<tool>ab", "a<tool>b<tool>", "a<s>b", "<s>"])
+@pytest.mark.parametrize("kind", ["choice", "regex", "grammar", "json_schema"])
+def test_text_may_hold_what_is_an_added_token(
+    tokenizer: Any, factory: ConstraintFactory, kind: str, text: str
+) -> None:
+    """An added token is text, and the text of a special one is spelled by other tokens."""
+    said, value = (
+        text,
+        {
+            "choice": [text],
+            "regex": re.escape(text),
+            "grammar": f"start: {json.dumps(text)}",
+            "json_schema": {"const": text},
+        }[kind],
+    )
+    if kind == "json_schema":
+        said = json.dumps(text)
+    state = factory.build(Constraint(type=kind, value=value), ends(tokenizer))  # type: ignore[arg-type]
+    ids = answer(tokenizer, state, 1)
+    assert text_of(tokenizer, ids) == said
+    assert not set(ids) & token_table(tokenizer).special_ids
+
+
+def test_several_answers_that_hold_added_tokens_run_at_once(
+    tokenizer: Any, factory: ConstraintFactory
+) -> None:
+    states = [
+        factory.build(Constraint(type="choice", value=[text]), ends(tokenizer))
+        for text in ("<tool>one", "two<tool>")
+    ]
+    said: list[list[int]] = [[], []]
+    while not all(state.finished for state in states):
+        logits = torch.zeros(2, len(tokenizer))
+        assert not mask_logits_(logits, [0, 1], states)
+        for row, state in enumerate(states):
+            if not state.finished:
+                said[row].append(int(logits[row].argmax()))
+                state.accept(said[row][-1])
+    assert [text_of(tokenizer, ids) for ids in said] == ["<tool>one", "two<tool>"]
+
+
+def test_a_grammar_names_an_added_token_by_its_text_or_its_id(
+    tokenizer: Any, factory: ConstraintFactory
+) -> None:
+    tool = tokenizer.convert_tokens_to_ids("<tool>")
+    lark = f'start: "<tool>" <tool> /<tool>/ <[{tool}]> // <tool>'
+    state = factory.build(Constraint(type="grammar", value=lark), ends(tokenizer))
+    assert answer(tokenizer, state, 0) == [tool] * 4
+
+
+def test_a_stop_token_that_the_constraint_needs_is_the_requests_fault(
+    tokenizer: Any, factory: ConstraintFactory
+) -> None:
+    octets = token_table(tokenizer).octets
+    (a,) = encode(tokenizer, "a")
+    stops = [i for i in range(len(tokenizer)) if octets(i) == b"b"]
+    params = Params(stop_token_ids=stops, seed=1)
+    state = factory.build(Constraint(type="regex", value="ab"), ends(tokenizer).union(stops))
+    row = SamplerRow(params, [1], eos_ids=ends(tokenizer), prior_ids=[a], constraint=state)
+    (outcome,) = sampler(tokenizer).sample(RandomModel(tokenizer, 0).logits(1), [row])
+    assert (outcome.ok, outcome.code) == (False, ErrorCode.INVALID_REQUEST)
+    assert "stop_token_ids" in outcome.fault
+
+
 def test_min_tokens_does_not_keep_a_finished_answer_from_ending(
     tokenizer: Any, factory: ConstraintFactory
 ) -> None:
@@ -341,6 +406,7 @@ def test_a_grammar_that_the_model_cannot_spell_fails_its_own_row_only() -> None:
     outcomes = sampler(tokenizer).sample(logits.expand(2, -1), rows)
     assert [one.ok for one in outcomes] == [True, False]
     assert "exclude each other" in outcomes[1].fault
+    assert outcomes[1].code == ErrorCode.INVALID_REQUEST
 
 
 def test_a_grammar_that_has_no_next_token_says_so() -> None:
@@ -361,6 +427,7 @@ def test_a_grammar_that_has_no_next_token_says_so() -> None:
     assert outcomes[1].fault == (
         "the constraint cannot be kept: no token of this model can come next in it"
     )
+    assert outcomes[1].code == ErrorCode.INVALID_REQUEST
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ cancellation, continuation, and failures that are its own."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -355,6 +356,47 @@ def test_tool_calls_reach_the_template_as_maps(model: Any) -> None:
         answer = tiny.run(engine, [Job(new_id(), request)])[0]
         assert answer.ended is not None and answer.ended.result is not None, answer.failed
         assert answer.ended.result["text"] == "weather rain? Rome sun"
+    finally:
+        tokenizer.chat_template = tiny.CHAT_TEMPLATE
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mapped"),
+    [
+        ('{"city": "Gr', {"arguments": '{"city": "Gr'}),
+        ("", {}),
+        ("null", {}),
+        (None, {}),
+        ("[1]", {"arguments": [1]}),
+        ([1], {"arguments": [1]}),
+        ("city=Graz", {"arguments": "city=Graz"}),
+        ('{"n": NaN, "v": 1%s}' % ("0" * 5000), None),
+        ("[" * 5000, None),
+        ('{"a":' * 900 + "1" + "}" * 900, None),
+        ({"city": "Graz"}, {"city": "Graz"}),
+    ],
+)
+def test_a_cut_or_odd_call_reaches_the_template_as_a_map_too(
+    model: Any, arguments: Any, mapped: dict[str, Any] | None
+) -> None:
+    """`mapped` None: the text as it is, under a name of ours."""
+    engine = tiny.serve(model)
+    tokenizer = engine._served[0].loaded.tokenizer
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}"
+        "{% for name, value in c.function.arguments.items() %}{{ name }}={{ value | tojson }};"
+        "{% endfor %}{% endfor %}{% endfor %}."
+    )
+    call = {"id": "1", "function": {"name": "weather", "arguments": arguments}}
+    messages = [Message(role="user", content="x"), Message(role="assistant", tool_calls=[call])]
+    request = Request(model="tiny", kind=Kind.TEMPLATE, messages=messages, window=1)
+    wanted = {"arguments": arguments} if mapped is None else mapped
+    try:
+        answer = tiny.run(engine, [Job(new_id(), request)])[0]
+        assert answer.ended is not None and answer.ended.result is not None, answer.failed
+        told = "".join(f"{name}={json.dumps(value)};" for name, value in wanted.items()) + "."
+        assert answer.ended.result["text"] == told
     finally:
         tokenizer.chat_template = tiny.CHAT_TEMPLATE
         engine.close()

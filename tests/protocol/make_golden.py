@@ -289,6 +289,8 @@ def _every_field() -> dict[str, Example]:
         attachments=[m.Attachment(kind="video_frame"), m.Attachment(kind="video_frame")],
         trace={"traceparent": "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"},
     )
+    schema = m.Constraint(type="json_schema", value={"type": "integer"}, compact=True)
+    compact = m.Request(model="demo", prompt="1", params=m.Params(constraint=schema), window=1)
     embed = m.Request(
         model="demo",
         kind=m.Kind.EMBED,
@@ -328,6 +330,7 @@ def _every_field() -> dict[str, Example]:
         "heartbeat_loading": (t.HEARTBEAT, SESSION, 1, 0, [loading], []),
         "goodbye_message": (t.GOODBYE, SESSION, 2, 0, [goodbye], []),
         "request_tools_video": (t.REQUEST, REQUEST, 1, 0, [tools], [b"frame 0", b"frame 1"]),
+        "request_compact": (t.REQUEST, REQUEST, 1, 0, [compact], []),
         "request_embed": (t.REQUEST, REQUEST, 1, 0, [embed], []),
         "accepted_worker": (t.ACCEPTED, REQUEST, 1, 0, [m.Accepted(worker="gpu-1")], []),
         "accepted_returned": (

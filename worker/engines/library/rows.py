@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from broker.protocol.errors import RequestError
+from broker.protocol.errors import ErrorCode, RequestError
 from broker.protocol.messages import TokenLogprob, TopLogprob
 from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.sampling import (
@@ -72,7 +72,8 @@ class RowAhead:
             try:
                 self.row.append(sampled.token_id)
             except RequestError as error:
-                return Sampled(-1, None, ok=False, fault=error.info.message)
+                code = ErrorCode(error.info.code)
+                return Sampled(-1, None, ok=False, fault=error.info.message, code=code)
         return sampled
 
 

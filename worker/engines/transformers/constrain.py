@@ -12,7 +12,8 @@ to a second: it must never happen in the step loop.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from threading import Lock
@@ -23,6 +24,7 @@ import torch
 
 from broker.protocol.errors import ErrorCode, RequestError
 from broker.protocol.messages import Constraint
+from worker.engines.transformers.schemas import for_llguidance
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
@@ -31,9 +33,12 @@ __all__ = ["ConstraintFactory", "ConstraintState", "mask_logits_"]
 
 _WORD_BITS = 32
 
-#: Blanks in a row that JSON may hold: enough for deep indentation. Without a bound, a model that
-#: has lost its way goes on with blanks until max_tokens.
-_JSON_BLANKS = r"[\x20\x0A\x0D\x09]{1,64}"
+#: The library's words for a grammar that no token fits or that is beyond its limits.
+_TOO_MUCH = ("NoExtension", "ParserTooComplex", "LexerTooComplex")
+
+#: What may stand once at each gap of JSON. Models that have lost their way write nothing but blanks
+#: where they may: with 64 allowed, four fifths of an answer were blanks.
+_JSON_BLANK = r"[\x20\x0A]"
 
 #: The library's own words, where they are long.
 _MAX_MESSAGE = 500
@@ -96,7 +101,7 @@ class ConstraintState:
     def mask_logits_(self, logits: torch.Tensor) -> None:
         """Set what the grammar forbids to -inf in one row of logits [V], in place.
 
-        Raises RequestError(ENGINE_ERROR) if the grammar cannot go on.
+        Raises RequestError if the grammar cannot go on.
         """
         for error in mask_logits_(logits[None], [0], [self]).values():
             raise error
@@ -119,10 +124,22 @@ class ConstraintState:
         return error[:_MAX_MESSAGE]
 
     def _failure(self) -> RequestError:
-        cause = self._error()
+        """Why the grammar cannot go on. That it asks for too much is the request's own fault."""
+        cause, code = self._error(), ErrorCode.ENGINE_ERROR
+        if cause.startswith(_TOO_MUCH):
+            code = ErrorCode.INVALID_REQUEST
         if cause.startswith("NoExtension"):
             cause = "no token of this model can come next in it"
-        return RequestError(ErrorCode.ENGINE_ERROR, f"the constraint cannot be kept: {cause}")
+        return RequestError(code, f"the constraint cannot be kept: {cause}")
+
+    def _dead_end(self) -> RequestError:
+        """Only tokens that end the answer can come next, and it is not complete."""
+        return RequestError(
+            ErrorCode.INVALID_REQUEST,
+            "the constraint cannot be kept: all that can come next in it are tokens that end the "
+            f"answer ({', '.join(map(str, sorted(self._end_ids)[:8]))}): take them out of "
+            "stop_token_ids, or out of the constraint",
+        )
 
 
 def mask_logits_(
@@ -152,6 +169,8 @@ def mask_logits_(
             mask |= state._ends
         elif state._matcher.is_error():
             failed[row] = state._failure()
+        elif not mask.any():
+            failed[row] = state._dead_end()
     vocab_size = logits.shape[1]
     forbidden = _unpacked(~masks, logits.device)[:, :vocab_size]
     if (beyond := vocab_size - forbidden.shape[1]) > 0:  # padding of the model's output
@@ -206,6 +225,8 @@ class _Vocabulary:
     words: int
     #: The ids with which the library itself would end an answer.
     end_ids: frozenset[int]
+    #: Ids of added tokens that are text, by their text: grammars may name them like special ones.
+    named: Mapping[str, int]
 
 
 class ConstraintFactory:
@@ -238,9 +259,9 @@ class ConstraintFactory:
                 ErrorCode.INVALID_REQUEST,
                 "this model has no end token, so a constrained answer could never end",
             )
-        grammar = _grammar(constraint)
         with self._lock:
             vocabulary = self._known = self._known or self._vocabulary(min(ends))
+        grammar = _grammar(constraint, vocabulary.named)
         limits = llguidance.LLParserLimits(verbose_errors=False)
         matcher = llguidance.LLMatcher(vocabulary.tokens, grammar, log_level=0, limits=limits)
         if matcher.is_error():
@@ -248,17 +269,51 @@ class ConstraintFactory:
         return ConstraintState(matcher, ends, vocabulary)
 
     def _vocabulary(self, end_id: int) -> _Vocabulary:
+        from llguidance import LLTokenizer, TokenizerWrapper
         from llguidance.hf import from_tokenizer
 
         try:
-            tokens = from_tokenizer(self._tokenizer, eos_token=end_id)
+            read = from_tokenizer(self._tokenizer, eos_token=end_id)
         except ValueError as error:
             raise RequestError(
                 ErrorCode.INVALID_REQUEST,
                 "this model's answers cannot be constrained: llguidance does not read its "
                 f"tokenizer ({str(error)[:_MAX_MESSAGE]})",
             ) from error
-        return _Vocabulary(tokens, -(-tokens.vocab_size // _WORD_BITS), frozenset({end_id}))
+        added = self._tokenizer.backend_tokenizer.get_added_tokens_decoder()
+        special = {i for i, token in added.items() if token.special} | {end_id}
+        named = {
+            read.decode_bytes([i]).decode(): i
+            for i in added
+            if read.is_special_token(i) and i not in special
+        }
+        tokens = LLTokenizer(TokenizerWrapper(_TextTokenizer(read, end_id, special)))
+        words = -(-tokens.vocab_size // _WORD_BITS)
+        return _Vocabulary(tokens, words, frozenset({end_id}), named)
+
+
+class _TextTokenizer:
+    """A tokenizer of text in which nothing is a control token, as llguidance asks for one.
+
+    The library tokenises what a grammar forces. By itself it takes special tokens there, and added
+    tokens such as `<think>`, which it then refuses because they are not text to it. Here an added
+    token that is not special is text, and the text of a special one is spelled by other tokens.
+    """
+
+    bos_token_id = None
+
+    def __init__(self, read: LLTokenizer, end_id: int, special: set[int]) -> None:
+        self._read = read
+        self.eos_token_id = end_id
+        self.tokens = [read.decode_bytes([i]) for i in range(read.vocab_size)]
+        self.special_token_ids = sorted(special)
+        self._spelled = {i: read.greedy_tokenize(self.tokens[i].decode()) for i in special}
+
+    def __call__(self, text: str) -> list[int]:
+        if not isinstance(text, str):
+            raise TypeError("only text is tokenised here")  # the library asks which of the two
+        ids = self._read.tokenize_str(text)
+        return [spelled for i in ids for spelled in self._spelled.get(i, (i,))]
 
 
 def _invalid(constraint: Constraint, message: str) -> RequestError:
@@ -268,21 +323,25 @@ def _invalid(constraint: Constraint, message: str) -> RequestError:
     )
 
 
-def _grammar(constraint: Constraint) -> str:
+def _grammar(constraint: Constraint, named: Mapping[str, int]) -> str:
     """The constraint in llguidance's own form. Raises RequestError if the value is of a wrong
     type; whether it makes sense is for the library to say."""
     match constraint.type, constraint.value:
         case "json_object", _:
-            return _json_grammar({"type": "object"})
+            return _json_grammar({"type": "object"}, compact=constraint.compact)
         case "json_schema", dict() | bool() as schema:
             try:
-                return _json_grammar(schema)
+                return _json_grammar(for_llguidance(schema), compact=constraint.compact)
             except (TypeError, ValueError) as error:  # octets, say, which msgpack has
                 raise _invalid(constraint, str(error)) from error
+            except RecursionError:
+                raise _invalid(
+                    constraint, "it is nested too deeply, or has too long names"
+                ) from None
         case "regex", str(expression):
             return _matcher().grammar_from_regex(expression)
         case "grammar", str(lark):
-            return _matcher().grammar_from_lark(lark)
+            return _matcher().grammar_from_lark(_with_ids(lark, named))
         case "choice", [str(), *_] as choices if all(isinstance(c, str) and c for c in choices):
             # Strings of a Lark grammar are written as in JSON.
             quoted = (json.dumps(choice, ensure_ascii=False) for choice in choices)
@@ -296,10 +355,27 @@ def _grammar(constraint: Constraint) -> str:
     raise _invalid(constraint, f"the value must be {expected}")
 
 
-def _json_grammar(schema: dict[str, Any] | bool) -> str:
+def _json_grammar(schema: dict[str, Any] | bool, *, compact: bool) -> str:
     return _matcher().grammar_from_json_schema(
-        json.dumps(schema), defaults={"whitespace_pattern": _JSON_BLANKS}
+        json.dumps(schema),
+        overrides={"whitespace_flexible": False}
+        if compact
+        else {"whitespace_pattern": _JSON_BLANK},
     )
+
+
+#: Of a Lark grammar: what is not a token's name (strings, expressions, comments), and a name.
+_LARK = re.compile(r'"(?:\\.|[^"\\])*"|//.*|/(?:\\.|[^/\\])+/|(?P<name><[^<>\s]+>)')
+
+
+def _with_ids(lark: str, named: Mapping[str, int]) -> str:
+    """The grammar with these tokens named by their ids, as the library knows them."""
+
+    def id_of(found: re.Match[str]) -> str:
+        token_id = named.get(found["name"] or "")
+        return found[0] if token_id is None else f"<[{token_id}]>"
+
+    return _LARK.sub(id_of, lark)
 
 
 def _matcher() -> type[LLMatcher]:

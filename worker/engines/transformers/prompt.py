@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from broker.protocol.errors import ErrorCode, RequestError
+from broker.protocol.limits import MAX_NESTING
 from broker.protocol.messages import Kind, Message, Request, TextPart, VideoPart
 from worker.engines.base import Job
 from worker.engines.transformers.images import DecodedImage, ImageLimits, decode_image
@@ -436,19 +437,36 @@ class PromptBuilder:
 
 
 def _parsed_calls(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Tool calls as templates want them: arguments are a map. Clients send them as JSON text."""
+    """Tool calls as templates want them: arguments are a map."""
     parsed = []
     for call in calls:
         function = call.get("function")
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            try:
-                arguments = json.loads(function["arguments"])
-            except ValueError:
-                # Not JSON: the template gets the text, as the model once wrote it.
-                arguments = function["arguments"]
+        if isinstance(function, dict):
+            arguments = _argument_map(function.get("arguments"))
             call = {**call, "function": {**function, "arguments": arguments}}
         parsed.append(call)
     return parsed
+
+
+def _argument_map(arguments: Any) -> dict[str, Any]:
+    """The arguments of a call, which clients send as JSON text. What a cut or odd answer left in
+    their place stands under the name "arguments", so that the conversation can go on."""
+    value = arguments
+    if isinstance(arguments, str):
+        try:
+            value = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError):
+            value = arguments
+        if _nested_beyond(value, MAX_NESTING):
+            value = arguments  # no template could write it
+    if value is None:
+        return {}
+    return value if isinstance(value, dict) else {"arguments": value}
+
+
+def _nested_beyond(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_nested_beyond(item, levels - 1) for item in inner)
 
 
 def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:

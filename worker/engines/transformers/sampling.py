@@ -158,6 +158,11 @@ class SamplerRow:
         return self.constraint is not None and self.constraint.finished
 
     @property
+    def restricted(self) -> bool:
+        """The request itself says which tokens may come next."""
+        return bool(self.constraint is not None or len(self.bias_ids) or len(self.forbidden))
+
+    @property
     def past(self) -> tuple[Ids, Floats]:
         """Penalised tokens, each once, and what presence and frequency penalty take off each."""
         count = len(self._places)
@@ -207,6 +212,8 @@ class Sampled(NamedTuple):
     #: False: there is no token, for the reason in `fault`. Other rows are not touched by that.
     ok: bool
     fault: str = ""
+    #: Whose fault it is.
+    code: ErrorCode = ErrorCode.ENGINE_ERROR
 
 
 class Sampler:
@@ -264,7 +271,7 @@ class Sampler:
             table = _report(x, tokens, best, unsettled, rows)
         return [self._outcome(rows[i], facts, failed.get(i)) for i, facts in enumerate(table)]
 
-    def _adjust_(self, x: torch.Tensor, rows: Sequence[SamplerRow]) -> dict[int, str]:
+    def _adjust_(self, x: torch.Tensor, rows: Sequence[SamplerRow]) -> dict[int, RequestError]:
         """Apply penalties, bias, bans and constraints in place; returns the rows that failed."""
         flat = x.view(-1)
         past = [row.past for row in rows]
@@ -290,8 +297,7 @@ class Sampler:
         bound = [(i, row.constraint) for i, row in enumerate(rows) if row.constraint is not None]
         if not bound:
             return {}
-        errors = mask_logits_(x, [i for i, _ in bound], [state for _, state in bound])
-        return {i: error.info.message for i, error in errors.items()}
+        return mask_logits_(x, [i for i, _ in bound], [state for _, state in bound])
 
     def _places(self, ids_of_rows: Sequence[Ids]) -> tuple[Ids, Mask]:
         """Token ids of each row as places in the flattened logits, and which ids have one.
@@ -303,18 +309,25 @@ class Sampler:
         starts = np.arange(len(ids_of_rows)) * self.vocab_size
         return (ids + np.repeat(starts, [len(part) for part in ids_of_rows]))[kept], kept
 
-    def _outcome(self, row: SamplerRow, facts: Sequence[float], failure: str | None) -> Sampled:
+    def _outcome(
+        self, row: SamplerRow, facts: Sequence[float], failed: RequestError | None
+    ) -> Sampled:
         token_id, best = int(facts[_TOKEN]), facts[_BEST]
-        if failure is None and row.forced is not None and row.forced >= self.vocab_size:
+        failure, code = "", ErrorCode.ENGINE_ERROR
+        if failed is not None:
+            failure, code = failed.info.message, ErrorCode(failed.info.code)
+        elif row.forced is not None and row.forced >= self.vocab_size:
             failure = f"forced token {row.forced} is not one of the model's"
-        if failure is None and best == -math.inf:
+        elif best == -math.inf:
             failure = (
                 "no token is allowed: bias, bans, constraint and min_tokens exclude each other"
             )
-        if failure is None and not math.isfinite(best):
+            if row.restricted:
+                code = ErrorCode.INVALID_REQUEST
+        elif not math.isfinite(best):
             failure = "the model's logits are not numbers (NaN or infinite)"
-        if failure is not None:
-            return Sampled(-1, None, ok=False, fault=failure)
+        if failure:
+            return Sampled(-1, None, ok=False, fault=failure, code=code)
         if row.params.logprobs is None:
             return Sampled(token_id, None, ok=True)
         logprob = _token_logprob(

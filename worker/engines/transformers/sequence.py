@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
+from broker.protocol.errors import ErrorInfo, RequestError
 from broker.protocol.messages import FinishReason, Params, Timings, TokenLogprob, Usage
 from worker.engines.base import Ended, EngineEvent, Failed, PromptFacts, Tokens
 from worker.engines.transformers.prompt import Prompt
@@ -140,13 +140,15 @@ class Sequence:
         text says; `tell` gives the events, later."""
         if not sampled.ok:
             cause = sampled.fault or "the model's logits are not numbers"
-            self._spoil(f"no token can be chosen at position {len(self.answer)}: {cause}")
+            self._spoil(
+                sampled.code, f"no token can be chosen at position {len(self.answer)}: {cause}"
+            )
             return
         token_id = sampled.token_id
         try:
             self.row.append(token_id)
         except RequestError as error:
-            self._spoil(error.info.message)
+            self._spoil(error.info.code, error.info.message)
             return
         if not self.first_token_at:
             self.first_token_at = now
@@ -158,8 +160,8 @@ class Sequence:
         if self._ends(token_id) or len(self.answer) >= self.max_tokens:
             self.state = State.DONE
 
-    def _spoil(self, message: str) -> None:
-        self._fault = ErrorInfo(code=ErrorCode.ENGINE_ERROR.value, message=message)
+    def _spoil(self, code: str, message: str) -> None:
+        self._fault = ErrorInfo(code=str(code), message=message)
         self.state = State.DONE
         self.failed = True
 
