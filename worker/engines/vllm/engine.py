@@ -109,11 +109,12 @@ def engine_arguments(
         args = parser.parse_args(words)
     except (ArgumentError, ValueError) as error:
         raise EngineLoadError(f"--engine-arg: vLLM says: {error}") from None
+    # Before the arguments are made: offline, they look for their model as soon as they are, and
+    # vLLM's default is not on this machine.
+    args.model = args.tokenizer = path
+    args.revision = args.tokenizer_revision = options.revision
+    args.trust_remote_code = options.trust_remote_code
     result = EngineArgs.from_cli_args(args)
-    result.model = path
-    result.tokenizer = path
-    result.revision = result.tokenizer_revision = options.revision
-    result.trust_remote_code = options.trust_remote_code
     result.dtype = options.dtype
     result.logits_processors = ["worker.engines.vllm.sampling:BusSampling"]
     # A row must see its last token before the next is chosen.
