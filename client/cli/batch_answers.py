@@ -87,7 +87,8 @@ async def _chat(octets: bytes, asking: Asking) -> dict[str, Any]:
         ChatChoice(answers.parser_for(names, parallel=body.parallel_tool_calls))
         for _ in range(body.n or 1)
     ]
-    async for batch in _batches([convert.seeded(call, i) for i in range(len(choices))], asking):
+    calls = [convert.seeded(call, i) for i in range(len(choices))]
+    async for batch in _batches(calls, asking, "messages"):
         for event in batch:
             if isinstance(event, Delta | Finish):
                 choices[event.choice].take(event)
@@ -123,7 +124,7 @@ async def _completion(octets: bytes, asking: Asking) -> dict[str, Any]:
     candidates = body.best_of or body.n or 1
     calls = [convert.seeded(call, i) for call in prompts for i in range(candidates)]
     choices = [TextChoice(body.max_tokens == 0) for _ in calls]
-    async for batch in _batches(calls, asking):
+    async for batch in _batches(calls, asking, "prompt"):
         for event in batch:
             choices[event.choice].take(event)
     return {
@@ -184,9 +185,14 @@ _ENDPOINTS: Final = {
 }
 
 
-def _batches(calls: Sequence[convert.Call], asking: Asking) -> Batches:
+def _batches(calls: Sequence[convert.Call], asking: Asking, prompt_field: str) -> Batches:
     return generate(
-        asking.bus, calls, lambda stream: None, retry=asking.retry, limits=asking.limits
+        asking.bus,
+        calls,
+        lambda stream: None,
+        retry=asking.retry,
+        limits=asking.limits,
+        prompt_field=prompt_field,
     )
 
 

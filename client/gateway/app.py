@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
+from starlette.convertors import register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -19,10 +20,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Match, Route
 
+from broker.protocol.errors import ErrorCode
 from broker.protocol.tracing import make_tracer
 from client import AsyncClient, BusError, Timeout
 from client.gateway.config import Config
 from client.gateway.errors import GatewayError, error_response, invalid
+from client.gateway.ids import REQUEST_ID_HEADER, KeptId, RequestIds, request_id_of
 from client.gateway.keys import KeyFile
 from client.gateway.legacy import legacy_routes
 from client.gateway.legacy_api import legacy_api_routes
@@ -79,11 +82,12 @@ def create_app(config: Config) -> Starlette:
         routes=_routes(config),
         lifespan=lifespan,
         middleware=_middleware(config),
-        exception_handlers={HTTPException: _not_here},
+        exception_handlers={HTTPException: _not_here, Exception: _failed},
     )
 
 
 def _routes(config: Config) -> list[BaseRoute]:
+    register_url_convertor("kept", KeptId())
     routes: list[BaseRoute] = [
         route("/health", _health, public=True),
         route("/ready", _ready, public=True),
@@ -92,15 +96,15 @@ def _routes(config: Config) -> list[BaseRoute]:
         route("/v1/models", list_models),
         route("/v1/models/{model:path}", get_model),
         route("/v1/chat/completions", chat_completions, "POST", counted=True),
-        route("/v1/chat/completions/{id}", anywhere(read_chat)),
-        route("/v1/chat/completions/{id}/cancel", anywhere(cancel_chat), "POST"),
+        route("/v1/chat/completions/{id:kept}", anywhere(read_chat)),
+        route("/v1/chat/completions/{id:kept}/cancel", anywhere(cancel_chat), "POST"),
         route("/v1/completions", completions, "POST", counted=True),
         route("/v1/embeddings", embeddings, "POST", counted=True),
         route("/v1/responses", anywhere(create_response), "POST", counted=True),
-        route("/v1/responses/{id}", anywhere(get_response)),
-        route("/v1/responses/{id}", anywhere(delete_response), "DELETE"),
-        route("/v1/responses/{id}/cancel", anywhere(cancel_response), "POST"),
-        route("/v1/responses/{id}/input_items", anywhere(input_items)),
+        route("/v1/responses/{id:kept}", anywhere(get_response)),
+        route("/v1/responses/{id:kept}", anywhere(delete_response), "DELETE"),
+        route("/v1/responses/{id:kept}/cancel", anywhere(cancel_response), "POST"),
+        route("/v1/responses/{id:kept}/input_items", anywhere(input_items)),
         route("/bus/session", session),
         route("/bus/overview", overview),
         route("/bus/live", live),
@@ -114,7 +118,7 @@ def _routes(config: Config) -> list[BaseRoute]:
 
 
 def _middleware(config: Config) -> list[Middleware]:
-    found = []
+    found = [Middleware(RequestIds)]
     if config.cors_origins:
         found.append(
             Middleware(
@@ -141,10 +145,23 @@ async def _not_here(request: Request, error: Exception) -> Response:
         405: f"{request.url.path} does not take {request.method}.",
     }
     message = words.get(error.status_code, error.detail)
-    told = GatewayError("invalid_request", message, status=error.status_code)
-    response = error_response(told)
+    told = GatewayError(
+        ErrorCode.INVALID_REQUEST,
+        message,
+        status=error.status_code,
+        openai_code="unknown_url" if error.status_code == 404 else None,
+    )
+    response = error_response(told, request_id_of(request.scope))
     if error.status_code == 405:
         response.headers["allow"] = ", ".join(sorted(_methods_at(request)))
+    return response
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """What no handler answered for; the server logs it."""
+    request_id = request_id_of(request.scope)
+    response = error_response(error, request_id)
+    response.headers[REQUEST_ID_HEADER] = request_id
     return response
 
 

@@ -31,7 +31,7 @@ from client.gateway.images import ImagePolicy, load_image
 __all__ = ["Call", "Pictures", "chat_call", "completion_calls", "constraint_of", "seeded"]
 
 #: `service_tier` in the bus's own measure.
-_TIER_PRIORITY = {"auto": 0, "default": 0, "flex": -50, "priority": 50, "fast": 50}
+_TIER_PRIORITY = {"auto": 0, "default": 0, "flex": -50, "scale": 0, "priority": 50, "fast": 50}
 _MAX_SEED = (1 << 63) - 1
 
 
@@ -80,28 +80,28 @@ def seeded(call: Call, offset: int) -> Call:
 async def chat_call(body: http.ChatRequest, policy: ImagePolicy, *, seed: int, user: str) -> Call:
     """The bus request of a chat completion; raises GatewayError for what cannot be served."""
     http.refuse_unserved(body)
+    body = _with_allowed_tools(body)
     pictures = Pictures(policy)
     messages = [
         await _message(message, f"messages[{index}]", pictures)
         for index, message in enumerate(body.messages)
     ]
-    if body.modalities is not None and body.modalities != ["text"]:
+    if "audio" in (body.modalities or []):
         raise invalid("modalities", '`modalities` must be ["text"]: the bus answers in text.')
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs", "`top_logprobs` needs `logprobs` to be true.")
-    if body.max_tokens is not None and body.max_completion_tokens is not None:
+    if len({body.max_tokens, body.max_completion_tokens} - {None}) > 1:
         raise invalid("max_tokens", "Send `max_completion_tokens` or `max_tokens`, not both.")
     _check_stream_options(body)
     tools, tool_choice = _tools(body)
+    # A forced call has no text that a format could apply to.
     constraint = constraint_of(body.response_format, body.structured_outputs)
-    forced = _forced_tool(body)
-    if forced is not None:
-        if constraint is not None:
-            raise invalid("tool_choice", "A forced tool and `response_format` exclude each other.")
-        constraint = forced
+    constraint = _forced_tool(body) or constraint
     template_args = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
         template_args["reasoning_effort"] = body.reasoning_effort
+    if body.verbosity is not None:
+        template_args["verbosity"] = body.verbosity
     params = _params(
         body,
         seed=seed,
@@ -225,23 +225,37 @@ def _called(call: http.ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": function}
 
 
+def _with_allowed_tools(body: http.ChatRequest) -> http.ChatRequest:
+    """The same request without the tools that its `tool_choice` does not allow."""
+    if not isinstance(body.tool_choice, http.AllowedToolChoice):
+        return body
+    allowed = body.tool_choice.allowed_tools
+    names = [tool.function.name for tool in allowed.tools]
+    kept = [tool for tool in body.tools or [] if tool.function.name in names]
+    if missing := set(names) - {tool.function.name for tool in kept}:
+        raise invalid(
+            "tool_choice", f"`tool_choice` names {min(missing)!r}, which is not in `tools`."
+        )
+    return msgspec.structs.replace(body, tools=kept, tool_choice=allowed.mode)
+
+
 def _tools(
     body: http.ChatRequest,
 ) -> tuple[list[dict[str, Any]] | None, str | dict[str, Any] | None]:
-    if body.tools is None:
-        if body.tool_choice not in (None, "none"):
+    if not body.tools:
+        if body.tool_choice not in (None, "none", "auto"):
             raise invalid("tool_choice", "`tool_choice` needs `tools`.")
         return None, None
     if body.tool_choice == "none":
         return None, None
-    choice: str | dict[str, Any] | None
-    if isinstance(body.tool_choice, http.NamedTool):
+    choice: str | dict[str, Any] | None = None
+    if isinstance(body.tool_choice, str):
+        choice = body.tool_choice
+    elif isinstance(body.tool_choice, http.NamedTool):
         name = body.tool_choice.function.name
         if name not in [tool.function.name for tool in body.tools]:
             raise invalid("tool_choice", f"`tool_choice` names {name!r}, which is not in `tools`.")
         choice = {"type": "function", "function": {"name": name}}
-    else:
-        choice = body.tool_choice
     tools: list[dict[str, Any]] = []
     for tool in body.tools:
         function: dict[str, Any] = {"name": tool.function.name}
@@ -254,7 +268,7 @@ def _tools(
 
 def _forced_tool(body: http.ChatRequest) -> Constraint | None:
     """The shape that a forced call must have; `tools.ToolCallParser` reads it back."""
-    if body.tools is None or body.tool_choice in (None, "auto", "none"):
+    if not body.tools or body.tool_choice in (None, "auto", "none"):
         return None
     functions = [tool.function for tool in body.tools]
     if isinstance(body.tool_choice, http.NamedTool):
@@ -288,8 +302,6 @@ def constraint_of(
             found.append(Constraint(type="grammar", value=outputs.grammar))
         if outputs.choice is not None:
             found.append(Constraint(type="choice", value=outputs.choice))
-        if not found:
-            raise invalid("structured_outputs", "`structured_outputs` is empty.")
     if len(found) > 1:
         raise invalid(
             "structured_outputs" if outputs is not None else "response_format",
@@ -305,16 +317,13 @@ def _check_stream_options(body: http.Sampling) -> None:
         return
     if not body.stream:
         raise invalid("stream_options", "`stream_options` needs `stream` to be true.")
-    if options.continuous_usage_stats and not options.include_usage:
-        raise invalid(
-            "stream_options.continuous_usage_stats",
-            "`stream_options.continuous_usage_stats` needs `include_usage` to be true.",
-        )
 
 
 def wants_usage_so_far(body: http.Sampling) -> bool:
-    """Every chunk of the stream tells the usage so far."""
-    return body.stream_options is not None and bool(body.stream_options.continuous_usage_stats)
+    """Every chunk of the stream tells the usage so far; as vLLM has it, without `include_usage`
+    none does."""
+    options = body.stream_options
+    return options is not None and bool(options.include_usage and options.continuous_usage_stats)
 
 
 def _params(

@@ -2,8 +2,9 @@
 
     {"error": {"message": ..., "type": ..., "param": ..., "code": ..., "request_id": ...}}
 
-`code` is one of the bus's codes (broker/protocol/SPEC.md section 8) and decides the status; `type`
-is the word that OpenAI's SDKs know for that status. Must never invent a cause: an unforeseen
+`code` is OpenAI's where OpenAI has one, as agents act on it, and then `details.code` is the bus's;
+otherwise it is the bus's (broker/protocol/SPEC.md section 8), which decides the status. `type` is
+the word that OpenAI's SDKs know for that status. Must never invent a cause: an unforeseen
 exception is told as `engine_error` of the gateway, its trace goes to the log alone.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from broker.protocol.errors import HTTP_STATUS, ErrorCode, ErrorInfo
 from client import BusError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GatewayError",
+    "UnknownAnswer",
     "describe",
     "error_body",
     "error_headers",
@@ -31,6 +33,19 @@ __all__ = [
 ]
 
 log = logging.getLogger("tokenbus.gateway")
+
+#: Codes that OpenAI has for what the bus's codes say.
+_OPENAI_CODE: dict[str, str] = {
+    ErrorCode.MODEL_UNAVAILABLE: "model_not_found",
+    ErrorCode.UNAUTHENTICATED: "invalid_api_key",
+    ErrorCode.CONTEXT_OVERFLOW: "context_length_exceeded",
+    ErrorCode.QUOTA: "rate_limit_exceeded",
+}
+#: Marks the answer of a gateway that does not keep what it was asked for; its peers look for it.
+UNKNOWN_HEADER: Final = "x-tokenbus-unknown"
+
+#: OpenAI's npm SDK ignores a longer wait and comes back within a second.
+_MAX_WAIT_MS: Final = 60_000
 
 _TYPE_OF_STATUS = {
     401: "authentication_error",
@@ -69,7 +84,9 @@ class GatewayError(Exception):
         retryable: bool = False,
         retry_after_ms: int | None = None,
         details: dict[str, Any] | None = None,
+        openai_code: str | None = None,
     ) -> None:
+        """`openai_code`: OpenAI's word for it, where `code` does not lead to one."""
         message = _shortened(message, _MESSAGE_CHARACTERS)
         super().__init__(message)
         self.info = ErrorInfo(
@@ -82,6 +99,32 @@ class GatewayError(Exception):
         #: The field of the request that is wrong, as a path: `messages[0].role`.
         self.param = None if param is None else _shortened(param, _PARAM_CHARACTERS)
         self.status = status if status is not None else status_of(self.info)
+        self._openai_code = openai_code
+
+    @property
+    def openai_code(self) -> str:
+        """What an HTTP client is told as `code`."""
+        return self._openai_code or _OPENAI_CODE.get(self.info.code, self.info.code)
+
+
+class UnknownAnswer(GatewayError):
+    """Something that this gateway does not keep; another gateway of the bus may."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        status: int = 404,
+        openai_code: str | None = None,
+    ) -> None:
+        super().__init__(
+            ErrorCode.INVALID_REQUEST,
+            message,
+            param=param,
+            status=status,
+            openai_code=openai_code,
+        )
 
 
 def status_of(info: ErrorInfo) -> int:
@@ -131,10 +174,13 @@ def error_body(error: GatewayError, request_id: str | None = None) -> dict[str, 
         "message": error.info.message,
         "type": kind,
         "param": error.param,
-        "code": error.info.code,
+        "code": error.openai_code,
     }
-    if error.info.details:
-        body["details"] = error.info.details
+    details = error.info.details
+    if error.openai_code != error.info.code:
+        details = {**details, "code": error.info.code}
+    if details:
+        body["details"] = details
     if request_id is not None:
         body["request_id"] = request_id
     return {"error": body}
@@ -143,10 +189,13 @@ def error_body(error: GatewayError, request_id: str | None = None) -> dict[str, 
 def error_headers(error: GatewayError) -> dict[str, str]:
     """`x-should-retry` and `retry-after-ms` are what OpenAI's SDKs read before the status."""
     headers = {"x-should-retry": "true" if error.info.retryable else "false"}
+    if isinstance(error, UnknownAnswer):
+        headers[UNKNOWN_HEADER] = "1"
     wait_ms = error.info.retry_after_ms
     if wait_ms is None and error.status in (429, 503):
         wait_ms = 1000
     if wait_ms is not None:
+        wait_ms = min(wait_ms, _MAX_WAIT_MS)
         headers["retry-after"] = str(max(1, math.ceil(wait_ms / 1000)))
         headers["retry-after-ms"] = str(wait_ms)
     if error.status == 401:

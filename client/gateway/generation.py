@@ -21,9 +21,10 @@ from msgspec import Struct
 
 from broker.protocol.errors import ErrorCode
 from broker.protocol.messages import Kind, Params, Request, TokenLogprob
-from client import AsyncClient, AsyncStream, Retry, Timeout
+from client import AsyncClient, AsyncStream, BusError, Retry, Timeout
 from client.events import End, Prompt, StreamEvent, Tokens
 from client.gateway.convert import Call
+from client.gateway.errors import describe
 from client.gateway.traces import BusSpan
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Finish",
     "Prompted",
     "generate",
+    "naming",
     "open_stream",
 ]
 
@@ -157,44 +159,61 @@ async def generate(
     retry: Retry = RETRY,
     limits: Timeout = PATIENCE,
     spans: Sequence[BusSpan] = (),
+    prompt_field: str | None = None,
 ) -> Batches:
     """The events of all calls, the i-th call being choice i. Raises the first failure of any.
 
     `opened` is told of every stream before its first event. `spans`: none, or one for each call.
+    `prompt_field`: what the caller's API calls the prompt; failures name it where it is at fault.
     """
 
     def open_call(call: Call) -> Awaitable[AsyncStream]:
         return open_stream(bus, call, retry, limits)
 
-    if len(calls) == 1:
-        with _traced(spans, 0) as span:
-            stream = await open_call(calls[0])
-            opened(stream)
-            try:
-                async for arrived in stream.batches:
-                    batch = _translated(0, arrived, span)
-                    if batch:
-                        yield batch
-            finally:
-                await stream.aclose()
-        return
-    batches: asyncio.Queue[list[ChoiceEvent] | BaseException] = asyncio.Queue(_MERGED_BATCHES)
-    tasks = [
-        asyncio.create_task(_pump(partial(open_call, call), index, opened, batches, spans))
-        for index, call in enumerate(calls)
-    ]
+    with naming(prompt_field):
+        if len(calls) == 1:
+            with _traced(spans, 0) as span:
+                stream = await open_call(calls[0])
+                opened(stream)
+                try:
+                    async for arrived in stream.batches:
+                        batch = _translated(0, arrived, span)
+                        if batch:
+                            yield batch
+                finally:
+                    await stream.aclose()
+            return
+        batches: asyncio.Queue[list[ChoiceEvent] | BaseException] = asyncio.Queue(_MERGED_BATCHES)
+        tasks = [
+            asyncio.create_task(_pump(partial(open_call, call), index, opened, batches, spans))
+            for index, call in enumerate(calls)
+        ]
+        try:
+            left = len(tasks)
+            while left:
+                merged = await batches.get()
+                if isinstance(merged, BaseException):
+                    raise merged
+                left -= isinstance(merged[-1], Finish)
+                yield merged
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextlib.contextmanager
+def naming(prompt_field: str | None) -> Iterator[None]:
+    """A failure of the bus that a field of the caller is at fault for names that field."""
+    fields = {ErrorCode.CONTEXT_OVERFLOW: prompt_field, ErrorCode.MODEL_UNAVAILABLE: "model"}
     try:
-        left = len(tasks)
-        while left:
-            merged = await batches.get()
-            if isinstance(merged, BaseException):
-                raise merged
-            left -= isinstance(merged[-1], Finish)
-            yield merged
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        yield
+    except BusError as error:
+        if prompt_field is None or error.code not in fields:
+            raise
+        told = describe(error)
+        told.param = fields[ErrorCode(error.code)]
+        raise told from error
 
 
 async def _pump(

@@ -77,7 +77,7 @@ async def chat_completions(visit: Visit) -> Response:
         ChatChoice(parser_for(names, parallel=body.parallel_tool_calls)) for _ in range(count)
     ]
     answer = _Answer(visit, body, choices, position)
-    events = visit.generate([seeded(call, i) for i in range(count)])
+    events = visit.generate([seeded(call, i) for i in range(count)], prompt_field="messages")
     if body.stream:
         source = answer.stream(events)
         if visit.reattach_s is None:

@@ -40,7 +40,7 @@ async def completions(visit: Visit) -> Response:
     calls = [seeded(call, i) for call in prompts for i in range(candidates)]
     position = resumed or Position.first(_PREFIX, calls[0].request.params.seed, len(calls))
     answer = _Answer(visit, body, len(prompts), candidates, position)
-    events = visit.generate(calls)
+    events = visit.generate(calls, prompt_field="prompt")
     if body.stream:
         return visit.stream(answer.stream(events), answer.failed)
     for event in await until_disconnect(events, visit.request.receive):

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from client import Embeddings
 from client.gateway.answers import packed
 from client.gateway.errors import invalid
+from client.gateway.generation import naming
 from client.gateway.requests import EmbeddingRequest, parse, texts_of
 from client.gateway.sse import until_disconnect
 from client.gateway.visit import Visit
@@ -34,7 +35,8 @@ async def embed(visit: Visit, body: EmbeddingRequest) -> Response:
     inputs = texts_of("input", body.input)
 
     async def work() -> AsyncGenerator[list[Embeddings], None]:
-        yield [await visit.embed(inputs, body.model, **options)]
+        with naming("input"):
+            yield [await visit.embed(inputs, body.model, **options)]
 
     [made] = await until_disconnect(work(), visit.request.receive)
     if body.dimensions not in (None, made.dimensions):

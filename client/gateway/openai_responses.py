@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 import msgspec
 from openai.types import responses as shapes
@@ -28,12 +28,21 @@ from client.gateway import requests as http
 from client.gateway import tools
 from client.gateway.answers import new_id, parser_for, pick_seed
 from client.gateway.convert import Call, chat_call
-from client.gateway.errors import GatewayError, describe, invalid
+from client.gateway.errors import GatewayError, UnknownAnswer, describe, invalid
 from client.gateway.generation import Batches, ChoiceEvent, Delta, Finish
 from client.gateway.openai_shared import chat_logprobs, dumped
 from client.gateway.reattach import Kept, Transcript
 from client.gateway.requests import parse
-from client.gateway.responses_input import LOGPROBS, ResponseRequest, as_chat, named_in_input
+from client.gateway.responses_input import (
+    FunctionTool,
+    ResponseRequest,
+    TextConfig,
+    as_chat,
+    check_include,
+    functions_of,
+    named_in_input,
+    with_references,
+)
 from client.gateway.sse import Source, encode, until_disconnect
 from client.gateway.visit import Visit
 
@@ -48,26 +57,24 @@ __all__ = [
 #: Events are plain values around the shapes of the `openai` package.
 _JSON: Final = msgspec.json.Encoder(enc_hook=lambda shape: msgspec.Raw(dumped(shape)))
 
+OutputItem = shapes.ResponseOutputMessage | shapes.ResponseFunctionToolCall
+
+
+class _Response(shapes.Response):
+    """With times in whole seconds, as OpenAI sends them; its package reads any number."""
+
+    created_at: int
+    completed_at: int | None = None
+
+
 Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 
 
 async def create_response(visit: Visit) -> Response:
     """Answer an input; see `responses_input.ResponseRequest` for the body."""
-    body = parse(ResponseRequest, await visit.body())
+    body = with_references(parse(ResponseRequest, await visit.body()), _Items(visit))
     store = visit.gateway.store
-    earlier: list[http.ChatMessage] = []
-    if body.previous_response_id is not None:
-        try:
-            kept = store.find(body.previous_response_id, visit.key.name, "response")
-        except GatewayError as error:
-            error.param = "previous_response_id"
-            raise
-        if not kept.value.over:
-            raise invalid(
-                "previous_response_id",
-                f"Response {kept.id!r} still runs; wait for its end, or cancel it.",
-            )
-        earlier = kept.value.conversation()
+    earlier = _conversation(visit, body.previous_response_id)
     chat = as_chat(body, earlier)
     try:
         call = await chat_call(
@@ -83,7 +90,7 @@ async def create_response(visit: Visit) -> Response:
         call = Call(msgspec.structs.replace(call.request, params=params), call.attachments)
     visit.check(body.model, call.request.priority)
     making = Making(visit, body, chat, call)
-    source = making.events(visit.generate([call]))
+    source = making.events(visit.generate([call], prompt_field="input"))
     kept = Kept(making.id, visit.key.name, None, making, len(msgspec.json.encode(chat)))
     kept.kind = "response"
     if body.background:
@@ -102,6 +109,56 @@ async def create_response(visit: Visit) -> Response:
         store.drop(kept)
         raise
     return _json(making.snapshot())
+
+
+def _conversation(visit: Visit, id_: str | None) -> list[http.ChatMessage]:
+    """What was said in an earlier response and before; raises GatewayError naming the field."""
+    if id_ is None:
+        return []
+    try:
+        kept = visit.gateway.store.find(id_, visit.key.name, "response")
+    except UnknownAnswer as error:
+        raise UnknownAnswer(
+            f"{error.info.message} Send the conversation as `input`.",
+            param="previous_response_id",
+            status=400,
+            openai_code="previous_response_not_found",
+        ) from None
+    if not kept.value.over:
+        raise invalid(
+            "previous_response_id",
+            f"Response {kept.id!r} still runs; wait for its end, or cancel it.",
+        )
+    return cast(Making, kept.value).conversation()
+
+
+class _Items:
+    """The output items of the responses that the key may see, as JSON, by id."""
+
+    def __init__(self, visit: Visit) -> None:
+        self._visit = visit
+        self._found: dict[str, OutputItem] | None = None
+
+    def __call__(self, id_: str) -> dict[str, Any]:
+        """See `responses_input.Found`."""
+        if self._found is None:
+            visit = self._visit
+            kept = visit.gateway.store.of(visit.key.name, "response")
+            self._found = {
+                item.id: item
+                for making in (one.value for one in kept)
+                if making.over
+                for item in making.output
+            }
+        item = self._found.get(id_)
+        if item is None:
+            raise UnknownAnswer(
+                f"Item with id {id_!r} not found: its response is too old, still runs, belongs to "
+                "another key, was not to be stored, or was made by a gateway that cannot be asked. "
+                "Send the item itself.",
+                param="input",
+            )
+        return dict(msgspec.json.decode(dumped(item)))
 
 
 async def get_response(visit: Visit) -> Response:
@@ -186,8 +243,7 @@ def _check_query(visit: Visit, *known: str) -> None:
         if name not in known:
             raise invalid(name, f"`{name}` is not a parameter of this endpoint; remove it.")
     for entry in (*query.getlist("include"), *query.getlist("include[]")):
-        if entry != LOGPROBS:
-            raise invalid("include", f"`include` knows {LOGPROBS!r}, not {entry!r}.")
+        check_include(entry)
 
 
 def _find(visit: Visit) -> Kept:
@@ -210,11 +266,19 @@ class Making:
         self._chat = chat
         names = [tool["function"]["name"] for tool in call.request.tools or []]
         self._parser = parser_for(names, parallel=body.parallel_tool_calls)
-        self._created = time.time()
+        #: Wall clock, whole seconds.
+        self._created_s = int(time.time())
+        self._completed_s: int | None = None
+        self._tools = [_told_tool(tool) for tool in functions_of(body)]
+        self._text = _told_text(body.text)
+        self._reasoning = {
+            "effort": body.reasoning.effort if body.reasoning else None,
+            "summary": body.reasoning.summary if body.reasoning else None,
+        }
         self._status: Status = "queued"
         self._usage: Usage | None = None
         self._error: GatewayError | None = None
-        self._output: list[shapes.ResponseOutputMessage | shapes.ResponseFunctionToolCall] = []
+        self.output: list[OutputItem] = []
         self._open = False  # the last output item is not complete
         self._sequence = 0
 
@@ -229,7 +293,7 @@ class Making:
         As OpenAI has it, `instructions` are of their own response alone.
         """
         said = [*self._chat.messages[1:]] if self.body.instructions else [*self._chat.messages]
-        for item in self._output:
+        for item in self.output:
             if isinstance(item, shapes.ResponseOutputMessage):
                 said.append(http.ChatMessage(role="assistant", content=_text_of(item).text))
             else:
@@ -246,26 +310,34 @@ class Making:
     def snapshot(self) -> shapes.Response:
         """The response as far as it is known."""
         body = self.body
-        response = shapes.Response.model_construct(
+        response = _Response.model_construct(
             id=self.id,
             object="response",
-            created_at=self._created,
+            created_at=self._created_s,
+            completed_at=self._completed_s,
             status=self._status,
             background=bool(body.background),
             error=None,
             incomplete_details=None,
+            frequency_penalty=body.frequency_penalty or 0.0,
             instructions=body.instructions,
             max_output_tokens=body.max_output_tokens,
+            max_tool_calls=body.max_tool_calls,
             metadata=body.metadata or {},
             model=body.model,
-            output=list(self._output),
+            output=list(self.output),
             parallel_tool_calls=body.parallel_tool_calls is not False,
+            presence_penalty=body.presence_penalty or 0.0,
             previous_response_id=body.previous_response_id,
+            prompt_cache_key=body.prompt_cache_key,
+            reasoning=self._reasoning,
+            safety_identifier=body.safety_identifier,
             service_tier=body.service_tier or "default",
+            store=body.store is not False,
             temperature=1.0 if body.temperature is None else body.temperature,
-            text=msgspec.to_builtins(body.text) if body.text else {"format": {"type": "text"}},
+            text=self._text,
             tool_choice=msgspec.to_builtins(body.tool_choice) or "auto",
-            tools=msgspec.to_builtins(body.tools or []),
+            tools=self._tools,
             top_logprobs=body.top_logprobs or 0,
             top_p=1.0 if body.top_p is None else body.top_p,
             truncation=body.truncation or "disabled",
@@ -277,10 +349,7 @@ class Making:
                 reason="max_output_tokens"
             )
         if self._error is not None:
-            info = self._error.info
-            response.error = shapes.ResponseError.model_construct(
-                code=info.code, message=info.message
-            )
+            response.error = shapes.ResponseError.model_construct(**_error_of(self._error))
         if self._usage is not None:
             usage = self._usage
             response.usage = ResponseUsage(
@@ -352,7 +421,7 @@ class Making:
         message = shapes.ResponseOutputMessage(
             id=new_id("msg_"), type="message", role="assistant", status="in_progress", content=[]
         )
-        self._output.append(message)
+        self.output.append(message)
         self._open = True
         added = self._event("response.output_item.added", item=message.model_copy())
         message.content.append(
@@ -368,10 +437,10 @@ class Making:
 
     def _more_text(self, text: str, logprobs: list[TokenLogprob]) -> list[bytes]:
         out: list[bytes] = []
-        message = self._output[-1] if self._open else None
+        message = self.output[-1] if self._open else None
         if not isinstance(message, shapes.ResponseOutputMessage):
             out = [*self._close(), *self._begin_message()]
-            message = self._output[-1]
+            message = self.output[-1]
         assert isinstance(message, shapes.ResponseOutputMessage)
         content = _text_of(message)
         content.text += text
@@ -403,12 +472,12 @@ class Making:
             arguments="",
             status="in_progress",
         )
-        self._output.append(call)
+        self.output.append(call)
         self._open = True
         return [self._event("response.output_item.added", item=call.model_copy())]
 
     def _more_arguments(self, text: str) -> list[bytes]:
-        call = self._output[-1]
+        call = self.output[-1]
         assert isinstance(call, shapes.ResponseFunctionToolCall)
         call.arguments += text
         return [self._event("response.function_call_arguments.delta", item_id=call.id, delta=text)]
@@ -418,7 +487,7 @@ class Making:
         if not self._open:
             return []
         self._open = False
-        item = self._output[-1]
+        item = self.output[-1]
         item.status = status
         if isinstance(item, shapes.ResponseFunctionToolCall):
             done = [
@@ -448,7 +517,7 @@ class Making:
     def _end(self, event: Finish) -> list[bytes]:
         cut = event.end.finish_reason is FinishReason.LENGTH
         out: list[bytes] = []
-        if not self._output:
+        if not self.output:
             # An empty answer is a message without text.
             out = self._begin_message()
         out += self._close("incomplete" if cut else "completed")
@@ -456,13 +525,15 @@ class Making:
         self._visit.prompt_tokens = self._usage.prompt_tokens
         self._visit.completion_tokens = self._usage.completion_tokens
         self._status = "incomplete" if cut else "completed"
+        if not cut:
+            self._completed_s = int(time.time())
         return [*out, self._whole(f"response.{self._status}")]
 
     # --- events ---
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         """An event about the last output item."""
-        return self._made(kind, {"output_index": len(self._output) - 1, **fields})
+        return self._made(kind, {"output_index": len(self.output) - 1, **fields})
 
     def _whole(self, kind: str) -> bytes:
         return self._made(kind, {"response": self.snapshot()})
@@ -472,6 +543,34 @@ class Making:
         self._sequence += 1
         made = _JSON.encode({"type": kind, "sequence_number": number, **fields})
         return encode(made, event=kind, id_=str(number))
+
+
+def _told_tool(tool: FunctionTool) -> dict[str, Any]:
+    """A tool as the response repeats it: with the fields that OpenAI's always has."""
+    return {
+        "type": "function",
+        "name": tool.name,
+        "description": tool.description,
+        "parameters": tool.parameters,
+        "strict": bool(tool.strict),
+    }
+
+
+def _told_text(text: TextConfig | None) -> dict[str, Any]:
+    told: dict[str, Any] = {"format": {"type": "text"}, "verbosity": "medium"}
+    if text is not None:
+        told |= {k: v for k, v in msgspec.to_builtins(text).items() if v is not None}
+    return told
+
+
+def _error_of(error: GatewayError) -> dict[str, Any]:
+    """A failure as a response tells it: by OpenAI's words for that place, the bus's beside them."""
+    code = error.openai_code
+    if code == error.info.code:
+        code = "server_error" if error.status >= 500 else "invalid_prompt"
+    if error.status == 429:
+        code = "rate_limit_exceeded"
+    return {"code": code, "message": error.info.message, "details": {"code": error.info.code}}
 
 
 def _text_of(message: shapes.ResponseOutputMessage) -> shapes.ResponseOutputText:

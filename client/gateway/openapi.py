@@ -12,9 +12,10 @@ import msgspec
 from starlette.responses import Response
 
 from client import __version__
+from client.gateway.ids import KEPT_ID
 from client.gateway.operator_view import DrainBody
 from client.gateway.requests import ChatRequest, CompletionRequest, EmbeddingRequest
-from client.gateway.responses_input import LOGPROBS, ResponseRequest
+from client.gateway.responses_input import INCLUDABLE, ResponseRequest
 from client.gateway.visit import Visit
 
 __all__ = ["openapi"]
@@ -41,7 +42,7 @@ _TAKES_NOTHING = {
     ("get", "/ready"): "The broker answers.",
     ("get", "/metrics"): "Figures in Prometheus' format.",
 }
-_INCLUDE = {"type": "array", "items": {"const": LOGPROBS}}
+_INCLUDE = {"type": "array", "items": {"enum": list(INCLUDABLE)}}
 _QUERY: dict[str, dict[str, dict[str, Any]]] = {
     "/v1/responses/{id}": {
         "stream": {"type": "boolean", "default": False},
@@ -121,7 +122,7 @@ def _operation(path: str, words: str, query: dict[str, dict[str, Any]]) -> dict[
         "responses": {
             "200": {"description": "Done.", "content": {kind: {} for kind in media}},
             "default": {
-                "description": "Refused or failed; `code` is one of the bus's codes.",
+                "description": "Refused or failed; `code` is OpenAI's or the bus's.",
                 "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
             },
         },
@@ -134,9 +135,10 @@ def _operation(path: str, words: str, query: dict[str, dict[str, Any]]) -> dict[
     parameters: list[dict[str, Any]]
     parameters = [{"name": name, "in": "query", "schema": schema} for name, schema in query.items()]
     if "{id}" in path:
-        parameters.append(
-            {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
-        )
+        schema: dict[str, Any] = {"type": "string"}
+        if path != "/v1/models/{id}":
+            schema["pattern"] = f"^{KEPT_ID}$"
+        parameters.append({"name": "id", "in": "path", "required": True, "schema": schema})
     if parameters:
         operation["parameters"] = parameters
     return operation

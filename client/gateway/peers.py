@@ -21,7 +21,7 @@ import httpx2 as httpx
 from starlette.responses import Response, StreamingResponse
 
 from broker.protocol.errors import ErrorCode
-from client.gateway.errors import GatewayError
+from client.gateway.errors import UNKNOWN_HEADER, GatewayError, UnknownAnswer
 
 if TYPE_CHECKING:
     from client.gateway.visit import Handler, Visit
@@ -91,7 +91,7 @@ class Peers:
         except httpx.TransportError as error:
             log.warning("peer %s broke off: %s", address, error)
             return None
-        if answer.status_code == 404 and ErrorCode.INVALID_REQUEST.encode() in octets:
+        if UNKNOWN_HEADER in answer.headers:
             return None
         return Response(octets, answer.status_code, told)
 
@@ -102,9 +102,7 @@ def anywhere(handler: Handler) -> Handler:
     async def answer(visit: Visit) -> Response:
         try:
             return await handler(visit)
-        except GatewayError as error:
-            if error.status != 404 or error.info.code != ErrorCode.INVALID_REQUEST:
-                raise
+        except UnknownAnswer:
             found = await visit.gateway.peers.ask(visit, visit.octets)
             if found is None:
                 raise

@@ -16,12 +16,11 @@ import asyncio
 import contextlib
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from broker.protocol.errors import ErrorCode
-from client.gateway.errors import GatewayError, describe
+from client.gateway.errors import GatewayError, UnknownAnswer, describe
 from client.gateway.sse import Source
 
 __all__ = ["Kept", "Store", "Transcript"]
@@ -162,16 +161,18 @@ class Store:
                 del self._entries[id_]
 
     def find(self, id_: str, owner: str, kind: str) -> Kept:
-        """The answer; raises GatewayError(invalid_request, 404)."""
+        """The answer; raises UnknownAnswer."""
         kept = self._entries.get(id_)
         if kept is None or kept.owner != owner or kept.kind != kind:
-            raise GatewayError(
-                ErrorCode.INVALID_REQUEST,
+            raise UnknownAnswer(
                 f"No answer {id_!r} here: it is too old, belongs to another key, was not to be "
-                "kept, or was made by a gateway that cannot be asked.",
-                status=404,
+                "kept, or was made by a gateway that cannot be asked."
             )
         return kept
+
+    def of(self, owner: str, kind: str) -> Iterator[Kept]:
+        """The answers of a kind that this key may see."""
+        return (kept for kept in self._entries.values() if (kept.owner, kept.kind) == (owner, kind))
 
     def has(self, id_: str, owner: str) -> bool:
         """The answer is here and may be read by this key."""

@@ -4,13 +4,17 @@ Three kinds of fields:
 
 * honoured: typed below, bounds as OpenAI documents them, or the bus's where the bus allows more;
 * harmless labels, accepted without effect on the answer: `metadata`, `store`,
-  `safety_identifier`, `prompt_cache_key`, `prompt_cache_retention`, `prompt_cache_options` (a
-  worker's prefix cache needs no key) and `stream_options.include_obfuscation`;
-* known but not served: typed `Refused` with the reason; any value but null is a 400 naming it.
+  `safety_identifier`, `prompt_cache_key`, `prompt_cache_retention`, `prompt_cache_options`, and on
+  parts, messages and tools `prompt_cache_breakpoint` and `cache_control` (a worker's prefix cache
+  needs no hint), `prediction` (it only makes answers faster), what an SDK's object of an earlier
+  answer carries beside it (`annotations`, `parsed`, `parsed_arguments`) and
+  `stream_options.include_obfuscation`;
+* known but not served: typed `Refused` with the reason; a value that asks for something is a 400
+  naming it. Null, an empty list and an empty text ask for nothing.
 
-A field that stands nowhere is a 400 that names it. Beyond OpenAI's own fields the common extensions
-of other servers are taken: top_k, min_p, repetition_penalty, min_tokens, stop_token_ids,
-ignore_eos, include_stop_str_in_output, skip_special_tokens, structured_outputs,
+A field that stands nowhere is a 400 that names it, unless it is null. Beyond OpenAI's own fields
+the common extensions of other servers are taken: top_k, min_p, repetition_penalty, min_tokens,
+stop_token_ids, ignore_eos, include_stop_str_in_output, skip_special_tokens, structured_outputs,
 chat_template_kwargs, priority (higher goes first), queue_ms and ttl_ms.
 
 Must never talk to the bus: `convert` turns these values into bus requests.
@@ -43,11 +47,13 @@ __all__ = [
     "JsonSchemaFormat",
     "Sampling",
     "StructuredOutputs",
+    "converted",
     "named_error",
     "number_of",
     "parse",
     "refuse_unserved",
     "texts_of",
+    "without_unknown_nulls",
 ]
 
 Temperature = Annotated[float, Meta(ge=0, le=2)]
@@ -58,6 +64,7 @@ Tokens = Annotated[int, Meta(ge=1, le=1 << 31)]
 StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
 Stop = StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)]
 TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+ServiceTier = Literal["auto", "default", "flex", "scale", "priority", "fast"]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 ModelName = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_OCTETS)]
 #: One text, several, the token ids of one, or those of several; `texts_of` sorts them out.
@@ -65,10 +72,16 @@ Texts = (
     str
     | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1, max_length=MAX_ARRAY_ITEMS)]
 )
+#: How closely a model looks at a picture.
+Detail = Literal["auto", "high", "low", "original"]
 #: Of one request; each is a request of the bus, or several.
 MAX_TEXTS: Final = 4096
+#: The bus counts seeds with 63 bits; OpenAI's are 64-bit numbers with a sign.
+Seed = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 #: A known field that this gateway does not serve; see `_UNSERVED`.
 Refused = Annotated[Any, Meta(extra_json_schema={"type": "null"})]
+#: A hint for a cache, or what an SDK's object carries: any value, without effect on the answer.
+Label = Any
 
 
 class _Body(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -95,7 +108,7 @@ class StructuredOutputs(_Body, kw_only=True):
 class Extensions(_Body, kw_only=True):
     """What every endpoint takes that makes text, though OpenAI's does not take all of it."""
 
-    seed: int | None = None
+    seed: Seed | None = None
     stop: Stop | None = None
     top_k: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = None
     min_p: Share | None = None
@@ -139,27 +152,32 @@ class Sampling(Extensions, kw_only=True):
 
 class ImageUrl(_Body, kw_only=True):
     url: str
-    #: The model gets the picture as it is, which is what `auto` and `high` ask for.
-    detail: Literal["auto", "high", "low"] | None = None
+    #: The model gets the picture as it is, which is what all but `low` ask for.
+    detail: Detail | None = None
 
 
-class TextPart(_Body, tag="text", tag_field="type", kw_only=True):
+class _Part(_Body, kw_only=True):
+    prompt_cache_breakpoint: Label = None
+    cache_control: Label = None
+
+
+class TextPart(_Part, tag="text", tag_field="type", kw_only=True):
     text: str
 
 
-class ImagePart(_Body, tag="image_url", tag_field="type", kw_only=True):
+class ImagePart(_Part, tag="image_url", tag_field="type", kw_only=True):
     image_url: ImageUrl
 
 
-class RefusalPart(_Body, tag="refusal", tag_field="type", kw_only=True):
+class RefusalPart(_Part, tag="refusal", tag_field="type", kw_only=True):
     refusal: str
 
 
-class AudioPart(_Body, tag="input_audio", tag_field="type", kw_only=True):
+class AudioPart(_Part, tag="input_audio", tag_field="type", kw_only=True):
     input_audio: Refused = None
 
 
-class FilePart(_Body, tag="file", tag_field="type", kw_only=True):
+class FilePart(_Part, tag="file", tag_field="type", kw_only=True):
     file: Refused = None
 
 
@@ -169,6 +187,7 @@ ContentPart = TextPart | ImagePart | RefusalPart | AudioPart | FilePart
 class CalledFunction(_Body, kw_only=True):
     name: str
     arguments: str
+    parsed_arguments: Label = None
 
 
 class ToolCall(_Body, kw_only=True):
@@ -177,6 +196,7 @@ class ToolCall(_Body, kw_only=True):
     type: Literal["function"] = "function"
     #: Position in a stream; SDK objects that were built from one carry it.
     index: int | None = None
+    cache_control: Label = None
 
 
 class ChatMessage(_Body, kw_only=True):
@@ -187,10 +207,12 @@ class ChatMessage(_Body, kw_only=True):
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
-    # SDK objects of an earlier answer carry these as null.
-    annotations: Any = None
+    # As the SDK's object of an earlier answer carries them.
+    annotations: Label = None
+    parsed: Label = None
     audio: Refused = None
     function_call: Refused = None
+    cache_control: Label = None
 
 
 class Function(_Body, kw_only=True):
@@ -198,24 +220,34 @@ class Function(_Body, kw_only=True):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    cache_control: Label = None
 
 
 class Tool(_Body, kw_only=True):
     function: Function
     type: Literal["function"]
+    cache_control: Label = None
 
 
 class NamedFunction(_Body, kw_only=True):
     name: str
 
 
-class NamedTool(_Body, kw_only=True):
+class NamedTool(_Body, tag="function", tag_field="type", kw_only=True):
     function: NamedFunction
-    type: Literal["function"]
+
+
+class AllowedTools(_Body, kw_only=True):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Meta(min_length=1)]
+
+
+class AllowedToolChoice(_Body, tag="allowed_tools", tag_field="type", kw_only=True):
+    allowed_tools: AllowedTools
 
 
 #: What a caller may say of the choice between its tools.
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedToolChoice
 
 
 class JsonSchema(_Body, kw_only=True):
@@ -249,21 +281,21 @@ class ChatRequest(Sampling, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Meta(min_length=1, max_length=128)] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     #: "flex" waits behind the others, "priority" and "fast" go before them.
-    service_tier: Literal["auto", "default", "flex", "priority", "fast"] | None = None
-    #: Given to the chat template under this name.
+    service_tier: ServiceTier | None = None
+    #: Given to the chat template under these names.
     reasoning_effort: str | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     modalities: list[Literal["text", "audio"]] | None = None
     audio: Refused = None
     function_call: Refused = None
     functions: Refused = None
     moderation: Refused = None
-    prediction: Refused = None
-    verbosity: Refused = None
+    prediction: Label = None
     web_search_options: Refused = None
 
 
@@ -303,15 +335,11 @@ _UNSERVED = {
     "file_id": "no files are kept here; send a picture as `image_url`",
     "function_call": "it is the deprecated form of `tool_choice`",
     "functions": "it is the deprecated form of `tools`",
-    "generate_summary": "models of the bus write no summaries of their reasoning",
     "input_audio": "the bus serves text and pictures, no sound",
-    "max_tool_calls": "tools run at the caller, who can count them",
+    "namespace": "functions of the bus's models have none; write it into the function's name",
     "moderation": "no moderation model stands behind this gateway",
-    "prediction": "workers of this bus do not take predicted outputs",
     "prompt": "prompt templates are not stored here; send `input` and `instructions`",
     "suffix": "no model of the bus fills in the middle through this endpoint",
-    "summary": "models of the bus write no summaries of their reasoning",
-    "verbosity": "say in the system prompt how long the answer shall be",
     "web_search_options": "the bus does not reach the web",
 }
 
@@ -327,11 +355,55 @@ def parse(kind: type[Body], octets: bytes) -> Body:
     try:
         return msgspec.json.decode(octets, type=kind)
     except msgspec.ValidationError as error:
-        raise named_error(str(error), kind) from None
+        if not _UNKNOWN.match(str(error)):
+            raise named_error(str(error), kind) from None
+        # Only now, as few bodies need it and all of them pay for speed.
+        body: Body = converted(without_unknown_nulls(msgspec.json.decode(octets), kind), kind)
+        return body
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid(None, f"The body is not JSON: {error}. Send one JSON object.") from None
     except RecursionError:
         raise invalid(None, "The body is nested too deeply.") from None
+
+
+def converted(value: Any, kind: Any, path: str = "") -> Any:
+    """JSON that was read as a `kind`; raises as `parse` does. `path` leads to the value."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise named_error(str(error), kind, path) from None
+
+
+def without_unknown_nulls(value: Any, kind: Any) -> Any:
+    """JSON that was read, without the fields that a `kind` does not know and that are null: they
+    ask for nothing. What may hold any fields stays as it is."""
+    return _without_unknown_nulls(value, _alternatives(msgspec.inspect.type_info(kind)))
+
+
+def _without_unknown_nulls(value: Any, kinds: list[msgspec.inspect.Type]) -> Any:
+    if isinstance(value, list):
+        items = [
+            inner
+            for one in kinds
+            if isinstance(one, msgspec.inspect.ListType)
+            for inner in _alternatives(one.item_type)
+        ]
+        return [_without_unknown_nulls(item, items) for item in value] if items else value
+    structs = [one for one in kinds if isinstance(one, msgspec.inspect.StructType)]
+    if not isinstance(value, dict) or not structs:
+        return value
+    tagged = [one for one in structs if one.tag_field and value.get(one.tag_field) == one.tag]
+    known: dict[str, list[msgspec.inspect.Type]] = {}
+    for one in tagged or structs:
+        if one.tag_field is not None:
+            known.setdefault(one.tag_field, [])
+        for field in one.fields:
+            known.setdefault(field.encode_name, []).extend(_alternatives(field.type))
+    return {
+        name: _without_unknown_nulls(inner, known.get(name, []))
+        for name, inner in value.items()
+        if inner is not None or name in known
+    }
 
 
 def named_error(message: str, kind: Any, path: str = "") -> GatewayError:
@@ -412,7 +484,7 @@ def refuse_unserved(body: Struct, path: str = "") -> None:
     for field in body.__struct_fields__:
         value = getattr(body, field)
         here = f"{path}.{field}" if path else field
-        if value is not None and field in _refused_fields(type(body)):
+        if field in _refused_fields(type(body)) and value not in (None, [], ""):
             raise invalid(here, f"`{here}` is not served: {_UNSERVED[field]}.")
         if isinstance(value, Struct):
             refuse_unserved(value, here)

@@ -7,7 +7,8 @@ turned into chat messages, so that one conversion knows what a message means on 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -16,9 +17,32 @@ from broker.protocol.limits import MAX_TOP_LOGPROBS
 from client.gateway import requests as http
 from client.gateway.errors import GatewayError, invalid
 
-__all__ = ["ResponseRequest", "as_chat", "named_in_input"]
+__all__ = [
+    "INCLUDABLE",
+    "LOGPROBS",
+    "FunctionTool",
+    "ResponseRequest",
+    "TextConfig",
+    "as_chat",
+    "check_include",
+    "functions_of",
+    "named_in_input",
+    "with_references",
+]
 
 LOGPROBS = "message.output_text.logprobs"
+#: What `include` may ask for. But for log-probabilities it is more of what models of the bus never
+#: do, or what stands there anyway.
+INCLUDABLE: Final = (
+    LOGPROBS,
+    "reasoning.encrypted_content",
+    "message.input_image.image_url",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+)
 
 
 class _Body(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -28,32 +52,39 @@ class _Body(Struct, forbid_unknown_fields=True, kw_only=True):
 # --- input ----------------------------------------------------------------------------------------
 
 
-class InputText(_Body, tag="input_text", tag_field="type", kw_only=True):
+class _Content(_Body, kw_only=True):
+    prompt_cache_breakpoint: http.Label = None
+    cache_control: http.Label = None
+
+
+class InputText(_Content, tag="input_text", tag_field="type", kw_only=True):
     text: str
 
 
-class OutputText(_Body, tag="output_text", tag_field="type", kw_only=True):
+class OutputText(_Content, tag="output_text", tag_field="type", kw_only=True):
     text: str
-    # As an earlier answer carries them.
-    annotations: Any = None
-    logprobs: Any = None
+    # As the SDK's object of an earlier answer carries them.
+    annotations: http.Label = None
+    logprobs: http.Label = None
+    parsed: http.Label = None
 
 
-class Refusal(_Body, tag="refusal", tag_field="type", kw_only=True):
+class Refusal(_Content, tag="refusal", tag_field="type", kw_only=True):
     refusal: str
 
 
-class InputImage(_Body, tag="input_image", tag_field="type", kw_only=True):
+class InputImage(_Content, tag="input_image", tag_field="type", kw_only=True):
     image_url: str | None = None
-    detail: Literal["auto", "high", "low"] | None = None
+    detail: http.Detail | None = None
     file_id: http.Refused = None
 
 
-class InputFile(_Body, tag="input_file", tag_field="type", kw_only=True):
+class InputFile(_Content, tag="input_file", tag_field="type", kw_only=True):
     file_id: Any = None
     file_url: Any = None
     file_data: Any = None
     filename: Any = None
+    detail: Any = None
 
 
 Content = InputText | OutputText | Refusal | InputImage | InputFile
@@ -66,6 +97,7 @@ class MessageItem(_Body, tag="message", tag_field="type", kw_only=True):
     id: str | None = None
     status: str | None = None
     phase: str | None = None
+    cache_control: http.Label = None
 
 
 class FunctionCallItem(_Body, tag="function_call", tag_field="type", kw_only=True):
@@ -74,6 +106,11 @@ class FunctionCallItem(_Body, tag="function_call", tag_field="type", kw_only=Tru
     arguments: str
     id: str | None = None
     status: str | None = None
+    #: Who called, and whether others were waited for: of no interest to a model that reads of it.
+    caller: http.Label = None
+    async_: http.Label = msgspec.field(default=None, name="async")
+    parsed_arguments: http.Label = None
+    namespace: http.Refused = None
 
 
 class FunctionOutputItem(_Body, tag="function_call_output", tag_field="type", kw_only=True):
@@ -81,6 +118,10 @@ class FunctionOutputItem(_Body, tag="function_call_output", tag_field="type", kw
     output: str | list[Content]
     id: str | None = None
     status: str | None = None
+    #: The function's, which the call names as well.
+    name: str | None = None
+    caller: http.Label = None
+    namespace: http.Refused = None
 
 
 class ReasoningItem(_Body, tag="reasoning", tag_field="type", kw_only=True):
@@ -93,7 +134,13 @@ class ReasoningItem(_Body, tag="reasoning", tag_field="type", kw_only=True):
     status: str | None = None
 
 
-Item = MessageItem | FunctionCallItem | FunctionOutputItem | ReasoningItem
+class ItemReference(_Body, tag="item_reference", tag_field="type", kw_only=True):
+    """An output item of a response that is kept here."""
+
+    id: str
+
+
+Item = MessageItem | FunctionCallItem | FunctionOutputItem | ReasoningItem | ItemReference
 
 
 # --- the body -------------------------------------------------------------------------------------
@@ -105,11 +152,45 @@ class FunctionTool(_Body, kw_only=True):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
     description: str | None = None
+    cache_control: http.Label = None
+    #: What the function's answer looks like; the model sees the answer itself.
+    output_schema: http.Label = None
+    #: A model of the bus calls in its answer ("direct"), and waits for nothing else meanwhile.
+    allowed_callers: http.Label = None
+    async_: http.Label = msgspec.field(default=None, name="async")
+    #: Every tool is told to the model at once.
+    defer_loading: http.Label = None
 
 
-class NamedTool(_Body, kw_only=True):
-    type: Literal["function"]
+#: Kinds of tools that OpenAI runs, or whose calls have a form of their own.
+_RUN_ELSEWHERE: Final = (
+    "apply_patch",
+    "code_interpreter",
+    "computer",
+    "computer_use_preview",
+    "custom",
+    "file_search",
+    "image_generation",
+    "local_shell",
+    "mcp",
+    "namespace",
+    "programmatic_tool_calling",
+    "shell",
+    "tool_search",
+    "web_search",
+    "web_search_2025_08_26",
+    "web_search_preview",
+    "web_search_preview_2025_03_11",
+)
+
+
+class NamedTool(_Body, tag="function", tag_field="type", kw_only=True):
     name: str
+
+
+class AllowedTools(_Body, tag="allowed_tools", tag_field="type", kw_only=True):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Meta(min_length=1)]
 
 
 class PlainFormat(_Body, tag="text", tag_field="type", kw_only=True):
@@ -129,13 +210,17 @@ class SchemaFormat(_Body, tag="json_schema", tag_field="type", kw_only=True):
 
 class TextConfig(_Body, kw_only=True):
     format: PlainFormat | ObjectFormat | SchemaFormat | None = None
-    verbosity: http.Refused = None
+    verbosity: Literal["low", "medium", "high"] | None = None
 
 
 class Reasoning(_Body, kw_only=True):
     effort: str | None = None
-    summary: http.Refused = None
-    generate_summary: http.Refused = None
+    #: Of reasoning, which answers of the bus do not show.
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+    #: Models of the bus read no reasoning of earlier turns.
+    context: Literal["auto", "current_turn"] | None = None
+    mode: Literal["standard"] | None = None
 
 
 class ResponseStreamOptions(_Body, kw_only=True):
@@ -161,16 +246,20 @@ class ResponseRequest(http.Extensions, kw_only=True):
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     include: list[str] | None = None
     text: TextConfig | None = None
-    tools: list[FunctionTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    #: Functions; tools of other kinds beside them are left out, see `functions_of`.
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     #: "auto": the oldest tokens make room; "disabled": a prompt that is too long is an error.
     truncation: Literal["auto", "disabled"] | None = None
-    service_tier: Literal["auto", "default", "flex", "priority", "fast"] | None = None
+    service_tier: http.ServiceTier | None = None
     user: str | None = None
     # Labels.
     metadata: dict[str, str] | None = None
+    client_metadata: http.Label = None
+    #: Of tools that run at OpenAI; functions run at the caller.
+    max_tool_calls: Annotated[int, Meta(ge=1)] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
@@ -180,9 +269,34 @@ class ResponseRequest(http.Extensions, kw_only=True):
     # Known, not served.
     context_management: http.Refused = None
     conversation: http.Refused = None
-    max_tool_calls: http.Refused = None
     moderation: http.Refused = None
     prompt: http.Refused = None
+
+
+#: The output item of that id that is kept here, as JSON; raises GatewayError where there is none.
+Found = Callable[[str], dict[str, Any]]
+
+
+def with_references(body: ResponseRequest, kept: Found) -> ResponseRequest:
+    """The same request with the items themselves in the place of references to them."""
+    if isinstance(body.input, str):
+        return body
+    items = []
+    for index, raw in enumerate(body.input):
+        item = _typed(raw)
+        if item["type"] == "item_reference":
+            item = kept(http.converted(item, ItemReference, f"input[{index}]").id)
+        items.append(item)
+    return msgspec.structs.replace(body, input=items)
+
+
+def _typed(item: dict[str, Any]) -> dict[str, Any]:
+    """An item of the input with its type, which may be left out of two."""
+    plain = http.without_unknown_nulls(item, Item)
+    if plain.get("type") is not None:
+        return dict(plain)
+    given = {name: value for name, value in plain.items() if name != "type"}
+    return {"type": "item_reference" if set(given) == {"id"} else "message", **given}
 
 
 def _messages_of(body: ResponseRequest) -> tuple[list[http.ChatMessage], list[str]]:
@@ -195,10 +309,7 @@ def _messages_of(body: ResponseRequest) -> tuple[list[http.ChatMessage], list[st
     paths: list[str] = []
     for index, raw in enumerate(body.input):
         path = f"input[{index}]"
-        try:
-            item = msgspec.convert({"type": "message", **raw}, Item)
-        except msgspec.ValidationError as error:
-            raise http.named_error(str(error), Item, path) from None
+        item = http.converted(_typed(raw), Item, path)
         http.refuse_unserved(item, path)
         _append(messages, item, path)
         paths += [path] * (len(messages) - len(paths))
@@ -257,8 +368,8 @@ def _append(messages: list[http.ChatMessage], item: Item, path: str) -> None:
                     content=output if isinstance(output, str) else _parts(output, f"{path}.output"),
                 )
             )
-        case ReasoningItem():
-            pass
+        case ReasoningItem() | ItemReference():
+            pass  # `with_references` was there before
 
 
 def _parts(content: list[Content], path: str) -> list[http.ContentPart]:
@@ -283,8 +394,7 @@ def as_chat(body: ResponseRequest, earlier: list[http.ChatMessage]) -> http.Chat
     """The chat request that asks for the same answer; raises GatewayError naming the field."""
     http.refuse_unserved(body)
     for entry in body.include or []:
-        if entry not in (LOGPROBS, "reasoning.encrypted_content"):
-            raise invalid("include", f"`include` knows {LOGPROBS!r}, not {entry!r}.")
+        check_include(entry)
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options", "`stream_options` needs `stream` to be true.")
     if body.background and body.store is False:
@@ -292,7 +402,7 @@ def as_chat(body: ResponseRequest, earlier: list[http.ChatMessage]) -> http.Chat
     instructions = (
         [http.ChatMessage(role="system", content=body.instructions)] if body.instructions else []
     )
-    logprobs = LOGPROBS in (body.include or []) or body.top_logprobs is not None
+    logprobs = LOGPROBS in (body.include or []) or bool(body.top_logprobs)
     return http.ChatRequest(
         model=body.model,
         messages=[*instructions, *earlier, *_messages_of(body)[0]],
@@ -302,10 +412,11 @@ def as_chat(body: ResponseRequest, earlier: list[http.ChatMessage]) -> http.Chat
         logprobs=logprobs,
         top_logprobs=body.top_logprobs if logprobs else None,
         response_format=_format(body.text),
-        tools=[_tool(tool) for tool in body.tools] if body.tools else None,
+        tools=[_tool(tool) for tool in functions_of(body)],
         tool_choice=_tool_choice(body),
         parallel_tool_calls=body.parallel_tool_calls,
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
+        verbosity=body.text.verbosity if body.text else None,
         service_tier=body.service_tier,
         user=body.user,
         chat_template_kwargs=body.chat_template_kwargs,
@@ -313,12 +424,47 @@ def as_chat(body: ResponseRequest, earlier: list[http.ChatMessage]) -> http.Chat
     )
 
 
+def check_include(entry: str) -> None:
+    """Raises GatewayError for what `include` cannot ask for."""
+    if entry not in INCLUDABLE:
+        raise invalid("include", f"`include` knows {', '.join(INCLUDABLE)}; not {entry!r}.")
+
+
+def functions_of(body: ResponseRequest) -> list[FunctionTool]:
+    """The tools that the model may call. Tools that OpenAI runs itself are left out: agents send
+    them beside their functions whoever answers. Raises GatewayError where there is nothing else."""
+    functions: list[FunctionTool] = []
+    left_out: list[str] = []
+    for index, tool in enumerate(body.tools or []):
+        kind = tool.get("type")
+        if kind in _RUN_ELSEWHERE:
+            left_out.append(f"tools[{index}].type")
+            continue
+        if kind != "function":
+            told = f"Invalid value {kind!r}; allowed are 'function' and, beside functions, "
+            known = ", ".join(map(repr, _RUN_ELSEWHERE))
+            raise invalid(f"tools[{index}].type", f"`tools[{index}].type`: {told}{known}.")
+        path = f"tools[{index}]"
+        tool = http.without_unknown_nulls(tool, FunctionTool)
+        functions.append(http.converted(tool, FunctionTool, path))
+    if left_out and not functions:
+        raise invalid(
+            left_out[0],
+            f"`{left_out[0]}`: nothing here runs such a tool; send functions, which run at the "
+            "caller.",
+        )
+    return functions
+
+
 def _tool_choice(body: ResponseRequest) -> http.ToolChoice | None:
-    if isinstance(body.tool_choice, NamedTool):
-        named = http.NamedFunction(name=body.tool_choice.name)
-        return http.NamedTool(type="function", function=named)
-    # As OpenAI's answers tell it where there are no tools.
-    return None if body.tool_choice == "auto" and not body.tools else body.tool_choice
+    match body.tool_choice:
+        case NamedTool(name=name):
+            return http.NamedTool(function=http.NamedFunction(name=name))
+        case AllowedTools(mode=mode, tools=tools):
+            names = [http.NamedTool(function=http.NamedFunction(name=one.name)) for one in tools]
+            return http.AllowedToolChoice(allowed_tools=http.AllowedTools(mode=mode, tools=names))
+        case other:
+            return other
 
 
 def _tool(tool: FunctionTool) -> http.Tool:

@@ -12,14 +12,14 @@ import base64
 import binascii
 import datetime
 import logging
-import secrets
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -32,6 +32,7 @@ from client import AsyncStream, Embeddings
 from client.gateway.convert import Call
 from client.gateway.errors import GatewayError, describe, error_response, invalid, too_large
 from client.gateway.generation import RETRY, Batches, generate
+from client.gateway.ids import REQUEST_ID_HEADER, request_id_of
 from client.gateway.keys import ANYBODY, Key, Usage
 from client.gateway.sse import STATUS_LEFT, EventStream, Source
 from client.gateway.traces import HttpSpan
@@ -51,7 +52,6 @@ STOPPING: Final = GatewayError(
     ErrorCode.DRAINING, "This gateway is being stopped; send the request again.", retryable=True
 )
 
-REQUEST_ID_HEADER = "x-request-id"
 BUS_REQUESTS_HEADER = "x-bus-requests"
 REATTACH_HEADER = "x-reattach"
 
@@ -141,7 +141,7 @@ class Visit:
             }
         )
 
-    def generate(self, calls: Sequence[Call]) -> Batches:
+    def generate(self, calls: Sequence[Call], *, prompt_field: str | None = None) -> Batches:
         """Run requests of the bus for this one; see `generation.generate`."""
         trace = self._trace()
         spans = []
@@ -156,6 +156,7 @@ class Visit:
             ],
             self._opened,
             spans=spans,
+            prompt_field=prompt_field,
         )
 
     async def embed(
@@ -260,6 +261,9 @@ class Visit:
         return self.octets
 
 
+#: In a path, how one of its parameters is written: of no interest in logs and figures.
+_CONVERTOR: Final = re.compile(r":\w+}")
+
 Handler = Callable[[Visit], Awaitable[Response]]
 
 
@@ -291,7 +295,8 @@ def route(
 
     `counted`: it takes one of the key's requests. `public`: it needs no key.
     """
-    endpoint = Endpoint(path, handler, counted=counted, public=public)
+    shown = _CONVERTOR.sub("}", path)
+    endpoint = Endpoint(shown, handler, counted=counted, public=public)
     return Route(path, endpoint, methods=[method])
 
 
@@ -307,13 +312,7 @@ class Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway: Gateway = scope["app"].state.gateway
         request = Request(scope, receive)
-        request_id = request.headers.get(REQUEST_ID_HEADER, "")
-        if (
-            not request_id.isascii()
-            or not request_id.isprintable()
-            or not 0 < len(request_id) <= 128
-        ):
-            request_id = f"req-{secrets.token_hex(12)}"
+        request_id = request_id_of(scope)
         visit = Visit(gateway, request, request_id, ANYBODY)
         if gateway.tracer is not None and self._counted:
             visit.span = HttpSpan(
@@ -327,13 +326,8 @@ class Endpoint:
             if message["type"] == "http.response.start":
                 begun = True
                 outcome = message["status"]
-                added = [(REQUEST_ID_HEADER, request_id)]
                 if visit.bus_requests:
-                    added.append((BUS_REQUESTS_HEADER, visit.bus_names))
-                message["headers"] = [
-                    *message["headers"],
-                    *((name.encode(), value.encode()) for name, value in added),
-                ]
+                    MutableHeaders(scope=message)[BUS_REQUESTS_HEADER] = visit.bus_names
             return send(message)
 
         try:

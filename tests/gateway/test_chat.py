@@ -224,10 +224,6 @@ WRONG = {
     "too many top_logprobs": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     "two limits": ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
     "a bias of no token": ({"logit_bias": {"x": 1}}, "logit_bias"),
-    "usage so far without usage": (
-        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
-        "stream_options.continuous_usage_stats",
-    ),
     "options of no stream": ({"stream_options": {"include_usage": True}}, "stream_options"),
     "a choice without tools": ({"tool_choice": "required"}, "tool_choice"),
     "a remote picture": (
@@ -242,7 +238,25 @@ WRONG = {
         {"messages": [{"role": "user", "content": [{"type": "file", "file": {}}]}]},
         "messages[0].content[0].file",
     ),
-    "verbosity": ({"verbosity": "low"}, "verbosity"),
+    "verbosity": ({"verbosity": "chatty"}, "verbosity"),
+    "a seed past 64 bits": ({"seed": 1 << 63}, "seed"),
+    "a seed past 64 bits below": ({"seed": -(1 << 63) - 1}, "seed"),
+    "a tool that is no function": (
+        {"tools": [{"type": "custom", "custom": {"name": "f"}}]},
+        "tools[0].type",
+    ),
+    "tools that are not there": (
+        {
+            "tool_choice": {
+                "type": "allowed_tools",
+                "allowed_tools": {
+                    "mode": "auto",
+                    "tools": [{"type": "function", "function": {"name": "f"}}],
+                },
+            }
+        },
+        "tool_choice",
+    ),
     "n": ({"n": 0}, "n"),
 }
 
@@ -273,11 +287,14 @@ def test_labels_are_taken_without_effect(client: openai.OpenAI) -> None:
     assert answer.choices[0].message.content == "hello there"
 
 
-def test_an_unknown_model_is_a_404_with_the_buss_code(client: openai.OpenAI) -> None:
+def test_an_unknown_model_is_a_404_with_openais_code_and_the_buss_beside_it(
+    client: openai.OpenAI,
+) -> None:
     for stream in (False, True):
         with pytest.raises(openai.NotFoundError) as caught:
             client.chat.completions.create(model="nope", messages=HELLO, stream=stream)
-        assert caught.value.code == "model_unavailable"
+        assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+        assert caught.value.body["details"]["code"] == "model_unavailable"
         assert "nope" in caught.value.message
 
 

@@ -160,7 +160,7 @@ def test_models_are_those_of_the_bus(client: openai.OpenAI, gateway: GatewayProc
     assert client.models.retrieve(MODEL) == model
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("nope")
-    assert caught.value.code == "model_unavailable"
+    assert caught.value.code == "model_not_found"
 
 
 def test_many_choices_make_no_endless_header(http: httpx.Client) -> None:

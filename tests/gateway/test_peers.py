@@ -95,7 +95,7 @@ def test_what_no_gateway_knows_is_told_once(pair: tuple[GatewayProcess, GatewayP
         assert answer.status_code == 404 and "resp_none" in answer.json()["error"]["message"]
         # An unknown model is no matter for the others.
         answer = there.post("/v1/responses", json={"model": "nope", "input": "x"})
-        assert answer.json()["error"]["code"] == "model_unavailable"
+        assert answer.json()["error"]["code"] == "model_not_found"
 
 
 def test_gateways_that_know_each_other_do_not_ask_in_circles(make_gateway: MakeGateway) -> None:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import inspect
 import json
 import socket
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import httpx2 as httpx
 import msgspec
+import openai.types.chat as chat
 import openai.types.chat.completion_create_params as chat_params
 import openai.types.completion_create_params as completion_params
 import openai.types.embedding_create_params as embedding_params
+import openai.types.responses as responses
 import openai.types.responses.response_create_params as response_params
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai.types.shared_params import Reasoning
+from typing_extensions import is_typeddict
 
 from client.gateway import requests, responses_input
 from client.gateway.errors import GatewayError
@@ -49,6 +54,78 @@ def test_every_field_of_openais_is_known_or_refused_by_its_name(body: type[msgsp
         assert refused.value.param == field
 
 
+#: Their types below the bodies, beside ours.
+PARTS = {
+    requests.ChatMessage: [
+        chat.ChatCompletionAssistantMessageParam,
+        chat.ChatCompletionDeveloperMessageParam,
+        chat.ChatCompletionSystemMessageParam,
+        chat.ChatCompletionToolMessageParam,
+        chat.ChatCompletionUserMessageParam,
+    ],
+    requests.TextPart: [chat.ChatCompletionContentPartTextParam],
+    requests.ImagePart: [chat.ChatCompletionContentPartImageParam],
+    requests.RefusalPart: [chat.ChatCompletionContentPartRefusalParam],
+    requests.AudioPart: [chat.ChatCompletionContentPartInputAudioParam],
+    requests.Tool: [chat.ChatCompletionFunctionToolParam],
+    requests.ToolCall: [chat.ChatCompletionMessageFunctionToolCallParam],
+    requests.StreamOptions: [chat.ChatCompletionStreamOptionsParam],
+    responses_input.InputText: [responses.ResponseInputTextParam],
+    responses_input.InputImage: [responses.ResponseInputImageParam],
+    responses_input.InputFile: [responses.ResponseInputFileParam],
+    responses_input.OutputText: [responses.ResponseOutputTextParam],
+    responses_input.MessageItem: [
+        responses.EasyInputMessageParam,
+        responses.ResponseOutputMessageParam,
+    ],
+    responses_input.FunctionCallItem: [responses.ResponseFunctionToolCallParam],
+    responses_input.FunctionOutputItem: [responses.response_input_param.FunctionCallOutput],
+    responses_input.ReasoningItem: [responses.ResponseReasoningItemParam],
+    responses_input.ItemReference: [responses.response_input_param.ItemReference],
+    responses_input.FunctionTool: [responses.FunctionToolParam],
+    responses_input.TextConfig: [responses.ResponseTextConfigParam],
+    responses_input.Reasoning: [Reasoning],
+}
+
+
+@pytest.mark.parametrize("ours", PARTS, ids=lambda ours: ours.__name__)
+def test_what_their_client_can_send_within_a_body_is_known(ours: type[msgspec.Struct]) -> None:
+    theirs = {field for kind in PARTS[ours] for field in get_type_hints(kind)}
+    assert theirs - {*ours.__struct_encode_fields__, "type"} == set()
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
+def test_every_word_that_their_client_knows_is_taken_or_refused_by_its_field(
+    body: type[msgspec.Struct],
+) -> None:
+    inputs = {
+        ChatRequest: {"messages": [{"role": "user", "content": "x"}]},
+        CompletionRequest: {"prompt": "x"},
+        EmbeddingRequest: {"input": "x"},
+        ResponseRequest: {"input": "x"},
+    }
+    known = {"model": "m", **inputs[body]}
+    words = [
+        (field, word)
+        for field, hint in get_type_hints(BODIES[body]).items()
+        for word in words_of(hint)
+        if field not in known
+    ]
+    assert words or body is CompletionRequest
+    for field, word in words:
+        try:
+            requests.refuse_unserved(parse(body, json.dumps({**known, field: word}).encode()))
+        except GatewayError as error:
+            assert error.param == field
+
+
+def words_of(hint: object) -> list[object]:
+    """The literals that a hint of theirs allows at its top."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [] if is_typeddict(hint) else [w for one in get_args(hint) for w in words_of(one)]
+
+
 def test_every_refused_field_has_its_reason() -> None:
     kinds = [
         kind
@@ -57,7 +134,7 @@ def test_every_refused_field_has_its_reason() -> None:
         if issubclass(kind, msgspec.Struct)
     ]
     refused = {field for kind in kinds for field in requests._refused_fields(kind)}
-    assert "audio" in refused and "summary" in refused
+    assert "audio" in refused and "namespace" in refused
     assert refused == set(requests._UNSERVED)
 
 
@@ -133,7 +210,7 @@ def test_the_document_describes_what_is_taken(http: httpx.Client) -> None:
     assert chat["additionalProperties"] is False
     for path, operations in document["paths"].items():
         for method in operations:
-            asked = http.request(method, path.replace("{id}", "x"))
+            asked = http.request(method, path.replace("{id}", "resp_x"))
             # Nothing described is missing or of another method.
             assert asked.status_code != 405, path
             assert asked.status_code != 404 or "{id}" in path, path
@@ -146,6 +223,62 @@ def test_a_field_of_null_is_as_if_it_were_not_there(http: httpx.Client) -> None:
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], **optional}
     answer = http.post("/v1/chat/completions", json=body)
     assert answer.json()["choices"][0]["message"]["content"] == "hello"
+
+
+NULLS = {"unknown": None}
+SCHEMA = {"type": "object", "properties": {"a": {"default": None}}, "unknown": None}
+
+
+def test_a_field_that_nobody_knows_asks_for_nothing_where_it_is_null() -> None:
+    given = {
+        "model": "m",
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "x", **NULLS}], **NULLS},
+            {
+                "role": "assistant",
+                "tool_calls": [
+                    {
+                        "id": "c",
+                        "type": "function",
+                        "function": {"name": "f", "arguments": "{}", **NULLS},
+                        **NULLS,
+                    }
+                ],
+            },
+        ],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": SCHEMA, **NULLS}}],
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "n", "schema": SCHEMA, **NULLS},
+            **NULLS,
+        },
+        "stream_options": NULLS,
+        "metadata": NULLS,
+        **NULLS,
+    }
+    body = parse(ChatRequest, json.dumps(given).encode())
+    [tool] = body.tools or []
+    # What holds any fields is passed on as it came.
+    assert tool.function.parameters == SCHEMA and body.metadata == NULLS
+    assert body.response_format.json_schema.schema == SCHEMA
+    with pytest.raises(GatewayError) as refused:
+        given["messages"][1]["tool_calls"][0]["function"]["other"] = 0
+        parse(ChatRequest, json.dumps(given).encode())
+    assert refused.value.param == "messages[1].tool_calls[0].function.other"
+
+
+def test_null_fields_in_the_input_of_a_response_are_no_fields() -> None:
+    body = ResponseRequest(
+        model="m",
+        input=[
+            {"type": None, "role": "user", "content": [{"type": "input_text", "text": "x"} | NULLS]}
+        ],
+        tools=[{"type": "function", "name": "f", "parameters": SCHEMA, **NULLS}],
+    )
+    chat = responses_input.as_chat(body, [])
+    [message], [tool] = chat.messages, chat.tools or []
+    assert message.content == [requests.TextPart(text="x")]
+    assert tool.function.parameters == SCHEMA
 
 
 def deep(levels: int) -> str:

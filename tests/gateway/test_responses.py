@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import httpx2 as httpx
 import openai
@@ -84,7 +85,7 @@ def test_a_follow_up_stands_on_what_was_said(client: openai.OpenAI) -> None:
     alone = client.responses.create(model=MODEL, input="two")
     assert second.usage is not None and alone.usage is not None
     assert second.usage.input_tokens > alone.usage.input_tokens
-    with pytest.raises(openai.NotFoundError):
+    with pytest.raises(openai.BadRequestError):
         client.responses.create(model=MODEL, input="x", previous_response_id=second.id)
 
 
@@ -163,7 +164,7 @@ def test_items_come_in_pages_in_the_order_that_is_asked_for(client: openai.OpenA
         ("/input_items?befor=item_0", "befor"),
         ("?starting_after=3", "starting_after"),
         ("?stream=maybe", "stream"),
-        ("?include[]=file_search_call.results", "include"),
+        ("?include[]=output", "include"),
     ],
 )
 def test_a_parameter_that_cannot_be_honoured_is_refused_by_name(
@@ -190,9 +191,60 @@ def test_a_place_that_is_no_number_is_refused(http: httpx.Client) -> None:
 
 
 def test_a_follow_up_of_nothing_names_its_field(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError) as caught:
+    with pytest.raises(openai.BadRequestError) as caught:
         client.responses.create(model=MODEL, input="x", previous_response_id="resp_none")
     assert caught.value.param == "previous_response_id"
+    assert caught.value.code == "previous_response_not_found"
+    assert caught.value.body["details"] == {"code": "invalid_request"}
+
+
+#: What OpenAI's reference lists of a response, whatever was asked.
+FIELDS = {
+    *("id", "object", "created_at", "completed_at", "status", "incomplete_details", "model"),
+    *("previous_response_id", "instructions", "output", "error", "tools", "tool_choice"),
+    *("truncation", "parallel_tool_calls", "text", "top_p", "presence_penalty"),
+    *("frequency_penalty", "top_logprobs", "temperature", "reasoning", "usage"),
+    *("max_output_tokens", "max_tool_calls", "store", "background", "service_tier", "metadata"),
+    *("safety_identifier", "prompt_cache_key"),
+}
+
+
+def test_a_response_has_every_field_of_openais_and_repeats_what_was_asked(
+    http: httpx.Client,
+) -> None:
+    began_s = int(time.time())
+    plain = http.post("/v1/responses", json={"model": MODEL, "input": "x"}).json()
+    assert set(plain) >= FIELDS
+    for field in ("created_at", "completed_at"):
+        assert type(plain[field]) is int and began_s <= plain[field] <= time.time()
+    assert plain["text"] == {"format": {"type": "text"}, "verbosity": "medium"}
+    assert plain["reasoning"] == {"effort": None, "summary": None}
+    assert (plain["store"], plain["max_tool_calls"], plain["presence_penalty"]) == (True, None, 0)
+    asked = {
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "max_tool_calls": 3,
+        "store": False,
+        "safety_identifier": "someone",
+        "prompt_cache_key": "mine",
+        "reasoning": {"effort": "low", "summary": "auto"},
+    }
+    shown = {"type": "function", "name": "f", "parameters": {}, "description": None}
+    full = http.post(
+        "/v1/responses",
+        json={
+            "model": MODEL,
+            "input": "x",
+            **asked,
+            "text": {"verbosity": "low"},
+            "tools": [{"type": "function", "name": "f", "parameters": {}}],
+        },
+    ).json()
+    assert {name: full[name] for name in asked} == asked
+    assert full["text"] == {"format": {"type": "text"}, "verbosity": "low"}
+    assert full["tools"] == [{**shown, "strict": False}]
+    cut = http.post("/v1/responses", json={"model": MODEL, "input": "xyz", "max_output_tokens": 1})
+    assert (cut.json()["status"], cut.json()["completed_at"]) == ("incomplete", None)
 
 
 def test_a_follow_up_of_what_still_runs_is_refused(client: openai.OpenAI) -> None:
@@ -244,7 +296,7 @@ def test_what_failed_in_the_background_is_read_as_its_end(client: openai.OpenAI)
     wait_until(lambda: client.responses.retrieve(made.id).status == "failed", "the failure")
     [event] = client.responses.retrieve(made.id, stream=True)
     assert event.type == "response.failed"
-    assert event.response.error is not None and event.response.error.code == "model_unavailable"
+    assert event.response.error is not None and event.response.error.code == "model_not_found"
     # Who asks for it now hears of it by the status.
     with pytest.raises(openai.NotFoundError):
         client.responses.create(model="nope", input="x", background=True, stream=True)
@@ -255,7 +307,7 @@ def test_a_failing_response_ends_with_its_error(client: openai.OpenAI) -> None:
         client.responses.create(model=MODEL, input="[[echo error_at=2]]abcdef", stream=True)
     )
     assert events[-1].type == "response.failed"
-    assert events[-1].response.error.code == "engine_error"
+    assert events[-1].response.error.code == "server_error"
     with pytest.raises(openai.InternalServerError):
         client.responses.create(model=MODEL, input="[[echo error_at=0]]abcdef", stream=True)
 
@@ -280,12 +332,17 @@ def test_a_failing_response_ends_with_its_error(client: openai.OpenAI) -> None:
         ),
         ({"input": [{"type": "reasoning"}]}, "input"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
-        ({"include": ["file_search_call.results"]}, "include"),
+        ({"include": ["output"]}, "include"),
         ({"background": True, "store": False}, "background"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
         ({"min_tokens": 9, "max_output_tokens": 2}, "min_tokens"),
-        ({"text": {"verbosity": "low"}}, "text.verbosity"),
+        ({"seed": 1 << 63}, "seed"),
+        ({"reasoning": {"mode": "pro"}}, "reasoning.mode"),
+        ({"tools": [{"type": "function", "name": "f", "x": 1}]}, "tools[0].x"),
+        ({"tools": [{"type": "robot"}]}, "tools[0].type"),
+        ({"tool_choice": {"type": "mcp", "server_label": "s"}}, "tool_choice.type"),
+        ({"input": [{"type": "item_reference", "id": 1}]}, "input[0].id"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(

@@ -372,12 +372,12 @@ function facts(usage, reason, begun, first) {
 }
 
 const TITLES = {
-  model_unavailable: "No worker serves this model",
+  model_not_found: "No worker serves this model",
   overloaded: "The bus is full",
-  quota: "Too many requests",
-  context_overflow: "The conversation is too long for this model",
+  rate_limit_exceeded: "Too many requests",
+  context_length_exceeded: "The conversation is too long for this model",
   connection_lost: "No connection",
-  unauthenticated: "A key is needed",
+  invalid_api_key: "A key is needed",
 };
 
 function tell(message, error) {

@@ -1,0 +1,347 @@
+"""What clients of OpenAI's API send beside the plain case: what asks for nothing is taken, and what
+is asked in other words is done."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import httpx2 as httpx
+import openai
+import pytest
+
+from client.gateway import requests, responses_input
+from client.gateway.convert import chat_call
+from client.gateway.errors import GatewayError, error_headers
+from client.gateway.images import ImagePolicy
+from tests.gateway.conftest import MODEL, GatewayProcess
+from tests.gateway.test_chat import CALL, picture
+from tests.harness import Bus
+
+HELLO = [{"role": "user", "content": "hello there"}]
+HINT = {"cache_control": {"type": "ephemeral"}, "prompt_cache_breakpoint": {"mode": "explicit"}}
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+
+
+def function(name: str = "get_weather") -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": SCHEMA}}
+
+
+def named(name: str = "get_weather") -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def chat(http: httpx.Client, **fields: object) -> dict[str, Any]:
+    answer = http.post("/v1/chat/completions", json={"model": MODEL, "messages": HELLO, **fields})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]
+
+
+NOTHING = {
+    "no tools, as strands": {"tools": []},
+    "a free choice of no tools": {"tools": [], "tool_choice": "auto"},
+    "no choice of no tools": {"tool_choice": "none"},
+    "no top_logprobs": {"top_logprobs": 0},
+    "no functions of the older form": {"functions": [], "function_call": None},
+    "no modalities": {"modalities": []},
+    "no structure": {"structured_outputs": {}},
+    "one limit twice": {"max_tokens": 40, "max_completion_tokens": 40},
+    "a field of another server": {"guided_json": None, "thinking": None},
+    "what answers are made faster by": {"prediction": {"type": "content", "content": "hello"}},
+    "the common tier": {"service_tier": "scale"},
+    "hints for a cache": {
+        "messages": [
+            {"role": "system", "content": [{"type": "text", "text": "Be.", **HINT}]},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "hello there", **HINT}],
+                "cache_control": HINT["cache_control"],
+            },
+        ],
+        "tools": [{**function(), "cache_control": HINT["cache_control"]}],
+    },
+}
+
+
+@pytest.mark.parametrize("case", NOTHING)
+def test_what_asks_for_nothing_is_taken(http: httpx.Client, case: str) -> None:
+    choice = chat(http, **NOTHING[case])
+    assert choice["message"]["content"] == "hello there"
+    assert "tool_calls" not in choice["message"] and choice["logprobs"] is None
+
+
+def test_a_hint_on_a_picture_does_not_hide_it(http: httpx.Client) -> None:
+    shown = {"type": "image_url", "image_url": {"url": picture(), "detail": "original"}, **HINT}
+    said = [{"role": "user", "content": [shown, {"type": "text", "text": "what"}]}]
+    assert chat(http, messages=said)["message"]["content"].startswith("1 image: ")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_usage_so_far_without_usage_asks_for_none(http: httpx.Client, path: str) -> None:
+    said = {"messages": HELLO} if "chat" in path else {"prompt": "hello"}
+    options = {"continuous_usage_stats": True}
+    body = {"model": MODEL, "stream": True, "stream_options": options, **said}
+    answer = http.post(path, json=body)
+    assert answer.status_code == 200 and answer.text.endswith("data: [DONE]\n\n")
+    assert '"usage"' not in answer.text
+
+
+def test_a_forced_tool_wins_over_a_format_of_text_that_there_is_not(http: httpx.Client) -> None:
+    """instructor sends the schema twice, as a tool and as a format."""
+    for forced in (named(), "required"):
+        choice = chat(
+            http,
+            messages=[{"role": "user", "content": CALL}],
+            tools=[function()],
+            tool_choice=forced,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "other", "schema": {"type": "array"}},
+            },
+        )
+        [call] = choice["message"]["tool_calls"]
+        assert json.loads(call["function"]["arguments"]) == {"city": "Graz"}
+    answer = http.post(
+        "/v1/responses",
+        json={
+            "model": MODEL,
+            "input": CALL,
+            "tools": [{"type": "function", "name": "get_weather", "parameters": SCHEMA}],
+            "tool_choice": {"type": "function", "name": "get_weather"},
+            "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "array"}}},
+        },
+    )
+    assert [item["type"] for item in answer.json()["output"]] == ["function_call"]
+
+
+def test_only_allowed_tools_are_called(http: httpx.Client) -> None:
+    def choice(mode: str, *names: str) -> dict[str, Any]:
+        allowed = {"mode": mode, "tools": [named(name) for name in names]}
+        return chat(
+            http,
+            messages=[{"role": "user", "content": CALL}],
+            tools=[function(), function("other")],
+            tool_choice={"type": "allowed_tools", "allowed_tools": allowed},
+        )
+
+    for mode in ("auto", "required"):
+        [call] = choice(mode, "get_weather")["message"]["tool_calls"]
+        assert call["function"]["name"] == "get_weather"
+    assert choice("auto", "other")["message"]["content"] == CALL
+
+
+def test_an_sdks_own_objects_are_taken_back(client: openai.OpenAI) -> None:
+    """An answer that was parsed carries what it was parsed to; agents append it as it is."""
+    answer = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": CALL}], tools=[function()]
+    )
+    message = answer.choices[0].message.model_dump()
+    message["parsed"] = {"city": "Graz"}
+    message["tool_calls"][0]["function"]["parsed_arguments"] = {"city": "Graz"}
+    result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "sunny"}
+    thanks = {"role": "user", "content": "thanks"}
+    again = client.chat.completions.create(model=MODEL, messages=[*HELLO, message, result, thanks])
+    assert again.choices[0].message.content == "thanks"
+    response = client.responses.create(model=MODEL, input=CALL, tools=[RESPONSE_TOOL])
+    said = [item.model_dump() for item in response.output]
+    said[0]["parsed_arguments"] = {"city": "Graz"}
+    output = {"type": "function_call_output", "call_id": said[0]["call_id"], "output": "sunny"}
+    third = client.responses.create(model=MODEL, input=[*said, output, thanks])
+    assert third.output_text == "thanks"
+    said = [item.model_dump() for item in third.output]
+    assert client.responses.create(model=MODEL, input=[*said, thanks]).output_text == "thanks"
+
+
+def test_verbosity_reaches_the_chat_template_as_the_effort_does() -> None:
+    body = requests.ChatRequest(
+        model="m",
+        messages=[requests.ChatMessage(role="user", content="x")],
+        verbosity="low",
+        reasoning_effort="high",
+    )
+    call = asyncio.run(chat_call(body, ImagePolicy(), seed=0, user=""))
+    assert call.request.template_args == {"verbosity": "low", "reasoning_effort": "high"}
+    response = responses_input.ResponseRequest(
+        model="m", input="x", text=responses_input.TextConfig(verbosity="high")
+    )
+    assert responses_input.as_chat(response, []).verbosity == "high"
+
+
+RESPONSE_TOOL = {"type": "function", "name": "get_weather", "parameters": SCHEMA, "strict": True}
+
+
+def test_an_item_may_be_named_where_it_is_kept(client: openai.OpenAI) -> None:
+    """`@ai-sdk/openai` names what the server said instead of sending it."""
+    first = client.responses.create(model=MODEL, input="one")
+    called = client.responses.create(model=MODEL, input=CALL, tools=[RESPONSE_TOOL])
+
+    def ask(*items: object) -> openai.types.responses.Response:
+        return client.responses.create(
+            model=MODEL, input=[*items, {"role": "user", "content": "two"}]
+        )
+
+    message, call = first.output[0], called.output[0]
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+    written = ask(message.model_dump(), call.model_dump(), output)
+    for reference in (
+        lambda item: {"type": "item_reference", "id": item.id},
+        lambda item: {"id": item.id},
+        lambda item: {"id": item.id, "type": None},
+    ):
+        by_name = ask(reference(message), reference(call), output)
+        assert by_name.output_text == "two"
+        assert by_name.usage.input_tokens == written.usage.input_tokens
+    with pytest.raises(openai.NotFoundError) as caught:
+        ask({"type": "item_reference", "id": "msg_none"})
+    assert caught.value.param == "input" and "msg_none" in caught.value.message
+
+
+def test_an_item_of_another_key_or_not_stored_is_not_found(
+    client: openai.OpenAI, make_gateway: Callable[..., GatewayProcess]
+) -> None:
+    unstored = client.responses.create(model=MODEL, input="one", store=False)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.create(
+            model=MODEL, input=[{"type": "item_reference", "id": unstored.output[0].id}]
+        )
+
+
+def test_an_item_at_another_gateway_is_asked_for_there(
+    gateway: GatewayProcess, make_gateway: Callable[..., GatewayProcess]
+) -> None:
+    with gateway.openai() as there:
+        kept = there.responses.create(model=MODEL, input="one")
+    with make_gateway("--peers", gateway.url).openai() as here:
+        said = [{"type": "item_reference", "id": kept.output[0].id}, *HELLO]
+        assert here.responses.create(model=MODEL, input=said).output_text == "hello there"
+        follow = here.responses.create(model=MODEL, input="x", previous_response_id=kept.id)
+        assert follow.output_text == "x"
+
+
+def test_tools_that_run_at_openai_are_left_out_beside_functions(http: httpx.Client) -> None:
+    """Agents send them whoever answers; the answer says which tools there were."""
+    body = {"model": MODEL, "input": CALL, "tools": [{"type": "web_search"}, RESPONSE_TOOL]}
+    answer = http.post("/v1/responses", json=body).json()
+    assert [item["type"] for item in answer["output"]] == ["function_call"]
+    assert [tool["type"] for tool in answer["tools"]] == ["function"]
+
+
+def test_what_agents_send_to_responses_is_taken(client: openai.OpenAI) -> None:
+    response = client.responses.create(
+        model=MODEL,
+        input="hello",
+        include=["reasoning.encrypted_content", "web_search_call.action.sources"],
+        reasoning={"effort": "medium", "summary": "auto", "context": "auto"},
+        text={"verbosity": "low"},
+        top_logprobs=0,
+        tools=[],
+        tool_choice="auto",
+        max_tool_calls=3,
+        extra_body={"client_metadata": {"x": "y"}, "unknown": None},
+    )
+    assert response.output_text == "hello"
+    assert response.output[0].content[0].logprobs == []
+
+
+def test_allowed_tools_of_a_response_are_the_only_ones(client: openai.OpenAI) -> None:
+    other = {**RESPONSE_TOOL, "name": "other"}
+
+    def ask(mode: str, name: str) -> list[str]:
+        response = client.responses.create(
+            model=MODEL,
+            input=CALL,
+            tools=[RESPONSE_TOOL, other],
+            tool_choice={
+                "type": "allowed_tools",
+                "mode": mode,
+                "tools": [{"type": "function", "name": name}],
+            },
+        )
+        return [item.type for item in response.output]
+
+    assert ask("auto", "get_weather") == ask("required", "get_weather") == ["function_call"]
+    assert ask("auto", "other") == ["message"]
+
+
+# --- codes that agents act on ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("/v1/chat/completions", "messages"),
+        ("/v1/completions", "prompt"),
+        ("/v1/responses", "input"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_full_context_is_told_by_openais_code_and_the_field(
+    http: httpx.Client, path: str, field: str, stream: bool
+) -> None:
+    text = "x" * 40_000
+    said: object = [{"role": "user", "content": text}] if field == "messages" else text
+    body = {"model": MODEL, field: said, "stream": stream, "n": 2}
+    if field == "input":
+        del body["n"]
+    answer = http.post(path, json=body)
+    error = answer.json()["error"]
+    assert answer.status_code == 400
+    assert (error["code"], error["param"]) == ("context_length_exceeded", field)
+    assert error["details"]["code"] == "context_overflow"
+
+
+def test_a_full_context_in_the_background_is_told_as_well(client: openai.OpenAI) -> None:
+    made = client.responses.create(model=MODEL, input="x" * 40_000, background=True)
+    events = list(client.responses.retrieve(made.id, stream=True))
+    assert events[-1].response.error.code == "context_length_exceeded"
+
+
+def test_no_wait_is_told_that_sdks_would_ignore() -> None:
+    slow = GatewayError("overloaded", "later", retryable=True, retry_after_ms=500_000)
+    headers = error_headers(slow)
+    assert (headers["retry-after"], headers["retry-after-ms"]) == ("60", "60000")
+
+
+# --- every answer has its id ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/nothing", 404),
+        ("POST", "/v1/responses/input_tokens", 404),
+        ("GET", "/v1/responses/input_tokens", 404),
+        ("POST", "/v1/chat/completions/x/cancel", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("DELETE", "/v1/models", 405),
+        ("PATCH", "/v1/responses/resp_0", 405),
+        ("GET", "/v1/responses/resp_0", 404),
+        ("GET", "/v1/embeddings/", 307),
+        ("GET", "/", 200),
+        ("GET", "/health", 200),
+    ],
+)
+def test_whoever_answers_names_the_request(
+    http: httpx.Client, method: str, path: str, status: int
+) -> None:
+    answer = http.request(method, path, headers={"x-request-id": "mine"})
+    assert answer.status_code == status
+    assert answer.headers.get_list("x-request-id") == ["mine"]
+    assert http.request(method, path).headers["x-request-id"].startswith("req-")
+    if status in (404, 405):
+        assert answer.json()["error"]["request_id"] == "mine"
+    if status == 404 and path != "/v1/responses/resp_0":
+        assert answer.json()["error"]["code"] == "unknown_url"
+
+
+def test_a_host_that_is_refused_and_a_preflight_are_named_as_well(
+    http: httpx.Client, make_gateway: Callable[..., GatewayProcess], bus: Bus
+) -> None:
+    refused = http.get("/v1/models", headers={"host": "evil.example", "x-request-id": "mine"})
+    assert (refused.status_code, refused.headers["x-request-id"]) == (400, "mine")
+    asked = {"origin": "https://app.example", "access-control-request-method": "POST"}
+    with make_gateway("--cors-origins", "https://app.example").http() as other:
+        answer = other.options("/v1/chat/completions", headers=asked)
+        assert answer.status_code == 200 and answer.headers["x-request-id"].startswith("req-")
