@@ -1,16 +1,13 @@
 """Turns a request into token ids and model inputs: chat template, raw prompt, token ids, pictures.
 
 Runs in preprocessing threads, one at a time for each model (a fast tokenizer must not be used from
-two threads at once). A special token that a user typed into a message's text never becomes one:
-it is broken by a space, so that no text can open a turn or claim a picture. Raw prompts are the
-caller's own template: special tokens in them are meant.
+two threads at once). Messages go through the model's chat template (see `template`). Raw prompts
+are the caller's own template: control tokens in them are meant.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 import threading
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
@@ -22,16 +19,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from broker.protocol.errors import ErrorCode, RequestError
-from broker.protocol.limits import MAX_NESTING
 from broker.protocol.messages import Kind, Message, Request, TextPart, VideoPart
 from worker.engines.base import Job
 from worker.engines.transformers.images import DecodedImage, ImageLimits, decode_image
 from worker.engines.transformers.loaded import LoadedModel
+from worker.engines.transformers.template import RAW_PLACEHOLDER, ChatTemplate
 
 __all__ = ["Prompt", "PromptBuilder"]
-
-RAW_PLACEHOLDER = "<image>"
-"""What stands for a picture in a raw prompt, as LLaVA's clients write it."""
 
 _ALIGNED = ("attention_mask", "token_type_ids", "mm_token_type_ids")
 """Processor outputs with one entry for each prompt token."""
@@ -72,9 +66,7 @@ class PromptBuilder:
         self._tokenizer = loaded.tokenizer
         self._processor = loaded.processor
         self._lock = threading.Lock()
-        self._image_token = self._find_image_token()
-        self._special = self._special_pattern()
-        self._takes_parts = self._template_takes_parts()
+        self._template = ChatTemplate(loaded)
 
     # --- what requests ask for --------------------------------------------------------------------
 
@@ -166,62 +158,7 @@ class PromptBuilder:
 
     def template_text(self, request: Request, images: list[DecodedImage] | None) -> str:
         """The model's own chat template over the messages. The caller holds the lock."""
-        if request.messages is None:
-            raise _invalid(f"a {request.kind} request needs messages")
-        holder = self._processor if self._has_template(self._processor) else self._tokenizer
-        if not self._has_template(holder):
-            raise _invalid(
-                f"model {request.model} has no chat template: send a raw prompt (kind complete)"
-            )
-        arguments = dict(request.template_args)
-        continue_final = bool(arguments.pop("continue_final_message", False))
-        add_prompt = bool(arguments.pop("add_generation_prompt", not continue_final))
-        for reserved in ("tokenize", "return_dict", "return_tensors", "conversation"):
-            arguments.pop(reserved, None)
-        if request.tool_choice is not None:
-            arguments["tool_choice"] = request.tool_choice
-        try:
-            text = holder.apply_chat_template(
-                [self._message(message) for message in request.messages],
-                tools=request.tools,
-                tokenize=False,
-                add_generation_prompt=add_prompt,
-                continue_final_message=continue_final,
-                **arguments,
-            )
-        except Exception as error:
-            # A template is the model's own program: whatever it raises fails this request only.
-            cause = " ".join(str(error).split()) or type(error).__name__
-            raise _invalid(f"the model's chat template refuses these messages: {cause}") from None
-        return str(text)
-
-    def _message(self, message: Message) -> dict[str, Any]:
-        """One message as templates expect it."""
-        result: dict[str, Any] = {"role": message.role}
-        if message.content is None:
-            result["content"] = "" if message.tool_calls is None else None
-        elif isinstance(message.content, str):
-            text = self._defused(message.content)
-            result["content"] = [{"type": "text", "text": text}] if self._takes_parts else text
-        else:
-            parts: list[dict[str, str]] = []
-            for part in message.content:
-                if isinstance(part, TextPart):
-                    parts.append({"type": "text", "text": self._defused(part.text)})
-                elif isinstance(part, VideoPart):
-                    parts += [{"type": "image"} for _ in part.attachments]
-                else:
-                    parts.append({"type": "image"})
-            result["content"] = (
-                parts
-                if self._takes_parts
-                else "".join(part.get("text", self._image_token or "") for part in parts)
-            )
-        for name in ("name", "tool_calls", "tool_call_id", "reasoning_content"):
-            value = getattr(message, name)
-            if value is not None:
-                result[name] = _parsed_calls(value) if name == "tool_calls" else value
-        return result
+        return self._template.render(request, None if images is None else len(images))
 
     def _raw_text(self, request: Request, images: int) -> tuple[str, bool | None]:
         """A raw prompt with one placeholder for each picture."""
@@ -230,9 +167,9 @@ class PromptBuilder:
         text = request.prompt
         if not self._loaded.takes_images:
             return text, None
-        token = self._image_token or RAW_PLACEHOLDER
+        token = self._template.image_token or RAW_PLACEHOLDER
         if token != RAW_PLACEHOLDER and RAW_PLACEHOLDER in text:
-            text = text.replace(RAW_PLACEHOLDER, self._wrapped_image_token())
+            text = text.replace(RAW_PLACEHOLDER, self._template.picture())
         found = text.count(token)
         if found != images:
             raise _invalid(
@@ -242,12 +179,6 @@ class PromptBuilder:
                 pictures=images,
             )
         return text, None
-
-    def _defused(self, text: str) -> str:
-        """The text with every special token broken by a space behind its first character."""
-        if self._special is None:
-            return text
-        return self._special.sub(lambda match: f"{match[0][:1]} {match[0][1:]}", text)
 
     # --- tokens -----------------------------------------------------------------------------------
 
@@ -375,98 +306,8 @@ class PromptBuilder:
         shared = _common_prefix(_common_prefix_ids(*heads), ids)
         return max(keep, shared)
 
-    # --- what the model understands ---------------------------------------------------------------
-
-    @staticmethod
-    def _has_template(holder: Any) -> bool:
-        return holder is not None and getattr(holder, "chat_template", None) is not None
-
-    def _find_image_token(self) -> str | None:
-        if self._processor is None:
-            return None
-        # Gemma 3 marks a picture with its start token; the processor expands it.
-        for name in ("boi_token", "image_token"):
-            token = getattr(self._processor, name, None)
-            if token is not None:
-                return str(getattr(token, "content", token))
-        return None
-
-    def _special_pattern(self) -> re.Pattern[str] | None:
-        tokens = set(getattr(self._tokenizer, "all_special_tokens", []) or [])
-        added = getattr(self._tokenizer, "added_tokens_decoder", {}) or {}
-        tokens |= {str(token.content) for token in added.values() if token.special}
-        if self._processor is not None:
-            tokens |= {token for token in (self._image_token, RAW_PLACEHOLDER) if token}
-            for name in ("image_token", "video_token", "audio_token"):
-                token = getattr(self._processor, name, None)
-                if token is not None:
-                    tokens.add(str(getattr(token, "content", token)))
-        # One character cannot be broken by a space, and is no control token of any model.
-        words = sorted((t for t in tokens if len(t) > 1), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, words))) if words else None
-
-    def _template_takes_parts(self) -> bool:
-        """Whether the template wants a list of parts rather than a string as content."""
-        if self._processor is None:
-            return False
-        holder = self._processor if self._has_template(self._processor) else self._tokenizer
-        if not self._has_template(holder):
-            return False
-        try:
-            text = holder.apply_chat_template(
-                [{"role": "user", "content": [{"type": "text", "text": "probe"}]}], tokenize=False
-            )
-        except Exception:
-            return False
-        return "probe" in text and "'type'" not in text and '"type"' not in text
-
-    def _wrapped_image_token(self) -> str:
-        """The placeholder with what the model's template writes around it (Qwen-VL's markers)."""
-        token = self._image_token or RAW_PLACEHOLDER
-        holder = self._processor if self._has_template(self._processor) else self._tokenizer
-        if not (self._takes_parts and self._has_template(holder)):
-            return token
-        content = [{"type": "text", "text": "qfirst"}, {"type": "image"}]
-        content.append({"type": "text", "text": "qlast"})
-        text = holder.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-        between = text.partition("qfirst")[2].partition("qlast")[0]
-        return between.strip() if token in between else token
-
 
 # --- helpers --------------------------------------------------------------------------------------
-
-
-def _parsed_calls(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Tool calls as templates want them: arguments are a map."""
-    parsed = []
-    for call in calls:
-        function = call.get("function")
-        if isinstance(function, dict):
-            arguments = _argument_map(function.get("arguments"))
-            call = {**call, "function": {**function, "arguments": arguments}}
-        parsed.append(call)
-    return parsed
-
-
-def _argument_map(arguments: Any) -> dict[str, Any]:
-    """The arguments of a call, which clients send as JSON text. What a cut or odd answer left in
-    their place stands under the name "arguments", so that the conversation can go on."""
-    value = arguments
-    if isinstance(arguments, str):
-        try:
-            value = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError):
-            value = arguments
-        if _nested_beyond(value, MAX_NESTING):
-            value = arguments  # no template could write it
-    if value is None:
-        return {}
-    return value if isinstance(value, dict) else {"arguments": value}
-
-
-def _nested_beyond(value: Any, levels: int) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels < 0 or any(_nested_beyond(item, levels - 1) for item in inner)
 
 
 def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:

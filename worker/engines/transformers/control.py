@@ -1,0 +1,116 @@
+"""Control tokens in what a client wrote, kept from being read as tokens.
+
+Tokenizers find control tokens and image marks wherever they stand in a text, so a document, a name
+or a tool's description could open a turn or claim an image. A token is broken by a space behind its
+first character: the text still reads the same. Must never be used on a raw prompt, whose control
+tokens are meant.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+__all__ = ["Breaker", "ControlTokens", "mark_text", "rewritten"]
+
+Breaker = Callable[[str], str]
+"""Rewrites one string of a client's."""
+
+
+def mark_text(holder: Any, name: str) -> str | None:
+    """The text of a token that is an attribute of a tokenizer or a processor."""
+    token = getattr(holder, name, None)
+    text = getattr(token, "content", token)
+    return text if isinstance(text, str) and text else None
+
+
+class ControlTokens:
+    """The control tokens of one model and the marks of its processor.
+
+    `template` is the source of its chat template: added tokens that it writes (`<tool_call>`) are
+    control tokens too, also where the tokenizer does not call them special. `more`: further marks.
+    """
+
+    def __init__(
+        self, tokenizer: Any, processor: Any, template: str, more: Iterable[str] = ()
+    ) -> None:
+        added = (getattr(tokenizer, "added_tokens_decoder", None) or {}).values()
+        special = set(getattr(tokenizer, "all_special_tokens", None) or ())
+        special |= {str(token.content) for token in added if token.special}
+        special |= set(more)
+        if processor is not None:
+            names = {name for name in vars(processor) if name.endswith("_token")}
+            names |= {"image_token", "video_token", "audio_token", "boi_token"}
+            special |= {text for name in names if (text := mark_text(processor, name))}
+        written = {str(token.content) for token in added if str(token.content) in template}
+        # One character cannot be broken by a space, and is no control token of any model; nor are
+        # the runs of spaces that some tokenizers list beside them.
+        self._special = _pattern(special)
+        self._written = _pattern(special | written)
+        tokens = [token for token in special | written if _breakable(token)]
+        self._heads = {token[:size] for token in tokens for size in range(1, len(token))}
+        self._tails = {token[-size:] for token in tokens for size in range(1, len(token))}
+        self._longest = max(map(len, tokens), default=0)
+        self._joined = "\0".join(tokens)
+
+    def found(self, text: str) -> list[str]:
+        """The control tokens in a text, in order."""
+        return self._written.findall(text)
+
+    def broken(self, text: str) -> str:
+        """A turn's text, every special token broken. What the tokenizer does not call special
+        stays: a model's own answer holds it, and so do prompts that explain a format."""
+        return self._special.sub(_split, text)
+
+    def all_broken(self, text: str) -> str:
+        """A text by others than who writes the turns, every control token broken."""
+        return self._written.sub(_split, text)
+
+    def edges_broken(self, text: str) -> str:
+        """A text that joins with its neighbours into no control token: pieces of one are broken
+        where the text begins, ends, or is all piece. A word within a token (`user`) is left alone:
+        only a template could write what stands on both sides of it."""
+        places = set()
+        for size in range(1, min(self._longest, len(text) + 1)):
+            if text[-size:] in self._heads:
+                places.add(len(text) - size + 1)
+            if text[:size] in self._tails:
+                places.add(size - 1)
+        if len(text) < self._longest and _NO_WORD.search(text) and text in self._joined:
+            places.add((len(text) + 1) // 2)
+        for place in sorted(places, reverse=True):
+            text = f"{text[:place]} {text[place:]}"
+        return text
+
+
+_NO_WORD = re.compile(r"[^\w\0]")
+
+
+def rewritten(value: Any, breaker: Breaker) -> Any:
+    """A JSON value with every string in it rewritten, names of properties too."""
+    if isinstance(value, str):
+        return breaker(value)
+    if isinstance(value, dict):
+        return {
+            breaker(name) if isinstance(name, str) else name: rewritten(item, breaker)
+            for name, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [rewritten(item, breaker) for item in value]
+    return value
+
+
+def _breakable(token: str) -> bool:
+    return len(token.strip()) > 1
+
+
+def _pattern(tokens: Iterable[str]) -> re.Pattern[str]:
+    words = sorted(filter(_breakable, tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, words)) or "(?!)")  # (?!) never matches
+
+
+def _split(match: re.Match[str]) -> str:
+    token = match[0]
+    first = len(token) - len(token.lstrip()) + 1
+    return f"{token[:first]} {token[first:]}"

@@ -1,0 +1,407 @@
+"""A model's chat template over a client's messages.
+
+Each message goes to the template in the form that the template reads for its role (a string or a
+list of parts), which is found out by trying; and no string of the client's becomes a control token
+(see `control`). Called by one thread at a time for each model. Must never tokenise.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+from broker.protocol.errors import ErrorCode, RequestError
+from broker.protocol.limits import MAX_NESTING
+from broker.protocol.messages import Message, Request, TextPart, VideoPart
+from worker.engines.transformers.control import Breaker, ControlTokens, mark_text, rewritten
+from worker.engines.transformers.loaded import LoadedModel
+
+__all__ = ["RAW_PLACEHOLDER", "ChatTemplate"]
+
+RAW_PLACEHOLDER = "<image>"
+"""What stands for a picture in a raw prompt, as LLaVA's clients write it."""
+
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+"""Roles that any template may be given; others where it names them."""
+
+_NO_ROLES = ("text", "image", "image_url", "video", "audio")
+"""What templates name, but as types of content: `<|image|>` may be a picture's mark."""
+
+_OURS = frozenset(("chat_template", "conversation", "messages", "tools"))
+"""Arguments of a template that are not for `template_args`: the first is the model's, the others
+have fields of their own."""
+
+_TAKEN = ("add_generation_prompt", "continue_final_message", "documents")
+"""Parameters of `apply_chat_template` that a client may set. Its others (`tokenize`, ...) say how
+the result is wanted, which is not the client's affair: they are passed over."""
+
+_FIRST, _SECOND = "qfirst", "qsecond"
+"""Words of probes: no template writes them, nor takes them for a command."""
+
+_LISTING = re.compile(rf"""["']text["']\s*:\s*["']{_FIRST}""")
+"""What a template makes of a list that it takes for a string."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Forms:
+    """In which forms a role's content reaches the prompt word by word."""
+
+    text: bool
+    #: A list of one text part, of several.
+    part: bool
+    parts: bool
+
+
+class ChatTemplate:
+    """The chat template of one model. Methods raise `RequestError` for what it cannot render."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._processor = loaded.processor
+        own = getattr(self._processor, "chat_template", None) is not None
+        self._holder = self._processor if own else loaded.tokenizer
+        self._source = _source(self._holder)
+        #: What stands for a picture in a text; None without a processor.
+        self.image_token = self._find_image_token()
+        marks = () if self._processor is None else (self.image_token or "", RAW_PLACEHOLDER)
+        self._control = ControlTokens(loaded.tokenizer, self._processor, self._source, marks)
+        self._forms: dict[tuple[str, bool], _Forms] = {}
+
+    @property
+    def present(self) -> bool:
+        """The model has a chat template."""
+        return bool(_source(self._holder))
+
+    def render(self, request: Request, pictures: int | None) -> str:
+        """The text of a request's messages; `pictures`: how many it must show (None: any)."""
+        if request.messages is None:
+            raise _invalid(f"a {request.kind} request needs messages")
+        if not self.present:
+            raise _invalid(
+                f"model {request.model} has no chat template: send a raw prompt (kind complete)"
+            )
+        self._check(request)
+        control = self._control
+        plain = self._arguments(request, control.broken, control.all_broken)
+        text = self._apply(plain)
+        # Pieces of a control token, each harmless, may meet where the template joins them. Then,
+        # and only then, the pieces are broken too.
+        apart = self._arguments(
+            request,
+            lambda piece: control.edges_broken(control.broken(piece)),
+            lambda piece: control.edges_broken(control.all_broken(piece)),
+        )
+        if apart != plain:
+            other = self._apply(apart)
+            if control.found(other) != control.found(text):
+                text = other
+        if pictures is not None:
+            self._check_pictures(request.model, text, pictures)
+        return text
+
+    def picture(self) -> str:
+        """A picture's mark with what the template writes around it (Qwen-VL's markers)."""
+        token = self.image_token or RAW_PLACEHOLDER
+        between = self._shown_picture.partition(_FIRST)[2].partition(_SECOND)[0]
+        return between.strip() if token in between else token
+
+    # --- what a client may ask --------------------------------------------------------------------
+
+    def _check(self, request: Request) -> None:
+        for message in request.messages or ():
+            role = message.role
+            if role not in _ROLES and not self._names(role):
+                raise _invalid(
+                    f"a message of role {role!r}: send {', '.join(_ROLES[:-1])}, or a role that "
+                    "the model's chat template names"
+                )
+        for name in sorted(_OURS.intersection(request.template_args)):
+            raise _invalid(f"template_args cannot hold {name}: the chat template is the model's")
+
+    def _names(self, role: str) -> bool:
+        """The template compares roles with this one."""
+        quoted = (f"'{role}'", f'"{role}"')
+        return role not in _NO_ROLES and any(text in self._source for text in quoted)
+
+    @cached_property
+    def _passed_over(self) -> frozenset[str]:
+        parameters = inspect.signature(self._holder.apply_chat_template).parameters
+        return frozenset(parameters).difference(_TAKEN)
+
+    def _check_pictures(self, model: str, text: str, pictures: int) -> None:
+        """Every picture has its mark, where this template marks pictures at all."""
+        token = self.image_token
+        if token is None or self._shown_picture.count(token) != 1:
+            return
+        shown = text.count(token)
+        if shown != pictures:
+            raise _invalid(
+                f"the chat template of model {model} shows {shown} of {pictures} pictures: put "
+                "pictures into messages of role user"
+            )
+
+    # --- messages as the template reads them ------------------------------------------------------
+
+    def _arguments(self, request: Request, turn: Breaker, other: Breaker) -> dict[str, Any]:
+        """What `apply_chat_template` is called with. `turn` rewrites the texts of turns, `other`
+        every other string of the client's."""
+        arguments = {
+            name: rewritten(value, other)
+            for name, value in request.template_args.items()
+            if name not in self._passed_over
+        }
+        continue_final = bool(arguments.pop("continue_final_message", False))
+        add_prompt = bool(arguments.pop("add_generation_prompt", not continue_final))
+        if request.tool_choice is not None:
+            arguments["tool_choice"] = rewritten(request.tool_choice, other)
+        result: dict[str, Any] = {
+            "conversation": [
+                self._message(message, turn, other) for message in request.messages or ()
+            ],
+            "tools": rewritten(request.tools, other),
+            "tokenize": False,
+            "add_generation_prompt": add_prompt,
+            "continue_final_message": continue_final,
+        }
+        return arguments | result
+
+    def _apply(self, arguments: dict[str, Any]) -> str:
+        try:
+            return str(self._holder.apply_chat_template(**arguments))
+        except Exception as error:
+            # A template is the model's own program: whatever it raises fails this request only.
+            cause = " ".join(str(error).split()) or type(error).__name__
+            raise _invalid(f"the model's chat template refuses these messages: {cause}") from None
+
+    def _message(self, message: Message, turn: Breaker, other: Breaker) -> dict[str, Any]:
+        """One message as templates expect it."""
+        result: dict[str, Any] = {"role": message.role}
+        speech = other if message.role in ("tool", "function") else turn
+        called = message.tool_calls is not None
+        content = self._content(message, self._forms_of(message.role, called=called), speech)
+        if content is None and called:
+            content = self._no_words
+        if content is not None:
+            result["content"] = content
+        for name in ("name", "tool_call_id", "reasoning_content"):
+            value = getattr(message, name)
+            if value is not None:
+                result[name] = other(value)
+        if message.tool_calls is not None:
+            result["tool_calls"] = rewritten(_parsed_calls(message.tool_calls), other)
+        return result
+
+    def _content(self, message: Message, forms: _Forms, speech: Breaker) -> Any:
+        if message.content is None:
+            return None if message.tool_calls is not None else "" if forms.text else []
+        if isinstance(message.content, str):
+            text = speech(message.content)
+            return text if forms.text else [{"type": "text", "text": text}]
+        pieces = list(_pieces(message))
+        if forms.parts or (forms.part and not forms.text and None in pieces):
+            return [
+                {"type": "image"} if piece is None else {"type": "text", "text": speech(piece)}
+                for piece in pieces
+            ]
+        # What is joined may be a control token only then.
+        joined = "".join(
+            self.image_token or "" if piece is None else speech(piece) for piece in _joined(pieces)
+        )
+        return joined if forms.text else [{"type": "text", "text": joined}]
+
+    # --- what the template reads ------------------------------------------------------------------
+
+    def _forms_of(self, role: str, *, called: bool) -> _Forms:
+        """The forms that a role's content may have; those of users where trying tells nothing."""
+        key = (role, called)
+        if key not in self._forms:
+            forms = self._tried(role, called=called)
+            if not (forms.text or forms.part):
+                if called:
+                    forms = self._forms_of(role, called=False)
+                elif role != "user":
+                    forms = self._forms_of("user", called=False)
+                else:
+                    forms = _Forms(text=True, part=False, parts=False)
+            self._forms[key] = forms
+        return self._forms[key]
+
+    def _tried(self, role: str, *, called: bool) -> _Forms:
+        one, two = ({"type": "text", "text": word} for word in (_FIRST, _SECOND))
+        return _Forms(
+            text=self._reaches(role, _FIRST, [_FIRST], called=called),
+            part=self._reaches(role, [one], [_FIRST], called=called),
+            parts=self._reaches(role, [one, two], [_FIRST, _SECOND], called=called),
+        )
+
+    def _reaches(self, role: str, content: Any, words: list[str], *, called: bool) -> bool:
+        """Whether the words of such a content stand in the prompt, and not those of a listing."""
+        for conversation in self._conversations(role, content, called=called):
+            for tools in (None, [_TOOL]):
+                try:
+                    text = str(
+                        self._holder.apply_chat_template(conversation, tools=tools, tokenize=False)
+                    )
+                except Exception:
+                    # Templates refuse turns in an order that they do not know.
+                    continue
+                if all(word in text for word in words) and not _LISTING.search(text):
+                    return True
+        return False
+
+    def _conversations(
+        self, role: str, content: Any, *, called: bool
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Short conversations with such a message, in orders that templates know."""
+        message: dict[str, Any] = {"role": role, "content": content}
+        if role == "user":
+            yield [message]
+            return
+        asked = {"role": "user", "content": self._question}
+        if called:
+            message["tool_calls"] = [_CALL]
+        elif role not in ("system", "developer", "assistant"):
+            calling = {"role": "assistant", "tool_calls": [_CALL]}
+            if self._no_words is not None:
+                calling["content"] = self._no_words
+            yield [asked, calling, message | {"tool_call_id": _CALL["id"], "name": "f"}]
+        yield [message, asked]
+        yield [asked, message]
+        yield [asked, message, asked]
+        yield [message]
+
+    @cached_property
+    def _no_words(self) -> Any:
+        """The content of a call without a text: none, which some templates ask for, or an empty one
+        where the template fails without."""
+        calling = {"role": "assistant", "tool_calls": [_CALL]}
+        empty: Any = "" if self._forms_of("assistant", called=False).text else []
+        for content in ({}, {"content": empty}):
+            for tools in (None, [_TOOL]):
+                try:
+                    asked = {"role": "user", "content": self._question}
+                    self._holder.apply_chat_template(
+                        [asked, calling | content], tools=tools, tokenize=False
+                    )
+                except Exception:
+                    continue
+                return content.get("content")
+        return None
+
+    @cached_property
+    def _question(self) -> Any:
+        """A user's content for probes about others."""
+        whole = self._forms_of("user", called=False).text
+        return "q" if whole else [{"type": "text", "text": "q"}]
+
+    @cached_property
+    def _shown_picture(self) -> str:
+        """A user's picture between two words, as the template renders it; empty where it fails."""
+        content: Any = [{"type": "text", "text": _FIRST}, {"type": "image"}]
+        content.append({"type": "text", "text": _SECOND})
+        forms = self._forms_of("user", called=False) if self.present else None
+        if self._processor is None or forms is None or not (forms.parts or forms.text):
+            return ""
+        if not forms.parts:
+            content = f"{_FIRST}{self.image_token or ''}{_SECOND}"
+        try:
+            messages = [{"role": "user", "content": content}]
+            return str(self._holder.apply_chat_template(messages, tokenize=False))
+        except Exception:
+            return ""
+
+    def _find_image_token(self) -> str | None:
+        if self._processor is None:
+            return None
+        # Gemma 3 marks a picture with its start token; the processor expands it.
+        return mark_text(self._processor, "boi_token") or mark_text(self._processor, "image_token")
+
+
+# --- helpers --------------------------------------------------------------------------------------
+
+#: Mistral's templates want nine letters or digits.
+_CALL: dict[str, Any] = {
+    "id": "abcdefgh1",
+    "type": "function",
+    "function": {"name": "f", "arguments": {"a": 1}},
+}
+_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "f",
+        "description": "d",
+        "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}},
+    },
+}
+
+
+def _source(holder: Any) -> str:
+    """The source of a chat template; of several that have names, all of them."""
+    template = getattr(holder, "chat_template", None)
+    if isinstance(template, dict):
+        return "\n".join(map(str, template.values()))
+    return template if isinstance(template, str) else ""
+
+
+def _pieces(message: Message) -> Iterator[str | None]:
+    """Texts of a message's parts; None for each picture."""
+    for part in message.content or ():
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, TextPart):
+            yield part.text
+        elif isinstance(part, VideoPart):
+            yield from (None for _ in part.attachments)
+        else:
+            yield None
+
+
+def _joined(pieces: list[str | None]) -> Iterator[str | None]:
+    """Neighbouring texts as one."""
+    for pictures, run in groupby(pieces, lambda piece: piece is None):
+        if pictures:
+            yield from run
+        else:
+            yield "".join(piece or "" for piece in run)
+
+
+def _parsed_calls(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tool calls as templates want them: arguments are a map."""
+    parsed = []
+    for call in calls:
+        function = call.get("function")
+        if isinstance(function, dict):
+            arguments = _argument_map(function.get("arguments"))
+            call = {**call, "function": {**function, "arguments": arguments}}
+        parsed.append(call)
+    return parsed
+
+
+def _argument_map(arguments: Any) -> dict[str, Any]:
+    """The arguments of a call, which clients send as JSON text. What a cut or odd answer left in
+    their place stands under the name "arguments", so that the conversation can go on."""
+    value = arguments
+    if isinstance(arguments, str):
+        try:
+            value = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError):
+            value = arguments
+        if _nested_beyond(value, MAX_NESTING):
+            value = arguments  # no template could write it
+    if value is None:
+        return {}
+    return value if isinstance(value, dict) else {"arguments": value}
+
+
+def _nested_beyond(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_nested_beyond(item, levels - 1) for item in inner)
+
+
+def _invalid(message: str, **details: Any) -> RequestError:
+    return RequestError(ErrorCode.INVALID_REQUEST, message, details=details)
