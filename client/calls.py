@@ -154,6 +154,15 @@ def embed(
     return calls
 
 
+def check_option(name: str, value: Any) -> None:
+    """Whether a call would take this option with this value. Raises `InvalidRequest`."""
+    defaults = Defaults(Timeout(), Retry())
+    try:
+        chat(defaults, None, "a question", (), {name: value})
+    except TypeError as error:
+        raise InvalidRequest(str(error)) from None
+
+
 @dataclass(frozen=True, slots=True)
 class Embeddings:
     """Vectors, one for each input, as `array("f")` (numpy takes them without a copy)."""

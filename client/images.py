@@ -15,7 +15,7 @@ from broker.protocol.limits import MAX_ATTACHMENT_OCTETS
 from broker.protocol.messages import Attachment
 from client.errors import InvalidRequest, TooLarge
 
-__all__ = ["Image", "encode"]
+__all__ = ["Image", "check_file", "encode"]
 
 #: What is taken for a picture: a path, encoded octets (PNG, JPEG, ...), or a Pillow image.
 Image = str | os.PathLike[str] | bytes | bytearray | memoryview | Any
@@ -27,6 +27,9 @@ _MAGIC: Final = (
     (b"BM", "image/bmp"),
     (b"II*\0", "image/tiff"),
     (b"MM\0*", "image/tiff"),
+    (b"II+\0", "image/tiff"),
+    (b"MM\0+", "image/tiff"),
+    *((b"P%d" % kind, "image/x-portable-anymap") for kind in range(1, 7)),
 )
 
 
@@ -60,7 +63,20 @@ def media_type(octets: bytes) -> str:
             return name
     if octets[:4] == b"RIFF" and octets[8:12] == b"WEBP":
         return "image/webp"
+    if octets[4:8] == b"ftyp" and octets[8:12] in (b"avif", b"avis"):
+        return "image/avif"
     return ""
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """For a person at a command: a file that does not begin as any image is refused now, not with
+    the question. Raises like `encode`."""
+    _, entry = encode(path)
+    if not entry.media_type:
+        raise InvalidRequest(
+            f"{os.fspath(path)} is not an image; workers read PNG, JPEG, WebP, GIF, BMP, TIFF, "
+            "PPM and AVIF"
+        )
 
 
 def _read(path: Path) -> bytes:

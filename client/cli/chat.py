@@ -1,4 +1,4 @@
-"""`chat`: a conversation at the terminal, with pictures. Ctrl-C stops the answer, Ctrl-D leaves.
+"""`chat`: a conversation at the terminal, with images. Ctrl-C stops the answer, Ctrl-D leaves.
 
 Piped, every line of standard input is a turn and only answers go to standard output.
 """
@@ -8,23 +8,26 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import unquote, urlsplit
 
 from client import BusError, Client, ConnectTimeout, InvalidRequest, ModelUnavailable
+from client.calls import check_option
 from client.cli import arguments as flags
 from client.cli.generate import show, summary
 from client.cli.terminal import Terminal, cause
-from client.images import encode
+from client.images import check_file
 
 HELP: Final = """\
-/image PATH     add a picture to the next question
+/image PATH     add an image to the next question
 /reset          forget the conversation
-/undo           forget the last question and its answer
+/undo           take back the image just added, or the last question and its answer
 /regen          answer the last question again
 /system TEXT    set the system prompt (empty: none)
 /set NAME VALUE set a parameter, such as temperature 0.5 (empty value: back to its default)
@@ -99,9 +102,11 @@ class Conversation:
             isinstance(turn, dict)
             and turn.get("role") in ("user", "assistant")
             and isinstance(turn.get("content"), str)
+            and isinstance(turn.get("images", []), list)
+            and all(isinstance(path, str) for path in turn.get("images", []))
             for turn in turns
         ):
-            raise ValueError(f"{path} has a turn that is none")
+            raise ValueError(f"{path}: a turn is not what /save writes")
         return cls(model, system, params, turns)
 
 
@@ -109,7 +114,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command."""
     parser = commands.add_parser(
         "chat",
-        help="talk to a model, with pictures",
+        help="talk to a model, with images",
         epilog=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -120,7 +125,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         action="append",
         default=[],
         metavar="PATH",
-        help="picture for the first question; repeatable",
+        help="image for the first question; repeatable",
     )
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
     parser.add_argument("--load", metavar="FILE", help="go on with a saved conversation")
@@ -226,7 +231,7 @@ class _Chat:
             return
         try:
             command(rest.strip())
-        except (OSError, ValueError, InvalidRequest) as error:
+        except (OSError, ValueError, BusError) as error:
             self._complain(cause(error))
 
     def _complain(self, text: str) -> None:
@@ -245,6 +250,8 @@ class _Chat:
             conversation.images = []
         else:
             conversation.turns.pop()  # so that the question can be asked again
+            if conversation.images and self._interactive:
+                self._terminal.notice("(its images wait for the next question; /undo takes back)")
 
     def _answer(self) -> bool:
         """Answer the last question; False when there is no answer at all."""
@@ -280,13 +287,13 @@ class _Chat:
     # --- commands ---
 
     def do_image(self, rest: str) -> None:
-        """Add a picture to the next question."""
+        """Add a image to the next question."""
         if not rest:
-            raise ValueError("/image needs the path of a picture")
-        path = str(Path(rest).expanduser())
-        encode(path)  # a wrong path is told now, not with the question
-        self.conversation.images.append(path)
-        self._say(f"picture {len(self.conversation.images)} of the next question: {path}")
+            raise ValueError("/image needs the path of an image")
+        for path in _paths(rest):
+            check_file(path)  # a wrong path is told now, not with the question
+            self.conversation.images.append(path)
+            self._say(f"image {len(self.conversation.images)} of the next question: {path}")
 
     def do_reset(self, _: str) -> None:
         """Forget the conversation."""
@@ -295,7 +302,10 @@ class _Chat:
         self._say("the conversation is forgotten")
 
     def do_undo(self, _: str) -> None:
-        """Forget the last question and its answer."""
+        """Take back the image just added, else the last question and its answer."""
+        if self.conversation.images:
+            self._say(f"{self.conversation.images.pop()} is taken back")
+            return
         if not self.conversation.undo():
             raise ValueError("there is nothing to undo")
         self._say("the last question and its answer are forgotten")
@@ -327,13 +337,18 @@ class _Chat:
             self.conversation.params.pop(name, None)
             self._say(f"{name} is back to its default")
         else:
-            self.conversation.params[name] = flags.read_param(name, text.strip())
+            value = flags.read_param(name, text.strip())
+            check_option(name, value)
+            self.conversation.params[name] = value
             self._say(f"{name} = {self.conversation.params[name]}")
 
     def do_model(self, rest: str) -> None:
         """Talk to another model."""
         if not rest:
             raise ValueError("/model needs a name; `python -m client models` lists them")
+        served = [row["name"] for row in self._client.models()]
+        if rest not in served:
+            raise ValueError(f"no worker serves {rest!r}; served are {', '.join(served) or 'none'}")
         self.conversation.model = rest
         self._say(f"talking to {rest}")
 
@@ -349,7 +364,11 @@ class _Chat:
         if not rest:
             raise ValueError("/load needs a file name")
         try:
-            self.conversation = Conversation.load(Path(rest).expanduser())
+            loaded = Conversation.load(Path(rest).expanduser())
+            for turn in loaded.turns:
+                for path in turn.get("images", ()):
+                    check_file(path)
+            self.conversation = loaded
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InvalidRequest(f"{rest} is no saved conversation: {error}") from None
         except (OSError, ValueError) as error:
@@ -363,3 +382,20 @@ class _Chat:
     def _say(self, text: str) -> None:
         if self._interactive:
             self._terminal.notice(f"({text})")
+
+
+def _paths(text: str) -> list[str]:
+    """The files that `text` names: one path as it is, or as a terminal writes what was dropped on
+    it (quoted, with backslashes, a file:// address, several)."""
+    whole = Path(text).expanduser()
+    if whole.exists():
+        return [str(whole)]
+    with contextlib.suppress(ValueError):  # an open quotation mark
+        words = [
+            unquote(urlsplit(word).path) if word.startswith("file://") else word
+            for word in shlex.split(text)
+        ]
+        paths = [Path(word).expanduser() for word in words]
+        if len(paths) == 1 or all(path.exists() for path in paths):
+            return [str(path) for path in paths]
+    return [str(whole)]

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -348,13 +349,55 @@ def test_chat_tells_mistakes_in_words_and_a_script_by_the_status(bus: Bus, tmp_p
     assert done.returncode == 1
 
 
+def test_chat_checks_an_image_a_parameter_and_a_model_at_the_command(
+    bus: Bus, tmp_path: Path
+) -> None:
+    gone = tmp_path / "gone.json"
+    turn = '{"role": "user", "content": "x", "images": ["/nowhere.png"]}'
+    gone.write_text(f'{{"format": "tokenbus-chat-1", "turns": [{turn}]}}')
+    done = run(
+        *("chat", "--broker", bus.front),
+        stdin="/image README.md\n/set temprature 0\n/set top_p 3\n/set colour red\n/model ecko\n"
+        f"/load {gone}\nstill here\n",
+    )
+    assert done.stdout.splitlines() == ["still here"]
+    image, name, value, word, model, load = done.stderr.splitlines()
+    assert "README.md is not an image" in image
+    assert "did you mean temperature" in name
+    assert "top_p" in value and "1.0" in value
+    assert "unknown parameter 'colour'" in word
+    assert "'ecko'" in model and "served are echo" in model
+    assert "/nowhere.png" in load
+
+
+@pytest.mark.parametrize("form", ["{}", "'{}'", '"{}"', "file://{}", "{escaped}"])
+def test_chat_reads_a_path_as_a_terminal_drops_it(
+    bus: Bus, picture: str, tmp_path: Path, form: str
+) -> None:
+    dropped = tmp_path / "my picture (1).png"
+    dropped.write_bytes(Path(picture).read_bytes())
+    path = str(dropped).replace(" ", "%20") if "://" in form else str(dropped)
+    typed = form.format(path, escaped=re.sub(r"([ ()])", r"\\\1", path))
+    done = run("chat", "--broker", bus.front, stdin=f"/image {typed}\nlook\n")
+    assert done.stdout.splitlines() == ["1 image: 5x4. look"], done.stderr
+
+
+def test_undo_takes_back_what_was_attached_first(bus: Bus, picture: str) -> None:
+    done = run(
+        *("chat", "--broker", bus.front),
+        stdin=f"hello\n/image {picture}\n/undo\nlook\n/undo\n/undo\n/regen\n",
+    )
+    assert done.stdout.splitlines() == ["hello", "look"]
+    assert "no question" in done.stderr
+
+
 def test_a_mistake_in_chat_does_not_end_it(bus: Bus) -> None:
     done = run(
         *("chat", "--broker", bus.front),
         stdin="/dance\n/image /nowhere.png\n/load /nowhere\n/set temperature -1\nx\n"
         "/set temperature\nstill here\n",
     )
-    assert done.stdout.splitlines() == ["still here"]
+    assert done.stdout.splitlines() == ["x", "still here"]
     assert done.stderr.count("error: ") == 4
     assert "Traceback" not in done.stderr
 
