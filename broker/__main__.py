@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
 import os
 import resource
@@ -28,6 +29,7 @@ from broker.sockets import (
     SocketSettings,
     bind,
     check_address,
+    collide,
     is_local,
     make_context,
     make_router,
@@ -63,6 +65,8 @@ def _serve(config: Config) -> int:
     _check_addresses(config)
     _raise_descriptor_limit(config)
     log = Logger(form=config.log_format, level=config.log_level)
+    for line in options.misspelt_variables():
+        log("warning", "environment", {"ignored": line})
     settings = SocketSettings(config.high_water_mark, config.linger_ms, config.io_threads)
     context = make_context(settings)
     front = make_router(context, settings, front=True)
@@ -124,6 +128,11 @@ def _check_addresses(config: Config) -> None:
                 "could read and send. Make keys with `python -m broker keys` and give --keys, or "
                 "say --insecure"
             )
+    for one, other in itertools.combinations((*config.front, *config.back), 2):
+        if collide(one, other):
+            raise ConfigError(
+                f"{one} and {other} are one port: each front and back address needs its own"
+            )
     if config.upstream or config.upstream_key or config.upstream_server_key:
         from broker.upstream import check
 
@@ -133,6 +142,9 @@ def _check_addresses(config: Config) -> None:
 def _check(config: Config) -> int:
     """Say whether a broker could start with these options, without starting one."""
     _check_addresses(config)
+    misspelt = options.misspelt_variables()
+    if misspelt:
+        raise ConfigError("\n".join(misspelt))
     if config.keys:
         from broker import auth
 
@@ -144,7 +156,7 @@ def _check(config: Config) -> int:
         )
     for name, value in options.changed(config).items():
         print(f"{name} = {value!r}")
-    print("the options are right")
+    print("configuration OK")
     return 0
 
 
@@ -164,7 +176,7 @@ def _announce(config: Config, fronts: list[str], backs: list[str]) -> None:
     if config.keys:
         server_key = f" --server-key {config.keys}/broker.key"
         worker_keys = f"{server_key} --key {config.keys}/worker.key_secret"
-        client_keys = f"{server_key} --key-file {config.keys}/client.key_secret"
+        client_keys = f"{server_key} --key {config.keys}/client.key_secret"
     lines = [
         f"tokenbus broker listens: clients {', '.join(fronts)}   workers {', '.join(backs)}",
         f"next:  python -m worker --broker {backs[0]}{worker_keys}",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,21 @@ from typing import Any
 
 from broker.core.settings import CoreSettings, option
 from broker.core.state import SOFTWARE
+from broker.protocol.options import OptionParser, misspelt, parse_bool
 
 PROGRAM = "python -m broker"
 ENV_PREFIX = "TOKENBUS_"
+
+
+_REPLACED = {
+    **dict.fromkeys(
+        ("--host", "--port"),
+        "clients and workers have an address each: see --front and --back",
+    ),
+    "--dispatch-method": "--placement lottery, shortest_queue, least_loaded or affinity",
+    "--ssl": "the bus encrypts with CURVE: see `python -m broker keys` and --keys",
+}
+"""Options of the controllers that the broker replaces, and what takes their place."""
 
 
 class StartError(Exception):
@@ -87,7 +100,7 @@ class Config(CoreSettings):
 def read(
     arguments: Sequence[str], environment: Mapping[str, str] = os.environ, *, program: str
 ) -> Config:
-    """The configuration. Raises `ConfigError`; `--help` and unknown flags leave by SystemExit."""
+    """The configuration. Raises `ConfigError`; `--help` and `--version` leave by SystemExit."""
     parser = _parser(program)
     flags = vars(parser.parse_args(arguments))
     file = flags.pop("config") or environment.get(ENV_PREFIX + "CONFIG")
@@ -102,6 +115,12 @@ def read(
             given = text.split(",") if str(field.type).startswith("tuple") else text
             values[name] = _convert(field, given, variable)
     return Config(**values)
+
+
+def misspelt_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """A line for each `TOKENBUS_...` variable that neither broker nor client reads."""
+    known = {ENV_PREFIX + field.name.upper() for field in dataclasses.fields(Config)}
+    return misspelt(environment, known | {ENV_PREFIX + "CONFIG", ENV_PREFIX + "BROKER"})
 
 
 def changed(config: Config) -> dict[str, Any]:
@@ -125,7 +144,9 @@ def _from_file(path: Path) -> dict[str, Any]:
     fields = {field.name: field for field in dataclasses.fields(Config)}
     unknown = sorted(set(table) - set(fields))
     if unknown:
-        raise ConfigError(f"--config {path}: unknown option {unknown[0]!r}; see --help for all")
+        near = difflib.get_close_matches(unknown[0], fields, n=1)
+        hint = f"did you mean {near[0]}?" if near else "see --help for all"
+        raise ConfigError(f"--config {path}: unknown option {unknown[0]!r}; {hint}")
     return {
         name: _convert(fields[name], value, f"{name} in {path}") for name, value in table.items()
     }
@@ -135,7 +156,7 @@ def _convert(field: dataclasses.Field[Any], value: Any, source: str) -> Any:
     kind = str(field.type)
     try:
         if kind == "bool":
-            return _boolean(value)
+            return parse_bool(str(value))
         if kind == "int":
             value = int(str(value).replace("_", ""))
         elif kind == "float":
@@ -161,15 +182,6 @@ _WANTED = {
 }
 
 
-def _boolean(value: Any) -> bool:
-    text = str(value).strip().lower()
-    if text in ("true", "1", "yes", "on"):
-        return True
-    if text in ("false", "0", "no", "off", ""):
-        return False
-    raise ValueError
-
-
 def _check_bounds(field: dataclasses.Field[Any], value: Any, source: str) -> None:
     about = field.metadata
     choices = about.get("choices")
@@ -188,14 +200,15 @@ def _flag(name: str) -> str:
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
+        replaced=_REPLACED,
+        raises=ConfigError,
         prog=program,
         description="The tokenbus broker: clients at the front, workers at the back.",
         usage=f"{PROGRAM} [OPTION ...] | {PROGRAM} keys --help | "
         f"{PROGRAM} check [FILE] [OPTION ...]",
         epilog=_table(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=SOFTWARE)
     parser.add_argument("--config", metavar="FILE", help="TOML file with options by their name")

@@ -118,6 +118,17 @@ def check_address(address: str) -> None:
     )
 
 
+def collide(one: str, other: str) -> bool:
+    """Whether two addresses that `check_address` let pass cannot be bound at the same time."""
+    (host, _, port), (other_host, _, other_port) = one.rpartition(":"), other.rpartition(":")
+    if port != other_port or port in ("*", "0"):
+        return False
+    wild = ("tcp://*", "tcp://0.0.0.0", "tcp://[::]")
+    return host == other_host or (
+        host.startswith("tcp://") and (host in wild or other_host in wild)
+    )
+
+
 def is_local(address: str) -> bool:
     """Only this machine can reach it."""
     if address.startswith("ipc://"):

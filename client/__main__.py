@@ -10,9 +10,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from broker.protocol.options import OptionParser, misspelt
 from client import BusError, InvalidRequest, TooLarge
 from client.cli import batch, bench, chat, demo, generate, metrics, tables, top
 from client.cli.terminal import Terminal
+from client.options import BROKER_VARIABLE
 from client.version import version
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -23,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace, Terminal], int] = parsed.run
     terminal = Terminal()
+    for line in misspelt(os.environ, [BROKER_VARIABLE], near_only=True):
+        terminal.notice(f"({line})")
     try:
         return run(parsed, terminal)
     except KeyboardInterrupt:
@@ -42,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = OptionParser(
         prog="python -m client",
         description="Talk to models behind a tokenbus broker.",
         epilog="`python -m client COMMAND --help` tells the options of a command.",

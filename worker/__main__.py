@@ -36,11 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         why = f"{config.log_file}: {error.strerror or error}"
         print(f"worker: the log file cannot be written: {why}", file=sys.stderr)
         return 2
+    for line in config.misspelt:
+        log.warning("environment", extra={"fields": {"ignored": line}})
     return serve(config) if config.register else check(config)
 
 
 def _environment(config: options.WorkerConfig) -> dict[str, str]:
-    return {} if config.threads is None else {"OMP_NUM_THREADS": str(config.threads)}
+    changes = {} if config.threads is None else {"OMP_NUM_THREADS": str(config.threads)}
+    return changes | ({} if config.gpus is None else {"CUDA_VISIBLE_DEVICES": config.gpus})
 
 
 def serve(config: options.WorkerConfig) -> int:

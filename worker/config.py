@@ -1,8 +1,8 @@
 """Every option of the worker: flag, environment variable, default, unit and reason.
 
 Flags go before the environment (`TOKENBUS_WORKER_...`), which goes before the defaults. Old
-spellings of the replaced systems are accepted, and so are unambiguous beginnings of options. Must
-never import zmq or torch: `--help` is quick.
+spellings of the replaced systems are accepted, or answered with what takes their place
+(`replaced`). Must never import zmq or torch: `--help` is quick.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
+from broker.protocol.options import OptionParser, misspelt, parse_bool
 from worker.demo import model_path
 from worker.engines import registry
 from worker.engines.base import EngineOptions
 from worker.naming import pair_names
+from worker.replaced import REPLACED
 
 ENVIRONMENT_PREFIX: Final = "TOKENBUS_WORKER_"
 DEFAULT_BROKER: Final = "tcp://127.0.0.1:5556"
@@ -29,7 +31,7 @@ DEMO_NAME: Final = "demo"
 
 _EPILOG: Final = f"""\
 Every option can be set by an environment variable: {ENVIRONMENT_PREFIX}LIMIT_MODEL_CONCURRENCY=4;
-lists are separated by commas, switches are 1 or 0.
+lists are separated by commas, switches are true or false.
 
 examples:
   python -m worker                                       the bundled demo model, offline
@@ -61,6 +63,10 @@ class WorkerConfig:
     log_format: str
     log_file: Path | None
     progress: bool
+    #: CUDA_VISIBLE_DEVICES of the engine; None: as the worker's own.
+    gpus: str | None
+    #: Variables of the environment that look like options and are none.
+    misspelt: tuple[str, ...]
     engine: EngineOptions
 
 
@@ -86,26 +92,6 @@ def check_address(address: str) -> str:
     if scheme == "tcp" and host and port.isdigit() and 0 < int(port) < 65536:
         return address
     raise ConfigError(f"{address!r} is no broker address: use tcp://HOST:PORT or ipc://PATH")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
-_LISTENING: Final = ("--host", "--port", "--worker-address", "--worker")
-
-
-class _NoListening(argparse.Action):
-    """Options of the replaced systems' workers, which were servers."""
-
-    def __call__(
-        self, _parser: Any, _namespace: Any, _values: Any, option: str | None = None
-    ) -> None:
-        raise ConfigError(
-            f"{option} is not needed: a worker listens nowhere, it connects to --broker; leave "
-            "it out"
-        )
 
 
 def _number(text: str) -> float:
@@ -142,7 +128,9 @@ def _count(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line. Defaults are None: the environment is asked after the flags."""
-    made = _Parser(
+    made = OptionParser(
+        replaced=REPLACED,
+        raises=ConfigError,
         prog="python -m worker",
         description="Serve models on a tokenbus: connects out to a broker, runs the engine in a "
         "process of its own.",
@@ -172,6 +160,7 @@ def parser() -> argparse.ArgumentParser:
     models.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub [main]")
     models.add_argument(
         "--trust-remote-code",
+        "--trust_remote_code",
         action="store_true",
         help="run Python code that the model brings along: only for models that you trust [no]",
     )
@@ -188,6 +177,9 @@ def parser() -> argparse.ArgumentParser:
     )
     engine.add_argument(
         "--device", metavar="DEV", help="auto, cpu, cuda, cuda:1, mps, xpu, npu [auto]"
+    )
+    engine.add_argument(
+        "--gpus", metavar="LIST", help="GPUs that the engine sees, such as 0,1 [all]"
     )
     engine.add_argument("--dtype", metavar="TYPE", help="auto, float32, float16, bfloat16 [auto]")
     engine.add_argument("--load-8bit", action="store_true", help="quantise weights to 8 bits")
@@ -217,6 +209,7 @@ def parser() -> argparse.ArgumentParser:
     bus.add_argument(
         "--broker",
         "--controller-address",
+        "--controller",
         action="append",
         metavar="ADDRESS",
         help=f"back address of a broker; repeat to serve several from one pool [{DEFAULT_BROKER}]",
@@ -260,8 +253,6 @@ def parser() -> argparse.ArgumentParser:
     )
     logs.add_argument("--log-file", metavar="FILE", help="write the log there [standard error]")
     logs.add_argument("--no-progress", action="store_true", help="show no loading progress")
-    for option in _LISTENING:
-        made.add_argument(option, action=_NoListening, help=argparse.SUPPRESS)
     made.add_argument("--version", action="version", version=software())
     return made
 
@@ -283,15 +274,15 @@ _CHOICES: Final = {
     "log_level": ("debug", "info", "warning", "error"),
     "log_format": ("auto", "text", "json"),
 }
-_FLAGS: Final = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
 def _from_environment(action: argparse.Action, text: str, name: str) -> Any:
     """The value that an environment variable gives an option."""
     if isinstance(action, argparse._StoreTrueAction):
-        if text.lower() not in _FLAGS:
-            raise ConfigError(f"{name}={text}: 1 or 0 is needed")
-        return _FLAGS[text.lower()]
+        try:
+            return parse_bool(text)
+        except ValueError as error:
+            raise ConfigError(f"{name}: {error}") from None
     if isinstance(action, argparse._AppendAction):
         return [item for item in text.split(",") if item]
     if callable(action.type):
@@ -307,12 +298,14 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] = os.environ)
     command_line = parser()
     given = vars(command_line.parse_args(arguments))
     values: dict[str, Any] = {}
+    known: set[str] = set()
     for action in command_line._actions:
-        if action.dest in ("help", "version") or isinstance(action, _NoListening):
+        if action.dest in ("help", "version"):
             continue
         value = given[action.dest]
         spellings = [o.lstrip("-").replace("-", "_").upper() for o in action.option_strings]
         for name in (ENVIRONMENT_PREFIX + spelling for spelling in spellings):
+            known.add(name)
             if value in (None, False) and environment.get(name):
                 value = _from_environment(action, environment[name], name)
         values[action.dest] = _DEFAULTS.get(action.dest) if value is None else value
@@ -320,6 +313,7 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] = os.environ)
         if values[option] not in choices:
             flag = "--" + option.replace("_", "-")
             raise ConfigError(f"{flag} {values[option]}: one of {', '.join(choices)} is needed")
+    values["misspelt"] = tuple(misspelt(environment, known, ENVIRONMENT_PREFIX))
     return _checked(values)
 
 
@@ -351,6 +345,8 @@ def _checked(values: dict[str, Any]) -> WorkerConfig:
         log_format=values["log_format"],
         log_file=Path(values["log_file"]) if values["log_file"] else None,
         progress=not values["no_progress"],
+        gpus=values["gpus"],
+        misspelt=values["misspelt"],
         engine=_engine_options(values),
     )
 

@@ -29,7 +29,12 @@ def add_connection(parser: argparse.ArgumentParser) -> None:
         help="front address, several by commas [$TOKENBUS_BROKER or tcp://127.0.0.1:5555]",
     )
     group.add_argument("--server-key", metavar="KEY", help="CURVE: the broker's public key or file")
-    group.add_argument("--key-file", metavar="FILE", help="CURVE: our own .key_secret file")
+    group.add_argument(
+        *("--key", "--key-file"),
+        dest="key_file",
+        metavar="FILE",
+        help="CURVE: our own .key_secret file",
+    )
     group.add_argument(
         "--connect-timeout", type=float, default=5.0, metavar="S", help="seconds [5]"
     )

@@ -19,7 +19,7 @@ from typing import Final
 
 from client import BusError
 from client.dealer import key_pair, server_key_of
-from client.gateway.config import PREFIX, Config, ConfigError, parse_args
+from client.gateway.config import PREFIX, Config, ConfigError, misspelt_variables, parse_args
 from client.gateway.keys import KeyFile, KeyFileError, add_key, remove_key
 
 PROGRAM = "python -m client.gateway"
@@ -61,6 +61,8 @@ def _serve(config: Config) -> int:
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
         stream=sys.stderr,
     )
+    for line in misspelt_variables():
+        logging.getLogger("tokenbus.gateway").warning("ignored: %s", line)
     connection = config.connection()
     if connection.server_key is not None:
         # Read again when the server runs, where a failure would be a traceback.

@@ -7,7 +7,6 @@ Refuses what would be unsafe by accident: an address beyond this machine without
 
 from __future__ import annotations
 
-import argparse
 import ipaddress
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from broker.protocol.limits import MAX_ATTACHMENT_OCTETS, MAX_ATTACHMENTS_OCTETS, MAX_REQUEST_OCTETS
+from broker.protocol.options import OptionParser, misspelt, parse_bool
 from client import BusError
 from client.gateway.addresses import Network
 from client.gateway.images import ImagePolicy
@@ -27,6 +27,28 @@ __all__ = ["Config", "ConfigError", "parse_args"]
 PREFIX = "TOKENBUS_GATEWAY_"
 
 
+_REPLACED = {
+    **dict.fromkeys(
+        ("--controller-address", "--controller-url", "--controller"),
+        "--broker tcp://HOST:5555, the broker's front address",
+    ),
+    "--api-keys": "--keys FILE; `python -m client.gateway keys add NAME` makes a key",
+    "--allowed-origins": "--cors-origins URLS, comma separated",
+    **dict.fromkeys(
+        ("--allow-credentials", "--allowed-methods", "--allowed-headers"),
+        "not needed: what --cors-origins lets in may use every method and header",
+    ),
+    "--ssl": "--tls-cert FILE and --tls-key FILE",
+    **dict.fromkeys(
+        ("--concurrency-count", "--model-list-mode"),
+        "not needed: the gateway takes what comes, and asks the bus for its models",
+    ),
+    "--share": "there is no tunnel; see --host, --keys and --tls-cert",
+    "--moderate": "there is no moderation",
+}
+"""Options of the API and web servers that the gateway replaces, and what takes their place."""
+
+
 class ConfigError(Exception):
     """An option has an impossible value; the message names it."""
 
@@ -35,25 +57,17 @@ def _text(value: str) -> str:
     return value
 
 
-def _flag(value: str) -> bool:
-    if value.lower() in ("1", "true", "yes", "on"):
-        return True
-    if value.lower() in ("0", "false", "no", "off", ""):
-        return False
-    raise ValueError(f"{value!r} is neither true nor false")
-
-
 def _whole(value: str) -> int:
     try:
         return int(value)
     except ValueError:
-        raise ValueError(f"{value!r} is no whole number") from None
+        raise ValueError(f"must be an integer, got {value!r}") from None
 
 
 def _port(value: str) -> int:
     number = _whole(value)
     if not 0 <= number < 65536:
-        raise ValueError(f"{value} is no port")
+        raise ValueError(f"must be a port from 0 to 65535, got {value}")
     return number
 
 
@@ -61,16 +75,16 @@ def _positive(value: str) -> float:
     try:
         number = float(value)
     except ValueError:
-        raise ValueError(f"{value!r} is no number") from None
+        raise ValueError(f"must be a number, got {value!r}") from None
     if not 0 < number < 1e9:
-        raise ValueError(f"{value} is not above 0")
+        raise ValueError(f"must be above 0, got {value}")
     return number
 
 
 def _count(value: str) -> int:
     number = _whole(value)
     if number < 0:
-        raise ValueError(f"{value} is negative")
+        raise ValueError(f"must not be negative, got {value}")
     return number
 
 
@@ -118,7 +132,7 @@ class Config:
     host: str = _option(_text, "127.0.0.1", "address to listen on")
     port: int = _option(_port, 8000, "port to listen on; 0 picks a free one")
     keys: Path | None = _option(Path, None, "file of API keys; without it anybody may ask", "FILE")
-    insecure: bool = _option(_flag, False, "listen beyond this machine without keys")
+    insecure: bool = _option(parse_bool, False, "listen beyond this machine without keys")
     public_url: str | None = _option(_text, None, "this gateway as others reach it", "URL")
     allowed_hosts: tuple[str, ...] = _option(_words, (), "further host names to answer to", "NAMES")
     cors_origins: tuple[str, ...] = _option(
@@ -126,7 +140,7 @@ class Config:
     )
     tls_cert: Path | None = _option(Path, None, "certificate chain, PEM; serves https", "FILE")
     tls_key: Path | None = _option(Path, None, "private key, PEM", "FILE")
-    allow_remote_images: bool = _option(_flag, False, "fetch pictures from http(s) addresses")
+    allow_remote_images: bool = _option(parse_bool, False, "fetch pictures from http(s) addresses")
     image_networks: tuple[Network, ...] = _option(
         _networks, (), "networks that are not public and may hold pictures", "CIDRS"
     )
@@ -143,8 +157,8 @@ class Config:
     store_entries: int = _option(_count, 1000, "answers kept for re-attaching and follow-up", "N")
     store_bytes: int = _option(_count, 64 << 20, "memory for them", "N")
     legacy_dialect: str = _option(_dialect, "auto", "older API: auto, fastchat or llava", "NAME")
-    no_legacy: bool = _option(_flag, False, "do not serve the older controller and worker API")
-    no_page: bool = _option(_flag, False, "do not serve the web page")
+    no_legacy: bool = _option(parse_bool, False, "do not serve the older controller and worker API")
+    no_page: bool = _option(parse_bool, False, "do not serve the web page")
     shutdown_s: float = _option(_positive, 10.0, "grace of running answers at a stop", "S")
     log_level: str = _option(_text, "info", "debug, info, warning or error", "LEVEL")
 
@@ -192,7 +206,9 @@ class Config:
 
 def parse_args(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> Config:
     """The configuration that flags and environment ask for; raises ConfigError."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
+        replaced=_REPLACED,
+        raises=ConfigError,
         prog="python -m client.gateway",
         description="Serve the models of a tokenbus broker over HTTP: OpenAI's API, the older "
         "FastChat and LLaVA API, and a web page.",
@@ -203,12 +219,15 @@ def parse_args(argv: Sequence[str], environment: Mapping[str, str] = os.environ)
     for option in fields(Config):
         flag = "--" + option.name.replace("_", "-")
         words = option.metadata["help"]
-        if option.metadata["read"] is _flag:
+        if option.metadata["read"] is parse_bool:
             parser.add_argument(flag, action="store_const", const="1", help=words)
             continue
         if option.default not in (None, ()):
             words += f" (default {option.default})"
-        parser.add_argument(flag, metavar=option.metadata["metavar"] or "VALUE", help=words)
+        flags = ("--key", flag) if option.name == "key_file" else (flag,)  # as everywhere
+        parser.add_argument(
+            *flags, dest=option.name, metavar=option.metadata["metavar"] or "VALUE", help=words
+        )
     given = vars(parser.parse_args(argv))
     values: dict[str, Any] = {}
     for option in fields(Config):
@@ -226,3 +245,9 @@ def parse_args(argv: Sequence[str], environment: Mapping[str, str] = os.environ)
     config = Config(**values)
     config.check()
     return config
+
+
+def misspelt_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """A line for each `TOKENBUS_GATEWAY_...` variable that nobody reads."""
+    known = {PREFIX + option.name.upper() for option in fields(Config)}
+    return misspelt(environment, known, PREFIX)

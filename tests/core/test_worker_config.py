@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from worker import config
 from worker.config import ConfigError, WorkerConfig, parse
 from worker.demo import model_path
 from worker.naming import name_from_path, pair_names
+from worker.replaced import REPLACED
 
 
 def given(*arguments: str, **environment: str) -> WorkerConfig:
@@ -150,7 +154,7 @@ def test_a_broker_named_twice_is_one_broker() -> None:
         (["--worker-id", "x" * 300], "256 octets"),
         (["--port", "40000"], "listens nowhere"),
         (["--worker", "http://localhost:40000"], "listens nowhere"),
-        (["--nosuch"], "unrecognized arguments"),
+        (["--nosuch"], "there is no option --nosuch"),
     ],
 )
 def test_a_wrong_option_says_what_is_wrong(arguments: list[str], words: str) -> None:
@@ -161,7 +165,7 @@ def test_a_wrong_option_says_what_is_wrong(arguments: list[str], words: str) -> 
 def test_a_wrong_variable_is_named() -> None:
     with pytest.raises(ConfigError, match="TOKENBUS_WORKER_SLOTS=many: many is not a whole number"):
         given(SLOTS="many")
-    with pytest.raises(ConfigError, match="TOKENBUS_WORKER_LOAD_4BIT=perhaps"):
+    with pytest.raises(ConfigError, match="TOKENBUS_WORKER_LOAD_4BIT: 'perhaps' is neither"):
         given(LOAD_4BIT="perhaps")
 
 
@@ -171,3 +175,38 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for option in ("--model-path", "--broker", "--no-register", "--engine-arg", "TOKENBUS_WORKER_"):
         assert option in text
+
+
+def test_every_option_of_the_replaced_workers_is_known_by_name() -> None:
+    parser = config.parser()
+    known = {option for action in parser._actions for option in action.option_strings}
+    replaced_workers = re.findall(
+        r"--[a-z0-9-]+",
+        """
+        --host --port --worker-address --controller-address --model-path --model-base --model-name
+        --model-names --device --limit-worker-concurrency --limit-model-concurrency
+        --stream-interval --no-register --load-8bit --load-4bit --use-flash-attn --multi-modal
+        --model-type --quant-path --precision --revision --dtype --gpus --num-gpus
+        --max-gpu-memory --cpu-offloading --gptq-ckpt --gptq-wbits --gptq-groupsize
+        --gptq-act-order --awq-ckpt --awq-wbits --awq-groupsize --enable-exllama
+        --exllama-max-seq-len --exllama-gpu-split --exllama-cache-8bit --enable-xft
+        --xft-max-seq-len --xft-dtype --embed-in-truncate --seed --debug --ssl
+        """,
+    )
+    assert [name for name in replaced_workers if name not in known | REPLACED.keys()] == []
+
+
+def test_several_wrong_options_are_answered_together() -> None:
+    with pytest.raises(ConfigError) as caught:
+        given("--num-gpus", "2", "--awq-ckpt=x", "--modle-path", "y")
+    gpus, awq, misspelt = str(caught.value).splitlines()
+    assert "--gpus" in gpus and "config.json" in awq and "did you mean --model-path" in misspelt
+
+
+def test_gpus_are_what_the_engine_sees() -> None:
+    assert given("--gpus", "0,2").gpus == "0,2"
+
+
+def test_a_misspelt_variable_is_named() -> None:
+    (line,) = given(MODEL_PAHT="x").misspelt
+    assert "did you mean TOKENBUS_WORKER_MODEL_PATH?" in line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -37,13 +38,16 @@ def context() -> Iterator[zmq.Context[Any]]:
         yield context
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "broker", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=20,
+        env={**os.environ, **(environment or {})},
     )
 
 
@@ -249,6 +253,27 @@ def test_check_takes_the_file_alone_and_says_what_is_wrong_in_it(tmp_path: Path)
     assert wrong.returncode == 2 and "unknown option 'inflght'" in wrong.stderr
 
 
+def test_check_finds_what_would_be_ignored_or_could_not_be_bound() -> None:
+    told = run("check", environment={"TOKENBUS_INFLIHGT": "7"})
+    assert told.returncode == 2
+    assert "did you mean TOKENBUS_INFLIGHT?" in told.stderr
+    for one, other in (
+        ("tcp://127.0.0.1:7001", "tcp://127.0.0.1:7001"),
+        ("tcp://*:7001", "tcp://127.0.0.1:7001"),
+        ("ipc:///tmp/one", "ipc:///tmp/one"),
+    ):
+        told = run("check", "--insecure", "--front", one, "--back", other)
+        assert told.returncode == 2 and "are one port" in told.stderr, told
+    free = ("--front", "tcp://127.0.0.1:*", "--back", "tcp://127.0.0.1:*")
+    assert run("check", *free).returncode == 0
+
+
+def test_options_of_a_replaced_controller_are_answered_together() -> None:
+    told = run("--host", "0.0.0.0", "--port", "21001", "--dispatch-method", "lottery")
+    assert told.returncode == 2
+    assert "--front and --back" in told.stderr and "--placement lottery" in told.stderr
+
+
 def test_the_usage_names_the_three_forms_whichever_was_called() -> None:
     broker, check = run("--help"), run("check", "--help")
     assert broker.stdout.splitlines()[0] == check.stdout.splitlines()[0]
@@ -267,7 +292,7 @@ def test_the_next_commands_name_the_keys(
     auth.keys_command([str(tmp_path)], program="keys")
     broker_main._announce(Config(keys=str(tmp_path)), ["tcp://f:1"], ["tcp://b:2"])
     worker, client = capsys.readouterr().out.splitlines()[1:]
-    for line, flag, name in ((worker, "--key", "worker"), (client, "--key-file", "client")):
+    for line, flag, name in ((worker, "--key", "worker"), (client, "--key", "client")):
         assert f" --server-key {tmp_path}/broker.key {flag} {tmp_path}/{name}.key_secret" in line
     assert all(Path(word).exists() for word in worker.split() if word.startswith(str(tmp_path)))
 

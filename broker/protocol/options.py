@@ -1,0 +1,120 @@
+"""How options are read, alike for broker, worker, client and gateway.
+
+No party reads an abbreviation, drops a misspelt name in silence, or has a boolean of its own. Pure:
+never reads the environment or a file itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, NoReturn
+
+__all__ = ["OptionParser", "misspelt", "parse_bool"]
+
+ENVIRONMENT: Final = "TOKENBUS_"
+_PARTIES: Final = ("TOKENBUS_WORKER_", "TOKENBUS_GATEWAY_")
+#: What Kubernetes sets for a service that is called `tokenbus`.
+_SERVICE_LINKS: Final = re.compile(r"_SERVICE_(HOST|PORT)|_PORT(_\d+_(TCP|UDP).*)?$")
+
+
+def parse_bool(text: str) -> bool:
+    """A switch as text: true, yes, on, 1 or their opposites; nothing is false. Raises
+    `ValueError`."""
+    word = text.strip().lower()
+    if word in ("true", "yes", "on", "1"):
+        return True
+    if word in ("false", "no", "off", "0", ""):
+        return False
+    raise ValueError(f"{text!r} is neither true nor false")
+
+
+def misspelt(
+    environment: Mapping[str, str],
+    known: Iterable[str],
+    prefix: str = ENVIRONMENT,
+    *,
+    near_only: bool = False,
+) -> list[str]:
+    """A line for each variable that begins like ours and is read by nobody.
+
+    `known` are the names that the caller reads, `prefix` those that it answers for: the broker's
+    stops where the worker's and the gateway's begin. `near_only`: others may read names that are
+    unlike all of `known`.
+    """
+    names = sorted(known)
+    lines = []
+    for name in sorted(environment):
+        others = [party for party in _PARTIES if party != prefix]
+        if not name.startswith(prefix) or name.startswith(tuple(others)) or name in names:
+            continue
+        if _SERVICE_LINKS.search(name):
+            continue
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.8 if near_only else 0.6)
+        if near_only and not near:
+            continue
+        hint = f"did you mean {near[0]}?" if near else "--help lists those that are"
+        lines.append(f"{name} is set and no option; {hint}")
+    return lines
+
+
+class OptionParser(argparse.ArgumentParser):
+    """argparse without abbreviations, that names every unknown option at once, each with the
+    nearest one or with what takes the place of an option of a replaced system."""
+
+    def __init__(
+        self,
+        *args: Any,
+        replaced: Mapping[str, str] | None = None,
+        raises: type[Exception] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """`replaced`: what to do instead, by the option of another system. `raises`: what a
+        mistake raises; without it, argparse ends the process with status 2."""
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+        self._replaced = dict(replaced or {})
+        self._raises = raises
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """As argparse, with all unknown options in one message."""
+        parsed, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.error("\n".join(self._unknown(rest)))
+        return parsed
+
+    def _unknown(self, rest: Sequence[str]) -> list[str]:
+        known = [option for action in _actions(self) for option in action.option_strings]
+        names = [word.partition("=")[0] for word in rest if word.startswith("-")]
+        if not names:
+            return [f"unrecognized arguments: {' '.join(rest)}"]
+        lines = []
+        for name in dict.fromkeys(names):
+            spelt = name.replace("_", "-")
+            instead = self._replaced.get(name) or self._replaced.get(spelt)
+            near = difflib.get_close_matches(spelt, known, n=1)
+            if instead:
+                lines.append(f"{name}: {instead}")
+            elif near:
+                lines.append(f"there is no option {name}; did you mean {near[0]}?")
+            else:
+                lines.append(f"there is no option {name}; --help lists those that are")
+        return lines
+
+    def error(self, message: str) -> NoReturn:
+        if self._raises is not None:
+            raise self._raises(message)
+        super().error(message)
+
+
+def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Those of the parser and of its commands."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from _actions(command)

@@ -1,0 +1,89 @@
+"""Options are read alike by every party: no abbreviation, nothing misspelt in silence."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from broker.protocol.options import OptionParser, misspelt, parse_bool
+
+
+@pytest.mark.parametrize("text", ["1", "true", "Yes", " on "])
+def test_a_switch_is_on(text: str) -> None:
+    assert parse_bool(text) is True
+
+
+@pytest.mark.parametrize("text", ["0", "false", "NO", "off", ""])
+def test_a_switch_is_off(text: str) -> None:
+    assert parse_bool(text) is False
+
+
+def test_another_word_is_no_switch() -> None:
+    with pytest.raises(ValueError, match="'maybe' is neither true nor false"):
+        parse_bool("maybe")
+
+
+def test_a_misspelt_variable_is_named_with_the_nearest() -> None:
+    environment = {"TOKENBUS_BACKK": "x", "TOKENBUS_BACK": "x", "PATH": "/bin"}
+    (line,) = misspelt(environment, ["TOKENBUS_BACK", "TOKENBUS_FRONT"])
+    assert line == "TOKENBUS_BACKK is set and no option; did you mean TOKENBUS_BACK?"
+
+
+def test_each_party_answers_for_its_own_names() -> None:
+    environment = {"TOKENBUS_WORKER_MODEL": "x", "TOKENBUS_GATEWAY_PORTT": "1", "TOKENBUS_X": "x"}
+    (broker,) = misspelt(environment, ["TOKENBUS_FRONT"])
+    assert broker.startswith("TOKENBUS_X ")
+    assert misspelt(environment, ["TOKENBUS_WORKER_MODEL"], "TOKENBUS_WORKER_") == []
+    (gateway,) = misspelt(environment, ["TOKENBUS_GATEWAY_PORT"], "TOKENBUS_GATEWAY_")
+    assert "did you mean TOKENBUS_GATEWAY_PORT?" in gateway
+
+
+def test_what_kubernetes_sets_for_a_service_is_not_ours() -> None:
+    environment = {
+        "TOKENBUS_SERVICE_HOST": "10.0.0.1",
+        "TOKENBUS_SERVICE_PORT_FRONT": "5555",
+        "TOKENBUS_PORT": "tcp://10.0.0.1:5555",
+        "TOKENBUS_PORT_5555_TCP_ADDR": "10.0.0.1",
+    }
+    assert misspelt(environment, ["TOKENBUS_FRONT"]) == []
+
+
+class Wrong(Exception):
+    pass
+
+
+def parser() -> OptionParser:
+    made = OptionParser(raises=Wrong, replaced={"--num-gpus": "choose them with --gpus"})
+    made.add_argument("--gpus")
+    made.add_argument("--prompt-logprobs")
+    return made
+
+
+def test_all_wrong_options_are_named_at_once() -> None:
+    with pytest.raises(Wrong) as caught:
+        parser().parse_args(["--num-gpus", "2", "--gpsu=1", "--colour", "red"])
+    assert str(caught.value).splitlines() == [
+        "--num-gpus: choose them with --gpus",
+        "there is no option --gpsu; did you mean --gpus?",
+        "there is no option --colour; --help lists those that are",
+    ]
+
+
+def test_a_beginning_is_not_an_option() -> None:
+    with pytest.raises(Wrong, match="did you mean --prompt-logprobs"):
+        parser().parse_args(["--prompt-logprob", "3"])
+
+
+def test_a_commands_own_options_are_known() -> None:
+    made = parser()
+    made.add_subparsers().add_parser("ask").add_argument("--temperature")
+    with pytest.raises(Wrong, match="did you mean --temperature"):
+        made.parse_args(["ask", "--temprature", "1"])
+
+
+def test_without_an_exception_of_its_own_it_ends_with_status_2() -> None:
+    with pytest.raises(SystemExit) as caught:
+        OptionParser().parse_args(["--colour"])
+    assert caught.value.code == 2
+    assert isinstance(OptionParser(), argparse.ArgumentParser)
