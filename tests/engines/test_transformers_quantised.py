@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -264,7 +265,7 @@ def test_a_damaged_gptq_checkpoint_is_not_served_with_random_weights(tmp_path: P
     gptq(tmp_path, model)
     file = tmp_path / "model.safetensors"
     save_file(with_short_scales(load_file(file)), file, metadata={"format": "pt"})
-    with pytest.raises(EngineLoadError):
+    with pytest.raises(EngineLoadError, match="GPTQ tensors do not fit"):
         load(tmp_path)
 
 
@@ -281,7 +282,9 @@ def test_gptqmodel_computes_what_the_integers_stand_for(tmp_path: Path) -> None:
     assert float((found - wanted).norm() / wanted.norm()) < 0.05
 
 
-def test_an_fp8_checkpoint_is_the_model_that_its_blocks_stand_for(tmp_path: Path) -> None:
+def test_an_fp8_checkpoint_is_the_model_that_its_blocks_stand_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = tiny.llama(hidden=128)
     state = {name: tensor.clone() for name, tensor in load_state(tmp_path, model).items()}
     for name, weight in linear_weights(model).items():
@@ -297,9 +300,13 @@ def test_an_fp8_checkpoint_is_the_model_that_its_blocks_stand_for(tmp_path: Path
         state[f"{name}_scale_inv"] = scales
     config = {"quant_method": "fp8", "weight_block_size": [64, 64], "activation_scheme": "dynamic"}
     write(tmp_path, model, state, config)
-    loaded = load(tmp_path, dtype="float32")
+    with caplog.at_level(logging.WARNING, "worker"):
+        loaded = load(tmp_path, dtype="float32")
     torch.testing.assert_close(logits(loaded.model), logits(model))
     assert not torch.equal(logits(model), logits(tiny.llama(hidden=128)))
+    if not torch.cuda.is_available():
+        assert not loaded.quantised
+        assert "its activations are not rounded" in caplog.text
 
 
 def test_a_compressed_tensors_checkpoint_is_the_model_that_it_was_packed_from(

@@ -7,7 +7,8 @@ points for quantisers; the formats are `awq`'s and `gptq`'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +17,39 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-__all__ = ["register"]
+from worker.engines.base import EngineLoadError
+
+__all__ = ["ROUNDED", "explained_conversion", "noted_cause", "register"]
+
+ROUNDED = "tokenbus_rounded_activations"
+"""Attribute of a model some of whose layers round what goes through them, as when it was
+quantised: it computes like a quantised model although its weights are dense."""
+
+
+_causes: list[str] = []
+
+
+@contextmanager
+def noted_cause() -> Iterator[None]:
+    """Inside a conversion: remember what goes wrong, for transformers raises an error of its own
+    that only says that something did."""
+    try:
+        yield
+    except ValueError as error:
+        _causes.append(str(error))
+        raise
+
+
+@contextmanager
+def explained_conversion(path: str) -> Iterator[None]:
+    """Around loading: raise `EngineLoadError` with the first cause that was noted, if any was."""
+    _causes.clear()
+    try:
+        yield
+    except RuntimeError as error:
+        if not _causes:
+            raise
+        raise EngineLoadError(f"cannot load {path}: {_causes[0]}") from error
 
 
 def register(method: str, parts: tuple[str, ...], dequantised: Callable[..., torch.Tensor]) -> None:
@@ -42,10 +75,11 @@ def register(method: str, parts: tuple[str, ...], dequantised: Callable[..., tor
                     continue
                 held = (input_dict[stem + part] for part in parts)
                 lists = (part if isinstance(part, list) else [part] for part in held)
-                dense = [
-                    dequantised(*layer, **self._facts).to(dtype)
-                    for layer in zip(*lists, strict=True)
-                ]
+                with noted_cause():
+                    dense = [
+                        dequantised(*layer, **self._facts).to(dtype)
+                        for layer in zip(*lists, strict=True)
+                    ]
                 if not stem:
                     return {full_layer_name: dense[0]}
                 # Later operations look for the names of sources.

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from worker.engines.base import EngineLoadError, EngineOptions, Progress
 from worker.engines.transformers.checkpoint import refuse_missing
 from worker.engines.transformers.classes import ModelClass, model_class
+from worker.engines.transformers.dense import explained_conversion
 from worker.engines.transformers.llava import (
     LlavaParts,
     assemble,
@@ -32,7 +33,12 @@ from worker.engines.transformers.llava import (
 )
 from worker.engines.transformers.loaded import LoadedModel, wrap_model
 from worker.engines.transformers.processors import load_processor
-from worker.engines.transformers.quantise import bitsandbytes_config, normalise_skip_names
+from worker.engines.transformers.quantise import (
+    bitsandbytes_config,
+    computes_quantised,
+    normalise_skip_names,
+    warn_of_lost_rounding,
+)
 from worker.engines.transformers.settings import EngineSettings
 
 __all__ = ["load_model", "pick_device"]
@@ -274,7 +280,7 @@ def _load_weights(
     settings: EngineSettings,
     progress: Progress,
 ) -> tuple[Any, bool]:
-    """Returns the model and whether its weights are quantised."""
+    """Returns the model and whether it computes as a quantised one."""
     if options.load_8bit and options.load_4bit:
         raise EngineLoadError("choose one of --load-8bit and --load-4bit")
     common: dict[str, Any] = {
@@ -296,7 +302,6 @@ def _load_weights(
     else:
         kwargs["device_map"] = {"": str(device)}
     stored = getattr(config, "quantization_config", None)
-    quantised = False
     bits = 8 if options.load_8bit else 4 if options.load_4bit else 0
     if stored is not None:
         if bits:
@@ -304,7 +309,7 @@ def _load_weights(
                 f"{path} is quantised already: load it without --load-8bit and --load-4bit"
             )
         as_dict = stored if isinstance(stored, dict) else stored.to_dict()
-        config.quantization_config, quantised = _stored_quantisation(as_dict, path)
+        config.quantization_config = _stored_quantisation(as_dict, path)
     elif bits:
         with torch.device("meta"):
             skeleton = auto_class.from_config(
@@ -313,33 +318,34 @@ def _load_weights(
         kwargs["quantization_config"] = bitsandbytes_config(
             skeleton, bits=bits, dtype=dtype, device=device
         )
-        quantised = True
-    with _weights_progress(progress, path):
+    with _weights_progress(progress, path), explained_conversion(path):
         model, told = auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
     refuse_missing(model, told["missing_keys"], path, quantised=stored is not None)
-    return model, quantised
+    if stored is not None:
+        warn_of_lost_rounding(model, as_dict, path)
+    return model, computes_quantised(model)
 
 
-def _stored_quantisation(stored: dict[str, Any], path: str) -> tuple[dict[str, Any], bool]:
-    """The quantisation config to load a quantised checkpoint with, and whether its weights stay
-    quantised in memory."""
+def _stored_quantisation(stored: dict[str, Any], path: str) -> dict[str, Any]:
+    """The quantisation config to load a quantised checkpoint with."""
     method = str(stored.get("quant_method", "")).lower()
     if method == "awq" and not _installed("gptqmodel"):
         from worker.engines.transformers import awq
 
-        return awq.dequantising_config(stored, path), False
+        return awq.dequantising_config(stored, path)
     if method == "gptq" and not _installed("gptqmodel", "optimum"):
         from worker.engines.transformers import gptq
 
-        return gptq.dequantising_config(stored, path), False
+        return gptq.dequantising_config(stored, path)
     if method == "compressed-tensors":
         if not _installed("compressed_tensors"):
             raise EngineLoadError(
                 f"{path} needs compressed-tensors: pip install 'tokenbus[compressed]'"
             )
-        # It would be decompressed at the first forward anyhow: rather where loading is shown.
-        return stored | {"dequantize": True}, False
-    return normalise_skip_names(stored), True
+        from worker.engines.transformers import compressed
+
+        return compressed.keeping_config(stored, path)
+    return normalise_skip_names(stored)
 
 
 def _installed(*packages: str) -> bool:

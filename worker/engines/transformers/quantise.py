@@ -8,6 +8,7 @@ on the meta device, with full paths. Must never load weights.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 from typing import Any
 
@@ -15,8 +16,17 @@ import torch
 from torch import nn
 
 from worker.engines.base import EngineLoadError
+from worker.engines.transformers.dense import ROUNDED
 
-__all__ = ["bitsandbytes_config", "modules_to_skip", "normalise_skip_names"]
+__all__ = [
+    "bitsandbytes_config",
+    "computes_quantised",
+    "modules_to_skip",
+    "normalise_skip_names",
+    "warn_of_lost_rounding",
+]
+
+log = logging.getLogger(__name__)
 
 PACKED_MULTIPLE = 64
 """bitsandbytes packs 4-bit weights on a CPU in blocks of 64 input features and fails on others."""
@@ -88,3 +98,19 @@ def normalise_skip_names(quantization_config: dict[str, Any]) -> dict[str, Any]:
                 for name in names
             ]
     return fixed
+
+
+def computes_quantised(model: nn.Module) -> bool:
+    """Whether a loaded model has weights of few bits, or rounds its activations. What transformers
+    made dense while it was loaded has neither."""
+    return bool(getattr(model, "is_quantized", False)) or hasattr(model, ROUNDED)
+
+
+def warn_of_lost_rounding(model: nn.Module, stored: dict[str, Any], path: str) -> None:
+    """Tell where transformers made an FP8 model dense: its kernels round activations as well."""
+    if not computes_quantised(model) and str(stored.get("quant_method")) in ("fp8", "fbgemm_fp8"):
+        log.warning(
+            "%s is dense in memory, for this device has no FP8 kernels: its activations are not "
+            "rounded as they were when it was quantised",
+            path,
+        )
