@@ -33,12 +33,12 @@ from client.gateway.errors import GatewayError, describe
 from client.gateway.generation import RETRY, Batches, Delta, Finish, Prompted
 from client.gateway.legacy_api import context_tokens
 from client.gateway.legacy_input import (
-    CONVERSATION,
     Dialect,
     EmbeddingBody,
     ModelBody,
     PromptBody,
     Wanted,
+    conversation,
     dialect_of,
     model_names,
     model_of,
@@ -355,7 +355,7 @@ async def _model_details(visit: Visit) -> Response:
 
 
 async def _conv_template(visit: Visit) -> Response:
-    return JSONResponse({"conv": CONVERSATION})
+    return JSONResponse({"conv": conversation()})
 
 
 async def _read(visit: Visit, kind: type[Any]) -> Any:

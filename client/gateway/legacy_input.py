@@ -4,7 +4,10 @@ Which family asks, and what its fields mean; `legacy` answers. Knows no shape of
 
 FastChat's API server makes a prompt from a template that it asks the worker for. It gets one whose
 turns are marked with words that no model uses; a prompt with those marks is turned back into
-messages, so that the model's own chat template is applied and never guessed from a name.
+messages, so that the model's own chat template is applied and never guessed from a name. The marks
+of each template hold a random key, so that nobody who writes a turn can write them. A prompt begins
+with a mark, which only the template can have written: its key is the one that counts, and nothing
+has to be remembered, by this gateway or another.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+import secrets
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -37,12 +41,12 @@ from client.gateway.requests import parse
 from client.gateway.visit import Visit
 
 __all__ = [
-    "CONVERSATION",
     "Dialect",
     "EmbeddingBody",
     "ModelBody",
     "PromptBody",
     "Wanted",
+    "conversation",
     "dialect_of",
     "model_names",
     "model_of",
@@ -50,37 +54,36 @@ __all__ = [
     "wanted_of",
 ]
 
-# Marks of the neutral template; see the module's docstring.
-_SYSTEM, _USER, _ASSISTANT, _END = (
-    "<|tokenbus:system|>",
-    "<|tokenbus:user|>",
-    "<|tokenbus:assistant|>",
-    "<|tokenbus:end|>",
-)
-_TURN = re.compile(
-    re.escape("<|tokenbus:") + r"(system|user|assistant)" + re.escape("|>") + r"\n?"
-    r"(.*?)(?:" + re.escape(_END) + r"\n?|\Z)",
-    re.DOTALL,
-)
+_KEY_BYTES = 16
+_FAMILY = "<|tokenbus:"
+_FIRST_MARK = re.compile(re.escape(_FAMILY) + rf"([0-9a-f]{{{2 * _KEY_BYTES}}}):")
 #: SeparatorStyle.CHATML of FastChat: turns are role, newline, text, separator, newline.
 _CHATML = 9
 
-#: What FastChat takes for a model's template.
-CONVERSATION = {
-    "name": "tokenbus",
-    "system_template": f"{_SYSTEM}\n{{system_message}}",
-    "system_message": "",
-    "system_message_vision": "",
-    "roles": [_USER, _ASSISTANT],
-    "messages": [],
-    "offset": 0,
-    "sep_style": _CHATML,
-    "sep": _END,
-    "sep2": None,
-    "stop_str": None,
-    "stop_token_ids": None,
-    "max_image_size_mb": None,
-}
+
+def _mark(key: str, word: str) -> str:
+    return f"{_FAMILY}{key}:{word}|>"
+
+
+def conversation() -> dict[str, Any]:
+    """What FastChat takes for a model's template, with a new key."""
+    key = secrets.token_hex(_KEY_BYTES)
+    return {
+        "name": "tokenbus",
+        "system_template": f"{_mark(key, 'system')}\n{{system_message}}",
+        "system_message": "",
+        "system_message_vision": "",
+        "roles": [_mark(key, "user"), _mark(key, "assistant")],
+        "messages": [],
+        "offset": 0,
+        "sep_style": _CHATML,
+        "sep": _mark(key, "end"),
+        "sep2": None,
+        "stop_str": None,
+        "stop_token_ids": None,
+        "max_image_size_mb": None,
+    }
+
 
 Dialect = Literal["fastchat", "llava"]
 
@@ -238,12 +241,37 @@ def _params(body: GenerateBody, dialect: Dialect) -> Params:
 
 
 def turns_of(prompt: str) -> list[Message] | None:
-    """The messages of a prompt that was made with the neutral template; None for any other."""
-    if not prompt.startswith("<|tokenbus:"):
+    """The messages of a prompt that was made with the neutral template; None for any other.
+
+    Raises GatewayError for one made with a template that this gateway no longer hands out.
+    """
+    if not prompt.startswith(_FAMILY):
         return None
-    found = [(turn[1], turn[2]) for turn in _TURN.finditer(prompt)]
-    # The last turn is the empty one of the assistant, and an empty system prompt is none.
-    return [Message(role=role, content=text) for role, text in found if text] or None
+    first = _FIRST_MARK.match(prompt)
+    if first is None:
+        raise invalid(
+            "prompt",
+            "The prompt is marked by a template of an older gateway: start FastChat's API server "
+            "again, so that it asks for the template of this one.",
+        )
+    system, user, assistant, end = (
+        re.escape(_mark(first[1], word)) for word in ("system", "user", "assistant", "end")
+    )
+    # The template writes a system turn at the start only. A turn ends where another begins: what
+    # else looks like a mark is text.
+    opened = f"(?:{user}|{assistant})"
+    turn = re.compile(
+        rf"(\A{system}|{user}|{assistant})\n?"
+        rf"(?:(?={opened})|(.*?)(?:{end}\n?(?={opened}|\Z)|\Z))",
+        re.DOTALL,
+    )
+    messages = []
+    for found in turn.finditer(prompt):
+        role = found[1].rpartition(":")[2].removesuffix("|>")
+        # An empty system prompt is none, and the last turn is the assistant's, to come.
+        if found[2] or role == "user":
+            messages.append(Message(role=role, content=found[2] or ""))
+    return messages or None
 
 
 def _conversation(turns: list[Turn], pictures: list[str]) -> list[Message]:
