@@ -206,6 +206,14 @@ class AsyncClient(Face):
         """Let a worker finish and take nothing new. An operator's verb."""
         return dict(await self.query("bus.drain", drain_args(worker, deadline_s, reason)))
 
+    async def hold(self, worker: str) -> dict[str, Any]:
+        """Give a worker nothing new until it is released; it stays. An operator's verb."""
+        return dict(await self.query("bus.hold", {"worker": worker}))
+
+    async def release(self, worker: str) -> dict[str, Any]:
+        """The end of `hold`. An operator's verb."""
+        return dict(await self.query("bus.release", {"worker": worker}))
+
     async def query(
         self,
         verb: str,

@@ -34,6 +34,7 @@ Prompt = str | Sequence[int]
 _PARAMS: Final = frozenset(Params.__struct_fields__)
 #: Fields of a request that callers set by name beside the parameters.
 _FIELDS: Final = frozenset(("tools", "tool_choice", "template_args", "priority", "user", "trace"))
+ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function")
 _OPTIONS: Final = frozenset(("timeout", "retry", "window"))
 
 EMBED_INPUTS_AT_ONCE: Final = 32
@@ -225,12 +226,14 @@ def _turn(turn: MessageLike, attached: _Attached) -> dict[str, Any]:
     if isinstance(turn, str):
         return {"role": "user", "content": turn}
     if isinstance(turn, Message):
+        _check_role(turn.role)
         return dict(msgspec.to_builtins(turn))
     if not isinstance(turn, Mapping):
         raise InvalidRequest(
             f"a message cannot be of type {type(turn).__name__}; give a text or a dict with "
             "role and content"
         )
+    _check_role(turn.get("role"))
     unknown = set(turn) - set(Message.__struct_fields__)
     if unknown:
         raise InvalidRequest(
@@ -242,6 +245,14 @@ def _turn(turn: MessageLike, attached: _Attached) -> dict[str, Any]:
     if content is not None and not isinstance(content, str):
         plain["content"] = [_part(part, attached) for part in content]
     return plain
+
+
+def _check_role(role: Any) -> None:
+    """Templates drop a role that they do not know, often without a word."""
+    if isinstance(role, str) and role not in ROLES:
+        near = difflib.get_close_matches(role, ROLES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(ROLES)}"
+        raise InvalidRequest(f"a message has role {role!r}; {hint}")
 
 
 def _part(part: Any, attached: _Attached) -> dict[str, Any]:

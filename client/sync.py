@@ -192,6 +192,14 @@ class Client(Face):
         """Let a worker finish and take nothing new. An operator's verb."""
         return dict(self.query("bus.drain", drain_args(worker, deadline_s, reason)))
 
+    def hold(self, worker: str) -> dict[str, Any]:
+        """Give a worker nothing new until it is released; it stays. An operator's verb."""
+        return dict(self.query("bus.hold", {"worker": worker}))
+
+    def release(self, worker: str) -> dict[str, Any]:
+        """The end of `hold`. An operator's verb."""
+        return dict(self.query("bus.release", {"worker": worker}))
+
     def query(
         self, verb: str, args: dict[str, Any] | None = None, *, timeout: float | None = None
     ) -> Any:

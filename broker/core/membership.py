@@ -135,6 +135,7 @@ def welcome_worker(core: BrokerCore, event: MessageReceived, hello: Hello) -> No
         core.settings.worker_liveness,
         core.now_s,
     )
+    worker.held = worker.name in core.held
     core.workers[event.routing_id] = worker
     if worker.shared:
         core.shared[event.routing_id] = worker

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from broker.core.sessions import ClientSession
     from broker.core.workers import WorkerSession
 
-_OPERATOR_VERBS: Final = frozenset(("bus.drain", "bus.shutdown", "bus.reload"))
+_OPERATOR_VERBS: Final = frozenset(
+    ("bus.drain", "bus.hold", "bus.release", "bus.shutdown", "bus.reload")
+)
 _ANSWER_DELAY_S: Final = 0.05
 """A shutdown begins this much after its ANSWER, which so is not the last thing in the queue."""
 
@@ -34,6 +36,10 @@ class _DrainArgs(msgspec.Struct, frozen=True):
     worker: str
     deadline_ms: int | None = None
     reason: str = "drained by the operator"
+
+
+class _WorkerArgs(msgspec.Struct, frozen=True):
+    worker: str
 
 
 class _ShutdownArgs(msgspec.Struct, frozen=True):
@@ -215,14 +221,45 @@ def _request(core: BrokerCore, request: Request) -> dict[str, Any]:
     }
 
 
-def _drain(core: BrokerCore, args: _DrainArgs) -> dict[str, Any]:
-    workers = [worker for worker in core.workers.values() if worker.name == args.worker]
+def _named(core: BrokerCore, name: str) -> list[WorkerSession]:
+    """The workers of that name. Raises `RequestError` where there is none."""
+    workers = [worker for worker in core.workers.values() if worker.name == name]
     if not workers:
         names = ", ".join(sorted({worker.name for worker in core.workers.values()})[:10]) or "none"
         raise RequestError(
-            ErrorCode.INVALID_REQUEST,
-            f"no worker {args.worker[:100]!r} is here; there are: {names}",
+            ErrorCode.INVALID_REQUEST, f"no worker {name[:100]!r} is here; there are: {names}"
         )
+    return workers
+
+
+def _hold(core: BrokerCore, args: _WorkerArgs) -> dict[str, Any]:
+    for worker in _named(core, args.worker):
+        worker.held = True
+    # Bounded: only names of workers that were here are held.
+    core.held.add(args.worker)
+    return {"worker": args.worker, "state": "held"}
+
+
+def _release(core: BrokerCore, args: _WorkerArgs) -> dict[str, Any]:
+    if args.worker not in core.held:
+        _named(core, args.worker)  # somebody who was not held is released all the same
+    core.held.discard(args.worker)
+    for worker in core.workers.values():
+        if worker.name != args.worker:
+            continue
+        if worker.draining:
+            raise RequestError(
+                ErrorCode.INVALID_REQUEST,
+                f"worker {args.worker[:100]} is leaving and cannot be kept: start it again "
+                "(a worker that is held, and not drained, stays)",
+            )
+        worker.held = False
+        core.dirty.update(worker.models)
+    return {"worker": args.worker, "state": "released"}
+
+
+def _drain(core: BrokerCore, args: _DrainArgs) -> dict[str, Any]:
+    workers = _named(core, args.worker)
     deadline_s = core.settings.drain_s if args.deadline_ms is None else args.deadline_ms / 1000
     for worker in workers:
         shutdown.drain_worker(core, worker, min(max(deadline_s, 0.0), 1e6), args.reason[:200])
@@ -254,6 +291,8 @@ _VERBS: Final[dict[str, tuple[type[Any], Callable[[BrokerCore, Any], Any]]]] = {
     "bus.metrics": (_NoArgs, _metrics),
     "bus.requests": (_RequestsArgs, _requests),
     "bus.drain": (_DrainArgs, _drain),
+    "bus.hold": (_WorkerArgs, _hold),
+    "bus.release": (_WorkerArgs, _release),
     "bus.shutdown": (_ShutdownArgs, _shutdown),
     "bus.reload": (_NoArgs, _reload),
 }

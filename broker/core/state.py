@@ -56,6 +56,8 @@ class BusState:
         self.clients: dict[bytes, ClientSession] = {}
         self.workers: dict[bytes, WorkerSession] = {}
         self.registry = Registry()
+        #: Names of workers that an operator holds; they outlive their sessions.
+        self.held: set[str] = set()
         #: Workers that serve other brokers too, by routing id.
         self.shared: dict[bytes, WorkerSession] = {}
         #: Every request known, by id, in whatever phase.

@@ -51,6 +51,7 @@ class WorkerSession(Session):
         "ended",
         "engine",
         "granted",
+        "held",
         "last_assigned",
         "models",
         "recalled",
@@ -108,6 +109,8 @@ class WorkerSession(Session):
         self.waiting_told = 0
         #: A drain was ordered or announced: nothing more is assigned.
         self.draining = False
+        #: An operator holds it: nothing more is assigned until it is released.
+        self.held = False
         #: When the broker ends an ordered drain itself.
         self.drain_until_s = math.inf
         #: The engine makes no progress: nothing more is assigned until it does.
@@ -124,7 +127,7 @@ class WorkerSession(Session):
     @property
     def free(self) -> int:
         """Slots that may be assigned: credit left of a worker that is fit to take work."""
-        if self.draining or self.stalled or self.state is WorkerState.LOADING:
+        if self.draining or self.held or self.stalled or self.state is WorkerState.LOADING:
             return 0
         return self.unspent
 
@@ -133,7 +136,7 @@ class WorkerSession(Session):
         # As `free`, written out: of a thousand workers, this is most of a placement.
         if self.granted <= self.assigned + self.returned:
             return False
-        if self.draining or self.stalled or self.state is WorkerState.LOADING:
+        if self.draining or self.held or self.stalled or self.state is WorkerState.LOADING:
             return False
         most = self.models[model].capacity
         return most is None or most > sum(r.model == model for r in self.running.values())
@@ -155,6 +158,8 @@ class WorkerSession(Session):
         """For people: the worst of what is known."""
         if self.draining:
             return WorkerState.DRAINING.value
+        if self.held:
+            return "held"
         if self.stalled:
             return "stalled"
         if self.state is not None:

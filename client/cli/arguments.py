@@ -36,9 +36,15 @@ def add_connection(parser: argparse.ArgumentParser) -> None:
         help="CURVE: our own .key_secret file",
     )
     group.add_argument(
-        "--connect-timeout", type=float, default=5.0, metavar="S", help="seconds [5]"
+        "--connect-timeout",
+        type=float,
+        default=5.0,
+        metavar="S",
+        help="seconds to wait for a broker [5]",
     )
-    group.add_argument("--timeout", type=float, metavar="S", help="seconds for each whole request")
+    group.add_argument(
+        "--timeout", type=float, metavar="S", help="seconds for each whole request [no limit]"
+    )
 
 
 def connect(arguments: argparse.Namespace, **timeouts: float | None) -> Client:
@@ -58,12 +64,37 @@ def connect(arguments: argparse.Namespace, **timeouts: float | None) -> Client:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Which model."""
-    parser.add_argument("--model", "-m", metavar="NAME", help="[the only one that is served]")
+    parser.add_argument(
+        "--model", "-m", metavar="NAME", help="the model to ask [the only one that is served]"
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """For scripts."""
     parser.add_argument("--json", action="store_true", help="JSON, one value a line")
+
+
+#: What each parameter of sampling does, its unit and its default, for `--help`.
+PARAMETERS: Final[dict[str, str]] = {
+    "max_tokens": "longest answer, tokens [what is left of the context]",
+    "min_tokens": "no end before so many tokens [0]",
+    "temperature": "randomness: 0 always takes the likeliest token [the model's own, else 1]",
+    "top_p": "choose among the likeliest tokens of this total probability, 0 to 1 [1: all]",
+    "top_k": "choose among so many likeliest tokens [0: all]",
+    "min_p": "leave out tokens below this share of the likeliest one's probability [0: none]",
+    "repetition_penalty": "above 1, tokens of prompt and answer become less likely [1: off]",
+    "presence_penalty": "taken from the logits of tokens that the answer has [0: off]",
+    "frequency_penalty": "the same for each time that the answer has them [0: off]",
+    "seed": "same seed, same answer [random]",
+    "stop": "text that ends the answer; repeatable [none]",
+    "ignore_eos": "go on after the model's own end, up to --max-tokens [no]",
+    "include_stop": "leave the stop text in the answer [no]",
+    "skip_special_tokens": "leave special tokens out of the text [yes]",
+    "logprobs": "log probabilities: of each token and so many likeliest ones [none]",
+    "prompt_logprobs": "the same for the tokens of the prompt [none]",
+    "echo": "begin the answer with the prompt [no]",
+    "stream_interval": "tokens that come at a time [1]",
+}
 
 
 def add_params(parser: argparse.ArgumentParser) -> None:
@@ -72,11 +103,13 @@ def add_params(parser: argparse.ArgumentParser) -> None:
     for name, kind in _flags().items():
         flag = "--" + name.replace("_", "-")
         if kind is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
+            group.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=None, help=PARAMETERS[name]
+            )
         elif kind is list:
-            group.add_argument(flag, action="append", metavar="TEXT", help="repeatable")
+            group.add_argument(flag, action="append", metavar="TEXT", help=PARAMETERS[name])
         else:
-            group.add_argument(flag, type=kind, metavar="N")
+            group.add_argument(flag, type=kind, metavar="N", help=PARAMETERS[name])
     group.add_argument(
         "--param",
         action="append",
@@ -104,8 +137,8 @@ def read_param(name: str, text: str) -> Any:
         try:
             return kind(text)
         except ValueError:
-            wanted = "a whole number" if kind is int else "a number"
-            raise ValueError(f"{name}: {text!r} is not {wanted}") from None
+            wanted = "an integer" if kind is int else "a number"
+            raise ValueError(f"{name}: must be {wanted}, got {text!r}") from None
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -119,7 +152,7 @@ def count(text: str) -> int:
     except ValueError:
         value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no count from 1 up")
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text!r}")
     return value
 
 

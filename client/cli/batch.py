@@ -39,8 +39,18 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "stopped. Status: 0 all answered, 1 some failed, now or before, or the bus is away, "
         "130 stopped.",
     )
-    parser.add_argument("input", metavar="IN.jsonl", type=Path)
-    parser.add_argument("output", metavar="OUT.jsonl", type=Path)
+    parser.add_argument(
+        "input",
+        metavar="IN.jsonl",
+        type=Path,
+        help="requests, one a line, as OpenAI's batches have them",
+    )
+    parser.add_argument(
+        "output",
+        metavar="OUT.jsonl",
+        type=Path,
+        help="answers, one a line; what is there already is not asked again",
+    )
     parser.add_argument(
         "--concurrency",
         type=flags.count,

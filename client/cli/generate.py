@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import os
+import select
+import stat
 import sys
-from typing import Any
+from typing import Any, Final
 
 from client import End, InvalidRequest, Recovering, Started, Stream, Tokens
 from client.cli import arguments as flags
 from client.cli.terminal import Terminal
 
+PIPE_WAIT_S: Final = 3.0
+"""How long a pipe on standard input may take to its first byte where a question was typed too."""
+
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the commands."""
     parser = commands.add_parser("generate", help="ask once and stream the answer")
-    parser.add_argument("prompt", nargs="*", help="the question; without it, standard input")
+    parser.add_argument("prompt", nargs="*", help="the question; what is piped in goes before it")
     flags.add_model(parser)
     parser.add_argument(
-        "--image", "-i", action="append", default=[], metavar="PATH", help="picture; repeatable"
+        "--image", "-i", action="append", default=[], metavar="PATH", help="image; repeatable"
     )
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--raw", action="store_true", help="continue the text, no chat template")
@@ -34,7 +40,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=embed)
 
     parser = commands.add_parser("count", help="tokens of a text")
-    parser.add_argument("text", nargs="*", help="the text; without it, standard input")
+    parser.add_argument("text", nargs="*", help="the text; what is piped in goes before it")
     flags.add_model(parser)
     flags.add_connection(parser)
     parser.set_defaults(run=count)
@@ -155,10 +161,27 @@ def count(arguments: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _text(words: list[str]) -> str:
+    """The question: what is piped in, then the words of the command line."""
     if not words and sys.stdin.isatty():
         # Else it would seem to hang.
         print("the text, please; Ctrl-D at the start of a line ends it:", file=sys.stderr)
-    text = " ".join(words) if words else sys.stdin.read().rstrip("\n")
+    piped = sys.stdin.read() if not words else _piped()
+    text = "\n\n".join(filter(None, [piped.rstrip("\n"), " ".join(words)]))
     if not text:
         raise InvalidRequest("no text given; put it on the command line or on standard input")
     return text
+
+
+def _piped() -> str:
+    """What a pipe or a file holds on standard input, empty for anything else. A program may have
+    left an open pipe there that nobody writes to: it is not waited for."""
+    try:
+        kind = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError):  # closed
+        return ""
+    if not (stat.S_ISFIFO(kind) or stat.S_ISREG(kind)):
+        return ""
+    if not select.select([sys.stdin], [], [], PIPE_WAIT_S)[0]:
+        print("nothing came on standard input; asking without it", file=sys.stderr)
+        return ""
+    return sys.stdin.read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,9 @@ def _rate(row: Row) -> str:
     rate = (row.get("metrics") or {}).get("tokens_per_s")
     return "" if rate is None else f"{rate:.1f}"
 
+
+POLL_S = 0.2
+"""Between two looks at a worker that is waited for."""
 
 MODELS: Columns = (
     ("model", _field("name")),
@@ -97,12 +101,35 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     flags.add_connection(parser)
     parser.set_defaults(run=status)
 
-    parser = commands.add_parser("drain", help="let a worker finish and take nothing new")
+    parser = commands.add_parser(
+        "drain",
+        help="let a worker finish and leave",
+        description="Let a worker finish what runs, take nothing new, and leave. It ends with "
+        "status 0: a service manager that always restarts it brings it back (see --hold).",
+    )
     parser.add_argument("worker", help="its name, as `workers` shows it")
-    parser.add_argument("--deadline", type=float, metavar="S", help="seconds for running requests")
-    parser.add_argument("--reason", default="", metavar="TEXT")
+    parser.add_argument(
+        "--deadline",
+        type=float,
+        metavar="S",
+        help="seconds for running requests; then they go on elsewhere [the broker's --drain-s]",
+    )
+    parser.add_argument(
+        "--reason", default="", metavar="TEXT", help="for the log [drained by the operator]"
+    )
+    parser.add_argument("--wait", action="store_true", help="return once nothing runs there [no]")
+    parser.add_argument(
+        "--hold",
+        action="store_true",
+        help="keep it on the bus, idle, until `undrain`: nothing restarts it [no]",
+    )
     flags.add_connection(parser)
     parser.set_defaults(run=drain)
+
+    parser = commands.add_parser("undrain", help="give a worker that is held work again")
+    parser.add_argument("worker", help="its name, as `workers` shows it")
+    flags.add_connection(parser)
+    parser.set_defaults(run=undrain)
 
 
 def _lister(
@@ -156,10 +183,34 @@ def status(arguments: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def drain(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    """Drain a worker."""
+    """Drain or hold a worker."""
+    name = arguments.worker
     with flags.connect(arguments) as client:
-        answer = client.drain(
-            arguments.worker, deadline_s=arguments.deadline, reason=arguments.reason
-        )
-    terminal.line(f"worker {answer.get('worker', arguments.worker)}: {answer.get('state')}")
+        if arguments.hold:
+            answer = client.hold(name)
+        else:
+            answer = client.drain(name, deadline_s=arguments.deadline, reason=arguments.reason)
+        terminal.line(f"worker {answer.get('worker', name)}: {answer.get('state')}")
+        if arguments.wait:
+            with terminal.waiting("waiting for what runs there ..."):
+                while any(
+                    _busy(row, arguments.hold) for row in client.workers() if row["name"] == name
+                ):
+                    time.sleep(POLL_S)
+            terminal.line(f"worker {name}: {'idle' if arguments.hold else 'gone'}")
+    return 0
+
+
+def _busy(row: Row, hold: bool) -> bool:
+    """A held worker stays; a drained one is waited for until it has gone."""
+    if not hold:
+        return str(row.get("state")) == "draining"
+    return bool(row.get("running") or row.get("waiting"))
+
+
+def undrain(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    """Release a worker."""
+    with flags.connect(arguments) as client:
+        client.release(arguments.worker)
+    terminal.line(f"worker {arguments.worker}: takes requests again")
     return 0

@@ -27,6 +27,7 @@ _STATE_STYLE: Final = {
     "loading": "yellow",
     "unknown": "yellow",
     "draining": "magenta",
+    "held": "magenta",
     "stalled": "bold red",
 }
 _TITLE: Final = "bold"

@@ -610,6 +610,44 @@ def test_a_drain_of_an_unknown_worker_names_those_that_are_here() -> None:
     assert "here" in error["message"]
 
 
+def test_a_held_worker_gets_nothing_stays_and_is_released() -> None:
+    bus = Bus()
+    worker, client = bus.worker(slots=2), bus.client()
+    client.request()
+    (assign,) = worker.assigned()
+    assert client.query("bus.hold", worker="worker") == {"worker": "worker", "state": "held"}
+    assert client.query("bus.workers")[0]["state"] == "held"
+    waiting = client.request()
+    worker.finish(assign)
+    assert worker.assigned() == [], "whatever it granted"
+    assert worker.known
+    client.query("bus.release", worker="worker")
+    assert worker.assigned_ids() == [waiting]
+    assert client.query("bus.workers")[0]["state"] == "ready"
+
+
+def test_a_worker_is_held_by_name_and_so_when_it_comes_back() -> None:
+    bus = Bus()
+    worker, client = bus.worker(), bus.client()
+    client.query("bus.hold", worker="worker")
+    worker.goodbye()
+    again = bus.worker()
+    waiting = client.request()
+    assert again.assigned() == []
+    client.query("bus.release", worker="worker")
+    assert again.assigned_ids() == [waiting]
+
+
+def test_a_worker_that_leaves_cannot_be_released_and_an_unknown_one_is_named() -> None:
+    bus = Bus()
+    bus.worker()
+    client = bus.client()
+    client.query("bus.drain", worker="worker", deadline_ms=5000)
+    assert "is leaving" in client.query("bus.release", worker="worker")["message"]
+    for verb in ("bus.hold", "bus.release"):
+        assert "no worker 'nobody'" in client.query(verb, worker="nobody")["message"]
+
+
 # --- the broker's own end -------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -19,7 +20,9 @@ from PIL import Image
 from rich.console import Console
 
 from client import Timeout
+from client import __main__ as client_main
 from client.__main__ import main
+from client.cli import arguments as flags
 from client.cli.terminal import Terminal
 from tests.harness import PATIENCE_S, ROOT, Bus, wait_until
 
@@ -117,6 +120,31 @@ def test_generate_reads_standard_input_and_the_environment(bus: Bus) -> None:
     assert (done.returncode, done.stdout) == (0, "from a pipe\n")
 
 
+def test_what_is_piped_goes_before_the_words(bus: Bus) -> None:
+    done = run("generate", "--broker", bus.front, "in one word?", stdin="a long text\n")
+    assert done.stdout == "a long text\n\nin one word?\n"
+    counted = run("count", "--broker", bus.front, "words", stdin="a text\n")
+    assert int(counted.stdout) == bus.client().count("a text\n\nwords")
+
+
+def test_an_open_pipe_that_nobody_writes_to_is_not_waited_for(bus: Bus) -> None:
+    reader, writer = os.pipe()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "client", "generate", "--broker", bus.front, "hello"],
+            cwd=ROOT,
+            stdin=reader,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+        )
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert (done.stdout, done.returncode) == ("hello\n", 0)
+    assert "nothing came on standard input" in done.stderr
+
+
 def test_generate_takes_pictures_and_parameters(bus: Bus, picture: str) -> None:
     done = run(
         *("generate", "--broker", bus.front, "-m", "echo", "-i", picture, "--image", picture),
@@ -204,6 +232,25 @@ def test_drain_lets_a_worker_go(make_bus: Callable[..., Bus]) -> None:
     assert client.chat("echo", "x").worker == "w2"
 
 
+def test_a_held_worker_is_idle_until_undrain(make_bus: Callable[..., Bus]) -> None:
+    bus = make_bus(workers=2)
+    done = run("drain", "--broker", bus.front, "w1", "--hold", "--wait")
+    assert done.stdout.splitlines() == ["worker w1: held", "worker w1: idle"], done.stderr
+    client = bus.client(timeout=Timeout(total=20))
+    assert {client.chat("echo", "x").worker for _ in range(4)} == {"w2"}
+    assert "held" in run("workers", "--broker", bus.front).stdout
+    assert run("undrain", "--broker", bus.front, "w1").returncode == 0
+    assert {row["state"] for row in client.workers()} == {"ready"}
+
+
+def test_drain_waits_until_the_worker_has_gone(make_bus: Callable[..., Bus]) -> None:
+    bus = make_bus(workers=1)
+    done = run("drain", "--broker", bus.front, "w1", "--wait")
+    assert done.stdout.splitlines() == ["worker w1: draining", "worker w1: gone"], done.stderr
+    assert bus.client().workers() == []
+    assert bus.workers["w1"].popen.wait(PATIENCE_S) == 0
+
+
 # --- mistakes -------------------------------------------------------------------------------------
 
 
@@ -233,12 +280,12 @@ def test_a_mistake_is_one_line_without_a_traceback(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["bench", "--requests", "many"], "many is no count from 1 up"),
+        (["bench", "--requests", "many"], "must be 1 or more, got 'many'"),
         (["bench", "--rate", "fast"], "fast is no rate above 0"),
-        (["batch", "--concurrency", "0", "in", "out"], "0 is no count from 1 up"),
+        (["batch", "--concurrency", "0", "in", "out"], "must be 1 or more, got '0'"),
         (["batch", "--priority", "1.5", "in", "out"], "1.5 is no whole number from -100 to 100"),
         (["top", "--interval", "short"], "short is not from 0.1 to 3600 seconds"),
-        (["generate", "--param", "seed=x", "hi"], "seed: 'x' is not a whole number"),
+        (["generate", "--param", "seed=x", "hi"], "seed: must be an integer, got 'x'"),
     ],
 )
 def test_a_wrong_value_of_a_flag_is_told_in_words(
@@ -343,8 +390,8 @@ def test_chat_tells_mistakes_in_words_and_a_script_by_the_status(bus: Bus, tmp_p
     assert done.stderr.splitlines() == [
         *[f"error: {missing}: No such file or directory"] * 2,
         f"error: {damaged}: model, system, params or turns is not what /save writes",
-        "error: temperature: 'warm' is not a number",
-        "error: seed: '1.5' is not a whole number",
+        "error: temperature: must be a number, got 'warm'",
+        "error: seed: must be an integer, got '1.5'",
     ]
     assert done.returncode == 1
 
@@ -449,3 +496,26 @@ def test_chat_tells_when_a_stream_was_resumed(make_bus: Callable[..., Bus]) -> N
     person.sees("you> ", times=2)
     person.types("\x04")
     assert person.leaves() == 0
+
+
+def _commands() -> dict[str, argparse.ArgumentParser]:
+    (choices,) = (
+        action.choices
+        for action in client_main._parser()._actions
+        if isinstance(action, argparse._SubParsersAction)
+    )
+    return dict(choices)
+
+
+@pytest.mark.parametrize("name", sorted(_commands()))
+def test_help_says_what_every_option_of_a_command_does(name: str) -> None:
+    silent = [
+        "/".join(action.option_strings) or action.dest
+        for action in _commands()[name]._actions
+        if not (action.help or "").strip()
+    ]
+    assert silent == []
+
+
+def test_every_parameter_of_sampling_is_explained_or_goes_by_param() -> None:
+    assert flags.PARAMETERS.keys() == flags._flags().keys()
