@@ -335,6 +335,11 @@ class TransformersEngine:
             cause = " ".join(str(error).split()) or type(error).__name__
             code = ErrorCode.OUT_OF_MEMORY if short else ErrorCode.ENGINE_ERROR
             message = f"the request could not be prepared: {cause[:500]}"
+            if short:
+                message = (
+                    f"memory ran out while the request was prepared ({cause[:500]}): send smaller "
+                    "pictures or a shorter prompt, or try again when the worker is less busy"
+                )
             self._say(Failed(request_id, ErrorInfo(code=code.value, message=message)))
             return
         if running.cancelled:

@@ -1,8 +1,9 @@
 """Decodes the pictures of a request with Pillow, under bounds.
 
-Everything here is fed by strangers: format, octets and pixels are checked before a pixel is
-decoded, and whatever Pillow raises becomes one typed error that names the picture and the cause.
-Runs in preprocessing threads; must never open a path or a URL, nor import torch.
+Everything here is fed by strangers: format, octets, pixels and what the model's processor would
+make of them are checked before a pixel is decoded, and whatever Pillow raises becomes one typed
+error that names the picture and the cause. Runs in preprocessing threads; must never open a path or
+a URL, nor import torch.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from broker.protocol.errors import ErrorCode, RequestError
+from worker.engines.transformers.footprint import MADE_PIXELS, Footprint
 from worker.engines.transformers.pixels import samples_of, to_rgb
 
 __all__ = ["FORMATS", "DecodedImage", "ImageLimits", "decode_image"]
@@ -74,11 +76,16 @@ def _refuse(index: int, cause: str) -> RequestError:
     )
 
 
-def decode_image(octets: bytes, index: int, limits: ImageLimits) -> DecodedImage:
+def decode_image(
+    octets: bytes, index: int, limits: ImageLimits, footprint: Footprint | None = None
+) -> DecodedImage:
     """Decode attachment `index` to RGB, upright (EXIF), first frame of an animation.
 
-    Raises `RequestError`: TOO_LARGE past a bound, else INVALID_REQUEST with the cause.
+    `footprint`: of the model's image processor; a large image is shrunk to what it needs. Raises
+    `RequestError`: TOO_LARGE past a bound, what the processor would make of the image included,
+    else INVALID_REQUEST with the cause; and MemoryError.
     """
+    footprint = footprint or Footprint()
     if not octets:
         raise _refuse(index, "it is empty")
     if len(octets) > limits.octets:
@@ -97,6 +104,8 @@ def decode_image(octets: bytes, index: int, limits: ImageLimits) -> DecodedImage
         raise _refuse(index, f"it is none of {', '.join(FORMATS)}, or it is damaged") from None
     except Image.DecompressionBombError:
         raise _too_many_pixels(index, None, limits) from None
+    except MemoryError:
+        raise
     except Exception as error:
         raise _refuse(index, str(error) or type(error).__name__) from None
     with image:
@@ -105,6 +114,8 @@ def decode_image(octets: bytes, index: int, limits: ImageLimits) -> DecodedImage
             raise _too_many_pixels(index, image.size, limits)
         if width < 1 or height < 1:
             raise _refuse(index, f"it is {width} by {height} pixels")
+        if excess := footprint.excess(width, height):
+            raise _far_from_square(index, image.size, excess)
         if image.format in ("JPEG", "MPO") and octets.count(_START_OF_SCAN) > MAX_JPEG_SCANS:
             raise _refuse(index, f"it has more than {MAX_JPEG_SCANS} scans; save it again")
         try:
@@ -112,7 +123,10 @@ def decode_image(octets: bytes, index: int, limits: ImageLimits) -> DecodedImage
                 warnings.simplefilter("ignore")
                 samples = samples_of(image, octets)
                 image.load()
-                converted = to_rgb(_upright(image), samples)
+                shrunk = to_rgb(image, samples, footprint.shrinkage(width, height))
+                converted = _upright(shrunk, image)
+        except MemoryError:
+            raise
         except Exception as error:
             raise _refuse(index, str(error) or type(error).__name__) from None
     return DecodedImage(converted, hashlib.blake2b(octets, digest_size=16).digest())
@@ -124,6 +138,15 @@ def _too_many_pixels(index: int, size: tuple[int, int] | None, limits: ImageLimi
         ErrorCode.TOO_LARGE,
         f"picture {index} {what}, at most {limits.pixels} pixels are taken: make it smaller",
         details={"attachment": index, "limit": limits.pixels},
+    )
+
+
+def _far_from_square(index: int, size: tuple[int, int], made: int) -> RequestError:
+    return RequestError(
+        ErrorCode.TOO_LARGE,
+        f"picture {index} is {size[0]} by {size[1]} pixels, of which the model's processor would "
+        f"make {made}; at most {MADE_PIXELS} are taken: cut it nearer to a square",
+        details={"attachment": index, "pixels": made, "limit": MADE_PIXELS},
     )
 
 
@@ -152,10 +175,11 @@ def _without_damaged_chunks(octets: bytes) -> bytes:
     return b"".join(kept)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The image as it is to be looked at; as it is stored where its EXIF cannot be read."""
+def _upright(image: Image.Image, original: Image.Image) -> Image.Image:
+    """The image as the EXIF of the original says that it is to be looked at; as it is where that
+    cannot be read."""
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        orientation = original.getexif().get(ExifTags.Base.Orientation)
     except Exception:
         # Metadata, damaged in any way: no reason to refuse the image. Nor is it written again,
         # which fails where single entries are damaged.

@@ -1,13 +1,15 @@
 """What the samples of a decoded image mean: any mode of Pillow's to 8-bit RGB.
 
 White is where the file says it is (bits per sample, sign, photometric interpretation), never where
-the brightest pixel happens to be, so that a dark image stays dark. Transparency lies on white. Must
-never read more of the file than its header.
+the brightest pixel happens to be, so that a dark image stays dark. Transparency lies on white. A
+large image is converted in bands of rows, so that no copy of the whole is made and no call keeps
+the interpreter's lock for long. Must never read more of the file than its header.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 __all__ = ["Samples", "samples_of", "to_rgb"]
+
+BAND_PIXELS = 1 << 20
+"""Of one band: a few milliseconds of each step of its conversion."""
 
 _PNG_BIT_DEPTH = 24
 """Offset of the bit depth in a PNG: signature, length and type of IHDR, width, height."""
@@ -38,6 +43,8 @@ class Samples:
     bits: int = 8
     signed: bool = False
     white_is_zero: bool = False
+    #: The lowest and the highest of the whole image, where only a part of it is looked at.
+    extent: tuple[float, float] | None = None
 
 
 def samples_of(image: Image.Image, octets: bytes) -> Samples:
@@ -55,8 +62,41 @@ def samples_of(image: Image.Image, octets: bytes) -> Samples:
     return Samples(16 if image.mode.startswith("I") else 8)
 
 
-def to_rgb(image: Image.Image, samples: Samples) -> Image.Image:
-    """A new RGB image. Raises ValueError, with the cause, for samples of unknown meaning."""
+def to_rgb(image: Image.Image, samples: Samples, shrinkage: int = 1) -> Image.Image:
+    """A new RGB image, each `shrinkage` by `shrinkage` pixels averaged to one. Raises ValueError,
+    with the cause, for samples of unknown meaning."""
+    bands = list(_bands(image, shrinkage))
+    if len(bands) == 1:
+        return _reduced(_to_rgb(image, samples), shrinkage)
+    if image.mode.startswith(("I", "F")):
+        samples = replace(samples, extent=_extent(image, bands))
+    size = (-(-image.width // shrinkage), -(-image.height // shrinkage))
+    result = Image.new("RGB", size)
+    for top, bottom in bands:
+        band = _to_rgb(image.crop((0, top, image.width, bottom)), samples)
+        result.paste(_reduced(band, shrinkage), (0, top // shrinkage))
+    return result
+
+
+def _bands(image: Image.Image, shrinkage: int) -> Iterator[tuple[int, int]]:
+    """Top and bottom of each band; all but the last have a multiple of `shrinkage` rows."""
+    rows = max(BAND_PIXELS // image.width // shrinkage, 1) * shrinkage
+    for top in range(0, image.height, rows):
+        yield top, min(top + rows, image.height)
+
+
+def _reduced(image: Image.Image, shrinkage: int) -> Image.Image:
+    return image.reduce(shrinkage) if shrinkage > 1 else image
+
+
+def _extent(image: Image.Image, bands: list[tuple[int, int]]) -> tuple[float, float]:
+    """The lowest and the highest sample; NaN where any is."""
+    parts = (np.asarray(image.crop((0, top, image.width, bottom))) for top, bottom in bands)
+    low, high = zip(*((part.min(), part.max()) for part in parts), strict=True)
+    return np.min(low).item(), np.max(high).item()
+
+
+def _to_rgb(image: Image.Image, samples: Samples) -> Image.Image:
     key = image.info.get("transparency")
     if image.mode.startswith("I"):
         return _grey(*_whole_numbers(image, samples), key)
@@ -84,7 +124,7 @@ def _whole_numbers(image: Image.Image, samples: Samples) -> tuple[NDArray[Any], 
     if samples.signed and samples.bits == 16:
         white >>= 1
     values = np.asarray(image)
-    low, high = int(values.min(initial=0)), int(values.max(initial=0))
+    low, high = samples.extent or (int(values.min(initial=0)), int(values.max(initial=0)))
     if low < 0 or high > white:
         raise ValueError(
             f"its grey samples go from {low} to {high}, outside 0 to {white}: save it with 8 bits"
@@ -94,7 +134,10 @@ def _whole_numbers(image: Image.Image, samples: Samples) -> tuple[NDArray[Any], 
 
 def _floats(image: Image.Image, samples: Samples) -> tuple[NDArray[Any], int]:
     values = np.asarray(image)
-    low, high = float(values.min(initial=0.0)), float(values.max(initial=0.0))
+    low, high = samples.extent or (
+        float(values.min(initial=0.0)),
+        float(values.max(initial=0.0)),
+    )
     white = 1.0 if high <= UNIT_OVERSHOOT else 255.0
     # Written so that NaN is refused.
     if not (low >= -SLACK * white and high <= max(UNIT_OVERSHOOT, white * (1 + SLACK))):

@@ -21,8 +21,10 @@ from PIL import Image
 from broker.protocol.errors import ErrorCode, RequestError
 from broker.protocol.messages import Kind, Message, Request, TextPart, VideoPart
 from worker.engines.base import Job
+from worker.engines.transformers.footprint import Footprint
 from worker.engines.transformers.images import DecodedImage, ImageLimits, decode_image
 from worker.engines.transformers.loaded import LoadedModel
+from worker.engines.transformers.memory import is_out_of_memory
 from worker.engines.transformers.template import RAW_PLACEHOLDER, ChatTemplate
 
 __all__ = ["Prompt", "PromptBuilder"]
@@ -65,6 +67,7 @@ class PromptBuilder:
         self._limits = limits
         self._tokenizer = loaded.tokenizer
         self._processor = loaded.processor
+        self._footprint = Footprint(getattr(loaded.processor, "image_processor", None))
         self._lock = threading.Lock()
         self._template = ChatTemplate(loaded)
 
@@ -152,7 +155,10 @@ class PromptBuilder:
                 f"model {request.model} takes no pictures, the request carries {len(order)}: "
                 "choose a model that does"
             )
-        return [decode_image(job.attachments[index], index, self._limits) for index in order]
+        return [
+            decode_image(job.attachments[index], index, self._limits, self._footprint)
+            for index in order
+        ]
 
     # --- text -------------------------------------------------------------------------------------
 
@@ -201,6 +207,8 @@ class PromptBuilder:
                 add_special_tokens=add_special,
             )
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             cause = " ".join(str(error).split()) or type(error).__name__
             raise _invalid(f"the model's processor refuses this prompt: {cause}") from None
         ids = output["input_ids"][0].tolist()

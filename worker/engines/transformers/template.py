@@ -173,6 +173,8 @@ class ChatTemplate:
     def _apply(self, arguments: dict[str, Any]) -> str:
         try:
             return str(self._holder.apply_chat_template(**arguments))
+        except MemoryError:
+            raise
         except Exception as error:
             # A template is the model's own program: whatever it raises fails this request only.
             cause = " ".join(str(error).split()) or type(error).__name__
