@@ -155,7 +155,7 @@ class Config:
         _urls, (), "the other gateways of this bus, asked for answers that they keep", "URLS"
     )
     store_entries: int = _option(_count, 1000, "answers kept for re-attaching and follow-up", "N")
-    store_bytes: int = _option(_count, 64 << 20, "memory for them", "N")
+    store_bytes: int = _option(_count, 64 << 20, "memory for them, those that run included", "N")
     legacy_dialect: str = _option(_dialect, "auto", "older API: auto, fastchat or llava", "NAME")
     no_legacy: bool = _option(parse_bool, False, "do not serve the older controller and worker API")
     no_page: bool = _option(parse_bool, False, "do not serve the web page")

@@ -4,7 +4,7 @@
 
 * sends the same request again with `Last-Event-ID`, to any gateway of the bus: the answer follows
   from the seed, which the id carries, so it is made again and goes on behind what was received.
-  That holds as long as the model is the same; log-probabilities go on with the next new token;
+  That holds as long as the model is the same;
 * or, where the request had the header `x-reattach: SECONDS`, reads `GET
   /v1/chat/completions/{id}` with `Last-Event-ID` at the same gateway within that time: the running
   answer itself goes on, and nothing is computed twice. Without that header the answer ends with
@@ -31,7 +31,7 @@ from broker.protocol.messages import TokenLogprob, Usage
 from client.gateway import tools
 from client.gateway.answers import ChatChoice, parser_for, pick_seed
 from client.gateway.convert import chat_call, seeded, wants_usage_so_far
-from client.gateway.errors import GatewayError
+from client.gateway.errors import GatewayError, UnknownAnswer
 from client.gateway.generation import Batches, ChoiceEvent, Delta, Finish, Prompted
 from client.gateway.openai_shared import (
     JSON,
@@ -43,7 +43,7 @@ from client.gateway.openai_shared import (
     usage_of,
 )
 from client.gateway.position import Position
-from client.gateway.reattach import Kept, Transcript
+from client.gateway.reattach import Kept
 from client.gateway.requests import ChatRequest, parse
 from client.gateway.sse import DONE, Source, until_disconnect
 from client.gateway.visit import Visit
@@ -61,8 +61,9 @@ async def chat_completions(visit: Visit) -> Response:
     """Answer a chat; see `requests.ChatRequest` for the body."""
     body = parse(ChatRequest, await visit.body())
     resumed = Position.read(_PREFIX, visit.last_event_id) if body.stream else None
-    if resumed is not None and visit.gateway.store.has(resumed.answer, visit.key.name):
-        return _read_again(visit, resumed)
+    if resumed is not None:
+        with contextlib.suppress(UnknownAnswer):
+            return _read_again(visit, resumed)
     call = await chat_call(
         body,
         visit.gateway.config.images,
@@ -72,7 +73,7 @@ async def chat_completions(visit: Visit) -> Response:
     visit.check(body.model, call.request.priority)
     names = [tool["function"]["name"] for tool in call.request.tools or []]
     count = body.n or 1
-    position = resumed or Position.first(_PREFIX, call.request.params.seed, count)
+    position = resumed or Position.first(_PREFIX, call.request.params.seed)
     choices = [
         ChatChoice(parser_for(names, parallel=body.parallel_tool_calls)) for _ in range(count)
     ]
@@ -82,10 +83,14 @@ async def chat_completions(visit: Visit) -> Response:
         source = answer.stream(events)
         if visit.reattach_s is None:
             return visit.stream(source, answer.failed)
-        transcript = Transcript(
-            source, answer.failed, grace_s=visit.reattach_s, on_end=visit.hand_over()
+        transcript = visit.gateway.store.run(
+            Kept(position.answer, visit.key.name, "chat"),
+            source,
+            answer.failed,
+            grace_s=visit.reattach_s,
+            on_end=visit.hand_over(),
+            first=position.events,
         )
-        visit.gateway.store.put(Kept(position.answer, visit.key.name, transcript, kind="chat"))
         return visit.stream(transcript.read(asking=True), answer.failed)
     for event in await until_disconnect(events, visit.request.receive):
         answer.take(event)
@@ -95,7 +100,7 @@ async def chat_completions(visit: Visit) -> Response:
 async def read_chat(visit: Visit) -> Response:
     """Go on with an answer that outlived its connection."""
     position = Position.read(_PREFIX, visit.last_event_id)
-    return _read_again(visit, position or Position(visit.request.path_params["id"], 0, ()))
+    return _read_again(visit, position or Position(visit.request.path_params["id"]))
 
 
 async def cancel_chat(visit: Visit) -> Response:
@@ -106,13 +111,20 @@ async def cancel_chat(visit: Visit) -> Response:
 
 
 def _read_again(visit: Visit, position: Position) -> Response:
+    """The rest of a running or kept answer; raises UnknownAnswer."""
     kept = visit.gateway.store.find(position.answer, visit.key.name, "chat")
     assert kept.transcript is not None
+    after = kept.transcript.behind(position.event_id, position.events) if position.events else 0
+    if after is None:
+        raise UnknownAnswer(
+            f"The events behind {position.event_id!r} are not kept here; send the same request "
+            "again with `Last-Event-ID`, and the answer is made again and goes on there."
+        )
 
     def failed(error: GatewayError) -> list[bytes]:
         return [error_event(error, visit.request_id), DONE]
 
-    return visit.stream(kept.transcript.read(position.events), failed)
+    return visit.stream(kept.transcript.read(after), failed)
 
 
 class _Answer:
@@ -133,11 +145,12 @@ class _Answer:
             body.model,
             position,
             len(choices),
+            logprobs=bool(body.logprobs),
             with_usage=options is not None and bool(options.include_usage),
             so_far=self._so_far,
         )
         #: Choices whose role was told.
-        self._greeted = {index for index, atoms in enumerate(self._chunks.reader.sent) if atoms}
+        self._greeted: set[int] = set()
 
     def take(self, event: ChoiceEvent) -> list[tools.Piece]:
         """Account for one event of the bus."""
@@ -208,19 +221,22 @@ class _Answer:
         pieces = self.take(event)
         if isinstance(event, Prompted):
             return
-        index = event.choice
+        index, reader = event.choice, self._chunks.reader
         if index not in self._greeted:
             self._greeted.add(index)
-            out.append(self._chunk(index, _GREETING))
-        logprobs = event.logprobs if isinstance(event, Delta) else None
+            if not reader.skipped(index, 1):
+                out.append(self._chunk(index, _GREETING))
+        logprobs = event.logprobs if isinstance(event, Delta) and self._body.logprobs else None
+        if logprobs:
+            logprobs = logprobs[reader.skipped_tokens(index, len(logprobs)) :]
         for part in pieces:
             delta = self._delta(index, part)
             if delta is not None:
                 out.append(self._chunk(index, delta, logprobs))
                 logprobs = None
-        if logprobs and self._chunks.reader.is_behind(index):
+        if logprobs:
             out.append(self._chunk(index, _NO_TEXT, logprobs))
-        if isinstance(event, Finish):
+        if isinstance(event, Finish) and not reader.skipped(index, 1):
             reason = JSON.encode(self._choices[index].openai_finish_reason)
             out.append(self._chunk(index, _NOTHING, finish_reason=reason))
 

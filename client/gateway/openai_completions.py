@@ -38,7 +38,7 @@ async def completions(visit: Visit) -> Response:
     prompts = completion_calls(body, seed=seed, user=visit.share(body.user))
     candidates = body.best_of or body.n or 1
     calls = [seeded(call, i) for call in prompts for i in range(candidates)]
-    position = resumed or Position.first(_PREFIX, calls[0].request.params.seed, len(calls))
+    position = resumed or Position.first(_PREFIX, calls[0].request.params.seed)
     answer = _Answer(visit, body, len(prompts), candidates, position)
     events = visit.generate(calls, prompt_field="prompt")
     if body.stream:
@@ -74,6 +74,7 @@ class _Answer:
             body.model,
             position,
             len(self._choices),
+            logprobs=body.logprobs is not None,
             with_usage=options is not None and bool(options.include_usage),
             so_far=self._so_far,
         )
@@ -127,7 +128,8 @@ class _Answer:
                     text, logprobs = self._unread(event.choice, *self.take(event))
                     if text or logprobs:
                         out.append(self._chunk(event.choice, text, logprobs))
-                    if isinstance(event, Finish):
+                    reader = self._chunks.reader
+                    if isinstance(event, Finish) and not reader.skipped(event.choice, 1):
                         reason = self._choices[event.choice].finish_reason
                         out.append(self._chunk(event.choice, "", [], JSON.encode(reason)))
                 if out:
@@ -137,12 +139,13 @@ class _Answer:
     def _unread(
         self, index: int, text: str, logprobs: list[TokenLogprob]
     ) -> tuple[str, list[TokenLogprob]]:
-        """What the reader does not have; log-probabilities go on with the next new token."""
-        skipped = self._chunks.reader.skipped(index, len(text))
-        if not skipped:
-            return text, logprobs
-        self._logprobs(self._choices[index], logprobs)  # moves the offset of what follows
-        return text[skipped:], []
+        """What the reader does not have."""
+        text = text[self._chunks.reader.skipped(index, len(text)) :]
+        if self._body.logprobs is None or not logprobs:
+            return text, []
+        read = self._chunks.reader.skipped_tokens(index, len(logprobs))
+        self._logprobs(self._choices[index], logprobs[:read])  # moves the offset of what follows
+        return text, logprobs[read:]
 
     def _chunk(
         self,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from typing import Any, Final, Literal, cast
 
 import msgspec
@@ -31,7 +32,7 @@ from client.gateway.convert import Call, chat_call
 from client.gateway.errors import GatewayError, UnknownAnswer, describe, invalid
 from client.gateway.generation import Batches, ChoiceEvent, Delta, Finish
 from client.gateway.openai_shared import chat_logprobs, dumped
-from client.gateway.reattach import Kept, Transcript
+from client.gateway.reattach import Kept
 from client.gateway.requests import parse
 from client.gateway.responses_input import (
     FunctionTool,
@@ -53,6 +54,9 @@ __all__ = [
     "get_response",
     "input_items",
 ]
+
+#: What an entry of log-probabilities takes as the shape that it is kept as, measured.
+_LOGPROB_BYTES: Final = 900
 
 #: Events are plain values around the shapes of the `openai` package.
 _JSON: Final = msgspec.json.Encoder(enc_hook=lambda shape: msgspec.Raw(dumped(shape)))
@@ -91,13 +95,12 @@ async def create_response(visit: Visit) -> Response:
     visit.check(body.model, call.request.priority)
     making = Making(visit, body, chat, call)
     source = making.events(visit.generate([call], prompt_field="input"))
-    kept = Kept(making.id, visit.key.name, None, making, len(msgspec.json.encode(chat)))
-    kept.kind = "response"
+    kept = Kept(making.id, visit.key.name, "response", making, len(msgspec.json.encode(chat)))
+    making.grew = kept.grew
     if body.background:
-        kept.transcript = Transcript(source, making.failed, grace_s=None, on_end=visit.hand_over())
-        store.put(kept)
+        transcript = store.run(kept, source, making.failed, grace_s=None, on_end=visit.hand_over())
         if body.stream:
-            return visit.stream(kept.transcript.read(asking=True), making.failed)
+            return visit.stream(transcript.read(asking=True), making.failed)
         return _json(making.snapshot())
     if body.store is not False:
         store.put(kept)
@@ -279,6 +282,8 @@ class Making:
         self._usage: Usage | None = None
         self._error: GatewayError | None = None
         self.output: list[OutputItem] = []
+        #: Told of what the answer takes, as it grows; bytes.
+        self.grew: Callable[[int], None] = lambda size_bytes: None
         self._open = False  # the last output item is not complete
         self._sequence = 0
 
@@ -444,6 +449,7 @@ class Making:
         assert isinstance(message, shapes.ResponseOutputMessage)
         content = _text_of(message)
         content.text += text
+        self.grew(len(text) + _LOGPROB_BYTES * sum(1 + len(entry.top) for entry in logprobs))
         shown = chat_logprobs(logprobs)
         assert content.logprobs is not None
         content.logprobs += [
@@ -480,6 +486,7 @@ class Making:
         call = self.output[-1]
         assert isinstance(call, shapes.ResponseFunctionToolCall)
         call.arguments += text
+        self.grew(len(text))
         return [self._event("response.function_call_arguments.delta", item_id=call.id, delta=text)]
 
     def _close(self, status: Literal["completed", "incomplete"] = "completed") -> list[bytes]:

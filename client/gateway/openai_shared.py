@@ -109,15 +109,17 @@ class Chunks:
         position: Position,
         choices: int,
         *,
+        logprobs: bool,
         with_usage: bool,
         so_far: UsageSoFar | None,
     ) -> None:
-        """`shape`: a type of the `openai` package, `kind` what it calls itself."""
+        """`shape`: a type of the `openai` package, `kind` what it calls itself. `logprobs`: those
+        of tokens are sent."""
         empty = shape(
             id=position.answer, object=kind, created=int(time.time()), model=model, choices=[]
         )
         head, before, behind = dumped(empty).replace(b"%", b"%%").partition(b'"choices":[')
-        self.reader = Reader(position, choices)
+        self.reader = Reader(position, choices, tokens=logprobs)
         #: To be filled with the id, the choice and the usage.
         self._format = (
             self.reader.id_line
@@ -135,10 +137,11 @@ class Chunks:
         return self._format % (*self.reader.next_id(), choice, usage)
 
     def last(self, usage: CompletionUsage) -> list[bytes]:
-        """What follows all choices: their usage, where it was asked for."""
-        if not self._with_usage:
+        """What follows all choices: their usage, where it was asked for and is not read yet."""
+        if not self._with_usage or self.reader.read_usage:
             return []
-        return [self._format % (*self.reader.next_id(), b"", b',"usage":' + dumped(usage))]
+        id_ = self.reader.next_id(usage=True)
+        return [self._format % (*id_, b"", b',"usage":' + dumped(usage))]
 
 
 def _finite(logprob: float | None) -> float:

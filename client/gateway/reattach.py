@@ -4,22 +4,27 @@ A `Transcript` runs the source of an answer in a task of its own and keeps its e
 1, so that a reader who lost the connection goes on where it stopped. When nobody reads, the task is
 cancelled after a grace time, which cancels at the worker; an answer in the background runs on.
 
-The store is bounded in entries and octets: the oldest finished answers go first. It is this
-gateway's memory alone; other gateways ask for what it keeps (`peers`). Without them, what holds is
-told in `openai_chat`: the same request sent again with `Last-Event-ID` is continued anywhere,
-because an answer follows from its seed.
+The store is bounded in entries and bytes, running answers included as they grow. When it is full,
+room is made in this order: finished answers that nobody reads are forgotten, the oldest first; what
+every reader of an answer has read is forgotten; of the answers that run unread the oldest is ended.
+An answer in its grace time ends no other: it waits, and with it, by the window of the bus, its
+worker. So does one whose reader is slow.
+
+It is this gateway's memory alone; other gateways ask for what it keeps (`peers`). Without them,
+what holds is told in `openai_chat`: the same request sent again with `Last-Event-ID` is continued
+anywhere, because an answer follows from its seed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from broker.protocol.errors import ErrorCode
 from client.gateway.errors import GatewayError, UnknownAnswer, describe
 from client.gateway.sse import Source
 
@@ -27,50 +32,72 @@ __all__ = ["Kept", "Store", "Transcript"]
 
 #: Events that a reader who comes back gets in one write.
 _READ_EVENTS: Final = 64
+#: What an event takes beside its octets: the object and its place in a list.
+_EVENT_BYTES: Final = 48
 
 
 class Transcript:
-    """The events of one answer, running or over."""
+    """The events of one answer, running or over. `Store.run` makes them."""
 
     def __init__(
         self,
+        store: Store,
+        kept: Kept,
         source: Source,
         on_error: Callable[[GatewayError], list[bytes]],
         *,
         grace_s: float | None,
         on_end: Callable[[], None],
+        first: int = 0,
     ) -> None:
-        """`grace_s`: how long it runs while nobody reads; None: to its end."""
+        """`grace_s`: how long it runs while nobody reads; None: to its end. `first`: the number in
+        its id of the event before the first."""
+        self._store = store
+        self._kept = kept
         self._events: list[bytes] = []
+        #: Events before those in `_events`, which were forgotten.
+        self._forgotten = 0
+        self._first = first
         self._on_error = on_error
         self._grace_s = grace_s
         self._on_end = on_end
-        self._readers = 0
+        #: For each reader, how many events it has got.
+        self._readers: dict[object, int] = {}
         self._changed = asyncio.Event()
+        self._resume = asyncio.Event()
         self._first_error: BaseException | None = None
+        #: Why it was ended before its end.
+        self._given_up: GatewayError | None = None
         self._giving_up: asyncio.TimerHandle | None = None
         self.over = False
-        self.size_bytes = 0
         self._task = asyncio.create_task(self._run(source))
+        self._task.add_done_callback(self._ended)
 
     async def _run(self, source: Source) -> None:
         try:
             async with contextlib.aclosing(source):
                 async for events in source:
                     self._append(events)
+                    if self._store.full:
+                        await self._store.make_room(self)
         except Exception as error:
-            if not self._events:
+            if not self.begun:
                 # Its reader still waits for the status line.
                 self._first_error = error
             self._append(self._on_error(describe(error)))
-        finally:
-            self.over = True
-            self._wake()
-            self._on_end()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        # Not at the end of `_run`, which a task that is cancelled at once never begins.
+        if self._given_up is not None:
+            self._append(self._on_error(self._given_up))
+        self.over = True
+        self._wake()
+        self._on_end()
+        self._store.changed()
 
     def _append(self, events: Sequence[bytes]) -> None:
         self._events += events
-        self.size_bytes += sum(map(len, events))
+        self._kept.grew(sum(map(len, events)) + _EVENT_BYTES * len(events))
         self._wake()
 
     def _wake(self) -> None:
@@ -78,35 +105,59 @@ class Transcript:
         self._changed = asyncio.Event()
 
     async def read(self, after: int = 0, *, asking: bool = False) -> Source:
-        """The events behind number `after`, and those to come.
+        """The events behind number `after`, and those to come; raises UnknownAnswer for what is
+        forgotten.
 
         `asking`: the reader is the request itself, which hears of a failure before any event by its
         status; a later one reads of it as an event.
         """
-        self._readers += 1
+        if after < self._forgotten and self._given_up is None:
+            raise UnknownAnswer(
+                f"The first {self._forgotten} events of {self._kept.id!r} are not kept any more: "
+                "the memory for answers (--store-bytes) is full."
+            )
+        me = object()
+        self._readers[me] = position = max(after, self._forgotten)
         if self._giving_up is not None:
             self._giving_up.cancel()
             self._giving_up = None
-        position = after
+        if self._store.full:
+            self._store.changed()
         try:
             while True:
-                if position < len(self._events):
+                if position - self._forgotten < len(self._events):
                     if self._first_error is not None and asking:
                         raise self._first_error
-                    behind = self._events[position : position + _READ_EVENTS]
-                    position += len(behind)
+                    at = position - self._forgotten
+                    behind = self._events[at : at + _READ_EVENTS]
                     yield behind
+                    # Only what went out counts as read: a reader that stands still holds it.
+                    self._readers[me] = position = position + len(behind)
+                    if self._store.full:
+                        self._store.was_read(self)
                     continue
                 if self.over:
                     return
                 await self._changed.wait()
         finally:
-            self._readers -= 1
-            if not self._readers and not self.over and self._grace_s is not None:
-                # Without an event nobody knows what to come back for.
-                wait_s = self._grace_s if self._events else 0.0
-                loop = asyncio.get_running_loop()
-                self._giving_up = loop.call_later(wait_s, self._task.cancel)
+            del self._readers[me]
+            if not self._readers and not self.over:
+                self._store.changed()
+                if self._grace_s is not None:
+                    # Without an event nobody knows what to come back for.
+                    wait_s = self._grace_s if self.begun else 0.0
+                    loop = asyncio.get_running_loop()
+                    self._giving_up = loop.call_later(wait_s, self._task.cancel)
+
+    def behind(self, event_id: str, number: int) -> int | None:
+        """The place behind an event of that id, whose number the id holds; None where there is no
+        such event: another gateway made it, or it is forgotten."""
+        place = number - self._first
+        at = place - 1 - self._forgotten
+        if 0 <= at < len(self._events):
+            line = b"id: %b\n" % event_id.encode()
+            return place if self._events[at].startswith(line) else None
+        return None
 
     def cancel(self) -> None:
         """Stop it now, at the worker too."""
@@ -116,49 +167,133 @@ class Transcript:
         """Wait until it is over, however it ends."""
         await asyncio.wait({self._task})
 
+    # --- for the store ---
 
-@dataclass(slots=True)
+    @property
+    def is_read(self) -> bool:
+        """Somebody reads it."""
+        return bool(self._readers)
+
+    @property
+    def begun(self) -> bool:
+        """There were events."""
+        return bool(self._forgotten or self._events)
+
+    @property
+    def waits(self) -> bool:
+        """It may stand still: its reader or its grace time ends that."""
+        if self._readers:
+            return min(self._readers.values()) < self._forgotten + len(self._events)
+        return self._grace_s is not None
+
+    def forget_read(self) -> None:
+        """Forget the events that every reader has."""
+        if self._readers:
+            self._forget(min(self._readers.values()) - self._forgotten)
+
+    def give_up(self, error: GatewayError) -> None:
+        """End it, and forget what nobody read."""
+        self._given_up = error
+        self._forget(len(self._events))
+        self._task.cancel()
+
+    def _forget(self, count: int) -> None:
+        gone = self._events[:count]
+        del self._events[:count]
+        self._forgotten += len(gone)
+        self._kept.grew(-sum(map(len, gone)) - _EVENT_BYTES * len(gone))
+
+    async def hold(self) -> None:
+        """Take nothing from the source until `release`."""
+        self._resume.clear()
+        await self._resume.wait()
+
+    def release(self) -> None:
+        """See `hold`."""
+        self._resume.set()
+
+
+@dataclass(slots=True, eq=False)
 class Kept:
     """An answer in the store."""
 
     id: str
     #: Name of the key that asked; nobody else sees it.
     owner: str
-    transcript: Transcript | None = None
-    #: What the endpoint wants to find again.
+    #: The endpoint that made it: "chat", "response".
+    kind: str
+    #: What the endpoint wants to find again; without a transcript its `over` says when it ended.
     value: Any = None
-    value_bytes: int = 0
-    _: dataclasses.KW_ONLY
-    #: The endpoint that made it: "chat", "completion", "response".
-    kind: str = ""
+    #: Of the value and of the transcript, as far as they are known.
+    size_bytes: int = 0
+    transcript: Transcript | None = None
+    #: Where it counts; None: not in a store, or not any more.
+    store: Store | None = None
 
     @property
     def over(self) -> bool:
-        return self.transcript is None or self.transcript.over
+        """Nothing more will be said."""
+        return bool(self.value.over) if self.transcript is None else self.transcript.over
 
     @property
-    def size_bytes(self) -> int:
-        return self.value_bytes + (self.transcript.size_bytes if self.transcript else 0)
+    def is_read(self) -> bool:
+        """Somebody reads it now."""
+        return self.transcript is not None and self.transcript.is_read
+
+    def grew(self, size_bytes: int) -> None:
+        """The value or the transcript takes so much more."""
+        self.size_bytes += size_bytes
+        if self.store is not None:
+            self.store.grew(size_bytes)
+            if self.transcript is None and self.store is not None and self.store.full:
+                self.store.tidy(self)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Store:
     """A bounded number of answers, found by id and owner."""
 
     max_entries: int
     max_bytes: int
+    #: Of all entries.
+    size_bytes: int = 0
     _entries: OrderedDict[str, Kept] = field(default_factory=OrderedDict)
+    #: Transcripts that wait for room.
+    _held: set[Transcript] = field(default_factory=set)
+    #: No room was found: not looked for again before this size or a change.
+    _futile_bytes: int = 0
+
+    @property
+    def full(self) -> bool:
+        """There is more than there may be."""
+        return self.size_bytes > self.max_bytes
 
     def put(self, kept: Kept) -> None:
-        """Keep an answer; the oldest finished ones make room."""
+        """Keep an answer; others make room."""
+        if (before := self._entries.get(kept.id)) is not None:
+            self.drop(before)
+        kept.store = self
         self._entries[kept.id] = kept
-        size = sum(kept.size_bytes for kept in self._entries.values())
-        for id_, kept in list(self._entries.items()):
-            if len(self._entries) <= self.max_entries and size <= self.max_bytes:
-                return
-            if kept.over:
-                size -= kept.size_bytes
-                del self._entries[id_]
+        self.size_bytes += kept.size_bytes
+        if self.full or self._crowded:
+            self._free(may_end=True)
+
+    def run(
+        self,
+        kept: Kept,
+        source: Source,
+        on_error: Callable[[GatewayError], list[bytes]],
+        *,
+        grace_s: float | None,
+        on_end: Callable[[], None],
+        first: int = 0,
+    ) -> Transcript:
+        """Keep an answer that runs whether it is read or not; see `Transcript`."""
+        kept.transcript = Transcript(
+            self, kept, source, on_error, grace_s=grace_s, on_end=on_end, first=first
+        )
+        self.put(kept)
+        return kept.transcript
 
     def find(self, id_: str, owner: str, kind: str) -> Kept:
         """The answer; raises UnknownAnswer."""
@@ -174,16 +309,12 @@ class Store:
         """The answers of a kind that this key may see."""
         return (kept for kept in self._entries.values() if (kept.owner, kept.kind) == (owner, kind))
 
-    def has(self, id_: str, owner: str) -> bool:
-        """The answer is here and may be read by this key."""
-        kept = self._entries.get(id_)
-        return kept is not None and kept.owner == owner and kept.transcript is not None
-
     def drop(self, kept: Kept) -> None:
         """Forget an answer, and stop it if it runs."""
-        self._entries.pop(kept.id, None)
+        self._forget(kept)
         if kept.transcript is not None:
             kept.transcript.cancel()
+        self.changed()
 
     async def close(self) -> None:
         """Stop everything that runs."""
@@ -192,3 +323,91 @@ class Store:
             if transcript is not None:
                 transcript.cancel()
                 await transcript.finished()
+
+    # --- room ---
+
+    def grew(self, size_bytes: int) -> None:
+        """An entry takes so much more."""
+        self.size_bytes += size_bytes
+        if size_bytes < 0 and not self.full:
+            self._release_all()
+
+    def changed(self) -> None:
+        """A reader came or left, or an answer is over: there may be room where there was none."""
+        self._futile_bytes = 0
+        self._release_all()
+
+    def was_read(self, transcript: Transcript) -> None:
+        """A reader of this transcript goes on, and memory is short."""
+        transcript.forget_read()
+        if not transcript.waits:
+            transcript.release()
+
+    def tidy(self, kept: Kept) -> None:
+        """Make room for an answer that is read as it is made, or keep it no longer."""
+        self._free(may_end=True)
+        if self.full:
+            self._forget(kept)
+
+    async def make_room(self, transcript: Transcript) -> None:
+        """Wait until the transcript may grow; memory is short."""
+        while self.full:
+            if self.size_bytes >= self._futile_bytes:
+                self._free(may_end=transcript.is_read or not transcript.waits)
+                # Looking costs as much as there are entries.
+                self._futile_bytes = self.size_bytes + self.max_bytes // 64
+            if not self.full or not transcript.waits:
+                return
+            self._held.add(transcript)
+            try:
+                await transcript.hold()
+            finally:
+                self._held.discard(transcript)
+
+    def _release_all(self) -> None:
+        for transcript in self._held:
+            transcript.release()
+
+    def _free(self, *, may_end: bool) -> None:
+        """Make room; a little more than needed, so that it is not looked for with every event."""
+        enough_bytes = self.max_bytes - self.max_bytes // 8 if self.full else self.max_bytes
+        # One too many is the newest, for which room is made.
+        entries = list(self._entries.values())[: -1 if self._crowded else None]
+        for kept in entries:
+            if self.size_bytes <= enough_bytes and not self._crowded:
+                return
+            if kept.over and not kept.is_read:
+                self._forget(kept)
+        for kept in entries:
+            if self.size_bytes <= enough_bytes:
+                break
+            if kept.transcript is not None:
+                kept.transcript.forget_read()
+        for kept in entries:
+            if not may_end or not (self.full or self._crowded):
+                return
+            if kept.transcript is None or kept.over or kept.is_read:
+                continue
+            # Without an event there is nothing to gain, and its reader is on its way.
+            if kept.transcript.begun or self._crowded:
+                kept.transcript.give_up(_unread(kept))
+                if self._crowded:
+                    self._forget(kept)
+
+    @property
+    def _crowded(self) -> bool:
+        return len(self._entries) > self.max_entries
+
+    def _forget(self, kept: Kept) -> None:
+        if self._entries.pop(kept.id, None) is not None:
+            kept.store = None
+            self.grew(-kept.size_bytes)
+
+
+def _unread(kept: Kept) -> GatewayError:
+    return GatewayError(
+        ErrorCode.OVERLOADED,
+        f"Answer {kept.id!r} was ended: nobody read it, and the gateway's memory for answers "
+        "(--store-bytes, --store-entries) is full. Ask again, and read it as it comes.",
+        retryable=True,
+    )

@@ -76,6 +76,45 @@ def test_the_running_answer_goes_on_where_it_was_left(
     assert texts(read(http, "GET", f"{PATH}/{answer_id(heard)}")) == whole
 
 
+def test_an_answer_that_was_made_again_goes_on_where_it_was_left_as_well(
+    http: httpx.Client,
+) -> None:
+    whole = texts(read(http, json=SLOW))
+    heard = read(http, json=SLOW, stop_after=30)
+    for reading in (("POST", PATH), ("GET", f"{PATH}/{answer_id(heard)}")):
+        last = {"last-event-id": heard[-1][0] or "", "x-reattach": "20"}
+        heard += read(http, *reading, json=SLOW, headers=last, stop_after=10)
+    last = {"last-event-id": heard[-1][0] or ""}
+    heard += read(http, "GET", f"{PATH}/{answer_id(heard)}", headers=last)
+    assert texts(heard) == whole and heard[-1][1] == "[DONE]"
+    # What the gateway keeps begins in the middle: it does not pretend to have the rest.
+    early = http.get(f"{PATH}/{answer_id(heard)}", headers={"last-event-id": heard[5][0] or ""})
+    assert early.status_code == 404 and "again" in early.json()["error"]["message"]
+    again = read(http, json=SLOW, headers={"last-event-id": heard[5][0] or ""})
+    assert texts(heard[:6] + again) == whole
+
+
+def test_an_answer_beyond_the_memory_is_read_whole_and_one_that_nobody_reads_is_ended(
+    make_gateway: Callable[..., GatewayProcess],
+) -> None:
+    long = "[[echo mode=sampled answer_tokens=600]]x"
+    with make_gateway("--store-bytes", "30000").http() as http:
+        whole = texts(read(http, json=body(long, seed=4)), 1)
+        kept = read(http, json=body(long, seed=4), headers={"x-reattach": "20"})
+        assert texts(kept, 1) == whole
+        asked = {"model": MODEL, "input": long, "background": True}
+        path = f"/v1/responses/{http.post('/v1/responses', json=asked).json()['id']}"
+        ended = wait_until(
+            lambda: (found := http.get(path).json())["status"] == "failed" and found, "the end"
+        )
+        assert ended["error"]["details"]["code"] == "overloaded"
+        assert "--store-bytes" in ended["error"]["message"]
+        # One that its reader gets whole is not kept, rather than half.
+        made = http.post("/v1/responses", json={**asked, "background": False, "input": "y" * 20000})
+        assert len(made.json()["output"][0]["content"][0]["text"]) > 10_000
+        assert http.get(f"/v1/responses/{made.json()['id']}").status_code == 404
+
+
 def test_the_same_request_goes_on_at_another_gateway(
     http: httpx.Client, make_gateway: Callable[..., GatewayProcess]
 ) -> None:
