@@ -64,7 +64,7 @@ def _complain(message: str, code: int) -> int:
 def _serve(config: Config) -> int:
     _check_addresses(config)
     _raise_descriptor_limit(config)
-    log = Logger(form=config.log_format, level=config.log_level)
+    log = _logger(config)
     for line in options.misspelt_variables():
         log("warning", "environment", {"ignored": line})
     settings = SocketSettings(config.high_water_mark, config.linger_ms, config.io_threads)
@@ -114,6 +114,17 @@ def _serve(config: Config) -> int:
             gate.socket.close()
         context.term()
     return 0
+
+
+def _logger(config: Config) -> Logger:
+    if not config.log_file:
+        return Logger(form=config.log_format, level=config.log_level)
+    try:
+        # Open for the life of the process; a line at a time, so that nothing is lost with it.
+        stream = Path(config.log_file).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115
+    except OSError as error:
+        raise StartError(f"--log-file {config.log_file}: {error.strerror}") from None
+    return Logger(stream, form=config.log_format, level=config.log_level)
 
 
 def _check_addresses(config: Config) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from broker.core.settings import CoreSettings, option
 from broker.core.state import SOFTWARE
+from broker.protocol.logs import FORMATS, LEVELS
 from broker.protocol.options import OptionParser, misspelt, parse_bool
 
 PROGRAM = "python -m broker"
@@ -87,13 +88,14 @@ class Config(CoreSettings):
         1, "", "ZeroMQ threads; one carries 1 GB/s, CURVE and pictures want 2", low=1, high=16
     )
     log_format: str = option(
-        "auto", "", "text on a terminal, JSON elsewhere", choices=("auto", "text", "json")
+        "auto", "", "auto: text on a terminal, JSON elsewhere", choices=FORMATS
     )
+    log_file: str = option("", "", "write the log there instead of standard error")
     log_level: str = option(
         "info",
         "",
         "debug adds a line for each step of a request",
-        choices=("debug", "info", "warning"),
+        choices=LEVELS,
     )
 
 

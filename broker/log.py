@@ -1,23 +1,24 @@
-"""Structured logs: one line for each transition of a session or a request.
+"""The broker's log: one line for each transition of a session or a request, without `logging`.
 
-`key=value` on a terminal, JSON for machines. Never a prompt, a token or a whole id: who calls gives
-only names, codes, counts and the first 8 hex digits of ids.
+Never a prompt, a token or a whole id: who calls gives only names, codes, counts and the first 8 hex
+digits of ids. How a line looks is `broker.protocol.logs`.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping
 from typing import Any, Final, TextIO
+
+from broker.protocol import logs
 
 FROM_STRANGERS: Final = frozenset(("connection refused", "refused"))
 """Events that anybody who reaches a port can cause, thousands a second."""
 LINES_A_SECOND: Final = 10
 """Of each of those; beyond, they are only counted. A stranger must not fill the disk."""
 
-_RANK: Final = {"debug": 0, "info": 1, "warning": 2, "error": 3}
+_RANK: Final = {level: rank for rank, level in enumerate(logs.LEVELS)}
 
 
 class Logger:
@@ -26,7 +27,7 @@ class Logger:
 
     def __init__(self, stream: TextIO | None = None, *, form: str = "auto", level: str = "info"):
         self._stream = stream if stream is not None else sys.stderr
-        self._json = form == "json" or (form == "auto" and not self._stream.isatty())
+        self._json = logs.is_json(form, self._stream)
         self._least = _RANK[level]
         #: Lines that could not be written.
         self.lost = 0
@@ -43,14 +44,7 @@ class Logger:
             if left_out is None:
                 return
             fields = {**(fields or {}), **({"not_shown": left_out} if left_out else {})}
-        if self._json:
-            record = {"time": round(now, 3), "level": level, "event": event, **(fields or {})}
-            line = json.dumps(record, default=str)
-        else:
-            clock = time.strftime("%H:%M:%S", time.localtime(now))
-            words = [f"{clock}.{int(now * 1000) % 1000:03d}", level.upper().ljust(7), event]
-            words += [f"{key}={_value(value)}" for key, value in (fields or {}).items()]
-            line = " ".join(words)
+        line = logs.line(now, level, event, fields, as_json=self._json)
         try:
             self._stream.write(line + "\n")
             self._stream.flush()
@@ -68,11 +62,3 @@ class Logger:
         state[1] += 1
         left_out, state[2] = state[2], 0
         return left_out
-
-
-def _value(value: Any) -> str:
-    """Names come from peers: nothing of them may break the line or colour the terminal."""
-    text = str(value)
-    if text.isprintable() and text and not set(text) & set(" \"'="):
-        return text
-    return json.dumps(text)

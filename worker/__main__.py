@@ -14,8 +14,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from broker.protocol import logs
 from worker import config as options
-from worker import log as logs
 from worker.display import LoadingDisplay
 
 if TYPE_CHECKING:

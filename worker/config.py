@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
+from broker.protocol.logs import FORMATS, LEVELS
 from broker.protocol.options import OptionParser, misspelt, parse_bool
 from worker.demo import model_path
 from worker.engines import registry
@@ -271,8 +272,8 @@ _DEFAULTS: Final[dict[str, Any]] = {
 }
 _CHOICES: Final = {
     "dtype": ("auto", "float32", "float16", "bfloat16"),
-    "log_level": ("debug", "info", "warning", "error"),
-    "log_format": ("auto", "text", "json"),
+    "log_level": LEVELS,
+    "log_format": FORMATS,
 }
 
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from broker.protocol import logs
 from client import BusError
 from client.dealer import key_pair, server_key_of
 from client.gateway.config import PREFIX, Config, ConfigError, misspelt_variables, parse_args
@@ -56,11 +57,10 @@ def _serve(config: Config) -> int:
         return _complain(
             f"{error.name} is not installed; install the extra: pip install 'tokenbus[gateway]'", 1
         )
-    logging.basicConfig(
-        level=config.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        stream=sys.stderr,
-    )
+    try:
+        logs.configure(config.log_level, config.log_format, config.log_file)
+    except OSError as error:
+        return _complain(f"--log-file {config.log_file}: {error.strerror}", 2)
     for line in misspelt_variables():
         logging.getLogger("tokenbus.gateway").warning("ignored: %s", line)
     connection = config.connection()

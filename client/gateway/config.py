@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from broker.protocol.limits import MAX_ATTACHMENT_OCTETS, MAX_ATTACHMENTS_OCTETS, MAX_REQUEST_OCTETS
+from broker.protocol.logs import FORMATS, LEVELS
 from broker.protocol.options import OptionParser, misspelt, parse_bool
 from client import BusError
 from client.gateway.addresses import Network
@@ -105,10 +106,13 @@ def _networks(value: str) -> tuple[Network, ...]:
     return tuple(ipaddress.ip_network(word) for word in _words(value))
 
 
-def _dialect(value: str) -> str:
-    if value not in ("auto", "fastchat", "llava"):
-        raise ValueError(f"{value!r} is none of auto, fastchat, llava")
-    return value
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def read(value: str) -> str:
+        if value not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}, got {value!r}")
+        return value
+
+    return read
 
 
 #: Room for every picture of a request as base64 beside its text.
@@ -156,11 +160,22 @@ class Config:
     )
     store_entries: int = _option(_count, 1000, "answers kept for re-attaching and follow-up", "N")
     store_bytes: int = _option(_count, 64 << 20, "memory for them, those that run included", "N")
-    legacy_dialect: str = _option(_dialect, "auto", "older API: auto, fastchat or llava", "NAME")
+    legacy_dialect: str = _option(
+        _one_of("auto", "fastchat", "llava"), "auto", "older API: auto, fastchat or llava", "NAME"
+    )
     no_legacy: bool = _option(parse_bool, False, "do not serve the older controller and worker API")
     no_page: bool = _option(parse_bool, False, "do not serve the web page")
     shutdown_s: float = _option(_positive, 10.0, "grace of running answers at a stop", "S")
-    log_level: str = _option(_text, "info", "debug, info, warning or error", "LEVEL")
+    log_level: str = _option(_one_of(*LEVELS), "info", "debug, info, warning or error", "LEVEL")
+    log_format: str = _option(
+        _one_of(*FORMATS),
+        "auto",
+        "text, json, or auto: text on a terminal, JSON elsewhere",
+        "STYLE",
+    )
+    log_file: Path | None = _option(
+        Path, None, "write the log there instead of standard error", "FILE"
+    )
 
     @property
     def images(self) -> ImagePolicy:

@@ -370,19 +370,18 @@ class Endpoint:
             code = visit.failure.info.code
         visit.gateway.metrics.observe(self._path, outcome, total_s)
         if self._counted:
-            log.info(
-                "request id=%s bus=%s path=%s key=%s model=%s status=%d "
-                "prompt=%d completion=%d ms=%d code=%s param=%.80s",
-                visit.request_id,
-                visit.bus_names or "-",
-                self._path,
-                visit.key.name or "-",
-                visit.model or "-",
-                outcome,
-                visit.prompt_tokens,
-                visit.completion_tokens,
-                total_s * 1000,
-                code,
-                # A caller's own word: escaped, so that it cannot forge a line.
-                ascii(visit.failure.param) if visit.failure and visit.failure.param else "-",
-            )
+            fields: dict[str, Any] = {
+                "id": visit.request_id,
+                "bus": visit.bus_names or "-",
+                "path": self._path,
+                "key": visit.key.name or "-",
+                "model": visit.model or "-",
+                "status": outcome,
+                "prompt": visit.prompt_tokens,
+                "completion": visit.completion_tokens,
+                "ms": round(total_s * 1000),
+                "code": code,
+            }
+            if visit.failure is not None and visit.failure.param:
+                fields["param"] = visit.failure.param[:80]
+            log.info("request", extra={"fields": fields})

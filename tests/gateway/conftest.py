@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx2 as httpx
 import openai
@@ -35,14 +37,19 @@ class GatewayProcess:
         """A plain HTTP client."""
         return httpx.Client(base_url=self.url, timeout=20, **options)
 
-    def logged(self, request_id: str, words: str) -> str:
-        """The log's line about a request, once it has these words."""
+    def requests_logged(self) -> list[dict[str, Any]]:
+        """The fields of the log's lines about requests."""
+        lines = [line for line in self.process.log().splitlines() if line.startswith("{")]
+        return [line for line in map(json.loads, lines) if line["event"] == "request"]
 
-        def line() -> str | None:
-            lines = self.process.log().splitlines()
-            return next((x for x in lines if f"id={request_id} " in x and words in x), None)
+    def logged(self, request_id: str, **fields: object) -> dict[str, Any]:
+        """The log's line about a request, once it has these fields."""
 
-        return wait_until(line, f"{words!r} of {request_id} in the log", story=self.process.log)
+        def line() -> dict[str, Any] | None:
+            lines = self.requests_logged()
+            return next((x for x in lines if {**x, "id": request_id, **fields} == x), None)
+
+        return wait_until(line, f"{fields} of {request_id} in the log", story=self.process.log)
 
 
 @contextlib.contextmanager

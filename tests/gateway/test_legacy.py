@@ -270,7 +270,7 @@ def test_what_their_frames_hide_is_in_the_log_and_in_the_operators_view(
                 for error in errors
             )
 
-        gateway.logged(mine, "code=engine_error")
+        gateway.logged(mine, code="engine_error")
         wait_until(shown, "the failure in the operator's view")
 
 
@@ -280,7 +280,7 @@ def test_a_front_end_that_gives_up_waiting_is_counted_as_gone(
     body = {"model": MODEL, "prompt": "[[echo prefill_ms=30000]]late"}
     with pytest.raises(httpx.ReadTimeout):
         http.post("/worker_generate", json=body, headers={"x-request-id": "gave-up"}, timeout=0.3)
-    gateway.logged("gave-up", "status=499")
+    gateway.logged("gave-up", status=499)
 
 
 def test_a_front_end_that_hangs_up_frees_the_slot(gateway: GatewayProcess) -> None:

@@ -17,9 +17,9 @@ from typing import Any
 
 import msgspec
 
+from broker.protocol import logs
 from client.options import Connection
 from worker import config as options
-from worker import log as logs
 from worker.link import KeyFileError, Keys, Link
 from worker.relay.core import RelayCore, RelaySettings
 from worker.relay.port import LowerBus
