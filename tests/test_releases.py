@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from packaging.markers import Marker
 from packaging.specifiers import SpecifierSet
 
-from tests.releases import lock
+from tests.releases import lock, watch
 from tests.releases.pins import Pin, canonical, moved, read_lock, requirements
+from tests.releases.table import Deprecation, Outcome, read_deprecations, read_junit, render
 from tests.releases.tools import PYTHONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,3 +114,88 @@ def test_everybody_installs_the_tested_set(file: str) -> None:
     ]
     assert lines
     assert all(line.replace(" -q", "").lstrip("# ").startswith(INSTALL) for line in lines)
+
+
+# --- the table ---
+
+
+JUNIT = """<?xml version="1.0"?><testsuites><testsuite>
+<testcase classname="tests.test_a" name="test_one"/>
+<testcase classname="tests.test_a" name="test_two[x]"><failure message="m">t</failure></testcase>
+<testcase classname="tests.test_a" name="test_three"><error message="m">t</error></testcase>
+<testcase classname="tests.test_a" name="test_three"><error message="at its end">t</error></testcase>
+<testcase classname="tests.test_a" name="test_four"><skipped message="m"/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_a_report_tells_what_passed_and_what_failed() -> None:
+    assert read_junit(JUNIT) == (1, ("tests.test_a::test_two[x]", "tests.test_a::test_three"))
+
+
+def test_each_deprecation_is_read_once_and_half_a_line_not_at_all() -> None:
+    line = '{"library": "zmq", "site": "client/dealer.py:7", "text": "DeprecationWarning: old"}\n'
+    assert read_deprecations([line, line, line[:30]]) == (
+        Deprecation("zmq", "client/dealer.py:7", "DeprecationWarning: old"),
+    )
+
+
+def test_the_table_has_a_row_for_each_library_and_says_what_to_look_at() -> None:
+    old = Deprecation("zmq", "client/dealer.py:7", "DeprecationWarning: old")
+    outcome = Outcome(9, ("tests.a::b",), {"pyzmq": "27.3.0", "torch": "2.13.0"}, (old,))
+    other = Outcome(10, (), {"torch": "2.12.0"})
+    assert render([(("pyzmq", "torch"), outcome), (("torch",), other)]).splitlines() == [
+        "| library | version | passed | failed | deprecations of our calls |",
+        "| ------- | ------- | ------ | ------ | ------------------------- |",
+        "| pyzmq   | 27.3.0  | 9      | 1      | 1: client/dealer.py:7     |",
+        "| torch   | 2.13.0  | 9      | 1      | 0                         |",
+        "| torch   | 2.12.0  | 10     | 0      | 0                         |",
+        "",
+        "failed with these: tests.a::b",
+        "zmq, client/dealer.py:7: DeprecationWarning: old",
+    ]
+
+
+# --- deprecations ---
+
+
+def test_a_warning_is_of_the_library_whose_file_gives_it() -> None:
+    assert watch.library_of("/v/lib/python3.11/site-packages/zmq/sugar/socket.py") == "zmq"
+    assert watch.library_of("/v/lib/python3.11/site-packages/typing_extensions.py") == (
+        "typing_extensions"
+    )
+    assert watch.library_of("/usr/lib/python3.11/asyncio/events.py") == "python"
+
+
+def test_a_call_of_ours_is_found_however_deep_the_library_warns(tmp_path: Path) -> None:
+    """In any interpreter of the environment; with the stack, not with the warning's own place."""
+    library = tmp_path / "site-packages" / "lib"
+    library.mkdir(parents=True)
+    (library / "__init__.py").write_text(
+        "import warnings\n"
+        "def outer(): inner()\n"
+        "def inner(): warnings.warn('outer is old', FutureWarning)\n"
+        "def other(): warnings.warn('not one', UserWarning)\n"
+    )
+    ours = tmp_path / "worker"
+    ours.mkdir()
+    (ours / "calls.py").write_text("import lib\nfor _ in range(2):\n    lib.outer()\nlib.other()\n")
+    (tmp_path / "run.py").write_text(
+        "import runpy, sys, watch\n"
+        "watch.install()\n"
+        "runpy.run_path(sys.argv[1])\n"
+        "import lib; lib.outer()\n"  # not from a folder of ours
+    )
+    (tmp_path / "notes").mkdir()
+    path = os.pathsep.join((str(library.parent), str(Path(watch.__file__).parent)))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        watch.FOLDER: str(tmp_path / "notes"),
+        watch.ROOT: str(tmp_path),
+    }
+    command = [sys.executable, str(tmp_path / "run.py"), str(ours / "calls.py")]
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    [notes] = (tmp_path / "notes").iterdir()
+    assert read_deprecations(notes.read_text().splitlines(keepends=True)) == (
+        Deprecation("lib", "worker/calls.py:3", "FutureWarning: outer is old"),
+    )
