@@ -6,7 +6,6 @@ Twice: by reading every module's source, and by asking an interpreter what was r
 from __future__ import annotations
 
 import ast
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,11 +20,8 @@ HEAVY = frozenset(("torch", "transformers", "numpy", "PIL", "rich", "pydantic", 
 
 #: The modules that own sockets, and nobody else.
 SOCKET_OWNERS = frozenset(("sockets", "loop", "auth", "link", "transport", "dealer", "readiness"))
-IMPORT_CLIENT_S = 0.150
-DEPENDENCIES_S = 0.045
-"""Processor time of an interpreter that imports the client's dependencies, on a machine that is as
-quick as the limit means; another one gets as much more time for both."""
-TRIES = 40
+MODULES_OF_CLIENT = 60
+"""More than `import client` may load, of ours and of the standard library: it loads about 40."""
 
 
 def modules(package: str) -> Iterator[tuple[str, Path]]:
@@ -217,23 +213,8 @@ def test_cores_load_without_zeromq(module: str) -> None:
     assert "zmq" not in loaded_by(blank)
 
 
-def test_importing_the_client_is_quick() -> None:
-    """Processor time with the interpreter's own start, the best of several: nothing in it waits,
-    and the load of others only ever adds."""
-
-    def seconds(statement: str) -> float:
-        process = subprocess.Popen([sys.executable, "-c", statement], cwd=ROOT)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        assert process.returncode == 0
-        return usage.ru_utime + usage.ru_stime
-
-    seconds("import client")  # compiles, and warms the disk's cache
-    taken_s, dependencies_s = [], []
-    while len(taken_s) < TRIES:
-        dependencies_s.append(seconds("import zmq, msgpack, msgspec"))
-        taken_s.append(seconds("import client"))
-        slower = max(1.0, min(dependencies_s) / DEPENDENCIES_S)
-        if min(taken_s) < IMPORT_CLIENT_S * slower:
-            return
-    raise AssertionError(f"import client takes {min(taken_s):.3f} s at best of {taken_s}")
+def test_importing_the_client_loads_little_beside_its_dependencies() -> None:
+    """How long an import takes depends on the machine; how much it loads does not."""
+    added = loaded_by("import client") - loaded_by("import zmq, msgpack, msgspec")
+    assert "client.session" in added
+    assert len(added) < MODULES_OF_CLIENT, sorted(added)

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
+from tests.harness import PATIENCE_S
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(script: str, *arguments: str) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", f"bench.{script}", "--quick", "--json", "-", "--repeats", "1"]
     done = subprocess.run(
-        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=100
+        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
@@ -116,7 +118,11 @@ sys.argv += ["--json", "-", "--without", "transformers_serve,transformers_serve_
 engine.main()
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
     )
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     notes = [row["text"] for row in rows if row["name"] == "note"]

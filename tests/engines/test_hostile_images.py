@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from broker.protocol.errors import ErrorCode, RequestError
+from tests.harness import PATIENCE_S
 from worker.engines.transformers.images import FORMATS, ImageLimits, decode_image
 
 LIMITS = ImageLimits()
@@ -136,7 +137,7 @@ def measured(octets: bytes, folder: Path) -> tuple[str, int, float]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=True,
     )
     outcome, grown, seconds = done.stdout.split()

@@ -14,7 +14,7 @@ import httpx2 as httpx
 import openai
 import pytest
 
-from tests.harness import Bus, ManagedProcess, wait_until
+from tests.harness import PATIENCE_S, Bus, ManagedProcess, wait_until
 
 MODEL = "echo"
 
@@ -35,7 +35,7 @@ class GatewayProcess:
 
     def http(self, **options: object) -> httpx.Client:
         """A plain HTTP client."""
-        return httpx.Client(base_url=self.url, timeout=20, **options)
+        return httpx.Client(base_url=self.url, timeout=PATIENCE_S, **options)
 
     def requests_logged(self) -> list[dict[str, Any]]:
         """The fields of the log's lines about requests."""

@@ -21,7 +21,7 @@ from client.gateway.config import Config, ConfigError, parse_args
 from client.gateway.errors import GatewayError
 from client.gateway.keys import Key, KeyFile, KeyFileError, Usage, add_key, remove_key
 from tests.gateway.conftest import MODEL, GatewayProcess
-from tests.harness import ROOT, wait_until
+from tests.harness import PATIENCE_S, ROOT, wait_until
 
 TODAY = datetime.date(2030, 1, 1)
 HELLO = [{"role": "user", "content": "hello"}]
@@ -310,7 +310,7 @@ def test_a_stop_lets_running_answers_end(make_gateway: Callable[..., GatewayProc
         gateway.process.popen.terminate()
         text += "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert text == "a last word or two"
-    assert gateway.process.popen.wait(20) == 0
+    assert gateway.process.popen.wait(PATIENCE_S) == 0
 
 
 def test_a_stop_that_cannot_wait_tells_who_heard_nothing_and_breaks_off_the_others(
@@ -334,7 +334,7 @@ def test_a_stop_that_cannot_wait_tells_who_heard_nothing_and_breaks_off_the_othe
         answer = whole.result()
     assert answer.status_code == 503 and answer.json()["error"]["code"] == "draining"
     assert answer.headers["x-should-retry"] == "true"
-    assert gateway.process.popen.wait(20) == 0
+    assert gateway.process.popen.wait(PATIENCE_S) == 0
     assert "Traceback" not in gateway.process.log()
     wait_until(lambda: gateway.bus.running() == 0, "free slots")
 

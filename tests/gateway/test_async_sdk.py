@@ -13,7 +13,7 @@ from tests.gateway.conftest import MODEL, GatewayProcess
 from tests.gateway.test_chat import CALL, TOOLS, picture
 from tests.harness import wait_until
 
-ENDLESS = "[[echo mode=sampled answer_tokens=5000 step_delay_ms=20]]x"
+ENDLESS = "[[echo mode=sampled answer_tokens=30000 step_delay_ms=20]]x"
 FAILING = "[[echo error_at=0]]x"
 
 Client = openai.AsyncOpenAI
@@ -110,7 +110,7 @@ def test_a_cancelled_task_frees_the_slot(
             await reading
 
     run(work)
-    wait_until(lambda: gateway.bus.running() == 0, "a free slot", 5)
+    wait_until(lambda: gateway.bus.running() == 0, "a free slot")
 
 
 def test_pictures_logprobs_and_tools_come_through(run: Run) -> None:
@@ -159,4 +159,4 @@ def test_a_response_lives_in_the_background(run: Run, gateway: GatewayProcess) -
         await client.responses.delete(made.id)
 
     run(work)
-    wait_until(lambda: gateway.bus.running() == 0, "a free slot", 5)
+    wait_until(lambda: gateway.bus.running() == 0, "a free slot")

@@ -326,14 +326,14 @@ def test_a_reader_that_leaves_frees_the_slot(gateway: GatewayProcess) -> None:
         next(iter(stream))
         assert gateway.bus.running() == 1
         stream.close()
-    wait_until(lambda: gateway.bus.running() == 0, "a free slot", 5)
+    wait_until(lambda: gateway.bus.running() == 0, "a free slot")
 
 
 def test_a_client_that_gives_up_waiting_frees_the_slot_as_well(gateway: GatewayProcess) -> None:
     body = {"model": MODEL, "messages": SLOW, "ignore_eos": True}
     with gateway.http() as client, pytest.raises(httpx.ReadTimeout):
         client.post("/v1/chat/completions", json=body, timeout=0.5)
-    wait_until(lambda: gateway.bus.running() == 0, "a free slot", 5)
+    wait_until(lambda: gateway.bus.running() == 0, "a free slot")
 
 
 def test_a_stream_that_waits_gets_comments(gateway: GatewayProcess) -> None:

@@ -7,6 +7,7 @@ import openai
 import pytest
 
 from tests.gateway.conftest import MODEL, GatewayProcess
+from tests.harness import PATIENCE_S
 
 
 def test_a_prompt_is_continued_with_exact_usage(client: openai.OpenAI) -> None:
@@ -165,7 +166,7 @@ def test_models_are_those_of_the_bus(client: openai.OpenAI, gateway: GatewayProc
 
 def test_many_choices_make_no_endless_header(http: httpx.Client) -> None:
     body = {"model": MODEL, "prompt": ["a", "b"], "n": 100, "max_tokens": 1}
-    answer = http.post("/v1/completions", json=body, timeout=60)
+    answer = http.post("/v1/completions", json=body, timeout=PATIENCE_S)
     assert len(answer.json()["choices"]) == 200
     assert answer.json()["usage"]["completion_tokens"] == 200
     assert len(answer.headers["x-bus-requests"].split(",")) == 128

@@ -277,25 +277,25 @@ def test_what_their_frames_hide_is_in_the_log_and_in_the_operators_view(
 def test_a_front_end_that_gives_up_waiting_is_counted_as_gone(
     gateway: GatewayProcess, http: httpx.Client
 ) -> None:
-    body = {"model": MODEL, "prompt": "[[echo prefill_ms=30000]]late"}
+    body = {"model": MODEL, "prompt": "[[echo prefill_ms=900000]]late"}
     with pytest.raises(httpx.ReadTimeout):
         http.post("/worker_generate", json=body, headers={"x-request-id": "gave-up"}, timeout=0.3)
     gateway.logged("gave-up", status=499)
 
 
 def test_a_front_end_that_hangs_up_frees_the_slot(gateway: GatewayProcess) -> None:
-    body = {"model": MODEL, "prompt": "[[echo mode=sampled answer_tokens=900 step_delay_ms=20]]x"}
+    body = {"model": MODEL, "prompt": "[[echo mode=sampled answer_tokens=30000 step_delay_ms=20]]x"}
     with gateway.http() as http, pytest.raises(httpx.ReadTimeout):
-        http.post("/worker_generate", json={**body, "max_new_tokens": 900}, timeout=0.5)
-    wait_until(lambda: gateway.bus.running() == 0, "a free slot", 5)
+        http.post("/worker_generate", json={**body, "max_new_tokens": 30000}, timeout=0.5)
+    wait_until(lambda: gateway.bus.running() == 0, "a free slot")
     with gateway.http() as http:
         stream = http.stream(
-            "POST", "/worker_generate_stream", json={**body, "max_new_tokens": 900}
+            "POST", "/worker_generate_stream", json={**body, "max_new_tokens": 30000}
         )
         with stream as answer:
             next(answer.iter_raw())
             assert gateway.bus.running() == 1
-    wait_until(lambda: gateway.bus.running() == 0, "a free slot", 5)
+    wait_until(lambda: gateway.bus.running() == 0, "a free slot")
 
 
 def test_a_token_that_is_certain_is_not_an_impossible_one() -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from client import BusError
 from tests.gateway.conftest import GatewayProcess
-from tests.harness import Bus, wait_until
+from tests.harness import PATIENCE_S, Bus, wait_until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 if CHROMIUM is None:
@@ -48,7 +48,7 @@ def open_page(browser: sync_api.Browser, gateway: GatewayProcess) -> Iterator[Op
 
     def make(url: str = gateway.url, wait: bool = True, **options: object) -> sync_api.Page:
         context = browser.new_context(**{"viewport": {"width": 1200, "height": 800}, **options})
-        context.set_default_timeout(15_000)
+        context.set_default_timeout(PATIENCE_S * 1000)
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: errors.append(str(error)))
@@ -155,11 +155,11 @@ def test_stop_frees_the_slot_and_keeps_what_was_said(
     open_page: OpenPage, gateway: GatewayProcess
 ) -> None:
     page = open_page()
-    answer = ask(page, "[[echo mode=sampled answer_tokens=5000 step_delay_ms=20]]go on and on")
+    answer = ask(page, "[[echo mode=sampled answer_tokens=30000 step_delay_ms=20]]go on and on")
     answer.locator(".body p:not(.waiting)").wait_for()
     assert gateway.bus.running() == 1
     page.locator("#stop").click()
-    wait_until(lambda: gateway.bus.running() == 0, "a free slot", 3)
+    wait_until(lambda: gateway.bus.running() == 0, "a free slot")
     assert "stopped" in answer.locator(".facts").inner_text()
     assert answer.locator(".body").inner_text()
     assert page.locator("#send").is_visible()
@@ -169,14 +169,14 @@ def test_escape_stops_as_well_and_leaving_the_page_cancels(
     open_page: OpenPage, gateway: GatewayProcess
 ) -> None:
     page = open_page()
-    slow = "[[echo mode=sampled answer_tokens=5000 step_delay_ms=20]]x"
+    slow = "[[echo mode=sampled answer_tokens=30000 step_delay_ms=20]]x"
     ask(page, slow).locator(".body p:not(.waiting)").wait_for()
     page.keyboard.press("Escape")
-    wait_until(lambda: gateway.bus.running() == 0, "a free slot", 3)
+    wait_until(lambda: gateway.bus.running() == 0, "a free slot")
     done(page)
     ask(page, slow).locator(".body p:not(.waiting)").wait_for()
     page.goto("about:blank")
-    wait_until(lambda: gateway.bus.running() == 0, "a free slot", 3)
+    wait_until(lambda: gateway.bus.running() == 0, "a free slot")
 
 
 def test_an_answer_goes_on_after_the_gateway_was_away(
@@ -266,7 +266,7 @@ def test_the_operator_sees_a_request_and_its_freed_slot(
     page.locator(".figure", has_text="0 of 16").wait_for()
     client = gateway.bus.client()
     stream = client.chat(
-        "echo", "[[echo mode=sampled answer_tokens=5000 step_delay_ms=20]]x", stream=True
+        "echo", "[[echo mode=sampled answer_tokens=30000 step_delay_ms=20]]x", stream=True
     )
     events = iter(stream)
     next(events)
@@ -283,7 +283,7 @@ def test_a_stop_in_the_browser_is_a_freed_slot_in_the_operators_view(
 ) -> None:
     chat, bus = open_page(), open_page(f"{gateway.url}/#bus")
     bus.locator(".figure", has_text="0 of 16").wait_for()
-    answer = ask(chat, "[[echo mode=sampled answer_tokens=5000 step_delay_ms=20]]x")
+    answer = ask(chat, "[[echo mode=sampled answer_tokens=30000 step_delay_ms=20]]x")
     answer.locator(".body p:not(.waiting)").wait_for()
     bus.locator(".figure", has_text="1 of 16").wait_for()
     chat.locator("#stop").click()

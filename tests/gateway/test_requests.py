@@ -33,6 +33,7 @@ from client.gateway.requests import (
 )
 from client.gateway.responses_input import ResponseRequest
 from tests.gateway.conftest import MODEL, GatewayProcess
+from tests.harness import PATIENCE_S
 
 BODIES = {
     ChatRequest: chat_params.CompletionCreateParamsBase,
@@ -342,7 +343,7 @@ def test_a_history_with_a_cut_or_odd_call_is_taken(http: httpx.Client, case: str
 
 def test_a_body_that_will_be_too_long_is_refused_before_it_comes(gateway: GatewayProcess) -> None:
     host, _, port = gateway.url.removeprefix("http://").partition(":")
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+    with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as connection:
         connection.sendall(
             b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
             b"content-type: application/json\r\ncontent-length: 1000000000000000000\r\n\r\n{"

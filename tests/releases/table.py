@@ -51,14 +51,13 @@ def render(runs: Iterable[tuple[tuple[str, ...], Outcome]]) -> str:
     for names, outcome in runs:
         for name in names:
             ours = [one for one in outcome.deprecations if one.library == module_of(name)]
-            sites = ", ".join(dict.fromkeys(one.site for one in ours))
             rows.append(
                 (
                     name,
                     outcome.versions.get(name, "absent"),
                     str(outcome.passed),
                     str(len(outcome.failed)),
-                    f"{len(ours)}: {sites}" if ours else "0",
+                    str(len(ours)),
                 )
             )
         notes += [f"failed with {_about(names, outcome)}: {test}" for test in outcome.failed]

@@ -24,29 +24,37 @@ ROOT = "RELEASES_WATCH_ROOT"
 OURS = ("broker", "worker", "client", "bench", "tests")
 CATEGORIES = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
+MESSENGERS = ("typing_extensions",)
+"""Packages that give warnings in the name of others, by a decorator."""
+
 _seen = set[tuple[str, str, str]]()
+_installed = False
 
 
-def library_of(filename: str) -> str:
-    """Which installed package a file belongs to; `python` for the standard library."""
-    _, found, rest = filename.replace(os.sep, "/").rpartition("/site-packages/")
-    return rest.partition("/")[0].removesuffix(".py") if found else "python"
+def package_of(filename: str) -> str:
+    """The installed package that a file belongs to; empty when it is of none."""
+    _, _, rest = filename.replace(os.sep, "/").rpartition("/site-packages/")
+    return rest.partition("/")[0].removesuffix(".py") if rest != filename else ""
 
 
-def call_site(frame: FrameType | None, root: str) -> str:
-    """`path:line` of the nearest frame that is ours, relative to the root; empty when none is."""
+def origin(frame: FrameType | None, root: str) -> tuple[str, str]:
+    """The library that warns, `python` for the standard one, and `path:line` of the nearest frame
+    of ours, relative to the root; the latter is empty when no frame is ours."""
     prefixes = tuple(f"{root}/{package}/" for package in OURS)
+    library = ""
     while frame is not None:
         filename = frame.f_code.co_filename
         if filename.startswith(prefixes) and filename != __file__:
-            return f"{filename[len(root) + 1 :]}:{frame.f_lineno}"
+            return library or "python", f"{filename[len(root) + 1 :]}:{frame.f_lineno}"
+        package = package_of(filename)
+        library = library or (package if package not in MESSENGERS else "")
         frame = frame.f_back
-    return ""
+    return library or "python", ""
 
 
-def note(library: str, text: str, frame: FrameType | None) -> None:
+def note(text: str, frame: FrameType | None) -> None:
     """Append one deprecation to this process's file, once for each call site and text."""
-    site = call_site(frame, os.environ[ROOT])
+    library, site = origin(frame, os.environ[ROOT])
     text = " ".join(text.split())
     if not site or (library, text, site) in _seen:
         return
@@ -58,9 +66,12 @@ def note(library: str, text: str, frame: FrameType | None) -> None:
 
 
 def install() -> None:
-    """Have `warnings.warn` note deprecations before it does what it always did."""
-    if FOLDER not in os.environ:
+    """Have `warnings.warn` note deprecations before it does what it always did. Idempotent: an
+    interpreter may read its `.pth` files twice."""
+    global _installed
+    if _installed or FOLDER not in os.environ:
         return
+    _installed = True
     original = warnings.warn
 
     def warn(
@@ -72,9 +83,7 @@ def install() -> None:
     ) -> None:
         kind = type(message) if isinstance(message, Warning) else category or UserWarning
         if issubclass(kind, CATEGORIES):
-            frame = sys._getframe(1)
-            text = f"{kind.__name__}: {message}"
-            note(library_of(frame.f_code.co_filename), text, frame)
+            note(f"{kind.__name__}: {message}", sys._getframe(1))
         original(message, category, stacklevel + 1, source, **options)
 
     warnings.warn = warn
@@ -89,7 +98,7 @@ def pytest_configure() -> None:
         def emit(self, record: logging.LogRecord) -> None:
             text = record.getMessage()
             if "deprecated" in text:
-                note(record.name.partition(".")[0], f"log: {text}", sys._getframe(1))
+                note(f"log: {text}", sys._getframe(1))
 
     if FOLDER in os.environ:
         logging.getLogger("transformers").addHandler(Notes())

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,18 +36,9 @@ from broker.protocol.messages import (
     Usage,
     new_id,
 )
+from tests.harness import PATIENCE_S, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 20.0
-
-
-def wait_until(condition: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:
-    """Wait for a condition and return its value."""
-    until_s = time.monotonic() + patience_s
-    while not (value := condition()):
-        assert time.monotonic() < until_s, f"waited {patience_s} s in vain for {what}"
-        time.sleep(0.005)
-    return value
 
 
 class BrokerProcess:
@@ -61,6 +52,10 @@ class BrokerProcess:
             options += ("--front", "tcp://127.0.0.1:*")
         if "--back" not in given:
             options += ("--back", "tcp://127.0.0.1:*")
+        # Raw peers send no heartbeats: only a test that asks for it finds them silent.
+        for party in ("worker", "client"):
+            if f"--{party}-heartbeat-s" not in given:
+                options += (f"--{party}-heartbeat-s", str(PATIENCE_S))
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "broker", "--ready-file", str(self.ready_file), *options],

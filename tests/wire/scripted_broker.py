@@ -17,6 +17,7 @@ from broker.protocol import codec, header, limits, messages
 from broker.protocol.errors import ErrorInfo
 from broker.protocol.header import NO_ID, MessageType
 from broker.protocol.messages import EndEvent, FailEvent, FinishReason, OutputEvent, TokensEvent
+from tests.harness import PATIENCE_S
 
 LIMITS = messages.BusLimits(
     request_bytes=limits.MAX_REQUEST_OCTETS,
@@ -121,7 +122,9 @@ class ScriptedBroker:
 
     # --- asked by the test ---
 
-    def wait_for(self, type_: MessageType, count: int = 1, timeout_s: float = 20.0) -> list[bytes]:
+    def wait_for(
+        self, type_: MessageType, count: int = 1, timeout_s: float = PATIENCE_S
+    ) -> list[bytes]:
         """Bodies of the messages of a type, once there are `count` of them."""
 
         def bodies() -> list[bytes]:

@@ -28,6 +28,7 @@ from broker.loop import SKIP_BATCH, BrokerLoop
 from broker.protocol import codec, header
 from broker.protocol.header import MessageType
 from broker.protocol.messages import Hello, TokensEvent, new_id
+from tests.harness import wait_until
 from tests.wire.broker_peers import (
     BrokerProcess,
     RawClient,
@@ -36,7 +37,6 @@ from tests.wire.broker_peers import (
     peers_context,
     running_broker,
     stream_works,
-    wait_until,
 )
 
 
@@ -62,14 +62,15 @@ def pair(context: zmq.Context[Any], broker: BrokerProcess) -> tuple[RawWorker, R
 # --- loss -----------------------------------------------------------------------------------------
 
 
-def test_the_client_is_told_within_a_second_that_its_worker_s_connection_broke(
+def test_the_client_is_told_that_its_worker_s_connection_broke(
     context: zmq.Context[Any], broker: BrokerProcess
 ) -> None:
+    """By the connection: silence would be noticed after several times the test's patience."""
     worker, client = pair(context, broker)
     client.request()
     client.expect(MessageType.ACCEPTED)
     worker.close()
-    _, told = client.expect(MessageType.INTERRUPTED, patience_s=1.0)
+    _, told = client.expect(MessageType.INTERRUPTED)
     assert (told["worker"], told["lost"]) == ("worker", True)
 
 

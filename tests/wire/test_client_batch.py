@@ -320,7 +320,7 @@ def test_a_broker_that_is_killed_meanwhile_costs_no_line(
     assert bus.broker is not None
     bus.broker.kill()
     bus.start_broker()
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, told
     answers = files.answers()
     assert len(answers) == 60
@@ -336,6 +336,10 @@ for name in ("openai", "starlette", "uvicorn", "prometheus_client", "pydantic", 
 import client.cli.batch, client.cli.batch_answers
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr

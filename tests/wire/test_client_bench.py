@@ -11,7 +11,7 @@ import pytest
 
 from client.__main__ import main
 from client.cli.bench import percentile
-from tests.harness import ROOT, Bus
+from tests.harness import PATIENCE_S, ROOT, Bus
 from tests.wire.test_client_cli import Person
 
 
@@ -40,7 +40,7 @@ def test_for_people_it_is_a_table(bus: Bus) -> None:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert (done.returncode, done.stderr) == (0, "")
     for words in ("first token, ms", "between tokens, ms", "p99", "6 answers in", "24 answer tok"):

@@ -151,7 +151,7 @@ def test_whoever_stops_reading_frees_the_workers_slot(
 ) -> None:
     client = Client(bus.front)
     leave(client)
-    bus.wait_idle(timeout_s=10)
+    bus.wait_idle()
     client.close()
 
 

@@ -39,7 +39,7 @@ def run(
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=90,
+        timeout=PATIENCE_S,
         env={**os.environ, **(environment or {})},
     )
 
@@ -329,7 +329,7 @@ def test_ctrl_c_ends_generate_with_130_and_frees_the_slot(bus: Bus) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE_S) == 130
         assert process.stderr.read() == b""
-    bus.wait_idle(timeout_s=10)
+    bus.wait_idle()
 
 
 def test_a_reader_that_goes_away_ends_generate_quietly(bus: Bus) -> None:
@@ -344,7 +344,7 @@ def test_a_reader_that_goes_away_ends_generate_quietly(bus: Bus) -> None:
         process.stdout.close()
         assert process.wait(PATIENCE_S) == 1
         assert process.stderr.read() == b""
-    bus.wait_idle(timeout_s=10)
+    bus.wait_idle()
 
 
 # --- chat -----------------------------------------------------------------------------------------
@@ -456,7 +456,7 @@ def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(bus: Bus) -> No
     wait_until(lambda: bus.running() == 1, "the answer runs", story=lambda: person.screen)
     person.types("\x03")
     person.sees("(stopped)")
-    bus.wait_idle(timeout_s=10)
+    bus.wait_idle()
     person.sees("you> ", times=2)
     person.types("hello again\n")
     person.sees("hello again", times=2)  # typed, and answered

@@ -28,7 +28,7 @@ def families(text: str) -> dict[str, float]:
 
 
 def read(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(url, timeout=PATIENCE_S) as answer:
         assert answer.headers["content-type"].startswith("text/plain")
         return answer.read().decode()
 
@@ -89,7 +89,7 @@ def test_an_address_that_is_none_is_refused(address: str) -> None:
         [sys.executable, "-m", "client", "metrics", "--serve", address],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 2 and "127.0.0.1:9464" in done.stderr
 

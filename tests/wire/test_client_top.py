@@ -160,7 +160,7 @@ def test_piped_it_is_one_look_in_plain_text(bus: Bus) -> None:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "workers 2/2" in done.stdout and "\x1b" not in done.stdout

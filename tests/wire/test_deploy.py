@@ -22,7 +22,7 @@ import client.gateway.config
 import worker.config
 from client.gateway.metrics import Metrics
 from tests.core.broker_facts import Bus as CoreBus
-from tests.harness import ROOT
+from tests.harness import PATIENCE_S, ROOT
 
 DEPLOY = ROOT / "broker" / "deploy"
 UNITS = sorted(DEPLOY.glob("*.service"))
@@ -178,7 +178,7 @@ def test_a_unit_is_one_that_systemd_takes(unit: Path, tmp_path: Path) -> None:
         ["systemd-analyze", "verify", "--man=no", str(copy)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     ours = [line for line in done.stderr.splitlines() if name in line]
     assert not ours, done.stderr

@@ -22,7 +22,7 @@ from bench.chaos_reader import Got
 from bench.common import Process, memory_bytes, python
 from bench.faults import engine_of, stop_for
 from bench.strangers import come_and_go
-from tests.harness import ROOT, Bus, running_bus, wait_until
+from tests.harness import PATIENCE_S, ROOT, Bus, running_bus, wait_until
 from tests.wire.many_streams import read_all
 
 MakeBus = Callable[..., Bus]
@@ -109,9 +109,9 @@ def test_a_full_disk_costs_log_lines_and_nothing_else(tmp_path: Path) -> None:
         bus.wait_ready(1)
         assert len(read_all(bus.client(), 4, lambda: os.kill(engine_of(worker.pid), 9))) == 4
         worker.terminate()
-        assert worker.wait(20) == 0
+        assert worker.wait(PATIENCE_S) == 0
         broker.terminate()
-        assert broker.wait(20) == 0
+        assert broker.wait(PATIENCE_S) == 0
     finally:
         bus.stop()
         for process in running:
@@ -204,7 +204,11 @@ print("survived")
 def test_a_socket_that_is_not_read_outlives_the_heartbeats_of_its_peers(side: str) -> None:
     """With ZMTP heartbeats on at our side, this ends the process (libzmq 3596, 4767)."""
     done = subprocess.run(
-        [sys.executable, "-c", SURVIVE, side], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", SURVIVE, side],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
     )
     assert (done.returncode, done.stdout.strip()) == (0, "survived"), done.stderr
 

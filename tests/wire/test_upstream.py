@@ -15,7 +15,7 @@ import pytest
 
 from broker import auth
 from client import Client, EngineError, ModelUnavailable, Timeout, Tokens
-from tests.harness import Bus, ManagedProcess, wait_until
+from tests.harness import PATIENCE_S, Bus, ManagedProcess, wait_until
 
 MakeBus = Callable[..., Bus]
 
@@ -178,13 +178,13 @@ def stream_through(upper: Bus, strike: Callable[[], None]) -> list[Any]:
         for event in stream:
             if isinstance(event, Tokens):
                 if count < 10 <= count + len(event.token_ids):
-                    begun.wait(30)
+                    begun.wait(PATIENCE_S)
                 count += len(event.token_ids)
         return stream.result()
 
     with ThreadPoolExecutor(STREAMS) as pool:
         answers = [pool.submit(read, seed) for seed in range(STREAMS)]
-        begun.wait(30)
+        begun.wait(PATIENCE_S)
         strike()
         return [answer.result(60) for answer in answers]
 
@@ -259,7 +259,7 @@ def test_a_lower_broker_that_is_stopped_drains_upward(
     assert [answer.token_ids for answer in answers] == expected
     assert {answer.resumed for answer in answers} == {0}, "what ran was finished"
     assert lower.broker is not None
-    assert lower.broker.popen.wait(10) == 0
+    assert lower.broker.popen.wait(PATIENCE_S) == 0
     assert not relays(upper)
     assert upper.broker is not None
     log = upper.broker.log()
@@ -394,5 +394,5 @@ def test_both_brokers_may_demand_keys(tmp_path: Path, keys: tuple[Path, Path]) -
 )
 def test_a_wrong_option_is_told_at_once(tmp_path: Path, options: list[str], words: str) -> None:
     broker = ManagedProcess("broker", ["-m", "broker", "check", *options], tmp_path)
-    assert broker.popen.wait(20) == 2
+    assert broker.popen.wait(PATIENCE_S) == 2
     assert words in broker.log()
