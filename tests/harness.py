@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 120.0
 """Longest wait for anything: only what hangs takes so long, however busy the machine is. A request
 that a test cancels must last longer, or its natural end passes for the cancellation."""
+WHOLE_RUN_S = 500.0
+"""Longest run of a program that does a whole job: a benchmark, a fuzzer."""
 
 LOG_TAIL_CHARACTERS = 8000
 

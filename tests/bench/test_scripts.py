@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import PATIENCE_S
+from tests.harness import WHOLE_RUN_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(script: str, *arguments: str) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", f"bench.{script}", "--quick", "--json", "-", "--repeats", "1"]
     done = subprocess.run(
-        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
+        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=WHOLE_RUN_S
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
@@ -122,7 +122,7 @@ engine.main()
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=WHOLE_RUN_S,
     )
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     notes = [row["text"] for row in rows if row["name"] == "note"]

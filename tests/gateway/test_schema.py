@@ -12,7 +12,7 @@ import httpx2 as httpx
 import pytest
 
 from tests.gateway.conftest import MODEL, GatewayProcess
-from tests.harness import ROOT
+from tests.harness import ROOT, WHOLE_RUN_S
 
 pytest.importorskip("schemathesis")
 
@@ -55,7 +55,7 @@ def test_the_document_and_the_answers_agree(gateway: GatewayProcess, tmp_path: P
         env={"PATH": "/usr/bin:/bin", "NO_PROXY": "127.0.0.1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=580,
+        timeout=WHOLE_RUN_S,
     )
     assert done.returncode == 0 and "Tested: 17" in done.stdout, (
         done.stdout[-12_000:] + done.stderr[-4000:]

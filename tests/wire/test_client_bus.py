@@ -31,7 +31,7 @@ from client import (
     TotalTimeout,
     Unauthenticated,
 )
-from tests.harness import ROOT, Bus, wait_until
+from tests.harness import PATIENCE_S, ROOT, Bus, wait_until
 
 MakeBus = Callable[..., Bus]
 
@@ -330,7 +330,7 @@ def test_with_keys_a_client_on_the_list_is_served_and_others_are_told_why(
     make_bus: MakeBus, keys: Path
 ) -> None:
     bus = make_bus(0, "--keys", str(keys))
-    quick = Timeout(connect=5)
+    quick = Timeout(connect=PATIENCE_S)
     public, own = str(keys / "broker.key"), keys / "client.key_secret"
     with Client(bus.front, server_key=public, key_file=own, timeout=quick) as client:
         assert client.models() == []
@@ -339,7 +339,7 @@ def test_with_keys_a_client_on_the_list_is_served_and_others_are_told_why(
         pytest.raises(Unauthenticated, match="allow-list"),
     ):
         client.models()
-    keyless = Client(bus.front, timeout=Timeout(connect=1))
+    keyless = Client(bus.front, timeout=Timeout(connect=5))
     with keyless, pytest.raises((Unauthenticated, ConnectTimeout), match=r"demands? CURVE"):
         keyless.models()
     with pytest.raises(InvalidRequest, match="nowhere"):

@@ -485,7 +485,7 @@ def test_nobody_there_is_told_within_the_connect_limit() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with (
-        Client(f"tcp://127.0.0.1:{port}", timeout=Timeout(connect=0.5)) as client,
+        Client(f"tcp://127.0.0.1:{port}", timeout=Timeout(connect=3)) as client,
         pytest.raises(ConnectTimeout, match=r"refused.*python -m broker"),
     ):
         client.chat("demo", "x")
@@ -539,7 +539,7 @@ def test_limits_of_a_worker_that_says_nothing_or_no_more() -> None:
 
     with ScriptedBroker(taken) as broker, Client(broker.address) as client:
         with pytest.raises(library.FirstTokenTimeout, match="w1"):
-            client.chat("demo", "x", timeout=Timeout(first_token=0.2))
+            client.chat("demo", "x", timeout=Timeout(first_token=2))
         broker.wait_for(Type.CANCEL)
     with ScriptedBroker(endless) as broker, Client(broker.address) as client:
         with pytest.raises(library.TokenTimeout) as caught:

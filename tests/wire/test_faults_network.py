@@ -14,7 +14,7 @@ import pytest
 
 from bench.faults import Proxy
 from client import Client, Timeout
-from tests.harness import Bus
+from tests.harness import PATIENCE_S, Bus
 from tests.wire.many_streams import read_all
 
 QUICK_BEATS = ("--worker-heartbeat-s", "0.2", "--client-heartbeat-s", "0.2")
@@ -29,12 +29,12 @@ class Proxied:
         self.bus, self.front, self.back = bus, front, back
 
     def client(self) -> Client:
-        return Client(self.front.address, timeout=Timeout(connect=10, total=60))
+        return Client(self.front.address, timeout=Timeout(connect=PATIENCE_S))
 
 
-@pytest.fixture
-def proxied(tmp_path: Path) -> Iterator[Proxied]:
-    bus = Bus(tmp_path, *QUICK_BEATS)
+@contextlib.contextmanager
+def proxied_bus(folder: Path, *broker_options: str) -> Iterator[Proxied]:
+    bus = Bus(folder, *broker_options)
     with contextlib.ExitStack() as stack:
         stack.callback(bus.stop)
         bus.start_broker()
@@ -58,15 +58,16 @@ def hold_and_release(proxy: Proxy) -> None:
 @pytest.mark.parametrize("side", ["front", "back"])
 @pytest.mark.parametrize("fault", [hold_and_release, Proxy.abandon, Proxy.reset])
 def test_a_network_that_breaks_alters_no_text(
-    proxied: Proxied, fault: Callable[[Proxy], None], side: str
+    tmp_path: Path, fault: Callable[[Proxy], None], side: str
 ) -> None:
-    with proxied.client() as client:
-        assert len(read_all(client, 6, lambda: fault(getattr(proxied, side)))) == 6
-    proxied.bus.wait_idle()
+    with proxied_bus(tmp_path, *QUICK_BEATS) as proxied:
+        with proxied.client() as client:
+            assert len(read_all(client, 6, lambda: fault(getattr(proxied, side)))) == 6
+        proxied.bus.wait_idle()
 
 
-def test_a_slow_network_is_no_fault(proxied: Proxied) -> None:
-    with proxied.client() as client:
+def test_a_slow_network_is_no_fault(tmp_path: Path) -> None:
+    with proxied_bus(tmp_path) as proxied, proxied.client() as client:
         proxied.front.delay(0.1)
         proxied.back.delay(0.1)
         resumed = read_all(client, 6, lambda: None)
