@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Before torch is imported, here and in every worker of a test: models this small gain nothing by
 # more threads, and OpenMP's busy waiting on a machine that is shared costs a hundredfold.
@@ -15,6 +16,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from tests.harness import Bus, running_bus
+
+# No property is about time, and on a busy machine examples are drawn and run slowly.
+settings.register_profile(
+    "tokenbus", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tokenbus")
 
 
 @pytest.fixture(autouse=True)

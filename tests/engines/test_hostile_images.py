@@ -207,7 +207,7 @@ def test_a_file_cut_off_anywhere_is_refused_or_read_and_nothing_else(form: str) 
 WHOLE = {form: encoded(picture(24, 16), form) for form in FORMATS if form in Image.SAVE}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from(sorted(WHOLE)), st.integers(0, 2**32))
 def test_flipped_octets_end_in_a_picture_or_a_typed_error(form: str, seed: int) -> None:
     generator = random.Random(seed)

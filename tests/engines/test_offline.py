@@ -11,7 +11,7 @@ import pytest
 
 from tests.engines import library_checks as checks
 from tests.engines import tiny
-from tests.harness import ROOT
+from tests.harness import PATIENCE_S, ROOT
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cache)},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr

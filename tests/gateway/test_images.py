@@ -16,6 +16,7 @@ import pytest
 from client.gateway.addresses import public_address
 from client.gateway.errors import GatewayError
 from client.gateway.images import ImagePolicy, load_image
+from tests.harness import PATIENCE_S
 
 LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"),)
 
@@ -157,7 +158,7 @@ class _Pictures(http.server.BaseHTTPRequestHandler):
         elif self.path == "/missing":
             self.send_error(404)
         elif self.path.startswith("/silent"):
-            self.released.wait(30)
+            self.released.wait(PATIENCE_S)
         elif self.path in TRICKLES:
             self.trickle(TRICKLES[self.path])
         elif self.path == "/endless":
@@ -256,7 +257,7 @@ def test_names_that_nobody_resolves_are_given_up_and_hold_up_nobody(
 
     def slowly(host: str, *arguments: object, **named: object) -> object:
         if host == "stuck.example":
-            _Pictures.released.wait(30)
+            _Pictures.released.wait(PATIENCE_S)
         return resolve("127.0.0.1", *arguments, **named)
 
     monkeypatch.setattr(socket, "getaddrinfo", slowly)

@@ -81,7 +81,8 @@ def test_a_message_of_200_000_frames_and_a_frame_of_40_mib_harm_nobody(busy: Bus
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     front=st.booleans(),
