@@ -83,6 +83,14 @@ def _kill_link(blow: Blow) -> None:
     os.kill(blow.worker().pid, signal.SIGKILL)
 
 
+def _kill_two_links(blow: Blow) -> None:
+    """Two that have nothing to do with each other: no request is to blame."""
+    first, second, *_ = blow.stage.workers.values()
+    os.kill(first.pid, signal.SIGKILL)
+    time.sleep(blow.random.choice((0.0, 0.4)))
+    os.kill(second.pid, signal.SIGKILL)
+
+
 def _stop_link(blow: Blow) -> None:
     stop_for(blow.worker().pid, blow.silence_s())
 
@@ -356,6 +364,7 @@ _PROXIED: Final = Layout(proxied=True)
 FAULTS: Final = (
     Fault("none", _nothing),
     Fault("worker link: kill -9", _kill_link, hits=("w1",)),
+    Fault("worker links: two, kill -9", _kill_two_links, hits=("w1", "w2")),
     Fault("worker link: SIGSTOP, SIGCONT", _stop_link, hits=("w1",)),
     Fault("engine: kill -9", _kill_engine, hits=("w1",)),
     Fault("engine: SIGSTOP 0.4 s", _pause_engine, hits=("w1",)),

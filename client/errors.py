@@ -19,7 +19,7 @@
     ├── WorkerLost              the worker died and the request could not be resumed
     ├── EngineError             the model raised
     ├── OutOfMemory             the worker's device is full
-    ├── Poison                  two workers died while they ran this request
+    ├── Poison                  workers died while they ran this request alone
     ├── SlowConsumer            the application did not read its stream
     ├── Draining                broker or worker is about to stop
     ├── ConnectionLost          no session with a broker
@@ -225,7 +225,8 @@ class OutOfMemory(BusError):
 
 
 class Poison(BusError):
-    """Two workers died while they ran this request; it is not tried on a third."""
+    """Workers died, again and again, while they ran this request and nothing else; `details` names
+    them."""
 
     default_code = ErrorCode.POISON.value
 

@@ -61,6 +61,7 @@ class Exchange:
         "held_s",
         "holder",
         "id",
+        "lost_alone",
         "lost_workers",
         "made_s",
         "phase",
@@ -106,6 +107,8 @@ class Exchange:
         self.failures = 0
         self.resumed = 0
         self.lost_workers: list[str] = []
+        #: Those of them that ran nothing else.
+        self.lost_alone: list[str] = []
         self.worker = ""
         #: The worker that ran it last, as long as nobody said that it does not have it any more.
         self.holder = ""
@@ -143,6 +146,7 @@ class Exchange:
                 text_characters=self.text_characters,
                 prompt_seen=self.prompt_seen,
                 lost_workers=self.lost_workers,
+                lost_alone=self.lost_alone,
                 holder=self.holder,
             )
         return msgspec.structs.replace(

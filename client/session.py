@@ -482,8 +482,9 @@ class ClientSession:
         if exchange is None or request_id not in self._at_broker:
             return
         for name in accepted.returned:
-            if name in exchange.lost_workers:
-                exchange.lost_workers.remove(name)
+            for names in (exchange.lost_workers, exchange.lost_alone):
+                if name in names:
+                    names.remove(name)
         if not accepted.worker:
             exchange.position = accepted.position
             self._deliver(request_id, events.Queued(accepted.position))
@@ -510,6 +511,8 @@ class ClientSession:
             return
         if interrupted.lost and interrupted.worker:
             exchange.lost_workers.append(interrupted.worker)
+            if interrupted.alone:
+                exchange.lost_alone.append(interrupted.worker)
         exchange.worker = interrupted.worker
         exchange.holder = ""
         if interrupted.error.code in exchange.retry.codes:

@@ -31,6 +31,7 @@ from broker.core import (
     queries,
     recovery,
     shutdown,
+    suspicion,
 )
 from broker.core.events import (
     AccessChanged,
@@ -245,14 +246,18 @@ class BrokerCore(BusState):
             message=f"worker {worker.name} left while it ran the request ({why}); resume it",
             retryable=True,
         )
-        for request in list(worker.running.values()):
+        if worker.alone is not None:
+            self.free_cell(worker.alone)
+        running = list(worker.running.values())
+        evidence = [lost and suspicion.is_evidence(self, worker, request) for request in running]
+        for request, alone in zip(running, evidence, strict=True):
             request.deaths += told and lost
-            self.interrupt(request, error, lost=lost)
+            self.interrupt(request, error, lost=lost, alone=alone)
         for request in list(worker.ended.values()):
             client = request.client
             here = client is not None and self.clients.get(client.routing_id) is client
             if request.end_held and here:
-                self.interrupt(request, error, lost=lost)
+                self.interrupt(request, error, lost=False)  # it had left its slot
             else:
                 self.release(request)
                 self.forget(request)
@@ -262,14 +267,21 @@ class BrokerCore(BusState):
         self.dirty.update(worker.models)
         self.log("info", "worker left", worker, why=why, lost=lost)
 
-    def interrupt(self, request: Request, error: ErrorInfo, *, lost: bool) -> None:
-        """The worker of a running request is gone or gave it up: tell the client, keep its age."""
+    def interrupt(
+        self, request: Request, error: ErrorInfo, *, lost: bool, alone: bool = False
+    ) -> None:
+        """The worker of a running request is gone or gave it up: tell the client, keep its age.
+        `alone`: it died, and ran nothing else."""
         client, worker = request.client, request.worker
         self.release(request)
         self.counters["interrupted"] += 1
         if client is not None:
             body = Interrupted(
-                epoch=request.epoch, worker=request.worker_name, lost=lost, error=error
+                epoch=request.epoch,
+                worker=request.worker_name,
+                lost=lost,
+                alone=alone,
+                error=error,
             )
             self.send(client, MessageType.INTERRUPTED, request.id, codec.encode(body))
             request.client = None
@@ -277,6 +289,8 @@ class BrokerCore(BusState):
             request.outcome = "interrupted"
             if lost:
                 request.lost_workers += (request.worker_name,)
+            if alone:
+                request.lost_alone += (request.worker_name,)
             self.keep(request)
         else:
             request.outcome = "orphaned"
@@ -442,6 +456,7 @@ class BrokerCore(BusState):
                 request = worker.running.get(request_id)
                 if request is not None and request.started_s is None:
                     request.started_s = self.now_s
+                    suspicion.on_started(self, request)
                     self.figures.started(request, self.now_s)
             told = causes.told_in(frames[1], ledger.finished)
             for finished in ledger.finished:
@@ -462,6 +477,8 @@ class BrokerCore(BusState):
             self.counters["finished_unknown"] += 1
             return
         self.end_diversions(request)
+        if request.alone:
+            self.unsuspect(request)
         if request.client is not None:
             request.client.requests.pop(request.id, None)
         request.phase = Phase.ENDED

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from broker.core import suspicion
 from broker.core.requests import Phase, Request
 from broker.core.state import short
 from broker.core.workers import WorkerSession
@@ -34,8 +35,12 @@ def _last_served(core: BrokerCore, model: str) -> int:
 
 def _assign_next(core: BrokerCore, model: str) -> bool:
     queue = core.queues.get(model)
-    free = core.registry.available(model) if queue else []
-    if queue is None or not free:
+    if queue is None:
+        return False
+    if suspicion.assign_next(core, model, queue):
+        return True
+    free = core.registry.available(model)
+    if not free:
         return False
     passed_over = []
     try:
@@ -46,7 +51,7 @@ def _assign_next(core: BrokerCore, model: str) -> bool:
                 passed_over.append(request)
                 continue
             core.queued_bytes -= request.size_bytes
-            _assign(core, request, worker)
+            assign(core, request, worker)
             queue.last_served = worker.last_assigned
             return True
         return False
@@ -70,7 +75,8 @@ def _choose(core: BrokerCore, request: Request, free: list[WorkerSession]) -> Wo
     return core.policy(request, free, serving, core.generator) if free else None
 
 
-def _assign(core: BrokerCore, request: Request, worker: WorkerSession) -> None:
+def assign(core: BrokerCore, request: Request, worker: WorkerSession) -> None:
+    """Spend credit on a request that was taken out of its queue."""
     worker.assigned += 1
     worker.waiting_told = max(0, worker.waiting_told - 1)
     worker.last_assigned = next(core.numbers)
@@ -129,10 +135,14 @@ def connected(core: BrokerCore, name: str, model: str) -> WorkerSession | None:
 def awaits_worker(core: BrokerCore, request: Request) -> bool:
     """No worker may begin it now. A broker that has just started waits a moment for the worker that
     still runs a request, before another one computes it again."""
-    return request.suspect_until_s is not None or (
-        bool(request.holder)
-        and core.now_s < core.started_s + core.settings.settle_s
-        and connected(core, request.holder, request.model) is None
+    return (
+        request.suspect_until_s is not None
+        or request.alone
+        or (
+            bool(request.holder)
+            and core.now_s < core.started_s + core.settings.settle_s
+            and connected(core, request.holder, request.model) is None
+        )
     )
 
 

@@ -39,6 +39,8 @@ def _check_workers(core: BrokerCore) -> None:
             )
             assert request.phase is Phase.ENDED, f"{who} keeps {_story(request)}"
             assert request.worker is worker, f"{who} keeps {_story(request)} of another worker"
+        alone = worker.alone
+        assert alone is None or alone.cell is worker, f"{who} is kept for nobody"
         for model in worker.models:
             assert worker.id in core.registry.serving(model), f"{who} is not indexed under {model}"
     for model in core.registry.models():
@@ -68,6 +70,11 @@ def _check_requests(core: BrokerCore) -> None:
             case Phase.INTERRUPTED:
                 assert request.client is None, f"{_story(request)} has a client"
                 assert request.worker is None, f"{_story(request)} has a worker"
+        suspects = core.suspects.get(request.model, {})
+        queued_alone = request.alone and request.phase is Phase.QUEUED
+        assert (suspects.get(request_id) is request) == queued_alone, f"{_story(request)} is alone"
+        if request.cell is not None:
+            assert request.cell.alone is request, f"{_story(request)} lost its worker"
         if request.worker is not None:
             here = core.workers.get(request.worker.routing_id)
             assert here is request.worker, f"{_story(request)} is at a worker that left"

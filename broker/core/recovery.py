@@ -5,11 +5,9 @@ Functions on the core's state, called by the controller alone.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from broker.core import admission, dispatch
+from broker.core import admission, dispatch, suspicion
 from broker.core.requests import Phase, Request
 from broker.protocol import codec, limits
 from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
@@ -21,9 +19,6 @@ if TYPE_CHECKING:
     from broker.core.controller import BrokerCore, Frames
     from broker.core.sessions import ClientSession
     from broker.core.workers import Route, WorkerSession
-
-POISON_DEATHS: Final = 2
-"""Workers that died while they ran a request; it is not given to another one."""
 
 
 def resume(core: BrokerCore, client: ClientSession, head: Header, frames: Frames) -> None:
@@ -51,6 +46,9 @@ def _resume(
             )
         return
     order = next(core.numbers) if known is None else known.order
+    until_s = known.suspect_until_s if known is not None else None
+    if known is not None and known.alone:
+        until_s = core.now_s
     if known is not None:
         if known.client is not None and known.client is not client:
             _take_over(core, known, known.client)
@@ -72,38 +70,16 @@ def _resume(
     request.order = order or next(core.numbers)
     if known is not None:
         request.returned, request.deaths = known.returned, known.deaths
-    request.lost_workers = _not_returned(facts.lost_workers, request.returned)
-    if len(request.lost_workers) >= POISON_DEATHS:
-        before_s = known.suspect_until_s if known is not None else None
-        # Deaths that were told leave nothing to wait for.
-        wait_s = core.settings.poison_wait_s if request.deaths < POISON_DEATHS else 0.0
-        request.suspect_until_s = core.now_s + wait_s if before_s is None else before_s
+        request.lost_alone = known.lost_alone
+    request.lost_workers = suspicion.without(facts.lost_workers, request.returned)
+    alone = facts.lost_alone or request.lost_alone
+    request.lost_alone = suspicion.without(alone, request.returned)
+    suspicion.consider(core, request, until_s)
     request.admitted = known is not None or bool(
         facts.token_ids or facts.holder or facts.lost_workers
     )
     core.enqueue(client, request, body, frames)
-    if request.suspect_until_s is not None:
-        _judge(core, request)
-
-
-def _not_returned(lost: Sequence[str], returned: Sequence[str]) -> tuple[str, ...]:
-    """Lost workers without those that came back with the request: it did not kill them."""
-    return tuple((Counter(lost) - Counter(returned)).elements())
-
-
-def _judge(core: BrokerCore, request: Request) -> None:
-    """Timer of a request that looks like poison: the workers may have lost nothing but their
-    connections, and come back with it in `Hello.holds`."""
-    due_s = request.suspect_until_s
-    mine = core.requests.get(request.id) is request and request.phase is Phase.QUEUED
-    if due_s is None or not mine:
-        return
-    if core.now_s < due_s:
-        core.at(due_s, _judge, request)
-        return
-    names = ", ".join(request.lost_workers[:8])
-    error = f"workers {names} died while they ran this request; it is not given to another one"
-    core.fail(request, RequestError(ErrorCode.POISON, error))
+    suspicion.watch(core, request)
 
 
 def _holder(core: BrokerCore, body: RequestBody) -> WorkerSession | None:
@@ -111,7 +87,7 @@ def _holder(core: BrokerCore, body: RequestBody) -> WorkerSession | None:
     word, or one that it takes for dead although only a connection to another broker broke."""
     facts = body.resume
     assert facts is not None, "admission checked it"
-    lost = facts.lost_workers if len(facts.lost_workers) >= POISON_DEATHS else ()
+    lost = facts.lost_workers if len(facts.lost_workers) >= suspicion.SUSPECT_DEATHS else ()
     here = (dispatch.connected(core, name, body.model) for name in (facts.holder, *lost))
     return next((worker for worker in here if worker is not None), None)
 
@@ -201,13 +177,7 @@ def _clear_of_blame(core: BrokerCore, worker: WorkerSession, holds: list[Held]) 
     for request in core.requests.values():
         if name not in request.lost_workers or (request.deaths and request.id not in came):
             continue
-        request.returned += (name,)
-        request.lost_workers = _not_returned(request.lost_workers, (name,))
-        if request.phase is Phase.RUNNING:
-            dispatch.tell_where(core, request)
-        elif len(request.lost_workers) < POISON_DEATHS:
-            request.suspect_until_s = None
-            core.dirty.add(request.model)
+        suspicion.exonerate(core, request, (name,))
 
 
 def take_in(core: BrokerCore, worker: WorkerSession, holds: list[Held]) -> None:

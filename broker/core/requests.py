@@ -39,9 +39,11 @@ class Request:
 
     __slots__ = (
         "admitted",
+        "alone",
         "assigned_s",
         "cancelled",
         "cause",
+        "cell",
         "client",
         "deaths",
         "diverted",
@@ -53,6 +55,7 @@ class Request:
         "id",
         "keep_until_s",
         "kind",
+        "lost_alone",
         "lost_workers",
         "model",
         "offset",
@@ -106,12 +109,18 @@ class Request:
         self.window_told = 0
         #: Workers that were lost while they ran it, as often, less those that came back with it.
         self.lost_workers: tuple[str, ...] = ()
-        #: How many of them are surely dead: they said so.
+        #: Those of them that ran nothing else.
+        self.lost_alone: tuple[str, ...] = ()
+        #: How many of the lost workers are surely dead: they said so.
         self.deaths = 0
         #: Lost workers that came back with it, as often, of which the client was not told yet.
         self.returned: tuple[str, ...] = ()
-        #: It looks like poison and waits so long for lost workers to come back; None: it does not.
+        #: It is suspected and waits so long for lost workers to come back; None: it does not.
         self.suspect_until_s: float | None = None
+        #: It is suspected: it runs alone next, or does so now.
+        self.alone = False
+        #: The worker that is kept for it alone.
+        self.cell: WorkerSession | None = None
         #: The worker that ran it last and may still have it, by the client's word; empty: none.
         self.holder = ""
         #: Of the affinity placement: equal for prompts that start alike.

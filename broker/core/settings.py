@@ -92,8 +92,8 @@ class CoreSettings:
     poison_wait_s: float = option(
         15.0,
         "s",
-        "before a request counts as poison: its workers may have lost connections only, and come "
-        "back; half the time that they keep it, more than four of their back-offs in a row",
+        "before a request is called poison: its workers may have lost connections only, and come "
+        "back; half the time that they keep it",
         low=0,
     )
     stall_no_work_s: float = option(

@@ -86,6 +86,8 @@ class BusState:
         self.policy = placement.POLICIES[settings.placement]
         self.timers: list[tuple[float, int, Callable[[Any, Any], None], Any]] = []
         self.numbers = itertools.count(1)
+        #: Queued requests that run alone next, by model and id.
+        self.suspects: dict[str, dict[bytes, Request]] = {}
         #: Models whose queue or workers changed during this event.
         self.dirty: set[str] = set()
         self.out: list[Instruction] = []
@@ -190,12 +192,31 @@ class BusState:
                 del self.queues[request.model]
                 self.dirty.add(request.model)
         self.end_diversions(request)
+        if request.alone:
+            self.unsuspect(request)
         if request.worker is not None:
             request.worker.running.pop(request.id, None)
             request.worker.ended.pop(request.id, None)
             request.worker = None
         if request.client is not None:
             request.client.requests.pop(request.id, None)
+
+    def unsuspect(self, request: Request) -> None:
+        """It need not run alone any more, or is over."""
+        request.alone = False
+        suspects = self.suspects.get(request.model)
+        if suspects is not None:
+            suspects.pop(request.id, None)
+            if not suspects:
+                del self.suspects[request.model]
+        self.free_cell(request)
+
+    def free_cell(self, request: Request) -> None:
+        """The worker that was kept for it may take others again."""
+        cell, request.cell = request.cell, None
+        if cell is not None and cell.alone is request:
+            cell.alone = None
+            self.dirty.update(cell.models, self.suspects)
 
     def keep(self, request: Request) -> None:
         """Remember a request that is over for a RESUME, bounded in time and number."""

@@ -42,6 +42,7 @@ class WorkerSession(Session):
     """A worker, as far as the broker may know it."""
 
     __slots__ = (
+        "alone",
         "assigned",
         "beat",
         "capacity",
@@ -115,6 +116,8 @@ class WorkerSession(Session):
         self.drain_until_s = math.inf
         #: The engine makes no progress: nothing more is assigned until it does.
         self.stalled = False
+        #: The suspected request for which it is kept, or that it runs: it gets nothing else.
+        self.alone: Request | None = None
         #: Requests that it has and has not finished, by id.
         self.running: dict[bytes, Request] = {}
         #: Requests that it finished and still keeps, by id.
@@ -127,16 +130,22 @@ class WorkerSession(Session):
     @property
     def free(self) -> int:
         """Slots that may be assigned: credit left of a worker that is fit to take work."""
-        if self.draining or self.held or self.stalled or self.state is WorkerState.LOADING:
-            return 0
-        return self.unspent
+        return self.unspent if self.fit and self.alone is None else 0
+
+    @property
+    def fit(self) -> bool:
+        """It may be given work, if it has credit."""
+        idle = self.draining or self.held or self.stalled
+        return not (idle or self.state is WorkerState.LOADING)
 
     def may_take(self, model: str) -> bool:
         """A request of this model may be assigned."""
         # As `free`, written out: of a thousand workers, this is most of a placement.
         if self.granted <= self.assigned + self.returned:
             return False
-        if self.draining or self.held or self.stalled or self.state is WorkerState.LOADING:
+        if self.draining or self.held or self.stalled or self.alone is not None:
+            return False
+        if self.state is WorkerState.LOADING:
             return False
         most = self.models[model].capacity
         return most is None or most > sum(r.model == model for r in self.running.values())

@@ -302,8 +302,9 @@ class Params(_Map, frozen=True, kw_only=True):
 class Resume(_Map, frozen=True, kw_only=True):
     """What the client already has of an interrupted stream."""
 
-    #: How often the stream was resumed, this time included; events of an older epoch are stale.
-    epoch: Annotated[int, Meta(ge=1, le=1 << 31)]
+    #: Higher than any before; events of another epoch are stale, or forged. Clients add a random
+    #: step, so that a worker that lost the request cannot guess it.
+    epoch: Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
     token_ids: list[TokenId] = []
     #: Characters (Unicode code points) of text received with those tokens.
     text_characters: Count = 0
@@ -311,6 +312,8 @@ class Resume(_Map, frozen=True, kw_only=True):
     prompt_seen: bool = False
     #: Names of workers that died while they ran this request.
     lost_workers: list[Name] = []
+    #: Those of them that ran nothing else when they died.
+    lost_alone: list[Name] = []
     #: Name of the worker that ran it last and may still hold it; empty: none is known.
     holder: Annotated[str, Meta(max_length=MAX_NAME_OCTETS)] = ""
 
@@ -407,6 +410,8 @@ class Interrupted(_Map, frozen=True, kw_only=True):
     #: The worker died: count it against the request (`Resume.lost_workers`).
     lost: bool
     error: ErrorInfo
+    #: It died, and ran nothing else: count it in `Resume.lost_alone` too.
+    alone: bool = False
 
 
 class Query(_Map, frozen=True, kw_only=True):

@@ -237,6 +237,7 @@ class ClientPeer(Peer):
         model: str = "demo",
         tokens: int = 0,
         lost: tuple[str, ...] = (),
+        lost_alone: tuple[str, ...] = (),
         holder: str = "",
         **body: Any,
     ) -> None:
@@ -244,6 +245,7 @@ class ClientPeer(Peer):
             epoch=epoch,
             token_ids=list(range(tokens)),
             lost_workers=list(lost),
+            lost_alone=list(lost_alone),
             holder=holder,
         )
         self.send(MessageType.RESUME, request_id, a_request(model, resume=facts, **body))

@@ -71,6 +71,20 @@ def examples() -> dict[str, Example]:
         window=20,
         resume=m.Resume(epoch=2, token_ids=[5, 6], text_characters=7, holder="gpu-2"),
     )
+    #: The client's second RESUME: epochs rise by a random step of 36 bits.
+    suspect = m.Request(
+        model="demo",
+        kind=m.Kind.COMPLETE,
+        prompt="Once",
+        window=20,
+        resume=m.Resume(
+            epoch=(1 << 37) + 12_345_678_901,
+            token_ids=[5, 6],
+            text_characters=7,
+            lost_workers=["gpu-1", "gpu-2"],
+            lost_alone=["gpu-2"],
+        ),
+    )
     logprob = m.TokenLogprob(
         -0.5, b"He", [m.TopLogprob(11, -0.5, b"He"), m.TopLogprob(12, -1, b"A")]
     )
@@ -225,6 +239,19 @@ def examples() -> dict[str, Example]:
         "reject": (t.REJECT, REQUEST, 12, 0, [m.Reject(error=ERROR, granted=10)], []),
         "resume": (t.RESUME, REQUEST, 5, 0, [resumed], []),
         "resume_with_holder": (t.RESUME, REQUEST, 6, 0, [moved], []),
+        "resume_of_a_suspect": (t.RESUME, REQUEST, 7, 0, [suspect], []),
+        "interrupted_alone": (
+            t.INTERRUPTED,
+            REQUEST,
+            14,
+            0,
+            [
+                m.Interrupted(
+                    epoch=(1 << 36) + 5, worker="gpu-2", lost=True, error=ERROR, alone=True
+                )
+            ],
+            [],
+        ),
         "interrupted": (
             t.INTERRUPTED,
             REQUEST,

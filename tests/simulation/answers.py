@@ -24,6 +24,8 @@ class Answer:
     #: Token at which the engine gives up, and whether another attempt would do better.
     fails_at: int | None = None
     fails_once: bool = False
+    #: At that token the engine process dies ("engine"), or the whole worker ("worker").
+    kills: str = ""
 
     @classmethod
     def of(cls, request: Request) -> Answer:
@@ -32,13 +34,14 @@ class Answer:
             assert request.inputs is not None
             return cls(str(request.inputs[0]), 0, 0)
         assert request.prompt is not None and request.params.max_tokens is not None
-        _, fails_at, fails_once = request.prompt.split("|")
+        _, fails_at, how = request.prompt.split("|")
         return cls(
             request.prompt,
             request.params.seed,
             request.params.max_tokens,
             int(fails_at) if fails_at else None,
-            fails_once == "once",
+            how == "once",
+            how if how in ("engine", "worker") else "",
         )
 
     def token(self, position: int) -> int:

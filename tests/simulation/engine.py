@@ -100,6 +100,10 @@ class SimEngine:
         self._stepping = False
         if not self.alive or self.hung:
             return
+        for job in self.jobs.values():
+            if job.answer.kills and job.position == job.answer.fails_at:
+                self.worker.kill() if job.answer.kills == "worker" else self.worker.engine_dies()
+                return
         events: list[list[Any]] = []
         for job_id, job in list(self.jobs.items()):
             events += self._events(job_id, job)

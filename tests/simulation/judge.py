@@ -69,7 +69,7 @@ def _failure(run: Run, call: Call) -> None:
     # what never reached it.
     lost = deaths + silent + late + call.answer.fails_once + call.unheard
     excuse = {
-        "poison": lost >= 2,
+        "poison": lost >= 3,
         "cancelled": bool(_AWAY & run.happened) or call.away_s > AWAY_S,
         "engine_error": call.answer.fails_at is not None and not call.answer.fails_once,
         "deadline_exceeded": any(

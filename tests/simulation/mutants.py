@@ -18,7 +18,7 @@ from typing import Any
 import worker.credit
 import worker.requests
 import worker.streams
-from broker.core import admission, controller, membership, recovery
+from broker.core import admission, controller, membership, recovery, suspicion
 from broker.core.controller import BrokerCore
 from client.exchange import Exchange
 from client.session import ClientSession
@@ -134,15 +134,6 @@ MUTANTS = (
         plans.DRAIN,
     ),
     Mutant(
-        "the client goes on counting a worker that came back",
-        ClientSession,
-        "_on_accepted",
-        "exchange.lost_workers.remove(name)",
-        "pass",
-        ("cut_worker", "kill_worker"),
-        start=285,
-    ),
-    Mutant(
         "the client does not resume after a lost session",
         ClientSession,
         "session_over",
@@ -248,22 +239,29 @@ MUTANTS = (
         ("cut_client", "unplug_client"),
     ),
     Mutant(
-        "a worker that comes back with the request counts as dead",
-        recovery,
-        "_clear_of_blame",
-        "request.returned += (name,)",
-        "pass",
-        ("cut_worker", "kill_worker"),
-        start=285,
+        "a suspect gets company",
+        BrokerCore,
+        "_on_output",
+        "suspicion.on_started(self, request)",
+        "request.alone = False",
+        ("kill_worker", "kill_engine"),
     ),
     Mutant(
-        "nobody waits for lost workers before it is poison",
-        recovery,
-        "_judge",
-        "if core.now_s < due_s:",
-        "if core.now_s < 0:",
-        ("cut_worker",),
-        start=290,
+        "a worker that was kept for a suspect is kept for ever",
+        BrokerCore,
+        "free_cell",
+        "cell.alone = None",
+        "pass",
+        ("kill_worker", "kill_engine"),
+    ),
+    Mutant(
+        "a request is poison after two deaths",
+        suspicion,
+        "_proved",
+        "len(request.lost_alone) >= VERDICT_ALONE",
+        "len(request.lost_workers) >= 2",
+        ("cut_worker", "kill_worker"),
+        start=285,
     ),
     Mutant(
         "nobody is told that the worker is gone",

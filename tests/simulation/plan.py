@@ -62,6 +62,8 @@ class Ask:
     queue_s: float | None = None
     fails_at: int | None = None
     fails_once: bool = False
+    #: What dies at that token instead: "engine" or "worker".
+    kills: str = ""
 
 
 @dataclass(frozen=True, slots=True)

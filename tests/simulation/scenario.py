@@ -163,10 +163,10 @@ class Run:
         number = len(self.calls)
         if ask.length:
             fails_at = "" if ask.fails_at is None else ask.fails_at
-            once = "once" if ask.fails_once else "always"
-            prompt = f"prompt {number}|{fails_at}|{once}"
+            how = ask.kills or ("once" if ask.fails_once else "always")
+            prompt = f"prompt {number}|{fails_at}|{how}"
             seed = rng.getrandbits(32)
-            answer = Answer(prompt, seed, ask.length, ask.fails_at, ask.fails_once)
+            answer = Answer(prompt, seed, ask.length, ask.fails_at, ask.fails_once, ask.kills)
         else:
             answer = Answer(f"input {number}", 0, 0)
         request_id = b"\x01" + rng.randbytes(15)

@@ -1,0 +1,87 @@
+"""Which request killed the workers? The real cores: kills from outside, and requests that kill."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tests.simulation import plan as plans
+from tests.simulation.plan import Ask, Plan
+from tests.simulation.scenario import RESTART_S, Run
+
+
+def _plan(seed: int, asks: tuple[Ask, ...], slots: int = 4) -> Plan:
+    return dataclasses.replace(
+        plans.make(seed, ()),
+        brokers=1,
+        workers=3,
+        slots=slots,
+        clients=3,
+        window_tokens=64,
+        step_s=0.02,
+        load_s=0.1,
+        longest_delay_s=0.003,
+        queue_requests=1000,
+        queue_s=10_000.0,
+        inflight=1000,
+        peer_queue_messages=300,
+        asks=asks,
+    )
+
+
+def _ask_all(run: Run) -> None:
+    for ask in run.plan.asks:
+        run._ask(ask)
+
+
+def _to_the_end(run: Run) -> None:
+    run.world.run(run.world.now_s + 300.0, run._all_over)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_two_unrelated_kills_at_once_end_no_stream(seed: int) -> None:
+    run = Run(_plan(seed, tuple(Ask(0.0, i, 300, 0, 0.0) for i in range(12))))
+    world = run.world
+    world.run(world.now_s + 1.0)
+    _ask_all(run)
+    for _ in range(4):
+        world.run(world.now_s + 1.0)
+        first, second, *_ = run.workers
+        first.kill()
+        world.run(world.now_s + world.rng.choice((0.0, 0.1, 0.4)))
+        second.kill()
+        world.run(world.now_s + RESTART_S)
+    _to_the_end(run)
+    assert [call.outcome for call in run.calls] == ["end"] * 12
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("kills", ["worker", "engine"])
+@pytest.mark.parametrize("fails_at", [0, 7])
+def test_a_request_that_kills_is_stopped_and_no_other_is(
+    seed: int, kills: str, fails_at: int
+) -> None:
+    poison = Ask(0.0, 0, 40, 0, 0.0, fails_at=fails_at, kills=kills)
+    others = tuple(Ask(0.0, i, 200, 0, 0.0) for i in range(8))
+    run = Run(_plan(seed, (*others, poison)))
+    run.world.run(run.world.now_s + 1.0)
+    _ask_all(run)
+    _to_the_end(run)
+    *harmless, killer = run.calls
+    assert [call.outcome for call in harmless] == ["end"] * 8, "\n".join(run.world.story)
+    assert killer.outcome == "poison"
+    assert len(killer.token_ids) <= fails_at
+    assert sum(worker.deaths for worker in run.all_workers) <= 5
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_two_requests_that_kill_are_both_found(seed: int) -> None:
+    killers = tuple(Ask(0.0, i, 40, 0, 0.0, fails_at=3, kills="worker") for i in range(2))
+    others = tuple(Ask(0.0, i, 200, 0, 0.0) for i in range(4))
+    run = Run(_plan(seed, (*others, *killers)))
+    run.world.run(run.world.now_s + 1.0)
+    _ask_all(run)
+    _to_the_end(run)
+    assert [call.outcome for call in run.calls] == ["end"] * 4 + ["poison"] * 2
+    assert sum(worker.deaths for worker in run.all_workers) <= 10
