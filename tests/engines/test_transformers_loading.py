@@ -440,7 +440,8 @@ def test_embeddings_are_the_normalised_mean_of_the_states(folder: Path) -> None:
         engine.close()
 
 
-def test_a_sentence_model_pools_as_its_files_say(tmp_path: Path) -> None:
+def sentence_model(path: Path, *kinds: str, pooling: dict[str, Any]) -> Any:
+    """A BERT with the files of sentence-transformers, saved at `path`."""
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
@@ -453,28 +454,106 @@ def test_a_sentence_model_pools_as_its_files_say(tmp_path: Path) -> None:
         max_position_embeddings=128,
     )
     model = BertModel(config).eval()
-    path = tmp_path / "sentences"
     model.save_pretrained(path)
     tiny.tokenizer().save_pretrained(path)
+    sentence_files(path, *kinds, pooling=pooling)
+    return model
+
+
+def sentence_files(path: Path, *kinds: str, pooling: dict[str, Any]) -> None:
     modules = [
-        {"path": "", "type": "sentence_transformers.models.Transformer"},
-        {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-        {"path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+        {
+            "path": f"{number}_{kind}" if number else "",
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for number, kind in enumerate(("Transformer", *kinds))
     ]
     (path / "modules.json").write_text(json.dumps(modules))
     (path / "1_Pooling").mkdir()
-    (path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    (path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+
+
+def pooled(states: torch.Tensor) -> Any:
+    return torch.nn.functional.normalize(states, dim=-1).numpy()
+
+
+@pytest.mark.parametrize(
+    ("pooling", "wanted"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, lambda s: s[0]),
+        ({"pooling_mode_lasttoken": True}, lambda s: s[-1]),
+        ({"pooling_mode_max_tokens": True}, lambda s: s.amax(0)),
+        ({"pooling_mode": "mean"}, lambda s: s.mean(0)),
+    ],
+)
+def test_a_sentence_model_pools_as_its_files_say(
+    pooling: dict[str, Any], wanted: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / "sentences"
+    model = sentence_model(path, "Pooling", "Normalize", pooling=pooling)
     engine = load(path)
     inputs = tiny.prompts(4, low=3, high=30, seed=2)
     try:
         assert Kind.CHAT not in engine.capabilities.models[0].kinds
         got = embed(engine, inputs, "sentences")
         with torch.inference_mode():
-            rows = [model(torch.tensor([ids])).last_hidden_state[0, 0] for ids in inputs]
-        wanted = torch.nn.functional.normalize(torch.stack(rows), dim=-1).numpy()
-        assert np.allclose(got, wanted, atol=1e-5)
+            rows = [wanted(model(torch.tensor([ids])).last_hidden_state[0]) for ids in inputs]
+        assert np.allclose(got, pooled(torch.stack(rows)), atol=1e-5)
         chat = tiny.run(engine, [tiny.ids_job([20, 21], model="sentences")])[0]
         assert chat.failed is not None and "only embeds" in chat.failed.message
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "pooling", "words"),
+    [
+        (("Pooling", "LayerNorm"), {"pooling_mode_mean_tokens": True}, "LayerNorm"),
+        (("Pooling",), {"pooling_mode_weightedmean_tokens": True}, "weightedmean"),
+        (
+            ("Pooling",),
+            {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True},
+            "mean and max",
+        ),
+    ],
+)
+def test_a_sentence_model_that_would_be_embedded_otherwise_is_refused(
+    kinds: tuple[str, ...], pooling: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    sentence_model(tmp_path / "sentences", *kinds, pooling=pooling)
+    with pytest.raises(EngineLoadError, match=words):
+        load(tmp_path / "sentences")
+
+
+@PEFT
+@pytest.mark.parametrize("beside", [True, False])
+def test_an_adapter_of_a_sentence_model_embeds_as_itself(beside: bool, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = sentence_model(tmp_path / "base", "Pooling", pooling={"pooling_mode_mean_tokens": True})
+    inputs = tiny.prompts(4, low=3, high=30, seed=2)
+    with torch.inference_mode():
+        unchanged = torch.stack(
+            [model(torch.tensor([ids])).last_hidden_state[0].mean(0) for ids in inputs]
+        )
+    with_it = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["query", "value"]))
+    with torch.no_grad():
+        for name, parameter in with_it.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.3)
+    with_it.eval().save_pretrained(tmp_path / "a")
+    if beside:
+        engine = load(tmp_path / "base", engine_args={"adapters": f"a={tmp_path / 'a'}"})
+    else:
+        # Its own pooling is the last token's.
+        sentence_files(tmp_path / "a", "Pooling", pooling={"pooling_mode_lasttoken": True})
+        engine = load(tmp_path / "a", model_base=str(tmp_path / "base"))
+    try:
+        got = embed(engine, inputs, "a")
+        with torch.inference_mode():
+            states = [with_it(torch.tensor([ids])).last_hidden_state[0] for ids in inputs]
+        rows = [state.mean(0) if beside else state[-1] for state in states]
+        assert np.allclose(got, torch.stack(rows).numpy(), atol=1e-5)
+        assert not beside or np.allclose(embed(engine, inputs, "base"), unchanged, atol=1e-5)
     finally:
         engine.close()
 

@@ -12,7 +12,6 @@ from typing import Any
 
 __all__ = [
     "KNOWN_RELEASES",
-    "base_model",
     "cache_argument",
     "forward_parameters",
     "rope_owner",
@@ -31,14 +30,9 @@ ROPE_WORDS = ("rope_parameters", "rope_scaling")
 """The configuration field that holds the rope type and its factors; renamed in 5.0."""
 
 
-def base_model(model: Any) -> Any:
-    """The transformers model inside `model`, which peft may wrap."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def forward_parameters(model: Any) -> frozenset[str]:
     """Names of the arguments that the model's `forward` declares."""
-    return frozenset(inspect.signature(base_model(model).forward).parameters)
+    return frozenset(inspect.signature(model.forward).parameters)
 
 
 def cache_argument(parameters: frozenset[str]) -> str | None:
@@ -49,7 +43,7 @@ def cache_argument(parameters: frozenset[str]) -> str | None:
 
 def rope_owner(model: Any) -> Any:
     """The module that keeps `rope_deltas` (Qwen-VL and its kin), or None."""
-    inner = getattr(base_model(model), "model", None)
+    inner = getattr(model, "model", None)
     return inner if hasattr(inner, "rope_deltas") else None
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from broker.protocol.errors import ErrorCode, RequestError
+from worker.engines.base import EngineLoadError
 from worker.engines.transformers.loaded import LoadedModel
 
 __all__ = ["EmbedOptions", "Embedder", "embed_options"]
@@ -61,11 +62,11 @@ class Embedder:
     def __init__(self, loaded: LoadedModel) -> None:
         self._loaded = loaded
         model = loaded.model
-        self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._base = model
         if loaded.encoder_decoder:
-            self._base = self._base.get_encoder()
+            self._base = model.get_encoder()
         elif not loaded.embedding_only:
-            self._base = self._base.base_model
+            self._base = model.base_model
         self._pooling, self._normalize, self._dense = _sentence_files(loaded.folder)
         config = model.config.get_text_config(decoder=True)
         #: Numbers of one embedding.
@@ -90,8 +91,10 @@ class Embedder:
         return batches
 
     @torch.inference_mode()
-    def embed(self, batch: list[list[int]], options: EmbedOptions) -> list[bytes]:
-        """Embeddings of one batch, each float32 little-endian."""
+    def embed(
+        self, batch: list[list[int]], options: EmbedOptions, adapter: str | None = None
+    ) -> list[bytes]:
+        """Embeddings of one batch, each float32 little-endian; by the model with `adapter`."""
         device = self._loaded.device
         longest = max(map(len, batch))
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
@@ -100,6 +103,7 @@ class Embedder:
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = 1
         ids, mask = ids.to(device), mask.to(device)
+        self._loaded.choose_rows([adapter] * len(batch))
         with self._loaded.any_length():
             output = self._base(input_ids=ids, attention_mask=mask)
         pooled = _pool(output[0].float(), mask, options.pooling or self._pooling)
@@ -142,23 +146,37 @@ def _sentence_files(folder: Path | None) -> tuple[str, bool, list[Dense]]:
         if kind == "Normalize":
             normalize = True
         elif kind == "Pooling":
-            pooling = _pooling_mode(json.loads((path / "config.json").read_text()))
+            pooling = _pooling_mode(path / "config.json")
         elif kind == "Dense":
             dense.append(_dense(path))
+        elif kind != "Transformer":
+            raise EngineLoadError(
+                f"{folder} embeds with a module of type {module['type']}, which is not known here: "
+                "Transformer, Pooling, Dense and Normalize are"
+            )
     return pooling, normalize, dense
 
 
-def _pooling_mode(config: dict[str, Any]) -> str:
-    keys = {
-        "pooling_mode_cls_token": "cls",
-        "pooling_mode_lasttoken": "last",
-        "pooling_mode_max_tokens": "max",
-        "pooling_mode_mean_tokens": "mean",
-    }
-    mode = config.get("pooling_mode")
-    if isinstance(mode, str):
-        return {"lasttoken": "last"}.get(mode, mode)
-    return next((name for key, name in keys.items() if config.get(key)), "mean")
+def _pooling_mode(file: Path) -> str:
+    """The pooling of a sentence-transformers module. Raises `EngineLoadError` for one that is not
+    computed here, and for several side by side."""
+    config = json.loads(file.read_text())
+    stated = config.get("pooling_mode")
+    if isinstance(stated, str):
+        stated = [stated]
+    elif not isinstance(stated, list):
+        stated = [
+            name.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
+            for name, value in config.items()
+            if name.startswith("pooling_mode_") and value is True
+        ]
+    names = {"lasttoken": "last"}
+    modes = [str(names.get(mode, mode)) for mode in stated] or ["mean"]
+    if len(modes) > 1 or modes[0] not in POOLINGS:
+        raise EngineLoadError(
+            f"{file} asks for pooling {' and '.join(modes)}: one of {', '.join(POOLINGS)} is known"
+        )
+    return modes[0]
 
 
 def _dense(path: Path) -> Dense:

@@ -32,6 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
+from worker.engines.transformers.adapters import add_adapters
 from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.loader import load_model
 from worker.engines.transformers.memory import free_bytes, is_out_of_memory, used_bytes
@@ -85,10 +86,16 @@ def build_engine(options: EngineOptions, progress: Progress) -> TransformersEngi
     served = []
     for index, (path, own) in enumerate(zip(paths, names, strict=True)):
         loaded = load_model(path, options, settings, _share(progress, index, len(paths)))
+        beside: list[tuple[str, LoadedModel]] = []
         if settings.adapters and index == 0:
-            _add_adapters(loaded, settings.adapters, progress)
+            beside = add_adapters(
+                loaded, settings, progress, trust_remote_code=options.trust_remote_code
+            )
         progress(None, f"warming up {own[0] if own else path}")
         served.append(ServedModel(loaded, own or (model_name(path),), settings, slots=slots))
+        for name, adapted in beside:
+            progress(None, f"warming up {name}")
+            served.append(ServedModel(adapted, (name,), settings, slots=slots))
     engine = TransformersEngine(served, settings, slots=slots)
     progress(1.0, "ready")
     return engine
@@ -112,34 +119,6 @@ def _share(progress: Progress, index: int, count: int) -> Progress:
         progress(None if fraction is None else (index + fraction) / count, note)
 
     return report
-
-
-def _add_adapters(loaded: LoadedModel, text: str, progress: Progress) -> None:
-    """Load LoRA adapters beside the base: "name=path,name=path"."""
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise EngineLoadError(
-            "LoRA adapters need peft: pip install 'tokenbus[worker,lora]'"
-        ) from None
-    names: list[str] = []
-    model = loaded.model
-    for item in text.split(","):
-        name, separator, path = item.strip().partition("=")
-        if not separator or not path:
-            raise EngineLoadError(f"adapters={text}: expected NAME=PATH, comma separated")
-        progress(None, f"loading adapter {name}")
-        try:
-            if names:
-                model.load_adapter(path, adapter_name=name)
-            else:
-                model = PeftModel.from_pretrained(model, path, adapter_name=name)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            cause = " ".join(str(error).split())
-            raise EngineLoadError(f"cannot load adapter {name} from {path}: {cause}") from error
-        names.append(name)
-    loaded.model = model.eval()
-    loaded.adapters = tuple(names)
 
 
 @dataclass(slots=True)

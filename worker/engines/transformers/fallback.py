@@ -105,6 +105,7 @@ class _Generation(LogitsProcessor):  # type: ignore[misc]
         return scores
 
     def _advance(self) -> torch.Tensor:
+        self._loaded.choose_rows([self.sequence.adapter])
         owner = rope_owner(self._loaded.model)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, daemon=True, name="generate")
@@ -179,8 +180,6 @@ class _Generation(LogitsProcessor):  # type: ignore[misc]
             name: value.to(loaded.device) if isinstance(value, torch.Tensor) else value
             for name, value in arguments.items()
         }
-        if loaded.adapters:
-            on_device["adapter_names"] = [sequence.adapter or "__base__"]
         model.generate(
             input_ids=ids.to(loaded.device),
             attention_mask=torch.ones_like(ids).to(loaded.device),
@@ -292,6 +291,7 @@ class GenerateRunner:
                 "prompt_logprobs: an encoder-decoder model gives no probabilities of its prompt",
             )
         prompt = sequence.prompt
+        self._loaded.choose_rows([sequence.adapter])
         arguments = prompt.inputs(self._loaded.device, self._loaded.dtype)
         ids = torch.tensor([prompt.ids], device=self._loaded.device)
         with self._loaded.any_length():

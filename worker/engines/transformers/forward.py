@@ -62,6 +62,7 @@ class Forward:
         strange = [kind for kind in self._kinds if kind not in LAYER_KINDS]
         if strange:
             raise Unsupported(f"layers of type {', '.join(strange)}")
+        self._loaded = loaded
         self._model = model
         self.device = loaded.device
         self._dtype = loaded.dtype
@@ -72,7 +73,6 @@ class Forward:
             raise Unsupported("its forward takes no key/value cache")
         self._cache_word = word
         self._weight_bytes: int = sum(p.numel() * p.element_size() for p in model.parameters())
-        self._per_row_adapters = bool(loaded.adapters)
         if loaded.adapters:
             # Which adapter a row uses is not in a captured step.
             static = StaticUse.NEVER
@@ -282,8 +282,7 @@ class Forward:
         return masks if len(masks) > 1 else masks[self._kinds[0]]
 
     def _run(self, arguments: dict[str, Any], sequences: list[Sequence]) -> torch.Tensor:
-        if self._per_row_adapters:
-            arguments["adapter_names"] = [s.adapter or "__base__" for s in sequences]
+        self._loaded.choose_rows([sequence.adapter for sequence in sequences])
         arguments[self._cache_word] = self.cache
         output = self._model(**arguments, use_cache=True)
         logits: torch.Tensor = output.logits

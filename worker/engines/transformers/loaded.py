@@ -6,6 +6,7 @@ model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import GenerationConfig
 
 from worker.engines.transformers.compat import rope_parameters
 from worker.engines.transformers.rope import LengthRope, find_length_rope
+from worker.engines.transformers.rows import RowAdapters
 from worker.engines.transformers.settings import EngineSettings
 
 __all__ = ["LoadedModel", "wrap_model"]
@@ -47,11 +49,21 @@ class LoadedModel:
     #: Folder of the model where it is local, for files beside the weights.
     folder: Path | None
     quantised: bool = False
-    #: Names of LoRA adapters loaded on the model, each chosen per row.
+    #: Names of adapters in the model, each chosen per row, and what chooses.
     adapters: tuple[str, ...] = ()
+    rows: RowAdapters | None = None
+    #: Of adapters that brought a tokenizer or template of their own: the facts that follow from it.
+    adapter_texts: dict[str, LoadedModel] = field(default_factory=dict)
+    #: The model as it was before adapters were put into it, until the self test is over.
+    reference: Any = None
     #: Where positions have other angles in long sequences than in short ones.
     rope: LengthRope | None = None
     details: dict[str, Any] = field(default_factory=dict)
+
+    def choose_rows(self, adapters: Sequence[str | None]) -> None:
+        """The adapter of each row of the next forwards, None for the model as it is."""
+        if self.rows is not None:
+            self.rows.choose(adapters)
 
     def any_length(self) -> AbstractContextManager[None]:
         """Inside, forwards of the model may be longer than `rope` allows a batch to be."""

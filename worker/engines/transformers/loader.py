@@ -21,6 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from worker.engines.base import EngineLoadError, EngineOptions, Progress
+from worker.engines.transformers.adapter_texts import own_texts
+from worker.engines.transformers.adapters import merge_adapter
 from worker.engines.transformers.checkpoint import refuse_missing
 from worker.engines.transformers.classes import ModelClass, model_class
 from worker.engines.transformers.dense import explained_conversion
@@ -96,22 +98,30 @@ def load_model(
         parts = find_parts(folder, safetensors_only=settings.safetensors_only)
         if parts is not None:
             return _load_llava(parts, options, settings, progress)
-    if folder is not None and not (folder / "config.json").is_file():
-        if not (folder / "adapter_config.json").is_file():
-            raise EngineLoadError(
-                f"{folder} holds no config.json: give the folder that save_pretrained wrote"
-            )
+    if folder is not None and _is_adapter(folder):
         adapter, path = path, options.model_base or _base_of_adapter(folder)
-        folder = _local_folder(path)
+    elif folder is not None and not (folder / "config.json").is_file():
+        raise EngineLoadError(
+            f"{folder} holds no config.json: give the folder that save_pretrained wrote"
+        )
     elif options.model_base is not None:
         adapter, path = path, options.model_base
+    if adapter is not None:
         folder = _local_folder(path)
+        if folder is not None and _is_adapter(folder):
+            raise EngineLoadError(
+                f"{folder}, the base of adapter {adapter}, is an adapter itself: merge it into its "
+                "own base first"
+            )
     with _explained(path):
         config = AutoConfig.from_pretrained(
             path, revision=options.revision, trust_remote_code=options.trust_remote_code
         )
-    chosen = model_class(config, folder, path, trust_remote_code=options.trust_remote_code)
-    if adapter is not None and not chosen.takes_images and (held := _local_folder(adapter)):
+    # A sentence model's adapter brings pooling and the like of its own.
+    held = None if adapter is None else _local_folder(adapter)
+    facts = held if held is not None and (held / "modules.json").is_file() else folder
+    chosen = model_class(config, facts, path, trust_remote_code=options.trust_remote_code)
+    if held is not None and not chosen.takes_images:
         refuse_half(held)
     device = pick_device(options.device)
     size = _weight_bytes(folder)
@@ -124,11 +134,21 @@ def load_model(
             path, config, chosen.auto, device, dtype, options, settings, progress
         )
         if adapter is not None:
-            model = _merge_adapter(model, adapter, options, progress)
+            model = merge_adapter(model, adapter, settings, progress, quantised=quantised)
         tokenizer, processor = _load_tokenizer(path, config, options, chosen)
+        if adapter is not None:
+            texts = own_texts(
+                adapter,
+                model,
+                tokenizer,
+                processor,
+                trust_remote_code=options.trust_remote_code,
+            )
+            if texts is not None:
+                tokenizer, processor = texts.tokenizer, texts.processor
     progress(1.0, f"loaded {path}")
     return wrap_model(
-        model, tokenizer, processor, settings=settings, folder=folder, quantised=quantised
+        model, tokenizer, processor, settings=settings, folder=facts, quantised=quantised
     )
 
 
@@ -178,7 +198,9 @@ def _load_llava(
         )
     with _explained(str(parts.folder)):
         if parts.has_adapter:
-            language_model = _merge_adapter(language_model, str(parts.folder), options, progress)
+            language_model = merge_adapter(
+                language_model, str(parts.folder), settings, progress, quantised=quantised
+            )
         model, processor = assemble(
             parts,
             language_model,
@@ -206,6 +228,25 @@ def _local_folder(path: str) -> Path | None:
     if folder.exists() or looks_local:
         raise EngineLoadError(f"there is no folder {path}: give a model's folder or a hub id")
     return None
+
+
+def _is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a PEFT adapter, with or without a copy of its base's config.json.
+    Raises `EngineLoadError` where it holds a whole model as well."""
+    if not (folder / "adapter_config.json").is_file():
+        return False
+    if any(
+        file
+        for end in ("safetensors", "bin")
+        for file in folder.glob(f"*model*.{end}")
+        if not file.name.startswith("adapter_")
+    ):
+        # transformers would load another folder: the adapter's base.
+        raise EngineLoadError(
+            f"{folder} holds a whole model and an adapter: move adapter_config.json or the model's "
+            "weights away"
+        )
+    return True
 
 
 def _base_of_adapter(folder: Path) -> str:
@@ -320,6 +361,10 @@ def _load_weights(
         )
     with _weights_progress(progress, path), explained_conversion(path):
         model, told = auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise EngineLoadError(
+            f"{path} is an adapter: fetch it into a folder, and name that as --model-path"
+        )
     refuse_missing(model, told["missing_keys"], path, quantised=stored is not None)
     if stored is not None:
         warn_of_lost_rounding(model, as_dict, path)
@@ -418,17 +463,6 @@ class _Reported:
     def __getattr__(self, name: str) -> Any:
         # set_postfix, update, close and the rest of a bar's decoration mean nothing here.
         return lambda *args, **kwargs: None
-
-
-def _merge_adapter(model: Any, adapter: str, options: EngineOptions, progress: Progress) -> Any:
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise EngineLoadError(
-            "LoRA adapters need peft: pip install 'tokenbus[worker,lora]'"
-        ) from None
-    progress(None, f"merging {adapter}")
-    return PeftModel.from_pretrained(model, adapter, revision=None).merge_and_unload()
 
 
 def _load_tokenizer(

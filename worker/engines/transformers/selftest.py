@@ -37,7 +37,7 @@ from worker.engines.transformers.memory import is_out_of_memory
 from worker.engines.transformers.prompt import Prompt
 from worker.engines.transformers.sequence import Sequence
 
-__all__ = ["Verdict", "check", "check_generate"]
+__all__ = ["Verdict", "check", "check_generate", "relative_error", "tolerance"]
 
 log = logging.getLogger(__name__)
 
@@ -298,11 +298,11 @@ def _compare(
     tokens = len(long.ids) + len(short.ids) + STEPS + 1
     if not forward.cache.reserve(2, tokens, 0, 0):
         raise _memory_short(MemoryError(f"no room for {tokens} tokens of cache"))
-    tolerance = _tolerance(loaded)
+    allowed = tolerance(loaded.model, quantised=loaded.quantised)
 
     def expect(got: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
-        error = _relative_error(got, wanted, loaded.placeholder_ids)
-        if not error <= tolerance:
+        error = relative_error(got, wanted, loaded.placeholder_ids)
+        if not error <= allowed:
             raise Unsupported(f"{what}: logits differ from generate() by {error:.3g}")
 
     def take(sequence: Sequence, token_id: int) -> None:
@@ -337,7 +337,7 @@ def _compare(
     forward.cache.move(1, 0, other.filled)
     expect(forward.decode([other])[0], wanted_other[2], "decode after a move")
     forward.many_prompts = not whole and _many_agree(
-        loaded, forward, short, wanted_other, tokens_other, tolerance
+        loaded, forward, short, wanted_other, tokens_other, allowed
     )
 
 
@@ -376,7 +376,7 @@ def _many_agree(
     prompt: Prompt,
     wanted: list[torch.Tensor],
     tokens: list[int],
-    tolerance: float,
+    allowed: float,
 ) -> bool:
     """Whether several prompts in one forward come to the same logits; here, one and the same with
     different parts of its answer."""
@@ -402,16 +402,15 @@ def _many_agree(
         (following[i], wanted[i + 1]) for i in range(2)
     ]
     return all(
-        _relative_error(got, right, loaded.placeholder_ids) <= tolerance for got, right in pairs
+        relative_error(got, right, loaded.placeholder_ids) <= allowed for got, right in pairs
     )
 
 
 def _reference(loaded: LoadedModel, prompt: Prompt) -> Reference:
-    model = loaded.model
+    # Before adapters touched it, where there are any.
+    model = loaded.model if loaded.reference is None else loaded.reference
     ids = torch.tensor([prompt.ids], device=loaded.device)
     inputs = prompt.inputs(loaded.device, loaded.dtype)
-    if loaded.adapters:
-        inputs["adapter_names"] = ["__base__"]
     config = plain_generation_config(
         model,
         max_new_tokens=STEPS,
@@ -426,16 +425,21 @@ def _reference(loaded: LoadedModel, prompt: Prompt) -> Reference:
     return Reference(prompt, [logits[0].float() for logits in output.logits], tokens)
 
 
-def _tolerance(loaded: LoadedModel) -> float:
-    if loaded.dtype in TOLERANCES and not loaded.quantised:
-        return TOLERANCES[loaded.dtype]
-    config = loaded.model.config.get_text_config(decoder=True)
+def tolerance(model: Any, *, quantised: bool) -> float:
+    """Largest relative error of a model's logits that rounding explains."""
+    if model.dtype in TOLERANCES and not quantised:
+        return TOLERANCES[model.dtype]
+    config = model.config.get_text_config(decoder=True)
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     experts = any(getattr(config, name, None) for name in names)
     return EXPERTS_TOLERANCE if experts else HALF_TOLERANCE
 
 
-def _relative_error(got: torch.Tensor, wanted: torch.Tensor, ignored: frozenset[int]) -> float:
+def relative_error(
+    got: torch.Tensor, wanted: torch.Tensor, ignored: frozenset[int] = frozenset()
+) -> float:
+    """How far logits are from those that are `wanted`, as a share of their spread; of the last
+    dimension, entries that are `ignored` do not count."""
     got, wanted = got.float().clone(), wanted.clone()
     for token_id in ignored:
         if token_id < wanted.shape[0]:

@@ -24,13 +24,14 @@ from broker.protocol.messages import (
     Kind,
     Message,
     ModelInfo,
+    Params,
     Part,
     Request,
     TextPart,
     Usage,
 )
 from worker.engines.base import Ended, Job
-from worker.engines.transformers.constrain import ConstraintFactory
+from worker.engines.transformers.constrain import ConstraintFactory, ConstraintState
 from worker.engines.transformers.embed import Embedder, EmbedOptions, embed_options
 from worker.engines.transformers.fallback import GenerateRunner
 from worker.engines.transformers.forward import StaticUse
@@ -66,6 +67,8 @@ class EmbedTask:
     options: EmbedOptions
     batches: list[list[int]]
     results: list[bytes]
+    #: LoRA adapter, or None for the model as it is.
+    adapter: str | None
     cancelled: bool = False
 
     def usage(self) -> Usage:
@@ -74,6 +77,27 @@ class EmbedTask:
 
 Prepared = Sequence | EmbedTask | Ended
 """What becomes of a job: something to run, or its answer."""
+
+
+class _Texts:
+    """What makes tokens of requests and text of tokens; an adapter may have its own."""
+
+    def __init__(self, loaded: LoadedModel, limits: ImageLimits) -> None:
+        self.loaded = loaded
+        self.builder = PromptBuilder(loaded, limits)
+        # Texts are decoded in the step loop while prompts are encoded in other threads, and a fast
+        # tokenizer must not be used in two threads at once.
+        self.decoder = copy.deepcopy(loaded.tokenizer)
+        self._constraints = ConstraintFactory(loaded.tokenizer)
+        self._constraint_lock = threading.Lock()
+
+    def constraint(self, params: Params) -> ConstraintState | None:
+        """What holds an answer to the constraint that its request asks for."""
+        if params.constraint is None:
+            return None
+        with self._constraint_lock:
+            ends = self.loaded.eos_ids.union(params.stop_token_ids)
+            return self._constraints.build(params.constraint, ends)
 
 
 class ServedModel:
@@ -90,14 +114,12 @@ class ServedModel:
         self.loaded = loaded
         self.names = names
         limits = ImageLimits(pixels=settings.image_pixels, octets=settings.image_bytes)
-        self.builder = PromptBuilder(loaded, limits)
+        self._texts = _Texts(loaded, limits)
+        self._adapter_texts = {
+            name: _Texts(facts, limits) for name, facts in loaded.adapter_texts.items()
+        }
         self.embedder = Embedder(loaded)
-        # Texts are decoded in the step loop while prompts are encoded in other threads, and a fast
-        # tokenizer must not be used in two threads at once.
-        self._decoder = copy.deepcopy(loaded.tokenizer)
-        self._token_bytes: Callable[[int], bytes] = token_table(self._decoder).octets
-        self._constraints = ConstraintFactory(loaded.tokenizer)
-        self._constraint_lock = threading.Lock()
+        self._token_bytes: Callable[[int], bytes] = token_table(self._texts.decoder).octets
         #: How it is served, for people.
         self.scheduler = "none"
         #: Why its requests run one at a time; empty: in a batch.
@@ -107,6 +129,7 @@ class ServedModel:
         self.slot_runner: SlotRunner | None = None
         if not loaded.embedding_only:
             self.runner = self._make_runner(settings, slots)
+        loaded.reference = None
 
     def _make_runner(self, settings: EngineSettings, slots: int) -> Runner:
         loaded = self.loaded
@@ -174,7 +197,7 @@ class ServedModel:
         )
         for request in (chat, raw):
             try:
-                return self.builder.generation(Job(b"", request, attachments))
+                return self._texts.builder.generation(Job(b"", request, attachments))
             except RequestError as error:
                 log.debug("no self-test prompt from %s: %s", request.kind, error)
         return None
@@ -194,7 +217,9 @@ class ServedModel:
                 kinds=kinds,
                 context_tokens=loaded.context_tokens,
                 images=loaded.takes_images,
-                details=loaded.details | {"scheduler": self.scheduler},
+                details=loaded.details
+                | {"scheduler": self.scheduler}
+                | ({"adapter": "chosen for each row"} if name in loaded.adapters else {}),
                 serial=self.serial,
             )
             for name in (*self.names, *loaded.adapters)
@@ -205,24 +230,25 @@ class ServedModel:
     def prepare(self, job: Job, added_at: float) -> Prepared:
         """Make a job ready, in a preprocessing thread. Raises RequestError."""
         request = job.request
+        builder = self._texts_of(request).builder
         match request.kind:
             case Kind.CHAT | Kind.COMPLETE:
                 return self._sequence(job, added_at)
             case Kind.EMBED:
                 return self._embed_task(job)
             case Kind.COUNT:
-                count = self.builder.token_count(job)
+                count = builder.token_count(job)
                 return self._answer(job, count, {"count": count})
             case Kind.TOKENIZE:
-                ids = self.builder.token_ids(job)
+                ids = builder.token_ids(job)
                 return self._answer(job, len(ids), {"token_ids": ids})
             case Kind.DETOKENIZE:
                 if request.token_ids is None:
                     raise _invalid("a detokenize request needs token ids")
-                text = self.builder.detokenised(request.token_ids)
+                text = builder.detokenised(request.token_ids)
                 return self._answer(job, len(request.token_ids), {"text": text})
             case Kind.TEMPLATE:
-                return self._answer(job, 0, {"text": self.builder.text(request)})
+                return self._answer(job, 0, {"text": builder.text(request)})
 
     @staticmethod
     def _answer(job: Job, tokens: int, result: dict[str, Any]) -> Ended:
@@ -234,30 +260,28 @@ class ServedModel:
         if request.inputs is None:
             raise _invalid("an embed request needs inputs")
         options = embed_options(request.embed_args, self.embedder.width)
-        inputs = self.builder.embedding_inputs(request.inputs)
+        inputs = self._texts_of(request).builder.embedding_inputs(request.inputs)
         return EmbedTask(
             request_id=job.request_id,
             inputs=inputs,
             options=options,
             batches=self.embedder.batches(inputs),
             results=[b""] * len(inputs),
+            adapter=self._adapter(request),
         )
 
     def _sequence(self, job: Job, added_at: float) -> Sequence:
-        request, loaded = job.request, self.loaded
-        params = request.params
+        request, params = job.request, job.request.params
+        texts = self._texts_of(request)
+        loaded = texts.loaded
         if self.runner is None:
             raise _invalid(f"model {request.model} only embeds: it writes no text")
         check_token_ids(params, loaded.vocabulary)
-        prompt = self.builder.generation(job)
+        prompt = texts.builder.generation(job)
         prior = request.resume.token_ids if request.resume is not None else []
         if prior and max(prior) >= loaded.vocabulary:
             raise _invalid("the tokens to resume from are not this model's")
-        constraint = None
-        if params.constraint is not None:
-            with self._constraint_lock:
-                ends = loaded.eos_ids.union(params.stop_token_ids)
-                constraint = self._constraints.build(params.constraint, ends)
+        constraint = texts.constraint(params)
         # The placeholders stand for pictures: penalising them would mean nothing.
         row = SamplerRow(
             params,
@@ -271,7 +295,7 @@ class ServedModel:
             prior[-1], len(prior), params, loaded.eos_ids, finished=row.finished
         )
         text = TextStream(
-            self._decoder,
+            texts.decoder,
             params,
             # What ends an answer is no part of its text.
             prior_ids=prior[:-1] if over else prior,
@@ -290,16 +314,23 @@ class ServedModel:
             eos_ids=loaded.eos_ids,
             max_tokens=min(params.max_tokens or room, room),
             wants_facts=not facts_seen and (params.echo or params.prompt_logprobs is not None),
-            echo_text=self.builder.detokenised(prompt.ids) if echo else "",
-            adapter=request.model if request.model in loaded.adapters else None,
+            echo_text=texts.builder.detokenised(prompt.ids) if echo else "",
+            adapter=self._adapter(request),
             added_at=added_at,
             answer=list(prior),
         )
 
+    def _texts_of(self, request: Request) -> _Texts:
+        return self._adapter_texts.get(request.model, self._texts)
+
+    def _adapter(self, request: Request) -> str | None:
+        return request.model if request.model in self.loaded.adapters else None
+
     def embed_step(self, task: EmbedTask) -> Ended | None:
         """Run one batch of an embedding task; its end when all are done."""
         batch = task.batches.pop()
-        vectors = self.embedder.embed([task.inputs[index] for index in batch], task.options)
+        inputs = [task.inputs[index] for index in batch]
+        vectors = self.embedder.embed(inputs, task.options, task.adapter)
         for index, vector in zip(batch, vectors, strict=True):
             task.results[index] = vector
         if task.batches:

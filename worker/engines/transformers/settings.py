@@ -56,7 +56,7 @@ class EngineSettings:
     safetensors_only: bool = True
     #: Memory for weights, "0=20GiB,cpu=64GiB"; empty: accelerate's own choice.
     max_memory: str = ""
-    #: LoRA adapters served beside their base: "name=path,name=path" (first model only).
+    #: PEFT adapters served beside their base: "name=path,name=path" (first model only).
     adapters: str = ""
 
 

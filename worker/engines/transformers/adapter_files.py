@@ -1,0 +1,158 @@
+"""PEFT adapters as they lie in their folders: what belongs together, and which kinds are served.
+
+Must never put an adapter into a model.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from worker.engines.base import EngineLoadError
+from worker.engines.transformers.settings import EngineSettings
+
+__all__ = [
+    "Adapter",
+    "explained",
+    "peft_library",
+    "read_adapter",
+    "refusal",
+    "refuse_over_quantised",
+]
+
+_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+
+FROM_BASE_WEIGHTS = ("pissa", "olora")
+"""Starting points that change the base as well, in a way that follows from its weights alone."""
+HARMLESS_STARTS = ("gaussian", "eva", "orthogonal", "mica")
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter as it lies in its folder."""
+
+    path: str
+    config: Any
+    weights: dict[str, torch.Tensor]
+
+    @property
+    def changes_base(self) -> bool:
+        """Its training started by changing the weights of the base."""
+        start = getattr(self.config, "init_lora_weights", None)
+        return isinstance(start, str) and start.lower() in FROM_BASE_WEIGHTS
+
+
+def peft_library() -> Any:
+    """peft, an optional dependency. Raises `EngineLoadError` where it is missing."""
+    try:
+        import peft
+    except ImportError:
+        raise EngineLoadError(
+            "LoRA adapters need peft: pip install 'tokenbus[worker,lora]'"
+        ) from None
+    return peft
+
+
+def read_adapter(path: str, settings: EngineSettings) -> Adapter:
+    """The adapter at `path`, a folder or a hub id; refused where its kind cannot be served."""
+    peft = peft_library()
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        _refuse_incomplete(folder, settings)
+    with explained(path):
+        config = peft.PeftConfig.from_pretrained(path)
+        _refuse_kind(path, config)
+        weights = peft.load_peft_weights(path, device="cpu")
+    return Adapter(path, config, weights)
+
+
+def _refuse_incomplete(folder: Path, settings: EngineSettings) -> None:
+    held = {name for name in _FILES if (folder / name).is_file()}
+    if _FILES[0] not in held or len(held) < 2:
+        raise EngineLoadError(
+            f"{folder} is no whole adapter: {_FILES[0]} and {_FILES[1]} belong into it"
+        )
+    if _FILES[1] not in held and settings.safetensors_only:
+        raise EngineLoadError(
+            f"adapter {folder} holds pickled weights ({_FILES[2]}): convert them to safetensors, "
+            "or pass --engine-arg safetensors_only=false"
+        )
+
+
+def _refuse_kind(path: str, config: Any) -> None:
+    """Refuse what depends on more than the weights: nothing that is merged or chosen for a row
+    would reproduce it."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    unknown = _unknown_options(Path(path).expanduser() / _FILES[0], config)
+    if unknown:
+        raise refusal(
+            path,
+            f"it was saved by another peft and sets {', '.join(unknown)}, which the installed one "
+            "does not know",
+        )
+    if config.is_prompt_learning or config.is_adaption_prompt or kind in ("XLORA", "POLY"):
+        raise refusal(path, f"it is of kind {kind}, which changes more than weights")
+    if getattr(config, "alora_invocation_tokens", None):
+        raise refusal(path, "it is an activated LoRA, which depends on tokens of the prompt")
+    if getattr(config, "arrow_config", None):
+        raise refusal(path, "it routes between other adapters (Arrow)")
+    start = getattr(config, "init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in (*FROM_BASE_WEIGHTS, *HARMLESS_STARTS):
+        raise refusal(
+            path,
+            f"its training changed the base (init_lora_weights={start}) in a way that its folder "
+            "does not hold; save it with path_initial_model_for_weight_conversion",
+        )
+
+
+def _unknown_options(file: Path, config: Any) -> list[str]:
+    """Options in an adapter's own configuration that peft would pass over with a warning. A number
+    by itself turns nothing on."""
+    if not file.is_file():
+        return []
+    known = {field.name for field in fields(config)}
+    return sorted(
+        name
+        for name, value in json.loads(file.read_text()).items()
+        if name not in known and (value is True or (value and isinstance(value, str | list | dict)))
+    )
+
+
+def refuse_over_quantised(model: Any, adapter: Adapter) -> None:
+    """Refuse what computes with the base's weights themselves, where these are quantised in a way
+    that peft does not read back."""
+    if adapter.changes_base:
+        raise refusal(adapter.path, "its start was taken from weights that are quantised here")
+    in_8_bits = any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
+    if in_8_bits and getattr(adapter.config, "use_dora", False):
+        # On a CPU peft even scales the base's weights anew, in place.
+        raise refusal(adapter.path, "DoRA needs the weights that --load-8bit rounds (4 bits work)")
+
+
+def refusal(path: str, cause: str) -> EngineLoadError:
+    """The error for an adapter that cannot be served, with the way out."""
+    return EngineLoadError(
+        f"adapter {path} cannot be served: {cause}. Merge it into its base where it was trained, "
+        "and serve the result"
+    )
+
+
+@contextmanager
+def explained(path: str) -> Iterator[None]:
+    """Turn what peft raises into one clear line; its warnings are checked for here, or known."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except EngineLoadError:
+        raise
+    except Exception as error:  # peft raises what Python has, bare assertions among it
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise EngineLoadError(f"cannot load adapter {path}: {cause[:400]}") from error

@@ -1,0 +1,530 @@
+"""PEFT adapters: read, checked against their base, and served exactly.
+
+An adapter's file and its configuration must account for each other and for the modules of the base:
+every weight in the file finds its place, and every place gets its weight. How it is served then
+depends on what it changes:
+
+* Plain LoRA on layers that see the rows of a batch is chosen for each row, beside the base and the
+  other adapters (`RowAdapters`).
+* Anything else becomes a model of its own over the weights of the base: merged into copies of the
+  layers it changes or, where the weights are quantised and would be rounded a second time, computed
+  beside them.
+* What neither can reproduce is refused by name.
+
+Whichever it is, the result is compared with peft's own forward of that adapter alone. Must never
+write to a weight that another model computes with.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from worker.engines.base import EngineLoadError, Progress
+from worker.engines.transformers.adapter_files import (
+    Adapter,
+    explained,
+    peft_library,
+    read_adapter,
+    refusal,
+    refuse_over_quantised,
+)
+from worker.engines.transformers.adapter_texts import own_texts
+from worker.engines.transformers.llava import refuse_half
+from worker.engines.transformers.loaded import LoadedModel, wrap_model
+from worker.engines.transformers.rows import RowAdapters
+from worker.engines.transformers.selftest import relative_error, tolerance
+from worker.engines.transformers.settings import EngineSettings
+
+__all__ = ["add_adapters", "merge_adapter"]
+
+ALONE = "alone"
+"""peft's name for the adapter of a model that has one. Served names may hold dots, which peft's may
+not; and a name that is a part of a weight's would confuse it."""
+
+PROBE_ROWS, PROBE_TOKENS, PROBE_ANSWER = 3, 5, 2
+"""Unlike each other, so that their product or order is not taken for one of them."""
+
+SMALL_BUFFER_BYTES = 1 << 20
+"""Buffers below this are copied, for models write into some of them; larger ones are packed weights
+of some quantisers."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Attached:
+    """A model with an adapter in it."""
+
+    #: peft's model around it.
+    outer: Any
+    #: Weights of the base that the adapter's file replaces (biases, embeddings).
+    written: frozenset[str]
+
+    @property
+    def model(self) -> Any:
+        """The transformers model itself; its forward applies the adapter."""
+        return self.outer.get_base_model()
+
+
+# --- what the loader asks for ---------------------------------------------------------------------
+
+
+def merge_adapter(
+    model: Any, path: str, settings: EngineSettings, progress: Progress, *, quantised: bool
+) -> Any:
+    """`model` with the adapter at `path` merged into its weights; beside them where these are
+    `quantised`. `model` itself is used up. Raises `EngineLoadError`."""
+    progress(None, f"loading adapter {path}")
+    adapter = read_adapter(path, settings)
+    if quantised:
+        refuse_over_quantised(model, adapter)
+    rows = _resize(model, adapter)
+    attached = _attach(model, adapter, ALONE, _shared_weights(model))
+    _refuse_empty_rows(attached.model, adapter, rows)
+    if quantised:
+        return attached.model.eval()
+    return _merged(attached, adapter, set())
+
+
+def add_adapters(
+    loaded: LoadedModel, settings: EngineSettings, progress: Progress, *, trust_remote_code: bool
+) -> list[tuple[str, LoadedModel]]:
+    """Load the adapters of `settings` beside their base.
+
+    Those that rows can choose are put into `loaded`; each of the others is returned under its name,
+    as a model that shares with `loaded` what it does not change. Raises `EngineLoadError`.
+    """
+    _refuse_second_layer(loaded)
+    protected = {id(p) for p in loaded.model.parameters()}
+    inputs = _probe(loaded.model)
+    untouched = _outputs(loaded.model, inputs, "the base")
+    by_row: dict[str, tuple[Adapter, _Attached]] = {}
+    own_models: list[tuple[str, LoadedModel]] = []
+    for name, path in _named_paths(settings.adapters):
+        progress(None, f"loading adapter {name}")
+        if not loaded.takes_images and (folder := Path(path).expanduser()).is_dir():
+            refuse_half(folder)
+        adapter = read_adapter(path, settings)
+        if loaded.quantised:
+            refuse_over_quantised(loaded.model, adapter)
+        model = _shared_copy(loaded.model, weights=not adapter.changes_base)
+        rows = _resize(model, adapter)
+        attached = _attach(model, adapter, ALONE, protected)
+        _refuse_empty_rows(attached.model, adapter, rows)
+        texts = own_texts(
+            path,
+            attached.model,
+            loaded.tokenizer,
+            loaded.processor,
+            trust_remote_code=trust_remote_code,
+        )
+        same_tokens = texts is None or texts.same_tokens
+        if rows is None and same_tokens and _fits_rows(loaded, attached, adapter):
+            by_row[name] = adapter, attached
+            if texts is not None:
+                loaded.adapter_texts[name] = replace(
+                    wrap_model(
+                        loaded.model,
+                        texts.tokenizer,
+                        texts.processor,
+                        settings=settings,
+                        folder=loaded.folder,
+                        quantised=loaded.quantised,
+                    ),
+                    rope=loaded.rope,
+                )
+            continue
+        if loaded.quantised:
+            model, how = attached.model.eval(), "beside the quantised weights"
+        else:
+            model, how = _merged(attached, adapter, protected), "merged into layers of its own"
+        own = wrap_model(
+            model,
+            texts.tokenizer if texts is not None else loaded.tokenizer,
+            texts.processor if texts is not None else loaded.processor,
+            settings=settings,
+            folder=loaded.folder,
+            quantised=loaded.quantised,
+        )
+        own.details["adapter"] = how
+        own_models.append((name, own))
+    if not torch.equal(_outputs(loaded.model, inputs, "the base"), untouched):
+        raise EngineLoadError(
+            f"adapters={settings.adapters}: one of them changes its base in memory; give each a "
+            "worker of its own (--model-path ADAPTER --model-base BASE)"
+        )
+    if by_row:
+        _put_into_rows(loaded, by_row)
+    return own_models
+
+
+def _named_paths(text: str) -> list[tuple[str, str]]:
+    """`name=path,name=path` as pairs."""
+    pairs: list[tuple[str, str]] = []
+    for item in text.split(","):
+        name, separator, path = item.strip().partition("=")
+        if not separator or not path or not name:
+            raise EngineLoadError(f"adapters={text}: expected NAME=PATH, comma separated")
+        if name in dict(pairs):
+            raise EngineLoadError(f"adapters={text}: two adapters have the name {name}")
+        pairs.append((name, path))
+    return pairs
+
+
+def _refuse_second_layer(loaded: LoadedModel) -> None:
+    from_peft = any(type(m).__module__.startswith("peft.") for m in loaded.model.modules())
+    if from_peft:
+        raise EngineLoadError(
+            "adapters= stand beside a base, and this model is an adapter itself that is kept apart "
+            "from its quantised weights: give the base as --model-path and both as adapters="
+        )
+
+
+# --- attaching ------------------------------------------------------------------------------------
+
+
+def _shared_copy(model: Any, *, weights: bool = True) -> Any:
+    """A copy of `model` that computes with the same weights in memory; `weights` False: with copies
+    of them."""
+    kept: dict[int, Any] = {}
+    if weights:
+        for tensor in _held_tensors(model):
+            kept[id(tensor)] = tensor
+    return copy.deepcopy(model, kept)
+
+
+def _shared_weights(model: Any) -> set[int]:
+    """Ids of weights that several layers have (tied embeddings, repeated layers)."""
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return {key for key, count in uses.items() if count > 1}
+
+
+def _held_tensors(model: Any) -> Iterator[torch.Tensor]:
+    for module in model.modules():
+        # bitsandbytes moves its 8-bit weights to another place in the first forward.
+        if getattr(getattr(module, "weight", None), "CB", None) is not None:
+            module.init_8bit_state()
+        state = getattr(module, "state", None)
+        if hasattr(state, "__dict__"):
+            yield from (value for value in vars(state).values() if isinstance(value, torch.Tensor))
+        yield from (p for p in module._parameters.values() if p is not None)
+        for buffer in module._buffers.values():
+            if buffer is not None and buffer.nbytes >= SMALL_BUFFER_BYTES:
+                yield buffer
+
+
+def _resize(model: Any, adapter: Adapter) -> int | None:
+    """Give the model as many rows of embeddings as the adapter's file brings; how many it had, None
+    where it keeps them."""
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    weights = {id(layer.weight) for layer in layers if hasattr(layer, "weight")}
+    rows = int(layers[0].weight.shape[0])
+    wanted = rows
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in weights:
+            continue
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        for key in (f"{stem}.weight", f"{stem}.base_layer.weight"):
+            if key in adapter.weights:
+                wanted = int(adapter.weights[key].shape[0])
+    if wanted == rows:
+        return None
+    tied = len(weights) < len([layer for layer in layers if layer is not None])
+    for layer in layers:
+        if layer is not None:
+            _own_weights(layer)
+    if tied:
+        layers[1].weight = layers[0].weight
+    with explained(adapter.path):
+        model.resize_token_embeddings(wanted, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if layer is not None:
+            # See `_refuse_empty_rows`.
+            layer.weight.data[rows:] = torch.nan
+    return rows
+
+
+def _refuse_empty_rows(model: Any, adapter: Adapter, rows: int | None) -> None:
+    """Refuse an adapter with added tokens, behind the base's `rows`, that brings only a part of
+    their weights."""
+    if rows is None or rows >= model.get_input_embeddings().weight.shape[0]:
+        return
+    inputs = _probe(model)
+    ordinary = _outputs(model, inputs | {"input_ids": inputs["input_ids"] % rows}, adapter.path)
+    added = _outputs(model, inputs | {"input_ids": inputs["input_ids"] * 0 + rows}, adapter.path)
+    for outputs, part in ((ordinary, "output head"), (added, "input embeddings")):
+        if outputs.isnan().any():
+            raise EngineLoadError(
+                f"adapter {adapter.path} does not fit: it adds tokens, and its file holds no rows "
+                f"for them in the {part}. Save it with save_embedding_layers=True"
+            )
+
+
+def _attach(target: Any, adapter: Adapter, name: str, protected: set[int]) -> _Attached:
+    """Put an adapter into a model, or into peft's model that has others already. Weights whose ids
+    are `protected` are replaced, never written to."""
+    peft = peft_library()
+    known = {id(parameter) for parameter in target.parameters()}
+    config = copy.deepcopy(adapter.config)
+    config.inference_mode = True
+    with explained(adapter.path):
+        if isinstance(target, peft.PeftModel):
+            target.add_adapter(name, config)
+            outer = target
+        else:
+            outer = peft.PeftModel(target, config, adapter_name=name)
+        state = _placed(outer, adapter, name)
+        _refuse_misfit(outer, adapter, state, known)
+        written = _detach_written(outer, state, known, protected)
+        outer.load_state_dict(state, strict=False)
+    return _Attached(outer.eval(), written)
+
+
+def _placed(outer: Any, adapter: Adapter, name: str) -> dict[str, torch.Tensor]:
+    """The adapter's weights under the names that they have inside `outer`, as peft finds them; it
+    knows the names of other releases."""
+    found: dict[str, torch.Tensor] = {}
+    load = outer.load_state_dict
+
+    def take(state: dict[str, torch.Tensor], strict: bool = False) -> Any:
+        found.update(state)
+        return load({}, strict=False)
+
+    outer.load_state_dict = take
+    try:
+        peft_library().set_peft_model_state_dict(outer, adapter.weights, adapter_name=name)
+    except KeyError as error:
+        raise EngineLoadError(
+            f"adapter {adapter.path} does not fit: its file lacks {error.args[0]}, which its "
+            "configuration names"
+        ) from None
+    finally:
+        del outer.load_state_dict
+    return found
+
+
+def _refuse_misfit(
+    outer: Any, adapter: Adapter, state: dict[str, torch.Tensor], known: set[int]
+) -> None:
+    """Every weight of the file must have a place, and every place a weight."""
+    unknown = state.keys() - outer.state_dict().keys()
+    if unknown:
+        raise EngineLoadError(
+            f"adapter {adapter.path} does not fit: it was trained on another model, which has "
+            f"{_few(unknown)}"
+        )
+    names: dict[int, set[str]] = {}
+    for name, parameter in outer.named_parameters(remove_duplicate=False):
+        if id(parameter) not in known or _is_claimed_bias(name, adapter.config):
+            names.setdefault(id(parameter), set()).add(name)
+    prefix = peft_library().mapping.PEFT_TYPE_TO_PREFIX_MAPPING.get(adapter.config.peft_type) or ""
+    plain = str(getattr(adapter.config.peft_type, "value", "")) == "LORA"
+    lacking = [
+        min(own)
+        for own in names.values()
+        if not own & state.keys()
+        # Other kinds have helpers of their own beside what they train.
+        and (plain or any(prefix in name for name in own))
+    ]
+    if lacking:
+        raise EngineLoadError(
+            f"adapter {adapter.path} does not fit: its file lacks weights for modules that its "
+            f"configuration names: {_few(lacking)}"
+        )
+
+
+def _is_claimed_bias(name: str, config: Any) -> bool:
+    """Whether the adapter trained this bias of the base (`bias`: all or lora_only)."""
+    bias = getattr(config, "bias", "none")
+    if bias == "all":
+        return name.rsplit(".", 1)[-1] == "bias"
+    return str(bias).endswith("_only") and name.endswith(".base_layer.bias")
+
+
+def _detach_written(
+    outer: Any, state: dict[str, torch.Tensor], known: set[int], protected: set[int]
+) -> frozenset[str]:
+    """Names of the base's weights that `state` changes; each becomes this model's own. What is
+    equal to the base's is taken out of `state`."""
+    written = set()
+    for prefix, module in outer.named_modules():
+        for leaf, parameter in list(module._parameters.items()):
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            if parameter is None or name not in state or id(parameter) not in known:
+                continue
+            if torch.equal(parameter, state[name].to(parameter)):
+                # peft saves embeddings beside their adapter, trained or not.
+                del state[name]
+                continue
+            written.add(name)
+            if id(parameter) in protected:
+                module._parameters[leaf] = _own(parameter)
+    return frozenset(written)
+
+
+def _few(names: Iterable[str]) -> str:
+    shown = sorted(name.removeprefix("base_model.model.") for name in names)
+    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
+
+
+# --- merged ---------------------------------------------------------------------------------------
+
+
+def _merged(attached: _Attached, adapter: Adapter, protected: set[int]) -> Any:
+    """The model with its adapter merged; compared with what it computed before."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    outer = attached.outer
+    # Only the layer that is meant may change, not those that share its weight.
+    protected = protected | _shared_weights(outer)
+    inputs = _probe(attached.model)
+    wanted = _outputs(attached.model, inputs, adapter.path)
+    for module in outer.modules():
+        if isinstance(module, BaseTunerLayer):
+            only = getattr(module, "parameter_name", None)
+            _own_weights(module.get_base_layer(), protected, only=only)
+    with explained(adapter.path):
+        model = outer.merge_and_unload(safe_merge=True).eval()
+    _untie(model)
+    error = relative_error(_outputs(model, inputs, adapter.path), wanted)
+    if not error <= tolerance(model, quantised=False):
+        raise refusal(adapter.path, f"merged, it computes something else (by {error:.3g})")
+    return model
+
+
+def _own(parameter: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().clone(), requires_grad=False)
+
+
+def _own_weights(
+    module: nn.Module, protected: set[int] | None = None, *, only: str | None = None
+) -> None:
+    """Give a layer copies of its weights: of those that are `protected` (None: of all), or of the
+    one called `only`."""
+    for owner in module.modules():
+        for leaf, parameter in list(owner._parameters.items()):
+            if parameter is None or (only is not None and leaf != only):
+                continue
+            if protected is None or id(parameter) in protected:
+                owner._parameters[leaf] = _own(parameter)
+
+
+def _untie(model: Any) -> None:
+    """A configuration that says no more than what is: nobody may tie again what an adapter made
+    different."""
+    inner, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or getattr(head, "weight", None) is getattr(inner, "weight", None):
+        return
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+
+
+# --- in the rows of a batch -----------------------------------------------------------------------
+
+
+def _fits_rows(loaded: LoadedModel, attached: _Attached, adapter: Adapter) -> bool:
+    """Whether rows of one batch can have this adapter and others: nothing but plain LoRA, on layers
+    that see the rows."""
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+    from transformers.pytorch_utils import Conv1D
+
+    config = adapter.config
+    replicated = getattr(config, "layer_replication", None)
+    if attached.written or adapter.changes_base or replicated:
+        return False
+    layers: list[nn.Module] = []
+    for module in attached.outer.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            return False
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        if not isinstance(module, LoraLayer) or isinstance(module, ParamWrapper):
+            return False
+        base = module.get_base_layer()
+        if not isinstance(base, nn.Linear | Conv1D | nn.Embedding) or module.lora_variant:
+            return False
+        if isinstance(base, nn.Embedding) and loaded.takes_images:
+            # Such models look up single tokens outside of any batch.
+            return False
+        layers.append(module)  # type: ignore[arg-type]  # a mixin of nn.Module
+    return _see_rows(attached.model, layers)
+
+
+@torch.inference_mode()
+def _see_rows(model: Any, layers: list[nn.Module]) -> bool:
+    """Whether each of the layers takes part in a text's forward, and has the batch's rows as its
+    first dimension there. Towers, projectors and experts do not."""
+    lengths = (PROBE_TOKENS, PROBE_ANSWER) if model.config.is_encoder_decoder else (PROBE_TOKENS,)
+    right: dict[nn.Module, bool] = {}
+
+    def look(module: nn.Module, args: Any) -> None:
+        shape = args[0].shape
+        sees = len(shape) > 1 and shape[0] == PROBE_ROWS and shape[1] in lengths
+        right[module] = right.get(module, True) and sees
+
+    handles = [layer.register_forward_pre_hook(look) for layer in layers]
+    try:
+        model(**_probe(model))
+    except Exception:
+        # A model that takes no plain text.
+        return False
+    finally:
+        for handle in handles:
+            handle.remove()
+    return all(right.get(layer, False) for layer in layers)
+
+
+def _put_into_rows(loaded: LoadedModel, by_row: dict[str, tuple[Adapter, _Attached]]) -> None:
+    """Put the adapters into the base, and compare a batch of all with each alone."""
+    # What the self test compares with: the base before any of them is in it.
+    loaded.reference = _shared_copy(loaded.model)
+    target = loaded.model
+    names: dict[str, str] = {}
+    for number, (name, (adapter, _)) in enumerate(by_row.items()):
+        names[name] = f"row{number}"
+        target = _attach(target, adapter, names[name], set()).outer
+    loaded.rows = RowAdapters(loaded.model, names)
+    loaded.adapters = tuple(names)
+    inputs = _probe(loaded.model)
+    allowed = tolerance(loaded.model, quantised=loaded.quantised)
+    base = _outputs(loaded.reference, inputs, "the base")
+    for name, (adapter, attached) in by_row.items():
+        wanted = _outputs(attached.model, inputs, adapter.path)
+        loaded.rows.choose([name, None, name])
+        got = _outputs(loaded.model, inputs, adapter.path)
+        error = max(relative_error(got[0::2], wanted[0::2]), relative_error(got[1::2], base[1::2]))
+        if not error <= allowed:
+            raise refusal(adapter.path, f"in a batch it computes something else (by {error:.3g})")
+
+
+# --- comparing ------------------------------------------------------------------------------------
+
+
+def _probe(model: Any) -> dict[str, torch.Tensor]:
+    """Rows of ordinary tokens."""
+    count = int(model.config.get_text_config(decoder=True).vocab_size)
+    numbers = torch.arange(PROBE_ROWS * PROBE_TOKENS, device=model.device)
+    # Away from the ends of the vocabulary, where special tokens lie.
+    ids = (count // 3 + numbers * max(count // (3 * len(numbers)), 1)) % count
+    ids = ids.reshape(PROBE_ROWS, PROBE_TOKENS)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids[:, :PROBE_ANSWER]
+    return inputs
+
+
+@torch.inference_mode()
+def _outputs(model: Any, inputs: dict[str, torch.Tensor], path: str) -> torch.Tensor:
+    """float32 logits, or states of a model that only embeds."""
+    with explained(path):
+        outputs: torch.Tensor = model(**inputs)[0]
+    return outputs.float()
