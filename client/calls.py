@@ -20,7 +20,15 @@ import msgspec
 
 from broker.protocol import codec
 from broker.protocol.errors import ProtocolError
-from broker.protocol.messages import Attachment, Kind, Message, Params, Request, Usage
+from broker.protocol.messages import (
+    MODEL_DEFAULTS,
+    Attachment,
+    Kind,
+    Message,
+    Params,
+    Request,
+    Usage,
+)
 from client import images as pictures
 from client.errors import BrokenProtocol, InvalidRequest
 from client.events import End
@@ -318,6 +326,8 @@ def _call(
         for name in list(options)
         if name in _PARAMS and options[name] is not None
     }
+    if "model_defaults" not in params:
+        params["model_defaults"] = [name for name in MODEL_DEFAULTS if name not in params]
     # Always one, so that a resumed stream continues exactly; 2**53 survives JSON.
     params.setdefault("seed", int.from_bytes(os.urandom(6)))
     fields = {name: value for name, value in options.items() if value is not None}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta, Struct
 
@@ -252,6 +252,10 @@ class Constraint(_Map, frozen=True, kw_only=True):
     compact: bool = False
 
 
+MODEL_DEFAULTS: Final = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Parameters for which a model may bring a default of its own (`Params.model_defaults`)."""
+
+
 class Params(_Map, frozen=True, kw_only=True):
     """How tokens are chosen and when to stop. Defaults are the neutral values."""
 
@@ -295,6 +299,9 @@ class Params(_Map, frozen=True, kw_only=True):
     #: When prompt and max_tokens do not fit: refuse, or drop the oldest tokens after BOS and
     #: system.
     overflow: Literal["error", "truncate_left"] = "error"
+    #: Which of `MODEL_DEFAULTS` the caller left open: there the model's own generation config
+    #: counts, if it says anything, before the neutral value. Unknown names are skipped.
+    model_defaults: Annotated[list[str], Meta(max_length=16)] = []
     #: Deliver at least this many tokens at a time (all of them at the end).
     stream_interval: Annotated[int, Meta(ge=1, le=1 << 20)] = 1
 

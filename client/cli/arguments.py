@@ -78,11 +78,11 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 PARAMETERS: Final[dict[str, str]] = {
     "max_tokens": "longest answer, tokens [what is left of the context]",
     "min_tokens": "no end before so many tokens [0]",
-    "temperature": "randomness: 0 always takes the likeliest token [the model's own, else 1]",
-    "top_p": "choose among the likeliest tokens of this total probability, 0 to 1 [1: all]",
-    "top_k": "choose among so many likeliest tokens [0: all]",
-    "min_p": "leave out tokens below this share of the likeliest one's probability [0: none]",
-    "repetition_penalty": "above 1, tokens of prompt and answer become less likely [1: off]",
+    "temperature": "randomness: 0 always takes the likeliest token [1*]",
+    "top_p": "choose among the likeliest tokens of this total probability, 0 to 1 [1*: all]",
+    "top_k": "choose among so many likeliest tokens [0*: all]",
+    "min_p": "leave out tokens below this share of the likeliest one's probability [0*: none]",
+    "repetition_penalty": "above 1, tokens of prompt and answer become less likely [1*: off]",
     "presence_penalty": "taken from the logits of tokens that the answer has [0: off]",
     "frequency_penalty": "the same for each time that the answer has them [0: off]",
     "seed": "same seed, same answer [random]",
@@ -99,7 +99,10 @@ PARAMETERS: Final[dict[str, str]] = {
 
 def add_params(parser: argparse.ArgumentParser) -> None:
     """Every parameter of sampling that fits a flag, and `--param` for the others."""
-    group = parser.add_argument_group("sampling (SPEC.md section 4.2)")
+    group = parser.add_argument_group(
+        "sampling (SPEC.md section 4.2)",
+        "Defaults with * are the model's own where its generation config has any.",
+    )
     for name, kind in _flags().items():
         flag = "--" + name.replace("_", "-")
         if kind is bool:
@@ -169,6 +172,8 @@ def _flags() -> dict[str, Any]:
     info = msgspec.inspect.type_info(Params)
     assert isinstance(info, msgspec.inspect.StructType)
     for field in info.fields:
+        if field.name == "model_defaults":  # what was not given
+            continue
         kind = field.type
         if isinstance(kind, msgspec.inspect.UnionType):
             kind = next(t for t in kind.types if not isinstance(t, msgspec.inspect.NoneType))

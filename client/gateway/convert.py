@@ -13,6 +13,7 @@ import msgspec
 
 from broker.protocol.limits import DEFAULT_WINDOW_TOKENS, MAX_ATTACHMENTS
 from broker.protocol.messages import (
+    MODEL_DEFAULTS,
     Attachment,
     Constraint,
     ImagePart,
@@ -352,6 +353,7 @@ def _params(
         top_k=max(body.top_k or 0, 0),
         min_p=body.min_p or 0.0,
         repetition_penalty=body.repetition_penalty or 1.0,
+        model_defaults=[name for name in MODEL_DEFAULTS if getattr(body, name, None) is None],
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         # OpenAI allows negative seeds; the bus counts from 0.

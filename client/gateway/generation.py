@@ -101,8 +101,10 @@ async def open_stream(
         for name in Params.__struct_fields__
         if getattr(request.params, name) != getattr(_DEFAULT_PARAMS, name)
     }
-    # Zero is a seed like any other; left out, the library would pick one.
+    # Zero is a seed like any other; left out, the library would pick one. A parameter at its
+    # neutral value may have been given.
     options["seed"] = request.params.seed
+    options["model_defaults"] = request.params.model_defaults
     options.update(
         tools=request.tools,
         tool_choice=request.tool_choice,

@@ -562,3 +562,54 @@ def test_an_answer_whose_constraint_is_met_ends_whatever_more_is_asked_for(
 )
 def test_a_model_is_named_after_its_path(path: str, name: str) -> None:
     assert model_name(path) == name
+
+
+# --- what the model brings along ------------------------------------------------------------------
+
+
+def left_open(*names: str, **params: object) -> Job:
+    return tiny.ids_job(tiny.prompts(1)[0], max_tokens=12, model_defaults=list(names), **params)
+
+
+def greedy_and_sampled(**generation: object) -> tuple[TransformersEngine, list[int], list[int]]:
+    """An engine of a model with this generation config, its greedy answer and a sampled one."""
+    model = tiny.llama()
+    for name, value in generation.items():
+        setattr(model.generation_config, name, value)
+    engine = tiny.serve(model)
+    greedy, sampled = tiny.run(
+        engine, [left_open(temperature=0.0), left_open(temperature=1.0, seed=5)]
+    )
+    assert greedy.token_ids != sampled.token_ids
+    return engine, greedy.token_ids, sampled.token_ids
+
+
+def test_a_model_that_does_not_sample_is_greedy_where_the_caller_left_it_open() -> None:
+    engine, greedy, sampled = greedy_and_sampled(do_sample=False)
+    jobs = [
+        left_open("temperature", temperature=1.0, seed=5),
+        left_open("top_p", temperature=1.0, seed=5),
+    ]
+    try:
+        assert [a.token_ids for a in tiny.run(engine, jobs)] == [greedy, sampled]
+    finally:
+        engine.close()
+
+
+def test_the_models_own_sampling_values_count_where_the_caller_left_them_open() -> None:
+    engine, greedy, sampled = greedy_and_sampled(
+        do_sample=True, top_k=1, temperature=0.6, repetition_penalty=-3.0
+    )
+    jobs = [
+        left_open("top_k", "repetition_penalty", "a_later_one", temperature=1.0, seed=5),
+        left_open("temperature", temperature=1.0, seed=5),
+        left_open(temperature=0.6, seed=5),
+        left_open(temperature=1.0, seed=5),
+    ]
+    try:
+        own_top_k, own, given, neither = (a.token_ids for a in tiny.run(engine, jobs))
+        assert own_top_k == greedy
+        assert own == given
+        assert neither == sampled
+    finally:
+        engine.close()

@@ -12,6 +12,9 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from broker.protocol.messages import MODEL_DEFAULTS
+from client.gateway.convert import completion_calls
+from client.gateway.requests import CompletionRequest
 from tests.gateway.conftest import running_gateway
 from tests.harness import Bus, ManagedProcess
 
@@ -167,3 +170,33 @@ def test_a_schema_that_makes_no_sense_is_refused(demo: openai.OpenAI) -> None:
                 "json_schema": {"name": "x", "schema": {"type": "nonsense"}},
             },
         )
+
+
+def test_a_temperature_that_was_given_counts_and_the_models_own_where_it_was_not(
+    demo: openai.OpenAI,
+) -> None:
+    def answers(**params: float) -> set[str | None]:
+        return {
+            demo.chat.completions.create(
+                model="demo",
+                messages=[{"role": "user", "content": "How many words are there: red blue green"}],
+                seed=seed,
+                **params,
+            )
+            .choices[0]
+            .message.content
+            for seed in range(6)
+        }
+
+    assert len(answers()) == 1
+    assert len(answers(temperature=2.0)) > 1
+
+
+def test_a_neutral_value_that_was_given_is_not_left_open() -> None:
+    def left_open(**given: float) -> list[str]:
+        body = CompletionRequest(model="demo", prompt="x", **given)
+        (call,) = completion_calls(body, seed=1, user="")
+        return call.request.params.model_defaults
+
+    assert left_open() == list(MODEL_DEFAULTS)
+    assert left_open(temperature=1.0, top_p=1.0) == ["top_k", "min_p", "repetition_penalty"]

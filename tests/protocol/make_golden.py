@@ -317,6 +317,9 @@ def _every_field() -> dict[str, Example]:
         trace={"traceparent": "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"},
     )
     schema = m.Constraint(type="json_schema", value={"type": "integer"}, compact=True)
+    left_open = m.Request(
+        model="demo", prompt="1", params=m.Params(model_defaults=["temperature", "top_p"]), window=1
+    )
     compact = m.Request(model="demo", prompt="1", params=m.Params(constraint=schema), window=1)
     embed = m.Request(
         model="demo",
@@ -351,6 +354,7 @@ def _every_field() -> dict[str, Example]:
     )
     goodbye = m.Goodbye(reason="slow_consumer", message="read faster")
     return {
+        "request_model_defaults": (t.REQUEST, REQUEST, 1, 0, [left_open], []),
         "hello_serial": (t.HELLO, header.NO_ID, 0, 0, [serial], []),
         "hello_relay": (t.HELLO, header.NO_ID, 0, 0, [hello], []),
         "welcome_operator": (t.WELCOME, SESSION, 0, 0, [welcome], []),

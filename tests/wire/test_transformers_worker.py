@@ -134,3 +134,10 @@ def test_an_adapter_is_served_under_its_own_name_beside_its_base(bus: Bus) -> No
 def test_the_worker_logs_its_own_lines_and_nothing_of_its_libraries(bus: Bus) -> None:
     records = [json.loads(line) for line in bus.workers["demo"].log().splitlines()]
     assert {record["level"] for record in records} == {"info"}
+
+
+def test_the_demo_model_is_greedy_unless_asked_otherwise(bus: Bus) -> None:
+    client = bus.client()
+    question = "How many words are there: red blue green"
+    answers = {client.chat("demo", question, seed=seed).text for seed in range(4)}
+    assert answers == {client.chat("demo", question, temperature=0).text}

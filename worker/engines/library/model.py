@@ -200,6 +200,8 @@ class LibraryModel(ServedModel):
     ) -> None:
         self._generator = generator
         self._unsupported = dict(unsupported or {})
+        for name in self._unsupported:
+            loaded.sampling_defaults.pop(name, None)
         super().__init__(loaded, names, settings, slots=generator.slots)
         limits = ImageLimits(pixels=settings.image_pixels, octets=settings.image_bytes)
         self.builder: LibraryPromptBuilder = LibraryPromptBuilder(loaded, limits)

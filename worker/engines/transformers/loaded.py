@@ -6,15 +6,18 @@ model.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from transformers import GenerationConfig
 
+from broker.protocol.messages import MODEL_DEFAULTS, Params
 from worker.engines.transformers.compat import rope_parameters
 from worker.engines.transformers.rope import LengthRope, find_length_rope
 from worker.engines.transformers.rows import RowAdapters
@@ -59,6 +62,8 @@ class LoadedModel:
     #: Where positions have other angles in long sequences than in short ones.
     rope: LengthRope | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    #: The model's own values of `MODEL_DEFAULTS`, from its generation config.
+    sampling_defaults: dict[str, float] = field(default_factory=dict)
 
     def choose_rows(self, adapters: Sequence[str | None]) -> None:
         """The adapter of each row of the next forwards, None for the model as it is."""
@@ -104,6 +109,7 @@ def wrap_model(
         embedding_only=head is None,
         folder=folder,
         quantised=quantised,
+        sampling_defaults=_sampling_defaults(model),
         rope=find_length_rope(model, context),
         details={
             "architecture": type(model).__name__,
@@ -114,6 +120,22 @@ def wrap_model(
             "layers": int(getattr(text_config, "num_hidden_layers", 0) or 0),
         },
     )
+
+
+def _sampling_defaults(model: Any) -> dict[str, float]:
+    """What the model's generation config says of `MODEL_DEFAULTS`; greedy where it says
+    `do_sample: false`. Values that a request could not have are left out."""
+    generation = getattr(model, "generation_config", None)
+    if getattr(generation, "do_sample", None) is False:
+        return {"temperature": 0.0}
+    found: dict[str, float] = {}
+    for name in MODEL_DEFAULTS:
+        value = getattr(generation, name, None)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            with contextlib.suppress(msgspec.ValidationError):
+                msgspec.convert({name: value}, Params)
+                found[name] = value
+    return found
 
 
 def _context_tokens(config: Any, text_config: Any, tokenizer: Any) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from PIL import Image
 
 from broker.protocol.errors import ErrorCode, RequestError
@@ -271,7 +272,7 @@ class ServedModel:
         )
 
     def _sequence(self, job: Job, added_at: float) -> Sequence:
-        request, params = job.request, job.request.params
+        request, params = job.request, self._with_model_defaults(job.request.params)
         texts = self._texts_of(request)
         loaded = texts.loaded
         if self.runner is None:
@@ -325,6 +326,12 @@ class ServedModel:
 
     def _adapter(self, request: Request) -> str | None:
         return request.model if request.model in self.loaded.adapters else None
+
+    def _with_model_defaults(self, params: Params) -> Params:
+        """What the caller left open is as the model's own generation config says."""
+        own = self.loaded.sampling_defaults
+        changes = {name: own[name] for name in params.model_defaults if name in own}
+        return msgspec.structs.replace(params, **changes) if changes else params
 
     def embed_step(self, task: EmbedTask) -> Ended | None:
         """Run one batch of an embedding task; its end when all are done."""
