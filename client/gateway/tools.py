@@ -5,13 +5,16 @@ Which format a model was trained on stands nowhere in a request, so it is detect
     <tool_call>{"name": ..., "arguments": {...}}</tool_call>     Hermes, Qwen; anywhere in the text
     [TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]         Mistral
     [TOOL_CALLS]name[ARGS]{...}                                  Mistral, newer
+    [TOOL_CALLS]name[CALL_ID]id[ARGS]{...}                       Mistral, newest
     <|python_tag|>{"name": ..., "parameters": {...}}; {...}      Llama 3; the tag is optional
     [{"name": ..., "arguments": {...}}, ...]                     a forced call, or a skipped tag
 
-JSON without a marker counts only at the very start of the text, and all of it only when it names
-one of the request's tools; anything else stays text. Arguments are passed on as the model writes
-them. Pure: fed text, returns pieces. How the text is cut into feeds never changes the outcome, and
-nothing is lost but the markup of calls and the white space around it.
+JSON without a marker counts only at the very start of the answer, and only as a whole: objects of
+a name of the request's tools and its arguments, and nothing else; so it is held back until it is
+complete, unless the call was forced. Anything else stays text, and so does what stands within a
+thought (`<think>` and the like). Arguments are passed on as the model writes them. Pure: fed text,
+returns pieces. How the text is cut into feeds never changes the outcome, and nothing is lost but
+the markup of calls and the white space around it.
 """
 
 from __future__ import annotations
@@ -19,10 +22,11 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from enum import Enum, auto
+from typing import Final
 
 from msgspec import Struct
 
-__all__ = ["Arguments", "CallStart", "Piece", "Text", "ToolCallParser"]
+__all__ = ["MARKS", "Arguments", "CallStart", "Piece", "Text", "ToolCallParser"]
 
 
 class Text(Struct, frozen=True, gc=False):
@@ -48,25 +52,44 @@ class Arguments(Struct, frozen=True, gc=False):
 Piece = Text | CallStart | Arguments
 
 _HERMES, _HERMES_END = "<tool_call>", "</tool_call>"
-_MISTRAL, _MISTRAL_ARGS = "[TOOL_CALLS]", "[ARGS]"
+_MISTRAL, _MISTRAL_ID, _MISTRAL_ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 _LLAMA = "<|python_tag|>"
-_MARKERS = (_HERMES, _MISTRAL, _LLAMA)
+_CALLS = (_HERMES, _MISTRAL, _LLAMA)
+#: How models mark the beginning and the end of a thought.
+_THOUGHTS = {
+    "<think>": "</think>",
+    "<thinking>": "</thinking>",
+    "<thought>": "</thought>",
+    "<seed:think>": "</seed:think>",
+    "[THINK]": "[/THINK]",
+    "<|START_THINKING|>": "<|END_THINKING|>",
+    "◁think▷": "◁/think▷",
+}
+_OPENINGS = (*_CALLS, *_THOUGHTS)
+#: What must stand in the text for calls to be found, though it may be special tokens of a model.
+MARKS: Final = (*_OPENINGS, _HERMES_END, _MISTRAL_ID, _MISTRAL_ARGS, *_THOUGHTS.values())
 _SPACE = " \t\r\n"
 _SEPARATORS = _SPACE + ",;"
 #: Keys under which models put the arguments, and what else a call may have beside its name.
 _ARGUMENTS = ("arguments", "parameters")
 _BESIDE = ("id", "type", "index")
+#: Longest id of a call that Mistral's models write, with room.
+_ID_CHARACTERS = 64
 
 
 class _Reader:
     """Reads one JSON object that may be a call, and knows the name before the object is complete.
 
-    With `name` given the object is the arguments themselves.
+    With `name` given the object is the arguments themselves. `strict`: an object that has anything
+    but a name and arguments is refused, up to its end.
     """
 
-    def __init__(self, names: Collection[str], name: str | None = None) -> None:
+    def __init__(
+        self, names: Collection[str], name: str | None = None, *, strict: bool = False
+    ) -> None:
         self._names = names
         self._bare_arguments = name is not None
+        self._strict = strict
         self.name = name
         #: All that was taken.
         self.raw = ""
@@ -74,6 +97,7 @@ class _Reader:
         self.refused = False
         self._arguments = ""  # known, not yet handed out
         self._had_arguments = False
+        self._arguments_over = False
         self._key: str | None = None  # None: a key is expected
         self._from: int | None = None  # where the key or value in hand begins in `raw`
         self._in_string = False
@@ -102,7 +126,9 @@ class _Reader:
     def _is_streamed(self, character: str) -> bool:
         if self._bare_arguments:
             return True
-        if self._key not in _ARGUMENTS or (self._in_string and self._depth == 1):
+        if self._key not in _ARGUMENTS or self._arguments_over:
+            return False
+        if self._in_string and self._depth == 1:
             return False
         return self._depth >= 2 or (character in "{[" and self._from is None)
 
@@ -149,21 +175,25 @@ class _Reader:
         self._key = None
         if key in ("name", "function"):
             name = _string(value)
-            if name not in self._names:
+            if name not in self._names or (self._strict and self.name is not None):
                 self._refuse()
             elif self.name is None:
                 self.name = name
-        elif key in _ARGUMENTS and not self._had_arguments:
-            # Null, or a string that holds the JSON; an object was streamed.
-            self._had_arguments = True
-            self._arguments += _string(value) or "{}"
-        elif key is None:
+        elif key in _ARGUMENTS:
+            if self._strict and (self._arguments_over or not _may_be_arguments(value)):
+                self._refuse()
+            elif not self._had_arguments:
+                # Null, or a string that holds the JSON; an object was streamed.
+                self._had_arguments = True
+                self._arguments += _string(value) or "{}"
+            self._arguments_over = True
+        elif key is None or (self._strict and key == "type" and _string(value) != "function"):
             self._refuse()
 
     def _close(self) -> None:
         if not self._bare_arguments:
             self._value_ends()
-            if self.name is None:
+            if self.name is None or (self._strict and not self._had_arguments):
                 self._refuse()
             elif not self._had_arguments:
                 self._arguments += "{}"
@@ -171,7 +201,16 @@ class _Reader:
 
     def _refuse(self) -> None:
         # Once the name was told, whatever follows in the object belongs to that call.
-        self.refused = self.name is None
+        self.refused = self.refused or self._strict or self.name is None
+
+
+def _may_be_arguments(value: str) -> bool:
+    """An object, a string that holds one, or null."""
+    try:
+        found = json.loads(_string(value) or value)
+    except (ValueError, RecursionError):
+        return False
+    return found is None or isinstance(found, dict)
 
 
 def _string(text: str) -> str | None:
@@ -185,27 +224,52 @@ def _string(text: str) -> str | None:
 class _State(Enum):
     START = auto()  # only white space so far
     TEXT = auto()
+    THOUGHT = auto()
     CALLS = auto()  # in a region of calls: a call, a separator, or the end
     NAME = auto()  # Mistral's newer form: the name stands before the object
     READING = auto()  # inside the object of a call
 
 
 class ToolCallParser:
-    """Splits the text of one answer into text and calls of `names`."""
+    """Splits the text of one answer into text and calls of `names`.
 
-    def __init__(self, names: Collection[str], *, parallel: bool = True) -> None:
+    `forced`: the answer can be nothing but a call, or a list of them.
+    """
+
+    def __init__(
+        self, names: Collection[str], *, parallel: bool = True, forced: bool = False
+    ) -> None:
         self._names = frozenset(names)
         self._parallel = parallel
+        self._forced = forced
+        #: Marks that are no part of the text, whatever they stand for.
+        self._hidden: tuple[str, ...] = ()
         self._state = _State.START
+        self._closing = ""  # how the thought in hand ends
         self._pending = ""  # not yet decided
         self._region = ""  # taken since the region of calls began, while it holds no call
         self._marker = ""  # how the region began
         self._in_list = False
+        self._unsure: list[Piece] = []  # calls of a list that may yet turn out to be none
         self._reader: _Reader | None = None
         self._told = False  # the call in hand was told
         self._trim = False  # white space follows a call
         #: Calls found so far.
         self.calls = 0
+        #: The answer ended within a call.
+        self.cut = False
+
+    def begin(self, *, special: Collection[str] = (), tail: str = "", said: str = "") -> None:
+        """Before the first text: which marks are special tokens of the model, how its prompt ends
+        (`tail`), and what of the answer stands there already (`said`)."""
+        self._hidden = tuple(mark for mark in MARKS if mark in special)
+        tail = tail.rstrip(_SPACE)
+        closing = next((end for start, end in _THOUGHTS.items() if tail.endswith(start)), None)
+        for start, end in _THOUGHTS.items():
+            if said.rfind(start) > said.rfind(end):
+                closing = end
+        if closing is not None:
+            self._state, self._closing = _State.THOUGHT, closing
 
     @property
     def satisfied(self) -> bool:
@@ -224,6 +288,7 @@ class ToolCallParser:
         """The answer is over: what was held back is text, unless it belongs to a call."""
         rest = self._pending
         if self._reader is not None:
+            self.cut = self._told
             rest = "" if self._told else self._region + self._reader.raw
         elif self._state in (_State.CALLS, _State.NAME):
             rest = self._region + rest if self._region else rest.strip(_SEPARATORS + "]")
@@ -231,7 +296,8 @@ class ToolCallParser:
             rest = rest.lstrip(_SPACE)
         done = self.satisfied
         self._pending, self._region, self._reader = "", "", None
-        return [Text(rest)] if rest and not done else []
+        self._forget_unsure()
+        return [] if done else _merged([self._shown(rest)])
 
     def _step(self, pieces: list[Piece]) -> bool:
         """Decide about the beginning of what is pending; False when more text is needed."""
@@ -240,12 +306,19 @@ class ToolCallParser:
                 return self._start()
             case _State.TEXT:
                 return self._text(pieces)
+            case _State.THOUGHT:
+                return self._thought(pieces)
             case _State.CALLS:
                 return self._between(pieces)
             case _State.NAME:
                 return self._name(pieces)
             case _State.READING:
                 return self._read(pieces)
+
+    def _shown(self, text: str) -> Text:
+        for mark in self._hidden:
+            text = text.replace(mark, "")
+        return Text(text)
 
     def _start(self) -> bool:
         head = self._pending.lstrip(_SPACE)
@@ -263,37 +336,65 @@ class ToolCallParser:
         if self._trim:
             self._pending = self._pending.lstrip(_SPACE)
             self._trim = not self._pending
-        found = [at for at in (self._pending.find(marker) for marker in _MARKERS) if at >= 0]
-        sure = min(found) if found else len(self._pending) - _held_back(self._pending)
+        found = [at for at in (self._pending.find(mark) for mark in _OPENINGS) if at >= 0]
+        sure = min(found) if found else self._certain(_OPENINGS)
         kept = self._pending[:sure].rstrip(_SPACE)
-        if found:
-            marker = next(m for m in _MARKERS if self._pending.startswith(m, sure))
-            pieces.append(Text(kept))
+        if not found:
+            pieces.append(self._shown(kept))
+            self._pending = self._pending[len(kept) :]
+            return False
+        marker = next(m for m in _OPENINGS if self._pending.startswith(m, sure))
+        end = sure + len(marker)
+        if marker in _THOUGHTS:
+            pieces.append(self._shown(self._pending[:end]))
+            self._state, self._closing = _State.THOUGHT, _THOUGHTS[marker]
+        else:
+            pieces.append(self._shown(kept))
             # The white space before a marker is text if the marker turns out to begin no call.
-            self._enter(self._pending[len(kept) : sure] + marker)
+            self._enter(self._pending[len(kept) : end])
             self._marker = marker
-            self._pending = self._pending[sure + len(marker) :]
-            return True
-        pieces.append(Text(kept))
-        self._pending = self._pending[len(kept) :]
-        return False
+        self._pending = self._pending[end:]
+        return True
+
+    def _thought(self, pieces: list[Piece]) -> bool:
+        at = self._pending.find(self._closing)
+        end = at + len(self._closing) if at >= 0 else self._certain((self._closing,))
+        pieces.append(self._shown(self._pending[:end]))
+        self._pending = self._pending[end:]
+        if at >= 0:
+            self._state = _State.START
+        return at >= 0
+
+    def _certain(self, marks: Collection[str]) -> int:
+        """How much of what is pending cannot belong to one of the marks, or to a hidden one."""
+        return len(self._pending) - _held_back(self._pending, (*marks, *self._hidden))
 
     def _enter(self, taken: str) -> None:
         self._state = _State.CALLS
         self._region, self._marker, self._in_list = taken, "", False
 
     def _leave(self, pieces: list[Piece]) -> bool:
-        pieces.append(Text(self._region))
+        self._forget_unsure()
+        pieces.append(self._shown(self._region))
         self._trim = not self._region
         self._region = ""
         self._state = _State.TEXT
         return True
+
+    def _forget_unsure(self) -> None:
+        self.calls -= sum(isinstance(piece, CallStart) for piece in self._unsure)
+        self._unsure = []
 
     def _swallow(self, count: int) -> bool:
         if self._region or not self.calls:
             self._region += self._pending[:count]
         self._pending = self._pending[count:]
         return True
+
+    @property
+    def _strict(self) -> bool:
+        """Only what is nothing but a call is one: neither a marker nor the request says so."""
+        return not (self._marker or self._forced)
 
     def _between(self, pieces: list[Piece]) -> bool:
         head = self._pending.lstrip(_SEPARATORS)
@@ -306,10 +407,13 @@ class ToolCallParser:
                     return False
                 if len(head) >= len(tag):
                     self._swallow(before + len(tag))
-                    return self._leave(pieces) if tag == _HERMES_END else True
+                    if tag == _HERMES_END:
+                        return self._leave(pieces)
+                    self._marker = _MISTRAL
+                    return True
         if head[0] == "{":
             self._swallow(before)
-            self._reader, self._told = _Reader(self._names), False
+            self._reader, self._told = _Reader(self._names, strict=self._strict), False
             self._state = _State.READING
             return True
         if head[0] == "[" and not self._in_list and self._marker != _HERMES:
@@ -319,6 +423,9 @@ class ToolCallParser:
             return self._swallow(before + 1)
         if head[0] == "]" and self._in_list:
             self._swallow(before + 1)
+            if self._unsure:
+                pieces += self._unsure
+                self._unsure, self._region = [], ""
             return self._leave(pieces)
         if self._marker == _MISTRAL and not self._in_list:
             self._swallow(before)
@@ -329,9 +436,11 @@ class ToolCallParser:
     def _name(self, pieces: list[Piece]) -> bool:
         name, brace, _ = self._pending.partition("{")
         if not brace:
-            longest = max(map(len, self._names), default=0) + len(_MISTRAL_ARGS) + len(_SPACE)
+            longest = max(map(len, self._names), default=0) + _ID_CHARACTERS + 2 * len(_SPACE)
+            longest += len(_MISTRAL_ID) + len(_MISTRAL_ARGS)
             return len(name) > longest and self._leave(pieces)
-        called = name.strip(_SPACE).removesuffix(_MISTRAL_ARGS).strip(_SPACE)
+        called = name.strip(_SPACE).removesuffix(_MISTRAL_ARGS).partition(_MISTRAL_ID)[0]
+        called = called.strip(_SPACE)
         if called not in self._names:
             return self._leave(pieces)
         self._swallow(len(name))
@@ -347,11 +456,17 @@ class ToolCallParser:
             self._region += reader.raw
             self._reader = None
             return self._leave(pieces)
+        if self._strict and not reader.complete:
+            return False
+        # Of several calls in a list all are, or none.
+        is_unsure = self._strict and self._in_list and self._parallel
+        out = self._unsure if is_unsure else pieces
         if reader.name is not None and not self._told:
-            self._told, self._region = True, ""
-            pieces.append(CallStart(self.calls, reader.name))
+            self._told = True
+            self._region = self._region + reader.raw if is_unsure else ""
+            out.append(CallStart(self.calls, reader.name))
             self.calls += 1
-        pieces.append(Arguments(self.calls - 1, reader.new_arguments()))
+        out.append(Arguments(self.calls - 1, reader.new_arguments()))
         if not reader.complete:
             return False
         self._reader = None
@@ -359,10 +474,10 @@ class ToolCallParser:
         return True
 
 
-def _held_back(text: str) -> int:
-    """How many characters at the end could be the beginning of a marker."""
-    for count in range(min(max(map(len, _MARKERS)) - 1, len(text)), 0, -1):
-        if any(marker.startswith(text[-count:]) for marker in _MARKERS):
+def _held_back(text: str, marks: Collection[str]) -> int:
+    """How many characters at the end could be the beginning of a mark."""
+    for count in range(min(max(map(len, marks)) - 1, len(text)), 0, -1):
+        if any(mark.startswith(text[-count:]) for mark in marks):
             return count
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,10 +17,16 @@ WEATHER = '{"city": "Graz", "days": [1, {"a": "}"}]}'
 
 
 def parsed(
-    feeds: list[str], *, parallel: bool = True, names: tuple[str, ...] = NAMES
+    feeds: list[str],
+    *,
+    parallel: bool = True,
+    names: tuple[str, ...] = NAMES,
+    forced: bool = False,
+    **begin: Any,
 ) -> tuple[str, list[tuple[str, str]]]:
     """All text, and the calls as (name, arguments)."""
-    parser = ToolCallParser(names, parallel=parallel)
+    parser = ToolCallParser(names, parallel=parallel, forced=forced)
+    parser.begin(**begin)
     pieces = [piece for feed in feeds for piece in parser.feed(feed)] + parser.finish()
     calls: list[tuple[str, str]] = []
     text = ""
@@ -33,6 +40,7 @@ def parsed(
             case Arguments():
                 name, arguments = calls[piece.index]
                 calls[piece.index] = (name, arguments + piece.text)
+    assert parser.calls == len(calls)
     return text, calls
 
 
@@ -69,6 +77,22 @@ CALLS = {
         "",
         [("add", '{"a": 1}'), ("get_weather", '{"city": "[TOOL_CALLS]"}')],
     ),
+    "mistral, newest": (
+        '[TOOL_CALLS]add[CALL_ID]a1B2c3D41[ARGS]{"a": 1}'
+        '[TOOL_CALLS]get_weather[CALL_ID]a1B2c3D42[ARGS] {"city": "[CALL_ID]"}',
+        "",
+        [("add", '{"a": 1}'), ("get_weather", '{"city": "[CALL_ID]"}')],
+    ),
+    "mistral, newest, after text": (
+        'Sure.[TOOL_CALLS]add[CALL_ID]x[ARGS]{"a": 1}',
+        "Sure.",
+        [("add", '{"a": 1}')],
+    ),
+    "arguments twice": (
+        '<tool_call>{"name": "add", "arguments": {"a": 1}, "arguments": {"a": 2}}</tool_call>',
+        "",
+        [("add", '{"a": 1}')],
+    ),
     "llama": (
         '{"type": "function", "name": "add", "parameters": {"a": 1}}; '
         '{"name": "add", "parameters": {}}',
@@ -90,8 +114,22 @@ CALLS = {
         "",
         [("add", '{"a": 1}')],
     ),
-    "without arguments": ('{"name": "add"}', "", [("add", "{}")]),
+    "without arguments": ('<tool_call>{"name": "add"}</tool_call>', "", [("add", "{}")]),
     "null arguments": ('{"name": "add", "arguments": null}', "", [("add", "{}")]),
+}
+
+CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+BARE = '{"name": "add", "parameters": {"a": 1}}'
+#: Text that holds calls in thoughts, what of it is text, and the calls that were meant.
+THOUGHTS = {
+    "a thought and a call": (f"<think>try {CALL} no</think>{CALL}", 1),
+    "a thought of Mistral": (f"[THINK]try [TOOL_CALLS][{BARE}] no[/THINK][TOOL_CALLS][{BARE}]", 1),
+    "a bare call after a thought": (f"<think>{BARE}</think>\n\n{BARE}", 1),
+    "two thoughts": (f"<think>{CALL}</think>{CALL}<think>{CALL}</think>", 1),
+    "a thought after text": (f"Sure. <think>{CALL}</think> Well.", 0),
+    "a thought that does not end": (f"<think>{CALL} or", 0),
+    "nothing but a thought": (f"<think>{CALL}</think>", 0),
+    "half a mark": (f"<think>{CALL}</thin</think{CALL}", 0),
 }
 
 NO_CALLS = {
@@ -101,6 +139,17 @@ NO_CALLS = {
     "a list of numbers": "[1, 2, 3]",
     "a list of other objects": '[{"x": 1}]',
     "an empty object": "{}",
+    "an answer with a name": '{"name": "add", "age": 30}',
+    "an answer with no more than a name": '{"name": "add"}',
+    "an answer with one key too many": '{"name": "add", "parameters": {"a": 1}, "age": 30}',
+    "an answer whose parameters are a list": '{"name": "add", "parameters": [1]}',
+    "an answer whose parameters are a word": '{"name": "add", "arguments": "none"}',
+    "an answer of another type": '{"type": "person", "name": "add", "parameters": {}}',
+    "an answer that names twice": '{"name": "add", "name": "add", "parameters": {}}',
+    "a list of which one is no call": '[{"name": "add", "arguments": {}}, {"name": "rm"}]',
+    "a list that ends in words": '[{"name": "add", "arguments": {}}, and so on]',
+    "a list without its end": '[{"name": "add", "arguments": {}}',
+    "a cut answer": '{"name": "add", "arguments": {"a": 1',
     "JSON inside of prose": 'Call {"name": "add", "arguments": {}} yourself.',
     "a marker that is only mentioned": "Use <tool_call> for tools, or [TOOL_CALLS] in brackets.",
     "a beginning of a marker": "a < b, [TOOL, <tool",
@@ -149,8 +198,67 @@ def test_arguments_stream_before_the_call_is_complete() -> None:
     assert parser.feed('az"}}') == [Arguments(0, 'az"}')]
 
 
-def test_an_answer_cut_off_inside_of_a_call_keeps_what_it_has() -> None:
-    assert parsed(['{"name": "add", "arguments": {"a": 1']) == ("", [("add", '{"a": 1')])
+@pytest.mark.parametrize("case", THOUGHTS)
+def test_a_call_that_is_only_thought_is_none(case: str) -> None:
+    whole, count = THOUGHTS[case]
+    for feeds in ([whole], list(whole)):
+        text, calls = parsed(feeds)
+        assert calls == [("add", '{"a": 1}')] * count
+        thought = whole.removesuffix(CALL) if count else whole
+        assert text.startswith(thought.partition("</think>")[0].partition("[/THINK]")[0])
+
+
+@pytest.mark.parametrize("said", ["", "Hm. <think>first", "[THINK]a[/THINK]b<think>c"])
+def test_a_thought_may_have_begun_before_the_answer(said: str) -> None:
+    """Templates open it, or the message that is continued."""
+    tail = "" if said else "<|im_start|>assistant\n<think>\n"
+    whole = f"perhaps {CALL}</think>{CALL}"
+    for feeds in ([whole], list(whole)):
+        text, calls = parsed(feeds, tail=tail, said=said)
+        assert (text, calls) == (f"perhaps {CALL}</think>", [("add", '{"a": 1}')])
+
+
+@pytest.mark.parametrize(
+    ("tail", "said"),
+    [("<|im_start|>assistant\n<think>\n\n</think>\n\n", ""), ("", "<think>a</think>")],
+)
+def test_a_thought_that_is_over_hides_no_call(tail: str, said: str) -> None:
+    assert parsed([CALL], tail=tail, said=said) == ("", [("add", '{"a": 1}')])
+
+
+def test_marks_that_are_special_tokens_are_not_part_of_the_text() -> None:
+    for special, whole, text, count in (
+        (["[THINK]", "[/THINK]"], f"[THINK]a {CALL}[/THINK]b{CALL}", f"a {CALL}b", 1),
+        (["[TOOL_CALLS]", "[ARGS]"], 'Use [TOOL_CALLS] or [ARGS]{"a": 1}', 'Use  or {"a": 1}', 0),
+        (["<tool_call>", "</tool_call>"], f"{CALL} </tool_call>b", "b", 1),
+        (["<tool_call>", "</tool_call>"], "a</tool_call>", "a", 0),
+        (["</tool_call>"], "a <tool_call>b", "a <tool_call>b", 0),
+    ):
+        for feeds in ([whole], list(whole)):
+            assert parsed(feeds, special=special) == (text, [("add", '{"a": 1}')] * count)
+
+
+def test_a_forced_call_streams_whatever_its_form() -> None:
+    parser = ToolCallParser(NAMES, forced=True)
+    assert parser.feed('[{"name":"add","arguments":{"a') == [
+        CallStart(0, "add"),
+        Arguments(0, '{"a'),
+    ]
+    assert parsed(['{"name":"add","arguments":{"a":1'], forced=True) == ("", [("add", '{"a":1')])
+
+
+def test_an_answer_cut_off_inside_of_a_call_keeps_what_it_has_and_says_so() -> None:
+    for whole, cut in (
+        ('<tool_call>{"name": "add", "arguments": {"a": 1', True),
+        ('[TOOL_CALLS]add[ARGS]{"a": 1', True),
+        ('<tool_call>{"name": "add", "arguments": {"a": 1}}', False),
+        ('<tool_call>{"na', False),
+    ):
+        parser = ToolCallParser(NAMES)
+        parser.feed(whole)
+        parser.finish()
+        assert parser.cut is cut
+    assert parsed(['<tool_call>{"name": "add", "arguments": {"a": 1']) == ("", [("add", '{"a": 1')])
 
 
 def test_without_parallel_calls_the_first_one_is_the_last() -> None:
@@ -160,5 +268,6 @@ def test_without_parallel_calls_the_first_one_is_the_last() -> None:
 
 def test_nesting_as_deep_as_it_likes_is_only_text() -> None:
     deep = json.dumps({"name": "add", "arguments": {}})[:-1] + ', "arguments": ' + "[" * 5000
-    text, calls = parsed([deep])
+    assert parsed([deep]) == (deep, [])
+    text, calls = parsed(["<tool_call>" + deep])
     assert text == "" and calls[0][0] == "add"
