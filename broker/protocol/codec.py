@@ -28,6 +28,9 @@ T = TypeVar("T")
 _BYTES = (bytes,)
 _MIN_INT, _MAX_INT = -(1 << 63), (1 << 64) - 1
 
+#: Tag of PROMPT, and its fields before anything was appended.
+_PROMPT, _PROMPT_FIELDS = 3, 7
+
 _TOKENS_ONLY: Final = msgspec.msgpack.Decoder(list[TokensEvent])
 _ANY_EVENTS: Final = msgspec.msgpack.Decoder(list[OutputEvent])
 """Octets to events in one call. Safe for events without a free-form field, where an extension type
@@ -133,8 +136,14 @@ def _free_forms(request: Request) -> Iterator[tuple[str, Any]]:
 
 
 def encode_events(events: list[OutputEvent]) -> bytes:
-    """Body of an OUTPUT message."""
-    return pack(msgspec.to_builtins(events, builtin_types=_BYTES))
+    """Body of an OUTPUT message. What was appended to an event stands there only as far as it
+    says something."""
+    arrays: list[list[Any]] = msgspec.to_builtins(events, builtin_types=_BYTES)
+    for array in arrays:
+        if array[0] == _PROMPT:
+            while len(array) > _PROMPT_FIELDS and not array[-1]:
+                array.pop()
+    return pack(arrays)
 
 
 def decode_events(body: bytes, limit_bytes: int) -> Sequence[OutputEvent]:

@@ -50,6 +50,8 @@ MAX_NAME_OCTETS: Final = 256
 """Names of models, workers, clients."""
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARACTERS: Final = 1024
+MAX_KEPT_SPECIALS: Final = 64
+"""Marks of calls and thoughts in all formats that the gateway knows are fewer than 30."""
 MAX_TOP_LOGPROBS: Final = 20
 MAX_HELD_REQUESTS: Final = 65_536
 

@@ -19,6 +19,7 @@ from broker.protocol.limits import (
     ID_OCTETS,
     MAX_ATTACHMENTS,
     MAX_HELD_REQUESTS,
+    MAX_KEPT_SPECIALS,
     MAX_NAME_OCTETS,
     MAX_STOP_CHARACTERS,
     MAX_STOP_STRINGS,
@@ -285,6 +286,12 @@ class Params(_Map, frozen=True, kw_only=True):
     #: The stop string, or the special tokens, stand in the text.
     include_stop: bool = False
     skip_special_tokens: bool = True
+    #: Special tokens by their text that stand in the answer's text all the same: what marks calls
+    #: and thoughts. PROMPT says which of them the model has, and how its prompt ends.
+    keep_special: Annotated[
+        list[Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
+        Meta(max_length=MAX_KEPT_SPECIALS),
+    ] = []
     #: None: none; n: of the chosen token and the n likeliest.
     logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -507,7 +514,8 @@ class FailEvent(_Array, frozen=True, tag=2):
 
 
 class PromptEvent(_Array, frozen=True, tag=3):
-    """Facts of the prompt, once and before the first token, where they were asked for."""
+    """Facts of the prompt, once and before the first token, where they were asked for: by `echo`,
+    `prompt_logprobs` or `keep_special`. Token ids come with the first two."""
 
     request_id: Id
     epoch: Count
@@ -517,6 +525,12 @@ class PromptEvent(_Array, frozen=True, tag=3):
     #: The prompt's text where `echo` was asked for.
     text: str
     logprobs: list[TokenLogprob] | None = None
+    #: Those of `keep_special` that are special tokens of the model.
+    special: list[str] = []
+    #: With `keep_special`, the end of the prompt's text: some tokens of it.
+    tail: str = ""
+    #: Of the prompt; None from workers that know nothing of this field.
+    usage: Usage | None = None
 
 
 OutputEvent = TokensEvent | EndEvent | FailEvent | PromptEvent

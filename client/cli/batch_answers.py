@@ -7,8 +7,8 @@ alone; a test holds them against its types. Must never import what only that ext
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import msgspec
@@ -21,7 +21,7 @@ from client.gateway import answers, convert
 from client.gateway import requests as http
 from client.gateway.answers import ChatChoice, TextChoice
 from client.gateway.errors import GatewayError, describe, error_body, invalid
-from client.gateway.generation import Batches, Delta, Finish, generate
+from client.gateway.generation import Batches, generate
 from client.gateway.images import ImagePolicy
 
 #: Nothing of the batch can succeed after these: it stops, and no line is blamed.
@@ -82,16 +82,16 @@ async def _chat(octets: bytes, asking: Asking) -> dict[str, Any]:
     seed = answers.pick_seed(body.seed)
     call = await convert.chat_call(body, asking.images, seed=seed, user=body.user or "")
     call = _with_priority(call, asking, body.priority is None and body.service_tier is None)
-    names = [tool["function"]["name"] for tool in call.request.tools or []]
-    choices = [
-        ChatChoice(answers.parser_for(names, parallel=body.parallel_tool_calls))
-        for _ in range(body.n or 1)
-    ]
-    calls = [convert.seeded(call, i) for i in range(len(choices))]
-    async for batch in _batches(calls, asking, "messages"):
+    choices = [ChatChoice(answers.parser_for(call)) for _ in range(body.n or 1)]
+    batches = _batches(
+        [convert.seeded(call, i) for i in range(len(choices))],
+        asking,
+        "messages",
+        lambda choice: choices[choice].has_enough,
+    )
+    async for batch in batches:
         for event in batch:
-            if isinstance(event, Delta | Finish):
-                choices[event.choice].take(event)
+            choices[event.choice].take(event)
     answered: dict[str, Any] = {
         "id": answers.new_id("chatcmpl-"),
         "object": "chat.completion",
@@ -185,7 +185,12 @@ _ENDPOINTS: Final = {
 }
 
 
-def _batches(calls: Sequence[convert.Call], asking: Asking, prompt_field: str) -> Batches:
+def _batches(
+    calls: Sequence[convert.Call],
+    asking: Asking,
+    prompt_field: str,
+    has_enough: Callable[[int], bool] = lambda choice: False,
+) -> Batches:
     return generate(
         asking.bus,
         calls,
@@ -193,6 +198,7 @@ def _batches(calls: Sequence[convert.Call], asking: Asking, prompt_field: str) -
         retry=asking.retry,
         limits=asking.limits,
         prompt_field=prompt_field,
+        has_enough=has_enough,
     )
 
 
@@ -205,7 +211,7 @@ def _with_priority(call: convert.Call, asking: Asking, unnamed: bool) -> convert
     if not unnamed:
         return call
     request = msgspec.structs.replace(call.request, priority=asking.priority)
-    return convert.Call(request, call.attachments)
+    return replace(call, request=request)
 
 
 def _message(choice: ChatChoice) -> dict[str, Any]:

@@ -14,8 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+import msgspec
+
 from broker.protocol.messages import FinishReason, TokenLogprob, Usage
 from client.gateway import tools
+from client.gateway.convert import Call as BusCall
 from client.gateway.generation import ChoiceEvent, Delta, Finish, Prompted
 
 __all__ = [
@@ -58,9 +61,18 @@ def packed(vector: array[float]) -> str:
 # --- chat -----------------------------------------------------------------------------------------
 
 
-def parser_for(names: Sequence[str], *, parallel: bool | None) -> tools.ToolCallParser | None:
-    """A parser where the request has tools."""
-    return tools.ToolCallParser(names, parallel=parallel is not False) if names else None
+def parser_for(call: BusCall) -> tools.ToolCallParser | None:
+    """A parser where the answer may hold tool calls."""
+    reading = call.reading
+    if reading is None:
+        return None
+    return tools.ToolCallParser(
+        reading.names,
+        parallel=reading.parallel,
+        forced=reading.forced,
+        shows_special=reading.shows_special,
+        said=reading.said,
+    )
 
 
 @dataclass(slots=True)
@@ -82,17 +94,32 @@ class ChatChoice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     usage: Usage | None = None
     finish_reason: FinishReason | None = None
+    #: Of the prompt, where the worker told it; and the tokens of the answer so far.
+    _prompt: Usage | None = None
+    _tokens: int = 0
 
-    def take(self, event: Delta | Finish) -> list[tools.Piece]:
+    def take(self, event: ChoiceEvent) -> list[tools.Piece]:
         """Account for an event; returns what is new."""
-        pieces: list[tools.Piece]
-        if isinstance(event, Finish):
-            self.usage, self.finish_reason = event.end.usage, event.end.finish_reason
-            pieces = self.parser.finish() if self.parser is not None else []
-        else:
-            if event.logprobs:
-                self.logprobs += event.logprobs
-            pieces = self.parser.feed(event.text) if self.parser else [tools.Text(event.text)]
+        pieces: list[tools.Piece] = []
+        match event:
+            case Prompted():
+                self._prompt = event.prompt.usage
+                if self.parser is not None:
+                    self.parser.begin(special=event.prompt.special, tail=event.prompt.tail)
+            case Finish():
+                self.usage, self.finish_reason = event.end.usage, event.end.finish_reason
+                if self._prompt is not None and self._is_satisfied:
+                    # Of what was made meanwhile nothing belongs to the answer.
+                    self.usage = msgspec.structs.replace(
+                        self._prompt, completion_tokens=self._tokens
+                    )
+                if self.parser is not None:
+                    pieces = self.parser.finish()
+            case Delta() if not self._is_satisfied:
+                self._tokens += event.tokens
+                if event.logprobs:
+                    self.logprobs += event.logprobs
+                pieces = self.parser.feed(event.text) if self.parser else [tools.Text(event.text)]
         for part in pieces:
             if isinstance(part, tools.Text):
                 self.texts.append(part.text)
@@ -108,11 +135,25 @@ class ChatChoice:
         return "".join(self.texts)
 
     @property
+    def _is_satisfied(self) -> bool:
+        return self.parser is not None and self.parser.satisfied
+
+    @property
+    def has_enough(self) -> bool:
+        """Nothing that may follow belongs to the answer, and its usage is known without its end."""
+        return self._is_satisfied and self._prompt is not None
+
+    @property
+    def is_cut(self) -> bool:
+        """The answer ended within a call."""
+        return self.parser is not None and self.parser.cut
+
+    @property
     def openai_finish_reason(self) -> ChatReason:
         """The finish reason in OpenAI's words."""
-        if self.finish_reason is FinishReason.LENGTH:
+        if self.finish_reason is FinishReason.LENGTH and not self._is_satisfied:
             return "length"
-        return "tool_calls" if self.calls else "stop"
+        return "tool_calls" if self.calls and not self.is_cut else "stop"
 
 
 # --- completions ----------------------------------------------------------------------------------

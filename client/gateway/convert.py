@@ -28,12 +28,34 @@ from client.gateway import requests as http
 from client.gateway.errors import invalid
 from client.gateway.forced import forced_calls
 from client.gateway.images import ImagePolicy, load_image
+from client.gateway.tools import MARKS
 
-__all__ = ["Call", "Pictures", "chat_call", "completion_calls", "constraint_of", "seeded"]
+__all__ = [
+    "Call",
+    "Pictures",
+    "Reading",
+    "chat_call",
+    "completion_calls",
+    "constraint_of",
+    "seeded",
+]
 
 #: `service_tier` in the bus's own measure.
 _TIER_PRIORITY = {"auto": 0, "default": 0, "flex": -50, "scale": 0, "priority": 50, "fast": 50}
 _MAX_SEED = (1 << 63) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How tool calls are found in an answer; see `tools.ToolCallParser`."""
+
+    names: tuple[str, ...]
+    parallel: bool
+    forced: bool
+    #: The caller wants to see special tokens, marks of calls included.
+    shows_special: bool = False
+    #: What of the answer stands in the request already (`continue_final_message`).
+    said: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +64,8 @@ class Call:
 
     request: Request
     attachments: tuple[bytes, ...] = ()
+    #: None: whatever the answer says is text.
+    reading: Reading | None = None
 
 
 @dataclass(slots=True)
@@ -97,7 +121,8 @@ async def chat_call(body: http.ChatRequest, policy: ImagePolicy, *, seed: int, u
     tools, tool_choice = _tools(body)
     # A forced call has no text that a format could apply to.
     constraint = constraint_of(body.response_format, body.structured_outputs)
-    constraint = _forced_tool(body) or constraint
+    forced = _forced_tool(body)
+    constraint = forced or constraint
     template_args = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
         template_args["reasoning_effort"] = body.reasoning_effort
@@ -113,6 +138,16 @@ async def chat_call(body: http.ChatRequest, policy: ImagePolicy, *, seed: int, u
     priority = body.priority
     if priority is None and body.service_tier is not None:
         priority = _TIER_PRIORITY[body.service_tier]
+    reading = None
+    if tools and (forced is not None or not _is_json(constraint)):
+        reading = Reading(
+            tuple(tool["function"]["name"] for tool in tools),
+            parallel=body.parallel_tool_calls is not False,
+            forced=forced is not None,
+            shows_special=not params.skip_special_tokens,
+            said=_said(body, template_args),
+        )
+        params = msgspec.structs.replace(params, keep_special=list(MARKS))
     return Call(
         Request(
             model=body.model,
@@ -130,7 +165,19 @@ async def chat_call(body: http.ChatRequest, policy: ImagePolicy, *, seed: int, u
             attachments=pictures.attachments,
         ),
         tuple(pictures.octets),
+        reading,
     )
+
+
+def _is_json(constraint: Constraint | None) -> bool:
+    """The answer is JSON that the caller asked for: no call, whatever it looks like."""
+    return constraint is not None and constraint.type in ("json_object", "json_schema")
+
+
+def _said(body: http.ChatRequest, template_args: dict[str, Any]) -> str:
+    content = body.messages[-1].content
+    goes_on = template_args.get("continue_final_message")
+    return content if goes_on and isinstance(content, str) else ""
 
 
 def completion_calls(body: http.CompletionRequest, *, seed: int, user: str) -> list[Call]:

@@ -162,11 +162,14 @@ async def generate(
     limits: Timeout = PATIENCE,
     spans: Sequence[BusSpan] = (),
     prompt_field: str | None = None,
+    has_enough: Callable[[int], bool] = lambda choice: False,
 ) -> Batches:
     """The events of all calls, the i-th call being choice i. Raises the first failure of any.
 
     `opened` is told of every stream before its first event. `spans`: none, or one for each call.
     `prompt_field`: what the caller's API calls the prompt; failures name it where it is at fault.
+    `has_enough` is asked of a choice after each of its batches: where it says so its request is
+    cancelled at the worker, and its `Finish` says `cancelled`.
     """
 
     def open_call(call: Call) -> Awaitable[AsyncStream]:
@@ -182,22 +185,43 @@ async def generate(
                         batch = _translated(0, arrived, span)
                         if batch:
                             yield batch
+                            if has_enough(0) and not isinstance(batch[-1], Finish):
+                                stream.close()
+                                yield [Finish(0, stream.end)]
+                                return
                 finally:
                     await stream.aclose()
             return
         batches: asyncio.Queue[list[ChoiceEvent] | BaseException] = asyncio.Queue(_MERGED_BATCHES)
+        streams: dict[int, AsyncStream] = {}
+
+        def opened_as(index: int, stream: AsyncStream) -> None:
+            streams[index] = stream
+            opened(stream)
+
         tasks = [
-            asyncio.create_task(_pump(partial(open_call, call), index, opened, batches, spans))
+            asyncio.create_task(
+                _pump(partial(open_call, call), index, partial(opened_as, index), batches, spans)
+            )
             for index, call in enumerate(calls)
         ]
         try:
-            left = len(tasks)
-            while left:
+            over: set[int] = set()
+            while len(over) < len(tasks):
                 merged = await batches.get()
                 if isinstance(merged, BaseException):
                     raise merged
-                left -= isinstance(merged[-1], Finish)
+                choice = merged[0].choice
+                if choice in over:
+                    continue
                 yield merged
+                if isinstance(merged[-1], Finish):
+                    over.add(choice)
+                elif has_enough(choice):
+                    over.add(choice)
+                    tasks[choice].cancel()
+                    streams[choice].close()
+                    yield [Finish(choice, streams[choice].end)]
         finally:
             for task in tasks:
                 task.cancel()

@@ -71,14 +71,15 @@ async def chat_completions(visit: Visit) -> Response:
         user=visit.share(body.user),
     )
     visit.check(body.model, call.request.priority)
-    names = [tool["function"]["name"] for tool in call.request.tools or []]
     count = body.n or 1
     position = resumed or Position.first(_PREFIX, call.request.params.seed)
-    choices = [
-        ChatChoice(parser_for(names, parallel=body.parallel_tool_calls)) for _ in range(count)
-    ]
+    choices = [ChatChoice(parser_for(call)) for _ in range(count)]
     answer = _Answer(visit, body, choices, position)
-    events = visit.generate([seeded(call, i) for i in range(count)], prompt_field="messages")
+    events = visit.generate(
+        [seeded(call, i) for i in range(count)],
+        prompt_field="messages",
+        has_enough=lambda choice: choices[choice].has_enough,
+    )
     if body.stream:
         source = answer.stream(events)
         if visit.reattach_s is None:
@@ -92,8 +93,7 @@ async def chat_completions(visit: Visit) -> Response:
             first=position.events,
         )
         return visit.stream(transcript.read(asking=True), answer.failed)
-    for event in await until_disconnect(events, visit.request.receive):
-        answer.take(event)
+    await until_disconnect(answer.taking(events), visit.request.receive)
     return Response(answer.complete(), media_type="application/json")
 
 
@@ -156,14 +156,22 @@ class _Answer:
         """Account for one event of the bus."""
         if self._so_far is not None:
             self._so_far.take(event)
-        if isinstance(event, Prompted):
-            return []
+        choice = self._choices[event.choice]
+        pieces = choice.take(event)
         if isinstance(event, Delta):
             self._visit.saw_token()
-        else:
-            self._visit.completion_tokens += event.end.usage.completion_tokens
-            self._visit.prompt_tokens = event.end.usage.prompt_tokens
-        return self._choices[event.choice].take(event)
+        elif isinstance(event, Finish) and choice.usage is not None:
+            self._visit.completion_tokens += choice.usage.completion_tokens
+            self._visit.prompt_tokens = choice.usage.prompt_tokens
+        return pieces
+
+    async def taking(self, batches: Batches) -> Batches:
+        """The same batches, each accounted for before the next is asked for."""
+        async with contextlib.aclosing(batches):
+            async for batch in batches:
+                for event in batch:
+                    self.take(event)
+                yield batch
 
     def complete(self) -> str:
         """The answer that is not streamed."""

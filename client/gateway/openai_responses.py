@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final, Literal, cast
 
 import msgspec
@@ -24,10 +25,10 @@ from openai.types.responses.response_usage import (
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
-from broker.protocol.messages import FinishReason, TokenLogprob, Usage
+from broker.protocol.messages import TokenLogprob, Usage
 from client.gateway import requests as http
 from client.gateway import tools
-from client.gateway.answers import new_id, parser_for, pick_seed
+from client.gateway.answers import ChatChoice, new_id, parser_for, pick_seed
 from client.gateway.convert import Call, chat_call
 from client.gateway.errors import GatewayError, UnknownAnswer, describe, invalid
 from client.gateway.generation import Batches, ChoiceEvent, Delta, Finish
@@ -91,10 +92,12 @@ async def create_response(visit: Visit) -> Response:
         raise named_in_input(error, body, chat) from None
     if body.truncation == "auto":
         params = msgspec.structs.replace(call.request.params, overflow="truncate_left")
-        call = Call(msgspec.structs.replace(call.request, params=params), call.attachments)
+        call = replace(call, request=msgspec.structs.replace(call.request, params=params))
     visit.check(body.model, call.request.priority)
     making = Making(visit, body, chat, call)
-    source = making.events(visit.generate([call], prompt_field="input"))
+    source = making.events(
+        visit.generate([call], prompt_field="input", has_enough=lambda _: making.choice.has_enough)
+    )
     kept = Kept(making.id, visit.key.name, "response", making, len(msgspec.json.encode(chat)))
     making.grew = kept.grew
     if body.background:
@@ -267,8 +270,8 @@ class Making:
         self.body = body
         self._visit = visit
         self._chat = chat
-        names = [tool["function"]["name"] for tool in call.request.tools or []]
-        self._parser = parser_for(names, parallel=body.parallel_tool_calls)
+        #: What of the answer is known, beside its shape here.
+        self.choice = ChatChoice(parser_for(call))
         #: Wall clock, whole seconds.
         self._created_s = int(time.time())
         self._completed_s: int | None = None
@@ -396,14 +399,11 @@ class Making:
         return [self._whole("response.failed")]
 
     def _take(self, event: ChoiceEvent) -> list[bytes]:
-        pieces: list[tools.Piece] = []
         logprobs: list[TokenLogprob] = []
         if isinstance(event, Delta):
             self._visit.saw_token()
             logprobs = event.logprobs or []
-            pieces = self._parser.feed(event.text) if self._parser else [tools.Text(event.text)]
-        elif isinstance(event, Finish) and self._parser is not None:
-            pieces = self._parser.finish()
+        pieces = self.choice.take(event)
         out: list[bytes] = []
         for part in pieces:
             match part:
@@ -417,7 +417,7 @@ class Making:
                 case tools.Arguments():
                     out += self._more_arguments(part.text)
         if isinstance(event, Finish):
-            out += self._end(event)
+            out += self._end()
         return out
 
     # --- output items ---
@@ -521,14 +521,14 @@ class Making:
             ]
         return [*done, self._event("response.output_item.done", item=item)]
 
-    def _end(self, event: Finish) -> list[bytes]:
-        cut = event.end.finish_reason is FinishReason.LENGTH
+    def _end(self) -> list[bytes]:
+        cut = self.choice.openai_finish_reason == "length"
         out: list[bytes] = []
         if not self.output:
             # An empty answer is a message without text.
             out = self._begin_message()
-        out += self._close("incomplete" if cut else "completed")
-        self._usage = event.end.usage
+        out += self._close("incomplete" if cut or self.choice.is_cut else "completed")
+        self._usage = self.choice.usage or Usage()
         self._visit.prompt_tokens = self._usage.prompt_tokens
         self._visit.completion_tokens = self._usage.completion_tokens
         self._status = "incomplete" if cut else "completed"

@@ -233,15 +233,23 @@ class _State(Enum):
 class ToolCallParser:
     """Splits the text of one answer into text and calls of `names`.
 
-    `forced`: the answer can be nothing but a call, or a list of them.
+    `forced`: the answer can be nothing but a call, or a list of them. `shows_special`: marks are
+    text even where they are special tokens. `said`: what of the answer stands there already.
     """
 
     def __init__(
-        self, names: Collection[str], *, parallel: bool = True, forced: bool = False
+        self,
+        names: Collection[str],
+        *,
+        parallel: bool = True,
+        forced: bool = False,
+        shows_special: bool = False,
+        said: str = "",
     ) -> None:
         self._names = frozenset(names)
         self._parallel = parallel
         self._forced = forced
+        self._shows_special = shows_special
         #: Marks that are no part of the text, whatever they stand for.
         self._hidden: tuple[str, ...] = ()
         self._state = _State.START
@@ -258,18 +266,19 @@ class ToolCallParser:
         self.calls = 0
         #: The answer ended within a call.
         self.cut = False
+        for opening, closing in _THOUGHTS.items():
+            if said.rfind(opening) > said.rfind(closing):
+                self._state, self._closing = _State.THOUGHT, closing
 
-    def begin(self, *, special: Collection[str] = (), tail: str = "", said: str = "") -> None:
-        """Before the first text: which marks are special tokens of the model, how its prompt ends
-        (`tail`), and what of the answer stands there already (`said`)."""
-        self._hidden = tuple(mark for mark in MARKS if mark in special)
+    def begin(self, *, special: Collection[str], tail: str) -> None:
+        """Before the first text: which marks are special tokens of the model, and how its prompt
+        ends. Without it none are, and no thought is open."""
+        if not self._shows_special:
+            self._hidden = tuple(mark for mark in MARKS if mark in special)
         tail = tail.rstrip(_SPACE)
-        closing = next((end for start, end in _THOUGHTS.items() if tail.endswith(start)), None)
-        for start, end in _THOUGHTS.items():
-            if said.rfind(start) > said.rfind(end):
-                closing = end
-        if closing is not None:
-            self._state, self._closing = _State.THOUGHT, closing
+        for opening, closing in _THOUGHTS.items():
+            if tail.endswith(opening):
+                self._state, self._closing = _State.THOUGHT, closing
 
     @property
     def satisfied(self) -> bool:

@@ -141,7 +141,13 @@ class Visit:
             }
         )
 
-    def generate(self, calls: Sequence[Call], *, prompt_field: str | None = None) -> Batches:
+    def generate(
+        self,
+        calls: Sequence[Call],
+        *,
+        prompt_field: str | None = None,
+        has_enough: Callable[[int], bool] = lambda choice: False,
+    ) -> Batches:
         """Run requests of the bus for this one; see `generation.generate`."""
         trace = self._trace()
         spans = []
@@ -157,6 +163,7 @@ class Visit:
             self._opened,
             spans=spans,
             prompt_field=prompt_field,
+            has_enough=has_enough,
         )
 
     async def embed(

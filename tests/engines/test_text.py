@@ -303,6 +303,19 @@ def test_the_ending_token_stands_in_the_text_only_if_asked_for(tokenizer: Any) -
     assert text == decode(tokenizer, [*ids, end], skip=False) != "bye"
 
 
+def test_special_tokens_that_are_kept_stand_in_the_text(tokenizer: Any) -> None:
+    table = token_table(tokenizer)
+    special = min(table.special_ids)
+    mark = decode(tokenizer, [special], skip=False)
+    ids = [*encode(tokenizer, "hello"), special, *encode(tokenizer, "world")]
+    assert table.special_texts([mark, "<other>", "hello"]) == [mark]
+    kept, skipped = Params(keep_special=[mark, "<other>"]), Params()
+    text = "".join(say(TextStream(tokenizer, kept), ids)[0])
+    assert text == decode(tokenizer, ids, skip=False)
+    assert mark in text
+    assert "".join(say(TextStream(tokenizer, skipped), ids)[0]) == decode(tokenizer, ids)
+
+
 def test_a_stop_string_counts_only_from_min_tokens_on(tokenizer: Any) -> None:
     ids = encode(tokenizer, "a b a b a b a b")
     for min_tokens in range(1, len(ids)):

@@ -118,6 +118,25 @@ def test_tokens_are_delivered_by_stream_interval(engine: TransformersEngine) -> 
 # --- facts ----------------------------------------------------------------------------------------
 
 
+def test_kept_special_tokens_are_named_and_the_end_of_the_prompt_is_told(model: Any) -> None:
+    """So a reader of calls learns which marks are hidden, and what the template has opened."""
+    engine = tiny.serve(model)
+    tokenizer = engine._served[0].loaded.tokenizer
+    tokenizer.chat_template = tiny.CHAT_TEMPLATE + "<think>"
+    job = tiny.chat_job("the red fox " * 40, keep_special=["<think>", "<|user|>"], max_tokens=2)
+    try:
+        answer = one(engine, job)
+    finally:
+        tokenizer.chat_template = tiny.CHAT_TEMPLATE
+        engine.close()
+    facts = answer.facts
+    assert facts is not None and facts.usage is not None and answer.ended is not None
+    assert facts.special == ["<|user|>"]
+    assert facts.tail.endswith("<|end|><|assistant|><think>") and len(facts.tail) < 300
+    assert (facts.token_ids, facts.text, facts.logprobs) == ([], "", None)
+    assert facts.usage.prompt_tokens == answer.ended.usage.prompt_tokens > 100
+
+
 def test_logprobs_are_those_of_the_model(engine: TransformersEngine, model: Any) -> None:
     ids = [30, 31, 32, 33]
     answer = one(engine, tiny.ids_job(ids, max_tokens=5, logprobs=3))

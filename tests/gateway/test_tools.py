@@ -21,12 +21,13 @@ def parsed(
     *,
     parallel: bool = True,
     names: tuple[str, ...] = NAMES,
-    forced: bool = False,
-    **begin: Any,
+    special: list[str] | None = None,
+    tail: str = "",
+    **options: Any,
 ) -> tuple[str, list[tuple[str, str]]]:
     """All text, and the calls as (name, arguments)."""
-    parser = ToolCallParser(names, parallel=parallel, forced=forced)
-    parser.begin(**begin)
+    parser = ToolCallParser(names, parallel=parallel, **options)
+    parser.begin(special=special or [], tail=tail)
     pieces = [piece for feed in feeds for piece in parser.feed(feed)] + parser.finish()
     calls: list[tuple[str, str]] = []
     text = ""
@@ -236,6 +237,8 @@ def test_marks_that_are_special_tokens_are_not_part_of_the_text() -> None:
     ):
         for feeds in ([whole], list(whole)):
             assert parsed(feeds, special=special) == (text, [("add", '{"a": 1}')] * count)
+    shown = parsed(["a</tool_call>"], special=["</tool_call>"], shows_special=True)
+    assert shown == ("a</tool_call>", [])
 
 
 def test_a_forced_call_streams_whatever_its_form() -> None:

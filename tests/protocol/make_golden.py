@@ -340,6 +340,11 @@ def _every_field() -> dict[str, Example]:
         vectors,
     )
     prompt = m.PromptEvent(REQUEST, 1, 0, [1], "Once", [m.TokenLogprob(None, b"Once")])
+    marks = m.Params(keep_special=["[TOOL_CALLS]", "<think>"])
+    marked = m.Request(model="demo", prompt="2", params=marks, window=1)
+    opened = m.PromptEvent(
+        REQUEST, 1, 0, [], "", None, ["[TOOL_CALLS]"], "<think>", m.Usage(prompt_tokens=4)
+    )
     limits = m.BusLimits(
         request_bytes=1, attachment_bytes=2, attachments_bytes=3, attachments=4, inflight=5
     )
@@ -362,6 +367,7 @@ def _every_field() -> dict[str, Example]:
         "goodbye_message": (t.GOODBYE, SESSION, 2, 0, [goodbye], []),
         "request_tools_video": (t.REQUEST, REQUEST, 1, 0, [tools], [b"frame 0", b"frame 1"]),
         "request_compact": (t.REQUEST, REQUEST, 1, 0, [compact], []),
+        "request_keep_special": (t.REQUEST, REQUEST, 1, 0, [marked], []),
         "request_embed": (t.REQUEST, REQUEST, 1, 0, [embed], []),
         "accepted_worker": (t.ACCEPTED, REQUEST, 1, 0, [m.Accepted(worker="gpu-1")], []),
         "accepted_returned": (
@@ -375,6 +381,7 @@ def _every_field() -> dict[str, Example]:
         "cancel_reason": (t.CANCEL, REQUEST, 2, 0, [m.Cancel(reason="closed")], []),
         "output_embed": (t.OUTPUT, SESSION, 2, 0, [[ended]], []),
         "output_prompt": (t.OUTPUT, SESSION, 3, 0, [[prompt]], []),
+        "output_prompt_tail": (t.OUTPUT, SESSION, 4, 0, [[opened]], []),
     }
 
 

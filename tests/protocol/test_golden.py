@@ -97,8 +97,9 @@ def _with_unknown(value: Any, top: bool = True) -> Any:
 
 
 def _missing_defaults(event: list[Any]) -> list[Any]:
-    full = {0: 7, 1: 10, 2: 5, 3: 7}[event[0]]
-    return [None] * (full - len(event))
+    full = {0: 7, 1: 10, 2: 5, 3: 10}[event[0]]
+    defaults = [[], "", None] if event[0] == 3 else [None] * full
+    return defaults[-(full - len(event)) :] if len(event) < full else []
 
 
 def test_an_older_peer_may_leave_out_every_key_with_a_default() -> None:

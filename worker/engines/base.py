@@ -121,13 +121,20 @@ class Failed(Struct, frozen=True, array_like=True, tag=2):
 
 
 class PromptFacts(Struct, frozen=True, array_like=True, tag=3):
-    """Of a job with `echo` or `prompt_logprobs`: once, before its first `Tokens`."""
+    """Once, before the first `Tokens` of a job with `echo`, `prompt_logprobs` or `keep_special`."""
 
     request_id: bytes
+    #: Empty where only `keep_special` asked.
     token_ids: list[int]
     #: The prompt's text where `echo` was asked for.
     text: str = ""
     logprobs: list[TokenLogprob] | None = None
+    #: Those of `keep_special` that are special tokens of the model.
+    special: list[str] = []
+    #: With `keep_special`, the end of the prompt's text.
+    tail: str = ""
+    #: Of the prompt.
+    usage: Usage | None = None
 
 
 EngineEvent = Tokens | Ended | Failed | PromptFacts

@@ -407,7 +407,8 @@ class EchoEngine:
     @staticmethod
     def _describe_prompt(job: Job, run: _Run, prompt: str, events: list[EngineEvent]) -> None:
         params, resume = job.request.params, job.request.resume
-        if not (params.echo or params.prompt_logprobs is not None):
+        shows_ids = params.echo or params.prompt_logprobs is not None
+        if not (shows_ids or params.keep_special):
             return
         if resume is not None and resume.prompt_seen:
             return
@@ -417,7 +418,15 @@ class EchoEngine:
             logprobs = [_logprob(token, top) for token in run.prompt_ids]
             logprobs[:1] = [TokenLogprob(None, token_octets(run.prompt_ids[0]))][: len(logprobs)]
         text = prompt if params.echo else ""
-        events.append(PromptFacts(job.request_id, run.prompt_ids, text, logprobs))
+        events.append(
+            PromptFacts(
+                job.request_id,
+                run.prompt_ids if shows_ids else [],
+                text,
+                logprobs,
+                usage=Usage(prompt_tokens=len(run.prompt_ids)),
+            )
+        )
 
     def _replay(self, job: Job, run: _Run, events: list[EngineEvent]) -> bool:
         """Take the tokens of a resumed request as if they were generated; True when they complete

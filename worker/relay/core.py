@@ -357,7 +357,17 @@ class RelayCore:
                 self._soon()
                 self._log("resuming below", request=job.lower_id[:4].hex(), cause=item.reason)
             case PromptEvent():
-                self._say(PromptFacts(job.id, item.token_ids, item.text, item.logprobs))
+                self._say(
+                    PromptFacts(
+                        job.id,
+                        item.token_ids,
+                        item.text,
+                        item.logprobs,
+                        item.special,
+                        item.tail,
+                        item.usage,
+                    )
+                )
             case below.End():
                 self._over(
                     job,

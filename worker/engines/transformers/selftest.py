@@ -278,6 +278,8 @@ def _probe(prompt: Prompt) -> Sequence:
         eos_ids=frozenset(),
         max_tokens=STEPS,
         wants_facts=False,
+        special=[],
+        tail="",
         echo_text="",
         adapter=None,
         added_at=0.0,

@@ -61,6 +61,9 @@ class Sequence:
     wants_facts: bool
     #: The prompt's text, where `echo` was asked for.
     echo_text: str
+    #: Where `keep_special` was asked for: those that the model has, and the end of the prompt.
+    special: list[str]
+    tail: str
     #: LoRA adapter, or None for the model as it is.
     adapter: str | None
     #: `perf_counter` when the job was added.
@@ -117,8 +120,20 @@ class Sequence:
         if not self.wants_facts:
             return []
         self.wants_facts = False
-        logprobs = self.prompt_logprobs if self.params.prompt_logprobs is not None else None
-        return [PromptFacts(self.request_id, self.prompt.ids, self.echo_text, logprobs)]
+        params = self.params
+        logprobs = self.prompt_logprobs if params.prompt_logprobs is not None else None
+        shows_ids = params.echo or logprobs is not None
+        return [
+            PromptFacts(
+                self.request_id,
+                self.prompt.ids if shows_ids else [],
+                self.echo_text,
+                logprobs,
+                self.special,
+                self.tail,
+                self._prompt_usage(),
+            )
+        ]
 
     def over(self, now: float) -> list[EngineEvent]:
         """Of a resumed sequence: the end, if the tokens so far already are the whole answer."""
@@ -226,9 +241,12 @@ class Sequence:
         return [*self._flush(), Failed(self.request_id, error, self.usage())]
 
     def usage(self) -> Usage:
+        return self._prompt_usage(len(self.answer))
+
+    def _prompt_usage(self, completion_tokens: int = 0) -> Usage:
         return Usage(
             prompt_tokens=len(self.prompt.ids),
-            completion_tokens=len(self.answer),
+            completion_tokens=completion_tokens,
             cached_tokens=self.cached,
             image_tokens=self.prompt.image_tokens,
         )

@@ -56,6 +56,9 @@ FALLBACK_SLOTS = 4
 """Sequences that take turns on the per-request path: turns only share time, so few are enough."""
 
 CONTEXT_IDS = 8
+
+#: Of a prompt whose end is told: what a template writes behind the last message is shorter.
+_TAIL_TOKENS = 32
 """Prompt tokens that a completion's text stream sees, to continue their text."""
 
 
@@ -314,8 +317,14 @@ class ServedModel:
             text=text,
             eos_ids=loaded.eos_ids,
             max_tokens=min(params.max_tokens or room, room),
-            wants_facts=not facts_seen and (params.echo or params.prompt_logprobs is not None),
+            wants_facts=not facts_seen
+            and bool(params.echo or params.prompt_logprobs is not None or params.keep_special),
             echo_text=texts.builder.detokenised(prompt.ids) if echo else "",
+            special=token_table(texts.decoder).special_texts(params.keep_special),
+            # Longer than what a template writes behind the last message.
+            tail=texts.builder.detokenised(prompt.ids[-_TAIL_TOKENS:])
+            if params.keep_special and not facts_seen
+            else "",
             adapter=self._adapter(request),
             added_at=added_at,
             answer=list(prior),

@@ -73,11 +73,24 @@ class TokenTable:
         #: Ids that `skip_special_tokens` leaves out.
         self.special_ids = _special_ids(tokenizer)
         self._rule = _octet_rule(tokenizer)
+        self._special_by_text = {
+            self.octets(token_id).decode(errors="replace"): token_id
+            for token_id in self.special_ids
+        }
         #: Spaces that `decode` takes away at the very start of a text.
         self.leading_spaces = self._rule.leading_spaces
         #: U+FFFD stands for one stray octet (byte fallback), not for one broken sequence.
         self.one_per_octet = self._rule.byte_fallback
         self.exact = self._rule.joins and self._agrees_with_decode()
+
+    def special_texts(self, texts: Sequence[str]) -> list[str]:
+        """Those of the texts that are special tokens."""
+        return [text for text in texts if text in self._special_by_text]
+
+    def special_ids_of(self, texts: Sequence[str]) -> frozenset[int]:
+        """The ids of the special tokens with these texts."""
+        known = self._special_by_text
+        return frozenset(known[text] for text in texts if text in known)
 
     def octets(self, token_id: int) -> bytes:
         """The token's own octets; they may be part of a character. Empty for an unknown id."""
@@ -228,9 +241,8 @@ class _WindowDecoder:
     complete, one piece back, so that a leading space has the context that keeps it.
     """
 
-    def __init__(self, tokenizer: Any, *, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
         self._ids: list[int] = []
         #: Ids of the window whose text was given out, and that text's length in characters.
         self._done = 0
@@ -249,7 +261,7 @@ class _WindowDecoder:
         return self._take(self._text())
 
     def _text(self) -> str:
-        return _decode(self._tokenizer, self._ids, skip_special_tokens=self._skip)
+        return _decode(self._tokenizer, self._ids, skip_special_tokens=False)
 
     def _take(self, text: str) -> str:
         piece = text[self._done_characters :]
@@ -262,19 +274,23 @@ class _WindowDecoder:
 class Detokenizer:
     """Token ids in, text out, never half a character; constant time per token.
 
-    `prior_ids` were said before: they are taken in and their text is dropped.
+    `keep_special`: special tokens that are not skipped. `prior_ids` were said before: they are
+    taken in and their text is dropped.
     """
 
     def __init__(
-        self, tokenizer: Any, *, skip_special_tokens: bool, prior_ids: Sequence[int] = ()
+        self,
+        tokenizer: Any,
+        *,
+        skip_special_tokens: bool,
+        keep_special: Sequence[str] = (),
+        prior_ids: Sequence[int] = (),
     ) -> None:
         table = token_table(tokenizer)
-        self._skipped = table.special_ids if skip_special_tokens else frozenset[int]()
-        self._decoder = (
-            _OctetDecoder(table)
-            if table.exact
-            else _WindowDecoder(tokenizer, skip_special_tokens=skip_special_tokens)
-        )
+        self._skipped = frozenset[int]()
+        if skip_special_tokens:
+            self._skipped = table.special_ids - table.special_ids_of(keep_special)
+        self._decoder = _OctetDecoder(table) if table.exact else _WindowDecoder(tokenizer)
         for token_id in prior_ids:
             self.add(token_id)
 
@@ -402,6 +418,7 @@ class TextStream:
         self._detokenizer = Detokenizer(
             tokenizer,
             skip_special_tokens=params.skip_special_tokens,
+            keep_special=params.keep_special,
             prior_ids=context_ids,
         )
         self._stops = StopBuffer(params.stop, include_stop=params.include_stop)
