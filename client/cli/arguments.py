@@ -90,6 +90,7 @@ PARAMETERS: Final[dict[str, str]] = {
     "ignore_eos": "go on after the model's own end, up to --max-tokens [no]",
     "include_stop": "leave the stop text in the answer [no]",
     "skip_special_tokens": "leave special tokens out of the text [yes]",
+    "keep_special": "a special token that stays in the text all the same; repeatable [none]",
     "logprobs": "log probabilities: of each token and so many likeliest ones [none]",
     "prompt_logprobs": "the same for the tokens of the prompt [none]",
     "echo": "begin the answer with the prompt [no]",

@@ -26,6 +26,7 @@ __all__ = [
     "Call",
     "ChatChoice",
     "ChatReason",
+    "Progress",
     "TextChoice",
     "best_of",
     "new_id",
@@ -75,6 +76,63 @@ def parser_for(call: BusCall) -> tools.ToolCallParser | None:
     )
 
 
+class Progress:
+    """How far one choice of a chat is: what its events are in the API's terms. Keeps no text."""
+
+    def __init__(self, parser: tools.ToolCallParser | None) -> None:
+        self._parser = parser
+        #: Of the prompt, where the worker told it before the first token.
+        self._prompt: Usage | None = None
+        #: Tokens of the answer so far.
+        self._tokens = 0
+        self.usage: Usage | None = None
+        self.finish_reason: FinishReason | None = None
+
+    def take(self, event: ChoiceEvent) -> list[tools.Piece]:
+        """Account for an event; returns what is new."""
+        parser = self._parser
+        match event:
+            case Prompted():
+                self._prompt = event.prompt.usage
+                if parser is not None:
+                    parser.begin(special=event.prompt.special, tail=event.prompt.tail)
+            case Delta() if not self._is_satisfied:
+                self._tokens += event.tokens
+                return parser.feed(event.text) if parser is not None else [tools.Text(event.text)]
+            case Finish():
+                self.usage, self.finish_reason = event.end.usage, event.end.finish_reason
+                if self._prompt is not None and self._is_satisfied:
+                    # Of what was made meanwhile nothing belongs to the answer.
+                    self.usage = msgspec.structs.replace(
+                        self._prompt, completion_tokens=self._tokens
+                    )
+                if parser is not None:
+                    return parser.finish()
+        return []
+
+    @property
+    def _is_satisfied(self) -> bool:
+        return self._parser is not None and self._parser.satisfied
+
+    @property
+    def has_enough(self) -> bool:
+        """Nothing that may follow belongs to the answer, and its usage is known without its end."""
+        return self._is_satisfied and self._prompt is not None
+
+    @property
+    def is_cut(self) -> bool:
+        """The answer ended within a call."""
+        return self._parser is not None and self._parser.cut
+
+    @property
+    def openai_finish_reason(self) -> ChatReason:
+        """The finish reason in OpenAI's words."""
+        if self.finish_reason is FinishReason.LENGTH and not self._is_satisfied:
+            return "length"
+        has_calls = self._parser is not None and self._parser.calls > 0
+        return "tool_calls" if has_calls and not self.is_cut else "stop"
+
+
 @dataclass(slots=True)
 class Call:
     """A tool call of an answer."""
@@ -84,42 +142,20 @@ class Call:
     arguments: str = ""
 
 
-@dataclass(slots=True)
-class ChatChoice:
-    """One choice of a chat as far as it is known."""
+class ChatChoice(Progress):
+    """One choice of a chat as far as it is known, with what it says."""
 
-    parser: tools.ToolCallParser | None
-    texts: list[str] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    usage: Usage | None = None
-    finish_reason: FinishReason | None = None
-    #: Of the prompt, where the worker told it; and the tokens of the answer so far.
-    _prompt: Usage | None = None
-    _tokens: int = 0
+    def __init__(self, parser: tools.ToolCallParser | None) -> None:
+        super().__init__(parser)
+        self.texts: list[str] = []
+        self.calls: list[Call] = []
+        self.logprobs: list[TokenLogprob] = []
 
     def take(self, event: ChoiceEvent) -> list[tools.Piece]:
         """Account for an event; returns what is new."""
-        pieces: list[tools.Piece] = []
-        match event:
-            case Prompted():
-                self._prompt = event.prompt.usage
-                if self.parser is not None:
-                    self.parser.begin(special=event.prompt.special, tail=event.prompt.tail)
-            case Finish():
-                self.usage, self.finish_reason = event.end.usage, event.end.finish_reason
-                if self._prompt is not None and self._is_satisfied:
-                    # Of what was made meanwhile nothing belongs to the answer.
-                    self.usage = msgspec.structs.replace(
-                        self._prompt, completion_tokens=self._tokens
-                    )
-                if self.parser is not None:
-                    pieces = self.parser.finish()
-            case Delta() if not self._is_satisfied:
-                self._tokens += event.tokens
-                if event.logprobs:
-                    self.logprobs += event.logprobs
-                pieces = self.parser.feed(event.text) if self.parser else [tools.Text(event.text)]
+        if isinstance(event, Delta) and event.logprobs and not self._is_satisfied:
+            self.logprobs += event.logprobs
+        pieces = super().take(event)
         for part in pieces:
             if isinstance(part, tools.Text):
                 self.texts.append(part.text)
@@ -133,27 +169,6 @@ class ChatChoice:
     def text(self) -> str:
         """All text so far."""
         return "".join(self.texts)
-
-    @property
-    def _is_satisfied(self) -> bool:
-        return self.parser is not None and self.parser.satisfied
-
-    @property
-    def has_enough(self) -> bool:
-        """Nothing that may follow belongs to the answer, and its usage is known without its end."""
-        return self._is_satisfied and self._prompt is not None
-
-    @property
-    def is_cut(self) -> bool:
-        """The answer ended within a call."""
-        return self.parser is not None and self.parser.cut
-
-    @property
-    def openai_finish_reason(self) -> ChatReason:
-        """The finish reason in OpenAI's words."""
-        if self.finish_reason is FinishReason.LENGTH and not self._is_satisfied:
-            return "length"
-        return "tool_calls" if self.calls and not self.is_cut else "stop"
 
 
 # --- completions ----------------------------------------------------------------------------------

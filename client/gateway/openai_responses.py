@@ -28,7 +28,7 @@ from starlette.responses import JSONResponse, Response
 from broker.protocol.messages import TokenLogprob, Usage
 from client.gateway import requests as http
 from client.gateway import tools
-from client.gateway.answers import ChatChoice, new_id, parser_for, pick_seed
+from client.gateway.answers import Progress, new_id, parser_for, pick_seed
 from client.gateway.convert import Call, chat_call
 from client.gateway.errors import GatewayError, UnknownAnswer, describe, invalid
 from client.gateway.generation import Batches, ChoiceEvent, Delta, Finish
@@ -96,7 +96,9 @@ async def create_response(visit: Visit) -> Response:
     visit.check(body.model, call.request.priority)
     making = Making(visit, body, chat, call)
     source = making.events(
-        visit.generate([call], prompt_field="input", has_enough=lambda _: making.choice.has_enough)
+        visit.generate(
+            [call], prompt_field="input", has_enough=lambda _: making.progress.has_enough
+        )
     )
     kept = Kept(making.id, visit.key.name, "response", making, len(msgspec.json.encode(chat)))
     making.grew = kept.grew
@@ -270,8 +272,7 @@ class Making:
         self.body = body
         self._visit = visit
         self._chat = chat
-        #: What of the answer is known, beside its shape here.
-        self.choice = ChatChoice(parser_for(call))
+        self.progress = Progress(parser_for(call))
         #: Wall clock, whole seconds.
         self._created_s = int(time.time())
         self._completed_s: int | None = None
@@ -403,7 +404,7 @@ class Making:
         if isinstance(event, Delta):
             self._visit.saw_token()
             logprobs = event.logprobs or []
-        pieces = self.choice.take(event)
+        pieces = self.progress.take(event)
         out: list[bytes] = []
         for part in pieces:
             match part:
@@ -522,13 +523,13 @@ class Making:
         return [*done, self._event("response.output_item.done", item=item)]
 
     def _end(self) -> list[bytes]:
-        cut = self.choice.openai_finish_reason == "length"
+        cut = self.progress.openai_finish_reason == "length"
         out: list[bytes] = []
         if not self.output:
             # An empty answer is a message without text.
             out = self._begin_message()
-        out += self._close("incomplete" if cut or self.choice.is_cut else "completed")
-        self._usage = self.choice.usage or Usage()
+        out += self._close("incomplete" if cut or self.progress.is_cut else "completed")
+        self._usage = self.progress.usage or Usage()
         self._visit.prompt_tokens = self._usage.prompt_tokens
         self._visit.completion_tokens = self._usage.completion_tokens
         self._status = "incomplete" if cut else "completed"
