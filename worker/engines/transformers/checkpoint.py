@@ -6,12 +6,17 @@ never load weights.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
+from transformers.utils import cached_file
 
 from worker.engines.base import EngineLoadError
 
-__all__ = ["refuse_missing"]
+__all__ = ["refuse_missing", "weight_names"]
 
 
 def refuse_missing(
@@ -45,3 +50,24 @@ def refuse_missing(
         f"{path} lacks {len(lacking)} of the model's weights ({names}): {cause}; "
         "fetch or convert it again"
     )
+
+
+def weight_names(path: str, revision: str | None) -> list[str]:
+    """Names of the tensors of a checkpoint in safetensors (a folder or a hub id); none where it has
+    another format."""
+    for file in ("model.safetensors.index.json", "model.safetensors"):
+        found = cached_file(
+            path,
+            file,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if found is None:
+            continue
+        if file.endswith(".json"):
+            return list(json.loads(Path(found).read_text())["weight_map"])
+        with safe_open(found, framework="pt") as tensors:
+            return list(tensors.keys())
+    return []

@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 
 from broker.protocol.messages import MODEL_DEFAULTS, Params
 from worker.engines.transformers.compat import rope_parameters
+from worker.engines.transformers.quantise import quantised_share
 from worker.engines.transformers.rope import LengthRope, find_length_rope
 from worker.engines.transformers.rows import RowAdapters
 from worker.engines.transformers.settings import EngineSettings
@@ -94,6 +95,7 @@ def wrap_model(
     context = settings.context_tokens or _context_tokens(config, text_config, tokenizer)
     parameters = sum(p.numel() for p in model.parameters())
     dtype = model.dtype
+    share = quantised_share(model) if quantised else None
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -118,6 +120,7 @@ def wrap_model(
             "quantised": quantised,
             "attention": str(getattr(text_config, "_attn_implementation", "")),
             "layers": int(getattr(text_config, "num_hidden_layers", 0) or 0),
+            **({"quantised_share": round(share, 3)} if share is not None else {}),
         },
     )
 

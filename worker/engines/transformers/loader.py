@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from worker.engines.base import EngineLoadError, EngineOptions, Progress
 from worker.engines.transformers.adapter_texts import own_texts
 from worker.engines.transformers.adapters import merge_adapter
-from worker.engines.transformers.checkpoint import refuse_missing
+from worker.engines.transformers.checkpoint import refuse_missing, weight_names
 from worker.engines.transformers.classes import ModelClass, model_class
 from worker.engines.transformers.dense import explained_conversion
 from worker.engines.transformers.llava import (
@@ -39,6 +39,8 @@ from worker.engines.transformers.quantise import (
     bitsandbytes_config,
     computes_quantised,
     normalise_skip_names,
+    stored_skip_list,
+    tell_dense_weights,
     warn_of_lost_rounding,
 )
 from worker.engines.transformers.settings import EngineSettings
@@ -351,13 +353,13 @@ def _load_weights(
             )
         as_dict = stored if isinstance(stored, dict) else stored.to_dict()
         config.quantization_config = _stored_quantisation(as_dict, path)
+        names = weight_names(path, options.revision)
+        if as_dict.get("quant_method") == "bitsandbytes" and names:
+            skeleton = _skeleton(auto_class, config, options)
+            config.quantization_config = stored_skip_list(as_dict, skeleton, names, path)
     elif bits:
-        with torch.device("meta"):
-            skeleton = auto_class.from_config(
-                copy.deepcopy(config), trust_remote_code=options.trust_remote_code
-            )
         kwargs["quantization_config"] = bitsandbytes_config(
-            skeleton, bits=bits, dtype=dtype, device=device
+            _skeleton(auto_class, config, options), bits=bits, dtype=dtype, device=device
         )
     with _weights_progress(progress, path), explained_conversion(path):
         model, told = auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
@@ -368,7 +370,18 @@ def _load_weights(
     refuse_missing(model, told["missing_keys"], path, quantised=stored is not None)
     if stored is not None:
         warn_of_lost_rounding(model, as_dict, path)
+    if bits:
+        tell_dense_weights(model, path)
     return model, computes_quantised(model)
+
+
+def _skeleton(auto_class: Any, config: Any, options: EngineOptions) -> Any:
+    """The model without weights, as it is before anything is quantised."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        return auto_class.from_config(config, trust_remote_code=options.trust_remote_code)
 
 
 def _stored_quantisation(stored: dict[str, Any], path: str) -> dict[str, Any]:

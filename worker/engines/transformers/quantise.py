@@ -10,10 +10,13 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.pytorch_utils import Conv1D
 
 from worker.engines.base import EngineLoadError
 from worker.engines.transformers.dense import ROUNDED
@@ -23,10 +26,33 @@ __all__ = [
     "computes_quantised",
     "modules_to_skip",
     "normalise_skip_names",
+    "quantised_share",
+    "stored_skip_list",
+    "tell_dense_weights",
     "warn_of_lost_rounding",
 ]
 
 log = logging.getLogger(__name__)
+
+LANGUAGE_NAMES = ("language_model", "text_model", "llm")
+"""What the language model is called inside a vision-language model."""
+
+MEDIA_INPUTS = ("pixel_values", "flattened_patches", "input_features", "input_values")
+"""First inputs of models of pictures and sounds."""
+
+MEDIA = re.compile(
+    "(?<![a-z])(vision|visual|image|img|pixel|vqmodel|vpm|tower|audio|speech|protein|"
+    "projector|connector|resampler|qformer|perceiver|aligner)(?![a-z])"
+)
+"""Words in the names of modules of pictures, sounds, ... and of what joins them to the text."""
+
+FUSED_SHARE = 0.05
+"""Of a model's weights: less is not worth a word."""
+
+_BNB_LAYERS = ("Linear8bitLt", "Linear4bit")
+
+_BNB_SCALES = re.compile(r"\.(SCB|weight\.absmax)$")
+"""Names of the tensor that comes with every weight quantised by bitsandbytes."""
 
 PACKED_MULTIPLE = 64
 """bitsandbytes packs 4-bit weights on a CPU in blocks of 64 input features and fails on others."""
@@ -56,48 +82,180 @@ def bitsandbytes_config(
 
 
 def modules_to_skip(skeleton: nn.Module, *, bits: int, device: torch.device) -> list[str]:
-    """Full paths (as regular expressions) of what is not quantised: the output head, everything
+    """Full paths (as regular expressions) of what is not quantised: output heads, everything
     outside the language model (vision tower, projector), and what a CPU kernel cannot pack."""
-    language = _language_model_path(skeleton)
-    head = _output_head(skeleton)
+    roots = _language_paths(skeleton)
+    media = _media_paths(skeleton, roots)
+    heads = _output_heads(skeleton)
     skip: list[str] = []
-    for path, module in skeleton.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        outside = language is not None and not path.startswith(language + ".")
-        odd = bits == 4 and device.type == "cpu" and module.in_features % PACKED_MULTIPLE != 0
-        if module is head or outside or odd:
+    for path, module in _linear_layers(skeleton):
+        inside = any(_under(path, root) for root in roots) if roots else True
+        outside = not inside or any(_under(path, place) for place in media)
+        inputs = module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0]
+        odd = bits == 4 and device.type == "cpu" and inputs % PACKED_MULTIPLE != 0
+        if module in heads or outside or odd:
             skip.append(re.escape(path))
     # An empty list would bring transformers' defaults back, a name that matches nothing does not.
     return skip or ["lm_head"]
 
 
-def _language_model_path(skeleton: nn.Module) -> str | None:
-    """Path of the language model inside a vision-language model; None in a text model."""
-    for path, _ in skeleton.named_modules():
-        if path.rsplit(".", 1)[-1] in ("language_model", "text_model") and "vision" not in path:
-            return str(path)
-    return None
+def _linear_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What bitsandbytes can quantise: linear layers, GPT-2's transposed ones among them."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            yield path, module
 
 
-def _output_head(skeleton: nn.Module) -> nn.Module | None:
-    get_head = getattr(skeleton, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    return head if isinstance(head, nn.Module) else None
+def _under(path: str, root: str) -> bool:
+    return path == root or path.startswith(root + ".")
+
+
+def _language_paths(skeleton: nn.Module) -> list[str]:
+    """Paths of the language model inside a vision-language model, its decoder too where it has
+    one; none in a text model and where the language model is the whole."""
+    paths = [
+        path
+        for path, _ in skeleton.named_modules()
+        if path.rpartition(".")[2] in LANGUAGE_NAMES and not MEDIA.search(path)
+    ]
+    roots = [path for path in paths if not any(_under(path, o) for o in paths if o != path)]
+    decoder = _decoder_path(skeleton)
+    if roots and decoder and not any(_under(decoder, root) for root in roots):
+        roots.append(decoder)
+    return roots
+
+
+def _decoder_path(skeleton: nn.Module) -> str:
+    """Path of an encoder-decoder model's decoder; empty in other models."""
+    if not getattr(getattr(skeleton, "config", None), "is_encoder_decoder", False):
+        return ""
+    decoder = skeleton.get_decoder()  # type: ignore[operator]
+    return next((path for path, module in skeleton.named_modules() if module is decoder), "")
+
+
+def _media_paths(skeleton: nn.Module, roots: list[str]) -> list[str]:
+    """Paths of what sees pictures, sounds, ... inside the language model or beside it: by the
+    inputs that a model in the model takes, and in older families, whose parts are plain modules,
+    by their names."""
+    paths = []
+    for path, module in skeleton.named_modules():
+        takes = getattr(module, "main_input_name", None) if path else None
+        root = next((root for root in roots if _under(path, root)), "")
+        named = MEDIA.search(path.removeprefix(root).rpartition(".")[2])
+        if named or takes in MEDIA_INPUTS:
+            paths.append(path)
+    texts = [*roots, *filter(None, [_decoder_path(skeleton)])]
+    return [path for path in paths if not any(_under(text, path) for text in texts)]
+
+
+def _output_heads(skeleton: nn.Module) -> set[nn.Module]:
+    """Output heads of a model and of the models in it."""
+    heads = set()
+    for module in skeleton.modules():
+        get_head = getattr(module, "get_output_embeddings", None)
+        head = get_head() if callable(get_head) else None
+        if isinstance(head, nn.Module):
+            heads.add(head)
+    return heads
+
+
+# --- checkpoints that come quantised --------------------------------------------------------------
+
+
+def stored_skip_list(
+    quantization_config: dict[str, Any], skeleton: nn.Module, names: Iterable[str], path: str
+) -> dict[str, Any]:
+    """The config of a bitsandbytes checkpoint with the skip list that its files show: layers whose
+    weights come with scales are quantised, all others are not. The list that it was saved with has
+    names and rules of the release that saved it.
+
+    `names` are those of the stored tensors. Raises `EngineLoadError` where one is no layer here.
+    """
+    renamings = get_model_conversion_mapping(skeleton)
+    layers = dict(_linear_layers(skeleton))
+    stored = {_BNB_SCALES.sub("", name) for name in names if _BNB_SCALES.search(name)}
+    quantised: set[str] = set()
+    unknown: list[str] = []
+    for layer in stored:
+        renamed = layer + ".weight"
+        for renaming in renamings:
+            renamed, _ = renaming.rename_source_key(renamed)
+        renamed = renamed.removesuffix(".weight")
+        same = [p for p in layers if p == renamed or p.endswith("." + renamed)]
+        same = same or [p for p in layers if renamed.endswith("." + p)]
+        if len(same) == 1:
+            quantised.add(same[0])
+        else:
+            unknown.append(layer)
+    if unknown:
+        raise EngineLoadError(
+            f"{path} holds quantised weights that are not layers of their own in this release of "
+            f"transformers ({sorted(unknown)[0]}, ...): quantise the original checkpoint with "
+            "--load-8bit or --load-4bit"
+        )
+    skip = [re.escape(layer) for layer in layers if layer not in quantised]
+    return quantization_config | {"llm_int8_skip_modules": skip or ["lm_head"]}
 
 
 def normalise_skip_names(quantization_config: dict[str, Any]) -> dict[str, Any]:
     """Skip names of checkpoints quantised before transformers 5 were matched anywhere in a path;
-    the present rule matches from its start. Returns a config in which they mean what they did."""
+    the present rule matches from its start, or its end. Returns a config in which they mean what
+    either rule says."""
     fixed = dict(quantization_config)
     for key in ("llm_int8_skip_modules", "modules_to_not_convert"):
         names = fixed.get(key)
         if isinstance(names, list):
-            fixed[key] = [
-                name if "." in name or "*" in name else rf"(.*\.)?{re.escape(name)}"
-                for name in names
-            ]
+            plain = [name for name in names if re.fullmatch(r"[\w.]+", name)]
+            fixed[key] = [*names, *(rf"(.*\.)?{re.escape(name)}" for name in plain)]
     return fixed
+
+
+# --- what is told of a loaded model ---------------------------------------------------------------
+
+
+def quantised_share(model: nn.Module) -> float | None:
+    """The share of a model's weights that bitsandbytes keeps in few bits; None where it has
+    quantised none."""
+    few, whole = 0, 0
+    for module in model.modules():
+        packed = isinstance(module, nn.Linear) and type(module).__name__ in _BNB_LAYERS
+        for name, parameter in module.named_parameters(recurse=False):
+            count = parameter.numel()
+            if packed and name == "weight":
+                count = int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
+                few += count
+            whole += count
+    return few / whole if few else None
+
+
+def tell_dense_weights(model: nn.Module, path: str) -> None:
+    """Tell how much of a model that bitsandbytes was asked to quantise it does not reach: experts
+    that are fused into single parameters. Raises `EngineLoadError` where that is all of it."""
+    share = quantised_share(model)
+    if share is None:
+        raise EngineLoadError(
+            f"{path}: bitsandbytes can quantise none of its weights (it takes linear layers; of 4 "
+            f"bits, on a CPU, those with a multiple of {PACKED_MULTIPLE} inputs): load it without "
+            "--load-8bit and --load-4bit"
+        )
+    counts: dict[tuple[str, torch.dtype], int] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd | Conv1D):
+            continue
+        for parameter in module.parameters(recurse=False):
+            kind = type(module).__name__, parameter.dtype
+            counts[kind] = counts.get(kind, 0) + parameter.numel()
+    least = FUSED_SHARE * sum(parameter.numel() for parameter in model.parameters())
+    for (name, dtype), count in counts.items():
+        if count > least:
+            log.warning(
+                "%s: only %.0f %% of the weights are quantised: %s stay %s, for bitsandbytes "
+                "quantises linear layers and each of these is one parameter",
+                path,
+                100 * share,
+                name,
+                str(dtype).removeprefix("torch."),
+            )
 
 
 def computes_quantised(model: nn.Module) -> bool:
