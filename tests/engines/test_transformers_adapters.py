@@ -357,6 +357,60 @@ def test_adapters_of_a_model_with_positions_of_its_own(tmp_path: Path) -> None:
         engine.close()
 
 
+def test_an_adapter_of_single_experts_changes_those_of_a_fused_model(tmp_path: Path) -> None:
+    """Before transformers 5 each expert of a Mixtral had layers of its own."""
+    base = save(tmp_path / "base", text_model("mixtral"))
+    merged = text_model("mixtral")
+    width, inside = merged.config.hidden_size, merged.config.intermediate_size
+    torch.manual_seed(0)
+    weights: Weights = {}
+
+    def changed(path: str, outputs: int, inputs: int) -> torch.Tensor:
+        stem = f"base_model.model.model.layers.{path}"
+        one = weights[f"{stem}.lora_A.weight"] = torch.randn(2, inputs) * 0.3
+        other = weights[f"{stem}.lora_B.weight"] = torch.randn(outputs, 2) * 0.3
+        return other @ one * 2
+
+    with torch.no_grad():
+        for number, layer in enumerate(merged.model.layers):
+            for expert in range(merged.config.num_local_experts):
+                path = f"{number}.block_sparse_moe.experts.{expert}"
+                gate = changed(f"{path}.w1", inside, width)
+                up = changed(f"{path}.w3", inside, width)
+                layer.mlp.experts.gate_up_proj[expert] += torch.cat([gate, up])
+                layer.mlp.experts.down_proj[expert] += changed(f"{path}.w2", width, inside)
+            query = changed(f"{number}.self_attn.q_proj", width, width)
+            layer.self_attn.q_proj.weight += query
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["w1", "w2", "w3", "q_proj"])
+    config.save_pretrained(tmp_path / "a")
+    save_file(weights, tmp_path / "a" / "adapter_model.safetensors")
+    ids = tiny.prompts(1, low=10)[0]
+    engine = beside(base, a=tmp_path / "a")
+    try:
+        wanted = {"base": generated(text_model("mixtral"), ids), "a": generated(merged, ids)}
+        assert answers(engine, ids, "base", "a") == wanted
+    finally:
+        engine.close()
+
+
+def test_an_adapter_with_names_of_an_older_release_finds_its_places(tmp_path: Path) -> None:
+    """Before transformers 4.52 a LLaVA's language model was a whole one, with its own head."""
+    base = save(tmp_path / "base", tiny.llava(), tiny.llava_processor())
+    targets = r".*language_model.*(q|v)_proj"
+    with_it = tuned(tmp_path / "a", tiny.llava(), target_modules=targets)
+    new, old = "model.language_model.layers", "language_model.model.layers"
+    rewrite(tmp_path / "a", lambda w: {k.replace(f".{new}", f".{old}"): w[k] for k in w})
+    alone = tiny.serve(with_it.merge_and_unload(), processor=tiny.llava_processor())
+    engine = beside(base, a=tmp_path / "a")
+    try:
+        wanted = pictures_and_question(alone, "tiny", 1)
+        assert pictures_and_question(engine, "a", 1) == wanted
+        assert pictures_and_question(engine, "base", 1) != wanted
+    finally:
+        alone.close()
+        engine.close()
+
+
 @pytest.mark.parametrize(("kind", "targets"), [("t5", ["q", "v"]), ("mamba", ["in_proj"])])
 def test_adapters_of_models_that_run_one_by_one(
     kind: str, targets: list[str], tmp_path: Path

@@ -446,3 +446,48 @@ def test_keys_and_values_that_are_not_rounded_are_told(
         found = logits(load(tmp_path, dtype="float32").model)
     torch.testing.assert_close(found, logits(model), rtol=1e-3, atol=1e-3)
     assert "kv_cache_scheme is not applied" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("merged", [True, False])
+def test_an_adapter_stands_beside_layers_whose_activations_are_rounded(
+    merged: bool, tmp_path: Path
+) -> None:
+    """It was trained with what is not rounded: merged, its inputs would be."""
+    peft = pytest.importorskip("peft")
+    model = tiny.llama()
+    base = tmp_path / "base"
+    checkpoint(
+        base,
+        model,
+        lambda _, weight: store_eight_bits(weight, "int"),
+        config_groups={"group_0": eight_bits("int", "Linear", **TOKENS)},
+        format="int-quantized",
+    )
+    tiny.tokenizer().save_pretrained(base)
+    rounding(model, int8_of_each_token, "layers")
+    unchanged = logits(model)
+    with_it = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    with torch.no_grad():
+        for name, parameter in with_it.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.2)
+    with_it.eval().save_pretrained(tmp_path / "a")
+    wanted = logits(with_it)
+    if merged:
+        engine = tiny.load(tmp_path / "a", model_base=str(base), model_names=(("a",),))
+    else:
+        engine = tiny.load(
+            base, model_names=(("base",),), engine_args={"adapters": f"a={tmp_path / 'a'}"}
+        )
+    try:
+        for name, scores in (("a", wanted), ("base", unchanged)):
+            if merged and name == "base":
+                continue
+            job = tiny.ids_job(IDS[0].tolist(), model=name, max_tokens=1, logprobs=1)
+            answer = tiny.run(engine, [job])[0]
+            best = scores[0, -1].log_softmax(-1).max(-1)
+            assert answer.token_ids == [int(best.indices)]
+            assert answer.logprobs[0].logprob == pytest.approx(float(best.values), abs=1e-3)
+    finally:
+        engine.close()

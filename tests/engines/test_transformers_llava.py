@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,26 @@ def test_a_vision_tower_without_a_weight_is_refused(
         load(folder, base)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_lora_folder_is_not_rounded_with_its_quantised_language_model(
+    tuned: tuple[Path, Any], base: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    from peft import PeftModel
+
+    folder, whole = tuned
+    options = EngineOptions(device="cpu", dtype="float32", load_4bit=True, model_base=str(base))
+    settings = EngineSettings(safetensors_only=False)
+    loaded = load_model(str(folder), options, settings, lambda share, note: None)
+    quantised = load_model(
+        str(base), replace(options, model_base=None), settings, lambda share, note: None
+    ).model
+    with_it = PeftModel.from_pretrained(quantised, str(folder)).get_base_model()
+    whole.model.language_model, whole.lm_head = with_it.model, with_it.lm_head
+    wanted = logits(whole, tiny.llava_processor())
+    torch.testing.assert_close(logits(loaded.model, loaded.processor), wanted)
+
+
 def test_pickled_weights_are_refused_unless_they_are_asked_for(
     tuned: tuple[Path, Any], base: Path
 ) -> None:
@@ -395,6 +416,30 @@ def test_a_whole_checkpoint_is_the_same_model_as_in_transformers_format(
     assert torch.equal(
         logits(loaded.model, loaded.processor), logits(whole, tiny.llava_processor())
     )
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("layers.1.mlp.up_proj", r"lacks .*layers\.1\.mlp\.up_proj"),
+        ("lm_head", "lacks .*lm_head"),
+        ("mm_projector.2", "lacks weights: linear_2"),
+        ("mm_projector", "no weights of a projector"),
+    ],
+)
+def test_a_whole_checkpoint_without_a_weight_is_refused(
+    part: str, words: str, tower: Path, tmp_path: Path
+) -> None:
+    folder = original(tmp_path / "llava-v1.5-tiny", tiny.llava(), facts(tower))
+    index = folder / "model.safetensors.index.json"
+    places = json.loads(index.read_text())
+    places["weight_map"] = {k: v for k, v in places["weight_map"].items() if part not in k}
+    index.write_text(json.dumps(places))
+    for file in folder.glob("*.safetensors"):
+        kept = {k: v for k, v in load_file(file).items() if part not in k}
+        save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(EngineLoadError, match=words):
+        load(folder, None)
 
 
 def test_a_whole_checkpoint_answers_as_in_transformers_format(tower: Path, tmp_path: Path) -> None:
