@@ -27,6 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from broker.protocol.install import install_hint
+
 ROOT: Final = Path(__file__).resolve().parents[1]
 
 READY_S: Final = 30.0
@@ -78,7 +80,7 @@ def _plot(text: str) -> str:
     if not text.endswith((".png", ".svg")):
         raise argparse.ArgumentTypeError(f"{text} is neither .png nor .svg")
     if importlib.util.find_spec("matplotlib") is None:
-        raise argparse.ArgumentTypeError("it needs matplotlib: pip install 'tokenbus[bench]'")
+        raise argparse.ArgumentTypeError(f"it needs matplotlib: {install_hint('bench')}")
     return output(text)
 
 

@@ -38,6 +38,7 @@ from bench.common import (
 from bench.engine_cases import KV_TOKENS, Load, Setting, paired, run_engine
 from bench.stream import attempt, run
 from bench.systems import Arrivals, Unavailable, pids
+from broker.protocol.install import install_hint
 
 READY_S = 120.0
 """Longest start of a server that imports torch and loads a model."""
@@ -166,7 +167,7 @@ async def transformers_system(folder: Folder, *options: str) -> AsyncIterator[As
     try:
         import fastapi  # noqa: F401
     except ImportError:
-        raise Unavailable("fastapi is not installed: pip install 'tokenbus[bench]'") from None
+        raise Unavailable(f"fastapi is not installed: {install_hint('bench')}") from None
     port = free_port()
     command = [str(program), "serve", str(folder.path), "--device", folder.device, *options]
     command += ["--host", "127.0.0.1", "--port", str(port)]

@@ -24,6 +24,7 @@ import msgpack
 
 from bench import bus
 from bench.common import READY_S, ROOT, Process, family, free_port, python, wait_for, wait_port
+from broker.protocol.install import install_hint
 from broker.protocol.messages import new_id
 
 FASTCHAT = ROOT / "bench" / "fastchat"
@@ -428,7 +429,7 @@ async def nats_system() -> AsyncIterator[Nats]:
     try:
         import nats
     except ImportError:
-        raise Unavailable("nats-py is not installed: pip install 'tokenbus[bench]'") from None
+        raise Unavailable(f"nats-py is not installed: {install_hint('bench')}") from None
     if server is None:
         raise Unavailable("nats-server is not installed: apt install nats-server")
     port = free_port()

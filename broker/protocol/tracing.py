@@ -12,6 +12,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, Final
 
+from broker.protocol.install import install_hint
+
 TRACE_KEYS: Final = ("traceparent", "tracestate")
 _SWITCHES: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
@@ -40,7 +42,7 @@ def make_tracer(service: str) -> Any:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        log.warning("traces are asked for, but %s; install tokenbus[traces]", error)
+        log.warning("traces are asked for, but %s: %s", error, install_hint("traces"))
         return None
     named = os.environ.get("OTEL_SERVICE_NAME")
     provider = TracerProvider(resource=Resource.create({"service.name": named or service}))

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
+from broker.protocol.install import install_hint
 from client import Client, End, InvalidRequest, Timeout
 from client.cli.demo_bus import GATEWAY_PORT, DemoBus, DemoError
 from client.cli.generate import show, summary
@@ -183,7 +184,7 @@ def _check_installed(who: str, needs: Sequence[str], extra: str, instead: str = 
     if missing:
         raise DemoError(
             f"the demo's {who} needs {', '.join(missing)}: install it with "
-            f"`pip install 'tokenbus[{extra}]'`{instead}",
+            f"`{install_hint(extra)}`{instead}",
             code="not_installed",
         )
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from broker.protocol import logs
+from broker.protocol.install import install_hint
 from client import BusError
 from client.dealer import key_pair, server_key_of
 from client.gateway.config import PREFIX, Config, ConfigError, misspelt_variables, parse_args
@@ -55,7 +56,7 @@ def _serve(config: Config) -> int:
         from client.gateway.app import create_app
     except ModuleNotFoundError as error:
         return _complain(
-            f"{error.name} is not installed; install the extra: pip install 'tokenbus[gateway]'", 1
+            f"{error.name} is not installed; install it with: {install_hint('gateway')}", 1
         )
     try:
         logs.configure(config.log_level, config.log_format, config.log_file)

@@ -131,6 +131,12 @@ def empty(path: Path) -> str:
     return str(path)
 
 
+def gguf_file(path: Path) -> str:
+    file = path / "model-Q4_K_M.gguf"
+    file.write_bytes(b"GGUF")
+    return str(file)
+
+
 def of_unknown_kind(path: Path) -> str:
     (path / "config.json").write_text(json.dumps({"model_type": "nobody-knows-this"}))
     return str(path)
@@ -151,12 +157,14 @@ def of_pictures_only(path: Path) -> str:
     ("make", "words"),
     [
         (lambda path: str(path / "nowhere"), "there is no folder"),
+        (gguf_file, "serve it with --engine llamacpp --model-path"),
+        (lambda path: str(Path(gguf_file(path)).parent), "--engine llamacpp --model-path"),
         (empty, "no config.json"),
         (of_unknown_kind, "nobody-knows-this"),
         (without_weights, "safetensors"),
         (of_pictures_only, "cannot load"),
     ],
-    ids=["missing", "empty", "unknown", "no weights", "broken"],
+    ids=["missing", "GGUF", "folder of GGUF", "empty", "unknown", "no weights", "broken"],
 )
 def test_a_folder_that_cannot_be_loaded_says_why_in_one_line(
     make: Callable[[Path], str], words: str, tmp_path: Path
@@ -209,7 +217,7 @@ def test_naming_the_engine_does_not_load_torch() -> None:
         ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "gptqmodel and optimum"),
         pytest.param(
             {"quant_method": "compressed-tensors"},
-            "tokenbus[compressed]",
+            "[compressed]",
             marks=pytest.mark.skipif(
                 importlib.util.find_spec("compressed_tensors") is not None,
                 reason="the package is installed",
@@ -610,3 +618,28 @@ def test_known_noise_of_libraries_is_not_shown_and_their_other_warnings_are(
         logger.warning("something is wrong with the weights")
         logger.removeHandler(caplog.handler)
     assert "torchvision" not in caplog.text and "weights" in caplog.text
+
+
+def test_a_wrong_path_is_told_before_torch_is_imported() -> None:
+    code = (
+        "import sys\n"
+        "from worker.engines.base import EngineLoadError, EngineOptions\n"
+        "from worker.engines.transformers import build\n"
+        "try: build(EngineOptions('transformers', model_paths=('./nowhere',)), print)\n"
+        "except EngineLoadError as error: print(error)\n"
+        "sys.exit('torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "there is no folder ./nowhere" in done.stdout
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_engine_without_its_packages_says_how_to_install_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from worker.engines import registry
+    from worker.engines.transformers import build
+
+    monkeypatch.setattr(registry, "find_spec", lambda name: None if name == "torch" else object())
+    with pytest.raises(EngineLoadError, match=r"'torch'.*pip install .*\[worker\]"):
+        build(EngineOptions("transformers"), lambda fraction, note: None)

@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Final, cast
 
+from broker.protocol.install import install_hint
 from worker.engines.base import EngineFactory, EngineLoadError
 
 ENTRY_POINT_GROUP: Final = "tokenbus.engines"
@@ -73,5 +74,5 @@ def require(name: str, *packages: str) -> None:
 def _missing(name: str, package: str) -> EngineLoadError:
     return EngineLoadError(
         f"engine {name!r} needs the package {package!r}, which is not installed; "
-        f"install it with: pip install 'tokenbus[{EXTRAS.get(name, 'worker')}]'"
+        f"install it with: {install_hint(EXTRAS.get(name, 'worker'))}"
     )

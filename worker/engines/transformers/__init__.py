@@ -7,7 +7,9 @@ process can name the engine without loading it.
 
 from __future__ import annotations
 
+from worker.engines import registry
 from worker.engines.base import Engine, EngineOptions, Progress
+from worker.engines.paths import local_folder
 
 __all__ = ["build"]
 
@@ -18,6 +20,9 @@ def build(options: EngineOptions, progress: Progress) -> Engine:
     `progress` is told what is being loaded. Raises `EngineLoadError` with one line that says why
     and what to do. Call it in the engine's own process: it sets torch's thread count.
     """
+    for path in options.model_paths:
+        local_folder(path)
+    registry.require("transformers", "torch", "transformers", "PIL", "accelerate")
     from worker.engines.transformers.quiet import quiet_libraries
 
     quiet_libraries()

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from broker.protocol.install import install_hint
 from worker.engines.base import EngineLoadError
 from worker.engines.transformers.settings import EngineSettings
 
@@ -55,7 +56,7 @@ def peft_library() -> Any:
         import peft
     except ImportError:
         raise EngineLoadError(
-            "LoRA adapters need peft: pip install 'tokenbus[worker,lora]'"
+            f"LoRA adapters need peft: {install_hint('worker', 'lora')}"
         ) from None
     return peft
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +19,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from broker.protocol.install import install_hint
 from worker.engines.base import EngineLoadError, EngineOptions, Progress
+from worker.engines.paths import local_folder
 from worker.engines.transformers.adapter_texts import own_texts
 from worker.engines.transformers.adapters import merge_adapter
 from worker.engines.transformers.checkpoint import refuse_missing, weight_names
@@ -95,7 +96,7 @@ def load_model(
     Raises `EngineLoadError`.
     """
     adapter: str | None = None
-    folder = _local_folder(path)
+    folder = local_folder(path)
     if folder is not None:
         parts = find_parts(folder, safetensors_only=settings.safetensors_only)
         if parts is not None:
@@ -109,7 +110,7 @@ def load_model(
     elif options.model_base is not None:
         adapter, path = path, options.model_base
     if adapter is not None:
-        folder = _local_folder(path)
+        folder = local_folder(path)
         if folder is not None and _is_adapter(folder):
             raise EngineLoadError(
                 f"{folder}, the base of adapter {adapter}, is an adapter itself: merge it into its "
@@ -120,7 +121,7 @@ def load_model(
             path, revision=options.revision, trust_remote_code=options.trust_remote_code
         )
     # A sentence model's adapter brings pooling and the like of its own.
-    held = None if adapter is None else _local_folder(adapter)
+    held = None if adapter is None else local_folder(adapter)
     facts = held if held is not None and (held / "modules.json").is_file() else folder
     chosen = model_class(config, facts, path, trust_remote_code=options.trust_remote_code)
     if held is not None and not chosen.takes_images:
@@ -168,7 +169,7 @@ def _load_llava(
             f"{parts.folder} holds only {parts.weights[0].name} of a LLaVA: name its language "
             "model with --model-base"
         )
-    folder = _local_folder(base)
+    folder = local_folder(base)
     spread = _is_spread(options, settings)
     if spread and (options.load_8bit or options.load_4bit):
         raise EngineLoadError(
@@ -219,17 +220,6 @@ def _load_llava(
 
 
 # --- where the model is ---------------------------------------------------------------------------
-
-
-def _local_folder(path: str) -> Path | None:
-    """The folder `path` names, or None when it must be a hub id."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    looks_local = path.startswith((".", "/", "~")) or os.sep * 2 in path or path.count("/") > 1
-    if folder.exists() or looks_local:
-        raise EngineLoadError(f"there is no folder {path}: give a model's folder or a hub id")
-    return None
 
 
 def _is_adapter(folder: Path) -> bool:
@@ -284,6 +274,11 @@ def _explained(path: str) -> Iterator[None]:
             text = "it brings its own code: read it, then pass --trust-remote-code"
         elif "does not recognize this architecture" in text or "model type" in text:
             text += " (a newer transformers may know it)"
+        elif "couldn't connect to" in text:
+            text = (
+                "there is no such folder here, and the hub cannot be reached: check the network, "
+                "or give the folder of a copy"
+            )
         elif "safetensors" in text:
             text += " (pickled weights: --engine-arg safetensors_only=false if you trust them)"
         raise EngineLoadError(f"cannot load {path}: {text}") from error
@@ -397,9 +392,7 @@ def _stored_quantisation(stored: dict[str, Any], path: str) -> dict[str, Any]:
         return gptq.dequantising_config(stored, path)
     if method == "compressed-tensors":
         if not _installed("compressed_tensors"):
-            raise EngineLoadError(
-                f"{path} needs compressed-tensors: pip install 'tokenbus[compressed]'"
-            )
+            raise EngineLoadError(f"{path} needs compressed-tensors: {install_hint('compressed')}")
         from worker.engines.transformers import compressed
 
         return compressed.keeping_config(stored, path)

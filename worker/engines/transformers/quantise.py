@@ -18,6 +18,7 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
+from broker.protocol.install import install_hint
 from worker.engines.base import EngineLoadError
 from worker.engines.transformers.dense import ROUNDED
 
@@ -65,7 +66,7 @@ def bitsandbytes_config(
     NF4 with double quantisation for 4. Raises `EngineLoadError` where bitsandbytes is missing."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise EngineLoadError(
-            "8-bit and 4-bit loading need bitsandbytes: pip install 'tokenbus[worker]'"
+            f"8-bit and 4-bit loading need bitsandbytes: {install_hint('worker')}"
         )
     from transformers import BitsAndBytesConfig
 
