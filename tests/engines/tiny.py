@@ -194,13 +194,14 @@ def serve(
     model: Any,
     *,
     processor: Any = None,
+    own_tokenizer: Any = None,
     slots: int = 8,
     name: str = "tiny",
     **settings: Any,
 ) -> TransformersEngine:
-    """An engine over a model that is in memory."""
+    """An engine over a model that is in memory; its tokenizer is `tokenizer` unless it has one."""
     own = EngineSettings(**({"kv_tokens": 8192, "prefill_chunk": 16} | settings))
-    loaded = wrap_model(model, tokenizer(), processor, settings=own)
+    loaded = wrap_model(model, own_tokenizer or tokenizer(), processor, settings=own)
     return TransformersEngine([ServedModel(loaded, (name,), own, slots=slots)], own, slots=slots)
 
 

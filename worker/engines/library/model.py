@@ -174,13 +174,11 @@ class LibraryPromptBuilder(PromptBuilder):
         pictures = self._decode(job)
         with self._lock:
             if request.kind is Kind.COMPLETE:
-                text, _ = self._raw_text(request, len(pictures))
+                text = self._raw_text(request, len(pictures))
             else:
                 text = self.template_text(request, pictures)
-            bos = getattr(self._tokenizer, "bos_token", None)
-            special = not (bos and text.startswith(bos))
-            ids = self._tokenizer(text, add_special_tokens=special)["input_ids"]
-        return {"ids": list(ids), "images": [picture.image for picture in pictures]}
+            ids = self._encoded(self._unmarked(text, len(pictures)))
+        return {"ids": ids, "images": [picture.image for picture in pictures]}
 
 
 class LibraryModel(ServedModel):

@@ -45,7 +45,10 @@ class LoadedModel:
     eos_ids: frozenset[int]
     #: Picture, video and audio placeholders: never sampled, never taken from a user's text.
     placeholder_ids: frozenset[int]
+    #: Ids that the model may write are below.
     vocabulary: int
+    #: Ids that it reads are below, placeholders apart: those with a row in its embedding.
+    embedding_rows: int
     takes_images: bool
     encoder_decoder: bool
     #: Only embeds: it has no output head.
@@ -106,6 +109,7 @@ def wrap_model(
         eos_ids=_eos_ids(model, tokenizer),
         placeholder_ids=_placeholder_ids(config, processor),
         vocabulary=int(text_config.vocab_size),
+        embedding_rows=_embedding_rows(model, text_config),
         takes_images=processor is not None,
         encoder_decoder=encoder_decoder,
         embedding_only=head is None,
@@ -172,14 +176,35 @@ def _context_tokens(config: Any, text_config: Any, tokenizer: Any) -> int:
     return length or DEFAULT_CONTEXT_TOKENS
 
 
+def _embedding_rows(model: Any, text_config: Any) -> int:
+    """Rows of the input embedding; where that is elsewhere, what the configuration says."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    rows = getattr(embedding, "num_embeddings", None)
+    return rows if isinstance(rows, int) else int(text_config.vocab_size)
+
+
 def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Ids that end an answer: generation config first, then configuration, then tokenizer."""
+    """Ids that end an answer: those of generation config, configuration and tokenizer together."""
+    text_config = model.config.get_text_config(decoder=True)
+    own = _ids(tokenizer)
+    configured = _ids(model.config) | _ids(text_config)
     generation = getattr(model, "generation_config", None) or GenerationConfig()
-    for source in (generation, model.config.get_text_config(decoder=True), tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            return frozenset(ids if isinstance(ids, list | tuple) else [ids])
-    return frozenset()
+    if getattr(generation, "_from_model_config", False):
+        configured |= _ids(generation)
+    else:
+        own |= _ids(generation)
+    # A configuration without a word on it has its class's id, which may be any word of this model.
+    special = set(getattr(tokenizer, "all_special_ids", None) or ())
+    if own and special:
+        defaults = _ids(type(model.config)) | _ids(type(text_config))
+        configured -= defaults - special
+    return frozenset(i for i in own | configured if 0 <= i < int(text_config.vocab_size))
+
+
+def _ids(source: Any) -> set[int]:
+    ids = getattr(source, "eos_token_id", None)
+    found = ids if isinstance(ids, list | tuple) else [ids]
+    return {value for value in found if isinstance(value, int)}
 
 
 def _placeholder_ids(config: Any, processor: Any) -> frozenset[int]:

@@ -8,9 +8,11 @@ are the caller's own template: control tokens in them are meant.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import threading
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -81,10 +83,11 @@ class PromptBuilder:
             if request.token_ids is not None:
                 return self._fit(self._from_ids(request.token_ids, images), request, images)
             if request.kind is Kind.COMPLETE:
-                text, add_special = self._raw_text(request, len(images))
+                text = self._raw_text(request, len(images))
             else:
-                text, add_special = self.template_text(request, images), None
-            prompt = self._tokenised(text, images, add_special)
+                text = self.template_text(request, images)
+            prompt = self._tokenised(text, images)
+            self._check_ids(prompt.ids)
             return self._fit(prompt, request, images)
 
     def text(self, request: Request) -> str:
@@ -102,7 +105,9 @@ class PromptBuilder:
 
     def detokenised(self, token_ids: list[int]) -> str:
         """Text of token ids (kind detokenize)."""
-        self._check_ids(token_ids)
+        known = max(self._loaded.embedding_rows, len(self._tokenizer))
+        if max(token_ids) >= known:
+            raise _invalid(f"token id {max(token_ids)} is outside the vocabulary of {known}")
         with self._lock:
             return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
 
@@ -131,9 +136,8 @@ class PromptBuilder:
             if request.token_ids is not None:
                 return self._from_ids(request.token_ids, images)
             if request.messages is not None:
-                return self._tokenised(self.template_text(request, images), images, None)
-            text, add_special = self._raw_text(request, len(images))
-            return self._tokenised(text, images, add_special)
+                return self._tokenised(self.template_text(request, images), images)
+            return self._tokenised(self._raw_text(request, len(images)), images)
 
     # --- pictures ---------------------------------------------------------------------------------
 
@@ -166,13 +170,13 @@ class PromptBuilder:
         """The model's own chat template over the messages. The caller holds the lock."""
         return self._template.render(request, None if images is None else len(images))
 
-    def _raw_text(self, request: Request, images: int) -> tuple[str, bool | None]:
+    def _raw_text(self, request: Request, images: int) -> str:
         """A raw prompt with one placeholder for each picture."""
         if request.prompt is None:
             raise _invalid(f"a {request.kind} request needs a prompt or token ids")
         text = request.prompt
         if not self._loaded.takes_images:
-            return text, None
+            return text
         token = self._template.image_token or RAW_PLACEHOLDER
         if token != RAW_PLACEHOLDER and RAW_PLACEHOLDER in text:
             text = text.replace(RAW_PLACEHOLDER, self._template.picture())
@@ -184,34 +188,114 @@ class PromptBuilder:
                 placeholders=found,
                 pictures=images,
             )
-        return text, None
+        return text
+
+    def _unmarked(self, text: str, images: int) -> str:
+        """The text for a processor that puts a picture before it by itself (BLIP-2's): there a mark
+        would be one more picture, or a word."""
+        if not images:
+            if self._needs_picture:
+                raise _invalid("this model answers about a picture only: send one")
+            return text
+        if not self._places_pictures:
+            return text
+        token = self._template.image_token or RAW_PLACEHOLDER
+        if images > 1 or not text.startswith(token) or token in text[len(token) :]:
+            raise _invalid(
+                "this model sees one picture, before the text: begin the prompt with one "
+                f"{RAW_PLACEHOLDER}"
+            )
+        return text.removeprefix(token)
+
+    @cached_property
+    def _needs_picture(self) -> bool:
+        generate = getattr(type(self._loaded.model), "generate", None)
+        parameters = {} if generate is None else inspect.signature(generate).parameters
+        return "pixel_values" in parameters and (
+            parameters["pixel_values"].default is inspect.Parameter.empty
+        )
+
+    @cached_property
+    def _places_pictures(self) -> bool:
+        """The processor places a picture by itself, and does not read a mark in the text."""
+        if self._template.image_token is None and not self._loaded.placeholder_ids:
+            return True
+        token = self._template.image_token or RAW_PLACEHOLDER
+        marks = set(self._loaded.placeholder_ids)
+        token_id = self._tokenizer.convert_tokens_to_ids(token)
+        if isinstance(token_id, int) and token_id != getattr(self._tokenizer, "unk_token_id", None):
+            marks.add(token_id)
+
+        def marked(text: str) -> int:
+            pictures = [Image.new("RGB", (64, 64))]
+            output = self._processor(text=[text], images=pictures, return_tensors="pt")
+            return int(np.isin(output["input_ids"][0].numpy(), list(marks)).sum())
+
+        try:
+            read = marked(f"{token}a")
+        except Exception:
+            # It says so with each request.
+            return False
+        try:
+            alone = marked("a")
+        except Exception:
+            alone = 0
+        return read == 0 or alone not in (0, read)
 
     # --- tokens -----------------------------------------------------------------------------------
 
-    def _tokenised(self, text: str, images: list[DecodedImage], add_special: bool | None) -> Prompt:
-        """Token ids and inputs of a text; `add_special` None: unless the text brings its BOS."""
+    def _encoded(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        added = self._adds_special(text)
+        ids = list(self._tokenizer(text, add_special_tokens=added)["input_ids"])
+        return self._open_ended(ids, added)
+
+    def _adds_special(self, text: str) -> bool:
+        """Whether the tokenizer adds its special tokens: unless the text brings its BOS."""
         bos = getattr(self._tokenizer, "bos_token", None)
-        if add_special is None:
-            add_special = not (bos and text.startswith(bos))
+        return not (bos and text.startswith(bos))
+
+    def _open_ended(self, ids: list[int], added: bool) -> list[int]:
+        """The ids without what the tokenizer put behind them (`add_eos_token`): an answer goes on
+        there. An encoder reads a whole text, with its end."""
+        if not added or self._loaded.encoder_decoder or self._loaded.embedding_only:
+            return ids
+        behind = self._behind
+        return ids[: len(ids) - len(behind)] if behind and ids[-len(behind) :] == behind else ids
+
+    @cached_property
+    def _behind(self) -> list[int]:
+        """Ids that the tokenizer adds behind a text."""
+        plain = list(self._tokenizer("a", add_special_tokens=False)["input_ids"])
+        whole = list(self._tokenizer("a", add_special_tokens=True)["input_ids"])
+        ends = (
+            at for at in range(len(plain), len(whole) + 1) if whole[at - len(plain) : at] == plain
+        )
+        return whole[next(ends, len(whole)) :]
+
+    def _tokenised(self, text: str, images: list[DecodedImage]) -> Prompt:
+        """Token ids and inputs of a text."""
         if self._processor is None:
-            ids = self._tokenizer(text, add_special_tokens=add_special)["input_ids"]
+            ids = self._encoded(text)
             if not ids:
                 raise _invalid("the prompt is empty: it has no tokens")
-            return self._finished(list(ids), {}, [])
+            return self._finished(ids, {}, [])
+        text = self._unmarked(text, len(images))
+        added = self._adds_special(text)
         pictures: list[Image.Image] = [image.image for image in images]
         try:
             output = self._processor(
                 text=[text],
                 images=pictures or None,
                 return_tensors="pt",
-                add_special_tokens=add_special,
+                add_special_tokens=added,
             )
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             cause = " ".join(str(error).split()) or type(error).__name__
             raise _invalid(f"the model's processor refuses this prompt: {cause}") from None
-        ids = output["input_ids"][0].tolist()
+        ids = self._open_ended(output["input_ids"][0].tolist(), added)
         if not ids:
             raise _invalid("the prompt is empty: it has no tokens")
         return self._finished(ids, dict(output), images)
@@ -220,7 +304,9 @@ class PromptBuilder:
         self, ids: list[int], output: dict[str, Any], images: list[DecodedImage]
     ) -> Prompt:
         aligned = {
-            name: output[name] for name in _ALIGNED if name in output and name != "attention_mask"
+            name: output[name][:, : len(ids)]
+            for name in _ALIGNED
+            if name in output and name != "attention_mask"
         }
         media = (
             {
@@ -252,11 +338,19 @@ class PromptBuilder:
         return self._finished(list(token_ids), {}, [])
 
     def _check_ids(self, token_ids: list[int]) -> None:
-        worst = max(token_ids)
-        if worst >= self._loaded.vocabulary:
-            raise _invalid(
-                f"token id {worst} is outside the vocabulary of {self._loaded.vocabulary}"
-            )
+        """Refuse what the model's embedding has no row for: on a GPU that ends the process."""
+        rows, placeholders = self._loaded.embedding_rows, self._loaded.placeholder_ids
+        worst = max((i for i in token_ids if i not in placeholders), default=0)
+        if worst < rows:
+            return
+        named = ""
+        if worst < len(self._tokenizer):
+            named = f" ({self._tokenizer.decode([worst], skip_special_tokens=False)!r})"
+        raise _invalid(
+            f"token id {worst}{named} is outside the vocabulary: the model's embedding has {rows} "
+            "rows",
+            token_id=worst,
+        )
 
     # --- context ----------------------------------------------------------------------------------
 
@@ -277,8 +371,7 @@ class PromptBuilder:
         cut = len(prompt.ids) - room
         if keep >= room:
             raise _overflow(len(prompt.ids), params.max_tokens or 1, context)
-        dropped = np.isin(prompt.ids[keep : keep + cut], list(self._loaded.placeholder_ids))
-        if dropped.any():
+        if self._of_pictures(prompt)[keep : keep + cut].any():
             raise RequestError(
                 ErrorCode.CONTEXT_OVERFLOW,
                 f"the prompt has {len(prompt.ids)} tokens, {room} fit, and its pictures lie "
@@ -297,6 +390,19 @@ class PromptBuilder:
             image_tokens=prompt.image_tokens,
         )
 
+    def _of_pictures(self, prompt: Prompt) -> NDArray[np.bool_]:
+        """Which tokens belong to pictures: placeholders, and the marks that open them (Qwen-VL's
+        `<|vision_start|>`), which are the added tokens directly before."""
+        placed = np.isin(prompt.ids, list(self._loaded.placeholder_ids))
+        for at in range(len(placed) - 2, -1, -1):
+            placed[at] |= placed[at + 1] and prompt.ids[at] in self._added_ids
+        return placed
+
+    @cached_property
+    def _added_ids(self) -> frozenset[int]:
+        added = getattr(self._tokenizer, "added_tokens_decoder", None) or {}
+        return frozenset(added).union(getattr(self._tokenizer, "all_special_ids", None) or ())
+
     def _kept_head(self, ids: list[int], request: Request, images: list[DecodedImage]) -> int:
         """Tokens at the start that truncation keeps: BOS, and the system message of a chat."""
         keep = 1 if ids and ids[0] == getattr(self._tokenizer, "bos_token_id", None) else 0
@@ -310,7 +416,7 @@ class PromptBuilder:
             pair = [messages[0], Message(role="user", content=word)]
             probe = Request(model=request.model, messages=pair, window=1, tools=request.tools)
             text = self.template_text(probe, own)
-            heads.append(self._tokenised(text, own, None).ids)
+            heads.append(self._tokenised(text, own).ids)
         shared = _common_prefix(_common_prefix_ids(*heads), ids)
         return max(keep, shared)
 

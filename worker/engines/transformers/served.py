@@ -46,6 +46,7 @@ from worker.engines.transformers.selftest import Verdict, check, check_generate
 from worker.engines.transformers.sequence import Sequence, ends_answer
 from worker.engines.transformers.settings import EngineSettings
 from worker.engines.transformers.slots import SlotRunner
+from worker.engines.transformers.template import continues_message
 from worker.engines.transformers.text import TextStream, token_table
 
 __all__ = ["EmbedTask", "Prepared", "ServedModel"]
@@ -56,10 +57,10 @@ FALLBACK_SLOTS = 4
 """Sequences that take turns on the per-request path: turns only share time, so few are enough."""
 
 CONTEXT_IDS = 8
+"""Prompt tokens that the text stream of a continued text sees."""
 
 #: Of a prompt whose end is told: what a template writes behind the last message is shorter.
 _TAIL_TOKENS = 32
-"""Prompt tokens that a completion's text stream sees, to continue their text."""
 
 
 @dataclass(slots=True)
@@ -280,11 +281,12 @@ class ServedModel:
         loaded = texts.loaded
         if self.runner is None:
             raise _invalid(f"model {request.model} only embeds: it writes no text")
-        check_token_ids(params, loaded.vocabulary)
+        known = min(loaded.vocabulary, loaded.embedding_rows)
+        check_token_ids(params, known)
         prompt = texts.builder.generation(job)
         prior = request.resume.token_ids if request.resume is not None else []
-        if prior and max(prior) >= loaded.vocabulary:
-            raise _invalid("the tokens to resume from are not this model's")
+        if prior and max(prior) >= known:
+            raise _invalid(f"the tokens to resume from are not this model's: id {max(prior)}")
         constraint = texts.constraint(params)
         # The placeholders stand for pictures: penalising them would mean nothing.
         row = SamplerRow(
@@ -294,7 +296,10 @@ class ServedModel:
             prior_ids=prior,
             constraint=constraint,
         )
-        completion = request.kind is Kind.COMPLETE and not loaded.encoder_decoder
+        # A text that goes on where the prompt's ends: a first space is part of it.
+        goes_on = not loaded.encoder_decoder and (
+            request.kind is Kind.COMPLETE or continues_message(request)
+        )
         over = bool(prior) and ends_answer(
             prior[-1], len(prior), params, loaded.eos_ids, finished=row.finished
         )
@@ -304,7 +309,7 @@ class ServedModel:
             # What ends an answer is no part of its text.
             prior_ids=prior[:-1] if over else prior,
             prior_characters=request.resume.text_characters if request.resume else 0,
-            context_ids=prompt.ids[-CONTEXT_IDS:] if completion else (),
+            context_ids=prompt.ids[-CONTEXT_IDS:] if goes_on else (),
         )
         room = loaded.context_tokens - (0 if loaded.encoder_decoder else len(prompt.ids))
         facts_seen = request.resume is not None and request.resume.prompt_seen

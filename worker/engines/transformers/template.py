@@ -22,7 +22,7 @@ from broker.protocol.messages import Message, Request, TextPart, VideoPart
 from worker.engines.transformers.control import Breaker, ControlTokens, mark_text, rewritten
 from worker.engines.transformers.loaded import LoadedModel
 
-__all__ = ["RAW_PLACEHOLDER", "ChatTemplate"]
+__all__ = ["RAW_PLACEHOLDER", "ChatTemplate", "continues_message"]
 
 RAW_PLACEHOLDER = "<image>"
 """What stands for a picture in a raw prompt, as LLaVA's clients write it."""
@@ -155,7 +155,8 @@ class ChatTemplate:
             for name, value in request.template_args.items()
             if name not in self._passed_over
         }
-        continue_final = bool(arguments.pop("continue_final_message", False))
+        arguments.pop("continue_final_message", None)
+        continue_final = continues_message(request)
         add_prompt = bool(arguments.pop("add_generation_prompt", not continue_final))
         if request.tool_choice is not None:
             arguments["tool_choice"] = rewritten(request.tool_choice, other)
@@ -322,6 +323,13 @@ class ChatTemplate:
             return None
         # Gemma 3 marks a picture with its start token; the processor expands it.
         return mark_text(self._processor, "boi_token") or mark_text(self._processor, "image_token")
+
+
+def continues_message(request: Request) -> bool:
+    """The answer goes on with the last message instead of beginning one."""
+    return request.messages is not None and bool(
+        request.template_args.get("continue_final_message", False)
+    )
 
 
 # --- helpers --------------------------------------------------------------------------------------
