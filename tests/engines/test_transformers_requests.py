@@ -632,3 +632,17 @@ def test_the_models_own_sampling_values_count_where_the_caller_left_them_open() 
         assert neither == sampled
     finally:
         engine.close()
+
+
+def test_tokens_per_second_are_zero_once_nothing_runs() -> None:
+    engine = tiny.serve(tiny.llama())
+    try:
+        engine.add(tiny.ids_job(tiny.prompts(1)[0], max_tokens=8))
+        while not any(isinstance(event, Tokens) for event in engine.step()):
+            assert engine.busy
+        assert engine.metrics()["tokens_per_s"] > 0
+        while engine.busy:
+            engine.step()
+        assert engine.metrics()["tokens_per_s"] == 0
+    finally:
+        engine.close()

@@ -215,7 +215,66 @@ def test_the_dashboard_shows_only_figures_that_are_told() -> None:
     assert all(x + w <= 24 for x, _, w, _ in places) and len(set(places)) == len(places)
 
 
+def test_the_alerts_are_about_figures_that_are_told() -> None:
+    [rules] = documents("alerts.yaml")
+    alerts = [rule for group in rules["groups"] for rule in group["rules"]]
+    assert len({rule["alert"] for rule in alerts}) == len(alerts) >= 8
+    for rule in alerts:
+        names = set(re.findall(r"tokenbus_\w+", rule["expr"]))
+        assert names and names <= told(), rule["alert"]
+        assert rule["annotations"]["summary"] and rule["labels"]["severity"] in ("page", "ticket")
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_prometheus_itself_takes_the_rules() -> None:
+    done = subprocess.run(
+        ["promtool", "check", "rules", str(DEPLOY / "alerts.yaml")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _has_compose() -> bool:
+    docker = shutil.which("docker")
+    return (
+        docker is not None
+        and not subprocess.run([docker, "compose", "version"], capture_output=True).returncode
+    )
+
+
+@pytest.mark.skipif(not _has_compose(), reason="`docker compose` is not installed")
+@pytest.mark.parametrize("files", [["compose.yaml"], ["compose.yaml", "compose.gpu.yaml"]])
+def test_compose_itself_takes_the_files(files: list[str]) -> None:
+    named = [word for file in files for word in ("-f", str(DEPLOY / file))]
+    done = subprocess.run(["docker", "compose", *named, "config"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # Its own reading of the merged files still starts what our programs take.
+    merged = yaml.safe_load(done.stdout)["services"]
+    for service in merged.values():
+        check(service["command"])
+
+
+def test_every_image_has_the_tag_of_this_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    images = [
+        image
+        for name in ("compose.yaml", "kubernetes.yaml", "Containerfile")
+        for image in re.findall(r"(?:image: |-t )(tokenbus\S*)", (DEPLOY / name).read_text())
+    ]
+    assert len(images) >= 8
+    assert {image.partition(":")[2] for image in images} == {version}
+
+
 def test_the_scrape_asks_for_scopes_that_the_gateway_knows() -> None:
     [prometheus] = documents("prometheus.yaml")
     jobs = prometheus["scrape_configs"]
     assert [job.get("params", {}).get("scope") for job in jobs] == [None, ["gateway"]]
+
+
+def test_the_commands_of_the_page_for_fastchats_users_are_ours() -> None:
+    text = (ROOT / "client" / "gateway" / "FROM_FASTCHAT.md").read_text()
+    commands = re.findall(r"`python -m ((?:broker|worker|client)[^`]*)`", text)
+    whole = [line.split() for line in commands if " keys " not in line and "--" in line]
+    assert len(whole) >= 2
+    for words in whole:
+        if "--help" not in words and "vllm" not in words:
+            check(words)

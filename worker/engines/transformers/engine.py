@@ -247,7 +247,8 @@ class TransformersEngine:
             "running": float(sum(c.running for c in counts) + len(self._embeds)),
             "waiting": float(sum(c.waiting for c in counts) + pending),
             "batch": float(sum(c.batch for c in counts)),
-            "tokens_per_s": sum(count for _, count in self._recent) / span,
+            # Nobody waits for an average to fade once nothing runs.
+            "tokens_per_s": sum(count for _, count in self._recent) / span if self._jobs else 0.0,
             "ttft_ms": self._ttft_ms,
             "kv_used_tokens": float(sum(c.kv_used_tokens for c in counts)),
             "kv_total_tokens": float(sum(c.kv_total_tokens for c in counts)),
