@@ -28,8 +28,10 @@ T = TypeVar("T")
 _BYTES = (bytes,)
 _MIN_INT, _MAX_INT = -(1 << 63), (1 << 64) - 1
 
-#: Tag of PROMPT, and its fields before anything was appended.
-_PROMPT, _PROMPT_FIELDS = 3, 7
+#: Tags of the events that something was appended to, and where they have log probabilities.
+_TOKENS, _PROMPT, _LOGPROBS = 0, 3, 6
+#: Fields before anything was appended, of those events and of a log probability.
+_FIELDS, _LOGPROB_FIELDS = 7, 3
 
 _TOKENS_ONLY: Final = msgspec.msgpack.Decoder(list[TokensEvent])
 _ANY_EVENTS: Final = msgspec.msgpack.Decoder(list[OutputEvent])
@@ -140,10 +142,16 @@ def encode_events(events: list[OutputEvent]) -> bytes:
     says something."""
     arrays: list[list[Any]] = msgspec.to_builtins(events, builtin_types=_BYTES)
     for array in arrays:
-        if array[0] == _PROMPT:
-            while len(array) > _PROMPT_FIELDS and not array[-1]:
-                array.pop()
+        if array[0] in (_TOKENS, _PROMPT):
+            for logprob in array[_LOGPROBS] or ():
+                _trim(logprob, _LOGPROB_FIELDS)
+            _trim(array, _FIELDS)
     return pack(arrays)
+
+
+def _trim(array: list[Any], fields: int) -> None:
+    while len(array) > fields and (array[-1] is None or array[-1] in ([], "")):
+        array.pop()
 
 
 def decode_events(body: bytes, limit_bytes: int) -> Sequence[OutputEvent]:

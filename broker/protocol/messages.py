@@ -456,6 +456,9 @@ class TokenLogprob(_Array, frozen=True):
     #: The token's own octets (they may be part of a character).
     token: bytes
     top: list[TopLogprob] = []
+    #: Characters of the text (of PROMPT, or of the answer) before this token's own; a token that
+    #: is part of a character has the place of that. None: the worker did not tell it.
+    place: Count | None = None
 
 
 class Usage(_Map, frozen=True, kw_only=True):

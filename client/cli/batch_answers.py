@@ -23,6 +23,7 @@ from client.gateway.answers import ChatChoice, TextChoice
 from client.gateway.errors import GatewayError, describe, error_body, invalid
 from client.gateway.generation import Batches, generate
 from client.gateway.images import ImagePolicy
+from client.gateway.logprobs import text_logprobs
 
 #: Nothing of the batch can succeed after these: it stops, and no line is blamed.
 FATAL: Final = (ConnectionLost, Unauthenticated, BrokenProtocol)
@@ -137,7 +138,7 @@ async def _completion(octets: bytes, asking: Asking) -> dict[str, Any]:
                 "index": index,
                 "text": choice.text,
                 "finish_reason": choice.finish_reason,
-                "logprobs": None if body.logprobs is None else _text_logprobs(choice.logprobs),
+                "logprobs": None if body.logprobs is None else text_logprobs(choice.logprobs),
             }
             for index, choice in enumerate(answers.best_of(choices, candidates, body.n or 1))
         ],
@@ -265,19 +266,3 @@ def _chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
         for token in tokens
     ]
     return {"content": content, "refusal": None}
-
-
-def _text_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-    texts = [token.token.decode(errors="replace") for token in tokens]
-    offsets = [0]
-    for text in texts[:-1]:
-        offsets.append(offsets[-1] + len(text))
-    return {
-        "tokens": texts,
-        "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [
-            {top.token.decode(errors="replace"): top.logprob for top in token.top} or None
-            for token in tokens
-        ],
-        "text_offset": offsets[: len(texts)],
-    }

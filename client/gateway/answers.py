@@ -20,6 +20,7 @@ from broker.protocol.messages import FinishReason, TokenLogprob, Usage
 from client.gateway import tools
 from client.gateway.convert import Call as BusCall
 from client.gateway.generation import ChoiceEvent, Delta, Finish, Prompted
+from client.gateway.logprobs import Places
 
 __all__ = [
     "IMPOSSIBLE",
@@ -181,9 +182,9 @@ class TextChoice:
     #: With `max_tokens: 0` the one token that the bus makes is not part of the answer.
     prompt_only: bool = False
     texts: list[str] = field(default_factory=list)
+    #: Of its tokens, with their places in the text.
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    #: Characters before the first token of the next log-probabilities.
-    offset: int = 0
+    _places: Places = field(default_factory=Places)
     usage: Usage = field(default_factory=Usage)
     finish_reason: Literal["stop", "length"] = "stop"
 
@@ -192,9 +193,10 @@ class TextChoice:
         text, logprobs = "", []
         match event:
             case Prompted():
-                text, logprobs = event.prompt.text, event.prompt.logprobs or []
+                text, logprobs = event.prompt.text, self._places.of(event.prompt.logprobs or [])
+                self._places.begin(len(text))
             case Delta() if not self.prompt_only:
-                text, logprobs = event.text, event.logprobs or []
+                text, logprobs = event.text, self._places.of(event.logprobs or [])
             case Finish():
                 self.usage = event.end.usage
                 if self.prompt_only:

@@ -45,6 +45,7 @@ from client.gateway.legacy_input import (
     turns_of,
     wanted_of,
 )
+from client.gateway.logprobs import Places, text_logprobs
 from client.gateway.openai_models import find_model, visible_models
 from client.gateway.requests import parse
 from client.gateway.sse import until_disconnect
@@ -215,7 +216,8 @@ async def _frames(visit: Visit, wanted: Wanted) -> AsyncGenerator[list[dict[str,
     text, tokens, prompt_tokens = wanted.before, 0, 0
     logprobs: dict[str, list[Any]] | None = None
     if wanted.call.request.params.logprobs is not None:
-        logprobs = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+        logprobs = text_logprobs([])
+    places = Places(len(wanted.before))
     async with contextlib.aclosing(_generated(visit, wanted)) as batches:
         async for batch in batches:
             frames: list[dict[str, Any]] = []
@@ -226,7 +228,7 @@ async def _frames(visit: Visit, wanted: Wanted) -> AsyncGenerator[list[dict[str,
                     case Delta():
                         visit.saw_token()
                         if logprobs is not None:
-                            logprobs = _longer(logprobs, len(text), event.logprobs or [])
+                            logprobs = _longer(logprobs, places.of(event.logprobs or []))
                         text += event.text
                         tokens += event.tokens
                         if event.text:
@@ -262,21 +264,14 @@ async def _generated(visit: Visit, wanted: Wanted) -> Batches:
                 raise
 
 
-def _longer(
-    logprobs: dict[str, list[Any]], offset: int, tokens: list[TokenLogprob]
-) -> dict[str, list[Any]]:
+def _longer(logprobs: dict[str, list[Any]], tokens: list[TokenLogprob]) -> dict[str, list[Any]]:
     """With those of further tokens; frames that were made before keep theirs."""
-    return {
-        "text_offset": logprobs["text_offset"] + [offset] * len(tokens),
-        "token_logprobs": logprobs["token_logprobs"]
-        + [IMPOSSIBLE if token.logprob is None else token.logprob for token in tokens],
-        "tokens": logprobs["tokens"] + [token.token.decode(errors="replace") for token in tokens],
-        "top_logprobs": logprobs["top_logprobs"]
-        + [
-            {top.token.decode(errors="replace"): top.logprob for top in token.top}
-            for token in tokens
-        ],
-    }
+    further = text_logprobs(tokens)
+    further["token_logprobs"] = [
+        IMPOSSIBLE if logprob is None else logprob for logprob in further["token_logprobs"]
+    ]
+    further["top_logprobs"] = [top or {} for top in further["top_logprobs"]]
+    return {name: logprobs[name] + further[name] for name in logprobs}
 
 
 def _last(

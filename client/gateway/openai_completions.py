@@ -18,6 +18,7 @@ from client.gateway.answers import TextChoice, best_of, pick_seed
 from client.gateway.convert import completion_calls, seeded, wants_usage_so_far
 from client.gateway.errors import GatewayError
 from client.gateway.generation import Batches, ChoiceEvent, Delta, Finish, Prompted
+from client.gateway.logprobs import text_logprobs
 from client.gateway.openai_shared import JSON, Chunks, UsageSoFar, dumped, error_event, usage_of
 from client.gateway.position import Position
 from client.gateway.requests import CompletionRequest, parse
@@ -108,7 +109,7 @@ class _Answer:
                     index=index,
                     text=choice.text,
                     finish_reason=choice.finish_reason,
-                    logprobs=self._logprobs(choice, choice.logprobs),
+                    logprobs=self._logprobs(choice.logprobs),
                 )
                 for index, choice in enumerate(kept)
             ],
@@ -144,7 +145,6 @@ class _Answer:
         if self._body.logprobs is None or not logprobs:
             return text, []
         read = self._chunks.reader.skipped_tokens(index, len(logprobs))
-        self._logprobs(self._choices[index], logprobs[:read])  # moves the offset of what follows
         return text, logprobs[read:]
 
     def _chunk(
@@ -154,7 +154,7 @@ class _Answer:
         logprobs: list[TokenLogprob],
         finish_reason: bytes = b"null",
     ) -> bytes:
-        shown = self._logprobs(self._choices[index], logprobs) if logprobs else None
+        shown = self._logprobs(logprobs) if logprobs else None
         return self._chunks.event(
             b'{"finish_reason":%b,"index":%d,"logprobs":%b,"text":%b}'
             % (
@@ -165,24 +165,10 @@ class _Answer:
             )
         )
 
-    def _logprobs(self, choice: TextChoice, tokens: list[TokenLogprob]) -> Logprobs | None:
+    def _logprobs(self, tokens: list[TokenLogprob]) -> Logprobs | None:
         if self._body.logprobs is None:
             return None
-        texts, offsets = [], []
-        for token in tokens:
-            texts.append(token.token.decode(errors="replace"))
-            offsets.append(choice.offset)
-            choice.offset += len(texts[-1])
-        return Logprobs.model_construct(
-            tokens=texts,
-            # Null for the first token of a prompt: nothing stands before it.
-            token_logprobs=[token.logprob for token in tokens],
-            top_logprobs=[
-                {top.token.decode(errors="replace"): top.logprob for top in token.top} or None
-                for token in tokens
-            ],
-            text_offset=offsets,
-        )
+        return Logprobs.model_construct(**text_logprobs(tokens))
 
     def failed(self, error: GatewayError) -> list[bytes]:
         """The end of a stream that fails after its first event."""

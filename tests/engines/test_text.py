@@ -17,6 +17,7 @@ from worker.engines.transformers.text import (
     Detokenizer,
     StopBuffer,
     TextStream,
+    places,
     token_table,
 )
 
@@ -301,6 +302,31 @@ def test_the_ending_token_stands_in_the_text_only_if_asked_for(tokenizer: Any) -
     assert "".join(say(TextStream(tokenizer, skipped), ids, end)[0]) == "bye"
     text = "".join(say(TextStream(tokenizer, shown), ids, end)[0])
     assert text == decode(tokenizer, [*ids, end], skip=False) != "bye"
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_place_of_a_token_is_where_its_text_begins(tokenizer: Any, text: str) -> None:
+    """Spaces that a decoder drops, tokens that are skipped and parts of characters included."""
+    special = min(token_table(tokenizer).special_ids)
+    ids = encode(tokenizer, text)
+    for one in range(len(ids), 0, -5):
+        if not decode(tokenizer, ids[:one]).endswith("\ufffd"):
+            ids.insert(one, special)
+    stream = TextStream(tokenizer, Params())
+    found, said = [], ""
+    for token_id in ids:
+        found.append(stream.place)
+        said += stream.add(token_id).text
+    said += stream.finish()
+    for count, place in enumerate(found):
+        before = decode(tokenizer, ids[:count])
+        if not before.endswith("\ufffd"):
+            assert place == len(before)
+    assert said == decode(tokenizer, ids)
+    for count, place in enumerate(places(tokenizer, ids)):
+        before = decode(tokenizer, ids[:count], skip=False)
+        if not before.endswith("\ufffd"):
+            assert place == len(before)
 
 
 def test_special_tokens_that_are_kept_stand_in_the_text(tokenizer: Any) -> None:

@@ -146,6 +146,8 @@ def test_logprobs_are_those_of_the_model(engine: TransformersEngine, model: Any)
         row = full[len(ids) - 1 + index]
         assert logprob.logprob == pytest.approx(float(row[token]), abs=1e-4)
         assert [top.token_id for top in logprob.top] == row.topk(3).indices.tolist()
+        before = tiny.tokenizer().decode(answer.token_ids[:index], skip_special_tokens=True)
+        assert logprob.place == len(before) or before.endswith("\ufffd")
 
 
 def test_prompt_logprobs_and_echo_come_before_the_first_token(
@@ -156,6 +158,10 @@ def test_prompt_logprobs_and_echo_come_before_the_first_token(
     assert answer.facts is not None and answer.facts.logprobs is not None
     assert answer.facts.token_ids == ids
     assert answer.facts.text == tiny.tokenizer().decode(ids)
+    for count, fact in enumerate(answer.facts.logprobs):
+        before = tiny.tokenizer().decode(ids[:count])
+        if not before.endswith("\ufffd"):
+            assert fact.place == len(before)
     with torch.inference_mode():
         full = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     got = [fact.logprob for fact in answer.facts.logprobs]

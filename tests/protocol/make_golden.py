@@ -345,6 +345,7 @@ def _every_field() -> dict[str, Example]:
     opened = m.PromptEvent(
         REQUEST, 1, 0, [], "", None, ["[TOOL_CALLS]"], "<think>", m.Usage(prompt_tokens=4)
     )
+    placed = m.TokensEvent(REQUEST, 1, 0, [7], "a", [m.TokenLogprob(-0.5, b" a", [], 0)])
     limits = m.BusLimits(
         request_bytes=1, attachment_bytes=2, attachments_bytes=3, attachments=4, inflight=5
     )
@@ -381,6 +382,7 @@ def _every_field() -> dict[str, Example]:
         "cancel_reason": (t.CANCEL, REQUEST, 2, 0, [m.Cancel(reason="closed")], []),
         "output_embed": (t.OUTPUT, SESSION, 2, 0, [[ended]], []),
         "output_prompt": (t.OUTPUT, SESSION, 3, 0, [[prompt]], []),
+        "output_place": (t.OUTPUT, SESSION, 5, 0, [[placed]], []),
         "output_prompt_tail": (t.OUTPUT, SESSION, 4, 0, [[opened]], []),
     }
 

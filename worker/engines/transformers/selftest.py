@@ -278,6 +278,7 @@ def _probe(prompt: Prompt) -> Sequence:
         eos_ids=frozenset(),
         max_tokens=STEPS,
         wants_facts=False,
+        echo_places=[],
         special=[],
         tail="",
         echo_text="",

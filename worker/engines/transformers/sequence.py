@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from broker.protocol.errors import ErrorInfo, RequestError
 from broker.protocol.messages import FinishReason, Params, Timings, TokenLogprob, Usage
 from worker.engines.base import Ended, EngineEvent, Failed, PromptFacts, Tokens
@@ -59,8 +61,9 @@ class Sequence:
     max_tokens: int
     #: PromptFacts are still to be sent.
     wants_facts: bool
-    #: The prompt's text, where `echo` was asked for.
+    #: The prompt's text, where `echo` was asked for, and where each of its tokens begins in it.
     echo_text: str
+    echo_places: list[int]
     #: Where `keep_special` was asked for: those that the model has, and the end of the prompt.
     special: list[str]
     tail: str
@@ -121,7 +124,12 @@ class Sequence:
             return []
         self.wants_facts = False
         params = self.params
-        logprobs = self.prompt_logprobs if params.prompt_logprobs is not None else None
+        logprobs = None
+        if params.prompt_logprobs is not None:
+            logprobs = self.prompt_logprobs
+            if self.echo_places:
+                placed = zip(logprobs, self.echo_places, strict=False)
+                logprobs = [replace(logprob, place=place) for logprob, place in placed]
         shows_ids = params.echo or logprobs is not None
         return [
             PromptFacts(
@@ -188,6 +196,9 @@ class Sequence:
         if token_id is None:
             return []
         self._untold = None
+        if self._held_logprobs:
+            last = self._held_logprobs[-1]
+            self._held_logprobs[-1] = replace(last, place=self.text.place)
         if self._ends(token_id):
             return self.end(FinishReason.STOP, now, token_id, ending_token=token_id)
         step = self.text.add(token_id)

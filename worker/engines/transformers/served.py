@@ -47,7 +47,7 @@ from worker.engines.transformers.sequence import Sequence, ends_answer
 from worker.engines.transformers.settings import EngineSettings
 from worker.engines.transformers.slots import SlotRunner
 from worker.engines.transformers.template import continues_message
-from worker.engines.transformers.text import TextStream, token_table
+from worker.engines.transformers.text import TextStream, places, token_table
 
 __all__ = ["EmbedTask", "Prepared", "ServedModel"]
 
@@ -325,6 +325,9 @@ class ServedModel:
             wants_facts=not facts_seen
             and bool(params.echo or params.prompt_logprobs is not None or params.keep_special),
             echo_text=texts.builder.detokenised(prompt.ids) if echo else "",
+            echo_places=places(texts.decoder, prompt.ids)
+            if echo and params.prompt_logprobs is not None
+            else [],
             special=token_table(texts.decoder).special_texts(params.keep_special),
             # Longer than what a template writes behind the last message.
             tail=texts.builder.detokenised(prompt.ids[-_TAIL_TOKENS:])

@@ -20,7 +20,15 @@ from weakref import WeakKeyDictionary
 
 from broker.protocol.messages import Params
 
-__all__ = ["Detokenizer", "StopBuffer", "TextStep", "TextStream", "TokenTable", "token_table"]
+__all__ = [
+    "Detokenizer",
+    "StopBuffer",
+    "TextStep",
+    "TextStream",
+    "TokenTable",
+    "places",
+    "token_table",
+]
 
 REPLACEMENT = "\ufffd"
 
@@ -303,6 +311,16 @@ class Detokenizer:
         return self._decoder.flush()
 
 
+def places(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """Characters before each token in the whole text of the ids, special tokens included."""
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
+    found, place = [], 0
+    for token_id in ids:
+        found.append(place)
+        place += len(detokenizer.add(token_id))
+    return found
+
+
 class StopBuffer:
     """Holds back the text that may be the start of a stop string, and cuts exactly at a stop.
 
@@ -425,6 +443,8 @@ class TextStream:
         self._include_stop = params.include_stop
         self._min_tokens = params.min_tokens
         self._tokens = 0
+        #: Characters of the answer's text before the next token's own, stop strings not counted.
+        self.place = 0
         self._stopped_by: str | None = None
         replayed = []
         for token_id in prior_ids:
@@ -463,7 +483,9 @@ class TextStream:
 
     def _advance(self, token_id: int) -> str:
         self._tokens += 1
-        return self._check(self._detokenizer.add(token_id))
+        text = self._detokenizer.add(token_id)
+        self.place += len(text)
+        return self._check(text)
 
     def _check(self, text: str) -> str:
         if not text:
