@@ -137,13 +137,23 @@ class AsyncClient(Face):
         self, inputs: str | Sequence[Prompt], *, model: str | None = None, **options: Any
     ) -> Embeddings:
         """Vectors of texts or lists of token ids; `options` such as pooling go to the worker."""
-        made = calls.embed(self._defaults, model, inputs, options)
-        streams = [self._stream(call) for call in made]
+        return await self.embeddings_of(calls.embed(self._defaults, model, inputs, options))
+
+    async def embeddings_of(self, made: Sequence[Call]) -> Embeddings:
+        """Vectors for what `calls.embed` made ready; others have their turn between requests."""
+        streams: list[AsyncStream] = []
         try:
+            for call in made:
+                streams.append(self._stream(call))
+                await asyncio.sleep(0)
             return calls.embeddings_from([await _end_of(stream) for stream in streams])
         finally:
             for stream in streams:
                 stream.close()
+
+    async def start(self, call: Call) -> AsyncStream:
+        """Send what `calls` made ready, with `defaults`, elsewhere or before."""
+        return self._stream(call)
 
     async def count(
         self,

@@ -70,6 +70,11 @@ class Face:
         raise NotImplementedError
 
     @property
+    def defaults(self) -> Defaults:
+        """What calls go by that do not say otherwise."""
+        return self._defaults
+
+    @property
     def brokers(self) -> tuple[str, ...]:
         """The addresses that this client tries, in order."""
         return self._connection.brokers

@@ -17,7 +17,9 @@ from typing import Final, Literal
 import msgspec
 
 from broker.protocol.messages import FinishReason, TokenLogprob, Usage
+from client import Embeddings
 from client.gateway import tools
+from client.gateway.bodies import aside
 from client.gateway.convert import Call as BusCall
 from client.gateway.generation import ChoiceEvent, Delta, Finish, Prompted
 from client.gateway.logprobs import Places
@@ -34,10 +36,15 @@ __all__ = [
     "packed",
     "parser_for",
     "pick_seed",
+    "written_vectors",
 ]
 
 #: Stands for minus infinity, as OpenAI's API has it.
 IMPOSSIBLE: Final = -9999.0
+
+_JSON: Final = msgspec.json.encode
+#: Of a vector's number, written; the time that it takes is that of so much of a body, or less.
+_NUMBER_BYTES: Final = 20
 
 ChatReason = Literal["stop", "length", "tool_calls"]
 
@@ -58,6 +65,16 @@ def packed(vector: array[float]) -> str:
         vector = array("f", vector)
         vector.byteswap()
     return base64.b64encode(vector.tobytes()).decode()
+
+
+async def written_vectors(made: Embeddings, *, as_text: bool) -> list[bytes]:
+    """Each vector as JSON: base64 where `as_text`, else numbers. Many are written in another
+    thread, one by one."""
+
+    def write() -> list[bytes]:
+        return [_JSON(packed(v) if as_text else v.tolist()) for v in made.vectors]
+
+    return await aside(sum(map(len, made.vectors)) * _NUMBER_BYTES, write)
 
 
 # --- chat -----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
@@ -73,8 +74,11 @@ def create_app(config: Config) -> Starlette:
             store = Store(config.store_entries, config.store_bytes)
             tracer = make_tracer("tokenbus-gateway")
             peers = Peers(config.peers, 4 * config.keep_alive_s)
-            app.state.gateway = Gateway(config, bus, keys, store, peers, tracer=tracer)
+            gateway = Gateway(config, bus, keys, store, peers, tracer=tracer)
+            app.state.gateway = gateway
+            watching = asyncio.create_task(gateway.metrics.watch_loop())
             yield
+            watching.cancel()
             await store.close()
             await peers.close()
 

@@ -153,6 +153,9 @@ class Config:
     )
     image_bytes: int = _option(_count, MAX_ATTACHMENT_OCTETS, "largest picture, bytes", "N")
     body_bytes: int = _option(_count, _DEFAULT_BODY_BYTES, "largest request body, bytes", "N")
+    bodies_bytes: int = _option(
+        _count, 1 << 30, "memory for the bodies of all running requests, bytes", "N"
+    )
     keep_alive_s: float = _option(_positive, 15.0, "silence before a comment line", "S")
     reattach_s: float = _option(_positive, 60.0, "time to re-attach to an answer", "S")
     peers: tuple[str, ...] = _option(

@@ -6,6 +6,7 @@ field means on the bus is decided here and nowhere else.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from broker.protocol.messages import (
     TextPart,
 )
 from client.gateway import requests as http
+from client.gateway.bodies import aside
 from client.gateway.errors import invalid
 from client.gateway.forced import forced_calls
 from client.gateway.images import ImagePolicy, load_image
@@ -66,6 +68,8 @@ class Call:
     attachments: tuple[bytes, ...] = ()
     #: None: whatever the answer says is text.
     reading: Reading | None = None
+    #: Of the body that it came from: what work with all of it costs.
+    size_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -73,24 +77,36 @@ class Pictures:
     """Collects the pictures of one request in the order in which they stand there."""
 
     policy: ImagePolicy
-    octets: list[bytes] = field(default_factory=list)
+    #: The address of each, and the field that it stands in.
+    found: list[tuple[str, str]] = field(default_factory=list)
 
-    async def add(self, url: str, detail: str | None, param: str) -> ImagePart:
-        """Load a picture; raises GatewayError naming `param`."""
+    def add(self, url: str, detail: str | None, param: str) -> ImagePart:
+        """One more picture; raises GatewayError naming `param`."""
         if detail == "low":
             raise invalid(
                 f"{param}.detail",
                 "`detail: low` is not served: the model gets the picture as it is; make it smaller "
                 "before you send it.",
             )
-        if len(self.octets) >= MAX_ATTACHMENTS:
+        if len(self.found) >= MAX_ATTACHMENTS:
             raise invalid(param, f"A request carries at most {MAX_ATTACHMENTS} pictures.")
-        self.octets.append(await load_image(url, self.policy, f"{param}.url"))
-        return ImagePart(attachment=len(self.octets) - 1)
+        self.found.append((url, f"{param}.url"))
+        return ImagePart(attachment=len(self.found) - 1)
 
     @property
     def attachments(self) -> list[Attachment]:
-        return [Attachment() for _ in self.octets]
+        return [Attachment() for _ in self.found]
+
+    async def load(self) -> tuple[bytes, ...]:
+        """The octets of all of them, at once; raises GatewayError naming the field of one."""
+        loading = [
+            asyncio.ensure_future(load_image(url, self.policy, param)) for url, param in self.found
+        ]
+        try:
+            return tuple(await asyncio.gather(*loading))
+        finally:
+            for task in loading:
+                task.cancel()
 
 
 def seeded(call: Call, offset: int) -> Call:
@@ -102,13 +118,24 @@ def seeded(call: Call, offset: int) -> Call:
     return replace(call, request=msgspec.structs.replace(call.request, params=moved))
 
 
-async def chat_call(body: http.ChatRequest, policy: ImagePolicy, *, seed: int, user: str) -> Call:
-    """The bus request of a chat completion; raises GatewayError for what cannot be served."""
+async def chat_call(
+    body: http.ChatRequest, policy: ImagePolicy, *, seed: int, user: str, size_bytes: int = 0
+) -> Call:
+    """The bus request of a chat completion; raises GatewayError for what cannot be served.
+
+    `size_bytes`: of the body; a large one is converted in another thread.
+    """
+    pictures = Pictures(policy)
+    call = await aside(size_bytes, _chat_call, body, pictures, seed, user)
+    return replace(call, attachments=await pictures.load(), size_bytes=size_bytes)
+
+
+def _chat_call(body: http.ChatRequest, pictures: Pictures, seed: int, user: str) -> Call:
+    http.check_counts(body)
     http.refuse_unserved(body)
     body = _with_allowed_tools(body)
-    pictures = Pictures(policy)
     messages = [
-        await _message(message, f"messages[{index}]", pictures)
+        _message(message, f"messages[{index}]", pictures)
         for index, message in enumerate(body.messages)
     ]
     if "audio" in (body.modalities or []):
@@ -148,25 +175,22 @@ async def chat_call(body: http.ChatRequest, policy: ImagePolicy, *, seed: int, u
             said=_said(body, template_args),
         )
         params = msgspec.structs.replace(params, keep_special=list(MARKS))
-    return Call(
-        Request(
-            model=body.model,
-            kind=Kind.CHAT,
-            messages=messages,
-            params=params,
-            tools=tools,
-            tool_choice=tool_choice,
-            template_args=template_args,
-            priority=priority or 0,
-            user=user,
-            queue_ms=body.queue_ms,
-            ttl_ms=body.ttl_ms,
-            window=DEFAULT_WINDOW_TOKENS,
-            attachments=pictures.attachments,
-        ),
-        tuple(pictures.octets),
-        reading,
+    request = Request(
+        model=body.model,
+        kind=Kind.CHAT,
+        messages=messages,
+        params=params,
+        tools=tools,
+        tool_choice=tool_choice,
+        template_args=template_args,
+        priority=priority or 0,
+        user=user,
+        queue_ms=body.queue_ms,
+        ttl_ms=body.ttl_ms,
+        window=DEFAULT_WINDOW_TOKENS,
+        attachments=pictures.attachments,
     )
+    return Call(request, reading=reading)
 
 
 def _is_json(constraint: Constraint | None) -> bool:
@@ -180,8 +204,13 @@ def _said(body: http.ChatRequest, template_args: dict[str, Any]) -> str:
     return content if goes_on and isinstance(content, str) else ""
 
 
-def completion_calls(body: http.CompletionRequest, *, seed: int, user: str) -> list[Call]:
-    """One bus request for each prompt; raises GatewayError for what cannot be served."""
+def completion_calls(
+    body: http.CompletionRequest, *, seed: int, user: str, size_bytes: int = 0
+) -> list[Call]:
+    """One bus request for each prompt; raises GatewayError for what cannot be served.
+
+    `size_bytes`: of the body.
+    """
     http.refuse_unserved(body)
     _check_stream_options(body)
     if body.max_tokens == 0 and not body.echo:
@@ -203,6 +232,13 @@ def completion_calls(body: http.CompletionRequest, *, seed: int, user: str) -> l
     )
     if body.echo:
         params = msgspec.structs.replace(params, echo=True, prompt_logprobs=body.logprobs)
+    prompts = http.texts_of("prompt", body.prompt)
+    if len(prompts) * best_of > http.MAX_CHOICES:
+        raise invalid(
+            "best_of" if body.best_of else "n",
+            f"{len(prompts)} prompts with {best_of} answers each are {len(prompts) * best_of}; "
+            f"{http.MAX_CHOICES} are allowed.",
+        )
     return [
         Call(
             Request(
@@ -216,13 +252,14 @@ def completion_calls(body: http.CompletionRequest, *, seed: int, user: str) -> l
                 queue_ms=body.queue_ms,
                 ttl_ms=body.ttl_ms,
                 window=DEFAULT_WINDOW_TOKENS,
-            )
+            ),
+            size_bytes=size_bytes // len(prompts),
         )
-        for prompt in http.texts_of("prompt", body.prompt)
+        for prompt in prompts
     ]
 
 
-async def _message(message: http.ChatMessage, path: str, pictures: Pictures) -> Message:
+def _message(message: http.ChatMessage, path: str, pictures: Pictures) -> Message:
     if message.role == "function":
         raise invalid(f"{path}.role", "The role `function` is deprecated; use `tool`.")
     if message.role == "tool" and message.tool_call_id is None:
@@ -236,7 +273,7 @@ async def _message(message: http.ChatMessage, path: str, pictures: Pictures) -> 
         content = message.content
     elif message.content is not None:
         parts = [
-            await _part(part, f"{path}.content[{index}]", message.role, pictures)
+            _part(part, f"{path}.content[{index}]", message.role, pictures)
             for index, part in enumerate(message.content)
         ]
         # Templates of text models know strings only.
@@ -253,7 +290,7 @@ async def _message(message: http.ChatMessage, path: str, pictures: Pictures) -> 
     )
 
 
-async def _part(part: http.ContentPart, path: str, role: str, pictures: Pictures) -> Part:
+def _part(part: http.ContentPart, path: str, role: str, pictures: Pictures) -> Part:
     if isinstance(part, http.TextPart):
         return TextPart(text=part.text)
     if isinstance(part, http.RefusalPart):
@@ -261,7 +298,7 @@ async def _part(part: http.ContentPart, path: str, role: str, pictures: Pictures
     if isinstance(part, http.ImagePart):
         if role not in ("user", "tool"):
             raise invalid(path, f"A message of role `{role}` holds no pictures.")
-        return await pictures.add(part.image_url.url, part.image_url.detail, f"{path}.image_url")
+        return pictures.add(part.image_url.url, part.image_url.detail, f"{path}.image_url")
     # Null in a part of sound or of a file: `refuse_unserved` found nothing to name.
     raise invalid(path, f"`{path}` is of a type that is not served; send text or `image_url`.")
 

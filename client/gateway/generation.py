@@ -21,8 +21,9 @@ from msgspec import Struct
 
 from broker.protocol.errors import ErrorCode
 from broker.protocol.messages import Kind, Params, Request, TokenLogprob
-from client import AsyncClient, AsyncStream, BusError, Retry, Timeout
+from client import AsyncClient, AsyncStream, BusError, Retry, Timeout, calls
 from client.events import End, Prompt, StreamEvent, Tokens
+from client.gateway.bodies import aside
 from client.gateway.convert import Call
 from client.gateway.errors import describe
 from client.gateway.traces import BusSpan
@@ -86,6 +87,8 @@ PATIENCE: Final = Timeout()
 _DEFAULT_PARAMS: Final = Params()
 #: Batches that may wait unread between the streams of several choices and the HTTP answer.
 _MERGED_BATCHES: Final = 16
+#: Streams opened before others have their turn.
+_OPENED_AT_ONCE: Final = 16
 
 
 async def open_stream(
@@ -95,6 +98,10 @@ async def open_stream(
 
     `limits`: those that the call itself does not name.
     """
+    return await bus.start(await aside(call.size_bytes, _made_ready, bus, call, retry, limits))
+
+
+def _made_ready(bus: AsyncClient, call: Call, retry: Retry, limits: Timeout) -> calls.Call:
     request = call.request
     options: dict[str, Any] = {
         name: getattr(request.params, name)
@@ -118,14 +125,9 @@ async def open_stream(
     images = list(call.attachments)
     if request.kind is Kind.CHAT:
         messages = [_message(message, images) for message in request.messages or []]
-        return await bus.chat(request.model, messages, stream=True, **options)
-    return await bus.generate(
-        request.prompt,
-        model=request.model,
-        token_ids=request.token_ids,
-        images=images,
-        stream=True,
-        **options,
+        return calls.chat(bus.defaults, request.model, messages, (), options)
+    return calls.complete(
+        bus.defaults, request.model, request.prompt, request.token_ids, images, options
     )
 
 
@@ -199,13 +201,15 @@ async def generate(
             streams[index] = stream
             opened(stream)
 
-        tasks = [
-            asyncio.create_task(
-                _pump(partial(open_call, call), index, partial(opened_as, index), batches, spans)
-            )
-            for index, call in enumerate(calls)
-        ]
+        tasks: list[asyncio.Task[None]] = []
         try:
+            for index, call in enumerate(calls):
+                pump = _pump(
+                    partial(open_call, call), index, partial(opened_as, index), batches, spans
+                )
+                tasks.append(asyncio.create_task(pump))
+                if len(tasks) % _OPENED_AT_ONCE == 0:
+                    await asyncio.sleep(0)
             over: set[int] = set()
             while len(over) < len(tasks):
                 merged = await batches.get()

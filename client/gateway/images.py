@@ -6,13 +6,13 @@ decoded here; the worker looks at them under its own bounds.
 
 from __future__ import annotations
 
-import base64
 import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from broker.protocol.limits import MAX_ATTACHMENT_OCTETS
 from client.gateway.addresses import Network
+from client.gateway.bodies import aside, from_base64
 from client.gateway.errors import invalid, too_large
 
 __all__ = ["ImagePolicy", "load_image"]
@@ -33,7 +33,7 @@ class ImagePolicy:
 async def load_image(url: str, policy: ImagePolicy, param: str) -> bytes:
     """The octets behind an `image_url`; raises GatewayError naming `param`."""
     if url[:5].lower() == "data:":
-        return _from_data_url(url, policy, param)
+        return await aside(len(url), _from_data_url, url, policy, param)
     if url[:7].lower() == "http://" or url[:8].lower() == "https://":
         if not policy.allow_remote:
             raise invalid(
@@ -60,7 +60,7 @@ def _from_data_url(url: str, policy: ImagePolicy, param: str) -> bytes:
     if len(payload) * 3 // 4 > policy.max_bytes + 3:
         raise too_large(param, f"`{param}` is beyond the {policy.max_bytes} bytes of one picture.")
     try:
-        octets = base64.b64decode("".join(payload.split()), validate=True)
+        octets = from_base64(payload)
     except (binascii.Error, ValueError) as error:
         raise invalid(param, f"`{param}` is not valid base64: {error}.") from None
     if not octets:

@@ -16,7 +16,8 @@ import base64
 import binascii
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
 
@@ -27,8 +28,7 @@ from starlette.routing import Route
 from broker.protocol.errors import ErrorCode
 from broker.protocol.messages import FinishReason, TokenLogprob
 from client import BusError, End
-from client.gateway.answers import IMPOSSIBLE
-from client.gateway.convert import Call
+from client.gateway.answers import IMPOSSIBLE, written_vectors
 from client.gateway.errors import GatewayError, describe
 from client.gateway.generation import RETRY, Batches, Delta, Finish, Prompted
 from client.gateway.legacy_api import context_tokens
@@ -47,7 +47,6 @@ from client.gateway.legacy_input import (
 )
 from client.gateway.logprobs import Places, text_logprobs
 from client.gateway.openai_models import find_model, visible_models
-from client.gateway.requests import parse
 from client.gateway.sse import until_disconnect
 from client.gateway.visit import Visit, route
 
@@ -152,9 +151,11 @@ async def _status(visit: Visit) -> Response:
 
 async def _generate_stream(visit: Visit) -> Response:
     octets = await visit.body()
-    dialect = dialect_of(visit, octets)
+    dialect = dialect_of(visit, {})
     try:
-        wanted = await wanted_of(visit, octets, dialect)
+        fields = await visit.decoded(dict[str, Any], octets)
+        dialect = dialect_of(visit, fields)
+        wanted = await wanted_of(visit, fields, dialect)
     except Exception as error:
         # Their front ends read errors from frames, never from the status.
         told = _failure(visit, error, dialect, "")
@@ -164,10 +165,12 @@ async def _generate_stream(visit: Visit) -> Response:
 
 async def _generate_whole(visit: Visit) -> Response:
     octets = await visit.body()
-    dialect = dialect_of(visit, octets)
+    dialect = dialect_of(visit, {})
     last: dict[str, Any] = {}
     try:
-        wanted = await wanted_of(visit, octets, dialect)
+        fields = await visit.decoded(dict[str, Any], octets)
+        dialect = dialect_of(visit, fields)
+        wanted = await wanted_of(visit, fields, dialect)
         for frame in await until_disconnect(_frames(visit, wanted), visit.request.receive):
             last = frame
     except Exception as error:
@@ -250,7 +253,7 @@ async def _generated(visit: Visit, wanted: Wanted) -> Batches:
         request = wanted.call.request
         params = msgspec.structs.replace(request.params, max_tokens=None)
         unbounded = msgspec.structs.replace(request, params=params)
-        calls.append(Call(unbounded, wanted.call.attachments))
+        calls.append(replace(wanted.call, request=unbounded))
     for call in calls:
         begun = False
         try:
@@ -327,17 +330,16 @@ async def _embeddings(visit: Visit) -> Response:
         made = await visit.embed(body.input, model, user=visit.share(None))
     except Exception as error:
         return JSONResponse(_failure(visit, error, "fastchat", ""))
-    vectors: Iterable[Any] = (vector.tolist() for vector in made.vectors)
-    if body.encoding_format == "base64":
-        vectors = (base64.b64encode(vector.tobytes()).decode() for vector in made.vectors)
-    return JSONResponse({"embedding": list(vectors), "token_num": made.usage.prompt_tokens})
+    vectors = await written_vectors(made, as_text=body.encoding_format == "base64")
+    octets = b'{"embedding":[%b],"token_num":%d}' % (b",".join(vectors), made.usage.prompt_tokens)
+    return Response(octets, media_type="application/json")
 
 
 async def _count_token(visit: Visit) -> Response:
     body = await _read(visit, PromptBody)
     model = await model_of(visit, body.model)
     visit.check(model, 0)
-    given: Any = turns_of(body.prompt) or body.prompt
+    given: Any = await visit.aside(turns_of, body.prompt) or body.prompt
     count = await visit.gateway.bus.count(given, model=model, user=visit.share(None), retry=RETRY)
     return JSONResponse({"count": count, "error_code": 0})
 
@@ -354,7 +356,7 @@ async def _conv_template(visit: Visit) -> Response:
 
 
 async def _read(visit: Visit, kind: type[Any]) -> Any:
-    return parse(kind, await visit.body())
+    return await visit.read(kind)
 
 
 def legacy_routes() -> list[Route]:

@@ -16,7 +16,7 @@ from client.gateway.generation import RETRY
 from client.gateway.openai_chat import chat_completions
 from client.gateway.openai_embeddings import embed
 from client.gateway.openai_models import find_model, visible_models
-from client.gateway.requests import EmbeddingRequest, parse
+from client.gateway.requests import EmbeddingRequest
 from client.gateway.visit import Visit, route
 
 __all__ = ["context_tokens", "legacy_api_routes"]
@@ -51,7 +51,7 @@ def context_tokens(model: dict[str, Any]) -> int:
 
 
 async def _token_check(visit: Visit) -> Response:
-    body = parse(TokenCheckBody, await visit.body())
+    body = await visit.read(TokenCheckBody)
     models = await visible_models(visit)
     told = []
     for item in body.prompts:
@@ -67,7 +67,7 @@ async def _token_check(visit: Visit) -> Response:
 
 async def _engine_embeddings(visit: Visit) -> Response:
     """The model stands in the path, as in the first version of OpenAI's API."""
-    body = parse(_EngineInput, await visit.body())
+    body = await visit.read(_EngineInput)
     model = visit.request.path_params["model"]
     return await embed(visit, msgspec.structs.replace(body, model=model))
 

@@ -12,7 +12,6 @@ has to be remembered, by this gateway or another.
 
 from __future__ import annotations
 
-import base64
 import binascii
 import re
 import secrets
@@ -22,7 +21,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from broker.protocol.limits import DEFAULT_WINDOW_TOKENS
+from broker.protocol.limits import DEFAULT_WINDOW_TOKENS, MAX_ATTACHMENTS
 from broker.protocol.messages import (
     Attachment,
     ImagePart,
@@ -34,10 +33,11 @@ from broker.protocol.messages import (
     TextPart,
 )
 from client.gateway.answers import pick_seed
+from client.gateway.bodies import from_base64
 from client.gateway.convert import Call
 from client.gateway.errors import invalid, too_large
 from client.gateway.openai_models import visible_models
-from client.gateway.requests import parse
+from client.gateway.requests import MAX_MESSAGES, check_count, converted
 from client.gateway.visit import Visit
 
 __all__ = [
@@ -160,7 +160,7 @@ _ONLY_FASTCHAT = frozenset(
 )
 
 
-def dialect_of(visit: Visit, octets: bytes) -> Dialect:
+def dialect_of(visit: Visit, fields: dict[str, Any]) -> Dialect:
     """Which family's codes, defaults and frames the caller wants."""
     fixed = visit.gateway.config.legacy_dialect
     if fixed == "fastchat" or fixed == "llava":
@@ -170,20 +170,25 @@ def dialect_of(visit: Visit, octets: bytes) -> Dialect:
         return "fastchat"
     if "llava" in agent:
         return "llava"
-    try:
-        fields = msgspec.json.decode(octets, type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return "llava"  # the reader of the whole body says what is wrong with it
     if isinstance(fields.get("prompt"), list):
         return "llava"
     return "fastchat" if _ONLY_FASTCHAT & fields.keys() else "llava"
 
 
-async def wanted_of(visit: Visit, octets: bytes, dialect: Dialect) -> Wanted:
+async def wanted_of(visit: Visit, fields: dict[str, Any], dialect: Dialect) -> Wanted:
     """Read a generation request; raises GatewayError for what cannot be served."""
-    body = parse(GenerateBody, octets)
+    body = await visit.aside(_body_of, fields)
     model = await model_of(visit, body.model)
     visit.check(model, 0)
+    return await visit.aside(_wanted, visit, body, model, dialect)
+
+
+def _body_of(fields: dict[str, Any]) -> GenerateBody:
+    body: GenerateBody = converted(fields, GenerateBody)
+    return body
+
+
+def _wanted(visit: Visit, body: GenerateBody, model: str, dialect: Dialect) -> Wanted:
     if (body.best_of or 1) > 1 or body.use_beam_search:
         raise invalid("best_of", "Beam search and `best_of` are not served.")
     limit = visit.gateway.config.image_bytes
@@ -191,7 +196,9 @@ async def wanted_of(visit: Visit, octets: bytes, dialect: Dialect) -> Wanted:
     if isinstance(body.prompt, str):
         prompt, messages = body.prompt, turns_of(body.prompt)
     else:
+        check_count("prompt", "messages", len(body.prompt), MAX_MESSAGES)
         prompt, messages = "", _conversation(body.prompt, pictures)
+    check_count("images", "pictures", len(pictures), MAX_ATTACHMENTS)
     attachments = tuple(
         _picture(text, f"images[{index}]", limit) for index, text in enumerate(pictures)
     )
@@ -207,7 +214,8 @@ async def wanted_of(visit: Visit, octets: bytes, dialect: Dialect) -> Wanted:
     )
     # LLaVA's workers always put the prompt in front, FastChat's unless told not to.
     echo = dialect == "llava" or body.echo is not False
-    return Wanted(Call(request, attachments), prompt if echo else "", dialect)
+    call = Call(request, attachments, size_bytes=visit.size_bytes)
+    return Wanted(call, prompt if echo else "", dialect)
 
 
 def _params(body: GenerateBody, dialect: Dialect) -> Params:
@@ -254,24 +262,45 @@ def turns_of(prompt: str) -> list[Message] | None:
             "The prompt is marked by a template of an older gateway: start FastChat's API server "
             "again, so that it asks for the template of this one.",
         )
-    system, user, assistant, end = (
-        re.escape(_mark(first[1], word)) for word in ("system", "user", "assistant", "end")
-    )
-    # The template writes a system turn at the start only. A turn ends where another begins: what
-    # else looks like a mark is text.
-    opened = f"(?:{user}|{assistant})"
-    turn = re.compile(
-        rf"(\A{system}|{user}|{assistant})\n?"
-        rf"(?:(?={opened})|(.*?)(?:{end}\n?(?={opened}|\Z)|\Z))",
-        re.DOTALL,
-    )
-    messages = []
-    for found in turn.finditer(prompt):
-        role = found[1].rpartition(":")[2].removesuffix("|>")
-        # An empty system prompt is none, and the last turn is the assistant's, to come.
-        if found[2] or role == "user":
-            messages.append(Message(role=role, content=found[2] or ""))
+    roles = {_mark(first[1], word): word for word in ("system", "user", "assistant")}
+    end = _mark(first[1], "end")
+    messages: list[Message] = []
+    at: int | None = 0
+    while at is not None:
+        # The template writes a system turn at the start only.
+        mark = next((m for m in roles if prompt.startswith(m, at)), None)
+        if mark is not None:
+            begins = at + len(mark)
+            begins += prompt.startswith("\n", begins)
+            content, at = _turn_at(prompt, begins, end, tuple(roles)[1:])
+            # An empty system prompt is none, and the last turn is the assistant's, to come.
+            if content or roles[mark] == "user":
+                messages.append(Message(role=roles[mark], content=content))
+                check_count("prompt", "turns", len(messages), MAX_MESSAGES)
+        else:
+            at = None
     return messages or None
+
+
+def _turn_at(
+    prompt: str, begins: int, end: str, opening: tuple[str, ...]
+) -> tuple[str, int | None]:
+    """The text of the turn that begins there, and where the next begins; None: nowhere.
+
+    A turn ends where another begins: what else looks like a mark is text.
+    """
+    if prompt.startswith(opening, begins):
+        return "", begins
+    found = prompt.find(end, begins)
+    while found >= 0:
+        behind = found + len(end)
+        for next_ in (behind + 1, behind) if prompt.startswith("\n", behind) else (behind,):
+            if next_ == len(prompt):
+                return prompt[begins:found], None
+            if prompt.startswith(opening, next_):
+                return prompt[begins:found], next_
+        found = prompt.find(end, found + 1)
+    return prompt[begins:], None
 
 
 def _conversation(turns: list[Turn], pictures: list[str]) -> list[Message]:
@@ -294,7 +323,7 @@ def _conversation(turns: list[Turn], pictures: list[str]) -> list[Message]:
 def _picture(text: str, param: str, limit: int) -> bytes:
     payload = text.partition(",")[2] if text[:5] == "data:" else text
     try:
-        octets = base64.b64decode("".join(payload.split()), validate=True)
+        octets = from_base64(payload)
     except (binascii.Error, ValueError):
         raise invalid(param, f"`{param}` is not base64 of a picture.") from None
     if len(octets) > limit:

@@ -7,6 +7,7 @@ never an address, a request id, or a model name that nobody serves.
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,11 @@ __all__ = ["CONTENT_TYPE", "Metrics"]
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+#: Below the 50 ms that no request may hold the loop, and above.
+_DELAY_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+#: Short, so that few delays fall between two looks; costs a thousandth of a processor.
+_DELAY_INTERVAL_S = 0.02
 
 
 class Metrics:
@@ -44,6 +50,12 @@ class Metrics:
         self._key_file_broken = Gauge(
             "tokenbus_gateway_key_file_broken",
             "1 while the key file is gone or cannot be used and the keys before it still hold.",
+            registry=self._registry,
+        )
+        self._loop_delay = Histogram(
+            "tokenbus_gateway_loop_delay_seconds",
+            "How late the event loop is: every stream waits so long beside what arrives.",
+            buckets=_DELAY_SECONDS,
             registry=self._registry,
         )
         self._requests = Counter(
@@ -76,6 +88,14 @@ class Metrics:
     def broker_seen(self, answers: bool) -> None:
         """Whether the broker answers."""
         self._broker_up.set(answers)
+
+    async def watch_loop(self) -> None:
+        """Measure the loop's delay until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due_s = loop.time() + _DELAY_INTERVAL_S
+            await asyncio.sleep(_DELAY_INTERVAL_S)
+            self._loop_delay.observe(max(0.0, loop.time() - due_s))
 
     def key_file_seen(self, broken: bool) -> None:
         """Whether the key file as it is now cannot be used."""

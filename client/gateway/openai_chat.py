@@ -44,7 +44,7 @@ from client.gateway.openai_shared import (
 )
 from client.gateway.position import Position
 from client.gateway.reattach import Kept
-from client.gateway.requests import ChatRequest, parse
+from client.gateway.requests import ChatRequest
 from client.gateway.sse import DONE, Source, until_disconnect
 from client.gateway.visit import Visit
 
@@ -59,7 +59,7 @@ _NOTHING: Final = dumped(piece.ChoiceDelta())
 
 async def chat_completions(visit: Visit) -> Response:
     """Answer a chat; see `requests.ChatRequest` for the body."""
-    body = parse(ChatRequest, await visit.body())
+    body = await visit.read(ChatRequest)
     resumed = Position.read(_PREFIX, visit.last_event_id) if body.stream else None
     if resumed is not None:
         with contextlib.suppress(UnknownAnswer):
@@ -69,6 +69,7 @@ async def chat_completions(visit: Visit) -> Response:
         visit.gateway.config.images,
         seed=pick_seed(body.seed) if resumed is None else resumed.seed,
         user=visit.share(body.user),
+        size_bytes=visit.size_bytes,
     )
     visit.check(body.model, call.request.priority)
     count = body.n or 1

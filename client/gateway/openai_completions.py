@@ -21,7 +21,7 @@ from client.gateway.generation import Batches, ChoiceEvent, Delta, Finish, Promp
 from client.gateway.logprobs import text_logprobs
 from client.gateway.openai_shared import JSON, Chunks, UsageSoFar, dumped, error_event, usage_of
 from client.gateway.position import Position
-from client.gateway.requests import CompletionRequest, parse
+from client.gateway.requests import CompletionRequest
 from client.gateway.sse import DONE, Source, until_disconnect
 from client.gateway.visit import Visit
 
@@ -32,11 +32,17 @@ _PREFIX = "cmpl-"
 
 async def completions(visit: Visit) -> Response:
     """Continue one or several prompts; see `requests.CompletionRequest` for the body."""
-    body = parse(CompletionRequest, await visit.body())
+    body = await visit.read(CompletionRequest)
     visit.check(body.model, body.priority or 0)
     resumed = Position.read(_PREFIX, visit.last_event_id) if body.stream else None
     seed = pick_seed(body.seed) if resumed is None else resumed.seed
-    prompts = completion_calls(body, seed=seed, user=visit.share(body.user))
+    prompts = await visit.aside(
+        completion_calls,
+        body,
+        seed=seed,
+        user=visit.share(body.user),
+        size_bytes=visit.size_bytes,
+    )
     candidates = body.best_of or body.n or 1
     calls = [seeded(call, i) for call in prompts for i in range(candidates)]
     position = resumed or Position.first(_PREFIX, calls[0].request.params.seed)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from openai.types import CreateEmbeddingResponse, Embedding
+from openai.types import CreateEmbeddingResponse
 from openai.types.create_embedding_response import Usage
 from starlette.responses import Response
 
 from client import Embeddings
-from client.gateway.answers import packed
+from client.gateway.answers import written_vectors
 from client.gateway.errors import invalid
 from client.gateway.generation import naming
-from client.gateway.requests import EmbeddingRequest, parse, texts_of
+from client.gateway.openai_shared import dumped
+from client.gateway.requests import EmbeddingRequest, texts_of
 from client.gateway.sse import until_disconnect
 from client.gateway.visit import Visit
 
@@ -23,7 +23,7 @@ __all__ = ["embed", "embeddings"]
 
 async def embeddings(visit: Visit) -> Response:
     """Vectors of one or several inputs; see `requests.EmbeddingRequest` for the body."""
-    return await embed(visit, parse(EmbeddingRequest, await visit.body()))
+    return await embed(visit, await visit.read(EmbeddingRequest))
 
 
 async def embed(visit: Visit, body: EmbeddingRequest) -> Response:
@@ -44,20 +44,19 @@ async def embed(visit: Visit, body: EmbeddingRequest) -> Response:
             "dimensions",
             f"`dimensions` is not served by {body.model!r}: its vectors have {made.dimensions}.",
         )
-    as_text = body.encoding_format == "base64"
-    answer = CreateEmbeddingResponse(
+    vectors = await written_vectors(made, as_text=body.encoding_format == "base64")
+    written = [
+        b'{"embedding":%b,"index":%d,"object":"embedding"}' % (vector, index)
+        for index, vector in enumerate(vectors)
+    ]
+    # What OpenAI's own type writes of numbers, which is one step however many there are.
+    tokens = made.usage.prompt_tokens
+    empty = CreateEmbeddingResponse(
         object="list",
         model=body.model,
-        data=[
-            # OpenAI's own type knows numbers only; its SDK asks for base64 and unpacks it.
-            Embedding.model_construct(
-                object="embedding",
-                index=index,
-                embedding=packed(vector) if as_text else vector.tolist(),
-            )
-            for index, vector in enumerate(made.vectors)
-        ],
-        usage=Usage(prompt_tokens=made.usage.prompt_tokens, total_tokens=made.usage.prompt_tokens),
+        data=[],
+        usage=Usage(prompt_tokens=tokens, total_tokens=tokens),
     )
-    octets = await asyncio.to_thread(answer.model_dump_json, warnings=False)
+    before, data, behind = dumped(empty).partition(b'"data":[')
+    octets = b"".join((before, data, b",".join(written), behind))
     return Response(octets, media_type="application/json")

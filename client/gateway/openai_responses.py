@@ -29,12 +29,12 @@ from broker.protocol.messages import TokenLogprob, Usage
 from client.gateway import requests as http
 from client.gateway import tools
 from client.gateway.answers import Progress, new_id, parser_for, pick_seed
+from client.gateway.bodies import aside
 from client.gateway.convert import Call, chat_call
 from client.gateway.errors import GatewayError, UnknownAnswer, describe, invalid
 from client.gateway.generation import Batches, ChoiceEvent, Delta, Finish
 from client.gateway.openai_shared import chat_logprobs, dumped
 from client.gateway.reattach import Kept
-from client.gateway.requests import parse
 from client.gateway.responses_input import (
     FunctionTool,
     ResponseRequest,
@@ -77,16 +77,22 @@ Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "
 
 async def create_response(visit: Visit) -> Response:
     """Answer an input; see `responses_input.ResponseRequest` for the body."""
-    body = with_references(parse(ResponseRequest, await visit.body()), _Items(visit))
+    body = await visit.read(ResponseRequest)
     store = visit.gateway.store
-    earlier = _conversation(visit, body.previous_response_id)
-    chat = as_chat(body, earlier)
+    items = _Items(visit)
+    if visit.is_large:
+        items.find()  # the store is the loop's
+    body = await visit.aside(with_references, body, items)
+    earlier, earlier_bytes = _conversation(visit, body.previous_response_id)
+    size_bytes = visit.size_bytes + earlier_bytes
+    chat = await aside(size_bytes, as_chat, body, earlier)
     try:
         call = await chat_call(
             chat,
             visit.gateway.config.images,
             seed=pick_seed(body.seed),
             user=visit.share(body.user),
+            size_bytes=size_bytes,
         )
     except GatewayError as error:
         raise named_in_input(error, body, chat) from None
@@ -100,7 +106,7 @@ async def create_response(visit: Visit) -> Response:
             [call], prompt_field="input", has_enough=lambda _: making.progress.has_enough
         )
     )
-    kept = Kept(making.id, visit.key.name, "response", making, len(msgspec.json.encode(chat)))
+    kept = Kept(making.id, visit.key.name, "response", making, size_bytes)
     making.grew = kept.grew
     if body.background:
         transcript = store.run(kept, source, making.failed, grace_s=None, on_end=visit.hand_over())
@@ -119,10 +125,11 @@ async def create_response(visit: Visit) -> Response:
     return _json(making.snapshot())
 
 
-def _conversation(visit: Visit, id_: str | None) -> list[http.ChatMessage]:
-    """What was said in an earlier response and before; raises GatewayError naming the field."""
+def _conversation(visit: Visit, id_: str | None) -> tuple[list[http.ChatMessage], int]:
+    """What was said in an earlier response and before, and its bytes; raises GatewayError naming
+    the field."""
     if id_ is None:
-        return []
+        return [], 0
     try:
         kept = visit.gateway.store.find(id_, visit.key.name, "response")
     except UnknownAnswer as error:
@@ -137,7 +144,7 @@ def _conversation(visit: Visit, id_: str | None) -> list[http.ChatMessage]:
             "previous_response_id",
             f"Response {kept.id!r} still runs; wait for its end, or cancel it.",
         )
-    return cast(Making, kept.value).conversation()
+    return cast(Making, kept.value).conversation(), kept.size_bytes
 
 
 class _Items:
@@ -147,8 +154,8 @@ class _Items:
         self._visit = visit
         self._found: dict[str, OutputItem] | None = None
 
-    def __call__(self, id_: str) -> dict[str, Any]:
-        """See `responses_input.Found`."""
+    def find(self) -> dict[str, OutputItem]:
+        """Look through the store, unless that was done."""
         if self._found is None:
             visit = self._visit
             kept = visit.gateway.store.of(visit.key.name, "response")
@@ -158,7 +165,11 @@ class _Items:
                 if making.over
                 for item in making.output
             }
-        item = self._found.get(id_)
+        return self._found
+
+    def __call__(self, id_: str) -> dict[str, Any]:
+        """See `responses_input.Found`."""
+        item = self.find().get(id_)
         if item is None:
             raise UnknownAnswer(
                 f"Item with id {id_!r} not found: its response is too old, still runs, belongs to "
@@ -213,7 +224,8 @@ async def cancel_response(visit: Visit) -> Response:
 
 async def input_items(visit: Visit) -> Response:
     """A page of what the response was asked with; the latest item first, as OpenAI has it."""
-    given = _find(visit).value.body.input
+    kept = _find(visit)
+    given = kept.value.body.input
     _check_query(visit, "after", "limit", "order", "include", "include[]")
     query = visit.request.query_params
     if isinstance(given, str):
@@ -234,15 +246,16 @@ async def input_items(visit: Visit) -> Response:
         items = items[at[0] + 1 :]
     page = items[:limit]
     first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
-    return JSONResponse(
-        {
-            "object": "list",
-            "data": page,
-            "first_id": first,
-            "last_id": last,
-            "has_more": len(page) < len(items),
-        }
-    )
+    shown = {
+        "object": "list",
+        "data": page,
+        "first_id": first,
+        "last_id": last,
+        "has_more": len(page) < len(items),
+    }
+    # A page may hold many megabytes of pictures.
+    octets = await aside(kept.size_bytes, msgspec.json.encode, shown)
+    return Response(octets, media_type="application/json")
 
 
 def _check_query(visit: Visit, *known: str) -> None:

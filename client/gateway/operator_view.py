@@ -17,7 +17,6 @@ from broker.protocol.limits import MAX_NAME_OCTETS
 from client import BusError
 from client.gateway.errors import GatewayError, error_body
 from client.gateway.openai_models import visible_models
-from client.gateway.requests import parse
 from client.gateway.sse import Source, encode
 from client.gateway.visit import Visit
 
@@ -126,7 +125,7 @@ class DrainBody(Struct, forbid_unknown_fields=True, kw_only=True):
 async def drain(visit: Visit) -> Response:
     """Let a worker finish and take nothing new."""
     visit.check_operator()
-    body = parse(DrainBody, await visit.body())
+    body = await visit.read(DrainBody)
     answer = await visit.gateway.bus.drain(
         body.worker, deadline_s=body.deadline_s, reason=body.reason or "asked for on the web page"
     )

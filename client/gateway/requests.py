@@ -76,6 +76,16 @@ Texts = (
 Detail = Literal["auto", "high", "low", "original"]
 #: Of one request; each is a request of the bus, or several.
 MAX_TEXTS: Final = 4096
+#: Answers of one request, all prompts together.
+MAX_CHOICES: Final = 4096
+#: Of one conversation: agents that work for days come to some thousands.
+MAX_MESSAGES: Final = 8192
+#: Of all messages together.
+MAX_PARTS: Final = 16_384
+MAX_TOOL_CALLS: Final = 8192
+MAX_TOOLS: Final = 128
+#: Every token of a large vocabulary.
+MAX_BIASES: Final = 1 << 17
 #: The bus counts seeds with 63 bits; OpenAI's are 64-bit numbers with a sign.
 Seed = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 #: A known field that this gateway does not serve; see `_UNSERVED`.
@@ -115,9 +125,9 @@ class Extensions(_Body, kw_only=True):
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, Bias] | None = None
+    logit_bias: Annotated[dict[str, Bias], Meta(max_length=MAX_BIASES)] | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=1 << 31)] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=1024)] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -281,7 +291,7 @@ class ChatRequest(Sampling, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     #: "flex" waits behind the others, "priority" and "fast" go before them.
@@ -347,7 +357,7 @@ _PATH = re.compile(r" - at `(?:key in )?\$?\.?(?P<path>[^`]*)`$")
 _UNKNOWN = re.compile(r"^Object contains unknown field `(?P<field>[^`]*)`")
 _MISSING = re.compile(r"^Object missing required field `(?P<field>[^`]*)`")
 
-Body = TypeVar("Body", bound=Struct)
+Body = TypeVar("Body")
 
 
 def parse(kind: type[Body], octets: bytes) -> Body:
@@ -477,6 +487,26 @@ def texts_of(field: str, value: Texts) -> list[str | list[int]]:
     if any(isinstance(item, list) and not item for item in texts):
         raise invalid(field, f"`{field}` holds an empty list of token ids.")
     return texts
+
+
+def check_counts(body: ChatRequest) -> None:
+    """Raise GatewayError for more messages, parts, tools or tool calls than one request may have,
+    before anybody looks at each."""
+    parts = sum(len(m.content) for m in body.messages if isinstance(m.content, list))
+    calls = sum(len(m.tool_calls) for m in body.messages if m.tool_calls)
+    for field, what, count, limit in (
+        ("messages", "messages", len(body.messages), MAX_MESSAGES),
+        ("messages", "parts of messages", parts, MAX_PARTS),
+        ("messages", "tool calls", calls, MAX_TOOL_CALLS),
+        ("tools", "tools", len(body.tools or ()), MAX_TOOLS),
+    ):
+        check_count(field, what, count, limit)
+
+
+def check_count(field: str, what: str, count: int, limit: int) -> None:
+    """Raise GatewayError where a field holds more of something than is allowed."""
+    if count > limit:
+        raise invalid(field, f"`{field}` holds {count} {what}; {limit} are allowed.")
 
 
 def refuse_unserved(body: Struct, path: str = "") -> None:

@@ -232,7 +232,7 @@ class ResponseRequest(http.Extensions, kw_only=True):
 
     model: http.ModelName
     #: A text, or items; an item without `type` is a message.
-    input: str | list[dict[str, Any]]
+    input: str | Annotated[list[dict[str, Any]], Meta(max_length=http.MAX_MESSAGES)]
     instructions: str | None = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
@@ -247,7 +247,7 @@ class ResponseRequest(http.Extensions, kw_only=True):
     include: list[str] | None = None
     text: TextConfig | None = None
     #: Functions; tools of other kinds beside them are left out, see `functions_of`.
-    tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=http.MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None

@@ -10,8 +10,10 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from broker.protocol.errors import ErrorCode
 from client import AsyncClient
 from client.gateway.config import Config
+from client.gateway.errors import GatewayError
 from client.gateway.keys import KeyFile
 from client.gateway.metrics import Metrics
 from client.gateway.operator_view import Overview
@@ -34,10 +36,29 @@ class Gateway:
     #: Wall clock, seconds: `created` of models.
     started_at: int = field(default_factory=lambda: int(time.time()))
     overview: Overview = field(default_factory=Overview)
+    #: Of the bodies of requests that run.
+    bodies_bytes: int = 0
     #: Of OpenTelemetry; None where traces are off.
     tracer: Any = None
     #: The latest failures of requests, newest last, for the operator's view.
     errors: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=50))
+
+    def hold_body(self, size_bytes: int) -> None:
+        """Count octets of a body in; raises GatewayError(overloaded) where there is no room.
+        `release_body` must follow."""
+        if self.bodies_bytes + size_bytes > self.config.bodies_bytes:
+            raise GatewayError(
+                ErrorCode.OVERLOADED,
+                f"The bodies of running requests fill the {self.config.bodies_bytes} bytes that "
+                "this gateway has for them; try again.",
+                retryable=True,
+                retry_after_ms=1000,
+            )
+        self.bodies_bytes += size_bytes
+
+    def release_body(self, size_bytes: int) -> None:
+        """The request whose body `hold_body` counted is over."""
+        self.bodies_bytes -= size_bytes
 
     def key_file_problem(self) -> str:
         """Why the key file as it is now is not used; empty where it is, or there is none."""

@@ -16,7 +16,8 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 import msgspec
 from starlette.datastructures import Headers, MutableHeaders
@@ -29,11 +30,14 @@ from broker.protocol.errors import ErrorCode
 from broker.protocol.limits import MAX_NAME_OCTETS
 from broker.protocol.tracing import TRACE_KEYS
 from client import AsyncStream, Embeddings
+from client import calls as bus_calls
+from client.gateway.bodies import LARGE_BYTES, aside, read_in_steps
 from client.gateway.convert import Call
 from client.gateway.errors import GatewayError, describe, error_response, invalid, too_large
 from client.gateway.generation import RETRY, Batches, generate
 from client.gateway.ids import REQUEST_ID_HEADER, request_id_of
 from client.gateway.keys import ANYBODY, Key, Usage
+from client.gateway.requests import parse
 from client.gateway.sse import STATUS_LEFT, EventStream, Source
 from client.gateway.traces import HttpSpan
 
@@ -43,6 +47,9 @@ if TYPE_CHECKING:
 __all__ = ["Endpoint", "Handler", "Visit", "presented_key", "route"]
 
 log = logging.getLogger("tokenbus.gateway")
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 #: As many requests of the bus are named in a header and in a line of the log.
 NAMED_REQUESTS: Final = 128
@@ -75,8 +82,12 @@ class Visit:
     account: Usage | None = None
     #: Of this request; None where traces are off.
     span: HttpSpan | None = None
-    #: The body as it was read.
+    #: The body as it was read, while a peer may have to be asked with it.
     octets: bytes = b""
+    #: Of the body.
+    size_bytes: int = 0
+    #: Of the memory for bodies.
+    held_bytes: int = 0
     #: What went wrong, for the log.
     failure: GatewayError | None = None
     #: An answer that may outlive this request ends the visit in its stead.
@@ -170,15 +181,19 @@ class Visit:
         self, inputs: str | Sequence[str | list[int]], model: str, **options: Any
     ) -> Embeddings:
         """Vectors of the inputs; the bus's requests stand under this one's id and span."""
-        options |= {"model": model, "retry": RETRY}
-        trace = self._trace()
+        bus, trace = self.gateway.bus, self._trace()
+
+        async def embed(trace: dict[str, str]) -> Embeddings:
+            given = {"retry": RETRY, "trace": trace, **options}
+            return await bus.embeddings_of(
+                await self.aside(bus_calls.embed, bus.defaults, model, inputs, given)
+            )
+
         if self.span is None:
-            made = await self.gateway.bus.embed(inputs, trace=trace, **options)
+            made = await embed(trace)
         else:
             with self.span.embedding(model) as span:
-                made = await self.gateway.bus.embed(
-                    inputs, trace={**trace, **span.trace}, **options
-                )
+                made = await embed({**trace, **span.trace})
                 span.made(made.worker, made.usage.prompt_tokens)
         self.prompt_tokens = made.usage.prompt_tokens
         return made
@@ -197,6 +212,7 @@ class Visit:
     def close(self) -> None:
         """What was asked for is over: the key's account and the figures are told."""
         self.gateway.metrics.answered(self)
+        self.gateway.release_body(self.held_bytes)
         if self.account is not None:
             self.account.finished()
 
@@ -256,16 +272,40 @@ class Visit:
         announced = self.request.headers.get("content-length", "")
         if announced.isdecimal() and int(announced[:19]) > limit:
             raise too_large(None, f"The body is beyond the {limit} bytes of this gateway.")
-        octets = bytearray()
+        chunks: list[bytes] = []
         try:
             async for chunk in self.request.stream():
-                octets += chunk
-                if len(octets) > limit:
+                chunks.append(chunk)
+                self.size_bytes += len(chunk)
+                if self.size_bytes > limit:
                     raise too_large(None, f"The body is beyond the {limit} bytes of this gateway.")
+                self.gateway.hold_body(len(chunk))
+                self.held_bytes += len(chunk)
         except ClientDisconnect:
             raise GatewayError(ErrorCode.CANCELLED, "The HTTP client went away.") from None
-        self.octets = bytes(octets)
-        return self.octets
+        octets = b"".join(chunks)
+        if self.gateway.config.peers:
+            self.octets = octets
+        return octets
+
+    async def read(self, kind: type[T]) -> T:
+        """The JSON body as a `kind`; raises GatewayError that names the field at fault. A large one
+        is read in another thread."""
+        return await self.decoded(kind, await self.body())
+
+    async def decoded(self, kind: type[T], octets: bytes) -> T:
+        """As `read`, of a body that is here."""
+        return await self.aside(read_in_steps, octets, partial(parse, kind))
+
+    @property
+    def is_large(self) -> bool:
+        """Work with all of the body is done in another thread."""
+        return self.size_bytes >= LARGE_BYTES
+
+    async def aside(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """The outcome of work whose length is that of the body: in another thread where that is
+        large, so that no stream waits for it."""
+        return await aside(self.size_bytes, work, *args, **kwargs)
 
 
 #: In a path, how one of its parameters is written: of no interest in logs and figures.
