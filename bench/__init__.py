@@ -1,4 +1,4 @@
-"""Measurements of tokenbus beside its peers (bench/README.md has the figures).
+"""Measurements of tokenbus beside its peers (bench/FIGURES.md has the figures).
 
 Never imported by broker, worker or client.
 """

@@ -2,7 +2,7 @@
 
 Each script is a process of its own, so that none measures what another left behind. The file holds
 the JSON lines of all scripts, each with the name of its script; tables go to standard output, and
-into bench/README.md.
+into bench/FIGURES.md.
 """
 
 from __future__ import annotations

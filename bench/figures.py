@@ -1,7 +1,4 @@
-"""The tables of bench/README.md, made from a results file, so that no figure is typed by hand.
-
-`python -m bench.figures` puts `bench/results.json` between the two markers of the page.
-"""
+"""bench/FIGURES.md, made from a results file, so that no figure is typed by hand."""
 
 from __future__ import annotations
 
@@ -12,8 +9,13 @@ from pathlib import Path
 from typing import Any
 
 BENCH = Path(__file__).resolve().parent
-BEGIN = "<!-- figures: made by `python -m bench.figures`, do not edit -->"
-END = "<!-- end of figures -->"
+HEAD = """\
+# Figures
+
+Made by `python -m bench.figures` from `results.json`; do not edit. How they were measured, and what
+they mean:
+[README.md](README.md).
+"""
 
 OWN = frozenset({"name", "script", "value", "unit", "peer", "peer_value", "ratio", "noise", "text"})
 
@@ -77,18 +79,13 @@ def about(script: str, machine: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Rewrite the page."""
-    parser = argparse.ArgumentParser(description="Tables of bench/README.md from a results file.")
+    """Write the page anew."""
+    parser = argparse.ArgumentParser(description="bench/FIGURES.md from a results file.")
     parser.add_argument("results", type=Path, nargs="?", default=BENCH / "results.json")
-    parser.add_argument("--page", type=Path, default=BENCH / "README.md")
+    parser.add_argument("--page", type=Path, default=BENCH / "FIGURES.md")
     arguments = parser.parse_args(argv)
-    page = arguments.page.read_text()
-    head, begin, rest = page.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{arguments.page} lacks the lines {BEGIN!r} and {END!r}")
     text = section(arguments.results.read_text().splitlines())
-    arguments.page.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}")
+    arguments.page.write_text(f"{HEAD}\n{text}\n")
 
 
 if __name__ == "__main__":
