@@ -613,7 +613,7 @@ MISFITS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "no weights": (
         lambda folder: (folder / "adapter_model.safetensors").unlink(),
-        "no whole adapter",
+        "not a complete adapter",
     ),
 }
 
@@ -685,7 +685,7 @@ def test_a_folder_with_adapter_and_configuration_is_an_adapter(tmp_path: Path) -
     finally:
         engine.close()
     shutil.copy(base / "model.safetensors", tmp_path / "a")
-    with pytest.raises(EngineLoadError, match="a whole model and an adapter"):
+    with pytest.raises(EngineLoadError, match="a complete model and an adapter"):
         load(tmp_path / "a", model_base=str(base))
 
 

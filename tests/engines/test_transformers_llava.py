@@ -282,6 +282,18 @@ def test_a_checkpoint_of_a_run_has_the_adapter_alone_and_is_refused(
             load(folder, base)
 
 
+def test_an_adapter_alone_over_a_whole_llava_is_refused(
+    tuned: tuple[Path, Any], tower: Path, tmp_path: Path
+) -> None:
+    whole = original(tmp_path / "whole", tiny.llava(), facts(tower))
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tuned[0] / name, folder)
+    with pytest.raises(EngineLoadError, match="half of a LLaVA"):
+        load(folder, whole)
+
+
 def test_a_vision_tower_without_a_weight_is_refused(
     base: Path, tower: Path, tmp_path: Path
 ) -> None:

@@ -78,7 +78,7 @@ def _refuse_incomplete(folder: Path, settings: EngineSettings) -> None:
     held = {name for name in _FILES if (folder / name).is_file()}
     if _FILES[0] not in held or len(held) < 2:
         raise EngineLoadError(
-            f"{folder} is no whole adapter: {_FILES[0]} and {_FILES[1]} belong into it"
+            f"{folder} is not a complete adapter: it needs {_FILES[0]} and {_FILES[1]}"
         )
     if _FILES[1] not in held and settings.safetensors_only:
         raise EngineLoadError(
@@ -133,7 +133,7 @@ def refuse_over_quantised(model: Any, adapter: Adapter) -> None:
         raise refusal(adapter.path, "its start was taken from weights that are quantised here")
     in_8_bits = any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
     if in_8_bits and getattr(adapter.config, "use_dora", False):
-        # On a CPU peft even scales the base's weights anew, in place.
+        # On a CPU peft's way of reading them leaves a layer that fails in its next forward.
         raise refusal(adapter.path, "DoRA needs the weights that --load-8bit rounds (4 bits work)")
 
 

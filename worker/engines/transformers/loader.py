@@ -116,6 +116,12 @@ def load_model(
                 f"{folder}, the base of adapter {adapter}, is an adapter itself: merge it into its "
                 "own base first"
             )
+        if folder is not None and find_parts(folder, safetensors_only=False) is not None:
+            raise EngineLoadError(
+                f"{adapter} is half of a LLaVA: {folder}, its base, is one in the LLaVA project's "
+                "format, and config.json and the projector (non_lora_trainables.bin) are missing "
+                "beside the adapter; copy the whole folder"
+            )
     with _explained(path):
         config = AutoConfig.from_pretrained(
             path, revision=options.revision, trust_remote_code=options.trust_remote_code
@@ -224,7 +230,7 @@ def _load_llava(
 
 def _is_adapter(folder: Path) -> bool:
     """Whether a folder holds a PEFT adapter, with or without a copy of its base's config.json.
-    Raises `EngineLoadError` where it holds a whole model as well."""
+    Raises `EngineLoadError` where it holds a complete model as well."""
     if not (folder / "adapter_config.json").is_file():
         return False
     if any(
@@ -233,10 +239,10 @@ def _is_adapter(folder: Path) -> bool:
         for file in folder.glob(f"*model*.{end}")
         if not file.name.startswith("adapter_")
     ):
-        # transformers would load another folder: the adapter's base.
+        # transformers would apply the adapter to that model, which may be the two merged already.
         raise EngineLoadError(
-            f"{folder} holds a whole model and an adapter: move adapter_config.json or the model's "
-            "weights away"
+            f"{folder} holds a complete model and an adapter: move one of them into a folder of "
+            "its own"
         )
     return True
 
@@ -359,9 +365,7 @@ def _load_weights(
     with _weights_progress(progress, path), explained_conversion(path):
         model, told = auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise EngineLoadError(
-            f"{path} is an adapter: fetch it into a folder, and name that as --model-path"
-        )
+        raise EngineLoadError(f"{path} is an adapter: name its base with --model-base")
     refuse_missing(model, told["missing_keys"], path, quantised=stored is not None)
     if stored is not None:
         warn_of_lost_rounding(model, as_dict, path)
