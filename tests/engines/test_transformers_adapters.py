@@ -552,6 +552,20 @@ def test_dora_over_8_bit_weights_is_refused(tmp_path: Path) -> None:
             refused()
 
 
+def test_adapters_beside_an_adapter_over_quantised_weights_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = save(tmp_path / "base", tiny.llama())
+    for name in ("a", "b"):
+        tuned(tmp_path / name, tiny.llama())
+    with pytest.raises(EngineLoadError, match="name both adapters"):
+        load(
+            tmp_path / "a",
+            model_base=str(base),
+            load_4bit=True,
+            engine_args={"adapters": f"b={tmp_path / 'b'}"},
+        )
+
+
 # --- what does not fit ----------------------------------------------------------------------------
 
 
@@ -830,18 +844,23 @@ def test_an_adapter_is_asked_with_its_own_template(saved: str, tmp_path: Path) -
         alone.close()
 
 
-@pytest.mark.parametrize("kept", ["modules_to_save", "embedding layers", "trained tokens"])
+@pytest.mark.parametrize(
+    "kept", ["modules_to_save", "embedding layers", "trained tokens", "tied embedding layers"]
+)
 def test_tokens_that_an_adapter_added_are_its_own(kept: str, tmp_path: Path) -> None:
-    base = save(tmp_path / "base", tiny.llama())
-    wider = tiny.llama()
+    make = tied_llama if "tied" in kept else tiny.llama
+    base = save(tmp_path / "base", make())
+    wider = make()
     torch.manual_seed(5)
     wider.resize_token_embeddings(tiny.VOCABULARY + 1, mean_resizing=False)
     with torch.no_grad():
         wider.model.embed_tokens.weight[-1].normal_(0.0, 0.5)
-        wider.lm_head.weight[-1].normal_(0.0, 0.5)
+        if "tied" not in kept:
+            wider.lm_head.weight[-1].normal_(0.0, 0.5)
     more: dict[str, Any] = {
         "modules_to_save": {"modules_to_save": ["embed_tokens", "lm_head"]},
         "embedding layers": {},
+        "tied embedding layers": {},
         "trained tokens": {"trainable_token_indices": [tiny.VOCABULARY]},
     }[kept]
     with_it = tuned(tmp_path / "a", wider, **more)
@@ -856,7 +875,7 @@ def test_tokens_that_an_adapter_added_are_its_own(kept: str, tmp_path: Path) -> 
     try:
         assert how(engine, "a") == MERGED
         assert chat(engine, "a") == chat(alone, "a") == wanted
-        plain = generated(tiny.llama(), [20, 21, 22])
+        plain = generated(make(), [20, 21, 22])
         assert answers(engine, [20, 21, 22], "base")["base"] == plain
     finally:
         engine.close()

@@ -103,7 +103,7 @@ def add_adapters(
     _refuse_second_layer(loaded)
     protected = {id(p) for p in loaded.model.parameters()}
     inputs = _probe(loaded.model)
-    untouched = _outputs(loaded.model, inputs, "the base")
+    untouched = _outputs(loaded.model, inputs, settings.adapters)
     by_row: dict[str, tuple[Adapter, _Attached]] = {}
     own_models: list[tuple[str, LoadedModel]] = []
     for name, path in _named_paths(settings.adapters):
@@ -154,7 +154,8 @@ def add_adapters(
         )
         own.details["adapter"] = how
         own_models.append((name, own))
-    if not torch.equal(_outputs(loaded.model, inputs, "the base"), untouched):
+    change = relative_error(_outputs(loaded.model, inputs, settings.adapters), untouched)
+    if not change <= tolerance(loaded.model, quantised=loaded.quantised):
         raise EngineLoadError(
             f"adapters={settings.adapters}: one of them changes its base in memory; give each a "
             "worker of its own (--model-path ADAPTER --model-base BASE)"
@@ -181,8 +182,8 @@ def _refuse_second_layer(loaded: LoadedModel) -> None:
     from_peft = any(type(m).__module__.startswith("peft.") for m in loaded.model.modules())
     if from_peft:
         raise EngineLoadError(
-            "adapters= stand beside a base, and this model is an adapter itself that is kept apart "
-            "from its quantised weights: give the base as --model-path and both as adapters="
+            "adapters= needs a base, and this model is itself an adapter over quantised weights: "
+            "give the base as --model-path and name both adapters in adapters="
         )
 
 
@@ -496,7 +497,7 @@ def _put_into_rows(loaded: LoadedModel, by_row: dict[str, tuple[Adapter, _Attach
     loaded.adapters = tuple(names)
     inputs = _probe(loaded.model)
     allowed = tolerance(loaded.model, quantised=loaded.quantised)
-    base = _outputs(loaded.reference, inputs, "the base")
+    base = _outputs(loaded.reference, inputs, ", ".join(by_row))
     for name, (adapter, attached) in by_row.items():
         wanted = _outputs(attached.model, inputs, adapter.path)
         loaded.rows.choose([name, None, name])
