@@ -1,8 +1,7 @@
 """The fixed header: 32 octets, one frame, in front of every message (SPEC.md section 3).
 
 It lets a receiver refuse garbage without a decoder and lets the broker route without reading a
-body.
-Must never import the codec.
+body. Must never import the codec.
 """
 
 from __future__ import annotations
@@ -77,9 +76,8 @@ def seal(prefix_: bytes, sequence: int) -> bytes:
 def encode(type_: MessageType, id_: bytes, sequence: int, flags: int = 0) -> bytes:
     """Build a header.
 
-    `id_` is 16 octets, `sequence` fits 64 bits; both are the caller's own values, so a wrong one
-    is a bug
-    (`struct.error`), not bad input.
+    `id_` is 16 octets, `sequence` fits 64 bits; both are the caller's own values, so a wrong one is
+    a bug (`struct.error`), not bad input.
     """
     return _LAYOUT.pack(SIGNATURE, PROTOCOL_VERSION, type_, flags, 0, id_, sequence)
 

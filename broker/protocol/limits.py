@@ -1,8 +1,7 @@
 """Every bound of the wire, in one place, each with its reason (SPEC.md section 9).
 
 A limit protects the receiver; the sender checks it first, so that its user reads a clear error
-instead of
-seeing a connection cut by the peer.
+instead of seeing a connection cut by the peer.
 """
 
 from typing import Final

@@ -1,9 +1,8 @@
 """Every message body of version 1 as a typed, frozen value (SPEC.md sections 4 to 7).
 
 A body is checked once, at the edge, when it is decoded into one of these; inside, types are
-trusted.
-Control bodies are maps: an unknown key is skipped, so adding an optional key is no version change.
-OUTPUT events and ledgers are arrays: a field with a default may be appended.
+trusted. Control bodies are maps: an unknown key is skipped, so adding an optional key is no version
+change. OUTPUT events and ledgers are arrays: a field with a default may be appended.
 """
 
 from __future__ import annotations

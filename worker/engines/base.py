@@ -2,10 +2,8 @@
 record.
 
 An engine knows nothing of sockets, sessions, credit, epochs or offsets: it is given jobs, it is
-stepped, and
-each step returns what became known. It runs in the engine process, on one thread that calls it;
-only its own
-preprocessing may use further threads. Must never import zmq.
+stepped, and each step returns what became known. It runs in the engine process, on one thread that
+calls it; only its own preprocessing may use further threads. Must never import zmq.
 
 The rules every engine keeps:
 
@@ -166,8 +164,8 @@ class Engine(Protocol):
 
     def metrics(self) -> dict[str, float]:
         """Figures for the heartbeat: running, waiting, tokens_per_s, ttft_ms, batch,
-        kv_used_tokens,
-        kv_total_tokens, memory_used_bytes, ... Cheap: called about once a second."""
+        kv_used_tokens, kv_total_tokens, memory_used_bytes, ... Cheap: called about once a
+        second."""
 
     def close(self) -> None:
         """Release threads and memory. The engine is not used again."""
