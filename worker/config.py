@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from broker.protocol.logs import FORMATS, LEVELS
 from broker.protocol.options import OptionParser, misspelt, parse_bool
+from worker.conversations import NAMED_TEMPLATES, read_template
 from worker.demo import model_path
 from worker.engines import registry
 from worker.engines.base import EngineOptions
@@ -164,6 +165,14 @@ def parser() -> argparse.ArgumentParser:
         "--trust_remote_code",
         action="store_true",
         help="run Python code that the model brings along: only for models that you trust [no]",
+    )
+
+    models.add_argument(
+        "--chat-template",
+        "--conv-template",
+        metavar="FILE|NAME",
+        help="Jinja file that makes prompts of conversations, for models without one, or one of "
+        f"{', '.join(NAMED_TEMPLATES)} [the model's own]",
     )
 
     engine = made.add_argument_group("engine")
@@ -374,6 +383,7 @@ def _engine_options(values: dict[str, Any]) -> EngineOptions:
             paths, names = [values["engine"]], names or [values["engine"]]
     try:
         models, groups = pair_names(paths, names)
+        template = read_template(values["chat_template"]) if values["chat_template"] else ""
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return EngineOptions(
@@ -388,5 +398,6 @@ def _engine_options(values: dict[str, Any]) -> EngineOptions:
         slots=values["slots"],
         revision=values["revision"],
         trust_remote_code=values["trust_remote_code"],
+        chat_template=template,
         engine_args=engine_args,
     )

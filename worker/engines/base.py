@@ -55,6 +55,8 @@ class EngineOptions:
     slots: int = 0
     revision: str | None = None
     trust_remote_code: bool = False
+    #: Jinja source that replaces the models' own chat templates; empty: each has its own.
+    chat_template: str = ""
     #: Of the engine itself, from `--engine-arg KEY=VALUE`; values are still text.
     engine_args: dict[str, str] = field(default_factory=dict)
 

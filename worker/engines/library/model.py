@@ -29,6 +29,7 @@ from worker.engines.transformers.runner import Runner
 from worker.engines.transformers.sequence import Sequence
 from worker.engines.transformers.served import Prepared, ServedModel
 from worker.engines.transformers.settings import EngineSettings
+from worker.engines.transformers.template import use_template
 
 __all__ = [
     "LibraryEngine",
@@ -109,7 +110,7 @@ def describe(
             f"{path} is an encoder-decoder model, which engine {library} does not serve here: "
             "serve it with --engine transformers"
         )
-    return wrap_elsewhere(
+    loaded = wrap_elsewhere(
         config,
         tokenizer,
         processor,
@@ -117,6 +118,8 @@ def describe(
         generation_config=generation,
         details={"library": library},
     )
+    use_template(loaded, options.chat_template)
+    return loaded
 
 
 @contextmanager

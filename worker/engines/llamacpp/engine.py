@@ -32,6 +32,7 @@ from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.sequence import Sequence
 from worker.engines.transformers.served import ServedModel
 from worker.engines.transformers.settings import EngineSettings
+from worker.engines.transformers.template import use_template
 
 __all__ = ["LlamaGenerator", "build_engine"]
 
@@ -89,6 +90,7 @@ def build_engine(options: EngineOptions, progress: Progress) -> LibraryEngine:
         layers = arguments.get("gpu_layers", -1) if on_gpu else 0
         model = load_weights(str(Path(path).expanduser()), layers, progress)
         loaded = _describe(model, path, settings)
+        use_template(loaded, options.chat_template)
         generator = LlamaGenerator(
             model,
             loaded,

@@ -40,6 +40,7 @@ from worker.engines.transformers.prefix import PrefixCache
 from worker.engines.transformers.sequence import Sequence, State
 from worker.engines.transformers.served import EmbedTask, Prepared, ServedModel, now
 from worker.engines.transformers.settings import EngineSettings, parse_settings
+from worker.engines.transformers.template import use_template
 
 __all__ = ["TransformersEngine", "build_engine", "model_name"]
 
@@ -86,6 +87,7 @@ def build_engine(options: EngineOptions, progress: Progress) -> TransformersEngi
     served = []
     for index, (path, own) in enumerate(zip(paths, names, strict=True)):
         loaded = load_model(path, options, settings, _share(progress, index, len(paths)))
+        use_template(loaded, options.chat_template)
         beside: list[tuple[str, LoadedModel]] = []
         if settings.adapters and index == 0:
             beside = add_adapters(

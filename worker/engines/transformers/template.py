@@ -16,13 +16,16 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
+
 from broker.protocol.errors import ErrorCode, RequestError
 from broker.protocol.limits import MAX_NESTING
 from broker.protocol.messages import Message, Request, TextPart, VideoPart
+from worker.engines.base import EngineLoadError
 from worker.engines.transformers.control import Breaker, ControlTokens, mark_text, rewritten
 from worker.engines.transformers.loaded import LoadedModel
 
-__all__ = ["RAW_PLACEHOLDER", "ChatTemplate", "continues_message"]
+__all__ = ["RAW_PLACEHOLDER", "ChatTemplate", "continues_message", "use_template"]
 
 RAW_PLACEHOLDER = "<image>"
 """What stands for a picture in a raw prompt, as LLaVA's clients write it."""
@@ -83,7 +86,9 @@ class ChatTemplate:
             raise _invalid(f"a {request.kind} request needs messages")
         if not self.present:
             raise _invalid(
-                f"model {request.model} has no chat template: send a raw prompt (kind complete)"
+                f"model {request.model} has no chat template: start its worker with "
+                "--chat-template FILE or NAME, or send a raw prompt (/v1/completions, "
+                "Client.generate, `generate --raw` on the command line)"
             )
         self._check(request)
         control = self._control
@@ -323,6 +328,25 @@ class ChatTemplate:
             return None
         # Gemma 3 marks a picture with its start token; the processor expands it.
         return mark_text(self._processor, "boi_token") or mark_text(self._processor, "image_token")
+
+
+def use_template(loaded: LoadedModel, source: str) -> None:
+    """Give a model a chat template instead of its own; an empty `source` changes nothing.
+
+    Raises `EngineLoadError` for one that Jinja does not understand.
+    """
+    if not source:
+        return
+    for holder in (loaded.tokenizer, loaded.processor):
+        if holder is not None:
+            holder.chat_template = source
+    try:
+        loaded.tokenizer.apply_chat_template([{"role": "user", "content": "q"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise EngineLoadError(f"--chat-template: line {error.lineno}: {error.message}") from None
+    except Exception:
+        # It may want other messages than this one.
+        return
 
 
 def continues_message(request: Request) -> bool:
