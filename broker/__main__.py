@@ -11,7 +11,6 @@ import gc
 import itertools
 import json
 import os
-import resource
 import sys
 import time
 import traceback
@@ -24,6 +23,7 @@ from broker.core.controller import BrokerCore
 from broker.core.events import Side
 from broker.log import Logger
 from broker.loop import BrokerLoop
+from broker.protocol.descriptors import raise_descriptor_limit
 from broker.sockets import (
     BindError,
     SocketSettings,
@@ -63,7 +63,8 @@ def _complain(message: str, code: int) -> int:
 
 def _serve(config: Config) -> int:
     _check_addresses(config)
-    _raise_descriptor_limit(config)
+    # Each peer costs a descriptor; without one, accept fails in a tight loop.
+    raise_descriptor_limit(2 * (config.max_clients + config.max_workers) + 256)
     log = _logger(config)
     for line in options.misspelt_variables():
         log("warning", "environment", {"ignored": line})
@@ -169,16 +170,6 @@ def _check(config: Config) -> int:
         print(f"{name} = {value!r}")
     print("configuration OK")
     return 0
-
-
-def _raise_descriptor_limit(config: Config) -> None:
-    """Each peer costs a descriptor; without one, accept fails in a tight loop."""
-    wanted = 2 * (config.max_clients + config.max_workers) + 256
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _announce(config: Config, fronts: list[str], backs: list[str]) -> None:

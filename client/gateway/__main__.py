@@ -51,9 +51,8 @@ def _complain(message: str, code: int) -> int:
 
 def _serve(config: Config) -> int:
     try:
-        import uvicorn
-
         from client.gateway.app import create_app
+        from client.gateway.server import Server
     except ModuleNotFoundError as error:
         return _complain(
             f"{error.name} is not installed; install it with: {install_hint('gateway')}", 1
@@ -83,17 +82,7 @@ def _serve(config: Config) -> int:
         + ("" if config.keys is not None else "; no API keys asked"),
         flush=True,
     )
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            ssl_certfile=config.tls_cert,
-            ssl_keyfile=config.tls_key,
-            timeout_graceful_shutdown=int(config.shutdown_s) or 1,
-        )
-    )
+    server = Server(app, config)
     # Whatever a stream makes dies with its last reference: looked at rarely, and never again what
     # was imported.
     gc.collect()

@@ -156,6 +156,11 @@ class Config:
     bodies_bytes: int = _option(
         _count, 1 << 30, "memory for the bodies of all running requests, bytes", "N"
     )
+    max_connections: int = _option(_count, 4096, "HTTP connections at once", "N")
+    head_s: float = _option(_positive, 10.0, "for the head of a request to arrive", "S")
+    body_s: float = _option(
+        _positive, 30.0, "for its body to arrive, and a second for every 16 KiB of it", "S"
+    )
     keep_alive_s: float = _option(_positive, 15.0, "silence before a comment line", "S")
     reattach_s: float = _option(_positive, 60.0, "time to re-attach to an answer", "S")
     peers: tuple[str, ...] = _option(
