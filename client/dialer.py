@@ -110,6 +110,16 @@ class Dialer:
         self._sequence_in = 0
 
     @property
+    def session_id(self) -> bytes:
+        """Header id of what the broker itself says in the session."""
+        return self._session_id
+
+    @property
+    def last_sequence(self) -> int:
+        """The sequence number of the message that was read last."""
+        return self._sequence_in - 1
+
+    @property
     def brokers(self) -> list[str]:
         """Addresses that may accept us."""
         return [address.name for address in self._addresses]

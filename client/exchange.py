@@ -7,6 +7,7 @@ It is enough to continue the stream anywhere (SPEC.md section 6.4). Knows no ses
 from __future__ import annotations
 
 import math
+import random
 from enum import Enum
 from typing import Final
 
@@ -21,6 +22,12 @@ from client.events import RequestMade
 WIRE_GRACE_S: Final = 1.0
 """What broker and worker are told beyond our own limits: the caller reads our exact exception,
 and they still clean up after a client that is gone."""
+
+
+EPOCH_STEP_BITS: Final = 36
+"""Of the random part of the step from one epoch to the next. The step is 2**36 at least, which
+leaves a relay room for epochs of its own between two of ours; after a thousand steps the epoch
+still has 47 bits."""
 
 
 class Phase(Enum):
@@ -55,6 +62,7 @@ class Exchange:
     __slots__ = (
         "attachments",
         "epoch",
+        "epochs",
         "failures",
         "first_token_s",
         "heard_s",
@@ -72,6 +80,7 @@ class Exchange:
         "resumed",
         "retry",
         "retry_at_s",
+        "route",
         "scheduled_s",
         "sent_before",
         "taken",
@@ -103,6 +112,8 @@ class Exchange:
         #: A REQUEST left already: from now on only RESUME is right.
         self.sent_before = False
         self.epoch = 0
+        #: All that it has had: an event of any other was never asked for.
+        self.epochs = {0}
         #: Recoveries since the last token.
         self.failures = 0
         self.resumed = 0
@@ -113,6 +124,8 @@ class Exchange:
         #: The worker that ran it last, as long as nobody said that it does not have it any more.
         self.holder = ""
         self.position = 0
+        #: Header id of OUTPUT from that worker; None: not told.
+        self.route: bytes | None = None
 
         self.token_ids: list[int] = []
         self.text_characters = 0
@@ -132,11 +145,14 @@ class Exchange:
 
     # --- sending ---
 
-    def body(self, window_tokens: int, now_s: float) -> Request:
-        """The REQUEST, or the RESUME once it was sent before. Enters the next epoch."""
+    def body(self, window_tokens: int, now_s: float, generator: random.Random) -> Request:
+        """The REQUEST, or the RESUME once it was sent before. Enters the next epoch, which a worker
+        that lost the request cannot guess."""
         if self.sent_before:
-            self.epoch += 1
+            self.epoch += (1 << EPOCH_STEP_BITS) + generator.getrandbits(EPOCH_STEP_BITS)
+            self.epochs.add(self.epoch)
         self.sent_before = True
+        self.route = None
         self.window_limit = max(self.taken, len(self.token_ids)) + window_tokens
         resume = None
         if self.epoch:

@@ -78,6 +78,8 @@ class ClientSession:
         self._held: OrderedDict[bytes, Exchange] = OrderedDict()
         #: HELD until the broker tells which model is the only one.
         self._naming = Naming(self._dialer, self._hold, self._failed)
+        #: The query that reports a worker's output, and what is wrong with it; until its answer.
+        self._reported: tuple[bytes, str] | None = None
         #: QUEUED or RUNNING.
         self._at_broker: set[bytes] = set()
         #: Dropped here, not yet ended there: until when to remember.
@@ -243,6 +245,7 @@ class ClientSession:
     def session_over(self, story: str) -> None:
         """Recover what was at the broker, by a RESUME in the next session."""
         self._naming.session_over()
+        self._reported = None
         error = ErrorInfo(code=ErrorCode.CONNECTION_LOST.value, message=story, retryable=True)
         at_broker, self._at_broker = self._at_broker, set()
         # In the order of their making, not of the set's: runs must be reproducible.
@@ -340,7 +343,8 @@ class ClientSession:
     def _transmit(self, exchange: Exchange) -> None:
         sent_before = exchange.sent_before
         try:
-            body = codec.encode(exchange.body(self._window_of(exchange), self._now_s))
+            window = self._window_of(exchange)
+            body = codec.encode(exchange.body(window, self._now_s, self._random))
         except (ValueError, OverflowError, TypeError, RecursionError) as error:
             # One caller's value, such as half of a surrogate pair: the requests of others go on.
             why = f"the request cannot be written: {error}; nothing was sent"
@@ -485,6 +489,8 @@ class ClientSession:
             for names in (exchange.lost_workers, exchange.lost_alone):
                 if name in names:
                     names.remove(name)
+        if accepted.worker:
+            exchange.route = accepted.route
         if not accepted.worker:
             exchange.position = accepted.position
             self._deliver(request_id, events.Queued(accepted.position))
@@ -521,11 +527,16 @@ class ClientSession:
             self._at_broker.discard(request_id)
             self._end(exchange, self._error(exchange, interrupted.error))
 
-    def _on_output(self, _id: bytes, body: bytes) -> None:
+    def _on_output(self, route: bytes, body: bytes) -> None:
         exchanges, now_s = self._exchanges, self._now_s
         #: Of this message, not handed on yet: one order for many requests.
         fresh: list[TokensEvent] = []
-        for event in codec.decode_events(body, limits.MAX_OUTPUT_OCTETS):
+        try:
+            events_of_message = codec.decode_events(body, limits.MAX_OUTPUT_OCTETS)
+        except ProtocolError as error:
+            self._report(str(error))
+            return
+        for event in events_of_message:
             exchange = exchanges.get(event.request_id)
             if exchange is None:
                 if isinstance(event, EndEvent | FailEvent):
@@ -533,13 +544,33 @@ class ClientSession:
                 continue
             running = exchange.heard_s is not None
             if event.epoch != exchange.epoch or not (running or exchange.id in self._at_broker):
+                if event.epoch not in exchange.epochs:
+                    # It does not run the request. One guess a message is all that it gets.
+                    self._report("an event of an epoch that was never asked for")
+                    break
                 continue
+            if route != exchange.route and self._is_foreign(exchange, route):
+                self._report("an event of a request that runs at another worker")
+                break
             if running and type(event) is TokensEvent and exchange.accept(event, now_s) is NEXT:
                 fresh.append(event)
                 continue
             fresh = self._arrived(fresh)
             self._on_event(exchange, event)
         self._arrived(fresh)
+
+    def _is_foreign(self, exchange: Exchange, route: bytes) -> bool:
+        """Whether what came that way is neither from the request's worker nor from the broker."""
+        return exchange.route is not None and route != self._dialer.session_id
+
+    def _report(self, why: str) -> None:
+        """An OUTPUT is not as it must be. The broker forwards it unread, and knows from whom: that
+        worker is cut off, and everybody else's streams go on."""
+        if self._reported is None:
+            query_id = self._dialer.new_id()
+            self._reported = query_id, why
+            args = {"sequence": self._dialer.last_sequence, "why": why[:200]}
+            self._send(MessageType.QUERY, query_id, messages.Query(verb="bus.report", args=args))
 
     def _on_event(self, exchange: Exchange, event: OutputEvent) -> None:
         """What is not simply the next tokens of a stream."""
@@ -602,7 +633,11 @@ class ClientSession:
 
     def _on_answer(self, query_id: bytes, body: bytes) -> None:
         answer = codec.decode(messages.Answer, body, limits.MAX_ANSWER_OCTETS)
-        if self._naming.is_answer(query_id):
+        if self._reported is not None and query_id == self._reported[0]:
+            why, self._reported = self._reported[1], None
+            if answer.error is not None:  # it came from nobody else, so from the broker itself
+                raise ProtocolError(why)
+        elif self._naming.is_answer(query_id):
             self._naming.answered(answer)
         else:
             self._questions.answered(query_id, answer)

@@ -452,7 +452,7 @@ class WorkerCore:
         renounced = False
         if stream is not None:
             if assign.epoch < stream.epoch:
-                message = f"epoch {assign.epoch} is older than {stream.epoch}, which runs"
+                message = "a later epoch of the request runs here already"
                 self._reject(connection, request_id, ErrorCode.DUPLICATE_REQUEST, message, now_s)
                 return
             if not stream.retryable and requests.resume(connection, stream, assign, request, now_s):

@@ -154,8 +154,9 @@ class BrokerCore(BusState):
         client = route.client
         sequence = client.sequence
         client.sequence = sequence + 1
+        client.sources.append(worker)
         client.sent_s = now_s
-        return client.routing_id, client.output_prefix + sequence.to_bytes(8, "big")
+        return client.routing_id, route.key + sequence.to_bytes(8, "big")
 
     # --- messages ---------------------------------------------------------------------------------
 
@@ -447,7 +448,8 @@ class BrokerCore(BusState):
             body = recovery.without_moved(route, frames[1]) if route.moved else frames[1]
             self.counters["output_forwarded"] += 1
             self.counters["output_bytes"] += len(body)
-            self.send(route.client, MessageType.OUTPUT, route.client.id, body)
+            self.send(route.client, MessageType.OUTPUT, route.id, body)
+            route.client.sources[-1] = worker
         else:
             # Its client is gone, or the worker answers to an earlier session.
             self.counters["output_without_route"] += 1

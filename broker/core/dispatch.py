@@ -121,7 +121,12 @@ def tell_where(core: BrokerCore, request: Request) -> None:
     client = request.client
     if client is None:
         return
-    accepted = Accepted(worker=request.worker_name, returned=list(request.returned))
+    route = client.routes.get(request.worker.id) if request.worker is not None else None
+    accepted = Accepted(
+        worker=request.worker_name,
+        returned=list(request.returned),
+        route=None if route is None else route.id,
+    )
     request.returned = ()
     core.send(client, MessageType.ACCEPTED, request.id, codec.encode(accepted))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
@@ -12,18 +12,23 @@ from broker.core.instructions import ReloadAccess
 from broker.core.requests import Phase, Request
 from broker.core.state import SOFTWARE
 from broker.protocol import codec, limits
-from broker.protocol.errors import ErrorCode, ProtocolError, RequestError
+from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError, RequestError
 from broker.protocol.header import Header, MessageType
-from broker.protocol.messages import Answer, ModelInfo, Query
+from broker.protocol.messages import Answer, ModelInfo, Query, Refuse
 
 if TYPE_CHECKING:
     from broker.core.controller import BrokerCore, Frames
     from broker.core.sessions import ClientSession
     from broker.core.workers import WorkerSession
 
+T = TypeVar("T")
+
 _OPERATOR_VERBS: Final = frozenset(
     ("bus.drain", "bus.hold", "bus.release", "bus.shutdown", "bus.reload")
 )
+REPORTS: Final = 3
+REPORTS_S: Final = 60.0
+"""Workers that one client may have cut off in that time: a hostile one shall not empty the bus."""
 _ANSWER_DELAY_S: Final = 0.05
 """A shutdown begins this much after its ANSWER, which so is not the last thing in the queue."""
 
@@ -44,6 +49,11 @@ class _WorkerArgs(msgspec.Struct, frozen=True):
 
 class _ShutdownArgs(msgspec.Struct, frozen=True):
     deadline_ms: int | None = None
+
+
+class _ReportArgs(msgspec.Struct, frozen=True):
+    sequence: int
+    why: str = ""
 
 
 class _NoArgs(msgspec.Struct, frozen=True):
@@ -69,6 +79,8 @@ def answer(core: BrokerCore, client: ClientSession, head: Header, frames: Frames
 
 
 def _result(core: BrokerCore, client: ClientSession, query: Query) -> Any:
+    if query.verb == "bus.report":
+        return _report(core, client, _args(query, _ReportArgs))
     verb = _VERBS.get(query.verb)
     if verb is None:
         known = ", ".join(_VERBS)
@@ -80,11 +92,14 @@ def _result(core: BrokerCore, client: ClientSession, query: Query) -> Any:
             ErrorCode.FORBIDDEN, f"{query.verb} needs an operator's key; this session has none"
         )
     args_type, act = verb
+    return act(core, _args(query, args_type))
+
+
+def _args(query: Query, args_type: type[T]) -> T:
     try:
-        args = codec.convert(query.args, args_type)
+        return codec.convert(query.args, args_type)
     except ProtocolError as error:
         raise RequestError(ErrorCode.INVALID_REQUEST, f"args of {query.verb}: {error}") from None
-    return act(core, args)
 
 
 def _version(core: BrokerCore, _: _NoArgs) -> dict[str, Any]:
@@ -212,7 +227,7 @@ def _request(core: BrokerCore, request: Request) -> dict[str, Any]:
         "outcome": request.outcome,
         "cause": request.cause,
         "worker": request.worker_name,
-        "epoch": request.epoch,
+        "resumed": request.epoch > 0,
         "priority": request.priority,
         "age_ms": round((core.now_s - request.queued_s) * 1000),
         "queued_ms": round((left_queue_s - request.queued_s) * 1000),
@@ -280,6 +295,35 @@ def _shutdown(core: BrokerCore, args: _ShutdownArgs) -> dict[str, Any]:
 def _reload(core: BrokerCore, _: _NoArgs) -> dict[str, Any]:
     core.instruct(ReloadAccess())
     return {}
+
+
+def _report(core: BrokerCore, client: ClientSession, args: _ReportArgs) -> dict[str, Any]:
+    """A client got an OUTPUT that is not as it must be: its worker is cut off."""
+    worker = client.source(args.sequence)
+    if worker is None:
+        raise RequestError(
+            ErrorCode.INVALID_REQUEST,
+            f"message {args.sequence} of this session came from no worker, or too long ago",
+        )
+    if core.now_s >= core.reports_until_s:
+        core.reports.clear()
+        core.reports_until_s = core.now_s + REPORTS_S
+    who = client.key or client.name
+    core.reports[who] += 1
+    if core.reports[who] > REPORTS:
+        core.log("warning", "report ignored", client, worker=worker.name, why="too many of them")
+        raise RequestError(
+            ErrorCode.QUOTA, f"more than {REPORTS} reports of this client within {REPORTS_S:g} s"
+        )
+    core.counters["workers_cut_off"] += 1
+    if core.workers.get(worker.routing_id) is worker:
+        why = args.why[:200]
+        core.log("warning", "worker cut off", worker, reported_by=client.name, why=why)
+        error = ErrorInfo(
+            code=ErrorCode.PROTOCOL_ERROR, message=f"client {client.name} reports its output: {why}"
+        )
+        core.end_session(worker, "its output was reported by a client", told=Refuse(error=error))
+    return {"worker": worker.name}
 
 
 _VERBS: Final[dict[str, tuple[type[Any], Callable[[BrokerCore, Any], Any]]]] = {

@@ -41,10 +41,13 @@ def _resume(
         core.counters["stale_resumes"] += 1
         if known.client is not client:
             raise RequestError(
-                ErrorCode.DUPLICATE_REQUEST,
-                f"the request is at epoch {known.epoch} already; another session resumed it",
+                ErrorCode.DUPLICATE_REQUEST, "another session resumed the request at a later epoch"
             )
-        return
+        if facts.epoch < known.epoch:
+            raise RequestError(
+                ErrorCode.INVALID_REQUEST, "the epoch of a RESUME must be higher than any before"
+            )
+        return  # a copy
     order = next(core.numbers) if known is None else known.order
     until_s = known.suspect_until_s if known is not None else None
     if known is not None and known.alone:
@@ -110,6 +113,7 @@ def _attach(
     request.client = client
     request.model = body.model
     request.kind = body.kind.value
+    request.epoch_before = request.epoch if request.worker is worker else None
     request.epoch = body.resume.epoch
     request.offset = len(body.resume.token_ids)
     request.window = request.window_told = body.window
@@ -188,17 +192,29 @@ def take_in(core: BrokerCore, worker: WorkerSession, holds: list[Held]) -> None:
         other = known.worker if known is not None else None
         if other is worker:
             continue  # named twice
-        if other is not None:
-            if other.name != worker.name:
+        if known is not None and other is not None:
+            if not _is_run(known, held, worker):
                 # It runs elsewhere by now: the one that slept through that must not go on.
                 if held.running:
                     body = codec.encode(Cancel(reason="resumed at another worker"))
                     core.send(worker, MessageType.CANCEL, held.request_id, body)
                 continue
-            # Only the same process can know the id: its old connection is dead, unnoticed so far.
+            # Its old connection is dead, unnoticed so far.
             core.drop_worker(other, "it came back on a new connection", lost=False)
             known = core.requests.get(held.request_id)
         _hold(core, worker, held, known)
+
+
+def _is_run(known: Request, held: Held, worker: WorkerSession) -> bool:
+    """Whether a worker that says HELLO holds the run that the broker knows at another connection.
+    The id is no proof, since whoever lost the request knows it, nor is the name; but only the
+    process that was told to run it knows its epoch."""
+    other = known.worker
+    return (
+        other is not None
+        and (other.name, other.key) == (worker.name, worker.key)
+        and held.epoch in (known.epoch, known.epoch_before)
+    )
 
 
 def _hold(core: BrokerCore, worker: WorkerSession, held: Held, known: Request | None) -> None:
@@ -221,6 +237,7 @@ def _hold(core: BrokerCore, worker: WorkerSession, held: Held, known: Request | 
         # Its RESUME came before the worker did.
         request.client = client
         client.requests[request.id] = request
+        request.epoch_before = held.epoch
         core.counters["attached"] += 1
         dispatch.attach(core, request, worker, frames, attach=True)
         return

@@ -50,6 +50,7 @@ class Request:
         "end_held",
         "ended_s",
         "epoch",
+        "epoch_before",
         "frames",
         "holder",
         "id",
@@ -91,6 +92,8 @@ class Request:
         #: Outlives the worker's session, for the operator's list.
         self.worker_name = ""
         self.epoch = 0
+        #: The one before, if the same worker was told of both: it may know only that.
+        self.epoch_before: int | None = None
         #: Tokens that the client already has (RESUME).
         self.offset = 0
         #: Whose turn it takes in the queue.

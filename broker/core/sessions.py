@@ -6,7 +6,8 @@ by the controller alone.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import deque
+from typing import TYPE_CHECKING, Final
 
 from broker.core.events import Side
 from broker.protocol.header import MessageType, prefix, seal
@@ -14,7 +15,10 @@ from broker.protocol.liveness import Liveness
 
 if TYPE_CHECKING:
     from broker.core.requests import Request
-    from broker.core.workers import Route
+    from broker.core.workers import Route, WorkerSession
+
+SOURCES: Final = 2048
+"""Latest messages to a client of which it is known who made them: more than wait in its socket."""
 
 
 class Session(Liveness):
@@ -71,7 +75,7 @@ class Session(Liveness):
 class ClientSession(Session):
     """A client (a gateway is one too)."""
 
-    __slots__ = ("operator", "output_prefix", "requests", "routes")
+    __slots__ = ("operator", "requests", "routes", "sources")
 
     def __init__(
         self,
@@ -93,5 +97,15 @@ class ClientSession(Session):
         self.requests: dict[bytes, Request] = {}
         #: By session id of the worker.
         self.routes: dict[bytes, Route] = {}
-        #: The first 24 octets of every OUTPUT to this client.
-        self.output_prefix = prefix(MessageType.OUTPUT, session_id)
+        #: Who made the latest messages to it, the last one last; None: the broker itself.
+        self.sources: deque[WorkerSession | None] = deque(maxlen=SOURCES)
+
+    def header(self, type_: MessageType, id_: bytes, now_s: float) -> bytes:
+        """As of any session; the broker itself makes the message."""
+        self.sources.append(None)
+        return super().header(type_, id_, now_s)
+
+    def source(self, sequence: int) -> WorkerSession | None:
+        """The worker that made the message of that number; None: none, or it is too long ago."""
+        index = sequence - (self.sequence - len(self.sources))
+        return self.sources[index] if 0 <= index < len(self.sources) else None

@@ -76,6 +76,9 @@ class BusState:
         #: Smoothed time from ASSIGN to the free slot, seconds, by model.
         self.service_s: dict[str, float] = {}
         self.counters: Counter[str] = Counter()
+        #: Reports of workers' output in the present minute, by client's key, or name.
+        self.reports: Counter[str] = Counter()
+        self.reports_until_s = -math.inf
         #: What is counted by model.
         self.figures = Figures()
         #: Figures of the loop around the core; shown by bus.stats, never used.

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Route:
     """The way of OUTPUT from one worker session to one client session.
 
-    `reply_to` of ASSIGN names it; a worker sends everything for one client in one message.
+    `reply_to` of ASSIGN names it; a worker sends everything for one client in one message. The
+    client knows it from ACCEPTED and takes a request's events from no other.
     """
 
     __slots__ = ("client", "id", "key", "moved", "worker")
@@ -31,7 +32,8 @@ class Route:
         self.id = route_id
         self.worker = worker
         self.client = client
-        #: The first 24 octets of an OUTPUT header of this route without flags.
+        #: The first 24 octets of an OUTPUT header of this route without flags, both from the worker
+        #: and to the client.
         self.key = prefix(MessageType.OUTPUT, route_id)
         #: Requests that another session took over while this one lives: their events, already
         #: under way, must not arrive here. While it is not empty, bodies of the route are read.

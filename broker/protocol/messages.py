@@ -375,6 +375,9 @@ class Accepted(_Map, frozen=True, kw_only=True):
     worker: str = ""
     #: Workers that were reported lost and came back with the request: they are no `lost_workers`.
     returned: list[Name] = []
+    #: With `worker`: the header id of every OUTPUT from there. An event of the request that comes
+    #: under another one is another worker's.
+    route: Id | None = None
 
 
 class Assign(_Map, frozen=True, kw_only=True):

@@ -61,6 +61,8 @@ class Wire:
         self.final: dict[bytes, int] = {}
         self._in = 0
         self._out = 0
+        #: Epochs of each request, as they came. Tests and events name them 0, 1, 2, ...
+        self.epochs: dict[bytes, list[int]] = {}
 
     # --- facts ---
 
@@ -80,6 +82,8 @@ class Wire:
                     assert head.sequence == self._out, "the client skips a sequence number"
                     self._out += 1
                     body = codec.decode(BODIES[head.type], frames[1], limits.MAX_REQUEST_OCTETS)
+                    if head.type is T.RESUME:
+                        body = self._resumed(head.id, body)
                     self.sent.append((head.type, head.id, body))
                 case Arrived(arrived):
                     for event in arrived:
@@ -101,15 +105,35 @@ class Wire:
         self.tell(made)
         return rid(number)
 
+    def _resumed(self, id_: bytes, body: messages.Request) -> messages.Request:
+        """The RESUME with the number of its epoch, which is higher than any before."""
+        assert body.resume is not None
+        epochs = self.epochs.setdefault(id_, [0])
+        assert body.resume.epoch - epochs[-1] >= 1 << 36
+        epochs.append(body.resume.epoch)
+        resume = msgspec.structs.replace(body.resume, epoch=len(epochs) - 1)
+        return msgspec.structs.replace(body, resume=resume)
+
+    def epoch(self, id_: bytes, number: int) -> int:
+        """The epoch of that number; one that was never asked for beyond the last."""
+        epochs = self.epochs.get(id_, [0])
+        return epochs[number] if number < len(epochs) else epochs[-1] + 1
+
     def message(self, type_: MessageType, id_: bytes, body: Any) -> None:
         """The broker sends a message."""
+        if isinstance(body, messages.Interrupted):
+            body = msgspec.structs.replace(body, epoch=self.epoch(id_, body.epoch))
         octets = body if isinstance(body, bytes) else codec.encode(body)
         frames = (header.encode(type_, id_, self._in), octets)
         self._in += 1
         self.tell(events.MessageReceived(frames))
 
-    def output(self, *output_events: OutputEvent) -> None:
-        self.message(T.OUTPUT, SESSION, codec.encode_events(list(output_events)))
+    def output(self, *output_events: OutputEvent, route: bytes = SESSION) -> None:
+        real = [
+            msgspec.structs.replace(event, epoch=self.epoch(event.request_id, event.epoch))
+            for event in output_events
+        ]
+        self.message(T.OUTPUT, route, codec.encode_events(real))
 
     def connect(self) -> None:
         """Connection and WELCOME of a socket that was opened."""

@@ -27,7 +27,8 @@ def test_a_request_is_accepted_assigned_streamed_and_ended() -> None:
     assert assign.id == request_id
     assert assign.frames[2] == codec.encode(a_request()), "the client's body travels unchanged"
     accepted = client.only(MessageType.ACCEPTED)
-    assert codec.convert(accepted.plain, Accepted) == Accepted(worker="worker")
+    told = Accepted(worker="worker", route=assign.assign.reply_to)
+    assert codec.convert(accepted.plain, Accepted) == told
     worker.tokens(assign, 0)
     worker.tokens(assign, 1)
     worker.finish(assign, tokens=2)
@@ -75,7 +76,7 @@ def test_output_without_a_ledger_takes_the_fast_path() -> None:
     assert way is not None
     assert way[0] == client.routing_id
     sealed = header.decode(way[1])
-    assert (sealed.type, sealed.id) == (MessageType.OUTPUT, client.id)
+    assert (sealed.type, sealed.id) == (MessageType.OUTPUT, assign.assign.reply_to)
 
 
 @pytest.mark.parametrize("fault", ["other worker", "sequence", "long header", "ledger"])

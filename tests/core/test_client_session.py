@@ -293,8 +293,12 @@ def test_events_of_unknown_requests_and_other_epochs_are_dropped(
     running: tuple[Wire, bytes],
 ) -> None:
     wire, id_ = running
-    wire.output(toks(rid(99), 0, "x"), toks(id_, 3, "x", epoch=1), toks(id_, 3, "d"))
+    wire.message(T.INTERRUPTED, id_, gone())
+    wire.message(T.ACCEPTED, id_, messages.Accepted(worker="w2"))
+    wire.take_sent()
+    wire.output(toks(rid(99), 0, "x"), toks(id_, 3, "x", epoch=0), toks(id_, 3, "d", epoch=1))
     assert wire.text(id_) == "abcd"
+    assert not wire.take_sent(), "they are late, not forged"
 
 
 def test_requests_beyond_the_brokers_limit_wait_here_in_order(wire: Wire) -> None:

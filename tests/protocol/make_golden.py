@@ -239,6 +239,14 @@ def examples() -> dict[str, Example]:
         "reject": (t.REJECT, REQUEST, 12, 0, [m.Reject(error=ERROR, granted=10)], []),
         "resume": (t.RESUME, REQUEST, 5, 0, [resumed], []),
         "resume_with_holder": (t.RESUME, REQUEST, 6, 0, [moved], []),
+        "accepted_at_a_worker": (
+            t.ACCEPTED,
+            REQUEST,
+            3,
+            0,
+            [m.Accepted(worker="gpu-2", returned=["gpu-1"], route=ROUTE)],
+            [],
+        ),
         "resume_of_a_suspect": (t.RESUME, REQUEST, 7, 0, [suspect], []),
         "interrupted_alone": (
             t.INTERRUPTED,

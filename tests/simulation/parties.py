@@ -345,7 +345,7 @@ class SimWorker(Party):
                 (
                     (stream.epoch, last, stream.token_ids[last : last + 1], "repeated "),
                     (stream.epoch, stream.sent + 3, [1], "too early "),
-                    (max(0, stream.epoch - 1), stream.sent, [1], "of long ago "),
+                    (0, stream.sent, [1], "of long ago "),
                 )
             )
             if event[0] == stream.epoch and event[1] == stream.sent:
@@ -353,6 +353,22 @@ class SimWorker(Party):
             body = codec.pack([[0, stream.request_id, *event]])
             frames = (connection.seal(route.plain, self.world.now_s), body)
             self.sockets.send(connection.index, frames)
+
+    def forge(self, calls: list[tuple[Call, int]], guess: Callable[[SimWorker, int], int]) -> int:
+        """Write into requests that run elsewhere, each with its epoch, over the routes that it has;
+        returns how many events it made."""
+        forged = 0
+        routes = {s.route for s in self.core._requests.streams.values() if s.route is not None}
+        for route in sorted(routes, key=lambda route: route.plain):
+            for call, epoch in calls:
+                if call.request_id in self.core._requests.streams or route.connection.blocked:
+                    continue
+                at = len(call.token_ids)
+                event = [0, call.request_id, guess(self, epoch), at, [666], "EVIL "]
+                head = route.connection.seal(route.plain, self.world.now_s)
+                self.sockets.send(route.connection.index, (head, codec.pack([event])))
+                forged += 1
+        return forged
 
     def kill(self) -> None:
         """kill -9 of the link; the engine follows."""
@@ -466,7 +482,8 @@ class SimClient(Party):
             type_ = MessageType.REQUEST
             if exchange.epoch:
                 type_ = MessageType.RESUME
-                resume = Resume(epoch=self.world.rng.randint(1, exchange.epoch))
+                epochs = sorted(exchange.epochs - {0})
+                resume = Resume(epoch=self.world.rng.choice(epochs))
                 again = msgspec.structs.replace(again, resume=resume)
             core._send(type_, id_, again)
         orders, core._out = core._out, []

@@ -51,9 +51,10 @@ KEPT_MODEL_S: Final = 10.0
 been started again knows its workers a moment later."""
 LOOP_S: Final = 5.0
 """Of the relays of a loop, the one of the least name gives up at once, the others after this."""
-EPOCHS: Final = 4096
-"""Epochs of the lower bus for each one above, so that a request keeps its id and a relay that knows
-nothing of the one before it still comes later."""
+EPOCHS: Final = 1024
+"""An epoch of the lower bus is one from above times this, and more with each RESUME there: so a
+request keeps its id, and a relay that knows nothing of the one before it still comes later, since
+two epochs from above differ by as much as one step below at least."""
 USED_IDS: Final = 65_536
 LONGEST_LIMIT_S: Final = 1e9
 """Callers of the client library can ask for no more."""
@@ -290,7 +291,7 @@ class RelayCore:
         resume = request.resume
         if resume is not None:
             resume = Resume(
-                epoch=min(resume.epoch, (1 << 31) // EPOCHS - 1) * EPOCHS,
+                epoch=min(resume.epoch, (1 << 62) // EPOCHS) * EPOCHS,
                 token_ids=resume.token_ids,
                 text_characters=resume.text_characters,
                 prompt_seen=resume.prompt_seen,

@@ -1,0 +1,67 @@
+"""A worker that writes into requests that moved away from it: the real cores, a forger's words."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+
+from tests.simulation import plan as plans
+from tests.simulation.parties import SimWorker
+from tests.simulation.plan import Ask
+from tests.simulation.scenario import Run
+
+GUESSES: dict[str, Callable[[SimWorker, int], int]] = {
+    "the next epoch": lambda worker, _: (
+        max((stream.epoch for stream in worker.core._requests.streams.values()), default=0) + 1
+    ),
+    "any epoch": lambda worker, _: worker.world.rng.getrandbits(38),
+    "the right epoch, by a miracle": lambda _, right: right,
+}
+
+
+@pytest.mark.parametrize("brokers", [1, 2])
+@pytest.mark.parametrize("guess", GUESSES)
+@pytest.mark.parametrize("seed", range(6))
+def test_its_words_are_never_shown_and_it_is_cut_off(seed: int, guess: str, brokers: int) -> None:
+    plan = dataclasses.replace(
+        plans.make(seed, ()),
+        brokers=brokers,
+        workers=3,
+        slots=4,
+        clients=2,
+        window_tokens=64,
+        step_s=0.05,
+        load_s=0.1,
+        longest_delay_s=0.003,
+        queue_requests=1000,
+        queue_s=10_000.0,
+        inflight=1000,
+        peer_queue_messages=300,
+        placement="least_loaded",
+        asks=(),
+    )
+    run = Run(plan)
+    world, forged = run.world, 0
+    world.run(world.now_s + 1.0)
+    for number in range(8):
+        run._ask(Ask(0.0, number, 300, 0, 0.0))
+    for _ in range(6):
+        world.run(world.now_s + 1.0)
+        evil = run.workers[0]
+        evil.sockets.cut_all()  # what it ran moves on, and it comes back
+        run._ask(Ask(0.0, 0, 100, 0, 0.0))
+        run._ask(Ask(0.0, 1, 100, 0, 0.0))
+        world.run(world.now_s + 1.0)
+        open_ = [
+            (call, exchange.epoch)
+            for client in run.clients
+            for call in client.calls.values()
+            if (exchange := client.core._exchanges.get(call.request_id)) and call.token_ids
+        ]
+        forged += evil.forge(open_, GUESSES[guess])
+    world.run(world.now_s + 300.0, run._all_over)
+    assert forged
+    assert [call.outcome for call in run.calls] == ["end"] * len(run.calls)
+    assert sum(broker.core.counters["workers_cut_off"] for broker in run.brokers) >= 1

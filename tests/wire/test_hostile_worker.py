@@ -1,0 +1,105 @@
+"""A worker that lies, on real sockets: its words are not shown, and it is cut off and named."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.bus import RawPeer
+from broker.protocol import codec
+from broker.protocol.header import Flag, MessageType, encode
+from broker.protocol.messages import (
+    Assign,
+    EndEvent,
+    FinishReason,
+    Kind,
+    Ledger,
+    ModelInfo,
+    Request,
+    Timings,
+    TokensEvent,
+    Usage,
+)
+from client import Client
+from tests.harness import wait_until
+from tests.wire.broker_peers import BrokerProcess, running_broker
+
+MODELS = [ModelInfo(name="m", kinds=(Kind.COMPLETE,), context_tokens=1000)]
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[BrokerProcess]:
+    with running_broker(tmp_path, "--worker-heartbeat-s", "30") as broker:
+        yield broker
+
+
+def worker(broker: BrokerProcess, name: str, slots: int) -> RawPeer:
+    peer = RawPeer(broker.back)
+    peer.hello("worker", name, models=MODELS, capacity=slots)
+    peer.ready(MODELS, slots)
+    return peer
+
+
+def say(peer: RawPeer, route: bytes, body: bytes, ledger: Ledger | None = None) -> None:
+    head = encode(MessageType.OUTPUT, route, peer.sequence, Flag.LEDGER if ledger else 0)
+    peer.connection.send((head, body, *([codec.encode(ledger)] if ledger else [])))
+    peer.sequence += 1
+
+
+class Stream(threading.Thread):
+    """A caller of the client library that collects the text of one answer."""
+
+    def __init__(self, client: Client, prompt: str) -> None:
+        super().__init__(daemon=True)
+        self._client, self._prompt = client, prompt
+        self.text = ""
+        self.start()
+
+    def run(self) -> None:
+        for event in self._client.generate(self._prompt, model="m", max_tokens=50, stream=True):
+            self.text += getattr(event, "text", "")
+
+
+def forged(request_id: bytes, request: Request) -> bytes:
+    """Tokens for a request that runs elsewhere, even with its epoch."""
+    assert request.resume is not None
+    return codec.encode_events([TokensEvent(request_id, request.resume.epoch, 1, [6], "EVIL ")])
+
+
+def unreadable(request_id: bytes, request: Request) -> bytes:
+    return codec.pack([[0, request_id, None]])
+
+
+@pytest.mark.parametrize("lie", [forged, unreadable])
+def test_a_worker_cannot_write_into_what_moved_away_and_is_cut_off(
+    broker: BrokerProcess, lie: Callable[[bytes, Request], bytes]
+) -> None:
+    with Client(broker.front, name="victim") as client:
+        first = worker(broker, "first", 1)
+        stream = Stream(client, "A")
+        id_, assign, _ = first.assigned()
+        tokens = codec.encode_events([TokensEvent(id_, 0, 0, [1], "a ")])
+        say(first, assign.reply_to, tokens, Ledger(1, [], [id_]))
+        wait_until(lambda: stream.text == "a ", "the first token")
+        evil = worker(broker, "evil", 1)
+        Stream(client, "B")
+        _, route, _ = evil.assigned()
+        honest = worker(broker, "honest", 2)
+        first.connection.close()  # the request moves
+        id_again, moved, request = honest.assigned()
+        assert id_again == id_ and isinstance(moved, Assign)
+        say(evil, route.reply_to, lie(id_, request))
+        epoch = moved.epoch
+        end = EndEvent(id_, epoch, 2, FinishReason.STOP, "", Usage(), Timings())
+        events = [TokensEvent(id_, epoch, 1, [2], "honest"), end]
+        say(honest, moved.reply_to, codec.encode_events(events), Ledger(2, [], [id_]))
+        stream.join(20)
+        assert stream.text == "a honest"
+        wait_until(lambda: "worker cut off" in broker.log, "the worker's name in the log")
+        (line,) = [line for line in broker.log.splitlines() if "worker cut off" in line]
+        assert "evil" in line and "victim" in line
+        names = {row["name"] for row in client.workers()}
+        assert names == {"honest"}
