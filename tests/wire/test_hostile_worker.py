@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from broker.protocol.messages import (
     TokensEvent,
     Usage,
 )
-from client import Client
+from client import Client, ClientClosed
 from tests.harness import wait_until
 from tests.wire.broker_peers import BrokerProcess, running_broker
 
@@ -36,8 +37,17 @@ def broker(tmp_path: Path) -> Iterator[BrokerProcess]:
         yield broker
 
 
-def worker(broker: BrokerProcess, name: str, slots: int) -> RawPeer:
+@contextmanager
+def worker(broker: BrokerProcess, name: str, slots: int) -> Iterator[RawPeer]:
+    """A worker that says what it is told to say."""
     peer = RawPeer(broker.back)
+    try:
+        yield ready(peer, name, slots)
+    finally:
+        peer.close()
+
+
+def ready(peer: RawPeer, name: str, slots: int) -> RawPeer:
     peer.hello("worker", name, models=MODELS, capacity=slots)
     peer.ready(MODELS, slots)
     return peer
@@ -59,8 +69,10 @@ class Stream(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        for event in self._client.generate(self._prompt, model="m", max_tokens=50, stream=True):
-            self.text += getattr(event, "text", "")
+        options = {"model": "m", "max_tokens": 50}
+        with suppress(ClientClosed):  # nobody answers the second one
+            for event in self._client.generate(self._prompt, stream=True, **options):
+                self.text += getattr(event, "text", "")
 
 
 def forged(request_id: bytes, request: Request) -> bytes:
@@ -77,18 +89,21 @@ def unreadable(request_id: bytes, request: Request) -> bytes:
 def test_a_worker_cannot_write_into_what_moved_away_and_is_cut_off(
     broker: BrokerProcess, lie: Callable[[bytes, Request], bytes]
 ) -> None:
-    with Client(broker.front, name="victim") as client:
-        first = worker(broker, "first", 1)
+    with (
+        Client(broker.front, name="victim") as client,
+        worker(broker, "first", 1) as first,
+        ExitStack() as later,
+    ):
         stream = Stream(client, "A")
         id_, assign, _ = first.assigned()
         tokens = codec.encode_events([TokensEvent(id_, 0, 0, [1], "a ")])
         say(first, assign.reply_to, tokens, Ledger(1, [], [id_]))
         wait_until(lambda: stream.text == "a ", "the first token")
-        evil = worker(broker, "evil", 1)
+        evil = later.enter_context(worker(broker, "evil", 1))
         Stream(client, "B")
         _, route, _ = evil.assigned()
-        honest = worker(broker, "honest", 2)
-        first.connection.close()  # the request moves
+        honest = later.enter_context(worker(broker, "honest", 2))
+        first.close()  # the request moves
         id_again, moved, request = honest.assigned()
         assert id_again == id_ and isinstance(moved, Assign)
         say(evil, route.reply_to, lie(id_, request))
