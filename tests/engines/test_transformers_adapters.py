@@ -27,6 +27,8 @@ from worker.engines.base import EngineLoadError, Job
 from worker.engines.transformers.adapters import add_adapters
 from worker.engines.transformers.engine import TransformersEngine
 from worker.engines.transformers.loaded import wrap_model
+from worker.engines.transformers.rows import RowAdapters
+from worker.engines.transformers.selftest import check
 from worker.engines.transformers.served import ServedModel
 from worker.engines.transformers.settings import EngineSettings
 
@@ -484,6 +486,20 @@ def test_adapters_in_half_precision(dtype: str, use_dora: bool, tmp_path: Path) 
         assert got.logprob == pytest.approx(float(scores.max()), abs=0.15)
     finally:
         engine.close()
+
+
+def test_the_self_test_compares_with_the_base_as_it_was_before_its_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned(tmp_path / "a", tiny.llama())
+    settings = EngineSettings(adapters=f"a={tmp_path / 'a'}")
+    loaded = wrap_model(tiny.llama(), tiny.tokenizer(), settings=settings)
+    add_adapters(loaded, settings, lambda share, note: None, trust_remote_code=False)
+    assert check(loaded, None).forward is not None
+    choose = RowAdapters.choose
+    monkeypatch.setattr(RowAdapters, "choose", lambda self, rows: choose(self, ["a" for _ in rows]))
+    verdict = check(loaded, None)
+    assert verdict.forward is None and "logits differ" in verdict.reason
 
 
 # --- quantised ------------------------------------------------------------------------------------
