@@ -113,17 +113,17 @@ def test_the_refusal_waits_for_no_lock_and_none_waits_for_it(
 ) -> None:
     served = engine._served[0]
     clip = Footprint(processor_of("CLIPImageProcessorPil"))
-    monkeypatch.setattr(served.builder, "_footprint", clip)
+    monkeypatch.setattr(served._texts.builder, "_footprint", clip)
     told: list[str] = []
 
     def ask() -> None:
         try:
-            served.builder.generation(tiny.chat_job("what is this", [wide()]))
+            served._texts.builder.generation(tiny.chat_job("what is this", [wide()]))
         except RequestError as error:
             told.append(error.info.code)
 
     # Somebody else's prompt is being tokenised, and goes on being so.
-    with served.builder._lock:
+    with served._texts.builder._lock:
         asking = threading.Thread(target=ask)
         asking.start()
         asking.join(30)
@@ -160,7 +160,7 @@ def test_the_processor_gets_the_shrunk_picture(
     engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(footprint, "LARGE_PIXELS", 100_000)
-    builder = engine._served[0].builder
+    builder = engine._served[0]._texts.builder
     monkeypatch.setattr(builder, "_footprint", Footprint(builder._processor.image_processor))
     given: list[tuple[int, int]] = []
     processor = builder._processor
@@ -248,7 +248,7 @@ def test_memory_that_runs_out_is_not_the_callers_fault(
     def short(*_: Any, **__: Any) -> Any:
         raise error
 
-    builder = engine._served[0].builder
+    builder = engine._served[0]._texts.builder
     monkeypatch.setattr(builder, "_footprint", Footprint())
     if where == "load":
         monkeypatch.setattr(Image.Image, "convert", short)

@@ -98,7 +98,7 @@ def test_a_prefix_lm_of_few_bits_answers_as_generate_does(
         jobs = [tiny.chat_job(text, pictures, model="paligemma") for text in QUESTIONS]
         wanted = []
         for job in jobs:
-            prompt = served.builder.generation(job)
+            prompt = served._texts.builder.generation(job)
             inputs = prompt.inputs(served.loaded.device, served.loaded.dtype)
             inputs["input_ids"] = torch.tensor([prompt.ids])
             banned = sorted(served.loaded.placeholder_ids)

@@ -217,30 +217,28 @@ class PromptBuilder:
 
     @cached_property
     def _places_pictures(self) -> bool:
-        """The processor places a picture by itself, and does not read a mark in the text."""
-        if self._template.image_token is None and not self._loaded.placeholder_ids:
-            return True
+        """The processor places a picture by itself, and takes a mark in the text for a word."""
         token = self._template.image_token or RAW_PLACEHOLDER
-        marks = set(self._loaded.placeholder_ids)
-        token_id = self._tokenizer.convert_tokens_to_ids(token)
-        if isinstance(token_id, int) and token_id != getattr(self._tokenizer, "unk_token_id", None):
-            marks.add(token_id)
 
-        def marked(text: str) -> int:
+        def read(text: str) -> list[int]:
             pictures = [Image.new("RGB", (64, 64))]
             output = self._processor(text=[text], images=pictures, return_tensors="pt")
-            return int(np.isin(output["input_ids"][0].numpy(), list(marks)).sum())
+            ids: list[int] = output["input_ids"][0].tolist()
+            behind = self._behind
+            return (
+                ids[: len(ids) - len(behind)] if behind and ids[-len(behind) :] == behind else ids
+            )
 
+        word = list(self._tokenizer(f"{token}a", add_special_tokens=False)["input_ids"])
         try:
-            read = marked(f"{token}a")
+            if read(f"{token}a")[-len(word) :] != word:
+                return False
+            if self._template.image_token is None and not self._loaded.placeholder_ids:
+                return True
+            return len(read("a")) > len(self._tokenizer("a")["input_ids"])
         except Exception:
-            # It says so with each request.
+            # A processor that wants a mark for each picture, or fails each request with its cause.
             return False
-        try:
-            alone = marked("a")
-        except Exception:
-            alone = 0
-        return read == 0 or alone not in (0, read)
 
     # --- tokens -----------------------------------------------------------------------------------
 
