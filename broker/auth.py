@@ -23,6 +23,7 @@ from zmq.utils import z85
 from broker.config import StartError
 from broker.core.events import AccessChanged, Side
 from broker.log import Logger
+from broker.protocol.keyfiles import exposed
 
 ROLES: Final = ("client", "worker", "operator")
 DOMAINS: Final = {Side.FRONT: b"front", Side.BACK: b"back"}
@@ -63,8 +64,8 @@ def load_broker_key(folder: Path) -> tuple[bytes, bytes]:
     """Public and secret key of the broker. Raises `KeyFileError`."""
     path = folder / "broker.key_secret"
     try:
-        if path.stat().st_mode & 0o077:
-            raise KeyFileError(f"{path} can be read by others; run: chmod 600 {path}")
+        if why := exposed(path):
+            raise KeyFileError(why)
         public, secret = zmq.auth.load_certificate(path)
     except OSError as error:
         reason = error.strerror or str(error)

@@ -13,6 +13,7 @@ from typing import Final
 import zmq
 from zmq.backend import Socket as BackendSocket
 
+from broker.protocol.keyfiles import exposed
 from broker.protocol.limits import MAX_ANSWER_OCTETS
 from client import events
 from client.errors import BusError, InvalidRequest
@@ -186,7 +187,7 @@ class Dealer:
 def key_pair(connection: Connection) -> tuple[bytes, bytes]:
     """The client's CURVE keys: from its file, or fresh ones where any key will do.
 
-    Raises `InvalidRequest` for a file that is no secret certificate.
+    Raises `InvalidRequest` for a file that is no secret certificate, or that others can read.
     """
     if connection.key_pair is not None:
         public_text, secret_text = connection.key_pair
@@ -202,6 +203,7 @@ def key_pair(connection: Connection) -> tuple[bytes, bytes]:
 
     try:
         public, secret = auth.load_certificate(connection.key_file)
+        why = exposed(connection.key_file) if secret is not None else ""
     except (OSError, ValueError) as error:
         raise InvalidRequest(
             f"cannot read key file {str(connection.key_file)!r}: {error}"
@@ -211,6 +213,8 @@ def key_pair(connection: Connection) -> tuple[bytes, bytes]:
             f"key file {str(connection.key_file)!r} holds no secret key; "
             "give the file that ends in .key_secret"
         )
+    if why:
+        raise InvalidRequest(f"key file {why}")
     return public, secret
 
 

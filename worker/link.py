@@ -24,6 +24,7 @@ import zmq.auth
 from zmq.backend import Socket as BackendSocket
 from zmq.utils.monitor import recv_monitor_message
 
+from broker.protocol.keyfiles import exposed
 from broker.protocol.limits import MAX_ATTACHMENT_OCTETS
 from broker.protocol.messages import new_id
 from worker import events as fact
@@ -119,6 +120,8 @@ class Keys:
         public, secret = _certificate(key)
         if secret is None:
             raise KeyFileError(f"{key} holds no secret key; give the .key_secret file")
+        if why := exposed(key):
+            raise KeyFileError(f"key file {why}")
         return cls(server, public, secret)
 
 

@@ -28,6 +28,9 @@ from broker.loop import SKIP_BATCH, BrokerLoop
 from broker.protocol import codec, header
 from broker.protocol.header import MessageType
 from broker.protocol.messages import Hello, TokensEvent, new_id
+from client.dealer import key_pair
+from client.errors import InvalidRequest
+from client.options import Connection as ClientConnection
 from tests.harness import wait_until
 from tests.wire.broker_peers import (
     BrokerProcess,
@@ -38,6 +41,7 @@ from tests.wire.broker_peers import (
     running_broker,
     stream_works,
 )
+from worker.link import KeyFileError, Keys
 
 
 @pytest.fixture
@@ -402,6 +406,27 @@ def test_a_secret_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broker.key_secret").chmod(0o644)
     with pytest.raises(auth.KeyFileError, match="chmod 600"):
         auth.load_broker_key(tmp_path)
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o644])
+def test_clients_and_workers_refuse_a_secret_key_that_others_can_read(
+    tmp_path: Path, mode: int
+) -> None:
+    auth.keys_command([str(tmp_path)], program="keys")
+    server, own = tmp_path / "broker.key", {}
+    for role in ("client", "worker"):
+        own[role] = tmp_path / f"{role}.key_secret"
+        own[role].chmod(mode)
+    connection = ClientConnection.resolve(server_key=str(server), key_file=own["client"])
+    with pytest.raises(InvalidRequest, match="chmod 600"):
+        key_pair(connection)
+    with pytest.raises(KeyFileError, match="chmod 600"):
+        Keys.load(server, own["worker"])
+    server.chmod(0o644)  # the broker's public key is for everybody
+    for path in own.values():
+        path.chmod(0o600)
+    key_pair(connection)
+    Keys.load(server, own["worker"])
 
 
 def test_a_missing_allow_list_is_named_with_what_to_do(tmp_path: Path) -> None:
