@@ -427,6 +427,41 @@ def test_a_cut_or_odd_call_reaches_the_template_as_a_map_too(
         engine.close()
 
 
+def test_a_template_that_wants_ids_of_its_own_form_gets_them(model: Any) -> None:
+    """Mistral's templates take nine characters; our own answers have longer ids."""
+    engine = tiny.serve(model)
+    tokenizer = engine._served[0].loaded.tokenizer
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}"
+        "{% if c.id | length != 9 %}{{ raise_exception('ids of length 9!') }}{% endif %}"
+        "{{ c.id }}={% endfor %}{{ m.tool_call_id }};{{ m.content }}.{% endfor %}"
+        "{% if messages[-1].content == 'fail' %}{{ raise_exception('no fail') }}{% endif %}"
+    )
+
+    def ask(text: str, call_id: str) -> tiny.Answer:
+        call = {"id": call_id, "function": {"name": "weather", "arguments": "{}"}}
+        messages = [
+            Message(role="user", content="x"),
+            Message(role="assistant", tool_calls=[call]),
+            Message(role="tool", content=text, tool_call_id=call_id),
+        ]
+        request = Request(model="tiny", kind=Kind.TEMPLATE, messages=messages, window=1)
+        return tiny.run(engine, [Job(new_id(), request)])[0]
+
+    try:
+        for call_id, kept in (("call_0123456789abcdef", False), ("a1B2c3D4e", True)):
+            answer = ask("sun", call_id)
+            assert answer.ended is not None and answer.ended.result is not None, answer.failed
+            called, _, rest = answer.ended.result["text"].partition(";x.")[2].partition("=")
+            assert len(called) == 9 and (called == call_id) is kept
+            assert rest.endswith(f"{called};sun.")
+        failed = ask("fail", "call_0123456789abcdef").failed
+        assert failed is not None and "ids of length 9" in failed.message
+    finally:
+        tokenizer.chat_template = tiny.CHAT_TEMPLATE
+        engine.close()
+
+
 def test_a_template_that_raises_fails_its_own_request_only(model: Any) -> None:
     engine = tiny.serve(model)
     engine._served[0].loaded.tokenizer.chat_template = "{{ raise_exception('roles, please') }}"

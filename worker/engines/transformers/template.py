@@ -7,6 +7,7 @@ list of parts), which is found out by trying; and no string of the client's beco
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import re
@@ -177,6 +178,19 @@ class ChatTemplate:
         return arguments | result
 
     def _apply(self, arguments: dict[str, Any]) -> str:
+        try:
+            return self._applied(arguments)
+        except RequestError:
+            conversation = _with_short_ids(arguments["conversation"])
+            if conversation == arguments["conversation"]:
+                raise
+            try:
+                return self._applied(arguments | {"conversation": conversation})
+            except RequestError:
+                pass  # it was not the ids; what is said of them would mislead
+            raise
+
+    def _applied(self, arguments: dict[str, Any]) -> str:
         try:
             return str(self._holder.apply_chat_template(**arguments))
         except MemoryError:
@@ -402,6 +416,25 @@ def _joined(pieces: list[str | None]) -> Iterator[str | None]:
             yield from run
         else:
             yield "".join(piece or "" for piece in run)
+
+
+def _with_short_ids(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with ids of calls as Mistral's templates insist on: nine letters and digits. An
+    id only has to be the same in a call and in its result."""
+
+    def short(call_id: Any) -> str:
+        return hashlib.blake2b(str(call_id).encode()).hexdigest()[:9]
+
+    made = []
+    for message in conversation:
+        message = dict(message)
+        if "tool_call_id" in message:
+            message["tool_call_id"] = short(message["tool_call_id"])
+        if "tool_calls" in message:
+            calls = message["tool_calls"]
+            message["tool_calls"] = [{**call, "id": short(call.get("id"))} for call in calls]
+        made.append(message)
+    return made
 
 
 def _parsed_calls(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
