@@ -30,6 +30,7 @@ from starlette.responses import JSONResponse, Response
 from broker.protocol.messages import TokenLogprob, Usage
 from client.gateway import tools
 from client.gateway.answers import ChatChoice, parser_for, pick_seed
+from client.gateway.bodies import aside
 from client.gateway.convert import chat_call, seeded, wants_usage_so_far
 from client.gateway.errors import GatewayError, UnknownAnswer
 from client.gateway.generation import Batches, ChoiceEvent, Delta, Finish, Prompted
@@ -40,6 +41,7 @@ from client.gateway.openai_shared import (
     chat_logprobs,
     dumped,
     error_event,
+    logprob_bytes,
     usage_of,
 )
 from client.gateway.position import Position
@@ -55,6 +57,8 @@ _PREFIX = "chatcmpl-"
 _GREETING: Final = dumped(piece.ChoiceDelta(role="assistant", content=""))
 _NO_TEXT: Final = dumped(piece.ChoiceDelta(content=""))
 _NOTHING: Final = dumped(piece.ChoiceDelta())
+#: Within a string its quotes would be escaped.
+_NO_LOGPROBS: Final = b'"logprobs":{"content":[]'
 
 
 async def chat_completions(visit: Visit) -> Response:
@@ -95,7 +99,8 @@ async def chat_completions(visit: Visit) -> Response:
         )
         return visit.stream(transcript.read(asking=True), answer.failed)
     await until_disconnect(answer.taking(events), visit.request.receive)
-    return Response(answer.complete(), media_type="application/json")
+    octets = await aside(answer.logprob_bytes, answer.complete)
+    return Response(octets, media_type="application/json")
 
 
 async def read_chat(visit: Visit) -> Response:
@@ -174,7 +179,12 @@ class _Answer:
                     self.take(event)
                 yield batch
 
-    def complete(self) -> str:
+    @property
+    def logprob_bytes(self) -> int:
+        """Of the log-probabilities as they will be written, about: what writing them costs."""
+        return logprob_bytes(choice.logprobs for choice in self._choices)
+
+    def complete(self) -> bytes:
         """The answer that is not streamed."""
         answer = ChatCompletion(
             id=self._id,
@@ -185,7 +195,13 @@ class _Answer:
             usage=self._usage(),
             service_tier=self._body.service_tier,
         )
-        return answer.model_dump_json(exclude_unset=True)
+        # Log-probabilities token by token: all at once are one step, however many there are.
+        begun, *others = dumped(answer).split(_NO_LOGPROBS)
+        parts = [begun]
+        for choice, rest in zip(self._choices, others, strict=False):
+            written = b",".join(map(dumped, chat_logprobs(choice.logprobs)))
+            parts += (_NO_LOGPROBS.removesuffix(b"]"), written, b"]", rest)
+        return b"".join(parts)
 
     def _whole_choice(self, index: int, choice: ChatChoice) -> whole.Choice:
         message = ChatCompletionMessage(
@@ -206,7 +222,8 @@ class _Answer:
             index=index,
             message=message,
             finish_reason=choice.openai_finish_reason,
-            logprobs=whole.ChoiceLogprobs(content=chat_logprobs(choice.logprobs), refusal=None)
+            # `complete` fills them in.
+            logprobs=whole.ChoiceLogprobs(content=[], refusal=None)
             if self._body.logprobs
             else None,
         )

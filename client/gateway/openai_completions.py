@@ -15,11 +15,20 @@ from starlette.responses import Response
 
 from broker.protocol.messages import TokenLogprob
 from client.gateway.answers import TextChoice, best_of, pick_seed
+from client.gateway.bodies import aside
 from client.gateway.convert import completion_calls, seeded, wants_usage_so_far
 from client.gateway.errors import GatewayError
 from client.gateway.generation import Batches, ChoiceEvent, Delta, Finish, Prompted
 from client.gateway.logprobs import text_logprobs
-from client.gateway.openai_shared import JSON, Chunks, UsageSoFar, dumped, error_event, usage_of
+from client.gateway.openai_shared import (
+    JSON,
+    Chunks,
+    UsageSoFar,
+    dumped,
+    error_event,
+    logprob_bytes,
+    usage_of,
+)
 from client.gateway.position import Position
 from client.gateway.requests import CompletionRequest
 from client.gateway.sse import DONE, Source, until_disconnect
@@ -52,7 +61,8 @@ async def completions(visit: Visit) -> Response:
         return visit.stream(answer.stream(events), answer.failed)
     for event in await until_disconnect(events, visit.request.receive):
         answer.take(event)
-    return Response(answer.complete(), media_type="application/json")
+    text = await aside(answer.logprob_bytes, answer.complete)
+    return Response(text, media_type="application/json")
 
 
 class _Answer:
@@ -101,6 +111,11 @@ class _Answer:
             if event.choice % self._candidates == 0:
                 self._visit.prompt_tokens += choice.usage.prompt_tokens
         return text, logprobs
+
+    @property
+    def logprob_bytes(self) -> int:
+        """Of the log-probabilities as they will be written, about: what writing them costs."""
+        return logprob_bytes(choice.logprobs for choice in self._choices)
 
     def complete(self) -> str:
         """The answer that is not streamed: the best `n` candidates of each prompt."""

@@ -7,7 +7,7 @@ are filled into octets that those types made once: a token shall not cost a mode
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import msgspec
@@ -31,8 +31,12 @@ __all__ = [
     "chat_logprobs",
     "dumped",
     "error_event",
+    "logprob_bytes",
     "usage_of",
 ]
+
+#: Of one token and its log-probability, at least.
+_LOGPROB_BYTES: Final = 64
 
 #: For the text of a chunk.
 JSON: Final = msgspec.json.Encoder()
@@ -146,6 +150,12 @@ class Chunks:
 
 def _finite(logprob: float | None) -> float:
     return IMPOSSIBLE if logprob is None or logprob < IMPOSSIBLE else logprob
+
+
+def logprob_bytes(choices: Iterable[Sequence[TokenLogprob]]) -> int:
+    """What the log-probabilities of the choices take as JSON, about."""
+    counts = (len(tokens) * (1 + len(tokens[0].top)) for tokens in choices if tokens)
+    return sum(counts) * _LOGPROB_BYTES
 
 
 def chat_logprobs(tokens: Iterable[TokenLogprob]) -> list[ChatCompletionTokenLogprob]:

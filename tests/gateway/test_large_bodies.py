@@ -291,6 +291,15 @@ GREEDY: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "items": ("/v1/responses", {"model": MODEL, "input": [MESSAGE] * 8000}),
     "inputs": ("/v1/embeddings", {"model": MODEL, "input": ["some words"] * 4096}),
+    # Not a large body, but a large answer.
+    "log-probabilities": (
+        "/v1/chat/completions",
+        chat(
+            messages=[{"role": "user", "content": "some words " * 3000}],
+            logprobs=True,
+            top_logprobs=20,
+        ),
+    ),
     "turns": (
         "/worker_generate",
         {"model": MODEL, "prompt": [{"role": "user", "content": "x"}] * 8000},
