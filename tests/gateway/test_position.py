@@ -15,11 +15,12 @@ import pytest
 from broker.protocol.messages import FinishReason, Timings, TokenLogprob, TopLogprob, Usage
 from client.events import End
 from client.gateway import openai_chat, openai_completions
-from client.gateway.answers import ChatChoice, parser_for
+from client.gateway.answers import ChatChoice
 from client.gateway.errors import GatewayError
 from client.gateway.generation import ChoiceEvent, Delta, Finish
 from client.gateway.position import Position
 from client.gateway.requests import ChatMessage, ChatRequest, CompletionRequest, StreamOptions
+from client.gateway.tools import ToolCallParser
 
 CALLS = (
     'Let me see.\n<tool_call>{"name": "f", "arguments": {"a": "b"}}</tool_call>\n'
@@ -93,7 +94,7 @@ VISIT = SimpleNamespace(
 def chat(position: Position, batches: list[list[ChoiceEvent]], **fields: Any) -> list[bytes]:
     messages = [ChatMessage(role="user", content="x")]
     body = ChatRequest(model="m", messages=messages, **fields)
-    choices = [ChatChoice(parser_for(["f"], parallel=True)) for _ in range(body.n or 1)]
+    choices = [ChatChoice(ToolCallParser(["f"])) for _ in range(body.n or 1)]
     return streamed(openai_chat._Answer(VISIT, body, choices, position), batches)
 
 
