@@ -6,6 +6,10 @@ option, 1 for a failure, 0 for a clean stop.
 
 from __future__ import annotations
 
+from broker.protocol import early  # noqa: F401  # first: it hears signals from now on
+
+# isort: split
+
 import contextlib
 import gc
 import itertools

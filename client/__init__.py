@@ -12,6 +12,9 @@ Public names are those of `__all__`; everything else may change. `AsyncClient` a
 loaded when they are used: asyncio and the package's metadata take as long as all the rest.
 """
 
+from broker.protocol import early  # noqa: F401  # first: `python -m client.gateway` comes by here
+
+# isort: split
 from typing import TYPE_CHECKING, Any
 
 from broker.protocol.messages import FinishReason, Message, ModelInfo, Timings, Usage

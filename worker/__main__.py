@@ -7,6 +7,10 @@ import torch.
 
 from __future__ import annotations
 
+from broker.protocol import early  # noqa: F401  # first: it hears signals from now on
+
+# isort: split
+
 import contextlib
 import logging
 import sys

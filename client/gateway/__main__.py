@@ -5,6 +5,10 @@ Turns every failure to start into one line and an exit code: 2 for a wrong optio
 
 from __future__ import annotations
 
+from broker.protocol import early  # noqa: F401  # first: it hears signals from now on
+
+# isort: split
+
 import argparse
 import errno
 import gc
@@ -89,9 +93,8 @@ def _serve(config: Config) -> int:
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
     # The server handles signals while it runs and raises them again afterwards: a stop that was
-    # asked for is a success.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
+    # asked for is a success. SIGTERM has `early`.
+    signal.signal(signal.SIGINT, lambda *_: None)
     server.run(sockets=[listener])
     return 0 if server.started else 1
 

@@ -76,6 +76,8 @@ def create_app(config: Config) -> Starlette:
             peers = Peers(config.peers, 4 * config.keep_alive_s)
             gateway = Gateway(config, bus, keys, store, peers, tracer=tracer)
             app.state.gateway = gateway
+            #: Set when open streams must end.
+            app.state.stopping = asyncio.Event()
             watching = asyncio.create_task(gateway.metrics.watch_loop())
             yield
             watching.cancel()

@@ -49,6 +49,9 @@ the bound on connections is looked at."""
 RESERVED_DESCRIPTORS: Final = 64
 """For the bus, remote pictures, files and peers."""
 
+LAST_WORDS_S: Final = 2
+"""For last events to leave, once the time to stop is over."""
+
 LOG_INTERVAL_S: Final = 60.0
 
 _OUT_OF_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -264,6 +267,9 @@ class Server(uvicorn.Server):
                 config.max_connections,
                 descriptors,
             )
+        self._app = app
+        self._shutdown_s = config.shutdown_s
+        self._loop: asyncio.AbstractEventLoop | None = None
         super().__init__(
             uvicorn.Config(
                 app,
@@ -276,9 +282,22 @@ class Server(uvicorn.Server):
                 ssl_certfile=config.tls_cert,
                 ssl_keyfile=config.tls_key,
                 timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=int(config.shutdown_s) or 1,
+                timeout_graceful_shutdown=int(config.shutdown_s) + LAST_WORDS_S,
             )
         )
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """A signal. The first lets streams go on for `--shutdown-s`, the second does not."""
+        if self.should_exit and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._app.state.stopping.set)
+        else:
+            super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """Take nothing new; when the time is over, open streams get a last event that says so."""
+        self._loop = asyncio.get_running_loop()
+        self._loop.call_later(self._shutdown_s, self._app.state.stopping.set)
+        await super().shutdown(sockets)
 
     async def startup(self, sockets: Any = None) -> None:
         asyncio.get_running_loop().set_exception_handler(ExceptionHandler())

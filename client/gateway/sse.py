@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -91,17 +91,26 @@ class EventStream(Response):
         # One task drives the source from start to end, as asynchronous generators need it.
         writer = asyncio.create_task(self._write(scope, receive, send))
         leaving = asyncio.create_task(_disconnected(receive))
+        stopping = asyncio.create_task(scope["app"].state.stopping.wait())
+        tasks: set[asyncio.Task[Any]] = {writer, leaving, stopping}
         try:
-            while not (writer.done() or leaving.done()):
+            while not any(task.done() for task in tasks):
                 await asyncio.wait(
-                    {writer, leaving},
+                    tasks,
                     timeout=self._keep_alive_in_s(send),
                     return_when=asyncio.FIRST_COMPLETED,
                 )
-            if not writer.done():
+            if not writer.done() and leaving.done():
                 self.outcome = STATUS_LEFT
+            elif not writer.done():
+                writer.cancel()
+                await asyncio.gather(writer, return_exceptions=True)
+                self.failure = _stopping()
+                self.outcome = self.failure.status
+                await self._last_words(scope, receive, send, self.failure)
         finally:
-            tasks = {writer, leaving} if self._comment is None else {writer, leaving, self._comment}
+            if self._comment is not None:
+                tasks.add(self._comment)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -128,10 +137,16 @@ class EventStream(Response):
                 await self._tell(send, b"".join(events))
         if self.failure is None:
             await self._tell(send, b"", over=True)
-        elif self._started:
-            await self._tell(send, b"".join(self._on_error(self.failure)), over=True)
         else:
-            await error_response(self.failure, self._request_id)(scope, receive, send)
+            await self._last_words(scope, receive, send, self.failure)
+
+    async def _last_words(
+        self, scope: Scope, receive: Receive, send: Send, failure: GatewayError
+    ) -> None:
+        if self._started:
+            await self._tell(send, b"".join(self._on_error(failure)), over=True)
+        else:
+            await error_response(failure, self._request_id)(scope, receive, send)
 
     async def _next(self, source: Source) -> Sequence[bytes]:
         """The events that come next; none when it is over or failed."""
@@ -160,6 +175,14 @@ class EventStream(Response):
                 }
             )
         await send({"type": "http.response.body", "body": octets, "more_body": not over})
+
+
+def _stopping() -> GatewayError:
+    return GatewayError(
+        ErrorCode.DRAINING,
+        "This gateway stops and the answer is not complete; read on at another one, or ask again.",
+        retryable=True,
+    )
 
 
 async def _disconnected(receive: Receive) -> None:

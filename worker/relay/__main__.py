@@ -8,6 +8,10 @@ and what runs is resumed with the broker that comes in its place. Exit status as
 
 from __future__ import annotations
 
+from broker.protocol import early  # noqa: F401  # first: it hears signals from now on
+
+# isort: split
+
 import logging
 import os
 import sys
