@@ -70,9 +70,9 @@ def _copy_watch(python: Path) -> None:
     """Have every interpreter of the environment watch for deprecations."""
     base = str(python.parent.parent)
     packages = Path(sysconfig.get_path("purelib", vars={"base": base, "platbase": base}))
-    shutil.copy(watch.__file__, packages / "releases_watch.py")
-    (packages / "releases_watch.pth").write_text(
-        "import releases_watch; releases_watch.install()\n"
+    shutil.copy(watch.__file__, packages / "_releases_watch.py")
+    (packages / "_releases_watch.pth").write_text(
+        "import _releases_watch; _releases_watch.install()\n"
     )
 
 
