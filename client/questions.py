@@ -31,6 +31,7 @@ REPEATABLE_VERBS: Final = frozenset(
 @dataclass(slots=True)
 class _Question:
     made: events.QueryMade
+    made_s: float
     due_s: float
     #: While no broker answers, it fails at this time.
     connect_due_s: float
@@ -67,7 +68,10 @@ class Questions:
         """The application asks; sent at once if there is a session."""
         now_s = self._dialer.now_s
         question = _Question(
-            fact, now_s + (fact.timeout.total or ANSWER_S), now_s + _limit(fact.timeout.connect)
+            fact,
+            now_s,
+            now_s + (fact.timeout.total or ANSWER_S),
+            now_s + _limit(fact.timeout.connect),
         )
         self._open[fact.query_id] = question
         self._timer(question.next_due_s, fact.query_id)
@@ -102,6 +106,8 @@ class Questions:
         now_s = self._dialer.now_s
         if not question.sent and now_s >= question.connect_due_s:
             self._end(query_id, self._no_broker(question.made.timeout.connect or 0.0))
+        elif now_s >= question.due_s and not question.sent:
+            self._end(query_id, self._no_broker(now_s - question.made_s))
         elif now_s >= question.due_s:
             story = f"the broker did not answer {question.made.verb} in time; ask again"
             info = ErrorInfo(code=ErrorCode.DEADLINE_EXCEEDED.value, message=story)

@@ -13,12 +13,14 @@ from broker.protocol import early  # noqa: F401  # first: it hears signals from 
 
 import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from broker.protocol import logs
+from broker.protocol.limits import ID_OCTETS
 from worker import config as options
 from worker.display import LoadingDisplay
 
@@ -68,6 +70,7 @@ def serve(config: options.WorkerConfig) -> int:
         name=config.worker_id,
         brokers=config.brokers,
         models=tuple(name for group in config.engine.model_names for name in group),
+        instance=os.urandom(ID_OCTETS),
         software=options.software(),
         speed=config.speed,
         engine=config.engine.engine,

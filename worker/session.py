@@ -66,6 +66,8 @@ class Settings:
     brokers: tuple[str, ...]
     #: Names of the models, as far as they are known before the engine is loaded.
     models: tuple[str, ...] = ()
+    #: 16 random octets of this process, which tell it from another of the same name.
+    instance: bytes | None = None
     software: str = ""
     speed: float = 1.0
     engine: str = ""
@@ -254,6 +256,7 @@ class WorkerCore:
             device=capabilities.device if capabilities else settings.device,
             holds=holds,
             brokers=len(settings.brokers) + settings.relay,
+            instance=settings.instance,
         )
         connection.greeting(now_s)
         self._send(connection, MessageType.HELLO, connection.session, hello, now_s)
@@ -289,7 +292,8 @@ class WorkerCore:
                 "broker lost", connection, level=logging.WARNING, cause=reason, requests_held=held
             )
         elif not connection.told_absent:
-            self._log("broker absent", connection, cause=reason, retrying="yes")
+            level = logging.WARNING if refused else logging.INFO
+            self._log("broker absent", connection, level=level, cause=reason, retrying="yes")
         else:
             self._log("broker absent", connection, level=logging.DEBUG, cause=reason, wait_s=wait_s)
         connection.told_absent = True

@@ -28,6 +28,8 @@ _NOT_ALLOWED: Final = ErrorInfo(
 )
 _LATE_BEATS: Final = 1.5
 """Intervals without a word after which a worker's sign of life counts as late."""
+NAME_TAKEN_MS: Final = 1000
+"""When a worker whose name is taken may ask again: a dead one is found out in about that time."""
 PROBE_SPACING_S: Final = 0.05
 """At most one round of probes in this time, however many connections drop at once."""
 
@@ -106,6 +108,29 @@ def check_hello(core: BrokerCore, side: Side, head: Header, hello: Hello) -> Non
             f"this broker has as many {role}s as it takes; come back later",
             retryable=True,
             retry_after_ms=5000,
+        )
+    if side is Side.BACK:
+        check_name(core, hello)
+
+
+def check_name(core: BrokerCore, hello: Hello) -> None:
+    """Raises RequestError where another process has the worker's name: by it requests are held,
+    drains ordered and deaths counted."""
+    for other in core.workers.values():
+        if other.name != hello.name or other.instance == hello.instance is not None:
+            continue
+        if None in (other.instance, hello.instance):
+            # It may be the same that came back. As no other can be told, it is taken.
+            core.log("warning", "two workers of one name", other)
+            continue
+        # If it is dead and nobody noticed, this shows it, and the next HELLO finds the name free.
+        beat(core, other)
+        raise RequestError(
+            ErrorCode.FORBIDDEN,
+            f"another worker is here by the name {hello.name[:100]!r}; give each worker a "
+            "--worker-id of its own (where the other is a dead one of this, its name is free soon)",
+            retryable=True,
+            retry_after_ms=NAME_TAKEN_MS,
         )
 
 

@@ -55,6 +55,7 @@ class WorkerSession(Session):
         "engine",
         "granted",
         "held",
+        "instance",
         "last_assigned",
         "models",
         "recalled",
@@ -95,6 +96,8 @@ class WorkerSession(Session):
         self.speed = hello.speed
         self.engine = hello.engine
         self.device = hello.device
+        #: The process; None: it does not say.
+        self.instance = hello.instance
         #: None until it says so. Never a reason to assign: only credit is.
         self.state: WorkerState | None = None
         self.beat = Heartbeat()

@@ -120,6 +120,9 @@ class Hello(_Map, frozen=True, kw_only=True):
     holds: Annotated[list[Held], Meta(max_length=MAX_HELD_REQUESTS)] = []
     #: Brokers that share this worker's slots; above 1 each tells it what waits there.
     brokers: Annotated[int, Meta(ge=1, le=1 << 16)] = 1
+    #: The process that speaks, drawn when it starts: who says HELLO again is known by it, and who
+    #: only has the same name is not taken for it.
+    instance: Id | None = None
 
 
 class BusLimits(_Map, frozen=True, kw_only=True):

@@ -49,6 +49,7 @@ from client.gateway.peers import Peers, anywhere
 from client.gateway.reattach import Store
 from client.gateway.state import Gateway
 from client.gateway.visit import Visit, route
+from client.gateway.watch import watch_broker
 
 __all__ = ["create_app"]
 
@@ -78,9 +79,14 @@ def create_app(config: Config) -> Starlette:
             app.state.gateway = gateway
             #: Set when open streams must end.
             app.state.stopping = asyncio.Event()
-            watching = asyncio.create_task(gateway.metrics.watch_loop())
+            watching = [
+                asyncio.create_task(gateway.metrics.watch_loop()),
+                asyncio.create_task(watch_broker(bus, gateway.metrics)),
+            ]
             yield
-            watching.cancel()
+            for task in watching:
+                task.cancel()
+            await asyncio.gather(*watching, return_exceptions=True)
             await store.close()
             await peers.close()
 

@@ -44,7 +44,7 @@ class Metrics:
         ).set_function(lambda: self._running)
         self._broker_up = Gauge(
             "tokenbus_gateway_broker_up",
-            "1 when the broker answered the latest scrape for all figures.",
+            "1 when the broker answered when it was last asked.",
             registry=self._registry,
         )
         self._key_file_broken = Gauge(

@@ -416,7 +416,9 @@ class Endpoint:
         if visit.failure is not None:
             code = visit.failure.info.code
         visit.gateway.metrics.observe(self._path, outcome, total_s)
-        if self._counted:
+        # A balancer that asks whether the gateway is ready is no failure of it.
+        failed = outcome >= 500 and visit.failure is not None
+        if self._counted or failed:
             fields: dict[str, Any] = {
                 "id": visit.request_id,
                 "bus": visit.bus_names or "-",
@@ -431,4 +433,5 @@ class Endpoint:
             }
             if visit.failure is not None and visit.failure.param:
                 fields["param"] = visit.failure.param[:80]
-            log.info("request", extra={"fields": fields})
+            level = logging.WARNING if failed else logging.INFO
+            log.log(level, "request", extra={"fields": fields})

@@ -56,6 +56,42 @@ def test_a_message_of_an_unknown_connection_is_told_to_say_hello() -> None:
     assert not refusal(peer).fatal
 
 
+def test_a_worker_s_name_is_its_own_as_long_as_it_is_here() -> None:
+    bus = Bus()
+    first = hello(bus, Side.BACK, role="worker", name="w1", instance=bytes([1] * 16))
+    other = hello(bus, Side.BACK, role="worker", name="w1", instance=bytes([2] * 16))
+    refused = refusal(other)
+    assert (refused.error.code, refused.fatal) == ("forbidden", False)
+    assert (refused.error.retryable, refused.error.retry_after_ms) == (True, 1000)
+    assert "'w1'" in refused.error.message and "--worker-id" in refused.error.message
+    # The first was asked whether it lives. Itself, it may come back at any time.
+    first.receive()
+    assert len(first.beats) == 1
+    again = hello(bus, Side.BACK, role="worker", name="w1", instance=bytes([1] * 16))
+    assert types(again.first) == ["WELCOME"]
+    for peer in (first, again):
+        peer.send(MessageType.GOODBYE, peer.id, {})
+    other = hello(bus, Side.BACK, role="worker", name="w1", instance=bytes([2] * 16))
+    assert types(other.first) == ["WELCOME"]
+
+
+def test_a_dead_worker_s_name_is_free_as_soon_as_it_is_found_dead() -> None:
+    bus = Bus()
+    dead = hello(bus, Side.BACK, role="worker", name="w1", instance=bytes([1] * 16))
+    refusal(hello(bus, Side.BACK, role="worker", name="w1", instance=bytes([2] * 16)))
+    bus.handle(PeerUnreachable(Side.BACK, dead.routing_id))
+    again = hello(bus, Side.BACK, role="worker", name="w1", instance=bytes([2] * 16))
+    assert types(again.first) == ["WELCOME"]
+
+
+def test_workers_that_do_not_say_who_they_are_are_taken_and_told_of() -> None:
+    bus = Bus()
+    bus.worker("w1")
+    assert types(hello(bus, Side.BACK, role="worker", name="w1").first) == ["WELCOME"]
+    (told,) = [log for log in bus.logs if log.event == "two workers of one name"]
+    assert (told.level, told.fields["peer"]) == ("warning", "w1")
+
+
 def test_a_peer_at_the_wrong_socket_is_told_so_for_good() -> None:
     peer = hello(Bus(), Side.FRONT, role="worker")
     assert refusal(peer).fatal

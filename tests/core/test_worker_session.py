@@ -205,6 +205,18 @@ def test_a_refusal_waits_as_long_as_the_broker_says() -> None:
     assert 20.0 <= _wait_s(world) <= 30.0
 
 
+def test_a_refusal_is_a_warning_and_the_process_goes_by_one_instance() -> None:
+    world, said = World(instance=bytes(range(16))), []
+    for _ in range(2):
+        world.tell(fact.Tick())
+        world.brokers[0].connect(welcome=False)
+        said.append(world.brokers[0].messages[-1][1].instance)
+        world.brokers[0].refuse(fatal=False, retry_after_ms=1000)
+        world.now_s = world.core.deadline_s()
+    assert said == [bytes(range(16))] * 2
+    assert [log.level for log in world.logs if log.event == "broker absent"] == [30, 10]
+
+
 def test_a_fatal_refusal_by_every_broker_ends_the_worker_with_an_error() -> None:
     world = World(brokers=2)
     world.tell(fact.Tick())

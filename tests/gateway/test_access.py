@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import re
 import stat
@@ -16,12 +17,15 @@ import openai
 import pytest
 
 from broker.protocol.errors import ErrorCode
+from client import Unauthenticated
 from client.gateway.__main__ import main
 from client.gateway.config import Config, ConfigError, parse_args
 from client.gateway.errors import GatewayError
 from client.gateway.keys import Key, KeyFile, KeyFileError, Usage, add_key, remove_key
+from client.gateway.metrics import Metrics
+from client.gateway.watch import watch_broker
 from tests.gateway.conftest import MODEL, GatewayProcess
-from tests.harness import PATIENCE_S, ROOT, wait_until
+from tests.harness import PATIENCE_S, ROOT, Bus, wait_until
 
 TODAY = datetime.date(2030, 1, 1)
 HELLO = [{"role": "user", "content": "hello"}]
@@ -286,6 +290,43 @@ def test_a_gateway_without_a_broker_lives_but_is_not_ready(
     with gateway.http() as http:
         answer = http.get("/ready")
         assert answer.status_code == 503 and answer.json()["ready"] is False
+
+
+def test_an_absent_broker_is_told_once_with_its_cause_and_once_when_it_is_back(
+    make_bus: Callable[..., Bus], make_gateway: Callable[..., GatewayProcess]
+) -> None:
+    own = make_bus(workers=1)
+    assert own.broker is not None
+    own.broker.kill()
+    gateway = make_gateway(bus=own)
+    wait_until(lambda: "broker away" in gateway.process.log(), "the warning")
+    lines = gateway.process.log().splitlines()
+    [away] = [json.loads(line) for line in lines if "broker away" in line]
+    assert away["level"] == "warning"
+    assert own.front in away["cause"] and "no broker answered" in away["cause"]
+    with gateway.http() as http:
+        asked = {"x-request-id": "asked"}
+        failed = http.get("/v1/models", headers=asked)
+        assert failed.status_code == 502
+        assert gateway.logged("asked", status=502)["level"] == "warning"
+        assert "tokenbus_gateway_broker_up 0.0" in http.get("/metrics?scope=gateway").text
+    own.start_broker()
+    wait_until(lambda: "answers again" in gateway.process.log(), "the broker's return")
+    assert gateway.process.log().count("broker away") == 1
+
+
+def test_a_broker_that_refuses_the_gateways_key_is_told_for_good(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Refused:
+        async def query(self, *args: object, **options: object) -> None:
+            raise Unauthenticated("the key is not on the list of tcp://bus:5555")
+
+    with caplog.at_level("INFO"):
+        asyncio.run(watch_broker(Refused(), Metrics()))
+    [told] = caplog.records
+    assert told.levelname == "ERROR"
+    assert "not on the list of tcp://bus:5555" in told.fields["cause"]
 
 
 @pytest.mark.parametrize("field", ["worker", "reason"])

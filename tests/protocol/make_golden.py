@@ -194,6 +194,14 @@ def examples() -> dict[str, Example]:
             [m.Heartbeat(waiting=3, recalled=2, returned=1)],
             [],
         ),
+        "hello_worker_by_its_instance": (
+            t.HELLO,
+            header.NO_ID,
+            0,
+            0,
+            [m.Hello(role="worker", name="gpu-1", capacity=1, instance=bytes(range(1, 17)))],
+            [],
+        ),
         "hello_worker_of_two_brokers": (
             t.HELLO,
             header.NO_ID,

@@ -6,6 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable
+from hashlib import blake2b
 from typing import Any
 
 import msgspec
@@ -259,6 +260,7 @@ class SimWorker(Party):
                 name=name,
                 brokers=tuple(broker.name for broker in brokers),
                 models=(MODEL,),
+                instance=blake2b(f"{name} {world.now_s}".encode(), digest_size=16).digest(),
                 **settings,
             ),
             world.now_s,

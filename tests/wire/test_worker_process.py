@@ -174,6 +174,19 @@ def test_an_engine_that_dies_again_and_again_ends_the_worker(one: Bus) -> None:
     assert len(records(worker, "engine starts")) == 5
 
 
+def test_a_second_worker_of_one_name_waits_and_says_why_until_the_name_is_free(one: Bus) -> None:
+    first = one.workers["first of w1"] = one.workers["w1"]
+    second = one.start_worker("w1")
+    (refused,) = wait_until(lambda: records(second, "broker absent"), "the refusal in its log")
+    assert refused["level"] == "warning" and "--worker-id" in refused["cause"]
+    assert len(one.worker_rows()) == 1
+    assert begin(one.client()).text() == PROMPT
+    first.kill()
+    del one.workers["first of w1"]
+    wait_until(lambda: records(second, "broker connected"), "the name's next worker")
+    assert begin(one.client()).text() == PROMPT
+
+
 # --- links that break -----------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 
 from broker.protocol import logs
+from broker.protocol.limits import ID_OCTETS
 from client.options import Connection
 from worker import config as options
 from worker.link import KeyFileError, Keys, Link
@@ -101,6 +102,7 @@ def _link(told: Told, keys: Keys | None, descriptor: int) -> Link:
     settings = Settings(
         name=told.name,
         brokers=told.upstream,
+        instance=os.urandom(ID_OCTETS),
         software=software,
         speed=told.speed,
         engine="bus",
