@@ -28,6 +28,9 @@
     │   └── ClientClosed        this client was closed
     └── BrokenProtocol          the peer breaks the specification
 
+`DeadlineExceeded` and `ConnectTimeout` are Python's `TimeoutError` as well, `ConnectionLost` is its
+`ConnectionError`: a program that knows those catches these.
+
 Holds no logic of the bus: `error_from` only picks the class.
 """
 
@@ -178,7 +181,7 @@ class QuotaExceeded(Overloaded):
     default_code = ErrorCode.QUOTA.value
 
 
-class DeadlineExceeded(BusError):
+class DeadlineExceeded(BusError, TimeoutError):
     """A time limit passed; the request was cancelled at the worker."""
 
     default_code = ErrorCode.DEADLINE_EXCEEDED.value
@@ -243,13 +246,13 @@ class Draining(BusError):
     default_code = ErrorCode.DRAINING.value
 
 
-class ConnectionLost(BusError):
+class ConnectionLost(BusError, ConnectionError):
     """There is no session with a broker, and none could be made in time."""
 
     default_code = ErrorCode.CONNECTION_LOST.value
 
 
-class ConnectTimeout(ConnectionLost):
+class ConnectTimeout(ConnectionLost, TimeoutError):
     """`Timeout.connect`: no broker answered."""
 
 

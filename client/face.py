@@ -82,6 +82,12 @@ class Face:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._connection.name!r} of {', '.join(self.brokers)}>"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(
+            "a client cannot be pickled, as sockets do not travel: make the Client in the process "
+            "that uses it"
+        )
+
     def _start(self, call: Call, sink: Sink) -> StreamState:
         request_id = new_id()
         made = events.RequestMade(

@@ -29,7 +29,10 @@ async def watch_broker(bus: AsyncClient, metrics: Metrics, every_s: float = _EVE
             answer = await bus.query("bus.version", timeout=_PATIENCE_S)
         except Unauthenticated as error:
             metrics.broker_seen(False)
-            fields = {"cause": error.message, "next": "start the gateway anew once its key is known"}
+            fields = {
+                "cause": error.message,
+                "next": "start the gateway anew once its key is known",
+            }
             log.error("broker refuses the gateway for good", extra={"fields": fields})
             return
         except BusError as error:

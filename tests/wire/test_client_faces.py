@@ -10,6 +10,8 @@ import multiprocessing
 import os
 import pickle
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,7 @@ import pytest
 from PIL import Image as Pillow
 
 import client as library
+import tokenbus
 from broker.protocol import codec, limits, messages
 from broker.protocol.errors import ErrorInfo
 from broker.protocol.header import MessageType
@@ -46,7 +49,7 @@ from client import (
     TooLarge,
     Unauthenticated,
 )
-from tests.harness import PATIENCE_S, wait_until
+from tests.harness import PATIENCE_S, ROOT, wait_until
 from tests.wire.scripted_broker import LIMITS, ScriptedBroker, end, fail, spell, tokens
 
 NO_RETRY = Retry(attempts=0)
@@ -698,6 +701,12 @@ def test_a_client_used_after_a_fork_says_what_to_do() -> None:
         assert client.models()
 
 
+@pytest.mark.parametrize("kind", [Client, library.AsyncClient])
+def test_a_client_that_is_pickled_says_what_to_do(kind: type[Client]) -> None:
+    with pytest.raises(TypeError, match="make the Client in the process that uses it"):
+        pickle.dumps(kind("tcp://127.0.0.1:1"))
+
+
 def test_no_thread_and_no_descriptor_stays_behind() -> None:
     folder = Path("/proc/self/fd")
     if not folder.exists():
@@ -714,6 +723,45 @@ def test_no_thread_and_no_descriptor_stays_behind() -> None:
         wait_until(lambda: threading.active_count() <= threads, "the threads' end")
         # Each connection of the broker's own side closes a moment later.
         wait_until(lambda: len(list(folder.iterdir())) <= before, "closed descriptors")
+
+
+@pytest.mark.parametrize(
+    ("kind", "bases"),
+    [
+        (library.QueueTimeout, (TimeoutError,)),
+        (library.TotalTimeout, (TimeoutError,)),
+        (library.ConnectTimeout, (TimeoutError, ConnectionError)),
+        (library.ConnectionLost, (ConnectionError,)),
+        (library.ClientClosed, (ConnectionError,)),
+    ],
+)
+def test_time_outs_and_lost_connections_are_pythons_own_too(
+    kind: type[BusError], bases: tuple[type[Exception], ...]
+) -> None:
+    for base in (BusError, *bases):
+        with pytest.raises(base, match=r"^what happened$") as caught:
+            raise kind("what happened", retryable=True, worker="w")
+        assert caught.value.retryable and caught.value.worker == "w"
+        assert pickle.loads(pickle.dumps(caught.value)).message == "what happened"
+    assert not issubclass(library.Overloaded, OSError)
+
+
+def test_the_library_has_the_distributions_name_as_well(tmp_path: Path) -> None:
+    assert tokenbus.Client is Client and tokenbus.AsyncClient is library.AsyncClient
+    assert set(tokenbus.__all__) == set(library.__all__)
+    with pytest.raises(AttributeError):
+        tokenbus.clients  # noqa: B018
+    # A project's own `client.py` is told of, not taken for ours.
+    (tmp_path / "client.py").write_text("")
+    done = subprocess.run(
+        [sys.executable, "-c", "import tokenbus"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert str(tmp_path / "client.py") in done.stderr and "rename" in done.stderr
 
 
 def test_errors_can_be_copied_and_pickled() -> None:
