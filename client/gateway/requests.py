@@ -53,7 +53,6 @@ __all__ = [
     "parse",
     "refuse_unserved",
     "texts_of",
-    "without_unknown_nulls",
 ]
 
 Temperature = Annotated[float, Meta(ge=0, le=2)]
@@ -367,8 +366,7 @@ def parse(kind: type[Body], octets: bytes) -> Body:
     except msgspec.ValidationError as error:
         if not _UNKNOWN.match(str(error)):
             raise named_error(str(error), kind) from None
-        # Only now, as few bodies need it and all of them pay for speed.
-        body: Body = converted(without_unknown_nulls(msgspec.json.decode(octets), kind), kind)
+        body: Body = converted(msgspec.json.decode(octets), kind)
         return body
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid(None, f"The body is not JSON: {error}. Send one JSON object.") from None
@@ -379,18 +377,25 @@ def parse(kind: type[Body], octets: bytes) -> Body:
 def converted(value: Any, kind: Any, path: str = "") -> Any:
     """JSON that was read as a `kind`; raises as `parse` does. `path` leads to the value."""
     try:
-        return msgspec.convert(value, kind)
+        try:
+            return msgspec.convert(value, kind)
+        except msgspec.ValidationError as error:
+            if not _UNKNOWN.match(str(error)):
+                raise
+            # Only now, as few bodies need it and all would pay for it.
+            return msgspec.convert(_without_unknown_nulls(value, _kinds_of(kind)), kind)
     except msgspec.ValidationError as error:
         raise named_error(str(error), kind, path) from None
 
 
-def without_unknown_nulls(value: Any, kind: Any) -> Any:
-    """JSON that was read, without the fields that a `kind` does not know and that are null: they
-    ask for nothing. What may hold any fields stays as it is."""
-    return _without_unknown_nulls(value, _alternatives(msgspec.inspect.type_info(kind)))
+@functools.cache
+def _kinds_of(kind: Any) -> list[msgspec.inspect.Type]:
+    return _alternatives(msgspec.inspect.type_info(kind))
 
 
 def _without_unknown_nulls(value: Any, kinds: list[msgspec.inspect.Type]) -> Any:
+    """JSON that was read, without the fields that the kinds do not know and that are null: they
+    ask for nothing. What may hold any fields stays as it is."""
     if isinstance(value, list):
         items = [
             inner

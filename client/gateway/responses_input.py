@@ -292,11 +292,10 @@ def with_references(body: ResponseRequest, kept: Found) -> ResponseRequest:
 
 def _typed(item: dict[str, Any]) -> dict[str, Any]:
     """An item of the input with its type, which may be left out of two."""
-    plain = http.without_unknown_nulls(item, Item)
-    if plain.get("type") is not None:
-        return dict(plain)
-    given = {name: value for name, value in plain.items() if name != "type"}
-    return {"type": "item_reference" if set(given) == {"id"} else "message", **given}
+    if item.get("type") is not None:
+        return item
+    asked = {name for name, value in item.items() if value is not None}
+    return {**item, "type": "item_reference" if asked == {"id"} else "message"}
 
 
 def _messages_of(body: ResponseRequest) -> tuple[list[http.ChatMessage], list[str]]:
@@ -445,7 +444,6 @@ def functions_of(body: ResponseRequest) -> list[FunctionTool]:
             known = ", ".join(map(repr, _RUN_ELSEWHERE))
             raise invalid(f"tools[{index}].type", f"`tools[{index}].type`: {told}{known}.")
         path = f"tools[{index}]"
-        tool = http.without_unknown_nulls(tool, FunctionTool)
         functions.append(http.converted(tool, FunctionTool, path))
     if left_out and not functions:
         raise invalid(
