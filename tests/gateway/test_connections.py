@@ -21,7 +21,7 @@ import pytest
 
 from client.gateway.server import MAX_FIELDS, MAX_HEAD_BYTES, ExceptionHandler
 from tests.gateway.conftest import GatewayProcess, running_gateway
-from tests.harness import ROOT, Bus, ManagedProcess, wait_until
+from tests.harness import PATIENCE_S, ROOT, Bus, ManagedProcess, wait_until
 
 HEALTH = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
 POST = (
@@ -43,7 +43,7 @@ def hasty(
 
 def connected(gateway: GatewayProcess) -> socket.socket:
     host, port = gateway.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=30)
+    return socket.create_connection((host, int(port)), timeout=PATIENCE_S)
 
 
 def said(connection: socket.socket) -> bytes:

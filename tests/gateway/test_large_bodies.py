@@ -23,7 +23,7 @@ from client.gateway.config import parse_args
 from client.gateway.errors import GatewayError
 from client.gateway.requests import ChatRequest, parse
 from tests.gateway.conftest import MODEL, GatewayProcess
-from tests.harness import Bus
+from tests.harness import PATIENCE_S, Bus
 
 MESSAGE = {"role": "user", "content": "x"}
 
@@ -245,7 +245,7 @@ async def longest_step(
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(
-            transport=httpx.ASGITransport(app=app), base_url="http://gateway", timeout=60
+            transport=httpx.ASGITransport(app=app), base_url="http://gateway", timeout=PATIENCE_S
         ) as http,
     ):
         assert (await http.post(path, json=small)).status_code == 200
