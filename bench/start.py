@@ -41,7 +41,7 @@ IMPORTS = {
     "client": "import client",
     "client.sync face only": "from client.sync import Client",
     "broker": "import broker.loop, broker.core.controller, broker.config",
-    "worker link": "import worker.link, worker.config",
+    "worker link": "import worker.loop, worker.config",
     "dependencies": "import zmq, msgpack, msgspec",
     "dependencies and asyncio": "import zmq, msgpack, msgspec, asyncio",
 }

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from broker.protocol.messages import FinishReason, Message, ModelInfo, Timings, Usage
 from client.calls import Embeddings
+from client.core.events import End, Prompt, Queued, Recovering, Started, StreamEvent, Tokens
 from client.errors import *  # noqa: F403  # its `__all__` is the list, kept once
 from client.errors import __all__ as _errors
-from client.events import End, Prompt, Queued, Recovering, Started, StreamEvent, Tokens
 from client.options import Limits, Retry, Timeout
 from client.stream import AsyncStream, Completion, Stream
 from client.sync import Client

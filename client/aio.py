@@ -17,13 +17,13 @@ from typing import Any, Literal, Self, overload
 from broker.protocol.messages import Kind
 from client import calls
 from client.calls import Call, Embeddings, Messages, Prompt
+from client.core.events import Answered, End
 from client.errors import BusError
-from client.events import Answered, End
 from client.face import Face, drain_args
 from client.images import Image
-from client.looped import LoopTransport
+from client.io.loop import LoopTransport
+from client.io.thread import closed
 from client.stream import AsyncInbox, AsyncStream, Completion
-from client.transport import closed
 from client.version import software
 
 __all__ = ["AsyncClient"]

@@ -30,8 +30,8 @@ from broker.protocol.messages import (
     Usage,
 )
 from client import images as pictures
+from client.core.events import End
 from client.errors import BrokenProtocol, InvalidRequest
-from client.events import End
 from client.images import Image
 from client.options import Retry, Timeout
 

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from broker.protocol.messages import new_id
-from client import events
 from client.calls import Call, Defaults
-from client.dealer import key_pair, server_key_of
-from client.driver import Sink
+from client.core import events
+from client.io.dealer import key_pair, server_key_of
+from client.io.driver import Sink
+from client.io.thread import Transport
 from client.options import Connection, Limits, Retry, Timeout
 from client.stream import StreamState
-from client.transport import Transport
 
 
 class Face:

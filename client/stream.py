@@ -22,9 +22,8 @@ from broker.protocol.messages import (
     TokensEvent,
     Usage,
 )
-from client import events
-from client.errors import BusError, short_id
-from client.events import (
+from client.core import events
+from client.core.events import (
     Answered,
     End,
     Item,
@@ -35,6 +34,7 @@ from client.events import (
     StreamEvent,
     Tokens,
 )
+from client.errors import BusError, short_id
 
 if TYPE_CHECKING:
     import asyncio  # never at run time: a blocking program does not pay for it

@@ -13,12 +13,12 @@ from typing import Any, Literal, Self, overload
 from broker.protocol.messages import Kind
 from client import calls
 from client.calls import Call, Embeddings, Messages, Prompt
+from client.core.events import Answered, End
 from client.errors import BusError
-from client.events import Answered, End
 from client.face import Face, drain_args
 from client.images import Image
+from client.io.thread import Transport
 from client.stream import Completion, Inbox, Stream
-from client.transport import Transport
 from client.version import software
 
 __all__ = ["Client"]

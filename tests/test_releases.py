@@ -133,14 +133,16 @@ def test_a_report_tells_what_passed_and_what_failed() -> None:
 
 
 def test_each_deprecation_is_read_once_and_half_a_line_not_at_all() -> None:
-    line = '{"library": "zmq", "site": "client/dealer.py:7", "text": "DeprecationWarning: old"}\n'
+    line = (
+        '{"library": "zmq", "site": "client/io/dealer.py:7", "text": "DeprecationWarning: old"}\n'
+    )
     assert read_deprecations([line, line, line[:30]]) == (
-        Deprecation("zmq", "client/dealer.py:7", "DeprecationWarning: old"),
+        Deprecation("zmq", "client/io/dealer.py:7", "DeprecationWarning: old"),
     )
 
 
 def test_the_table_has_a_row_for_each_library_and_says_what_to_look_at() -> None:
-    old = Deprecation("zmq", "client/dealer.py:7", "DeprecationWarning: old")
+    old = Deprecation("zmq", "client/io/dealer.py:7", "DeprecationWarning: old")
     outcome = Outcome(9, ("tests.a::b",), {"pyzmq": "27.3.0", "torch": "2.13.0"}, (old,))
     other = Outcome(10, (), {"torch": "2.12.0"})
     assert render([(("pyzmq", "torch"), outcome), (("torch",), other)]).splitlines() == [
@@ -151,7 +153,7 @@ def test_the_table_has_a_row_for_each_library_and_says_what_to_look_at() -> None
         "| torch   | 2.12.0  | 10     | 0      | 0                         |",
         "",
         "failed with these: tests.a::b",
-        "zmq, client/dealer.py:7: DeprecationWarning: old",
+        "zmq, client/io/dealer.py:7: DeprecationWarning: old",
     ]
 
 

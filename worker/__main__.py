@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 from broker.protocol import logs
 from broker.protocol.limits import ID_OCTETS
 from worker import config as options
-from worker.display import LoadingDisplay
+from worker.process.display import LoadingDisplay
 
 if TYPE_CHECKING:
-    from worker.link import EngineSide
+    from worker.loop import EngineSide
 
 log = logging.getLogger("worker")
 
@@ -55,9 +55,9 @@ def _environment(config: options.WorkerConfig) -> dict[str, str]:
 def serve(config: options.WorkerConfig) -> int:
     """Be a worker; returns the exit status."""
     from broker.protocol.tracing import make_tracer
-    from worker.link import KeyFileError, Keys, Link
-    from worker.session import Settings, WorkerCore
-    from worker.supervisor import Supervisor
+    from worker.core.session import Settings, WorkerCore
+    from worker.loop import KeyFileError, Keys, Link
+    from worker.process.supervisor import Supervisor
 
     keys = None
     if config.server_key is not None and config.key is not None:
@@ -88,7 +88,7 @@ def serve(config: options.WorkerConfig) -> int:
     engine: EngineSide = Supervisor(config.engine, _environment(config))
     tracer = make_tracer("tokenbus-worker")
     if tracer is not None:
-        from worker.traces import TracedEngine
+        from worker.process.traces import TracedEngine
 
         engine = TracedEngine(engine, tracer, config.worker_id)
     link = Link(

@@ -11,11 +11,11 @@ import time
 
 from broker.protocol import codec
 from broker.protocol.messages import Kind, Params, Request, new_id
-from worker import events as fact
-from worker.display import LoadingDisplay
+from worker.core import events as fact
+from worker.core.streams import END, TOKENS
 from worker.engines.base import Capabilities, EngineOptions
-from worker.streams import END, TOKENS
-from worker.supervisor import Supervisor
+from worker.process.display import LoadingDisplay
+from worker.process.supervisor import Supervisor
 
 ANSWER_TOKENS = 8
 ANSWER_TIMEOUT_S = 120.0

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from broker.protocol.logs import FORMATS, LEVELS
 from broker.protocol.options import OptionParser, misspelt, parse_bool
-from worker.conversations import NAMED_TEMPLATES, read_template
+from worker.core.conversations import NAMED_TEMPLATES, read_template
 from worker.demo import model_path
 from worker.engines import registry
 from worker.engines.base import EngineOptions

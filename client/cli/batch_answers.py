@@ -17,13 +17,13 @@ from broker.protocol.messages import TokenLogprob, Usage
 from client import AsyncClient, BusError, Retry, Timeout
 from client.cli.batch_files import Line
 from client.errors import BrokenProtocol, ConnectionLost, Unauthenticated
-from client.gateway import answers, convert
-from client.gateway import requests as http
-from client.gateway.answers import ChatChoice, TextChoice
 from client.gateway.errors import GatewayError, describe, error_body, invalid
-from client.gateway.generation import Batches, generate
 from client.gateway.images import ImagePolicy
-from client.gateway.logprobs import text_logprobs
+from client.gateway.openai import answers, convert
+from client.gateway.openai import bodies as http
+from client.gateway.openai.answers import ChatChoice, TextChoice
+from client.gateway.openai.generation import Batches, generate
+from client.gateway.openai.logprobs import text_logprobs
 
 #: Nothing of the batch can succeed after these: it stops, and no line is blamed.
 FATAL: Final = (ConnectionLost, Unauthenticated, BrokenProtocol)

@@ -24,9 +24,9 @@ from typing import Final
 from broker.protocol import logs
 from broker.protocol.install import install_hint
 from client import BusError
-from client.dealer import key_pair, server_key_of
 from client.gateway.config import PREFIX, Config, ConfigError, misspelt_variables, parse_args
 from client.gateway.keys import KeyFile, KeyFileError, add_key, remove_key
+from client.io.dealer import key_pair, server_key_of
 
 PROGRAM = "python -m client.gateway"
 GC_THRESHOLD: Final = 50_000

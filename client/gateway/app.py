@@ -25,30 +25,30 @@ from broker.protocol.errors import ErrorCode
 from broker.protocol.tracing import make_tracer
 from client import AsyncClient, BusError, Timeout
 from client.gateway.config import Config
+from client.gateway.context import Visit, route
 from client.gateway.errors import GatewayError, error_response, invalid
+from client.gateway.fastchat.api import legacy_api_routes
+from client.gateway.fastchat.routes import legacy_routes
 from client.gateway.ids import REQUEST_ID_HEADER, KeptId, RequestIds, request_id_of
 from client.gateway.keys import KeyFile
-from client.gateway.legacy import legacy_routes
-from client.gateway.legacy_api import legacy_api_routes
 from client.gateway.metrics import CONTENT_TYPE
-from client.gateway.openai_chat import cancel_chat, chat_completions, read_chat
-from client.gateway.openai_completions import completions
-from client.gateway.openai_embeddings import embeddings
-from client.gateway.openai_models import get_model, list_models
-from client.gateway.openai_responses import (
+from client.gateway.openai.chat import cancel_chat, chat_completions, read_chat
+from client.gateway.openai.completions import completions
+from client.gateway.openai.embeddings import embeddings
+from client.gateway.openai.models import get_model, list_models
+from client.gateway.openai.openapi import openapi
+from client.gateway.openai.responses import (
     cancel_response,
     create_response,
     delete_response,
     get_response,
     input_items,
 )
-from client.gateway.openapi import openapi
 from client.gateway.operator_view import drain, live, overview, session
 from client.gateway.page import page_routes
 from client.gateway.peers import Peers, anywhere
 from client.gateway.reattach import Store
 from client.gateway.state import Gateway
-from client.gateway.visit import Visit, route
 from client.gateway.watch import watch_broker
 
 __all__ = ["create_app"]

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 if TYPE_CHECKING:
-    from client.gateway.visit import Visit
+    from client.gateway.context import Visit
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
 

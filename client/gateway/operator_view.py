@@ -15,10 +15,10 @@ from starlette.responses import JSONResponse, Response
 
 from broker.protocol.limits import MAX_NAME_OCTETS
 from client import BusError
+from client.gateway.context import Visit
 from client.gateway.errors import GatewayError, error_body
-from client.gateway.openai_models import visible_models
+from client.gateway.openai.models import visible_models
 from client.gateway.sse import Source, encode
-from client.gateway.visit import Visit
 
 if TYPE_CHECKING:
     from client.gateway.state import Gateway

@@ -24,7 +24,7 @@ from broker.protocol.errors import ErrorCode
 from client.gateway.errors import UNKNOWN_HEADER, GatewayError, UnknownAnswer
 
 if TYPE_CHECKING:
-    from client.gateway.visit import Handler, Visit
+    from client.gateway.context import Handler, Visit
 
 __all__ = ["Peers", "anywhere"]
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from broker.protocol.tracing import context_of, trace_of
-from client.events import End, Started, StreamEvent
+from client.core.events import End, Started, StreamEvent
 
 __all__ = ["BusSpan", "EmbedSpan", "HttpSpan"]
 

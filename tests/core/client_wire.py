@@ -11,11 +11,11 @@ from broker.protocol import codec, header, limits, messages
 from broker.protocol.errors import ErrorInfo
 from broker.protocol.header import MessageType
 from broker.protocol.messages import EndEvent, FailEvent, FinishReason, OutputEvent, TokensEvent
-from client import events
-from client.dialer import Link
-from client.events import Arrived, CloseSocket, Deliver, End, OpenSocket, Send
+from client.core import events
+from client.core.dialer import Link
+from client.core.events import Arrived, CloseSocket, Deliver, End, OpenSocket, Send
+from client.core.session import ClientSession
 from client.options import Limits, Retry, Timeout
-from client.session import ClientSession
 
 T = MessageType  # the tests name little else
 SESSION = bytes([9]) * 16

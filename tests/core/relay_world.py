@@ -23,15 +23,15 @@ from broker.core.settings import CoreSettings
 from broker.protocol import codec
 from broker.protocol.limits import MAX_REQUEST_OCTETS
 from broker.protocol.messages import Kind, ModelInfo, Params, Request, TokensEvent
-from client import events as client_fact
+from client.core import events as client_fact
+from client.core.session import ClientSession
 from client.errors import BusError
 from client.options import Retry, Timeout
-from client.session import ClientSession
-from worker import events as worker_fact
-from worker import instructions as worker_order
+from worker.core import events as worker_fact
+from worker.core import instructions as worker_order
+from worker.core.session import Settings, WorkerCore
 from worker.engines.base import Capabilities
 from worker.relay import core as relay
-from worker.session import Settings, WorkerCore
 
 
 def token(seed: int, position: int) -> int:

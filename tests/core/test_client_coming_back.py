@@ -7,8 +7,8 @@ import pytest
 from broker.protocol import messages
 from broker.protocol.errors import ErrorInfo
 from broker.protocol.header import NO_ID
-from client import events
-from client.dialer import Link
+from client.core import events
+from client.core.dialer import Link
 from client.errors import ConnectTimeout
 from client.options import Retry, Timeout
 from tests.core.client_wire import SESSION, T, Wire, toks

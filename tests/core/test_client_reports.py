@@ -6,7 +6,7 @@ import pytest
 
 from broker.protocol import codec, messages
 from broker.protocol.errors import ErrorInfo
-from client.dialer import Link
+from client.core.dialer import Link
 from tests.core.client_wire import SESSION, T, Wire, failed, gone, over, toks
 
 

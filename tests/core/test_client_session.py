@@ -13,9 +13,10 @@ from broker.protocol import codec, header, messages
 from broker.protocol.errors import ErrorInfo
 from broker.protocol.header import NO_ID
 from broker.protocol.messages import EndEvent, FinishReason, OutputEvent, TokensEvent
-from client import errors, events
-from client.dialer import Link
-from client.events import End
+from client import errors
+from client.core import events
+from client.core.dialer import Link
+from client.core.events import End
 from client.options import Retry, Timeout
 from tests.core.client_wire import SESSION, T, Wire, failed, gone, over, rid, toks
 

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from broker.protocol.messages import TokensEvent
-from client import events
-from client.events import Item, Started
+from client.core import events
+from client.core.events import Item, Started
 from client.stream import AsyncInbox, StreamState
 
 ID = bytes(range(1, 17))

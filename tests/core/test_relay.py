@@ -6,10 +6,10 @@ import pytest
 
 from broker.protocol import codec
 from broker.protocol.messages import FinishReason, Kind, Params, Request, Resume
+from client.core.events import Answered, End, QueryMade
 from client.errors import BusError
-from client.events import Answered, End, QueryMade
 from tests.core.relay_world import Relay, TwoBuses, answer
-from worker import events as worker_fact
+from worker.core import events as worker_fact
 from worker.relay import core as relay
 from worker.relay import survey
 

@@ -17,7 +17,7 @@ from broker.protocol import codec
 from broker.protocol.header import MessageType
 from broker.protocol.messages import EndEvent, Request
 from tests.core.worker_world import Answer, Broker, World, request_id, serving
-from worker import events as fact
+from worker.core import events as fact
 
 STEPS = 250
 CAPACITY = 3

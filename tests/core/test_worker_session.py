@@ -18,8 +18,8 @@ from tests.core.worker_world import (
     serving,
     text_of,
 )
-from worker import events as fact
-from worker import requests as limits
+from worker.core import events as fact
+from worker.core import requests as limits
 
 # --- sessions -------------------------------------------------------------------------------------
 

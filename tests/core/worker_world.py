@@ -36,10 +36,10 @@ from broker.protocol.messages import (
     Welcome,
     Window,
 )
-from worker import events as fact
-from worker import instructions as order
+from worker.core import events as fact
+from worker.core import instructions as order
+from worker.core.session import Settings, WorkerCore
 from worker.engines.base import Capabilities
-from worker.session import Settings, WorkerCore
 
 MODEL = "demo"
 ROUTE = b"\x11" * 16

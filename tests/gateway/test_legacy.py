@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from broker.protocol.messages import TokenLogprob
-from client.gateway.legacy import _longer
-from client.gateway.legacy_input import turns_of
-from client.gateway.logprobs import text_logprobs
+from client.gateway.fastchat.bodies import turns_of
+from client.gateway.fastchat.routes import _longer
+from client.gateway.openai.logprobs import text_logprobs
 from tests.gateway.conftest import MODEL, GatewayProcess
 from tests.harness import wait_until
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from broker.protocol.messages import TokenLogprob, TopLogprob
-from client.events import Prompt
-from client.gateway.answers import TextChoice
-from client.gateway.generation import Delta, Prompted
-from client.gateway.logprobs import Places, text_logprobs
+from client.core.events import Prompt
+from client.gateway.openai.answers import TextChoice
+from client.gateway.openai.generation import Delta, Prompted
+from client.gateway.openai.logprobs import Places, text_logprobs
 
 
 def token(

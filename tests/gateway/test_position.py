@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 
 from broker.protocol.messages import FinishReason, Timings, TokenLogprob, TopLogprob, Usage
-from client.events import End
-from client.gateway import openai_chat, openai_completions
-from client.gateway.answers import ChatChoice
+from client.core.events import End
 from client.gateway.errors import GatewayError
-from client.gateway.generation import ChoiceEvent, Delta, Finish
-from client.gateway.position import Position
-from client.gateway.requests import ChatMessage, ChatRequest, CompletionRequest, StreamOptions
-from client.gateway.tools import ToolCallParser
+from client.gateway.openai import chat as openai_chat
+from client.gateway.openai import completions as openai_completions
+from client.gateway.openai.answers import ChatChoice
+from client.gateway.openai.bodies import ChatMessage, ChatRequest, CompletionRequest, StreamOptions
+from client.gateway.openai.generation import ChoiceEvent, Delta, Finish
+from client.gateway.openai.position import Position
+from client.gateway.openai.tools import ToolCallParser
 
 CALLS = (
     'Let me see.\n<tool_call>{"name": "f", "arguments": {"a": "b"}}</tool_call>\n'

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from openai.types.shared_params import Reasoning
 from typing_extensions import is_typeddict
 
-from client.gateway import requests, responses_input
 from client.gateway.errors import GatewayError
-from client.gateway.requests import (
+from client.gateway.openai import bodies as requests
+from client.gateway.openai import responses_body as responses_input
+from client.gateway.openai.bodies import (
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
@@ -31,7 +32,7 @@ from client.gateway.requests import (
     parse,
     texts_of,
 )
-from client.gateway.responses_input import ResponseRequest
+from client.gateway.openai.responses_body import ResponseRequest
 from tests.gateway.conftest import MODEL, GatewayProcess
 from tests.harness import PATIENCE_S
 

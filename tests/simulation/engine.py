@@ -11,7 +11,7 @@ from broker.protocol.limits import MAX_REQUEST_OCTETS
 from broker.protocol.messages import Kind, ModelInfo, Request
 from tests.simulation.answers import EMBEDDING, Answer
 from tests.simulation.world import Violation
-from worker import events as worker_fact
+from worker.core import events as worker_fact
 from worker.engines.base import Capabilities
 
 if TYPE_CHECKING:

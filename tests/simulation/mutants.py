@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import worker.credit
-import worker.requests
-import worker.streams
+import worker.core.credit
+import worker.core.requests
+import worker.core.streams
 from broker.core import admission, controller, membership, recovery, suspicion
 from broker.core.controller import BrokerCore
-from client.exchange import Exchange
-from client.session import ClientSession
+from client.core.exchange import Exchange
+from client.core.session import ClientSession
 from tests.simulation import plan as plans
 from tests.simulation.plan import FAULTS
 
@@ -79,9 +79,9 @@ def _rewritten(function: Any, right: str, wrong: str) -> Any:
     return made[function.__name__]
 
 
-_Requests = worker.requests.Requests
-_Stream = worker.streams.Stream
-_Pool = worker.credit.CreditPool
+_Requests = worker.core.requests.Requests
+_Stream = worker.core.streams.Stream
+_Pool = worker.core.credit.CreditPool
 
 MUTANTS = (
     # --- the client -------------------------------------------------------------------------------

@@ -29,15 +29,15 @@ from broker.protocol.messages import (
     TokensEvent,
     Window,
 )
-from client import events as client_fact
+from client.core import events as client_fact
+from client.core.session import ClientSession
 from client.errors import BusError
 from client.options import Limits, Retry, Timeout
-from client.session import ClientSession
 from tests.simulation.answers import EMBEDDING, Call
 from tests.simulation.engine import MODEL, SimEngine
 from tests.simulation.world import Party, Violation, Wire, World
-from worker import events as worker_fact
-from worker.instructions import (
+from worker.core import events as worker_fact
+from worker.core.instructions import (
     CloseSocket,
     EngineAdd,
     EngineCancel,
@@ -45,8 +45,8 @@ from worker.instructions import (
     OpenSocket,
     RestartEngine,
 )
-from worker.instructions import Send as WorkerSend
-from worker.session import Settings, WorkerCore
+from worker.core.instructions import Send as WorkerSend
+from worker.core.session import Settings, WorkerCore
 
 
 class SimBroker(Party):

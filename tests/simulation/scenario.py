@@ -11,7 +11,7 @@ from tests.simulation.answers import Answer, Call
 from tests.simulation.parties import SimBroker, SimClient, SimWorker
 from tests.simulation.plan import STORM_S, Ask, Fault, Plan
 from tests.simulation.world import Party, Violation, World
-from worker.events import StopRequested
+from worker.core.events import StopRequested
 
 MENDED_BOUND_S = 240.0
 """Everything that can be served is, this long after the last fault."""

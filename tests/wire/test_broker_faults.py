@@ -28,8 +28,8 @@ from broker.loop import SKIP_BATCH, BrokerLoop
 from broker.protocol import codec, header
 from broker.protocol.header import MessageType
 from broker.protocol.messages import Hello, TokensEvent, new_id
-from client.dealer import key_pair
 from client.errors import InvalidRequest
+from client.io.dealer import key_pair
 from client.options import Connection as ClientConnection
 from tests.harness import wait_until
 from tests.wire.broker_peers import (
@@ -41,7 +41,7 @@ from tests.wire.broker_peers import (
     running_broker,
     stream_works,
 )
-from worker.link import KeyFileError, Keys
+from worker.loop import KeyFileError, Keys
 
 
 @pytest.fixture

@@ -28,12 +28,12 @@ from broker.protocol.messages import (
     Usage,
 )
 from client import Retry, Timeout, calls
-from client.events import End, Started
+from client.core.events import End, Started
 from client.gateway.traces import HttpSpan
 from tests.gateway.conftest import running_gateway
 from tests.harness import Bus, ManagedProcess, wait_until
-from worker import events as fact
-from worker.traces import TracedEngine
+from worker.core import events as fact
+from worker.process.traces import TracedEngine
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 TRACE_ID = 0x0AF7651916CD43DD8448EB211C80319C

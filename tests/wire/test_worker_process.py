@@ -402,7 +402,7 @@ def test_a_wrong_option_gets_one_clear_line(arguments: list[str], words: str) ->
 
 def test_the_link_imports_neither_torch_nor_anything_of_the_engines() -> None:
     code = (
-        "import sys, worker.link, worker.__main__, worker.supervisor;"
+        "import sys, worker.loop, worker.__main__, worker.process.supervisor;"
         "print([m for m in ('torch', 'transformers', 'numpy', 'worker.engines.echo')"
         " if m in sys.modules])"
     )

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from worker import events as fact
+from worker.core import events as fact
 from worker.engines.base import EngineOptions
-from worker.supervisor import Supervisor
-from worker.transport import Pipe, PipeClosed
+from worker.process.pipe import Pipe, PipeClosed
+from worker.process.supervisor import Supervisor
 
 
 @pytest.fixture

@@ -25,10 +25,10 @@ from broker.protocol import logs
 from broker.protocol.limits import ID_OCTETS
 from client.options import Connection
 from worker import config as options
-from worker.link import KeyFileError, Keys, Link
+from worker.core.session import Settings, WorkerCore
+from worker.loop import KeyFileError, Keys, Link
 from worker.relay.core import RelayCore, RelaySettings
 from worker.relay.port import LowerBus
-from worker.session import Settings, WorkerCore
 
 log = logging.getLogger("worker.relay")
 

@@ -31,12 +31,12 @@ from broker.protocol.messages import (
     TokensEvent,
     Usage,
 )
-from client import events as below
+from client.core import events as below
 from client.errors import BusError
 from client.options import Retry, Timeout
-from worker import events as above
+from worker.core import events as above
+from worker.core.instructions import Log
 from worker.engines.base import Capabilities, Ended, Failed, PromptFacts, Tokens
-from worker.instructions import Log
 from worker.relay.survey import Survey, SurveyError, read
 
 ASK_S: Final = 1.0

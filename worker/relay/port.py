@@ -15,13 +15,13 @@ import threading
 import time
 from collections import deque
 
-from client import events as below
+from client.core import events as below
+from client.core.events import Item
 from client.errors import BusError
-from client.events import Item
+from client.io.thread import Transport
 from client.options import Connection
-from client.transport import Transport
-from worker import events as above
-from worker.instructions import Log
+from worker.core import events as above
+from worker.core.instructions import Log
 from worker.relay import core as relay
 from worker.relay.core import Ask, RelayCore, Report
 
@@ -79,7 +79,7 @@ class _Sink:
 
 
 class LowerBus:
-    """What the link takes for its engine (`worker.link.EngineSide`)."""
+    """What the link takes for its engine (`worker.loop.EngineSide`)."""
 
     def __init__(
         self, core: RelayCore, connection: Connection, software: str, life_fd: int | None = None

@@ -1,0 +1,297 @@
+"""One request as its client owns it: what was asked, what has arrived, which limit passes when.
+
+It is enough to continue the stream anywhere (SPEC.md section 6.4). Knows no session and no socket;
+`session` decides what happens.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from enum import Enum
+from typing import Final
+
+import msgspec
+
+from broker.protocol.errors import ErrorCode, ErrorInfo
+from broker.protocol.messages import BusLimits, Request, Resume, TokensEvent
+from client import errors
+from client.core.events import RequestMade
+from client.errors import DeadlineExceeded
+
+WIRE_GRACE_S: Final = 1.0
+"""What broker and worker are told beyond our own limits: the caller reads our exact exception,
+and they still clean up after a client that is gone."""
+
+
+EPOCH_STEP_BITS: Final = 36
+"""Of the random part of the step from one epoch to the next. The step is 2**36 at least, which
+leaves a relay room for epochs of its own between two of ours; after a thousand steps the epoch
+still has 47 bits."""
+
+
+class Phase(Enum):
+    """Where a request is."""
+
+    #: Here, until there is a session and room in it.
+    HELD = "held"
+    #: Here, until a recovery's back-off is over.
+    BACKING_OFF = "backing off"
+    #: At the broker.
+    QUEUED = "queued"
+    #: At a worker.
+    RUNNING = "running"
+
+
+class Acceptance(Enum):
+    """How a TOKENS event fits what has arrived."""
+
+    NEXT = "next"
+    REPEATED = "repeated"
+    #: Something before it is missing, or it overlaps by half: only a RESUME tells exactly.
+    GAP = "gap"
+
+
+NEXT: Final = Acceptance.NEXT
+"""Bound once: looking into an enumeration takes longer than a token may."""
+
+
+class Exchange:
+    """One open request."""
+
+    __slots__ = (
+        "attachments",
+        "epoch",
+        "epochs",
+        "failures",
+        "first_token_s",
+        "heard_s",
+        "held_s",
+        "holder",
+        "id",
+        "lost_alone",
+        "lost_workers",
+        "made_s",
+        "phase",
+        "phase_since_s",
+        "position",
+        "prompt_seen",
+        "request",
+        "resumed",
+        "retry",
+        "retry_at_s",
+        "route",
+        "scheduled_s",
+        "sent_before",
+        "taken",
+        "text_characters",
+        "timeout",
+        "token_ids",
+        "window_limit",
+        "window_tokens",
+        "worker",
+    )
+
+    def __init__(self, made: RequestMade, now_s: float) -> None:
+        self.id = made.request_id
+        self.request = made.request
+        self.attachments = made.attachments
+        self.timeout = made.timeout
+        self.retry = made.retry
+        self.window_tokens = made.window_tokens
+
+        self.phase = Phase.HELD
+        self.made_s = now_s
+        #: Since when it waits here for a session.
+        self.held_s = now_s
+        self.phase_since_s = now_s
+        self.retry_at_s = math.inf
+        #: Due time of its entry in the session's heap.
+        self.scheduled_s = math.inf
+
+        #: A REQUEST left already: from now on only RESUME is right.
+        self.sent_before = False
+        self.epoch = 0
+        #: All that it has had: an event of any other was never asked for.
+        self.epochs = {0}
+        #: Recoveries since the last token.
+        self.failures = 0
+        self.resumed = 0
+        self.lost_workers: list[str] = []
+        #: Those of them that ran nothing else.
+        self.lost_alone: list[str] = []
+        self.worker = ""
+        #: The worker that ran it last, as long as nobody said that it does not have it any more.
+        self.holder = ""
+        self.position = 0
+        #: Header id of OUTPUT from that worker; None: not told.
+        self.route: bytes | None = None
+
+        self.token_ids: list[int] = []
+        self.text_characters = 0
+        self.prompt_seen = False
+        self.first_token_s: float | None = None
+        #: Last event of this run at this worker; None before the first.
+        self.heard_s: float | None = None
+        #: Tokens that the application has read, and the WINDOW that it was last given.
+        self.taken = 0
+        self.window_limit = 0
+        if made.resume is not None:
+            self.sent_before = True
+            self.epoch = made.resume.epoch - 1
+            self.token_ids = list(made.resume.token_ids)
+            self.text_characters = made.resume.text_characters
+            self.prompt_seen = made.resume.prompt_seen
+
+    # --- sending ---
+
+    def body(self, window_tokens: int, now_s: float, generator: random.Random) -> Request:
+        """The REQUEST, or the RESUME once it was sent before. Enters the next epoch, which a worker
+        that lost the request cannot guess."""
+        if self.sent_before:
+            self.epoch += (1 << EPOCH_STEP_BITS) + generator.getrandbits(EPOCH_STEP_BITS)
+            self.epochs.add(self.epoch)
+        self.sent_before = True
+        self.route = None
+        self.window_limit = max(self.taken, len(self.token_ids)) + window_tokens
+        resume = None
+        if self.epoch:
+            resume = Resume(
+                epoch=self.epoch,
+                token_ids=self.token_ids,
+                text_characters=self.text_characters,
+                prompt_seen=self.prompt_seen,
+                lost_workers=self.lost_workers,
+                lost_alone=self.lost_alone,
+                holder=self.holder,
+            )
+        return msgspec.structs.replace(
+            self.request,
+            window=self.window_limit,
+            resume=resume,
+            queue_ms=_wire_ms(self.timeout.queue),
+            ttl_ms=_wire_ms(self._total_due_s() - now_s),
+        )
+
+    def beyond(self, bounds: BusLimits, body_bytes: int) -> ErrorInfo | None:
+        """What of the request the broker would not take: told here, before ZeroMQ cuts us off."""
+        sizes = [len(octets) for octets in self.attachments]
+        for what, size, limit in (
+            ("the request without its pictures", body_bytes, bounds.request_bytes),
+            ("the largest picture", max(sizes, default=0), bounds.attachment_bytes),
+            ("all pictures together", sum(sizes), bounds.attachments_bytes),
+        ):
+            if size > limit:
+                return ErrorInfo(
+                    code=ErrorCode.TOO_LARGE.value,
+                    message=f"{what}: {size} octets; this broker takes {limit}. Send less",
+                    details={"size_bytes": size, "limit_bytes": limit},
+                )
+        if len(sizes) > bounds.attachments:
+            return ErrorInfo(
+                code=ErrorCode.TOO_LARGE.value,
+                message=f"{len(sizes)} pictures; this broker takes {bounds.attachments} at a time",
+                details={"count": len(sizes), "limit": bounds.attachments},
+            )
+        return None
+
+    @property
+    def backoff_ceiling_s(self) -> float:
+        """Longest wait before the coming recovery; the wait itself is drawn below it."""
+        doubled_s = self.retry.backoff_first * 2.0 ** min(self.failures - 1, 32)
+        return min(doubled_s, self.retry.backoff_longest)
+
+    def enter(self, phase: Phase, now_s: float) -> None:
+        """Go to another phase."""
+        self.phase = phase
+        self.phase_since_s = now_s
+        self.heard_s = None
+        if phase is Phase.HELD:
+            self.held_s = now_s
+
+    # --- receiving ---
+
+    def accept(self, event: TokensEvent, now_s: float) -> Acceptance:
+        """Take a TOKENS event of the current epoch in, if it is the next."""
+        have = len(self.token_ids)
+        if event.offset != have:
+            repeated = event.offset + len(event.token_ids) <= have and event.offset < have
+            return Acceptance.REPEATED if repeated else Acceptance.GAP
+        self.token_ids += event.token_ids
+        self.text_characters += len(event.text)
+        self.failures = 0
+        self.heard_s = now_s
+        if self.first_token_s is None:
+            self.first_token_s = now_s - self.made_s
+        return NEXT
+
+    # --- time ---
+
+    def due_s(self, ready: bool) -> float:
+        """When the next limit passes; `ready` says whether there is a session."""
+        return min(self._total_due_s(), self.phase_due_s(ready))
+
+    def phase_due_s(self, ready: bool) -> float:
+        """When the limit of the present phase passes."""
+        limits = self.timeout
+        match self.phase:
+            case Phase.HELD:
+                if self.sent_before and not ready:
+                    return self.held_s + self.retry.reconnect
+                if not ready or not self.request.model:
+                    return _after(self.held_s, limits.connect)
+                return _after(self.held_s, limits.queue)
+            case Phase.BACKING_OFF:
+                return self.retry_at_s
+            case Phase.QUEUED:
+                return _after(self.phase_since_s, limits.queue)
+            case Phase.RUNNING:
+                if len(self.token_ids) >= self.window_limit:
+                    return math.inf  # the worker may not send: the application has to read
+                if self.heard_s is None:
+                    return _after(self.phase_since_s, limits.first_token)
+                return _after(self.heard_s, limits.between_tokens)
+
+    def _total_due_s(self) -> float:
+        return _after(self.made_s, self.timeout.total)
+
+    def overdue(self, now_s: float) -> tuple[type[DeadlineExceeded], str]:
+        """The exception and the words for the limit that has passed, the session being there."""
+        limits = self.timeout
+        if now_s >= self._total_due_s():
+            advice = "Ask for fewer tokens or more time"
+            if self.phase is not Phase.RUNNING:
+                advice = "No worker has it: `python -m client workers` shows whether one is free"
+            return (
+                errors.TotalTimeout,
+                f"no complete answer within {limits.total:g} s (Timeout.total); "
+                f"{len(self.token_ids)} tokens had arrived. {advice}",
+            )
+        if self.phase is Phase.RUNNING and self.heard_s is None:
+            return (
+                errors.FirstTokenTimeout,
+                f"worker {self.worker!r} took the request and sent nothing within "
+                f"{limits.first_token:g} s (Timeout.first_token); is its prompt very long, "
+                "or the worker stalled? `python -m client workers` shows it",
+            )
+        if self.phase is Phase.RUNNING:
+            return (
+                errors.TokenTimeout,
+                f"worker {self.worker!r} sent no token for {limits.between_tokens:g} s "
+                f"(Timeout.between_tokens) after {len(self.token_ids)} tokens",
+            )
+        return (
+            errors.QueueTimeout,
+            f"no worker took the request within {limits.queue:g} s (Timeout.queue); it was number "
+            f"{self.position} in the queue. Wait longer, or start another worker",
+        )
+
+
+def _after(start_s: float, limit_s: float | None) -> float:
+    return math.inf if limit_s is None else start_s + limit_s
+
+
+def _wire_ms(limit_s: float | None) -> int | None:
+    if limit_s is None or math.isinf(limit_s):
+        return None
+    return max(0, math.ceil((limit_s + WIRE_GRACE_S) * 1000))

@@ -1,0 +1,138 @@
+"""Queries to the broker itself, and their answers (SPEC.md section 10), sans-IO.
+
+A part of `session`, which owns the connection, the timers and the way to the caller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from broker.protocol import messages
+from broker.protocol.errors import ErrorCode, ErrorInfo
+from broker.protocol.header import MessageType
+from client.core import events
+from client.core.dialer import Dialer
+from client.core.events import Item
+from client.errors import BusError, error_from
+
+ANSWER_S: Final = 30.0
+"""Longest wait for the broker's own answer, where the caller gives no total limit."""
+
+REPEATABLE_VERBS: Final = frozenset(
+    f"bus.{name}"
+    for name in ("version", "models", "workers", "clients", "stats", "metrics", "requests")
+)
+"""Asking twice does no harm, so these survive a lost session."""
+
+
+@dataclass(slots=True)
+class _Question:
+    made: events.QueryMade
+    made_s: float
+    due_s: float
+    #: While no broker answers, it fails at this time.
+    connect_due_s: float
+    sent: bool = False
+
+    @property
+    def next_due_s(self) -> float:
+        return self.due_s if self.sent else min(self.due_s, self.connect_due_s)
+
+
+class Questions:
+    """The open queries of a session."""
+
+    def __init__(
+        self,
+        dialer: Dialer,
+        answer: Callable[[bytes, Item], None],
+        timer: Callable[[float, bytes], None],
+        no_broker: Callable[[float], BusError],
+    ) -> None:
+        self._dialer = dialer
+        self._answer = answer
+        self._timer = timer
+        self._no_broker = no_broker
+        self._open: dict[bytes, _Question] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __contains__(self, query_id: bytes) -> bool:
+        return query_id in self._open
+
+    def made(self, fact: events.QueryMade) -> None:
+        """The application asks; sent at once if there is a session."""
+        now_s = self._dialer.now_s
+        question = _Question(
+            fact,
+            now_s,
+            now_s + (fact.timeout.total or ANSWER_S),
+            now_s + _limit(fact.timeout.connect),
+        )
+        self._open[fact.query_id] = question
+        self._timer(question.next_due_s, fact.query_id)
+        if self._dialer.has_session:
+            self._send(question)
+
+    def session_began(self) -> None:
+        """Ask what is open."""
+        for question in self._open.values():
+            self._send(question)
+
+    def session_over(self, error: ErrorInfo) -> None:
+        """Keep what may be asked again; whether the rest was done, nobody knows."""
+        for query_id, question in list(self._open.items()):
+            if not question.sent or question.made.verb in REPEATABLE_VERBS:
+                question.sent = False
+                limit_s = _limit(question.made.timeout.connect)
+                question.connect_due_s = self._dialer.now_s + limit_s
+                self._timer(question.next_due_s, query_id)
+            else:
+                self._end(query_id, error_from(error))
+
+    def answered(self, query_id: bytes, answer: messages.Answer) -> None:
+        """The broker answers; a late answer to nobody is dropped."""
+        if query_id in self._open:
+            result = events.Answered(answer.result)
+            self._end(query_id, error_from(answer.error) if answer.error else result)
+
+    def due(self, query_id: bytes) -> None:
+        """A timer of this query fired."""
+        question = self._open[query_id]
+        now_s = self._dialer.now_s
+        if not question.sent and now_s >= question.connect_due_s:
+            self._end(query_id, self._no_broker(question.made.timeout.connect or 0.0))
+        elif now_s >= question.due_s and not question.sent:
+            self._end(query_id, self._no_broker(now_s - question.made_s))
+        elif now_s >= question.due_s:
+            story = f"the broker did not answer {question.made.verb} in time; ask again"
+            info = ErrorInfo(code=ErrorCode.DEADLINE_EXCEEDED.value, message=story)
+            self._end(query_id, error_from(info))
+        else:
+            self._timer(question.next_due_s, query_id)
+
+    def forget(self, query_id: bytes) -> None:
+        """Nobody waits for it any more."""
+        self._open.pop(query_id, None)
+
+    def fail_all(self, error: BusError) -> None:
+        """End them all."""
+        for query_id in list(self._open):
+            self._end(query_id, error)
+
+    def _send(self, question: _Question) -> None:
+        question.sent = True
+        query = messages.Query(verb=question.made.verb, args=question.made.args)
+        self._dialer.send_body(MessageType.QUERY, question.made.query_id, query)
+
+    def _end(self, query_id: bytes, item: Item) -> None:
+        del self._open[query_id]
+        self._answer(query_id, item)
+
+
+def _limit(limit_s: float | None) -> float:
+    return math.inf if limit_s is None else limit_s

@@ -1,0 +1,437 @@
+"""One HTTP request on its way through the gateway: who asks, what it may, what became of it.
+
+`Endpoint` wraps every handler that reaches the bus: it finds the key, admits the request, reads the
+body under the limit, turns failures into answers, and accounts for the outcome once the last octet
+was sent. Holds no knowledge of any API.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import datetime
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
+
+import msgspec
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
+
+from broker.protocol.errors import ErrorCode
+from broker.protocol.limits import MAX_NAME_OCTETS
+from broker.protocol.tracing import TRACE_KEYS
+from client import AsyncStream, Embeddings
+from client import calls as bus_calls
+from client.gateway.bodies import LARGE_BYTES, aside, read_in_steps
+from client.gateway.errors import GatewayError, describe, error_response, invalid, too_large
+from client.gateway.ids import REQUEST_ID_HEADER, request_id_of
+from client.gateway.keys import ANYBODY, Key, Usage
+from client.gateway.openai.bodies import parse
+from client.gateway.openai.convert import Call
+from client.gateway.openai.generation import RETRY, Batches, generate
+from client.gateway.sse import STATUS_LEFT, EventStream, Source
+from client.gateway.traces import HttpSpan
+
+if TYPE_CHECKING:
+    from client.gateway.state import Gateway
+
+__all__ = ["Endpoint", "Handler", "Visit", "presented_key", "route"]
+
+log = logging.getLogger("tokenbus.gateway")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+#: As many requests of the bus are named in a header and in a line of the log.
+NAMED_REQUESTS: Final = 128
+
+#: The server cancels what still runs at the end of its grace.
+STOPPING: Final = GatewayError(
+    ErrorCode.DRAINING, "This gateway is being stopped; send the request again.", retryable=True
+)
+
+BUS_REQUESTS_HEADER = "x-bus-requests"
+REATTACH_HEADER = "x-reattach"
+
+
+@dataclass(slots=True)
+class Visit:
+    """What handlers know of the request beside its body."""
+
+    gateway: Gateway
+    request: Request
+    #: As the client gave it, or made here; in the answer's headers, logs and errors.
+    request_id: str
+    key: Key
+    #: For the log and the metrics; handlers fill them in.
+    model: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    #: As the logs of broker and workers show the requests that this one became.
+    bus_requests: list[str] = field(default_factory=list)
+    #: The key's account, while this request counts in it.
+    account: Usage | None = None
+    #: Of this request; None where traces are off.
+    span: HttpSpan | None = None
+    #: The body as it was read, while a peer may have to be asked with it.
+    octets: bytes = b""
+    #: Of the body.
+    size_bytes: int = 0
+    #: Of the memory for bodies.
+    held_bytes: int = 0
+    #: What went wrong, for the log.
+    failure: GatewayError | None = None
+    #: An answer that may outlive this request ends the visit in its stead.
+    handed_over: bool = False
+    started_s: float = field(default_factory=time.monotonic)
+    first_token_s: float | None = None
+
+    @property
+    def bus_names(self) -> str:
+        """The first of `bus_requests`: clients take no header of any length."""
+        return ",".join(self.bus_requests[:NAMED_REQUESTS])
+
+    def share(self, user: str | None) -> str:
+        """Whose fair share of a model a bus request takes; `user` is the body's field."""
+        if not self.key.name:
+            who = user or (self.request.client.host if self.request.client else "")
+        elif self.key.many_users and user:
+            who = f"{self.key.name}/{user}"
+        else:
+            # Else one key could take many shares by inventing users.
+            who = self.key.name
+        return who.encode()[:MAX_NAME_OCTETS].decode(errors="ignore")
+
+    def check(self, model: str, priority: int) -> None:
+        """The key may use this model at this priority; raises GatewayError(forbidden)."""
+        self.model = model
+        if not self.key.may_use(model):
+            raise GatewayError(
+                ErrorCode.FORBIDDEN,
+                f"Key {self.key.name!r} may not use model {model!r}.",
+                param="model",
+            )
+        if priority > self.key.max_priority:
+            raise GatewayError(
+                ErrorCode.FORBIDDEN,
+                f"Key {self.key.name!r} may ask for a priority of at most {self.key.max_priority}.",
+                param="priority",
+            )
+
+    def check_operator(self) -> None:
+        """The key is an operator's; raises GatewayError(forbidden)."""
+        if not self.key.operator:
+            raise GatewayError(
+                ErrorCode.FORBIDDEN, f"Key {self.key.name!r} is not an operator's key."
+            )
+
+    def remember(self, error: GatewayError) -> None:
+        """Keep a failure for the log and the operator's view; a client that left is none there."""
+        self.failure = error
+        if error.info.code == ErrorCode.CANCELLED:
+            return
+        self.gateway.errors.append(
+            {
+                "at_ms": round(time.time() * 1000),
+                "request": self.request_id,
+                "bus": self.bus_requests,
+                "path": self.request.url.path,
+                "key": self.key.name,
+                "model": self.model,
+                "code": error.info.code,
+                "message": error.info.message,
+            }
+        )
+
+    def generate(
+        self,
+        calls: Sequence[Call],
+        *,
+        prompt_field: str | None = None,
+        has_enough: Callable[[int], bool] = lambda choice: False,
+    ) -> Batches:
+        """Run requests of the bus for this one; see `generation.generate`."""
+        trace = self._trace()
+        spans = []
+        if self.span is not None:
+            spans = [self.span.bus_request(call.request.kind, call.request.model) for call in calls]
+        traces = [{**trace, **span.trace} for span in spans] or [trace] * len(calls)
+        return generate(
+            self.gateway.bus,
+            [
+                replace(call, request=msgspec.structs.replace(call.request, trace=one))
+                for call, one in zip(calls, traces, strict=True)
+            ],
+            self._opened,
+            spans=spans,
+            prompt_field=prompt_field,
+            has_enough=has_enough,
+        )
+
+    async def embed(
+        self, inputs: str | Sequence[str | list[int]], model: str, **options: Any
+    ) -> Embeddings:
+        """Vectors of the inputs; the bus's requests stand under this one's id and span."""
+        bus, trace = self.gateway.bus, self._trace()
+
+        async def embed(trace: dict[str, str]) -> Embeddings:
+            given = {"retry": RETRY, "trace": trace, **options}
+            return await bus.embeddings_of(
+                await self.aside(bus_calls.embed, bus.defaults, model, inputs, given)
+            )
+
+        if self.span is None:
+            made = await embed(trace)
+        else:
+            with self.span.embedding(model) as span:
+                made = await embed({**trace, **span.trace})
+                span.made(made.worker, made.usage.prompt_tokens)
+        self.prompt_tokens = made.usage.prompt_tokens
+        return made
+
+    def _trace(self) -> dict[str, str]:
+        """What goes with every request of the bus that this one becomes."""
+        headers = self.request.headers
+        trace = {name: headers[name] for name in TRACE_KEYS if name in headers}
+        return {**trace, REQUEST_ID_HEADER: self.request_id}
+
+    def hand_over(self) -> Callable[[], None]:
+        """The visit lasts until the function returned is called, not only to the answer's end."""
+        self.handed_over = True
+        return self.close
+
+    def close(self) -> None:
+        """What was asked for is over: the key's account and the figures are told."""
+        self.gateway.metrics.answered(self)
+        self.gateway.release_body(self.held_bytes)
+        if self.account is not None:
+            self.account.finished()
+
+    def _opened(self, stream: AsyncStream) -> None:
+        self.bus_requests.append(stream.request_id)
+
+    def saw_token(self) -> None:
+        """The first token is on its way out."""
+        if self.first_token_s is None:
+            self.first_token_s = time.monotonic() - self.started_s
+
+    @property
+    def reattach_s(self) -> float | None:
+        """How long the answer shall outlive a lost connection; None: not at all."""
+        asked = self.request.headers.get(REATTACH_HEADER)
+        if asked is None:
+            return None
+        try:
+            seconds = float(asked)
+        except ValueError:
+            seconds = -1.0
+        if not 0 < seconds < 1e9:
+            raise invalid(REATTACH_HEADER, f"The header `{REATTACH_HEADER}` holds seconds above 0.")
+        return min(seconds, self.gateway.config.reattach_s)
+
+    @property
+    def last_event_id(self) -> str | None:
+        """Where a reader stopped that lost its connection."""
+        return self.request.headers.get("last-event-id")
+
+    def stream(
+        self,
+        source: Source,
+        on_error: Callable[[GatewayError], list[bytes]],
+        headers: dict[str, str] | None = None,
+    ) -> EventStream:
+        """The HTTP answer that sends the events of `source`."""
+        return EventStream(
+            source,
+            on_error=on_error,
+            request_id=self.request_id,
+            keep_alive_s=self.gateway.config.keep_alive_s,
+            headers=headers,
+        )
+
+    async def body(self) -> bytes:
+        """The JSON body; raises GatewayError for another media type or one beyond the limit.
+
+        Another media type is refused because a browser sends it across origins without asking.
+        """
+        media_type = self.request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != "application/json" and not media_type.endswith("+json"):
+            raise invalid(None, "Send the body as JSON, with `content-type: application/json`.")
+        if self.request.headers.get("content-encoding", "identity").lower() != "identity":
+            raise invalid(None, "Send the body as it is, without `content-encoding`.")
+        limit = self.gateway.config.body_bytes
+        announced = self.request.headers.get("content-length", "")
+        if announced.isdecimal() and int(announced[:19]) > limit:
+            raise too_large(None, f"The body is beyond the {limit} bytes of this gateway.")
+        chunks: list[bytes] = []
+        try:
+            async for chunk in self.request.stream():
+                chunks.append(chunk)
+                self.size_bytes += len(chunk)
+                if self.size_bytes > limit:
+                    raise too_large(None, f"The body is beyond the {limit} bytes of this gateway.")
+                self.gateway.hold_body(len(chunk))
+                self.held_bytes += len(chunk)
+        except ClientDisconnect:
+            raise GatewayError(ErrorCode.CANCELLED, "The HTTP client went away.") from None
+        octets = b"".join(chunks)
+        if self.gateway.config.peers:
+            self.octets = octets
+        return octets
+
+    async def read(self, kind: type[T]) -> T:
+        """The JSON body as a `kind`; raises GatewayError that names the field at fault. A large one
+        is read in another thread."""
+        return await self.decoded(kind, await self.body())
+
+    async def decoded(self, kind: type[T], octets: bytes) -> T:
+        """As `read`, of a body that is here."""
+        return await self.aside(read_in_steps, octets, partial(parse, kind))
+
+    @property
+    def is_large(self) -> bool:
+        """Work with all of the body is done in another thread."""
+        return self.size_bytes >= LARGE_BYTES
+
+    async def aside(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """The outcome of work whose length is that of the body: in another thread where that is
+        large, so that no stream waits for it."""
+        return await aside(self.size_bytes, work, *args, **kwargs)
+
+
+#: In a path, how one of its parameters is written: of no interest in logs and figures.
+_CONVERTOR: Final = re.compile(r":\w+}")
+
+Handler = Callable[[Visit], Awaitable[Response]]
+
+
+def presented_key(headers: Headers) -> str | None:
+    """The API key of a request: a bearer token, or the password of basic authentication.
+
+    The latter is what a program sends whose only setting is an address: http://any:KEY@host.
+    """
+    scheme, _, rest = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return rest.strip() or None
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(rest).decode().partition(":")[2] or None
+        except (binascii.Error, UnicodeDecodeError):
+            return None
+    return headers.get("x-api-key")
+
+
+def route(
+    path: str,
+    handler: Handler,
+    method: str = "GET",
+    *,
+    counted: bool = False,
+    public: bool = False,
+) -> Route:
+    """A path that reaches the bus.
+
+    `counted`: it takes one of the key's requests. `public`: it needs no key.
+    """
+    shown = _CONVERTOR.sub("}", path)
+    endpoint = Endpoint(shown, handler, counted=counted, public=public)
+    return Route(path, endpoint, methods=[method])
+
+
+class Endpoint:
+    """An ASGI application around a handler; see `route`. `path` names it in logs and figures."""
+
+    def __init__(self, path: str, handler: Handler, *, counted: bool, public: bool) -> None:
+        self._path = path
+        self._handler = handler
+        self._counted = counted
+        self._public = public
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gateway: Gateway = scope["app"].state.gateway
+        request = Request(scope, receive)
+        request_id = request_id_of(scope)
+        visit = Visit(gateway, request, request_id, ANYBODY)
+        if gateway.tracer is not None and self._counted:
+            visit.span = HttpSpan(
+                gateway.tracer, request.method, self._path, request.headers, request_id
+            )
+        outcome, begun = 500, False
+
+        # Not a coroutine of its own: most of its calls are parts of a body, passed on as they are.
+        def tell(message: Message) -> Awaitable[None]:
+            nonlocal outcome, begun
+            if message["type"] == "http.response.start":
+                begun = True
+                outcome = message["status"]
+                if visit.bus_requests:
+                    MutableHeaders(scope=message)[BUS_REQUESTS_HEADER] = visit.bus_names
+            return send(message)
+
+        try:
+            if gateway.keys is not None and not self._public:
+                today = datetime.datetime.now(datetime.UTC).date()
+                visit.key = gateway.keys.find(presented_key(request.headers), today)
+                if self._counted:
+                    account = gateway.keys.usage(visit.key)
+                    account.admit(visit.key, time.monotonic())
+                    visit.account = account
+            gateway.metrics.started()
+            try:
+                response = await self._handler(visit)
+                await response(scope, receive, tell)
+                if isinstance(response, EventStream):
+                    outcome = response.outcome
+                    if response.failure is not None:
+                        visit.remember(response.failure)
+            finally:
+                gateway.metrics.ended()
+        except (Exception, asyncio.CancelledError) as error:
+            told = STOPPING if isinstance(error, asyncio.CancelledError) else describe(error)
+            visit.remember(told)
+            outcome = told.status
+            # An answer that has begun is left incomplete: the server breaks the connection off, and
+            # the reader knows that there was more to come.
+            if not begun:
+                await error_response(told, request_id)(scope, receive, tell)
+        finally:
+            self._account(visit, outcome)
+            if visit.span is not None:
+                visit.span.end(outcome)
+            if not visit.handed_over:
+                visit.close()
+
+    def _account(self, visit: Visit, outcome: int) -> None:
+        total_s = time.monotonic() - visit.started_s
+        code = "cancelled" if outcome == STATUS_LEFT else "-"
+        if visit.failure is not None:
+            code = visit.failure.info.code
+        visit.gateway.metrics.observe(self._path, outcome, total_s)
+        # A balancer that asks whether the gateway is ready is no failure of it.
+        failed = outcome >= 500 and visit.failure is not None
+        if self._counted or failed:
+            fields: dict[str, Any] = {
+                "id": visit.request_id,
+                "bus": visit.bus_names or "-",
+                "path": self._path,
+                "key": visit.key.name or "-",
+                "model": visit.model or "-",
+                "status": outcome,
+                "prompt": visit.prompt_tokens,
+                "completion": visit.completion_tokens,
+                "ms": round(total_s * 1000),
+                "code": code,
+            }
+            if visit.failure is not None and visit.failure.param:
+                fields["param"] = visit.failure.param[:80]
+            level = logging.WARNING if failed else logging.INFO
+            log.log(level, "request", extra={"fields": fields})

@@ -1,0 +1,81 @@
+"""What FastChat's API server answers beside OpenAI's paths: its token check, and its older names.
+
+The OpenAI paths themselves are the `openai_*` modules'.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from client.gateway.context import Visit, route
+from client.gateway.openai.bodies import EmbeddingRequest
+from client.gateway.openai.chat import chat_completions
+from client.gateway.openai.embeddings import embed
+from client.gateway.openai.generation import RETRY
+from client.gateway.openai.models import find_model, visible_models
+
+__all__ = ["context_tokens", "legacy_api_routes"]
+
+#: What FastChat assumes where a model does not say.
+ASSUMED_CONTEXT_TOKENS = 2048
+
+
+class TokenCheckItem(Struct, kw_only=True):
+    """A prompt and the answer wanted for it."""
+
+    model: str
+    prompt: str
+    max_tokens: Annotated[int, Meta(ge=0)]
+
+
+class TokenCheckBody(Struct, kw_only=True):
+    """Body of `/api/v1/token_check`."""
+
+    prompts: Annotated[list[TokenCheckItem], Meta(max_length=1000)]
+
+
+class _EngineInput(EmbeddingRequest, kw_only=True):
+    """Body of `/v1/engines/MODEL/embeddings`, where the path names the model."""
+
+    model: str = ""
+
+
+def context_tokens(model: dict[str, Any]) -> int:
+    """Of a model as `bus.models` describes it."""
+    return model.get("context_tokens") or ASSUMED_CONTEXT_TOKENS
+
+
+async def _token_check(visit: Visit) -> Response:
+    body = await visit.read(TokenCheckBody)
+    models = await visible_models(visit)
+    told = []
+    for item in body.prompts:
+        visit.check(item.model, 0)
+        context = context_tokens(find_model(models, item.model))
+        count = await visit.gateway.bus.count(
+            item.prompt, model=item.model, user=visit.share(None), retry=RETRY
+        )
+        fits = count + item.max_tokens <= context
+        told.append({"fits": fits, "tokenCount": count, "contextLength": context})
+    return JSONResponse({"prompts": told})
+
+
+async def _engine_embeddings(visit: Visit) -> Response:
+    """The model stands in the path, as in the first version of OpenAI's API."""
+    body = await visit.read(_EngineInput)
+    model = visit.request.path_params["model"]
+    return await embed(visit, msgspec.structs.replace(body, model=model))
+
+
+def legacy_api_routes() -> list[Route]:
+    """The paths that only FastChat's API server has."""
+    return [
+        route("/api/v1/token_check", _token_check, "POST", counted=True),
+        route("/api/v1/chat/completions", chat_completions, "POST", counted=True),
+        route("/v1/engines/{model:path}/embeddings", _engine_embeddings, "POST", counted=True),
+    ]

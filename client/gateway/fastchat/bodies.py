@@ -1,0 +1,350 @@
+"""Bodies of the older HTTP API, FastChat's, LLaVA's and InternVL's, as requests of the bus.
+
+Which family asks, and what its fields mean; `legacy` answers. Knows no shape of an answer.
+
+FastChat's API server makes a prompt from a template that it asks the worker for. It gets one whose
+turns are marked with words that no model uses; a prompt with those marks is turned back into
+messages, so that the model's own chat template is applied and never guessed from a name. The marks
+of each template hold a random key, so that nobody who writes a turn can write them. A prompt begins
+with a mark, which only the template can have written: its key is the one that counts, and nothing
+has to be remembered, by this gateway or another.
+"""
+
+from __future__ import annotations
+
+import binascii
+import re
+import secrets
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from broker.protocol.limits import DEFAULT_WINDOW_TOKENS, MAX_ATTACHMENTS
+from broker.protocol.messages import (
+    Attachment,
+    ImagePart,
+    Kind,
+    Message,
+    Params,
+    Part,
+    Request,
+    TextPart,
+)
+from client.gateway.bodies import from_base64
+from client.gateway.context import Visit
+from client.gateway.errors import invalid, too_large
+from client.gateway.openai.answers import pick_seed
+from client.gateway.openai.bodies import MAX_MESSAGES, check_count, converted
+from client.gateway.openai.convert import Call
+from client.gateway.openai.models import visible_models
+
+__all__ = [
+    "Dialect",
+    "EmbeddingBody",
+    "ModelBody",
+    "PromptBody",
+    "Wanted",
+    "conversation",
+    "dialect_of",
+    "model_names",
+    "model_of",
+    "turns_of",
+    "wanted_of",
+]
+
+_KEY_BYTES = 16
+_FAMILY = "<|tokenbus:"
+_FIRST_MARK = re.compile(re.escape(_FAMILY) + rf"([0-9a-f]{{{2 * _KEY_BYTES}}}):")
+#: SeparatorStyle.CHATML of FastChat: turns are role, newline, text, separator, newline.
+_CHATML = 9
+
+
+def _mark(key: str, word: str) -> str:
+    return f"{_FAMILY}{key}:{word}|>"
+
+
+def conversation() -> dict[str, Any]:
+    """What FastChat takes for a model's template, with a new key."""
+    key = secrets.token_hex(_KEY_BYTES)
+    return {
+        "name": "tokenbus",
+        "system_template": f"{_mark(key, 'system')}\n{{system_message}}",
+        "system_message": "",
+        "system_message_vision": "",
+        "roles": [_mark(key, "user"), _mark(key, "assistant")],
+        "messages": [],
+        "offset": 0,
+        "sep_style": _CHATML,
+        "sep": _mark(key, "end"),
+        "sep2": None,
+        "stop_str": None,
+        "stop_token_ids": None,
+        "max_image_size_mb": None,
+    }
+
+
+Dialect = Literal["fastchat", "llava"]
+
+
+class ModelBody(Struct, kw_only=True):
+    """Body that names a model; with none named, the only one of the bus is meant."""
+
+    # Unlike OpenAI's, these bodies may carry what nobody reads: front ends send more than workers
+    # ever took (`conv_template`, `max_input_tiles`, `org_images`).
+    model: str | None = None
+
+
+class Turn(Struct, kw_only=True):
+    """A message of InternVL's front end."""
+
+    role: str
+    content: str
+    #: base64.
+    image: list[str] | None = None
+
+
+class GenerateBody(ModelBody, kw_only=True):
+    """Body of `/worker_generate_stream` and `/worker_generate`, both families."""
+
+    prompt: str | Annotated[list[Turn], Meta(min_length=1)]
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    max_new_tokens: int | float | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    echo: bool | None = None
+    logprobs: int | bool | None = None
+    best_of: int | None = None
+    use_beam_search: bool | None = None
+    images: list[str] | None = None
+    seed: int | None = None
+
+
+class PromptBody(ModelBody, kw_only=True):
+    prompt: str = ""
+
+
+class EmbeddingBody(ModelBody, kw_only=True):
+    input: str | Annotated[list[str | list[int]], Meta(min_length=1)]
+    encoding_format: Literal["float", "base64"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A generation request, understood."""
+
+    call: Call
+    #: What stands before the answer in every frame.
+    before: str
+    dialect: Dialect
+
+
+_ONLY_FASTCHAT = frozenset(
+    (
+        "echo",
+        "stop_token_ids",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "top_k",
+        "logprobs",
+        "best_of",
+        "use_beam_search",
+    )
+)
+
+
+def dialect_of(visit: Visit, fields: dict[str, Any]) -> Dialect:
+    """Which family's codes, defaults and frames the caller wants."""
+    fixed = visit.gateway.config.legacy_dialect
+    if fixed == "fastchat" or fixed == "llava":
+        return fixed  # type: ignore[return-value]
+    agent = visit.request.headers.get("user-agent", "").lower()
+    if "fastchat" in agent:
+        return "fastchat"
+    if "llava" in agent:
+        return "llava"
+    if isinstance(fields.get("prompt"), list):
+        return "llava"
+    return "fastchat" if _ONLY_FASTCHAT & fields.keys() else "llava"
+
+
+async def wanted_of(visit: Visit, fields: dict[str, Any], dialect: Dialect) -> Wanted:
+    """Read a generation request; raises GatewayError for what cannot be served."""
+    body = await visit.aside(_body_of, fields)
+    model = await model_of(visit, body.model)
+    visit.check(model, 0)
+    return await visit.aside(_wanted, visit, body, model, dialect)
+
+
+def _body_of(fields: dict[str, Any]) -> GenerateBody:
+    body: GenerateBody = converted(fields, GenerateBody)
+    return body
+
+
+def _wanted(visit: Visit, body: GenerateBody, model: str, dialect: Dialect) -> Wanted:
+    if (body.best_of or 1) > 1 or body.use_beam_search:
+        raise invalid("best_of", "Beam search and `best_of` are not served.")
+    limit = visit.gateway.config.image_bytes
+    pictures = list(body.images or [])
+    if isinstance(body.prompt, str):
+        prompt, messages = body.prompt, turns_of(body.prompt)
+    else:
+        check_count("prompt", "messages", len(body.prompt), MAX_MESSAGES)
+        prompt, messages = "", _conversation(body.prompt, pictures)
+    check_count("images", "pictures", len(pictures), MAX_ATTACHMENTS)
+    attachments = tuple(
+        _picture(text, f"images[{index}]", limit) for index, text in enumerate(pictures)
+    )
+    request = Request(
+        model=model,
+        kind=Kind.CHAT if messages else Kind.COMPLETE,
+        messages=messages,
+        prompt=None if messages else prompt,
+        params=_params(body, dialect),
+        user=visit.share(None),
+        window=DEFAULT_WINDOW_TOKENS,
+        attachments=[Attachment() for _ in attachments],
+    )
+    # LLaVA's workers always put the prompt in front, FastChat's unless told not to.
+    echo = dialect == "llava" or body.echo is not False
+    call = Call(request, attachments, size_bytes=visit.size_bytes)
+    return Wanted(call, prompt if echo else "", dialect)
+
+
+def _params(body: GenerateBody, dialect: Dialect) -> Params:
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    temperature = 1.0 if body.temperature is None else body.temperature
+    top_p = 1.0 if body.top_p is None else body.top_p
+    greedy = temperature < 1e-5 or top_p < 1e-8
+    logprobs: int | None = None
+    if body.logprobs is not None and body.logprobs is not False:
+        logprobs = min(int(body.logprobs), 20)
+    values = {
+        "max_tokens": max(1, int(body.max_new_tokens or 256)),
+        "temperature": 0.0 if greedy else temperature,
+        "top_p": 1.0 if greedy else top_p,
+        "top_k": max(body.top_k or 0, 0),
+        "repetition_penalty": body.repetition_penalty or 1.0,
+        "presence_penalty": body.presence_penalty or 0.0,
+        "frequency_penalty": body.frequency_penalty or 0.0,
+        "stop": [text for text in stop if text],
+        "stop_token_ids": body.stop_token_ids or [],
+        "seed": pick_seed(body.seed) & ((1 << 63) - 1),
+        "logprobs": logprobs,
+        # FastChat keeps the end of a prompt that is too long, and counts the prompt in every frame.
+        "overflow": "truncate_left" if dialect == "fastchat" else "error",
+        "echo": dialect == "fastchat",
+    }
+    try:
+        return msgspec.convert(values, Params)
+    except msgspec.ValidationError as error:
+        raise invalid(None, f"{error}.") from None
+
+
+def turns_of(prompt: str) -> list[Message] | None:
+    """The messages of a prompt that was made with the neutral template; None for any other.
+
+    Raises GatewayError for one made with a template that this gateway no longer hands out.
+    """
+    if not prompt.startswith(_FAMILY):
+        return None
+    first = _FIRST_MARK.match(prompt)
+    if first is None:
+        raise invalid(
+            "prompt",
+            "The prompt is marked by a template of an older gateway: start FastChat's API server "
+            "again, so that it asks for the template of this one.",
+        )
+    roles = {_mark(first[1], word): word for word in ("system", "user", "assistant")}
+    end = _mark(first[1], "end")
+    messages: list[Message] = []
+    at: int | None = 0
+    while at is not None:
+        # The template writes a system turn at the start only.
+        mark = next((m for m in roles if prompt.startswith(m, at)), None)
+        if mark is not None:
+            begins = at + len(mark)
+            begins += prompt.startswith("\n", begins)
+            content, at = _turn_at(prompt, begins, end, tuple(roles)[1:])
+            # An empty system prompt is none, and the last turn is the assistant's, to come.
+            if content or roles[mark] == "user":
+                messages.append(Message(role=roles[mark], content=content))
+                check_count("prompt", "turns", len(messages), MAX_MESSAGES)
+        else:
+            at = None
+    return messages or None
+
+
+def _turn_at(
+    prompt: str, begins: int, end: str, opening: tuple[str, ...]
+) -> tuple[str, int | None]:
+    """The text of the turn that begins there, and where the next begins; None: nowhere.
+
+    A turn ends where another begins: what else looks like a mark is text.
+    """
+    if prompt.startswith(opening, begins):
+        return "", begins
+    found = prompt.find(end, begins)
+    while found >= 0:
+        behind = found + len(end)
+        for next_ in (behind + 1, behind) if prompt.startswith("\n", behind) else (behind,):
+            if next_ == len(prompt):
+                return prompt[begins:found], None
+            if prompt.startswith(opening, next_):
+                return prompt[begins:found], next_
+        found = prompt.find(end, found + 1)
+    return prompt[begins:], None
+
+
+def _conversation(turns: list[Turn], pictures: list[str]) -> list[Message]:
+    """InternVL's turns as messages; their pictures are put behind `pictures`, and are numbered
+    where there are several, as its workers do."""
+    several = sum(len(turn.image or ()) for turn in turns) > 1
+    messages = []
+    for turn in turns:
+        parts: list[Part] = []
+        for picture in turn.image or ():
+            if several:
+                parts.append(TextPart(text=f"Image-{len(pictures) + 1}: "))
+            parts.append(ImagePart(attachment=len(pictures)))
+            pictures.append(picture)
+        content = [*parts, TextPart(text=turn.content)] if parts else turn.content
+        messages.append(Message(role=turn.role, content=content))
+    return messages
+
+
+def _picture(text: str, param: str, limit: int) -> bytes:
+    payload = text.partition(",")[2] if text[:5] == "data:" else text
+    try:
+        octets = from_base64(payload)
+    except (binascii.Error, ValueError):
+        raise invalid(param, f"`{param}` is not base64 of a picture.") from None
+    if len(octets) > limit:
+        raise too_large(param, f"`{param}` is beyond the {limit} bytes of one picture.")
+    return octets
+
+
+async def model_names(visit: Visit, images: bool | None = None) -> list[str]:
+    """Of the models that the key may use; `images`: only those that take pictures, or take none."""
+    return [
+        model["name"]
+        for model in await visible_models(visit)
+        if images is None or bool(model.get("images")) == images
+    ]
+
+
+async def model_of(visit: Visit, named: str | None) -> str:
+    """The model named, or the only one there is; raises GatewayError(invalid_request)."""
+    if named:
+        return named
+    names = await model_names(visit)
+    if len(names) == 1:
+        return names[0]
+    raise invalid("model", f"`model` is required: the bus serves {', '.join(names) or 'none'}.")

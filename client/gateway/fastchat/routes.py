@@ -1,0 +1,386 @@
+"""The HTTP API of the replaced systems: FastChat's and LLaVA's controller and worker in one.
+
+An unmodified front end, `test_message` or FastChat's API server works by pointing its controller
+address here; the gateway names itself as the address of every worker. Answers have their exact
+shapes: NUL-delimited JSON whose `text` is cumulative, with the prompt in front where they put it.
+
+The two families share paths and differ in codes and defaults. A request is FastChat's if it carries
+a field that only FastChat sends, or its user agent; else it is LLaVA's, and so is InternVL's, whose
+prompt is a list of messages. One way only: workers of the old kind are told that they cannot
+register.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import json
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from broker.protocol.errors import ErrorCode
+from broker.protocol.messages import FinishReason, TokenLogprob
+from client import BusError, End
+from client.gateway.context import Visit, route
+from client.gateway.errors import GatewayError, describe
+from client.gateway.fastchat.api import context_tokens
+from client.gateway.fastchat.bodies import (
+    Dialect,
+    EmbeddingBody,
+    ModelBody,
+    PromptBody,
+    Wanted,
+    conversation,
+    dialect_of,
+    model_names,
+    model_of,
+    turns_of,
+    wanted_of,
+)
+from client.gateway.openai.answers import IMPOSSIBLE, written_vectors
+from client.gateway.openai.generation import RETRY, Batches, Delta, Finish, Prompted
+from client.gateway.openai.logprobs import Places, text_logprobs
+from client.gateway.openai.models import find_model, visible_models
+from client.gateway.sse import until_disconnect
+
+__all__ = ["legacy_routes"]
+
+BANNER = "**NETWORK ERROR DUE TO HIGH TRAFFIC. PLEASE REGENERATE OR REFRESH THIS PAGE.**"
+OVERFLOW = "Exceeds max token length. Please start a new conversation, thanks."
+
+_FASTCHAT_CODES = {
+    ErrorCode.OUT_OF_MEMORY: 50002,
+    ErrorCode.MODEL_UNAVAILABLE: 50005,
+    ErrorCode.WORKER_LOST: 50006,
+    ErrorCode.CONNECTION_LOST: 50006,
+    ErrorCode.DEADLINE_EXCEEDED: 50006,
+    ErrorCode.CONTEXT_OVERFLOW: 40303,
+    ErrorCode.INVALID_REQUEST: 40302,
+    ErrorCode.OVERLOADED: 42903,
+    ErrorCode.QUOTA: 42901,
+    ErrorCode.UNAUTHENTICATED: 40102,
+    ErrorCode.FORBIDDEN: 40103,
+}
+_LLAVA_CODES = {
+    ErrorCode.MODEL_UNAVAILABLE: 2,
+    ErrorCode.WORKER_LOST: 3,
+    ErrorCode.CONNECTION_LOST: 3,
+    ErrorCode.DEADLINE_EXCEEDED: 3,
+}
+
+# --- controller -----------------------------------------------------------------------------------
+
+
+async def _null(visit: Visit) -> Response:
+    """The list of models is always fresh: there is nothing to refresh."""
+    return JSONResponse(None)
+
+
+async def _one_way(visit: Visit) -> Response:
+    raise GatewayError(
+        ErrorCode.INVALID_REQUEST,
+        "Workers of the older systems cannot register here. Serve the model with "
+        "`python -m worker --model-path PATH --broker BACK`.",
+        status=501,
+    )
+
+
+async def _heartbeat(visit: Visit) -> Response:
+    return JSONResponse({"exist": False})
+
+
+async def _list_models(visit: Visit) -> Response:
+    return JSONResponse({"models": await model_names(visit)})
+
+
+async def _list_multimodal(visit: Visit) -> Response:
+    return JSONResponse({"models": await model_names(visit, True)})
+
+
+async def _list_language(visit: Visit) -> Response:
+    return JSONResponse({"models": await model_names(visit, False)})
+
+
+async def _worker_address(visit: Visit) -> Response:
+    body = await _read(visit, ModelBody)
+    known = body.model in await model_names(visit)
+    return JSONResponse({"address": _own_address(visit) if known else ""})
+
+
+def _own_address(visit: Visit) -> str:
+    """This gateway as the caller reached it, its key included where the address carried one."""
+    given = visit.gateway.config.public_url or str(visit.request.base_url)
+    scheme, _, rest = given.rstrip("/").partition("://")
+    kind, _, packed = visit.request.headers.get("authorization", "").partition(" ")
+    if kind.lower() == "basic":
+        # The caller sent it a moment ago; its worker calls need it again.
+        with contextlib.suppress(binascii.Error, UnicodeDecodeError):
+            user, _, key = base64.b64decode(packed, validate=True).decode().partition(":")
+            rest = f"{quote(user, safe='')}:{quote(key, safe='')}@{rest}"
+    return f"{scheme}://{rest}"
+
+
+async def _test_connection(visit: Visit) -> Response:
+    return JSONResponse("success")
+
+
+async def _status(visit: Visit) -> Response:
+    """The whole bus as one worker, as their controllers answer for a hierarchy of controllers."""
+    models = await visible_models(visit)
+    workers = await visit.gateway.bus.workers()
+    return JSONResponse(
+        {
+            "model_names": [model["name"] for model in models],
+            "speed": sum(1 for worker in workers if worker["state"] == "ready"),
+            "queue_length": sum(
+                int(model.get("running", 0)) + int(model.get("queued", 0)) for model in models
+            ),
+        }
+    )
+
+
+# --- worker ---------------------------------------------------------------------------------------
+
+
+async def _generate_stream(visit: Visit) -> Response:
+    octets = await visit.body()
+    dialect = dialect_of(visit, {})
+    try:
+        fields = await visit.decoded(dict[str, Any], octets)
+        dialect = dialect_of(visit, fields)
+        wanted = await wanted_of(visit, fields, dialect)
+    except Exception as error:
+        # Their front ends read errors from frames, never from the status.
+        told = _failure(visit, error, dialect, "")
+        return Response(_frame(told), media_type="application/octet-stream")
+    return _FrameStream(visit, wanted)
+
+
+async def _generate_whole(visit: Visit) -> Response:
+    octets = await visit.body()
+    dialect = dialect_of(visit, {})
+    last: dict[str, Any] = {}
+    try:
+        fields = await visit.decoded(dict[str, Any], octets)
+        dialect = dialect_of(visit, fields)
+        wanted = await wanted_of(visit, fields, dialect)
+        for frame in await until_disconnect(_frames(visit, wanted), visit.request.receive):
+            last = frame
+    except Exception as error:
+        if isinstance(error, GatewayError) and error.info.code == ErrorCode.CANCELLED:
+            raise
+        last = _failure(visit, error, dialect, "")
+    return JSONResponse(last)
+
+
+class _FrameStream(Response):
+    """NUL-delimited JSON, ended by the close of the body."""
+
+    media_type = "application/octet-stream"
+
+    def __init__(self, visit: Visit, wanted: Wanted) -> None:
+        super().__init__()
+        del self.headers["content-length"]
+        self._visit = visit
+        self._wanted = wanted
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def told() -> AsyncGenerator[tuple[()], None]:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            try:
+                async for frames in _frames(self._visit, self._wanted):
+                    await _body(b"".join(map(_frame, frames)))
+                    yield ()
+            except Exception as error:
+                wanted = self._wanted
+                failure = _failure(self._visit, error, wanted.dialect, wanted.before)
+                await _body(_frame(failure))
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        async def _body(part: bytes) -> None:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+
+        await until_disconnect(told(), receive)
+
+
+def _frame(value: dict[str, Any]) -> bytes:
+    return json.dumps(value).encode() + b"\0"
+
+
+async def _frames(visit: Visit, wanted: Wanted) -> AsyncGenerator[list[dict[str, Any]], None]:
+    """The answer as their workers tell it: the whole text so far, again and again."""
+    text, tokens, prompt_tokens = wanted.before, 0, 0
+    logprobs: dict[str, list[Any]] | None = None
+    if wanted.call.request.params.logprobs is not None:
+        logprobs = text_logprobs([])
+    places = Places(len(wanted.before))
+    async with contextlib.aclosing(_generated(visit, wanted)) as batches:
+        async for batch in batches:
+            frames: list[dict[str, Any]] = []
+            for event in batch:
+                match event:
+                    case Prompted():
+                        prompt_tokens = len(event.prompt.token_ids)
+                    case Delta():
+                        visit.saw_token()
+                        if logprobs is not None:
+                            logprobs = _longer(logprobs, places.of(event.logprobs or []))
+                        text += event.text
+                        tokens += event.tokens
+                        if event.text:
+                            told = _told(wanted, text, prompt_tokens, tokens, logprobs, None)
+                            frames.append(told)
+                    case Finish():
+                        end = event.end
+                        visit.prompt_tokens = end.usage.prompt_tokens
+                        visit.completion_tokens = end.usage.completion_tokens
+                        frames.append(_last(wanted, text, end, logprobs))
+            if frames:
+                yield frames
+
+
+async def _generated(visit: Visit, wanted: Wanted) -> Batches:
+    """The events of the request. LLaVA's workers shorten an answer to what the context leaves."""
+    calls = [wanted.call]
+    if wanted.dialect == "llava":
+        request = wanted.call.request
+        params = msgspec.structs.replace(request.params, max_tokens=None)
+        unbounded = msgspec.structs.replace(request, params=params)
+        calls.append(replace(wanted.call, request=unbounded))
+    for call in calls:
+        begun = False
+        try:
+            async with contextlib.aclosing(visit.generate([call])) as batches:
+                async for batch in batches:
+                    begun = True
+                    yield batch
+            return
+        except BusError as error:
+            if begun or call is calls[-1] or error.code != ErrorCode.CONTEXT_OVERFLOW:
+                raise
+
+
+def _longer(logprobs: dict[str, list[Any]], tokens: list[TokenLogprob]) -> dict[str, list[Any]]:
+    """With those of further tokens; frames that were made before keep theirs."""
+    further = text_logprobs(tokens)
+    further["token_logprobs"] = [
+        IMPOSSIBLE if logprob is None else logprob for logprob in further["token_logprobs"]
+    ]
+    further["top_logprobs"] = [top or {} for top in further["top_logprobs"]]
+    return {name: logprobs[name] + further[name] for name in logprobs}
+
+
+def _last(
+    wanted: Wanted, text: str, end: End, logprobs: dict[str, list[Any]] | None
+) -> dict[str, Any]:
+    reason = "stop" if end.finish_reason is FinishReason.STOP else "length"
+    usage = end.usage
+    return _told(wanted, text, usage.prompt_tokens, usage.completion_tokens, logprobs, reason)
+
+
+def _told(
+    wanted: Wanted,
+    text: str,
+    prompt_tokens: int,
+    tokens: int,
+    logprobs: dict[str, list[Any]] | None,
+    finish_reason: str | None,
+) -> dict[str, Any]:
+    frame: dict[str, Any] = {"text": text, "error_code": 0}
+    if wanted.dialect == "fastchat":
+        frame["usage"] = {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": tokens,
+            "total_tokens": prompt_tokens + tokens,
+        }
+        frame["finish_reason"] = finish_reason
+        if logprobs is not None:
+            frame["logprobs"] = logprobs
+    return frame
+
+
+def _failure(visit: Visit, error: Exception, dialect: Dialect, before: str) -> dict[str, Any]:
+    told = describe(error)
+    # The frame hardly says what happened: the log and the operator's view do.
+    visit.remember(told)
+    try:
+        code: ErrorCode | None = ErrorCode(told.info.code)
+    except ValueError:
+        code = None
+    if dialect == "llava":
+        if code is ErrorCode.CONTEXT_OVERFLOW:
+            return {"text": before + OVERFLOW, "error_code": 0}
+        return {"text": BANNER, "error_code": _LLAVA_CODES.get(code, 1) if code else 1}
+    number = _FASTCHAT_CODES.get(code, 50001) if code else 50001
+    return {"text": f"{BANNER}\n\n({told.info.message})", "error_code": number}
+
+
+async def _embeddings(visit: Visit) -> Response:
+    body = await _read(visit, EmbeddingBody)
+    model = await model_of(visit, body.model)
+    visit.check(model, 0)
+    try:
+        made = await visit.embed(body.input, model, user=visit.share(None))
+    except Exception as error:
+        return JSONResponse(_failure(visit, error, "fastchat", ""))
+    vectors = await written_vectors(made, as_text=body.encoding_format == "base64")
+    octets = b'{"embedding":[%b],"token_num":%d}' % (b",".join(vectors), made.usage.prompt_tokens)
+    return Response(octets, media_type="application/json")
+
+
+async def _count_token(visit: Visit) -> Response:
+    body = await _read(visit, PromptBody)
+    model = await model_of(visit, body.model)
+    visit.check(model, 0)
+    given: Any = await visit.aside(turns_of, body.prompt) or body.prompt
+    count = await visit.gateway.bus.count(given, model=model, user=visit.share(None), retry=RETRY)
+    return JSONResponse({"count": count, "error_code": 0})
+
+
+async def _model_details(visit: Visit) -> Response:
+    body = await _read(visit, ModelBody)
+    name = await model_of(visit, body.model)
+    model = find_model(await visible_models(visit), name)
+    return JSONResponse({"context_length": context_tokens(model)})
+
+
+async def _conv_template(visit: Visit) -> Response:
+    return JSONResponse({"conv": conversation()})
+
+
+async def _read(visit: Visit, kind: type[Any]) -> Any:
+    return await visit.read(kind)
+
+
+def legacy_routes() -> list[Route]:
+    """Every path of both systems."""
+    free = {
+        "/register_worker": _one_way,
+        "/receive_heart_beat": _heartbeat,
+        "/refresh_all_workers": _null,
+        "/list_models": _list_models,
+        "/list_multimodal_models": _list_multimodal,
+        "/list_language_models": _list_language,
+        "/get_worker_address": _worker_address,
+        "/worker_get_status": _status,
+        "/count_token": _count_token,
+        "/worker_get_conv_template": _conv_template,
+        "/model_details": _model_details,
+    }
+    counted = {
+        "/worker_generate_stream": _generate_stream,
+        "/worker_generate": _generate_whole,
+        "/worker_get_embeddings": _embeddings,
+    }
+    return [
+        route("/test_connection", _test_connection),
+        *(route(path, handler, "POST") for path, handler in free.items()),
+        *(route(path, handler, "POST", counted=True) for path, handler in counted.items()),
+    ]

@@ -1,0 +1,247 @@
+"""What becomes of the bus's events before any API gives them a shape: choices, ids, seeds, vectors.
+
+Shared by the gateway's endpoints and by `python -m client batch`, so it must never import what
+only the extra `gateway` installs.
+"""
+
+from __future__ import annotations
+
+import base64
+import secrets
+import sys
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+import msgspec
+
+from broker.protocol.messages import FinishReason, TokenLogprob, Usage
+from client import Embeddings
+from client.gateway.bodies import aside
+from client.gateway.openai import tools
+from client.gateway.openai.convert import Call as BusCall
+from client.gateway.openai.generation import ChoiceEvent, Delta, Finish, Prompted
+from client.gateway.openai.logprobs import Places
+
+__all__ = [
+    "IMPOSSIBLE",
+    "Call",
+    "ChatChoice",
+    "ChatReason",
+    "Progress",
+    "TextChoice",
+    "best_of",
+    "new_id",
+    "packed",
+    "parser_for",
+    "pick_seed",
+    "written_vectors",
+]
+
+#: Stands for minus infinity, as OpenAI's API has it.
+IMPOSSIBLE: Final = -9999.0
+
+_JSON: Final = msgspec.json.encode
+#: Of a vector's number, written; the time that it takes is that of so much of a body, or less.
+_NUMBER_BYTES: Final = 20
+
+ChatReason = Literal["stop", "length", "tool_calls"]
+
+
+def new_id(prefix: str) -> str:
+    """An id that nobody guesses: who knows it may read the answer again."""
+    return f"{prefix}{secrets.token_hex(16)}"
+
+
+def pick_seed(given: int | None) -> int:
+    """The caller's seed, or a fresh one that survives JSON."""
+    return secrets.randbelow(1 << 53) if given is None else given
+
+
+def packed(vector: array[float]) -> str:
+    """A vector as base64 of little-endian 32-bit floats."""
+    if sys.byteorder == "big":
+        vector = array("f", vector)
+        vector.byteswap()
+    return base64.b64encode(vector.tobytes()).decode()
+
+
+async def written_vectors(made: Embeddings, *, as_text: bool) -> list[bytes]:
+    """Each vector as JSON: base64 where `as_text`, else numbers. Many are written in another
+    thread, one by one."""
+
+    def write() -> list[bytes]:
+        return [_JSON(packed(v) if as_text else v.tolist()) for v in made.vectors]
+
+    return await aside(sum(map(len, made.vectors)) * _NUMBER_BYTES, write)
+
+
+# --- chat -----------------------------------------------------------------------------------------
+
+
+def parser_for(call: BusCall) -> tools.ToolCallParser | None:
+    """A parser where the answer may hold tool calls."""
+    reading = call.reading
+    if reading is None:
+        return None
+    return tools.ToolCallParser(
+        reading.names,
+        parallel=reading.parallel,
+        forced=reading.forced,
+        shows_special=reading.shows_special,
+        said=reading.said,
+    )
+
+
+class Progress:
+    """How far one choice of a chat is: what its events are in the API's terms. Keeps no text."""
+
+    def __init__(self, parser: tools.ToolCallParser | None) -> None:
+        self._parser = parser
+        #: Of the prompt, where the worker told it before the first token.
+        self._prompt: Usage | None = None
+        #: Tokens of the answer so far.
+        self._tokens = 0
+        self.usage: Usage | None = None
+        self.finish_reason: FinishReason | None = None
+
+    def take(self, event: ChoiceEvent) -> list[tools.Piece]:
+        """Account for an event; returns what is new."""
+        parser = self._parser
+        match event:
+            case Prompted():
+                self._prompt = event.prompt.usage
+                if parser is not None:
+                    parser.begin(special=event.prompt.special, tail=event.prompt.tail)
+            case Delta() if not self._is_satisfied:
+                self._tokens += event.tokens
+                return parser.feed(event.text) if parser is not None else [tools.Text(event.text)]
+            case Finish():
+                self.usage, self.finish_reason = event.end.usage, event.end.finish_reason
+                if self._prompt is not None and self._is_satisfied:
+                    # Of what was made meanwhile nothing belongs to the answer.
+                    self.usage = msgspec.structs.replace(
+                        self._prompt, completion_tokens=self._tokens
+                    )
+                if parser is not None:
+                    return parser.finish()
+        return []
+
+    @property
+    def _is_satisfied(self) -> bool:
+        return self._parser is not None and self._parser.satisfied
+
+    @property
+    def has_enough(self) -> bool:
+        """Nothing that may follow belongs to the answer, and its usage is known without its end."""
+        return self._is_satisfied and self._prompt is not None
+
+    @property
+    def is_cut(self) -> bool:
+        """The answer ended within a call."""
+        return self._parser is not None and self._parser.cut
+
+    @property
+    def openai_finish_reason(self) -> ChatReason:
+        """The finish reason in OpenAI's words."""
+        if self.finish_reason is FinishReason.LENGTH and not self._is_satisfied:
+            return "length"
+        has_calls = self._parser is not None and self._parser.calls > 0
+        return "tool_calls" if has_calls and not self.is_cut else "stop"
+
+
+@dataclass(slots=True)
+class Call:
+    """A tool call of an answer."""
+
+    id: str
+    name: str
+    arguments: str = ""
+
+
+class ChatChoice(Progress):
+    """One choice of a chat as far as it is known, with what it says."""
+
+    def __init__(self, parser: tools.ToolCallParser | None) -> None:
+        super().__init__(parser)
+        self.texts: list[str] = []
+        self.calls: list[Call] = []
+        self.logprobs: list[TokenLogprob] = []
+
+    def take(self, event: ChoiceEvent) -> list[tools.Piece]:
+        """Account for an event; returns what is new."""
+        if isinstance(event, Delta) and event.logprobs and not self._is_satisfied:
+            self.logprobs += event.logprobs
+        pieces = super().take(event)
+        for part in pieces:
+            if isinstance(part, tools.Text):
+                self.texts.append(part.text)
+            elif isinstance(part, tools.CallStart):
+                self.calls.append(Call(new_id("call_"), part.name))
+            else:
+                self.calls[part.index].arguments += part.text
+        return pieces
+
+    @property
+    def text(self) -> str:
+        """All text so far."""
+        return "".join(self.texts)
+
+
+# --- completions ----------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class TextChoice:
+    """One choice of a completion as far as it is known."""
+
+    #: With `max_tokens: 0` the one token that the bus makes is not part of the answer.
+    prompt_only: bool = False
+    texts: list[str] = field(default_factory=list)
+    #: Of its tokens, with their places in the text.
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    _places: Places = field(default_factory=Places)
+    usage: Usage = field(default_factory=Usage)
+    finish_reason: Literal["stop", "length"] = "stop"
+
+    def take(self, event: ChoiceEvent) -> tuple[str, list[TokenLogprob]]:
+        """Account for an event; returns the new text and log-probabilities."""
+        text, logprobs = "", []
+        match event:
+            case Prompted():
+                text, logprobs = event.prompt.text, self._places.of(event.prompt.logprobs or [])
+                self._places.begin(len(text))
+            case Delta() if not self.prompt_only:
+                text, logprobs = event.text, self._places.of(event.logprobs or [])
+            case Finish():
+                self.usage = event.end.usage
+                if self.prompt_only:
+                    self.usage = Usage(prompt_tokens=event.end.usage.prompt_tokens)
+                stopped = event.end.finish_reason is FinishReason.STOP
+                self.finish_reason = "stop" if stopped else "length"
+        self.texts.append(text)
+        self.logprobs += logprobs
+        return text, logprobs
+
+    @property
+    def text(self) -> str:
+        """All text so far."""
+        return "".join(self.texts)
+
+    @property
+    def mean_logprob(self) -> float:
+        """What `best_of` goes by."""
+        known = [token.logprob for token in self.logprobs if token.logprob is not None]
+        return sum(known) / len(known) if known else IMPOSSIBLE
+
+
+def best_of(choices: Sequence[TextChoice], candidates: int, wanted: int) -> list[TextChoice]:
+    """The best `wanted` of every `candidates` choices, which belong to one prompt."""
+    kept: list[TextChoice] = []
+    for first in range(0, len(choices), candidates):
+        of_prompt = list(choices[first : first + candidates])
+        if candidates > wanted:
+            of_prompt.sort(key=lambda choice: -choice.mean_logprob)
+        kept += of_prompt[:wanted]
+    return kept

@@ -1,0 +1,310 @@
+"""`POST /v1/chat/completions`, streamed and not: bus events in, OpenAI's chat shapes out.
+
+**Re-attaching.** Every event of a stream has an id. A reader that lost its connection
+
+* sends the same request again with `Last-Event-ID`, to any gateway of the bus: the answer follows
+  from the seed, which the id carries, so it is made again and goes on behind what was received.
+  That holds as long as the model is the same;
+* or, where the request had the header `x-reattach: SECONDS`, reads `GET
+  /v1/chat/completions/{id}` with `Last-Event-ID` at the same gateway within that time: the running
+  answer itself goes on, and nothing is computed twice. Without that header the answer ends with
+  its reader, at the worker too. `POST /v1/chat/completions/{id}/cancel` ends it at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Final
+
+from openai.types import CompletionUsage
+from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
+from openai.types.chat import chat_completion as whole
+from openai.types.chat import chat_completion_chunk as piece
+from openai.types.chat.chat_completion_message_function_tool_call import (
+    ChatCompletionMessageFunctionToolCall,
+    Function,
+)
+from starlette.responses import JSONResponse, Response
+
+from broker.protocol.messages import TokenLogprob, Usage
+from client.gateway.bodies import aside
+from client.gateway.context import Visit
+from client.gateway.errors import GatewayError, UnknownAnswer
+from client.gateway.openai import tools
+from client.gateway.openai.answers import ChatChoice, parser_for, pick_seed
+from client.gateway.openai.bodies import ChatRequest
+from client.gateway.openai.convert import chat_call, seeded, wants_usage_so_far
+from client.gateway.openai.generation import Batches, ChoiceEvent, Delta, Finish, Prompted
+from client.gateway.openai.position import Position
+from client.gateway.openai.shapes import (
+    JSON,
+    Chunks,
+    UsageSoFar,
+    chat_logprobs,
+    dumped,
+    error_event,
+    logprob_bytes,
+    usage_of,
+)
+from client.gateway.reattach import Kept
+from client.gateway.sse import DONE, Source, until_disconnect
+
+__all__ = ["cancel_chat", "chat_completions", "read_chat"]
+
+_PREFIX = "chatcmpl-"
+
+_GREETING: Final = dumped(piece.ChoiceDelta(role="assistant", content=""))
+_NO_TEXT: Final = dumped(piece.ChoiceDelta(content=""))
+_NOTHING: Final = dumped(piece.ChoiceDelta())
+#: Within a string its quotes would be escaped.
+_NO_LOGPROBS: Final = b'"logprobs":{"content":[]'
+
+
+async def chat_completions(visit: Visit) -> Response:
+    """Answer a chat; see `requests.ChatRequest` for the body."""
+    body = await visit.read(ChatRequest)
+    resumed = Position.read(_PREFIX, visit.last_event_id) if body.stream else None
+    if resumed is not None:
+        with contextlib.suppress(UnknownAnswer):
+            return _read_again(visit, resumed)
+    call = await chat_call(
+        body,
+        visit.gateway.config.images,
+        seed=pick_seed(body.seed) if resumed is None else resumed.seed,
+        user=visit.share(body.user),
+        size_bytes=visit.size_bytes,
+    )
+    visit.check(body.model, call.request.priority)
+    count = body.n or 1
+    position = resumed or Position.first(_PREFIX, call.request.params.seed)
+    choices = [ChatChoice(parser_for(call)) for _ in range(count)]
+    answer = _Answer(visit, body, choices, position)
+    events = visit.generate(
+        [seeded(call, i) for i in range(count)],
+        prompt_field="messages",
+        has_enough=lambda choice: choices[choice].has_enough,
+    )
+    if body.stream:
+        source = answer.stream(events)
+        if visit.reattach_s is None:
+            return visit.stream(source, answer.failed)
+        transcript = visit.gateway.store.run(
+            Kept(position.answer, visit.key.name, "chat"),
+            source,
+            answer.failed,
+            grace_s=visit.reattach_s,
+            on_end=visit.hand_over(),
+            first=position.events,
+        )
+        return visit.stream(transcript.read(asking=True), answer.failed)
+    await until_disconnect(answer.taking(events), visit.request.receive)
+    octets = await aside(answer.logprob_bytes, answer.complete)
+    return Response(octets, media_type="application/json")
+
+
+async def read_chat(visit: Visit) -> Response:
+    """Go on with an answer that outlived its connection."""
+    position = Position.read(_PREFIX, visit.last_event_id)
+    return _read_again(visit, position or Position(visit.request.path_params["id"]))
+
+
+async def cancel_chat(visit: Visit) -> Response:
+    """Stop an answer that outlives its connection, at the worker too."""
+    kept = visit.gateway.store.find(visit.request.path_params["id"], visit.key.name, "chat")
+    visit.gateway.store.drop(kept)
+    return JSONResponse({"id": kept.id, "cancelled": True})
+
+
+def _read_again(visit: Visit, position: Position) -> Response:
+    """The rest of a running or kept answer; raises UnknownAnswer."""
+    kept = visit.gateway.store.find(position.answer, visit.key.name, "chat")
+    assert kept.transcript is not None
+    after = kept.transcript.behind(position.event_id, position.events) if position.events else 0
+    if after is None:
+        raise UnknownAnswer(
+            f"The events behind {position.event_id!r} are not kept here; send the same request "
+            "again with `Last-Event-ID`, and the answer is made again and goes on there."
+        )
+
+    def failed(error: GatewayError) -> list[bytes]:
+        return [error_event(error, visit.request_id), DONE]
+
+    return visit.stream(kept.transcript.read(after), failed)
+
+
+class _Answer:
+    """One answer in the making."""
+
+    def __init__(
+        self, visit: Visit, body: ChatRequest, choices: list[ChatChoice], position: Position
+    ) -> None:
+        self._visit = visit
+        self._body = body
+        self._choices = choices
+        self._id = position.answer
+        options = body.stream_options
+        self._so_far = UsageSoFar(len(choices)) if wants_usage_so_far(body) else None
+        self._chunks = Chunks(
+            ChatCompletionChunk,
+            "chat.completion.chunk",
+            body.model,
+            position,
+            len(choices),
+            logprobs=bool(body.logprobs),
+            with_usage=options is not None and bool(options.include_usage),
+            so_far=self._so_far,
+        )
+        #: Choices whose role was told.
+        self._greeted: set[int] = set()
+
+    def take(self, event: ChoiceEvent) -> list[tools.Piece]:
+        """Account for one event of the bus."""
+        if self._so_far is not None:
+            self._so_far.take(event)
+        choice = self._choices[event.choice]
+        pieces = choice.take(event)
+        if isinstance(event, Delta):
+            self._visit.saw_token()
+        elif isinstance(event, Finish) and choice.usage is not None:
+            self._visit.completion_tokens += choice.usage.completion_tokens
+            self._visit.prompt_tokens = choice.usage.prompt_tokens
+        return pieces
+
+    async def taking(self, batches: Batches) -> Batches:
+        """The same batches, each accounted for before the next is asked for."""
+        async with contextlib.aclosing(batches):
+            async for batch in batches:
+                for event in batch:
+                    self.take(event)
+                yield batch
+
+    @property
+    def logprob_bytes(self) -> int:
+        """Of the log-probabilities as they will be written, about: what writing them costs."""
+        return logprob_bytes(choice.logprobs for choice in self._choices)
+
+    def complete(self) -> bytes:
+        """The answer that is not streamed."""
+        answer = ChatCompletion(
+            id=self._id,
+            object="chat.completion",
+            created=int(time.time()),
+            model=self._body.model,
+            choices=[self._whole_choice(i, choice) for i, choice in enumerate(self._choices)],
+            usage=self._usage(),
+            service_tier=self._body.service_tier,
+        )
+        # Log-probabilities token by token: all at once are one step, however many there are.
+        begun, *others = dumped(answer).split(_NO_LOGPROBS)
+        parts = [begun]
+        for choice, rest in zip(self._choices, others, strict=False):
+            written = b",".join(map(dumped, chat_logprobs(choice.logprobs)))
+            parts += (_NO_LOGPROBS.removesuffix(b"]"), written, b"]", rest)
+        return b"".join(parts)
+
+    def _whole_choice(self, index: int, choice: ChatChoice) -> whole.Choice:
+        message = ChatCompletionMessage(
+            role="assistant",
+            content=choice.text if choice.text or not choice.calls else None,
+            refusal=None,
+        )
+        if choice.calls:
+            message.tool_calls = [
+                ChatCompletionMessageFunctionToolCall(
+                    id=call.id,
+                    type="function",
+                    function=Function(name=call.name, arguments=call.arguments),
+                )
+                for call in choice.calls
+            ]
+        return whole.Choice(
+            index=index,
+            message=message,
+            finish_reason=choice.openai_finish_reason,
+            # `complete` fills them in.
+            logprobs=whole.ChoiceLogprobs(content=[], refusal=None)
+            if self._body.logprobs
+            else None,
+        )
+
+    def _usage(self) -> CompletionUsage:
+        return usage_of(choice.usage or Usage() for choice in self._choices)
+
+    async def stream(self, batches: Batches) -> Source:
+        """The answer as chunks."""
+        async with contextlib.aclosing(batches):
+            async for batch in batches:
+                out: list[bytes] = []
+                for event in batch:
+                    self._tell(event, out)
+                if out:
+                    yield out
+        yield [*self._chunks.last(self._usage()), DONE]
+
+    def _tell(self, event: ChoiceEvent, out: list[bytes]) -> None:
+        """Account for one event of the bus, and add what the reader hears of it."""
+        pieces = self.take(event)
+        if isinstance(event, Prompted):
+            return
+        index, reader = event.choice, self._chunks.reader
+        if index not in self._greeted:
+            self._greeted.add(index)
+            if not reader.skipped(index, 1):
+                out.append(self._chunk(index, _GREETING))
+        logprobs = event.logprobs if isinstance(event, Delta) and self._body.logprobs else None
+        if logprobs:
+            logprobs = logprobs[reader.skipped_tokens(index, len(logprobs)) :]
+        for part in pieces:
+            delta = self._delta(index, part)
+            if delta is not None:
+                out.append(self._chunk(index, delta, logprobs))
+                logprobs = None
+        if logprobs:
+            out.append(self._chunk(index, _NO_TEXT, logprobs))
+        if isinstance(event, Finish) and not reader.skipped(index, 1):
+            reason = JSON.encode(self._choices[index].openai_finish_reason)
+            out.append(self._chunk(index, _NOTHING, finish_reason=reason))
+
+    def _delta(self, index: int, part: tools.Piece) -> bytes | None:
+        """What the reader does not have of a piece."""
+        if isinstance(part, tools.CallStart):
+            if self._chunks.reader.skipped(index, 1):
+                return None
+            start = piece.ChoiceDeltaToolCall(
+                index=part.index,
+                id=self._choices[index].calls[part.index].id,
+                type="function",
+                function=piece.ChoiceDeltaToolCallFunction(name=part.name, arguments=""),
+            )
+            return dumped(piece.ChoiceDelta(tool_calls=[start]))
+        unread = part.text[self._chunks.reader.skipped(index, len(part.text)) :]
+        if not unread:
+            return None
+        text = JSON.encode(unread)
+        if isinstance(part, tools.Text):
+            return b'{"content":%b}' % text
+        return b'{"tool_calls":[{"index":%d,"function":{"arguments":%b}}]}' % (part.index, text)
+
+    def _chunk(
+        self,
+        index: int,
+        delta: bytes,
+        logprobs: list[TokenLogprob] | None = None,
+        *,
+        finish_reason: bytes = b"null",
+    ) -> bytes:
+        shown = b""
+        if self._body.logprobs:
+            of_tokens = b"null"
+            if logprobs:
+                content = chat_logprobs(logprobs)
+                of_tokens = dumped(piece.ChoiceLogprobs(content=content, refusal=None))
+            shown = b',"logprobs":' + of_tokens
+        return self._chunks.event(
+            b'{"delta":%b,"finish_reason":%b,"index":%d%b}' % (delta, finish_reason, index, shown)
+        )
+
+    def failed(self, error: GatewayError) -> list[bytes]:
+        """The end of a stream that fails after its first event."""
+        return [error_event(error, self._visit.request_id), DONE]

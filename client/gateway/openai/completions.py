@@ -1,0 +1,196 @@
+"""`POST /v1/completions`: raw prompts, several at once, with echo, logprobs and best_of.
+
+Every event of a stream has an id. The same request again with `Last-Event-ID`, to any gateway,
+goes on behind what was received, as in `openai_chat`: the answer is made again from its seed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+from openai.types import Completion, CompletionChoice, CompletionUsage
+from openai.types.completion_choice import Logprobs
+from starlette.responses import Response
+
+from broker.protocol.messages import TokenLogprob
+from client.gateway.bodies import aside
+from client.gateway.context import Visit
+from client.gateway.errors import GatewayError
+from client.gateway.openai.answers import TextChoice, best_of, pick_seed
+from client.gateway.openai.bodies import CompletionRequest
+from client.gateway.openai.convert import completion_calls, seeded, wants_usage_so_far
+from client.gateway.openai.generation import Batches, ChoiceEvent, Delta, Finish, Prompted
+from client.gateway.openai.logprobs import text_logprobs
+from client.gateway.openai.position import Position
+from client.gateway.openai.shapes import (
+    JSON,
+    Chunks,
+    UsageSoFar,
+    dumped,
+    error_event,
+    logprob_bytes,
+    usage_of,
+)
+from client.gateway.sse import DONE, Source, until_disconnect
+
+__all__ = ["completions"]
+
+_PREFIX = "cmpl-"
+
+
+async def completions(visit: Visit) -> Response:
+    """Continue one or several prompts; see `requests.CompletionRequest` for the body."""
+    body = await visit.read(CompletionRequest)
+    visit.check(body.model, body.priority or 0)
+    resumed = Position.read(_PREFIX, visit.last_event_id) if body.stream else None
+    seed = pick_seed(body.seed) if resumed is None else resumed.seed
+    prompts = await visit.aside(
+        completion_calls,
+        body,
+        seed=seed,
+        user=visit.share(body.user),
+        size_bytes=visit.size_bytes,
+    )
+    candidates = body.best_of or body.n or 1
+    calls = [seeded(call, i) for call in prompts for i in range(candidates)]
+    position = resumed or Position.first(_PREFIX, calls[0].request.params.seed)
+    answer = _Answer(visit, body, len(prompts), candidates, position)
+    events = visit.generate(calls, prompt_field="prompt")
+    if body.stream:
+        return visit.stream(answer.stream(events), answer.failed)
+    for event in await until_disconnect(events, visit.request.receive):
+        answer.take(event)
+    text = await aside(answer.logprob_bytes, answer.complete)
+    return Response(text, media_type="application/json")
+
+
+class _Answer:
+    def __init__(
+        self,
+        visit: Visit,
+        body: CompletionRequest,
+        prompts: int,
+        candidates: int,
+        position: Position,
+    ) -> None:
+        self._visit = visit
+        self._body = body
+        self._prompts = prompts
+        self._candidates = candidates
+        prompt_only = body.max_tokens == 0
+        self._choices = [TextChoice(prompt_only) for _ in range(prompts * candidates)]
+        self._id = position.answer
+        options = body.stream_options
+        self._so_far = (
+            UsageSoFar(len(self._choices), prompts=prompts) if wants_usage_so_far(body) else None
+        )
+        self._chunks = Chunks(
+            Completion,
+            "text_completion",
+            body.model,
+            position,
+            len(self._choices),
+            logprobs=body.logprobs is not None,
+            with_usage=options is not None and bool(options.include_usage),
+            so_far=self._so_far,
+        )
+
+    def take(self, event: ChoiceEvent) -> tuple[str, list[TokenLogprob]]:
+        """Account for one event; returns the new text and log-probabilities of its choice."""
+        choice = self._choices[event.choice]
+        if self._so_far is not None:
+            self._so_far.take(event)
+        if isinstance(event, Prompted) and not self._body.echo:
+            return "", []  # asked for its length alone
+        text, logprobs = choice.take(event)
+        if isinstance(event, Delta) and not choice.prompt_only:
+            self._visit.saw_token()
+        elif isinstance(event, Finish):
+            self._visit.completion_tokens += choice.usage.completion_tokens
+            if event.choice % self._candidates == 0:
+                self._visit.prompt_tokens += choice.usage.prompt_tokens
+        return text, logprobs
+
+    @property
+    def logprob_bytes(self) -> int:
+        """Of the log-probabilities as they will be written, about: what writing them costs."""
+        return logprob_bytes(choice.logprobs for choice in self._choices)
+
+    def complete(self) -> str:
+        """The answer that is not streamed: the best `n` candidates of each prompt."""
+        kept = best_of(self._choices, self._candidates, self._body.n or 1)
+        answer = Completion(
+            id=self._id,
+            object="text_completion",
+            created=int(time.time()),
+            model=self._body.model,
+            choices=[
+                CompletionChoice(
+                    index=index,
+                    text=choice.text,
+                    finish_reason=choice.finish_reason,
+                    logprobs=self._logprobs(choice.logprobs),
+                )
+                for index, choice in enumerate(kept)
+            ],
+            usage=self._usage(),
+        )
+        return answer.model_dump_json(exclude_unset=True)
+
+    def _usage(self) -> CompletionUsage:
+        return usage_of([choice.usage for choice in self._choices], prompts=self._prompts)
+
+    async def stream(self, batches: Batches) -> Source:
+        """The answer as chunks."""
+        async with contextlib.aclosing(batches):
+            async for batch in batches:
+                out: list[bytes] = []
+                for event in batch:
+                    text, logprobs = self._unread(event.choice, *self.take(event))
+                    if text or logprobs:
+                        out.append(self._chunk(event.choice, text, logprobs))
+                    reader = self._chunks.reader
+                    if isinstance(event, Finish) and not reader.skipped(event.choice, 1):
+                        reason = self._choices[event.choice].finish_reason
+                        out.append(self._chunk(event.choice, "", [], JSON.encode(reason)))
+                if out:
+                    yield out
+        yield [*self._chunks.last(self._usage()), DONE]
+
+    def _unread(
+        self, index: int, text: str, logprobs: list[TokenLogprob]
+    ) -> tuple[str, list[TokenLogprob]]:
+        """What the reader does not have."""
+        text = text[self._chunks.reader.skipped(index, len(text)) :]
+        if self._body.logprobs is None or not logprobs:
+            return text, []
+        read = self._chunks.reader.skipped_tokens(index, len(logprobs))
+        return text, logprobs[read:]
+
+    def _chunk(
+        self,
+        index: int,
+        text: str,
+        logprobs: list[TokenLogprob],
+        finish_reason: bytes = b"null",
+    ) -> bytes:
+        shown = self._logprobs(logprobs) if logprobs else None
+        return self._chunks.event(
+            b'{"finish_reason":%b,"index":%d,"logprobs":%b,"text":%b}'
+            % (
+                finish_reason,
+                index,
+                dumped(shown) if shown is not None else b"null",
+                JSON.encode(text),
+            )
+        )
+
+    def _logprobs(self, tokens: list[TokenLogprob]) -> Logprobs | None:
+        if self._body.logprobs is None:
+            return None
+        return Logprobs.model_construct(**text_logprobs(tokens))
+
+    def failed(self, error: GatewayError) -> list[bytes]:
+        """The end of a stream that fails after its first event."""
+        return [error_event(error, self._visit.request_id), DONE]

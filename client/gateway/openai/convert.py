@@ -1,0 +1,455 @@
+"""From the typed bodies of `requests` to requests of the bus.
+
+Pure but for remote pictures, which `images` fetches. Knows both languages and no sockets: what a
+field means on the bus is decided here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
+
+from broker.protocol.limits import DEFAULT_WINDOW_TOKENS, MAX_ATTACHMENTS
+from broker.protocol.messages import (
+    MODEL_DEFAULTS,
+    Attachment,
+    Constraint,
+    ImagePart,
+    Kind,
+    Message,
+    Params,
+    Part,
+    Request,
+    TextPart,
+)
+from client.gateway.bodies import aside
+from client.gateway.errors import invalid
+from client.gateway.images import ImagePolicy, load_image
+from client.gateway.openai import bodies as http
+from client.gateway.openai.forced import forced_calls
+from client.gateway.openai.tools import MARKS
+
+__all__ = [
+    "Call",
+    "Pictures",
+    "Reading",
+    "chat_call",
+    "completion_calls",
+    "constraint_of",
+    "seeded",
+]
+
+#: `service_tier` in the bus's own measure.
+_TIER_PRIORITY = {"auto": 0, "default": 0, "flex": -50, "scale": 0, "priority": 50, "fast": 50}
+_MAX_SEED = (1 << 63) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How tool calls are found in an answer; see `tools.ToolCallParser`."""
+
+    names: tuple[str, ...]
+    parallel: bool
+    forced: bool
+    #: The caller wants to see special tokens, marks of calls included.
+    shows_special: bool = False
+    #: What of the answer stands in the request already (`continue_final_message`).
+    said: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request of the bus with the octets that travel beside it."""
+
+    request: Request
+    attachments: tuple[bytes, ...] = ()
+    #: None: whatever the answer says is text.
+    reading: Reading | None = None
+    #: Of the body that it came from: what work with all of it costs.
+    size_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Pictures:
+    """Collects the pictures of one request in the order in which they stand there."""
+
+    policy: ImagePolicy
+    #: The address of each, and the field that it stands in.
+    found: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, url: str, detail: str | None, param: str) -> ImagePart:
+        """One more picture; raises GatewayError naming `param`."""
+        if detail == "low":
+            raise invalid(
+                f"{param}.detail",
+                "`detail: low` is not served: the model gets the picture as it is; make it smaller "
+                "before you send it.",
+            )
+        if len(self.found) >= MAX_ATTACHMENTS:
+            raise invalid(param, f"A request carries at most {MAX_ATTACHMENTS} pictures.")
+        self.found.append((url, f"{param}.url"))
+        return ImagePart(attachment=len(self.found) - 1)
+
+    @property
+    def attachments(self) -> list[Attachment]:
+        return [Attachment() for _ in self.found]
+
+    async def load(self) -> tuple[bytes, ...]:
+        """The octets of all of them, at once; raises GatewayError naming the field of one."""
+        loading = [
+            asyncio.ensure_future(load_image(url, self.policy, param)) for url, param in self.found
+        ]
+        try:
+            return tuple(await asyncio.gather(*loading))
+        finally:
+            for task in loading:
+                task.cancel()
+
+
+def seeded(call: Call, offset: int) -> Call:
+    """The same call with its seed moved: the i-th of `n` choices uses seed + i."""
+    if offset == 0:
+        return call
+    params = call.request.params
+    moved = msgspec.structs.replace(params, seed=(params.seed + offset) & _MAX_SEED)
+    return replace(call, request=msgspec.structs.replace(call.request, params=moved))
+
+
+async def chat_call(
+    body: http.ChatRequest, policy: ImagePolicy, *, seed: int, user: str, size_bytes: int = 0
+) -> Call:
+    """The bus request of a chat completion; raises GatewayError for what cannot be served.
+
+    `size_bytes`: of the body; a large one is converted in another thread.
+    """
+    pictures = Pictures(policy)
+    call = await aside(size_bytes, _chat_call, body, pictures, seed, user)
+    return replace(call, attachments=await pictures.load(), size_bytes=size_bytes)
+
+
+def _chat_call(body: http.ChatRequest, pictures: Pictures, seed: int, user: str) -> Call:
+    http.check_counts(body)
+    http.refuse_unserved(body)
+    body = _with_allowed_tools(body)
+    messages = [
+        _message(message, f"messages[{index}]", pictures)
+        for index, message in enumerate(body.messages)
+    ]
+    if "audio" in (body.modalities or []):
+        raise invalid("modalities", '`modalities` must be ["text"]: the bus answers in text.')
+    if body.top_logprobs and not body.logprobs:
+        raise invalid("top_logprobs", "`top_logprobs` needs `logprobs` to be true.")
+    if len({body.max_tokens, body.max_completion_tokens} - {None}) > 1:
+        raise invalid("max_tokens", "Send `max_completion_tokens` or `max_tokens`, not both.")
+    _check_stream_options(body)
+    tools, tool_choice = _tools(body)
+    # A forced call has no text that a format could apply to.
+    constraint = constraint_of(body.response_format, body.structured_outputs)
+    forced = _forced_tool(body)
+    constraint = forced or constraint
+    template_args = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        template_args["reasoning_effort"] = body.reasoning_effort
+    if body.verbosity is not None:
+        template_args["verbosity"] = body.verbosity
+    params = _params(
+        body,
+        seed=seed,
+        max_tokens=body.max_completion_tokens or body.max_tokens,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        constraint=constraint,
+    )
+    priority = body.priority
+    if priority is None and body.service_tier is not None:
+        priority = _TIER_PRIORITY[body.service_tier]
+    reading = None
+    if tools and (forced is not None or not _is_json(constraint)):
+        reading = Reading(
+            tuple(tool["function"]["name"] for tool in tools),
+            parallel=body.parallel_tool_calls is not False,
+            forced=forced is not None,
+            shows_special=not params.skip_special_tokens,
+            said=_said(body, template_args),
+        )
+        params = msgspec.structs.replace(params, keep_special=list(MARKS))
+    request = Request(
+        model=body.model,
+        kind=Kind.CHAT,
+        messages=messages,
+        params=params,
+        tools=tools,
+        tool_choice=tool_choice,
+        template_args=template_args,
+        priority=priority or 0,
+        user=user,
+        queue_ms=body.queue_ms,
+        ttl_ms=body.ttl_ms,
+        window=DEFAULT_WINDOW_TOKENS,
+        attachments=pictures.attachments,
+    )
+    return Call(request, reading=reading)
+
+
+def _is_json(constraint: Constraint | None) -> bool:
+    """The answer is JSON that the caller asked for: no call, whatever it looks like."""
+    return constraint is not None and constraint.type in ("json_object", "json_schema")
+
+
+def _said(body: http.ChatRequest, template_args: dict[str, Any]) -> str:
+    content = body.messages[-1].content
+    goes_on = template_args.get("continue_final_message")
+    return content if goes_on and isinstance(content, str) else ""
+
+
+def completion_calls(
+    body: http.CompletionRequest, *, seed: int, user: str, size_bytes: int = 0
+) -> list[Call]:
+    """One bus request for each prompt; raises GatewayError for what cannot be served.
+
+    `size_bytes`: of the body.
+    """
+    http.refuse_unserved(body)
+    _check_stream_options(body)
+    if body.max_tokens == 0 and not body.echo:
+        raise invalid("max_tokens", "`max_tokens: 0` makes sense only with `echo: true`.")
+    best_of = body.best_of or body.n or 1
+    if best_of < (body.n or 1):
+        raise invalid("best_of", "`best_of` must not be smaller than `n`.")
+    if best_of > (body.n or 1) and body.stream:
+        raise invalid("best_of", "`best_of` above `n` cannot be streamed: the best is known last.")
+    logprobs = body.logprobs
+    if logprobs is None and best_of > (body.n or 1):
+        logprobs = 0
+    params = _params(
+        body,
+        seed=seed,
+        max_tokens=body.max_tokens or (1 if body.max_tokens == 0 else None),
+        logprobs=logprobs,
+        constraint=constraint_of(None, body.structured_outputs),
+    )
+    if body.echo:
+        params = msgspec.structs.replace(params, echo=True, prompt_logprobs=body.logprobs)
+    prompts = http.texts_of("prompt", body.prompt)
+    if len(prompts) * best_of > http.MAX_CHOICES:
+        raise invalid(
+            "best_of" if body.best_of else "n",
+            f"{len(prompts)} prompts with {best_of} answers each are {len(prompts) * best_of}; "
+            f"{http.MAX_CHOICES} are allowed.",
+        )
+    return [
+        Call(
+            Request(
+                model=body.model,
+                kind=Kind.COMPLETE,
+                prompt=prompt if isinstance(prompt, str) else None,
+                token_ids=prompt if isinstance(prompt, list) else None,
+                params=params,
+                priority=body.priority or 0,
+                user=user,
+                queue_ms=body.queue_ms,
+                ttl_ms=body.ttl_ms,
+                window=DEFAULT_WINDOW_TOKENS,
+            ),
+            size_bytes=size_bytes // len(prompts),
+        )
+        for prompt in prompts
+    ]
+
+
+def _message(message: http.ChatMessage, path: str, pictures: Pictures) -> Message:
+    if message.role == "function":
+        raise invalid(f"{path}.role", "The role `function` is deprecated; use `tool`.")
+    if message.role == "tool" and message.tool_call_id is None:
+        raise invalid(f"{path}.tool_call_id", "A message of role `tool` needs `tool_call_id`.")
+    if message.content is None and not message.tool_calls and message.refusal is None:
+        raise invalid(f"{path}.content", f"`{path}.content` is required.")
+    if message.tool_calls and message.role != "assistant":
+        raise invalid(f"{path}.tool_calls", "Only a message of role `assistant` has `tool_calls`.")
+    content: str | list[Part] | None = message.refusal
+    if isinstance(message.content, str):
+        content = message.content
+    elif message.content is not None:
+        parts = [
+            _part(part, f"{path}.content[{index}]", message.role, pictures)
+            for index, part in enumerate(message.content)
+        ]
+        # Templates of text models know strings only.
+        texts = [part.text for part in parts if isinstance(part, TextPart)]
+        content = "\n".join(texts) if len(texts) == len(parts) else parts
+    return Message(
+        # Few chat templates know the newer name of the system prompt.
+        role="system" if message.role == "developer" else message.role,
+        content=content,
+        name=message.name,
+        tool_calls=[_called(call) for call in message.tool_calls or []] or None,
+        tool_call_id=message.tool_call_id,
+        reasoning_content=message.reasoning_content,
+    )
+
+
+def _part(part: http.ContentPart, path: str, role: str, pictures: Pictures) -> Part:
+    if isinstance(part, http.TextPart):
+        return TextPart(text=part.text)
+    if isinstance(part, http.RefusalPart):
+        return TextPart(text=part.refusal)
+    if isinstance(part, http.ImagePart):
+        if role not in ("user", "tool"):
+            raise invalid(path, f"A message of role `{role}` holds no pictures.")
+        return pictures.add(part.image_url.url, part.image_url.detail, f"{path}.image_url")
+    # Null in a part of sound or of a file: `refuse_unserved` found nothing to name.
+    raise invalid(path, f"`{path}` is of a type that is not served; send text or `image_url`.")
+
+
+def _called(call: http.ToolCall) -> dict[str, Any]:
+    """An earlier call. Its arguments stay the text that the model wrote, which may be cut or odd;
+    the worker reads them for its template."""
+    function = {"name": call.function.name, "arguments": call.function.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _with_allowed_tools(body: http.ChatRequest) -> http.ChatRequest:
+    """The same request without the tools that its `tool_choice` does not allow."""
+    if not isinstance(body.tool_choice, http.AllowedToolChoice):
+        return body
+    allowed = body.tool_choice.allowed_tools
+    names = [tool.function.name for tool in allowed.tools]
+    kept = [tool for tool in body.tools or [] if tool.function.name in names]
+    if missing := set(names) - {tool.function.name for tool in kept}:
+        raise invalid(
+            "tool_choice", f"`tool_choice` names {min(missing)!r}, which is not in `tools`."
+        )
+    return msgspec.structs.replace(body, tools=kept, tool_choice=allowed.mode)
+
+
+def _tools(
+    body: http.ChatRequest,
+) -> tuple[list[dict[str, Any]] | None, str | dict[str, Any] | None]:
+    if not body.tools:
+        if body.tool_choice not in (None, "none", "auto"):
+            raise invalid("tool_choice", "`tool_choice` needs `tools`.")
+        return None, None
+    if body.tool_choice == "none":
+        return None, None
+    choice: str | dict[str, Any] | None = None
+    if isinstance(body.tool_choice, str):
+        choice = body.tool_choice
+    elif isinstance(body.tool_choice, http.NamedTool):
+        name = body.tool_choice.function.name
+        if name not in [tool.function.name for tool in body.tools]:
+            raise invalid("tool_choice", f"`tool_choice` names {name!r}, which is not in `tools`.")
+        choice = {"type": "function", "function": {"name": name}}
+    tools: list[dict[str, Any]] = []
+    for tool in body.tools:
+        function: dict[str, Any] = {"name": tool.function.name}
+        if tool.function.description is not None:
+            function["description"] = tool.function.description
+        function["parameters"] = tool.function.parameters or {"type": "object", "properties": {}}
+        tools.append({"type": "function", "function": function})
+    return tools, choice
+
+
+def _forced_tool(body: http.ChatRequest) -> Constraint | None:
+    """The shape that a forced call must have; `tools.ToolCallParser` reads it back."""
+    if not body.tools or body.tool_choice in (None, "auto", "none"):
+        return None
+    functions = [tool.function for tool in body.tools]
+    if isinstance(body.tool_choice, http.NamedTool):
+        functions = [f for f in functions if f.name == body.tool_choice.function.name]
+    single = isinstance(body.tool_choice, http.NamedTool) or body.parallel_tool_calls is False
+    return forced_calls(functions, single=single)
+
+
+def constraint_of(
+    response_format: http.ResponseFormat | None, outputs: http.StructuredOutputs | None
+) -> Constraint | None:
+    """What the answer must conform to; raises GatewayError where it is said twice or not at all."""
+    found: list[Constraint] = []
+    if isinstance(response_format, http.JsonObjectFormat):
+        found.append(Constraint(type="json_object"))
+    elif isinstance(response_format, http.JsonSchemaFormat):
+        if response_format.json_schema.schema is None:
+            raise invalid(
+                "response_format.json_schema.schema",
+                "`response_format.json_schema.schema` is required.",
+            )
+        found.append(Constraint(type="json_schema", value=response_format.json_schema.schema))
+    if outputs is not None:
+        if outputs.json is not None:
+            found.append(Constraint(type="json_schema", value=outputs.json))
+        if outputs.json_object:
+            found.append(Constraint(type="json_object"))
+        if outputs.regex is not None:
+            found.append(Constraint(type="regex", value=outputs.regex))
+        if outputs.grammar is not None:
+            found.append(Constraint(type="grammar", value=outputs.grammar))
+        if outputs.choice is not None:
+            found.append(Constraint(type="choice", value=outputs.choice))
+    if len(found) > 1:
+        raise invalid(
+            "structured_outputs" if outputs is not None else "response_format",
+            "Say once what the answer must conform to: one of `response_format` and the fields of "
+            "`structured_outputs`.",
+        )
+    return found[0] if found else None
+
+
+def _check_stream_options(body: http.Sampling) -> None:
+    options = body.stream_options
+    if options is None:
+        return
+    if not body.stream:
+        raise invalid("stream_options", "`stream_options` needs `stream` to be true.")
+
+
+def wants_usage_so_far(body: http.Sampling) -> bool:
+    """Every chunk of the stream tells the usage so far; as vLLM has it, without `include_usage`
+    none does."""
+    options = body.stream_options
+    return options is not None and bool(options.include_usage and options.continuous_usage_stats)
+
+
+def _params(
+    body: http.Sampling,
+    *,
+    seed: int,
+    max_tokens: int | None,
+    logprobs: int | None,
+    constraint: Constraint | None,
+) -> Params:
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    bias: list[tuple[int, float]] = []
+    for token, value in (body.logit_bias or {}).items():
+        id_ = http.number_of(token)
+        if id_ is None or id_ >= 1 << 31:
+            raise invalid("logit_bias", f"`logit_bias` names {token!r}, which is no token id.")
+        bias.append((id_, value))
+    if body.min_tokens is not None and max_tokens is not None and body.min_tokens > max_tokens:
+        raise invalid("min_tokens", "`min_tokens` is beyond the longest answer allowed.")
+    return Params(
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens or 0,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        # 0 means the likeliest token alone, which any share above 0 keeps.
+        top_p=1.0 if body.top_p is None else max(body.top_p, 1e-9),
+        top_k=max(body.top_k or 0, 0),
+        min_p=body.min_p or 0.0,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        model_defaults=[name for name in MODEL_DEFAULTS if getattr(body, name, None) is None],
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        # OpenAI allows negative seeds; the bus counts from 0.
+        seed=seed & _MAX_SEED,
+        stop=stop,
+        stop_token_ids=body.stop_token_ids or [],
+        ignore_eos=bool(body.ignore_eos),
+        include_stop=bool(body.include_stop_str_in_output),
+        skip_special_tokens=body.skip_special_tokens is not False,
+        # The prompt's length comes with its echo, before the first token.
+        echo=wants_usage_so_far(body),
+        logprobs=logprobs,
+        logit_bias=bias,
+        constraint=constraint,
+    )

@@ -1,0 +1,62 @@
+"""`POST /v1/embeddings`: vectors as numbers or as base64 of 32-bit floats."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from openai.types import CreateEmbeddingResponse
+from openai.types.create_embedding_response import Usage
+from starlette.responses import Response
+
+from client import Embeddings
+from client.gateway.context import Visit
+from client.gateway.errors import invalid
+from client.gateway.openai.answers import written_vectors
+from client.gateway.openai.bodies import EmbeddingRequest, texts_of
+from client.gateway.openai.generation import naming
+from client.gateway.openai.shapes import dumped
+from client.gateway.sse import until_disconnect
+
+__all__ = ["embed", "embeddings"]
+
+
+async def embeddings(visit: Visit) -> Response:
+    """Vectors of one or several inputs; see `requests.EmbeddingRequest` for the body."""
+    return await embed(visit, await visit.read(EmbeddingRequest))
+
+
+async def embed(visit: Visit, body: EmbeddingRequest) -> Response:
+    """The answer to a body that was read."""
+    visit.check(body.model, body.priority or 0)
+    options: dict[str, Any] = {"priority": body.priority or 0, "user": visit.share(body.user)}
+    if body.dimensions is not None:
+        options["dimensions"] = body.dimensions
+    inputs = texts_of("input", body.input)
+
+    async def work() -> AsyncGenerator[list[Embeddings], None]:
+        with naming("input"):
+            yield [await visit.embed(inputs, body.model, **options)]
+
+    [made] = await until_disconnect(work(), visit.request.receive)
+    if body.dimensions not in (None, made.dimensions):
+        raise invalid(
+            "dimensions",
+            f"`dimensions` is not served by {body.model!r}: its vectors have {made.dimensions}.",
+        )
+    vectors = await written_vectors(made, as_text=body.encoding_format == "base64")
+    written = [
+        b'{"embedding":%b,"index":%d,"object":"embedding"}' % (vector, index)
+        for index, vector in enumerate(vectors)
+    ]
+    # What OpenAI's own type writes of numbers, which is one step however many there are.
+    tokens = made.usage.prompt_tokens
+    empty = CreateEmbeddingResponse(
+        object="list",
+        model=body.model,
+        data=[],
+        usage=Usage(prompt_tokens=tokens, total_tokens=tokens),
+    )
+    before, data, behind = dumped(empty).partition(b'"data":[')
+    octets = b"".join((before, data, b",".join(written), behind))
+    return Response(octets, media_type="application/json")

@@ -1,0 +1,59 @@
+"""The shape of an answer that must be a tool call (`tool_choice`); `tools` reads it back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Final
+
+from broker.protocol.messages import Constraint
+from client.gateway.openai.bodies import Function
+
+__all__ = ["MAX_FORCED_CALLS", "forced_calls"]
+
+#: A model that has nothing to add still may, so a list of calls needs an end. Who needs more calls
+#: than these gets them in the next turn.
+MAX_FORCED_CALLS: Final = 8
+
+
+def forced_calls(functions: Sequence[Function], *, single: bool) -> Constraint:
+    """One call of one of the functions (`single`), or a list of one to `MAX_FORCED_CALLS`."""
+    ids = Counter(_id_of(function) for function in functions)
+    calls: list[dict[str, Any]] = []
+    for index, function in enumerate(functions):
+        own_id = _id_of(function)
+        if own_id is None or ids[own_id] > 1:
+            own_id = f"tool://{index}/"
+        calls.append(
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": function.name},
+                    "arguments": _resource(function, own_id),
+                },
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
+    call = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    if not single:
+        call = {"type": "array", "minItems": 1, "maxItems": MAX_FORCED_CALLS, "items": call}
+    return Constraint(type="json_schema", value=call, compact=True)
+
+
+def _id_of(function: Function) -> str | None:
+    own_id = (function.parameters or {}).get("$id")
+    return own_id if isinstance(own_id, str) else None
+
+
+def _resource(function: Function, own_id: str) -> dict[str, Any]:
+    """The parameters as a schema resource of their own, so that `#` in their references is theirs
+    wherever they stand.
+
+    `$schema` goes: in older drafts `$id` does not count beside `$ref`, or is not known.
+    """
+    if not function.parameters:  # OpenAI's word for a function that takes none
+        return {"type": "object", "additionalProperties": False}
+    schema = {key: value for key, value in function.parameters.items() if key != "$schema"}
+    # Only where the arguments are an object is there a call.
+    return {"type": "object", **schema, "$id": own_id}

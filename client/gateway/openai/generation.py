@@ -1,0 +1,299 @@
+"""Runs the bus requests of one HTTP request and merges their events, in order for each choice.
+
+Events that came together stay together, so that what is done for each wake-up is done once.
+
+The generators here own the streams that they open: whatever ends a generator, cancellation and
+`aclose` included, cancels at the workers what still runs. One task must drive a generator from its
+start to its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final
+
+import msgspec
+from msgspec import Struct
+
+from broker.protocol.errors import ErrorCode
+from broker.protocol.messages import Kind, Params, Request, TokenLogprob
+from client import AsyncClient, AsyncStream, BusError, Retry, Timeout, calls
+from client.core.events import End, Prompt, StreamEvent, Tokens
+from client.gateway.bodies import aside
+from client.gateway.errors import describe
+from client.gateway.openai.convert import Call
+from client.gateway.traces import BusSpan
+
+__all__ = [
+    "RETRY",
+    "Batches",
+    "ChoiceEvent",
+    "Delta",
+    "Finish",
+    "Prompted",
+    "generate",
+    "naming",
+    "open_stream",
+]
+
+
+class Delta(Struct, frozen=True, gc=False):
+    """New text of a choice; `logprobs` are of the tokens of this delta, where asked for."""
+
+    choice: int
+    text: str
+    tokens: int
+    logprobs: list[TokenLogprob] | None
+
+
+class Prompted(Struct, frozen=True):
+    """The facts of the prompt of a choice, before its first delta, where asked for."""
+
+    choice: int
+    prompt: Prompt
+
+
+class Finish(Struct, frozen=True):
+    """A choice is complete; its last text was in the deltas before."""
+
+    choice: int
+    end: End
+
+
+ChoiceEvent = Delta | Prompted | Finish
+Batches = AsyncGenerator[list[ChoiceEvent], None]
+
+#: An HTTP client is told at once that the bus is full or the model unknown, and decides itself;
+#: a stream that runs is carried over every interruption.
+RETRY: Final = Retry(
+    codes=frozenset(
+        code.value
+        for code in (
+            ErrorCode.WORKER_LOST,
+            ErrorCode.DRAINING,
+            ErrorCode.CONNECTION_LOST,
+            ErrorCode.UNKNOWN_SESSION,
+        )
+    )
+)
+
+#: The library's own limits.
+PATIENCE: Final = Timeout()
+
+_DEFAULT_PARAMS: Final = Params()
+#: Batches that may wait unread between the streams of several choices and the HTTP answer.
+_MERGED_BATCHES: Final = 16
+#: Streams opened before others have their turn.
+_OPENED_AT_ONCE: Final = 16
+
+
+async def open_stream(
+    bus: AsyncClient, call: Call, retry: Retry = RETRY, limits: Timeout = PATIENCE
+) -> AsyncStream:
+    """Send the call; raises a BusError for what the client library refuses.
+
+    `limits`: those that the call itself does not name.
+    """
+    return await bus.start(await aside(call.size_bytes, _made_ready, bus, call, retry, limits))
+
+
+def _made_ready(bus: AsyncClient, call: Call, retry: Retry, limits: Timeout) -> calls.Call:
+    request = call.request
+    options: dict[str, Any] = {
+        name: getattr(request.params, name)
+        for name in Params.__struct_fields__
+        if getattr(request.params, name) != getattr(_DEFAULT_PARAMS, name)
+    }
+    # Zero is a seed like any other; left out, the library would pick one. A parameter at its
+    # neutral value may have been given.
+    options["seed"] = request.params.seed
+    options["model_defaults"] = request.params.model_defaults
+    options.update(
+        tools=request.tools,
+        tool_choice=request.tool_choice,
+        template_args=request.template_args or None,
+        priority=request.priority,
+        user=request.user,
+        trace=request.trace or None,
+        timeout=_timeout(request, limits),
+        retry=retry,
+    )
+    images = list(call.attachments)
+    if request.kind is Kind.CHAT:
+        messages = [_message(message, images) for message in request.messages or []]
+        return calls.chat(bus.defaults, request.model, messages, (), options)
+    return calls.complete(
+        bus.defaults, request.model, request.prompt, request.token_ids, images, options
+    )
+
+
+def _message(message: Any, images: list[bytes]) -> dict[str, Any]:
+    plain: dict[str, Any] = msgspec.to_builtins(message)
+    if isinstance(plain.get("content"), list):
+        plain["content"] = [
+            {"type": "image", "image": images[part["attachment"]]}
+            if part["type"] == "image"
+            else part
+            for part in plain["content"]
+        ]
+    return plain
+
+
+def _timeout(request: Request, given: Timeout) -> Timeout:
+    named: dict[str, float] = {}
+    if request.queue_ms is not None:
+        named["queue"] = max(request.queue_ms, 1) / 1000
+    if request.ttl_ms is not None:
+        named["total"] = request.ttl_ms / 1000
+    return replace(given, **named)
+
+
+Opened = Callable[[AsyncStream], None]
+
+
+async def generate(
+    bus: AsyncClient,
+    calls: Sequence[Call],
+    opened: Opened,
+    *,
+    retry: Retry = RETRY,
+    limits: Timeout = PATIENCE,
+    spans: Sequence[BusSpan] = (),
+    prompt_field: str | None = None,
+    has_enough: Callable[[int], bool] = lambda choice: False,
+) -> Batches:
+    """The events of all calls, the i-th call being choice i. Raises the first failure of any.
+
+    `opened` is told of every stream before its first event. `spans`: none, or one for each call.
+    `prompt_field`: what the caller's API calls the prompt; failures name it where it is at fault.
+    `has_enough` is asked of a choice after each of its batches: where it says so its request is
+    cancelled at the worker, and its `Finish` says `cancelled`.
+    """
+
+    def open_call(call: Call) -> Awaitable[AsyncStream]:
+        return open_stream(bus, call, retry, limits)
+
+    with naming(prompt_field):
+        if len(calls) == 1:
+            with _traced(spans, 0) as span:
+                stream = await open_call(calls[0])
+                opened(stream)
+                try:
+                    async for arrived in stream.batches:
+                        batch = _translated(0, arrived, span)
+                        if batch:
+                            yield batch
+                            if has_enough(0) and not isinstance(batch[-1], Finish):
+                                stream.close()
+                                yield [Finish(0, stream.end)]
+                                return
+                finally:
+                    await stream.aclose()
+            return
+        batches: asyncio.Queue[list[ChoiceEvent] | BaseException] = asyncio.Queue(_MERGED_BATCHES)
+        streams: dict[int, AsyncStream] = {}
+
+        def opened_as(index: int, stream: AsyncStream) -> None:
+            streams[index] = stream
+            opened(stream)
+
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            for index, call in enumerate(calls):
+                pump = _pump(
+                    partial(open_call, call), index, partial(opened_as, index), batches, spans
+                )
+                tasks.append(asyncio.create_task(pump))
+                if len(tasks) % _OPENED_AT_ONCE == 0:
+                    await asyncio.sleep(0)
+            over: set[int] = set()
+            while len(over) < len(tasks):
+                merged = await batches.get()
+                if isinstance(merged, BaseException):
+                    raise merged
+                choice = merged[0].choice
+                if choice in over:
+                    continue
+                yield merged
+                if isinstance(merged[-1], Finish):
+                    over.add(choice)
+                elif has_enough(choice):
+                    over.add(choice)
+                    tasks[choice].cancel()
+                    streams[choice].close()
+                    yield [Finish(choice, streams[choice].end)]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextlib.contextmanager
+def naming(prompt_field: str | None) -> Iterator[None]:
+    """A failure of the bus that a field of the caller is at fault for names that field."""
+    fields = {ErrorCode.CONTEXT_OVERFLOW: prompt_field, ErrorCode.MODEL_UNAVAILABLE: "model"}
+    try:
+        yield
+    except BusError as error:
+        if prompt_field is None or error.code not in fields:
+            raise
+        told = describe(error)
+        told.param = fields[ErrorCode(error.code)]
+        raise told from error
+
+
+async def _pump(
+    open_it: Callable[[], Awaitable[AsyncStream]],
+    index: int,
+    opened: Opened,
+    batches: asyncio.Queue[list[ChoiceEvent] | BaseException],
+    spans: Sequence[BusSpan],
+) -> None:
+    try:
+        with _traced(spans, index) as span:
+            stream = await open_it()
+            opened(stream)
+            try:
+                async for arrived in stream.batches:
+                    batch = _translated(index, arrived, span)
+                    if batch:
+                        await batches.put(batch)
+            finally:
+                await stream.aclose()
+    except Exception as error:
+        await batches.put(error)
+
+
+@contextlib.contextmanager
+def _traced(spans: Sequence[BusSpan], index: int) -> Iterator[BusSpan | None]:
+    """The span of a call, ended with whatever ends the call."""
+    span = spans[index] if spans else None
+    try:
+        yield span
+    except BaseException as error:
+        if span is not None:
+            span.end(error)
+        raise
+    if span is not None:
+        span.end()
+
+
+def _translated(choice: int, arrived: list[StreamEvent], span: BusSpan | None) -> list[ChoiceEvent]:
+    batch: list[ChoiceEvent] = []
+    for event in arrived:
+        if span is not None:
+            span.saw(event)
+        if isinstance(event, Tokens):
+            batch.append(Delta(choice, event.text, len(event.token_ids), event.logprobs))
+        elif isinstance(event, End):
+            if event.text:
+                batch.append(Delta(choice, event.text, 0, None))
+            batch.append(Finish(choice, event))
+        elif isinstance(event, Prompt):
+            batch.append(Prompted(choice, event))
+        # Queued, started, recovering: of no interest to an HTTP client.
+    return batch

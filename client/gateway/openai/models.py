@@ -1,0 +1,60 @@
+"""`GET /v1/models` and `GET /v1/models/{model}`: the models of the bus as OpenAI lists them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from openai.types import Model
+from starlette.responses import JSONResponse, Response
+
+from broker.protocol.errors import ErrorCode
+from client.gateway.context import Visit
+from client.gateway.errors import GatewayError
+
+__all__ = ["find_model", "get_model", "list_models", "visible_models"]
+
+#: Facts of the bus that are shown beside OpenAI's own fields.
+_BESIDE = ("kinds", "images", "context_tokens", "workers", "ready", "capacity", "running", "queued")
+
+
+async def visible_models(visit: Visit) -> list[dict[str, Any]]:
+    """The models that the key may use, as `bus.models` describes them, by name."""
+    models = await visit.gateway.bus.models()
+    return sorted(
+        (model for model in models if visit.key.may_use(model["name"])),
+        key=lambda model: str(model["name"]),
+    )
+
+
+def find_model(models: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The model of that name; raises GatewayError(model_unavailable) where there is none."""
+    for model in models:
+        if model["name"] == name:
+            return model
+    raise GatewayError(
+        ErrorCode.MODEL_UNAVAILABLE,
+        f"No worker serves model {name!r}; `GET /v1/models` lists those that are served.",
+        param="model",
+    )
+
+
+def _shown(visit: Visit, model: dict[str, Any]) -> dict[str, Any]:
+    shown = Model(
+        id=model["name"], object="model", created=visit.gateway.started_at, owned_by="tokenbus"
+    )
+    return {
+        **shown.model_dump(exclude_unset=True),
+        **{name: model[name] for name in _BESIDE if name in model},
+    }
+
+
+async def list_models(visit: Visit) -> Response:
+    """Every model of the bus that the key may use."""
+    models = [_shown(visit, model) for model in await visible_models(visit)]
+    return JSONResponse({"object": "list", "data": models})
+
+
+async def get_model(visit: Visit) -> Response:
+    """One model."""
+    model = find_model(await visible_models(visit), visit.request.path_params["model"])
+    return JSONResponse(_shown(visit, model))

@@ -1,0 +1,144 @@
+"""`GET /openapi.json`: what OpenAI's endpoints take here, made from the types that read the bodies.
+
+Answers are those of OpenAI's own reference; described here are their media types and our errors.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+
+from client import __version__
+from client.gateway.context import Visit
+from client.gateway.ids import KEPT_ID
+from client.gateway.openai.bodies import ChatRequest, CompletionRequest, EmbeddingRequest
+from client.gateway.openai.responses_body import INCLUDABLE, ResponseRequest
+from client.gateway.operator_view import DrainBody
+
+__all__ = ["openapi"]
+
+_TAKES = {
+    ("post", "/v1/chat/completions"): (ChatRequest, "Answer a conversation."),
+    ("post", "/v1/completions"): (CompletionRequest, "Continue raw prompts."),
+    ("post", "/v1/embeddings"): (EmbeddingRequest, "Vectors of texts."),
+    ("post", "/v1/responses"): (ResponseRequest, "Answer an input."),
+    ("post", "/bus/drain"): (DrainBody, "Let a worker finish; an operator's."),
+}
+_TAKES_NOTHING = {
+    ("get", "/v1/models"): "The models of the bus.",
+    ("get", "/v1/models/{id}"): "One model.",
+    ("get", "/v1/chat/completions/{id}"): "Go on with an answer that outlived its connection.",
+    ("post", "/v1/chat/completions/{id}/cancel"): "Stop such an answer.",
+    ("get", "/v1/responses/{id}"): "A response that was kept.",
+    ("delete", "/v1/responses/{id}"): "Forget a response.",
+    ("post", "/v1/responses/{id}/cancel"): "Stop a response in the background.",
+    ("get", "/v1/responses/{id}/input_items"): "What a response was asked with.",
+    ("get", "/bus/session"): "What the key may do.",
+    ("get", "/bus/overview"): "The bus as it is now; an operator's.",
+    ("get", "/health"): "The process lives.",
+    ("get", "/ready"): "The broker answers.",
+    ("get", "/metrics"): "Figures in Prometheus' format.",
+}
+_INCLUDE = {"type": "array", "items": {"enum": list(INCLUDABLE)}}
+_QUERY: dict[str, dict[str, dict[str, Any]]] = {
+    "/v1/responses/{id}": {
+        "stream": {"type": "boolean", "default": False},
+        "starting_after": {"type": "integer", "minimum": 0},
+        "include": _INCLUDE,
+        "include_obfuscation": {"type": "boolean"},
+    },
+    "/v1/responses/{id}/input_items": {
+        "after": {"type": "string"},
+        "limit": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20},
+        "order": {"enum": ["asc", "desc"], "default": "desc"},
+        "include": _INCLUDE,
+    },
+    "/metrics": {"scope": {"enum": ["all", "gateway"], "default": "all"}},
+}
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": "string"},
+                "details": {"type": "object"},
+                "request_id": {"type": "string"},
+            },
+        }
+    },
+}
+
+
+async def openapi(visit: Visit) -> Response:
+    """The document."""
+    return Response(_document(), media_type="application/json")
+
+
+@functools.cache
+def _document() -> bytes:
+    bodies = [body for body, _ in _TAKES.values()]
+    schemas, components = msgspec.json.schema_components(
+        bodies, ref_template="#/components/schemas/{name}"
+    )
+    paths: dict[str, dict[str, Any]] = {}
+    for ((method, path), (_, words)), schema in zip(_TAKES.items(), schemas, strict=True):
+        content = {"application/json": {"schema": schema}}
+        paths.setdefault(path, {})[method] = {
+            **_operation(path, words, {}),
+            "requestBody": {"required": True, "content": content},
+        }
+    for (method, path), words in _TAKES_NOTHING.items():
+        query = _QUERY.get(path, {}) if method == "get" else {}
+        paths.setdefault(path, {})[method] = _operation(path, words, query)
+    return msgspec.json.encode(
+        {
+            "openapi": "3.1.0",
+            "info": {"title": "tokenbus gateway", "version": __version__},
+            "paths": paths,
+            "components": {
+                "schemas": {**components, "Error": _ERROR},
+                "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            },
+            "security": [{}, {"key": []}],
+        }
+    )
+
+
+def _operation(path: str, words: str, query: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    media = ["text/plain"] if path in ("/health", "/metrics") else ["application/json"]
+    if path.startswith(("/v1/chat", "/v1/completions", "/v1/responses")):
+        media.append("text/event-stream")
+    operation: dict[str, Any] = {
+        "summary": words,
+        "responses": {
+            "200": {"description": "Done.", "content": {kind: {} for kind in media}},
+            "default": {
+                "description": "Refused or failed; `code` is OpenAI's or the bus's.",
+                "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+            },
+        },
+    }
+    if path == "/ready":
+        operation["responses"]["503"] = {
+            "description": "Not ready, and why.",
+            "content": {"application/json": {}},
+        }
+    parameters: list[dict[str, Any]]
+    parameters = [{"name": name, "in": "query", "schema": schema} for name, schema in query.items()]
+    if "{id}" in path:
+        schema: dict[str, Any] = {"type": "string"}
+        if path != "/v1/models/{id}":
+            schema["pattern"] = f"^{KEPT_ID}$"
+        parameters.append({"name": "id", "in": "path", "required": True, "schema": schema})
+    if parameters:
+        operation["parameters"] = parameters
+    return operation

@@ -1,0 +1,494 @@
+"""The body of `POST /v1/responses`: its fields, and the way to the same bus request as a chat.
+
+As in `requests`, a field is honoured, a label, or refused by name. The items of `input` are
+turned into chat messages, so that one conversion knows what a message means on the bus.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from broker.protocol.limits import MAX_TOP_LOGPROBS
+from client.gateway.errors import GatewayError, invalid
+from client.gateway.openai import bodies as http
+
+__all__ = [
+    "INCLUDABLE",
+    "LOGPROBS",
+    "FunctionTool",
+    "ResponseRequest",
+    "TextConfig",
+    "as_chat",
+    "check_include",
+    "functions_of",
+    "named_in_input",
+    "with_references",
+]
+
+LOGPROBS = "message.output_text.logprobs"
+#: What `include` may ask for. But for log-probabilities it is more of what models of the bus never
+#: do, or what stands there anyway.
+INCLUDABLE: Final = (
+    LOGPROBS,
+    "reasoning.encrypted_content",
+    "message.input_image.image_url",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+)
+
+
+class _Body(Struct, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+# --- input ----------------------------------------------------------------------------------------
+
+
+class _Content(_Body, kw_only=True):
+    prompt_cache_breakpoint: http.Label = None
+    cache_control: http.Label = None
+
+
+class InputText(_Content, tag="input_text", tag_field="type", kw_only=True):
+    text: str
+
+
+class OutputText(_Content, tag="output_text", tag_field="type", kw_only=True):
+    text: str
+    # As the SDK's object of an earlier answer carries them.
+    annotations: http.Label = None
+    logprobs: http.Label = None
+    parsed: http.Label = None
+
+
+class Refusal(_Content, tag="refusal", tag_field="type", kw_only=True):
+    refusal: str
+
+
+class InputImage(_Content, tag="input_image", tag_field="type", kw_only=True):
+    image_url: str | None = None
+    detail: http.Detail | None = None
+    file_id: http.Refused = None
+
+
+class InputFile(_Content, tag="input_file", tag_field="type", kw_only=True):
+    file_id: Any = None
+    file_url: Any = None
+    file_data: Any = None
+    filename: Any = None
+    detail: Any = None
+
+
+Content = InputText | OutputText | Refusal | InputImage | InputFile
+
+
+class MessageItem(_Body, tag="message", tag_field="type", kw_only=True):
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | list[Content]
+    # As an earlier answer carries them.
+    id: str | None = None
+    status: str | None = None
+    phase: str | None = None
+    cache_control: http.Label = None
+
+
+class FunctionCallItem(_Body, tag="function_call", tag_field="type", kw_only=True):
+    call_id: str
+    name: str
+    arguments: str
+    id: str | None = None
+    status: str | None = None
+    #: Who called, and whether others were waited for: of no interest to a model that reads of it.
+    caller: http.Label = None
+    async_: http.Label = msgspec.field(default=None, name="async")
+    parsed_arguments: http.Label = None
+    namespace: http.Refused = None
+
+
+class FunctionOutputItem(_Body, tag="function_call_output", tag_field="type", kw_only=True):
+    call_id: str
+    output: str | list[Content]
+    id: str | None = None
+    status: str | None = None
+    #: The function's, which the call names as well.
+    name: str | None = None
+    caller: http.Label = None
+    namespace: http.Refused = None
+
+
+class ReasoningItem(_Body, tag="reasoning", tag_field="type", kw_only=True):
+    """Of an earlier answer; models of the bus do not read it."""
+
+    id: str | None = None
+    summary: Any = None
+    content: Any = None
+    encrypted_content: Any = None
+    status: str | None = None
+
+
+class ItemReference(_Body, tag="item_reference", tag_field="type", kw_only=True):
+    """An output item of a response that is kept here."""
+
+    id: str
+
+
+Item = MessageItem | FunctionCallItem | FunctionOutputItem | ReasoningItem | ItemReference
+
+
+# --- the body -------------------------------------------------------------------------------------
+
+
+class FunctionTool(_Body, kw_only=True):
+    type: Literal["function"]
+    name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    description: str | None = None
+    cache_control: http.Label = None
+    #: What the function's answer looks like; the model sees the answer itself.
+    output_schema: http.Label = None
+    #: A model of the bus calls in its answer ("direct"), and waits for nothing else meanwhile.
+    allowed_callers: http.Label = None
+    async_: http.Label = msgspec.field(default=None, name="async")
+    #: Every tool is told to the model at once.
+    defer_loading: http.Label = None
+
+
+#: Kinds of tools that OpenAI runs, or whose calls have a form of their own.
+_RUN_ELSEWHERE: Final = (
+    "apply_patch",
+    "code_interpreter",
+    "computer",
+    "computer_use_preview",
+    "custom",
+    "file_search",
+    "image_generation",
+    "local_shell",
+    "mcp",
+    "namespace",
+    "programmatic_tool_calling",
+    "shell",
+    "tool_search",
+    "web_search",
+    "web_search_2025_08_26",
+    "web_search_preview",
+    "web_search_preview_2025_03_11",
+)
+
+
+class NamedTool(_Body, tag="function", tag_field="type", kw_only=True):
+    name: str
+
+
+class AllowedTools(_Body, tag="allowed_tools", tag_field="type", kw_only=True):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Meta(min_length=1)]
+
+
+class PlainFormat(_Body, tag="text", tag_field="type", kw_only=True):
+    pass
+
+
+class ObjectFormat(_Body, tag="json_object", tag_field="type", kw_only=True):
+    pass
+
+
+class SchemaFormat(_Body, tag="json_schema", tag_field="type", kw_only=True):
+    name: str
+    schema: dict[str, Any]
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextConfig(_Body, kw_only=True):
+    format: PlainFormat | ObjectFormat | SchemaFormat | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+
+
+class Reasoning(_Body, kw_only=True):
+    effort: str | None = None
+    #: Of reasoning, which answers of the bus do not show.
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+    #: Models of the bus read no reasoning of earlier turns.
+    context: Literal["auto", "current_turn"] | None = None
+    mode: Literal["standard"] | None = None
+
+
+class ResponseStreamOptions(_Body, kw_only=True):
+    include_obfuscation: bool | None = None
+
+
+class ResponseRequest(http.Extensions, kw_only=True):
+    """Body of `POST /v1/responses`."""
+
+    model: http.ModelName
+    #: A text, or items; an item without `type` is a message.
+    input: str | Annotated[list[dict[str, Any]], Meta(max_length=http.MAX_MESSAGES)]
+    instructions: str | None = None
+    stream: bool | None = None
+    stream_options: ResponseStreamOptions | None = None
+    #: Runs on when nobody reads; needs `store`.
+    background: bool | None = None
+    store: bool | None = None
+    previous_response_id: str | None = None
+    max_output_tokens: http.Tokens | None = None
+    temperature: http.Temperature | None = None
+    top_p: http.Share | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    include: list[str] | None = None
+    text: TextConfig | None = None
+    #: Functions; tools of other kinds beside them are left out, see `functions_of`.
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=http.MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning: Reasoning | None = None
+    #: "auto": the oldest tokens make room; "disabled": a prompt that is too long is an error.
+    truncation: Literal["auto", "disabled"] | None = None
+    service_tier: http.ServiceTier | None = None
+    user: str | None = None
+    # Labels.
+    metadata: dict[str, str] | None = None
+    client_metadata: http.Label = None
+    #: Of tools that run at OpenAI; functions run at the caller.
+    max_tool_calls: Annotated[int, Meta(ge=1)] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    #: Given to the chat template as they are.
+    chat_template_kwargs: dict[str, Any] | None = None
+    # Known, not served.
+    context_management: http.Refused = None
+    conversation: http.Refused = None
+    moderation: http.Refused = None
+    prompt: http.Refused = None
+
+
+#: The output item of that id that is kept here, as JSON; raises GatewayError where there is none.
+Found = Callable[[str], dict[str, Any]]
+
+
+def with_references(body: ResponseRequest, kept: Found) -> ResponseRequest:
+    """The same request with the items themselves in the place of references to them."""
+    if isinstance(body.input, str):
+        return body
+    items = []
+    for index, raw in enumerate(body.input):
+        item = _typed(raw)
+        if item["type"] == "item_reference":
+            item = kept(http.converted(item, ItemReference, f"input[{index}]").id)
+        items.append(item)
+    return msgspec.structs.replace(body, input=items)
+
+
+def _typed(item: dict[str, Any]) -> dict[str, Any]:
+    """An item of the input with its type, which may be left out of two."""
+    if item.get("type") is not None:
+        return item
+    asked = {name for name, value in item.items() if value is not None}
+    return {**item, "type": "item_reference" if asked == {"id"} else "message"}
+
+
+def _messages_of(body: ResponseRequest) -> tuple[list[http.ChatMessage], list[str]]:
+    """The input as chat messages, without instructions and earlier turns; where each begins."""
+    if isinstance(body.input, str):
+        return [http.ChatMessage(role="user", content=body.input)], ["input"]
+    if not body.input:
+        raise invalid("input", "`input` is an empty list.")
+    messages: list[http.ChatMessage] = []
+    paths: list[str] = []
+    for index, raw in enumerate(body.input):
+        path = f"input[{index}]"
+        item = http.converted(_typed(raw), Item, path)
+        http.refuse_unserved(item, path)
+        _append(messages, item, path)
+        paths += [path] * (len(messages) - len(paths))
+    if not messages:
+        raise invalid("input", "`input` holds nothing that a model reads; add a message.")
+    return messages, paths
+
+
+def named_in_input(
+    error: GatewayError, body: ResponseRequest, chat: http.ChatRequest
+) -> GatewayError:
+    """An error about a message of the chat that the body became, told of the body's own field."""
+    at = re.match(r"messages\[(\d+)\]", error.param or "")
+    if at is None or error.param is None:
+        return error
+    _, paths = _messages_of(body)
+    index = int(at[1]) - (len(chat.messages) - len(paths))
+    if error.param.endswith(".tool_calls"):
+        field = "input"  # calls of one turn are one message; the error names the call
+    elif index < 0:
+        field = "instructions" if body.instructions and at[1] == "0" else "previous_response_id"
+    else:
+        inner = error.param[at.end() :].replace(".image_url.url", ".image_url")
+        field = paths[index] + inner.replace(".image_url.detail", ".detail")
+    message = error.info.message.replace(error.param, field)
+    return GatewayError(error.info.code, message, param=field, status=error.status)
+
+
+def _append(messages: list[http.ChatMessage], item: Item, path: str) -> None:
+    match item:
+        case MessageItem():
+            content = item.content
+            if not isinstance(content, str):
+                messages.append(
+                    http.ChatMessage(role=item.role, content=_parts(content, f"{path}.content"))
+                )
+            else:
+                messages.append(http.ChatMessage(role=item.role, content=content))
+        case FunctionCallItem():
+            call = http.ToolCall(
+                id=item.call_id,
+                function=http.CalledFunction(name=item.name, arguments=item.arguments),
+            )
+            last = messages[-1] if messages else None
+            # Calls of one turn are one message of a chat.
+            if last is not None and last.role == "assistant":
+                last.tool_calls = [*(last.tool_calls or []), call]
+            else:
+                messages.append(http.ChatMessage(role="assistant", tool_calls=[call]))
+        case FunctionOutputItem():
+            output = item.output
+            messages.append(
+                http.ChatMessage(
+                    role="tool",
+                    tool_call_id=item.call_id,
+                    content=output if isinstance(output, str) else _parts(output, f"{path}.output"),
+                )
+            )
+        case ReasoningItem() | ItemReference():
+            pass  # `with_references` was there before
+
+
+def _parts(content: list[Content], path: str) -> list[http.ContentPart]:
+    parts: list[http.ContentPart] = []
+    for index, part in enumerate(content):
+        match part:
+            case InputText() | OutputText():
+                parts.append(http.TextPart(text=part.text))
+            case Refusal():
+                parts.append(http.RefusalPart(refusal=part.refusal))
+            case InputImage(image_url=str() as url):
+                parts.append(http.ImagePart(image_url=http.ImageUrl(url=url, detail=part.detail)))
+            case _:
+                raise invalid(
+                    f"{path}[{index}]",
+                    f"`{path}[{index}]` is a file; send text, or a picture with `image_url`.",
+                )
+    return parts
+
+
+def as_chat(body: ResponseRequest, earlier: list[http.ChatMessage]) -> http.ChatRequest:
+    """The chat request that asks for the same answer; raises GatewayError naming the field."""
+    http.refuse_unserved(body)
+    for entry in body.include or []:
+        check_include(entry)
+    if body.stream_options is not None and not body.stream:
+        raise invalid("stream_options", "`stream_options` needs `stream` to be true.")
+    if body.background and body.store is False:
+        raise invalid("background", "`background` needs `store`: it is read from the store.")
+    instructions = (
+        [http.ChatMessage(role="system", content=body.instructions)] if body.instructions else []
+    )
+    logprobs = LOGPROBS in (body.include or []) or bool(body.top_logprobs)
+    return http.ChatRequest(
+        model=body.model,
+        messages=[*instructions, *earlier, *_messages_of(body)[0]],
+        max_completion_tokens=body.max_output_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        logprobs=logprobs,
+        top_logprobs=body.top_logprobs if logprobs else None,
+        response_format=_format(body.text),
+        tools=[_tool(tool) for tool in functions_of(body)],
+        tool_choice=_tool_choice(body),
+        parallel_tool_calls=body.parallel_tool_calls,
+        reasoning_effort=body.reasoning.effort if body.reasoning else None,
+        verbosity=body.text.verbosity if body.text else None,
+        service_tier=body.service_tier,
+        user=body.user,
+        chat_template_kwargs=body.chat_template_kwargs,
+        **{name: getattr(body, name) for name in http.Extensions.__struct_fields__},
+    )
+
+
+def check_include(entry: str) -> None:
+    """Raises GatewayError for what `include` cannot ask for."""
+    if entry not in INCLUDABLE:
+        raise invalid("include", f"`include` knows {', '.join(INCLUDABLE)}; not {entry!r}.")
+
+
+def functions_of(body: ResponseRequest) -> list[FunctionTool]:
+    """The tools that the model may call. Tools that OpenAI runs itself are left out: agents send
+    them beside their functions whoever answers. Raises GatewayError where there is nothing else."""
+    functions: list[FunctionTool] = []
+    left_out: list[str] = []
+    for index, tool in enumerate(body.tools or []):
+        kind = tool.get("type")
+        if kind in _RUN_ELSEWHERE:
+            left_out.append(f"tools[{index}].type")
+            continue
+        if kind != "function":
+            told = f"Invalid value {kind!r}; allowed are 'function' and, beside functions, "
+            known = ", ".join(map(repr, _RUN_ELSEWHERE))
+            raise invalid(f"tools[{index}].type", f"`tools[{index}].type`: {told}{known}.")
+        path = f"tools[{index}]"
+        functions.append(http.converted(tool, FunctionTool, path))
+    if left_out and not functions:
+        raise invalid(
+            left_out[0],
+            f"`{left_out[0]}`: nothing here runs such a tool; send functions, which run at the "
+            "caller.",
+        )
+    return functions
+
+
+def _tool_choice(body: ResponseRequest) -> http.ToolChoice | None:
+    match body.tool_choice:
+        case NamedTool(name=name):
+            return http.NamedTool(function=http.NamedFunction(name=name))
+        case AllowedTools(mode=mode, tools=tools):
+            names = [http.NamedTool(function=http.NamedFunction(name=one.name)) for one in tools]
+            return http.AllowedToolChoice(allowed_tools=http.AllowedTools(mode=mode, tools=names))
+        case other:
+            return other
+
+
+def _tool(tool: FunctionTool) -> http.Tool:
+    return http.Tool(
+        type="function",
+        function=http.Function(
+            name=tool.name,
+            description=tool.description,
+            parameters=tool.parameters,
+            strict=tool.strict,
+        ),
+    )
+
+
+def _format(text: TextConfig | None) -> http.ResponseFormat | None:
+    match text.format if text is not None else None:
+        case ObjectFormat():
+            return http.JsonObjectFormat()
+        case SchemaFormat() as wanted:
+            return http.JsonSchemaFormat(
+                json_schema=http.JsonSchema(
+                    name=wanted.name,
+                    schema=wanted.schema,
+                    description=wanted.description,
+                    strict=wanted.strict,
+                )
+            )
+        case _:
+            return None

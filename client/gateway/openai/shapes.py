@@ -1,0 +1,183 @@
+"""What OpenAI's endpoints have in common: usage, log-probabilities, the last events.
+
+Shapes are the types of the `openai` package, so that conformity is theirs. The chunks of a stream
+are filled into octets that those types made once: a token shall not cost a model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import msgspec
+from openai.types import CompletionUsage
+from openai.types.chat import ChatCompletionTokenLogprob
+from openai.types.chat.chat_completion_token_logprob import TopLogprob
+from openai.types.completion_usage import PromptTokensDetails
+from pydantic import BaseModel
+
+from broker.protocol.messages import TokenLogprob, Usage
+from client.gateway.errors import GatewayError, error_body
+from client.gateway.openai.answers import IMPOSSIBLE
+from client.gateway.openai.generation import ChoiceEvent, Delta, Finish, Prompted
+from client.gateway.openai.position import Position, Reader
+from client.gateway.sse import encode
+
+__all__ = [
+    "JSON",
+    "Chunks",
+    "UsageSoFar",
+    "chat_logprobs",
+    "dumped",
+    "error_event",
+    "logprob_bytes",
+    "usage_of",
+]
+
+#: Of one token and its log-probability, at least.
+_LOGPROB_BYTES: Final = 64
+
+#: For the text of a chunk.
+JSON: Final = msgspec.json.Encoder()
+
+
+def dumped(shape: BaseModel) -> bytes:
+    """A shape of the `openai` package as JSON."""
+    return shape.model_dump_json(exclude_unset=True, by_alias=True, warnings=False).encode()
+
+
+def usage_of(ends: Iterable[Usage], *, prompts: int = 1) -> CompletionUsage:
+    """The sum over the choices; the prompt of a choice counts once for each of `prompts`.
+
+    `ends` are in the order of the choices: all choices of the first prompt, then of the second.
+    """
+    usages = list(ends)
+    choices = max(1, len(usages) // prompts)
+    counted = usages[::choices]
+    prompt = sum(usage.prompt_tokens for usage in counted)
+    completion = sum(usage.completion_tokens for usage in usages)
+    return CompletionUsage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=PromptTokensDetails(
+            cached_tokens=sum(usage.cached_tokens for usage in counted),
+            image_tokens=sum(usage.image_tokens for usage in counted),
+        ),
+    )
+
+
+class UsageSoFar:
+    """Usage while a stream runs, summed over its choices, which are in the order of `usage_of`."""
+
+    def __init__(self, choices: int, *, prompts: int = 1) -> None:
+        self._each = choices // prompts
+        self._prompts = prompts
+        #: Prompt tokens by prompt; a worker tells them before the first token, where it is asked.
+        self._prompt_tokens: dict[int, int] = {}
+        self._completion_tokens = [0] * choices
+
+    def take(self, event: ChoiceEvent) -> None:
+        """Account for an event."""
+        prompt = event.choice // self._each
+        match event:
+            case Prompted():
+                self._prompt_tokens[prompt] = len(event.prompt.token_ids)
+            case Delta():
+                self._completion_tokens[event.choice] += event.tokens
+            case Finish():
+                self._prompt_tokens[prompt] = event.end.usage.prompt_tokens
+                self._completion_tokens[event.choice] = event.end.usage.completion_tokens
+
+    def usage(self) -> bytes:
+        """As JSON; null as long as a prompt's length is not known."""
+        if len(self._prompt_tokens) < self._prompts:
+            return b"null"
+        prompt, completion = sum(self._prompt_tokens.values()), sum(self._completion_tokens)
+        return b'{"completion_tokens":%d,"prompt_tokens":%d,"total_tokens":%d}' % (
+            completion,
+            prompt,
+            prompt + completion,
+        )
+
+
+class Chunks:
+    """The chunks of one streamed answer, as events. What all have in common is written once."""
+
+    def __init__(
+        self,
+        shape: type[BaseModel],
+        kind: str,
+        model: str,
+        position: Position,
+        choices: int,
+        *,
+        logprobs: bool,
+        with_usage: bool,
+        so_far: UsageSoFar | None,
+    ) -> None:
+        """`shape`: a type of the `openai` package, `kind` what it calls itself. `logprobs`: those
+        of tokens are sent."""
+        empty = shape(
+            id=position.answer, object=kind, created=int(time.time()), model=model, choices=[]
+        )
+        head, before, behind = dumped(empty).replace(b"%", b"%%").partition(b'"choices":[')
+        self.reader = Reader(position, choices, tokens=logprobs)
+        #: To be filled with the id, the choice and the usage.
+        self._format = (
+            self.reader.id_line
+            + (b"data: " + head + before + b"%b")
+            + (behind.removesuffix(b"}") + b"%b}\n\n")
+        )
+        self._with_usage = with_usage
+        self._so_far = so_far
+
+    def event(self, choice: bytes) -> bytes:
+        """The chunk of one choice."""
+        usage = b""
+        if self._with_usage:
+            usage = b',"usage":' + (self._so_far.usage() if self._so_far is not None else b"null")
+        return self._format % (*self.reader.next_id(), choice, usage)
+
+    def last(self, usage: CompletionUsage) -> list[bytes]:
+        """What follows all choices: their usage, where it was asked for and is not read yet."""
+        if not self._with_usage or self.reader.read_usage:
+            return []
+        id_ = self.reader.next_id(usage=True)
+        return [self._format % (*id_, b"", b',"usage":' + dumped(usage))]
+
+
+def _finite(logprob: float | None) -> float:
+    return IMPOSSIBLE if logprob is None or logprob < IMPOSSIBLE else logprob
+
+
+def logprob_bytes(choices: Iterable[Sequence[TokenLogprob]]) -> int:
+    """What the log-probabilities of the choices take as JSON, about."""
+    counts = (len(tokens) * (1 + len(tokens[0].top)) for tokens in choices if tokens)
+    return sum(counts) * _LOGPROB_BYTES
+
+
+def chat_logprobs(tokens: Iterable[TokenLogprob]) -> list[ChatCompletionTokenLogprob]:
+    """Log-probabilities as chat has them; octets that are no whole character show as U+FFFD."""
+    return [
+        ChatCompletionTokenLogprob(
+            token=token.token.decode(errors="replace"),
+            bytes=list(token.token),
+            logprob=_finite(token.logprob),
+            top_logprobs=[
+                TopLogprob(
+                    token=top.token.decode(errors="replace"),
+                    bytes=list(top.token),
+                    logprob=_finite(top.logprob),
+                )
+                for top in token.top
+            ],
+        )
+        for token in tokens
+    ]
+
+
+def error_event(error: GatewayError, request_id: str) -> bytes:
+    """The last event but one of a stream that failed; OpenAI's SDKs raise it."""
+    return encode(msgspec.json.encode(error_body(error, request_id)))

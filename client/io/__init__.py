@@ -1,0 +1,3 @@
+"""What carries the core's instructions out: sockets, the thread of `Client`, the loop of
+`AsyncClient`. Must never decide anything.
+"""

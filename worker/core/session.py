@@ -1,0 +1,616 @@
+"""The worker's side of the bus, sans-IO: engine state, credit, drain and every broker's session.
+
+`WorkerCore.handle(event, now_s)` takes a fact and returns what is to be done. One core serves
+several brokers from one pool of slots. The main path: ASSIGN makes a stream and a job of the engine
+(`requests`); each step of the engine leaves as one OUTPUT per client session; the end of a job
+frees its slot, which is granted again (SPEC.md sections 6 and 7). Requests outlive sessions: those
+of a lost one run on for the grace time, and whoever resumes one gets it from the offset asked for.
+Must never touch a socket, a clock, a process or a log.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from broker.protocol import codec
+from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError
+from broker.protocol.header import MessageType
+from broker.protocol.limits import (
+    MAX_CONTROL_OCTETS,
+    MAX_HELD_REQUESTS,
+    MAX_REQUEST_OCTETS,
+)
+from broker.protocol.messages import (
+    Assign,
+    Cancel,
+    Credit,
+    Drain,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    ModelInfo,
+    Refuse,
+    Reject,
+    Request,
+    Welcome,
+    Window,
+    WorkerState,
+)
+from worker.core import events as fact
+from worker.core.connection import Connection, State
+from worker.core.credit import CreditPool
+from worker.core.instructions import (
+    CloseSocket,
+    Exit,
+    Instruction,
+    Log,
+    OpenSocket,
+    RestartEngine,
+    Send,
+)
+from worker.core.requests import Requests
+from worker.engines.base import Capabilities
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the core needs to know of the worker's options."""
+
+    #: Name at the brokers; unique, because clients list the names of workers that died.
+    name: str
+    #: Addresses, for logs; the index of one is its broker's number.
+    brokers: tuple[str, ...]
+    #: Names of the models, as far as they are known before the engine is loaded.
+    models: tuple[str, ...] = ()
+    #: 16 random octets of this process, which tell it from another of the same name.
+    instance: bytes | None = None
+    software: str = ""
+    speed: float = 1.0
+    engine: str = ""
+    device: str = ""
+    #: How long requests of a lost session run on.
+    grace_s: float = 30.0
+    #: How long running requests may take to finish when the worker is told to stop.
+    drain_s: float = 30.0
+    #: How long an ended request can be resumed (SPEC.md section 6.4).
+    kept_s: float = 60.0
+    #: How long tokens wait for the client's window (SPEC.md section 6.3).
+    window_wait_s: float = 60.0
+    #: An engine that has work and finished no step for so long hangs.
+    stall_s: float = 120.0
+    #: The engine is another bus, whose slots others use too: their number falls and rises, and it
+    #: is told of windows.
+    relay: bool = False
+
+
+class WorkerCore:
+    """All of the worker that is not a socket or a process."""
+
+    def __init__(
+        self, settings: Settings, now_s: float, generator: random.Random | None = None
+    ) -> None:
+        self._settings = settings
+        self._random = generator or random.SystemRandom()
+        self._connections = [
+            Connection(index, self._random, now_s) for index in range(len(settings.brokers))
+        ]
+        # Engine.
+        self._state = WorkerState.LOADING
+        self._capabilities: Capabilities | None = None
+        self._progress: float | None = None
+        self._note = ""
+        self._metrics: dict[str, float] = {}
+        #: When the engine last finished a step, or was given its first job after being idle.
+        self._mark_s = now_s
+        self._requests = Requests(
+            self._connections,
+            settings.grace_s,
+            settings.kept_s,
+            settings.window_wait_s,
+            tell_windows=settings.relay,
+        )
+        self._credit = CreditPool(self._connections)
+        # Stopping.
+        self._drain_until_s = math.inf
+        self._exited = False
+        # Of the call under way.
+        self._out: list[Instruction] = []
+        #: What `deadline_s` last said: a much later Tick means that this process was stopped.
+        self._tick_due_s = math.inf
+
+    # --- interface --------------------------------------------------------------------------------
+
+    def handle(self, event: fact.Event, now_s: float) -> list[Instruction]:
+        """Take a fact, return what is to be done, in order."""
+        if self._exited:
+            return []
+        out: list[Instruction] = []
+        self._out = self._requests.out = out
+        match event:
+            case fact.EngineStepped():
+                self._mark_s = now_s
+                self._requests.stepped(event.events, now_s)
+            case fact.MessageReceived():
+                self._received(event, now_s)
+            case fact.Tick():
+                self._tick(now_s)
+            case fact.Connected():
+                self._connected(self._connections[event.broker], now_s)
+            case fact.Disconnected():
+                connection = self._connections[event.broker]
+                self._disconnected(connection, event.reason, event.refused, now_s)
+            case fact.SendBlocked():
+                connection = self._connections[event.broker]
+                connection.blocked = True
+                self._log("broker reads slowly", connection, level=logging.DEBUG)
+            case fact.SendUnblocked():
+                connection = self._connections[event.broker]
+                connection.blocked = False
+                self._requests.unblocked(connection, now_s)
+            case fact.EngineLoading():
+                self._progress, self._note = event.progress, event.note
+            case fact.EngineReady() | fact.EngineChanged():
+                self._engine_ready(event.capabilities, now_s)
+            case fact.EngineMeasured():
+                self._metrics = event.metrics
+            case fact.EngineLost():
+                self._engine_lost("engine_dead", event.message, now_s)
+            case fact.StopRequested():
+                self._stop_requested(event.reason, now_s)
+            case fact.WorkerFailed():
+                self._leave("engine_dead", event.message, 1, now_s)
+        self._settle(now_s)
+        return out
+
+    def deadline_s(self) -> float:
+        """When a `Tick` is due, seconds of the monotonic clock; `math.inf` for never."""
+        due_s = min(connection.deadline_s() for connection in self._connections)
+        due_s = min(due_s, self._requests.deadline_s(), self._drain_until_s)
+        if self._requests.engine_busy:
+            due_s = min(due_s, self._mark_s + self._settings.stall_s)
+        self._tick_due_s = due_s
+        return due_s
+
+    @property
+    def running(self) -> int:
+        """Requests that take a slot."""
+        return self._requests.slots_taken
+
+    @property
+    def capacity(self) -> int:
+        """Slots of the engine; 0 until it is loaded."""
+        return self._capabilities.capacity if self._capabilities else 0
+
+    def invariants(self) -> None:
+        """Raise AssertionError where the state contradicts itself."""
+        self._requests.invariants()
+        unused = sum(c.unused for c in self._connections if c.open)
+        fixed = not self._settings.relay  # what a relay lost to others may be granted for a moment
+        if fixed and self._capabilities is not None and self._state is not WorkerState.LOADING:
+            assert self.running + unused <= self.capacity, (
+                f"{self.running} running and {unused} granted of {self.capacity} slots"
+            )
+        for connection in self._connections:
+            assert connection.unused >= 0, f"credit {connection.unused} at {connection.index}"
+            assert connection.announced <= connection.granted
+
+    # --- timers -----------------------------------------------------------------------------------
+
+    def _tick(self, now_s: float) -> None:
+        late_s = now_s - self._tick_due_s
+        for connection in self._connections:
+            if connection.liveness is not None and late_s > connection.interval_s:
+                connection.liveness.shift(late_s)
+        if late_s > 1.0:
+            self._mark_s += late_s  # this process slept, so nobody saw the engine step
+        for connection in self._connections:
+            self._tick_connection(connection, now_s)
+        self._requests.tick(now_s)
+        if self._requests.engine_busy and now_s >= self._mark_s + self._settings.stall_s:
+            message = f"the engine finished no step for {now_s - self._mark_s:.0f} s"
+            self._out.append(RestartEngine(message))
+            self._engine_lost("stalled", message, now_s)
+        if now_s >= self._drain_until_s:
+            self._leave("drained", "the time to drain is over", 0, now_s)
+
+    def _tick_connection(self, connection: Connection, now_s: float) -> None:
+        if connection.state is State.GONE or now_s < connection.deadline_s():
+            return
+        if connection.liveness is not None:
+            if now_s >= connection.liveness.dead_at_s:
+                silent_s = connection.liveness.silent_s(now_s)
+                self._lose(connection, f"nothing heard for {silent_s:.1f} s", now_s)
+            else:
+                self._beat(connection, now_s)
+        elif connection.state is State.WAITING:
+            connection.opening(now_s)
+            self._out.append(OpenSocket(connection.index))
+        elif connection.held_up(now_s):
+            pass
+        elif connection.state is State.CONNECTING:
+            # libzmq does not tell of a host name that nobody knows.
+            why = "no connection: is the host's name right, and its network open?"
+            self._lose(connection, why, now_s)
+        else:
+            connection.unanswered()
+            self._lose(connection, "HELLO was not answered", now_s)
+
+    # --- sessions ---------------------------------------------------------------------------------
+
+    def _connected(self, connection: Connection, now_s: float) -> None:
+        settings, capabilities = self._settings, self._capabilities
+        holds = self._requests.holds()[-MAX_HELD_REQUESTS:]
+        connection.held = {held.request_id for held in holds if held.running}
+        hello = Hello(
+            role="worker",
+            name=settings.name,
+            software=settings.software,
+            models=self._models(),
+            capacity=self.capacity,
+            speed=settings.speed,
+            engine=capabilities.engine if capabilities else settings.engine,
+            device=capabilities.device if capabilities else settings.device,
+            holds=holds,
+            brokers=len(settings.brokers) + settings.relay,
+            instance=settings.instance,
+        )
+        connection.greeting(now_s)
+        self._send(connection, MessageType.HELLO, connection.session, hello, now_s)
+
+    def _models(self) -> list[ModelInfo]:
+        if self._capabilities is not None:
+            return list(self._capabilities.models)
+        return [ModelInfo(name=name) for name in self._settings.models]
+
+    def _disconnected(
+        self, connection: Connection, reason: str, refused: bool, now_s: float
+    ) -> None:
+        if connection.has_socket:
+            self._lose(connection, reason, now_s, refused=refused)
+
+    def _lose(
+        self,
+        connection: Connection,
+        reason: str,
+        now_s: float,
+        *,
+        refused: bool = False,
+        retry_after_s: float | None = None,
+    ) -> None:
+        """The session, or the attempt to have one, is over; its requests live on."""
+        was_open = connection.open
+        self._out.append(CloseSocket(connection.index))
+        self._requests.orphan(connection, now_s)
+        wait_s = connection.lost(now_s, refused=refused, retry_after_s=retry_after_s)
+        if was_open:
+            held = self._requests.orphans()
+            self._log(
+                "broker lost", connection, level=logging.WARNING, cause=reason, requests_held=held
+            )
+        elif not connection.told_absent:
+            level = logging.WARNING if refused else logging.INFO
+            self._log("broker absent", connection, level=level, cause=reason, retrying="yes")
+        else:
+            self._log("broker absent", connection, level=logging.DEBUG, cause=reason, wait_s=wait_s)
+        connection.told_absent = True
+
+    def _part(self, connection: Connection, reason: str, message: str, now_s: float) -> None:
+        """Say goodbye on a socket that has one to say it on."""
+        if connection.open:
+            self._requests.flush(now_s)
+            goodbye = Goodbye(reason=reason, message=message[:1000])
+            self._send(connection, MessageType.GOODBYE, connection.session, goodbye, now_s)
+
+    def _protocol_error(self, connection: Connection, error: ProtocolError, now_s: float) -> None:
+        self._part(connection, "protocol_error", str(error), now_s)
+        self._lose(connection, f"the broker broke the protocol: {error}", now_s, refused=True)
+
+    def _beat(self, connection: Connection, now_s: float) -> None:
+        busy = self._requests.engine_busy
+        loading = self._state is WorkerState.LOADING
+        capabilities = self._capabilities
+        tell = not connection.models_told and capabilities is not None
+        connection.models_told |= tell
+        connection.announced = connection.granted
+        heartbeat = Heartbeat(
+            state=self._state,
+            running=self.running,
+            waiting=int(self._metrics.get("waiting", 0)),
+            granted=connection.granted,
+            engine_age_ms=max(0, int((now_s - self._mark_s) * 1000)) if busy else 0,
+            progress=self._progress if loading else None,
+            note=self._note[:500] if loading else "",
+            metrics=self._metrics,
+            models=self._models() if tell else None,
+            capacity=self.capacity if tell else None,
+            engine=capabilities.engine if tell and capabilities else None,
+            device=capabilities.device if tell and capabilities else None,
+        )
+        self._send(connection, MessageType.HEARTBEAT, connection.session, heartbeat, now_s)
+        connection.beat_at_s = now_s + connection.interval_s
+
+    def _send(
+        self, connection: Connection, type_: MessageType, id_: bytes, body: object, now_s: float
+    ) -> None:
+        self._out.append(Send(connection.index, connection.message(type_, id_, body, now_s)))
+
+    # --- messages ---------------------------------------------------------------------------------
+
+    def _received(self, event: fact.MessageReceived, now_s: float) -> None:
+        connection = self._connections[event.broker]
+        if not connection.has_socket:
+            return
+        try:
+            head = connection.receive(event.frames, now_s)
+            body = event.frames[1]
+            if connection.state is State.GREETING:
+                self._answered(connection, head.type, head.id, body, now_s)
+            elif connection.open:
+                self._message(connection, head.type, head.id, event.frames, now_s)
+            else:
+                raise ProtocolError("the broker spoke before HELLO")
+        except ProtocolError as error:
+            self._protocol_error(connection, error, now_s)
+
+    def _answered(
+        self, connection: Connection, type_: MessageType, id_: bytes, body: bytes, now_s: float
+    ) -> None:
+        if type_ is MessageType.WELCOME:
+            welcome = codec.decode(Welcome, body, MAX_CONTROL_OCTETS)
+            connection.opened(id_, welcome, now_s)
+            self._requests.tell_ended(connection)
+            self._log("broker connected", connection, broker=welcome.broker)
+            self._beat(connection, now_s)
+        elif type_ is MessageType.REFUSE:
+            self._refused(connection, codec.decode(Refuse, body, MAX_CONTROL_OCTETS), now_s)
+        else:
+            raise ProtocolError(f"HELLO was answered with {type_.name}")
+
+    def _refused(self, connection: Connection, refuse: Refuse, now_s: float) -> None:
+        error = refuse.error
+        if not refuse.fatal:
+            after_ms = error.retry_after_ms
+            retry_after_s = None if after_ms is None else after_ms / 1000
+            why = f"refused: {error.message} ({error.code})"
+            self._lose(connection, why, now_s, refused=True, retry_after_s=retry_after_s)
+            return
+        self._out.append(CloseSocket(connection.index))
+        self._requests.orphan(connection, now_s)
+        connection.gone(now_s)
+        self._log(
+            "broker refuses", connection, level=logging.ERROR, cause=error.message, code=error.code
+        )
+        if all(c.state is State.GONE for c in self._connections):
+            self._exit(1, f"the broker refuses this worker: {error.message} ({error.code})")
+
+    def _message(
+        self,
+        connection: Connection,
+        type_: MessageType,
+        id_: bytes,
+        frames: tuple[bytes, ...],
+        now_s: float,
+    ) -> None:
+        body = frames[1]
+        match type_:
+            case MessageType.HEARTBEAT:
+                beat = codec.decode(Heartbeat, body, MAX_CONTROL_OCTETS)
+                self._credit.heard(connection, beat.waiting, beat.recalled, beat.returned)
+            case MessageType.ASSIGN:
+                if len(frames) < 3:
+                    raise ProtocolError("ASSIGN without the client's body")
+                assign = codec.decode(Assign, body, MAX_CONTROL_OCTETS)
+                self._assigned(connection, id_, assign, frames[2], frames[3:], now_s)
+            case MessageType.CANCEL:
+                codec.decode(Cancel, body, MAX_CONTROL_OCTETS)
+                self._requests.cancel(connection, id_, now_s)
+            case MessageType.WINDOW:
+                limit = codec.decode(Window, body, MAX_CONTROL_OCTETS).limit
+                self._requests.widen(connection, id_, limit, now_s)
+            case MessageType.DRAIN:
+                drain = codec.decode(Drain, body, MAX_CONTROL_OCTETS)
+                drain_s = drain.deadline_ms / 1000 or self._settings.drain_s
+                self._drain(drain.reason or "ordered by the broker", drain_s, now_s)
+            case MessageType.GOODBYE:
+                goodbye = codec.decode(Goodbye, body, MAX_CONTROL_OCTETS)
+                words = f"{goodbye.reason} {goodbye.message}".strip()
+                why = f"the broker said goodbye: {words}"
+                self._lose(connection, why, now_s, refused=goodbye.reason != "shutdown")
+            case MessageType.REFUSE:
+                self._refused(connection, codec.decode(Refuse, body, MAX_CONTROL_OCTETS), now_s)
+            case _:
+                raise ProtocolError(f"{type_.name} is not for a worker")
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    def _assigned(
+        self,
+        connection: Connection,
+        request_id: bytes,
+        assign: Assign,
+        body: bytes,
+        attachments: tuple[bytes, ...],
+        now_s: float,
+    ) -> None:
+        beyond = not assign.attach and connection.unused <= 0
+        if not assign.attach:
+            self._credit.spent(connection)
+            if beyond:
+                connection.granted += 1  # the broker's count is kept in step; no slot stands behind
+        try:
+            request = codec.decode(Request, body, MAX_REQUEST_OCTETS)
+            if len(request.attachments) != len(attachments):
+                raise ProtocolError(
+                    f"{len(attachments)} attachments came, {len(request.attachments)} are described"
+                )
+        except ProtocolError as error:
+            code = ErrorCode.INVALID_REQUEST
+            self._requests.refuse(connection, request_id, assign, code, str(error))
+            return
+        requests = self._requests
+        stream = requests.streams.get(request_id)
+        renounced = False
+        if stream is not None:
+            if assign.epoch < stream.epoch:
+                message = "a later epoch of the request runs here already"
+                self._reject(connection, request_id, ErrorCode.DUPLICATE_REQUEST, message, now_s)
+                return
+            if not stream.retryable and requests.resume(connection, stream, assign, request, now_s):
+                return
+            # What is held here is not what this client has: it is run on from what the client has.
+            renounced = requests.renounce(connection, stream)
+        if not renounced:
+            refusal = self._refusal(assign, beyond, request.model)
+            if refusal is not None:
+                code, message, retryable = refusal
+                self._reject(connection, request_id, code, message, now_s, retryable)
+                return
+        if not requests.engine_busy:
+            self._mark_s = now_s
+        requests.start(connection, request_id, assign, request, body, attachments, now_s)
+
+    def _refusal(
+        self, assign: Assign, beyond: bool, model: str
+    ) -> tuple[ErrorCode, str, bool] | None:
+        """Why a new request is not started here, if so: code, message, retryable."""
+        name = self._settings.name
+        if self._state is WorkerState.DRAINING:
+            return ErrorCode.DRAINING, f"worker {name} is draining; send it elsewhere", True
+        if assign.attach:
+            return ErrorCode.WORKER_LOST, f"worker {name} no longer holds the request", True
+        if self._capabilities is None:
+            return ErrorCode.MODEL_UNAVAILABLE, f"worker {name} is still loading", True
+        if model not in {info.name for info in self._capabilities.models}:
+            return ErrorCode.MODEL_UNAVAILABLE, f"worker {name} does not serve {model!r}", False
+        if beyond:
+            return ErrorCode.OVERLOADED, f"worker {name} granted no slot for this", True
+        return None
+
+    def _reject(
+        self,
+        connection: Connection,
+        request_id: bytes,
+        code: ErrorCode,
+        message: str,
+        now_s: float,
+        retryable: bool = False,
+    ) -> None:
+        """REJECT gives the credit back at once, where there is a slot behind it."""
+        self._distribute(now_s)
+        error = ErrorInfo(code=code.value, message=message, retryable=retryable)
+        connection.announced = connection.granted
+        reject = Reject(error=error, granted=connection.granted)
+        self._send(connection, MessageType.REJECT, request_id, reject, now_s)
+        self._log(
+            "request rejected", connection, level=logging.DEBUG, cause=message, code=code.value
+        )
+
+    # --- credit -----------------------------------------------------------------------------------
+
+    def _distribute(self, now_s: float) -> None:
+        if self._state is WorkerState.READY:
+            slots = max(0, self.capacity - self.running)
+            self._credit.recall(slots)
+            self._credit.distribute(slots)
+
+    def _settle(self, now_s: float) -> None:
+        """After every fact: grant what is free, send what is ready, leave when all is done."""
+        if self._exited:
+            return
+        self._distribute(now_s)
+        self._requests.flush(now_s)
+        for connection in self._connections:
+            if connection.open and (
+                connection.announced != connection.granted
+                or connection.recalled_told != connection.recalled
+            ):
+                connection.announced = connection.granted
+                connection.recalled_told = connection.recalled
+                credit = Credit(granted=connection.granted, recalled=connection.recalled)
+                self._send(connection, MessageType.CREDIT, connection.session, credit, now_s)
+        if self._state is WorkerState.DRAINING and not self._requests.unfinished:
+            self._leave("drained", "", 0, now_s)
+
+    # --- engine and end ---------------------------------------------------------------------------
+
+    def _engine_ready(self, capabilities: Capabilities, now_s: float) -> None:
+        self._capabilities = capabilities
+        if self._state is WorkerState.LOADING:
+            self._state = WorkerState.READY
+        for connection in self._connections:
+            connection.models_told = False
+            if connection.open:
+                self._beat(connection, now_s)
+
+    def _engine_lost(self, reason: str, message: str, now_s: float) -> None:
+        """Say so to everyone; what ran is lost, what ended before can still be resumed."""
+        self._requests.engine_lost()
+        self._capabilities = None
+        self._progress, self._note, self._metrics = None, "", {}
+        for connection in self._connections:
+            if connection.open:
+                self._part(connection, reason, message, now_s)
+                self._out.append(CloseSocket(connection.index, linger=True))
+                self._requests.orphan(connection, now_s)
+                connection.lost(now_s)
+        if self._state is WorkerState.DRAINING:
+            self._exit(1, f"the engine was lost while draining: {message}")
+        self._state = WorkerState.LOADING
+
+    def _stop_requested(self, reason: str, now_s: float) -> None:
+        if self._state is WorkerState.DRAINING:
+            self._leave("drained", "told twice to stop", 0, now_s)
+        elif self._state is WorkerState.LOADING:
+            self._leave("drained", reason, 0, now_s)
+        else:
+            self._drain(reason, self._settings.drain_s, now_s)
+
+    def _drain(self, reason: str, drain_s: float, now_s: float) -> None:
+        if self._state is WorkerState.DRAINING:
+            self._drain_until_s = min(self._drain_until_s, now_s + drain_s)
+            return
+        if self._state is WorkerState.LOADING:
+            self._leave("drained", reason, 0, now_s)
+            return
+        self._state = WorkerState.DRAINING
+        self._drain_until_s = now_s + drain_s
+        self._out.append(
+            Log(
+                "draining",
+                {
+                    "cause": reason,
+                    "running": self.running,
+                    "within_s": drain_s,
+                    "hint": "a second signal does not wait",
+                },
+            )
+        )
+        for connection in self._connections:
+            if connection.open:
+                drain = Drain(reason=reason[:500], deadline_ms=int(drain_s * 1000))
+                self._send(connection, MessageType.DRAIN, connection.session, drain, now_s)
+                self._beat(connection, now_s)
+
+    def _leave(self, reason: str, message: str, code: int, now_s: float) -> None:
+        for connection in self._connections:
+            self._part(connection, reason, message, now_s)
+            if connection.has_socket:
+                self._out.append(CloseSocket(connection.index, linger=True))
+        self._exit(code, message if code else "")
+
+    def _exit(self, code: int, message: str) -> None:
+        if not self._exited:
+            self._exited = True
+            self._out.append(Exit(code, message))
+
+    # --- log --------------------------------------------------------------------------------------
+
+    def _log(
+        self, event: str, connection: Connection, level: int = logging.INFO, **fields: Any
+    ) -> None:
+        address = self._settings.brokers[connection.index]
+        self._out.append(Log(event, {"address": address, **fields}, level))

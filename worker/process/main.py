@@ -1,0 +1,169 @@
+"""The engine process: builds the engine, runs its loop, and dies with the link.
+
+Started by `supervisor` as `python -m worker.process.main PIPE_FD LIFE_FD PARENT_PID`. The loop
+takes what the link sent, steps while the engine is busy, and answers each step with one message
+that holds all its events and is the mark by which the link knows the engine's age. Whatever happens
+here, a hang in C code included, the link goes on by itself. Must never import zmq.
+
+Messages (first frame msgpack, further frames raw octets):
+
+    link → engine   ["options", map] · ["add", job id] body *attachment · ["cancel", job id] ·
+                    ["close"]
+    engine → link   ["loading", fraction, note] · ["ready", capabilities] · ["step", events] ·
+                    ["metrics", map] · ["unusable", message] · ["broken", message]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from typing import Any, NoReturn
+
+import msgspec
+
+from broker.protocol import codec
+from broker.protocol.limits import MAX_REQUEST_OCTETS
+from broker.protocol.messages import Request
+from worker.engines import registry
+from worker.engines.base import Engine, EngineLoadError, EngineOptions, Job
+from worker.process.pipe import Pipe, PipeClosed
+
+METRICS_INTERVAL_S = 1.0
+EMPTY_MARK_INTERVAL_S = 0.05
+"""A step that brought nothing still tells the link that the engine lives, but not more often."""
+PROGRESS_INTERVAL_S = 0.1
+
+EXIT_UNUSABLE = 1
+EXIT_BROKEN = 70
+
+_PR_SET_PDEATHSIG = 1
+
+
+class _Link:
+    """The link, as the engine process sees it."""
+
+    def __init__(self, pipe: Pipe) -> None:
+        self._pipe = pipe
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._progress_s = 0.0
+
+    def say(self, *message: Any) -> None:
+        self._pipe.send((self._encode(message),))
+
+    def progress(self, fraction: float | None, note: str) -> None:
+        """Tell how far loading is; too frequent calls are dropped."""
+        now_s = time.monotonic()
+        if now_s - self._progress_s >= PROGRESS_INTERVAL_S or fraction == 1.0:
+            self._progress_s = now_s
+            clipped = None if fraction is None else min(1.0, max(0.0, fraction))
+            self.say("loading", clipped, note)
+
+
+def serve(engine: Engine, pipe: Pipe) -> None:
+    """Run the engine until the link says `close` or is gone."""
+    link = _Link(pipe)
+    metrics_due_s = mark_s = 0.0
+    while True:
+        now_s = time.monotonic()
+        if now_s >= metrics_due_s:
+            link.say("metrics", engine.metrics())
+            metrics_due_s = now_s + METRICS_INTERVAL_S
+        for message in pipe.receive(0.0 if engine.busy else metrics_due_s - now_s):
+            command, *arguments = msgspec.msgpack.decode(message[0])
+            if command == "add":
+                request = codec.decode(Request, message[1], MAX_REQUEST_OCTETS)
+                engine.add(Job(arguments[0], request, tuple(message[2:])))
+            elif command == "cancel":
+                engine.cancel(arguments[0])
+            elif command == "close":
+                return
+        if engine.busy:
+            events = engine.step()
+            now_s = time.monotonic()
+            if events or now_s - mark_s >= EMPTY_MARK_INTERVAL_S:
+                mark_s = now_s
+                link.say("step", events)
+
+
+def _print_traceback() -> None:
+    """Of the exception being handled; where it cannot be written (full disk), the link is still
+    told."""
+    with contextlib.suppress(OSError):
+        traceback.print_exc()
+
+
+def _build(link: _Link, options: EngineOptions) -> Engine:
+    """The engine, or the end of the process with a message to the link that says why not."""
+    try:
+        return registry.load(options.engine)(options, link.progress)
+    except EngineLoadError as error:
+        reason = str(error)
+    except MemoryError:
+        reason = "there is not enough memory to load the model"
+    except Exception as error:
+        _print_traceback()
+        reason = f"the engine could not be built: {type(error).__name__}: {error}"
+    link.say("unusable", " ".join(reason.split()))
+    sys.exit(EXIT_UNUSABLE)
+
+
+def _receive_options(pipe: Pipe) -> EngineOptions:
+    """The first message. Nothing else is sent before `ready`, so nothing is lost here."""
+    while True:
+        for message in pipe.receive(None):
+            _, fields = msgspec.msgpack.decode(message[0])
+            return msgspec.convert(fields, EngineOptions)
+
+
+def _die_with_link(life: int, parent: int) -> None:
+    """Never outlive the link, however it ends and whatever this process does then."""
+    if sys.platform == "linux":
+        # The kernel's own promise: it holds even where a C call keeps the interpreter's lock.
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(EXIT_BROKEN)
+
+    def watch() -> NoReturn:
+        os.read(life, 1)  # nothing is ever written: it returns when the link's end is closed
+        os._exit(EXIT_BROKEN)
+
+    threading.Thread(target=watch, name="link-watch", daemon=True).start()
+
+
+def main(arguments: list[str]) -> int:
+    """Entry point; arguments: the file descriptors of the pipe and of the life line, the link's
+    process id."""
+    pipe_fd, life, parent = map(int, arguments)
+    # Signals of a terminal or a service manager reach the link, which ends this process in order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _die_with_link(life, parent)
+    pipe = Pipe(socket.socket(fileno=pipe_fd), blocking=True)
+    link = _Link(pipe)
+    try:
+        engine = _build(link, _receive_options(pipe))
+        # Whoever looks for cycles among the objects of a loaded model makes every stream wait.
+        gc.collect()
+        gc.freeze()
+        link.say("ready", engine.capabilities)
+        serve(engine, pipe)
+        engine.close()
+    except PipeClosed:
+        return 0
+    except Exception as error:
+        _print_traceback()
+        link.say("broken", f"{type(error).__name__}: {error}")
+        return EXIT_BROKEN
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

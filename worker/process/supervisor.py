@@ -1,0 +1,263 @@
+"""Starts the engine process, watches it, kills and restarts it.
+
+Turns what the process says and how it ends into facts for the worker's core. The decision that an
+engine hangs is the core's; here it is carried out. Gives up when the engine cannot be built at all,
+or dies again and again. Must never block the link, and never import torch or zmq.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from broker.protocol.errors import ErrorCode
+from worker.core import events as fact
+from worker.engines.base import Capabilities, EngineOptions
+from worker.process.pipe import Pipe, PipeClosed
+
+log = logging.getLogger(__name__)
+
+FIRST_RESTART_S = 0.1
+LONGEST_RESTART_S = 30.0
+QUICK_DEATHS = 5
+"""So many deaths in a row, each soon after the engine was ready (or before), end the worker."""
+PROVEN_S = 30.0
+"""An engine that ran for so long was not broken from the start: the count begins anew."""
+MAX_BACKLOG_OCTETS = 1 << 30
+"""Octets that wait for an engine that does not read; the link's memory must stay bounded."""
+CLOSE_WAIT_S = 3.0
+
+
+class Supervisor:
+    """Owns the engine process. Poll `pipe` (while it is not None) and call `read`."""
+
+    def __init__(self, options: EngineOptions, environment: dict[str, str] | None = None) -> None:
+        self._options = options
+        self._environment = environment or {}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._life: int | None = None
+        #: The link's end of the pipe; None while no engine process runs.
+        self.pipe: Pipe | None = None
+        self._ready_s: float | None = None
+        self._was_ready = False
+        self._deaths = 0
+        self._restart_s = math.inf
+        #: The engine's own last words.
+        self._last_words = ""
+        self._unusable = False
+        self._refused: list[Any] = []
+
+    # --- the process ------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the engine process; it loads and then says that it is ready."""
+        ours, theirs = socket.socketpair()
+        life_read, life_write = os.pipe()
+        root = str(Path(__file__).resolve().parents[2])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        # Threads of an OpenMP runtime that spin for work would take the link's core.
+        environment = {"OMP_WAIT_POLICY": "passive", **os.environ, **self._environment}
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        with theirs:
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "worker.process.main",
+                    str(theirs.fileno()),
+                    str(life_read),
+                    str(os.getpid()),
+                ],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), life_read),
+                env=environment,
+                # A group of its own: Ctrl-C on the terminal is the link's to handle, and what the
+                # engine starts can be killed with it.
+                process_group=0,
+            )
+        os.close(life_read)
+        self._life = life_write
+        self.pipe = Pipe(ours, blocking=False)
+        log.info("engine starts", extra={"fields": {"pid": self._process.pid}})
+        self._ready_s = None
+        self._restart_s = math.inf
+        self._last_words, self._unusable = "", False
+        self.pipe.send((msgspec.msgpack.encode(("options", asdict(self._options))),))
+
+    @property
+    def pid(self) -> int | None:
+        """Of the engine process."""
+        return self._process.pid if self._process else None
+
+    def _kill(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if self.pipe is not None:
+            self.pipe.close()
+            self.pipe = None
+        if self._life is not None:
+            os.close(self._life)
+            self._life = None
+
+    def stop(self, *, wait: bool = True) -> None:
+        """End the engine process for good: killed, unless it leaves by itself when it is asked."""
+        process = self._process
+        if wait and process is not None and self.pipe is not None:
+            with contextlib.suppress(PipeClosed, subprocess.TimeoutExpired):
+                self.pipe.send((msgspec.msgpack.encode(("close",)),))
+                process.wait(CLOSE_WAIT_S if self._ready_s is not None else 0.0)
+        self._kill()
+        self._restart_s = math.inf
+
+    def restart(self, reason: str, now_s: float) -> list[fact.Event]:
+        """Kill an engine that hangs, and start another after a while."""
+        self._kill()
+        return self._died(reason, now_s)
+
+    def deadline_s(self) -> float:
+        """When `tick` is due."""
+        return self._restart_s
+
+    def tick(self, now_s: float) -> list[fact.Event]:
+        """Start the engine again when its time has come."""
+        if now_s < self._restart_s:
+            return []
+        self.start()
+        return [fact.EngineLoading(None, "starting the engine again")]
+
+    # --- what it says -----------------------------------------------------------------------------
+
+    def read(self, now_s: float) -> list[fact.Event]:
+        """Facts since the last call; its end is one of them."""
+        refused, self._refused = self._refused, []
+        events: list[fact.Event] = [fact.EngineStepped(refused)] if refused else []
+        if self.pipe is None:
+            return events
+        try:
+            with contextlib.suppress(PipeClosed):
+                # That the engine is gone, `receive` finds, behind the engine's last words.
+                self.pipe.flush()
+            for message in self.pipe.receive():
+                event = self._said(msgspec.msgpack.decode(message[0]), now_s)
+                last = events[-1] if events else None
+                if isinstance(event, fact.EngineStepped) and isinstance(last, fact.EngineStepped):
+                    # The link is behind: several steps leave as one OUTPUT.
+                    last.events.extend(event.events)
+                elif event is not None:
+                    events.append(event)
+        except PipeClosed:
+            events += self._ended(now_s)
+        return events
+
+    def _said(self, message: list[Any], now_s: float) -> fact.Event | None:
+        match message:
+            case ["step", events]:
+                return fact.EngineStepped(events)
+            case ["metrics", metrics]:
+                return fact.EngineMeasured(
+                    {
+                        str(name): float(value)
+                        for name, value in metrics.items()
+                        if isinstance(value, int | float) and math.isfinite(value)
+                    }
+                )
+            case ["loading", fraction, note]:
+                return fact.EngineLoading(fraction, note)
+            case ["ready", capabilities]:
+                try:
+                    known = msgspec.convert(capabilities, Capabilities)
+                except msgspec.ValidationError as error:
+                    self._kill()
+                    engine = self._options.engine
+                    return fact.WorkerFailed(f"engine {engine} describes itself wrongly: {error}")
+                self._ready_s = now_s
+                self._was_ready = True
+                return fact.EngineReady(known)
+            case ["unusable", reason]:
+                self._unusable = True
+                self._last_words = reason
+            case ["broken", reason]:
+                self._last_words = reason
+        return None
+
+    def _ended(self, now_s: float) -> list[fact.Event]:
+        process = self._process
+        status: int | None = None
+        if process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = process.wait(1.0)
+        self._kill()
+        reason = self._last_words or f"the engine process {_how(status)}"
+        if self._unusable and not self._was_ready:
+            return [fact.WorkerFailed(reason)]
+        return [fact.EngineLost(reason), *self._died(reason, now_s)]
+
+    def _died(self, reason: str, now_s: float) -> list[fact.Event]:
+        proven = self._ready_s is not None and now_s - self._ready_s >= PROVEN_S
+        self._deaths = 1 if proven else self._deaths + 1
+        if self._deaths >= QUICK_DEATHS:
+            return [
+                fact.WorkerFailed(f"the engine died {self._deaths} times in a row; last: {reason}")
+            ]
+        wait_s = min(LONGEST_RESTART_S, FIRST_RESTART_S * 2.0 ** (self._deaths - 1))
+        self._restart_s = now_s + wait_s
+        log.warning("engine lost", extra={"fields": {"cause": reason, "restart_in_s": wait_s}})
+        return []
+
+    # --- what it is told --------------------------------------------------------------------------
+
+    def add(self, job_id: bytes, body: bytes, attachments: tuple[bytes, ...]) -> None:
+        """Hand a job over. One that the engine cannot be handed comes back failed with `read`."""
+        if self.pipe is None:
+            return
+        if self.pipe.backlog_bytes > MAX_BACKLOG_OCTETS:
+            error = {
+                "code": ErrorCode.OVERLOADED.value,
+                "message": "the engine takes no more data for now; try again later",
+                "retryable": True,
+            }
+            self._refused.append([2, job_id, error, {}])
+            return
+        self._tell((msgspec.msgpack.encode(("add", job_id)), body, *attachments))
+
+    def cancel(self, job_id: bytes) -> None:
+        """Stop a job."""
+        self._tell((msgspec.msgpack.encode(("cancel", job_id)),))
+
+    def widen(self, job_id: bytes, limit: int) -> None:
+        """Nothing to tell: an engine generates ahead of every window, and its stream keeps what the
+        client does not take yet."""
+
+    def _tell(self, frames: tuple[bytes, ...]) -> None:
+        # That the other side is gone is found, and told, by the next `read`.
+        if self.pipe is not None:
+            with contextlib.suppress(PipeClosed):
+                self.pipe.send(frames)
+
+    @property
+    def waiting(self) -> bool:
+        """`read` has something to say although the pipe has not."""
+        return bool(self._refused)
+
+
+def _how(status: int | None) -> str:
+    if status is None:
+        return "closed its pipe"
+    if status < 0:
+        with contextlib.suppress(ValueError):
+            return f"was killed by {signal.Signals(-status).name}"
+    return f"ended with status {status}"

@@ -1,0 +1,169 @@
+"""Spans of what the engine does: one for each job, with queue, prefill and decode below it.
+
+`TracedEngine` stands between link and engine and looks at what passes; without traces it is not
+there. Jobs whose request carries no trace context are only passed on. Must never change anything.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from broker.protocol.messages import Timings
+from broker.protocol.tracing import TRACE_KEYS, context_of
+from worker.core import events as fact
+
+if TYPE_CHECKING:
+    from worker.loop import EngineSide, Readable
+
+_ENDED: Final = 1
+_FAILED: Final = 2
+#: Engine events are arrays: tag, job, ...
+_FINISH_REASON, _USAGE, _TIMINGS = 2, 4, 5
+
+
+class _Traced(msgspec.Struct):
+    """What is read of a request's body."""
+
+    model: str = ""
+    kind: str = "chat"
+    trace: dict[str, str] = {}
+
+
+_READ: Final = msgspec.msgpack.Decoder(_Traced)
+
+
+@dataclass(slots=True)
+class _Job:
+    span: Any
+    started_ns: int
+
+
+class TracedEngine:
+    """An engine whose jobs become spans."""
+
+    def __init__(self, engine: EngineSide, tracer: Any, worker: str) -> None:
+        self._engine = engine
+        self._tracer = tracer
+        self._worker = worker
+        self._jobs: dict[bytes, _Job] = {}
+
+    # --- passed on --------------------------------------------------------------------------------
+
+    @property
+    def pipe(self) -> Readable | None:
+        return self._engine.pipe
+
+    @property
+    def waiting(self) -> bool:
+        return self._engine.waiting
+
+    def start(self) -> None:
+        self._engine.start()
+
+    def deadline_s(self) -> float:
+        return self._engine.deadline_s()
+
+    def cancel(self, job_id: bytes) -> None:
+        self._engine.cancel(job_id)
+
+    def widen(self, job_id: bytes, limit: int) -> None:
+        self._engine.widen(job_id, limit)
+
+    # --- looked at --------------------------------------------------------------------------------
+
+    def add(self, job_id: bytes, body: bytes, attachments: tuple[bytes, ...]) -> None:
+        """A job begins."""
+        request = _READ.decode(body)
+        if any(key in request.trace for key in TRACE_KEYS):
+            now_ns = time.time_ns()
+            span = self._tracer.start_span(
+                f"{request.kind} {request.model}",
+                context=context_of(request.trace),
+                start_time=now_ns,
+                attributes={
+                    "tokenbus.worker": self._worker,
+                    "gen_ai.request.model": request.model,
+                    "tokenbus.attachments": len(attachments),
+                },
+            )
+            self._jobs[job_id] = _Job(span, now_ns)
+        self._engine.add(job_id, body, attachments)
+
+    def read(self, now_s: float) -> list[fact.Event]:
+        """What the engine says; ends become spans."""
+        return self._seen(self._engine.read(now_s))
+
+    def tick(self, now_s: float) -> list[fact.Event]:
+        """As `read`, of what time brings."""
+        return self._seen(self._engine.tick(now_s))
+
+    def restart(self, reason: str, now_s: float) -> list[fact.Event]:
+        """All that ran is lost."""
+        events = self._seen(self._engine.restart(reason, now_s))
+        self._lose(reason)
+        return events
+
+    def stop(self, *, wait: bool = True) -> None:
+        """What still runs is given up; spans go out."""
+        self._engine.stop(wait=wait)
+        self._lose("the worker ends")
+
+    def _seen(self, events: list[fact.Event]) -> list[fact.Event]:
+        for event in events:
+            if isinstance(event, fact.EngineStepped) and self._jobs:
+                for entry in event.events:
+                    if entry[0] in (_ENDED, _FAILED) and entry[1] in self._jobs:
+                        self._end(self._jobs.pop(entry[1]), entry)
+            elif isinstance(event, fact.EngineLost):
+                self._lose("the engine is lost")
+        return events
+
+    def _end(self, job: _Job, entry: list[Any]) -> None:
+        end_ns = time.time_ns()
+        span = job.span
+        if entry[0] == _FAILED:
+            self._fail(span, str(msgspec.to_builtins(entry[2]).get("code", "engine_error")))
+            span.end(end_ns)
+            return
+        timings = msgspec.convert(entry[_TIMINGS] if len(entry) > _TIMINGS else {}, Timings)
+        usage = entry[_USAGE] if len(entry) > _USAGE else {}
+        span.set_attributes(
+            {
+                "gen_ai.response.finish_reasons": [str(entry[_FINISH_REASON])],
+                "gen_ai.usage.input_tokens": usage.get("prompt_tokens", 0),
+                "gen_ai.usage.output_tokens": usage.get("completion_tokens", 0),
+            }
+        )
+        self._parts(job, timings, end_ns)
+        span.end(end_ns)
+
+    def _parts(self, job: _Job, timings: Timings, end_ns: int) -> None:
+        """Laid out backwards from the end, which is what is known for sure."""
+        from opentelemetry.trace import set_span_in_context
+
+        above = set_span_in_context(job.span)
+        for name, took_ms in (
+            ("decode", timings.decode_ms),
+            ("prefill", timings.prefill_ms),
+            ("queue", timings.queue_ms),
+        ):
+            begin_ns = max(job.started_ns, end_ns - round(took_ms * 1e6))
+            if took_ms > 0:
+                self._tracer.start_span(name, context=above, start_time=begin_ns).end(end_ns)
+            end_ns = begin_ns
+
+    def _lose(self, why: str) -> None:
+        for job in self._jobs.values():
+            self._fail(job.span, why)
+            job.span.end()
+        self._jobs.clear()
+
+    @staticmethod
+    def _fail(span: Any, why: str) -> None:
+        from opentelemetry.trace import Status, StatusCode
+
+        span.set_status(Status(StatusCode.ERROR, why))
