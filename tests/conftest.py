@@ -65,6 +65,13 @@ def make_bus(tmp_path: Path) -> Iterator[Callable[..., Bus]]:
         yield make
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test's name is the same in every process: pytest-xdist runs nothing where it is not."""
+    for item in items:
+        if " at 0x" in item.nodeid:
+            raise pytest.UsageError(f"an address in the name of a test: {item.nodeid}")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]

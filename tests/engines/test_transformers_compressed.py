@@ -254,7 +254,7 @@ def expert_weights(model: Any) -> dict[str, torch.Tensor]:
         (("Linear", "re:.*experts.*w2"), lambda name: 8 if "w2" in name else 4),
         (("Linear", "re:.*experts.3.*"), lambda name: 8 if "experts.3" in name else 4),
     ],
-    ids=str,
+    ids=["attention and experts", "layers", "one kind of weight", "one expert"],
 )
 def test_experts_are_read_each_by_its_own_group(
     targets: tuple[str, str], bits_of: Callable[[str], int], tmp_path: Path
