@@ -17,10 +17,11 @@ from broker.protocol.messages import TokenLogprob, Usage
 from client import AsyncClient, BusError, Retry, Timeout
 from client.cli.batch_files import Line
 from client.errors import BrokenProtocol, ConnectionLost, Unauthenticated
+from client.gateway import convert
+from client.gateway import requests as http
 from client.gateway.errors import GatewayError, describe, error_body, invalid
 from client.gateway.images import ImagePolicy
-from client.gateway.openai import answers, convert
-from client.gateway.openai import bodies as http
+from client.gateway.openai import answers
 from client.gateway.openai.answers import ChatChoice, TextChoice
 from client.gateway.openai.generation import Batches, generate
 from client.gateway.openai.logprobs import text_logprobs

@@ -32,12 +32,12 @@ from broker.protocol.tracing import TRACE_KEYS
 from client import AsyncStream, Embeddings
 from client import calls as bus_calls
 from client.gateway.bodies import LARGE_BYTES, aside, read_in_steps
+from client.gateway.convert import Call
 from client.gateway.errors import GatewayError, describe, error_response, invalid, too_large
 from client.gateway.ids import REQUEST_ID_HEADER, request_id_of
 from client.gateway.keys import ANYBODY, Key, Usage
-from client.gateway.openai.bodies import parse
-from client.gateway.openai.convert import Call
 from client.gateway.openai.generation import RETRY, Batches, generate
+from client.gateway.requests import parse
 from client.gateway.sse import STATUS_LEFT, EventStream, Source
 from client.gateway.traces import HttpSpan
 

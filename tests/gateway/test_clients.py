@@ -12,11 +12,11 @@ import httpx2 as httpx
 import openai
 import pytest
 
+from client.gateway import requests
+from client.gateway.convert import chat_call
 from client.gateway.errors import GatewayError, error_headers
 from client.gateway.images import ImagePolicy
-from client.gateway.openai import bodies as requests
 from client.gateway.openai import responses_body as responses_input
-from client.gateway.openai.convert import chat_call
 from tests.gateway.conftest import MODEL, GatewayProcess
 from tests.gateway.test_chat import CALL, picture
 from tests.harness import Bus

@@ -13,8 +13,8 @@ import pytest
 from pydantic import BaseModel
 
 from broker.protocol.messages import MODEL_DEFAULTS
-from client.gateway.openai.bodies import CompletionRequest
-from client.gateway.openai.convert import completion_calls
+from client.gateway.convert import completion_calls
+from client.gateway.requests import CompletionRequest
 from tests.gateway.conftest import running_gateway
 from tests.harness import Bus, ManagedProcess
 

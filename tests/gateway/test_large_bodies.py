@@ -21,7 +21,7 @@ from client.gateway.app import create_app
 from client.gateway.bodies import from_base64, read_in_steps, slices
 from client.gateway.config import parse_args
 from client.gateway.errors import GatewayError
-from client.gateway.openai.bodies import ChatRequest, parse
+from client.gateway.requests import ChatRequest, parse
 from tests.gateway.conftest import MODEL, GatewayProcess
 from tests.harness import PATIENCE_S, Bus
 

@@ -18,10 +18,10 @@ from client.gateway.errors import GatewayError
 from client.gateway.openai import chat as openai_chat
 from client.gateway.openai import completions as openai_completions
 from client.gateway.openai.answers import ChatChoice
-from client.gateway.openai.bodies import ChatMessage, ChatRequest, CompletionRequest, StreamOptions
 from client.gateway.openai.generation import ChoiceEvent, Delta, Finish
 from client.gateway.openai.position import Position
 from client.gateway.openai.tools import ToolCallParser
+from client.gateway.requests import ChatMessage, ChatRequest, CompletionRequest, StreamOptions
 
 CALLS = (
     'Let me see.\n<tool_call>{"name": "f", "arguments": {"a": "b"}}</tool_call>\n'

@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from openai.types.shared_params import Reasoning
 from typing_extensions import is_typeddict
 
+from client.gateway import requests
 from client.gateway.errors import GatewayError
-from client.gateway.openai import bodies as requests
 from client.gateway.openai import responses_body as responses_input
-from client.gateway.openai.bodies import (
+from client.gateway.openai.responses_body import ResponseRequest
+from client.gateway.requests import (
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
@@ -32,7 +33,6 @@ from client.gateway.openai.bodies import (
     parse,
     texts_of,
 )
-from client.gateway.openai.responses_body import ResponseRequest
 from tests.gateway.conftest import MODEL, GatewayProcess
 from tests.harness import PATIENCE_S
 

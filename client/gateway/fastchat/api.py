@@ -13,11 +13,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from client.gateway.context import Visit, route
-from client.gateway.openai.bodies import EmbeddingRequest
 from client.gateway.openai.chat import chat_completions
 from client.gateway.openai.embeddings import embed
 from client.gateway.openai.generation import RETRY
 from client.gateway.openai.models import find_model, visible_models
+from client.gateway.requests import EmbeddingRequest
 
 __all__ = ["context_tokens", "legacy_api_routes"]
 

@@ -34,11 +34,11 @@ from broker.protocol.messages import (
 )
 from client.gateway.bodies import from_base64
 from client.gateway.context import Visit
+from client.gateway.convert import Call
 from client.gateway.errors import invalid, too_large
 from client.gateway.openai.answers import pick_seed
-from client.gateway.openai.bodies import MAX_MESSAGES, check_count, converted
-from client.gateway.openai.convert import Call
 from client.gateway.openai.models import visible_models
+from client.gateway.requests import MAX_MESSAGES, check_count, converted
 
 __all__ = [
     "Dialect",

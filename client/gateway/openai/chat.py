@@ -30,11 +30,10 @@ from starlette.responses import JSONResponse, Response
 from broker.protocol.messages import TokenLogprob, Usage
 from client.gateway.bodies import aside
 from client.gateway.context import Visit
+from client.gateway.convert import chat_call, seeded, wants_usage_so_far
 from client.gateway.errors import GatewayError, UnknownAnswer
 from client.gateway.openai import tools
 from client.gateway.openai.answers import ChatChoice, parser_for, pick_seed
-from client.gateway.openai.bodies import ChatRequest
-from client.gateway.openai.convert import chat_call, seeded, wants_usage_so_far
 from client.gateway.openai.generation import Batches, ChoiceEvent, Delta, Finish, Prompted
 from client.gateway.openai.position import Position
 from client.gateway.openai.shapes import (
@@ -48,6 +47,7 @@ from client.gateway.openai.shapes import (
     usage_of,
 )
 from client.gateway.reattach import Kept
+from client.gateway.requests import ChatRequest
 from client.gateway.sse import DONE, Source, until_disconnect
 
 __all__ = ["cancel_chat", "chat_completions", "read_chat"]

@@ -16,10 +16,9 @@ from starlette.responses import Response
 from broker.protocol.messages import TokenLogprob
 from client.gateway.bodies import aside
 from client.gateway.context import Visit
+from client.gateway.convert import completion_calls, seeded, wants_usage_so_far
 from client.gateway.errors import GatewayError
 from client.gateway.openai.answers import TextChoice, best_of, pick_seed
-from client.gateway.openai.bodies import CompletionRequest
-from client.gateway.openai.convert import completion_calls, seeded, wants_usage_so_far
 from client.gateway.openai.generation import Batches, ChoiceEvent, Delta, Finish, Prompted
 from client.gateway.openai.logprobs import text_logprobs
 from client.gateway.openai.position import Position
@@ -32,6 +31,7 @@ from client.gateway.openai.shapes import (
     logprob_bytes,
     usage_of,
 )
+from client.gateway.requests import CompletionRequest
 from client.gateway.sse import DONE, Source, until_disconnect
 
 __all__ = ["completions"]

@@ -13,9 +13,9 @@ from client import Embeddings
 from client.gateway.context import Visit
 from client.gateway.errors import invalid
 from client.gateway.openai.answers import written_vectors
-from client.gateway.openai.bodies import EmbeddingRequest, texts_of
 from client.gateway.openai.generation import naming
 from client.gateway.openai.shapes import dumped
+from client.gateway.requests import EmbeddingRequest, texts_of
 from client.gateway.sse import until_disconnect
 
 __all__ = ["embed", "embeddings"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from broker.protocol.messages import Constraint
-from client.gateway.openai.bodies import Function
+from client.gateway.requests import Function
 
 __all__ = ["MAX_FORCED_CALLS", "forced_calls"]
 

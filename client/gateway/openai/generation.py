@@ -24,8 +24,8 @@ from broker.protocol.messages import Kind, Params, Request, TokenLogprob
 from client import AsyncClient, AsyncStream, BusError, Retry, Timeout, calls
 from client.core.events import End, Prompt, StreamEvent, Tokens
 from client.gateway.bodies import aside
+from client.gateway.convert import Call
 from client.gateway.errors import describe
-from client.gateway.openai.convert import Call
 from client.gateway.traces import BusSpan
 
 __all__ = [

@@ -14,9 +14,9 @@ from starlette.responses import Response
 from client import __version__
 from client.gateway.context import Visit
 from client.gateway.ids import KEPT_ID
-from client.gateway.openai.bodies import ChatRequest, CompletionRequest, EmbeddingRequest
 from client.gateway.openai.responses_body import INCLUDABLE, ResponseRequest
 from client.gateway.operator_view import DrainBody
+from client.gateway.requests import ChatRequest, CompletionRequest, EmbeddingRequest
 
 __all__ = ["openapi"]
 

@@ -14,8 +14,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from broker.protocol.limits import MAX_TOP_LOGPROBS
+from client.gateway import requests as http
 from client.gateway.errors import GatewayError, invalid
-from client.gateway.openai import bodies as http
 
 __all__ = [
     "INCLUDABLE",

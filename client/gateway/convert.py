@@ -25,10 +25,10 @@ from broker.protocol.messages import (
     Request,
     TextPart,
 )
+from client.gateway import requests as http
 from client.gateway.bodies import aside
 from client.gateway.errors import invalid
 from client.gateway.images import ImagePolicy, load_image
-from client.gateway.openai import bodies as http
 from client.gateway.openai.forced import forced_calls
 from client.gateway.openai.tools import MARKS
 
