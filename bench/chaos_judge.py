@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from bench.chaos_reader import Got, arguments_of
 from bench.common import percentile
-from worker.engines import echo_tokens
+from worker.engines.echo import tokens as echo_tokens
 
 PACE_MS: Final = 20.0
 """Between two tokens of a stream."""

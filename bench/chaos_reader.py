@@ -32,7 +32,7 @@ from client import (
     Timeout,
     Tokens,
 )
-from worker.engines.echo_tokens import tokenize
+from worker.engines.echo.tokens import tokenize
 
 LIMIT_S: Final = 90.0
 """Of one stream: one that hangs must become an error that is counted."""

@@ -154,7 +154,7 @@ class Bus:
     def start_worker(
         self, name: str | None = None, *options: str, slots: int = 8, **engine_args: object
     ) -> ManagedProcess:
-        """Start an echo worker; `engine_args` are those of `worker.engines.echo`. Does not wait."""
+        """Start an echo worker; `engine_args` are the echo engine's. Does not wait."""
         name = name or f"w{len(self.workers) + 1}"
         extra = [
             part

@@ -18,7 +18,7 @@ from tests.engines.tiny import (
     VOCABULARY,
     tokenizer,
 )
-from worker.engines.transformers.processors import pictures_only, processor_class
+from worker.engines.common.processors import pictures_only, processor_class
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,

@@ -13,11 +13,11 @@ from transformers import LlamaConfig
 
 from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 from tests.engines import tiny
-from worker.engines.library.generator import Drawn, Generator
-from worker.engines.library.model import LibraryEngine, LibraryModel, wrap_elsewhere
+from worker.engines.common.generator import Drawn, Generator
+from worker.engines.common.library_model import LibraryEngine, LibraryModel, wrap_elsewhere
+from worker.engines.common.sampling import Sampled
+from worker.engines.common.sequence import Sequence
 from worker.engines.transformers.loaded import LoadedModel
-from worker.engines.transformers.sampling import Sampled
-from worker.engines.transformers.sequence import Sequence
 from worker.engines.transformers.settings import EngineSettings
 
 __all__ = ["StandIn", "described", "following", "served", "written"]

@@ -16,15 +16,15 @@ import torch
 from broker.protocol.errors import ErrorCode, RequestError
 from broker.protocol.messages import Constraint, Params
 from tests.engines import tiny_tokenizers
-from worker.engines.transformers.constrain import (
+from worker.engines.common.constrain import (
     ConstraintFactory,
     ConstraintState,
     _spread,
     _unpacked,
     mask_logits_,
 )
-from worker.engines.transformers.sampling import Sampler, SamplerRow
-from worker.engines.transformers.text import TextStream, token_table
+from worker.engines.common.sampling import Sampler, SamplerRow
+from worker.engines.common.text import TextStream, token_table
 
 pytest.importorskip("llguidance", reason="install tokenbus[structured]")
 

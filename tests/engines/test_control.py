@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.engines.transformers.control import ControlTokens, rewritten
+from worker.engines.common.control import ControlTokens, rewritten
 
 TOKENS = ["<|end|>", "<|start|>", "[INST]", "<image>", "<img>", "</s>"]
 WRITTEN = "<tool_call>"

@@ -18,7 +18,7 @@ from broker.protocol.messages import (
     Resume,
     TextPart,
 )
-from worker.engines import echo, echo_tokens, registry
+from worker.engines import registry
 from worker.engines.base import (
     Ended,
     EngineEvent,
@@ -29,6 +29,8 @@ from worker.engines.base import (
     PromptFacts,
     Tokens,
 )
+from worker.engines.echo import engine as echo
+from worker.engines.echo import tokens as echo_tokens
 
 MODEL = "echo"
 

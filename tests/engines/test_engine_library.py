@@ -13,8 +13,8 @@ from tests.engines import tiny
 from tests.engines.library_standin import StandIn, served, written
 from worker.engines import registry
 from worker.engines.base import EngineLoadError, EngineOptions, Job
-from worker.engines.library.arguments import boolean, split_arguments, whole
-from worker.engines.library.model import LibraryEngine, named_models, refuse_options
+from worker.engines.common.arguments import boolean, split_arguments, whole
+from worker.engines.common.library_model import LibraryEngine, named_models, refuse_options
 
 PROMPT = [30, 31, 32, 33]
 

@@ -21,7 +21,7 @@ from tests.engines import tiny
 from tests.engines.library_standin import described, following, served, written
 from worker.engines import registry
 from worker.engines.base import EngineLoadError, Job
-from worker.engines.library.model import LibraryEngine
+from worker.engines.common.library_model import LibraryEngine
 from worker.engines.sglang.engine import UNSUPPORTED, SglangGenerator
 
 HERE = find_spec("sglang") is not None

@@ -15,11 +15,11 @@ from PIL import Image
 
 from broker.protocol.errors import RequestError
 from tests.engines import tiny
-from worker.engines.transformers import footprint, pixels
+from worker.engines.common import footprint, pixels
+from worker.engines.common.footprint import MADE_PIXELS, Footprint
+from worker.engines.common.images import ImageLimits, decode_image
+from worker.engines.common.pixels import Samples, _reduced, to_rgb
 from worker.engines.transformers.engine import TransformersEngine
-from worker.engines.transformers.footprint import MADE_PIXELS, Footprint
-from worker.engines.transformers.images import ImageLimits, decode_image
-from worker.engines.transformers.pixels import Samples, _reduced, to_rgb
 
 PROCESSORS = (
     "CLIPImageProcessorPil",

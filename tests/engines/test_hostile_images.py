@@ -22,7 +22,7 @@ from PIL import Image
 
 from broker.protocol.errors import ErrorCode, RequestError
 from tests.harness import PATIENCE_S
-from worker.engines.transformers.images import FORMATS, ImageLimits, decode_image
+from worker.engines.common.images import FORMATS, ImageLimits, decode_image
 
 LIMITS = ImageLimits()
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,7 +115,7 @@ def test_a_header_that_promises_too_many_pixels_is_enough_to_refuse(octets: byte
 MEASURE = """
 import resource, sys, time
 from broker.protocol.errors import RequestError
-from worker.engines.transformers.images import ImageLimits, decode_image
+from worker.engines.common.images import ImageLimits, decode_image
 octets = open(sys.argv[1], "rb").read()
 before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 try:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from broker.protocol.errors import RequestError
-from worker.engines.transformers.images import ImageLimits, decode_image
+from worker.engines.common.images import ImageLimits, decode_image
 
 WHITE = (255, 255, 255)
 

@@ -19,7 +19,7 @@ from transformers import (
 
 from broker.protocol.errors import RequestError
 from broker.protocol.messages import Params
-from worker.engines.transformers.sampling import (
+from worker.engines.common.sampling import (
     LOGPROB_FLOOR,
     Sampled,
     Sampler,

@@ -11,9 +11,9 @@ import pytest
 from broker.protocol.errors import ErrorCode, RequestError
 from broker.protocol.messages import Constraint
 from tests.engines import tiny_tokenizers
-from worker.engines.transformers.constrain import ConstraintFactory
-from worker.engines.transformers.schemas import for_llguidance
-from worker.engines.transformers.text import token_table
+from worker.engines.common.constrain import ConstraintFactory
+from worker.engines.common.schemas import for_llguidance
+from worker.engines.common.text import token_table
 
 pytest.importorskip("llguidance", reason="install tokenbus[structured]")
 jsonschema_rs = pytest.importorskip("jsonschema_rs", reason="install tokenbus[test]")

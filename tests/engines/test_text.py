@@ -13,7 +13,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from broker.protocol.messages import Params
 from tests.engines import tiny_tokenizers
 from tests.engines.tiny_tokenizers import EOS, MULTILINGUAL
-from worker.engines.transformers.text import (
+from worker.engines.common.text import (
     Detokenizer,
     StopBuffer,
     TextStream,

@@ -22,7 +22,7 @@ from tests.engines import tiny
 from tests.engines.architectures import text_model
 from tests.engines.test_transformers_quantised import load
 from worker.engines.base import EngineLoadError
-from worker.engines.transformers.quantise import modules_to_skip, normalise_skip_names
+from worker.engines.transformers.loading.quantise import modules_to_skip, normalise_skip_names
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore")

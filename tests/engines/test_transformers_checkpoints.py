@@ -20,7 +20,7 @@ from tests.engines import tiny
 from tests.engines.architectures import text_model
 from tests.engines.tiny import load
 from worker.engines.base import EngineLoadError, Job
-from worker.engines.transformers.classes import model_class
+from worker.engines.transformers.loading.classes import model_class
 
 
 @pytest.fixture(autouse=True)

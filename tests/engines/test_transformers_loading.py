@@ -26,7 +26,7 @@ from tests.engines.tiny import load
 from worker.engines.base import EngineLoadError, EngineOptions, Job
 from worker.engines.transformers import build
 from worker.engines.transformers.engine import TransformersEngine
-from worker.engines.transformers.quantise import modules_to_skip, normalise_skip_names
+from worker.engines.transformers.loading.quantise import modules_to_skip, normalise_skip_names
 from worker.engines.transformers.quiet import quiet_libraries
 from worker.engines.transformers.settings import parse_settings
 

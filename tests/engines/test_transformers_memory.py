@@ -11,8 +11,8 @@ import torch
 
 from broker.protocol.messages import FinishReason
 from tests.engines import tiny
+from worker.engines.common.sampling import Sampled, Sampler
 from worker.engines.transformers.cache import SlotCache
-from worker.engines.transformers.sampling import Sampled, Sampler
 from worker.engines.transformers.slots import SlotRunner
 
 

@@ -25,8 +25,8 @@ from broker.protocol.messages import (
 )
 from tests.engines import tiny
 from worker.engines.base import Job
+from worker.engines.common.images import ImageLimits, decode_image
 from worker.engines.transformers.engine import TransformersEngine
-from worker.engines.transformers.images import ImageLimits, decode_image
 
 
 @pytest.fixture(scope="module")

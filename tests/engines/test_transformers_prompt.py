@@ -26,10 +26,10 @@ from broker.protocol.messages import (
 )
 from tests.engines import tiny, tiny_tokenizers
 from worker.engines.base import Job
+from worker.engines.common.images import ImageLimits
+from worker.engines.common.prompt import PromptBuilder
 from worker.engines.transformers.engine import TransformersEngine
-from worker.engines.transformers.images import ImageLimits
 from worker.engines.transformers.loaded import wrap_model
-from worker.engines.transformers.prompt import PromptBuilder
 
 
 def one(engine: TransformersEngine, job: Job) -> tiny.Answer:

@@ -19,7 +19,7 @@ import pytest
 
 from client import BusError, Client, Stream
 from tests.harness import PATIENCE_S, ROOT, Bus, ManagedProcess, running_bus, wait_until
-from worker.engines import echo_tokens
+from worker.engines.echo import tokens as echo_tokens
 
 PROMPT = "The quick brown fox jumps over the lazy dog."
 
@@ -403,7 +403,7 @@ def test_a_wrong_option_gets_one_clear_line(arguments: list[str], words: str) ->
 def test_the_link_imports_neither_torch_nor_anything_of_the_engines() -> None:
     code = (
         "import sys, worker.loop, worker.__main__, worker.process.supervisor;"
-        "print([m for m in ('torch', 'transformers', 'numpy', 'worker.engines.echo')"
+        "print([m for m in ('torch', 'transformers', 'numpy', 'worker.engines.echo.engine')"
         " if m in sys.modules])"
     )
     done = subprocess.run(

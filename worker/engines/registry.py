@@ -17,7 +17,7 @@ from worker.engines.base import EngineFactory, EngineLoadError
 ENTRY_POINT_GROUP: Final = "tokenbus.engines"
 
 BUILT_IN: Final = {
-    "echo": "worker.engines.echo:build",
+    "echo": "worker.engines.echo.engine:build",
     "transformers": "worker.engines.transformers:build",
     "vllm": "worker.engines.vllm:build",
     "mlx": "worker.engines.mlx:build",

@@ -17,22 +17,22 @@ from transformers import PreTrainedConfig
 
 from broker.protocol.errors import ErrorCode, ErrorInfo
 from worker.engines.base import EngineLoadError, EngineOptions, Progress
-from worker.engines.library.arguments import split_arguments, whole
-from worker.engines.library.generator import Drawn
-from worker.engines.library.model import (
+from worker.engines.common.arguments import split_arguments, whole
+from worker.engines.common.generator import Drawn
+from worker.engines.common.host_sampling import HostSampler
+from worker.engines.common.library_model import (
     LibraryEngine,
     LibraryModel,
     named_models,
     refuse_options,
     wrap_elsewhere,
 )
-from worker.engines.library.rows import HostSampler
+from worker.engines.common.sequence import Sequence
+from worker.engines.common.template import use_template
 from worker.engines.llamacpp.gguf import GgufTokenizer, load_weights, metadata
 from worker.engines.transformers.loaded import LoadedModel
-from worker.engines.transformers.sequence import Sequence
 from worker.engines.transformers.served import ServedModel
 from worker.engines.transformers.settings import EngineSettings
-from worker.engines.transformers.template import use_template
 
 __all__ = ["LlamaGenerator", "build_engine"]
 

@@ -18,9 +18,10 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.utils import load as load_mlx
 
 from worker.engines.base import EngineLoadError, EngineOptions, Progress
-from worker.engines.library.arguments import split_arguments, whole
-from worker.engines.library.generator import Drawn, failure
-from worker.engines.library.model import (
+from worker.engines.common.arguments import split_arguments, whole
+from worker.engines.common.generator import Drawn, failure
+from worker.engines.common.host_sampling import HostSampler, RowAhead, is_plain_greedy
+from worker.engines.common.library_model import (
     LibraryEngine,
     LibraryModel,
     describe,
@@ -28,10 +29,9 @@ from worker.engines.library.model import (
     named_models,
     refuse_options,
 )
-from worker.engines.library.rows import HostSampler, RowAhead, is_plain_greedy
+from worker.engines.common.sampling import Sampled
+from worker.engines.common.sequence import Sequence
 from worker.engines.transformers.loaded import LoadedModel
-from worker.engines.transformers.sampling import Sampled
-from worker.engines.transformers.sequence import Sequence
 from worker.engines.transformers.served import ServedModel
 
 __all__ = ["MlxGenerator", "build_engine"]

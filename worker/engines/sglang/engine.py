@@ -18,9 +18,9 @@ from typing import Any
 from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 from broker.protocol.messages import Params
 from worker.engines.base import EngineLoadError, EngineOptions, Progress
-from worker.engines.library.arguments import SHARED, boolean, split_arguments
-from worker.engines.library.generator import Drawn, failure
-from worker.engines.library.model import (
+from worker.engines.common.arguments import SHARED, boolean, split_arguments
+from worker.engines.common.generator import Drawn, failure
+from worker.engines.common.library_model import (
     LibraryEngine,
     LibraryModel,
     describe,
@@ -28,9 +28,9 @@ from worker.engines.library.model import (
     named_models,
     refuse_options,
 )
+from worker.engines.common.sampling import Sampled
+from worker.engines.common.sequence import Sequence
 from worker.engines.transformers.loaded import LoadedModel
-from worker.engines.transformers.sampling import Sampled
-from worker.engines.transformers.sequence import Sequence
 
 __all__ = ["SglangGenerator", "build_engine"]
 

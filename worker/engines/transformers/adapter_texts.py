@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 from worker.engines.base import EngineLoadError
-from worker.engines.transformers.processors import load_processor
+from worker.engines.common.processors import load_processor
 
 __all__ = ["OwnTexts", "own_texts"]
 

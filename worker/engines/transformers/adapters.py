@@ -28,7 +28,9 @@ import torch
 from torch import nn
 
 from worker.engines.base import EngineLoadError, Progress
-from worker.engines.transformers.adapter_files import (
+from worker.engines.transformers.adapter_texts import own_texts
+from worker.engines.transformers.loaded import LoadedModel, wrap_model
+from worker.engines.transformers.loading.adapter_files import (
     Adapter,
     explained,
     peft_library,
@@ -36,9 +38,7 @@ from worker.engines.transformers.adapter_files import (
     refusal,
     refuse_over_quantised,
 )
-from worker.engines.transformers.adapter_texts import own_texts
-from worker.engines.transformers.llava import refuse_half
-from worker.engines.transformers.loaded import LoadedModel, wrap_model
+from worker.engines.transformers.loading.llava import refuse_half
 from worker.engines.transformers.rows import RowAdapters
 from worker.engines.transformers.selftest import relative_error, tolerance
 from worker.engines.transformers.settings import EngineSettings

@@ -32,15 +32,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
+from worker.engines.common.sequence import Sequence, State
+from worker.engines.common.template import use_template
 from worker.engines.transformers.adapters import add_adapters
 from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.loader import load_model
 from worker.engines.transformers.memory import free_bytes, is_out_of_memory, used_bytes
 from worker.engines.transformers.prefix import PrefixCache
-from worker.engines.transformers.sequence import Sequence, State
 from worker.engines.transformers.served import EmbedTask, Prepared, ServedModel, now
 from worker.engines.transformers.settings import EngineSettings, parse_settings
-from worker.engines.transformers.template import use_template
 
 __all__ = ["TransformersEngine", "build_engine", "model_name"]
 

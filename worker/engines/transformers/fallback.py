@@ -21,13 +21,13 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 from broker.protocol.messages import FinishReason, TokenLogprob
 from worker.engines.base import EngineEvent
+from worker.engines.common.runner import RunnerCounts
+from worker.engines.common.sampling import Sampler, prompt_logprobs
+from worker.engines.common.sequence import Sequence, State
 from worker.engines.transformers.compat import rope_owner
 from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.memory import is_out_of_memory, release_cached
 from worker.engines.transformers.rope import RopeState
-from worker.engines.transformers.runner import RunnerCounts
-from worker.engines.transformers.sampling import Sampler, prompt_logprobs
-from worker.engines.transformers.sequence import Sequence, State
 
 __all__ = ["GenerateRunner", "plain_generation_config"]
 

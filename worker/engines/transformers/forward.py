@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from worker.engines.common.sequence import Sequence
 from worker.engines.transformers.cache import SlotCache
 from worker.engines.transformers.compat import cache_argument, forward_parameters, rope_owner
 from worker.engines.transformers.graphs import StaticDecode
 from worker.engines.transformers.loaded import LoadedModel
-from worker.engines.transformers.sequence import Sequence
 
 __all__ = ["Forward", "StaticUse", "Unsupported"]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from worker.engines.transformers.sequence import Sequence
+from worker.engines.common.sequence import Sequence
 
 if TYPE_CHECKING:
     from worker.engines.transformers.forward import Forward

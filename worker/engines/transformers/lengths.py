@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import fields
 
 from worker.engines.base import EngineEvent
+from worker.engines.common.runner import RunnerCounts
+from worker.engines.common.sequence import Sequence
 from worker.engines.transformers.fallback import GenerateRunner
-from worker.engines.transformers.runner import RunnerCounts
-from worker.engines.transformers.sequence import Sequence
 from worker.engines.transformers.slots import SlotRunner
 
 __all__ = ["LengthRunner"]

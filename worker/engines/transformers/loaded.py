@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 from broker.protocol.messages import MODEL_DEFAULTS, Params
 from worker.engines.transformers.compat import rope_parameters
-from worker.engines.transformers.quantise import quantised_share
+from worker.engines.transformers.loading.quantise import quantised_share
 from worker.engines.transformers.rope import LengthRope, find_length_rope
 from worker.engines.transformers.rows import RowAdapters
 from worker.engines.transformers.settings import EngineSettings

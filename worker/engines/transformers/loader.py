@@ -21,22 +21,22 @@ from transformers.utils import logging as transformers_logging
 
 from broker.protocol.install import install_hint
 from worker.engines.base import EngineLoadError, EngineOptions, Progress
+from worker.engines.common.processors import load_processor
 from worker.engines.paths import local_folder
 from worker.engines.transformers.adapter_texts import own_texts
 from worker.engines.transformers.adapters import merge_adapter
-from worker.engines.transformers.checkpoint import refuse_missing, weight_names
-from worker.engines.transformers.classes import ModelClass, model_class
-from worker.engines.transformers.dense import explained_conversion
-from worker.engines.transformers.llava import (
+from worker.engines.transformers.loaded import LoadedModel, wrap_model
+from worker.engines.transformers.loading.checkpoint import refuse_missing, weight_names
+from worker.engines.transformers.loading.classes import ModelClass, model_class
+from worker.engines.transformers.loading.dense import explained_conversion
+from worker.engines.transformers.loading.llava import (
     LlavaParts,
     assemble,
     find_parts,
     language_config,
     refuse_half,
 )
-from worker.engines.transformers.loaded import LoadedModel, wrap_model
-from worker.engines.transformers.processors import load_processor
-from worker.engines.transformers.quantise import (
+from worker.engines.transformers.loading.quantise import (
     bitsandbytes_config,
     computes_quantised,
     normalise_skip_names,
@@ -387,17 +387,17 @@ def _stored_quantisation(stored: dict[str, Any], path: str) -> dict[str, Any]:
     """The quantisation config to load a quantised checkpoint with."""
     method = str(stored.get("quant_method", "")).lower()
     if method == "awq" and not _installed("gptqmodel"):
-        from worker.engines.transformers import awq
+        from worker.engines.transformers.loading import awq
 
         return awq.dequantising_config(stored, path)
     if method == "gptq" and not _installed("gptqmodel", "optimum"):
-        from worker.engines.transformers import gptq
+        from worker.engines.transformers.loading import gptq
 
         return gptq.dequantising_config(stored, path)
     if method == "compressed-tensors":
         if not _installed("compressed_tensors"):
             raise EngineLoadError(f"{path} needs compressed-tensors: {install_hint('compressed')}")
-        from worker.engines.transformers import compressed
+        from worker.engines.transformers.loading import compressed
 
         return compressed.keeping_config(stored, path)
     return normalise_skip_names(stored)

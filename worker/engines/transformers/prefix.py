@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from worker.engines.transformers.sequence import Sequence
+from worker.engines.common.sequence import Sequence
 
 __all__ = ["SMALLEST_PREFIX", "PrefixCache", "PrefixEntry"]
 

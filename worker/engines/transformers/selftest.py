@@ -29,13 +29,13 @@ import torch
 import worker
 from broker.protocol.messages import Params
 from worker.engines.base import EngineLoadError
+from worker.engines.common.prompt import Prompt
+from worker.engines.common.sequence import Sequence
 from worker.engines.transformers.compat import KNOWN_RELEASES
 from worker.engines.transformers.fallback import plain_generation_config
 from worker.engines.transformers.forward import Forward, StaticUse, Unsupported
 from worker.engines.transformers.loaded import LoadedModel, wrap_model
 from worker.engines.transformers.memory import is_out_of_memory
-from worker.engines.transformers.prompt import Prompt
-from worker.engines.transformers.sequence import Sequence
 
 __all__ = ["Verdict", "check", "check_generate", "relative_error", "tolerance"]
 

@@ -32,22 +32,22 @@ from broker.protocol.messages import (
     Usage,
 )
 from worker.engines.base import Ended, Job
-from worker.engines.transformers.constrain import ConstraintFactory, ConstraintState
+from worker.engines.common.constrain import ConstraintFactory, ConstraintState
+from worker.engines.common.images import ImageLimits
+from worker.engines.common.prompt import Prompt, PromptBuilder
+from worker.engines.common.runner import Runner
+from worker.engines.common.sampling import SamplerRow, check_token_ids
+from worker.engines.common.sequence import Sequence, ends_answer
+from worker.engines.common.template import continues_message
+from worker.engines.common.text import TextStream, places, token_table
 from worker.engines.transformers.embed import Embedder, EmbedOptions, embed_options
 from worker.engines.transformers.fallback import GenerateRunner
 from worker.engines.transformers.forward import StaticUse
-from worker.engines.transformers.images import ImageLimits
 from worker.engines.transformers.lengths import LengthRunner
 from worker.engines.transformers.loaded import LoadedModel
-from worker.engines.transformers.prompt import Prompt, PromptBuilder
-from worker.engines.transformers.runner import Runner
-from worker.engines.transformers.sampling import SamplerRow, check_token_ids
 from worker.engines.transformers.selftest import Verdict, check, check_generate
-from worker.engines.transformers.sequence import Sequence, ends_answer
 from worker.engines.transformers.settings import EngineSettings
 from worker.engines.transformers.slots import SlotRunner
-from worker.engines.transformers.template import continues_message
-from worker.engines.transformers.text import TextStream, places, token_table
 
 __all__ = ["EmbedTask", "Prepared", "ServedModel"]
 

@@ -22,6 +22,8 @@ import torch
 from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 from broker.protocol.messages import FinishReason, TokenLogprob
 from worker.engines.base import EngineEvent
+from worker.engines.common.sampling import Sampled, Sampler, prompt_logprobs
+from worker.engines.common.sequence import Sequence, State
 from worker.engines.transformers.forward import Forward
 from worker.engines.transformers.memory import (
     is_out_of_memory,
@@ -31,11 +33,9 @@ from worker.engines.transformers.memory import (
 )
 from worker.engines.transformers.pace import Allowance, Pace
 from worker.engines.transformers.prefix import SMALLEST_PREFIX, PrefixCache
-from worker.engines.transformers.sampling import Sampled, Sampler, prompt_logprobs
-from worker.engines.transformers.sequence import Sequence, State
 
 if TYPE_CHECKING:
-    from worker.engines.transformers.runner import RunnerCounts
+    from worker.engines.common.runner import RunnerCounts
 
 __all__ = ["SlotRunner"]
 
@@ -116,7 +116,7 @@ class SlotRunner:
         return bool(self._rows or self._waiting)
 
     def counts(self) -> RunnerCounts:
-        from worker.engines.transformers.runner import RunnerCounts
+        from worker.engines.common.runner import RunnerCounts
 
         return RunnerCounts(
             running=len(self._rows),

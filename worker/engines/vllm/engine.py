@@ -27,9 +27,10 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 from broker.protocol.messages import Params, Request, TokenLogprob
 from worker.engines.base import EngineLoadError, EngineOptions, Progress
-from worker.engines.library.arguments import SHARED, split_arguments
-from worker.engines.library.generator import Drawn
-from worker.engines.library.model import (
+from worker.engines.common.arguments import SHARED, split_arguments
+from worker.engines.common.generator import Drawn
+from worker.engines.common.host_sampling import is_plain_greedy, token_logprob
+from worker.engines.common.library_model import (
     LibraryEngine,
     LibraryModel,
     describe,
@@ -37,11 +38,10 @@ from worker.engines.library.model import (
     named_models,
     refuse_options,
 )
-from worker.engines.library.rows import is_plain_greedy, token_logprob
+from worker.engines.common.sampling import Sampled
+from worker.engines.common.sequence import Sequence
+from worker.engines.common.text import token_table
 from worker.engines.transformers.loaded import LoadedModel
-from worker.engines.transformers.sampling import Sampled
-from worker.engines.transformers.sequence import Sequence
-from worker.engines.transformers.text import token_table
 from worker.engines.vllm.sampling import RowFacts, pack
 
 __all__ = ["VllmGenerator", "build_engine"]

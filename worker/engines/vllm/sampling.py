@@ -19,8 +19,8 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from broker.protocol.messages import Params
-from worker.engines.transformers.constrain import ConstraintFactory
-from worker.engines.transformers.sampling import Sampler, SamplerRow
+from worker.engines.common.constrain import ConstraintFactory
+from worker.engines.common.sampling import Sampler, SamplerRow
 
 __all__ = ["BusSampling", "RowFacts", "pack"]
 

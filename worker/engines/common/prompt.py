@@ -23,11 +23,11 @@ from PIL import Image
 from broker.protocol.errors import ErrorCode, RequestError
 from broker.protocol.messages import Kind, Message, Request, TextPart, VideoPart
 from worker.engines.base import Job
-from worker.engines.transformers.footprint import Footprint
-from worker.engines.transformers.images import DecodedImage, ImageLimits, decode_image
+from worker.engines.common.footprint import Footprint
+from worker.engines.common.images import DecodedImage, ImageLimits, decode_image
+from worker.engines.common.template import RAW_PLACEHOLDER, ChatTemplate
 from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.memory import is_out_of_memory
-from worker.engines.transformers.template import RAW_PLACEHOLDER, ChatTemplate
 
 __all__ = ["Prompt", "PromptBuilder"]
 

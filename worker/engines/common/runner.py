@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from worker.engines.base import EngineEvent
-from worker.engines.transformers.sequence import Sequence
+from worker.engines.common.sequence import Sequence
 
 __all__ = ["Runner", "RunnerCounts"]
 

@@ -19,17 +19,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from broker.protocol.errors import ErrorCode, RequestError
 from broker.protocol.messages import Kind, ModelInfo, Params, Request
 from worker.engines.base import Capabilities, EngineLoadError, EngineOptions, Job
-from worker.engines.library.generator import Generator, LibraryRunner
+from worker.engines.common.generator import Generator, LibraryRunner
+from worker.engines.common.images import ImageLimits
+from worker.engines.common.processors import load_processor
+from worker.engines.common.prompt import PromptBuilder
+from worker.engines.common.runner import Runner
+from worker.engines.common.sequence import Sequence
+from worker.engines.common.template import use_template
 from worker.engines.transformers.engine import TransformersEngine, model_name
-from worker.engines.transformers.images import ImageLimits
 from worker.engines.transformers.loaded import LoadedModel, wrap_model
-from worker.engines.transformers.processors import load_processor
-from worker.engines.transformers.prompt import PromptBuilder
-from worker.engines.transformers.runner import Runner
-from worker.engines.transformers.sequence import Sequence
 from worker.engines.transformers.served import Prepared, ServedModel
 from worker.engines.transformers.settings import EngineSettings
-from worker.engines.transformers.template import use_template
 
 __all__ = [
     "LibraryEngine",

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from broker.protocol.install import install_hint
 from worker.engines.base import EngineLoadError
-from worker.engines.transformers.dense import ROUNDED
+from worker.engines.transformers.loading.dense import ROUNDED
 
 __all__ = [
     "bitsandbytes_config",

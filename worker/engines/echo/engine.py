@@ -1,7 +1,7 @@
 """The echo engine: deterministic answers without a model, and faults on demand.
 
 Tests and benchmarks run it in place of a model: it keeps every rule of `worker.engines.base`,
-resuming included, and what it says can be computed by hand. Its tokens are those of `echo_tokens`.
+resuming included, and what it says can be computed by hand. Its tokens are those of `tokens`.
 Must never import torch.
 
 **Answers.** `mode=echo` repeats the prompt: the last user message of a chat, the prompt of a
@@ -66,14 +66,14 @@ from worker.engines.base import (
     PromptFacts,
     Tokens,
 )
-from worker.engines.echo_requests import (
+from worker.engines.echo.requests import (
     answer_about,
     embeddings,
     image_size,
     required,
     whole_prompt,
 )
-from worker.engines.echo_tokens import (
+from worker.engines.echo.tokens import (
     VOCABULARY,
     Text,
     detokenize,

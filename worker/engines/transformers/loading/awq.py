@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from worker.engines.base import EngineLoadError
-from worker.engines.transformers.dense import register
+from worker.engines.transformers.loading.dense import register
 
 __all__ = ["dequantised", "dequantising_config"]
 

@@ -17,7 +17,7 @@ from broker.protocol.messages import (
     VideoPart,
 )
 from worker.engines.base import Ended, Job
-from worker.engines.echo_tokens import detokenize, tokenize
+from worker.engines.echo.tokens import detokenize, tokenize
 
 __all__ = ["answer_about", "embeddings", "image_size", "required", "whole_prompt"]
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from worker.engines.base import EngineLoadError
-from worker.engines.transformers.tower import load_tower
+from worker.engines.transformers.loading.tower import load_tower
 
 __all__ = [
     "LLAVA_TEMPLATE",

@@ -15,11 +15,11 @@ from msgspec.structs import replace
 from broker.protocol.errors import ErrorInfo, RequestError
 from broker.protocol.messages import FinishReason, Params, Timings, TokenLogprob, Usage
 from worker.engines.base import Ended, EngineEvent, Failed, PromptFacts, Tokens
-from worker.engines.transformers.prompt import Prompt
+from worker.engines.common.prompt import Prompt
 
 if TYPE_CHECKING:
-    from worker.engines.transformers.sampling import Sampled, SamplerRow
-    from worker.engines.transformers.text import TextStream
+    from worker.engines.common.sampling import Sampled, SamplerRow
+    from worker.engines.common.text import TextStream
 
 __all__ = ["Sequence", "State", "ends_answer"]
 

@@ -23,7 +23,7 @@ from broker.protocol.errors import ErrorCode, RequestError
 from broker.protocol.limits import MAX_NESTING
 from broker.protocol.messages import Message, Request, TextPart, VideoPart
 from worker.engines.base import EngineLoadError
-from worker.engines.transformers.control import Breaker, ControlTokens, mark_text, rewritten
+from worker.engines.common.control import Breaker, ControlTokens, mark_text, rewritten
 from worker.engines.transformers.loaded import LoadedModel
 
 __all__ = ["RAW_PLACEHOLDER", "ChatTemplate", "continues_message", "use_template"]

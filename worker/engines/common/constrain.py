@@ -24,7 +24,7 @@ import torch
 
 from broker.protocol.errors import ErrorCode, RequestError
 from broker.protocol.messages import Constraint
-from worker.engines.transformers.schemas import for_llguidance
+from worker.engines.common.schemas import for_llguidance
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer

@@ -15,9 +15,9 @@ from typing import Protocol
 from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 from broker.protocol.messages import FinishReason
 from worker.engines.base import EngineEvent
-from worker.engines.transformers.runner import RunnerCounts
-from worker.engines.transformers.sampling import Sampled
-from worker.engines.transformers.sequence import Sequence, State
+from worker.engines.common.runner import RunnerCounts
+from worker.engines.common.sampling import Sampled
+from worker.engines.common.sequence import Sequence, State
 
 __all__ = ["Drawn", "Generator", "LibraryRunner", "failure"]
 
@@ -70,7 +70,7 @@ def failure(error: BaseException) -> ErrorInfo:
 
 
 class LibraryRunner:
-    """Runs the sequences of one model on its generator (see `transformers.runner.Runner`)."""
+    """Runs the sequences of one model on its generator (see `runner.Runner`)."""
 
     def __init__(self, generator: Generator) -> None:
         self.slots = generator.slots

@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 
 from broker.protocol.errors import ErrorCode, RequestError
 from broker.protocol.messages import TokenLogprob, TopLogprob
-from worker.engines.transformers.loaded import LoadedModel
-from worker.engines.transformers.sampling import (
+from worker.engines.common.sampling import (
     LOGPROB_FLOOR,
     Sampled,
     Sampler,
     SamplerRow,
     prompt_logprobs,
 )
-from worker.engines.transformers.sequence import Sequence
-from worker.engines.transformers.text import token_table
+from worker.engines.common.sequence import Sequence
+from worker.engines.common.text import token_table
+from worker.engines.transformers.loaded import LoadedModel
 
 __all__ = ["HostSampler", "RowAhead", "is_plain_greedy", "token_logprob"]
 

@@ -30,7 +30,7 @@ import torch
 from broker.protocol.errors import ErrorCode, RequestError
 from broker.protocol.limits import MAX_TOP_LOGPROBS
 from broker.protocol.messages import Params, TokenLogprob, TopLogprob
-from worker.engines.transformers.constrain import ConstraintState, mask_logits_
+from worker.engines.common.constrain import ConstraintState, mask_logits_
 
 __all__ = [
     "Sampled",

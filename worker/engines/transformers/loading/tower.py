@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from worker.engines.base import EngineLoadError
-from worker.engines.transformers.checkpoint import refuse_missing
+from worker.engines.transformers.loading.checkpoint import refuse_missing
 
 __all__ = ["load_tower"]
 

@@ -27,7 +27,7 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from worker.engines.base import EngineLoadError
-from worker.engines.transformers.dense import ROUNDED, noted_cause
+from worker.engines.transformers.loading.dense import ROUNDED, noted_cause
 
 __all__ = ["keeping_config"]
 

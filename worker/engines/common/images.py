@@ -1,0 +1,188 @@
+"""Decodes the pictures of a request with Pillow, under bounds.
+
+Everything here is fed by strangers: format, octets, pixels and what the model's processor would
+make of them are checked before a pixel is decoded, and whatever Pillow raises becomes one typed
+error that names the picture and the cause. Runs in preprocessing threads; must never open a path or
+a URL, nor import torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from broker.protocol.errors import ErrorCode, RequestError
+from worker.engines.common.footprint import MADE_PIXELS, Footprint
+from worker.engines.common.pixels import samples_of, to_rgb
+
+__all__ = ["FORMATS", "DecodedImage", "ImageLimits", "decode_image"]
+
+Image.init()
+FORMATS = tuple(
+    name
+    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+    if name in Image.OPEN
+)
+"""Formats that people send. Anything else Pillow knows (EPS runs Ghostscript, PSD, FITS, ...) only
+widens what a stranger may reach."""
+
+
+MAX_JPEG_SCANS = 200
+"""A progressive JPEG of photographs has about ten. Each scan visits every block again, so a file of
+some hundred kilobytes could keep a decoder busy for hours."""
+_START_OF_SCAN = b"\xff\xda"
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by its EXIF orientation."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """Bounds of one picture."""
+
+    pixels: int = 50_000_000
+    octets: int = 32 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedImage:
+    """An RGB picture and the digest of the octets it came from (16 octets, for prefix reuse)."""
+
+    image: Image.Image
+    digest: bytes
+
+
+def _refuse(index: int, cause: str) -> RequestError:
+    return RequestError(
+        ErrorCode.INVALID_REQUEST,
+        f"picture {index} cannot be read: {cause}",
+        details={"attachment": index},
+    )
+
+
+def decode_image(
+    octets: bytes, index: int, limits: ImageLimits, footprint: Footprint | None = None
+) -> DecodedImage:
+    """Decode attachment `index` to RGB, upright (EXIF), first frame of an animation.
+
+    `footprint`: of the model's image processor; a large image is shrunk to what it needs. Raises
+    `RequestError`: TOO_LARGE past a bound, what the processor would make of the image included,
+    else INVALID_REQUEST with the cause; and MemoryError.
+    """
+    footprint = footprint or Footprint()
+    if not octets:
+        raise _refuse(index, "it is empty")
+    if len(octets) > limits.octets:
+        raise RequestError(
+            ErrorCode.TOO_LARGE,
+            f"picture {index} has {len(octets)} octets, at most {limits.octets} are taken",
+            details={"attachment": index, "octets": len(octets), "limit": limits.octets},
+        )
+    try:
+        # Pillow's own bomb warning is replaced by our bound, which is checked before decoding;
+        # what it thinks of metadata does not matter.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = _opened(octets)
+    except UnidentifiedImageError:
+        raise _refuse(index, f"it is none of {', '.join(FORMATS)}, or it is damaged") from None
+    except Image.DecompressionBombError:
+        raise _too_many_pixels(index, None, limits) from None
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _refuse(index, str(error) or type(error).__name__) from None
+    with image:
+        width, height = image.size
+        if width * height > limits.pixels:
+            raise _too_many_pixels(index, image.size, limits)
+        if width < 1 or height < 1:
+            raise _refuse(index, f"it is {width} by {height} pixels")
+        if excess := footprint.excess(width, height):
+            raise _far_from_square(index, image.size, excess)
+        if image.format in ("JPEG", "MPO") and octets.count(_START_OF_SCAN) > MAX_JPEG_SCANS:
+            raise _refuse(index, f"it has more than {MAX_JPEG_SCANS} scans; save it again")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                samples = samples_of(image, octets)
+                image.load()
+                shrunk = to_rgb(image, samples, footprint.shrinkage(width, height))
+                converted = _upright(shrunk, image)
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise _refuse(index, str(error) or type(error).__name__) from None
+    return DecodedImage(converted, hashlib.blake2b(octets, digest_size=16).digest())
+
+
+def _too_many_pixels(index: int, size: tuple[int, int] | None, limits: ImageLimits) -> RequestError:
+    what = f"is {size[0]} by {size[1]} pixels" if size else "has far too many pixels"
+    return RequestError(
+        ErrorCode.TOO_LARGE,
+        f"picture {index} {what}, at most {limits.pixels} pixels are taken: make it smaller",
+        details={"attachment": index, "limit": limits.pixels},
+    )
+
+
+def _far_from_square(index: int, size: tuple[int, int], made: int) -> RequestError:
+    return RequestError(
+        ErrorCode.TOO_LARGE,
+        f"picture {index} is {size[0]} by {size[1]} pixels, of which the model's processor would "
+        f"make {made}; at most {MADE_PIXELS} are taken: cut it nearer to a square",
+        details={"attachment": index, "pixels": made, "limit": MADE_PIXELS},
+    )
+
+
+def _opened(octets: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(octets), formats=FORMATS)
+    except UnidentifiedImageError:
+        if not octets.startswith(_PNG_SIGNATURE):
+            raise
+        return Image.open(io.BytesIO(_without_damaged_chunks(octets)), formats=FORMATS)
+
+
+def _without_damaged_chunks(octets: bytes) -> bytes:
+    """A PNG without the chunks that a viewer can do without (EXIF, texts, ...) and whose checksum
+    is wrong: other decoders pass over them, Pillow refuses the file."""
+    kept, at = [_PNG_SIGNATURE], len(_PNG_SIGNATURE)
+    while at + 12 <= len(octets):
+        length, kind = struct.unpack_from(">I4s", octets, at)
+        end = at + 12 + length
+        ancillary = bool(kind[0] & 0x20)
+        if not ancillary or zlib.crc32(octets[at + 4 : end - 4]) == int.from_bytes(
+            octets[end - 4 : end], "big"
+        ):
+            kept.append(octets[at:end])
+        at = end
+    return b"".join(kept)
+
+
+def _upright(image: Image.Image, original: Image.Image) -> Image.Image:
+    """The image as the EXIF of the original says that it is to be looked at; as it is where that
+    cannot be read."""
+    try:
+        orientation = original.getexif().get(ExifTags.Base.Orientation)
+    except Exception:
+        # Metadata, damaged in any way: no reason to refuse the image. Nor is it written again,
+        # which fails where single entries are damaged.
+        return image
+    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
