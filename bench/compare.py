@@ -42,7 +42,7 @@ class Move:
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """Rows by what they measure. Raises `SystemExit` for a file that is no result."""
+    """Rows by what they measure. Raises `SystemExit` for a file that is not a result."""
     rows: dict[str, dict[str, Any]] = {}
     try:
         lines = path.read_text().splitlines()

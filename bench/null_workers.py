@@ -1,4 +1,4 @@
-"""Token sources for the peers that are no LLM servers: NATS, plain ZeroMQ, and HTTP routers.
+"""Token sources for the peers that are not LLM servers: NATS, plain ZeroMQ, and HTTP routers.
 
 `python -m bench.null_workers nats PORT`, `... zmq ENDPOINT` or `... http PORT`. The last is
 OpenAI's chat route, one server-sent event a token. For the others a request is [id, tokens, step in

@@ -1,6 +1,6 @@
 """What strangers send: hostile octets for both ports of a broker.
 
-Mutated valid messages, random frames, raw octets that are no ZMTP, thousands of frames in one
+Mutated valid messages, random frames, raw bytes that are not ZMTP, thousands of frames in one
 message, frames past every bound. Speaks through plain sockets, so that nothing of libzmq stands
 between an idea and the broker. A seed reproduces a run. Used by `bench.chaos` and `tests/wire`.
 """

@@ -70,7 +70,7 @@ async def run(system: System, streams: int, tokens: int) -> dict[str, float]:
     if gaps:
         figures["between_ms_p50"] = percentile(gaps, 50) * 1e3
         figures["between_ms_p99"] = percentile(gaps, 99) * 1e3
-    # The requests themselves, started all at once, are no part of the delay of a token.
+    # The requests themselves, started all at once, are not part of the delay of a token.
     settled_s = max(arrivals.at_s[0] for arrivals in seen)
     delays = [
         delay

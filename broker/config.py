@@ -188,7 +188,7 @@ def _check_bounds(field: dataclasses.Field[Any], value: Any, source: str) -> Non
     about = field.metadata
     choices = about.get("choices")
     if choices and value not in choices:
-        raise ConfigError(f"{source}: {value!r} is none of {', '.join(choices)}")
+        raise ConfigError(f"{source}: {value!r} must be one of {', '.join(choices)}")
     low, high = about.get("low"), about.get("high")
     # Written so that NaN is out of bounds too.
     if low is not None and not value >= low:

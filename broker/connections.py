@@ -69,7 +69,8 @@ class Connections:
 
     def sweep(self, now_s: float, sessions: Mapping[Side, Container[bytes]]) -> int:
         """Close who has no session for too long; returns how many. `sessions`: routing ids of the
-        sides whose messages are all read. What a stopped broker did not read in time is no sign."""
+        sides whose messages are all read. What a stopped broker did not read in time proves
+        nothing."""
         late = now_s > self.due_s + self._patience_s
         self._swept_s = now_s
         closed = 0

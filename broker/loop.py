@@ -315,8 +315,8 @@ class BrokerLoop:
         return NO_EVENTS
 
     def _stray(self, back: zmq.Socket[bytes], routing_id: bytes) -> bool:
-        """Whether this is no routing id but a frame too many of the message before, and what seems
-        to be its header, an id, begins the next message."""
+        """Whether this is not a routing id but a surplus frame of the message before, and what
+        seems to be its header, an id, begins the next message."""
         if routing_id in self._core.workers or not back.getsockopt(zmq.RCVMORE):
             return False
         self.figures["stray_frames_total"] += 1
@@ -487,7 +487,7 @@ class BrokerLoop:
 
     @staticmethod
     def _monitor(socket: zmq.Socket[bytes]) -> zmq.Socket[Any]:
-        """Tells of new, lost and refused connections. It does not say whose: the core probes."""
+        """Reports new, lost and refused connections. It does not say whose: the core probes."""
         watched = (
             zmq.EVENT_ACCEPTED
             | zmq.EVENT_DISCONNECTED

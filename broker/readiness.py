@@ -1,7 +1,7 @@
 """Waiting for sockets: which of them can be read, asked as cheaply as ZeroMQ allows.
 
 `zmq.Poller` asks every ZeroMQ socket twice for each wait, two system calls each time. Here the
-system's own poll watches their descriptors. Such a descriptor tells of a change, and only to a
+system's own poll watches their descriptors. Such a descriptor reports a change, and only to a
 reader that has found nothing before; a send on the same socket may take the change in silence. The
 rules that follow from this are kept here and nowhere else. Must never read or write a socket.
 """

@@ -145,7 +145,7 @@ def embed(
 ) -> list[Call]:
     """Requests for vectors: one for every `EMBED_INPUTS_AT_ONCE` inputs, in order.
 
-    Names that are no option of the call (pooling, normalize, dimensions) go to the worker.
+    Names that are not options of the call (pooling, normalize, dimensions) go to the worker.
     """
     items = [inputs] if isinstance(inputs, str) else list(inputs)
     if not items:
@@ -184,7 +184,7 @@ class Embeddings:
 
 
 def embeddings_from(ends: Iterable[End]) -> Embeddings:
-    """Join the answers of `embed`'s requests. Raises `BrokenProtocol` for what is no vector."""
+    """Join the answers of `embed`'s requests. Raises `BrokenProtocol` for malformed vectors."""
     vectors: list[array[float]] = []
     prompt_tokens = 0
     dimensions, model, worker = 0, "", ""
@@ -196,7 +196,7 @@ def embeddings_from(ends: Iterable[End]) -> Embeddings:
         if not isinstance(packed, list) or not all(
             isinstance(item, bytes) and len(item) == 4 * dimensions for item in packed
         ):
-            raise BrokenProtocol(f"worker {worker!r} sent vectors that are none; update it")
+            raise BrokenProtocol(f"worker {worker!r} sent malformed vectors; upgrade that worker")
         for octets in packed:
             vector = array("f", octets)
             if sys.byteorder == "big":

@@ -36,7 +36,7 @@ _MAGIC: Final = (
 def encode(image: Image) -> tuple[bytes, Attachment]:
     """Encoded octets of a picture, and what to say of them.
 
-    Raises `InvalidRequest` for what is no picture or cannot be read, `TooLarge` beyond the bound.
+    Raises `InvalidRequest` for what is not an image or cannot be read, `TooLarge` beyond the bound.
     """
     if isinstance(image, bytes | bytearray | memoryview):
         octets, where = bytes(image), "the picture"

@@ -93,11 +93,11 @@ def check_address(address: str) -> str:
     host, _, port = rest.rpartition(":")
     if scheme == "tcp" and host and port.isdigit() and 0 < int(port) < 65536:
         return address
-    raise ConfigError(f"{address!r} is no broker address: use tcp://HOST:PORT or ipc://PATH")
+    raise ConfigError(f"{address!r} is not a broker address: use tcp://HOST:PORT or ipc://PATH")
 
 
 def _number(text: str) -> float:
-    """NaN, which no bounds take, for what is no number."""
+    """NaN, which is outside all bounds, for what is not a number."""
     try:
         return float(text)
     except ValueError:

@@ -63,8 +63,8 @@ _LOST: Final = {
     zmq.Event.CLOSED: "nobody listens there",
     zmq.Event.CONNECT_RETRIED: "nobody listens there",
     zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: (
-        "the handshake failed: it is no tokenbus broker, or one side uses CURVE keys and the other "
-        "does not, or the broker's key (--server-key) is another"
+        "the handshake failed: it is not a tokenbus broker, or one side uses CURVE keys and the "
+        "other does not, or the broker's key (--server-key) is another"
     ),
     zmq.Event.HANDSHAKE_FAILED_PROTOCOL: (
         "the handshake failed: one side uses CURVE keys and the other does not, or the broker's "
@@ -148,7 +148,7 @@ class _BrokerSocket:
             self.dealer.curve_publickey = keys.public
             self.dealer.curve_secretkey = keys.secret
         self.monitor = self.dealer.get_monitor_socket(_CONNECTED | sum(_LOST))
-        #: What to poll. ZeroMQ's descriptors tell of a change only: see `due`.
+        #: What to poll. ZeroMQ's descriptors report a change only: see `due`.
         self.fd = int(self.dealer.getsockopt(zmq.FD))
         self.monitor_fd = int(self.monitor.getsockopt(zmq.FD))
         # ZeroMQ signals the descriptor for a reader only that has found nothing before.

@@ -88,7 +88,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def _priority(text: str) -> int:
     value = flags.number(text)
     if not (-100 <= value <= 100 and value.is_integer()):
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from -100 to 100")
+        raise argparse.ArgumentTypeError(f"{text} is not an integer from -100 to 100")
     return int(value)
 
 

@@ -89,7 +89,7 @@ class Output:
     """The file of answers, locked while it is open, its last line mended if a run was cut off."""
 
     def __init__(self, path: Path, *, retry_failed: bool = False) -> None:
-        """`retry_failed`: lines that tell of a failure are taken out. Raises `InvalidRequest`."""
+        """`retry_failed`: lines of failed requests are taken out. Raises `InvalidRequest`."""
         self.path = path
         try:
             self._file = path.open("a+b")
@@ -169,7 +169,7 @@ class Output:
         for number, _, written in self._written():
             if written is None:
                 raise InvalidRequest(
-                    f"{self.path}, line {number}, is no answer of a batch; give another file"
+                    f"{self.path}, line {number}, is not an answer of a batch; give another file"
                 )
             self.done.add(written.custom_id)
             self.failed += written.failed

@@ -71,7 +71,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def _positive(text: str) -> float:
     value = flags.number(text)
     if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"{text} is no rate above 0")
+        raise argparse.ArgumentTypeError(f"{text} is not a rate above 0")
     return value
 
 

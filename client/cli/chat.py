@@ -88,7 +88,7 @@ class Conversation:
         """Read what `save` wrote. Raises `OSError`, `ValueError`."""
         whole = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(whole, dict) or whole.get("format") != FORMAT:
-            raise ValueError(f"{path} is no saved conversation")
+            raise ValueError(f"{path} is not a saved conversation")
         model, system = whole.get("model"), whole.get("system", "")
         params, turns = whole.get("params", {}), whole.get("turns", [])
         if not (
@@ -370,7 +370,7 @@ class _Chat:
                     check_file(path)
             self.conversation = loaded
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InvalidRequest(f"{rest} is no saved conversation: {error}") from None
+            raise InvalidRequest(f"{rest} is not a saved conversation: {error}") from None
         except (OSError, ValueError) as error:
             raise InvalidRequest(cause(error)) from None
         self._say(f"{len(self.conversation.turns)} turns loaded from {rest}")

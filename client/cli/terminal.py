@@ -77,7 +77,7 @@ class Terminal:
     # --- beside the answer ---
 
     def notice(self, text: str) -> None:
-        """Something worth knowing that is no part of the answer."""
+        """Something worth knowing that is not part of the answer."""
         if self._consoles:
             self._consoles[1].print(text, style="dim", markup=False, highlight=False)
         else:

@@ -306,7 +306,7 @@ class Dialer:
         if self.now_s - self._attempt_due_s > SLEPT_S:
             self._attempt_due_s = self.now_s + SLACK_S  # it was this process that slept
         elif self.state is Link.CONNECTING:
-            # libzmq does not tell of a host name that nobody knows.
+            # libzmq does not report a host name that cannot be resolved.
             self._lose(
                 f"no connection within {ATTEMPT_S:g} s; is the host's name right, and its network "
                 "open?"

@@ -40,7 +40,7 @@ LONG_BYTES: Final = 256 * 1024
 """A string from this length on is decoded in a step of its own."""
 
 MAX_TEXT_BYTES: Final = MAX_REQUEST_OCTETS + MAX_ATTACHMENTS * LONG_BYTES
-"""Of all strings that are no long strings of pictures. The bus takes `MAX_REQUEST_OCTETS`; small
+"""Of all strings that are not long strings of images. The bus takes `MAX_REQUEST_OCTETS`; small
 pictures are not told from texts here. The client library compares exactly."""
 
 MAX_PLAIN_BYTES: Final = 3 * MAX_REQUEST_OCTETS
@@ -119,7 +119,7 @@ class _Survey:
     """Weighs a body piece by piece, and finds its long strings.
 
     Quotes part what stands within strings from what does not; nothing else is understood, so that a
-    body which is no JSON gets some weight, and its error from the parser.
+    body which is not JSON gets some weight, and its error from the parser.
     """
 
     def __init__(self) -> None:
@@ -182,7 +182,7 @@ class _Survey:
             )
 
     def finish(self, octets: bytes) -> None:
-        """All was taken: the long strings that are no pictures are texts as well."""
+        """All was taken: the long strings that are not images are texts as well."""
         for start, end in self.long:
             if not _PICTURE.match(octets, start, min(start + 1024, end)):
                 self._text_bytes += end - start

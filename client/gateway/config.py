@@ -221,7 +221,7 @@ class Config:
             raise ConfigError(error.message) from None
 
     def connection(self) -> Connection:
-        """To the bus. Raises InvalidRequest for an address that is none; key files are not read."""
+        """To the bus. Raises InvalidRequest for a malformed address; key files are not read."""
         return Connection.resolve(
             self.broker or None, server_key=self.server_key, key_file=self.key_file
         )

@@ -90,7 +90,7 @@ class Visit:
     held_bytes: int = 0
     #: What went wrong, for the log.
     failure: GatewayError | None = None
-    #: An answer that may outlive this request ends the visit in its stead.
+    #: An answer that may outlive this request ends the visit instead.
     handed_over: bool = False
     started_s: float = field(default_factory=time.monotonic)
     first_token_s: float | None = None
@@ -135,7 +135,7 @@ class Visit:
             )
 
     def remember(self, error: GatewayError) -> None:
-        """Keep a failure for the log and the operator's view; a client that left is none there."""
+        """Keep a failure for the log and the operator's view; a client disconnect is not one."""
         self.failure = error
         if error.info.code == ErrorCode.CANCELLED:
             return
@@ -416,7 +416,7 @@ class Endpoint:
         if visit.failure is not None:
             code = visit.failure.info.code
         visit.gateway.metrics.observe(self._path, outcome, total_s)
-        # A balancer that asks whether the gateway is ready is no failure of it.
+        # A load balancer that asks whether the gateway is ready does not count as a failure.
         failed = outcome >= 500 and visit.failure is not None
         if self._counted or failed:
             fields: dict[str, Any] = {

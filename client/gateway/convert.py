@@ -424,7 +424,7 @@ def _params(
     for token, value in (body.logit_bias or {}).items():
         id_ = http.number_of(token)
         if id_ is None or id_ >= 1 << 31:
-            raise invalid("logit_bias", f"`logit_bias` names {token!r}, which is no token id.")
+            raise invalid("logit_bias", f"`logit_bias` names {token!r}, which is not a token id.")
         bias.append((id_, value))
     if body.min_tokens is not None and max_tokens is not None and body.min_tokens > max_tokens:
         raise invalid("min_tokens", "`min_tokens` is beyond the longest answer allowed.")

@@ -267,7 +267,9 @@ def add_key(
 ) -> str:
     """Append a new key to the file and return it; the only time that it can be seen."""
     if not _NAME.match(name):
-        raise KeyFileError(f"{name!r} is no name for a key: letters, digits, - and _, at most 64")
+        raise KeyFileError(
+            f"{name!r} is not a name for a key: letters, digits, - and _, at most 64"
+        )
     if path.exists() and name in _read(path):
         raise KeyFileError(f"{path} already has a key {name!r}; remove it first")
     presented = _PREFIX + secrets.token_urlsafe(32)

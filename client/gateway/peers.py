@@ -97,7 +97,7 @@ class Peers:
 
 
 def anywhere(handler: Handler) -> Handler:
-    """The handler; where it does not know an id, a peer that does answers in its stead."""
+    """The handler; where it does not know an id, a peer that does answers instead."""
 
     async def answer(visit: Visit) -> Response:
         try:

@@ -362,16 +362,19 @@ Body = TypeVar("Body")
 def parse(kind: type[Body], octets: bytes) -> Body:
     """Read a request body; raises GatewayError(invalid_request) that names the field at fault."""
     try:
-        return msgspec.json.decode(octets, type=kind)
-    except msgspec.ValidationError as error:
-        if not _UNKNOWN.match(str(error)):
-            raise named_error(str(error), kind) from None
-        body: Body = converted(msgspec.json.decode(octets), kind)
-        return body
+        try:
+            return msgspec.json.decode(octets, type=kind)
+        except msgspec.ValidationError as error:
+            if not _UNKNOWN.match(str(error)):
+                raise named_error(str(error), kind) from None
+        # The typed decoder stopped at that field: what follows it may not be JSON at all.
+        value = msgspec.json.decode(octets)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid(None, f"The body is not JSON: {error}. Send one JSON object.") from None
     except RecursionError:
         raise invalid(None, "The body is nested too deeply.") from None
+    body: Body = converted(value, kind)
+    return body
 
 
 def converted(value: Any, kind: Any, path: str = "") -> Any:

@@ -305,7 +305,7 @@ class Server(uvicorn.Server):
 
 
 class ExceptionHandler:
-    """Of the event loop. asyncio tells of each connection that it could not accept, many times a
+    """Of the event loop. asyncio reports each connection that it could not accept, many times a
     second; one line a minute is enough."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

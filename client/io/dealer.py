@@ -187,7 +187,7 @@ class Dealer:
 def key_pair(connection: Connection) -> tuple[bytes, bytes]:
     """The client's CURVE keys: from its file, or fresh ones where any key will do.
 
-    Raises `InvalidRequest` for a file that is no secret certificate, or that others can read.
+    Raises `InvalidRequest` for a file that is not a secret certificate, or that others can read.
     """
     if connection.key_pair is not None:
         public_text, secret_text = connection.key_pair

@@ -16,7 +16,7 @@ import openai.types.embedding_create_params as embedding_params
 import openai.types.responses as responses
 import openai.types.responses.response_create_params as response_params
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from openai.types.shared_params import Reasoning
 from typing_extensions import is_typeddict
@@ -150,6 +150,7 @@ def test_no_body_gets_anything_but_a_value_or_a_named_error(fields: dict[str, ob
 
 
 @given(st.binary(max_size=200))
+@example(b'{"":')
 def test_octets_that_are_no_request_are_refused(octets: bytes) -> None:
     with pytest.raises(GatewayError):
         parse(ChatRequest, octets)

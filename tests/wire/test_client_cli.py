@@ -281,9 +281,9 @@ def test_a_mistake_is_one_line_without_a_traceback(
     ("arguments", "told"),
     [
         (["bench", "--requests", "many"], "must be 1 or more, got 'many'"),
-        (["bench", "--rate", "fast"], "fast is no rate above 0"),
+        (["bench", "--rate", "fast"], "fast is not a rate above 0"),
         (["batch", "--concurrency", "0", "in", "out"], "must be 1 or more, got '0'"),
-        (["batch", "--priority", "1.5", "in", "out"], "1.5 is no whole number from -100 to 100"),
+        (["batch", "--priority", "1.5", "in", "out"], "1.5 is not an integer from -100 to 100"),
         (["top", "--interval", "short"], "short is not from 0.1 to 3600 seconds"),
         (["generate", "--param", "seed=x", "hi"], "seed: must be an integer, got 'x'"),
     ],

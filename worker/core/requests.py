@@ -167,7 +167,7 @@ class Requests:
                 message = f"the client took no token for {self._window_wait_s:g} s"
                 self._fail(stream, ErrorCode.SLOW_CONSUMER, message, now_s)
             case _Timer.KEPT:
-                # Whoever still takes it, however slowly, has it kept for him: only the window's
+                # An answer still being read, however slowly, is kept: only the window's
                 # timer judges that.
                 if (
                     not stream.running

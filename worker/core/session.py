@@ -232,7 +232,7 @@ class WorkerCore:
         elif connection.held_up(now_s):
             pass
         elif connection.state is State.CONNECTING:
-            # libzmq does not tell of a host name that nobody knows.
+            # libzmq does not report a host name that cannot be resolved.
             why = "no connection: is the host's name right, and its network open?"
             self._lose(connection, why, now_s)
         else:

@@ -56,7 +56,7 @@ def text_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
 
 
 def _name(octets: bytes) -> str:
-    """A token's text; of octets that are no text those themselves, as OpenAI writes them."""
+    """A token's text; bytes that are not text are written as OpenAI writes them."""
     try:
         return octets.decode()
     except UnicodeDecodeError:

@@ -52,12 +52,14 @@ class Position:
 
     @classmethod
     def read(cls, prefix: str, text: str | None) -> Position | None:
-        """From `Last-Event-ID`; raises GatewayError for what is no id of this endpoint's."""
+        """From `Last-Event-ID`; raises GatewayError for an id that this endpoint did not give."""
         if text is None:
             return None
         found = _POSITION.fullmatch(text)
         if found is None or found["prefix"] != prefix:
-            raise invalid("last-event-id", "`Last-Event-ID` is no id of an event of this endpoint.")
+            raise invalid(
+                "last-event-id", "`Last-Event-ID` is not the id of an event of this endpoint."
+            )
         choices = [choice.partition(".") for choice in found["choices"].split("-")]
         return cls(
             found["answer"],

@@ -242,7 +242,9 @@ async def input_items(visit: Visit) -> Response:
     if after is not None:
         at = [index for index, item in enumerate(items) if item["id"] == after]
         if not at:
-            raise invalid("after", f"`after` names {after!r}, which is no item of this response.")
+            raise invalid(
+                "after", f"`after` names {after!r}, which is not an item of this response."
+            )
         items = items[at[0] + 1 :]
     page = items[:limit]
     first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)

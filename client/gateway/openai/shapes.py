@@ -159,7 +159,7 @@ def logprob_bytes(choices: Iterable[Sequence[TokenLogprob]]) -> int:
 
 
 def chat_logprobs(tokens: Iterable[TokenLogprob]) -> list[ChatCompletionTokenLogprob]:
-    """Log-probabilities as chat has them; octets that are no whole character show as U+FFFD."""
+    """Log-probabilities as chat has them; bytes that are not a whole character show as U+FFFD."""
     return [
         ChatCompletionTokenLogprob(
             token=token.token.decode(errors="replace"),

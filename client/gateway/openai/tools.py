@@ -250,7 +250,7 @@ class ToolCallParser:
         self._parallel = parallel
         self._forced = forced
         self._shows_special = shows_special
-        #: Marks that are no part of the text, whatever they stand for.
+        #: Marks that are not part of the text, whatever they stand for.
         self._hidden: tuple[str, ...] = ()
         self._state = _State.START
         self._closing = ""  # how the thought in hand ends

@@ -469,7 +469,7 @@ async function addPictures(files) {
     try {
       pictures.push(await pictureUrl(file));
     } catch {
-      $("link-state").textContent = `${file.name} is no picture that this browser can read`;
+      $("link-state").textContent = `${file.name} is not an image that this browser can read`;
     }
   }
   drawPictures();
