@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self, Unpack, overload
 
 from broker.protocol.messages import Kind
 from client import calls
@@ -23,6 +23,14 @@ from client.face import Face, drain_args
 from client.images import Image
 from client.io.loop import LoopTransport
 from client.io.thread import closed
+from client.parameters import (
+    CallOptions,
+    ChatOptions,
+    ConversationOptions,
+    EmbedOptions,
+    GenerateOptions,
+    documented,
+)
 from client.stream import AsyncInbox, AsyncStream, Completion
 from client.version import software
 
@@ -40,9 +48,7 @@ class AsyncClient(Face):
             print(piece, end="", flush=True)
     ```
 
-    Keyword arguments of the calls are the fields of `broker.protocol.messages.Params`
-    (`max_tokens`, `temperature`, `stop`, `seed`, ...), fields of the request (`priority`, `user`,
-    `tools`, `tool_choice`, `template_args`, `trace`), and `timeout`, `retry`, `window`.
+    `help(AsyncClient.chat)` lists the options of a call; other calls take those that apply to them.
     An unknown one raises `TypeError` and names what is near. All calls raise `BusError`s.
     """
 
@@ -57,12 +63,34 @@ class AsyncClient(Face):
     @overload
     async def chat(
         self,
+        messages: Messages,
+        *,
+        model: str | None = ...,
+        images: Sequence[Image] = ...,
+        stream: Literal[False] = ...,
+        **params: Unpack[ChatOptions],
+    ) -> Completion: ...
+
+    @overload
+    async def chat(
+        self,
+        messages: Messages,
+        *,
+        model: str | None = ...,
+        images: Sequence[Image] = ...,
+        stream: Literal[True],
+        **params: Unpack[ChatOptions],
+    ) -> AsyncStream: ...
+
+    @overload
+    async def chat(
+        self,
         model: str | None,
         messages: Messages,
         *,
         images: Sequence[Image] = ...,
         stream: Literal[False] = ...,
-        **params: Any,
+        **params: Unpack[ChatOptions],
     ) -> Completion: ...
 
     @overload
@@ -73,27 +101,29 @@ class AsyncClient(Face):
         *,
         images: Sequence[Image] = ...,
         stream: Literal[True],
-        **params: Any,
+        **params: Unpack[ChatOptions],
     ) -> AsyncStream: ...
 
+    @documented(ChatOptions)
     async def chat(
         self,
-        model: str | None,
-        messages: Messages,
-        *,
+        *given: Any,
+        messages: Messages | None = None,
+        model: str | None = None,
         images: Sequence[Image] = (),
         stream: bool = False,
-        **params: Any,
+        **params: Unpack[ChatOptions],
     ) -> Completion | AsyncStream:
-        """The answer to a conversation.
+        """The answer to a conversation: `chat(messages, model=...)`, or `chat(model, messages)`.
 
-        `model`: a name, or None for the only model served. `messages`: a text, or a list of
-        `{"role": ..., "content": ...}`. `images` (paths, octets, Pillow images) join the last user
-        message; or place them by parts `{"type": "image", "image": ...}`.
+        `messages`: a text, or a list of `{"role": ..., "content": ...}`. `model`: a name, or None
+        for the only model served. `images` (paths, bytes, Pillow images) join the last user
+        message; or place them by parts `{"type": "image", "image": ...}`. `stream=True` returns a
+        `AsyncStream` at once, else the whole answer is waited for.
         """
-        return await self._answer(
-            calls.chat(self._defaults, model, messages, images, params), stream
-        )
+        model, messages = calls.model_and_messages(given, model, messages)
+        call = calls.chat(self._defaults, model, messages, images, dict(params))
+        return await self._answer(call, stream)
 
     @overload
     async def generate(
@@ -104,7 +134,7 @@ class AsyncClient(Face):
         token_ids: Sequence[int] | None = ...,
         images: Sequence[Image] = ...,
         stream: Literal[False] = ...,
-        **params: Any,
+        **params: Unpack[GenerateOptions],
     ) -> Completion: ...
 
     @overload
@@ -116,9 +146,10 @@ class AsyncClient(Face):
         token_ids: Sequence[int] | None = ...,
         images: Sequence[Image] = ...,
         stream: Literal[True],
-        **params: Any,
+        **params: Unpack[GenerateOptions],
     ) -> AsyncStream: ...
 
+    @documented(GenerateOptions)
     async def generate(
         self,
         prompt: str | None = None,
@@ -127,17 +158,25 @@ class AsyncClient(Face):
         token_ids: Sequence[int] | None = None,
         images: Sequence[Image] = (),
         stream: bool = False,
-        **params: Any,
+        **params: Unpack[GenerateOptions],
     ) -> Completion | AsyncStream:
-        """Continue a raw prompt (`<image>` for each picture) or token ids, without a template."""
-        call = calls.complete(self._defaults, model, prompt, token_ids, images, params)
+        """Continue a raw prompt (`<image>` for each picture) or token ids, without a template.
+
+        `model`, `images` and `stream` as in `chat`.
+        """
+        call = calls.complete(self._defaults, model, prompt, token_ids, images, dict(params))
         return await self._answer(call, stream)
 
+    @documented(EmbedOptions)
     async def embed(
-        self, inputs: str | Sequence[Prompt], *, model: str | None = None, **options: Any
+        self,
+        inputs: str | Sequence[Prompt],
+        *,
+        model: str | None = None,
+        **options: Unpack[EmbedOptions],
     ) -> Embeddings:
-        """Vectors of texts or lists of token ids; `options` such as pooling go to the worker."""
-        return await self.embeddings_of(calls.embed(self._defaults, model, inputs, options))
+        """Vectors of texts or lists of token ids."""
+        return await self.embeddings_of(calls.embed(self._defaults, model, inputs, dict(options)))
 
     async def embeddings_of(self, made: Sequence[Call]) -> Embeddings:
         """Vectors for what `calls.embed` made ready; others have their turn between requests."""
@@ -155,6 +194,7 @@ class AsyncClient(Face):
         """Send what `calls` made ready, with `defaults`, elsewhere or before."""
         return self._stream(call)
 
+    @documented(ConversationOptions)
     async def count(
         self,
         messages: Messages | None = None,
@@ -162,32 +202,47 @@ class AsyncClient(Face):
         model: str | None = None,
         token_ids: Sequence[int] | None = None,
         images: Sequence[Image] = (),
-        **options: Any,
+        **options: Unpack[ConversationOptions],
     ) -> int:
         """Tokens of a text, a conversation (with its template and pictures), or token ids."""
         return int(
-            await self._field("count", Kind.COUNT, messages, model, token_ids, images, options)
+            await self._field(
+                "count", Kind.COUNT, messages, model, token_ids, images, dict(options)
+            )
         )
 
+    @documented(ConversationOptions)
     async def tokenize(
-        self, messages: Messages, *, model: str | None = None, **options: Any
+        self,
+        messages: Messages,
+        *,
+        model: str | None = None,
+        **options: Unpack[ConversationOptions],
     ) -> list[int]:
         """Token ids of a text or a conversation."""
         return list(
-            await self._field("token_ids", Kind.TOKENIZE, messages, model, None, (), options)
+            await self._field("token_ids", Kind.TOKENIZE, messages, model, None, (), dict(options))
         )
 
+    @documented(CallOptions)
     async def detokenize(
-        self, token_ids: Sequence[int], *, model: str | None = None, **options: Any
+        self, token_ids: Sequence[int], *, model: str | None = None, **options: Unpack[CallOptions]
     ) -> str:
         """The text of token ids."""
-        return str(await self._field("text", Kind.DETOKENIZE, None, model, token_ids, (), options))
+        return str(
+            await self._field("text", Kind.DETOKENIZE, None, model, token_ids, (), dict(options))
+        )
 
+    @documented(ConversationOptions)
     async def template(
-        self, messages: Messages, *, model: str | None = None, **options: Any
+        self,
+        messages: Messages,
+        *,
+        model: str | None = None,
+        **options: Unpack[ConversationOptions],
     ) -> str:
         """The prompt that the model's chat template makes of a conversation."""
-        call = calls.chat(self._defaults, model, messages, (), options, Kind.TEMPLATE)
+        call = calls.chat(self._defaults, model, messages, (), dict(options), Kind.TEMPLATE)
         return str(calls.field_of(await _end_of(self._stream(call)), "text"))
 
     async def models(self) -> list[dict[str, Any]]:

@@ -34,16 +34,17 @@ from client.core.events import End
 from client.errors import BrokenProtocol, InvalidRequest
 from client.images import Image
 from client.options import Retry, Timeout
+from client.parameters import CallOptions, ChatOptions, EmbedOptions
 
 MessageLike = str | Mapping[str, Any] | Message
 Messages = str | Mapping[str, Any] | Message | Sequence[MessageLike]
 Prompt = str | Sequence[int]
 
 _PARAMS: Final = frozenset(Params.__struct_fields__)
-#: Fields of a request that callers set by name beside the parameters.
-_FIELDS: Final = frozenset(("tools", "tool_choice", "template_args", "priority", "user", "trace"))
 ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function")
-_OPTIONS: Final = frozenset(("timeout", "retry", "window"))
+_ANY: Final = frozenset(CallOptions.__annotations__)
+_ANSWER: Final = frozenset(ChatOptions.__annotations__)
+_EMBED: Final = frozenset(EmbedOptions.__annotations__)
 
 EMBED_INPUTS_AT_ONCE: Final = 32
 """Vectors of one request: an OUTPUT of 1 MiB holds 32 of 8192 dimensions."""
@@ -80,6 +81,25 @@ class _Attached:
         self.octets.append(octets)
         self.entries.append(entry)
         return len(self.octets) - 1
+
+
+def model_and_messages(
+    given: Sequence[Any], model: str | None, messages: Messages | None
+) -> tuple[str | None, Messages]:
+    """The arguments of `chat`, which takes messages first as every call does, and the model first
+    as well. Raises `TypeError`."""
+    match given:
+        case [] if messages is not None:
+            return model, messages
+        case [first] if messages is None:
+            return model, first
+        case [first] if model is None and messages is not None:
+            return first, messages
+        case [first, second] if model is None and messages is None:
+            return first, second
+    raise TypeError(
+        "chat takes messages, and a model once: chat(messages, model=...) or chat(model, messages)"
+    )
 
 
 def chat(
@@ -145,13 +165,16 @@ def embed(
 ) -> list[Call]:
     """Requests for vectors: one for every `EMBED_INPUTS_AT_ONCE` inputs, in order.
 
-    Names that are not options of the call (pooling, normalize, dimensions) go to the worker.
+    Pooling, normalize and dimensions go to the worker.
     """
     items = [inputs] if isinstance(inputs, str) else list(inputs)
     if not items:
         raise InvalidRequest("nothing to embed; give a text or a list of texts")
-    known = {key: value for key, value in options.items() if key in _OPTIONS | _FIELDS}
-    embed_args = {key: value for key, value in options.items() if key not in known}
+    _check_names(options, _EMBED)
+    known = {key: value for key, value in options.items() if key in _ANY}
+    embed_args = {
+        key: value for key, value in options.items() if key not in _ANY and value is not None
+    }
     calls = []
     for start in range(0, len(items), EMBED_INPUTS_AT_ONCE):
         part = items[start : start + EMBED_INPUTS_AT_ONCE]
@@ -312,10 +335,7 @@ def _call(
     attached: _Attached,
     options: dict[str, Any],
 ) -> Call:
-    known = _PARAMS | _FIELDS | _OPTIONS
-    for name in options:
-        if name not in known:
-            raise TypeError(_unknown(name, known))
+    _check_names(options, _ANSWER)
     timeout = _timeout(options.pop("timeout", None), defaults.timeout)
     retry = options.pop("retry", None) or defaults.retry
     window = options.pop("window", None)
@@ -380,7 +400,11 @@ def _plain(name: str, value: Any) -> Any:
     return value
 
 
-def _unknown(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(known))}"
-    return f"unknown parameter {name!r}; {hint}"
+def _check_names(options: Iterable[str], known: Iterable[str]) -> None:
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
+            meant = f"did you mean {' or '.join(near)}?" if near else ""
+            raise TypeError(
+                f"unknown parameter {name!r}; {meant or 'known are ' + ', '.join(sorted(known))}"
+            )

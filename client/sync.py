@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self, Unpack, overload
 
 from broker.protocol.messages import Kind
 from client import calls
@@ -18,6 +18,14 @@ from client.errors import BusError
 from client.face import Face, drain_args
 from client.images import Image
 from client.io.thread import Transport
+from client.parameters import (
+    CallOptions,
+    ChatOptions,
+    ConversationOptions,
+    EmbedOptions,
+    GenerateOptions,
+    documented,
+)
 from client.stream import Completion, Inbox, Stream
 from client.version import software
 
@@ -34,9 +42,7 @@ class Client(Face):
             print(piece, end="", flush=True)
     ```
 
-    Keyword arguments of the calls are the fields of `broker.protocol.messages.Params`
-    (`max_tokens`, `temperature`, `stop`, `seed`, ...), fields of the request (`priority`, `user`,
-    `tools`, `tool_choice`, `template_args`, `trace`), and `timeout`, `retry`, `window`.
+    `help(Client.chat)` lists the options of a call; other calls take those that apply to them.
     An unknown one raises `TypeError` and names what is near. All calls raise `BusError`s.
     """
 
@@ -51,12 +57,34 @@ class Client(Face):
     @overload
     def chat(
         self,
+        messages: Messages,
+        *,
+        model: str | None = ...,
+        images: Sequence[Image] = ...,
+        stream: Literal[False] = ...,
+        **params: Unpack[ChatOptions],
+    ) -> Completion: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        model: str | None = ...,
+        images: Sequence[Image] = ...,
+        stream: Literal[True],
+        **params: Unpack[ChatOptions],
+    ) -> Stream: ...
+
+    @overload
+    def chat(
+        self,
         model: str | None,
         messages: Messages,
         *,
         images: Sequence[Image] = ...,
         stream: Literal[False] = ...,
-        **params: Any,
+        **params: Unpack[ChatOptions],
     ) -> Completion: ...
 
     @overload
@@ -67,25 +95,29 @@ class Client(Face):
         *,
         images: Sequence[Image] = ...,
         stream: Literal[True],
-        **params: Any,
+        **params: Unpack[ChatOptions],
     ) -> Stream: ...
 
+    @documented(ChatOptions)
     def chat(
         self,
-        model: str | None,
-        messages: Messages,
-        *,
+        *given: Any,
+        messages: Messages | None = None,
+        model: str | None = None,
         images: Sequence[Image] = (),
         stream: bool = False,
-        **params: Any,
+        **params: Unpack[ChatOptions],
     ) -> Completion | Stream:
-        """The answer to a conversation.
+        """The answer to a conversation: `chat(messages, model=...)`, or `chat(model, messages)`.
 
-        `model`: a name, or None for the only model served. `messages`: a text, or a list of
-        `{"role": ..., "content": ...}`. `images` (paths, octets, Pillow images) join the last user
-        message; or place them by parts `{"type": "image", "image": ...}`.
+        `messages`: a text, or a list of `{"role": ..., "content": ...}`. `model`: a name, or None
+        for the only model served. `images` (paths, bytes, Pillow images) join the last user
+        message; or place them by parts `{"type": "image", "image": ...}`. `stream=True` returns a
+        `Stream` at once, else the whole answer is waited for.
         """
-        return self._answer(calls.chat(self._defaults, model, messages, images, params), stream)
+        model, messages = calls.model_and_messages(given, model, messages)
+        call = calls.chat(self._defaults, model, messages, images, dict(params))
+        return self._answer(call, stream)
 
     @overload
     def generate(
@@ -96,7 +128,7 @@ class Client(Face):
         token_ids: Sequence[int] | None = ...,
         images: Sequence[Image] = ...,
         stream: Literal[False] = ...,
-        **params: Any,
+        **params: Unpack[GenerateOptions],
     ) -> Completion: ...
 
     @overload
@@ -108,9 +140,10 @@ class Client(Face):
         token_ids: Sequence[int] | None = ...,
         images: Sequence[Image] = ...,
         stream: Literal[True],
-        **params: Any,
+        **params: Unpack[GenerateOptions],
     ) -> Stream: ...
 
+    @documented(GenerateOptions)
     def generate(
         self,
         prompt: str | None = None,
@@ -119,17 +152,25 @@ class Client(Face):
         token_ids: Sequence[int] | None = None,
         images: Sequence[Image] = (),
         stream: bool = False,
-        **params: Any,
+        **params: Unpack[GenerateOptions],
     ) -> Completion | Stream:
-        """Continue a raw prompt (`<image>` for each picture) or token ids, without a template."""
-        call = calls.complete(self._defaults, model, prompt, token_ids, images, params)
+        """Continue a raw prompt (`<image>` for each picture) or token ids, without a template.
+
+        `model`, `images` and `stream` as in `chat`.
+        """
+        call = calls.complete(self._defaults, model, prompt, token_ids, images, dict(params))
         return self._answer(call, stream)
 
+    @documented(EmbedOptions)
     def embed(
-        self, inputs: str | Sequence[Prompt], *, model: str | None = None, **options: Any
+        self,
+        inputs: str | Sequence[Prompt],
+        *,
+        model: str | None = None,
+        **options: Unpack[EmbedOptions],
     ) -> Embeddings:
-        """Vectors of texts or lists of token ids; `options` such as pooling go to the worker."""
-        made = calls.embed(self._defaults, model, inputs, options)
+        """Vectors of texts or lists of token ids."""
+        made = calls.embed(self._defaults, model, inputs, dict(options))
         streams = [self._stream(call) for call in made]
         try:
             return calls.embeddings_from(_end_of(stream) for stream in streams)
@@ -137,6 +178,7 @@ class Client(Face):
             for stream in streams:
                 stream.close()
 
+    @documented(ConversationOptions)
     def count(
         self,
         messages: Messages | None = None,
@@ -144,26 +186,43 @@ class Client(Face):
         model: str | None = None,
         token_ids: Sequence[int] | None = None,
         images: Sequence[Image] = (),
-        **options: Any,
+        **options: Unpack[ConversationOptions],
     ) -> int:
         """Tokens of a text, a conversation (with its template and pictures), or token ids."""
-        return int(self._field("count", Kind.COUNT, messages, model, token_ids, images, options))
+        return int(
+            self._field("count", Kind.COUNT, messages, model, token_ids, images, dict(options))
+        )
 
+    @documented(ConversationOptions)
     def tokenize(
-        self, messages: Messages, *, model: str | None = None, **options: Any
+        self,
+        messages: Messages,
+        *,
+        model: str | None = None,
+        **options: Unpack[ConversationOptions],
     ) -> list[int]:
         """Token ids of a text or a conversation."""
-        return list(self._field("token_ids", Kind.TOKENIZE, messages, model, None, (), options))
+        return list(
+            self._field("token_ids", Kind.TOKENIZE, messages, model, None, (), dict(options))
+        )
 
+    @documented(CallOptions)
     def detokenize(
-        self, token_ids: Sequence[int], *, model: str | None = None, **options: Any
+        self, token_ids: Sequence[int], *, model: str | None = None, **options: Unpack[CallOptions]
     ) -> str:
         """The text of token ids."""
-        return str(self._field("text", Kind.DETOKENIZE, None, model, token_ids, (), options))
+        return str(self._field("text", Kind.DETOKENIZE, None, model, token_ids, (), dict(options)))
 
-    def template(self, messages: Messages, *, model: str | None = None, **options: Any) -> str:
+    @documented(ConversationOptions)
+    def template(
+        self,
+        messages: Messages,
+        *,
+        model: str | None = None,
+        **options: Unpack[ConversationOptions],
+    ) -> str:
         """The prompt that the model's chat template makes of a conversation."""
-        call = calls.chat(self._defaults, model, messages, (), options, Kind.TEMPLATE)
+        call = calls.chat(self._defaults, model, messages, (), dict(options), Kind.TEMPLATE)
         return str(calls.field_of(_end_of(self._stream(call)), "text"))
 
     def models(self) -> list[dict[str, Any]]:

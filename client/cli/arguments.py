@@ -12,6 +12,7 @@ import msgspec
 
 from broker.protocol.messages import Params
 from client import Client, Timeout
+from client.parameters import Sampling, described
 
 #: What argparse makes of a field by its type; other fields go through `--param`.
 _READERS: Final[dict[type[msgspec.inspect.Type], Callable[[str], Any]]] = {
@@ -74,46 +75,25 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="JSON, one value a line")
 
 
-#: What each parameter of sampling does, its unit and its default, for `--help`.
-PARAMETERS: Final[dict[str, str]] = {
-    "max_tokens": "longest answer, tokens [what is left of the context]",
-    "min_tokens": "no end before so many tokens [0]",
-    "temperature": "randomness: 0 always takes the likeliest token [1*]",
-    "top_p": "choose among the likeliest tokens of this total probability, 0 to 1 [1*: all]",
-    "top_k": "choose among so many likeliest tokens [0*: all]",
-    "min_p": "leave out tokens below this share of the likeliest one's probability [0*: none]",
-    "repetition_penalty": "above 1, tokens of prompt and answer become less likely [1*: off]",
-    "presence_penalty": "taken from the logits of tokens that the answer has [0: off]",
-    "frequency_penalty": "the same for each time that the answer has them [0: off]",
-    "seed": "same seed, same answer [random]",
-    "stop": "text that ends the answer; repeatable [none]",
-    "ignore_eos": "go on after the model's own end, up to --max-tokens [no]",
-    "include_stop": "leave the stop text in the answer [no]",
-    "skip_special_tokens": "leave special tokens out of the text [yes]",
-    "keep_special": "a special token that stays in the text all the same; repeatable [none]",
-    "logprobs": "log probabilities: of each token and so many likeliest ones [none]",
-    "prompt_logprobs": "the same for the tokens of the prompt [none]",
-    "echo": "begin the answer with the prompt [no]",
-    "stream_interval": "tokens that come at a time [1]",
-}
-
-
 def add_params(parser: argparse.ArgumentParser) -> None:
     """Every parameter of sampling that fits a flag, and `--param` for the others."""
     group = parser.add_argument_group(
         "sampling (SPEC.md section 4.2)",
         "Defaults with * are the model's own where its generation config has any.",
     )
+    texts = described(Sampling)
     for name, kind in _flags().items():
         flag = "--" + name.replace("_", "-")
         if kind is bool:
             group.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=None, help=PARAMETERS[name]
+                flag, action=argparse.BooleanOptionalAction, default=None, help=texts[name]
             )
         elif kind is list:
-            group.add_argument(flag, action="append", metavar="TEXT", help=PARAMETERS[name])
+            group.add_argument(
+                flag, action="append", metavar="TEXT", help=f"{texts[name]}; repeatable"
+            )
         else:
-            group.add_argument(flag, type=kind, metavar="N", help=PARAMETERS[name])
+            group.add_argument(flag, type=kind, metavar="N", help=texts[name])
     group.add_argument(
         "--param",
         action="append",

@@ -22,7 +22,6 @@ from rich.console import Console
 from client import Timeout
 from client import __main__ as client_main
 from client.__main__ import main
-from client.cli import arguments as flags
 from client.cli.terminal import Terminal
 from tests.harness import PATIENCE_S, ROOT, Bus, wait_until
 
@@ -515,7 +514,3 @@ def test_help_says_what_every_option_of_a_command_does(name: str) -> None:
         if not (action.help or "").strip()
     ]
     assert silent == []
-
-
-def test_every_parameter_of_sampling_is_explained_or_goes_by_param() -> None:
-    assert flags.PARAMETERS.keys() == flags._flags().keys()
