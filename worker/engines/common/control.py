@@ -29,16 +29,25 @@ class ControlTokens:
     """The control tokens of one model and the marks of its processor.
 
     `template` is the source of its chat template: added tokens that it writes (`<tool_call>`) are
-    control tokens too, also where the tokenizer does not call them special. `more`: further marks.
+    control tokens too, also where the tokenizer does not call them special. Those that stand around
+    the words of a plain conversation, as `turns` shows it, open and close turns and are special
+    whatever the tokenizer says (DeepSeek's do not). `more`: further marks.
     """
 
     def __init__(
-        self, tokenizer: Any, processor: Any, template: str, more: Iterable[str] = ()
+        self,
+        tokenizer: Any,
+        processor: Any,
+        template: str,
+        more: Iterable[str] = (),
+        turns: str = "",
     ) -> None:
         added = (getattr(tokenizer, "added_tokens_decoder", None) or {}).values()
         special = set(getattr(tokenizer, "all_special_tokens", None) or ())
         special |= {str(token.content) for token in added if token.special}
         special |= set(more)
+        texts = {str(token.content) for token in added}
+        special |= {text for text in texts if text in turns and not _has_pair(text, texts)}
         if processor is not None:
             names = {name for name in vars(processor) if name.endswith("_token")}
             names |= {"image_token", "video_token", "audio_token", "boi_token"}
@@ -99,6 +108,11 @@ def rewritten(value: Any, breaker: Breaker) -> Any:
     if isinstance(value, list | tuple):
         return [rewritten(item, breaker) for item in value]
     return value
+
+
+def _has_pair(token: str, tokens: set[str]) -> bool:
+    """One of `<think>` and `</think>`: such pairs stand within a turn, and a model writes them."""
+    return token.startswith("</") or f"</{token[1:]}" in tokens
 
 
 def _breakable(token: str) -> bool:

@@ -72,8 +72,7 @@ class ChatTemplate:
         self._source = _source(self._holder)
         #: What stands for a picture in a text; None without a processor.
         self.image_token = self._find_image_token()
-        marks = () if self._processor is None else (self.image_token or "", RAW_PLACEHOLDER)
-        self._control = ControlTokens(loaded.tokenizer, self._processor, self._source, marks)
+        self._tokenizer = loaded.tokenizer
         self._forms: dict[tuple[str, bool], _Forms] = {}
 
     @property
@@ -115,6 +114,11 @@ class ChatTemplate:
         token = self.image_token or RAW_PLACEHOLDER
         between = self._shown_picture.partition(_FIRST)[2].partition(_SECOND)[0]
         return between.strip() if token in between else token
+
+    @cached_property
+    def _control(self) -> ControlTokens:
+        marks = () if self._processor is None else (self.image_token or "", RAW_PLACEHOLDER)
+        return ControlTokens(self._tokenizer, self._processor, self._source, marks, self._turns)
 
     # --- what a client may ask --------------------------------------------------------------------
 
@@ -316,10 +320,29 @@ class ChatTemplate:
         return None
 
     @cached_property
+    def _turns(self) -> str:
+        """Plain conversations as the template renders them, one behind the other."""
+        question = {"role": "user", "content": self._question}
+        answer = {"role": "assistant", "content": self._plain("assistant")}
+        system = {"role": "system", "content": self._plain("system")}
+        rendered = []
+        for turns in ([question], [system, question], [question, answer, question]):
+            try:
+                rendered.append(str(self._holder.apply_chat_template(turns, tokenize=False)))
+            except Exception:
+                # Templates refuse roles that they do not know.
+                continue
+        return "\n".join(rendered)
+
+    def _plain(self, role: str) -> Any:
+        """A word as a role's content."""
+        text = self._forms_of(role, called=False).text
+        return "q" if text else [{"type": "text", "text": "q"}]
+
+    @cached_property
     def _question(self) -> Any:
         """A user's content for probes about others."""
-        whole = self._forms_of("user", called=False).text
-        return "q" if whole else [{"type": "text", "text": "q"}]
+        return self._plain("user")
 
     @cached_property
     def _shown_picture(self) -> str:
