@@ -247,6 +247,11 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
         ),
         MERGED,
     ),
+    "adalora": (
+        tiny.llama,
+        lambda: peft.AdaLoraConfig(init_r=4, total_step=10, target_modules=["q_proj"]),
+        MERGED,
+    ),
     "loha": (tiny.llama, lambda: peft.LoHaConfig(r=4, target_modules=["q_proj"]), MERGED),
     "lokr": (tiny.llama, lambda: peft.LoKrConfig(r=4, target_modules=["q_proj"]), MERGED),
     "oft": (

@@ -325,7 +325,7 @@ def _refuse_misfit(
         if id(parameter) not in known or _is_claimed_bias(name, adapter.config):
             names.setdefault(id(parameter), set()).add(name)
     prefix = peft_library().mapping.PEFT_TYPE_TO_PREFIX_MAPPING.get(adapter.config.peft_type) or ""
-    plain = str(getattr(adapter.config.peft_type, "value", "")) == "LORA"
+    plain = _is_lora(adapter.config)
     lacking = [
         min(own)
         for own in names.values()
@@ -442,6 +442,8 @@ def _fits_rows(loaded: LoadedModel, attached: _Attached, adapter: Adapter) -> bo
     replicated = getattr(config, "layer_replication", None)
     if attached.written or adapter.changes_base or replicated:
         return False
+    if not _is_lora(config):  # AdaLoRA's layers are a subclass, and know no rows
+        return False
     layers: list[nn.Module] = []
     for module in attached.outer.modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -458,6 +460,10 @@ def _fits_rows(loaded: LoadedModel, attached: _Attached, adapter: Adapter) -> bo
             return False
         layers.append(module)  # type: ignore[arg-type]  # a mixin of nn.Module
     return _see_rows(attached.model, layers)
+
+
+def _is_lora(config: Any) -> bool:
+    return str(getattr(config.peft_type, "value", "")) == "LORA"
 
 
 @torch.inference_mode()
