@@ -85,6 +85,32 @@ def test_sixteen_bit_grey_of_the_other_byte_order() -> None:
     assert shown(image, "TIFF") == grey(1, 116, 255)
 
 
+def colour_tiff(planes: list[bytes], *, width: int, bits: int) -> bytes:
+    """A TIFF of one line of colour, each plane by itself."""
+    behind = 8 + 2 + 10 * 12 + 4
+    # fmt: off
+    tags = [
+        (256, 4, 1, width), (257, 4, 1, 1), (258, 3, 3, behind), (259, 3, 1, 1), (262, 3, 1, 2),
+        (273, 4, 3, behind + 6), (277, 3, 1, 3), (278, 4, 1, 1), (279, 4, 3, behind + 18),
+        (284, 3, 1, 2),
+    ]
+    # fmt: on
+    size = len(planes[0])
+    places = [behind + 30 + size * plane for plane in range(3)]
+    values = struct.pack("<3H6I", *[bits] * 3, *places, *[size] * 3)
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    head = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags))
+    return head + entries + bytes(4) + values + b"".join(planes)
+
+
+def test_colours_of_sixteen_bits_in_planes_are_refused_where_they_would_be_misread() -> None:
+    line = decoded(colour_tiff([b"\1\2", b"\3\4", b"\5\6"], width=2, bits=8))
+    assert [line.getpixel((x, 0)) for x in range(2)] == [(1, 3, 5), (2, 4, 6)]
+    deep = [struct.pack("<2H", *samples) for samples in ((257, 514), (771, 1028), (1285, 1542))]
+    with pytest.raises(RequestError, match="16-bit colours in planes"):
+        decoded(colour_tiff(deep, width=2, bits=16))
+
+
 def test_a_pgm_says_where_its_white_is() -> None:
     octets = b"P5 3 1 4095\n" + struct.pack(">3H", 0, 200, 4095)
     line = [decoded(octets).getpixel((x, 0)) for x in range(3)]

@@ -25,8 +25,8 @@ _PNG_BIT_DEPTH = 24
 """Offset of the bit depth in a PNG: signature, length and type of IHDR, width, height."""
 
 # Tags of TIFF 6.0.
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
-_WHITE_IS_ZERO, _SIGNED = 0, 2
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR_CONFIGURATION, _SAMPLE_FORMAT = 258, 262, 284, 339
+_WHITE_IS_ZERO, _IN_PLANES, _SIGNED = 0, 2, 2
 
 UNIT_OVERSHOOT = 2.0
 """Float images go from 0 to 1. A little more is what sharpening and highlights leave; an image of 0
@@ -48,13 +48,21 @@ class Samples:
 
 
 def samples_of(image: Image.Image, octets: bytes) -> Samples:
-    """Read off an image that was opened and not yet loaded, and its file."""
+    """Read off an image that was opened and not yet loaded, and its file. Raises ValueError, with
+    the cause, for samples that Pillow would misread."""
     if image.format == "PNG":
         return Samples(octets[_PNG_BIT_DEPTH])
     if image.format == "TIFF":
         tags: Any = image.tag_v2  # type: ignore[attr-defined]
+        bits = _first(tags.get(_BITS_PER_SAMPLE), 1)
+        in_planes = tags.get(_PLANAR_CONFIGURATION) == _IN_PLANES and len(image.getbands()) > 1
+        if bits > 8 and in_planes and image.info.get("compression") == "raw":
+            # It takes each byte of a plane for a sample.
+            raise ValueError(
+                f"it keeps {bits}-bit colours in planes without compression: save it with 8 bits"
+            )
         return Samples(
-            bits=_first(tags.get(_BITS_PER_SAMPLE), 1),
+            bits=bits,
             signed=_first(tags.get(_SAMPLE_FORMAT), 1) == _SIGNED,
             white_is_zero=tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO,
         )
