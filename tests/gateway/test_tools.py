@@ -125,6 +125,8 @@ BARE = '{"name": "add", "parameters": {"a": 1}}'
 THOUGHTS = {
     "a thought and a call": (f"<think>try {CALL} no</think>{CALL}", 1),
     "a thought of Mistral": (f"[THINK]try [TOOL_CALLS][{BARE}] no[/THINK][TOOL_CALLS][{BARE}]", 1),
+    "a thought by another name": (f"<reasoning>{CALL}</reasoning>{CALL}", 1),
+    "a thought of Apertus": (f"<|inner_prefix|>{CALL}<|inner_suffix|>{CALL}", 1),
     "a bare call after a thought": (f"<think>{BARE}</think>\n\n{BARE}", 1),
     "two thoughts": (f"<think>{CALL}</think>{CALL}<think>{CALL}</think>", 1),
     "a thought after text": (f"Sure. <think>{CALL}</think> Well.", 0),
