@@ -144,7 +144,7 @@ def _chat_call(body: http.ChatRequest, pictures: Pictures, seed: int, user: str)
         raise invalid("top_logprobs", "`top_logprobs` needs `logprobs` to be true.")
     if len({body.max_tokens, body.max_completion_tokens} - {None}) > 1:
         raise invalid("max_tokens", "Send `max_completion_tokens` or `max_tokens`, not both.")
-    _check_stream_options(body)
+    http.check_stream_options(body.stream_options, stream=bool(body.stream))
     tools, tool_choice = _tools(body)
     # A forced call has no text that a format could apply to.
     constraint = constraint_of(body.response_format, body.structured_outputs)
@@ -212,7 +212,7 @@ def completion_calls(
     `size_bytes`: of the body.
     """
     http.refuse_unserved(body)
-    _check_stream_options(body)
+    http.check_stream_options(body.stream_options, stream=bool(body.stream))
     if body.max_tokens == 0 and not body.echo:
         raise invalid("max_tokens", "`max_tokens: 0` makes sense only with `echo: true`.")
     best_of = body.best_of or body.n or 1
@@ -394,14 +394,6 @@ def constraint_of(
             "`structured_outputs`.",
         )
     return found[0] if found else None
-
-
-def _check_stream_options(body: http.Sampling) -> None:
-    options = body.stream_options
-    if options is None:
-        return
-    if not body.stream:
-        raise invalid("stream_options", "`stream_options` needs `stream` to be true.")
 
 
 def wants_usage_so_far(body: http.Sampling) -> bool:

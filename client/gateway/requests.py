@@ -47,6 +47,7 @@ __all__ = [
     "JsonSchemaFormat",
     "Sampling",
     "StructuredOutputs",
+    "check_stream_options",
     "converted",
     "named_error",
     "number_of",
@@ -352,6 +353,9 @@ _UNSERVED = {
     "web_search_options": "the bus does not reach the web",
 }
 
+#: Words of unserved fields that change no answer.
+_ASKING_NOTHING = {"function_call": ("none", "auto")}
+
 _PATH = re.compile(r" - at `(?:key in )?\$?\.?(?P<path>[^`]*)`$")
 _UNKNOWN = re.compile(r"^Object contains unknown field `(?P<field>[^`]*)`")
 _MISSING = re.compile(r"^Object missing required field `(?P<field>[^`]*)`")
@@ -517,12 +521,23 @@ def check_count(field: str, what: str, count: int, limit: int) -> None:
         raise invalid(field, f"`{field}` holds {count} {what}; {limit} are allowed.")
 
 
+def check_stream_options(options: Struct | None, *, stream: bool) -> None:
+    """Raise for an option of streams that is asked for where no stream is."""
+    if options is None or stream:
+        return
+    if any(getattr(options, field) for field in options.__struct_fields__):
+        raise invalid("stream_options", "`stream_options` needs `stream` to be true.")
+
+
 def refuse_unserved(body: Struct, path: str = "") -> None:
     """Raise for the first known but unserved field that is set, here or below."""
     for field in body.__struct_fields__:
         value = getattr(body, field)
         here = f"{path}.{field}" if path else field
-        if field in _refused_fields(type(body)) and value not in (None, [], ""):
+        if field in _refused_fields(type(body)) and value not in (
+            *(None, [], ""),
+            *_ASKING_NOTHING.get(field, ()),
+        ):
             raise invalid(here, f"`{here}` is not served: {_UNSERVED[field]}.")
         if isinstance(value, Struct):
             refuse_unserved(value, here)

@@ -46,6 +46,8 @@ NOTHING = {
     "no choice of no tools": {"tool_choice": "none"},
     "no top_logprobs": {"top_logprobs": 0},
     "no functions of the older form": {"functions": [], "function_call": None},
+    "no call of the older form": {"function_call": "none"},
+    "no options of a stream": {"stream": False, "stream_options": {"include_usage": False}},
     "no modalities": {"modalities": []},
     "no structure": {"structured_outputs": {}},
     "one limit twice": {"max_tokens": 40, "max_completion_tokens": 40},

@@ -394,8 +394,7 @@ def as_chat(body: ResponseRequest, earlier: list[http.ChatMessage]) -> http.Chat
     http.refuse_unserved(body)
     for entry in body.include or []:
         check_include(entry)
-    if body.stream_options is not None and not body.stream:
-        raise invalid("stream_options", "`stream_options` needs `stream` to be true.")
+    http.check_stream_options(body.stream_options, stream=bool(body.stream))
     if body.background and body.store is False:
         raise invalid("background", "`background` needs `store`: it is read from the store.")
     instructions = (
