@@ -38,7 +38,7 @@ from client.gateway.ids import REQUEST_ID_HEADER, request_id_of
 from client.gateway.keys import ANYBODY, Key, Usage
 from client.gateway.openai.generation import RETRY, Batches, generate
 from client.gateway.requests import parse
-from client.gateway.sse import STATUS_LEFT, EventStream, Source
+from client.gateway.sse import STATUS_LEFT, STOPPING, EventStream, Source
 from client.gateway.traces import HttpSpan
 
 if TYPE_CHECKING:
@@ -53,11 +53,6 @@ T = TypeVar("T")
 
 #: As many requests of the bus are named in a header and in a line of the log.
 NAMED_REQUESTS: Final = 128
-
-#: The server cancels what still runs at the end of its grace.
-STOPPING: Final = GatewayError(
-    ErrorCode.DRAINING, "This gateway is being stopped; send the request again.", retryable=True
-)
 
 BUS_REQUESTS_HEADER = "x-bus-requests"
 REATTACH_HEADER = "x-reattach"
@@ -396,6 +391,7 @@ class Endpoint:
             finally:
                 gateway.metrics.ended()
         except (Exception, asyncio.CancelledError) as error:
+            # The server cancels what still runs at the end of its grace.
             told = STOPPING if isinstance(error, asyncio.CancelledError) else describe(error)
             visit.remember(told)
             outcome = told.status

@@ -287,17 +287,28 @@ class Server(uvicorn.Server):
         )
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """A signal. The first lets streams go on for `--shutdown-s`, the second does not."""
+        """A signal. The first lets answers go on for `--shutdown-s`, the second does not."""
         if self.should_exit and self._loop is not None:
-            self._loop.call_soon_threadsafe(self._app.state.stopping.set)
+            self._loop.call_soon_threadsafe(self._end)
         else:
             super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: Any = None) -> None:
         """Take nothing new; when the time is over, open streams get a last event that says so."""
         self._loop = asyncio.get_running_loop()
-        self._loop.call_later(self._shutdown_s, self._app.state.stopping.set)
+        self._loop.call_later(self._shutdown_s, self._end)
         await super().shutdown(sockets)
+
+    def _end(self) -> None:
+        """Open streams end with an event that says so; then whatever else runs is cancelled, which
+        answers it with an error."""
+        assert self._loop is not None
+        self._app.state.stopping.set()
+        self._loop.call_later(LAST_WORDS_S, self._cancel)
+
+    def _cancel(self) -> None:
+        for task in self.server_state.tasks:
+            task.cancel()
 
     async def startup(self, sockets: Any = None) -> None:
         asyncio.get_running_loop().set_exception_handler(ExceptionHandler())

@@ -24,6 +24,7 @@ __all__ = [
     "DONE",
     "KEEP_ALIVE",
     "STATUS_LEFT",
+    "STOPPING",
     "EventStream",
     "Source",
     "encode",
@@ -32,6 +33,13 @@ __all__ = [
 
 STATUS_LEFT: Final = 499
 """Of a stream whose reader went away: nginx's number, in the log, the metrics and traces only."""
+
+STOPPING: Final = GatewayError(
+    ErrorCode.DRAINING,
+    "This gateway stops and the answer is not complete; ask again, or read on at another one.",
+    retryable=True,
+)
+"""The end of an answer that outlives the time that a gateway has to stop."""
 
 #: No empty line behind it: OpenAI's SDKs would read one as an event without data, once they saw an
 #: id, and fail on it. The comment is the first line of the event to come.
@@ -105,7 +113,7 @@ class EventStream(Response):
             elif not writer.done():
                 writer.cancel()
                 await asyncio.gather(writer, return_exceptions=True)
-                self.failure = _stopping()
+                self.failure = STOPPING
                 self.outcome = self.failure.status
                 await self._last_words(scope, receive, send, self.failure)
         finally:
@@ -175,14 +183,6 @@ class EventStream(Response):
                 }
             )
         await send({"type": "http.response.body", "body": octets, "more_body": not over})
-
-
-def _stopping() -> GatewayError:
-    return GatewayError(
-        ErrorCode.DRAINING,
-        "This gateway stops and the answer is not complete; read on at another one, or ask again.",
-        retryable=True,
-    )
 
 
 async def _disconnected(receive: Receive) -> None:

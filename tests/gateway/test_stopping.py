@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urlsplit
 
 import openai
 import pytest
 
 from tests.gateway.conftest import GatewayProcess
-from tests.harness import PATIENCE_S
+from tests.harness import PATIENCE_S, wait_until
 
 SLOW = "[[echo mode=sampled answer_tokens=100000 step_delay_ms=20]] x"
 
@@ -35,6 +40,50 @@ def test_streams_that_outlive_the_time_to_stop_are_told(
     assert "This gateway stops" in error.message
     assert error.code == "draining"
     assert gateway.process.popen.wait(PATIENCE_S) == 0
+
+
+def _listens(gateway: GatewayProcess) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", urlsplit(gateway.url).port)) == 0
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_answers_of_every_kind_are_told_and_their_requests_cancelled(
+    make_gateway: Callable[..., GatewayProcess], signals: int
+) -> None:
+    """At the end of the time to stop, or at a second signal, which does not wait for it."""
+    gateway = make_gateway("--shutdown-s", "1" if signals == 1 else "3600")
+    chat = {"model": "echo", "messages": [{"role": "user", "content": SLOW}]}
+    legacy = {"model": "echo", "prompt": SLOW, "max_new_tokens": 5000}
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/chat/completions", chat),
+        ("/v1/chat/completions", {**chat, "stream": True}),
+        ("/v1/responses", {"model": "echo", "input": SLOW}),
+        ("/v1/completions", {"model": "echo", "prompt": SLOW, "max_tokens": 5000}),
+        ("/worker_generate_stream", legacy),
+        ("/worker_generate", legacy),
+    ]
+    with ThreadPoolExecutor() as threads, gateway.http() as http:
+        answers = [threads.submit(http.post, path, json=body) for path, body in asked]
+        wait_until(lambda: gateway.bus.running() == len(asked), "running requests")
+        gateway.process.signal(signal.SIGTERM)
+        if signals == 2:
+            wait_until(lambda: not _listens(gateway), "a closed port")  # two at once are one
+            gateway.process.signal(signal.SIGTERM)
+        whole, stream, response, completion, frames, frame = (one.result() for one in answers)
+    for answer in (whole, response, completion):
+        assert answer.status_code == 503, answer.text
+        assert answer.json()["error"]["code"] == "draining"
+        assert answer.headers["x-should-retry"] == "true"
+    *_, error, done = stream.text.split("\n\n")[:-1]
+    assert json.loads(error.partition("data: ")[2])["error"]["code"] == "draining"
+    assert done == "data: [DONE]"
+    for answer in (frames, frame):
+        last = json.loads(answer.content.split(b"\0")[-2 if answer is frames else 0])
+        assert last["error_code"] == 1 and "NETWORK ERROR" in last["text"]
+    assert gateway.process.popen.wait(PATIENCE_S) == 0
+    assert "Traceback" not in gateway.process.log()
+    wait_until(lambda: gateway.bus.running() == 0, "free slots")
 
 
 def test_a_second_signal_does_not_wait(make_gateway: Callable[..., GatewayProcess]) -> None:

@@ -12,6 +12,7 @@ register.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import contextlib
@@ -48,7 +49,7 @@ from client.gateway.openai.answers import IMPOSSIBLE, written_vectors
 from client.gateway.openai.generation import RETRY, Batches, Delta, Finish, Prompted
 from client.gateway.openai.logprobs import Places, text_logprobs
 from client.gateway.openai.models import find_model, visible_models
-from client.gateway.sse import until_disconnect
+from client.gateway.sse import STOPPING, until_disconnect
 
 __all__ = ["legacy_routes"]
 
@@ -173,6 +174,8 @@ async def _generate_whole(visit: Visit) -> Response:
         wanted = await wanted_of(visit, fields, dialect)
         for frame in await until_disconnect(_frames(visit, wanted), visit.request.receive):
             last = frame
+    except asyncio.CancelledError:
+        last = _failure(visit, STOPPING, dialect, "")
     except Exception as error:
         if isinstance(error, GatewayError) and error.info.code == ErrorCode.CANCELLED:
             raise
@@ -196,18 +199,23 @@ class _FrameStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
                 async for frames in _frames(self._visit, self._wanted):
-                    await _body(b"".join(map(_frame, frames)))
+                    await body(b"".join(map(_frame, frames)))
                     yield ()
             except Exception as error:
-                wanted = self._wanted
-                failure = _failure(self._visit, error, wanted.dialect, wanted.before)
-                await _body(_frame(failure))
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await body(failure(error))
+            await body(b"", over=True)
 
-        async def _body(part: bytes) -> None:
-            await send({"type": "http.response.body", "body": part, "more_body": True})
+        async def body(part: bytes, *, over: bool = False) -> None:
+            await send({"type": "http.response.body", "body": part, "more_body": not over})
 
-        await until_disconnect(told(), receive)
+        def failure(error: Exception) -> bytes:
+            wanted = self._wanted
+            return _frame(_failure(self._visit, error, wanted.dialect, wanted.before))
+
+        try:
+            await until_disconnect(told(), receive)
+        except asyncio.CancelledError:
+            await body(failure(STOPPING), over=True)
 
 
 def _frame(value: dict[str, Any]) -> bytes:
