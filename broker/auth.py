@@ -9,8 +9,10 @@ Import it only where keys are used: pyzmq's certificates load asyncio.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +35,11 @@ ZAP_VERSION: Final = b"1.0"
 LOGGED_A_SECOND: Final = 10
 """Refusals beyond that are only counted: a stranger must not fill the disk."""
 GATE_BATCH: Final = 64
+REFUSAL_DELAY_S: Final = 1.0
+"""Until a wrong key is answered: who tries again and again holds a connection for that long each
+time. Below the 5 s that a handshake may take."""
+MAX_DELAYED: Final = 1024
+"""Refusals that wait at once; beyond that the oldest is answered early."""
 
 
 class KeyFileError(StartError):
@@ -135,11 +142,14 @@ class Gate:
         self._log = log
         self._relay = {relay_key: "this broker's relay"} if relay_key else {}
         self._allowed = self._load()
-        #: Polled by the loop, which calls `answer` when it is readable.
-        self.socket: zmq.Socket[bytes] = context.socket(zmq.REP)
+        #: Polled by the loop, which calls `answer` when it is readable. No REP, which would let a
+        #: refusal that waits hold up everybody else.
+        self.socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.bind(ZAP_ENDPOINT)
         self.refused = 0
+        #: Refusals and when they go out, the earliest first.
+        self._delayed: deque[tuple[float, list[bytes]]] = deque()
         self._second = 0
         self._logged = 0
 
@@ -163,14 +173,29 @@ class Gate:
         self._log("info", "allow-lists reloaded", counts)
         return allowed.as_event()
 
-    def answer(self) -> None:
-        """Answer what waits, a bounded number."""
+    @property
+    def due_s(self) -> float:
+        """When `answer` has something to do although the socket is not readable."""
+        return self._delayed[0][0] if self._delayed else math.inf
+
+    def answer(self, now_s: float) -> None:
+        """Answer what waits, a bounded number: at once who may enter, later who may not."""
+        while self._delayed and (
+            self._delayed[0][0] <= now_s or len(self._delayed) > MAX_DELAYED - GATE_BATCH
+        ):
+            self.socket.send_multipart(self._delayed.popleft()[1])
         for _ in range(GATE_BATCH):
             try:
                 frames = self.socket.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
                 return
-            self.socket.send_multipart(self._judge(frames))
+            route, request = frames[:2], frames[2:]  # with the empty frame that a REQ expects
+            verdict = self._judge(request)
+            answer = [*route, *verdict]
+            if verdict[2] == b"200":
+                self.socket.send_multipart(answer)
+            else:
+                self._delayed.append((now_s + REFUSAL_DELAY_S, answer))
 
     def _judge(self, frames: Sequence[bytes]) -> list[bytes]:
         if len(frames) < 6 or frames[0] != ZAP_VERSION:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import zmq
 import zmq.auth
+from zmq.utils import z85
 
 from bench.strangers import hello
 from bench.zmtp import Connection
@@ -370,6 +372,60 @@ def test_keys_on_the_list_come_in_others_do_not_and_the_log_says_who(
         plain.send(MessageType.HELLO, header.NO_ID, {"role": "client", "name": "plain"})
         wait_until(lambda: "handshake_failed" in broker.log, "a log line")
         assert not plain.socket.poll(100)
+
+
+def test_a_wrong_key_waits_for_its_answer_and_nobody_waits_with_it(
+    tmp_path: Path, context: zmq.Context[Any]
+) -> None:
+    keys = tmp_path / "keys"
+    auth.keys_command([str(keys)], program="keys")
+    _, public, _ = certificate(keys, "client")
+    gate = auth.Gate(context, keys, lambda *_: None)
+
+    def peer(key: bytes) -> zmq.Socket[bytes]:
+        socket = context.socket(zmq.REQ)
+        socket.connect(auth.ZAP_ENDPOINT)
+        tail = [b"front", b"1.2.3.4", b"", b"CURVE", z85.decode(key)]
+        socket.send_multipart([auth.ZAP_VERSION, b"1", *tail])
+        return socket
+
+    try:
+        wrong = [peer(zmq.curve_keypair()[0]) for _ in range(3)]
+        wait_until(lambda: gate.answer(10.0) or gate.refused == 3, "three refusals")
+        assert gate.due_s == 10.0 + auth.REFUSAL_DELAY_S
+        right = peer(public)
+        wait_until(lambda: gate.answer(10.5) or right.poll(10), "the answer to a right key")
+        assert right.recv_multipart()[2] == b"200"
+        assert not any(socket.poll(10) for socket in wrong)
+        gate.answer(gate.due_s)
+        assert [socket.recv_multipart()[2] for socket in wrong] == [b"400"] * 3
+        assert gate.due_s == math.inf
+        for socket in (*wrong, right):
+            socket.close(linger=0)
+    finally:
+        gate.socket.close(linger=0)
+
+
+def test_refusals_that_wait_are_bounded(
+    tmp_path: Path, context: zmq.Context[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = tmp_path / "keys"
+    auth.keys_command([str(keys)], program="keys")
+    monkeypatch.setattr(auth, "MAX_DELAYED", auth.GATE_BATCH)
+    gate = auth.Gate(context, keys, lambda *_: None)
+    socket = context.socket(zmq.DEALER)
+    socket.connect(auth.ZAP_ENDPOINT)
+    try:
+        for number in range(2):
+            head = [b"", auth.ZAP_VERSION, b"%d" % number]
+            socket.send_multipart([*head, b"front", b"", b"", b"CURVE", bytes(32)])
+            wait_until(
+                lambda number=number: gate.answer(0.0) or gate.refused == number + 1, "a refusal"
+            )
+        assert socket.recv_multipart()[2:4] == [b"0", b"400"]
+    finally:
+        socket.close(linger=0)
+        gate.socket.close(linger=0)
 
 
 def test_the_lists_are_read_again_without_a_restart(
