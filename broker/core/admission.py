@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Final
 from broker.core import shutdown
 from broker.core.instructions import Log
 from broker.core.queue import ModelQueue
-from broker.core.requests import Phase
-from broker.core.requests import Request as Entry
+from broker.core.requests import Phase, RequestState
 from broker.core.sessions import ClientSession
 from broker.core.settings import CoreSettings
 from broker.core.state import short
@@ -134,7 +133,7 @@ def _too_large(what: str, size: int, limit: int) -> RequestError:
     )
 
 
-def admit(core: BrokerCore, client: ClientSession, request: Entry) -> None:
+def admit(core: BrokerCore, client: ClientSession, request: RequestState) -> None:
     """Raises RequestError when there is no room or no hope."""
     if core.shutdown_until_s is not None:
         raise shutdown.draining_error()
@@ -166,7 +165,7 @@ def admit(core: BrokerCore, client: ClientSession, request: Entry) -> None:
         core.fail(victim[1], overloaded(core, victim[1]))
 
 
-def is_full(core: BrokerCore, queue: ModelQueue, request: Entry) -> bool:
+def is_full(core: BrokerCore, queue: ModelQueue, request: RequestState) -> bool:
     settings = core.settings
     crowded = queue.requests >= settings.queue_requests and not request.admitted
     return (
@@ -176,7 +175,7 @@ def is_full(core: BrokerCore, queue: ModelQueue, request: Entry) -> bool:
     )
 
 
-def overloaded(core: BrokerCore, request: Entry) -> RequestError:
+def overloaded(core: BrokerCore, request: RequestState) -> RequestError:
     return RequestError(
         ErrorCode.OVERLOADED,
         f"the queue of model {request.model} is full; send the request again later",
@@ -185,7 +184,7 @@ def overloaded(core: BrokerCore, request: Entry) -> RequestError:
     )
 
 
-def check_model(core: BrokerCore, request: Entry) -> None:
+def check_model(core: BrokerCore, request: RequestState) -> None:
     """A model that nobody serves is waited for only where it may come (back)."""
     model = request.model
     if core.registry.serving(model) or not any(core.registry.models()) or request.epoch > 0:
@@ -247,7 +246,7 @@ def _workers_of(core: BrokerCore, model: str) -> str:
     return f"workers of {model[:100]}: {told or 'none'}"
 
 
-def on_queue_timer(core: BrokerCore, request: Entry) -> None:
+def on_queue_timer(core: BrokerCore, request: RequestState) -> None:
     """Timer of a queued request: it has waited too long, or lived too long."""
     if request.phase is not Phase.QUEUED or core.requests.get(request.id) is not request:
         return

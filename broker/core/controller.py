@@ -48,7 +48,7 @@ from broker.core.events import (
 )
 from broker.core.instructions import ForgetPeer, Instruction
 from broker.core.queue import ModelQueue
-from broker.core.requests import Phase, Request
+from broker.core.requests import Phase, RequestState
 from broker.core.sessions import ClientSession, Session
 from broker.core.state import BusState
 from broker.core.workers import WorkerSession
@@ -69,12 +69,12 @@ from broker.protocol.messages import (
     Interrupted,
     Refuse,
     Reject,
+    Request,
     Timings,
     Usage,
     Window,
     WorkerState,
 )
-from broker.protocol.messages import Request as RequestBody
 
 Frames = tuple[bytes, ...]
 T = TypeVar("T")
@@ -269,7 +269,7 @@ class BrokerCore(BusState):
         self.log("info", "worker left", worker, why=why, lost=lost)
 
     def interrupt(
-        self, request: Request, error: ErrorInfo, *, lost: bool, alone: bool = False
+        self, request: RequestState, error: ErrorInfo, *, lost: bool, alone: bool = False
     ) -> None:
         """The worker of a running request is gone or gave it up: tell the client, keep its age.
         `alone`: it died, and ran nothing else."""
@@ -314,14 +314,14 @@ class BrokerCore(BusState):
             return
         try:
             body = admission.read_body(self, client, head, frames, resumed=False)
-            request = Request(head.id, body.model, Phase.QUEUED, self.now_s)
+            request = RequestState(head.id, body.model, Phase.QUEUED, self.now_s)
             request.order = next(self.numbers)
             self.enqueue(client, request, body, frames[1:])
         except RequestError as error:
             admission.fail_unqueued(self, client, head, frames, error)
 
     def enqueue(
-        self, client: ClientSession, request: Request, body: RequestBody, frames: Frames
+        self, client: ClientSession, request: RequestState, body: Request, frames: Frames
     ) -> None:
         """Put a request into its model's queue, from where `_dispatch` takes it. Raises
         RequestError when it cannot be queued. `frames`: body and attachments."""
@@ -383,7 +383,7 @@ class BrokerCore(BusState):
             self.send_events(client, _cancelled(head.id, request.epoch, 0))
         self.cancel(request, reason)
 
-    def cancel(self, request: Request, reason: str) -> None:
+    def cancel(self, request: RequestState, reason: str) -> None:
         """Cancel a request wherever it is. What is answered depends on where it was."""
         if request.worker is None:
             if request.client is not None:
@@ -567,11 +567,11 @@ class BrokerCore(BusState):
 
     # --- the end of a request ---------------------------------------------------------------------
 
-    def fail(self, request: Request, error: RequestError) -> None:
+    def fail(self, request: RequestState, error: RequestError) -> None:
         """End a request that the broker holds with a FAIL."""
         self._fail_with(request, error.info)
 
-    def _fail_with(self, request: Request, info: ErrorInfo) -> None:
+    def _fail_with(self, request: RequestState, info: ErrorInfo) -> None:
         self.count_failure(info)
         request.cause = causes.in_words(info)
         if request.client is not None:
@@ -579,7 +579,7 @@ class BrokerCore(BusState):
             self.send_events(request.client, event)
         self._close(request, info.code[:64])
 
-    def _close(self, request: Request, outcome: str) -> None:
+    def _close(self, request: RequestState, outcome: str) -> None:
         self.release(request)
         request.outcome = outcome
         if request.ended_s is None:

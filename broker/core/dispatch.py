@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from broker.core import suspicion
-from broker.core.requests import Phase, Request
+from broker.core.requests import Phase, RequestState
 from broker.core.state import short
 from broker.core.workers import WorkerSession
 from broker.protocol import codec
@@ -62,7 +62,9 @@ def _assign_next(core: BrokerCore, model: str) -> bool:
             core.queues.pop(model, None)
 
 
-def _choose(core: BrokerCore, request: Request, free: list[WorkerSession]) -> WorkerSession | None:
+def _choose(
+    core: BrokerCore, request: RequestState, free: list[WorkerSession]
+) -> WorkerSession | None:
     """A free worker for the request; None: it should rather wait for another."""
     if awaits_worker(core, request):
         return None
@@ -75,7 +77,7 @@ def _choose(core: BrokerCore, request: Request, free: list[WorkerSession]) -> Wo
     return core.policy(request, free, serving, core.generator) if free else None
 
 
-def assign(core: BrokerCore, request: Request, worker: WorkerSession) -> None:
+def assign(core: BrokerCore, request: RequestState, worker: WorkerSession) -> None:
     """Spend credit on a request that was taken out of its queue."""
     worker.assigned += 1
     worker.waiting_told = max(0, worker.waiting_told - 1)
@@ -88,7 +90,7 @@ def assign(core: BrokerCore, request: Request, worker: WorkerSession) -> None:
 
 
 def attach(
-    core: BrokerCore, request: Request, worker: WorkerSession, frames: Frames, *, attach: bool
+    core: BrokerCore, request: RequestState, worker: WorkerSession, frames: Frames, *, attach: bool
 ) -> None:
     """Send ASSIGN and tie request, worker and client together. The body is not kept.
 
@@ -115,7 +117,7 @@ def attach(
     core.log_request("debug", "attached" if attach else "assigned", request, worker=worker)
 
 
-def tell_where(core: BrokerCore, request: Request) -> None:
+def tell_where(core: BrokerCore, request: RequestState) -> None:
     """ACCEPTED of a request at a worker. Which lost workers came back with it, the client must know
     too: its next RESUME may be to another broker."""
     client = request.client
@@ -137,7 +139,7 @@ def connected(core: BrokerCore, name: str, model: str) -> WorkerSession | None:
     return next((worker for worker in serving if worker.name == name), None)
 
 
-def awaits_worker(core: BrokerCore, request: Request) -> bool:
+def awaits_worker(core: BrokerCore, request: RequestState) -> bool:
     """No worker may begin it now. A broker that has just started waits a moment for the worker that
     still runs a request, before another one computes it again."""
     return (

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Final
 
-from broker.core.requests import Request
+from broker.core.requests import RequestState
 from broker.protocol.errors import ErrorCode
 from broker.protocol.messages import Finished, FinishReason
 
@@ -106,16 +106,16 @@ class Figures:
             found = self._models.setdefault(model, ModelFigures())
         return found
 
-    def assigned(self, request: Request, now_s: float) -> None:
+    def assigned(self, request: RequestState, now_s: float) -> None:
         """A worker got it."""
         self.of(request.model).queue_wait.observe(now_s - request.queued_s)
 
-    def started(self, request: Request, now_s: float) -> None:
+    def started(self, request: RequestState, now_s: float) -> None:
         """Its worker named it started."""
         if request.assigned_s is not None:
             self.of(request.model).first_token.observe(now_s - request.assigned_s)
 
-    def finished(self, request: Request, finished: Finished, now_s: float) -> None:
+    def finished(self, request: RequestState, finished: Finished, now_s: float) -> None:
         """It left its slot, for the first time."""
         found = self.ended(request, finished.outcome, now_s)
         found.prompt_tokens += finished.prompt_tokens
@@ -126,7 +126,7 @@ class Figures:
             found.token_interval.observe((now_s - request.started_s) / (fresh - 1))
 
     def ended(
-        self, request: Request, outcome: str, now_s: float, *, served: bool = True
+        self, request: RequestState, outcome: str, now_s: float, *, served: bool = True
     ) -> ModelFigures:
         """It is over; `outcome` is a finish reason or an error code."""
         found = self.of(request.model, served=served)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from broker.core.requests import Phase, Request
+from broker.core.requests import Phase, RequestState
 
 if TYPE_CHECKING:
     from broker.core.controller import BrokerCore
@@ -133,6 +133,6 @@ def _check_routes(core: BrokerCore) -> None:
     assert len(core.fast_routes) <= len(core.routes), "a fast route outlived its route"
 
 
-def _story(request: Request) -> str:
+def _story(request: RequestState) -> str:
     where = f" at {request.worker_name}" if request.worker_name else ""
     return f"request {request.id[:4].hex()} ({request.phase.value}, epoch {request.epoch}{where})"

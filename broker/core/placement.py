@@ -13,22 +13,21 @@ from hashlib import blake2b
 from types import MappingProxyType
 from typing import Final
 
-from broker.core.requests import Request
+from broker.core.requests import RequestState
 from broker.core.workers import WorkerSession
-from broker.protocol.messages import Message, TextPart
-from broker.protocol.messages import Request as RequestBody
+from broker.protocol.messages import Message, Request, TextPart
 
 PREFIX_CHARACTERS: Final = 4096
 """Of the prompt that decide affinity: enough to tell system prompts apart, cheap to hash."""
 
 Policy = Callable[
-    [Request, Sequence[WorkerSession], Sequence[WorkerSession], random.Random], WorkerSession
+    [RequestState, Sequence[WorkerSession], Sequence[WorkerSession], random.Random], WorkerSession
 ]
 """(request, workers with credit, all of the model, generator) → one of those with credit."""
 
 
 def least_loaded(
-    request: Request,
+    request: RequestState,
     free: Sequence[WorkerSession],
     serving: Sequence[WorkerSession],
     generator: random.Random,
@@ -44,7 +43,7 @@ def least_loaded(
 
 
 def shortest_queue(
-    request: Request,
+    request: RequestState,
     free: Sequence[WorkerSession],
     serving: Sequence[WorkerSession],
     generator: random.Random,
@@ -54,7 +53,7 @@ def shortest_queue(
 
 
 def lottery(
-    request: Request,
+    request: RequestState,
     free: Sequence[WorkerSession],
     serving: Sequence[WorkerSession],
     generator: random.Random,
@@ -64,7 +63,7 @@ def lottery(
 
 
 def affinity(
-    request: Request,
+    request: RequestState,
     free: Sequence[WorkerSession],
     serving: Sequence[WorkerSession],
     generator: random.Random,
@@ -85,7 +84,7 @@ def _weight(prefix_key: bytes, worker_name: str) -> bytes:
     return blake2b(worker_name.encode(), digest_size=8, key=prefix_key).digest()
 
 
-def prefix_key(body: RequestBody) -> bytes:
+def prefix_key(body: Request) -> bytes:
     """Digest of the beginning of a prompt: everything up to the first turn of the user, so that
     the later turns of a conversation have the same one."""
     digest = blake2b(body.model.encode(), digest_size=16)
@@ -95,7 +94,7 @@ def prefix_key(body: RequestBody) -> bytes:
     return digest.digest()
 
 
-def _beginning(body: RequestBody) -> list[str]:
+def _beginning(body: Request) -> list[str]:
     if body.prompt is not None:
         return [body.prompt]
     if body.token_ids is not None:

@@ -9,7 +9,7 @@ import msgspec
 
 from broker.core import exposition, shutdown
 from broker.core.instructions import ReloadAccess
-from broker.core.requests import Phase, Request
+from broker.core.requests import Phase, RequestState
 from broker.core.state import SOFTWARE
 from broker.protocol import codec, limits
 from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError, RequestError
@@ -216,7 +216,7 @@ def _requests(core: BrokerCore, args: _RequestsArgs) -> list[dict[str, Any]]:
     return [_request(core, request) for request in latest[: max(0, min(args.limit, 1000))]]
 
 
-def _request(core: BrokerCore, request: Request) -> dict[str, Any]:
+def _request(core: BrokerCore, request: RequestState) -> dict[str, Any]:
     over_s = request.ended_s if request.ended_s is not None else core.now_s
     left_queue_s = request.assigned_s if request.assigned_s is not None else over_s
     return {

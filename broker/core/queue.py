@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from broker.core.requests import Request
+from broker.core.requests import RequestState
 
-_Line = OrderedDict[bytes, Request]
+_Line = OrderedDict[bytes, RequestState]
 
 
 class ModelQueue:
@@ -29,7 +29,7 @@ class ModelQueue:
         #: Number of the broker's assignment that last came from here (fairness between models).
         self.last_served = 0
 
-    def add(self, request: Request) -> None:
+    def add(self, request: RequestState) -> None:
         """Put a request in its place by age (`order`) in the line of its user."""
         users = self._levels.setdefault(request.priority, OrderedDict())
         line = users.setdefault(request.user_key, OrderedDict())
@@ -42,7 +42,7 @@ class ModelQueue:
         self.requests += 1
         self.bytes += request.size_bytes
 
-    def remove(self, request: Request) -> None:
+    def remove(self, request: RequestState) -> None:
         """Take out a request that is in the queue."""
         users = self._levels[request.priority]
         line = users[request.user_key]
@@ -54,7 +54,7 @@ class ModelQueue:
         self.requests -= 1
         self.bytes -= request.size_bytes
 
-    def take(self) -> Request:
+    def take(self) -> RequestState:
         """Remove and return the next request; its user goes to the end of the round."""
         users = self._levels[max(self._levels)]
         user, line = next(iter(users.items()))
@@ -63,12 +63,12 @@ class ModelQueue:
         self.remove(request)
         return request
 
-    def put_back(self, request: Request) -> None:
+    def put_back(self, request: RequestState) -> None:
         """Undo a `take`: the request and its user are first again."""
         self.add(request)
         self._levels[request.priority].move_to_end(request.user_key, last=False)
 
-    def position(self, request: Request) -> int:
+    def position(self, request: RequestState) -> int:
         """How many requests go before this one, if nobody else arrives or leaves."""
         before = sum(
             len(line)
@@ -89,7 +89,7 @@ class ModelQueue:
                 before += min(len(other), own if seen_own else own + 1)
         return before + own
 
-    def longest_line(self, priority: int) -> tuple[str, Request] | None:
+    def longest_line(self, priority: int) -> tuple[str, RequestState] | None:
         """Who has most waiting at the lowest priority, if that is not above `priority`; and the
         youngest of those requests."""
         if not self._levels:
@@ -105,7 +105,7 @@ class ModelQueue:
         users = self._levels.get(priority)
         return len(users.get(user_key, ())) if users else 0
 
-    def all(self) -> list[Request]:
+    def all(self) -> list[RequestState]:
         """Every request, in no promised order."""
         return [
             request

@@ -8,12 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from broker.core import admission, dispatch, suspicion
-from broker.core.requests import Phase, Request
+from broker.core.requests import Phase, RequestState
 from broker.protocol import codec, limits
 from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 from broker.protocol.header import Header, MessageType
-from broker.protocol.messages import Cancel, FailEvent, Held
-from broker.protocol.messages import Request as RequestBody
+from broker.protocol.messages import Cancel, FailEvent, Held, Request
 
 if TYPE_CHECKING:
     from broker.core.controller import BrokerCore, Frames
@@ -31,7 +30,7 @@ def resume(core: BrokerCore, client: ClientSession, head: Header, frames: Frames
 
 
 def _resume(
-    core: BrokerCore, client: ClientSession, request_id: bytes, body: RequestBody, frames: Frames
+    core: BrokerCore, client: ClientSession, request_id: bytes, body: Request, frames: Frames
 ) -> None:
     facts = body.resume
     assert facts is not None, "admission checked it"
@@ -62,14 +61,14 @@ def _resume(
         core.forget(known)
     elif (holder := _holder(core, body)) is not None:
         # It came from another broker. A worker that does not have it any more will REJECT it.
-        request = Request(request_id, body.model, Phase.RUNNING, core.now_s)
+        request = RequestState(request_id, body.model, Phase.RUNNING, core.now_s)
         request.order = order
         core.requests[request_id] = request
         _attach(core, client, request, holder, body, frames)
         return
     waiting = known is not None and known.phase in (Phase.QUEUED, Phase.PARKED)
     since_s = known.queued_s if known is not None and waiting else core.now_s
-    request = Request(request_id, body.model, Phase.QUEUED, since_s)
+    request = RequestState(request_id, body.model, Phase.QUEUED, since_s)
     request.order = order or next(core.numbers)
     if known is not None:
         request.returned, request.deaths = known.returned, known.deaths
@@ -85,7 +84,7 @@ def _resume(
     suspicion.watch(core, request)
 
 
-def _holder(core: BrokerCore, body: RequestBody) -> WorkerSession | None:
+def _holder(core: BrokerCore, body: Request) -> WorkerSession | None:
     """A worker that is here and may have a request that this broker does not know: by the client's
     word, or one that it takes for dead although only a connection to another broker broke."""
     facts = body.resume
@@ -98,9 +97,9 @@ def _holder(core: BrokerCore, body: RequestBody) -> WorkerSession | None:
 def _attach(
     core: BrokerCore,
     client: ClientSession,
-    request: Request,
+    request: RequestState,
     worker: WorkerSession,
-    body: RequestBody,
+    body: Request,
     frames: Frames,
 ) -> None:
     """The worker has it: tell it to go on for this client. No credit is spent."""
@@ -124,7 +123,7 @@ def _attach(
     dispatch.attach(core, request, worker, frames, attach=True)
 
 
-def _take_over(core: BrokerCore, request: Request, old: ClientSession) -> None:
+def _take_over(core: BrokerCore, request: RequestState, old: ClientSession) -> None:
     """Another session resumed the request while this one lives: it must not receive it any more."""
     if core.clients.get(old.routing_id) is not old or not (
         request.phase is not Phase.ENDED or request.end_held
@@ -148,7 +147,7 @@ def without_moved(route: Route, body: bytes) -> bytes:
     return codec.encode_events([event for event in events if event.request_id not in route.moved])
 
 
-def orphan(core: BrokerCore, request: Request) -> None:
+def orphan(core: BrokerCore, request: RequestState) -> None:
     """The client vanished. The request lives on for a while, in case it comes back."""
     request.orphan_until_s = core.now_s + core.settings.orphan_grace_s
     core.counters["orphaned"] += 1
@@ -159,7 +158,7 @@ def orphan(core: BrokerCore, request: Request) -> None:
     core.at(request.orphan_until_s, _end_orphan, request)
 
 
-def _end_orphan(core: BrokerCore, request: Request) -> None:
+def _end_orphan(core: BrokerCore, request: RequestState) -> None:
     alone = request.client is None and core.requests.get(request.id) is request
     if not alone or request.phase not in (Phase.PARKED, Phase.RUNNING) or request.cancelled:
         return
@@ -205,7 +204,7 @@ def take_in(core: BrokerCore, worker: WorkerSession, holds: list[Held]) -> None:
         _hold(core, worker, held, known)
 
 
-def _is_run(known: Request, held: Held, worker: WorkerSession) -> bool:
+def _is_run(known: RequestState, held: Held, worker: WorkerSession) -> bool:
     """Whether a worker that says HELLO holds the run that the broker knows at another connection.
     The id is no proof, since whoever lost the request knows it, nor is the name; but only the
     process that was told to run it knows its epoch."""
@@ -217,8 +216,8 @@ def _is_run(known: Request, held: Held, worker: WorkerSession) -> bool:
     )
 
 
-def _hold(core: BrokerCore, worker: WorkerSession, held: Held, known: Request | None) -> None:
-    request = known or Request(held.request_id, "", Phase.INTERRUPTED, core.now_s)
+def _hold(core: BrokerCore, worker: WorkerSession, held: Held, known: RequestState | None) -> None:
+    request = known or RequestState(held.request_id, "", Phase.INTERRUPTED, core.now_s)
     waiting = request.phase is Phase.QUEUED
     client, frames = request.client, request.frames
     core.release(request)

@@ -34,7 +34,7 @@ class Phase(Enum):
     INTERRUPTED = "interrupted"
 
 
-class Request:
+class RequestState:
     """One request. The body is held only while it is queued."""
 
     __slots__ = (

@@ -14,7 +14,7 @@ from broker.protocol.header import MessageType, prefix, seal
 from broker.protocol.liveness import Liveness
 
 if TYPE_CHECKING:
-    from broker.core.requests import Request
+    from broker.core.requests import RequestState
     from broker.core.workers import Route, WorkerSession
 
 SOURCES: Final = 2048
@@ -94,7 +94,7 @@ class ClientSession(Session):
         #: May use the operator's verbs.
         self.operator = False
         #: Queued or running requests by id: its length is what the in-flight limit bounds.
-        self.requests: dict[bytes, Request] = {}
+        self.requests: dict[bytes, RequestState] = {}
         #: By session id of the worker.
         self.routes: dict[bytes, Route] = {}
         #: Who made the latest messages to it, the last one last; None: the broker itself.

@@ -18,7 +18,7 @@ from broker.core.events import AccessChanged, Side
 from broker.core.figures import Figures
 from broker.core.instructions import Instruction, Log, Send
 from broker.core.queue import ModelQueue
-from broker.core.requests import Phase, Request
+from broker.core.requests import Phase, RequestState
 from broker.core.sessions import ClientSession, Session
 from broker.core.settings import CoreSettings
 from broker.core.workers import Registry, Route, WorkerSession
@@ -61,7 +61,7 @@ class BusState:
         #: Workers that serve other brokers too, by routing id.
         self.shared: dict[bytes, WorkerSession] = {}
         #: Every request known, by id, in whatever phase.
-        self.requests: dict[bytes, Request] = {}
+        self.requests: dict[bytes, RequestState] = {}
         #: Waiting requests by model; an empty queue is dropped.
         self.queues: dict[str, ModelQueue] = {}
         self.queued_bytes = 0
@@ -70,9 +70,9 @@ class BusState:
         #: By the first 24 octets of an OUTPUT header: the routes that need no reading of bodies.
         self.fast_routes: dict[bytes, Route] = {}
         #: ENDED and INTERRUPTED requests with the time to forget them, oldest first.
-        self.kept: deque[tuple[float, Request]] = deque()
+        self.kept: deque[tuple[float, RequestState]] = deque()
         #: The latest requests that are over, for the operator.
-        self.history: deque[Request] = deque(maxlen=256)
+        self.history: deque[RequestState] = deque(maxlen=256)
         #: Smoothed time from ASSIGN to the free slot, seconds, by model.
         self.service_s: dict[str, float] = {}
         self.counters: Counter[str] = Counter()
@@ -90,7 +90,7 @@ class BusState:
         self.timers: list[tuple[float, int, Callable[[Any, Any], None], Any]] = []
         self.numbers = itertools.count(1)
         #: Queued requests that run alone next, by model and id.
-        self.suspects: dict[str, dict[bytes, Request]] = {}
+        self.suspects: dict[str, dict[bytes, RequestState]] = {}
         #: Models whose queue or workers changed during this event.
         self.dirty: set[str] = set()
         self.out: list[Instruction] = []
@@ -146,7 +146,7 @@ class BusState:
         self,
         level: Level,
         event: str,
-        request: Request,
+        request: RequestState,
         worker: WorkerSession | None = None,
         **fields: Any,
     ) -> None:
@@ -164,13 +164,13 @@ class BusState:
             self.routes[route.id] = self.fast_routes[route.key] = route
         return route
 
-    def divert(self, route: Route, request: Request) -> None:
+    def divert(self, route: Route, request: RequestState) -> None:
         """From now on nothing of this request may pass this route: its bodies are read."""
         route.moved.add(request.id)
         request.diverted.append(route)
         self.fast_routes.pop(route.key, None)
 
-    def end_diversions(self, request: Request) -> None:
+    def end_diversions(self, request: RequestState) -> None:
         """The request is over: routes that it left need no reading any more."""
         for route in request.diverted:
             route.moved.discard(request.id)
@@ -184,7 +184,7 @@ class BusState:
         del route.worker.routes[route.client.id]
         del route.client.routes[route.worker.id]
 
-    def release(self, request: Request) -> None:
+    def release(self, request: RequestState) -> None:
         """Take a request out of its queue, from its worker and from its client."""
         if request.phase is Phase.QUEUED:
             queue = self.queues[request.model]
@@ -204,7 +204,7 @@ class BusState:
         if request.client is not None:
             request.client.requests.pop(request.id, None)
 
-    def unsuspect(self, request: Request) -> None:
+    def unsuspect(self, request: RequestState) -> None:
         """It need not run alone any more, or is over."""
         request.alone = False
         suspects = self.suspects.get(request.model)
@@ -214,14 +214,14 @@ class BusState:
                 del self.suspects[request.model]
         self.free_cell(request)
 
-    def free_cell(self, request: Request) -> None:
+    def free_cell(self, request: RequestState) -> None:
         """The worker that was kept for it may take others again."""
         cell, request.cell = request.cell, None
         if cell is not None and cell.alone is request:
             cell.alone = None
             self.dirty.update(cell.models, self.suspects)
 
-    def keep(self, request: Request) -> None:
+    def keep(self, request: RequestState) -> None:
         """Remember a request that is over for a RESUME, bounded in time and number."""
         self.requests[request.id] = request
         if request.ended_s is None:
@@ -234,7 +234,7 @@ class BusState:
         while len(self.kept) > self.settings.ended_keep:
             self._forget_if_over(*self.kept.popleft())
 
-    def forget(self, request: Request) -> None:
+    def forget(self, request: RequestState) -> None:
         """Nothing is known of this request any more but its line in the history."""
         if self.requests.get(request.id) is request:
             del self.requests[request.id]
@@ -249,7 +249,7 @@ class BusState:
         if self.kept:
             self.at(self.kept[0][0], BusState._forget_kept, None)
 
-    def _forget_if_over(self, until_s: float, request: Request) -> None:
+    def _forget_if_over(self, until_s: float, request: RequestState) -> None:
         # Kept anew since, it stands further behind in the line too.
         current = request.keep_until_s == until_s
         if not current or request.phase not in (Phase.ENDED, Phase.INTERRUPTED):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from broker.core import dispatch
-from broker.core.requests import Phase, Request
+from broker.core.requests import Phase, RequestState
 from broker.protocol import codec
 from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 from broker.protocol.header import MessageType
@@ -47,7 +47,7 @@ def without(names: Sequence[str], returned: Sequence[str]) -> tuple[str, ...]:
     return tuple((Counter(names) - Counter(returned)).elements())
 
 
-def is_evidence(core: BrokerCore, worker: WorkerSession, request: Request) -> bool:
+def is_evidence(core: BrokerCore, worker: WorkerSession, request: RequestState) -> bool:
     """The worker died: whether nothing else ran there, and the request had hardly begun."""
     others = len(worker.running) > 1 or (worker.shared and worker.beat.running > 1)
     started_s = request.started_s
@@ -55,7 +55,7 @@ def is_evidence(core: BrokerCore, worker: WorkerSession, request: Request) -> bo
     return not others and request.assigned_s is not None and not cleared
 
 
-def consider(core: BrokerCore, request: Request, until_s: float | None) -> None:
+def consider(core: BrokerCore, request: RequestState, until_s: float | None) -> None:
     """A request comes back by RESUME. `until_s`: it was suspected before and waits so long. Must be
     called before it is queued; `watch` after."""
     if len(request.lost_workers) < SUSPECT_DEATHS:
@@ -68,7 +68,7 @@ def consider(core: BrokerCore, request: Request, until_s: float | None) -> None:
     request.suspect_until_s = until_s
 
 
-def watch(core: BrokerCore, request: Request) -> None:
+def watch(core: BrokerCore, request: RequestState) -> None:
     """Timer of a suspect that waits for its lost workers; then it runs alone, or is judged."""
     due_s = request.suspect_until_s
     mine = core.requests.get(request.id) is request and request.phase is Phase.QUEUED
@@ -86,11 +86,11 @@ def watch(core: BrokerCore, request: Request) -> None:
         core.log_request("info", "runs alone next", request, lost=", ".join(request.lost_workers))
 
 
-def _proved(request: Request) -> bool:
+def _proved(request: RequestState) -> bool:
     return len(request.lost_alone) >= VERDICT_ALONE
 
 
-def _verdict(request: Request) -> RequestError:
+def _verdict(request: RequestState) -> RequestError:
     alone = ", ".join(request.lost_alone[:8])
     others = ", ".join(without(request.lost_workers, request.lost_alone)[:8])
     beside = f"; so did {others}, where other requests ran too" if others else ""
@@ -102,7 +102,7 @@ def _verdict(request: Request) -> RequestError:
     )
 
 
-def exonerate(core: BrokerCore, request: Request, names: Sequence[str]) -> None:
+def exonerate(core: BrokerCore, request: RequestState, names: Sequence[str]) -> None:
     """These lost workers do not count against the request; its client is told with ACCEPTED."""
     request.returned += tuple(names)
     request.lost_workers = without(request.lost_workers, names)
@@ -148,7 +148,7 @@ def assign_next(core: BrokerCore, model: str, queue: ModelQueue) -> bool:
     return True
 
 
-def _emptiest(request: Request, serving: list[WorkerSession]) -> WorkerSession | None:
+def _emptiest(request: RequestState, serving: list[WorkerSession]) -> WorkerSession | None:
     """The fit worker that will be empty first; rather none that died with the request."""
     others = [worker for worker in serving if worker.name not in request.lost_workers]
     fit = [worker for worker in others or serving if worker.fit and worker.alone is None]
@@ -156,7 +156,7 @@ def _emptiest(request: Request, serving: list[WorkerSession]) -> WorkerSession |
     return min(fit, key=lambda worker: (len(worker.running), worker.last_assigned), default=None)
 
 
-def _empty(core: BrokerCore, request: Request) -> None:
+def _empty(core: BrokerCore, request: RequestState) -> None:
     """Timer: what still runs at the worker that is kept for a suspect is resumed elsewhere, or
     here again when the suspect is through."""
     worker = request.cell
@@ -174,13 +174,13 @@ def _empty(core: BrokerCore, request: Request) -> None:
     core.dirty.add(request.model)
 
 
-def on_started(core: BrokerCore, request: Request) -> None:
+def on_started(core: BrokerCore, request: RequestState) -> None:
     """Its first token came."""
     if request.alone:
         core.at(core.now_s + CLEARED_S, _on_cleared, request)
 
 
-def _on_cleared(core: BrokerCore, request: Request) -> None:
+def _on_cleared(core: BrokerCore, request: RequestState) -> None:
     """Timer: it has run on for a while, alone."""
     if request.alone and request.phase is Phase.RUNNING and request.cell is request.worker:
         core.log_request("info", "is cleared", request, lost=", ".join(request.lost_workers))

@@ -16,7 +16,7 @@ from broker.protocol.header import MessageType, prefix
 from broker.protocol.messages import Heartbeat, Hello, ModelInfo, WorkerState
 
 if TYPE_CHECKING:
-    from broker.core.requests import Request
+    from broker.core.requests import RequestState
 
 
 class Route:
@@ -122,11 +122,11 @@ class WorkerSession(Session):
         #: The engine makes no progress: nothing more is assigned until it does.
         self.stalled = False
         #: The suspected request for which it is kept, or that it runs: it gets nothing else.
-        self.alone: Request | None = None
+        self.alone: RequestState | None = None
         #: Requests that it has and has not finished, by id.
-        self.running: dict[bytes, Request] = {}
+        self.running: dict[bytes, RequestState] = {}
         #: Requests that it finished and still keeps, by id.
-        self.ended: dict[bytes, Request] = {}
+        self.ended: dict[bytes, RequestState] = {}
         #: By session id of the client.
         self.routes: dict[bytes, Route] = {}
         #: Number of the last assignment of the whole broker that went here.
