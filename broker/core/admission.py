@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Final
 
 from broker.core import shutdown
 from broker.core.instructions import Log
+from broker.core.phases import Phase
 from broker.core.queue import ModelQueue
-from broker.core.requests import Phase, RequestState
-from broker.core.sessions import ClientSession
+from broker.core.records import ClientSession, RequestState
 from broker.core.settings import CoreSettings
 from broker.core.state import short
 from broker.protocol.codec import check_free_forms, decode, unpack

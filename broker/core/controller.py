@@ -47,11 +47,10 @@ from broker.core.events import (
     Tick,
 )
 from broker.core.instructions import ForgetPeer, Instruction
+from broker.core.phases import Phase
 from broker.core.queue import ModelQueue
-from broker.core.requests import Phase, RequestState
-from broker.core.sessions import ClientSession, Session
+from broker.core.records import ClientSession, RequestState, Session, WorkerSession
 from broker.core.state import BusState
-from broker.core.workers import WorkerSession
 from broker.protocol import codec, header, limits
 from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError, RequestError
 from broker.protocol.header import Flag, Header, MessageType

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from broker.core import suspicion
-from broker.core.requests import Phase, RequestState
+from broker.core.phases import Phase
+from broker.core.records import RequestState, WorkerSession
 from broker.core.state import short
-from broker.core.workers import WorkerSession
 from broker.protocol import codec
 from broker.protocol.header import MessageType
 from broker.protocol.messages import Accepted, Assign, Window

@@ -15,7 +15,7 @@ from broker.core.figures import Histogram, ModelFigures
 
 if TYPE_CHECKING:
     from broker.core.controller import BrokerCore
-    from broker.core.workers import WorkerSession
+    from broker.core.records import WorkerSession
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 

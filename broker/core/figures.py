@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Final
 
-from broker.core.requests import RequestState
+from broker.core.records import RequestState
 from broker.protocol.errors import ErrorCode
 from broker.protocol.messages import Finished, FinishReason
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from broker.core.requests import Phase, RequestState
+from broker.core.phases import Phase
+from broker.core.records import RequestState
 
 if TYPE_CHECKING:
     from broker.core.controller import BrokerCore

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Final
 from broker.core import recovery, shutdown
 from broker.core.events import AccessChanged, MessageReceived, Side
 from broker.core.instructions import Log, Send
-from broker.core.sessions import ClientSession, Session
+from broker.core.records import ClientSession, Session, WorkerSession
 from broker.core.state import EMPTY_MAP, SOFTWARE
-from broker.core.workers import WorkerSession
 from broker.protocol import codec, header, limits
 from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError, RequestError
 from broker.protocol.header import Header, MessageType

@@ -13,8 +13,7 @@ from hashlib import blake2b
 from types import MappingProxyType
 from typing import Final
 
-from broker.core.requests import RequestState
-from broker.core.workers import WorkerSession
+from broker.core.records import RequestState, WorkerSession
 from broker.protocol.messages import Message, Request, TextPart
 
 PREFIX_CHARACTERS: Final = 4096

@@ -9,7 +9,8 @@ import msgspec
 
 from broker.core import exposition, shutdown
 from broker.core.instructions import ReloadAccess
-from broker.core.requests import Phase, RequestState
+from broker.core.phases import Phase
+from broker.core.records import RequestState
 from broker.core.state import SOFTWARE
 from broker.protocol import codec, limits
 from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError, RequestError
@@ -18,8 +19,7 @@ from broker.protocol.messages import Answer, ModelInfo, Query, Refuse
 
 if TYPE_CHECKING:
     from broker.core.controller import BrokerCore, Frames
-    from broker.core.sessions import ClientSession
-    from broker.core.workers import WorkerSession
+    from broker.core.records import ClientSession, WorkerSession
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from broker.core.requests import RequestState
+from broker.core.records import RequestState
 
 _Line = OrderedDict[bytes, RequestState]
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from broker.core import admission, dispatch, suspicion
-from broker.core.requests import Phase, RequestState
+from broker.core.phases import Phase
+from broker.core.records import RequestState
 from broker.protocol import codec, limits
 from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 from broker.protocol.header import Header, MessageType
@@ -16,8 +17,7 @@ from broker.protocol.messages import Cancel, FailEvent, Held, Request
 
 if TYPE_CHECKING:
     from broker.core.controller import BrokerCore, Frames
-    from broker.core.sessions import ClientSession
-    from broker.core.workers import Route, WorkerSession
+    from broker.core.records import ClientSession, Route, WorkerSession
 
 
 def resume(core: BrokerCore, client: ClientSession, head: Header, frames: Frames) -> None:

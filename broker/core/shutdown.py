@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from broker.core.instructions import Log, StopLoop
-from broker.core.requests import Phase
+from broker.core.phases import Phase
 from broker.protocol import codec
 from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 from broker.protocol.header import MessageType
@@ -16,7 +16,7 @@ from broker.protocol.messages import Drain, Goodbye
 
 if TYPE_CHECKING:
     from broker.core.controller import BrokerCore
-    from broker.core.workers import WorkerSession
+    from broker.core.records import WorkerSession
 
 RETRY_AFTER_MS: Final = 1000
 DRAIN_SLACK_S: Final = 5.0

@@ -17,11 +17,11 @@ from broker.core import placement
 from broker.core.events import AccessChanged, Side
 from broker.core.figures import Figures
 from broker.core.instructions import Instruction, Log, Send
+from broker.core.phases import Phase
 from broker.core.queue import ModelQueue
-from broker.core.requests import Phase, RequestState
-from broker.core.sessions import ClientSession, Session
+from broker.core.records import ClientSession, RequestState, Route, Session, WorkerSession
+from broker.core.registry import Registry
 from broker.core.settings import CoreSettings
-from broker.core.workers import Registry, Route, WorkerSession
 from broker.protocol import codec
 from broker.protocol.errors import ErrorCode, ErrorInfo
 from broker.protocol.header import MessageType

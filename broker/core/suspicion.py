@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from broker.core import dispatch
-from broker.core.requests import Phase, RequestState
+from broker.core.phases import Phase
+from broker.core.records import RequestState
 from broker.protocol import codec
 from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 from broker.protocol.header import MessageType
@@ -24,7 +25,7 @@ from broker.protocol.messages import Cancel
 if TYPE_CHECKING:
     from broker.core.controller import BrokerCore
     from broker.core.queue import ModelQueue
-    from broker.core.workers import WorkerSession
+    from broker.core.records import WorkerSession
 
 SUSPECT_DEATHS: Final = 2
 """Lost workers after which a request runs alone."""
