@@ -6,6 +6,7 @@ Twice: by reading every module's source, and by asking an interpreter what was r
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -84,6 +85,21 @@ def test_the_brokers_core_imports_only_the_protocol() -> None:
     assert found
     for name, path in found:
         check(name, path, "broker.core", "broker.protocol")
+
+
+def test_the_brokers_core_has_no_import_circle() -> None:
+    """Imports for type checkers only and imports inside functions count too: what a rule may touch,
+    its imports say. `graphlib` names the circle that it finds."""
+    found = dict(modules("broker/core"))
+    del found["broker.core"]
+    graphlib.TopologicalSorter(
+        {name: imported(path) & found.keys() for name, path in found.items()}
+    ).prepare()
+
+
+def test_no_rule_of_the_brokers_core_imports_its_face() -> None:
+    for name, path in modules("broker/core"):
+        assert "broker.core.controller" not in imported(path), name
 
 
 def test_the_broker_knows_neither_workers_nor_clients() -> None:

@@ -1,30 +1,36 @@
 """May this request come in? Its body is checked once, here (SPEC.md sections 4.2, 6.1 and 9), then
-whether there is room and hope.
+whether there is room and hope. Then it is queued.
 
 Octets in, a typed value or a `RequestError` out, whose message names the field.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from broker.core import shutdown
+from broker.core import dispatch, endings, placement, shutdown
+from broker.core.events import Frames
 from broker.core.instructions import Log
 from broker.core.phases import Phase
 from broker.core.queue import ModelQueue
 from broker.core.records import ClientSession, RequestState
 from broker.core.settings import CoreSettings
-from broker.core.state import short
+from broker.core.state import BusState, short
+from broker.protocol import codec
 from broker.protocol.codec import check_free_forms, decode, unpack
-from broker.protocol.errors import ErrorCode, ProtocolError, RequestError
-from broker.protocol.header import Header
-from broker.protocol.messages import FailEvent, ImagePart, Kind, Message, Request, VideoPart
-
-if TYPE_CHECKING:
-    from broker.core.controller import BrokerCore, Frames
+from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError, RequestError
+from broker.protocol.header import Header, MessageType
+from broker.protocol.messages import (
+    Accepted,
+    FailEvent,
+    ImagePart,
+    Kind,
+    Message,
+    Request,
+    VideoPart,
+)
 
 INPUTS: Final[dict[Kind, tuple[str, ...]]] = {
     Kind.CHAT: ("messages",),
@@ -133,105 +139,94 @@ def _too_large(what: str, size: int, limit: int) -> RequestError:
     )
 
 
-def admit(core: BrokerCore, client: ClientSession, request: RequestState) -> None:
+def admit(bus: BusState, client: ClientSession, request: RequestState) -> None:
     """Raises RequestError when there is no room or no hope."""
-    if core.shutdown_until_s is not None:
+    if bus.shutdown_until_s is not None:
         raise shutdown.draining_error()
-    if request.ttl_until_s <= core.now_s:
+    if request.ttl_until_s <= bus.now_s:
         raise RequestError(ErrorCode.DEADLINE_EXCEEDED, "the request came with no time to live")
-    if len(client.requests) >= core.settings.inflight:
+    if len(client.requests) >= bus.settings.inflight:
         raise RequestError(
             ErrorCode.QUOTA,
             f"{len(client.requests)} requests of this client are queued or running, "
             f"the most that this broker takes; wait for one to end",
             retryable=True,
-            retry_after_ms=retry_after_ms(core, request.model),
-            details={"limit": core.settings.inflight},
+            retry_after_ms=retry_after_ms(bus, request.model),
+            details={"limit": bus.settings.inflight},
         )
-    check_model(core, request)
-    queue = core.queues.get(request.model)
+    check_model(bus, request)
+    queue = bus.queues.get(request.model)
     if queue is None:
         queue = ModelQueue()
-    while is_full(core, queue, request):
+    while is_full(bus, queue, request):
         # Longest queue drop: who waits with most makes room, so that nobody can fill the queue
         # for all others (Suter et al., "Buffer management schemes", 1999).
         victim = queue.longest_line(request.priority)
         mine = queue.waiting(request.priority, request.user_key)
         if victim is None or victim[0] == request.user_key:
-            raise overloaded(core, request)
+            raise overloaded(bus, request)
         theirs = queue.waiting(victim[1].priority, victim[0])
         if victim[1].priority == request.priority and theirs <= mine + 1:
-            raise overloaded(core, request)
-        core.fail(victim[1], overloaded(core, victim[1]))
+            raise overloaded(bus, request)
+        endings.fail(bus, victim[1], overloaded(bus, victim[1]).info)
 
 
-def is_full(core: BrokerCore, queue: ModelQueue, request: RequestState) -> bool:
-    settings = core.settings
+def is_full(bus: BusState, queue: ModelQueue, request: RequestState) -> bool:
+    settings = bus.settings
     crowded = queue.requests >= settings.queue_requests and not request.admitted
     return (
         crowded
         or queue.bytes + request.size_bytes > settings.queue_bytes
-        or core.queued_bytes + request.size_bytes > settings.queue_total_bytes
+        or bus.queued_bytes + request.size_bytes > settings.queue_total_bytes
     )
 
 
-def overloaded(core: BrokerCore, request: RequestState) -> RequestError:
+def overloaded(bus: BusState, request: RequestState) -> RequestError:
     return RequestError(
         ErrorCode.OVERLOADED,
         f"the queue of model {request.model} is full; send the request again later",
         retryable=True,
-        retry_after_ms=retry_after_ms(core, request.model),
+        retry_after_ms=retry_after_ms(bus, request.model),
     )
 
 
-def check_model(core: BrokerCore, request: RequestState) -> None:
+def check_model(bus: BusState, request: RequestState) -> None:
     """A model that nobody serves is waited for only where it may come (back)."""
     model = request.model
-    if core.registry.serving(model) or not any(core.registry.models()) or request.epoch > 0:
+    if bus.registry.serving(model) or not any(bus.registry.models()) or request.epoch > 0:
         return
-    gone_s = core.registry.gone_s(model)
-    if gone_s is None or gone_s + core.settings.model_grace_s <= core.now_s:
-        raise model_unavailable(core, model, retryable=gone_s is not None)
+    gone_s = bus.registry.gone_s(model)
+    if gone_s is None or gone_s + bus.settings.model_grace_s <= bus.now_s:
+        raise endings.model_unavailable(bus, model, retryable=gone_s is not None)
 
 
-def model_unavailable(core: BrokerCore, model: str, *, retryable: bool) -> RequestError:
-    served = sorted(core.registry.models())
-    names = ", ".join(served[:10]) + (", ..." if len(served) > 10 else "")
-    hint = f"served are: {names}" if served else "no worker serves any model; start one"
-    return RequestError(
-        ErrorCode.MODEL_UNAVAILABLE,
-        f"no worker serves model {model[:100]!r}; {hint}",
-        retryable=retryable,
-    )
-
-
-def retry_after_ms(core: BrokerCore, model: str) -> int:
+def retry_after_ms(bus: BusState, model: str) -> int:
     """When a place in the queue of a model should be free, from the service times seen."""
-    queue = core.queues.get(model)
-    slots = sum(worker.capacity for worker in core.registry.serving(model).values())
+    queue = bus.queues.get(model)
+    slots = sum(worker.capacity for worker in bus.registry.serving(model).values())
     rounds = ((queue.requests if queue else 0) + 1) / max(slots, 1)
-    return round(1000 * min(60.0, max(0.1, rounds * core.service_s.get(model, 1.0))))
+    return round(1000 * min(60.0, max(0.1, rounds * bus.service_s.get(model, 1.0))))
 
 
 def read_body(
-    core: BrokerCore, client: ClientSession, head: Header, frames: Frames, *, resumed: bool
+    bus: BusState, client: ClientSession, head: Header, frames: Frames, *, resumed: bool
 ) -> Request:
     """The checked body of REQUEST or RESUME. Raises RequestError."""
     if head.id[0] == 0:
         raise RequestError(ErrorCode.INVALID_REQUEST, "a request id must not begin with zero")
-    return read_request(frames[1], frames[2:], resumed=resumed, settings=core.settings)
+    return read_request(frames[1], frames[2:], resumed=resumed, settings=bus.settings)
 
 
 def fail_unqueued(
-    core: BrokerCore, client: ClientSession, head: Header, frames: Frames, error: RequestError
+    bus: BusState, client: ClientSession, head: Header, frames: Frames, error: RequestError
 ) -> None:
     """Answer a request that does not get into the queue."""
-    epoch, offset = resume_facts(frames[1], core.settings)
-    core.counters["requests_refused"] += 1
-    core.count_failure(error.info)
-    core.figures.refused(error.info.code)
-    core.send_events(client, FailEvent(head.id, epoch, offset, error.info))
-    core.out.append(
+    epoch, offset = resume_facts(frames[1], bus.settings)
+    bus.counters["requests_refused"] += 1
+    bus.count_failure(error.info)
+    bus.figures.refused(error.info.code)
+    bus.send_events(client, FailEvent(head.id, epoch, offset, error.info))
+    bus.out.append(
         Log(
             "info",
             "request refused",
@@ -240,43 +235,67 @@ def fail_unqueued(
     )
 
 
-def _workers_of(core: BrokerCore, model: str) -> str:
-    states = Counter(worker.state_name for worker in core.registry.serving(model).values())
+def _workers_of(bus: BusState, model: str) -> str:
+    states = Counter(worker.state_name for worker in bus.registry.serving(model).values())
     told = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
     return f"workers of {model[:100]}: {told or 'none'}"
 
 
-def on_queue_timer(core: BrokerCore, request: RequestState) -> None:
+def enqueue(
+    bus: BusState, client: ClientSession, request: RequestState, body: Request, frames: Frames
+) -> None:
+    """Put a request into its model's queue, from where `dispatch` takes it. Raises RequestError
+    when it cannot be queued. `frames`: body and attachments."""
+    request.client = client
+    request.kind = body.kind.value
+    request.priority = body.priority
+    request.user_key = f"user {body.user}" if body.user else f"session {client.id.hex()}"
+    request.window = request.window_told = body.window
+    request.frames = frames
+    request.size_bytes = sum(map(len, frames))
+    if body.resume is not None:
+        request.epoch = body.resume.epoch
+        request.offset = len(body.resume.token_ids)
+        request.holder = body.resume.holder
+    if bus.settings.placement == "affinity":
+        request.prefix_key = placement.prefix_key(body)
+    queue_s = bus.settings.queue_s if body.queue_ms is None else body.queue_ms / 1000
+    ttl_s = bus.settings.ttl_s if body.ttl_ms is None else body.ttl_ms / 1000
+    request.queue_until_s = bus.now_s + queue_s
+    request.ttl_until_s = bus.now_s + ttl_s
+    admit(bus, client, request)
+    bus.requests[request.id] = request
+    client.requests[request.id] = request
+    queue = bus.queues.setdefault(request.model, ModelQueue())
+    queue.add(request)
+    bus.queued_bytes += request.size_bytes
+    bus.counters["requests"] += 1
+    bus.counters["request_bytes"] += request.size_bytes
+    bus.dirty.add(request.model)
+    dispatch.run(bus)
+    if request.phase is Phase.QUEUED and bus.requests.get(request.id) is request:
+        bus.at(min(request.queue_until_s, request.ttl_until_s), on_queue_timer, request)
+        if not bus.registry.serving(request.model):
+            grace_s = bus.settings.model_grace_s
+            bus.at(bus.now_s + grace_s, endings.on_model_grace, request.model)
+        if dispatch.awaits_worker(bus, request):
+            settled_s = bus.started_s + bus.settings.settle_s
+            bus.at(settled_s, dispatch.on_settled, request.model)
+        accepted = Accepted(position=queue.position(request))
+        bus.send(client, MessageType.ACCEPTED, request.id, codec.encode(accepted))
+        bus.log_request("debug", "queued", request, position=accepted.position)
+
+
+def on_queue_timer(bus: BusState, request: RequestState) -> None:
     """Timer of a queued request: it has waited too long, or lived too long."""
-    if request.phase is not Phase.QUEUED or core.requests.get(request.id) is not request:
+    if request.phase is not Phase.QUEUED or bus.requests.get(request.id) is not request:
         return
-    waited_s = core.now_s - request.queued_s
-    if core.now_s >= request.ttl_until_s:
+    waited_s = bus.now_s - request.queued_s
+    if bus.now_s >= request.ttl_until_s:
         what = f"the request's time to live ended after {waited_s:.1f} s in the queue"
-    elif core.now_s >= request.queue_until_s:
-        what = f"no worker was free for {waited_s:.1f} s ({_workers_of(core, request.model)})"
+    elif bus.now_s >= request.queue_until_s:
+        what = f"no worker was free for {waited_s:.1f} s ({_workers_of(bus, request.model)})"
     else:
-        core.at(min(request.queue_until_s, request.ttl_until_s), on_queue_timer, request)
+        bus.at(min(request.queue_until_s, request.ttl_until_s), on_queue_timer, request)
         return
-    core.fail(request, RequestError(ErrorCode.DEADLINE_EXCEEDED, what))
-
-
-def on_model_grace(core: BrokerCore, model: str) -> None:
-    """Nobody came (back) to serve the model: whoever waits for it is told."""
-    if core.registry.serving(model):
-        return
-    gone_s = core.registry.gone_s(model)
-    grace_s = core.settings.model_grace_s
-    queue = core.queues.get(model)
-    next_s = math.inf
-    for request in queue.all() if queue else ():
-        due_s = max(request.queued_s, -math.inf if gone_s is None else gone_s) + grace_s
-        if due_s <= core.now_s:
-            core.fail(request, model_unavailable(core, model, retryable=True))
-        else:
-            next_s = min(next_s, due_s)
-    if next_s < math.inf:
-        core.at(next_s, on_model_grace, model)
-    if gone_s is not None and gone_s + grace_s <= core.now_s:
-        core.registry.forget_gone(model)
-        core.service_s.pop(model, None)
+    endings.fail(bus, request, ErrorInfo(code=ErrorCode.DEADLINE_EXCEEDED, message=what))

@@ -2,14 +2,17 @@
 
 The main path of a request, top to bottom in this file:
 
-    REQUEST ─▶ _on_request ─▶ enqueue ─▶ _dispatch ─▶ ASSIGN to a worker
+    REQUEST ─▶ _on_request ─▶ admission.enqueue ─▶ dispatch.run ─▶ ASSIGN to a worker
     OUTPUT  ─▶ forward (the common case, one look-up)  or  _on_output (with a ledger)
-    ledger  ─▶ _finish ─▶ credit is free again ─▶ _dispatch
+    ledger  ─▶ _finish ─▶ credit is free again ─▶ dispatch.run
 
-Beside it: sessions begin and end here; `dispatch` brings queue and workers together, `recovery`
-holds RESUME and orphans, `shutdown` the drains, `queries` the operator's verbs, `admission` the
-checks of a request, `placement` who gets it, `membership` HELLO and signs of life, `state` the
-tables.
+Here are the face, the handlers of messages and their tables. The rules are functions on a
+`BusState` in modules of their own, which never import this one: `admission` checks and queues a
+request, `dispatch` brings queue and workers together (`placement` chooses, `assignment` sends),
+`suspicion` finds requests that kill workers, `recovery` holds RESUME, `membership` HELLO and signs
+of life, `sharing` what other brokers need, `endings` how sessions and requests end, `shutdown` the
+drains, `queries` the operator's verbs. `records` and `state` are the data, `phases` the moves that
+a request may make.
 
 Sans-IO: no socket, clock, log or environment. All state lives in this object and is changed only
 by this package, inside `handle` and `forward`, on one thread.
@@ -25,11 +28,12 @@ from broker.core import (
     admission,
     causes,
     dispatch,
+    endings,
     invariants,
     membership,
-    placement,
     queries,
     recovery,
+    sharing,
     shutdown,
     suspicion,
 )
@@ -37,6 +41,7 @@ from broker.core.events import (
     AccessChanged,
     DisconnectReported,
     Event,
+    Frames,
     LoopWasLate,
     MessageReceived,
     PeerOverflowed,
@@ -48,34 +53,25 @@ from broker.core.events import (
 )
 from broker.core.instructions import ForgetPeer, Instruction
 from broker.core.phases import Phase
-from broker.core.queue import ModelQueue
-from broker.core.records import ClientSession, RequestState, Session, WorkerSession
+from broker.core.records import ClientSession, RequestState, WorkerSession
 from broker.core.state import BusState
 from broker.protocol import codec, header, limits
 from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError, RequestError
 from broker.protocol.header import Flag, Header, MessageType
 from broker.protocol.messages import (
-    Accepted,
     Cancel,
     Credit,
     Drain,
-    EndEvent,
     FailEvent,
     Finished,
-    FinishReason,
     Goodbye,
     Heartbeat,
-    Interrupted,
     Refuse,
     Reject,
-    Request,
-    Timings,
-    Usage,
     Window,
     WorkerState,
 )
 
-Frames = tuple[bytes, ...]
 T = TypeVar("T")
 
 
@@ -96,12 +92,13 @@ class BrokerCore(BusState):
             case PeerUnreachable(side, routing_id):
                 if session := self.session(side, routing_id):
                     self.counters["peers_unreachable"] += 1
-                    self.end_session(session, "connection lost", told=None, died=True)
+                    endings.end_session(self, session, "connection lost", told=None, died=True)
                 self.out.append(ForgetPeer(side, routing_id))
             case PeerOverflowed(side, routing_id):
                 if session := self.session(side, routing_id):
                     self.counters["peers_overflowed"] += 1
-                    self.end_session(
+                    endings.end_session(
+                        self,
                         session,
                         "did not read its messages",
                         told=Goodbye(
@@ -121,7 +118,7 @@ class BrokerCore(BusState):
             case ShutdownForced():
                 shutdown.finish(self)
         if self.dirty:
-            self._dispatch()
+            dispatch.run(self)
         if self.shutdown_until_s is not None:
             shutdown.finish_if_idle(self)
         out, self.out = self.out, []
@@ -192,110 +189,7 @@ class BrokerCore(BusState):
             if session is None:
                 membership.refuse(self, event.side, event.routing_id, info)
             else:
-                self.end_session(session, str(error), told=Refuse(error=info))
-
-    # --- the end of a session ---------------------------------------------------------------------
-
-    def end_session(
-        self, session: Session, why: str, *, told: Goodbye | Refuse | None, died: bool = False
-    ) -> None:
-        """End a session that failed. `told`: last words; None: the peer cannot be reached.
-        `died`: what ran there may have killed it. Silence alone is no such sign: where the network
-        to the workers breaks, all fall silent, one after the other, and no request is to blame."""
-        if isinstance(told, Goodbye):
-            self.send(session, MessageType.GOODBYE, session.id, codec.encode(told), last=True)
-        elif told is not None:
-            self.send(session, MessageType.REFUSE, session.id, codec.encode(told), last=True)
-        if isinstance(session, ClientSession):
-            self.drop_client(session, why, cancel=False)
-        elif isinstance(session, WorkerSession):
-            self.drop_worker(session, why, lost=died)
-
-    def drop_client(self, client: ClientSession, why: str, *, cancel: bool) -> None:
-        """Forget a client. `cancel`: it said GOODBYE; else its requests wait for a RESUME."""
-        del self.clients[client.routing_id]
-        for route in list(client.routes.values()):
-            self.remove_route(route)
-        for request in list(client.requests.values()):
-            request.client = None
-            if cancel:
-                self.cancel(request, "the client said goodbye")
-            else:
-                recovery.orphan(self, request)
-        client.requests.clear()
-        self.log("info", "client left", client, why=why)
-
-    def drop_worker(
-        self,
-        worker: WorkerSession,
-        why: str,
-        *,
-        lost: bool,
-        told: bool = False,
-        code: ErrorCode = ErrorCode.WORKER_LOST,
-    ) -> None:
-        """Forget a worker and interrupt what it ran. `lost`: it died, which counts against the
-        requests. `told`: it said so itself."""
-        del self.workers[worker.routing_id]
-        self.shared.pop(worker.routing_id, None)
-        self.registry.remove(worker, self.now_s)
-        for route in list(worker.routes.values()):
-            self.remove_route(route)
-        error = ErrorInfo(
-            code=code,
-            message=f"worker {worker.name} left while it ran the request ({why}); resume it",
-            retryable=True,
-        )
-        if worker.alone is not None:
-            self.free_cell(worker.alone)
-        running = list(worker.running.values())
-        evidence = [lost and suspicion.is_evidence(self, worker, request) for request in running]
-        for request, alone in zip(running, evidence, strict=True):
-            request.deaths += told and lost
-            self.interrupt(request, error, lost=lost, alone=alone)
-        for request in list(worker.ended.values()):
-            client = request.client
-            here = client is not None and self.clients.get(client.routing_id) is client
-            if request.end_held and here:
-                self.interrupt(request, error, lost=False)  # it had left its slot
-            else:
-                self.release(request)
-                self.forget(request)
-        for model in worker.models:
-            if not self.registry.serving(model):
-                self.at(self.now_s + self.settings.model_grace_s, admission.on_model_grace, model)
-        self.dirty.update(worker.models)
-        self.log("info", "worker left", worker, why=why, lost=lost)
-
-    def interrupt(
-        self, request: RequestState, error: ErrorInfo, *, lost: bool, alone: bool = False
-    ) -> None:
-        """The worker of a running request is gone or gave it up: tell the client, keep its age.
-        `alone`: it died, and ran nothing else."""
-        client, worker = request.client, request.worker
-        self.release(request)
-        self.counters["interrupted"] += 1
-        if client is not None:
-            body = Interrupted(
-                epoch=request.epoch,
-                worker=request.worker_name,
-                lost=lost,
-                alone=alone,
-                error=error,
-            )
-            self.send(client, MessageType.INTERRUPTED, request.id, codec.encode(body))
-            request.client = None
-            request.phase = Phase.INTERRUPTED
-            request.outcome = "interrupted"
-            if lost:
-                request.lost_workers += (request.worker_name,)
-            if alone:
-                request.lost_alone += (request.worker_name,)
-            self.keep(request)
-        else:
-            request.outcome = "orphaned"
-            self.forget(request)
-        self.log_request("info", "interrupted", request, worker=worker, why=error.code, lost=lost)
+                endings.end_session(self, session, str(error), told=Refuse(error=info))
 
     # --- from clients -----------------------------------------------------------------------------
 
@@ -315,88 +209,20 @@ class BrokerCore(BusState):
             body = admission.read_body(self, client, head, frames, resumed=False)
             request = RequestState(head.id, body.model, Phase.QUEUED, self.now_s)
             request.order = next(self.numbers)
-            self.enqueue(client, request, body, frames[1:])
+            admission.enqueue(self, client, request, body, frames[1:])
         except RequestError as error:
             admission.fail_unqueued(self, client, head, frames, error)
-
-    def enqueue(
-        self, client: ClientSession, request: RequestState, body: Request, frames: Frames
-    ) -> None:
-        """Put a request into its model's queue, from where `_dispatch` takes it. Raises
-        RequestError when it cannot be queued. `frames`: body and attachments."""
-        request.client = client
-        request.kind = body.kind.value
-        request.priority = body.priority
-        request.user_key = f"user {body.user}" if body.user else f"session {client.id.hex()}"
-        request.window = request.window_told = body.window
-        request.frames = frames
-        request.size_bytes = sum(map(len, frames))
-        if body.resume is not None:
-            request.epoch = body.resume.epoch
-            request.offset = len(body.resume.token_ids)
-            request.holder = body.resume.holder
-        if self.settings.placement == "affinity":
-            request.prefix_key = placement.prefix_key(body)
-        queue_s = self.settings.queue_s if body.queue_ms is None else body.queue_ms / 1000
-        ttl_s = self.settings.ttl_s if body.ttl_ms is None else body.ttl_ms / 1000
-        request.queue_until_s = self.now_s + queue_s
-        request.ttl_until_s = self.now_s + ttl_s
-        admission.admit(self, client, request)
-        self.requests[request.id] = request
-        client.requests[request.id] = request
-        queue = self.queues.setdefault(request.model, ModelQueue())
-        queue.add(request)
-        self.queued_bytes += request.size_bytes
-        self.counters["requests"] += 1
-        self.counters["request_bytes"] += request.size_bytes
-        self.dirty.add(request.model)
-        self._dispatch()
-        if request.phase is Phase.QUEUED and self.requests.get(request.id) is request:
-            self.at(
-                min(request.queue_until_s, request.ttl_until_s), admission.on_queue_timer, request
-            )
-            if not self.registry.serving(request.model):
-                self.at(
-                    self.now_s + self.settings.model_grace_s,
-                    admission.on_model_grace,
-                    request.model,
-                )
-            if dispatch.awaits_worker(self, request):
-                settled_s = self.started_s + self.settings.settle_s
-                self.at(settled_s, dispatch.on_settled, request.model)
-            accepted = Accepted(position=queue.position(request))
-            self.send(client, MessageType.ACCEPTED, request.id, codec.encode(accepted))
-            self.log_request("debug", "queued", request, position=accepted.position)
-
-    def _on_resume(self, client: ClientSession, head: Header, frames: Frames) -> None:
-        recovery.resume(self, client, head, frames)
 
     def _on_cancel(self, client: ClientSession, head: Header, frames: Frames) -> None:
         reason = self._control(Cancel, frames).reason
         request = self.requests.get(head.id)
         if request is None or request.phase is Phase.INTERRUPTED:
-            self.send_events(client, _cancelled(head.id, request.epoch if request else 0, 0))
+            self.send_events(client, endings.cancelled(head.id, request.epoch if request else 0, 0))
             return
         if request.client is not client:
             # Knowing the id is the right to cancel; but the answer of the worker goes elsewhere.
-            self.send_events(client, _cancelled(head.id, request.epoch, 0))
-        self.cancel(request, reason)
-
-    def cancel(self, request: RequestState, reason: str) -> None:
-        """Cancel a request wherever it is. What is answered depends on where it was."""
-        if request.worker is None:
-            if request.client is not None:
-                self.send_events(
-                    request.client, _cancelled(request.id, request.epoch, request.offset)
-                )
-            self._close(request, "cancelled")
-            return
-        if request.phase is Phase.ENDED and not request.end_held:
-            return  # its END crossed the CANCEL
-        request.cancelled = True
-        body = codec.encode(Cancel(reason=reason[:200]))
-        self.send(request.worker, MessageType.CANCEL, request.id, body)
-        self.log_request("debug", "cancelling", request)
+            self.send_events(client, endings.cancelled(head.id, request.epoch, 0))
+        endings.cancel(self, request, reason)
 
     def _on_window(self, client: ClientSession, head: Header, frames: Frames) -> None:
         limit = self._control(Window, frames).limit
@@ -409,23 +235,14 @@ class BrokerCore(BusState):
         if request.worker is not None:
             self.send(request.worker, MessageType.WINDOW, head.id, frames[1])
 
-    def _on_query(self, client: ClientSession, head: Header, frames: Frames) -> None:
-        queries.answer(self, client, head, frames)
-
     def _on_client_goodbye(self, client: ClientSession, head: Header, frames: Frames) -> None:
         goodbye = self._control(Goodbye, frames)
         # Who leaves because of a broken session comes back for its streams.
-        cancel = goodbye.reason != ErrorCode.PROTOCOL_ERROR
-        self.drop_client(client, f"goodbye: {goodbye.reason}", cancel=cancel)
+        comes_back = goodbye.reason == ErrorCode.PROTOCOL_ERROR
+        endings.drop_client(self, client, f"goodbye: {goodbye.reason}", goodbye=not comes_back)
 
     def _on_client_heartbeat(self, client: ClientSession, head: Header, frames: Frames) -> None:
         self._control(Heartbeat, frames)
-
-    def _dispatch(self) -> None:
-        """Give what waits to who is free, and tell workers that other brokers use too."""
-        dispatch.run(self)
-        if self.shared:
-            membership.tell_demand(self)
 
     # --- from workers -----------------------------------------------------------------------------
 
@@ -516,8 +333,8 @@ class BrokerCore(BusState):
     def _on_credit(self, worker: WorkerSession, head: Header, frames: Frames) -> None:
         credit = self._control(Credit, frames)
         self._grant(worker, credit.granted)
-        self._dispatch()  # what waits here goes first
-        membership.give_back(self, worker, credit.recalled)
+        dispatch.run(self)  # what waits here goes first
+        sharing.give_back(self, worker, credit.recalled)
 
     def _on_worker_heartbeat(self, worker: WorkerSession, head: Header, frames: Frames) -> None:
         beat = self._control(Heartbeat, frames)
@@ -526,7 +343,7 @@ class BrokerCore(BusState):
             gone = set(worker.models).difference(model.name for model in beat.models)
             self.registry.change_models(worker, beat.models, self.now_s)
             for model in gone:
-                self.at(self.now_s + self.settings.model_grace_s, admission.on_model_grace, model)
+                self.at(self.now_s + self.settings.model_grace_s, endings.on_model_grace, model)
         if beat.capacity is not None:
             worker.capacity = beat.capacity
         worker.engine = beat.engine or worker.engine
@@ -547,9 +364,9 @@ class BrokerCore(BusState):
         if request is not None:
             self.counters["rejected"] += 1
             if reject.error.retryable:
-                self.interrupt(request, reject.error, lost=False)
+                endings.interrupt(self, request, reject.error, lost=False)
             else:
-                self._fail_with(request, reject.error)
+                endings.fail(self, request, reject.error)
         self._grant(worker, reject.granted)
 
     def _on_worker_drain(self, worker: WorkerSession, head: Header, frames: Frames) -> None:
@@ -562,39 +379,12 @@ class BrokerCore(BusState):
         lost = goodbye.reason in ("engine_dead", "stalled")
         why = f"{goodbye.reason}: {goodbye.message}" if goodbye.message else goodbye.reason
         code = ErrorCode.WORKER_LOST if lost else ErrorCode.DRAINING
-        self.drop_worker(worker, why[:200], lost=lost, told=True, code=code)
-
-    # --- the end of a request ---------------------------------------------------------------------
-
-    def fail(self, request: RequestState, error: RequestError) -> None:
-        """End a request that the broker holds with a FAIL."""
-        self._fail_with(request, error.info)
-
-    def _fail_with(self, request: RequestState, info: ErrorInfo) -> None:
-        self.count_failure(info)
-        request.cause = causes.in_words(info)
-        if request.client is not None:
-            event = FailEvent(request.id, request.epoch, request.offset, info)
-            self.send_events(request.client, event)
-        self._close(request, info.code[:64])
-
-    def _close(self, request: RequestState, outcome: str) -> None:
-        self.release(request)
-        request.outcome = outcome
-        if request.ended_s is None:
-            served = bool(self.registry.serving(request.model))
-            self.figures.ended(request, outcome, self.now_s, served=served)
-        self.forget(request)
-        self.log_request("info", "ended", request, outcome=outcome)
+        endings.drop_worker(self, worker, why[:200], lost=lost, told=True, code=code)
 
     def _control(self, type_: type[T], frames: Frames) -> T:
         if len(frames) != 2:
             raise ProtocolError(f"{len(frames)} frames; this message has 2")
         return codec.decode(type_, frames[1], limits.MAX_CONTROL_OCTETS)
-
-
-def _cancelled(request_id: bytes, epoch: int, offset: int) -> EndEvent:
-    return EndEvent(request_id, epoch, offset, FinishReason.CANCELLED, "", Usage(), Timings())
 
 
 _ClientHandlers = dict[MessageType, Callable[[BrokerCore, ClientSession, Header, Frames], None]]
@@ -604,10 +394,10 @@ _FROM_CLIENT: Final[_ClientHandlers] = {
     MessageType.HEARTBEAT: BrokerCore._on_client_heartbeat,
     MessageType.GOODBYE: BrokerCore._on_client_goodbye,
     MessageType.REQUEST: BrokerCore._on_request,
-    MessageType.RESUME: BrokerCore._on_resume,
+    MessageType.RESUME: recovery.resume,
     MessageType.CANCEL: BrokerCore._on_cancel,
     MessageType.WINDOW: BrokerCore._on_window,
-    MessageType.QUERY: BrokerCore._on_query,
+    MessageType.QUERY: queries.answer,
 }
 _FROM_WORKER: Final[_WorkerHandlers] = {
     MessageType.HEARTBEAT: BrokerCore._on_worker_heartbeat,

@@ -9,6 +9,9 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
+Frames = tuple[bytes, ...]
+"""The frames of a message without its routing id."""
+
 
 class Side(Enum):
     """Which of the two sockets: clients come in at the front, workers at the back."""

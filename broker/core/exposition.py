@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from broker.core.figures import Histogram, ModelFigures
-
-if TYPE_CHECKING:
-    from broker.core.controller import BrokerCore
-    from broker.core.records import WorkerSession
+from broker.core.records import WorkerSession
+from broker.core.state import BusState
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -76,13 +74,13 @@ _HISTOGRAMS: Final[tuple[tuple[str, str, Callable[[ModelFigures], Histogram]], .
 )
 
 
-def text(core: BrokerCore) -> str:
+def text(bus: BusState) -> str:
     """Everything, for a scrape. Takes some 10 µs for each worker and model."""
     page = _Page()
-    _broker(core, page)
-    _queues(core, page)
-    _requests(core, page)
-    _workers(core, page)
+    _broker(bus, page)
+    _queues(bus, page)
+    _requests(bus, page)
+    _workers(bus, page)
     return page.text()
 
 
@@ -126,26 +124,26 @@ def _labels(labels: dict[str, str]) -> str:
     return f"{{{','.join(pairs)}}}"
 
 
-def _broker(core: BrokerCore, page: _Page) -> None:
-    loop = core.loop_figures
-    page.one("uptime_seconds", "gauge", "Since the broker started.", core.now_s - core.started_s)
-    page.one("clients", "gauge", "Client sessions.", len(core.clients))
-    states = Counter(worker.state_name for worker in core.workers.values())
+def _broker(bus: BusState, page: _Page) -> None:
+    loop = bus.loop_figures
+    page.one("uptime_seconds", "gauge", "Since the broker started.", bus.now_s - bus.started_s)
+    page.one("clients", "gauge", "Client sessions.", len(bus.clients))
+    states = Counter(worker.state_name for worker in bus.workers.values())
     by_state: list[_Sample] = [({"state": state}, n) for state, n in sorted(states.items())]
     page.family("workers", "gauge", "Worker sessions by state.", by_state)
     for name, (about, counter) in _COUNTERS.items():
-        page.one(f"{name}_total", "counter", about, core.counters[counter])
+        page.one(f"{name}_total", "counter", about, bus.counters[counter])
     page.one(
         "forwarded_messages_total",
         "counter",
         "OUTPUT messages passed on to clients.",
-        int(loop.get("forwarded_total", 0)) + core.counters["output_forwarded"],
+        int(loop.get("forwarded_total", 0)) + bus.counters["output_forwarded"],
     )
     page.one(
         "forwarded_bytes_total",
         "counter",
         "Octets of their bodies.",
-        int(loop.get("forwarded_bytes_total", 0)) + core.counters["output_bytes"],
+        int(loop.get("forwarded_bytes_total", 0)) + bus.counters["output_bytes"],
     )
     page.one(
         "stray_frames_total",
@@ -156,10 +154,10 @@ def _broker(core: BrokerCore, page: _Page) -> None:
     page.one("loop_late_total", "counter", "Wakes that came late.", int(loop.get("late_total", 0)))
 
 
-def _queues(core: BrokerCore, page: _Page) -> None:
-    models = sorted({*core.registry.models(), *core.queues})
+def _queues(bus: BusState, page: _Page) -> None:
+    models = sorted({*bus.registry.models(), *bus.queues})
     # A queue may be of a model that was never served: those are one.
-    names = [model if core.registry.serving(model) else "other" for model in models]
+    names = [model if bus.registry.serving(model) else "other" for model in models]
 
     def family(name: str, about: str, read: Callable[[str], float], merge: str = "sum") -> None:
         found: dict[str, float] = {}
@@ -170,25 +168,25 @@ def _queues(core: BrokerCore, page: _Page) -> None:
         page.family(name, "gauge", about, samples)
 
     def waiting(model: str) -> int:
-        queue = core.queues.get(model)
+        queue = bus.queues.get(model)
         return queue.requests if queue else 0
 
     def size_bytes(model: str) -> int:
-        queue = core.queues.get(model)
+        queue = bus.queues.get(model)
         return queue.bytes if queue else 0
 
     def oldest_s(model: str) -> float:
-        queue = core.queues.get(model)
+        queue = bus.queues.get(model)
         since_s = (request.queued_s for request in queue.all()) if queue else ()
-        return core.now_s - min(since_s, default=core.now_s)
+        return bus.now_s - min(since_s, default=bus.now_s)
 
     family("queue_requests", "Requests that wait for a worker.", waiting)
     family("queue_bytes", "Octets of the requests that wait.", size_bytes)
     family("queue_oldest_seconds", "How long the oldest of them has waited.", oldest_s, "max")
 
 
-def _requests(core: BrokerCore, page: _Page) -> None:
-    found = sorted(core.figures)
+def _requests(bus: BusState, page: _Page) -> None:
+    found = sorted(bus.figures)
     ends: list[_Sample] = [
         ({"model": model, "outcome": outcome}, count)
         for model, figures in found
@@ -204,9 +202,9 @@ def _requests(core: BrokerCore, page: _Page) -> None:
         page.histograms(name, about, [({"model": model}, read(f)) for model, f in found])
 
 
-def _workers(core: BrokerCore, page: _Page) -> None:
+def _workers(bus: BusState, page: _Page) -> None:
     # Two sessions of one name, a zombie and its successor, must not be two samples.
-    workers = {worker.name: worker for worker in core.workers.values()}
+    workers = {worker.name: worker for worker in bus.workers.values()}
 
     def family(name: str, about: str, read: Callable[[WorkerSession], float]) -> None:
         samples: list[_Sample] = [({"worker": n}, read(w)) for n, w in workers.items()]
@@ -237,7 +235,7 @@ def _workers(core: BrokerCore, page: _Page) -> None:
     family("credit", "Slots granted and not spent.", lambda w: max(0, w.free))
     family("running_requests", "Requests that it has.", lambda w: len(w.running))
     family("waiting_requests", "Requests that wait at it.", lambda w: w.beat.waiting)
-    family("silent_seconds", "Since it was last heard.", lambda w: w.silent_s(core.now_s))
+    family("silent_seconds", "Since it was last heard.", lambda w: w.silent_s(bus.now_s))
     family(
         "engine_age_seconds",
         "Since its engine last finished a step while it had work.",

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from broker.core.phases import Phase
 from broker.core.records import RequestState
-
-if TYPE_CHECKING:
-    from broker.core.controller import BrokerCore
+from broker.core.state import BusState
 
 
-def check(core: BrokerCore) -> None:
+def check(bus: BusState) -> None:
     """Raises AssertionError that names the table and the entry which contradict each other."""
-    _check_workers(core)
-    _check_requests(core)
-    _check_queues(core)
-    _check_clients(core)
-    _check_routes(core)
+    _check_workers(bus)
+    _check_requests(bus)
+    _check_queues(bus)
+    _check_clients(bus)
+    _check_routes(bus)
 
 
-def _check_workers(core: BrokerCore) -> None:
-    for routing_id, worker in core.workers.items():
+def _check_workers(bus: BusState) -> None:
+    for routing_id, worker in bus.workers.items():
         who = f"worker {worker.name}"
         assert worker.routing_id == routing_id, f"{who} stands under another routing id"
         assert worker.assigned >= 0 and worker.returned >= 0 and worker.unspent >= 0, (
@@ -29,13 +25,13 @@ def _check_workers(core: BrokerCore) -> None:
             f"{worker.granted} granted"
         )
         for request_id, request in worker.running.items():
-            assert core.requests.get(request_id) is request, (
+            assert bus.requests.get(request_id) is request, (
                 f"{who} runs a forgotten {_story(request)}"
             )
             assert request.phase is Phase.RUNNING, f"{who} runs {_story(request)}"
             assert request.worker is worker, f"{who} runs {_story(request)} of another worker"
         for request_id, request in worker.ended.items():
-            assert core.requests.get(request_id) is request, (
+            assert bus.requests.get(request_id) is request, (
                 f"{who} keeps a forgotten {_story(request)}"
             )
             assert request.phase is Phase.ENDED, f"{who} keeps {_story(request)}"
@@ -43,14 +39,14 @@ def _check_workers(core: BrokerCore) -> None:
         alone = worker.alone
         assert alone is None or alone.cell is worker, f"{who} is kept for nobody"
         for model in worker.models:
-            assert worker.id in core.registry.serving(model), f"{who} is not indexed under {model}"
-    for model in core.registry.models():
-        for worker in core.registry.serving(model).values():
-            assert core.workers.get(worker.routing_id) is worker, f"{model} names a lost worker"
+            assert worker.id in bus.registry.serving(model), f"{who} is not indexed under {model}"
+    for model in bus.registry.models():
+        for worker in bus.registry.serving(model).values():
+            assert bus.workers.get(worker.routing_id) is worker, f"{model} names a lost worker"
 
 
-def _check_requests(core: BrokerCore) -> None:
-    for request_id, request in core.requests.items():
+def _check_requests(bus: BusState) -> None:
+    for request_id, request in bus.requests.items():
         assert request.id == request_id, f"{_story(request)} stands under another id"
         match request.phase:
             case Phase.QUEUED:
@@ -71,19 +67,19 @@ def _check_requests(core: BrokerCore) -> None:
             case Phase.INTERRUPTED:
                 assert request.client is None, f"{_story(request)} has a client"
                 assert request.worker is None, f"{_story(request)} has a worker"
-        suspects = core.suspects.get(request.model, {})
+        suspects = bus.suspects.get(request.model, {})
         queued_alone = request.alone and request.phase is Phase.QUEUED
         assert (suspects.get(request_id) is request) == queued_alone, f"{_story(request)} is alone"
         if request.cell is not None:
             assert request.cell.alone is request, f"{_story(request)} lost its worker"
         if request.worker is not None:
-            here = core.workers.get(request.worker.routing_id)
+            here = bus.workers.get(request.worker.routing_id)
             assert here is request.worker, f"{_story(request)} is at a worker that left"
         if request.phase is not Phase.QUEUED:
             assert not request.frames, f"{_story(request)} still holds its body"
         live = request.client is not None and request.phase in (Phase.QUEUED, Phase.RUNNING)
         if live and request.client is not None:
-            assert core.clients.get(request.client.routing_id) is request.client, (
+            assert bus.clients.get(request.client.routing_id) is request.client, (
                 f"{_story(request)} belongs to a client that left"
             )
             assert request.client.requests.get(request_id) is request, (
@@ -91,47 +87,47 @@ def _check_requests(core: BrokerCore) -> None:
             )
 
 
-def _check_queues(core: BrokerCore) -> None:
-    queued = [request for request in core.requests.values() if request.phase is Phase.QUEUED]
-    waiting = [request for queue in core.queues.values() for request in queue.all()]
+def _check_queues(bus: BusState) -> None:
+    queued = [request for request in bus.requests.values() if request.phase is Phase.QUEUED]
+    waiting = [request for queue in bus.queues.values() for request in queue.all()]
     assert {id(request) for request in queued} == {id(request) for request in waiting}, (
         f"{len(queued)} requests are queued, the queues hold {len(waiting)}"
     )
-    for model, queue in core.queues.items():
+    for model, queue in bus.queues.items():
         entries = queue.all()
         assert entries, f"the queue of {model} is empty and was kept"
         assert queue.requests == len(entries), f"the queue of {model} miscounts its requests"
         new = sum(not entry.admitted for entry in entries)
-        assert new <= core.settings.queue_requests, f"{new} requests wait for {model}"
+        assert new <= bus.settings.queue_requests, f"{new} requests wait for {model}"
         assert queue.bytes == sum(entry.size_bytes for entry in entries), f"{model} miscounts bytes"
-        assert not core.registry.available(model) or all(
+        assert not bus.registry.available(model) or all(
             entry.lost_workers or entry.holder for entry in entries
         ), f"requests wait for {model} while a worker has a free slot"
-    total = sum(queue.bytes for queue in core.queues.values())
-    assert core.queued_bytes == total, f"{core.queued_bytes} octets counted, {total} queued"
+    total = sum(queue.bytes for queue in bus.queues.values())
+    assert bus.queued_bytes == total, f"{bus.queued_bytes} octets counted, {total} queued"
 
 
-def _check_clients(core: BrokerCore) -> None:
-    for client in core.clients.values():
-        assert len(client.requests) <= core.settings.inflight + sum(
+def _check_clients(bus: BusState) -> None:
+    for client in bus.clients.values():
+        assert len(client.requests) <= bus.settings.inflight + sum(
             request.phase is Phase.RUNNING for request in client.requests.values()
         ), f"client {client.name} has {len(client.requests)} requests in flight"
         for request_id, request in client.requests.items():
-            assert core.requests.get(request_id) is request, f"{_story(request)} is forgotten"
+            assert bus.requests.get(request_id) is request, f"{_story(request)} is forgotten"
             assert request.client is client, f"{_story(request)} belongs to another client"
             open_ = request.phase in (Phase.QUEUED, Phase.RUNNING)
             assert open_, f"{_story(request)} still counts for its client"
 
 
-def _check_routes(core: BrokerCore) -> None:
-    for route in core.routes.values():
-        assert core.workers.get(route.worker.routing_id) is route.worker, "a route from nowhere"
-        assert core.clients.get(route.client.routing_id) is route.client, "a route to nowhere"
+def _check_routes(bus: BusState) -> None:
+    for route in bus.routes.values():
+        assert bus.workers.get(route.worker.routing_id) is route.worker, "a route from nowhere"
+        assert bus.clients.get(route.client.routing_id) is route.client, "a route to nowhere"
         assert route.worker.routes.get(route.client.id) is route, "a route its worker forgot"
         assert route.client.routes.get(route.worker.id) is route, "a route its client forgot"
-        fast = core.fast_routes.get(route.key) is route
+        fast = bus.fast_routes.get(route.key) is route
         assert fast == (not route.moved), f"a route with {len(route.moved)} moved requests"
-    assert len(core.fast_routes) <= len(core.routes), "a fast route outlived its route"
+    assert len(bus.fast_routes) <= len(bus.routes), "a fast route outlived its route"
 
 
 def _story(request: RequestState) -> str:

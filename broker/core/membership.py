@@ -1,26 +1,22 @@
 """Who is on the bus: HELLO and WELCOME, signs of life, keys (SPEC.md sections 5 and 11).
 
-Functions on the core's state, called by the controller alone. What ends with a session is the
-controller's `drop_client` and `drop_worker`.
+Functions on the core's state, called by the controller alone. What ends with a session: `endings`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from broker.core import recovery, shutdown
+from broker.core import endings, recovery, sharing, shutdown
 from broker.core.events import AccessChanged, MessageReceived, Side
 from broker.core.instructions import Log, Send
 from broker.core.records import ClientSession, Session, WorkerSession
-from broker.core.state import EMPTY_MAP, SOFTWARE
+from broker.core.state import SOFTWARE, BusState
 from broker.protocol import codec, header, limits
 from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError, RequestError
 from broker.protocol.header import Header, MessageType
-from broker.protocol.messages import BusLimits, Goodbye, Heartbeat, Hello, Refuse, Welcome
-
-if TYPE_CHECKING:
-    from broker.core.controller import BrokerCore
+from broker.protocol.messages import BusLimits, Goodbye, Hello, Refuse, Welcome
 
 _NOT_ALLOWED: Final = ErrorInfo(
     code=ErrorCode.UNAUTHENTICATED, message="the key is not on the broker's allow-list any more"
@@ -33,11 +29,11 @@ PROBE_SPACING_S: Final = 0.05
 """At most one round of probes in this time, however many connections drop at once."""
 
 
-def on_first_message(core: BrokerCore, event: MessageReceived, head: Header) -> None:
+def on_first_message(bus: BusState, event: MessageReceived, head: Header) -> None:
     if head.type is not MessageType.HELLO:
-        core.counters["unknown_sessions"] += 1
+        bus.counters["unknown_sessions"] += 1
         refuse(
-            core,
+            bus,
             event.side,
             event.routing_id,
             ErrorInfo(
@@ -48,38 +44,38 @@ def on_first_message(core: BrokerCore, event: MessageReceived, head: Header) -> 
             ),
         )
         return
-    access = core.access
+    access = bus.access
     if access is not None:
         allowed = access.clients if event.side is Side.FRONT else access.workers
         if event.key not in allowed:
             # The gate let the connection in before the list changed.
-            refuse(core, event.side, event.routing_id, _NOT_ALLOWED, fatal=True)
+            refuse(bus, event.side, event.routing_id, _NOT_ALLOWED, fatal=True)
             return
     if len(event.routing_id) != limits.ID_OCTETS or event.routing_id[0] == 0:
         error = ErrorInfo(
             code=ErrorCode.PROTOCOL_ERROR,
             message="HELLO: the routing id must be 16 random octets, the first not zero",
         )
-        refuse(core, event.side, event.routing_id, error, fatal=True)
+        refuse(bus, event.side, event.routing_id, error, fatal=True)
         return
     try:
         hello = codec.decode(Hello, event.frames[1], limits.MAX_HELLO_OCTETS)
-        check_hello(core, event.side, head, hello)
+        check_hello(bus, event.side, head, hello)
     except ProtocolError as error:
         # It would say the same again.
         info = ErrorInfo(code=ErrorCode.PROTOCOL_ERROR, message=f"HELLO: {error}")
-        refuse(core, event.side, event.routing_id, info, fatal=True)
+        refuse(bus, event.side, event.routing_id, info, fatal=True)
         return
     except RequestError as error:
-        refuse(core, event.side, event.routing_id, error.info)
+        refuse(bus, event.side, event.routing_id, error.info)
         return
     if event.side is Side.FRONT:
-        welcome_client(core, event, hello)
+        welcome_client(bus, event, hello)
     else:
-        welcome_worker(core, event, hello)
+        welcome_worker(bus, event, hello)
 
 
-def check_hello(core: BrokerCore, side: Side, head: Header, hello: Hello) -> None:
+def check_hello(bus: BusState, side: Side, head: Header, hello: Hello) -> None:
     """Raises ProtocolError for what can never be right, RequestError for what may be later."""
     role = "client" if side is Side.FRONT else "worker"
     if hello.role != role:
@@ -94,12 +90,12 @@ def check_hello(core: BrokerCore, side: Side, head: Header, hello: Hello) -> Non
             f"the peer speaks versions {hello.min_version} to {hello.max_version}, "
             f"the broker {limits.PROTOCOL_VERSION}"
         )
-    if core.shutdown_until_s is not None:
+    if bus.shutdown_until_s is not None:
         raise shutdown.draining_error()
     full = (
-        len(core.clients) >= core.settings.max_clients
+        len(bus.clients) >= bus.settings.max_clients
         if side is Side.FRONT
-        else len(core.workers) >= core.settings.max_workers
+        else len(bus.workers) >= bus.settings.max_workers
     )
     if full:
         raise RequestError(
@@ -109,21 +105,21 @@ def check_hello(core: BrokerCore, side: Side, head: Header, hello: Hello) -> Non
             retry_after_ms=5000,
         )
     if side is Side.BACK:
-        check_name(core, hello)
+        check_name(bus, hello)
 
 
-def check_name(core: BrokerCore, hello: Hello) -> None:
+def check_name(bus: BusState, hello: Hello) -> None:
     """Raises RequestError where another process has the worker's name: by it requests are held,
     drains ordered and deaths counted."""
-    for other in core.workers.values():
+    for other in bus.workers.values():
         if other.name != hello.name or other.instance == hello.instance is not None:
             continue
         if None in (other.instance, hello.instance):
             # It may be the same that came back. As no other can be told, it is taken.
-            core.log("warning", "two workers of one name", other)
+            bus.log("warning", "two workers of one name", other)
             continue
         # If it is dead and nobody noticed, this shows it, and the next HELLO finds the name free.
-        beat(core, other)
+        sharing.beat(bus, other)
         raise RequestError(
             ErrorCode.FORBIDDEN,
             f"another worker is here by the name {hello.name[:100]!r}; give each worker a "
@@ -133,48 +129,48 @@ def check_name(core: BrokerCore, hello: Hello) -> None:
         )
 
 
-def welcome_client(core: BrokerCore, event: MessageReceived, hello: Hello) -> None:
+def welcome_client(bus: BusState, event: MessageReceived, hello: Hello) -> None:
     client = ClientSession(
         event.routing_id,
-        core.new_id(),
+        bus.new_id(),
         hello.name,
         hello.software,
         event.key,
-        core.settings.client_heartbeat_s,
-        core.settings.client_liveness,
-        core.now_s,
+        bus.settings.client_heartbeat_s,
+        bus.settings.client_liveness,
+        bus.now_s,
     )
-    client.operator = core.access is None or event.key in core.access.operators
-    core.clients[event.routing_id] = client
-    begin(core, client, operator=client.operator)
+    client.operator = bus.access is None or event.key in bus.access.operators
+    bus.clients[event.routing_id] = client
+    begin(bus, client, operator=client.operator)
 
 
-def welcome_worker(core: BrokerCore, event: MessageReceived, hello: Hello) -> None:
+def welcome_worker(bus: BusState, event: MessageReceived, hello: Hello) -> None:
     worker = WorkerSession(
         event.routing_id,
-        core.new_id(),
+        bus.new_id(),
         hello,
         event.key,
-        core.settings.worker_heartbeat_s,
-        core.settings.worker_liveness,
-        core.now_s,
+        bus.settings.worker_heartbeat_s,
+        bus.settings.worker_liveness,
+        bus.now_s,
     )
-    worker.held = worker.name in core.held
-    core.workers[event.routing_id] = worker
+    worker.held = worker.name in bus.held
+    bus.workers[event.routing_id] = worker
     if worker.shared:
-        core.shared[event.routing_id] = worker
-    begin(core, worker, operator=False)
-    core.registry.add(worker)
-    core.dirty.update(worker.models)
-    recovery.take_in(core, worker, hello.holds)
+        bus.shared[event.routing_id] = worker
+    begin(bus, worker, operator=False)
+    bus.registry.add(worker)
+    bus.dirty.update(worker.models)
+    recovery.take_in(bus, worker, hello.holds)
 
 
-def begin(core: BrokerCore, session: Session, *, operator: bool) -> None:
-    settings = core.settings
+def begin(bus: BusState, session: Session, *, operator: bool) -> None:
+    settings = bus.settings
     worker = session.side is Side.BACK
     heartbeat_s = settings.worker_heartbeat_s if worker else settings.client_heartbeat_s
-    core.counters["sessions"] += 1
-    core.send(
+    bus.counters["sessions"] += 1
+    bus.send(
         session,
         MessageType.WELCOME,
         session.id,
@@ -198,146 +194,114 @@ def begin(core: BrokerCore, session: Session, *, operator: bool) -> None:
         ),
     )
     role = "worker" if worker else "client"
-    core.at(session.beat_due_s, watch, session)
-    core.log("info", f"{role} joined", session, software=session.software)
+    bus.at(session.beat_due_s, watch, session)
+    bus.log("info", f"{role} joined", session, software=session.software)
 
 
 def refuse(
-    core: BrokerCore, side: Side, routing_id: bytes, error: ErrorInfo, *, fatal: bool = False
+    bus: BusState, side: Side, routing_id: bytes, error: ErrorInfo, *, fatal: bool = False
 ) -> None:
     """Answer a connection that has no session."""
-    core.counters["refused"] += 1
+    bus.counters["refused"] += 1
     frames = (
         header.encode(MessageType.REFUSE, header.NO_ID, 0),
         codec.encode(Refuse(error=error, fatal=fatal)),
     )
-    core.instruct(Send(side, routing_id, frames, last=True))
-    core.instruct(
+    bus.instruct(Send(side, routing_id, frames, last=True))
+    bus.instruct(
         Log("info", "refused", {"side": side.value, "code": error.code, "why": error.message})
     )
 
 
-def watch(core: BrokerCore, session: Session) -> None:
+def watch(bus: BusState, session: Session) -> None:
     """Timer of a session: send a sign of life when due, end it when it was silent too long."""
-    if core.session(session.side, session.routing_id) is not session:
+    if bus.session(session.side, session.routing_id) is not session:
         return
-    if min(core.now_s, core.read_until_s[session.side]) >= session.dead_at_s:
-        core.counters["peers_silent"] += 1
-        silent_s = session.silent_s(core.now_s)
-        core.end_session(session, f"silent for {silent_s:.1f} s", told=Goodbye(reason="silent"))
+    if min(bus.now_s, bus.read_until_s[session.side]) >= session.dead_at_s:
+        bus.counters["peers_silent"] += 1
+        silent_s = session.silent_s(bus.now_s)
+        endings.end_session(
+            bus, session, f"silent for {silent_s:.1f} s", told=Goodbye(reason="silent")
+        )
         return
-    late_s = _LATE_BEATS * core.settings.worker_heartbeat_s
-    if session.side is Side.BACK and session.silent_s(core.now_s) > late_s:
-        core.counters["heartbeats_late"] += 1
-    if core.now_s >= session.beat_due_s:
-        beat(core, session)
+    late_s = _LATE_BEATS * bus.settings.worker_heartbeat_s
+    if session.side is Side.BACK and session.silent_s(bus.now_s) > late_s:
+        bus.counters["heartbeats_late"] += 1
+    if bus.now_s >= session.beat_due_s:
+        sharing.beat(bus, session)
     # Where a dead peer may not be judged yet, the next beat is the time to look again.
-    dead_at_s = session.dead_at_s if session.dead_at_s > core.now_s else math.inf
-    core.at(min(session.beat_due_s, dead_at_s), watch, session)
+    dead_at_s = session.dead_at_s if session.dead_at_s > bus.now_s else math.inf
+    bus.at(min(session.beat_due_s, dead_at_s), watch, session)
 
 
-def probe_workers_soon(core: BrokerCore) -> None:
+def probe_workers_soon(bus: BusState) -> None:
     """Some worker's connection is gone: sending to each shows which (EHOSTUNREACH).
 
     The report may come before ZeroMQ takes the connection out of use, and the send still succeed;
     so every report is followed by a second round, and reports until then need none of their own.
     """
-    if core.probe_at_s == math.inf:
+    if bus.probe_at_s == math.inf:
         return
-    if core.probe_at_s <= core.now_s:
-        probe_workers(core)
-        core.probe_at_s = core.now_s
-    core.at(core.probe_at_s + PROBE_SPACING_S, _on_probe_due, None)
-    core.probe_at_s = math.inf
+    if bus.probe_at_s <= bus.now_s:
+        probe_workers(bus)
+        bus.probe_at_s = bus.now_s
+    bus.at(bus.probe_at_s + PROBE_SPACING_S, _on_probe_due, None)
+    bus.probe_at_s = math.inf
 
 
-def _on_probe_due(core: BrokerCore, _: None) -> None:
-    probe_workers(core)
-    core.probe_at_s = core.now_s + PROBE_SPACING_S
+def _on_probe_due(bus: BusState, _: None) -> None:
+    probe_workers(bus)
+    bus.probe_at_s = bus.now_s + PROBE_SPACING_S
 
 
-def probe_workers(core: BrokerCore) -> None:
+def probe_workers(bus: BusState) -> None:
     """Send every worker a sign of life."""
-    for worker in core.workers.values():
-        beat(core, worker)
+    for worker in bus.workers.values():
+        sharing.beat(bus, worker)
 
 
-def beat(core: BrokerCore, session: Session) -> None:
-    """A sign of life. To a worker that other brokers use too, with what it needs to know to share
-    its slots out (SPEC.md section 7)."""
-    body = EMPTY_MAP
-    if isinstance(session, WorkerSession) and session.shared:
-        session.waiting_told = demand(core, session)
-        body = codec.encode(
-            Heartbeat(
-                waiting=session.waiting_told, recalled=session.recalled, returned=session.returned
-            )
-        )
-    core.send(session, MessageType.HEARTBEAT, session.id, body)
-
-
-def demand(core: BrokerCore, worker: WorkerSession) -> int:
-    """Requests that wait here for this worker's models."""
-    queues = (core.queues.get(model) for model in worker.models)
-    return sum(queue.requests for queue in queues if queue is not None)
-
-
-def tell_demand(core: BrokerCore) -> None:
-    """Tell workers that other brokers use too that something waits for them, or no longer."""
-    for worker in core.shared.values():
-        if (demand(core, worker) > 0) != (worker.waiting_told > 0):
-            beat(core, worker)
-
-
-def give_back(core: BrokerCore, worker: WorkerSession, recalled: int) -> None:
-    """The worker wants credit back for another broker: what nobody here needs goes. It is answered
-    even if that is nothing, so that the worker may ask again."""
-    if recalled > worker.recalled:
-        worker.returned += min(recalled - worker.recalled, worker.unspent)
-        worker.recalled = recalled
-        beat(core, worker)
-
-
-def forgive(core: BrokerCore, late_s: float) -> None:
-    if late_s <= min(core.settings.worker_heartbeat_s, core.settings.client_heartbeat_s):
+def forgive(bus: BusState, late_s: float) -> None:
+    if late_s <= min(bus.settings.worker_heartbeat_s, bus.settings.client_heartbeat_s):
         return
-    core.counters["loop_late"] += 1
-    for session in (*core.clients.values(), *core.workers.values()):
+    bus.counters["loop_late"] += 1
+    for session in (*bus.clients.values(), *bus.workers.values()):
         session.shift(late_s)
-    for request in core.requests.values():
+    for request in bus.requests.values():
         request.orphan_until_s += late_s
         if request.suspect_until_s is not None:
             request.suspect_until_s += late_s
-    core.instruct(Log("warning", "the broker was late", {"late_s": round(late_s, 3)}))
+    bus.instruct(Log("warning", "the broker was late", {"late_s": round(late_s, 3)}))
 
 
-def on_access_changed(core: BrokerCore, event: AccessChanged) -> None:
-    core.access = event
-    for client in list(core.clients.values()):
+def on_access_changed(bus: BusState, event: AccessChanged) -> None:
+    bus.access = event
+    for client in list(bus.clients.values()):
         client.operator = client.key in event.operators
         if client.key not in event.clients:
-            expel(core, client)
-    for worker in list(core.workers.values()):
+            expel(bus, client)
+    for worker in list(bus.workers.values()):
         if worker.key not in event.workers:
-            expel(core, worker)
+            expel(bus, worker)
 
 
-def expel(core: BrokerCore, session: Session) -> None:
+def expel(bus: BusState, session: Session) -> None:
     told = Refuse(error=_NOT_ALLOWED, fatal=True)
-    core.end_session(session, _NOT_ALLOWED.message, told=told)
+    endings.end_session(bus, session, _NOT_ALLOWED.message, told=told)
 
 
-def judge_engine(core: BrokerCore, worker: WorkerSession, age_s: float) -> None:
+def judge_engine(bus: BusState, worker: WorkerSession, age_s: float) -> None:
     """Dead, stalled and slow are three things: here the link lives and the engine does not."""
-    if age_s >= core.settings.stall_lost_s:
-        core.counters["workers_stalled"] += 1
+    if age_s >= bus.settings.stall_lost_s:
+        bus.counters["workers_stalled"] += 1
         why = f"its engine made no progress for {age_s:.0f} s"
-        core.end_session(worker, why, told=Goodbye(reason="stalled", message=why), died=True)
+        endings.end_session(
+            bus, worker, why, told=Goodbye(reason="stalled", message=why), died=True
+        )
         return
-    stalled = age_s >= core.settings.stall_no_work_s
+    stalled = age_s >= bus.settings.stall_no_work_s
     if stalled != worker.stalled:
         worker.stalled = stalled
-        core.log(
+        bus.log(
             "warning",
             "worker stalled" if stalled else "worker moves again",
             worker,

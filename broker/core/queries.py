@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 
-from broker.core import exposition, shutdown
+from broker.core import endings, exposition, shutdown
+from broker.core.events import Frames
 from broker.core.instructions import ReloadAccess
 from broker.core.phases import Phase
-from broker.core.records import RequestState
-from broker.core.state import SOFTWARE
+from broker.core.records import ClientSession, RequestState, WorkerSession
+from broker.core.state import SOFTWARE, BusState
 from broker.protocol import codec, limits
 from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError, RequestError
 from broker.protocol.header import Header, MessageType
 from broker.protocol.messages import Answer, ModelInfo, Query, Refuse
-
-if TYPE_CHECKING:
-    from broker.core.controller import BrokerCore, Frames
-    from broker.core.records import ClientSession, WorkerSession
 
 T = TypeVar("T")
 
@@ -60,14 +57,14 @@ class _NoArgs(msgspec.Struct, frozen=True):
     pass
 
 
-def answer(core: BrokerCore, client: ClientSession, head: Header, frames: Frames) -> None:
+def answer(bus: BusState, client: ClientSession, head: Header, frames: Frames) -> None:
     """Answer a QUERY. Raises ProtocolError for a body that is none."""
     if len(frames) != 2:
         raise ProtocolError(f"{len(frames)} frames; QUERY has 2")
     query = codec.decode(Query, frames[1], limits.MAX_CONTROL_OCTETS)
-    core.counters["queries"] += 1
+    bus.counters["queries"] += 1
     try:
-        body = codec.encode(Answer(result=_result(core, client, query)))
+        body = codec.encode(Answer(result=_result(bus, client, query)))
         if len(body) > limits.MAX_ANSWER_OCTETS:
             raise RequestError(
                 ErrorCode.TOO_LARGE,
@@ -75,12 +72,12 @@ def answer(core: BrokerCore, client: ClientSession, head: Header, frames: Frames
             )
     except RequestError as error:
         body = codec.encode(Answer(error=error.info))
-    core.send(client, MessageType.ANSWER, head.id, body)
+    bus.send(client, MessageType.ANSWER, head.id, body)
 
 
-def _result(core: BrokerCore, client: ClientSession, query: Query) -> Any:
+def _result(bus: BusState, client: ClientSession, query: Query) -> Any:
     if query.verb == "bus.report":
-        return _report(core, client, _args(query, _ReportArgs))
+        return _report(bus, client, _args(query, _ReportArgs))
     verb = _VERBS.get(query.verb)
     if verb is None:
         known = ", ".join(_VERBS)
@@ -92,7 +89,7 @@ def _result(core: BrokerCore, client: ClientSession, query: Query) -> Any:
             ErrorCode.FORBIDDEN, f"{query.verb} needs an operator's key; this session has none"
         )
     args_type, act = verb
-    return act(core, _args(query, args_type))
+    return act(bus, _args(query, args_type))
 
 
 def _args(query: Query, args_type: type[T]) -> T:
@@ -102,22 +99,22 @@ def _args(query: Query, args_type: type[T]) -> T:
         raise RequestError(ErrorCode.INVALID_REQUEST, f"args of {query.verb}: {error}") from None
 
 
-def _version(core: BrokerCore, _: _NoArgs) -> dict[str, Any]:
+def _version(bus: BusState, _: _NoArgs) -> dict[str, Any]:
     return {
-        "broker": core.settings.broker_name,
+        "broker": bus.settings.broker_name,
         "software": SOFTWARE,
         "protocol": limits.PROTOCOL_VERSION,
     }
 
 
-def _models(core: BrokerCore, _: _NoArgs) -> list[dict[str, Any]]:
-    return [_model(core, name) for name in sorted(core.registry.models())]
+def _models(bus: BusState, _: _NoArgs) -> list[dict[str, Any]]:
+    return [_model(bus, name) for name in sorted(bus.registry.models())]
 
 
-def _model(core: BrokerCore, name: str) -> dict[str, Any]:
-    workers = list(core.registry.serving(name).values())
+def _model(bus: BusState, name: str) -> dict[str, Any]:
+    workers = list(bus.registry.serving(name).values())
     infos = [worker.models[name] for worker in workers]
-    queue = core.queues.get(name)
+    queue = bus.queues.get(name)
     known = [info.context_tokens for info in infos if info.context_tokens is not None]
     return {
         "name": name,
@@ -140,11 +137,11 @@ def _details(infos: list[ModelInfo]) -> dict[str, Any]:
     return next((info.details for info in infos if info.details), {})
 
 
-def _workers(core: BrokerCore, _: _NoArgs) -> list[dict[str, Any]]:
-    return [_worker(core, worker) for worker in core.workers.values()]
+def _workers(bus: BusState, _: _NoArgs) -> list[dict[str, Any]]:
+    return [_worker(bus, worker) for worker in bus.workers.values()]
 
 
-def _worker(core: BrokerCore, worker: WorkerSession) -> dict[str, Any]:
+def _worker(bus: BusState, worker: WorkerSession) -> dict[str, Any]:
     beat = worker.beat
     return {
         "name": worker.name,
@@ -161,63 +158,63 @@ def _worker(core: BrokerCore, worker: WorkerSession) -> dict[str, Any]:
         "progress": beat.progress,
         "note": beat.note,
         "engine_age_ms": beat.engine_age_ms,
-        "silent_ms": round(worker.silent_s(core.now_s) * 1000),
+        "silent_ms": round(worker.silent_s(bus.now_s) * 1000),
         "metrics": beat.metrics,
         "serial": {info.name: info.serial for info in worker.models.values() if info.serial},
     }
 
 
-def _clients(core: BrokerCore, _: _NoArgs) -> list[dict[str, Any]]:
+def _clients(bus: BusState, _: _NoArgs) -> list[dict[str, Any]]:
     return [
         {
             "name": client.name,
             "inflight": len(client.requests),
             "queued": sum(entry.phase is Phase.QUEUED for entry in client.requests.values()),
-            "silent_ms": round(client.silent_s(core.now_s) * 1000),
+            "silent_ms": round(client.silent_s(bus.now_s) * 1000),
         }
-        for client in core.clients.values()
+        for client in bus.clients.values()
     ]
 
 
-def stats(core: BrokerCore) -> dict[str, float]:
+def stats(bus: BusState) -> dict[str, float]:
     """Counters and gauges by name, from the core's state."""
     gauges: dict[str, float] = {
-        "uptime_s": core.now_s - core.started_s,
-        "clients": len(core.clients),
-        "workers": len(core.workers),
-        "models": sum(1 for _ in core.registry.models()),
-        "queued": sum(queue.requests for queue in core.queues.values()),
-        "queued_bytes": core.queued_bytes,
-        "running": sum(len(worker.running) for worker in core.workers.values()),
-        "granted_free": sum(max(0, worker.free) for worker in core.workers.values()),
-        "capacity": sum(worker.capacity for worker in core.workers.values()),
-        "requests_known": len(core.requests),
-        "routes": len(core.routes),
+        "uptime_s": bus.now_s - bus.started_s,
+        "clients": len(bus.clients),
+        "workers": len(bus.workers),
+        "models": sum(1 for _ in bus.registry.models()),
+        "queued": sum(queue.requests for queue in bus.queues.values()),
+        "queued_bytes": bus.queued_bytes,
+        "running": sum(len(worker.running) for worker in bus.workers.values()),
+        "granted_free": sum(max(0, worker.free) for worker in bus.workers.values()),
+        "capacity": sum(worker.capacity for worker in bus.workers.values()),
+        "requests_known": len(bus.requests),
+        "routes": len(bus.routes),
     }
-    counters = {f"{name}_total": count for name, count in sorted(core.counters.items())}
-    return gauges | counters | {f"loop_{name}": n for name, n in core.loop_figures.items()}
+    counters = {f"{name}_total": count for name, count in sorted(bus.counters.items())}
+    return gauges | counters | {f"loop_{name}": n for name, n in bus.loop_figures.items()}
 
 
-def _stats(core: BrokerCore, _: _NoArgs) -> dict[str, float]:
-    return stats(core)
+def _stats(bus: BusState, _: _NoArgs) -> dict[str, float]:
+    return stats(bus)
 
 
-def _metrics(core: BrokerCore, _: _NoArgs) -> dict[str, str]:
-    return {"content_type": exposition.CONTENT_TYPE, "text": exposition.text(core)}
+def _metrics(bus: BusState, _: _NoArgs) -> dict[str, str]:
+    return {"content_type": exposition.CONTENT_TYPE, "text": exposition.text(bus)}
 
 
-def _requests(core: BrokerCore, args: _RequestsArgs) -> list[dict[str, Any]]:
+def _requests(bus: BusState, args: _RequestsArgs) -> list[dict[str, Any]]:
     live = [
         request
-        for request in core.requests.values()
+        for request in bus.requests.values()
         if request.phase not in (Phase.ENDED, Phase.INTERRUPTED)
     ]
-    latest = sorted([*core.history, *live], key=lambda request: request.queued_s, reverse=True)
-    return [_request(core, request) for request in latest[: max(0, min(args.limit, 1000))]]
+    latest = sorted([*bus.history, *live], key=lambda request: request.queued_s, reverse=True)
+    return [_request(bus, request) for request in latest[: max(0, min(args.limit, 1000))]]
 
 
-def _request(core: BrokerCore, request: RequestState) -> dict[str, Any]:
-    over_s = request.ended_s if request.ended_s is not None else core.now_s
+def _request(bus: BusState, request: RequestState) -> dict[str, Any]:
+    over_s = request.ended_s if request.ended_s is not None else bus.now_s
     left_queue_s = request.assigned_s if request.assigned_s is not None else over_s
     return {
         "id": request.id[:4].hex(),
@@ -229,37 +226,37 @@ def _request(core: BrokerCore, request: RequestState) -> dict[str, Any]:
         "worker": request.worker_name,
         "resumed": request.epoch > 0,
         "priority": request.priority,
-        "age_ms": round((core.now_s - request.queued_s) * 1000),
+        "age_ms": round((bus.now_s - request.queued_s) * 1000),
         "queued_ms": round((left_queue_s - request.queued_s) * 1000),
         "took_ms": round((over_s - request.queued_s) * 1000),
         "cancelled": request.cancelled,
     }
 
 
-def _named(core: BrokerCore, name: str) -> list[WorkerSession]:
+def _named(bus: BusState, name: str) -> list[WorkerSession]:
     """The workers of that name. Raises `RequestError` where there is none."""
-    workers = [worker for worker in core.workers.values() if worker.name == name]
+    workers = [worker for worker in bus.workers.values() if worker.name == name]
     if not workers:
-        names = ", ".join(sorted({worker.name for worker in core.workers.values()})[:10]) or "none"
+        names = ", ".join(sorted({worker.name for worker in bus.workers.values()})[:10]) or "none"
         raise RequestError(
             ErrorCode.INVALID_REQUEST, f"no worker {name[:100]!r} is here; there are: {names}"
         )
     return workers
 
 
-def _hold(core: BrokerCore, args: _WorkerArgs) -> dict[str, Any]:
-    for worker in _named(core, args.worker):
+def _hold(bus: BusState, args: _WorkerArgs) -> dict[str, Any]:
+    for worker in _named(bus, args.worker):
         worker.held = True
     # Bounded: only names of workers that were here are held.
-    core.held.add(args.worker)
+    bus.held.add(args.worker)
     return {"worker": args.worker, "state": "held"}
 
 
-def _release(core: BrokerCore, args: _WorkerArgs) -> dict[str, Any]:
-    if args.worker not in core.held:
-        _named(core, args.worker)  # somebody who was not held is released all the same
-    core.held.discard(args.worker)
-    for worker in core.workers.values():
+def _release(bus: BusState, args: _WorkerArgs) -> dict[str, Any]:
+    if args.worker not in bus.held:
+        _named(bus, args.worker)  # somebody who was not held is released all the same
+    bus.held.discard(args.worker)
+    for worker in bus.workers.values():
         if worker.name != args.worker:
             continue
         if worker.draining:
@@ -269,35 +266,35 @@ def _release(core: BrokerCore, args: _WorkerArgs) -> dict[str, Any]:
                 "(a worker that is held, and not drained, stays)",
             )
         worker.held = False
-        core.dirty.update(worker.models)
+        bus.dirty.update(worker.models)
     return {"worker": args.worker, "state": "released"}
 
 
-def _drain(core: BrokerCore, args: _DrainArgs) -> dict[str, Any]:
-    workers = _named(core, args.worker)
-    deadline_s = core.settings.drain_s if args.deadline_ms is None else args.deadline_ms / 1000
+def _drain(bus: BusState, args: _DrainArgs) -> dict[str, Any]:
+    workers = _named(bus, args.worker)
+    deadline_s = bus.settings.drain_s if args.deadline_ms is None else args.deadline_ms / 1000
     for worker in workers:
-        shutdown.drain_worker(core, worker, min(max(deadline_s, 0.0), 1e6), args.reason[:200])
+        shutdown.drain_worker(bus, worker, min(max(deadline_s, 0.0), 1e6), args.reason[:200])
     return {"worker": args.worker, "state": "draining"}
 
 
-def _shutdown(core: BrokerCore, args: _ShutdownArgs) -> dict[str, Any]:
-    grace_s = core.settings.drain_s if args.deadline_ms is None else args.deadline_ms / 1000
+def _shutdown(bus: BusState, args: _ShutdownArgs) -> dict[str, Any]:
+    grace_s = bus.settings.drain_s if args.deadline_ms is None else args.deadline_ms / 1000
     grace_s = min(max(grace_s, 0.0), 1e6)
-    core.at(
-        core.now_s + _ANSWER_DELAY_S,
-        lambda core, _: shutdown.begin(core, grace_s, "the operator stops this broker"),
+    bus.at(
+        bus.now_s + _ANSWER_DELAY_S,
+        lambda bus, _: shutdown.begin(bus, grace_s, "the operator stops this broker"),
         None,
     )
     return {}
 
 
-def _reload(core: BrokerCore, _: _NoArgs) -> dict[str, Any]:
-    core.instruct(ReloadAccess())
+def _reload(bus: BusState, _: _NoArgs) -> dict[str, Any]:
+    bus.instruct(ReloadAccess())
     return {}
 
 
-def _report(core: BrokerCore, client: ClientSession, args: _ReportArgs) -> dict[str, Any]:
+def _report(bus: BusState, client: ClientSession, args: _ReportArgs) -> dict[str, Any]:
     """A client got an OUTPUT that is not as it must be: its worker is cut off."""
     worker = client.source(args.sequence)
     if worker is None:
@@ -305,28 +302,30 @@ def _report(core: BrokerCore, client: ClientSession, args: _ReportArgs) -> dict[
             ErrorCode.INVALID_REQUEST,
             f"message {args.sequence} of this session came from no worker, or too long ago",
         )
-    if core.now_s >= core.reports_until_s:
-        core.reports.clear()
-        core.reports_until_s = core.now_s + REPORTS_S
+    if bus.now_s >= bus.reports_until_s:
+        bus.reports.clear()
+        bus.reports_until_s = bus.now_s + REPORTS_S
     who = client.key or client.name
-    core.reports[who] += 1
-    if core.reports[who] > REPORTS:
-        core.log("warning", "report ignored", client, worker=worker.name, why="too many of them")
+    bus.reports[who] += 1
+    if bus.reports[who] > REPORTS:
+        bus.log("warning", "report ignored", client, worker=worker.name, why="too many of them")
         raise RequestError(
             ErrorCode.QUOTA, f"more than {REPORTS} reports of this client within {REPORTS_S:g} s"
         )
-    core.counters["workers_cut_off"] += 1
-    if core.workers.get(worker.routing_id) is worker:
+    bus.counters["workers_cut_off"] += 1
+    if bus.workers.get(worker.routing_id) is worker:
         why = args.why[:200]
-        core.log("warning", "worker cut off", worker, reported_by=client.name, why=why)
+        bus.log("warning", "worker cut off", worker, reported_by=client.name, why=why)
         error = ErrorInfo(
             code=ErrorCode.PROTOCOL_ERROR, message=f"client {client.name} reports its output: {why}"
         )
-        core.end_session(worker, "its output was reported by a client", told=Refuse(error=error))
+        endings.end_session(
+            bus, worker, "its output was reported by a client", told=Refuse(error=error)
+        )
     return {"worker": worker.name}
 
 
-_VERBS: Final[dict[str, tuple[type[Any], Callable[[BrokerCore, Any], Any]]]] = {
+_VERBS: Final[dict[str, tuple[type[Any], Callable[[BusState, Any], Any]]]] = {
     "bus.version": (_NoArgs, _version),
     "bus.models": (_NoArgs, _models),
     "bus.workers": (_NoArgs, _workers),

@@ -1,7 +1,7 @@
 """The waiting requests of one model: priority, then round robin between users, then age.
 
-Bounded in requests and octets; the controller asks `is_full_for` before it adds. Holds no clock:
-deadlines are the controller's timers.
+Bounded in requests and bytes: `admission.is_full` is asked before one is added. Holds no clock:
+deadlines are timers (`BusState.at`).
 """
 
 from __future__ import annotations

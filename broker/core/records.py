@@ -1,8 +1,8 @@
 """What the broker knows of one request, session or route. These records refer to each other, so
 they stand in one module.
 
-State only: `phases` says how a request may move, `state` holds the tables of all records. Changed by
-`broker.core` alone.
+State only: `phases` says how a request may move, `state` holds the tables of all records. Changed
+by `broker.core` alone.
 """
 
 from __future__ import annotations

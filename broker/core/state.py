@@ -1,6 +1,6 @@
 """The tables of the broker and the few ways to change them that every rule needs.
 
-Holds no rule: who may do what, and when, is in `controller.py` and the modules that it names.
+Holds no rule: who may do what, and when, is in the modules that `controller.py` names.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class BusState:
         self.probe_at_s = -math.inf
 
     def at(self, due_s: float, act: Callable[[Any, Any], None], about: Any) -> None:
-        """Call `act(core, about)` then. It must look whether there is still something to do."""
+        """Call `act(bus, about)` then. It must look whether there is still something to do."""
         heapq.heappush(self.timers, (due_s, next(self.numbers), act, about))
 
     def run_timers(self) -> None:

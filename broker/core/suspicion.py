@@ -12,29 +12,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from broker.core import dispatch
+from broker.core import assignment, endings
 from broker.core.phases import Phase
-from broker.core.records import RequestState
+from broker.core.queue import ModelQueue
+from broker.core.records import RequestState, WorkerSession
+from broker.core.state import BusState
 from broker.protocol import codec
 from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 from broker.protocol.header import MessageType
 from broker.protocol.messages import Cancel
-
-if TYPE_CHECKING:
-    from broker.core.controller import BrokerCore
-    from broker.core.queue import ModelQueue
-    from broker.core.records import WorkerSession
 
 SUSPECT_DEATHS: Final = 2
 """Lost workers after which a request runs alone."""
 VERDICT_ALONE: Final = 3
 """A verdict needs so many workers lost while it ran there alone and had hardly begun: of two, both
 may well have been killed from outside."""
-CLEARED_S: Final = 0.5
-"""A request that runs on for so long after the first token is not what kills its worker: what it
-does next depends on what it has done so far, and it was given exactly that."""
 RETURN_S: Final = 1.0
 """A suspect waits so long for lost workers that lost only their connections: they come back within
 half a second, and with it."""
@@ -48,15 +42,7 @@ def without(names: Sequence[str], returned: Sequence[str]) -> tuple[str, ...]:
     return tuple((Counter(names) - Counter(returned)).elements())
 
 
-def is_evidence(core: BrokerCore, worker: WorkerSession, request: RequestState) -> bool:
-    """The worker died: whether nothing else ran there, and the request had hardly begun."""
-    others = len(worker.running) > 1 or (worker.shared and worker.beat.running > 1)
-    started_s = request.started_s
-    cleared = started_s is not None and core.now_s - started_s >= CLEARED_S
-    return not others and request.assigned_s is not None and not cleared
-
-
-def consider(core: BrokerCore, request: RequestState, until_s: float | None) -> None:
+def consider(bus: BusState, request: RequestState, until_s: float | None) -> None:
     """A request comes back by RESUME. `until_s`: it was suspected before and waits so long. Must be
     called before it is queued; `watch` after."""
     if len(request.lost_workers) < SUSPECT_DEATHS:
@@ -64,27 +50,27 @@ def consider(core: BrokerCore, request: RequestState, until_s: float | None) -> 
     if until_s is None:
         # Deaths that were told leave nothing to wait for.
         told = request.deaths >= SUSPECT_DEATHS
-        most_s = core.settings.poison_wait_s if _proved(request) else RETURN_S
-        until_s = core.now_s + (0.0 if told else min(most_s, core.settings.poison_wait_s))
+        most_s = bus.settings.poison_wait_s if _proved(request) else RETURN_S
+        until_s = bus.now_s + (0.0 if told else min(most_s, bus.settings.poison_wait_s))
     request.suspect_until_s = until_s
 
 
-def watch(core: BrokerCore, request: RequestState) -> None:
+def watch(bus: BusState, request: RequestState) -> None:
     """Timer of a suspect that waits for its lost workers; then it runs alone, or is judged."""
     due_s = request.suspect_until_s
-    mine = core.requests.get(request.id) is request and request.phase is Phase.QUEUED
+    mine = bus.requests.get(request.id) is request and request.phase is Phase.QUEUED
     if due_s is None or not mine:
         return
-    if core.now_s < due_s:
-        core.at(due_s, watch, request)
+    if bus.now_s < due_s:
+        bus.at(due_s, watch, request)
     elif _proved(request):
-        core.fail(request, _verdict(request))
+        endings.fail(bus, request, _verdict(request).info)
     else:
         request.suspect_until_s = None
         request.alone = True
-        core.suspects.setdefault(request.model, {})[request.id] = request
-        core.dirty.add(request.model)
-        core.log_request("info", "runs alone next", request, lost=", ".join(request.lost_workers))
+        bus.suspects.setdefault(request.model, {})[request.id] = request
+        bus.dirty.add(request.model)
+        bus.log_request("info", "runs alone next", request, lost=", ".join(request.lost_workers))
 
 
 def _proved(request: RequestState) -> bool:
@@ -103,31 +89,31 @@ def _verdict(request: RequestState) -> RequestError:
     )
 
 
-def exonerate(core: BrokerCore, request: RequestState, names: Sequence[str]) -> None:
+def exonerate(bus: BusState, request: RequestState, names: Sequence[str]) -> None:
     """These lost workers do not count against the request; its client is told with ACCEPTED."""
     request.returned += tuple(names)
     request.lost_workers = without(request.lost_workers, names)
     request.lost_alone = without(request.lost_alone, names)
     if request.phase is Phase.RUNNING:
-        dispatch.tell_where(core, request)
+        assignment.tell_where(bus, request)
     elif len(request.lost_workers) < SUSPECT_DEATHS:
         request.suspect_until_s = None
-        core.unsuspect(request)
-        core.dirty.add(request.model)
+        bus.unsuspect(request)
+        bus.dirty.add(request.model)
 
 
 # --- running alone --------------------------------------------------------------------------------
 
 
-def assign_next(core: BrokerCore, model: str, queue: ModelQueue) -> bool:
+def assign_next(bus: BusState, model: str, queue: ModelQueue) -> bool:
     """Give the model's next suspect a worker of its own; True when one was assigned."""
-    suspects = core.suspects.get(model)
+    suspects = bus.suspects.get(model)
     if not suspects:
         return False
-    serving = core.registry.serving(model).values()
+    serving = bus.registry.serving(model).values()
     cell = next((w for w in serving if w.alone is not None and w.alone.model == model), None)
     if cell is not None and not cell.fit and cell.alone is not None and cell.alone.worker is None:
-        core.free_cell(cell.alone)
+        bus.free_cell(cell.alone)
         cell = None
     if cell is None:
         request = min(suspects.values(), key=lambda suspect: suspect.order)
@@ -135,17 +121,17 @@ def assign_next(core: BrokerCore, model: str, queue: ModelQueue) -> bool:
         if cell is None:
             return False
         cell.alone, request.cell = request, cell
-        core.at(core.now_s + EMPTY_S, _empty, request)
+        bus.at(bus.now_s + EMPTY_S, _empty, request)
     suspect = cell.alone
     if suspect is None or suspect.id not in suspects or cell.running or cell.unspent <= 0:
         return False  # it has its turn, or waits for the worker to become empty
     queue.remove(suspect)
     del suspects[suspect.id]
-    core.queued_bytes -= suspect.size_bytes
-    dispatch.assign(core, suspect, cell)
+    bus.queued_bytes -= suspect.size_bytes
+    assignment.assign(bus, suspect, cell)
     queue.last_served = cell.last_assigned
     if not queue.requests:
-        core.queues.pop(model, None)
+        bus.queues.pop(model, None)
     return True
 
 
@@ -157,7 +143,7 @@ def _emptiest(request: RequestState, serving: list[WorkerSession]) -> WorkerSess
     return min(fit, key=lambda worker: (len(worker.running), worker.last_assigned), default=None)
 
 
-def _empty(core: BrokerCore, request: RequestState) -> None:
+def _empty(bus: BusState, request: RequestState) -> None:
     """Timer: what still runs at the worker that is kept for a suspect is resumed elsewhere, or
     here again when the suspect is through."""
     worker = request.cell
@@ -169,21 +155,21 @@ def _empty(core: BrokerCore, request: RequestState) -> None:
         retryable=True,
     )
     for other in list(worker.running.values()):
-        core.interrupt(other, error, lost=False)
+        endings.interrupt(bus, other, error, lost=False)
         body = codec.encode(Cancel(reason="moved, so that a suspect can run alone"))
-        core.send(worker, MessageType.CANCEL, other.id, body)
-    core.dirty.add(request.model)
+        bus.send(worker, MessageType.CANCEL, other.id, body)
+    bus.dirty.add(request.model)
 
 
-def on_started(core: BrokerCore, request: RequestState) -> None:
+def on_started(bus: BusState, request: RequestState) -> None:
     """Its first token came."""
     if request.alone:
-        core.at(core.now_s + CLEARED_S, _on_cleared, request)
+        bus.at(bus.now_s + endings.CLEARED_S, _on_cleared, request)
 
 
-def _on_cleared(core: BrokerCore, request: RequestState) -> None:
+def _on_cleared(bus: BusState, request: RequestState) -> None:
     """Timer: it has run on for a while, alone."""
     if request.alone and request.phase is Phase.RUNNING and request.cell is request.worker:
-        core.log_request("info", "is cleared", request, lost=", ".join(request.lost_workers))
-        exonerate(core, request, request.lost_workers)
-        core.unsuspect(request)
+        bus.log_request("info", "is cleared", request, lost=", ".join(request.lost_workers))
+        exonerate(bus, request, request.lost_workers)
+        bus.unsuspect(request)

@@ -18,8 +18,9 @@ from typing import Any
 import worker.core.credit
 import worker.core.requests
 import worker.core.streams
-from broker.core import admission, controller, membership, recovery, suspicion
+from broker.core import admission, controller, endings, membership, recovery, sharing, suspicion
 from broker.core.controller import BrokerCore
+from broker.core.state import BusState
 from client.core.exchange import Exchange
 from client.core.session import ClientSession
 from tests.simulation import plan as plans
@@ -192,17 +193,17 @@ MUTANTS = (
     ),
     Mutant(
         "a cancelled request stays in the queue",
-        BrokerCore,
+        endings,
         "_close",
-        "self.release(request)",
+        "bus.release(request)",
         "pass",
         ("drop", "burst"),
     ),
     Mutant(
         "a vanished client's request stays in the queue",
-        recovery,
+        endings,
         "orphan",
-        "core.release(request)",
+        "bus.release(request)",
         "pass",
         ("cut_client", "burst"),
     ),
@@ -216,17 +217,17 @@ MUTANTS = (
     ),
     Mutant(
         "orphans are never cancelled",
-        recovery,
+        endings,
         "_end_orphan",
-        'core.cancel(request, "its client did not come back")',
+        'cancel(bus, request, "its client did not come back")',
         "pass",
         ("kill_client",),
     ),
     Mutant(
         "routes outlive their client",
-        BrokerCore,
+        endings,
         "drop_client",
-        "self.remove_route(route)",
+        "bus.remove_route(route)",
         "pass",
         ("cut_client",),
     ),
@@ -248,7 +249,7 @@ MUTANTS = (
     ),
     Mutant(
         "a worker that was kept for a suspect is kept for ever",
-        BrokerCore,
+        BusState,
         "free_cell",
         "cell.alone = None",
         "pass",
@@ -265,7 +266,7 @@ MUTANTS = (
     ),
     Mutant(
         "nobody is told that the worker is gone",
-        BrokerCore,
+        endings,
         "interrupt",
         "if client is not None:",
         "if client is not None and False:",
@@ -297,7 +298,7 @@ MUTANTS = (
     ),
     Mutant(
         "a broker does not say what waits there",
-        membership,
+        sharing,
         "demand",
         "return sum(",
         "return 0 * sum(",

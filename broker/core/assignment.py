@@ -1,0 +1,70 @@
+"""A request goes to a worker: ASSIGN to it, ACCEPTED to the client (SPEC.md sections 6.1 and 7).
+
+Which request and which worker, `dispatch`, `suspicion` and `recovery` decide.
+"""
+
+from __future__ import annotations
+
+from broker.core.events import Frames
+from broker.core.phases import Phase
+from broker.core.records import RequestState, WorkerSession
+from broker.core.state import BusState, short
+from broker.protocol import codec
+from broker.protocol.header import MessageType
+from broker.protocol.messages import Accepted, Assign, Window
+
+
+def assign(bus: BusState, request: RequestState, worker: WorkerSession) -> None:
+    """Spend credit on a request that was taken out of its queue."""
+    worker.assigned += 1
+    worker.waiting_told = max(0, worker.waiting_told - 1)
+    worker.last_assigned = next(bus.numbers)
+    request.assigned_s = bus.now_s
+    bus.counters["assigned"] += 1
+    bus.figures.assigned(request, bus.now_s)
+    frames, request.frames = request.frames, ()
+    attach(bus, request, worker, frames, attach=False)
+
+
+def attach(
+    bus: BusState, request: RequestState, worker: WorkerSession, frames: Frames, *, attach: bool
+) -> None:
+    """Send ASSIGN and tie request, worker and client together. The body is not kept.
+
+    `attach`: the worker has the request already, no credit is spent.
+    """
+    client = request.client
+    if client is None:
+        raise AssertionError(f"request {short(request.id)} is assigned without a client")
+    request.phase = Phase.RUNNING
+    worker.running[request.id] = request
+    request.worker = worker
+    request.worker_name = worker.name
+    assign = Assign(
+        reply_to=bus.route_to(worker, client).id,
+        epoch=request.epoch,
+        ttl_ms=max(1, round((request.ttl_until_s - bus.now_s) * 1000)),
+        attach=attach,
+    )
+    bus.send(worker, MessageType.ASSIGN, request.id, codec.encode(assign), *frames)
+    if request.window > request.window_told:
+        body = codec.encode(Window(limit=request.window))
+        bus.send(worker, MessageType.WINDOW, request.id, body)
+    tell_where(bus, request)
+    bus.log_request("debug", "attached" if attach else "assigned", request, worker=worker)
+
+
+def tell_where(bus: BusState, request: RequestState) -> None:
+    """ACCEPTED of a request at a worker. Which lost workers came back with it, the client must know
+    too: its next RESUME may be to another broker."""
+    client = request.client
+    if client is None:
+        return
+    route = client.routes.get(request.worker.id) if request.worker is not None else None
+    accepted = Accepted(
+        worker=request.worker_name,
+        returned=list(request.returned),
+        route=None if route is None else route.id,
+    )
+    request.returned = ()
+    bus.send(client, MessageType.ACCEPTED, request.id, codec.encode(accepted))
