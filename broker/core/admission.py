@@ -15,9 +15,9 @@ from broker.core.events import Frames
 from broker.core.instructions import Log
 from broker.core.phases import Phase
 from broker.core.queue import ModelQueue
-from broker.core.records import ClientSession, RequestState
+from broker.core.records import ClientSession, RequestState, short
 from broker.core.settings import CoreSettings
-from broker.core.state import BusState, short
+from broker.core.state import BusState
 from broker.protocol import codec
 from broker.protocol.codec import check_free_forms, decode, unpack
 from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError, RequestError
@@ -264,6 +264,7 @@ def enqueue(
     request.queue_until_s = bus.now_s + queue_s
     request.ttl_until_s = bus.now_s + ttl_s
     admit(bus, client, request)
+    request.to(Phase.QUEUED, bus.now_s)
     bus.requests[request.id] = request
     client.requests[request.id] = request
     queue = bus.queues.setdefault(request.model, ModelQueue())

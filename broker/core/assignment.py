@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from broker.core.events import Frames
 from broker.core.phases import Phase
-from broker.core.records import RequestState, WorkerSession
-from broker.core.state import BusState, short
+from broker.core.records import RequestState, WorkerSession, short
+from broker.core.state import BusState
 from broker.protocol import codec
 from broker.protocol.header import MessageType
 from broker.protocol.messages import Accepted, Assign, Window
@@ -36,10 +36,10 @@ def attach(
     client = request.client
     if client is None:
         raise AssertionError(f"request {short(request.id)} is assigned without a client")
-    request.phase = Phase.RUNNING
     worker.running[request.id] = request
     request.worker = worker
     request.worker_name = worker.name
+    request.to(Phase.RUNNING, bus.now_s)
     assign = Assign(
         reply_to=bus.route_to(worker, client).id,
         epoch=request.epoch,

@@ -207,7 +207,7 @@ class BrokerCore(BusState):
             return
         try:
             body = admission.read_body(self, client, head, frames, resumed=False)
-            request = RequestState(head.id, body.model, Phase.QUEUED, self.now_s)
+            request = RequestState(head.id, body.model, self.now_s)
             request.order = next(self.numbers)
             admission.enqueue(self, client, request, body, frames[1:])
         except RequestError as error:
@@ -299,7 +299,7 @@ class BrokerCore(BusState):
             self.unsuspect(request)
         if request.client is not None:
             request.client.requests.pop(request.id, None)
-        request.phase = Phase.ENDED
+        request.to(Phase.ENDED, self.now_s)
         request.outcome = finished.outcome[:64]
         request.cause = cause
         request.end_held = finished.completion_tokens > request.window

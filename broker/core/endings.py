@@ -141,7 +141,7 @@ def interrupt(
         )
         bus.send(client, MessageType.INTERRUPTED, request.id, codec.encode(body))
         request.client = None
-        request.phase = Phase.INTERRUPTED
+        request.to(Phase.INTERRUPTED, bus.now_s)
         request.outcome = "interrupted"
         if lost:
             request.lost_workers += (request.worker_name,)
@@ -161,7 +161,7 @@ def orphan(bus: BusState, request: RequestState) -> None:
     if request.phase is Phase.QUEUED:
         # Not worth a slot while nobody listens; a RESUME brings the body again.
         bus.release(request)
-        request.phase = Phase.PARKED
+        request.to(Phase.PARKED, bus.now_s)
     bus.at(request.orphan_until_s, _end_orphan, request)
 
 

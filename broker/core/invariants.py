@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from broker.core.phases import Phase
-from broker.core.records import RequestState
 from broker.core.state import BusState
 
 
@@ -26,16 +25,16 @@ def _check_workers(bus: BusState) -> None:
         )
         for request_id, request in worker.running.items():
             assert bus.requests.get(request_id) is request, (
-                f"{who} runs a forgotten {_story(request)}"
+                f"{who} runs a forgotten {request.story()}"
             )
-            assert request.phase is Phase.RUNNING, f"{who} runs {_story(request)}"
-            assert request.worker is worker, f"{who} runs {_story(request)} of another worker"
+            assert request.phase is Phase.RUNNING, f"{who} runs {request.story()}"
+            assert request.worker is worker, f"{who} runs {request.story()} of another worker"
         for request_id, request in worker.ended.items():
             assert bus.requests.get(request_id) is request, (
-                f"{who} keeps a forgotten {_story(request)}"
+                f"{who} keeps a forgotten {request.story()}"
             )
-            assert request.phase is Phase.ENDED, f"{who} keeps {_story(request)}"
-            assert request.worker is worker, f"{who} keeps {_story(request)} of another worker"
+            assert request.phase is Phase.ENDED, f"{who} keeps {request.story()}"
+            assert request.worker is worker, f"{who} keeps {request.story()} of another worker"
         alone = worker.alone
         assert alone is None or alone.cell is worker, f"{who} is kept for nobody"
         for model in worker.models:
@@ -47,43 +46,45 @@ def _check_workers(bus: BusState) -> None:
 
 def _check_requests(bus: BusState) -> None:
     for request_id, request in bus.requests.items():
-        assert request.id == request_id, f"{_story(request)} stands under another id"
+        assert request.id == request_id, f"{request.story()} stands under another id"
         match request.phase:
+            case Phase.NEW | Phase.FORGOTTEN:
+                raise AssertionError(f"{request.story()} stands in the table")
             case Phase.QUEUED:
-                assert request.worker is None, f"{_story(request)} has a worker"
-                assert request.client is not None, f"{_story(request)} waits for nobody"
-                assert request.frames, f"{_story(request)} lost its body"
+                assert request.worker is None, f"{request.story()} has a worker"
+                assert request.client is not None, f"{request.story()} waits for nobody"
+                assert request.frames, f"{request.story()} lost its body"
             case Phase.PARKED:
-                assert request.client is None, f"{_story(request)} has a client"
-                assert request.worker is None, f"{_story(request)} has a worker"
+                assert request.client is None, f"{request.story()} has a client"
+                assert request.worker is None, f"{request.story()} has a worker"
             case Phase.RUNNING:
-                assert request.worker is not None, f"{_story(request)} runs nowhere"
+                assert request.worker is not None, f"{request.story()} runs nowhere"
                 assert request.worker.running.get(request_id) is request, (
-                    f"{_story(request)} is lost"
+                    f"{request.story()} is lost"
                 )
             case Phase.ENDED:
-                assert request.worker is not None, f"{_story(request)} ended nowhere"
-                assert request.worker.ended.get(request_id) is request, f"{_story(request)} is lost"
+                assert request.worker is not None, f"{request.story()} ended nowhere"
+                assert request.worker.ended.get(request_id) is request, f"{request.story()} is lost"
             case Phase.INTERRUPTED:
-                assert request.client is None, f"{_story(request)} has a client"
-                assert request.worker is None, f"{_story(request)} has a worker"
+                assert request.client is None, f"{request.story()} has a client"
+                assert request.worker is None, f"{request.story()} has a worker"
         suspects = bus.suspects.get(request.model, {})
         queued_alone = request.alone and request.phase is Phase.QUEUED
-        assert (suspects.get(request_id) is request) == queued_alone, f"{_story(request)} is alone"
+        assert (suspects.get(request_id) is request) == queued_alone, f"{request.story()} is alone"
         if request.cell is not None:
-            assert request.cell.alone is request, f"{_story(request)} lost its worker"
+            assert request.cell.alone is request, f"{request.story()} lost its worker"
         if request.worker is not None:
             here = bus.workers.get(request.worker.routing_id)
-            assert here is request.worker, f"{_story(request)} is at a worker that left"
+            assert here is request.worker, f"{request.story()} is at a worker that left"
         if request.phase is not Phase.QUEUED:
-            assert not request.frames, f"{_story(request)} still holds its body"
+            assert not request.frames, f"{request.story()} still holds its body"
         live = request.client is not None and request.phase in (Phase.QUEUED, Phase.RUNNING)
         if live and request.client is not None:
             assert bus.clients.get(request.client.routing_id) is request.client, (
-                f"{_story(request)} belongs to a client that left"
+                f"{request.story()} belongs to a client that left"
             )
             assert request.client.requests.get(request_id) is request, (
-                f"{_story(request)} is not counted"
+                f"{request.story()} is not counted"
             )
 
 
@@ -113,10 +114,10 @@ def _check_clients(bus: BusState) -> None:
             request.phase is Phase.RUNNING for request in client.requests.values()
         ), f"client {client.name} has {len(client.requests)} requests in flight"
         for request_id, request in client.requests.items():
-            assert bus.requests.get(request_id) is request, f"{_story(request)} is forgotten"
-            assert request.client is client, f"{_story(request)} belongs to another client"
+            assert bus.requests.get(request_id) is request, f"{request.story()} is forgotten"
+            assert request.client is client, f"{request.story()} belongs to another client"
             open_ = request.phase in (Phase.QUEUED, Phase.RUNNING)
-            assert open_, f"{_story(request)} still counts for its client"
+            assert open_, f"{request.story()} still counts for its client"
 
 
 def _check_routes(bus: BusState) -> None:
@@ -128,8 +129,3 @@ def _check_routes(bus: BusState) -> None:
         fast = bus.fast_routes.get(route.key) is route
         assert fast == (not route.moved), f"a route with {len(route.moved)} moved requests"
     assert len(bus.fast_routes) <= len(bus.routes), "a fast route outlived its route"
-
-
-def _story(request: RequestState) -> str:
-    where = f" at {request.worker_name}" if request.worker_name else ""
-    return f"request {request.id[:4].hex()} ({request.phase.value}, epoch {request.epoch}{where})"

@@ -12,13 +12,15 @@ from collections import deque
 from typing import Final
 
 from broker.core.events import Side
-from broker.core.phases import Phase
+from broker.core.phases import MOVES, IllegalMoveError, Move, Phase
 from broker.protocol.header import MessageType, prefix, seal
 from broker.protocol.liveness import Liveness
 from broker.protocol.messages import Heartbeat, Hello, ModelInfo, WorkerState
 
 SOURCES: Final = 2048
 """Latest messages to a client of which it is known who made them: more than wait in its socket."""
+STORY_MOVES: Final = 16
+"""Latest moves of a request that its story tells."""
 
 
 class Session(Liveness):
@@ -277,6 +279,7 @@ class RequestState:
     """One request. The body is held only while it is queued."""
 
     __slots__ = (
+        "_phase",
         "admitted",
         "alone",
         "assigned_s",
@@ -298,11 +301,11 @@ class RequestState:
         "lost_alone",
         "lost_workers",
         "model",
+        "moves",
         "offset",
         "order",
         "orphan_until_s",
         "outcome",
-        "phase",
         "prefix_key",
         "priority",
         "queue_until_s",
@@ -319,11 +322,13 @@ class RequestState:
         "worker_name",
     )
 
-    def __init__(self, request_id: bytes, model: str, phase: Phase, now_s: float) -> None:
+    def __init__(self, request_id: bytes, model: str, now_s: float) -> None:
         self.id = request_id
         self.model = model
         self.kind = ""
-        self.phase = phase
+        self._phase = Phase.NEW
+        #: The latest moves, the last one last.
+        self.moves: tuple[Move, ...] = ()
         #: Who gets its output; None: an orphan (its client vanished, or a worker brought it along).
         self.client: ClientSession | None = None
         #: Where it runs or ended; None while it is queued.
@@ -385,3 +390,33 @@ class RequestState:
         self.assigned_s: float | None = None
         self.started_s: float | None = None
         self.ended_s: float | None = None
+
+    @property
+    def phase(self) -> Phase:
+        """Where it is; `to` changes it."""
+        return self._phase
+
+    def to(self, phase: Phase, now_s: float) -> None:
+        """Go to another phase. Raises IllegalMoveError, and stays, where `MOVES` forbids it."""
+        if phase not in MOVES[self._phase]:
+            raise IllegalMoveError(
+                f"{self.story()}; from {self._phase.value} it may not go to {phase.value}"
+            )
+        self._phase = phase
+        move = (now_s, phase, self.epoch, self.worker_name)
+        self.moves = (*self.moves[1 - STORY_MOVES :], move)
+
+    def story(self) -> str:
+        """What happened to it, for whoever looks for a bug: its latest moves, with their times on
+        the broker's clock."""
+        moves = ", ".join(
+            f"{phase.value} at {at_s:.3f} s (epoch {epoch}"
+            + (f", worker {worker})" if worker else ")")
+            for at_s, phase, epoch, worker in self.moves
+        )
+        return f"request {short(self.id)}: {moves or self._phase.value}"
+
+
+def short(id_: bytes) -> str:
+    """As much of an id as people may see: knowing all of it is the right to the stream."""
+    return id_[:4].hex()

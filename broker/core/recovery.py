@@ -47,26 +47,28 @@ def _resume(
     until_s = known.suspect_until_s if known is not None else None
     if known is not None and known.alone:
         until_s = bus.now_s
+    since_s = bus.now_s
     if known is not None:
         if known.client is not None and known.client is not client:
             _take_over(bus, known, known.client)
         if known.worker is not None:
             _attach(bus, client, known, known.worker, body, frames)
             return
+        if known.phase in (Phase.QUEUED, Phase.PARKED):
+            since_s = known.queued_s
         bus.release(known)
         bus.forget(known)
     elif (holder := _holder(bus, body)) is not None:
         # It came from another broker. A worker that does not have it any more will REJECT it.
-        request = RequestState(request_id, body.model, Phase.RUNNING, bus.now_s)
+        request = RequestState(request_id, body.model, bus.now_s)
         request.order = order
         bus.requests[request_id] = request
         _attach(bus, client, request, holder, body, frames)
         return
-    waiting = known is not None and known.phase in (Phase.QUEUED, Phase.PARKED)
-    since_s = known.queued_s if known is not None and waiting else bus.now_s
-    request = RequestState(request_id, body.model, Phase.QUEUED, since_s)
+    request = RequestState(request_id, body.model, since_s)
     request.order = order or next(bus.numbers)
     if known is not None:
+        request.moves = known.moves
         request.returned, request.deaths = known.returned, known.deaths
         request.lost_alone = known.lost_alone
     request.lost_workers = suspicion.without(facts.lost_workers, request.returned)
@@ -103,7 +105,6 @@ def _attach(
     if request.phase is Phase.ENDED:
         # Its end is sent again, with a ledger that names it again: until then it is open.
         del worker.ended[request.id]
-        request.phase = Phase.RUNNING
         request.end_held = False
     request.client = client
     request.model = body.model
@@ -192,24 +193,17 @@ def _is_run(known: RequestState, held: Held, worker: WorkerSession) -> bool:
 
 
 def _hold(bus: BusState, worker: WorkerSession, held: Held, known: RequestState | None) -> None:
-    request = known or RequestState(held.request_id, "", Phase.INTERRUPTED, bus.now_s)
+    request = known or RequestState(held.request_id, "", bus.now_s)
     waiting = request.phase is Phase.QUEUED
     client, frames = request.client, request.frames
     bus.release(request)
-    wanted = waiting and client is not None
-    request.phase = Phase.RUNNING if held.running or wanted else Phase.ENDED
     request.worker = worker
     request.worker_name = worker.name
     request.cancelled = False
     request.suspect_until_s = None
     bus.requests[request.id] = request
-    (worker.running if request.phase is Phase.RUNNING else worker.ended)[request.id] = request
-    if request.phase is Phase.ENDED:
-        request.outcome = "held"
-        bus.keep(request)
-    if wanted and client is not None:
+    if waiting and client is not None:
         # Its RESUME came before the worker did.
-        request.client = client
         client.requests[request.id] = request
         request.epoch_before = held.epoch
         bus.counters["attached"] += 1
@@ -218,4 +212,11 @@ def _hold(bus: BusState, worker: WorkerSession, held: Held, known: RequestState 
     request.client = None
     request.epoch = max(held.epoch, request.epoch)
     if held.running:
+        worker.running[request.id] = request
+        request.to(Phase.RUNNING, bus.now_s)
         endings.orphan(bus, request)
+    else:
+        worker.ended[request.id] = request
+        request.to(Phase.ENDED, bus.now_s)
+        request.outcome = "held"
+        bus.keep(request)

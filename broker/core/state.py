@@ -19,7 +19,7 @@ from broker.core.figures import Figures
 from broker.core.instructions import Instruction, Log, Send
 from broker.core.phases import Phase
 from broker.core.queue import ModelQueue
-from broker.core.records import ClientSession, RequestState, Route, Session, WorkerSession
+from broker.core.records import ClientSession, RequestState, Route, Session, WorkerSession, short
 from broker.core.registry import Registry
 from broker.core.settings import CoreSettings
 from broker.protocol import codec
@@ -239,6 +239,7 @@ class BusState:
         if self.requests.get(request.id) is request:
             del self.requests[request.id]
         request.client = None
+        request.to(Phase.FORGOTTEN, self.now_s)
         if request.ended_s is None:
             request.ended_s = self.now_s
             self.history.append(request)
@@ -273,8 +274,3 @@ class BusState:
     def session(self, side: Side, routing_id: bytes) -> Session | None:
         """The session of a connection."""
         return (self.clients if side is Side.FRONT else self.workers).get(routing_id)
-
-
-def short(id_: bytes) -> str:
-    """As much of an id as people may see: knowing all of it is the right to the stream."""
-    return id_[:4].hex()
