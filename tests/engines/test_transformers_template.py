@@ -180,6 +180,22 @@ def test_a_call_without_a_text_is_rendered_whatever_form_the_template_reads(serv
         assert text in ("[user]add[assistant]", "[user]add[assistant]x")
 
 
+@pytest.mark.parametrize("content", [None, "", []], ids=["null", "string", "list"])
+def test_no_words_are_rendered_by_a_template_that_looks_at_the_first_part(
+    serve: Any, content: Any
+) -> None:
+    """SmolVLM's and Idefics3's."""
+    engine = serve(
+        "{% for m in messages %}[{{ m.role }}{{ '' if m.content[0].type == 'image' else ':' }}]"
+        + PARTS
+        + "{% endfor %}"
+    )
+    call = Message(role="assistant", content=content, tool_calls=[CALL])
+    assert rendered(engine, say("user", "add"), call) == "[user:]add[assistant:]"
+    silent = Message(role="assistant", content=content)
+    assert rendered(engine, say("user", "add"), silent) == "[user:]add[assistant:]"
+
+
 def test_pictures_stand_between_the_words_in_every_form(serve: Any) -> None:
     message = say("user", "left", 0, "right", 1)
     for form in (STRING, PARTS, EITHER):

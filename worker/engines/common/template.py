@@ -223,10 +223,11 @@ class ChatTemplate:
         return result
 
     def _content(self, message: Message, forms: _Forms, speech: Breaker) -> Any:
-        if message.content is None:
-            return None if message.tool_calls is not None else "" if forms.text else []
-        if isinstance(message.content, str):
-            text = speech(message.content)
+        if message.content is None and message.tool_calls is not None:
+            return None
+        if not message.content or isinstance(message.content, str):
+            # No words are an empty text: templates look at the first part (SmolVLM's).
+            text = speech(message.content or "")
             return text if forms.text else [{"type": "text", "text": text}]
         pieces = list(_pieces(message))
         if forms.parts or (forms.part and not forms.text and None in pieces):
@@ -304,10 +305,13 @@ class ChatTemplate:
     @cached_property
     def _no_words(self) -> Any:
         """The content of a call without a text: none, which some templates ask for, or an empty one
-        where the template fails without."""
+        where the template fails without, or one empty part."""
         calling = {"role": "assistant", "tool_calls": [_CALL]}
-        empty: Any = "" if self._forms_of("assistant", called=False).text else []
-        for content in ({}, {"content": empty}):
+        whole = self._forms_of("assistant", called=False).text
+        contents: list[dict[str, Any]] = [{}, {"content": ""}]
+        if not whole:
+            contents[1:] = [{"content": []}, {"content": [{"type": "text", "text": ""}]}]
+        for content in contents:
             for tools in (None, [_TOOL]):
                 try:
                     asked = {"role": "user", "content": self._question}
