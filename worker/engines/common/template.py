@@ -225,9 +225,10 @@ class ChatTemplate:
     def _content(self, message: Message, forms: _Forms, speech: Breaker) -> Any:
         if message.content is None and message.tool_calls is not None:
             return None
-        if not message.content or isinstance(message.content, str):
-            # No words are an empty text: templates look at the first part (SmolVLM's).
-            text = speech(message.content or "")
+        # No words are an empty text: templates look at the first part (SmolVLM's).
+        content = message.content or ""
+        if isinstance(content, str):
+            text = speech(content)
             return text if forms.text else [{"type": "text", "text": text}]
         pieces = list(_pieces(message))
         if forms.parts or (forms.part and not forms.text and None in pieces):
