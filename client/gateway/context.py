@@ -54,6 +54,9 @@ T = TypeVar("T")
 #: As many requests of the bus are named in a header and in a line of the log.
 NAMED_REQUESTS: Final = 128
 
+#: Until a wrong key is answered: who tries again and again holds a connection for that long.
+WRONG_KEY_DELAY_S: Final = 1.0
+
 BUS_REQUESTS_HEADER = "x-bus-requests"
 REATTACH_HEADER = "x-reattach"
 
@@ -375,7 +378,13 @@ class Endpoint:
         try:
             if gateway.keys is not None and not self._public:
                 today = datetime.datetime.now(datetime.UTC).date()
-                visit.key = gateway.keys.find(presented_key(request.headers), today)
+                presented = presented_key(request.headers)
+                try:
+                    visit.key = gateway.keys.find(presented, today)
+                except GatewayError:
+                    if presented:
+                        await asyncio.sleep(WRONG_KEY_DELAY_S)
+                    raise
                 if self._counted:
                     account = gateway.keys.usage(visit.key)
                     account.admit(visit.key, time.monotonic())

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2 as httpx
@@ -327,6 +328,28 @@ def test_a_broker_that_refuses_the_gateways_key_is_told_for_good(
     [told] = caplog.records
     assert told.levelname == "ERROR"
     assert "not on the list of tcp://bus:5555" in told.fields["cause"]
+
+
+def test_a_wrong_key_waits_for_its_refusal_and_others_do_not_wait_with_it(
+    make_gateway: Callable[..., GatewayProcess], tmp_path: Path
+) -> None:
+    right = add_key(tmp_path / "keys.toml", "alice")
+    gateway = make_gateway("--keys", str(tmp_path / "keys.toml"))
+
+    def asks(key: str) -> httpx.Response:
+        with gateway.http() as http:
+            return http.get("/v1/models", headers={"authorization": f"Bearer {key}"})
+
+    def overtaken() -> bool:
+        with ThreadPoolExecutor() as threads:
+            wrong = threads.submit(asks, "wrong")
+            answers = [asks(right) for _ in range(3)]
+            waited = not wrong.done()
+            assert [answer.status_code for answer in answers] == [200] * 3
+            assert wrong.result().status_code == 401
+        return waited
+
+    wait_until(overtaken, "a wrong key that waits")
 
 
 @pytest.mark.parametrize("field", ["worker", "reason"])

@@ -352,6 +352,33 @@ def test_a_key_is_asked_for_where_one_is_needed(
     assert page.locator("#tab-bus").is_hidden()
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [(1200, 800), (375, 667)])
+def test_the_first_minute_at_any_size_and_in_the_dark(
+    open_page: OpenPage, size: tuple[int, int], scheme: str
+) -> None:
+    """Open, press a question about the picture, read; then ask in one's own words."""
+    width, height = size
+    page = open_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+    page.get_by_role("button", name="What is in this image?").click()
+    done(page)
+    answer = page.locator(".message.assistant .body").last
+    assert answer.inner_text() == "1 image: 240x240. What is in this image?"
+    page.locator("#prompt").fill("And now?")
+    page.get_by_role("button", name="Send").click()
+    done(page, 2)
+    assert answer.is_visible() and page.locator("#prompt").is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    shades = page.evaluate(
+        """() => [getComputedStyle(document.body).backgroundColor,
+                 getComputedStyle(document.querySelector(".message.assistant .body")).color]
+                 .map(colour => colour.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0))"""
+    )
+    ground, ink = shades
+    assert abs(ground - ink) > 380  # of 765: text that can be read
+    assert (ground < ink) == (scheme == "dark")
+
+
 def test_a_phone_shows_everything_without_scrolling_sideways(open_page: OpenPage) -> None:
     page = open_page(
         viewport={"width": 360, "height": 740}, is_mobile=True, has_touch=True, color_scheme="dark"
