@@ -132,6 +132,34 @@ def test_the_library_knows_neither_its_commands_nor_the_gateway() -> None:
             assert not wrong, f"{name} imports {sorted(wrong)}"
 
 
+ENGINES = frozenset(
+    path.name for path in (ROOT / "worker/engines").iterdir() if (path / "__init__.py").is_file()
+) - {"common"}
+
+
+def test_what_engines_share_knows_no_engine() -> None:
+    found = list(modules("worker/engines/common"))
+    assert found
+    for name, path in found:
+        check(
+            name,
+            path,
+            "broker.protocol",
+            "worker.engines.common",
+            "worker.engines.base",
+            "worker.naming",
+        )
+
+
+def test_an_engine_knows_no_other_engine() -> None:
+    assert {"echo", "transformers", "vllm"} <= ENGINES
+    for engine in sorted(ENGINES):
+        for name, path in modules(f"worker/engines/{engine}"):
+            others = {f"worker.engines.{other}" for other in ENGINES - {engine}}
+            wrong = {n for n in ours(path) if any(within(n, other) for other in others)}
+            assert not wrong, f"{name} imports {sorted(wrong)}"
+
+
 def test_zeromq_is_imported_only_where_sockets_are_owned() -> None:
     for name, path in ALL:
         if any(within(other, "zmq") for other in imported(path)):

@@ -13,12 +13,12 @@ from transformers import LlamaConfig
 
 from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 from tests.engines import tiny
+from worker.engines.common.arguments import SharedSettings
+from worker.engines.common.facts import ModelFacts
 from worker.engines.common.generator import Drawn, Generator
-from worker.engines.common.library_model import LibraryEngine, LibraryModel, wrap_elsewhere
+from worker.engines.common.library_model import LibraryEngine, LibraryModel, architecture
 from worker.engines.common.sampling import Sampled
 from worker.engines.common.sequence import Sequence
-from worker.engines.transformers.loaded import LoadedModel
-from worker.engines.transformers.settings import EngineSettings
 
 __all__ = ["StandIn", "described", "following", "served", "written"]
 
@@ -42,7 +42,7 @@ def written(prompt: Items[int], count: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-def described(**changes: Any) -> LoadedModel:
+def described(**changes: Any) -> ModelFacts:
     """Facts of a model without weights."""
     config = LlamaConfig(
         vocab_size=tiny.VOCABULARY,
@@ -52,9 +52,9 @@ def described(**changes: Any) -> LoadedModel:
         eos_token_id=tiny.END,
         bos_token_id=tiny.BOS,
     )
-    details = {"library": "stand-in"}
-    return wrap_elsewhere(
-        config, tiny.tokenizer(), settings=EngineSettings(), details=details | changes
+    details = {"architecture": architecture(config), "library": "stand-in"}
+    return ModelFacts.gather(
+        config, tiny.tokenizer(), settings=SharedSettings(), details=details | changes
     )
 
 
@@ -106,6 +106,6 @@ class StandIn:
 
 def served(generator: Generator, unsupported: dict[str, str] | None = None) -> LibraryEngine:
     """An engine that serves "tiny" from a generator."""
-    settings = EngineSettings()
+    settings = SharedSettings()
     model = LibraryModel(described(), ("tiny",), settings, generator, unsupported=unsupported)
     return LibraryEngine("stand-in", "cpu", [model], settings)

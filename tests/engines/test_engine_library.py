@@ -181,8 +181,10 @@ def test_arguments_are_shared_or_the_engines_own_or_unknown() -> None:
     assert settings.context_tokens == 99
     with pytest.raises(EngineLoadError, match="rows=0: at least 1"):
         split_arguments("some", {"rows": "0"}, own)
-    with pytest.raises(EngineLoadError, match="fast=maybe: expected true or false"):
+    with pytest.raises(EngineLoadError, match=r"fast=maybe: .* neither true nor false"):
         split_arguments("some", {"fast": "maybe"}, own)
+    with pytest.raises(EngineLoadError, match="fast=: expected true or false"):
+        split_arguments("some", {"fast": ""}, own)
     with pytest.raises(EngineLoadError, match=r"unknown --engine-arg 'kv'.*fast.*rows"):
         split_arguments("some", {"kv": "1"}, own)
 

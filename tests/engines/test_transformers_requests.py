@@ -23,7 +23,7 @@ from broker.protocol.messages import (
 )
 from tests.engines import tiny
 from worker.engines.base import Job, Tokens
-from worker.engines.transformers.engine import TransformersEngine, model_name
+from worker.engines.transformers.engine import TransformersEngine
 
 
 @pytest.fixture(scope="module")
@@ -607,21 +607,6 @@ def test_an_answer_whose_constraint_is_met_ends_whatever_more_is_asked_for(
     answer = one(engine, tiny.ids_job(tiny.prompts(1)[0], **params))
     assert answer.token_ids.count(tiny.END) == 1 and answer.reason is FinishReason.STOP
     assert answer.text.endswith("the fox")
-
-
-# --- names ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("path", "name"),
-    [
-        ("/models/llava-7b/", "llava-7b"),
-        ("org/model", "model"),
-        ("/runs/my-model/checkpoint-300", "my-model_checkpoint-300"),
-    ],
-)
-def test_a_model_is_named_after_its_path(path: str, name: str) -> None:
-    assert model_name(path) == name
 
 
 # --- what the model brings along ------------------------------------------------------------------

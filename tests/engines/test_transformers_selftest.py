@@ -18,7 +18,8 @@ import worker
 from tests.engines import tiny
 from tests.engines.architectures import text_model
 from worker.engines.base import EngineLoadError
-from worker.engines.transformers import compat, selftest
+from worker.engines.common import compat
+from worker.engines.transformers import selftest
 from worker.engines.transformers.cache import SlotLayer
 from worker.engines.transformers.forward import Forward
 

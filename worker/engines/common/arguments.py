@@ -1,27 +1,91 @@
-"""The `--engine-arg KEY=VALUE` of an engine beside transformers: some shared, some its own."""
+"""Every `--engine-arg KEY=VALUE`: those that mean the same on all engines, and how any is parsed.
+
+Parses text into checked values and nothing else; must never import torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
+from broker.protocol.options import parse_bool
 from worker.engines.base import EngineLoadError
-from worker.engines.transformers.settings import EngineSettings, parse_settings
 
-__all__ = ["SHARED", "boolean", "split_arguments", "whole"]
+__all__ = ["SHARED", "SharedSettings", "boolean", "settings_from", "split_arguments", "whole"]
 
-SHARED = ("context_tokens", "preprocess_threads", "image_pixels", "image_bytes")
-"""Settings of the transformers engine that mean the same here."""
+
+@dataclass(frozen=True, slots=True)
+class SharedSettings:
+    """Settings that mean the same on every engine that runs a model."""
+
+    #: Longest prompt plus answer, tokens; 0: what the model's configuration says.
+    context_tokens: int = 0
+    #: Threads that decode pictures and tokenise prompts outside the step loop.
+    preprocess_threads: int = 2
+    #: Largest picture, pixels (width times height), checked before it is decoded.
+    image_pixels: int = 50_000_000
+    #: Largest picture, octets.
+    image_bytes: int = 32 * 1024 * 1024
+
+
+SHARED = tuple(field.name for field in fields(SharedSettings))
+"""Names of the shared settings."""
+
+_MINIMUM: Mapping[str, float] = {
+    "context_tokens": 0,
+    "preprocess_threads": 1,
+    "image_pixels": 1,
+    "image_bytes": 1,
+}
+
+
+Settings = TypeVar("Settings", bound=SharedSettings)
+
+
+def settings_from(
+    engine_args: Mapping[str, str],
+    kind: type[Settings],
+    engine: str,
+    *,
+    choices: Mapping[str, tuple[str, ...]] | None = None,
+    minimum: Mapping[str, float] | None = None,
+) -> Settings:
+    """Turn texts into an engine's settings; `choices` and `minimum` are by name of the setting.
+
+    Raises `EngineLoadError` for an unknown name or a bad value.
+    """
+    known = {field.name: field for field in fields(kind)}
+    choices, minimum = choices or {}, {**_MINIMUM, **(minimum or {})}
+    values: dict[str, Any] = {}
+    for given, text in engine_args.items():
+        name = given.replace("-", "_")
+        if name not in known:
+            raise EngineLoadError(
+                f"unknown --engine-arg {given!r}: the {engine} engine knows "
+                + ", ".join(sorted(known))
+            )
+        default = known[name].default
+        parse: Callable[[str], Any] = boolean if isinstance(default, bool) else type(default)
+        try:
+            value = parse(text)
+        except ValueError as error:
+            raise EngineLoadError(f"--engine-arg {given}={text}: {error}") from None
+        if name in choices and value not in choices[name]:
+            raise EngineLoadError(
+                f"--engine-arg {given}={text}: choose one of {', '.join(choices[name])}"
+            )
+        if name in minimum and value < minimum[name]:
+            raise EngineLoadError(f"--engine-arg {given}={text}: at least {minimum[name]:g}")
+        values[name] = value
+    return kind(**values)
 
 
 def boolean(text: str) -> bool:
-    """`true` or `false`, in the usual spellings. Raises ValueError."""
-    word = text.strip().lower()
-    if word in ("1", "true", "yes", "on"):
-        return True
-    if word in ("0", "false", "no", "off"):
-        return False
-    raise ValueError("expected true or false")
+    """A switch as `parse_bool` reads it, but an empty text is no answer. Raises ValueError."""
+    if not text.strip():
+        raise ValueError("expected true or false")
+    return parse_bool(text)
 
 
 def whole(minimum: int) -> Callable[[str], int]:
@@ -38,7 +102,7 @@ def whole(minimum: int) -> Callable[[str], int]:
 
 def split_arguments(
     engine: str, engine_args: Mapping[str, str], own: Mapping[str, Callable[[str], Any]]
-) -> tuple[EngineSettings, dict[str, Any]]:
+) -> tuple[SharedSettings, dict[str, Any]]:
     """Shared settings, and the engine's own arguments parsed by `own`.
 
     Raises `EngineLoadError` for an unknown name or a bad value.
@@ -59,4 +123,4 @@ def split_arguments(
                 f"unknown --engine-arg {given!r}: engine {engine} knows "
                 + ", ".join(sorted({*own, *SHARED}))
             )
-    return parse_settings(shared), values
+    return settings_from(shared, SharedSettings, engine), values

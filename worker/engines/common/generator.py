@@ -12,14 +12,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
+from broker.protocol.errors import ErrorInfo, RequestError
 from broker.protocol.messages import FinishReason
 from worker.engines.base import EngineEvent
 from worker.engines.common.runner import RunnerCounts
 from worker.engines.common.sampling import Sampled
 from worker.engines.common.sequence import Sequence, State
 
-__all__ = ["Drawn", "Generator", "LibraryRunner", "failure"]
+__all__ = ["Drawn", "Generator", "LibraryRunner"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +58,6 @@ class Generator(Protocol):
 
     def close(self) -> None:
         """Release the model."""
-
-
-def failure(error: BaseException) -> ErrorInfo:
-    """What a library's exception about one request is to its client."""
-    if isinstance(error, RequestError):
-        return error.info
-    cause = " ".join(str(error).split()) or type(error).__name__
-    code = ErrorCode.OUT_OF_MEMORY if isinstance(error, MemoryError) else ErrorCode.ENGINE_ERROR
-    return ErrorInfo(code=code.value, message=f"the model failed on this request: {cause[:500]}")
 
 
 class LibraryRunner:

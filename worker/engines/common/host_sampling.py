@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from broker.protocol.errors import ErrorCode, RequestError
 from broker.protocol.messages import TokenLogprob, TopLogprob
+from worker.engines.common.facts import ModelFacts
 from worker.engines.common.sampling import (
     LOGPROB_FLOOR,
     Sampled,
@@ -24,7 +25,6 @@ from worker.engines.common.sampling import (
 )
 from worker.engines.common.sequence import Sequence
 from worker.engines.common.text import token_table
-from worker.engines.transformers.loaded import LoadedModel
 
 __all__ = ["HostSampler", "RowAhead", "is_plain_greedy", "token_logprob"]
 
@@ -95,9 +95,9 @@ class _Told(SamplerRow):
 class HostSampler:
     """Samples rows of logits on the host."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
-        self._octets = token_table(loaded.tokenizer).octets
-        self._banned = sorted(loaded.placeholder_ids)
+    def __init__(self, facts: ModelFacts) -> None:
+        self._octets = token_table(facts.tokenizer).octets
+        self._banned = sorted(facts.placeholder_ids)
         self._sampler: Sampler | None = None
 
     def sample(self, logits: NDArray[np.float32], rows: Items[SamplerRow]) -> list[Sampled]:

@@ -8,7 +8,6 @@ are the caller's own template: control tokens in them are meant.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import threading
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
@@ -23,11 +22,11 @@ from PIL import Image
 from broker.protocol.errors import ErrorCode, RequestError
 from broker.protocol.messages import Kind, Message, Request, TextPart, VideoPart
 from worker.engines.base import Job
+from worker.engines.common.facts import ModelFacts
+from worker.engines.common.failures import is_out_of_memory, one_line
 from worker.engines.common.footprint import Footprint
 from worker.engines.common.images import DecodedImage, ImageLimits, decode_image
 from worker.engines.common.template import RAW_PLACEHOLDER, ChatTemplate
-from worker.engines.transformers.loaded import LoadedModel
-from worker.engines.transformers.memory import is_out_of_memory
 
 __all__ = ["Prompt", "PromptBuilder"]
 
@@ -64,14 +63,14 @@ class Prompt:
 class PromptBuilder:
     """Builds prompts for one model. Every method raises `RequestError` for what it cannot serve."""
 
-    def __init__(self, loaded: LoadedModel, limits: ImageLimits) -> None:
-        self._loaded = loaded
+    def __init__(self, facts: ModelFacts, limits: ImageLimits) -> None:
+        self._facts = facts
         self._limits = limits
-        self._tokenizer = loaded.tokenizer
-        self._processor = loaded.processor
-        self._footprint = Footprint(getattr(loaded.processor, "image_processor", None))
+        self._tokenizer = facts.tokenizer
+        self._processor = facts.processor
+        self._footprint = Footprint(getattr(facts.processor, "image_processor", None))
         self._lock = threading.Lock()
-        self._template = ChatTemplate(loaded)
+        self._template = ChatTemplate(facts)
 
     # --- what requests ask for --------------------------------------------------------------------
 
@@ -90,6 +89,19 @@ class PromptBuilder:
             self._check_ids(prompt.ids)
             return self._fit(prompt, request, images)
 
+    def unexpanded(self, job: Job) -> dict[str, Any]:
+        """For a library that makes inputs of pictures itself: "ids", the prompt with one
+        placeholder for each picture, and "images", the pictures in order."""
+        request = job.request
+        pictures = self._decode(job)
+        with self._lock:
+            if request.kind is Kind.COMPLETE:
+                text = self._raw_text(request, len(pictures))
+            else:
+                text = self.template_text(request, pictures)
+            ids = self._encoded(self._unmarked(text, len(pictures)))
+        return {"ids": ids, "images": [picture.image for picture in pictures]}
+
     def text(self, request: Request) -> str:
         """The chat template's text (kind template)."""
         with self._lock:
@@ -105,7 +117,7 @@ class PromptBuilder:
 
     def detokenised(self, token_ids: list[int]) -> str:
         """Text of token ids (kind detokenize)."""
-        known = max(self._loaded.embedding_rows, len(self._tokenizer))
+        known = max(self._facts.embedding_rows, len(self._tokenizer))
         if max(token_ids) >= known:
             raise _invalid(f"token id {max(token_ids)} is outside the vocabulary of {known}")
         with self._lock:
@@ -124,8 +136,8 @@ class PromptBuilder:
                 if not ids:
                     raise _invalid(f"input {len(result)} to embed has no tokens")
                 self._check_ids(ids)
-                if len(ids) > self._loaded.context_tokens:
-                    raise _overflow(len(ids), 0, self._loaded.context_tokens)
+                if len(ids) > self._facts.context_tokens:
+                    raise _overflow(len(ids), 0, self._facts.context_tokens)
                 result.append(ids)
         return result
 
@@ -154,7 +166,7 @@ class PromptBuilder:
                     f"{len(job.attachments)}: name each attachment in an image part"
                 )
             order = named
-        if order and not self._loaded.takes_images:
+        if order and not self._facts.takes_images:
             raise _invalid(
                 f"model {request.model} takes no pictures, the request carries {len(order)}: "
                 "choose a model that does"
@@ -175,7 +187,7 @@ class PromptBuilder:
         if request.prompt is None:
             raise _invalid(f"a {request.kind} request needs a prompt or token ids")
         text = request.prompt
-        if not self._loaded.takes_images:
+        if not self._facts.takes_images:
             return text
         token = self._template.image_token or RAW_PLACEHOLDER
         if token != RAW_PLACEHOLDER and RAW_PLACEHOLDER in text:
@@ -194,7 +206,7 @@ class PromptBuilder:
         """The text for a processor that puts a picture before it by itself (BLIP-2's): there a mark
         would be one more picture, or a word."""
         if not images:
-            if self._needs_picture:
+            if self._facts.needs_image:
                 raise _invalid("this model answers about a picture only: send one")
             return text
         if not self._places_pictures:
@@ -206,14 +218,6 @@ class PromptBuilder:
                 f"{RAW_PLACEHOLDER}"
             )
         return text.removeprefix(token)
-
-    @cached_property
-    def _needs_picture(self) -> bool:
-        generate = getattr(type(self._loaded.model), "generate", None)
-        parameters = {} if generate is None else inspect.signature(generate).parameters
-        return "pixel_values" in parameters and (
-            parameters["pixel_values"].default is inspect.Parameter.empty
-        )
 
     @cached_property
     def _places_pictures(self) -> bool:
@@ -233,7 +237,7 @@ class PromptBuilder:
         try:
             if read(f"{token}a")[-len(word) :] != word:
                 return False
-            if self._template.image_token is None and not self._loaded.placeholder_ids:
+            if self._template.image_token is None and not self._facts.placeholder_ids:
                 return True
             return len(read("a")) > len(self._tokenizer("a")["input_ids"])
         except Exception:
@@ -256,7 +260,7 @@ class PromptBuilder:
     def _open_ended(self, ids: list[int], added: bool) -> list[int]:
         """The ids without what the tokenizer put behind them (`add_eos_token`): an answer goes on
         there. An encoder reads a whole text, with its end."""
-        if not added or self._loaded.encoder_decoder or self._loaded.embedding_only:
+        if not added or self._facts.encoder_decoder or self._facts.embedding_only:
             return ids
         behind = self._behind
         return ids[: len(ids) - len(behind)] if behind and ids[-len(behind) :] == behind else ids
@@ -291,8 +295,9 @@ class PromptBuilder:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            cause = " ".join(str(error).split()) or type(error).__name__
-            raise _invalid(f"the model's processor refuses this prompt: {cause}") from None
+            raise _invalid(
+                f"the model's processor refuses this prompt: {one_line(error)}"
+            ) from None
         ids = self._open_ended(output["input_ids"][0].tolist(), added)
         if not ids:
             raise _invalid("the prompt is empty: it has no tokens")
@@ -317,7 +322,7 @@ class PromptBuilder:
             else {}
         )
         key = np.asarray(ids, dtype=np.int64)
-        placed = np.isin(key, list(self._loaded.placeholder_ids))
+        placed = np.isin(key, list(self._facts.placeholder_ids))
         prompt = Prompt(ids=ids, media=media, aligned=aligned if images else {}, key=key)
         if images:
             prompt.image_tokens = int(placed.sum())
@@ -337,7 +342,7 @@ class PromptBuilder:
 
     def _check_ids(self, token_ids: list[int]) -> None:
         """Refuse what the model's embedding has no row for: on a GPU that ends the process."""
-        rows, placeholders = self._loaded.embedding_rows, self._loaded.placeholder_ids
+        rows, placeholders = self._facts.embedding_rows, self._facts.placeholder_ids
         worst = max((i for i in token_ids if i not in placeholders), default=0)
         if worst < rows:
             return
@@ -354,9 +359,9 @@ class PromptBuilder:
 
     def _fit(self, prompt: Prompt, request: Request, images: list[DecodedImage]) -> Prompt:
         """The prompt within the context, by the policy asked for."""
-        context, params = self._loaded.context_tokens, request.params
+        context, params = self._facts.context_tokens, request.params
         # An encoder's context is the prompt's alone.
-        answer = 0 if self._loaded.encoder_decoder else params.max_tokens or 1
+        answer = 0 if self._facts.encoder_decoder else params.max_tokens or 1
         room = context - answer
         if len(prompt.ids) <= room:
             return prompt
@@ -391,7 +396,7 @@ class PromptBuilder:
     def _of_pictures(self, prompt: Prompt) -> NDArray[np.bool_]:
         """Which tokens belong to pictures: placeholders, and the marks that open them (Qwen-VL's
         `<|vision_start|>`), which are the added tokens directly before."""
-        placed = np.isin(prompt.ids, list(self._loaded.placeholder_ids))
+        placed = np.isin(prompt.ids, list(self._facts.placeholder_ids))
         for at in range(len(placed) - 2, -1, -1):
             placed[at] |= placed[at + 1] and prompt.ids[at] in self._added_ids
         return placed

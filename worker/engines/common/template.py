@@ -24,7 +24,8 @@ from broker.protocol.limits import MAX_NESTING
 from broker.protocol.messages import Message, Request, TextPart, VideoPart
 from worker.engines.base import EngineLoadError
 from worker.engines.common.control import Breaker, ControlTokens, mark_text, rewritten
-from worker.engines.transformers.loaded import LoadedModel
+from worker.engines.common.facts import ModelFacts
+from worker.engines.common.failures import one_line
 
 __all__ = ["RAW_PLACEHOLDER", "ChatTemplate", "continues_message", "use_template"]
 
@@ -65,14 +66,14 @@ class _Forms:
 class ChatTemplate:
     """The chat template of one model. Methods raise `RequestError` for what it cannot render."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
-        self._processor = loaded.processor
+    def __init__(self, facts: ModelFacts) -> None:
+        self._processor = facts.processor
         own = getattr(self._processor, "chat_template", None) is not None
-        self._holder = self._processor if own else loaded.tokenizer
+        self._holder = self._processor if own else facts.tokenizer
         self._source = _source(self._holder)
         #: What stands for a picture in a text; None without a processor.
         self.image_token = self._find_image_token()
-        self._tokenizer = loaded.tokenizer
+        self._tokenizer = facts.tokenizer
         self._forms: dict[tuple[str, bool], _Forms] = {}
 
     @property
@@ -201,8 +202,9 @@ class ChatTemplate:
             raise
         except Exception as error:
             # A template is the model's own program: whatever it raises fails this request only.
-            cause = " ".join(str(error).split()) or type(error).__name__
-            raise _invalid(f"the model's chat template refuses these messages: {cause}") from None
+            raise _invalid(
+                f"the model's chat template refuses these messages: {one_line(error)}"
+            ) from None
 
     def _message(self, message: Message, turn: Breaker, other: Breaker) -> dict[str, Any]:
         """One message as templates expect it."""
@@ -372,18 +374,18 @@ class ChatTemplate:
         return mark_text(self._processor, "boi_token") or mark_text(self._processor, "image_token")
 
 
-def use_template(loaded: LoadedModel, source: str) -> None:
+def use_template(facts: ModelFacts, source: str) -> None:
     """Give a model a chat template instead of its own; an empty `source` changes nothing.
 
     Raises `EngineLoadError` for one that Jinja does not understand.
     """
     if not source:
         return
-    for holder in (loaded.tokenizer, loaded.processor):
+    for holder in (facts.tokenizer, facts.processor):
         if holder is not None:
             holder.chat_template = source
     try:
-        loaded.tokenizer.apply_chat_template([{"role": "user", "content": "q"}], tokenize=False)
+        facts.tokenizer.apply_chat_template([{"role": "user", "content": "q"}], tokenize=False)
     except TemplateSyntaxError as error:
         raise EngineLoadError(f"--chat-template: line {error.lineno}: {error.message}") from None
     except Exception:

@@ -17,22 +17,20 @@ from transformers import PreTrainedConfig
 
 from broker.protocol.errors import ErrorCode, ErrorInfo
 from worker.engines.base import EngineLoadError, EngineOptions, Progress
-from worker.engines.common.arguments import split_arguments, whole
+from worker.engines.common.arguments import SharedSettings, split_arguments, whole
+from worker.engines.common.facts import ModelFacts
 from worker.engines.common.generator import Drawn
 from worker.engines.common.host_sampling import HostSampler
 from worker.engines.common.library_model import (
     LibraryEngine,
     LibraryModel,
+    architecture,
     named_models,
     refuse_options,
-    wrap_elsewhere,
 )
 from worker.engines.common.sequence import Sequence
 from worker.engines.common.template import use_template
 from worker.engines.llamacpp.gguf import GgufTokenizer, load_weights, metadata
-from worker.engines.transformers.loaded import LoadedModel
-from worker.engines.transformers.served import ServedModel
-from worker.engines.transformers.settings import EngineSettings
 
 __all__ = ["LlamaGenerator", "build_engine"]
 
@@ -80,7 +78,7 @@ def build_engine(options: EngineOptions, progress: Progress) -> LibraryEngine:
             "build decides which GPUs there are"
         )
     on_gpu = options.device != "cpu" and ll.llama_supports_gpu_offload()
-    served: list[ServedModel] = []
+    served: list[LibraryModel] = []
     for path, names in named_models(options, several=True):
         if not Path(path).expanduser().is_file():
             raise EngineLoadError(
@@ -89,11 +87,11 @@ def build_engine(options: EngineOptions, progress: Progress) -> LibraryEngine:
             )
         layers = arguments.get("gpu_layers", -1) if on_gpu else 0
         model = load_weights(str(Path(path).expanduser()), layers, progress)
-        loaded = _describe(model, path, settings)
-        use_template(loaded, options.chat_template)
+        facts = _describe(model, path, settings)
+        use_template(facts, options.chat_template)
         generator = LlamaGenerator(
             model,
-            loaded,
+            facts,
             slots=options.slots or DEFAULT_SLOTS,
             kv_tokens=arguments.get("kv_tokens", 0),
             batch_tokens=arguments.get("batch_tokens", BATCH_TOKENS),
@@ -102,7 +100,7 @@ def build_engine(options: EngineOptions, progress: Progress) -> LibraryEngine:
         )
         served.append(
             LibraryModel(
-                loaded,
+                facts,
                 names,
                 settings,
                 generator,
@@ -116,7 +114,7 @@ def build_engine(options: EngineOptions, progress: Progress) -> LibraryEngine:
     return LibraryEngine("llamacpp", "gpu" if on_gpu else "cpu", served, settings)
 
 
-def _describe(model: Any, path: str, settings: EngineSettings) -> LoadedModel:
+def _describe(model: Any, path: str, settings: SharedSettings) -> ModelFacts:
     if ll.llama_model_has_encoder(model):
         raise EngineLoadError(
             f"{path} is an encoder-decoder model, which engine llamacpp does not serve here: serve "
@@ -131,13 +129,14 @@ def _describe(model: Any, path: str, settings: EngineSettings) -> LoadedModel:
         architectures=[metadata(model, "general.architecture") or "unknown"],
     )
     details = {
+        "architecture": architecture(config),
         "library": "llamacpp",
         "parameters": int(ll.llama_model_n_params(model)),
         "layers": int(ll.llama_model_n_layer(model)),
         "weights_bytes": int(ll.llama_model_size(model)),
         "name": metadata(model, "general.name"),
     }
-    return wrap_elsewhere(config, tokenizer, settings=settings, details=details)
+    return ModelFacts.gather(config, tokenizer, settings=settings, details=details)
 
 
 @dataclass(slots=True, eq=False)
@@ -160,7 +159,7 @@ class LlamaGenerator:
     def __init__(
         self,
         model: Any,
-        loaded: LoadedModel,
+        facts: ModelFacts,
         *,
         slots: int,
         kv_tokens: int,
@@ -170,12 +169,12 @@ class LlamaGenerator:
     ) -> None:
         self.slots = slots
         self._model = model
-        self._vocabulary = len(loaded.tokenizer)
-        self._sampler = HostSampler(loaded)
+        self._vocabulary = len(facts.tokenizer)
+        self._sampler = HostSampler(facts)
         self._batch_tokens = max(batch_tokens, slots)
         params = ll.llama_context_default_params()
         # Without a bound of their own, all rows together have the room of one longest prompt.
-        params.n_ctx = kv_tokens or loaded.context_tokens
+        params.n_ctx = kv_tokens or facts.context_tokens
         params.n_batch = self._batch_tokens
         params.n_seq_max = slots
         params.kv_unified = True
@@ -193,7 +192,7 @@ class LlamaGenerator:
             )
         self._memory = ll.llama_get_memory(self._context)
         self._kv_tokens = int(ll.llama_n_ctx(self._context))
-        loaded.context_tokens = min(loaded.context_tokens, self._kv_tokens)
+        facts.context_tokens = min(facts.context_tokens, self._kv_tokens)
         self._batch = ll.llama_batch_init(self._batch_tokens, 0, 1)
         self._free = list(range(slots))
         #: In order of admission.

@@ -19,7 +19,9 @@ from mlx_lm.utils import load as load_mlx
 
 from worker.engines.base import EngineLoadError, EngineOptions, Progress
 from worker.engines.common.arguments import split_arguments, whole
-from worker.engines.common.generator import Drawn, failure
+from worker.engines.common.facts import ModelFacts
+from worker.engines.common.failures import error_info
+from worker.engines.common.generator import Drawn
 from worker.engines.common.host_sampling import HostSampler, RowAhead, is_plain_greedy
 from worker.engines.common.library_model import (
     LibraryEngine,
@@ -31,8 +33,6 @@ from worker.engines.common.library_model import (
 )
 from worker.engines.common.sampling import Sampled
 from worker.engines.common.sequence import Sequence
-from worker.engines.transformers.loaded import LoadedModel
-from worker.engines.transformers.served import ServedModel
 
 __all__ = ["MlxGenerator", "build_engine"]
 
@@ -57,19 +57,19 @@ def build_engine(options: EngineOptions, progress: Progress) -> LibraryEngine:
     settings, arguments = split_arguments("mlx", options.engine_args, own)
     refuse_options(options, {"model_base": "merge the adapter into its base first (mlx_lm.fuse)"})
     _set_device(options.device)
-    served: list[ServedModel] = []
+    served: list[LibraryModel] = []
     for path, names in named_models(options, several=True):
         progress(None, f"loading {path}")
-        loaded = describe(path, options, settings, pictures=False, library="mlx")
-        model = _load(path, options, loaded)
+        facts = describe(path, options, settings, pictures=False, library="mlx")
+        model = _load(path, options, facts)
         generator = MlxGenerator(
             model,
-            loaded,
+            facts,
             slots=options.slots or DEFAULT_SLOTS,
             prefill_tokens=arguments.get("prefill_tokens", PREFILL_TOKENS),
             prefill_batch=arguments.get("prefill_batch", 8),
         )
-        served.append(LibraryModel(loaded, names, settings, generator))
+        served.append(LibraryModel(facts, names, settings, generator))
     progress(1.0, "ready")
     return LibraryEngine("mlx", str(mx.default_device()), served, settings)
 
@@ -85,7 +85,7 @@ def _set_device(name: str) -> None:
     mx.set_default_device(devices[name])
 
 
-def _load(path: str, options: EngineOptions, loaded: LoadedModel) -> Any:
+def _load(path: str, options: EngineOptions, facts: ModelFacts) -> Any:
     """The model, in the numbers asked for."""
     if options.load_8bit and options.load_4bit:
         raise EngineLoadError("choose one of --load-8bit and --load-4bit")
@@ -99,9 +99,9 @@ def _load(path: str, options: EngineOptions, loaded: LoadedModel) -> Any:
             model.set_dtype(DTYPES[options.dtype])
         if bits := 8 if options.load_8bit else 4 if options.load_4bit else 0:
             nn.quantize(model, group_size=GROUP_SIZE, bits=bits)
-            loaded.quantised = True
+            facts.quantised = True
         mx.eval(model.parameters())
-    loaded.details |= {"quantised": loaded.quantised}
+    facts.details |= {"quantised": facts.quantised}
     return model
 
 
@@ -120,7 +120,7 @@ class MlxGenerator:
     def __init__(
         self,
         model: Any,
-        loaded: LoadedModel,
+        facts: ModelFacts,
         *,
         slots: int,
         prefill_tokens: int,
@@ -128,7 +128,7 @@ class MlxGenerator:
     ) -> None:
         self.slots = slots
         self._model = model
-        self._sampler = HostSampler(loaded)
+        self._sampler = HostSampler(facts)
         self._batch = BatchGenerator(
             model,
             completion_batch_size=slots,
@@ -149,7 +149,9 @@ class MlxGenerator:
             if sequence.wants_prompt_logprobs:
                 self._score_prompt(sequence)
         except (RuntimeError, ValueError) as error:
-            self._failed.append(Drawn(sequence, failure(error)))
+            self._failed.append(
+                Drawn(sequence, error_info(error, "the model failed on this request"))
+            )
         (uid,) = self._batch.insert(
             [sequence.prompt.ids + sequence.answer],
             max_tokens=[UNBOUNDED],

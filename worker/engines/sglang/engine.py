@@ -19,7 +19,9 @@ from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 from broker.protocol.messages import Params
 from worker.engines.base import EngineLoadError, EngineOptions, Progress
 from worker.engines.common.arguments import SHARED, boolean, split_arguments
-from worker.engines.common.generator import Drawn, failure
+from worker.engines.common.facts import ModelFacts
+from worker.engines.common.failures import error_info
+from worker.engines.common.generator import Drawn
 from worker.engines.common.library_model import (
     LibraryEngine,
     LibraryModel,
@@ -30,7 +32,6 @@ from worker.engines.common.library_model import (
 )
 from worker.engines.common.sampling import Sampled
 from worker.engines.common.sequence import Sequence
-from worker.engines.transformers.loaded import LoadedModel
 
 __all__ = ["SglangGenerator", "build_engine"]
 
@@ -95,7 +96,7 @@ def build_engine(options: EngineOptions, progress: Progress) -> LibraryEngine:
         },
     )
     ((path, names),) = named_models(options, several=False)
-    loaded = describe(path, options, settings, pictures=True, library="sglang")
+    facts = describe(path, options, settings, pictures=True, library="sglang")
     slots = options.slots or DEFAULT_SLOTS
     arguments = server_arguments(theirs) | {
         "model_path": path,
@@ -113,7 +114,7 @@ def build_engine(options: EngineOptions, progress: Progress) -> LibraryEngine:
     with explained(path, "sglang"):
         engine = sglang.Engine(**arguments)
     model = LibraryModel(
-        loaded, names, settings, SglangGenerator(engine, loaded, slots), unsupported=UNSUPPORTED
+        facts, names, settings, SglangGenerator(engine, facts, slots), unsupported=UNSUPPORTED
     )
     progress(1.0, "ready")
     return LibraryEngine("sglang", options.device, [model], settings)
@@ -193,11 +194,11 @@ class _Running:
 class SglangGenerator:
     """SGLang's engine (see `Generator`). Its asyncio loop runs inside `next`."""
 
-    def __init__(self, engine: Any, loaded: LoadedModel, slots: int) -> None:
+    def __init__(self, engine: Any, facts: ModelFacts, slots: int) -> None:
         self.slots = slots
         self._engine = engine
         self._loop: asyncio.AbstractEventLoop = engine.loop
-        self._placeholders = sorted(loaded.placeholder_ids)
+        self._placeholders = sorted(facts.placeholder_ids)
         self._arrived = asyncio.Event()
         self._chunks: deque[tuple[_Running, dict[str, Any] | ErrorInfo]] = deque()
         self._names: dict[int, str] = {}
@@ -288,7 +289,7 @@ class SglangGenerator:
                 self._hear(name, running, chunk)
         except Exception as error:
             # Whatever it raises is about this request: SGLang's processes live on or are watched.
-            self._hear(name, running, failure(error))
+            self._hear(name, running, error_info(error, "the model failed on this request"))
         running.over = True
 
     def _hear(self, name: str, running: _Running, chunk: dict[str, Any] | ErrorInfo) -> None:

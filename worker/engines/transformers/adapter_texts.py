@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 from worker.engines.base import EngineLoadError
+from worker.engines.common.failures import one_line
 from worker.engines.common.processors import load_processor
 
 __all__ = ["OwnTexts", "own_texts"]
@@ -70,9 +71,8 @@ def _read(path: str, model: Any, tokenizer: Any, *, trust_remote_code: bool) -> 
                 path, config=model.config, trust_remote_code=trust_remote_code
             )
         except Exception as error:  # of tokenizers, of the template, of remote code
-            cause = " ".join(str(error).split()) or type(error).__name__
             raise EngineLoadError(
-                f"adapter {path} brings a tokenizer that cannot be read: {cause[:300]}"
+                f"adapter {path} brings a tokenizer that cannot be read: {one_line(error, 300)}"
             ) from error
     if _has(path, _TEMPLATE):
         own = copy.deepcopy(tokenizer)

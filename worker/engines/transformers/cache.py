@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from worker.engines.transformers.memory import is_out_of_memory
+from worker.engines.common.failures import is_out_of_memory
 
 __all__ = ["Plan", "SlotCache", "SlotLayer"]
 

@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
+from broker.protocol.errors import ErrorCode, RequestError
 from broker.protocol.messages import FinishReason, TokenLogprob
 from worker.engines.base import EngineEvent
+from worker.engines.common.compat import rope_owner
+from worker.engines.common.failures import error_info
 from worker.engines.common.runner import RunnerCounts
 from worker.engines.common.sampling import Sampler, prompt_logprobs
 from worker.engines.common.sequence import Sequence, State
-from worker.engines.transformers.compat import rope_owner
 from worker.engines.transformers.loaded import LoadedModel
-from worker.engines.transformers.memory import is_out_of_memory, release_cached
+from worker.engines.transformers.memory import release_cached
 from worker.engines.transformers.rope import RopeState
 
 __all__ = ["GenerateRunner", "plain_generation_config"]
@@ -274,14 +275,7 @@ class GenerateRunner:
             events += sequence.fail(error.info)
         except Exception as error:
             release_cached(self._loaded.device)
-            short = is_out_of_memory(error)
-            cause = " ".join(str(error).split()) or type(error).__name__
-            events += sequence.fail(
-                ErrorInfo(
-                    code=(ErrorCode.OUT_OF_MEMORY if short else ErrorCode.ENGINE_ERROR).value,
-                    message=f"the model failed on this request: {cause[:500]}",
-                )
-            )
+            events += sequence.fail(error_info(error, "the model failed on this request"))
 
     @torch.inference_mode()
     def _score_prompt(self, sequence: Sequence) -> None:

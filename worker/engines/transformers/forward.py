@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from worker.engines.common.compat import cache_argument, forward_parameters, rope_owner
 from worker.engines.common.sequence import Sequence
 from worker.engines.transformers.cache import SlotCache
-from worker.engines.transformers.compat import cache_argument, forward_parameters, rope_owner
 from worker.engines.transformers.graphs import StaticDecode
 from worker.engines.transformers.loaded import LoadedModel
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from worker.engines.common.failures import one_line
 from worker.engines.common.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class StaticDecode:
         try:
             step = self._prepare(rows, length, sequences)
         except Exception as error:
-            self.refused = " ".join(str(error).split())[:300] or type(error).__name__
+            self.refused = one_line(error, 300)
             log.warning("decode steps are not captured as CUDA graphs: %s", self.refused)
             self._steps.clear()
             return None

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from broker.protocol.install import install_hint
 from worker.engines.base import EngineLoadError, EngineOptions, Progress
+from worker.engines.common.failures import one_line
 from worker.engines.common.processors import load_processor
 from worker.engines.paths import local_folder
 from worker.engines.transformers.adapter_texts import own_texts
@@ -272,10 +273,10 @@ def _explained(path: str) -> Iterator[None]:
         raise
     except ImportError as error:
         raise EngineLoadError(
-            f"{path} needs a package that is not installed: {_one_line(error)}"
+            f"{path} needs a package that is not installed: {one_line(error, 400)}"
         ) from error
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
-        text = _one_line(error)
+        text = one_line(error, 400)
         if "trust_remote_code" in str(error):
             text = "it brings its own code: read it, then pass --trust-remote-code"
         elif "does not recognize this architecture" in text or "model type" in text:
@@ -288,11 +289,6 @@ def _explained(path: str) -> Iterator[None]:
         elif "safetensors" in text:
             text += " (pickled weights: --engine-arg safetensors_only=false if you trust them)"
         raise EngineLoadError(f"cannot load {path}: {text}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 400 else text[:397] + "..."
 
 
 # --- classes, dtype, weights ----------------------------------------------------------------------
@@ -500,7 +496,7 @@ def _remote_processor(path: str, config: Any, common: dict[str, Any]) -> Any:
     try:
         processor = load_processor(path, config, **common)
     except Exception as error:  # whatever the folder's own code raises
-        cause = _one_line(error)
+        cause = one_line(error, 400)
     else:
         if hasattr(processor, "tokenizer") and hasattr(processor, "image_processor"):
             return processor

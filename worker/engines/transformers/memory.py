@@ -12,7 +12,6 @@ from broker.protocol.errors import ErrorCode, ErrorInfo
 
 __all__ = [
     "free_bytes",
-    "is_out_of_memory",
     "no_room",
     "release_cached",
     "uncomputable",
@@ -54,16 +53,6 @@ def used_bytes(device: torch.device) -> int:
     if device.type == "xpu":
         return int(torch.xpu.memory_allocated(device))
     return int(psutil.Process().memory_info().rss)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out, on an accelerator or on the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "out of memory" in text or "not enough memory" in text
-    )
 
 
 def release_cached(device: torch.device) -> None:

@@ -29,13 +29,13 @@ import torch
 import worker
 from broker.protocol.messages import Params
 from worker.engines.base import EngineLoadError
+from worker.engines.common.compat import KNOWN_RELEASES
+from worker.engines.common.failures import is_out_of_memory, one_line
 from worker.engines.common.prompt import Prompt
 from worker.engines.common.sequence import Sequence
-from worker.engines.transformers.compat import KNOWN_RELEASES
 from worker.engines.transformers.fallback import plain_generation_config
 from worker.engines.transformers.forward import Forward, StaticUse, Unsupported
 from worker.engines.transformers.loaded import LoadedModel, wrap_model
-from worker.engines.transformers.memory import is_out_of_memory
 
 __all__ = ["Verdict", "check", "check_generate", "relative_error", "tolerance"]
 
@@ -157,7 +157,7 @@ def _generated(loaded: LoadedModel, prompt: Prompt) -> Reference:
             raise _memory_short(error) from error
         raise EngineLoadError(
             f"the model's own generate() fails, so that no request could be answered: "
-            f"{type(error).__name__}: {_one_line(error)}"
+            f"{type(error).__name__}: {one_line(error, 300)}"
         ) from error
 
 
@@ -200,7 +200,7 @@ def _try(
         if is_out_of_memory(error):
             raise _memory_short(error) from error
         ours = isinstance(error, PROGRAMMING_ERRORS) and _raised_by_us(error.__traceback__)
-        reason = f"{type(error).__name__}: {_one_line(error)}"
+        reason = f"{type(error).__name__}: {one_line(error, 300)}"
         return Verdict(None, reason, fault=error if ours else None)
     return Verdict(forward, whole=whole)
 
@@ -242,13 +242,9 @@ def _raised_by_us(traceback: TracebackType | None) -> bool:
 
 def _memory_short(error: BaseException) -> EngineLoadError:
     return EngineLoadError(
-        f"too little memory for two short prompts beside the weights: {_one_line(error)}; "
+        f"too little memory for two short prompts beside the weights: {one_line(error, 300)}; "
         "--load-8bit and --load-4bit need less"
     )
-
-
-def _one_line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def _text_prompt(loaded: LoadedModel, length: int) -> Prompt:

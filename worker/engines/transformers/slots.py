@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
+from broker.protocol.errors import ErrorInfo
 from broker.protocol.messages import FinishReason, TokenLogprob
 from worker.engines.base import EngineEvent
+from worker.engines.common.failures import error_info, is_out_of_memory
 from worker.engines.common.sampling import Sampled, Sampler, prompt_logprobs
 from worker.engines.common.sequence import Sequence, State
 from worker.engines.transformers.forward import Forward
 from worker.engines.transformers.memory import (
-    is_out_of_memory,
     no_room,
     release_cached,
     uncomputable,
@@ -583,17 +583,11 @@ class SlotRunner:
     def _fail_row(self, row: int, error: Exception, events: list[EngineEvent]) -> None:
         """One sequence failed by itself: picture, memory, a model that refuses its inputs."""
         sequence = self._rows[row]
-        if isinstance(error, RequestError):
-            info = error.info
-        elif is_out_of_memory(error):
+        if is_out_of_memory(error):
             release_cached(self.forward.device)
             info = uncomputable(sequence.total)
         else:
-            cause = " ".join(str(error).split()) or type(error).__name__
-            info = ErrorInfo(
-                code=ErrorCode.ENGINE_ERROR.value,
-                message=f"the model failed on this prompt: {cause[:500]}",
-            )
+            info = error_info(error, "the model failed on this prompt")
         events += sequence.fail(info)
         self._leave(row, keep=False)
 

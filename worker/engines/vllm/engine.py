@@ -28,6 +28,8 @@ from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 from broker.protocol.messages import Params, Request, TokenLogprob
 from worker.engines.base import EngineLoadError, EngineOptions, Progress
 from worker.engines.common.arguments import SHARED, split_arguments
+from worker.engines.common.facts import ModelFacts
+from worker.engines.common.failures import one_line
 from worker.engines.common.generator import Drawn
 from worker.engines.common.host_sampling import is_plain_greedy, token_logprob
 from worker.engines.common.library_model import (
@@ -41,7 +43,6 @@ from worker.engines.common.library_model import (
 from worker.engines.common.sampling import Sampled
 from worker.engines.common.sequence import Sequence
 from worker.engines.common.text import token_table
-from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.vllm.sampling import RowFacts, pack
 
 __all__ = ["VllmGenerator", "build_engine"]
@@ -147,20 +148,20 @@ def build_engine(options: EngineOptions, progress: Progress) -> LibraryEngine:
         )
     ((path, names),) = named_models(options, several=False)
     progress(None, f"loading {path}")
-    loaded = describe(path, options, settings, pictures=True, library="vllm")
+    facts = describe(path, options, settings, pictures=True, library="vllm")
     arguments = engine_arguments(path, options, settings.context_tokens, theirs)
     with explained(path, "vllm"):
         engine = LLMEngine.from_engine_args(arguments)
     config = engine.vllm_config
-    loaded.context_tokens = int(config.model_config.max_model_len)
-    loaded.details |= {
+    facts.context_tokens = int(config.model_config.max_model_len)
+    facts.details |= {
         "dtype": str(config.model_config.dtype).removeprefix("torch."),
         "tensor_parallel": config.parallel_config.tensor_parallel_size,
         "pipeline_parallel": config.parallel_config.pipeline_parallel_size,
         "quantised": config.model_config.quantization is not None,
     }
-    generator = VllmGenerator(engine, loaded)
-    model = _VllmModel(loaded, names, settings, generator)
+    generator = VllmGenerator(engine, facts)
+    model = _VllmModel(facts, names, settings, generator)
     progress(1.0, "ready")
     return LibraryEngine("vllm", str(config.device_config.device_type), [model], settings)
 
@@ -185,11 +186,11 @@ class _VllmModel(LibraryModel):
 class VllmGenerator:
     """vLLM's engine (see `Generator`)."""
 
-    def __init__(self, engine: LLMEngine, loaded: LoadedModel) -> None:
+    def __init__(self, engine: LLMEngine, facts: ModelFacts) -> None:
         self.slots = int(engine.vllm_config.scheduler_config.max_num_seqs)
         self._engine = engine
-        self._loaded = loaded
-        self._octets = token_table(loaded.tokenizer).octets
+        self._loaded = facts
+        self._octets = token_table(facts.tokenizer).octets
         self._names: dict[int, str] = {}
         self._by_name: dict[str, Sequence] = {}
         self._count = 0
@@ -204,9 +205,8 @@ class VllmGenerator:
         try:
             self._engine.add_request(name, prompt, self._sampling(sequence))
         except ValueError as error:
-            cause = " ".join(str(error).split())
             raise RequestError(
-                ErrorCode.INVALID_REQUEST, f"vLLM refuses this request: {cause[:500]}"
+                ErrorCode.INVALID_REQUEST, f"vLLM refuses this request: {one_line(error)}"
             ) from error
         self._count += 1
         self._names[id(sequence)] = name

@@ -17,6 +17,7 @@ import torch
 
 from broker.protocol.install import install_hint
 from worker.engines.base import EngineLoadError
+from worker.engines.common.failures import one_line
 from worker.engines.transformers.settings import EngineSettings
 
 __all__ = [
@@ -155,5 +156,4 @@ def explained(path: str) -> Iterator[None]:
     except EngineLoadError:
         raise
     except Exception as error:  # peft raises what Python has, bare assertions among it
-        cause = " ".join(str(error).split()) or type(error).__name__
-        raise EngineLoadError(f"cannot load adapter {path}: {cause[:400]}") from error
+        raise EngineLoadError(f"cannot load adapter {path}: {one_line(error, 400)}") from error

@@ -1,0 +1,264 @@
+"""The engine that engines with a batch are: jobs in, events out, several models.
+
+Owns the jobs and the preprocessing threads; the runners own the models. `add`, `cancel` and `step`
+are called by one thread. Must never block on preprocessing for more than a few milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence as Items
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import psutil
+
+from broker.protocol.errors import ErrorCode, ErrorInfo
+from broker.protocol.messages import FinishReason
+from worker.engines.base import (
+    Capabilities,
+    Ended,
+    EngineEvent,
+    EngineLoadError,
+    Failed,
+    Job,
+    Tokens,
+)
+from worker.engines.common.arguments import SharedSettings
+from worker.engines.common.failures import error_info, is_out_of_memory, one_line
+from worker.engines.common.sequence import Sequence, State
+from worker.engines.common.served import BatchModel, Embedding, Prepared, now
+
+__all__ = ["BatchEngine"]
+
+PREPARE_WAIT_S = 0.004
+"""How long a step waits when all there is to do is preprocessing."""
+
+RATE_WINDOW_S = 10.0
+"""Tokens per second are those of the last ten seconds."""
+
+
+@dataclass(slots=True)
+class _Running:
+    """A job between `add` and its end."""
+
+    served: BatchModel | None
+    future: Future[Prepared] | None = None
+    task: Sequence | Embedding | None = None
+    cancelled: bool = False
+
+
+class BatchEngine:
+    """Runs jobs on one or several models (see `worker.engines.base.Engine`)."""
+
+    def __init__(
+        self,
+        engine: str,
+        device: str,
+        models: Items[BatchModel],
+        settings: SharedSettings,
+        *,
+        slots: int,
+    ) -> None:
+        """`device`: for people. `slots`: told as the capacity where no model has a batch. Raises
+        `EngineLoadError` where two models have one name."""
+        self._models = models
+        self._by_name: dict[str, BatchModel] = {}
+        for model in models:
+            for name in (*model.names, *model.facts.adapters):
+                if name in self._by_name:
+                    raise EngineLoadError(f"two models have the name {name}: see --model-name")
+                self._by_name[name] = model
+        self._pool = ThreadPoolExecutor(settings.preprocess_threads, "preprocess")
+        self._jobs: dict[bytes, _Running] = {}
+        self._embeds: deque[Embedding] = deque()
+        self._events: list[EngineEvent] = []
+        self._recent: deque[tuple[float, int]] = deque()
+        self._ttft_ms = 0.0
+        runners = [model.runner.slots for model in models if model.runner is not None]
+        self._capabilities = Capabilities(
+            engine=engine,
+            device=device,
+            models=tuple(info for model in models for info in model.infos()),
+            capacity=max(runners, default=slots),
+        )
+
+    # --- the engine contract ----------------------------------------------------------------------
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._jobs or self._events)
+
+    def add(self, job: Job) -> None:
+        """Take a job; preprocessing starts at once."""
+        if job.request_id in self._jobs:
+            return
+        served = self._by_name.get(job.request.model)
+        running = _Running(served)
+        self._jobs[job.request_id] = running
+        if served is None:
+            self._say(
+                Failed(
+                    job.request_id,
+                    ErrorInfo(
+                        code=ErrorCode.MODEL_UNAVAILABLE.value,
+                        message=f"this worker has no model {job.request.model}; it serves "
+                        + ", ".join(self._by_name),
+                    ),
+                )
+            )
+            return
+        running.future = self._pool.submit(served.prepare, job, now())
+
+    def cancel(self, request_id: bytes) -> None:
+        running = self._jobs.get(request_id)
+        if running is None:
+            return
+        running.cancelled = True
+        if running.task is not None:
+            running.task.cancelled = True
+
+    def step(self) -> list[EngineEvent]:
+        self._collect()
+        worked = False
+        for model in self._models:
+            if model.runner is not None and model.runner.busy:
+                worked = True
+                for event in model.runner.step():
+                    self._say(event)
+        worked = self._embed_one() or worked
+        if not worked and not self._events:
+            self._await_preprocessing()
+        events, self._events = self._events, []
+        return events
+
+    def metrics(self) -> dict[str, float]:
+        time = now()
+        self._forget(time)
+        counts = [m.runner.counts() for m in self._models if m.runner is not None]
+        pending = sum(1 for job in self._jobs.values() if job.task is None)
+        span = max(time - self._recent[0][0], 1e-3) if self._recent else RATE_WINDOW_S
+        return {
+            "running": float(sum(c.running for c in counts) + len(self._embeds)),
+            "waiting": float(sum(c.waiting for c in counts) + pending),
+            "batch": float(sum(c.batch for c in counts)),
+            # Nobody waits for an average to fade once nothing runs.
+            "tokens_per_s": sum(count for _, count in self._recent) / span if self._jobs else 0.0,
+            "ttft_ms": self._ttft_ms,
+            "kv_used_tokens": float(sum(c.kv_used_tokens for c in counts)),
+            "kv_total_tokens": float(sum(c.kv_total_tokens for c in counts)),
+            "prefix_tokens": float(sum(c.prefix_tokens for c in counts)),
+            "prefix_hit_tokens": float(sum(c.prefix_hit_tokens for c in counts)),
+            "memory_used_bytes": float(self.memory_used_bytes()),
+        }
+
+    def memory_used_bytes(self) -> int:
+        """Bytes in use: resident memory, where no device is asked."""
+        return int(psutil.Process().memory_info().rss)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        for model in self._models:
+            model.close()
+        self._jobs.clear()
+        self._embeds.clear()
+
+    # --- inside -----------------------------------------------------------------------------------
+
+    def _say(self, event: EngineEvent) -> None:
+        """An event goes out; the books follow."""
+        if isinstance(event, Tokens):
+            self._recent.append((now(), len(event.token_ids)))
+            if len(self._recent) > 4096:
+                self._forget(now())
+        elif isinstance(event, Ended | Failed):
+            running = self._jobs.pop(event.request_id, None)
+            sequence = running.task if running is not None else None
+            if isinstance(sequence, Sequence) and sequence.first_token_at:
+                ttft_ms = (sequence.first_token_at - sequence.added_at) * 1e3
+                self._ttft_ms += (ttft_ms - self._ttft_ms) * (0.2 if self._ttft_ms else 1.0)
+        self._events.append(event)
+
+    def _forget(self, time: float) -> None:
+        while self._recent and self._recent[0][0] < time - RATE_WINDOW_S:
+            self._recent.popleft()
+
+    def _collect(self) -> None:
+        """Hand over what preprocessing has finished, in order of arrival."""
+        for request_id, running in list(self._jobs.items()):
+            future = running.future
+            if future is None:
+                continue
+            if running.cancelled and not future.done() and future.cancel():
+                running.future = None
+                self._say(Ended(request_id, FinishReason.CANCELLED))
+                continue
+            if running.cancelled and not future.done():
+                # It cannot be stopped; its answer is not waited for.
+                running.future = None
+                self._say(Ended(request_id, FinishReason.CANCELLED))
+                continue
+            if future.done():
+                running.future = None
+                self._start(request_id, running, future)
+
+    def _start(self, request_id: bytes, running: _Running, future: Future[Prepared]) -> None:
+        assert running.served is not None
+        try:
+            prepared = future.result()
+        except Exception as error:
+            self._say(Failed(request_id, _unprepared(error)))
+            return
+        if running.cancelled:
+            self._say(Ended(request_id, FinishReason.CANCELLED))
+        elif isinstance(prepared, Ended):
+            self._say(prepared)
+        elif isinstance(prepared, Sequence):
+            running.task = prepared
+            for event in prepared.over(now()):
+                self._say(event)
+            if prepared.state is not State.DONE and running.served.runner is not None:
+                running.served.runner.submit(prepared)
+        else:
+            running.task = prepared
+            self._embeds.append(prepared)
+
+    def _embed_one(self) -> bool:
+        """One batch of one embedding task, in turns."""
+        if not self._embeds:
+            return False
+        task = self._embeds.popleft()
+        if task.cancelled:
+            self._say(Ended(task.request_id, FinishReason.CANCELLED))
+            return True
+        try:
+            ended = task.step()
+        except Exception as error:
+            info = error_info(error, "the inputs could not be embedded")
+            self._say(Failed(task.request_id, info))
+            return True
+        if ended is None:
+            self._embeds.append(task)
+        else:
+            self._say(ended)
+        return True
+
+    def _await_preprocessing(self) -> None:
+        futures = [job.future for job in self._jobs.values() if job.future is not None]
+        if futures:
+            wait(futures, timeout=PREPARE_WAIT_S, return_when=FIRST_COMPLETED)
+            self._collect()
+
+
+def _unprepared(error: Exception) -> ErrorInfo:
+    if is_out_of_memory(error):
+        return ErrorInfo(
+            code=ErrorCode.OUT_OF_MEMORY.value,
+            message=f"memory ran out while the request was prepared ({one_line(error)}): send "
+            "smaller pictures or a shorter prompt, or try again when the worker is less busy",
+        )
+    return error_info(error, "the request could not be prepared")

@@ -1,0 +1,245 @@
+"""A model under its names, and jobs made ready for it: prompts, text streams, sampler rows.
+
+`prepare` runs in preprocessing threads and turns a job into a sequence, an embedding or an answer;
+everything that can be wrong with a request is found there. Must never run the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+
+from broker.protocol.errors import ErrorCode, RequestError
+from broker.protocol.messages import FinishReason, Kind, ModelInfo, Params, Request, Usage
+from worker.engines.base import Ended, Job
+from worker.engines.common.arguments import SharedSettings
+from worker.engines.common.constrain import ConstraintFactory, ConstraintState
+from worker.engines.common.facts import ModelFacts
+from worker.engines.common.images import ImageLimits
+from worker.engines.common.prompt import PromptBuilder
+from worker.engines.common.runner import Runner
+from worker.engines.common.sampling import SamplerRow, check_token_ids
+from worker.engines.common.sequence import Sequence, ends_answer
+from worker.engines.common.template import continues_message
+from worker.engines.common.text import TextStream, places, token_table
+
+__all__ = ["BatchModel", "Embedding", "Prepared", "now"]
+
+CONTEXT_IDS = 8
+"""Prompt tokens that the text stream of a continued text sees."""
+
+#: Of a prompt whose end is told: what a template writes behind the last message is shorter.
+_TAIL_TOKENS = 32
+
+
+class Embedding(Protocol):
+    """An embedding request on its way. It takes turns with the steps of the batch."""
+
+    request_id: bytes
+    cancelled: bool
+
+    def step(self) -> Ended | None:
+        """Compute one piece; the end of the request after the last."""
+
+
+Prepared = Sequence | Embedding | Ended
+"""What becomes of a job: something to run, or its answer."""
+
+
+class _Texts:
+    """What makes tokens of requests and text of tokens; an adapter may have its own."""
+
+    def __init__(self, facts: ModelFacts, limits: ImageLimits) -> None:
+        self.facts = facts
+        self.builder = PromptBuilder(facts, limits)
+        # Texts are decoded in the step loop while prompts are encoded in other threads, and a fast
+        # tokenizer must not be used in two threads at once.
+        self.decoder = copy.deepcopy(facts.tokenizer)
+        self._constraints = ConstraintFactory(facts.tokenizer)
+        self._constraint_lock = threading.Lock()
+
+    def constraint(self, params: Params) -> ConstraintState | None:
+        """What holds an answer to the constraint that its request asks for."""
+        if params.constraint is None:
+            return None
+        with self._constraint_lock:
+            ends = self.facts.eos_ids.union(params.stop_token_ids)
+            return self._constraints.build(params.constraint, ends)
+
+
+class BatchModel:
+    """A model under its names (adapters have names of their own).
+
+    `facts`: what there is to know of it. A subclass sets `runner`, which computes tokens.
+    """
+
+    def __init__(self, facts: ModelFacts, names: tuple[str, ...], settings: SharedSettings) -> None:
+        self.facts = facts
+        self.names = names
+        limits = ImageLimits(pixels=settings.image_pixels, octets=settings.image_bytes)
+        self._texts = _Texts(facts, limits)
+        self._adapter_texts = {
+            name: _Texts(own, limits) for name, own in facts.adapter_texts.items()
+        }
+        self._token_bytes: Callable[[int], bytes] = token_table(self._texts.decoder).octets
+        #: None: it only embeds.
+        self.runner: Runner | None = None
+        #: How it is served, for people.
+        self.scheduler = "none"
+        #: Why its requests run one at a time; empty: in a batch.
+        self.serial = ""
+
+    # --- facts ------------------------------------------------------------------------------------
+
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of request that it answers."""
+        return tuple(kind for kind in Kind if kind is not Kind.EMBED)
+
+    def infos(self) -> list[ModelInfo]:
+        """One record for each name, adapters included."""
+        facts = self.facts
+        return [
+            ModelInfo(
+                name=name,
+                kinds=self.kinds(),
+                context_tokens=facts.context_tokens,
+                images=facts.takes_images,
+                details=facts.details
+                | {"scheduler": self.scheduler}
+                | ({"adapter": "chosen for each row"} if name in facts.adapters else {}),
+                serial=self.serial,
+            )
+            for name in (*self.names, *facts.adapters)
+        ]
+
+    # --- jobs -------------------------------------------------------------------------------------
+
+    def prepare(self, job: Job, added_at: float) -> Prepared:
+        """Make a job ready, in a preprocessing thread. Raises RequestError."""
+        request = job.request
+        builder = self._texts_of(request).builder
+        match request.kind:
+            case Kind.CHAT | Kind.COMPLETE:
+                return self._sequence(job, added_at)
+            case Kind.EMBED:
+                return self.embedding(job)
+            case Kind.COUNT:
+                count = builder.token_count(job)
+                return self._answer(job, count, {"count": count})
+            case Kind.TOKENIZE:
+                ids = builder.token_ids(job)
+                return self._answer(job, len(ids), {"token_ids": ids})
+            case Kind.DETOKENIZE:
+                if request.token_ids is None:
+                    raise _invalid("a detokenize request needs token ids")
+                text = builder.detokenised(request.token_ids)
+                return self._answer(job, len(request.token_ids), {"text": text})
+            case Kind.TEMPLATE:
+                return self._answer(job, 0, {"text": builder.text(request)})
+
+    def embedding(self, job: Job) -> Embedding:
+        """The embedding that a job asks for. Raises RequestError."""
+        raise RequestError(
+            ErrorCode.INVALID_REQUEST,
+            f"model {job.request.model} does not embed on engine {self.scheduler}: serve it with "
+            "--engine transformers",
+            details={"parameter": "kind"},
+        )
+
+    @staticmethod
+    def _answer(job: Job, tokens: int, result: dict[str, Any]) -> Ended:
+        usage = Usage(prompt_tokens=tokens)
+        return Ended(job.request_id, FinishReason.STOP, usage=usage, result=result)
+
+    def _sequence(self, job: Job, added_at: float) -> Sequence:
+        request, params = job.request, self._with_model_defaults(job.request.params)
+        texts = self._texts_of(request)
+        facts = texts.facts
+        if self.runner is None:
+            raise _invalid(f"model {request.model} only embeds: it writes no text")
+        known = min(facts.vocabulary, facts.embedding_rows)
+        check_token_ids(params, known)
+        prompt = texts.builder.generation(job)
+        prior = request.resume.token_ids if request.resume is not None else []
+        if prior and max(prior) >= known:
+            raise _invalid(f"the tokens to resume from are not this model's: id {max(prior)}")
+        constraint = texts.constraint(params)
+        # The placeholders stand for pictures: penalising them would mean nothing.
+        row = SamplerRow(
+            params,
+            [token_id for token_id in prompt.ids if token_id not in facts.placeholder_ids],
+            eos_ids=facts.eos_ids,
+            prior_ids=prior,
+            constraint=constraint,
+        )
+        # A text that goes on where the prompt's ends: a first space is part of it.
+        goes_on = not facts.encoder_decoder and (
+            request.kind is Kind.COMPLETE or continues_message(request)
+        )
+        over = bool(prior) and ends_answer(
+            prior[-1], len(prior), params, facts.eos_ids, finished=row.finished
+        )
+        text = TextStream(
+            texts.decoder,
+            params,
+            # What ends an answer is no part of its text.
+            prior_ids=prior[:-1] if over else prior,
+            prior_characters=request.resume.text_characters if request.resume else 0,
+            context_ids=prompt.ids[-CONTEXT_IDS:] if goes_on else (),
+        )
+        room = facts.context_tokens - (0 if facts.encoder_decoder else len(prompt.ids))
+        facts_seen = request.resume is not None and request.resume.prompt_seen
+        echo = params.echo and not facts_seen
+        return Sequence(
+            request_id=job.request_id,
+            params=params,
+            prompt=prompt,
+            row=row,
+            text=text,
+            eos_ids=facts.eos_ids,
+            max_tokens=min(params.max_tokens or room, room),
+            wants_facts=not facts_seen
+            and bool(params.echo or params.prompt_logprobs is not None or params.keep_special),
+            echo_text=texts.builder.detokenised(prompt.ids) if echo else "",
+            echo_places=places(texts.decoder, prompt.ids)
+            if echo and params.prompt_logprobs is not None
+            else [],
+            special=token_table(texts.decoder).special_texts(params.keep_special),
+            # Longer than what a template writes behind the last message.
+            tail=texts.builder.detokenised(prompt.ids[-_TAIL_TOKENS:])
+            if params.keep_special and not facts_seen
+            else "",
+            adapter=self._adapter(request),
+            added_at=added_at,
+            answer=list(prior),
+        )
+
+    def _texts_of(self, request: Request) -> _Texts:
+        return self._adapter_texts.get(request.model, self._texts)
+
+    def _adapter(self, request: Request) -> str | None:
+        return request.model if request.model in self.facts.adapters else None
+
+    def _with_model_defaults(self, params: Params) -> Params:
+        """What the caller left open is as the model's own generation config says."""
+        own = self.facts.sampling_defaults
+        changes = {name: own[name] for name in params.model_defaults if name in own}
+        return msgspec.structs.replace(params, **changes) if changes else params
+
+    def close(self) -> None:
+        if self.runner is not None:
+            self.runner.close()
+
+
+def now() -> float:
+    """The engine's clock, seconds."""
+    return time.perf_counter()
+
+
+def _invalid(message: str) -> RequestError:
+    return RequestError(ErrorCode.INVALID_REQUEST, message)
