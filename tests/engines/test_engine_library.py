@@ -14,7 +14,11 @@ from tests.engines.library_standin import StandIn, served, written
 from worker.engines import registry
 from worker.engines.base import EngineLoadError, EngineOptions, Job
 from worker.engines.common.arguments import boolean, split_arguments, whole
+from worker.engines.common.generator import Drawn
+from worker.engines.common.host_sampling import RowAhead
 from worker.engines.common.library_model import LibraryEngine, named_models, refuse_options
+from worker.engines.common.sampling import Sampled
+from worker.engines.common.sequence import Sequence
 
 PROMPT = [30, 31, 32, 33]
 
@@ -168,6 +172,34 @@ def test_the_heartbeat_sees_the_librarys_batch(engine: LibraryEngine) -> None:
     assert (metrics["running"], metrics["waiting"]) == (2.0, 1.0)
     assert metrics["kv_total_tokens"] == 1000.0
     assert metrics["kv_used_tokens"] > 0
+
+
+class SamplesAhead(StandIn):
+    """A library that samples a token before it tells of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ahead: dict[int, RowAhead] = {}
+
+    def insert(self, sequence: Sequence) -> None:
+        super().insert(sequence)
+        self.ahead[id(sequence)] = RowAhead(sequence)
+
+    def next(self) -> list[Drawn]:
+        return [
+            Drawn(drawn.sequence, self.ahead[id(drawn.sequence)].took(drawn.outcome))
+            for drawn in super().next()
+            if isinstance(drawn.outcome, Sampled)
+        ]
+
+
+def test_a_row_advances_once_for_each_token_where_a_library_samples_ahead() -> None:
+    library = SamplesAhead()
+    engine = served(library)
+    (answer,) = tiny.run(engine, [tiny.ids_job(PROMPT, max_tokens=6)])
+    engine.close()
+    assert answer.token_ids == written(PROMPT, 6)
+    assert [ahead.row.position for ahead in library.ahead.values()] == [6]
 
 
 # --- loading --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The transformers engine's sampler for logits that another library computed.
+"""The sampler (`sampling`) for logits that a library computed, on the host.
 
 With it every sampling parameter means the same on each engine, and a sampled answer is a function
 of (seed, position) here too. Must never touch the library that the logits come from.
@@ -56,15 +56,12 @@ def token_logprob(
 
 
 class RowAhead:
-    """Takes a sequence's row for a library that samples before it tells.
-
-    The row advances when its token is sampled; `Sequence` still appends what it is told, to this
-    stand-in, which knows it already.
-    """
+    """Advances a sequence's row for a library that samples before it tells: when its token is
+    sampled, not when `Sequence` is told of it."""
 
     def __init__(self, sequence: Sequence) -> None:
         self.row: SamplerRow = sequence.row
-        sequence.row = _Told(self.row)
+        sequence.row_ahead = True
 
     def took(self, sampled: Sampled) -> Sampled:
         """Advance by a token; the outcome as it is to be told."""
@@ -75,21 +72,6 @@ class RowAhead:
                 code = ErrorCode(error.info.code)
                 return Sampled(-1, None, ok=False, fault=error.info.message, code=code)
         return sampled
-
-
-class _Told(SamplerRow):
-    """A row that was advanced elsewhere."""
-
-    def __init__(self, ahead: SamplerRow) -> None:
-        self._ahead = ahead
-
-    @property
-    def finished(self) -> bool:
-        """Asked of end tokens only, behind which nothing was sampled but more of them."""
-        return self._ahead.finished
-
-    def append(self, token_id: int) -> None:
-        """It was appended when it was sampled."""
 
 
 class HostSampler:

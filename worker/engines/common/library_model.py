@@ -1,7 +1,7 @@
 """A model whose weights are in another library: its facts, its jobs, and what it cannot honour.
 
 `describe` reads configuration, tokenizer and processor with transformers; `LibraryModel` makes jobs
-ready exactly as the transformers engine does; `LibraryEngine` runs them. A parameter that the
+ready as for every engine (`served`); `LibraryEngine` runs them. A parameter that the
 library cannot honour is refused by name, never ignored. Must never load weights.
 """
 

@@ -85,6 +85,8 @@ class Sequence:
     rope_positions: object | None = None
     #: Prompt tokens taken from the prefix cache or another row.
     cached: int = 0
+    #: `row` has the tokens already that `take` is told of (see `RowAhead`).
+    row_ahead: bool = False
     #: The row that computes a prefix which this one waits for, and how long that prefix is.
     follows: Sequence | None = None
     shared: int = 0
@@ -169,7 +171,8 @@ class Sequence:
             return
         token_id = sampled.token_id
         try:
-            self.row.append(token_id)
+            if not self.row_ahead:
+                self.row.append(token_id)
         except RequestError as error:
             self._spoil(error.info.code, error.info.message)
             return

@@ -189,7 +189,7 @@ class VllmGenerator:
     def __init__(self, engine: LLMEngine, facts: ModelFacts) -> None:
         self.slots = int(engine.vllm_config.scheduler_config.max_num_seqs)
         self._engine = engine
-        self._loaded = facts
+        self._facts = facts
         self._octets = token_table(facts.tokenizer).octets
         self._names: dict[int, str] = {}
         self._by_name: dict[str, Sequence] = {}
@@ -214,7 +214,7 @@ class VllmGenerator:
 
     def _sampling(self, sequence: Sequence) -> SamplingParams:
         params = sequence.params
-        placeholders = sorted(self._loaded.placeholder_ids)
+        placeholders = sorted(self._facts.placeholder_ids)
         extra: dict[str, Any] | None = None
         bias: dict[int, float] | None = dict.fromkeys(placeholders, LOWEST_BIAS) or None
         if not is_plain_greedy(sequence, scored_elsewhere=True):
