@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
@@ -82,13 +83,14 @@ class OptionParser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
         """As argparse, with all unknown options in one message."""
-        parsed, rest = self.parse_known_args(args, namespace)
+        words = sys.argv[1:] if args is None else args
+        parsed, rest = self.parse_known_args(words, namespace)
         if rest:
-            self.error("\n".join(self._unknown(rest)))
+            self.error("\n".join(self._unknown(rest, words)))
         return parsed
 
-    def _unknown(self, rest: Sequence[str]) -> list[str]:
-        known = [option for action in _actions(self) for option in action.option_strings]
+    def _unknown(self, rest: Sequence[str], words: Sequence[str]) -> list[str]:
+        known = [option for action in _actions(self, words) for option in action.option_strings]
         names = [word.partition("=")[0] for word in rest if word.startswith("-")]
         if not names:
             return [f"unrecognized arguments: {' '.join(rest)}"]
@@ -111,10 +113,11 @@ class OptionParser(argparse.ArgumentParser):
         super().error(message)
 
 
-def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """Those of the parser and of its commands."""
+def _actions(parser: argparse.ArgumentParser, words: Sequence[str]) -> Iterator[argparse.Action]:
+    """Those of the parser and of the command that was given: another's would be no help."""
     for action in parser._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                yield from _actions(command)
+            command = next((word for word in words if word in action.choices), None)
+            if command is not None:
+                yield from _actions(action.choices[command], words)

@@ -87,3 +87,14 @@ def test_without_an_exception_of_its_own_it_ends_with_status_2() -> None:
         OptionParser().parse_args(["--colour"])
     assert caught.value.code == 2
     assert isinstance(OptionParser(), argparse.ArgumentParser)
+
+
+def test_only_options_of_the_command_that_was_given_are_near() -> None:
+    parser = OptionParser(raises=ValueError)
+    commands = parser.add_subparsers()
+    commands.add_parser("embed").add_argument("--model")
+    commands.add_parser("bench").add_argument("--prompt-words")
+    with pytest.raises(ValueError, match="no option --prompt; --help lists"):
+        parser.parse_args(["embed", "--prompt", "3"])
+    with pytest.raises(ValueError, match="did you mean --prompt-words"):
+        parser.parse_args(["bench", "--prompt", "3"])
