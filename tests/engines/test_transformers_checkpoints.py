@@ -109,6 +109,38 @@ def test_an_index_that_forgets_a_shard_is_refused(tmp_path: Path) -> None:
         load(path)
 
 
+@pytest.mark.parametrize("part", ["bias", "weight_scale"])
+def test_weights_of_a_layer_that_its_configuration_leaves_out_are_refused(
+    part: str, tmp_path: Path
+) -> None:
+    path = save(tmp_path / "m", tiny.llama())
+    name = f"model.layers.0.self_attn.q_proj.{part}"
+    rewrite(path / "model.safetensors", lambda weights: weights | {name: torch.ones(64)})
+    with pytest.raises(EngineLoadError, match=part):
+        load(path)
+
+
+def test_weights_of_a_part_that_the_model_has_not_may_be_left_out(tmp_path: Path) -> None:
+    path = save(tmp_path / "m", tiny.llama())
+    more = {"score.weight": torch.ones(2, 64), "model.rotary_emb.inv_freq": torch.ones(8)}
+    rewrite(path / "model.safetensors", lambda weights: weights | more)
+    engine = load(path)
+    try:
+        ids = tiny.prompts(1, low=20)[0]
+        answer = tiny.run(engine, [tiny.ids_job(ids, "m", max_tokens=12)])[0]
+        assert answer.token_ids == generated(tiny.llama(), ids)
+    finally:
+        engine.close()
+
+
+def test_a_file_of_weights_that_is_cut_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = save(tmp_path / "m", tiny.llama())
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-500])
+    with pytest.raises(EngineLoadError, match="damaged or cut"):
+        load(path)
+
+
 def test_a_learned_buffer_is_a_weight(tmp_path: Path) -> None:
     path = save(tmp_path / "m", text_model("deepseek_v3"))
     rewrite(path / "model.safetensors", without("e_score_correction_bias"))

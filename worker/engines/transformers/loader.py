@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -27,7 +28,11 @@ from worker.engines.paths import local_folder
 from worker.engines.transformers.adapter_texts import own_texts
 from worker.engines.transformers.adapters import merge_adapter
 from worker.engines.transformers.loaded import LoadedModel, wrap_model
-from worker.engines.transformers.loading.checkpoint import refuse_missing, weight_names
+from worker.engines.transformers.loading.checkpoint import (
+    refuse_left_out,
+    refuse_missing,
+    weight_names,
+)
 from worker.engines.transformers.loading.classes import ModelClass, model_class
 from worker.engines.transformers.loading.dense import explained_conversion
 from worker.engines.transformers.loading.llava import (
@@ -275,6 +280,11 @@ def _explained(path: str) -> Iterator[None]:
         raise EngineLoadError(
             f"{path} needs a package that is not installed: {one_line(error, 400)}"
         ) from error
+    except SafetensorError as error:
+        raise EngineLoadError(
+            f"cannot load {path}: a file of its weights is damaged or cut, fetch it again "
+            f"({_one_line(error)})"
+        ) from error
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
         text = one_line(error, 400)
         if "trust_remote_code" in str(error):
@@ -363,6 +373,8 @@ def _load_weights(
     if getattr(model, "_hf_peft_config_loaded", False):
         raise EngineLoadError(f"{path} is an adapter: name its base with --model-base")
     refuse_missing(model, told["missing_keys"], path, quantised=stored is not None)
+    if stored is None:
+        refuse_left_out(model, told["unexpected_keys"], path)
     if stored is not None:
         warn_of_lost_rounding(model, as_dict, path)
     if bits:

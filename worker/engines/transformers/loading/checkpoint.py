@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 
 from worker.engines.base import EngineLoadError
 
-__all__ = ["refuse_missing", "weight_names"]
+__all__ = ["refuse_left_out", "refuse_missing", "weight_names"]
 
 
 def refuse_missing(
@@ -49,6 +49,25 @@ def refuse_missing(
     raise EngineLoadError(
         f"{path} lacks {len(lacking)} of the model's weights ({names}): {cause}; "
         "fetch or convert it again"
+    )
+
+
+def refuse_left_out(model: Any, unexpected: Iterable[str], path: str) -> None:
+    """Raise `EngineLoadError` where the checkpoint has more weights for layers of `model` than these
+    take: biases that its configuration does not declare, scales of a quantisation that it does not
+    name. Without them the layers compute something else.
+
+    `unexpected` is what transformers reports. Layers that the model has not at all (a head for
+    another task, predictors of further tokens) may be left out.
+    """
+    layers = {name for name, layer in model.named_modules() if layer._parameters}
+    left_out = sorted(name for name in map(str, unexpected) if name.rpartition(".")[0] in layers)
+    if not left_out:
+        return
+    names = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
+    raise EngineLoadError(
+        f"{path} holds {len(left_out)} weights that its configuration has no place for ({names}): "
+        "without them it would answer otherwise; take the config.json that it was saved with"
     )
 
 
