@@ -53,7 +53,7 @@ def refuse_missing(
 
 
 def refuse_left_out(model: Any, unexpected: Iterable[str], path: str) -> None:
-    """Raise `EngineLoadError` where the checkpoint has more weights for layers of `model` than these
+    """Raise `EngineLoadError` where the checkpoint has more weights for layers of `model` than they
     take: biases that its configuration does not declare, scales of a quantisation that it does not
     name. Without them the layers compute something else.
 
