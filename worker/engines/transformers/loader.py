@@ -283,7 +283,7 @@ def _explained(path: str) -> Iterator[None]:
     except SafetensorError as error:
         raise EngineLoadError(
             f"cannot load {path}: a file of its weights is damaged or cut, fetch it again "
-            f"({})"
+            f"({one_line(error, 400)})"
         ) from error
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
         text = one_line(error, 400)
