@@ -20,6 +20,7 @@ from tests.engines import tiny
 from tests.engines.architectures import text_model
 from tests.engines.tiny import load
 from worker.engines.base import EngineLoadError, Job
+from worker.engines.transformers.loading.checkpoint import refuse_left_out
 from worker.engines.transformers.loading.classes import model_class
 
 
@@ -131,6 +132,13 @@ def test_weights_of_a_part_that_the_model_has_not_may_be_left_out(tmp_path: Path
         assert answer.token_ids == generated(tiny.llama(), ids)
     finally:
         engine.close()
+
+
+def test_a_buffer_that_older_releases_stored_may_be_in_the_file() -> None:
+    model = tiny.llava()
+    refuse_left_out(model, ["model.vision_tower.embeddings.position_ids"], "m")
+    with pytest.raises(EngineLoadError, match=r"embeddings\.bias"):
+        refuse_left_out(model, ["model.vision_tower.embeddings.bias"], "m")
 
 
 def test_a_file_of_weights_that_is_cut_is_refused_in_one_line(tmp_path: Path) -> None:
