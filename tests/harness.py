@@ -23,6 +23,8 @@ from client import BusError, Client, Timeout
 T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parent.parent
+#: mypy as a user runs it on a program: what lies behind the library is not reported.
+MYPY = ("--config-file=", "--strict", "--follow-imports=silent")
 PATIENCE_S = 120.0
 """Longest wait for anything: only what hangs takes so long, however busy the machine is. A request
 that a test cancels must last longer, or its natural end passes for the cancellation."""

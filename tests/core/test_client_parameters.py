@@ -12,6 +12,7 @@ from broker.protocol.messages import Kind, Params, Request
 from client import AsyncClient, Client, InvalidRequest, Retry, Timeout, calls
 from client.cli import arguments as flags
 from client.parameters import ChatOptions, ConversationOptions, EmbedOptions, Sampling, described
+from tests.harness import MYPY
 
 CALLS = ("chat", "generate", "embed", "count", "tokenize", "detokenize", "template")
 DEFAULTS = calls.Defaults(Timeout(), Retry())
@@ -58,7 +59,7 @@ def _typed(body: str) -> str:
     """What mypy says of a program that uses the library."""
     api = pytest.importorskip("mypy.api")
     program = "from client import AsyncClient, Client, Completion, Stream\nbus = Client()\n" + body
-    report, errors, _ = api.run(["--config-file=", "--strict", "-c", program])
+    report, errors, _ = api.run([*MYPY, "-c", program])
     assert not errors
     return str(report)
 

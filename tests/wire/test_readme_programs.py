@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.harness import PATIENCE_S, ROOT, Bus, running_bus
+from tests.harness import MYPY, PATIENCE_S, ROOT, Bus, running_bus
 
 PAGES = ("README.md", "client/README.md")
 
@@ -50,5 +50,5 @@ def test_a_program_runs_as_it_stands_there(page: str, bus: Bus, tmp_path: Path) 
 @pytest.mark.parametrize("page", PAGES)
 def test_a_program_type_checks(page: str) -> None:
     api = pytest.importorskip("mypy.api")
-    report, errors, _ = api.run(["--config-file=", "--strict", "-c", program_of(page)])
+    report, errors, _ = api.run([*MYPY, "-c", program_of(page)])
     assert report.startswith("Success") and not errors
