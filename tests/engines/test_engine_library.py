@@ -175,7 +175,7 @@ def test_the_heartbeat_sees_the_librarys_batch(engine: LibraryEngine) -> None:
 
 
 class SamplesAhead(StandIn):
-    """A library that samples a token before it tells of it."""
+    """A library that samples a token before it reports it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -127,6 +127,26 @@ def make(
     )
 
 
+def plain(seed: int, asks: tuple[Ask, ...], slots: int = 4) -> Plan:
+    """No fault of its own and no bound that is met: one broker, three workers, three clients."""
+    return dataclasses.replace(
+        make(seed, ()),
+        brokers=1,
+        workers=3,
+        slots=slots,
+        clients=3,
+        window_tokens=64,
+        step_s=0.02,
+        load_s=0.1,
+        longest_delay_s=0.003,
+        queue_requests=1000,
+        queue_s=10_000.0,
+        inflight=1000,
+        peer_queue_messages=300,
+        asks=asks,
+    )
+
+
 def _ask(rng: random.Random) -> Ask:
     length = rng.choice((0, 1, 3, 8, 20, 40))
     fails = rng.choice(("", "", "", "", "", "once", "always")) if length > 1 else ""

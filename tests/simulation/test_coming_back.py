@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from tests.simulation import plan as plans
@@ -18,22 +16,7 @@ SOON_S = 1.0
 
 def _plan(seed: int) -> Plan:
     asks = tuple(Ask(0.0, client, 3000, 0, 0.0) for client in range(3) for _ in range(3))
-    return dataclasses.replace(
-        plans.make(seed, ()),
-        brokers=1,
-        workers=3,
-        slots=3,
-        clients=3,
-        window_tokens=64,
-        step_s=0.02,
-        load_s=0.1,
-        longest_delay_s=0.003,
-        queue_requests=1000,
-        queue_s=10_000.0,
-        inflight=1000,
-        peer_queue_messages=300,
-        asks=asks,
-    )
+    return plans.plain(seed, asks, slots=3)
 
 
 @pytest.mark.parametrize("seed", range(8))

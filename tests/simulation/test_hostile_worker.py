@@ -26,21 +26,11 @@ GUESSES: dict[str, Callable[[SimWorker, int], int]] = {
 @pytest.mark.parametrize("seed", range(6))
 def test_its_words_are_never_shown_and_it_is_cut_off(seed: int, guess: str, brokers: int) -> None:
     plan = dataclasses.replace(
-        plans.make(seed, ()),
+        plans.plain(seed, ()),
         brokers=brokers,
-        workers=3,
-        slots=4,
         clients=2,
-        window_tokens=64,
         step_s=0.05,
-        load_s=0.1,
-        longest_delay_s=0.003,
-        queue_requests=1000,
-        queue_s=10_000.0,
-        inflight=1000,
-        peer_queue_messages=300,
         placement="least_loaded",
-        asks=(),
     )
     run = Run(plan)
     world, forged = run.world, 0

@@ -2,32 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from tests.simulation import plan as plans
-from tests.simulation.plan import Ask, Plan
+from tests.simulation.plan import Ask
 from tests.simulation.scenario import RESTART_S, Run
-
-
-def _plan(seed: int, asks: tuple[Ask, ...], slots: int = 4) -> Plan:
-    return dataclasses.replace(
-        plans.make(seed, ()),
-        brokers=1,
-        workers=3,
-        slots=slots,
-        clients=3,
-        window_tokens=64,
-        step_s=0.02,
-        load_s=0.1,
-        longest_delay_s=0.003,
-        queue_requests=1000,
-        queue_s=10_000.0,
-        inflight=1000,
-        peer_queue_messages=300,
-        asks=asks,
-    )
 
 
 def _ask_all(run: Run) -> None:
@@ -41,7 +20,7 @@ def _to_the_end(run: Run) -> None:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_two_unrelated_kills_at_once_end_no_stream(seed: int) -> None:
-    run = Run(_plan(seed, tuple(Ask(0.0, i, 300, 0, 0.0) for i in range(12))))
+    run = Run(plans.plain(seed, tuple(Ask(0.0, i, 300, 0, 0.0) for i in range(12))))
     world = run.world
     world.run(world.now_s + 1.0)
     _ask_all(run)
@@ -64,7 +43,7 @@ def test_a_request_that_kills_is_stopped_and_no_other_is(
 ) -> None:
     poison = Ask(0.0, 0, 40, 0, 0.0, fails_at=fails_at, kills=kills)
     others = tuple(Ask(0.0, i, 200, 0, 0.0) for i in range(8))
-    run = Run(_plan(seed, (*others, poison)))
+    run = Run(plans.plain(seed, (*others, poison)))
     run.world.run(run.world.now_s + 1.0)
     _ask_all(run)
     _to_the_end(run)
@@ -79,7 +58,7 @@ def test_a_request_that_kills_is_stopped_and_no_other_is(
 def test_two_requests_that_kill_are_both_found(seed: int) -> None:
     killers = tuple(Ask(0.0, i, 40, 0, 0.0, fails_at=3, kills="worker") for i in range(2))
     others = tuple(Ask(0.0, i, 200, 0, 0.0) for i in range(4))
-    run = Run(_plan(seed, (*others, *killers)))
+    run = Run(plans.plain(seed, (*others, *killers)))
     run.world.run(run.world.now_s + 1.0)
     _ask_all(run)
     _to_the_end(run)
