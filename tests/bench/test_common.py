@@ -87,12 +87,10 @@ def test_progress_is_for_terminals(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
 
 
-def test_cpu_time_of_a_process_is_its_own() -> None:
-    before = common.cpu_s(os.getpid())
-    end = time.process_time() + 0.02
-    while time.process_time() < end:
-        pass
-    assert 0.02 <= common.cpu_s(os.getpid()) - before < 5.0
+def test_cpu_time_of_a_process_is_the_one_that_it_sees_itself() -> None:
+    before = time.process_time()
+    seen = common.cpu_s(os.getpid())
+    assert before <= seen <= time.process_time()
 
 
 def test_a_plot_is_written(tmp_path: Path) -> None:
