@@ -42,12 +42,14 @@ def run(which: str, others: Sequence[str], arguments: Sequence[str], folder: Pat
         pip(python, *install)
         _copy_watch(python)
         names = tuple(requirements((ROOT / "pyproject.toml").read_text(), EXTRAS))
+        chosen = _chosen(python, Path(temporary))
         runs = []
         for other in others or [""]:
             about = names
             if other:
                 about = (canonical(other.partition("==")[0]),)
-                pip(python, *install)
+                # What the run before exchanged is as it was.
+                pip(python, "install", "-q", "-r", str(chosen))
                 pip(python, "install", "-q", other)
             runs.append((about, _tests(python, arguments, Path(temporary))))
         print(f"\nPython {this_python()}, {which}\n\n{render(runs)}")
@@ -64,6 +66,14 @@ def _constraints(which: str, folder: Path) -> list[str]:
     options = ("--python-version", this_python(), "--resolution", "lowest-direct")
     pins.write_text(resolve(make_uv(folder / "uv"), EXTRAS, *options))
     return ["-c", str(pins)]
+
+
+def _chosen(python: Path, folder: Path) -> Path:
+    """The releases of the environment, as a file that pip installs."""
+    pins = folder / "chosen.txt"
+    listed = _versions(python, "--exclude-editable")
+    pins.write_text("".join(f"{name}=={version}\n" for name, version in listed.items()))
+    return pins
 
 
 def _copy_watch(python: Path) -> None:
@@ -101,7 +111,7 @@ def _tests(python: Path, arguments: Sequence[str], folder: Path) -> Outcome:
     )
 
 
-def _versions(python: Path) -> dict[str, str]:
-    command = [str(python), "-m", "pip", "list", "--format", "json"]
+def _versions(python: Path, *options: str) -> dict[str, str]:
+    command = [str(python), "-m", "pip", "list", "--format", "json", *options]
     listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return {canonical(row["name"]): row["version"] for row in json.loads(listed)}
