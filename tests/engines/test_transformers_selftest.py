@@ -17,6 +17,7 @@ import transformers
 import worker
 from tests.engines import tiny
 from tests.engines.architectures import text_model
+from tests.releases.pins import read_lock
 from worker.engines.base import EngineLoadError
 from worker.engines.common import compat
 from worker.engines.transformers import selftest
@@ -107,14 +108,18 @@ def test_the_rope_type_is_read_by_either_name(word: str) -> None:
     assert compat.rope_parameters(config) == {"rope_type": "dynamic", "factor": 2.0}
 
 
-def test_the_releases_told_to_people_are_those_that_are_allowed() -> None:
+def test_the_releases_told_to_people_are_the_oldest_allowed_and_the_locked_one() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (ours,) = (
         line
         for line in project["optional-dependencies"]["worker"]
         if line.startswith("transformers")
     )
-    assert f">={compat.KNOWN_RELEASES[0]}" in ours
+    lock = read_lock((ROOT / "requirements.lock").read_text())
+    (locked,) = (pin.version for pin in lock if pin.name == "transformers")
+    oldest, newest = compat.KNOWN_RELEASES
+    assert f">={oldest}" in ours
+    assert locked.startswith(f"{newest}.")
 
 
 # --- the three verdicts ---------------------------------------------------------------------------
