@@ -184,7 +184,7 @@ def test_an_answer_goes_on_after_the_gateway_was_away(
 ) -> None:
     gateway = make_gateway()
     page = open_page(gateway.url)
-    slow = "[[echo mode=sampled answer_tokens=60 step_delay_ms=25]]x"
+    slow = "[[echo mode=sampled answer_tokens=200 step_delay_ms=25]]x"
     page.locator("#open-settings").click()
     page.locator("#settings summary").click()
     page.locator("#s-seed").fill("7")
@@ -195,7 +195,8 @@ def test_an_answer_goes_on_after_the_gateway_was_away(
     answer.locator(".waiting", has_text="Connection lost").wait_for()
     make_gateway("--port", gateway.url.rpartition(":")[2])
     done(page)
-    whole = gateway.bus.client().chat("echo", slow, seed=7)
+    quick = slow.replace(" step_delay_ms=25", "")
+    whole = gateway.bus.client().chat("echo", quick, seed=7)
     assert answer.locator(".body").inner_text().strip() == whole.text.strip()
 
 

@@ -18,7 +18,8 @@ from tests.gateway.test_reattach import answer_id, body, read, texts
 from tests.harness import wait_until
 
 MakeGateway = Callable[..., GatewayProcess]
-SLOW = "[[echo mode=sampled answer_tokens=80 step_delay_ms=10]]x"
+QUICK = "[[echo mode=sampled answer_tokens=200]]x"
+SLOW = "[[echo mode=sampled answer_tokens=200 step_delay_ms=20]]x"
 ENDLESS = "[[echo mode=sampled answer_tokens=30000 step_delay_ms=20]]x"
 CHAT = "/v1/chat/completions"
 
@@ -78,13 +79,13 @@ def test_the_running_answer_of_a_chat_goes_on_elsewhere(
 ) -> None:
     asked = body(SLOW, seed=4)
     with pair[0].http() as here, pair[1].http() as there:
-        whole = texts(read(here, json=asked), 1)
+        whole = texts(read(here, json=body(QUICK, seed=4)), 1)
         heard = read(here, json=asked, headers={"x-reattach": "20"}, stop_after=20)
         last = {"last-event-id": heard[-1][0] or ""}
         rest = read(there, "GET", f"{CHAT}/{answer_id(heard)}", headers=last)
         assert texts(heard + rest, 1) == whole and rest[-1][1] == "[DONE]"
         # A reader that leaves there is one that left here: the answer ends after its time.
-        heard = read(here, json=body(ENDLESS), headers={"x-reattach": "0.5"}, stop_after=3)
+        heard = read(here, json=body(ENDLESS), headers={"x-reattach": "3"}, stop_after=3)
         read(there, "GET", f"{CHAT}/{answer_id(heard)}", stop_after=5)
     wait_until(lambda: pair[0].bus.running() == 0, "a free slot")
 

@@ -21,7 +21,9 @@ def body(text: str, **more: Any) -> dict[str, Any]:
     return {"model": MODEL, "messages": messages, "stream": True, **more}
 
 
-SLOW = body("[[echo mode=sampled answer_tokens=60 step_delay_ms=10]]x", seed=4, n=2)
+#: One answer, at once and so slowly that a reader on a busy machine comes back while it runs.
+QUICK = body("[[echo mode=sampled answer_tokens=200]]x", seed=4, n=2)
+SLOW = body("[[echo mode=sampled answer_tokens=200 step_delay_ms=20]]x", seed=4, n=2)
 
 
 def events(answer: httpx.Response) -> Iterator[tuple[str | None, str]]:
@@ -64,7 +66,7 @@ def answer_id(found: list[tuple[str | None, str]]) -> str:
 def test_the_running_answer_goes_on_where_it_was_left(
     gateway: GatewayProcess, http: httpx.Client
 ) -> None:
-    whole = texts(read(http, json=SLOW))
+    whole = texts(read(http, json=QUICK))
     heard = read(http, json=SLOW, headers={"x-reattach": "20"}, stop_after=20)
     assert gateway.bus.running() > 0
     rest = read(
@@ -79,7 +81,7 @@ def test_the_running_answer_goes_on_where_it_was_left(
 def test_an_answer_that_was_made_again_goes_on_where_it_was_left_as_well(
     http: httpx.Client,
 ) -> None:
-    whole = texts(read(http, json=SLOW))
+    whole = texts(read(http, json=QUICK))
     heard = read(http, json=SLOW, stop_after=30)
     for reading in (("POST", PATH), ("GET", f"{PATH}/{answer_id(heard)}")):
         last = {"last-event-id": heard[-1][0] or "", "x-reattach": "20"}
@@ -127,7 +129,7 @@ def test_the_same_request_goes_on_at_another_gateway(
         again = read(elsewhere, json=drawn, headers={"last-event-id": rest[0][0] or ""})
     assert answer_id(rest) == answer_id(heard)
     seed = int(answer_id(heard)[9:25], 16)
-    assert texts(heard + rest) == texts(read(http, json={**drawn, "seed": seed}))
+    assert texts(heard + rest) == texts(read(http, json={**QUICK, "seed": seed}))
     assert texts(heard + rest[:1] + again) == texts(heard + rest)
 
 
@@ -183,7 +185,7 @@ def test_a_lost_reader_that_does_not_come_back_frees_the_slot(
     gateway: GatewayProcess, http: httpx.Client
 ) -> None:
     long = body("[[echo mode=sampled answer_tokens=30000 step_delay_ms=20]]x")
-    read(http, json=long, headers={"x-reattach": "0.3"}, stop_after=3)
+    read(http, json=long, headers={"x-reattach": "3"}, stop_after=3)
     assert gateway.bus.running() == 1
     wait_until(lambda: gateway.bus.running() == 0, "a free slot")
 
@@ -201,11 +203,10 @@ def test_a_stream_outlives_its_worker_and_its_broker(
     make_bus: Callable[..., Bus], make_gateway: Callable[..., GatewayProcess]
 ) -> None:
     own = make_bus(workers=2)
-    asked = body("[[echo mode=sampled answer_tokens=80 step_delay_ms=15]]x", seed=9)
     with make_gateway(bus=own).http() as http:
-        whole = texts(read(http, json=asked), 1)
+        whole = texts(read(http, json={**QUICK, "n": 1}), 1)
         found = []
-        with http.stream("POST", PATH, json=asked) as answer:
+        with http.stream("POST", PATH, json={**SLOW, "n": 1}) as answer:
             for event in events(answer):
                 found.append(event)
                 if len(found) == 10:

@@ -12,6 +12,7 @@ import pytest
 from client.gateway.errors import GatewayError, UnknownAnswer
 from client.gateway.reattach import Kept, Store, Transcript
 from client.gateway.sse import Source
+from tests.harness import PATIENCE_S
 
 EVENT_BYTES = 952  # and what an event takes beside: 1000
 COUNT = 100
@@ -45,7 +46,7 @@ class Answer:
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 20))
+    asyncio.run(asyncio.wait_for(test(), PATIENCE_S))
 
 
 async def settled() -> None:

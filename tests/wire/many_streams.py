@@ -6,13 +6,23 @@ from collections.abc import Callable
 
 from client import Client, Tokens
 
+WINDOW_TOKENS = 32
+"""What a reader who waits takes of a stream at most."""
+
 
 def read_all(client: Client, count: int, fault: Callable[[], None]) -> list[int]:
     """Read so many streams at once, let something happen in their middle, check every text; how
-    often each was resumed."""
+    often each was resumed.
+
+    Until it has happened one event of each is read: with so small a window no stream ends before,
+    however long that takes.
+    """
     echo = {"mode": "sampled", "answer_tokens": 80, "step_delay_ms": 10}
     options = {"model": "echo", "template_args": {"echo": echo}}
-    streams = [client.generate("x", seed=n, stream=True, **options) for n in range(count)]
+    streams = [
+        client.generate("x", seed=n, stream=True, window=WINDOW_TOKENS, **options)
+        for n in range(count)
+    ]
     events = [iter(stream) for stream in streams]
     heard = [""] * count
     for index, stream in enumerate(events):

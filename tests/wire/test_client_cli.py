@@ -223,7 +223,7 @@ def test_drain_lets_a_worker_go(make_bus: Callable[..., Bus]) -> None:
     bus = make_bus(workers=2)
     done = run("drain", "--broker", bus.front, "w1", "--deadline", "1")
     assert done.returncode == 0, done.stderr
-    client = bus.client(timeout=Timeout(total=20))
+    client = bus.client(timeout=Timeout(total=PATIENCE_S))
     wait_until(
         lambda: {row["name"] for row in client.workers() if row["state"] == "ready"} == {"w2"},
         "w1 drained",
@@ -235,7 +235,7 @@ def test_a_held_worker_is_idle_until_undrain(make_bus: Callable[..., Bus]) -> No
     bus = make_bus(workers=2)
     done = run("drain", "--broker", bus.front, "w1", "--hold", "--wait")
     assert done.stdout.splitlines() == ["worker w1: held", "worker w1: idle"], done.stderr
-    client = bus.client(timeout=Timeout(total=20))
+    client = bus.client(timeout=Timeout(total=PATIENCE_S))
     assert {client.chat("echo", "x").worker for _ in range(4)} == {"w2"}
     assert "held" in run("workers", "--broker", bus.front).stdout
     assert run("undrain", "--broker", bus.front, "w1").returncode == 0
@@ -485,13 +485,14 @@ def test_chat_tells_when_a_stream_was_resumed(make_bus: Callable[..., Bus]) -> N
     bus = make_bus(workers=2)
     person = Person("chat", "--broker", bus.front)
     person.sees("you> ")
-    person.types("[[echo mode=sampled answer_tokens=150 step_delay_ms=20]] go\n")
+    person.types(ENDLESS + "\n")
     rows = wait_until(
         lambda: [row["name"] for row in bus.worker_rows() if row["running"]], "a running worker"
     )
     bus.workers[rows[0]].kill()
     other = ({"w1", "w2"} - set(rows)).pop()
     person.sees(f"resumed on worker {other}")
+    person.types("\x03")
     person.sees("you> ", times=2)
     person.types("\x04")
     assert person.leaves() == 0

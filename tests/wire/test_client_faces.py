@@ -759,7 +759,7 @@ def test_the_library_has_the_distributions_name_as_well(tmp_path: Path) -> None:
         env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=PATIENCE_S,
     )
     assert str(tmp_path / "client.py") in done.stderr and "rename" in done.stderr
 

@@ -16,6 +16,7 @@ import pytest
 from broker import auth
 from client import Client, EngineError, ModelUnavailable, Timeout, Tokens
 from tests.harness import PATIENCE_S, Bus, ManagedProcess, wait_until
+from tests.wire.many_streams import WINDOW_TOKENS
 
 MakeBus = Callable[..., Bus]
 
@@ -169,11 +170,13 @@ def expected(pair: tuple[Bus, Bus]) -> list[list[int]]:
 
 def stream_through(upper: Bus, strike: Callable[[], None]) -> list[Any]:
     """Completions of streams that were all in their middle when `strike` was called."""
-    client = upper.client(timeout=Timeout(total=60))
+    client = upper.client(timeout=Timeout(total=PATIENCE_S))
     begun = threading.Barrier(STREAMS + 1)
 
     def read(seed: int) -> Any:
-        stream = client.chat("echo", "x", seed=seed, stream=True, **sampled(LENGTH, 10))
+        # None ends while the slowest begins: whoever waits takes no more than the window.
+        options = {"stream": True, "window": WINDOW_TOKENS, **sampled(LENGTH, 10)}
+        stream = client.chat("echo", "x", seed=seed, **options)
         count = 0
         for event in stream:
             if isinstance(event, Tokens):
@@ -186,7 +189,7 @@ def stream_through(upper: Bus, strike: Callable[[], None]) -> list[Any]:
         answers = [pool.submit(read, seed) for seed in range(STREAMS)]
         begun.wait(PATIENCE_S)
         strike()
-        return [answer.result(60) for answer in answers]
+        return [answer.result(PATIENCE_S) for answer in answers]
 
 
 def _kill(process: ManagedProcess | None) -> None:
