@@ -15,7 +15,7 @@ from bench.common import ROOT, Process, endpoints, python
 from bench.zmtp import Connection
 from broker.protocol import codec
 from broker.protocol.header import NO_ID, Flag, MessageType, decode, encode
-from broker.protocol.limits import MAX_ANSWER_OCTETS, MAX_CONTROL_OCTETS, MAX_OUTPUT_OCTETS
+from broker.protocol.limits import MAX_ANSWER_BYTES, MAX_CONTROL_BYTES, MAX_OUTPUT_BYTES
 from broker.protocol.messages import (
     Accepted,
     Assign,
@@ -40,7 +40,7 @@ from broker.protocol.messages import (
 WAIT_S = 20.0
 """Longest wait for a message of the broker."""
 QUIET = ("--worker-heartbeat-s", "3600", "--client-heartbeat-s", "3600")
-"""No heartbeats: a load generator that counts octets must not meet one."""
+"""No heartbeats: a load generator that counts bytes must not meet one."""
 
 
 @contextlib.contextmanager
@@ -114,7 +114,7 @@ class RawPeer:
             if type_ == wanted:
                 return id_, frames
             if type_ not in passing:
-                body = codec.unpack(frames[0], MAX_ANSWER_OCTETS)
+                body = codec.unpack(frames[0], MAX_ANSWER_BYTES)
                 raise ConnectionError(
                     f"expected {wanted.name}, the broker sent {type_.name}: {body}"
                 )
@@ -146,7 +146,7 @@ class RawPeer:
     def welcomed(self) -> Welcome:
         """The second half of `hello`."""
         self.session, frames = self.expect(MessageType.WELCOME)
-        return codec.decode(Welcome, frames[0], MAX_CONTROL_OCTETS)
+        return codec.decode(Welcome, frames[0], MAX_CONTROL_BYTES)
 
     def ready(self, models: list[ModelInfo], capacity: int) -> None:
         """A worker says that it is ready and grants its capacity."""
@@ -182,19 +182,19 @@ class RawPeer:
         id_, frames = self.expect(MessageType.ASSIGN)
         return (
             id_,
-            codec.decode(Assign, frames[0], MAX_CONTROL_OCTETS),
-            codec.decode(Request, frames[1], MAX_ANSWER_OCTETS),
+            codec.decode(Assign, frames[0], MAX_CONTROL_BYTES),
+            codec.decode(Request, frames[1], MAX_ANSWER_BYTES),
         )
 
     def accepted(self) -> Accepted:
         """A client takes its next ACCEPTED; `worker` is empty while the request is queued."""
         _, frames = self.expect(MessageType.ACCEPTED)
-        return codec.decode(Accepted, frames[0], MAX_CONTROL_OCTETS)
+        return codec.decode(Accepted, frames[0], MAX_CONTROL_BYTES)
 
     def output(self) -> list[OutputEvent]:
         """A client takes its next OUTPUT."""
         _, frames = self.expect(MessageType.OUTPUT)
-        return codec.decode_events(frames[0], MAX_OUTPUT_OCTETS)
+        return codec.decode_events(frames[0], MAX_OUTPUT_BYTES)
 
     def answer(self, reply_to: bytes, request_id: bytes, granted: int) -> None:
         """A worker answers with one token and the end, and gives the slot back."""

@@ -221,7 +221,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--parallel", type=int, help="buses at once [with --quick 2, else 1, for exact times]"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of order and hostile octets [0]")
+    parser.add_argument("--seed", type=int, default=0, help="of order and hostile bytes [0]")
     parser.add_argument("--only", metavar="WORDS", help="faults whose name has these words in it")
     parser.add_argument(
         "--heartbeat-s", type=float, help="of clients and workers [with --quick 0.2, else 5 and 1]"

@@ -336,7 +336,7 @@ def _wait_no_strangers(stage: Stage) -> None:
 
 
 def _strangers(blow: Blow) -> None:
-    """Hostile messages and raw octets at both ports, twice: the allocator keeps what the queues
+    """Hostile messages and raw bytes at both ports, twice: the allocator keeps what the queues
     held at their highest, so that only what the second round adds would be a leak."""
     count = 2000 if blow.quick else 50_000
     before = memory_bytes(blow.broker().pid)
@@ -386,7 +386,7 @@ FAULTS: Final = (
     Fault("drain: by the operator", _drain_by_operator, hits=("w1",)),
     Fault("rolling restart of everything", _roll, repeat=True),
     Fault("strangers: connect and leave", _churn, repeat=True),
-    Fault("strangers: hostile octets", _strangers, repeat=True),
+    Fault("strangers: hostile bytes", _strangers, repeat=True),
     Fault("network, clients: stops, goes on", _hold_front, layout=_PROXIED),
     Fault("network, workers: stops, goes on", _hold_back, layout=_PROXIED),
     Fault("network, clients: half-open", _half_open_front, layout=_PROXIED),

@@ -4,7 +4,7 @@ Reads paced streams of the echo engine and prints what it got: `running` once ev
 some of its first answer, and at the end one JSON line with every stream's tokens, text and times
 of arrival. Judges nothing: that is `bench.chaos`, which knows what should have come.
 
-Odd lanes draw words from a seed; even lanes echo text of several octets a character, with a stop
+Odd lanes draw words from a seed; even lanes echo text of several bytes a character, with a stop
 string whose beginning occurs, so that text is held back.
 """
 

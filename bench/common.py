@@ -368,7 +368,7 @@ def endpoints(transport: str) -> Iterator[tuple[str, str]]:
     if transport == "tcp":
         yield f"tcp://127.0.0.1:{free_port()}", f"tcp://127.0.0.1:{free_port()}"
         return
-    # Socket paths are short (107 octets): never below a deep working directory.
+    # Socket paths are short (107 bytes): never below a deep working directory.
     with tempfile.TemporaryDirectory(prefix="tb-") as folder:
         yield f"ipc://{folder}/f", f"ipc://{folder}/b"
 

@@ -91,7 +91,7 @@ SIZES = {
 
 
 NO_WORDS = 3 + 256
-"""The first ids: special tokens and single octets."""
+"""The first ids: special tokens and single bytes."""
 
 
 def build_tokenizer(vocabulary: int) -> Any:
@@ -320,7 +320,7 @@ def run_pictures(
         params=params,
         window=1 << 30,
     )
-    return _run_jobs(engine, [Job(new_id(), request, (octets,)) for octets in pictures])
+    return _run_jobs(engine, [Job(new_id(), request, (data,)) for data in pictures])
 
 
 def run_generate_pictures(
@@ -329,8 +329,8 @@ def run_generate_pictures(
     """The same questions with plain `generate()`, one after the other."""
     config = _generation(new_tokens)
     clock = _Clock()
-    for octets in pictures:
-        image = Image.open(io.BytesIO(octets)).convert("RGB")
+    for data in pictures:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
         text = "<image> w00001 w00002"
         inputs = processor(text=[text], images=[image], return_tensors="pt").to(model.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)

@@ -66,17 +66,17 @@ def pictures(setting: Setting) -> None:
     model, processor = build_vision(setting.shape, setting.device)
     engine = build_engine(model, processor.tokenizer, PICTURES, processor, kv_tokens=KV_TOKENS)
     new = arguments.new or 32
-    octets = []
+    raw = []
     for seed in range(PICTURES):
         file = io.BytesIO()
         colour = (seed * 37 % 256, seed * 91 % 256, seed * 53 % 256)
         Image.new("RGB", (640, 480), colour).save(file, "JPEG")
-        octets.append(file.getvalue())
-    run_pictures(engine, octets[:1], 2)
+        raw.append(file.getvalue())
+    run_pictures(engine, raw[:1], 2)
     seen = interleave(
         {
-            "tokenbus": lambda: run_pictures(engine, octets, new),
-            "generate": lambda: run_generate_pictures(model, processor, octets, new),
+            "tokenbus": lambda: run_pictures(engine, raw, new),
+            "generate": lambda: run_generate_pictures(model, processor, raw, new),
         },
         min(3, repeats(arguments)),
     )

@@ -60,7 +60,7 @@ class Hop:
     """One forwarder, connected on both sides.
 
     `before` stands in front of every message at the worker (one entry for each client), `heads` are
-    the first 24 octets of its header; `after` frames stand in front of the header at the client.
+    the first 24 bytes of its header; `after` frames stand in front of the header at the client.
     """
 
     def __init__(

@@ -45,7 +45,7 @@ MIB = 1 << 20
 
 
 def picture(size: int) -> bytes:
-    """A PNG of about `size` octets: noise, which does not compress."""
+    """A PNG of about `size` bytes: noise, which does not compress."""
     side = max(1, int((size / 3) ** 0.5))
 
     def chunk(name: bytes, data: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""What strangers send: hostile octets for both ports of a broker.
+"""What strangers send: hostile bytes for both ports of a broker.
 
 Mutated valid messages, random frames, raw bytes that are not ZMTP, thousands of frames in one
 message, frames past every bound. Speaks through plain sockets, so that nothing of libzmq stands
@@ -21,7 +21,7 @@ from bench.zmtp import Connection
 from bench.zmtp import encode as zmtp_message
 from broker.protocol import codec, header
 from broker.protocol.header import NO_ID, MessageType
-from broker.protocol.limits import HEADER_OCTETS
+from broker.protocol.limits import HEADER_BYTES
 from broker.protocol.messages import Hello, ModelInfo, new_id
 
 Frames = list[bytes]
@@ -60,14 +60,14 @@ class Hostile:
         frames = self.random.choice(self._makers)()
         if frames and self.random.random() < 0.7:
             type_ = self.random.choice(list(MessageType))
-            if len(frames[0]) == HEADER_OCTETS and self.random.random() < 0.7:
+            if len(frames[0]) == HEADER_BYTES and self.random.random() < 0.7:
                 with contextlib.suppress(ValueError):
                     type_ = MessageType(frames[0][3])
             frames[0] = header.encode(type_, new_id(), sequence, self.random.choice((0, 0, 1)))
         return frames
 
     def _flipped(self) -> Frames:
-        """A valid message with octets changed, cut off and put in."""
+        """A valid message with bytes changed, cut off and put in."""
         frames = [bytearray(frame) for frame in self.random.choice(self._valid)]
         for _ in range(self.random.randint(1, 5)):
             frame = self.random.choice(frames)
@@ -84,7 +84,7 @@ class Hostile:
     def _wrong_shape(self) -> Frames:
         """A header with msgpack of anything."""
         body = msgpack.packb(self._value(4))
-        return [bytes(HEADER_OCTETS), body, *([b"x"] * self.random.randrange(3))]
+        return [bytes(HEADER_BYTES), body, *([b"x"] * self.random.randrange(3))]
 
     def _value(self, depth: int) -> object:
         kind = self.random.randrange(9 if depth else 7)
@@ -132,7 +132,7 @@ class Hostile:
                 b"\xc1",
             )
         )
-        return [bytes(HEADER_OCTETS), body]
+        return [bytes(HEADER_BYTES), body]
 
 
 def pester(address: str, seed: int, messages: int, *, role: str = "client") -> int:
@@ -166,25 +166,25 @@ def hello(role: str) -> bytes:
 
 
 def talk_nonsense(address: str, seed: int, connections: int) -> None:
-    """Raw octets: no ZMTP, half of a greeting, frames that promise far more than comes."""
+    """Raw bytes: no ZMTP, half of a greeting, frames that promise far more than comes."""
     generator = random.Random(seed)
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     for _ in range(connections):
-        octets = generator.choice(
+        data = generator.choice(
             (
                 b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
                 b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + generator.randbytes(200),
                 generator.randbytes(generator.randrange(1, 3000)),
                 _GREETING[: generator.randrange(1, len(_GREETING))],
                 _GREETING + generator.randbytes(generator.randrange(1, 500)),
-                # A frame of 2^62 octets, and a command of as many.
+                # A frame of 2^62 bytes, and a command of as many.
                 _GREETING + b"\x02" + (1 << 62).to_bytes(8, "big") + b"x",
                 _GREETING + b"\x06" + (1 << 62).to_bytes(8, "big") + b"x",
                 b"\xff" + b"\x00" * 8 + b"\x7f\x03\x00CURVE" + bytes(15 + 32),
             )
         )
         with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 5) as raw:
-            raw.sendall(octets)
+            raw.sendall(data)
 
 
 def flood_of_frames(address: str, frames: int) -> None:
@@ -198,12 +198,12 @@ def flood_of_frames(address: str, frames: int) -> None:
         connection.close()
 
 
-def oversized_frame(address: str, octets: int) -> None:
-    """A header, then a frame of so many octets."""
+def oversized_frame(address: str, data: int) -> None:
+    """A header, then a frame of so many bytes."""
     connection = Connection(address, new_id(), TIMEOUT_S)
     try:
         with contextlib.suppress(OSError):
-            connection.send([bytes(HEADER_OCTETS), bytes(octets)])
+            connection.send([bytes(HEADER_BYTES), bytes(data)])
     finally:
         connection.close()
 

@@ -1,7 +1,7 @@
 """A DEALER in plain sockets: ZMTP 3.0 (RFC 23), NULL mechanism; what a load generator needs.
 
 A load generator made of ZeroMQ sockets costs more CPU than the forwarder it is to load. This one
-writes a burst of messages with one system call and counts what comes back by octets. It is no
+writes a burst of messages with one system call and counts what comes back by bytes. It is no
 library: no reconnect, no queue, no thread.
 """
 
@@ -114,17 +114,17 @@ class Connection:
             self._frame()
 
     def readable(self, timeout_s: float) -> bool:
-        """Wait for octets; `poll`, since `select` knows no more than 1,024 descriptors."""
+        """Wait for bytes; `poll`, since `select` knows no more than 1,024 descriptors."""
         poll = select.poll()
         poll.register(self.socket, select.POLLIN)
         return self.pending() or bool(poll.poll(timeout_s * 1000))
 
     def pending(self) -> bool:
-        """Octets were read that no message was made of yet."""
+        """Bytes were read that no message was made of yet."""
         return bool(self._buffer)
 
     def skip(self, size: int) -> bytes:
-        """Read `size` octets of messages without looking at them; the last 64 KiB or less of it."""
+        """Read `size` bytes of messages without looking at them; the last 64 KiB or less of it."""
         left = size
         tail = b""
         if self._buffer:

@@ -38,7 +38,7 @@ from broker.core.instructions import ForgetPeer, Log, ReloadAccess, Send, StopLo
 from broker.log import Logger
 from broker.protocol import codec
 from broker.protocol.header import MessageType
-from broker.protocol.limits import ID_OCTETS, MAX_FRAMES, MAX_OUTPUT_OCTETS
+from broker.protocol.limits import ID_BYTES, MAX_FRAMES, MAX_OUTPUT_BYTES
 from broker.readiness import Readiness
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ LATE_S: Final = 0.1
 MONITOR_BATCH: Final = 256
 """Without descriptors left, accept fails many thousand times a second."""
 NO_EVENTS: Final = codec.pack([])
-HELLO_OCTET: Final = bytes((MessageType.HELLO,))
+HELLO_BYTE: Final = bytes((MessageType.HELLO,))
 _MONITOR_EVENT: Final = struct.Struct("=HI")
 """Number and value, as libzmq's manual has it; pyzmq's own parser would load asyncio."""
 # Plain numbers: `|` of pyzmq's flags takes three times as long as receiving a frame.
@@ -263,7 +263,7 @@ class BrokerLoop:
                 head = receive(dont_wait)
                 way = forward(routing_id, head, now_s)
                 if way is None:
-                    if len(head) == ID_OCTETS and self._stray(back, routing_id):
+                    if len(head) == ID_BYTES and self._stray(back, routing_id):
                         routing_id, head = head, receive(dont_wait)
                     self._feed(self._message(Side.BACK, routing_id, head), now_s)
                     if Side.BACK in self._skipping:
@@ -275,7 +275,7 @@ class BrokerLoop:
                     body = receive(dont_wait)
                 except zmq.Again:
                     body = b""
-                if not ID_OCTETS < len(body) <= MAX_OUTPUT_OCTETS:
+                if not ID_BYTES < len(body) <= MAX_OUTPUT_BYTES:
                     body = self._odd_body(back, routing_id, body)
                 forwarded_bytes += len(body)
                 if outgoing and client_id in outgoing:
@@ -304,11 +304,11 @@ class BrokerLoop:
         honest body has. A worker that broke the framing ends its own session and nobody else's;
         its client gets an OUTPUT without events, so that its sequence goes on."""
         more = bool(body) and back.getsockopt(zmq.RCVMORE)
-        if body and not more and len(body) <= MAX_OUTPUT_OCTETS:
+        if body and not more and len(body) <= MAX_OUTPUT_BYTES:
             return body
         # Without frames, the core ends the session for broken framing; after this OUTPUT is sent.
         self._pending.append(MessageReceived(Side.BACK, routing_id, ()))
-        if more and len(body) == ID_OCTETS:
+        if more and len(body) == ID_BYTES:
             # The OUTPUT was a header alone, and this is the routing id of the next message. (Or a
             # forgery, of a stranger then: a worker knows no routing id but its own.)
             self._pending.append(self._message(Side.BACK, body, back.recv(zmq.DONTWAIT)))
@@ -347,7 +347,7 @@ class BrokerLoop:
         frames = [head]
         key = ""
         while socket.getsockopt(zmq.RCVMORE):
-            if len(frames) == 1 and head[3:4] == HELLO_OCTET:
+            if len(frames) == 1 and head[3:4] == HELLO_BYTE:
                 frame = socket.recv(zmq.DONTWAIT, copy=False)
                 key = str(frame.get("User-Id")) if self._gate is not None else ""
                 with contextlib.suppress(zmq.ZMQError):  # of ZMTP before 3, ZeroMQ does not know

@@ -15,8 +15,8 @@ import zmq
 
 from broker.config import StartError
 from broker.protocol.limits import (
-    MAX_ATTACHMENT_OCTETS,
-    MAX_HELLO_OCTETS,
+    MAX_ATTACHMENT_BYTES,
+    MAX_HELLO_BYTES,
 )
 
 
@@ -56,7 +56,7 @@ def make_router(
     # A stalled broker pushes back through TCP instead of eating memory; bursts of tokens fit.
     socket.setsockopt(zmq.RCVHWM, 1000 if front else 10_000)
     # Bounds one frame, not a message: the largest is a picture at the front, HELLO at the back.
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_ATTACHMENT_OCTETS if front else MAX_HELLO_OCTETS)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_ATTACHMENT_BYTES if front else MAX_HELLO_BYTES)
     # Last words may leave; infinity, the default, would hang the end of the process.
     socket.setsockopt(zmq.LINGER, settings.linger_ms)
     # A stranger who connects and says nothing holds a descriptor; the default is 30 s.

@@ -73,14 +73,14 @@ class _Attached:
     """Gathers the pictures of one request, in order."""
 
     def __init__(self) -> None:
-        self.octets: list[bytes] = []
+        self.encoded: list[bytes] = []
         self.entries: list[Attachment] = []
 
     def add(self, image: Image) -> int:
-        octets, entry = pictures.encode(image)
-        self.octets.append(octets)
+        data, entry = pictures.encode(image)
+        self.encoded.append(data)
         self.entries.append(entry)
-        return len(self.octets) - 1
+        return len(self.encoded) - 1
 
 
 def model_and_messages(
@@ -220,8 +220,8 @@ def embeddings_from(ends: Iterable[End]) -> Embeddings:
             isinstance(item, bytes) and len(item) == 4 * dimensions for item in packed
         ):
             raise BrokenProtocol(f"worker {worker!r} sent malformed vectors; upgrade that worker")
-        for octets in packed:
-            vector = array("f", octets)
+        for data in packed:
+            vector = array("f", data)
             if sys.byteorder == "big":
                 vector.byteswap()
             vectors.append(vector)
@@ -304,7 +304,7 @@ def _part(part: Any, attached: _Attached) -> dict[str, Any]:
         case other:
             raise InvalidRequest(
                 f"a part of a message has type {other!r}; it may be "
-                '{"type": "text", "text": ...} or {"type": "image", "image": PATH_OR_OCTETS}'
+                '{"type": "text", "text": ...} or {"type": "image", "image": PATH_OR_BYTES}'
             )
 
 
@@ -375,7 +375,7 @@ def _call(
         raise InvalidRequest(f"{told}; nothing was sent") from None
     if not model:
         request = msgspec.structs.replace(request, model="")
-    return Call(request, tuple(attached.octets), timeout, retry, window)
+    return Call(request, tuple(attached.encoded), timeout, retry, window)
 
 
 def _timeout(given: Any, default: Timeout) -> Timeout:

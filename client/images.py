@@ -1,4 +1,4 @@
-"""A picture as a caller has it (path, octets, Pillow image) to the encoded octets that travel.
+"""A picture as a caller has it (path, bytes, Pillow image) to the encoded bytes that travel.
 
 Never decodes: the worker does that, under bounds. Never imports Pillow: a Pillow image brings
 its own encoder along.
@@ -11,13 +11,13 @@ import os
 from pathlib import Path
 from typing import Any, Final
 
-from broker.protocol.limits import MAX_ATTACHMENT_OCTETS
+from broker.protocol.limits import MAX_ATTACHMENT_BYTES
 from broker.protocol.messages import Attachment
 from client.errors import InvalidRequest, TooLarge
 
 __all__ = ["Image", "check_file", "encode"]
 
-#: What is taken for a picture: a path, encoded octets (PNG, JPEG, ...), or a Pillow image.
+#: What is taken for a picture: a path, encoded bytes (PNG, JPEG, ...), or a Pillow image.
 Image = str | os.PathLike[str] | bytes | bytearray | memoryview | Any
 
 _MAGIC: Final = (
@@ -34,36 +34,36 @@ _MAGIC: Final = (
 
 
 def encode(image: Image) -> tuple[bytes, Attachment]:
-    """Encoded octets of a picture, and what to say of them.
+    """Encoded bytes of a picture, and what to say of them.
 
     Raises `InvalidRequest` for what is not an image or cannot be read, `TooLarge` beyond the bound.
     """
     if isinstance(image, bytes | bytearray | memoryview):
-        octets, where = bytes(image), "the picture"
+        data, where = bytes(image), "the picture"
     elif isinstance(image, str | os.PathLike):
-        octets, where = _read(Path(image)), f"picture {os.fspath(image)!r}"
+        data, where = _read(Path(image)), f"picture {os.fspath(image)!r}"
     elif hasattr(image, "save") and hasattr(image, "mode"):
-        octets, where = _encode_pillow(image), "the Pillow image"
+        data, where = _encode_pillow(image), "the Pillow image"
     else:
         raise InvalidRequest(
-            f"a picture cannot be of type {type(image).__name__}; give a path, encoded octets "
+            f"a picture cannot be of type {type(image).__name__}; give a path, encoded bytes "
             "(the content of a PNG or JPEG file), or a Pillow image"
         )
-    if not octets:
+    if not data:
         raise InvalidRequest(f"{where} is empty")
-    if len(octets) > MAX_ATTACHMENT_OCTETS:
-        raise _too_large(where, len(octets))
-    return octets, Attachment(media_type=media_type(octets))
+    if len(data) > MAX_ATTACHMENT_BYTES:
+        raise _too_large(where, len(data))
+    return data, Attachment(media_type=media_type(data))
 
 
-def media_type(octets: bytes) -> str:
-    """The format by its first octets, for people and logs; empty when unknown."""
+def media_type(data: bytes) -> str:
+    """The format by its first bytes, for people and logs; empty when unknown."""
     for magic, name in _MAGIC:
-        if octets.startswith(magic):
+        if data.startswith(magic):
             return name
-    if octets[:4] == b"RIFF" and octets[8:12] == b"WEBP":
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "image/webp"
-    if octets[4:8] == b"ftyp" and octets[8:12] in (b"avif", b"avis"):
+    if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis"):
         return "image/avif"
     return ""
 
@@ -82,11 +82,11 @@ def check_file(path: str | os.PathLike[str]) -> None:
 def _read(path: Path) -> bytes:
     if str(path).startswith(("http:/", "https:/", "data:")):
         raise InvalidRequest(
-            f"picture {str(path)[:80]!r} is an address; the bus carries octets: download it first"
+            f"picture {str(path)[:80]!r} is an address; the bus carries bytes: download it first"
         )
     try:
         size = path.stat().st_size
-        if size > MAX_ATTACHMENT_OCTETS:
+        if size > MAX_ATTACHMENT_BYTES:
             raise _too_large(f"picture {str(path)!r}", size)
         return path.read_bytes()
     except OSError as error:
@@ -108,6 +108,6 @@ def _encode_pillow(image: Any) -> bytes:
 
 def _too_large(where: str, size: int) -> TooLarge:
     return TooLarge(
-        f"{where} has {size} octets; at most {MAX_ATTACHMENT_OCTETS} travel. Scale it down",
-        details={"size_bytes": size, "limit_bytes": MAX_ATTACHMENT_OCTETS},
+        f"{where} has {size} bytes; at most {MAX_ATTACHMENT_BYTES} travel. Scale it down",
+        details={"size_bytes": size, "limit_bytes": MAX_ATTACHMENT_BYTES},
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from broker.protocol.errors import ErrorCode
-from broker.protocol.limits import MAX_NAME_OCTETS
+from broker.protocol.limits import MAX_NAME_BYTES
 from client.errors import InvalidRequest
 
 __all__ = ["Connection", "Limits", "Retry", "Timeout"]
@@ -155,10 +155,8 @@ class Connection:
                 f"or set {BROKER_VARIABLE}"
             )
         chosen = name or f"{socket.gethostname()}-{os.getpid()}"
-        if len(chosen.encode()) > MAX_NAME_OCTETS:
-            raise InvalidRequest(
-                f"client name of over {MAX_NAME_OCTETS} octets; give a shorter one"
-            )
+        if len(chosen.encode()) > MAX_NAME_BYTES:
+            raise InvalidRequest(f"client name of over {MAX_NAME_BYTES} bytes; give a shorter one")
         if key_file is not None and server_key is None:
             raise InvalidRequest("key_file without server_key: CURVE needs the broker's public key")
         return cls(

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from broker.protocol import logs
-from broker.protocol.limits import ID_OCTETS
+from broker.protocol.limits import ID_BYTES
 from worker import config as options
 from worker.process.display import LoadingDisplay
 
@@ -70,7 +70,7 @@ def serve(config: options.WorkerConfig) -> int:
         name=config.worker_id,
         brokers=config.brokers,
         models=tuple(name for group in config.engine.model_names for name in group),
-        instance=os.urandom(ID_OCTETS),
+        instance=os.urandom(ID_BYTES),
         software=options.software(),
         speed=config.speed,
         engine=config.engine.engine,

@@ -339,7 +339,7 @@ def _checked(values: dict[str, Any]) -> WorkerConfig:
         raise ConfigError("--server-key and --key belong together: give both, or neither")
     worker_id = values["worker_id"] or f"{socket.gethostname()[:200]}-{secrets.token_hex(3)}"
     if len(worker_id.encode()) > 256:
-        raise ConfigError("--worker-id is longer than 256 octets")
+        raise ConfigError("--worker-id is longer than 256 bytes")
     return WorkerConfig(
         worker_id=worker_id,
         brokers=brokers,

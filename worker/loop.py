@@ -25,7 +25,7 @@ from zmq.backend import Socket as BackendSocket
 from zmq.utils.monitor import recv_monitor_message
 
 from broker.protocol.keyfiles import exposed
-from broker.protocol.limits import MAX_ATTACHMENT_OCTETS
+from broker.protocol.limits import MAX_ATTACHMENT_BYTES
 from broker.protocol.messages import new_id
 from worker.core import events as fact
 from worker.core.instructions import (
@@ -81,7 +81,7 @@ _REFUSED: Final = (zmq.Event.HANDSHAKE_FAILED_PROTOCOL, zmq.Event.HANDSHAKE_FAIL
 _OPTIONS: Final = {
     zmq.SNDHWM: 1000,  # finite, so that a broker that stands still shows as EAGAIN
     zmq.RCVHWM: 1000,  # beyond it TCP holds the broker back
-    zmq.MAXMSGSIZE: MAX_ATTACHMENT_OCTETS,  # of one frame
+    zmq.MAXMSGSIZE: MAX_ATTACHMENT_BYTES,  # of one frame
     zmq.IMMEDIATE: 1,  # nothing is queued for a broker that is not there
     zmq.RECONNECT_IVL: -1,  # one socket, one connection, one session (SPEC.md section 2)
     zmq.CONNECT_TIMEOUT: 5000,  # the kernel's own is minutes

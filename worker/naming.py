@@ -55,7 +55,7 @@ def pair_names(
     served = [name for group in groups for name in group]
     for name in served:
         if len(name.encode()) > 256:
-            raise ValueError(f"the model name {name[:40]!r}... is longer than 256 octets")
+            raise ValueError(f"the model name {name[:40]!r}... is longer than 256 bytes")
         if served.count(name) > 1:
             raise ValueError(f"two models would be served as {name!r}: use --model-name")
     return tuple(models), tuple(groups)

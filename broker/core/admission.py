@@ -1,7 +1,7 @@
 """May this request come in? Its body is checked once, here (SPEC.md sections 4.2, 6.1 and 9), then
 whether there is room and hope. Then it is queued.
 
-Octets in, a typed value or a `RequestError` out, whose message names the field.
+Bytes in, a typed value or a `RequestError` out, whose message names the field.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _invalid(message: str) -> RequestError:
 def _too_large(what: str, size: int, limit: int) -> RequestError:
     return RequestError(
         ErrorCode.TOO_LARGE,
-        f"{what}: {size} octets; this broker takes {limit}",
+        f"{what}: {size} bytes; this broker takes {limit}",
         details={"size": size, "limit": limit},
     )
 

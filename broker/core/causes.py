@@ -33,7 +33,7 @@ def told_in(body: bytes, finished: list[Finished]) -> dict[bytes, str]:
     if not failed:
         return {}
     try:
-        events = codec.decode_events(body, limits.MAX_OUTPUT_OCTETS)
+        events = codec.decode_events(body, limits.MAX_OUTPUT_BYTES)
     except ProtocolError:
         return {}  # the client's matter: the broker forwards bodies unread
     return {

@@ -252,12 +252,12 @@ class BrokerCore(BusState):
         if head.flags & Flag.LEDGER:
             if len(frames) != 3:
                 raise ProtocolError(f"OUTPUT with a ledger has 3 frames, not {len(frames)}")
-            ledger = codec.decode_ledger(frames[2], limits.MAX_HELLO_OCTETS)
+            ledger = codec.decode_ledger(frames[2], limits.MAX_HELLO_BYTES)
         elif len(frames) != 2:
             raise ProtocolError(f"OUTPUT without a ledger has 2 frames, not {len(frames)}")
-        if len(frames[1]) > limits.MAX_OUTPUT_OCTETS:
+        if len(frames[1]) > limits.MAX_OUTPUT_BYTES:
             raise ProtocolError(
-                f"OUTPUT of {len(frames[1])} octets; the limit is {limits.MAX_OUTPUT_OCTETS}"
+                f"OUTPUT of {len(frames[1])} bytes; the limit is {limits.MAX_OUTPUT_BYTES}"
             )
         route = self.routes.get(head.id)
         if route is not None and route.worker is worker:
@@ -384,7 +384,7 @@ class BrokerCore(BusState):
     def _control(self, type_: type[T], frames: Frames) -> T:
         if len(frames) != 2:
             raise ProtocolError(f"{len(frames)} frames; this message has 2")
-        return codec.decode(type_, frames[1], limits.MAX_CONTROL_OCTETS)
+        return codec.decode(type_, frames[1], limits.MAX_CONTROL_BYTES)
 
 
 _ClientHandlers = dict[MessageType, Callable[[BrokerCore, ClientSession, Header, Frames], None]]

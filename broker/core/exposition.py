@@ -23,7 +23,7 @@ _Sample = tuple[dict[str, str], float]
 #: Counters of the core that have a name of their own: (help, the core's name).
 _COUNTERS: Final = {
     "requests_accepted": ("Requests that were queued, resumed ones included.", "requests"),
-    "request_bytes": ("Octets of queued requests, pictures included.", "request_bytes"),
+    "request_bytes": ("Bytes of queued requests, pictures included.", "request_bytes"),
     "assignments": ("Credit spent: requests given to a worker.", "assigned"),
     "resumes": ("RESUMEs: streams that went on after an interruption.", "resumes"),
     "interruptions": ("Requests whose worker went or gave them up.", "interrupted"),
@@ -142,7 +142,7 @@ def _broker(bus: BusState, page: _Page) -> None:
     page.one(
         "forwarded_bytes_total",
         "counter",
-        "Octets of their bodies.",
+        "Bytes of their bodies.",
         int(loop.get("forwarded_bytes_total", 0)) + bus.counters["output_bytes"],
     )
     page.one(
@@ -181,7 +181,7 @@ def _queues(bus: BusState, page: _Page) -> None:
         return bus.now_s - min(since_s, default=bus.now_s)
 
     family("queue_requests", "Requests that wait for a worker.", waiting)
-    family("queue_bytes", "Octets of the requests that wait.", size_bytes)
+    family("queue_bytes", "Bytes of the requests that wait.", size_bytes)
     family("queue_oldest_seconds", "How long the oldest of them has waited.", oldest_s, "max")
 
 

@@ -105,7 +105,7 @@ def _check_queues(bus: BusState) -> None:
             entry.lost_workers or entry.holder for entry in entries
         ), f"requests wait for {model} while a worker has a free slot"
     total = sum(queue.bytes for queue in bus.queues.values())
-    assert bus.queued_bytes == total, f"{bus.queued_bytes} octets counted, {total} queued"
+    assert bus.queued_bytes == total, f"{bus.queued_bytes} bytes counted, {total} queued"
 
 
 def _check_clients(bus: BusState) -> None:

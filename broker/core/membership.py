@@ -51,15 +51,15 @@ def on_first_message(bus: BusState, event: MessageReceived, head: Header) -> Non
             # The gate let the connection in before the list changed.
             refuse(bus, event.side, event.routing_id, _NOT_ALLOWED, fatal=True)
             return
-    if len(event.routing_id) != limits.ID_OCTETS or event.routing_id[0] == 0:
+    if len(event.routing_id) != limits.ID_BYTES or event.routing_id[0] == 0:
         error = ErrorInfo(
             code=ErrorCode.PROTOCOL_ERROR,
-            message="HELLO: the routing id must be 16 random octets, the first not zero",
+            message="HELLO: the routing id must be 16 random bytes, the first not zero",
         )
         refuse(bus, event.side, event.routing_id, error, fatal=True)
         return
     try:
-        hello = codec.decode(Hello, event.frames[1], limits.MAX_HELLO_OCTETS)
+        hello = codec.decode(Hello, event.frames[1], limits.MAX_HELLO_BYTES)
         check_hello(bus, event.side, head, hello)
     except ProtocolError as error:
         # It would say the same again.

@@ -61,14 +61,14 @@ def answer(bus: BusState, client: ClientSession, head: Header, frames: Frames) -
     """Answer a QUERY. Raises ProtocolError for a body that is none."""
     if len(frames) != 2:
         raise ProtocolError(f"{len(frames)} frames; QUERY has 2")
-    query = codec.decode(Query, frames[1], limits.MAX_CONTROL_OCTETS)
+    query = codec.decode(Query, frames[1], limits.MAX_CONTROL_BYTES)
     bus.counters["queries"] += 1
     try:
         body = codec.encode(Answer(result=_result(bus, client, query)))
-        if len(body) > limits.MAX_ANSWER_OCTETS:
+        if len(body) > limits.MAX_ANSWER_BYTES:
             raise RequestError(
                 ErrorCode.TOO_LARGE,
-                f"the answer has {len(body)} octets; the limit is {limits.MAX_ANSWER_OCTETS}",
+                f"the answer has {len(body)} bytes; the limit is {limits.MAX_ANSWER_BYTES}",
             )
     except RequestError as error:
         body = codec.encode(Answer(error=error.info))

@@ -24,7 +24,7 @@ class ModelQueue:
         self._levels: dict[int, OrderedDict[str, _Line]] = {}
         #: Number of requests.
         self.requests = 0
-        #: Octets of their bodies and attachments.
+        #: Bytes of their bodies and attachments.
         self.bytes = 0
         #: Number of the broker's assignment that last came from here (fairness between models).
         self.last_served = 0

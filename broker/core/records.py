@@ -126,7 +126,7 @@ class Route:
         self.id = route_id
         self.worker = worker
         self.client = client
-        #: The first 24 octets of an OUTPUT header of this route without flags, both from the worker
+        #: The first 24 bytes of an OUTPUT header of this route without flags, both from the worker
         #: and to the client.
         self.key = prefix(MessageType.OUTPUT, route_id)
         #: Requests that another session took over while this one lives: their events, already

@@ -140,7 +140,7 @@ def _take_over(bus: BusState, request: RequestState, old: ClientSession) -> None
 def without_moved(route: Route, body: bytes) -> bytes:
     """The body of an OUTPUT without the events of requests that moved to another session. Raises
     ProtocolError."""
-    events = codec.decode_events(body, limits.MAX_OUTPUT_OCTETS)
+    events = codec.decode_events(body, limits.MAX_OUTPUT_BYTES)
     return codec.encode_events([event for event in events if event.request_id not in route.moved])
 
 

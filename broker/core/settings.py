@@ -10,10 +10,10 @@ from typing import Any
 
 from broker.protocol.limits import (
     DEFAULT_WINDOW_TOKENS,
-    MAX_ATTACHMENT_OCTETS,
+    MAX_ATTACHMENT_BYTES,
     MAX_ATTACHMENTS,
-    MAX_ATTACHMENTS_OCTETS,
-    MAX_REQUEST_OCTETS,
+    MAX_ATTACHMENTS_BYTES,
+    MAX_REQUEST_BYTES,
 )
 
 
@@ -106,25 +106,25 @@ class CoreSettings:
         DEFAULT_WINDOW_TOKENS, "tokens", "default window of a stream, told in WELCOME", low=1
     )
     request_bytes: int = option(
-        MAX_REQUEST_OCTETS,
+        MAX_REQUEST_BYTES,
         "bytes",
         "body of a request; at most the protocol's own bound",
         low=1024,
-        high=MAX_REQUEST_OCTETS,
+        high=MAX_REQUEST_BYTES,
     )
     attachment_bytes: int = option(
-        MAX_ATTACHMENT_OCTETS,
+        MAX_ATTACHMENT_BYTES,
         "bytes",
         "one picture; at most the protocol's own bound",
         low=0,
-        high=MAX_ATTACHMENT_OCTETS,
+        high=MAX_ATTACHMENT_BYTES,
     )
     attachments_bytes: int = option(
-        MAX_ATTACHMENTS_OCTETS,
+        MAX_ATTACHMENTS_BYTES,
         "bytes",
         "all pictures of a request together",
         low=0,
-        high=MAX_ATTACHMENTS_OCTETS,
+        high=MAX_ATTACHMENTS_BYTES,
     )
     attachments: int = option(
         MAX_ATTACHMENTS, "", "pictures of a request", low=0, high=MAX_ATTACHMENTS

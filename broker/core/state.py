@@ -67,7 +67,7 @@ class BusState:
         self.queued_bytes = 0
         #: By route id.
         self.routes: dict[bytes, Route] = {}
-        #: By the first 24 octets of an OUTPUT header: the routes that need no reading of bodies.
+        #: By the first 24 bytes of an OUTPUT header: the routes that need no reading of bodies.
         self.fast_routes: dict[bytes, Route] = {}
         #: ENDED and INTERRUPTED requests with the time to forget them, oldest first.
         self.kept: deque[tuple[float, RequestState]] = deque()
@@ -133,7 +133,7 @@ class BusState:
         self.out.append(instruction)
 
     def new_id(self) -> bytes:
-        """A fresh id of 16 octets, the first not zero."""
+        """A fresh id of 16 bytes, the first not zero."""
         value = self.generator.getrandbits(128)
         return (value | 1 << 120 if value >> 120 == 0 else value).to_bytes(16, "big")
 

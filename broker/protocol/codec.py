@@ -1,7 +1,7 @@
-"""Bodies between octets and typed values: msgpack with strict limits, checked once (SPEC.md
+"""Bodies between bytes and typed values: msgpack with strict limits, checked once (SPEC.md
 section 4).
 
-Whatever octets come in, only `ProtocolError` comes out. Never pickle, never an extension type.
+Whatever bytes come in, only `ProtocolError` comes out. Never pickle, never an extension type.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _FIELDS, _LOGPROB_FIELDS = 7, 3
 
 _TOKENS_ONLY: Final = msgspec.msgpack.Decoder(list[TokensEvent])
 _ANY_EVENTS: Final = msgspec.msgpack.Decoder(list[OutputEvent])
-"""Octets to events in one call. Safe for events without a free-form field, where an extension type
+"""Bytes to events in one call. Safe for events without a free-form field, where an extension type
 could hide (what a later version appends is skipped unread); memory grows with what has been read,
 not with what a length claims."""
 
@@ -51,9 +51,9 @@ def pack(value: Any) -> bytes:
 
 
 def unpack(body: bytes, limit_bytes: int) -> Any:
-    """Decode octets into plain values, or raise `ProtocolError`."""
+    """Decode bytes into plain values, or raise `ProtocolError`."""
     if len(body) > limit_bytes:
-        raise ProtocolError(f"body of {len(body)} octets; the limit is {limit_bytes}")
+        raise ProtocolError(f"body of {len(body)} bytes; the limit is {limit_bytes}")
     try:
         return msgpack.unpackb(
             body,

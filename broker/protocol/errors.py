@@ -1,7 +1,7 @@
 """One shape and one table for every failure of the bus (SPEC.md section 8).
 
     Exception
-    ├── ProtocolError       the peer's octets break the specification; the session ends
+    ├── ProtocolError       the peer's bytes break the specification; the session ends
     └── RequestError        one request cannot be served; carries what the client receives
 
 `ErrorInfo` is what travels. Client exceptions and HTTP statuses map one to one to `ErrorCode`.
@@ -82,7 +82,7 @@ class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ProtocolError(Exception):
-    """The octets received break the specification. Nothing else ever comes out of decoding them."""
+    """The bytes received break the specification. Nothing else ever comes out of decoding them."""
 
 
 class RequestError(Exception):

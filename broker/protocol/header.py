@@ -1,4 +1,4 @@
-"""The fixed header: 32 octets, one frame, in front of every message (SPEC.md section 3).
+"""The fixed header: 32 bytes, one frame, in front of every message (SPEC.md section 3).
 
 It lets a receiver refuse garbage without a decoder and lets the broker route without reading a
 body. Must never import the codec.
@@ -11,11 +11,11 @@ from enum import IntEnum, IntFlag
 from typing import Final, NamedTuple
 
 from broker.protocol.errors import ProtocolError
-from broker.protocol.limits import HEADER_OCTETS, ID_OCTETS, PROTOCOL_VERSION
+from broker.protocol.limits import HEADER_BYTES, ID_BYTES, PROTOCOL_VERSION
 
 SIGNATURE: Final = b"\xc5\x42"
-NO_ID: Final = bytes(ID_OCTETS)
-PREFIX_OCTETS: Final = 24
+NO_ID: Final = bytes(ID_BYTES)
+PREFIX_BYTES: Final = 24
 """Everything before the sequence number: equal for every OUTPUT message of one route."""
 
 _LAYOUT: Final = struct.Struct(">2sBBHH16sQ")
@@ -64,8 +64,8 @@ class Header(NamedTuple):
 
 
 def prefix(type_: MessageType, id_: bytes = NO_ID, flags: int = 0) -> bytes:
-    """The first 24 octets of a header; `seal` completes it."""
-    return _LAYOUT.pack(SIGNATURE, PROTOCOL_VERSION, type_, flags, 0, id_, 0)[:PREFIX_OCTETS]
+    """The first 24 bytes of a header; `seal` completes it."""
+    return _LAYOUT.pack(SIGNATURE, PROTOCOL_VERSION, type_, flags, 0, id_, 0)[:PREFIX_BYTES]
 
 
 def seal(prefix_: bytes, sequence: int) -> bytes:
@@ -76,7 +76,7 @@ def seal(prefix_: bytes, sequence: int) -> bytes:
 def encode(type_: MessageType, id_: bytes, sequence: int, flags: int = 0) -> bytes:
     """Build a header.
 
-    `id_` is 16 octets, `sequence` fits 64 bits; both are the caller's own values, so a wrong one is
+    `id_` is 16 bytes, `sequence` fits 64 bits; both are the caller's own values, so a wrong one is
     a bug (`struct.error`), not bad input.
     """
     return _LAYOUT.pack(SIGNATURE, PROTOCOL_VERSION, type_, flags, 0, id_, sequence)
@@ -84,15 +84,15 @@ def encode(type_: MessageType, id_: bytes, sequence: int, flags: int = 0) -> byt
 
 def decode(frame: bytes) -> Header:
     """Read a header. Raises `ProtocolError` for anything that is not one of version 1."""
-    if len(frame) != HEADER_OCTETS:
-        raise ProtocolError(f"header of {len(frame)} octets; it has exactly {HEADER_OCTETS}")
+    if len(frame) != HEADER_BYTES:
+        raise ProtocolError(f"header of {len(frame)} bytes; it has exactly {HEADER_BYTES}")
     signature, version, code, flags, reserved, id_, sequence = _LAYOUT.unpack(frame)
     if signature != SIGNATURE:
         raise ProtocolError(f"signature {signature.hex()}; a tokenbus message starts with c542")
     if version != PROTOCOL_VERSION:
         raise ProtocolError(f"protocol version {version}; this side speaks {PROTOCOL_VERSION}")
     if reserved:
-        raise ProtocolError(f"reserved octets are {reserved:#06x}; they are zero in version 1")
+        raise ProtocolError(f"reserved bytes are {reserved:#06x}; they are zero in version 1")
     try:
         type_ = MessageType(code)
     except ValueError:

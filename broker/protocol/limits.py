@@ -8,31 +8,31 @@ from typing import Final
 
 PROTOCOL_VERSION: Final = 1
 
-ID_OCTETS: Final = 16
+ID_BYTES: Final = 16
 """Request, session and route ids: 128 random bits, never reused, not guessable."""
 
-HEADER_OCTETS: Final = 32
+HEADER_BYTES: Final = 32
 """Exactly; anything else is refused before a decoder sees it."""
 
-MAX_CONTROL_OCTETS: Final = 64 * 1024
+MAX_CONTROL_BYTES: Final = 64 * 1024
 """Body of every message but REQUEST, RESUME, ASSIGN, OUTPUT and ANSWER; real ones: 2 KiB."""
 
-MAX_HELLO_OCTETS: Final = 4 * 1024 * 1024
-"""HELLO: a worker lists the requests that it holds, about 60 octets each."""
+MAX_HELLO_BYTES: Final = 4 * 1024 * 1024
+"""HELLO: a worker lists the requests that it holds, about 60 bytes each."""
 
-MAX_REQUEST_OCTETS: Final = 8 * 1024 * 1024
+MAX_REQUEST_BYTES: Final = 8 * 1024 * 1024
 """A conversation of one million tokens as ids is about 5 MiB."""
 
-MAX_OUTPUT_OCTETS: Final = 1024 * 1024
+MAX_OUTPUT_BYTES: Final = 1024 * 1024
 """One step of one client's requests; a worker splits what is larger."""
 
-MAX_ANSWER_OCTETS: Final = 4 * 1024 * 1024
+MAX_ANSWER_BYTES: Final = 4 * 1024 * 1024
 """`bus.workers` of a thousand workers is under 1 MiB."""
 
 MAX_ATTACHMENTS: Final = 16
-MAX_ATTACHMENT_OCTETS: Final = 16 * 1024 * 1024
+MAX_ATTACHMENT_BYTES: Final = 16 * 1024 * 1024
 """A 24-megapixel photograph as JPEG is about 10 MiB."""
-MAX_ATTACHMENTS_OCTETS: Final = 64 * 1024 * 1024
+MAX_ATTACHMENTS_BYTES: Final = 64 * 1024 * 1024
 """All attachments of one message."""
 
 MAX_FRAMES: Final = 4 + MAX_ATTACHMENTS
@@ -45,7 +45,7 @@ MAX_ARRAY_ITEMS: Final = 1 << 20
 MAX_MAP_ITEMS: Final = 1 << 17
 """logit_bias may name every token of a large vocabulary."""
 
-MAX_NAME_OCTETS: Final = 256
+MAX_NAME_BYTES: Final = 256
 """Names of models, workers, clients."""
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARACTERS: Final = 1024

@@ -15,18 +15,18 @@ from msgspec import Meta, Struct
 
 from broker.protocol.errors import ErrorInfo
 from broker.protocol.limits import (
-    ID_OCTETS,
+    ID_BYTES,
     MAX_ATTACHMENTS,
     MAX_HELD_REQUESTS,
     MAX_KEPT_SPECIALS,
-    MAX_NAME_OCTETS,
+    MAX_NAME_BYTES,
     MAX_STOP_CHARACTERS,
     MAX_STOP_STRINGS,
     MAX_TOP_LOGPROBS,
 )
 
-Id = Annotated[bytes, Meta(min_length=ID_OCTETS, max_length=ID_OCTETS)]
-Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_OCTETS)]
+Id = Annotated[bytes, Meta(min_length=ID_BYTES, max_length=ID_BYTES)]
+Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_BYTES)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Milliseconds = Annotated[int, Meta(ge=0, le=1 << 40)]
 TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
@@ -211,7 +211,7 @@ class Attachment(_Map, frozen=True, kw_only=True):
     """Says what the frame of the same index is."""
 
     kind: Literal["image", "video_frame", "data"] = "image"
-    #: For people and logs; the worker looks at the octets, never at this.
+    #: For people and logs; the worker looks at the bytes, never at this.
     media_type: str = ""
 
 
@@ -331,7 +331,7 @@ class Resume(_Map, frozen=True, kw_only=True):
     #: Those of them that ran nothing else when they died.
     lost_alone: list[Name] = []
     #: Name of the worker that ran it last and may still hold it; empty: none is known.
-    holder: Annotated[str, Meta(max_length=MAX_NAME_OCTETS)] = ""
+    holder: Annotated[str, Meta(max_length=MAX_NAME_BYTES)] = ""
 
 
 class Request(_Map, frozen=True, kw_only=True):
@@ -359,7 +359,7 @@ class Request(_Map, frozen=True, kw_only=True):
     #: Higher goes first.
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0
     #: Fair share is between users of a client; empty: the client session itself.
-    user: Annotated[str, Meta(max_length=MAX_NAME_OCTETS)] = ""
+    user: Annotated[str, Meta(max_length=MAX_NAME_BYTES)] = ""
     #: First token offset that the client does not take yet; see WINDOW.
     window: Annotated[int, Meta(ge=1, le=1 << 62)]
     attachments: Annotated[list[Attachment], Meta(max_length=MAX_ATTACHMENTS)] = []
@@ -458,7 +458,7 @@ class TokenLogprob(_Array, frozen=True):
     """Of one token: natural logarithms of the distribution after penalties, before temperature."""
 
     logprob: float | None
-    #: The token's own octets (they may be part of a character).
+    #: The token's own bytes (they may be part of a character).
     token: bytes
     top: list[TopLogprob] = []
     #: Characters of the text (of PROMPT, or of the answer) before this token's own; a token that
@@ -564,8 +564,8 @@ class Ledger(_Array, frozen=True):
 
 
 def new_id() -> bytes:
-    """A fresh random id of 16 octets. Never zero in its first octet: ZeroMQ reserves such routing
+    """A fresh random id of 16 bytes. Never zero in its first byte: ZeroMQ reserves such routing
     ids."""
-    while not (id_ := os.urandom(ID_OCTETS))[0]:
+    while not (id_ := os.urandom(ID_BYTES))[0]:
         pass
     return id_

@@ -78,8 +78,8 @@ async def answer(line: Line, asking: Asking) -> Answered:
     )
 
 
-async def _chat(octets: bytes, asking: Asking) -> dict[str, Any]:
-    body = http.parse(http.ChatRequest, octets)
+async def _chat(data: bytes, asking: Asking) -> dict[str, Any]:
+    body = http.parse(http.ChatRequest, data)
     _refuse_stream(body)
     seed = answers.pick_seed(body.seed)
     call = await convert.chat_call(body, asking.images, seed=seed, user=body.user or "")
@@ -115,8 +115,8 @@ async def _chat(octets: bytes, asking: Asking) -> dict[str, Any]:
     return answered
 
 
-async def _completion(octets: bytes, asking: Asking) -> dict[str, Any]:
-    body = http.parse(http.CompletionRequest, octets)
+async def _completion(data: bytes, asking: Asking) -> dict[str, Any]:
+    body = http.parse(http.CompletionRequest, data)
     _refuse_stream(body)
     seed = answers.pick_seed(body.seed)
     prompts = [
@@ -147,8 +147,8 @@ async def _completion(octets: bytes, asking: Asking) -> dict[str, Any]:
     }
 
 
-async def _embeddings(octets: bytes, asking: Asking) -> dict[str, Any]:
-    body = http.parse(http.EmbeddingRequest, octets)
+async def _embeddings(data: bytes, asking: Asking) -> dict[str, Any]:
+    body = http.parse(http.EmbeddingRequest, data)
     options: dict[str, Any] = {}
     if body.dimensions is not None:
         options["dimensions"] = body.dimensions

@@ -29,7 +29,7 @@ class Line(Struct, forbid_unknown_fields=True, kw_only=True):
     custom_id: Annotated[str, Meta(min_length=1, max_length=512)]
     method: Literal["POST"]
     url: Endpoint
-    #: Read again by the endpoint's own type; kept as its octets until then.
+    #: Read again by the endpoint's own type; kept as its bytes until then.
     body: msgspec.Raw
 
 
@@ -57,16 +57,16 @@ def lines(path: Path) -> Iterator[Line]:
     """The lines of the input; empty ones are skipped. Raises `InvalidRequest` naming the line."""
     try:
         with path.open("rb") as file:
-            for number, octets in enumerate(file, 1):
-                if octets.strip():
-                    yield _line(octets, f"{path}, line {number}")
+            for number, data in enumerate(file, 1):
+                if data.strip():
+                    yield _line(data, f"{path}, line {number}")
     except OSError as error:
         raise InvalidRequest(f"{path}: {error.strerror}") from None
 
 
-def _line(octets: bytes, where: str) -> Line:
+def _line(data: bytes, where: str) -> Line:
     try:
-        return _LINE.decode(octets)
+        return _LINE.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(
             f'{where}: {error}; a line is {{"custom_id": "a", "method": "POST", '
@@ -95,7 +95,7 @@ class Output:
             self._file = path.open("a+b")
         except OSError as error:
             raise InvalidRequest(f"{path}: {error.strerror}") from None
-        #: Octets of a line that was cut off and taken away.
+        #: Bytes of a line that was cut off and taken away.
         self.torn_bytes = 0
         #: Ids that are answered, and how many of them with a failure.
         self.done: set[str] = set()
@@ -176,23 +176,23 @@ class Output:
 
     def _written(self) -> Iterator[tuple[int, bytes, _Written | None]]:
         self._file.seek(0)
-        for number, octets in enumerate(self._file, 1):
+        for number, data in enumerate(self._file, 1):
             try:
-                yield number, octets, _WRITTEN.decode(octets)
+                yield number, data, _WRITTEN.decode(data)
             except (msgspec.DecodeError, UnicodeDecodeError):
-                yield number, octets, None
+                yield number, data, None
 
     def _drop_failed(self) -> None:
         part = self.path.with_name(f".{self.path.name}.part")
         kept = part.open("w+b")
         try:
             fcntl.flock(kept, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for _, octets, written in self._written():
+            for _, data, written in self._written():
                 assert written is not None, "read before"
                 if written.failed:
                     self.done.discard(written.custom_id)
                 else:
-                    kept.write(octets)
+                    kept.write(data)
             kept.flush()
             os.fsync(kept.fileno())
             part.replace(self.path)

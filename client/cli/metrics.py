@@ -86,12 +86,12 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self._answer(200, found["content_type"], found["text"].encode())
 
-    def _answer(self, status: int, media_type: str, octets: bytes) -> None:
+    def _answer(self, status: int, media_type: str, data: bytes) -> None:
         self.send_response(status)
         self.send_header("Content-Type", media_type)
-        self.send_header("Content-Length", str(len(octets)))
+        self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(octets)
+        self.wfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None:
         """A scrape every few seconds is no news."""

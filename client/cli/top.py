@@ -168,11 +168,11 @@ def _keys() -> Iterator[Any]:
         ready, _, _ = select.select([descriptor], [], [], wait_s)
         if not ready:
             return set()
-        octets = os.read(descriptor, 64)
-        if not octets:
+        data = os.read(descriptor, 64)
+        if not data:
             return {"q"}  # the terminal is gone
         # An arrow key begins with escape too.
-        text = octets.decode(errors="replace")
+        text = data.decode(errors="replace")
         return {text} if text.startswith("\x1b") else set(text)
 
     tty.setcbreak(descriptor)

@@ -257,13 +257,13 @@ class Dialer:
             return None
         match head.type:
             case MessageType.HEARTBEAT:
-                codec.decode(messages.Heartbeat, body, limits.MAX_CONTROL_OCTETS)
+                codec.decode(messages.Heartbeat, body, limits.MAX_CONTROL_BYTES)
             case MessageType.DRAIN:
-                codec.decode(messages.Drain, body, limits.MAX_CONTROL_OCTETS)
+                codec.decode(messages.Drain, body, limits.MAX_CONTROL_BYTES)
                 self.state = Link.DRAINING
                 return head.type, head.id, body
             case MessageType.GOODBYE:
-                goodbye = codec.decode(messages.Goodbye, body, limits.MAX_CONTROL_OCTETS)
+                goodbye = codec.decode(messages.Goodbye, body, limits.MAX_CONTROL_BYTES)
                 self._lose(
                     f"the broker said goodbye: {goodbye.message or goodbye.reason}",
                     refused=goodbye.reason != "shutdown",
@@ -320,7 +320,7 @@ class Dialer:
             )
 
     def _on_welcome(self, session_id: bytes, body: bytes) -> None:
-        welcome = codec.decode(messages.Welcome, body, limits.MAX_CONTROL_OCTETS)
+        welcome = codec.decode(messages.Welcome, body, limits.MAX_CONTROL_BYTES)
         if welcome.version != limits.PROTOCOL_VERSION:
             raise ProtocolError(f"version {welcome.version} was not offered")
         self.welcome = welcome
@@ -332,7 +332,7 @@ class Dialer:
         self._host.session_began()
 
     def _on_refuse(self, body: bytes) -> None:
-        refuse = codec.decode(messages.Refuse, body, limits.MAX_CONTROL_OCTETS)
+        refuse = codec.decode(messages.Refuse, body, limits.MAX_CONTROL_BYTES)
         if refuse.fatal:
             self.banned(refuse.error)
         else:

@@ -175,7 +175,7 @@ class Exchange:
 
     def beyond(self, bounds: BusLimits, body_bytes: int) -> ErrorInfo | None:
         """What of the request the broker would not take: told here, before ZeroMQ cuts us off."""
-        sizes = [len(octets) for octets in self.attachments]
+        sizes = [len(data) for data in self.attachments]
         for what, size, limit in (
             ("the request without its pictures", body_bytes, bounds.request_bytes),
             ("the largest picture", max(sizes, default=0), bounds.attachment_bytes),
@@ -184,7 +184,7 @@ class Exchange:
             if size > limit:
                 return ErrorInfo(
                     code=ErrorCode.TOO_LARGE.value,
-                    message=f"{what}: {size} octets; this broker takes {limit}. Send less",
+                    message=f"{what}: {size} bytes; this broker takes {limit}. Send less",
                     details={"size_bytes": size, "limit_bytes": limit},
                 )
         if len(sizes) > bounds.attachments:

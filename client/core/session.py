@@ -481,7 +481,7 @@ class ClientSession:
             self._schedule(exchange)
 
     def _on_accepted(self, request_id: bytes, body: bytes) -> None:
-        accepted = codec.decode(messages.Accepted, body, limits.MAX_CONTROL_OCTETS)
+        accepted = codec.decode(messages.Accepted, body, limits.MAX_CONTROL_BYTES)
         exchange = self._exchanges.get(request_id)
         if exchange is None or request_id not in self._at_broker:
             return
@@ -508,7 +508,7 @@ class ClientSession:
         self._schedule(exchange)
 
     def _on_interrupted(self, request_id: bytes, body: bytes) -> None:
-        interrupted = codec.decode(messages.Interrupted, body, limits.MAX_CONTROL_OCTETS)
+        interrupted = codec.decode(messages.Interrupted, body, limits.MAX_CONTROL_BYTES)
         exchange = self._exchanges.get(request_id)
         if exchange is None:
             self._closing.pop(request_id, None)  # there is nothing left to cancel
@@ -532,7 +532,7 @@ class ClientSession:
         #: Of this message, not handed on yet: one order for many requests.
         fresh: list[TokensEvent] = []
         try:
-            events_of_message = codec.decode_events(body, limits.MAX_OUTPUT_OCTETS)
+            events_of_message = codec.decode_events(body, limits.MAX_OUTPUT_BYTES)
         except ProtocolError as error:
             self._report(str(error))
             return
@@ -632,7 +632,7 @@ class ClientSession:
     # --- answers of the broker itself -------------------------------------------------------------
 
     def _on_answer(self, query_id: bytes, body: bytes) -> None:
-        answer = codec.decode(messages.Answer, body, limits.MAX_ANSWER_OCTETS)
+        answer = codec.decode(messages.Answer, body, limits.MAX_ANSWER_BYTES)
         if self._reported is not None and query_id == self._reported[0]:
             why, self._reported = self._reported[1], None
             if answer.error is not None:  # it came from nobody else, so from the broker itself

@@ -1,6 +1,6 @@
 """Large bodies, read so that nobody else's stream waits for them.
 
-What a body costs is known before it is parsed: `_Survey` looks at its octets in slices and refuses
+What a body costs is known before it is parsed: `_Survey` looks at its bytes in slices and refuses
 one with more text than the bus takes, or with more values than a request can need. Then it is
 parsed, checked and converted in one thread, in steps of some milliseconds: a decoder keeps the
 interpreter's lock for as long as a call of it lasts, so that a thread alone would be of no use. To
@@ -25,7 +25,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 import msgspec
 from msgspec import Struct
 
-from broker.protocol.limits import MAX_ATTACHMENTS, MAX_REQUEST_OCTETS
+from broker.protocol.limits import MAX_ATTACHMENTS, MAX_REQUEST_BYTES
 from client.gateway.errors import invalid, too_large
 
 __all__ = ["LARGE_BYTES", "aside", "from_base64", "read_in_steps", "slices"]
@@ -39,12 +39,12 @@ SLICE_BYTES: Final = 64 * 1024
 LONG_BYTES: Final = 256 * 1024
 """A string from this length on is decoded in a step of its own."""
 
-MAX_TEXT_BYTES: Final = MAX_REQUEST_OCTETS + MAX_ATTACHMENTS * LONG_BYTES
-"""Of all strings that are not long strings of images. The bus takes `MAX_REQUEST_OCTETS`; small
+MAX_TEXT_BYTES: Final = MAX_REQUEST_BYTES + MAX_ATTACHMENTS * LONG_BYTES
+"""Of all strings that are not long strings of images. The bus takes `MAX_REQUEST_BYTES`; small
 pictures are not told from texts here. The client library compares exactly."""
 
-MAX_PLAIN_BYTES: Final = 3 * MAX_REQUEST_OCTETS
-"""Of all but the long strings: what is parsed at once. JSON may write a character of two octets as
+MAX_PLAIN_BYTES: Final = 3 * MAX_REQUEST_BYTES
+"""Of all but the long strings: what is parsed at once. JSON may write a character of two bytes as
 an escape of six."""
 
 MAX_WEIGHT: Final = 3 << 19
@@ -76,15 +76,15 @@ async def aside(size_bytes: int, work: Callable[P, T], /, *args: P.args, **kwarg
     return await loop.run_in_executor(_executor, lambda: context.run(work, *args, **kwargs))
 
 
-def read_in_steps(octets: bytes, parse: Parse[T]) -> T:
+def read_in_steps(data: bytes, parse: Parse[T]) -> T:
     """What `parse` makes of a body, in short steps; raises GatewayError as it does, and for a body
     that is too large."""
     survey = _Survey()
-    for piece in slices(octets):
+    for piece in slices(data):
         survey.take(piece)
-    survey.finish(octets)
+    survey.finish(data)
     if not survey.long:
-        return parse(octets)
+        return parse(data)
     # Not to be guessed by whoever wrote the body.
     mark = secrets.token_hex(16)
     strings: dict[str, str] = {}
@@ -92,10 +92,10 @@ def read_in_steps(octets: bytes, parse: Parse[T]) -> T:
     done = 0
     for start, end in survey.long:
         key = f"{mark}{len(strings):08d}".ljust(_PLACEHOLDER_CHARACTERS, ".")
-        strings[key] = _string(octets[start - 1 : end + 1])
-        parts += (octets[done:start], key.encode())
+        strings[key] = _string(data[start - 1 : end + 1])
+        parts += (data[done:start], key.encode())
         done = end
-    value = _restored(parse(b"".join((*parts, octets[done:]))), strings)
+    value = _restored(parse(b"".join((*parts, data[done:]))), strings)
     if strings:
         raise invalid(
             None, f"A string of over {LONG_BYTES} bytes stands where the body has no room for it."
@@ -103,11 +103,11 @@ def read_in_steps(octets: bytes, parse: Parse[T]) -> T:
     return value
 
 
-def slices(octets: bytes) -> Iterator[bytes]:
+def slices(data: bytes) -> Iterator[bytes]:
     """The body in pieces, none of which ends within an escape."""
     at = 0
-    while at < len(octets):
-        piece = octets[at : at + SLICE_BYTES]
+    while at < len(data):
+        piece = data[at : at + SLICE_BYTES]
         escapes = len(piece) - len(piece.rstrip(b"\\"))
         if escapes % 2 and len(piece) > 1:
             piece = piece[:-1]
@@ -152,7 +152,7 @@ class _Survey:
             self._opened = begins + len(piece) - len(inside.pop())
         self._at += len(piece)
         self._text_bytes += sum(map(len, inside))
-        # An escape of six octets may be a character of one.
+        # An escape of six bytes may be a character of one.
         self._text_bytes -= piece.count(b"\\") + 4 * piece.count(b"\\u")
         self._weight += quotes + outside.count(b",")
         self._weight += 8 * (outside.count(b"{") + outside.count(b"["))
@@ -177,14 +177,14 @@ class _Survey:
         if self._text_bytes > MAX_TEXT_BYTES or plain > MAX_PLAIN_BYTES:
             raise too_large(
                 None,
-                f"The body beside its pictures is beyond the {MAX_REQUEST_OCTETS} bytes that the "
+                f"The body beside its pictures is beyond the {MAX_REQUEST_BYTES} bytes that the "
                 "bus takes. Send less.",
             )
 
-    def finish(self, octets: bytes) -> None:
+    def finish(self, data: bytes) -> None:
         """All was taken: the long strings that are not images are texts as well."""
         for start, end in self.long:
-            if not _PICTURE.match(octets, start, min(start + 1024, end)):
+            if not _PICTURE.match(data, start, min(start + 1024, end)):
                 self._text_bytes += end - start
         self._check()
 
@@ -226,8 +226,8 @@ def _restored(value: T, strings: dict[str, str]) -> T:
 
 
 def from_base64(text: str) -> bytes:
-    """The octets of base64, white space within allowed, in short steps; raises ValueError."""
-    octets = bytearray()
+    """The bytes of base64, white space within allowed, in short steps; raises ValueError."""
+    data = bytearray()
     left = ""
     for start in range(0, len(text), _DECODED_AT_ONCE):
         left += "".join(text[start : start + _DECODED_AT_ONCE].split())
@@ -236,6 +236,6 @@ def from_base64(text: str) -> bytes:
         behind = start + _DECODED_AT_ONCE
         if part.endswith("=") and (left or text[behind:].strip()):
             raise binascii.Error("characters behind the padding")
-        octets += base64.b64decode(part, validate=True)
-    octets += base64.b64decode(left, validate=True)
-    return bytes(octets)
+        data += base64.b64decode(part, validate=True)
+    data += base64.b64decode(left, validate=True)
+    return bytes(data)

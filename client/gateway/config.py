@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from broker.protocol.limits import MAX_ATTACHMENT_OCTETS, MAX_ATTACHMENTS_OCTETS, MAX_REQUEST_OCTETS
+from broker.protocol.limits import MAX_ATTACHMENT_BYTES, MAX_ATTACHMENTS_BYTES, MAX_REQUEST_BYTES
 from broker.protocol.logs import FORMATS, LEVELS
 from broker.protocol.options import OptionParser, misspelt, parse_bool
 from client import BusError
@@ -116,7 +116,7 @@ def _one_of(*choices: str) -> Callable[[str], str]:
 
 
 #: Room for every picture of a request as base64 beside its text.
-_DEFAULT_BODY_BYTES = MAX_ATTACHMENTS_OCTETS * 4 // 3 + 2 * MAX_REQUEST_OCTETS
+_DEFAULT_BODY_BYTES = MAX_ATTACHMENTS_BYTES * 4 // 3 + 2 * MAX_REQUEST_BYTES
 
 
 def _option(read: Callable[[str], Any], default: Any, help: str, metavar: str = "") -> Any:
@@ -151,7 +151,7 @@ class Config:
     image_timeout_s: float = _option(
         _positive, 10.0, "for fetching one picture, seconds in all", "S"
     )
-    image_bytes: int = _option(_count, MAX_ATTACHMENT_OCTETS, "largest picture, bytes", "N")
+    image_bytes: int = _option(_count, MAX_ATTACHMENT_BYTES, "largest picture, bytes", "N")
     body_bytes: int = _option(_count, _DEFAULT_BODY_BYTES, "largest request body, bytes", "N")
     bodies_bytes: int = _option(
         _count, 1 << 30, "memory for the bodies of all running requests, bytes", "N"

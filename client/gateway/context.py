@@ -1,7 +1,7 @@
 """One HTTP request on its way through the gateway: who asks, what it may, what became of it.
 
 `Endpoint` wraps every handler that reaches the bus: it finds the key, admits the request, reads the
-body under the limit, turns failures into answers, and accounts for the outcome once the last octet
+body under the limit, turns failures into answers, and accounts for the outcome once the last byte
 was sent. Holds no knowledge of any API.
 """
 
@@ -27,7 +27,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from broker.protocol.errors import ErrorCode
-from broker.protocol.limits import MAX_NAME_OCTETS
+from broker.protocol.limits import MAX_NAME_BYTES
 from broker.protocol.tracing import TRACE_KEYS
 from client import AsyncStream, Embeddings
 from client import calls as bus_calls
@@ -81,7 +81,7 @@ class Visit:
     #: Of this request; None where traces are off.
     span: HttpSpan | None = None
     #: The body as it was read, while a peer may have to be asked with it.
-    octets: bytes = b""
+    raw_body: bytes = b""
     #: Of the body.
     size_bytes: int = 0
     #: Of the memory for bodies.
@@ -107,7 +107,7 @@ class Visit:
         else:
             # Else one key could take many shares by inventing users.
             who = self.key.name
-        return who.encode()[:MAX_NAME_OCTETS].decode(errors="ignore")
+        return who.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
 
     def check(self, model: str, priority: int) -> None:
         """The key may use this model at this priority; raises GatewayError(forbidden)."""
@@ -281,19 +281,19 @@ class Visit:
                 self.held_bytes += len(chunk)
         except ClientDisconnect:
             raise GatewayError(ErrorCode.CANCELLED, "The HTTP client went away.") from None
-        octets = b"".join(chunks)
+        data = b"".join(chunks)
         if self.gateway.config.peers:
-            self.octets = octets
-        return octets
+            self.raw_body = data
+        return data
 
     async def read(self, kind: type[T]) -> T:
         """The JSON body as a `kind`; raises GatewayError that names the field at fault. A large one
         is read in another thread."""
         return await self.decoded(kind, await self.body())
 
-    async def decoded(self, kind: type[T], octets: bytes) -> T:
+    async def decoded(self, kind: type[T], data: bytes) -> T:
         """As `read`, of a body that is here."""
-        return await self.aside(read_in_steps, octets, partial(parse, kind))
+        return await self.aside(read_in_steps, data, partial(parse, kind))
 
     @property
     def is_large(self) -> bool:

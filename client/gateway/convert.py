@@ -62,7 +62,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request of the bus with the octets that travel beside it."""
+    """One request of the bus with the bytes that travel beside it."""
 
     request: Request
     attachments: tuple[bytes, ...] = ()
@@ -98,7 +98,7 @@ class Pictures:
         return [Attachment() for _ in self.found]
 
     async def load(self) -> tuple[bytes, ...]:
-        """The octets of all of them, at once; raises GatewayError naming the field of one."""
+        """The bytes of all of them, at once; raises GatewayError naming the field of one."""
         loading = [
             asyncio.ensure_future(load_image(url, self.policy, param)) for url, param in self.found
         ]

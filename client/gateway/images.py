@@ -1,6 +1,6 @@
-"""Pictures of a request as octets: data URLs, and remote addresses where the operator allows them.
+"""Pictures of a request as bytes: data URLs, and remote addresses where the operator allows them.
 
-A remote picture is fetched by the gateway (`remote_images`), never by a worker. Octets are not
+A remote picture is fetched by the gateway (`remote_images`), never by a worker. Bytes are not
 decoded here; the worker looks at them under its own bounds.
 """
 
@@ -10,7 +10,7 @@ import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from broker.protocol.limits import MAX_ATTACHMENT_OCTETS
+from broker.protocol.limits import MAX_ATTACHMENT_BYTES
 from client.gateway.addresses import Network
 from client.gateway.bodies import aside, from_base64
 from client.gateway.errors import invalid, too_large
@@ -23,7 +23,7 @@ class ImagePolicy:
     """What the operator allows. The default fetches nothing."""
 
     allow_remote: bool = False
-    max_bytes: int = MAX_ATTACHMENT_OCTETS
+    max_bytes: int = MAX_ATTACHMENT_BYTES
     #: For the whole fetch, look-ups and redirects included.
     timeout_s: float = 10.0
     #: Private networks that may be fetched from all the same: an operator's own picture store.
@@ -31,7 +31,7 @@ class ImagePolicy:
 
 
 async def load_image(url: str, policy: ImagePolicy, param: str) -> bytes:
-    """The octets behind an `image_url`; raises GatewayError naming `param`."""
+    """The bytes behind an `image_url`; raises GatewayError naming `param`."""
     if url[:5].lower() == "data:":
         return await aside(len(url), _from_data_url, url, policy, param)
     if url[:7].lower() == "http://" or url[:8].lower() == "https://":
@@ -56,15 +56,15 @@ def _from_data_url(url: str, policy: ImagePolicy, param: str) -> bytes:
         raise invalid(param, f"`{param}` is a data URL without ';base64,'.")
     if not media_type.strip().lower().startswith("image/"):
         raise invalid(param, f"`{param}` has media type {media_type!r}; a picture is image/....")
-    # Four characters carry three octets.
+    # Four characters carry three bytes.
     if len(payload) * 3 // 4 > policy.max_bytes + 3:
         raise too_large(param, f"`{param}` is beyond the {policy.max_bytes} bytes of one picture.")
     try:
-        octets = from_base64(payload)
+        data = from_base64(payload)
     except (binascii.Error, ValueError) as error:
         raise invalid(param, f"`{param}` is not valid base64: {error}.") from None
-    if not octets:
+    if not data:
         raise invalid(param, f"`{param}` is an empty picture.")
-    if len(octets) > policy.max_bytes:
+    if len(data) > policy.max_bytes:
         raise too_large(param, f"`{param}` is beyond the {policy.max_bytes} bytes of one picture.")
-    return octets
+    return data

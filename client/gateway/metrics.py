@@ -79,7 +79,7 @@ class Metrics:
         )
         self._duration = Histogram(
             "tokenbus_gateway_request_seconds",
-            "From the request to the last octet of its answer.",
+            "From the request to the last byte of its answer.",
             ("endpoint",),
             buckets=_SECONDS,
             registry=self._registry,
@@ -115,7 +115,7 @@ class Metrics:
         self._running -= 1
 
     def observe(self, endpoint: str, status: int, total_s: float) -> None:
-        """Count an HTTP request whose last octet was sent."""
+        """Count an HTTP request whose last byte was sent."""
         self._requests.labels(endpoint, str(status)).inc()
         self._duration.labels(endpoint).observe(total_s)
 

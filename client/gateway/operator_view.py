@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta, Struct
 from starlette.responses import JSONResponse, Response
 
-from broker.protocol.limits import MAX_NAME_OCTETS
+from broker.protocol.limits import MAX_NAME_BYTES
 from client import BusError
 from client.gateway.context import Visit
 from client.gateway.errors import GatewayError, error_body
@@ -117,7 +117,7 @@ async def live(visit: Visit) -> Response:
 class DrainBody(Struct, forbid_unknown_fields=True, kw_only=True):
     """Body of `POST /bus/drain`."""
 
-    worker: Annotated[str, Meta(max_length=MAX_NAME_OCTETS)]
+    worker: Annotated[str, Meta(max_length=MAX_NAME_BYTES)]
     deadline_s: Annotated[float, Meta(ge=0, le=1e6)] = 30.0
     reason: Annotated[str, Meta(max_length=1000)] = ""
 

@@ -42,22 +42,22 @@ def page_routes() -> list[Route]:
     folder = files("client.gateway") / "static"
     routes = []
     for name, media_type in _FILES.items():
-        octets = (folder / name).read_bytes()
+        data = (folder / name).read_bytes()
         path = "/" if name == "index.html" else f"/page/{name}"
-        routes.append(Route(path, _File(octets, media_type).answer, methods=["GET"]))
+        routes.append(Route(path, _File(data, media_type).answer, methods=["GET"]))
     return routes
 
 
 class _File:
     """One file with its tag, so that a reload costs nothing."""
 
-    def __init__(self, octets: bytes, media_type: str) -> None:
-        self._octets = octets
-        tag = f'"{hashlib.sha256(octets).hexdigest()[:20]}"'
+    def __init__(self, data: bytes, media_type: str) -> None:
+        self._data = data
+        tag = f'"{hashlib.sha256(data).hexdigest()[:20]}"'
         self._headers = {**_HEADERS, "content-type": media_type, "etag": tag}
 
     async def answer(self, request: Request) -> Response:
         """The file, or 304 where the browser has it."""
         if request.headers.get("if-none-match") == self._headers["etag"]:
             return Response(None, 304, self._headers)
-        return Response(self._octets, 200, self._headers)
+        return Response(self._data, 200, self._headers)

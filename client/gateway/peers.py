@@ -87,13 +87,13 @@ class Peers:
             told = {name: answer.headers[name] for name in _PASSED_BACK if name in answer.headers}
             if answer.headers.get("content-type", "").startswith("text/event-stream"):
                 return StreamingResponse(_events(answer), answer.status_code, told)
-            octets = await answer.aread()
+            data = await answer.aread()
         except httpx.TransportError as error:
             log.warning("peer %s broke off: %s", address, error)
             return None
         if UNKNOWN_HEADER in answer.headers:
             return None
-        return Response(octets, answer.status_code, told)
+        return Response(data, answer.status_code, told)
 
 
 def anywhere(handler: Handler) -> Handler:
@@ -103,7 +103,7 @@ def anywhere(handler: Handler) -> Handler:
         try:
             return await handler(visit)
         except UnknownAnswer:
-            found = await visit.gateway.peers.ask(visit, visit.octets)
+            found = await visit.gateway.peers.ask(visit, visit.raw_body)
             if found is None:
                 raise
             return found
@@ -112,11 +112,11 @@ def anywhere(handler: Handler) -> Handler:
 
 
 async def _events(answer: httpx.Response) -> AsyncGenerator[bytes, None]:
-    """The octets as they come; leaving early tells the peer that the reader is gone."""
+    """The bytes as they come; leaving early tells the peer that the reader is gone."""
     async with contextlib.aclosing(answer):
         try:
-            async for octets in answer.aiter_raw():
-                yield octets
+            async for data in answer.aiter_raw():
+                yield data
         except httpx.TransportError as error:
             # A stream that breaks off here breaks off at the reader too, who then comes back.
             raise GatewayError(

@@ -32,7 +32,7 @@ __all__ = ["Kept", "Store", "Transcript"]
 
 #: Events that a reader who comes back gets in one write.
 _READ_EVENTS: Final = 64
-#: What an event takes beside its octets: the object and its place in a list.
+#: What an event takes beside its bytes: the object and its place in a list.
 _EVENT_BYTES: Final = 48
 
 

@@ -2,8 +2,8 @@
 
 Only from addresses that the whole internet may reach: the name is looked up once, every address
 that it has is checked, the connection goes to a checked address, and each redirect starts over. One
-deadline holds for all of it, the look-up and every octet included, and nothing here waits in the
-threads that others use. Octets are not decoded; the worker looks at them under its own bounds.
+deadline holds for all of it, the look-up and every byte included, and nothing here waits in the
+threads that others use. Bytes are not decoded; the worker looks at them under its own bounds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _lookups = threading.BoundedSemaphore(_MAX_LOOKUPS)
 
 
 async def fetch(address: str, policy: ImagePolicy, param: str) -> bytes:
-    """The octets behind the address; raises GatewayError naming `param`."""
+    """The bytes behind the address; raises GatewayError naming `param`."""
     try:
         async with asyncio.timeout(policy.timeout_s):
             return await _follow(address, policy, param)
@@ -96,16 +96,16 @@ def _header(answer: httpcore.Response, name: bytes) -> str:
 
 
 async def _read(answer: httpcore.Response, policy: ImagePolicy, param: str) -> bytes:
-    octets = bytearray()
+    data = bytearray()
     async for chunk in answer.aiter_stream():
-        octets += chunk
-        if len(octets) > policy.max_bytes:
+        data += chunk
+        if len(data) > policy.max_bytes:
             raise too_large(
                 param, f"`{param}` is beyond the {policy.max_bytes} bytes of one picture."
             )
-    if not octets:
+    if not data:
         raise invalid(param, f"`{param}` is an empty picture.")
-    return bytes(octets)
+    return bytes(data)
 
 
 @functools.cache

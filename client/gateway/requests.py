@@ -32,7 +32,7 @@ from msgspec import Meta, Struct
 
 from broker.protocol.limits import (
     MAX_ARRAY_ITEMS,
-    MAX_NAME_OCTETS,
+    MAX_NAME_BYTES,
     MAX_STOP_STRINGS,
     MAX_TOP_LOGPROBS,
 )
@@ -66,7 +66,7 @@ Stop = StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS
 TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 ServiceTier = Literal["auto", "default", "flex", "scale", "priority", "fast"]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
-ModelName = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_OCTETS)]
+ModelName = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_BYTES)]
 #: One text, several, the token ids of one, or those of several; `texts_of` sorts them out.
 Texts = (
     str
@@ -363,16 +363,16 @@ _MISSING = re.compile(r"^Object missing required field `(?P<field>[^`]*)`")
 Body = TypeVar("Body")
 
 
-def parse(kind: type[Body], octets: bytes) -> Body:
+def parse(kind: type[Body], data: bytes) -> Body:
     """Read a request body; raises GatewayError(invalid_request) that names the field at fault."""
     try:
         try:
-            return msgspec.json.decode(octets, type=kind)
+            return msgspec.json.decode(data, type=kind)
         except msgspec.ValidationError as error:
             if not _UNKNOWN.match(str(error)):
                 raise named_error(str(error), kind) from None
         # The typed decoder stopped at that field: what follows it may not be JSON at all.
-        value = msgspec.json.decode(octets)
+        value = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid(None, f"The body is not JSON: {error}. Send one JSON object.") from None
     except RecursionError:

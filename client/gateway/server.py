@@ -32,7 +32,7 @@ __all__ = ["Bounds", "Server", "protocol_class"]
 log = logging.getLogger("tokenbus.gateway")
 
 MAX_HEAD_BYTES: Final = 64 * 1024
-"""Names and values of all fields, and the address. Real heads have some hundred octets, tokens of a
+"""Names and values of all fields, and the address. Real heads have some hundred bytes, tokens of a
 single sign-on some thousand."""
 MAX_FIELDS: Final = 200
 
@@ -165,8 +165,8 @@ class Connection(HttpToolsProtocol):
             self._stop(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"over {MAX_FIELDS} fields")
         super().on_header(name, value)
 
-    def _count(self, octets: int) -> None:
-        self._head_bytes += octets
+    def _count(self, size_bytes: int) -> None:
+        self._head_bytes += size_bytes
         if self._head_bytes > MAX_HEAD_BYTES:
             self._stop(*_LARGE_HEAD)
 

@@ -48,11 +48,11 @@ KEEP_ALIVE: Final = b": keep-alive\n"
 
 def encode(data: str | bytes, *, event: str | None = None, id_: str | None = None) -> bytes:
     """One event. `data` is one line (JSON has no raw newline)."""
-    octets = data.encode() if isinstance(data, str) else data
+    raw = data.encode() if isinstance(data, str) else data
     lines = "" if id_ is None else f"id: {id_}\n"
     if event is not None:
         lines += f"event: {event}\n"
-    return b"%bdata: %b\n\n" % (lines.encode(), octets)
+    return b"%bdata: %b\n\n" % (lines.encode(), raw)
 
 
 DONE: Final = encode(b"[DONE]")
@@ -172,7 +172,7 @@ class EventStream(Response):
             await asyncio.wait({self._comment})
         return events
 
-    async def _tell(self, send: Send, octets: bytes, *, over: bool = False) -> None:
+    async def _tell(self, send: Send, raw: bytes, *, over: bool = False) -> None:
         if not self._started:
             self._started = True
             await send(
@@ -182,7 +182,7 @@ class EventStream(Response):
                     "headers": self.raw_headers,
                 }
             )
-        await send({"type": "http.response.body", "body": octets, "more_body": not over})
+        await send({"type": "http.response.body", "body": raw, "more_body": not over})
 
 
 async def _disconnected(receive: Receive) -> None:

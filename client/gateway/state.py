@@ -44,7 +44,7 @@ class Gateway:
     errors: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=50))
 
     def hold_body(self, size_bytes: int) -> None:
-        """Count octets of a body in; raises GatewayError(overloaded) where there is no room.
+        """Count bytes of a body in; raises GatewayError(overloaded) where there is no room.
         `release_body` must follow."""
         if self.bodies_bytes + size_bytes > self.config.bodies_bytes:
             raise GatewayError(

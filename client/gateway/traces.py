@@ -54,7 +54,7 @@ class HttpSpan:
         span.end()
 
     def end(self, status: int) -> None:
-        """The last octet was sent; 499: the client went away."""
+        """The last byte was sent; 499: the client went away."""
         self._span.set_attribute("http.response.status_code", status)
         if status >= 500:
             _fail(self._span, str(status))

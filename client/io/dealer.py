@@ -14,7 +14,7 @@ import zmq
 from zmq.backend import Socket as BackendSocket
 
 from broker.protocol.keyfiles import exposed
-from broker.protocol.limits import MAX_ANSWER_OCTETS
+from broker.protocol.limits import MAX_ANSWER_BYTES
 from client.core import events
 from client.errors import BusError, InvalidRequest
 from client.options import Connection
@@ -83,7 +83,7 @@ class Dealer:
         dealer.setsockopt(zmq.SNDHWM, 1000)
         dealer.setsockopt(zmq.RCVHWM, 10_000)
         # Nothing that a broker sends is larger than an ANSWER.
-        dealer.setsockopt(zmq.MAXMSGSIZE, MAX_ANSWER_OCTETS + 1024)
+        dealer.setsockopt(zmq.MAXMSGSIZE, MAX_ANSWER_BYTES + 1024)
         dealer.setsockopt(zmq.LINGER, 0)
         dealer.setsockopt(zmq.CONNECT_TIMEOUT, 5000)
         dealer.setsockopt(zmq.HANDSHAKE_IVL, 5000)

@@ -66,7 +66,7 @@ class Message:
     @property
     def plain(self) -> Any:
         """The body as plain values."""
-        return codec.unpack(self.frames[1], limits.MAX_REQUEST_OCTETS)
+        return codec.unpack(self.frames[1], limits.MAX_REQUEST_BYTES)
 
     @property
     def body(self) -> Any:
@@ -75,7 +75,7 @@ class Message:
 
     @property
     def events(self) -> list[OutputEvent]:
-        return codec.decode_events(self.frames[1], limits.MAX_OUTPUT_OCTETS)
+        return codec.decode_events(self.frames[1], limits.MAX_OUTPUT_BYTES)
 
     @property
     def assign(self) -> Assign:
@@ -185,8 +185,8 @@ class Peer:
         return self.id != header.NO_ID
 
     def send(self, type_: MessageType, id_: bytes, body: Any, *more: bytes, flags: int = 0) -> None:
-        octets = body if isinstance(body, bytes) else codec.encode(body)
-        self.send_frames(header.encode(type_, id_, self.sequence, flags), octets, *more)
+        data = body if isinstance(body, bytes) else codec.encode(body)
+        self.send_frames(header.encode(type_, id_, self.sequence, flags), data, *more)
         self.sequence += 1
 
     def send_frames(self, *frames: bytes) -> None:

@@ -81,7 +81,7 @@ class Wire:
                     head = header.decode(frames[0])
                     assert head.sequence == self._out, "the client skips a sequence number"
                     self._out += 1
-                    body = codec.decode(BODIES[head.type], frames[1], limits.MAX_REQUEST_OCTETS)
+                    body = codec.decode(BODIES[head.type], frames[1], limits.MAX_REQUEST_BYTES)
                     if head.type is T.RESUME:
                         body = self._resumed(head.id, body)
                     self.sent.append((head.type, head.id, body))
@@ -123,8 +123,8 @@ class Wire:
         """The broker sends a message."""
         if isinstance(body, messages.Interrupted):
             body = msgspec.structs.replace(body, epoch=self.epoch(id_, body.epoch))
-        octets = body if isinstance(body, bytes) else codec.encode(body)
-        frames = (header.encode(type_, id_, self._in), octets)
+        data = body if isinstance(body, bytes) else codec.encode(body)
+        frames = (header.encode(type_, id_, self._in), data)
         self._in += 1
         self.tell(events.MessageReceived(frames))
 

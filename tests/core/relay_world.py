@@ -21,7 +21,7 @@ from broker.core.events import Side
 from broker.core.instructions import Send as BrokerSend
 from broker.core.settings import CoreSettings
 from broker.protocol import codec
-from broker.protocol.limits import MAX_REQUEST_OCTETS
+from broker.protocol.limits import MAX_REQUEST_BYTES
 from broker.protocol.messages import Kind, ModelInfo, Params, Request, TokensEvent
 from client.core import events as client_fact
 from client.core.session import ClientSession
@@ -312,7 +312,7 @@ class Worker(_Worker):
     def engine(self, order: Any) -> None:
         match order:
             case worker_order.EngineAdd(job_id, body, _):
-                request = codec.decode(Request, body, MAX_REQUEST_OCTETS)
+                request = codec.decode(Request, body, MAX_REQUEST_BYTES)
                 count = len(request.resume.token_ids) if request.resume else 0
                 if request.resume:
                     assert request.params.max_tokens is not None

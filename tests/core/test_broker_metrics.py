@@ -123,7 +123,7 @@ def test_an_end_that_is_sent_again_after_a_resume_counts_once(bus: Bus) -> None:
     assert scrape("resumes_total") == 1
 
 
-def test_what_is_forwarded_is_counted_with_its_octets(bus: Bus) -> None:
+def test_what_is_forwarded_is_counted_with_its_bytes(bus: Bus) -> None:
     worker, client = bus.worker(), bus.client()
     client.request()
     (assign,) = worker.assigned()

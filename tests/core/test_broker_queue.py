@@ -233,7 +233,7 @@ def test_a_lower_priority_makes_room_for_a_higher_one_but_not_the_reverse() -> N
     assert low.failure() == "overloaded"
 
 
-def test_the_queue_is_bounded_in_octets() -> None:
+def test_the_queue_is_bounded_in_bytes() -> None:
     bus = Bus(queue_bytes=3000)
     bus.worker(grant=False)
     client = bus.client()
@@ -277,9 +277,9 @@ for _ in range(40):
     ],
 )
 def test_a_body_that_is_wrong_names_the_field(body: dict[str, Any], word: str) -> None:
-    octets = codec.pack({"model": "demo", "window": 10} | body)
+    data = codec.pack({"model": "demo", "window": 10} | body)
     with pytest.raises(RequestError) as caught:
-        read_request(octets, (), resumed=False, settings=CoreSettings())
+        read_request(data, (), resumed=False, settings=CoreSettings())
     assert caught.value.info.code == "invalid_request"
     assert word in caught.value.info.message
 
@@ -296,9 +296,9 @@ def test_a_body_that_is_wrong_names_the_field(body: dict[str, Any], word: str) -
 def test_a_request_that_is_too_large_says_how_large(
     limits: dict[str, int], attachments: tuple[bytes, ...]
 ) -> None:
-    octets = codec.encode(a_request(prompt="x" * 2000, attachments=[{} for _ in attachments]))
+    data = codec.encode(a_request(prompt="x" * 2000, attachments=[{} for _ in attachments]))
     with pytest.raises(RequestError) as caught:
-        read_request(octets, attachments, resumed=False, settings=CoreSettings(**limits))
+        read_request(data, attachments, resumed=False, settings=CoreSettings(**limits))
     assert caught.value.info.code == "too_large"
     assert caught.value.info.details["limit"] == next(iter(limits.values()))
 

@@ -130,7 +130,7 @@ def test_a_draining_broker_asks_to_come_back_in_a_second_however_long_it_drains(
 
 
 @pytest.mark.parametrize("routing_id", [b"\x00abcd", b"\x00" + bytes(15), b"a" * 15, b"a" * 17])
-def test_a_routing_id_that_is_not_16_octets_is_refused_for_good(routing_id: bytes) -> None:
+def test_a_routing_id_that_is_not_16_bytes_is_refused_for_good(routing_id: bytes) -> None:
     bus = Bus()
     peer = Peer(bus, Side.BACK)
     peer.routing_id = routing_id
@@ -169,11 +169,11 @@ def test_garbage_ends_only_the_session_that_sent_it() -> None:
         if generator.random() < 0.5:
             role = "client" if peer.side is Side.FRONT else "worker"
             peer.send(MessageType.HELLO, header.NO_ID, Hello(role=role, name="fuzz"))
-        octets = [generator.randbytes(generator.choice((0, 3, 32, 40))) for _ in range(3)]
+        data = [generator.randbytes(generator.choice((0, 3, 32, 40))) for _ in range(3)]
         if generator.random() < 0.7:
             type_ = generator.choice(list(MessageType))
-            octets[0] = header.encode(type_, bus.new_id(), peer.sequence, generator.randrange(4))
-        peer.send_frames(*octets[: generator.randrange(4)])
+            data[0] = header.encode(type_, bus.new_id(), peer.sequence, generator.randrange(4))
+        peer.send_frames(*data[: generator.randrange(4)])
     worker.tokens(assign)
     worker.finish(assign, tokens=1)
     assert [event.request_id for event in client.events()] == [request_id] * 2

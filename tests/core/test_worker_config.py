@@ -65,7 +65,7 @@ def test_names_go_to_their_models(
     [
         (["a/x", "b/x"], [], "two models would be served as 'x'"),
         (["a/x", "b/y"], ["one"], "give one for each model"),
-        (["a/x"], ["n" * 300], "longer than 256 octets"),
+        (["a/x"], ["n" * 300], "longer than 256 bytes"),
     ],
 )
 def test_names_that_do_not_fit_are_refused(paths: list[str], names: list[str], words: str) -> None:
@@ -151,7 +151,7 @@ def test_a_broker_named_twice_is_one_broker() -> None:
         (["--speed", "-1"], "positive"),
         (["--dtype", "int3"], "one of auto, float32"),
         (["--key", "k"], "belong together"),
-        (["--worker-id", "x" * 300], "256 octets"),
+        (["--worker-id", "x" * 300], "256 bytes"),
         (["--port", "40000"], "listens nowhere"),
         (["--worker", "http://localhost:40000"], "listens nowhere"),
         (["--nosuch"], "there is no option --nosuch"),

@@ -90,7 +90,7 @@ def reference(hidden: int = 64) -> Engine:
 
 
 def _text(answer: tiny.Answer) -> str:
-    """Tokenizers differ in how many U+FFFD stand for octets that are no character."""
+    """Tokenizers differ in how many U+FFFD stand for bytes that are no character."""
     return re.sub("\ufffd+", "\ufffd", answer.text)
 
 

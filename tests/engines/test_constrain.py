@@ -58,18 +58,18 @@ def ends(tokenizer: Any) -> frozenset[int]:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Ids of the characters one by one, or of their octets where the vocabulary lacks them."""
+    """Ids of the characters one by one, or of their bytes where the vocabulary lacks them."""
     table = token_table(tokenizer)
-    known = {table.octets(i): i for i in range(len(tokenizer))}
+    known = {table.bytes_of(i): i for i in range(len(tokenizer))}
     ids: list[int] = []
     for character in text:
-        octets = character.encode()
-        ids += [known[octets]] if octets in known else [known[bytes([o])] for o in octets]
+        data = character.encode()
+        ids += [known[data]] if data in known else [known[bytes([o])] for o in data]
     return ids
 
 
 def sampler(tokenizer: Any) -> Sampler:
-    return Sampler(len(tokenizer) + PADDING, token_bytes=token_table(tokenizer).octets)
+    return Sampler(len(tokenizer) + PADDING, token_bytes=token_table(tokenizer).bytes_of)
 
 
 class RandomModel:
@@ -104,7 +104,7 @@ def answer(
 
 
 def text_of(tokenizer: Any, ids: list[int]) -> str:
-    return b"".join(map(token_table(tokenizer).octets, ids)).decode()
+    return b"".join(map(token_table(tokenizer).bytes_of, ids)).decode()
 
 
 # --- every kind of constraint ---------------------------------------------------------------------
@@ -303,9 +303,9 @@ def test_a_grammar_names_an_added_token_by_its_text_or_its_id(
 def test_a_stop_token_that_the_constraint_needs_is_the_requests_fault(
     tokenizer: Any, factory: ConstraintFactory
 ) -> None:
-    octets = token_table(tokenizer).octets
+    data = token_table(tokenizer).bytes_of
     (a,) = encode(tokenizer, "a")
-    stops = [i for i in range(len(tokenizer)) if octets(i) == b"b"]
+    stops = [i for i in range(len(tokenizer)) if data(i) == b"b"]
     params = Params(stop_token_ids=stops, seed=1)
     state = factory.build(Constraint(type="regex", value="ab"), ends(tokenizer).union(stops))
     row = SamplerRow(params, [1], eos_ids=ends(tokenizer), prior_ids=[a], constraint=state)
@@ -397,10 +397,10 @@ def test_a_grammar_that_the_model_cannot_spell_fails_its_own_row_only() -> None:
     start = tokenizer.convert_tokens_to_ids("<0x00>")
     banned = Params(banned_token_ids=list(range(start, start + 256)), seed=1)
     factory = ConstraintFactory(tokenizer)
-    spelt_in_octets = factory.build(Constraint(type="regex", value="饕+"), ends(tokenizer))
+    spelt_in_bytes = factory.build(Constraint(type="regex", value="饕+"), ends(tokenizer))
     rows = [
         SamplerRow(Params(seed=1), [1], eos_ids=ends(tokenizer)),
-        SamplerRow(banned, [1], eos_ids=ends(tokenizer), constraint=spelt_in_octets),
+        SamplerRow(banned, [1], eos_ids=ends(tokenizer), constraint=spelt_in_bytes),
     ]
     logits = RandomModel(tokenizer, 0).logits(0)
     outcomes = sampler(tokenizer).sample(logits.expand(2, -1), rows)

@@ -132,7 +132,7 @@ def test_a_chat_echoes_the_last_user_message_and_names_its_pictures() -> None:
         window=1 << 20,
     )
     _, text, end = answer(build(), Job(b"\x01" * 16, request, (png, b"jpeg")))
-    assert text == "2 images: 4 octets, 64x48. second"
+    assert text == "2 images: 4 bytes, 64x48. second"
     assert end.usage.image_tokens == 2
 
 

@@ -46,10 +46,10 @@ def encoded(image: Image.Image, form: str = "PNG") -> bytes:
 
 
 def wide(width: int = 2_000_000) -> bytes:
-    """A picture of one line: within every bound of octets and pixels."""
-    octets = encoded(Image.new("1", (width, 1)))
-    assert len(octets) < 2000
-    return octets
+    """A picture of one line: within every bound of bytes and pixels."""
+    data = encoded(Image.new("1", (width, 1)))
+    assert len(data) < 2000
+    return data
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +96,9 @@ def test_a_picture_far_from_square_is_refused_before_a_pixel_is_decoded(processo
     whole = wide()
     # Without its pixels: to decode it would be another error.
     header = whole[: whole.index(b"IDAT") + 8]
-    for octets in (whole, header):
+    for data in (whole, header):
         with pytest.raises(RequestError, match="nearer to a square") as caught:
-            decode_image(octets, 2, ImageLimits(), Footprint(processor))
+            decode_image(data, 2, ImageLimits(), Footprint(processor))
         assert caught.value.info.code == "too_large"
         assert caught.value.info.details["attachment"] == 2
 
@@ -194,8 +194,8 @@ def test_bands_are_the_whole(mode: str, factor: int, monkeypatch: pytest.MonkeyP
         grey[30] *= 255
         image = Image.fromarray(grey)
     else:
-        octets = generator.integers(0, 256, 23 * 37 * 4, dtype=np.uint8).tobytes()
-        image = Image.frombytes("L" if mode == "1" else mode, (23, 37), octets[: 23 * 37 * bands])
+        data = generator.integers(0, 256, 23 * 37 * 4, dtype=np.uint8).tobytes()
+        image = Image.frombytes("L" if mode == "1" else mode, (23, 37), data[: 23 * 37 * bands])
         image = image.convert("1") if mode == "1" else image
     if mode == "P":
         image.info["transparency"] = image.getpixel((3, 30))
@@ -222,9 +222,9 @@ def test_no_step_of_the_conversion_sees_more_than_a_band(monkeypatch: pytest.Mon
         return composite(below, above)
 
     monkeypatch.setattr(Image, "alpha_composite", watched)
-    octets = encoded(Image.new("RGBA", (3000, 2000), (200, 0, 0, 128)))
+    data = encoded(Image.new("RGBA", (3000, 2000), (200, 0, 0, 128)))
     clip = Footprint(processor_of("CLIPImageProcessorPil"))
-    image = decode_image(octets, 0, ImageLimits(), clip).image
+    image = decode_image(data, 0, ImageLimits(), clip).image
     assert 0 < max(composited) <= pixels.BAND_PIXELS
     assert image.size == (750, 500) and image.getpixel((400, 300)) == (227, 127, 127)
 

@@ -40,10 +40,10 @@ def picture(width: int = 64, height: int = 48) -> Image.Image:
     return image
 
 
-def refused(octets: bytes, index: int = 3, limits: ImageLimits = LIMITS) -> RequestError:
+def refused(data: bytes, index: int = 3, limits: ImageLimits = LIMITS) -> RequestError:
     """The error of a picture that must be refused."""
     with pytest.raises(RequestError) as caught:
-        decode_image(octets, index, limits)
+        decode_image(data, index, limits)
     error = caught.value
     assert f"picture {index}" in error.info.message
     assert error.info.details["attachment"] == index
@@ -94,7 +94,7 @@ def webp_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "octets",
+    "data",
     [
         png_header(20_000, 20_000) + chunk(b"IDAT", b""),
         png_header(2**31 - 1, 2**31 - 1) + chunk(b"IDAT", b""),
@@ -106,8 +106,8 @@ def webp_header(width: int, height: int) -> bytes:
     ],
     ids=["png", "png, huge", "gif", "bmp", "ppm", "pgm, narrow", "webp, animated"],
 )
-def test_a_header_that_promises_too_many_pixels_is_enough_to_refuse(octets: bytes) -> None:
-    error = refused(octets)
+def test_a_header_that_promises_too_many_pixels_is_enough_to_refuse(data: bytes) -> None:
+    error = refused(data)
     assert error.code == ErrorCode.TOO_LARGE
     assert "50000000 pixels" in error.info.message
 
@@ -117,7 +117,7 @@ import resource, sys
 from PIL.ImageFile import ImageFile
 from broker.protocol.errors import RequestError
 from worker.engines.common.images import ImageLimits, decode_image
-octets = open(sys.argv[1], "rb").read()
+data = open(sys.argv[1], "rb").read()
 load, pixels = ImageFile.load, 0
 def counted(image):
     global pixels
@@ -126,7 +126,7 @@ def counted(image):
 ImageFile.load = counted
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
-    decode_image(octets, 0, ImageLimits())
+    decode_image(data, 0, ImageLimits())
     outcome = "decoded"
 except RequestError as error:
     outcome = error.code
@@ -135,10 +135,10 @@ print(outcome, grown // 1024, pixels)
 """
 
 
-def measured(octets: bytes, folder: Path) -> tuple[str, int, int]:
+def measured(data: bytes, folder: Path) -> tuple[str, int, int]:
     """Outcome, growth of memory in MiB and pixels that were decoded, in a fresh process."""
     path = folder / "picture"
-    path.write_bytes(octets)
+    path.write_bytes(data)
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(path)],
         cwd=ROOT,
@@ -217,14 +217,14 @@ WHOLE = {form: encoded(picture(24, 16), form) for form in FORMATS if form in Ima
 
 @settings(max_examples=300)
 @given(st.sampled_from(sorted(WHOLE)), st.integers(0, 2**32))
-def test_flipped_octets_end_in_a_picture_or_a_typed_error(form: str, seed: int) -> None:
+def test_flipped_bytes_end_in_a_picture_or_a_typed_error(form: str, seed: int) -> None:
     generator = random.Random(seed)
-    octets = bytearray(WHOLE[form])
+    data = bytearray(WHOLE[form])
     for _ in range(generator.randint(1, 8)):
-        octets[generator.randrange(len(octets))] = generator.randrange(256)
+        data[generator.randrange(len(data))] = generator.randrange(256)
     small = ImageLimits(pixels=1_000_000)
     try:
-        image = decode_image(bytes(octets), 0, small).image
+        image = decode_image(bytes(data), 0, small).image
     except RequestError as error:
         assert error.info.message
     else:
@@ -233,8 +233,8 @@ def test_flipped_octets_end_in_a_picture_or_a_typed_error(form: str, seed: int) 
 
 
 @given(st.binary(max_size=400))
-def test_random_octets_are_refused(octets: bytes) -> None:
-    assert refused(octets).code == ErrorCode.INVALID_REQUEST
+def test_random_bytes_are_refused(data: bytes) -> None:
+    assert refused(data).code == ErrorCode.INVALID_REQUEST
 
 
 # --- exotic ---------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def test_formats_that_nobody_needs_are_never_handed_to_their_decoders(form: str)
 
 
 @pytest.mark.parametrize(
-    "octets",
+    "data",
     [
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(%pipe%id) (r) file\n",
         b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
@@ -263,18 +263,18 @@ def test_formats_that_nobody_needs_are_never_handed_to_their_decoders(form: str)
     ],
     ids=["postscript", "svg", "file url", "http url", "path", "zip"],
 )
-def test_what_would_open_files_or_addresses_is_only_octets(octets: bytes) -> None:
-    assert refused(octets).code == ErrorCode.INVALID_REQUEST
+def test_what_would_open_files_or_addresses_is_only_bytes(data: bytes) -> None:
+    assert refused(data).code == ErrorCode.INVALID_REQUEST
 
 
 def test_an_animation_of_thousands_of_frames_costs_one() -> None:
     frames = [Image.new("P", (32, 32), index % 250) for index in range(2000)]
-    octets = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=10)
-    assert decode_image(octets, 0, LIMITS).image.size == (32, 32)
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=10)
+    assert decode_image(data, 0, LIMITS).image.size == (32, 32)
 
 
 def test_a_frame_larger_than_its_canvas_is_bounded_too() -> None:
     """A GIF may say 1 by 1 in its header and 60,000 by 60,000 in its first frame."""
     frame = b"\x2c" + struct.pack("<HHHH", 0, 0, 60_000, 60_000) + b"\x00\x02\x02\x44\x01\x00\x3b"
-    octets = b"GIF89a" + struct.pack("<HH", 1, 1) + b"\x80\x00\x00" + bytes(6) + frame
-    assert refused(octets).code == ErrorCode.TOO_LARGE
+    data = b"GIF89a" + struct.pack("<HH", 1, 1) + b"\x80\x00\x00" + bytes(6) + frame
+    assert refused(data).code == ErrorCode.TOO_LARGE

@@ -17,8 +17,8 @@ from worker.engines.common.images import ImageLimits, decode_image
 WHITE = (255, 255, 255)
 
 
-def decoded(octets: bytes) -> Image.Image:
-    image = decode_image(octets, 0, ImageLimits()).image
+def decoded(raw: bytes) -> Image.Image:
+    image = decode_image(raw, 0, ImageLimits()).image
     assert image.mode == "RGB"
     return image
 
@@ -112,8 +112,8 @@ def test_colours_of_sixteen_bits_in_planes_are_refused_where_they_would_be_misre
 
 
 def test_a_pgm_says_where_its_white_is() -> None:
-    octets = b"P5 3 1 4095\n" + struct.pack(">3H", 0, 200, 4095)
-    line = [decoded(octets).getpixel((x, 0)) for x in range(3)]
+    raw = b"P5 3 1 4095\n" + struct.pack(">3H", 0, 200, 4095)
+    line = [decoded(raw).getpixel((x, 0)) for x in range(3)]
     assert line == grey(0, 12, 255)
 
 
@@ -282,37 +282,37 @@ BLOCKS = {
 def test_damaged_exif_refuses_no_image(form: str, block: bytes, size: tuple[int, int]) -> None:
     image = Image.new("RGB", SIZE, (200, 10, 10))
     if form == "PNG":
-        octets = encoded(image)
-        octets = octets[:33] + chunk(b"eXIf", block) + octets[33:]
+        raw = encoded(image)
+        raw = raw[:33] + chunk(b"eXIf", block) + raw[33:]
     else:
-        octets = encoded(image, form, exif=b"Exif\0\0" + block)
-    assert decoded(octets).size == size
+        raw = encoded(image, form, exif=b"Exif\0\0" + block)
+    assert decoded(raw).size == size
 
 
 @pytest.mark.parametrize("kind", [b"eXIf", b"tEXt", b"iCCP", b"pHYs"])
 def test_a_chunk_of_metadata_with_a_wrong_checksum_is_passed_over(kind: bytes) -> None:
-    octets = encoded(Image.new("RGB", SIZE, (200, 10, 10)))
+    raw = encoded(Image.new("RGB", SIZE, (200, 10, 10)))
     damaged = chunk(kind, exif())[:-1] + b"\xee"
-    assert decoded(octets[:33] + damaged + octets[33:]).getpixel((0, 0)) == (200, 10, 10)
+    assert decoded(raw[:33] + damaged + raw[33:]).getpixel((0, 0)) == (200, 10, 10)
 
 
 def test_a_chunk_of_the_image_with_a_wrong_checksum_is_not() -> None:
-    octets = bytearray(encoded(Image.new("RGB", SIZE, (200, 10, 10))))
-    octets[29] ^= 1
+    raw = bytearray(encoded(Image.new("RGB", SIZE, (200, 10, 10))))
+    raw[29] ^= 1
     with pytest.raises(RequestError, match="damaged"):
-        decoded(bytes(octets))
+        decoded(bytes(raw))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_an_image_stands_upright_by_each_orientation(orientation: int) -> None:
     corner = Image.new("RGB", (3, 2), "white")
     corner.putpixel((0, 0), (255, 0, 0))
-    octets = encoded(corner, "TIFF", tiffinfo={0x112: orientation})
-    png_octets = encoded(corner)
+    raw = encoded(corner, "TIFF", tiffinfo={0x112: orientation})
+    png_bytes = encoded(corner)
     block = chunk(b"eXIf", exif(orientation=orientation))
     # Where the first line and the first column of the file are to be seen (EXIF 2.3, 4.6.4).
     at = [(0, 0), (2, 0), (2, 1), (0, 1), (0, 0), (1, 0), (1, 2), (0, 2)][orientation - 1]
-    for data in (octets, png_octets[:33] + block + png_octets[33:]):
+    for data in (raw, png_bytes[:33] + block + png_bytes[33:]):
         seen = decoded(data)
         assert seen.size == ((3, 2) if orientation < 5 else (2, 3))
         assert seen.getpixel(at) == (255, 0, 0)

@@ -32,12 +32,12 @@ from worker.engines.common.sampling import (
 EOS = frozenset({0})
 
 
-def octets(token_id: int) -> bytes:
+def bytes_of(token_id: int) -> bytes:
     return b"<%d>" % token_id
 
 
 def sampler(vocab_size: int, banned_ids: Sequence[int] = ()) -> Sampler:
-    return Sampler(vocab_size, banned_ids=banned_ids, token_bytes=octets)
+    return Sampler(vocab_size, banned_ids=banned_ids, token_bytes=bytes_of)
 
 
 def row(params: Params, prompt: Sequence[int] = (1, 2), **options: Any) -> SamplerRow:
@@ -502,13 +502,15 @@ def test_logprobs_are_of_the_distribution_before_temperature_and_cuts() -> None:
     (outcome,) = sample(logits, [row(params)])
     assert outcome.logprob is not None
     assert outcome.logprob.logprob == pytest.approx(expected[outcome.token_id].item(), abs=1e-5)
-    assert outcome.logprob.token == octets(outcome.token_id)
+    assert outcome.logprob.token == bytes_of(outcome.token_id)
     best = expected.topk(5)
     assert [top.token_id for top in outcome.logprob.top] == best.indices.tolist()
     assert [top.logprob for top in outcome.logprob.top] == pytest.approx(
         best.values.tolist(), abs=1e-5
     )
-    assert [top.token for top in outcome.logprob.top] == [octets(i) for i in best.indices.tolist()]
+    assert [top.token for top in outcome.logprob.top] == [
+        bytes_of(i) for i in best.indices.tolist()
+    ]
 
 
 def test_each_row_gets_as_many_likeliest_tokens_as_it_asked_for() -> None:
@@ -528,10 +530,10 @@ def test_prompt_logprobs_are_the_models_own() -> None:
     logits = random_logits(6, 90, 20)
     ids = [5, 3, 3, 80, 0, 1]
     expected = logits.log_softmax(-1)
-    facts = prompt_logprobs(logits.clone(), ids, 4, octets)
-    assert [one.token for one in facts] == [octets(i) for i in ids]
+    facts = prompt_logprobs(logits.clone(), ids, 4, bytes_of)
+    assert [one.token for one in facts] == [bytes_of(i) for i in ids]
     assert [one.logprob for one in facts] == pytest.approx(
         [expected[n, i].item() for n, i in enumerate(ids)], abs=1e-5
     )
     assert [[top.token_id for top in one.top] for one in facts] == expected.topk(4).indices.tolist()
-    assert [one.top for one in prompt_logprobs(logits, ids, 0, octets)] == [[]] * 6
+    assert [one.top for one in prompt_logprobs(logits, ids, 0, bytes_of)] == [[]] * 6

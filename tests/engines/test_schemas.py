@@ -30,7 +30,7 @@ def factory() -> tuple[ConstraintFactory, Any, dict[bytes, int]]:
     return (
         ConstraintFactory(tokenizer),
         tokenizer,
-        {table.octets(i): i for i in reversed(range(len(tokenizer)))},
+        {table.bytes_of(i): i for i in reversed(range(len(tokenizer)))},
     )
 
 
@@ -39,7 +39,7 @@ def can_be_said(schema: Any, text: str, *, compact: bool = False) -> bool:
     made, tokenizer, ids = factory()
     constraint = Constraint(type="json_schema", value=schema, compact=compact)
     state = made.build(constraint, {tokenizer.eos_token_id})
-    spelled = [ids[bytes([octet])] for octet in text.encode()]
+    spelled = [ids[bytes([byte])] for byte in text.encode()]
     if not state.allows(spelled):
         return False
     state.replay(spelled)

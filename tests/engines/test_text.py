@@ -78,27 +78,27 @@ def test_special_tokens_are_left_out_or_kept_as_asked(tokenizer: Any, skip: bool
     assert "".join(pieces(tokenizer, ids, skip=skip)) == decode(tokenizer, ids, skip=skip)
 
 
-def test_a_character_is_said_with_its_last_octet() -> None:
+def test_a_character_is_said_with_its_last_byte() -> None:
     """Tokens that end inside one character and begin inside another, one after the other."""
-    octets = [b"\xe4", b"\xb8\x96\xe7", b"\x95\x8c\xf0\x9f", b"\xa4", b"\x96!", b"\xc3", b"\xa9"]
-    tokenizer = octet_tokenizer(octets)
-    assert pieces(tokenizer, range(len(octets))) == ["", "世", "界", "", "🤖!", "", "é", ""]
+    data = [b"\xe4", b"\xb8\x96\xe7", b"\x95\x8c\xf0\x9f", b"\xa4", b"\x96!", b"\xc3", b"\xa9"]
+    tokenizer = byte_tokenizer(data)
+    assert pieces(tokenizer, range(len(data))) == ["", "世", "界", "", "🤖!", "", "é", ""]
 
 
-def octet_tokenizer(octets: Sequence[bytes]) -> PreTrainedTokenizerFast:
+def byte_tokenizer(data: Sequence[bytes]) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer whose tokens are exactly these."""
     stand_in = {
-        token_table(tiny_tokenizers.byte_level()).octets(i): token
+        token_table(tiny_tokenizers.byte_level()).bytes_of(i): token
         for token, i in tiny_tokenizers.byte_level().get_vocab().items()
         if len(token) == 1
     }
-    vocab = {"".join(stand_in[bytes([o])] for o in token): n for n, token in enumerate(octets)}
+    vocab = {"".join(stand_in[bytes([o])] for o in token): n for n, token in enumerate(data)}
     tokenizer = Tokenizer(models.BPE(vocab, []))
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def test_byte_level_octets_that_are_no_text_are_shown_as_decode_shows_them() -> None:
+def test_byte_level_bytes_that_are_no_text_are_shown_as_decode_shows_them() -> None:
     tokenizer = tiny_tokenizers.byte_level(330)
     draw = random.Random(1)
     for _ in range(300):
@@ -106,7 +106,7 @@ def test_byte_level_octets_that_are_no_text_are_shown_as_decode_shows_them() -> 
         assert "".join(pieces(tokenizer, ids)) == decode(tokenizer, ids)
 
 
-def test_a_stray_octet_does_not_spoil_the_characters_around_it() -> None:
+def test_a_stray_byte_does_not_spoil_the_characters_around_it() -> None:
     tokenizer = tiny_tokenizers.byte_fallback()
     first, second = encode(tokenizer, "饕")[-3:], encode(tokenizer, "餮")[-3:]
     letter = tokenizer.convert_tokens_to_ids("A")
@@ -137,7 +137,7 @@ def test_work_per_token_does_not_grow_with_the_answer(stuff: str) -> None:
     tokenizer = CountingTokenizer()
     ids = [tokenizer.eos_token_id] if stuff == EOS else encode(tokenizer, stuff)
     if stuff == "\x80":
-        ids = [ids[-1]]  # an octet that never makes a character
+        ids = [ids[-1]]  # a byte that never makes a character
     detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
     tokenizer.longest = 0
     for token_id in ids * 200:
@@ -145,17 +145,17 @@ def test_work_per_token_does_not_grow_with_the_answer(stuff: str) -> None:
     assert 0 < tokenizer.longest <= 10
 
 
-def test_octets_of_a_token_are_its_own() -> None:
+def test_bytes_of_a_token_are_its_own() -> None:
     byte_level = token_table(tiny_tokenizers.byte_level(330))
     fallback = token_table(tiny_tokenizers.byte_fallback())
     ids = encode(tiny_tokenizers.byte_level(330), "naïve 🤖")
-    assert b"".join(map(byte_level.octets, ids)).decode() == "naïve 🤖"
+    assert b"".join(map(byte_level.bytes_of, ids)).decode() == "naïve 🤖"
     ids = encode(tiny_tokenizers.byte_fallback(), "naïve 🤖")
-    assert b"".join(map(fallback.octets, ids)).decode() == " naïve 🤖"
-    assert byte_level.octets(10**6) == b""
+    assert b"".join(map(fallback.bytes_of, ids)).decode() == " naïve 🤖"
+    assert byte_level.bytes_of(10**6) == b""
 
 
-def test_octets_stand_for_text_only_where_the_tokenizer_joins_tokens_so() -> None:
+def test_bytes_stand_for_text_only_where_the_tokenizer_joins_tokens_so() -> None:
     exact = {kind: token_table(make()).exact for kind, make in KINDS.items()}
     assert exact == {
         "byte level": True,

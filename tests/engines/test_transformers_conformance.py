@@ -65,7 +65,7 @@ def _picture_inputs(model: Any, processor: Any, text: str, pictures: list[bytes]
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
-    images = [Image.open(io.BytesIO(octets)).convert("RGB") for octets in pictures]
+    images = [Image.open(io.BytesIO(data)).convert("RGB") for data in pictures]
     inputs = dict(processor(text=[prompt], images=images or None, return_tensors="pt"))
     inputs.pop("labels", None)
     return inputs

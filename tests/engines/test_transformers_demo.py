@@ -26,12 +26,12 @@ pytestmark = pytest.mark.skipif(
 def questions() -> list[tuple[Job, str]]:
     result = []
     for pictures, question, answer, _ in held_out(QUESTIONS, seed=2024):
-        octets = []
+        data = []
         for picture in pictures:
             stream = io.BytesIO()
             picture.save(stream, "PNG")
-            octets.append(stream.getvalue())
-        job = tiny.chat_job(question, octets, model="demo", ignore_eos=False, max_tokens=60)
+            data.append(stream.getvalue())
+        job = tiny.chat_job(question, data, model="demo", ignore_eos=False, max_tokens=60)
         result.append((job, answer))
     return result
 

@@ -207,10 +207,10 @@ def test_an_allocation_that_fails_costs_its_own_request_only(
     large = tiny.ids_job(tiny.prompts(1, low=400, high=400)[0], max_tokens=4)
 
     class Scarce(mmap.mmap):
-        def __new__(cls, descriptor: int, octets: int) -> Scarce:
-            if octets > roomy:
+        def __new__(cls, descriptor: int, size_bytes: int) -> Scarce:
+            if size_bytes > roomy:
                 raise OSError(errno.ENOMEM, "Cannot allocate memory")
-            return super().__new__(cls, descriptor, octets)
+            return super().__new__(cls, descriptor, size_bytes)
 
     try:
         tiny.run(engine, [tiny.ids_job([20, 21])])

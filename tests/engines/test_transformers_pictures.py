@@ -42,13 +42,13 @@ def engine(model: Any) -> Iterator[TransformersEngine]:
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    octets = io.BytesIO()
-    image.save(octets, kind, **options)
-    return octets.getvalue()
+    data = io.BytesIO()
+    image.save(data, kind, **options)
+    return data.getvalue()
 
 
-def decoded(octets: bytes, **limits: int) -> Image.Image:
-    return decode_image(octets, 0, ImageLimits(**limits)).image
+def decoded(data: bytes, **limits: int) -> Image.Image:
+    return decode_image(data, 0, ImageLimits(**limits)).image
 
 
 # --- decoding -------------------------------------------------------------------------------------
@@ -81,12 +81,12 @@ def test_a_photograph_stands_upright() -> None:
 
 def test_an_animation_gives_its_first_frame() -> None:
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
-    octets = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert decoded(octets).getpixel((3, 3)) == (255, 0, 0)  # type: ignore[comparison-overlap]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decoded(data).getpixel((3, 3)) == (255, 0, 0)  # type: ignore[comparison-overlap]
 
 
 @pytest.mark.parametrize(
-    ("octets", "code", "words"),
+    ("data", "code", "words"),
     [
         (b"", "invalid_request", "empty"),
         (b"no picture at all", "invalid_request", "none of JPEG"),
@@ -97,10 +97,10 @@ def test_an_animation_gives_its_first_frame() -> None:
     ids=["empty", "text", "torn header", "torn body", "postscript"],
 )
 def test_an_unreadable_picture_names_its_index_and_cause(
-    octets: bytes, code: str, words: str
+    data: bytes, code: str, words: str
 ) -> None:
     with pytest.raises(RequestError) as caught:
-        decode_image(octets, 3, ImageLimits())
+        decode_image(data, 3, ImageLimits())
     assert caught.value.info.code == code
     assert "picture 3" in str(caught.value) and words.lower() in str(caught.value).lower()
 
@@ -112,9 +112,9 @@ def test_a_bomb_is_refused_before_it_is_decoded() -> None:
         decode_image(bomb, 0, ImageLimits())
 
 
-def test_too_many_octets_are_refused() -> None:
+def test_too_many_bytes_are_refused() -> None:
     with pytest.raises(RequestError, match="at most 10") as caught:
-        decode_image(tiny.picture(1), 0, ImageLimits(octets=10))
+        decode_image(tiny.picture(1), 0, ImageLimits(size_bytes=10))
     assert caught.value.info.code == "too_large"
 
 
@@ -122,7 +122,7 @@ def test_too_many_octets_are_refused() -> None:
 
 
 def inputs(model: Any, text: str, pictures: list[bytes]) -> dict[str, Any]:
-    images = [Image.open(io.BytesIO(octets)).convert("RGB") for octets in pictures]
+    images = [Image.open(io.BytesIO(data)).convert("RGB") for data in pictures]
     return dict(tiny.llava_processor()(text=[text], images=images or None, return_tensors="pt"))
 
 

@@ -332,9 +332,9 @@ def picture(seed: int, width: int = 40, height: int = 32, kind: str = "PNG") -> 
         x, y = choose.randrange(width), choose.randrange(height)
         color = tuple(choose.randrange(256) for _ in range(3))
         draw.rectangle((x, y, x + width // 3, y + height // 3), fill=color)
-    octets = io.BytesIO()
-    image.save(octets, kind)
-    return octets.getvalue()
+    data = io.BytesIO()
+    image.save(data, kind)
+    return data.getvalue()
 
 
 @torch.inference_mode()

@@ -49,7 +49,7 @@ def byte_level(vocab_size: int = 600) -> PreTrainedTokenizerFast:
 
 @cache
 def byte_fallback(vocab_size: int = 500) -> PreTrainedTokenizerFast:
-    """As Llama 2 and Mistral: rare characters are spelt in octets, a leading space is dropped."""
+    """As Llama 2 and Mistral: rare characters are spelt in bytes, a leading space is dropped."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -64,13 +64,13 @@ def byte_fallback(vocab_size: int = 500) -> PreTrainedTokenizerFast:
     )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<unk>", *(f"<0x{octet:02X}>" for octet in range(256))],
+        special_tokens=["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))],
         initial_alphabet=list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,!?:#▁"),
         limit_alphabet=80,
         show_progress=False,
     )
     tokenizer.train_from_iterator([line.replace(" ", "▁") for line in _CORPUS], trainer)
-    # As in the models' own files, octets are tokens of the model like any other.
+    # As in the models' own files, bytes are tokens of the model like any other.
     description = json.loads(tokenizer.to_str())
     description["added_tokens"] = []
     plain = Tokenizer.from_str(json.dumps(description))

@@ -19,7 +19,7 @@ def test_a_prompt_is_continued_with_exact_usage(client: openai.OpenAI) -> None:
 
 
 def test_the_default_is_sixteen_tokens_as_openais(client: openai.OpenAI) -> None:
-    answer = client.completions.create(model=MODEL, prompt="a long prompt of very many octets")
+    answer = client.completions.create(model=MODEL, prompt="a long prompt of very many bytes")
     assert answer.usage is not None and answer.usage.completion_tokens == 16
     assert answer.choices[0].finish_reason == "length"
 

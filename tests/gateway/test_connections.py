@@ -48,23 +48,23 @@ def connected(gateway: GatewayProcess) -> socket.socket:
 
 def said(connection: socket.socket) -> bytes:
     """All that the gateway says until it ends the connection."""
-    octets = b""
+    data = b""
     try:
         while part := connection.recv(65536):
-            octets += part
+            data += part
     except ConnectionResetError:
         pass
-    return octets
+    return data
 
 
 def healthy(connection: socket.socket) -> bool:
     """Reads one answer, and not more."""
-    octets = b""
-    while part := connection.recv(1 if b"\r\n\r\n" in octets else 65536):
-        octets += part
-        if octets.endswith(b"\r\n\r\nok"):
+    data = b""
+    while part := connection.recv(1 if b"\r\n\r\n" in data else 65536):
+        data += part
+        if data.endswith(b"\r\n\r\nok"):
             break
-    return octets.startswith(b"HTTP/1.1 200 ")
+    return data.startswith(b"HTTP/1.1 200 ")
 
 
 def error_of(answer: bytes) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def refusal(url: str, **policy: object) -> GatewayError:
     return caught.value
 
 
-def test_a_data_url_is_its_octets() -> None:
+def test_a_data_url_is_its_bytes() -> None:
     assert load("data:image/png;base64," + base64.b64encode(b"abc").decode()) == b"abc"
     assert load("data:image/jpeg;name=x;BASE64,YW\nJj") == b"abc"
 
@@ -172,10 +172,10 @@ class _Pictures(http.server.BaseHTTPRequestHandler):
         else:
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(b"octets")
+            self.wfile.write(b"bytes")
 
     def trickle(self, begun: bytes) -> None:
-        """An octet at a time, each well within the time for a whole picture."""
+        """A byte at a time, each well within the time for a whole picture."""
         with contextlib.suppress(OSError):
             self.wfile.write(begun)
             while not self.released.wait(0.02):
@@ -200,8 +200,8 @@ def pictures() -> Iterator[str]:
 
 def test_a_remote_picture_is_fetched_through_redirects(pictures: str) -> None:
     allowed = {"allow_remote": True, "allowed_networks": LOOPBACK}
-    assert load(f"{pictures}/picture", **allowed) == b"octets"
-    assert load(f"{pictures}/redirect", **allowed) == b"octets"
+    assert load(f"{pictures}/picture", **allowed) == b"bytes"
+    assert load(f"{pictures}/redirect", **allowed) == b"bytes"
 
 
 def test_a_private_address_is_never_asked(pictures: str) -> None:
@@ -247,7 +247,7 @@ def test_slow_hosts_hold_up_nobodys_pictures(pictures: str) -> None:
         assert one is quick
         return one.result()
 
-    assert asyncio.run(first()) == b"octets"
+    assert asyncio.run(first()) == b"bytes"
 
 
 def test_names_that_nobody_resolves_are_given_up_and_hold_up_nobody(
@@ -266,4 +266,4 @@ def test_names_that_nobody_resolves_are_given_up_and_hold_up_nobody(
         assert "within" in str(refusal("http://stuck.example/x", **allowed))
     port = pictures.rpartition(":")[2]
     allowed["timeout_s"] = PATIENCE_S
-    assert load(f"http://known.example:{port}/x", **allowed) == b"octets"
+    assert load(f"http://known.example:{port}/x", **allowed) == b"bytes"

@@ -59,24 +59,24 @@ def test_a_body_read_in_steps_is_the_body(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(bodies, "SLICE_BYTES", slice_bytes)
         for _ in range(300):
             value = [_value(generator)]
-            octets = json.dumps(value, ensure_ascii=generator.random() < 0.5).encode()
-            assert read_in_steps(octets, msgspec.json.decode) == value
-            assert b"".join(slices(octets)) == octets
+            data = json.dumps(value, ensure_ascii=generator.random() < 0.5).encode()
+            assert read_in_steps(data, msgspec.json.decode) == value
+            assert b"".join(slices(data)) == data
 
 
 def test_long_strings_are_not_decoded_with_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[int] = []
     decode = msgspec.json.decode
 
-    def watched(octets: bytes, **options: Any) -> Any:
-        decoded.append(len(octets))
-        return decode(octets, **options)
+    def watched(data: bytes, **options: Any) -> Any:
+        decoded.append(len(data))
+        return decode(data, **options)
 
     picture = "data:image/png;base64," + "A" * 3_000_000
     part = {"type": "image_url", "image_url": {"url": picture}}
-    octets = json.dumps(chat(messages=[{"role": "user", "content": [part] * 4}])).encode()
+    data = json.dumps(chat(messages=[{"role": "user", "content": [part] * 4}])).encode()
     monkeypatch.setattr(msgspec.json, "decode", watched)
-    body = read_in_steps(octets, lambda octets: parse(ChatRequest, octets))
+    body = read_in_steps(data, lambda data: parse(ChatRequest, data))
     assert isinstance(body.messages[0].content, list)
     assert [one.image_url.url == picture for one in body.messages[0].content] == [True] * 4
     # Each picture by itself, then all else.
@@ -84,7 +84,7 @@ def test_long_strings_are_not_decoded_with_the_rest(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    "octets",
+    "data",
     [
         b'{"model":"' + b"a" * 300_000 + b'","messages":[]}',
         b'{"' + b"a" * 300_000 + b'":1}',
@@ -94,24 +94,24 @@ def test_long_strings_are_not_decoded_with_the_rest(monkeypatch: pytest.MonkeyPa
     ],
     ids=["name", "field", "escape", "key", "cut"],
 )
-def test_a_long_string_where_none_may_be_is_refused(octets: bytes) -> None:
+def test_a_long_string_where_none_may_be_is_refused(data: bytes) -> None:
     with pytest.raises(GatewayError) as caught:
-        read_in_steps(octets, lambda octets: parse(ChatRequest, octets))
+        read_in_steps(data, lambda data: parse(ChatRequest, data))
     assert caught.value.status == 400
     assert len(caught.value.info.message) < 2500
 
 
 def test_too_much_text_is_refused_before_it_is_parsed() -> None:
-    def never(octets: bytes) -> None:
+    def never(data: bytes) -> None:
         raise AssertionError("it was parsed")
 
     text = b'{"prompt":"' + b"many words " * 1_200_000 + b'"}'
     texts = b'["' + b'","'.join([b"some words " * 100] * 12_000) + b'"]'
     spaces = b"[" + b" " * (25 << 20) + b"]"
     many = b"[" + b",".join([b'{"a":1}'] * 200_000) + b"]"
-    for octets in (text, texts, spaces, many):
+    for data in (text, texts, spaces, many):
         with pytest.raises(GatewayError) as caught:
-            read_in_steps(octets, never)
+            read_in_steps(data, never)
         assert caught.value.info.code == "too_large" and caught.value.status == 413
 
 
@@ -128,10 +128,10 @@ def test_base64_in_parts_is_base64(monkeypatch: pytest.MonkeyPatch) -> None:
     for at_once in (4, 8, 12):
         monkeypatch.setattr(bodies, "_DECODED_AT_ONCE", at_once)
         for _ in range(100):
-            octets = generator.randbytes(generator.randint(0, 50))
-            text = base64.b64encode(octets).decode()
+            data = generator.randbytes(generator.randint(0, 50))
+            text = base64.b64encode(data).decode()
             spaced = "".join(one + generator.choice(["", "\n", " "]) for one in text)
-            assert from_base64(spaced) == octets
+            assert from_base64(spaced) == data
         for wrong in ("AA==AA==", "A", "AA=", "@@@@", "AA==\nBBBB", "AAAABB==CCCC"):
             with pytest.raises(ValueError):
                 from_base64(wrong)
@@ -237,7 +237,7 @@ async def longest_step(
 ) -> int:
     """Of a gateway in this process that answers the request, after a small one."""
     path, body = asked
-    octets = json.dumps(body).encode()
+    data = json.dumps(body).encode()
     field = "messages" if "chat" in path else "input" if path.startswith("/v1/r") else "prompt"
     field = "input" if "embeddings" in path else field
     small = {"model": MODEL, field: [MESSAGE] if field == "messages" else "x"}
@@ -251,7 +251,7 @@ async def longest_step(
         assert (await http.post(path, json=small)).status_code == 200
         headers = {"content-type": "application/json"}
         with Steps().counted(monkeypatch) as steps:
-            answer = await http.post(path, content=octets, headers=headers)
+            answer = await http.post(path, content=data, headers=headers)
         assert answer.status_code in (200, 400, 413), answer.text[:1000]
         return steps.longest
 

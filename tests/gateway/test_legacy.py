@@ -305,9 +305,9 @@ def test_a_token_that_is_certain_is_not_an_impossible_one() -> None:
 
 
 def test_what_cannot_be_read_is_an_error_of_their_shape(http: httpx.Client) -> None:
-    for octets in (b"", b"\xff", b'{"prompt":"x","zzz":' + b"[" * 50_000):
+    for data in (b"", b"\xff", b'{"prompt":"x","zzz":' + b"[" * 50_000):
         json_body = {"content-type": "application/json"}
-        answer = http.post("/worker_generate", content=octets, headers=json_body)
+        answer = http.post("/worker_generate", content=data, headers=json_body)
         assert answer.json()["error_code"] == 1
     for odd in ("/w==", "@@@@"):
         headers = {"authorization": f"Basic {odd}"}

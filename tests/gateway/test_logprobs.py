@@ -10,9 +10,9 @@ from client.gateway.openai.logprobs import Places, text_logprobs
 
 
 def token(
-    octets: bytes, logprob: float = -1.0, *top: tuple[int, float, bytes], place: int | None = None
+    data: bytes, logprob: float = -1.0, *top: tuple[int, float, bytes], place: int | None = None
 ) -> TokenLogprob:
-    return TokenLogprob(logprob, octets, [TopLogprob(*one) for one in top], place)
+    return TokenLogprob(logprob, data, [TopLogprob(*one) for one in top], place)
 
 
 def test_parts_of_characters_have_names_of_their_own() -> None:
@@ -38,10 +38,10 @@ def test_tokens_of_the_same_text_are_all_told() -> None:
 
 
 def test_a_split_character_has_one_place() -> None:
-    octets = [b"x", b"\xe4\xb8", b"\x96", b"y"]
+    data = [b"x", b"\xe4\xb8", b"\x96", b"y"]
     places = Places()
-    placed = places.of([token(part) for part in octets[:2]]) + places.of(
-        [token(part) for part in octets[2:]]
+    placed = places.of([token(part) for part in data[:2]]) + places.of(
+        [token(part) for part in data[2:]]
     )
     assert text_logprobs(placed)["text_offset"] == [0, 1, 1, 2]
 
@@ -59,7 +59,7 @@ def test_what_a_worker_tells_counts_behind_an_echoed_prompt() -> None:
     assert text_logprobs(choice.logprobs)["text_offset"] == [0, 3, 7, 13, 13]
 
 
-def test_without_a_word_of_the_worker_octets_say_it() -> None:
+def test_without_a_word_of_the_worker_bytes_say_it() -> None:
     words = [b"ab", b" c", "é".encode()]
     placed = Places(10).of([token(word) for word in words])
     assert [one.place for one in placed] == [10, 12, 14]

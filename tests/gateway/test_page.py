@@ -139,9 +139,9 @@ def test_a_dropped_picture_is_taken(open_page: OpenPage) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "blue").save(buffer, "PNG")
     transfer = page.evaluate_handle(
-        """(octets) => {
+        """(bytes) => {
             const transfer = new DataTransfer();
-            const file = new File([new Uint8Array(octets)], "a.png", { type: "image/png" });
+            const file = new File([new Uint8Array(bytes)], "a.png", { type: "image/png" });
             transfer.items.add(file);
             return transfer;
         }""",

@@ -142,18 +142,18 @@ def test_every_refused_field_has_its_reason() -> None:
 
 @given(st.dictionaries(st.sampled_from(ChatRequest.__struct_fields__), st.none() | st.integers()))
 def test_no_body_gets_anything_but_a_value_or_a_named_error(fields: dict[str, object]) -> None:
-    octets = json.dumps({"model": "m", "messages": [{"role": "user"}], **fields}).encode()
+    data = json.dumps({"model": "m", "messages": [{"role": "user"}], **fields}).encode()
     try:
-        requests.refuse_unserved(parse(ChatRequest, octets))
+        requests.refuse_unserved(parse(ChatRequest, data))
     except GatewayError as error:
         assert error.status == 400 and error.param is not None
 
 
 @given(st.binary(max_size=200))
 @example(b'{"":')
-def test_octets_that_are_no_request_are_refused(octets: bytes) -> None:
+def test_bytes_that_are_no_request_are_refused(data: bytes) -> None:
     with pytest.raises(GatewayError):
-        parse(ChatRequest, octets)
+        parse(ChatRequest, data)
 
 
 @pytest.mark.parametrize(

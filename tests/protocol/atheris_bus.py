@@ -1,12 +1,12 @@
 """Coverage-guided fuzzing, with atheris, which is no part of the extras (`pip install atheris`):
 
-    python -m tests.protocol.atheris_bus seeds CORPUS       # the golden octets
+    python -m tests.protocol.atheris_bus seeds CORPUS       # the golden bytes
     python -m tests.protocol.atheris_bus codec CORPUS -max_total_time=60
     python -m tests.protocol.atheris_bus ports -max_total_time=60 -len_control=0 -max_len=1500
 
-`codec` decodes octets as every body that there is. `ports` puts frames into both ports of a
+`codec` decodes bytes as every body that there is. `ports` puts frames into both ports of a
 broker's loop, beside an honest client and an honest worker whose stream must come out unaltered;
-only the sockets below it are made of lists. Ends at the first finding and writes the octets that
+only the sockets below it are made of lists. Ends at the first finding and writes the bytes that
 made it to a file, which `python -m tests.protocol.atheris_bus ports FILE` repeats.
 """
 
@@ -43,7 +43,7 @@ _SEEDS: Final[list[Frames]] = [
     [bytes.fromhex(frame) for frame in frames]
     for frames in json.loads(_GOLDEN.read_text()).values()
 ]
-HONEST: Final = b"\x77" * limits.ID_OCTETS
+HONEST: Final = b"\x77" * limits.ID_BYTES
 """The request of the honest client, which no stranger knows."""
 _BODIES: Final[tuple[type, ...]] = (
     m.Hello,
@@ -68,26 +68,26 @@ _BODIES: Final[tuple[type, ...]] = (
 # --- the codec ------------------------------------------------------------------------------------
 
 
-def codec_takes(octets: bytes) -> None:
+def codec_takes(raw: bytes) -> None:
     """Only ProtocolError comes out of the codec, only RequestError out of admission."""
     for type_ in _BODIES:
         try:
-            value = codec.decode(type_, octets, limits.MAX_REQUEST_OCTETS)
+            value = codec.decode(type_, raw, limits.MAX_REQUEST_BYTES)
         except ProtocolError:
             continue
-        assert codec.decode(type_, codec.encode(value), limits.MAX_REQUEST_OCTETS) == value
+        assert codec.decode(type_, codec.encode(value), limits.MAX_REQUEST_BYTES) == value
     for decode in (codec.decode_events, codec.decode_ledger):
         with contextlib.suppress(ProtocolError):
-            decode(octets, limits.MAX_OUTPUT_OCTETS)
+            decode(raw, limits.MAX_OUTPUT_BYTES)
     with contextlib.suppress(ProtocolError):
-        header.decode(octets)
+        header.decode(raw)
     settings = CoreSettings()
     for resumed in (False, True):
         try:
-            admission.read_request(octets, (), resumed=resumed, settings=settings)
+            admission.read_request(raw, (), resumed=resumed, settings=settings)
         except RequestError as error:
             assert error.info.code in (ErrorCode.INVALID_REQUEST, ErrorCode.TOO_LARGE)
-    admission.resume_facts(octets, settings)
+    admission.resume_facts(raw, settings)
 
 
 # --- both ports -----------------------------------------------------------------------------------
@@ -96,8 +96,8 @@ def codec_takes(octets: bytes) -> None:
 class _Frame:
     """What `recv(copy=False)` gives."""
 
-    def __init__(self, octets: bytes, more: bool) -> None:
-        self.bytes = octets
+    def __init__(self, raw: bytes, more: bool) -> None:
+        self.bytes = raw
         self.more = more
 
     def get(self, _what: object) -> Any:
@@ -122,8 +122,8 @@ class _Socket:
     def recv(self, _flags: int = 0, copy: bool = True) -> Any:
         if not self.frames:
             raise zmq.Again
-        octets, self._more = self.frames.popleft()
-        return octets if copy else _Frame(octets, self._more)
+        raw, self._more = self.frames.popleft()
+        return raw if copy else _Frame(raw, self._more)
 
     def getsockopt(self, option: int) -> int:
         assert option == zmq.RCVMORE
@@ -147,10 +147,10 @@ class _Peer:
         self.sequence = 0
 
     def say(self, type_: MessageType, id_: bytes, *bodies: Any, flags: int = 0) -> None:
-        octets = [body if isinstance(body, bytes) else codec.encode(body) for body in bodies]
+        raw = [body if isinstance(body, bytes) else codec.encode(body) for body in bodies]
         head = header.encode(type_, id_, self.sequence, flags)
         self.sequence += 1
-        self.ports.put(self.side, self.routing_id, [head, *octets])
+        self.ports.put(self.side, self.routing_id, [head, *raw])
 
     def heard(self, type_: MessageType) -> list[Frames]:
         mail = self.ports.sockets[self.side].sent.get(self.routing_id, [])
@@ -200,9 +200,9 @@ def _no_log(*_: object) -> None:
     pass
 
 
-def ports_take(octets: bytes) -> None:
+def ports_take(raw: bytes) -> None:
     """Whatever strangers say, an honest stream beside them is whole."""
-    data = atheris.FuzzedDataProvider(octets)
+    data = atheris.FuzzedDataProvider(raw)
     ports = _Ports()
     try:
         _honest_and_strangers(data, ports)
@@ -221,7 +221,7 @@ def _honest_and_strangers(data: Any, ports: _Ports) -> None:
     body = m.Request(model="honest", kind=m.Kind.COMPLETE, prompt="x", window=9)
     client.say(MessageType.REQUEST, request_id, body)
     ((_, assign_body, *_),) = worker.heard(MessageType.ASSIGN)
-    route = codec.decode(m.Assign, assign_body, limits.MAX_CONTROL_OCTETS).reply_to
+    route = codec.decode(m.Assign, assign_body, limits.MAX_CONTROL_BYTES).reply_to
     sequences: dict[tuple[Side, bytes], int] = {}
     for offset in range(4):
         for _ in range(data.ConsumeIntInRange(0, 4)):
@@ -235,7 +235,7 @@ def _honest_and_strangers(data: Any, ports: _Ports) -> None:
     events = [
         event
         for frames in client.heard(MessageType.OUTPUT)
-        for event in codec.decode_events(frames[1], limits.MAX_OUTPUT_OCTETS)
+        for event in codec.decode_events(frames[1], limits.MAX_OUTPUT_BYTES)
     ]
     assert [event.offset for event in events] == [0, 1, 2, 3, 4], events
     mail = ports.sockets[Side.FRONT].sent[client.routing_id]
@@ -267,7 +267,7 @@ def _stranger(data: Any, ports: _Ports, sequences: dict[tuple[Side, bytes], int]
         ]
     elif kind == 3:
         frames = [data.ConsumeBytes(data.ConsumeIntInRange(0, 40))]
-    if frames and len(frames[0]) == limits.HEADER_OCTETS and kind != 3:
+    if frames and len(frames[0]) == limits.HEADER_BYTES and kind != 3:
         old = header.decode(frames[0])
         ids = _known_ids(ports, side, routing_id, old.id)
         id_ = ids[data.ConsumeIntInRange(0, len(ids) - 1)]

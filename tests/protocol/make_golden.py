@@ -1,4 +1,4 @@
-"""Writes golden.json: the octets of one message of every kind, as SPEC.md describes them.
+"""Writes golden.json: the bytes of one message of every kind, as SPEC.md describes them.
 
 The golden file is the contract with peers in other languages, so it is only ever extended:
 `python -m tests.protocol.make_golden` refuses to change an existing entry unless `--force` is given
@@ -403,7 +403,7 @@ def _every_field() -> dict[str, Example]:
     }
 
 
-def octets() -> dict[str, list[str]]:
+def golden_bytes() -> dict[str, list[str]]:
     """name -> frames as hexadecimal text."""
     written = {}
     for name, (type_, id_, sequence, flags, bodies, attachments) in examples().items():
@@ -418,7 +418,7 @@ def octets() -> dict[str, list[str]]:
 
 def main() -> None:
     known: dict[str, Any] = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
-    now = octets()
+    now = golden_bytes()
     changed = [name for name in now if name in known and known[name] != now[name]]
     if changed and "--force" not in sys.argv:
         sys.exit(f"these messages would change, which needs a new protocol version: {changed}")

@@ -1,4 +1,4 @@
-"""Whatever octets come in, only ProtocolError comes out."""
+"""Whatever bytes come in, only ProtocolError comes out."""
 
 from __future__ import annotations
 
@@ -51,21 +51,21 @@ PLAIN = st.recursive(
 )
 
 
-def _only_protocol_error(octets: bytes) -> None:
+def _only_protocol_error(raw: bytes) -> None:
     for type_ in BODIES:
         try:
-            codec.decode(type_, octets, 1 << 16)
+            codec.decode(type_, raw, 1 << 16)
         except ProtocolError as error:
             assert str(error)
     try:
-        header.decode(octets)
+        header.decode(raw)
     except ProtocolError as error:
         assert str(error)
 
 
 @given(st.binary(max_size=200))
-def test_random_octets(octets: bytes) -> None:
-    _only_protocol_error(octets)
+def test_random_bytes(raw: bytes) -> None:
+    _only_protocol_error(raw)
 
 
 @given(PLAIN)
@@ -75,8 +75,8 @@ def test_well_formed_msgpack_of_the_wrong_shape(value: Any) -> None:
 
 @settings(max_examples=300)
 @given(st.sampled_from(VALID), st.data())
-def test_valid_messages_with_octets_flipped_cut_and_inserted(octets: bytes, data: Any) -> None:
-    broken = bytearray(octets)
+def test_valid_messages_with_bytes_flipped_cut_and_inserted(raw: bytes, data: Any) -> None:
+    broken = bytearray(raw)
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, max(0, len(broken) - 1)))
         match data.draw(st.integers(0, 2)):
@@ -90,7 +90,7 @@ def test_valid_messages_with_octets_flipped_cut_and_inserted(octets: bytes, data
 
 
 @pytest.mark.parametrize(
-    "octets",
+    "raw",
     [
         b"\xdd\xff\xff\xff\xff",  # an array of four thousand million items
         b"\xdf\xff\xff\xff\xff",
@@ -101,13 +101,13 @@ def test_valid_messages_with_octets_flipped_cut_and_inserted(octets: bytes, data
         b"\xc7\x00\x05",  # an extension
         b"\xa2\xff\xff",  # not UTF-8
         b"\x81\x01\x02",  # a key that is a number
-        b"\x81\xa1a\xc1",  # the octet that msgpack never uses
+        b"\x81\xa1a\xc1",  # the byte that msgpack never uses
         b"\xc0\xc0",  # something after the end
         b"",
     ],
 )
-def test_octets_made_to_hurt(octets: bytes) -> None:
-    _only_protocol_error(octets)
+def test_bytes_made_to_hurt(raw: bytes) -> None:
+    _only_protocol_error(raw)
 
 
 def test_a_body_past_its_limit_is_refused_before_it_is_decoded() -> None:

@@ -1,4 +1,4 @@
-"""The octets on the wire are the contract: every message, both ways, older and newer peers."""
+"""The bytes on the wire are the contract: every message, both ways, older and newer peers."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ import pytest
 from broker.protocol import codec, header
 from broker.protocol import messages as m
 from broker.protocol.header import Flag, MessageType
-from broker.protocol.limits import MAX_REQUEST_OCTETS
-from tests.protocol.make_golden import GOLDEN, REQUEST, examples, octets
+from broker.protocol.limits import MAX_REQUEST_BYTES
+from tests.protocol.make_golden import GOLDEN, REQUEST, examples, golden_bytes
 
 KNOWN: dict[str, list[str]] = json.loads(GOLDEN.read_text())
 
 
 def _decode(example: Any, frame: bytes) -> Any:
     if isinstance(example, list):
-        return codec.decode_events(frame, MAX_REQUEST_OCTETS)
-    return codec.decode(type(example), frame, MAX_REQUEST_OCTETS)
+        return codec.decode_events(frame, MAX_REQUEST_BYTES)
+    return codec.decode(type(example), frame, MAX_REQUEST_BYTES)
 
 
-def test_every_message_type_has_golden_octets() -> None:
+def test_every_message_type_has_golden_bytes() -> None:
     assert {row[0] for row in examples().values()} == set(MessageType)
 
 
 def test_every_field_stands_in_some_golden_message() -> None:
-    """Else two implementations may agree on all octets here and not understand each other."""
+    """Else two implementations may agree on all bytes here and not understand each other."""
     types = [vars(m)[name] for name in vars(m) if not name.startswith("_")]
     fields = {
         (type_.__name__, field.name)
@@ -63,12 +63,12 @@ def test_the_file_names_exactly_the_examples() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN))
-def test_values_encode_to_the_golden_octets(name: str) -> None:
-    assert octets()[name] == KNOWN[name]
+def test_values_encode_to_the_golden_bytes(name: str) -> None:
+    assert golden_bytes()[name] == KNOWN[name]
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN))
-def test_golden_octets_decode_to_the_values(name: str) -> None:
+def test_golden_bytes_decode_to_the_values(name: str) -> None:
     type_, id_, sequence, flags, bodies, attachments = examples()[name]
     frames = [bytes.fromhex(frame) for frame in KNOWN[name]]
     assert header.decode(frames[0]) == (type_, flags, id_, sequence)

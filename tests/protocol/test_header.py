@@ -22,10 +22,10 @@ def test_a_prefix_sealed_with_a_sequence_is_a_header() -> None:
 @pytest.mark.parametrize(
     ("frame", "cause"),
     [
-        (b"", "0 octets"),
-        (bytes(31), "31 octets"),
-        (bytes(33), "33 octets"),
-        (b"GET / HTTP/1.1\r\nHost: somewhere..", "octets|signature"),
+        (b"", "0 bytes"),
+        (bytes(31), "31 bytes"),
+        (bytes(33), "33 bytes"),
+        (b"GET / HTTP/1.1\r\nHost: somewhere..", "bytes|signature"),
         (bytes(32), "signature"),
         (struct.pack(">2sBBHH16sQ", b"\xc5\x42", 2, 1, 0, 0, bytes(16), 0), "version 2"),
         (struct.pack(">2sBBHH16sQ", b"\xc5\x42", 1, 0x99, 0, 0, bytes(16), 0), "type 0x99"),
@@ -37,5 +37,5 @@ def test_anything_else_is_refused_with_its_cause(frame: bytes, cause: str) -> No
         header.decode(frame)
 
 
-def test_ids_never_start_with_the_octet_that_zeromq_reserves() -> None:
+def test_ids_never_start_with_the_byte_that_zeromq_reserves() -> None:
     assert all(new_id()[0] for _ in range(2000))

@@ -60,8 +60,8 @@ class Answer:
 
 @functools.lru_cache(maxsize=256)
 def _tokens(prompt: str, seed: int, length: int) -> list[int]:
-    octets = hashlib.shake_128(f"{prompt}/{seed}".encode()).digest(2 * length)
-    return [int.from_bytes(octets[2 * i : 2 * i + 2]) % 5000 for i in range(length)]
+    data = hashlib.shake_128(f"{prompt}/{seed}".encode()).digest(2 * length)
+    return [int.from_bytes(data[2 * i : 2 * i + 2]) % 5000 for i in range(length)]
 
 
 @functools.lru_cache(maxsize=256)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from broker.protocol import codec
-from broker.protocol.limits import MAX_REQUEST_OCTETS
+from broker.protocol.limits import MAX_REQUEST_BYTES
 from broker.protocol.messages import Kind, ModelInfo, Request
 from tests.simulation.answers import EMBEDDING, Answer
 from tests.simulation.world import Violation
@@ -58,7 +58,7 @@ class SimEngine:
         name = self.worker.name
         if not self.ready:
             raise Violation(f"{name} was given work while it loads")
-        request = codec.decode(Request, body, MAX_REQUEST_OCTETS)
+        request = codec.decode(Request, body, MAX_REQUEST_BYTES)
         answer = Answer.of(request)
         position = 0
         if request.resume is not None:

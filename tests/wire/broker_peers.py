@@ -135,9 +135,9 @@ class RawPeer:
         self.id = header.NO_ID
 
     def send(self, type_: MessageType, id_: bytes, body: Any, *more: bytes, flags: int = 0) -> None:
-        octets = body if isinstance(body, bytes) else codec.encode(body)
+        data = body if isinstance(body, bytes) else codec.encode(body)
         head = header.encode(type_, id_, self.sequence, flags)
-        self.socket.send_multipart([head, octets, *more])
+        self.socket.send_multipart([head, data, *more])
         self.sequence += 1
 
     def receive(self, patience_s: float = PATIENCE_S) -> tuple[Header, list[bytes]]:
@@ -154,7 +154,7 @@ class RawPeer:
     def expect(self, type_: MessageType, patience_s: float = PATIENCE_S) -> tuple[Header, Any]:
         """The next message, which has this type; its body as plain values."""
         head, frames = self.receive(patience_s)
-        body = codec.unpack(frames[0], limits.MAX_REQUEST_OCTETS)
+        body = codec.unpack(frames[0], limits.MAX_REQUEST_BYTES)
         assert head.type is type_, (head, body)
         return head, body
 
@@ -186,7 +186,7 @@ class RawClient(RawPeer):
         while True:
             head, frames = self.receive()
             if head.type is MessageType.ANSWER:
-                answer = codec.unpack(frames[0], limits.MAX_ANSWER_OCTETS)
+                answer = codec.unpack(frames[0], limits.MAX_ANSWER_BYTES)
                 return answer.get("result", answer.get("error"))
 
 
@@ -208,7 +208,7 @@ class RawWorker(RawPeer):
         """The next ASSIGN: request id, its first body, the client's frames."""
         head, frames = self.receive()
         assert head.type is MessageType.ASSIGN, head
-        return head.id, codec.decode(Assign, frames[0], limits.MAX_CONTROL_OCTETS), frames[1:]
+        return head.id, codec.decode(Assign, frames[0], limits.MAX_CONTROL_BYTES), frames[1:]
 
     def tokens(self, request_id: bytes, reply_to: bytes, offset: int, text: str = "x") -> None:
         event = TokensEvent(request_id, 0, offset, [1], text)
@@ -235,6 +235,6 @@ def stream_works(client: RawClient, worker: RawWorker) -> None:
     for _ in range(4):
         head, frames = client.receive()
         assert head.type is MessageType.OUTPUT
-        events += codec.decode_events(frames[0], limits.MAX_OUTPUT_OCTETS)
+        events += codec.decode_events(frames[0], limits.MAX_OUTPUT_BYTES)
     assert [event.offset for event in events] == [0, 1, 2, 3]
     assert {event.request_id for event in events} == {request_id}

@@ -20,9 +20,9 @@ from broker.protocol.messages import EndEvent, FailEvent, FinishReason, OutputEv
 from tests.harness import PATIENCE_S
 
 LIMITS = messages.BusLimits(
-    request_bytes=limits.MAX_REQUEST_OCTETS,
-    attachment_bytes=limits.MAX_ATTACHMENT_OCTETS,
-    attachments_bytes=limits.MAX_ATTACHMENTS_OCTETS,
+    request_bytes=limits.MAX_REQUEST_BYTES,
+    attachment_bytes=limits.MAX_ATTACHMENT_BYTES,
+    attachments_bytes=limits.MAX_ATTACHMENTS_BYTES,
     attachments=limits.MAX_ATTACHMENTS,
     inflight=256,
 )
@@ -93,7 +93,7 @@ class ScriptedBroker:
         self._refuse = refuse
         self._mute = mute
         self._models = models
-        #: Every message that came, in order: (type, id, body octets).
+        #: Every message that came, in order: (type, id, body bytes).
         self.seen: list[tuple[MessageType, bytes, bytes]] = []
         self.failure: BaseException | None = None
         self._changed = threading.Condition()
@@ -110,15 +110,15 @@ class ScriptedBroker:
     # --- told by the script, in the thread ---
 
     def send(self, type_: MessageType, id_: bytes, body: object) -> None:
-        self.send_octets(type_, id_, codec.encode(body))
+        self.send_bytes(type_, id_, codec.encode(body))
 
-    def send_octets(self, type_: MessageType, id_: bytes, body: bytes) -> None:
+    def send_bytes(self, type_: MessageType, id_: bytes, body: bytes) -> None:
         sequence = self._sequences.get(self._peer, 0)
         self._sequences[self._peer] = sequence + 1
         self._router.send_multipart((self._peer, header.encode(type_, id_, sequence), body))
 
     def output(self, *events: OutputEvent) -> None:
-        self.send_octets(MessageType.OUTPUT, NO_ID, codec.encode_events(list(events)))
+        self.send_bytes(MessageType.OUTPUT, NO_ID, codec.encode_events(list(events)))
 
     # --- asked by the test ---
 
@@ -191,12 +191,12 @@ class ScriptedBroker:
                 )
                 self.send(MessageType.WELCOME, messages.new_id(), welcome)
             case MessageType.REQUEST | MessageType.RESUME:
-                request = codec.decode(messages.Request, frames[1], limits.MAX_REQUEST_OCTETS)
+                request = codec.decode(messages.Request, frames[1], limits.MAX_REQUEST_BYTES)
                 self._answer(self, head.id, request, frames[2:])
             case MessageType.CANCEL:  # always answered (SPEC.md section 6.2)
                 self.output(end(head.id, 0, reason=FinishReason.CANCELLED))
             case MessageType.QUERY:
-                query = codec.decode(messages.Query, frames[1], limits.MAX_CONTROL_OCTETS)
+                query = codec.decode(messages.Query, frames[1], limits.MAX_CONTROL_BYTES)
                 rows = [{"name": name} for name in self._models]
                 known = query.verb == "bus.models"
                 error = ErrorInfo(code="invalid_request", message=f"unknown verb {query.verb!r}")

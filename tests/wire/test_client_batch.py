@@ -103,8 +103,8 @@ def test_every_endpoint_answers_in_the_shapes_of_openais_package(
     assert echo["text"] == "one two" and echo["logprobs"]["token_logprobs"][0] is None
     vectors = CreateEmbeddingResponse.model_validate(files.body("vectors"), strict=True)
     assert len(vectors.data) == 2
-    octets = base64.b64decode(files.body("packed")["data"][0]["embedding"])
-    assert len(octets) == 4 * len(vectors.data[0].embedding)
+    raw = base64.b64decode(files.body("packed")["data"][0]["embedding"])
+    assert len(raw) == 4 * len(vectors.data[0].embedding)
     answer = files.answers()["chat"]
     assert answer["id"].startswith("batch_req_") and answer["error"] is None
 

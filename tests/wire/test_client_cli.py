@@ -66,12 +66,12 @@ class Person:
     def _read(self) -> None:
         while True:
             try:
-                octets = os.read(self._ours, 65_536)
+                data = os.read(self._ours, 65_536)
             except OSError:
                 return  # the other end is closed
-            if not octets:
+            if not data:
                 return
-            self.screen += octets.decode("utf-8", errors="replace")
+            self.screen += data.decode("utf-8", errors="replace")
 
     def sees(self, text: str, times: int = 1) -> None:
         wait_until(

@@ -59,7 +59,7 @@ Type = MessageType
 def request_of(broker: ScriptedBroker, index: int = -1) -> messages.Request:
     """The latest REQUEST that the broker got."""
     body = broker.wait_for(Type.REQUEST)[index]
-    return codec.decode(messages.Request, body, limits.MAX_REQUEST_OCTETS)
+    return codec.decode(messages.Request, body, limits.MAX_REQUEST_BYTES)
 
 
 def endless(
@@ -321,16 +321,16 @@ def test_pictures_may_be_placed_by_parts(png: bytes) -> None:
     frames: list[list[bytes]] = []
 
     def keep(
-        broker: ScriptedBroker, request_id: bytes, request: messages.Request, octets: list[bytes]
+        broker: ScriptedBroker, request_id: bytes, request: messages.Request, data: list[bytes]
     ) -> None:
-        frames.append(octets)
-        spell(broker, request_id, request, octets)
+        frames.append(data)
+        spell(broker, request_id, request, data)
 
     content = ["left", {"type": "image", "image": png}, {"type": "text", "text": "right"}]
     with ScriptedBroker(keep) as broker, Client(broker.address) as client:
         client.chat("demo", [{"role": "user", "content": content}])
         request = request_of(broker)
-    assert frames == [[png]], "the octets travel as they are"
+    assert frames == [[png]], "the bytes travel as they are"
     assert request.messages is not None
     kinds = [type(part).__name__ for part in request.messages[0].content or ()]
     assert kinds == ["TextPart", "ImagePart", "TextPart"]
@@ -353,10 +353,10 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_a_picture_beyond_the_bound_is_not_even_read(tmp_path: Path) -> None:
     huge = tmp_path / "huge.png"
     with huge.open("wb") as file:
-        file.truncate(limits.MAX_ATTACHMENT_OCTETS + 1)
+        file.truncate(limits.MAX_ATTACHMENT_BYTES + 1)
     with Client() as client, pytest.raises(TooLarge) as caught:
         client.chat("demo", "x", images=[huge])
-    assert caught.value.details["size_bytes"] == limits.MAX_ATTACHMENT_OCTETS + 1
+    assert caught.value.details["size_bytes"] == limits.MAX_ATTACHMENT_BYTES + 1
 
 
 def test_the_brokers_own_bounds_are_kept(png: bytes) -> None:
@@ -589,7 +589,7 @@ def test_a_stream_goes_on_at_the_next_broker_of_the_list() -> None:
             assert "".join(texts) == "def"
             assert stream.resumed == 1
         ((body),) = second.wait_for(Type.RESUME)
-    resume = codec.decode(messages.Request, body, limits.MAX_REQUEST_OCTETS).resume
+    resume = codec.decode(messages.Request, body, limits.MAX_REQUEST_BYTES).resume
     assert resume is not None and resume.token_ids == [97, 98, 99]
 
 

@@ -202,8 +202,8 @@ class Window:
 
     def read(self) -> str:
         try:
-            while octets := os.read(self._ours, 65_536):
-                self.text += octets.decode(errors="replace")
+            while data := os.read(self._ours, 65_536):
+                self.text += data.decode(errors="replace")
         except (BlockingIOError, OSError):
             pass
         return self.text

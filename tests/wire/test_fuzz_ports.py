@@ -1,4 +1,4 @@
-"""Hostile octets at both ports of a broker process, while honest streams go on beside them.
+"""Hostile bytes at both ports of a broker process, while honest streams go on beside them.
 
 The codec and the core are fuzzed in `tests/protocol` and `tests/core`; `bench.chaos` sends some
 hundred thousand of these messages.
@@ -103,18 +103,18 @@ def test_whatever_frames_come_the_next_client_is_welcome(
     with ExitStack() as stack:
         stranger = Connection(address, new_id(), 5.0)
         stack.callback(stranger.close)
-        octets, sequence = [], 0
+        data, sequence = [], 0
         if welcomed:
             hello = strangers.hello(role)
-            octets.append(zmtp_message([header.encode(MessageType.HELLO, NO_ID, 0), hello]))
+            data.append(zmtp_message([header.encode(MessageType.HELLO, NO_ID, 0), hello]))
             sequence = 1
         for type_, frames in messages:
             if type_ is not None:
                 frames = [header.encode(type_, new_id(), sequence), *frames]
                 sequence += 1
-            octets.append(zmtp_message(frames))
+            data.append(zmtp_message(frames))
         stranger.settle()
-        stranger.send_encoded(octets)
+        stranger.send_encoded(data)
         assert strangers.come_and_go(busy.front, 1) == 1
 
 

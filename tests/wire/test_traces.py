@@ -235,12 +235,12 @@ class Collector(ThreadingHTTPServer):
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
-    def take(self, octets: bytes) -> None:
+    def take(self, data: bytes) -> None:
         from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
             ExportTraceServiceRequest,
         )
 
-        for resource in ExportTraceServiceRequest.FromString(octets).resource_spans:
+        for resource in ExportTraceServiceRequest.FromString(data).resource_spans:
             service = next(
                 a.value.string_value
                 for a in resource.resource.attributes
@@ -255,12 +255,12 @@ class _Collect(BaseHTTPRequestHandler):
     server: Collector
 
     def do_POST(self) -> None:
-        octets = self.rfile.read(int(self.headers["content-length"]))
+        data = self.rfile.read(int(self.headers["content-length"]))
         if self.headers.get("content-encoding") == "gzip":
             import gzip
 
-            octets = gzip.decompress(octets)
-        self.server.take(octets)
+            data = gzip.decompress(data)
+        self.server.take(data)
         self.send_response(200)
         self.send_header("content-length", "0")
         self.end_headers()

@@ -119,9 +119,9 @@ def test_the_bus_knows_engine_and_device_as_they_turned_out(bus: Bus) -> None:
 def test_an_adapter_is_served_under_its_own_name_beside_its_base(bus: Bus) -> None:
     client = bus.client()
     image, question, answer = example()
-    octets = io.BytesIO()
-    image.save(octets, "PNG")
-    picture = octets.getvalue()
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    picture = data.getvalue()
     streams = [
         client.chat(name, question, images=[picture], temperature=0, max_tokens=16, stream=True)
         for name in ("demo", "odd", "demo")

@@ -72,11 +72,11 @@ def test_nothing_to_read_is_no_message_and_no_wait(ends: tuple[Pipe, Pipe]) -> N
 def test_half_a_message_waits_for_the_rest() -> None:
     raw, theirs = socket.socketpair()
     pipe = Pipe(theirs, blocking=True)
-    octets = b"\x00\x00\x00\x01" + (5).to_bytes(8, "big") + b"hello"
-    for octet in octets[:-1]:
-        raw.sendall(bytes((octet,)))
+    data = b"\x00\x00\x00\x01" + (5).to_bytes(8, "big") + b"hello"
+    for byte in data[:-1]:
+        raw.sendall(bytes((byte,)))
         assert pipe.receive() == []
-    raw.sendall(octets[-1:])
+    raw.sendall(data[-1:])
     assert pipe.receive(1.0) == [[b"hello"]]
     raw.close()
     pipe.close()

@@ -18,7 +18,7 @@ import msgpack
 import msgspec
 
 from broker.protocol.errors import ErrorCode
-from broker.protocol.limits import MAX_OUTPUT_OCTETS
+from broker.protocol.limits import MAX_OUTPUT_BYTES
 from broker.protocol.messages import Assign, Held, Request, Resume, new_id
 from worker.core.connection import Connection
 from worker.core.instructions import EngineAdd, EngineCancel, EngineWindow, Instruction, Log, Send
@@ -29,9 +29,9 @@ KEPT_REQUESTS = 4096
 KEPT_BYTES = 64 << 20
 """About 1.5 million tokens of them."""
 
-_ARRAY_HEADER_OCTETS = 5
+_ARRAY_HEADER_BYTES = 5
 _encode = msgspec.msgpack.Encoder().encode
-"""For events and ledgers, plain values of our own making: the same octets as `codec.pack`, four
+"""For events and ledgers, plain values of our own making: the same bytes as `codec.pack`, four
 times as fast."""
 _EMPTY_RESUME = Resume(epoch=1)
 
@@ -532,7 +532,7 @@ class Requests:
     def _send(self, route: Route, now_s: float) -> None:
         connection = route.connection
         body = _encode(route.events)
-        if len(body) > MAX_OUTPUT_OCTETS:
+        if len(body) > MAX_OUTPUT_BYTES:
             *bodies, body = self._split(route)
             for part in bodies:
                 self.out.append(Send(connection.index, (connection.seal(route.plain, now_s), part)))
@@ -545,16 +545,16 @@ class Requests:
             self.out.append(Send(connection.index, (connection.seal(route.plain, now_s), body)))
 
     def _split(self, route: Route) -> list[bytes]:
-        """Bodies within MAX_OUTPUT_OCTETS; an event too large for one becomes FAIL `too_large`."""
+        """Bodies within MAX_OUTPUT_BYTES; an event too large for one becomes FAIL `too_large`."""
         groups: list[list[bytes]] = [[]]
-        size = _ARRAY_HEADER_OCTETS
+        size = _ARRAY_HEADER_BYTES
         for event in route.events:
             packed = _encode(event)
-            if len(packed) + _ARRAY_HEADER_OCTETS > MAX_OUTPUT_OCTETS:
+            if len(packed) + _ARRAY_HEADER_BYTES > MAX_OUTPUT_BYTES:
                 packed = _encode(self._too_large(route, event, len(packed)))
-            if size + len(packed) > MAX_OUTPUT_OCTETS:
+            if size + len(packed) > MAX_OUTPUT_BYTES:
                 groups.append([])
-                size = _ARRAY_HEADER_OCTETS
+                size = _ARRAY_HEADER_BYTES
             groups[-1].append(packed)
             size += len(packed)
         head = msgpack.Packer().pack_array_header
@@ -564,8 +564,8 @@ class Requests:
         _, request_id, epoch, offset, *_ = event
         error = {
             "code": ErrorCode.TOO_LARGE.value,
-            "message": f"an event of {size} octets of the answer passes the limit of "
-            f"{MAX_OUTPUT_OCTETS}; ask for less at a time",
+            "message": f"an event of {size} bytes of the answer passes the limit of "
+            f"{MAX_OUTPUT_BYTES}; ask for less at a time",
         }
         stream = self.streams.get(request_id)
         if stream is not None and stream.running:

@@ -20,9 +20,9 @@ from broker.protocol import codec
 from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError
 from broker.protocol.header import MessageType
 from broker.protocol.limits import (
-    MAX_CONTROL_OCTETS,
+    MAX_CONTROL_BYTES,
     MAX_HELD_REQUESTS,
-    MAX_REQUEST_OCTETS,
+    MAX_REQUEST_BYTES,
 )
 from broker.protocol.messages import (
     Assign,
@@ -66,7 +66,7 @@ class Settings:
     brokers: tuple[str, ...]
     #: Names of the models, as far as they are known before the engine is loaded.
     models: tuple[str, ...] = ()
-    #: 16 random octets of this process, which tell it from another of the same name.
+    #: 16 random bytes of this process, which tell it from another of the same name.
     instance: bytes | None = None
     software: str = ""
     speed: float = 1.0
@@ -360,13 +360,13 @@ class WorkerCore:
         self, connection: Connection, type_: MessageType, id_: bytes, body: bytes, now_s: float
     ) -> None:
         if type_ is MessageType.WELCOME:
-            welcome = codec.decode(Welcome, body, MAX_CONTROL_OCTETS)
+            welcome = codec.decode(Welcome, body, MAX_CONTROL_BYTES)
             connection.opened(id_, welcome, now_s)
             self._requests.tell_ended(connection)
             self._log("broker connected", connection, broker=welcome.broker)
             self._beat(connection, now_s)
         elif type_ is MessageType.REFUSE:
-            self._refused(connection, codec.decode(Refuse, body, MAX_CONTROL_OCTETS), now_s)
+            self._refused(connection, codec.decode(Refuse, body, MAX_CONTROL_BYTES), now_s)
         else:
             raise ProtocolError(f"HELLO was answered with {type_.name}")
 
@@ -398,30 +398,30 @@ class WorkerCore:
         body = frames[1]
         match type_:
             case MessageType.HEARTBEAT:
-                beat = codec.decode(Heartbeat, body, MAX_CONTROL_OCTETS)
+                beat = codec.decode(Heartbeat, body, MAX_CONTROL_BYTES)
                 self._credit.heard(connection, beat.waiting, beat.recalled, beat.returned)
             case MessageType.ASSIGN:
                 if len(frames) < 3:
                     raise ProtocolError("ASSIGN without the client's body")
-                assign = codec.decode(Assign, body, MAX_CONTROL_OCTETS)
+                assign = codec.decode(Assign, body, MAX_CONTROL_BYTES)
                 self._assigned(connection, id_, assign, frames[2], frames[3:], now_s)
             case MessageType.CANCEL:
-                codec.decode(Cancel, body, MAX_CONTROL_OCTETS)
+                codec.decode(Cancel, body, MAX_CONTROL_BYTES)
                 self._requests.cancel(connection, id_, now_s)
             case MessageType.WINDOW:
-                limit = codec.decode(Window, body, MAX_CONTROL_OCTETS).limit
+                limit = codec.decode(Window, body, MAX_CONTROL_BYTES).limit
                 self._requests.widen(connection, id_, limit, now_s)
             case MessageType.DRAIN:
-                drain = codec.decode(Drain, body, MAX_CONTROL_OCTETS)
+                drain = codec.decode(Drain, body, MAX_CONTROL_BYTES)
                 drain_s = drain.deadline_ms / 1000 or self._settings.drain_s
                 self._drain(drain.reason or "ordered by the broker", drain_s, now_s)
             case MessageType.GOODBYE:
-                goodbye = codec.decode(Goodbye, body, MAX_CONTROL_OCTETS)
+                goodbye = codec.decode(Goodbye, body, MAX_CONTROL_BYTES)
                 words = f"{goodbye.reason} {goodbye.message}".strip()
                 why = f"the broker said goodbye: {words}"
                 self._lose(connection, why, now_s, refused=goodbye.reason != "shutdown")
             case MessageType.REFUSE:
-                self._refused(connection, codec.decode(Refuse, body, MAX_CONTROL_OCTETS), now_s)
+                self._refused(connection, codec.decode(Refuse, body, MAX_CONTROL_BYTES), now_s)
             case _:
                 raise ProtocolError(f"{type_.name} is not for a worker")
 
@@ -442,7 +442,7 @@ class WorkerCore:
             if beyond:
                 connection.granted += 1  # the broker's count is kept in step; no slot stands behind
         try:
-            request = codec.decode(Request, body, MAX_REQUEST_OCTETS)
+            request = codec.decode(Request, body, MAX_REQUEST_BYTES)
             if len(request.attachments) != len(attachments):
                 raise ProtocolError(
                     f"{len(attachments)} attachments came, {len(request.attachments)} are described"

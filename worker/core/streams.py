@@ -21,7 +21,7 @@ FAIL: Final = 2
 PROMPT: Final = 3
 
 COALESCED_TOKENS: Final = 4096
-"""Longest TOKENS event made by catching up: far below MAX_OUTPUT_OCTETS at 5 octets a token."""
+"""Longest TOKENS event made by catching up: far below MAX_OUTPUT_BYTES at 5 bytes a token."""
 COALESCED_LOGPROBS: Final = 256
 """The same with log probabilities: about 1 KiB for each token with 20 alternatives."""
 
@@ -42,7 +42,7 @@ class Route:
 
     def __init__(self, connection: Connection, reply_to: bytes) -> None:
         self.connection = connection
-        #: The first 24 octets of the header, without and with the LEDGER flag.
+        #: The first 24 bytes of the header, without and with the LEDGER flag.
         self.plain = prefix(MessageType.OUTPUT, reply_to)
         self.flagged = prefix(MessageType.OUTPUT, reply_to, Flag.LEDGER)
         #: Events of the message that is being put together; empty between two calls of the core.

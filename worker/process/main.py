@@ -5,7 +5,7 @@ takes what the link sent, steps while the engine is busy, and answers each step 
 that holds all its events and is the mark by which the link knows the engine's age. Whatever happens
 here, a hang in C code included, the link goes on by itself. Must never import zmq.
 
-Messages (first frame msgpack, further frames raw octets):
+Messages (first frame msgpack, further frames raw bytes):
 
     link → engine   ["options", map] · ["add", job id] body *attachment · ["cancel", job id] ·
                     ["close"]
@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from broker.protocol import codec
-from broker.protocol.limits import MAX_REQUEST_OCTETS
+from broker.protocol.limits import MAX_REQUEST_BYTES
 from broker.protocol.messages import Request
 from worker.engines import registry
 from worker.engines.base import Engine, EngineLoadError, EngineOptions, Job
@@ -79,7 +79,7 @@ def serve(engine: Engine, pipe: Pipe) -> None:
         for message in pipe.receive(0.0 if engine.busy else metrics_due_s - now_s):
             command, *arguments = msgspec.msgpack.decode(message[0])
             if command == "add":
-                request = codec.decode(Request, message[1], MAX_REQUEST_OCTETS)
+                request = codec.decode(Request, message[1], MAX_REQUEST_BYTES)
                 engine.add(Job(arguments[0], request, tuple(message[2:])))
             elif command == "cancel":
                 engine.cancel(arguments[0])

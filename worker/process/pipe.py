@@ -3,9 +3,9 @@
 The link's end never blocks: what the engine does not take is queued, because a hung engine must
 not stall a heartbeat. The engine's end blocks when it sends, and looks without waiting when it has
 work. The frames of one message go out without being copied together, so a large picture costs no
-more than its octets. Must never import zmq or torch.
+more than its bytes. Must never import zmq or torch.
 
-    message = count (4 octets, big-endian), count lengths (8 octets each), the frames
+    message = count (4 bytes, big-endian), count lengths (8 bytes each), the frames
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from typing import Final
 
 _COUNT: Final = struct.Struct(">I")
-_READ_OCTETS: Final = 1 << 18
-_READ_AT_ONCE_OCTETS: Final = 1 << 24
+_READ_BYTES: Final = 1 << 18
+_READ_AT_ONCE_BYTES: Final = 1 << 24
 """Then whoever reads gets to do something else, even while the other side goes on writing."""
 _IOVECS: Final = 64
 
@@ -36,7 +36,7 @@ class Pipe:
         end.setblocking(blocking)
         self._received = bytearray()
         self._outgoing: deque[memoryview] = deque()
-        #: Octets that wait for the other side to read.
+        #: Bytes that wait for the other side to read.
         self.backlog_bytes = 0
 
     def fileno(self) -> int:
@@ -84,11 +84,11 @@ class Pipe:
         if timeout_s != 0.0:
             select.select([self._socket], [], [], timeout_s)
         received = self._received
-        limit = len(received) + _READ_AT_ONCE_OCTETS
+        limit = len(received) + _READ_AT_ONCE_BYTES
         closed = False
         while len(received) < limit:
             try:
-                chunk = self._socket.recv(_READ_OCTETS, socket.MSG_DONTWAIT)
+                chunk = self._socket.recv(_READ_BYTES, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 break
             except OSError:
@@ -98,7 +98,7 @@ class Pipe:
                 closed = True
                 break
             received += chunk
-            if len(chunk) < _READ_OCTETS:
+            if len(chunk) < _READ_BYTES:
                 break
         messages = self._parse()
         if closed and not messages:

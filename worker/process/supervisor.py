@@ -34,8 +34,8 @@ QUICK_DEATHS = 5
 """So many deaths in a row, each soon after the engine was ready (or before), end the worker."""
 PROVEN_S = 30.0
 """An engine that ran for so long was not broken from the start: the count begins anew."""
-MAX_BACKLOG_OCTETS = 1 << 30
-"""Octets that wait for an engine that does not read; the link's memory must stay bounded."""
+MAX_BACKLOG_BYTES = 1 << 30
+"""Bytes that wait for an engine that does not read; the link's memory must stay bounded."""
 CLOSE_WAIT_S = 3.0
 
 
@@ -224,7 +224,7 @@ class Supervisor:
         """Hand a job over. One that the engine cannot be handed comes back failed with `read`."""
         if self.pipe is None:
             return
-        if self.pipe.backlog_bytes > MAX_BACKLOG_OCTETS:
+        if self.pipe.backlog_bytes > MAX_BACKLOG_BYTES:
             error = {
                 "code": ErrorCode.OVERLOADED.value,
                 "message": "the engine takes no more data for now; try again later",

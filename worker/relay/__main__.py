@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from broker.protocol import logs
-from broker.protocol.limits import ID_OCTETS
+from broker.protocol.limits import ID_BYTES
 from client.options import Connection
 from worker import config as options
 from worker.core.session import Settings, WorkerCore
@@ -59,10 +59,10 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
 def _read_line(descriptor: int) -> bytes:
     line = b""
     while not line.endswith(b"\n"):
-        octet = os.read(descriptor, 1)
-        if not octet:
+        byte = os.read(descriptor, 1)
+        if not byte:
             break
-        line += octet
+        line += byte
     return line
 
 
@@ -102,7 +102,7 @@ def _link(told: Told, keys: Keys | None, descriptor: int) -> Link:
     settings = Settings(
         name=told.name,
         brokers=told.upstream,
-        instance=os.urandom(ID_OCTETS),
+        instance=os.urandom(ID_BYTES),
         software=software,
         speed=told.speed,
         engine="bus",

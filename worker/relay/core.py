@@ -21,7 +21,7 @@ import msgspec
 
 from broker.protocol import codec
 from broker.protocol.errors import ErrorCode, ErrorInfo
-from broker.protocol.limits import MAX_REQUEST_OCTETS
+from broker.protocol.limits import MAX_REQUEST_BYTES
 from broker.protocol.messages import (
     FinishReason,
     ModelInfo,
@@ -279,7 +279,7 @@ class RelayCore:
     # --- jobs -------------------------------------------------------------------------------------
 
     def _on_job(self, added: JobAdded) -> None:
-        request = codec.decode(Request, added.body, MAX_REQUEST_OCTETS)
+        request = codec.decode(Request, added.body, MAX_REQUEST_BYTES)
         # The same id wherever it may be: then a request that still runs on the lower bus, for a
         # relay that died, goes on instead of running twice.
         lower_id = added.job_id if added.job_id not in self._used else self._new_id()

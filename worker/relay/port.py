@@ -27,7 +27,7 @@ from worker.relay.core import Ask, RelayCore, Report
 
 log = logging.getLogger(__name__)
 
-_READ_OCTETS = 4096
+_READ_BYTES = 4096
 
 
 class _Bell:
@@ -51,7 +51,7 @@ class _Bell:
 
     def heard(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            while self._hear.recv(_READ_OCTETS):
+            while self._hear.recv(_READ_BYTES):
                 pass
 
     def close(self) -> None:
@@ -112,7 +112,7 @@ class LowerBus:
 
     def _watch(self, life_fd: int) -> None:
         with contextlib.suppress(OSError):
-            while os.read(life_fd, _READ_OCTETS):
+            while os.read(life_fd, _READ_BYTES):
                 pass
         self._orphaned.set()
         bell = self._bell

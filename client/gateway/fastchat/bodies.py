@@ -323,12 +323,12 @@ def _conversation(turns: list[Turn], pictures: list[str]) -> list[Message]:
 def _picture(text: str, param: str, limit: int) -> bytes:
     payload = text.partition(",")[2] if text[:5] == "data:" else text
     try:
-        octets = from_base64(payload)
+        data = from_base64(payload)
     except (binascii.Error, ValueError):
         raise invalid(param, f"`{param}` is not base64 of a picture.") from None
-    if len(octets) > limit:
+    if len(data) > limit:
         raise too_large(param, f"`{param}` is beyond the {limit} bytes of one picture.")
-    return octets
+    return data
 
 
 async def model_names(visit: Visit, images: bool | None = None) -> list[str]:

@@ -151,25 +151,25 @@ async def _status(visit: Visit) -> Response:
 
 
 async def _generate_stream(visit: Visit) -> Response:
-    octets = await visit.body()
+    data = await visit.body()
     dialect = dialect_of(visit, {})
     try:
-        fields = await visit.decoded(dict[str, Any], octets)
+        fields = await visit.decoded(dict[str, Any], data)
         dialect = dialect_of(visit, fields)
         wanted = await wanted_of(visit, fields, dialect)
     except Exception as error:
         # Their front ends read errors from frames, never from the status.
         told = _failure(visit, error, dialect, "")
-        return Response(_frame(told), media_type="application/octet-stream")
+        return Response(_frame(told), media_type="application/byte-stream")
     return _FrameStream(visit, wanted)
 
 
 async def _generate_whole(visit: Visit) -> Response:
-    octets = await visit.body()
+    data = await visit.body()
     dialect = dialect_of(visit, {})
     last: dict[str, Any] = {}
     try:
-        fields = await visit.decoded(dict[str, Any], octets)
+        fields = await visit.decoded(dict[str, Any], data)
         dialect = dialect_of(visit, fields)
         wanted = await wanted_of(visit, fields, dialect)
         for frame in await until_disconnect(_frames(visit, wanted), visit.request.receive):
@@ -186,7 +186,7 @@ async def _generate_whole(visit: Visit) -> Response:
 class _FrameStream(Response):
     """NUL-delimited JSON, ended by the close of the body."""
 
-    media_type = "application/octet-stream"
+    media_type = "application/byte-stream"
 
     def __init__(self, visit: Visit, wanted: Wanted) -> None:
         super().__init__()
@@ -339,8 +339,8 @@ async def _embeddings(visit: Visit) -> Response:
     except Exception as error:
         return JSONResponse(_failure(visit, error, "fastchat", ""))
     vectors = await written_vectors(made, as_text=body.encoding_format == "base64")
-    octets = b'{"embedding":[%b],"token_num":%d}' % (b",".join(vectors), made.usage.prompt_tokens)
-    return Response(octets, media_type="application/json")
+    data = b'{"embedding":[%b],"token_num":%d}' % (b",".join(vectors), made.usage.prompt_tokens)
+    return Response(data, media_type="application/json")
 
 
 async def _count_token(visit: Visit) -> Response:

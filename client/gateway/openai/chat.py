@@ -99,8 +99,8 @@ async def chat_completions(visit: Visit) -> Response:
         )
         return visit.stream(transcript.read(asking=True), answer.failed)
     await until_disconnect(answer.taking(events), visit.request.receive)
-    octets = await aside(answer.logprob_bytes, answer.complete)
-    return Response(octets, media_type="application/json")
+    data = await aside(answer.logprob_bytes, answer.complete)
+    return Response(data, media_type="application/json")
 
 
 async def read_chat(visit: Visit) -> Response:

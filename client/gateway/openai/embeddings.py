@@ -58,5 +58,5 @@ async def embed(visit: Visit, body: EmbeddingRequest) -> Response:
         usage=Usage(prompt_tokens=tokens, total_tokens=tokens),
     )
     before, data, behind = dumped(empty).partition(b'"data":[')
-    octets = b"".join((before, data, b",".join(written), behind))
-    return Response(octets, media_type="application/json")
+    raw = b"".join((before, data, b",".join(written), behind))
+    return Response(raw, media_type="application/json")

@@ -22,7 +22,7 @@ class Places:
     """Finds where each token of a text begins, in characters, as the tokens come.
 
     A worker tells it (`TokenLogprob.place`), since only its tokenizer knows which space of a token
-    stands in the text and which token does not. Else the octets say it as well as they can.
+    stands in the text and which token does not. Else the bytes say it as well as they can.
     """
 
     def __init__(self, offset: int = 0) -> None:
@@ -55,16 +55,16 @@ def text_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
     }
 
 
-def _name(octets: bytes) -> str:
+def _name(data: bytes) -> str:
     """A token's text; bytes that are not text are written as OpenAI writes them."""
     try:
-        return octets.decode()
+        return data.decode()
     except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{octet:02x}" for octet in octets)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def _top_logprobs(token: TokenLogprob) -> dict[str, float | None] | None:
-    """The likeliest tokens and the chosen one by their names. Tokens of the same octets are told
+    """The likeliest tokens and the chosen one by their names. Tokens of the same bytes are told
     apart: the chosen one has the name, or else the likeliest, and the others their ids."""
     if not token.top:
         return None

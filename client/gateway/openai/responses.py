@@ -256,8 +256,8 @@ async def input_items(visit: Visit) -> Response:
         "has_more": len(page) < len(items),
     }
     # A page may hold many megabytes of pictures.
-    octets = await aside(kept.size_bytes, msgspec.json.encode, shown)
-    return Response(octets, media_type="application/json")
+    data = await aside(kept.size_bytes, msgspec.json.encode, shown)
+    return Response(data, media_type="application/json")
 
 
 def _check_query(visit: Visit, *known: str) -> None:

@@ -1,7 +1,7 @@
 """What OpenAI's endpoints have in common: usage, log-probabilities, the last events.
 
 Shapes are the types of the `openai` package, so that conformity is theirs. The chunks of a stream
-are filled into octets that those types made once: a token shall not cost a model.
+are filled into bytes that those types made once: a token shall not cost a model.
 """
 
 from __future__ import annotations

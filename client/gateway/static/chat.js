@@ -21,7 +21,7 @@ let follow = true; // the end of the conversation stays in sight
 let onUnauthorized = () => {};
 
 // `crypto.randomUUID` and the clipboard are kept from pages that come over plain http from afar.
-const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (octet) => octet.toString(16).padStart(2, "0")).join("");
+const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 
 const fresh = () => {
   const last = JSON.parse(localStorage.getItem(LAST) ?? "{}");

@@ -25,7 +25,7 @@ class SharedSettings:
     preprocess_threads: int = 2
     #: Largest picture, pixels (width times height), checked before it is decoded.
     image_pixels: int = 50_000_000
-    #: Largest picture, octets.
+    #: Largest picture, bytes.
     image_bytes: int = 32 * 1024 * 1024
 
 

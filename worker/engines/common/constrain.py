@@ -199,8 +199,8 @@ def _mask_of(token_ids: Iterable[int], words: int) -> torch.Tensor:
 def _unpacked(masks: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Masks [R, words] on the CPU as bool [R, 32 * words] on the device."""
     if device.type == "cpu":  # NumPy does it in a tenth of the time
-        octets = masks.numpy().view(np.uint8)
-        return torch.from_numpy(np.unpackbits(octets, axis=1, bitorder="little").view(np.bool_))
+        data = masks.numpy().view(np.uint8)
+        return torch.from_numpy(np.unpackbits(data, axis=1, bitorder="little").view(np.bool_))
     return _spread(masks.to(device, non_blocking=True))
 
 
@@ -332,7 +332,7 @@ def _grammar(constraint: Constraint, named: Mapping[str, int]) -> str:
         case "json_schema", dict() | bool() as schema:
             try:
                 return _json_grammar(for_llguidance(schema), compact=constraint.compact)
-            except (TypeError, ValueError) as error:  # octets, say, which msgpack has
+            except (TypeError, ValueError) as error:  # bytes, say, which msgpack has
                 raise _invalid(constraint, str(error)) from error
             except RecursionError:
                 raise _invalid(

@@ -48,11 +48,11 @@ def token_logprob(
     token_id: int,
     logprob: float,
     likeliest: Items[tuple[int, float]],
-    octets: Callable[[int], bytes],
+    bytes_of: Callable[[int], bytes],
 ) -> TokenLogprob:
     """A library's own figures as the bus has them; `likeliest` are ids and logprobs, best first."""
-    top = [TopLogprob(i, max(value, LOGPROB_FLOOR), octets(i)) for i, value in likeliest]
-    return TokenLogprob(max(logprob, LOGPROB_FLOOR), octets(token_id), top)
+    top = [TopLogprob(i, max(value, LOGPROB_FLOOR), bytes_of(i)) for i, value in likeliest]
+    return TokenLogprob(max(logprob, LOGPROB_FLOOR), bytes_of(token_id), top)
 
 
 class RowAhead:
@@ -78,7 +78,7 @@ class HostSampler:
     """Samples rows of logits on the host."""
 
     def __init__(self, facts: ModelFacts) -> None:
-        self._octets = token_table(facts.tokenizer).octets
+        self._bytes_of = token_table(facts.tokenizer).bytes_of
         self._banned = sorted(facts.placeholder_ids)
         self._sampler: Sampler | None = None
 
@@ -87,7 +87,7 @@ class HostSampler:
         tensor = torch.from_numpy(logits)
         if self._sampler is None or self._sampler.vocab_size != tensor.shape[1]:
             self._sampler = Sampler(
-                tensor.shape[1], banned_ids=self._banned, token_bytes=self._octets
+                tensor.shape[1], banned_ids=self._banned, token_bytes=self._bytes_of
             )
         return self._sampler.sample(tensor, rows)
 
@@ -97,9 +97,9 @@ class HostSampler:
         ids = sequence.prompt.ids
         top = sequence.params.prompt_logprobs or 0
         if start == 0:
-            sequence.prompt_logprobs = [TokenLogprob(None, self._octets(ids[0]))]
+            sequence.prompt_logprobs = [TokenLogprob(None, self._bytes_of(ids[0]))]
         following = ids[start + 1 : start + 1 + len(logits)]
         if following:
             sequence.prompt_logprobs += prompt_logprobs(
-                torch.from_numpy(logits[: len(following)]), following, top, self._octets
+                torch.from_numpy(logits[: len(following)]), following, top, self._bytes_of
             )

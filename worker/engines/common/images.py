@@ -1,6 +1,6 @@
 """Decodes the pictures of a request with Pillow, under bounds.
 
-Everything here is fed by strangers: format, octets, pixels and what the model's processor would
+Everything here is fed by strangers: format, bytes, pixels and what the model's processor would
 make of them are checked before a pixel is decoded, and whatever Pillow raises becomes one typed
 error that names the picture and the cause. Runs in preprocessing threads; must never open a path or
 a URL, nor import torch.
@@ -57,12 +57,12 @@ class ImageLimits:
     """Bounds of one picture."""
 
     pixels: int = 50_000_000
-    octets: int = 32 * 1024 * 1024
+    size_bytes: int = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class DecodedImage:
-    """An RGB picture and the digest of the octets it came from (16 octets, for prefix reuse)."""
+    """An RGB picture and the digest of the bytes it came from (16 bytes, for prefix reuse)."""
 
     image: Image.Image
     digest: bytes
@@ -77,7 +77,7 @@ def _refuse(index: int, cause: str) -> RequestError:
 
 
 def decode_image(
-    octets: bytes, index: int, limits: ImageLimits, footprint: Footprint | None = None
+    data: bytes, index: int, limits: ImageLimits, footprint: Footprint | None = None
 ) -> DecodedImage:
     """Decode attachment `index` to RGB, upright (EXIF), first frame of an animation.
 
@@ -86,20 +86,20 @@ def decode_image(
     else INVALID_REQUEST with the cause; and MemoryError.
     """
     footprint = footprint or Footprint()
-    if not octets:
+    if not data:
         raise _refuse(index, "it is empty")
-    if len(octets) > limits.octets:
+    if len(data) > limits.size_bytes:
         raise RequestError(
             ErrorCode.TOO_LARGE,
-            f"picture {index} has {len(octets)} octets, at most {limits.octets} are taken",
-            details={"attachment": index, "octets": len(octets), "limit": limits.octets},
+            f"picture {index} has {len(data)} bytes, at most {limits.size_bytes} are taken",
+            details={"attachment": index, "size_bytes": len(data), "limit": limits.size_bytes},
         )
     try:
         # Pillow's own bomb warning is replaced by our bound, which is checked before decoding;
         # what it thinks of metadata does not matter.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = _opened(octets)
+            image = _opened(data)
     except UnidentifiedImageError:
         raise _refuse(index, f"it is none of {', '.join(FORMATS)}, or it is damaged") from None
     except Image.DecompressionBombError:
@@ -116,12 +116,12 @@ def decode_image(
             raise _refuse(index, f"it is {width} by {height} pixels")
         if excess := footprint.excess(width, height):
             raise _far_from_square(index, image.size, excess)
-        if image.format in ("JPEG", "MPO") and octets.count(_START_OF_SCAN) > MAX_JPEG_SCANS:
+        if image.format in ("JPEG", "MPO") and data.count(_START_OF_SCAN) > MAX_JPEG_SCANS:
             raise _refuse(index, f"it has more than {MAX_JPEG_SCANS} scans; save it again")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                samples = samples_of(image, octets)
+                samples = samples_of(image, data)
                 image.load()
                 shrunk = to_rgb(image, samples, footprint.shrinkage(width, height))
                 converted = _upright(shrunk, image)
@@ -129,7 +129,7 @@ def decode_image(
             raise
         except Exception as error:
             raise _refuse(index, str(error) or type(error).__name__) from None
-    return DecodedImage(converted, hashlib.blake2b(octets, digest_size=16).digest())
+    return DecodedImage(converted, hashlib.blake2b(data, digest_size=16).digest())
 
 
 def _too_many_pixels(index: int, size: tuple[int, int] | None, limits: ImageLimits) -> RequestError:
@@ -150,27 +150,27 @@ def _far_from_square(index: int, size: tuple[int, int], made: int) -> RequestErr
     )
 
 
-def _opened(octets: bytes) -> Image.Image:
+def _opened(data: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(octets), formats=FORMATS)
+        return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        if not octets.startswith(_PNG_SIGNATURE):
+        if not data.startswith(_PNG_SIGNATURE):
             raise
-        return Image.open(io.BytesIO(_without_damaged_chunks(octets)), formats=FORMATS)
+        return Image.open(io.BytesIO(_without_damaged_chunks(data)), formats=FORMATS)
 
 
-def _without_damaged_chunks(octets: bytes) -> bytes:
+def _without_damaged_chunks(data: bytes) -> bytes:
     """A PNG without the chunks that a viewer can do without (EXIF, texts, ...) and whose checksum
     is wrong: other decoders pass over them, Pillow refuses the file."""
     kept, at = [_PNG_SIGNATURE], len(_PNG_SIGNATURE)
-    while at + 12 <= len(octets):
-        length, kind = struct.unpack_from(">I4s", octets, at)
+    while at + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
         end = at + 12 + length
         ancillary = bool(kind[0] & 0x20)
-        if not ancillary or zlib.crc32(octets[at + 4 : end - 4]) == int.from_bytes(
-            octets[end - 4 : end], "big"
+        if not ancillary or zlib.crc32(data[at + 4 : end - 4]) == int.from_bytes(
+            data[end - 4 : end], "big"
         ):
-            kept.append(octets[at:end])
+            kept.append(data[at:end])
         at = end
     return b"".join(kept)
 

@@ -47,11 +47,11 @@ class Samples:
     extent: tuple[float, float] | None = None
 
 
-def samples_of(image: Image.Image, octets: bytes) -> Samples:
+def samples_of(image: Image.Image, data: bytes) -> Samples:
     """Read off an image that was opened and not yet loaded, and its file. Raises ValueError, with
     the cause, for samples that Pillow would misread."""
     if image.format == "PNG":
-        return Samples(octets[_PNG_BIT_DEPTH])
+        return Samples(data[_PNG_BIT_DEPTH])
     if image.format == "TIFF":
         tags: Any = image.tag_v2  # type: ignore[attr-defined]
         bits = _first(tags.get(_BITS_PER_SAMPLE), 1)

@@ -219,7 +219,7 @@ class Sampled(NamedTuple):
 class Sampler:
     """Samples for the rows of one model.
 
-    `banned_ids` are never chosen (placeholders of pictures, say); `token_bytes` gives the octets
+    `banned_ids` are never chosen (placeholders of pictures, say); `token_bytes` gives the bytes
     of a token, for logprobs.
     """
 

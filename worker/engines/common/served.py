@@ -81,12 +81,12 @@ class BatchModel:
     def __init__(self, facts: ModelFacts, names: tuple[str, ...], settings: SharedSettings) -> None:
         self.facts = facts
         self.names = names
-        limits = ImageLimits(pixels=settings.image_pixels, octets=settings.image_bytes)
+        limits = ImageLimits(pixels=settings.image_pixels, size_bytes=settings.image_bytes)
         self._texts = _Texts(facts, limits)
         self._adapter_texts = {
             name: _Texts(own, limits) for name, own in facts.adapter_texts.items()
         }
-        self._token_bytes: Callable[[int], bytes] = token_table(self._texts.decoder).octets
+        self._token_bytes: Callable[[int], bytes] = token_table(self._texts.decoder).bytes_of
         #: None: it only embeds.
         self.runner: Runner | None = None
         #: How it is served, for people.

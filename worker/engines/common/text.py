@@ -32,35 +32,35 @@ __all__ = [
 
 REPLACEMENT = "\ufffd"
 
-#: A character has at most four octets, so at most four tokens.
+#: A character has at most four bytes, so at most four tokens.
 _MAX_PENDING_TOKENS = 4
 
-#: Random pieces of text on which a table of octets is compared with `decode`: some milliseconds.
+#: Random pieces of text on which a table of bytes is compared with `decode`: some milliseconds.
 _PROBES = 64
 
 
-def _one_per_octet(error: UnicodeError) -> tuple[str, int]:
-    """U+FFFD for every octet that is no part of a character, as byte-fallback decoders have it."""
+def _one_per_byte(error: UnicodeError) -> tuple[str, int]:
+    """U+FFFD for every byte that is no part of a character, as byte-fallback decoders have it."""
     assert isinstance(error, UnicodeDecodeError)
     return REPLACEMENT * (error.end - error.start), error.end
 
 
-codecs.register_error("tokenbus.one_per_octet", _one_per_octet)
+codecs.register_error("tokenbus.one_per_byte", _one_per_byte)
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The printable stand-ins of byte-level BPE: character to octet (GPT-2's table)."""
+    """The printable stand-ins of byte-level BPE: character to byte (GPT-2's table)."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [octet for octet in range(256) if octet not in set(plain)]
-    alphabet = {chr(octet): octet for octet in plain}
-    alphabet.update({chr(256 + n): octet for n, octet in enumerate(others)})
+    others = [byte for byte in range(256) if byte not in set(plain)]
+    alphabet = {chr(byte): byte for byte in plain}
+    alphabet.update({chr(256 + n): byte for n, byte in enumerate(others)})
     return alphabet
 
 
 _BYTE_LEVEL = _byte_level_alphabet()
 
 
-def _byte_level_octets(token: str) -> bytes:
+def _byte_level_bytes(token: str) -> bytes:
     try:
         return bytes([_BYTE_LEVEL[character] for character in token])
     except KeyError:  # an added token outside the alphabet stands for itself
@@ -68,27 +68,27 @@ def _byte_level_octets(token: str) -> bytes:
 
 
 class TokenTable:
-    """The octets of every token of one tokenizer, and whether joined they are what `decode` says.
+    """The bytes of every token of one tokenizer, and whether joined they are what `decode` says.
 
     `exact` is found out, not believed: a table is compared with `decode` when it is built. Where
-    it is False (WordPiece, Metaspace, tokenizers in Python, unknown decoders) octets are only for
+    it is False (WordPiece, Metaspace, tokenizers in Python, unknown decoders) bytes are only for
     show, and text comes from `decode`.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._octets: dict[int, bytes] = {}
+        self._bytes_of: dict[int, bytes] = {}
         #: Ids that `skip_special_tokens` leaves out.
         self.special_ids = _special_ids(tokenizer)
-        self._rule = _octet_rule(tokenizer)
+        self._rule = _byte_rule(tokenizer)
         self._special_by_text = {
-            self.octets(token_id).decode(errors="replace"): token_id
+            self.bytes_of(token_id).decode(errors="replace"): token_id
             for token_id in self.special_ids
         }
         #: Spaces that `decode` takes away at the very start of a text.
         self.leading_spaces = self._rule.leading_spaces
-        #: U+FFFD stands for one stray octet (byte fallback), not for one broken sequence.
-        self.one_per_octet = self._rule.byte_fallback
+        #: U+FFFD stands for one stray byte (byte fallback), not for one broken sequence.
+        self.one_per_byte = self._rule.byte_fallback
         self.exact = self._rule.joins and self._agrees_with_decode()
 
     def special_texts(self, texts: Sequence[str]) -> list[str]:
@@ -100,11 +100,11 @@ class TokenTable:
         known = self._special_by_text
         return frozenset(known[text] for text in texts if text in known)
 
-    def octets(self, token_id: int) -> bytes:
-        """The token's own octets; they may be part of a character. Empty for an unknown id."""
-        known = self._octets.get(token_id)
+    def bytes_of(self, token_id: int) -> bytes:
+        """The token's own bytes; they may be part of a character. Empty for an unknown id."""
+        known = self._bytes_of.get(token_id)
         if known is None:
-            known = self._octets[token_id] = self._lookup(token_id)
+            known = self._bytes_of[token_id] = self._lookup(token_id)
         return known
 
     def _lookup(self, token_id: int) -> bytes:
@@ -121,10 +121,10 @@ class TokenTable:
         draw = random.Random(0)
         for _ in range(_PROBES):
             ids = [draw.randrange(size) for _ in range(draw.randint(2, 9))]
-            octets = [self.octets(token_id) for token_id in ids]
-            if self.one_per_octet and not all(map(_is_text, octets)):
-                continue  # in `decode` one stray octet spoils its whole run; a stream cannot know
-            text = b"".join(octets).decode(errors="replace")
+            data = [self.bytes_of(token_id) for token_id in ids]
+            if self.one_per_byte and not all(map(_is_text, data)):
+                continue  # in `decode` one stray byte spoils its whole run; a stream cannot know
+            text = b"".join(data).decode(errors="replace")
             for _ in range(self.leading_spaces):
                 text = text.removeprefix(" ")
             if text != _decode(self._tokenizer, ids, skip_special_tokens=False):
@@ -132,25 +132,25 @@ class TokenTable:
         return True
 
 
-class _OctetRule(NamedTuple):
-    """How one kind of tokenizer turns tokens into octets."""
+class _ByteRule(NamedTuple):
+    """How one kind of tokenizer turns tokens into bytes."""
 
     convert: Callable[[str], bytes]
-    #: A text is its tokens' octets joined, less spaces at the start.
+    #: A text is its tokens' bytes joined, less spaces at the start.
     joins: bool = False
     leading_spaces: int = 0
     byte_fallback: bool = False
 
 
-def _octet_rule(tokenizer: Any) -> _OctetRule:
+def _byte_rule(tokenizer: Any) -> _ByteRule:
     """Read the rule off the decoder of a fast tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.decoder is None:
-        return _OctetRule(str.encode)
+        return _ByteRule(str.encode)
     decoder = json.loads(backend.decoder.__getstate__())
     steps = decoder.get("decoders", [decoder])
     if [step["type"] for step in steps] == ["ByteLevel"]:
-        return _OctetRule(_byte_level_octets, joins=True)
+        return _ByteRule(_byte_level_bytes, joins=True)
     marks: list[tuple[str, str]] = []
     joins, byte_fallback, leading_spaces = True, False, 0
     for step in steps:
@@ -170,21 +170,21 @@ def _octet_rule(tokenizer: Any) -> _OctetRule:
                 joins = False
 
     def convert(token: str) -> bytes:
-        if byte_fallback and (octet := _FALLBACK_TOKEN.fullmatch(token)):
-            return bytes.fromhex(octet[1])
+        if byte_fallback and (byte := _FALLBACK_TOKEN.fullmatch(token)):
+            return bytes.fromhex(byte[1])
         for old, new in marks:
             token = token.replace(old, new)
         return token.encode()
 
-    return _OctetRule(convert, joins, leading_spaces, byte_fallback)
+    return _ByteRule(convert, joins, leading_spaces, byte_fallback)
 
 
 _FALLBACK_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
-def _is_text(octets: bytes) -> bool:
+def _is_text(data: bytes) -> bool:
     try:
-        octets.decode()
+        data.decode()
     except UnicodeDecodeError:
         return False
     return True
@@ -216,17 +216,17 @@ def token_table(tokenizer: Any) -> TokenTable:
     return table
 
 
-class _OctetDecoder:
-    """Joins octets and gives out whole characters: exact, and a fraction of a microsecond."""
+class _ByteDecoder:
+    """Joins bytes and gives out whole characters: exact, and a fraction of a microsecond."""
 
     def __init__(self, table: TokenTable) -> None:
-        errors = "tokenbus.one_per_octet" if table.one_per_octet else "replace"
-        self._octets = table.octets
+        errors = "tokenbus.one_per_byte" if table.one_per_byte else "replace"
+        self._bytes_of = table.bytes_of
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
         self._strip = table.leading_spaces
 
     def add(self, token_id: int) -> str:
-        text = self._decoder.decode(self._octets(token_id))
+        text = self._decoder.decode(self._bytes_of(token_id))
         return self._stripped(text) if self._strip and text else text
 
     def flush(self) -> str:
@@ -298,7 +298,7 @@ class Detokenizer:
         self._skipped = frozenset[int]()
         if skip_special_tokens:
             self._skipped = table.special_ids - table.special_ids_of(keep_special)
-        self._decoder = _OctetDecoder(table) if table.exact else _WindowDecoder(tokenizer)
+        self._decoder = _ByteDecoder(table) if table.exact else _WindowDecoder(tokenizer)
         for token_id in prior_ids:
             self.add(token_id)
 

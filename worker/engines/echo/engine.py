@@ -80,7 +80,7 @@ from worker.engines.echo.tokens import (
     sampled_token,
     sampled_tokens,
     texts,
-    token_octets,
+    token_bytes,
     tokenize,
 )
 
@@ -416,7 +416,7 @@ class EchoEngine:
         if params.prompt_logprobs is not None:
             top = params.prompt_logprobs
             logprobs = [_logprob(token, top) for token in run.prompt_ids]
-            logprobs[:1] = [TokenLogprob(None, token_octets(run.prompt_ids[0]))][: len(logprobs)]
+            logprobs[:1] = [TokenLogprob(None, token_bytes(run.prompt_ids[0]))][: len(logprobs)]
         text = prompt if params.echo else ""
         events.append(
             PromptFacts(
@@ -545,10 +545,10 @@ def _logprob(token: int, alternatives: int) -> TokenLogprob:
     """A made-up but deterministic log probability: the token, then its neighbours."""
     value = -(token % 100) / 100 - 0.01
     top = [
-        TopLogprob((token + rank) % VOCABULARY, value - rank, token_octets((token + rank) % 256))
+        TopLogprob((token + rank) % VOCABULARY, value - rank, token_bytes((token + rank) % 256))
         for rank in range(alternatives)
     ]
-    return TokenLogprob(value, token_octets(token), top)
+    return TokenLogprob(value, token_bytes(token), top)
 
 
 def build(options: EngineOptions, progress: Progress) -> EchoEngine:

@@ -24,12 +24,12 @@ __all__ = ["answer_about", "embeddings", "image_size", "required", "whole_prompt
 EMBEDDING_DIMENSIONS: Final = 8
 
 
-def image_size(octets: bytes) -> str:
-    """Width and height of a PNG, which stand in its first octets; of others, the octets' number."""
-    if octets[:8] == b"\x89PNG\r\n\x1a\n" and len(octets) >= 24:
-        width, height = struct.unpack(">II", octets[16:24])
+def image_size(data: bytes) -> str:
+    """Width and height of a PNG, which stand in its first bytes; of others, the bytes' number."""
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 24:
+        width, height = struct.unpack(">II", data[16:24])
         return f"{width}x{height}"
-    return f"{len(octets)} octets"
+    return f"{len(data)} bytes"
 
 
 def required(value: Any, request: Request) -> Any:

@@ -1,7 +1,7 @@
 """Tokens and text of the echo engine.
 
-0 to 255 are octets of UTF-8; 256 and up are 4,096 made-up words with a leading space. Text is split
-greedily into those words and, for the rest, octets, so that every text has exactly one list of
+0 to 255 are bytes of UTF-8; 256 and up are 4,096 made-up words with a leading space. Text is split
+greedily into those words and, for the rest, bytes, so that every text has exactly one list of
 tokens and every list of tokens a text. Half a character makes a token without text, as in a real
 tokenizer. Must stay a pure function of its input: tests compute answers with it.
 """
@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Final
 
-OCTETS: Final = 256
+BYTES: Final = 256
 WORDS: Final = 4096
-VOCABULARY: Final = OCTETS + WORDS
+VOCABULARY: Final = BYTES + WORDS
 
 _PIECE: Final = re.compile(r" [a-z]+|.", re.DOTALL)
 _CONSONANTS: Final = "bdfgklmn"
@@ -36,13 +36,13 @@ def words() -> tuple[str, ...]:
 
 @cache
 def texts() -> tuple[str, ...]:
-    """Of each token that is a word, by its id; the octets before them have none here."""
-    return ("",) * OCTETS + words()
+    """Of each token that is a word, by its id; the bytes before them have none here."""
+    return ("",) * BYTES + words()
 
 
 @cache
 def _word_ids() -> dict[str, int]:
-    return {word: OCTETS + index for index, word in enumerate(words())}
+    return {word: BYTES + index for index, word in enumerate(words())}
 
 
 def tokenize(text: str) -> list[int]:
@@ -58,16 +58,16 @@ def tokenize(text: str) -> list[int]:
     return tokens
 
 
-def token_octets(token_id: int) -> bytes:
-    """The octets that a token stands for."""
-    if token_id < OCTETS:
+def token_bytes(token_id: int) -> bytes:
+    """The bytes that a token stands for."""
+    if token_id < BYTES:
         return bytes((token_id,))
-    return words()[(token_id - OCTETS) % WORDS].encode()
+    return words()[(token_id - BYTES) % WORDS].encode()
 
 
 def detokenize(token_ids: Iterable[int]) -> str:
-    """Text of token ids; octets that are no UTF-8 become replacement characters."""
-    return b"".join(map(token_octets, token_ids)).decode("utf-8", "replace")
+    """Text of token ids; bytes that are no UTF-8 become replacement characters."""
+    return b"".join(map(token_bytes, token_ids)).decode("utf-8", "replace")
 
 
 def sampled_token(seed: int, prompt_hash: int, position: int) -> int:
@@ -76,7 +76,7 @@ def sampled_token(seed: int, prompt_hash: int, position: int) -> int:
     z = (seed ^ (prompt_hash << 32)) + (position + 1) * 0x9E3779B97F4A7C15 & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return OCTETS + (z ^ (z >> 31)) % WORDS
+    return BYTES + (z ^ (z >> 31)) % WORDS
 
 
 _LANES: Final = 64
@@ -95,7 +95,7 @@ def sampled_tokens(seed: int, prompt_hash: int, position: int) -> list[int]:
     z = (z ^ (z >> 30 & _LOW)) * 0xBF58476D1CE4E5B9 & _LOW
     z = (z ^ (z >> 27 & _LOW)) * 0x94D049BB133111EB & _LOW
     z = (z ^ (z >> 31)) & _ONES * (WORDS - 1)
-    return list(_READ_LANES((z + _ONES * OCTETS).to_bytes(16 * _LANES, "little"))[::2])
+    return list(_READ_LANES((z + _ONES * BYTES).to_bytes(16 * _LANES, "little"))[::2])
 
 
 class Text:
@@ -123,10 +123,10 @@ class Text:
         text = self._held
         vocabulary = words()
         for token in token_ids:
-            if token >= OCTETS and not self._half:
-                text += vocabulary[(token - OCTETS) % WORDS]
+            if token >= BYTES and not self._half:
+                text += vocabulary[(token - BYTES) % WORDS]
             else:
-                text += self._decoder.decode(token_octets(token))
+                text += self._decoder.decode(token_bytes(token))
                 self._half = bool(self._decoder.getstate()[0])
         if not self._stops:
             return text

@@ -85,19 +85,19 @@ class GgufTokenizer:
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         """Token ids of a text; special tokens written out in it are taken as such."""
-        octets = text.encode()
-        room = len(octets) + 8
+        data = text.encode()
+        room = len(data) + 8
         while True:
             tokens = (ll.llama_token * room)()
             count = ll.llama_tokenize(
-                self._vocab, octets, len(octets), tokens, room, add_special_tokens, True
+                self._vocab, data, len(data), tokens, room, add_special_tokens, True
             )
             if count >= 0:
                 return {"input_ids": list(tokens[:count])}
             room = -count
 
     def convert_ids_to_tokens(self, token_id: int) -> bytes:
-        """The octets of a token; of a special one its name. Raises IndexError."""
+        """The bytes of a token; of a special one its name. Raises IndexError."""
         if not 0 <= token_id < self._size:
             raise IndexError(token_id)
         room = PIECE_BYTES

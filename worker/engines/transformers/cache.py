@@ -268,11 +268,11 @@ def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     would keep running streams waiting for seconds."""
     if like.device.type != "cpu":
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
-    octets = max(math.prod(shape) * like.element_size(), 1)
+    size_bytes = max(math.prod(shape) * like.element_size(), 1)
     try:
-        memory = mmap.mmap(-1, octets)
+        memory = mmap.mmap(-1, size_bytes)
     except OSError as error:
-        raise MemoryError(f"{octets} octets for keys and values: {error}") from error
+        raise MemoryError(f"{size_bytes} bytes for keys and values: {error}") from error
     return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 

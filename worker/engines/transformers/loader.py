@@ -263,7 +263,7 @@ def _base_of_adapter(folder: Path) -> str:
 
 
 def _weight_bytes(folder: Path | None) -> int:
-    """Octets of the weights on disk; 0 where they are not local."""
+    """Bytes of the weights on disk; 0 where they are not local."""
     if folder is None:
         return 0
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

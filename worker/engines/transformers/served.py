@@ -163,11 +163,11 @@ class ServedModel(BatchModel):
     def _picture_prompt(self) -> Prompt | None:
         """A prompt with a picture for the self test; None where the model's processor makes none
         of a plain question."""
-        octets = io.BytesIO()
+        data = io.BytesIO()
         picture = Image.new("RGB", (96, 64), (200, 60, 30))
         picture.paste((20, 90, 220), (10, 10, 50, 40))
-        picture.save(octets, "PNG")
-        attachments = (octets.getvalue(),)
+        picture.save(data, "PNG")
+        attachments = (data.getvalue(),)
         parts: list[Part] = [ImagePart(attachment=0), TextPart(text="What is in this picture?")]
         chat = Request(
             model=self.names[0], messages=[Message(role="user", content=parts)], window=1

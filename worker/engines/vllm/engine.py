@@ -190,7 +190,7 @@ class VllmGenerator:
         self.slots = int(engine.vllm_config.scheduler_config.max_num_seqs)
         self._engine = engine
         self._facts = facts
-        self._octets = token_table(facts.tokenizer).octets
+        self._bytes_of = token_table(facts.tokenizer).bytes_of
         self._names: dict[int, str] = {}
         self._by_name: dict[str, Sequence] = {}
         self._count = 0
@@ -284,10 +284,10 @@ class VllmGenerator:
 
     def _logprob(self, token_id: int, found: Mapping[int, Any] | None, top: int) -> TokenLogprob:
         if not found:
-            return TokenLogprob(None, self._octets(token_id))
+            return TokenLogprob(None, self._bytes_of(token_id))
         ranked = sorted(found.items(), key=lambda item: item[1].rank or 0)
         likeliest = [(other, float(entry.logprob)) for other, entry in ranked][:top]
-        return token_logprob(token_id, float(found[token_id].logprob), likeliest, self._octets)
+        return token_logprob(token_id, float(found[token_id].logprob), likeliest, self._bytes_of)
 
     def kv_total_tokens(self) -> int:
         cache = self._engine.vllm_config.cache_config

@@ -105,7 +105,7 @@ class BusSampling(LogitsProcessor):  # type: ignore[misc]
         return logits
 
     def _sampler(self, banned: tuple[int, ...], vocab_size: int) -> Sampler:
-        # Logprobs are vLLM's own: nobody asks this sampler for a token's octets.
+        # Logprobs are vLLM's own: nobody asks this sampler for a token's bytes.
         if banned not in self._samplers:
             self._samplers[banned] = Sampler(
                 vocab_size, banned_ids=banned, token_bytes=lambda token_id: b""
