@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from broker.protocol.messages import FinishReason, Message, ModelInfo, Timings, Usage
 from client.calls import Embeddings
+from client.choices import AsyncChoiceStream, ChoiceStream
 from client.core.events import End, Prompt, Queued, Recovering, Started, StreamEvent, Tokens
+from client.core.tools import ToolCall
 from client.errors import *  # noqa: F403  # its `__all__` is the list, kept once
 from client.errors import __all__ as _errors
 from client.options import Limits, Retry, Timeout
@@ -32,8 +34,10 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "AsyncChoiceStream",
     "AsyncClient",
     "AsyncStream",
+    "ChoiceStream",
     "Client",
     "Completion",
     "Embeddings",
@@ -52,6 +56,7 @@ __all__ = [
     "Timeout",
     "Timings",
     "Tokens",
+    "ToolCall",
     "Usage",
     "__version__",
     *_errors,

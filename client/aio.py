@@ -11,13 +11,16 @@ import asyncio
 import threading
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
 from broker.protocol.messages import Kind
 from client import calls
 from client.calls import Call, Embeddings, Messages, Prompt
+from client.choices import AsyncChoiceStream
 from client.core.events import Answered, End
+from client.core.shapes import Format, T
 from client.errors import BusError
 from client.face import Face, drain_args
 from client.images import Image
@@ -67,9 +70,11 @@ class AsyncClient(Face):
         *,
         model: str | None = ...,
         images: Sequence[Image] = ...,
+        n: None = ...,
         stream: Literal[False] = ...,
+        response_format: Format[T] | None = ...,
         **params: Unpack[ChatOptions],
-    ) -> Completion: ...
+    ) -> Completion[T]: ...
 
     @overload
     async def chat(
@@ -78,20 +83,37 @@ class AsyncClient(Face):
         *,
         model: str | None = ...,
         images: Sequence[Image] = ...,
+        n: None = ...,
         stream: Literal[True],
+        response_format: Format[T] | None = ...,
         **params: Unpack[ChatOptions],
-    ) -> AsyncStream: ...
+    ) -> AsyncStream[T]: ...
 
     @overload
     async def chat(
         self,
-        model: str | None,
         messages: Messages,
         *,
+        model: str | None = ...,
         images: Sequence[Image] = ...,
+        n: int,
         stream: Literal[False] = ...,
+        response_format: Format[T] | None = ...,
         **params: Unpack[ChatOptions],
-    ) -> Completion: ...
+    ) -> list[Completion[T]]: ...
+
+    @overload
+    async def chat(
+        self,
+        messages: Messages,
+        *,
+        model: str | None = ...,
+        images: Sequence[Image] = ...,
+        n: int,
+        stream: Literal[True],
+        response_format: Format[T] | None = ...,
+        **params: Unpack[ChatOptions],
+    ) -> AsyncChoiceStream[T]: ...
 
     @overload
     async def chat(
@@ -100,9 +122,50 @@ class AsyncClient(Face):
         messages: Messages,
         *,
         images: Sequence[Image] = ...,
-        stream: Literal[True],
+        n: None = ...,
+        stream: Literal[False] = ...,
+        response_format: Format[T] | None = ...,
         **params: Unpack[ChatOptions],
-    ) -> AsyncStream: ...
+    ) -> Completion[T]: ...
+
+    @overload
+    async def chat(
+        self,
+        model: str | None,
+        messages: Messages,
+        *,
+        images: Sequence[Image] = ...,
+        n: None = ...,
+        stream: Literal[True],
+        response_format: Format[T] | None = ...,
+        **params: Unpack[ChatOptions],
+    ) -> AsyncStream[T]: ...
+
+    @overload
+    async def chat(
+        self,
+        model: str | None,
+        messages: Messages,
+        *,
+        images: Sequence[Image] = ...,
+        n: int,
+        stream: Literal[False] = ...,
+        response_format: Format[T] | None = ...,
+        **params: Unpack[ChatOptions],
+    ) -> list[Completion[T]]: ...
+
+    @overload
+    async def chat(
+        self,
+        model: str | None,
+        messages: Messages,
+        *,
+        images: Sequence[Image] = ...,
+        n: int,
+        stream: Literal[True],
+        response_format: Format[T] | None = ...,
+        **params: Unpack[ChatOptions],
+    ) -> AsyncChoiceStream[T]: ...
 
     @documented(ChatOptions)
     async def chat(
@@ -111,19 +174,27 @@ class AsyncClient(Face):
         messages: Messages | None = None,
         model: str | None = None,
         images: Sequence[Image] = (),
+        n: int | None = None,
         stream: bool = False,
+        response_format: Format[Any] | None = None,
         **params: Unpack[ChatOptions],
-    ) -> Completion | AsyncStream:
+    ) -> Completion[Any] | AsyncStream[Any] | list[Completion[Any]] | AsyncChoiceStream[Any]:
         """The answer to a conversation: `chat(messages, model=...)`, or `chat(model, messages)`.
 
         `messages`: a text, or a list of `{"role": ..., "content": ...}`. `model`: a name, or None
         for the only model served. `images` (paths, bytes, Pillow images) join the last user
-        message; or place them by parts `{"type": "image", "image": ...}`. `stream=True` returns a
+        message; or place them by parts `{"type": "image", "image": ...}`. `stream=True` returns an
         `AsyncStream` at once, else the whole answer is waited for.
+
+        `n`: so many answers, with the seeds `seed`, `seed + 1`, ...: a list of them, or an
+        `AsyncChoiceStream`. `response_format`: a class (a pydantic model, a dataclass, ...) or
+        OpenAI's form, which the answer keeps to; its `parsed` is then an instance of the class.
+        With `tools` (OpenAI's form, or classes) the answer has `tool_calls`.
         """
         model, messages = calls.model_and_messages(given, model, messages)
-        call = calls.chat(self._defaults, model, messages, images, dict(params))
-        return await self._answer(call, stream)
+        options = {**params, "response_format": response_format}
+        call = calls.chat(self._defaults, model, messages, images, options)
+        return await self._answer(call, n, stream)
 
     @overload
     async def generate(
@@ -133,9 +204,11 @@ class AsyncClient(Face):
         model: str | None = ...,
         token_ids: Sequence[int] | None = ...,
         images: Sequence[Image] = ...,
+        n: None = ...,
         stream: Literal[False] = ...,
+        response_format: Format[T] | None = ...,
         **params: Unpack[GenerateOptions],
-    ) -> Completion: ...
+    ) -> Completion[T]: ...
 
     @overload
     async def generate(
@@ -145,9 +218,39 @@ class AsyncClient(Face):
         model: str | None = ...,
         token_ids: Sequence[int] | None = ...,
         images: Sequence[Image] = ...,
+        n: None = ...,
         stream: Literal[True],
+        response_format: Format[T] | None = ...,
         **params: Unpack[GenerateOptions],
-    ) -> AsyncStream: ...
+    ) -> AsyncStream[T]: ...
+
+    @overload
+    async def generate(
+        self,
+        prompt: str | None = ...,
+        *,
+        model: str | None = ...,
+        token_ids: Sequence[int] | None = ...,
+        images: Sequence[Image] = ...,
+        n: int,
+        stream: Literal[False] = ...,
+        response_format: Format[T] | None = ...,
+        **params: Unpack[GenerateOptions],
+    ) -> list[Completion[T]]: ...
+
+    @overload
+    async def generate(
+        self,
+        prompt: str | None = ...,
+        *,
+        model: str | None = ...,
+        token_ids: Sequence[int] | None = ...,
+        images: Sequence[Image] = ...,
+        n: int,
+        stream: Literal[True],
+        response_format: Format[T] | None = ...,
+        **params: Unpack[GenerateOptions],
+    ) -> AsyncChoiceStream[T]: ...
 
     @documented(GenerateOptions)
     async def generate(
@@ -157,15 +260,18 @@ class AsyncClient(Face):
         model: str | None = None,
         token_ids: Sequence[int] | None = None,
         images: Sequence[Image] = (),
+        n: int | None = None,
         stream: bool = False,
+        response_format: Format[Any] | None = None,
         **params: Unpack[GenerateOptions],
-    ) -> Completion | AsyncStream:
+    ) -> Completion[Any] | AsyncStream[Any] | list[Completion[Any]] | AsyncChoiceStream[Any]:
         """Continue a raw prompt (`<image>` for each picture) or token ids, without a template.
 
-        `model`, `images` and `stream` as in `chat`.
+        `model`, `images`, `n`, `stream` and `response_format` as in `chat`.
         """
-        call = calls.complete(self._defaults, model, prompt, token_ids, images, dict(params))
-        return await self._answer(call, stream)
+        options = {**params, "response_format": response_format}
+        call = calls.complete(self._defaults, model, prompt, token_ids, images, options)
+        return await self._answer(call, n, stream)
 
     @documented(EmbedOptions)
     async def embed(
@@ -323,9 +429,15 @@ class AsyncClient(Face):
     ) -> None:
         await self.aclose()
 
-    async def _answer(self, call: Call, stream: bool) -> Completion | AsyncStream:
-        started = self._stream(call)
-        return started if stream else await started.result()
+    async def _answer(
+        self, call: Call, n: int | None, stream: bool
+    ) -> Completion[Any] | AsyncStream[Any] | list[Completion[Any]] | AsyncChoiceStream[Any]:
+        if n is None:
+            started = self._stream(call)
+            return started if stream else await started.result()
+        starts = [partial(self._start, one) for one in calls.choices(call, n)]
+        choices = AsyncChoiceStream[Any](AsyncInbox(asyncio.get_running_loop()), starts, self)
+        return choices if stream else await choices.result()
 
     def _stream(self, call: Call) -> AsyncStream:
         inbox = AsyncInbox(asyncio.get_running_loop())

@@ -30,7 +30,10 @@ from broker.protocol.messages import (
     Usage,
 )
 from client import images as pictures
+from client.answers import wanted
 from client.core.events import End
+from client.core.shapes import Shape
+from client.core.tools import Reading
 from client.errors import BrokenProtocol, InvalidRequest
 from client.images import Image
 from client.options import Retry, Timeout
@@ -43,8 +46,11 @@ Prompt = str | Sequence[int]
 _PARAMS: Final = frozenset(Params.__struct_fields__)
 ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function")
 _ANY: Final = frozenset(CallOptions.__annotations__)
-_ANSWER: Final = frozenset(ChatOptions.__annotations__)
+_ANSWER: Final = frozenset((*ChatOptions.__annotations__, "response_format"))
 _EMBED: Final = frozenset(EmbedOptions.__annotations__)
+
+MAX_CHOICES: Final = 128
+"""Answers to one question: each is a request of its own in the broker's queue."""
 
 EMBED_INPUTS_AT_ONCE: Final = 32
 """Vectors of one request: an OUTPUT of 1 MiB holds 32 of 8192 dimensions."""
@@ -59,6 +65,10 @@ class Call:
     timeout: Timeout
     retry: Retry
     window_tokens: int | None
+    #: How tool calls are found in the answer; None: it is text.
+    reading: Reading | None = None
+    #: What `response_format` wants the answer to be.
+    shape: Shape | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +165,19 @@ def text_or_messages(
     if isinstance(given, str) or given is None:
         return complete(defaults, model, given, token_ids, images, options, kind)
     return chat(defaults, model, given, images, options, kind)
+
+
+def choices(call: Call, n: int) -> list[Call]:
+    """The calls of `n` answers to one question: the i-th uses seed + i. Raises `InvalidRequest`."""
+    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= MAX_CHOICES:
+        raise InvalidRequest(f"n is {n!r}; give a count of answers from 1 to {MAX_CHOICES}")
+    params = call.request.params
+    seeds = [(params.seed + i) % (1 << 63) for i in range(n)]
+    requests = [
+        msgspec.structs.replace(call.request, params=msgspec.structs.replace(params, seed=seed))
+        for seed in seeds
+    ]
+    return [dataclasses.replace(call, request=request) for request in requests]
 
 
 def embed(
@@ -338,6 +361,7 @@ def _call(
     _check_names(options, _ANSWER)
     timeout = _timeout(options.pop("timeout", None), defaults.timeout)
     retry = options.pop("retry", None) or defaults.retry
+    reading, shape = wanted(kind, options)
     window = options.pop("window", None)
     if window is not None and (not isinstance(window, int) or window < 1):
         raise InvalidRequest(f"window is {window!r}; give a count of tokens from 1 up")
@@ -375,7 +399,7 @@ def _call(
         raise InvalidRequest(f"{told}; nothing was sent") from None
     if not model:
         request = msgspec.structs.replace(request, model="")
-    return Call(request, tuple(attached.encoded), timeout, retry, window)
+    return Call(request, tuple(attached.encoded), timeout, retry, window, reading, shape)
 
 
 def _timeout(given: Any, default: Timeout) -> Timeout:

@@ -26,10 +26,11 @@
     │   ├── ConnectTimeout      Timeout.connect: no broker answered
     │   ├── UnknownSession      the broker does not know this session
     │   └── ClientClosed        this client was closed
+    ├── InvalidAnswer           the model's answer is not what was asked for
     └── BrokenProtocol          the peer breaks the specification
 
 `DeadlineExceeded` and `ConnectTimeout` are Python's `TimeoutError` as well, `ConnectionLost` is its
-`ConnectionError`: a program that knows those catches these.
+`ConnectionError`, `InvalidAnswer` its `ValueError`: a program that knows those catches these.
 
 Holds no logic of the bus: `error_from` only picks the class.
 """
@@ -54,6 +55,7 @@ __all__ = [
     "EngineError",
     "FirstTokenTimeout",
     "Forbidden",
+    "InvalidAnswer",
     "InvalidRequest",
     "ModelUnavailable",
     "OutOfMemory",
@@ -264,6 +266,13 @@ class UnknownSession(ConnectionLost):
 
 class ClientClosed(ConnectionLost):
     """This client was closed, by the application or by a failure of its transport."""
+
+
+class InvalidAnswer(BusError, ValueError):
+    """What the model wrote is not the JSON, or does not fit the type or schema, that was asked for.
+    Raised where the answer is read as such; its text is there all the same."""
+
+    default_code = "invalid_answer"
 
 
 class BrokenProtocol(BusError):

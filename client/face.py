@@ -12,11 +12,13 @@ from typing import Any
 from broker.protocol.messages import new_id
 from client.calls import Call, Defaults
 from client.core import events
+from client.core.call_reader import CallReader
+from client.errors import short_id
 from client.io.dealer import key_pair, server_key_of
 from client.io.driver import Sink
 from client.io.thread import Transport
 from client.options import Connection, Limits, Retry, Timeout
-from client.stream import StreamState
+from client.stream import PassingSink, StreamState
 
 
 class Face:
@@ -99,7 +101,12 @@ class Face:
             call.window_tokens,
         )
         carrier = self._carrier()
-        state = StreamState(request_id, call.request.model, call.request.params.seed, carrier.post)
+        state = StreamState(
+            request_id, call.request.model, call.request.params.seed, carrier.post, call.shape
+        )
+        if call.reading is not None:
+            reader = CallReader(call.reading, short_id(request_id), sink.add)
+            sink = PassingSink(reader.add, sink.wake)
         carrier.open(made, sink)
         return state
 

@@ -56,8 +56,8 @@ class ConversationOptions(CallOptions, total=False):
     """What goes into the prompt that a chat template makes."""
 
     tools: Annotated[
-        Sequence[Mapping[str, Any]] | None,
-        _says("functions that the model may call, in OpenAI's form [none]"),
+        Sequence[Mapping[str, Any] | type] | None,
+        _says("what the model may call: functions in OpenAI's form, or classes [none]"),
     ]
     tool_choice: Annotated[
         str | Mapping[str, Any] | None,

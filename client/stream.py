@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from queue import SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Generic, Self, cast
 
 from broker.protocol.messages import (
     FinishReason,
@@ -34,16 +35,28 @@ from client.core.events import (
     StreamEvent,
     Tokens,
 )
-from client.errors import BusError, short_id
+from client.core.shapes import Shape, T
+from client.core.tools import ToolCall
+from client.errors import BusError, InvalidAnswer, short_id
 
 if TYPE_CHECKING:
     import asyncio  # never at run time: a blocking program does not pay for it
 
+    from typing_extensions import TypeVar
 
-@dataclass(frozen=True, slots=True)
-class Completion:
+    #: What an inbox holds.
+    Held = TypeVar("Held", default=Item)
+else:
+    from typing import TypeVar
+
+    Held = TypeVar("Held")
+
+
+@dataclass(frozen=True)
+class Completion(Generic[T]):
     """A whole answer. `str(completion)` is its text."""
 
+    #: Without the calls of tools.
     text: str
     token_ids: list[int]
     #: Of each token, where asked for.
@@ -70,9 +83,42 @@ class Completion:
     total_s: float
     #: Of embed, count, tokenize, detokenize and template.
     result: dict[str, Any] | None = None
+    #: Where `tools` were given: the calls that the model makes, in order.
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    #: What `response_format` asked for.
+    shape: Shape | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return self.text
+
+    @cached_property
+    def parsed(self) -> T:
+        """The answer as what `response_format` asked for: an instance of the class, or what JSON
+        gives; None without one. Raises `InvalidAnswer`, as for an answer that was cut."""
+        if self.shape is None:
+            return cast(T, None)
+        try:
+            return cast(T, self.shape.read(self.text))
+        except InvalidAnswer as error:
+            if self.finish_reason is FinishReason.STOP:
+                raise
+            why = "raise max_tokens" if self.finish_reason is FinishReason.LENGTH else "it was left"
+            raise InvalidAnswer(f"{error}; the answer is not complete: {why}") from error.__cause__
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as a message of the conversation, for the next question."""
+        made: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.tool_calls:
+            made["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments_json},
+                }
+                for call in self.tool_calls
+            ]
+        return made
 
 
 Post = Callable[[events.Event], None]
@@ -82,12 +128,14 @@ class StreamState:
     """What the application has taken of one stream."""
 
     __slots__ = (
+        "_calls",
         "_id",
         "_logprobs",
         "_post",
         "_prompt",
         "_report_at",
         "_report_every",
+        "_shape",
         "_text",
         "_token_ids",
         "end",
@@ -99,7 +147,9 @@ class StreamState:
         "worker",
     )
 
-    def __init__(self, request_id: bytes, model: str, seed: int, post: Post) -> None:
+    def __init__(
+        self, request_id: bytes, model: str, seed: int, post: Post, shape: Shape | None = None
+    ) -> None:
         self._id = request_id
         self._post = post
         #: Tokens between two reports to the session, and when the next is due: `Started` tells it,
@@ -110,6 +160,8 @@ class StreamState:
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._prompt: PromptEvent | None = None
+        self._calls: list[ToolCall] = []
+        self._shape = shape
         #: Nothing more will come: there is an `end` or an `error`.
         self.over = False
         self.end: End | None = None
@@ -152,6 +204,8 @@ class StreamState:
                 self._report_at = len(self._token_ids) + self._report_every
             case PromptEvent():
                 self._prompt = item
+            case ToolCall():
+                self._calls.append(item)
             case BusError():
                 self.error, self.over = item, True
                 raise item
@@ -178,7 +232,7 @@ class StreamState:
             )
             self._post(events.RequestDropped(self._id))
 
-    def completion(self) -> Completion:
+    def completion(self) -> Completion[Any]:
         """The whole answer; of a dropped stream, what was taken (`finish_reason` cancelled)."""
         if self.error is not None:
             raise self.error
@@ -201,10 +255,13 @@ class StreamState:
             first_token_s=end.first_token_s,
             total_s=end.total_s,
             result=end.result,
+            tool_calls=list(self._calls),
+            shape=self._shape,
         )
 
 
-def _text_of(event: StreamEvent) -> str:
+def text_of(event: StreamEvent) -> str:
+    """What an event adds to the text."""
     return event.text if isinstance(event, Tokens | End) else ""
 
 
@@ -263,17 +320,27 @@ class _Reading:
         self._state.drop()
 
 
-class Inbox:
+class PassingSink:
+    """A sink that stands before another: what is added passes through `add` on its way."""
+
+    __slots__ = ("add", "wake")
+
+    def __init__(self, add: Callable[[Item], None], wake: Callable[[], None]) -> None:
+        self.add = add
+        self.wake = wake
+
+
+class Inbox(Generic[Held]):
     """The sink of a blocking consumer."""
 
     __slots__ = ("_added", "_queue")
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[Sequence[Item]] = SimpleQueue()
+        self._queue: SimpleQueue[Sequence[Held]] = SimpleQueue()
         #: In this round.
-        self._added: list[Item] = []
+        self._added: list[Held] = []
 
-    def add(self, item: Item) -> None:
+    def add(self, item: Held) -> None:
         """In the transport's thread."""
         self._added.append(item)
 
@@ -283,12 +350,12 @@ class Inbox:
             added, self._added = self._added, []
             self._queue.put(added)
 
-    def get(self) -> Sequence[Item]:
+    def get(self) -> Sequence[Held]:
         """Wait for the next items. The session's own limits end every wait."""
         return self._queue.get()
 
 
-class Stream(_Reading):
+class Stream(_Reading, Generic[T]):
     """A stream of a `Client`: iterate over it for events, over `.text` for text; `result()` reads.
 
     One thread reads a stream. Leaving the loop early cancels the request.
@@ -315,11 +382,11 @@ class Stream(_Reading):
     def text(self) -> Iterator[str]:
         """The text in the pieces in which it arrives."""
         for event in self:
-            piece = _text_of(event)
+            piece = text_of(event)
             if piece:
                 yield piece
 
-    def result(self) -> Completion:
+    def result(self) -> Completion[T]:
         """Read to the end. Raises what ended the request, if it was not its end."""
         for _ in self:
             pass
@@ -337,7 +404,7 @@ class Stream(_Reading):
         self.close()
 
 
-class AsyncInbox:
+class AsyncInbox(Generic[Held]):
     """The sink of an asyncio consumer; everything happens in its loop."""
 
     __slots__ = ("_future", "_waiter", "add", "items")
@@ -346,8 +413,8 @@ class AsyncInbox:
         #: A future of the loop; and how an item is taken in: bound once, for every token.
         self._future = loop.create_future
         #: Arrived, not yet taken.
-        self.items: deque[Item] = deque()
-        self.add: Callable[[Item], None] = self.items.append
+        self.items: deque[Held] = deque()
+        self.add: Callable[[Held], None] = self.items.append
         self._waiter: asyncio.Future[None] | None = None
 
     def wake(self) -> None:
@@ -363,14 +430,14 @@ class AsyncInbox:
         self._waiter = waiter = self._future()
         return waiter
 
-    async def next(self) -> Item:
+    async def next(self) -> Held:
         """Wait for the next item."""
         while not self.items:
             await self.waiter()
         return self.items.popleft()
 
 
-class AsyncStream(_Reading):
+class AsyncStream(_Reading, Generic[T]):
     """A stream of an `AsyncClient`. Like `Stream`, with `async for` and `await`.
 
     One task reads a stream. Leaving the loop early or cancelling the task cancels the request.
@@ -393,7 +460,7 @@ class AsyncStream(_Reading):
         """The events, those together that came together: for whoever passes them on."""
         return _Batches(_Events(self))
 
-    async def result(self) -> Completion:
+    async def result(self) -> Completion[T]:
         """Read to the end. Raises what ended the request, if it was not its end."""
         async for _ in self:
             pass
@@ -477,7 +544,7 @@ class _Texts:
 
     async def __anext__(self) -> str:
         while True:
-            piece = _text_of(await anext(self._events))
+            piece = text_of(await anext(self._events))
             if piece:
                 return piece
 

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
 from broker.protocol.messages import Kind
 from client import calls
 from client.calls import Call, Embeddings, Messages, Prompt
+from client.choices import ChoiceStream
 from client.core.events import Answered, End
+from client.core.shapes import Format, T
 from client.errors import BusError
 from client.face import Face, drain_args
 from client.images import Image
@@ -61,9 +64,11 @@ class Client(Face):
         *,
         model: str | None = ...,
         images: Sequence[Image] = ...,
+        n: None = ...,
         stream: Literal[False] = ...,
+        response_format: Format[T] | None = ...,
         **params: Unpack[ChatOptions],
-    ) -> Completion: ...
+    ) -> Completion[T]: ...
 
     @overload
     def chat(
@@ -72,20 +77,37 @@ class Client(Face):
         *,
         model: str | None = ...,
         images: Sequence[Image] = ...,
+        n: None = ...,
         stream: Literal[True],
+        response_format: Format[T] | None = ...,
         **params: Unpack[ChatOptions],
-    ) -> Stream: ...
+    ) -> Stream[T]: ...
 
     @overload
     def chat(
         self,
-        model: str | None,
         messages: Messages,
         *,
+        model: str | None = ...,
         images: Sequence[Image] = ...,
+        n: int,
         stream: Literal[False] = ...,
+        response_format: Format[T] | None = ...,
         **params: Unpack[ChatOptions],
-    ) -> Completion: ...
+    ) -> list[Completion[T]]: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        model: str | None = ...,
+        images: Sequence[Image] = ...,
+        n: int,
+        stream: Literal[True],
+        response_format: Format[T] | None = ...,
+        **params: Unpack[ChatOptions],
+    ) -> ChoiceStream[T]: ...
 
     @overload
     def chat(
@@ -94,9 +116,50 @@ class Client(Face):
         messages: Messages,
         *,
         images: Sequence[Image] = ...,
-        stream: Literal[True],
+        n: None = ...,
+        stream: Literal[False] = ...,
+        response_format: Format[T] | None = ...,
         **params: Unpack[ChatOptions],
-    ) -> Stream: ...
+    ) -> Completion[T]: ...
+
+    @overload
+    def chat(
+        self,
+        model: str | None,
+        messages: Messages,
+        *,
+        images: Sequence[Image] = ...,
+        n: None = ...,
+        stream: Literal[True],
+        response_format: Format[T] | None = ...,
+        **params: Unpack[ChatOptions],
+    ) -> Stream[T]: ...
+
+    @overload
+    def chat(
+        self,
+        model: str | None,
+        messages: Messages,
+        *,
+        images: Sequence[Image] = ...,
+        n: int,
+        stream: Literal[False] = ...,
+        response_format: Format[T] | None = ...,
+        **params: Unpack[ChatOptions],
+    ) -> list[Completion[T]]: ...
+
+    @overload
+    def chat(
+        self,
+        model: str | None,
+        messages: Messages,
+        *,
+        images: Sequence[Image] = ...,
+        n: int,
+        stream: Literal[True],
+        response_format: Format[T] | None = ...,
+        **params: Unpack[ChatOptions],
+    ) -> ChoiceStream[T]: ...
 
     @documented(ChatOptions)
     def chat(
@@ -105,19 +168,27 @@ class Client(Face):
         messages: Messages | None = None,
         model: str | None = None,
         images: Sequence[Image] = (),
+        n: int | None = None,
         stream: bool = False,
+        response_format: Format[Any] | None = None,
         **params: Unpack[ChatOptions],
-    ) -> Completion | Stream:
+    ) -> Completion[Any] | Stream[Any] | list[Completion[Any]] | ChoiceStream[Any]:
         """The answer to a conversation: `chat(messages, model=...)`, or `chat(model, messages)`.
 
         `messages`: a text, or a list of `{"role": ..., "content": ...}`. `model`: a name, or None
         for the only model served. `images` (paths, bytes, Pillow images) join the last user
         message; or place them by parts `{"type": "image", "image": ...}`. `stream=True` returns a
         `Stream` at once, else the whole answer is waited for.
+
+        `n`: so many answers, with the seeds `seed`, `seed + 1`, ...: a list of them, or a
+        `ChoiceStream`. `response_format`: a class (a pydantic model, a dataclass, ...) or OpenAI's
+        form, which the answer keeps to; its `parsed` is then an instance of the class. With `tools`
+        (OpenAI's form, or classes) the answer has `tool_calls`.
         """
         model, messages = calls.model_and_messages(given, model, messages)
-        call = calls.chat(self._defaults, model, messages, images, dict(params))
-        return self._answer(call, stream)
+        options = {**params, "response_format": response_format}
+        call = calls.chat(self._defaults, model, messages, images, options)
+        return self._answer(call, n, stream)
 
     @overload
     def generate(
@@ -127,9 +198,11 @@ class Client(Face):
         model: str | None = ...,
         token_ids: Sequence[int] | None = ...,
         images: Sequence[Image] = ...,
+        n: None = ...,
         stream: Literal[False] = ...,
+        response_format: Format[T] | None = ...,
         **params: Unpack[GenerateOptions],
-    ) -> Completion: ...
+    ) -> Completion[T]: ...
 
     @overload
     def generate(
@@ -139,9 +212,39 @@ class Client(Face):
         model: str | None = ...,
         token_ids: Sequence[int] | None = ...,
         images: Sequence[Image] = ...,
+        n: None = ...,
         stream: Literal[True],
+        response_format: Format[T] | None = ...,
         **params: Unpack[GenerateOptions],
-    ) -> Stream: ...
+    ) -> Stream[T]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str | None = ...,
+        *,
+        model: str | None = ...,
+        token_ids: Sequence[int] | None = ...,
+        images: Sequence[Image] = ...,
+        n: int,
+        stream: Literal[False] = ...,
+        response_format: Format[T] | None = ...,
+        **params: Unpack[GenerateOptions],
+    ) -> list[Completion[T]]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str | None = ...,
+        *,
+        model: str | None = ...,
+        token_ids: Sequence[int] | None = ...,
+        images: Sequence[Image] = ...,
+        n: int,
+        stream: Literal[True],
+        response_format: Format[T] | None = ...,
+        **params: Unpack[GenerateOptions],
+    ) -> ChoiceStream[T]: ...
 
     @documented(GenerateOptions)
     def generate(
@@ -151,15 +254,18 @@ class Client(Face):
         model: str | None = None,
         token_ids: Sequence[int] | None = None,
         images: Sequence[Image] = (),
+        n: int | None = None,
         stream: bool = False,
+        response_format: Format[Any] | None = None,
         **params: Unpack[GenerateOptions],
-    ) -> Completion | Stream:
+    ) -> Completion[Any] | Stream[Any] | list[Completion[Any]] | ChoiceStream[Any]:
         """Continue a raw prompt (`<image>` for each picture) or token ids, without a template.
 
-        `model`, `images` and `stream` as in `chat`.
+        `model`, `images`, `n`, `stream` and `response_format` as in `chat`.
         """
-        call = calls.complete(self._defaults, model, prompt, token_ids, images, dict(params))
-        return self._answer(call, stream)
+        options = {**params, "response_format": response_format}
+        call = calls.complete(self._defaults, model, prompt, token_ids, images, options)
+        return self._answer(call, n, stream)
 
     @documented(EmbedOptions)
     def embed(
@@ -290,9 +396,15 @@ class Client(Face):
     ) -> None:
         self.close()
 
-    def _answer(self, call: Call, stream: bool) -> Completion | Stream:
-        started = self._stream(call)
-        return started if stream else started.result()
+    def _answer(
+        self, call: Call, n: int | None, stream: bool
+    ) -> Completion[Any] | Stream[Any] | list[Completion[Any]] | ChoiceStream[Any]:
+        if n is None:
+            started = self._stream(call)
+            return started if stream else started.result()
+        starts = [partial(self._start, one) for one in calls.choices(call, n)]
+        choices = ChoiceStream[Any](starts, self)
+        return choices if stream else choices.result()
 
     def _stream(self, call: Call) -> Stream:
         inbox = Inbox()

@@ -21,6 +21,7 @@ from broker.protocol.messages import (
     TokensEvent,
     Usage,
 )
+from client.core.tools import ToolCall
 from client.errors import BusError
 from client.options import Retry, Timeout
 
@@ -82,7 +83,7 @@ Tokens = TokensEvent
 #: Facts of the prompt, where `echo` or `prompt_logprobs` asked for them.
 Prompt = PromptEvent
 
-StreamEvent = Queued | Started | Recovering | Prompt | Tokens | End
+StreamEvent = Queued | Started | Recovering | Prompt | Tokens | ToolCall | End
 
 
 @dataclass(frozen=True, slots=True)

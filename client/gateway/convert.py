@@ -25,12 +25,12 @@ from broker.protocol.messages import (
     Request,
     TextPart,
 )
+from client.core.forced import forced_calls
+from client.core.tool_parser import MARKS
 from client.gateway import requests as http
 from client.gateway.bodies import aside
 from client.gateway.errors import invalid
 from client.gateway.images import ImagePolicy, load_image
-from client.gateway.openai.forced import forced_calls
-from client.gateway.openai.tools import MARKS
 
 __all__ = [
     "Call",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from broker.protocol.messages import Constraint
-from client.gateway.openai.forced import MAX_FORCED_CALLS, forced_calls
+from client.core.forced import MAX_FORCED_CALLS, forced_calls
 from client.gateway.requests import Function
 
 llguidance = pytest.importorskip("llguidance", reason="install tokenbus[structured]")

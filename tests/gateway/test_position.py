@@ -14,13 +14,13 @@ import pytest
 
 from broker.protocol.messages import FinishReason, Timings, TokenLogprob, TopLogprob, Usage
 from client.core.events import End
+from client.core.tool_parser import ToolCallParser
 from client.gateway.errors import GatewayError
 from client.gateway.openai import chat as openai_chat
 from client.gateway.openai import completions as openai_completions
 from client.gateway.openai.answers import ChatChoice
 from client.gateway.openai.generation import ChoiceEvent, Delta, Finish
 from client.gateway.openai.position import Position
-from client.gateway.openai.tools import ToolCallParser
 from client.gateway.requests import ChatMessage, ChatRequest, CompletionRequest, StreamOptions
 
 CALLS = (

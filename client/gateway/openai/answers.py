@@ -18,9 +18,9 @@ import msgspec
 
 from broker.protocol.messages import FinishReason, TokenLogprob, Usage
 from client import Embeddings
+from client.core import tool_parser as tools
 from client.gateway.bodies import aside
 from client.gateway.convert import Call as BusCall
-from client.gateway.openai import tools
 from client.gateway.openai.generation import ChoiceEvent, Delta, Finish, Prompted
 from client.gateway.openai.logprobs import Places
 

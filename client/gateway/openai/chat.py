@@ -28,11 +28,11 @@ from openai.types.chat.chat_completion_message_function_tool_call import (
 from starlette.responses import JSONResponse, Response
 
 from broker.protocol.messages import TokenLogprob, Usage
+from client.core import tool_parser as tools
 from client.gateway.bodies import aside
 from client.gateway.context import Visit
 from client.gateway.convert import chat_call, seeded, wants_usage_so_far
 from client.gateway.errors import GatewayError, UnknownAnswer
-from client.gateway.openai import tools
 from client.gateway.openai.answers import ChatChoice, parser_for, pick_seed
 from client.gateway.openai.generation import Batches, ChoiceEvent, Delta, Finish, Prompted
 from client.gateway.openai.position import Position

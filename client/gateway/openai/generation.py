@@ -113,8 +113,6 @@ def _made_ready(bus: AsyncClient, call: Call, retry: Retry, limits: Timeout) -> 
     options["seed"] = request.params.seed
     options["model_defaults"] = request.params.model_defaults
     options.update(
-        tools=request.tools,
-        tool_choice=request.tool_choice,
         template_args=request.template_args or None,
         priority=request.priority,
         user=request.user,
@@ -125,7 +123,10 @@ def _made_ready(bus: AsyncClient, call: Call, retry: Retry, limits: Timeout) -> 
     images = list(call.attachments)
     if request.kind is Kind.CHAT:
         messages = [_message(message, images) for message in request.messages or []]
-        return calls.chat(bus.defaults, request.model, messages, (), options)
+        call_ = calls.chat(bus.defaults, request.model, messages, (), options)
+        # The gateway reads the calls of an answer itself.
+        tools = {"tools": request.tools, "tool_choice": request.tool_choice}
+        return replace(call_, request=msgspec.structs.replace(call_.request, **tools))
     return calls.complete(
         bus.defaults, request.model, request.prompt, request.token_ids, images, options
     )

@@ -26,12 +26,12 @@ from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
 from broker.protocol.messages import TokenLogprob, Usage
+from client.core import tool_parser as tools
 from client.gateway import requests as http
 from client.gateway.bodies import aside
 from client.gateway.context import Visit
 from client.gateway.convert import Call, chat_call
 from client.gateway.errors import GatewayError, UnknownAnswer, describe, invalid
-from client.gateway.openai import tools
 from client.gateway.openai.answers import Progress, new_id, parser_for, pick_seed
 from client.gateway.openai.generation import Batches, ChoiceEvent, Delta, Finish
 from client.gateway.openai.responses_body import (

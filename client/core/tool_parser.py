@@ -222,7 +222,7 @@ def _may_be_arguments(value: str) -> bool:
 def _string(text: str) -> str | None:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, str) else None
 
@@ -285,6 +285,11 @@ class ToolCallParser:
         for opening, closing in _THOUGHTS.items():
             if tail.endswith(opening):
                 self._state, self._closing = _State.THOUGHT, closing
+
+    @property
+    def complete_calls(self) -> int:
+        """Calls of which nothing more will come."""
+        return self.calls - (self._reader is not None and self._told)
 
     @property
     def satisfied(self) -> bool:

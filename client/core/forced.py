@@ -1,19 +1,29 @@
-"""The shape of an answer that must be a tool call (`tool_choice`); `tools` reads it back."""
+"""The shape of an answer that must be a tool call (`tool_choice`); `tool_parser` reads it back."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Protocol
 
 from broker.protocol.messages import Constraint
-from client.gateway.requests import Function
 
 __all__ = ["MAX_FORCED_CALLS", "forced_calls"]
 
 #: A model that has nothing to add still may, so a list of calls needs an end. Who needs more calls
 #: than these gets them in the next turn.
 MAX_FORCED_CALLS: Final = 8
+
+
+class Function(Protocol):
+    """What counts of a tool here."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def parameters(self) -> Mapping[str, Any] | None:
+        """The JSON schema of its arguments, an object."""
 
 
 def forced_calls(functions: Sequence[Function], *, single: bool) -> Constraint:

@@ -1,0 +1,82 @@
+"""Between the session and a stream whose answer may call tools: what a worker sends as text goes
+in, text and whole calls come out. Pure, and never raises, whatever a model writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+import msgspec
+
+from broker.protocol.messages import PromptEvent, TokensEvent
+from client.core.events import End, Item
+from client.core.tool_parser import CallStart, Piece, Text, ToolCallParser
+from client.core.tools import Reading, ToolCall
+
+__all__ = ["CallReader"]
+
+
+class CallReader:
+    """Takes what the session delivers of one request."""
+
+    def __init__(self, reading: Reading, ids: str, hand_on: Callable[[Item], None]) -> None:
+        """`ids`: how the ids of its calls begin."""
+        self._tools = {tool.name: tool for tool in reading.tools}
+        self._shows_prompt = reading.shows_prompt
+        self._ids = ids
+        self._hand_on = hand_on
+        self._parser = ToolCallParser(
+            self._tools, forced=reading.forced, shows_special=reading.shows_special
+        )
+        #: Name and arguments of each call so far, and how many of them were handed on.
+        self._calls: list[tuple[str, list[str]]] = []
+        self._told = 0
+
+    def add(self, item: Item) -> None:
+        """Hand on what is certain with this item."""
+        parser, hand_on = self._parser, self._hand_on
+        match item:
+            case TokensEvent():
+                # The ids are counted where they arrive, though their text may be held back.
+                text = self._text_of(parser.feed(item.text))
+                hand_on(msgspec.structs.replace(item, text=text))
+                self._tell(parser.complete_calls)
+            case End():
+                text = self._text_of([*parser.feed(item.text), *parser.finish()])
+                self._tell(len(self._calls))
+                hand_on(dataclasses.replace(item, text=text))
+            case PromptEvent():
+                parser.begin(special=item.special, tail=item.tail)
+                if self._shows_prompt:
+                    hand_on(item)
+            case _:
+                hand_on(item)
+
+    def _text_of(self, pieces: Iterable[Piece]) -> str:
+        """Their text; what belongs to calls is kept."""
+        texts: list[str] = []
+        for piece in pieces:
+            if isinstance(piece, Text):
+                texts.append(piece.text)
+            elif isinstance(piece, CallStart):
+                self._calls.append((piece.name, []))
+            else:
+                self._calls[piece.index][1].append(piece.text)
+        return "".join(texts)
+
+    def _tell(self, complete: int) -> None:
+        """Hand on the calls up to this one."""
+        calls = self._calls
+        while self._told < min(complete, len(calls)):
+            name, arguments = calls[self._told]
+            self._told += 1
+            self._hand_on(
+                ToolCall(
+                    id=f"call_{self._ids}_{self._told - 1}",
+                    name=name,
+                    arguments_json="".join(arguments),
+                    tool=self._tools[name],
+                    cut=self._parser.cut and self._told == len(calls),
+                )
+            )
