@@ -15,6 +15,7 @@ from PIL import Image
 
 from broker.protocol.errors import RequestError
 from tests.engines import tiny
+from tests.harness import PATIENCE_S
 from worker.engines.common import footprint, pixels
 from worker.engines.common.footprint import MADE_PIXELS, Footprint
 from worker.engines.common.images import ImageLimits, decode_image
@@ -126,7 +127,7 @@ def test_the_refusal_waits_for_no_lock_and_none_waits_for_it(
     with served._texts.builder._lock:
         asking = threading.Thread(target=ask)
         asking.start()
-        asking.join(30)
+        asking.join(PATIENCE_S)
         assert told == ["too_large"]
 
 

@@ -35,7 +35,7 @@ def hasty(
     shared_gateway: GatewayProcess, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[GatewayProcess]:
     """A gateway that waits for no head or body for long, and has few connections."""
-    options = ("--head-s", "0.5", "--body-s", "0.5", "--max-connections", "20")
+    options = ("--head-s", "1.5", "--body-s", "1.5", "--max-connections", "20")
     folder = tmp_path_factory.mktemp("hasty")
     with running_gateway(folder, shared_gateway.bus, *options) as gateway:
         yield gateway

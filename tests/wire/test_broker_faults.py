@@ -33,7 +33,7 @@ from broker.protocol.messages import Hello, TokensEvent, new_id
 from client.errors import InvalidRequest
 from client.io.dealer import key_pair
 from client.options import Connection as ClientConnection
-from tests.harness import wait_until
+from tests.harness import PATIENCE_S, wait_until
 from tests.wire.broker_peers import (
     BrokerProcess,
     RawClient,
@@ -81,11 +81,11 @@ def test_the_client_is_told_that_its_worker_s_connection_broke(
 
 
 def test_a_broker_that_was_stopped_loses_nobody(tmp_path: Path, context: zmq.Context[Any]) -> None:
-    options = ("--worker-heartbeat-s", "0.2", "--client-heartbeat-s", "0.2")
+    options = ("--worker-heartbeat-s", "0.5", "--client-heartbeat-s", "0.5")
     with running_broker(tmp_path, *options) as broker:
         worker, client = pair(context, broker)
         broker.signal(signal.SIGSTOP)
-        time.sleep(1.5)  # longer than any liveness; the length of the stop is what is tested
+        time.sleep(2.5)  # longer than any liveness; the length of the stop is what is tested
         broker.signal(signal.SIGCONT)
         worker.beat()
         client.beat()
@@ -185,11 +185,11 @@ def test_a_message_of_endless_frames_is_thrown_away_in_batches_between_which_all
         drain = loop._drain_front if side is Side.FRONT else loop._drain_back
         stranger, peer = RawPeer(context, address), RawPeer(context, address)
         stranger.socket.send_multipart([b""] * (3 * SKIP_BATCH))
-        assert routers[side].poll(5000)
+        assert routers[side].poll(int(PATIENCE_S * 1000))
         assert [drain(0.0) for _ in range(3)] == [False, False, True]
         role = "client" if side is Side.FRONT else "worker"
         peer.send(MessageType.HELLO, header.NO_ID, Hello(role=role, name="next"))
-        assert routers[side].poll(5000)
+        assert routers[side].poll(int(PATIENCE_S * 1000))
         assert drain(0.0)
         assert peer.expect(MessageType.WELCOME)
         loop._signals.close(), loop._signal_writer.close()
@@ -271,7 +271,7 @@ def descriptors(broker: BrokerProcess) -> int:
 def test_who_has_no_session_is_not_let_hold_a_descriptor(
     tmp_path: Path, context: zmq.Context[Any], role: str
 ) -> None:
-    options = ("--stranger-s", "0.3", "--client-heartbeat-s", "0.4", "--worker-heartbeat-s", "0.3")
+    options = ("--stranger-s", "0.3", "--client-heartbeat-s", "1", "--worker-heartbeat-s", "1")
     with running_broker(tmp_path, *options) as broker:
         worker, client = pair(context, broker)
         address = broker.front if role == "client" else broker.back

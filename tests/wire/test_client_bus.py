@@ -32,6 +32,7 @@ from client import (
     Unauthenticated,
 )
 from tests.harness import PATIENCE_S, ROOT, Bus, wait_until
+from tests.wire.many_streams import WINDOW_TOKENS
 
 MakeBus = Callable[..., Bus]
 
@@ -43,6 +44,8 @@ def sampled(tokens: int, delay_ms: float = 0, **more: Any) -> dict[str, Any]:
 
 
 ENDLESS = sampled(100_000, 5)
+#: A stream that cannot end while its reader is busy with something else.
+IN_ITS_MIDDLE: dict[str, Any] = {"stream": True, "window": WINDOW_TOKENS}
 
 
 def test_both_faces_read_what_the_worker_says(bus: Bus) -> None:
@@ -232,7 +235,7 @@ def read_with(
 def test_a_killed_worker_costs_a_pause_and_no_token(make_bus: MakeBus) -> None:
     bus = make_bus(workers=2)
     expected = reference(bus, 300)
-    stream = bus.client().chat("echo", "x", seed=11, stream=True, **sampled(300, 3))
+    stream = bus.client().chat("echo", "x", seed=11, **IN_ITS_MIDDLE, **sampled(300, 3))
     text, events, end = read_with(stream, 50, lambda: bus.workers[stream.worker].kill())
     assert text == expected
     assert end.resumed == 1
@@ -244,7 +247,7 @@ def test_a_killed_worker_costs_a_pause_and_no_token(make_bus: MakeBus) -> None:
 def test_a_restarted_broker_costs_a_pause_and_no_token(make_bus: MakeBus) -> None:
     bus = make_bus(workers=1)
     expected = reference(bus, 300)
-    stream = bus.client().chat("echo", "x", seed=11, stream=True, **sampled(300, 3))
+    stream = bus.client().chat("echo", "x", seed=11, **IN_ITS_MIDDLE, **sampled(300, 3))
 
     def restart() -> None:
         assert bus.broker is not None
@@ -260,7 +263,7 @@ def test_a_drained_worker_hands_its_streams_over(make_bus: MakeBus) -> None:
     bus = make_bus(workers=2)
     expected = reference(bus, 400)
     client = bus.client()
-    stream = client.chat("echo", "x", seed=11, stream=True, **sampled(400, 5))
+    stream = client.chat("echo", "x", seed=11, **IN_ITS_MIDDLE, **sampled(400, 5))
     text, _, end = read_with(
         stream, 20, lambda: client.drain(stream.worker, deadline_s=0.1) and None
     )
@@ -275,7 +278,7 @@ def test_fifty_streams_survive_a_killed_worker_and_a_killed_broker(make_bus: Mak
     async def main() -> dict[int, Any]:
         async with AsyncClient(bus.front) as client:
             calls = {
-                n: asyncio.create_task(client.chat("echo", "x", seed=n, **sampled(300, 10)))
+                n: asyncio.create_task(client.chat("echo", "x", seed=n, **sampled(300, 30)))
                 for n in range(50)
             }
             await asyncio.to_thread(wait_until, lambda: bus.running() == 50, "all streams running")
@@ -301,7 +304,7 @@ def test_without_retries_a_killed_worker_is_an_error(make_bus: MakeBus) -> None:
 def test_a_stopped_broker_that_goes_on_loses_nothing(make_bus: MakeBus) -> None:
     bus = make_bus(workers=1)
     expected = reference(bus, 200)
-    stream = bus.client().chat("echo", "x", seed=11, stream=True, **sampled(200, 3))
+    stream = bus.client().chat("echo", "x", seed=11, **IN_ITS_MIDDLE, **sampled(200, 3))
 
     def pause() -> None:
         assert bus.broker is not None

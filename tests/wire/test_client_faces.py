@@ -693,7 +693,7 @@ def test_a_client_used_after_a_fork_says_what_to_do() -> None:
         here, there = context.Pipe(duplex=False)
         child = context.Process(target=_use_in_child, args=(client, there))
         child.start()
-        assert here.poll(20)
+        assert here.poll(PATIENCE_S)
         assert "fork" in here.recv()
         child.join()
         here.close()

@@ -25,7 +25,7 @@ from broker.protocol.messages import (
     Usage,
 )
 from client import Client, ClientClosed
-from tests.harness import wait_until
+from tests.harness import PATIENCE_S, wait_until
 from tests.wire.broker_peers import BrokerProcess, running_broker
 
 MODELS = [ModelInfo(name="m", kinds=(Kind.COMPLETE,), context_tokens=1000)]
@@ -111,7 +111,7 @@ def test_a_worker_cannot_write_into_what_moved_away_and_is_cut_off(
         end = EndEvent(id_, epoch, 2, FinishReason.STOP, "", Usage(), Timings())
         events = [TokensEvent(id_, epoch, 1, [2], "honest"), end]
         say(honest, moved.reply_to, codec.encode_events(events), Ledger(2, [], [id_]))
-        stream.join(20)
+        stream.join(PATIENCE_S)
         assert stream.text == "a honest"
         wait_until(lambda: "worker cut off" in broker.log, "the worker's name in the log")
         (line,) = [line for line in broker.log.splitlines() if "worker cut off" in line]

@@ -19,6 +19,7 @@ import pytest
 
 from client import BusError, Client, Stream
 from tests.harness import PATIENCE_S, ROOT, Bus, ManagedProcess, running_bus, wait_until
+from tests.wire.many_streams import WINDOW_TOKENS
 from worker.engines.echo import tokens as echo_tokens
 
 PROMPT = "The quick brown fox jumps over the lazy dog."
@@ -67,9 +68,12 @@ class Begun:
 
 
 def begin(client: Client, prompt: str = PROMPT, **options: Any) -> Begun:
-    """Begin a stream; `options` are those of the echo engine."""
+    """Begin a stream; `options` are those of the echo engine. It does not end before it is read."""
     arguments = {"echo": {"step_delay_ms": 20, **options}}
-    return Begun(client.generate(prompt, model="echo", template_args=arguments, stream=True))
+    stream = client.generate(
+        prompt, model="echo", template_args=arguments, stream=True, window=WINDOW_TOKENS
+    )
+    return Begun(stream)
 
 
 @pytest.fixture
@@ -427,7 +431,7 @@ def test_many_streams_share_a_worker_and_each_gets_its_own_text(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE_S)
     assert [texts[index] for index in range(len(prompts))] == prompts
     bus.wait_idle()
 

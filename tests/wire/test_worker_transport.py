@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
+from tests.harness import PATIENCE_S
 from worker.core import events as fact
 from worker.engines.base import EngineOptions
 from worker.process.pipe import Pipe, PipeClosed
@@ -29,7 +30,7 @@ def receive(pipe: Pipe, count: int) -> list[list[bytes]]:
     """Wait for `count` messages."""
     messages: list[list[bytes]] = []
     while len(messages) < count:
-        messages += pipe.receive(10.0)
+        messages += pipe.receive(PATIENCE_S)
     return messages
 
 
@@ -46,7 +47,7 @@ def test_messages_arrive_whole_and_in_order(ends: tuple[Pipe, Pipe], message: li
     link.send([b"next"])
     while link.backlog_bytes:
         link.flush()
-    reader.join(10)
+    reader.join(PATIENCE_S)
     assert engine_has == [message, [b"next"]]
 
 
@@ -60,7 +61,7 @@ def test_what_is_not_read_is_queued_without_waiting_and_counted(ends: tuple[Pipe
     writer.start()
     while link.backlog_bytes:
         link.flush()
-    writer.join(10)
+    writer.join(PATIENCE_S)
     assert got == [[b"head", *pictures]]
 
 
