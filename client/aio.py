@@ -15,7 +15,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
-from broker.protocol.messages import Kind
+from broker.protocol.messages import Kind, Request
 from client import calls
 from client.calls import Call, Embeddings, Messages, Prompt
 from client.choices import AsyncChoiceStream
@@ -26,6 +26,7 @@ from client.face import Face, drain_args
 from client.images import Image
 from client.io.loop import LoopTransport
 from client.io.thread import closed
+from client.options import Retry, Timeout
 from client.parameters import (
     CallOptions,
     ChatOptions,
@@ -296,9 +297,21 @@ class AsyncClient(Face):
             for stream in streams:
                 stream.close()
 
-    async def start(self, call: Call) -> AsyncStream:
-        """Send what `calls` made ready, with `defaults`, elsewhere or before."""
-        return self._stream(call)
+    async def start(
+        self,
+        request: Request,
+        attachments: Sequence[bytes] = (),
+        *,
+        timeout: Timeout | float | None = None,  # noqa: ASYNC109  # the session keeps it
+        retry: Retry | None = None,
+    ) -> AsyncStream:
+        """Send a request of `broker.protocol.messages` as it is, for whoever speaks another API.
+
+        It is not checked here: `calls.checked` does that, wherever a large one holds nobody up.
+        `attachments`: the encoded images, as `request.attachments` describes them. The request's
+        own `queue_ms` and `ttl_ms` go before `timeout`; `window` is this client's.
+        """
+        return self._stream(calls.ready(self._defaults, request, attachments, timeout, retry))
 
     @documented(ConversationOptions)
     async def count(

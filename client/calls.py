@@ -209,6 +209,30 @@ def embed(
     return calls
 
 
+def checked(request: Request) -> Request:
+    """The same request once every bound of the wire and every role holds: what was built from
+    values of another API may break them. Raises `InvalidRequest`."""
+    for message in request.messages or ():
+        _check_role(message.role)
+    return _request_of(msgspec.to_builtins(request, builtin_types=(bytes,)))
+
+
+def ready(
+    defaults: Defaults,
+    request: Request,
+    attachments: Iterable[bytes],
+    timeout: Timeout | float | None,
+    retry: Retry | None,
+) -> Call:
+    """A checked request as it is; its own `queue_ms` and `ttl_ms` go before `timeout`."""
+    limits = _timeout(timeout, defaults.timeout)
+    if request.queue_ms is not None:
+        limits = dataclasses.replace(limits, queue=max(request.queue_ms, 1) / 1000)
+    if request.ttl_ms is not None:
+        limits = dataclasses.replace(limits, total=request.ttl_ms / 1000)
+    return Call(request, tuple(attachments), limits, retry or defaults.retry, None)
+
+
 def check_option(name: str, value: Any) -> None:
     """Whether a call would take this option with this value. Raises `InvalidRequest`."""
     defaults = Defaults(Timeout(), Retry())
@@ -391,15 +415,20 @@ def _call(
         "attachments": entries,
         "window": 1,
     }
+    request = _request_of(raw)
+    if not model:
+        request = msgspec.structs.replace(request, model="")
+    return Call(request, tuple(attached.encoded), timeout, retry, window, reading, shape)
+
+
+def _request_of(raw: dict[str, Any]) -> Request:
     try:
         request = codec.convert(raw, Request)
         codec.check_free_forms(request)
     except ProtocolError as error:
         told = _PLACE.sub(r"\2: \1", str(error))
         raise InvalidRequest(f"{told}; nothing was sent") from None
-    if not model:
-        request = msgspec.structs.replace(request, model="")
-    return Call(request, tuple(attached.encoded), timeout, retry, window, reading, shape)
+    return request
 
 
 def _timeout(given: Any, default: Timeout) -> Timeout:

@@ -188,14 +188,14 @@ _ENDPOINTS: Final = {
 
 
 def _batches(
-    calls: Sequence[convert.Call],
+    generations: Sequence[convert.Generation],
     asking: Asking,
     prompt_field: str,
     has_enough: Callable[[int], bool] = lambda choice: False,
 ) -> Batches:
     return generate(
         asking.bus,
-        calls,
+        generations,
         lambda stream: None,
         retry=asking.retry,
         limits=asking.limits,
@@ -209,11 +209,11 @@ def _refuse_stream(body: http.Sampling) -> None:
         raise invalid("stream", "A batch is not streamed; remove `stream`.")
 
 
-def _with_priority(call: convert.Call, asking: Asking, unnamed: bool) -> convert.Call:
+def _with_priority(one: convert.Generation, asking: Asking, unnamed: bool) -> convert.Generation:
     if not unnamed:
-        return call
-    request = msgspec.structs.replace(call.request, priority=asking.priority)
-    return replace(call, request=request)
+        return one
+    request = msgspec.structs.replace(one.request, priority=asking.priority)
+    return replace(one, request=request)
 
 
 def _message(choice: ChatChoice) -> dict[str, Any]:

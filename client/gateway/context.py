@@ -32,7 +32,7 @@ from broker.protocol.tracing import TRACE_KEYS
 from client import AsyncStream, Embeddings
 from client import calls as bus_calls
 from client.gateway.bodies import LARGE_BYTES, aside, read_in_steps
-from client.gateway.convert import Call
+from client.gateway.convert import Generation
 from client.gateway.errors import GatewayError, describe, error_response, invalid, too_large
 from client.gateway.ids import REQUEST_ID_HEADER, request_id_of
 from client.gateway.keys import ANYBODY, Key, Usage
@@ -152,7 +152,7 @@ class Visit:
 
     def generate(
         self,
-        calls: Sequence[Call],
+        generations: Sequence[Generation],
         *,
         prompt_field: str | None = None,
         has_enough: Callable[[int], bool] = lambda choice: False,
@@ -161,13 +161,15 @@ class Visit:
         trace = self._trace()
         spans = []
         if self.span is not None:
-            spans = [self.span.bus_request(call.request.kind, call.request.model) for call in calls]
-        traces = [{**trace, **span.trace} for span in spans] or [trace] * len(calls)
+            spans = [
+                self.span.bus_request(one.request.kind, one.request.model) for one in generations
+            ]
+        traces = [{**trace, **span.trace} for span in spans] or [trace] * len(generations)
         return generate(
             self.gateway.bus,
             [
-                replace(call, request=msgspec.structs.replace(call.request, trace=one))
-                for call, one in zip(calls, traces, strict=True)
+                replace(one, request=msgspec.structs.replace(one.request, trace=trace))
+                for one, trace in zip(generations, traces, strict=True)
             ],
             self._opened,
             spans=spans,

@@ -7,6 +7,7 @@ field means on the bus is decided here and nowhere else.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,20 +26,24 @@ from broker.protocol.messages import (
     Request,
     TextPart,
 )
+from client import InvalidRequest, calls
 from client.core.forced import forced_calls
 from client.core.tool_parser import MARKS
 from client.gateway import requests as http
 from client.gateway.bodies import aside
-from client.gateway.errors import invalid
+from client.gateway.errors import describe, invalid
 from client.gateway.images import ImagePolicy, load_image
+from client.images import media_type
 
 __all__ = [
-    "Call",
+    "Generation",
     "Pictures",
     "Reading",
     "chat_call",
+    "checked",
     "completion_calls",
     "constraint_of",
+    "described",
     "seeded",
 ]
 
@@ -61,8 +66,8 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """One request of the bus with the bytes that travel beside it."""
+class Generation:
+    """One checked request of the bus with the bytes that travel beside it."""
 
     request: Request
     attachments: tuple[bytes, ...] = ()
@@ -93,10 +98,6 @@ class Pictures:
         self.found.append((url, f"{param}.url"))
         return ImagePart(attachment=len(self.found) - 1)
 
-    @property
-    def attachments(self) -> list[Attachment]:
-        return [Attachment() for _ in self.found]
-
     async def load(self) -> tuple[bytes, ...]:
         """The bytes of all of them, at once; raises GatewayError naming the field of one."""
         loading = [
@@ -109,28 +110,43 @@ class Pictures:
                 task.cancel()
 
 
-def seeded(call: Call, offset: int) -> Call:
-    """The same call with its seed moved: the i-th of `n` choices uses seed + i."""
+def seeded(one: Generation, offset: int) -> Generation:
+    """The same with its seed moved: the i-th of `n` choices uses seed + i."""
     if offset == 0:
-        return call
-    params = call.request.params
+        return one
+    params = one.request.params
     moved = msgspec.structs.replace(params, seed=(params.seed + offset) & _MAX_SEED)
-    return replace(call, request=msgspec.structs.replace(call.request, params=moved))
+    return replace(one, request=msgspec.structs.replace(one.request, params=moved))
+
+
+def checked(request: Request) -> Request:
+    """The same request within all bounds of the bus; raises GatewayError."""
+    try:
+        return calls.checked(request)
+    except InvalidRequest as error:
+        raise describe(error) from None
+
+
+def described(attachments: Sequence[bytes]) -> list[Attachment]:
+    """What a request says of its images."""
+    return [Attachment(media_type=media_type(data)) for data in attachments]
 
 
 async def chat_call(
     body: http.ChatRequest, policy: ImagePolicy, *, seed: int, user: str, size_bytes: int = 0
-) -> Call:
+) -> Generation:
     """The bus request of a chat completion; raises GatewayError for what cannot be served.
 
     `size_bytes`: of the body; a large one is converted in another thread.
     """
     pictures = Pictures(policy)
-    call = await aside(size_bytes, _chat_call, body, pictures, seed, user)
-    return replace(call, attachments=await pictures.load(), size_bytes=size_bytes)
+    one = await aside(size_bytes, _chat_call, body, pictures, seed, user)
+    attachments = await pictures.load()
+    request = msgspec.structs.replace(one.request, attachments=described(attachments))
+    return replace(one, request=request, attachments=attachments, size_bytes=size_bytes)
 
 
-def _chat_call(body: http.ChatRequest, pictures: Pictures, seed: int, user: str) -> Call:
+def _chat_call(body: http.ChatRequest, pictures: Pictures, seed: int, user: str) -> Generation:
     http.check_counts(body)
     http.refuse_unserved(body)
     body = _with_allowed_tools(body)
@@ -188,9 +204,8 @@ def _chat_call(body: http.ChatRequest, pictures: Pictures, seed: int, user: str)
         queue_ms=body.queue_ms,
         ttl_ms=body.ttl_ms,
         window=DEFAULT_WINDOW_TOKENS,
-        attachments=pictures.attachments,
     )
-    return Call(request, reading=reading)
+    return Generation(checked(request), reading=reading)
 
 
 def _is_json(constraint: Constraint | None) -> bool:
@@ -206,7 +221,7 @@ def _said(body: http.ChatRequest, template_args: dict[str, Any]) -> str:
 
 def completion_calls(
     body: http.CompletionRequest, *, seed: int, user: str, size_bytes: int = 0
-) -> list[Call]:
+) -> list[Generation]:
     """One bus request for each prompt; raises GatewayError for what cannot be served.
 
     `size_bytes`: of the body.
@@ -240,18 +255,20 @@ def completion_calls(
             f"{http.MAX_CHOICES} are allowed.",
         )
     return [
-        Call(
-            Request(
-                model=body.model,
-                kind=Kind.COMPLETE,
-                prompt=prompt if isinstance(prompt, str) else None,
-                token_ids=prompt if isinstance(prompt, list) else None,
-                params=params,
-                priority=body.priority or 0,
-                user=user,
-                queue_ms=body.queue_ms,
-                ttl_ms=body.ttl_ms,
-                window=DEFAULT_WINDOW_TOKENS,
+        Generation(
+            checked(
+                Request(
+                    model=body.model,
+                    kind=Kind.COMPLETE,
+                    prompt=prompt if isinstance(prompt, str) else None,
+                    token_ids=prompt if isinstance(prompt, list) else None,
+                    params=params,
+                    priority=body.priority or 0,
+                    user=user,
+                    queue_ms=body.queue_ms,
+                    ttl_ms=body.ttl_ms,
+                    window=DEFAULT_WINDOW_TOKENS,
+                )
             ),
             size_bytes=size_bytes // len(prompts),
         )

@@ -227,6 +227,26 @@ def test_a_prompt_made_with_our_template_is_a_chat_again(http: httpx.Client) -> 
     assert turns(fastchat_prompt(conv, "")) == [("user", "")]
 
 
+def test_pictures_stand_where_fastchat_marks_them(http: httpx.Client) -> None:
+    conv = http.post("/worker_get_conv_template", json={"model": MODEL}).json()["conv"]
+    prompt = fastchat_prompt(conv, "first", "seen", "$$<image>$$one $$<image>$$ other")
+    body = {"model": MODEL, "prompt": prompt, "echo": False, "images": [picture(20), picture(30)]}
+    told = frames(http, body, headers=FASTCHAT)[-1]["text"]
+    assert told.index("20x10") < told.index("30x10") and told.endswith("other")
+    # None of them is left out in silence, and without any the mark is a text like others.
+    for images in ([picture(20)], [picture(20)] * 3):
+        [frame] = frames(http, {**body, "images": images}, headers=FASTCHAT)
+        assert "2 places" in frame["text"] and frame["error_code"] == 40302
+    [*_, last] = frames(http, {**body, "images": []}, headers=FASTCHAT)
+    assert last["text"] == "$$<image>$$one $$<image>$$ other"
+
+
+def test_an_empty_picture_is_refused(http: httpx.Client) -> None:
+    body = {"model": MODEL, "prompt": "<image>", "images": [""]}
+    [frame] = frames(http, body, headers=FASTCHAT)
+    assert "`images[0]` is an empty picture" in frame["text"]
+
+
 def test_a_prompt_made_with_an_older_template_is_refused(http: httpx.Client) -> None:
     prompt = "<|tokenbus:user|>\nhi<|tokenbus:end|>\n<|tokenbus:assistant|>\n"
     [frame] = frames(http, {"model": MODEL, "prompt": prompt}, headers=FASTCHAT)

@@ -23,7 +23,6 @@ from msgspec import Meta, Struct
 
 from broker.protocol.limits import DEFAULT_WINDOW_TOKENS, MAX_ATTACHMENTS
 from broker.protocol.messages import (
-    Attachment,
     ImagePart,
     Kind,
     Message,
@@ -34,7 +33,7 @@ from broker.protocol.messages import (
 )
 from client.gateway.bodies import from_base64
 from client.gateway.context import Visit
-from client.gateway.convert import Call
+from client.gateway.convert import Generation, checked, described
 from client.gateway.errors import invalid, too_large
 from client.gateway.openai.answers import pick_seed
 from client.gateway.openai.models import visible_models
@@ -57,6 +56,8 @@ __all__ = [
 _KEY_BYTES = 16
 _FAMILY = "<|tokenbus:"
 _FIRST_MARK = re.compile(re.escape(_FAMILY) + rf"([0-9a-f]{{{2 * _KEY_BYTES}}}):")
+#: How FastChat marks the place of a picture.
+_PLACEHOLDER = "$$<image>$$"
 #: SeparatorStyle.CHATML of FastChat: turns are role, newline, text, separator, newline.
 _CHATML = 9
 
@@ -139,7 +140,7 @@ class EmbeddingBody(ModelBody, kw_only=True):
 class Wanted:
     """A generation request, understood."""
 
-    call: Call
+    call: Generation
     #: What stands before the answer in every frame.
     before: str
     dialect: Dialect
@@ -195,6 +196,8 @@ def _wanted(visit: Visit, body: GenerateBody, model: str, dialect: Dialect) -> W
     pictures = list(body.images or [])
     if isinstance(body.prompt, str):
         prompt, messages = body.prompt, turns_of(body.prompt)
+        if messages and pictures:
+            messages = _with_pictures(messages, len(pictures))
     else:
         check_count("prompt", "messages", len(body.prompt), MAX_MESSAGES)
         prompt, messages = "", _conversation(body.prompt, pictures)
@@ -210,11 +213,11 @@ def _wanted(visit: Visit, body: GenerateBody, model: str, dialect: Dialect) -> W
         params=_params(body, dialect),
         user=visit.share(None),
         window=DEFAULT_WINDOW_TOKENS,
-        attachments=[Attachment() for _ in attachments],
+        attachments=described(attachments),
     )
     # LLaVA's workers always put the prompt in front, FastChat's unless told not to.
     echo = dialect == "llava" or body.echo is not False
-    call = Call(request, attachments, size_bytes=visit.size_bytes)
+    call = Generation(checked(request), attachments, size_bytes=visit.size_bytes)
     return Wanted(call, prompt if echo else "", dialect)
 
 
@@ -303,6 +306,30 @@ def _turn_at(
     return prompt[begins:], None
 
 
+def _with_pictures(messages: list[Message], count: int) -> list[Message]:
+    """The same turns with each picture where FastChat marked its place; raises GatewayError."""
+    placed = 0
+    found = []
+    for message in messages:
+        if message.role == "user" and isinstance(message.content, str):
+            first, *others = message.content.split(_PLACEHOLDER)
+            parts: list[Part] = [TextPart(text=first)] if first else []
+            for text in others:
+                parts.append(ImagePart(attachment=placed))
+                placed += 1
+                if text:
+                    parts.append(TextPart(text=text))
+            message = msgspec.structs.replace(message, content=parts if others else first)
+        found.append(message)
+    if placed != count:
+        raise invalid(
+            "images",
+            f"`images` holds {count} pictures, and the prompt has {placed} places for one "
+            f"({_PLACEHOLDER}).",
+        )
+    return found
+
+
 def _conversation(turns: list[Turn], pictures: list[str]) -> list[Message]:
     """InternVL's turns as messages; their pictures are put behind `pictures`, and are numbered
     where there are several, as its workers do."""
@@ -326,6 +353,8 @@ def _picture(text: str, param: str, limit: int) -> bytes:
         data = from_base64(payload)
     except (binascii.Error, ValueError):
         raise invalid(param, f"`{param}` is not base64 of a picture.") from None
+    if not data:
+        raise invalid(param, f"`{param}` is an empty picture.")
     if len(data) > limit:
         raise too_large(param, f"`{param}` is beyond the {limit} bytes of one picture.")
     return data

@@ -20,17 +20,17 @@ from broker.protocol.messages import FinishReason, TokenLogprob, Usage
 from client import Embeddings
 from client.core import tool_parser as tools
 from client.gateway.bodies import aside
-from client.gateway.convert import Call as BusCall
+from client.gateway.convert import Generation
 from client.gateway.openai.generation import ChoiceEvent, Delta, Finish, Prompted
 from client.gateway.openai.logprobs import Places
 
 __all__ = [
     "IMPOSSIBLE",
-    "Call",
     "ChatChoice",
     "ChatReason",
     "Progress",
     "TextChoice",
+    "ToolCallDraft",
     "best_of",
     "new_id",
     "packed",
@@ -80,7 +80,7 @@ async def written_vectors(made: Embeddings, *, as_text: bool) -> list[bytes]:
 # --- chat -----------------------------------------------------------------------------------------
 
 
-def parser_for(call: BusCall) -> tools.ToolCallParser | None:
+def parser_for(call: Generation) -> tools.ToolCallParser | None:
     """A parser where the answer may hold tool calls."""
     reading = call.reading
     if reading is None:
@@ -152,8 +152,8 @@ class Progress:
 
 
 @dataclass(slots=True)
-class Call:
-    """A tool call of an answer."""
+class ToolCallDraft:
+    """A tool call of an answer, as far as it is known."""
 
     id: str
     name: str
@@ -166,7 +166,7 @@ class ChatChoice(Progress):
     def __init__(self, parser: tools.ToolCallParser | None) -> None:
         super().__init__(parser)
         self.texts: list[str] = []
-        self.calls: list[Call] = []
+        self.calls: list[ToolCallDraft] = []
         self.logprobs: list[TokenLogprob] = []
 
     def take(self, event: ChoiceEvent) -> list[tools.Piece]:
@@ -178,7 +178,7 @@ class ChatChoice(Progress):
             if isinstance(part, tools.Text):
                 self.texts.append(part.text)
             elif isinstance(part, tools.CallStart):
-                self.calls.append(Call(new_id("call_"), part.name))
+                self.calls.append(ToolCallDraft(new_id("call_"), part.name))
             else:
                 self.calls[part.index].arguments += part.text
         return pieces

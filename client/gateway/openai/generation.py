@@ -12,19 +12,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
-import msgspec
 from msgspec import Struct
 
 from broker.protocol.errors import ErrorCode
-from broker.protocol.messages import Kind, Params, Request, TokenLogprob
-from client import AsyncClient, AsyncStream, BusError, Retry, Timeout, calls
+from broker.protocol.messages import TokenLogprob
+from client import AsyncClient, AsyncStream, BusError, Retry, Timeout
 from client.core.events import End, Prompt, StreamEvent, Tokens
-from client.gateway.bodies import aside
-from client.gateway.convert import Call
+from client.gateway.convert import Generation
 from client.gateway.errors import describe
 from client.gateway.traces import BusSpan
 
@@ -37,7 +34,6 @@ __all__ = [
     "Prompted",
     "generate",
     "naming",
-    "open_stream",
 ]
 
 
@@ -84,73 +80,10 @@ RETRY: Final = Retry(
 #: The library's own limits.
 PATIENCE: Final = Timeout()
 
-_DEFAULT_PARAMS: Final = Params()
 #: Batches that may wait unread between the streams of several choices and the HTTP answer.
 _MERGED_BATCHES: Final = 16
 #: Streams opened before others have their turn.
 _OPENED_AT_ONCE: Final = 16
-
-
-async def open_stream(
-    bus: AsyncClient, call: Call, retry: Retry = RETRY, limits: Timeout = PATIENCE
-) -> AsyncStream:
-    """Send the call; raises a BusError for what the client library refuses.
-
-    `limits`: those that the call itself does not name.
-    """
-    return await bus.start(await aside(call.size_bytes, _made_ready, bus, call, retry, limits))
-
-
-def _made_ready(bus: AsyncClient, call: Call, retry: Retry, limits: Timeout) -> calls.Call:
-    request = call.request
-    options: dict[str, Any] = {
-        name: getattr(request.params, name)
-        for name in Params.__struct_fields__
-        if getattr(request.params, name) != getattr(_DEFAULT_PARAMS, name)
-    }
-    # Zero is a seed like any other; left out, the library would pick one. A parameter at its
-    # neutral value may have been given.
-    options["seed"] = request.params.seed
-    options["model_defaults"] = request.params.model_defaults
-    options.update(
-        template_args=request.template_args or None,
-        priority=request.priority,
-        user=request.user,
-        trace=request.trace or None,
-        timeout=_timeout(request, limits),
-        retry=retry,
-    )
-    images = list(call.attachments)
-    if request.kind is Kind.CHAT:
-        messages = [_message(message, images) for message in request.messages or []]
-        call_ = calls.chat(bus.defaults, request.model, messages, (), options)
-        # The gateway reads the calls of an answer itself.
-        tools = {"tools": request.tools, "tool_choice": request.tool_choice}
-        return replace(call_, request=msgspec.structs.replace(call_.request, **tools))
-    return calls.complete(
-        bus.defaults, request.model, request.prompt, request.token_ids, images, options
-    )
-
-
-def _message(message: Any, images: list[bytes]) -> dict[str, Any]:
-    plain: dict[str, Any] = msgspec.to_builtins(message)
-    if isinstance(plain.get("content"), list):
-        plain["content"] = [
-            {"type": "image", "image": images[part["attachment"]]}
-            if part["type"] == "image"
-            else part
-            for part in plain["content"]
-        ]
-    return plain
-
-
-def _timeout(request: Request, given: Timeout) -> Timeout:
-    named: dict[str, float] = {}
-    if request.queue_ms is not None:
-        named["queue"] = max(request.queue_ms, 1) / 1000
-    if request.ttl_ms is not None:
-        named["total"] = request.ttl_ms / 1000
-    return replace(given, **named)
 
 
 Opened = Callable[[AsyncStream], None]
@@ -158,7 +91,7 @@ Opened = Callable[[AsyncStream], None]
 
 async def generate(
     bus: AsyncClient,
-    calls: Sequence[Call],
+    generations: Sequence[Generation],
     opened: Opened,
     *,
     retry: Retry = RETRY,
@@ -167,21 +100,22 @@ async def generate(
     prompt_field: str | None = None,
     has_enough: Callable[[int], bool] = lambda choice: False,
 ) -> Batches:
-    """The events of all calls, the i-th call being choice i. Raises the first failure of any.
+    """The events of all, the i-th being choice i. Raises the first failure of any.
 
-    `opened` is told of every stream before its first event. `spans`: none, or one for each call.
+    `opened` is told of every stream before its first event. `limits`: those that a request itself
+    does not name. `spans`: none, or one for each.
     `prompt_field`: what the caller's API calls the prompt; failures name it where it is at fault.
     `has_enough` is asked of a choice after each of its batches: where it says so its request is
     cancelled at the worker, and its `Finish` says `cancelled`.
     """
 
-    def open_call(call: Call) -> Awaitable[AsyncStream]:
-        return open_stream(bus, call, retry, limits)
+    def start(one: Generation) -> Awaitable[AsyncStream]:
+        return bus.start(one.request, one.attachments, timeout=limits, retry=retry)
 
     with naming(prompt_field):
-        if len(calls) == 1:
+        if len(generations) == 1:
             with _traced(spans, 0) as span:
-                stream = await open_call(calls[0])
+                stream = await start(generations[0])
                 opened(stream)
                 try:
                     async for arrived in stream.batches:
@@ -204,10 +138,8 @@ async def generate(
 
         tasks: list[asyncio.Task[None]] = []
         try:
-            for index, call in enumerate(calls):
-                pump = _pump(
-                    partial(open_call, call), index, partial(opened_as, index), batches, spans
-                )
+            for index, one in enumerate(generations):
+                pump = _pump(partial(start, one), index, partial(opened_as, index), batches, spans)
                 tasks.append(asyncio.create_task(pump))
                 if len(tasks) % _OPENED_AT_ONCE == 0:
                     await asyncio.sleep(0)
@@ -271,7 +203,7 @@ async def _pump(
 
 @contextlib.contextmanager
 def _traced(spans: Sequence[BusSpan], index: int) -> Iterator[BusSpan | None]:
-    """The span of a call, ended with whatever ends the call."""
+    """The span of a choice, ended with whatever ends the choice."""
     span = spans[index] if spans else None
     try:
         yield span

@@ -30,7 +30,7 @@ from client.core import tool_parser as tools
 from client.gateway import requests as http
 from client.gateway.bodies import aside
 from client.gateway.context import Visit
-from client.gateway.convert import Call, chat_call
+from client.gateway.convert import Generation, chat_call
 from client.gateway.errors import GatewayError, UnknownAnswer, describe, invalid
 from client.gateway.openai.answers import Progress, new_id, parser_for, pick_seed
 from client.gateway.openai.generation import Batches, ChoiceEvent, Delta, Finish
@@ -281,7 +281,7 @@ class Making:
     """One response in the making, and what is known of it afterwards."""
 
     def __init__(
-        self, visit: Visit, body: ResponseRequest, chat: http.ChatRequest, call: Call
+        self, visit: Visit, body: ResponseRequest, chat: http.ChatRequest, call: Generation
     ) -> None:
         self.id = new_id("resp_")
         self.body = body

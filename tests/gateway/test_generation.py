@@ -1,0 +1,119 @@
+"""How the gateway runs the requests of the bus that an HTTP request became."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+from typing import Any
+
+import msgspec
+import pytest
+from PIL import Image
+
+from broker.protocol.messages import Attachment, ImagePart, Request
+from client import AsyncClient, Retry, Timeout
+from client.gateway.convert import Generation, chat_call, completion_calls, seeded
+from client.gateway.errors import GatewayError
+from client.gateway.images import ImagePolicy
+from client.gateway.openai.generation import RETRY, Delta, Finish, generate
+from client.gateway.requests import ChatRequest, CompletionRequest
+from tests.harness import Bus
+
+
+def picture(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 10)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def chat(**fields: Any) -> Generation:
+    body = {"model": "echo", "messages": [{"role": "user", "content": "hi"}], **fields}
+    return asyncio.run(
+        chat_call(msgspec.convert(body, ChatRequest), ImagePolicy(), seed=5, user="me")
+    )
+
+
+def shown(*images: bytes) -> list[dict[str, Any]]:
+    urls = [f"data:image/x;base64,{base64.b64encode(octets).decode()}" for octets in images]
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": "what"}]}]
+
+
+class Recorder:
+    """Takes the place of a client: keeps what it is asked to start, and starts nothing."""
+
+    class NotStartedError(Exception):
+        pass
+
+    def __init__(self) -> None:
+        self.started: list[tuple[Request, tuple[bytes, ...], dict[str, Any]]] = []
+
+    async def start(self, request: Request, attachments: tuple[bytes, ...], **how: Any) -> None:
+        self.started.append((request, attachments, how))
+        raise self.NotStartedError
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+def test_the_bus_gets_the_request_that_was_made_of_the_body(choices: int) -> None:
+    made = chat(messages=shown(picture("PNG")), queue_ms=7, temperature=0.5)
+    bus = Recorder()
+    limits = Timeout(total=3)
+
+    async def run() -> None:
+        asked = [seeded(made, i) for i in range(choices)]
+        batches = generate(bus, asked, lambda stream: None, limits=limits)  # type: ignore[arg-type]
+        with pytest.raises(Recorder.NotStartedError):
+            await anext(batches)
+
+    asyncio.run(run())
+    request, attachments, how = bus.started[0]
+    assert request is made.request
+    assert attachments is made.attachments
+    assert how == {"timeout": limits, "retry": RETRY}
+    assert [one.params.seed for one, *_ in bus.started] == [5, 6][:choices]
+
+
+def test_images_are_described_by_their_first_bytes() -> None:
+    png, jpeg = picture("PNG"), picture("JPEG")
+    made = chat(messages=shown(jpeg, png))
+    assert made.attachments == (jpeg, png)
+    assert made.request.attachments == [
+        Attachment(media_type="image/jpeg"),
+        Attachment(media_type="image/png"),
+    ]
+    content = made.request.messages and made.request.messages[0].content
+    assert content and content[:2] == [ImagePart(attachment=0), ImagePart(attachment=1)]
+
+
+def test_what_is_beyond_the_bus_is_refused_with_the_body() -> None:
+    with pytest.raises(GatewayError) as caught:
+        chat(chat_template_kwargs={"n": 1 << 70})
+    assert caught.value.status == 400
+    assert "template_args holds an integer past 64 bits" in caught.value.info.message
+
+
+def test_prompts_are_held_against_the_bounds_of_the_bus_too() -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(100):
+        schema = {"properties": schema}
+    body = msgspec.convert(
+        {"model": "m", "prompt": "x", "structured_outputs": {"json": schema}}, CompletionRequest
+    )
+    with pytest.raises(GatewayError, match="nested deeper"):
+        completion_calls(body, seed=0, user="")
+
+
+def test_a_request_started_as_it_is_is_answered(bus: Bus) -> None:
+    made = chat(messages=shown(picture("PNG")))
+
+    async def run() -> tuple[str, str]:
+        async with AsyncClient(bus.front) as client:
+            batches = generate(client, [made], lambda stream: None, retry=Retry(attempts=0))
+            events = [event async for batch in batches for event in batch]
+            (finish,) = [event for event in events if isinstance(event, Finish)]
+            text = "".join(event.text for event in events if isinstance(event, Delta))
+            return text, finish.end.model
+
+    text, model = asyncio.run(run())
+    assert "20x10" in text and text.endswith("what") and model == "echo"
