@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from broker import config as options
-from broker.config import PROGRAM, Config, ConfigError, StartError
+from broker.config import PROGRAM, Config, ConfigError, StartError, software
 from broker.core.controller import BrokerCore
 from broker.core.events import Side
 from broker.log import Logger
@@ -92,7 +92,7 @@ def _serve(config: Config) -> int:
         fronts = bind(front, config.front)
         backs = bind(back, config.back)
         access = gate.event() if gate is not None else None
-        core = BrokerCore(config, access=access, now_s=time.monotonic())
+        core = BrokerCore(config, access=access, now_s=time.monotonic(), software=software())
         if config.upstream:
             from broker.upstream import Upstream
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from broker.core.settings import CoreSettings, option
-from broker.core.state import SOFTWARE
 from broker.protocol.logs import FORMATS, LEVELS
 from broker.protocol.options import OptionParser, misspelt, parse_bool
+from broker.protocol.version import version
 
 PROGRAM = "python -m broker"
 ENV_PREFIX = "TOKENBUS_"
@@ -197,6 +197,11 @@ def _check_bounds(field: dataclasses.Field[Any], value: Any, source: str) -> Non
         raise ConfigError(f"{source}: {value} is above {high}")
 
 
+def software() -> str:
+    """What this broker is, for WELCOME, `bus.version` and `--version`."""
+    return f"tokenbus {version()}"
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -212,7 +217,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
         epilog=_table(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=SOFTWARE)
+    parser.add_argument("--version", action="version", version=software())
     parser.add_argument("--config", metavar="FILE", help="TOML file with options by their name")
     for field in dataclasses.fields(Config):
         flag = _flag(field.name)

@@ -1,18 +1,12 @@
-"""The version of this library, as `python -m client version` and HELLO tell it."""
+"""What this library is, as HELLO says it."""
 
 from __future__ import annotations
 
+from broker.protocol.version import version
 
-def version() -> str:
-    """Of the installed distribution. Slow enough to be asked for only when it is needed."""
-    from importlib import metadata
-
-    try:
-        return metadata.version("tokenbus")
-    except metadata.PackageNotFoundError:
-        return "0+source"  # run from a source tree that is not installed
+__all__ = ["software", "version"]
 
 
 def software() -> str:
-    """As HELLO tells it."""
+    """Name and version of this library."""
     return f"tokenbus-python/{version()}"

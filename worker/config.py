@@ -14,12 +14,12 @@ import secrets
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
 from broker.protocol.logs import FORMATS, LEVELS
 from broker.protocol.options import OptionParser, misspelt, parse_bool
+from broker.protocol.version import version
 from worker.core.conversations import NAMED_TEMPLATES, read_template
 from worker.demo import model_path
 from worker.engines import registry
@@ -74,10 +74,7 @@ class WorkerConfig:
 
 def software() -> str:
     """What this worker runs, for HELLO."""
-    try:
-        return f"tokenbus-worker/{version('tokenbus')}"
-    except PackageNotFoundError:
-        return "tokenbus-worker/0+source"  # run from a source tree that is not installed
+    return f"tokenbus-worker/{version()}"
 
 
 def check_address(address: str) -> str:

@@ -162,7 +162,9 @@ class BrokerCore(BusState):
         try:
             head = header.decode(frames[0] if frames else b"")
             if not 2 <= len(frames) < limits.MAX_FRAMES:
-                raise ProtocolError(f"{len(frames)} frames; a message has 2 to 19")
+                raise ProtocolError(
+                    f"{len(frames)} frames; a message has 2 to {limits.MAX_FRAMES - 1}"
+                )
             if session is None:
                 membership.on_first_message(self, event, head)
                 return

@@ -12,7 +12,7 @@ from broker.core import endings, recovery, sharing, shutdown
 from broker.core.events import AccessChanged, MessageReceived, Side
 from broker.core.instructions import Log, Send
 from broker.core.records import ClientSession, Session, WorkerSession
-from broker.core.state import SOFTWARE, BusState
+from broker.core.state import BusState
 from broker.protocol import codec, header, limits
 from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError, RequestError
 from broker.protocol.header import Header, MessageType
@@ -178,7 +178,7 @@ def begin(bus: BusState, session: Session, *, operator: bool) -> None:
             Welcome(
                 version=limits.PROTOCOL_VERSION,
                 broker=settings.broker_name,
-                software=SOFTWARE,
+                software=bus.software,
                 heartbeat_interval_ms=max(1, round(heartbeat_s * 1000)),
                 liveness=settings.worker_liveness if worker else settings.client_liveness,
                 limits=BusLimits(

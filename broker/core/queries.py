@@ -12,7 +12,7 @@ from broker.core.events import Frames
 from broker.core.instructions import ReloadAccess
 from broker.core.phases import Phase
 from broker.core.records import ClientSession, RequestState, WorkerSession
-from broker.core.state import SOFTWARE, BusState
+from broker.core.state import BusState
 from broker.protocol import codec, limits
 from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError, RequestError
 from broker.protocol.header import Header, MessageType
@@ -102,7 +102,7 @@ def _args(query: Query, args_type: type[T]) -> T:
 def _version(bus: BusState, _: _NoArgs) -> dict[str, Any]:
     return {
         "broker": bus.settings.broker_name,
-        "software": SOFTWARE,
+        "software": bus.software,
         "protocol": limits.PROTOCOL_VERSION,
     }
 

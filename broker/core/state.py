@@ -27,7 +27,6 @@ from broker.protocol.errors import ErrorCode, ErrorInfo
 from broker.protocol.header import MessageType
 from broker.protocol.messages import Interrupted, OutputEvent
 
-SOFTWARE: Final = "tokenbus 0.1.0"
 EMPTY_MAP: Final = codec.pack({})
 
 Level = Literal["debug", "info", "warning"]
@@ -43,10 +42,13 @@ class BusState:
         generator: random.Random | None = None,
         access: AccessChanged | None = None,
         now_s: float = 0.0,
+        software: str = "tokenbus",
     ) -> None:
         """`access`: keys that may come in; None: CURVE is off, everybody may, operators too.
-        `now_s`: start, on the same monotonic clock as `handle`."""
+        `now_s`: start, on the same monotonic clock as `handle`. `software`: name and version, for
+        WELCOME and `bus.version`."""
         self.settings = settings
+        self.software = software
         self.generator = generator or random.SystemRandom()
         self.access = access
         self.started_s = now_s

@@ -1,0 +1,44 @@
+"""Every party says the same version: that of the installed distribution, read in one place."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+
+from tests.harness import ROOT, Bus
+
+VERSION = metadata.version("tokenbus")
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (("broker", "--version"), f"tokenbus {VERSION}"),
+        (("worker", "--version"), f"tokenbus-worker/{VERSION}"),
+        (("client", "--version"), f"tokenbus {VERSION}"),
+        (("client", "version"), f"tokenbus {VERSION}"),
+    ],
+    ids=" ".join,
+)
+def test_each_command_says_its_version(command: tuple[str, ...], told: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == told
+
+
+def test_the_parties_of_a_bus_say_their_versions_to_each_other(bus: Bus) -> None:
+    with bus.client(name="asks") as client:
+        assert client.query("bus.version")["software"] == f"tokenbus {VERSION}"
+    joined = {}
+    assert bus.broker is not None
+    lines = [line for line in bus.broker.log().splitlines() if line.startswith("{")]
+    for line in map(json.loads, lines):
+        if line["event"].endswith(" joined"):
+            joined[line["event"], line["peer"]] = line["software"]
+    assert joined["client joined", "asks"] == f"tokenbus-python/{VERSION}"
+    assert joined["worker joined", "w1"] == f"tokenbus-worker/{VERSION}"
