@@ -21,8 +21,8 @@ from types import FrameType
 from typing import Final
 
 from broker.protocol.install import install_hint
-from client import Client, End, InvalidRequest, Timeout
-from client.cli.demo_bus import GATEWAY_PORT, DemoBus, DemoError
+from client import BusError, Client, End, InvalidRequest, Timeout
+from client.cli.demo_bus import GATEWAY_PORT, DemoBus
 from client.cli.generate import show, summary
 from client.cli.terminal import Terminal
 from client.images import Image, encode
@@ -82,13 +82,13 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
 
 def _in_the_terminal(bus: DemoBus, arguments: argparse.Namespace, terminal: Terminal) -> int:
     case = _case(arguments)
-    front = bus.start(arguments.engine, arguments.load_timeout, terminal)
-    with Client(front, timeout=Timeout(total=300.0)) as client:
+    bus.start(arguments.engine, arguments.load_timeout, terminal)
+    with Client(bus.front, timeout=Timeout(total=300.0)) as client:
         right = _ask(client, case, arguments.engine, terminal)
     if arguments.keep:
         with contextlib.suppress(KeyboardInterrupt):
             terminal.notice(
-                f"the bus goes on: `python -m client chat --broker {front}`; Ctrl-C stops it"
+                f"the bus goes on: `python -m client chat --broker {bus.front}`; Ctrl-C stops it"
             )
             bus.wait()
     _stop(bus, "worker and broker", terminal)
@@ -96,9 +96,7 @@ def _in_the_terminal(bus: DemoBus, arguments: argparse.Namespace, terminal: Term
 
 
 def _on_the_page(bus: DemoBus, arguments: argparse.Namespace, terminal: Terminal) -> int:
-    front, url = bus.start_with_page(
-        arguments.engine, arguments.load_timeout, arguments.port, terminal
-    )
+    url = bus.start_with_page(arguments.engine, arguments.load_timeout, arguments.port, terminal)
     terminal.line(f"The page is at {url}/")
     # A conversation of an earlier demo is not what a newcomer looks for.
     opened = not arguments.no_browser and _has_display() and webbrowser.open(f"{url}/#new")
@@ -109,7 +107,7 @@ def _on_the_page(bus: DemoBus, arguments: argparse.Namespace, terminal: Terminal
         terminal.notice(f"from your own machine first: ssh -L {port}:127.0.0.1:{port} HOST")
     with contextlib.suppress(KeyboardInterrupt):
         terminal.notice(
-            f"an OpenAI SDK uses base_url {url}/v1, this program --broker {front}; "
+            f"an OpenAI SDK uses base_url {url}/v1, this program --broker {bus.front}; "
             "Ctrl-C stops everything"
         )
         bus.wait()
@@ -182,7 +180,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
 def _check_installed(who: str, needs: Sequence[str], extra: str, instead: str = "") -> None:
     missing = [name for name in needs if importlib.util.find_spec(name) is None]
     if missing:
-        raise DemoError(
+        raise BusError(
             f"the demo's {who} needs {', '.join(missing)}: install it with "
             f"`{install_hint(extra)}`{instead}",
             code="not_installed",
