@@ -35,7 +35,7 @@ def chat(**fields: Any) -> Generation:
 
 
 def shown(*images: bytes) -> list[dict[str, Any]]:
-    urls = [f"data:image/x;base64,{base64.b64encode(octets).decode()}" for octets in images]
+    urls = [f"data:image/x;base64,{base64.b64encode(data).decode()}" for data in images]
     parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": "what"}]}]
 
