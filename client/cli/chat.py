@@ -173,13 +173,13 @@ class _Chat:
     def greet(self) -> None:
         """Wait for broker and model, in whichever order they start; then say who is there."""
         conversation = self.conversation
-        with self._terminal.waiting("looking for a broker ...") as tell:
+        where = " or ".join(self._client.brokers)
+        with self._terminal.waiting(f"looking for a broker at {where} ...") as tell:
             while True:
                 try:
                     names = [row["name"] for row in self._client.models()]
                 except ConnectTimeout:
-                    where = " or ".join(self._client.brokers)
-                    tell(f"waiting for a broker at {where}: start one with `python -m broker`")
+                    tell(f"waiting for a broker at {where} (start one: python -m broker)")
                     continue
                 if names:
                     break
@@ -197,12 +197,19 @@ class _Chat:
 
     def loop(self) -> int:
         """Read lines until the end."""
+        read_any = False
         while True:
             try:
                 line = input("you> " if self._interactive else "")
             except EOFError:
                 if self._interactive:
                     self._terminal.line()
+                elif not read_any:
+                    self._complain(
+                        "standard input is empty, so nothing was asked of the broker at "
+                        f"{' or '.join(self._client.brokers)}: talk at a terminal, or pipe in "
+                        "questions, one a line"
+                    )
                 return self._status()
             except KeyboardInterrupt:
                 if not self._interactive:
@@ -212,6 +219,7 @@ class _Chat:
             text = line.strip()
             if not text:
                 continue
+            read_any = True
             if text.startswith("/"):
                 if text in ("/exit", "/quit"):
                     return self._status()
@@ -287,7 +295,7 @@ class _Chat:
     # --- commands ---
 
     def do_image(self, rest: str) -> None:
-        """Add a image to the next question."""
+        """Add an image to the next question."""
         if not rest:
             raise ValueError("/image needs the path of an image")
         for path in _paths(rest):

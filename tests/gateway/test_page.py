@@ -396,6 +396,25 @@ def test_a_phone_shows_everything_without_scrolling_sideways(open_page: OpenPage
     assert not page.evaluate(wide)
 
 
+def test_on_a_phone_enter_begins_a_line_and_the_button_sends(open_page: OpenPage) -> None:
+    page = open_page(viewport={"width": 360, "height": 740}, is_mobile=True, has_touch=True)
+    field = page.locator("#prompt")
+    field.tap()
+    page.keyboard.type("one")
+    page.keyboard.press("Enter")
+    page.keyboard.type("two")
+    assert field.input_value() == "one\ntwo"
+    assert field.evaluate("node => node.enterKeyHint") == "enter", "what the key says that it does"
+    page.get_by_role("button", name="Send").tap()
+    done(page)
+    assert page.locator(".message.user .bubble").inner_text() == "one\ntwo"
+    # A keyboard that is attached has another key for it.
+    field.fill("by key")
+    field.press("Control+Enter")
+    done(page, 2)
+    assert open_page().locator("#prompt").evaluate("node => node.enterKeyHint") == "send"
+
+
 def test_everything_is_reached_by_the_keyboard_and_has_a_name(open_page: OpenPage) -> None:
     page = open_page()
     page.locator("#tab-chat").focus()

@@ -366,6 +366,14 @@ def test_chat_works_piped(bus: Bus, picture: str, tmp_path: Path) -> None:
     assert again.stdout.splitlines() == ["hello", "more"]
 
 
+@pytest.mark.parametrize("nothing", ["", "\n \n"])
+def test_chat_with_nothing_to_ask_says_what_to_do(nothing: str) -> None:
+    done = run("chat", "--broker", "tcp://127.0.0.1:1", stdin=nothing)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: standard input is empty")
+    assert "tcp://127.0.0.1:1" in done.stderr and "pipe in questions" in done.stderr
+
+
 def test_chat_sets_parameters_and_forgets(bus: Bus) -> None:
     done = run(
         *("chat", "--broker", bus.front),

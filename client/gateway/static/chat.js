@@ -407,10 +407,14 @@ function grow() {
 function prepareField() {
   const field = $("prompt");
   const touch = matchMedia("(pointer: coarse)");
+  // On a phone the Enter key is the only way to a new line; the button sends.
+  const labelEnter = () => { field.enterKeyHint = touch.matches ? "enter" : "send"; };
+  touch.addEventListener("change", labelEnter);
+  labelEnter();
   field.addEventListener("input", grow);
   field.addEventListener("keydown", (event) => {
-    // On a phone the Enter key is the only way to a new line.
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing || touch.matches) return;
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    if (touch.matches && !event.ctrlKey && !event.metaKey) return;
     event.preventDefault();
     submitField();
   });
