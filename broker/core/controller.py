@@ -274,12 +274,17 @@ class BrokerCore(BusState):
         if ledger is not None:
             for request_id in ledger.started:
                 request = worker.running.get(request_id)
-                if request is not None and request.started_s is None:
+                former = request_id in worker.moving
+                if request is not None and request.started_s is None and not former:
                     request.started_s = self.now_s
                     suspicion.on_started(self, request)
                     self.figures.started(request, self.now_s)
             told = causes.told_in(frames[1], ledger.finished)
             for finished in ledger.finished:
+                if finished.request_id in worker.moving:
+                    # The run that was moved away, even if the request is back here by now.
+                    worker.moving.discard(finished.request_id)
+                    continue
                 # Without a route it is about requests that nobody receives; one that was attached
                 # meanwhile is replayed, and named again with its end.
                 if head.id != header.NO_ID or not self._awaited(worker, finished.request_id):

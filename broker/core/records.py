@@ -152,6 +152,7 @@ class WorkerSession(Session):
         "instance",
         "last_assigned",
         "models",
+        "moving",
         "recalled",
         "returned",
         "routes",
@@ -195,6 +196,8 @@ class WorkerSession(Session):
         #: None until it says so. Never a reason to assign: only credit is.
         self.state: WorkerState | None = None
         self.beat = Heartbeat()
+        #: Requests that were taken from it and whose former run it has not yet reported as over.
+        self.moving: set[bytes] = set()
         #: Cumulative; never falls (SPEC.md section 7).
         self.granted = 0
         #: ASSIGNs that spent credit, of this session.

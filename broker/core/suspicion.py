@@ -156,6 +156,7 @@ def _empty(bus: BusState, request: RequestState) -> None:
     )
     for other in list(worker.running.values()):
         endings.interrupt(bus, other, error, lost=False)
+        worker.moving.add(other.id)
         body = codec.encode(Cancel(reason="moved, so that a suspect can run alone"))
         bus.send(worker, MessageType.CANCEL, other.id, body)
     bus.dirty.add(request.model)

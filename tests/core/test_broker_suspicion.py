@@ -149,6 +149,26 @@ def test_what_runs_for_long_moves_so_that_a_suspect_need_not_wait_for_it() -> No
     assert worker.assigned_ids() == [long.id]
 
 
+def test_the_late_end_of_a_run_that_moved_does_not_end_its_next_run_at_the_same_worker() -> None:
+    bus = Bus(worker_liveness=60)
+    worker = bus.worker("w", slots=2)
+    long = Victim(bus)
+    (before,) = worker.assigned()
+    suspect = bus.client()
+    suspect.resume(bus.new_id(), 2, lost=("a", "b"))
+    bus.wait(1.1 + 5.1)
+    (alone,) = worker.assigned()
+    long.resume()
+    worker.finish(alone)
+    (again,) = worker.assigned()
+    assert again.id == long.id
+    # The worker answers the CANCEL only now.
+    begin(worker, before)
+    worker.finish(before, outcome="cancelled")
+    vanish(worker)
+    assert long.resume(), "it was still known to run there"
+
+
 def test_a_suspect_goes_to_a_worker_that_did_not_die_with_it() -> None:
     bus = Bus()
     bus.client().resume(bus.new_id(), 2, lost=("a", "b"))

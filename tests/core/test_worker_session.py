@@ -802,6 +802,31 @@ def test_a_client_that_has_other_tokens_is_continued_from_its_own_in_the_same_sl
     assert broker.free == 1
 
 
+@pytest.mark.parametrize("obeyed", [True, False])
+def test_a_request_that_was_moved_away_and_comes_back_goes_on_and_is_not_cancelled(
+    obeyed: bool,
+) -> None:
+    world = serving(capacity=2)
+    (broker,) = world.brokers
+    broker.assign(1)
+    world.generate(1, 0, 1)
+    broker.cancel(1)
+    if obeyed:
+        world.obey_cancels()
+    answer = broker.answer(1)
+    answer.token_ids, answer.text = [0, 1], text_of(0, 1)
+    broker.assign(1, resume=answer.resume())
+    assert broker.finished == [(request_id(1), "cancelled")], "the CANCEL is answered once"
+    (job,) = set(world.jobs) - ({request_id(1)} if not obeyed else set())
+    world.obey_cancels()
+    world.generate(1, 2, job=job)
+    world.end(1, job=job)
+    assert answer.token_ids == [0, 1, 2]
+    assert answer.end is not None and answer.end.finish_reason == "stop"
+    assert broker.finished == [(request_id(1), "cancelled"), (request_id(1), "stop")]
+    assert broker.free == 2
+
+
 def test_a_client_that_has_less_than_was_resumed_here_is_continued_from_what_it_has() -> None:
     world = serving(capacity=1)
     (broker,) = world.brokers

@@ -277,6 +277,17 @@ class Requests:
         self._slotless.add(stream.job_id)
         return True
 
+    def drop_cancelled(self, connection: Connection, stream: Stream) -> None:
+        """Forget a run that the broker cancelled because it moved; the engine's job keeps its slot
+        until it is over. Every CANCEL is answered, so this one is too."""
+        if stream.running:
+            stream.end = (END, "cancelled", "", {}, {})
+        if not stream.end_sent:
+            self._tell_over(connection, stream.request_id)
+        self._leave_broker(connection, stream)
+        connection.held.discard(stream.request_id)
+        self.forget(stream)
+
     def abandon(self, stream: Stream) -> None:
         """Stop a running request of which nothing more is to be said."""
         self.out.append(EngineCancel(stream.job_id))

@@ -459,10 +459,16 @@ class WorkerCore:
                 message = "a later epoch of the request runs here already"
                 self._reject(connection, request_id, ErrorCode.DUPLICATE_REQUEST, message, now_s)
                 return
-            if not stream.retryable and requests.resume(connection, stream, assign, request, now_s):
+            if stream.cancelled and not assign.attach:
+                # It was moved away, and now it comes back: what is left of that run is no answer.
+                requests.drop_cancelled(connection, stream)
+            elif not stream.retryable and requests.resume(
+                connection, stream, assign, request, now_s
+            ):
                 return
-            # What is held here is not what this client has: it is run on from what the client has.
-            renounced = requests.renounce(connection, stream)
+            else:
+                # What is held here is not what this client has: it is run on from that.
+                renounced = requests.renounce(connection, stream)
         if not renounced:
             refusal = self._refusal(assign, beyond, request.model)
             if refusal is not None:
