@@ -7,16 +7,23 @@ is killed. They check nothing: no session, no sequence, no credit. Never part of
 * monitored_queue: pyzmq's ROUTER-ROUTER queue, which swaps the two ids in front of a message.
 * python_floor: the least that a forwarder in Python can do with the bus's own frames: six direct
   socket calls, one look-up, a new header. What the broker costs above it are its checks.
+* welcome: two ROUTERs that answer every message with the octets of one WELCOME: what ZeroMQ itself
+  takes for a peer that comes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 
 import zmq
 from zmq.backend import Socket
 from zmq.devices import monitored_queue
+
+from broker.protocol import codec
+from broker.protocol.header import MessageType, encode
+from broker.protocol.messages import BusLimits, Welcome, new_id
 
 IO_THREADS = 1
 
@@ -44,6 +51,44 @@ def run_monitored_queue(front: str, back: str) -> None:
     watcher.bind("inproc://watcher")
     print("ready", flush=True)
     monitored_queue(*ends, watcher)
+
+
+def run_welcome(front: str, back: str) -> None:
+    """Answer whoever says something, without reading it."""
+    context = zmq.Context(IO_THREADS)
+    ends = context.socket(zmq.ROUTER), context.socket(zmq.ROUTER)
+    for end, endpoint in zip(ends, (front, back), strict=True):
+        end.setsockopt(zmq.BACKLOG, 1024)  # as the broker's own; with 100, peers wait to be let in
+        end.bind(endpoint)
+    limits = BusLimits(
+        request_bytes=1 << 20,
+        attachment_bytes=1 << 24,
+        attachments_bytes=1 << 26,
+        attachments=16,
+        inflight=64,
+    )
+    body = codec.encode(
+        Welcome(
+            version=1,
+            broker="plain",
+            software="pyzmq",
+            heartbeat_interval_ms=3_600_000,
+            liveness=3,
+            limits=limits,
+            window=256,
+        )
+    )
+    head = encode(MessageType.WELCOME, new_id(), 0)
+    poller = zmq.Poller()
+    for end in ends:
+        poller.register(end, zmq.POLLIN)
+    print("ready", flush=True)
+    while True:
+        for end, _ in poller.poll():
+            with contextlib.suppress(zmq.Again):
+                while True:
+                    routing_id, *_ = end.recv_multipart(zmq.DONTWAIT)
+                    end.send_multipart((routing_id, head, body))
 
 
 def run_python_floor(front: str, back: str) -> None:
@@ -89,6 +134,7 @@ PEERS: dict[str, Callable[[str, str], None]] = {
     "zmq_proxy": run_zmq_proxy,
     "monitored_queue": run_monitored_queue,
     "python_floor": run_python_floor,
+    "welcome": run_welcome,
 }
 
 

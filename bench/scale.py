@@ -7,11 +7,12 @@ a thousand workers and ten thousand clients, each with a stream.
 from __future__ import annotations
 
 import argparse
+import functools
 import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,6 +25,7 @@ from bench.common import (
     Sample,
     cpu_s,
     endpoints,
+    interleave,
     memory_bytes,
     options,
     percentile,
@@ -60,6 +62,39 @@ def register(front: str, back: str, workers: int, clients: int) -> tuple[list[Ra
     for peer in (*backs, *fronts):
         peer.welcomed()
     return backs, fronts
+
+
+def start_plain(front: str, back: str, workers: int, clients: int) -> Process:
+    """Two ROUTERs of pyzmq that welcome whoever comes."""
+    del workers, clients
+    process = Process(python("-m", "bench.peers", "welcome", front, back))
+    process.wait_line("ready")
+    return process
+
+
+def restart(
+    begin: Callable[[str, str, int, int], Process],
+    front: str,
+    back: str,
+    workers: int,
+    clients: int,
+) -> dict[str, float]:
+    """Seconds until it listens and until all peers have their WELCOME, and its CPU for one."""
+    began_s = time.monotonic()
+    with begin(front, back, workers, clients) as process:
+        up_s = time.monotonic()
+        before_s = cpu_s(process.pid)
+        peers = register(front, back, workers, clients)
+        took_s = time.monotonic() - up_s
+        spent_s = cpu_s(process.pid) - before_s
+        process.kill()
+        for group in peers:
+            close(group)
+    return {
+        "listens_s": up_s - began_s,
+        "registered_s": took_s,
+        "cpu_us_per_hello": spent_s / (workers + clients) * 1e6,
+    }
 
 
 def close(peers: Iterable[RawPeer]) -> None:
@@ -255,18 +290,26 @@ def measure(arguments: argparse.Namespace) -> Report:
             )
             process.kill()
             close((*first, *seconds))
-        began = time.monotonic()
-        with start(front, back, workers, clients) as process:
-            up = time.monotonic()
-            cpu = cpu_s(process.pid)
-            peers = register(front, back, workers, clients)
-            took = time.monotonic() - up
-            cpu = cpu_s(process.pid) - cpu
-            report.add("scale.restart_s", up - began, "s", what="broker listens", **case)
-            report.add("scale.restart_s", took, "s", what="all peers registered", **case)
-            report.add("scale.cpu_us_per_hello", cpu / (workers + clients) * 1e6, "us", **case)
-            for group in peers:
-                close(group)
+        starts = {"broker": start, "welcome": start_plain}
+        cases = {
+            name: functools.partial(restart, begin, front, back, workers, clients)
+            for name, begin in starts.items()
+        }
+        seen = interleave(cases, 1 if arguments.quick else 3)
+        for name, figure, unit, what in (
+            ("restart_s", "listens_s", "s", "broker listens"),
+            ("restart_s", "registered_s", "s", "all peers registered"),
+            ("cpu_us_per_hello", "cpu_us_per_hello", "us", None),
+        ):
+            report.add(
+                f"scale.{name}",
+                seen["broker"][figure],
+                unit,
+                peer="plain ROUTER",
+                against=seen["welcome"][figure],
+                what=what,
+                **case,
+            )
     return report
 
 
