@@ -33,13 +33,28 @@ from typing import Any, Final
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.chaos_faults import FAULTS, Blow, Fault
-from bench.chaos_judge import PACE_MS, Outcome, Reference, check_reference, judge, recoveries_ms
+from bench.chaos_judge import (
+    PACE_MS,
+    Outcome,
+    Reference,
+    check_featured_reference,
+    check_reference,
+    judge,
+    recoveries_ms,
+)
+from bench.chaos_kills import KILLS
 from bench.chaos_reader import Got
 from bench.chaos_stage import Layout, Stage
 from bench.common import machine, output
+from bench.soak import soak
 
 STREAMS: Final = 50
+FEATURED_LANES: Final = 18
+"""Requests with every feature, about thirty choices; each kind with each model."""
+FEATURED_TOKENS: Final = 40
 QUICK_HEARTBEAT_S: Final = 0.2
+RUNNING_S: Final = 120.0
+"""Longest wait until every stream runs."""
 QUICK_TOKENS: Final = 70
 FULL_TOKENS: Final = 500
 
@@ -55,26 +70,28 @@ class Run:
         self.tokens = QUICK_TOKENS if options.quick else FULL_TOKENS
         self.heartbeat_s = options.heartbeat_s or (QUICK_HEARTBEAT_S if options.quick else None)
         self.random = random.Random(options.seed)
-        self.reference: Reference = {}
+        #: By whether the stage has every feature.
+        self.references: dict[bool, Reference] = {}
         self.outcomes: dict[str, Outcome] = {}
         self._learning = threading.Lock()
         self._stopping = False
 
     def rounds(self, faults: Sequence[Fault]) -> Iterator[Outcome]:
-        """Run every fault once, then again in random order until the time is over. Gives each
-        outcome, summed over its rounds, when it changed."""
+        """Run every fault as often as the options say, then again in random order until the time
+        is over. Gives each outcome, summed over its rounds, when it changed."""
         until_s = time.monotonic() + (self.options.seconds or 0.0)
+        begin = list(faults)
+        for _ in range(self.options.rounds - 1):
+            begin += self.random.sample(list(faults), len(faults))
         try:
-            while True:
-                yield from self._round(faults)
-                if time.monotonic() >= until_s:
-                    return
-                faults = self.random.sample(list(faults), len(faults))
+            yield from self._strikes(begin)
+            while time.monotonic() < until_s:
+                yield from self._strikes(self.random.sample(list(faults), len(faults)))
         finally:
             self._stopping = True
 
-    def _round(self, faults: Sequence[Fault]) -> Iterator[Outcome]:
-        """Every fault once, on as many stages at once as the options say."""
+    def _strikes(self, faults: Sequence[Fault]) -> Iterator[Outcome]:
+        """These faults in order, on as many stages at once as the options say."""
         done: SimpleQueue[Outcome] = SimpleQueue()
 
         def act(layout: Layout, group: Sequence[Fault]) -> None:
@@ -103,7 +120,7 @@ class Run:
         outcome = self.outcomes.setdefault(fault.name, Outcome(fault.name))
         failed_before = outcome.failed
         with self._learning:
-            if not self.reference:
+            if stage.layout.features not in self.references:
                 self._learn(stage)
         try:
             self._strike(stage, fault, outcome)
@@ -118,14 +135,20 @@ class Run:
 
     def _learn(self, stage: Stage) -> None:
         """The run without faults."""
-        reader = stage.start_reader(0, STREAMS, self.tokens, 1.0)
-        streams = stage.report_of(reader)
-        check_reference(streams, self.tokens)
-        self.reference = {got.lane: got for got in streams}
+        if stage.layout.features:
+            streams = stage.report_of(stage.start_features_reader(FEATURED_LANES, FEATURED_TOKENS))
+            check_featured_reference(streams)
+        else:
+            streams = stage.report_of(stage.start_reader(0, STREAMS, self.tokens, 1.0))
+            check_reference(streams, self.tokens)
+        self.references[stage.layout.features] = {got.lane: got for got in streams}
 
     def _strike(self, stage: Stage, fault: Fault, outcome: Outcome) -> None:
-        reader = stage.start_reader(0, STREAMS, self.tokens, PACE_MS, repeat=fault.repeat)
-        reader.wait_line("^running$")
+        if stage.layout.features:
+            reader = stage.start_features_reader(FEATURED_LANES, FEATURED_TOKENS)
+        else:
+            reader = stage.start_reader(0, STREAMS, self.tokens, PACE_MS, repeat=fault.repeat)
+        reader.wait_line("^running$", RUNNING_S)
         struck_s = time.monotonic()
         fault.strike(Blow(stage, reader, self.options.quick, outcome, self.random))
         if fault.repeat:
@@ -140,10 +163,11 @@ class Run:
             _tell(fault, streams)
         if self.options.verbose:
             print(stage.story(warnings=True), file=sys.stderr)
-        judge(outcome, streams, self.reference)
+        judge(outcome, streams, self.references[stage.layout.features])
         outcome.recovery_ms += recoveries_ms(streams, struck_s, fault.hits)
         stage.heal()
-        stage.wait_healthy()
+        # A model takes long to load: the next fault strikes beside a worker that still does.
+        stage.wait_healthy(enough=2 if stage.layout.features else None)
 
 
 def _tell(fault: Fault, streams: Sequence[Got]) -> None:
@@ -219,6 +243,10 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         "--seconds", type=float, help="go on in random order for so long, after a first round"
     )
     parser.add_argument(
+        "--kills", action="store_true", help="only kills, with every feature on the demo model"
+    )
+    parser.add_argument("--rounds", type=int, default=1, help="of every fault, at least [1]")
+    parser.add_argument(
         "--parallel", type=int, help="buses at once [with --quick 2, else 1, for exact times]"
     )
     parser.add_argument("--seed", type=int, default=0, help="of order and hostile bytes [0]")
@@ -229,6 +257,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--verbose", action="store_true", help="why streams were interrupted, to standard error"
     )
+    parser.add_argument(
+        "--soak", metavar="MINUTES", type=float, help="no faults: every feature, and flat memory"
+    )
     parser.add_argument("--list", action="store_true", help="show the faults' names and leave")
     options = parser.parse_args(argv)
     if options.parallel is None:
@@ -236,12 +267,24 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _soak(options: argparse.Namespace) -> int:
+    row, fine = soak(options.soak, options.seed)
+    if options.json == "-":
+        print(json.dumps(row))
+    elif options.json:
+        Path(options.json).write_text(json.dumps(row) + "\n")
+    return 0 if fine else 1
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; 1 when a promise was broken."""
     options = _options(argv)
-    faults = [fault for fault in FAULTS if (options.only or "") in fault.name]
+    if options.soak is not None:
+        return _soak(options)
+    known = KILLS if options.kills else FAULTS
+    faults = [fault for fault in known if (options.only or "") in fault.name]
     if options.list or not faults:
-        print("\n".join(fault.name for fault in FAULTS))
+        print("\n".join(fault.name for fault in known))
         return 0 if options.list else 2
     run = Run(options)
     out = sys.stderr if options.json == "-" else sys.stdout

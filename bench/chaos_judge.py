@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from bench.chaos_reader import Got, arguments_of
 from bench.common import percentile
+from bench.features import same_logprobs
 from worker.engines.echo import tokens as echo_tokens
 
 PACE_MS: Final = 20.0
@@ -79,6 +80,8 @@ def judge(outcome: Outcome, streams: Sequence[Got], reference: Reference) -> Non
         if got.error is not None:
             outcome.failed += 1
             ids, text = ids[: len(got.token_ids)], text[: len(got.text)]
+        elif not same_logprobs(got.logprobs, expected.logprobs):
+            outcome.wrong.append(f"lane {got.lane}: other log-probabilities")
         if got.token_ids != ids:
             lost, doubled = differences(got.token_ids, ids)
             outcome.tokens_lost += lost
@@ -112,3 +115,20 @@ def check_reference(streams: Sequence[Got], tokens: int) -> None:
             expected = echo_tokens.tokenize(asked["prompt"])[:tokens]
         if got.error is not None or got.token_ids != expected:
             raise RuntimeError(f"lane {got.lane} is wrong without any fault: {got}")
+
+
+def check_featured_reference(streams: Sequence[Got]) -> None:
+    """The run without faults, where every feature is used: that each was. Raises `RuntimeError`."""
+    for got in streams:
+        if got.error is not None or got.causes:
+            raise RuntimeError(f"lane {got.lane} is wrong without any fault: {got}")
+    texts = [got.text for got in streams]
+    for what, seen in {
+        "image tokens": any('"image_tokens": 9' in text for text in texts),
+        "tool calls": any('"tool_calls"' in text and "paint" in text for text in texts),
+        "a schema": any("corners" in text for text in texts),
+        "log-probabilities": any(got.logprobs for got in streams),
+        "several choices": any(text.count('"stop"') + text.count('"length"') > 1 for text in texts),
+    }.items():
+        if not seen:
+            raise RuntimeError(f"no answer of the run without faults shows {what}")

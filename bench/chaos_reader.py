@@ -58,6 +58,8 @@ class Got:
     #: Code of the error that ended it; None: an END.
     error: str | None = None
     message: str = ""
+    #: Of each token, where they were asked for.
+    logprobs: list[float] = field(default_factory=list)
 
 
 def prompt_of(lane: int, tokens: int) -> str:

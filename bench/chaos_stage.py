@@ -1,4 +1,5 @@
-"""The bus that `bench.chaos` breaks: brokers, workers and readers as processes, proxies between.
+"""The bus that `bench.chaos` breaks: brokers, workers, gateways and readers as processes, proxies
+between.
 
 Starts, watches and heals; which faults there are, and what they must not change, stands in
 `bench.chaos`.
@@ -8,22 +9,28 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
 import tempfile
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
 from bench.chaos_reader import Got
-from bench.common import Process, free_port, python, wait_for
+from bench.common import ROOT, Process, free_port, python, wait_for, wait_port
 from bench.faults import Proxy
+from bench.features import ADAPTERS, CHAT_TEMPLATE, MODEL
 from client import BusError, Client, Timeout
 
 SLOTS: Final = 32
 HEAL_S: Final = 40.0
 """Longest wait for all workers to be back and idle after a fault."""
-READ_S: Final = 120.0
-"""Longest wait for a reader's report; each of its streams ends long before, by its own limit."""
+MODEL_SLOTS: Final = 16
+LOAD_S: Final = 240.0
+"""Longest wait for workers that load a model, on a machine with other work."""
+READ_S: Final = 300.0
+"""Longest wait for a reader's report; each of its streams ends before, by its own limit."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,8 @@ class Layout:
     full_disk: bool = False
     #: File descriptors that the broker may have; None: as many as it asks for.
     descriptors: int | None = None
+    #: Workers serve the demo model with adapters, and two gateways stand before the bus.
+    features: bool = False
 
 
 class Stage:
@@ -59,6 +68,9 @@ class Stage:
             self.back_proxy = self._stack.enter_context(Proxy(self.backs[0]))
         self.brokers: dict[int, Process] = {}
         self.workers: dict[str, Process] = {}
+        gateways = 2 if layout.features else 0
+        self._gateway_ports = [free_port() for _ in range(gateways)]
+        self.gateways: dict[int, Process] = {}
         self._observer: Client | None = None
         self._started = 0
         self._readers: list[Process] = []
@@ -66,8 +78,12 @@ class Stage:
     def __enter__(self) -> Stage:
         for index in range(self.layout.brokers):
             self.start_broker(index)
+        if self.layout.features:
+            self._write_model_files()
         for number in range(1, self.layout.workers + 1):
             self.start_worker(f"w{number}")
+        for index in range(len(self._gateway_ports)):
+            self.start_gateway(index)
         self.wait_healthy()
         return self
 
@@ -80,12 +96,20 @@ class Stage:
         if self._observer is not None:
             self._observer.close()
         self.end_readers()
-        for process in (*self.workers.values(), *self.brokers.values()):
+        for process in self._all():
             process.kill()
             process.stop()
         self._stack.close()
 
     # --- processes --------------------------------------------------------------------------------
+
+    def _all(self) -> list[Process]:
+        return [*self.gateways.values(), *self.workers.values(), *self.brokers.values()]
+
+    def _write_model_files(self) -> None:
+        (self.folder / "template.jinja").write_text(CHAT_TEMPLATE)
+        command = python("-m", "bench.features", str(self.folder))
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
 
     def _process(self, *arguments: str, limit: int | None = None) -> Process:
         command = python(*arguments)
@@ -112,13 +136,46 @@ class Stage:
     def start_worker(self, name: str) -> Process:
         """Start a worker; does not wait."""
         backs = [self.back_proxy.address] if self.back_proxy else self.backs
-        arguments = ["-m", "worker", "--engine", "echo", "--worker-id", name, "--no-progress"]
-        arguments += ["--slots", str(SLOTS), "--engine-stall-s", "1.5", "--drain-s", "0.5"]
-        # An answer as long as the slow reader's.
-        arguments += ["--engine-arg", "context_tokens=10000000"]
+        arguments = ["-m", "worker", "--worker-id", name, "--no-progress", "--drain-s", "0.5"]
+        if self.layout.features:
+            arguments += self._model_arguments()
+        else:
+            arguments += ["--engine", "echo", "--slots", str(SLOTS), "--engine-stall-s", "1.5"]
+            # An answer as long as the slow reader's.
+            arguments += ["--engine-arg", "context_tokens=10000000"]
         for back in backs:
             arguments += ["--broker", back]
         self.workers[name] = process = self._process(*arguments)
+        return process
+
+    def _model_arguments(self) -> list[str]:
+        adapters = ",".join(f"{name}={self.folder / name}" for name in ADAPTERS)
+        # In float32 an answer does not depend on its neighbours in the batch.
+        arguments = ["--model-name", MODEL, "--device", "cpu", "--dtype", "float32"]
+        arguments += ["--threads", "1", "--slots", str(MODEL_SLOTS), "--engine-stall-s", "10"]
+        arguments += ["--chat-template", str(self.folder / "template.jinja")]
+        return [*arguments, "--engine-arg", f"adapters={adapters}"]
+
+    @property
+    def gateway_urls(self) -> list[str]:
+        return [f"http://127.0.0.1:{port}" for port in self._gateway_ports]
+
+    def start_gateway(self, index: int) -> Process:
+        """Start a gateway, or another one at the same address; returns once it listens."""
+        urls, fronts = self.gateway_urls, ",".join(self.fronts)
+        port = self._gateway_ports[index]
+        arguments = ["-m", "client.gateway", "--broker", fronts, "--port", str(port)]
+        arguments += ["--peers", ",".join(url for url in urls if url != urls[index])]
+        self.gateways[index] = process = self._process(*arguments)
+        wait_port(port, process)
+        return process
+
+    def start_features_reader(self, lanes: int, tokens: int) -> Process:
+        """Start a client that reads answers with every feature from the gateways."""
+        arguments = ["-m", "bench.features_reader", "--gateways", ",".join(self.gateway_urls)]
+        arguments += ["--lanes", f"0:{lanes}", "--tokens", str(tokens)]
+        process = Process(python(*arguments))
+        self._readers.append(process)
         return process
 
     def start_reader(
@@ -177,9 +234,18 @@ class Stage:
             if worker.ended:
                 worker.stop()
                 self.start_worker(name)
+        for index, gateway in list(self.gateways.items()):
+            if gateway.ended:
+                gateway.stop()
+                self.start_gateway(index)
 
-    def wait_healthy(self) -> None:
-        """Wait until every worker is ready with all of its slots free: nothing leaked."""
+    def ready_workers(self) -> list[str]:
+        """Names of the workers that take requests."""
+        return [row["name"] for row in self.rows() if row["state"] == "ready"]
+
+    def wait_healthy(self, enough: int | None = None) -> None:
+        """Wait until every worker is ready with all of its slots free: nothing leaked. With
+        `enough`, until so many are, and the others still load."""
         names = set(self.workers)
 
         def idle(row: dict[str, Any]) -> bool:
@@ -190,12 +256,29 @@ class Stage:
 
         def healthy() -> bool:
             rows = [row for row in self.rows() if row["name"] in names]
-            return {row["name"] for row in rows} == names and all(map(idle, rows))
+            if enough is None:
+                fit = {row["name"] for row in rows} == names
+            else:
+                rows = [row for row in rows if row["state"] == "ready"]
+                fit = len(rows) >= enough
+            return fit and all(map(idle, rows)) and self._gateways_answer()
 
+        patience_s = LOAD_S if self.layout.features else HEAL_S
         try:
-            wait_for(healthy, "all workers to be ready and idle", HEAL_S)
+            wait_for(healthy, "all workers to be ready and idle", patience_s)
         except RuntimeError as error:
             raise RuntimeError(f"{error}; bus.workers: {self.rows()}\n{self.story()}") from None
+
+    def _gateways_answer(self) -> bool:
+        for url in self.gateway_urls:
+            try:
+                with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as answer:
+                    served = {model["id"] for model in json.load(answer)["data"]}
+            except OSError:
+                return False
+            if not {MODEL, *ADAPTERS} <= served:
+                return False
+        return True
 
     def story(self, lines: int = 30, *, warnings: bool = False) -> str:
         """The last lines of every process, or the last that warn."""
@@ -203,6 +286,7 @@ class Stage:
         for name, process in [
             *((f"broker {index}", process) for index, process in self.brokers.items()),
             *self.workers.items(),
+            *((f"gateway {index}", process) for index, process in self.gateways.items()),
         ]:
             ended = f" ended with {process.wait(0)}" if process.ended else ""
             parts.append(f"--- {name} (pid {process.pid}){ended}")

@@ -1,0 +1,83 @@
+"""Eight kinds of kill while every feature is in use: `python -m bench.chaos --kills --rounds 20`.
+
+Schemas, tools, log-probabilities, stop strings, images, several choices and LoRA adapters at once
+(`bench.features`), of two gateways and three workers with the demo model. As in any chaos, nothing
+may be lost, doubled or altered, and no request may fail: a `poison` verdict would be a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Final
+
+from bench.chaos_faults import Blow, Fault
+from bench.chaos_stage import Layout
+from bench.common import Process
+from bench.faults import engine_of
+
+_FEATURES: Final = Layout(features=True)
+
+
+def _victims(blow: Blow, count: int) -> list[Process]:
+    """Workers that have work, as far as there are so many."""
+    ready = blow.stage.ready_workers()
+    blow.random.shuffle(ready)
+    return [blow.stage.workers[name] for name in ready[:count]]
+
+
+def _kill_link(blow: Blow) -> None:
+    for worker in _victims(blow, 1):
+        os.kill(worker.pid, signal.SIGKILL)
+
+
+def _kill_engine(blow: Blow) -> None:
+    for worker in _victims(blow, 1):
+        os.kill(engine_of(worker.pid), signal.SIGKILL)
+
+
+def _stall_engine(blow: Blow) -> None:
+    for worker in _victims(blow, 1):
+        os.kill(engine_of(worker.pid), signal.SIGSTOP)  # the link kills it
+
+
+def _end_worker(blow: Blow) -> None:
+    for worker in _victims(blow, 1):
+        worker.signal(signal.SIGTERM)
+
+
+def _kill_broker(blow: Blow) -> None:
+    blow.broker().kill()
+    time.sleep(0.2)
+    blow.stage.heal()
+
+
+def _kill_gateway(blow: Blow) -> None:
+    blow.random.choice(list(blow.stage.gateways.values())).kill()
+
+
+def _kill_two_workers(blow: Blow) -> None:
+    """A link and an engine that have nothing to do with each other: no request is to blame."""
+    first, *others = _victims(blow, 2)
+    os.kill(first.pid, signal.SIGKILL)
+    time.sleep(blow.random.choice((0.0, 0.4)))
+    for other in others:
+        os.kill(engine_of(other.pid), signal.SIGKILL)
+
+
+def _kill_worker_and_broker(blow: Blow) -> None:
+    _kill_link(blow)
+    _kill_broker(blow)
+
+
+KILLS: Final = (
+    Fault("worker link", _kill_link, layout=_FEATURES),
+    Fault("engine", _kill_engine, layout=_FEATURES),
+    Fault("engine, stopped for good", _stall_engine, layout=_FEATURES),
+    Fault("worker, by SIGTERM", _end_worker, layout=_FEATURES),
+    Fault("broker", _kill_broker, layout=_FEATURES),
+    Fault("gateway", _kill_gateway, layout=_FEATURES),
+    Fault("two at once: link, engine", _kill_two_workers, layout=_FEATURES),
+    Fault("two at once: link, broker", _kill_worker_and_broker, layout=_FEATURES),
+)

@@ -1,0 +1,303 @@
+"""Requests that use every feature together, and what a caller puts together from their streams.
+
+Schemas, tools, log-probabilities, stop strings, images, several choices, LoRA adapters, at the
+gateway's chat and completions endpoints, of the demo model. Every request is greedy or has a seed,
+so that its answer is the same whenever and wherever it is made.
+
+`python -m bench.features FOLDER` writes the adapters (in a process of its own: it imports torch).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import random
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from worker.demo.pictures import make_scene, render
+
+MODEL: Final = "demo"
+ADAPTERS: Final = ("tuned", "tuned-too")
+CHAT: Final = "/v1/chat/completions"
+COMPLETIONS: Final = "/v1/completions"
+CHAT_TEMPLATE: Final = """{{ bos_token }}
+{%- if tools %}{{ '<|user|>tools: ' + (tools | tojson) + '<|end|>' }}{% endif %}
+{%- for message in messages %}{{ '<|' + message['role'] + '|>' }}
+{%- if message['content'] is string %}{{ message['content'] }}
+{%- elif message['content'] %}
+{%- for part in message['content'] if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}
+{%- for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}
+{%- endif %}{{ '<|end|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+"""The demo model's own names no tools, so that it would refuse them."""
+
+_SCHEMA: Final = {
+    "type": "object",
+    "properties": {
+        "colour": {"type": "string", "enum": ["red", "blue", "green"]},
+        "corners": {"type": "array", "items": {"type": "integer"}, "minItems": 24, "maxItems": 30},
+        "note": {"type": "string", "minLength": 60, "maxLength": 90},
+    },
+    "required": ["colour", "corners", "note"],
+    "additionalProperties": False,
+}
+_TOOL: Final = {
+    "type": "function",
+    "function": {
+        "name": "paint",
+        "description": "Paint a shape.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "colours": {
+                    "type": "array",
+                    "items": {"type": "string", "enum": ["red", "blue", "black", "pink"]},
+                    "minItems": 12,
+                    "maxItems": 16,
+                },
+                "where": {"type": "string", "minLength": 40, "maxLength": 60},
+            },
+            "required": ["colours", "where"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+# --- what is asked --------------------------------------------------------------------------------
+
+
+def request_of(lane: int, tokens: int) -> tuple[str, dict[str, Any]]:
+    """Path and body of a lane's request, of answers of at most so many tokens a choice.
+
+    Six kinds, each of the base and of both adapters in turn; the same for a lane always.
+    """
+    kind, variant = lane % len(_KINDS), lane // len(_KINDS)
+    path, body = _KINDS[kind](variant, tokens)
+    model = (MODEL, *ADAPTERS)[(lane + variant) % (1 + len(ADAPTERS))]
+    common = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
+    return path, common | {"seed": 100 + lane} | body
+
+
+def _user(text: str, images: int = 0, seed: int = 0) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": _data_url(seed + number)}}
+        for number in range(images)
+    ]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def _data_url(seed: int) -> str:
+    rng = random.Random(seed)
+    stream = io.BytesIO()
+    render(make_scene(rng), rng, rng.choice((144, 192, 224))).save(stream, "PNG")
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def _images_with_logprobs(variant: int, tokens: int) -> tuple[str, dict[str, Any]]:
+    return CHAT, {
+        "messages": _user("What is in each image?", 1 + variant % 3, variant),
+        "max_tokens": tokens,
+        "min_tokens": tokens,
+        "temperature": 0,
+        "logprobs": True,
+        "top_logprobs": 3,
+    }
+
+
+def _schema(variant: int, tokens: int) -> tuple[str, dict[str, Any]]:
+    schema = {"name": "shape", "schema": _SCHEMA, "strict": True}
+    return CHAT, {
+        "messages": _user("Describe the image.", 1, variant),
+        "max_tokens": 4 * tokens,
+        "temperature": 0.9,
+        "response_format": {"type": "json_schema", "json_schema": schema},
+        "logprobs": True,
+    }
+
+
+def _tools(variant: int, tokens: int) -> tuple[str, dict[str, Any]]:
+    return CHAT, {
+        "messages": _user(f"Paint shape {variant}."),
+        "max_tokens": 4 * tokens,
+        "temperature": 0.8,
+        "tools": [_TOOL],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "n": 2,
+    }
+
+
+def _choices_with_stops(variant: int, tokens: int) -> tuple[str, dict[str, Any]]:
+    return CHAT, {
+        "messages": _user(f"Count to {20 + 5 * (variant % 3)}."),
+        "n": 3,
+        "max_tokens": tokens,
+        "temperature": 1.1,
+        "top_p": 0.95,
+        "presence_penalty": 0.2,
+        "min_tokens": tokens * 2 // 3,
+        "stop": ["zebra!", "23, 24", "xyz"],
+        "logprobs": True,
+        "top_logprobs": 1,
+    }
+
+
+def _completion(variant: int, tokens: int) -> tuple[str, dict[str, Any]]:
+    return COMPLETIONS, {
+        "prompt": [f"Once upon a time {variant}", "A red circle"],
+        "n": 2,
+        "max_tokens": tokens,
+        "min_tokens": tokens // 2,
+        "temperature": 0.7,
+        "frequency_penalty": 0.3,
+        "stop": ["quagga"],
+        "logprobs": 2,
+    }
+
+
+def _tools_and_images(variant: int, tokens: int) -> tuple[str, dict[str, Any]]:
+    named = {"type": "function", "function": {"name": "paint"}}
+    return CHAT, {
+        "messages": _user("Paint what you see.", 2, variant),
+        "max_tokens": 4 * tokens,
+        "temperature": 0.8,
+        "repetition_penalty": 1.1,
+        "tools": [_TOOL],
+        "tool_choice": named,
+    }
+
+
+_KINDS: Final = (
+    _images_with_logprobs,
+    _schema,
+    _tools,
+    _choices_with_stops,
+    _completion,
+    _tools_and_images,
+)
+
+
+# --- what is heard --------------------------------------------------------------------------------
+
+
+@dataclass
+class _Choice:
+    text: str = ""
+    tokens: list[str] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    calls: dict[int, list[str]] = field(default_factory=dict)
+    roles: int = 0
+    finish_reasons: list[str] = field(default_factory=list)
+
+
+class Heard:
+    """An answer as it is put together from the chunks of a stream."""
+
+    def __init__(self) -> None:
+        self._choices: dict[int, _Choice] = {}
+        self._usage: list[Any] = []
+        self.chunks = 0
+
+    def add(self, chunk: dict[str, Any]) -> None:
+        """One chunk, as JSON has it. Raises `ValueError` for an error within the stream."""
+        if "error" in chunk:
+            raise ValueError(json.dumps(chunk["error"]))
+        self.chunks += 1
+        if usage := chunk.get("usage"):
+            usage.get("prompt_tokens_details", {}).pop("cached_tokens", None)
+            self._usage.append(usage)
+        for part in chunk["choices"]:
+            choice = self._choices.setdefault(part["index"], _Choice())
+            delta = part.get("delta", part)
+            choice.text += delta.get("content") or delta.get("text") or ""
+            choice.roles += "role" in delta
+            if part.get("finish_reason"):
+                choice.finish_reasons.append(part["finish_reason"])
+            for call in delta.get("tool_calls") or ():
+                told = choice.calls.setdefault(call["index"], ["", ""])
+                told[0] += call["function"].get("name") or ""
+                told[1] += call["function"].get("arguments") or ""
+            _add_logprobs(choice, part.get("logprobs"))
+
+    @property
+    def token_ids(self) -> list[int]:
+        """A number for each token that came with its log-probability, choice by choice."""
+        return [
+            zlib.crc32(token.encode())
+            for _, choice in sorted(self._choices.items())
+            for token in choice.tokens
+        ]
+
+    def text(self) -> str:
+        """All else in one text: content, calls, roles, finish reasons, usage. Equal answers are
+        equal texts; how they were cut into chunks is not in it, nor what a cache had."""
+        choices = [
+            [index, choice.text, sorted(choice.calls.items()), choice.roles, choice.finish_reasons]
+            for index, choice in sorted(self._choices.items())
+        ]
+        return json.dumps({"choices": choices, "usage": self._usage}, sort_keys=True)
+
+    @property
+    def logprobs(self) -> list[float]:
+        """In the order of `token_ids`."""
+        return [value for _, choice in sorted(self._choices.items()) for value in choice.logprobs]
+
+
+def _add_logprobs(choice: _Choice, told: Any) -> None:
+    if not told:
+        return
+    if "content" in told:
+        for entry in told["content"] or ():
+            choice.tokens.append(entry["token"])
+            choice.logprobs.append(entry["logprob"])
+    else:
+        choice.tokens += told["tokens"]
+        choice.logprobs += told["token_logprobs"]
+
+
+def same_logprobs(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether they are those of the same answer: neighbours in the batch move the last digits."""
+    return len(one) == len(other) and all(
+        abs(a - b) < 0.02 for a, b in zip(one, other, strict=True)
+    )
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+def write_adapters(folder: Path) -> str:
+    """Two LoRA adapters of the demo model, with weights drawn from a seed; returns the value of
+    `--engine-arg adapters=`."""
+    import peft
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    from worker.demo import model_path
+
+    named = []
+    for number, name in enumerate(ADAPTERS):
+        model = LlavaForConditionalGeneration.from_pretrained(model_path(), dtype=torch.float32)
+        torch.manual_seed(number)
+        modules = ["q_proj", "v_proj"] if number == 0 else ["o_proj", "down_proj"]
+        target = rf".*language_model.*\.({'|'.join(modules)})"
+        tuned = peft.get_peft_model(
+            model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=target)
+        )
+        with torch.no_grad():
+            for parameter in tuned.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        tuned.save_pretrained(folder / name)
+        named.append(f"{name}={folder / name}")
+    return ",".join(named)
+
+
+if __name__ == "__main__":
+    print(write_adapters(Path(sys.argv[1])))

@@ -1,0 +1,231 @@
+"""An hour of every feature, and the memory of each process: `python -m bench.chaos --soak 60`.
+
+A few callers ask the gateways for answers with every feature, one after the other; beside them
+others leave in the middle, ask for what is refused, and come and go. Every answer is compared with
+the first one of its request. The resident memory of each process is read all the time; *flat*
+means that it stands no higher in the last sixth of the time than in the second (the first is the
+allocator's own growth), up to `ALLOWED_MIB` and `ALLOWED_SHARE`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import itertools
+import json
+import random
+import statistics
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from bench.chaos_reader import Got
+from bench.chaos_stage import Layout, Stage
+from bench.common import machine, memory_bytes
+from bench.faults import engine_of
+from bench.features import request_of, same_logprobs
+from bench.features_reader import ask
+
+LANES: Final = 36
+"""Different requests: six kinds, each of the base and of both adapters."""
+TOKENS: Final = 40
+CALLERS: Final = 3
+PAUSE_S: Final = 0.5
+"""Of a caller after each answer: others use this machine too."""
+EVERY_S: Final = 10.0
+ALLOWED_MIB: Final = 4.0
+ALLOWED_SHARE: Final = 0.03
+MIB: Final = 1 << 20
+
+
+@dataclass
+class Memory:
+    """Resident memory of one process over time."""
+
+    samples: list[tuple[float, int]] = field(default_factory=list)
+
+    def sixth(self, number: int, whole_s: float) -> float:
+        """Median of a sixth of the time, from 1 to 6, in MiB."""
+        low, high = (number - 1) * whole_s / 6, number * whole_s / 6
+        found = [octets for at_s, octets in self.samples if low <= at_s < high]
+        return statistics.median(found) / MIB if found else float("nan")
+
+    def row(self, whole_s: float) -> dict[str, Any]:
+        """MiB at the start, by sixths, at the most; and whether it is flat."""
+        sixths = [self.sixth(number, whole_s) for number in range(1, 7)]
+        grown = sixths[5] - sixths[1]
+        return {
+            "sixths_mib": [round(value, 1) for value in sixths],
+            "most_mib": round(max(octets for _, octets in self.samples) / MIB, 1),
+            "grown_mib": round(grown, 2),
+            "flat": bool(grown <= ALLOWED_MIB + ALLOWED_SHARE * sixths[1]),
+        }
+
+
+class Soak:
+    """The run. `begin_s` is the monotonic time from which samples count."""
+
+    def __init__(self, stage: Stage, minutes: float, seed: int) -> None:
+        self._stage = stage
+        self._whole_s = minutes * 60
+        self._seed = seed
+        self._reference: dict[int, Got] = {}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self.counts: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self.memory: dict[str, Memory] = {}
+
+    def run(self) -> None:
+        """Ask for the whole time; raises `RuntimeError` when a process ended."""
+        with ThreadPoolExecutor(CALLERS) as pool:
+            self._reference = dict(enumerate(pool.map(self._read, range(LANES))))
+        for lane, got in self._reference.items():
+            if got.error is not None:
+                raise RuntimeError(f"lane {lane} at the start: {got.error}: {got.message}")
+        jobs: list[Callable[[random.Random], None]] = [self._answer] * CALLERS
+        jobs += [self._leave, self._be_refused]
+        threads = [
+            threading.Thread(target=self._repeat, args=(job, random.Random(self._seed + number)))
+            for number, job in enumerate(jobs)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            self._watch()
+        finally:
+            self._stop.set()
+            for thread in threads:
+                thread.join()
+
+    def _watch(self) -> None:
+        began_s = time.monotonic()
+        pids = _pids(self._stage)
+        for name in pids:
+            self.memory[name] = Memory()
+        while (at_s := time.monotonic() - began_s) < self._whole_s:
+            if _pids(self._stage) != pids:
+                raise RuntimeError(f"a process ended\n{self._stage.story()}")
+            for name, pid in pids.items():
+                self.memory[name].samples.append((at_s, memory_bytes(pid)))
+            self._stop.wait(EVERY_S)
+
+    def _repeat(self, job: Callable[[random.Random], None], rng: random.Random) -> None:
+        while not self._stop.wait(PAUSE_S):
+            try:
+                job(rng)
+            except (OSError, http.client.HTTPException) as error:
+                self._note(f"{type(error).__name__}: {error}")
+
+    # --- what callers do --------------------------------------------------------------------------
+
+    def _read(self, lane: int) -> Got:
+        got = Got(lane)
+        gateways = self._stage.gateway_urls
+        turned = gateways[lane % len(gateways) :] + gateways[: lane % len(gateways)]
+        for _ in ask(turned, *request_of(lane, TOKENS), got):
+            pass
+        return got
+
+    def _answer(self, rng: random.Random) -> None:
+        lane = rng.randrange(LANES)
+        got, expected = self._read(lane), self._reference[lane]
+        self._count("answers")
+        if got.error is not None or got.causes:
+            self._note(f"lane {lane}: {got.error} {got.message} {got.causes}")
+        elif (got.text, got.token_ids) != (expected.text, expected.token_ids):
+            self._note(f"lane {lane}: {got.text} in place of {expected.text}")
+        elif not same_logprobs(got.logprobs, expected.logprobs):
+            self._note(f"lane {lane}: other log-probabilities")
+
+    def _leave(self, rng: random.Random) -> None:
+        """A caller that goes away in the middle of its answer."""
+        got = Got(-1)
+        asked = request_of(rng.randrange(LANES), 10 * TOKENS)
+        with contextlib.closing(ask(self._stage.gateway_urls, *asked, got)) as chunks:
+            for _ in itertools.islice(chunks, rng.randrange(1, 40)):
+                pass
+        self._count("left")
+
+    def _be_refused(self, rng: random.Random) -> None:
+        """Requests that are wrong, each in its own way."""
+        _, body = request_of(rng.randrange(LANES), TOKENS)
+        noise = {f"k{rng.randrange(10**9)}": 1}
+        path, sent = rng.choice(
+            (
+                ("/v1/chat/completions", json.dumps(body | {"model": f"m{rng.random()}"})),
+                ("/v1/chat/completions", json.dumps(body | noise)),
+                ("/v1/chat/completions", json.dumps(body)[: rng.randrange(200)]),
+                (f"/v1/responses/resp_{rng.randrange(10**9)}", "{}"),
+                (f"/nowhere/{rng.randrange(10**9)}", "{}"),
+            )
+        )
+        gateway = rng.choice(self._stage.gateway_urls)
+        connection = http.client.HTTPConnection(urlsplit(gateway).netloc, timeout=60)
+        try:
+            connection.request("POST", path, sent, {"content-type": "application/json"})
+            status = connection.getresponse().status
+        finally:
+            connection.close()
+        self._count("refused")
+        if not 400 <= status < 500:
+            self._note(f"{path} with {sent[:80]} was answered with {status}")
+
+    # --- notes ------------------------------------------------------------------------------------
+
+    def _count(self, what: str) -> None:
+        with self._lock:
+            self.counts[what] += 1
+
+    def _note(self, what: str) -> None:
+        print(what[:500], file=sys.stderr, flush=True)
+        with self._lock:
+            self.wrong.append(what)
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """By process."""
+        return {name: memory.row(self._whole_s) for name, memory in self.memory.items()}
+
+
+def _pids(stage: Stage) -> dict[str, int]:
+    """Every process of the bus that goes on. An engine is the worker's child."""
+    pids = {"broker": stage.brokers[0].pid}
+    for index, gateway in stage.gateways.items():
+        pids[f"gateway {index + 1}"] = gateway.pid
+    for name, worker in stage.workers.items():
+        pids[f"worker {name}, link"] = worker.pid
+        pids[f"worker {name}, engine"] = engine_of(worker.pid)
+    return pids
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """As it stands in CHAOS.md."""
+    lines = ["| process | " + " | ".join(f"sixth {n}, MiB" for n in range(1, 7)) + " | grown | |"]
+    lines.append("| --- |" + " ---: |" * 7 + " --- |")
+    for name, row in rows.items():
+        cells = " | ".join(f"{value:.1f}" for value in row["sixths_mib"])
+        verdict = "flat" if row["flat"] else "GROWS"
+        lines.append(f"| {name} | {cells} | {row['grown_mib']:+.1f} | {verdict} |")
+    return "\n".join(lines)
+
+
+def soak(minutes: float, seed: int) -> tuple[dict[str, Any], bool]:
+    """Run; returns what came of it, and whether everything was as promised. Prints the table."""
+    with Stage(Layout(workers=2, features=True)) as stage:
+        run = Soak(stage, minutes, seed)
+        run.run()
+        stage.wait_healthy()
+    rows = run.rows()
+    counts: Sequence[tuple[str, int]] = sorted(run.counts.items())
+    told = ", ".join(f"{count:,} {what}" for what, count in counts)
+    print(table(rows))
+    print(f"\n{minutes:g} minutes: {told}; {len(run.wrong)} wrong; machine: {machine()}")
+    fine = not run.wrong and all(row["flat"] for row in rows.values())
+    print("as promised" if fine else "NOT as promised")
+    return {"memory": rows, "counts": dict(counts), "wrong": run.wrong[:20]}, fine
