@@ -53,7 +53,7 @@ class Memory:
     def sixth(self, number: int, whole_s: float) -> float:
         """Median of a sixth of the time, from 1 to 6, in MiB."""
         low, high = (number - 1) * whole_s / 6, number * whole_s / 6
-        found = [octets for at_s, octets in self.samples if low <= at_s < high]
+        found = [size for at_s, size in self.samples if low <= at_s < high]
         return statistics.median(found) / MIB if found else float("nan")
 
     def row(self, whole_s: float) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class Memory:
         grown = sixths[5] - sixths[1]
         return {
             "sixths_mib": [round(value, 1) for value in sixths],
-            "most_mib": round(max(octets for _, octets in self.samples) / MIB, 1),
+            "most_mib": round(max(size for _, size in self.samples) / MIB, 1),
             "grown_mib": round(grown, 2),
             "flat": bool(grown <= ALLOWED_MIB + ALLOWED_SHARE * sixths[1]),
         }
