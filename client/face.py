@@ -14,8 +14,8 @@ from client.calls import Call, Defaults
 from client.core import events
 from client.core.call_reader import CallReader
 from client.errors import short_id
-from client.io.dealer import key_pair, server_key_of
 from client.io.driver import Sink
+from client.io.keys import keys_of, server_key_of
 from client.io.thread import Transport
 from client.options import Connection, Limits, Retry, Timeout
 from client.stream import PassingSink, StreamState
@@ -56,7 +56,7 @@ class Face:
             limits=limits,
         )
         if connection.server_key is not None:
-            key_pair(connection)  # a missing file is told here, not by the thread
+            keys_of(connection)  # a missing file is told here, not by the thread
         if timeout is None or isinstance(timeout, int | float):
             timeout = Timeout(total=timeout)
         self._defaults = Defaults(timeout, retry or Retry())

@@ -22,6 +22,7 @@ HEAVY = frozenset(("torch", "transformers", "numpy", "PIL", "rich", "pydantic", 
 #: The modules and folders that own sockets, and nobody else.
 SOCKET_OWNERS = (
     *("broker.sockets", "broker.loop", "broker.auth", "broker.readiness"),
+    *("broker.peer.dealer", "broker.peer.keys"),
     *("worker.loop", "client.io"),
 )
 MODULES_OF_CLIENT = 60
@@ -107,18 +108,25 @@ def test_the_broker_knows_neither_workers_nor_clients() -> None:
         check(name, path, "broker")
 
 
-def test_the_worker_knows_of_the_broker_only_the_protocol() -> None:
+def test_the_side_that_dials_out_knows_only_the_protocol() -> None:
+    found = list(modules("broker/peer"))
+    assert found
+    for name, path in found:
+        check(name, path, "broker.peer", "broker.protocol")
+
+
+def test_the_worker_knows_of_the_broker_only_the_protocol_and_the_dial_out_side() -> None:
     for name, path in modules("worker"):
         # A relay is a worker of one bus and a client of another.
         extra = ("client",) if within(name, "worker.relay") else ()
-        check(name, path, "worker", "broker.protocol", *extra)
+        check(name, path, "worker", "broker.protocol", "broker.peer", *extra)
 
 
-def test_the_client_knows_of_the_broker_only_the_protocol() -> None:
+def test_the_client_knows_of_the_broker_only_the_protocol_and_the_dial_out_side() -> None:
     for name, path in modules("client"):
         # The demo draws its picture with the worker's own generator, and starts the worker itself.
         extra = ("worker.demo",) if name == "client.cli.demo" else ()
-        check(name, path, "client", "broker.protocol", *extra)
+        check(name, path, "client", "broker.protocol", "broker.peer", *extra)
 
 
 def test_the_library_knows_neither_its_commands_nor_the_gateway() -> None:

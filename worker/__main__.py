@@ -54,9 +54,10 @@ def _environment(config: options.WorkerConfig) -> dict[str, str]:
 
 def serve(config: options.WorkerConfig) -> int:
     """Be a worker; returns the exit status."""
+    from broker.peer.keys import KeyFileError, Keys
     from broker.protocol.tracing import make_tracer
     from worker.core.session import Settings, WorkerCore
-    from worker.loop import KeyFileError, Keys, Link
+    from worker.loop import Link
     from worker.process.supervisor import Supervisor
 
     keys = None

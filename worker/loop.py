@@ -1,8 +1,8 @@
 """The link process's loop: sockets to the brokers, the pipe to the engine, signals, time.
 
 Reads facts from all of them, gives them to the core, carries out what the core wants. The only
-place of the worker that knows ZeroMQ; every socket option is set here, with its reason. One thread
-owns every socket. Must never import torch, and never wait for the engine.
+place of the worker that knows ZeroMQ. One thread owns every socket. Must never import torch, and
+never wait for the engine.
 """
 
 from __future__ import annotations
@@ -13,20 +13,14 @@ import select
 import signal
 import socket
 import time
-from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, Protocol
 
 import zmq
-import zmq.auth
-from zmq.backend import Socket as BackendSocket
-from zmq.utils.monitor import recv_monitor_message
 
-from broker.protocol.keyfiles import exposed
+from broker.peer.dealer import CannotConnect, Dealer, Party, Report
+from broker.peer.keys import Keys
 from broker.protocol.limits import MAX_ATTACHMENT_BYTES
-from broker.protocol.messages import new_id
 from worker.core import events as fact
 from worker.core.instructions import (
     CloseSocket,
@@ -45,180 +39,20 @@ from worker.process.display import LoadingDisplay
 
 log = logging.getLogger(__name__)
 
-LINGER_MS: Final = 1000
 MESSAGES_AT_ONCE: Final = 1000
 """From one broker, before the engine and the timers get their turn."""
 
-# Plain numbers, and pyzmq's method beneath its Python one: `|` of its flags takes longer than
-# receiving a frame.
-_LAST: Final = int(zmq.DONTWAIT)
-_MORE: Final = int(zmq.DONTWAIT | zmq.SNDMORE)
-_send: Final = BackendSocket.send
-_READABLE: Final = int(zmq.POLLIN)
-_WRITABLE: Final = int(zmq.POLLOUT)
-
-_CONNECTED: Final = zmq.Event.HANDSHAKE_SUCCEEDED
-_LOST: Final = {
-    zmq.Event.DISCONNECTED: "the connection was closed",
-    zmq.Event.CLOSED: "nobody listens there",
-    zmq.Event.CONNECT_RETRIED: "nobody listens there",
-    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: (
-        "the handshake failed: it is not a tokenbus broker, or one side uses CURVE keys and the "
-        "other does not, or the broker's key (--server-key) is another"
-    ),
-    zmq.Event.HANDSHAKE_FAILED_PROTOCOL: (
-        "the handshake failed: one side uses CURVE keys and the other does not, or the broker's "
-        "key (--server-key) is another"
-    ),
-    zmq.Event.HANDSHAKE_FAILED_AUTH: (
-        "the broker refuses this worker's key (--key); its operator must add it to the allow-list "
-        "of workers"
-    ),
-}
-
-_REFUSED: Final = (zmq.Event.HANDSHAKE_FAILED_PROTOCOL, zmq.Event.HANDSHAKE_FAILED_AUTH)
-
-_OPTIONS: Final = {
-    zmq.SNDHWM: 1000,  # finite, so that a broker that stands still shows as EAGAIN
-    zmq.RCVHWM: 1000,  # beyond it TCP holds the broker back
-    zmq.MAXMSGSIZE: MAX_ATTACHMENT_BYTES,  # of one frame
-    zmq.IMMEDIATE: 1,  # nothing is queued for a broker that is not there
-    zmq.RECONNECT_IVL: -1,  # one socket, one connection, one session (SPEC.md section 2)
-    zmq.CONNECT_TIMEOUT: 5000,  # the kernel's own is minutes
-    zmq.HANDSHAKE_IVL: 5000,
-    zmq.HEARTBEAT_IVL: 0,  # libzmq's own heartbeats can abort the process (libzmq 3596)
-    zmq.TCP_KEEPALIVE: 1,  # reap half-open connections
-    zmq.TCP_KEEPALIVE_IDLE: 30,
-    zmq.TCP_KEEPALIVE_INTVL: 10,
-    zmq.TCP_KEEPALIVE_CNT: 3,
-    zmq.TCP_MAXRT: 30000,  # bounds unacknowledged data
-}
-
+WORKER: Final = Party(
+    role="worker",
+    door="back",
+    server_key="--server-key",
+    key="--key",
+    max_frame_bytes=MAX_ATTACHMENT_BYTES,
+)
 
 GC_THRESHOLD: Final = 50_000
 """New containers between two looks for cycles. The events of one step are thousands for a moment,
 and no cycle; at the default of 700 a fifth of the link's time went into looking."""
-
-
-class KeyFileError(Exception):
-    """A key file cannot be read, or holds no key."""
-
-
-@dataclass(frozen=True, slots=True)
-class Keys:
-    """CURVE keys, as ZeroMQ wants them (Z85 text)."""
-
-    server: bytes
-    public: bytes
-    secret: bytes
-
-    @classmethod
-    def load(cls, server_key: Path, key: Path) -> Keys:
-        """Read the broker's public key and this worker's key pair from certificate files as
-        `zmq.auth.create_certificates` writes them. Raises `KeyFileError`."""
-        server, _ = _certificate(server_key)
-        public, secret = _certificate(key)
-        if secret is None:
-            raise KeyFileError(f"{key} holds no secret key; give the .key_secret file")
-        if why := exposed(key):
-            raise KeyFileError(f"key file {why}")
-        return cls(server, public, secret)
-
-
-def _certificate(path: Path) -> tuple[bytes, bytes | None]:
-    try:
-        return zmq.auth.load_certificate(path)
-    except (OSError, ValueError) as error:
-        raise KeyFileError(f"key file {path}: {error}") from None
-
-
-class _BrokerSocket:
-    """A DEALER to one broker, its monitor, and what the socket would not take yet."""
-
-    def __init__(self, context: zmq.Context[Any], address: str, keys: Keys | None) -> None:
-        self.dealer = context.socket(zmq.DEALER)
-        self.outgoing: deque[tuple[bytes, ...]] = deque()
-        for option, value in _OPTIONS.items():
-            self.dealer.setsockopt(option, value)
-        # A new name for each socket: a ROUTER must never take it for an earlier one.
-        self.dealer.setsockopt(zmq.ROUTING_ID, new_id())
-        self.dealer.setsockopt(zmq.LINGER, 0)
-        if keys is not None:
-            self.dealer.curve_serverkey = keys.server
-            self.dealer.curve_publickey = keys.public
-            self.dealer.curve_secretkey = keys.secret
-        self.monitor = self.dealer.get_monitor_socket(_CONNECTED | sum(_LOST))
-        #: What to poll. ZeroMQ's descriptors report a change only: see `due`.
-        self.fd = int(self.dealer.getsockopt(zmq.FD))
-        self.monitor_fd = int(self.monitor.getsockopt(zmq.FD))
-        # ZeroMQ signals the descriptor for a reader only that has found nothing before.
-        self.lost()
-        self.dealer.connect(address)
-
-    def due(self) -> bool:
-        """Something can be done without waiting. Its descriptor need not say so: a send may have
-        taken note of what came, so this is asked after the last send, before every wait."""
-        wanted = _READABLE | _WRITABLE if self.outgoing else _READABLE
-        return bool(self.dealer.getsockopt(zmq.EVENTS) & wanted)
-
-    def send(self, frames: tuple[bytes, ...]) -> bool:
-        """Send, or keep in order; False when the socket takes no more."""
-        if self.outgoing:
-            self.outgoing.append(frames)
-            return True
-        if self._send(frames):
-            return True
-        self.outgoing.append(frames)
-        return False
-
-    def flush(self) -> bool:
-        """Send what was kept; True when all of it went."""
-        while self.outgoing and self._send(self.outgoing[0]):
-            self.outgoing.popleft()
-        return not self.outgoing
-
-    def _send(self, frames: tuple[bytes, ...]) -> bool:
-        # Frame by frame: `send_multipart` costs twice as much. Only the first can be refused.
-        dealer = self.dealer
-        last = len(frames) - 1
-        try:
-            for index, frame in enumerate(frames):
-                _send(dealer, frame, _MORE if index < last else _LAST)
-        except zmq.Again:
-            return False
-        return True
-
-    def receive(self) -> tuple[bytes, ...] | None:
-        """The next message, if there is one. A frame object knows whether another follows; asking
-        the socket takes longer than receiving."""
-        dealer = self.dealer
-        try:
-            frame = dealer.recv(_LAST, copy=False)
-        except zmq.Again:
-            return None
-        frames = [frame.bytes]
-        while frame.more:
-            frame = dealer.recv(_LAST, copy=False)
-            frames.append(frame.bytes)
-        return tuple(frames)
-
-    def lost(self) -> tuple[bool, str | None, bool]:
-        """From the monitor: whether the connection was made, why it was lost, if it was, and
-        whether the broker's side refused it."""
-        made, why, refused = False, None, False
-        while True:
-            try:
-                event = zmq.Event(recv_monitor_message(self.monitor, _LAST)["event"])
-            except zmq.Again:
-                return made, why, refused
-            made |= event == _CONNECTED
-            refused |= event in _REFUSED
-            why = why or _LOST.get(event)
-
-    def close(self, linger: bool) -> None:
-        self.dealer.disable_monitor()
-        self.monitor.close(0)
-        self.dealer.close(LINGER_MS if linger else 0)
 
 
 class _Signals:
@@ -300,14 +134,16 @@ class Link:
         brokers: tuple[str, ...],
         keys: Keys | None = None,
         display: LoadingDisplay | None = None,
+        party: Party = WORKER,
     ) -> None:
         self._core = core
         self._supervisor = supervisor
         self._addresses = brokers
         self._keys = keys
+        self._party = party
         self._display = display or LoadingDisplay(enabled=False)
         self._context: zmq.Context[Any] = zmq.Context(io_threads=1)
-        self._sockets: dict[int, _BrokerSocket] = {}
+        self._dealers: dict[int, Dealer] = {}
         self._signals = _Signals()
         #: Of the system, over descriptors: `zmq.Poller` asks every socket, monitors too, twice.
         self._poll = select.poll()
@@ -326,8 +162,8 @@ class Link:
             return self._exit
         finally:
             self._display.done()
-            for broker_socket in self._sockets.values():
-                broker_socket.close(linger=False)
+            for dealer in self._dealers.values():
+                dealer.close()
             # What still runs is given up: an engine in the middle of a step is not waited for.
             self._supervisor.stop(wait=self._core.running == 0)
             self._signals.close()
@@ -337,7 +173,7 @@ class Link:
         """Wait for something, and deal with everything that came."""
         due_s = min(self._core.deadline_s(), self._supervisor.deadline_s())
         now_s = time.monotonic()
-        due = {broker for broker, socket in self._sockets.items() if socket.due()}
+        due = {broker for broker, dealer in self._dealers.items() if dealer.due()}
         wait_s = min(max(0.0, due_s - now_s), 3600.0)
         if due or self._supervisor.waiting:
             wait_s = 0.0
@@ -351,11 +187,11 @@ class Link:
             for event in self._supervisor.read(time.monotonic()):
                 self._show(event)
                 self._tell(event)
-        for broker, broker_socket in list(self._sockets.items()):
-            reported = broker_socket.monitor_fd in ready
-            heard = reported or broker in due or broker_socket.fd in ready
-            if heard and self._sockets.get(broker) is broker_socket:
-                self._read(broker, broker_socket, reported)
+        for broker, dealer in list(self._dealers.items()):
+            reported = dealer.monitor_fd in ready
+            heard = reported or broker in due or dealer.fd in ready
+            if heard and self._dealers.get(broker) is dealer:
+                self._read(broker, dealer, reported)
         now_s = time.monotonic()
         if now_s >= self._supervisor.deadline_s():
             self._tell_all(self._supervisor.tick(now_s))
@@ -369,9 +205,9 @@ class Link:
         if pipe is not None:
             writing = select.POLLOUT if pipe.backlog_bytes else 0
             wanted.append((pipe.fileno(), select.POLLIN | writing))
-        for broker_socket in self._sockets.values():
-            wanted.append((broker_socket.fd, select.POLLIN))
-            wanted.append((broker_socket.monitor_fd, select.POLLIN))
+        for dealer in self._dealers.values():
+            wanted.append((dealer.fd, select.POLLIN))
+            wanted.append((dealer.monitor_fd, select.POLLIN))
         if wanted != self._polled:
             self._polled = wanted
             self._poll = select.poll()
@@ -379,21 +215,24 @@ class Link:
                 self._poll.register(descriptor, events)
         return self._poll
 
-    def _read(self, broker: int, broker_socket: _BrokerSocket, reported: bool) -> None:
-        """Everything about one broker's socket. Its last messages go before the news of its end."""
-        made, why, refused = broker_socket.lost() if reported else (False, None, False)
-        if made:
+    def _read(self, broker: int, dealer: Dealer, reported: bool) -> None:
+        """Everything about one broker's socket. All its last messages go before the news of its
+        end."""
+        report = dealer.report() if reported else Report()
+        if report.connected:
             self._tell(fact.Connected(broker))
-        for _ in range(MESSAGES_AT_ONCE):
-            if self._sockets.get(broker) is not broker_socket:
+        received = 0
+        while report.lost is not None or received < MESSAGES_AT_ONCE:
+            if self._dealers.get(broker) is not dealer:
                 return
-            frames = broker_socket.receive()
+            frames = dealer.receive()
             if frames is None:
                 break
+            received += 1
             self._tell(fact.MessageReceived(broker, frames))
-        if why is not None:
-            self._tell(fact.Disconnected(broker, why, refused))
-        elif broker_socket.outgoing and broker_socket.flush():
+        if report.lost is not None:
+            self._tell(fact.Disconnected(broker, report.lost, report.refused))
+        elif dealer.blocked and dealer.flush():
             self._tell(fact.SendUnblocked(broker))
 
     # --- facts and instructions -------------------------------------------------------------------
@@ -431,8 +270,8 @@ class Link:
     def _do(self, instruction: Instruction) -> None:
         match instruction:
             case Send(broker, frames):
-                broker_socket = self._sockets.get(broker)
-                if broker_socket is not None and not broker_socket.send(frames):
+                dealer = self._dealers.get(broker)
+                if dealer is not None and not dealer.send(frames):
                     self._tell(fact.SendBlocked(broker))
             case EngineAdd(job_id, body, attachments):
                 self._supervisor.add(job_id, body, attachments)
@@ -443,9 +282,9 @@ class Link:
             case OpenSocket(broker):
                 self._open(broker)
             case CloseSocket(broker, linger):
-                broker_socket = self._sockets.pop(broker, None)
-                if broker_socket is not None:
-                    broker_socket.close(linger)
+                dealer = self._dealers.pop(broker, None)
+                if dealer is not None:
+                    dealer.close(linger=linger)
             case RestartEngine(reason):
                 self._tell_all(self._supervisor.restart(reason, time.monotonic()))
             case Log(event, fields, level):
@@ -454,9 +293,8 @@ class Link:
                 self._exit = instruction
 
     def _open(self, broker: int) -> None:
+        address = self._addresses[broker]
         try:
-            self._sockets[broker] = _BrokerSocket(
-                self._context, self._addresses[broker], self._keys
-            )
-        except zmq.ZMQError as error:
-            self._tell(fact.Disconnected(broker, f"no socket can be opened: {error}"))
+            self._dealers[broker] = Dealer(self._context, address, self._keys, self._party)
+        except CannotConnect as error:
+            self._tell(fact.Disconnected(broker, str(error)))

@@ -300,7 +300,7 @@ class Dialer:
         self._attempt_due_s = self.now_s + ATTEMPT_S
         self._sequence_out = self._sequence_in = 0
         self._session_id = NO_ID
-        self._out(OpenSocket(chosen.name, self.new_id()))
+        self._out(OpenSocket(chosen.name))
 
     def _on_attempt_due(self) -> None:
         if self.now_s - self._attempt_due_s > SLEPT_S:

@@ -179,11 +179,10 @@ Event = (
 
 
 class OpenSocket(Struct, frozen=True):
-    """Open a new socket with this routing id; there is none open. Answered by ConnectionOpened or
-    ConnectionLost."""
+    """Open a new socket with a new random routing id (SPEC.md section 2); there is none open.
+    Answered by ConnectionOpened or ConnectionLost."""
 
     address: str
-    routing_id: bytes
 
 
 class CloseSocket(Struct, frozen=True):

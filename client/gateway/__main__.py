@@ -26,7 +26,7 @@ from broker.protocol.install import install_hint
 from client import BusError
 from client.gateway.config import PREFIX, Config, ConfigError, misspelt_variables, parse_args
 from client.gateway.keys import KeyFile, KeyFileError, add_key, remove_key
-from client.io.dealer import key_pair, server_key_of
+from client.io.keys import keys_of, server_key_of
 
 PROGRAM = "python -m client.gateway"
 GC_THRESHOLD: Final = 50_000
@@ -71,7 +71,7 @@ def _serve(config: Config) -> int:
     if connection.server_key is not None:
         # Read again when the server runs, where a failure would be a traceback.
         server_key_of(connection.server_key)
-        key_pair(connection)
+        keys_of(connection)
     app = create_app(config)
     try:
         listener = _listen(config)

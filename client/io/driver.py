@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
+import zmq
+
+from broker.peer.dealer import LINGER_MS, CannotConnect, Dealer, Party, Report
+from broker.protocol.limits import MAX_ANSWER_BYTES
 from client.core import events
 from client.core.events import (
     Arrived,
@@ -24,13 +28,22 @@ from client.core.events import (
 )
 from client.core.session import ClientSession
 from client.errors import BusError
-from client.io.dealer import LOSS, Dealer, fact_of
+from client.io.keys import keys_of
 from client.options import Connection
 
 ROUND_MESSAGES: Final = 64
 """Messages read before consumers are woken: a burst costs one wake-up, a token waits little."""
 
-CLOSE_S: Final = 1.0
+CLIENT: Final = Party(
+    role="client",
+    door="front",
+    server_key="server_key",
+    key="key_file",
+    # Nothing that a broker sends is larger than an ANSWER.
+    max_frame_bytes=MAX_ANSWER_BYTES + 1024,
+)
+
+CLOSE_S: Final = LINGER_MS / 1000
 """How long a GOODBYE may take to leave."""
 
 
@@ -63,7 +76,9 @@ class Driver:
         self.stopped = False
         self._opened: Callable[[], None] = _nothing
         self._closing: Callable[[], None] = _nothing
-        self.dealer = Dealer(connection)
+        self._context: zmq.Context[Any] = zmq.Context()
+        #: The socket of the session or of the attempt to have one.
+        self.dealer: Dealer | None = None
         #: Who got something in this round, and which requests and queries got their last.
         self._awaited: list[Sink] = []
         self._ended: list[bytes] = []
@@ -71,8 +86,14 @@ class Driver:
     def watched_by(self, opened: Callable[[], None], closing: Callable[[], None]) -> None:
         """Who waits for the socket: told after one was opened, and before it is closed."""
         self._opened, self._closing = opened, closing
-        if self.dealer.socket is not None:
+        if self.dealer is not None:
             opened()
+
+    @property
+    def unsettled(self) -> bool:
+        """The socket has something to do, and its descriptor need not say so: asked before anybody
+        waits for the descriptor."""
+        return self.dealer is not None and self.dealer.due()
 
     def tell(self, fact: events.Event) -> None:
         """Tell the session a fact and carry out its orders; `hand_over` follows."""
@@ -103,13 +124,16 @@ class Driver:
                 if final:
                     self._ended.append(id_)
             case Send(frames):
-                self.dealer.send(frames)
+                if self.dealer is not None:
+                    self.dealer.send(frames)
             case CloseSocket(linger):
-                self._close(int(CLOSE_S * 1000) if linger else 0)
-            case OpenSocket(address, routing_id):
-                reason = self.dealer.open(address, routing_id)
-                if reason:
-                    lost = events.ConnectionLost(reason)
+                self._close(linger=linger)
+            case OpenSocket(address):
+                try:
+                    keys = keys_of(self._connection)
+                    self.dealer = Dealer(self._context, address, keys, CLIENT)
+                except (CannotConnect, BusError) as error:
+                    lost = events.ConnectionLost(str(error))
                     later += self.session.handle(lost, time.monotonic())
                 else:
                     self._opened()
@@ -120,28 +144,31 @@ class Driver:
         """Take what has come, and see what is due; `reported`: the monitor has something to say.
         True: there may be more at once. `hand_over` follows."""
         dealer = self.dealer
-        # Reports are read first and told last: what arrived before a disconnect still counts.
-        watched = dealer.socket
-        reports = dealer.reports() if reported else []
-        if dealer.blocked:
-            dealer.flush()
-        lost = any(report in LOSS for report in reports)
-        received = 0
-        more = True
-        while lost or received < ROUND_MESSAGES:
-            frames = dealer.receive()
-            if frames is None:
-                more = False
-                break
-            received += 1
-            self.tell(events.MessageReceived(frames))
-        for report in reports:
-            fact_seen = fact_of(report, self._connection.server_key is not None)
-            if fact_seen is not None and dealer.socket is watched:
-                self.tell(fact_seen)
+        more = False
+        if dealer is not None:
+            report = dealer.report() if reported else Report()
+            if report.connected:
+                self.tell(events.ConnectionOpened())
+            if dealer.blocked:
+                dealer.flush()
+            more = self._receive(dealer, everything=report.lost is not None)
+            if report.lost is not None and self.dealer is dealer:
+                self.tell(events.ConnectionLost(report.lost, report.refused))
         if time.monotonic() >= self.session.deadline_s():
             self.tell(events.Tick())
         return more
+
+    def _receive(self, dealer: Dealer, *, everything: bool) -> bool:
+        """Read a round of messages, or, from a lost connection, all that arrived before; whether
+        there may be more."""
+        received = 0
+        while self.dealer is dealer and (everything or received < ROUND_MESSAGES):
+            frames = dealer.receive()
+            if frames is None:
+                return False
+            received += 1
+            self.tell(events.MessageReceived(frames))
+        return True
 
     def hand_over(self) -> None:
         """Wake those for whom something has arrived."""
@@ -159,12 +186,17 @@ class Driver:
         for sink in sinks.values():
             sink.add(why)
             sink.wake()
-        self._close(0)
+        self._close(linger=False)
 
-    def _close(self, linger_ms: int) -> None:
-        if self.dealer.socket is not None:
+    def term(self) -> None:
+        """After the end: wait until what was sent has left, or its time is over."""
+        self._context.term()
+
+    def _close(self, *, linger: bool) -> None:
+        if self.dealer is not None:
             self._closing()
-            self.dealer.close(linger_ms)
+            self.dealer.close(linger=linger)
+            self.dealer = None
 
 
 def _nothing() -> None:

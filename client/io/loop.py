@@ -82,9 +82,7 @@ class LoopTransport(Transport):
             self._driving = False
         if self._abandoned:
             self._leave_loop()
-        elif (
-            driver.stopped or driver.dealer.unsettled or driver.session.deadline_s() < self._timer_s
-        ):
+        elif driver.stopped or driver.unsettled or driver.session.deadline_s() < self._timer_s:
             self._soon()
 
     def _soon(self) -> None:
@@ -116,7 +114,7 @@ class LoopTransport(Transport):
         if self._abandoned:
             self._leave_loop()
             return
-        if more or self._facts or driver.dealer.unsettled:
+        if more or self._facts or driver.unsettled:
             self._soon()
         if due_s < self._timer_s:  # a timer that comes too early looks again
             self._set_timer(due_s)
@@ -139,9 +137,9 @@ class LoopTransport(Transport):
     def _watch(self) -> None:
         assert self._driver is not None
         dealer = self._driver.dealer
-        assert dealer.socket is not None and dealer.monitor is not None
+        assert dealer is not None
         self._reported = True
-        self._watched = [dealer.socket.fileno(), dealer.monitor.fileno()]
+        self._watched = [dealer.fd, dealer.monitor_fd]
         self.loop.add_reader(self._watched[0], self._drive)
         self.loop.add_reader(self._watched[1], self._on_report)
 
@@ -221,7 +219,7 @@ class LoopTransport(Transport):
     def _term(self) -> None:
         with self._lock:
             if self._driver is not None:
-                self._driver.dealer.term()
+                self._driver.term()
 
 
 def _runs_here(loop: asyncio.AbstractEventLoop) -> bool:

@@ -130,7 +130,7 @@ class Transport:
             for end in (self._wake_in, self._wake_out):
                 if end is not None:
                     end.close()
-            driver.dealer.term()
+            driver.term()
 
     def _finish(self, driver: Driver, why: BusError) -> None:
         with self._lock:
@@ -142,15 +142,16 @@ class Transport:
         poller = zmq.Poller()
         poller.register(self._wake_in, zmq.POLLIN)
         wake_fd = self._wake_in.fileno()
-        dealer = driver.dealer
 
         def opened() -> None:
-            poller.register(dealer.socket, zmq.POLLIN)
-            poller.register(dealer.monitor, zmq.POLLIN)
+            assert driver.dealer is not None
+            poller.register(driver.dealer.socket, zmq.POLLIN)
+            poller.register(driver.dealer.monitor, zmq.POLLIN)
 
         def closing() -> None:
-            poller.unregister(dealer.socket)
-            poller.unregister(dealer.monitor)
+            assert driver.dealer is not None
+            poller.unregister(driver.dealer.socket)
+            poller.unregister(driver.dealer.monitor)
 
         driver.watched_by(opened, closing)
         reported = True
@@ -160,12 +161,13 @@ class Transport:
             driver.hand_over()
             if driver.stopped:
                 return
-            if dealer.socket is not None:
+            dealer = driver.dealer
+            if dealer is not None:
                 poller.register(dealer.socket, zmq.POLLIN | (zmq.POLLOUT if dealer.blocked else 0))
             ready = poller.poll(_patience_ms(driver))
             reported = False
             for found, _ in ready:
-                if found is dealer.monitor:
+                if dealer is not None and found is dealer.monitor:
                     reported = True
                 elif found == wake_fd:
                     with contextlib.suppress(BlockingIOError):

@@ -22,7 +22,7 @@ from broker.core.instructions import Send as BrokerSend
 from broker.core.settings import CoreSettings
 from broker.protocol import codec
 from broker.protocol.limits import MAX_REQUEST_BYTES
-from broker.protocol.messages import Kind, ModelInfo, Params, Request, TokensEvent
+from broker.protocol.messages import Kind, ModelInfo, Params, Request, TokensEvent, new_id
 from client.core import events as client_fact
 from client.core.session import ClientSession
 from client.errors import BusError
@@ -148,8 +148,8 @@ class Caller:
     def tell(self, fact: client_fact.Event) -> None:
         for order in self.session.handle(fact, self.world.now_s):
             match order:
-                case client_fact.OpenSocket(_, routing_id):
-                    self._routing_id = routing_id
+                case client_fact.OpenSocket():
+                    self._routing_id = routing_id = new_id()
                     key = Side.FRONT, routing_id
                     self.broker.lines[key] = lambda frames, r=routing_id: self._hear(r, frames)
                     self.broker.cuts[key] = lambda r=routing_id: self._cut(r)

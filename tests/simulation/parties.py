@@ -148,9 +148,10 @@ class _Sockets:
         #: No packet passes between this party and anybody.
         self.unplugged = False
 
-    def open(self, index: int, routing_id: bytes) -> None:
+    def open(self, index: int) -> None:
         self._attempts[index] = attempt = self._attempts.get(index, 0) + 1
         world = self.party.world
+        routing_id = b"\x01" + world.rng.randbytes(15)
         world.after(world.delay_s(), self._connect, index, attempt, routing_id)
 
     def _connect(self, index: int, attempt: int, routing_id: bytes) -> None:
@@ -284,7 +285,7 @@ class SimWorker(Party):
             case WorkerSend(broker, frames):
                 self.sockets.send(broker, frames)
             case OpenSocket(broker):
-                self.sockets.open(broker, b"\x01" + self.world.rng.randbytes(15))
+                self.sockets.open(broker)
             case CloseSocket(broker):
                 self.sockets.close(broker)
             case EngineAdd(job_id, body):
@@ -500,9 +501,9 @@ class SimClient(Party):
         match instruction:
             case client_fact.Send(frames):
                 self.sockets.send(self._socket, frames)
-            case client_fact.OpenSocket(address, routing_id):
+            case client_fact.OpenSocket(address):
                 self._socket = next(i for i, b in enumerate(self.brokers) if b.name == address)
-                self.sockets.open(self._socket, routing_id)
+                self.sockets.open(self._socket)
             case client_fact.CloseSocket():
                 self.sockets.close(self._socket)
             case client_fact.Arrived(arrived):

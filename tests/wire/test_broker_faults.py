@@ -27,11 +27,12 @@ from broker.core.controller import BrokerCore
 from broker.core.events import Side
 from broker.log import Logger
 from broker.loop import SKIP_BATCH, BrokerLoop
+from broker.peer.keys import KeyFileError, Keys
 from broker.protocol import codec, header
 from broker.protocol.header import MessageType
 from broker.protocol.messages import Hello, TokensEvent, new_id
 from client.errors import InvalidRequest
-from client.io.dealer import key_pair
+from client.io.keys import keys_of
 from client.options import Connection as ClientConnection
 from tests.harness import PATIENCE_S, wait_until
 from tests.wire.broker_peers import (
@@ -43,7 +44,6 @@ from tests.wire.broker_peers import (
     running_broker,
     stream_works,
 )
-from worker.loop import KeyFileError, Keys
 
 
 @pytest.fixture
@@ -475,13 +475,13 @@ def test_clients_and_workers_refuse_a_secret_key_that_others_can_read(
         own[role].chmod(mode)
     connection = ClientConnection.resolve(server_key=str(server), key_file=own["client"])
     with pytest.raises(InvalidRequest, match="chmod 600"):
-        key_pair(connection)
+        keys_of(connection)
     with pytest.raises(KeyFileError, match="chmod 600"):
         Keys.load(server, own["worker"])
     server.chmod(0o644)  # the broker's public key is for everybody
     for path in own.values():
         path.chmod(0o600)
-    key_pair(connection)
+    keys_of(connection)
     Keys.load(server, own["worker"])
 
 

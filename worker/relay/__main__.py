@@ -16,21 +16,26 @@ import logging
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
+from broker.peer.keys import KeyFileError, Keys
 from broker.protocol import logs
 from broker.protocol.limits import ID_BYTES
 from client.options import Connection
 from worker import config as options
 from worker.core.session import Settings, WorkerCore
-from worker.loop import KeyFileError, Keys, Link
+from worker.loop import WORKER, Link
 from worker.relay.core import RelayCore, RelaySettings
 from worker.relay.port import LowerBus
 
 log = logging.getLogger("worker.relay")
+
+#: A relay's options are its broker's.
+RELAY: Final = replace(WORKER, server_key="--upstream-server-key", key="--upstream-key")
 
 
 class Told(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,6 +127,7 @@ def _link(told: Told, keys: Keys | None, descriptor: int) -> Link:
         LowerBus(core, connection, software, descriptor),
         told.upstream,
         keys,
+        party=RELAY,
     )
 
 

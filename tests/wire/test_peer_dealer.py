@@ -1,0 +1,172 @@
+"""The socket of whoever dials out: what it reports, keeps and gives back."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import zmq
+
+from broker.peer.dealer import CannotConnect, Dealer, Party, Report
+from broker.peer.keys import Keys
+from client.io.driver import CLIENT
+from tests.harness import wait_until
+from worker.loop import WORKER
+from worker.relay.__main__ import RELAY
+
+MakeDealer = Callable[..., Dealer]
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context[Any]]:
+    with zmq.Context() as made:
+        yield made
+
+
+@pytest.fixture
+def router(context: zmq.Context[Any]) -> Iterator[zmq.Socket[bytes]]:
+    with context.socket(zmq.ROUTER) as made:
+        made.linger = 0
+        made.rcvtimeo = 20_000
+        yield made
+
+
+@pytest.fixture
+def make(context: zmq.Context[Any]) -> Iterator[MakeDealer]:
+    made: list[Dealer] = []
+
+    def dealer(address: str, keys: Keys | None = None, party: Party = CLIENT) -> Dealer:
+        made.append(Dealer(context, address, keys, party))
+        return made[-1]
+
+    yield dealer
+    for one in made:
+        one.close()
+
+
+def listening(router: zmq.Socket[bytes], host: str = "127.0.0.1") -> str:
+    return f"tcp://{host}:{router.bind_to_random_port(f'tcp://{host}')}"
+
+
+def reported(dealer: Dealer) -> Report:
+    """The first report that says something."""
+    report: Report = wait_until(
+        lambda: next((r for r in (dealer.report(),) if r != Report()), None), "a report"
+    )
+    return report
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+def test_messages_go_both_ways_and_the_monitor_says_that_it_is_connected(
+    router: zmq.Socket[bytes], make: MakeDealer
+) -> None:
+    dealer = make(listening(router))
+    assert reported(dealer) == Report(connected=True)
+    assert dealer.send((b"head", b"", b"body"))
+    name, *frames = router.recv_multipart()
+    assert frames == [b"head", b"", b"body"] and len(name) == 16
+    router.send_multipart([name, b"one"])
+    router.send_multipart([name, b"two", b"more"])
+    got = [wait_until(dealer.receive, "a message") for _ in range(2)]
+    assert got == [(b"one",), (b"two", b"more")]
+    assert dealer.receive() is None
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
+@pytest.mark.parametrize("party", [WORKER, CLIENT, RELAY], ids=lambda party: party.role)
+def test_every_party_reaches_an_ipv6_address(
+    router: zmq.Socket[bytes], make: MakeDealer, party: Party
+) -> None:
+    router.ipv6 = True
+    assert reported(make(listening(router, "[::1]"), party=party)).connected
+
+
+def test_an_address_where_nobody_listens_is_lost_and_not_refused(make: MakeDealer) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, but it does not listen
+        report = reported(make(f"tcp://127.0.0.1:{taken.getsockname()[1]}"))
+    assert report == Report(lost="connection refused: nobody listens there")
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1", "udp://127.0.0.1:5555", "nothing"])
+def test_a_malformed_address_is_named_and_leaves_no_socket(address: str) -> None:
+    context: zmq.Context[Any] = zmq.Context()
+    with pytest.raises(CannotConnect, match=f"cannot connect to {address}: "):
+        Dealer(context, address, None, CLIENT)
+    context.term()  # would wait for a socket that is still open
+
+
+def test_what_came_before_a_loss_can_still_be_received(
+    router: zmq.Socket[bytes], make: MakeDealer
+) -> None:
+    dealer = make(listening(router))
+    dealer.send((b"hello",))
+    name, _ = router.recv_multipart()
+    for number in range(3000):
+        router.send_multipart([name, b"%d" % number])
+    router.close(linger=1000)
+    wait_until(lambda: dealer.report().lost, "the end of the connection")
+    got = []
+    while (frames := dealer.receive()) is not None:
+        got.append(frames[0])
+    assert got == [b"%d" % number for number in range(len(got))]
+    assert len(got) > 0
+
+
+def test_what_the_socket_does_not_take_is_kept_in_order(
+    router: zmq.Socket[bytes], make: MakeDealer
+) -> None:
+    dealer = make(listening(router))
+    assert reported(dealer).connected
+    sent = 0
+    while dealer.send((b"%d" % sent, bytes(1 << 16))):
+        sent += 1
+    assert dealer.blocked
+    assert dealer.send((b"last",)), "only the first that is refused is told"
+    heard: list[bytes] = []
+
+    def drain() -> bool:
+        while router.poll(0):
+            heard.append(router.recv_multipart()[1])
+        return dealer.flush() and heard[-1:] == [b"last"]
+
+    wait_until(drain, "all of it")
+    assert heard == [*(b"%d" % number for number in range(sent + 1)), b"last"]
+    assert not dealer.blocked
+
+
+@pytest.mark.parametrize("party", [WORKER, CLIENT, RELAY], ids=["worker", "client", "relay"])
+@pytest.mark.parametrize("secured", [False, True])
+def test_curve_on_one_side_only_is_told_in_the_words_of_the_party(
+    router: zmq.Socket[bytes], make: MakeDealer, party: Party, secured: bool
+) -> None:
+    public, secret = zmq.curve_keypair()
+    if not secured:
+        router.curve_server = True
+        router.curve_secretkey = secret
+    report = reported(make(listening(router), Keys.fresh(public) if secured else None, party))
+    assert report.lost is not None
+    assert party.server_key in report.lost
+    assert "CURVE" in report.lost or party.door in report.lost
+
+
+def test_messages_of_a_party_are_bounded_by_what_it_may_be_sent(
+    router: zmq.Socket[bytes], make: MakeDealer
+) -> None:
+    dealer = make(listening(router), party=replace(CLIENT, max_frame_bytes=1000))
+    dealer.send((b"hello",))
+    name, _ = router.recv_multipart()
+    router.send_multipart([name, bytes(1001)])
+    wait_until(lambda: dealer.report().lost, "the end of the connection")
+    assert dealer.receive() is None
