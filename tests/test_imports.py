@@ -178,8 +178,10 @@ LEVELS = frozenset(("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"))
 
 
 def cores() -> list[tuple[str, Path]]:
-    """Every module in a folder `core`, whichever party's, and the relay's, which is a module."""
-    return [(n, p) for n, p in ALL if "core" in n.split(".") or n == "worker.relay.survey"]
+    """Every module in a folder `core`, whichever party's, and those that stand beside what does
+    I/O: of the dial-out side and of the relay."""
+    beside = ("broker.peer.backoff", "broker.peer.connection", "worker.relay.survey")
+    return [(n, p) for n, p in ALL if "core" in n.split(".") or n in beside]
 
 
 def test_each_party_has_a_core() -> None:
@@ -243,6 +245,7 @@ def test_bus_and_link_load_nothing_heavy(statement: str) -> None:
     "module",
     [
         "broker.core.controller",
+        "broker.peer.connection",
         "worker.core.session",
         "client.core.session",
         "broker.protocol.codec",

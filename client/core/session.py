@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import msgspec
 
+from broker.peer.connection import State
 from broker.protocol import codec, limits, messages
 from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError
 from broker.protocol.header import MessageType
@@ -34,7 +35,7 @@ from broker.protocol.messages import (
 )
 from client.core import events
 from client.core.default_model import Naming
-from client.core.dialer import Dialer, Link
+from client.core.dialer import Dialer
 from client.core.events import Arrived, Deliver, End, Instruction, Item
 from client.core.exchange import NEXT, Acceptance, Exchange, Phase
 from client.core.queries import Questions
@@ -120,7 +121,7 @@ class ClientSession:
             self._dispatch()
         if self._leaving_s is not None:
             self._leave_if_done(self._leaving_s)
-        elif self._dialer.state is Link.DRAINING:
+        elif self._dialer.draining:
             self._move_on()
         out, self._out = self._out, []
         return out
@@ -139,7 +140,7 @@ class ClientSession:
         return min(timer_s, leaving_s, self._dialer.deadline_s())
 
     @property
-    def link(self) -> Link:
+    def link(self) -> State:
         """The state of the session."""
         return self._dialer.state
 
@@ -190,7 +191,7 @@ class ClientSession:
         self._questions.forget(dropped.request_id)
 
     def _on_close(self, _: events.CloseRequested) -> None:
-        if self._leaving_s is not None or self._dialer.state is Link.CLOSED:
+        if self._leaving_s is not None or self._dialer.state is State.CLOSED:
             return
         self._leaving_s = self._now_s + LEAVE_S
         for exchange in self._exchanges.values():
@@ -208,7 +209,7 @@ class ClientSession:
             self._dialer.close()
 
     def _refusal(self) -> BusError | None:
-        if self._leaving_s is not None or self._dialer.state is Link.CLOSED:
+        if self._leaving_s is not None or self._dialer.state is State.CLOSED:
             return ClientClosed("this client is closed; make a new Client")
         return self._fatal
 
@@ -272,7 +273,7 @@ class ClientSession:
 
     def _schedule(self, exchange: Exchange) -> None:
         """See to it that the exchange's next limit has an entry; later ones find themselves."""
-        due_s = exchange.due_s(self._dialer.state is Link.READY)
+        due_s = exchange.due_s(self._dialer.ready)
         if due_s < exchange.scheduled_s:
             exchange.scheduled_s = due_s
             heapq.heappush(self._timers, (due_s, exchange.id))
@@ -289,7 +290,7 @@ class ClientSession:
             del self._closing[id_]
 
     def _on_exchange_due(self, exchange: Exchange) -> None:
-        ready = self._dialer.state is Link.READY
+        ready = self._dialer.ready
         if exchange.due_s(ready) > self._now_s:
             self._schedule(exchange)  # it had moved
         elif exchange.phase is Phase.BACKING_OFF and exchange.retry_at_s <= self._now_s:
@@ -333,7 +334,7 @@ class ClientSession:
 
     def _dispatch(self) -> None:
         """Send what is held, as far as the session and its limits allow."""
-        if self._dialer.state is not Link.READY:
+        if not self._dialer.ready:
             return
         self._naming.ask()
         while self._held and len(self._at_broker) + len(self._closing) < self._inflight_limit():
@@ -462,8 +463,6 @@ class ClientSession:
     # --- messages ---------------------------------------------------------------------------------
 
     def _on_message(self, fact: events.MessageReceived) -> None:
-        if not (self._dialer.has_session or self._dialer.state is Link.GREETING):
-            return
         try:
             message = self._dialer.read(fact.frames)
             if message is not None:
@@ -473,7 +472,7 @@ class ClientSession:
                     raise ProtocolError(f"{type_.name} is not for a client, or not now")
                 handler(id_, body)
         except ProtocolError as error:
-            self._dialer.leave(f"the broker broke the protocol: {error}", reason="protocol_error")
+            self._dialer.leave(error)
 
     def _on_drain(self, _id: bytes, _body: bytes) -> None:
         for exchange in (*self._held.values(), *self._naming.waiting.values()):
@@ -653,13 +652,13 @@ class ClientSession:
             waiting = id_ in self._held or id_ in self._naming.waiting
             assert waiting == (exchange.phase is Phase.HELD), f"{story}: phase and queue differ"
             assert id_ not in self._closing, f"{story}: open and closing at once"
-            due_s = exchange.due_s(self._dialer.state is Link.READY)
+            due_s = exchange.due_s(self._dialer.ready)
             assert due_s == math.inf or exchange.scheduled_s <= due_s, f"{story}: no timer"
             assert exchange.taken <= len(exchange.token_ids), f"{story}: read before received"
         assert self._at_broker <= self._exchanges.keys(), "at the broker without an exchange"
         if self._at_broker:
             assert self._dialer.has_session, f"no session: {self._dialer.state}"
-        if self._dialer.state is Link.IDLE:
+        if self._dialer.state is State.IDLE:
             assert not self.wants_session(), "idle although something is open"
 
 

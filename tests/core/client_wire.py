@@ -7,12 +7,12 @@ from typing import Any
 
 import msgspec
 
+from broker.peer.connection import State
 from broker.protocol import codec, header, limits, messages
 from broker.protocol.errors import ErrorInfo
 from broker.protocol.header import MessageType
 from broker.protocol.messages import EndEvent, FailEvent, FinishReason, OutputEvent, TokensEvent
 from client.core import events
-from client.core.dialer import Link
 from client.core.events import Arrived, CloseSocket, Deliver, End, OpenSocket, Send
 from client.core.session import ClientSession
 from client.options import Limits, Retry, Timeout
@@ -171,7 +171,7 @@ class Wire:
 
     def next_socket(self) -> None:
         """Wind the clock on until a socket is opened."""
-        while self.session.link is Link.WAITING:
+        while self.session.link is State.WAITING:
             self.now_s = max(self.now_s, self.session.deadline_s())
             self.tell(events.Tick())
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from broker.peer.connection import State
 from broker.protocol import messages
 from broker.protocol.errors import ErrorInfo
 from broker.protocol.header import NO_ID
 from client.core import events
-from client.core.dialer import Link
 from client.errors import ConnectTimeout
 from client.options import Retry, Timeout
 from tests.core.client_wire import SESSION, T, Wire, toks
@@ -62,7 +62,7 @@ def test_each_address_waits_for_itself() -> None:
     wire.ask(timeout=Timeout(connect=None))
     began_s = wire.now_s
     for _ in range(400):  # one is gone for good, the other one full
-        if wire.session.link is Link.WAITING:
+        if wire.session.link is State.WAITING:
             wire.next_socket()
         if wire.opened[-1] == "tcp://a:1":
             wire.tell(events.ConnectionLost("refused"))
@@ -101,7 +101,7 @@ def test_a_broker_that_ends_every_session_right_after_welcome_is_not_hammered(wi
 
 def test_what_is_asked_anew_does_not_wait_for_a_long_back_off(wire: Wire) -> None:
     wire.ask(timeout=Timeout(connect=None))
-    while wire.session.link is not Link.WAITING or wire.session.deadline_s() < wire.now_s + 3:
+    while wire.session.link is not State.WAITING or wire.session.deadline_s() < wire.now_s + 3:
         wire.tell(events.ConnectionLost("nobody listens there"))
         if wire.session.deadline_s() < wire.now_s + 3:
             wire.next_socket()

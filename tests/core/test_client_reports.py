@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from broker.peer.connection import State
 from broker.protocol import codec, messages
 from broker.protocol.errors import ErrorInfo
-from client.core.dialer import Link
 from tests.core.client_wire import SESSION, T, Wire, failed, gone, over, toks
 
 
@@ -39,7 +39,7 @@ def test_an_event_of_an_epoch_that_was_never_asked_for_is_reported_and_not_shown
     (report,) = reports(wire)
     assert report["sequence"] == forged
     assert "epoch" in str(report["why"])
-    assert wire.session.link is Link.READY, "the streams of others go on"
+    assert wire.session.link is State.OPEN, "the streams of others go on"
 
 
 def test_one_message_is_one_guess(wire: Wire) -> None:

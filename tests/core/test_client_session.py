@@ -9,13 +9,13 @@ from itertools import pairwise
 
 import pytest
 
+from broker.peer.connection import State
 from broker.protocol import codec, header, messages
 from broker.protocol.errors import ErrorInfo
 from broker.protocol.header import NO_ID
 from broker.protocol.messages import EndEvent, FinishReason, OutputEvent, TokensEvent
 from client import errors
 from client.core import events
-from client.core.dialer import Link
 from client.core.events import End
 from client.options import Retry, Timeout
 from tests.core.client_wire import SESSION, T, Wire, failed, gone, over, rid, toks
@@ -72,10 +72,10 @@ def test_a_silent_broker_is_given_up_after_interval_times_liveness(wire: Wire) -
     wire.ask()
     wire.connect()
     wire.at(14.9)
-    assert wire.session.link is Link.READY
+    assert wire.session.link is State.OPEN
     wire.at(0.2)
     assert wire.closed == 1
-    assert wire.session.link is not Link.READY
+    assert wire.session.link is not State.OPEN
 
 
 def test_any_message_counts_as_life(wire: Wire) -> None:
@@ -92,7 +92,7 @@ def test_a_process_that_slept_does_not_blame_the_broker(wire: Wire) -> None:
     wire.connect()
     wire.now_s += 3600  # SIGSTOP; no tick in between
     wire.tell(events.Tick())
-    assert wire.session.link is Link.READY
+    assert wire.session.link is State.OPEN
     assert [t for t, _, _ in wire.take_sent(T.HEARTBEAT)] == [T.HEARTBEAT]
 
 
@@ -235,7 +235,7 @@ def test_closing_waits_for_the_bus_no_longer_than_a_second(running: tuple[Wire, 
     assert wire.closed == 0
     wire.at(0.2)
     assert [t for t, _, _ in wire.take_sent()] == [T.CANCEL, T.GOODBYE]
-    assert wire.session.link is Link.CLOSED
+    assert wire.session.link is State.CLOSED
 
 
 def test_closing_does_not_wait_where_nothing_is_open_or_nobody_listens(wire: Wire) -> None:
@@ -243,17 +243,17 @@ def test_closing_does_not_wait_where_nothing_is_open_or_nobody_listens(wire: Wir
     wire.connect()
     wire.output(over(id_, 0))
     wire.tell(events.CloseRequested())
-    assert wire.session.link is Link.CLOSED
+    assert wire.session.link is State.CLOSED
     wire = Wire()
     wire.ask()
     wire.tell(events.CloseRequested())
-    assert wire.session.link is Link.CLOSED
+    assert wire.session.link is State.CLOSED
     wire = Wire()
     wire.ask()
     wire.connect()
     wire.tell(events.CloseRequested())
     wire.tell(events.ConnectionLost("cut"))
-    assert wire.session.link is Link.CLOSED and wire.session.deadline_s() == math.inf
+    assert wire.session.link is State.CLOSED and wire.session.deadline_s() == math.inf
 
 
 def test_a_draining_broker_gets_no_new_request_and_is_left_when_the_old_have_ended(
@@ -566,7 +566,7 @@ def test_a_stream_waits_for_its_broker_no_longer_than_the_policy_says(wire: Wire
     wire.tell(events.ConnectionLost("cut"))
     for _ in range(50):
         wire.at(0.3)
-        if wire.session.link is Link.CONNECTING:
+        if wire.session.link is State.CONNECTING:
             wire.tell(events.ConnectionLost("connection refused"))
     error = wire.last(id_)
     assert type(error) is errors.ConnectionLost
@@ -678,7 +678,7 @@ def alive(wire: Wire, seconds: float) -> None:
     while seconds > 0:
         wire.at(min(1.0, seconds))
         seconds -= 1.0
-        if wire.session.link is Link.READY:
+        if wire.session.link is State.OPEN:
             wire.message(T.HEARTBEAT, SESSION, messages.Heartbeat())
 
 
@@ -841,10 +841,10 @@ def test_whatever_happens_the_text_is_exact_or_an_error_follows_a_true_prefix(se
     for _ in range(600):
         if all(wire.final.get(id_) for id_ in texts):
             break
-        if wire.session.link is not Link.READY:
+        if wire.session.link is not State.OPEN:
             position.clear()
             wire.at(0.5)
-            if wire.session.link is Link.CONNECTING:
+            if wire.session.link is State.CONNECTING:
                 wire.connect()
             hear()
             continue

@@ -170,7 +170,7 @@ def test_a_hello_without_an_answer_times_out() -> None:
     world.tell(fact.Tick())
     world.brokers[0].connect(welcome=False)
     world.advance(5.1, brokers_live=False)
-    assert any(log.fields.get("cause") == "HELLO was not answered" for log in world.logs)
+    assert any("no answer to HELLO" in log.fields.get("cause", "") for log in world.logs)
 
 
 def test_a_broker_that_answers_hello_late_is_heard_at_the_second_attempt() -> None:
@@ -203,6 +203,18 @@ def test_a_refusal_waits_as_long_as_the_broker_says() -> None:
     world.brokers[0].connect(welcome=False)
     world.brokers[0].refuse(fatal=False, retry_after_ms=20_000)
     assert 20.0 <= _wait_s(world) <= 30.0
+
+
+def test_a_broker_that_does_not_know_the_session_any_more_broke_no_protocol() -> None:
+    world = serving()
+    (broker,) = world.brokers
+    broker.beat()
+    broker._sent = 0  # to the broker this is no session
+    broker.refuse(fatal=False, retry_after_ms=1000)
+    assert not broker.came(MessageType.GOODBYE)
+    lost = [log for log in world.logs if log.event == "broker lost"]
+    assert [log.fields["cause"] for log in lost] == ["refused: no (forbidden)"]
+    assert 1.0 <= _wait_s(world) <= 1.5
 
 
 def test_a_refusal_is_a_warning_and_the_process_goes_by_one_instance() -> None:

@@ -325,7 +325,7 @@ class SimWorker(Party):
         """Say again, late, what was granted a while ago."""
         for connection in self.core._connections:
             if self.alive and not self.paused and connection.open:
-                credit = Credit(granted=self.world.rng.randint(0, connection.announced))
+                credit = Credit(granted=self.world.rng.randint(0, connection.credit.announced))
                 frames = connection.message(
                     MessageType.CREDIT, connection.session, credit, self.world.now_s
                 )

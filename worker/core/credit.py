@@ -1,52 +1,123 @@
 """How the slots of one worker become credit at several brokers (SPEC.md section 7).
 
 Every free slot is granted to some broker, so that a request never waits for a grant. Where another
-broker has requests waiting, credit that an idle one does not need is asked back. Must never send
-anything: it counts.
+broker has requests waiting, credit that an idle one does not need is asked back. Nobody else
+changes an account. Must never send anything: it counts.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from broker.protocol.errors import ProtocolError
-from worker.core.connection import Connection
+
+if TYPE_CHECKING:
+    from worker.core.connection import Connection
+
+
+class Account:
+    """The credit of one session; all figures are cumulative over it."""
+
+    __slots__ = (
+        "_recalled_told",
+        "announced",
+        "answered",
+        "assigned",
+        "assigned_order",
+        "granted",
+        "granted_order",
+        "recalled",
+        "returned",
+        "waiting",
+    )
+
+    def __init__(self) -> None:
+        #: Granted, as last told, and spent by the broker.
+        self.granted = 0
+        self.announced = 0
+        self.assigned = 0
+        #: Requests that wait at the broker for this worker, by its latest word.
+        self.waiting = 0
+        #: Credit that the broker was asked to give back, as last told, as far as it has answered,
+        #: and what it gave.
+        self.recalled = 0
+        self._recalled_told = 0
+        self.answered = 0
+        self.returned = 0
+        #: Numbers of the last grant and of the last ASSIGN of the whole worker that were its.
+        self.granted_order = 0
+        self.assigned_order = 0
+
+    @property
+    def unused(self) -> int:
+        """Credit that the broker has not spent."""
+        return self.granted - self.assigned - self.returned
+
+    @property
+    def wanted(self) -> int:
+        """Slots that the broker could use beyond its credit; negative: credit that nobody there
+        waits for."""
+        return self.waiting - self.unused
+
+    @property
+    def untold(self) -> bool:
+        """The broker does not know yet what it is granted, or what it shall give back."""
+        return self.announced != self.granted or self._recalled_told != self.recalled
+
+    def announce(self) -> int:
+        """What is granted, for a message that tells it."""
+        self.announced = self.granted
+        return self.granted
+
+    def ask_back(self) -> int:
+        """What is to be given back, for a message that tells it."""
+        self._recalled_told = self.recalled
+        return self.recalled
 
 
 class CreditPool:
-    """Grants slots to connections."""
+    """Grants slots to connections, and keeps their accounts."""
 
     def __init__(self, connections: list[Connection]) -> None:
         self._connections = connections
         self._grants = 0
         self._assigns = 0
 
+    def _open(self) -> list[Account]:
+        return [connection.credit for connection in self._connections if connection.open]
+
     def distribute(self, slots: int) -> None:
         """Grant what is left of `slots` (those that no request takes): first, in turn, to brokers
         where more waits than they may spend; then to whoever has least to spend, and of equals to
         the one that used it last, which will likely need it again."""
-        open_ = [connection for connection in self._connections if connection.open]
-        free = slots - sum(connection.unused for connection in open_)
+        open_ = self._open()
+        free = slots - sum(account.unused for account in open_)
         for _ in range(free if open_ else 0):
             taker = min(open_, key=_rank)
             taker.granted += 1
             self._grants += 1
             taker.granted_order = self._grants
 
-    def spent(self, connection: Connection) -> None:
-        """ASSIGN came. The broker counts what waits there in the same way."""
+    def spent(self, account: Account) -> bool:
+        """ASSIGN came; the broker counts what waits there in the same way. False where it had no
+        credit left: its count is kept in step, but no slot stands behind."""
+        covered = account.unused > 0
+        account.granted += not covered
         self._assigns += 1
-        connection.assigned += 1
-        connection.assigned_order = self._assigns
-        connection.waiting = max(0, connection.waiting - 1)
+        account.assigned += 1
+        account.assigned_order = self._assigns
+        account.waiting = max(0, account.waiting - 1)
+        return covered
 
-    def heard(self, connection: Connection, waiting: int, recalled: int, returned: int) -> None:
+    def heard(self, account: Account, waiting: int, recalled: int, returned: int) -> None:
         """A broker's HEARTBEAT. Raises `ProtocolError`."""
-        connection.waiting = waiting
-        more = returned - connection.returned
-        if more > max(0, connection.unused) or recalled > connection.recalled:
-            raise ProtocolError(f"the broker gives back {more} of {connection.unused} credit")
+        account.waiting = waiting
+        more = returned - account.returned
+        if more > max(0, account.unused) or recalled > account.recalled:
+            raise ProtocolError(f"the broker gives back {more} of {account.unused} credit")
         if more > 0:
-            connection.returned = returned
-        connection.answered = max(connection.answered, recalled)
+            account.returned = returned
+        account.answered = max(account.answered, recalled)
 
     def recall(self, slots: int) -> None:
         """Ask idle brokers for credit that others wait for, and all for credit beyond `slots`,
@@ -54,26 +125,26 @@ class CreditPool:
 
         A broker is asked for more only when it has answered; what it had spent meanwhile it keeps.
         """
-        if len(self._connections) == 1 and self._connections[0].unused <= slots:
+        if len(self._connections) == 1 and self._connections[0].credit.unused <= slots:
             return  # the common case, after every step of the engine
-        open_ = [connection for connection in self._connections if connection.open]
-        beyond = sum(connection.unused for connection in open_) - slots
-        beyond -= sum(connection.recalled - connection.answered for connection in open_)
-        for connection in sorted(open_, key=lambda connection: connection.wanted):
-            spare = min(beyond, connection.unused)
-            if spare > 0 and connection.recalled == connection.answered:
-                connection.recalled += spare
+        open_ = self._open()
+        beyond = sum(account.unused for account in open_) - slots
+        beyond -= sum(account.recalled - account.answered for account in open_)
+        for account in sorted(open_, key=lambda account: account.wanted):
+            spare = min(beyond, account.unused)
+            if spare > 0 and account.recalled == account.answered:
+                account.recalled += spare
                 beyond -= spare
-        need = sum(max(0, connection.wanted) for connection in open_)
-        need -= sum(connection.recalled - connection.answered for connection in open_)
-        for connection in sorted(open_, key=lambda connection: -connection.unused):
-            spare = min(need, -connection.wanted)
-            if spare > 0 and connection.recalled == connection.answered:
-                connection.recalled += spare
+        need = sum(max(0, account.wanted) for account in open_)
+        need -= sum(account.recalled - account.answered for account in open_)
+        for account in sorted(open_, key=lambda account: -account.unused):
+            spare = min(need, -account.wanted)
+            if spare > 0 and account.recalled == account.answered:
+                account.recalled += spare
                 need -= spare
 
 
-def _rank(connection: Connection) -> tuple[int, int, int]:
-    if connection.wanted > 0:
-        return 0, connection.unused, connection.granted_order
-    return 1, connection.unused, -connection.assigned_order
+def _rank(account: Account) -> tuple[int, int, int]:
+    if account.wanted > 0:
+        return 0, account.unused, account.granted_order
+    return 1, account.unused, -account.assigned_order

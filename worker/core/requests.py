@@ -547,9 +547,9 @@ class Requests:
             *bodies, body = self._split(route)
             for part in bodies:
                 self.out.append(Send(connection.index, (connection.seal(route.plain, now_s), part)))
-        if route.started or route.finished or connection.announced != connection.granted:
-            connection.announced = connection.granted
-            ledger = _encode((connection.granted, route.finished, route.started))
+        credit = connection.credit
+        if route.started or route.finished or credit.announced != credit.granted:
+            ledger = _encode((credit.announce(), route.finished, route.started))
             frames = (connection.seal(route.flagged, now_s), body, ledger)
             self.out.append(Send(connection.index, frames))
         else:

@@ -16,9 +16,12 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec import Struct
+
+from broker.peer.connection import BeatDue, Ended, State
 from broker.protocol import codec
 from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError
-from broker.protocol.header import MessageType
+from broker.protocol.header import Header, MessageType
 from broker.protocol.limits import (
     MAX_CONTROL_BYTES,
     MAX_HELD_REQUESTS,
@@ -29,11 +32,9 @@ from broker.protocol.messages import (
     Cancel,
     Credit,
     Drain,
-    Goodbye,
     Heartbeat,
     Hello,
     ModelInfo,
-    Refuse,
     Reject,
     Request,
     Welcome,
@@ -41,7 +42,7 @@ from broker.protocol.messages import (
     WorkerState,
 )
 from worker.core import events as fact
-from worker.core.connection import Connection, State
+from worker.core.connection import Connection
 from worker.core.credit import CreditPool
 from worker.core.instructions import (
     CloseSocket,
@@ -96,7 +97,8 @@ class WorkerCore:
         self._settings = settings
         self._random = generator or random.SystemRandom()
         self._connections = [
-            Connection(index, self._random, now_s) for index in range(len(settings.brokers))
+            Connection(index, address, self._random, now_s)
+            for index, address in enumerate(settings.brokers)
         ]
         # Engine.
         self._state = WorkerState.LOADING
@@ -142,7 +144,8 @@ class WorkerCore:
                 self._connected(self._connections[event.broker], now_s)
             case fact.Disconnected():
                 connection = self._connections[event.broker]
-                self._disconnected(connection, event.reason, event.refused, now_s)
+                if connection.has_socket:
+                    self._lose(connection, Ended(event.reason, event.refused), now_s)
             case fact.SendBlocked():
                 connection = self._connections[event.broker]
                 connection.blocked = True
@@ -188,23 +191,21 @@ class WorkerCore:
     def invariants(self) -> None:
         """Raise AssertionError where the state contradicts itself."""
         self._requests.invariants()
-        unused = sum(c.unused for c in self._connections if c.open)
+        unused = sum(c.credit.unused for c in self._connections if c.open)
         fixed = not self._settings.relay  # what a relay lost to others may be granted for a moment
         if fixed and self._capabilities is not None and self._state is not WorkerState.LOADING:
             assert self.running + unused <= self.capacity, (
                 f"{self.running} running and {unused} granted of {self.capacity} slots"
             )
         for connection in self._connections:
-            assert connection.unused >= 0, f"credit {connection.unused} at {connection.index}"
-            assert connection.announced <= connection.granted
+            credit = connection.credit
+            assert credit.unused >= 0, f"credit {credit.unused} at {connection.index}"
+            assert credit.announced <= credit.granted
 
     # --- timers -----------------------------------------------------------------------------------
 
     def _tick(self, now_s: float) -> None:
         late_s = now_s - self._tick_due_s
-        for connection in self._connections:
-            if connection.liveness is not None and late_s > connection.interval_s:
-                connection.liveness.shift(late_s)
         if late_s > 1.0:
             self._mark_s += late_s  # this process slept, so nobody saw the engine step
         for connection in self._connections:
@@ -218,30 +219,22 @@ class WorkerCore:
             self._leave("drained", "the time to drain is over", 0, now_s)
 
     def _tick_connection(self, connection: Connection, now_s: float) -> None:
-        if connection.state is State.GONE or now_s < connection.deadline_s():
+        if connection.state is State.WAITING:
+            if now_s >= connection.address.from_s:
+                connection.dial(connection.address, now_s)
+                self._out.append(OpenSocket(connection.index))
             return
-        if connection.liveness is not None:
-            if now_s >= connection.liveness.dead_at_s:
-                silent_s = connection.liveness.silent_s(now_s)
-                self._lose(connection, f"nothing heard for {silent_s:.1f} s", now_s)
-            else:
+        match connection.tick(now_s):
+            case BeatDue():
                 self._beat(connection, now_s)
-        elif connection.state is State.WAITING:
-            connection.opening(now_s)
-            self._out.append(OpenSocket(connection.index))
-        elif connection.held_up(now_s):
-            pass
-        elif connection.state is State.CONNECTING:
-            # libzmq does not report a host name that cannot be resolved.
-            why = "no connection: is the host's name right, and its network open?"
-            self._lose(connection, why, now_s)
-        else:
-            connection.unanswered()
-            self._lose(connection, "HELLO was not answered", now_s)
+            case Ended() as ended:
+                self._lose(connection, ended, now_s)
 
     # --- sessions ---------------------------------------------------------------------------------
 
     def _connected(self, connection: Connection, now_s: float) -> None:
+        if connection.state is not State.CONNECTING:
+            return
         settings, capabilities = self._settings, self._capabilities
         holds = self._requests.holds()[-MAX_HELD_REQUESTS:]
         connection.held = {held.request_id for held in holds if held.running}
@@ -258,56 +251,40 @@ class WorkerCore:
             brokers=len(settings.brokers) + settings.relay,
             instance=settings.instance,
         )
-        connection.greeting(now_s)
-        self._send(connection, MessageType.HELLO, connection.session, hello, now_s)
+        self._out.append(Send(connection.index, connection.greet(hello, now_s)))
 
     def _models(self) -> list[ModelInfo]:
         if self._capabilities is not None:
             return list(self._capabilities.models)
         return [ModelInfo(name=name) for name in self._settings.models]
 
-    def _disconnected(
-        self, connection: Connection, reason: str, refused: bool, now_s: float
-    ) -> None:
-        if connection.has_socket:
-            self._lose(connection, reason, now_s, refused=refused)
-
-    def _lose(
-        self,
-        connection: Connection,
-        reason: str,
-        now_s: float,
-        *,
-        refused: bool = False,
-        retry_after_s: float | None = None,
-    ) -> None:
+    def _lose(self, connection: Connection, ended: Ended, now_s: float) -> None:
         """The session, or the attempt to have one, is over; its requests live on."""
         was_open = connection.open
         self._out.append(CloseSocket(connection.index))
         self._requests.orphan(connection, now_s)
-        wait_s = connection.lost(now_s, refused=refused, retry_after_s=retry_after_s)
+        wait_s = connection.end(ended, now_s)
+        cause = ended.reason
+        if ended.error is not None:
+            cause = f"refused: {cause} ({ended.error.code})"
         if was_open:
             held = self._requests.orphans()
             self._log(
-                "broker lost", connection, level=logging.WARNING, cause=reason, requests_held=held
+                "broker lost", connection, level=logging.WARNING, cause=cause, requests_held=held
             )
         elif not connection.told_absent:
-            level = logging.WARNING if refused else logging.INFO
-            self._log("broker absent", connection, level=level, cause=reason, retrying="yes")
+            level = logging.WARNING if ended.refused else logging.INFO
+            self._log("broker absent", connection, level=level, cause=cause, retrying="yes")
         else:
-            self._log("broker absent", connection, level=logging.DEBUG, cause=reason, wait_s=wait_s)
+            self._log("broker absent", connection, level=logging.DEBUG, cause=cause, wait_s=wait_s)
         connection.told_absent = True
 
     def _part(self, connection: Connection, reason: str, message: str, now_s: float) -> None:
         """Say goodbye on a socket that has one to say it on."""
         if connection.open:
             self._requests.flush(now_s)
-            goodbye = Goodbye(reason=reason, message=message[:1000])
-            self._send(connection, MessageType.GOODBYE, connection.session, goodbye, now_s)
-
-    def _protocol_error(self, connection: Connection, error: ProtocolError, now_s: float) -> None:
-        self._part(connection, "protocol_error", str(error), now_s)
-        self._lose(connection, f"the broker broke the protocol: {error}", now_s, refused=True)
+            goodbye = connection.goodbye(reason, message, now_s)
+            self._out.append(Send(connection.index, goodbye))
 
     def _beat(self, connection: Connection, now_s: float) -> None:
         busy = self._requests.engine_busy
@@ -315,12 +292,11 @@ class WorkerCore:
         capabilities = self._capabilities
         tell = not connection.models_told and capabilities is not None
         connection.models_told |= tell
-        connection.announced = connection.granted
         heartbeat = Heartbeat(
             state=self._state,
             running=self.running,
             waiting=int(self._metrics.get("waiting", 0)),
-            granted=connection.granted,
+            granted=connection.credit.announce(),
             engine_age_ms=max(0, int((now_s - self._mark_s) * 1000)) if busy else 0,
             progress=self._progress if loading else None,
             note=self._note[:500] if loading else "",
@@ -331,10 +307,9 @@ class WorkerCore:
             device=capabilities.device if tell and capabilities else None,
         )
         self._send(connection, MessageType.HEARTBEAT, connection.session, heartbeat, now_s)
-        connection.beat_at_s = now_s + connection.interval_s
 
     def _send(
-        self, connection: Connection, type_: MessageType, id_: bytes, body: object, now_s: float
+        self, connection: Connection, type_: MessageType, id_: bytes, body: Struct, now_s: float
     ) -> None:
         self._out.append(Send(connection.index, connection.message(type_, id_, body, now_s)))
 
@@ -345,46 +320,33 @@ class WorkerCore:
         if not connection.has_socket:
             return
         try:
-            head = connection.receive(event.frames, now_s)
-            body = event.frames[1]
-            if connection.state is State.GREETING:
-                self._answered(connection, head.type, head.id, body, now_s)
-            elif connection.open:
-                self._message(connection, head.type, head.id, event.frames, now_s)
-            else:
-                raise ProtocolError("the broker spoke before HELLO")
+            match connection.receive(event.frames, now_s):
+                case Header() as head:
+                    self._message(connection, head.type, head.id, event.frames, now_s)
+                case Welcome() as welcome:
+                    self._opened(connection, welcome, now_s)
+                case Ended(error=ErrorInfo() as error, fatal=True):
+                    self._refused_for_good(connection, error, now_s)
+                case Ended() as ended:
+                    self._lose(connection, ended, now_s)
         except ProtocolError as error:
-            self._protocol_error(connection, error, now_s)
+            self._part(connection, "protocol_error", str(error), now_s)
+            self._lose(connection, Ended.by_protocol_error(error), now_s)
 
-    def _answered(
-        self, connection: Connection, type_: MessageType, id_: bytes, body: bytes, now_s: float
-    ) -> None:
-        if type_ is MessageType.WELCOME:
-            welcome = codec.decode(Welcome, body, MAX_CONTROL_BYTES)
-            connection.opened(id_, welcome, now_s)
-            self._requests.tell_ended(connection)
-            self._log("broker connected", connection, broker=welcome.broker)
-            self._beat(connection, now_s)
-        elif type_ is MessageType.REFUSE:
-            self._refused(connection, codec.decode(Refuse, body, MAX_CONTROL_BYTES), now_s)
-        else:
-            raise ProtocolError(f"HELLO was answered with {type_.name}")
+    def _opened(self, connection: Connection, welcome: Welcome, now_s: float) -> None:
+        connection.told_absent = False
+        self._requests.tell_ended(connection)
+        self._log("broker connected", connection, broker=welcome.broker)
+        self._beat(connection, now_s)
 
-    def _refused(self, connection: Connection, refuse: Refuse, now_s: float) -> None:
-        error = refuse.error
-        if not refuse.fatal:
-            after_ms = error.retry_after_ms
-            retry_after_s = None if after_ms is None else after_ms / 1000
-            why = f"refused: {error.message} ({error.code})"
-            self._lose(connection, why, now_s, refused=True, retry_after_s=retry_after_s)
-            return
+    def _refused_for_good(self, connection: Connection, error: ErrorInfo, now_s: float) -> None:
         self._out.append(CloseSocket(connection.index))
         self._requests.orphan(connection, now_s)
-        connection.gone(now_s)
+        connection.close()
         self._log(
             "broker refuses", connection, level=logging.ERROR, cause=error.message, code=error.code
         )
-        if all(c.state is State.GONE for c in self._connections):
+        if all(c.state is State.CLOSED for c in self._connections):
             self._exit(1, f"the broker refuses this worker: {error.message} ({error.code})")
 
     def _message(
@@ -399,7 +361,7 @@ class WorkerCore:
         match type_:
             case MessageType.HEARTBEAT:
                 beat = codec.decode(Heartbeat, body, MAX_CONTROL_BYTES)
-                self._credit.heard(connection, beat.waiting, beat.recalled, beat.returned)
+                self._credit.heard(connection.credit, beat.waiting, beat.recalled, beat.returned)
             case MessageType.ASSIGN:
                 if len(frames) < 3:
                     raise ProtocolError("ASSIGN without the client's body")
@@ -415,13 +377,6 @@ class WorkerCore:
                 drain = codec.decode(Drain, body, MAX_CONTROL_BYTES)
                 drain_s = drain.deadline_ms / 1000 or self._settings.drain_s
                 self._drain(drain.reason or "ordered by the broker", drain_s, now_s)
-            case MessageType.GOODBYE:
-                goodbye = codec.decode(Goodbye, body, MAX_CONTROL_BYTES)
-                words = f"{goodbye.reason} {goodbye.message}".strip()
-                why = f"the broker said goodbye: {words}"
-                self._lose(connection, why, now_s, refused=goodbye.reason != "shutdown")
-            case MessageType.REFUSE:
-                self._refused(connection, codec.decode(Refuse, body, MAX_CONTROL_BYTES), now_s)
             case _:
                 raise ProtocolError(f"{type_.name} is not for a worker")
 
@@ -436,11 +391,7 @@ class WorkerCore:
         attachments: tuple[bytes, ...],
         now_s: float,
     ) -> None:
-        beyond = not assign.attach and connection.unused <= 0
-        if not assign.attach:
-            self._credit.spent(connection)
-            if beyond:
-                connection.granted += 1  # the broker's count is kept in step; no slot stands behind
+        beyond = not assign.attach and not self._credit.spent(connection.credit)
         try:
             request = codec.decode(Request, body, MAX_REQUEST_BYTES)
             if len(request.attachments) != len(attachments):
@@ -508,8 +459,7 @@ class WorkerCore:
         """REJECT gives the credit back at once, where there is a slot behind it."""
         self._distribute(now_s)
         error = ErrorInfo(code=code.value, message=message, retryable=retryable)
-        connection.announced = connection.granted
-        reject = Reject(error=error, granted=connection.granted)
+        reject = Reject(error=error, granted=connection.credit.announce())
         self._send(connection, MessageType.REJECT, request_id, reject, now_s)
         self._log(
             "request rejected", connection, level=logging.DEBUG, cause=message, code=code.value
@@ -530,13 +480,9 @@ class WorkerCore:
         self._distribute(now_s)
         self._requests.flush(now_s)
         for connection in self._connections:
-            if connection.open and (
-                connection.announced != connection.granted
-                or connection.recalled_told != connection.recalled
-            ):
-                connection.announced = connection.granted
-                connection.recalled_told = connection.recalled
-                credit = Credit(granted=connection.granted, recalled=connection.recalled)
+            account = connection.credit
+            if connection.open and account.untold:
+                credit = Credit(granted=account.announce(), recalled=account.ask_back())
                 self._send(connection, MessageType.CREDIT, connection.session, credit, now_s)
         if self._state is WorkerState.DRAINING and not self._requests.unfinished:
             self._leave("drained", "", 0, now_s)
@@ -562,7 +508,7 @@ class WorkerCore:
                 self._part(connection, reason, message, now_s)
                 self._out.append(CloseSocket(connection.index, linger=True))
                 self._requests.orphan(connection, now_s)
-                connection.lost(now_s)
+                connection.end(Ended(message), now_s)
         if self._state is WorkerState.DRAINING:
             self._exit(1, f"the engine was lost while draining: {message}")
         self._state = WorkerState.LOADING
