@@ -6,7 +6,7 @@ option, 1 for a failure, 0 for a clean stop.
 
 from __future__ import annotations
 
-from broker.protocol import early  # noqa: F401  # first: it hears signals from now on
+from broker.protocol import early  # noqa: F401  # first: it handles signals from here on
 
 # isort: split
 
@@ -42,18 +42,18 @@ from broker.sockets import (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `python -m broker` and of `tokenbus-broker`."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if given[:1] == ["keys"]:
+        if argv[:1] == ["keys"]:
             from broker import auth
 
-            print(auth.keys_command(given[1:], program=f"{PROGRAM} keys"))
+            print(auth.keys_command(argv[1:], program=f"{PROGRAM} keys"))
             return 0
-        if given[:1] == ["check"]:
+        if argv[:1] == ["check"]:
             # `check broker.toml` is what people type.
-            flags = ["--config"] if given[1:] and not given[1].startswith("-") else []
-            return _check(options.read([*flags, *given[1:]], program=f"{PROGRAM} check"))
-        return _serve(options.read(given, program=PROGRAM))
+            flags = ["--config"] if argv[1:] and not argv[1].startswith("-") else []
+            return _check(options.read([*flags, *argv[1:]], program=f"{PROGRAM} check"))
+        return _serve(options.read(argv, program=PROGRAM))
     except ConfigError as error:
         return _complain(str(error), 2)
     except StartError as error:
@@ -67,7 +67,7 @@ def _complain(message: str, code: int) -> int:
 
 def _serve(config: Config) -> int:
     _check_addresses(config)
-    # Each peer costs a descriptor; without one, accept fails in a tight loop.
+    # Each peer costs a descriptor; when they run out, accept fails in a tight loop.
     raise_descriptor_limit(2 * (config.max_clients + config.max_workers) + 256)
     log = _logger(config)
     for line in options.misspelt_variables():
@@ -104,10 +104,10 @@ def _serve(config: Config) -> int:
         gc.freeze()
         loop.run()
     except (ConfigError, StartError):
-        raise  # `main` says it in a line
+        raise  # `main` reports it in one line
     except Exception:
-        # Now: closing the sockets may end the process (an assertion of libzmq), and nobody would
-        # learn why it ended.
+        # Log it now: closing the sockets may abort the process (a libzmq assertion), and the cause
+        # would be lost.
         traceback.print_exc()
         return 1
     finally:
@@ -125,7 +125,7 @@ def _logger(config: Config) -> Logger:
     if not config.log_file:
         return Logger(form=config.log_format, level=config.log_level)
     try:
-        # Open for the life of the process; a line at a time, so that nothing is lost with it.
+        # Open for the life of the process; line-buffered, so that a crash loses nothing.
         stream = Path(config.log_file).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115
     except OSError as error:
         raise StartError(f"--log-file {config.log_file}: {error.strerror}") from None
@@ -177,7 +177,7 @@ def _check(config: Config) -> int:
 
 
 def _announce(config: Config, fronts: list[str], backs: list[str]) -> None:
-    """Where it listens, and what to do next."""
+    """Print where the broker listens, and what to do next."""
     worker_keys = client_keys = ""
     if config.keys:
         server_key = f" --server-key {config.keys}/broker.key"
@@ -188,13 +188,13 @@ def _announce(config: Config, fronts: list[str], backs: list[str]) -> None:
         f"next:  python -m worker --broker {backs[0]}{worker_keys}",
         f"       python -m client chat --broker {fronts[0]}{client_keys}",
     ]
-    # On a full disk the lines are lost, never the broker.
+    # On a full disk these lines are lost; the broker runs on.
     with contextlib.suppress(OSError):
         print("\n".join(lines), flush=True)
     if config.ready_file:
         ready = {"front": fronts, "back": backs, "pid": os.getpid()}
         path = Path(config.ready_file)
-        # Whoever waits for the file must never read half of it.
+        # Whoever waits for the file must never read a half-written one.
         part = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             part.write_text(json.dumps(ready), encoding="utf-8")

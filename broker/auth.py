@@ -29,17 +29,17 @@ from broker.protocol.keyfiles import exposed
 
 ROLES: Final = ("client", "worker", "operator")
 DOMAINS: Final = {Side.FRONT: b"front", Side.BACK: b"back"}
-"""One ZAP domain for each socket. Without one the gate would never be asked."""
+"""One ZAP domain for each socket. Without a domain, libzmq never asks the gate."""
 ZAP_ENDPOINT: Final = "inproc://zeromq.zap.01"
 ZAP_VERSION: Final = b"1.0"
 LOGGED_A_SECOND: Final = 10
-"""Refusals beyond that are only counted: a stranger must not fill the disk."""
+"""More refusals than this are only counted: a stranger must not fill the disk."""
 GATE_BATCH: Final = 64
 REFUSAL_DELAY_S: Final = 1.0
-"""Until a wrong key is answered: who tries again and again holds a connection for that long each
-time. Below the 5 s that a handshake may take."""
+"""Delay before a wrong key is answered, so that repeated attempts are slow. Below the 5 s that a
+handshake may take."""
 MAX_DELAYED: Final = 1024
-"""Refusals that wait at once; beyond that the oldest is answered early."""
+"""Refusals that may wait at once; with more, the oldest is answered early."""
 
 
 class KeyFileError(StartError):
@@ -48,7 +48,7 @@ class KeyFileError(StartError):
 
 @dataclass(frozen=True, slots=True)
 class AllowLists:
-    """Z85 public keys with the names behind them."""
+    """Z85 public keys, each with the name of its owner."""
 
     clients: dict[str, str]
     workers: dict[str, str]
@@ -118,11 +118,11 @@ def _load_list(path: Path) -> dict[str, str]:
 
 
 def protect(socket: zmq.Socket[bytes], side: Side, secret: bytes) -> None:
-    """Demand CURVE and the gate's leave of every peer. Must come before `bind`."""
+    """Require CURVE and the gate's consent for every peer. Must be called before `bind`."""
     socket.setsockopt(zmq.CURVE_SERVER, 1)
     socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
     socket.setsockopt(zmq.ZAP_DOMAIN, DOMAINS[side])
-    # Else a missing gate would let everyone in.
+    # Without this, a missing gate would let everyone in.
     socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
 
 
@@ -136,19 +136,19 @@ class Gate:
         log: Logger,
         relay_key: str | None = None,
     ) -> None:
-        """`relay_key`: of this broker's own relay, a client that stands on no list. Raises
-        `KeyFileError`."""
+        """`relay_key`: public key of this broker's own relay, a client that is on no list.
+        Raises `KeyFileError`."""
         self._folder = folder
         self._log = log
         self._relay = {relay_key: "this broker's relay"} if relay_key else {}
         self._allowed = self._load()
-        #: Polled by the loop, which calls `answer` when it is readable. No REP, which would let a
-        #: refusal that waits hold up everybody else.
+        #: Polled by the loop, which calls `answer` when it is readable. Not a REP socket: there,
+        #: one delayed refusal would hold up everybody else.
         self.socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.bind(ZAP_ENDPOINT)
         self.refused = 0
-        #: Refusals and when they go out, the earliest first.
+        #: Delayed refusals with the time at which to send them, earliest first.
         self._delayed: deque[tuple[float, list[bytes]]] = deque()
         self._second = 0
         self._logged = 0
@@ -162,7 +162,8 @@ class Gate:
         return self._allowed.as_event()
 
     def reload(self) -> AccessChanged | None:
-        """Read the lists again. None: they are broken, and the old ones stay in force."""
+        """Read the lists again. Returns None if they are broken; the old ones then
+        stay in force."""
         try:
             self._allowed = self._load()
         except KeyFileError as error:
@@ -175,11 +176,11 @@ class Gate:
 
     @property
     def due_s(self) -> float:
-        """When `answer` has something to do although the socket is not readable."""
+        """When `answer` must be called even if the socket is not readable."""
         return self._delayed[0][0] if self._delayed else math.inf
 
     def answer(self, now_s: float) -> None:
-        """Answer what waits, a bounded number: at once who may enter, later who may not."""
+        """Answer a bounded number of requests: permitted keys at once, refusals after a delay."""
         while self._delayed and (
             self._delayed[0][0] <= now_s or len(self._delayed) > MAX_DELAYED - GATE_BATCH
         ):
@@ -190,14 +191,14 @@ class Gate:
             except zmq.Again:
                 return
             route, request = frames[:2], frames[2:]  # with the empty frame that a REQ expects
-            verdict = self._judge(request)
+            verdict = self._decide(request)
             answer = [*route, *verdict]
             if verdict[2] == b"200":
                 self.socket.send_multipart(answer)
             else:
                 self._delayed.append((now_s + REFUSAL_DELAY_S, answer))
 
-    def _judge(self, frames: Sequence[bytes]) -> list[bytes]:
+    def _decide(self, frames: Sequence[bytes]) -> list[bytes]:
         if len(frames) < 6 or frames[0] != ZAP_VERSION:
             request_id = frames[1] if len(frames) > 1 else b""
             return [ZAP_VERSION, request_id, b"500", b"not ZAP 1.0", b"", b""]
@@ -219,8 +220,8 @@ class Gate:
         self._logged += 1
         if self._logged > LOGGED_A_SECOND:
             return
-        wanted = "workers.allow" if side is Side.BACK else "clients.allow"
-        fields = {"side": side.value, "address": address, "key": key, "add_to": wanted}
+        allow_list = "workers.allow" if side is Side.BACK else "clients.allow"
+        fields = {"side": side.value, "address": address, "key": key, "add_to": allow_list}
         self._log("warning", "key refused", fields)
 
 
@@ -228,7 +229,7 @@ class Gate:
 
 
 def keys_command(arguments: Sequence[str], *, program: str) -> str:
-    """Make what is missing in a folder of keys, or add a peer. Returns what to tell the user.
+    """Make the missing files of a key folder, or add a peer. Returns a message for the user.
     Raises `KeyFileError`."""
     parser = _keys_parser(program)
     options = parser.parse_args(arguments)
@@ -241,18 +242,18 @@ def keys_command(arguments: Sequence[str], *, program: str) -> str:
             name = options.name or options.add
             _check_name(name)
             if not (folder / "broker.key").exists():
-                raise KeyFileError(f"{folder} holds no broker's key; first: {program} {folder}")
-            made = [_add_peer(folder, options.add, name)]
+                raise KeyFileError(f"{folder} holds no broker key; first run: {program} {folder}")
+            created = [_add_peer(folder, options.add, name)]
         else:
-            made = _make_all(folder)
+            created = _make_all(folder)
     except OSError as error:
         raise KeyFileError(f"{folder}: {error.strerror or error}") from None
-    if not made:
+    if not created:
         return f"{folder} is complete; nothing was changed. --add ROLE --name NAME adds a peer."
-    lines = [f"  {line}" for line in made]
+    lines = [f"  {line}" for line in created]
     start = f"start the broker:  python -m broker --keys {folder}"
     if options.add:
-        start += "   (one that runs: kill -HUP its process)"
+        start += "   (already running: kill -HUP its process)"
     return "\n".join(
         [
             f"made in {folder} (readable by you alone):",
@@ -273,7 +274,7 @@ def _keys_parser(program: str) -> argparse.ArgumentParser:
         "What exists is never overwritten. A running broker reads the lists again on SIGHUP or "
         "the operator's bus.reload.",
     )
-    parser.add_argument("folder", help="where they are kept; made if it is missing")
+    parser.add_argument("folder", help="folder for the keys; created if missing")
     parser.add_argument("--add", choices=ROLES, help="make one more key pair of this kind")
     parser.add_argument("--name", help="name of the new peer and of its files")
     return parser
@@ -285,19 +286,19 @@ def _check_name(name: str) -> None:
 
 
 def _make_all(folder: Path) -> list[str]:
-    made = []
+    created = []
     if not (folder / "broker.key_secret").exists():
         _make_pair(folder, "broker")
-        made.append("broker.key_secret     the broker's own; never leaves this machine")
-        made.append("broker.key            the broker's public key; every peer needs it")
+        created.append("broker.key_secret     the broker's own; never leaves this machine")
+        created.append("broker.key            the broker's public key; every peer needs it")
     for role in ROLES:
         path = folder / f"{role}s.allow"
         if not path.exists():
-            _write_private(path, f"# public keys of {role}s, one a line: KEY NAME\n")
-            made.append(f"{path.name.ljust(21)} allow-list of {role}s")
+            _write_private(path, f"# public keys of {role}s, one per line: KEY NAME\n")
+            created.append(f"{path.name.ljust(21)} allow-list of {role}s")
             if not (folder / f"{role}.key_secret").exists():
-                made.append(_add_peer(folder, role, role))
-    return made
+                created.append(_add_peer(folder, role, role))
+    return created
 
 
 def _add_peer(folder: Path, role: str, name: str) -> str:
@@ -325,7 +326,8 @@ def _make_pair(folder: Path, name: str) -> str:
 
 
 def _write_private(path: Path, text: str) -> None:
-    """Replace a file in one step: a broker that reloads just now sees the old or the new one."""
+    """Replace a file atomically: a broker that reloads at this moment sees the old or
+    the new one."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:

@@ -1,7 +1,7 @@
 """Options of `python -m broker`, each once: flag > environment > TOML file > default.
 
-The dataclass fields are the table: name, type, default, unit and reason. Flags, `TOKENBUS_…`
-variables, keys of the TOML file and the help text are made from them.
+The dataclass fields are the only table: name, type, default, unit and reason. Flags, `TOKENBUS_…`
+variables, keys of the TOML file and the help text are generated from them.
 """
 
 from __future__ import annotations
@@ -27,25 +27,26 @@ ENV_PREFIX = "TOKENBUS_"
 _REPLACED = {
     **dict.fromkeys(
         ("--host", "--port"),
-        "clients and workers have an address each: see --front and --back",
+        "clients and workers have separate addresses: see --front and --back",
     ),
     "--dispatch-method": "--placement lottery, shortest_queue, least_loaded or affinity",
     "--ssl": "the bus encrypts with CURVE: see `python -m broker keys` and --keys",
 }
-"""Options of the controllers that the broker replaces, and what takes their place."""
+"""Options of the controllers that this broker replaces, and the options to use now."""
 
 
 class StartError(Exception):
-    """The broker cannot start; the message says why, and what to do."""
+    """The broker cannot start; the message says why and what to do."""
 
 
 class ConfigError(Exception):
-    """An option is wrong; the message says which, where it came from, and what it may be."""
+    """An option is wrong; the message says which one, where it was set, and which
+    values are valid."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config(CoreSettings):
-    """Everything that the broker process may be told; the core sees its own part."""
+    """All options of the broker process; the core sees only its own part."""
 
     front: tuple[str, ...] = option(
         ("tcp://127.0.0.1:5555",), "", "where clients connect; tcp:// or ipc://, * = free port"
@@ -63,23 +64,27 @@ class Config(CoreSettings):
     )
     upstream_server_key: str = option("", "", "file of that broker's public CURVE key (.key)")
     upstream_key: str = option(
-        "", "", "this broker's own pair (.key_secret), on that one's list of workers"
+        "", "", "this broker's own key pair (.key_secret), on that broker's list of workers"
     )
 
     stranger_s: float = option(
-        15.0, "s", "a connection that has no session is closed after so long", low=0.1
+        15.0, "s", "a connection without a session is closed after this time", low=0.1
     )
     shutdown_grace_s: float = option(
         30.0, "s", "from the first SIGTERM until running streams are handed over", low=0
     )
     linger_ms: int = option(
-        1000, "ms", "for last words when the sockets close; infinity would hang", low=0, high=60_000
+        1000,
+        "ms",
+        "for the last messages when the sockets close; infinity would hang",
+        low=0,
+        high=60_000,
     )
     outgoing_messages: int = option(
-        1000, "", "waiting for one slow peer beside ZeroMQ's own queue; then it is cut off", low=1
+        1000, "", "queued for one slow peer beyond ZeroMQ's queue; then it is cut off", low=1
     )
     outgoing_bytes: int = option(
-        16 << 20, "bytes", "the same in bytes: what one slow peer may cost", low=1
+        16 << 20, "bytes", "the same in bytes: the memory that one slow peer may cost", low=1
     )
     high_water_mark: int = option(
         1000, "", "messages in ZeroMQ's queue to one peer; finite, so that slow peers show", low=1
@@ -126,7 +131,7 @@ def misspelt_variables(environment: Mapping[str, str] = os.environ) -> list[str]
 
 
 def changed(config: Config) -> dict[str, Any]:
-    """Options that are not at their defaults."""
+    """Options whose value differs from the default."""
     return {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(Config)
@@ -135,7 +140,7 @@ def changed(config: Config) -> dict[str, Any]:
 
 
 def _from_file(path: Path) -> dict[str, Any]:
-    import tomllib  # a tenth of the start-up time, and most brokers have no file
+    import tomllib  # importing it is a tenth of the start-up time, and most brokers have no file
 
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -177,9 +182,9 @@ def _convert(field: dataclasses.Field[Any], value: Any, source: str) -> Any:
 
 _WANTED = {
     "bool": "true or false",
-    "int": "a whole number",
+    "int": "an integer",
     "float": "a number",
-    "str": "a text",
+    "str": "a string",
     "tuple[str, ...]": "an address or a list of them",
 }
 
@@ -190,7 +195,7 @@ def _check_bounds(field: dataclasses.Field[Any], value: Any, source: str) -> Non
     if choices and value not in choices:
         raise ConfigError(f"{source}: {value!r} must be one of {', '.join(choices)}")
     low, high = about.get("low"), about.get("high")
-    # Written so that NaN is out of bounds too.
+    # Written so that NaN counts as out of bounds too.
     if low is not None and not value >= low:
         raise ConfigError(f"{source}: {value} is below {low}")
     if high is not None and not value <= high:
@@ -253,14 +258,13 @@ def _table() -> str:
         for row in rows
     ]
     return (
-        "Flags win over the environment, that over the TOML file (keys as the flags, with _ for -),"
-        "\nthat over the defaults. --front, --back and --upstream may be repeated.\n\n"
-        + "\n".join(lines)
+        "Precedence: flags, environment, TOML file (keys named like the flags, with _ for -),"
+        "\ndefaults. --front, --back and --upstream may be repeated.\n\n" + "\n".join(lines)
     )
 
 
 def _rank(name: str) -> tuple[int, int]:
-    """The process's own options first: they are what people look for."""
+    """The process's own options first: those are the ones people look for."""
     names = [field.name for field in dataclasses.fields(Config)]
     core = {field.name for field in dataclasses.fields(CoreSettings)}
     return (name in core, names.index(name))

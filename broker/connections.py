@@ -1,10 +1,10 @@
-"""Connections without a session, and their end: nobody holds a descriptor for nothing.
+"""Closes connections that have no session, so that no descriptor is held for nothing.
 
 ZeroMQ never closes a connection whose handshake is done, and has no call that does. But its monitor
 names the descriptor of each connection that it accepts, every message names the descriptor that it
-came from, and `shutdown` on that is to ZeroMQ what a peer's own end is. Must never touch a
-descriptor that is another thing by now: ZeroMQ closes them on its own thread, and the system gives
-the numbers out again; so each is known with its inode.
+came from, and to ZeroMQ a `shutdown` of it looks like the peer closing. Must never touch a
+descriptor that was reused: ZeroMQ closes them on its own thread and the system hands the numbers
+out again, so each is remembered with its inode.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Final
 from broker.core.events import Side
 
 _SWEEPS: Final = 3
-"""Looks at all connections in the time that one without a session has."""
+"""How often all connections are looked at within the time that one may have no session."""
 
 
 class _Connection:
@@ -28,9 +28,9 @@ class _Connection:
     def __init__(self, side: Side, inode: int) -> None:
         self.side = side
         self.inode = inode
-        #: As it said in HELLO; empty: it has not said it.
+        #: Routing id, known from HELLO; empty before that.
         self.routing_id = b""
-        #: When it was first seen without a session; infinity: it has one.
+        #: When it was first seen without a session; infinity while it has one.
         self.since_s = math.inf
 
 
@@ -38,13 +38,13 @@ class Connections:
     """All connections of the broker, by descriptor."""
 
     def __init__(self, patience_s: float) -> None:
-        """`patience_s`: a connection without a session may stay so long."""
+        """`patience_s`: how long a connection without a session may stay."""
         self._patience_s = patience_s
         self._known: dict[int, _Connection] = {}
         self._swept_s = -math.inf
 
     def accepted(self, side: Side, descriptor: int) -> None:
-        """ZeroMQ accepted a connection, a while ago."""
+        """ZeroMQ reports, with some delay, that it accepted a connection."""
         self._entry(side, descriptor)
 
     def named(self, side: Side, descriptor: int, routing_id: bytes) -> None:
@@ -68,9 +68,9 @@ class Connections:
         return self._swept_s + self._patience_s / _SWEEPS
 
     def sweep(self, now_s: float, sessions: Mapping[Side, Container[bytes]]) -> int:
-        """Close who has no session for too long; returns how many. `sessions`: routing ids of the
-        sides whose messages are all read. What a stopped broker did not read in time proves
-        nothing."""
+        """Close connections that have had no session for too long; returns how many. `sessions`:
+        routing ids with a session, only for sides whose messages have all been read: a HELLO that a
+        suspended broker has not read yet must not count against its peer."""
         late = now_s > self.due_s + self._patience_s
         self._swept_s = now_s
         closed = 0
@@ -91,7 +91,7 @@ class Connections:
 
 
 def _inode(descriptor: int) -> int | None:
-    """None: it is closed."""
+    """None if the descriptor is closed."""
     try:
         return os.fstat(descriptor).st_ino
     except OSError:
@@ -99,7 +99,7 @@ def _inode(descriptor: int) -> int | None:
 
 
 def _shut_down(descriptor: int) -> bool:
-    """End the connection under ZeroMQ's hands; the descriptor stays ZeroMQ's to close."""
+    """Shut a connection of ZeroMQ's down; closing the descriptor stays ZeroMQ's business."""
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as shared:
         shared.shutdown(socket.SHUT_RDWR)
         return True

@@ -1,7 +1,7 @@
 """The broker's log: one line for each transition of a session or a request, without `logging`.
 
-Never a prompt, a token or a whole id: who calls gives only names, codes, counts and the first 8 hex
-digits of ids. How a line looks is `broker.protocol.logs`.
+Never a prompt, a token or a whole id: callers pass only names, codes, counts and the first 8 hex
+digits of ids. `broker.protocol.logs` formats the lines.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any, Final, TextIO
 from broker.protocol import logs
 
 FROM_STRANGERS: Final = frozenset(("connection refused", "refused"))
-"""Events that anybody who reaches a port can cause, thousands a second."""
+"""Events that anybody who can reach a port can cause, thousands of times a second."""
 LINES_A_SECOND: Final = 10
-"""Of each of those; beyond, they are only counted. A stranger must not fill the disk."""
+"""Lines for each of those events; more are only counted. A stranger must not fill the disk."""
 
 _RANK: Final = {level: rank for rank, level in enumerate(logs.LEVELS)}
 
 
 class Logger:
-    """Writes lines to one stream. Where it cannot be written (full disk, closed pipe), the line is
-    lost, never the broker."""
+    """Writes lines to one stream. If that fails (full disk, closed pipe), the line is lost and the
+    broker runs on."""
 
     def __init__(self, stream: TextIO | None = None, *, form: str = "auto", level: str = "info"):
         self._stream = stream if stream is not None else sys.stderr
@@ -31,7 +31,8 @@ class Logger:
         self._least = _RANK[level]
         #: Lines that could not be written.
         self.lost = 0
-        #: Of events of strangers: the second, lines in it, events since that were left out.
+        #: For events that strangers cause: the current second, its lines, and the events
+        #: left out since.
         self._strangers = {event: [0, 0, 0] for event in FROM_STRANGERS}
 
     def __call__(self, level: str, event: str, fields: Mapping[str, Any] | None = None) -> None:
@@ -52,7 +53,8 @@ class Logger:
             self.lost += 1
 
     def _left_out(self, event: str, second: int) -> int | None:
-        """How many of this event were left out before this line; None: this one is, too."""
+        """How many of these events were left out before this line; None if this one is
+        left out too."""
         state = self._strangers[event]
         if state[0] != second:
             state[:2] = second, 0

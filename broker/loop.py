@@ -1,7 +1,7 @@
-"""The one loop of the broker: poll, drain, feed the core, carry out its instructions.
+"""The broker's event loop: poll, drain, feed the core, carry out its instructions.
 
 Owns both sockets; nothing else may touch them. Blocks only in `poll`. The back is drained first, so
-that a flood of requests never delays tokens. Never decides anything: that is the core's.
+that a flood of requests never delays tokens. Decides nothing: that is the core's job.
 """
 
 from __future__ import annotations
@@ -46,29 +46,30 @@ if TYPE_CHECKING:
     from broker.upstream import Upstream
 
 BACK_BATCH: Final = 512
-"""Messages taken from the back before the front has its turn: a few milliseconds."""
+"""Messages read from the back before the front has its turn: a few milliseconds."""
 FRONT_BATCH: Final = 64
 """Requests cost more (they are decoded), so fewer."""
 SKIP_BATCH: Final = 4096
-"""Frames of a message that is thrown away, before the other side has its turn."""
+"""Frames of a discarded message that are read before the other side has its turn."""
 RETRY_S: Final = 0.005
-"""Between attempts to send to a full peer: POLLOUT of a ROUTER is about some peer, not this."""
+"""Time between attempts to send to a full peer: POLLOUT of a ROUTER does not say which
+peer is ready."""
 CLOSING_S: Final = 5.0
-"""How long what is queued for a peer outlives its session."""
+"""How long messages queued for a peer are kept after its session ends."""
 LONGEST_POLL_S: Final = 1.0
 LATE_S: Final = 0.1
 """Lateness below this is ordinary scheduling."""
 MONITOR_BATCH: Final = 256
-"""Without descriptors left, accept fails many thousand times a second."""
+"""When no descriptors are left, accept fails many thousand times a second."""
 NO_EVENTS: Final = codec.pack([])
 HELLO_BYTE: Final = bytes((MessageType.HELLO,))
 _MONITOR_EVENT: Final = struct.Struct("=HI")
-"""Number and value, as libzmq's manual has it; pyzmq's own parser would load asyncio."""
-# Plain numbers: `|` of pyzmq's flags takes three times as long as receiving a frame.
+"""Event number and value, as in libzmq's manual; pyzmq's own parser would load asyncio."""
+# Plain integers: `|` on pyzmq's flags takes three times as long as receiving a frame.
 DONT_WAIT: Final = int(zmq.DONTWAIT)
 MORE_FOLLOWS: Final = int(zmq.DONTWAIT | zmq.SNDMORE)
 SMALL_BYTES: Final = 64 * 1024
-"""Below, copying a frame is cheaper than not copying it."""
+"""Below this size, copying a frame is cheaper than not copying it."""
 
 
 _FIGURES: Final = (
@@ -84,19 +85,19 @@ _FIGURES: Final = (
 
 
 class _Outgoing:
-    """What waits for one peer whose ZeroMQ queue is full."""
+    """Messages that wait for one peer whose ZeroMQ queue is full."""
 
     __slots__ = ("bytes", "give_up_s", "messages")
 
     def __init__(self) -> None:
         self.messages: deque[tuple[bytes, ...]] = deque()
         self.bytes = 0
-        #: The session is over: until then it may still be flushed.
+        #: Set once the session is over: the time until which the queue may still be flushed.
         self.give_up_s = math.inf
 
 
 class BrokerLoop:
-    """Runs a core on two bound sockets until it says stop."""
+    """Runs a core on two bound sockets until it orders a stop."""
 
     def __init__(
         self,
@@ -110,12 +111,13 @@ class BrokerLoop:
         upstream: Upstream | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`gate`: who may connect; None: CURVE is off. `upstream`: this broker as a worker."""
+        """`gate`: decides who may connect; None if CURVE is off. `upstream`: this broker's role as
+        a worker of others."""
         self._config = config
         self._core = core
         self._sockets = {Side.FRONT: front, Side.BACK: back}
         self._log = log
-        #: With it, peers prove a key, which is read with their HELLO.
+        #: With a gate, peers prove a key, which is read with their HELLO.
         self._gate = gate
         self._upstream = upstream
         self._connections = Connections(config.stranger_s)
@@ -123,12 +125,12 @@ class BrokerLoop:
         self._outgoing: dict[Side, dict[bytes, _Outgoing]] = {Side.FRONT: {}, Side.BACK: {}}
         self._retry_s = math.inf
         self._read_s = {Side.FRONT: math.inf, Side.BACK: math.inf}
-        #: Sides whose next frames are the rest of a message that is thrown away.
+        #: Sides whose next frames are the rest of a message that is being discarded.
         self._skipping: set[Side] = set()
         self._running = True
-        #: Events that arose while instructions were carried out.
+        #: Events raised while instructions were carried out.
         self._pending: deque[Event] = deque()
-        #: Peers to whom a send failed, and the turn in which it did: see `_report_gone`.
+        #: Peers to which a send failed, and the turn in which it failed: see `_report_gone`.
         self._gone: dict[tuple[Side, bytes], int] = {}
         self._turn = 0
         self._signals, self._signal_writer = sockets.socketpair()
@@ -139,7 +141,7 @@ class BrokerLoop:
     # --- running ----------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Run until the core says stop."""
+        """Run until the core orders a stop."""
         front, back = self._sockets[Side.FRONT], self._sockets[Side.BACK]
         monitors = {
             self._monitor(front): Side.FRONT,
@@ -203,8 +205,9 @@ class BrokerLoop:
             self._log("info", "connections without a session closed", {"n": closed})
 
     def _report_gone(self, now_s: float) -> None:
-        """Tell the core which peers are unreachable, once everything that they had sent is read:
-        their last words (CANCEL, GOODBYE) still lie in the socket when a send to them fails."""
+        """Tell the core which peers are unreachable, once everything that they sent has been
+        read: when a send to them fails, their last messages (CANCEL, GOODBYE) may still be
+        in the socket."""
         for (side, routing_id), turn in list(self._gone.items()):
             if turn < self._turn and self._read_s[side] == now_s:
                 del self._gone[side, routing_id]
@@ -219,7 +222,8 @@ class BrokerLoop:
         return min(max(0.0, due_s - now_s), LONGEST_POLL_S)
 
     def _feed(self, event: Event, now_s: float) -> None:
-        """Tell the core a fact, and the facts that come of carrying out what it wants."""
+        """Feed an event to the core, and then the events that result from carrying
+        out its instructions."""
         self._carry_out(event, now_s)
         self._feed_pending(now_s)
 
@@ -244,11 +248,11 @@ class BrokerLoop:
     # --- receiving --------------------------------------------------------------------------------
 
     def _drain_back(self, now_s: float) -> bool:
-        """Read workers' messages; True when nothing was left to read.
+        """Read workers' messages; True if nothing was left to read.
 
         The hot path of the broker. It takes three frames without asking the socket where the
-        message ends: asking (RCVMORE) costs more than receiving. What that may do to framing is
-        undone in `_odd_body` and `_stray`, whatever a hostile worker sends.
+        message ends: asking (RCVMORE) costs more than receiving. `_odd_body` and `_stray` repair
+        what that may do to the framing, whatever a hostile worker sends.
         """
         back, front = self._sockets[Side.BACK], self._sockets[Side.FRONT]
         receive, send, forward = back.recv, _sender(front), self._core.forward
@@ -300,32 +304,33 @@ class BrokerLoop:
         return False
 
     def _odd_body(self, back: zmq.Socket[bytes], routing_id: bytes, body: bytes) -> bytes:
-        """What to send for the body of an OUTPUT whose header is spent already and whose size no
-        honest body has. A worker that broke the framing ends its own session and nobody else's;
-        its client gets an OUTPUT without events, so that its sequence goes on."""
+        """The body to send for an OUTPUT whose header has already been used and whose body has a
+        size that no honest body has. A worker that breaks the framing ends only its own session;
+        its client gets an OUTPUT without events, so that the sequence numbers continue."""
         more = bool(body) and back.getsockopt(zmq.RCVMORE)
         if body and not more and len(body) <= MAX_OUTPUT_BYTES:
             return body
-        # Without frames, the core ends the session for broken framing; after this OUTPUT is sent.
+        # A message without frames makes the core end the session for broken framing, after this
+        # OUTPUT is sent.
         self._pending.append(MessageReceived(Side.BACK, routing_id, ()))
         if more and len(body) == ID_BYTES:
-            # The OUTPUT was a header alone, and this is the routing id of the next message. (Or a
-            # forgery, of a stranger then: a worker knows no routing id but its own.)
+            # The OUTPUT was only a header, and this is the routing id of the next message. (Or a
+            # forgery, but then not of another worker's: a worker knows only its own routing id.)
             self._pending.append(self._message(Side.BACK, body, back.recv(zmq.DONTWAIT)))
         else:
             self._skip(Side.BACK)
         return NO_EVENTS
 
     def _stray(self, back: zmq.Socket[bytes], routing_id: bytes) -> bool:
-        """Whether this is not a routing id but a surplus frame of the message before, and what
-        seems to be its header, an id, begins the next message."""
+        """Whether this is not a routing id but a surplus frame of the previous message, so that
+        what looks like its header is the routing id that begins the next message."""
         if routing_id in self._core.workers or not back.getsockopt(zmq.RCVMORE):
             return False
         self.figures["stray_frames_total"] += 1
         return True
 
     def _drain_front(self, now_s: float) -> bool:
-        """Read clients' messages; True when nothing was left to read."""
+        """Read clients' messages; True if nothing was left to read."""
         receive = self._sockets[Side.FRONT].recv
         if not self._skipped(Side.FRONT):
             return False
@@ -341,8 +346,8 @@ class BrokerLoop:
         return False
 
     def _message(self, side: Side, routing_id: bytes, head: bytes) -> MessageReceived:
-        """Read the rest of a message. Frames beyond the bound are thrown away, and the core is
-        shown one too many."""
+        """Read the rest of a message. Frames beyond the limit are discarded, and the core is shown
+        one frame too many."""
         socket = self._sockets[side]
         frames = [head]
         key = ""
@@ -350,7 +355,7 @@ class BrokerLoop:
             if len(frames) == 1 and head[3:4] == HELLO_BYTE:
                 frame = socket.recv(zmq.DONTWAIT, copy=False)
                 key = str(frame.get("User-Id")) if self._gate is not None else ""
-                with contextlib.suppress(zmq.ZMQError):  # of ZMTP before 3, ZeroMQ does not know
+                with contextlib.suppress(zmq.ZMQError):  # unknown for ZMTP before 3
                     descriptor = int(frame.get(zmq.SRCFD))
                     self._connections.named(side, descriptor, routing_id)
                 frames.append(frame.bytes)
@@ -362,20 +367,20 @@ class BrokerLoop:
         return MessageReceived(side, routing_id, tuple(frames), key)
 
     def _skip(self, side: Side) -> None:
-        """Throw the rest of a message away: a batch now, what is left in the next turns. Until its
-        last frame ZeroMQ gives no message of another peer of this side; the other side goes on."""
+        """Discard the rest of a message: one batch now, the rest in the next turns. Until its last
+        frame, ZeroMQ delivers no other message on this side; the other side goes on."""
         socket = self._sockets[side]
         self._skipping.discard(side)
         if socket.getsockopt(zmq.RCVMORE):
-            # A frame object knows whether another follows, six times cheaper than asking the
-            # socket; a stranger may send hundred thousands.
+            # A frame object knows whether another follows, six times as cheap as asking the socket;
+            # a stranger may send hundreds of thousands.
             for _ in range(SKIP_BATCH):
                 if not socket.recv(zmq.DONTWAIT, copy=False).more:
                     return
             self._skipping.add(side)
 
     def _skipped(self, side: Side) -> bool:
-        """Go on throwing away; whether the next frame begins a message."""
+        """Continue discarding; returns whether the next frame begins a message."""
         if side in self._skipping:
             self._skip(side)
         return side not in self._skipping
@@ -418,8 +423,8 @@ class BrokerLoop:
     def _queue(
         self, side: Side, routing_id: bytes, frames: tuple[bytes, ...], now_s: float
     ) -> None:
-        """Keep a message for a full peer. Nothing is ever dropped: at the bound the core ends the
-        session, and what was queued goes out if the peer reads again soon."""
+        """Keep a message for a full peer. Nothing is ever dropped: at the limit the core ends the
+        session, and what was queued is still sent if the peer reads again soon."""
         waiting = self._outgoing[side].setdefault(routing_id, _Outgoing())
         if waiting.give_up_s < math.inf:
             return
@@ -432,7 +437,7 @@ class BrokerLoop:
             self._pending.append(PeerOverflowed(side, routing_id))
 
     def _flush(self, now_s: float) -> None:
-        """Try again what full peers could not take."""
+        """Retry the messages that full peers could not take."""
         for side, peers in self._outgoing.items():
             socket = self._sockets[side]
             for routing_id, waiting in list(peers.items()):
@@ -454,7 +459,7 @@ class BrokerLoop:
         self._retry_s = now_s + RETRY_S if left else math.inf
         self._feed_pending(now_s)
 
-    # --- beside the messages ----------------------------------------------------------------------
+    # --- other than messages ----------------------------------------------------------------------
 
     def _reload(self) -> None:
         if self._gate is None:
@@ -465,7 +470,7 @@ class BrokerLoop:
             self._pending.append(change)
 
     def catch_signals(self) -> None:
-        """From now on signals wait for `run` and wake its `poll`. On the main thread only."""
+        """From now on signals are queued for `run` and wake its `poll`. Main thread only."""
         self._signals.setblocking(False)
         self._signal_writer.setblocking(False)
         signal.set_wakeup_fd(self._signal_writer.fileno(), warn_on_full_buffer=False)
@@ -475,7 +480,7 @@ class BrokerLoop:
     def _on_signals(self, now_s: float) -> None:
         for number in self._signals.recv(64):
             if number == signal.SIGHUP:
-                self._log("info", "reload asked for by signal")
+                self._log("info", "reload requested by signal")
                 self._reload()
                 self._feed_pending(now_s)
             elif number in (signal.SIGINT, signal.SIGTERM):
@@ -489,7 +494,7 @@ class BrokerLoop:
 
     @staticmethod
     def _monitor(socket: zmq.Socket[bytes]) -> zmq.Socket[Any]:
-        """Reports new, lost and refused connections. It does not say whose: the core probes."""
+        """Reports new, lost and refused connections. It does not say whose, so the core probes."""
         watched = (
             zmq.EVENT_ACCEPTED
             | zmq.EVENT_DISCONNECTED
@@ -502,7 +507,7 @@ class BrokerLoop:
         return monitor
 
     def _on_monitor(self, monitor: zmq.Socket[Any], side: Side, now_s: float) -> bool:
-        """Read a monitor; True when nothing was left to read."""
+        """Read a monitor; True if nothing was left to read."""
         seen: Counter[int] = Counter()
         drained = False
         try:
@@ -527,7 +532,7 @@ class BrokerLoop:
 
 
 def _send_now(socket: zmq.Socket[bytes], routing_id: bytes, frames: tuple[bytes, ...]) -> None:
-    """Send a whole message or raise `zmq.ZMQError`: only the first frame can fail."""
+    """Send a whole message or raise `zmq.ZMQError`; only the first frame can fail."""
     send = _sender(socket)
     send(routing_id, MORE_FOLLOWS)
     for frame in frames[:-1]:

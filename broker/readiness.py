@@ -1,9 +1,10 @@
-"""Waiting for sockets: which of them can be read, asked as cheaply as ZeroMQ allows.
+"""Waits for readable sockets, as cheaply as ZeroMQ allows.
 
-`zmq.Poller` asks every ZeroMQ socket twice for each wait, two system calls each time. Here the
-system's own poll watches their descriptors. Such a descriptor reports a change, and only to a
-reader that has found nothing before; a send on the same socket may take the change in silence. The
-rules that follow from this are kept here and nowhere else. Must never read or write a socket.
+`zmq.Poller` queries every ZeroMQ socket twice per wait, with two system calls each time. Here the
+system's own poll watches their descriptors instead. Such a descriptor is edge-triggered: it reports
+a change only after a reader has found nothing, and a send on the same socket may consume the
+change. The rules that follow from this are implemented here and nowhere else. Must never read or
+write a socket.
 """
 
 from __future__ import annotations
@@ -24,25 +25,26 @@ class Readiness:
     def __init__(
         self, asked: Iterable[zmq.Socket[Any]], drained: Iterable[zmq.Socket[Any]], fd: int
     ) -> None:
-        """`asked`: sockets that are also sent on; they are asked before every wait. `drained`:
-        sockets that their reader empties each time that they are ready, or names to `again`. `fd`:
-        something of the operating system's."""
+        """`asked`: sockets that are also sent on; they are queried before every wait. `drained`:
+        sockets that their reader empties whenever they are ready, or else passes to `again`. `fd`:
+        a descriptor of the operating system."""
         self._asked = tuple(asked)
         self._by_fd: dict[int, object] = {fd: fd}
         for socket in (*self._asked, *drained):
             self._by_fd[int(socket.getsockopt(zmq.FD))] = socket
-        #: Ready whatever the descriptors say; at first all, so that each is read to its end once.
+        #: Ready whatever the descriptors say; at first all of them, so that each is emptied once.
         self._again: set[object] = set(drained)
         self._poll = select.poll()
         for descriptor in self._by_fd:
             self._poll.register(descriptor, select.POLLIN)
 
     def again(self, socket: zmq.Socket[Any]) -> None:
-        """A drained socket was left with something to read."""
+        """A drained socket was left with messages to read."""
         self._again.add(socket)
 
     def wait(self, timeout_s: float) -> set[object]:
-        """What can be read, `fd` itself among it; waits at most so long for the first."""
+        """The sockets that can be read, and `fd` if it can; waits at most `timeout_s`
+        for the first."""
         ready, self._again = self._again, set()
         for socket in self._asked:
             if int(socket.getsockopt(zmq.EVENTS)) & _READABLE:

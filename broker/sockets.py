@@ -21,12 +21,12 @@ from broker.protocol.limits import (
 
 
 class BindError(StartError):
-    """An address cannot be listened on; the message says which, why, and what to do."""
+    """The broker cannot listen on an address; the message says which, why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class SocketSettings:
-    """What differs between deployments."""
+    """Socket options that differ between deployments."""
 
     high_water_mark: int
     linger_ms: int
@@ -34,9 +34,9 @@ class SocketSettings:
 
 
 def make_context(settings: SocketSettings) -> zmq.Context[zmq.Socket[bytes]]:
-    """A context of our own: made after any fork, ended by `term` when its sockets are closed."""
+    """A new context: must be made after any fork; `term` ends it once its sockets are closed."""
     context = zmq.Context(io_threads=settings.io_threads)
-    # Sockets are few (peers are not sockets); the default of 1023 is plenty.
+    # There are few sockets (peers are not sockets); the default limit of 1023 is plenty.
     return context
 
 
@@ -51,22 +51,22 @@ def make_router(
     socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
     # ZMTP heartbeats can abort the process (libzmq 3596, 4767); liveness is the protocol's own.
     socket.setsockopt(zmq.HEARTBEAT_IVL, 0)
-    # Finite, so that EAGAIN tells a slow peer. Counts whole messages, for each peer.
+    # Finite, so that EAGAIN reveals a slow peer. Counts whole messages, for each peer.
     socket.setsockopt(zmq.SNDHWM, settings.high_water_mark)
     # A stalled broker pushes back through TCP instead of eating memory; bursts of tokens fit.
     socket.setsockopt(zmq.RCVHWM, 1000 if front else 10_000)
-    # Bounds one frame, not a message: the largest is a picture at the front, HELLO at the back.
+    # Limits one frame, not a message: the largest is an image at the front, HELLO at the back.
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_ATTACHMENT_BYTES if front else MAX_HELLO_BYTES)
-    # Last words may leave; infinity, the default, would hang the end of the process.
+    # The last messages may leave; infinity, the default, would hang the end of the process.
     socket.setsockopt(zmq.LINGER, settings.linger_ms)
-    # A stranger who connects and says nothing holds a descriptor; the default is 30 s.
+    # A stranger that connects and says nothing holds a descriptor; the default is 30 s.
     socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
     # Reaps half-open connections (libzmq 1453) after a minute; ours are ended long before.
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
     socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 30)
     socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 10)
     socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
-    # Becomes TCP_USER_TIMEOUT: bounds data that nobody acknowledges.
+    # Becomes TCP_USER_TIMEOUT: limits how long data may stay unacknowledged.
     socket.setsockopt(zmq.TCP_MAXRT, 30_000)
     # Many peers come back at once after a restart; the default is 100.
     socket.setsockopt(zmq.BACKLOG, 1024 if front else 256)
@@ -79,7 +79,8 @@ def bind(socket: zmq.Socket[bytes], addresses: Sequence[str]) -> list[str]:
     """Listen on all addresses and return the real ones. Raises `BindError`."""
     real = []
     for address in addresses:
-        # Only where it is asked for: else the real address of an IPv4 one reads ::ffff:127.0.0.1.
+        # Only for IPv6 addresses: otherwise the reported address of an IPv4 one would
+        # be ::ffff:127.0.0.1.
         socket.setsockopt(zmq.IPV6, int("[" in address))
         try:
             socket.bind(_without_port_zero(address))
@@ -99,27 +100,27 @@ def _reason(error: zmq.ZMQError) -> str:
     if error.errno == zmq.EADDRINUSE:
         return "the address is in use; is another broker running? Choose another port"
     if error.errno == errno.ENODEV:
-        return "this machine has no such interface"
+        return "this machine has no interface with that address"
     return error.strerror or str(error)
 
 
 def check_address(address: str) -> None:
-    """Raises `BindError` for what is not an address to listen on."""
+    """Raises `BindError` for anything that is not an address to listen on."""
     if address.startswith("ipc://") and len(address) > len("ipc://"):
         return
     if address.startswith("tcp://") and ":" in address[len("tcp://") :]:
         port = address.rpartition(":")[2]
-        # libzmq takes any number and listens at its lowest 16 bits.
+        # libzmq accepts any number and listens on its lowest 16 bits.
         if port == "*" or (port.isascii() and port.isdecimal() and int(port) < 65_536):
             return
-        raise BindError(f"{address!r} has no port from 1 to 65535; or write * for a free one")
+        raise BindError(f"{address!r} has no port from 1 to 65535; or use * for any")
     raise BindError(
         f"{address!r} is not an address; write tcp://127.0.0.1:5555, tcp://127.0.0.1:* or ipc://PATH"
     )
 
 
 def collide(one: str, other: str) -> bool:
-    """Whether two addresses that `check_address` let pass cannot be bound at the same time."""
+    """Whether two valid addresses cannot be bound at the same time."""
     (host, _, port), (other_host, _, other_port) = one.rpartition(":"), other.rpartition(":")
     if port != other_port or port in ("*", "0"):
         return False
@@ -130,7 +131,7 @@ def collide(one: str, other: str) -> bool:
 
 
 def is_local(address: str) -> bool:
-    """Only this machine can reach it."""
+    """Whether only this machine can reach the address."""
     if address.startswith("ipc://"):
         return True
     host = urlsplit(address.replace("*:", "0.0.0.0:").replace(":*", ":0")).hostname or ""

@@ -1,9 +1,10 @@
-"""`--upstream`: keeps the process running that makes this broker a worker of other brokers.
+"""`--upstream`: runs and supervises the relay, the process that makes this broker a
+worker of others.
 
-That process, the relay, is a client of this broker and a worker of those above, and is built from
-the two packages that a broker must not import; so it is only started here, watched, started again
-when it dies, and told to drain when this broker stops. It has a pipe to this process, which carries
-its options (keys are among them) and tells it by its end that the broker is gone.
+The relay is a client of this broker and a worker of the brokers above. It is built from two
+packages that a broker must not import, so here it is only started, watched, restarted when it dies,
+and told to drain when this broker stops. A pipe carries its options (including keys) to it; when
+the pipe closes, the relay knows that the broker is gone.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ LOOK_S: Final = 0.2
 FIRST_RESTART_S: Final = 0.5
 LONGEST_RESTART_S: Final = 30.0
 PROVEN_S: Final = 30.0
-"""A relay that ran for so long was not broken from the start."""
+"""A relay that ran this long was not broken from the start."""
 CLOSE_S: Final = 1.0
-"""For its last words, once there is nothing more to wait for."""
+"""For its last messages, once there is nothing else to wait for."""
 
 
 def check(config: Config) -> None:
-    """Raises `ConfigError` for options that no relay could use."""
+    """Raises `ConfigError` for options with which no relay could work."""
     if bool(config.upstream_server_key) != bool(config.upstream_key):
         raise ConfigError("--upstream-server-key and --upstream-key: give both, or neither")
     if config.upstream_key and not config.upstream:
-        raise ConfigError("--upstream-key without --upstream: say which broker it is for")
+        raise ConfigError("--upstream-key without --upstream: say for which broker")
     for address in config.upstream:
         try:
             check_address(address)
@@ -48,7 +49,7 @@ def check(config: Config) -> None:
 
 
 class Upstream:
-    """The relay, from the broker's side. Never waits, except in `close`."""
+    """The relay, as seen by the broker. Never blocks, except in `close`."""
 
     def __init__(
         self,
@@ -59,7 +60,8 @@ class Upstream:
         server_key: str = "",
         keys: tuple[str, str] | None = None,
     ) -> None:
-        """`front`: where this broker listens; with CURVE, its public key and the relay's pair."""
+        """`front`: the address where this broker listens; with CURVE, also its public key and the
+        relay's key pair."""
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
         self._life: int | None = None
@@ -68,7 +70,7 @@ class Upstream:
         self._started_s = -math.inf
         self._look_s = self._start_s = -math.inf
         self._wait_s = FIRST_RESTART_S
-        #: Told apart from any other broker, of the same name too, wherever brokers form a loop.
+        #: Identifies this broker, even among others of the same name, if brokers form a loop.
         self._mark = f"{config.broker_name}-{secrets.token_hex(3)}"
         self._options: dict[str, Any] = {
             "mark": self._mark,
@@ -85,7 +87,7 @@ class Upstream:
         }
 
     def look(self, now_s: float, *, stopping: bool) -> None:
-        """Start the relay, or start it again; drain it once when the broker is `stopping`."""
+        """Start or restart the relay; drain it once when the broker is `stopping`."""
         if now_s < self._look_s:
             return
         self._look_s = now_s + LOOK_S
@@ -107,7 +109,7 @@ class Upstream:
             stdin=subprocess.DEVNULL,
             pass_fds=(life_read,),
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-            # Ctrl-C on the terminal is the broker's to handle.
+            # Ctrl-C in the terminal is handled by the broker.
             process_group=0,
         )
         os.close(life_read)
@@ -143,7 +145,8 @@ class Upstream:
             self._life = None
 
     def close(self) -> None:
-        """End the relay: it says goodbye above, and what it still ran goes on elsewhere."""
+        """End the relay: it says goodbye to the brokers above, and requests that it still ran
+        continue elsewhere."""
         process = self._process
         if process is None:
             return
@@ -153,13 +156,13 @@ class Upstream:
                 process.wait(CLOSE_S)
                 break
             if ask_again is not None:
-                ask_again()  # a second SIGTERM does not wait for what runs
+                ask_again()  # a second SIGTERM does not wait for running requests
         self._log("info", "relay ended", {"status": process.poll()})
         self._forget()
 
 
 def _reachable(front: str) -> str:
-    """An address to connect to, for one that is bound."""
+    """The address to connect to, for a bound address."""
     for everywhere, here in (
         ("tcp://0.0.0.0:", "tcp://127.0.0.1:"),
         ("tcp://[::]:", "tcp://[::1]:"),

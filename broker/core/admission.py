@@ -1,7 +1,7 @@
-"""May this request come in? Its body is checked once, here (SPEC.md sections 4.2, 6.1 and 9), then
-whether there is room and hope. Then it is queued.
+"""Admission of requests: checks the body, once (SPEC.md sections 4.2, 6.1 and 9), then whether
+there is room in the queue and any prospect of an answer. Then queues the request.
 
-Bytes in, a typed value or a `RequestError` out, whose message names the field.
+Bytes in; out comes a typed value, or a `RequestError` whose message names the field.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ INPUTS: Final[dict[Kind, tuple[str, ...]]] = {
     Kind.TEMPLATE: ("messages",),
     Kind.EMBED: ("inputs",),
 }
-"""What each kind may be given: exactly one of these."""
+"""Inputs that each kind accepts; exactly one of them must be given."""
 
 _ALL_INPUTS: Final = ("messages", "prompt", "token_ids", "inputs")
 
@@ -57,7 +57,7 @@ def read_request(
     except ProtocolError as error:
         raise _invalid(f"the request cannot be read: {error}") from None
     if resumed and request.resume is None:
-        raise _invalid("a RESUME must carry `resume`: epoch, and what was received so far")
+        raise _invalid("a RESUME must carry `resume`: the epoch, and what was received so far")
     if not resumed and request.resume is not None:
         raise _invalid("a REQUEST must not carry `resume`; RESUME does")
     _check_input(request)
@@ -66,7 +66,8 @@ def read_request(
 
 
 def resume_facts(body: bytes, settings: CoreSettings) -> tuple[int, int]:
-    """Epoch and offset of a body that may be broken, so that its FAIL finds its stream."""
+    """Epoch and offset of a body that may be malformed, so that its FAIL reaches the right
+    stream."""
     try:
         resume = unpack(body, settings.request_bytes)["resume"]
         epoch, tokens = resume["epoch"], resume.get("token_ids", ())
@@ -98,9 +99,9 @@ def _check_input(request: Request) -> None:
     given = [name for name in _ALL_INPUTS if getattr(request, name) is not None]
     if len(given) == 1 and given[0] in allowed:
         return
-    wanted = " or ".join(f"`{name}`" for name in allowed)
+    expected = " or ".join(f"`{name}`" for name in allowed)
     got = " and ".join(f"`{name}`" for name in given) or "none"
-    raise _invalid(f"kind {request.kind.value} takes exactly one input, {wanted}; got {got}")
+    raise _invalid(f"kind {request.kind.value} takes exactly one input, {expected}; got {got}")
 
 
 def _check_attachments(request: Request, frames: int) -> None:
@@ -140,16 +141,16 @@ def _too_large(what: str, size: int, limit: int) -> RequestError:
 
 
 def admit(bus: BusState, client: ClientSession, request: RequestState) -> None:
-    """Raises RequestError when there is no room or no hope."""
+    """Raises RequestError when there is no room, or no prospect of an answer."""
     if bus.shutdown_until_s is not None:
         raise shutdown.draining_error()
     if request.ttl_until_s <= bus.now_s:
-        raise RequestError(ErrorCode.DEADLINE_EXCEEDED, "the request came with no time to live")
+        raise RequestError(ErrorCode.DEADLINE_EXCEEDED, "the request arrived with no time left")
     if len(client.requests) >= bus.settings.inflight:
         raise RequestError(
             ErrorCode.QUOTA,
             f"{len(client.requests)} requests of this client are queued or running, "
-            f"the most that this broker takes; wait for one to end",
+            f"the most that this broker allows; wait for one to end",
             retryable=True,
             retry_after_ms=retry_after_ms(bus, request.model),
             details={"limit": bus.settings.inflight},
@@ -159,8 +160,8 @@ def admit(bus: BusState, client: ClientSession, request: RequestState) -> None:
     if queue is None:
         queue = ModelQueue()
     while is_full(bus, queue, request):
-        # Longest queue drop: who waits with most makes room, so that nobody can fill the queue
-        # for all others (Suter et al., "Buffer management schemes", 1999).
+        # Longest queue drop: the user with the most waiting requests makes room, so that nobody can
+        # fill the queue for all others (Suter et al., "Buffer management schemes", 1999).
         victim = queue.longest_line(request.priority)
         mine = queue.waiting(request.priority, request.user_key)
         if victim is None or victim[0] == request.user_key:
@@ -191,7 +192,7 @@ def overloaded(bus: BusState, request: RequestState) -> RequestError:
 
 
 def check_model(bus: BusState, request: RequestState) -> None:
-    """A model that nobody serves is waited for only where it may come (back)."""
+    """Refuse a request for a model that nobody serves, unless a worker may come (back) for it."""
     model = request.model
     if bus.registry.serving(model) or not any(bus.registry.models()) or request.epoch > 0:
         return
@@ -201,7 +202,7 @@ def check_model(bus: BusState, request: RequestState) -> None:
 
 
 def retry_after_ms(bus: BusState, model: str) -> int:
-    """When a place in the queue of a model should be free, from the service times seen."""
+    """Estimate, from observed service times, when there should be room in the model's queue."""
     queue = bus.queues.get(model)
     slots = sum(worker.capacity for worker in bus.registry.serving(model).values())
     rounds = ((queue.requests if queue else 0) + 1) / max(slots, 1)
@@ -220,7 +221,7 @@ def read_body(
 def fail_unqueued(
     bus: BusState, client: ClientSession, head: Header, frames: Frames, error: RequestError
 ) -> None:
-    """Answer a request that does not get into the queue."""
+    """Answer a request that is not queued."""
     epoch, offset = resume_facts(frames[1], bus.settings)
     bus.counters["requests_refused"] += 1
     bus.count_failure(error.info)
@@ -237,20 +238,20 @@ def fail_unqueued(
 
 def _workers_of(bus: BusState, model: str) -> str:
     states = Counter(worker.state_name for worker in bus.registry.serving(model).values())
-    told = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
-    return f"workers of {model[:100]}: {told or 'none'}"
+    counts = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+    return f"workers of {model[:100]}: {counts or 'none'}"
 
 
 def enqueue(
     bus: BusState, client: ClientSession, request: RequestState, body: Request, frames: Frames
 ) -> None:
-    """Put a request into its model's queue, from where `dispatch` takes it. Raises RequestError
-    when it cannot be queued. `frames`: body and attachments."""
+    """Put a request into its model's queue, from which `dispatch` takes it. `frames`: body and
+    attachments. Raises RequestError when it cannot be queued."""
     request.client = client
     request.kind = body.kind.value
     request.priority = body.priority
     request.user_key = f"user {body.user}" if body.user else f"session {client.id.hex()}"
-    request.window = request.window_told = body.window
+    request.window = request.window_sent = body.window
     request.frames = frames
     request.size_bytes = sum(map(len, frames))
     if body.resume is not None:
@@ -288,7 +289,7 @@ def enqueue(
 
 
 def on_queue_timer(bus: BusState, request: RequestState) -> None:
-    """Timer of a queued request: it has waited too long, or lived too long."""
+    """Timer: a queued request has exceeded its queue time or its time to live."""
     if request.phase is not Phase.QUEUED or bus.requests.get(request.id) is not request:
         return
     waited_s = bus.now_s - request.queued_s

@@ -1,6 +1,6 @@
-"""A request goes to a worker: ASSIGN to it, ACCEPTED to the client (SPEC.md sections 6.1 and 7).
+"""Hands a request to a worker: ASSIGN to it, ACCEPTED to the client (SPEC.md sections 6.1 and 7).
 
-Which request and which worker, `dispatch`, `suspicion` and `recovery` decide.
+`dispatch`, `suspicion` and `recovery` decide which request goes to which worker.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from broker.protocol.messages import Accepted, Assign, Window
 
 
 def assign(bus: BusState, request: RequestState, worker: WorkerSession) -> None:
-    """Spend credit on a request that was taken out of its queue."""
+    """Spend one credit on a request that was taken out of its queue."""
     worker.assigned += 1
-    worker.waiting_told = max(0, worker.waiting_told - 1)
+    worker.waiting_sent = max(0, worker.waiting_sent - 1)
     worker.last_assigned = next(bus.numbers)
     request.assigned_s = bus.now_s
     bus.counters["assigned"] += 1
@@ -29,9 +29,9 @@ def assign(bus: BusState, request: RequestState, worker: WorkerSession) -> None:
 def attach(
     bus: BusState, request: RequestState, worker: WorkerSession, frames: Frames, *, attach: bool
 ) -> None:
-    """Send ASSIGN and tie request, worker and client together. The body is not kept.
+    """Send ASSIGN and link request, worker and client. The body is not kept.
 
-    `attach`: the worker has the request already, no credit is spent.
+    `attach`: the worker already has the request; no credit is spent.
     """
     client = request.client
     if client is None:
@@ -47,7 +47,7 @@ def attach(
         attach=attach,
     )
     bus.send(worker, MessageType.ASSIGN, request.id, codec.encode(assign), *frames)
-    if request.window > request.window_told:
+    if request.window > request.window_sent:
         body = codec.encode(Window(limit=request.window))
         bus.send(worker, MessageType.WINDOW, request.id, body)
     tell_where(bus, request)
@@ -55,8 +55,8 @@ def attach(
 
 
 def tell_where(bus: BusState, request: RequestState) -> None:
-    """ACCEPTED of a request at a worker. Which lost workers came back with it, the client must know
-    too: its next RESUME may be to another broker."""
+    """Send ACCEPTED for a request at a worker. It names lost workers that came back with the
+    request, because the client's next RESUME may go to another broker."""
     client = request.client
     if client is None:
         return

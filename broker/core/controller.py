@@ -1,4 +1,4 @@
-"""The broker's controller: one object that takes facts and returns instructions. Open this first.
+"""The broker's controller: one object that takes events and returns instructions. Read this first.
 
 The main path of a request, top to bottom in this file:
 
@@ -81,7 +81,7 @@ class BrokerCore(BusState):
     # --- the face ---------------------------------------------------------------------------------
 
     def handle(self, event: Event, now_s: float) -> list[Instruction]:
-        """Take a fact, return what is to be done about it, in order."""
+        """Take an event; return what is to be done about it, in order."""
         self.now_s = now_s
         match event:
             case MessageReceived():
@@ -92,7 +92,7 @@ class BrokerCore(BusState):
             case PeerUnreachable(side, routing_id):
                 if session := self.session(side, routing_id):
                     self.counters["peers_unreachable"] += 1
-                    endings.end_session(self, session, "connection lost", told=None, died=True)
+                    endings.end_session(self, session, "connection lost", farewell=None, died=True)
                 self.out.append(ForgetPeer(side, routing_id))
             case PeerOverflowed(side, routing_id):
                 if session := self.session(side, routing_id):
@@ -101,7 +101,7 @@ class BrokerCore(BusState):
                         self,
                         session,
                         "did not read its messages",
-                        told=Goodbye(
+                        farewell=Goodbye(
                             reason="slow_consumer",
                             message="the broker's outgoing queue to this peer is full; read faster",
                         ),
@@ -125,18 +125,19 @@ class BrokerCore(BusState):
         return out
 
     def invariants(self) -> None:
-        """Raises AssertionError with the story of what contradicts itself (tests, simulation)."""
+        """Raises AssertionError with the story of a contradiction (for tests and simulation)."""
         invariants.check(self)
 
     def deadline_s(self) -> float:
-        """When `handle(Tick())` is due next; infinity: never."""
+        """When `handle(Tick())` is due next; infinity means never."""
         return self.timers[0][0] if self.timers else math.inf
 
     def forward(self, routing_id: bytes, frame: bytes, now_s: float) -> tuple[bytes, bytes] | None:
-        """The common case of OUTPUT, body unread: routing id and header for the client.
+        """Forward an OUTPUT in the common case, body unread: routing id and header for the client.
 
-        `frame` is the header of a message at the back. None: not the common case, `handle` must see
-        the message. Otherwise the caller must send header and body to the client.
+        `frame` is the header of a message at the back. If the result is None, it is not the common
+        case and the caller must pass the message to `handle`; otherwise the caller must send header
+        and body to the client.
         """
         route = self.fast_routes.get(frame[:24])
         if route is None:
@@ -171,7 +172,7 @@ class BrokerCore(BusState):
             if head.sequence != session.expected:
                 raise ProtocolError(
                     f"sequence {head.sequence}, expected {session.expected}: "
-                    "a message was lost, doubled or forged"
+                    "a message was lost, duplicated or forged"
                 )
             session.expected += 1
             session.heard(self.now_s)
@@ -191,15 +192,15 @@ class BrokerCore(BusState):
             if session is None:
                 membership.refuse(self, event.side, event.routing_id, info)
             else:
-                endings.end_session(self, session, str(error), told=Refuse(error=info))
+                endings.end_session(self, session, str(error), farewell=Refuse(error=info))
 
     # --- from clients -----------------------------------------------------------------------------
 
     def _on_request(self, client: ClientSession, head: Header, frames: Frames) -> None:
-        known = self.requests.get(head.id)
-        if known is not None and known.phase is not Phase.INTERRUPTED:
+        existing = self.requests.get(head.id)
+        if existing is not None and existing.phase is not Phase.INTERRUPTED:
             self.counters["duplicate_requests"] += 1
-            if known.client is not client:
+            if existing.client is not client:
                 error = ErrorInfo(
                     code=ErrorCode.DUPLICATE_REQUEST,
                     message="the broker holds a request of this id for another session; "
@@ -222,7 +223,7 @@ class BrokerCore(BusState):
             self.send_events(client, endings.cancelled(head.id, request.epoch if request else 0, 0))
             return
         if request.client is not client:
-            # Knowing the id is the right to cancel; but the answer of the worker goes elsewhere.
+            # Whoever knows the id may cancel; but the worker's answer goes to the other session.
             self.send_events(client, endings.cancelled(head.id, request.epoch, 0))
         endings.cancel(self, request, reason)
 
@@ -239,7 +240,7 @@ class BrokerCore(BusState):
 
     def _on_client_goodbye(self, client: ClientSession, head: Header, frames: Frames) -> None:
         goodbye = self._control(Goodbye, frames)
-        # Who leaves because of a broken session comes back for its streams.
+        # A client that leaves because its session broke will come back for its streams.
         comes_back = goodbye.reason == ErrorCode.PROTOCOL_ERROR
         endings.drop_client(self, client, f"goodbye: {goodbye.reason}", goodbye=not comes_back)
 
@@ -249,7 +250,7 @@ class BrokerCore(BusState):
     # --- from workers -----------------------------------------------------------------------------
 
     def _on_output(self, worker: WorkerSession, head: Header, frames: Frames) -> None:
-        """OUTPUT with a ledger, or of a route that is gone or must be read."""
+        """OUTPUT with a ledger, or on a route that is gone or whose bodies must be read."""
         ledger = None
         if head.flags & Flag.LEDGER:
             if len(frames) != 3:
@@ -279,7 +280,7 @@ class BrokerCore(BusState):
                     request.started_s = self.now_s
                     suspicion.on_started(self, request)
                     self.figures.started(request, self.now_s)
-            told = causes.told_in(frames[1], ledger.finished)
+            found_causes = causes.causes_in(frames[1], ledger.finished)
             for finished in ledger.finished:
                 if finished.request_id in worker.moving:
                     # The run that was moved away, even if the request is back here by now.
@@ -288,7 +289,7 @@ class BrokerCore(BusState):
                 # Without a route it is about requests that nobody receives; one that was attached
                 # meanwhile is replayed, and named again with its end.
                 if head.id != header.NO_ID or not self._awaited(worker, finished.request_id):
-                    self._finish(worker, finished, told.get(finished.request_id, ""))
+                    self._finish(worker, finished, found_causes.get(finished.request_id, ""))
             self._grant(worker, ledger.granted)
 
     def _awaited(self, worker: WorkerSession, request_id: bytes) -> bool:
@@ -362,7 +363,7 @@ class BrokerCore(BusState):
             worker.draining = True
         if beat.granted is not None:
             self._grant(worker, beat.granted)
-        membership.judge_engine(self, worker, beat.engine_age_ms / 1000)
+        membership.check_engine(self, worker, beat.engine_age_ms / 1000)
         self.dirty.update(worker.models)
 
     def _on_reject(self, worker: WorkerSession, head: Header, frames: Frames) -> None:
@@ -386,7 +387,7 @@ class BrokerCore(BusState):
         lost = goodbye.reason in ("engine_dead", "stalled")
         why = f"{goodbye.reason}: {goodbye.message}" if goodbye.message else goodbye.reason
         code = ErrorCode.WORKER_LOST if lost else ErrorCode.DRAINING
-        endings.drop_worker(self, worker, why[:200], lost=lost, told=True, code=code)
+        endings.drop_worker(self, worker, why[:200], lost=lost, confirmed=True, code=code)
 
     def _control(self, type_: type[T], frames: Frames) -> T:
         if len(frames) != 2:

@@ -1,7 +1,7 @@
-"""From the queue to a worker: who waits meets who is free (SPEC.md sections 6.1 and 7).
+"""Dispatch: brings waiting requests and free workers together (SPEC.md sections 6.1 and 7).
 
-Functions on the core's state, called by the controller and by `admission`. Which of several free
-workers it is, `placement` says; whose turn it is, `queue`.
+Functions on the core's state, called by the controller and by `admission`. `placement` chooses
+among several free workers; `queue` says whose turn it is.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from broker.core.state import BusState
 
 
 def run(bus: BusState) -> None:
-    """Give what waits to who is free, one request of each model in turn. Then tell workers that
-    other brokers use too what is still waiting."""
+    """Assign waiting requests to free workers, one request of each model in turn. Then tell workers
+    that are shared with other brokers what is still waiting."""
     while bus.dirty:
         for model in sorted(bus.dirty, key=lambda model: _last_served(bus, model)):
             if not _assign_next(bus, model):
@@ -59,7 +59,7 @@ def _assign_next(bus: BusState, model: str) -> bool:
 def _choose(
     bus: BusState, request: RequestState, free: list[WorkerSession]
 ) -> WorkerSession | None:
-    """A free worker for the request; None: it should rather wait for another."""
+    """A free worker for the request; None if it should wait for another one."""
     if awaits_worker(bus, request):
         return None
     serving = list(bus.registry.serving(request.model).values())
@@ -78,8 +78,8 @@ def connected(bus: BusState, name: str, model: str) -> WorkerSession | None:
 
 
 def awaits_worker(bus: BusState, request: RequestState) -> bool:
-    """No worker may begin it now. A broker that has just started waits a moment for the worker that
-    still runs a request, before another one computes it again."""
+    """Whether no worker may begin it now. A broker that has just started waits a moment for the
+    worker that still runs a request, before another one computes it again."""
     return (
         request.suspect_until_s is not None
         or request.alone
@@ -92,5 +92,5 @@ def awaits_worker(bus: BusState, request: RequestState) -> bool:
 
 
 def on_settled(bus: BusState, model: str) -> None:
-    """Who has not come by now is not waited for any longer."""
+    """Workers that have not come back by now are no longer waited for."""
     bus.dirty.add(model)

@@ -1,8 +1,8 @@
-"""How sessions and requests end. Whoever finds that one must end calls here: the controller, the
+"""How sessions and requests end. Called by whatever finds that one must end: the controller, the
 timers, the operator's verbs.
 
-The session of a client or of a worker ends first, then what hung on it: a request at a lost worker
-is interrupted, one whose client vanished is an orphan and lives on for a while.
+The session of a client or worker ends first, then what depended on it: a request at a lost worker
+is interrupted; one whose client vanished becomes an orphan and lives on for a while.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from broker.protocol.messages import (
 )
 
 CLEARED_S: Final = 0.5
-"""A request that runs on for so long after the first token is not what kills its worker: what it
-does next depends on what it has done so far, and it was given exactly that."""
+"""A request that runs this long after its first token is not what kills its worker: its next step
+depends only on the tokens so far, and it started from the same tokens at the workers that died."""
 
 
 # --- sessions -------------------------------------------------------------------------------------
@@ -42,16 +42,16 @@ def end_session(
     session: Session,
     why: str,
     *,
-    told: Goodbye | Refuse | None,
+    farewell: Goodbye | Refuse | None,
     died: bool = False,
 ) -> None:
-    """End a session that failed. `told`: last words; None: the peer cannot be reached.
-    `died`: what ran there may have killed it. Silence alone is no such sign: where the network
-    to the workers breaks, all fall silent, one after the other, and no request is to blame."""
-    if isinstance(told, Goodbye):
-        bus.send(session, MessageType.GOODBYE, session.id, codec.encode(told), last=True)
-    elif told is not None:
-        bus.send(session, MessageType.REFUSE, session.id, codec.encode(told), last=True)
+    """End a session that failed. `farewell`: the last message; None if the peer cannot be reached.
+    `died`: what ran there may have killed it. Silence alone is no evidence of that: where the
+    network to the workers breaks, all of them fall silent, and no request is to blame."""
+    if isinstance(farewell, Goodbye):
+        bus.send(session, MessageType.GOODBYE, session.id, codec.encode(farewell), last=True)
+    elif farewell is not None:
+        bus.send(session, MessageType.REFUSE, session.id, codec.encode(farewell), last=True)
     if isinstance(session, ClientSession):
         drop_client(bus, session, why, goodbye=False)
     elif isinstance(session, WorkerSession):
@@ -59,7 +59,7 @@ def end_session(
 
 
 def drop_client(bus: BusState, client: ClientSession, why: str, *, goodbye: bool) -> None:
-    """Forget a client. `goodbye`: it said so; else its requests wait for a RESUME."""
+    """Forget a client. `goodbye`: it said GOODBYE; otherwise its requests wait for a RESUME."""
     del bus.clients[client.routing_id]
     for route in list(client.routes.values()):
         bus.remove_route(route)
@@ -79,11 +79,11 @@ def drop_worker(
     why: str,
     *,
     lost: bool,
-    told: bool = False,
+    confirmed: bool = False,
     code: ErrorCode = ErrorCode.WORKER_LOST,
 ) -> None:
     """Forget a worker and interrupt what it ran. `lost`: it died, which counts against the
-    requests. `told`: it said so itself."""
+    requests. `confirmed`: it said so itself."""
     del bus.workers[worker.routing_id]
     bus.shared.pop(worker.routing_id, None)
     bus.registry.remove(worker, bus.now_s)
@@ -99,7 +99,7 @@ def drop_worker(
     running = list(worker.running.values())
     evidence = [lost and is_evidence(bus, worker, request) for request in running]
     for request, alone in zip(running, evidence, strict=True):
-        request.deaths += told and lost
+        request.deaths += confirmed and lost
         interrupt(bus, request, error, lost=lost, alone=alone)
     for request in list(worker.ended.values()):
         client = request.client
@@ -117,7 +117,8 @@ def drop_worker(
 
 
 def is_evidence(bus: BusState, worker: WorkerSession, request: RequestState) -> bool:
-    """The worker died: whether nothing else ran there, and the request had hardly begun."""
+    """Whether the death of a worker is evidence against a request: nothing else ran there, and the
+    request had hardly begun."""
     others = len(worker.running) > 1 or (worker.shared and worker.beat.running > 1)
     started_s = request.started_s
     cleared = started_s is not None and bus.now_s - started_s >= CLEARED_S
@@ -130,8 +131,8 @@ def is_evidence(bus: BusState, worker: WorkerSession, request: RequestState) -> 
 def interrupt(
     bus: BusState, request: RequestState, error: ErrorInfo, *, lost: bool, alone: bool = False
 ) -> None:
-    """The worker of a running request is gone or gave it up: tell the client, keep its age.
-    `alone`: it died, and ran nothing else."""
+    """The worker of a running request is gone or gave it up: tell the client, keep the request's
+    age. `alone`: the worker died and ran nothing else."""
     client, worker = request.client, request.worker
     bus.release(request)
     bus.counters["interrupted"] += 1
@@ -159,7 +160,7 @@ def orphan(bus: BusState, request: RequestState) -> None:
     request.orphan_until_s = bus.now_s + bus.settings.orphan_grace_s
     bus.counters["orphaned"] += 1
     if request.phase is Phase.QUEUED:
-        # Not worth a slot while nobody listens; a RESUME brings the body again.
+        # Not worth a slot while nobody receives it; a RESUME brings the body again.
         bus.release(request)
         request.to(Phase.PARKED, bus.now_s)
     bus.at(request.orphan_until_s, _end_orphan, request)
@@ -176,7 +177,7 @@ def _end_orphan(bus: BusState, request: RequestState) -> None:
 
 
 def cancel(bus: BusState, request: RequestState, reason: str) -> None:
-    """Cancel a request wherever it is. What is answered depends on where it was."""
+    """Cancel a request wherever it is; the answer depends on where it was."""
     if request.worker is None:
         if request.client is not None:
             bus.send_events(request.client, cancelled(request.id, request.epoch, request.offset))
@@ -219,7 +220,7 @@ def _close(bus: BusState, request: RequestState, outcome: str) -> None:
 
 
 def on_model_grace(bus: BusState, model: str) -> None:
-    """Nobody came (back) to serve the model: whoever waits for it is told."""
+    """Timer: nobody came (back) to serve the model; requests that wait for it fail."""
     if bus.registry.serving(model):
         return
     gone_s = bus.registry.gone_s(model)
@@ -242,7 +243,7 @@ def on_model_grace(bus: BusState, model: str) -> None:
 def model_unavailable(bus: BusState, model: str, *, retryable: bool) -> RequestError:
     served = sorted(bus.registry.models())
     names = ", ".join(served[:10]) + (", ..." if len(served) > 10 else "")
-    hint = f"served are: {names}" if served else "no worker serves any model; start one"
+    hint = f"models served: {names}" if served else "no worker serves any model; start one"
     return RequestError(
         ErrorCode.MODEL_UNAVAILABLE,
         f"no worker serves model {model[:100]!r}; {hint}",

@@ -1,4 +1,4 @@
-"""Facts that happen to the broker. The loop reports them, `BrokerCore.handle` takes them.
+"""Events that happen to the broker. The loop reports them; `BrokerCore.handle` takes them.
 
 Plain frozen values; they carry no behaviour and no time (that is an argument of `handle`).
 """
@@ -23,19 +23,19 @@ class Side(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MessageReceived:
-    """A message, header first, without the routing id frame."""
+    """A message: header first, without the routing id frame."""
 
     side: Side
     routing_id: bytes
     frames: tuple[bytes, ...]
-    #: Z85 public key that CURVE proved for this connection; empty without CURVE. Only needed with
+    #: Z85 public key that CURVE proved for this connection; empty without CURVE. Needed only with
     #: HELLO: the session is bound to it.
     key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class PeerUnreachable:
-    """A send found no connection of that routing id."""
+    """A send found no connection with that routing id."""
 
     side: Side
     routing_id: bytes
@@ -51,14 +51,14 @@ class PeerOverflowed:
 
 @dataclass(frozen=True, slots=True)
 class DisconnectReported:
-    """The operating system reported that some connection of this side is gone; not whose."""
+    """The operating system reported that a connection of this side is gone, but not whose."""
 
     side: Side
 
 
 @dataclass(frozen=True, slots=True)
 class LoopWasLate:
-    """This process was stopped or overloaded: nobody's silence of that time counts."""
+    """This process was suspended or overloaded: no peer's silence during that time counts."""
 
     late_s: float
 
@@ -74,7 +74,7 @@ class AccessChanged:
 
 @dataclass(frozen=True, slots=True)
 class ShutdownRequested:
-    """Stop in good order: nothing new, what runs may end within `grace_s`."""
+    """Stop gracefully: accept nothing new; running requests may end within `grace_s`."""
 
     grace_s: float
     reason: str = "shutdown"
@@ -89,8 +89,8 @@ class ShutdownForced:
 class Tick:
     """`deadline_s()` has passed.
 
-    A peer's silence is judged only up to the moment until which its socket was read empty: a sign
-    of life that waits behind data in a busy broker still counts.
+    A peer's silence is judged only up to the time at which its socket was last read empty: a
+    heartbeat that is still queued behind data in a busy broker counts.
     """
 
     front_read_s: float = math.inf

@@ -20,32 +20,32 @@ CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _ESCAPES: Final = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 _Sample = tuple[dict[str, str], float]
 
-#: Counters of the core that have a name of their own: (help, the core's name).
+#: Counters of the core with a metric name of their own: (help, the core's name).
 _COUNTERS: Final = {
     "requests_accepted": ("Requests that were queued, resumed ones included.", "requests"),
     "request_bytes": ("Bytes of queued requests, pictures included.", "request_bytes"),
     "assignments": ("Credit spent: requests given to a worker.", "assigned"),
     "resumes": ("RESUMEs: streams that went on after an interruption.", "resumes"),
-    "interruptions": ("Requests whose worker went or gave them up.", "interrupted"),
+    "interruptions": ("Requests whose worker left or gave them up.", "interrupted"),
     "rejections": ("Requests that a worker did not take.", "rejected"),
-    "heartbeats_late": ("Intervals in which a worker said nothing.", "heartbeats_late"),
+    "heartbeats_late": ("Heartbeat intervals in which a worker was silent.", "heartbeats_late"),
     "peers_silent": ("Sessions that ended because the peer was silent.", "peers_silent"),
     "peers_overflowed": ("Sessions that ended because the peer did not read.", "peers_overflowed"),
-    "workers_stalled": ("Workers lost because the engine stood still.", "workers_stalled"),
-    "protocol_errors": ("Messages that broke the protocol.", "protocol_errors"),
+    "workers_stalled": ("Workers lost because their engine made no progress.", "workers_stalled"),
+    "protocol_errors": ("Messages that violated the protocol.", "protocol_errors"),
     "sessions": ("Sessions that began.", "sessions"),
-    "sessions_refused": ("Connections that got no session.", "refused"),
+    "sessions_refused": ("Connections that were refused a session.", "refused"),
     "queries": ("Queries answered.", "queries"),
 }
 
 #: Figures of the heartbeat: (name, help, factor to the base unit).
 _BEAT: Final = {
-    "tokens_per_s": ("tokens_per_second", "Tokens generated, by the worker's own word.", 1.0),
+    "tokens_per_s": ("tokens_per_second", "Tokens generated, as the worker reports it.", 1.0),
     "ttft_ms": ("first_token_seconds", "Latest mean time to first token at the engine.", 0.001),
     "batch": ("batch_requests", "Requests of the last engine step.", 1.0),
     "kv_used_tokens": ("kv_used_tokens", "KV cache in use, tokens.", 1.0),
-    "kv_total_tokens": ("kv_capacity_tokens", "KV cache in all, tokens.", 1.0),
-    "prefix_tokens": ("prefix_cache_tokens", "Tokens kept for prompts that begin alike.", 1.0),
+    "kv_total_tokens": ("kv_capacity_tokens", "KV cache capacity, tokens.", 1.0),
+    "prefix_tokens": ("prefix_cache_tokens", "Tokens kept for prompts with a common prefix.", 1.0),
     "prefix_hit_tokens": ("prefix_hit_tokens", "Prompt tokens found in the prefix cache.", 1.0),
     "memory_used_bytes": ("memory_used_bytes", "Memory of the device in use.", 1.0),
 }
@@ -53,12 +53,12 @@ _BEAT: Final = {
 _HISTOGRAMS: Final[tuple[tuple[str, str, Callable[[ModelFigures], Histogram]], ...]] = (
     (
         "queue_wait_seconds",
-        "From a request's arrival to a worker.",
+        "From a request's arrival to its assignment to a worker.",
         lambda model: model.queue_wait,
     ),
     (
         "time_to_first_token_seconds",
-        "From a worker's taking a request to its first token.",
+        "From a request's assignment to its first token.",
         lambda model: model.first_token,
     ),
     (
@@ -100,11 +100,11 @@ class _Page:
         self.family(name, kind, about, [({}, value)])
 
     def histograms(
-        self, name: str, about: str, found: Iterable[tuple[dict[str, str], Histogram]]
+        self, name: str, about: str, series: Iterable[tuple[dict[str, str], Histogram]]
     ) -> None:
         full = f"tokenbus_{name}"
         self._head(full, "histogram", about)
-        for labels, histogram in found:
+        for labels, histogram in series:
             for bound, count in histogram.cumulative():
                 self._lines.append(f"{full}_bucket{_labels({**labels, 'le': repr(bound)})} {count}")
             count = histogram.count
@@ -126,7 +126,7 @@ def _labels(labels: dict[str, str]) -> str:
 
 def _broker(bus: BusState, page: _Page) -> None:
     loop = bus.loop_figures
-    page.one("uptime_seconds", "gauge", "Since the broker started.", bus.now_s - bus.started_s)
+    page.one("uptime_seconds", "gauge", "Time since the broker started.", bus.now_s - bus.started_s)
     page.one("clients", "gauge", "Client sessions.", len(bus.clients))
     states = Counter(worker.state_name for worker in bus.workers.values())
     by_state: list[_Sample] = [({"state": state}, n) for state, n in sorted(states.items())]
@@ -142,29 +142,31 @@ def _broker(bus: BusState, page: _Page) -> None:
     page.one(
         "forwarded_bytes_total",
         "counter",
-        "Bytes of their bodies.",
+        "Bytes of the bodies of those messages.",
         int(loop.get("forwarded_bytes_total", 0)) + bus.counters["output_bytes"],
     )
     page.one(
         "stray_frames_total",
         "counter",
-        "Frames thrown away since they belonged to no message.",
+        "Frames discarded because they belonged to no message.",
         int(loop.get("stray_frames_total", 0)),
     )
-    page.one("loop_late_total", "counter", "Wakes that came late.", int(loop.get("late_total", 0)))
+    page.one(
+        "loop_late_total", "counter", "Late wake-ups of the loop.", int(loop.get("late_total", 0))
+    )
 
 
 def _queues(bus: BusState, page: _Page) -> None:
     models = sorted({*bus.registry.models(), *bus.queues})
-    # A queue may be of a model that was never served: those are one.
+    # Models that were never served are shown as one.
     names = [model if bus.registry.serving(model) else "other" for model in models]
 
     def family(name: str, about: str, read: Callable[[str], float], merge: str = "sum") -> None:
-        found: dict[str, float] = {}
+        values: dict[str, float] = {}
         for model, shown in zip(models, names, strict=True):
-            before, value = found.get(shown, 0), read(model)
-            found[shown] = max(before, value) if merge == "max" else before + value
-        samples: list[_Sample] = [({"model": shown}, value) for shown, value in found.items()]
+            before, value = values.get(shown, 0), read(model)
+            values[shown] = max(before, value) if merge == "max" else before + value
+        samples: list[_Sample] = [({"model": shown}, value) for shown, value in values.items()]
         page.family(name, "gauge", about, samples)
 
     def waiting(model: str) -> int:
@@ -186,31 +188,31 @@ def _queues(bus: BusState, page: _Page) -> None:
 
 
 def _requests(bus: BusState, page: _Page) -> None:
-    found = sorted(bus.figures)
+    by_model = sorted(bus.figures)
     ends: list[_Sample] = [
         ({"model": model, "outcome": outcome}, count)
-        for model, figures in found
+        for model, figures in by_model
         for outcome, count in sorted(figures.outcomes.items())
     ]
     page.family("requests_total", "counter", "Requests by finish reason or error code.", ends)
     tokens: list[_Sample] = []
-    for model, figures in found:
+    for model, figures in by_model:
         tokens.append(({"model": model, "kind": "prompt"}, figures.prompt_tokens))
         tokens.append(({"model": model, "kind": "completion"}, figures.completion_tokens))
     page.family("tokens_total", "counter", "Tokens of finished requests.", tokens)
     for name, about, read in _HISTOGRAMS:
-        page.histograms(name, about, [({"model": model}, read(f)) for model, f in found])
+        page.histograms(name, about, [({"model": model}, read(f)) for model, f in by_model])
 
 
 def _workers(bus: BusState, page: _Page) -> None:
-    # Two sessions of one name, a zombie and its successor, must not be two samples.
+    # Two sessions with one name (a dead one and its successor) must not become two samples.
     workers = {worker.name: worker for worker in bus.workers.values()}
 
     def family(name: str, about: str, read: Callable[[WorkerSession], float]) -> None:
         samples: list[_Sample] = [({"worker": n}, read(w)) for n, w in workers.items()]
         page.family(f"worker_{name}", "gauge", about, samples)
 
-    facts: list[_Sample] = [
+    infos: list[_Sample] = [
         (
             {
                 "worker": name,
@@ -222,7 +224,7 @@ def _workers(bus: BusState, page: _Page) -> None:
         )
         for name, worker in workers.items()
     ]
-    page.family("worker_info", "gauge", "Facts about a worker, as labels.", facts)
+    page.family("worker_info", "gauge", "Facts about a worker, as labels.", infos)
     serial: list[_Sample] = [
         ({"worker": name, "model": info.name, "reason": info.serial}, 1)
         for name, worker in workers.items()
@@ -230,15 +232,15 @@ def _workers(bus: BusState, page: _Page) -> None:
         if info.serial
     ]
     page.family("worker_serial", "gauge", "A model served one request at a time, and why.", serial)
-    family("ready", "1 when it may take requests.", lambda w: int(w.state_name == "ready"))
-    family("slots", "Requests that it runs at once.", lambda w: w.capacity)
-    family("credit", "Slots granted and not spent.", lambda w: max(0, w.free))
+    family("ready", "1 if it may take requests.", lambda w: int(w.state_name == "ready"))
+    family("slots", "Requests that it can run at once.", lambda w: w.capacity)
+    family("credit", "Credit granted and not yet spent.", lambda w: max(0, w.free))
     family("running_requests", "Requests that it has.", lambda w: len(w.running))
-    family("waiting_requests", "Requests that wait at it.", lambda w: w.beat.waiting)
-    family("silent_seconds", "Since it was last heard.", lambda w: w.silent_s(bus.now_s))
+    family("waiting_requests", "Requests that wait at the worker.", lambda w: w.beat.waiting)
+    family("silent_seconds", "Time since its last message.", lambda w: w.silent_s(bus.now_s))
     family(
         "engine_age_seconds",
-        "Since its engine last finished a step while it had work.",
+        "Time since its engine last finished a step while it had work.",
         lambda w: w.beat.engine_age_ms / 1000,
     )
     for name, (shown, about, factor) in _BEAT.items():

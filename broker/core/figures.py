@@ -1,8 +1,8 @@
-"""What is counted while the bus works: histograms by model, ends of requests by outcome and code.
+"""Statistics by model: histograms, and ends of requests by outcome and error code.
 
 Cheap: an observation is a bisection and two additions. Bounded: models that nobody serves share one
 entry, as do those beyond `MAX_MODELS`, and an outcome is a finish reason or a known error code.
-`exposition` writes it out; must never decide anything.
+`exposition` formats it; nothing may be decided by it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from broker.protocol.errors import ErrorCode
 from broker.protocol.messages import Finished, FinishReason
 
 MAX_MODELS: Final = 256
-"""Entries of models that were ever served: some 2 kB each."""
+"""Entries for models that were ever served, about 2 kB each."""
 OTHER: Final = "other"
 
-#: Upper bounds, seconds: of waits and of whole answers, and of the time between two tokens.
+#: Upper bounds in seconds: for waits and whole answers, and for the time between two tokens.
 _WAIT_S: Final = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
@@ -31,12 +31,12 @@ _OUTCOMES: Final = frozenset((*(reason.value for reason in FinishReason), *map(s
 
 
 class Histogram:
-    """Observations in fixed buckets, as Prometheus has them."""
+    """Observations in fixed buckets, as in Prometheus."""
 
     __slots__ = ("_bounds", "_counts", "total")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
-        """`bounds`: the upper ones, rising; what is beyond the last is counted too."""
+        """`bounds`: upper bounds, ascending; observations above the last are counted too."""
         self._bounds = bounds
         self._counts = [0] * (len(bounds) + 1)
         #: Sum of all observations.
@@ -61,7 +61,7 @@ class Histogram:
 
 
 class ModelFigures:
-    """Of the requests of one model."""
+    """Statistics of the requests of one model."""
 
     __slots__ = (
         "completion_tokens",
@@ -74,13 +74,13 @@ class ModelFigures:
     )
 
     def __init__(self) -> None:
-        #: From the queue to a worker.
+        #: From queueing to assignment.
         self.queue_wait = Histogram(_WAIT_S)
-        #: From a worker's ASSIGN to the ledger that names it started.
+        #: From ASSIGN to the ledger that reports the first token.
         self.first_token = Histogram(_WAIT_S)
         #: Mean time between the tokens of an answer.
         self.token_interval = Histogram(_TOKEN_S)
-        #: From the queue to the end, whatever the end was.
+        #: From queueing to the end, whatever the outcome.
         self.duration = Histogram(_WAIT_S)
         #: Ends, by finish reason or error code.
         self.outcomes: Counter[str] = Counter()
@@ -89,7 +89,7 @@ class ModelFigures:
 
 
 class Figures:
-    """All that is counted by model."""
+    """Statistics of all models."""
 
     def __init__(self) -> None:
         self._models: dict[str, ModelFigures] = {}
@@ -98,42 +98,43 @@ class Figures:
         return iter(self._models.items())
 
     def of(self, model: str, *, served: bool = True) -> ModelFigures:
-        """The entry of a model. `served`: it deserves one; any name may stand in a request."""
-        found = self._models.get(model)
-        if found is None:
+        """The entry of a model. `served`: a worker serves it, so it gets an entry of its own; a
+        request may name anything."""
+        entry = self._models.get(model)
+        if entry is None:
             if not served or not model or len(self._models) >= MAX_MODELS:
                 model = OTHER
-            found = self._models.setdefault(model, ModelFigures())
-        return found
+            entry = self._models.setdefault(model, ModelFigures())
+        return entry
 
     def assigned(self, request: RequestState, now_s: float) -> None:
         """A worker got it."""
         self.of(request.model).queue_wait.observe(now_s - request.queued_s)
 
     def started(self, request: RequestState, now_s: float) -> None:
-        """Its worker named it started."""
+        """Its worker reported its first token."""
         if request.assigned_s is not None:
             self.of(request.model).first_token.observe(now_s - request.assigned_s)
 
     def finished(self, request: RequestState, finished: Finished, now_s: float) -> None:
         """It left its slot, for the first time."""
-        found = self.ended(request, finished.outcome, now_s)
-        found.prompt_tokens += finished.prompt_tokens
-        # What was generated here: a resumed answer brought `offset` tokens along.
+        entry = self.ended(request, finished.outcome, now_s)
+        entry.prompt_tokens += finished.prompt_tokens
+        # Only tokens generated here: a resumed answer brought `offset` tokens along.
         fresh = max(0, finished.completion_tokens - request.offset)
-        found.completion_tokens += fresh
+        entry.completion_tokens += fresh
         if request.started_s is not None and fresh > 1:
-            found.token_interval.observe((now_s - request.started_s) / (fresh - 1))
+            entry.token_interval.observe((now_s - request.started_s) / (fresh - 1))
 
     def ended(
         self, request: RequestState, outcome: str, now_s: float, *, served: bool = True
     ) -> ModelFigures:
         """It is over; `outcome` is a finish reason or an error code."""
-        found = self.of(request.model, served=served)
-        found.outcomes[outcome if outcome in _OUTCOMES else OTHER] += 1
-        found.duration.observe(now_s - request.queued_s)
-        return found
+        entry = self.of(request.model, served=served)
+        entry.outcomes[outcome if outcome in _OUTCOMES else OTHER] += 1
+        entry.duration.observe(now_s - request.queued_s)
+        return entry
 
     def refused(self, code: str) -> None:
-        """A request was not even queued; who knows what its model should have been."""
+        """A request was not even queued; its model may be unknown."""
         self.of(OTHER).outcomes[code if code in _OUTCOMES else OTHER] += 1

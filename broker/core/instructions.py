@@ -1,4 +1,4 @@
-"""What the core wants done. `BrokerCore.handle` returns them, the loop carries them out in order.
+"""Instructions of the core. `BrokerCore.handle` returns them; the loop carries them out in order.
 
 A failed `Send` comes back as an event (`PeerUnreachable`, `PeerOverflowed`), never as an exception.
 """
@@ -18,7 +18,7 @@ class Send:
     side: Side
     routing_id: bytes
     frames: tuple[bytes, ...]
-    #: Nothing follows: the session is over, whatever is still queued for the peer may be dropped
+    #: The last message: the session is over, and what is still queued for the peer may be dropped
     #: after a while.
     last: bool = False
 
@@ -38,12 +38,12 @@ class ReloadAccess:
 
 @dataclass(frozen=True, slots=True)
 class StopLoop:
-    """Everything is said: flush, close the sockets, end the process."""
+    """Nothing is left to send: flush, close the sockets, end the process."""
 
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """One line for people. Never a prompt, a token or a whole id."""
+    """One log line for people. Never contains a prompt, a token or a whole id."""
 
     level: Literal["debug", "info", "warning"]
     event: str

@@ -1,4 +1,5 @@
-"""What must hold between two events, whatever happened. For tests and simulation: it reads all."""
+"""Invariants that must hold between any two events. For tests and simulation: checking reads
+the whole state."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from broker.core.state import BusState
 
 
 def check(bus: BusState) -> None:
-    """Raises AssertionError that names the table and the entry which contradict each other."""
+    """Raises AssertionError naming the table and the entry that contradict each other."""
     _check_workers(bus)
     _check_requests(bus)
     _check_queues(bus)

@@ -1,6 +1,7 @@
-"""Who is on the bus: HELLO and WELCOME, signs of life, keys (SPEC.md sections 5 and 11).
+"""Membership: HELLO and WELCOME, heartbeats, keys (SPEC.md sections 5 and 11).
 
-Functions on the core's state, called by the controller alone. What ends with a session: `endings`.
+Functions on the core's state, called by the controller alone. `endings` handles what ends
+with a session.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ _NOT_ALLOWED: Final = ErrorInfo(
     code=ErrorCode.UNAUTHENTICATED, message="the key is not on the broker's allow-list any more"
 )
 _LATE_BEATS: Final = 1.5
-"""Intervals without a word after which a worker's sign of life counts as late."""
+"""Intervals of silence after which a worker's heartbeat counts as late."""
 NAME_TAKEN_MS: Final = 1000
-"""When a worker whose name is taken may ask again: a dead one is found out in about that time."""
+"""When a worker whose name is taken may ask again: it takes about this long to notice that the
+other one is dead."""
 PROBE_SPACING_S: Final = 0.05
 """At most one round of probes in this time, however many connections drop at once."""
 
@@ -64,7 +66,7 @@ def on_first_message(bus: BusState, event: MessageReceived, head: Header) -> Non
         hello = codec.decode(Hello, event.frames[1], limits.MAX_HELLO_BYTES)
         check_hello(bus, event.side, head, hello)
     except ProtocolError as error:
-        # It would say the same again.
+        # A retry would say the same.
         info = ErrorInfo(code=ErrorCode.PROTOCOL_ERROR, message=f"HELLO: {error}")
         refuse(bus, event.side, event.routing_id, info, fatal=True)
         return
@@ -78,7 +80,8 @@ def on_first_message(bus: BusState, event: MessageReceived, head: Header) -> Non
 
 
 def check_hello(bus: BusState, side: Side, head: Header, hello: Hello) -> None:
-    """Raises ProtocolError for what can never be right, RequestError for what may be later."""
+    """Raises ProtocolError for what can never be valid, RequestError for what may be accepted
+    later."""
     role = "client" if side is Side.FRONT else "worker"
     if hello.role != role:
         raise ProtocolError(
@@ -102,7 +105,7 @@ def check_hello(bus: BusState, side: Side, head: Header, hello: Hello) -> None:
     if full:
         raise RequestError(
             ErrorCode.OVERLOADED,
-            f"this broker has as many {role}s as it takes; come back later",
+            f"this broker already has its maximum of {role}s; come back later",
             retryable=True,
             retry_after_ms=5000,
         )
@@ -111,21 +114,24 @@ def check_hello(bus: BusState, side: Side, head: Header, hello: Hello) -> None:
 
 
 def check_name(bus: BusState, hello: Hello) -> None:
-    """Raises RequestError where another process has the worker's name: by it requests are held,
-    drains ordered and deaths counted."""
+    """Raises RequestError if another process has the worker's name: names identify workers that
+    hold requests, are drained or have died."""
     for other in bus.workers.values():
         if other.name != hello.name or other.instance == hello.instance is not None:
             continue
         if None in (other.instance, hello.instance):
-            # It may be the same that came back. As no other can be told, it is taken.
+            # It may be the same worker coming back. Since the two cannot be distinguished,
+            # it is accepted.
             bus.log("warning", "two workers of one name", other)
             continue
-        # If it is dead and nobody noticed, this shows it, and the next HELLO finds the name free.
+        # If the other is dead unnoticed, this probe shows it, and the next HELLO finds
+        # the name free.
         sharing.beat(bus, other)
         raise RequestError(
             ErrorCode.FORBIDDEN,
-            f"another worker is here by the name {hello.name[:100]!r}; give each worker a "
-            "--worker-id of its own (where the other is a dead one of this, its name is free soon)",
+            f"another worker is connected under the name {hello.name[:100]!r}; give each worker a "
+            "--worker-id of its own (if the other is a dead predecessor of this one, the name will "
+            "be free soon)",
             retryable=True,
             retry_after_ms=NAME_TAKEN_MS,
         )
@@ -164,7 +170,7 @@ def welcome_worker(bus: BusState, event: MessageReceived, hello: Hello) -> None:
     begin(bus, worker, operator=False)
     bus.registry.add(worker)
     bus.dirty.update(worker.models)
-    recovery.take_in(bus, worker, hello.holds)
+    recovery.readopt(bus, worker, hello.holds)
 
 
 def begin(bus: BusState, session: Session, *, operator: bool) -> None:
@@ -218,14 +224,15 @@ def refuse(
 
 
 def watch(bus: BusState, session: Session) -> None:
-    """Timer of a session: send a sign of life when due, end it when it was silent too long."""
+    """Timer of a session: send a heartbeat when due; end the session if the peer was
+    silent too long."""
     if bus.session(session.side, session.routing_id) is not session:
         return
     if min(bus.now_s, bus.read_until_s[session.side]) >= session.dead_at_s:
         bus.counters["peers_silent"] += 1
         silent_s = session.silent_s(bus.now_s)
         endings.end_session(
-            bus, session, f"silent for {silent_s:.1f} s", told=Goodbye(reason="silent")
+            bus, session, f"silent for {silent_s:.1f} s", farewell=Goodbye(reason="silent")
         )
         return
     late_s = _LATE_BEATS * bus.settings.worker_heartbeat_s
@@ -233,16 +240,16 @@ def watch(bus: BusState, session: Session) -> None:
         bus.counters["heartbeats_late"] += 1
     if bus.now_s >= session.beat_due_s:
         sharing.beat(bus, session)
-    # Where a dead peer may not be judged yet, the next beat is the time to look again.
+    # If the peer may not be judged dead yet, look again at the next heartbeat.
     dead_at_s = session.dead_at_s if session.dead_at_s > bus.now_s else math.inf
     bus.at(min(session.beat_due_s, dead_at_s), watch, session)
 
 
 def probe_workers_soon(bus: BusState) -> None:
-    """Some worker's connection is gone: sending to each shows which (EHOSTUNREACH).
+    """Some worker's connection is gone: a send to each worker shows whose (EHOSTUNREACH).
 
-    The report may come before ZeroMQ takes the connection out of use, and the send still succeed;
-    so every report is followed by a second round, and reports until then need none of their own.
+    The report may come before ZeroMQ has dropped the connection, and the send still succeeds; so
+    every report is followed by a second round, which also covers reports that arrive before it.
     """
     if bus.probe_at_s == math.inf:
         return
@@ -259,7 +266,7 @@ def _on_probe_due(bus: BusState, _: None) -> None:
 
 
 def probe_workers(bus: BusState) -> None:
-    """Send every worker a sign of life."""
+    """Send every worker a heartbeat."""
     for worker in bus.workers.values():
         sharing.beat(bus, worker)
 
@@ -289,17 +296,18 @@ def on_access_changed(bus: BusState, event: AccessChanged) -> None:
 
 
 def expel(bus: BusState, session: Session) -> None:
-    told = Refuse(error=_NOT_ALLOWED, fatal=True)
-    endings.end_session(bus, session, _NOT_ALLOWED.message, told=told)
+    farewell = Refuse(error=_NOT_ALLOWED, fatal=True)
+    endings.end_session(bus, session, _NOT_ALLOWED.message, farewell=farewell)
 
 
-def judge_engine(bus: BusState, worker: WorkerSession, age_s: float) -> None:
-    """Dead, stalled and slow are three things: here the link lives and the engine does not."""
+def check_engine(bus: BusState, worker: WorkerSession, age_s: float) -> None:
+    """Note how long a worker's engine has made no progress. Its link is alive, so it is
+    stalled, not dead."""
     if age_s >= bus.settings.stall_lost_s:
         bus.counters["workers_stalled"] += 1
         why = f"its engine made no progress for {age_s:.0f} s"
         endings.end_session(
-            bus, worker, why, told=Goodbye(reason="stalled", message=why), died=True
+            bus, worker, why, farewell=Goodbye(reason="stalled", message=why), died=True
         )
         return
     stalled = age_s >= bus.settings.stall_no_work_s
@@ -307,7 +315,7 @@ def judge_engine(bus: BusState, worker: WorkerSession, age_s: float) -> None:
         worker.stalled = stalled
         bus.log(
             "warning",
-            "worker stalled" if stalled else "worker moves again",
+            "worker stalled" if stalled else "worker makes progress again",
             worker,
             engine_age_s=round(age_s, 1),
         )

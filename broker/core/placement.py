@@ -1,7 +1,7 @@
-"""Which of the free workers takes a request: pure functions behind names.
+"""Placement policies: which of the free workers takes a request. Pure functions, by name.
 
-A policy sees workers that all serve the model and have credit, and must return one of them. It
-must not change anything; randomness comes from the generator that it is given.
+A policy is given workers that all serve the model and have credit, and must return one of them. It
+must not change anything; randomness comes from the generator argument.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from broker.core.records import RequestState, WorkerSession
 from broker.protocol.messages import Message, Request, TextPart
 
 PREFIX_CHARACTERS: Final = 4096
-"""Of the prompt that decide affinity: enough to tell system prompts apart, cheap to hash."""
+"""Length of the prompt's beginning that decides affinity: enough to distinguish system prompts,
+cheap to hash."""
 
 Policy = Callable[
     [RequestState, Sequence[WorkerSession], Sequence[WorkerSession], random.Random], WorkerSession
@@ -31,8 +32,9 @@ def least_loaded(
     serving: Sequence[WorkerSession],
     generator: random.Random,
 ) -> WorkerSession:
-    """The smallest share of its slots in use; of equals, the least recently used."""
-    # Written out: `min` with a key function would take twice as long, of a thousand workers.
+    """The worker with the smallest share of its slots in use; among equals, the
+    least recently used."""
+    # Written out: with a thousand workers, `min` with a key function would take twice as long.
     best, least = free[0], math.inf
     for worker in free:
         load = len(worker.running) / (worker.capacity or 1)
@@ -57,7 +59,7 @@ def lottery(
     serving: Sequence[WorkerSession],
     generator: random.Random,
 ) -> WorkerSession:
-    """FastChat's other rule: by chance, weighted with speed."""
+    """FastChat's other rule: at random, weighted by speed."""
     return generator.choices(free, weights=[worker.speed for worker in free])[0]
 
 
@@ -67,10 +69,10 @@ def affinity(
     serving: Sequence[WorkerSession],
     generator: random.Random,
 ) -> WorkerSession:
-    """The same beginning of a prompt to the same worker while it has credit, so that its prefix
-    cache is used; else the least loaded.
+    """Send prompts with the same beginning to the same worker while it has credit, so that its
+    prefix cache is used; otherwise to the least loaded.
 
-    Rendezvous hashing: no table to keep, and a worker that comes or goes moves only its own share.
+    Rendezvous hashing: it needs no table, and a worker that comes or goes moves only its own share.
     """
     if request.prefix_key:
         home = max(serving, key=lambda worker: _weight(request.prefix_key, worker.name))
@@ -84,8 +86,8 @@ def _weight(prefix_key: bytes, worker_name: str) -> bytes:
 
 
 def prefix_key(body: Request) -> bytes:
-    """Digest of the beginning of a prompt: everything up to the first turn of the user, so that
-    the later turns of a conversation have the same one."""
+    """Digest of the beginning of a prompt: everything up to and including the first user turn, so
+    that all turns of a conversation have the same digest."""
     digest = blake2b(body.model.encode(), digest_size=16)
     for piece in _beginning(body):
         digest.update(piece[:PREFIX_CHARACTERS].encode(errors="surrogatepass"))

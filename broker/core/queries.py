@@ -1,4 +1,4 @@
-"""Answers to QUERY: what the bus knows of itself, and the operator's verbs (SPEC.md section 10)."""
+"""Answers to QUERY: the state of the bus, and the operator's verbs (SPEC.md section 10)."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ _OPERATOR_VERBS: Final = frozenset(
 )
 REPORTS: Final = 3
 REPORTS_S: Final = 60.0
-"""Workers that one client may have cut off in that time: a hostile one shall not empty the bus."""
+"""How many workers one client may have cut off in this time: a hostile client must not
+empty the bus."""
 _ANSWER_DELAY_S: Final = 0.05
-"""A shutdown begins this much after its ANSWER, which so is not the last thing in the queue."""
+"""A shutdown begins this long after its ANSWER, so that the answer leaves first."""
 
 
 class _RequestsArgs(msgspec.Struct, frozen=True):
@@ -58,7 +59,7 @@ class _NoArgs(msgspec.Struct, frozen=True):
 
 
 def answer(bus: BusState, client: ClientSession, head: Header, frames: Frames) -> None:
-    """Answer a QUERY. Raises ProtocolError for a body that is none."""
+    """Answer a QUERY. Raises ProtocolError for a malformed body."""
     if len(frames) != 2:
         raise ProtocolError(f"{len(frames)} frames; QUERY has 2")
     query = codec.decode(Query, frames[1], limits.MAX_CONTROL_BYTES)
@@ -82,7 +83,7 @@ def _result(bus: BusState, client: ClientSession, query: Query) -> Any:
     if verb is None:
         known = ", ".join(_VERBS)
         raise RequestError(
-            ErrorCode.INVALID_REQUEST, f"unknown verb {query.verb[:100]!r}; known are {known}"
+            ErrorCode.INVALID_REQUEST, f"unknown verb {query.verb[:100]!r}; known verbs: {known}"
         )
     if query.verb in _OPERATOR_VERBS and not client.operator:
         raise RequestError(
@@ -234,12 +235,12 @@ def _request(bus: BusState, request: RequestState) -> dict[str, Any]:
 
 
 def _named(bus: BusState, name: str) -> list[WorkerSession]:
-    """The workers of that name. Raises `RequestError` where there is none."""
+    """The workers with that name. Raises `RequestError` if there are none."""
     workers = [worker for worker in bus.workers.values() if worker.name == name]
     if not workers:
         names = ", ".join(sorted({worker.name for worker in bus.workers.values()})[:10]) or "none"
         raise RequestError(
-            ErrorCode.INVALID_REQUEST, f"no worker {name[:100]!r} is here; there are: {names}"
+            ErrorCode.INVALID_REQUEST, f"there is no worker {name[:100]!r}; connected: {names}"
         )
     return workers
 
@@ -247,14 +248,14 @@ def _named(bus: BusState, name: str) -> list[WorkerSession]:
 def _hold(bus: BusState, args: _WorkerArgs) -> dict[str, Any]:
     for worker in _named(bus, args.worker):
         worker.held = True
-    # Bounded: only names of workers that were here are held.
+    # Bounded: only the names of workers that were connected are kept.
     bus.held.add(args.worker)
     return {"worker": args.worker, "state": "held"}
 
 
 def _release(bus: BusState, args: _WorkerArgs) -> dict[str, Any]:
     if args.worker not in bus.held:
-        _named(bus, args.worker)  # somebody who was not held is released all the same
+        _named(bus, args.worker)  # releasing a worker that was not held is no error
     bus.held.discard(args.worker)
     for worker in bus.workers.values():
         if worker.name != args.worker:
@@ -295,12 +296,13 @@ def _reload(bus: BusState, _: _NoArgs) -> dict[str, Any]:
 
 
 def _report(bus: BusState, client: ClientSession, args: _ReportArgs) -> dict[str, Any]:
-    """A client got an OUTPUT that is not as it must be: its worker is cut off."""
+    """A client received a malformed OUTPUT: the worker that sent it is cut off."""
     worker = client.source(args.sequence)
     if worker is None:
         raise RequestError(
             ErrorCode.INVALID_REQUEST,
-            f"message {args.sequence} of this session came from no worker, or too long ago",
+            f"message {args.sequence} of this session did not come from a worker, or is too long "
+            "ago",
         )
     if bus.now_s >= bus.reports_until_s:
         bus.reports.clear()
@@ -308,7 +310,7 @@ def _report(bus: BusState, client: ClientSession, args: _ReportArgs) -> dict[str
     who = client.key or client.name
     bus.reports[who] += 1
     if bus.reports[who] > REPORTS:
-        bus.log("warning", "report ignored", client, worker=worker.name, why="too many of them")
+        bus.log("warning", "report ignored", client, worker=worker.name, why="too many reports")
         raise RequestError(
             ErrorCode.QUOTA, f"more than {REPORTS} reports of this client within {REPORTS_S:g} s"
         )
@@ -320,7 +322,7 @@ def _report(bus: BusState, client: ClientSession, args: _ReportArgs) -> dict[str
             code=ErrorCode.PROTOCOL_ERROR, message=f"client {client.name} reports its output: {why}"
         )
         endings.end_session(
-            bus, worker, "its output was reported by a client", told=Refuse(error=error)
+            bus, worker, "its output was reported by a client", farewell=Refuse(error=error)
         )
     return {"worker": worker.name}
 

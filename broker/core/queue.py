@@ -1,4 +1,4 @@
-"""The waiting requests of one model: priority, then round robin between users, then age.
+"""The waiting requests of one model, ordered by priority, then round robin between users, then age.
 
 Bounded in requests and bytes: `admission.is_full` is asked before one is added. Holds no clock:
 deadlines are timers (`BusState.at`).
@@ -26,11 +26,11 @@ class ModelQueue:
         self.requests = 0
         #: Bytes of their bodies and attachments.
         self.bytes = 0
-        #: Number of the broker's assignment that last came from here (fairness between models).
+        #: Number of the broker's latest assignment from this queue (for fairness between models).
         self.last_served = 0
 
     def add(self, request: RequestState) -> None:
-        """Put a request in its place by age (`order`) in the line of its user."""
+        """Insert a request by age (`order`) into the line of its user."""
         users = self._levels.setdefault(request.priority, OrderedDict())
         line = users.setdefault(request.user_key, OrderedDict())
         youngest = next(reversed(line.values()), None)
@@ -55,7 +55,7 @@ class ModelQueue:
         self.bytes -= request.size_bytes
 
     def take(self) -> RequestState:
-        """Remove and return the next request; its user goes to the end of the round."""
+        """Remove and return the next request; its user moves to the end of the round."""
         users = self._levels[max(self._levels)]
         user, line = next(iter(users.items()))
         request = next(iter(line.values()))
@@ -69,7 +69,7 @@ class ModelQueue:
         self._levels[request.priority].move_to_end(request.user_key, last=False)
 
     def position(self, request: RequestState) -> int:
-        """How many requests go before this one, if nobody else arrives or leaves."""
+        """How many requests are served before this one, if nobody else arrives or leaves."""
         before = sum(
             len(line)
             for priority, users in self._levels.items()
@@ -85,13 +85,13 @@ class ModelQueue:
             if user == request.user_key:
                 seen_own = True
             else:
-                # Users ahead in the round have one turn more than those behind.
+                # Users earlier in the round have one turn more than later ones.
                 before += min(len(other), own if seen_own else own + 1)
         return before + own
 
     def longest_line(self, priority: int) -> tuple[str, RequestState] | None:
-        """Who has most waiting at the lowest priority, if that is not above `priority`; and the
-        youngest of those requests."""
+        """The user with the most requests waiting at the lowest priority, if that is not above
+        `priority`, and the youngest of those requests."""
         if not self._levels:
             return None
         lowest = min(self._levels)
@@ -106,7 +106,7 @@ class ModelQueue:
         return len(users.get(user_key, ())) if users else 0
 
     def all(self) -> list[RequestState]:
-        """Every request, in no promised order."""
+        """All requests, in no particular order."""
         return [
             request
             for users in self._levels.values()

@@ -1,8 +1,7 @@
-"""What the broker knows of one request, session or route. These records refer to each other, so
-they stand in one module.
+"""Records of one request, session or route. They refer to each other, so they share a module.
 
-State only: `phases` says how a request may move, `state` holds the tables of all records. Changed
-by `broker.core` alone.
+State only: `phases` defines how a request may move, `state` holds the tables of all records. Only
+`broker.core` changes them.
 """
 
 from __future__ import annotations
@@ -18,13 +17,14 @@ from broker.protocol.liveness import Liveness
 from broker.protocol.messages import Heartbeat, Hello, ModelInfo, WorkerState
 
 SOURCES: Final = 2048
-"""Latest messages to a client of which it is known who made them: more than wait in its socket."""
+"""How many of the latest messages to a client have a recorded source: more than can wait
+in its socket."""
 STORY_MOVES: Final = 16
-"""Latest moves of a request that its story tells."""
+"""How many of the latest moves a request's story contains."""
 
 
 class Session(Liveness):
-    """What sessions of clients and of workers have in common."""
+    """Common base of client and worker sessions."""
 
     __slots__ = (
         "expected",
@@ -75,7 +75,7 @@ class Session(Liveness):
 
 
 class ClientSession(Session):
-    """A client (a gateway is one too)."""
+    """A client (a gateway is a client too)."""
 
     __slots__ = ("operator", "requests", "routes", "sources")
 
@@ -93,31 +93,32 @@ class ClientSession(Session):
         super().__init__(
             Side.FRONT, routing_id, session_id, name, software, key, interval_s, liveness, now_s
         )
-        #: May use the operator's verbs.
+        #: Whether it may use the operator's verbs.
         self.operator = False
-        #: Queued or running requests by id: its length is what the in-flight limit bounds.
+        #: Queued or running requests by id; the in-flight limit bounds their number.
         self.requests: dict[bytes, RequestState] = {}
         #: By session id of the worker.
         self.routes: dict[bytes, Route] = {}
-        #: Who made the latest messages to it, the last one last; None: the broker itself.
+        #: Sources of the latest messages to it, latest last; None is the broker itself.
         self.sources: deque[WorkerSession | None] = deque(maxlen=SOURCES)
 
     def header(self, type_: MessageType, id_: bytes, now_s: float) -> bytes:
-        """As of any session; the broker itself makes the message."""
+        """The header of the next message, which the broker itself makes."""
         self.sources.append(None)
         return super().header(type_, id_, now_s)
 
     def source(self, sequence: int) -> WorkerSession | None:
-        """The worker that made the message of that number; None: none, or it is too long ago."""
+        """The worker that made the message with that number; None if the broker did, or if it is
+        too long ago."""
         index = sequence - (self.sequence - len(self.sources))
         return self.sources[index] if 0 <= index < len(self.sources) else None
 
 
 class Route:
-    """The way of OUTPUT from one worker session to one client session.
+    """The route of OUTPUT from one worker session to one client session.
 
     `reply_to` of ASSIGN names it; a worker sends everything for one client in one message. The
-    client knows it from ACCEPTED and takes a request's events from no other.
+    client knows it from ACCEPTED and accepts a request's events from no other.
     """
 
     __slots__ = ("client", "id", "key", "moved", "worker")
@@ -126,16 +127,16 @@ class Route:
         self.id = route_id
         self.worker = worker
         self.client = client
-        #: The first 24 bytes of an OUTPUT header of this route without flags, both from the worker
-        #: and to the client.
+        #: The first 24 bytes of an OUTPUT header on this route without flags, the same from the
+        #: worker and to the client.
         self.key = prefix(MessageType.OUTPUT, route_id)
-        #: Requests that another session took over while this one lives: their events, already
-        #: under way, must not arrive here. While it is not empty, bodies of the route are read.
+        #: Requests that another session took over while this one lives: events already on the way
+        #: must not arrive here. While this is not empty, bodies on this route are read.
         self.moved: set[bytes] = set()
 
 
 class WorkerSession(Session):
-    """A worker, as far as the broker may know it."""
+    """A worker, as the broker sees it."""
 
     __slots__ = (
         "alone",
@@ -161,7 +162,7 @@ class WorkerSession(Session):
         "speed",
         "stalled",
         "state",
-        "waiting_told",
+        "waiting_sent",
     )
 
     def __init__(
@@ -186,30 +187,31 @@ class WorkerSession(Session):
             now_s,
         )
         self.models: dict[str, ModelInfo] = {model.name: model for model in hello.models}
-        #: Requests that run at once, by the worker's own word.
+        #: How many requests it runs at once, as it reports.
         self.capacity = hello.capacity
         self.speed = hello.speed
         self.engine = hello.engine
         self.device = hello.device
-        #: The process; None: it does not say.
+        #: Identifies the process; None if it does not say.
         self.instance = hello.instance
-        #: None until it says so. Never a reason to assign: only credit is.
+        #: None until it reports one. Never a reason to assign: only credit is.
         self.state: WorkerState | None = None
         self.beat = Heartbeat()
         #: Requests that were taken from it and whose former run it has not yet reported as over.
         self.moving: set[bytes] = set()
         #: Cumulative; never falls (SPEC.md section 7).
         self.granted = 0
-        #: ASSIGNs that spent credit, of this session.
+        #: ASSIGNs of this session that spent credit.
         self.assigned = 0
-        #: Credit that was given back unspent; with `assigned` at most `granted`. And what was asked
+        #: Credit given back unspent (`assigned` plus this is at most `granted`), and credit asked
         #: back so far. Both cumulative.
         self.returned = 0
         self.recalled = 0
-        #: It serves other brokers from the same slots, so it is told what waits here for it.
+        #: Whether it serves other brokers from the same slots and so is told what waits
+        #: for it here.
         self.shared = hello.brokers > 1
-        #: What it was told, less what it got since.
-        self.waiting_told = 0
+        #: The number waiting that it was last told, minus what it was assigned since.
+        self.waiting_sent = 0
         #: A drain was ordered or announced: nothing more is assigned.
         self.draining = False
         #: An operator holds it: nothing more is assigned until it is released.
@@ -218,31 +220,32 @@ class WorkerSession(Session):
         self.drain_until_s = math.inf
         #: The engine makes no progress: nothing more is assigned until it does.
         self.stalled = False
-        #: The suspected request for which it is kept, or that it runs: it gets nothing else.
+        #: The suspect that it runs or is reserved for; it is assigned nothing else.
         self.alone: RequestState | None = None
-        #: Requests that it has and has not finished, by id.
+        #: Requests that it has not finished, by id.
         self.running: dict[bytes, RequestState] = {}
-        #: Requests that it finished and still keeps, by id.
+        #: Requests that it finished but still keeps, by id.
         self.ended: dict[bytes, RequestState] = {}
         #: By session id of the client.
         self.routes: dict[bytes, Route] = {}
-        #: Number of the last assignment of the whole broker that went here.
+        #: Number, among all assignments of the broker, of the latest one to this worker.
         self.last_assigned = 0
 
     @property
     def free(self) -> int:
-        """Slots that may be assigned: credit left of a worker that is fit to take work."""
+        """Requests that may be assigned to it: its unspent credit, if it is fit to take work."""
         return self.unspent if self.fit and self.alone is None else 0
 
     @property
     def fit(self) -> bool:
-        """It may be given work, if it has credit."""
+        """Whether it may be given work, provided it has credit."""
         idle = self.draining or self.held or self.stalled
         return not (idle or self.state is WorkerState.LOADING)
 
     def may_take(self, model: str) -> bool:
-        """A request of this model may be assigned."""
-        # As `free`, written out: of a thousand workers, this is most of a placement.
+        """Whether a request for this model may be assigned to it."""
+        # Like `free`, but written out: with a thousand workers, this is most of the cost
+        # of a placement.
         if self.granted <= self.assigned + self.returned:
             return False
         if self.draining or self.held or self.stalled or self.alone is not None:
@@ -254,7 +257,7 @@ class WorkerSession(Session):
 
     @property
     def via(self) -> list[str]:
-        """Brokers behind a worker that is a broker itself."""
+        """Names of the brokers behind a worker that is itself a relay."""
         named = (info.details.get("via") for info in self.models.values())
         lists = (names for names in named if isinstance(names, list))
         return sorted({name for names in lists for name in names if isinstance(name, str)})
@@ -266,7 +269,7 @@ class WorkerSession(Session):
 
     @property
     def state_name(self) -> str:
-        """For people: the worst of what is known."""
+        """The state as shown to people; the most severe one if several apply."""
         if self.draining:
             return WorkerState.DRAINING.value
         if self.held:
@@ -320,7 +323,7 @@ class RequestState:
         "ttl_until_s",
         "user_key",
         "window",
-        "window_told",
+        "window_sent",
         "worker",
         "worker_name",
     )
@@ -330,20 +333,21 @@ class RequestState:
         self.model = model
         self.kind = ""
         self._phase = Phase.NEW
-        #: The latest moves, the last one last.
+        #: The latest moves, latest last.
         self.moves: tuple[Move, ...] = ()
-        #: Who gets its output; None: an orphan (its client vanished, or a worker brought it along).
+        #: Receives its output; None for an orphan (its client vanished, or a worker
+        #: brought it along).
         self.client: ClientSession | None = None
         #: Where it runs or ended; None while it is queued.
         self.worker: WorkerSession | None = None
         #: Outlives the worker's session, for the operator's list.
         self.worker_name = ""
         self.epoch = 0
-        #: The one before, if the same worker was told of both: it may know only that.
+        #: The previous epoch, if the same worker was sent both: it may not know the newer one yet.
         self.epoch_before: int | None = None
         #: Tokens that the client already has (RESUME).
         self.offset = 0
-        #: Whose turn it takes in the queue.
+        #: The user whose turn it takes in the queue.
         self.user_key = ""
         self.priority = 0
         #: Age: lower came earlier. Kept when the request is resumed.
@@ -351,44 +355,47 @@ class RequestState:
         #: Body and attachments as the client sent them; empty once assigned.
         self.frames: tuple[bytes, ...] = ()
         self.size_bytes = 0
-        #: It was let in before (it waited here, or a worker had it): only memory can refuse it now.
+        #: Whether it was admitted before (it waited here, or a worker had it); then only the memory
+        #: limits can refuse it.
         self.admitted = False
-        #: Highest window told by the client.
+        #: The highest window that the client has sent.
         self.window = 0
-        #: The window that stands in the body; where it moved meanwhile, WINDOW follows ASSIGN.
-        self.window_told = 0
-        #: Workers that were lost while they ran it, as often, less those that came back with it.
+        #: The window in the body; if it has moved since, WINDOW follows ASSIGN.
+        self.window_sent = 0
+        #: Workers lost while they ran it, once per loss, without those that came back with it.
         self.lost_workers: tuple[str, ...] = ()
-        #: Those of them that ran nothing else.
+        #: Those of them that ran nothing else at the time.
         self.lost_alone: tuple[str, ...] = ()
-        #: How many of the lost workers are surely dead: they said so.
+        #: How many of the lost workers certainly died: they said so.
         self.deaths = 0
-        #: Lost workers that came back with it, as often, of which the client was not told yet.
+        #: Lost workers that came back with it, once per loss, and that the client has not been
+        #: told of yet.
         self.returned: tuple[str, ...] = ()
-        #: It is suspected and waits so long for lost workers to come back; None: it does not.
+        #: Until when a suspect waits for its lost workers to come back; None if it is not waiting.
         self.suspect_until_s: float | None = None
-        #: It is suspected: it runs alone next, or does so now.
+        #: Whether it is suspected: it runs alone next, or is doing so now.
         self.alone = False
-        #: The worker that is kept for it alone.
+        #: The worker reserved for it while it is suspected.
         self.cell: WorkerSession | None = None
-        #: The worker that ran it last and may still have it, by the client's word; empty: none.
+        #: The worker that, according to the client, ran it last and may still have it;
+        #: empty if none.
         self.holder = ""
-        #: Of the affinity placement: equal for prompts that start alike.
+        #: For affinity placement: equal for prompts with the same beginning.
         self.prefix_key = b""
-        #: CANCEL was passed on to the worker.
+        #: Whether CANCEL was passed on to the worker.
         self.cancelled = False
         self.outcome = ""
         #: Why it failed, for the operator's list.
         self.cause = ""
-        #: It left its slot, but its END waits at the worker until the client's window opens.
+        #: Whether it left its slot but its END waits at the worker for the client's window.
         self.end_held = False
-        #: Routes of earlier owners on which its events are held back.
+        #: Routes of earlier clients on which its events are filtered out.
         self.diverted: list[Route] = []
         self.queued_s = now_s
         self.queue_until_s = math.inf
         self.ttl_until_s = math.inf
         self.orphan_until_s = math.inf
-        #: When a request that is over is forgotten; moved on while somebody still reads its end.
+        #: When a request that is over is forgotten; extended while its end is still being read.
         self.keep_until_s = -math.inf
         self.assigned_s: float | None = None
         self.started_s: float | None = None
@@ -396,22 +403,23 @@ class RequestState:
 
     @property
     def phase(self) -> Phase:
-        """Where it is; `to` changes it."""
+        """The current phase; `to` changes it."""
         return self._phase
 
     def to(self, phase: Phase, now_s: float) -> None:
-        """Go to another phase. Raises IllegalMoveError, and stays, where `MOVES` forbids it."""
+        """Move to another phase. Raises IllegalMoveError, and changes nothing, if
+        `MOVES` forbids it."""
         if phase not in MOVES[self._phase]:
             raise IllegalMoveError(
-                f"{self.story()}; from {self._phase.value} it may not go to {phase.value}"
+                f"{self.story()}; it may not move from {self._phase.value} to {phase.value}"
             )
         self._phase = phase
         move = (now_s, phase, self.epoch, self.worker_name)
         self.moves = (*self.moves[1 - STORY_MOVES :], move)
 
     def story(self) -> str:
-        """What happened to it, for whoever looks for a bug: its latest moves, with their times on
-        the broker's clock."""
+        """What happened to it, for debugging: its latest moves, with times on the broker's
+        clock."""
         moves = ", ".join(
             f"{phase.value} at {at_s:.3f} s (epoch {epoch}"
             + (f", worker {worker})" if worker else ")")
@@ -421,5 +429,5 @@ class RequestState:
 
 
 def short(id_: bytes) -> str:
-    """As much of an id as people may see: knowing all of it is the right to the stream."""
+    """As much of an id as people may see: whoever knows all of it may take over the stream."""
     return id_[:4].hex()

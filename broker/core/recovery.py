@@ -1,4 +1,4 @@
-"""RESUME and workers that come back: how a stream outlives sessions (SPEC.md section 6.4).
+"""RESUME, and workers that come back: how a stream survives its sessions (SPEC.md section 6.4).
 
 Functions on the core's state, called by the controller and by `membership`.
 """
@@ -17,7 +17,7 @@ from broker.protocol.messages import Cancel, FailEvent, Held, Request
 
 
 def resume(bus: BusState, client: ClientSession, head: Header, frames: Frames) -> None:
-    """RESUME: go on with a request where it is, or queue it anew."""
+    """RESUME: continue a request where it is, or queue it again."""
     try:
         body = admission.read_body(bus, client, head, frames, resumed=True)
         _resume(bus, client, head.id, body, frames[1:])
@@ -31,33 +31,37 @@ def _resume(
     facts = body.resume
     assert facts is not None, "admission checked it"
     bus.counters["resumes"] += 1
-    known = bus.requests.get(request_id)
-    if known is not None and known.phase is not Phase.INTERRUPTED and facts.epoch <= known.epoch:
+    existing = bus.requests.get(request_id)
+    if (
+        existing is not None
+        and existing.phase is not Phase.INTERRUPTED
+        and facts.epoch <= existing.epoch
+    ):
         bus.counters["stale_resumes"] += 1
-        if known.client is not client:
+        if existing.client is not client:
             raise RequestError(
                 ErrorCode.DUPLICATE_REQUEST, "another session resumed the request at a later epoch"
             )
-        if facts.epoch < known.epoch:
+        if facts.epoch < existing.epoch:
             raise RequestError(
                 ErrorCode.INVALID_REQUEST, "the epoch of a RESUME must be higher than any before"
             )
         return  # a copy
-    order = next(bus.numbers) if known is None else known.order
-    until_s = known.suspect_until_s if known is not None else None
-    if known is not None and known.alone:
+    order = next(bus.numbers) if existing is None else existing.order
+    until_s = existing.suspect_until_s if existing is not None else None
+    if existing is not None and existing.alone:
         until_s = bus.now_s
     since_s = bus.now_s
-    if known is not None:
-        if known.client is not None and known.client is not client:
-            _take_over(bus, known, known.client)
-        if known.worker is not None:
-            _attach(bus, client, known, known.worker, body, frames)
+    if existing is not None:
+        if existing.client is not None and existing.client is not client:
+            _detach_old_client(bus, existing, existing.client)
+        if existing.worker is not None:
+            _attach(bus, client, existing, existing.worker, body, frames)
             return
-        if known.phase in (Phase.QUEUED, Phase.PARKED):
-            since_s = known.queued_s
-        bus.release(known)
-        bus.forget(known)
+        if existing.phase in (Phase.QUEUED, Phase.PARKED):
+            since_s = existing.queued_s
+        bus.release(existing)
+        bus.forget(existing)
     elif (holder := _holder(bus, body)) is not None:
         # It came from another broker. A worker that does not have it any more will REJECT it.
         request = RequestState(request_id, body.model, bus.now_s)
@@ -67,15 +71,15 @@ def _resume(
         return
     request = RequestState(request_id, body.model, since_s)
     request.order = order or next(bus.numbers)
-    if known is not None:
-        request.moves = known.moves
-        request.returned, request.deaths = known.returned, known.deaths
-        request.lost_alone = known.lost_alone
+    if existing is not None:
+        request.moves = existing.moves
+        request.returned, request.deaths = existing.returned, existing.deaths
+        request.lost_alone = existing.lost_alone
     request.lost_workers = suspicion.without(facts.lost_workers, request.returned)
     alone = facts.lost_alone or request.lost_alone
     request.lost_alone = suspicion.without(alone, request.returned)
     suspicion.consider(bus, request, until_s)
-    request.admitted = known is not None or bool(
+    request.admitted = existing is not None or bool(
         facts.token_ids or facts.holder or facts.lost_workers
     )
     admission.enqueue(bus, client, request, body, frames)
@@ -83,8 +87,9 @@ def _resume(
 
 
 def _holder(bus: BusState, body: Request) -> WorkerSession | None:
-    """A worker that is here and may have a request that this broker does not know: by the client's
-    word, or one that it takes for dead although only a connection to another broker broke."""
+    """A connected worker that may have a request which this broker does not know: one that
+    the client names, or one that the client believes dead although only a connection to
+    another broker broke."""
     facts = body.resume
     assert facts is not None, "admission checked it"
     lost = facts.lost_workers if len(facts.lost_workers) >= suspicion.SUSPECT_DEATHS else ()
@@ -100,10 +105,10 @@ def _attach(
     body: Request,
     frames: Frames,
 ) -> None:
-    """The worker has it: tell it to go on for this client. No credit is spent."""
+    """The worker has the request: tell it to continue for this client. No credit is spent."""
     assert body.resume is not None, "admission checked it"
     if request.phase is Phase.ENDED:
-        # Its end is sent again, with a ledger that names it again: until then it is open.
+        # Its end is sent again, with a ledger that names it again; it is open until then.
         del worker.ended[request.id]
         request.end_held = False
     request.client = client
@@ -112,7 +117,7 @@ def _attach(
     request.epoch_before = request.epoch if request.worker is worker else None
     request.epoch = body.resume.epoch
     request.offset = len(body.resume.token_ids)
-    request.window = request.window_told = body.window
+    request.window = request.window_sent = body.window
     ttl_s = bus.settings.ttl_s if body.ttl_ms is None else body.ttl_ms / 1000
     request.ttl_until_s = bus.now_s + ttl_s
     client.requests[request.id] = request
@@ -120,8 +125,8 @@ def _attach(
     assignment.attach(bus, request, worker, frames, attach=True)
 
 
-def _take_over(bus: BusState, request: RequestState, old: ClientSession) -> None:
-    """Another session resumed the request while this one lives: it must not receive it any more."""
+def _detach_old_client(bus: BusState, request: RequestState, old: ClientSession) -> None:
+    """Another session resumed the request while `old` lives: `old` must no longer receive it."""
     if bus.clients.get(old.routing_id) is not old or not (
         request.phase is not Phase.ENDED or request.end_held
     ):
@@ -138,16 +143,17 @@ def _take_over(bus: BusState, request: RequestState, old: ClientSession) -> None
 
 
 def without_moved(route: Route, body: bytes) -> bytes:
-    """The body of an OUTPUT without the events of requests that moved to another session. Raises
-    ProtocolError."""
+    """The body of an OUTPUT without events of requests that moved to another session.
+    Raises ProtocolError."""
     events = codec.decode_events(body, limits.MAX_OUTPUT_BYTES)
     return codec.encode_events([event for event in events if event.request_id not in route.moved])
 
 
-def _clear_of_blame(bus: BusState, worker: WorkerSession, holds: list[Held]) -> None:
-    """A worker that brings along a request with which it was lost is the same process: no other
-    knows the id. So it had lost its connection only, and nothing that was sent to it killed it.
-    What was lost on its way there, it does not even name."""
+def _exonerate(bus: BusState, worker: WorkerSession, holds: list[Held]) -> None:
+    """Clear requests that were suspected of killing a worker which comes back. A worker that brings
+    along a request with which it was lost is the same process, because no other knows the id. So it
+    lost only its connection, and nothing that was sent to it killed it. Requests that were lost on
+    the way there are cleared too, although it does not name them."""
     name = worker.name
     known = (bus.requests.get(held.request_id) for held in holds)
     came = {request.id for request in known if request is not None and name in request.lost_workers}
@@ -159,41 +165,41 @@ def _clear_of_blame(bus: BusState, worker: WorkerSession, holds: list[Held]) -> 
         suspicion.exonerate(bus, request, (name,))
 
 
-def take_in(bus: BusState, worker: WorkerSession, holds: list[Held]) -> None:
-    """A worker brought requests along from an earlier session, of this broker or another."""
-    _clear_of_blame(bus, worker, holds)
+def readopt(bus: BusState, worker: WorkerSession, holds: list[Held]) -> None:
+    """A worker brought requests along from an earlier session with this broker or another."""
+    _exonerate(bus, worker, holds)
     for held in holds:
-        known = bus.requests.get(held.request_id)
-        other = known.worker if known is not None else None
+        existing = bus.requests.get(held.request_id)
+        other = existing.worker if existing is not None else None
         if other is worker:
             continue  # named twice
-        if known is not None and other is not None:
-            if not _is_run(known, held, worker):
-                # It runs elsewhere by now: the one that slept through that must not go on.
+        if existing is not None and other is not None:
+            if not _is_run(existing, held, worker):
+                # It runs elsewhere by now: a worker that missed this must not go on with it.
                 if held.running:
                     body = codec.encode(Cancel(reason="resumed at another worker"))
                     bus.send(worker, MessageType.CANCEL, held.request_id, body)
                 continue
-            # Its old connection is dead, unnoticed so far.
+            # Its old connection is dead, which nobody had noticed yet.
             endings.drop_worker(bus, other, "it came back on a new connection", lost=False)
-            known = bus.requests.get(held.request_id)
-        _hold(bus, worker, held, known)
+            existing = bus.requests.get(held.request_id)
+        _hold(bus, worker, held, existing)
 
 
-def _is_run(known: RequestState, held: Held, worker: WorkerSession) -> bool:
-    """Whether a worker that says HELLO holds the run that the broker knows at another connection.
-    The id is no proof, since whoever lost the request knows it, nor is the name; but only the
-    process that was told to run it knows its epoch."""
-    other = known.worker
+def _is_run(existing: RequestState, held: Held, worker: WorkerSession) -> bool:
+    """Whether a worker that says HELLO holds the same run that the broker knows on another
+    connection. The request id proves nothing, since any worker that lost the request knows it, and
+    neither does the name; but only the process that was told to run it knows its epoch."""
+    other = existing.worker
     return (
         other is not None
         and (other.name, other.key) == (worker.name, worker.key)
-        and held.epoch in (known.epoch, known.epoch_before)
+        and held.epoch in (existing.epoch, existing.epoch_before)
     )
 
 
-def _hold(bus: BusState, worker: WorkerSession, held: Held, known: RequestState | None) -> None:
-    request = known or RequestState(held.request_id, "", bus.now_s)
+def _hold(bus: BusState, worker: WorkerSession, held: Held, existing: RequestState | None) -> None:
+    request = existing or RequestState(held.request_id, "", bus.now_s)
     waiting = request.phase is Phase.QUEUED
     client, frames = request.client, request.frames
     bus.release(request)
@@ -203,7 +209,7 @@ def _hold(bus: BusState, worker: WorkerSession, held: Held, known: RequestState 
     request.suspect_until_s = None
     bus.requests[request.id] = request
     if waiting and client is not None:
-        # Its RESUME came before the worker did.
+        # Its RESUME came before the worker.
         client.requests[request.id] = request
         request.epoch_before = held.epoch
         bus.counters["attached"] += 1

@@ -1,7 +1,7 @@
 """The registry of workers: which models they serve, who may take work.
 
-State and look-ups only; it changes through the few methods here, so that the index by model is
-always that of the sessions.
+State and look-ups only. It changes only through the methods here, so that the index by model always
+agrees with the sessions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._by_model: dict[str, dict[bytes, WorkerSession]] = {}
-        #: When the last worker of a model that nobody serves any more went.
+        #: When the last worker left, for models that nobody serves any more.
         self._gone_s: dict[str, float] = {}
 
     def add(self, worker: WorkerSession) -> None:
@@ -40,7 +40,7 @@ class Registry:
     def change_models(
         self, worker: WorkerSession, models: Iterable[ModelInfo], now_s: float
     ) -> None:
-        """The worker said anew what it serves."""
+        """The worker announced a new list of models."""
         old = worker.models
         new = {model.name: model for model in models}
         worker.models = {name: info for name, info in old.items() if name not in new}
@@ -53,11 +53,12 @@ class Registry:
         self._gone_s.pop(model, None)
 
     def gone_s(self, model: str) -> float | None:
-        """When the last worker of the model went; None: never seen, forgotten, or served."""
+        """When the last worker of the model left; None if it was never seen, is forgotten,
+        or is served."""
         return self._gone_s.get(model)
 
     def serving(self, model: str) -> dict[bytes, WorkerSession]:
-        """Workers of a model in whatever state, by session id."""
+        """Workers of a model in any state, by session id."""
         return self._by_model.get(model, {})
 
     def available(self, model: str) -> list[WorkerSession]:
@@ -65,5 +66,5 @@ class Registry:
         return [worker for worker in self.serving(model).values() if worker.may_take(model)]
 
     def models(self) -> Iterator[str]:
-        """Names of all models served, in whatever state their workers are."""
+        """Names of all models served, whatever the state of their workers."""
         return iter(self._by_model)

@@ -18,16 +18,16 @@ from broker.protocol.limits import (
 
 
 def option(default: Any, unit: str, reason: str, **more: Any) -> Any:
-    """A dataclass field that carries what `--help` says about it.
+    """A dataclass field with the text that `--help` shows for it.
 
-    `more` may hold `low` and `high` (bounds) and `choices`.
+    `more` may contain `low` and `high` (bounds) and `choices`.
     """
     return field(default=default, metadata={"unit": unit, "reason": reason, **more})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoreSettings:
-    """What the core may be told. The defaults suit one broker for some hundred workers."""
+    """Options of the core. The defaults suit one broker with a few hundred workers."""
 
     broker_name: str = option("broker", "", "shown to peers in WELCOME and in bus.version")
 
@@ -38,7 +38,7 @@ class CoreSettings:
         5, "", "silent heartbeats until a worker is lost; 3 to 5 in PPP and MDP", low=1, high=1000
     )
     client_heartbeat_s: float = option(
-        5.0, "s", "clients are many and losing one late costs little", low=0.01, high=3600
+        5.0, "s", "clients are many, and noticing a lost one late costs little", low=0.01, high=3600
     )
     client_liveness: int = option(
         3, "", "silent heartbeats until a client is lost", low=1, high=1000
@@ -51,7 +51,7 @@ class CoreSettings:
     )
 
     queue_requests: int = option(
-        4096, "", "per model; more would wait longer than people do", low=1
+        4096, "", "per model; more would wait longer than people are willing to", low=1
     )
     queue_bytes: int = option(
         256 << 20, "bytes", "per model; pictures wait in the broker's memory", low=1
@@ -66,7 +66,8 @@ class CoreSettings:
     model_grace_s: float = option(
         30.0,
         "s",
-        "wait for a model that nobody serves yet or any more; the longest back-off of a worker",
+        "how long to wait for a model that nobody serves (yet, or any more); a worker's longest "
+        "back-off",
         low=0,
     )
     placement: str = option(
@@ -83,27 +84,29 @@ class CoreSettings:
         low=0,
     )
     ended_keep_s: float = option(
-        60.0, "s", "an ended request can be resumed; as long as workers keep them", low=0
+        60.0, "s", "how long an ended request can be resumed; workers keep them as long", low=0
     )
     ended_keep: int = option(20_000, "", "ended requests remembered; about 1 kB each", low=0)
     settle_s: float = option(
-        5.0, "s", "a new broker waits so long for the worker that still runs a request", low=0
+        5.0, "s", "how long a new broker waits for the worker that still runs a request", low=0
     )
     poison_wait_s: float = option(
         15.0,
         "s",
-        "before a request is called poison: its workers may have lost connections only, and come "
-        "back; half the time that they keep it",
+        "before a request is called poison: its workers may only have lost connections and "
+        "come back; half the time that they keep it",
         low=0,
     )
     stall_no_work_s: float = option(
-        30.0, "s", "engine without progress gets no new work; a long prefill stays below", low=0.01
+        30.0, "s", "an engine without progress gets no new work; a long prefill is faster", low=0.01
     )
-    stall_lost_s: float = option(120.0, "s", "engine without progress counts as lost", low=0.01)
+    stall_lost_s: float = option(
+        120.0, "s", "a worker whose engine makes no progress is lost", low=0.01
+    )
     drain_s: float = option(30.0, "s", "deadline of a drain that names none", low=0)
 
     window_tokens: int = option(
-        DEFAULT_WINDOW_TOKENS, "tokens", "default window of a stream, told in WELCOME", low=1
+        DEFAULT_WINDOW_TOKENS, "tokens", "default window of a stream, sent in WELCOME", low=1
     )
     request_bytes: int = option(
         MAX_REQUEST_BYTES,

@@ -1,4 +1,4 @@
-"""Stopping in good order: the drain of one worker, the stages of the broker's own end.
+"""Graceful shutdown: the drain of one worker, and the stages of the broker's own shutdown.
 
 Functions on the core's state, called by the controller and the operator's verbs.
 """
@@ -23,8 +23,8 @@ DRAIN_SLACK_S: Final = 5.0
 
 
 def begin(bus: BusState, grace_s: float, reason: str) -> None:
-    """First stage: nothing new is taken, what is here may end. Workers are not told to drain: they
-    serve the next broker."""
+    """First stage: nothing new is accepted, running requests may end. Workers are not told to
+    drain, since they will serve the next broker."""
     if bus.shutdown_until_s is not None:
         return
     bus.shutdown_until_s = bus.now_s + grace_s
@@ -37,19 +37,19 @@ def begin(bus: BusState, grace_s: float, reason: str) -> None:
 
 
 def finish_if_idle(bus: BusState) -> None:
-    """Nobody waits for anything any more: no need to use up the grace."""
+    """If nobody waits for anything any more, finish before the grace period is over."""
     if not any(client.requests for client in bus.clients.values()):
         finish(bus)
 
 
 def finish(bus: BusState) -> None:
-    """Last stage: hand over what is left by INTERRUPTED, say GOODBYE to everyone, stop."""
+    """Last stage: hand over remaining requests with INTERRUPTED, say GOODBYE to everyone, stop."""
     if bus.stopped:
         return
     bus.stopped = True
     bus.shutdown_until_s = bus.now_s
     error = draining_error().info
-    goodbye = codec.encode(Goodbye(reason="shutdown", message="this broker stops"))
+    goodbye = codec.encode(Goodbye(reason="shutdown", message="this broker is stopping"))
     for client in list(bus.clients.values()):
         for request in list(client.requests.values()):
             endings.interrupt(bus, request, error, lost=False)
@@ -66,18 +66,18 @@ def _on_grace_over(bus: BusState, _: None) -> None:
 
 
 def draining_error() -> RequestError:
-    """What everybody is told who wants something new. Soon, however long this drain lasts: the next
-    broker may take the address before."""
+    """The answer to every new request or session. The retry time is short, however long this drain
+    lasts: the next broker may take over the address before the drain ends."""
     return RequestError(
         ErrorCode.DRAINING,
-        "this broker is about to stop; come back to the next one",
+        "this broker is about to stop; retry with the next one",
         retryable=True,
         retry_after_ms=RETRY_AFTER_MS,
     )
 
 
 def drain_worker(bus: BusState, worker: WorkerSession, deadline_s: float, reason: str) -> None:
-    """Tell a worker to take nothing more and to leave within the deadline."""
+    """Tell a worker to accept nothing more and to leave within the deadline."""
     worker.draining = True
     worker.drain_until_s = bus.now_s + deadline_s + DRAIN_SLACK_S
     body = codec.encode(Drain(reason=reason, deadline_ms=round(deadline_s * 1000)))
@@ -92,12 +92,12 @@ def _end_drain(bus: BusState, worker: WorkerSession) -> None:
         return
     error = ErrorInfo(
         code=ErrorCode.DRAINING,
-        message=f"worker {worker.name} is drained and its deadline is over; resume the request",
+        message=f"worker {worker.name} was drained and its deadline has passed; resume the request",
         retryable=True,
     )
     for request in list(worker.running.values()):
         if request.phase is Phase.RUNNING:
             endings.interrupt(bus, request, error, lost=False)
-    goodbye = codec.encode(Goodbye(reason="drained", message="the deadline of the drain is over"))
+    goodbye = codec.encode(Goodbye(reason="drained", message="the drain deadline has passed"))
     bus.send(worker, MessageType.GOODBYE, worker.id, goodbye, last=True)
     endings.drop_worker(bus, worker, "drained", lost=False, code=ErrorCode.DRAINING)

@@ -1,6 +1,6 @@
-"""The tables of the broker and the few ways to change them that every rule needs.
+"""The tables of the broker, and the basic operations on them that every rule needs.
 
-Holds no rule: who may do what, and when, is in the modules that `controller.py` names.
+Contains no rules: those are in the modules that `controller.py` lists.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Level = Literal["debug", "info", "warning"]
 
 
 class BusState:
-    """What the broker knows. Changed only by `broker.core`, on one thread."""
+    """All state of the broker. Changed only by `broker.core`, on one thread."""
 
     def __init__(
         self,
@@ -44,9 +44,9 @@ class BusState:
         now_s: float = 0.0,
         software: str = "tokenbus",
     ) -> None:
-        """`access`: keys that may come in; None: CURVE is off, everybody may, operators too.
-        `now_s`: start, on the same monotonic clock as `handle`. `software`: name and version, for
-        WELCOME and `bus.version`."""
+        """`access`: keys that may connect; None if CURVE is off and everybody may, as an operator
+        too. `now_s`: start time, on the same monotonic clock as `handle`. `software`: name and
+        version, for WELCOME and `bus.version`."""
         self.settings = settings
         self.software = software
         self.generator = generator or random.SystemRandom()
@@ -58,9 +58,9 @@ class BusState:
         self.clients: dict[bytes, ClientSession] = {}
         self.workers: dict[bytes, WorkerSession] = {}
         self.registry = Registry()
-        #: Names of workers that an operator holds; they outlive their sessions.
+        #: Names of workers that an operator holds; they survive the workers' sessions.
         self.held: set[str] = set()
-        #: Workers that serve other brokers too, by routing id.
+        #: Workers shared with other brokers, by routing id.
         self.shared: dict[bytes, WorkerSession] = {}
         #: Every request known, by id, in whatever phase.
         self.requests: dict[bytes, RequestState] = {}
@@ -69,7 +69,7 @@ class BusState:
         self.queued_bytes = 0
         #: By route id.
         self.routes: dict[bytes, Route] = {}
-        #: By the first 24 bytes of an OUTPUT header: the routes that need no reading of bodies.
+        #: Routes whose bodies need not be read, by the first 24 bytes of an OUTPUT header.
         self.fast_routes: dict[bytes, Route] = {}
         #: ENDED and INTERRUPTED requests with the time to forget them, oldest first.
         self.kept: deque[tuple[float, RequestState]] = deque()
@@ -78,12 +78,13 @@ class BusState:
         #: Smoothed time from ASSIGN to the free slot, seconds, by model.
         self.service_s: dict[str, float] = {}
         self.counters: Counter[str] = Counter()
-        #: Reports of workers' output in the present minute, by client's key, or name.
+        #: Number of reports about workers' output in the current minute, by the client's
+        #: key or name.
         self.reports: Counter[str] = Counter()
         self.reports_until_s = -math.inf
-        #: What is counted by model.
+        #: Statistics by model.
         self.figures = Figures()
-        #: Figures of the loop around the core; shown by bus.stats, never used.
+        #: Counters of the loop around the core; shown by bus.stats, never used in decisions.
         self.loop_figures: dict[str, float] = {}
         #: When a shutdown in progress gives up waiting; None: no shutdown.
         self.shutdown_until_s: float | None = None
@@ -100,7 +101,8 @@ class BusState:
         self.probe_at_s = -math.inf
 
     def at(self, due_s: float, act: Callable[[Any, Any], None], about: Any) -> None:
-        """Call `act(bus, about)` then. It must look whether there is still something to do."""
+        """Call `act(bus, about)` at `due_s`. It must check whether there is still
+        something to do."""
         heapq.heappush(self.timers, (due_s, next(self.numbers), act, about))
 
     def run_timers(self) -> None:
@@ -116,17 +118,17 @@ class BusState:
         *frames: bytes,
         last: bool = False,
     ) -> None:
-        """The next message of a session."""
+        """Send the next message of a session."""
         head = session.header(type_, id_, self.now_s)
         self.out.append(Send(session.side, session.routing_id, (head, *frames), last))
 
     def send_events(self, client: ClientSession, *events: OutputEvent) -> None:
-        """OUTPUT of the broker's own making."""
+        """Send an OUTPUT with the broker's own events."""
         body = codec.encode_events(list(events))
         self.send(client, MessageType.OUTPUT, client.id, body)
 
     def count_failure(self, error: ErrorInfo) -> None:
-        """Count a FAIL by its code; codes that we do not know are one counter."""
+        """Count a FAIL by its code; unknown codes share one counter."""
         known = error.code in ErrorCode.__members__.values()
         self.counters[f"failed_{error.code if known else 'other'}"] += 1
 
@@ -167,13 +169,13 @@ class BusState:
         return route
 
     def divert(self, route: Route, request: RequestState) -> None:
-        """From now on nothing of this request may pass this route: its bodies are read."""
+        """From now on no event of this request may pass this route: its bodies are read."""
         route.moved.add(request.id)
         request.diverted.append(route)
         self.fast_routes.pop(route.key, None)
 
     def end_diversions(self, request: RequestState) -> None:
-        """The request is over: routes that it left need no reading any more."""
+        """The request is over: bodies on routes that it left need not be read for it any more."""
         for route in request.diverted:
             route.moved.discard(request.id)
             if not route.moved and self.routes.get(route.id) is route:
@@ -207,7 +209,7 @@ class BusState:
             request.client.requests.pop(request.id, None)
 
     def unsuspect(self, request: RequestState) -> None:
-        """It need not run alone any more, or is over."""
+        """The request need not run alone any more, or is over."""
         request.alone = False
         suspects = self.suspects.get(request.model)
         if suspects is not None:
@@ -217,7 +219,7 @@ class BusState:
         self.free_cell(request)
 
     def free_cell(self, request: RequestState) -> None:
-        """The worker that was kept for it may take others again."""
+        """The worker that was reserved for it may take other requests again."""
         cell, request.cell = request.cell, None
         if cell is not None and cell.alone is request:
             cell.alone = None
@@ -237,7 +239,7 @@ class BusState:
             self._forget_if_over(*self.kept.popleft())
 
     def forget(self, request: RequestState) -> None:
-        """Nothing is known of this request any more but its line in the history."""
+        """Drop everything about this request except its entry in the history."""
         if self.requests.get(request.id) is request:
             del self.requests[request.id]
         request.client = None
@@ -253,15 +255,16 @@ class BusState:
             self.at(self.kept[0][0], BusState._forget_kept, None)
 
     def _forget_if_over(self, until_s: float, request: RequestState) -> None:
-        # Kept anew since, it stands further behind in the line too.
+        # If it was kept again since, it has a later entry in the line too.
         current = request.keep_until_s == until_s
         if not current or request.phase not in (Phase.ENDED, Phase.INTERRUPTED):
             return
         if request.end_held and request.client is not None:
-            # Nobody knows whether its end was read. Who has it ignores this; who waits resumes.
+            # It is unknown whether its end was read. A client that has the END ignores this; one
+            # that still waits will resume.
             error = ErrorInfo(
                 code=ErrorCode.WORKER_LOST,
-                message="the end of the answer was not taken in time; resume the request",
+                message="the end of the answer was not read in time; resume the request",
                 retryable=True,
             )
             body = Interrupted(

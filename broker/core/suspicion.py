@@ -1,9 +1,10 @@
-"""Which request killed its workers? Suspicion is shared, a verdict is not (SPEC.md section 6.4).
+"""Finds requests that kill their workers (poison, SPEC.md section 6.4).
 
-A worker that dies takes everything down that ran there, and most of it had no part in that. So a
-request that lost two workers is only suspected: it runs next at a worker that runs nothing else,
-one suspect of a model at a time. If it gets past its first tokens there, it is cleared and its
-count starts anew. If that worker dies too, that is evidence, and enough of it is a verdict.
+A worker that dies takes down everything that ran there, and most of those requests are not to
+blame. So a request that lost two workers is only suspected: it runs next at a worker that runs
+nothing else, one suspect per model at a time. If it gets past its first tokens there, it is
+cleared and its count starts at zero. If that worker dies too, that is evidence, and enough
+evidence is a verdict.
 
 Functions on the core's state, called by the controller, `dispatch` and `recovery`.
 """
@@ -25,38 +26,40 @@ from broker.protocol.header import MessageType
 from broker.protocol.messages import Cancel
 
 SUSPECT_DEATHS: Final = 2
-"""Lost workers after which a request runs alone."""
+"""Number of lost workers after which a request runs alone."""
 VERDICT_ALONE: Final = 3
-"""A verdict needs so many workers lost while it ran there alone and had hardly begun: of two, both
-may well have been killed from outside."""
+"""A verdict needs this many workers lost while they ran the request alone and it had hardly begun:
+two of them may both have been killed from outside."""
 RETURN_S: Final = 1.0
-"""A suspect waits so long for lost workers that lost only their connections: they come back within
-half a second, and with it."""
+"""How long a suspect waits for lost workers that may only have lost their connections: such workers
+come back within half a second, and bring it along."""
 EMPTY_S: Final = 5.0
-"""A worker that is kept for a suspect may finish what it runs for so long; the rest moves."""
+"""How long a worker reserved for a suspect may go on with its other requests; those left then move
+to other workers."""
 
 
 def without(names: Sequence[str], returned: Sequence[str]) -> tuple[str, ...]:
-    """Lost workers without those that came back with the request, each as often as it stands
-    there: it did not kill them."""
+    """Lost workers without those that came back with the request, counting repetitions: the request
+    did not kill those."""
     return tuple((Counter(names) - Counter(returned)).elements())
 
 
 def consider(bus: BusState, request: RequestState, until_s: float | None) -> None:
-    """A request comes back by RESUME. `until_s`: it was suspected before and waits so long. Must be
-    called before it is queued; `watch` after."""
+    """Decide whether a request that comes back by RESUME is suspected. `until_s`: until when it
+    already waits for its lost workers, if it was suspected before. Must be called before the
+    request is queued, and `watch` after."""
     if len(request.lost_workers) < SUSPECT_DEATHS:
         return
     if until_s is None:
-        # Deaths that were told leave nothing to wait for.
-        told = request.deaths >= SUSPECT_DEATHS
+        # If the workers said that they died, there is nothing to wait for.
+        confirmed = request.deaths >= SUSPECT_DEATHS
         most_s = bus.settings.poison_wait_s if _proved(request) else RETURN_S
-        until_s = bus.now_s + (0.0 if told else min(most_s, bus.settings.poison_wait_s))
+        until_s = bus.now_s + (0.0 if confirmed else min(most_s, bus.settings.poison_wait_s))
     request.suspect_until_s = until_s
 
 
 def watch(bus: BusState, request: RequestState) -> None:
-    """Timer of a suspect that waits for its lost workers; then it runs alone, or is judged."""
+    """Timer of a suspect that waits for its lost workers; after that it runs alone, or fails."""
     due_s = request.suspect_until_s
     mine = bus.requests.get(request.id) is request and request.phase is Phase.QUEUED
     if due_s is None or not mine:
@@ -84,13 +87,13 @@ def _verdict(request: RequestState) -> RequestError:
     return RequestError(
         ErrorCode.POISON,
         f"workers {alone} died while they ran this request and nothing else{beside}. It is not "
-        "given to another one; if something else killed them, send it as a new request",
+        "given to another worker; if something else killed them, send it as a new request",
         details={"lost_workers": list(request.lost_workers), "alone": list(request.lost_alone)},
     )
 
 
 def exonerate(bus: BusState, request: RequestState, names: Sequence[str]) -> None:
-    """These lost workers do not count against the request; its client is told with ACCEPTED."""
+    """Stop counting these lost workers against the request; ACCEPTED tells its client."""
     request.returned += tuple(names)
     request.lost_workers = without(request.lost_workers, names)
     request.lost_alone = without(request.lost_alone, names)
@@ -124,7 +127,7 @@ def assign_next(bus: BusState, model: str, queue: ModelQueue) -> bool:
         bus.at(bus.now_s + EMPTY_S, _empty, request)
     suspect = cell.alone
     if suspect is None or suspect.id not in suspects or cell.running or cell.unspent <= 0:
-        return False  # it has its turn, or waits for the worker to become empty
+        return False  # it is already running, or waits for the worker to become empty
     queue.remove(suspect)
     del suspects[suspect.id]
     bus.queued_bytes -= suspect.size_bytes
@@ -136,7 +139,8 @@ def assign_next(bus: BusState, model: str, queue: ModelQueue) -> bool:
 
 
 def _emptiest(request: RequestState, serving: list[WorkerSession]) -> WorkerSession | None:
-    """The fit worker that will be empty first; rather none that died with the request."""
+    """The fit worker that should be empty first; if possible, not one that died with the
+    request."""
     others = [worker for worker in serving if worker.name not in request.lost_workers]
     fit = [worker for worker in others or serving if worker.fit and worker.alone is None]
     fit = [worker for worker in fit if worker.running or worker.unspent > 0]
@@ -144,8 +148,8 @@ def _emptiest(request: RequestState, serving: list[WorkerSession]) -> WorkerSess
 
 
 def _empty(bus: BusState, request: RequestState) -> None:
-    """Timer: what still runs at the worker that is kept for a suspect is resumed elsewhere, or
-    here again when the suspect is through."""
+    """Timer: interrupt what still runs at the worker reserved for a suspect. Those requests resume
+    elsewhere, or here again once the suspect is finished."""
     worker = request.cell
     if worker is None or request.phase is not Phase.QUEUED or worker.alone is not request:
         return
@@ -163,13 +167,13 @@ def _empty(bus: BusState, request: RequestState) -> None:
 
 
 def on_started(bus: BusState, request: RequestState) -> None:
-    """Its first token came."""
+    """The request's first token arrived."""
     if request.alone:
         bus.at(bus.now_s + endings.CLEARED_S, _on_cleared, request)
 
 
 def _on_cleared(bus: BusState, request: RequestState) -> None:
-    """Timer: it has run on for a while, alone."""
+    """Timer: the request has run alone for a while without harm."""
     if request.alone and request.phase is Phase.RUNNING and request.cell is request.worker:
         bus.log_request("info", "is cleared", request, lost=", ".join(request.lost_workers))
         exonerate(bus, request, request.lost_workers)

@@ -1,7 +1,6 @@
-"""Bodies between bytes and typed values: msgpack with strict limits, checked once (SPEC.md
-section 4).
+"""Encoding and decoding of bodies: msgpack with strict limits, checked once (SPEC.md section 4).
 
-Whatever bytes come in, only `ProtocolError` comes out. Never pickle, never an extension type.
+Whatever bytes come in, only `ProtocolError` is raised. Never pickle, never an extension type.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ T = TypeVar("T")
 _BYTES = (bytes,)
 _MIN_INT, _MAX_INT = -(1 << 63), (1 << 64) - 1
 
-#: Tags of the events that something was appended to, and where they have log probabilities.
+#: Tags of the events to which fields were appended later, and the index of their log probabilities.
 _TOKENS, _PROMPT, _LOGPROBS = 0, 3, 6
-#: Fields before anything was appended, of those events and of a log probability.
+#: Number of original fields of those events, and of a log probability.
 _FIELDS, _LOGPROB_FIELDS = 7, 3
 
 _TOKENS_ONLY: Final = msgspec.msgpack.Decoder(list[TokensEvent])
 _ANY_EVENTS: Final = msgspec.msgpack.Decoder(list[OutputEvent])
-"""Bytes to events in one call. Safe for events without a free-form field, where an extension type
-could hide (what a later version appends is skipped unread); memory grows with what has been read,
-not with what a length claims."""
+"""Decode bytes to events in one call. Safe for events without a free-form field, in which an
+extension type could hide (fields that a later version appends are skipped unread); memory grows
+with what has been read, not with what a length claims."""
 
 
 def _refuse_extension(code: int, data: bytes) -> Any:
@@ -51,7 +50,7 @@ def pack(value: Any) -> bytes:
 
 
 def unpack(body: bytes, limit_bytes: int) -> Any:
-    """Decode bytes into plain values, or raise `ProtocolError`."""
+    """Decode bytes into plain values. Raises `ProtocolError`."""
     if len(body) > limit_bytes:
         raise ProtocolError(f"body of {len(body)} bytes; the limit is {limit_bytes}")
     try:
@@ -69,7 +68,7 @@ def unpack(body: bytes, limit_bytes: int) -> Any:
     except ProtocolError:
         raise
     except Exception as error:  # the decoder's exceptions share no base class
-        raise ProtocolError(f"not msgpack as the bus allows it: {_reason(error)}") from None
+        raise ProtocolError(f"not valid msgpack for the bus: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:
@@ -138,8 +137,8 @@ def _free_forms(request: Request) -> Iterator[tuple[str, Any]]:
 
 
 def encode_events(events: list[OutputEvent]) -> bytes:
-    """Body of an OUTPUT message. What was appended to an event stands there only as far as it
-    says something."""
+    """Body of an OUTPUT message. Fields appended by later versions are written only if they
+    are not empty."""
     arrays: list[list[Any]] = msgspec.to_builtins(events, builtin_types=_BYTES)
     for array in arrays:
         if array[0] in (_TOKENS, _PROMPT):
@@ -161,7 +160,7 @@ def decode_events(body: bytes, limit_bytes: int) -> Sequence[OutputEvent]:
             try:
                 events = decoder.decode(body)
             except (msgspec.MsgspecError, RecursionError, UnicodeError, OverflowError):
-                continue  # other events are among them, or it is bad: the slow way tells
+                continue  # it contains other events, or is invalid: the slow path finds out
             if decoder is _TOKENS_ONLY or not any(map(_is_free_form, events)):
                 return events
     return convert(unpack(body, limit_bytes), list[OutputEvent])

@@ -1,4 +1,5 @@
-"""File descriptors of this process: each connection costs one, and systems give few unasked."""
+"""File descriptors of this process: each connection costs one, and the default limit
+is often low."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ __all__ = ["raise_descriptor_limit"]
 
 
 def raise_descriptor_limit(wanted: int) -> int:
-    """Raise RLIMIT_NOFILE to what is wanted, as far as the system allows; returns what it is."""
+    """Raise RLIMIT_NOFILE to `wanted`, as far as the system allows; returns the new limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)

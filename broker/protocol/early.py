@@ -1,10 +1,10 @@
-"""Imported before all else by programs that serve: SIGTERM is heard from the first moment.
+"""Imported first by programs that serve, so that SIGTERM is handled from the first moment.
 
-Until a program has handlers of its own, SIGTERM ends it with status 0: nothing runs yet. Without
-this, one that comes while modules are imported is lost for process 1 of a container, for which the
-kernel drops signals without a handler, and is a failure for any other. (SIGINT has Python's own.) A
-broker's SIGHUP (reload) means nothing before there is something to reload. Must import nothing but
-what Python has loaded anyway.
+Until a program installs its own handlers, SIGTERM ends it with status 0: nothing runs yet. Without
+this, a SIGTERM that arrives while modules are imported is lost for process 1 of a container (the
+kernel drops signals without a handler there), and is a failure for any other process. (SIGINT has
+Python's own handler.) A broker's SIGHUP (reload) means nothing before there is something to reload.
+Must import only what Python has loaded anyway.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ _SCRIPTS = ("tokenbus-broker", "tokenbus-worker")
 
 
 def _program() -> str:
-    """The name of this program; empty for one that only imports the code."""
-    # As the interpreter was called: `python -m` imports packages before it sets anything else.
+    """The name of this program; empty if the code is only imported."""
+    # From the interpreter's own command line: `python -m` imports packages before it
+    # sets anything else.
     called = sys.orig_argv
     module = called[called.index("-m") + 1 :][:1] if "-m" in called else []
     script = os.path.basename(sys.argv[0]) if sys.argv else ""  # noqa: PTH119  # pathlib is slow to load
@@ -34,7 +35,7 @@ def _leave(_number: int, _frame: Any) -> None:
 
 
 def _ignore(_number: int, _frame: Any) -> None:
-    """A handler, since children would inherit that a signal is ignored."""
+    """A handler rather than SIG_IGN, which children would inherit."""
 
 
 if _program():

@@ -1,7 +1,6 @@
 """One shape and one table for every failure of the bus (SPEC.md section 8).
 
-    Exception
-    ├── ProtocolError       the peer's bytes break the specification; the session ends
+    Exception ├── ProtocolError       the peer's bytes violate the specification; the session ends
     └── RequestError        one request cannot be served; carries what the client receives
 
 `ErrorInfo` is what travels. Client exceptions and HTTP statuses map one to one to `ErrorCode`.
@@ -16,7 +15,7 @@ import msgspec
 
 
 class ErrorCode(StrEnum):
-    """What went wrong. The value is what stands on the wire."""
+    """What went wrong. The value is what is sent on the wire."""
 
     INVALID_REQUEST = "invalid_request"
     TOO_LARGE = "too_large"
@@ -74,15 +73,15 @@ class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     code: str
     #: What happened, to whom, and what to do next. For people; never parsed.
     message: str
-    #: The same request may succeed if it is sent again.
+    #: Whether the same request may succeed if it is sent again.
     retryable: bool = False
-    #: Not before this many milliseconds, where the sender knows.
+    #: Retry not before this many milliseconds, if the sender knows.
     retry_after_ms: int | None = None
     details: dict[str, Any] = {}
 
 
 class ProtocolError(Exception):
-    """The bytes received break the specification. Nothing else ever comes out of decoding them."""
+    """The bytes received violate the specification. Decoding them raises nothing else."""
 
 
 class RequestError(Exception):

@@ -1,6 +1,6 @@
 """The fixed header: 32 bytes, one frame, in front of every message (SPEC.md section 3).
 
-It lets a receiver refuse garbage without a decoder and lets the broker route without reading a
+With it, a receiver can refuse garbage without a decoder, and the broker can route without reading a
 body. Must never import the codec.
 """
 
@@ -16,7 +16,7 @@ from broker.protocol.limits import HEADER_BYTES, ID_BYTES, PROTOCOL_VERSION
 SIGNATURE: Final = b"\xc5\x42"
 NO_ID: Final = bytes(ID_BYTES)
 PREFIX_BYTES: Final = 24
-"""Everything before the sequence number: equal for every OUTPUT message of one route."""
+"""Everything before the sequence number: the same for every OUTPUT message of one route."""
 
 _LAYOUT: Final = struct.Struct(">2sBBHH16sQ")
 
@@ -80,14 +80,14 @@ def seal(prefix_: bytes, sequence: int) -> bytes:
 def encode(type_: MessageType, id_: bytes, sequence: int, flags: int = 0) -> bytes:
     """Build a header.
 
-    `id_` is 16 bytes, `sequence` fits 64 bits; both are the caller's own values, so a wrong one is
-    a bug (`struct.error`), not bad input.
+    `id_` is 16 bytes, `sequence` fits in 64 bits. Both are the caller's own values, so a wrong one
+    is a bug (`struct.error`), not bad input.
     """
     return _LAYOUT.pack(SIGNATURE, PROTOCOL_VERSION, type_, flags, 0, id_, sequence)
 
 
 def decode(frame: bytes) -> Header:
-    """Read a header. Raises `ProtocolError` for anything that is not one of version 1."""
+    """Read a header. Raises `ProtocolError` for anything but a version 1 header."""
     if len(frame) != HEADER_BYTES:
         raise ProtocolError(f"header of {len(frame)} bytes; it has exactly {HEADER_BYTES}")
     signature, version, code, flags, reserved, id_, sequence = _LAYOUT.unpack(frame)

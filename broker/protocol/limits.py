@@ -15,7 +15,8 @@ HEADER_BYTES: Final = 32
 """Exactly; anything else is refused before a decoder sees it."""
 
 MAX_CONTROL_BYTES: Final = 64 * 1024
-"""Body of every message but REQUEST, RESUME, ASSIGN, OUTPUT and ANSWER; real ones: 2 KiB."""
+"""Body of every message except REQUEST, RESUME, ASSIGN, OUTPUT and ANSWER; real ones are
+below 2 KiB."""
 
 MAX_HELLO_BYTES: Final = 4 * 1024 * 1024
 """HELLO: a worker lists the requests that it holds, about 60 bytes each."""
@@ -24,7 +25,7 @@ MAX_REQUEST_BYTES: Final = 8 * 1024 * 1024
 """A conversation of one million tokens as ids is about 5 MiB."""
 
 MAX_OUTPUT_BYTES: Final = 1024 * 1024
-"""One step of one client's requests; a worker splits what is larger."""
+"""One engine step for one client's requests; a worker splits larger ones."""
 
 MAX_ANSWER_BYTES: Final = 4 * 1024 * 1024
 """`bus.workers` of a thousand workers is under 1 MiB."""
@@ -36,11 +37,12 @@ MAX_ATTACHMENTS_BYTES: Final = 64 * 1024 * 1024
 """All attachments of one message."""
 
 MAX_FRAMES: Final = 4 + MAX_ATTACHMENTS
-"""Routing id, header, up to two bodies, attachments. libzmq itself has no bound: 200,000 were
-accepted."""
+"""Routing id, header, up to two bodies, attachments. libzmq itself has no limit: it
+accepted 200,000 frames."""
 
 MAX_NESTING: Final = 32
-"""Of free-form values (a tool's JSON schema, error details). Real schemas stay under 12."""
+"""Nesting of free-form values (a tool's JSON schema, error details). Real schemas stay
+under 12 levels."""
 MAX_ARRAY_ITEMS: Final = 1 << 20
 MAX_MAP_ITEMS: Final = 1 << 17
 """logit_bias may name every token of a large vocabulary."""
@@ -50,9 +52,9 @@ MAX_NAME_BYTES: Final = 256
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARACTERS: Final = 1024
 MAX_KEPT_SPECIALS: Final = 64
-"""Marks of calls and thoughts in all formats that the gateway knows are fewer than 30."""
+"""The gateway's formats for tool calls and reasoning together use fewer than 30 markers."""
 MAX_TOP_LOGPROBS: Final = 20
 MAX_HELD_REQUESTS: Final = 65_536
 
 DEFAULT_WINDOW_TOKENS: Final = 4096
-"""How far a worker may run ahead of what the client's application has taken."""
+"""How many tokens a worker may run ahead of what the client's application has read."""

@@ -1,11 +1,10 @@
-"""Log lines of broker, worker and gateway: one style, as text for a terminal and as JSON for
-everything that a program reads.
+"""Log lines of broker, worker and gateway in one style: text for a terminal, JSON for programs.
 
     12:03:44.120 INFO    client joined peer=laptop session=12063503
     {"time": 1795995704.755, "level": "info", "event": "client joined", "peer": "laptop", ...}
 
-Names come from peers: nothing of them may break a line, forge one, or colour a terminal. Never a
-prompt, a token or a whole id. Must never be imported by a sans-IO core.
+Names come from peers: they must not be able to break a line, forge one, or colour a terminal. Never
+a prompt, a token or a whole id. Must never be imported by a sans-IO core.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ FORMATS: Final = ("auto", "text", "json")
 
 
 def is_json(form: str, stream: TextIO | None) -> bool:
-    """Whether lines are JSON: `auto` is text on a terminal and JSON elsewhere; no `stream` is a
-    file."""
+    """Whether lines are JSON: `auto` means text on a terminal and JSON elsewhere; `stream` is None
+    for a file."""
     return form == "json" or (form == "auto" and (stream is None or not stream.isatty()))
 
 
 def line(
     time_s: float, level: str, event: str, fields: Mapping[str, Any] | None, *, as_json: bool
 ) -> str:
-    """One line without its end. `time_s`: seconds since the epoch; `level` in lower case."""
+    """One line, without the newline. `time_s`: seconds since the epoch; `level` in lower case."""
     if as_json:
         record = {"time": round(time_s, 3), "level": level, "event": event, **(fields or {})}
         return json.dumps(record, default=str)
@@ -55,7 +54,7 @@ def _escaped(text: str) -> str:
 
 
 class Formatter(logging.Formatter):
-    """For programs that log by `logging`: `extra={"fields": {...}}` are the fields."""
+    """For programs that use `logging`; fields are passed as `extra={"fields": {...}}`."""
 
     def __init__(self, *, as_json: bool) -> None:
         super().__init__()
@@ -72,12 +71,12 @@ class Formatter(logging.Formatter):
 
 
 def configure(level: str, form: str, file: Path | None) -> None:
-    """Set up `logging` for the process: to standard error, or to a file. Raises `OSError`."""
+    """Set up `logging` for the process, to standard error or to a file. Raises `OSError`."""
     handler: logging.Handler = (
         logging.FileHandler(file, encoding="utf-8") if file else logging.StreamHandler(sys.stderr)
     )
     as_json = is_json(form, None if file else sys.stderr)
     handler.setFormatter(Formatter(as_json=as_json))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # A full disk must not stop a worker, nor fill its terminal with tracebacks.
+    # A full disk must neither stop a worker nor fill its terminal with tracebacks.
     logging.raiseExceptions = False

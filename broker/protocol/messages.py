@@ -1,8 +1,8 @@
 """Every message body of version 1 as a typed, frozen value (SPEC.md sections 4 to 7).
 
 A body is checked once, at the edge, when it is decoded into one of these; inside, types are
-trusted. Control bodies are maps: an unknown key is skipped, so adding an optional key is no version
-change. OUTPUT events and ledgers are arrays: a field with a default may be appended.
+trusted. Control bodies are maps: an unknown key is skipped, so adding an optional key does not
+change the version. OUTPUT events and ledgers are arrays: a field with a default may be appended.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Role = Literal["client", "worker"]
 
 
 class Kind(StrEnum):
-    """What a request asks for."""
+    """The kinds of request."""
 
     CHAT = "chat"
     COMPLETE = "complete"
@@ -48,7 +48,7 @@ class Kind(StrEnum):
 
 
 class WorkerState(StrEnum):
-    """A worker's own word for what it is doing. Only READY and DRAINING workers hold requests."""
+    """A worker's state as it reports it. Only READY and DRAINING workers hold requests."""
 
     LOADING = "loading"
     READY = "ready"
@@ -77,16 +77,16 @@ class ModelInfo(_Map, frozen=True, kw_only=True):
 
     name: Name
     kinds: tuple[Kind, ...] = (Kind.CHAT, Kind.COMPLETE)
-    #: Longest prompt plus answer, in tokens; None while it is not known (loading).
+    #: Longest prompt plus answer, in tokens; None while unknown (loading).
     context_tokens: Count | None = None
     #: Takes pictures.
     images: bool = False
-    #: Free facts for people: architecture, parameters, dtype, quantisation. Of a relay, `via`: the
-    #: brokers that stand behind it.
+    #: Free-form facts for people: architecture, parameters, dtype, quantisation. For a relay, `via`
+    #: lists the brokers behind it.
     details: dict[str, Any] = {}
-    #: Requests of this model that run at once, where that is less than the worker's slots.
+    #: How many requests of this model run at once, if fewer than the worker's slots.
     capacity: Count | None = None
-    #: Why requests of this model run one at a time and not in a batch; empty: in a batch.
+    #: Why requests of this model run one at a time; empty if they are batched.
     serial: str = ""
 
 
@@ -108,31 +108,32 @@ class Hello(_Map, frozen=True, kw_only=True):
     min_version: Count = 1
     max_version: Count = 1
     software: str = ""
-    # A worker's own:
+    # Only from workers:
     models: list[ModelInfo] = []
-    #: Requests that run at once when everything is ready; the broker never assigns more than is
-    #: granted.
+    #: How many requests run at once when everything is ready; the broker never assigns more than
+    #: the credit granted.
     capacity: Count = 0
-    #: Relative speed, as the replaced systems' `speed`: weight of lottery and shortest_queue.
+    #: Relative speed, as `speed` in the replaced systems: a weight for lottery and shortest_queue.
     speed: Annotated[float, Meta(gt=0, le=1e9)] = 1.0
     engine: str = ""
     device: str = ""
     holds: Annotated[list[Held], Meta(max_length=MAX_HELD_REQUESTS)] = []
-    #: Brokers that share this worker's slots; above 1 each tells it what waits there.
+    #: Number of brokers that share this worker's slots; if above 1, each tells it how many
+    #: requests wait there.
     brokers: Annotated[int, Meta(ge=1, le=1 << 16)] = 1
-    #: The process that speaks, drawn when it starts: who says HELLO again is known by it, and who
-    #: only has the same name is not taken for it.
+    #: Random id of the process, drawn when it starts. It distinguishes a worker that says HELLO
+    #: again from another one with the same name.
     instance: Id | None = None
 
 
 class BusLimits(_Map, frozen=True, kw_only=True):
-    """Bounds of the broker that a peer must keep."""
+    """Limits of the broker that a peer must respect."""
 
     request_bytes: Count
     attachment_bytes: Count
     attachments_bytes: Count
     attachments: Count
-    #: Requests of one client that are queued or running at once.
+    #: Requests that one client may have queued or running at once.
     inflight: Count
 
 
@@ -148,43 +149,45 @@ class Welcome(_Map, frozen=True, kw_only=True):
     limits: BusLimits
     #: Default window of a stream, tokens.
     window: Annotated[int, Meta(ge=1, le=1 << 31)]
-    #: This session may use the operator's verbs.
+    #: Whether this session may use the operator's verbs.
     operator: bool = False
 
 
 class Refuse(_Map, frozen=True, kw_only=True):
-    """The broker ends, or does not begin, a session."""
+    """The broker ends a session, or refuses to begin one."""
 
     error: ErrorInfo
-    #: Do not come back like this: wrong version, wrong key, broken framing.
+    #: Do not retry unchanged: wrong version, wrong key, broken framing.
     fatal: bool = False
 
 
 class Heartbeat(_Map, frozen=True, kw_only=True):
-    """Sign of life. A client's is empty, and so is the broker's to clients and to workers of one
-    broker; a worker's carries what follows."""
+    """Sign of life. A client's is empty, and so is the broker's, except to workers of several
+    brokers; a worker's carries the following fields."""
 
     state: WorkerState | None = None
     running: Count = 0
-    #: At the engine. From a broker to a worker of several: requests queued for its models.
+    #: Requests waiting at the engine. From a broker to a worker of several brokers: requests queued
+    #: for its models.
     waiting: Count = 0
-    #: Cumulative, as in CREDIT; None from who grants nothing.
+    #: Cumulative, as in CREDIT; None from peers that grant nothing.
     granted: Count | None = None
-    #: Since the engine last finished a step while it had work; 0 when idle.
+    #: Time since the engine last finished a step while it had work; 0 when idle.
     engine_age_ms: Milliseconds = 0
-    #: Loading progress, 0 to 1, with `note` saying what is being done.
+    #: Loading progress, 0 to 1; `note` says what is being done.
     progress: Annotated[float, Meta(ge=0, le=1)] | None = None
     note: str = ""
-    #: Figures of the engine: tokens_per_s, ttft_ms, batch, kv_used_tokens, memory_used_bytes, ...
+    #: Statistics of the engine: tokens_per_s, ttft_ms, batch, kv_used_tokens,
+    #: memory_used_bytes, ...
     metrics: dict[str, float] = {}
-    #: Present once whenever the list differs from what the broker was last told.
+    #: Sent once whenever the list differs from the one last sent.
     models: list[ModelInfo] | None = None
     capacity: Count | None = None
-    #: With `models`, of a worker whose engine is loaded: what HELLO could not know yet.
+    #: Sent with `models` by a worker whose engine has loaded: values that HELLO could not know yet.
     engine: str | None = None
     device: str | None = None
-    #: From a broker: the `Credit.recalled` that it has answered, and the credit that it has given
-    #: back unspent for that. Both cumulative over the session.
+    #: From a broker: the `Credit.recalled` that it has answered, and the unspent credit that it has
+    #: given back. Both cumulative over the session.
     recalled: Count = 0
     returned: Count = 0
 
@@ -197,8 +200,9 @@ class Goodbye(_Map, frozen=True, kw_only=True):
 
 
 class Drain(_Map, frozen=True, kw_only=True):
-    """No new work; finish what runs within the deadline. To a worker from an operator through the
-    broker, from a worker as an announcement, to everyone from a broker that is about to stop."""
+    """No new work; finish what runs within the deadline. Sent to a worker by an operator
+    through the broker, by a worker as an announcement, and to everyone by a broker that is
+    about to stop."""
 
     reason: str = ""
     deadline_ms: Milliseconds = 0
@@ -208,10 +212,10 @@ class Drain(_Map, frozen=True, kw_only=True):
 
 
 class Attachment(_Map, frozen=True, kw_only=True):
-    """Says what the frame of the same index is."""
+    """Describes the attachment frame with the same index."""
 
     kind: Literal["image", "video_frame", "data"] = "image"
-    #: For people and logs; the worker looks at the bytes, never at this.
+    #: For people and logs; the worker inspects the bytes and ignores this.
     media_type: str = ""
 
 
@@ -248,21 +252,21 @@ class Constraint(_Map, frozen=True, kw_only=True):
     """What the answer must conform to."""
 
     type: Literal["json_object", "json_schema", "regex", "grammar", "choice"]
-    #: The schema (map), the expression or grammar (string), or the choices (list); none for
-    #: json_object.
+    #: The schema (map), the expression or grammar (string), or the choices (list);
+    #: None for json_object.
     value: Any = None
-    #: Of JSON: without any white space between its parts.
+    #: For JSON: no white space between its parts.
     compact: bool = False
 
 
 MODEL_DEFAULTS: Final = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-"""Parameters for which a model may bring a default of its own (`Params.model_defaults`)."""
+"""Parameters for which a model may have its own default (`Params.model_defaults`)."""
 
 
 class Params(_Map, frozen=True, kw_only=True):
     """How tokens are chosen and when to stop. Defaults are the neutral values."""
 
-    #: None: what is left of the context.
+    #: None: the rest of the context.
     max_tokens: Annotated[int, Meta(ge=1, le=1 << 31)] | None = None
     min_tokens: Count = 0
     #: 0 is greedy.
@@ -271,13 +275,13 @@ class Params(_Map, frozen=True, kw_only=True):
     #: 0 is off.
     top_k: Count = 0
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    #: Over prompt and answer; 1 is off.
+    #: Applied to tokens of prompt and answer; 1 is off.
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
-    #: Over the answer; 0 is off.
+    #: Applied to tokens of the answer; 0 is off.
     presence_penalty: Annotated[float, Meta(ge=-100, le=100)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-100, le=100)] = 0.0
-    #: With the token's position, the only source of randomness. The client library always sends
-    #: one.
+    #: Together with the token's position, the only source of randomness. The client library
+    #: always sends one.
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
     stop: Annotated[
         list[Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
@@ -285,52 +289,52 @@ class Params(_Map, frozen=True, kw_only=True):
     ] = []
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=1024)] = []
     ignore_eos: bool = False
-    #: The stop string, or the special tokens, stand in the text.
+    #: Whether the stop string, or the special tokens, are part of the text.
     include_stop: bool = False
     skip_special_tokens: bool = True
-    #: Special tokens by their text that stand in the answer's text all the same: what marks calls
-    #: and thoughts. PROMPT says which of them the model has, and how its prompt ends.
+    #: Texts of special tokens to keep in the answer's text: markers of tool calls and reasoning.
+    #: PROMPT says which of them the model has, and how its prompt ends.
     keep_special: Annotated[
         list[Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
         Meta(max_length=MAX_KEPT_SPECIALS),
     ] = []
-    #: None: none; n: of the chosen token and the n likeliest.
+    #: None: no log probabilities; n: of the chosen token and the n most likely ones.
     logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    #: The text starts with the prompt.
+    #: Whether the text starts with the prompt.
     echo: bool = False
     #: Added to the logits: pairs of token id and bias.
     logit_bias: Annotated[list[tuple[TokenId, Finite]], Meta(max_length=1 << 17)] = []
     banned_token_ids: Annotated[list[TokenId], Meta(max_length=1 << 17)] = []
-    #: The answer begins with these tokens.
+    #: Tokens with which the answer begins.
     forced_token_ids: Annotated[list[TokenId], Meta(max_length=1 << 16)] = []
     constraint: Constraint | None = None
-    #: When prompt and max_tokens do not fit: refuse, or drop the oldest tokens after BOS and
-    #: system.
+    #: What to do if prompt and max_tokens do not fit: refuse, or drop the oldest tokens after BOS
+    #: and the system message.
     overflow: Literal["error", "truncate_left"] = "error"
-    #: Which of `MODEL_DEFAULTS` the caller left open: there the model's own generation config
-    #: counts, if it says anything, before the neutral value. Unknown names are skipped.
+    #: Names from `MODEL_DEFAULTS` that the caller did not set: for these the model's generation
+    #: config takes precedence over the neutral value. Unknown names are skipped.
     model_defaults: Annotated[list[str], Meta(max_length=16)] = []
-    #: Deliver at least this many tokens at a time (all of them at the end).
+    #: Minimum number of tokens to deliver at a time (all that are left at the end).
     stream_interval: Annotated[int, Meta(ge=1, le=1 << 20)] = 1
 
 
 class Resume(_Map, frozen=True, kw_only=True):
     """What the client already has of an interrupted stream."""
 
-    #: Higher than any before; events of another epoch are stale, or forged. Clients add a random
+    #: Higher than any before; events with another epoch are stale or forged. Clients add a random
     #: step, so that a worker that lost the request cannot guess it.
     epoch: Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
     token_ids: list[TokenId] = []
     #: Characters (Unicode code points) of text received with those tokens.
     text_characters: Count = 0
-    #: The PROMPT event was received.
+    #: Whether the PROMPT event was received.
     prompt_seen: bool = False
     #: Names of workers that died while they ran this request.
     lost_workers: list[Name] = []
     #: Those of them that ran nothing else when they died.
     lost_alone: list[Name] = []
-    #: Name of the worker that ran it last and may still hold it; empty: none is known.
+    #: Name of the worker that ran it last and may still hold it; empty if unknown.
     holder: Annotated[str, Meta(max_length=MAX_NAME_BYTES)] = ""
 
 
@@ -343,56 +347,57 @@ class Request(_Map, frozen=True, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1)] | None = None
     prompt: str | None = None
     token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
-    #: Of embed: several texts or lists of token ids.
+    #: For embed: several texts or lists of token ids.
     inputs: Annotated[list[str | list[TokenId]], Meta(min_length=1, max_length=4096)] | None = None
     params: Params = Params()
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    #: Handed to the chat template.
+    #: Passed to the chat template.
     template_args: dict[str, Any] = {}
-    #: Of embed: see the worker's documentation (pooling, normalize, dimensions).
+    #: For embed: see the worker's documentation (pooling, normalize, dimensions).
     embed_args: dict[str, Any] = {}
     #: Longest wait for a worker; None: the broker's own limit.
     queue_ms: Milliseconds | None = None
-    #: Remaining life of the request; every hop subtracts the time that it held it.
+    #: Remaining life of the request; every hop subtracts the time for which it held the request.
     ttl_ms: Milliseconds | None = None
     #: Higher goes first.
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0
-    #: Fair share is between users of a client; empty: the client session itself.
+    #: Fair sharing is between users of a client; if empty, the client session itself is the user.
     user: Annotated[str, Meta(max_length=MAX_NAME_BYTES)] = ""
     #: First token offset that the client does not take yet; see WINDOW.
     window: Annotated[int, Meta(ge=1, le=1 << 62)]
     attachments: Annotated[list[Attachment], Meta(max_length=MAX_ATTACHMENTS)] = []
-    #: W3C trace context and the like, for whoever follows the request across processes.
+    #: W3C trace context and the like, for tracing the request across processes.
     trace: dict[str, str] = {}
-    #: Only of RESUME.
+    #: Only in RESUME.
     resume: Resume | None = None
 
 
 class Accepted(_Map, frozen=True, kw_only=True):
     """The broker has the request; sent again when it leaves the queue."""
 
-    #: Requests that go before it; 0 when it is assigned.
+    #: Number of requests ahead of it; 0 once it is assigned.
     position: Count = 0
-    #: The worker it was assigned to; empty while it is queued.
+    #: The worker that it was assigned to; empty while it is queued.
     worker: str = ""
-    #: Workers that were reported lost and came back with the request: they are no `lost_workers`.
+    #: Workers that were reported lost but came back with the request; they no longer belong
+    #: in `lost_workers`.
     returned: list[Name] = []
-    #: With `worker`: the header id of every OUTPUT from there. An event of the request that comes
-    #: under another one is another worker's.
+    #: With `worker`: the header id of every OUTPUT from there. An event of the request under
+    #: another header id came from another worker.
     route: Id | None = None
 
 
 class Assign(_Map, frozen=True, kw_only=True):
     """First body of ASSIGN; the client's body and attachments follow unchanged."""
 
-    #: Header id for every OUTPUT about this request: names the client's route, opaque to the
-    #: worker.
+    #: Header id for every OUTPUT about this request: identifies the route to the client, opaque
+    #: to the worker.
     reply_to: Id
     epoch: Count = 0
     #: Remaining life of the request on arrival.
     ttl_ms: Milliseconds | None = None
-    #: The request is believed to be held by this worker: go on with it. Spends no credit.
+    #: The worker is believed to hold the request already: continue it. Spends no credit.
     attach: bool = False
 
 
@@ -407,29 +412,30 @@ class Window(_Map, frozen=True, kw_only=True):
 
 
 class Credit(_Map, frozen=True, kw_only=True):
-    """Cumulative over the session: ASSIGNs the worker will ever have accepted."""
+    """Cumulative over the session: the total number of ASSIGNs that the worker has
+    agreed to accept."""
 
     granted: Count
-    #: Credit that the worker would like back unspent, because another of its brokers needs it.
+    #: Credit that the worker asks to have back unspent, because another of its brokers needs it.
     recalled: Count = 0
 
 
 class Reject(_Map, frozen=True, kw_only=True):
-    """The worker never started the request; its slot comes back with `granted`."""
+    """The worker did not start the request; `granted` returns its slot."""
 
     error: ErrorInfo
     granted: Count
 
 
 class Interrupted(_Map, frozen=True, kw_only=True):
-    """The worker of the request is gone or draining: RESUME if you like."""
+    """The worker of the request is gone or draining; the client may RESUME."""
 
     epoch: Count
     worker: str
     #: The worker died: count it against the request (`Resume.lost_workers`).
     lost: bool
     error: ErrorInfo
-    #: It died, and ran nothing else: count it in `Resume.lost_alone` too.
+    #: The worker died and ran nothing else: count it in `Resume.lost_alone` too.
     alone: bool = False
 
 
@@ -455,21 +461,22 @@ class TopLogprob(_Array, frozen=True):
 
 
 class TokenLogprob(_Array, frozen=True):
-    """Of one token: natural logarithms of the distribution after penalties, before temperature."""
+    """Log probabilities at one token: natural logarithms of the distribution after penalties,
+    before temperature."""
 
     logprob: float | None
-    #: The token's own bytes (they may be part of a character).
+    #: The token's own bytes (possibly only part of a character).
     token: bytes
     top: list[TopLogprob] = []
-    #: Characters of the text (of PROMPT, or of the answer) before this token's own; a token that
-    #: is part of a character has the place of that. None: the worker did not tell it.
+    #: Offset of the token in the text (of PROMPT, or of the answer), in characters; a token that is
+    #: part of a character has that character's offset. None if the worker did not send it.
     place: Count | None = None
 
 
 class Usage(_Map, frozen=True, kw_only=True):
     prompt_tokens: Count = 0
     completion_tokens: Count = 0
-    #: Of the prompt, taken from the prefix cache.
+    #: Prompt tokens taken from the prefix cache.
     cached_tokens: Count = 0
     image_tokens: Count = 0
 
@@ -482,16 +489,16 @@ class Timings(_Map, frozen=True, kw_only=True):
     decode_ms: float = 0.0
 
 
-#: Never part of a cycle: the garbage collector need not look at each token.
+#: gc=False: never part of a cycle, so the garbage collector need not track each token.
 class TokensEvent(_Array, frozen=True, tag=0, gc=False):
-    """New tokens, starting at token `offset`. `text` is what became certain with them."""
+    """New tokens, starting at token `offset`. `text` is the text that they completed."""
 
     request_id: Id
     epoch: Count
     offset: Count
     token_ids: list[TokenId]
     text: str
-    #: One for each token, or nothing.
+    #: One for each token, or empty.
     logprobs: list[TokenLogprob] | None = None
 
 
@@ -502,13 +509,13 @@ class EndEvent(_Array, frozen=True, tag=1):
     epoch: Count
     offset: Count
     finish_reason: FinishReason
-    #: The rest of the text, held back until now.
+    #: The rest of the text, which was held back until now.
     text: str
     usage: Usage
     timings: Timings
-    #: Of embed, count, tokenize, detokenize and template: the answer.
+    #: The answer to embed, count, tokenize, detokenize and template.
     result: dict[str, Any] | None = None
-    #: The stop string or token id that ended it.
+    #: The stop string or token id that ended the answer.
     stopped_by: str | int | None = None
 
 
@@ -522,22 +529,22 @@ class FailEvent(_Array, frozen=True, tag=2):
 
 
 class PromptEvent(_Array, frozen=True, tag=3):
-    """Facts of the prompt, once and before the first token, where they were asked for: by `echo`,
-    `prompt_logprobs` or `keep_special`. Token ids come with the first two."""
+    """Facts about the prompt, sent once before the first token if requested by `echo`,
+    `prompt_logprobs` or `keep_special`. The first two bring token ids."""
 
     request_id: Id
     epoch: Count
     #: Always 0.
     offset: Count
     token_ids: list[TokenId]
-    #: The prompt's text where `echo` was asked for.
+    #: The prompt's text, if `echo` was requested.
     text: str
     logprobs: list[TokenLogprob] | None = None
-    #: Those of `keep_special` that are special tokens of the model.
+    #: Those of `keep_special` that the model has as special tokens.
     special: list[str] = []
-    #: With `keep_special`, the end of the prompt's text: some tokens of it.
+    #: With `keep_special`: the text of the prompt's last few tokens.
     tail: str = ""
-    #: Of the prompt; None from workers that know nothing of this field.
+    #: Number of tokens of the prompt; None from workers that do not know this field.
     usage: Usage | None = None
 
 
@@ -564,8 +571,8 @@ class Ledger(_Array, frozen=True):
 
 
 def new_id() -> bytes:
-    """A fresh random id of 16 bytes. Never zero in its first byte: ZeroMQ reserves such routing
-    ids."""
+    """A fresh random id of 16 bytes. Its first byte is never zero: ZeroMQ reserves
+    such routing ids."""
     while not (id_ := os.urandom(ID_BYTES))[0]:
         pass
     return id_

@@ -1,7 +1,7 @@
-"""How options are read, alike for broker, worker, client and gateway.
+"""How options are read, the same for broker, worker, client and gateway.
 
-No party reads an abbreviation, drops a misspelt name in silence, or has a boolean of its own. Pure:
-never reads the environment or a file itself.
+No party accepts an abbreviation, silently ignores a misspelt name, or reads booleans in its own
+way. Pure: never reads the environment or a file itself.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ __all__ = ["OptionParser", "misspelt", "parse_bool"]
 
 ENVIRONMENT: Final = "TOKENBUS_"
 _PARTIES: Final = ("TOKENBUS_WORKER_", "TOKENBUS_GATEWAY_")
-#: What Kubernetes sets for a service that is called `tokenbus`.
+#: Set by Kubernetes for a service that is called `tokenbus`.
 _SERVICE_LINKS: Final = re.compile(r"_SERVICE_(HOST|PORT)|_PORT(_\d+_(TCP|UDP).*)?$")
 
 
 def parse_bool(text: str) -> bool:
-    """A switch as text: true, yes, on, 1 or their opposites; nothing is false. Raises
-    `ValueError`."""
+    """A boolean as text: true, yes, on, 1 or their opposites; the empty string is false.
+    Raises `ValueError`."""
     word = text.strip().lower()
     if word in ("true", "yes", "on", "1"):
         return True
@@ -39,11 +39,11 @@ def misspelt(
     *,
     near_only: bool = False,
 ) -> list[str]:
-    """A line for each variable that begins like ours and is read by nobody.
+    """A line for each variable that begins like ours but is not an option.
 
-    `known` are the names that the caller reads, `prefix` those that it answers for: the broker's
-    stops where the worker's and the gateway's begin. `near_only`: others may read names that are
-    unlike all of `known`.
+    `known` are the names that the caller reads; `prefix` is the beginning of those that it checks
+    (the broker's excludes those of the worker and the gateway). `near_only`: report only names
+    similar to one in `known`, since another program may read the rest.
     """
     names = sorted(known)
     lines = []
@@ -56,14 +56,14 @@ def misspelt(
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.8 if near_only else 0.6)
         if near_only and not near:
             continue
-        hint = f"did you mean {near[0]}?" if near else "--help lists those that are"
-        lines.append(f"{name} is set and no option; {hint}")
+        hint = f"did you mean {near[0]}?" if near else "--help lists all options"
+        lines.append(f"{name} is set but is not an option; {hint}")
     return lines
 
 
 class OptionParser(argparse.ArgumentParser):
-    """argparse without abbreviations, that names every unknown option at once, each with the
-    nearest one or with what takes the place of an option of a replaced system."""
+    """argparse without abbreviations. Reports every unknown option at once, each with the most
+    similar option, or with the replacement of an option of a replaced system."""
 
     def __init__(
         self,
@@ -72,8 +72,8 @@ class OptionParser(argparse.ArgumentParser):
         raises: type[Exception] | None = None,
         **kwargs: Any,
     ) -> None:
-        """`replaced`: what to do instead, by the option of another system. `raises`: what a
-        mistake raises; without it, argparse ends the process with status 2."""
+        """`replaced`: advice by option of a replaced system. `raises`: the exception for a mistake;
+        without it, argparse ends the process with status 2."""
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
         self._replaced = dict(replaced or {})
@@ -82,7 +82,7 @@ class OptionParser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
-        """As argparse, with all unknown options in one message."""
+        """Like argparse, with all unknown options in one message."""
         words = sys.argv[1:] if args is None else args
         parsed, rest = self.parse_known_args(words, namespace)
         if rest:
@@ -104,7 +104,7 @@ class OptionParser(argparse.ArgumentParser):
             elif near:
                 lines.append(f"there is no option {name}; did you mean {near[0]}?")
             else:
-                lines.append(f"there is no option {name}; --help lists those that are")
+                lines.append(f"there is no option {name}; --help lists all options")
         return lines
 
     def error(self, message: str) -> NoReturn:
@@ -114,7 +114,7 @@ class OptionParser(argparse.ArgumentParser):
 
 
 def _actions(parser: argparse.ArgumentParser, words: Sequence[str]) -> Iterator[argparse.Action]:
-    """Those of the parser and of the command that was given: another's would be no help."""
+    """Options of the parser and of the command in use; those of other commands would not help."""
     for action in parser._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):

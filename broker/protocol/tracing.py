@@ -1,8 +1,9 @@
 """Trace context in `Request.trace`, and the tracer of a process (extra `traces`).
 
-The keys are those of W3C Trace Context. Tracing is on where OpenTelemetry's own environment names a
-collector (`OTEL_EXPORTER_OTLP_ENDPOINT`); off, nothing of OpenTelemetry is imported. The broker
-passes bodies on unread, so it makes no spans: the wait in its queue is seen from the client's side.
+The keys are those of W3C Trace Context. Tracing is on if OpenTelemetry's own environment variables
+name a collector (`OTEL_EXPORTER_OTLP_ENDPOINT`); if it is off, nothing of OpenTelemetry is
+imported. The broker forwards bodies unread, so it makes no spans: the time in its queue is visible
+from the client's side.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ log = logging.getLogger("tokenbus.traces")
 
 
 def wanted(environment: Mapping[str, str] = os.environ) -> bool:
-    """OpenTelemetry's environment names a collector and does not turn traces off."""
+    """Whether OpenTelemetry's environment names a collector and does not turn traces off."""
     if environment.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return False
     if environment.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
@@ -30,9 +31,9 @@ def wanted(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def make_tracer(service: str) -> Any:
-    """The tracer of this process, or None where traces are off or the extra is not installed.
+    """The tracer of this process, or None if traces are off or the extra is not installed.
 
-    `service` is the name shown, unless `OTEL_SERVICE_NAME` says another.
+    `service` is the name shown, unless `OTEL_SERVICE_NAME` is set.
     """
     if not wanted():
         return None
@@ -42,7 +43,7 @@ def make_tracer(service: str) -> Any:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        log.warning("traces are asked for, but %s: %s", error, install_hint("traces"))
+        log.warning("traces are switched on, but %s: %s", error, install_hint("traces"))
         return None
     named = os.environ.get("OTEL_SERVICE_NAME")
     provider = TracerProvider(resource=Resource.create({"service.name": named or service}))
@@ -51,7 +52,7 @@ def make_tracer(service: str) -> Any:
 
 
 def context_of(trace: Mapping[str, str]) -> Any:
-    """What a request or HTTP headers say about the span above; an empty context for nothing."""
+    """The parent span named by a request or by HTTP headers; an empty context if none."""
     from opentelemetry.context import Context
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -60,7 +61,7 @@ def context_of(trace: Mapping[str, str]) -> Any:
 
 
 def current_trace() -> dict[str, str]:
-    """As `trace_of`, of the span that the calling program is in; empty outside of one."""
+    """Like `trace_of`, for the current span of the calling program; empty if there is none."""
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     carrier: dict[str, str] = {}
@@ -69,7 +70,7 @@ def current_trace() -> dict[str, str]:
 
 
 def trace_of(span: Any) -> dict[str, str]:
-    """What travels in `Request.trace` so that spans elsewhere become children of this one."""
+    """The value of `Request.trace` that makes spans elsewhere children of this one."""
     from opentelemetry.trace import set_span_in_context
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 

@@ -35,7 +35,7 @@ def test_a_failure_at_the_broker_is_listed_with_its_cause() -> None:
 
 
 def test_a_body_that_is_none_has_no_cause_and_does_no_harm() -> None:
-    assert causes.told_in(b"\xc1", [Finished(b"x" * 16, "engine_error")]) == {}
+    assert causes.causes_in(b"\xc1", [Finished(b"x" * 16, "engine_error")]) == {}
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ MUTANTS = (
         "the broker attaches a RESUME of an older epoch",
         recovery,
         "_resume",
-        "facts.epoch <= known.epoch",
+        "facts.epoch <= existing.epoch",
         "facts.epoch < 0",
         ("stray", "cut_client"),
     ),
@@ -234,7 +234,7 @@ MUTANTS = (
     Mutant(
         "a superseded session keeps the request",
         recovery,
-        "_take_over",
+        "_detach_old_client",
         "old.requests.pop(request.id, None)",
         "pass",
         ("cut_client", "unplug_client"),

@@ -391,7 +391,7 @@ def test_both_brokers_may_demand_keys(tmp_path: Path, keys: tuple[Path, Path]) -
     [
         (["--upstream", "nonsense"], "--upstream: 'nonsense' is not an address"),
         (["--upstream", "tcp://127.0.0.1:*"], "one broker's back address is needed"),
-        (["--upstream-key", "x", "--upstream-server-key", "y"], "say which broker"),
+        (["--upstream-key", "x", "--upstream-server-key", "y"], "say for which broker"),
         (["--upstream", "tcp://127.0.0.1:5556", "--upstream-key", "x"], "give both"),
     ],
 )
