@@ -286,8 +286,8 @@ class BrokerCore(BusState):
                     # The run that was moved away, even if the request is back here by now.
                     worker.moving.discard(finished.request_id)
                     continue
-                # Without a route it is about requests that nobody receives; one that was attached
-                # meanwhile is replayed, and named again with its end.
+                # Without a route, nobody receives these requests; one that was attached in the
+                # meantime is replayed, and the ledger then names it again.
                 if head.id != header.NO_ID or not self._awaited(worker, finished.request_id):
                     self._finish(worker, finished, found_causes.get(finished.request_id, ""))
             self._grant(worker, ledger.granted)

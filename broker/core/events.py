@@ -14,7 +14,7 @@ Frames = tuple[bytes, ...]
 
 
 class Side(StrEnum):
-    """Which of the two sockets: clients come in at the front, workers at the back. Text, because a
+    """One of the two sockets: clients connect at the front, workers at the back. Text, because a
     plain member of `Enum` is hashed by a Python function, a dozen times for each message."""
 
     FRONT = "front"

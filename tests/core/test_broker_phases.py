@@ -51,7 +51,9 @@ def test_a_move_is_made_where_the_table_has_it_and_nowhere_else(start: Phase, th
         assert request.moves[:-1] == before
         assert request.moves[-1] == (1.0, then, 0, "")
     else:
-        with pytest.raises(IllegalMoveError, match=f"may not move from {start.value} to {then.value}"):
+        with pytest.raises(
+            IllegalMoveError, match=f"may not move from {start.value} to {then.value}"
+        ):
             request.to(then, 1.0)
         assert (request.phase, request.moves) == (start, before)
 
