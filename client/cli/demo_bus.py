@@ -58,7 +58,7 @@ class DemoBus(LocalBus):
             tell("waiting for the page ...")
             wait_for(
                 lambda: _answers(f"{url}/ready"),
-                "the gateway is not ready",
+                "the gateway to be ready",
                 START_S,
                 self.gateways[0].process,
             )
@@ -72,7 +72,7 @@ class DemoBus(LocalBus):
                 tell(_progress(row))
             return row is not None and bool(row["state"] == "ready")
 
-        wait_for(is_ready, "the worker is not ready", patience_s, self.workers[WORKER])
+        wait_for(is_ready, "the worker to be ready", patience_s, self.workers[WORKER])
 
     def wait(self) -> None:
         """For ever; raises `ProcessFailed` when a process ends by itself."""

@@ -51,15 +51,15 @@ def wait_for(
     timeout_s: float = START_S,
     process: ManagedProcess | None = None,
 ) -> T:
-    """Wait until `condition()` is true; returns its value. Raises `ProcessFailed` that begins with
-    `what`, such as "the door is not open", and at once where `process` ends."""
+    """Wait until `condition()` is true; returns its value. Raises `ProcessFailed`, at once where
+    `process` ends. `what` is waited for: "the door to open"."""
     until_s = time.monotonic() + timeout_s
     while not (found := condition()):
         if process is not None:
             process.check()
         if time.monotonic() > until_s:
             said = f": {process.last_words()}" if process is not None else ""
-            raise ProcessFailed(f"{what} after {timeout_s:g} s{said}")
+            raise ProcessFailed(f"waited {timeout_s:g} s for {what}{said}")
         time.sleep(LOOK_S)
     return found
 
@@ -138,7 +138,7 @@ class ManagedProcess:
         # Only whole lines: the last may still be written.
         return wait_for(
             lambda: expression.search(self.log().rpartition("\n")[0]),
-            f"the {self.title} has not said {pattern!r}",
+            f"the {self.title} to say {pattern!r}",
             timeout_s,
             self,
         )
@@ -294,15 +294,16 @@ class LocalBus:
                 making.check()
         self._started += 1
         ready = self.folder / f"ready-{self._started}.json"
-        where = ["--front", self.fronts[index], "--back", self.backs[index]]
-        where += ["--ready-file", str(ready)]
+        where = ["--ready-file", str(ready)]
+        given = (*self.broker_options, *options)
+        for flag, address in (("--front", self.fronts[index]), ("--back", self.backs[index])):
+            if flag not in given:
+                where += [flag, address]
         if self._keys is not None:
             where += ["--keys", str(self._keys)]
-        broker = self.launch(
-            f"broker-{self._started}", "broker", *where, *self.broker_options, *options
-        )
+        broker = self.launch(f"broker-{self._started}", "broker", *where, *given)
         self.brokers[index : index + 1] = [broker]
-        wait_for(ready.exists, "the broker is not ready", self._start_s, broker)
+        wait_for(ready.exists, "the broker to be ready", self._start_s, broker)
         addresses = json.loads(ready.read_text(encoding="utf-8"))
         self.fronts[index], self.backs[index] = addresses["front"][0], addresses["back"][0]
         return broker
@@ -356,7 +357,6 @@ class LocalBus:
             self._observer = None
         for process in self.processes:
             process.stop(self._stop_s)
-        self.gateways.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -399,7 +399,7 @@ class LocalBus:
 
         limit_s = self._start_s if timeout_s is None else timeout_s
         try:
-            wait_for(ready, f"{wanted} workers are not ready", limit_s)
+            wait_for(ready, f"{wanted} workers to be ready", limit_s)
         except ProcessFailed as error:
             for worker in self.workers.values():
                 error.add_note(f"{worker.name}: {worker.last_words()}")

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import openai
 import pytest
 
-from tests.harness import PATIENCE_S, Bus, ManagedProcess, wait_until
+from client.cli.local_bus import ManagedProcess
+from tests.harness import PATIENCE_S, Bus, wait_until
 
 MODEL = "echo"
 
@@ -53,42 +52,28 @@ class GatewayProcess:
 
 
 @contextlib.contextmanager
-def running_gateway(folder: Path, bus: Bus, *options: str) -> Iterator[GatewayProcess]:
+def running_gateway(bus: Bus, *options: str) -> Iterator[GatewayProcess]:
     """A gateway in front of `bus`, ended whatever happens."""
-    process = ManagedProcess(
-        "gateway",
-        ["-m", "client.gateway", "--broker", bus.front, "--port", "0", *options],
-        folder,
-    )
+    gateway = bus.start_gateway(*options)
     try:
-
-        def address() -> str | None:
-            assert process.running, process.log()
-            found = re.search(r"https?://\S+(?= \(web page\))", process.log())
-            return found and found[0]
-
-        url = wait_until(address, "the gateway's start-up line", story=process.log)
-        verify = not url.startswith("https")
+        verify = not gateway.url.startswith("https")
 
         def answers() -> bool:
-            assert process.running, process.log()
+            gateway.process.check()
             with contextlib.suppress(httpx.TransportError):
-                return httpx.get(f"{url}/health", verify=verify).status_code == 200
+                return httpx.get(f"{gateway.url}/health", verify=verify).status_code == 200
             return False
 
-        wait_until(answers, "the gateway's health", story=process.log)
-        yield GatewayProcess(process, url, bus)
+        wait_until(answers, "the gateway's health", story=gateway.process.log)
+        yield GatewayProcess(gateway.process, gateway.url, bus)
     finally:
-        process.kill()
+        gateway.process.kill()
+        bus.gateways.remove(gateway)
 
 
 @pytest.fixture(scope="session")
-def shared_gateway(
-    shared_bus: Bus, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[GatewayProcess]:
-    with running_gateway(
-        tmp_path_factory.mktemp("gateway"), shared_bus, "--keep-alive-s", "0.2"
-    ) as gateway:
+def shared_gateway(shared_bus: Bus) -> Iterator[GatewayProcess]:
+    with running_gateway(shared_bus, "--keep-alive-s", "0.2") as gateway:
         yield gateway
 
 
@@ -99,14 +84,12 @@ def gateway(bus: Bus, shared_gateway: GatewayProcess) -> GatewayProcess:
 
 
 @pytest.fixture
-def make_gateway(bus: Bus, tmp_path: Path) -> Iterator[Callable[..., GatewayProcess]]:
+def make_gateway(bus: Bus) -> Iterator[Callable[..., GatewayProcess]]:
     """Gateways of one's own on the shared bus: `make_gateway("--keys", path)`."""
     with contextlib.ExitStack() as stack:
 
         def make(*options: str, bus: Bus = bus) -> GatewayProcess:
-            folder = tmp_path / f"gateway-{len(list(tmp_path.iterdir()))}"
-            folder.mkdir()
-            return stack.enter_context(running_gateway(folder, bus, *options))
+            return stack.enter_context(running_gateway(bus, *options))
 
         yield make
 

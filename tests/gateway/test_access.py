@@ -297,7 +297,6 @@ def test_an_absent_broker_is_told_once_with_its_cause_and_once_when_it_is_back(
     make_bus: Callable[..., Bus], make_gateway: Callable[..., GatewayProcess]
 ) -> None:
     own = make_bus(workers=1)
-    assert own.broker is not None
     own.broker.kill()
     gateway = make_gateway(bus=own)
     wait_until(lambda: "broker away" in gateway.process.log(), "the warning")

@@ -19,9 +19,10 @@ from typing import Any
 
 import pytest
 
+from client.cli.local_bus import ManagedProcess
 from client.gateway.server import MAX_FIELDS, MAX_HEAD_BYTES, ExceptionHandler
 from tests.gateway.conftest import GatewayProcess, running_gateway
-from tests.harness import PATIENCE_S, ROOT, Bus, ManagedProcess, wait_until
+from tests.harness import PATIENCE_S, ROOT, Bus, wait_until
 
 HEALTH = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
 POST = (
@@ -31,13 +32,10 @@ POST = (
 
 
 @pytest.fixture(scope="module")
-def hasty(
-    shared_gateway: GatewayProcess, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[GatewayProcess]:
+def hasty(shared_gateway: GatewayProcess) -> Iterator[GatewayProcess]:
     """A gateway that waits for no head or body for long, and has few connections."""
     options = ("--head-s", "1.5", "--body-s", "1.5", "--max-connections", "20")
-    folder = tmp_path_factory.mktemp("hasty")
-    with running_gateway(folder, shared_gateway.bus, *options) as gateway:
+    with running_gateway(shared_gateway.bus, *options) as gateway:
         yield gateway
 
 
@@ -266,7 +264,7 @@ runpy.run_module("client.gateway", run_name="__main__")
 
 def test_a_gateway_of_few_descriptors_stays_below_them(bus: Bus, tmp_path: Path) -> None:
     options = ("--broker", bus.front, "--port", "0", "--head-s", "0.5")
-    process = ManagedProcess("gateway", ["-c", FEW, *options], tmp_path)
+    process = ManagedProcess("gateway", [sys.executable, "-c", FEW, *options], tmp_path)
     try:
         url = wait_until(
             lambda: re.search(r"http://\S+(?= \(web page\))", process.log()),

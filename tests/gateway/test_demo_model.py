@@ -16,7 +16,7 @@ from broker.protocol.messages import MODEL_DEFAULTS
 from client.gateway.convert import completion_calls
 from client.gateway.requests import CompletionRequest
 from tests.gateway.conftest import running_gateway
-from tests.harness import Bus, ManagedProcess
+from tests.harness import Bus
 
 pytest.importorskip("torch")
 pytest.importorskip("llguidance")
@@ -44,11 +44,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     bus = Bus(folder)
     try:
         bus.start_broker()
-        bus.workers["demo"] = ManagedProcess(
-            "demo", ["-m", "worker", "--broker", bus.back, "--no-progress"], folder
-        )
+        bus.start_worker("demo", engine=None)
         bus.wait_ready(1)
-        with running_gateway(folder, bus) as gateway, gateway.openai() as client:
+        with running_gateway(bus) as gateway, gateway.openai() as client:
             yield client
     finally:
         bus.stop()

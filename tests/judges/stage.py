@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.gateway.conftest import running_gateway
-from tests.harness import ROOT, Bus, ManagedProcess, wait_until
+from tests.harness import ROOT, Bus, wait_until
 
 ENVIRONMENTS = Path(__file__).parent / ".venv"
 #: A judge that says nothing for so long is taken for stuck.
@@ -42,11 +42,9 @@ def stage() -> Iterator[Stage]:
         try:
             bus.start_broker()
             bus.start_worker("echo")
-            bus.workers["demo"] = ManagedProcess(
-                "demo", ["-m", "worker", "--broker", bus.back, "--no-progress"], folder
-            )
+            bus.start_worker("demo", engine=None)
             bus.wait_ready(2)
-            with running_gateway(folder, bus) as gateway:
+            with running_gateway(bus) as gateway:
                 yield Stage(gateway.url, folder)
         finally:
             bus.stop()

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,64 +32,33 @@ from broker.protocol.messages import (
     Usage,
     new_id,
 )
-from tests.harness import PATIENCE_S, wait_until
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.harness import PATIENCE_S, Bus
 
 
-class BrokerProcess:
-    """`python -m broker` on free addresses."""
+class BrokerProcess(Bus):
+    """`python -m broker` on free addresses, alone."""
 
     def __init__(self, folder: Path, *options: str) -> None:
-        self.ready_file = folder / "ready.json"
-        self.log_file = folder / "broker.log"
-        given = " ".join(options)
-        if "--front" not in given:
-            options += ("--front", "tcp://127.0.0.1:*")
-        if "--back" not in given:
-            options += ("--back", "tcp://127.0.0.1:*")
         # Raw peers send no heartbeats: only a test that asks for it finds them silent.
         for party in ("worker", "client"):
-            if f"--{party}-heartbeat-s" not in given:
+            if f"--{party}-heartbeat-s" not in options:
                 options += (f"--{party}-heartbeat-s", str(PATIENCE_S))
-        with self.log_file.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "broker", "--ready-file", str(self.ready_file), *options],
-                cwd=ROOT,
-                stdout=log,
-                stderr=log,
-            )
-        wait_until(lambda: self.ready_file.exists() or self.process.poll() is not None, "a start")
-        assert self.process.poll() is None, self.log
-        self.ready = json.loads(self.ready_file.read_text())
-        self.front: str = self.ready["front"][0]
-        self.back: str = self.ready["back"][0]
+        super().__init__(folder, *options)
+        self.process = self.start_broker().popen
+        self.ready = json.loads((folder / "ready-1.json").read_text())
 
     @property
     def log(self) -> str:
-        return self.log_file.read_text()
+        return self.broker.log()
 
     def signal(self, number: signal.Signals) -> None:
-        os.kill(self.process.pid, number)
-
-    def stop(self) -> None:
-        """SIGTERM until it has ended: the second forces, whatever requests are open."""
-        if self.process.poll() is None:
-            self.signal(signal.SIGCONT)
-        until_s = time.monotonic() + 5
-        while self.process.poll() is None:
-            self.process.terminate() if time.monotonic() < until_s else self.process.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(0.1)
+        self.broker.signal(number)
 
 
 @contextmanager
 def running_broker(folder: Path, *options: str) -> Iterator[BrokerProcess]:
-    broker = BrokerProcess(folder, *options)
-    try:
+    with BrokerProcess(folder, *options) as broker:
         yield broker
-    finally:
-        broker.stop()
 
 
 @contextmanager

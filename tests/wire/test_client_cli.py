@@ -476,7 +476,6 @@ def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(bus: Bus) -> No
 
 def test_chat_may_be_started_before_the_broker(make_bus: Callable[..., Bus]) -> None:
     bus = make_bus(workers=0)
-    assert bus.broker is not None
     bus.broker.kill()
     person = Person("chat", "--broker", bus.front, "--connect-timeout", "0.5", NO_COLOR="1")
     person.sees("waiting for a broker")
@@ -495,7 +494,7 @@ def test_chat_tells_when_a_stream_was_resumed(make_bus: Callable[..., Bus]) -> N
     person.sees("you> ")
     person.types(ENDLESS + "\n")
     rows = wait_until(
-        lambda: [row["name"] for row in bus.worker_rows() if row["running"]], "a running worker"
+        lambda: [row["name"] for row in bus.rows() if row["running"]], "a running worker"
     )
     bus.workers[rows[0]].kill()
     other = ({"w1", "w2"} - set(rows)).pop()

@@ -15,8 +15,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from client.__main__ import main
+from client.cli.local_bus import ManagedProcess
 from tests.gateway.conftest import running_gateway
-from tests.harness import PATIENCE_S, Bus, ManagedProcess, wait_until
+from tests.harness import PATIENCE_S, Bus, wait_until
 
 
 def families(text: str) -> dict[str, float]:
@@ -51,9 +52,8 @@ def test_an_exporter_serves_them_and_says_when_the_broker_is_away(
 ) -> None:
     bus = make_bus(workers=1)
     options = ["--connect-timeout", "0.3", "--serve", "127.0.0.1:0"]
-    exporter = ManagedProcess(
-        "exporter", ["-m", "client", "metrics", "--broker", bus.front, *options], tmp_path
-    )
+    command = bus.command("client", "metrics", "--broker", bus.front, *options)
+    exporter = ManagedProcess("exporter", command, tmp_path)
     try:
         found = wait_until(
             lambda: re.search(r"http://\S+/metrics", exporter.log()), "its address", PATIENCE_S
@@ -63,7 +63,6 @@ def test_an_exporter_serves_them_and_says_when_the_broker_is_away(
             read(found[0].replace("/metrics", "/else"))
         assert elsewhere.value.code == 404
         elsewhere.value.close()
-        assert bus.broker is not None
         bus.broker.kill()
         with pytest.raises(urllib.error.HTTPError) as away:
             read(found[0])
@@ -103,7 +102,7 @@ def test_a_port_in_use_is_told_in_words(bus: Bus, capsys: pytest.CaptureFixture[
 
 
 def test_the_gateway_adds_the_figures_of_the_bus_to_its_own(bus: Bus, tmp_path: Path) -> None:
-    with running_gateway(tmp_path, bus) as gateway:
+    with running_gateway(bus) as gateway:
         both = families(read(f"{gateway.url}/metrics"))
         assert both["tokenbus_worker_ready"] == 2
         assert both["tokenbus_gateway_broker_up"] == 1

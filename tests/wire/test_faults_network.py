@@ -40,10 +40,8 @@ def proxied_bus(folder: Path, *broker_options: str) -> Iterator[Proxied]:
         bus.start_broker()
         front = stack.enter_context(Proxy(bus.front))
         back = stack.enter_context(Proxy(bus.back))
-        real, bus.back = bus.back, back.address
         for name in ("w1", "w2"):
-            bus.start_worker(name)
-        bus.back = real
+            bus.start_worker(name, brokers=[back.address])
         bus.wait_ready(2)
         yield Proxied(bus, front, back)
 

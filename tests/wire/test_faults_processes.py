@@ -84,46 +84,19 @@ def test_an_engine_that_stands_still_for_a_while_is_left_alone(make_bus: MakeBus
 
 def test_a_full_disk_costs_log_lines_and_nothing_else(tmp_path: Path) -> None:
     """Broker, worker and engine write to a device that is always full, from the first line on."""
-    bus = Bus(tmp_path)
-    ready = tmp_path / "ready.json"
-    running: list[subprocess.Popen[bytes]] = []
-
-    def start(*arguments: str) -> subprocess.Popen[bytes]:
-        with Path("/dev/full").open("wb") as full:
-            process = subprocess.Popen(
-                [sys.executable, "-m", *arguments], cwd=ROOT, stdout=full, stderr=full
-            )
-        running.append(process)
-        return process
-
-    try:
-        anywhere = ("--front", "tcp://127.0.0.1:*", "--back", "tcp://127.0.0.1:*")
-        broker = start("broker", *anywhere, "--ready-file", str(ready), "--log-level", "debug")
-        wait_until(lambda: ready.exists() or broker.poll() is not None, "a broker that listens")
-        addresses = json.loads(ready.read_text())
-        bus.front = addresses["front"][0]
-        worker = start(
-            *("worker", "--engine", "echo", "--broker", addresses["back"][0]),
-            *("--worker-id", "w1", "--log-level", "debug"),
-        )
+    with Bus(tmp_path, "--log-level", "debug", output=Path("/dev/full")) as bus:
+        broker = bus.start_broker()
+        worker = bus.start_worker("w1", "--log-level", "debug")
         bus.wait_ready(1)
         assert len(read_all(bus.client(), 4, lambda: os.kill(engine_of(worker.pid), 9))) == 4
-        worker.terminate()
-        assert worker.wait(PATIENCE_S) == 0
-        broker.terminate()
-        assert broker.wait(PATIENCE_S) == 0
-    finally:
-        bus.stop()
-        for process in running:
-            process.kill()
-            process.wait()
+        assert worker.terminate(PATIENCE_S) == 0
+        assert broker.terminate(PATIENCE_S) == 0
 
 
 def test_without_a_descriptor_left_the_open_streams_go_on_and_others_are_served_later(
     tmp_path: Path,
 ) -> None:
     with running_bus(tmp_path, 1) as bus:
-        assert bus.broker is not None
         pid = bus.broker.pid
         used = len(list(Path(f"/proc/{pid}/fd").iterdir()))
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 40, used + 40))
@@ -150,7 +123,6 @@ def test_without_a_descriptor_left_the_open_streams_go_on_and_others_are_served_
 
 def test_thousands_who_come_and_go_leave_no_trace(tmp_path: Path) -> None:
     with running_bus(tmp_path, 1, "--client-heartbeat-s", "0.5") as bus:
-        assert bus.broker is not None
         client = bus.client()
 
         def gone() -> bool:
@@ -161,7 +133,6 @@ def test_thousands_who_come_and_go_leave_no_trace(tmp_path: Path) -> None:
             front = come_and_go(bus.front, count // 2)
             front += come_and_go(bus.back, count // 2, role="worker")
             wait_until(gone, "all of them forgotten")
-            assert bus.broker is not None
             return memory_bytes(bus.broker.pid) if front == count else 0
 
         settled = come(400)
@@ -222,10 +193,7 @@ def test_a_second_broker_takes_over_while_the_first_stays_dead(tmp_path: Path) -
     with running_bus(folders[0], 0) as first, running_bus(folders[1], 0) as second:
         first.start_worker("shared", "--broker", second.back, slots=16)
         for bus in (first, second):
-            wait_until(
-                lambda bus=bus: bus.worker_rows() and bus.worker_rows()[0]["granted"], "slots"
-            )
+            wait_until(lambda bus=bus: bus.rows() and bus.rows()[0]["granted"], "slots")
         with Client([first.front, second.front]) as client:
-            assert first.broker is not None
             resumed = read_all(client, 6, first.broker.kill)
         assert min(resumed) >= 1

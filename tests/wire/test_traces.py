@@ -28,10 +28,11 @@ from broker.protocol.messages import (
     Usage,
 )
 from client import Retry, Timeout, calls
+from client.cli.local_bus import ManagedProcess
 from client.core.events import End, Started
 from client.gateway.traces import HttpSpan
 from tests.gateway.conftest import running_gateway
-from tests.harness import Bus, ManagedProcess, wait_until
+from tests.harness import Bus, wait_until
 from worker.core import events as fact
 from worker.process.traces import TracedEngine
 
@@ -289,7 +290,7 @@ def test_one_trace_leads_from_the_caller_through_gateway_and_broker_to_the_worke
         bus.start_broker()
         worker: ManagedProcess = bus.start_worker(prefill_ms=20, step_delay_ms=2)
         bus.wait_ready(1)
-        with running_gateway(tmp_path, bus) as gateway:
+        with running_gateway(bus) as gateway:
             message = {"role": "user", "content": "one two three"}
             httpx.post(
                 f"{gateway.url}/v1/chat/completions",

@@ -16,7 +16,7 @@ pytest.importorskip("torch")
 pytest.importorskip("peft")
 from safetensors.numpy import save_file
 
-from tests.harness import Bus, ManagedProcess
+from tests.harness import Bus
 from worker.demo import model_path
 from worker.demo.pictures import example
 
@@ -62,14 +62,7 @@ def bus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bus]:
     bus = Bus(folder)
     try:
         bus.start_broker()
-        bus.workers["demo"] = ManagedProcess(
-            "demo",
-            [
-                *("-m", "worker", "--broker", bus.back, "--no-progress", "--device", "auto"),
-                *("--engine-arg", f"adapters=odd={adapter}"),
-            ],
-            folder,
-        )
+        bus.start_worker("demo", "--device", "auto", engine=None, adapters=f"odd={adapter}")
         bus.wait_ready(1)
         yield bus
     finally:
@@ -111,7 +104,7 @@ def test_the_models_details_are_known_to_the_bus(bus: Bus) -> None:
 
 
 def test_the_bus_knows_engine_and_device_as_they_turned_out(bus: Bus) -> None:
-    (row,) = bus.worker_rows()
+    (row,) = bus.rows()
     assert row["engine"] == "transformers"
     assert row["device"] not in ("", "auto")
 

@@ -15,7 +15,8 @@ import pytest
 
 from broker import auth
 from client import Client, EngineError, ModelUnavailable, Timeout, Tokens
-from tests.harness import PATIENCE_S, Bus, ManagedProcess, wait_until
+from client.cli.local_bus import ManagedProcess
+from tests.harness import PATIENCE_S, Bus, wait_until
 from tests.wire.many_streams import WINDOW_TOKENS
 
 MakeBus = Callable[..., Bus]
@@ -29,7 +30,7 @@ def sampled(tokens: int, delay_ms: float = 0, **more: Any) -> dict[str, Any]:
 
 def relays(upper: Bus) -> list[dict[str, Any]]:
     """The workers of a broker that are brokers themselves."""
-    return [row for row in upper.worker_rows() if row["engine"] == "bus"]
+    return [row for row in upper.rows() if row["engine"] == "bus"]
 
 
 def free(upper: Bus) -> int:
@@ -45,7 +46,6 @@ def wait_free(upper: Bus, slots: int) -> None:
 
 def relay_pid(lower: Bus) -> int:
     """Process id of the relay that the lower broker started last."""
-    assert lower.broker is not None
     lines = [json.loads(line) for line in lower.broker.log().splitlines() if line.startswith("{")]
     return int([line["pid"] for line in lines if line["event"] == "relay starts"][-1])
 
@@ -202,7 +202,6 @@ def _kill_a_worker(upper: Bus, lower: Bus) -> None:
 
 
 def _kill_the_lower_broker(upper: Bus, lower: Bus) -> None:
-    assert lower.broker is not None
     # The broker alone: its relay is another process.
     lower.broker.signal(signal.SIGKILL)
     lower.broker.popen.wait()
@@ -261,10 +260,8 @@ def test_a_lower_broker_that_is_stopped_drains_upward(
     answers = stream_through(upper, lambda: lower.broker.popen.terminate())  # type: ignore[union-attr]
     assert [answer.token_ids for answer in answers] == expected
     assert {answer.resumed for answer in answers} == {0}, "what ran was finished"
-    assert lower.broker is not None
     assert lower.broker.popen.wait(PATIENCE_S) == 0
     assert not relays(upper)
-    assert upper.broker is not None
     log = upper.broker.log()
     assert "worker drains" in log and '"why": "drained", "lost": false' in log
 
@@ -332,7 +329,7 @@ def test_a_loop_of_brokers_is_refused_and_both_still_serve(tmp_path: Path) -> No
             bus.start_worker(slots=2)
 
         def refused() -> bool:
-            brokers = [bus.broker for bus in buses if bus.broker is not None]
+            brokers = [bus.broker for bus in buses]
             return any("a loop of brokers" in broker.log() for broker in brokers)
 
         wait_until(refused, "a refusal", story=lambda: first.logs() + second.logs())
@@ -378,7 +375,7 @@ def test_both_brokers_may_demand_keys(tmp_path: Path, keys: tuple[Path, Path]) -
             story=lambda: lower.logs() + upper.logs(),
         )
         assert client.chat("echo", "hello").text == "hello"
-        assert lower.broker is not None and lower.broker.running
+        assert lower.broker.running
         for secret in (below / "broker.key_secret", above / "worker.key_secret"):
             assert secret.read_text().split('secret-key = "')[1][:40] not in lower.broker.log()
     finally:
@@ -396,6 +393,6 @@ def test_both_brokers_may_demand_keys(tmp_path: Path, keys: tuple[Path, Path]) -
     ],
 )
 def test_a_wrong_option_is_told_at_once(tmp_path: Path, options: list[str], words: str) -> None:
-    broker = ManagedProcess("broker", ["-m", "broker", "check", *options], tmp_path)
+    broker = Bus(tmp_path).launch("broker", "broker", "check", *options)
     assert broker.popen.wait(PATIENCE_S) == 2
     assert words in broker.log()

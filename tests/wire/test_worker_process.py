@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from client import BusError, Client, Stream
-from tests.harness import PATIENCE_S, ROOT, Bus, ManagedProcess, running_bus, wait_until
+from client.cli.local_bus import ManagedProcess
+from tests.harness import PATIENCE_S, ROOT, Bus, running_bus, wait_until
 from tests.wire.many_streams import WINDOW_TOKENS
 from worker.engines.echo import tokens as echo_tokens
 
@@ -106,7 +107,7 @@ def test_an_engine_that_hangs_is_killed_and_replaced_while_the_link_lives(tmp_pa
         client = bus.client()
         stream = begin(client, hang_at=3)
         wait_until(
-            lambda: any(row["engine_age_ms"] > 500 for row in bus.worker_rows()),
+            lambda: any(row["engine_age_ms"] > 500 for row in bus.rows()),
             "the engine's age in bus.workers",
         )
         assert stream.text() == PROMPT
@@ -119,11 +120,11 @@ def test_large_pictures_for_an_engine_that_hangs_do_not_stall_the_heartbeats(one
     hanging = begin(client, hang_at=2)
     picture = b"\x89PNG\r\n\x1a\n" + bytes(12 << 20)
     blocked = client.generate("<image> " * 4, model="echo", images=[picture] * 4, stream=True)
-    wait_until(lambda: one.worker_rows()[0]["running"] == 2, "both requests at the worker")
+    wait_until(lambda: one.rows()[0]["running"] == 2, "both requests at the worker")
     told = records(one.workers["w1"], "broker lost")
 
     def heard_since() -> bool:
-        rows = one.worker_rows()
+        rows = one.rows()
         return any(row["engine_age_ms"] > 3000 and row["silent_ms"] < 1500 for row in rows)
 
     wait_until(heard_since, "a heartbeat of the worker whose engine hangs")
@@ -183,7 +184,7 @@ def test_a_second_worker_of_one_name_waits_and_says_why_until_the_name_is_free(o
     second = one.start_worker("w1")
     (refused,) = wait_until(lambda: records(second, "broker absent"), "the refusal in its log")
     assert refused["level"] == "warning" and "--worker-id" in refused["cause"]
-    assert len(one.worker_rows()) == 1
+    assert len(one.rows()) == 1
     assert begin(one.client()).text() == PROMPT
     first.kill()
     del one.workers["first of w1"]
@@ -217,14 +218,13 @@ def test_a_stopped_link_is_lost_within_the_liveness_and_harmless_when_it_wakes(
             assert sum(stream.stream.resumed for stream in streams) > 0
         finally:
             stopped.signal(signal.SIGCONT)
-        wait_until(lambda: len(bus.worker_rows()) == 2, "the stopped worker back")
+        wait_until(lambda: len(bus.rows()) == 2, "the stopped worker back")
         bus.wait_idle()
 
 
 def test_a_stream_survives_a_broker_that_is_killed_and_is_not_run_twice(one: Bus) -> None:
     worker = one.workers["w1"]
     stream = begin(one.client(), step_delay_ms=100)
-    assert one.broker is not None
     one.broker.kill()
     wait_until(lambda: records(worker, "broker lost"), "the loss in the worker's log")
     one.start_broker()
@@ -233,7 +233,7 @@ def test_a_stream_survives_a_broker_that_is_killed_and_is_not_run_twice(one: Bus
     (lost,) = records(worker, "broker lost")
     assert lost["requests_held"] == 1
     # The worker ran it once: what was resumed was attached to, not prefilled again.
-    assert one.worker_rows()[0]["assigned"] == 0
+    assert one.rows()[0]["assigned"] == 0
 
 
 def test_a_broker_that_stands_still_for_a_while_costs_a_pause_and_nothing_else(
@@ -247,7 +247,6 @@ def test_a_broker_that_stands_still_for_a_while_costs_a_pause_and_nothing_else(
         bus.start_broker()
         worker = bus.start_worker("w1", "--log-level", "debug", slots=streams)
         bus.wait_ready(1)
-        assert bus.broker is not None
         options = {"mode": "sampled", "answer_tokens": tokens, "step_delay_ms": 2}
         clients = [bus.client() for _ in range(streams)]
         begun = [
@@ -337,7 +336,7 @@ def test_a_loading_worker_is_listed_with_its_progress_and_gets_no_work(one: Bus)
     one.start_worker("slow", load_ms=3000)
 
     def loading() -> dict[str, Any] | None:
-        rows = [row for row in one.worker_rows() if row["name"] == "slow"]
+        rows = [row for row in one.rows() if row["name"] == "slow"]
         return rows[0] if rows and rows[0]["progress"] else None
 
     row = wait_until(loading, "progress in bus.workers")
@@ -355,7 +354,7 @@ def test_two_brokers_are_served_from_one_pool_of_slots(tmp_path: Path) -> None:
         worker = first.start_worker("shared", "--broker", second.back, slots=4)
         for bus in (first, second):
             wait_until(
-                lambda bus=bus: [row["granted"] for row in bus.worker_rows()] == [2],
+                lambda bus=bus: [row["granted"] for row in bus.rows()] == [2],
                 "half of the slots",
                 story=worker.log,
             )
