@@ -1,212 +1,48 @@
-"""The bus as the benchmarks drive it: starting its programs, and raw peers without the library.
-
-`RawPeer` speaks broker.protocol itself on a plain socket, so that the load generator costs little
-and the broker alone is measured. The one place that knows command lines.
-"""
+"""The bus as the benchmarks drive it: its processes, and raw peers without the library, so that the
+load generator costs little and the broker alone is measured."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import selectors
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
-from bench.common import ROOT, Process, endpoints, python
-from bench.zmtp import Connection
-from broker.protocol import codec
-from broker.protocol.header import NO_ID, Flag, MessageType, decode, encode
-from broker.protocol.limits import MAX_ANSWER_BYTES, MAX_CONTROL_BYTES, MAX_OUTPUT_BYTES
-from broker.protocol.messages import (
-    Accepted,
-    Assign,
-    Credit,
-    EndEvent,
-    Finished,
-    FinishReason,
-    Heartbeat,
-    Hello,
-    Ledger,
-    ModelInfo,
-    OutputEvent,
-    Request,
-    Timings,
-    TokensEvent,
-    Usage,
-    Welcome,
-    WorkerState,
-    new_id,
-)
+from bench.common import ONE_THREAD, ROOT, STOP_S
+from client.cli.local_bus import ANYWHERE, LocalBus
+from tests.support.plain_peer import RawPeer, Watch
 
-WAIT_S = 20.0
-"""Longest wait for a message of the broker."""
+__all__ = ["LOG", "QUIET", "RawPeer", "Watch", "running"]
+
+LOG = ("--log-level", "warning")
 QUIET = ("--worker-heartbeat-s", "3600", "--client-heartbeat-s", "3600")
 """No heartbeats: a load generator that counts bytes must not meet one."""
 
 
 @contextlib.contextmanager
-def broker(transport: str = "tcp", *arguments: str) -> Iterator[tuple[Process, str, str]]:
-    """A broker on fresh endpoints: process, front, back."""
-    with (
-        endpoints(transport) as (front, back),
-        Process(
-            python("-m", "broker", "--front", front, "--back", back, "--log-level", "warning")
-            + list(arguments)
-        ) as process,
-    ):
-        process.wait_line("listens")
-        yield process, front, back
+def running(
+    *broker_options: str, transport: str = "tcp", keys: bool = False, path: str = ""
+) -> Iterator[LocalBus]:
+    """A broker on fresh endpoints, `tcp` (loopback) or `ipc`; the caller starts its workers.
 
-
-def worker(back: str, engine: str, *arguments: str, path: str = "") -> Process:
-    """A worker; `path` is a further folder where its engine is looked for."""
-    command = python("-m", "worker", "--engine", engine, "--broker", back)
-    command += ["--no-progress", "--log-level", "warning", *arguments]
-    return Process(command, {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), path]))})
-
-
-class Watch:
-    """Waits for many peers at once. Whoever takes a message takes all that were read with it."""
-
-    def __init__(self, peers: Sequence[RawPeer]) -> None:
-        self._selector = selectors.DefaultSelector()
-        for peer in peers:
-            self._selector.register(peer.connection, selectors.EVENT_READ, peer)
-
-    def readable(self) -> list[RawPeer]:
-        """Those for whom something came; waits for the first."""
-        ready = [key.data for key, _ in self._selector.select(WAIT_S)]
-        if not ready:
-            raise TimeoutError(f"nothing came in {WAIT_S} s")
-        return ready
-
-    def close(self) -> None:
-        """Release the selector."""
-        self._selector.close()
-
-
-class RawPeer:
-    """One session on one connection, without threads or timers: the caller sends heartbeats."""
-
-    def __init__(self, endpoint: str) -> None:
-        self.connection = Connection(endpoint, new_id(), WAIT_S)
-        self.session = NO_ID
-        #: Sequence number of the next message sent.
-        self.sequence = 0
-        #: Of a worker: slots granted so far.
-        self.granted = 0
-
-    def send(self, type_: MessageType, id_: bytes, *frames: bytes) -> None:
-        """Send one message."""
-        self.connection.send((encode(type_, id_, self.sequence), *frames))
-        self.sequence += 1
-
-    def receive(self) -> tuple[MessageType, bytes, list[bytes]]:
-        """The next message: type, id, frames after the header. Raises `TimeoutError`."""
-        head, *frames = self.connection.receive()
-        header = decode(head)
-        return header.type, header.id, frames
-
-    def expect(self, wanted: MessageType) -> tuple[bytes, list[bytes]]:
-        """The next message of a type; heartbeats and receipts between are passed over."""
-        passing = {MessageType.HEARTBEAT, MessageType.ACCEPTED} - {wanted}
-        while True:
-            type_, id_, frames = self.receive()
-            if type_ == wanted:
-                return id_, frames
-            if type_ not in passing:
-                body = codec.unpack(frames[0], MAX_ANSWER_BYTES)
-                raise ConnectionError(
-                    f"expected {wanted.name}, the broker sent {type_.name}: {body}"
-                )
-
-    def hello(
-        self,
-        role: str,
-        name: str,
-        *,
-        models: list[ModelInfo] | None = None,
-        capacity: int = 0,
-    ) -> Welcome:
-        """Open the session."""
-        self.say_hello(role, name, models=models, capacity=capacity)
-        return self.welcomed()
-
-    def say_hello(
-        self,
-        role: str,
-        name: str,
-        *,
-        models: list[ModelInfo] | None = None,
-        capacity: int = 0,
-    ) -> None:
-        """The first half of `hello`, which does not wait."""
-        hello = Hello(role=role, name=name, models=models or [], capacity=capacity)
-        self.send(MessageType.HELLO, NO_ID, codec.encode(hello))
-
-    def welcomed(self) -> Welcome:
-        """The second half of `hello`."""
-        self.session, frames = self.expect(MessageType.WELCOME)
-        return codec.decode(Welcome, frames[0], MAX_CONTROL_BYTES)
-
-    def ready(self, models: list[ModelInfo], capacity: int) -> None:
-        """A worker says that it is ready and grants its capacity."""
-        beat = Heartbeat(state=WorkerState.READY, granted=0, models=models, capacity=capacity)
-        self.send(MessageType.HEARTBEAT, self.session, codec.encode(beat))
-        self.credit(capacity)
-
-    def credit(self, granted: int) -> None:
-        """A worker grants slots: a cumulative number."""
-        self.granted = granted
-        self.send(MessageType.CREDIT, self.session, codec.encode(Credit(granted=granted)))
-
-    def beat(self, worker: bool = False) -> None:
-        """A sign of life."""
-        body = codec.encode(Heartbeat(state=WorkerState.READY)) if worker else b"\x80"
-        self.send(MessageType.HEARTBEAT, self.session, body)
-
-    def request(self, model: str, max_tokens: int = 1 << 20) -> bytes:
-        """Send a REQUEST for a completion; its id."""
-        request_id = new_id()
-        body = {
-            "model": model,
-            "kind": "complete",
-            "prompt": "x",
-            "params": {"max_tokens": max_tokens},
-            "window": 1 << 30,
-        }
-        self.send(MessageType.REQUEST, request_id, codec.pack(body))
-        return request_id
-
-    def assigned(self) -> tuple[bytes, Assign, Request]:
-        """A worker takes its next ASSIGN: request id, assignment, request."""
-        id_, frames = self.expect(MessageType.ASSIGN)
-        return (
-            id_,
-            codec.decode(Assign, frames[0], MAX_CONTROL_BYTES),
-            codec.decode(Request, frames[1], MAX_ANSWER_BYTES),
-        )
-
-    def accepted(self) -> Accepted:
-        """A client takes its next ACCEPTED; `worker` is empty while the request is queued."""
-        _, frames = self.expect(MessageType.ACCEPTED)
-        return codec.decode(Accepted, frames[0], MAX_CONTROL_BYTES)
-
-    def output(self) -> list[OutputEvent]:
-        """A client takes its next OUTPUT."""
-        _, frames = self.expect(MessageType.OUTPUT)
-        return codec.decode_events(frames[0], MAX_OUTPUT_BYTES)
-
-    def answer(self, reply_to: bytes, request_id: bytes, granted: int) -> None:
-        """A worker answers with one token and the end, and gives the slot back."""
-        events = [
-            TokensEvent(request_id, 0, 0, [1234], " word"),
-            EndEvent(request_id, 0, 1, FinishReason.LENGTH, "", Usage(), Timings()),
-        ]
-        ledger = Ledger(granted, [Finished(request_id, "length", 1, 1)], [request_id])
-        head = encode(MessageType.OUTPUT, reply_to, self.sequence, Flag.LEDGER)
-        self.connection.send((head, codec.encode_events(events), codec.encode(ledger)))
-        self.sequence += 1
-
-    def close(self) -> None:
-        """Close the connection; a GOODBYE is the caller's."""
-        self.connection.close()
+    `path`: a further folder where engines are looked for.
+    """
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), path)))}
+    # Socket paths are short (107 bytes): never below a deep working directory.
+    with tempfile.TemporaryDirectory(prefix="tb-") as folder:
+        front, back = ANYWHERE, ANYWHERE
+        if transport == "ipc":
+            front, back = f"ipc://{folder}/f", f"ipc://{folder}/b"
+        with LocalBus(
+            Path(folder),
+            *LOG,
+            *broker_options,
+            front=front,
+            back=back,
+            keys=keys,
+            environment={**ONE_THREAD, **environment},
+            stop_s=STOP_S,
+        ) as bus:
+            bus.start_broker()
+            yield bus

@@ -16,8 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from bench import strangers
-from bench.bus import RawPeer
 from bench.chaos_judge import PACE_MS, Outcome
 from bench.chaos_stage import Layout, Stage
 from bench.common import Process, memory_bytes, wait_for
@@ -26,6 +24,8 @@ from broker.protocol import codec
 from broker.protocol.header import MessageType
 from broker.protocol.messages import new_id
 from client import BusError
+from tests.support import strangers
+from tests.support.plain_peer import RawPeer
 
 SHORT_S: Final = 0.4
 """Shorter than any liveness: nobody is declared dead."""

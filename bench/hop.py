@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import bus, zmtp
+from bench import bus
 from bench.common import (
     Process,
     Report,
@@ -34,10 +34,12 @@ from bench.common import (
     python,
     repeats,
 )
-from bench.zmtp import Connection
 from broker.protocol import codec
 from broker.protocol.header import MessageType, prefix
 from broker.protocol.messages import ModelInfo, TokensEvent, new_id
+from client.cli.local_bus import ManagedProcess
+from tests.support import zmtp
+from tests.support.zmtp import Connection
 
 BURST = 256
 """Messages written at once."""
@@ -65,7 +67,7 @@ class Hop:
 
     def __init__(
         self,
-        process: Process,
+        process: ManagedProcess,
         worker: Connection,
         clients: list[Connection],
         *,
@@ -167,18 +169,18 @@ def bus_hop(transport: str, streams: int, clients: int) -> Iterator[Hop]:
     """The broker, with `streams` running requests of `clients` sessions at one worker."""
     limits = ("--inflight", str(max(1024, streams)), "--max-clients", str(max(4096, clients + 16)))
     with (
-        bus.broker(transport, *bus.QUIET, *limits) as (process, front, back),
+        bus.running(*bus.QUIET, *limits, transport=transport) as local,
         contextlib.ExitStack() as stack,
     ):
         models = [ModelInfo(name=MODEL)]
-        worker = bus.RawPeer(back)
+        worker = bus.RawPeer(local.back)
         stack.callback(worker.close)
         worker.hello("worker", "hop-worker", models=models, capacity=streams)
         worker.ready(models, streams)
         ends: list[bus.RawPeer] = []
         heads: list[bytes] = []
         for number in range(clients):
-            end = bus.RawPeer(front)
+            end = bus.RawPeer(local.front)
             stack.callback(end.close)
             end.hello("client", f"hop-{number}")
             ends.append(end)
@@ -191,7 +193,7 @@ def bus_hop(transport: str, streams: int, clients: int) -> Iterator[Hop]:
                 accepted += bool(end.accepted().worker)
             heads.append(prefix(OUTPUT, routes.pop()))
         yield Hop(
-            process,
+            local.broker,
             worker.connection,
             [end.connection for end in ends],
             before=[[] for _ in ends],

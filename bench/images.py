@@ -13,9 +13,7 @@ import base64
 import contextlib
 import os
 import struct
-import subprocess
 import sys
-import tempfile
 import time
 import zlib
 from collections.abc import AsyncIterator, Sequence
@@ -26,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import bus
 from bench.common import (
-    ROOT,
     Report,
     Row,
     Sample,
@@ -34,9 +31,7 @@ from bench.common import (
     curves,
     integers,
     options,
-    python,
     repeats,
-    wait_for,
 )
 from bench.systems import Http, System, Unavailable, fastchat_servers, pids
 
@@ -76,39 +71,17 @@ class Bus:
             raise RuntimeError("an answer without a token")
 
 
-def _make_keys(folder: Path) -> None:
-    command = python("-m", "broker", "keys", str(folder))
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-
-
 @contextlib.asynccontextmanager
 async def bus_system(curve: bool) -> AsyncIterator[Bus]:
     """Broker, echo worker and client; with `curve` all three with keys made for this run."""
-    from client import AsyncClient, Client
+    from client import AsyncClient
 
-    with tempfile.TemporaryDirectory(prefix="tb-keys-") as folder, contextlib.ExitStack() as stack:
-        keys = Path(folder) / "keys"
-        broker_options: list[str] = []
-        worker_options: list[str] = []
-        client_options: dict[str, Any] = {}
-        if curve:
-            await asyncio.to_thread(_make_keys, keys)
-            public = str(keys / "broker.key")
-            broker_options = ["--keys", str(keys)]
-            worker_options = ["--server-key", public, "--key", str(keys / "worker.key_secret")]
-            client_options = {"server_key": public, "key_file": keys / "client.key_secret"}
-        broker, front, back = stack.enter_context(bus.broker("tcp", *broker_options))
-        worker = stack.enter_context(bus.worker(back, "echo", *worker_options))
-        with Client(front, **client_options) as client:
-
-            def ready() -> bool:
-                worker.check()
-                return any(peer["state"] == "ready" for peer in client.workers())
-
-            wait_for(ready, "the worker to be ready")
+    with bus.running(keys=curve) as local:
+        worker = local.start_worker("w1", *bus.LOG)
+        local.wait_ready(1)
         link, *engine = pids(worker)
-        parties = {"broker": [broker.pid], "link": [link], "engine": engine}
-        async with AsyncClient(front, **client_options) as client:
+        parties = {"broker": [local.broker.pid], "link": [link], "engine": engine}
+        async with AsyncClient(local.front, **local.client_options) as client:
             yield Bus(client, parties)
 
 

@@ -17,8 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import bus, zmtp
-from bench.bus import RawPeer
+from bench import bus
 from bench.common import (
     Process,
     Report,
@@ -35,6 +34,8 @@ from bench.common import (
 from broker.protocol.codec import encode_events
 from broker.protocol.header import MessageType, prefix
 from broker.protocol.messages import ModelInfo, TokensEvent, new_id
+from tests.support import zmtp
+from tests.support.plain_peer import RawPeer
 
 MODEL = "scale"
 MODELS = [ModelInfo(name=MODEL)]

@@ -90,11 +90,11 @@ def _first_connection(front: str, process: Process) -> bus.RawPeer:
 
 def worker_start() -> dict[str, float]:
     """From the process's start until it has answered a request that waited for it."""
-    with bus.broker() as (_, front, back):
-        client = bus.RawPeer(front)
+    with bus.running() as local:
+        client = bus.RawPeer(local.front)
         client.hello("client", "start")
         began = time.perf_counter()
-        with bus.worker(back, "echo") as process:
+        with local.start_worker("w1", *bus.LOG) as process:
             client.request("echo", max_tokens=1)
             client.output()
             took = time.perf_counter() - began
@@ -116,14 +116,14 @@ def client_start() -> dict[str, float]:
         "    if getattr(event, 'token_ids', None): print('token', flush=True)\n"
         "sys.stdin.read()\n"
     )
-    with bus.broker() as (_, front, back):
-        worker = bus.RawPeer(back)
+    with bus.running() as local:
+        worker = bus.RawPeer(local.back)
         models = [ModelInfo(name="start")]
         worker.hello("worker", "start", models=models, capacity=1)
         worker.ready(models, 1)
         began = time.perf_counter()
         process = subprocess.Popen(
-            python("-c", program, front),
+            python("-c", program, local.front),
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

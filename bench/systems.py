@@ -23,9 +23,10 @@ from typing import Any, Protocol
 import msgpack
 
 from bench import bus
-from bench.common import READY_S, ROOT, Process, family, free_port, python, wait_for, wait_port
+from bench.common import READY_S, ROOT, Process, family, free_port, python, wait_port
 from broker.protocol.install import install_hint
 from broker.protocol.messages import new_id
+from client.cli.local_bus import ManagedProcess
 
 FASTCHAT = ROOT / "bench" / "fastchat"
 NULL_MODEL = "null"
@@ -56,7 +57,7 @@ class Unavailable(Exception):
     """A peer is not installed; the message says how to."""
 
 
-def pids(*processes: Process) -> list[int]:
+def pids(*processes: ManagedProcess) -> list[int]:
     """The processes and their children."""
     return [pid for process in processes for pid in family(process.pid)]
 
@@ -77,34 +78,15 @@ def bus_servers(
     """A broker with workers that are ready: its front, and the processes by party. `options` are
     further ones of the worker."""
     arguments = [part for item in engine_arguments for part in ("--engine-arg", item)]
-    arguments += options
-    with (
-        bus.broker("tcp", "--inflight", "100000", "--queue-requests", "100000") as (
-            broker,
-            front,
-            back,
-        ),
-        contextlib.ExitStack() as stack,
-    ):
-        worker_processes = [
-            stack.enter_context(
-                bus.worker(back, engine, "--slots", str(slots), *arguments, path=path)
-            )
-            for _ in range(workers)
-        ]
-        from client import Client
-
-        with Client(front) as client:
-
-            def ready() -> bool:
-                for process in (broker, *worker_processes):
-                    process.check()
-                return sum(worker["state"] == "ready" for worker in client.workers()) == workers
-
-            wait_for(ready, "the workers to be ready", ready_s)
-        links = [process.pid for process in worker_processes]
-        engines = [pid for pid in pids(*worker_processes) if pid not in links]
-        yield front, {"broker": [broker.pid], "link": links, "engine": engines}
+    arguments += ["--slots", str(slots), *options]
+    limits = ("--inflight", "100000", "--queue-requests", "100000")
+    with bus.running(*limits, path=path) as local:
+        for number in range(1, workers + 1):
+            local.start_worker(f"w{number}", *bus.LOG, *arguments, engine=engine)
+        local.wait_ready(workers, ready_s)
+        links = [process.pid for process in local.workers.values()]
+        engines = [pid for pid in pids(*local.workers.values()) if pid not in links]
+        yield local.front, {"broker": [local.broker.pid], "link": links, "engine": engines}
 
 
 class Bus:

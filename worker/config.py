@@ -8,7 +8,6 @@ spellings of the replaced systems are accepted, or answered with what takes thei
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import secrets
 import socket
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from broker.protocol.logs import FORMATS, LEVELS
-from broker.protocol.options import OptionParser, misspelt, parse_bool
+from broker.protocol.options import OptionParser, count, misspelt, number, parse_bool
 from broker.protocol.version import version
 from worker.core.conversations import NAMED_TEMPLATES, read_template
 from worker.demo import model_path
@@ -93,35 +92,17 @@ def check_address(address: str) -> str:
     raise ConfigError(f"{address!r} is not a broker address: use tcp://HOST:PORT or ipc://PATH")
 
 
-def _number(text: str) -> float:
-    """NaN, which is outside all bounds, for what is not a number."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
 def _positive(text: str) -> float:
-    value = _number(text)
+    value = number(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
 
 
 def _seconds(text: str) -> float:
-    value = _number(text)
+    value = number(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
-    return value
-
-
-def _count(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return value
 
 
@@ -197,12 +178,12 @@ def parser() -> argparse.ArgumentParser:
         "--limit",
         "--slots",
         dest="slots",
-        type=_count,
+        type=count,
         metavar="N",
         help="requests that run at once [the engine's choice]",
     )
     engine.add_argument(
-        "--threads", type=_count, metavar="N", help="CPU threads of the engine [all cores]"
+        "--threads", type=count, metavar="N", help="CPU threads of the engine [all cores]"
     )
     engine.add_argument(
         "--engine-stall-s",

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
-__all__ = ["OptionParser", "misspelt", "parse_bool"]
+__all__ = ["OptionParser", "count", "misspelt", "number", "parse_bool"]
 
 ENVIRONMENT: Final = "TOKENBUS_"
 _PARTIES: Final = ("TOKENBUS_WORKER_", "TOKENBUS_GATEWAY_")
@@ -30,6 +31,25 @@ def parse_bool(text: str) -> bool:
     if word in ("false", "no", "off", "0", ""):
         return False
     raise ValueError(f"{text!r} is neither true nor false")
+
+
+def count(text: str) -> int:
+    """For argparse's `type=`: a whole number from 1 up."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text!r}")
+    return value
+
+
+def number(text: str) -> float:
+    """For `type=` of an option with bounds of its own: NaN, which no bounds take, for a word."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def misspelt(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -127,25 +126,6 @@ def read_param(name: str, text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
-
-
-def count(text: str) -> int:
-    """For `type=`: a whole number from 1 up."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text!r}")
-    return value
-
-
-def number(text: str) -> float:
-    """For `type=` of a flag with bounds of its own: NaN, which no bounds take, for a word."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
 
 
 def _flags() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from broker.protocol.options import count, number
 from client import AsyncClient, BusError, InvalidRequest, Retry, Timeout
 from client.cli import arguments as flags
 from client.cli import batch_files
@@ -53,7 +54,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument(
         "--concurrency",
-        type=flags.count,
+        type=count,
         default=CONCURRENCY,
         metavar="N",
         help=f"lines in flight [{CONCURRENCY}]",
@@ -86,7 +87,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def _priority(text: str) -> int:
-    value = flags.number(text)
+    value = number(text)
     if not (-100 <= value <= 100 and value.is_integer()):
         raise argparse.ArgumentTypeError(f"{text} is not an integer from -100 to 100")
     return int(value)

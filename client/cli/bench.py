@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from broker.protocol.options import count, number
 from client import AsyncClient, BusError, Retry, Timeout, Tokens
 from client.cli import arguments as flags
 from client.cli.progress import Progress
@@ -39,11 +40,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "Status: 0 all answered, 1 some failed.",
     )
     flags.add_model(parser)
+    parser.add_argument("--requests", "-n", type=count, default=64, metavar="N", help="in all [64]")
     parser.add_argument(
-        "--requests", "-n", type=flags.count, default=64, metavar="N", help="in all [64]"
-    )
-    parser.add_argument(
-        "--concurrency", "-c", type=flags.count, default=8, metavar="N", help="at once [8]"
+        "--concurrency", "-c", type=count, default=8, metavar="N", help="at once [8]"
     )
     parser.add_argument(
         "--rate",
@@ -52,11 +51,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="requests a second, arriving at random (Poisson); at most --concurrency at once",
     )
     parser.add_argument(
-        "--prompt-words", type=flags.count, default=64, metavar="N", help="of each prompt [64]"
+        "--prompt-words", type=count, default=64, metavar="N", help="of each prompt [64]"
     )
     parser.add_argument(
         "--answer-tokens",
-        type=flags.count,
+        type=count,
         default=64,
         metavar="N",
         help="of each answer, exactly: the end of sequence is ignored [64]",
@@ -69,7 +68,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def _positive(text: str) -> float:
-    value = flags.number(text)
+    value = number(text)
     if not 0 < value < 1e9:
         raise argparse.ArgumentTypeError(f"{text} is not a rate above 0")
     return value
@@ -172,8 +171,8 @@ def _tell(arguments: argparse.Namespace, terminal: Terminal, measured: Measured)
     )
     if measured.resumed:
         terminal.line(f"resumed {measured.resumed} times")
-    for code, count in measured.failed.most_common():
-        terminal.error(f"{count} failed with {code}")
+    for code, failures in measured.failed.most_common():
+        terminal.error(f"{failures} failed with {code}")
 
 
 async def _measure(arguments: argparse.Namespace, measured: Measured, progress: Progress) -> None:

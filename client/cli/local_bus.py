@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 from client import BusError, Client, Timeout
@@ -179,7 +180,14 @@ class ManagedProcess:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None and not self.running:
+            error.add_note(f"the {self.title} had ended, and said: {self.log()[-2000:]}")
         self.stop()
 
 

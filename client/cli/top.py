@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import msgspec
 
+from broker.protocol.options import number
 from client import BusError, Client
 from client.cli import arguments as flags
 from client.cli.terminal import Terminal
@@ -48,7 +49,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def _seconds(text: str) -> float:
-    value = flags.number(text)
+    value = number(text)
     if not 0.1 <= value <= 3600:
         raise argparse.ArgumentTypeError(f"{text} is not from 0.1 to 3600 seconds")
     return value

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import common, compare, figures, zmtp
+from bench import common, compare, figures
 from bench.common import Report, Sample
+from tests.support import zmtp
 
 MACHINE = {
     "processor": "a processor",

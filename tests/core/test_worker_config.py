@@ -144,7 +144,7 @@ def test_a_broker_named_twice_is_one_broker() -> None:
         (["--broker", "tcp://localhost:0"], "use tcp://HOST:PORT"),
         (["--load-8bit", "--load-4bit"], "exclude each other"),
         (["--engine-arg", "fast"], "KEY=VALUE"),
-        (["--slots", "0"], "at least 1"),
+        (["--slots", "0"], "must be 1 or more"),
         (["--slots", "many"], "many is not a whole number"),
         (["--speed", "fast"], "fast is not a positive number"),
         (["--drain-s", "long"], "long is not a number of seconds"),

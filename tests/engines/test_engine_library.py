@@ -13,7 +13,7 @@ from tests.engines import tiny
 from tests.engines.library_standin import StandIn, served, written
 from worker.engines import registry
 from worker.engines.base import EngineLoadError, EngineOptions, Job
-from worker.engines.common.arguments import boolean, split_arguments, whole
+from worker.engines.common.arguments import boolean, shared_and_others, split_arguments, whole
 from worker.engines.common.generator import Drawn
 from worker.engines.common.host_sampling import RowAhead
 from worker.engines.common.library_model import LibraryEngine, named_models, refuse_options
@@ -203,6 +203,13 @@ def test_a_row_advances_once_for_each_token_where_a_library_samples_ahead() -> N
 
 
 # --- loading --------------------------------------------------------------------------------------
+
+
+def test_arguments_are_shared_or_left_to_a_library_that_reads_its_own() -> None:
+    given = {"context-tokens": "99", "image_bytes": "5", "max-num-seqs": "7", "dtype": "half"}
+    settings, others = shared_and_others("some", given)
+    assert (settings.context_tokens, settings.image_bytes) == (99, 5)
+    assert others == {"max-num-seqs": "7", "dtype": "half"}
 
 
 def test_arguments_are_shared_or_the_engines_own_or_unknown() -> None:

@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from broker.protocol.options import OptionParser, misspelt, parse_bool
+from broker.protocol.options import OptionParser, count, misspelt, number, parse_bool
 
 
 @pytest.mark.parametrize("text", ["1", "true", "Yes", " on "])
@@ -22,6 +22,18 @@ def test_a_switch_is_off(text: str) -> None:
 def test_another_word_is_no_switch() -> None:
     with pytest.raises(ValueError, match="'maybe' is neither true nor false"):
         parse_bool("maybe")
+
+
+def test_a_count_is_a_whole_number_from_one_up() -> None:
+    assert count("12") == 12
+    for text in ("0", "-1", "1.5", "many", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be 1 or more, got "):
+            count(text)
+
+
+def test_a_word_in_place_of_a_number_is_within_no_bounds() -> None:
+    assert number("1e3") == 1000
+    assert not number("many") <= 1 and not number("many") > 1
 
 
 def test_a_misspelt_variable_is_named_with_the_nearest() -> None:

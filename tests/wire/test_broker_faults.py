@@ -18,8 +18,6 @@ import zmq
 import zmq.auth
 from zmq.utils import z85
 
-from bench.strangers import hello
-from bench.zmtp import Connection
 from broker import auth
 from broker.config import Config
 from broker.connections import Connections
@@ -35,6 +33,8 @@ from client.errors import InvalidRequest
 from client.io.keys import keys_of
 from client.options import Connection as ClientConnection
 from tests.harness import PATIENCE_S, wait_until
+from tests.support.strangers import hello
+from tests.support.zmtp import Connection
 from tests.wire.broker_peers import (
     BrokerProcess,
     RawClient,

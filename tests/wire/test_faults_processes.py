@@ -21,8 +21,8 @@ import pytest
 from bench.chaos_reader import Got
 from bench.common import Process, memory_bytes, python
 from bench.faults import engine_of, stop_for
-from bench.strangers import come_and_go
 from tests.harness import PATIENCE_S, ROOT, Bus, running_bus, wait_until
+from tests.support.strangers import come_and_go
 from tests.wire.many_streams import read_all
 
 MakeBus = Callable[..., Bus]

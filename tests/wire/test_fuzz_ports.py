@@ -13,15 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bench import strangers
-from bench.common import memory_bytes
-from bench.zmtp import Connection
-from bench.zmtp import encode as zmtp_message
 from broker.protocol import header
 from broker.protocol.header import NO_ID, MessageType
 from broker.protocol.messages import new_id
 from client import Client
 from tests.harness import Bus, running_bus
+from tests.support import strangers
+from tests.support.processes import memory_bytes
+from tests.support.zmtp import Connection
+from tests.support.zmtp import encode as zmtp_message
 from tests.wire.many_streams import read_all
 
 HOSTILE_MESSAGES = 1500

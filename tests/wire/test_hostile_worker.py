@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from bench.bus import RawPeer
 from broker.protocol import codec
 from broker.protocol.header import Flag, MessageType, encode
 from broker.protocol.messages import (
@@ -26,6 +25,7 @@ from broker.protocol.messages import (
 )
 from client import Client, ClientClosed
 from tests.harness import PATIENCE_S, wait_until
+from tests.support.plain_peer import RawPeer
 from tests.wire.broker_peers import BrokerProcess, running_broker
 
 MODELS = [ModelInfo(name="m", kinds=(Kind.COMPLETE,), context_tokens=1000)]

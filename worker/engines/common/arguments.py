@@ -100,6 +100,24 @@ def whole(minimum: int) -> Callable[[str], int]:
     return parse
 
 
+def shared_and_others(
+    engine: str, engine_args: Mapping[str, str]
+) -> tuple[SharedSettings, dict[str, str]]:
+    """Shared settings, and what is left for a library that reads its arguments itself.
+
+    Raises `EngineLoadError` for a bad value.
+    """
+    shared: dict[str, str] = {}
+    others: dict[str, str] = {}
+    for given, text in engine_args.items():
+        name = given.replace("-", "_")
+        if name in SHARED:
+            shared[name] = text
+        else:
+            others[given] = text
+    return settings_from(shared, SharedSettings, engine), others
+
+
 def split_arguments(
     engine: str, engine_args: Mapping[str, str], own: Mapping[str, Callable[[str], Any]]
 ) -> tuple[SharedSettings, dict[str, Any]]:

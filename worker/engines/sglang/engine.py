@@ -18,7 +18,7 @@ from typing import Any
 from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 from broker.protocol.messages import Params
 from worker.engines.base import EngineLoadError, EngineOptions, Progress
-from worker.engines.common.arguments import SHARED, boolean, split_arguments
+from worker.engines.common.arguments import boolean, shared_and_others
 from worker.engines.common.facts import ModelFacts
 from worker.engines.common.failures import error_info
 from worker.engines.common.generator import Drawn
@@ -84,9 +84,7 @@ def build_engine(options: EngineOptions, progress: Progress) -> LibraryEngine:
     """Load the model of `options`. Raises `EngineLoadError`."""
     import sglang
 
-    shared = {k: v for k, v in options.engine_args.items() if k in SHARED}
-    theirs = {k: v for k, v in options.engine_args.items() if k not in SHARED}
-    settings, _ = split_arguments("sglang", shared, {})
+    settings, theirs = shared_and_others("sglang", options.engine_args)
     refuse_options(
         options,
         {

@@ -27,7 +27,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 from broker.protocol.messages import Params, Request, TokenLogprob
 from worker.engines.base import EngineLoadError, EngineOptions, Progress
-from worker.engines.common.arguments import SHARED, split_arguments
+from worker.engines.common.arguments import shared_and_others
 from worker.engines.common.facts import ModelFacts
 from worker.engines.common.failures import one_line
 from worker.engines.common.generator import Drawn
@@ -131,9 +131,7 @@ def engine_arguments(
 
 def build_engine(options: EngineOptions, progress: Progress) -> LibraryEngine:
     """Load the model of `options`. Raises `EngineLoadError`."""
-    shared = {k: v for k, v in options.engine_args.items() if k in SHARED}
-    theirs = {k: v for k, v in options.engine_args.items() if k not in SHARED}
-    settings, _ = split_arguments("vllm", shared, {})
+    settings, theirs = shared_and_others("vllm", options.engine_args)
     refuse_options(
         options,
         {

@@ -1,8 +1,4 @@
-"""What every benchmark shares: options, CPU clocks, interleaved repeats, tables, JSON lines, plots.
-
-Holds no measurement of its own, and must never import zmq, torch or a web framework: the smallest
-script (`bench.start`) measures import times with it.
-"""
+"""Options of every script, and what it has to show: tables, JSON lines, plots, the machine."""
 
 from __future__ import annotations
 
@@ -10,34 +6,34 @@ import argparse
 import contextlib
 import importlib.util
 import json
-import math
 import os
 import platform
 import re
-import signal
-import socket
-import statistics
-import subprocess
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from bench.common.samples import Sample, progress
 from broker.protocol.install import install_hint
 
-ROOT: Final = Path(__file__).resolve().parents[1]
+__all__ = [
+    "Report",
+    "Row",
+    "bars",
+    "curves",
+    "draw",
+    "integers",
+    "machine",
+    "options",
+    "output",
+    "repeats",
+    "short",
+]
 
-READY_S: Final = 30.0
-"""Longest wait for a process of ours or of a peer to say that it listens."""
-STOP_S: Final = 5.0
-"""Between SIGTERM and SIGKILL for a process that a benchmark started."""
-
-
-# --- options --------------------------------------------------------------------------------------
+# --- options
 
 
 def options(description: str) -> argparse.ArgumentParser:
@@ -90,14 +86,6 @@ def short(error: Exception) -> str:
     return text if len(text) < 240 else f"{text[:80]} ... {text[-160:]}"
 
 
-def progress(text: str) -> None:
-    """Say what is measured now, on one line of the terminal that the next call writes over; nothing
-    where standard error is a file or a pipe. An empty text clears the line."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{text}")
-        sys.stderr.flush()
-
-
 def repeats(arguments: argparse.Namespace) -> int:
     """How often each case runs."""
     if arguments.repeats is not None:
@@ -118,262 +106,7 @@ def integers(text: str) -> list[int]:
     return values
 
 
-# --- samples --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Several runs of one case."""
-
-    values: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.values)
-
-    @property
-    def noise(self) -> float:
-        """Half the distance between the quartiles, relative to the median; 0 for a single run."""
-        if len(self.values) < 2 or not self.median:
-            return 0.0
-        low, _, high = statistics.quantiles(self.values, n=4, method="inclusive")
-        return abs((high - low) / 2 / self.median)
-
-
-Measured = Mapping[str, float]
-
-
-def interleave(
-    cases: Mapping[str, Callable[[], Measured]], times: int
-) -> dict[str, dict[str, Sample]]:
-    """Run all cases in turn, `times` rounds, so that a disturbance of the machine hits all of them.
-
-    Each case returns named figures; the answer is a `Sample` by case and figure.
-    """
-    seen: dict[str, dict[str, list[float]]] = {name: {} for name in cases}
-    for round_ in range(times):
-        for name, run in cases.items():
-            progress(f"{name}, round {round_ + 1} of {times}")
-            for figure, value in run().items():
-                seen[name].setdefault(figure, []).append(value)
-    return {
-        name: {figure: Sample(tuple(values)) for figure, values in figures.items()}
-        for name, figures in seen.items()
-    }
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """Nearest-rank percentile; NaN of nothing."""
-    if not values:
-        return float("nan")
-    ordered = sorted(values)
-    rank = math.ceil(percent / 100 * len(ordered))
-    return ordered[max(1, rank) - 1]
-
-
-# --- CPU ------------------------------------------------------------------------------------------
-
-
-def cpu_s(pid: int) -> float:
-    """CPU seconds of a process, user and system, all threads, the ended ones included.
-
-    Nanosecond resolution where the kernel offers another process's clock (Linux); `/proc` counts in
-    ticks of 10 ms, too coarse for a run of a second.
-    """
-    # clock_getcpuclockid(3) as glibc computes it: the process's scheduler clock.
-    return time.clock_gettime((~pid << 3) | 2)
-
-
-def memory_bytes(pid: int) -> int:
-    """Resident memory of a process."""
-    text = Path(f"/proc/{pid}/status").read_text()
-    match = re.search(r"^VmRSS:\s+(\d+) kB", text, re.MULTILINE)
-    if match is None:
-        raise RuntimeError(f"process {pid} has no resident memory: it has ended")
-    return int(match[1]) * 1024
-
-
-def family(pid: int) -> list[int]:
-    """A process and all its descendants."""
-    found = [pid]
-    for parent in found:
-        for task in Path(f"/proc/{parent}/task").glob("*/children"):
-            with contextlib.suppress(OSError):  # a thread may end while we look
-                found += [int(child) for child in task.read_text().split()]
-    return found
-
-
-def family_cpu_s(pid: int) -> float:
-    """CPU seconds of a process and its living descendants."""
-    total = 0.0
-    for member in family(pid):
-        with contextlib.suppress(OSError):
-            total += cpu_s(member)
-    return total
-
-
-# --- processes ------------------------------------------------------------------------------------
-
-
-class Process:
-    """A child process that is stopped with the `with` block and whose output is kept."""
-
-    def __init__(
-        self,
-        command: Sequence[str],
-        environment: Mapping[str, str] | None = None,
-        cwd: Path = ROOT,
-    ) -> None:
-        self.command = list(command)
-        environ = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-        environ["PYTHONPATH"] = os.pathsep.join(
-            [str(ROOT), *filter(None, [environ.get("PYTHONPATH", "")])]
-        )
-        self._process = subprocess.Popen(
-            self.command,
-            cwd=cwd,
-            env={**environ, **(environment or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            # Its own group, so that the children of a killed worker go with it.
-            start_new_session=True,
-        )
-        self.pid = self._process.pid
-        self.lines: list[str] = []
-        self._changed = threading.Condition()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            with self._changed:
-                self.lines.append(line.rstrip("\n"))
-                self._changed.notify_all()
-        with self._changed:
-            self._changed.notify_all()
-
-    def wait_line(self, pattern: str, timeout_s: float = READY_S) -> re.Match[str]:
-        """Wait for a line of output that matches. Raises `RuntimeError` with what was said."""
-        expression = re.compile(pattern)
-        end_s = time.monotonic() + timeout_s
-        seen = 0
-        with self._changed:
-            while True:
-                for line in self.lines[seen:]:
-                    if match := expression.search(line):
-                        return match
-                seen = len(self.lines)
-                left_s = end_s - time.monotonic()
-                if left_s <= 0 or not self._reader.is_alive():
-                    raise RuntimeError(self._story(f"did not print {pattern!r}"))
-                self._changed.wait(min(left_s, 0.1))
-
-    def _story(self, what: str) -> str:
-        tail = "\n".join(self.lines[-20:])
-        return f"{' '.join(self.command)}: {what} (exit {self._process.poll()})\n{tail}"
-
-    def check(self) -> None:
-        """Raises `RuntimeError` when the process has ended."""
-        if self._process.poll() is not None:
-            raise RuntimeError(self._story("ended too early"))
-
-    @property
-    def ended(self) -> bool:
-        """Whether it runs no more."""
-        return self._process.poll() is not None
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process alone, not to its children; nothing if it has ended."""
-        self._process.send_signal(number)
-
-    def wait(self, timeout_s: float) -> int:
-        """Wait for its end and return the exit status. Raises `RuntimeError` when it goes on."""
-        try:
-            return self._process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(self._story(f"did not end within {timeout_s} s")) from None
-
-    def kill(self) -> None:
-        """SIGKILL, at once, to it and its children."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        self._process.wait()
-
-    def stop(self) -> None:
-        """SIGTERM, then SIGKILL to it and its children."""
-        if self._process.poll() is None:
-            self._process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(STOP_S)
-        self.kill()
-        self._reader.join(STOP_S)
-        if self._process.stdout is not None:
-            self._process.stdout.close()
-
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and self._process.poll() is not None:
-            print(self._story("had ended when the measurement failed"), file=sys.stderr)
-        self.stop()
-
-
-def python(*arguments: str) -> list[str]:
-    """Command line of this interpreter."""
-    return [sys.executable, *arguments]
-
-
-def free_port() -> int:
-    """A TCP port of the loopback that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_port(port: int, process: Process, timeout_s: float = READY_S) -> None:
-    """Wait until a process listens on a loopback port."""
-    wait_for(lambda: _listens(port), f"{process.command} to listen on {port}", timeout_s, process)
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(0.2)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def wait_for(
-    condition: Callable[[], bool],
-    what: str,
-    timeout_s: float = READY_S,
-    process: Process | None = None,
-) -> None:
-    """Poll a condition. Raises `RuntimeError` that says what never happened."""
-    end_s = time.monotonic() + timeout_s
-    while not condition():
-        if process is not None:
-            process.check()
-        if time.monotonic() > end_s:
-            raise RuntimeError(f"waited {timeout_s} s for {what}")
-        time.sleep(0.005)
-
-
-@contextlib.contextmanager
-def endpoints(transport: str) -> Iterator[tuple[str, str]]:
-    """Two fresh ZeroMQ endpoints, front and back: `tcp` (loopback) or `ipc`."""
-    if transport == "tcp":
-        yield f"tcp://127.0.0.1:{free_port()}", f"tcp://127.0.0.1:{free_port()}"
-        return
-    # Socket paths are short (107 bytes): never below a deep working directory.
-    with tempfile.TemporaryDirectory(prefix="tb-") as folder:
-        yield f"ipc://{folder}/f", f"ipc://{folder}/b"
-
-
-# --- reports --------------------------------------------------------------------------------------
+# --- reports
 
 
 @dataclass
@@ -571,7 +304,7 @@ def bars(figure: Any, rows: list[Row]) -> None:
     axes.set_xlabel("times the peer" if compared else "value")
 
 
-# --- the machine ----------------------------------------------------------------------------------
+# --- the machine
 
 
 def machine() -> dict[str, Any]:

@@ -12,17 +12,19 @@ import json
 import random
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 import msgpack
 
-from bench.common import ROOT
-from bench.zmtp import Connection
-from bench.zmtp import encode as zmtp_message
 from broker.protocol import codec, header
 from broker.protocol.header import NO_ID, MessageType
 from broker.protocol.limits import HEADER_BYTES
 from broker.protocol.messages import Hello, ModelInfo, new_id
+from tests.support.zmtp import Connection
+from tests.support.zmtp import encode as zmtp_message
+
+ROOT: Final = Path(__file__).resolve().parents[2]
 
 Frames = list[bytes]
 
