@@ -135,14 +135,14 @@ class ManagedProcess:
 
     def wait_line(self, pattern: str, timeout_s: float = START_S) -> re.Match[str]:
         """Wait until it has written a line that matches. Raises `ProcessFailed`."""
-        expression = re.compile(pattern, re.MULTILINE)
-        # Only whole lines: the last may still be written.
-        return wait_for(
-            lambda: expression.search(self.log().rpartition("\n")[0]),
-            f"the {self.title} to say {pattern!r}",
-            timeout_s,
-            self,
-        )
+        expression = re.compile(pattern)
+
+        def found() -> re.Match[str] | None:
+            # The last line may still be written.
+            lines = self.log().split("\n")[:-1]
+            return next(filter(None, map(expression.search, lines)), None)
+
+        return wait_for(found, f"the {self.title} to say {pattern!r}", timeout_s, self)
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process alone, not to its children; nothing where it has ended."""

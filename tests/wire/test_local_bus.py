@@ -60,7 +60,7 @@ def test_a_worker_that_ends_is_told_with_its_last_words(local: LocalBus) -> None
     local.start_worker("w1", "--slots", "none")
     with pytest.raises(ProcessFailed, match="the worker ended with status 2: ") as caught:
         local.wait_ready(1)
-    assert "--slots: none is not a whole number" in caught.value.__notes__[0]
+    assert "--slots: must be 1 or more, got 'none'" in caught.value.__notes__[0]
 
 
 def test_a_process_that_ends_early_fails_at_once(tmp_path: Path) -> None:
