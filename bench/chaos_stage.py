@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from bench.chaos_reader import Got
-from bench.common import ROOT, Process, free_port, python, wait_for, wait_port
+from bench.common import ROOT, Process, ProcessFailed, free_port, python, wait_for, wait_port
 from bench.faults import Proxy
 from bench.features import ADAPTERS, CHAT_TEMPLATE, MODEL
 from client import BusError, Client, Timeout
@@ -191,7 +191,7 @@ class Stage:
         return process
 
     def report_of(self, reader: Process) -> list[Got]:
-        """What a reader got; waits for its end. Raises `RuntimeError` with its last words."""
+        """What a reader got; waits for its end. Raises `ProcessFailed` with its last words."""
         line = reader.wait_line(r'^\{"streams"', READ_S).string
         reader.stop()
         self._readers.remove(reader)
@@ -266,7 +266,7 @@ class Stage:
         patience_s = LOAD_S if self.layout.features else HEAL_S
         try:
             wait_for(healthy, "all workers to be ready and idle", patience_s)
-        except RuntimeError as error:
+        except ProcessFailed as error:
             raise RuntimeError(f"{error}; bus.workers: {self.rows()}\n{self.story()}") from None
 
     def _gateways_answer(self) -> bool:
