@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
-import socket as sockets
 import struct
 import time
 from collections import Counter, deque
@@ -36,6 +35,7 @@ from broker.core.events import (
 )
 from broker.core.instructions import ForgetPeer, Log, ReloadAccess, Send, StopLoop
 from broker.log import Logger
+from broker.peer.bell import Bell
 from broker.protocol import codec
 from broker.protocol.header import MessageType
 from broker.protocol.limits import ID_BYTES, MAX_FRAMES, MAX_OUTPUT_BYTES
@@ -133,7 +133,7 @@ class BrokerLoop:
         #: Peers to which a send failed, and the turn in which it failed: see `_report_gone`.
         self._gone: dict[tuple[Side, bytes], int] = {}
         self._turn = 0
-        self._signals, self._signal_writer = sockets.socketpair()
+        self._signals = Bell()
         #: Counters and gauges; shown by bus.stats.
         self.figures: dict[str, float] = dict.fromkeys(_FIGURES, 0.0)
         core.loop_figures = self.figures
@@ -471,14 +471,12 @@ class BrokerLoop:
 
     def catch_signals(self) -> None:
         """From now on signals are queued for `run` and wake its `poll`. Main thread only."""
-        self._signals.setblocking(False)
-        self._signal_writer.setblocking(False)
-        signal.set_wakeup_fd(self._signal_writer.fileno(), warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._signals.ring_fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
 
     def _on_signals(self, now_s: float) -> None:
-        for number in self._signals.recv(64):
+        for number in self._signals.heard():
             if number == signal.SIGHUP:
                 self._log("info", "reload requested by signal")
                 self._reload()

@@ -11,13 +11,13 @@ import gc
 import logging
 import select
 import signal
-import socket
 import time
 from collections.abc import Iterable
 from typing import Any, Final, Protocol
 
 import zmq
 
+from broker.peer.bell import Bell
 from broker.peer.dealer import CannotConnect, Dealer, Party, Report
 from broker.peer.keys import Keys
 from broker.protocol.limits import MAX_ATTACHMENT_BYTES
@@ -59,28 +59,22 @@ class _Signals:
     """SIGTERM and SIGINT as something to poll for."""
 
     def __init__(self) -> None:
-        self._read, self._write = socket.socketpair()
-        self._read.setblocking(False)
-        self._write.setblocking(False)
+        self._bell = Bell()
         self._names: list[str] = []
-        self._old_fd = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        self._old_fd = signal.set_wakeup_fd(self._bell.ring_fileno(), warn_on_full_buffer=False)
         self._old = {
             number: signal.signal(number, self._take) for number in (signal.SIGINT, signal.SIGTERM)
         }
 
     def fileno(self) -> int:
-        return self._read.fileno()
+        return self._bell.fileno()
 
     def _take(self, number: int, _frame: object) -> None:
         self._names.append(signal.Signals(number).name)
 
     def take(self) -> list[str]:
         """Names of the signals that came."""
-        try:
-            while self._read.recv(4096):
-                pass
-        except BlockingIOError:
-            pass
+        self._bell.heard()
         names, self._names = self._names, []
         return names
 
@@ -88,8 +82,7 @@ class _Signals:
         for number, handler in self._old.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._old_fd)
-        self._read.close()
-        self._write.close()
+        self._bell.close()
 
 
 class Readable(Protocol):

@@ -7,10 +7,8 @@ request.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import socket
 import threading
 import time
 from collections import deque
@@ -18,6 +16,7 @@ from typing import Final
 
 import zmq
 
+from broker.peer.bell import Bell
 from client.core import events
 from client.core.session import LEAVE_S
 from client.errors import BusError, ClientClosed
@@ -45,8 +44,7 @@ class Transport:
         self._ended: BusError | None = None
         #: A wake-up is on its way; spares a system call for each of a burst of facts.
         self._woken = False
-        self._wake_in: socket.socket | None = None
-        self._wake_out: socket.socket | None = None
+        self._bell: Bell | None = None
 
     # --- called by any thread ---------------------------------------------------------------------
 
@@ -98,18 +96,13 @@ class Transport:
         if self._woken:
             return
         self._woken = True
-        wake_out = self._wake_out
-        if wake_out is not None:
-            # Full: a wake-up is waiting. Closed: the thread has just ended.
-            with contextlib.suppress(OSError):
-                wake_out.send(b"\0")
+        if self._bell is not None:
+            self._bell.ring()
 
     # --- the thread -------------------------------------------------------------------------------
 
     def _make_bell(self) -> None:
-        self._wake_in, self._wake_out = socket.socketpair()
-        self._wake_in.setblocking(False)
-        self._wake_out.setblocking(False)
+        self._bell = Bell()
 
     def _start_thread(self) -> None:
         self._thread = threading.Thread(
@@ -127,9 +120,8 @@ class Transport:
             why = failed(error)
         finally:
             self._finish(driver, why)
-            for end in (self._wake_in, self._wake_out):
-                if end is not None:
-                    end.close()
+            if self._bell is not None:
+                self._bell.close()
             driver.term()
 
     def _finish(self, driver: Driver, why: BusError) -> None:
@@ -138,10 +130,10 @@ class Transport:
         driver.fail_all(why)
 
     def _poll(self, driver: Driver) -> None:
-        assert self._wake_in is not None
+        bell = self._bell
+        assert bell is not None
         poller = zmq.Poller()
-        poller.register(self._wake_in, zmq.POLLIN)
-        wake_fd = self._wake_in.fileno()
+        poller.register(bell.fileno(), zmq.POLLIN)
 
         def opened() -> None:
             assert driver.dealer is not None
@@ -169,9 +161,8 @@ class Transport:
             for found, _ in ready:
                 if dealer is not None and found is dealer.monitor:
                     reported = True
-                elif found == wake_fd:
-                    with contextlib.suppress(BlockingIOError):
-                        self._wake_in.recv(4096)
+                elif found == bell.fileno():
+                    bell.heard()
                     # Before the queue is read, so that a fact put in meanwhile wakes us again.
                     self._woken = False
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 import threading
 import time
 from collections import deque
 
+from broker.peer.bell import Bell
 from client.core import events as below
 from client.core.events import Item
 from client.errors import BusError
@@ -30,33 +30,11 @@ log = logging.getLogger(__name__)
 _READ_BYTES = 4096
 
 
-class _Bell:
+class _Bell(Bell):
     """Wakes the link's poll from another thread."""
 
     #: Nothing is ever written to the engine's side.
     backlog_bytes = 0
-
-    def __init__(self) -> None:
-        self._hear, self._ring = socket.socketpair()
-        self._hear.setblocking(False)
-        self._ring.setblocking(False)
-
-    def fileno(self) -> int:
-        return self._hear.fileno()
-
-    def ring(self) -> None:
-        # Full: it rings already. Closed: nobody listens any more.
-        with contextlib.suppress(OSError):
-            self._ring.send(b"\0")
-
-    def heard(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while self._hear.recv(_READ_BYTES):
-                pass
-
-    def close(self) -> None:
-        self._hear.close()
-        self._ring.close()
 
 
 class _Sink:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from worker.engines.base import EngineLoadError
+from worker.engines.common.failures import one_line
 from worker.engines.transformers.loading.tower import load_tower
 
 __all__ = [
@@ -304,7 +305,7 @@ def _fill(module: nn.Module, state: dict[str, Any], source: Path, *, complete: b
         left_out, unknown = module.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise EngineLoadError(
-            f"{source} does not fit this --model-base: {' '.join(str(error).split())[:300]}"
+            f"{source} does not fit this --model-base: {one_line(error, 300)}"
         ) from None
     if unknown or (complete and left_out):
         names = ", ".join(sorted(unknown or left_out)[:3])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from worker.engines.base import EngineLoadError
+from worker.engines.common.failures import one_line
 from worker.engines.transformers.loading.checkpoint import refuse_missing
 
 __all__ = ["load_tower"]
@@ -47,7 +48,7 @@ def load_tower(
             raise EngineLoadError(
                 f"{folder} names the vision tower {name}, which is neither a folder nor to be had "
                 "from the hub now: load it once while online, or write its folder's path into "
-                f"mm_vision_tower of config.json ({' '.join(str(error).split())[:160]})"
+                f"mm_vision_tower of config.json ({one_line(error, 160)})"
             ) from error
         config, pictures = _openai_clip(state)
     kind = _CLASSES[config.model_type]()
@@ -134,7 +135,7 @@ def _fill(tower: Any, state: dict[str, Any], source: Path) -> None:
     except RuntimeError as error:
         raise EngineLoadError(
             f"weights of the vision tower in {source} do not fit the tower that config.json names: "
-            f"{' '.join(str(error).split())[:300]}"
+            f"{one_line(error, 300)}"
         ) from None
     unknown = [key for key in unknown if not key.endswith("position_ids")]
     if unknown:
