@@ -21,8 +21,9 @@ import worker.core.streams
 from broker.core import admission, controller, endings, membership, recovery, sharing, suspicion
 from broker.core.controller import BrokerCore
 from broker.core.state import BusState
+from broker.peer.connection import PeerConnection
 from client.core.exchange import Exchange
-from client.core.session import ClientSession
+from client.core.requests import Requests as ClientRequests
 from tests.simulation import plan as plans
 from tests.simulation.plan import FAULTS
 
@@ -85,11 +86,36 @@ _Stream = worker.core.streams.Stream
 _Pool = worker.core.credit.CreditPool
 
 MUTANTS = (
+    # --- whoever dials out ------------------------------------------------------------------------
+    Mutant(
+        "a peer ignores the broker's sequence numbers",
+        PeerConnection,
+        "receive",
+        "head.sequence != self._heard_sequence",
+        "False",
+        ("garble_worker", "garble_client"),
+    ),
+    Mutant(
+        "a broker that is silent lives for ever",
+        PeerConnection,
+        "_check_liveness",
+        "now_s >= liveness.dead_at_s",
+        "False",
+        ("unplug_worker", "unplug_client"),
+    ),
+    Mutant(
+        "no heartbeat is ever due",
+        PeerConnection,
+        "_check_liveness",
+        "BeatDue() if now_s >= liveness.beat_due_s else None",
+        "None",
+        (),
+    ),
     # --- the client -------------------------------------------------------------------------------
     Mutant(
         "the client takes events of an older epoch",
-        ClientSession,
-        "_on_output",
+        ClientRequests,
+        "on_output",
         "event.epoch != exchange.epoch or ",
         "",
         ("odd_output", "cut_client"),
@@ -104,9 +130,9 @@ MUTANTS = (
     ),
     Mutant(
         "the client ignores INTERRUPTED",
-        ClientSession,
-        "_on_interrupted",
-        "exchange = self._exchanges.get(request_id)",
+        ClientRequests,
+        "on_interrupted",
+        "exchange = self.exchanges.get(request_id)",
         "return",
         plans.WORKER_DEATH,
     ),
@@ -128,33 +154,33 @@ MUTANTS = (
     ),
     Mutant(
         "the client blames every worker that interrupts",
-        ClientSession,
-        "_on_interrupted",
+        ClientRequests,
+        "on_interrupted",
         "interrupted.lost and ",
         "",
         plans.DRAIN,
     ),
     Mutant(
         "the client does not resume after a lost session",
-        ClientSession,
+        ClientRequests,
         "session_over",
         "self._recover(exchange, error, reconnecting=True)",
-        "self._at_broker.add(exchange.id)",
+        "self.at_broker.add(exchange.id)",
         ("cut_client",),
     ),
     Mutant(
         "the client never tells its window",
-        ClientSession,
-        "_on_taken",
+        ClientRequests,
+        "taken",
         "self._send(MessageType.WINDOW",
         "len or (MessageType.WINDOW",
         (),
     ),
     Mutant(
         "an ended request counts as in flight",
-        ClientSession,
+        ClientRequests,
         "_forget",
-        "self._at_broker.discard(exchange.id)",
+        "self.at_broker.discard(exchange.id)",
         "pass",
         ("drop",),
     ),

@@ -470,17 +470,17 @@ class SimClient(Party):
 
     def say_stray_things(self, calls: list[Call]) -> None:
         """Messages that are legal and mean nothing: late, repeated, of nobody's request."""
-        core = self.core
+        core, requests = self.core, self.core._requests
         if not self.alive or self.paused or not core._dialer.has_session:
             return
         core._dialer.now_s = self.world.now_s
         ended = [call.request_id for call in calls if call.outcome]
         for id_ in [b"\x01" + self.world.rng.randbytes(15), *ended[-2:]]:
-            core._send(MessageType.CANCEL, id_, Cancel())
-            core._send(MessageType.WINDOW, id_, Window(limit=1 << 20))
-        for id_ in sorted(core._at_broker)[:1]:
-            core._send(MessageType.WINDOW, id_, Window(limit=1))
-            exchange = core._exchanges[id_]
+            requests._send(MessageType.CANCEL, id_, Cancel())
+            requests._send(MessageType.WINDOW, id_, Window(limit=1 << 20))
+        for id_ in sorted(requests.at_broker)[:1]:
+            requests._send(MessageType.WINDOW, id_, Window(limit=1))
+            exchange = requests.exchanges[id_]
             again = msgspec.structs.replace(exchange.request, window=1)
             type_ = MessageType.REQUEST
             if exchange.epoch:
@@ -488,7 +488,7 @@ class SimClient(Party):
                 epochs = sorted(exchange.epochs - {0})
                 resume = Resume(epoch=self.world.rng.choice(epochs))
                 again = msgspec.structs.replace(again, resume=resume)
-            core._send(type_, id_, again)
+            requests._send(type_, id_, again)
         orders, core._out = core._out, []
         for order in orders:
             self.carry_out(order)
@@ -565,7 +565,9 @@ class SimClient(Party):
             raise Violation(f"{name} got {item} after {at} tokens; right is {right}")
         call.token_ids += item.token_ids
         call.text += item.text
-        exchange = self.core._exchanges.get(call.request_id)  # None: it has ended meanwhile
+        exchange = self.core._requests.exchanges.get(
+            call.request_id
+        )  # None: it has ended meanwhile
         if exchange is not None and len(call.token_ids) > exchange.window_limit:
             raise Violation(
                 f"{name} got {len(call.token_ids)} tokens; its window is {exchange.window_limit}"

@@ -48,7 +48,7 @@ def test_its_words_are_never_shown_and_it_is_cut_off(seed: int, guess: str, brok
             (call, exchange.epoch)
             for client in run.clients
             for call in client.calls.values()
-            if (exchange := client.core._exchanges.get(call.request_id)) and call.token_ids
+            if (exchange := client.core._requests.exchanges.get(call.request_id)) and call.token_ids
         ]
         forged += evil.forge(open_, GUESSES[guess])
     world.run(world.now_s + 300.0, run._all_over)
