@@ -12,8 +12,8 @@ import time
 from broker.protocol import codec
 from broker.protocol.messages import Kind, Params, Request, new_id
 from worker.core import events as fact
-from worker.core.streams import END, TOKENS
-from worker.engines.base import Capabilities, EngineOptions
+from worker.engines import events
+from worker.engines.base import Capabilities, Ended, EngineOptions, Failed, Tokens
 from worker.process.display import LoadingDisplay
 from worker.process.supervisor import Supervisor
 
@@ -50,11 +50,11 @@ def _names(capabilities: Capabilities) -> list[str]:
 def _facts(supervisor: Supervisor, timeout_s: float | None) -> list[fact.Event]:
     if supervisor.pipe is not None:
         select.select([supervisor.pipe], [], [], timeout_s)
-    events = supervisor.read(time.monotonic())
-    for event in events:
+    facts = supervisor.read(time.monotonic())
+    for event in facts:
         if isinstance(event, fact.EngineLost | fact.WorkerFailed):
             raise CheckFailed(event.message)
-    return events
+    return facts
 
 
 def _load(supervisor: Supervisor, display: LoadingDisplay) -> Capabilities:
@@ -82,15 +82,16 @@ def _ask(supervisor: Supervisor, capabilities: Capabilities, model: str) -> str:
     while (left_s := begin_s + ANSWER_TIMEOUT_S - time.monotonic()) > 0:
         for event in _facts(supervisor, left_s):
             for item in event.events if isinstance(event, fact.EngineStepped) else ():
-                if item[0] == TOKENS:
-                    tokens += len(item[2])
-                elif item[0] == END:
-                    took_ms = (time.monotonic() - begin_s) * 1000
-                    return (
-                        f"{model}: answers ({tokens} tokens in {took_ms:.0f} ms) on "
-                        f"{capabilities.device}, {capabilities.capacity} slots, "
-                        f"engine {capabilities.engine}; joined no broker"
-                    )
-                elif item[0] != 3:
-                    raise CheckFailed(f"{model} does not answer: {item[2]['message']}")
+                match events.decode(item):
+                    case Tokens(token_ids=token_ids):
+                        tokens += len(token_ids)
+                    case Ended():
+                        took_ms = (time.monotonic() - begin_s) * 1000
+                        return (
+                            f"{model}: answers ({tokens} tokens in {took_ms:.0f} ms) on "
+                            f"{capabilities.device}, {capabilities.capacity} slots, "
+                            f"engine {capabilities.engine}; joined no broker"
+                        )
+                    case Failed(error=error):
+                        raise CheckFailed(f"{model} does not answer: {error.message}")
     raise CheckFailed(f"{model} did not answer within {ANSWER_TIMEOUT_S:.0f} s")

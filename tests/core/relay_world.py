@@ -31,6 +31,7 @@ from worker.core import events as worker_fact
 from worker.core import instructions as worker_order
 from worker.core.session import Settings, WorkerCore
 from worker.engines.base import Capabilities
+from worker.engines.events import END, FAIL, TOKENS
 from worker.relay import core as relay
 
 
@@ -328,23 +329,23 @@ class Worker(_Worker):
         events: list[list[Any]] = []
         for job_id in self.cancelled:
             _, count = self.jobs.pop(job_id, (None, 0))
-            events.append([1, job_id, "cancelled", "", {"completion_tokens": count}, {}])
+            events.append([END, job_id, "cancelled", "", {"completion_tokens": count}, {}])
         self.cancelled.clear()
         for job_id, (request, count) in list(self.jobs.items()):
             length = request.params.max_tokens
             assert length is not None
             if self.error is not None:
-                events.append([2, job_id, self.error, {}])
+                events.append([FAIL, job_id, self.error, {}])
                 del self.jobs[job_id]
                 continue
             if count < length:
                 next_token = token(request.params.seed, count)
-                events.append([0, job_id, [next_token], f"{next_token} ", None])
+                events.append([TOKENS, job_id, [next_token], f"{next_token} ", None])
                 count += 1
                 self.jobs[job_id] = request, count
             if count >= length:
                 usage = {"prompt_tokens": 1, "completion_tokens": count}
-                events.append([1, job_id, "length", "", usage, {"decode_ms": 1.5}])
+                events.append([END, job_id, "length", "", usage, {"decode_ms": 1.5}])
                 del self.jobs[job_id]
         if events:
             self.tell(worker_fact.EngineStepped(events))

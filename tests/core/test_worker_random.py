@@ -18,6 +18,7 @@ from broker.protocol.header import MessageType
 from broker.protocol.messages import EndEvent, Request
 from tests.core.worker_world import Answer, Broker, World, request_id, serving
 from worker.core import events as fact
+from worker.engines.events import END, TOKENS
 
 STEPS = 250
 CAPACITY = 3
@@ -226,9 +227,9 @@ class Life:
                 text = job.owed + "".join(f"{one} " for one in ids)
                 job.owed = ""
                 job.position += count
-                events.append([0, job_id, ids, text, None])
+                events.append([TOKENS, job_id, ids, text, None])
             if job.position >= job.length:
-                events.append([1, job_id, "stop", job.owed, {}, {}, None, None])
+                events.append([END, job_id, "stop", job.owed, {}, {}, None, None])
                 ended.append(job_id)
         for job_id in ended:
             self.world._gone(job_id)

@@ -40,6 +40,7 @@ from worker.core import events as fact
 from worker.core import instructions as order
 from worker.core.session import Settings, WorkerCore
 from worker.engines.base import Capabilities
+from worker.engines.events import END, FAIL, TOKENS
 
 MODEL = "demo"
 ROUTE = b"\x11" * 16
@@ -360,7 +361,7 @@ class World:
     def generate(self, number: int, *token_ids: int, job: bytes | None = None) -> None:
         """A step that brings one event: tokens whose text is their number and a space."""
         text = "".join(f"{token} " for token in token_ids)
-        self.step([0, job or request_id(number), list(token_ids), text, None])
+        self.step([TOKENS, job or request_id(number), list(token_ids), text, None])
 
     def end(
         self, number: int, reason: str = "stop", text: str = "", job: bytes | None = None
@@ -369,12 +370,12 @@ class World:
         job = job or request_id(number)
         self._gone(job)
         usage = {"prompt_tokens": 1, "completion_tokens": 2}
-        self.step([1, job, reason, text, usage, {}, None, None])
+        self.step([END, job, reason, text, usage, {}, None, None])
 
     def fail(self, number: int, code: str = "engine_error", retryable: bool = False) -> None:
         self._gone(request_id(number))
         error = {"code": code, "message": "m"} | ({"retryable": True} if retryable else {})
-        self.step([2, request_id(number), error, {}])
+        self.step([FAIL, request_id(number), error, {}])
 
     def _gone(self, job: bytes) -> None:
         del self.jobs[job]
@@ -385,7 +386,7 @@ class World:
         for job in list(self.cancels):
             if job in self.jobs:
                 self._gone(job)
-                self.step([1, job, "cancelled", "", {}, {}, None, None])
+                self.step([END, job, "cancelled", "", {}, {}, None, None])
         self.cancels.clear()
 
 

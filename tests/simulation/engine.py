@@ -13,12 +13,12 @@ from tests.simulation.answers import EMBEDDING, Answer
 from tests.simulation.world import Violation
 from worker.core import events as worker_fact
 from worker.engines.base import Capabilities
+from worker.engines.events import END, FAIL, TOKENS
 
 if TYPE_CHECKING:
     from tests.simulation.parties import SimWorker
 
 MODEL = "model"
-TOKENS, END, FAIL = 0, 1, 2
 
 
 @dataclass(slots=True)

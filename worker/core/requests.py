@@ -22,7 +22,8 @@ from broker.protocol.limits import MAX_OUTPUT_BYTES
 from broker.protocol.messages import Assign, Held, Request, Resume, new_id
 from worker.core.connection import Connection
 from worker.core.instructions import EngineAdd, EngineCancel, EngineWindow, Instruction, Log, Send
-from worker.core.streams import END, FAIL, PROMPT, TOKENS, Route, Stream
+from worker.core.streams import Route, Stream
+from worker.engines.events import END, FAIL, PROMPT, TOKENS
 
 KEPT_REQUESTS = 4096
 """Ended requests kept for a late RESUME."""

@@ -11,14 +11,10 @@ import math
 from typing import TYPE_CHECKING, Any, Final
 
 from broker.protocol.header import Flag, MessageType, prefix
+from worker.engines.events import END, FAIL, PROMPT, TOKENS
 
 if TYPE_CHECKING:
     from worker.core.connection import Connection
-
-TOKENS: Final = 0
-END: Final = 1
-FAIL: Final = 2
-PROMPT: Final = 3
 
 COALESCED_TOKENS: Final = 4096
 """Longest TOKENS event made by catching up: far below MAX_OUTPUT_BYTES at 5 bytes a token."""

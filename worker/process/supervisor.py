@@ -21,8 +21,9 @@ from typing import Any
 
 import msgspec
 
-from broker.protocol.errors import ErrorCode
+from broker.protocol.errors import ErrorCode, ErrorInfo
 from worker.core import events as fact
+from worker.engines import events
 from worker.engines.base import Capabilities, EngineOptions
 from worker.process.pipe import Pipe, PipeClosed
 
@@ -144,29 +145,29 @@ class Supervisor:
     def read(self, now_s: float) -> list[fact.Event]:
         """Facts since the last call; its end is one of them."""
         refused, self._refused = self._refused, []
-        events: list[fact.Event] = [fact.EngineStepped(refused)] if refused else []
+        facts: list[fact.Event] = [fact.EngineStepped(refused)] if refused else []
         if self.pipe is None:
-            return events
+            return facts
         try:
             with contextlib.suppress(PipeClosed):
                 # That the engine is gone, `receive` finds, behind the engine's last words.
                 self.pipe.flush()
             for message in self.pipe.receive():
                 event = self._said(msgspec.msgpack.decode(message[0]), now_s)
-                last = events[-1] if events else None
+                last = facts[-1] if facts else None
                 if isinstance(event, fact.EngineStepped) and isinstance(last, fact.EngineStepped):
                     # The link is behind: several steps leave as one OUTPUT.
                     last.events.extend(event.events)
                 elif event is not None:
-                    events.append(event)
+                    facts.append(event)
         except PipeClosed:
-            events += self._ended(now_s)
-        return events
+            facts += self._ended(now_s)
+        return facts
 
     def _said(self, message: list[Any], now_s: float) -> fact.Event | None:
         match message:
-            case ["step", events]:
-                return fact.EngineStepped(events)
+            case ["step", step]:
+                return fact.EngineStepped(step)
             case ["metrics", metrics]:
                 return fact.EngineMeasured(
                     {
@@ -225,12 +226,12 @@ class Supervisor:
         if self.pipe is None:
             return
         if self.pipe.backlog_bytes > MAX_BACKLOG_BYTES:
-            error = {
-                "code": ErrorCode.OVERLOADED.value,
-                "message": "the engine takes no more data for now; try again later",
-                "retryable": True,
-            }
-            self._refused.append([2, job_id, error, {}])
+            error = ErrorInfo(
+                code=ErrorCode.OVERLOADED.value,
+                message="the engine takes no more data for now; try again later",
+                retryable=True,
+            )
+            self._refused.append(events.failed(job_id, error))
             return
         self._tell((msgspec.msgpack.encode(("add", job_id)), body, *attachments))
 

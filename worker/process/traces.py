@@ -15,14 +15,11 @@ import msgspec
 from broker.protocol.messages import Timings
 from broker.protocol.tracing import TRACE_KEYS, context_of
 from worker.core import events as fact
+from worker.engines.base import Ended, Failed
+from worker.engines.events import END, FAIL, decode
 
 if TYPE_CHECKING:
     from worker.loop import EngineSide, Readable
-
-_ENDED: Final = 1
-_FAILED: Final = 2
-#: Engine events are arrays: tag, job, ...
-_FINISH_REASON, _USAGE, _TIMINGS = 2, 4, 5
 
 
 class _Traced(msgspec.Struct):
@@ -116,7 +113,7 @@ class TracedEngine:
         for event in events:
             if isinstance(event, fact.EngineStepped) and self._jobs:
                 for entry in event.events:
-                    if entry[0] in (_ENDED, _FAILED) and entry[1] in self._jobs:
+                    if entry[0] in (END, FAIL) and entry[1] in self._jobs:
                         self._end(self._jobs.pop(entry[1]), entry)
             elif isinstance(event, fact.EngineLost):
                 self._lose("the engine is lost")
@@ -125,20 +122,18 @@ class TracedEngine:
     def _end(self, job: _Job, entry: list[Any]) -> None:
         end_ns = time.time_ns()
         span = job.span
-        if entry[0] == _FAILED:
-            self._fail(span, str(msgspec.to_builtins(entry[2]).get("code", "engine_error")))
-            span.end(end_ns)
-            return
-        timings = msgspec.convert(entry[_TIMINGS] if len(entry) > _TIMINGS else {}, Timings)
-        usage = entry[_USAGE] if len(entry) > _USAGE else {}
-        span.set_attributes(
-            {
-                "gen_ai.response.finish_reasons": [str(entry[_FINISH_REASON])],
-                "gen_ai.usage.input_tokens": usage.get("prompt_tokens", 0),
-                "gen_ai.usage.output_tokens": usage.get("completion_tokens", 0),
-            }
-        )
-        self._parts(job, timings, end_ns)
+        match decode(entry):
+            case Failed(error=error):
+                self._fail(span, error.code)
+            case Ended() as ended:
+                span.set_attributes(
+                    {
+                        "gen_ai.response.finish_reasons": [ended.finish_reason.value],
+                        "gen_ai.usage.input_tokens": ended.usage.prompt_tokens,
+                        "gen_ai.usage.output_tokens": ended.usage.completion_tokens,
+                    }
+                )
+                self._parts(job, ended.timings, end_ns)
         span.end(end_ns)
 
     def _parts(self, job: _Job, timings: Timings, end_ns: int) -> None:
