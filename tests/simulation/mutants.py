@@ -21,7 +21,6 @@ import worker.core.streams
 from broker.core import admission, controller, endings, membership, recovery, sharing, suspicion
 from broker.core.controller import BrokerCore
 from broker.core.state import BusState
-from broker.peer.connection import PeerConnection
 from client.core.exchange import Exchange
 from client.core.requests import Requests as ClientRequests
 from tests.simulation import plan as plans
@@ -86,31 +85,6 @@ _Stream = worker.core.streams.Stream
 _Pool = worker.core.credit.CreditPool
 
 MUTANTS = (
-    # --- whoever dials out ------------------------------------------------------------------------
-    Mutant(
-        "a peer ignores the broker's sequence numbers",
-        PeerConnection,
-        "receive",
-        "head.sequence != self._heard_sequence",
-        "False",
-        ("garble_worker", "garble_client"),
-    ),
-    Mutant(
-        "a broker that is silent lives for ever",
-        PeerConnection,
-        "_check_liveness",
-        "now_s >= liveness.dead_at_s",
-        "False",
-        ("unplug_worker", "unplug_client"),
-    ),
-    Mutant(
-        "no heartbeat is ever due",
-        PeerConnection,
-        "_check_liveness",
-        "BeatDue() if now_s >= liveness.beat_due_s else None",
-        "None",
-        (),
-    ),
     # --- the client -------------------------------------------------------------------------------
     Mutant(
         "the client takes events of an older epoch",
