@@ -20,9 +20,8 @@ from broker import __main__ as broker_main
 from broker import auth, config
 from broker.config import Config, ConfigError
 from broker.protocol.header import MessageType
-from tests.harness import PATIENCE_S, wait_until
+from tests.harness import PATIENCE_S, ROOT, wait_until
 from tests.wire.broker_peers import (
-    ROOT,
     RawClient,
     RawWorker,
     peers_context,
