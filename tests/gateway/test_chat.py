@@ -337,7 +337,7 @@ def test_a_client_that_gives_up_waiting_frees_the_slot_as_well(gateway: GatewayP
 
 
 def test_a_stream_that_waits_gets_comments(gateway: GatewayProcess) -> None:
-    waiting = [{"role": "user", "content": "[[echo prefill_ms=700]]late"}]
+    waiting = [{"role": "user", "content": "[[echo prefill_ms=2000]]late"}]
     body = {"model": MODEL, "messages": waiting, "stream": True}
     with gateway.http() as client:
         text = client.post("/v1/chat/completions", json=body).text
@@ -349,7 +349,7 @@ def test_a_stream_that_waits_gets_comments(gateway: GatewayProcess) -> None:
 def test_a_pause_between_tokens_is_nothing_to_openais_client(
     gateway: GatewayProcess, path: str
 ) -> None:
-    prompt = "[[echo step_delay_ms=500]]ab"
+    prompt = "[[echo step_delay_ms=1500]]ab"
     asked = {
         "chat/completions": {"messages": [{"role": "user", "content": prompt}]},
         "completions": {"prompt": prompt},
