@@ -9,10 +9,10 @@ with Client("tcp://127.0.0.1:5555") as client:
 ```
 
 Public names are those of `__all__`; everything else may change. `AsyncClient` and `__version__` are
-loaded when they are used: asyncio and the package's metadata take as long as all the rest.
+loaded on first use: asyncio and the package's metadata take as long to load as everything else.
 """
 
-from broker.protocol import early  # noqa: F401  # first: `python -m client.gateway` comes by here
+from broker.protocol import early  # noqa: F401  # first: `python -m client.gateway` passes through here
 
 # isort: split
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from client.calls import Embeddings
 from client.choices import AsyncChoiceStream, ChoiceStream
 from client.core.events import End, Prompt, Queued, Recovering, Started, StreamEvent, Tokens
 from client.core.tools import ToolCall
-from client.errors import *  # noqa: F403  # its `__all__` is the list, kept once
+from client.errors import *  # noqa: F403  # its `__all__` is the only list
 from client.errors import __all__ as _errors
 from client.options import Limits, Retry, Timeout
 from client.stream import AsyncStream, Completion, Stream

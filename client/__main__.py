@@ -1,6 +1,7 @@
 """`python -m client` (`tokenbus`): parse, run one command, turn errors into one line and a status.
 
-0 done, 1 the bus said no or the demo's answer is wrong, 2 wrong usage, 130 interrupted.
+Status: 0 success, 1 the bus refused or failed or the demo's answer is wrong, 2 wrong
+usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has gone; the interpreter must not stumble over it at its exit.
+        # The reader of our output is gone; the interpreter must not fail on it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except (InvalidRequest, TooLarge, TypeError) as error:
@@ -49,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = OptionParser(
         prog="python -m client",
         description="Talk to models behind a tokenbus broker.",
-        epilog="`python -m client COMMAND --help` tells the options of a command.",
+        epilog="`python -m client COMMAND --help` lists the options of a command.",
     )
     parser.add_argument("--version", action="version", version=f"tokenbus {version()}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")

@@ -1,8 +1,9 @@
-"""`AsyncClient`: the asyncio face. Builds a call, starts it, waits; no logic of the bus.
+"""`AsyncClient`: the asyncio client. Builds a call, starts it, waits; contains no bus logic.
 
-May be used from several event loops, each of which gets a session of its own; a stream belongs to
-one task at a time. The loop itself serves the socket: while it is blocked, nothing arrives and no
-sign of life leaves, and a session that was given up meanwhile is resumed.
+May be used from several event loops, each of which gets its own session; a stream belongs to
+one task at a time. The loop itself serves the socket: while it is blocked, nothing arrives and
+no heartbeat is sent. If the broker gives the session up in that time, its streams are resumed
+in the next.
 """
 
 from __future__ import annotations
@@ -53,15 +54,15 @@ class AsyncClient(Face):
     ```
 
     `help(AsyncClient.chat)` lists the options of a call; other calls take those that apply to them.
-    An unknown one raises `TypeError` and names what is near. All calls raise `BusError`s.
+    An unknown option raises `TypeError`, which names similar ones. All calls raise `BusError`s.
     """
 
     def _prepare(self) -> None:
         self._lock = threading.Lock()
         self._closed = False
-        #: A session of its own for each loop, driven by it.
+        #: One session for each loop, driven by that loop.
         self._transports: dict[asyncio.AbstractEventLoop, LoopTransport] = {}
-        # Also at the end of the process: workers are told, rather than left to find out.
+        # Also at the end of the process, so that workers are told rather than left to notice.
         self._finalizer = weakref.finalize(self, _shut_down, self._transports)
 
     @overload
@@ -286,7 +287,8 @@ class AsyncClient(Face):
         return await self.embeddings_of(calls.embed(self._defaults, model, inputs, dict(options)))
 
     async def embeddings_of(self, made: Sequence[Call]) -> Embeddings:
-        """Vectors for what `calls.embed` made ready; others have their turn between requests."""
+        """Vectors for the requests of `calls.embed`; other tasks have their turn between
+        requests."""
         streams: list[AsyncStream] = []
         try:
             for call in made:
@@ -302,7 +304,7 @@ class AsyncClient(Face):
         request: Request,
         attachments: Sequence[bytes] = (),
         *,
-        timeout: Timeout | float | None = None,  # noqa: ASYNC109  # the session keeps it
+        timeout: Timeout | float | None = None,  # noqa: ASYNC109  # the session enforces it
         retry: Retry | None = None,
     ) -> AsyncStream:
         """Send a request of `broker.protocol.messages` as it is, for whoever speaks another API.
@@ -369,7 +371,7 @@ class AsyncClient(Face):
         return list(await self.query("bus.models"))
 
     async def workers(self) -> list[dict[str, Any]]:
-        """The workers, with state, slots and figures of each."""
+        """The workers, each with its state, slots and statistics."""
         return list(await self.query("bus.workers"))
 
     async def clients(self) -> list[dict[str, Any]]:
@@ -387,15 +389,16 @@ class AsyncClient(Face):
     async def drain(
         self, worker: str, *, deadline_s: float | None = None, reason: str = ""
     ) -> dict[str, Any]:
-        """Let a worker finish and take nothing new. An operator's verb."""
+        """Let a worker finish its requests and accept nothing new. An operator's verb."""
         return dict(await self.query("bus.drain", drain_args(worker, deadline_s, reason)))
 
     async def hold(self, worker: str) -> dict[str, Any]:
-        """Give a worker nothing new until it is released; it stays. An operator's verb."""
+        """Keep a worker on the bus but give it nothing new until it is released. An operator's
+        verb."""
         return dict(await self.query("bus.hold", {"worker": worker}))
 
     async def release(self, worker: str) -> dict[str, Any]:
-        """The end of `hold`. An operator's verb."""
+        """End a `hold`. An operator's verb."""
         return dict(await self.query("bus.release", {"worker": worker}))
 
     async def query(
@@ -403,7 +406,7 @@ class AsyncClient(Face):
         verb: str,
         args: dict[str, Any] | None = None,
         *,
-        timeout: float | None = None,  # noqa: ASYNC109  # the session keeps it
+        timeout: float | None = None,  # noqa: ASYNC109  # the session enforces it
     ) -> Any:
         """Ask the broker itself (SPEC.md section 10)."""
         inbox = AsyncInbox(asyncio.get_running_loop())
@@ -419,7 +422,7 @@ class AsyncClient(Face):
         return item.result
 
     async def aclose(self) -> None:
-        """Cancel what is open and say goodbye. Idempotent."""
+        """Cancel everything that is open and end the session. Idempotent."""
         with self._lock:
             self._closed = True
             transports = list(self._transports.values())

@@ -1,7 +1,7 @@
-"""From the arguments of a call to the request that travels, for both faces: messages, pictures,
-parameters, checked here so that a mistake is told before anything is sent.
+"""Turns the arguments of a call into the request to send, for both clients. Messages, images and
+parameters are checked here, so that a mistake is reported before anything is sent.
 
-No sockets and no state; reads picture files and nothing else.
+No sockets and no state; reads image files and nothing else.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ MAX_CHOICES: Final = 128
 """Answers to one question: each is a request of its own in the broker's queue."""
 
 EMBED_INPUTS_AT_ONCE: Final = 32
-"""Vectors of one request: an OUTPUT of 1 MiB holds 32 of 8192 dimensions."""
+"""Most inputs of one request: an OUTPUT of 1 MiB holds 32 vectors of 8192 dimensions."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request that is ready to go."""
+    """A request that is ready to send."""
 
     request: Request
     attachments: tuple[bytes, ...]
@@ -73,14 +73,14 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What the client was made with."""
+    """The client's own defaults for a call."""
 
     timeout: Timeout
     retry: Retry
 
 
 class _Attached:
-    """Gathers the pictures of one request, in order."""
+    """Collects the images of one request, in order."""
 
     def __init__(self) -> None:
         self.encoded: list[bytes] = []
@@ -96,8 +96,8 @@ class _Attached:
 def model_and_messages(
     given: Sequence[Any], model: str | None, messages: Messages | None
 ) -> tuple[str | None, Messages]:
-    """The arguments of `chat`, which takes messages first as every call does, and the model first
-    as well. Raises `TypeError`."""
+    """The model and messages from the arguments of `chat`, which accepts either of them first.
+    Raises `TypeError`."""
     match given:
         case [] if messages is not None:
             return model, messages
@@ -120,13 +120,14 @@ def chat(
     options: dict[str, Any],
     kind: Kind = Kind.CHAT,
 ) -> Call:
-    """A request with messages. Raises `InvalidRequest`, `TooLarge`; `TypeError` for a bad name."""
+    """A request with messages. Raises `InvalidRequest`, `TooLarge`, and `TypeError` for
+    an unknown option."""
     attached = _Attached()
     turns = [_turn(turn, attached) for turn in _turns(conversation)]
     if images:
         last = next((i for i in reversed(range(len(turns))) if turns[i]["role"] == "user"), None)
         if last is None:
-            raise InvalidRequest("pictures need a user message to go with; there is none")
+            raise InvalidRequest("images need a user message to belong to; there is none")
         turns[last] = _with_pictures(turns[last], [attached.add(image) for image in _each(images)])
     return _call(defaults, kind, model, {"messages": turns}, attached, options)
 
@@ -161,7 +162,7 @@ def text_or_messages(
     images: Sequence[Image],
     options: dict[str, Any],
 ) -> Call:
-    """A request of a kind that takes text as it is, a conversation, or token ids."""
+    """A request of a kind that takes plain text, a conversation, or token ids."""
     if isinstance(given, str) or given is None:
         return complete(defaults, model, given, token_ids, images, options, kind)
     return chat(defaults, model, given, images, options, kind)
@@ -234,7 +235,7 @@ def ready(
 
 
 def check_option(name: str, value: Any) -> None:
-    """Whether a call would take this option with this value. Raises `InvalidRequest`."""
+    """Check that a call would accept this option with this value. Raises `InvalidRequest`."""
     defaults = Defaults(Timeout(), Retry())
     try:
         chat(defaults, None, "a question", (), {name: value})
@@ -282,7 +283,7 @@ def field_of(end: End, name: str) -> Any:
         return (end.result or {})[name]
     except KeyError:
         raise BrokenProtocol(
-            f"worker {end.worker!r} answered without {name!r}; update it"
+            f"worker {end.worker!r} answered without {name!r}; upgrade that worker"
         ) from None
 
 
@@ -326,7 +327,7 @@ def _turn(turn: MessageLike, attached: _Attached) -> dict[str, Any]:
 
 
 def _check_role(role: Any) -> None:
-    """Templates drop a role that they do not know, often without a word."""
+    """Many templates silently drop a role that they do not know."""
     if isinstance(role, str) and role not in ROLES:
         near = difflib.get_close_matches(role, ROLES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(ROLES)}"
@@ -368,7 +369,7 @@ def _each(images: Sequence[Image]) -> Sequence[Image]:
     return [images]
 
 
-#: A caller knows parameters by name, not by their place in a message.
+#: Callers know parameters by name, not by their path in the message.
 _PLACE: Final = re.compile(r"^(.*) - at `\$\.(?:params\.)?(\w+)`$")
 
 # --- parameters -----------------------------------------------------------------------------------
@@ -388,7 +389,7 @@ def _call(
     reading, shape = wanted(kind, options)
     window = options.pop("window", None)
     if window is not None and (not isinstance(window, int) or window < 1):
-        raise InvalidRequest(f"window is {window!r}; give a count of tokens from 1 up")
+        raise InvalidRequest(f"window is {window!r}; give a number of tokens, 1 or more")
     params = {
         name: _plain(name, options.pop(name))
         for name in list(options)
@@ -396,16 +397,16 @@ def _call(
     }
     if "model_defaults" not in params:
         params["model_defaults"] = [name for name in MODEL_DEFAULTS if name not in params]
-    # Always one, so that a resumed stream continues exactly; 2**53 survives JSON.
+    # Always set, so that a resumed stream continues exactly; below 2**53 it survives JSON.
     params.setdefault("seed", int.from_bytes(os.urandom(6)))
     fields = {name: value for name, value in options.items() if value is not None}
     if "trace" not in fields and "opentelemetry.trace" in sys.modules:
-        # The program traces itself: what the worker does becomes part of its span.
+        # If the program is traced, the worker's spans become children of its current span.
         from broker.protocol.tracing import current_trace
 
         fields["trace"] = current_trace()
     entries = [msgspec.to_builtins(entry) for entry in attached.entries]
-    # A name of one character stands in for "the only model": the session asks for it later.
+    # The type needs at least one character; "the only model" is asked for later by the session.
     raw = {
         **given,
         **fields,
@@ -436,12 +437,12 @@ def _timeout(given: Any, default: Timeout) -> Timeout:
         return default
     if isinstance(given, Timeout):
         return given
-    # A bare number limits the whole request, as a caller in a hurry means it.
+    # A bare number limits the whole request, which is what callers mean by it.
     return dataclasses.replace(default, total=given)
 
 
 def _plain(name: str, value: Any) -> Any:
-    """Forms that callers find natural, as the wire has them."""
+    """Convert forms that are natural for callers to the form on the wire."""
     if name == "stop" and isinstance(value, str):
         return [value]
     if name == "logit_bias" and isinstance(value, Mapping):
@@ -459,5 +460,6 @@ def _check_names(options: Iterable[str], known: Iterable[str]) -> None:
             near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
             meant = f"did you mean {' or '.join(near)}?" if near else ""
             raise TypeError(
-                f"unknown parameter {name!r}; {meant or 'known are ' + ', '.join(sorted(known))}"
+                f"unknown parameter {name!r}; "
+                f"{meant or 'known parameters: ' + ', '.join(sorted(known))}"
             )

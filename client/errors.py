@@ -12,12 +12,12 @@
     │   └── QuotaExceeded       this client or user has too much in flight
     ├── DeadlineExceeded        a time limit passed
     │   ├── QueueTimeout        Timeout.queue: no worker took the request
-    │   ├── FirstTokenTimeout   Timeout.first_token: a worker took it and said nothing
-    │   ├── TokenTimeout        Timeout.between_tokens: the stream stood still
+    │   ├── FirstTokenTimeout   Timeout.first_token: a worker took it and sent nothing
+    │   ├── TokenTimeout        Timeout.between_tokens: the stream stalled
     │   └── TotalTimeout        Timeout.total
     ├── Cancelled               somebody else cancelled the request
     ├── WorkerLost              the worker died and the request could not be resumed
-    ├── EngineError             the model raised
+    ├── EngineError             the model raised an exception
     ├── OutOfMemory             the worker's device is full
     ├── Poison                  workers died while they ran this request alone
     ├── SlowConsumer            the application did not read its stream
@@ -27,10 +27,10 @@
     │   ├── UnknownSession      the broker does not know this session
     │   └── ClientClosed        this client was closed
     ├── InvalidAnswer           the model's answer is not what was asked for
-    └── BrokenProtocol          the peer breaks the specification
+    └── BrokenProtocol          the peer violates the specification
 
 `DeadlineExceeded` and `ConnectTimeout` are Python's `TimeoutError` as well, `ConnectionLost` is its
-`ConnectionError`, `InvalidAnswer` its `ValueError`: a program that knows those catches these.
+`ConnectionError`, `InvalidAnswer` its `ValueError`: a program that catches those catches these too.
 
 Holds no logic of the bus: `error_from` only picks the class.
 """
@@ -82,12 +82,12 @@ def short_id(request_id: bytes) -> str:
 
 
 class BusError(Exception):
-    """Something that the bus, or this library on its behalf, could not do.
+    """A failure of the bus, or of this library.
 
     `str(error)` says what happened, to whom, and what to do next; the attributes are for programs.
     """
 
-    #: Of this class when nothing else is said.
+    #: The class's own code, unless another is given.
     default_code: ClassVar[str] = "error"
 
     def __init__(
@@ -104,22 +104,22 @@ class BusError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
-        #: What stands on the wire; see `broker.protocol.errors.ErrorCode`.
+        #: The code on the wire; see `broker.protocol.errors.ErrorCode`.
         self.code = code or self.default_code
-        #: The same request may succeed if it is sent again.
+        #: Whether the same request may succeed if it is sent again.
         self.retryable = retryable
-        #: Not before this many milliseconds, where the bus knows.
+        #: Retry not before this many milliseconds, if known.
         self.retry_after_ms = retry_after_ms
         self.details = details or {}
         #: First hex digits of the request id, as logs of broker and worker show them; or empty.
         self.request_id = request_id
-        #: Who ran the request last; empty when nobody did.
+        #: The worker that ran the request last; empty if none did.
         self.worker = worker
-        #: Tokens of the answer had arrived.
+        #: Number of tokens of the answer that had arrived.
         self.partial = partial
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exceptions cross process pools; the default would lose the keyword arguments.
+        # Exceptions are pickled across process pools; the default would lose the keyword arguments.
         return _rebuild, (type(self), self.message, dict(self.__dict__))
 
 
@@ -142,7 +142,7 @@ class ContextOverflow(InvalidRequest):
 
 
 class TooLarge(BusError):
-    """Beyond a limit of the bus; `details` carry `size_bytes` and `limit_bytes` where known."""
+    """Beyond a limit of the bus; `details` contain `size_bytes` and `limit_bytes` if known."""
 
     default_code = ErrorCode.TOO_LARGE.value
 
@@ -172,7 +172,7 @@ class ModelUnavailable(BusError):
 
 
 class Overloaded(BusError):
-    """The queues are full; come back after `retry_after_ms`."""
+    """The queues are full; retry after `retry_after_ms`."""
 
     default_code = ErrorCode.OVERLOADED.value
 
@@ -198,7 +198,7 @@ class FirstTokenTimeout(DeadlineExceeded):
 
 
 class TokenTimeout(DeadlineExceeded):
-    """`Timeout.between_tokens`: the stream stood still for too long."""
+    """`Timeout.between_tokens`: the stream stalled for too long."""
 
 
 class TotalTimeout(DeadlineExceeded):
@@ -206,7 +206,7 @@ class TotalTimeout(DeadlineExceeded):
 
 
 class Cancelled(BusError):
-    """The request was cancelled by somebody else than this client."""
+    """The request was cancelled by somebody other than this client."""
 
     default_code = ErrorCode.CANCELLED.value
 
@@ -218,7 +218,7 @@ class WorkerLost(BusError):
 
 
 class EngineError(BusError):
-    """The model or its engine raised while it ran this request."""
+    """The model or its engine raised an exception while it ran this request."""
 
     default_code = ErrorCode.ENGINE_ERROR.value
 
@@ -237,13 +237,13 @@ class Poison(BusError):
 
 
 class SlowConsumer(BusError):
-    """The application did not read its stream for so long that it was given up."""
+    """The application did not read its stream for too long, so the stream was given up."""
 
     default_code = ErrorCode.SLOW_CONSUMER.value
 
 
 class Draining(BusError):
-    """Broker or worker is about to stop and takes nothing new."""
+    """Broker or worker is about to stop and accepts nothing new."""
 
     default_code = ErrorCode.DRAINING.value
 
@@ -276,7 +276,7 @@ class InvalidAnswer(BusError, ValueError):
 
 
 class BrokenProtocol(BusError):
-    """The peer, or something that is not a tokenbus broker, breaks the specification."""
+    """The peer violates the specification, or is not a tokenbus broker."""
 
     default_code = ErrorCode.PROTOCOL_ERROR.value
 
@@ -317,7 +317,8 @@ def error_from(
     partial: bool = False,
     cls: type[BusError] | None = None,
 ) -> BusError:
-    """The exception for an error as it travelled. A code of a newer peer becomes a `BusError`."""
+    """The exception for an error received from the bus. An unknown code (from a newer peer)
+    becomes a `BusError`."""
     return (cls or CLASS_OF_CODE.get(info.code, BusError))(
         info.message,
         code=info.code,

@@ -1,4 +1,5 @@
-"""What `Client` and `AsyncClient` share: construction, defaults, starting a stream, the end.
+"""The common base of `Client` and `AsyncClient`: construction, defaults, starting a stream,
+closing.
 
 They differ only in how they wait; nothing here waits.
 """
@@ -22,7 +23,7 @@ from client.stream import PassingSink, StreamState
 
 
 class Face:
-    """A client without its way of waiting. Connects with the first call."""
+    """A client without a way of waiting. It connects with the first call."""
 
     def __init__(
         self,
@@ -36,15 +37,14 @@ class Face:
         key_file: str | os.PathLike[str] | None = None,
     ) -> None:
         """`broker`: a front address, several separated by commas, or a list; without it,
-        `TOKENBUS_BROKER`, else tcp://127.0.0.1:5555. The first that answers is used.
+        `TOKENBUS_BROKER`, else tcp://127.0.0.1:5555. The first one that answers is used.
 
         `timeout`: a `Timeout`, or seconds for each whole request. `retry`: how to recover.
-        `limits`: bounds of memory and of what is in flight.
-        `name`: as logs and `clients()` show it.
-        `server_key`: CURVE, the broker's public key or `.key` file; `key_file`: our own
-        `.key_secret` file, where the broker has an allow-list.
+        `limits`: bounds on memory and on requests in flight. `name`: shown in logs and by
+        `clients()`. `server_key`: CURVE, the broker's public key or `.key` file; `key_file`: our
+        own `.key_secret` file, where the broker has an allow-list.
 
-        Raises `InvalidRequest` for what cannot be right.
+        Raises `InvalidRequest` for invalid arguments.
         """
         if isinstance(server_key, bytes):
             server_key = server_key.decode("ascii")
@@ -56,7 +56,7 @@ class Face:
             limits=limits,
         )
         if connection.server_key is not None:
-            keys_of(connection)  # a missing file is told here, not by the thread
+            keys_of(connection)  # report a missing file here, not from the thread
         if timeout is None or isinstance(timeout, int | float):
             timeout = Timeout(total=timeout)
         self._defaults = Defaults(timeout, retry or Retry())
@@ -68,12 +68,12 @@ class Face:
         raise NotImplementedError
 
     def _carrier(self) -> Transport:
-        """What carries the calls that are made here."""
+        """The transport for calls made here."""
         raise NotImplementedError
 
     @property
     def defaults(self) -> Defaults:
-        """What calls go by that do not say otherwise."""
+        """Defaults for calls that do not say otherwise."""
         return self._defaults
 
     @property
@@ -86,7 +86,8 @@ class Face:
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError(
-            "a client cannot be pickled, as sockets do not travel: make the Client in the process "
+            "a client cannot be pickled, since sockets cannot be sent: make the Client in the "
+            "process "
             "that uses it"
         )
 

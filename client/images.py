@@ -1,4 +1,4 @@
-"""A picture as a caller has it (path, bytes, Pillow image) to the encoded bytes that travel.
+"""Converts an image as callers have it (path, bytes, Pillow image) to the encoded bytes to send.
 
 Never decodes: the worker does that, under bounds. Never imports Pillow: a Pillow image brings
 its own encoder along.
@@ -34,9 +34,9 @@ _MAGIC: Final = (
 
 
 def encode(image: Image) -> tuple[bytes, Attachment]:
-    """Encoded bytes of a picture, and what to say of them.
+    """The encoded bytes of an image, and their description.
 
-    Raises `InvalidRequest` for what is not an image or cannot be read, `TooLarge` beyond the bound.
+    Raises `InvalidRequest` for what is not an image or cannot be read, `TooLarge` beyond the limit.
     """
     if isinstance(image, bytes | bytearray | memoryview):
         data, where = bytes(image), "the picture"
@@ -57,7 +57,7 @@ def encode(image: Image) -> tuple[bytes, Attachment]:
 
 
 def media_type(data: bytes) -> str:
-    """The format by its first bytes, for people and logs; empty when unknown."""
+    """The format, guessed from the first bytes, for people and logs; empty if unknown."""
     for magic, name in _MAGIC:
         if data.startswith(magic):
             return name
@@ -69,8 +69,8 @@ def media_type(data: bytes) -> str:
 
 
 def check_file(path: str | os.PathLike[str]) -> None:
-    """For a person at a command: a file that does not begin as any image is refused now, not with
-    the question. Raises like `encode`."""
+    """For interactive commands: refuse a file that does not begin like an image now, not with the
+    question. Raises like `encode`."""
     _, entry = encode(path)
     if not entry.media_type:
         raise InvalidRequest(
@@ -82,7 +82,7 @@ def check_file(path: str | os.PathLike[str]) -> None:
 def _read(path: Path) -> bytes:
     if str(path).startswith(("http:/", "https:/", "data:")):
         raise InvalidRequest(
-            f"picture {str(path)[:80]!r} is an address; the bus carries bytes: download it first"
+            f"picture {str(path)[:80]!r} is a URL; download it first: the bus carries bytes"
         )
     try:
         size = path.stat().st_size
@@ -98,7 +98,7 @@ def _read(path: Path) -> bytes:
 def _encode_pillow(image: Any) -> bytes:
     buffer = io.BytesIO()
     try:
-        # PNG keeps every pixel; modes that it has no room for (CMYK, YCbCr, float) become RGB.
+        # PNG is lossless; modes that it does not support (CMYK, YCbCr, float) become RGB.
         known = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
         (image if known else image.convert("RGB")).save(buffer, format="PNG")
     except (OSError, ValueError) as error:

@@ -1,6 +1,7 @@
-"""What a caller may set: time limits, retries, bounds, the connection. Frozen, checked when made.
+"""Settings of a client: time limits, retries, memory limits, the connection. Frozen,
+checked when made.
 
-Reads the environment in one place (`Connection.resolve`) and nothing else of the outside world.
+Reads the environment in one place (`Connection.resolve`), and nothing else outside the process.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ class Timeout:
     Timeout(queue=2, first_token=10)     give up early when the bus is busy
     ```
 
-    Each limit has an exception of its own: `ConnectTimeout`, `QueueTimeout`, `FirstTokenTimeout`,
+    Each limit has its own exception: `ConnectTimeout`, `QueueTimeout`, `FirstTokenTimeout`,
     `TokenTimeout`, `TotalTimeout`. Whichever passes, the request is cancelled at the worker.
     """
 
-    #: Until a broker answers. Short: a broker that runs answers within milliseconds.
+    #: Until a broker answers. Short, since a running broker answers within milliseconds.
     connect: float | None = 10.0
     #: From the broker's queue to a worker; None leaves it to the broker's own limit.
     queue: float | None = None
@@ -56,7 +57,7 @@ class Timeout:
                 )
 
 
-#: Errors after which the same request may well succeed elsewhere or later.
+#: Errors after which the same request may succeed elsewhere or later.
 RETRY_CODES: Final = frozenset(
     code.value
     for code in (
@@ -73,38 +74,39 @@ RETRY_CODES: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """How hard to try before an interruption becomes an exception. `Retry(attempts=0)`: not at all.
+    """How often to retry before an interruption becomes an exception. `Retry(attempts=0)`:
+    not at all.
 
     A stream is resumed where it stopped, so a retry never repeats or changes what was received.
     """
 
-    #: Recoveries in a row that bring no token; any token starts the count anew.
+    #: Recoveries in a row without a new token; any token resets the count.
     attempts: int = 5
-    #: First wait between two recoveries, seconds; doubles, with full jitter. The first recovery
+    #: First wait between two recoveries, seconds; it doubles, with full jitter. The first recovery
     #: after an interruption does not wait.
     backoff_first: float = 0.2
     backoff_longest: float = 10.0
     #: How long an open stream waits for a broker to come back, seconds. Workers keep running
-    #: requests 30 s without one.
+    #: requests for 30 s without a broker.
     reconnect: float = 30.0
-    #: Error codes that are tried again, if the bus calls the error retryable.
+    #: Error codes that are retried if the bus calls the error retryable.
     codes: frozenset[str] = RETRY_CODES
 
     def __post_init__(self) -> None:
         if not isinstance(self.attempts, int) or self.attempts < 0:
-            raise InvalidRequest(f"Retry.attempts is {self.attempts!r}; give a count from 0 up")
+            raise InvalidRequest(f"Retry.attempts is {self.attempts!r}; give an integer, 0 or more")
         for name in ("backoff_first", "backoff_longest", "reconnect"):
             value = getattr(self, name)
             if not (_is_number(value) and 0 <= value <= 1e9):
-                raise InvalidRequest(f"Retry.{name} is {value!r}; give seconds from 0 up")
+                raise InvalidRequest(f"Retry.{name} is {value!r}; give seconds, 0 or more")
         object.__setattr__(self, "codes", frozenset(str(code) for code in self.codes))
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of what this client has in memory and in flight."""
+    """Limits on what this client holds in memory and in flight."""
 
-    #: Requests at the broker at once; further ones wait here. None: the broker's own limit.
+    #: Requests at the broker at once; more than these wait here. None: the broker's own limit.
     inflight: int | None = None
     #: Tokens of a stream that may wait unread here; the worker coalesces the rest. None: the
     #: broker's default.
@@ -114,22 +116,24 @@ class Limits:
         for name in ("inflight", "window"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and 1 <= value < 1 << 31):
-                raise InvalidRequest(f"Limits.{name} is {value!r}; give a count from 1 up, or None")
+                raise InvalidRequest(
+                    f"Limits.{name} is {value!r}; give an integer, 1 or more, or None"
+                )
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """Where the brokers are and how to prove who we are."""
+    """Addresses of the brokers, and the keys."""
 
-    #: Front addresses; the first that answers is used, the next when it is gone.
+    #: Front addresses; the first one that answers is used, another when that is gone.
     brokers: tuple[str, ...]
-    #: As the broker's logs and `bus.clients` show this client.
+    #: Name of this client in the broker's logs and in `bus.clients`.
     name: str
     #: CURVE: the broker's public key as 40 characters of Z85.
     server_key: str | None = None
     #: CURVE: this client's certificate (`*.key_secret`, as `python -m broker keys` writes it).
     key_file: Path | None = None
-    #: The same as text of Z85, public and secret, for whoever has it in no file.
+    #: The same as Z85 text, public and secret, for callers that have no file.
     key_pair: tuple[str, str] | None = None
     limits: Limits = field(default_factory=Limits)
 
@@ -143,7 +147,7 @@ class Connection:
         key_file: str | os.PathLike[str] | None = None,
         limits: Limits | None = None,
     ) -> Connection:
-        """Fill in what was not given: `TOKENBUS_BROKER`, else `tcp://127.0.0.1:5555`.
+        """Fill in missing values: `TOKENBUS_BROKER`, else `tcp://127.0.0.1:5555`.
 
         `broker` is one address, several separated by commas, or a list. Raises `InvalidRequest`.
         """
@@ -156,7 +160,9 @@ class Connection:
             )
         chosen = name or f"{socket.gethostname()}-{os.getpid()}"
         if len(chosen.encode()) > MAX_NAME_BYTES:
-            raise InvalidRequest(f"client name of over {MAX_NAME_BYTES} bytes; give a shorter one")
+            raise InvalidRequest(
+                f"the client name is longer than {MAX_NAME_BYTES} bytes; give a shorter one"
+            )
         if key_file is not None and server_key is None:
             raise InvalidRequest("key_file without server_key: CURVE needs the broker's public key")
         return cls(
@@ -177,7 +183,7 @@ def _addresses(given: Iterable[str]) -> Iterable[str]:
             scheme, separator, rest = address.partition("://")
             if not separator or scheme not in ("tcp", "ipc") or not rest:
                 raise InvalidRequest(
-                    f"broker address {address!r} is not one; write tcp://HOST:PORT or ipc://PATH"
+                    f"{address!r} is not a broker address; write tcp://HOST:PORT or ipc://PATH"
                 )
             if scheme == "tcp" and not _has_port(rest):
                 raise InvalidRequest(

@@ -1,8 +1,8 @@
-"""Every option that a call takes by name, once: type, meaning, unit and default.
+"""Every keyword option of a call, defined once: type, meaning, unit and default.
 
-Type checkers and editors read the classes, `help()` and the command line the descriptions (the
-default stands in brackets), and a call that is given another name is refused. `None` is the same
-as not given.
+Type checkers and editors use the classes; `help()` and the command line show the descriptions (with
+the default in brackets); a call with any other name is refused. `None` means the same as leaving
+the option out.
 """
 
 import inspect
@@ -33,7 +33,7 @@ def _says(text: str) -> Meta:
 
 
 class CallOptions(TypedDict, total=False):
-    """What every call takes."""
+    """Options of every call."""
 
     timeout: Annotated[
         Timeout | float | None,
@@ -44,8 +44,10 @@ class CallOptions(TypedDict, total=False):
         int | None,
         _says("tokens that may wait unread in this process [the client's, else the broker's]"),
     ]
-    priority: Annotated[int | None, _says("-100 to 100; the higher leaves the queue first [0]")]
-    user: Annotated[str | None, _says("whose share of the workers it counts to [the client's own]")]
+    priority: Annotated[int | None, _says("-100 to 100; higher leaves the queue first [0]")]
+    user: Annotated[
+        str | None, _says("the user whose fair share it counts towards [the client's own]")
+    ]
     trace: Annotated[
         Mapping[str, str] | None,
         _says("W3C trace context, such as traceparent [the current OpenTelemetry span, if any]"),
@@ -53,7 +55,7 @@ class CallOptions(TypedDict, total=False):
 
 
 class ConversationOptions(CallOptions, total=False):
-    """What goes into the prompt that a chat template makes."""
+    """Options that go into the prompt rendered by a chat template."""
 
     tools: Annotated[
         Sequence[Mapping[str, Any] | type] | None,
@@ -69,43 +71,43 @@ class ConversationOptions(CallOptions, total=False):
 
 
 class Sampling(TypedDict, total=False):
-    """How tokens are chosen, and when to stop. `*`: the model's own default comes first."""
+    """How tokens are chosen and when to stop. `*`: the model's own default takes precedence."""
 
-    max_tokens: Annotated[int | None, _says("longest answer, tokens [what is left of the context]")]
-    min_tokens: Annotated[int | None, _says("no end before so many tokens [0]")]
+    max_tokens: Annotated[int | None, _says("longest answer, tokens [the rest of the context]")]
+    min_tokens: Annotated[int | None, _says("the answer has at least this many tokens [0]")]
     temperature: Annotated[
-        float | None, _says("randomness: 0 always takes the likeliest token [1*]")
+        float | None, _says("randomness: 0 always takes the most likely token [1*]")
     ]
     top_p: Annotated[
         float | None,
-        _says("choose among the likeliest tokens of this total probability, 0 to 1 [1*: all]"),
+        _says("choose among the most likely tokens with this total probability, 0 to 1 [1*: all]"),
     ]
-    top_k: Annotated[int | None, _says("choose among so many likeliest tokens [0*: all]")]
+    top_k: Annotated[int | None, _says("choose among this many most likely tokens [0*: all]")]
     min_p: Annotated[
         float | None,
-        _says("leave out tokens below this share of the likeliest one's probability [0*: none]"),
+        _says("leave out tokens below this fraction of the top token's probability [0*: none]"),
     ]
     repetition_penalty: Annotated[
         float | None, _says("above 1, tokens of prompt and answer become less likely [1*: off]")
     ]
     presence_penalty: Annotated[
-        float | None, _says("taken from the logits of tokens that the answer has [0: off]")
+        float | None, _says("subtracted from the logits of tokens in the answer so far [0: off]")
     ]
     frequency_penalty: Annotated[
-        float | None, _says("the same for each time that the answer has them [0: off]")
+        float | None, _says("the same, times the number of occurrences [0: off]")
     ]
     seed: Annotated[int | None, _says("same seed, same answer [random]")]
     stop: Annotated[str | Sequence[str] | None, _says("text that ends the answer [none]")]
     stop_token_ids: Annotated[Sequence[int] | None, _says("token ids that end it [none]")]
-    ignore_eos: Annotated[bool | None, _says("go on after the model's own end [no]")]
-    include_stop: Annotated[bool | None, _says("leave the stop text in the answer [no]")]
+    ignore_eos: Annotated[bool | None, _says("continue after the end of sequence [no]")]
+    include_stop: Annotated[bool | None, _says("keep the stop text in the answer [no]")]
     skip_special_tokens: Annotated[bool | None, _says("leave special tokens out of the text [yes]")]
     keep_special: Annotated[
-        Sequence[str] | None, _says("special tokens that stay in the text all the same [none]")
+        Sequence[str] | None, _says("special tokens to keep in the text nevertheless [none]")
     ]
     logprobs: Annotated[
         int | None,
-        _says("log probabilities: of each token and so many likeliest ones [none]"),
+        _says("log probabilities: of each token and this many most likely ones [none]"),
     ]
     prompt_logprobs: Annotated[int | None, _says("the same for the tokens of the prompt [none]")]
     echo: Annotated[bool | None, _says("begin the answer with the prompt [no]")]
@@ -113,9 +115,11 @@ class Sampling(TypedDict, total=False):
         Mapping[int, float] | Mapping[str, float] | Sequence[tuple[int, float]] | None,
         _says("added to the logits of tokens, by token id [none]"),
     ]
-    banned_token_ids: Annotated[Sequence[int] | None, _says("tokens that never come [none]")]
+    banned_token_ids: Annotated[
+        Sequence[int] | None, _says("tokens that are never generated [none]")
+    ]
     forced_token_ids: Annotated[
-        Sequence[int] | None, _says("tokens that the answer begins with [none]")
+        Sequence[int] | None, _says("tokens with which the answer begins [none]")
     ]
     constraint: Annotated[
         Constraint | Mapping[str, Any] | None,
@@ -127,32 +131,34 @@ class Sampling(TypedDict, total=False):
     ]
     model_defaults: Annotated[
         Sequence[str] | None,
-        _says("parameters for which the model's own default counts [those * not given]"),
+        _says("parameters for which the model's own default applies [those * not given]"),
     ]
-    stream_interval: Annotated[int | None, _says("tokens that come at a time [1]")]
+    stream_interval: Annotated[
+        int | None, _says("minimum number of tokens delivered at a time [1]")
+    ]
 
 
 class GenerateOptions(Sampling, CallOptions, total=False):
-    """What `generate` takes."""
+    """Options of `generate`."""
 
 
 class ChatOptions(Sampling, ConversationOptions, total=False):
-    """What `chat` takes."""
+    """Options of `chat`."""
 
 
 class EmbedOptions(CallOptions, total=False):
-    """What `embed` takes."""
+    """Options of `embed`."""
 
     pooling: Annotated[
         Literal["mean", "cls", "last", "max"] | None,
-        _says("how the tokens' vectors become one [the model's own]"),
+        _says("how the vectors of the tokens are combined into one [the model's own]"),
     ]
     normalize: Annotated[bool | None, _says("scale each vector to length 1 [the model's own]")]
-    dimensions: Annotated[int | None, _says("keep the first so many dimensions [all]")]
+    dimensions: Annotated[int | None, _says("keep only this many leading dimensions [all]")]
 
 
 def described(options: type) -> dict[str, str]:
-    """What each option does, by name."""
+    """The description of each option, by name."""
     return {name: meta.description or "" for name, (_, meta) in _taken_apart(options).items()}
 
 
@@ -173,7 +179,7 @@ def documented(options: type) -> Callable[[_Function], _Function]:
                     inspect.Parameter.POSITIONAL_OR_KEYWORD,
                     annotation=parameter.annotation,
                 )
-            # `*given` is how a function takes what follows by its place too.
+            # `*given` lets a function accept the following arguments by position too.
             by_place = parameter.kind is inspect.Parameter.VAR_POSITIONAL
             if not by_place and parameter.kind is not inspect.Parameter.VAR_KEYWORD:
                 named.append(parameter)
@@ -200,7 +206,7 @@ _STAR: Final = " (*: the model's own, where its generation config has one)"
 
 
 def _spelt(type_: Any) -> str:
-    """As a person would write it: without modules, and None goes without saying."""
+    """A type as a person would write it: without modules and without `None`."""
     parts = [part for part in get_args(type_) if part is not NoneType]
     return " | ".join(re.sub(r"\b(?:\w+\.)+", "", _name(part)) for part in parts)
 

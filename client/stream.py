@@ -1,7 +1,7 @@
-"""An answer as it arrives, for both faces.
+"""An answer as it arrives, for both clients.
 
-`StreamState` knows what was taken and assembles the `Completion`; it does no IO. `Stream` and
-`AsyncStream` only differ in how they wait. Whatever makes a caller stop reading (break, close, an
+`StreamState` tracks what was read and assembles the `Completion`; it does no IO. `Stream` and
+`AsyncStream` differ only in how they wait. Whatever makes a caller stop reading (break, close, an
 exception, garbage collection) cancels the request at the worker.
 """
 
@@ -40,7 +40,7 @@ from client.core.tools import ToolCall
 from client.errors import BusError, InvalidAnswer, short_id
 
 if TYPE_CHECKING:
-    import asyncio  # never at run time: a blocking program does not pay for it
+    import asyncio  # never at run time: a blocking program need not load it
 
     from typing_extensions import TypeVar
 
@@ -59,7 +59,7 @@ class Completion(Generic[T]):
     #: Without the calls of tools.
     text: str
     token_ids: list[int]
-    #: Of each token, where asked for.
+    #: Of each token, if requested.
     logprobs: list[TokenLogprob] | None
     finish_reason: FinishReason
     #: The stop string or token id that ended it.
@@ -67,10 +67,10 @@ class Completion(Generic[T]):
     usage: Usage
     #: Measured at the worker.
     timings: Timings
-    #: Where `echo` or `prompt_logprobs` was asked for.
+    #: Only if `echo` or `prompt_logprobs` was requested.
     prompt: Prompt | None
     model: str
-    #: Who finished it.
+    #: The worker that finished it.
     worker: str
     #: How often the stream was continued after an interruption.
     resumed: int
@@ -78,10 +78,10 @@ class Completion(Generic[T]):
     seed: int
     #: First hex digits of the request id, as logs show them.
     request_id: str
-    #: Measured here, seconds from the call; None when there was no token.
+    #: Measured here, seconds from the call; None if there was no token.
     first_token_s: float | None
     total_s: float
-    #: Of embed, count, tokenize, detokenize and template.
+    #: The result of embed, count, tokenize, detokenize and template.
     result: dict[str, Any] | None = None
     #: Where `tools` were given: the calls that the model makes, in order.
     tool_calls: list[ToolCall] = field(default_factory=list)
@@ -125,7 +125,7 @@ Post = Callable[[events.Event], None]
 
 
 class StreamState:
-    """What the application has taken of one stream."""
+    """What the application has read of one stream."""
 
     __slots__ = (
         "_calls",
@@ -152,8 +152,9 @@ class StreamState:
     ) -> None:
         self._id = request_id
         self._post = post
-        #: Tokens between two reports to the session, and when the next is due: `Started` tells it,
-        #: and precedes every token. No report at once: it would send a WINDOW for each request.
+        #: Tokens between two reports to the session, and the count at which the next is due; set by
+        #: `Started`, which precedes every token. The first report is not immediate: that would send
+        #: a WINDOW for each request.
         self._report_every = 1
         self._report_at = 1
         self._text: list[str] = []
@@ -162,7 +163,7 @@ class StreamState:
         self._prompt: PromptEvent | None = None
         self._calls: list[ToolCall] = []
         self._shape = shape
-        #: Nothing more will come: there is an `end` or an `error`.
+        #: Whether nothing more will come: there is an `end` or an `error`.
         self.over = False
         self.end: End | None = None
         self.error: BusError | None = None
@@ -181,7 +182,7 @@ class StreamState:
         return "".join(self._text)
 
     def take(self, item: Item) -> StreamEvent:
-        """Account for an item that the application gets now. Raises it if it is an exception."""
+        """Account for an item that the application reads now. Raises it if it is an exception."""
         if type(item) is TokensEvent:
             self._text.append(item.text)
             token_ids = self._token_ids
@@ -214,7 +215,7 @@ class StreamState:
         return item
 
     def drop(self) -> None:
-        """The application takes no more: cancel at the worker, if it is not over."""
+        """The application reads no more: cancel at the worker unless it is over."""
         if not self.over:
             self.over = True
             self.end = End(
@@ -233,7 +234,8 @@ class StreamState:
             self._post(events.RequestDropped(self._id))
 
     def completion(self) -> Completion[Any]:
-        """The whole answer; of a dropped stream, what was taken (`finish_reason` cancelled)."""
+        """The whole answer; for a dropped stream, the part that was read
+        (`finish_reason` cancelled)."""
         if self.error is not None:
             raise self.error
         end = self.end
@@ -266,7 +268,7 @@ def text_of(event: StreamEvent) -> str:
 
 
 class _Reading:
-    """What both faces show of a stream."""
+    """Properties that both kinds of stream have."""
 
     def __init__(self, state: StreamState, owner: object) -> None:
         self._state = state
@@ -275,7 +277,7 @@ class _Reading:
 
     @property
     def end(self) -> End:
-        """How it ended; only once it is over. Raises what ended it otherwise."""
+        """How it ended; only available once it is over. Raises the error if it failed."""
         if self._state.error is not None:
             raise self._state.error
         if self._state.end is None:
@@ -289,12 +291,12 @@ class _Reading:
 
     @property
     def model(self) -> str:
-        """The model; known once the request started, if the caller left it out."""
+        """The model; if the caller left it out, known once the request has started."""
         return self._state.model
 
     @property
     def worker(self) -> str:
-        """Who runs it; empty while nobody does."""
+        """The worker that runs it; empty if none does."""
         return self._state.worker
 
     @property
@@ -313,7 +315,7 @@ class _Reading:
         return self._state.text
 
     def close(self) -> None:
-        """Take no more; cancels the request at the worker if it has not ended. Idempotent."""
+        """Stop reading; cancels the request at the worker if it has not ended. Idempotent."""
         self._state.drop()
 
     def __del__(self) -> None:
@@ -364,7 +366,7 @@ class Stream(_Reading, Generic[T]):
     def __init__(self, state: StreamState, inbox: Inbox, owner: object) -> None:
         super().__init__(state, owner)
         self._inbox = inbox
-        #: Received, not yet given to the application.
+        #: Received but not yet handed to the application.
         self._items: deque[Item] = deque()
 
     def __iter__(self) -> Iterator[StreamEvent]:
@@ -387,7 +389,7 @@ class Stream(_Reading, Generic[T]):
                 yield piece
 
     def result(self) -> Completion[T]:
-        """Read to the end. Raises what ended the request, if it was not its end."""
+        """Read to the end. Raises the error if the request failed."""
         for _ in self:
             pass
         return self._state.completion()
@@ -410,9 +412,10 @@ class AsyncInbox(Generic[Held]):
     __slots__ = ("_future", "_waiter", "add", "items")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        #: A future of the loop; and how an item is taken in: bound once, for every token.
+        #: A future of the loop, and the method that adds an item, bound once since it is called
+        #: for every token.
         self._future = loop.create_future
-        #: Arrived, not yet taken.
+        #: Arrived but not yet read.
         self.items: deque[Held] = deque()
         self.add: Callable[[Held], None] = self.items.append
         self._waiter: asyncio.Future[None] | None = None
@@ -426,7 +429,7 @@ class AsyncInbox(Generic[Held]):
                 waiter.set_result(None)
 
     def waiter(self) -> asyncio.Future[None]:
-        """To be awaited while there are no items; then look again."""
+        """Await this while there are no items; then check again."""
         self._waiter = waiter = self._future()
         return waiter
 
@@ -457,11 +460,11 @@ class AsyncStream(_Reading, Generic[T]):
 
     @property
     def batches(self) -> AsyncIterator[list[StreamEvent]]:
-        """The events, those together that came together: for whoever passes them on."""
+        """The events in batches as they arrived, for callers that pass them on."""
         return _Batches(_Events(self))
 
     async def result(self) -> Completion[T]:
-        """Read to the end. Raises what ended the request, if it was not its end."""
+        """Read to the end. Raises the error if the request failed."""
         async for _ in self:
             pass
         return self._state.completion()
@@ -483,11 +486,11 @@ class AsyncStream(_Reading, Generic[T]):
 
 
 class _Events:
-    """One iteration. An object rather than an asynchronous generator: Python ends an abandoned
-    generator some time later, this at once."""
+    """One iteration. An object rather than an asynchronous generator: Python closes an abandoned
+    generator only some time later, this one at once."""
 
     def __init__(self, stream: AsyncStream) -> None:
-        #: Kept: `async for event in await client.chat(...)` holds nothing but this.
+        #: Keeps the stream alive: `async for event in await client.chat(...)` refers only to this.
         self._stream = stream
         self._state = stream._state
         self._inbox = stream._inbox
@@ -514,7 +517,7 @@ class _Events:
 
 
 class _Batches:
-    """All that is there, whenever something is."""
+    """Batches of all events that have arrived."""
 
     def __init__(self, events_: _Events) -> None:
         self._events = events_
@@ -527,7 +530,7 @@ class _Batches:
     async def __anext__(self) -> list[StreamEvent]:
         batch = [await anext(self._events)]
         state, items = self._state, self._items
-        # An error waits for its turn: what came before it is not lost.
+        # An error waits for its turn, so that what came before it is not lost.
         while items and not state.over and not isinstance(items[0], BusError):
             batch.append(state.take(items.popleft()))
         return batch

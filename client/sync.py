@@ -1,4 +1,4 @@
-"""`Client`: the blocking face. Builds a call, starts it, waits; no logic of the bus.
+"""`Client`: the blocking client. Builds a call, starts it, waits; contains no bus logic.
 
 Safe to use from several threads; a stream belongs to one thread at a time.
 """
@@ -45,13 +45,13 @@ class Client(Face):
             print(piece, end="", flush=True)
     ```
 
-    `help(Client.chat)` lists the options of a call; other calls take those that apply to them.
-    An unknown one raises `TypeError` and names what is near. All calls raise `BusError`s.
+    `help(Client.chat)` lists the options of a call; other calls take those that apply to them. An
+    unknown option raises `TypeError`, which names similar ones. All calls raise `BusError`s.
     """
 
     def _prepare(self) -> None:
         self._transport = Transport(self._connection, software())
-        # Also at the end of the process: workers are told, rather than left to find out.
+        # Also at the end of the process, so that workers are told rather than left to notice.
         self._finalizer = weakref.finalize(self, _shut_down, self._transport)
 
     def _carrier(self) -> Transport:
@@ -178,7 +178,7 @@ class Client(Face):
         `messages`: a text, or a list of `{"role": ..., "content": ...}`. `model`: a name, or None
         for the only model served. `images` (paths, bytes, Pillow images) join the last user
         message; or place them by parts `{"type": "image", "image": ...}`. `stream=True` returns a
-        `Stream` at once, else the whole answer is waited for.
+        `Stream` at once; otherwise the call waits for the whole answer.
 
         `n`: so many answers, with the seeds `seed`, `seed + 1`, ...: a list of them, or a
         `ChoiceStream`. `response_format`: a class (a pydantic model, a dataclass, ...) or OpenAI's
@@ -336,7 +336,7 @@ class Client(Face):
         return list(self.query("bus.models"))
 
     def workers(self) -> list[dict[str, Any]]:
-        """The workers, with state, slots and figures of each."""
+        """The workers, each with its state, slots and statistics."""
         return list(self.query("bus.workers"))
 
     def clients(self) -> list[dict[str, Any]]:
@@ -354,15 +354,16 @@ class Client(Face):
     def drain(
         self, worker: str, *, deadline_s: float | None = None, reason: str = ""
     ) -> dict[str, Any]:
-        """Let a worker finish and take nothing new. An operator's verb."""
+        """Let a worker finish its requests and accept nothing new. An operator's verb."""
         return dict(self.query("bus.drain", drain_args(worker, deadline_s, reason)))
 
     def hold(self, worker: str) -> dict[str, Any]:
-        """Give a worker nothing new until it is released; it stays. An operator's verb."""
+        """Keep a worker on the bus but give it nothing new until it is released. An operator's
+        verb."""
         return dict(self.query("bus.hold", {"worker": worker}))
 
     def release(self, worker: str) -> dict[str, Any]:
-        """The end of `hold`. An operator's verb."""
+        """End a `hold`. An operator's verb."""
         return dict(self.query("bus.release", {"worker": worker}))
 
     def query(
@@ -382,7 +383,7 @@ class Client(Face):
         return item.result
 
     def close(self) -> None:
-        """Cancel what is open, say goodbye, end the thread. Idempotent."""
+        """Cancel everything that is open, end the session and the thread. Idempotent."""
         self._finalizer()
 
     def __enter__(self) -> Self:

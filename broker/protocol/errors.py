@@ -1,6 +1,7 @@
 """One shape and one table for every failure of the bus (SPEC.md section 8).
 
-    Exception ├── ProtocolError       the peer's bytes violate the specification; the session ends
+    Exception
+    ├── ProtocolError       the peer's bytes violate the specification; the session ends
     └── RequestError        one request cannot be served; carries what the client receives
 
 `ErrorInfo` is what travels. Client exceptions and HTTP statuses map one to one to `ErrorCode`.

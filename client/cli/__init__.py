@@ -1,1 +1,1 @@
-"""The commands of `python -m client`, a module for each family. The library never imports this."""
+"""The commands of `python -m client`, one module per family. The library never imports this."""

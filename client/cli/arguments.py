@@ -1,4 +1,4 @@
-"""Flags that several commands share; those of the sampling parameters are made from `Params`."""
+"""Flags that several commands share; the sampling flags are generated from `Params`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from broker.protocol.messages import Params
 from client import Client, Timeout
 from client.parameters import Sampling, described
 
-#: What argparse makes of a field by its type; other fields go through `--param`.
+#: argparse converters by field type; other fields are set with `--param`.
 _READERS: Final[dict[type[msgspec.inspect.Type], Callable[[str], Any]]] = {
     msgspec.inspect.IntType: int,
     msgspec.inspect.FloatType: float,
@@ -21,12 +21,12 @@ _READERS: Final[dict[type[msgspec.inspect.Type], Callable[[str], Any]]] = {
 
 
 def add_connection(parser: argparse.ArgumentParser) -> None:
-    """Which broker, with which key."""
+    """Add the flags that choose the broker and the key."""
     group = parser.add_argument_group("connection")
     group.add_argument(
         "--broker",
         metavar="ADDRESS",
-        help="front address, several by commas [$TOKENBUS_BROKER or tcp://127.0.0.1:5555]",
+        help="front address; several separated by commas [$TOKENBUS_BROKER or tcp://127.0.0.1:5555]",
     )
     group.add_argument("--server-key", metavar="KEY", help="CURVE: the broker's public key or file")
     group.add_argument(
@@ -63,22 +63,22 @@ def connect(arguments: argparse.Namespace, **timeouts: float | None) -> Client:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Which model."""
+    """Add the flag that chooses the model."""
     parser.add_argument(
-        "--model", "-m", metavar="NAME", help="the model to ask [the only one that is served]"
+        "--model", "-m", metavar="NAME", help="the model to ask [the only one served]"
     )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """For scripts."""
-    parser.add_argument("--json", action="store_true", help="JSON, one value a line")
+    """Add the flag for machine-readable output."""
+    parser.add_argument("--json", action="store_true", help="JSON, one value per line")
 
 
 def add_params(parser: argparse.ArgumentParser) -> None:
-    """Every parameter of sampling that fits a flag, and `--param` for the others."""
+    """Add a flag for every simple sampling parameter, and `--param` for the others."""
     group = parser.add_argument_group(
         "sampling (SPEC.md section 4.2)",
-        "Defaults with * are the model's own where its generation config has any.",
+        "For defaults with *, the model's generation config takes precedence.",
     )
     texts = described(Sampling)
     for name, kind in _flags().items():
@@ -112,7 +112,7 @@ def params_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_param(name: str, text: str) -> Any:
-    """A parameter's value as a person types it. Raises `ValueError`."""
+    """Parse a parameter's value as a person types it. Raises `ValueError`."""
     kind = _flags().get(name)
     if kind is list:
         return [text]
@@ -133,7 +133,7 @@ def _flags() -> dict[str, Any]:
     info = msgspec.inspect.type_info(Params)
     assert isinstance(info, msgspec.inspect.StructType)
     for field in info.fields:
-        if field.name == "model_defaults":  # what was not given
+        if field.name == "model_defaults":  # derived from the parameters that were not given
             continue
         kind = field.type
         if isinstance(kind, msgspec.inspect.UnionType):

@@ -1,6 +1,6 @@
-"""`batch IN.jsonl OUT.jsonl`: OpenAI batch lines, many at once, behind everybody else.
+"""`batch IN.jsonl OUT.jsonl`: answers OpenAI batch lines, many at once, at low priority.
 
-May be stopped and started at will: what stands in OUT is done, and nothing is asked twice.
+It may be stopped and restarted at any time: lines already answered in OUT are not asked again.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from client.cli.batch_files import Line, Output
 from client.cli.progress import Progress, duration
 from client.cli.terminal import Terminal
 
-#: As OpenAI's `service_tier: flex` at the gateway.
+#: The same as OpenAI's `service_tier: flex` at the gateway.
 PRIORITY: Final = -50
 CONCURRENCY: Final = 64
-#: A batch has time: longer waits than those of a person.
+#: A batch is not in a hurry: it waits longer than a person would.
 _QUEUE_S: Final = 24 * 3600.0
 _RECONNECT_S: Final = 600.0
 _ATTEMPTS: Final = 100
@@ -35,8 +35,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "batch",
         help="answer a file of OpenAI batch lines",
-        description="Answers every line of IN into OUT, in the order in which they get ready. "
-        "Lines whose custom_id stands in OUT are skipped, so that a batch goes on where it "
+        description="Answers every line of IN into OUT, in order of completion. "
+        "Lines whose custom_id is in OUT already are skipped, so that a batch continues where it "
         "stopped. Status: 0 all answered, 1 some failed, now or before, or the bus is away, "
         "130 stopped.",
     )
@@ -44,13 +44,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "input",
         metavar="IN.jsonl",
         type=Path,
-        help="requests, one a line, as OpenAI's batches have them",
+        help="requests, one per line, in OpenAI's batch format",
     )
     parser.add_argument(
         "output",
         metavar="OUT.jsonl",
         type=Path,
-        help="answers, one a line; what is there already is not asked again",
+        help="answers, one per line; lines answered already are skipped",
     )
     parser.add_argument(
         "--concurrency",
@@ -64,15 +64,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         type=_priority,
         default=PRIORITY,
         metavar="N",
-        help=f"-100 to 100, of lines that name none [{PRIORITY}: behind everybody else]",
+        help=f"-100 to 100, for lines without one [{PRIORITY}: after everybody else]",
     )
     parser.add_argument(
-        "--retry-failed", action="store_true", help="ask the lines again that failed in OUT"
+        "--retry-failed", action="store_true", help="retry the lines that failed in OUT"
     )
     parser.add_argument(
         "--allow-remote-images",
         action="store_true",
-        help="fetch pictures from http addresses; else data URLs only",
+        help="fetch images from http addresses; otherwise only data URLs",
     )
     parser.add_argument(
         "--reconnect",
@@ -95,7 +95,7 @@ def _priority(text: str) -> int:
 
 @dataclass(slots=True)
 class _Tally:
-    """What this run did."""
+    """Statistics of this run."""
 
     answered: int = 0
     failed: int = 0
@@ -104,23 +104,25 @@ class _Tally:
 
 
 def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    """Answer the lines that have no answer yet."""
+    """Answer the lines that are not answered yet."""
     wanted = batch_files.check(arguments.input)
     if arguments.output.exists() and arguments.output.samefile(arguments.input):
-        raise InvalidRequest(f"{arguments.output} is the input too; give another file for answers")
+        raise InvalidRequest(
+            f"{arguments.output} is also the input; give another file for the answers"
+        )
     with Output(arguments.output, retry_failed=arguments.retry_failed) as output:
         if output.torn_bytes:
-            terminal.notice(f"a line of {arguments.output} was cut off; it is asked again")
+            terminal.notice(f"a line of {arguments.output} was incomplete; it will be asked again")
         before = len(wanted & output.done)
         if before:
-            terminal.notice(f"{before} of {len(wanted)} lines are answered; going on")
+            terminal.notice(f"{before} of {len(wanted)} lines are answered; continuing")
         tally, started_s = _Tally(), time.monotonic()
         try:
             with Progress(terminal, "batch", len(wanted), before) as progress:
                 asyncio.run(_answer_all(arguments, output, progress, tally))
         except (KeyboardInterrupt, BusError):
             left = len(wanted) - before - tally.answered
-            terminal.notice(f"stopped: {left} lines are left; the same command goes on")
+            terminal.notice(f"stopped: {left} lines are left; run the same command to continue")
             raise
     _report(arguments, terminal, tally, output, time.monotonic() - started_s)
     return 1 if tally.failed or output.failed else 0
@@ -142,7 +144,7 @@ def _report(
         )
         return
     if not tally.answered:
-        again = "; --retry-failed asks those again" if output.failed else ""
+        again = "; --retry-failed retries those" if output.failed else ""
         terminal.notice(f"nothing to do: all lines are answered, {output.failed} failed{again}")
         return
     rate = tally.completion_tokens / max(took_s, 1e-3)
@@ -153,7 +155,7 @@ def _report(
     )
     if tally.failed or output.failed:
         terminal.notice(
-            f"{tally.failed + output.failed} failed in all; --retry-failed asks those again"
+            f"{tally.failed + output.failed} failed in total; --retry-failed retries those"
         )
 
 
@@ -170,7 +172,7 @@ async def _answer_all(
         key_file=arguments.key_file,
         timeout=Timeout(connect=arguments.connect_timeout),
     ) as bus:
-        # A broker that is not there at all is told before anything starts.
+        # Report an absent broker before anything starts.
         await bus.query("bus.version")
         asking = Asking(
             bus,

@@ -1,7 +1,7 @@
-"""One line of a batch to OpenAI's answer to it, by the gateway's own reading of OpenAI's bodies.
+"""Answers one line of a batch in OpenAI's form; the gateway's code reads the OpenAI bodies.
 
-The shapes are built here as plain values, since OpenAI's package comes with the extra `gateway`
-alone; a test holds them against its types. Must never import what only that extra installs.
+Answers are built here as plain values, since OpenAI's package comes only with the extra `gateway`;
+a test checks them against its types. Must never import what only that extra installs.
 """
 
 from __future__ import annotations
@@ -26,26 +26,27 @@ from client.gateway.openai.answers import ChatChoice, TextChoice
 from client.gateway.openai.generation import Batches, generate
 from client.gateway.openai.logprobs import text_logprobs
 
-#: Nothing of the batch can succeed after these: it stops, and no line is blamed.
+#: After these errors no line can succeed: the batch stops, and they are not recorded as
+#: a line's failure.
 FATAL: Final = (ConnectionLost, Unauthenticated, BrokenProtocol)
 
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """How lines are asked."""
+    """Settings for asking the lines."""
 
     bus: AsyncClient
     retry: Retry
-    #: What a line itself does not limit.
+    #: Limits for lines that set none.
     limits: Timeout
-    #: Of lines that name none.
+    #: Priority of lines that set none.
     priority: int
     images: ImagePolicy
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A line of the output, and what it took."""
+    """A line of the output, and its token counts."""
 
     line: dict[str, Any]
     failed: bool
@@ -54,7 +55,7 @@ class Answered:
 
 
 async def answer(line: Line, asking: Asking) -> Answered:
-    """Ask the bus. A failure of the line is an answer too; raises those of `FATAL` alone."""
+    """Ask the bus. A failure of the line is an answer too; raises only errors in `FATAL`."""
     request_id = answers.new_id("req-")
     try:
         body = await _ENDPOINTS[line.url](bytes(line.body), asking)
@@ -235,7 +236,7 @@ def _message(choice: ChatChoice) -> dict[str, Any]:
 
 
 def _usage(usages: Sequence[Usage], *, prompts: int = 1) -> dict[str, Any]:
-    """The sum over the choices; the prompt of a choice counts once for each of `prompts`."""
+    """The sum over the choices; each of the `prompts` is counted once."""
     counted = usages[:: max(1, len(usages) // prompts)]
     prompt = sum(usage.prompt_tokens for usage in counted)
     completion = sum(usage.completion_tokens for usage in usages)

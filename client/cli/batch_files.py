@@ -1,6 +1,6 @@
-"""The two files of a batch: OpenAI batch lines in, answer lines out, one JSON object a line.
+"""The two files of a batch: OpenAI batch lines in, answer lines out, one JSON object per line.
 
-The answers are the only record of what is done: a line stands there completely or not at all. Must
+The answers are the only record of what is done: a line is there completely or not at all. Must
 never lose an answer that was written, nor hold either file in memory.
 """
 
@@ -29,12 +29,12 @@ class Line(Struct, forbid_unknown_fields=True, kw_only=True):
     custom_id: Annotated[str, Meta(min_length=1, max_length=512)]
     method: Literal["POST"]
     url: Endpoint
-    #: Read again by the endpoint's own type; kept as its bytes until then.
+    #: Kept as bytes until the endpoint's own type decodes it.
     body: msgspec.Raw
 
 
 class _Written(Struct):
-    """What a line of the output says of itself; everything else is skipped."""
+    """The status of a line of the output; everything else in it is skipped."""
 
     custom_id: str
     response: _Response | None = None
@@ -75,29 +75,30 @@ def _line(data: bytes, where: str) -> Line:
 
 
 def check(path: Path) -> set[str]:
-    """The ids of the whole input. Raises `InvalidRequest`: nothing runs of a file with a mistake
-    in it."""
+    """The ids of the whole input. Raises `InvalidRequest` for any mistake, so that nothing of a
+    faulty file is run."""
     ids: set[str] = set()
     for line in lines(path):
         if line.custom_id in ids:
-            raise InvalidRequest(f"{path}: custom_id {line.custom_id!r} stands there twice")
+            raise InvalidRequest(f"{path}: custom_id {line.custom_id!r} occurs twice")
         ids.add(line.custom_id)
     return ids
 
 
 class Output:
-    """The file of answers, locked while it is open, its last line mended if a run was cut off."""
+    """The file of answers, locked while open. An incomplete last line, left by a run that was
+    killed, is removed."""
 
     def __init__(self, path: Path, *, retry_failed: bool = False) -> None:
-        """`retry_failed`: lines of failed requests are taken out. Raises `InvalidRequest`."""
+        """`retry_failed`: remove the lines of failed requests. Raises `InvalidRequest`."""
         self.path = path
         try:
             self._file = path.open("a+b")
         except OSError as error:
             raise InvalidRequest(f"{path}: {error.strerror}") from None
-        #: Bytes of a line that was cut off and taken away.
+        #: Length of the incomplete line that was removed, bytes.
         self.torn_bytes = 0
-        #: Ids that are answered, and how many of them with a failure.
+        #: Ids that are answered, and how many of them failed.
         self.done: set[str] = set()
         self.failed = 0
         try:
@@ -113,7 +114,7 @@ class Output:
     def write(self, answer: dict[str, Any]) -> None:
         """Add a line."""
         self._file.write(msgspec.json.encode(answer) + b"\n")
-        # Whatever ends this process from here on, the answer is at the operating system.
+        # From here on the operating system has the answer, whatever ends this process.
         self._file.flush()
 
     def __enter__(self) -> Self:
@@ -138,7 +139,7 @@ class Output:
             raise InvalidRequest(f"{self.path} was replaced at this moment; try again")
 
     def _mend(self) -> None:
-        """A last line without its end was cut off, unless only the line break is missing."""
+        """Remove an incomplete last line, unless only its line break is missing."""
         size = self._file.seek(0, os.SEEK_END)
         whole = self._end_of_last_line(size)
         if whole == size:
@@ -169,7 +170,7 @@ class Output:
         for number, _, written in self._written():
             if written is None:
                 raise InvalidRequest(
-                    f"{self.path}, line {number}, is not an answer of a batch; give another file"
+                    f"{self.path}, line {number}, is not a batch answer; give another file"
                 )
             self.done.add(written.custom_id)
             self.failed += written.failed

@@ -1,7 +1,7 @@
 """`bench`: a quick load test of a live bus, measured where a user would: at the client.
 
-Prompts are random words, different in every request, so that no prefix cache flatters. Figures of a
-published comparison come from the repository's `bench/`, never from here.
+Prompts are random words, different in every request, so that no prefix cache flatters the results.
+Published figures come from the repository's `bench/`, never from here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "bench",
         help="a quick load test of a live bus",
-        description="Sends chats with random prompts and tells times and rates as seen here. "
+        description="Sends chats with random prompts and reports times and rates as seen here. "
         "Status: 0 all answered, 1 some failed.",
     )
     flags.add_model(parser)
@@ -48,7 +48,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--rate",
         type=_positive,
         metavar="N",
-        help="requests a second, arriving at random (Poisson); at most --concurrency at once",
+        help="requests per second, arriving at random (Poisson); at most --concurrency at once",
     )
     parser.add_argument(
         "--prompt-words", type=count, default=64, metavar="N", help="of each prompt [64]"
@@ -58,10 +58,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         type=count,
         default=64,
         metavar="N",
-        help="of each answer, exactly: the end of sequence is ignored [64]",
+        help="exact length of each answer: the end of sequence is ignored [64]",
     )
     parser.add_argument("--priority", type=int, default=0, metavar="N", help="-100 to 100 [0]")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts [0]")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the prompts [0]")
     flags.add_json(parser)
     flags.add_connection(parser)
     parser.set_defaults(run=run)
@@ -76,13 +76,13 @@ def _positive(text: str) -> float:
 
 @dataclass(slots=True)
 class Measured:
-    """What was seen of all requests, seconds and tokens."""
+    """Measurements of all requests, in seconds and tokens."""
 
     first_token_s: list[float] = field(default_factory=list)
-    #: One entry for each token but the first; tokens that came together share their time.
+    #: One entry for each token but the first; tokens that arrived together share the time.
     between_tokens_s: list[float] = field(default_factory=list)
     whole_s: list[float] = field(default_factory=list)
-    #: Of each answer, after its first token.
+    #: For each answer, after its first token.
     tokens_per_s: list[float] = field(default_factory=list)
     prompt_tokens: int = 0
     answer_tokens: int = 0
@@ -130,7 +130,7 @@ def _summary(values: list[float], factor: float) -> dict[str, float] | None:
 
 
 def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    """Measure and tell."""
+    """Measure and report."""
     measured = Measured()
     try:
         with Progress(terminal, "bench", arguments.requests) as progress:
@@ -185,7 +185,8 @@ async def _measure(arguments: argparse.Namespace, measured: Measured, progress: 
         timeout=Timeout(connect=arguments.connect_timeout, total=arguments.timeout),
         retry=Retry(),
     ) as bus:
-        # The first request pays for the connection, and tells a misspelt model before the rest.
+        # The first request includes the connection time, and reveals a misspelt model
+        # before the rest.
         await bus.chat(arguments.model, _prompt(generator, 1), max_tokens=1)
         left = iter(range(arguments.requests))
         started_s = time.monotonic()

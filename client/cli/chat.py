@@ -27,13 +27,13 @@ from client.images import check_file
 HELP: Final = """\
 /image PATH     add an image to the next question
 /reset          forget the conversation
-/undo           take back the image just added, or the last question and its answer
+/undo           remove the image just added, or the last question and its answer
 /regen          answer the last question again
 /system TEXT    set the system prompt (empty: none)
 /set NAME VALUE set a parameter, such as temperature 0.5 (empty value: back to its default)
 /model NAME     talk to another model
 /save FILE      write the conversation to a file
-/load FILE      go on with a conversation from a file
+/load FILE      continue a conversation from a file
 /help           this text
 /exit           leave (or Ctrl-D); Ctrl-C stops an answer"""
 
@@ -42,7 +42,7 @@ FORMAT: Final = "tokenbus-chat-1"
 
 @dataclass(slots=True)
 class Conversation:
-    """What was said, and how answers are made. Plain data, so that it can be saved."""
+    """A conversation and its settings. Plain data, so that it can be saved."""
 
     model: str | None = None
     system: str = ""
@@ -53,7 +53,7 @@ class Conversation:
     images: list[str] = field(default_factory=list)
 
     def messages(self) -> list[dict[str, Any]]:
-        """As the library takes them."""
+        """The messages as the library expects them."""
         messages: list[dict[str, Any]] = []
         if self.system:
             messages.append({"role": "system", "content": self.system})
@@ -65,7 +65,7 @@ class Conversation:
         return messages
 
     def undo(self) -> bool:
-        """Forget the last question and what followed. False when there is none."""
+        """Forget the last question and everything after it. False if there is none."""
         for index in reversed(range(len(self.turns))):
             if self.turns[index]["role"] == "user":
                 del self.turns[index:]
@@ -128,7 +128,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="image for the first question; repeatable",
     )
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
-    parser.add_argument("--load", metavar="FILE", help="go on with a saved conversation")
+    parser.add_argument("--load", metavar="FILE", help="continue a saved conversation")
     parser.add_argument("--stats", action="store_true", help="tokens and times after each answer")
     flags.add_params(parser)
     flags.add_connection(parser)
@@ -171,7 +171,7 @@ class _Chat:
         }
 
     def greet(self) -> None:
-        """Wait for broker and model, in whichever order they start; then say who is there."""
+        """Wait for broker and model, in whichever order they start; then print the models."""
         conversation = self.conversation
         where = " or ".join(self._client.brokers)
         with self._terminal.waiting(f"looking for a broker at {where} ...") as tell:
@@ -187,10 +187,12 @@ class _Chat:
                 time.sleep(0.5)
         if conversation.model is None:
             if len(names) > 1:
-                self._terminal.notice(f"served are {', '.join(names)}; /model NAME picks another")
+                self._terminal.notice(
+                    f"models served: {', '.join(names)}; /model NAME picks another"
+                )
             conversation.model = names[0]
         self._terminal.notice(
-            f"talking to {conversation.model}; /help tells the commands, Ctrl-D leaves"
+            f"talking to {conversation.model}; /help lists the commands, Ctrl-D leaves"
         )
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # gives input() editing and history
@@ -228,14 +230,14 @@ class _Chat:
                 self._ask(text)
 
     def _status(self) -> int:
-        """A script learns of its mistakes; a person has seen them."""
+        """The exit status: scripts are told of failed commands; a person has already seen them."""
         return 1 if self._failed and not self._interactive else 0
 
     def _command(self, text: str) -> None:
         name, _, rest = text[1:].partition(" ")
         command = self._commands.get(name)
         if command is None:
-            self._complain(f"no command /{name}; /help tells them")
+            self._complain(f"no command /{name}; /help lists them")
             return
         try:
             command(rest.strip())
@@ -259,10 +261,12 @@ class _Chat:
         else:
             conversation.turns.pop()  # so that the question can be asked again
             if conversation.images and self._interactive:
-                self._terminal.notice("(its images wait for the next question; /undo takes back)")
+                self._terminal.notice(
+                    "(its images are kept for the next question; /undo removes them)"
+                )
 
     def _answer(self) -> bool:
-        """Answer the last question; False when there is no answer at all."""
+        """Answer the last question; False if there is no answer at all."""
         conversation = self.conversation
         try:
             stream = self._client.chat(
@@ -299,7 +303,7 @@ class _Chat:
         if not rest:
             raise ValueError("/image needs the path of an image")
         for path in _paths(rest):
-            check_file(path)  # a wrong path is told now, not with the question
+            check_file(path)  # report a wrong path now, not with the question
             self.conversation.images.append(path)
             self._say(f"image {len(self.conversation.images)} of the next question: {path}")
 
@@ -310,9 +314,9 @@ class _Chat:
         self._say("the conversation is forgotten")
 
     def do_undo(self, _: str) -> None:
-        """Take back the image just added, else the last question and its answer."""
+        """Remove the image just added, otherwise the last question and its answer."""
         if self.conversation.images:
-            self._say(f"{self.conversation.images.pop()} is taken back")
+            self._say(f"{self.conversation.images.pop()} is removed")
             return
         if not self.conversation.undo():
             raise ValueError("there is nothing to undo")
@@ -356,7 +360,9 @@ class _Chat:
             raise ValueError("/model needs a name; `python -m client models` lists them")
         served = [row["name"] for row in self._client.models()]
         if rest not in served:
-            raise ValueError(f"no worker serves {rest!r}; served are {', '.join(served) or 'none'}")
+            raise ValueError(
+                f"no worker serves {rest!r}; models served: {', '.join(served) or 'none'}"
+            )
         self.conversation.model = rest
         self._say(f"talking to {rest}")
 
@@ -368,7 +374,7 @@ class _Chat:
         self._say(f"saved to {rest}")
 
     def do_load(self, rest: str) -> None:
-        """Go on with a conversation from a file."""
+        """Continue a conversation from a file."""
         if not rest:
             raise ValueError("/load needs a file name")
         try:
@@ -384,7 +390,7 @@ class _Chat:
         self._say(f"{len(self.conversation.turns)} turns loaded from {rest}")
 
     def do_help(self, _: str) -> None:
-        """Tell the commands."""
+        """List the commands."""
         self._terminal.notice(HELP)
 
     def _say(self, text: str) -> None:
@@ -393,8 +399,8 @@ class _Chat:
 
 
 def _paths(text: str) -> list[str]:
-    """The files that `text` names: one path as it is, or as a terminal writes what was dropped on
-    it (quoted, with backslashes, a file:// address, several)."""
+    """The files that `text` names: one plain path, or what a terminal inserts for dropped files
+    (quoted, with backslashes, as file:// addresses, several)."""
     whole = Path(text).expanduser()
     if whole.exists():
         return [str(whole)]

@@ -1,7 +1,8 @@
-"""`demo`: a broker, a worker with the bundled model, a picture, an answer, and everything stopped.
+"""`demo`: a broker, a worker with the bundled model, a picture, an answer; then
+everything is stopped.
 
-The whole bus for real (`demo_bus`). With `--web` a gateway as well: the answer is then had in the
-browser, and the bus runs until Ctrl-C.
+Runs the real bus (`demo_bus`). With `--web` there is a gateway as well: the chat then takes place
+in the browser, and the bus runs until Ctrl-C.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ GATEWAY_NEEDS: Final = ("starlette", "uvicorn", "openai", "prometheus_client")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What is asked, and the only right answer where one is known."""
+    """A question, and the only right answer if it is known."""
 
     question: str
     images: list[Image]
@@ -56,19 +57,23 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--port",
         type=int,
         metavar="N",
-        help=f"with --web: the page's [{GATEWAY_PORT}, or a free one where that is in use]",
+        help=f"with --web: port of the page [{GATEWAY_PORT}, or a free one if that is in use]",
     )
     parser.add_argument(
         "--no-browser", action="store_true", help="with --web: print the address only"
     )
     parser.add_argument(
-        "--load-timeout", type=float, default=600.0, metavar="S", help="for the model [600]"
+        "--load-timeout",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="time for the model to load [600]",
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    """Show it; returns 1 when the answer is wrong."""
+    """Run the demo; returns 1 if the answer is wrong."""
     _check_options(arguments)
     with (
         _sigterm_as_interrupt(),
@@ -88,7 +93,8 @@ def _in_the_terminal(bus: DemoBus, arguments: argparse.Namespace, terminal: Term
     if arguments.keep:
         with contextlib.suppress(KeyboardInterrupt):
             terminal.notice(
-                f"the bus goes on: `python -m client chat --broker {bus.front}`; Ctrl-C stops it"
+                f"the bus keeps running: `python -m client chat --broker {bus.front}`; Ctrl-C "
+                "stops it"
             )
             bus.wait()
     _stop(bus, "worker and broker", terminal)
@@ -98,7 +104,7 @@ def _in_the_terminal(bus: DemoBus, arguments: argparse.Namespace, terminal: Term
 def _on_the_page(bus: DemoBus, arguments: argparse.Namespace, terminal: Terminal) -> int:
     url = bus.start_with_page(arguments.engine, arguments.load_timeout, arguments.port, terminal)
     terminal.line(f"The page is at {url}/")
-    # A conversation of an earlier demo is not what a newcomer looks for.
+    # A newcomer should not find the conversation of an earlier demo.
     opened = not arguments.no_browser and _has_display() and webbrowser.open(f"{url}/#new")
     if not opened and not arguments.no_browser:
         terminal.notice("no browser could be opened: open that address in one")
@@ -134,7 +140,7 @@ def _ask(client: Client, case: Case, engine: str, terminal: Terminal) -> bool:
     if case.truth is None:
         return True
     answer = stream.text_so_far.strip()
-    # The echo engine repeats the question; what it was shown it only measures.
+    # The echo engine repeats the question; of images it only reports the size.
     right = case.truth in answer if engine == "echo" else answer == case.truth
     terminal.notice(f"expected: {case.truth}   {'- right' if right else '- WRONG'}")
     return right
@@ -159,16 +165,16 @@ def _case(arguments: argparse.Namespace) -> Case:
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
-    """Raise for what is asked for in vain, before anything is started."""
+    """Raise for options that cannot work, before anything is started."""
     if arguments.web and (arguments.image or arguments.question):
         raise InvalidRequest(
-            "--image and --question are asked in the terminal; with --web, add the picture and "
+            "--image and --question are for the terminal; with --web, add the picture and "
             "ask on the page"
         )
     if not arguments.web and (arguments.port is not None or arguments.no_browser):
-        raise InvalidRequest("--port and --no-browser belong to --web")
+        raise InvalidRequest("--port and --no-browser need --web")
     if arguments.image:
-        encode(arguments.image)  # a wrong path is told now, not after the model is loaded
+        encode(arguments.image)  # report a wrong path now, not after the model is loaded
     if arguments.engine != "echo":
         _check_installed(
             "worker", WORKER_NEEDS, "worker", ", or try `--engine echo`, which needs no model"
@@ -188,7 +194,8 @@ def _check_installed(who: str, needs: Sequence[str], extra: str, instead: str = 
 
 
 def _has_display() -> bool:
-    """There is a screen for a browser; else a text browser would take the terminal."""
+    """Whether there is a screen for a browser; without one, a text browser would take
+    over the terminal."""
     if sys.platform in ("darwin", "win32"):
         return True
     return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
@@ -196,7 +203,7 @@ def _has_display() -> bool:
 
 @contextlib.contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM takes the same way out as Ctrl-C, so that nothing stays behind."""
+    """SIGTERM ends the demo like Ctrl-C, so that no process is left behind."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt

@@ -16,11 +16,11 @@ from client.cli.terminal import Terminal
 __all__ = ["GATEWAY_PORT", "WORKER", "DemoBus"]
 
 GATEWAY_PORT: Final = 8000
-"""The gateway's own default; another one is taken where this one is in use."""
+"""The gateway's own default; if it is in use, another port is taken."""
 
 WORKER: Final = "demo"
 QUIET: Final = ("--log-level", "warning")
-#: So that the last line of a process that fails is its reason.
+#: So that the last line of a failing process is the reason.
 AS_TEXT: Final = (*QUIET, "--log-format", "text")
 
 
@@ -44,12 +44,12 @@ class DemoBus(LocalBus):
     ) -> str:
         """The same with a gateway; returns the page's address.
 
-        `port`: the gateway's; None: the usual one, or a free one where that is in use.
+        `port`: port of the gateway; None for the usual one, or a free one if that is in use.
         """
         with terminal.waiting("starting a broker ...") as tell:
             self.start_broker()
             tell("starting a worker and a gateway ...")
-            # Beside each other: importing torch is the longest part.
+            # In parallel: importing torch takes longest.
             self.start_worker(WORKER, *AS_TEXT, engine=engine)
             if port is None:
                 port = GATEWAY_PORT if _is_free(GATEWAY_PORT) else 0
@@ -88,7 +88,7 @@ def _progress(row: dict[str, Any]) -> str:
 
 
 def _is_free(port: int) -> bool:
-    """Nobody listens there now."""
+    """Whether nobody listens on the port."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -99,8 +99,8 @@ def _is_free(port: int) -> bool:
 
 
 def _answers(url: str) -> bool:
-    """The gateway says that a model is served."""
-    # Loopback is never asked for through a proxy.
+    """Whether the gateway says that a model is served."""
+    # Never use a proxy for loopback.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=5) as answer:

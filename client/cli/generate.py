@@ -14,19 +14,22 @@ from client.cli import arguments as flags
 from client.cli.terminal import Terminal
 
 PIPE_WAIT_S: Final = 3.0
-"""How long a pipe on standard input may take to its first byte where a question was typed too."""
+"""How long to wait for the first byte of a pipe on standard input if a question was
+typed as well."""
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the commands."""
     parser = commands.add_parser("generate", help="ask once and stream the answer")
-    parser.add_argument("prompt", nargs="*", help="the question; what is piped in goes before it")
+    parser.add_argument("prompt", nargs="*", help="the question; piped input is put before it")
     flags.add_model(parser)
     parser.add_argument(
         "--image", "-i", action="append", default=[], metavar="PATH", help="image; repeatable"
     )
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
-    parser.add_argument("--raw", action="store_true", help="continue the text, no chat template")
+    parser.add_argument(
+        "--raw", action="store_true", help="continue the text without a chat template"
+    )
     parser.add_argument("--stats", action="store_true", help="tokens and times on standard error")
     flags.add_json(parser)
     flags.add_params(parser)
@@ -40,14 +43,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=embed)
 
     parser = commands.add_parser("count", help="tokens of a text")
-    parser.add_argument("text", nargs="*", help="the text; what is piped in goes before it")
+    parser.add_argument("text", nargs="*", help="the text; piped input is put before it")
     flags.add_model(parser)
     flags.add_connection(parser)
     parser.set_defaults(run=count)
 
 
 def generate(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    """Ask once."""
+    """Ask one question."""
     prompt = _text(arguments.prompt)
     params = flags.params_of(arguments)
     with flags.connect(arguments) as client:
@@ -70,7 +73,7 @@ def generate(arguments: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def show(stream: Stream, terminal: Terminal) -> End:
-    """Print a stream's text as it comes, with a notice when it had to be resumed."""
+    """Print a stream's text as it arrives, with a notice if it had to be resumed."""
     broken, told = False, ""
     for event in stream:
         match event:
@@ -80,7 +83,7 @@ def show(stream: Stream, terminal: Terminal) -> End:
             case Recovering(reason, worker) if worker:
                 broken = True
                 terminal.notice(f"\n[interrupted: {reason}; resuming]")
-            case Recovering(reason) if reason != told:  # again and again while nobody serves it
+            case Recovering(reason) if reason != told:  # repeated while nobody serves it
                 told = reason
                 terminal.notice(f"[{reason}; trying again]")
             case Started(worker) if broken:
@@ -135,7 +138,7 @@ def summary(end: End) -> str:
         streaming_s = end.total_s - end.first_token_s
         if count > 1 and streaming_s > 0.001:
             parts.append(f"then {(count - 1) / streaming_s:.1f} tokens/s")
-        elif end.timings.decode_ms > 0:  # all came at once: only the worker can tell
+        elif end.timings.decode_ms > 0:  # all tokens came at once: only the worker knows the rate
             parts.append(f"{count * 1000 / end.timings.decode_ms:.1f} tokens/s at the worker")
     parts.append(f"{end.total_s:.2f} s in all, on {end.worker or 'no worker'}")
     if end.resumed:
@@ -161,10 +164,10 @@ def count(arguments: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _text(words: list[str]) -> str:
-    """The question: what is piped in, then the words of the command line."""
+    """The question: piped input, then the words of the command line."""
     if not words and sys.stdin.isatty():
-        # Else it would seem to hang.
-        print("the text, please; Ctrl-D at the start of a line ends it:", file=sys.stderr)
+        # Otherwise the command would seem to hang.
+        print("type the text; Ctrl-D at the start of a line ends it:", file=sys.stderr)
     piped = sys.stdin.read() if not words else _piped()
     text = "\n\n".join(filter(None, [piped.rstrip("\n"), " ".join(words)]))
     if not text:
@@ -173,8 +176,8 @@ def _text(words: list[str]) -> str:
 
 
 def _piped() -> str:
-    """What a pipe or a file holds on standard input, empty for anything else. A program may have
-    left an open pipe there that nobody writes to: it is not waited for."""
+    """The content of a pipe or file on standard input; empty for anything else. An open pipe that
+    nobody writes to, left there by some program, is not waited for."""
     try:
         kind = os.fstat(sys.stdin.fileno()).st_mode
     except (OSError, ValueError):  # closed

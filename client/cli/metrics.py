@@ -1,4 +1,4 @@
-"""`metrics`: the figures of broker and workers in Prometheus' text, once or over HTTP.
+"""`metrics`: metrics of broker and workers in Prometheus' text format, once or over HTTP.
 
 The HTTP side is a process of its own beside the broker, so that no scrape can disturb its loop.
 """
@@ -13,7 +13,7 @@ from client import BusError, Client
 from client.cli import arguments as flags
 from client.cli.terminal import Terminal, cause
 
-#: Prometheus gives up a scrape after 10 s by default.
+#: By default, Prometheus gives up a scrape after 10 s.
 _SCRAPE_S: Final = 5.0
 _IDLE_S: Final = 30.0
 
@@ -22,14 +22,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command."""
     parser = commands.add_parser(
         "metrics",
-        help="figures of broker and workers for Prometheus",
+        help="metrics of broker and workers for Prometheus",
         description="Prints them once, or serves them at http://HOST:PORT/metrics.",
     )
     parser.add_argument(
         "--serve",
         type=_address,
         metavar="HOST:PORT",
-        help="serve over HTTP until stopped; nobody is asked for a key, so loopback is best",
+        help="serve over HTTP until stopped; there is no authentication, so loopback is best",
     )
     flags.add_connection(parser)
     parser.set_defaults(run=run)
@@ -94,4 +94,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """A scrape every few seconds is no news."""
+        """A scrape every few seconds is not worth a line."""

@@ -1,7 +1,7 @@
-"""How far a long command is: a bar with rate and remaining time, or a line now and then.
+"""Progress of a long command: a bar with rate and remaining time, or a line now and then.
 
-Goes to standard error, so that output can be piped. With `rich` on a terminal it is a bar; without
-it, or in a log, a line every `INTERVAL_S`.
+Written to standard error, so that output can be piped. With `rich` on a terminal it is a bar;
+otherwise a line every `INTERVAL_S`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _WINDOW_S: Final = 30.0
 
 
 class Progress:
-    """Of `total` pieces of work, `before` of which were done in an earlier run."""
+    """Progress through `total` pieces of work, `before` of which were done in an earlier run."""
 
     def __init__(self, terminal: Terminal, what: str, total: int, before: int = 0) -> None:
         self._what = what
@@ -27,7 +27,8 @@ class Progress:
         self._done = before
         self._failed = 0
         self._started_s = self._told_s = time.monotonic()
-        #: (when, done) of the last half minute: the rate of now, not of the beginning.
+        #: (time, number done) during the last half minute: gives the current rate, not
+        #: the overall one.
         self._marks: list[tuple[float, int]] = [(self._started_s, before)]
         self._bar: Any = None
         console = terminal.error_console
@@ -50,7 +51,7 @@ class Progress:
             self._bar.stop()
 
     def advance(self, *, failed: bool = False) -> None:
-        """One more is done."""
+        """One more piece is done."""
         now_s = time.monotonic()
         self._done += 1
         self._failed += failed
@@ -64,7 +65,7 @@ class Progress:
             print(f"{self._what}: {self.facts()}", file=sys.stderr, flush=True)
 
     def facts(self) -> str:
-        """Count, failures, rate and remaining time as of now: a halt shows as a falling rate."""
+        """Count, failures, rate and remaining time as of now; after a halt, the rate falls."""
         since_s, before = self._marks[0]
         failed = f", {self._failed} failed" if self._failed else ""
         told = f"{self._done}/{self._total}{failed}"

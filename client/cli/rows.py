@@ -1,4 +1,4 @@
-"""Cells that several tables share, read from rows of `bus.workers`. Pure; knows no terminal."""
+"""Cells that several tables share, computed from rows of `bus.workers`. Pure; knows no terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Row = dict[str, Any]
 
 
 def worker_state(row: Row) -> str:
-    """`ready`, `loading 40%`, `ready, serial` where a model of the worker is not batched, ..."""
+    """`ready`, `loading 40%`, `ready, serial` if a model of the worker is not batched, ..."""
     state = str(row.get("state") or "unknown")
     progress = row.get("progress")
     if state == "loading" and progress is not None:
@@ -17,7 +17,7 @@ def worker_state(row: Row) -> str:
 
 
 def worker_note(row: Row) -> str:
-    """The worker's own words, and why requests of a model run one at a time."""
+    """The worker's own note, and why requests of a model run one at a time."""
     serial: dict[str, str] = row.get("serial") or {}
     slow = [f"{model} runs one request at a time: {why}" for model, why in serial.items()]
     return "; ".join([*filter(None, [str(row.get("note") or "")]), *slow])

@@ -1,4 +1,4 @@
-"""`models`, `workers`, `clients`, `requests`, `status`, `drain`: what the broker knows, in rows."""
+"""`models`, `workers`, `clients`, `requests`, `status`, `drain`: the broker's state in tables."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _rate(row: Row) -> str:
 
 
 POLL_S = 0.2
-"""Between two looks at a worker that is waited for."""
+"""Interval between two checks of a worker that is waited for."""
 
 MODELS: Columns = (
     ("model", _field("name")),
@@ -104,7 +104,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "drain",
         help="let a worker finish and leave",
-        description="Let a worker finish what runs, take nothing new, and leave. It ends with "
+        description="Let a worker finish its requests, accept nothing new, and leave. It ends with "
         "status 0: a service manager that always restarts it brings it back (see --hold).",
     )
     parser.add_argument("worker", help="its name, as `workers` shows it")
@@ -112,10 +112,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--deadline",
         type=float,
         metavar="S",
-        help="seconds for running requests; then they go on elsewhere [the broker's --drain-s]",
+        help="seconds for running requests, which then continue elsewhere [the broker's --drain-s]",
     )
     parser.add_argument(
-        "--reason", default="", metavar="TEXT", help="for the log [drained by the operator]"
+        "--reason", default="", metavar="TEXT", help="reason for the log [drained by the operator]"
     )
     parser.add_argument("--wait", action="store_true", help="return once nothing runs there [no]")
     parser.add_argument(
@@ -126,7 +126,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     flags.add_connection(parser)
     parser.set_defaults(run=drain)
 
-    parser = commands.add_parser("undrain", help="give a worker that is held work again")
+    parser = commands.add_parser("undrain", help="give a held worker work again")
     parser.add_argument("worker", help="its name, as `workers` shows it")
     flags.add_connection(parser)
     parser.set_defaults(run=undrain)
@@ -157,7 +157,7 @@ def show(terminal: Terminal, title: str, columns: Columns, rows: list[Row]) -> N
 
 
 def status(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    """Print what there is."""
+    """Print broker, models and workers."""
     with flags.connect(arguments) as client:
         facts = {
             "client": {"software": version(), "brokers": list(client.brokers)},
@@ -170,7 +170,7 @@ def status(arguments: argparse.Namespace, terminal: Terminal) -> int:
         terminal.json(facts)
         return 0
     broker = facts["broker"]
-    # "broker" is the name of one that was given none.
+    # "broker" is the default name.
     named = "" if broker.get("broker") == "broker" else f" {broker.get('broker')}"
     terminal.line(f"broker{named}: {broker.get('software')}, up and answering")
     for name, columns in (("models", MODELS), ("workers", WORKERS)):
@@ -192,7 +192,7 @@ def drain(arguments: argparse.Namespace, terminal: Terminal) -> int:
             answer = client.drain(name, deadline_s=arguments.deadline, reason=arguments.reason)
         terminal.line(f"worker {answer.get('worker', name)}: {answer.get('state')}")
         if arguments.wait:
-            with terminal.waiting("waiting for what runs there ..."):
+            with terminal.waiting("waiting for its running requests ..."):
                 while any(
                     _busy(row, arguments.hold) for row in client.workers() if row["name"] == name
                 ):
@@ -202,7 +202,7 @@ def drain(arguments: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _busy(row: Row, hold: bool) -> bool:
-    """A held worker stays; a drained one is waited for until it has gone."""
+    """Whether to wait on: a held worker stays until it is idle, a drained one until it has gone."""
     if not hold:
         return str(row.get("state")) == "draining"
     return bool(row.get("running") or row.get("waiting"))
@@ -212,5 +212,5 @@ def undrain(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Release a worker."""
     with flags.connect(arguments) as client:
         client.release(arguments.worker)
-    terminal.line(f"worker {arguments.worker}: takes requests again")
+    terminal.line(f"worker {arguments.worker}: accepts requests again")
     return 0

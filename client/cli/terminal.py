@@ -1,7 +1,7 @@
-"""What the commands write, and how: with `rich` on a terminal, plain when piped or without it.
+"""Output of the commands: with `rich` on a terminal; plain if piped or without `rich`.
 
-Answers go to standard output, everything else to standard error, so that output can be piped. The
-text of a model is never taken for markup, and its control characters never reach a terminal.
+Answers go to standard output, everything else to standard error, so that output can be piped. A
+model's text is never interpreted as markup, and its control characters never reach a terminal.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Terminal:
 
     @property
     def console(self) -> Any:
-        """Rich's console of standard output; None where plain text is due."""
+        """Rich's console for standard output; None if output is plain text."""
         return self._consoles[0] if self._consoles else None
 
     @property
     def error_console(self) -> Any:
-        """Rich's console of standard error; None where plain text is due."""
+        """Rich's console for standard error; None if output is plain text."""
         return self._consoles[1] if self._consoles else None
 
     # --- answers ---
@@ -63,7 +63,7 @@ class Terminal:
                 title=title, title_justify="left", header_style="bold", box=None, pad_edge=False
             )
             for index, column in enumerate(columns):
-                # The first names what others are told to do something with: it is shown whole.
+                # The first column is the name that other commands need: never shortened.
                 table.add_column(column, no_wrap=index == 0, overflow="fold")
             for row in rows:
                 table.add_row(*(Text(cell) for cell in row))
@@ -74,7 +74,7 @@ class Terminal:
             padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
             self.line("  ".join(padded).rstrip())
 
-    # --- beside the answer ---
+    # --- other than answers ---
 
     def notice(self, text: str) -> None:
         """Something worth knowing that is not part of the answer."""
@@ -84,7 +84,7 @@ class Terminal:
             print(text, file=sys.stderr, flush=True)
 
     def error(self, text: str) -> None:
-        """What went wrong, in one line."""
+        """Print an error in one line."""
         one_line = " ".join(text.split())
         if self._consoles:
             from rich.text import Text
@@ -96,7 +96,7 @@ class Terminal:
 
     @contextlib.contextmanager
     def waiting(self, text: str) -> Iterator[Any]:
-        """While something takes its time; call the result with a new text when there is one."""
+        """Show `text` while something takes its time; call the result to change the text."""
         if self._consoles and sys.stderr.isatty():
             with self._consoles[1].status(text) as status:
                 yield status.update
@@ -114,14 +114,14 @@ class Terminal:
 
 
 def cause(error: Exception) -> str:
-    """What went wrong, for people: a file and the reason, without the error's number."""
+    """The cause of an error for people: file and reason, without the error number."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
 
 
 def _consoles() -> tuple[Any, Any] | None:
-    """Rich consoles of standard output and error; None where plain text is due."""
+    """Rich consoles for standard output and error; None if output is plain text."""
     if not (sys.stdout.isatty() or sys.stderr.isatty()) or os.environ.get("TERM") == "dumb":
         return None
     try:

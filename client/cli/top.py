@@ -1,7 +1,7 @@
-"""`top`: the bus, live. Piped, with `--once` or with `--json`, one look at it.
+"""`top`: a live view of the bus. Piped, with `--once` or with `--json`: a single snapshot.
 
-A thread asks the broker, so that keys and the size of the window are heeded at once however long an
-answer takes. Changes nothing on the bus.
+A thread asks the broker, so that keys and resizing work at once, however long an answer takes.
+Changes nothing on the bus.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from client.cli.top_screen import Line, Look, Memory, lines
 
 #: More than any screen shows; enough to find the failures among them.
 _REQUESTS: Final = 200
-#: Of a look once the broker has answered. The first is bounded by the limit of connecting alone,
-#: which knows why there was no answer.
+#: Time limit of a query once the broker has answered before. The first is bounded only by the
+#: connect limit, whose error says why there was no answer.
 _QUERY_S: Final = 3.0
-#: How soon a new size of the window is seen.
+#: How soon a resized window is noticed.
 _KEY_S: Final = 0.1
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command."""
     parser = commands.add_parser(
-        "top", help="the bus, live: workers, queues, requests, errors; q leaves"
+        "top", help="live view: workers, queues, requests, errors; q leaves"
     )
-    parser.add_argument("--once", action="store_true", help="one look, in plain text")
+    parser.add_argument("--once", action="store_true", help="one snapshot, in plain text")
     parser.add_argument(
-        "--interval", type=_seconds, default=1.0, metavar="S", help="seconds between looks [1]"
+        "--interval", type=_seconds, default=1.0, metavar="S", help="seconds between updates [1]"
     )
     flags.add_json(parser)
     flags.add_connection(parser)
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         console = terminal.console
         live = terminal.interactive and sys.stdin.isatty() and console is not None
         if live and not (arguments.once or arguments.json):
-            # The terminal is given back first: a broker that is not there is told in plain view.
+            # Restore the terminal first, so that an absent broker is reported in plain view.
             first = _look(client, first=True)
             with contextlib.suppress(KeyboardInterrupt):
                 _Live(client, console, arguments.interval, first).run()
@@ -95,7 +95,7 @@ def _look(client: Client, *, first: bool = False) -> Look:
 
 
 class _Live:
-    """The screen, its thread that looks, and the keyboard."""
+    """The screen, the thread that queries the broker, and the keyboard."""
 
     def __init__(self, client: Client, console: Any, interval_s: float, first: Look) -> None:
         self._client = client
@@ -158,7 +158,7 @@ class _Live:
 
 @contextlib.contextmanager
 def _keys() -> Iterator[Any]:
-    """Keys as they are pressed; the terminal is as before afterwards."""
+    """Reads keys as they are pressed; afterwards the terminal is restored."""
     import termios
     import tty
 

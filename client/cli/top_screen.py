@@ -1,7 +1,8 @@
-"""What `top` shows, as lines of styled text: a pure function of one look at the bus and the size.
+"""The screen of `top`, as lines of styled text: a pure function of one snapshot of the bus
+and the size.
 
-Columns fall away on a narrow terminal, rows on a low one; nothing ever wraps. Names come from
-strangers, so control characters are taken out of everything. Knows no terminal.
+A narrow terminal gets fewer columns, a low one fewer rows; nothing ever wraps. Names come from
+strangers, so control characters are removed everywhere. Knows no terminal.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any, Final, Literal
 
 from client.cli.rows import Row, worker_note, worker_state
 
-#: Parts of a line with their style, in the words of `rich`; empty: none.
+#: Parts of a line with their `rich` style; empty for none.
 Line = list[tuple[str, str]]
-#: Text, style, and who goes first where room is short; 0 stays.
+#: Text, style, and rank for dropping it if room is short: the highest goes first, 0 stays.
 _Part = tuple[str, str, int]
 
 _GOOD_ENDS: Final = frozenset(("", "stop", "length", "cancelled", "interrupted", "held"))
@@ -39,7 +40,7 @@ _HISTORY: Final = 40
 
 @dataclass(slots=True)
 class Look:
-    """One look at the bus: answers of the broker, as they are."""
+    """One snapshot of the bus: the broker's answers, unchanged."""
 
     version: Row
     models: list[Row]
@@ -53,19 +54,19 @@ class Look:
 
 @dataclass(slots=True)
 class Memory:
-    """What the view remembers between looks, for rates."""
+    """What the view remembers between snapshots, for rates."""
 
     before: Look | None = None
     tokens_per_s: list[float] = field(default_factory=list)
     requests_per_s: float | None = None
-    #: Why there is no newer look.
+    #: Why there is no newer snapshot.
     problem: str = ""
 
     def add(self, look: Look) -> None:
-        """Take a new look."""
+        """Add a new snapshot."""
         if self.before is not None and look.at_s > self.before.at_s:
             new = look.stats.get("requests_total", 0) - self.before.stats.get("requests_total", 0)
-            # Another broker counts anew.
+            # Another broker starts its counters at zero.
             self.requests_per_s = max(0.0, new) / (look.at_s - self.before.at_s)
         self.tokens_per_s.append(sum(_metric(row, "tokens_per_s") or 0.0 for row in look.workers))
         del self.tokens_per_s[:-_HISTORY]
@@ -77,7 +78,7 @@ class Memory:
 class _Column:
     heading: str
     read: Callable[[Row], Any]
-    #: Who goes first where room is short; 0 stays.
+    #: Rank for dropping the column if room is short: the highest goes first, 0 stays.
     rank: int = 0
     align: Literal["left", "right"] = "left"
     style: Callable[[Row], str] = lambda row: ""
@@ -110,7 +111,7 @@ def lines(look: Look | None, memory: Memory, width: float, height: float) -> lis
 
 
 def _share(wanted: list[int], weights: list[int], height: float, head: list[Line]) -> list[int]:
-    """Rows for each table; -1: there is no room even for its title."""
+    """Number of rows for each table; -1: no room even for its title."""
     if height == math.inf:
         return wanted
     left = int(height) - len(head)
@@ -163,7 +164,7 @@ def _head(look: Look, memory: Memory, width: float) -> list[Line]:
 
 
 def _failures(stats: Row) -> dict[str, float]:
-    """Failed requests by code since the broker's start, most first."""
+    """Failed requests by code since the broker started, most frequent first."""
     found = {
         name.removeprefix("failed_").removesuffix("_total"): count
         for name, count in stats.items()
@@ -247,7 +248,7 @@ def _clean(text: str) -> str:
 
 
 def _cells(text: str) -> int:
-    """How many cells of a terminal a text takes."""
+    """How many terminal cells a text takes."""
     if text.isascii():
         return len(text)
     return sum(
@@ -349,7 +350,7 @@ def _outcome_style(row: Row) -> str:
 
 
 def _engine_age(row: Row) -> str:
-    # Within a second it is at work.
+    # Less than a second means that it is at work.
     age_ms = row.get("engine_age_ms") or 0
     return "" if age_ms < 1000 else _age(age_ms / 1000)
 

@@ -1,6 +1,6 @@
-"""Requests that name no model get the only one that is served; sans-IO, a part of `session`.
+"""Requests that name no model get the only one served; sans-IO, a part of `session`.
 
-They wait here for the broker's answer, asked once for all of them.
+They wait here for the broker's answer; it is asked once for all of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Naming:
         named: Callable[[Exchange], None],
         failed: Callable[[Exchange, ErrorInfo], None],
     ) -> None:
-        """`named`: it has a model now. `failed`: it got an error instead, as if by FAIL."""
+        """`named`: called when a request has a model. `failed`: called when it got an error
+        instead, as if by FAIL."""
         self._dialer = dialer
         self._named = named
         self._failed = failed
@@ -34,7 +35,7 @@ class Naming:
         self._query_id: bytes | None = None
 
     def ask(self) -> None:
-        """There is a session: ask, if somebody waits and nobody has asked."""
+        """There is a session: ask if a request waits and the question is not open."""
         if self.waiting and self._query_id is None:
             self._query_id = self._dialer.new_id()
             query = messages.Query(verb="bus.models")
@@ -45,11 +46,11 @@ class Naming:
         self._query_id = None
 
     def is_answer(self, query_id: bytes) -> bool:
-        """This is the query that was asked here."""
+        """Whether this is the query that was sent from here."""
         return query_id == self._query_id
 
     def answered(self, answer: messages.Answer) -> None:
-        """The broker tells what is served."""
+        """The broker answered which models are served."""
         self._query_id = None
         waiting, self.waiting = self.waiting, {}
         names = _names_of(answer.result)
@@ -63,7 +64,7 @@ class Naming:
 
 def _error(names: list[str]) -> ErrorInfo:
     if names:
-        story = f"several models are served, say which: model= one of {', '.join(names)}"
+        story = f"several models are served; choose one of them with model=: {', '.join(names)}"
         return ErrorInfo(code=ErrorCode.INVALID_REQUEST.value, message=story)
     story = "no model is served yet; start a worker with `python -m worker`"
     return ErrorInfo(code=ErrorCode.MODEL_UNAVAILABLE.value, message=story, retryable=True)

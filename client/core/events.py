@@ -1,8 +1,8 @@
-"""The vocabulary of the client: facts that the session is told, orders that it gives, and the
+"""The vocabulary of the client: events fed to the session, instructions that it returns, and the
 events that a caller reads from a stream.
 
-Only values: frozen, without behaviour. Facts and orders are structs rather than dataclasses: a
-request makes a dozen of them, and each takes a tenth of the time.
+Only values: frozen, without behaviour. Events and instructions are structs rather than dataclasses:
+a request makes a dozen of them, and a struct takes a tenth of the time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from client.options import Retry, Timeout
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """The broker has the request; `position` others go before it."""
+    """The broker has the request; `position` others are ahead of it."""
 
     position: int
 
@@ -66,21 +66,21 @@ class End:
     usage: Usage
     #: Measured at the worker.
     timings: Timings
-    #: Of embed, count, tokenize, detokenize and template.
+    #: The result of embed, count, tokenize, detokenize and template.
     result: dict[str, Any] | None
     #: The stop string or token id that ended it.
     stopped_by: str | int | None
     model: str
     worker: str
     resumed: int
-    #: Measured here, from the call; None when there was no token.
+    #: Measured here, from the call; None if there was no token.
     first_token_s: float | None
     total_s: float
 
 
 #: Tokens and text; straight from the wire, see `broker.protocol.messages`.
 Tokens = TokensEvent
-#: Facts of the prompt, where `echo` or `prompt_logprobs` asked for them.
+#: Facts about the prompt, if `echo` or `prompt_logprobs` asked for them.
 Prompt = PromptEvent
 
 StreamEvent = Queued | Started | Recovering | Prompt | Tokens | ToolCall | End
@@ -93,15 +93,16 @@ class Answered:
     result: Any
 
 
-#: What a sink is handed; an exception is raised where the caller reads it.
+#: What a sink receives; an exception is raised where the caller reads it.
 Item = StreamEvent | Answered | BusError
 
 
-# --- facts ----------------------------------------------------------------------------------------
+# --- events fed to the session
+# ----------------------------------------------------------------------------------------
 
 
 class RequestMade(Struct, frozen=True):
-    """The application asks for something. An empty `request.model` means the only one served."""
+    """The application made a request. An empty `request.model` means the only one served."""
 
     request_id: bytes
     request: Request
@@ -110,12 +111,13 @@ class RequestMade(Struct, frozen=True):
     retry: Retry
     #: Tokens that may wait unread; None: the broker's default.
     window_tokens: int | None = None
-    #: What of the answer is there already, from another bus: it begins as a RESUME.
+    #: The part of the answer already received from another bus; the request then begins
+    #: as a RESUME.
     resume: Resume | None = None
 
 
 class QueryMade(Struct, frozen=True):
-    """The application asks the broker itself."""
+    """The application made a query to the broker itself."""
 
     query_id: bytes
     verb: str
@@ -131,7 +133,7 @@ class TokensTaken(Struct, frozen=True):
 
 
 class RequestDropped(Struct, frozen=True):
-    """The application is no longer interested; it hears nothing more of it."""
+    """The application is no longer interested, and receives nothing more of the request."""
 
     request_id: bytes
 
@@ -148,7 +150,8 @@ class ConnectionLost(Struct, frozen=True):
     """The socket was refused or cut off; it will not come back."""
 
     reason: str
-    #: The broker will never accept us like this: wrong key, no key, key where none is expected.
+    #: The broker will never accept us like this: wrong key, no key, or a key where
+    #: none is expected.
     unauthenticated: bool = False
 
 
@@ -175,7 +178,8 @@ Event = (
 )
 
 
-# --- orders ---------------------------------------------------------------------------------------
+# --- instructions
+# ---------------------------------------------------------------------------------------
 
 
 class OpenSocket(Struct, frozen=True):
@@ -186,14 +190,14 @@ class OpenSocket(Struct, frozen=True):
 
 
 class CloseSocket(Struct, frozen=True):
-    """Close the socket; nothing that it reports afterwards counts."""
+    """Close the socket; ignore what it reports afterwards."""
 
-    #: What was sent shall still leave, within a second.
+    #: Whether what was sent must still leave, within a second.
     linger: bool = False
 
 
 class Send(Struct, frozen=True):
-    """Send on the open socket, in order, none left out."""
+    """Send on the open socket, in order, leaving nothing out."""
 
     frames: tuple[bytes, ...]
 
@@ -203,12 +207,12 @@ class Deliver(Struct, frozen=True):
 
     id: bytes
     items: tuple[Item, ...]
-    #: Nothing follows.
+    #: Nothing follows for this request or query.
     final: bool = False
 
 
 class Arrived(Struct, frozen=True):
-    """Hand tokens to those who wait for them: of many requests, in the order of their arrival."""
+    """Hand tokens of many requests, in order of arrival, to whoever waits for them."""
 
     tokens: list[TokensEvent]
 

@@ -1,7 +1,7 @@
-"""One request as its client owns it: what was asked, what has arrived, which limit passes when.
+"""One request on the client's side: what was asked, what has arrived, which limit passes when.
 
-It is enough to continue the stream anywhere (SPEC.md section 6.4). Knows no session and no socket;
-`session` decides what happens.
+This state is enough to continue the stream anywhere (SPEC.md section 6.4). Knows no session and no
+socket; `session` decides what happens.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from client.core.events import RequestMade
 from client.errors import DeadlineExceeded
 
 WIRE_GRACE_S: Final = 1.0
-"""What broker and worker are told beyond our own limits: the caller reads our exact exception,
+"""Added to our own limits for broker and worker: this way the caller gets our more exact exception,
 and they still clean up after a client that is gone."""
 
 
 EPOCH_STEP_BITS: Final = 36
-"""Of the random part of the step from one epoch to the next. The step is 2**36 at least, which
-leaves a relay room for epochs of its own between two of ours; after a thousand steps the epoch
-still has 47 bits."""
+"""Size of the random part of the step from one epoch to the next. The step is at least 2**36, which
+leaves a relay room for its own epochs between two of ours; after a thousand steps the epoch still
+fits in 47 bits."""
 
 
 class Phase(Enum):
     """Where a request is."""
 
-    #: Here, until there is a session and room in it.
+    #: Held here until there is a session with room for it.
     HELD = "held"
-    #: Here, until a recovery's back-off is over.
+    #: Held here until the back-off of a recovery is over.
     BACKING_OFF = "backing off"
     #: At the broker.
     QUEUED = "queued"
@@ -44,16 +44,16 @@ class Phase(Enum):
 
 
 class Acceptance(Enum):
-    """How a TOKENS event fits what has arrived."""
+    """How a TOKENS event fits what has already arrived."""
 
     NEXT = "next"
     REPEATED = "repeated"
-    #: Something before it is missing, or it overlaps by half: only a RESUME tells exactly.
+    #: Something before it is missing, or it overlaps partially: a RESUME is needed.
     GAP = "gap"
 
 
 NEXT: Final = Acceptance.NEXT
-"""Bound once: looking into an enumeration takes longer than a token may."""
+"""Bound once: an attribute look-up on an enum takes longer than a token may."""
 
 
 class Exchange:
@@ -109,22 +109,22 @@ class Exchange:
         #: Due time of its entry in the session's heap.
         self.scheduled_s = math.inf
 
-        #: A REQUEST left already: from now on only RESUME is right.
+        #: Whether a REQUEST was sent already; from then on only RESUME is right.
         self.sent_before = False
         self.epoch = 0
-        #: All that it has had: an event of any other was never asked for.
+        #: All its epochs so far: an event with any other was never asked for.
         self.epochs = {0}
         #: Recoveries since the last token.
         self.failures = 0
         self.resumed = 0
         self.lost_workers: list[str] = []
-        #: Those of them that ran nothing else.
+        #: Those of them that ran nothing else at the time.
         self.lost_alone: list[str] = []
         self.worker = ""
-        #: The worker that ran it last, as long as nobody said that it does not have it any more.
+        #: The worker that ran it last, until somebody says that it no longer has it.
         self.holder = ""
         self.position = 0
-        #: Header id of OUTPUT from that worker; None: not told.
+        #: Header id of OUTPUT from that worker; None if unknown.
         self.route: bytes | None = None
 
         self.token_ids: list[int] = []
@@ -133,7 +133,7 @@ class Exchange:
         self.first_token_s: float | None = None
         #: Last event of this run at this worker; None before the first.
         self.heard_s: float | None = None
-        #: Tokens that the application has read, and the WINDOW that it was last given.
+        #: Tokens that the application has read, and the last WINDOW that was sent.
         self.taken = 0
         self.window_limit = 0
         if made.resume is not None:
@@ -146,8 +146,8 @@ class Exchange:
     # --- sending ---
 
     def body(self, window_tokens: int, now_s: float, generator: random.Random) -> Request:
-        """The REQUEST, or the RESUME once it was sent before. Enters the next epoch, which a worker
-        that lost the request cannot guess."""
+        """The body of the REQUEST, or of a RESUME if it was sent before. Enters the next epoch,
+        which a worker that lost the request cannot guess."""
         if self.sent_before:
             self.epoch += (1 << EPOCH_STEP_BITS) + generator.getrandbits(EPOCH_STEP_BITS)
             self.epochs.add(self.epoch)
@@ -174,7 +174,8 @@ class Exchange:
         )
 
     def beyond(self, bounds: BusLimits, body_bytes: int) -> ErrorInfo | None:
-        """What of the request the broker would not take: told here, before ZeroMQ cuts us off."""
+        """The error if the request exceeds a limit of the broker: reported here, before ZeroMQ
+        cuts the connection."""
         sizes = [len(data) for data in self.attachments]
         for what, size, limit in (
             ("the request without its pictures", body_bytes, bounds.request_bytes),
@@ -212,7 +213,7 @@ class Exchange:
     # --- receiving ---
 
     def accept(self, event: TokensEvent, now_s: float) -> Acceptance:
-        """Take a TOKENS event of the current epoch in, if it is the next."""
+        """Accept a TOKENS event of the current epoch if it is the next one."""
         have = len(self.token_ids)
         if event.offset != have:
             repeated = event.offset + len(event.token_ids) <= have and event.offset < have
@@ -232,7 +233,7 @@ class Exchange:
         return min(self._total_due_s(), self.phase_due_s(ready))
 
     def phase_due_s(self, ready: bool) -> float:
-        """When the limit of the present phase passes."""
+        """When the limit of the current phase passes."""
         limits = self.timeout
         match self.phase:
             case Phase.HELD:
@@ -247,7 +248,7 @@ class Exchange:
                 return _after(self.phase_since_s, limits.queue)
             case Phase.RUNNING:
                 if len(self.token_ids) >= self.window_limit:
-                    return math.inf  # the worker may not send: the application has to read
+                    return math.inf  # the worker may not send until the application reads
                 if self.heard_s is None:
                     return _after(self.phase_since_s, limits.first_token)
                 return _after(self.heard_s, limits.between_tokens)
@@ -256,12 +257,13 @@ class Exchange:
         return _after(self.made_s, self.timeout.total)
 
     def overdue(self, now_s: float) -> tuple[type[DeadlineExceeded], str]:
-        """The exception and the words for the limit that has passed, the session being there."""
+        """The exception and message for the limit that has passed, given that there
+        is a session."""
         limits = self.timeout
         if now_s >= self._total_due_s():
             advice = "Ask for fewer tokens or more time"
             if self.phase is not Phase.RUNNING:
-                advice = "No worker has it: `python -m client workers` shows whether one is free"
+                advice = "No worker took it: `python -m client workers` shows whether one is free"
             return (
                 errors.TotalTimeout,
                 f"no complete answer within {limits.total:g} s (Timeout.total); "
@@ -270,7 +272,7 @@ class Exchange:
         if self.phase is Phase.RUNNING and self.heard_s is None:
             return (
                 errors.FirstTokenTimeout,
-                f"worker {self.worker!r} took the request and sent nothing within "
+                f"worker {self.worker!r} took the request but sent nothing within "
                 f"{limits.first_token:g} s (Timeout.first_token); is its prompt very long, "
                 "or the worker stalled? `python -m client workers` shows it",
             )

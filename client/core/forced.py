@@ -10,8 +10,8 @@ from broker.protocol.messages import Constraint
 
 __all__ = ["MAX_FORCED_CALLS", "forced_calls"]
 
-#: A model that has nothing to add still may, so a list of calls needs an end. Who needs more calls
-#: than these gets them in the next turn.
+#: A model may go on adding calls for ever, so a list of calls needs a limit. Further calls can be
+#: made in the next turn.
 MAX_FORCED_CALLS: Final = 8
 
 
@@ -57,13 +57,13 @@ def _id_of(function: Function) -> str | None:
 
 
 def _resource(function: Function, own_id: str) -> dict[str, Any]:
-    """The parameters as a schema resource of their own, so that `#` in their references is theirs
-    wherever they stand.
+    """The parameters as a schema resource of their own, so that `#` in their references
+    resolves within them.
 
-    `$schema` goes: in older drafts `$id` does not count beside `$ref`, or is not known.
+    `$schema` is removed: in older drafts `$id` is ignored next to `$ref`, or unknown.
     """
-    if not function.parameters:  # OpenAI's word for a function that takes none
+    if not function.parameters:  # OpenAI's form of a function without parameters
         return {"type": "object", "additionalProperties": False}
     schema = {key: value for key, value in function.parameters.items() if key != "$schema"}
-    # Only where the arguments are an object is there a call.
+    # It is only a call if the arguments are an object.
     return {"type": "object", **schema, "$id": own_id}

@@ -1,6 +1,6 @@
 """Queries to the broker itself, and their answers (SPEC.md section 10), sans-IO.
 
-A part of `session`, which owns the connection, the timers and the way to the caller.
+Part of `session`, which owns the connection, the timers and the path to the caller.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ REPEATABLE_VERBS: Final = frozenset(
     f"bus.{name}"
     for name in ("version", "models", "workers", "clients", "stats", "metrics", "requests")
 )
-"""Asking twice does no harm, so these survive a lost session."""
+"""These may be asked twice without harm, so they survive a lost session."""
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class _Question:
     made: events.QueryMade
     made_s: float
     due_s: float
-    #: While no broker answers, it fails at this time.
+    #: When it fails if no broker has answered.
     connect_due_s: float
     sent: bool = False
 
@@ -79,12 +79,13 @@ class Questions:
             self._send(question)
 
     def session_began(self) -> None:
-        """Ask what is open."""
+        """Send the open queries."""
         for question in self._open.values():
             self._send(question)
 
     def session_over(self, error: ErrorInfo) -> None:
-        """Keep what may be asked again; whether the rest was done, nobody knows."""
+        """Keep queries that may be repeated; fail the rest, since it is unknown whether they
+        were carried out."""
         for query_id, question in list(self._open.items()):
             if not question.sent or question.made.verb in REPEATABLE_VERBS:
                 question.sent = False
@@ -95,7 +96,7 @@ class Questions:
                 self._end(query_id, error_from(error))
 
     def answered(self, query_id: bytes, answer: messages.Answer) -> None:
-        """The broker answers; a late answer to nobody is dropped."""
+        """The broker answered; an answer that nobody waits for any more is dropped."""
         if query_id in self._open:
             result = events.Answered(answer.result)
             self._end(query_id, error_from(answer.error) if answer.error else result)

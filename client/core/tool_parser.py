@@ -1,6 +1,6 @@
-"""Finds tool calls in a model's text as it streams, whatever common format the model writes.
+"""Finds tool calls in a model's text as it streams, in any of the common formats.
 
-Which format a model was trained on stands nowhere in a request, so it is detected:
+A request does not say which format the model was trained on, so it is detected:
 
     <tool_call>{"name": ..., "arguments": {...}}</tool_call>     Hermes, Qwen; anywhere in the text
     [TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]         Mistral
@@ -9,12 +9,12 @@ Which format a model was trained on stands nowhere in a request, so it is detect
     <|python_tag|>{"name": ..., "parameters": {...}}; {...}      Llama 3; the tag is optional
     [{"name": ..., "arguments": {...}}, ...]                     a forced call, or a skipped tag
 
-JSON without a marker counts only at the very start of the answer, and only as a whole: objects of
-a name of the request's tools and its arguments, and nothing else; so it is held back until it is
-complete, unless the call was forced. Anything else stays text, and so does what stands within a
-thought (`<think>` and the like). Arguments are passed on as the model writes them. Pure: fed text,
-returns pieces. How the text is cut into feeds never changes the outcome, and nothing is lost but
-the markup of calls and the white space around it.
+JSON without a marker counts only at the very start of the answer and only if the whole answer
+consists of calls: objects with the name of one of the request's tools, its arguments, and nothing
+else. So it is held back until it is complete, unless the call was forced. Anything else stays text,
+and so does everything inside reasoning (`<think>` and the like). Arguments are passed on as the
+model writes them. Pure: fed text, returns pieces. How the text is split into feeds never changes
+the result, and nothing is lost but the markup of calls and the white space around it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _HERMES, _HERMES_END = "<tool_call>", "</tool_call>"
 _MISTRAL, _MISTRAL_ID, _MISTRAL_ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 _LLAMA = "<|python_tag|>"
 _CALLS = (_HERMES, _MISTRAL, _LLAMA)
-#: How models mark the beginning and the end of a thought.
+#: How models mark the beginning and the end of reasoning.
 _THOUGHTS = {
     "<think>": "</think>",
     "<thinking>": "</thinking>",
@@ -72,22 +72,22 @@ _THOUGHTS = {
     "◁think▷": "◁/think▷",
 }
 _OPENINGS = (*_CALLS, *_THOUGHTS)
-#: What must stand in the text for calls to be found, though it may be special tokens of a model.
+#: Markers needed in the text for finding calls, even if they are special tokens of a model.
 MARKS: Final = (*_OPENINGS, _HERMES_END, _MISTRAL_ID, _MISTRAL_ARGS, *_THOUGHTS.values())
 _SPACE = " \t\r\n"
 _SEPARATORS = _SPACE + ",;"
-#: Keys under which models put the arguments, and what else a call may have beside its name.
+#: Keys under which models put the arguments, and other keys that a call may have.
 _ARGUMENTS = ("arguments", "parameters")
 _BESIDE = ("id", "type", "index")
-#: Longest id of a call that Mistral's models write, with room.
+#: Longer than any call id that Mistral's models write.
 _ID_CHARACTERS = 64
 
 
 class _Reader:
-    """Reads one JSON object that may be a call, and knows the name before the object is complete.
+    """Parses one JSON object that may be a call; the name is known before the object is complete.
 
-    With `name` given the object is the arguments themselves. `strict`: an object that has anything
-    but a name and arguments is refused, up to its end.
+    With `name` given, the object is the arguments themselves. `strict`: an object with anything but
+    a name and arguments is refused, even at its end.
     """
 
     def __init__(
@@ -97,21 +97,21 @@ class _Reader:
         self._bare_arguments = name is not None
         self._strict = strict
         self.name = name
-        #: All that was taken.
+        #: All text taken so far.
         self.raw = ""
         self.complete = False
         self.refused = False
-        self._arguments = ""  # known, not yet handed out
+        self._arguments = ""  # known but not yet handed out
         self._had_arguments = False
         self._arguments_over = False
         self._key: str | None = None  # None: a key is expected
-        self._from: int | None = None  # where the key or value in hand begins in `raw`
+        self._from: int | None = None  # where the current key or value begins in `raw`
         self._in_string = False
         self._escaped = False
         self._depth = 0
 
     def feed(self, text: str) -> str:
-        """Take text until the object is complete or refused; returns what is left over."""
+        """Take text until the object is complete or refused; returns the rest."""
         for position, character in enumerate(text):
             self.raw += character
             if self._is_streamed(character):
@@ -123,7 +123,7 @@ class _Reader:
         return ""
 
     def new_arguments(self) -> str:
-        """Text of the arguments since the last call; nothing before the name is known."""
+        """Text of the arguments since the last call; empty until the name is known."""
         if self.name is None:
             return ""
         new, self._arguments = self._arguments, ""
@@ -189,7 +189,7 @@ class _Reader:
             if self._strict and (self._arguments_over or not _may_be_arguments(value)):
                 self._refuse()
             elif not self._had_arguments:
-                # Null, or a string that holds the JSON; an object was streamed.
+                # Null, or a string containing the JSON; an object was streamed.
                 self._had_arguments = True
                 self._arguments += _string(value) or "{}"
             self._arguments_over = True
@@ -206,12 +206,12 @@ class _Reader:
         self.complete = not self.refused
 
     def _refuse(self) -> None:
-        # Once the name was told, whatever follows in the object belongs to that call.
+        # Once the name was reported, the rest of the object belongs to that call.
         self.refused = self.refused or self._strict or self.name is None
 
 
 def _may_be_arguments(value: str) -> bool:
-    """An object, a string that holds one, or null."""
+    """Whether it is an object, a string containing one, or null."""
     try:
         found = json.loads(_string(value) or value)
     except (ValueError, RecursionError):
@@ -232,15 +232,15 @@ class _State(Enum):
     TEXT = auto()
     THOUGHT = auto()
     CALLS = auto()  # in a region of calls: a call, a separator, or the end
-    NAME = auto()  # Mistral's newer form: the name stands before the object
+    NAME = auto()  # Mistral's newer form: the name comes before the object
     READING = auto()  # inside the object of a call
 
 
 class ToolCallParser:
     """Splits the text of one answer into text and calls of `names`.
 
-    `forced`: the answer can be nothing but a call, or a list of them. `shows_special`: marks are
-    text even where they are special tokens. `said`: what of the answer stands there already.
+    `forced`: the answer must be a call or a list of calls. `shows_special`: markers are text even
+    if they are special tokens. `said`: the part of the answer that the request already contains.
     """
 
     def __init__(
@@ -256,29 +256,30 @@ class ToolCallParser:
         self._parallel = parallel
         self._forced = forced
         self._shows_special = shows_special
-        #: Marks that are not part of the text, whatever they stand for.
+        #: Markers that are never part of the text.
         self._hidden: tuple[str, ...] = ()
         self._state = _State.START
-        self._closing = ""  # how the thought in hand ends
+        self._closing = ""  # end marker of the current reasoning
         self._pending = ""  # not yet decided
-        self._region = ""  # taken since the region of calls began, while it holds no call
-        self._marker = ""  # how the region began
+        self._region = ""  # text since the region of calls began, while it has no call
+        self._marker = ""  # marker with which the region began
         self._in_list = False
-        self._unsure: list[Piece] = []  # calls of a list that may yet turn out to be none
+        self._unsure: list[Piece] = []  # calls of a list that may still turn out to be text
         self._reader: _Reader | None = None
-        self._told = False  # the call in hand was told
-        self._trim = False  # white space follows a call
+        self._told = False  # whether the current call was reported
+        self._trim = False  # whether to drop white space after a call
         #: Calls found so far.
         self.calls = 0
-        #: The answer ended within a call.
+        #: Whether the answer ended inside a call.
         self.cut = False
         for opening, closing in _THOUGHTS.items():
             if said.rfind(opening) > said.rfind(closing):
                 self._state, self._closing = _State.THOUGHT, closing
 
     def begin(self, *, special: Collection[str], tail: str) -> None:
-        """Before the first text: which marks are special tokens of the model, and how its prompt
-        ends. Without it none are, and no thought is open."""
+        """To be called before the first text: `special` are the markers that are special tokens of
+        the model, `tail` is the end of its prompt. Without this call there are none, and no
+        reasoning is open."""
         if not self._shows_special:
             self._hidden = tuple(mark for mark in MARKS if mark in special)
         tail = tail.rstrip(_SPACE)
@@ -293,11 +294,12 @@ class ToolCallParser:
 
     @property
     def satisfied(self) -> bool:
-        """The only call that was allowed is complete: the rest of the answer is of no use."""
+        """Whether the only call allowed is complete, so that the rest of the answer
+        is not needed."""
         return not self._parallel and self.calls > 0 and self._reader is None
 
     def feed(self, text: str) -> list[Piece]:
-        """The pieces that became certain with this text."""
+        """Take text; returns the pieces that are now certain."""
         self._pending += text
         pieces: list[Piece] = []
         while self._pending and not self.satisfied and self._step(pieces):
@@ -305,7 +307,7 @@ class ToolCallParser:
         return _merged(pieces)
 
     def finish(self) -> list[Piece]:
-        """The answer is over: what was held back is text, unless it belongs to a call."""
+        """The answer is over: text held back is returned, unless it belongs to a call."""
         rest = self._pending
         if self._reader is not None:
             self.cut = self._told
@@ -320,7 +322,7 @@ class ToolCallParser:
         return [] if done else _merged([self._shown(rest)])
 
     def _step(self, pieces: list[Piece]) -> bool:
-        """Decide about the beginning of what is pending; False when more text is needed."""
+        """Decide about the beginning of the pending text; False if more text is needed."""
         match self._state:
             case _State.START:
                 return self._start()
@@ -370,7 +372,7 @@ class ToolCallParser:
             self._state, self._closing = _State.THOUGHT, _THOUGHTS[marker]
         else:
             pieces.append(self._shown(kept))
-            # The white space before a marker is text if the marker turns out to begin no call.
+            # White space before a marker is text if the marker turns out not to begin a call.
             self._enter(self._pending[len(kept) : end])
             self._marker = marker
         self._pending = self._pending[end:]
@@ -386,7 +388,7 @@ class ToolCallParser:
         return at >= 0
 
     def _certain(self, marks: Collection[str]) -> int:
-        """How much of what is pending cannot belong to one of the marks, or to a hidden one."""
+        """How much of the pending text cannot belong to one of the markers, or to a hidden one."""
         return len(self._pending) - _held_back(self._pending, (*marks, *self._hidden))
 
     def _enter(self, taken: str) -> None:
@@ -413,7 +415,8 @@ class ToolCallParser:
 
     @property
     def _strict(self) -> bool:
-        """Only what is nothing but a call is one: neither a marker nor the request says so."""
+        """Whether only a pure call counts as one, since neither a marker nor the
+        request announces it."""
         return not (self._marker or self._forced)
 
     def _between(self, pieces: list[Piece]) -> bool:
@@ -478,7 +481,7 @@ class ToolCallParser:
             return self._leave(pieces)
         if self._strict and not reader.complete:
             return False
-        # Of several calls in a list all are, or none.
+        # Either all entries of a list are calls, or none is.
         is_unsure = self._strict and self._in_list and self._parallel
         out = self._unsure if is_unsure else pieces
         if reader.name is not None and not self._told:
@@ -495,7 +498,7 @@ class ToolCallParser:
 
 
 def _held_back(text: str, marks: Collection[str]) -> int:
-    """How many characters at the end could be the beginning of a mark."""
+    """How many characters at the end could be the beginning of a marker."""
     for count in range(min(max(map(len, marks)) - 1, len(text)), 0, -1):
         if any(mark.startswith(text[-count:]) for mark in marks):
             return count
@@ -503,7 +506,7 @@ def _held_back(text: str, marks: Collection[str]) -> int:
 
 
 def _merged(pieces: list[Piece]) -> list[Piece]:
-    """Neighbours of one kind as one piece, without empty ones."""
+    """Merge adjacent pieces of the same kind, dropping empty ones."""
     merged: list[Piece] = []
     for piece in pieces:
         last = merged[-1] if merged else None

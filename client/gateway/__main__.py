@@ -5,7 +5,7 @@ Turns every failure to start into one line and an exit code: 2 for a wrong optio
 
 from __future__ import annotations
 
-from broker.protocol import early  # noqa: F401  # first: it hears signals from now on
+from broker.protocol import early  # noqa: F401  # first: it handles signals from here on
 
 # isort: split
 
@@ -30,7 +30,7 @@ from client.io.keys import keys_of, server_key_of
 
 PROGRAM = "python -m client.gateway"
 GC_THRESHOLD: Final = 50_000
-"""Objects made before cycles are looked for."""
+"""Allocations between two garbage collections."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,7 +69,7 @@ def _serve(config: Config) -> int:
         logging.getLogger("tokenbus.gateway").warning("ignored: %s", line)
     connection = config.connection()
     if connection.server_key is not None:
-        # Read again when the server runs, where a failure would be a traceback.
+        # The server reads them again, but a failure there would be a traceback.
         server_key_of(connection.server_key)
         keys_of(connection)
     app = create_app(config)
@@ -83,17 +83,17 @@ def _serve(config: Config) -> int:
     address = f"{scheme}://{host}:{listener.getsockname()[1]}"
     print(
         f"tokenbus gateway on {address} (web page), {address}/v1 (OpenAI base_url)"
-        + ("" if config.keys is not None else "; no API keys asked"),
+        + ("" if config.keys is not None else "; no API keys required"),
         flush=True,
     )
     server = Server(app, config)
-    # Whatever a stream makes dies with its last reference: looked at rarely, and never again what
-    # was imported.
+    # Objects of a stream die with their last reference, so collect rarely, and exclude
+    # what was imported.
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
-    # The server handles signals while it runs and raises them again afterwards: a stop that was
-    # asked for is a success. SIGTERM has `early`.
+    # The server handles signals while it runs and raises them again afterwards; a requested stop is
+    # a success. `early` handles SIGTERM.
     signal.signal(signal.SIGINT, lambda *_: None)
     server.run(sockets=[listener])
     return 0 if server.started else 1
@@ -123,12 +123,12 @@ def _keys(arguments: Sequence[str]) -> int:
     add.add_argument("--max-priority", type=int, default=0, help="highest priority (0)")
     add.add_argument("--operator", action="store_true", help="may drain workers")
     add.add_argument(
-        "--many-users", action="store_true", help="fair share by the request's `user` field"
+        "--many-users", action="store_true", help="fair sharing by the request's `user` field"
     )
     add.add_argument("--model", action="append", help="may use only this model; repeatable")
-    remove = commands.add_parser("remove", help="take a key away")
+    remove = commands.add_parser("remove", help="remove a key")
     remove.add_argument("name")
-    show = commands.add_parser("list", help="show the keys, without the keys")
+    show = commands.add_parser("list", help="list the names and limits of the keys")
     for command in (add, remove, show):
         command.add_argument("--file", type=Path, default=default, help=f"key file ({default})")
     given = parser.parse_args(arguments)

@@ -1,10 +1,10 @@
-"""Which addresses are the public internet's: those outside every block that IANA lists as special.
+"""Tells public internet addresses: those outside every block that IANA lists as special.
 
 The registries are those of RFC 6890 (iana-ipv4-special-registry, iana-ipv6-special-registry), as of
-2026. A block counts as special whatever the registry's column "globally reachable" says: relays and
-anycast services host no pictures. So do addresses that carry an IPv4 address within
-themselves (mapped, NAT64, 6to4, Teredo): where they lead is decided by a translator, not here. The
-tables of `ipaddress` are not used, since they differ between releases of Python.
+2026. A block counts as special whatever the registry's column "globally reachable" says, since
+relays and anycast services host no images. So do addresses that contain an IPv4 address (mapped,
+NAT64, 6to4, Teredo), because a translator decides where they lead. The tables of `ipaddress` are
+not used, since they differ between releases of Python.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _SPECIAL_IPV4: Final = tuple(
     )
 )
 
-#: All that IANA has given out as global unicast. Outside lie loopback, the unspecified address,
-#: IPv4-compatible and IPv4-mapped addresses (::/96, ::ffff:0:0/96), NAT64 (64:ff9b::/96,
+#: Everything that IANA has allocated as global unicast. This excludes loopback, the unspecified
+#: address, IPv4-compatible and IPv4-mapped addresses (::/96, ::ffff:0:0/96), NAT64 (64:ff9b::/96,
 #: 64:ff9b:1::/48), discard and dummy prefixes (100::/32), segment routing (5f00::/16), unique local
 #: (fc00::/7), link local (fe80::/10), site local (fec0::/10) and multicast (ff00::/8) addresses.
 _GLOBAL_UNICAST: Final = ipaddress.IPv6Network("2000::/3")
@@ -63,7 +63,7 @@ _SPECIAL_IPV6: Final = tuple(
 
 
 def public_address(address: Address) -> bool:
-    """True where the address is one of the public internet."""
+    """Whether the address belongs to the public internet."""
     if isinstance(address, ipaddress.IPv4Address):
         return not any(address in network for network in _SPECIAL_IPV4)
     return address in _GLOBAL_UNICAST and not any(address in network for network in _SPECIAL_IPV6)

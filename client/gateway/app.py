@@ -1,6 +1,6 @@
-"""The application: which path is answered by whom, and what surrounds every answer.
+"""The ASGI application: routes, middleware, and the answers to health checks.
 
-`create_app` is what tests and other servers use; `__main__` serves it with uvicorn.
+Tests and other servers use `create_app`; `__main__` serves it with uvicorn.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ __all__ = ["create_app"]
 
 log = logging.getLogger("tokenbus.gateway")
 
-#: An answer to "is the bus there" is worth no longer wait.
+#: How long a readiness check waits for the broker.
 _READY_S = 2.0
 
 
@@ -142,7 +142,7 @@ def _middleware(config: Config) -> list[Middleware]:
             )
         )
     if config.loopback:
-        # A page whose name was rebound to this machine shall not reach an open gateway.
+        # A web page whose host name was rebound to this machine must not reach an open gateway.
         names = ["localhost", "127.0.0.1", "::1", "[::1]", config.host, *config.allowed_hosts]
         if config.public_url is not None:
             names.append(urlsplit(config.public_url).hostname or "localhost")
@@ -170,7 +170,7 @@ async def _not_here(request: Request, error: Exception) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    """What no handler answered for; the server logs it."""
+    """Answer to an unforeseen exception; the server logs it."""
     request_id = request_id_of(request.scope)
     response = error_response(error, request_id)
     response.headers[REQUEST_ID_HEADER] = request_id
@@ -178,7 +178,7 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 
 def _methods_at(request: Request) -> set[str]:
-    """What the path of a request takes: a path may have a route for each method."""
+    """The methods that the request's path accepts: a path may have one route per method."""
     return {
         method
         for one in request.app.routes
@@ -188,12 +188,12 @@ def _methods_at(request: Request) -> set[str]:
 
 
 async def _health(visit: Visit) -> Response:
-    """The process lives."""
+    """The process is alive."""
     return PlainTextResponse("ok")
 
 
 async def _ready(visit: Visit) -> Response:
-    """The broker answers. A gateway that stops closes its port first."""
+    """Whether the broker answers. A gateway that stops closes its port first."""
     try:
         models = await visit.gateway.bus.query("bus.models", timeout=_READY_S)
     except BusError as error:
@@ -203,9 +203,9 @@ async def _ready(visit: Visit) -> Response:
 
 
 async def _metrics(visit: Visit) -> Response:
-    """The gateway's figures and, for operators, those of broker and workers.
+    """The gateway's metrics and, for operators, those of broker and workers.
 
-    Of several gateways one is asked for all; the others with `?scope=gateway`.
+    With several gateways, scrape one for everything and the others with `?scope=gateway`.
     """
     scope = visit.request.query_params.get("scope", "all")
     if scope not in ("all", "gateway"):
@@ -217,6 +217,6 @@ async def _metrics(visit: Visit) -> Response:
             answer = await visit.gateway.bus.query("bus.metrics", timeout=_READY_S)
             of_bus = answer["text"].encode()
         except BusError:
-            pass  # a scrape without the broker tells so itself
+            pass  # without the broker, the gateway's own metrics show that it is away
         metrics.broker_seen(bool(of_bus))
     return Response(metrics.text() + of_bus, media_type=CONTENT_TYPE)

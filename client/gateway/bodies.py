@@ -1,10 +1,10 @@
-"""Large bodies, read so that nobody else's stream waits for them.
+"""Reads large bodies without delaying other streams.
 
-What a body costs is known before it is parsed: `_Survey` looks at its bytes in slices and refuses
-one with more text than the bus takes, or with more values than a request can need. Then it is
-parsed, checked and converted in one thread, in steps of some milliseconds: a decoder keeps the
-interpreter's lock for as long as a call of it lasts, so that a thread alone would be of no use. To
-that end strings of pictures and the like are decoded one by one, and the rest is bounded.
+The cost of a body is known before it is parsed: `_Survey` scans its bytes in slices and refuses one
+with more text than the bus accepts, or with more values than a request can need. Then it is parsed,
+checked and converted in one thread, in steps of a few milliseconds: a decoder holds the
+interpreter's lock for a whole call, so a thread alone would not help. For this, long strings (such
+as images) are decoded one by one, and the size of the rest is limited.
 
 Must never import what only the extra `gateway` installs, nor know any API.
 """
@@ -31,44 +31,47 @@ from client.gateway.errors import invalid, too_large
 __all__ = ["LARGE_BYTES", "aside", "from_base64", "read_in_steps", "slices"]
 
 LARGE_BYTES: Final = 64 * 1024
-"""What is smaller costs the loop less than the way to another thread and back."""
+"""Parsing a smaller body costs the loop less than handing it to another thread."""
 
 SLICE_BYTES: Final = 64 * 1024
-"""Of a body that is looked at in one step."""
+"""How much of a body is scanned in one step."""
 
 LONG_BYTES: Final = 256 * 1024
-"""A string from this length on is decoded in a step of its own."""
+"""A string of at least this length is decoded in a step of its own."""
 
 MAX_TEXT_BYTES: Final = MAX_REQUEST_BYTES + MAX_ATTACHMENTS * LONG_BYTES
 """Of all strings that are not long strings of images. The bus takes `MAX_REQUEST_BYTES`; small
 pictures are not told from texts here. The client library compares exactly."""
 
 MAX_PLAIN_BYTES: Final = 3 * MAX_REQUEST_BYTES
-"""Of all but the long strings: what is parsed at once. JSON may write a character of two bytes as
-an escape of six."""
+"""Limit for everything but the long strings, which is parsed at once. JSON may write a two-byte
+character as a six-byte escape."""
 
 MAX_WEIGHT: Final = 3 << 19
-"""Of all values: each counts 1, a string 2 and a list or object 8 more, which is about how long it
-takes to decode them. A million token ids are within, and so is a conversation of ten thousand
-messages with their parts; parsing that takes some tens of milliseconds."""
+"""Limit for the weight of all values: each counts 1, a string 2 more and a list or object
+8 more, roughly in proportion to decoding time. A million token ids are within the limit,
+and so is a conversation of ten thousand messages with their parts; parsing either takes
+tens of milliseconds."""
 
 _DECODED_AT_ONCE: Final = 1 << 20
 """Characters of base64; a multiple of four."""
 
 _PLACEHOLDER_CHARACTERS: Final = 4096
-"""Longer than any field that has a bound, so that a long string in its place is refused as well."""
+"""Longer than any field with a length limit, so that a long string in such a field
+is still refused."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
 Parse = Callable[[bytes], T]
 
-#: One: large bodies wait for each other, and not the loop for several of them at once.
+#: One thread: large bodies wait for each other, rather than several of them slowing the
+#: loop at once.
 _executor = ThreadPoolExecutor(1, thread_name_prefix="large-bodies")
 
 
 async def aside(size_bytes: int, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """The outcome of `work`, which takes as long as so many bytes of a request make it take: in
-    the thread of large bodies where that is long."""
+    """Run `work`, whose duration depends on the `size_bytes` of a request: in the thread for large
+    bodies if that takes long."""
     if size_bytes < LARGE_BYTES:
         return work(*args, **kwargs)
     context = contextvars.copy_context()
@@ -77,15 +80,15 @@ async def aside(size_bytes: int, work: Callable[P, T], /, *args: P.args, **kwarg
 
 
 def read_in_steps(data: bytes, parse: Parse[T]) -> T:
-    """What `parse` makes of a body, in short steps; raises GatewayError as it does, and for a body
-    that is too large."""
+    """Parse a body in short steps. Raises GatewayError like `parse`, and for a body that
+    is too large."""
     survey = _Survey()
     for piece in slices(data):
         survey.take(piece)
     survey.finish(data)
     if not survey.long:
         return parse(data)
-    # Not to be guessed by whoever wrote the body.
+    # Random, so that whoever wrote the body cannot guess it.
     mark = secrets.token_hex(16)
     strings: dict[str, str] = {}
     parts: list[bytes] = []
@@ -98,13 +101,13 @@ def read_in_steps(data: bytes, parse: Parse[T]) -> T:
     value = _restored(parse(b"".join((*parts, data[done:]))), strings)
     if strings:
         raise invalid(
-            None, f"A string of over {LONG_BYTES} bytes stands where the body has no room for it."
+            None, f"A string of over {LONG_BYTES} bytes is in a place where none is allowed."
         )
     return value
 
 
 def slices(data: bytes) -> Iterator[bytes]:
-    """The body in pieces, none of which ends within an escape."""
+    """The body in slices, none of which ends inside an escape."""
     at = 0
     while at < len(data):
         piece = data[at : at + SLICE_BYTES]
@@ -118,26 +121,26 @@ def slices(data: bytes) -> Iterator[bytes]:
 class _Survey:
     """Weighs a body piece by piece, and finds its long strings.
 
-    Quotes part what stands within strings from what does not; nothing else is understood, so that a
-    body which is not JSON gets some weight, and its error from the parser.
+    It uses only the quotes, to separate strings from the rest; a body that is not JSON gets some
+    weight, and its error comes from the parser.
     """
 
     def __init__(self) -> None:
-        #: Where each long string begins and ends, without its quotes.
+        #: Start and end of each long string, without its quotes.
         self.long: list[tuple[int, int]] = []
         self._at = 0
-        #: Where the string begins that is not closed yet.
+        #: Start of the string that is not closed yet.
         self._opened: int | None = None
         self._weight = 0
-        #: Of the long strings.
+        #: Total length of the long strings.
         self._long_bytes = 0
-        #: Of closed strings as UTF-8, at least; those that may be pictures are not known yet.
+        #: Lower bound of the UTF-8 length of closed strings, without long ones that may be images.
         self._text_bytes = 0
 
     def take(self, piece: bytes) -> None:
-        """The next piece; raises GatewayError once the body is known to be too large."""
+        """Scan the next slice. Raises GatewayError once the body is known to be too large."""
         opened, begins = self._opened, self._at
-        # Of the same length, so that places stay what they are.
+        # Replaced by the same length, so that positions stay valid.
         parts = piece.replace(b"\\\\", b"__").replace(b'\\"', b"__").split(b'"')
         quotes = len(parts) - 1
         outside = b"".join(parts[0 if opened is None else 1 :: 2])
@@ -152,7 +155,7 @@ class _Survey:
             self._opened = begins + len(piece) - len(inside.pop())
         self._at += len(piece)
         self._text_bytes += sum(map(len, inside))
-        # An escape of six bytes may be a character of one.
+        # A six-byte escape may stand for a one-byte character.
         self._text_bytes -= piece.count(b"\\") + 4 * piece.count(b"\\u")
         self._weight += quotes + outside.count(b",")
         self._weight += 8 * (outside.count(b"{") + outside.count(b"["))
@@ -182,19 +185,19 @@ class _Survey:
             )
 
     def finish(self, data: bytes) -> None:
-        """All was taken: the long strings that are not images are texts as well."""
+        """After the last slice: long strings that are not images count as text too."""
         for start, end in self.long:
             if not _PICTURE.match(data, start, min(start + 1024, end)):
                 self._text_bytes += end - start
         self._check()
 
 
-#: How a string begins that may be a picture: a data URL, or base64 alone.
+#: How a string that may be an image begins: a data URL, or plain base64.
 _PICTURE: Final = re.compile(rb"data:|[A-Za-z0-9+/=_\\-]{1024}")
 
 
 def _string(literal: bytes) -> str:
-    """A string of JSON with its quotes; raises GatewayError."""
+    """Decode a JSON string with its quotes. Raises GatewayError."""
     try:
         return msgspec.json.decode(literal, type=str)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -202,7 +205,8 @@ def _string(literal: bytes) -> str:
 
 
 def _restored(value: T, strings: dict[str, str]) -> T:
-    """The value with each of the strings where its placeholder stands; takes them out."""
+    """Replace each placeholder in the value by its string; removes the strings used from
+    `strings`."""
     if isinstance(value, str):
         if len(value) != _PLACEHOLDER_CHARACTERS:
             return value
@@ -226,7 +230,7 @@ def _restored(value: T, strings: dict[str, str]) -> T:
 
 
 def from_base64(text: str) -> bytes:
-    """The bytes of base64, white space within allowed, in short steps; raises ValueError."""
+    """Decode base64, which may contain white space, in short steps. Raises ValueError."""
     data = bytearray()
     left = ""
     for start in range(0, len(text), _DECODED_AT_ONCE):
@@ -235,7 +239,7 @@ def from_base64(text: str) -> bytes:
         part, left = left[:whole], left[whole:]
         behind = start + _DECODED_AT_ONCE
         if part.endswith("=") and (left or text[behind:].strip()):
-            raise binascii.Error("characters behind the padding")
+            raise binascii.Error("characters after the padding")
         data += base64.b64decode(part, validate=True)
     data += base64.b64decode(left, validate=True)
     return bytes(data)

@@ -1,6 +1,7 @@
 """The gateway's options: one table, read from flags, then `TOKENBUS_GATEWAY_...`, then defaults.
 
-Refuses what would be unsafe by accident: an address beyond this machine without keys.
+Refuses a configuration that would be unsafe by accident: an address reachable from other
+machines, without keys.
 """
 
 # ruff: noqa: RUF009 (the call makes a dataclass field)
@@ -37,17 +38,17 @@ _REPLACED = {
     "--allowed-origins": "--cors-origins URLS, comma separated",
     **dict.fromkeys(
         ("--allow-credentials", "--allowed-methods", "--allowed-headers"),
-        "not needed: what --cors-origins lets in may use every method and header",
+        "not needed: allowed origins may use every method and header",
     ),
     "--ssl": "--tls-cert FILE and --tls-key FILE",
     **dict.fromkeys(
         ("--concurrency-count", "--model-list-mode"),
-        "not needed: the gateway takes what comes, and asks the bus for its models",
+        "not needed: the gateway asks the bus for its models",
     ),
     "--share": "there is no tunnel; see --host, --keys and --tls-cert",
     "--moderate": "there is no moderation",
 }
-"""Options of the API and web servers that the gateway replaces, and what takes their place."""
+"""Options of the API and web servers that the gateway replaces, and the options to use now."""
 
 
 class ConfigError(Exception):
@@ -115,18 +116,19 @@ def _one_of(*choices: str) -> Callable[[str], str]:
     return read
 
 
-#: Room for every picture of a request as base64 beside its text.
+#: Room for all images of a request as base64, plus its text.
 _DEFAULT_BODY_BYTES = MAX_ATTACHMENTS_BYTES * 4 // 3 + 2 * MAX_REQUEST_BYTES
 
 
 def _option(read: Callable[[str], Any], default: Any, help: str, metavar: str = "") -> Any:
-    """One option: the attribute's name is also the flag and the variable."""
+    """One option; flag and environment variable are named after the attribute."""
     return field(default=default, metadata={"read": read, "help": help, "metavar": metavar})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """Every option with its value; the one table that flags, variables and help come from."""
+    """Every option with its value: the only table, from which flags, variables and
+    help are made."""
 
     broker: tuple[str, ...] = _option(
         _words, (), "front address of the broker, or several", "FRONT"
@@ -135,21 +137,25 @@ class Config:
     key_file: str | None = _option(_text, None, "this gateway's CURVE certificate", "FILE")
     host: str = _option(_text, "127.0.0.1", "address to listen on")
     port: int = _option(_port, 8000, "port to listen on; 0 picks a free one")
-    keys: Path | None = _option(Path, None, "file of API keys; without it anybody may ask", "FILE")
+    keys: Path | None = _option(
+        Path, None, "file of API keys; without it, no key is required", "FILE"
+    )
     insecure: bool = _option(parse_bool, False, "listen beyond this machine without keys")
-    public_url: str | None = _option(_text, None, "this gateway as others reach it", "URL")
-    allowed_hosts: tuple[str, ...] = _option(_words, (), "further host names to answer to", "NAMES")
+    public_url: str | None = _option(_text, None, "URL at which others reach this gateway", "URL")
+    allowed_hosts: tuple[str, ...] = _option(
+        _words, (), "additional host names to answer to", "NAMES"
+    )
     cors_origins: tuple[str, ...] = _option(
-        _words, (), "pages that may call this; * is any", "URLS"
+        _words, (), "origins of web pages that may call this gateway; * is any", "URLS"
     )
     tls_cert: Path | None = _option(Path, None, "certificate chain, PEM; serves https", "FILE")
     tls_key: Path | None = _option(Path, None, "private key, PEM", "FILE")
     allow_remote_images: bool = _option(parse_bool, False, "fetch pictures from http(s) addresses")
     image_networks: tuple[Network, ...] = _option(
-        _networks, (), "networks that are not public and may hold pictures", "CIDRS"
+        _networks, (), "non-public networks from which images may be fetched", "CIDRS"
     )
     image_timeout_s: float = _option(
-        _positive, 10.0, "for fetching one picture, seconds in all", "S"
+        _positive, 10.0, "total time for fetching one image, seconds", "S"
     )
     image_bytes: int = _option(_count, MAX_ATTACHMENT_BYTES, "largest picture, bytes", "N")
     body_bytes: int = _option(_count, _DEFAULT_BODY_BYTES, "largest request body, bytes", "N")
@@ -157,23 +163,34 @@ class Config:
         _count, 1 << 30, "memory for the bodies of all running requests, bytes", "N"
     )
     max_connections: int = _option(_count, 4096, "HTTP connections at once", "N")
-    head_s: float = _option(_positive, 10.0, "for the head of a request to arrive", "S")
-    body_s: float = _option(
-        _positive, 30.0, "for its body to arrive, and a second for every 16 KiB of it", "S"
+    head_s: float = _option(
+        _positive, 10.0, "time for the head of a request to arrive, seconds", "S"
     )
-    keep_alive_s: float = _option(_positive, 15.0, "silence before a comment line", "S")
-    reattach_s: float = _option(_positive, 60.0, "time to re-attach to an answer", "S")
+    body_s: float = _option(
+        _positive,
+        30.0,
+        "time for its body to arrive, seconds, plus one for every 16 KiB of it",
+        "S",
+    )
+    keep_alive_s: float = _option(
+        _positive, 15.0, "silence before a comment line is sent, seconds", "S"
+    )
+    reattach_s: float = _option(_positive, 60.0, "time to re-attach to an answer, seconds", "S")
     peers: tuple[str, ...] = _option(
-        _urls, (), "the other gateways of this bus, asked for answers that they keep", "URLS"
+        _urls, (), "other gateways of this bus, asked for the answers that they keep", "URLS"
     )
     store_entries: int = _option(_count, 1000, "answers kept for re-attaching and follow-up", "N")
-    store_bytes: int = _option(_count, 64 << 20, "memory for them, those that run included", "N")
+    store_bytes: int = _option(
+        _count, 64 << 20, "memory for kept answers, running ones included, bytes", "N"
+    )
     legacy_dialect: str = _option(
         _one_of("auto", "fastchat", "llava"), "auto", "older API: auto, fastchat or llava", "NAME"
     )
     no_legacy: bool = _option(parse_bool, False, "do not serve the older controller and worker API")
     no_page: bool = _option(parse_bool, False, "do not serve the web page")
-    shutdown_s: float = _option(_positive, 10.0, "grace of running answers at a stop", "S")
+    shutdown_s: float = _option(
+        _positive, 10.0, "grace period for running answers when stopping, seconds", "S"
+    )
     log_level: str = _option(_one_of(*LEVELS), "info", "debug, info, warning or error", "LEVEL")
     log_format: str = _option(
         _one_of(*FORMATS),
@@ -187,7 +204,7 @@ class Config:
 
     @property
     def images(self) -> ImagePolicy:
-        """What pictures may be loaded."""
+        """The policy for loading images."""
         return ImagePolicy(
             allow_remote=self.allow_remote_images,
             max_bytes=self.image_bytes,
@@ -197,7 +214,7 @@ class Config:
 
     @property
     def loopback(self) -> bool:
-        """Only programs of this machine reach the gateway."""
+        """Whether only programs on this machine can reach the gateway."""
         if self.host == "localhost":
             return True
         try:
@@ -206,14 +223,14 @@ class Config:
             return False
 
     def check(self) -> None:
-        """Raises ConfigError for a combination that cannot be or should not be."""
+        """Raises ConfigError for an invalid or unsafe combination of options."""
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("--tls-cert and --tls-key go together")
         if not self.loopback and self.keys is None and not self.insecure:
             raise ConfigError(
-                f"--host {self.host} is reached from beyond this machine, and there are no keys: "
+                f"--host {self.host} can be reached from other machines, and there are no keys: "
                 "make some with `keys add NAME` and pass --keys FILE, or pass --insecure if "
-                "something in front of the gateway checks who asks"
+                "something in front of the gateway authenticates callers"
             )
         try:
             self.connection()
@@ -221,14 +238,15 @@ class Config:
             raise ConfigError(error.message) from None
 
     def connection(self) -> Connection:
-        """To the bus. Raises InvalidRequest for a malformed address; key files are not read."""
+        """The connection to the bus. Raises InvalidRequest for a malformed address; does not
+        read key files."""
         return Connection.resolve(
             self.broker or None, server_key=self.server_key, key_file=self.key_file
         )
 
 
 def parse_args(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> Config:
-    """The configuration that flags and environment ask for; raises ConfigError."""
+    """The configuration from flags and environment. Raises ConfigError."""
     parser = OptionParser(
         replaced=_REPLACED,
         raises=ConfigError,
@@ -247,7 +265,9 @@ def parse_args(argv: Sequence[str], environment: Mapping[str, str] = os.environ)
             continue
         if option.default not in (None, ()):
             words += f" (default {option.default})"
-        flags = ("--key", flag) if option.name == "key_file" else (flag,)  # as everywhere
+        flags = (
+            ("--key", flag) if option.name == "key_file" else (flag,)
+        )  # the same name as elsewhere
         parser.add_argument(
             *flags, dest=option.name, metavar=option.metadata["metavar"] or "VALUE", help=words
         )
@@ -271,6 +291,6 @@ def parse_args(argv: Sequence[str], environment: Mapping[str, str] = os.environ)
 
 
 def misspelt_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """A line for each `TOKENBUS_GATEWAY_...` variable that nobody reads."""
+    """A line for each `TOKENBUS_GATEWAY_...` variable that is not an option."""
     known = {PREFIX + option.name.upper() for option in fields(Config)}
     return misspelt(environment, known, PREFIX)

@@ -1,8 +1,8 @@
-"""One HTTP request on its way through the gateway: who asks, what it may, what became of it.
+"""The context of one HTTP request in the gateway: the key, its permissions, the outcome.
 
 `Endpoint` wraps every handler that reaches the bus: it finds the key, admits the request, reads the
-body under the limit, turns failures into answers, and accounts for the outcome once the last byte
-was sent. Holds no knowledge of any API.
+body under the limit, turns failures into answers, and records the outcome once the last byte was
+sent. Knows no particular API.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ log = logging.getLogger("tokenbus.gateway")
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: As many requests of the bus are named in a header and in a line of the log.
+#: At most this many bus requests are named in a header and in a log line.
 NAMED_REQUESTS: Final = 128
 
-#: Until a wrong key is answered: who tries again and again holds a connection for that long.
+#: Delay before a wrong key is answered, so that repeated attempts are slow.
 WRONG_KEY_DELAY_S: Final = 1.0
 
 BUS_REQUESTS_HEADER = "x-bus-requests"
@@ -63,30 +63,30 @@ REATTACH_HEADER = "x-reattach"
 
 @dataclass(slots=True)
 class Visit:
-    """What handlers know of the request beside its body."""
+    """What handlers know of a request apart from its body."""
 
     gateway: Gateway
     request: Request
-    #: As the client gave it, or made here; in the answer's headers, logs and errors.
+    #: Given by the client or made here; appears in the answer's headers, logs and errors.
     request_id: str
     key: Key
-    #: For the log and the metrics; handlers fill them in.
+    #: For the log and the metrics; set by handlers.
     model: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    #: As the logs of broker and workers show the requests that this one became.
+    #: Ids of the bus requests made for this one, as the logs of broker and workers show them.
     bus_requests: list[str] = field(default_factory=list)
-    #: The key's account, while this request counts in it.
+    #: The key's usage, while this request counts towards it.
     account: Usage | None = None
-    #: Of this request; None where traces are off.
+    #: Span of this request; None if traces are off.
     span: HttpSpan | None = None
-    #: The body as it was read, while a peer may have to be asked with it.
+    #: The body as read, kept while it may have to be sent to a peer.
     raw_body: bytes = b""
-    #: Of the body.
+    #: Size of the body.
     size_bytes: int = 0
-    #: Of the memory for bodies.
+    #: Reserved from the memory for bodies.
     held_bytes: int = 0
-    #: What went wrong, for the log.
+    #: The failure, for the log.
     failure: GatewayError | None = None
     #: An answer that may outlive this request ends the visit instead.
     handed_over: bool = False
@@ -95,22 +95,24 @@ class Visit:
 
     @property
     def bus_names(self) -> str:
-        """The first of `bus_requests`: clients take no header of any length."""
+        """The first few of `bus_requests`: clients limit the length of headers."""
         return ",".join(self.bus_requests[:NAMED_REQUESTS])
 
     def share(self, user: str | None) -> str:
-        """Whose fair share of a model a bus request takes; `user` is the body's field."""
+        """The user whose fair share a bus request counts towards; `user` is the field
+        of the body."""
         if not self.key.name:
             who = user or (self.request.client.host if self.request.client else "")
         elif self.key.many_users and user:
             who = f"{self.key.name}/{user}"
         else:
-            # Else one key could take many shares by inventing users.
+            # Otherwise a key could get many shares by inventing users.
             who = self.key.name
         return who.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
 
     def check(self, model: str, priority: int) -> None:
-        """The key may use this model at this priority; raises GatewayError(forbidden)."""
+        """Check that the key may use this model at this priority. Raises
+        GatewayError(forbidden)."""
         self.model = model
         if not self.key.may_use(model):
             raise GatewayError(
@@ -121,12 +123,12 @@ class Visit:
         if priority > self.key.max_priority:
             raise GatewayError(
                 ErrorCode.FORBIDDEN,
-                f"Key {self.key.name!r} may ask for a priority of at most {self.key.max_priority}.",
+                f"Key {self.key.name!r} may use a priority of at most {self.key.max_priority}.",
                 param="priority",
             )
 
     def check_operator(self) -> None:
-        """The key is an operator's; raises GatewayError(forbidden)."""
+        """Check that the key is an operator's. Raises GatewayError(forbidden)."""
         if not self.key.operator:
             raise GatewayError(
                 ErrorCode.FORBIDDEN, f"Key {self.key.name!r} is not an operator's key."
@@ -157,7 +159,7 @@ class Visit:
         prompt_field: str | None = None,
         has_enough: Callable[[int], bool] = lambda choice: False,
     ) -> Batches:
-        """Run requests of the bus for this one; see `generation.generate`."""
+        """Run bus requests for this HTTP request; see `generation.generate`."""
         trace = self._trace()
         spans = []
         if self.span is not None:
@@ -180,7 +182,7 @@ class Visit:
     async def embed(
         self, inputs: str | Sequence[str | list[int]], model: str, **options: Any
     ) -> Embeddings:
-        """Vectors of the inputs; the bus's requests stand under this one's id and span."""
+        """Vectors of the inputs; the bus requests are recorded under this request's id and span."""
         bus, trace = self.gateway.bus, self._trace()
 
         async def embed(trace: dict[str, str]) -> Embeddings:
@@ -199,18 +201,19 @@ class Visit:
         return made
 
     def _trace(self) -> dict[str, str]:
-        """What goes with every request of the bus that this one becomes."""
+        """Trace context for every bus request made for this one."""
         headers = self.request.headers
         trace = {name: headers[name] for name in TRACE_KEYS if name in headers}
         return {**trace, REQUEST_ID_HEADER: self.request_id}
 
     def hand_over(self) -> Callable[[], None]:
-        """The visit lasts until the function returned is called, not only to the answer's end."""
+        """Keep the context open beyond the end of the answer, until the returned
+        function is called."""
         self.handed_over = True
         return self.close
 
     def close(self) -> None:
-        """What was asked for is over: the key's account and the figures are told."""
+        """The request is over: update the key's usage and the metrics."""
         self.gateway.metrics.answered(self)
         self.gateway.release_body(self.held_bytes)
         if self.account is not None:
@@ -220,13 +223,13 @@ class Visit:
         self.bus_requests.append(stream.request_id)
 
     def saw_token(self) -> None:
-        """The first token is on its way out."""
+        """The first token is being sent."""
         if self.first_token_s is None:
             self.first_token_s = time.monotonic() - self.started_s
 
     @property
     def reattach_s(self) -> float | None:
-        """How long the answer shall outlive a lost connection; None: not at all."""
+        """How long the answer is kept running after a lost connection; None for not at all."""
         asked = self.request.headers.get(REATTACH_HEADER)
         if asked is None:
             return None
@@ -235,12 +238,15 @@ class Visit:
         except ValueError:
             seconds = -1.0
         if not 0 < seconds < 1e9:
-            raise invalid(REATTACH_HEADER, f"The header `{REATTACH_HEADER}` holds seconds above 0.")
+            raise invalid(
+                REATTACH_HEADER,
+                f"The header `{REATTACH_HEADER}` must be a number of seconds above 0.",
+            )
         return min(seconds, self.gateway.config.reattach_s)
 
     @property
     def last_event_id(self) -> str | None:
-        """Where a reader stopped that lost its connection."""
+        """The last event received by a reader that lost its connection."""
         return self.request.headers.get("last-event-id")
 
     def stream(
@@ -261,7 +267,8 @@ class Visit:
     async def body(self) -> bytes:
         """The JSON body; raises GatewayError for another media type or one beyond the limit.
 
-        Another media type is refused because a browser sends it across origins without asking.
+        Another media type is refused because a browser would send it across origins
+        without a preflight.
         """
         media_type = self.request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != "application/json" and not media_type.endswith("+json"):
@@ -282,33 +289,33 @@ class Visit:
                 self.gateway.hold_body(len(chunk))
                 self.held_bytes += len(chunk)
         except ClientDisconnect:
-            raise GatewayError(ErrorCode.CANCELLED, "The HTTP client went away.") from None
+            raise GatewayError(ErrorCode.CANCELLED, "The HTTP client disconnected.") from None
         data = b"".join(chunks)
         if self.gateway.config.peers:
             self.raw_body = data
         return data
 
     async def read(self, kind: type[T]) -> T:
-        """The JSON body as a `kind`; raises GatewayError that names the field at fault. A large one
-        is read in another thread."""
+        """The JSON body as a `kind`. Raises GatewayError naming the faulty field. A large body is
+        read in another thread."""
         return await self.decoded(kind, await self.body())
 
     async def decoded(self, kind: type[T], data: bytes) -> T:
-        """As `read`, of a body that is here."""
+        """Like `read`, for a body already received."""
         return await self.aside(read_in_steps, data, partial(parse, kind))
 
     @property
     def is_large(self) -> bool:
-        """Work with all of the body is done in another thread."""
+        """Whether work on the whole body is done in another thread."""
         return self.size_bytes >= LARGE_BYTES
 
     async def aside(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """The outcome of work whose length is that of the body: in another thread where that is
+        """Run work whose duration depends on the size of the body: in another thread if that is
         large, so that no stream waits for it."""
         return await aside(self.size_bytes, work, *args, **kwargs)
 
 
-#: In a path, how one of its parameters is written: of no interest in logs and figures.
+#: The converter of a path parameter, which is left out of logs and metrics.
 _CONVERTOR: Final = re.compile(r":\w+}")
 
 Handler = Callable[[Visit], Awaitable[Response]]
@@ -317,7 +324,7 @@ Handler = Callable[[Visit], Awaitable[Response]]
 def presented_key(headers: Headers) -> str | None:
     """The API key of a request: a bearer token, or the password of basic authentication.
 
-    The latter is what a program sends whose only setting is an address: http://any:KEY@host.
+    The latter is for programs whose only setting is an address: http://any:KEY@host.
     """
     scheme, _, rest = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
@@ -340,7 +347,7 @@ def route(
 ) -> Route:
     """A path that reaches the bus.
 
-    `counted`: it takes one of the key's requests. `public`: it needs no key.
+    `counted`: it counts towards the key's rate. `public`: it needs no key.
     """
     shown = _CONVERTOR.sub("}", path)
     endpoint = Endpoint(shown, handler, counted=counted, public=public)
@@ -348,7 +355,7 @@ def route(
 
 
 class Endpoint:
-    """An ASGI application around a handler; see `route`. `path` names it in logs and figures."""
+    """An ASGI application around a handler; see `route`. `path` names it in logs and metrics."""
 
     def __init__(self, path: str, handler: Handler, *, counted: bool, public: bool) -> None:
         self._path = path
@@ -367,7 +374,7 @@ class Endpoint:
             )
         outcome, begun = 500, False
 
-        # Not a coroutine of its own: most of its calls are parts of a body, passed on as they are.
+        # Not a coroutine: most calls pass on parts of a body unchanged.
         def tell(message: Message) -> Awaitable[None]:
             nonlocal outcome, begun
             if message["type"] == "http.response.start":
@@ -402,12 +409,12 @@ class Endpoint:
             finally:
                 gateway.metrics.ended()
         except (Exception, asyncio.CancelledError) as error:
-            # The server cancels what still runs at the end of its grace.
+            # The server cancels what still runs at the end of its grace period.
             told = STOPPING if isinstance(error, asyncio.CancelledError) else describe(error)
             visit.remember(told)
             outcome = told.status
-            # An answer that has begun is left incomplete: the server breaks the connection off, and
-            # the reader knows that there was more to come.
+            # An answer that has begun is left incomplete: the server closes the connection, so the
+            # reader knows that something is missing.
             if not begun:
                 await error_response(told, request_id)(scope, receive, tell)
         finally:
@@ -423,7 +430,7 @@ class Endpoint:
         if visit.failure is not None:
             code = visit.failure.info.code
         visit.gateway.metrics.observe(self._path, outcome, total_s)
-        # A load balancer that asks whether the gateway is ready does not count as a failure.
+        # A failed readiness check of a load balancer does not count as a failure.
         failed = outcome >= 500 and visit.failure is not None
         if self._counted or failed:
             fields: dict[str, Any] = {

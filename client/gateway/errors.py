@@ -2,10 +2,10 @@
 
     {"error": {"message": ..., "type": ..., "param": ..., "code": ..., "request_id": ...}}
 
-`code` is OpenAI's where OpenAI has one, as agents act on it, and then `details.code` is the bus's;
-otherwise it is the bus's (broker/protocol/SPEC.md section 8), which decides the status. `type` is
-the word that OpenAI's SDKs know for that status. Must never invent a cause: an unforeseen
-exception is told as `engine_error` of the gateway, its trace goes to the log alone.
+`code` is OpenAI's if OpenAI has one, since agents act on it, and then `details.code` is the bus's;
+otherwise it is the bus's code (broker/protocol/SPEC.md section 8), which decides the status. `type`
+is what OpenAI's SDKs expect for that status. Must never invent a cause: an unforeseen exception is
+reported as `engine_error` of the gateway, and its traceback goes only to the log.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from broker.protocol.errors import HTTP_STATUS, ErrorCode, ErrorInfo
 from client import BusError
 
 if TYPE_CHECKING:
-    # Not at run time: `convert` and its errors are of use without the extra `gateway`.
+    # Not at run time: `convert` and its errors work without the extra `gateway`.
     from starlette.responses import JSONResponse
 
 __all__ = [
@@ -34,17 +34,17 @@ __all__ = [
 
 log = logging.getLogger("tokenbus.gateway")
 
-#: Codes that OpenAI has for what the bus's codes say.
+#: OpenAI's codes for the bus's codes.
 _OPENAI_CODE: dict[str, str] = {
     ErrorCode.MODEL_UNAVAILABLE: "model_not_found",
     ErrorCode.UNAUTHENTICATED: "invalid_api_key",
     ErrorCode.CONTEXT_OVERFLOW: "context_length_exceeded",
     ErrorCode.QUOTA: "rate_limit_exceeded",
 }
-#: Marks the answer of a gateway that does not keep what it was asked for; its peers look for it.
+#: Marks the answer of a gateway that does not keep the requested id; its peers look for it.
 UNKNOWN_HEADER: Final = "x-tokenbus-unknown"
 
-#: OpenAI's npm SDK ignores a longer wait and comes back within a second.
+#: OpenAI's npm SDK ignores a longer wait and retries within a second.
 _MAX_WAIT_MS: Final = 60_000
 
 _TYPE_OF_STATUS = {
@@ -58,13 +58,14 @@ _TYPE_OF_STATUS = {
 }
 
 
-#: Of a message, and of the name of a field: both may hold what the caller sent, of any length.
+#: Limits for a message and for the name of a field: both may contain what the caller sent,
+#: of any length.
 _MESSAGE_CHARACTERS = 2000
 _PARAM_CHARACTERS = 200
 
 
 def _shortened(text: str, characters: int) -> str:
-    """`text` without its middle where it is too long to be told, kept and shown."""
+    """`text`, with its middle left out if it is too long."""
     if len(text) <= characters:
         return text
     half = characters // 2
@@ -72,7 +73,7 @@ def _shortened(text: str, characters: int) -> str:
 
 
 class GatewayError(Exception):
-    """A request that the gateway answers with an error of its own making or of the bus."""
+    """A request that the gateway answers with an error, its own or one from the bus."""
 
     def __init__(
         self,
@@ -86,7 +87,7 @@ class GatewayError(Exception):
         details: dict[str, Any] | None = None,
         openai_code: str | None = None,
     ) -> None:
-        """`openai_code`: OpenAI's word for it, where `code` does not lead to one."""
+        """`openai_code`: OpenAI's code, if it does not follow from `code`."""
         message = _shortened(message, _MESSAGE_CHARACTERS)
         super().__init__(message)
         self.info = ErrorInfo(
@@ -96,14 +97,14 @@ class GatewayError(Exception):
             retry_after_ms=retry_after_ms,
             details=details or {},
         )
-        #: The field of the request that is wrong, as a path: `messages[0].role`.
+        #: The invalid field of the request, as a path: `messages[0].role`.
         self.param = None if param is None else _shortened(param, _PARAM_CHARACTERS)
         self.status = status if status is not None else status_of(self.info)
         self._openai_code = openai_code
 
     @property
     def openai_code(self) -> str:
-        """What an HTTP client is told as `code`."""
+        """The `code` sent to an HTTP client."""
         return self._openai_code or _OPENAI_CODE.get(self.info.code, self.info.code)
 
 
@@ -136,17 +137,17 @@ def status_of(info: ErrorInfo) -> int:
 
 
 def invalid(param: str | None, message: str) -> GatewayError:
-    """The request is wrong at `param`; the message says how to mend it."""
+    """An error for an invalid `param`; the message says how to fix it."""
     return GatewayError(ErrorCode.INVALID_REQUEST, message, param=param)
 
 
 def too_large(param: str | None, message: str) -> GatewayError:
-    """`param` is beyond a limit of the gateway or of the bus."""
+    """An error for a `param` beyond a limit of the gateway or of the bus."""
     return GatewayError(ErrorCode.TOO_LARGE, message, param=param)
 
 
 def describe(error: BaseException) -> GatewayError:
-    """Any failure as the one that the HTTP client is told."""
+    """The GatewayError to report for any exception."""
     if isinstance(error, GatewayError):
         return error
     if isinstance(error, BusError):
@@ -187,7 +188,7 @@ def error_body(error: GatewayError, request_id: str | None = None) -> dict[str, 
 
 
 def error_headers(error: GatewayError) -> dict[str, str]:
-    """`x-should-retry` and `retry-after-ms` are what OpenAI's SDKs read before the status."""
+    """Headers that OpenAI's SDKs check before the status: `x-should-retry` and `retry-after-ms`."""
     headers = {"x-should-retry": "true" if error.info.retryable else "false"}
     if isinstance(error, UnknownAnswer):
         headers[UNKNOWN_HEADER] = "1"
@@ -204,7 +205,7 @@ def error_headers(error: GatewayError) -> dict[str, str]:
 
 
 def error_response(error: BaseException, request_id: str | None = None) -> JSONResponse:
-    """The whole HTTP answer to a failed request."""
+    """The HTTP answer to a failed request."""
     from starlette.responses import JSONResponse
 
     told = describe(error)

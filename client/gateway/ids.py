@@ -1,8 +1,8 @@
-"""Ids at the gateway's door: of requests, and of the answers that are kept.
+"""Ids at the gateway: of requests, and of kept answers.
 
-`x-request-id` is the name of a request in its answer, in logs and in errors. `RequestIds` stands
-before everything else, so that an answer has one whoever makes it: a handler, the router where
-there is nothing, a check of the host's name, the web page.
+`x-request-id` identifies a request in its answer, in logs and in errors. `RequestIds` is the
+outermost layer, so that every answer has one, whoever makes it: a handler, the router for an
+unknown path, the check of the host name, the web page.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ __all__ = ["KEPT_ID", "REQUEST_ID_HEADER", "KeptId", "RequestIds", "request_id_o
 REQUEST_ID_HEADER: Final = "x-request-id"
 _STATE: Final = "tokenbus.request_id"
 
-#: Of a kept answer. Other words in its place are paths of OpenAI's that this gateway lacks.
+#: The id of a kept answer. Anything else in its place is an OpenAI path that this gateway
+#: does not have.
 KEPT_ID: Final = "(chatcmpl-|resp_)[0-9A-Za-z_-]+"
 
 
@@ -53,12 +54,12 @@ class RequestIds:
             await self._app(scope, receive, send)
             return
         request_id = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
-        # The caller's own, where it cannot forge a line of the log or a header.
+        # The caller's own id, unless it could forge a log line or a header.
         if not (request_id.isascii() and request_id.isprintable() and 0 < len(request_id) <= 128):
             request_id = f"req-{secrets.token_hex(12)}"
         scope[_STATE] = request_id
 
-        # Not a coroutine of its own: most of its calls are parts of a body, passed on as they are.
+        # Not a coroutine: most calls pass on parts of a body unchanged.
         def tell(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id

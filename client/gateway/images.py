@@ -20,29 +20,31 @@ __all__ = ["ImagePolicy", "load_image"]
 
 @dataclass(frozen=True, slots=True)
 class ImagePolicy:
-    """What the operator allows. The default fetches nothing."""
+    """Which images the operator allows. The default fetches nothing."""
 
     allow_remote: bool = False
     max_bytes: int = MAX_ATTACHMENT_BYTES
-    #: For the whole fetch, look-ups and redirects included.
+    #: Time limit for the whole fetch, including look-ups and redirects.
     timeout_s: float = 10.0
-    #: Private networks that may be fetched from all the same: an operator's own picture store.
+    #: Private networks that may be fetched from nevertheless, such as an operator's
+    #: own image store.
     allowed_networks: Sequence[Network] = field(default_factory=tuple)
 
 
 async def load_image(url: str, policy: ImagePolicy, param: str) -> bytes:
-    """The bytes behind an `image_url`; raises GatewayError naming `param`."""
+    """The bytes of an `image_url`. Raises GatewayError naming `param`."""
     if url[:5].lower() == "data:":
         return await aside(len(url), _from_data_url, url, policy, param)
     if url[:7].lower() == "http://" or url[:8].lower() == "https://":
         if not policy.allow_remote:
             raise invalid(
                 param,
-                f"`{param}` is a remote address and this gateway fetches none. Send the picture as "
+                f"`{param}` is a remote address, and this gateway fetches none. Send the picture "
+                "as "
                 "a data URL (data:image/png;base64,...), or start the gateway with "
                 "--allow-remote-images.",
             )
-        # Not before: only the gateway fetches, and its extra brings what does it.
+        # Imported late: only the gateway fetches, and only its extra installs what this needs.
         from client.gateway.remote_images import fetch
 
         return await fetch(url, policy, param)
@@ -56,7 +58,7 @@ def _from_data_url(url: str, policy: ImagePolicy, param: str) -> bytes:
         raise invalid(param, f"`{param}` is a data URL without ';base64,'.")
     if not media_type.strip().lower().startswith("image/"):
         raise invalid(param, f"`{param}` has media type {media_type!r}; a picture is image/....")
-    # Four characters carry three bytes.
+    # Four characters encode three bytes.
     if len(payload) * 3 // 4 > policy.max_bytes + 3:
         raise too_large(param, f"`{param}` is beyond the {policy.max_bytes} bytes of one picture.")
     try:

@@ -1,16 +1,16 @@
 """API keys: a file of hashes with limits, re-read when it changes; rate and concurrency per key.
 
-A key is 256 random bits, so one SHA-256 of it is as good as a slow hash: there is nothing to guess.
-The key itself is shown once, when it is made, and stands in no file and no log.
+A key is 256 random bits, so a single SHA-256 is as good as a slow hash: guessing is hopeless. The
+key itself is shown once, when it is made, and is in no file and no log.
 
     # keys.toml                                  python -m client.gateway keys add alice
     [keys.alice]
     hash = "sha256:..."
     rate_per_minute = 60        # requests; left out: no limit
     concurrency = 4             # requests at once; left out: no limit
-    max_priority = 0            # highest `priority` that its requests may ask for
+    max_priority = 0            # highest `priority` that its requests may have
     operator = false            # may drain workers and see the operator's view
-    many_users = false          # a front end of several people: fair share by its `user` field
+    many_users = false          # a front end for several people: fair sharing by its `user` field
     models = ["llava"]          # left out: every model
     expires = 2027-01-31        # left out: never
 """
@@ -49,7 +49,7 @@ class KeyFileError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """Who asks, and what it may do."""
+    """A caller and its permissions."""
 
     name: str
     digest: bytes = b""
@@ -62,7 +62,7 @@ class Key:
     expires: datetime.date | None = None
 
     def may_use(self, model: str) -> bool:
-        """The key's list of models, where it has one, holds this one."""
+        """Whether the key may use the model: it has no list of models, or this one is on it."""
         return self.models is None or model in self.models
 
 
@@ -72,15 +72,16 @@ ANYBODY = Key("", max_priority=100, operator=True, many_users=True)
 
 @dataclass(slots=True)
 class Usage:
-    """What one key has in flight and has left of its rate: a bucket of one minute's requests."""
+    """Requests in flight of one key, and what is left of its rate: a bucket of one
+    minute's requests."""
 
     running: int = 0
-    #: Requests that may come at once; refilled at rate_per_minute / 60 a second.
+    #: Requests allowed right now; refilled at rate_per_minute / 60 per second.
     left: float = math.inf
     at_s: float = 0.0
 
     def admit(self, key: Key, now_s: float) -> None:
-        """Count one request in; raises GatewayError(quota). `finished` must follow."""
+        """Count a request. Raises GatewayError(quota). `finished` must follow."""
         if key.concurrency is not None and self.running >= key.concurrency:
             raise GatewayError(
                 ErrorCode.QUOTA,
@@ -99,7 +100,8 @@ class Usage:
                 wait_ms = math.ceil((1 - self.left) / per_s * 1000)
                 raise GatewayError(
                     ErrorCode.QUOTA,
-                    f"Key {key.name!r} is past its {key.rate_per_minute:g} requests a minute; come "
+                    f"Key {key.name!r} has used up its {key.rate_per_minute:g} requests per "
+                    "minute; come "
                     f"back in {wait_ms / 1000:.1f} s.",
                     retryable=True,
                     retry_after_ms=wait_ms,
@@ -109,21 +111,22 @@ class Usage:
         self.running += 1
 
     def finished(self) -> None:
-        """The request that `admit` counted in is over."""
+        """The request that `admit` counted is over."""
         self.running -= 1
 
 
 @dataclass(slots=True)
 class KeyFile:
-    """The keys of a file, re-read when the file changes; one that cannot be used keeps the old."""
+    """The keys of a file, re-read when it changes; if it cannot be used, the old
+    keys stay valid."""
 
     path: Path
     _keys: dict[bytes, Key] = field(default_factory=dict)
     _usage: dict[str, Usage] = field(default_factory=dict)
-    #: Of the file as it was looked at last; None while it is not there.
+    #: Identity of the file when last checked; None while it does not exist.
     _version: tuple[int, ...] | None = None
     _try_again: bool = False
-    #: Why the file as it is now was not taken; empty when it was.
+    #: Why the current version of the file was not accepted; empty if it was.
     problem: str = ""
 
     def __post_init__(self) -> None:
@@ -132,14 +135,14 @@ class KeyFile:
             raise KeyFileError(self.problem)
 
     def refresh(self) -> None:
-        """Read the file again if it changed. A file that cannot be used is logged once for each of
-        its versions, and so is the version that mends it."""
+        """Read the file again if it changed. Each version that cannot be used is logged once, and
+        so is the version that repairs it."""
         version, problem = self._version, self.problem
         self._look()
         if self.problem and (self._version, self.problem) != (version, problem):
-            # What the file says is told escaped: it must not forge a line.
+            # The file's content is escaped, so that it cannot forge a log line.
             told = ascii(self.problem)
-            log.error("the key file cannot be used, the keys before still hold: %s", told)
+            log.error("the key file cannot be used, the previous keys stay valid: %s", told)
         elif problem and not self.problem:
             log.info("the key file %s can be used again", self.path)
 
@@ -156,14 +159,14 @@ class KeyFile:
             self._version = None
             self.problem = f"{self.path} does not exist; make keys with `keys add NAME --file FILE`"
         except OSError as error:
-            # It may be the machine's trouble (no descriptors left), and not the file's.
+            # The cause may be the machine (no descriptors left) and not the file.
             self._try_again = True
             self.problem = f"{self.path}: {error.strerror}"
         except KeyFileError as error:
             self.problem = str(error)
 
     def find(self, presented: str | None, today: datetime.date) -> Key:
-        """The key that was presented; raises GatewayError(unauthenticated)."""
+        """The key presented. Raises GatewayError(unauthenticated)."""
         self.refresh()
         if not presented:
             raise GatewayError(
@@ -173,9 +176,7 @@ class KeyFile:
         digest = hashlib.sha256(presented.encode()).digest()
         key = self._keys.get(digest)
         if key is None or not hmac.compare_digest(key.digest, digest):
-            raise GatewayError(
-                ErrorCode.UNAUTHENTICATED, "The API key is not known here; ask for a new one."
-            )
+            raise GatewayError(ErrorCode.UNAUTHENTICATED, "Unknown API key; ask for a new one.")
         if key.expires is not None and today > key.expires:
             raise GatewayError(
                 ErrorCode.UNAUTHENTICATED, f"Key {key.name!r} expired on {key.expires}."
@@ -183,7 +184,7 @@ class KeyFile:
         return key
 
     def usage(self, key: Key) -> Usage:
-        """The running account of a key; it outlives edits of the file."""
+        """The usage of a key; it survives edits of the file."""
         return self._usage.setdefault(key.name, Usage())
 
     def __iter__(self) -> Iterator[Key]:
@@ -265,7 +266,7 @@ def add_key(
     many_users: bool = False,
     models: list[str] | None = None,
 ) -> str:
-    """Append a new key to the file and return it; the only time that it can be seen."""
+    """Append a new key to the file and return it; it cannot be seen again later."""
     if not _NAME.match(name):
         raise KeyFileError(
             f"{name!r} is not a name for a key: letters, digits, - and _, at most 64"
@@ -295,7 +296,7 @@ def add_key(
 
 
 def remove_key(path: Path, name: str) -> None:
-    """Take a key out of the file; gateways that use the file refuse it from the next request on."""
+    """Remove a key from the file; gateways using the file refuse it from the next request on."""
     if name not in _read(path):
         raise KeyFileError(f"{path} has no key {name!r}")
     kept: list[str] = []
@@ -316,7 +317,7 @@ def _toml_string(text: str) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write the whole file or nothing, readable by its owner alone."""
+    """Write the whole file or nothing, readable only by its owner."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):

@@ -1,5 +1,5 @@
-"""The gateway's own figures in Prometheus' text format; those of broker and workers are the
-broker's, which `/metrics` appends.
+"""The gateway's own metrics in Prometheus' text format; `/metrics` appends the broker's answer for
+broker and workers.
 
 One registry per application, so that several can live in one process. Labels have few values:
 never an address, a request id, or a model name that nobody serves.
@@ -23,9 +23,9 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
-#: Below the 50 ms that no request may hold the loop, and above.
+#: Buckets below and above 50 ms, the longest that a request may block the loop.
 _DELAY_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
-#: Short, so that few delays fall between two looks; costs a thousandth of a processor.
+#: Short, so that few delays are missed; costs a thousandth of a processor.
 _DELAY_INTERVAL_S = 0.02
 
 
@@ -35,7 +35,7 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._running = 0
-        #: (when, seconds) of the latest first tokens, for the operator's view.
+        #: (time, seconds to first token) of the latest requests, for the operator's view.
         self._firsts: deque[tuple[float, float]] = deque(maxlen=200)
         Gauge(
             "tokenbus_gateway_running_requests",
@@ -44,23 +44,23 @@ class Metrics:
         ).set_function(lambda: self._running)
         self._broker_up = Gauge(
             "tokenbus_gateway_broker_up",
-            "1 when the broker answered when it was last asked.",
+            "1 if the broker answered the latest check.",
             registry=self._registry,
         )
         self._key_file_broken = Gauge(
             "tokenbus_gateway_key_file_broken",
-            "1 while the key file is gone or cannot be used and the keys before it still hold.",
+            "1 while the key file is missing or invalid and the previous keys stay valid.",
             registry=self._registry,
         )
         self._loop_delay = Histogram(
             "tokenbus_gateway_loop_delay_seconds",
-            "How late the event loop is: every stream waits so long beside what arrives.",
+            "Delay of the event loop, which adds to the latency of every stream.",
             buckets=_DELAY_SECONDS,
             registry=self._registry,
         )
         self._requests = Counter(
             "tokenbus_gateway_requests",
-            "HTTP requests by endpoint and status; 499 is a client that went away.",
+            "HTTP requests by endpoint and status; 499 means that the client disconnected.",
             ("endpoint", "status"),
             registry=self._registry,
         )
@@ -72,21 +72,21 @@ class Metrics:
         )
         self._first_token = Histogram(
             "tokenbus_gateway_first_token_seconds",
-            "From the request to the first token on its way out.",
+            "From the request until its first token is sent.",
             ("model",),
             buckets=_SECONDS,
             registry=self._registry,
         )
         self._duration = Histogram(
             "tokenbus_gateway_request_seconds",
-            "From the request to the last byte of its answer.",
+            "From the request until the last byte of its answer is sent.",
             ("endpoint",),
             buckets=_SECONDS,
             registry=self._registry,
         )
 
     def broker_seen(self, answers: bool) -> None:
-        """Whether the broker answers."""
+        """Record whether the broker answers."""
         self._broker_up.set(answers)
 
     async def watch_loop(self) -> None:
@@ -98,7 +98,7 @@ class Metrics:
             self._loop_delay.observe(max(0.0, loop.time() - due_s))
 
     def key_file_seen(self, broken: bool) -> None:
-        """Whether the key file as it is now cannot be used."""
+        """Record whether the current key file is unusable."""
         self._key_file_broken.set(broken)
 
     @property
@@ -107,7 +107,7 @@ class Metrics:
         return self._running
 
     def started(self) -> None:
-        """A request came in; `ended` must follow."""
+        """A request arrived; `ended` must follow."""
         self._running += 1
 
     def ended(self) -> None:
@@ -120,8 +120,8 @@ class Metrics:
         self._duration.labels(endpoint).observe(total_s)
 
     def answered(self, visit: Visit) -> None:
-        """Count the tokens of a request that is over, its answer in the background included."""
-        # Only a model that answered: clients may name what they like.
+        """Count the tokens of a request that is over, including answers in the background."""
+        # Only models that answered, since clients may name anything.
         if visit.completion_tokens or visit.prompt_tokens:
             self._tokens.labels(visit.model, "prompt").inc(visit.prompt_tokens)
             self._tokens.labels(visit.model, "completion").inc(visit.completion_tokens)
@@ -130,10 +130,10 @@ class Metrics:
             self._firsts.append((visit.started_s, visit.first_token_s))
 
     def recent_first_token_ms(self, now_s: float) -> float | None:
-        """Mean of the last minute; None without any."""
+        """Mean over the last minute; None if there was no request."""
         recent = [first_s for at_s, first_s in self._firsts if now_s - at_s < 60]
         return sum(recent) / len(recent) * 1000 if recent else None
 
     def text(self) -> bytes:
-        """All figures, for a scrape."""
+        """All metrics, for a scrape."""
         return generate_latest(self._registry)

@@ -1,6 +1,6 @@
-"""`/bus/...`: what the web page's second tab shows, and the operator's drain.
+"""`/bus/...`: the data of the web page's second tab, and the operator's drain.
 
-All viewers of one gateway share one look at the broker a second, however many they are.
+All viewers of a gateway share one query of the broker per second.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 __all__ = ["Overview", "drain", "live", "overview", "session"]
 
 INTERVAL_S: Final = 1.0
-#: A broker that says nothing for so long is told as away.
+#: A broker that does not answer for this long is shown as away.
 _PATIENCE_S: Final = 3.0
 _REQUESTS: Final = 80
 
 
 class Overview:
-    """The latest look at the bus, not older than `INTERVAL_S`."""
+    """The latest snapshot of the bus, not older than `INTERVAL_S`."""
 
     def __init__(self) -> None:
         self._looked_s = float("-inf")
@@ -78,7 +78,7 @@ async def _look(gateway: Gateway) -> dict[str, Any]:
 
 
 async def session(visit: Visit) -> Response:
-    """Who the page speaks for, and the models that it may use."""
+    """The key that the page uses, and its models."""
     models = await visible_models(visit)
     return JSONResponse(
         {
@@ -92,13 +92,13 @@ async def session(visit: Visit) -> Response:
 
 
 async def overview(visit: Visit) -> Response:
-    """One look at the bus."""
+    """One snapshot of the bus."""
     visit.check_operator()
     return Response(await visit.gateway.overview.text(visit.gateway), media_type="application/json")
 
 
 async def live(visit: Visit) -> Response:
-    """A look at the bus every second, as events."""
+    """A snapshot of the bus every second, as events."""
     visit.check_operator()
     gateway = visit.gateway
 
@@ -123,10 +123,10 @@ class DrainBody(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 async def drain(visit: Visit) -> Response:
-    """Let a worker finish and take nothing new."""
+    """Let a worker finish its requests and accept nothing new."""
     visit.check_operator()
     body = await visit.read(DrainBody)
     answer = await visit.gateway.bus.drain(
-        body.worker, deadline_s=body.deadline_s, reason=body.reason or "asked for on the web page"
+        body.worker, deadline_s=body.deadline_s, reason=body.reason or "requested on the web page"
     )
     return JSONResponse(answer)

@@ -1,4 +1,4 @@
-"""The web page: a handful of static files, read once, under a policy that lets nothing else run."""
+"""The web page: a few static files, read once, with a content policy that lets nothing else run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FILES: Final = {
 }
 
 _HEADERS: Final = {
-    # Whatever a model writes, the page loads and runs its own files alone.
+    # Whatever a model writes, the page loads and runs only its own files.
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
@@ -49,7 +49,7 @@ def page_routes() -> list[Route]:
 
 
 class _File:
-    """One file with its tag, so that a reload costs nothing."""
+    """One file with its entity tag, so that a reload costs nothing."""
 
     def __init__(self, data: bytes, media_type: str) -> None:
         self._data = data
@@ -57,7 +57,7 @@ class _File:
         self._headers = {**_HEADERS, "content-type": media_type, "etag": tag}
 
     async def answer(self, request: Request) -> Response:
-        """The file, or 304 where the browser has it."""
+        """The file, or 304 if the browser has it."""
         if request.headers.get("if-none-match") == self._headers["etag"]:
             return Response(None, 304, self._headers)
         return Response(self._data, 200, self._headers)

@@ -1,9 +1,9 @@
-"""Answers that another gateway of the same bus keeps: asked for there, and passed on as they are.
+"""Answers kept by another gateway of the same bus: requested there and passed on unchanged.
 
-A gateway keeps what it made in its own memory. With `--peers`, a gateway that does not know an id
-asks the others, so that reading on, following up, cancelling and deleting work at any of them. The
-caller's own key travels along; a peer decides by it as for anybody. A question that came from a
-peer is never passed on again. Must never keep anything itself.
+A gateway keeps its answers in its own memory. With `--peers`, a gateway that does not know an id
+asks the others, so that re-reading, follow-ups, cancelling and deleting work at any of them. The
+caller's own key is sent along, and the peer checks it as usual. A request that came from a peer is
+never passed on again. Must never keep anything itself.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["Peers", "anywhere"]
 
 log = logging.getLogger("tokenbus.gateway")
 
-#: Marks a question of a peer.
+#: Marks a request from a peer.
 HEADER: Final = "x-tokenbus-peer"
 _PASSED_ON: Final = (
     "authorization",
@@ -41,7 +41,7 @@ _PASSED_ON: Final = (
     "x-request-id",
 )
 _PASSED_BACK: Final = ("content-type", "cache-control", "retry-after", "retry-after-ms")
-#: A peer that does not take a connection by then is away.
+#: A peer that does not accept a connection within this time is away.
 _CONNECT_S: Final = 3.0
 
 
@@ -49,19 +49,20 @@ class Peers:
     """The other gateways."""
 
     def __init__(self, addresses: Sequence[str], silence_s: float) -> None:
-        """`silence_s`: a stream without even a keep-alive for so long has broken off."""
+        """`silence_s`: a stream that is silent for this long, even without a
+        keep-alive, is broken."""
         self._addresses = tuple(address.rstrip("/") for address in addresses)
         timeout = httpx.Timeout(silence_s, connect=_CONNECT_S)
-        # Not through a proxy of this machine's: the address is one that was given for this.
+        # Not through this machine's proxy: the operator gave this address.
         self._http = httpx.AsyncClient(timeout=timeout, trust_env=False) if addresses else None
 
     async def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         if self._http is not None:
             await self._http.aclose()
 
     async def ask(self, visit: Visit, body: bytes) -> Response | None:
-        """The answer of the first peer that knows; None where none does."""
+        """The answer of the first peer that knows the id; None if none does."""
         if self._http is None or HEADER in visit.request.headers:
             return None
         for address in self._addresses:
@@ -89,7 +90,7 @@ class Peers:
                 return StreamingResponse(_events(answer), answer.status_code, told)
             data = await answer.aread()
         except httpx.TransportError as error:
-            log.warning("peer %s broke off: %s", address, error)
+            log.warning("connection to peer %s broke: %s", address, error)
             return None
         if UNKNOWN_HEADER in answer.headers:
             return None
@@ -97,7 +98,7 @@ class Peers:
 
 
 def anywhere(handler: Handler) -> Handler:
-    """The handler; where it does not know an id, a peer that does answers instead."""
+    """Wrap a handler: if it does not know an id, a peer that does answers instead."""
 
     async def answer(visit: Visit) -> Response:
         try:
@@ -112,22 +113,23 @@ def anywhere(handler: Handler) -> Handler:
 
 
 async def _events(answer: httpx.Response) -> AsyncGenerator[bytes, None]:
-    """The bytes as they come; leaving early tells the peer that the reader is gone."""
+    """The bytes as they arrive; leaving early tells the peer that the reader is gone."""
     async with contextlib.aclosing(answer):
         try:
             async for data in answer.aiter_raw():
                 yield data
         except httpx.TransportError as error:
-            # A stream that breaks off here breaks off at the reader too, who then comes back.
+            # If the stream breaks here, it breaks for the reader too, who then comes back.
             raise GatewayError(
                 ErrorCode.CONNECTION_LOST,
-                f"The gateway that keeps this answer broke off: {error or type(error).__name__}.",
+                "The connection to the gateway that keeps this answer broke: "
+                f"{error or type(error).__name__}.",
                 retryable=True,
             ) from None
 
 
 async def _places(address: str) -> list[tuple[str, str]]:
-    """Where to ask, and the host to name: a plain name may stand for several gateways."""
+    """The addresses to ask, each with its Host header: one name may stand for several gateways."""
     url = urlsplit(address)
     host = url.hostname or ""
     if url.scheme != "http" or _is_address(host):
@@ -137,7 +139,7 @@ async def _places(address: str) -> list[tuple[str, str]]:
     try:
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
-        log.warning("peer %s is not known: %s", address, error)
+        log.warning("peer %s cannot be resolved: %s", address, error)
         return []
     ips = sorted({str(entry[4][0]) for entry in found})
     plain = [f"[{ip}]" if ":" in ip else ip for ip in ips]

@@ -1,18 +1,18 @@
-"""Answers that outlive the connection they are read on, and answers kept for a follow-up.
+"""Answers that outlive their connection, and answers kept for a follow-up.
 
-A `Transcript` runs the source of an answer in a task of its own and keeps its events, numbered from
-1, so that a reader who lost the connection goes on where it stopped. When nobody reads, the task is
-cancelled after a grace time, which cancels at the worker; an answer in the background runs on.
+A `Transcript` runs the source of an answer in its own task and keeps its events, numbered from 1,
+so that a reader who lost the connection can continue where it stopped. When nobody reads, the task
+is cancelled after a grace period, which cancels at the worker; an answer in the background runs on.
 
-The store is bounded in entries and bytes, running answers included as they grow. When it is full,
-room is made in this order: finished answers that nobody reads are forgotten, the oldest first; what
-every reader of an answer has read is forgotten; of the answers that run unread the oldest is ended.
-An answer in its grace time ends no other: it waits, and with it, by the window of the bus, its
-worker. So does one whose reader is slow.
+The store is limited in entries and bytes, including running answers as they grow. When it is full,
+room is made in this order: finished answers that nobody reads are forgotten, oldest first; events
+that every reader of an answer has read are forgotten; the oldest of the answers that run unread is
+ended. An answer in its grace period never ends another: it waits, and so (through the bus's window)
+does its worker. The same holds for one whose reader is slow.
 
-It is this gateway's memory alone; other gateways ask for what it keeps (`peers`). Without them,
-what holds is told in `openai_chat`: the same request sent again with `Last-Event-ID` is continued
-anywhere, because an answer follows from its seed.
+The store is in this gateway's memory only; other gateways ask for what it keeps (`peers`).
+Independently of that, the same request sent again with `Last-Event-ID` is continued at any gateway,
+because an answer is determined by its seed (see `openai/chat.py`).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from client.gateway.sse import Source
 
 __all__ = ["Kept", "Store", "Transcript"]
 
-#: Events that a reader who comes back gets in one write.
+#: Events sent in one write to a reader who comes back.
 _READ_EVENTS: Final = 64
-#: What an event takes beside its bytes: the object and its place in a list.
+#: Memory of an event in addition to its bytes: the object and its list entry.
 _EVENT_BYTES: Final = 48
 
 
@@ -50,23 +50,23 @@ class Transcript:
         on_end: Callable[[], None],
         first: int = 0,
     ) -> None:
-        """`grace_s`: how long it runs while nobody reads; None: to its end. `first`: the number in
-        its id of the event before the first."""
+        """`grace_s`: how long it runs while nobody reads; None means to its end. `first`: the
+        number, in its id, of the event before the first."""
         self._store = store
         self._kept = kept
         self._events: list[bytes] = []
-        #: Events before those in `_events`, which were forgotten.
+        #: Number of forgotten events, before those in `_events`.
         self._forgotten = 0
         self._first = first
         self._on_error = on_error
         self._grace_s = grace_s
         self._on_end = on_end
-        #: For each reader, how many events it has got.
+        #: For each reader, how many events it has received.
         self._readers: dict[object, int] = {}
         self._changed = asyncio.Event()
         self._resume = asyncio.Event()
         self._first_error: BaseException | None = None
-        #: Why it was ended before its end.
+        #: Why it was ended early.
         self._given_up: GatewayError | None = None
         self._giving_up: asyncio.TimerHandle | None = None
         self.over = False
@@ -87,7 +87,7 @@ class Transcript:
             self._append(self._on_error(describe(error)))
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        # Not at the end of `_run`, which a task that is cancelled at once never begins.
+        # Not at the end of `_run`, which never begins in a task that is cancelled at once.
         if self._given_up is not None:
             self._append(self._on_error(self._given_up))
         self.over = True
@@ -105,11 +105,11 @@ class Transcript:
         self._changed = asyncio.Event()
 
     async def read(self, after: int = 0, *, asking: bool = False) -> Source:
-        """The events behind number `after`, and those to come; raises UnknownAnswer for what is
-        forgotten.
+        """The events after number `after`, and those to come. Raises UnknownAnswer
+        for forgotten events.
 
-        `asking`: the reader is the request itself, which hears of a failure before any event by its
-        status; a later one reads of it as an event.
+        `asking`: the reader is the original request, for which a failure before any event becomes
+        the HTTP status; a later reader gets it as an event.
         """
         if after < self._forgotten and self._given_up is None:
             raise UnknownAnswer(
@@ -131,7 +131,7 @@ class Transcript:
                     at = position - self._forgotten
                     behind = self._events[at : at + _READ_EVENTS]
                     yield behind
-                    # Only what went out counts as read: a reader that stands still holds it.
+                    # Only events that were sent count as read: a stalled reader holds them.
                     self._readers[me] = position = position + len(behind)
                     if self._store.full:
                         self._store.was_read(self)
@@ -144,14 +144,14 @@ class Transcript:
             if not self._readers and not self.over:
                 self._store.changed()
                 if self._grace_s is not None:
-                    # Without an event nobody knows what to come back for.
+                    # Without an event, no reader could know what to come back for.
                     wait_s = self._grace_s if self.begun else 0.0
                     loop = asyncio.get_running_loop()
                     self._giving_up = loop.call_later(wait_s, self._task.cancel)
 
     def behind(self, event_id: str, number: int) -> int | None:
-        """The place behind an event of that id, whose number the id holds; None where there is no
-        such event: another gateway made it, or it is forgotten."""
+        """The position after the event with that id, which contains its number; None if there is no
+        such event, because another gateway made it or it is forgotten."""
         place = number - self._first
         at = place - 1 - self._forgotten
         if 0 <= at < len(self._events):
@@ -171,17 +171,17 @@ class Transcript:
 
     @property
     def is_read(self) -> bool:
-        """Somebody reads it."""
+        """Whether somebody reads it."""
         return bool(self._readers)
 
     @property
     def begun(self) -> bool:
-        """There were events."""
+        """Whether there have been events."""
         return bool(self._forgotten or self._events)
 
     @property
     def waits(self) -> bool:
-        """It may stand still: its reader or its grace time ends that."""
+        """Whether it may wait: its reader or its grace period will end that."""
         if self._readers:
             return min(self._readers.values()) < self._forgotten + len(self._events)
         return self._grace_s is not None
@@ -192,7 +192,7 @@ class Transcript:
             self._forget(min(self._readers.values()) - self._forgotten)
 
     def give_up(self, error: GatewayError) -> None:
-        """End it, and forget what nobody read."""
+        """End it, and forget unread events."""
         self._given_up = error
         self._forget(len(self._events))
         self._task.cancel()
@@ -218,16 +218,16 @@ class Kept:
     """An answer in the store."""
 
     id: str
-    #: Name of the key that asked; nobody else sees it.
+    #: Name of the key that asked; no other key may see it.
     owner: str
     #: The endpoint that made it: "chat", "response".
     kind: str
-    #: What the endpoint wants to find again; without a transcript its `over` says when it ended.
+    #: The endpoint's own data; without a transcript, its `over` says when it ended.
     value: Any = None
-    #: Of the value and of the transcript, as far as they are known.
+    #: Size of the value and of the transcript, as far as known.
     size_bytes: int = 0
     transcript: Transcript | None = None
-    #: Where it counts; None: not in a store, or not any more.
+    #: The store that counts it; None if in no store, or no longer.
     store: Store | None = None
 
     @property
@@ -237,11 +237,11 @@ class Kept:
 
     @property
     def is_read(self) -> bool:
-        """Somebody reads it now."""
+        """Whether somebody reads it now."""
         return self.transcript is not None and self.transcript.is_read
 
     def grew(self, size_bytes: int) -> None:
-        """The value or the transcript takes so much more."""
+        """The value or the transcript has grown by this much."""
         self.size_bytes += size_bytes
         if self.store is not None:
             self.store.grew(size_bytes)
@@ -251,21 +251,21 @@ class Kept:
 
 @dataclass(slots=True, eq=False)
 class Store:
-    """A bounded number of answers, found by id and owner."""
+    """A limited number of answers, found by id and owner."""
 
     max_entries: int
     max_bytes: int
-    #: Of all entries.
+    #: Total size of all entries.
     size_bytes: int = 0
     _entries: OrderedDict[str, Kept] = field(default_factory=OrderedDict)
     #: Transcripts that wait for room.
     _held: set[Transcript] = field(default_factory=set)
-    #: No room was found: not looked for again before this size or a change.
+    #: After room was not found: do not search again before this size or a change.
     _futile_bytes: int = 0
 
     @property
     def full(self) -> bool:
-        """There is more than there may be."""
+        """Whether the store is beyond a limit."""
         return self.size_bytes > self.max_bytes
 
     def put(self, kept: Kept) -> None:
@@ -288,7 +288,7 @@ class Store:
         on_end: Callable[[], None],
         first: int = 0,
     ) -> Transcript:
-        """Keep an answer that runs whether it is read or not; see `Transcript`."""
+        """Keep an answer that runs whether or not it is read; see `Transcript`."""
         kept.transcript = Transcript(
             self, kept, source, on_error, grace_s=grace_s, on_end=on_end, first=first
         )
@@ -327,24 +327,24 @@ class Store:
     # --- room ---
 
     def grew(self, size_bytes: int) -> None:
-        """An entry takes so much more."""
+        """An entry has grown by this much."""
         self.size_bytes += size_bytes
         if size_bytes < 0 and not self.full:
             self._release_all()
 
     def changed(self) -> None:
-        """A reader came or left, or an answer is over: there may be room where there was none."""
+        """A reader came or left, or an answer is over: there may be room now."""
         self._futile_bytes = 0
         self._release_all()
 
     def was_read(self, transcript: Transcript) -> None:
-        """A reader of this transcript goes on, and memory is short."""
+        """A reader of this transcript made progress while memory is short."""
         transcript.forget_read()
         if not transcript.waits:
             transcript.release()
 
     def tidy(self, kept: Kept) -> None:
-        """Make room for an answer that is read as it is made, or keep it no longer."""
+        """Make room for an answer that is being read, or stop keeping it."""
         self._free(may_end=True)
         if self.full:
             self._forget(kept)
@@ -354,7 +354,7 @@ class Store:
         while self.full:
             if self.size_bytes >= self._futile_bytes:
                 self._free(may_end=transcript.is_read or not transcript.waits)
-                # Looking costs as much as there are entries.
+                # The search is linear in the number of entries.
                 self._futile_bytes = self.size_bytes + self.max_bytes // 64
             if not self.full or not transcript.waits:
                 return
@@ -369,9 +369,9 @@ class Store:
             transcript.release()
 
     def _free(self, *, may_end: bool) -> None:
-        """Make room; a little more than needed, so that it is not looked for with every event."""
+        """Make room, a little more than needed, so that it is not searched for at every event."""
         enough_bytes = self.max_bytes - self.max_bytes // 8 if self.full else self.max_bytes
-        # One too many is the newest, for which room is made.
+        # The entry beyond the limit is the newest, for which room is made.
         entries = list(self._entries.values())[: -1 if self._crowded else None]
         for kept in entries:
             if self.size_bytes <= enough_bytes and not self._crowded:
@@ -388,7 +388,7 @@ class Store:
                 return
             if kept.transcript is None or kept.over or kept.is_read:
                 continue
-            # Without an event there is nothing to gain, and its reader is on its way.
+            # Without an event there is nothing to gain, and its reader is about to come.
             if kept.transcript.begun or self._crowded:
                 kept.transcript.give_up(_unread(kept))
                 if self._crowded:
@@ -408,6 +408,6 @@ def _unread(kept: Kept) -> GatewayError:
     return GatewayError(
         ErrorCode.OVERLOADED,
         f"Answer {kept.id!r} was ended: nobody read it, and the gateway's memory for answers "
-        "(--store-bytes, --store-entries) is full. Ask again, and read it as it comes.",
+        "(--store-bytes, --store-entries) is full. Ask again, and read the answer as it arrives.",
         retryable=True,
     )

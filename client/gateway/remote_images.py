@@ -1,9 +1,9 @@
 """Fetches a picture from an http or https address that a caller named.
 
-Only from addresses that the whole internet may reach: the name is looked up once, every address
-that it has is checked, the connection goes to a checked address, and each redirect starts over. One
-deadline holds for all of it, the look-up and every byte included, and nothing here waits in the
-threads that others use. Bytes are not decoded; the worker looks at them under its own bounds.
+Only from public internet addresses: the name is looked up once, all its addresses are checked, the
+connection goes to a checked address, and each redirect starts over. One deadline covers everything
+from the look-up to the last byte, and nothing here blocks threads that others use. Images are not
+decoded; the worker does that under its own limits.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ __all__ = ["fetch"]
 
 _MAX_REDIRECTS: Final = 5
 _MAX_LOOKUPS: Final = 64
-"""Names that are looked up at once. The system's resolver cannot be interrupted: a look-up that
-nobody waits for any more still holds its thread, for up to half a minute."""
+"""Names that may be looked up at once. The system's resolver cannot be interrupted: a look-up that
+nobody waits for any more still occupies its thread for up to half a minute."""
 
 _lookups = threading.BoundedSemaphore(_MAX_LOOKUPS)
 
 
 async def fetch(address: str, policy: ImagePolicy, param: str) -> bytes:
-    """The bytes behind the address; raises GatewayError naming `param`."""
+    """The bytes at the address. Raises GatewayError naming `param`."""
     try:
         async with asyncio.timeout(policy.timeout_s):
             return await _follow(address, policy, param)
@@ -58,7 +58,10 @@ async def _follow(address: str, policy: ImagePolicy, param: str) -> bytes:
     for _ in range(_MAX_REDIRECTS + 1):
         url = urlsplit(address)
         if url.scheme not in ("http", "https"):
-            raise invalid(param, f"`{param}` leads to {url.scheme!r}; only http and https do.")
+            raise invalid(
+                param,
+                f"`{param}` leads to a {url.scheme!r} address; only http and https are allowed.",
+            )
         pool = httpcore.AsyncConnectionPool(
             ssl_context=_ssl_context() if url.scheme == "https" else None,
             network_backend=_CheckedConnections(policy, param),
@@ -82,7 +85,7 @@ def _address_of(url: SplitResult, param: str) -> httpcore.URL:
     try:
         port = url.port
     except ValueError:
-        raise invalid(param, f"`{param}` has an impossible port.") from None
+        raise invalid(param, f"`{param}` has an invalid port.") from None
     target = f"{url.path or '/'}{'?' + url.query if url.query else ''}"
     named = host if ":" in host else host.encode("idna").decode()
     return httpcore.URL(
@@ -114,7 +117,8 @@ def _ssl_context() -> ssl.SSLContext:
 
 
 class _CheckedConnections(httpcore.AsyncNetworkBackend):
-    """Connects to a name by an address that was checked: a second look-up could give another."""
+    """Connects to an address that was checked, since a second look-up of the name could
+    give another one."""
 
     def __init__(self, policy: ImagePolicy, param: str) -> None:
         self._policy = policy
@@ -131,7 +135,7 @@ class _CheckedConnections(httpcore.AsyncNetworkBackend):
     ) -> httpcore.AsyncNetworkStream:
         addresses = await self._checked(host, port)
         for address in addresses[:-1]:
-            # A machine without IPv6 still has its name resolved to such addresses.
+            # Names resolve to IPv6 addresses even on a machine without IPv6.
             with contextlib.suppress(httpcore.ConnectError):
                 return await self._connect(address, port, timeout, local_address, socket_options)
         return await self._connect(addresses[-1], port, timeout, local_address, socket_options)
@@ -141,11 +145,12 @@ class _CheckedConnections(httpcore.AsyncNetworkBackend):
         try:
             found = await _look_up(host, port)
         except OSError:
-            raise invalid(param, f"`{param}`: the host {host!r} is not known.") from None
+            raise invalid(param, f"`{param}`: the host {host!r} cannot be resolved.") from None
         addresses = [ipaddress.ip_address(text.partition("%")[0]) for text in found]
         for address in addresses:
             allowed = any(address in network for network in self._policy.allowed_networks)
-            # One private address among several is enough: the next look-up might have picked it.
+            # One private address among several is enough to refuse: the next look-up
+            # might return it.
             if not allowed and not public_address(address):
                 raise invalid(
                     param, f"`{param}`: {host!r} is not an address of the public internet."
@@ -154,7 +159,7 @@ class _CheckedConnections(httpcore.AsyncNetworkBackend):
 
 
 async def _look_up(host: str, port: int) -> list[str]:
-    """The addresses of a name, asked for in a thread of its own. Raises OSError, GatewayError."""
+    """The addresses of a name, looked up in a thread of its own. Raises OSError, GatewayError."""
     if not _lookups.acquire(blocking=False):
         raise GatewayError(
             ErrorCode.OVERLOADED,
@@ -181,7 +186,7 @@ async def _look_up(host: str, port: int) -> list[str]:
             found = error if isinstance(error, OSError) else OSError(str(error))
         finally:
             _lookups.release()
-        # A loop that has ended meanwhile wants no answer.
+        # The loop may have ended in the meantime.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(tell, found)
 

@@ -1,19 +1,19 @@
-"""The bodies that OpenAI's endpoints take, as typed values: every field is listed here or refused.
+"""The request bodies of OpenAI's endpoints as typed values: every field is listed here or refused.
 
 Three kinds of fields:
 
-* honoured: typed below, bounds as OpenAI documents them, or the bus's where the bus allows more;
+* honoured: typed below, with the limits that OpenAI documents, or the bus's if the bus allows more;
 * harmless labels, accepted without effect on the answer: `metadata`, `store`,
   `safety_identifier`, `prompt_cache_key`, `prompt_cache_retention`, `prompt_cache_options`, and on
   parts, messages and tools `prompt_cache_breakpoint` and `cache_control` (a worker's prefix cache
   needs no hint), `prediction` (it only makes answers faster), what an SDK's object of an earlier
   answer carries beside it (`annotations`, `parsed`, `parsed_arguments`) and
   `stream_options.include_obfuscation`;
-* known but not served: typed `Refused` with the reason; a value that asks for something is a 400
-  naming it. Null, an empty list and an empty text ask for nothing.
+* known but not served: typed `Refused`, with the reason; a value that asks for something is a 400
+  naming the field. Null, an empty list and an empty string ask for nothing.
 
-A field that stands nowhere is a 400 that names it, unless it is null. Beyond OpenAI's own fields
-the common extensions of other servers are taken: top_k, min_p, repetition_penalty, min_tokens,
+An unknown field is a 400 that names it, unless it is null. Beyond OpenAI's own fields, common
+extensions of other servers are accepted: top_k, min_p, repetition_penalty, min_tokens,
 stop_token_ids, ignore_eos, include_stop_str_in_output, skip_special_tokens, structured_outputs,
 chat_template_kwargs, priority (higher goes first), queue_ms and ttl_ms.
 
@@ -67,30 +67,30 @@ TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 ServiceTier = Literal["auto", "default", "flex", "scale", "priority", "fast"]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 ModelName = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_BYTES)]
-#: One text, several, the token ids of one, or those of several; `texts_of` sorts them out.
+#: One text, several texts, the token ids of one, or those of several; `texts_of` tells them apart.
 Texts = (
     str
     | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1, max_length=MAX_ARRAY_ITEMS)]
 )
 #: How closely a model looks at a picture.
 Detail = Literal["auto", "high", "low", "original"]
-#: Of one request; each is a request of the bus, or several.
+#: Most texts of one request; each becomes one or more bus requests.
 MAX_TEXTS: Final = 4096
-#: Answers of one request, all prompts together.
+#: Most answers of one request, over all prompts.
 MAX_CHOICES: Final = 4096
-#: Of one conversation: agents that work for days come to some thousands.
+#: Most messages of one conversation: agents that work for days reach a few thousand.
 MAX_MESSAGES: Final = 8192
-#: Of all messages together.
+#: Most parts over all messages.
 MAX_PARTS: Final = 16_384
 MAX_TOOL_CALLS: Final = 8192
 MAX_TOOLS: Final = 128
-#: Every token of a large vocabulary.
+#: One for every token of a large vocabulary.
 MAX_BIASES: Final = 1 << 17
-#: The bus counts seeds with 63 bits; OpenAI's are 64-bit numbers with a sign.
+#: The bus's seeds have 63 bits; OpenAI's are signed 64-bit integers.
 Seed = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 #: A known field that this gateway does not serve; see `_UNSERVED`.
 Refused = Annotated[Any, Meta(extra_json_schema={"type": "null"})]
-#: A hint for a cache, or what an SDK's object carries: any value, without effect on the answer.
+#: A cache hint, or a field that SDK objects have: any value, without effect on the answer.
 Label = Any
 
 
@@ -100,7 +100,7 @@ class _Body(Struct, forbid_unknown_fields=True, kw_only=True):
 
 class StreamOptions(_Body, kw_only=True):
     include_usage: bool | None = None
-    #: Usage so far in every chunk, as vLLM has it; load generators count tokens by it.
+    #: Usage so far in every chunk, as in vLLM; load generators count tokens with it.
     continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
 
@@ -116,7 +116,7 @@ class StructuredOutputs(_Body, kw_only=True):
 
 
 class Extensions(_Body, kw_only=True):
-    """What every endpoint takes that makes text, though OpenAI's does not take all of it."""
+    """Fields of every endpoint that generates text; OpenAI's own do not have all of them."""
 
     seed: Seed | None = None
     stop: Stop | None = None
@@ -138,7 +138,7 @@ class Extensions(_Body, kw_only=True):
 
 
 class Sampling(Extensions, kw_only=True):
-    """The fields that chat and completions have in common, beside `Extensions`."""
+    """Fields common to chat and completions, in addition to `Extensions`."""
 
     model: ModelName
     stream: bool | None = None
@@ -146,7 +146,7 @@ class Sampling(Extensions, kw_only=True):
     n: Choices | None = None
     temperature: Temperature | None = None
     top_p: Share | None = None
-    #: Whose fair share of the model this request takes.
+    #: The user whose fair share of the model this request counts towards.
     user: str | None = None
     # Labels.
     metadata: dict[str, Any] | None = None
@@ -162,7 +162,7 @@ class Sampling(Extensions, kw_only=True):
 
 class ImageUrl(_Body, kw_only=True):
     url: str
-    #: The model gets the picture as it is, which is what all but `low` ask for.
+    #: The model gets the image unchanged, which is what all values but `low` ask for.
     detail: Detail | None = None
 
 
@@ -204,7 +204,7 @@ class ToolCall(_Body, kw_only=True):
     id: str
     function: CalledFunction
     type: Literal["function"] = "function"
-    #: Position in a stream; SDK objects that were built from one carry it.
+    #: Position in a stream; SDK objects built from a stream have it.
     index: int | None = None
     cache_control: Label = None
 
@@ -217,7 +217,7 @@ class ChatMessage(_Body, kw_only=True):
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
-    # As the SDK's object of an earlier answer carries them.
+    # Fields that the SDK's object of an earlier answer has.
     annotations: Label = None
     parsed: Label = None
     audio: Refused = None
@@ -256,7 +256,7 @@ class AllowedToolChoice(_Body, tag="allowed_tools", tag_field="type", kw_only=Tr
     allowed_tools: AllowedTools
 
 
-#: What a caller may say of the choice between its tools.
+#: How the model may choose between the tools.
 ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedToolChoice
 
 
@@ -294,9 +294,9 @@ class ChatRequest(Sampling, kw_only=True):
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    #: "flex" waits behind the others, "priority" and "fast" go before them.
+    #: "flex" waits for the others; "priority" and "fast" go before them.
     service_tier: ServiceTier | None = None
-    #: Given to the chat template under these names.
+    #: Variables for the chat template.
     reasoning_effort: str | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -316,7 +316,7 @@ class CompletionRequest(Sampling, kw_only=True):
     """Body of `POST /v1/completions`."""
 
     prompt: Texts
-    #: 0 is allowed with `echo`: the prompt alone, with its log-probabilities where asked for.
+    #: 0 is allowed with `echo`: only the prompt, with its log probabilities if requested.
     max_tokens: Annotated[int, Meta(ge=0, le=1 << 31)] | None = 16
     best_of: Choices | None = None
     echo: bool | None = None
@@ -338,22 +338,22 @@ class EmbeddingRequest(_Body, kw_only=True):
 # --- reading --------------------------------------------------------------------------------------
 
 _UNSERVED = {
-    "audio": "the bus serves text and pictures, no sound",
-    "context_management": "send the part of the conversation that the model shall see",
+    "audio": "the bus serves text and images, not audio",
+    "context_management": "send the part of the conversation that the model should see",
     "conversation": "use `previous_response_id`, or send the conversation as `input`",
     "file": "send text, or a picture as `image_url`",
     "file_id": "no files are kept here; send a picture as `image_url`",
     "function_call": "it is the deprecated form of `tool_choice`",
     "functions": "it is the deprecated form of `tools`",
-    "input_audio": "the bus serves text and pictures, no sound",
+    "input_audio": "the bus serves text and images, not audio",
     "namespace": "functions of the bus's models have none; write it into the function's name",
-    "moderation": "no moderation model stands behind this gateway",
+    "moderation": "this gateway has no moderation model",
     "prompt": "prompt templates are not stored here; send `input` and `instructions`",
     "suffix": "no model of the bus fills in the middle through this endpoint",
-    "web_search_options": "the bus does not reach the web",
+    "web_search_options": "the bus has no access to the web",
 }
 
-#: Words of unserved fields that change no answer.
+#: Values of unserved fields that do not change the answer.
 _ASKING_NOTHING = {"function_call": ("none", "auto")}
 
 _PATH = re.compile(r" - at `(?:key in )?\$?\.?(?P<path>[^`]*)`$")
@@ -364,14 +364,14 @@ Body = TypeVar("Body")
 
 
 def parse(kind: type[Body], data: bytes) -> Body:
-    """Read a request body; raises GatewayError(invalid_request) that names the field at fault."""
+    """Decode a request body. Raises GatewayError(invalid_request) naming the faulty field."""
     try:
         try:
             return msgspec.json.decode(data, type=kind)
         except msgspec.ValidationError as error:
             if not _UNKNOWN.match(str(error)):
                 raise named_error(str(error), kind) from None
-        # The typed decoder stopped at that field: what follows it may not be JSON at all.
+        # The typed decoder stopped at that field; what follows may not even be JSON.
         value = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid(None, f"The body is not JSON: {error}. Send one JSON object.") from None
@@ -382,14 +382,14 @@ def parse(kind: type[Body], data: bytes) -> Body:
 
 
 def converted(value: Any, kind: Any, path: str = "") -> Any:
-    """JSON that was read as a `kind`; raises as `parse` does. `path` leads to the value."""
+    """Decoded JSON converted to a `kind`. Raises like `parse`. `path` leads to the value."""
     try:
         try:
             return msgspec.convert(value, kind)
         except msgspec.ValidationError as error:
             if not _UNKNOWN.match(str(error)):
                 raise
-            # Only now, as few bodies need it and all would pay for it.
+            # Only now, since few bodies need it and it is slow.
             return msgspec.convert(_without_unknown_nulls(value, _kinds_of(kind)), kind)
     except msgspec.ValidationError as error:
         raise named_error(str(error), kind, path) from None
@@ -401,8 +401,8 @@ def _kinds_of(kind: Any) -> list[msgspec.inspect.Type]:
 
 
 def _without_unknown_nulls(value: Any, kinds: list[msgspec.inspect.Type]) -> Any:
-    """JSON that was read, without the fields that the kinds do not know and that are null: they
-    ask for nothing. What may hold any fields stays as it is."""
+    """Decoded JSON without unknown fields that are null, since they ask for nothing. Objects that
+    may have any fields stay unchanged."""
     if isinstance(value, list):
         items = [
             inner
@@ -429,8 +429,8 @@ def _without_unknown_nulls(value: Any, kinds: list[msgspec.inspect.Type]) -> Any
 
 
 def named_error(message: str, kind: Any, path: str = "") -> GatewayError:
-    """The decoder's complaint about a `kind` as an error that names the field and, where only some
-    values are allowed, those; `path` leads to the value that was decoded."""
+    """The decoder's error about a `kind` as a GatewayError that names the field and, if only
+    certain values are allowed, those values; `path` leads to the decoded value."""
     inner = ""
     if at := _PATH.search(message):
         inner = at["path"]
@@ -439,7 +439,7 @@ def named_error(message: str, kind: Any, path: str = "") -> GatewayError:
     if unknown := _UNKNOWN.match(message):
         field = f"{path}.{unknown['field']}" if path else unknown["field"]
         return invalid(
-            field, f"`{field}` is not a field of this endpoint; remove it or mend its spelling."
+            field, f"`{field}` is not a field of this endpoint; remove it or correct its spelling."
         )
     if missing := _MISSING.match(message):
         field = f"{path}.{missing['field']}" if path else missing["field"]
@@ -451,8 +451,8 @@ def named_error(message: str, kind: Any, path: str = "") -> GatewayError:
 
 
 def _allowed_values(kind: Any, path: str) -> list[Any]:
-    """Values of the literals at the decoder's path in a `kind`, such as `messages[0].role`, or the
-    words that tell the objects there apart."""
+    """The literals allowed at the decoder's path in a `kind`, such as `messages[0].role`, or the
+    tags that distinguish the objects there."""
     found = _alternatives(msgspec.inspect.type_info(kind))
     words: list[Any] = []
     for step in re.findall(r"[A-Za-z_]\w*|\[", path):
@@ -481,12 +481,12 @@ def _alternatives(one: msgspec.inspect.Type) -> list[msgspec.inspect.Type]:
 
 
 def number_of(text: str) -> int | None:
-    """The number that stands in `text` as digits, up to 18 of them; None for anything else."""
+    """The integer in `text`, of up to 18 digits; None for anything else."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
 
 
 def texts_of(field: str, value: Texts) -> list[str | list[int]]:
-    """The texts or token lists that a `prompt` or an `input` stands for, at least one."""
+    """The texts or token lists of a `prompt` or an `input`, at least one."""
     if isinstance(value, str):
         return [value]
     if all(isinstance(item, int) for item in value):
@@ -502,8 +502,8 @@ def texts_of(field: str, value: Texts) -> list[str | list[int]]:
 
 
 def check_counts(body: ChatRequest) -> None:
-    """Raise GatewayError for more messages, parts, tools or tool calls than one request may have,
-    before anybody looks at each."""
+    """Raise GatewayError for more messages, parts, tools or tool calls than a request may have,
+    before each is examined."""
     parts = sum(len(m.content) for m in body.messages if isinstance(m.content, list))
     calls = sum(len(m.tool_calls) for m in body.messages if m.tool_calls)
     for field, what, count, limit in (
@@ -516,13 +516,13 @@ def check_counts(body: ChatRequest) -> None:
 
 
 def check_count(field: str, what: str, count: int, limit: int) -> None:
-    """Raise GatewayError where a field holds more of something than is allowed."""
+    """Raise GatewayError if a field has more items than allowed."""
     if count > limit:
         raise invalid(field, f"`{field}` holds {count} {what}; {limit} are allowed.")
 
 
 def check_stream_options(options: Struct | None, *, stream: bool) -> None:
-    """Raise for an option of streams that is asked for where no stream is."""
+    """Raise if stream options are set without a stream."""
     if options is None or stream:
         return
     if any(getattr(options, field) for field in options.__struct_fields__):
@@ -530,7 +530,7 @@ def check_stream_options(options: Struct | None, *, stream: bool) -> None:
 
 
 def refuse_unserved(body: Struct, path: str = "") -> None:
-    """Raise for the first known but unserved field that is set, here or below."""
+    """Raise for the first known but unserved field that is set, in the body or nested in it."""
     for field in body.__struct_fields__:
         value = getattr(body, field)
         here = f"{path}.{field}" if path else field

@@ -1,9 +1,9 @@
-"""The HTTP server under bounds: a time for each head and body, small heads, so many connections.
+"""The HTTP server with limits: time for each head and body, size of heads, number of connections.
 
-uvicorn's own protocol class does the work; here is what it leaves open to a greedy caller. A
-connection is *unused* until a head is complete, and again once its answer is: then it has a time,
-and it is the first to go when there are too many. Knows HTTP and no API; bodies' sizes are
-`Visit.body`'s to bound.
+uvicorn's own protocol class does the work; this adds the limits that it lacks against greedy
+callers. A connection is *unused* until a head is complete, and again once its answer is complete:
+then it has a time limit, and it is closed first when there are too many. Knows HTTP but no API;
+`Visit.body` limits the size of bodies.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ __all__ = ["Bounds", "Server", "protocol_class"]
 log = logging.getLogger("tokenbus.gateway")
 
 MAX_HEAD_BYTES: Final = 64 * 1024
-"""Names and values of all fields, and the address. Real heads have some hundred bytes, tokens of a
-single sign-on some thousand."""
+"""Limit for names and values of all header fields plus the address. Real heads have a few hundred
+bytes, single sign-on tokens a few thousand."""
 MAX_FIELDS: Final = 200
 
 BODY_BYTES_PER_S: Final = 16 * 1024
-"""A body that arrives at this pace is never late; a modem is faster."""
+"""A body that arrives at this rate is never late; a modem is faster."""
 
 KEEP_ALIVE_S: Final = 5
-"""An unused connection between two requests; uvicorn's own."""
+"""How long a connection may be unused between two requests; uvicorn's default."""
 
 BACKLOG: Final = 512
-"""Connections that may wait to be accepted. As many may be accepted in one step of the loop, before
-the bound on connections is looked at."""
+"""Connections that may wait to be accepted. This many may be accepted in one step of the loop,
+before the limit on connections is checked."""
 
 RESERVED_DESCRIPTORS: Final = 64
 """For the bus, remote pictures, files and peers."""
 
 LAST_WORDS_S: Final = 2
-"""For last events to leave, once the time to stop is over."""
+"""Time for the last events to be sent, after the grace period."""
 
 LOG_INTERVAL_S: Final = 60.0
 
@@ -58,21 +58,21 @@ _OUT_OF_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.E
 
 
 class Bounds:
-    """What all connections of one server share."""
+    """State that all connections of one server share."""
 
     def __init__(self, config: Config, descriptors: int) -> None:
-        """`descriptors`: that this process may have."""
+        """`descriptors`: how many this process may have."""
         self.head_s = config.head_s
         self.body_s = config.body_s
         room = descriptors - RESERVED_DESCRIPTORS
         #: Connections at once.
         self.connections = max(1, min(config.max_connections, room))
-        #: Those without a request in hand, the longest unused first.
+        #: Unused connections, longest unused first.
         self.unused: OrderedDict[Connection, None] = OrderedDict()
 
 
 def protocol_class(bounds: Bounds) -> type[Connection]:
-    """The connections of a server with these bounds, as uvicorn wants them."""
+    """A connection class with these limits, as uvicorn expects it."""
     return type("Connection", (Connection,), {"bounds": bounds})
 
 
@@ -83,11 +83,11 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        #: Ends the head or the body that is on its way, unless it is complete by then.
+        #: Timer that ends an incomplete head or body.
         self._deadline: asyncio.TimerHandle | None = None
         self._in_head = False
         self._head_bytes = 0
-        #: Of the head: why it is refused.
+        #: Why the head is refused.
         self._refusal: tuple[HTTPStatus, str] | None = None
         self._body_bytes = 0
         self._body_since_s = 0.0
@@ -101,7 +101,7 @@ class Connection(HttpToolsProtocol):
         if len(self.connections) > self.bounds.connections:
             oldest = next(iter(self.bounds.unused))
             if oldest is self:
-                # All others are at work.
+                # All others are in use.
                 self._refuse(
                     HTTPStatus.SERVICE_UNAVAILABLE,
                     f"This gateway has {self.bounds.connections} connections; try again.",
@@ -109,7 +109,7 @@ class Connection(HttpToolsProtocol):
                 )
             else:
                 oldest.transport.abort()
-                # Not at once: it is told in another step of the loop.
+                # Not removed at once: `connection_lost` is called in a later step of the loop.
                 oldest._gone()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -128,12 +128,12 @@ class Connection(HttpToolsProtocol):
             return
         self._unset_keepalive_if_required()
         if self._deadline is None and self._is_unused:
-            # Also for what begins no message, such as empty lines.
+            # Also for data that does not begin a message, such as empty lines.
             self._set_deadline(self.bounds.head_s, self._head_is_late)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            pass  # answered as if it had not been asked for
+            pass  # an upgrade is ignored, as if it had not been requested
         except httptools.HttpParserError as error:
             if self._refusal is not None:
                 self._refuse(*self._refusal)
@@ -231,7 +231,7 @@ class Connection(HttpToolsProtocol):
     def _refuse(
         self, status: HTTPStatus, message: str, code: ErrorCode = ErrorCode.INVALID_REQUEST
     ) -> None:
-        """Answer, unless an answer has begun, and end the connection."""
+        """Send an error, unless an answer has begun, and close the connection."""
         self._clear_deadline()
         if self._is_unused or not self.cycle.response_started:
             retryable = code is ErrorCode.OVERLOADED
@@ -255,7 +255,7 @@ _LARGE_HEAD: Final = (
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server with these bounds."""
+    """uvicorn's server with these limits."""
 
     def __init__(self, app: Any, config: Config) -> None:
         descriptors = raise_descriptor_limit(config.max_connections + BACKLOG + 256)
@@ -287,20 +287,22 @@ class Server(uvicorn.Server):
         )
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """A signal. The first lets answers go on for `--shutdown-s`, the second does not."""
+        """Handle a signal. After the first one, answers may continue for `--shutdown-s`; the
+        second ends them."""
         if self.should_exit and self._loop is not None:
             self._loop.call_soon_threadsafe(self._end)
         else:
             super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: Any = None) -> None:
-        """Take nothing new; when the time is over, open streams get a last event that says so."""
+        """Accept nothing new; after the grace period, open streams get a last event
+        that says so."""
         self._loop = asyncio.get_running_loop()
         self._loop.call_later(self._shutdown_s, self._end)
         await super().shutdown(sockets)
 
     def _end(self) -> None:
-        """Open streams end with an event that says so; then whatever else runs is cancelled, which
+        """End open streams with an event that says so; then cancel whatever else runs, which
         answers it with an error."""
         assert self._loop is not None
         self._app.state.stopping.set()
@@ -316,8 +318,8 @@ class Server(uvicorn.Server):
 
 
 class ExceptionHandler:
-    """Of the event loop. asyncio reports each connection that it could not accept, many times a
-    second; one line a minute is enough."""
+    """Exception handler of the event loop. asyncio reports each connection that it could not
+    accept, many times a second; one line a minute is enough."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

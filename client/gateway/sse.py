@@ -1,10 +1,10 @@
-"""Server-sent events: framing, keep-alives, and noticing at once that the reader is gone.
+"""Server-sent events: framing, keep-alives, and noticing at once when the reader disconnects.
 
-`EventStream` is the one way from a stream of events to an HTTP answer. Events that come together go
-out in one write. The status line waits for the first event, so that a request which fails at once
-gets a real HTTP status; a request that waits longer gets its headers and comment lines, which keep
-proxies and readers from giving up. When the reader goes away the source is closed, which cancels at
-the worker. A slow reader holds the source back.
+`EventStream` is the only way from a stream of events to an HTTP answer. Events that arrive together
+are sent in one write. The status line waits for the first event, so that a request that fails at
+once gets a real HTTP status; a request that waits longer gets its headers and comment lines, which
+keep proxies and readers from giving up. When the reader disconnects, the source is closed, which
+cancels at the worker. A slow reader slows the source down.
 """
 
 from __future__ import annotations
@@ -32,17 +32,19 @@ __all__ = [
 ]
 
 STATUS_LEFT: Final = 499
-"""Of a stream whose reader went away: nginx's number, in the log, the metrics and traces only."""
+"""Status of a stream whose reader disconnected: nginx's number, only used in log,
+metrics and traces."""
 
 STOPPING: Final = GatewayError(
     ErrorCode.DRAINING,
-    "This gateway stops and the answer is not complete; ask again, or read on at another one.",
+    "This gateway is stopping and the answer is not complete; ask again, or continue at another "
+    "one.",
     retryable=True,
 )
-"""The end of an answer that outlives the time that a gateway has to stop."""
+"""Ends an answer that is still running after the gateway's grace period."""
 
-#: No empty line behind it: OpenAI's SDKs would read one as an event without data, once they saw an
-#: id, and fail on it. The comment is the first line of the event to come.
+#: No empty line after it: OpenAI's SDKs would read that as an event without data, once they have
+#: seen an id, and fail. The comment becomes the first line of the next event.
 KEEP_ALIVE: Final = b": keep-alive\n"
 
 
@@ -57,15 +59,15 @@ def encode(data: str | bytes, *, event: str | None = None, id_: str | None = Non
 
 DONE: Final = encode(b"[DONE]")
 
-#: Encoded events, those together that came together; a batch is never empty.
+#: Batches of encoded events that arrived together; a batch is never empty.
 Source = AsyncGenerator[Sequence[bytes], None]
 
 
 class EventStream(Response):
     """An HTTP answer whose body is the events of `source`.
 
-    `on_error` makes the last events of a stream that fails after its headers went out. `source` is
-    closed on every path: end, failure, reader gone, server stopping.
+    `on_error` makes the last events of a stream that fails after its headers were sent. `source` is
+    closed on every path: end, failure, disconnect, server stopping.
     """
 
     def __init__(
@@ -80,23 +82,23 @@ class EventStream(Response):
         super().__init__(None, 200, headers, "text/event-stream")
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-cache"
-        # nginx would otherwise hold the events back.
+        # Otherwise nginx would buffer the events.
         self.headers["x-accel-buffering"] = "no"
         self._source = source
         self._on_error = on_error
         self._request_id = request_id
         self._keep_alive_s = keep_alive_s
         self._started = False
-        #: The source is waited for since then; None while the socket is.
+        #: Since when the source is waited for; None while waiting for the socket.
         self._silent_since_s: float | None = None
-        #: A comment on its way.
+        #: The task sending a comment.
         self._comment: asyncio.Task[None] | None = None
-        #: What became of it, for the log and the metrics: a status.
+        #: The outcome as a status, for log and metrics.
         self.outcome = 200
         self.failure: GatewayError | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # One task drives the source from start to end, as asynchronous generators need it.
+        # One task drives the source from start to end, as asynchronous generators require.
         writer = asyncio.create_task(self._write(scope, receive, send))
         leaving = asyncio.create_task(_disconnected(receive))
         stopping = asyncio.create_task(scope["app"].state.stopping.wait())
@@ -124,7 +126,7 @@ class EventStream(Response):
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def _keep_alive_in_s(self, send: Send) -> float:
-        """Begin a comment if one is due; how long until the next may be."""
+        """Start sending a comment if one is due; returns the time until the next."""
         if self._silent_since_s is None or self._comment is not None:
             return self._keep_alive_s
         now_s = asyncio.get_running_loop().time()
@@ -157,7 +159,7 @@ class EventStream(Response):
             await error_response(failure, self._request_id)(scope, receive, send)
 
     async def _next(self, source: Source) -> Sequence[bytes]:
-        """The events that come next; none when it is over or failed."""
+        """The next events; empty when the source is over or failed."""
         self._silent_since_s = asyncio.get_running_loop().time()
         events: Sequence[bytes] = ()
         try:
@@ -195,9 +197,9 @@ T = TypeVar("T")
 
 
 async def until_disconnect(work: AsyncGenerator[Sequence[T], None], receive: Receive) -> list[T]:
-    """Everything in the batches of `work`, for an answer that is not streamed.
+    """Collect all batches of `work`, for an answer that is not streamed.
 
-    Raises GatewayError(cancelled) as soon as the HTTP client is gone, after `work` was closed.
+    Raises GatewayError(cancelled) as soon as the HTTP client disconnects, after closing `work`.
     """
 
     async def gather() -> list[T]:
@@ -210,7 +212,7 @@ async def until_disconnect(work: AsyncGenerator[Sequence[T], None], receive: Rec
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise GatewayError(ErrorCode.CANCELLED, "The HTTP client went away.")
+        raise GatewayError(ErrorCode.CANCELLED, "The HTTP client disconnected.")
     finally:
         leaving.cancel()
         working.cancel()

@@ -1,6 +1,6 @@
-"""What all requests of one gateway share: configuration, the one client of the bus, keys, figures.
+"""State shared by all requests of a gateway: configuration, the bus client, keys, metrics.
 
-Nothing here is needed by another gateway to serve a new request.
+Another gateway needs none of it to serve a new request.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class Gateway:
     store: Store
     peers: Peers
     metrics: Metrics = field(default_factory=Metrics)
-    #: Wall clock, seconds: `created` of models.
+    #: Wall clock, seconds: the `created` of models.
     started_at: int = field(default_factory=lambda: int(time.time()))
     overview: Overview = field(default_factory=Overview)
-    #: Of the bodies of requests that run.
+    #: Size of the bodies of running requests.
     bodies_bytes: int = 0
-    #: Of OpenTelemetry; None where traces are off.
+    #: OpenTelemetry's tracer; None if traces are off.
     tracer: Any = None
     #: The latest failures of requests, newest last, for the operator's view.
     errors: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=50))
 
     def hold_body(self, size_bytes: int) -> None:
-        """Count bytes of a body in; raises GatewayError(overloaded) where there is no room.
+        """Reserve memory for a body. Raises GatewayError(overloaded) if there is none.
         `release_body` must follow."""
         if self.bodies_bytes + size_bytes > self.config.bodies_bytes:
             raise GatewayError(
@@ -57,11 +57,11 @@ class Gateway:
         self.bodies_bytes += size_bytes
 
     def release_body(self, size_bytes: int) -> None:
-        """The request whose body `hold_body` counted is over."""
+        """Release what `hold_body` reserved."""
         self.bodies_bytes -= size_bytes
 
     def key_file_problem(self) -> str:
-        """Why the key file as it is now is not used; empty where it is, or there is none."""
+        """Why the current key file is not used; empty if it is, or if there is none."""
         if self.keys is None:
             return ""
         self.keys.refresh()

@@ -1,7 +1,7 @@
-"""Spans of the gateway: one for each HTTP request, and below it one for each request of the bus.
+"""Spans of the gateway: one for each HTTP request, and below it one for each bus request.
 
-The bus request's span has a child `queue`, from the call to the worker that takes it: the broker's
-part. Its context travels in `Request.trace`, where the worker finds it. Used only where
+The bus request's span has a child `queue`, from the call until a worker takes it: the broker's
+part. Its context is sent in `Request.trace`, where the worker finds it. Used only if
 `broker.protocol.tracing` made a tracer.
 """
 
@@ -39,12 +39,12 @@ class HttpSpan:
         )
 
     def bus_request(self, kind: str, model: str) -> BusSpan:
-        """A request of the bus that this one became."""
+        """Start the span of a bus request made for this one."""
         return BusSpan(self._tracer, self._span, kind, model)
 
     @contextlib.contextmanager
     def embedding(self, model: str) -> Iterator[EmbedSpan]:
-        """The requests of the bus that make vectors: one span for all of them."""
+        """One span for all bus requests of an embedding."""
         span = EmbedSpan(self._tracer, self._span, model)
         try:
             yield span
@@ -54,7 +54,7 @@ class HttpSpan:
         span.end()
 
     def end(self, status: int) -> None:
-        """The last byte was sent; 499: the client went away."""
+        """The last byte was sent; status 499 means that the client disconnected."""
         self._span.set_attribute("http.response.status_code", status)
         if status >= 500:
             _fail(self._span, str(status))
@@ -62,7 +62,7 @@ class HttpSpan:
 
 
 class EmbedSpan:
-    """Vectors of inputs, which the library divides into as many requests as they need."""
+    """An embedding, which the library divides into as many requests as needed."""
 
     def __init__(self, tracer: Any, above: Any, model: str) -> None:
         self._span = _client_span(tracer, above, "embed", model)
@@ -73,7 +73,7 @@ class EmbedSpan:
         return trace_of(self._span)
 
     def made(self, worker: str, prompt_tokens: int) -> None:
-        """They are there."""
+        """Record the result."""
         self._span.set_attributes(
             {"tokenbus.worker": worker, "gen_ai.usage.input_tokens": prompt_tokens}
         )
@@ -86,7 +86,7 @@ class EmbedSpan:
 
 
 class BusSpan:
-    """A request of the bus, from the call to its end."""
+    """A bus request, from the call to its end."""
 
     def __init__(self, tracer: Any, above: Any, kind: str, model: str) -> None:
         self._tracer = tracer
@@ -100,7 +100,7 @@ class BusSpan:
         return trace_of(self._span)
 
     def saw(self, event: StreamEvent) -> None:
-        """An event of the stream, in order."""
+        """Record an event of the stream, in order."""
         if isinstance(event, Started):
             self._leave_queue()
             self._span.add_event("started", {"tokenbus.worker": event.worker})

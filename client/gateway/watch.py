@@ -1,5 +1,5 @@
-"""Whether the broker answers, for the operator: one line when it is away and why, one when it is
-back. Requests hear of it by themselves; without this, a gateway that nobody asks says nothing.
+"""Logs whether the broker answers: one line with the cause when it is away, one when it is back.
+Requests notice by themselves; this is for a gateway without requests.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ __all__ = ["watch_broker"]
 
 log = logging.getLogger("tokenbus.gateway")
 
-#: Between two looks while all is well; one that is not answered takes as long itself.
+#: Interval between two checks while all is well; an unanswered check itself takes longer.
 _EVERY_S: Final = 5.0
-#: A broker that is there answers within milliseconds.
+#: A running broker answers within milliseconds.
 _PATIENCE_S: Final = 2.0
 
 
 async def watch_broker(bus: AsyncClient, metrics: Metrics, every_s: float = _EVERY_S) -> None:
-    """Look after the broker until cancelled, or until it refuses this client for good."""
+    """Watch the broker until cancelled, or until it refuses this client for good."""
     away: bool | None = None
     while True:
         try:
@@ -31,7 +31,7 @@ async def watch_broker(bus: AsyncClient, metrics: Metrics, every_s: float = _EVE
             metrics.broker_seen(False)
             fields = {
                 "cause": error.message,
-                "next": "start the gateway anew once its key is known",
+                "next": "restart the gateway once its key is on the broker's list",
             }
             log.error("broker refuses the gateway for good", extra={"fields": fields})
             return

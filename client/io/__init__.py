@@ -1,3 +1,3 @@
-"""What carries the core's instructions out: sockets, the thread of `Client`, the loop of
+"""Carries out the core's instructions: sockets, the thread of `Client`, the event loop of
 `AsyncClient`. Must never decide anything.
 """

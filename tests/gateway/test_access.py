@@ -86,7 +86,7 @@ def test_a_key_file_that_breaks_is_logged_once_for_each_version(
     assert logged() == []
     path.write_text("[keys.bob]\nhash = 3\n")
     [line] = logged()
-    assert "hash has a wrong type" in line and "the keys before still hold" in line
+    assert "hash has a wrong type" in line and "the previous keys stay valid" in line
     path.write_text('[keys."a\\n2030 forged"]\n')
     [line] = logged()
     assert "forged" in line and "\n" not in line

@@ -217,7 +217,7 @@ WRONG = {
     "an unknown field": ({"temprature": 1}, "temprature"),
     "an unknown role": ({"messages": [{"role": "x", "content": "a"}]}, "messages[0].role"),
     "no messages": ({"messages": []}, "messages"),
-    "sound": ({"modalities": ["text", "audio"]}, "modalities"),
+    "audio": ({"modalities": ["text", "audio"]}, "modalities"),
     "functions": ({"functions": [{"name": "f"}]}, "functions"),
     "too many stops": ({"stop": ["a"] * 17}, "stop"),
     "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs"),

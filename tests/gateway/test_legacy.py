@@ -250,7 +250,7 @@ def test_an_empty_picture_is_refused(http: httpx.Client) -> None:
 def test_a_prompt_made_with_an_older_template_is_refused(http: httpx.Client) -> None:
     prompt = "<|tokenbus:user|>\nhi<|tokenbus:end|>\n<|tokenbus:assistant|>\n"
     [frame] = frames(http, {"model": MODEL, "prompt": prompt}, headers=FASTCHAT)
-    assert frame["error_code"] != 0 and "start FastChat's API server again" in frame["text"]
+    assert frame["error_code"] != 0 and "restart FastChat's API server" in frame["text"]
 
 
 def test_marks_of_our_template_in_a_text_open_no_turn(http: httpx.Client) -> None:

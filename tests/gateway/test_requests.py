@@ -202,7 +202,7 @@ def test_what_a_caller_sent_is_not_told_back_at_any_length() -> None:
     with pytest.raises(GatewayError) as refused:
         parse(ChatRequest, json.dumps({"z" * 100_000: 1}).encode())
     assert len(refused.value.info.message) < 2100 and len(refused.value.param or "") < 250
-    assert refused.value.info.message.endswith("remove it or mend its spelling.")
+    assert refused.value.info.message.endswith("remove it or correct its spelling.")
 
 
 def test_the_document_describes_what_is_taken(http: httpx.Client) -> None:

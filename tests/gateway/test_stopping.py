@@ -37,7 +37,7 @@ def test_streams_that_outlive_the_time_to_stop_are_told(
 ) -> None:
     gateway = make_gateway("--shutdown-s", "1")
     error = _stopped_in_the_middle(gateway, signals=1)
-    assert "This gateway stops" in error.message
+    assert "This gateway is stopping" in error.message
     assert error.code == "draining"
     assert gateway.process.popen.wait(PATIENCE_S) == 0
 
@@ -88,5 +88,5 @@ def test_answers_of_every_kind_are_told_and_their_requests_cancelled(
 
 def test_a_second_signal_does_not_wait(make_gateway: Callable[..., GatewayProcess]) -> None:
     gateway = make_gateway("--shutdown-s", "3600")
-    assert "This gateway stops" in _stopped_in_the_middle(gateway, signals=2).message
+    assert "This gateway is stopping" in _stopped_in_the_middle(gateway, signals=2).message
     assert gateway.process.popen.wait(PATIENCE_S) == 0

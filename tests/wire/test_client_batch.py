@@ -240,7 +240,7 @@ def test_the_input_is_never_taken_for_the_answers(
     asked = files.input.read_bytes()
     files.output.symlink_to(files.input)
     assert batch("--retry-failed") == 2
-    assert "is the input too" in capsys.readouterr().err
+    assert "is also the input" in capsys.readouterr().err
     assert files.input.read_bytes() == asked
 
 

@@ -1,6 +1,6 @@
-"""What FastChat's API server answers beside OpenAI's paths: its token check, and its older names.
+"""Paths of FastChat's API server other than OpenAI's: its token check, and its older names.
 
-The OpenAI paths themselves are the `openai_*` modules'.
+The OpenAI paths themselves are in `client.gateway.openai`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from client.gateway.requests import EmbeddingRequest
 
 __all__ = ["context_tokens", "legacy_api_routes"]
 
-#: What FastChat assumes where a model does not say.
+#: FastChat's assumption for a model that does not say.
 ASSUMED_CONTEXT_TOKENS = 2048
 
 
 class TokenCheckItem(Struct, kw_only=True):
-    """A prompt and the answer wanted for it."""
+    """A prompt and the length of answer wanted."""
 
     model: str
     prompt: str
@@ -46,7 +46,7 @@ class _EngineInput(EmbeddingRequest, kw_only=True):
 
 
 def context_tokens(model: dict[str, Any]) -> int:
-    """Of a model as `bus.models` describes it."""
+    """The context length of a model described by `bus.models`."""
     return model.get("context_tokens") or ASSUMED_CONTEXT_TOKENS
 
 
@@ -66,7 +66,7 @@ async def _token_check(visit: Visit) -> Response:
 
 
 async def _engine_embeddings(visit: Visit) -> Response:
-    """The model stands in the path, as in the first version of OpenAI's API."""
+    """The model is in the path, as in the first version of OpenAI's API."""
     body = await visit.read(_EngineInput)
     model = visit.request.path_params["model"]
     return await embed(visit, msgspec.structs.replace(body, model=model))

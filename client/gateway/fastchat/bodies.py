@@ -1,13 +1,13 @@
-"""Bodies of the older HTTP API, FastChat's, LLaVA's and InternVL's, as requests of the bus.
+"""Converts bodies of the older HTTP API (FastChat, LLaVA, InternVL) to bus requests.
 
-Which family asks, and what its fields mean; `legacy` answers. Knows no shape of an answer.
+Decides which family asks and what its fields mean; `routes` answers.
 
-FastChat's API server makes a prompt from a template that it asks the worker for. It gets one whose
-turns are marked with words that no model uses; a prompt with those marks is turned back into
+FastChat's API server renders prompts with a template that it requests from the worker. It gets one
+whose turns are marked with words that no model uses; a prompt with those marks is converted back to
 messages, so that the model's own chat template is applied and never guessed from a name. The marks
-of each template hold a random key, so that nobody who writes a turn can write them. A prompt begins
-with a mark, which only the template can have written: its key is the one that counts, and nothing
-has to be remembered, by this gateway or another.
+of each template contain a random key, so that nobody who writes a turn can forge them. A prompt
+begins with a mark, which only the template can have written: the key in it counts, and no gateway
+has to remember anything.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _mark(key: str, word: str) -> str:
 
 
 def conversation() -> dict[str, Any]:
-    """What FastChat takes for a model's template, with a new key."""
+    """A conversation template for FastChat's API server, with a new key."""
     key = secrets.token_hex(_KEY_BYTES)
     return {
         "name": "tokenbus",
@@ -90,10 +90,10 @@ Dialect = Literal["fastchat", "llava"]
 
 
 class ModelBody(Struct, kw_only=True):
-    """Body that names a model; with none named, the only one of the bus is meant."""
+    """A body that names a model, or none if the bus serves only one."""
 
-    # Unlike OpenAI's, these bodies may carry what nobody reads: front ends send more than workers
-    # ever took (`conv_template`, `max_input_tiles`, `org_images`).
+    # Unlike OpenAI's, these bodies may contain unknown fields: front ends send more than workers
+    # ever read (`conv_template`, `max_input_tiles`, `org_images`).
     model: str | None = None
 
 
@@ -138,10 +138,10 @@ class EmbeddingBody(ModelBody, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A generation request, understood."""
+    """A generation request, decoded."""
 
     call: Generation
-    #: What stands before the answer in every frame.
+    #: Text before the answer in every frame.
     before: str
     dialect: Dialect
 
@@ -162,7 +162,7 @@ _ONLY_FASTCHAT = frozenset(
 
 
 def dialect_of(visit: Visit, fields: dict[str, Any]) -> Dialect:
-    """Which family's codes, defaults and frames the caller wants."""
+    """The family whose codes, defaults and frames the caller expects."""
     fixed = visit.gateway.config.legacy_dialect
     if fixed == "fastchat" or fixed == "llava":
         return fixed  # type: ignore[return-value]
@@ -177,7 +177,7 @@ def dialect_of(visit: Visit, fields: dict[str, Any]) -> Dialect:
 
 
 async def wanted_of(visit: Visit, fields: dict[str, Any], dialect: Dialect) -> Wanted:
-    """Read a generation request; raises GatewayError for what cannot be served."""
+    """Decode a generation request. Raises GatewayError for what cannot be served."""
     body = await visit.aside(_body_of, fields)
     model = await model_of(visit, body.model)
     visit.check(model, 0)
@@ -215,7 +215,7 @@ def _wanted(visit: Visit, body: GenerateBody, model: str, dialect: Dialect) -> W
         window=DEFAULT_WINDOW_TOKENS,
         attachments=described(attachments),
     )
-    # LLaVA's workers always put the prompt in front, FastChat's unless told not to.
+    # LLaVA's workers always put the prompt first, FastChat's unless told not to.
     echo = dialect == "llava" or body.echo is not False
     call = Generation(checked(request), attachments, size_bytes=visit.size_bytes)
     return Wanted(call, prompt if echo else "", dialect)
@@ -241,7 +241,8 @@ def _params(body: GenerateBody, dialect: Dialect) -> Params:
         "stop_token_ids": body.stop_token_ids or [],
         "seed": pick_seed(body.seed) & ((1 << 63) - 1),
         "logprobs": logprobs,
-        # FastChat keeps the end of a prompt that is too long, and counts the prompt in every frame.
+        # FastChat keeps the end of a prompt that is too long, and reports the prompt's length
+        # in every frame.
         "overflow": "truncate_left" if dialect == "fastchat" else "error",
         "echo": dialect == "fastchat",
     }
@@ -252,9 +253,9 @@ def _params(body: GenerateBody, dialect: Dialect) -> Params:
 
 
 def turns_of(prompt: str) -> list[Message] | None:
-    """The messages of a prompt that was made with the neutral template; None for any other.
+    """The messages of a prompt rendered with the marked template; None for any other prompt.
 
-    Raises GatewayError for one made with a template that this gateway no longer hands out.
+    Raises GatewayError for one rendered with a template that this gateway no longer hands out.
     """
     if not prompt.startswith(_FAMILY):
         return None
@@ -262,8 +263,8 @@ def turns_of(prompt: str) -> list[Message] | None:
     if first is None:
         raise invalid(
             "prompt",
-            "The prompt is marked by a template of an older gateway: start FastChat's API server "
-            "again, so that it asks for the template of this one.",
+            "The prompt was rendered with the template of an older gateway: restart FastChat's API "
+            "server, so that it requests the template of this one.",
         )
     roles = {_mark(first[1], word): word for word in ("system", "user", "assistant")}
     end = _mark(first[1], "end")
@@ -276,7 +277,8 @@ def turns_of(prompt: str) -> list[Message] | None:
             begins = at + len(mark)
             begins += prompt.startswith("\n", begins)
             content, at = _turn_at(prompt, begins, end, tuple(roles)[1:])
-            # An empty system prompt is none, and the last turn is the assistant's, to come.
+            # An empty system prompt counts as none, and the last turn is the assistant's
+            # answer to come.
             if content or roles[mark] == "user":
                 messages.append(Message(role=roles[mark], content=content))
                 check_count("prompt", "turns", len(messages), MAX_MESSAGES)
@@ -288,9 +290,9 @@ def turns_of(prompt: str) -> list[Message] | None:
 def _turn_at(
     prompt: str, begins: int, end: str, opening: tuple[str, ...]
 ) -> tuple[str, int | None]:
-    """The text of the turn that begins there, and where the next begins; None: nowhere.
+    """The text of the turn that begins there, and the start of the next one or None.
 
-    A turn ends where another begins: what else looks like a mark is text.
+    A turn ends where another begins; anything else that looks like a mark is text.
     """
     if prompt.startswith(opening, begins):
         return "", begins
@@ -331,8 +333,8 @@ def _with_pictures(messages: list[Message], count: int) -> list[Message]:
 
 
 def _conversation(turns: list[Turn], pictures: list[str]) -> list[Message]:
-    """InternVL's turns as messages; their pictures are put behind `pictures`, and are numbered
-    where there are several, as its workers do."""
+    """InternVL's turns as messages; their images are appended to `pictures`, and numbered if there
+    are several, as its workers do."""
     several = sum(len(turn.image or ()) for turn in turns) > 1
     messages = []
     for turn in turns:
@@ -352,7 +354,7 @@ def _picture(text: str, param: str, limit: int) -> bytes:
     try:
         data = from_base64(payload)
     except (binascii.Error, ValueError):
-        raise invalid(param, f"`{param}` is not base64 of a picture.") from None
+        raise invalid(param, f"`{param}` is not a base64-encoded image.") from None
     if not data:
         raise invalid(param, f"`{param}` is an empty picture.")
     if len(data) > limit:
@@ -370,7 +372,7 @@ async def model_names(visit: Visit, images: bool | None = None) -> list[str]:
 
 
 async def model_of(visit: Visit, named: str | None) -> str:
-    """The model named, or the only one there is; raises GatewayError(invalid_request)."""
+    """The model named, or the only one served. Raises GatewayError(invalid_request)."""
     if named:
         return named
     names = await model_names(visit)

@@ -1,13 +1,12 @@
-"""The HTTP API of the replaced systems: FastChat's and LLaVA's controller and worker in one.
+"""The HTTP API of the replaced systems: controller and worker of FastChat and LLaVA in one.
 
 An unmodified front end, `test_message` or FastChat's API server works by pointing its controller
-address here; the gateway names itself as the address of every worker. Answers have their exact
-shapes: NUL-delimited JSON whose `text` is cumulative, with the prompt in front where they put it.
+address here; the gateway names itself as the address of every worker. Answers have exactly their
+format: NUL-delimited JSON whose `text` is cumulative, with the prompt in front where they put it.
 
-The two families share paths and differ in codes and defaults. A request is FastChat's if it carries
-a field that only FastChat sends, or its user agent; else it is LLaVA's, and so is InternVL's, whose
-prompt is a list of messages. One way only: workers of the old kind are told that they cannot
-register.
+The two families share paths and differ in codes and defaults. A request is FastChat's if it has a
+field that only FastChat sends, or its user agent; otherwise it is LLaVA's (or InternVL's, whose
+prompt is a list of messages). Workers of the older systems cannot register here, and are told so.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ _LLAVA_CODES = {
 
 
 async def _null(visit: Visit) -> Response:
-    """The list of models is always fresh: there is nothing to refresh."""
+    """The list of models is always current, so there is nothing to refresh."""
     return JSONResponse(None)
 
 
@@ -116,12 +115,13 @@ async def _worker_address(visit: Visit) -> Response:
 
 
 def _own_address(visit: Visit) -> str:
-    """This gateway as the caller reached it, its key included where the address carried one."""
+    """The address at which the caller reached this gateway, with the key if the
+    address contained one."""
     given = visit.gateway.config.public_url or str(visit.request.base_url)
     scheme, _, rest = given.rstrip("/").partition("://")
     kind, _, packed = visit.request.headers.get("authorization", "").partition(" ")
     if kind.lower() == "basic":
-        # The caller sent it a moment ago; its worker calls need it again.
+        # The caller sent it itself; its calls to the worker need it again.
         with contextlib.suppress(binascii.Error, UnicodeDecodeError):
             user, _, key = base64.b64decode(packed, validate=True).decode().partition(":")
             rest = f"{quote(user, safe='')}:{quote(key, safe='')}@{rest}"
@@ -133,7 +133,7 @@ async def _test_connection(visit: Visit) -> Response:
 
 
 async def _status(visit: Visit) -> Response:
-    """The whole bus as one worker, as their controllers answer for a hierarchy of controllers."""
+    """The whole bus presented as one worker, as their controllers do in a hierarchy."""
     models = await visible_models(visit)
     workers = await visit.gateway.bus.workers()
     return JSONResponse(
@@ -158,7 +158,7 @@ async def _generate_stream(visit: Visit) -> Response:
         dialect = dialect_of(visit, fields)
         wanted = await wanted_of(visit, fields, dialect)
     except Exception as error:
-        # Their front ends read errors from frames, never from the status.
+        # Their front ends read errors from frames, never from the HTTP status.
         told = _failure(visit, error, dialect, "")
         return Response(_frame(told), media_type="application/byte-stream")
     return _FrameStream(visit, wanted)
@@ -223,7 +223,7 @@ def _frame(value: dict[str, Any]) -> bytes:
 
 
 async def _frames(visit: Visit, wanted: Wanted) -> AsyncGenerator[list[dict[str, Any]], None]:
-    """The answer as their workers tell it: the whole text so far, again and again."""
+    """The answer as their workers send it: each frame has the whole text so far."""
     text, tokens, prompt_tokens = wanted.before, 0, 0
     logprobs: dict[str, list[Any]] | None = None
     if wanted.call.request.params.logprobs is not None:
@@ -255,7 +255,7 @@ async def _frames(visit: Visit, wanted: Wanted) -> AsyncGenerator[list[dict[str,
 
 
 async def _generated(visit: Visit, wanted: Wanted) -> Batches:
-    """The events of the request. LLaVA's workers shorten an answer to what the context leaves."""
+    """The events of the request. LLaVA's workers shorten an answer to fit the context."""
     calls = [wanted.call]
     if wanted.dialect == "llava":
         request = wanted.call.request
@@ -276,7 +276,8 @@ async def _generated(visit: Visit, wanted: Wanted) -> Batches:
 
 
 def _longer(logprobs: dict[str, list[Any]], tokens: list[TokenLogprob]) -> dict[str, list[Any]]:
-    """With those of further tokens; frames that were made before keep theirs."""
+    """Log probabilities extended by those of new tokens, as a new object, since earlier
+    frames keep theirs."""
     further = text_logprobs(tokens)
     further["token_logprobs"] = [
         IMPOSSIBLE if logprob is None else logprob for logprob in further["token_logprobs"]
@@ -316,7 +317,7 @@ def _told(
 
 def _failure(visit: Visit, error: Exception, dialect: Dialect, before: str) -> dict[str, Any]:
     told = describe(error)
-    # The frame hardly says what happened: the log and the operator's view do.
+    # The frame says little about the cause; the log and the operator's view say more.
     visit.remember(told)
     try:
         code: ErrorCode | None = ErrorCode(told.info.code)

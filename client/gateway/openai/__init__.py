@@ -1,4 +1,4 @@
-"""OpenAI's API: bodies as they come, the requests made of them, and answers in its shapes.
+"""OpenAI's API: request bodies, their conversion to bus requests, and answers in its format.
 
 Types are those of the `openai` package. Must never open a socket: it translates.
 """

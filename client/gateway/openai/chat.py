@@ -1,14 +1,14 @@
-"""`POST /v1/chat/completions`, streamed and not: bus events in, OpenAI's chat shapes out.
+"""`POST /v1/chat/completions`, streamed or not: bus events in, OpenAI's chat objects out.
 
 **Re-attaching.** Every event of a stream has an id. A reader that lost its connection
 
-* sends the same request again with `Last-Event-ID`, to any gateway of the bus: the answer follows
-  from the seed, which the id carries, so it is made again and goes on behind what was received.
-  That holds as long as the model is the same;
-* or, where the request had the header `x-reattach: SECONDS`, reads `GET
-  /v1/chat/completions/{id}` with `Last-Event-ID` at the same gateway within that time: the running
-  answer itself goes on, and nothing is computed twice. Without that header the answer ends with
-  its reader, at the worker too. `POST /v1/chat/completions/{id}/cancel` ends it at once.
+* sends the same request again with `Last-Event-ID`, to any gateway of the bus: the answer is
+  determined by the seed, which the id contains, so it is generated again and continues after what
+  was received, provided that the model is the same;
+* or, if the request had the header `x-reattach: SECONDS`, reads `GET /v1/chat/completions/{id}`
+  with `Last-Event-ID` at the same gateway within that time: the running answer itself continues,
+  and nothing is computed twice. Without that header the answer ends with its reader, at the worker
+  too. `POST /v1/chat/completions/{id}/cancel` ends it at once.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _PREFIX = "chatcmpl-"
 _GREETING: Final = dumped(piece.ChoiceDelta(role="assistant", content=""))
 _NO_TEXT: Final = dumped(piece.ChoiceDelta(content=""))
 _NOTHING: Final = dumped(piece.ChoiceDelta())
-#: Within a string its quotes would be escaped.
+#: Cannot occur inside a string, where the quotes would be escaped.
 _NO_LOGPROBS: Final = b'"logprobs":{"content":[]'
 
 
@@ -104,7 +104,7 @@ async def chat_completions(visit: Visit) -> Response:
 
 
 async def read_chat(visit: Visit) -> Response:
-    """Go on with an answer that outlived its connection."""
+    """Continue reading an answer that outlived its connection."""
     position = Position.read(_PREFIX, visit.last_event_id)
     return _read_again(visit, position or Position(visit.request.path_params["id"]))
 
@@ -117,14 +117,14 @@ async def cancel_chat(visit: Visit) -> Response:
 
 
 def _read_again(visit: Visit, position: Position) -> Response:
-    """The rest of a running or kept answer; raises UnknownAnswer."""
+    """The rest of a running or kept answer. Raises UnknownAnswer."""
     kept = visit.gateway.store.find(position.answer, visit.key.name, "chat")
     assert kept.transcript is not None
     after = kept.transcript.behind(position.event_id, position.events) if position.events else 0
     if after is None:
         raise UnknownAnswer(
-            f"The events behind {position.event_id!r} are not kept here; send the same request "
-            "again with `Last-Event-ID`, and the answer is made again and goes on there."
+            f"The events after {position.event_id!r} are not kept here; send the same request "
+            "again with `Last-Event-ID`, and the answer is generated again and continues there."
         )
 
     def failed(error: GatewayError) -> list[bytes]:
@@ -134,7 +134,7 @@ def _read_again(visit: Visit, position: Position) -> Response:
 
 
 class _Answer:
-    """One answer in the making."""
+    """One answer in progress."""
 
     def __init__(
         self, visit: Visit, body: ChatRequest, choices: list[ChatChoice], position: Position
@@ -155,7 +155,7 @@ class _Answer:
             with_usage=options is not None and bool(options.include_usage),
             so_far=self._so_far,
         )
-        #: Choices whose role was told.
+        #: Choices whose role was sent.
         self._greeted: set[int] = set()
 
     def take(self, event: ChoiceEvent) -> list[tools.Piece]:
@@ -172,7 +172,7 @@ class _Answer:
         return pieces
 
     async def taking(self, batches: Batches) -> Batches:
-        """The same batches, each accounted for before the next is asked for."""
+        """The same batches, each accounted for before the next one is requested."""
         async with contextlib.aclosing(batches):
             async for batch in batches:
                 for event in batch:
@@ -181,7 +181,7 @@ class _Answer:
 
     @property
     def logprob_bytes(self) -> int:
-        """Of the log-probabilities as they will be written, about: what writing them costs."""
+        """Approximate length of the log probabilities as JSON: the cost of writing them."""
         return logprob_bytes(choice.logprobs for choice in self._choices)
 
     def complete(self) -> bytes:
@@ -195,7 +195,7 @@ class _Answer:
             usage=self._usage(),
             service_tier=self._body.service_tier,
         )
-        # Log-probabilities token by token: all at once are one step, however many there are.
+        # Log probabilities token by token: written at once, they would be a single long step.
         begun, *others = dumped(answer).split(_NO_LOGPROBS)
         parts = [begun]
         for choice, rest in zip(self._choices, others, strict=False):
@@ -243,7 +243,7 @@ class _Answer:
         yield [*self._chunks.last(self._usage()), DONE]
 
     def _tell(self, event: ChoiceEvent, out: list[bytes]) -> None:
-        """Account for one event of the bus, and add what the reader hears of it."""
+        """Account for one bus event, and append the chunks that the reader gets."""
         pieces = self.take(event)
         if isinstance(event, Prompted):
             return
@@ -267,7 +267,7 @@ class _Answer:
             out.append(self._chunk(index, _NOTHING, finish_reason=reason))
 
     def _delta(self, index: int, part: tools.Piece) -> bytes | None:
-        """What the reader does not have of a piece."""
+        """The part of a piece that the reader does not have."""
         if isinstance(part, tools.CallStart):
             if self._chunks.reader.skipped(index, 1):
                 return None

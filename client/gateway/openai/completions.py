@@ -1,7 +1,7 @@
 """`POST /v1/completions`: raw prompts, several at once, with echo, logprobs and best_of.
 
 Every event of a stream has an id. The same request again with `Last-Event-ID`, to any gateway,
-goes on behind what was received, as in `openai_chat`: the answer is made again from its seed.
+continues after what was received, as in `chat`: the answer is generated again from its seed.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class _Answer:
         if self._so_far is not None:
             self._so_far.take(event)
         if isinstance(event, Prompted) and not self._body.echo:
-            return "", []  # asked for its length alone
+            return "", []  # only its length was requested
         text, logprobs = choice.take(event)
         if isinstance(event, Delta) and not choice.prompt_only:
             self._visit.saw_token()
@@ -114,7 +114,7 @@ class _Answer:
 
     @property
     def logprob_bytes(self) -> int:
-        """Of the log-probabilities as they will be written, about: what writing them costs."""
+        """Approximate length of the log probabilities as JSON: the cost of writing them."""
         return logprob_bytes(choice.logprobs for choice in self._choices)
 
     def complete(self) -> str:
@@ -161,7 +161,7 @@ class _Answer:
     def _unread(
         self, index: int, text: str, logprobs: list[TokenLogprob]
     ) -> tuple[str, list[TokenLogprob]]:
-        """What the reader does not have."""
+        """The part that the reader does not have."""
         text = text[self._chunks.reader.skipped(index, len(text)) :]
         if self._body.logprobs is None or not logprobs:
             return text, []

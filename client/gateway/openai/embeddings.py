@@ -27,7 +27,7 @@ async def embeddings(visit: Visit) -> Response:
 
 
 async def embed(visit: Visit, body: EmbeddingRequest) -> Response:
-    """The answer to a body that was read."""
+    """The answer to a decoded body."""
     visit.check(body.model, body.priority or 0)
     options: dict[str, Any] = {"priority": body.priority or 0, "user": visit.share(body.user)}
     if body.dimensions is not None:
@@ -49,7 +49,7 @@ async def embed(visit: Visit, body: EmbeddingRequest) -> Response:
         b'{"embedding":%b,"index":%d,"object":"embedding"}' % (vector, index)
         for index, vector in enumerate(vectors)
     ]
-    # What OpenAI's own type writes of numbers, which is one step however many there are.
+    # Not through OpenAI's own type, which writes all numbers in a single step.
     tokens = made.usage.prompt_tokens
     empty = CreateEmbeddingResponse(
         object="list",

@@ -1,4 +1,4 @@
-"""Log-probabilities of a text as OpenAI's completions have them, for every door that has them.
+"""Log probabilities of a text in the form of OpenAI's completions, for every API that has them.
 
 Never imports what only the extra `gateway` installs: `python -m client batch` uses it too.
 """
@@ -19,23 +19,23 @@ _Utf8 = codecs.getincrementaldecoder("utf-8")
 
 
 class Places:
-    """Finds where each token of a text begins, in characters, as the tokens come.
+    """Finds where each token of a text begins, in characters, as the tokens arrive.
 
-    A worker tells it (`TokenLogprob.place`), since only its tokenizer knows which space of a token
-    stands in the text and which token does not. Else the bytes say it as well as they can.
+    A worker sends it (`TokenLogprob.place`), since only its tokenizer knows which spaces and tokens
+    are part of the text. Otherwise it is estimated from the bytes.
     """
 
     def __init__(self, offset: int = 0) -> None:
         self.begin(offset)
 
     def begin(self, offset: int) -> None:
-        """A part of the text begins behind `offset` characters: an echoed prompt, or its answer."""
+        """A part of the text (an echoed prompt, or its answer) begins after `offset` characters."""
         self._offset = offset
         self._characters = 0
         self._decoder = _Utf8(errors="replace")
 
     def of(self, tokens: Iterable[TokenLogprob]) -> list[TokenLogprob]:
-        """The next tokens of the part, each with its place in the whole text."""
+        """The next tokens of the part, each with its position in the whole text."""
         placed = []
         for token in tokens:
             place = self._characters if token.place is None else token.place
@@ -45,10 +45,10 @@ class Places:
 
 
 def text_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """`logprobs` of a choice of a completion; the tokens are placed."""
+    """`logprobs` of a choice of a completion; the tokens must have positions."""
     return {
         "tokens": [_name(token.token) for token in tokens],
-        # Null for the first token of a prompt: nothing stands before it.
+        # Null for the first token of a prompt: it has no predecessor.
         "token_logprobs": [token.logprob for token in tokens],
         "top_logprobs": [_top_logprobs(token) for token in tokens],
         "text_offset": [token.place for token in tokens],
@@ -64,8 +64,8 @@ def _name(data: bytes) -> str:
 
 
 def _top_logprobs(token: TokenLogprob) -> dict[str, float | None] | None:
-    """The likeliest tokens and the chosen one by their names. Tokens of the same bytes are told
-    apart: the chosen one has the name, or else the likeliest, and the others their ids."""
+    """The most likely tokens and the chosen one by name. Of tokens with the same bytes, the chosen
+    one (or else the most likely) gets the name, and the others their ids."""
     if not token.top:
         return None
     chosen = _name(token.token)

@@ -13,12 +13,12 @@ from client.gateway.errors import GatewayError
 
 __all__ = ["find_model", "get_model", "list_models", "visible_models"]
 
-#: Facts of the bus that are shown beside OpenAI's own fields.
+#: Fields of the bus that are shown in addition to OpenAI's own.
 _BESIDE = ("kinds", "images", "context_tokens", "workers", "ready", "capacity", "running", "queued")
 
 
 async def visible_models(visit: Visit) -> list[dict[str, Any]]:
-    """The models that the key may use, as `bus.models` describes them, by name."""
+    """The models that the key may use, as described by `bus.models`, sorted by name."""
     models = await visit.gateway.bus.models()
     return sorted(
         (model for model in models if visit.key.may_use(model["name"])),
@@ -27,13 +27,13 @@ async def visible_models(visit: Visit) -> list[dict[str, Any]]:
 
 
 def find_model(models: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """The model of that name; raises GatewayError(model_unavailable) where there is none."""
+    """The model with that name. Raises GatewayError(model_unavailable) if there is none."""
     for model in models:
         if model["name"] == name:
             return model
     raise GatewayError(
         ErrorCode.MODEL_UNAVAILABLE,
-        f"No worker serves model {name!r}; `GET /v1/models` lists those that are served.",
+        f"No worker serves model {name!r}; `GET /v1/models` lists the models served.",
         param="model",
     )
 

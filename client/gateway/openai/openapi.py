@@ -1,6 +1,6 @@
-"""`GET /openapi.json`: what OpenAI's endpoints take here, made from the types that read the bodies.
+"""`GET /openapi.json`: generated from the types that decode the bodies.
 
-Answers are those of OpenAI's own reference; described here are their media types and our errors.
+Answers are as in OpenAI's own reference; only their media types and our errors are described.
 """
 
 from __future__ import annotations
@@ -25,22 +25,25 @@ _TAKES = {
     ("post", "/v1/completions"): (CompletionRequest, "Continue raw prompts."),
     ("post", "/v1/embeddings"): (EmbeddingRequest, "Vectors of texts."),
     ("post", "/v1/responses"): (ResponseRequest, "Answer an input."),
-    ("post", "/bus/drain"): (DrainBody, "Let a worker finish; an operator's."),
+    ("post", "/bus/drain"): (DrainBody, "Let a worker finish and leave; for operators."),
 }
 _TAKES_NOTHING = {
     ("get", "/v1/models"): "The models of the bus.",
     ("get", "/v1/models/{id}"): "One model.",
-    ("get", "/v1/chat/completions/{id}"): "Go on with an answer that outlived its connection.",
+    (
+        "get",
+        "/v1/chat/completions/{id}",
+    ): "Continue reading an answer that outlived its connection.",
     ("post", "/v1/chat/completions/{id}/cancel"): "Stop such an answer.",
-    ("get", "/v1/responses/{id}"): "A response that was kept.",
+    ("get", "/v1/responses/{id}"): "A kept response.",
     ("delete", "/v1/responses/{id}"): "Forget a response.",
     ("post", "/v1/responses/{id}/cancel"): "Stop a response in the background.",
-    ("get", "/v1/responses/{id}/input_items"): "What a response was asked with.",
+    ("get", "/v1/responses/{id}/input_items"): "The input of a response.",
     ("get", "/bus/session"): "What the key may do.",
-    ("get", "/bus/overview"): "The bus as it is now; an operator's.",
-    ("get", "/health"): "The process lives.",
-    ("get", "/ready"): "The broker answers.",
-    ("get", "/metrics"): "Figures in Prometheus' format.",
+    ("get", "/bus/overview"): "The current state of the bus; for operators.",
+    ("get", "/health"): "Whether the process is alive.",
+    ("get", "/ready"): "Whether the broker answers.",
+    ("get", "/metrics"): "Metrics in Prometheus' format.",
 }
 _INCLUDE = {"type": "array", "items": {"enum": list(INCLUDABLE)}}
 _QUERY: dict[str, dict[str, dict[str, Any]]] = {

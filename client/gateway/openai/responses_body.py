@@ -1,7 +1,7 @@
-"""The body of `POST /v1/responses`: its fields, and the way to the same bus request as a chat.
+"""The body of `POST /v1/responses`: its fields, and its conversion to a chat request.
 
 As in `requests`, a field is honoured, a label, or refused by name. The items of `input` are
-turned into chat messages, so that one conversion knows what a message means on the bus.
+converted to chat messages, so that only one conversion to the bus is needed.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ __all__ = [
 ]
 
 LOGPROBS = "message.output_text.logprobs"
-#: What `include` may ask for. But for log-probabilities it is more of what models of the bus never
-#: do, or what stands there anyway.
+#: Values allowed in `include`. Except for log probabilities, they ask for things that models of the
+#: bus never do, or that are in the answer anyway.
 INCLUDABLE: Final = (
     LOGPROBS,
     "reasoning.encrypted_content",
@@ -63,7 +63,7 @@ class InputText(_Content, tag="input_text", tag_field="type", kw_only=True):
 
 class OutputText(_Content, tag="output_text", tag_field="type", kw_only=True):
     text: str
-    # As the SDK's object of an earlier answer carries them.
+    # Fields that the SDK's object of an earlier answer has.
     annotations: http.Label = None
     logprobs: http.Label = None
     parsed: http.Label = None
@@ -93,7 +93,7 @@ Content = InputText | OutputText | Refusal | InputImage | InputFile
 class MessageItem(_Body, tag="message", tag_field="type", kw_only=True):
     role: Literal["user", "assistant", "system", "developer"]
     content: str | list[Content]
-    # As an earlier answer carries them.
+    # Fields that an earlier answer has.
     id: str | None = None
     status: str | None = None
     phase: str | None = None
@@ -106,7 +106,7 @@ class FunctionCallItem(_Body, tag="function_call", tag_field="type", kw_only=Tru
     arguments: str
     id: str | None = None
     status: str | None = None
-    #: Who called, and whether others were waited for: of no interest to a model that reads of it.
+    #: Who called and how: not shown to the model.
     caller: http.Label = None
     async_: http.Label = msgspec.field(default=None, name="async")
     parsed_arguments: http.Label = None
@@ -118,14 +118,14 @@ class FunctionOutputItem(_Body, tag="function_call_output", tag_field="type", kw
     output: str | list[Content]
     id: str | None = None
     status: str | None = None
-    #: The function's, which the call names as well.
+    #: The function's name, which the call has as well.
     name: str | None = None
     caller: http.Label = None
     namespace: http.Refused = None
 
 
 class ReasoningItem(_Body, tag="reasoning", tag_field="type", kw_only=True):
-    """Of an earlier answer; models of the bus do not read it."""
+    """Reasoning of an earlier answer; models of the bus do not read it."""
 
     id: str | None = None
     summary: Any = None
@@ -153,16 +153,16 @@ class FunctionTool(_Body, kw_only=True):
     strict: bool | None = None
     description: str | None = None
     cache_control: http.Label = None
-    #: What the function's answer looks like; the model sees the answer itself.
+    #: The format of the function's answer; the model sees the answer itself.
     output_schema: http.Label = None
-    #: A model of the bus calls in its answer ("direct"), and waits for nothing else meanwhile.
+    #: Models of the bus make calls in their answer ("direct").
     allowed_callers: http.Label = None
     async_: http.Label = msgspec.field(default=None, name="async")
-    #: Every tool is told to the model at once.
+    #: The model is always given all tools at once.
     defer_loading: http.Label = None
 
 
-#: Kinds of tools that OpenAI runs, or whose calls have a form of their own.
+#: Kinds of tools that OpenAI runs itself, or whose calls have a special form.
 _RUN_ELSEWHERE: Final = (
     "apply_patch",
     "code_interpreter",
@@ -215,10 +215,10 @@ class TextConfig(_Body, kw_only=True):
 
 class Reasoning(_Body, kw_only=True):
     effort: str | None = None
-    #: Of reasoning, which answers of the bus do not show.
+    #: A summary of reasoning, which answers of the bus do not contain.
     summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
-    #: Models of the bus read no reasoning of earlier turns.
+    #: Models of the bus do not read reasoning of earlier turns.
     context: Literal["auto", "current_turn"] | None = None
     mode: Literal["standard"] | None = None
 
@@ -236,7 +236,7 @@ class ResponseRequest(http.Extensions, kw_only=True):
     instructions: str | None = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
-    #: Runs on when nobody reads; needs `store`.
+    #: Keeps running when nobody reads; needs `store`.
     background: bool | None = None
     store: bool | None = None
     previous_response_id: str | None = None
@@ -246,39 +246,39 @@ class ResponseRequest(http.Extensions, kw_only=True):
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     include: list[str] | None = None
     text: TextConfig | None = None
-    #: Functions; tools of other kinds beside them are left out, see `functions_of`.
+    #: Functions; other kinds of tools are left out, see `functions_of`.
     tools: Annotated[list[dict[str, Any]], Meta(max_length=http.MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
-    #: "auto": the oldest tokens make room; "disabled": a prompt that is too long is an error.
+    #: "auto": the oldest tokens are dropped; "disabled": a prompt that is too long is an error.
     truncation: Literal["auto", "disabled"] | None = None
     service_tier: http.ServiceTier | None = None
     user: str | None = None
     # Labels.
     metadata: dict[str, str] | None = None
     client_metadata: http.Label = None
-    #: Of tools that run at OpenAI; functions run at the caller.
+    #: Limits tools that run at OpenAI; functions run at the caller.
     max_tool_calls: Annotated[int, Meta(ge=1)] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
-    #: Given to the chat template as they are.
+    #: Passed to the chat template unchanged.
     chat_template_kwargs: dict[str, Any] | None = None
-    # Known, not served.
+    # Known but not served.
     context_management: http.Refused = None
     conversation: http.Refused = None
     moderation: http.Refused = None
     prompt: http.Refused = None
 
 
-#: The output item of that id that is kept here, as JSON; raises GatewayError where there is none.
+#: Returns the kept output item with that id, as JSON. Raises GatewayError if there is none.
 Found = Callable[[str], dict[str, Any]]
 
 
 def with_references(body: ResponseRequest, kept: Found) -> ResponseRequest:
-    """The same request with the items themselves in the place of references to them."""
+    """The same request with references replaced by the items themselves."""
     if isinstance(body.input, str):
         return body
     items = []
@@ -291,7 +291,7 @@ def with_references(body: ResponseRequest, kept: Found) -> ResponseRequest:
 
 
 def _typed(item: dict[str, Any]) -> dict[str, Any]:
-    """An item of the input with its type, which may be left out of two."""
+    """An input item with its type, which may be missing in two kinds."""
     if item.get("type") is not None:
         return item
     asked = {name for name, value in item.items() if value is not None}
@@ -299,7 +299,8 @@ def _typed(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _messages_of(body: ResponseRequest) -> tuple[list[http.ChatMessage], list[str]]:
-    """The input as chat messages, without instructions and earlier turns; where each begins."""
+    """The input as chat messages, without instructions and earlier turns, and the field from
+    which each comes."""
     if isinstance(body.input, str):
         return [http.ChatMessage(role="user", content=body.input)], ["input"]
     if not body.input:
@@ -313,14 +314,14 @@ def _messages_of(body: ResponseRequest) -> tuple[list[http.ChatMessage], list[st
         _append(messages, item, path)
         paths += [path] * (len(messages) - len(paths))
     if not messages:
-        raise invalid("input", "`input` holds nothing that a model reads; add a message.")
+        raise invalid("input", "`input` contains nothing that a model reads; add a message.")
     return messages, paths
 
 
 def named_in_input(
     error: GatewayError, body: ResponseRequest, chat: http.ChatRequest
 ) -> GatewayError:
-    """An error about a message of the chat that the body became, told of the body's own field."""
+    """An error about a chat message, changed to name the field of this body."""
     at = re.match(r"messages\[(\d+)\]", error.param or "")
     if at is None or error.param is None:
         return error
@@ -353,7 +354,7 @@ def _append(messages: list[http.ChatMessage], item: Item, path: str) -> None:
                 function=http.CalledFunction(name=item.name, arguments=item.arguments),
             )
             last = messages[-1] if messages else None
-            # Calls of one turn are one message of a chat.
+            # Calls of one turn become one chat message.
             if last is not None and last.role == "assistant":
                 last.tool_calls = [*(last.tool_calls or []), call]
             else:
@@ -368,7 +369,7 @@ def _append(messages: list[http.ChatMessage], item: Item, path: str) -> None:
                 )
             )
         case ReasoningItem() | ItemReference():
-            pass  # `with_references` was there before
+            pass  # `with_references` has already replaced it
 
 
 def _parts(content: list[Content], path: str) -> list[http.ContentPart]:
@@ -390,7 +391,7 @@ def _parts(content: list[Content], path: str) -> list[http.ContentPart]:
 
 
 def as_chat(body: ResponseRequest, earlier: list[http.ChatMessage]) -> http.ChatRequest:
-    """The chat request that asks for the same answer; raises GatewayError naming the field."""
+    """The equivalent chat request. Raises GatewayError naming the field."""
     http.refuse_unserved(body)
     for entry in body.include or []:
         check_include(entry)
@@ -423,14 +424,15 @@ def as_chat(body: ResponseRequest, earlier: list[http.ChatMessage]) -> http.Chat
 
 
 def check_include(entry: str) -> None:
-    """Raises GatewayError for what `include` cannot ask for."""
+    """Raises GatewayError for an invalid value of `include`."""
     if entry not in INCLUDABLE:
         raise invalid("include", f"`include` knows {', '.join(INCLUDABLE)}; not {entry!r}.")
 
 
 def functions_of(body: ResponseRequest) -> list[FunctionTool]:
-    """The tools that the model may call. Tools that OpenAI runs itself are left out: agents send
-    them beside their functions whoever answers. Raises GatewayError where there is nothing else."""
+    """The tools that the model may call. Tools that OpenAI runs itself are left out, because
+    agents send them along with their functions to any server. Raises GatewayError if there are
+    no other tools."""
     functions: list[FunctionTool] = []
     left_out: list[str] = []
     for index, tool in enumerate(body.tools or []):

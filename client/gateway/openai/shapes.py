@@ -1,7 +1,8 @@
-"""What OpenAI's endpoints have in common: usage, log-probabilities, the last events.
+"""Objects common to OpenAI's endpoints: usage, log probabilities, the last events.
 
-Shapes are the types of the `openai` package, so that conformity is theirs. The chunks of a stream
-are filled into bytes that those types made once: a token shall not cost a model.
+They are built with the types of the `openai` package, which guarantees conformity. The chunks of
+a stream are filled into a template that those types produced once, so that a token does not cost
+a pydantic model.
 """
 
 from __future__ import annotations
@@ -35,20 +36,20 @@ __all__ = [
     "usage_of",
 ]
 
-#: Of one token and its log-probability, at least.
+#: Minimum length of one token with its log probability.
 _LOGPROB_BYTES: Final = 64
 
-#: For the text of a chunk.
+#: Encodes the text of a chunk.
 JSON: Final = msgspec.json.Encoder()
 
 
 def dumped(shape: BaseModel) -> bytes:
-    """A shape of the `openai` package as JSON."""
+    """An object of the `openai` package as JSON."""
     return shape.model_dump_json(exclude_unset=True, by_alias=True, warnings=False).encode()
 
 
 def usage_of(ends: Iterable[Usage], *, prompts: int = 1) -> CompletionUsage:
-    """The sum over the choices; the prompt of a choice counts once for each of `prompts`.
+    """The sum over the choices; each of the `prompts` is counted once.
 
     `ends` are in the order of the choices: all choices of the first prompt, then of the second.
     """
@@ -69,12 +70,12 @@ def usage_of(ends: Iterable[Usage], *, prompts: int = 1) -> CompletionUsage:
 
 
 class UsageSoFar:
-    """Usage while a stream runs, summed over its choices, which are in the order of `usage_of`."""
+    """Usage while a stream runs, summed over its choices, which are ordered as in `usage_of`."""
 
     def __init__(self, choices: int, *, prompts: int = 1) -> None:
         self._each = choices // prompts
         self._prompts = prompts
-        #: Prompt tokens by prompt; a worker tells them before the first token, where it is asked.
+        #: Prompt tokens by prompt; a worker sends them before the first token, if requested.
         self._prompt_tokens: dict[int, int] = {}
         self._completion_tokens = [0] * choices
 
@@ -91,7 +92,7 @@ class UsageSoFar:
                 self._completion_tokens[event.choice] = event.end.usage.completion_tokens
 
     def usage(self) -> bytes:
-        """As JSON; null as long as a prompt's length is not known."""
+        """Usage as JSON; null while a prompt's length is unknown."""
         if len(self._prompt_tokens) < self._prompts:
             return b"null"
         prompt, completion = sum(self._prompt_tokens.values()), sum(self._completion_tokens)
@@ -103,7 +104,7 @@ class UsageSoFar:
 
 
 class Chunks:
-    """The chunks of one streamed answer, as events. What all have in common is written once."""
+    """The chunks of one streamed answer, as events. Their common parts are written once."""
 
     def __init__(
         self,
@@ -117,14 +118,14 @@ class Chunks:
         with_usage: bool,
         so_far: UsageSoFar | None,
     ) -> None:
-        """`shape`: a type of the `openai` package, `kind` what it calls itself. `logprobs`: those
-        of tokens are sent."""
+        """`shape`: a type of the `openai` package; `kind`: its `object` field. `logprobs`: whether
+        log probabilities are sent."""
         empty = shape(
             id=position.answer, object=kind, created=int(time.time()), model=model, choices=[]
         )
         head, before, behind = dumped(empty).replace(b"%", b"%%").partition(b'"choices":[')
         self.reader = Reader(position, choices, tokens=logprobs)
-        #: To be filled with the id, the choice and the usage.
+        #: Template to be filled with the id, the choice and the usage.
         self._format = (
             self.reader.id_line
             + (b"data: " + head + before + b"%b")
@@ -141,7 +142,7 @@ class Chunks:
         return self._format % (*self.reader.next_id(), choice, usage)
 
     def last(self, usage: CompletionUsage) -> list[bytes]:
-        """What follows all choices: their usage, where it was asked for and is not read yet."""
+        """The events after all choices: their usage, if requested and not read yet."""
         if not self._with_usage or self.reader.read_usage:
             return []
         id_ = self.reader.next_id(usage=True)
@@ -153,13 +154,14 @@ def _finite(logprob: float | None) -> float:
 
 
 def logprob_bytes(choices: Iterable[Sequence[TokenLogprob]]) -> int:
-    """What the log-probabilities of the choices take as JSON, about."""
+    """Approximate length of the choices' log probabilities as JSON."""
     counts = (len(tokens) * (1 + len(tokens[0].top)) for tokens in choices if tokens)
     return sum(counts) * _LOGPROB_BYTES
 
 
 def chat_logprobs(tokens: Iterable[TokenLogprob]) -> list[ChatCompletionTokenLogprob]:
-    """Log-probabilities as chat has them; bytes that are not a whole character show as U+FFFD."""
+    """Log probabilities in the form of chat; bytes that are not a whole character
+    appear as U+FFFD."""
     return [
         ChatCompletionTokenLogprob(
             token=token.token.decode(errors="replace"),
@@ -179,5 +181,5 @@ def chat_logprobs(tokens: Iterable[TokenLogprob]) -> list[ChatCompletionTokenLog
 
 
 def error_event(error: GatewayError, request_id: str) -> bytes:
-    """The last event but one of a stream that failed; OpenAI's SDKs raise it."""
+    """The event before the last of a stream that failed; OpenAI's SDKs raise it."""
     return encode(msgspec.json.encode(error_body(error, request_id)))
