@@ -1,13 +1,13 @@
 """`python -m worker`: serve models on the bus until told to stop.
 
 This process becomes the link; the engine runs in a child process. Exit status: 0 after a drain, 1
-when the engine cannot be had or every broker refuses the worker, 2 for a wrong option. Must never
-import torch.
+when the engine cannot be started or every broker refuses the worker, 2 for a wrong option. Must
+never import torch.
 """
 
 from __future__ import annotations
 
-from broker.protocol import early  # noqa: F401  # first: it hears signals from now on
+from broker.protocol import early  # noqa: F401  # first: it handles signals from here on
 
 # isort: split
 
@@ -53,7 +53,7 @@ def _environment(config: options.WorkerConfig) -> dict[str, str]:
 
 
 def serve(config: options.WorkerConfig) -> int:
-    """Be a worker; returns the exit status."""
+    """Run the worker; returns the exit status."""
     from broker.peer.keys import KeyFileError, Keys
     from broker.protocol.tracing import make_tracer
     from worker.core.session import Settings, WorkerCore
@@ -108,7 +108,8 @@ def serve(config: options.WorkerConfig) -> int:
 
 
 def check(config: options.WorkerConfig) -> int:
-    """`--no-register`: load the engine and let it answer one prompt; returns the exit status."""
+    """`--no-register`: load the engine and let each model answer one prompt; returns
+    the exit status."""
     from worker.check import CheckFailed, check_engine
 
     try:

@@ -1,7 +1,6 @@
 """`--no-register`: load the engine as a worker would, let each model answer one prompt, report.
 
-For a model that is to be tried before it joins a bus. Serves nobody. Must never import zmq or
-torch.
+For trying a model before it joins a bus. Serves nobody. Must never import zmq or torch.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class CheckFailed(Exception):
 def check_engine(
     options: EngineOptions, environment: dict[str, str], display: LoadingDisplay
 ) -> str:
-    """Load the engine and let each model answer. Returns a report; raises CheckFailed."""
+    """Load the engine and let each model answer. Returns a report. Raises CheckFailed."""
     supervisor = Supervisor(options, environment)
     supervisor.start()
     try:

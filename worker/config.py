@@ -1,8 +1,8 @@
 """Every option of the worker: flag, environment variable, default, unit and reason.
 
-Flags go before the environment (`TOKENBUS_WORKER_...`), which goes before the defaults. Old
-spellings of the replaced systems are accepted, or answered with what takes their place
-(`replaced`). Must never import zmq or torch: `--help` is quick.
+Flags take precedence over the environment (`TOKENBUS_WORKER_...`), and that over the defaults. Old
+spellings of the replaced systems are accepted, or answered with their replacement (`replaced`).
+Must never import zmq or torch, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    """What `python -m worker` was told."""
+    """The options of `python -m worker`."""
 
     worker_id: str
     brokers: tuple[str, ...]
@@ -64,24 +64,24 @@ class WorkerConfig:
     log_format: str
     log_file: Path | None
     progress: bool
-    #: CUDA_VISIBLE_DEVICES of the engine; None: as the worker's own.
+    #: CUDA_VISIBLE_DEVICES of the engine; None: the same as the worker's own.
     gpus: str | None
-    #: Variables of the environment that look like options and are none.
+    #: Environment variables that look like options but are not.
     misspelt: tuple[str, ...]
     engine: EngineOptions
 
 
 def software() -> str:
-    """What this worker runs, for HELLO."""
+    """The software string sent in HELLO."""
     return f"tokenbus-worker/{version()}"
 
 
 def check_address(address: str) -> str:
-    """A broker's address as ZeroMQ takes it. Raises ConfigError that says what to use instead."""
+    """Check a broker address for ZeroMQ. Raises ConfigError that says what to use instead."""
     scheme, _, rest = address.partition("://")
     if scheme in ("http", "https"):
         raise ConfigError(
-            f"{address} is a web address, and the bus speaks ZeroMQ: use tcp://HOST:PORT with the "
+            f"{address} is a web address, but the bus speaks ZeroMQ: use tcp://HOST:PORT with the "
             "broker's back port (5556 unless its operator chose another)"
         )
     if scheme == "ipc" and rest:
@@ -107,13 +107,14 @@ def _seconds(text: str) -> float:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line. Defaults are None: the environment is asked after the flags."""
+    """The command line. Defaults are None here, since the environment comes between
+    flags and defaults."""
     made = OptionParser(
         replaced=REPLACED,
         raises=ConfigError,
         prog="python -m worker",
         description="Serve models on a tokenbus: connects out to a broker, runs the engine in a "
-        "process of its own.",
+        "separate process.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=None,
@@ -131,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
         "--model-names",
         action="append",
         metavar="NAME",
-        help="name to serve it under, comma list for several; once for each model "
+        help="name to serve it under, several separated by commas; once per model "
         "[the path's last part]",
     )
     models.add_argument(
@@ -142,14 +143,14 @@ def parser() -> argparse.ArgumentParser:
         "--trust-remote-code",
         "--trust_remote_code",
         action="store_true",
-        help="run Python code that the model brings along: only for models that you trust [no]",
+        help="run Python code that comes with the model: only for models that you trust [no]",
     )
 
     models.add_argument(
         "--chat-template",
         "--conv-template",
         metavar="FILE|NAME",
-        help="Jinja file that makes prompts of conversations, for models without one, or one of "
+        help="Jinja file that renders conversations, for models without one, or one of "
         f"{', '.join(NAMED_TEMPLATES)} [the model's own]",
     )
 
@@ -161,7 +162,7 @@ def parser() -> argparse.ArgumentParser:
         "--engine-arg",
         action="append",
         metavar="KEY=VALUE",
-        help="an option of the engine itself; repeat for several",
+        help="an option of the engine itself; repeatable",
     )
     engine.add_argument(
         "--device", metavar="DEV", help="auto, cpu, cuda, cuda:1, mps, xpu, npu [auto]"
@@ -189,7 +190,7 @@ def parser() -> argparse.ArgumentParser:
         "--engine-stall-s",
         type=_positive,
         metavar="S",
-        help="an engine with work that finishes no step for so long is killed and started again "
+        help="an engine that has work but finishes no step for this long is killed and restarted "
         "[120]",
     )
 
@@ -219,13 +220,13 @@ def parser() -> argparse.ArgumentParser:
         "--grace-s",
         type=_seconds,
         metavar="S",
-        help="how long requests run on after their broker was lost [30]",
+        help="how long requests keep running after their broker was lost [30]",
     )
     bus.add_argument(
         "--drain-s",
         type=_seconds,
         metavar="S",
-        help="how long running requests may take once the worker is told to stop [30]",
+        help="how long running requests may take after the worker was told to stop [30]",
     )
     bus.add_argument(
         "--server-key", metavar="FILE", help="the broker's public CURVE key (.key file)"
@@ -265,7 +266,7 @@ _CHOICES: Final = {
 
 
 def _from_environment(action: argparse.Action, text: str, name: str) -> Any:
-    """The value that an environment variable gives an option."""
+    """The value of an option that is set by an environment variable."""
     if isinstance(action, argparse._StoreTrueAction):
         try:
             return parse_bool(text)
@@ -300,7 +301,7 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] = os.environ)
     for option, choices in _CHOICES.items():
         if values[option] not in choices:
             flag = "--" + option.replace("_", "-")
-            raise ConfigError(f"{flag} {values[option]}: one of {', '.join(choices)} is needed")
+            raise ConfigError(f"{flag} {values[option]}: must be one of {', '.join(choices)}")
     values["misspelt"] = tuple(misspelt(environment, known, ENVIRONMENT_PREFIX))
     return _checked(values)
 
@@ -314,7 +315,7 @@ def _checked(values: dict[str, Any]) -> WorkerConfig:
         )
     )
     if (values["server_key"] is None) != (values["key"] is None):
-        raise ConfigError("--server-key and --key belong together: give both, or neither")
+        raise ConfigError("--server-key and --key go together: give both or neither")
     worker_id = values["worker_id"] or f"{socket.gethostname()[:200]}-{secrets.token_hex(3)}"
     if len(worker_id.encode()) > 256:
         raise ConfigError("--worker-id is longer than 256 bytes")
@@ -348,7 +349,7 @@ def _engine_options(values: dict[str, Any]) -> EngineOptions:
     for item in values["engine_arg"] or []:
         key, separator, text = item.partition("=")
         if not separator or not key:
-            raise ConfigError(f"--engine-arg {item}: KEY=VALUE is needed")
+            raise ConfigError(f"--engine-arg {item}: must be KEY=VALUE")
         engine_args[key.replace("-", "_")] = text
     if not paths:
         if values["engine"] == "transformers":

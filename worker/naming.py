@@ -1,8 +1,7 @@
 """Model names from paths, and which name belongs to which model.
 
-The rule is that of the replaced systems: the last component of the path; `checkpoint-N` gets the
-parent's name in front, because a folder of checkpoints is named by its parent. Must never look at
-the disk.
+The rule is that of the replaced systems: the last component of the path; `checkpoint-N` is prefixed
+with the parent's name, because the parent folder names the model. Must never look at the disk.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 
 
 def name_from_path(path: str) -> str:
-    """The name under which a model is served when none is given.
+    """The name under which a model is served if none is given.
 
     >>> name_from_path("liuhaotian/llava-v1.5-7b/")
     'llava-v1.5-7b'
@@ -33,10 +32,11 @@ def _items(values: Sequence[str]) -> list[str]:
 def pair_names(
     paths: Sequence[str], names: Sequence[str]
 ) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """Paths, and the names of each, from repeated options that may be comma lists.
+    """Paths with their names, from repeated options that may be comma-separated lists.
 
-    One model: all names are its. Several: one `--model-name` for each model (each a comma list of
-    that model's names), or one comma list with one name for each. Raises ValueError otherwise.
+    One model: it gets all names. Several: one `--model-name` for each model (a comma-separated
+    list of that model's names), or one comma-separated list with one name for each. Raises
+    ValueError otherwise.
     """
     models = _items(paths)
     groups: list[tuple[str, ...]]

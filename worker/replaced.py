@@ -1,4 +1,4 @@
-"""Options of the workers that this one replaces, and what takes their place. Words only."""
+"""Options of the workers that this one replaces, and the options to use now. Texts only."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _CURVE: Final = "the bus encrypts with CURVE: see --server-key and --key"
 REPLACED: Final = {
     **dict.fromkeys(("--host", "--port", "--worker-address", "--worker"), _NO_SERVER),
     "--num-gpus": "a model is spread over all GPUs that the worker sees; choose them with --gpus",
-    "--max-gpu-memory": "--engine-arg max_memory=0=20GiB,1=20GiB says how much of each GPU",
-    "--cpu-offloading": "--engine-arg max_memory=0=20GiB,cpu=64GiB lets the CPU hold the rest",
-    "--stream-interval": "not needed: tokens travel in one message a step; a request may set its "
-    "own stream_interval",
+    "--max-gpu-memory": "--engine-arg max_memory=0=20GiB,1=20GiB limits the use of each GPU",
+    "--cpu-offloading": "--engine-arg max_memory=0=20GiB,cpu=64GiB puts the rest on the CPU",
+    "--stream-interval": "not needed: tokens are sent in one message per step; a request may set "
+    "its own stream_interval",
     "--use-flash-attn": "--engine-arg attention=flash_attention_2",
     **dict.fromkeys(
         ("--multi-modal", "--multimodal"),
@@ -37,7 +37,7 @@ REPLACED: Final = {
         "there is no xFasterTransformer engine; --device cpu runs on the CPU",
     ),
     "--embed-in-truncate": "an embedding request that is too long is refused; cut it in the client",
-    "--seed": "every request has a seed of its own, which the client may set",
+    "--seed": "every request has its own seed, which the client may set",
     "--debug": "--log-level debug",
     "--ssl": _CURVE,
     "--tokenizer-path": "the tokenizer is the one in the model's folder",

@@ -150,7 +150,7 @@ def test_a_broker_named_twice_is_one_broker() -> None:
         (["--drain-s", "long"], "long is not a number of seconds"),
         (["--speed", "-1"], "positive"),
         (["--dtype", "int3"], "one of auto, float32"),
-        (["--key", "k"], "belong together"),
+        (["--key", "k"], "go together"),
         (["--worker-id", "x" * 300], "256 bytes"),
         (["--port", "40000"], "listens nowhere"),
         (["--worker", "http://localhost:40000"], "listens nowhere"),

@@ -336,7 +336,7 @@ def test_wrong_options_are_told() -> None:
     assert failure(build(), job(options={"error_at": "soon"})) == "invalid_request"
     with pytest.raises(EngineLoadError, match="nonsense"):
         build(nonsense=1)
-    with pytest.raises(EngineLoadError, match="whole number"):
+    with pytest.raises(EngineLoadError, match="integer"):
         build(context_tokens="many")
     with pytest.raises(EngineLoadError, match="as asked"):
         build(load_error="as asked")

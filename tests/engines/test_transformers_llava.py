@@ -346,7 +346,7 @@ def test_a_pickle_that_would_run_code_is_never_run(base: Path, tower: Path, tmp_
             return (Path.touch, (tmp_path / "ran",))
 
     folder = write(tmp_path / "bad", facts(tower), "mm_projector.bin", {"mm_projector.0": Bomb()})
-    with pytest.raises(EngineLoadError, match="something else than tensors"):
+    with pytest.raises(EngineLoadError, match="something other than tensors"):
         load(folder, base, safetensors_only=False)
     assert not (tmp_path / "ran").exists()
 

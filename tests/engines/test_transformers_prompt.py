@@ -410,6 +410,6 @@ def test_a_model_that_answers_about_a_picture_only_says_so() -> None:
     try:
         error = one(engine, completion("the fox")).failed
         assert error is not None and error.code == "invalid_request"
-        assert "about a picture only" in error.message
+        assert "only answers about an image" in error.message
     finally:
         engine.close()

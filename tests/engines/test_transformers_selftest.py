@@ -182,7 +182,7 @@ def test_a_fault_of_ours_is_refused_at_load_with_its_traceback_in_the_log(
     monkeypatch.setattr(Forward, "decode", names["faulty"])
     with (
         caplog.at_level(logging.ERROR),
-        pytest.raises(EngineLoadError, match=r"a fault of tokenbus itself.*TypeError"),
+        pytest.raises(EngineLoadError, match=r"a bug in tokenbus itself.*TypeError"),
     ):
         tiny.serve(tiny.llama())
     (record,) = (record for record in caplog.records if record.exc_info)

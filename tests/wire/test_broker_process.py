@@ -212,7 +212,7 @@ def test_a_broker_that_fails_says_why_before_anything_else_can_end_it() -> None:
         (("--front", "tcp://127.0.0.1:99999"), "1 to 65535"),
         (("--back", "tcp://127.0.0.1:http"), "1 to 65535"),
         (("--placement", "best"), "least_loaded"),
-        (("--inflight", "many"), "whole number"),
+        (("--inflight", "many"), "integer"),
         (("--queue-s", "nan"), "below"),
         (("--config", "nowhere.toml"), "nowhere.toml"),
     ],

@@ -392,7 +392,7 @@ def test_no_register_checks_the_engine_and_leaves() -> None:
     [
         (["--broker", "http://localhost:21001"], "use tcp://HOST:PORT"),
         (["--engine", "nosuch", "--no-register"], "there are: echo"),
-        (["--key", "nosuch"], "--server-key and --key belong together"),
+        (["--key", "nosuch"], "--server-key and --key go together"),
         (["--key", "nosuch", "--server-key", "nosuch"], "key file nosuch"),
     ],
 )

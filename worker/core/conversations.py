@@ -1,7 +1,7 @@
-"""Chat templates for models that bring none: a Jinja file, or one of FastChat's by its name.
+"""Chat templates for models without one: a Jinja file, or one of FastChat's by name.
 
-The templates are FastChat's conversations of these names, as their models were trained on them.
-Needs nothing but the standard library, so that a wrong name is told before a model is loaded.
+The templates are FastChat's conversations with these names, as their models were trained on them.
+Needs only the standard library, so that a wrong name is reported before a model is loaded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _OTHERS: Final = "{{ raise_exception('this chat template knows system, user and 
 
 
 def _conversation(system: str, user: str, assistant: str, opening: str, start: str = "") -> str:
-    """A template of turns; `opening` begins an answer. Each turn is written by an expression."""
+    """A template of turns; `opening` begins an answer. Each turn is rendered by an expression."""
     return (
         f"{start}{{% for m in messages %}}"
         f"{{% if m.role == 'system' %}}{system}"
@@ -27,13 +27,13 @@ def _conversation(system: str, user: str, assistant: str, opening: str, start: s
 
 
 def _introduced(introduction: str, separator: str) -> str:
-    """What stands at the start where no system message does."""
+    """The text at the start if there is no system message."""
     text = repr(introduction + separator)
     return f"{{% if messages[0].role != 'system' %}}{{{{ {text} }}}}{{% endif %}}"
 
 
 def _bracketed(system: str, end: str) -> str:
-    """Llama 2's brackets; the system message stands within the first turn's."""
+    """Llama 2's brackets; the system message is inside those of the first turn."""
     return _conversation(
         system,
         "{{ '' if not loop.first and loop.previtem.role == 'system' else '[INST] ' }}"
@@ -90,11 +90,11 @@ NAMED_TEMPLATES: Final = {
     ),
     "zephyr": _chatml("'<|' + m.role + '|>\\n'", "eos_token"),
 }
-"""Jinja sources by FastChat's names; "chatml" is the style of many of its others."""
+"""Jinja sources by FastChat's names; "chatml" is the style of many other models."""
 
 
 def read_template(given: str) -> str:
-    """The Jinja source of a file or of a name. Raises ValueError that says what may be given."""
+    """The Jinja source for a file or a name. Raises ValueError that lists the valid names."""
     if given in NAMED_TEMPLATES:
         return NAMED_TEMPLATES[given]
     known = ", ".join(NAMED_TEMPLATES)
@@ -102,7 +102,8 @@ def read_template(given: str) -> str:
         source = Path(given).expanduser().read_text()
     except FileNotFoundError:
         raise ValueError(
-            f"there is no file and no chat template {given}: give a Jinja file, or one of {known}"
+            f"there is neither a file nor a chat template {given}: give a Jinja file, or one of "
+            f"{known}"
         ) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"the chat template {given} cannot be read: {error}") from None

@@ -87,9 +87,9 @@ class CreditPool:
         return [connection.credit for connection in self._connections if connection.open]
 
     def distribute(self, slots: int) -> None:
-        """Grant what is left of `slots` (those that no request takes): first, in turn, to brokers
-        where more waits than they may spend; then to whoever has least to spend, and of equals to
-        the one that used it last, which will likely need it again."""
+        """Grant what is left of `slots` (those that no request occupies): first, in turn, to
+        brokers with more waiting requests than credit; then to the broker with the least credit,
+        and among equals to the one that used it last, which will likely need it again."""
         open_ = self._open()
         free = slots - sum(account.unused for account in open_)
         for _ in range(free if open_ else 0):
@@ -120,10 +120,11 @@ class CreditPool:
         account.answered = max(account.answered, recalled)
 
     def recall(self, slots: int) -> None:
-        """Ask idle brokers for credit that others wait for, and all for credit beyond `slots`,
-        those that no request takes: a relay's may have gone to others.
+        """Ask idle brokers for credit that others wait for, and all brokers for credit beyond
+        `slots` (those that no request occupies): a relay's slots may have gone to others.
 
-        A broker is asked for more only when it has answered; what it had spent meanwhile it keeps.
+        A broker is asked again only after it has answered; credit that it spent in the
+        meantime it keeps.
         """
         if len(self._connections) == 1 and self._connections[0].credit.unused <= slots:
             return  # the common case, after every step of the engine

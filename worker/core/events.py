@@ -1,4 +1,4 @@
-"""Facts that the worker's core is told: past events of sockets, engine and operator.
+"""Events fed to the worker's core: what happened at sockets, engine and operator.
 
 Plain frozen values; the link and the tests make them, `session.WorkerCore.handle` reads them. Must
 never hold a socket or a file descriptor. A broker is named by its index in the list of brokers.
@@ -14,7 +14,7 @@ from worker.engines.base import Capabilities
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """The time that `deadline_s` named has come."""
+    """The time given by `deadline_s` has come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Disconnected:
 
     broker: int
     reason: str
-    #: Somebody is there and does not let us in: a wrong key, CURVE on one side only.
+    #: Whether somebody is there but does not let us in: a wrong key, or CURVE on one side only.
     refused: bool = False
 
 
@@ -44,14 +44,14 @@ class MessageReceived:
 
 @dataclass(frozen=True, slots=True)
 class SendBlocked:
-    """The socket takes no more for now; the link keeps what it was given and sends it later."""
+    """The socket accepts no more for now; the link keeps the messages and sends them later."""
 
     broker: int
 
 
 @dataclass(frozen=True, slots=True)
 class SendUnblocked:
-    """Everything that waited went out."""
+    """Everything that was waiting has been sent."""
 
     broker: int
 
@@ -60,22 +60,22 @@ class SendUnblocked:
 class EngineLoading:
     """The engine process is (still) loading."""
 
-    #: 0 to 1, or None where it is not known.
+    #: 0 to 1, or None if unknown.
     progress: float | None
     note: str
 
 
 @dataclass(frozen=True, slots=True)
 class EngineReady:
-    """The engine is loaded and takes jobs."""
+    """The engine is loaded and accepts jobs."""
 
     capabilities: Capabilities
 
 
 @dataclass(frozen=True, slots=True)
 class EngineChanged:
-    """The engine, still loaded, has other models or another number of slots: a relay's are those
-    that a lower bus has free."""
+    """The engine, still loaded, has different models or a different number of slots: a relay's are
+    those that are free on its lower bus."""
 
     capabilities: Capabilities
 
@@ -93,28 +93,28 @@ class EngineStepped:
 
 @dataclass(frozen=True, slots=True)
 class EngineMeasured:
-    """Figures of the engine, about once a second."""
+    """Statistics of the engine, about once a second."""
 
     metrics: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class EngineLost:
-    """The engine process is gone; another one is being started."""
+    """The engine process is gone; a new one is being started."""
 
     message: str
 
 
 @dataclass(frozen=True, slots=True)
 class StopRequested:
-    """Finish what runs and leave (SIGTERM). A second one does not wait."""
+    """Finish running requests and leave (SIGTERM). A second one does not wait."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerFailed:
-    """The engine cannot be had: say goodbye and leave with an error."""
+    """The engine cannot be started: end the sessions and leave with an error."""
 
     message: str
 

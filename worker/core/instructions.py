@@ -1,4 +1,4 @@
-"""What the worker's core wants done: imperatives that the link carries out, in order.
+"""Instructions of the worker's core, which the link carries out in order.
 
 Plain frozen values. Must never do anything by themselves.
 """
@@ -22,13 +22,13 @@ class CloseSocket:
     """Close the socket to this broker."""
 
     broker: int
-    #: Let what was sent go out first; otherwise drop it.
+    #: Whether what was sent must go out first; otherwise it is dropped.
     linger: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send a message, header first. Never blocks; what does not fit is kept in order."""
+    """Send a message, header first. Never blocks; messages that do not fit are kept in order."""
 
     broker: int
     frames: tuple[bytes, ...]
@@ -52,7 +52,7 @@ class EngineCancel:
 
 @dataclass(frozen=True, slots=True)
 class EngineWindow:
-    """The client takes tokens of this job below `limit`: only for an engine that waits for it."""
+    """The client accepts tokens of this job below `limit`; only for an engine that waits for it."""
 
     job_id: bytes
     limit: int
@@ -67,10 +67,10 @@ class RestartEngine:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """Everything is said; end the process."""
+    """Nothing is left to send; end the process."""
 
     code: int
-    #: Why, for the terminal; empty when all went as asked.
+    #: The reason, for the terminal; empty if everything went as requested.
     message: str = ""
 
 

@@ -1,9 +1,9 @@
-"""Every request that the worker runs or ran a moment ago, and what is sent about them.
+"""All requests that the worker runs or recently ran, and the messages about them.
 
-The table of streams and of the engine's jobs, their timers (time to live, grace after a lost
-session, wait for the window, how long an answer is kept), and the OUTPUT messages that a fact
-brings: one for each client session. Knows nothing of handshakes, credit or the engine process; what
-the engine shall do goes into `out`. Must never touch a socket or a clock.
+The table of streams and of the engine's jobs, their timers (time to live, grace period after a lost
+session, wait for the window, how long an answer is kept), and the OUTPUT messages that result from
+an event: one for each client session. Knows nothing of handshakes, credit or the engine process;
+instructions for the engine go into `out`. Must never touch a socket or a clock.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from worker.engines.events import END, FAIL, PROMPT, TOKENS
 KEPT_REQUESTS = 4096
 """Ended requests kept for a late RESUME."""
 KEPT_BYTES = 64 << 20
-"""About 1.5 million tokens of them."""
+"""Limit for their total size: about 1.5 million tokens."""
 
 _ARRAY_HEADER_BYTES = 5
 _encode = msgspec.msgpack.Encoder().encode
-"""For events and ledgers, plain values of our own making: the same bytes as `codec.pack`, four
+"""For events and ledgers, which are plain values made here: the same bytes as `codec.pack`, four
 times as fast."""
 _EMPTY_RESUME = Resume(epoch=1)
 
 
 class _Timer(IntEnum):
-    """What a stream's timer is about."""
+    """The kinds of timer of a stream."""
 
     TTL = 0
     ORPHANED = 1
@@ -62,45 +62,45 @@ class Requests:
         self._grace_s = grace_s
         self._kept_s = kept_s
         self._window_wait_s = window_wait_s
-        #: The engine generates no further than the client's window, so it is told.
+        #: Whether the engine generates no further than the client's window and must be told of it.
         self._tell_windows = tell_windows
-        #: Instructions of the call under way; replaced by the core for each fact.
+        #: Instructions of the current call; replaced by the core for each event.
         self.out: list[Instruction] = []
-        #: By request id: running, and ended ones that can still be resumed.
+        #: By request id: running requests, and ended ones that can still be resumed.
         self.streams: dict[bytes, Stream] = {}
-        #: By job id: everything that the engine still has. A job takes a slot unless it is named in
-        #: `_slotless`: its request was started anew, and the new job took the slot over.
+        #: By job id: everything that the engine still has. A job occupies a slot unless it is in
+        #: `_slotless`: then its request was started again, and the new job has taken the slot over.
         self._jobs: dict[bytes, Stream] = {}
         self._slotless: set[bytes] = set()
-        #: Ended ones in the order of their end, with their size.
+        #: Ended requests in the order of their end, with their size.
         self._kept: dict[bytes, int] = {}
         self._kept_bytes = 0
-        #: Heap of when, what and which request. Entries that were overtaken stay until they are
-        #: due or the heap has doubled, so they must not keep a stream alive.
+        #: Heap of (time, timer, request id). Outdated entries stay until they are due or the heap
+        #: has doubled, so they must not keep a stream alive.
         self._timers: list[tuple[float, int, bytes]] = []
         self._timers_tidied = 0
-        #: Routes to which something is to be sent in the call under way.
+        #: Routes to which something is to be sent in the current call.
         self._touched: list[Route] = []
 
-    # --- facts about them -------------------------------------------------------------------------
+    # --- queries -------------------------------------------------------------------------
 
     @property
     def slots_taken(self) -> int:
-        """Slots that jobs of the engine take."""
+        """Number of slots that the engine's jobs occupy."""
         return len(self._jobs) - len(self._slotless)
 
     @property
     def engine_busy(self) -> bool:
-        """The engine has something to do."""
+        """Whether the engine has something to do."""
         return bool(self._jobs)
 
     @property
     def unfinished(self) -> bool:
-        """Something runs, or its end was not sent yet to somebody who waits for it."""
+        """Whether something runs, or has an end that was not sent yet to a waiting client."""
         return bool(self._jobs) or any(s.route is not None for s in self.streams.values())
 
     def holds(self) -> list[Held]:
-        """What can be resumed here, for HELLO."""
+        """The requests that can be resumed here, for HELLO."""
         return [
             Held(s.request_id, s.epoch, len(s.token_ids), s.running) for s in self.streams.values()
         ]
@@ -146,11 +146,11 @@ class Requests:
             self._timers_tidied = len(self._timers)
 
     def _fire(self, timer: _Timer, stream: Stream, when_s: float, now_s: float) -> None:
-        """A timer is due; it may have been overtaken, so its reason is checked here."""
+        """A timer is due; it may be outdated, so its condition is checked here."""
         match timer:
             case _Timer.TTL:
                 if stream.ttl_until_s <= when_s and not stream.end_sent:
-                    message = "the request's time to live ended while it ran; allow it more"
+                    message = "the request's time to live ended while it ran; allow more time"
                     self._fail(stream, ErrorCode.DEADLINE_EXCEEDED, message, now_s)
             case _Timer.ORPHANED:
                 since_s = stream.orphaned_s
@@ -168,8 +168,8 @@ class Requests:
                 message = f"the client took no token for {self._window_wait_s:g} s"
                 self._fail(stream, ErrorCode.SLOW_CONSUMER, message, now_s)
             case _Timer.KEPT:
-                # An answer still being read, however slowly, is kept: only the window's
-                # timer judges that.
+                # An answer that is still being read, however slowly, is kept; only the window's
+                # timer may end it.
                 if (
                     not stream.running
                     and stream.route is None
@@ -189,7 +189,7 @@ class Requests:
         attachments: tuple[bytes, ...],
         now_s: float,
     ) -> None:
-        """Run a request: from the start, or on from what another worker generated."""
+        """Run a request from the start, or from the tokens that another worker generated."""
         resume = request.resume or _EMPTY_RESUME
         stream = Stream(
             request_id,
@@ -213,10 +213,10 @@ class Requests:
         request: Request,
         now_s: float,
     ) -> bool:
-        """Send a request that is held here on to whoever asks, from the offset asked for.
+        """Send a request held here to the client that asks for it, from the requested offset.
 
-        False when what is held cannot be continued for this client (it has other tokens); the
-        caller then starts it anew. SPEC.md section 6.4.
+        False if it cannot be continued for this client (which has different tokens); the caller
+        then starts it again. SPEC.md section 6.4.
         """
         resume = request.resume or _EMPTY_RESUME
         if not stream.holds(resume.token_ids, resume.text_characters):
@@ -224,7 +224,7 @@ class Requests:
         old = stream.route
         new = connection.route(assign.reply_to)
         if old is new and stream.epoch == assign.epoch:
-            return True  # a copy of what is under way
+            return True  # a duplicate of the current attempt
         self._leave_broker(connection, stream)
         self._direct(connection, stream, assign, request, now_s)
         self._log("request resumed", stream, resumed_at=stream.attached_at)
@@ -256,21 +256,22 @@ class Requests:
             self._at(stream.ttl_until_s, _Timer.TTL, stream)
 
     def _leave_broker(self, connection: Connection, stream: Stream) -> None:
-        """The request comes through `connection` now: its former broker may forget it."""
+        """The request comes through `connection` now: tell its former broker to forget it."""
         old = stream.route
         if old is not None and old.connection is not connection:
             self._tell_over(old.connection, stream.request_id)
 
     def _tell_over(self, connection: Connection, request_id: bytes) -> None:
-        """Nothing will come of this request here, so that the broker does not wait for its end."""
+        """Tell a broker that nothing more will come of this request here, so that it does not wait
+        for its end."""
         connection.silent.finished.append((request_id, "cancelled"))
         self._touch(connection.silent)
 
     def renounce(self, connection: Connection, stream: Stream) -> bool:
-        """Give up what is held, since it cannot be continued for its client. True when a new run
-        takes its place, slot included; False when it had ended."""
+        """Give up a held request, since it cannot be continued for its client. True if a new run
+        takes its place and slot; False if it had already ended."""
         self._leave_broker(connection, stream)
-        connection.held.discard(stream.request_id)  # for this broker it goes on
+        connection.held.discard(stream.request_id)  # for this broker the request continues
         if not stream.running:
             self.forget(stream)
             return False
@@ -290,14 +291,15 @@ class Requests:
         self.forget(stream)
 
     def abandon(self, stream: Stream) -> None:
-        """Stop a running request of which nothing more is to be said."""
+        """Stop a running request about which nothing more will be sent."""
         self.out.append(EngineCancel(stream.job_id))
         stream.end = (END, "cancelled", "", {}, {})
         self._tell_holders(stream, "cancelled")
         self.forget(stream)
 
     def _tell_holders(self, stream: Stream, outcome: str) -> None:
-        """It is over for brokers that know from HELLO that it is held and wait for its client."""
+        """Tell brokers that know from HELLO that it is held, and wait for its client, that
+        it is over."""
         for connection in self._connections:
             if connection.open and stream.request_id in connection.held:
                 connection.held.discard(stream.request_id)
@@ -305,7 +307,8 @@ class Requests:
                 self._touch(connection.silent)
 
     def tell_ended(self, connection: Connection) -> None:
-        """The session began: what HELLO named as running may have ended meanwhile."""
+        """The session began: requests that HELLO named as running may have ended in the
+        meantime."""
         for request_id in sorted(connection.held):
             stream = self.streams.get(request_id)
             if stream is None or stream.end is not None:
@@ -320,7 +323,7 @@ class Requests:
         self._kept_bytes -= self._kept.pop(stream.request_id, 0)
 
     def orphan(self, connection: Connection, now_s: float) -> None:
-        """The session is over: its requests run on for the grace time."""
+        """The session is over: its requests keep running for the grace period."""
         for stream in self.streams.values():
             if stream.route is not None and stream.route.connection is connection:
                 stream.detach()
@@ -336,7 +339,7 @@ class Requests:
         self._touched = [route for route in self._touched if route.connection is not connection]
 
     def engine_lost(self) -> None:
-        """What ran is lost; what had ended can still be resumed."""
+        """Running requests are lost; ended ones can still be resumed."""
         for stream in list(self.streams.values()):
             if stream.running:
                 stream.detach()
@@ -362,11 +365,11 @@ class Requests:
             self.out.append(EngineWindow(stream.job_id, stream.window))
 
     def cancel(self, connection: Connection, request_id: bytes, now_s: float) -> None:
-        """CANCEL: the engine's next step answers it, or it had ended already.
+        """CANCEL: the engine's next step answers it, unless the request had already ended.
 
-        One that nobody receives any more is dropped: the broker knows that it runs elsewhere, or
-        that its client will not come back. Another broker's CANCEL stops nothing, since the request
-        moved from there to here; that broker is told that it need not wait.
+        A request that nobody receives any more is dropped: the broker knows that it runs elsewhere,
+        or that its client will not come back. A CANCEL from another broker stops nothing, since the
+        request moved away from there; that broker is told that it need not wait.
         """
         stream = self.streams.get(request_id)
         route = stream.route if stream is not None else None
@@ -384,7 +387,7 @@ class Requests:
                 stream.cancelled = True
                 self.out.append(EngineCancel(stream.job_id))
         elif not stream.end_sent and stream.end is not None:
-            # It ended, but the window holds the rest back: nobody wants that any more.
+            # It ended, but the window holds the rest back, which nobody wants any more.
             stream.cut()
             stream.end = (END, "cancelled", "", _usage(stream.end), {})
             self.advance(stream, now_s)
@@ -392,7 +395,7 @@ class Requests:
     def refuse(
         self, connection: Connection, request_id: bytes, assign: Assign, code: ErrorCode, why: str
     ) -> None:
-        """Answer an ASSIGN that holds no valid request with FAIL."""
+        """Answer an ASSIGN without a valid request with FAIL."""
         route = connection.route(assign.reply_to)
         error = {"code": code.value, "message": why}
         route.events.append((FAIL, request_id, assign.epoch, 0, error))
@@ -400,16 +403,16 @@ class Requests:
         self._touch(route)
 
     def _fail(self, stream: Stream, code: ErrorCode, message: str, now_s: float) -> None:
-        """End a request from here, whatever the engine does; unsent tokens are dropped."""
+        """Fail a request, whatever the engine does; unsent tokens are dropped."""
         if stream.running:
             self.out.append(EngineCancel(stream.job_id))
         stream.cut()
         self._end(stream, (FAIL, {"code": code.value, "message": message}, {}), now_s)
 
     def _end(self, stream: Stream, end: tuple[Any, ...], now_s: float) -> None:
-        """The answer is complete: it is sent as far as the window allows, and kept a while."""
+        """The answer is complete: send it as far as the window allows, and keep it for a while."""
         if stream.cancelled and len(stream.token_ids) > stream.window:
-            # The rest would wait for a window that nobody opens any more.
+            # The rest would wait for a window that nobody will open any more.
             stream.cut()
             end = (END, "cancelled", "", _usage(end), {})
         stream.end = end
@@ -426,22 +429,23 @@ class Requests:
             self._release(self._least_needed())
 
     def _keep_from(self, stream: Stream, now_s: float) -> None:
-        """An ended request that nobody receives now is kept for a while, for a RESUME."""
+        """Keep an ended request that nobody receives now for a while, for a RESUME."""
         stream.kept_since_s = now_s
         self._at(now_s + self._kept_s, _Timer.KEPT, stream)
 
     def _least_needed(self) -> Stream:
-        """The ended request to give up first: the oldest that nobody receives, else the oldest."""
+        """The ended request to give up first: the oldest that nobody receives,
+        otherwise the oldest."""
         alone = (id_ for id_ in self._kept if self.streams[id_].route is None)
         return self.streams[next(alone, None) or next(iter(self._kept))]
 
     def _release(self, stream: Stream) -> None:
-        """Keep an ended request no longer; if somebody still waits for its rest, tell him."""
+        """Stop keeping an ended request; if a client still waits for the rest, tell it."""
         if stream.route is not None:
             message = "the client took the answer's tokens too slowly for them to be kept"
             stream.cut()
             stream.end = (FAIL, {"code": ErrorCode.SLOW_CONSUMER.value, "message": message}, {})
-            # One last event, even to a socket that takes no more for now: the link keeps it.
+            # One last event, even if the socket accepts no more for now: the link keeps it.
             self._touch(stream.route)
             stream.send_ready()
         self.forget(stream)
@@ -449,7 +453,7 @@ class Requests:
     # --- output -----------------------------------------------------------------------------------
 
     def stepped(self, engine_events: list[Any], now_s: float) -> None:
-        """Take the events of one step. Every token of the worker passes here."""
+        """Take the events of one engine step. Every token of the worker passes through here."""
         jobs = self._jobs
         for event in engine_events:
             stream = jobs.get(event[1])
@@ -474,7 +478,7 @@ class Requests:
                 and stream.piece == len(stream.ends)
                 and not route.connection.blocked
             ):
-                # Nothing is held back, so the event is passed on as it is.
+                # Nothing is held back, so the event is passed on unchanged.
                 tokens += ids
                 stream.texts.append(text)
                 stream.ends.append(count)
@@ -502,7 +506,7 @@ class Requests:
             self._end(stream, (tag, *fields), now_s)
 
     def advance(self, stream: Stream, now_s: float) -> None:
-        """Send what can be sent of a stream."""
+        """Send as much of a stream as possible."""
         route = stream.route
         if route is None or route.connection.blocked:
             return
@@ -517,13 +521,14 @@ class Requests:
             self._keep_from(stream, now_s)
 
     def _watch_window(self, stream: Stream, since_s: float) -> None:
-        """One timer for each stream, however often its window is used up."""
+        """Start the window timer; one for each stream, however often its window is used up."""
         if not stream.window_timer:
             stream.window_timer = True
             self._at(since_s + self._window_wait_s, _Timer.WINDOW, stream)
 
     def unblocked(self, connection: Connection, now_s: float) -> None:
-        """The socket takes messages again: catch up, each stream in as few events as possible."""
+        """The socket accepts messages again: catch up, with as few events per stream as
+        possible."""
         for stream in list(self.streams.values()):
             if stream.route is not None and stream.route.connection is connection:
                 self.advance(stream, now_s)
@@ -534,7 +539,7 @@ class Requests:
             self._touched.append(route)
 
     def flush(self, now_s: float) -> None:
-        """One OUTPUT for each client session to which something is to be said."""
+        """Send one OUTPUT to each client session for which there are events."""
         touched, self._touched = self._touched, []
         for route in touched:
             if route.events or route.finished:
@@ -576,7 +581,7 @@ class Requests:
         _, request_id, epoch, offset, *_ = event
         error = {
             "code": ErrorCode.TOO_LARGE.value,
-            "message": f"an event of {size} bytes of the answer passes the limit of "
+            "message": f"an event of {size} bytes of the answer exceeds the limit of "
             f"{MAX_OUTPUT_BYTES}; ask for less at a time",
         }
         stream = self.streams.get(request_id)

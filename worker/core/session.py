@@ -1,11 +1,11 @@
 """The worker's side of the bus, sans-IO: engine state, credit, drain and every broker's session.
 
-`WorkerCore.handle(event, now_s)` takes a fact and returns what is to be done. One core serves
-several brokers from one pool of slots. The main path: ASSIGN makes a stream and a job of the engine
+`WorkerCore.handle(event, now_s)` takes an event and returns instructions. One core serves several
+brokers from one pool of slots. The main path: ASSIGN makes a stream and a job of the engine
 (`requests`); each step of the engine leaves as one OUTPUT per client session; the end of a job
 frees its slot, which is granted again (SPEC.md sections 6 and 7). Requests outlive sessions: those
-of a lost one run on for the grace time, and whoever resumes one gets it from the offset asked for.
-Must never touch a socket, a clock, a process or a log.
+of a lost session keep running for the grace period, and whoever resumes one gets it from the
+requested offset. Must never touch a socket, a clock, a process or a log.
 """
 
 from __future__ import annotations
@@ -59,21 +59,22 @@ from worker.engines.base import Capabilities
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the core needs to know of the worker's options."""
+    """The worker's options as far as the core needs them."""
 
-    #: Name at the brokers; unique, because clients list the names of workers that died.
+    #: The worker's name at the brokers; unique, because clients list the names of
+    #: workers that died.
     name: str
-    #: Addresses, for logs; the index of one is its broker's number.
+    #: Addresses of the brokers, for logs; the index identifies the broker.
     brokers: tuple[str, ...]
-    #: Names of the models, as far as they are known before the engine is loaded.
+    #: Names of the models, as far as known before the engine is loaded.
     models: tuple[str, ...] = ()
-    #: 16 random bytes of this process, which tell it from another of the same name.
+    #: 16 random bytes that distinguish this process from another worker with the same name.
     instance: bytes | None = None
     software: str = ""
     speed: float = 1.0
     engine: str = ""
     device: str = ""
-    #: How long requests of a lost session run on.
+    #: How long requests of a lost session keep running.
     grace_s: float = 30.0
     #: How long running requests may take to finish when the worker is told to stop.
     drain_s: float = 30.0
@@ -81,15 +82,15 @@ class Settings:
     kept_s: float = 60.0
     #: How long tokens wait for the client's window (SPEC.md section 6.3).
     window_wait_s: float = 60.0
-    #: An engine that has work and finished no step for so long hangs.
+    #: An engine that has work but finishes no step for this long counts as hung.
     stall_s: float = 120.0
-    #: The engine is another bus, whose slots others use too: their number falls and rises, and it
-    #: is told of windows.
+    #: Whether the engine is another bus (a relay), whose slots others use too: their number varies,
+    #: and it is told of windows.
     relay: bool = False
 
 
 class WorkerCore:
-    """All of the worker that is not a socket or a process."""
+    """Everything of the worker except sockets and processes."""
 
     def __init__(
         self, settings: Settings, now_s: float, generator: random.Random | None = None
@@ -106,7 +107,7 @@ class WorkerCore:
         self._progress: float | None = None
         self._note = ""
         self._metrics: dict[str, float] = {}
-        #: When the engine last finished a step, or was given its first job after being idle.
+        #: When the engine last finished a step, or got its first job after being idle.
         self._mark_s = now_s
         self._requests = Requests(
             self._connections,
@@ -119,15 +120,15 @@ class WorkerCore:
         # Stopping.
         self._drain_until_s = math.inf
         self._exited = False
-        # Of the call under way.
+        # State of the current call.
         self._out: list[Instruction] = []
-        #: What `deadline_s` last said: a much later Tick means that this process was stopped.
+        #: What `deadline_s` last returned: a much later Tick means that this process was suspended.
         self._tick_due_s = math.inf
 
     # --- interface --------------------------------------------------------------------------------
 
     def handle(self, event: fact.Event, now_s: float) -> list[Instruction]:
-        """Take a fact, return what is to be done, in order."""
+        """Take an event; return what is to be done, in order."""
         if self._exited:
             return []
         out: list[Instruction] = []
@@ -180,7 +181,7 @@ class WorkerCore:
 
     @property
     def running(self) -> int:
-        """Requests that take a slot."""
+        """Number of requests that occupy a slot."""
         return self._requests.slots_taken
 
     @property
@@ -192,7 +193,9 @@ class WorkerCore:
         """Raise AssertionError where the state contradicts itself."""
         self._requests.invariants()
         unused = sum(c.credit.unused for c in self._connections if c.open)
-        fixed = not self._settings.relay  # what a relay lost to others may be granted for a moment
+        fixed = (
+            not self._settings.relay
+        )  # a relay may for a moment have granted slots that it just lost to others
         if fixed and self._capabilities is not None and self._state is not WorkerState.LOADING:
             assert self.running + unused <= self.capacity, (
                 f"{self.running} running and {unused} granted of {self.capacity} slots"
@@ -207,7 +210,9 @@ class WorkerCore:
     def _tick(self, now_s: float) -> None:
         late_s = now_s - self._tick_due_s
         if late_s > 1.0:
-            self._mark_s += late_s  # this process slept, so nobody saw the engine step
+            self._mark_s += (
+                late_s  # this process was suspended, so it did not see the engine's steps
+            )
         for connection in self._connections:
             self._tick_connection(connection, now_s)
         self._requests.tick(now_s)
@@ -216,7 +221,7 @@ class WorkerCore:
             self._out.append(RestartEngine(message))
             self._engine_lost("stalled", message, now_s)
         if now_s >= self._drain_until_s:
-            self._leave("drained", "the time to drain is over", 0, now_s)
+            self._leave("drained", "the time for draining is over", 0, now_s)
 
     def _tick_connection(self, connection: Connection, now_s: float) -> None:
         if connection.state is State.WAITING:
@@ -259,7 +264,7 @@ class WorkerCore:
         return [ModelInfo(name=name) for name in self._settings.models]
 
     def _lose(self, connection: Connection, ended: Ended, now_s: float) -> None:
-        """The session, or the attempt to have one, is over; its requests live on."""
+        """The session, or the attempt to open one, is over; its requests live on."""
         was_open = connection.open
         self._out.append(CloseSocket(connection.index))
         self._requests.orphan(connection, now_s)
@@ -280,7 +285,7 @@ class WorkerCore:
         connection.told_absent = True
 
     def _part(self, connection: Connection, reason: str, message: str, now_s: float) -> None:
-        """Say goodbye on a socket that has one to say it on."""
+        """Say goodbye, if there is a session."""
         if connection.open:
             self._requests.flush(now_s)
             goodbye = connection.goodbye(reason, message, now_s)
@@ -433,7 +438,7 @@ class WorkerCore:
     def _refusal(
         self, assign: Assign, beyond: bool, model: str
     ) -> tuple[ErrorCode, str, bool] | None:
-        """Why a new request is not started here, if so: code, message, retryable."""
+        """Why a new request cannot be started here: (code, message, retryable), or None."""
         name = self._settings.name
         if self._state is WorkerState.DRAINING:
             return ErrorCode.DRAINING, f"worker {name} is draining; send it elsewhere", True
@@ -456,7 +461,7 @@ class WorkerCore:
         now_s: float,
         retryable: bool = False,
     ) -> None:
-        """REJECT gives the credit back at once, where there is a slot behind it."""
+        """Send REJECT, which gives the credit back at once if there is a slot for it."""
         self._distribute(now_s)
         error = ErrorInfo(code=code.value, message=message, retryable=retryable)
         reject = Reject(error=error, granted=connection.credit.announce())
@@ -474,7 +479,8 @@ class WorkerCore:
             self._credit.distribute(slots)
 
     def _settle(self, now_s: float) -> None:
-        """After every fact: grant what is free, send what is ready, leave when all is done."""
+        """After every event: grant free slots, send what is ready, leave once
+        everything is done."""
         if self._exited:
             return
         self._distribute(now_s)
@@ -499,7 +505,7 @@ class WorkerCore:
                 self._beat(connection, now_s)
 
     def _engine_lost(self, reason: str, message: str, now_s: float) -> None:
-        """Say so to everyone; what ran is lost, what ended before can still be resumed."""
+        """Tell all brokers: running requests are lost, ended ones can still be resumed."""
         self._requests.engine_lost()
         self._capabilities = None
         self._progress, self._note, self._metrics = None, "", {}
@@ -515,7 +521,7 @@ class WorkerCore:
 
     def _stop_requested(self, reason: str, now_s: float) -> None:
         if self._state is WorkerState.DRAINING:
-            self._leave("drained", "told twice to stop", 0, now_s)
+            self._leave("drained", "stopped by a second signal", 0, now_s)
         elif self._state is WorkerState.LOADING:
             self._leave("drained", reason, 0, now_s)
         else:

@@ -1,4 +1,4 @@
-"""One request as the worker holds it: what was generated, what was sent, and where it goes.
+"""One request at the worker: what was generated, what was sent, and to whom.
 
 A `Stream` keeps every token, piece of text and log probability of an answer, so that it can be sent
 again from any offset (SPEC.md section 6.4), and sends no token past the client's window (6.3). A
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from worker.core.connection import Connection
 
 COALESCED_TOKENS: Final = 4096
-"""Longest TOKENS event made by catching up: far below MAX_OUTPUT_BYTES at 5 bytes a token."""
+"""Longest TOKENS event made when catching up: far below MAX_OUTPUT_BYTES at 5 bytes per token."""
 COALESCED_LOGPROBS: Final = 256
 """The same with log probabilities: about 1 KiB for each token with 20 alternatives."""
 
@@ -41,17 +41,17 @@ class Route:
         #: The first 24 bytes of the header, without and with the LEDGER flag.
         self.plain = prefix(MessageType.OUTPUT, reply_to)
         self.flagged = prefix(MessageType.OUTPUT, reply_to, Flag.LEDGER)
-        #: Events of the message that is being put together; empty between two calls of the core.
+        #: Events of the message being assembled; empty between two calls of the core.
         self.events: list[Any] = []
         self.started: list[bytes] = []
         self.finished: list[Any] = []
-        #: Streams that use it; the route is forgotten with the last.
+        #: Streams that use the route; it is forgotten with the last one.
         self.streams = 0
-        #: It stands in the list of routes to be sent to.
+        #: Whether it is in the list of routes to be sent to.
         self.touched = False
 
     def clear(self) -> None:
-        """The message is sent, or will never be."""
+        """The message was sent, or will never be."""
         self.events = []
         self.started = []
         self.finished = []
@@ -59,7 +59,7 @@ class Route:
 
 
 class Stream:
-    """A request that this worker runs, or ran a moment ago."""
+    """A request that this worker runs or recently ran."""
 
     __slots__ = (
         "attached_at",
@@ -103,42 +103,44 @@ class Stream:
         prior_characters: int,
     ) -> None:
         self.request_id = request_id
-        #: The engine's name for this run: the request id, or a fresh id when it had to be run anew.
+        #: The engine's id for this run: the request id, or a fresh id if it had to be run again.
         self.job_id = job_id
         self.model = model
         #: `Params.stream_interval`.
         self.interval = interval
-        #: The answer's tokens, those that came with a RESUME included.
+        #: The answer's tokens, including those that came with a RESUME.
         self.token_ids: list[int] = list(prior_token_ids)
-        #: Pieces of text as the engine gave them, and the token count with which each was complete.
+        #: Pieces of text as the engine returned them, and the token count at which
+        #: each was complete.
         self.texts: list[str] = []
         self.ends: list[int] = []
-        #: One entry for each token from `base_tokens` on, or None when not asked for.
+        #: One entry for each token from `base_tokens` on, or None if not requested.
         self.logprobs: list[Any] | None = None
-        #: What another worker generated: its text is not here.
+        #: Number of tokens that another worker generated; their text is not here.
         self.base_tokens = len(prior_token_ids)
         self.base_characters = prior_characters
         #: The PROMPT event's fields after the offset.
         self.prompt: tuple[Any, ...] | None = None
         #: The END or FAIL event's fields after the offset, tag first; None while it runs.
         self.end: tuple[Any, ...] | None = None
-        #: Since when it is kept for nobody in particular, once it ended and nobody receives it.
+        #: When it ended unread, or lost its reader after its end; the retention period starts here.
         self.kept_since_s = 0.0
-        #: The engine still has the job, so it still takes a slot.
+        #: Whether the engine still has the job, so that it still occupies a slot.
         self.in_engine = True
-        #: The client asked for its end.
+        #: Whether the client asked for cancellation.
         self.cancelled = False
 
-        # Where it goes and how far it went, for the current epoch:
+        # Destination and progress in the current epoch:
         self.route: Route | None = None
         self.epoch = 0
-        #: First token offset that may not be sent.
+        #: The first token offset that may not be sent.
         self.window = 0
-        #: Tokens sent; `piece` and `skip` (characters of that piece) say how much of the text was.
+        #: Number of tokens sent; `piece` and `skip` (characters of that piece) say how much of the
+        #: text was sent.
         self.sent = self.base_tokens
         self.piece = 0
         self.skip = 0
-        #: Offset at which the current epoch began.
+        #: Token offset at which the current epoch began.
         self.attached_at = self.base_tokens
         self.prompt_sent = False
         self.started = False
@@ -147,9 +149,9 @@ class Stream:
         self.ttl_until_s = math.inf
         #: Since when tokens wait for the client's window.
         self.blocked_since_s: float | None = None
-        #: A timer watches that.
+        #: Whether a timer watches that.
         self.window_timer = False
-        #: When its session was lost, while it has no route.
+        #: When its session was lost; only while it has no route.
         self.orphaned_s: float | None = None
 
     # --- what was generated ---------------------------------------------------------------------
@@ -166,25 +168,25 @@ class Stream:
 
     @property
     def running(self) -> bool:
-        """Its end is not known yet."""
+        """Whether its end is not known yet."""
         return self.end is None
 
     @property
     def retryable(self) -> bool:
-        """It failed in a way that another attempt may mend: a RESUME runs it again."""
+        """Whether it failed in a way that another attempt may fix: a RESUME runs it again."""
         return self.end is not None and self.end[0] == FAIL and bool(self.end[1].get("retryable"))
 
     def size_bytes(self) -> int:
-        """About how much memory it takes; to bound what is kept of ended requests."""
+        """Approximate size in memory; used to limit what is kept of ended requests."""
         characters = sum(map(len, self.texts))
         logprobs = len(self.logprobs or ()) * 1024
         return 512 + 40 * len(self.token_ids) + 120 * len(self.texts) + 2 * characters + logprobs
 
     def holds(self, token_ids: list[int], characters: int) -> bool:
-        """Whether the stream can go on after these tokens and characters that a client has.
+        """Whether the stream can continue after the tokens and characters that a client has.
 
-        False when the client got other tokens, or more of them, from another worker meanwhile; or
-        when it asks for text that this worker never had.
+        False if the client has received different or more tokens from another worker, or asks for
+        text that this worker never had.
         """
         count = len(token_ids)
         return (
@@ -200,7 +202,7 @@ class Stream:
     def attach(
         self, route: Route, epoch: int, window: int, count: int, characters: int, prompt_seen: bool
     ) -> None:
-        """Send from token `count` and character `characters` on, to `route`, as `epoch`."""
+        """Send to `route` under `epoch`, starting at token `count` and character `characters`."""
         self.detach()
         route.streams += 1
         self.route = route
@@ -219,13 +221,14 @@ class Stream:
         self.skip = rest
 
     def detach(self) -> None:
-        """Forget where it goes."""
+        """Forget the destination."""
         if self.route is not None:
             self.route.streams -= 1
             self.route = None
 
     def _text_until(self, token_count: int) -> str:
-        """Unsent text that was complete with the first `token_count` tokens; counts as sent."""
+        """Unsent text that was complete with the first `token_count` tokens; it then
+        counts as sent."""
         first = self.piece
         last = first
         ends = self.ends
@@ -239,9 +242,9 @@ class Stream:
         return text
 
     def send_ready(self) -> bool:
-        """Put everything that may be sent now into the route's next message.
+        """Add everything that may be sent now to the route's next message.
 
-        Tokens past the window stay; less than `interval` tokens wait for more. Returns False when
+        Tokens past the window stay; fewer than `interval` tokens wait for more. Returns False if
         the window holds something back.
         """
         route = self.route
@@ -306,7 +309,7 @@ class Stream:
         self.end_sent = True
 
     def cut(self) -> None:
-        """Forget what was generated but not sent: the answer ends with what the client has."""
+        """Drop what was generated but not sent: the answer ends with what the client has."""
         del self.token_ids[self.sent :]
         del self.texts[self.piece :]
         del self.ends[self.piece :]

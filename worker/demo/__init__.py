@@ -1,8 +1,8 @@
 """The bundled demo model: a tiny vision-language model that needs no download.
 
-This package says where the model lies; `pictures` makes the pictures and questions it was
-trained on, `train` makes it anew and `evaluate` measures it. Importing this module must stay
-cheap: it must never import torch, transformers or Pillow.
+This package says where the model is; `pictures` makes the pictures and questions it was trained on,
+`train` trains it again and `evaluate` measures it. Importing this module must stay cheap: it must
+never import torch, transformers or Pillow.
 """
 
 from pathlib import Path

@@ -1,8 +1,7 @@
 """Measure the demo model: exact answers on held-out pictures, by kind of question.
 
-It takes the same road as any user of the model (picture, AutoProcessor, generate, greedy) and
-must never touch the network or reach into the training code, so a figure it prints is what a
-user gets.
+It takes the same path as any user of the model (picture, AutoProcessor, generate, greedy) and must
+never touch the network or reach into the training code, so a figure it prints is what a user gets.
 """
 
 import argparse
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Read when transformers is first imported, so it has to be set before.
+# Read when transformers is first imported, so it must be set before.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
@@ -26,12 +25,12 @@ from worker.demo.pictures import KINDS, held_out
 
 __all__ = ["FORMATS", "Tally", "count_right", "load", "main", "report"]
 
-# Half of its classes have types; as Any here, no call below needs an ignore.
+# Only half of its classes are typed; as Any, no call below needs an ignore.
 hf: Any = transformers
 
 # How the weights are held while measuring; the last two need bitsandbytes.
 FORMATS = ("float32", "bfloat16", "int8", "nf4")
-# The longest answer in the training data has under 100 tokens.
+# The longest answer in the training data has fewer than 100 tokens.
 LONGEST_ANSWER_TOKENS = 128
 BATCH_SIZE = 32
 
@@ -112,7 +111,7 @@ def count_right(
 
 
 def report(tallies: Mapping[str, Tally], *, show_wrong: int = 0) -> str:
-    """Lay the tallies out as text, one kind a line and the total last."""
+    """Format the tallies as text, one kind per line and the total last."""
     lines = []
     for kind in KINDS:
         if kind in tallies:
@@ -136,14 +135,14 @@ def main(arguments: list[str] | None = None) -> None:
         "--model", type=Path, default=model_path(), metavar="DIR", help="default: the bundled one"
     )
     parser.add_argument("--cases", type=int, default=1000, metavar="N", help="default: 1000")
-    parser.add_argument("--seed", type=int, default=1, help="of the held-out set; default: 1")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the held-out set; default: 1")
     parser.add_argument(
         "--weights", choices=FORMATS, default="float32", help="how weights are held; float32"
     )
     parser.add_argument(
         "--show-wrong", type=int, default=0, metavar="N", help="print N wrong answers of each kind"
     )
-    parser.add_argument("--threads", type=int, default=2, help="of torch; default: 2")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch; default: 2")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     model, processor = load(options.model, options.weights)

@@ -1,13 +1,12 @@
-"""Train the demo model from nothing: tokenizer, picture tower and language model.
+"""Train the demo model from scratch: tokenizer, vision tower and language model.
 
 The job has two stages, as for any LLaVA. First the CLIP tower learns to see: small heads, thrown
 away afterwards, name colour and shape in every cell of the grid. Then the whole model learns to
-answer. Every picture is drawn afresh for its step and used once, so nothing can be memorised.
+answer. Every image is drawn anew for its step and used once, so nothing can be memorised.
 
-This module builds its batches from token ids directly because that is fast; `evaluate` takes the
-processor's road and thereby proves that both give the same prompts. It must never read the
-held-out pictures: all its randomness comes from generators seeded with text, `held_out` takes
-integers.
+This module builds its batches from token ids directly because that is fast; `evaluate` goes through
+the processor and thereby checks that both give the same prompts. It must never read the held-out
+pictures: all its randomness comes from generators seeded with text, `held_out` takes integers.
 """
 
 import argparse
@@ -24,7 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-# Read when transformers is first imported, so it has to be set before.
+# Read when transformers is first imported, so it must be set before.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
@@ -51,10 +50,10 @@ from worker.demo.pictures import (
 
 __all__ = ["build_model", "build_processor", "build_tokenizer", "main"]
 
-# Half of its classes have types; as Any here, no call below needs an ignore.
+# Only half of its classes are typed; as Any, no call below needs an ignore.
 hf: Any = transformers
 
-# One patch for each cell of the grid: nine tokens a picture keep prompts short and quick.
+# One patch for each cell of the grid: nine tokens per image keep prompts short and fast.
 PATCH_PX = 24
 SIDE_PX = 3 * PATCH_PX
 IMAGE_TOKENS = (SIDE_PX // PATCH_PX) ** 2
@@ -95,7 +94,7 @@ SYSTEM_PROMPTS = (
 ONE_PICTURE_KINDS = tuple(kind for kind in KINDS if IMAGE_COUNTS[kind] == (1,))
 SEVERAL_PICTURES_KINDS = tuple(kind for kind in KINDS if IMAGE_COUNTS[kind] == (2, 3))
 NO_PICTURES_KINDS = tuple(kind for kind in KINDS if IMAGE_COUNTS[kind] == (0,))
-# How often a kind comes up, compared with others for the same number of pictures; 1 if not here.
+# Relative frequency of a kind among those with the same number of images; 1 if not listed.
 KIND_WEIGHTS = {
     "count": 2.0,
     "shape": 0.7,
@@ -109,7 +108,7 @@ KIND_WEIGHTS = {
     "no picture": 0.7,
 }
 
-# Every size a Linear layer takes in is a multiple of 64: 4-bit weights come in blocks of 64.
+# Every input size of a Linear layer is a multiple of 64: 4-bit weights are stored in blocks of 64.
 TEXT_WIDTH, TEXT_INNER, TEXT_LAYERS, TEXT_HEADS = 128, 384, 4, 4
 TOWER_WIDTH, TOWER_INNER, TOWER_LAYERS, TOWER_HEADS = 128, 384, 3, 4
 
@@ -208,7 +207,7 @@ def build_model() -> Any:
 
 @dataclass(slots=True)
 class Conversation:
-    """Token ids of a whole conversation, where its answers are, and its pictures."""
+    """Token ids of a whole conversation, the positions of its answers, and its images."""
 
     ids: list[int]
     # For each id, the weight of its loss: zero outside the answers.
@@ -234,7 +233,7 @@ class ConversationMaker:
         turns = [self._turn(kinds, scenes)]
         while len(turns) < 3 and rng.random() < 0.4:
             if rng.random() < 0.1:
-                # A change of subject; "no picture" would be wrong beside a picture.
+                # A change of subject; "no image" would be wrong if there is an image.
                 turns.append(self._turn([k for k in NO_PICTURES_KINDS if k != "no picture"], []))
             else:
                 turns.append(self._turn(kinds, scenes))
@@ -247,8 +246,8 @@ class ConversationMaker:
         for question, answer in turns:
             words = self._encode(self._loosen(question))
             self._add(conversation, USER, [*pictures, *words])
-            # Between a mean over tokens, where short answers count for nothing beside the long
-            # ones, and a mean over answers, where a long one is never learned to its end.
+            # A compromise between a mean over tokens, in which short answers hardly count, and a
+            # mean over answers, with which the end of a long answer is never learned.
             answer_ids = self._encode(answer)
             self._add(conversation, ASSISTANT, answer_ids, (len(answer_ids) + 1) ** -0.5)
             pictures = []
@@ -263,7 +262,7 @@ class ConversationMaker:
                 return asked
 
     def _loosen(self, question: str) -> str:
-        """Write a question as people type: now and then in small letters or without its mark."""
+        """Write a question as people type: sometimes in lower case or without the question mark."""
         if self._rng.random() < 0.1:
             question = question.lower()
         if self._rng.random() < 0.1:
@@ -279,7 +278,7 @@ class ConversationMaker:
 
 
 def draw(scenes: Sequence[Scene], rng: random.Random) -> Tensor:
-    """Draw scenes as the image processor would hand them to the tower."""
+    """Draw scenes as the image processor would pass them to the tower."""
     pictures = [
         render(scene, rng, rng.choice((144, 144, 192, 288))).resize(
             (SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC
@@ -298,7 +297,7 @@ class CellHeads(nn.Module):
         self.colour = nn.Linear(TOWER_WIDTH, 1 + len(COLOURS))
         self.shape = nn.Linear(TOWER_WIDTH, 1 + len(SHAPES))
         self.place = nn.Linear(TOWER_WIDTH, IMAGE_TOKENS)
-        # Most cells are empty, which is also the easiest thing to see.
+        # Most cells are empty, and those are also the easiest to recognise.
         self._colour_weights = torch.tensor([0.2] + [1.0] * len(COLOURS))
         self._shape_weights = torch.tensor([0.2] + [1.0] * len(SHAPES))
 
@@ -346,26 +345,26 @@ def answer_loss(model: Any, batch: Sequence[Conversation], features: Tensor | No
         projected = model.model.multi_modal_projector(padded)[: len(features)]
         mask = (ids == IMAGE).unsqueeze(-1).expand_as(embeddings)
         embeddings = embeddings.masked_scatter(mask, projected.to(embeddings.dtype))
-    # No attention mask: attention is causal, so padding on the right is seen by padding only.
+    # No attention mask: attention is causal, so padding on the right is only seen by padding.
     hidden = model.model.language_model(inputs_embeds=embeddings, use_cache=False)
-    # Only the places before an answer's tokens are worth a row of logits.
+    # Only the positions before an answer's tokens need logits.
     wanted = (weights[:, 1:] > 0).nonzero()
     wanted = functional.pad(wanted, (0, 0, 0, _up_to(len(wanted), 256) - len(wanted)))
     rows, columns = wanted.unbind(1)
     logits = model.lm_head(hidden.last_hidden_state[rows, columns])
     losses = functional.cross_entropy(logits.float(), ids[rows, columns + 1], reduction="none")
-    # The rows that were filled up point at the first token, whose weight is zero.
+    # Padding rows point at the first token, whose weight is zero.
     return (losses * weights[rows, columns + 1]).sum()
 
 
 @contextmanager
 def shaken(model: Any, strength: float) -> Iterator[None]:
-    """Add noise to the matrices for a while, `strength` times their own spread.
+    """Temporarily add noise to the matrices, `strength` times their own spread.
 
-    A model that answers right all the same has its weights far from any edge, and so it bears
-    the rounding to 8 or 4 bits, which is noise of about a tenth of the spread.
+    A model that still answers correctly also tolerates rounding to 8 or 4 bits, which is noise of
+    about a tenth of the spread.
     """
-    # The output layer is the embedding too, and nobody rounds that.
+    # The output layer is also the embedding, which is never rounded.
     inner = [
         part.weight
         for part in model.modules()
@@ -384,7 +383,7 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Make Muon for the matrices inside the layers, which it trains far faster, AdamW for the rest.
 
-    Embeddings, the output layer tied to them, biases and gains are no matrices in Muon's sense.
+    Embeddings, the output layer tied to them, biases and gains are not matrices in Muon's sense.
     """
     parts = {id(p): p for module in modules for p in module.parameters()}
     embeddings = {
@@ -406,7 +405,7 @@ class Team:
     """The processes that train together, each on its own pictures.
 
     On a small processor two processes of one thread each are nearly twice as fast as one process
-    of two threads: the matrices are too small to be shared out.
+    with two threads: the matrices are too small to divide.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -426,7 +425,8 @@ class Team:
     ) -> list[float]:
         """Average gradients and `numbers` over the team, take a step, return the averages.
 
-        As everybody gets the same numbers, all can decide alike by them (when to stop, say).
+        All processes get the same numbers, so they can base the same decisions on them (such as
+        when to stop).
         """
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         parameters = [p for group in groups for p in group["params"]]
@@ -448,7 +448,8 @@ class Team:
 
 
 def schedule(peak: float, done: float, step: int) -> float:
-    """Return the learning rate at a share `done` of the time: warm up, stay, fall to zero."""
+    """Return the learning rate at a fraction `done` of the time: warm up, stay constant,
+    fall to zero."""
     warm_up = min(1.0, (step + 1) / 100)
     return peak * warm_up * min(1.0, (1.0 - done) / 0.5)
 
@@ -475,11 +476,12 @@ def train_tower(model: Any, heads: CellHeads, team: Team, options: argparse.Name
 def train_all(
     model: Any, tokenizer: Any, heads: CellHeads | None, team: Team, options: argparse.Namespace
 ) -> None:
-    """Stage two: teach the whole model to answer; `heads` go on helping the tower if given."""
+    """Stage two: teach the whole model to answer; `heads`, if given, go on helping the tower."""
     rng = random.Random(f"answers {options.seed} {team.rank}")
     maker = ConversationMaker(tokenizer, rng)
     optimizers = make_optimizers([model, heads] if heads else [model], 0.05)
-    # Conversations with as many pictures are of like length: little padding in each group.
+    # Conversations with the same number of images have similar lengths: little padding
+    # in each group.
     size = options.batch
     groups = (
         (ONE_PICTURE_KINDS, size // 2),
@@ -492,7 +494,7 @@ def train_all(
         batches = []
         for kinds, count in groups:
             group = sorted((maker.make(kinds) for _ in range(count)), key=lambda c: len(c.ids))
-            # The longest few on their own: padding the rest to their length doubles the work.
+            # The few longest on their own: padding the rest to their length would double the work.
             batches += [group[: count * 3 // 4], group[count * 3 // 4 :]]
         total_weight = sum(sum(c.weights) for batch in batches for c in batch)
         loss_value = 0.0
@@ -529,7 +531,7 @@ def train(rank: int, meeting_file: Path, options: argparse.Namespace) -> None:
     model: Any = load(options.init)[0] if options.init else build_model()
     parameter_count = sum(parameter.numel() for parameter in model.parameters())
     team.say(f"{parameter_count:,} parameters, {len(tokenizer)} tokens")
-    # The fused attention of torch is slow on the way back on a processor.
+    # torch's fused attention has a slow backward pass on a CPU.
     model.set_attn_implementation("eager")
     if options.compile:
         model.model.vision_tower.compile(dynamic=True)
@@ -540,7 +542,8 @@ def train(rank: int, meeting_file: Path, options: argparse.Namespace) -> None:
     train_all(model, tokenizer, heads, team, options)
     if rank == 0:
         model.eval().to(torch.bfloat16)
-        # With --init the parts still say how they were loaded, and dtype="auto" would believe it.
+        # With --init the parts still record the dtype that they were loaded in, which
+        # dtype="auto" would use.
         for part in (model.config, model.config.text_config, model.config.vision_config):
             part.dtype = torch.bfloat16
         model.generation_config = hf.GenerationConfig(
@@ -563,17 +566,21 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to save it")
     parser.add_argument(
-        "--minutes", type=float, default=30, metavar="M", help="of learning to answer; default: 30"
+        "--minutes",
+        type=float,
+        default=30,
+        metavar="M",
+        help="minutes of learning to answer; default: 30",
     )
     parser.add_argument(
         "--tower-minutes",
         type=float,
         default=3,
         metavar="M",
-        help="of learning to see, before that; default: 3; no effect with --init",
+        help="minutes of learning to see, before that; default: 3; no effect with --init",
     )
     parser.add_argument(
-        "--init", type=Path, metavar="DIR", help="go on with a model that --out saved"
+        "--init", type=Path, metavar="DIR", help="continue with a model saved by --out"
     )
     parser.add_argument("--rate", type=float, default=3e-3, help="top learning rate; default: 3e-3")
     parser.add_argument(
@@ -581,22 +588,26 @@ def main(arguments: list[str] | None = None) -> None:
         type=int,
         default=64,
         metavar="N",
-        help="conversations a step, in each process; default: 64",
+        help="conversations per step, in each process; default: 64",
     )
     parser.add_argument(
-        "--processes", type=int, default=2, metavar="N", help="of one thread each; default: 2"
+        "--processes",
+        type=int,
+        default=2,
+        metavar="N",
+        help="processes of one thread each; default: 2",
     )
     parser.add_argument(
         "--shake",
         type=float,
         default=0.0,
         metavar="S",
-        help="noise on the weights, to bear rounding to few bits: 0.1, at the end of training",
+        help="noise on the weights, to tolerate rounding to few bits: 0.1, at the end of training",
     )
+    parser.add_argument("--compile", action="store_true", help="50 %% faster; needs a C++ compiler")
     parser.add_argument(
-        "--compile", action="store_true", help="half as fast again; needs a C++ compiler"
+        "--seed", type=int, default=0, help="seed of weights and questions; default: 0"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights and questions; default: 0")
     parser.add_argument(
         "--cases", type=int, default=1000, help="held-out cases at the end; default: 1000"
     )
@@ -604,7 +615,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = (Path(folder) / "meeting", options)
         spawn(train, work, options.processes)  # type: ignore[no-untyped-call]
-    # Measured as saved: what was written, read back and rounded.
+    # Measure what was saved: written, read back and rounded.
     print(report(count_right(*load(options.out), held_out(options.cases, seed=1)), show_wrong=3))
 
 

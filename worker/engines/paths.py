@@ -1,4 +1,5 @@
-"""What the path of a model names, found without loading anything: told before torch is imported."""
+"""Checks what a model's path refers to without loading anything, so that mistakes are reported
+before torch is imported."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ __all__ = ["local_folder"]
 
 
 def local_folder(path: str) -> Path | None:
-    """The folder `path` names, or None when it must be a hub id. Raises `EngineLoadError` for a
-    local path without one, and for what another engine serves."""
+    """The folder that `path` names, or None if it must be a hub id. Raises `EngineLoadError` for a
+    local path without a folder, and for files that another engine serves."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         files = sorted(folder.glob("*.gguf"))

@@ -1,7 +1,7 @@
 """Engines by name: built-in ones and those that other packages register.
 
 A package adds an engine with an entry point of group `tokenbus.engines` whose object is an
-`EngineFactory`. Only the engine that is asked for is imported. Must never import torch itself.
+`EngineFactory`. Only the requested engine is imported. Must never import torch itself.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ EXTRAS: Final = {
 """The extra of this package that installs what a built-in engine needs."""
 
 NEED_MODEL: Final = frozenset({"vllm", "mlx", "llamacpp", "sglang"})
-"""Built-in engines that have nothing to serve where no model is named."""
+"""Built-in engines that need a model to be named."""
 
 
 def names() -> list[str]:
-    """Names of the engines that can be asked for."""
+    """Names of the available engines."""
     return sorted({*BUILT_IN, *(entry.name for entry in entry_points(group=ENTRY_POINT_GROUP))})
 
 
 def load(name: str) -> EngineFactory:
     """The factory of an engine. Raises `EngineLoadError` for one that is unknown or not installed.
 
-    A package's engine goes before a built-in one of the same name.
+    A package's engine takes precedence over a built-in one with the same name.
     """
     found = entry_points(group=ENTRY_POINT_GROUP, name=name)
     target = next((entry.value for entry in found), BUILT_IN.get(name))
     if target is None:
-        raise EngineLoadError(f"there is no engine {name!r}; there are: {', '.join(names())}")
+        raise EngineLoadError(f"there is no engine {name!r}; choose one of: {', '.join(names())}")
     module, _, attribute = target.partition(":")
     try:
         return cast(EngineFactory, getattr(import_module(module), attribute))
@@ -64,7 +64,7 @@ def load(name: str) -> EngineFactory:
 def require(name: str, *packages: str) -> None:
     """Check that the packages of a built-in engine are installed, without importing them.
 
-    Raises `EngineLoadError` that names the first missing one and the extra that brings it.
+    Raises `EngineLoadError` naming the first missing one and the extra that installs it.
     """
     for package in packages:
         if find_spec(package) is None:

@@ -1,7 +1,7 @@
-"""Shows a person how far the engine's loading is.
+"""Shows the progress of loading the engine.
 
-A progress bar where standard error is a terminal and `rich` is installed, otherwise a line for each
-new stage and each tenth. Must never be needed for anything: without it the worker works the same.
+A progress bar if standard error is a terminal and `rich` is installed, otherwise a line for each
+new stage and each tenth. Must never be required: without it the worker works the same.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def _bar() -> Any:
-    """A live progress bar, or None where there cannot be one."""
+    """A live progress bar, or None if there cannot be one."""
     if not sys.stderr.isatty():
         return None
     try:
@@ -31,7 +31,7 @@ def _bar() -> Any:
 
 
 class LoadingDisplay:
-    """Progress of one loading after another."""
+    """Displays the progress of loading, any number of times."""
 
     def __init__(self, enabled: bool = True) -> None:
         self._enabled = enabled

@@ -2,8 +2,8 @@
 
 Started by `supervisor` as `python -m worker.process.main PIPE_FD LIFE_FD PARENT_PID`. The loop
 takes what the link sent, steps while the engine is busy, and answers each step with one message
-that holds all its events and is the mark by which the link knows the engine's age. Whatever happens
-here, a hang in C code included, the link goes on by itself. Must never import zmq.
+that contains all its events and tells the link when the engine last finished a step. Whatever
+happens here, even a hang in C code, the link keeps running. Must never import zmq.
 
 Messages (first frame msgpack, further frames raw bytes):
 
@@ -38,7 +38,8 @@ from worker.process.pipe import Pipe, PipeClosed
 
 METRICS_INTERVAL_S = 1.0
 EMPTY_MARK_INTERVAL_S = 0.05
-"""A step that brought nothing still tells the link that the engine lives, but not more often."""
+"""A step without events still tells the link that the engine is alive, but not more
+often than this."""
 PROGRESS_INTERVAL_S = 0.1
 
 EXIT_UNUSABLE = 1
@@ -48,7 +49,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class _Link:
-    """The link, as the engine process sees it."""
+    """The link, as seen by the engine process."""
 
     def __init__(self, pipe: Pipe) -> None:
         self._pipe = pipe
@@ -59,7 +60,7 @@ class _Link:
         self._pipe.send((self._encode(message),))
 
     def progress(self, fraction: float | None, note: str) -> None:
-        """Tell how far loading is; too frequent calls are dropped."""
+        """Report loading progress; too frequent calls are dropped."""
         now_s = time.monotonic()
         if now_s - self._progress_s >= PROGRESS_INTERVAL_S or fraction == 1.0:
             self._progress_s = now_s
@@ -94,14 +95,14 @@ def serve(engine: Engine, pipe: Pipe) -> None:
 
 
 def _print_traceback() -> None:
-    """Of the exception being handled; where it cannot be written (full disk), the link is still
-    told."""
+    """Print the current traceback; ignore write errors (full disk), so that the link
+    is still told."""
     with contextlib.suppress(OSError):
         traceback.print_exc()
 
 
 def _build(link: _Link, options: EngineOptions) -> Engine:
-    """The engine, or the end of the process with a message to the link that says why not."""
+    """Build the engine, or end the process with a message to the link that says why it failed."""
     try:
         return registry.load(options.engine)(options, link.progress)
     except EngineLoadError as error:
@@ -126,23 +127,23 @@ def _receive_options(pipe: Pipe) -> EngineOptions:
 def _die_with_link(life: int, parent: int) -> None:
     """Never outlive the link, however it ends and whatever this process does then."""
     if sys.platform == "linux":
-        # The kernel's own promise: it holds even where a C call keeps the interpreter's lock.
+        # Done by the kernel, so it works even if a C call holds the interpreter's lock.
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(EXIT_BROKEN)
 
     def watch() -> NoReturn:
-        os.read(life, 1)  # nothing is ever written: it returns when the link's end is closed
+        os.read(life, 1)  # nothing is ever written: returns once the link's end is closed
         os._exit(EXIT_BROKEN)
 
     threading.Thread(target=watch, name="link-watch", daemon=True).start()
 
 
 def main(arguments: list[str]) -> int:
-    """Entry point; arguments: the file descriptors of the pipe and of the life line, the link's
-    process id."""
+    """Entry point. Arguments: file descriptors of the pipe and of the life line, and the
+    link's process id."""
     pipe_fd, life, parent = map(int, arguments)
-    # Signals of a terminal or a service manager reach the link, which ends this process in order.
+    # Signals from a terminal or a service manager reach the link, which ends this process properly.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _die_with_link(life, parent)
@@ -150,7 +151,7 @@ def main(arguments: list[str]) -> int:
     link = _Link(pipe)
     try:
         engine = _build(link, _receive_options(pipe))
-        # Whoever looks for cycles among the objects of a loaded model makes every stream wait.
+        # Searching the objects of a loaded model for cycles would delay every stream.
         gc.collect()
         gc.freeze()
         link.say("ready", engine.capabilities)

@@ -1,9 +1,9 @@
 """The pipe between the link and the engine process: messages of frames over a stream socket.
 
-The link's end never blocks: what the engine does not take is queued, because a hung engine must
-not stall a heartbeat. The engine's end blocks when it sends, and looks without waiting when it has
-work. The frames of one message go out without being copied together, so a large picture costs no
-more than its bytes. Must never import zmq or torch.
+The link's end never blocks: what the engine does not read is queued, because a hung engine must not
+stall a heartbeat. The engine's end blocks when sending, and does not wait when receiving while it
+has work. The frames of a message are sent without being joined, so a large image is not copied.
+Must never import zmq or torch.
 
     message = count (4 bytes, big-endian), count lengths (8 bytes each), the frames
 """
@@ -20,7 +20,7 @@ from typing import Final
 _COUNT: Final = struct.Struct(">I")
 _READ_BYTES: Final = 1 << 18
 _READ_AT_ONCE_BYTES: Final = 1 << 24
-"""Then whoever reads gets to do something else, even while the other side goes on writing."""
+"""After this much, the reader can do something else, even if the other side keeps writing."""
 _IOVECS: Final = 64
 
 
@@ -36,7 +36,7 @@ class Pipe:
         end.setblocking(blocking)
         self._received = bytearray()
         self._outgoing: deque[memoryview] = deque()
-        #: Bytes that wait for the other side to read.
+        #: Number of bytes that wait for the other side to read.
         self.backlog_bytes = 0
 
     def fileno(self) -> int:
@@ -44,11 +44,11 @@ class Pipe:
         return self._socket.fileno()
 
     def close(self) -> None:
-        """The other side reads the end of the stream."""
+        """Close this end; the other side reads end of stream."""
         self._socket.close()
 
     def send(self, frames: Sequence[bytes]) -> None:
-        """Send a message, or (at an end that does not block) as much as goes and queue the rest.
+        """Send a message; a non-blocking end sends as much as possible and queues the rest.
 
         Raises `PipeClosed`.
         """
@@ -61,7 +61,7 @@ class Pipe:
         self.flush()
 
     def flush(self) -> None:
-        """Go on sending what is queued. Raises `PipeClosed`."""
+        """Continue sending queued data. Raises `PipeClosed`."""
         outgoing = self._outgoing
         try:
             while outgoing:
@@ -78,8 +78,8 @@ class Pipe:
             raise PipeClosed(str(error)) from None
 
     def receive(self, timeout_s: float | None = 0.0) -> list[list[bytes]]:
-        """The whole messages that came, in order; waits up to `timeout_s` for something (None: for
-        ever). Raises `PipeClosed` when the other side is gone and everything was read.
+        """The complete messages that have arrived, in order; waits up to `timeout_s` for the first
+        (None: for ever). Raises `PipeClosed` when the other side is gone and everything was read.
         """
         if timeout_s != 0.0:
             select.select([self._socket], [], [], timeout_s)

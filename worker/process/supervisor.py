@@ -1,8 +1,8 @@
 """Starts the engine process, watches it, kills and restarts it.
 
-Turns what the process says and how it ends into facts for the worker's core. The decision that an
-engine hangs is the core's; here it is carried out. Gives up when the engine cannot be built at all,
-or dies again and again. Must never block the link, and never import torch or zmq.
+Turns the process's messages and its end into events for the worker's core. The core decides that an
+engine hangs; here that is carried out. Gives up if the engine cannot be built at all, or dies
+repeatedly. Must never block the link, and never import torch or zmq.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ log = logging.getLogger(__name__)
 FIRST_RESTART_S = 0.1
 LONGEST_RESTART_S = 30.0
 QUICK_DEATHS = 5
-"""So many deaths in a row, each soon after the engine was ready (or before), end the worker."""
+"""This many deaths in a row, each soon after the engine was ready (or before), end the worker."""
 PROVEN_S = 30.0
-"""An engine that ran for so long was not broken from the start: the count begins anew."""
+"""An engine that ran this long was not broken from the start: the count is reset."""
 MAX_BACKLOG_BYTES = 1 << 30
-"""Bytes that wait for an engine that does not read; the link's memory must stay bounded."""
+"""Limit for data that waits for an engine that does not read; bounds the link's memory."""
 CLOSE_WAIT_S = 3.0
 
 
@@ -54,7 +54,7 @@ class Supervisor:
         self._was_ready = False
         self._deaths = 0
         self._restart_s = math.inf
-        #: The engine's own last words.
+        #: The engine's last error message.
         self._last_words = ""
         self._unusable = False
         self._refused: list[Any] = []
@@ -83,7 +83,7 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), life_read),
                 env=environment,
-                # A group of its own: Ctrl-C on the terminal is the link's to handle, and what the
+                # A process group of its own: the link handles Ctrl-C in the terminal, and what the
                 # engine starts can be killed with it.
                 process_group=0,
             )
@@ -98,7 +98,7 @@ class Supervisor:
 
     @property
     def pid(self) -> int | None:
-        """Of the engine process."""
+        """Process id of the engine process."""
         return self._process.pid if self._process else None
 
     def _kill(self) -> None:
@@ -115,7 +115,7 @@ class Supervisor:
             self._life = None
 
     def stop(self, *, wait: bool = True) -> None:
-        """End the engine process for good: killed, unless it leaves by itself when it is asked."""
+        """End the engine process for good: it is killed unless it leaves when asked."""
         process = self._process
         if wait and process is not None and self.pipe is not None:
             with contextlib.suppress(PipeClosed, subprocess.TimeoutExpired):
@@ -125,7 +125,7 @@ class Supervisor:
         self._restart_s = math.inf
 
     def restart(self, reason: str, now_s: float) -> list[fact.Event]:
-        """Kill an engine that hangs, and start another after a while."""
+        """Kill a hung engine, and start a new one after a while."""
         self._kill()
         return self._died(reason, now_s)
 
@@ -138,25 +138,26 @@ class Supervisor:
         if now_s < self._restart_s:
             return []
         self.start()
-        return [fact.EngineLoading(None, "starting the engine again")]
+        return [fact.EngineLoading(None, "restarting the engine")]
 
-    # --- what it says -----------------------------------------------------------------------------
+    # --- messages from the process
+    # -----------------------------------------------------------------------------
 
     def read(self, now_s: float) -> list[fact.Event]:
-        """Facts since the last call; its end is one of them."""
+        """Events since the last call, including the process's end."""
         refused, self._refused = self._refused, []
         facts: list[fact.Event] = [fact.EngineStepped(refused)] if refused else []
         if self.pipe is None:
             return facts
         try:
             with contextlib.suppress(PipeClosed):
-                # That the engine is gone, `receive` finds, behind the engine's last words.
+                # `receive` notices that the engine is gone, after its last messages.
                 self.pipe.flush()
             for message in self.pipe.receive():
                 event = self._said(msgspec.msgpack.decode(message[0]), now_s)
                 last = facts[-1] if facts else None
                 if isinstance(event, fact.EngineStepped) and isinstance(last, fact.EngineStepped):
-                    # The link is behind: several steps leave as one OUTPUT.
+                    # The link is behind: several steps are sent as one OUTPUT.
                     last.events.extend(event.events)
                 elif event is not None:
                     facts.append(event)
@@ -184,7 +185,9 @@ class Supervisor:
                 except msgspec.ValidationError as error:
                     self._kill()
                     engine = self._options.engine
-                    return fact.WorkerFailed(f"engine {engine} describes itself wrongly: {error}")
+                    return fact.WorkerFailed(
+                        f"engine {engine} sent an invalid description of itself: {error}"
+                    )
                 self._ready_s = now_s
                 self._was_ready = True
                 return fact.EngineReady(known)
@@ -219,10 +222,11 @@ class Supervisor:
         log.warning("engine lost", extra={"fields": {"cause": reason, "restart_in_s": wait_s}})
         return []
 
-    # --- what it is told --------------------------------------------------------------------------
+    # --- messages to the process
+    # --------------------------------------------------------------------------
 
     def add(self, job_id: bytes, body: bytes, attachments: tuple[bytes, ...]) -> None:
-        """Hand a job over. One that the engine cannot be handed comes back failed with `read`."""
+        """Hand a job over. One that cannot be handed over is returned as failed by `read`."""
         if self.pipe is None:
             return
         if self.pipe.backlog_bytes > MAX_BACKLOG_BYTES:
@@ -240,18 +244,18 @@ class Supervisor:
         self._tell((msgspec.msgpack.encode(("cancel", job_id)),))
 
     def widen(self, job_id: bytes, limit: int) -> None:
-        """Nothing to tell: an engine generates ahead of every window, and its stream keeps what the
-        client does not take yet."""
+        """Do nothing: an engine generates ahead of the window, and the stream keeps what the client
+        does not accept yet."""
 
     def _tell(self, frames: tuple[bytes, ...]) -> None:
-        # That the other side is gone is found, and told, by the next `read`.
+        # The next `read` notices that the other side is gone.
         if self.pipe is not None:
             with contextlib.suppress(PipeClosed):
                 self.pipe.send(frames)
 
     @property
     def waiting(self) -> bool:
-        """`read` has something to say although the pipe has not."""
+        """Whether `read` has events although the pipe is not readable."""
         return bool(self._refused)
 
 

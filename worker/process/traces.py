@@ -1,7 +1,7 @@
-"""Spans of what the engine does: one for each job, with queue, prefill and decode below it.
+"""Spans of the engine's work: one for each job, with children queue, prefill and decode.
 
-`TracedEngine` stands between link and engine and looks at what passes; without traces it is not
-there. Jobs whose request carries no trace context are only passed on. Must never change anything.
+`TracedEngine` wraps the engine and watches what passes; without traces it is not used. Jobs whose
+request has no trace context are only passed on. Must never change anything.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class _Traced(msgspec.Struct):
-    """What is read of a request's body."""
+    """The part of a request's body that is needed here."""
 
     model: str = ""
     kind: str = "chat"
@@ -91,21 +91,21 @@ class TracedEngine:
         self._engine.add(job_id, body, attachments)
 
     def read(self, now_s: float) -> list[fact.Event]:
-        """What the engine says; ends become spans."""
+        """The engine's events; ends become spans."""
         return self._seen(self._engine.read(now_s))
 
     def tick(self, now_s: float) -> list[fact.Event]:
-        """As `read`, of what time brings."""
+        """Like `read`, for events caused by time."""
         return self._seen(self._engine.tick(now_s))
 
     def restart(self, reason: str, now_s: float) -> list[fact.Event]:
-        """All that ran is lost."""
+        """Everything that ran is lost."""
         events = self._seen(self._engine.restart(reason, now_s))
         self._lose(reason)
         return events
 
     def stop(self, *, wait: bool = True) -> None:
-        """What still runs is given up; spans go out."""
+        """Give up what still runs, and export the spans."""
         self._engine.stop(wait=wait)
         self._lose("the worker ends")
 
@@ -137,7 +137,7 @@ class TracedEngine:
         span.end(end_ns)
 
     def _parts(self, job: _Job, timings: Timings, end_ns: int) -> None:
-        """Laid out backwards from the end, which is what is known for sure."""
+        """Computed backwards from the end, the only time that is known for certain."""
         from opentelemetry.trace import set_span_in_context
 
         above = set_span_in_context(job.span)

@@ -1,14 +1,15 @@
 """`python -m worker.relay`: serve a whole bus as a worker of another one. Started by
 `python -m broker --upstream`, which keeps it running; not meant to be started by hand.
 
-What it is told comes as one JSON line on the file descriptor that is its argument, because keys are
-among it; the same pipe tells it, by its end, that its broker is gone. Then it takes nothing more,
-and what runs is resumed with the broker that comes in its place. Exit status as `python -m worker`.
+Its options arrive as one JSON line on the file descriptor given as its argument, because they
+contain keys; the end of that pipe means that its broker is gone. Then it accepts nothing
+more, and running requests are resumed with the broker that replaces it. Exit status as for
+`python -m worker`.
 """
 
 from __future__ import annotations
 
-from broker.protocol import early  # noqa: F401  # first: it hears signals from now on
+from broker.protocol import early  # noqa: F401  # first: it handles signals from here on
 
 # isort: split
 
@@ -41,20 +42,20 @@ RELAY: Final = replace(WORKER, server_key="--upstream-server-key", key="--upstre
 class Told(msgspec.Struct, frozen=True, kw_only=True):
     """The options of a relay, as its broker writes them."""
 
-    #: Unique names: of the lower broker's process, and of this relay.
+    #: Unique names of the lower broker's process and of this relay.
     mark: str
     name: str
-    #: Front address of the lower broker, and its limit of requests for one client.
+    #: Front address of the lower broker, and its limit on requests of one client.
     lower: str
     inflight: int
     #: Back addresses of the brokers above.
     upstream: tuple[str, ...]
     drain_s: float
     speed: float = 1.0
-    #: CURVE above: file of the brokers' public key, file of the relay's own pair.
+    #: CURVE above: files with the brokers' public key and with the relay's own key pair.
     server_key: str = ""
     key: str = ""
-    #: CURVE below, in Z85: the broker's public key, and the pair that it made for this relay.
+    #: CURVE below, in Z85: the broker's public key, and the key pair that it made for this relay.
     lower_server_key: str = ""
     lower_keys: tuple[str, str] | None = None
     log_format: str = "auto"

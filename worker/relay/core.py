@@ -2,11 +2,12 @@
 
     upper broker ── WorkerCore ── RelayCore ── ClientSession ── lower broker
 
-Above, it keeps the rules of an engine (`worker.engines.base`), except that its number of slots
-moves: they are the lower bus's, and others use them too. What is offered is what the lower broker
-said was free when it was last asked, and what runs there for us; it is asked once a second, and
-more often while that changes. Below, it is a caller like any other: interrupted streams are resumed
-there by the client's session, and nobody above hears of it. Must never touch a socket or a clock.
+Towards the upper bus it keeps the rules of an engine (`worker.engines.base`), except that its
+number of slots varies: they belong to the lower bus, and others use them too. It offers the slots
+that were free when the lower broker was last asked, plus those that run requests for us; it asks
+once a second, and more often while that changes. Towards the lower bus it is a client like any
+other: the client's session resumes interrupted streams there, and nobody above notices. Must never
+touch a socket or a clock.
 """
 
 from __future__ import annotations
@@ -40,26 +41,28 @@ from worker.engines.base import Capabilities, Ended, Failed, PromptFacts, Tokens
 from worker.relay.survey import Survey, SurveyError, read
 
 ASK_S: Final = 1.0
-"""Between two looks at the lower bus."""
+"""Interval between two surveys of the lower bus."""
 ASK_SOON_S: Final = 0.05
 """The same while slots change hands."""
 SOON_FOR_S: Final = 0.5
 ANSWER_S: Final = 3.0
-"""A lower broker that does not answer for so long has nothing to offer."""
+"""A lower broker that does not answer for this long has nothing to offer."""
 KEPT_MODEL_S: Final = 10.0
-"""A model stays offered so long after its last worker left, without a slot: a broker that has just
-been started again knows its workers a moment later."""
+"""How long a model stays offered, without a slot, after its last worker left: a broker that has
+just been restarted knows its workers only a moment later."""
 LOOP_S: Final = 5.0
-"""Of the relays of a loop, the one of the least name gives up at once, the others after this."""
+"""In a loop of relays, the one whose name sorts first leaves at once, the others
+after this delay."""
 EPOCHS: Final = 1024
-"""An epoch of the lower bus is one from above times this, and more with each RESUME there: so a
-request keeps its id, and a relay that knows nothing of the one before it still comes later, since
-two epochs from above differ by as much as one step below at least."""
+"""An epoch on the lower bus is the epoch from above times this, raised with each RESUME there. So a
+request keeps its id, and a relay that knows nothing of its predecessor still uses a later epoch,
+since two epochs from above differ by at least as much as a step below."""
 USED_IDS: Final = 65_536
 LONGEST_LIMIT_S: Final = 1e9
-"""Callers of the client library can ask for no more."""
+"""The longest limit that callers of the client library can set."""
 
-#: Resumed here, because another worker of the lower bus can go on. All else is for the caller.
+#: Codes that are resumed here, because another worker of the lower bus can continue. All others are
+#: passed to the caller.
 _RECOVERED: Final = frozenset(
     code.value
     for code in (
@@ -69,29 +72,30 @@ _RECOVERED: Final = frozenset(
         ErrorCode.UNKNOWN_SESSION,
     )
 )
-#: Told once more only if the lower broker is still like this: a wrong key, a wrong port.
+#: Codes that mean a wrong key or a wrong port, which retrying does not fix.
 _HOPELESS: Final = frozenset((ErrorCode.UNAUTHENTICATED.value, ErrorCode.PROTOCOL_ERROR.value))
 
 
 @dataclass(frozen=True, slots=True)
 class RelaySettings:
-    """What the core needs to know."""
+    """Settings of the core."""
 
-    #: The lower broker's unique name: whoever sees it among the brokers behind a worker of that
-    #: very broker has found a loop.
+    #: The lower broker's unique name. If it appears among the brokers behind one of that broker's
+    #: own workers, there is a loop.
     mark: str
-    #: Its address, for people.
+    #: The lower broker's address, for people.
     lower: str
-    #: Requests that it lets one client have at once.
+    #: Requests that the lower broker allows one client to have at once.
     inflight: int = 1024
 
 
-# --- facts ----------------------------------------------------------------------------------------
+# --- events
+# ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """The process is up."""
+    """The process has started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +116,7 @@ class JobCancelled:
 
 @dataclass(frozen=True, slots=True)
 class WindowMoved:
-    """The caller above takes tokens below `limit`."""
+    """The caller above accepts tokens below `limit`."""
 
     job_id: bytes
     limit: int
@@ -120,7 +124,7 @@ class WindowMoved:
 
 @dataclass(frozen=True, slots=True)
 class ItemsArrived:
-    """The lower bus said something of a request or a query."""
+    """The lower bus answered something about a request or a query."""
 
     id: bytes
     items: tuple[below.Item, ...]
@@ -128,7 +132,7 @@ class ItemsArrived:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """The time that `deadline_s` named has come."""
+    """The time given by `deadline_s` has come."""
 
 
 Event = Begun | JobAdded | JobCancelled | WindowMoved | ItemsArrived | Tick
@@ -139,14 +143,14 @@ Event = Begun | JobAdded | JobCancelled | WindowMoved | ItemsArrived | Tick
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A fact for the client's session of the lower bus."""
+    """An event for the client's session on the lower bus."""
 
     fact: below.Event
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A fact for the worker's core of the upper bus."""
+    """An event for the worker's core on the upper bus."""
 
     fact: above.Event
 
@@ -173,26 +177,26 @@ class _Job:
         self.id = id_
         self.lower_id = lower_id
         self.model = request.model
-        #: A worker of the lower bus has it.
+        #: Whether a worker of the lower bus has it.
         self.started = False
-        #: Tokens of the answer so far, those of a RESUME included.
+        #: Number of tokens of the answer so far, including those of a RESUME.
         self.have = len(request.resume.token_ids) if request.resume else 0
-        #: The window above (an offset), and how far it was ahead of the answer at the start.
+        #: The window above (an offset), and its distance from the answer at the start.
         self.limit = request.window
         self.window_tokens = max(1, request.window - self.have)
-        #: What the session below was last told to be read: its window is that much further.
+        #: The offset last reported as read to the session below; its window is that much further.
         self.taken = 0
-        #: At the last look it waited for the window: it may have left its slot long ago, with only
-        #: the rest of its answer to come, and that slot was counted as free.
+        #: Whether it was waiting for the window at the last survey: it may have left its slot long
+        #: ago, with only the rest of its answer to come, and that slot was counted as free.
         self.blocked = False
 
     def due_taken(self) -> int:
-        """What may be called read, so that the window below is the one above."""
+        """The offset to report as read, so that the window below equals the one above."""
         return min(self.limit - self.window_tokens, self.have)
 
 
 class RelayCore:
-    """All of a relay that is neither of its two sessions."""
+    """Everything of a relay except its two sessions."""
 
     def __init__(self, settings: RelaySettings, generator: random.Random | None = None) -> None:
         self._settings = settings
@@ -202,22 +206,22 @@ class RelayCore:
         #: Ids that were used on the lower bus, oldest first.
         self._used: dict[bytes, None] = {}
 
-        #: The two queries under way, by verb, and the jobs that were open when they were sent.
+        #: The two open queries, by verb, and the jobs that were open when they were sent.
         self._asked: dict[bytes, str] = {}
         self._answers: dict[str, Any] = {}
         self._asked_jobs: frozenset[bytes] = frozenset()
         self._ask_s = 0.0
         self._soon_until_s = 0.0
 
-        #: The last look; None before the first, and while the lower broker does not answer.
+        #: The last survey; None before the first, and while the lower broker does not answer.
         self._survey: Survey | None = None
         self._absent_told = False
-        #: Others wait there, so a slot that we leave is not ours to give again.
+        #: Whether others wait there, so that a slot which we free is not ours to grant again.
         self._contended = False
-        #: Slots for us, those in use included; and by model where that is less.
+        #: Slots for us, including those in use; and by model, if that is fewer.
         self._capacity = 0
         self._capacity_of: dict[str, int] = {}
-        #: Models with the time at which they were last seen.
+        #: Models, with the time when they were last seen.
         self._models: dict[str, tuple[ModelInfo, float]] = {}
         #: Brokers behind the lower one.
         self._via: tuple[str, ...] = ()
@@ -226,13 +230,13 @@ class RelayCore:
 
         self._now_s = 0.0
         self._out: list[Instruction] = []
-        #: Events of jobs, as the worker's core takes them.
+        #: Events of jobs, in the form expected by the worker's core.
         self._events: list[Any] = []
 
     # --- interface --------------------------------------------------------------------------------
 
     def handle(self, event: Event, now_s: float) -> list[Instruction]:
-        """Take a fact, return what is to be done, in order."""
+        """Take an event; return what is to be done, in order."""
         self._now_s = now_s
         out: list[Instruction] = []
         self._out = out
@@ -252,7 +256,7 @@ class RelayCore:
             case Tick():
                 if now_s >= self._ask_s and not self._asked:
                     self._ask()
-        # Fewer slots first: else the worker would grant again what just ended.
+        # Report fewer slots first, otherwise the worker would grant the slot that was just freed.
         self._offer()
         if self._events:
             events, self._events = self._events, []
@@ -265,7 +269,7 @@ class RelayCore:
 
     @property
     def capacity(self) -> int:
-        """Slots offered, those in use included."""
+        """Slots offered, including those in use."""
         return self._capacity
 
     def invariants(self) -> None:
@@ -280,8 +284,8 @@ class RelayCore:
 
     def _on_job(self, added: JobAdded) -> None:
         request = codec.decode(Request, added.body, MAX_REQUEST_BYTES)
-        # The same id wherever it may be: then a request that still runs on the lower bus, for a
-        # relay that died, goes on instead of running twice.
+        # The same id if possible: then a request that still runs on the lower bus, for a relay that
+        # died, continues instead of running twice.
         lower_id = added.job_id if added.job_id not in self._used else self._new_id()
         self._used[lower_id] = None
         if len(self._used) > USED_IDS:
@@ -318,7 +322,7 @@ class RelayCore:
             return
         self._out.append(Ask(below.RequestDropped(job.lower_id)))
         usage = Usage(completion_tokens=job.have)
-        # The slot below is free a step later: it is offered again once it is seen to be.
+        # The slot below is free one step later: it is offered again once a survey shows it.
         self._over(job, Ended(job.id, FinishReason.CANCELLED, usage=usage), seen_free=False)
 
     def _on_window(self, job_id: bytes, limit: int) -> None:
@@ -394,7 +398,7 @@ class RelayCore:
                 self._over(job, Failed(job.id, error, Usage(completion_tokens=job.have)), seen_free)
 
     def _over(self, job: _Job, end: Ended | Failed, seen_free: bool = True) -> None:
-        """A job left. Its slot is ours to give again unless somebody else waits for it."""
+        """A job left. Its slot is ours to grant again unless somebody else waits for it."""
         del self._jobs[job.id], self._by_lower[job.lower_id]
         self._say(end)
         if not seen_free or job.blocked or self._contended or self._survey is None:
@@ -411,20 +415,21 @@ class RelayCore:
     def _new_id(self) -> bytes:
         return bytes((self._random.randrange(1, 256),)) + self._random.randbytes(15)
 
-    # --- what the lower bus has -------------------------------------------------------------------
+    # --- slots of the lower bus -------------------------------------------------------------------
 
     def _ask(self) -> None:
         self._answers = {}
         self._asked_jobs = frozenset(self._jobs)
-        # Workers last: its answer is the newest, and all that we know of our jobs came before it.
+        # Workers last: that answer is the newest, and everything that we know of our jobs
+        # came before it.
         for verb in ("bus.models", "bus.workers"):
             query_id = self._new_id()
             self._asked[query_id] = verb
             timeout = Timeout(connect=ANSWER_S, total=ANSWER_S)
             self._out.append(Ask(below.QueryMade(query_id, verb, {}, timeout)))
         if self._jobs:
-            # The worker's core takes an engine that says nothing for long for one that hangs;
-            # whether a worker of the lower bus does is for the lower broker to find.
+            # The worker's core would take a silent engine for a hung one; whether a worker of the
+            # lower bus hangs is for the lower broker to find out.
             self._out.append(Report(above.EngineStepped([])))
 
     def _soon(self) -> None:
@@ -455,7 +460,7 @@ class RelayCore:
         self._ask_s = self._now_s + (ASK_SOON_S if soon else ASK_S)
 
     def _absent(self, error: BusError) -> None:
-        """Nobody answers below: what runs is resumed there when somebody does, nothing is added."""
+        """Nobody answers below: running requests are resumed there later, and nothing is added."""
         if error.code in _HOPELESS:
             self._out.append(Report(above.WorkerFailed(f"lower broker: {error}")))
             return
@@ -473,7 +478,7 @@ class RelayCore:
         self._via = survey.via
         for info in survey.models:
             self._models[info.name] = info, self._now_s
-        # What we had there when we asked, and still have, is ours beside what is free.
+        # Slots that we had when we asked and still have are ours, in addition to the free ones.
         known = [self._jobs[id_] for id_ in self._asked_jobs if id_ in self._jobs]
         running = [job.model for job in known if job.started]
         for job in known:
@@ -503,7 +508,7 @@ class RelayCore:
         )
 
     def _looped(self, survey: Survey) -> bool:
-        """Whether the lower broker reaches itself through the upper one. Then nothing is offered,
+        """Whether the lower broker reaches itself through the upper one. If so, nothing is offered,
         and one relay of the loop leaves."""
         mark = self._settings.mark
         if mark not in survey.via:
@@ -511,8 +516,8 @@ class RelayCore:
             return False
         around = ", ".join(survey.via)
         story = (
-            f"a loop of brokers: {mark} would be a worker of itself, through {around}. Take "
-            "--upstream away from one of them"
+            f"a loop of brokers: {mark} would be a worker of itself, through {around}. Remove "
+            "--upstream from one of them"
         )
         if self._loop_since_s is None:
             self._loop_since_s = self._now_s
@@ -522,7 +527,7 @@ class RelayCore:
         return True
 
     def _offer(self) -> None:
-        """Tell the worker's core what there is, if that has changed."""
+        """Tell the worker's core what is offered, if that has changed."""
         if self._told is None and self._survey is None:
             return
         capabilities = Capabilities("bus", self._settings.lower, self._infos(), self._capacity)
@@ -557,5 +562,5 @@ def _started(job: _Job) -> bool:
 
 
 def _seconds(ms: int | None) -> float | None:
-    """A limit of the wire as `Timeout` takes it."""
+    """A wire limit in seconds, for `Timeout`."""
     return None if ms is None else min(max(ms, 1) / 1000, LONGEST_LIMIT_S)

@@ -1,8 +1,8 @@
-"""The relay's side of the link that is otherwise an engine process: the lower bus.
+"""The lower bus in place of an engine process: the relay's engine side of the link.
 
-Joins `core.RelayCore` and the client library's transport, whose thread owns the socket of the lower
-bus; what arrives there wakes the link. Everything else happens on the link's thread. Never decides
-anything: that is the core's.
+Connects `core.RelayCore` with the client library's transport, whose thread owns the socket to the
+lower bus; what arrives there wakes the link. Everything else happens on the link's thread. Decides
+nothing: that is the core's job.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Bell(Bell):
 
 
 class _Sink:
-    """Takes what the transport's thread has for one request or query."""
+    """Receives items from the transport's thread for one request or query."""
 
     def __init__(self, id_: bytes, inbox: deque[relay.ItemsArrived], bell: _Bell) -> None:
         self._id = id_
@@ -57,33 +57,33 @@ class _Sink:
 
 
 class LowerBus:
-    """What the link takes for its engine (`worker.loop.EngineSide`)."""
+    """The lower bus as an engine (`worker.loop.EngineSide`)."""
 
     def __init__(
         self, core: RelayCore, connection: Connection, software: str, life_fd: int | None = None
     ) -> None:
-        """`life_fd`: a pipe that the lower broker's process holds open as long as it lives."""
+        """`life_fd`: a pipe that the lower broker's process keeps open as long as it lives."""
         self._core = core
         self._transport = Transport(connection, software)
         self._bell: _Bell | None = _Bell()
         self._inbox: deque[relay.ItemsArrived] = deque()
-        #: Facts for the worker's core that arose outside `read`.
+        #: Events for the worker's core that arose outside `read`.
         self._facts: list[above.Event] = []
         self._life_fd = life_fd
         self._orphaned = threading.Event()
 
     @property
     def pipe(self) -> _Bell | None:
-        """Readable when `read` has something to say."""
+        """Readable when `read` has events."""
         return self._bell
 
     @property
     def waiting(self) -> bool:
-        """The same, where the bell did not ring."""
+        """Whether `read` has events although the bell did not ring."""
         return bool(self._facts or self._inbox)
 
     def start(self) -> None:
-        """Begin to look at the lower bus."""
+        """Start surveying the lower bus."""
         if self._life_fd is not None:
             threading.Thread(target=self._watch, args=(self._life_fd,), daemon=True).start()
         self._tell(relay.Begun())
@@ -98,7 +98,7 @@ class LowerBus:
             bell.ring()
 
     def stop(self, *, wait: bool = True) -> None:
-        """Leave the lower bus; what still runs there for us is cancelled."""
+        """Leave the lower bus; our running requests there are cancelled."""
         self._transport.close()
         self._transport.join()
         bell, self._bell = self._bell, None
@@ -106,20 +106,20 @@ class LowerBus:
             bell.close()
 
     def restart(self, reason: str, now_s: float) -> list[above.Event]:
-        """There is no process to restart here: end, and let the broker start another relay."""
-        return [above.WorkerFailed(f"the relay stands still: {reason}")]
+        """There is no process to restart here: end, and let the broker start a new relay."""
+        return [above.WorkerFailed(f"the relay makes no progress: {reason}")]
 
     def deadline_s(self) -> float:
         """When `tick` is due."""
         return self._core.deadline_s()
 
     def tick(self, now_s: float) -> list[above.Event]:
-        """Look at the lower bus again."""
+        """Run the core's timers, such as the next survey."""
         self._tell(relay.Tick())
         return self._taken()
 
     def read(self, now_s: float) -> list[above.Event]:
-        """Facts since the last call."""
+        """Events since the last call."""
         bell = self._bell
         if bell is not None:
             bell.heard()
@@ -131,15 +131,15 @@ class LowerBus:
         return self._taken()
 
     def add(self, job_id: bytes, body: bytes, attachments: tuple[bytes, ...]) -> None:
-        """Send a request down."""
+        """Send a request to the lower bus."""
         self._tell(relay.JobAdded(job_id, body, attachments))
 
     def cancel(self, job_id: bytes) -> None:
-        """Cancel it there."""
+        """Cancel a request on the lower bus."""
         self._tell(relay.JobCancelled(job_id))
 
     def widen(self, job_id: bytes, limit: int) -> None:
-        """Let its tokens come as far as the caller above takes them."""
+        """Widen the window on the lower bus to what the caller above accepts."""
         self._tell(relay.WindowMoved(job_id, limit))
 
     def _taken(self) -> list[above.Event]:
@@ -170,6 +170,6 @@ class LowerBus:
     def _report(self, fact: above.Event) -> None:
         last = self._facts[-1] if self._facts else None
         if isinstance(fact, above.EngineStepped) and isinstance(last, above.EngineStepped):
-            last.events.extend(fact.events)  # they leave as one OUTPUT for each client
+            last.events.extend(fact.events)  # they are sent as one OUTPUT for each client
         else:
             self._facts.append(fact)

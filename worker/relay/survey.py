@@ -1,6 +1,6 @@
-"""What a bus has to offer just now, read from its answers to `bus.workers` and `bus.models`.
+"""What a bus currently has to offer, read from its answers to `bus.workers` and `bus.models`.
 
-Values only. Must never ask anything itself, and never believe a row more than its types.
+Values only. Must never ask anything itself, and trusts nothing in a row beyond its checked types.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from broker.protocol.messages import Kind, ModelInfo
 
 
 class SurveyError(Exception):
-    """The answer is none that a broker of this version gives."""
+    """The answer is not one that a broker of this version gives."""
 
 
 class _WorkerRow(msgspec.Struct, frozen=True):
@@ -46,25 +46,27 @@ class Survey:
     """A bus at one moment."""
 
     models: tuple[ModelInfo, ...] = ()
-    #: Slots that nobody uses, at workers that take requests.
+    #: Unused slots at workers that accept requests.
     free: int = 0
-    #: The same by model, for those models that not every one of these workers serves.
+    #: The same by model, for models that not all of these workers serve.
     free_of: Mapping[str, int] = field(default_factory=dict)
-    #: Requests that wait at the broker, whoever sent them.
+    #: Number of requests that wait at the broker, whoever sent them.
     queued: int = 0
     ready_workers: int = 0
-    #: Brokers behind those workers that are brokers themselves.
+    #: Brokers behind those workers that are relays.
     via: tuple[str, ...] = ()
 
 
 def read(workers: Any, models: Any) -> Survey:
-    """Make sense of both answers. Raises `SurveyError`."""
+    """Interpret both answers. Raises `SurveyError`."""
     try:
         worker_rows = msgspec.convert(workers, list[_WorkerRow])
         model_rows = msgspec.convert(models, list[_ModelRow])
         infos = tuple(_info(row) for row in model_rows)
     except msgspec.ValidationError as error:
-        raise SurveyError(f"the broker describes its bus in another way: {error}") from None
+        raise SurveyError(
+            f"the broker's description of its bus is not understood: {error}"
+        ) from None
     ready = [row for row in worker_rows if row.state == "ready"]
     partial = {info.name for info in infos if not all(info.name in row.models for row in ready)}
     return Survey(

@@ -1,7 +1,7 @@
-"""What engines share, whatever computes the tokens: prompts, images, text, sampling, sequences.
+"""Code shared by all engines: prompts, images, text, sampling, sequences.
 
 Jobs, preprocessing, templates, texts, stop strings, limits, usage and sampling mean the same on
-every engine because they are here once. An engine that lends a library's own batching to the bus is
-a `Generator` (`generator`), a way to load a model, and the list of what it cannot honour
+every engine because they are here once. An engine that uses a library's own batching consists of a
+`Generator` (`generator`), a way to load a model, and a list of the parameters that it cannot honour
 (`library_model`). Must never import an engine's package.
 """

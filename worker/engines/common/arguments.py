@@ -1,4 +1,5 @@
-"""Every `--engine-arg KEY=VALUE`: those that mean the same on all engines, and how any is parsed.
+"""`--engine-arg KEY=VALUE`: the arguments that mean the same on all engines, and how
+all are parsed.
 
 Parses text into checked values and nothing else; must never import torch.
 """
@@ -19,7 +20,7 @@ __all__ = ["SHARED", "SharedSettings", "boolean", "settings_from", "split_argume
 class SharedSettings:
     """Settings that mean the same on every engine that runs a model."""
 
-    #: Longest prompt plus answer, tokens; 0: what the model's configuration says.
+    #: Longest prompt plus answer, tokens; 0: as in the model's configuration.
     context_tokens: int = 0
     #: Threads that decode pictures and tokenise prompts outside the step loop.
     preprocess_threads: int = 2
@@ -51,7 +52,7 @@ def settings_from(
     choices: Mapping[str, tuple[str, ...]] | None = None,
     minimum: Mapping[str, float] | None = None,
 ) -> Settings:
-    """Turn texts into an engine's settings; `choices` and `minimum` are by name of the setting.
+    """Parse texts into an engine's settings; `choices` and `minimum` are by name of the setting.
 
     Raises `EngineLoadError` for an unknown name or a bad value.
     """
@@ -82,14 +83,14 @@ def settings_from(
 
 
 def boolean(text: str) -> bool:
-    """A switch as `parse_bool` reads it, but an empty text is no answer. Raises ValueError."""
+    """A boolean as in `parse_bool`, except that an empty text is refused. Raises ValueError."""
     if not text.strip():
         raise ValueError("expected true or false")
     return parse_bool(text)
 
 
 def whole(minimum: int) -> Callable[[str], int]:
-    """A parser of whole numbers from `minimum` on; it raises ValueError."""
+    """A parser for integers of at least `minimum`; it raises ValueError."""
 
     def parse(text: str) -> int:
         value = int(text)

@@ -3,10 +3,10 @@
 One `ConstraintFactory` per tokenizer, one `ConstraintState` per answer; `mask_logits_` takes all
 constrained rows of a batch at once.
 
-Kept here: the end of the answer is allowed exactly where the grammar accepts, so a constrained
-answer can always end; a bad schema, expression or grammar is its request's own failure, never the
-engine's. llguidance is imported only when a constraint is built. Building takes from milliseconds
-to a second: it must never happen in the step loop.
+Guarantees: the end of the answer is allowed exactly where the grammar accepts, so a constrained
+answer can always end; a bad schema, expression or grammar fails its own request, never the engine.
+llguidance is imported only when a constraint is built. Building takes from milliseconds to a
+second: it must never happen in the step loop.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ __all__ = ["ConstraintFactory", "ConstraintState", "mask_logits_"]
 
 _WORD_BITS = 32
 
-#: The library's words for a grammar that no token fits or that is beyond its limits.
+#: The library's errors for a grammar that no token fits or that exceeds its limits.
 _TOO_MUCH = ("NoExtension", "ParserTooComplex", "LexerTooComplex")
 
-#: What may stand once at each gap of JSON. Models that have lost their way write nothing but blanks
-#: where they may: with 64 allowed, four fifths of an answer were blanks.
+#: White space allowed at each gap in JSON, once. A confused model writes only white space wherever
+#: it may: with 64 characters allowed, four fifths of an answer were blanks.
 _JSON_BLANK = r"[\x20\x0A]"
 
-#: The library's own words, where they are long.
+#: Maximum length of the library's own messages.
 _MAX_MESSAGE = 500
 
 
 class ConstraintState:
-    """Where one answer stands in its grammar."""
+    """The state of one answer in its grammar."""
 
     def __init__(
         self, matcher: LLMatcher, end_ids: frozenset[int], vocabulary: _Vocabulary
@@ -53,26 +53,27 @@ class ConstraintState:
         self._matcher = matcher
         self._end_ids = end_ids
         self._words = vocabulary.words
-        #: Masks of the ids that end the answer, and of all but those and the library's own.
+        #: Masks of the ids that end the answer, and of everything except those and
+        #: the library's own.
         self._ends = _mask_of(end_ids, vocabulary.words)
         self._others = ~_mask_of(end_ids | vocabulary.end_ids, vocabulary.words)
         self._ended = False
 
     @property
     def finished(self) -> bool:
-        """Nothing may follow but the end of the answer."""
+        """Whether only the end of the answer may follow."""
         return self._ended or (self._matcher.is_stopped() and not self._matcher.is_error())
 
     @property
     def accepting(self) -> bool:
-        """The answer is complete as it stands: it may end."""
+        """Whether the answer is complete and may end here."""
         return self._ended or bool(self._matcher.is_accepting())
 
     def accept(self, token_id: int) -> None:
         """Take the next token of the answer.
 
-        Raises RequestError(ENGINE_ERROR) if the grammar forbids it: it was not sampled with the
-        mask.
+        Raises RequestError(ENGINE_ERROR) if the grammar forbids it, which means that it was not
+        sampled with the mask.
         """
         if not self._take(token_id):
             raise RequestError(
@@ -94,12 +95,12 @@ class ConstraintState:
                 )
 
     def allows(self, token_ids: Sequence[int]) -> bool:
-        """The tokens fit one after the other from here on. Changes nothing."""
+        """Whether the tokens are allowed, one after the other, from here. Changes nothing."""
         ids = list(token_ids)
         return int(self._matcher.validate_tokens(ids)) == len(ids) and not self._end_ids & set(ids)
 
     def mask_logits_(self, logits: torch.Tensor) -> None:
-        """Set what the grammar forbids to -inf in one row of logits [V], in place.
+        """Set forbidden tokens to -inf in one row of logits [V], in place.
 
         Raises RequestError if the grammar cannot go on.
         """
@@ -113,18 +114,19 @@ class ConstraintState:
         return not self._ended and bool(self._matcher.consume_token(token_id))
 
     def _refusal(self, token_id: int) -> str:
-        """Why the token was not taken."""
+        """Why the token was refused."""
         if token_id in self._end_ids:
             return "the answer is not complete and cannot end"
         return self._error() or "the answer had ended"
 
     def _error(self) -> str:
-        """The library's words, less the mark that says that it could say more."""
+        """The library's message, without its hint that more details are available."""
         error = str(self._matcher.get_error()).replace("<non-verbose/>", "").strip()
         return error[:_MAX_MESSAGE]
 
     def _failure(self) -> RequestError:
-        """Why the grammar cannot go on. That it asks for too much is the request's own fault."""
+        """Why the grammar cannot continue. If it exceeds the limits, that is the
+        request's own fault."""
         cause, code = self._error(), ErrorCode.ENGINE_ERROR
         if cause.startswith(_TOO_MUCH):
             code = ErrorCode.INVALID_REQUEST
@@ -133,7 +135,7 @@ class ConstraintState:
         return RequestError(code, f"the constraint cannot be kept: {cause}")
 
     def _dead_end(self) -> RequestError:
-        """Only tokens that end the answer can come next, and it is not complete."""
+        """The error if only tokens that end the answer can come next, but it is not complete."""
         return RequestError(
             ErrorCode.INVALID_REQUEST,
             "the constraint cannot be kept: all that can come next in it are tokens that end the "
@@ -145,10 +147,10 @@ class ConstraintState:
 def mask_logits_(
     logits: torch.Tensor, rows: Sequence[int], states: Sequence[ConstraintState]
 ) -> dict[int, RequestError]:
-    """Set what the grammars forbid to -inf in the given rows of logits [B, V], in place.
+    """Set forbidden tokens to -inf in the given rows of logits [B, V], in place.
 
-    `rows` ascend and `states` are parallel to them, all of one factory. Returns the rows whose
-    grammar cannot go on, each with its error; their logits mean nothing.
+    `rows` are ascending and `states` parallel to them, all from one factory. Returns the rows whose
+    grammar cannot continue, each with its error; their logits are meaningless.
     """
     words = states[0]._words
     masks = torch.zeros(len(states), words, dtype=torch.int32)
@@ -188,7 +190,7 @@ _BITS = torch.tensor([1 << n for n in range(31)] + [-(1 << 31)], dtype=torch.int
 
 
 def _mask_of(token_ids: Iterable[int], words: int) -> torch.Tensor:
-    """A mask [words] of these tokens; those beyond it have no place in an answer."""
+    """A mask [words] of these tokens; ids beyond its end cannot occur in an answer."""
     mask = torch.zeros(words, dtype=torch.int32)
     for token_id in token_ids:
         if token_id < words * _WORD_BITS:
@@ -198,20 +200,20 @@ def _mask_of(token_ids: Iterable[int], words: int) -> torch.Tensor:
 
 def _unpacked(masks: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Masks [R, words] on the CPU as bool [R, 32 * words] on the device."""
-    if device.type == "cpu":  # NumPy does it in a tenth of the time
+    if device.type == "cpu":  # NumPy takes a tenth of the time
         data = masks.numpy().view(np.uint8)
         return torch.from_numpy(np.unpackbits(data, axis=1, bitorder="little").view(np.bool_))
     return _spread(masks.to(device, non_blocking=True))
 
 
 def _spread(masks: torch.Tensor) -> torch.Tensor:
-    """Masks as bool, where they are."""
+    """Masks as bool, on their device."""
     return (masks[:, :, None] & _BITS.to(masks.device) != 0).flatten(1)
 
 
 @cache
 def _executor() -> LLExecutor:
-    """Threads of the library that fill the masks of several rows at once."""
+    """The library's threads, which fill the masks of several rows at once."""
     from llguidance import LLExecutor
 
     return LLExecutor()
@@ -219,18 +221,18 @@ def _executor() -> LLExecutor:
 
 @dataclass(frozen=True, slots=True)
 class _Vocabulary:
-    """A tokenizer as the library knows it."""
+    """A tokenizer in the library's form."""
 
     tokens: LLTokenizer
     words: int
-    #: The ids with which the library itself would end an answer.
+    #: The ids that the library itself treats as the end of an answer.
     end_ids: frozenset[int]
-    #: Ids of added tokens that are text, by their text: grammars may name them like special ones.
+    #: Ids of added tokens that are text, by their text: grammars may name them like special tokens.
     named: Mapping[str, int]
 
 
 class ConstraintFactory:
-    """Builds the constraints of answers of one (fast) tokenizer. May be called by any thread."""
+    """Builds constraints for answers of one (fast) tokenizer. May be called from any thread."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -238,12 +240,12 @@ class ConstraintFactory:
         self._lock = Lock()
 
     def build(self, constraint: Constraint, eos_ids: Iterable[int]) -> ConstraintState:
-        """The constraint of an answer that begins now and ends with one of `eos_ids`, which may
-        differ from answer to answer. They are never content.
+        """The constraint for an answer that begins now and ends with one of `eos_ids`, which may
+        differ between answers and are never content.
 
-        Raises RequestError(INVALID_REQUEST): the value is no valid schema, expression or grammar
-        (with the library's own words), the extra is missing, or the tokenizer is not one of those
-        that llguidance reads.
+        Raises RequestError(INVALID_REQUEST) if the value is not a valid schema, expression or
+        grammar (with the library's own message), the extra is missing, or llguidance cannot
+        read the tokenizer.
         """
         try:
             import llguidance
@@ -293,11 +295,12 @@ class ConstraintFactory:
 
 
 class _TextTokenizer:
-    """A tokenizer of text in which nothing is a control token, as llguidance asks for one.
+    """A tokenizer for which nothing in a text is a control token, as llguidance requires.
 
-    The library tokenises what a grammar forces. By itself it takes special tokens there, and added
-    tokens such as `<think>`, which it then refuses because they are not text to it. Here an added
-    token that is not special is text, and the text of a special one is spelled by other tokens.
+    The library tokenises what a grammar forces. By itself it uses special tokens for that,
+    and added tokens such as `<think>`, and then refuses them because to it they are not text.
+    Here an added token that is not special is text, and the text of a special token is
+    spelled with other tokens.
     """
 
     bos_token_id = None
@@ -311,7 +314,9 @@ class _TextTokenizer:
 
     def __call__(self, text: str) -> list[int]:
         if not isinstance(text, str):
-            raise TypeError("only text is tokenised here")  # the library asks which of the two
+            raise TypeError(
+                "only text is tokenised here"
+            )  # the library tests whether it accepts text or bytes
         ids = self._read.tokenize_str(text)
         return [spelled for i in ids for spelled in self._spelled.get(i, (i,))]
 
@@ -324,19 +329,19 @@ def _invalid(constraint: Constraint, message: str) -> RequestError:
 
 
 def _grammar(constraint: Constraint, named: Mapping[str, int]) -> str:
-    """The constraint in llguidance's own form. Raises RequestError if the value is of a wrong
-    type; whether it makes sense is for the library to say."""
+    """The constraint in llguidance's own form. Raises RequestError if the value has a wrong type;
+    the library checks everything else."""
     match constraint.type, constraint.value:
         case "json_object", _:
             return _json_grammar({"type": "object"}, compact=constraint.compact)
         case "json_schema", dict() | bool() as schema:
             try:
                 return _json_grammar(for_llguidance(schema), compact=constraint.compact)
-            except (TypeError, ValueError) as error:  # bytes, say, which msgpack has
+            except (TypeError, ValueError) as error:  # such as bytes, which msgpack allows
                 raise _invalid(constraint, str(error)) from error
             except RecursionError:
                 raise _invalid(
-                    constraint, "it is nested too deeply, or has too long names"
+                    constraint, "it is nested too deeply, or its names are too long"
                 ) from None
         case "regex", str(expression):
             return _matcher().grammar_from_regex(expression)
@@ -364,12 +369,12 @@ def _json_grammar(schema: dict[str, Any] | bool, *, compact: bool) -> str:
     )
 
 
-#: Of a Lark grammar: what is not a token's name (strings, expressions, comments), and a name.
+#: Parts of a Lark grammar that are not a token's name (strings, expressions, comments), and a name.
 _LARK = re.compile(r'"(?:\\.|[^"\\])*"|//.*|/(?:\\.|[^/\\])+/|(?P<name><[^<>\s]+>)')
 
 
 def _with_ids(lark: str, named: Mapping[str, int]) -> str:
-    """The grammar with these tokens named by their ids, as the library knows them."""
+    """The grammar with these tokens referred to by id, as the library expects."""
 
     def id_of(found: re.Match[str]) -> str:
         token_id = named.get(found["name"] or "")

@@ -1,9 +1,9 @@
-"""Control tokens in what a client wrote, kept from being read as tokens.
+"""Keeps control tokens in a client's text from being read as tokens.
 
-Tokenizers find control tokens and image marks wherever they stand in a text, so a document, a name
-or a tool's description could open a turn or claim an image. A token is broken by a space behind its
+Tokenizers recognise control tokens and image placeholders anywhere in a text, so a document, a name
+or a tool's description could open a turn or claim an image. A token is broken by a space after its
 first character: the text still reads the same. Must never be used on a raw prompt, whose control
-tokens are meant.
+tokens are intended.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from typing import Any
 __all__ = ["Breaker", "ControlTokens", "mark_text", "rewritten"]
 
 Breaker = Callable[[str], str]
-"""Rewrites one string of a client's."""
+"""Rewrites one string from a client."""
 
 
 def mark_text(holder: Any, name: str) -> str | None:
-    """The text of a token that is an attribute of a tokenizer or a processor."""
+    """The text of a token that is an attribute of a tokenizer or processor."""
     token = getattr(holder, name, None)
     text = getattr(token, "content", token)
     return text if isinstance(text, str) and text else None
 
 
 class ControlTokens:
-    """The control tokens of one model and the marks of its processor.
+    """The control tokens of one model and the placeholders of its processor.
 
     `template` is the source of its chat template: added tokens that it writes (`<tool_call>`) are
-    control tokens too, also where the tokenizer does not call them special. Those that stand around
-    the words of a plain conversation, as `turns` shows it, open and close turns and are special
-    whatever the tokenizer says (DeepSeek's do not). `more`: further marks.
+    control tokens too, even if the tokenizer does not declare them special. Those that surround the
+    words of a plain conversation, rendered in `turns`, open and close turns and count as special
+    whatever the tokenizer says (DeepSeek's are not declared). `more`: further control tokens.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class ControlTokens:
             names |= {"image_token", "video_token", "audio_token", "boi_token"}
             special |= {text for name in names if (text := mark_text(processor, name))}
         written = {str(token.content) for token in added if str(token.content) in template}
-        # One character cannot be broken by a space, and is no control token of any model; nor are
-        # the runs of spaces that some tokenizers list beside them.
+        # A single character cannot be broken by a space, and is not a control token of any model;
+        # neither are the runs of spaces that some tokenizers list with them.
         self._special = _pattern(special)
         self._written = _pattern(special | written)
         tokens = [token for token in special | written if _breakable(token)]
@@ -68,18 +68,18 @@ class ControlTokens:
         return self._written.findall(text)
 
     def broken(self, text: str) -> str:
-        """A turn's text, every special token broken. What the tokenizer does not call special
-        stays: a model's own answer holds it, and so do prompts that explain a format."""
+        """A turn's text with every special token broken. Control tokens not declared special stay:
+        a model's own answers contain them, and so do prompts that explain a format."""
         return self._special.sub(_split, text)
 
     def all_broken(self, text: str) -> str:
-        """A text by others than who writes the turns, every control token broken."""
+        """A text by others than the author of the turns, with every control token broken."""
         return self._written.sub(_split, text)
 
     def edges_broken(self, text: str) -> str:
-        """A text that joins with its neighbours into no control token: pieces of one are broken
-        where the text begins, ends, or is all piece. A word within a token (`user`) is left alone:
-        only a template could write what stands on both sides of it."""
+        """A text that cannot form a control token together with its neighbours: pieces of one are
+        broken where the text begins, ends, or consists of such a piece. A word inside a token
+        (`user`) is left alone: only a template could write what surrounds it."""
         places = set()
         for size in range(1, min(self._longest, len(text) + 1)):
             if text[-size:] in self._heads:
@@ -97,7 +97,7 @@ _NO_WORD = re.compile(r"[^\w\0]")
 
 
 def rewritten(value: Any, breaker: Breaker) -> Any:
-    """A JSON value with every string in it rewritten, names of properties too."""
+    """A JSON value with every string in it rewritten, including names of properties."""
     if isinstance(value, str):
         return breaker(value)
     if isinstance(value, dict):
@@ -111,7 +111,8 @@ def rewritten(value: Any, breaker: Breaker) -> Any:
 
 
 def _has_pair(token: str, tokens: set[str]) -> bool:
-    """One of `<think>` and `</think>`: such pairs stand within a turn, and a model writes them."""
+    """Whether it is one of a pair like `<think>` and `</think>`: such pairs occur within a turn,
+    and models write them."""
     return token.startswith("</") or f"</{token[1:]}" in tokens
 
 

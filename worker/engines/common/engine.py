@@ -1,7 +1,7 @@
-"""The engine that engines with a batch are: jobs in, events out, several models.
+"""The common base of engines with a batch: jobs in, events out, several models.
 
 Owns the jobs and the preprocessing threads; the runners own the models. `add`, `cancel` and `step`
-are called by one thread. Must never block on preprocessing for more than a few milliseconds.
+are called by one thread. Must never wait for preprocessing for more than a few milliseconds.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from worker.engines.common.served import BatchModel, Embedding, Prepared, now
 __all__ = ["BatchEngine"]
 
 PREPARE_WAIT_S = 0.004
-"""How long a step waits when all there is to do is preprocessing."""
+"""How long a step waits if the only work is preprocessing."""
 
 RATE_WINDOW_S = 10.0
-"""Tokens per second are those of the last ten seconds."""
+"""Tokens per second are averaged over the last ten seconds."""
 
 
 @dataclass(slots=True)
@@ -60,8 +60,8 @@ class BatchEngine:
         *,
         slots: int,
     ) -> None:
-        """`device`: for people. `slots`: told as the capacity where no model has a batch. Raises
-        `EngineLoadError` where two models have one name."""
+        """`device`: a description for people. `slots`: reported as the capacity if no model has a
+        batch. Raises `EngineLoadError` if two models have the same name."""
         self._models = models
         self._by_name: dict[str, BatchModel] = {}
         for model in models:
@@ -146,7 +146,7 @@ class BatchEngine:
             "running": float(sum(c.running for c in counts) + len(self._embeds)),
             "waiting": float(sum(c.waiting for c in counts) + pending),
             "batch": float(sum(c.batch for c in counts)),
-            # Nobody waits for an average to fade once nothing runs.
+            # Show zero at once when nothing runs, rather than a fading average.
             "tokens_per_s": sum(count for _, count in self._recent) / span if self._jobs else 0.0,
             "ttft_ms": self._ttft_ms,
             "kv_used_tokens": float(sum(c.kv_used_tokens for c in counts)),
@@ -157,7 +157,7 @@ class BatchEngine:
         }
 
     def memory_used_bytes(self) -> int:
-        """Bytes in use: resident memory, where no device is asked."""
+        """Bytes in use; resident memory, unless a device is asked."""
         return int(psutil.Process().memory_info().rss)
 
     def close(self) -> None:
@@ -170,7 +170,7 @@ class BatchEngine:
     # --- inside -----------------------------------------------------------------------------------
 
     def _say(self, event: EngineEvent) -> None:
-        """An event goes out; the books follow."""
+        """Emit an event and update the statistics."""
         if isinstance(event, Tokens):
             self._recent.append((now(), len(event.token_ids)))
             if len(self._recent) > 4096:
@@ -198,7 +198,7 @@ class BatchEngine:
                 self._say(Ended(request_id, FinishReason.CANCELLED))
                 continue
             if running.cancelled and not future.done():
-                # It cannot be stopped; its answer is not waited for.
+                # It cannot be stopped; its result is ignored.
                 running.future = None
                 self._say(Ended(request_id, FinishReason.CANCELLED))
                 continue
@@ -228,7 +228,7 @@ class BatchEngine:
             self._embeds.append(prepared)
 
     def _embed_one(self) -> bool:
-        """One batch of one embedding task, in turns."""
+        """Compute one batch of one embedding task; tasks take turns."""
         if not self._embeds:
             return False
         task = self._embeds.popleft()

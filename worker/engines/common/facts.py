@@ -1,6 +1,6 @@
-"""What there is to know of a model for prompts and texts, wherever its weights are.
+"""Facts about a model that prompts and texts need, wherever its weights are.
 
-Reads configurations and tokenizers that are in memory; must never load weights nor know a device.
+Reads configurations and tokenizers in memory; must never load weights or know a device.
 """
 
 from __future__ import annotations
@@ -20,37 +20,38 @@ from worker.engines.common.compat import rope_parameters
 __all__ = ["ModelFacts"]
 
 DEFAULT_CONTEXT_TOKENS = 2048
-"""Where neither configuration nor tokenizer says: what the replaced systems assume."""
+"""The assumption of the replaced systems, if neither configuration nor tokenizer says."""
 
 
 @dataclass(slots=True, kw_only=True)
 class ModelFacts:
-    """A model as its requests see it: tokens, context, ends of answers, placeholders, names."""
+    """A model as seen by its requests: tokens, context, end tokens, placeholders, names."""
 
     #: None only in tests of bare models.
     tokenizer: Any
-    #: The processor of a model that takes pictures, else None.
+    #: The processor of a model that accepts images, else None.
     processor: Any
     context_tokens: int
     eos_ids: frozenset[int]
     #: Picture, video and audio placeholders: never sampled, never taken from a user's text.
     placeholder_ids: frozenset[int]
-    #: Ids that the model may write are below.
+    #: Upper bound of ids that the model can write.
     vocabulary: int
-    #: Ids that it reads are below, placeholders apart: those with a row in its embedding.
+    #: Upper bound of ids that it can read, apart from placeholders: those with a row
+    #: in its embedding.
     embedding_rows: int
     takes_images: bool
-    #: It answers about a picture only.
+    #: Whether it requires an image.
     needs_image: bool = False
     encoder_decoder: bool
-    #: Only embeds: it has no output head.
+    #: Whether it only embeds, having no output head.
     embedding_only: bool = False
-    #: Folder of the model where it is local, for files beside the weights.
+    #: The model's folder if it is local, for files next to the weights.
     folder: Path | None = None
     quantised: bool = False
-    #: Names of adapters in the model, each chosen per row.
+    #: Names of adapters in the model, chosen per row.
     adapters: tuple[str, ...] = ()
-    #: Of adapters that brought a tokenizer or template of their own: the facts that follow from it.
+    #: Facts for adapters that have their own tokenizer or template.
     adapter_texts: dict[str, ModelFacts] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     #: The model's own values of `MODEL_DEFAULTS`, from its generation config.
@@ -67,8 +68,8 @@ class ModelFacts:
         generation_config: Any = None,
         **own: Any,
     ) -> Self:
-        """The facts that follow from configurations, tokenizer and processor, and `own`: fields of
-        the class that the caller knows."""
+        """Gather the facts from configurations, tokenizer and processor. `own`: further fields,
+        known by the caller."""
         text_config = config.get_text_config(decoder=True)
         facts: dict[str, Any] = {
             "tokenizer": tokenizer,
@@ -87,8 +88,8 @@ class ModelFacts:
 
 
 def _sampling_defaults(generation: Any) -> dict[str, float]:
-    """What the model's generation config says of `MODEL_DEFAULTS`; greedy where it says
-    `do_sample: false`. Values that a request could not have are left out."""
+    """Values for `MODEL_DEFAULTS` in the model's generation config; greedy if it has `do_sample:
+    false`. Values that would be invalid in a request are left out."""
     if getattr(generation, "do_sample", None) is False:
         return {"temperature": 0.0}
     found: dict[str, float] = {}
@@ -122,7 +123,7 @@ def _context_tokens(config: Any, text_config: Any, tokenizer: Any) -> int:
     scaling = rope_parameters(text_config)
     if length and scaling:
         kind = scaling.get("rope_type", scaling.get("type"))
-        # Newer kinds (yarn, llama3, longrope) state the stretched length already.
+        # Newer kinds (yarn, llama3, longrope) already give the extended length.
         if kind in ("linear", "dynamic"):
             length = int(length * float(scaling.get("factor", 1.0)))
     if not length:
@@ -142,7 +143,8 @@ def _eos_ids(config: Any, generation: Any, tokenizer: Any) -> frozenset[int]:
         configured |= _ids(generation)
     else:
         own |= _ids(generation)
-    # A configuration without a word on it has its class's id, which may be any word of this model.
+    # A configuration that does not set it has its class's default id, which may be any token
+    # of this model.
     special = set(getattr(tokenizer, "all_special_ids", None) or ())
     if own and special:
         defaults = _ids(type(config)) | _ids(type(text_config))
@@ -165,7 +167,7 @@ def _placeholder_ids(config: Any, processor: Any) -> frozenset[int]:
         "audio_token_id",
         "audio_token_index",
     )
-    # A processor may call another token so (Gemma 3: the one that opens a picture).
+    # A processor may use this name for another token (Gemma 3: the one that opens an image).
     for holder in (config, processor):
         found = {getattr(holder, name, None) for name in names}
         ids = frozenset(value for value in found if isinstance(value, int) and value >= 0)

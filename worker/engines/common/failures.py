@@ -1,4 +1,5 @@
-"""What an exception says to a client: its cause in one line, its code, and whether memory ran out.
+"""Turns exceptions into errors for clients: the cause in one line, the code, whether
+memory ran out.
 
 Decided here for every engine. Must never import an engine's package.
 """
@@ -13,14 +14,14 @@ __all__ = ["error_info", "is_out_of_memory", "one_line"]
 
 
 def one_line(error: BaseException, limit: int = 500) -> str:
-    """The text of an exception on one line of at most `limit` characters; its class where it has no
-    text."""
+    """The text of an exception on one line of at most `limit` characters; its class name if it
+    has no text."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out, on an accelerator or on the host."""
+    """Whether `error` means that memory ran out, on an accelerator or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error)
@@ -30,8 +31,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def error_info(error: BaseException, failed: str) -> ErrorInfo:
-    """The error that a client gets for an exception: that of a `RequestError`, else `failed` (what
-    could not be done) and the cause."""
+    """The error that a client gets for an exception: that of a `RequestError`, otherwise `failed`
+    (what could not be done) and the cause."""
     if isinstance(error, RequestError):
         return error.info
     code = ErrorCode.OUT_OF_MEMORY if is_out_of_memory(error) else ErrorCode.ENGINE_ERROR

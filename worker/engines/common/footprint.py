@@ -1,4 +1,4 @@
-"""How large a model's own image processor makes an image, known before it makes anything.
+"""Predicts how large an image becomes inside a model's image processor.
 
 Image processors of transformers say in a few settings what they resize to (`size`, `do_pad`, ...).
 From these follows the largest picture that one makes on its way, and by how much a large image may
@@ -15,35 +15,36 @@ from typing import Any, Final
 __all__ = ["MADE_PIXELS", "Footprint"]
 
 MADE_PIXELS: Final = 16_777_216
-"""Of one image on its way through a processor: 4096 by 4096, 200 MB as numbers of 32 bits. No
-published model's processor makes more of an image that is not far from square."""
+"""Limit for one image inside a processor: 4096 by 4096, which is 200 MB as 32-bit numbers. No
+published model's processor exceeds it for an image that is roughly square."""
 
 LARGE_PIXELS: Final = 4_000_000
-"""A smaller image is left as it is."""
+"""Smaller images are never shrunk first."""
 
 WORKING_PIXELS: Final = 16_777_216
-"""What a large image is shrunk to where the processor does not say what it needs."""
+"""Size to which a large image is shrunk if the processor does not say what it needs."""
 
 OVERSAMPLING: Final = 2
-"""A shrunk image has at least so many times the pixels, along each side, that the processor resizes
-to: its own filter then decides what the model sees."""
+"""A shrunk image still has at least this many times the pixels, along each side, of the processor's
+target size, so that the processor's own filter decides what the model sees."""
 
 _AREA_FROM: Final = 16_384
-"""An "edge" above this counts pixels of the whole image (Qwen-VL and its kin)."""
+"""An "edge" above this is a number of pixels of the whole image (Qwen-VL and similar models)."""
 
 _MOST_TILES: Final = 256
-"""A setting `max_...` up to this may be a number of tiles that an image is cut into."""
+"""A setting `max_...` up to this may be a number of tiles into which an image is cut."""
 
 
 class Footprint:
-    """Of one image processor."""
+    """Predictions for one image processor."""
 
     def __init__(self, image_processor: Any = None) -> None:
-        """None: nothing is known."""
+        """`image_processor` None: nothing is known."""
         settings = vars(image_processor) if image_processor is not None else {}
         self._resizes = settings.get("do_resize", True) is not False
         self._size = _numbers(settings.get("size"))
-        # Donut and its kin resize the shorter side first, whatever `size` says of height and width.
+        # Donut and similar models resize the shorter side first, whatever height and
+        # width `size` gives.
         self._shorter_first = bool(settings.get("do_thumbnail"))
         #: LLaVA pads to a square before it resizes.
         self._pads_first = (
@@ -54,7 +55,8 @@ class Footprint:
         self._reach = list(_reach(settings))
 
     def made_pixels(self, width: int, height: int) -> int:
-        """The largest image that the processor makes of one of that size, at least the image."""
+        """Pixels of the largest intermediate image for an image of that size; at least those of
+        the image itself."""
         short, long = sorted((width, height))
         made = width * height
         if self._pads_first:
@@ -66,12 +68,13 @@ class Footprint:
         return made
 
     def excess(self, width: int, height: int) -> int:
-        """The pixels that the processor would make, where they are too many; else 0."""
+        """The pixels of the largest intermediate image if that is too large; otherwise 0."""
         made = self.made_pixels(width, height)
         return made if made > max(MADE_PIXELS, width * height) else 0
 
     def shrinkage(self, width: int, height: int) -> int:
-        """By what whole factor the image may be shrunk before the processor gets it; 1: not."""
+        """The integer factor by which the image may be shrunk before processing; 1 for
+        not at all."""
         if width * height < LARGE_PIXELS:
             return 1
         scale = self._scale(width, height)
@@ -82,7 +85,7 @@ class Footprint:
         return max(1, min(factor, width, height))
 
     def _shorter_edge(self) -> int | None:
-        """What the shorter side becomes where nothing bounds the longer."""
+        """The target size of the shorter side, if the longer side has no limit."""
         size = self._size
         if self._shorter_first and {"height", "width"} <= set(size):
             return min(size["height"], size["width"])
@@ -91,7 +94,7 @@ class Footprint:
         return None
 
     def _scale(self, width: int, height: int) -> float | None:
-        """The largest scale at which the processor looks at the image; None where it is unknown."""
+        """The largest scale at which the processor uses the image; None if unknown."""
         if not self._resizes or not self._size:
             return None
         short, long = sorted((width, height))
@@ -111,7 +114,7 @@ class Footprint:
 
 
 def _reach(settings: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
-    """Heights and widths that an image, all of its tiles together, is resized to."""
+    """Heights and widths to which an image, all its tiles together, is resized."""
     tiles = [
         value
         for name, value in settings.items()
@@ -127,7 +130,7 @@ def _reach(settings: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
 
 
 def _numbers(size: Any) -> dict[str, int]:
-    """The entries of a size that are set, whether a dict or transformers' own type."""
+    """The entries of a size that are set, in a dict or transformers' own type."""
     if size is None or isinstance(size, int | float | str | list | tuple):
         return {}
     entries = size.items() if isinstance(size, Mapping) else vars(size).items()

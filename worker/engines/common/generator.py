@@ -1,7 +1,8 @@
-"""The seam between the bus and a library that batches by itself: insert, remove, next.
+"""The interface to a library that does its own batching: insert, remove, next.
 
 `LibraryRunner` drives a `Generator` as the transformers engine drives its own schedulers: it admits
-within the slots, tells tokens, and ends what is over. Knows no library; must never touch a tensor.
+sequences while there are slots, emits their tokens, and ends what is over. Knows no library; must
+never touch a tensor.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ __all__ = ["Drawn", "Generator", "LibraryRunner"]
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """The next token of a sequence, or why there is none."""
+    """The next token of a sequence, or the error if there is none."""
 
     sequence: Sequence
     outcome: Sampled | ErrorInfo
@@ -41,20 +42,20 @@ class Generator(Protocol):
     slots: int
 
     def insert(self, sequence: Sequence) -> None:
-        """Take a sequence into the batch: its prompt, then `sequence.answer` (a resumed answer), go
-        before the first new token. Raises RequestError when it cannot be taken; `remove` is not
-        called then."""
+        """Take a sequence into the batch: its prompt, then `sequence.answer` (of a resumed
+        answer), precede the first new token. Raises RequestError if it cannot be taken; `remove`
+        is then not called."""
 
     def remove(self, sequence: Sequence) -> None:
-        """Compute nothing more for a sequence and free what it held."""
+        """Stop computing a sequence and free its resources."""
 
     def next(self) -> Iterable[Drawn]:
-        """One step of the batch; may bring nothing (a prompt is being read) or, for one sequence,
-        several tokens in order. May set `prompt_logprobs` and `cached` of a sequence before its
-        first token, and raises only if the library is broken."""
+        """One step of the batch; may yield nothing (while a prompt is prefilled) or, for a
+        sequence, several tokens in order. May set `prompt_logprobs` and `cached` of a sequence
+        before its first token. Raises only if the library is broken."""
 
     def kv_total_tokens(self) -> int:
-        """Tokens that the batch has room for; 0: no bound is known."""
+        """Tokens for which the batch has room; 0 if no limit is known."""
 
     def close(self) -> None:
         """Release the model."""
@@ -93,7 +94,7 @@ class LibraryRunner:
         self._generator.close()
 
     def step(self) -> list[EngineEvent]:
-        """Cancel, admit, one step of the library, tell."""
+        """Cancel, admit, run one step of the library, emit events."""
         events: list[EngineEvent] = []
         self._cancel(events)
         self._admit(events)
@@ -103,7 +104,7 @@ class LibraryRunner:
         for drawn in self._generator.next():
             sequence = drawn.sequence
             if id(sequence) not in self._running:
-                # A library that is ahead may still speak of what has ended.
+                # A library that is ahead may still return tokens of a sequence that has ended.
                 continue
             told.add(id(sequence))
             now = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The sampler (`sampling`) for logits that a library computed, on the host.
+"""Samples on the host (with `sampling`) from logits that a library computed.
 
 With it every sampling parameter means the same on each engine, and a sampled answer is a function
 of (seed, position) here too. Must never touch the library that the logits come from.
@@ -30,8 +30,8 @@ __all__ = ["HostSampler", "RowAhead", "is_plain_greedy", "token_logprob"]
 
 
 def is_plain_greedy(sequence: Sequence, *, scored_elsewhere: bool = False) -> bool:
-    """The next token is the likeliest, whatever came before, and nobody asks how likely
-    (`scored_elsewhere`: or the library answers that itself)."""
+    """Whether the next token is simply the most likely one and no log probabilities are needed
+    (with `scored_elsewhere`, or the library computes them itself)."""
     params = sequence.params
     return (
         sequence.row.greedy
@@ -50,21 +50,22 @@ def token_logprob(
     likeliest: Items[tuple[int, float]],
     bytes_of: Callable[[int], bytes],
 ) -> TokenLogprob:
-    """A library's own figures as the bus has them; `likeliest` are ids and logprobs, best first."""
+    """A library's log probabilities in the bus's form; `likeliest` are ids and
+    logprobs, best first."""
     top = [TopLogprob(i, max(value, LOGPROB_FLOOR), bytes_of(i)) for i, value in likeliest]
     return TokenLogprob(max(logprob, LOGPROB_FLOOR), bytes_of(token_id), top)
 
 
 class RowAhead:
-    """Advances a sequence's row for a library that samples before it tells: when its token is
-    sampled, not when `Sequence` is told of it."""
+    """Advances a sequence's row for a library that samples ahead: when its token is sampled, not
+    when it is appended to the `Sequence`."""
 
     def __init__(self, sequence: Sequence) -> None:
         self.row: SamplerRow = sequence.row
         sequence.row_ahead = True
 
     def took(self, sampled: Sampled) -> Sampled:
-        """Advance by a token; the outcome as it is to be told."""
+        """Advance by a token; returns the outcome to report."""
         if sampled.ok:
             try:
                 self.row.append(sampled.token_id)
@@ -92,8 +93,8 @@ class HostSampler:
         return self._sampler.sample(tensor, rows)
 
     def score_prompt(self, sequence: Sequence, start: int, logits: NDArray[np.float32]) -> None:
-        """Give a sequence the logprobs of its prompt, piece by piece; `logits` [n, vocabulary] are
-        those at prompt tokens `start` to `start + n`, each about the token behind it."""
+        """Add logprobs of the prompt to a sequence, piece by piece; `logits` [n, vocabulary] are
+        those at prompt tokens `start` to `start + n`, each predicting the next token."""
         ids = sequence.prompt.ids
         top = sequence.params.prompt_logprobs or 0
         if start == 0:

@@ -1,9 +1,9 @@
-"""Decodes the pictures of a request with Pillow, under bounds.
+"""Decodes the images of a request with Pillow, within limits.
 
-Everything here is fed by strangers: format, bytes, pixels and what the model's processor would
-make of them are checked before a pixel is decoded, and whatever Pillow raises becomes one typed
-error that names the picture and the cause. Runs in preprocessing threads; must never open a path or
-a URL, nor import torch.
+All input comes from strangers: format, size in bytes, pixels, and the size inside the model's
+processor are checked before a pixel is decoded, and whatever Pillow raises becomes one typed error
+that names the image and the cause. Runs in preprocessing threads; must never open a path or a URL,
+or import torch.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ FORMATS = tuple(
     for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
     if name in Image.OPEN
 )
-"""Formats that people send. Anything else Pillow knows (EPS runs Ghostscript, PSD, FITS, ...) only
-widens what a stranger may reach."""
+"""Formats that people send. Anything else that Pillow supports (EPS runs Ghostscript, PSD, FITS,
+...) would only enlarge the attack surface."""
 
 
 MAX_JPEG_SCANS = 200
-"""A progressive JPEG of photographs has about ten. Each scan visits every block again, so a file of
-some hundred kilobytes could keep a decoder busy for hours."""
+"""A progressive JPEG photograph has about ten. Each scan visits every block again, so a file of a
+few hundred kilobytes could keep a decoder busy for hours."""
 _START_OF_SCAN = b"\xff\xda"
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -49,12 +49,12 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image upright, by its EXIF orientation."""
+"""The operation that turns an image upright, by EXIF orientation."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """Bounds of one picture."""
+    """Limits for one image."""
 
     pixels: int = 50_000_000
     size_bytes: int = 32 * 1024 * 1024
@@ -62,7 +62,7 @@ class ImageLimits:
 
 @dataclass(frozen=True, slots=True)
 class DecodedImage:
-    """An RGB picture and the digest of the bytes it came from (16 bytes, for prefix reuse)."""
+    """An RGB image and a digest of its encoded bytes (16 bytes, for prefix reuse)."""
 
     image: Image.Image
     digest: bytes
@@ -82,8 +82,8 @@ def decode_image(
     """Decode attachment `index` to RGB, upright (EXIF), first frame of an animation.
 
     `footprint`: of the model's image processor; a large image is shrunk to what it needs. Raises
-    `RequestError`: TOO_LARGE past a bound, what the processor would make of the image included,
-    else INVALID_REQUEST with the cause; and MemoryError.
+    `RequestError`: TOO_LARGE beyond a limit, including the size inside the processor, otherwise
+    INVALID_REQUEST with the cause. Raises MemoryError.
     """
     footprint = footprint or Footprint()
     if not data:
@@ -95,8 +95,8 @@ def decode_image(
             details={"attachment": index, "size_bytes": len(data), "limit": limits.size_bytes},
         )
     try:
-        # Pillow's own bomb warning is replaced by our bound, which is checked before decoding;
-        # what it thinks of metadata does not matter.
+        # Pillow's own decompression-bomb warning is replaced by our limit, which is checked before
+        # decoding; its warnings about metadata do not matter.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = _opened(data)
@@ -160,8 +160,8 @@ def _opened(data: bytes) -> Image.Image:
 
 
 def _without_damaged_chunks(data: bytes) -> bytes:
-    """A PNG without the chunks that a viewer can do without (EXIF, texts, ...) and whose checksum
-    is wrong: other decoders pass over them, Pillow refuses the file."""
+    """A PNG without optional chunks (EXIF, texts, ...) that have a wrong checksum: other decoders
+    skip them, Pillow refuses the file."""
     kept, at = [_PNG_SIGNATURE], len(_PNG_SIGNATURE)
     while at + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
@@ -176,13 +176,13 @@ def _without_damaged_chunks(data: bytes) -> bytes:
 
 
 def _upright(image: Image.Image, original: Image.Image) -> Image.Image:
-    """The image as the EXIF of the original says that it is to be looked at; as it is where that
+    """The image turned upright by the EXIF data of the original; unchanged if that
     cannot be read."""
     try:
         orientation = original.getexif().get(ExifTags.Base.Orientation)
     except Exception:
-        # Metadata, damaged in any way: no reason to refuse the image. Nor is it written again,
-        # which fails where single entries are damaged.
+        # Damaged metadata is no reason to refuse the image. It is not rewritten either, which fails
+        # if single entries are damaged.
         return image
     method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return image if method is None else image.transpose(method)

@@ -1,8 +1,8 @@
-"""A model whose weights are in another library: its facts, its jobs, and what it cannot honour.
+"""A model run by another library: its facts, its jobs, and the parameters that it cannot honour.
 
-`describe` reads configuration, tokenizer and processor with transformers; `LibraryModel` makes jobs
-ready as for every engine (`served`); `LibraryEngine` runs them. A parameter that the
-library cannot honour is refused by name, never ignored. Must never load weights.
+`describe` reads configuration, tokenizer and processor with transformers; `LibraryModel` prepares
+jobs as for every engine (`served`); `LibraryEngine` runs them. A parameter that the library cannot
+honour is refused by name, never ignored. Must never load weights.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ __all__ = [
 def describe(
     path: str, options: EngineOptions, settings: SharedSettings, *, pictures: bool, library: str
 ) -> ModelFacts:
-    """Read what there is to know of the model at `path` (a folder or a hub id), but no weights.
+    """Read the facts of the model at `path` (a folder or a hub id), without its weights.
 
-    `pictures`: the library takes pictures where the model does. Raises `EngineLoadError`.
+    `images`: whether the library accepts images, if the model does. Raises `EngineLoadError`.
     """
     common: dict[str, Any] = {
         "revision": options.revision,
@@ -63,7 +63,7 @@ def describe(
         try:
             generation = GenerationConfig.from_pretrained(path, revision=options.revision)
         except OSError:
-            # Optional: without it the configuration names the end tokens.
+            # Optional: without it the end tokens come from the configuration.
             generation = None
     if getattr(config, "is_encoder_decoder", False):
         raise EngineLoadError(
@@ -90,7 +90,7 @@ def architecture(config: Any) -> str:
 
 @contextmanager
 def explained(path: str, library: str) -> Iterator[None]:
-    """Turn whatever loading raises into one clear line."""
+    """Turn any exception raised by loading into one clear line."""
     try:
         yield
     except EngineLoadError:
@@ -118,8 +118,8 @@ def named_models(options: EngineOptions, *, several: bool) -> list[tuple[str, tu
 
 
 def refuse_options(options: EngineOptions, reasons: Mapping[str, str]) -> None:
-    """Refuse options of the worker that this engine cannot honour: name of the field to what to do
-    instead. Raises `EngineLoadError`."""
+    """Refuse worker options that this engine cannot honour; `reasons` maps the field's name to what
+    to do instead. Raises `EngineLoadError`."""
     neutral = EngineOptions()
     for name, reason in reasons.items():
         if getattr(options, name) != getattr(neutral, name):
@@ -133,7 +133,7 @@ _NEUTRAL = Params()
 
 
 class LibraryModel(BatchModel):
-    """One model in another library's hands, under its names.
+    """One model run by another library, under its names.
 
     `unsupported` maps names of `Params` fields that the library cannot honour to the reason.
     """
@@ -155,7 +155,7 @@ class LibraryModel(BatchModel):
         self.runner: LibraryRunner = LibraryRunner(generator)
 
     def prepare(self, job: Job, added_at: float) -> Prepared:
-        """Make a job ready, in a preprocessing thread. Raises RequestError."""
+        """Prepare a job, in a preprocessing thread. Raises RequestError."""
         if job.request.kind in (Kind.CHAT, Kind.COMPLETE):
             self._refuse(job.request)
         return super().prepare(job, added_at)
@@ -172,14 +172,14 @@ class LibraryModel(BatchModel):
     def _sequence(self, job: Job, added_at: float) -> Sequence:
         sequence = super()._sequence(job, added_at)
         if sequence.prompt.media:
-            # The library makes its own inputs of the pictures.
+            # The library makes its own inputs from the images.
             sequence.prompt.media = self._texts.builder.unexpanded(job)
             sequence.prompt.aligned = {}
         return sequence
 
 
 class LibraryEngine(BatchEngine):
-    """Runs jobs on models in another library's hands."""
+    """Runs jobs on models that another library runs."""
 
     def __init__(
         self, engine: str, device: str, models: list[LibraryModel], settings: SharedSettings

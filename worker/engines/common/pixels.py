@@ -1,9 +1,9 @@
-"""What the samples of a decoded image mean: any mode of Pillow's to 8-bit RGB.
+"""Interprets the samples of a decoded image: converts any Pillow mode to 8-bit RGB.
 
-White is where the file says it is (bits per sample, sign, photometric interpretation), never where
-the brightest pixel happens to be, so that a dark image stays dark. Transparency lies on white. A
-large image is converted in bands of rows, so that no copy of the whole is made and no call keeps
-the interpreter's lock for long. Must never read more of the file than its header.
+White is defined by the file (bits per sample, sign, photometric interpretation), never by the
+brightest pixel, so that a dark image stays dark. Transparency is composed over white. A large image
+is converted in bands of rows, so that it is never copied as a whole and no call holds the
+interpreter's lock for long. Must never read more of the file than its header.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from PIL import Image
 __all__ = ["Samples", "samples_of", "to_rgb"]
 
 BAND_PIXELS = 1 << 20
-"""Of one band: a few milliseconds of each step of its conversion."""
+"""Pixels of one band: each step of its conversion takes a few milliseconds."""
 
 _PNG_BIT_DEPTH = 24
 """Offset of the bit depth in a PNG: signature, length and type of IHDR, width, height."""
@@ -29,27 +29,27 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR_CONFIGURATION, _SAMPLE_FORMAT = 258, 262
 _WHITE_IS_ZERO, _IN_PLANES, _SIGNED = 0, 2, 2
 
 UNIT_OVERSHOOT = 2.0
-"""Float images go from 0 to 1. A little more is what sharpening and highlights leave; an image of 0
-to 255 that nowhere exceeds 2 would be black."""
+"""Float images range from 0 to 1. Slightly higher values come from sharpening and highlights; an
+image with range 0 to 255 that never exceeds 2 would be black anyway."""
 
 SLACK = 0.25
-"""How far float samples may lie outside their range, as a share of it, and be clipped."""
+"""How far float samples may lie outside their range, as a fraction of it; they are clipped."""
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """What a file says of its samples."""
+    """What a file says about its samples."""
 
     bits: int = 8
     signed: bool = False
     white_is_zero: bool = False
-    #: The lowest and the highest of the whole image, where only a part of it is looked at.
+    #: Lowest and highest sample of the whole image, if only a part of it is converted.
     extent: tuple[float, float] | None = None
 
 
 def samples_of(image: Image.Image, data: bytes) -> Samples:
-    """Read off an image that was opened and not yet loaded, and its file. Raises ValueError, with
-    the cause, for samples that Pillow would misread."""
+    """Read them from an image that is opened but not yet loaded, and from its file. Raises
+    ValueError with the cause for samples that Pillow would misread."""
     if image.format == "PNG":
         return Samples(data[_PNG_BIT_DEPTH])
     if image.format == "TIFF":
@@ -57,7 +57,7 @@ def samples_of(image: Image.Image, data: bytes) -> Samples:
         bits = _first(tags.get(_BITS_PER_SAMPLE), 1)
         in_planes = tags.get(_PLANAR_CONFIGURATION) == _IN_PLANES and len(image.getbands()) > 1
         if bits > 8 and in_planes and image.info.get("compression") == "raw":
-            # It takes each byte of a plane for a sample.
+            # Pillow would take each byte of a plane for a sample.
             raise ValueError(
                 f"it keeps {bits}-bit colours in planes without compression: save it with 8 bits"
             )
@@ -66,13 +66,13 @@ def samples_of(image: Image.Image, data: bytes) -> Samples:
             signed=_first(tags.get(_SAMPLE_FORMAT), 1) == _SIGNED,
             white_is_zero=tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO,
         )
-    # Pillow stretches the other formats' deep samples (PGM) to 16 bits.
+    # Pillow scales deep samples of other formats (PGM) to 16 bits.
     return Samples(16 if image.mode.startswith("I") else 8)
 
 
 def to_rgb(image: Image.Image, samples: Samples, shrinkage: int = 1) -> Image.Image:
-    """A new RGB image, each `shrinkage` by `shrinkage` pixels averaged to one. Raises ValueError,
-    with the cause, for samples of unknown meaning."""
+    """A new RGB image, with each `shrinkage` by `shrinkage` pixels averaged to one. Raises
+    ValueError with the cause for samples of unknown meaning."""
     bands = list(_bands(image, shrinkage))
     if len(bands) == 1:
         return _reduced(_to_rgb(image, samples), shrinkage)
@@ -98,7 +98,7 @@ def _reduced(image: Image.Image, shrinkage: int) -> Image.Image:
 
 
 def _extent(image: Image.Image, bands: list[tuple[int, int]]) -> tuple[float, float]:
-    """The lowest and the highest sample; NaN where any is."""
+    """The lowest and the highest sample; NaN if any is NaN."""
     parts = (np.asarray(image.crop((0, top, image.width, bottom))) for top, bottom in bands)
     low, high = zip(*((part.min(), part.max()) for part in parts), strict=True)
     return np.min(low).item(), np.max(high).item()
@@ -111,7 +111,7 @@ def _to_rgb(image: Image.Image, samples: Samples) -> Image.Image:
     if image.mode == "F":
         return _grey(*_floats(image, samples), None)
     if isinstance(key, int) and image.mode == "L" and samples.bits < 8:
-        # Pillow stretches the samples to 8 bits, but not the transparent one.
+        # Pillow scales the samples to 8 bits, but not the transparent value.
         key = key * 255 // ((1 << samples.bits) - 1)
     elif isinstance(key, tuple) and samples.bits == 16:
         key = tuple(value >> 8 for value in key)
@@ -127,7 +127,7 @@ def _to_rgb(image: Image.Image, samples: Samples) -> Image.Image:
 
 def _whole_numbers(image: Image.Image, samples: Samples) -> tuple[NDArray[Any], int]:
     """Grey samples of more than 8 bits, and the value of white."""
-    # 32 bits hold what 16 bits could not: Pillow and others write 16-bit values into them.
+    # 32-bit samples: Pillow and others write 16-bit values into them.
     white = (1 << min(samples.bits, 16)) - 1
     if samples.signed and samples.bits == 16:
         white >>= 1
@@ -158,8 +158,8 @@ def _floats(image: Image.Image, samples: Samples) -> tuple[NDArray[Any], int]:
 
 
 def _grey(values: NDArray[Any], white: int, key: Any) -> Image.Image:
-    """RGB of grey samples; those of value `key` are transparent."""
-    # 65,535 is 255 times 257: no wider numbers are needed for a whole photograph.
+    """RGB from grey samples; those with value `key` are transparent."""
+    # 65,535 is 255 times 257, so no wider integers are needed for a whole photograph.
     scaled = values // 257 if white == 65_535 else values.astype(np.uint32) * 255 // white
     grey = scaled.astype(np.uint8)
     if isinstance(key, int):

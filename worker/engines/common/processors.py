@@ -1,9 +1,9 @@
-"""Loads a model's own processor with Pillow alone.
+"""Loads a model's own processor with only Pillow installed.
 
-Without torchvision, transformers refuses every processor that could also take videos (Qwen-VL,
-InternVL, LLaVA-OneVision, Pixtral, ...), although its picture half works. Here such a processor is
-loaded without its video half: videos reach the engine as frames, which are pictures. Must never
-change what a processor does with pictures.
+Without torchvision, transformers refuses every processor that also supports videos (Qwen-VL,
+InternVL, LLaVA-OneVision, Pixtral, ...), although its image part works. Here such a processor is
+loaded without its video part: videos reach the engine as frames, which are images. Must never
+change what a processor does with images.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def load_processor(path: str, config: Any, **options: Any) -> Any:
     try:
         return AutoProcessor.from_pretrained(path, **options)
     except (ImportError, AttributeError, ValueError, TypeError):
-        # Whichever of these it is depends on where torchvision was missed first.
+        # Which of these is raised depends on where torchvision was missed first.
         return pictures_only(processor_class(known)).from_pretrained(path, **options)
 
 
 def processor_class(name: str) -> Any:
-    """The processor class of that name, also where transformers' own namespace holds a dummy."""
+    """The processor class with that name, even if transformers' own namespace has a dummy."""
     for model_type, known in PROCESSOR_MAPPING_NAMES.items():
         if known != name:
             continue
@@ -47,7 +47,7 @@ def processor_class(name: str) -> Any:
 
 
 def pictures_only(base: Any) -> Any:
-    """The processor class `base` without its video half, which is None in its instances."""
+    """The processor class `base` without its video part, which is None in its instances."""
 
     def check(self: Any, name: str, argument: Any) -> Any:
         if argument is None and "video" in name:

@@ -1,8 +1,8 @@
-"""Turns a request into token ids and model inputs: chat template, raw prompt, token ids, pictures.
+"""Converts a request to token ids and model inputs: chat template, raw prompt, token ids, images.
 
 Runs in preprocessing threads, one at a time for each model (a fast tokenizer must not be used from
-two threads at once). Messages go through the model's chat template (see `template`). Raw prompts
-are the caller's own template: control tokens in them are meant.
+two threads at once). Messages go through the model's chat template (see `template`). A raw prompt
+is the caller's own template: control tokens in it are intended.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ class Prompt:
     media: dict[str, Any] = field(default_factory=dict)
     #: Tensors of shape [1, len(ids)] that belong to the token ids (token_type_ids, ...).
     aligned: dict[str, torch.Tensor] = field(default_factory=dict)
-    #: int64 [len(ids)]: the ids, placeholders replaced by a digest of their picture. Equal keys
-    #: mean equal keys and values in the cache.
+    #: int64 [len(ids)]: the ids, with placeholders replaced by a digest of their image. Equal
+    #: values here mean equal keys and values in the cache.
     key: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    #: Index behind the last placeholder; up to there a prefill with pictures goes in one piece.
+    #: Index after the last placeholder; up to there a prefill with images must be one piece.
     media_end: int = 0
     image_tokens: int = 0
 
     def media_on(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        """The pictures on a device; what is measured in floats becomes the model's type."""
+        """The images on a device; floats are converted to the model's dtype."""
         return {name: _moved(value, device, dtype) for name, value in self.media.items()}
 
     def inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -61,7 +61,8 @@ class Prompt:
 
 
 class PromptBuilder:
-    """Builds prompts for one model. Every method raises `RequestError` for what it cannot serve."""
+    """Builds prompts for one model. Every method raises `RequestError` for what
+    cannot be served."""
 
     def __init__(self, facts: ModelFacts, limits: ImageLimits) -> None:
         self._facts = facts
@@ -72,7 +73,7 @@ class PromptBuilder:
         self._lock = threading.Lock()
         self._template = ChatTemplate(facts)
 
-    # --- what requests ask for --------------------------------------------------------------------
+    # --- by kind of request --------------------------------------------------------------------
 
     def generation(self, job: Job) -> Prompt:
         """The prompt of a chat or complete request, pictures included."""
@@ -103,7 +104,7 @@ class PromptBuilder:
         return {"ids": ids, "images": [picture.image for picture in pictures]}
 
     def text(self, request: Request) -> str:
-        """The chat template's text (kind template)."""
+        """The rendered chat template (kind template)."""
         with self._lock:
             return self.template_text(request, None)
 
@@ -124,7 +125,7 @@ class PromptBuilder:
             return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
 
     def embedding_inputs(self, inputs: Items[str | list[int]]) -> list[list[int]]:
-        """Token ids of the texts to embed, special tokens added, within the context."""
+        """Token ids of the texts to embed, with special tokens, within the context."""
         result: list[list[int]] = []
         with self._lock:
             for item in inputs:
@@ -154,7 +155,7 @@ class PromptBuilder:
     # --- pictures ---------------------------------------------------------------------------------
 
     def _decode(self, job: Job) -> list[DecodedImage]:
-        """The request's pictures in the order in which the prompt names them."""
+        """The request's images in the order in which the prompt refers to them."""
         request = job.request
         order = list(range(len(job.attachments)))
         if request.messages is not None:
@@ -203,11 +204,11 @@ class PromptBuilder:
         return text
 
     def _unmarked(self, text: str, images: int) -> str:
-        """The text for a processor that puts a picture before it by itself (BLIP-2's): there a mark
-        would be one more picture, or a word."""
+        """The text for a processor that places the image before it by itself (BLIP-2's): a
+        placeholder would then count as another image, or as a word."""
         if not images:
             if self._facts.needs_image:
-                raise _invalid("this model answers about a picture only: send one")
+                raise _invalid("this model only answers about an image: send one")
             return text
         if not self._places_pictures:
             return text
@@ -221,7 +222,8 @@ class PromptBuilder:
 
     @cached_property
     def _places_pictures(self) -> bool:
-        """The processor places a picture by itself, and takes a mark in the text for a word."""
+        """Whether the processor places an image by itself and reads a placeholder in the text
+        as a word."""
         token = self._template.image_token or RAW_PLACEHOLDER
 
         def read(text: str) -> list[int]:
@@ -241,7 +243,8 @@ class PromptBuilder:
                 return True
             return len(read("a")) > len(self._tokenizer("a")["input_ids"])
         except Exception:
-            # A processor that wants a mark for each picture, or fails each request with its cause.
+            # The processor needs a placeholder for each image, or will fail each request
+            # with its cause.
             return False
 
     # --- tokens -----------------------------------------------------------------------------------
@@ -253,13 +256,13 @@ class PromptBuilder:
         return self._open_ended(ids, added)
 
     def _adds_special(self, text: str) -> bool:
-        """Whether the tokenizer adds its special tokens: unless the text brings its BOS."""
+        """Whether the tokenizer should add its special tokens: unless the text already has BOS."""
         bos = getattr(self._tokenizer, "bos_token", None)
         return not (bos and text.startswith(bos))
 
     def _open_ended(self, ids: list[int], added: bool) -> list[int]:
-        """The ids without what the tokenizer put behind them (`add_eos_token`): an answer goes on
-        there. An encoder reads a whole text, with its end."""
+        """The ids without what the tokenizer appended (`add_eos_token`), since an answer continues
+        there. An encoder reads a whole text, including its end."""
         if not added or self._facts.encoder_decoder or self._facts.embedding_only:
             return ids
         behind = self._behind
@@ -267,7 +270,7 @@ class PromptBuilder:
 
     @cached_property
     def _behind(self) -> list[int]:
-        """Ids that the tokenizer adds behind a text."""
+        """Ids that the tokenizer appends to a text."""
         plain = list(self._tokenizer("a", add_special_tokens=False)["input_ids"])
         whole = list(self._tokenizer("a", add_special_tokens=True)["input_ids"])
         ends = (
@@ -315,7 +318,7 @@ class PromptBuilder:
             {
                 name: value
                 for name, value in output.items()
-                # PaliGemma's processor adds labels, for training.
+                # PaliGemma's processor adds labels, which are for training.
                 if name not in ("input_ids", "labels", *_ALIGNED) and value is not None
             }
             if images
@@ -330,7 +333,7 @@ class PromptBuilder:
             prompt.key = _picture_key(key, placed, [image.digest for image in images])
         elif placed.any():
             raise _invalid(
-                f"the prompt holds {int(placed.sum())} picture placeholders and no picture"
+                f"the prompt contains {int(placed.sum())} image placeholders but no image"
             )
         return prompt
 
@@ -341,7 +344,8 @@ class PromptBuilder:
         return self._finished(list(token_ids), {}, [])
 
     def _check_ids(self, token_ids: list[int]) -> None:
-        """Refuse what the model's embedding has no row for: on a GPU that ends the process."""
+        """Refuse ids for which the model's embedding has no row: on a GPU they would
+        crash the process."""
         rows, placeholders = self._facts.embedding_rows, self._facts.placeholder_ids
         worst = max((i for i in token_ids if i not in placeholders), default=0)
         if worst < rows:
@@ -358,9 +362,9 @@ class PromptBuilder:
     # --- context ----------------------------------------------------------------------------------
 
     def _fit(self, prompt: Prompt, request: Request, images: list[DecodedImage]) -> Prompt:
-        """The prompt within the context, by the policy asked for."""
+        """The prompt, fitted into the context by the requested policy."""
         context, params = self._facts.context_tokens, request.params
-        # An encoder's context is the prompt's alone.
+        # An encoder's context is used only by the prompt.
         answer = 0 if self._facts.encoder_decoder else params.max_tokens or 1
         room = context - answer
         if len(prompt.ids) <= room:
@@ -368,7 +372,7 @@ class PromptBuilder:
         if params.overflow == "error" or room < 1:
             raise _overflow(len(prompt.ids), params.max_tokens or 1, context)
         if params.max_tokens is None:
-            # Without a bound, the answer is left up to a quarter of the context.
+            # Without a limit, up to a quarter of the context is reserved for the answer.
             room = context - max(1, min(context // 4, 1024))
         keep = self._kept_head(prompt.ids, request, images)
         cut = len(prompt.ids) - room
@@ -394,8 +398,8 @@ class PromptBuilder:
         )
 
     def _of_pictures(self, prompt: Prompt) -> NDArray[np.bool_]:
-        """Which tokens belong to pictures: placeholders, and the marks that open them (Qwen-VL's
-        `<|vision_start|>`), which are the added tokens directly before."""
+        """Which tokens belong to images: placeholders, and added tokens directly before them, which
+        open an image (Qwen-VL's `<|vision_start|>`)."""
         placed = np.isin(prompt.ids, list(self._facts.placeholder_ids))
         for at in range(len(placed) - 2, -1, -1):
             placed[at] |= placed[at + 1] and prompt.ids[at] in self._added_ids
@@ -412,7 +416,8 @@ class PromptBuilder:
         messages = request.messages or []
         if not messages or messages[0].role not in ("system", "developer"):
             return keep
-        # The head is what two conversations with this system message and different users share.
+        # The head is the common prefix of two conversations with this system message and
+        # different user messages.
         own = images[: len(_named_attachments(messages[:1]))]
         heads = []
         for word in ("a", "b"):
@@ -447,8 +452,9 @@ def _named_attachments(messages: Items[Message]) -> list[int]:
 def _picture_key(
     key: NDArray[np.int64], placed: NDArray[np.bool_], digests: list[bytes]
 ) -> NDArray[np.int64]:
-    """Placeholders replaced by their picture's digest (negative: no token id collides). Where runs
-    of placeholders do not match pictures one to one (tiles), all stand for all pictures."""
+    """The ids, with placeholders replaced by their image's digest (negative, so that it never
+    equals a token id). If runs of placeholders do not match images one to one (tiles), each stands
+    for all images."""
     starts = np.flatnonzero(placed & ~np.concatenate([[False], placed[:-1]]))
     if len(starts) == len(digests):
         values = [_negative(digest) for digest in digests]

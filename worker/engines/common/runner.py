@@ -1,5 +1,5 @@
-"""What the engine asks of a scheduler; two exist, `slots` (a batch) and `fallback` (one by
-one), and `lengths` joins them."""
+"""The interface of a scheduler. There are two, `slots` (a batch) and `fallback` (one by one);
+`lengths` combines them."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ __all__ = ["Runner", "RunnerCounts"]
 
 @dataclass(frozen=True, slots=True)
 class RunnerCounts:
-    """Figures of one scheduler, for the heartbeat."""
+    """Statistics of one scheduler, for the heartbeat."""
 
-    #: Sequences that hold a row (prefill and decode), and those that wait for one.
+    #: Number of sequences in a slot (prefill and decode), and of those waiting for one.
     running: int = 0
     waiting: int = 0
-    #: Rows of the last decode.
+    #: Number of rows of the last decode.
     batch: int = 0
     kv_used_tokens: int = 0
-    #: 0 where there is no bound.
+    #: 0 if there is no limit.
     kv_total_tokens: int = 0
     prefix_tokens: int = 0
     prefix_hit_tokens: int = 0
 
 
 class Runner(Protocol):
-    """Runs sequences of one model; every method is called on the engine's thread."""
+    """Runs sequences of one model. All methods are called on the engine's thread."""
 
     #: Sequences that run at once.
     slots: int
@@ -38,10 +38,10 @@ class Runner(Protocol):
     def busy(self) -> bool: ...
 
     def submit(self, sequence: Sequence) -> None:
-        """Take a sequence; it starts when a row and memory allow."""
+        """Take a sequence; it starts once there is a slot and memory."""
 
     def step(self) -> list[EngineEvent]:
-        """One unit of work. Sequences with `cancelled` set end in it."""
+        """Do one unit of work. Sequences with `cancelled` set end in it."""
 
     def counts(self) -> RunnerCounts: ...
 

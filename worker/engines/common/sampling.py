@@ -1,15 +1,15 @@
 """Chooses the next token of every row of a batch, each row by its own parameters.
 
 Order of a row: repetition penalty, frequency and presence penalty, bias, bans, constraint; then
-(temperature 0) the likeliest token, or temperature, top_k, top_p, min_p and one draw. Log
+(temperature 0) the most likely token, or temperature, top_k, top_p, min_p and one draw. Log
 probabilities are those of the distribution after penalties, bias, bans and constraint, before
 temperature and the cuts. Each parameter means what it means in transformers' logits processors;
 presence and frequency penalty are OpenAI's. `top_k` 1 is greedy.
 
-Two promises: a row's token depends on its own logits, parameters and past alone, never on its
-company in the batch; and the only randomness is `uniform(seed, position)`. Hence decisions hang on
-comparisons and on float64 sums in a fixed order, and ties go by token id, whichever short cut a
-batch takes.
+Two guarantees: a row's token depends only on its own logits, parameters and past, never on other
+rows of the batch; and the only randomness is `uniform(seed, position)`. Therefore decisions are
+based on comparisons and on float64 sums in a fixed order, and ties are broken by token id,
+whichever short cut a batch takes.
 
 This module must never touch torch's random state, and copies its results to the host once per
 step (twice when a row must be sorted in full).
@@ -45,30 +45,30 @@ Ids: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 Mask: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
 
-#: What the wire says for the logarithm of zero (OpenAI's value; JSON has no infinity).
+#: The logarithm of zero on the wire (OpenAI's value; JSON has no infinity).
 LOGPROB_FLOOR = -9999.0
 
-#: Below it a temperature is as good as none, and is zero in float32.
+#: A temperature below this is as good as zero, and is zero in float32.
 _GREEDY_TEMPERATURE = 1e-37
 
-#: Likeliest tokens that top_p is looked for in first: models that know what they say seldom need
-#: more. For a row that does, `_MORE` times as many are looked at, until they suffice; the outcome
-#: is the same.
+#: Number of most likely tokens searched first for top_p: confident models seldom need more. A row
+#: that does is searched with `_MORE` times as many, until they suffice; the outcome is the same.
 _CANDIDATES = 1024
 _MORE = 16
 
-#: Tokens whose weights are summed together when a draw is from the whole vocabulary.
+#: Tokens whose weights are summed together when drawing from the whole vocabulary.
 _BLOCK = 512
 
 
 def uniform(seed: int, position: int) -> float:
-    """The random number of a token: in (0, 1), 53 bits, a function of seed and position alone."""
+    """The random number for a token: in (0, 1), 53 bits, a function of only seed and position."""
     digest = hashlib.blake2b(struct.pack("<QQ", seed, position), digest_size=8).digest()
     return ((int.from_bytes(digest, "little") >> 11) or 0.5) * 2.0**-53
 
 
 def check_token_ids(params: Params, vocab_size: int) -> None:
-    """Raises RequestError(INVALID_REQUEST) if a token id of the parameters is not the model's."""
+    """Raises RequestError(INVALID_REQUEST) if the parameters contain a token id that the model
+    does not have."""
     named: dict[str, Iterable[int]] = {
         "logit_bias": (token_id for token_id, _ in params.logit_bias),
         "banned_token_ids": params.banned_token_ids,
@@ -85,13 +85,13 @@ def check_token_ids(params: Params, vocab_size: int) -> None:
 
 
 class SamplerRow:
-    """What the sampler keeps of one request; constant work per token.
+    """The sampler's state for one request; constant work per token.
 
-    `prompt_ids` and `prior_ids` (tokens of an interrupted answer) are its past: the prompt for the
-    repetition penalty, the prior tokens for whatever an answer's tokens count for. `constraint`
-    stands at the beginning of the answer; the prior tokens are replayed here.
+    `prompt_ids` and `prior_ids` (tokens of an interrupted answer) are its past: the prompt counts
+    for the repetition penalty, the prior tokens like any tokens of the answer. `constraint` must be
+    at the beginning of the answer; the prior tokens are replayed here.
 
-    Raises RequestError when prior or forced tokens do not fit the constraint.
+    Raises RequestError if prior or forced tokens violate the constraint.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class SamplerRow:
             or params.presence_penalty != 0.0
             or params.frequency_penalty != 0.0
         )
-        #: Penalised tokens: where each stands in the two arrays, and its count in the answer.
+        #: Penalised tokens: the index of each in the two arrays, and its count in the answer.
         self._places: dict[int, int] = {}
         self._counts: dict[int, int] = {}
         self._past_ids: Ids = np.empty(64, np.int64)
@@ -120,7 +120,7 @@ class SamplerRow:
             for token_id in dict.fromkeys(prompt_ids):
                 self._place(token_id)
         bias = dict(params.logit_bias)
-        #: Tokens of `logit_bias` and what is added to their logits.
+        #: Tokens of `logit_bias` and the values added to their logits.
         self.bias_ids: Ids = np.fromiter(bias.keys(), np.int64, len(bias))
         self.bias: Floats = np.fromiter(bias.values(), np.float32, len(bias))
         banned = set(params.banned_token_ids)
@@ -139,7 +139,7 @@ class SamplerRow:
 
     @property
     def position(self) -> int:
-        """Tokens of the answer so far, prior tokens included."""
+        """Number of tokens of the answer so far, including prior tokens."""
         return self._position
 
     @property
@@ -154,24 +154,26 @@ class SamplerRow:
 
     @property
     def finished(self) -> bool:
-        """The constraint lets nothing follow: the answer is over, with or without an end token."""
+        """Whether the constraint allows nothing to follow: the answer is over, with or without
+        an end token."""
         return self.constraint is not None and self.constraint.finished
 
     @property
     def restricted(self) -> bool:
-        """The request itself says which tokens may come next."""
+        """Whether the request itself restricts which tokens may come next."""
         return bool(self.constraint is not None or len(self.bias_ids) or len(self.forbidden))
 
     @property
     def past(self) -> tuple[Ids, Floats]:
-        """Penalised tokens, each once, and what presence and frequency penalty take off each."""
+        """Penalised tokens, each once, and what presence and frequency penalty
+        subtract for each."""
         count = len(self._places)
         return self._past_ids[:count], self._past_minus[:count]
 
     @property
     def forbidden(self) -> Ids:
-        """Tokens that must not come next. Before `min_tokens` nothing may end the answer, except
-        where its grammar lets nothing else follow."""
+        """Tokens that must not come next. Before `min_tokens` nothing may end the answer, unless
+        its grammar allows nothing else."""
         if self._position >= self.params.min_tokens or self.finished:
             return self._banned
         return self._banned_and_ending
@@ -207,20 +209,20 @@ class Sampled(NamedTuple):
     """The outcome of one row."""
 
     token_id: int
-    #: Where the row asked for it.
+    #: Only if the row requested it.
     logprob: TokenLogprob | None
-    #: False: there is no token, for the reason in `fault`. Other rows are not touched by that.
+    #: False if there is no token, for the reason in `fault`; other rows are not affected.
     ok: bool
     fault: str = ""
-    #: Whose fault it is.
+    #: The error code for `fault`.
     code: ErrorCode = ErrorCode.ENGINE_ERROR
 
 
 class Sampler:
     """Samples for the rows of one model.
 
-    `banned_ids` are never chosen (placeholders of pictures, say); `token_bytes` gives the bytes
-    of a token, for logprobs.
+    `banned_ids` are never chosen (such as image placeholders); `token_bytes` returns the bytes of a
+    token, for logprobs.
     """
 
     def __init__(
@@ -240,7 +242,7 @@ class Sampler:
     def sample(self, logits: torch.Tensor, rows: Sequence[SamplerRow]) -> list[Sampled]:
         """The next token of each row. `logits` [B, V], of any float type, is overwritten.
 
-        The rows are not changed: the caller appends to them the tokens that it uses.
+        The rows are not changed: the caller appends the tokens that it uses.
         """
         if logits.shape != (len(rows), self.vocab_size):
             raise ValueError(
@@ -300,9 +302,9 @@ class Sampler:
         return mask_logits_(x, [i for i, _ in bound], [state for _, state in bound])
 
     def _places(self, ids_of_rows: Sequence[Ids]) -> tuple[Ids, Mask]:
-        """Token ids of each row as places in the flattened logits, and which ids have one.
+        """Token ids of each row as indices into the flattened logits, and which ids have one.
 
-        A prompt may hold ids that no output has: placeholders of pictures.
+        A prompt may contain ids without an output logit, such as image placeholders.
         """
         ids = np.concatenate(ids_of_rows)
         kept = (ids >= 0) & (ids < self.vocab_size)
@@ -336,7 +338,7 @@ class Sampler:
         return Sampled(token_id, logprob, ok=True)
 
 
-#: Columns of a step's report; behind them stand the logprobs, as `_scores` has them.
+#: Columns of a step's report; they are followed by the logprobs, as in `_scores`.
 _TOKEN, _BEST, _UNSETTLED, _LOGPROBS = range(4)
 
 
@@ -347,7 +349,7 @@ def _report(
     unsettled: torch.Tensor,
     rows: Sequence[SamplerRow],
 ) -> list[list[float]]:
-    """All that the host wants to know of a step, in one transfer: a list of columns per row."""
+    """Everything that the host needs from a step, in one transfer: a list of columns per row."""
     wide = _wide(x.device)
     table = torch.stack([tokens.to(wide), best.to(wide), unsettled.to(wide)], dim=1)
     scored = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
@@ -361,10 +363,10 @@ def _report(
 
 
 def _scores(x: torch.Tensor, best: torch.Tensor, tokens: torch.Tensor, top: int) -> torch.Tensor:
-    """[R, 1 + 2 * top]: the chosen token's logprob, the likeliest logprobs, and their ids.
+    """[R, 1 + 2 * top]: the chosen token's logprob, the highest logprobs, and their ids.
 
-    Always the same number of likeliest tokens: which of several equal ones are among them must
-    not hang on what other rows ask for.
+    Always the same number of top tokens: which of several equal ones are included must not depend
+    on what other rows request.
     """
     wide = _wide(x.device)
     norm = (
@@ -381,7 +383,7 @@ def _scores(x: torch.Tensor, best: torch.Tensor, tokens: torch.Tensor, top: int)
 def _token_logprob(
     token_id: int, scores: Sequence[float], top: int, token_bytes: Callable[[int], bytes]
 ) -> TokenLogprob:
-    """`scores` is a row of `_scores`. Tokens of probability zero are not among the likeliest."""
+    """`scores` is a row of `_scores`. Tokens of probability zero are left out."""
     count = len(scores) // 2
     pairs = zip(scores[1 : 1 + count], scores[1 + count :], strict=True)
     likeliest = [
@@ -399,11 +401,11 @@ def prompt_logprobs(
     top: int,
     token_bytes: Callable[[int], bytes],
 ) -> list[TokenLogprob]:
-    """What the model thought of each token of `ids`.
+    """The model's log probability of each token of `ids`.
 
-    `logits` [T, V] stand at the positions before the tokens: row t is about `ids[t]`. `top` is the
-    number of likeliest tokens wanted. The first token of a prompt has no logits: that one's
-    `TokenLogprob(None, ...)` is the caller's.
+    `logits` [T, V] are from the positions before the tokens: row t predicts `ids[t]`. `top` is the
+    number of most likely tokens wanted. The first token of a prompt has no logits: the caller adds
+    `TokenLogprob(None, ...)` for it.
     """
     tokens = torch.tensor(list(ids), device=logits.device)
     x = logits.float()
@@ -422,13 +424,13 @@ def _to(values: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
 
 
 def _wide(device: torch.device) -> torch.dtype:
-    """The type of sums on which decisions hang; not every kind of device has float64."""
+    """The dtype of sums on which decisions are based; not every device has float64."""
     return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
 
 
 def _drawing(rows: Sequence[SamplerRow], vocab_size: int) -> tuple[list[int], list[int]]:
-    """Rows that draw from the whole vocabulary (or all of it above min_p), and rows that draw
-    from the top of the ranking. A row's own parameters decide."""
+    """Rows that draw from the whole vocabulary (or all of it above min_p), and rows that draw from
+    the top of the ranking; only a row's own parameters decide."""
     whole: list[int] = []
     cut: list[int] = []
     for i, row in enumerate(rows):
@@ -440,14 +442,14 @@ def _drawing(rows: Sequence[SamplerRow], vocab_size: int) -> tuple[list[int], li
 
 
 def _room(rows: Sequence[SamplerRow], vocab_size: int) -> int:
-    """How many of the likeliest tokens to look at; changes the cost, never the outcome."""
+    """How many of the most likely tokens to examine; changes the cost, never the outcome."""
     wanted = [row.params.top_k if row.params.top_k else _CANDIDATES - 1 for row in rows]
-    # One more than top_k shows whether the last of them has an equal outside.
+    # One more than top_k shows whether the last of them is tied with one outside.
     return min(1 << max(wanted, default=0).bit_length(), vocab_size)
 
 
 def _columns(values: list[list[float]], device: torch.device) -> list[torch.Tensor]:
-    """Numbers of rows as tensors [R, 1], one for each kind, in one transfer."""
+    """Parameters of rows as tensors [R, 1], one for each parameter, in one transfer."""
     table = torch.tensor(values, dtype=_wide(device)).to(device, non_blocking=True)
     return [table[:, j : j + 1] for j in range(table.shape[1])]
 
@@ -455,10 +457,11 @@ def _columns(values: list[list[float]], device: torch.device) -> list[torch.Tens
 def _weights(
     x: torch.Tensor, best: torch.Tensor, temperature: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """exp((x - best) / temperature) in blocks, [R, blocks, _BLOCK], filled up with zeros.
+    """exp((x - best) / temperature) in blocks, [R, blocks, _BLOCK], padded with zeros.
 
-    Blocks, because a long sum is added up in another order when it stands alone: a short one is
-    not, and the sums of the blocks are added in float64. `best` and `temperature` are [R, 1].
+    In blocks, because the order of summation of a long row depends on the batch; that of a
+    short one does not, and the sums of the blocks are added in float64. `best` and
+    `temperature` are [R, 1].
     """
     count, vocab_size = x.shape
     blocks = -(-vocab_size // _BLOCK)
@@ -475,14 +478,14 @@ def _weights(
 def _draw_whole(
     x: torch.Tensor, best: torch.Tensor, index: list[int], rows: Sequence[SamplerRow]
 ) -> torch.Tensor:
-    """Tokens [R], by inverting the cumulative distribution in the order of the vocabulary: first
-    to a block of it, then inside that block. No sort."""
+    """Tokens [R], by inverting the cumulative distribution in vocabulary order: first finding the
+    block, then the token in it. No sorting."""
     chosen = [(rows[i].params, rows[i].position) for i in index]
     temperature, min_p, u = _columns(
         [[p.temperature, p.min_p, uniform(p.seed, position)] for p, position in chosen], x.device
     )
     weights = _weights(_of(x, index), _of(best, index)[:, None], temperature)
-    if any(p.min_p for p, _ in chosen):  # the likeliest weighs 1
+    if any(p.min_p for p, _ in chosen):  # the most likely token has weight 1
         weights.masked_fill_(weights < min_p[:, :, None].to(x.dtype), 0)
     sums = weights.sum(-1).to(u.dtype).cumsum(-1)
     target = _inside(u * sums[:, -1:], sums[:, -1:])
@@ -495,7 +498,7 @@ def _draw_whole(
 
 
 def _inside(target: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """Keep a target of cumulative weight below the total, which rounding may make it reach."""
+    """Keep a target of cumulative weight below the total, which it may reach by rounding."""
     return torch.minimum(target, total * (1 - torch.finfo(total.dtype).eps))
 
 
@@ -506,10 +509,10 @@ def _draw_ranked(
     rows: Sequence[SamplerRow],
     room: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw from the top of the ranking: tokens [R], and which of them are not settled [R].
+    """Draw from the top of the ranking: tokens [R], and which rows are unsettled [R].
 
-    Looks at the `room` likeliest tokens. A row is unsettled when the tokens that it keeps may go
-    on behind them; with `room` the vocabulary's size none is.
+    Examines the `room` most likely tokens. A row is unsettled if it may keep more tokens than
+    those; with `room` equal to the vocabulary's size none is.
     """
     vocab_size = x.shape[1]
     chosen = [(rows[i].params, rows[i].position) for i in index]
@@ -528,11 +531,11 @@ def _draw_ranked(
     nucleus = [j for j, (p, _) in enumerate(chosen) if not 0 < p.top_k < vocab_size]
     if len(nucleus) < len(chosen):
         last = torch.where((top_k > 0) & (top_k < room), top_k.long(), room)
-        # Equals of the last one stay. Of a row that is not numbers nothing stays.
+        # Tokens equal to the last one stay. A row with NaN keeps nothing.
         count = (values >= values.gather(1, last - 1)).sum(-1, keepdim=True).clamp_(min=1)
     if any(p.top_p < 1 for p, _ in chosen):
         total = running.gather(1, count - 1)
-        if nucleus:  # summed in one way whatever the room, so that the outcome is the same
+        if nucleus:  # summed in the same way whatever the room, so that the outcome is the same
             spread = _weights(_of(score, nucleus), _of(top, nucleus), _of(temperature, nucleus))
             total[nucleus] = spread.sum(-1).to(u.dtype).sum(-1, keepdim=True)
         within = torch.searchsorted(running, top_p * total) + 1
@@ -548,16 +551,16 @@ def _draw_ranked(
 
 
 def _rank(x: torch.Tensor, room: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `room` highest of each row and their ids, descending; of equals the lower id first, so
-    that the first of all is the greedy choice."""
+    """The `room` highest logits of each row and their ids, descending; among equals the lower id
+    first, so that the first one is the greedy choice."""
     if room < x.shape[1]:
         values, ids = x.topk(room, dim=-1, sorted=False)
     else:
         values, ids = x, torch.arange(room, device=x.device)
-    # One integer orders by value, then by id. Adding zero makes one zero of two.
+    # One integer orders by value, then by id. Adding zero turns -0.0 into 0.0.
     keys = _ascending(values.add(0.0).view(torch.int32)).bitwise_not_().long()
     keys.bitwise_left_shift_(32).bitwise_or_(ids)
-    if keys.device.type == "cpu":  # NumPy's vectorised sort takes a tenth of the time of torch's
+    if keys.device.type == "cpu":  # NumPy's vectorised sort takes a tenth of torch's time
         keys.numpy().sort(axis=-1)
     else:
         keys = keys.sort(dim=-1).values
@@ -566,5 +569,5 @@ def _rank(x: torch.Tensor, room: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _ascending(bits: torch.Tensor) -> torch.Tensor:
-    """The bits of float32 values as integers of the same order, and back again; in place."""
+    """Convert the bits of float32 values to integers with the same order, and back; in place."""
     return bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))

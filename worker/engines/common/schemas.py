@@ -1,11 +1,10 @@
-"""JSON schemas as llguidance is given them, so that every answer keeps the schema asked for.
+"""Adapts JSON schemas for llguidance, so that every answer satisfies the requested schema.
 
-llguidance would answer against some schemas: it reads bounds as float64, which holds not every
-integer past 2^53, and where a schema declares properties and allows others, the key of another may
-be an escaped spelling of a declared one (`"\\u0061"` is `"a"`). `for_llguidance` narrows such a
-schema to what the library does keep, or refuses it. What is narrowed is listed in
-`README.md`. Pure: knows JSON Schema and the library's limits, and imports nothing
-of either.
+llguidance would violate some schemas: it reads bounds as float64, which cannot represent every
+integer past 2^53, and if a schema declares properties and allows others, the key of another may be
+an escaped spelling of a declared one (`"\\u0061"` is `"a"`). `for_llguidance` narrows such a schema
+to what the library does guarantee, or refuses it. `README.md` lists what is narrowed. Pure: knows
+JSON Schema and the library's limits, and imports neither.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from typing import Any, Final, TypeGuard
 
 __all__ = ["for_llguidance"]
 
-#: Up to here float64 holds every integer.
+#: Up to here float64 represents every integer.
 _EXACT: Final = 1 << 53
-#: The largest float64 below 2^63, behind which the library's integers end.
+#: The largest float64 below 2^63, where the library's integers end.
 _LIMIT: Final = float((1 << 63) - 1024)
 
 #: Keywords whose values are data, not schemas.
@@ -31,9 +30,9 @@ _MAPS: Final = frozenset(
 
 
 def for_llguidance(schema: dict[str, Any] | bool) -> dict[str, Any] | bool:
-    """The schema that the library is to keep: every answer to it is one to `schema`.
+    """The schema for the library: every answer that satisfies it also satisfies `schema`.
 
-    Raises ValueError for a schema that the library cannot keep, saying why.
+    Raises ValueError, saying why, for a schema that the library cannot guarantee.
     """
     return _schema(schema) if isinstance(schema, dict) else schema
 
@@ -47,7 +46,7 @@ def _schema(schema: dict[str, Any]) -> dict[str, Any]:
             made[keyword] = value
         elif keyword in _MAPS and isinstance(value, dict):
             made[keyword] = {name: _walked(inner) for name, inner in value.items()}
-        elif keyword != "x-guidance":  # the library's options are ours to set
+        elif keyword != "x-guidance":  # the library's options are not for clients
             made[keyword] = _walked(value)
     _narrow_bounds(made)
     _narrow_keys(made)
@@ -55,7 +54,7 @@ def _schema(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _walked(value: Any) -> Any:
-    """A value that may be a schema or hold some; a `$ref` may point below an unknown keyword."""
+    """A value that may be or contain schemas; a `$ref` may point below an unknown keyword."""
     if isinstance(value, dict):
         return _schema(value)
     if isinstance(value, list):
@@ -71,7 +70,7 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def _check_numbers(value: Any, keyword: str) -> None:
-    """Refuse constants that the library would not spell exactly."""
+    """Refuse constants that the library would not write exactly."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
@@ -89,7 +88,7 @@ def _check_numbers(value: Any, keyword: str) -> None:
 
 
 def _narrow_bounds(schema: dict[str, Any]) -> None:
-    """Move bounds past 2^53 inward, to the next that float64 holds. In place."""
+    """Move bounds past 2^53 inward to the next float64. In place."""
     for inclusive, exclusive, sign in (
         ("minimum", "exclusiveMinimum", 1),
         ("maximum", "exclusiveMaximum", -1),
@@ -99,7 +98,7 @@ def _narrow_bounds(schema: dict[str, Any]) -> None:
             continue
         bounds: list[float] = []
         if _is_number(bound):
-            # In draft 4 the exclusive bound is a flag of the other.
+            # In draft 4 the exclusive bound is a flag on the other one.
             bounds.append(_inward(bound, sign, strict=strict is True))
         if _is_number(strict):
             bounds.append(_inward(strict, sign, strict=True))
@@ -126,10 +125,10 @@ def _inward(bound: float, sign: int, *, strict: bool) -> float:
 
 
 def _narrow_keys(schema: dict[str, Any]) -> None:
-    """Let no spelling of a declared property pass for another one. In place.
+    """Prevent a spelling of a declared property from passing as another property. In place.
 
-    Keys that match a pattern are spelled in one way only; so what other properties must be is said
-    by a pattern for their names.
+    Keys that match a pattern have only one spelling, so the schema of other properties is given by
+    a pattern for their names.
     """
     others = schema.get("additionalProperties", True)
     declared = schema.get("properties")
@@ -139,7 +138,7 @@ def _narrow_keys(schema: dict[str, Any]) -> None:
         return
     schema["additionalProperties"] = False
     if schema.get("patternProperties"):
-        return  # no pattern says "matches none of these patterns": others are left out
+        return  # no pattern can say "matches none of these patterns", so others are left out
     # A control character can be spelled in two ways.
     without = _CONTROLS if re.search(f"[{_CONTROLS}]", "".join(declared or ())) else ""
     if isinstance(others, dict) and others:
@@ -154,12 +153,12 @@ _CONTROLS: Final = r"\x00-\x1f\x7f"
 
 
 def _none_of(names: Iterable[str], without: str) -> str:
-    """A regular expression for every string but these names and those with the characters
-    `without`; it has no look-around, which the library does not know."""
+    """A regular expression for every string except these names and those with the characters
+    `without`; without look-around, which the library does not support."""
     names = set(names)
     following = sorted({name[0] for name in names if name})
     ways = [] if "" in names else [""]
-    # What begins as no name does; then each first character and what may follow it.
+    # First what begins like none of the names; then each first character and what may follow it.
     ways.append(_any_but(without + "".join(map(_escaped, following))) + _any_but(without) + "*")
     for first in following:
         rest = (name[1:] for name in names if name and name[0] == first)

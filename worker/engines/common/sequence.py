@@ -1,4 +1,4 @@
-"""One running request: its prompt, its answer so far, and the events that each token brings.
+"""One running request: its prompt, its answer so far, and the events of each token.
 
 Shared by every scheduler of the engine. Knows tokens, text and limits; must never touch a model,
 a cache or a tensor on an accelerator.
@@ -27,8 +27,8 @@ __all__ = ["Sequence", "State", "ends_answer"]
 def ends_answer(
     token_id: int, count: int, params: Params, eos_ids: frozenset[int], *, finished: bool
 ) -> bool:
-    """Whether the answer is over with this token, its `count`th; `finished`: the constraint lets
-    nothing follow, so neither `min_tokens` nor `ignore_eos` can have more."""
+    """Whether the answer ends with this token, its `count`th. `finished`: the constraint allows
+    nothing to follow, so `min_tokens` and `ignore_eos` do not matter."""
     if token_id not in params.stop_token_ids and token_id not in eos_ids:
         return False
     if finished:
@@ -39,7 +39,7 @@ def ends_answer(
 
 
 class State(Enum):
-    """Where a sequence is. PREFILL and DECODE hold a row."""
+    """The state of a sequence. In PREFILL and DECODE it occupies a slot."""
 
     WAITING = auto()
     PREFILL = auto()
@@ -49,7 +49,7 @@ class State(Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request on its way to an answer. Created by preprocessing, driven by a scheduler."""
+    """A request being answered. Created by preprocessing, driven by a scheduler."""
 
     request_id: bytes
     params: Params
@@ -57,45 +57,45 @@ class Sequence:
     row: SamplerRow
     text: TextStream
     eos_ids: frozenset[int]
-    #: Tokens of the whole answer at which it ends; prior tokens count.
+    #: Length of the whole answer, tokens, at which it ends; prior tokens count.
     max_tokens: int
-    #: PromptFacts are still to be sent.
+    #: Whether PromptFacts are still to be sent.
     wants_facts: bool
-    #: The prompt's text, where `echo` was asked for, and where each of its tokens begins in it.
+    #: The prompt's text, if `echo` was requested, and the offset of each of its tokens in it.
     echo_text: str
     echo_places: list[int]
-    #: Where `keep_special` was asked for: those that the model has, and the end of the prompt.
+    #: If `keep_special` was requested: those that the model has, and the end of the prompt.
     special: list[str]
     tail: str
-    #: LoRA adapter, or None for the model as it is.
+    #: Name of the LoRA adapter, or None for the base model.
     adapter: str | None
     #: `perf_counter` when the job was added.
     added_at: float
-    #: The whole answer so far; what was generated elsewhere (resume) first.
+    #: The whole answer so far, beginning with tokens generated elsewhere (resume).
     answer: list[int] = field(default_factory=list)
     state: State = State.WAITING
     cancelled: bool = False
-    #: It came to a bad end: its keys and values are not to be trusted.
+    #: Whether it failed, so that its keys and values must not be reused.
     failed: bool = False
-    #: Tokens of prompt and answer that are in the cache.
+    #: Number of tokens of prompt and answer in the cache.
     filled: int = 0
-    #: M-RoPE: text positions of this sequence are shifted by this much behind its pictures.
+    #: M-RoPE: shift of text positions after the images of this sequence.
     rope_delta: int = 0
     #: M-RoPE: positions of the prompt [axes, 1, len(prompt)] on the host.
     rope_positions: object | None = None
-    #: Prompt tokens taken from the prefix cache or another row.
+    #: Number of prompt tokens taken from the prefix cache or another row.
     cached: int = 0
-    #: `row` has the tokens already that `take` is told of (see `RowAhead`).
+    #: Whether `row` already has the tokens passed to `append_token` (see `RowAhead`).
     row_ahead: bool = False
-    #: The row that computes a prefix which this one waits for, and how long that prefix is.
+    #: The sequence that computes a prefix for which this one waits, and the length of that prefix.
     follows: Sequence | None = None
     shared: int = 0
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     started_at: float = 0.0
     first_token_at: float = 0.0
-    #: Order of admission: the youngest gives its memory back first.
+    #: Order of admission: the youngest is preempted first.
     admitted: int = 0
-    #: The token taken last, until its events are told; what made it impossible to take one.
+    #: The latest token, until its events are emitted; the error if there was none.
     _untold: int | None = None
     _fault: ErrorInfo | None = None
     _held_ids: list[int] = field(default_factory=list)
@@ -104,7 +104,7 @@ class Sequence:
 
     @property
     def total(self) -> int:
-        """Tokens of prompt and answer."""
+        """Number of tokens of prompt and answer."""
         return len(self.prompt.ids) + len(self.answer)
 
     @property
@@ -121,7 +121,7 @@ class Sequence:
         return self.prompt.ids[start:] + self.answer[: end - count]
 
     def facts(self) -> list[EngineEvent]:
-        """PromptFacts, where asked for and not sent yet."""
+        """PromptFacts, if requested and not sent yet."""
         if not self.wants_facts:
             return []
         self.wants_facts = False
@@ -146,7 +146,7 @@ class Sequence:
         ]
 
     def over(self, now: float) -> list[EngineEvent]:
-        """Of a resumed sequence: the end, if the tokens so far already are the whole answer."""
+        """The end of a resumed sequence, if its tokens so far are already the whole answer."""
         last = self.answer[-1] if self.answer else None
         if self.text.stopped_by is not None:
             return self.end(FinishReason.STOP, now, self.text.stopped_by)
@@ -161,8 +161,8 @@ class Sequence:
         return ends_answer(token_id, count, self.params, self.eos_ids, finished=finished)
 
     def take(self, sampled: Sampled, now: float) -> None:
-        """Take the next token. Afterwards `state` is DONE if nothing can follow it, whatever its
-        text says; `tell` gives the events, later."""
+        """Append the next token. Afterwards `state` is DONE if nothing can follow it, whatever its
+        text; `flush_events` returns the events later."""
         if not sampled.ok:
             cause = sampled.fault or "the model's logits are not numbers"
             self._spoil(
@@ -192,7 +192,7 @@ class Sequence:
         self.failed = True
 
     def tell(self, now: float) -> list[EngineEvent]:
-        """The events of the token that was taken last. Afterwards `state` may be DONE."""
+        """The events of the latest token. Afterwards `state` may be DONE."""
         if self._fault is not None:
             return self.fail(self._fault)
         token_id = self._untold

@@ -1,7 +1,7 @@
-"""A model under its names, and jobs made ready for it: prompts, text streams, sampler rows.
+"""A model under its names, and the preparation of its jobs: prompts, text streams, sampler rows.
 
 `prepare` runs in preprocessing threads and turns a job into a sequence, an embedding or an answer;
-everything that can be wrong with a request is found there. Must never run the model.
+everything that can be wrong with a request is detected there. Must never run the model.
 """
 
 from __future__ import annotations
@@ -31,28 +31,29 @@ from worker.engines.common.text import TextStream, places, token_table
 __all__ = ["BatchModel", "Embedding", "Prepared", "now"]
 
 CONTEXT_IDS = 8
-"""Prompt tokens that the text stream of a continued text sees."""
+"""Number of prompt tokens that the text stream of a continued text sees."""
 
-#: Of a prompt whose end is told: what a template writes behind the last message is shorter.
+#: Tokens at the end of a prompt that are reported; longer than what any template writes after
+#: the last message.
 _TAIL_TOKENS = 32
 
 
 class Embedding(Protocol):
-    """An embedding request on its way. It takes turns with the steps of the batch."""
+    """A running embedding request. It takes turns with the steps of the batch."""
 
     request_id: bytes
     cancelled: bool
 
     def step(self) -> Ended | None:
-        """Compute one piece; the end of the request after the last."""
+        """Compute one piece; returns the end of the request after the last."""
 
 
 Prepared = Sequence | Embedding | Ended
-"""What becomes of a job: something to run, or its answer."""
+"""A prepared job: something to run, or its answer."""
 
 
 class _Texts:
-    """What makes tokens of requests and text of tokens; an adapter may have its own."""
+    """Converts requests to tokens and tokens to text; an adapter may have its own."""
 
     def __init__(self, facts: ModelFacts, limits: ImageLimits) -> None:
         self.facts = facts
@@ -64,7 +65,7 @@ class _Texts:
         self._constraint_lock = threading.Lock()
 
     def constraint(self, params: Params) -> ConstraintState | None:
-        """What holds an answer to the constraint that its request asks for."""
+        """The constraint that a request asks for."""
         if params.constraint is None:
             return None
         with self._constraint_lock:
@@ -73,9 +74,9 @@ class _Texts:
 
 
 class BatchModel:
-    """A model under its names (adapters have names of their own).
+    """A model under its names (adapters have their own).
 
-    `facts`: what there is to know of it. A subclass sets `runner`, which computes tokens.
+    A subclass sets `runner`, which computes tokens.
     """
 
     def __init__(self, facts: ModelFacts, names: tuple[str, ...], settings: SharedSettings) -> None:
@@ -87,11 +88,11 @@ class BatchModel:
             name: _Texts(own, limits) for name, own in facts.adapter_texts.items()
         }
         self._token_bytes: Callable[[int], bytes] = token_table(self._texts.decoder).bytes_of
-        #: None: it only embeds.
+        #: None if it only embeds.
         self.runner: Runner | None = None
         #: How it is served, for people.
         self.scheduler = "none"
-        #: Why its requests run one at a time; empty: in a batch.
+        #: Why its requests run one at a time; empty if in a batch.
         self.serial = ""
 
     # --- facts ------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ class BatchModel:
         return tuple(kind for kind in Kind if kind is not Kind.EMBED)
 
     def infos(self) -> list[ModelInfo]:
-        """One record for each name, adapters included."""
+        """One record for each name, including adapters."""
         facts = self.facts
         return [
             ModelInfo(
@@ -120,7 +121,7 @@ class BatchModel:
     # --- jobs -------------------------------------------------------------------------------------
 
     def prepare(self, job: Job, added_at: float) -> Prepared:
-        """Make a job ready, in a preprocessing thread. Raises RequestError."""
+        """Prepare a job, in a preprocessing thread. Raises RequestError."""
         request = job.request
         builder = self._texts_of(request).builder
         match request.kind:
@@ -169,7 +170,7 @@ class BatchModel:
         if prior and max(prior) >= known:
             raise _invalid(f"the tokens to resume from are not this model's: id {max(prior)}")
         constraint = texts.constraint(params)
-        # The placeholders stand for pictures: penalising them would mean nothing.
+        # Penalising image placeholders would be meaningless.
         row = SamplerRow(
             params,
             [token_id for token_id in prompt.ids if token_id not in facts.placeholder_ids],
@@ -177,7 +178,7 @@ class BatchModel:
             prior_ids=prior,
             constraint=constraint,
         )
-        # A text that goes on where the prompt's ends: a first space is part of it.
+        # A text that continues the prompt: a leading space is part of it.
         goes_on = not facts.encoder_decoder and (
             request.kind is Kind.COMPLETE or continues_message(request)
         )
@@ -187,7 +188,7 @@ class BatchModel:
         text = TextStream(
             texts.decoder,
             params,
-            # What ends an answer is no part of its text.
+            # A token that ends an answer is not part of its text.
             prior_ids=prior[:-1] if over else prior,
             prior_characters=request.resume.text_characters if request.resume else 0,
             context_ids=prompt.ids[-CONTEXT_IDS:] if goes_on else (),
@@ -210,7 +211,7 @@ class BatchModel:
             if echo and params.prompt_logprobs is not None
             else [],
             special=token_table(texts.decoder).special_texts(params.keep_special),
-            # Longer than what a template writes behind the last message.
+            # Longer than what a template writes after the last message.
             tail=texts.builder.detokenised(prompt.ids[-_TAIL_TOKENS:])
             if params.keep_special and not facts_seen
             else "",
@@ -226,7 +227,8 @@ class BatchModel:
         return request.model if request.model in self.facts.adapters else None
 
     def _with_model_defaults(self, params: Params) -> Params:
-        """What the caller left open is as the model's own generation config says."""
+        """The parameters, with values that the caller left open taken from the model's
+        generation config."""
         own = self.facts.sampling_defaults
         changes = {name: own[name] for name in params.model_defaults if name in own}
         return msgspec.structs.replace(params, **changes) if changes else params

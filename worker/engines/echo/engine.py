@@ -1,17 +1,17 @@
 """The echo engine: deterministic answers without a model, and faults on demand.
 
-Tests and benchmarks run it in place of a model: it keeps every rule of `worker.engines.base`,
-resuming included, and what it says can be computed by hand. Its tokens are those of `tokens`.
-Must never import torch.
+Tests and benchmarks run it in place of a model: it follows every rule of `worker.engines.base`,
+including resuming, and its answers can be computed by hand. Its tokens are those of `tokens`. Must
+never import torch.
 
 **Answers.** `mode=echo` repeats the prompt: the last user message of a chat, the prompt of a
-completion, preceded by one line for pictures ("2 images: 64x48, 32x32. "). `mode=sampled` draws
+completion, preceded by one line about images ("2 images: 64x48, 32x32. "). `mode=sampled` draws
 words: token = f(seed, prompt, position), so that a resumed stream can be checked for equality. The
-answer ends after `answer_tokens` (sampled) or at the end of the echo; with `ignore_eos` it goes on,
-cyclic.
+answer ends after `answer_tokens` (sampled) or at the end of the echo; with `ignore_eos` it
+continues cyclically.
 
 **Options**, as `--engine-arg KEY=VALUE`, in a request's `template_args.echo` map, or in its text as
-`[[echo KEY=VALUE ...]]` (removed from the answer); the later of these win:
+`[[echo KEY=VALUE ...]]` (removed from the answer); later ones take precedence:
 
     mode            echo | sampled                                            [echo]
     answer_tokens   length of a sampled answer                                [64]
@@ -28,8 +28,8 @@ cyclic.
 
 and for the whole engine only: `slots` is `--slots` [8], `context_tokens` [32768], `load_ms` [0],
 `load_error` (text: the engine cannot be built), `crash_on_load` (1: the process is killed while it
-loads), `serial` (text: it says that it runs one request at a time, and why). Whoever can send a
-request can crash this engine: it is for tests.
+loads), `serial` (text: it reports that it runs one request at a time, for this reason). Whoever can
+send a request can crash this engine: it is for tests.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ _DIRECTIVE: Final = re.compile(r"\[\[echo((?:\s+\w+=\S+)*)\s*\]\]\s?")
 
 
 class Options(msgspec.Struct, frozen=True):
-    """Of one request; see the module's docstring."""
+    """Options of one request; see the module's docstring."""
 
     mode: str = "echo"
     answer_tokens: int = 64
@@ -111,7 +111,7 @@ FAULTS: Final = ("error_at", "oom_at", "raise_at", "hang_at", "exit_at", "kill_a
 
 
 class EchoFault(Exception):
-    """The fault that `raise_at` asked for."""
+    """The fault requested by `raise_at`."""
 
 
 # --- one request ----------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ class _Run:
         self.params = params
         self.prompt_ids = prompt_ids
         self.prompt_hash = zlib.crc32(prompt.encode("utf-8", "surrogatepass"))
-        #: The echo, or None where tokens are sampled.
+        #: The tokens to echo, or None if tokens are sampled.
         self.answer: list[int] | None = None
         if options.mode == "echo":
             self.answer = [*params.forced_token_ids, *tokenize(prefix + prompt)]
@@ -165,14 +165,15 @@ class _Run:
             self.end_at = 1 << 30
         prior = request.resume.token_ids if request.resume else []
         self.text = Text(params.stop, params.include_stop)
-        #: Characters that the client already has of the text to come.
+        #: How many characters of the coming text the client already has.
         self.skip = request.resume.text_characters if request.resume else 0
         self.position = 0
         faults = not prior or options.fault_resumed
         self.fault_at = {
             at: name for name in FAULTS if faults and (at := getattr(options, name)) >= 0
         }
-        #: Words alone, drawn many at a time, as long as nothing but the answer's end is to come.
+        #: Whether only words are left, with nothing to check but the answer's end; they are drawn
+        #: many at a time.
         self.plain = (
             self.answer is None
             and not (params.forced_token_ids or params.stop_token_ids or self.fault_at)
@@ -195,7 +196,7 @@ class _Run:
         return self.answer[position % len(self.answer)] if self.answer else ord(".")
 
     def draw(self, count: int) -> list[int]:
-        """The next tokens of a sampled answer; they count as said."""
+        """Draw the next tokens of a sampled answer; they count as sent."""
         at = self.position - self.drawn_from
         ids = self.drawn[at : at + count]
         while len(ids) < count:
@@ -206,7 +207,7 @@ class _Run:
         return ids
 
     def visible(self, text: str) -> str:
-        """Text without what the client has already."""
+        """The text without the part that the client already has."""
         if self.skip:
             hidden = min(self.skip, len(text))
             self.skip -= hidden
@@ -429,8 +430,8 @@ class EchoEngine:
         )
 
     def _replay(self, job: Job, run: _Run, events: list[EngineEvent]) -> bool:
-        """Take the tokens of a resumed request as if they were generated; True when they complete
-        the answer."""
+        """Take the tokens of a resumed request as if they had been generated here; True if they
+        complete the answer."""
         prior = job.request.resume.token_ids if job.request.resume else []
         for token in prior:
             text = run.text.push([token])
@@ -438,7 +439,7 @@ class EchoEngine:
             if run.skip >= len(text):
                 run.skip -= len(text)
             else:
-                # Text that was certain with these tokens but was not received goes first.
+                # Text that these tokens completed but that was not received goes first.
                 events.append(Tokens(job.request_id, [], run.visible(text)))
             if self._finish(run, token, events):
                 return True
@@ -486,12 +487,12 @@ class EchoEngine:
             events.append(Tokens(run.request_id, ids, text, logprobs))
         events += tail
         if end is None and not ids and not tail:
-            # Nothing to say: an empty prompt echoed.
+            # Nothing to generate: the echo of an empty prompt.
             events.append(self._ended(run, FinishReason.STOP, run.text.finish(), None))
             del self._runs[run.request_id]
 
     def _finish(self, run: _Run, token: int, events: list[EngineEvent]) -> bool:
-        """Whether the answer ends with this token; then its end is among the events."""
+        """Whether the answer ends with this token; if so, its end is added to the events."""
         reason: FinishReason | None = None
         stopped_by: str | int | None = None
         text = ""
@@ -514,7 +515,7 @@ class EchoEngine:
         return True
 
     def _strike(self, run: _Run, fault: str, events: list[EngineEvent]) -> None:
-        where = f"before token {run.position}, as asked"
+        where = f"before token {run.position}, as requested"
         if fault == "raise_at":
             raise EchoFault(f"the engine broke {where}")
         if fault == "hang_at":
@@ -538,7 +539,7 @@ def _number(arguments: dict[str, str], name: str, default: int) -> int:
     try:
         return int(text)
     except ValueError:
-        raise EngineLoadError(f"--engine-arg {name}={text}: a whole number is needed") from None
+        raise EngineLoadError(f"--engine-arg {name}={text}: must be an integer") from None
 
 
 def _logprob(token: int, alternatives: int) -> TokenLogprob:

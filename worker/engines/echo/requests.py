@@ -1,5 +1,5 @@
-"""What the echo engine makes of a request without running it: its prompt, and the answers that need
-no stream. Must never import torch."""
+"""Requests of the echo engine: their prompts, and the answers that need no stream. Must
+never import torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EMBEDDING_DIMENSIONS: Final = 8
 
 
 def image_size(data: bytes) -> str:
-    """Width and height of a PNG, which stand in its first bytes; of others, the bytes' number."""
+    """Width and height of a PNG, from its first bytes; for others, the number of bytes."""
     if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 24:
         width, height = struct.unpack(">II", data[16:24])
         return f"{width}x{height}"
@@ -41,7 +41,7 @@ def required(value: Any, request: Request) -> Any:
 
 
 def whole_prompt(request: Request, attachments: int) -> tuple[str, str, list[int]]:
-    """The whole prompt, what is echoed of it, and the attachments in the order of their places."""
+    """The whole prompt, the part to echo, and the attachments in the order in which they appear."""
     if request.messages is None:
         if request.token_ids is not None:
             text = detokenize(request.token_ids)
@@ -94,7 +94,7 @@ def answer_about(job: Job, prompt: str, prompt_ids: list[int]) -> Ended:
 
 
 def embeddings(job: Job) -> Ended:
-    """Embeddings: relative frequencies of the tokens, in eight classes."""
+    """Embeddings: relative frequencies of the tokens in eight classes."""
     rows, total = [], 0
     for item in required(job.request.inputs, job.request):
         ids = tokenize(item) if isinstance(item, str) else item

@@ -1,9 +1,9 @@
 """Tokens and text of the echo engine.
 
-0 to 255 are bytes of UTF-8; 256 and up are 4,096 made-up words with a leading space. Text is split
-greedily into those words and, for the rest, bytes, so that every text has exactly one list of
-tokens and every list of tokens a text. Half a character makes a token without text, as in a real
-tokenizer. Must stay a pure function of its input: tests compute answers with it.
+Ids 0 to 255 are bytes of UTF-8; from 256 on there are 4,096 made-up words with a leading space.
+Text is split greedily into those words and, for the rest, bytes, so that every text has exactly one
+list of tokens and every list of tokens has a text. A token with half a character has no text yet,
+as in a real tokenizer. Must stay a pure function of its input: tests compute answers with it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def words() -> tuple[str, ...]:
 
 @cache
 def texts() -> tuple[str, ...]:
-    """Of each token that is a word, by its id; the bytes before them have none here."""
+    """The text of each word token, by id; the entries of the bytes before them are empty."""
     return ("",) * BYTES + words()
 
 
@@ -59,19 +59,20 @@ def tokenize(text: str) -> list[int]:
 
 
 def token_bytes(token_id: int) -> bytes:
-    """The bytes that a token stands for."""
+    """The bytes of a token."""
     if token_id < BYTES:
         return bytes((token_id,))
     return words()[(token_id - BYTES) % WORDS].encode()
 
 
 def detokenize(token_ids: Iterable[int]) -> str:
-    """Text of token ids; bytes that are no UTF-8 become replacement characters."""
+    """Text of token ids; bytes that are not valid UTF-8 become replacement characters."""
     return b"".join(map(token_bytes, token_ids)).decode("utf-8", "replace")
 
 
 def sampled_token(seed: int, prompt_hash: int, position: int) -> int:
-    """The token at a position: a hash (the finaliser of splitmix64), so nothing else matters."""
+    """The token at a position: a hash (splitmix64's finaliser) of the arguments and nothing
+    else."""
     mask = (1 << 64) - 1
     z = (seed ^ (prompt_hash << 32)) + (position + 1) * 0x9E3779B97F4A7C15 & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
@@ -88,8 +89,9 @@ _STEPS: Final = sum((lane + 1) * 0x9E3779B97F4A7C15 << 128 * lane for lane in ra
 
 
 def sampled_tokens(seed: int, prompt_hash: int, position: int) -> list[int]:
-    """`sampled_token` of 64 positions at once: lanes of one long integer, wide enough for a product
-    of 64 bits, so that whoever streams thousands of answers does not measure the drawing."""
+    """`sampled_token` for 64 positions at once: lanes of one long integer, wide enough for
+    64-bit products, so that a benchmark with thousands of streams does not measure the
+    drawing of tokens."""
     begin = (seed ^ (prompt_hash << 32)) + position * 0x9E3779B97F4A7C15
     z = begin % (1 << 64) * _ONES + _STEPS & _LOW
     z = (z ^ (z >> 30 & _LOW)) * 0xBF58476D1CE4E5B9 & _LOW
@@ -99,13 +101,14 @@ def sampled_tokens(seed: int, prompt_hash: int, position: int) -> list[int]:
 
 
 class Text:
-    """From tokens to text that is certain: whole characters, and no possible start of a stop."""
+    """Converts tokens to text that is certain: whole characters, and no possible beginning of
+    a stop string."""
 
     __slots__ = ("_decoder", "_half", "_held", "_include", "_longest", "_stops", "stopped_by")
 
     def __init__(self, stops: list[str], include_stop: bool) -> None:
         self._decoder = _Utf8Decoder("replace")
-        #: The decoder has the beginning of a character.
+        #: Whether the decoder holds the beginning of a character.
         self._half = False
         self._stops = stops
         self._include = include_stop
@@ -115,11 +118,11 @@ class Text:
 
     @property
     def plain(self) -> bool:
-        """Of words alone, the text is the words: nothing is held back."""
+        """Whether words can be output directly: nothing is held back."""
         return not (self._stops or self._held or self._half)
 
     def push(self, token_ids: list[int]) -> str:
-        """Text that became certain."""
+        """Take tokens; returns the text that is now certain."""
         text = self._held
         vocabulary = words()
         for token in token_ids:
@@ -145,7 +148,7 @@ class Text:
         return text[: len(text) - keep]
 
     def finish(self) -> str:
-        """What was held back, at the end of the answer."""
+        """The text held back, at the end of the answer."""
         text = self._held + self._decoder.decode(b"", final=True)
         self._held = ""
         return text

@@ -1,8 +1,8 @@
 """One llama.cpp context as a continuous batch: many sequences in each `llama_decode`.
 
-Running streams decode first, prompts fill what the batch has left. Rows share one unified cache; if
-it is full, the youngest row gives its part back and is read again later. Logits are on the host in
-any case, so every request is sampled by tokenbus' own sampler. Text only.
+Running streams decode first; prompts fill the rest of the batch. Rows share one unified cache; if
+it is full, the youngest row is preempted and prefilled again later. Logits are on the host in any
+case, so every request uses tokenbus' own sampler. Text only.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from worker.engines.llamacpp.gguf import GgufTokenizer, load_weights, metadata
 __all__ = ["LlamaGenerator", "build_engine"]
 
 DEFAULT_SLOTS = 16
-"""Rows that decode together; on a CPU more bring little."""
+"""Rows that decode together; on a CPU, more gain little."""
 
 BATCH_TOKENS = 512
 """Tokens of one `llama_decode`, prompts included: running streams wait for it. llama.cpp's own size
@@ -46,10 +46,10 @@ CACHE_TYPES = {
     "float16": ll.GGML_TYPE_F16,
     "float32": ll.GGML_TYPE_F32,
 }
-"""`--dtype` is that of keys and values; the weights' is the file's."""
+"""`--dtype` applies to keys and values; that of the weights is fixed by the file."""
 
 NO_ROOM = 1
-"""What `llama_decode` returns when the cache has no room for the batch."""
+"""Return code of `llama_decode` if the cache has no room for the batch."""
 
 
 def build_engine(options: EngineOptions, progress: Progress) -> LibraryEngine:
@@ -141,14 +141,14 @@ def _describe(model: Any, path: str, settings: SharedSettings) -> ModelFacts:
 
 @dataclass(slots=True, eq=False)
 class _Row:
-    """A sequence and its place in the cache. `sequence.filled` counts its tokens there."""
+    """A sequence and its state in the cache. `sequence.filled` counts its tokens there."""
 
     sequence: Sequence
     #: llama.cpp's sequence id.
     place: int
-    #: It gave its part of the cache back and waits for room.
+    #: Whether it was preempted and waits for room in the cache.
     parked: bool = False
-    #: Of the step under way: where its tokens begin in the batch, and how many they are.
+    #: In the current step: the index of its first token in the batch, and their number.
     start: int = 0
     count: int = 0
 
@@ -173,7 +173,7 @@ class LlamaGenerator:
         self._sampler = HostSampler(facts)
         self._batch_tokens = max(batch_tokens, slots)
         params = ll.llama_context_default_params()
-        # Without a bound of their own, all rows together have the room of one longest prompt.
+        # Without a limit of its own, the cache holds one prompt of the longest length.
         params.n_ctx = kv_tokens or facts.context_tokens
         params.n_batch = self._batch_tokens
         params.n_seq_max = slots
@@ -198,7 +198,8 @@ class LlamaGenerator:
         #: In order of admission.
         self._rows: list[_Row] = []
 
-    # --- the seam ---------------------------------------------------------------------------------
+    # --- the Generator interface
+    # ---------------------------------------------------------------------------------
 
     def insert(self, sequence: Sequence) -> None:
         sequence.filled = 0
@@ -241,8 +242,8 @@ class LlamaGenerator:
     # --- the cache --------------------------------------------------------------------------------
 
     def _make_room(self) -> None:
-        """Park the youngest while the cache cannot take one more token of each; take parked rows
-        back, the oldest first, while their whole text fits."""
+        """Preempt the youngest rows while the cache has no room for one more token of each; take
+        preempted rows back, oldest first, while all their tokens fit."""
         holding = [row for row in self._rows if not row.parked]
         while len(holding) > 1 and self._needed(holding) > self._kv_tokens:
             self._park(holding.pop())
@@ -266,12 +267,12 @@ class LlamaGenerator:
     # --- one step ---------------------------------------------------------------------------------
 
     def _fill_batch(self) -> list[_Row]:
-        """Put the next tokens of the rows into the batch; returns the rows that are in it."""
+        """Fill the batch with the next tokens of the rows; returns the rows in it."""
         batch = self._batch
         batch.n_tokens = 0
         rows = [row for row in self._rows if not row.parked]
         pending = {id(row): row.sequence.total - row.sequence.filled for row in rows}
-        # Stable: decoding rows first, prompts in order of admission behind them.
+        # A stable sort: decoding rows first, then prompts in order of admission.
         rows.sort(key=lambda row: pending[id(row)] > 1)
         used: list[_Row] = []
         for row in rows:
@@ -297,7 +298,8 @@ class LlamaGenerator:
         batch.n_tokens += row.count
 
     def _logits(self, index: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Of one token of the batch; the memory is llama.cpp's until its next step."""
+        """Logits of one token of the batch, in llama.cpp's own memory: valid until
+        its next step."""
         pointer = ll.llama_get_logits_ith(self._context, index)
         return np.ctypeslib.as_array(pointer, shape=(self._vocabulary,))
 

@@ -1,7 +1,8 @@
-"""A GGUF file as llama.cpp holds it: the model's facts, and its tokenizer in transformers' manner.
+"""A GGUF file loaded by llama.cpp: the model's metadata, and its tokenizer with
+transformers' interface.
 
-The tokenizer and the chat template are those in the file; nothing else is read. Must never touch a
-context: what runs the model is `engine`.
+Tokenizer and chat template are those in the file; nothing else is read. Must never touch a context:
+`engine` runs the model.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from worker.engines.base import EngineLoadError, Progress
 __all__ = ["GgufTokenizer", "load_weights", "metadata"]
 
 PIECE_BYTES = 64
-"""Most tokens are shorter; llama.cpp says how much a longer one needs."""
+"""Most tokens are shorter; for longer ones llama.cpp returns the size needed."""
 
 
 def load_weights(path: str, gpu_layers: int, progress: Progress) -> Any:
@@ -35,19 +36,21 @@ def load_weights(path: str, gpu_layers: int, progress: Progress) -> Any:
     ll.llama_backend_init()
     model = ll.llama_model_load_from_file(path.encode(), params)
     if not model:
-        raise EngineLoadError(f"llama.cpp cannot load {path}: it is no GGUF file that it knows")
+        raise EngineLoadError(
+            f"llama.cpp cannot load {path}: it is not a GGUF file that llama.cpp supports"
+        )
     return model
 
 
 def metadata(model: Any, key: str) -> str:
-    """A value of the file's header; empty where it has none."""
+    """A value from the file's header; empty if it has none."""
     buffer = ctypes.create_string_buffer(256)
     length = ll.llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
     return buffer.value.decode(errors="replace") if length >= 0 else ""
 
 
 class GgufTokenizer:
-    """The file's own tokenizer, with what tokenbus asks of one of transformers'.
+    """The file's own tokenizer, with the part of transformers' interface that tokenbus uses.
 
     llama.cpp's vocabulary is never written to, so any thread may read it.
     """
@@ -84,7 +87,7 @@ class GgufTokenizer:
         return self.convert_ids_to_tokens(token_id).decode(errors="replace")
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        """Token ids of a text; special tokens written out in it are taken as such."""
+        """Token ids of a text; special tokens written in it are recognised."""
         data = text.encode()
         room = len(data) + 8
         while True:
@@ -97,7 +100,7 @@ class GgufTokenizer:
             room = -count
 
     def convert_ids_to_tokens(self, token_id: int) -> bytes:
-        """The bytes of a token; of a special one its name. Raises IndexError."""
+        """The bytes of a token, or the name of a special one. Raises IndexError."""
         if not 0 <= token_id < self._size:
             raise IndexError(token_id)
         room = PIECE_BYTES
@@ -136,7 +139,7 @@ class GgufTokenizer:
     def apply_chat_template(
         self, conversation: list[dict[str, Any]], *, tools: Any = None, **arguments: Any
     ) -> str:
-        """The file's template over messages. Raises what the template raises."""
+        """Render the file's template. Raises whatever the template raises."""
         arguments.pop("tokenize", None)
         rendered, _ = render_jinja_template(
             conversations=[conversation],

@@ -1,8 +1,8 @@
-"""mlx-lm's continuous batch behind the `Generator` seam.
+"""mlx-lm's continuous batching as a `Generator`.
 
-Greedy requests stay wholly on the device. Others are sampled by tokenbus' own sampler, handed to
-the library as a logits processor that leaves one token: so every sampling parameter holds, at the
-price of one transfer per token of such a request. Text models only (mlx-lm has no others).
+Greedy requests stay entirely on the device. Others use tokenbus' own sampler, passed to the library
+as a logits processor that leaves only the sampled token: so every sampling parameter works, at the
+cost of one transfer per token of such a request. Text models only (mlx-lm has no others).
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from worker.engines.common.sequence import Sequence
 __all__ = ["MlxGenerator", "build_engine"]
 
 DEFAULT_SLOTS = 32
-"""mlx-lm's own default of rows that decode together."""
+"""mlx-lm's own default for the number of rows that decode together."""
 
 PREFILL_TOKENS = 512
-"""Prompt tokens in one step: running streams wait for it. mlx-lm's own default is 2048."""
+"""Prompt tokens per step, for which running streams wait. mlx-lm's own default is 2048."""
 
 GROUP_SIZE = 64
 """Weights that share a scale when quantised at load time: mlx-lm's default."""
 
 UNBOUNDED = 1 << 30
-"""Limits and ends of answers are kept by tokenbus, which removes the sequence."""
+"""tokenbus enforces limits and ends of answers, and removes the sequence."""
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -86,7 +86,7 @@ def _set_device(name: str) -> None:
 
 
 def _load(path: str, options: EngineOptions, facts: ModelFacts) -> Any:
-    """The model, in the numbers asked for."""
+    """The model, in the requested dtype or quantised."""
     if options.load_8bit and options.load_4bit:
         raise EngineLoadError("choose one of --load-8bit and --load-4bit")
     if options.dtype != "auto" and options.dtype not in DTYPES:
@@ -106,7 +106,7 @@ def _load(path: str, options: EngineOptions, facts: ModelFacts) -> Any:
 
 
 class _Running:
-    """A sequence in the library's batch, and what was sampled of it ahead of being told."""
+    """A sequence in the library's batch, and the tokens sampled ahead."""
 
     def __init__(self, sequence: Sequence) -> None:
         self.sequence = sequence
@@ -186,7 +186,7 @@ class MlxGenerator:
         self._model = None
 
     def _chooser(self, running: _Running, ahead: RowAhead) -> Callable[[Any, mx.array], mx.array]:
-        """A logits processor that samples, and leaves the library the sampled token alone."""
+        """A logits processor that samples, and leaves the library only the sampled token."""
 
         def choose(context: Any, logits: mx.array) -> mx.array:
             values = np.array(logits.astype(mx.float32))
@@ -198,6 +198,6 @@ class MlxGenerator:
         return choose
 
     def _score_prompt(self, sequence: Sequence) -> None:
-        """The prompt's logprobs, by a pass of its own: the batch gives none."""
+        """The prompt's logprobs, by a separate pass: the batch does not return them."""
         logits = self._model(mx.array([sequence.prompt.ids]))[0]
         self._sampler.score_prompt(sequence, 0, np.array(logits.astype(mx.float32)))

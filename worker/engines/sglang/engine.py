@@ -1,9 +1,9 @@
-"""SGLang's offline `Engine` behind the `Generator` seam: async_generate, its loop, abort_request.
+"""SGLang's offline `Engine` as a `Generator`: async_generate, its loop, abort_request.
 
-Written against SGLang's sources and documentation of 0.5, not run: it needs a GPU. What could not
-be verified to mean what the bus means by it is refused by name. SGLang samples in its own
-processes; with its deterministic inference a token is a function of (seed, position) there too,
-though not the one of the other engines.
+Written against SGLang 0.5's sources and documentation, but never run: it needs a GPU. Parameters
+that could not be verified to mean the same as on the bus are refused by name. SGLang samples in its
+own processes; with its deterministic inference a token is a function of (seed, position) there too,
+but not the same one as in the other engines.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ WAIT_S = 0.004
 """How long a step waits for SGLang's processes; the engine's loop must stay responsive."""
 
 SEEDS = 1 << 31
-"""SGLang keeps seeds in 32 bits: those of the bus are taken modulo this."""
+"""SGLang's seeds have 32 bits: the bus's seeds are taken modulo this."""
 
 NEVER = -1.0e4
-"""Bias of tokens that stand for pictures."""
+"""Bias of image placeholders."""
 
 PENALTY_BOUND = 2.0
-"""SGLang refuses presence and frequency penalties beyond it."""
+"""SGLang refuses presence and frequency penalties beyond this."""
 
 UNVERIFIED = "is not known to treat it as the bus does; use --engine transformers or vllm"
 
@@ -77,7 +77,7 @@ OWN = frozenset(
         "enable_deterministic_inference",
     }
 )
-"""Arguments of SGLang that follow from options of the worker, or must stay as they are."""
+"""Arguments of SGLang that are set from the worker's options, or must not be changed."""
 
 
 def build_engine(options: EngineOptions, progress: Progress) -> LibraryEngine:
@@ -127,15 +127,15 @@ def server_arguments(texts: Mapping[str, str]) -> dict[str, Any]:
     for name, text in texts.items():
         if name not in known:
             raise EngineLoadError(
-                f"unknown --engine-arg {name!r}: it is none of SGLang's server arguments, or it "
-                "follows from the worker's own options"
+                f"unknown --engine-arg {name!r}: it is not one of SGLang's server arguments, or it "
+                "is set by the worker's own options"
             )
         values[name] = _value(text)
     return values
 
 
 def _value(text: str) -> bool | int | float | str:
-    """A value as its text looks: SGLang checks it against the argument."""
+    """A value guessed from its text; SGLang checks it against the argument."""
     parsers: tuple[Callable[[str], bool | int | float], ...] = (int, float, boolean)
     for parse in parsers:
         with contextlib.suppress(ValueError):
@@ -146,7 +146,7 @@ def _value(text: str) -> bool | int | float | str:
 def sampling_parameters(
     params: Params, sequence: Sequence, placeholders: list[int]
 ) -> dict[str, Any]:
-    """SGLang's parameters of a request. Raises RequestError for what it would not take."""
+    """SGLang's parameters for a request. Raises RequestError for what it would not accept."""
     for name in ("presence_penalty", "frequency_penalty"):
         value = getattr(params, name)
         if abs(value) > PENALTY_BOUND:
@@ -158,8 +158,8 @@ def sampling_parameters(
         if value and sequence.answer:
             raise RequestError(
                 ErrorCode.INVALID_REQUEST,
-                f"{name}: engine sglang cannot resume an answer with it, for it would not count "
-                "the tokens so far; send the request anew",
+                f"{name}: engine sglang cannot resume an answer with it, because it would not "
+                "count the tokens so far; send the request again",
                 details={"parameter": name},
             )
     bias = {str(token_id): NEVER for token_id in placeholders}
@@ -173,7 +173,7 @@ def sampling_parameters(
         "frequency_penalty": params.frequency_penalty,
         "sampling_seed": params.seed % SEEDS,
         "max_new_tokens": sequence.max_tokens - len(sequence.answer),
-        # Ends are tokenbus' to find; it aborts what is over.
+        # tokenbus detects the end of an answer and aborts it.
         "ignore_eos": True,
     }
     return result | ({"logit_bias": bias} if bias else {})
@@ -184,7 +184,7 @@ class _Running:
     """A sequence at SGLang."""
 
     sequence: Sequence
-    #: Tokens of it that were drawn here.
+    #: Number of its tokens that were drawn here.
     drawn: int = 0
     over: bool = False
 
@@ -201,7 +201,7 @@ class SglangGenerator:
         self._chunks: deque[tuple[_Running, dict[str, Any] | ErrorInfo]] = deque()
         self._names: dict[int, str] = {}
         self._running: dict[str, _Running] = {}
-        #: Kept until they end: a loop only has weak references to its tasks.
+        #: Kept until they end, since a loop has only weak references to its tasks.
         self._tasks: set[asyncio.Task[None]] = set()
         self._count = 0
 
@@ -209,7 +209,7 @@ class SglangGenerator:
         parameters = sampling_parameters(sequence.params, sequence, self._placeholders)
         media = sequence.prompt.media
         ids = media["ids"] if media else sequence.prompt.ids
-        # SGLang aborts by prefix of a name.
+        # SGLang aborts all requests whose name begins like this.
         name = f"tokenbus-{self._count}."
         self._count += 1
         running = _Running(sequence)
@@ -248,7 +248,7 @@ class SglangGenerator:
 
     @staticmethod
     def _tokens(running: _Running, chunk: Mapping[str, Any]) -> list[Drawn]:
-        """The new tokens of a chunk, whose ids are all so far or only the new ones."""
+        """The new tokens of a chunk, which contains either all ids so far or only the new ones."""
         meta = chunk["meta_info"]
         running.sequence.cached = int(meta.get("cached_tokens") or 0)
         total = int(meta["completion_tokens"])
@@ -286,7 +286,7 @@ class SglangGenerator:
             async for chunk in stream:
                 self._hear(name, running, chunk)
         except Exception as error:
-            # Whatever it raises is about this request: SGLang's processes live on or are watched.
+            # Whatever it raises concerns this request: SGLang watches its own processes.
             self._hear(name, running, error_info(error, "the model failed on this request"))
         running.over = True
 

@@ -17,8 +17,8 @@ __all__ = ["build"]
 def build(options: EngineOptions, progress: Progress) -> Engine:
     """Load the models named in `options`, warm them up and return the engine that serves them.
 
-    `progress` is told what is being loaded. Raises `EngineLoadError` with one line that says why
-    and what to do. Call it in the engine's own process: it sets torch's thread count.
+    `progress` is called while loading. Raises `EngineLoadError` with one line that says why and
+    what to do. Call it in the engine's own process: it sets torch's thread count.
     """
     for path in options.model_paths:
         local_folder(path)

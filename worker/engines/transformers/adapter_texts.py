@@ -1,7 +1,6 @@
-"""What an adapter's folder says of texts: a tokenizer, a chat template, added tokens of its own.
+"""An adapter's own tokenizer, chat template and added tokens.
 
-Trainers save them beside the adapter, and it was trained with them. Must never change what the base
-has.
+Trainers save them with the adapter, which was trained with them. Must never change the base's.
 """
 
 from __future__ import annotations
@@ -27,22 +26,22 @@ _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 @dataclass(frozen=True, slots=True)
 class OwnTexts:
-    """A tokenizer that differs from the base's, and the processor around it where there is one."""
+    """A tokenizer that differs from the base's, and its processor if there is one."""
 
     tokenizer: Any
     processor: Any
-    #: Every token has the id that it has in the base.
+    #: Whether every token has the same id as in the base.
     same_tokens: bool
 
 
 def own_texts(
     path: str, model: Any, tokenizer: Any, processor: Any, *, trust_remote_code: bool = False
 ) -> OwnTexts | None:
-    """The tokenizer and processor in an adapter's folder (or hub id), or None where it has none or
-    they are those of the base (`tokenizer`, `processor`).
+    """The tokenizer and processor in an adapter's folder (or hub id), or None if it has none or
+    they are the same as the base's (`tokenizer`, `processor`).
 
     `model` is the base with the adapter. Raises `EngineLoadError` for a tokenizer that cannot be
-    read, or with tokens that the model has no embeddings for.
+    read, or that has tokens without embeddings in the model.
     """
     own = _read(path, model, tokenizer, trust_remote_code=trust_remote_code)
     if own is None:
@@ -70,7 +69,7 @@ def _read(path: str, model: Any, tokenizer: Any, *, trust_remote_code: bool) -> 
             return AutoTokenizer.from_pretrained(
                 path, config=model.config, trust_remote_code=trust_remote_code
             )
-        except Exception as error:  # of tokenizers, of the template, of remote code
+        except Exception as error:  # from tokenizers, the template or remote code
             raise EngineLoadError(
                 f"adapter {path} brings a tokenizer that cannot be read: {one_line(error, 300)}"
             ) from error
@@ -82,7 +81,7 @@ def _read(path: str, model: Any, tokenizer: Any, *, trust_remote_code: bool) -> 
 
 
 def _file(path: str, name: str) -> Any:
-    """The path of a file in a folder or a hub id, None where there is none."""
+    """The path of a file in a folder or of a hub id; None if there is none."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
@@ -116,7 +115,7 @@ def _refuse_without_rows(path: str, model: Any, tokenizer: Any, own: Any) -> Non
 
 
 def _facts(tokenizer: Any) -> tuple[Any, ...]:
-    """What texts depend on beside the vocabulary."""
+    """Properties other than the vocabulary on which texts depend."""
     core = getattr(tokenizer, "backend_tokenizer", None)
     return (
         tokenizer.chat_template,

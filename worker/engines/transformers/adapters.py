@@ -1,18 +1,17 @@
-"""PEFT adapters: read, checked against their base, and served exactly.
+"""PEFT adapters: checked against their base, and served exactly.
 
-An adapter's file and its configuration must account for each other and for the modules of the base:
-every weight in the file finds its place, and every place gets its weight. How it is served then
-depends on what it changes:
+An adapter's file must match its configuration and the modules of the base: every weight in the file
+must have a place, and every place a weight. How it is served depends on what it changes:
 
-* Plain LoRA on layers that see the rows of a batch is chosen for each row, beside the base and the
+* Plain LoRA on layers that see the rows of a batch is chosen per row, alongside the base and the
   other adapters (`RowAdapters`).
-* Anything else becomes a model of its own over the weights of the base: merged into copies of the
-  layers it changes or, where the weights are quantised and would be rounded a second time, computed
-  beside them.
-* What neither can reproduce is refused by name.
+* Anything else becomes a model of its own that shares the base's weights: it is merged into copies
+  of the layers that it changes or, if the weights are quantised and would be rounded a second time,
+  computed separately next to them.
+* What neither way can reproduce is refused by name.
 
-Whichever it is, the result is compared with peft's own forward of that adapter alone. Must never
-write to a weight that another model computes with.
+In either case the result is compared with peft's own forward with that adapter alone. Must never
+write to a weight that another model uses.
 """
 
 from __future__ import annotations
@@ -46,24 +45,24 @@ from worker.engines.transformers.settings import EngineSettings
 __all__ = ["add_adapters", "merge_adapter"]
 
 ALONE = "alone"
-"""peft's name for the adapter of a model that has one. Served names may hold dots, which peft's may
-not; and a name that is a part of a weight's would confuse it."""
+"""The adapter's name inside peft, in a model with only one. Served names may contain dots, which
+peft does not allow, and a name that is part of a weight's name would confuse it."""
 
 PROBE_ROWS, PROBE_TOKENS, PROBE_ANSWER = 3, 5, 2
-"""Unlike each other, so that their product or order is not taken for one of them."""
+"""Two different numbers, so that swapped dimensions are noticed."""
 
 SMALL_BUFFER_BYTES = 1 << 20
-"""Buffers below this are copied, for models write into some of them; larger ones are packed weights
-of some quantisers."""
+"""Buffers below this size are copied, because models write into some of them; larger ones are
+packed weights of some quantisers."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Attached:
-    """A model with an adapter in it."""
+    """A model with an adapter attached."""
 
-    #: peft's model around it.
+    #: peft's wrapper model.
     outer: Any
-    #: Weights of the base that the adapter's file replaces (biases, embeddings).
+    #: Names of base weights that the adapter's file replaces (biases, embeddings).
     written: frozenset[str]
 
     @property
@@ -72,14 +71,14 @@ class _Attached:
         return self.outer.get_base_model()
 
 
-# --- what the loader asks for ---------------------------------------------------------------------
+# --- used by the loader ---------------------------------------------------------------------
 
 
 def merge_adapter(
     model: Any, path: str, settings: EngineSettings, progress: Progress, *, quantised: bool
 ) -> Any:
-    """`model` with the adapter at `path` merged into its weights; beside them where these are
-    `quantised`. `model` itself is used up. Raises `EngineLoadError`."""
+    """`model` with the adapter at `path` merged into its weights, or computed separately if these
+    are `quantised`. Modifies `model` itself. Raises `EngineLoadError`."""
     progress(None, f"loading adapter {path}")
     adapter = read_adapter(path, settings)
     if quantised:
@@ -95,10 +94,11 @@ def merge_adapter(
 def add_adapters(
     loaded: LoadedModel, settings: EngineSettings, progress: Progress, *, trust_remote_code: bool
 ) -> list[tuple[str, LoadedModel]]:
-    """Load the adapters of `settings` beside their base.
+    """Load the adapters in `settings` alongside their base.
 
-    Those that rows can choose are put into `loaded`; each of the others is returned under its name,
-    as a model that shares with `loaded` what it does not change. Raises `EngineLoadError`.
+    Those that can be chosen per row are put into `loaded`; each of the others is returned under its
+    name, as a model that shares with `loaded` everything that it does not change. Raises
+    `EngineLoadError`.
     """
     _refuse_second_layer(loaded)
     protected = {id(p) for p in loaded.model.parameters()}
@@ -191,8 +191,8 @@ def _refuse_second_layer(loaded: LoadedModel) -> None:
 
 
 def _shared_copy(model: Any, *, weights: bool = True) -> Any:
-    """A copy of `model` that computes with the same weights in memory; `weights` False: with copies
-    of them."""
+    """A copy of `model` that shares its weights in memory; with `weights` False it
+    copies them too."""
     kept: dict[int, Any] = {}
     if weights:
         for tensor in _held_tensors(model):
@@ -201,14 +201,14 @@ def _shared_copy(model: Any, *, weights: bool = True) -> Any:
 
 
 def _shared_weights(model: Any) -> set[int]:
-    """Ids of weights that several layers have (tied embeddings, repeated layers)."""
+    """Ids of weights shared by several layers (tied embeddings, repeated layers)."""
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     return {key for key, count in uses.items() if count > 1}
 
 
 def _held_tensors(model: Any) -> Iterator[torch.Tensor]:
     for module in model.modules():
-        # bitsandbytes moves its 8-bit weights to another place in the first forward.
+        # bitsandbytes moves its 8-bit weights in the first forward.
         if getattr(getattr(module, "weight", None), "CB", None) is not None:
             module.init_8bit_state()
         state = getattr(module, "state", None)
@@ -221,8 +221,8 @@ def _held_tensors(model: Any) -> Iterator[torch.Tensor]:
 
 
 def _resize(model: Any, adapter: Adapter) -> int | None:
-    """Give the model as many rows of embeddings as the adapter's file brings; how many it had, None
-    where it keeps them."""
+    """Give the model as many embedding rows as the adapter's file has; returns how many it had, or
+    None if unchanged."""
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     weights = {id(layer.weight) for layer in layers if hasattr(layer, "weight")}
     rows = int(layers[0].weight.shape[0])
@@ -252,8 +252,8 @@ def _resize(model: Any, adapter: Adapter) -> int | None:
 
 
 def _refuse_empty_rows(model: Any, adapter: Adapter, rows: int | None) -> None:
-    """Refuse an adapter with added tokens, behind the base's `rows`, that brings only a part of
-    their weights."""
+    """Refuse an adapter with added tokens, after the base's `rows`, that has only part
+    of their weights."""
     if rows is None or rows >= model.get_input_embeddings().weight.shape[0]:
         return
     inputs = _probe(model)
@@ -268,7 +268,7 @@ def _refuse_empty_rows(model: Any, adapter: Adapter, rows: int | None) -> None:
 
 
 def _attach(target: Any, adapter: Adapter, name: str, protected: set[int]) -> _Attached:
-    """Put an adapter into a model, or into peft's model that has others already. Weights whose ids
+    """Attach an adapter to a model, or to a peft model that already has others. Weights whose ids
     are `protected` are replaced, never written to."""
     peft = peft_library()
     known = {id(parameter) for parameter in target.parameters()}
@@ -288,8 +288,8 @@ def _attach(target: Any, adapter: Adapter, name: str, protected: set[int]) -> _A
 
 
 def _placed(outer: Any, adapter: Adapter, name: str) -> dict[str, torch.Tensor]:
-    """The adapter's weights under the names that they have inside `outer`, as peft finds them; it
-    knows the names of other releases."""
+    """The adapter's weights under their names inside `outer`, as determined by peft, which knows
+    the names of other releases."""
     found: dict[str, torch.Tensor] = {}
     load = outer.load_state_dict
 
@@ -313,7 +313,7 @@ def _placed(outer: Any, adapter: Adapter, name: str) -> dict[str, torch.Tensor]:
 def _refuse_misfit(
     outer: Any, adapter: Adapter, state: dict[str, torch.Tensor], known: set[int]
 ) -> None:
-    """Every weight of the file must have a place, and every place a weight."""
+    """Refuse unless every weight of the file has a place, and every place a weight."""
     unknown = state.keys() - outer.state_dict().keys()
     if unknown:
         raise EngineLoadError(
@@ -330,7 +330,7 @@ def _refuse_misfit(
         min(own)
         for own in names.values()
         if not own & state.keys()
-        # Other kinds have helpers of their own beside what they train.
+        # Other kinds have helper weights in addition to trained ones.
         and (plain or any(prefix in name for name in own))
     ]
     if lacking:
@@ -341,7 +341,7 @@ def _refuse_misfit(
 
 
 def _is_claimed_bias(name: str, config: Any) -> bool:
-    """Whether the adapter trained this bias of the base (`bias`: all or lora_only)."""
+    """Whether the adapter trained this bias of the base (`bias` is all or lora_only)."""
     bias = getattr(config, "bias", "none")
     if bias == "all":
         return name.rsplit(".", 1)[-1] == "bias"
@@ -351,8 +351,8 @@ def _is_claimed_bias(name: str, config: Any) -> bool:
 def _detach_written(
     outer: Any, state: dict[str, torch.Tensor], known: set[int], protected: set[int]
 ) -> frozenset[str]:
-    """Names of the base's weights that `state` changes; each becomes this model's own. What is
-    equal to the base's is taken out of `state`."""
+    """Names of the base's weights that `state` changes; each is replaced by a copy of this model's
+    own. Weights equal to the base's are removed from `state`."""
     written = set()
     for prefix, module in outer.named_modules():
         for leaf, parameter in list(module._parameters.items()):
@@ -360,7 +360,7 @@ def _detach_written(
             if parameter is None or name not in state or id(parameter) not in known:
                 continue
             if torch.equal(parameter, state[name].to(parameter)):
-                # peft saves embeddings beside their adapter, trained or not.
+                # peft saves embeddings with an adapter, trained or not.
                 del state[name]
                 continue
             written.add(name)
@@ -378,11 +378,11 @@ def _few(names: Iterable[str]) -> str:
 
 
 def _merged(attached: _Attached, adapter: Adapter, protected: set[int]) -> Any:
-    """The model with its adapter merged; compared with what it computed before."""
+    """The model with its adapter merged; checked against its output before merging."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     outer = attached.outer
-    # Only the layer that is meant may change, not those that share its weight.
+    # Only the intended layer may change, not others that share its weight.
     protected = protected | _shared_weights(outer)
     inputs = _probe(attached.model)
     wanted = _outputs(attached.model, inputs, adapter.path)
@@ -407,7 +407,7 @@ def _own_weights(
     module: nn.Module, protected: set[int] | None = None, *, only: str | None = None
 ) -> None:
     """Give a layer copies of its weights: of those that are `protected` (None: of all), or of the
-    one called `only`."""
+    one named `only`."""
     for owner in module.modules():
         for leaf, parameter in list(owner._parameters.items()):
             if parameter is None or (only is not None and leaf != only):
@@ -417,8 +417,8 @@ def _own_weights(
 
 
 def _untie(model: Any) -> None:
-    """A configuration that says no more than what is: nobody may tie again what an adapter made
-    different."""
+    """Make the configuration say that weights are not tied, so that nothing ties again what an
+    adapter made different."""
     inner, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or getattr(head, "weight", None) is getattr(inner, "weight", None):
         return
@@ -431,7 +431,7 @@ def _untie(model: Any) -> None:
 
 
 def _fits_rows(loaded: LoadedModel, attached: _Attached, adapter: Adapter) -> bool:
-    """Whether rows of one batch can have this adapter and others: nothing but plain LoRA, on layers
+    """Whether rows of one batch can use this adapter and others: it must be plain LoRA on layers
     that see the rows."""
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -442,7 +442,7 @@ def _fits_rows(loaded: LoadedModel, attached: _Attached, adapter: Adapter) -> bo
     replicated = getattr(config, "layer_replication", None)
     if attached.written or adapter.changes_base or replicated:
         return False
-    if not _is_lora(config):  # AdaLoRA's layers are a subclass, and know no rows
+    if not _is_lora(config):  # AdaLoRA's layers are a subclass that does not support rows
         return False
     layers: list[nn.Module] = []
     for module in attached.outer.modules():
@@ -468,8 +468,8 @@ def _is_lora(config: Any) -> bool:
 
 @torch.inference_mode()
 def _see_rows(model: Any, layers: list[nn.Module]) -> bool:
-    """Whether each of the layers takes part in a text's forward, and has the batch's rows as its
-    first dimension there. Towers, projectors and experts do not."""
+    """Whether each of the layers takes part in a text's forward with the batch's rows as its first
+    dimension. Towers, projectors and experts do not."""
     lengths = (PROBE_TOKENS, PROBE_ANSWER) if model.config.is_encoder_decoder else (PROBE_TOKENS,)
     right: dict[nn.Module, bool] = {}
 
@@ -482,7 +482,7 @@ def _see_rows(model: Any, layers: list[nn.Module]) -> bool:
     try:
         model(**_probe(model))
     except Exception:
-        # A model that takes no plain text.
+        # A model that does not accept plain text.
         return False
     finally:
         for handle in handles:
@@ -491,8 +491,8 @@ def _see_rows(model: Any, layers: list[nn.Module]) -> bool:
 
 
 def _put_into_rows(loaded: LoadedModel, by_row: dict[str, tuple[Adapter, _Attached]]) -> None:
-    """Put the adapters into the base, and compare a batch of all with each alone."""
-    # What the self test compares with: the base before any of them is in it.
+    """Put the adapters into the base, and compare a batch of all of them with each one alone."""
+    # The reference for the self test: the base without any of them.
     loaded.reference = _shared_copy(loaded.model)
     target = loaded.model
     names: dict[str, str] = {}
@@ -520,7 +520,7 @@ def _probe(model: Any) -> dict[str, torch.Tensor]:
     """Rows of ordinary tokens."""
     count = int(model.config.get_text_config(decoder=True).vocab_size)
     numbers = torch.arange(PROBE_ROWS * PROBE_TOKENS, device=model.device)
-    # Away from the ends of the vocabulary, where special tokens lie.
+    # Away from both ends of the vocabulary, where special tokens are.
     ids = (count // 3 + numbers * max(count // (3 * len(numbers)), 1)) % count
     ids = ids.reshape(PROBE_ROWS, PROBE_TOKENS)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -531,7 +531,7 @@ def _probe(model: Any) -> dict[str, torch.Tensor]:
 
 @torch.inference_mode()
 def _outputs(model: Any, inputs: dict[str, torch.Tensor], path: str) -> torch.Tensor:
-    """float32 logits, or states of a model that only embeds."""
+    """float32 logits, or hidden states of a model that only embeds."""
     with explained(path):
         outputs: torch.Tensor = model(**inputs)[0]
     return outputs.float()

@@ -1,10 +1,10 @@
-"""The key/value cache: one dense pair of tensors a layer, one row for each running request.
+"""The key/value cache: one dense pair of tensors per layer, with one row for each running request.
 
-A layer holds `[slots, capacity, heads, head_dim]`. A row is right-padded, starts at position 0 and
-has a length of its own, so requests of different lengths share a batch without moving a byte.
+A layer holds `[slots, capacity, heads, head_dim]`. A row is right-padded, starts at position 0
+and has its own length, so requests of different lengths share a batch without copying.
 `SlotLayer` plugs into transformers through its public `CacheLayerMixin`: the models' own code
-calls `update`, and the shared `Plan` says what the coming forward does. This module knows nothing
-of requests; it must never decide who runs.
+calls `update`, and the shared `Plan` describes the next forward. Knows nothing of requests; must
+never decide what runs.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ ROUND_TOKENS = 64
 
 
 class Plan:
-    """What the next forward does with the cache; set before it, read by every layer.
+    """How the next forward uses the cache; set before it, read by every layer.
 
-    Prefill: one row `slot` receives tokens from position `start`. Otherwise `rows` rows from
-    `slot` on receive the same number of tokens each, at `positions`, and everybody reads `length`
-    positions; a decode is that with one token each.
+    Prefill: row `slot` receives tokens from position `start`. Otherwise `rows` rows from `slot` on
+    receive the same number of tokens each, at `positions`, and all read `length` positions; a
+    decode is this with one token each.
     """
 
     __slots__ = (
@@ -45,7 +45,7 @@ class Plan:
     )
 
     def __init__(self) -> None:
-        #: Several rows at once, each token with a position of its own.
+        #: Whether several rows are computed at once, each token with its own position.
         self.many = False
         self.slot = 0
         self.start = 0
@@ -54,7 +54,7 @@ class Plan:
         self.positions = torch.zeros(0, dtype=torch.long)
         #: int64 [rows]: where each row is stored, if not in rows `slot` to `slot` + `rows` - 1.
         self.row_index: torch.Tensor | None = None
-        #: The forward may be captured: nothing may depend on the positions but tensors.
+        #: Whether the forward may be captured: then only tensors may depend on the positions.
         self.static = False
         # Row-and-position as one index, by device and capacity: computed once, used by all layers.
         self._flat: dict[tuple[torch.device, int], torch.Tensor] = {}
@@ -69,15 +69,15 @@ class Plan:
         length: int,
         row_index: torch.Tensor | None = None,
     ) -> None:
-        """`positions`: int64 [rows, tokens], where each row's new tokens go; `length`: of the
-        longest row, its new tokens included. With `row_index` the step is static."""
+        """`positions`: int64 [rows, tokens], where each row's new tokens are stored; `length`: that
+        of the longest row, including its new tokens. With `row_index` the step is static."""
         self.many, self.slot, self.rows, self.length = True, slot, positions.shape[0], length
         self.positions, self.start = positions, length - positions.shape[1]
         self.row_index, self.static = row_index, row_index is not None
         self._flat.clear()
 
     def flat_index(self, device: torch.device, capacity: int) -> torch.Tensor:
-        """Row and position of every new token as one index into a layer of that capacity."""
+        """Row and position of every new token as a single index into a layer of that capacity."""
         key = (device, capacity)
         index = self._flat.get(key)
         if index is None:
@@ -99,7 +99,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, plan: Plan, slots: int, capacity: int, spare: int = 0) -> None:
         super().__init__()
         self.plan = plan
-        #: Rows behind the slots, written by steps that are padded to a fixed shape.
+        #: Extra rows after the slots, written by steps that are padded to a fixed shape.
         self.spare = spare
         self.slots = slots
         self.capacity = capacity
@@ -118,8 +118,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store new states [batch, heads, tokens, head_dim]; returns all that these rows may read,
-        as views [batch, heads, length, head_dim]."""
+        """Store new states [batch, heads, tokens, head_dim]; returns everything that these rows may
+        read, as views [batch, heads, length, head_dim]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         plan = self.plan
@@ -149,7 +149,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return -1
 
     def resize(self, slots: int, capacity: int, used_rows: int, used_length: int) -> None:
-        """Reallocate, keeping what is used. On failure the layer is as it was."""
+        """Reallocate, keeping what is used. On failure the layer is unchanged."""
         if self.is_initialized and (slots, capacity) != (self.slots, self.capacity):
             resized = [
                 self._resized(states, slots + self.spare, capacity, used_rows, used_length)
@@ -163,7 +163,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         states: torch.Tensor, slots: int, capacity: int, used_rows: int, used_length: int
     ) -> torch.Tensor:
         result = _zeros((slots, capacity, *states.shape[2:]), states)
-        # Running streams wait meanwhile: what no row uses is not copied.
+        # Running streams wait for this, so only what rows use is copied.
         result[:used_rows, :used_length] = states[:used_rows, :used_length]
         return result
 
@@ -171,14 +171,14 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 class SlotCache(Cache):  # type: ignore[misc]
     """All layers, resized and moved together.
 
-    `budget` bounds slots times capacity, in tokens; 0: no bound.
+    `budget` limits slots times capacity, in tokens; 0 for no limit.
     """
 
     def __init__(
         self, layers: int, *, slots: int = 1, capacity: int = ROUND_TOKENS, spare: int = 0
     ) -> None:
         self.plan = Plan()
-        #: Counts reallocations: addresses of an older generation are void.
+        #: Counts reallocations: addresses from an older generation are invalid.
         self.generation = 0
         self.slots = slots
         self.capacity = capacity
@@ -188,7 +188,7 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token in all layers; 0 before the first forward."""
+        """Bytes per token over all layers; 0 before the first forward."""
         return sum(
             states.shape[2] * states.shape[3] * states.element_size()
             for layer in self.slot_layers
@@ -227,7 +227,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            # Layers resized already are larger than said here, which does no harm.
+            # Layers already resized are larger than recorded here, which does no harm.
             self.slots = min(self.slots, slots)
             self.capacity = min(self.capacity, capacity)
             return False
@@ -263,9 +263,9 @@ class SlotCache(Cache):  # type: ignore[misc]
 
 
 def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """Zeros of that type, there. On a host the system gives zeroed memory page by page as it is
-    written: room for a long prompt costs nothing before it is used, where writing all the zeros
-    would keep running streams waiting for seconds."""
+    """Zeros with the dtype and device of `like`. On a host the system zeroes memory page by page on
+    first use, so room for a long prompt costs nothing until it is used, while writing all zeros
+    would stall running streams for seconds."""
     if like.device.type != "cpu":
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
     size_bytes = max(math.prod(shape) * like.element_size(), 1)

@@ -1,8 +1,8 @@
 """Embeddings: hidden states of texts, pooled, normalised, in bounded batches.
 
-Pooling, normalisation and dense layers are those of the model's sentence-transformers files where
-it has them, else the mean, normalised. Runs on the engine's thread between decode steps; must
-never tokenise.
+Pooling, normalisation and dense layers are taken from the model's sentence-transformers files if
+it has them; otherwise the normalised mean. Runs on the engine's thread between decode steps;
+must never tokenise.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from worker.engines.transformers.loaded import LoadedModel
 __all__ = ["EmbedOptions", "Embedder", "embed_options"]
 
 BATCH_TOKENS = 4096
-"""Padded tokens of one batch: bounds what a step of running streams waits for."""
+"""Padded tokens of one batch: limits how long running streams wait."""
 
 POOLINGS = ("mean", "cls", "last", "max")
 
 
 @dataclass(frozen=True, slots=True)
 class EmbedOptions:
-    """What one request asks for; None means the model's own."""
+    """Options of one request; None means the model's own."""
 
     pooling: str | None = None
     normalize: bool | None = None
@@ -69,14 +69,14 @@ class Embedder:
             self._base = model.base_model
         self._pooling, self._normalize, self._dense = _sentence_files(loaded.folder)
         config = model.config.get_text_config(decoder=True)
-        #: Numbers of one embedding.
+        #: Dimensions of one embedding.
         self.width = (
             self._dense[-1][0].shape[0] if self._dense else int(getattr(config, "hidden_size", 0))
         )
 
     def batches(self, inputs: list[list[int]]) -> list[list[int]]:
-        """Indices of the inputs, in batches of like length within the bound. Where the angles of
-        positions depend on the longest input of a batch, long ones go alone."""
+        """Indices of the inputs, in batches of similar length within the limit. If position angles
+        depend on the longest input of a batch, long ones go alone."""
         rope = self._loaded.rope
         together = BATCH_TOKENS if rope is None else rope.unchanged_tokens
         order = sorted(range(len(inputs)), key=lambda index: len(inputs[index]))
@@ -94,7 +94,7 @@ class Embedder:
     def embed(
         self, batch: list[list[int]], options: EmbedOptions, adapter: str | None = None
     ) -> list[bytes]:
-        """Embeddings of one batch, each float32 little-endian; by the model with `adapter`."""
+        """Embeddings of one batch, each float32 little-endian, computed with `adapter`."""
         device = self._loaded.device
         longest = max(map(len, batch))
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
@@ -151,15 +151,15 @@ def _sentence_files(folder: Path | None) -> tuple[str, bool, list[Dense]]:
             dense.append(_dense(path))
         elif kind != "Transformer":
             raise EngineLoadError(
-                f"{folder} embeds with a module of type {module['type']}, which is not known here: "
-                "Transformer, Pooling, Dense and Normalize are"
+                f"{folder} embeds with a module of type {module['type']}, which is not supported; "
+                "only Transformer, Pooling, Dense and Normalize are"
             )
     return pooling, normalize, dense
 
 
 def _pooling_mode(file: Path) -> str:
-    """The pooling of a sentence-transformers module. Raises `EngineLoadError` for one that is not
-    computed here, and for several side by side."""
+    """The pooling of a sentence-transformers module. Raises `EngineLoadError` for an unsupported
+    one, and for several combined."""
     config = json.loads(file.read_text())
     stated = config.get("pooling_mode")
     if isinstance(stated, str):
@@ -174,7 +174,8 @@ def _pooling_mode(file: Path) -> str:
     modes = [str(names.get(mode, mode)) for mode in stated] or ["mean"]
     if len(modes) > 1 or modes[0] not in POOLINGS:
         raise EngineLoadError(
-            f"{file} asks for pooling {' and '.join(modes)}: one of {', '.join(POOLINGS)} is known"
+            f"{file} asks for pooling {' and '.join(modes)}: only one of {', '.join(POOLINGS)} is "
+            "supported"
         )
     return modes[0]
 

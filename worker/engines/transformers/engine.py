@@ -1,6 +1,6 @@
 """The transformers engine: several models on one device, which share its memory.
 
-Loads them and divides the memory; what runs the jobs is `common.engine`. Must never read a request.
+Loads them and divides the memory; `common.engine` runs the jobs. Must never read a request.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from worker.engines.base import EngineLoadError, EngineOptions, Progress
 
-# A waiting thread that spins starves the others on a busy machine. Read when torch is imported.
+# Threads that spin while waiting starve others on a busy machine. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -30,10 +30,10 @@ from worker.naming import name_from_path
 __all__ = ["TransformersEngine", "build_engine"]
 
 DEFAULT_SLOTS = 32
-"""On a CPU and on a GPU alike the gain of a larger batch is small behind this."""
+"""Both on a CPU and on a GPU, larger batches gain little."""
 
 ROOM_TOKENS = 2048
-"""Of each slot, allocated at once where decode steps are captured."""
+"""Tokens per slot that are allocated at once if decode steps are captured."""
 
 DEVICE_SHARE = 0.8
 HOST_SHARE = 0.4
@@ -116,12 +116,13 @@ class TransformersEngine(BatchEngine):
                 if on_host:
                     kept = min(kept, HOST_PREFIX_BYTES // token_bytes)
             if settings.kv_tokens == 0:
-                # Kept prefixes come out of the same memory.
+                # Cached prefixes share the same memory.
                 tokens = max(tokens - kept, 0)
             cache.budget = max(tokens, 64)
             runner.prefix = PrefixCache(0 if runner.whole_prompts else kept)
             if runner.forward.static is not None:
-                # Growth would void what was captured: room for ordinary requests from the start.
+                # Growth would invalidate captured steps: allocate room for ordinary requests
+                # from the start.
                 room = min(ROOM_TOKENS, cache.budget // runner.slots)
                 if cache.reserve(runner.slots, room, 0, 0):
                     runner.forward.static.warm_up()

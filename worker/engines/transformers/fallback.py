@@ -1,9 +1,9 @@
-"""The per-request path for models that slots cannot serve: each sequence has its own `generate()`.
+"""The fallback for models that cannot be batched: each sequence has its own `generate()`.
 
-Encoder-decoder models, state-space and hybrid models, models with positions of their own making:
-transformers' `generate()` runs them all, so it drives here. Each sequence has a thread in which
-`generate()` stops at every token until the scheduler has chosen it; only one of them ever runs,
-so this is turn-taking, not parallelism. Sampling, stops and texts are those of the batch.
+transformers' `generate()` runs all of them: encoder-decoder models, state-space and hybrid models,
+models that compute their own positions. Each sequence has a thread in which `generate()` stops at
+every token until the scheduler has chosen it; only one thread runs at a time, so they take turns.
+Sampling, stop strings and texts are the same as for the batch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from worker.engines.transformers.rope import RopeState
 __all__ = ["GenerateRunner", "plain_generation_config"]
 
 IMPOSSIBLE_ID = 2**31 - 1
-"""An end token that no model has: `generate()` would replace None by the model's own."""
+"""An end token that no model has: `generate()` would replace None with the model's own."""
 
 NEUTRAL: dict[str, Any] = {
     "do_sample": False,
@@ -47,12 +47,12 @@ NEUTRAL: dict[str, Any] = {
     "early_stopping": False,
     "length_penalty": 1.0,
     "return_dict_in_generate": False,
-    # Ends are ours to find: a request may ignore EOS.
+    # We detect the end ourselves: a request may ignore EOS.
     "eos_token_id": IMPOSSIBLE_ID,
     "stop_strings": None,
 }
-"""Generation settings that requests own; what remains (suppressed tokens, forced BOS, ...) is the
-model's."""
+"""Generation settings decided by requests; the rest (suppressed tokens, forced BOS, ...) is
+the model's own."""
 
 
 def plain_generation_config(model: Any, **changes: Any) -> Any:
@@ -63,18 +63,18 @@ def plain_generation_config(model: Any, **changes: Any) -> Any:
     for name, value in {**NEUTRAL, **changes}.items():
         setattr(config, name, value)
     if pad is None:
-        # Without a padding id generate() takes EOS, which we have taken away.
+        # Without a padding id generate() uses EOS, which we have removed.
         first = eos[0] if isinstance(eos, list | tuple) and eos else eos
         config.pad_token_id = first if isinstance(first, int) else 0
     return config
 
 
 class _Stopped(Exception):
-    """Thrown into `generate()` to end it."""
+    """Raised inside `generate()` to end it."""
 
 
 class _Generation(LogitsProcessor):  # type: ignore[misc]
-    """One `generate()` in a thread of its own, that waits at each token for the choice."""
+    """One `generate()` in its own thread, which waits at each token for the choice."""
 
     def __init__(self, loaded: LoadedModel, sequence: Sequence) -> None:
         self.sequence = sequence
@@ -86,11 +86,11 @@ class _Generation(LogitsProcessor):  # type: ignore[misc]
         self._stop = False
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
-        #: State that some models keep on themselves between steps.
+        #: State that some models keep as attributes between steps.
         self._rope_deltas: Any = None
         self._rope: RopeState | None = None
-        #: Tokens of the answer that `generate()` starts from, and those that it has to go through
-        #: one by one again: they were computed with the frequencies of their own lengths.
+        #: Tokens of the answer from which `generate()` starts, and those that it has to repeat one
+        #: by one because they were computed with the rotary frequencies of their own lengths.
         self.known, self.replayed = _divided(loaded, sequence)
 
     # --- the scheduler's side ---------------------------------------------------------------------
@@ -297,10 +297,11 @@ class GenerateRunner:
 
 
 def _divided(loaded: LoadedModel, sequence: Sequence) -> tuple[list[int], deque[int]]:
-    """The answer so far: what may be computed with the prompt in one forward, and the rest."""
+    """The answer so far, divided into what may be computed with the prompt in one forward,
+    and the rest."""
     answer, count = sequence.answer, len(sequence.answer)
     if loaded.rope is not None:
-        # An encoder-decoder model's answer has positions of its own.
+        # An encoder-decoder model's answer has its own positions.
         before = 0 if loaded.encoder_decoder else len(sequence.prompt.ids)
         count = min(max(loaded.rope.unchanged_tokens - before, 0), count)
     return answer[:count], deque(answer[count:])

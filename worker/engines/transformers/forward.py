@@ -1,7 +1,7 @@
 """One forward pass of a model over the slot cache: prefill of one row, decode of many.
 
 Hides what differs between architectures: arguments a model takes, masks of sliding and chunked
-layers, boolean or additive masks, M-RoPE positions, adapters. Must never sample nor schedule.
+layers, boolean or additive masks, M-RoPE positions, adapters. Must never sample or schedule.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from worker.engines.transformers.loaded import LoadedModel
 __all__ = ["Forward", "StaticUse", "Unsupported"]
 
 LAYER_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
-"""Kinds of layers whose cache is plain keys and values."""
+"""Kinds of layers with a plain cache of keys and values."""
 
 GROUPED_HEADS = "TRANSFORMERS_SDPA_FORCE_GQA"
-"""Where this is set, transformers hands grouped heads to torch as they are."""
+"""If set, transformers passes grouped heads to torch unchanged."""
 
 
 class StaticUse(Enum):
-    """Whether decode steps have fixed shapes, and whether these are captured."""
+    """Whether decode steps have fixed shapes, and whether they are captured."""
 
     NEVER = auto()
     UNCAPTURED = auto()
@@ -43,8 +43,8 @@ class Unsupported(Exception):
 
 
 class Forward:
-    """The model's forward over a slot cache. Raises `Unsupported` at construction where the
-    configuration shows that slots cannot serve it."""
+    """The model's forward over a slot cache. Raises `Unsupported` on construction if the
+    configuration shows that the model cannot be served from slots."""
 
     def __init__(self, loaded: LoadedModel, *, static: StaticUse = StaticUse.NEVER) -> None:
         model = loaded.model
@@ -74,26 +74,26 @@ class Forward:
         self._cache_word = word
         self._weight_bytes: int = sum(p.numel() * p.element_size() for p in model.parameters())
         if loaded.adapters:
-            # Which adapter a row uses is not in a captured step.
+            # A captured step does not include the choice of adapters.
             static = StaticUse.NEVER
         self.cache = SlotCache(
             int(config.num_hidden_layers), spare=0 if static is StaticUse.NEVER else 1
         )
-        #: Decode steps of fixed shape, where they are used.
+        #: Decode steps of fixed shape, if used.
         self.static: StaticDecode | None = None
         if static is not StaticUse.NEVER:
             self.static = StaticDecode(self, capture=static is StaticUse.CAPTURED)
         self._rope_owner = rope_owner(model)
-        #: Axes of M-RoPE positions: text first where there are four.
+        #: Number of M-RoPE position axes; if four, the first is text.
         self._rope_axes = 4
         self._index = torch.arange(0, device=self.device)
-        #: Several prompts may be computed in one forward; the self test decides.
+        #: Whether several prompts may be computed in one forward; the self test decides.
         self.many_prompts = True
 
     # --- prefill ----------------------------------------------------------------------------------
 
     def prepare(self, sequence: Sequence) -> None:
-        """Before the first prefill of a sequence: M-RoPE positions of its prompt."""
+        """Compute M-RoPE positions of the prompt, before the first prefill."""
         if self._rope_owner is None or sequence.rope_positions is not None:
             return
         prompt = sequence.prompt
@@ -109,7 +109,7 @@ class Forward:
     ) -> torch.Tensor:
         """Compute tokens `start` to `end` of a sequence in row `slot`.
 
-        Returns logits [tokens or 1, vocabulary]: of the last token, or of all.
+        Returns logits [tokens or 1, vocabulary]: of all tokens, or only of the last one.
         """
         prompt = sequence.prompt
         self.cache.plan.prefill(slot, start)
@@ -132,9 +132,9 @@ class Forward:
 
     @contextmanager
     def _grouped_heads(self) -> Iterator[None]:
-        """On a CPU torch's attention takes grouped heads and a mask, where transformers would copy
-        all keys and values before for each query head, in every layer. Not for single tokens: their
-        heads are folded, which is cheaper still."""
+        """On a CPU, let torch's attention handle grouped heads with a mask; transformers would
+        otherwise copy all keys and values for each query head, in every layer. Not for single
+        tokens, whose heads are folded, which is even cheaper."""
         if self.device.type != "cpu" or GROUPED_HEADS in os.environ:
             yield
             return
@@ -160,9 +160,10 @@ class Forward:
         return torch.cat(parts, dim=-1).to(self.device)
 
     def prefill_many(self, slot: int, sequences: list[Sequence]) -> torch.Tensor:
-        """Compute all that is left of several prompts at once, in rows from `slot` on.
+        """Compute the rest of several prompts at once, in rows from `slot` on.
 
-        No part of a picture may be left. Returns logits [rows, vocabulary] of their last tokens.
+        The rest must not contain part of an image. Returns logits [rows, vocabulary] of
+        the last tokens.
         """
         tokens = max(sequence.total - sequence.filled for sequence in sequences)
         ids: list[list[int]] = []
@@ -170,8 +171,8 @@ class Forward:
         for sequence in sequences:
             start, end = sequence.filled, sequence.total
             padding = tokens - (end - start)
-            # Rows are aligned at their last token. What pads the front is stored behind the row's
-            # end, where the next token overwrites it before anybody looks.
+            # Rows are aligned at their last token. The padding at the front is stored after the
+            # row's end, where the next token overwrites it before it is read.
             ids.append([0] * padding + sequence.tokens(start, end))
             places.append([end] * padding + list(range(start, end)))
         positions = torch.tensor(places).to(self.device, non_blocking=True)
@@ -209,7 +210,7 @@ class Forward:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _forward_tokens(self) -> int:
-        """Cached tokens that take as long to read as the weights do."""
+        """Number of cached tokens that take as long to read as the weights."""
         return self._weight_bytes // max(self.cache.token_bytes, 1)
 
     def _decode_run(self, sequences: list[Sequence], slot: int) -> torch.Tensor:
@@ -241,7 +242,7 @@ class Forward:
 
     def run_static(self, facts: torch.Tensor, length: int) -> torch.Tensor:
         """A decode of fixed shape over `facts` [4, rows] (see `graphs`), reading `length`
-        positions. Nothing but tensors changes from one run to the next."""
+        positions. Only tensors change from one run to the next."""
         positions = facts[1][:, None]
         self.cache.plan.step(0, positions, length, row_index=facts[2])
         arguments: dict[str, Any] = {
@@ -261,8 +262,8 @@ class Forward:
     def _mask(
         self, positions: torch.Tensor, index: torch.Tensor
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Which of the keys `index` [length] each new token sees, [rows, 1, tokens, length], for
-        each kind of layer; `positions` [rows, tokens]."""
+        """Masks: which of the keys `index` [length] each new token sees, [rows, 1, tokens, length],
+        for each kind of layer; `positions` [rows, tokens]."""
         own = positions[:, :, None]
         past = index <= own
         masks: dict[str, torch.Tensor] = {}
@@ -290,9 +291,9 @@ class Forward:
 
 
 def _runs(lengths: list[int], worth: int) -> list[tuple[int, int]]:
-    """Cut rows of these lengths, in their order, into runs that are decoded one after the other: a
-    row is read to the end of the longest in its run, so that one long row would make all others
-    slow. A cut is made where it spares more than `worth` tokens."""
+    """Divide rows of these lengths, in order, into runs that are decoded one after the other: a row
+    is read to the end of the longest one in its run, so that one long row would slow down all
+    others. Runs are separated if that saves reading more than `worth` tokens."""
     runs: list[tuple[int, int]] = []
     open_ = [(0, len(lengths))]
     while open_:
@@ -321,6 +322,6 @@ def _axes(sequence: Sequence, known: int) -> int:
 
 
 def _stretched(value: torch.Tensor, length: int) -> torch.Tensor:
-    """Per-token facts of a prompt, zeros for the answer behind it."""
+    """Per-token values of a prompt, extended by zeros for the answer."""
     missing = length - value.shape[1]
     return torch.nn.functional.pad(value, (0, missing)) if missing > 0 else value

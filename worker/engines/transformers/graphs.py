@@ -1,10 +1,11 @@
 """Decode steps of fixed shape, captured once as CUDA graphs and replayed.
 
 On a GPU a decode step of a small batch is bound by the launch of its thousand kernels, not by
-their work. Here rows and lengths are rounded up to buckets, all that changes lies in one static
-buffer, and the forward over it is captured. Rows that only fill a bucket write into a spare row of
-the cache that nobody reads. A model whose forward cannot be captured is run as it is; the reason is
-kept. Without CUDA the same static step can be run uncaptured, which is how it is tested.
+their work. Here rows and lengths are rounded up to buckets, everything that changes is in one
+static buffer, and the forward over it is captured. Rows that only fill a bucket write into a
+spare row of the cache that is never read. A model whose forward cannot be captured runs
+uncaptured, and the reason is recorded. Without CUDA the same static step can be run uncaptured,
+which is how it is tested.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ log = logging.getLogger(__name__)
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 LENGTH_STEP = 256
-"""Buckets of length are multiples of this up to four of them, then of a quarter of their size: a
+"""Length buckets are multiples of this up to four times it, then of a quarter of their size, so a
 step reads at most a quarter more than it needs."""
 WARM_UP_LENGTHS = (256, 512)
-"""Buckets of length that are prepared at load time, for every bucket of rows."""
+"""Length buckets prepared at load time, for every bucket of rows."""
 WARM_UP_RUNS = 2
-"""Runs before a capture: libraries allocate and choose kernels in the first ones."""
+"""Runs before a capture: libraries allocate memory and choose kernels in the first ones."""
 
 
 class _Step:
@@ -47,7 +48,7 @@ class _Step:
 
 
 class StaticDecode:
-    """Decode steps by bucket, for one forward. `capture` False runs them as they are."""
+    """Decode steps by bucket, for one forward. `capture` False runs them uncaptured."""
 
     def __init__(self, forward: Forward, *, capture: bool) -> None:
         self._forward = forward
@@ -55,17 +56,17 @@ class StaticDecode:
         self._steps: dict[tuple[int, int], _Step] = {}
         self._generation = -1
         self._pool: Any = None
-        #: Why nothing is captured any more; empty while it works.
+        #: Why capturing was given up; empty while it works.
         self.refused = ""
 
     def decode(self, sequences: list[Sequence]) -> torch.Tensor | None:
-        """Logits [rows, vocabulary], valid until the next call; None where the caller must run the
-        step itself."""
+        """Logits [rows, vocabulary], valid until the next call; None if the caller must run
+        the step itself."""
         cache = self._forward.cache
         if self.refused or not cache.token_bytes:
             return None
         if self._generation != cache.generation:
-            # The cache was reallocated: what was captured points to freed memory.
+            # The cache was reallocated: captured steps point to freed memory.
             self._steps.clear()
             self._generation = cache.generation
         count = len(sequences)
@@ -86,8 +87,7 @@ class StaticDecode:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Prepare the steps of ordinary requests before the first one comes: a capture takes a
-        good part of a second."""
+        """Prepare the steps of ordinary requests in advance: a capture takes much of a second."""
         cache = self._forward.cache
         self._steps.clear()
         self._generation = cache.generation
@@ -112,7 +112,7 @@ class StaticDecode:
 
     def _fill(self, step: _Step, sequences: list[Sequence], rows: int) -> None:
         idle = rows - len(sequences)
-        # Idle rows write to the first token of the spare row.
+        # Padding rows write to the first token of the spare row.
         spare = self._forward.cache.slots
         facts = torch.tensor(
             [
@@ -132,7 +132,7 @@ class StaticDecode:
         step = _Step(torch.zeros(4, rows, dtype=torch.long, device=device))
         if not self._capture:
             return step
-        # The warm-up runs write what the step itself writes again a moment later.
+        # The warm-up runs write only what the step itself writes again afterwards.
         self._fill(step, sequences, rows)
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(device))

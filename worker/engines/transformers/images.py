@@ -1,6 +1,6 @@
-"""Image limits and decoding under this engine's name, for programs that import them from here.
+"""Image limits and decoding, re-exported for programs that import them from here.
 
-The code is `worker.engines.common.images`, which no engine owns. Must never hold any of its own.
+The code is in `worker.engines.common.images`. Must never contain any of its own.
 """
 
 from worker.engines.common.images import ImageLimits, decode_image

@@ -1,8 +1,8 @@
-"""A batch for short sequences, one by one for those that grow past a length.
+"""Batches short sequences, and runs those that grow past a length one by one.
 
-For models whose rotary frequencies depend on the length of a sequence (`rope`): up to some length
-they are those of a short one, so rows share a batch; from there on each sequence has a forward of
-its own. Must never touch a model.
+For models whose rotary frequencies depend on the sequence length (`rope`): up to some length they
+do not change, so rows share a batch; beyond it each sequence has its own forward. Must never
+touch a model.
 """
 
 from __future__ import annotations

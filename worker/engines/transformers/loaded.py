@@ -1,6 +1,6 @@
-"""A model in memory and what there is to know of it: its facts, its device, its adapters.
+"""A model in memory, with its facts, device and adapters.
 
-Probes rotary embeddings; must never load weights nor run the model.
+Probes rotary embeddings; must never load weights or run the model.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ __all__ = ["LoadedModel", "wrap_model"]
 
 @dataclass(slots=True, kw_only=True)
 class LoadedModel(ModelFacts):
-    """A model ready to be run, and what there is to know of it."""
+    """A model ready to run, and its facts."""
 
     model: Any
     device: torch.device
     dtype: torch.dtype
-    #: What chooses the adapter of each row.
+    #: Chooses the adapter of each row.
     rows: RowAdapters | None = None
-    #: The model as it was before adapters were put into it, until the self test is over.
+    #: The model before adapters were attached, until the self test is over.
     reference: Any = None
-    #: Where positions have other angles in long sequences than in short ones.
+    #: Set if rotary angles differ between long and short sequences.
     rope: LengthRope | None = None
 
     def choose_rows(self, adapters: Sequence[str | None]) -> None:
-        """The adapter of each row of the next forwards, None for the model as it is."""
+        """Choose the adapter of each row for the next forwards, None for the base model."""
         if self.rows is not None:
             self.rows.choose(adapters)
 
     def any_length(self) -> AbstractContextManager[None]:
-        """Inside, forwards of the model may be longer than `rope` allows a batch to be."""
+        """Context in which forwards may be longer than `rope` allows for a batch."""
         return nullcontext() if self.rope is None else self.rope.used()
 
 
@@ -90,7 +90,7 @@ def wrap_model(
 
 
 def _needs_image(model: Any) -> bool:
-    """Whether `generate` cannot be called without a picture (BLIP-2's)."""
+    """Whether `generate` requires an image (BLIP-2's)."""
     generate = getattr(type(model), "generate", None)
     parameters = {} if generate is None else inspect.signature(generate).parameters
     return "pixel_values" in parameters and (
@@ -99,7 +99,7 @@ def _needs_image(model: Any) -> bool:
 
 
 def _embedding_rows(model: Any, text_config: Any) -> int:
-    """Rows of the input embedding; where that is elsewhere, what the configuration says."""
+    """Rows of the input embedding; from the configuration if the embedding is elsewhere."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     rows = getattr(embedding, "num_embeddings", None)
     return rows if isinstance(rows, int) else int(text_config.vocab_size)

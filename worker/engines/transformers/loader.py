@@ -1,7 +1,7 @@
 """Loads a model with its tokenizer, processor and facts, from a local folder or a hub id.
 
-Every way in which loading goes wrong becomes `EngineLoadError` with one line that names the cause
-and the way out. Must never step the model: warm-up and self test are `selftest`'s.
+Every failure to load becomes an `EngineLoadError` with one line that names the cause and the
+remedy. Must never run the model: `selftest` does warm-up and self test.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ SMALL_BYTES = 1 << 30
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device for `--device`; "auto" takes the best that is there. Raises
+    """The torch device for `--device`; "auto" takes the best one available. Raises
     `EngineLoadError` for an unknown or absent one."""
     if name == "auto":
         for kind in ("cuda", "xpu", "npu", "mps"):
@@ -96,8 +96,8 @@ def _available(kind: str) -> bool:
 def load_model(
     path: str, options: EngineOptions, settings: EngineSettings, progress: Progress
 ) -> LoadedModel:
-    """Load one model: its own weights, a PEFT adapter merged into its base (`--model-base`), or
-    what the LLaVA project trained, put together with its base.
+    """Load one model: a complete one, a PEFT adapter merged into its base (`--model-base`), or
+    parts trained by the LLaVA project, assembled with their base.
 
     Raises `EngineLoadError`.
     """
@@ -132,7 +132,7 @@ def load_model(
         config = AutoConfig.from_pretrained(
             path, revision=options.revision, trust_remote_code=options.trust_remote_code
         )
-    # A sentence model's adapter brings pooling and the like of its own.
+    # A sentence model's adapter has its own pooling and the like.
     held = None if adapter is None else local_folder(adapter)
     facts = held if held is not None and (held / "modules.json").is_file() else folder
     chosen = model_class(config, facts, path, trust_remote_code=options.trust_remote_code)
@@ -140,7 +140,7 @@ def load_model(
         refuse_half(held)
     device = pick_device(options.device)
     size = _weight_bytes(folder)
-    # What comes in 4 bits has four times its size in half precision.
+    # 4-bit weights are four times as large in half precision.
     packed = getattr(config, "quantization_config", None) is not None
     dtype = _pick_dtype(options.dtype, config, device, size * 4 if packed else size)
     progress(0.0, f"loading {path}" + (f" ({size / 2**30:.1f} GiB)" if size else ""))
@@ -170,7 +170,7 @@ def load_model(
 def _load_llava(
     parts: LlavaParts, options: EngineOptions, settings: EngineSettings, progress: Progress
 ) -> LoadedModel:
-    """A LLaVA made of its base, its vision tower and what the folder holds."""
+    """A LLaVA assembled from its base, its vision tower and the folder's weights."""
     base = options.model_base
     if parts.whole:
         base = str(parts.folder)
@@ -193,7 +193,7 @@ def _load_llava(
             config = language_config(parts)
         else:
             config = AutoConfig.from_pretrained(base, trust_remote_code=options.trust_remote_code)
-        # Layers can be spread over devices only when the whole model is known.
+        # Layers can only be spread over devices once the whole model is known.
         device = torch.device("cpu") if spread else pick_device(options.device)
         dtype = _pick_dtype(options.dtype, config, device, _weight_bytes(folder))
         progress(0.0, f"loading {base}")
@@ -235,8 +235,8 @@ def _load_llava(
 
 
 def _is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a PEFT adapter, with or without a copy of its base's config.json.
-    Raises `EngineLoadError` where it holds a complete model as well."""
+    """Whether a folder contains a PEFT adapter, with or without a copy of its base's config.json.
+    Raises `EngineLoadError` if it also contains a complete model."""
     if not (folder / "adapter_config.json").is_file():
         return False
     if any(
@@ -245,7 +245,7 @@ def _is_adapter(folder: Path) -> bool:
         for file in folder.glob(f"*model*.{end}")
         if not file.name.startswith("adapter_")
     ):
-        # transformers would apply the adapter to that model, which may be the two merged already.
+        # transformers would apply the adapter to that model, which may already be the merged one.
         raise EngineLoadError(
             f"{folder} holds a complete model and an adapter: move one of them into a folder of "
             "its own"
@@ -263,7 +263,7 @@ def _base_of_adapter(folder: Path) -> str:
 
 
 def _weight_bytes(folder: Path | None) -> int:
-    """Bytes of the weights on disk; 0 where they are not local."""
+    """Bytes of the weights on disk; 0 if not local."""
     if folder is None:
         return 0
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -271,7 +271,7 @@ def _weight_bytes(folder: Path | None) -> int:
 
 @contextmanager
 def _explained(path: str) -> Iterator[None]:
-    """Turn what transformers raises into one clear line."""
+    """Turn exceptions of transformers into one clear line."""
     try:
         yield
     except EngineLoadError:
@@ -288,7 +288,7 @@ def _explained(path: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
         text = one_line(error, 400)
         if "trust_remote_code" in str(error):
-            text = "it brings its own code: read it, then pass --trust-remote-code"
+            text = "it comes with its own code: read it, then pass --trust-remote-code"
         elif "does not recognize this architecture" in text or "model type" in text:
             text += " (a newer transformers may know it)"
         elif "couldn't connect to" in text:
@@ -316,7 +316,7 @@ def _pick_dtype(name: str, config: Any, device: torch.device, size: int) -> torc
         return stored or torch.float16
     if stored in (None, torch.float32) or size <= SMALL_BYTES:
         return torch.float32
-    # float16 on a CPU is emulated; bfloat16 keeps the size and is native where it is fast.
+    # float16 is emulated on a CPU; bfloat16 has the same size and is native on fast ones.
     return torch.bfloat16
 
 
@@ -330,7 +330,7 @@ def _load_weights(
     settings: EngineSettings,
     progress: Progress,
 ) -> tuple[Any, bool]:
-    """Returns the model and whether it computes as a quantised one."""
+    """Returns the model and whether it computes like a quantised one."""
     if options.load_8bit and options.load_4bit:
         raise EngineLoadError("choose one of --load-8bit and --load-4bit")
     common: dict[str, Any] = {
@@ -383,7 +383,7 @@ def _load_weights(
 
 
 def _skeleton(auto_class: Any, config: Any, options: EngineOptions) -> Any:
-    """The model without weights, as it is before anything is quantised."""
+    """The model without weights, before quantisation."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -416,14 +416,14 @@ def _installed(*packages: str) -> bool:
 
 
 def _is_spread(options: EngineOptions, settings: EngineSettings) -> bool:
-    """Whether accelerate lays the model out over several devices."""
+    """Whether accelerate spreads the model over several devices."""
     return bool(settings.max_memory) or (
         options.device == "auto" and torch.cuda.is_available() and torch.cuda.device_count() > 1
     )
 
 
 def _spread(model: Any, settings: EngineSettings) -> Any:
-    """A model on the CPU, laid out as `device_map="auto"` would."""
+    """Spread a model that is on the CPU, as `device_map="auto"` would."""
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
@@ -436,7 +436,7 @@ def _spread(model: Any, settings: EngineSettings) -> Any:
 
 
 def _max_memory(text: str) -> dict[int | str, str]:
-    """`0=20GiB,cpu=64GiB` as accelerate takes it."""
+    """Parse `0=20GiB,cpu=64GiB` for accelerate."""
     result: dict[int | str, str] = {}
     for item in text.split(","):
         name, separator, amount = item.partition("=")
@@ -448,7 +448,7 @@ def _max_memory(text: str) -> dict[int | str, str]:
 
 @contextmanager
 def _weights_progress(progress: Progress, path: str) -> Iterator[None]:
-    """Pass transformers' own weight-loading bar on to `progress`."""
+    """Report transformers' own weight-loading bar to `progress`."""
 
     def hook(factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs = dict(kwargs)
@@ -464,7 +464,7 @@ def _weights_progress(progress: Progress, path: str) -> Iterator[None]:
 
 
 class _Reported:
-    """An iterable in place of a progress bar, that tells `progress` how far it is."""
+    """Replaces a progress bar and reports to `progress`."""
 
     def __init__(self, items: Any, progress: Progress, path: str) -> None:
         self._items, self._progress, self._path = list(items), progress, path
@@ -479,14 +479,14 @@ class _Reported:
                 self._progress(fraction, f"loading weights of {self._path}")
 
     def __getattr__(self, name: str) -> Any:
-        # set_postfix, update, close and the rest of a bar's decoration mean nothing here.
+        # set_postfix, update, close and the like do nothing here.
         return lambda *args, **kwargs: None
 
 
 def _load_tokenizer(
     path: str, config: Any, options: EngineOptions, chosen: ModelClass
 ) -> tuple[Any, Any]:
-    """The tokenizer, and the processor of a model that takes images."""
+    """The tokenizer, and the processor of a model that accepts images."""
     common: dict[str, Any] = {
         "revision": options.revision,
         "trust_remote_code": options.trust_remote_code,
@@ -503,8 +503,8 @@ def _load_tokenizer(
 
 
 def _remote_processor(path: str, config: Any, common: dict[str, Any]) -> Any:
-    """The processor of remote code, or None where it has none that puts images into prompts: the
-    model is then served without images, and says so."""
+    """The processor of remote code, or None if it has none that puts images into prompts: the model
+    is then served without images, with a warning."""
     try:
         processor = load_processor(path, config, **common)
     except Exception as error:  # whatever the folder's own code raises

@@ -1,5 +1,5 @@
-"""How much memory is free on a device, how much this process uses, and what is said when there is
-too little. Reads, never allocates."""
+"""Free memory of a device, memory used by this process, and the errors for too little of it.
+Reads, never allocates."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that may still be allocated on `device` (a container's own limit counts)."""
+    """Bytes that may still be allocated on `device`, respecting a container's limit."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # What torch holds but does not use is free to us as well.
+        # Memory that torch holds but does not use is free too.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
@@ -39,7 +39,7 @@ def free_bytes(device: torch.device) -> int:
             used = int((_CGROUP / "memory.current").read_text())
             free = min(free, int(limit) - used)
     except (OSError, ValueError):
-        # No cgroup v2 here: the machine's own figure stands.
+        # No cgroup v2 here: use the machine's own value.
         return free
     return max(free, 0)
 
@@ -56,7 +56,7 @@ def used_bytes(device: torch.device) -> int:
 
 
 def release_cached(device: torch.device) -> None:
-    """Give back what the allocator only keeps in reserve."""
+    """Release memory that the allocator only keeps in reserve."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
@@ -66,7 +66,8 @@ def release_cached(device: torch.device) -> None:
 
 
 def no_room(tokens: int, budget: int, capacity: int) -> ErrorInfo:
-    """`tokens` of one request do not fit into a cache of that budget (0: no bound) and capacity."""
+    """The error if `tokens` of one request do not fit into a cache of that budget (0: no
+    limit) and capacity."""
     return ErrorInfo(
         code=ErrorCode.OUT_OF_MEMORY.value,
         message=(
@@ -79,7 +80,7 @@ def no_room(tokens: int, budget: int, capacity: int) -> ErrorInfo:
 
 
 def uncomputable(tokens: int) -> ErrorInfo:
-    """Memory ran out while `tokens` of one request were computed."""
+    """The error if memory ran out while `tokens` of one request were computed."""
     return ErrorInfo(
         code=ErrorCode.OUT_OF_MEMORY.value,
         message=(

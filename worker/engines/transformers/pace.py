@@ -1,9 +1,9 @@
-"""How much of a prompt fits into a step without keeping running streams waiting too long.
+"""Decides how much of a prompt fits into a step without stalling running streams too long.
 
-Learns, from pieces of prompts as they are computed, what a piece costs: a part that every forward
-has (reading the weights), a part for each token, and a part for each token and each token before
-it (attention), so that a prompt of many thousand tokens gets ever smaller pieces. Knows numbers
-only; must never look at a clock nor touch a model.
+Learns the cost of prefill pieces from measurements: a constant part per forward (reading the
+weights), a part per token, and a part per token and preceding token (attention), so that a prompt
+of many thousand tokens gets ever smaller pieces. Knows only numbers; must never look at a clock or
+touch a model.
 """
 
 from __future__ import annotations
@@ -13,72 +13,73 @@ from bisect import bisect_right
 __all__ = ["SMALLEST_PIECE", "Allowance", "Pace"]
 
 SMALLEST_PIECE = 8
-"""Tokens. A bound below the cost of such a piece cannot be kept: prompts must end."""
+"""Tokens. A bound below the cost of such a piece cannot be met: prompts must make progress."""
 
 MARGIN = 0.8
-"""Of the bound that is aimed at: what was learned is right within some percent."""
+"""Fraction of the bound to aim at, since the learned costs are accurate only within some
+percent."""
 
 FORGET = 0.93
-"""Weight of what was known at each new measurement: about the last 14 count."""
+"""Weight of older measurements at each new one: about the last 14 count."""
 
 RELAX = 0.3
-"""How fast a surprise is forgotten."""
+"""How fast a misprediction is forgotten."""
 
 WORST_SURPRISE = 2.0
-"""A step that took longer than foreseen shrinks the next ones at most this much: another program
-that takes the processor for a moment is no reason to crawl."""
+"""A step that took longer than predicted shrinks the next ones by at most this factor: a short
+interruption by another program is no reason to crawl."""
 
 SWEEPS = 30
-"""Of coordinate descent for each measurement; it starts from the last solution."""
+"""Sweeps of coordinate descent per measurement; it starts from the last solution."""
 
 
 class Pace:
     """Learned costs of one model on one device."""
 
     def __init__(self) -> None:
-        #: Milliseconds: of any piece, of a token, of a token for each token before it.
+        #: Costs in milliseconds: per piece, per token, per token and preceding token.
         self._costs = [0.0, 0.0, 0.0]
-        # Normal equations of the least squares over relative errors, old measurements faded.
+        # Normal equations of least squares over relative errors, with old measurements faded.
         self._squares = [[0.0] * 3 for _ in range(3)]
         self._products = [0.0] * 3
-        #: Measured over foreseen, of late; 1 or more.
+        #: Recent ratio of measured to predicted cost; 1 or more.
         self._surprise = 1.0
-        #: The largest piece that was measured: tokens, milliseconds.
+        #: The largest piece measured: tokens, milliseconds.
         self._largest = (1, 0.0)
 
     @property
     def known(self) -> bool:
-        """Something was measured."""
+        """Whether anything was measured."""
         return any(self._costs)
 
     def foreseen_ms(self, tokens: int, start: int, rows: int = 1) -> float:
-        """What computing `tokens` tokens behind `start` others will take; `rows` prompts at once
-        have that many together, each behind `start` of its own."""
+        """Predicted time for computing `tokens` tokens after `start` others. With `rows` prompts at
+        once, they have that many tokens together, each after `start` of its own."""
         parts = _parts(tokens, start, rows)
         return sum(cost * part for cost, part in zip(self._costs, parts, strict=True))
 
     def tokens(self, start: int, left_ms: float, most: int) -> int:
-        """Tokens behind `start` others that can be computed in `left_ms` of a step, at most `most`;
-        0 where that is less than a smallest piece."""
+        """How many tokens after `start` others can be computed in `left_ms` of a step, at most
+        `most`; 0 if that is less than a smallest piece."""
         if not self.known:
             return most
         room_ms = left_ms / self._surprise
         sizes = range(1, most + 1)
         fitting = bisect_right(sizes, room_ms, key=lambda size: self.foreseen_ms(size, start))
-        # Short prompts tell little about what every forward has: of a piece larger than any
-        # before, all of the cost is taken to grow with its tokens.
+        # Short prompts say little about the constant part: for a piece larger than any before,
+        # assume that all of the cost grows with its tokens.
         largest, took_ms = self._largest
         if fitting > largest:
             fitting = min(fitting, max(largest, int(largest * room_ms / took_ms)))
         return fitting if fitting >= min(SMALLEST_PIECE, most) else 0
 
     def learn(self, tokens: int, start: int, spent_ms: float, rows: int = 1) -> None:
-        """That took `spent_ms` (see `foreseen_ms`)."""
+        """Record that a piece took `spent_ms` (see `predicted_ms`)."""
         if tokens < 1 or spent_ms <= 0:
             return
         if self.known:
             ratio = spent_ms / max(self.foreseen_ms(tokens, start, rows), 1e-6)
-            # Slowness is believed at once: the bound is a promise.
+            # Believe slowness at once: the bound is a promise.
             weight = 1.0 if ratio > self._surprise else RELAX
             ratio = min(max(ratio, 1.0), WORST_SURPRISE)
             self._surprise += weight * (ratio - self._surprise)
@@ -92,8 +93,8 @@ class Pace:
         self._solve(first=not self.known)
 
     def _solve(self, *, first: bool) -> None:
-        """Costs of least squares, none below zero."""
-        # One measurement cannot tell the costs apart: all of it is laid to the tokens.
+        """Solve for the costs by least squares, none below zero."""
+        # One measurement cannot separate the costs: attribute all of it to the tokens.
         for _ in range(SWEEPS):
             for i in (1,) if first else (1, 0, 2):
                 others = sum(self._squares[i][j] * self._costs[j] for j in range(3) if j != i)
@@ -102,21 +103,22 @@ class Pace:
 
 
 class Allowance:
-    """What prompts may take of one step."""
+    """The budget of one step for prompts."""
 
     def __init__(self, pace: Pace, tokens: int, bound_ms: float) -> None:
         self._pace = pace
-        #: Still to be spent.
+        #: Tokens still to be spent.
         self.tokens = tokens
         self._left_ms = bound_ms * MARGIN
         self._begun = False
 
     def tighten(self, bound_ms: float, spent_ms: float) -> None:
-        """From here on somebody waits for tokens; `spent_ms` of the step are over."""
+        """From now on a stream waits for tokens; `spent_ms` of the step are over."""
         self._left_ms = min(self._left_ms, bound_ms * MARGIN - spent_ms)
 
     def piece(self, start: int) -> int:
-        """Tokens that may follow `start` others now. No step is without any: prompts must end."""
+        """How many tokens may follow `start` others now. Never zero for a whole step: prompts
+        must make progress."""
         if self.tokens <= 0:
             return 0
         fitting = self._pace.tokens(start, self._left_ms, self.tokens)

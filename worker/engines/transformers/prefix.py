@@ -1,9 +1,9 @@
-"""Prefix reuse: keys and values of finished rows, found again by what their tokens were.
+"""Prefix cache: keys and values of finished rows, found by their tokens.
 
-An entry's key is its token ids with every picture placeholder replaced by a digest of the
-picture, so equal keys mean equal keys and values. Least recently used entries leave when the
-budget is full. Must never hand out a prefix that ends before the last picture of the request: the
-pictures behind it would have to be passed to the model without those before.
+An entry is identified by its token ids, with every image placeholder replaced by a digest of the
+image, so equal ids mean equal keys and values. Least recently used entries are evicted when the
+budget is full. Must never return a prefix that ends before the last image of the request: the
+images after it would have to be passed to the model without those before.
 """
 
 from __future__ import annotations
@@ -40,14 +40,15 @@ class PrefixCache:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        #: Tokens held, and tokens that requests took from here or from running rows.
+        #: Number of tokens held, and of tokens that requests took from here or from running rows.
         self.tokens = 0
         self.hit_tokens = 0
         self._entries: OrderedDict[int, PrefixEntry] = OrderedDict()
         self._next = 0
 
     def longest(self, sequence: Sequence, limit: int) -> tuple[PrefixEntry | None, int]:
-        """The entry that shares most with the sequence's tokens, and how much, at most `limit`."""
+        """The entry with the longest common prefix with the sequence, and its length,
+        at most `limit`."""
         best: PrefixEntry | None = None
         length = 0
         key = sequence_key(sequence)
@@ -60,14 +61,14 @@ class PrefixCache:
         return best, length
 
     def shared(self, other: Sequence, sequence: Sequence, limit: int) -> int:
-        """Tokens that two sequences have in common and `sequence` may copy."""
+        """Length of the common prefix of two sequences that `sequence` may copy."""
         if other.adapter != sequence.adapter:
             return 0
         common = _common(sequence_key(other), sequence_key(sequence))
         return _usable(sequence, min(common, limit))
 
     def used(self, entry: PrefixEntry, length: int) -> None:
-        """An entry was copied: it is the most recently used now."""
+        """An entry was copied: mark it as the most recently used."""
         self.hit_tokens += length
         for number, held in self._entries.items():
             if held is entry:
@@ -85,7 +86,7 @@ class PrefixCache:
                 continue
             common = _common(entry.key, key)
             if common == length:
-                # Known already, whole: only its turn to leave changes.
+                # Already contained completely: only mark it as used.
                 self._entries.move_to_end(number)
                 return
             if common == len(entry.key):
@@ -97,7 +98,7 @@ class PrefixCache:
         self.tokens += length
 
     def drop_oldest(self) -> bool:
-        """Give the least recently used entry's memory back; False if there is none."""
+        """Evict the least recently used entry; False if there is none."""
         if not self._entries:
             return False
         self._remove(next(iter(self._entries)))

@@ -1,9 +1,9 @@
 """Rotary embeddings whose frequencies depend on how long a sequence is (dynamic NTK, longrope).
 
-They take one set of frequencies for a whole forward, from the largest position in it, and some
-keep it for the next. Rows of one batch, pieces of one prompt and whatever ran before would change
-each other's answers. Up to some length nothing changes, and this module measures that length. It
-calls rotary embeddings only; must never run the model.
+They use one set of frequencies for a whole forward, determined by the largest position in it, and
+some keep it for the next forward. So rows of one batch, pieces of one prompt and earlier requests
+would change each other's answers. Up to some length nothing changes, and this module measures that
+length. It only calls rotary embeddings; must never run the model.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from torch import nn
 __all__ = ["LengthRope", "RopeState", "find_length_rope"]
 
 PROBED = 2
-"""Positions whose angles are compared: the second one's are the frequencies themselves."""
+"""Number of positions whose angles are compared: those of the second are the
+frequencies themselves."""
 
 
 @dataclass(frozen=True, slots=True)
 class _ModuleState:
-    """Attributes of one rotary embedding; buffers with a copy of their values, for some types
-    write into them and others put new ones in their place."""
+    """Attributes of one rotary embedding; buffers with a copy of their values, since some types
+    write into them and others replace them."""
 
     module: nn.Module
     attributes: dict[str, Any]
@@ -33,22 +34,21 @@ class _ModuleState:
 
 
 RopeState = tuple[_ModuleState, ...]
-"""What a model's rotary embeddings keep between forwards."""
+"""State that a model's rotary embeddings keep between forwards."""
 
 
 class LengthRope:
-    """The rotary embeddings of a model with such frequencies. Between uses they are as they were
-    when the model was loaded."""
+    """The rotary embeddings of a model with such frequencies. Between uses they are in the state in
+    which the model was loaded."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self._modules = modules
         self._fresh = self.state()
-        #: Positions 0 to this - 1 have the same angles whatever the length of the forward, as long
-        #: as no position is larger.
+        #: Forwards whose positions are all below this have the same angles, whatever their length.
         self.unchanged_tokens = 0
 
     def state(self) -> RopeState:
-        """A copy of what they keep now."""
+        """A copy of their current state."""
         return tuple(
             _ModuleState(
                 module,
@@ -64,8 +64,8 @@ class LengthRope:
 
     @contextmanager
     def used(self, state: RopeState | None = None) -> Iterator[None]:
-        """A forward of any length may run inside; it starts from `state`, or as if the model had
-        just been loaded."""
+        """Context in which a forward of any length may run, starting from `state`, or as if the
+        model had just been loaded."""
         self._put(self._fresh if state is None else state)
         try:
             yield
@@ -85,13 +85,13 @@ class LengthRope:
                 del buffers[name]
             for name, (buffer, values) in held.buffers.items():
                 buffer.copy_(values)
-                # The same tensor as before: a captured decode reads it by its address.
+                # Keep the same tensor: a captured decode reads it by address.
                 buffers[name] = buffer
 
 
 def find_length_rope(model: Any, tokens: int) -> LengthRope | None:
     """The rotary embeddings of `model` that depend on the length of a sequence of up to `tokens`
-    tokens; None where there are none."""
+    tokens; None if there are none."""
     if not isinstance(model, nn.Module):
         return None
     unchanged: dict[nn.Module, int] = {}
@@ -115,7 +115,7 @@ def find_length_rope(model: Any, tokens: int) -> LengthRope | None:
 def _unchanged_tokens(
     module: nn.Module, layer_type: str | None, tokens: int, probe: LengthRope
 ) -> int:
-    """The longest sequence, up to `tokens`, whose first positions have the angles that they have in
+    """The longest sequence, up to `tokens`, whose first positions have the same angles as in
     a short one."""
     short = _angles(module, layer_type, PROBED, probe)
     if short is None:
@@ -135,8 +135,8 @@ def _unchanged_tokens(
 def _angles(
     module: nn.Module, layer_type: str | None, tokens: int, probe: LengthRope
 ) -> list[torch.Tensor] | None:
-    """What a rotary embedding gives for the first positions of a sequence of `tokens` tokens; None
-    where it takes other arguments than positions."""
+    """The angles of the first positions of a sequence of `tokens` tokens; None if the embedding
+    needs arguments other than positions."""
     buffer = next(module.buffers(), None)
     device = torch.device("cpu") if buffer is None else buffer.device
     positions = torch.arange(PROBED + 1, device=device)[None]

@@ -1,8 +1,8 @@
-"""Adapters inside a model, chosen for each row of a forward.
+"""Adapters inside a model, chosen per row of a forward.
 
-peft computes a batch in which every row has an adapter of its own or none. Here the choice is a
-state of the model rather than an argument, so that whoever runs it (the slots, `generate()`, an
-embedding) runs the transformers model itself. Must never load anything.
+peft can compute a batch in which every row has its own adapter or none. Here the choice is a state
+of the model rather than an argument, so that all callers (the slots, `generate()`, embeddings) run
+the transformers model itself. Must never load anything.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ BASE = "__base__"
 
 
 class RowAdapters:
-    """The adapters of one model. Until something is chosen it computes as the base does."""
+    """The adapters of one model. Until one is chosen, it computes like the base."""
 
     def __init__(self, model: Any, names: dict[str, str]) -> None:
-        """`names`: peft's name for each served one."""
+        """`names`: peft's name for each served adapter."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self._names = names
@@ -32,7 +32,7 @@ class RowAdapters:
                 module.register_forward_pre_hook(self._name_rows, with_kwargs=True)
 
     def choose(self, rows: Sequence[str | None]) -> None:
-        """What the next forwards compute: the adapter of each row, None for the base."""
+        """Choose the adapter of each row for the next forwards, None for the base."""
         self._chosen = [BASE if row is None else self._names[row] for row in rows]
 
     def _name_rows(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -1,14 +1,15 @@
-"""Load-time self test: is the slot cache right for this model? It is the warm-up as well.
+"""Load-time self test: checks that the slot cache is correct for a model. It also
+serves as warm-up.
 
-Plain `generate()` gives the logits of two prompts of unequal length; the slot path is given the
-same tokens, in pieces, with rows that join and move, and must come to the same logits. Where it
-does not, a tiny reference model takes the same test, which tells three causes apart:
+Plain `generate()` gives the logits of two prompts of different lengths; the slot path gets the same
+tokens, in pieces, with rows that join and move, and must compute the same logits. If it does not, a
+tiny reference model takes the same test, which distinguishes three causes:
 
 * the reference passes: this model cannot be batched, and is served one request at a time;
-* the reference fails as well: this release of transformers and this engine do not fit together,
-  and every model would be slow: `EngineLoadError`;
-* the reference passes and the error is one of our own code's: a fault to report, with its
-  traceback in the log: `EngineLoadError`.
+* the reference fails as well: this release of transformers is incompatible with this engine, and
+  every model would be slow: `EngineLoadError`;
+* the reference passes and the error came from our own code: a bug to report, with its traceback in
+  the log: `EngineLoadError`.
 
 A model whose own `generate()` fails is not served at all. Must never let a wrong model pass.
 """
@@ -47,21 +48,21 @@ STEPS = 4
 TOLERANCES = {torch.float32: 2e-3, torch.float64: 2e-3}
 """Largest relative error of the logits. A wrong mask or position gives about 1."""
 HALF_TOLERANCE = 0.2
-"""In half precision, and with LLM.int8, which looks for outliers over the whole batch; up to 0.03
-was seen."""
+"""For half precision, and for LLM.int8, which looks for outliers over the whole batch; up to
+0.03 was observed."""
 EXPERTS_TOLERANCE = 0.35
-"""In half precision, another batch size may send a token to another expert."""
+"""In half precision, a different batch size may route a token to another expert."""
 LOOKING_AHEAD = 0.05
-"""Relative change of a prompt's keys when the tokens behind them change. Seen where the mask is
-causal: 0, with LLM.int8 up to 0.01; where it is not: 0.7."""
+"""Relative change of a prompt's keys when later tokens change. Observed with a causal mask: 0, with
+LLM.int8 up to 0.01; without one: 0.7."""
 
 PROGRAMMING_ERRORS = (AssertionError, AttributeError, KeyError, NameError, TypeError)
-"""Raised by a line of ours they are faults of ours; what torch raises there (RuntimeError,
-IndexError, ValueError) is about shapes that a model has and a slot cannot hold."""
+"""If raised by a line of our code they are our bugs; what torch raises there (RuntimeError,
+IndexError, ValueError) is about shapes of a model that a slot cannot hold."""
 
 
 class Verdict:
-    """The outcome: a forward over slots, or the reason why there is none."""
+    """The outcome: a forward over slots, or the reason for not using one."""
 
     def __init__(
         self,
@@ -74,16 +75,16 @@ class Verdict:
     ) -> None:
         self.forward = forward
         self.reason = reason
-        #: False: the configuration alone decided.
+        #: False if the configuration alone decided.
         self.compared = compared
-        #: Prompts must go in one piece (prefix-LM).
+        #: Whether prompts must be prefilled in one piece (prefix-LM).
         self.whole_prompts = whole
-        #: The error of our own code that ended the test.
+        #: The error in our own code that ended the test.
         self.fault = fault
 
 
 class Reference(NamedTuple):
-    """A prompt and what plain greedy `generate()` makes of it."""
+    """A prompt and the output of plain greedy `generate()` for it."""
 
     prompt: Prompt
     #: float32 [vocabulary] for each of `STEPS` tokens.
@@ -97,10 +98,10 @@ def check(
     *,
     static: StaticUse = StaticUse.NEVER,
 ) -> Verdict:
-    """Compare the slot path with `generate()` on `loaded`, with a picture where one is given.
+    """Compare the slot path with `generate()` on `loaded`, with an image if one is given.
 
-    Raises `EngineLoadError` where `generate()` itself fails, memory is short, transformers and this
-    engine do not fit together, or our own code is at fault.
+    Raises `EngineLoadError` if `generate()` itself fails, memory is short, transformers is
+    incompatible with this engine, or our own code has a bug.
     """
     try:
         long, short = _references(loaded, picture_prompt)
@@ -112,15 +113,15 @@ def check(
     disagreement = _reference_model_fails(str(loaded.device))
     if disagreement:
         raise EngineLoadError(
-            f"transformers {metadata.version('transformers')} and this engine do not fit together: "
+            f"transformers {metadata.version('transformers')} is incompatible with this engine: "
             f"a tiny reference model fails the self test as well ({disagreement}). Install a "
             f"release of transformers from {KNOWN_RELEASES[0]} to {KNOWN_RELEASES[1]}, which are "
             "known to work, or serve one request at a time with --engine-arg scheduler=generate"
         )
     if verdict.fault is not None:
-        log.error("the self test met a fault of tokenbus: please report it", exc_info=verdict.fault)
+        log.error("the self test found a bug in tokenbus: please report it", exc_info=verdict.fault)
         raise EngineLoadError(
-            f"a fault of tokenbus itself, not of the model: {verdict.reason} (the log has the "
+            f"a bug in tokenbus itself, not in the model: {verdict.reason} (the log has the "
             "traceback; please report it). Serve one request at a time with --engine-arg "
             "scheduler=generate"
         )
@@ -129,15 +130,15 @@ def check(
 
 def check_generate(loaded: LoadedModel, picture_prompt: Prompt | None) -> None:
     """Run the model's own `generate()`, which serves it one request at a time. Raises
-    `EngineLoadError` where that fails."""
+    `EngineLoadError` if that fails."""
     with contextlib.suppress(Unsupported):
         _references(loaded, picture_prompt)
 
 
 def _references(loaded: LoadedModel, picture_prompt: Prompt | None) -> tuple[Reference, Reference]:
-    """A long prompt (with a picture where there is one) and a short one, run by `generate()`.
+    """A long prompt (with an image if given) and a short one, run by `generate()`.
 
-    Raises `EngineLoadError` where that fails, `Unsupported` where it needs a picture.
+    Raises `EngineLoadError` if that fails, `Unsupported` if it needs an image.
     """
     long = _generated(loaded, picture_prompt or _text_prompt(loaded, 13))
     try:
@@ -207,7 +208,7 @@ def _try(
 
 @cache
 def _reference_model_fails(device: str) -> str:
-    """Why the smallest ordinary model cannot be served from slots either; empty where it can."""
+    """Why the smallest ordinary model cannot be served from slots either; empty if it can."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -233,7 +234,7 @@ def _reference_model_fails(device: str) -> str:
 
 
 def _raised_by_us(traceback: TracebackType | None) -> bool:
-    """Whether the line that raised is in our code, and not in a library that we called."""
+    """Whether the line that raised is in our code, not in a library that we called."""
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
     home = Path(worker.__file__).parent
@@ -264,7 +265,7 @@ def _text_prompt(loaded: LoadedModel, length: int) -> Prompt:
 
 
 def _probe(prompt: Prompt) -> Sequence:
-    """A sequence that is only run forward: it needs no sampler and no text."""
+    """A sequence that only needs forwards, no sampler and no text."""
     return Sequence(
         request_id=b"",
         params=Params(),
@@ -308,7 +309,7 @@ def _compare(
         sequence.answer.append(token_id)
 
     if not whole and _looks_ahead(loaded, forward, long):
-        raise Unsupported("the tokens of a prompt see those behind them")
+        raise Unsupported("the tokens of a prompt see later ones")
     # The long prompt in pieces, one token alone.
     forward.prepare(one)
     cut = len(long.ids) if whole else max(long.media_end, len(long.ids) // 2)
@@ -341,9 +342,9 @@ def _compare(
 
 
 def _looks_ahead(loaded: LoadedModel, forward: Forward, prompt: Prompt) -> bool:
-    """Whether keys and values of a prompt's tokens depend on tokens behind them: neither pieces of
-    it nor its prefix for another prompt would be right then. Two forwards of one shape are
-    compared, which agree where the mask is causal, however few bits the weights have."""
+    """Whether keys and values of a prompt's tokens depend on later tokens: then neither prefilling
+    in pieces nor reusing its prefix would be correct. Compares two forwards of the same shape,
+    which agree if the mask is causal, however few bits the weights have."""
     if len(prompt.ids) - prompt.media_end < 4:
         prompt = _text_prompt(loaded, 13)
     length, before = len(prompt.ids), prompt.media_end
@@ -364,7 +365,7 @@ def _looks_ahead(loaded: LoadedModel, forward: Forward, prompt: Prompt) -> bool:
 
 
 def _relative_change(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Of keys or values [tokens, heads, head_dim], the mean over the tokens."""
+    """The mean relative change over the tokens of keys or values [tokens, heads, head_dim]."""
     one, other = one.float().flatten(1), other.float().flatten(1)
     return float(((one - other).norm(dim=1) / one.norm(dim=1).clamp_min(1e-12)).mean())
 
@@ -377,13 +378,13 @@ def _many_agree(
     tokens: list[int],
     allowed: float,
 ) -> bool:
-    """Whether several prompts in one forward come to the same logits; here, one and the same with
-    different parts of its answer."""
+    """Whether several prompts in one forward give the same logits; here, one prompt with different
+    parts of its answer."""
     rows = [_probe(prompt) for _ in range(3)]
     for count, row in enumerate(rows):
         row.answer += tokens[:count]
         forward.prepare(row)
-    # A row that knows a part of its prompt already starts behind it.
+    # A row that already has part of its prompt starts after it.
     try:
         if not forward.cache.reserve(3, len(prompt.ids) + STEPS, 2, len(prompt.ids)):
             return False
@@ -395,7 +396,7 @@ def _many_agree(
             row.answer.append(tokens[len(row.answer)])
         following = forward.decode(rows[:2])
     except (RuntimeError, ValueError, TypeError, IndexError):
-        # Models that make masks of their own from two dimensions refuse it.
+        # Models that make their own masks from two dimensions reject it.
         return False
     pairs = [(logits[i], wanted[i]) for i in range(3)] + [
         (following[i], wanted[i + 1]) for i in range(2)
@@ -406,7 +407,7 @@ def _many_agree(
 
 
 def _reference(loaded: LoadedModel, prompt: Prompt) -> Reference:
-    # Before adapters touched it, where there are any.
+    # The model before adapters were attached, if there are any.
     model = loaded.model if loaded.reference is None else loaded.reference
     ids = torch.tensor([prompt.ids], device=loaded.device)
     inputs = prompt.inputs(loaded.device, loaded.dtype)
@@ -425,7 +426,7 @@ def _reference(loaded: LoadedModel, prompt: Prompt) -> Reference:
 
 
 def tolerance(model: Any, *, quantised: bool) -> float:
-    """Largest relative error of a model's logits that rounding explains."""
+    """Largest relative error of a model's logits that rounding can explain."""
     if model.dtype in TOLERANCES and not quantised:
         return TOLERANCES[model.dtype]
     config = model.config.get_text_config(decoder=True)
@@ -437,8 +438,8 @@ def tolerance(model: Any, *, quantised: bool) -> float:
 def relative_error(
     got: torch.Tensor, wanted: torch.Tensor, ignored: frozenset[int] = frozenset()
 ) -> float:
-    """How far logits are from those that are `wanted`, as a share of their spread; of the last
-    dimension, entries that are `ignored` do not count."""
+    """Difference of logits from those `wanted`, as a fraction of their spread; `ignored` entries of
+    the last dimension do not count."""
     got, wanted = got.float().clone(), wanted.clone()
     for token_id in ignored:
         if token_id < wanted.shape[0]:

@@ -1,6 +1,6 @@
 """One model served by the transformers engine: weights, scheduler, embedder.
 
-The load-time test says which scheduler serves it. Must never run the model but for that test.
+The load-time test decides which scheduler serves it. Must never run the model except for that test.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ __all__ = ["EmbedTask", "ServedModel"]
 log = logging.getLogger(__name__)
 
 FALLBACK_SLOTS = 4
-"""Sequences that take turns on the per-request path: turns only share time, so few are enough."""
+"""Sequences that take turns in the fallback: they only share time, so few are enough."""
 
 
 @dataclass(slots=True)
 class EmbedTask:
-    """An embedding request on its way: batches of inputs still to run."""
+    """A running embedding request, with the batches of inputs still to compute."""
 
     embedder: Embedder
     request_id: bytes
@@ -53,12 +53,12 @@ class EmbedTask:
     options: EmbedOptions
     batches: list[list[int]]
     results: list[bytes]
-    #: LoRA adapter, or None for the model as it is.
+    #: Name of the LoRA adapter, or None for the base model.
     adapter: str | None
     cancelled: bool = False
 
     def step(self) -> Ended | None:
-        """Run one batch; the end of the request when all are done."""
+        """Run one batch; returns the end of the request once all are done."""
         batch = self.batches.pop()
         inputs = [self.inputs[index] for index in batch]
         vectors = self.embedder.embed(inputs, self.options, self.adapter)
@@ -88,14 +88,14 @@ class ServedModel(BatchModel):
         super().__init__(loaded, names, settings)
         self.loaded = loaded
         self.embedder = Embedder(loaded)
-        #: The batch, where there is one: it is `runner` or a part of it.
+        #: The batch scheduler, if there is one: it is `runner` or a part of it.
         self.slot_runner: SlotRunner | None = None
         if not loaded.embedding_only:
             self.runner = self._make_runner(settings, slots)
         loaded.reference = None
 
     def kinds(self) -> tuple[Kind, ...]:
-        """All of them, or without a head all that write nothing."""
+        """All kinds, or, without an output head, those that generate nothing."""
         writing = (Kind.CHAT, Kind.COMPLETE) if self.loaded.embedding_only else ()
         return tuple(kind for kind in Kind if kind not in writing)
 
@@ -121,14 +121,14 @@ class ServedModel(BatchModel):
         picture_prompt = self._picture_prompt() if loaded.takes_images else None
         if settings.scheduler == "generate":
             check_generate(loaded, picture_prompt)
-            verdict = Verdict(None, "asked for with --engine-arg scheduler=generate")
+            verdict = Verdict(None, "requested with --engine-arg scheduler=generate")
         else:
             verdict = check(loaded, picture_prompt, static=_static_use(settings, loaded))
         if verdict.forward is None:
             if settings.scheduler == "slots":
                 raise EngineLoadError(
                     f"{self.names[0]} cannot be served from slots: {verdict.reason}; "
-                    "leave --engine-arg scheduler away to serve it one request at a time"
+                    "omit --engine-arg scheduler to serve it one request at a time"
                 )
             self.scheduler, self.serial = "generate", verdict.reason
             return self._one_by_one(slots)
@@ -161,8 +161,8 @@ class ServedModel(BatchModel):
         )
 
     def _picture_prompt(self) -> Prompt | None:
-        """A prompt with a picture for the self test; None where the model's processor makes none
-        of a plain question."""
+        """A prompt with an image for the self test; None if the model's processor cannot make one
+        from a plain question."""
         data = io.BytesIO()
         picture = Image.new("RGB", (96, 64), (200, 60, 30))
         picture.paste((20, 90, 220), (10, 10, 50, 40))
@@ -192,7 +192,7 @@ def _static_use(settings: EngineSettings, loaded: LoadedModel) -> StaticUse:
     places = set((getattr(loaded.model, "hf_device_map", None) or {}).values())
     if loaded.device.type == "cuda" and len(places) < 2:
         return StaticUse.CAPTURED
-    # Layers on several devices, or no CUDA: there is nothing to capture.
+    # With layers on several devices, or without CUDA, nothing can be captured.
     return StaticUse.UNCAPTURED if settings.cuda_graphs == "on" else StaticUse.NEVER
 
 

@@ -15,31 +15,31 @@ __all__ = ["EngineSettings", "parse_settings"]
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings(SharedSettings):
-    """Settings of the transformers engine. 0 means "the engine's own choice" where it says so."""
+    """Settings of the transformers engine."""
 
     #: "auto" tries the slot scheduler and falls back; "slots" and "generate" force one.
     scheduler: str = "auto"
-    #: Prompt tokens computed in one step; 0: 256 on a CPU, 1024 elsewhere. Larger chunks raise the
-    #: gap between tokens of running streams, smaller ones the time to the first token.
+    #: Prompt tokens computed in one step; 0: 256 on a CPU, 1024 elsewhere. Larger chunks increase
+    #: the time between tokens of running streams, smaller ones the time to first token.
     prefill_chunk: int = 0
-    #: Longest time, milliseconds, that prompts may add to one step while streams are running; the
-    #: chunk shrinks until it is kept.
+    #: Longest time, milliseconds, that prompts may add to a step while streams are running; the
+    #: chunk shrinks to meet it.
     stall_ms: float = 200.0
-    #: Key/value tokens held at once, all rows together; 0: what fits into `memory_share`.
+    #: Tokens in the key/value cache, over all rows; 0: as many as fit into `memory_share`.
     kv_tokens: int = 0
-    #: Share of the memory left free after loading that keys, values and prefixes may take; 0: 0.8
-    #: of an accelerator's, 0.4 of a host's, which others use too.
+    #: Fraction of the memory free after loading that keys, values and prefixes may take; 0: 0.8 of
+    #: an accelerator's, 0.4 of a host's, which other programs use too.
     memory_share: float = 0.0
-    #: Tokens of finished prompts and answers kept for reuse; -1: a quarter of what fits, on a host
-    #: at most 1 GiB; 0: none.
+    #: Tokens of finished prompts and answers kept in the prefix cache; -1: a quarter of what fits,
+    #: on a host at most 1 GiB; 0: none.
     prefix_tokens: int = -1
-    #: "auto", "eager", "sdpa", "flash_attention_2", ...: handed to transformers.
+    #: "auto", "eager", "sdpa", "flash_attention_2", ...: passed to transformers.
     attention: str = "auto"
-    #: "auto": decode steps are captured on CUDA where the load-time test passes; "off": never;
-    #: "on": steps of fixed shape everywhere, captured or not.
+    #: "auto": decode steps are captured on CUDA if the load-time test passes; "off": never; "on":
+    #: steps of fixed shape everywhere, captured or not.
     cuda_graphs: str = "auto"
-    #: The host tells of one token while the device computes the next: "auto": on an accelerator;
-    #: "on"; "off".
+    #: Whether the host emits one token while the device computes the next: "auto" (on an
+    #: accelerator), "on", "off".
     overlap: str = "auto"
     #: Threads of one torch operation on a CPU; 0: torch's own choice.
     threads: int = 0
@@ -47,7 +47,7 @@ class EngineSettings(SharedSettings):
     safetensors_only: bool = True
     #: Memory for weights, "0=20GiB,cpu=64GiB"; empty: accelerate's own choice.
     max_memory: str = ""
-    #: PEFT adapters served beside their base: "name=path,name=path" (first model only).
+    #: PEFT adapters served alongside their base: "name=path,name=path" (first model only).
     adapters: str = ""
 
 
@@ -67,8 +67,8 @@ _MINIMUM: dict[str, float] = {
 
 
 def parse_settings(engine_args: Mapping[str, str]) -> EngineSettings:
-    """Turn the texts of `--engine-arg` into settings. Raises `EngineLoadError` for an unknown name
-    or a bad value."""
+    """Parse `--engine-arg` values into settings. Raises `EngineLoadError` for an unknown name or
+    a bad value."""
     return settings_from(
         engine_args, EngineSettings, "transformers", choices=_CHOICES, minimum=_MINIMUM
     )

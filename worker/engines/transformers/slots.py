@@ -1,12 +1,13 @@
-"""Continuous batching over the slot cache: who holds a row, what a step computes.
+"""Continuous batching over the slot cache: decides which sequences occupy slots and what
+a step computes.
 
-One step spends a bounded budget of prompt tokens on the rows being prefilled, then computes one
-token for every running row in one forward. Sequences join and leave at any step. Rows 0 to
-`active` - 1 decode, the rows behind them are being prefilled; there are never holes.
+One step spends a token budget on the rows being prefilled, then computes one token for every
+decoding row in one forward. Sequences join and leave at any step. Rows 0 to `active` - 1 decode,
+the rows after them are being prefilled; there are never gaps.
 
-Memory is the cache's budget: a sequence waits until its prompt fits; a row that cannot grow makes
-the youngest give its memory back and wait (it is computed again later); only what does not fit
-alone fails. Runs on the engine's thread only; must never tokenise or decode pictures.
+Memory is the cache's budget: a sequence waits until its prompt fits; if a row cannot grow, the
+youngest one is preempted (it waits and is prefilled again later); only a sequence that does not fit
+alone fails. Runs on the engine's thread only; must never tokenise or decode images.
 """
 
 from __future__ import annotations
@@ -42,18 +43,18 @@ __all__ = ["SlotRunner"]
 log = logging.getLogger(__name__)
 
 GROWTH_TOKENS = 128
-"""Room behind a prompt that is reserved on admission; longer answers grow on demand."""
+"""Room after a prompt that is reserved on admission; longer answers grow on demand."""
 
 KEPT_CAPACITY = 4096
-"""Tokens of a row that stay allocated when nobody runs; more goes back to the machine."""
+"""Tokens per row that stay allocated when nothing runs; more is given back to the system."""
 
 GROUP_TOKENS = 64
 GROUP_PADDING = 0.15
-"""Prompts computed together are of like length: padding is at most what one more forward costs,
-in tokens, or this share."""
+"""Prompts computed together have similar lengths: padding is at most what another forward costs, in
+tokens, or this fraction."""
 
 IDLE_MS = 1000.0
-"""Of prompts in one step while nobody waits for a token: cancellations are looked at between."""
+"""Prompt time per step while no stream waits for a token: cancellations are checked in between."""
 
 DECODE_WEIGHT = 0.3
 """Weight of the newest measurement of a decode."""
@@ -82,7 +83,8 @@ class SlotRunner:
         self._stall_ms = stall_ms
         self._banned = banned_ids
         self._token_bytes = token_bytes
-        #: A prompt goes in one piece, and no part of it is reused: its tokens see each other.
+        #: Whether a prompt must be prefilled in one piece and never reused, because its tokens
+        #: see each other.
         self.whole_prompts = whole_prompts
         self.prefix = PrefixCache(0)
         self._sampler: Sampler | None = None
@@ -90,26 +92,27 @@ class SlotRunner:
         self._rows: list[Sequence] = []
         self._active = 0
         self._admissions = 0
-        #: Rows that memory was enough for, where a forward lacked some; more with each that ends.
+        #: Rows allowed after a forward ran out of memory; one more with each row that ends.
         self._most = slots
         self._overlap = overlap
-        #: Sequences and logits of a decode that was launched and not looked at yet.
+        #: Sequences and logits of a decode that was launched but not collected yet.
         self._computed: tuple[list[Sequence], torch.Tensor] | None = None
-        #: Sequences with a token of which nothing was said yet; empty between steps.
+        #: Sequences with a token whose events were not emitted yet; empty between steps.
         self._fresh: list[Sequence] = []
-        #: First tokens left with the last step, and its decode is still to come.
+        #: Whether the last step returned first tokens before its decode, which is still to come.
         self._first_told = False
         self._clock = clock
         self._pace = Pace()
-        #: A forward is over when it returns; elsewhere it is when its tokens are looked at.
+        #: Whether a forward is finished when it returns; elsewhere it is finished when its
+        #: tokens are read.
         self._synchronous = forward.device.type == "cpu"
-        #: Elsewhere: since when the device works on what was launched, pieces of prompts launched
-        #: since then (tokens, start, rows), and milliseconds of a decode.
+        #: Otherwise: since when the device has been working, prompt pieces launched since then
+        #: (tokens, start, rows), and milliseconds of a decode.
         self._since = 0.0
         self._launched: list[tuple[int, int, int]] = []
         self._decode_ms = 0.0
 
-    # --- what the engine asks ---------------------------------------------------------------------
+    # --- the Runner interface ---------------------------------------------------------------------
 
     @property
     def busy(self) -> bool:
@@ -133,8 +136,8 @@ class SlotRunner:
 
     @torch.inference_mode()
     def give_up(self, tokens: int) -> list[Sequence]:
-        """Take out the rows whose prompt and answer have come to `tokens`, for another scheduler to
-        go on with. Call it between steps."""
+        """Remove and return the sequences whose prompt and answer have reached `tokens`, for
+        another scheduler to continue. Call it between steps."""
         grown = [sequence for sequence in self._rows[: self._active] if sequence.total >= tokens]
         for sequence in grown:
             self._leave(self._rows.index(sequence))
@@ -171,10 +174,11 @@ class SlotRunner:
             self._prefill(events, (self._clock() - began) * 1e3)
         self._first_told = False
         if self._overlap:
-            # The device computes the next tokens while the host tells of the last ones.
+            # The device computes the next tokens while the host emits the last ones.
             self._launch(events)
         elif self._fresh:
-            # First tokens leave before the decode that follows; that is the next step's.
+            # First tokens are returned before the decode that follows, which is left to
+            # the next step.
             self._first_told = True
         elif self._active:
             self._launch(events)
@@ -214,7 +218,7 @@ class SlotRunner:
             self._start(sequence, events)
 
     def _start(self, sequence: Sequence, events: list[EngineEvent]) -> None:
-        """Give a sequence the row behind all others, with what is known of its prompt."""
+        """Give a sequence the next free row, with the cached prefix of its prompt."""
         now = time.perf_counter()
         sequence.started_at = sequence.started_at or now
         sequence.state = State.PREFILL
@@ -233,8 +237,8 @@ class SlotRunner:
             self._fail_row(row, error, events)
 
     def _reuse(self, sequence: Sequence, row: int) -> None:
-        """Copy the longest known prefix of the prompt into the row, or wait for the row that is
-        computing more of it (several answers to one prompt come together)."""
+        """Copy the longest cached prefix of the prompt into the row, or wait for a row that is
+        computing more of it (several answers to one prompt arrive together)."""
         if not self.cache.token_bytes:
             return
         limit = sequence.total - 1
@@ -258,12 +262,12 @@ class SlotRunner:
             sequence.cached = length
         sequence.shared = 0
         for other, share in zip(self._rows, shares, strict=False):
-            # Nobody follows a follower: no two wait for each other.
+            # No row waits for a waiting row, so that there are no cycles.
             if other.follows is None and share >= max(length, sequence.shared) + SMALLEST_PREFIX:
                 sequence.follows, sequence.shared = other, share
 
     def _follow(self) -> None:
-        """Rows whose prefix is computed by now, or will not be, go on."""
+        """Let rows go on whose prefix has been computed, or will not be."""
         for row in range(self._active, len(self._rows)):
             sequence = self._rows[row]
             leader = sequence.follows
@@ -282,7 +286,7 @@ class SlotRunner:
                 self._reuse(sequence, row)
 
     def _leave(self, row: int, *, keep: bool = True) -> None:
-        """Take a row out; the last rows close the hole."""
+        """Remove a row; the last rows close the gap."""
         sequence = self._rows[row]
         if keep and not sequence.failed and not self.whole_prompts and self.cache.token_bytes:
             self._keep(sequence, row)
@@ -300,7 +304,7 @@ class SlotRunner:
         self._rows.pop()
 
     def _keep(self, sequence: Sequence, row: int) -> None:
-        """Keep a row for reuse, unless there is no memory for a copy."""
+        """Keep a row in the prefix cache, unless there is no memory for a copy."""
         try:
             self.prefix.store(sequence, lambda length: self.cache.read(row, length))
         except Exception as error:
@@ -314,13 +318,13 @@ class SlotRunner:
         self._rows[target] = moved
 
     def _activate(self, row: int) -> None:
-        """A row whose prompt is computed joins those that decode."""
+        """Move a row with a finished prompt to those that decode."""
         self._exchange(row, self._active)
         self._rows[self._active].state = State.DECODE
         self._active += 1
 
     def _exchange(self, row: int, other: int) -> None:
-        """Two sequences change rows."""
+        """Exchange the rows of two sequences."""
         if row == other:
             return
         one, two = self._rows[row], self._rows[other]
@@ -336,8 +340,8 @@ class SlotRunner:
 
     def _reserve(self, rows: int, length: int) -> bool:
         used = max((sequence.filled for sequence in self._rows), default=0)
-        # What was promised to prompts that are still being computed stays theirs.
-        # One more: there, prompts computed together store what pads them.
+        # Memory reserved for prompts that are still being computed stays reserved. One more:
+        # prompts computed together store their padding there.
         promised = max((sequence.total + 1 for sequence in self._rows[self._active :]), default=0)
         return self.cache.reserve(rows, max(length, promised), len(self._rows), used)
 
@@ -345,7 +349,8 @@ class SlotRunner:
         return no_room(sequence.total, self.cache.budget, self.cache.capacity)
 
     def _make_room(self, events: list[EngineEvent]) -> None:
-        """Every active row gets room for one more token; the youngest rows give way."""
+        """Make room for one more token of every active row, preempting the youngest
+        rows if necessary."""
         while self._active:
             longest = max(sequence.filled for sequence in self._rows[: self._active]) + 1
             if longest <= self.cache.capacity:
@@ -361,7 +366,8 @@ class SlotRunner:
             self._give_way(events)
 
     def _give_way(self, events: list[EngineEvent], *, computing: bool = False) -> None:
-        """The youngest row goes back to the queue; the only one fails."""
+        """Preempt the youngest row, which goes back to the queue; if it is the only
+        one, it fails."""
         release_cached(self.forward.device)
         if len(self._rows) == 1:
             sequence = self._rows[0]
@@ -376,17 +382,17 @@ class SlotRunner:
         self._waiting.appendleft(sequence)
 
     def _ran_short(self, events: list[EngineEvent]) -> None:
-        """A forward lacked memory. Fewer rows run until one ends: whoever gave way would come back
-        in the next step, and nobody would get any further."""
+        """A forward ran out of memory. Run fewer rows until one ends: otherwise the preempted row
+        would come back in the next step, and there would be no progress."""
         self._give_way(events, computing=True)
         self._most = len(self._rows) or self.slots
 
     # --- prefill ----------------------------------------------------------------------------------
 
     def _prefill(self, events: list[EngineEvent], spent_ms: float) -> None:
-        """Spend what admissions left of the step's allowance. The prompt with the least left goes
-        first, but half of the allowance is for the oldest, so that none starves."""
-        # While nobody waits for a token, a larger batch of prompts is cheaper.
+        """Spend what admissions left of the step's budget. The prompt with the fewest tokens left
+        goes first, but half of the budget is for the oldest, so that none starves."""
+        # While no stream waits for a token, a larger batch of prompts is cheaper.
         budget = self._chunk if self._active else 2 * self._chunk
         step = Allowance(self._pace, budget, IDLE_MS)
         together = True
@@ -408,8 +414,8 @@ class SlotRunner:
             self._prefill_row(self._rows.index(chosen), limit, step, events)
 
     def _prefill_together(self, step: Allowance, events: list[EngineEvent]) -> bool:
-        """Short prompts that fit into the allowance go in one forward. False where there are
-        none."""
+        """Prefill short prompts that fit into the budget in one forward. False if
+        there are none."""
         if not self.forward.many_prompts or len(self._rows) - self._active < 2:
             return False
         able = [s for s in self._rows[self._active :] if s.follows is None and self._may_share(s)]
@@ -442,7 +448,7 @@ class SlotRunner:
                 self._ran_short(events)
                 step.spend(tokens, (self._clock() - started) * 1e3)
                 return True
-            # One by one, the prompt that is the cause fails alone.
+            # One by one, only the prompt that is the cause fails.
             log.warning("prompts are computed one by one: %s", error)
             return False
         for sequence in chosen:
@@ -453,7 +459,7 @@ class SlotRunner:
         return True
 
     def _may_share(self, sequence: Sequence) -> bool:
-        """Whether what is left of a prompt is plain tokens, and only its last logits count."""
+        """Whether the rest of a prompt is plain tokens of which only the last logits are needed."""
         return sequence.filled >= sequence.prompt.media_end and not sequence.wants_prompt_logprobs
 
     def _piece(self, sequence: Sequence, limit: int) -> int:
@@ -507,8 +513,8 @@ class SlotRunner:
     # --- decode -----------------------------------------------------------------------------------
 
     def _launch(self, events: list[EngineEvent]) -> None:
-        """Compute the next token's logits of every active row; an accelerator goes on with it after
-        this returns."""
+        """Launch the forward for the next token of every active row; an accelerator may still be
+        computing when this returns."""
         self._make_room(events)
         sequences = self._rows[: self._active]
         if not sequences:
@@ -525,14 +531,14 @@ class SlotRunner:
         self._computed = (sequences, logits)
 
     def _collect(self, events: list[EngineEvent]) -> None:
-        """Choose tokens from what was launched."""
+        """Sample tokens from the launched forward."""
         if self._computed is None:
             return
         sequences, logits = self._computed
         self._computed = None
         alive = [i for i, s in enumerate(sequences) if s.state is State.DECODE]
         if len(alive) < len(sequences):
-            # Ended by the text of the token before, or cancelled: computed in vain.
+            # Ended by the text of the previous token, or cancelled: computed in vain.
             sequences = [sequences[index] for index in alive]
             if not sequences:
                 return
@@ -543,7 +549,7 @@ class SlotRunner:
             if not is_out_of_memory(error):
                 raise
             for sequence in sequences:
-                # Computed again, by those that stay.
+                # The remaining rows compute it again.
                 sequence.filled -= 1
             self._ran_short(events)
             return
@@ -551,7 +557,7 @@ class SlotRunner:
         self._measure()
 
     def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> list[Sampled]:
-        """A token for each sequence; nothing of them is changed."""
+        """Sample a token for each sequence, without changing the sequences."""
         if self._sampler is None:
             self._sampler = Sampler(
                 logits.shape[-1], banned_ids=sorted(self._banned), token_bytes=self._token_bytes
@@ -559,7 +565,7 @@ class SlotRunner:
         return self._sampler.sample(logits, [sequence.row for sequence in sequences])
 
     def _take(self, sequences: list[Sequence], choices: list[Sampled]) -> None:
-        """Each sequence takes its token; those that end with it leave their rows."""
+        """Append each sequence's token; those that end with it leave their rows."""
         now = time.perf_counter()
         for sequence, choice in zip(sequences, choices, strict=True):
             sequence.take(choice, now)
@@ -568,7 +574,7 @@ class SlotRunner:
                 self._leave(self._rows.index(sequence))
 
     def _tell(self, events: list[EngineEvent]) -> None:
-        """The events of all tokens chosen since; sequences whose text ends them leave."""
+        """Emit the events of all new tokens; sequences whose text ends them leave."""
         now = time.perf_counter()
         for sequence in self._fresh:
             over = sequence.state is State.DONE
@@ -581,7 +587,7 @@ class SlotRunner:
         self._fresh.clear()
 
     def _fail_row(self, row: int, error: Exception, events: list[EngineEvent]) -> None:
-        """One sequence failed by itself: picture, memory, a model that refuses its inputs."""
+        """Fail a single sequence: its image, its memory, or inputs that the model refuses."""
         sequence = self._rows[row]
         if is_out_of_memory(error):
             release_cached(self.forward.device)
@@ -596,7 +602,7 @@ class SlotRunner:
     def _computed_piece(
         self, step: Allowance, tokens: int, start: int, rows: int, started: float
     ) -> None:
-        """A piece of a prompt is computed, or on its way: book what it takes of the step."""
+        """A piece of a prompt was computed or launched: account for its share of the step."""
         if not self._synchronous:
             step.spend(tokens, self._pace.foreseen_ms(tokens, start, rows))
             self._launched.append((tokens, start, rows))
@@ -606,7 +612,7 @@ class SlotRunner:
         self._pace.learn(tokens, start, spent_ms, rows)
 
     def _measure(self) -> None:
-        """The tokens of a decode were looked at: the device is done with all before it too."""
+        """The tokens of a decode were read: the device has finished everything before it too."""
         if self._synchronous:
             return
         now = self._clock()

@@ -1,9 +1,9 @@
-"""vLLM's `LLMEngine` behind the `Generator` seam: add_request, step, abort_request.
+"""vLLM's `LLMEngine` as a `Generator`: add_request, step, abort_request.
 
-The engine runs in this process and each `next` is one of its steps; tensor and pipeline parallel
-workers, Ray's included, are its own. Greedy requests use vLLM's sampling as it is, all others
-tokenbus' own (`sampling`), so that an answer is a function of (seed, position) here too. Texts,
-stops and limits are tokenbus'.
+The engine runs in this process and each `next` is one of its steps; vLLM manages tensor and
+pipeline parallel workers, including Ray's, itself. Greedy requests use vLLM's own sampling, all
+others tokenbus' sampler (`sampling`), so that an answer is a function of (seed, position) here too.
+Texts, stop strings and limits are handled by tokenbus.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 # The engine core steps in this process; read when vLLM is imported.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-# On a CPU: binding threads to cores takes the whole machine, whoever else uses it.
+# On a CPU, binding threads to cores would take over the whole machine, whoever else uses it.
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 from vllm import SamplingParams
@@ -62,16 +62,16 @@ OWN = frozenset(
         "max_logprobs",
     }
 )
-"""Arguments of vLLM that follow from options of the worker."""
+"""Arguments of vLLM that are set from the worker's options."""
 
 LOWEST_BIAS = -100.0
-"""vLLM takes no lower one; it keeps placeholders of pictures out of greedy answers."""
+"""The lowest that vLLM accepts; it keeps image placeholders out of greedy answers."""
 
 RAW_LOGPROBS = (
     "gives logprobs before penalties, bias, bans, constraint and min_tokens: ask for one or the "
     "other"
 )
-"""What a request is told that wants both: vLLM's logprobs are those of the bare model."""
+"""The error for a request that wants both: vLLM's logprobs are those of the bare model."""
 
 ADJUSTING = (
     "repetition_penalty",
@@ -82,7 +82,7 @@ ADJUSTING = (
     "constraint",
     "min_tokens",
 )
-"""Parameters with which the logprobs of the bus are not those of the bare model."""
+"""Parameters with which the bus's logprobs differ from those of the bare model."""
 
 
 class _Parser(FlexibleArgumentParser):  # type: ignore[misc]
@@ -100,7 +100,7 @@ def engine_arguments(
     for name, text in arguments.items():
         flag = "--" + name.replace("_", "-")
         if name in OWN:
-            raise EngineLoadError(f"--engine-arg {name}: it follows from the worker's own options")
+            raise EngineLoadError(f"--engine-arg {name}: it is set by the worker's own options")
         if text.lower() in ("true", "false"):
             words.append(flag if text.lower() == "true" else flag.replace("--", "--no-", 1))
         else:
@@ -110,8 +110,8 @@ def engine_arguments(
         args = parser.parse_args(words)
     except (ArgumentError, ValueError) as error:
         raise EngineLoadError(f"--engine-arg: vLLM says: {error}") from None
-    # Before the arguments are made: offline, they look for their model as soon as they are, and
-    # vLLM's default is not on this machine.
+    # Set before the arguments are constructed: offline, they look up their model at once, and
+    # vLLM's default model is not on this machine.
     args.model = args.tokenizer = path
     args.revision = args.tokenizer_revision = options.revision
     args.trust_remote_code = options.trust_remote_code
@@ -232,7 +232,7 @@ class VllmGenerator:
             extra_args=extra,
             logprobs=params.logprobs,
             prompt_logprobs=params.prompt_logprobs if sequence.wants_prompt_logprobs else None,
-            # Ends and texts are told by tokenbus, which aborts what is over.
+            # tokenbus handles ends and texts, and aborts what is over.
             ignore_eos=True,
             detokenize=False,
             max_tokens=sequence.max_tokens - len(sequence.answer),
@@ -252,7 +252,7 @@ class VllmGenerator:
                 continue
             sequence.cached = max(sequence.cached, output.num_cached_tokens or 0)
             if output.prompt_logprobs and sequence.wants_prompt_logprobs:
-                # The tokens of a resumed answer were part of vLLM's prompt, not of ours.
+                # The tokens of a resumed answer were part of vLLM's prompt, but not of ours.
                 scored = output.prompt_logprobs[: len(sequence.prompt.ids)]
                 sequence.prompt_logprobs = [
                     self._logprob(token_id, found, sequence.params.prompt_logprobs or 0)
@@ -271,7 +271,8 @@ class VllmGenerator:
     def _checked(
         self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None
     ) -> Sampled | ErrorInfo:
-        """The token, unless it breaks the request's own rules: then none could be chosen."""
+        """The token, unless it violates the request's own rules, which means that none
+        could be chosen."""
         if sequence.row.forced is None and token_id in sequence.row.forbidden:
             return ErrorInfo(
                 code=ErrorCode.ENGINE_ERROR.value,

@@ -1,9 +1,10 @@
-"""tokenbus' sampler as a logits processor of vLLM: chosen by (seed, position), in any batch.
+"""tokenbus' sampler as a logits processor for vLLM: tokens depend on (seed, position),
+in any batch.
 
-vLLM builds one `BusSampling` in each process that samples, which knows nothing of the bus: all that
-a row needs travels with its request, as `extra_args`. It leaves a row one token, the rest is minus
-infinity. Must never keep a token that vLLM has not accepted: a row is brought up to date from
-vLLM's own list of output tokens at each step.
+vLLM builds one `BusSampling` in each sampling process, which knows nothing of the bus: everything
+that a row needs is sent with its request, in `extra_args`. It leaves each row a single token and
+sets the rest to minus infinity. Must never keep a token that vLLM has not accepted: at each step a
+row is updated from vLLM's own list of output tokens.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from worker.engines.common.sampling import Sampler, SamplerRow
 __all__ = ["BusSampling", "RowFacts", "pack"]
 
 KEY = "tokenbus"
-"""Under this name a row's facts stand in vLLM's `extra_args`."""
+"""The key of a row's facts in vLLM's `extra_args`."""
 
 
 class RowFacts(msgspec.Struct, frozen=True, array_like=True):
-    """All that a sampling process needs to know of a request."""
+    """Everything that a sampling process needs to know about a request."""
 
     params: Params
-    #: Of the model, with the request's own placeholders taken out.
+    #: Prompt ids, without image placeholders.
     prompt_ids: list[int]
-    #: The answer so far, where it was begun elsewhere.
+    #: The answer so far, if it was begun elsewhere.
     prior_ids: list[int]
     eos_ids: list[int]
-    #: Never sampled: they stand for pictures.
+    #: Image placeholders, which are never sampled.
     placeholder_ids: list[int]
 
 
@@ -56,7 +57,7 @@ class _Row:
         self._taken = 0
 
     def catch_up(self) -> SamplerRow:
-        """The row, with every token that vLLM has taken."""
+        """The row, updated with every token that vLLM has accepted."""
         while self._taken < len(self._output_ids):
             self.row.append(self._output_ids[self._taken])
             self._taken += 1
@@ -64,7 +65,7 @@ class _Row:
 
 
 class BusSampling(LogitsProcessor):  # type: ignore[misc]
-    """Chooses the tokens of those requests that carry `RowFacts`."""
+    """Chooses the tokens of requests that have `RowFacts`."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self._config = vllm_config.model_config
@@ -73,15 +74,15 @@ class BusSampling(LogitsProcessor):  # type: ignore[misc]
         self._samplers: dict[tuple[int, ...], Sampler] = {}
 
     def is_argmax_invariant(self) -> bool:
-        """It decides what the likeliest token is."""
+        """False: it changes which token is the most likely."""
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Follow requests into, within and out of vLLM's batch."""
+        """Follow requests as they enter, move within and leave vLLM's batch."""
         process_dict_updates(self._rows, batch_update, self._new_row)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Leave each of our rows the token that was sampled for it.
+        """Leave each of our rows only the token that was sampled for it.
 
         A row for which no token can be chosen keeps its logits: the engine checks what comes back.
         """
@@ -105,7 +106,7 @@ class BusSampling(LogitsProcessor):  # type: ignore[misc]
         return logits
 
     def _sampler(self, banned: tuple[int, ...], vocab_size: int) -> Sampler:
-        # Logprobs are vLLM's own: nobody asks this sampler for a token's bytes.
+        # Logprobs come from vLLM, so this sampler is never asked for a token's bytes.
         if banned not in self._samplers:
             self._samplers[banned] = Sampler(
                 vocab_size, banned_ids=banned, token_bytes=lambda token_id: b""
@@ -138,5 +139,5 @@ class BusSampling(LogitsProcessor):  # type: ignore[misc]
             prior_ids=facts.prior_ids,
             constraint=constraint,
         )
-        # After a preemption the list already holds what was said; `catch_up` takes it.
+        # After a preemption the list already contains earlier tokens; `catch_up` takes them.
         return _Row(facts, row, output_ids)

@@ -1,4 +1,4 @@
-"""Checkpoints read: model classes, the formats of quantised weights, adapters' files.
+"""Reading checkpoints: model classes, formats of quantised weights, adapter files.
 
-Must never serve a request nor run a model. `transformers.loader` is the way in.
+Must never serve a request or run a model. `transformers.loader` is the entry point.
 """

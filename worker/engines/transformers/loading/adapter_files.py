@@ -1,4 +1,4 @@
-"""PEFT adapters as they lie in their folders: what belongs together, and which kinds are served.
+"""PEFT adapters on disk: which files belong together, and which kinds are supported.
 
 Must never put an adapter into a model.
 """
@@ -32,13 +32,13 @@ __all__ = [
 _FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 FROM_BASE_WEIGHTS = ("pissa", "olora")
-"""Starting points that change the base as well, in a way that follows from its weights alone."""
+"""Initialisations that also change the base, in a way that is determined by its weights."""
 HARMLESS_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """An adapter as it lies in its folder."""
+    """An adapter on disk."""
 
     path: str
     config: Any
@@ -46,13 +46,13 @@ class Adapter:
 
     @property
     def changes_base(self) -> bool:
-        """Its training started by changing the weights of the base."""
+        """Whether its training began by changing the base's weights."""
         start = getattr(self.config, "init_lora_weights", None)
         return isinstance(start, str) and start.lower() in FROM_BASE_WEIGHTS
 
 
 def peft_library() -> Any:
-    """peft, an optional dependency. Raises `EngineLoadError` where it is missing."""
+    """peft, an optional dependency. Raises `EngineLoadError` if it is missing."""
     try:
         import peft
     except ImportError:
@@ -63,7 +63,8 @@ def peft_library() -> Any:
 
 
 def read_adapter(path: str, settings: EngineSettings) -> Adapter:
-    """The adapter at `path`, a folder or a hub id; refused where its kind cannot be served."""
+    """The adapter at `path`, a folder or a hub id. Raises `EngineLoadError` if its
+    kind is unsupported."""
     peft = peft_library()
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -89,8 +90,8 @@ def _refuse_incomplete(folder: Path, settings: EngineSettings) -> None:
 
 
 def _refuse_kind(path: str, config: Any) -> None:
-    """Refuse what depends on more than the weights: nothing that is merged or chosen for a row
-    would reproduce it."""
+    """Refuse adapters that depend on more than weights: neither merging nor choosing per row
+    could reproduce them."""
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     unknown = _unknown_options(Path(path).expanduser() / _FILES[0], config)
     if unknown:
@@ -115,8 +116,8 @@ def _refuse_kind(path: str, config: Any) -> None:
 
 
 def _unknown_options(file: Path, config: Any) -> list[str]:
-    """Options in an adapter's own configuration that peft would pass over with a warning. A number
-    by itself turns nothing on."""
+    """Options in an adapter's own configuration that peft would ignore with a warning. A bare
+    number switches nothing on."""
     if not file.is_file():
         return []
     known = {field.name for field in fields(config)}
@@ -128,18 +129,18 @@ def _unknown_options(file: Path, config: Any) -> list[str]:
 
 
 def refuse_over_quantised(model: Any, adapter: Adapter) -> None:
-    """Refuse what computes with the base's weights themselves, where these are quantised in a way
-    that peft does not read back."""
+    """Refuse adapters that need the base's weights themselves, if these are quantised in a way that
+    peft cannot dequantise."""
     if adapter.changes_base:
         raise refusal(adapter.path, "its start was taken from weights that are quantised here")
     in_8_bits = any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
     if in_8_bits and getattr(adapter.config, "use_dora", False):
-        # On a CPU peft's way of reading them leaves a layer that fails in its next forward.
+        # On a CPU, peft's dequantisation leaves a layer that fails in its next forward.
         raise refusal(adapter.path, "DoRA needs the weights that --load-8bit rounds (4 bits work)")
 
 
 def refusal(path: str, cause: str) -> EngineLoadError:
-    """The error for an adapter that cannot be served, with the way out."""
+    """The error for an adapter that cannot be served, with the remedy."""
     return EngineLoadError(
         f"adapter {path} cannot be served: {cause}. Merge it into its base where it was trained, "
         "and serve the result"
@@ -148,12 +149,13 @@ def refusal(path: str, cause: str) -> EngineLoadError:
 
 @contextmanager
 def explained(path: str) -> Iterator[None]:
-    """Turn what peft raises into one clear line; its warnings are checked for here, or known."""
+    """Turn exceptions of peft into one clear line. Its warnings are covered by checks here, or
+    known to be harmless."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except EngineLoadError:
         raise
-    except Exception as error:  # peft raises what Python has, bare assertions among it
+    except Exception as error:  # peft raises all kinds of exceptions, even bare assertions
         raise EngineLoadError(f"cannot load adapter {path}: {one_line(error, 400)}") from error

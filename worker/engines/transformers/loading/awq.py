@@ -1,5 +1,5 @@
-"""AWQ checkpoints (4 bits, GEMM layout) without gptqmodel: dequantised while they are loaded
-(`dense`). Must never be imported where gptqmodel is to do the work."""
+"""AWQ checkpoints (4 bits, GEMM layout) without gptqmodel: dequantised while loading (`dense`).
+Must never be imported if gptqmodel is used."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["dequantised", "dequantising_config"]
 METHOD = "tokenbus_awq"
 
 NIBBLE_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of eight neighbouring columns each nibble of a word holds, lowest nibble first."""
+"""Which of eight neighbouring columns is in each nibble of a word, lowest nibble first."""
 
 
 def dequantising_config(stored: dict[str, Any], path: str) -> dict[str, Any]:
-    """What stands in for the checkpoint's own quantisation config. Raises `EngineLoadError` for
+    """A replacement for the checkpoint's own quantisation config. Raises `EngineLoadError` for
     layouts other than 4 bits with zero points, GEMM."""
     layout = str(stored.get("version") or stored.get("format") or "gemm").lower()
     bits = stored.get("bits", stored.get("w_bit", 4))
@@ -35,7 +35,7 @@ def dequantised(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tenso
     """The weight of a linear layer, float32 [out, in].
 
     `qweight` int32 [in, out / 8], `qzeros` int32 [groups, out / 8], `scales` [groups, out]. Raises
-    `ValueError` for shapes that do not belong together.
+    `ValueError` for inconsistent shapes.
     """
     values, zeros = _unpacked(qweight), _unpacked(qzeros)
     groups = scales.shape[0]

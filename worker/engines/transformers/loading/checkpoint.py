@@ -1,6 +1,6 @@
-"""What a checkpoint must hold: every weight that the model computes with.
+"""Checks that a checkpoint contains every weight that the model uses.
 
-transformers goes on with random weights where some are missing, and says so in a log line. Must
+If weights are missing, transformers continues with random ones and only logs it. Must
 never load weights.
 """
 
@@ -22,20 +22,20 @@ __all__ = ["refuse_left_out", "refuse_missing", "weight_names"]
 def refuse_missing(
     model: Any, missing: Iterable[str], path: str, *, quantised: bool = False
 ) -> None:
-    """Raise `EngineLoadError` where weights of `model` that were not in its checkpoint matter.
+    """Raise `EngineLoadError` if weights that `model` needs were not in its checkpoint.
 
-    `missing` is what transformers reports: it has left out already what is tied to another weight
-    and what the model declares optional.
+    `missing` is what transformers reports, which already excludes weights tied to another and those
+    that the model declares optional.
     """
     buffers = dict(model.named_buffers())
     headless = not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None
     lacking = sorted(
         name
         for name in map(str, missing)
-        # Computed, not learned. What is learned may be a buffer too (statistics, a router's bias).
+        # Computed, not learned. Learned values may be buffers too (statistics, a router's bias).
         if not (name in buffers and not buffers[name].is_floating_point())
         and not name.endswith("inv_freq")
-        # Nobody reads it: embeddings are pooled from the last hidden states.
+        # Not used: embeddings are pooled from the last hidden states.
         and not (headless and "pooler" in name.split("."))
     )
     if not lacking:
@@ -53,18 +53,18 @@ def refuse_missing(
 
 
 def refuse_left_out(model: Any, unexpected: Iterable[str], path: str) -> None:
-    """Raise `EngineLoadError` where the checkpoint has more weights for layers of `model` than they
-    take: biases that its configuration does not declare, scales of a quantisation that it does not
-    name. Without them the layers compute something else.
+    """Raise `EngineLoadError` if the checkpoint has extra weights for layers of `model`: biases
+    that its configuration does not declare, scales of a quantisation that it does not name. Without
+    them the layers would compute something else.
 
-    `unexpected` is what transformers reports. Layers that the model has not at all (a head for
-    another task, predictors of further tokens) may be left out.
+    `unexpected` is what transformers reports. Layers that the model does not have at all (a head
+    for another task, multi-token predictors) may be left out.
     """
     layers = {name: layer for name, layer in model.named_modules() if layer._parameters}
     left_out = []
     for name in sorted(map(str, unexpected)):
         place, _, own = name.rpartition(".")
-        # A buffer that older releases stored (`position_ids`) is computed today.
+        # Buffers that older releases stored (`position_ids`) are computed today.
         if place in layers and own not in layers[place]._buffers:
             left_out.append(name)
     if not left_out:
@@ -72,13 +72,13 @@ def refuse_left_out(model: Any, unexpected: Iterable[str], path: str) -> None:
     names = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
     raise EngineLoadError(
         f"{path} holds {len(left_out)} weights that its configuration has no place for ({names}): "
-        "without them it would answer otherwise; take the config.json that it was saved with"
+        "without them its answers would differ; use the config.json that it was saved with"
     )
 
 
 def weight_names(path: str, revision: str | None) -> list[str]:
-    """Names of the tensors of a checkpoint in safetensors (a folder or a hub id); none where it has
-    another format."""
+    """Names of the tensors in a safetensors checkpoint (a folder or a hub id); empty
+    for another format."""
     for file in ("model.safetensors.index.json", "model.safetensors"):
         found = cached_file(
             path,

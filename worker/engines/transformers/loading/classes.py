@@ -1,7 +1,7 @@
-"""Which of transformers' Auto classes loads a model, and whether it takes images.
+"""Chooses the transformers Auto class that loads a model, and finds out whether it accepts images.
 
-Decided by the architecture that the configuration names and by transformers' own mappings, never by
-how a name ends alone: `GPT2LMHeadModel` has a head. Must never load weights.
+Decided by the architecture in the configuration and by transformers' own mappings, never just by
+the ending of a name: `GPT2LMHeadModel` has a head. Must never load weights.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ class ModelClass:
 
     #: The Auto class whose `from_pretrained` loads it.
     auto: Any
-    #: It cannot be served without its processor.
+    #: Whether it cannot be served without its processor.
     takes_images: bool = False
-    #: It is remote code that brings an image processor, though its Auto class says nothing of
-    #: images: they are served where the processor can be loaded.
+    #: Whether it is remote code with an image processor although its Auto class does not mention
+    #: images: images are then served if the processor can be loaded.
     may_take_images: bool = False
 
 
 def model_class(
     config: Any, folder: Path | None, path: str, *, trust_remote_code: bool
 ) -> ModelClass:
-    """The class for `config`. Remote code that registered a class under another name of
-    `AutoModelForImageTextToText` is entered under this one too, in `config`. Raises
-    `EngineLoadError` for a kind of model that writes no text and embeds none."""
+    """The class for `config`. Remote code that registered a class under an alias of
+    `AutoModelForImageTextToText` is also registered under that name, in `config`. Raises
+    `EngineLoadError` for a kind of model that neither writes nor embeds text."""
     kind = type(config)
     names = set(getattr(config, "architectures", None) or ())
     remote = dict(getattr(config, "auto_map", None) or {})
@@ -87,7 +87,7 @@ def model_class(
 
 
 def _class_names(mapping: Any, kind: type) -> set[str]:
-    """Names of the classes that a mapping has for a kind of configuration."""
+    """Names of the classes in a mapping for a kind of configuration."""
     if kind not in mapping:
         return set()
     found = mapping[kind]
@@ -95,7 +95,7 @@ def _class_names(mapping: Any, kind: type) -> set[str]:
 
 
 def _headless(kind: type, names: set[str]) -> bool:
-    """Whether the checkpoint holds a model without a head that writes text."""
+    """Whether the checkpoint is a model without a language-model head."""
     heads = set().union(
         *(
             _class_names(mapping, kind)
@@ -106,7 +106,7 @@ def _headless(kind: type, names: set[str]) -> bool:
             )
         )
     )
-    # Of older models, heads that no mapping names: GPT2DoubleHeadsModel.
+    # Heads of older models that are in no mapping: GPT2DoubleHeadsModel.
     return bool(names) and all(
         name not in heads
         and "Head" not in name
@@ -116,8 +116,8 @@ def _headless(kind: type, names: set[str]) -> bool:
 
 
 def _encoder_alone(kind: type, names: set[str]) -> bool:
-    """Whether the checkpoint holds only the encoder of an encoder-decoder model (T5EncoderModel);
-    the whole model would get a random decoder."""
+    """Whether the checkpoint is only the encoder of an encoder-decoder model (T5EncoderModel); the
+    whole model would get a random decoder."""
     encoders = _class_names(MODEL_FOR_TEXT_ENCODING_MAPPING, kind)
     return bool(names & (encoders - _class_names(MODEL_MAPPING, kind)))
 
@@ -130,7 +130,7 @@ def _remote_class(
     *,
     sentence_model: bool,
 ) -> ModelClass | None:
-    """The class that a folder's own code was registered for, or None where it brings no model."""
+    """The class for which a folder's own code was registered, or None if it has no model."""
     for alias in _IMAGE_TEXT_ALIASES:
         if alias in remote:
             remote.setdefault(AutoModelForImageTextToText.__name__, remote[alias])

@@ -1,10 +1,10 @@
-"""compressed-tensors checkpoints: weights become dense while they are loaded, and activations are
-rounded as they were when the model was quantised.
+"""compressed-tensors checkpoints: weights become dense while loading, and activations are rounded
+as they were when the model was quantised.
 
-transformers reads every layer by one group's scheme and drops the rest; here each layer is read by
-the scheme of its own group, and inputs and outputs of layers that were quantised (W8A8, FP8, W4A8,
-NVFP4) are rounded by hooks, each token by itself. What cannot be kept is refused or told. The
-formats are the library's. Must never be imported where compressed-tensors is not installed.
+transformers reads every layer with one group's scheme and drops the rest; here each layer is read
+with the scheme of its own group, and inputs and outputs of quantised layers (W8A8, FP8, W4A8,
+NVFP4) are rounded by hooks, each token by itself. What cannot be reproduced is refused or reported.
+The library defines the formats. Must never be imported if compressed-tensors is not installed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 METHOD = "tokenbus_compressed_tensors"
 
 OFFLINE = ("weight_input", "weight_output")
-"""Places of a rotation that is in the stored weights; all others are computed at run time."""
+"""Locations of rotations that are fused into the stored weights; all others are computed
+at run time."""
 
 NAMES = (
     "weight",
@@ -47,12 +48,12 @@ NAMES = (
     "weight_shape",
     "weight_g_idx",
 )
-"""What formats store for one weight."""
+"""Names of the tensors that formats store for one weight."""
 
 
 def keeping_config(stored: dict[str, Any], path: str) -> dict[str, Any]:
-    """What stands in for the checkpoint's own quantisation config. Raises `EngineLoadError` for
-    what could only be served wrong."""
+    """A replacement for the checkpoint's own quantisation config. Raises `EngineLoadError` for what
+    would give wrong answers."""
     rotated = sorted(
         f"{name} ({place['location']})"
         for name, group in (
@@ -84,7 +85,7 @@ def keeping_config(stored: dict[str, Any], path: str) -> dict[str, Any]:
 
 @register_quantization_config(METHOD)
 class Config(CompressedTensorsConfig):  # type: ignore[misc]
-    """The checkpoint's config, read with dense weights in mind."""
+    """The checkpoint's config, for dense weights."""
 
     def __init__(self, quant_method: str = METHOD, **facts: Any) -> None:
         super().__init__(**facts, dequantize=True)
@@ -99,21 +100,21 @@ class Config(CompressedTensorsConfig):  # type: ignore[misc]
 
 @register_quantizer(METHOD)
 class Quantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]
-    """Loads each layer by its group's scheme."""
+    """Loads each layer with its group's scheme."""
 
     serialized_names = {"weight": [*NAMES]}  # noqa: RUF012
 
     def __init__(self, quantization_config: Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._config = self.compressor.quantization_config
-        #: Layers that came quantised, by their paths in the model, and how.
+        #: Quantised layers by path in the model, with their schemes.
         self.found: dict[str, Any] = {}
 
     def get_load_operations(self) -> dict[str, Any]:
         return {"dequantize": Decompress}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        """Make room for the scales of activations that checkpoints hold."""
+        """Make room for activation scales in the checkpoint."""
         for path, module in model.named_modules():
             scheme = None
             if isinstance(module, nn.Linear) and not self._ignored(path, module):
@@ -132,8 +133,8 @@ class Quantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]
                     )
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        """Round activations from here on. What a checkpoint holds decides which layers are
-        quantised: names in its config may be those of another release."""
+        """Round activations from now on. The tensors in the checkpoint decide which layers are
+        quantised, since names in its config may be those of another release."""
         fused = []
         for parameter, scheme in self.found.items():
             sides = _activations(scheme)
@@ -154,7 +155,7 @@ class Quantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]
         return model
 
     def scheme(self, path: str, module: nn.Module, tensors: dict[str, torch.Tensor]) -> Any:
-        """The scheme of a layer. Raises `ValueError` where its tensors fit no group, or several."""
+        """The scheme of a layer. Raises `ValueError` if its tensors fit no group, or several."""
         named = self._named(path, module)
         if named is not None and _fits(named, tensors):
             return named
@@ -167,7 +168,7 @@ class Quantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]
         return groups[0]
 
     def _named(self, path: str, module: nn.Module) -> Any:
-        """The scheme whose targets name a layer, as compressed-tensors looks it up."""
+        """The scheme whose targets match a layer, as looked up by compressed-tensors."""
         schemes = {
             target: scheme
             for scheme in self._config.config_groups.values()
@@ -187,14 +188,14 @@ class Quantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]
 
 
 class Decompress(ConversionOps):  # type: ignore[misc]
-    """The tensors of a layer become its weight; those of experts, which transformers fuses in a
-    later operation, a list of weights."""
+    """Converts the tensors of a layer to its weight; those of experts, which transformers fuses in
+    a later operation, to a list of weights."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         self._quantizer = quantizer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Decompress:
-        # Copied for every parameter; what is found is gathered in one place.
+        # Copied for every parameter, but results are collected in one place.
         return Decompress(self._quantizer)
 
     def convert(
@@ -215,7 +216,7 @@ class Decompress(ConversionOps):  # type: ignore[misc]
                         self._dense(full_layer_name, stem, index, model, held)
                         for index, held in enumerate(_each(tensors))
                     ]
-            # Later operations look for the names of sources.
+            # Later operations look up the names of sources.
             key = next(key for key in input_dict if key.rpartition(".")[0] == stem)
             result[key] = [weight.to(dtype) for weight in weights]
         if "" in layers:
@@ -235,7 +236,7 @@ class Decompress(ConversionOps):  # type: ignore[misc]
         scheme = self._quantizer.scheme(path, module, tensors)
         self._quantizer.found[parameter] = scheme
         if scheme.format == "dense":
-            # Stored as it was while it was being quantised.
+            # Stored in the state that it had during quantisation.
             weight: torch.Tensor = fake_quantize(
                 tensors["weight"],
                 tensors["weight_scale"],
@@ -259,7 +260,7 @@ def _each(tensors: dict[str, list[torch.Tensor]]) -> Iterator[dict[str, torch.Te
 
 
 def _names(path: str) -> Iterator[str]:
-    """The names that a layer may have had in the release of transformers that quantised it: without
+    """Names that a layer may have had in the transformers release that quantised it: without
     leading modules, and with the language model elsewhere."""
     for name in (
         path,
@@ -276,7 +277,7 @@ def _class_names(module: nn.Module) -> set[str]:
 
 def _source_path(parameter: str, stem: str, index: int) -> str:
     """Path of a layer before transformers fused it into `parameter`; `stem` is the pattern of its
-    name, as `.experts.*.w1`."""
+    name, such as `.experts.*.w1`."""
     before, experts, _ = parameter.rpartition(".experts.")
     if experts and "experts." in stem:
         return before + experts + stem.partition("experts.")[2].replace("*", str(index), 1)
@@ -288,7 +289,7 @@ def _source_path(parameter: str, stem: str, index: int) -> str:
 
 
 def _fits(scheme: Any, tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether a layer's tensors can be of a scheme: bits, groups, zero points, type."""
+    """Whether a layer's tensors match a scheme: bits, groups, zero points, type."""
     weights = scheme.weights
     if weights is None:
         return False
@@ -302,7 +303,7 @@ def _fits(scheme: Any, tensors: dict[str, torch.Tensor]) -> bool:
         return True
     inputs = int(shape[1])
     columns = tensors["weight_packed"].shape[-1]
-    # Older releases pack 3, 5, 6 and 7 bits without letting a number cross words.
+    # Older releases pack 3, 5, 6 and 7 bits so that no number crosses a word boundary.
     fits = columns in (
         math.ceil(inputs * weights.num_bits / 32),
         math.ceil(inputs / (32 // weights.num_bits)),
@@ -319,17 +320,17 @@ def _activations(scheme: Any) -> list[tuple[str, Any]]:
 
 
 def _round(path: str, module: nn.Module, side: str, arguments: Any) -> None:
-    """Round what goes into a layer, or comes out of it, from here on."""
+    """Round the inputs or outputs of a layer from now on."""
     if arguments.dynamic is False and not hasattr(module, f"{side}_scale"):
         raise EngineLoadError(
-            f"{path} has rounded activations and no {side}_scale under the name that transformers "
-            "gives it now"
+            f"{path} has rounded activations but no {side}_scale under the name that this "
+            "transformers uses"
         )
 
     def rounded(values: torch.Tensor) -> torch.Tensor:
         if not values.numel():
             return values
-        # The library takes the last but one of three axes for tokens, and of two axes none.
+        # The library treats the second-to-last of three axes as tokens, and none of two axes.
         tokens = values.reshape(1, -1, values.shape[-1])
         overall = getattr(module, f"{side}_global_scale", None)
         if arguments.dynamic:

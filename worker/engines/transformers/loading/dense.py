@@ -1,8 +1,8 @@
-"""Checkpoints of packed integers, dequantised while they are loaded, for want of their library.
+"""Dequantises checkpoints of packed integers while loading, if their own library is missing.
 
-Each weight is unpacked as it is read, so the packed and the dense model never lie in memory
-together. What is served is a dense model in the dtype asked for. Uses transformers' own extension
-points for quantisers; the formats are `awq`'s and `gptq`'s.
+Each weight is unpacked as it is read, so the packed and the dense model are never in memory
+together. The result is a dense model in the requested dtype. Uses transformers' own extension
+points for quantisers; the formats are in `awq` and `gptq`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from worker.engines.base import EngineLoadError
 __all__ = ["ROUNDED", "explained_conversion", "noted_cause", "register"]
 
 ROUNDED = "tokenbus_rounded_activations"
-"""Attribute of a model some of whose layers round what goes through them, as when it was
-quantised: it computes like a quantised model although its weights are dense."""
+"""Attribute of a model with layers that round activations as when it was quantised: it computes
+like a quantised model although its weights are dense."""
 
 
 _causes: list[str] = []
@@ -31,8 +31,8 @@ _causes: list[str] = []
 
 @contextmanager
 def noted_cause() -> Iterator[None]:
-    """Inside a conversion: remember what goes wrong, for transformers raises an error of its own
-    that only says that something did."""
+    """Context for a conversion: remember the cause of a failure, since transformers raises a
+    generic error instead."""
     try:
         yield
     except ValueError as error:
@@ -42,7 +42,7 @@ def noted_cause() -> Iterator[None]:
 
 @contextmanager
 def explained_conversion(path: str) -> Iterator[None]:
-    """Around loading: raise `EngineLoadError` with the first cause that was noted, if any was."""
+    """Context for loading: raise `EngineLoadError` with the first cause noted, if any."""
     _causes.clear()
     try:
         yield
@@ -54,12 +54,12 @@ def explained_conversion(path: str) -> Iterator[None]:
 
 def register(method: str, parts: tuple[str, ...], dequantised: Callable[..., torch.Tensor]) -> None:
     """Teach transformers the quantisation method `method`. A layer's tensors are `parts`, and
-    `dequantised(*tensors, **facts)` makes its weight [out, in] of them; `facts` is the rest of the
-    quantisation config."""
+    `dequantised(*tensors, **facts)` computes its weight [out, in] from them; `facts` is the rest of
+    the quantisation config."""
 
     class Dequantise(ConversionOps):  # type: ignore[misc]
-        """The tensors of a layer become its weight; those of experts, which transformers fuses in
-        a later operation, a list of weights."""
+        """Converts the tensors of a layer to its weight; those of experts, which transformers fuses
+        in a later operation, to a list of weights."""
 
         def __init__(self, quantizer: HfQuantizer) -> None:
             self._facts = quantizer.quantization_config.facts
@@ -82,12 +82,12 @@ def register(method: str, parts: tuple[str, ...], dequantised: Callable[..., tor
                     ]
                 if not stem:
                     return {full_layer_name: dense[0]}
-                # Later operations look for the names of sources.
+                # Later operations look up the names of sources.
                 result[name] = dense
             return result
 
     class Config(QuantizationConfigMixin):  # type: ignore[misc]
-        """Says how weights are packed, and that they shall be dense."""
+        """Describes how weights are packed, and requests dense ones."""
 
         def __init__(self, quant_method: str = method, **facts: Any) -> None:
             self.quant_method = quant_method

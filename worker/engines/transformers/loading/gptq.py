@@ -1,5 +1,5 @@
-"""GPTQ checkpoints (2, 4 and 8 bits) without gptqmodel: dequantised while they are loaded
-(`dense`). Must never be imported where gptqmodel and optimum are to do the work."""
+"""GPTQ checkpoints (2, 4 and 8 bits) without gptqmodel: dequantised while loading (`dense`). Must
+never be imported if gptqmodel and optimum are used."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["dequantised", "dequantising_config"]
 METHOD = "tokenbus_gptq"
 
 BITS = (2, 4, 8)
-"""Those that divide a word; of 3 bits some lie across two."""
+"""Bit widths that divide a word; some 3-bit numbers would cross two words."""
 
 
 def dequantising_config(stored: dict[str, Any], path: str) -> dict[str, Any]:
-    """What stands in for the checkpoint's own quantisation config. Raises `EngineLoadError` for
+    """A replacement for the checkpoint's own quantisation config. Raises `EngineLoadError` for
     layouts other than plain GPTQ's."""
     bits = stored.get("bits")
     layout = str(stored.get("checkpoint_format") or "gptq").lower()
@@ -29,7 +29,7 @@ def dequantising_config(stored: dict[str, Any], path: str) -> dict[str, Any]:
             f"({bits} bits, {layout}): it needs gptqmodel and optimum (pip install gptqmodel "
             "optimum)"
         )
-    # The first layout keeps zero points one lower than they are.
+    # The first version of the layout stores zero points minus one.
     return {"quant_method": METHOD, "bits": bits, "zero_offset": int(layout == "gptq")}
 
 
@@ -45,8 +45,8 @@ def dequantised(
     """The weight of a linear layer, float32 [out, in].
 
     `qweight` int32 [in * bits / 32, out], `qzeros` int32 [groups, out * bits / 32], `scales`
-    [groups, out], `g_idx` [in]: the group of each input. Raises `ValueError` for shapes that do not
-    belong together.
+    [groups, out], `g_idx` [in]: the group of each input. Raises `ValueError` for
+    inconsistent shapes.
     """
     values = _unpacked(qweight.t(), bits).t()
     zeros = (_unpacked(qzeros, bits) + zero_offset) & ((1 << bits) - 1)

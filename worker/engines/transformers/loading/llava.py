@@ -1,10 +1,10 @@
-"""Reads what the LLaVA project saved, and makes transformers' own LLaVA of it.
+"""Reads checkpoints of the LLaVA project and converts them to transformers' own LLaVA.
 
-That is a folder with a whole language model and the projector among its weights, or with nothing
-but what was trained: the projector (`mm_projector`), or a LoRA adapter and everything trained
-beside it (`non_lora_trainables`); the language model is then named by `--model-base`. The vision
-tower lies among the weights or is named by config.json (see `tower`). Names of weights are the
-LLaVA project's. Must never unpickle anything but tensors, nor read a pickle that was not asked for.
+Such a folder contains either a whole language model with the projector among its weights, or only
+what was trained: the projector (`mm_projector`), or a LoRA adapter and everything trained with it
+(`non_lora_trainables`); `--model-base` then names the language model. The vision tower is among the
+weights or named in config.json (see `tower`). Names of weights are the LLaVA project's. Must never
+unpickle anything but tensors, or read a pickle that was not requested.
 """
 
 from __future__ import annotations
@@ -52,28 +52,28 @@ LLAVA_TEMPLATE = (
     "{{ eos_token if message['role'] == 'assistant' else ' ' }}"
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-"""LLaVA's conversation "v1", for language models without a chat template of their own."""
+"""LLaVA's conversation "v1", for language models without their own chat template."""
 
 
 @dataclass(frozen=True, slots=True)
 class LlavaParts:
-    """A folder of the LLaVA project."""
+    """A checkpoint folder of the LLaVA project."""
 
     folder: Path
-    #: Its config.json.
+    #: Contents of its config.json.
     facts: dict[str, Any]
-    #: Files that hold the projector, and whatever else was trained in full.
+    #: Files with the projector and everything else that was trained in full.
     weights: tuple[Path, ...]
-    #: A LoRA adapter of the language model lies in the folder.
+    #: Whether the folder contains a LoRA adapter for the language model.
     has_adapter: bool
-    #: The language model is among the weights.
+    #: Whether the weights include the language model.
     whole: bool
 
 
 def find_parts(folder: Path, *, safetensors_only: bool) -> LlavaParts | None:
-    """What the LLaVA project left in `folder`, or None when it is no such folder (a model in
-    transformers' own format is none). Raises `EngineLoadError` for pickles when only safetensors
-    are wanted, and for LLaVAs that transformers' class cannot compute."""
+    """The parts in `folder`, or None if it is not a folder of the LLaVA project (a model in
+    transformers' own format is not). Raises `EngineLoadError` for pickles if only safetensors are
+    wanted, and for LLaVAs that transformers' class cannot compute."""
     try:
         facts = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
@@ -124,10 +124,10 @@ def find_parts(folder: Path, *, safetensors_only: bool) -> LlavaParts | None:
 
 
 def refuse_half(folder: Path) -> None:
-    """Raise `EngineLoadError` for the adapter of a LLaVA without the config.json beside it: it
-    would be merged into a language model that sees nothing. Such an adapter is known by a trained
-    projector beside it, by the finished run around a checkpoint of it, and by its name, in which
-    the LLaVA project itself looks for the word."""
+    """Raise `EngineLoadError` for a LLaVA adapter without its config.json: it would be merged into
+    a language model that cannot see images. Such an adapter is recognised by a trained projector
+    next to it, by the finished run around a checkpoint of it, or by the word "llava" in its name,
+    which is how the LLaVA project itself recognises it."""
     place = folder.resolve()
     beside = [place, place.parent] if place.name.startswith("checkpoint-") else [place]
     for one in beside:
@@ -169,9 +169,9 @@ def assemble(
 ) -> tuple[Any, Any]:
     """The model and its processor.
 
-    `language_model` has its output head, is on its device and has the folder's adapter merged
-    already; its modules are taken over, not copied. `attention` None: transformers' choice. Raises
-    `EngineLoadError` where the parts do not fit, and what transformers raises for the tower.
+    `language_model` has its output head, is on its device and has the folder's adapter already
+    merged; its modules are reused, not copied. `attention` None: transformers' choice. Raises
+    `EngineLoadError` if the parts do not fit, and what transformers raises for the tower.
     """
     from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -209,7 +209,7 @@ def assemble(
     projector = _projector(parts, model.model.multi_modal_projector, tower, language_model)
     _fill(projector, projector_state, source)
     _fill(language_model, language_state, source, complete=False)
-    # The modules replace those on the meta device, so that nothing is in memory twice.
+    # The modules replace those on the meta device, so nothing is in memory twice.
     model.model.multi_modal_projector = projector
     model.model.vision_tower = tower
     model.model.language_model = language_model.base_model
@@ -226,8 +226,8 @@ def assemble(
 def _sorted_weights(
     parts: LlavaParts,
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Weights of projector, tower and language model, under the names of those modules; the latter
-    are left out where transformers reads them itself."""
+    """Weights of projector, tower and language model, under the names of those modules; those of
+    the language model are left out if transformers reads them itself."""
     state: dict[str, Any] = {}
     for file in parts.weights:
         state |= _tensors(file, _of_pictures if parts.whole else None)
@@ -252,7 +252,7 @@ def _of_pictures(name: str) -> bool:
 
 
 def _tensors(file: Path, wanted: Callable[[str], bool] | None) -> dict[str, Any]:
-    """The tensors of a file, or those whose names are wanted."""
+    """The tensors of a file, or only those whose names are wanted."""
     if file.suffix == ".safetensors":
         from safetensors import safe_open
 
@@ -261,15 +261,15 @@ def _tensors(file: Path, wanted: Callable[[str], bool] | None) -> dict[str, Any]
             return {name: held.get_tensor(name) for name in names}
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # the unpickler's own error among others; nobody here imports it
+    except Exception:  # including the unpickler's own error, which is not imported here
         raise EngineLoadError(
-            f"{file} holds something else than tensors, or is damaged: it is not read"
+            f"{file} contains something other than tensors, or is damaged: it is not read"
         ) from None
     return {name: state[name] for name in state if wanted is None or wanted(name)}
 
 
 def _projector(parts: LlavaParts, own: nn.Module, tower: Any, language_model: Any) -> nn.Module:
-    """An empty projector of the kind that the folder names, on the language model's device, whose
+    """An empty projector of the kind named in the folder, on the language model's device. Its
     weights have the LLaVA project's names or transformers' (see `_fill`)."""
     kind = str(parts.facts.get("mm_projector_type", "linear"))
     inside, outside = tower.config.hidden_size, language_model.config.hidden_size
@@ -281,7 +281,8 @@ def _projector(parts: LlavaParts, own: nn.Module, tower: Any, language_model: An
     depth = kind.removeprefix("mlp").removesuffix("x_gelu")
     if not depth.isdigit():
         raise EngineLoadError(
-            f"{parts.folder} has a projector of kind {kind!r}: linear and mlpNx_gelu are known"
+            f"{parts.folder} has a projector of kind {kind!r}: only linear and mlpNx_gelu are "
+            "supported"
         )
     layers: list[nn.Module] = [nn.Linear(inside, outside, **place)]
     for _ in range(1, int(depth)):
@@ -294,7 +295,7 @@ _OWN_NAMES = {"0": "linear_1", "2": "linear_2"}
 
 
 def _fill(module: nn.Module, state: dict[str, Any], source: Path, *, complete: bool = True) -> None:
-    """Copy `state` into `module`; `complete`: nothing of the module may be left out."""
+    """Copy `state` into `module`; `complete`: every weight of the module must be present."""
     if hasattr(module, "linear_1"):
         renamed = {}
         for name, tensor in state.items():
@@ -318,8 +319,8 @@ def _fill(module: nn.Module, state: dict[str, Any], source: Path, *, complete: b
 
 
 def _add_image_token(language_model: Any, tokenizer: Any) -> int:
-    """The id of `<image>`, given to tokenizer and model where they have none. Its embedding is
-    never read (pictures take its place) and it is never sampled, so the new row is zero."""
+    """The id of `<image>`, which is added to tokenizer and model if they have none. Its embedding
+    is never read (images replace it) and it is never sampled, so the new row is zero."""
     from tokenizers import AddedToken
 
     if _IMAGE_TOKEN not in tokenizer.get_vocab():

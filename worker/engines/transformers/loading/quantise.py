@@ -1,8 +1,8 @@
-"""8-bit and 4-bit weights through bitsandbytes: which modules must stay as they are.
+"""8-bit and 4-bit weights with bitsandbytes: decides which modules must not be quantised.
 
-transformers matches skip names from the start of a module's full path, or as a suffix; passing
-any list removes its own exclusion of the output head. So the list is built from the model itself,
-on the meta device, with full paths. Must never load weights.
+transformers matches skip names from the start of a module's full path, or as a suffix, and passing
+any list removes its own exclusion of the output head. So the list is built with full paths from the
+model itself, on the meta device. Must never load weights.
 """
 
 from __future__ import annotations
@@ -36,24 +36,25 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 LANGUAGE_NAMES = ("language_model", "text_model", "llm")
-"""What the language model is called inside a vision-language model."""
+"""Names of the language model inside a vision-language model."""
 
 MEDIA_INPUTS = ("pixel_values", "flattened_patches", "input_features", "input_values")
-"""First inputs of models of pictures and sounds."""
+"""First inputs of image and audio models."""
 
 MEDIA = re.compile(
     "(?<![a-z])(vision|visual|image|img|pixel|vqmodel|vpm|tower|audio|speech|protein|"
     "projector|connector|resampler|qformer|perceiver|aligner)(?![a-z])"
 )
-"""Words in the names of modules of pictures, sounds, ... and of what joins them to the text."""
+"""Words in the names of modules for images, audio, ... and of modules that connect them
+to the text."""
 
 FUSED_SHARE = 0.05
-"""Of a model's weights: less is not worth a word."""
+"""Fraction of a model's weights; less is not worth a warning."""
 
 _BNB_LAYERS = ("Linear8bitLt", "Linear4bit")
 
 _BNB_SCALES = re.compile(r"\.(SCB|weight\.absmax)$")
-"""Names of the tensor that comes with every weight quantised by bitsandbytes."""
+"""Names of the tensor that accompanies every weight quantised by bitsandbytes."""
 
 PACKED_MULTIPLE = 64
 """bitsandbytes packs 4-bit weights on a CPU in blocks of 64 input features and fails on others."""
@@ -63,7 +64,7 @@ def bitsandbytes_config(
     skeleton: nn.Module, *, bits: int, dtype: torch.dtype, device: torch.device
 ) -> Any:
     """The quantisation config for `skeleton` (the model on the meta device): LLM.int8 for 8 bits,
-    NF4 with double quantisation for 4. Raises `EngineLoadError` where bitsandbytes is missing."""
+    NF4 with double quantisation for 4. Raises `EngineLoadError` if bitsandbytes is missing."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise EngineLoadError(
             f"8-bit and 4-bit loading need bitsandbytes: {install_hint('worker')}"
@@ -83,7 +84,7 @@ def bitsandbytes_config(
 
 
 def modules_to_skip(skeleton: nn.Module, *, bits: int, device: torch.device) -> list[str]:
-    """Full paths (as regular expressions) of what is not quantised: output heads, everything
+    """Full paths (as regular expressions) of modules not to quantise: output heads, everything
     outside the language model (vision tower, projector), and what a CPU kernel cannot pack."""
     roots = _language_paths(skeleton)
     media = _media_paths(skeleton, roots)
@@ -96,12 +97,12 @@ def modules_to_skip(skeleton: nn.Module, *, bits: int, device: torch.device) -> 
         odd = bits == 4 and device.type == "cpu" and inputs % PACKED_MULTIPLE != 0
         if module in heads or outside or odd:
             skip.append(re.escape(path))
-    # An empty list would bring transformers' defaults back, a name that matches nothing does not.
+    # An empty list would restore transformers' defaults; a name that matches nothing does not.
     return skip or ["lm_head"]
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What bitsandbytes can quantise: linear layers, GPT-2's transposed ones among them."""
+    """Layers that bitsandbytes can quantise: linear ones, including GPT-2's transposed ones."""
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
             yield path, module
@@ -112,8 +113,8 @@ def _under(path: str, root: str) -> bool:
 
 
 def _language_paths(skeleton: nn.Module) -> list[str]:
-    """Paths of the language model inside a vision-language model, its decoder too where it has
-    one; none in a text model and where the language model is the whole."""
+    """Paths of the language model inside a vision-language model, including its decoder if it has
+    one; empty for a text model."""
     paths = [
         path
         for path, _ in skeleton.named_modules()
@@ -127,7 +128,7 @@ def _language_paths(skeleton: nn.Module) -> list[str]:
 
 
 def _decoder_path(skeleton: nn.Module) -> str:
-    """Path of an encoder-decoder model's decoder; empty in other models."""
+    """Path of an encoder-decoder model's decoder; empty for other models."""
     if not getattr(getattr(skeleton, "config", None), "is_encoder_decoder", False):
         return ""
     decoder = skeleton.get_decoder()  # type: ignore[operator]
@@ -135,9 +136,8 @@ def _decoder_path(skeleton: nn.Module) -> str:
 
 
 def _media_paths(skeleton: nn.Module, roots: list[str]) -> list[str]:
-    """Paths of what sees pictures, sounds, ... inside the language model or beside it: by the
-    inputs that a model in the model takes, and in older families, whose parts are plain modules,
-    by their names."""
+    """Paths of modules for images, audio, ... inside the language model or next to it: recognised
+    by the inputs of a nested model or, in older families with plain modules, by name."""
     paths = []
     for path, module in skeleton.named_modules():
         takes = getattr(module, "main_input_name", None) if path else None
@@ -150,7 +150,7 @@ def _media_paths(skeleton: nn.Module, roots: list[str]) -> list[str]:
 
 
 def _output_heads(skeleton: nn.Module) -> set[nn.Module]:
-    """Output heads of a model and of the models in it."""
+    """Output heads of a model and of models nested in it."""
     heads = set()
     for module in skeleton.modules():
         get_head = getattr(module, "get_output_embeddings", None)
@@ -160,17 +160,17 @@ def _output_heads(skeleton: nn.Module) -> set[nn.Module]:
     return heads
 
 
-# --- checkpoints that come quantised --------------------------------------------------------------
+# --- quantised checkpoints --------------------------------------------------------------
 
 
 def stored_skip_list(
     quantization_config: dict[str, Any], skeleton: nn.Module, names: Iterable[str], path: str
 ) -> dict[str, Any]:
-    """The config of a bitsandbytes checkpoint with the skip list that its files show: layers whose
-    weights come with scales are quantised, all others are not. The list that it was saved with has
-    names and rules of the release that saved it.
+    """The config of a bitsandbytes checkpoint with a skip list derived from its files: layers whose
+    weights have scales are quantised, all others are not. The list stored in it follows names and
+    rules of the release that saved it.
 
-    `names` are those of the stored tensors. Raises `EngineLoadError` where one is no layer here.
+    `names` are those of the stored tensors. Raises `EngineLoadError` if one is not a layer here.
     """
     renamings = get_model_conversion_mapping(skeleton)
     layers = dict(_linear_layers(skeleton))
@@ -199,9 +199,9 @@ def stored_skip_list(
 
 
 def normalise_skip_names(quantization_config: dict[str, Any]) -> dict[str, Any]:
-    """Skip names of checkpoints quantised before transformers 5 were matched anywhere in a path;
-    the present rule matches from its start, or its end. Returns a config in which they mean what
-    either rule says."""
+    """Skip names of checkpoints quantised before transformers 5 matched anywhere in a
+    path; the present rule matches its start or its end. Returns a config in which they
+    match by either rule."""
     fixed = dict(quantization_config)
     for key in ("llm_int8_skip_modules", "modules_to_not_convert"):
         names = fixed.get(key)
@@ -211,12 +211,12 @@ def normalise_skip_names(quantization_config: dict[str, Any]) -> dict[str, Any]:
     return fixed
 
 
-# --- what is told of a loaded model ---------------------------------------------------------------
+# --- reports about a loaded model ---------------------------------------------------------------
 
 
 def quantised_share(model: nn.Module) -> float | None:
-    """The share of a model's weights that bitsandbytes keeps in few bits; None where it has
-    quantised none."""
+    """The fraction of a model's weights that bitsandbytes has quantised; None if it
+    has quantised none."""
     few, whole = 0, 0
     for module in model.modules():
         packed = isinstance(module, nn.Linear) and type(module).__name__ in _BNB_LAYERS
@@ -230,8 +230,8 @@ def quantised_share(model: nn.Module) -> float | None:
 
 
 def tell_dense_weights(model: nn.Module, path: str) -> None:
-    """Tell how much of a model that bitsandbytes was asked to quantise it does not reach: experts
-    that are fused into single parameters. Raises `EngineLoadError` where that is all of it."""
+    """Warn about the part of a model that bitsandbytes could not quantise: experts that are fused
+    into single parameters. Raises `EngineLoadError` if that is the whole model."""
     share = quantised_share(model)
     if share is None:
         raise EngineLoadError(
@@ -250,7 +250,7 @@ def tell_dense_weights(model: nn.Module, path: str) -> None:
     for (name, dtype), count in counts.items():
         if count > least:
             log.warning(
-                "%s: only %.0f %% of the weights are quantised: %s stay %s, for bitsandbytes "
+                "%s: only %.0f %% of the weights are quantised: %s stay %s, because bitsandbytes "
                 "quantises linear layers and each of these is one parameter",
                 path,
                 100 * share,
@@ -260,16 +260,17 @@ def tell_dense_weights(model: nn.Module, path: str) -> None:
 
 
 def computes_quantised(model: nn.Module) -> bool:
-    """Whether a loaded model has weights of few bits, or rounds its activations. What transformers
-    made dense while it was loaded has neither."""
+    """Whether a loaded model has quantised weights, or rounds its activations. A model that
+    transformers made dense while loading has neither."""
     return bool(getattr(model, "is_quantized", False)) or hasattr(model, ROUNDED)
 
 
 def warn_of_lost_rounding(model: nn.Module, stored: dict[str, Any], path: str) -> None:
-    """Tell where transformers made an FP8 model dense: its kernels round activations as well."""
+    """Warn if transformers made an FP8 model dense: FP8 kernels also round activations."""
     if not computes_quantised(model) and str(stored.get("quant_method")) in ("fp8", "fbgemm_fp8"):
         log.warning(
-            "%s is dense in memory, for this device has no FP8 kernels: its activations are not "
+            "%s is dense in memory, because this device has no FP8 kernels: its activations are "
+            "not "
             "rounded as they were when it was quantised",
             path,
         )

@@ -1,8 +1,8 @@
-"""The vision tower of a LLaVA in the LLaVA project's format, and the processor of its pictures.
+"""The vision tower of a LLaVA in the LLaVA project's format, and its image processor.
 
-config.json names a folder or a hub id; the weights may lie in the checkpoint itself, where the
-tower was trained too. Must never guess what changes a picture's meaning: without the tower's own
-configuration only OpenAI's CLIP is known, whose sizes are those of its weights.
+config.json names a folder or a hub id; the weights may be in the checkpoint itself, if the tower
+was trained too. Must never guess settings that affect images: without the tower's own configuration
+only OpenAI's CLIP is supported, whose sizes follow from its weights.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def load_tower(
     safetensors_only: bool,
 ) -> tuple[Any, Any]:
     """The tower and its image processor. `name` is a folder, perhaps inside `folder`, or a hub id;
-    `state` holds weights of the tower that the checkpoint brings along (perhaps none)."""
+    `state` has the tower's weights from the checkpoint (possibly none)."""
     from transformers import AutoImageProcessor
 
     path = str(folder / name) if (folder / name).is_dir() else name
@@ -46,7 +46,7 @@ def load_tower(
     except (OSError, ValueError) as error:
         if not (name.startswith(_OPENAI_CLIP) and "embeddings.patch_embedding.weight" in state):
             raise EngineLoadError(
-                f"{folder} names the vision tower {name}, which is neither a folder nor to be had "
+                f"{folder} names the vision tower {name}, which is neither a folder nor available "
                 "from the hub now: load it once while online, or write its folder's path into "
                 f"mm_vision_tower of config.json ({one_line(error, 160)})"
             ) from error
@@ -96,13 +96,14 @@ def _config(path: str) -> Any:
     config = getattr(config, "vision_config", config)
     if config.model_type not in _CLASSES:
         raise EngineLoadError(
-            f"vision tower {path} is a {config.model_type}: CLIP and SigLIP are known"
+            f"vision tower {path} is a {config.model_type}: only CLIP and SigLIP are supported"
         )
     return config
 
 
 def _openai_clip(state: dict[str, Any]) -> tuple[Any, Any]:
-    """Configuration and image processor of one of OpenAI's towers, from its weights' sizes."""
+    """Configuration and image processor of one of OpenAI's towers, from the sizes of its
+    weights."""
     from transformers import CLIPImageProcessor, CLIPVisionConfig
 
     width, _, patch, _ = state["embeddings.patch_embedding.weight"].shape
@@ -124,7 +125,8 @@ def _openai_clip(state: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _named_by(tower: Any, state: dict[str, Any]) -> dict[str, Any]:
-    """Weights under the names of this transformers, which may put `vision_model.` before them."""
+    """Weights under the names used by this transformers, which may have the prefix
+    `vision_model.`."""
     prefix = "vision_model." if hasattr(tower, "vision_model") else ""
     return {prefix + key: tensor for key, tensor in state.items()}
 
