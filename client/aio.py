@@ -23,7 +23,7 @@ from client.choices import AsyncChoiceStream
 from client.core.events import Answered, End
 from client.core.shapes import Format, T
 from client.errors import BusError
-from client.face import Face, drain_args
+from client.face import BaseClient, drain_args
 from client.images import Image
 from client.io.loop import LoopTransport
 from client.io.thread import closed
@@ -42,7 +42,7 @@ from client.version import software
 __all__ = ["AsyncClient"]
 
 
-class AsyncClient(Face):
+class AsyncClient(BaseClient):
     """A client of the bus.
 
     ```
@@ -459,7 +459,7 @@ class AsyncClient(Face):
         inbox = AsyncInbox(asyncio.get_running_loop())
         return AsyncStream(self._start(call, inbox), inbox, self)
 
-    def _carrier(self) -> LoopTransport:
+    def _current_transport(self) -> LoopTransport:
         loop = asyncio.get_running_loop()
         return self._transports.get(loop) or self._join_loop(loop)
 

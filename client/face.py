@@ -22,7 +22,7 @@ from client.options import Connection, Limits, Retry, Timeout
 from client.stream import PassingSink, StreamState
 
 
-class Face:
+class BaseClient:
     """A client without a way of waiting. It connects with the first call."""
 
     def __init__(
@@ -67,7 +67,7 @@ class Face:
         """The rest of the construction."""
         raise NotImplementedError
 
-    def _carrier(self) -> Transport:
+    def _current_transport(self) -> Transport:
         """The transport for calls made here."""
         raise NotImplementedError
 
@@ -101,14 +101,14 @@ class Face:
             call.retry,
             call.window_tokens,
         )
-        carrier = self._carrier()
+        transport = self._current_transport()
         state = StreamState(
-            request_id, call.request.model, call.request.params.seed, carrier.post, call.shape
+            request_id, call.request.model, call.request.params.seed, transport.post, call.shape
         )
         if call.reading is not None:
             reader = CallReader(call.reading, short_id(request_id), sink.add)
             sink = PassingSink(reader.add, sink.wake)
-        carrier.open(made, sink)
+        transport.open(made, sink)
         return state
 
     def _ask(
@@ -117,11 +117,11 @@ class Face:
         limit = self._defaults.timeout
         query_id = new_id()
         chosen = Timeout(connect=limit.connect, total=timeout if timeout is not None else None)
-        self._carrier().open(events.QueryMade(query_id, verb, args or {}, chosen), sink)
+        self._current_transport().open(events.QueryMade(query_id, verb, args or {}, chosen), sink)
         return query_id
 
     def _forget(self, id_: bytes) -> None:
-        self._carrier().post(events.RequestDropped(id_))
+        self._current_transport().post(events.RequestDropped(id_))
 
 
 def drain_args(worker: str, deadline_s: float | None, reason: str) -> dict[str, Any]:

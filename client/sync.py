@@ -18,7 +18,7 @@ from client.choices import ChoiceStream
 from client.core.events import Answered, End
 from client.core.shapes import Format, T
 from client.errors import BusError
-from client.face import Face, drain_args
+from client.face import BaseClient, drain_args
 from client.images import Image
 from client.io.thread import Transport
 from client.parameters import (
@@ -35,7 +35,7 @@ from client.version import software
 __all__ = ["Client"]
 
 
-class Client(Face):
+class Client(BaseClient):
     """A client of the bus.
 
     ```
@@ -54,7 +54,7 @@ class Client(Face):
         # Also at the end of the process, so that workers are told rather than left to notice.
         self._finalizer = weakref.finalize(self, _shut_down, self._transport)
 
-    def _carrier(self) -> Transport:
+    def _current_transport(self) -> Transport:
         return self._transport
 
     @overload

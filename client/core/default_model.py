@@ -17,7 +17,7 @@ from client.core.dialer import Dialer
 from client.core.exchange import Exchange
 
 
-class Naming:
+class DefaultModel:
     """The requests without a model, and the query that names it."""
 
     def __init__(

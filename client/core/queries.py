@@ -29,7 +29,7 @@ REPEATABLE_VERBS: Final = frozenset(
 
 
 @dataclass(slots=True)
-class _Question:
+class _Query:
     made: events.QueryMade
     made_s: float
     due_s: float
@@ -42,7 +42,7 @@ class _Question:
         return self.due_s if self.sent else min(self.due_s, self.connect_due_s)
 
 
-class Questions:
+class Queries:
     """The open queries of a session."""
 
     def __init__(
@@ -56,7 +56,7 @@ class Questions:
         self._answer = answer
         self._timer = timer
         self._no_broker = no_broker
-        self._open: dict[bytes, _Question] = {}
+        self._open: dict[bytes, _Query] = {}
 
     def __len__(self) -> int:
         return len(self._open)
@@ -67,31 +67,31 @@ class Questions:
     def made(self, fact: events.QueryMade) -> None:
         """The application asks; sent at once if there is a session."""
         now_s = self._dialer.now_s
-        question = _Question(
+        query = _Query(
             fact,
             now_s,
             now_s + (fact.timeout.total or ANSWER_S),
             now_s + _limit(fact.timeout.connect),
         )
-        self._open[fact.query_id] = question
-        self._timer(question.next_due_s, fact.query_id)
+        self._open[fact.query_id] = query
+        self._timer(query.next_due_s, fact.query_id)
         if self._dialer.has_session:
-            self._send(question)
+            self._send(query)
 
     def session_began(self) -> None:
         """Send the open queries."""
-        for question in self._open.values():
-            self._send(question)
+        for query in self._open.values():
+            self._send(query)
 
     def session_over(self, error: ErrorInfo) -> None:
         """Keep queries that may be repeated; fail the rest, since it is unknown whether they
         were carried out."""
-        for query_id, question in list(self._open.items()):
-            if not question.sent or question.made.verb in REPEATABLE_VERBS:
-                question.sent = False
-                limit_s = _limit(question.made.timeout.connect)
-                question.connect_due_s = self._dialer.now_s + limit_s
-                self._timer(question.next_due_s, query_id)
+        for query_id, query in list(self._open.items()):
+            if not query.sent or query.made.verb in REPEATABLE_VERBS:
+                query.sent = False
+                limit_s = _limit(query.made.timeout.connect)
+                query.connect_due_s = self._dialer.now_s + limit_s
+                self._timer(query.next_due_s, query_id)
             else:
                 self._end(query_id, error_from(error))
 
@@ -103,18 +103,18 @@ class Questions:
 
     def due(self, query_id: bytes) -> None:
         """A timer of this query fired."""
-        question = self._open[query_id]
+        query = self._open[query_id]
         now_s = self._dialer.now_s
-        if not question.sent and now_s >= question.connect_due_s:
-            self._end(query_id, self._no_broker(question.made.timeout.connect or 0.0))
-        elif now_s >= question.due_s and not question.sent:
-            self._end(query_id, self._no_broker(now_s - question.made_s))
-        elif now_s >= question.due_s:
-            story = f"the broker did not answer {question.made.verb} in time; ask again"
+        if not query.sent and now_s >= query.connect_due_s:
+            self._end(query_id, self._no_broker(query.made.timeout.connect or 0.0))
+        elif now_s >= query.due_s and not query.sent:
+            self._end(query_id, self._no_broker(now_s - query.made_s))
+        elif now_s >= query.due_s:
+            story = f"the broker did not answer {query.made.verb} in time; ask again"
             info = ErrorInfo(code=ErrorCode.DEADLINE_EXCEEDED.value, message=story)
             self._end(query_id, error_from(info))
         else:
-            self._timer(question.next_due_s, query_id)
+            self._timer(query.next_due_s, query_id)
 
     def forget(self, query_id: bytes) -> None:
         """Nobody waits for it any more."""
@@ -125,10 +125,10 @@ class Questions:
         for query_id in list(self._open):
             self._end(query_id, error)
 
-    def _send(self, question: _Question) -> None:
-        question.sent = True
-        query = messages.Query(verb=question.made.verb, args=question.made.args)
-        self._dialer.send_body(MessageType.QUERY, question.made.query_id, query)
+    def _send(self, query: _Query) -> None:
+        query.sent = True
+        body = messages.Query(verb=query.made.verb, args=query.made.args)
+        self._dialer.send_body(MessageType.QUERY, query.made.query_id, body)
 
     def _end(self, query_id: bytes, item: Item) -> None:
         del self._open[query_id]

@@ -135,7 +135,7 @@ class ClientSession:
         if refusal is not None:
             self._deliver(made.query_id, refusal)
             return
-        self._questions.made(made)
+        self._queries.made(made)
         self._dialer.want()
 
     def _on_dropped(self, dropped: events.RequestDropped) -> None:

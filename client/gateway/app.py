@@ -25,7 +25,7 @@ from broker.protocol.errors import ErrorCode
 from broker.protocol.tracing import make_tracer
 from client import AsyncClient, BusError, Timeout
 from client.gateway.config import Config
-from client.gateway.context import Visit, route
+from client.gateway.context import RequestContext, route
 from client.gateway.errors import GatewayError, error_response, invalid
 from client.gateway.fastchat.api import legacy_api_routes
 from client.gateway.fastchat.routes import legacy_routes
@@ -187,12 +187,12 @@ def _methods_at(request: Request) -> set[str]:
     }
 
 
-async def _health(visit: Visit) -> Response:
+async def _health(visit: RequestContext) -> Response:
     """The process is alive."""
     return PlainTextResponse("ok")
 
 
-async def _ready(visit: Visit) -> Response:
+async def _ready(visit: RequestContext) -> Response:
     """Whether the broker answers. A gateway that stops closes its port first."""
     try:
         models = await visit.gateway.bus.query("bus.models", timeout=_READY_S)
@@ -202,7 +202,7 @@ async def _ready(visit: Visit) -> Response:
     return JSONResponse({"ready": True, "models": len(models), "serving": serving})
 
 
-async def _metrics(visit: Visit) -> Response:
+async def _metrics(visit: RequestContext) -> Response:
     """The gateway's metrics and, for operators, those of broker and workers.
 
     With several gateways, scrape one for everything and the others with `?scope=gateway`.

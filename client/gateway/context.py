@@ -44,7 +44,7 @@ from client.gateway.traces import HttpSpan
 if TYPE_CHECKING:
     from client.gateway.state import Gateway
 
-__all__ = ["Endpoint", "Handler", "Visit", "presented_key", "route"]
+__all__ = ["Endpoint", "Handler", "RequestContext", "presented_key", "route"]
 
 log = logging.getLogger("tokenbus.gateway")
 
@@ -62,7 +62,7 @@ REATTACH_HEADER = "x-reattach"
 
 
 @dataclass(slots=True)
-class Visit:
+class RequestContext:
     """What handlers know of a request apart from its body."""
 
     gateway: Gateway
@@ -318,7 +318,7 @@ class Visit:
 #: The converter of a path parameter, which is left out of logs and metrics.
 _CONVERTOR: Final = re.compile(r":\w+}")
 
-Handler = Callable[[Visit], Awaitable[Response]]
+Handler = Callable[[RequestContext], Awaitable[Response]]
 
 
 def presented_key(headers: Headers) -> str | None:
@@ -367,7 +367,7 @@ class Endpoint:
         gateway: Gateway = scope["app"].state.gateway
         request = Request(scope, receive)
         request_id = request_id_of(scope)
-        visit = Visit(gateway, request, request_id, ANYBODY)
+        visit = RequestContext(gateway, request, request_id, ANYBODY)
         if gateway.tracer is not None and self._counted:
             visit.span = HttpSpan(
                 gateway.tracer, request.method, self._path, request.headers, request_id
@@ -424,7 +424,7 @@ class Endpoint:
             if not visit.handed_over:
                 visit.close()
 
-    def _account(self, visit: Visit, outcome: int) -> None:
+    def _account(self, visit: RequestContext, outcome: int) -> None:
         total_s = time.monotonic() - visit.started_s
         code = "cancelled" if outcome == STATUS_LEFT else "-"
         if visit.failure is not None:

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 if TYPE_CHECKING:
-    from client.gateway.context import Visit
+    from client.gateway.context import RequestContext
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
 
@@ -119,7 +119,7 @@ class Metrics:
         self._requests.labels(endpoint, str(status)).inc()
         self._duration.labels(endpoint).observe(total_s)
 
-    def answered(self, visit: Visit) -> None:
+    def answered(self, visit: RequestContext) -> None:
         """Count the tokens of a request that is over, including answers in the background."""
         # Only models that answered, since clients may name anything.
         if visit.completion_tokens or visit.prompt_tokens:

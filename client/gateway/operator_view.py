@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from broker.protocol.limits import MAX_NAME_BYTES
 from client import BusError
-from client.gateway.context import Visit
+from client.gateway.context import RequestContext
 from client.gateway.errors import GatewayError, error_body
 from client.gateway.openai.models import visible_models
 from client.gateway.sse import Source, encode
@@ -77,7 +77,7 @@ async def _look(gateway: Gateway) -> dict[str, Any]:
     return found
 
 
-async def session(visit: Visit) -> Response:
+async def session(visit: RequestContext) -> Response:
     """The key that the page uses, and its models."""
     models = await visible_models(visit)
     return JSONResponse(
@@ -91,13 +91,13 @@ async def session(visit: Visit) -> Response:
     )
 
 
-async def overview(visit: Visit) -> Response:
+async def overview(visit: RequestContext) -> Response:
     """One snapshot of the bus."""
     visit.check_operator()
     return Response(await visit.gateway.overview.text(visit.gateway), media_type="application/json")
 
 
-async def live(visit: Visit) -> Response:
+async def live(visit: RequestContext) -> Response:
     """A snapshot of the bus every second, as events."""
     visit.check_operator()
     gateway = visit.gateway
@@ -122,7 +122,7 @@ class DrainBody(Struct, forbid_unknown_fields=True, kw_only=True):
     reason: Annotated[str, Meta(max_length=1000)] = ""
 
 
-async def drain(visit: Visit) -> Response:
+async def drain(visit: RequestContext) -> Response:
     """Let a worker finish its requests and accept nothing new."""
     visit.check_operator()
     body = await visit.read(DrainBody)

@@ -24,7 +24,7 @@ from broker.protocol.errors import ErrorCode
 from client.gateway.errors import UNKNOWN_HEADER, GatewayError, UnknownAnswer
 
 if TYPE_CHECKING:
-    from client.gateway.context import Handler, Visit
+    from client.gateway.context import Handler, RequestContext
 
 __all__ = ["Peers", "anywhere"]
 
@@ -61,7 +61,7 @@ class Peers:
         if self._http is not None:
             await self._http.aclose()
 
-    async def ask(self, visit: Visit, body: bytes) -> Response | None:
+    async def ask(self, visit: RequestContext, body: bytes) -> Response | None:
         """The answer of the first peer that knows the id; None if none does."""
         if self._http is None or HEADER in visit.request.headers:
             return None
@@ -72,7 +72,9 @@ class Peers:
                     return found
         return None
 
-    async def _ask(self, visit: Visit, body: bytes, address: str, host: str) -> Response | None:
+    async def _ask(
+        self, visit: RequestContext, body: bytes, address: str, host: str
+    ) -> Response | None:
         assert self._http is not None
         asked, given = visit.request, visit.request.headers
         headers = {name: given[name] for name in _PASSED_ON if name in given}
@@ -100,7 +102,7 @@ class Peers:
 def anywhere(handler: Handler) -> Handler:
     """Wrap a handler: if it does not know an id, a peer that does answers instead."""
 
-    async def answer(visit: Visit) -> Response:
+    async def answer(visit: RequestContext) -> Response:
         try:
             return await handler(visit)
         except UnknownAnswer:

@@ -3,7 +3,7 @@
 uvicorn's own protocol class does the work; this adds the limits that it lacks against greedy
 callers. A connection is *unused* until a head is complete, and again once its answer is complete:
 then it has a time limit, and it is closed first when there are too many. Knows HTTP but no API;
-`Visit.body` limits the size of bodies.
+`RequestContext.body` limits the size of bodies.
 """
 
 from __future__ import annotations

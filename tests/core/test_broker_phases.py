@@ -87,7 +87,7 @@ def test_an_illegal_move_tells_the_story_of_the_request() -> None:
         "request a1b2c3d4: queued at 10.000 s (epoch 0), "
         "running at 11.250 s (epoch 3, worker gpu-7), "
         "forgotten at 12.500 s (epoch 3, worker gpu-7); "
-        "from forgotten it may not go to running"
+        "it may not move from forgotten to running"
     )
 
 

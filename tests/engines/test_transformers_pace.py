@@ -14,7 +14,7 @@ from tests.engines import tiny
 pytest.importorskip("transformers", reason="install tokenbus[worker]")
 
 from worker.engines.transformers.forward import _runs
-from worker.engines.transformers.pace import SMALLEST_PIECE, Allowance, Pace
+from worker.engines.transformers.pace import SMALLEST_PIECE, PrefillCostModel, StepBudget
 from worker.engines.transformers.slots import SlotRunner
 
 BOUND_MS = 100.0
@@ -26,12 +26,12 @@ def cost_ms(tokens: int, start: int) -> float:
 
 
 def pieces(
-    pace: Pace, prompt: int, cost: Callable[[int, int], float], start: int = 0
+    pace: PrefillCostModel, prompt: int, cost: Callable[[int, int], float], start: int = 0
 ) -> list[tuple[int, float]]:
     """A prompt computed step by step: tokens and milliseconds of each."""
     seen = []
     while start < prompt:
-        step = Allowance(pace, 256, BOUND_MS)
+        step = StepBudget(pace, 256, BOUND_MS)
         tokens = min(step.piece(start), prompt - start)
         spent = cost(tokens, start)
         pace.learn(tokens, start, spent)
@@ -41,7 +41,7 @@ def pieces(
 
 
 def test_no_piece_of_a_long_prompt_takes_longer_than_the_bound() -> None:
-    pace = Pace()
+    pace = PrefillCostModel()
     pace.learn(8, 0, cost_ms(8, 0))
     seen = pieces(pace, 8000, cost_ms)
     assert max(ms for _, ms in seen) <= BOUND_MS
@@ -52,7 +52,7 @@ def test_no_piece_of_a_long_prompt_takes_longer_than_the_bound() -> None:
 
 def test_a_short_prompt_says_little_about_a_long_one() -> None:
     """Five tokens take almost as long as fifty: pieces grow as soon as that is seen."""
-    pace = Pace()
+    pace = PrefillCostModel()
     for _ in range(20):
         pace.learn(5, 0, cost_ms(5, 0))
     seen = pieces(pace, 1500, cost_ms)
@@ -63,7 +63,7 @@ def test_a_short_prompt_says_little_about_a_long_one() -> None:
 def test_the_first_long_piece_keeps_the_bound_though_short_ones_told_nothing_of_it() -> None:
     """The very first prompts came into a cold cache: the larger of two took less time than the
     smaller, as if tokens cost nothing."""
-    pace = Pace()
+    pace = PrefillCostModel()
     pace.learn(24, 0, 45.0, rows=3)
     pace.learn(40, 0, 34.0, rows=5)
     seen = pieces(pace, 1000, cost_ms)
@@ -71,7 +71,7 @@ def test_the_first_long_piece_keeps_the_bound_though_short_ones_told_nothing_of_
 
 
 def test_a_single_disturbance_is_forgotten_within_a_few_steps() -> None:
-    pace = Pace()
+    pace = PrefillCostModel()
     pieces(pace, 2000, cost_ms)
     usual = pace.tokens(500, BOUND_MS, 256)
     pace.learn(100, 500, 8 * cost_ms(100, 500))
@@ -82,22 +82,22 @@ def test_a_single_disturbance_is_forgotten_within_a_few_steps() -> None:
 
 
 def test_a_machine_that_becomes_slower_is_followed() -> None:
-    pace = Pace()
+    pace = PrefillCostModel()
     pieces(pace, 2000, cost_ms)
     seen = pieces(pace, 4000, lambda tokens, start: 1.8 * cost_ms(tokens, start), start=2000)
     assert max(ms for _, ms in seen[2:]) <= BOUND_MS
 
 
 def test_a_bound_that_cannot_be_kept_stops_no_prompt() -> None:
-    seen = pieces(Pace(), 400, lambda tokens, start: 10 * cost_ms(tokens, start))
+    seen = pieces(PrefillCostModel(), 400, lambda tokens, start: 10 * cost_ms(tokens, start))
     assert sum(tokens for tokens, _ in seen) == 400
     assert seen[-2][0] == SMALLEST_PIECE
 
 
 def test_several_prompts_in_a_step_share_its_allowance() -> None:
-    pace = Pace()
+    pace = PrefillCostModel()
     pieces(pace, 1000, cost_ms)
-    step = Allowance(pace, 256, BOUND_MS)
+    step = StepBudget(pace, 256, BOUND_MS)
     spent = 0.0
     while tokens := min(step.piece(0), 30):
         step.spend(tokens, cost_ms(tokens, 0))
@@ -107,9 +107,9 @@ def test_several_prompts_in_a_step_share_its_allowance() -> None:
 
 def test_what_admission_took_is_part_of_the_step() -> None:
     """Room for a long prompt was made in 50 ms, and its first piece then took the whole bound."""
-    pace = Pace()
+    pace = PrefillCostModel()
     pieces(pace, 1000, cost_ms)
-    step, late = (Allowance(pace, 256, 1000.0) for _ in range(2))
+    step, late = (StepBudget(pace, 256, 1000.0) for _ in range(2))
     step.tighten(BOUND_MS, 0.0)
     late.tighten(BOUND_MS, 50.0)
     assert cost_ms(late.piece(0), 0) + 50.0 <= BOUND_MS < cost_ms(step.piece(0), 0) + 50.0

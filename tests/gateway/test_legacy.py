@@ -13,7 +13,7 @@ from PIL import Image
 
 from broker.protocol.messages import TokenLogprob
 from client.gateway.fastchat.bodies import turns_of
-from client.gateway.fastchat.routes import _longer
+from client.gateway.fastchat.routes import _with_logprobs
 from client.gateway.openai.logprobs import text_logprobs
 from tests.gateway.conftest import MODEL, GatewayProcess
 from tests.harness import wait_until
@@ -321,7 +321,7 @@ def test_a_front_end_that_hangs_up_frees_the_slot(gateway: GatewayProcess) -> No
 
 def test_a_token_that_is_certain_is_not_an_impossible_one() -> None:
     tokens = [TokenLogprob(logprob=value, token=b"a") for value in (0.0, -1.0, None)]
-    assert _longer(text_logprobs([]), tokens)["token_logprobs"] == [0.0, -1.0, -9999.0]
+    assert _with_logprobs(text_logprobs([]), tokens)["token_logprobs"] == [0.0, -1.0, -9999.0]
 
 
 def test_what_cannot_be_read_is_an_error_of_their_shape(http: httpx.Client) -> None:

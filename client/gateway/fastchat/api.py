@@ -12,7 +12,7 @@ from msgspec import Meta, Struct
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from client.gateway.context import Visit, route
+from client.gateway.context import RequestContext, route
 from client.gateway.openai.chat import chat_completions
 from client.gateway.openai.embeddings import embed
 from client.gateway.openai.generation import RETRY
@@ -50,7 +50,7 @@ def context_tokens(model: dict[str, Any]) -> int:
     return model.get("context_tokens") or ASSUMED_CONTEXT_TOKENS
 
 
-async def _token_check(visit: Visit) -> Response:
+async def _token_check(visit: RequestContext) -> Response:
     body = await visit.read(TokenCheckBody)
     models = await visible_models(visit)
     told = []
@@ -65,7 +65,7 @@ async def _token_check(visit: Visit) -> Response:
     return JSONResponse({"prompts": told})
 
 
-async def _engine_embeddings(visit: Visit) -> Response:
+async def _engine_embeddings(visit: RequestContext) -> Response:
     """The model is in the path, as in the first version of OpenAI's API."""
     body = await visit.read(_EngineInput)
     model = visit.request.path_params["model"]

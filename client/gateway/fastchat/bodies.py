@@ -32,7 +32,7 @@ from broker.protocol.messages import (
     TextPart,
 )
 from client.gateway.bodies import from_base64
-from client.gateway.context import Visit
+from client.gateway.context import RequestContext
 from client.gateway.convert import Generation, checked, described
 from client.gateway.errors import invalid, too_large
 from client.gateway.openai.answers import pick_seed
@@ -42,15 +42,15 @@ from client.gateway.requests import MAX_MESSAGES, check_count, converted
 __all__ = [
     "Dialect",
     "EmbeddingBody",
+    "GenerateCall",
     "ModelBody",
     "PromptBody",
-    "Wanted",
     "conversation",
     "dialect_of",
+    "generate_call_of",
     "model_names",
     "model_of",
     "turns_of",
-    "wanted_of",
 ]
 
 _KEY_BYTES = 16
@@ -137,7 +137,7 @@ class EmbeddingBody(ModelBody, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class GenerateCall:
     """A generation request, decoded."""
 
     call: Generation
@@ -161,7 +161,7 @@ _ONLY_FASTCHAT = frozenset(
 )
 
 
-def dialect_of(visit: Visit, fields: dict[str, Any]) -> Dialect:
+def dialect_of(visit: RequestContext, fields: dict[str, Any]) -> Dialect:
     """The family whose codes, defaults and frames the caller expects."""
     fixed = visit.gateway.config.legacy_dialect
     if fixed == "fastchat" or fixed == "llava":
@@ -176,7 +176,9 @@ def dialect_of(visit: Visit, fields: dict[str, Any]) -> Dialect:
     return "fastchat" if _ONLY_FASTCHAT & fields.keys() else "llava"
 
 
-async def wanted_of(visit: Visit, fields: dict[str, Any], dialect: Dialect) -> Wanted:
+async def generate_call_of(
+    visit: RequestContext, fields: dict[str, Any], dialect: Dialect
+) -> GenerateCall:
     """Decode a generation request. Raises GatewayError for what cannot be served."""
     body = await visit.aside(_body_of, fields)
     model = await model_of(visit, body.model)
@@ -189,7 +191,9 @@ def _body_of(fields: dict[str, Any]) -> GenerateBody:
     return body
 
 
-def _wanted(visit: Visit, body: GenerateBody, model: str, dialect: Dialect) -> Wanted:
+def _wanted(
+    visit: RequestContext, body: GenerateBody, model: str, dialect: Dialect
+) -> GenerateCall:
     if (body.best_of or 1) > 1 or body.use_beam_search:
         raise invalid("best_of", "Beam search and `best_of` are not served.")
     limit = visit.gateway.config.image_bytes
@@ -218,7 +222,7 @@ def _wanted(visit: Visit, body: GenerateBody, model: str, dialect: Dialect) -> W
     # LLaVA's workers always put the prompt first, FastChat's unless told not to.
     echo = dialect == "llava" or body.echo is not False
     call = Generation(checked(request), attachments, size_bytes=visit.size_bytes)
-    return Wanted(call, prompt if echo else "", dialect)
+    return GenerateCall(call, prompt if echo else "", dialect)
 
 
 def _params(body: GenerateBody, dialect: Dialect) -> Params:
@@ -362,7 +366,7 @@ def _picture(text: str, param: str, limit: int) -> bytes:
     return data
 
 
-async def model_names(visit: Visit, images: bool | None = None) -> list[str]:
+async def model_names(visit: RequestContext, images: bool | None = None) -> list[str]:
     """Of the models that the key may use; `images`: only those that take pictures, or take none."""
     return [
         model["name"]
@@ -371,7 +375,7 @@ async def model_names(visit: Visit, images: bool | None = None) -> list[str]:
     ]
 
 
-async def model_of(visit: Visit, named: str | None) -> str:
+async def model_of(visit: RequestContext, named: str | None) -> str:
     """The model named, or the only one served. Raises GatewayError(invalid_request)."""
     if named:
         return named

@@ -28,21 +28,21 @@ from starlette.routing import Route
 from broker.protocol.errors import ErrorCode
 from broker.protocol.messages import FinishReason, TokenLogprob
 from client import BusError, End
-from client.gateway.context import Visit, route
+from client.gateway.context import RequestContext, route
 from client.gateway.errors import GatewayError, describe
 from client.gateway.fastchat.api import context_tokens
 from client.gateway.fastchat.bodies import (
     Dialect,
     EmbeddingBody,
+    GenerateCall,
     ModelBody,
     PromptBody,
-    Wanted,
     conversation,
     dialect_of,
+    generate_call_of,
     model_names,
     model_of,
     turns_of,
-    wanted_of,
 )
 from client.gateway.openai.answers import IMPOSSIBLE, written_vectors
 from client.gateway.openai.generation import RETRY, Batches, Delta, Finish, Prompted
@@ -78,12 +78,12 @@ _LLAVA_CODES = {
 # --- controller -----------------------------------------------------------------------------------
 
 
-async def _null(visit: Visit) -> Response:
+async def _null(visit: RequestContext) -> Response:
     """The list of models is always current, so there is nothing to refresh."""
     return JSONResponse(None)
 
 
-async def _one_way(visit: Visit) -> Response:
+async def _one_way(visit: RequestContext) -> Response:
     raise GatewayError(
         ErrorCode.INVALID_REQUEST,
         "Workers of the older systems cannot register here. Serve the model with "
@@ -92,29 +92,29 @@ async def _one_way(visit: Visit) -> Response:
     )
 
 
-async def _heartbeat(visit: Visit) -> Response:
+async def _heartbeat(visit: RequestContext) -> Response:
     return JSONResponse({"exist": False})
 
 
-async def _list_models(visit: Visit) -> Response:
+async def _list_models(visit: RequestContext) -> Response:
     return JSONResponse({"models": await model_names(visit)})
 
 
-async def _list_multimodal(visit: Visit) -> Response:
+async def _list_multimodal(visit: RequestContext) -> Response:
     return JSONResponse({"models": await model_names(visit, True)})
 
 
-async def _list_language(visit: Visit) -> Response:
+async def _list_language(visit: RequestContext) -> Response:
     return JSONResponse({"models": await model_names(visit, False)})
 
 
-async def _worker_address(visit: Visit) -> Response:
+async def _worker_address(visit: RequestContext) -> Response:
     body = await _read(visit, ModelBody)
     known = body.model in await model_names(visit)
     return JSONResponse({"address": _own_address(visit) if known else ""})
 
 
-def _own_address(visit: Visit) -> str:
+def _own_address(visit: RequestContext) -> str:
     """The address at which the caller reached this gateway, with the key if the
     address contained one."""
     given = visit.gateway.config.public_url or str(visit.request.base_url)
@@ -128,11 +128,11 @@ def _own_address(visit: Visit) -> str:
     return f"{scheme}://{rest}"
 
 
-async def _test_connection(visit: Visit) -> Response:
+async def _test_connection(visit: RequestContext) -> Response:
     return JSONResponse("success")
 
 
-async def _status(visit: Visit) -> Response:
+async def _status(visit: RequestContext) -> Response:
     """The whole bus presented as one worker, as their controllers do in a hierarchy."""
     models = await visible_models(visit)
     workers = await visit.gateway.bus.workers()
@@ -150,29 +150,29 @@ async def _status(visit: Visit) -> Response:
 # --- worker ---------------------------------------------------------------------------------------
 
 
-async def _generate_stream(visit: Visit) -> Response:
+async def _generate_stream(visit: RequestContext) -> Response:
     data = await visit.body()
     dialect = dialect_of(visit, {})
     try:
         fields = await visit.decoded(dict[str, Any], data)
         dialect = dialect_of(visit, fields)
-        wanted = await wanted_of(visit, fields, dialect)
+        call = await generate_call_of(visit, fields, dialect)
     except Exception as error:
         # Their front ends read errors from frames, never from the HTTP status.
         told = _failure(visit, error, dialect, "")
         return Response(_frame(told), media_type="application/byte-stream")
-    return _FrameStream(visit, wanted)
+    return _FrameStream(visit, call)
 
 
-async def _generate_whole(visit: Visit) -> Response:
+async def _generate_whole(visit: RequestContext) -> Response:
     data = await visit.body()
     dialect = dialect_of(visit, {})
     last: dict[str, Any] = {}
     try:
         fields = await visit.decoded(dict[str, Any], data)
         dialect = dialect_of(visit, fields)
-        wanted = await wanted_of(visit, fields, dialect)
-        for frame in await until_disconnect(_frames(visit, wanted), visit.request.receive):
+        call = await generate_call_of(visit, fields, dialect)
+        for frame in await until_disconnect(_frames(visit, call), visit.request.receive):
             last = frame
     except asyncio.CancelledError:
         last = _failure(visit, STOPPING, dialect, "")
@@ -188,11 +188,11 @@ class _FrameStream(Response):
 
     media_type = "application/byte-stream"
 
-    def __init__(self, visit: Visit, wanted: Wanted) -> None:
+    def __init__(self, visit: RequestContext, call: GenerateCall) -> None:
         super().__init__()
         del self.headers["content-length"]
         self._visit = visit
-        self._wanted = wanted
+        self._wanted = call
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def told() -> AsyncGenerator[tuple[()], None]:
@@ -209,8 +209,8 @@ class _FrameStream(Response):
             await send({"type": "http.response.body", "body": part, "more_body": not over})
 
         def failure(error: Exception) -> bytes:
-            wanted = self._wanted
-            return _frame(_failure(self._visit, error, wanted.dialect, wanted.before))
+            call = self._wanted
+            return _frame(_failure(self._visit, error, call.dialect, call.before))
 
         try:
             await until_disconnect(told(), receive)
@@ -222,14 +222,16 @@ def _frame(value: dict[str, Any]) -> bytes:
     return json.dumps(value).encode() + b"\0"
 
 
-async def _frames(visit: Visit, wanted: Wanted) -> AsyncGenerator[list[dict[str, Any]], None]:
+async def _frames(
+    visit: RequestContext, call: GenerateCall
+) -> AsyncGenerator[list[dict[str, Any]], None]:
     """The answer as their workers send it: each frame has the whole text so far."""
-    text, tokens, prompt_tokens = wanted.before, 0, 0
+    text, tokens, prompt_tokens = call.before, 0, 0
     logprobs: dict[str, list[Any]] | None = None
-    if wanted.call.request.params.logprobs is not None:
+    if call.call.request.params.logprobs is not None:
         logprobs = text_logprobs([])
-    places = Places(len(wanted.before))
-    async with contextlib.aclosing(_generated(visit, wanted)) as batches:
+    places = Places(len(call.before))
+    async with contextlib.aclosing(_generated(visit, call)) as batches:
         async for batch in batches:
             frames: list[dict[str, Any]] = []
             for event in batch:
@@ -239,43 +241,45 @@ async def _frames(visit: Visit, wanted: Wanted) -> AsyncGenerator[list[dict[str,
                     case Delta():
                         visit.saw_token()
                         if logprobs is not None:
-                            logprobs = _longer(logprobs, places.of(event.logprobs or []))
+                            logprobs = _with_logprobs(logprobs, places.of(event.logprobs or []))
                         text += event.text
                         tokens += event.tokens
                         if event.text:
-                            told = _told(wanted, text, prompt_tokens, tokens, logprobs, None)
+                            told = _frame_fields(call, text, prompt_tokens, tokens, logprobs, None)
                             frames.append(told)
                     case Finish():
                         end = event.end
                         visit.prompt_tokens = end.usage.prompt_tokens
                         visit.completion_tokens = end.usage.completion_tokens
-                        frames.append(_last(wanted, text, end, logprobs))
+                        frames.append(_last(call, text, end, logprobs))
             if frames:
                 yield frames
 
 
-async def _generated(visit: Visit, wanted: Wanted) -> Batches:
+async def _generated(visit: RequestContext, call: GenerateCall) -> Batches:
     """The events of the request. LLaVA's workers shorten an answer to fit the context."""
-    calls = [wanted.call]
-    if wanted.dialect == "llava":
-        request = wanted.call.request
+    generations = [call.call]
+    if call.dialect == "llava":
+        request = call.call.request
         params = msgspec.structs.replace(request.params, max_tokens=None)
         unbounded = msgspec.structs.replace(request, params=params)
-        calls.append(replace(wanted.call, request=unbounded))
-    for call in calls:
+        generations.append(replace(call.call, request=unbounded))
+    for generation in generations:
         begun = False
         try:
-            async with contextlib.aclosing(visit.generate([call])) as batches:
+            async with contextlib.aclosing(visit.generate([generation])) as batches:
                 async for batch in batches:
                     begun = True
                     yield batch
             return
         except BusError as error:
-            if begun or call is calls[-1] or error.code != ErrorCode.CONTEXT_OVERFLOW:
+            if begun or generation is generations[-1] or error.code != ErrorCode.CONTEXT_OVERFLOW:
                 raise
 
 
-def _longer(logprobs: dict[str, list[Any]], tokens: list[TokenLogprob]) -> dict[str, list[Any]]:
+def _with_logprobs(
+    logprobs: dict[str, list[Any]], tokens: list[TokenLogprob]
+) -> dict[str, list[Any]]:
     """Log probabilities extended by those of new tokens, as a new object, since earlier
     frames keep theirs."""
     further = text_logprobs(tokens)
@@ -287,15 +291,15 @@ def _longer(logprobs: dict[str, list[Any]], tokens: list[TokenLogprob]) -> dict[
 
 
 def _last(
-    wanted: Wanted, text: str, end: End, logprobs: dict[str, list[Any]] | None
+    call: GenerateCall, text: str, end: End, logprobs: dict[str, list[Any]] | None
 ) -> dict[str, Any]:
     reason = "stop" if end.finish_reason is FinishReason.STOP else "length"
     usage = end.usage
-    return _told(wanted, text, usage.prompt_tokens, usage.completion_tokens, logprobs, reason)
+    return _frame_fields(call, text, usage.prompt_tokens, usage.completion_tokens, logprobs, reason)
 
 
-def _told(
-    wanted: Wanted,
+def _frame_fields(
+    call: GenerateCall,
     text: str,
     prompt_tokens: int,
     tokens: int,
@@ -303,7 +307,7 @@ def _told(
     finish_reason: str | None,
 ) -> dict[str, Any]:
     frame: dict[str, Any] = {"text": text, "error_code": 0}
-    if wanted.dialect == "fastchat":
+    if call.dialect == "fastchat":
         frame["usage"] = {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": tokens,
@@ -315,7 +319,9 @@ def _told(
     return frame
 
 
-def _failure(visit: Visit, error: Exception, dialect: Dialect, before: str) -> dict[str, Any]:
+def _failure(
+    visit: RequestContext, error: Exception, dialect: Dialect, before: str
+) -> dict[str, Any]:
     told = describe(error)
     # The frame says little about the cause; the log and the operator's view say more.
     visit.remember(told)
@@ -331,7 +337,7 @@ def _failure(visit: Visit, error: Exception, dialect: Dialect, before: str) -> d
     return {"text": f"{BANNER}\n\n({told.info.message})", "error_code": number}
 
 
-async def _embeddings(visit: Visit) -> Response:
+async def _embeddings(visit: RequestContext) -> Response:
     body = await _read(visit, EmbeddingBody)
     model = await model_of(visit, body.model)
     visit.check(model, 0)
@@ -344,7 +350,7 @@ async def _embeddings(visit: Visit) -> Response:
     return Response(data, media_type="application/json")
 
 
-async def _count_token(visit: Visit) -> Response:
+async def _count_token(visit: RequestContext) -> Response:
     body = await _read(visit, PromptBody)
     model = await model_of(visit, body.model)
     visit.check(model, 0)
@@ -353,18 +359,18 @@ async def _count_token(visit: Visit) -> Response:
     return JSONResponse({"count": count, "error_code": 0})
 
 
-async def _model_details(visit: Visit) -> Response:
+async def _model_details(visit: RequestContext) -> Response:
     body = await _read(visit, ModelBody)
     name = await model_of(visit, body.model)
     model = find_model(await visible_models(visit), name)
     return JSONResponse({"context_length": context_tokens(model)})
 
 
-async def _conv_template(visit: Visit) -> Response:
+async def _conv_template(visit: RequestContext) -> Response:
     return JSONResponse({"conv": conversation()})
 
 
-async def _read(visit: Visit, kind: type[Any]) -> Any:
+async def _read(visit: RequestContext, kind: type[Any]) -> Any:
     return await visit.read(kind)
 
 

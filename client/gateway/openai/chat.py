@@ -30,7 +30,7 @@ from starlette.responses import JSONResponse, Response
 from broker.protocol.messages import TokenLogprob, Usage
 from client.core import tool_parser as tools
 from client.gateway.bodies import aside
-from client.gateway.context import Visit
+from client.gateway.context import RequestContext
 from client.gateway.convert import chat_call, seeded, wants_usage_so_far
 from client.gateway.errors import GatewayError, UnknownAnswer
 from client.gateway.openai.answers import ChatChoice, parser_for, pick_seed
@@ -61,7 +61,7 @@ _NOTHING: Final = dumped(piece.ChoiceDelta())
 _NO_LOGPROBS: Final = b'"logprobs":{"content":[]'
 
 
-async def chat_completions(visit: Visit) -> Response:
+async def chat_completions(visit: RequestContext) -> Response:
     """Answer a chat; see `requests.ChatRequest` for the body."""
     body = await visit.read(ChatRequest)
     resumed = Position.read(_PREFIX, visit.last_event_id) if body.stream else None
@@ -103,20 +103,20 @@ async def chat_completions(visit: Visit) -> Response:
     return Response(data, media_type="application/json")
 
 
-async def read_chat(visit: Visit) -> Response:
+async def read_chat(visit: RequestContext) -> Response:
     """Continue reading an answer that outlived its connection."""
     position = Position.read(_PREFIX, visit.last_event_id)
     return _read_again(visit, position or Position(visit.request.path_params["id"]))
 
 
-async def cancel_chat(visit: Visit) -> Response:
+async def cancel_chat(visit: RequestContext) -> Response:
     """Stop an answer that outlives its connection, at the worker too."""
     kept = visit.gateway.store.find(visit.request.path_params["id"], visit.key.name, "chat")
     visit.gateway.store.drop(kept)
     return JSONResponse({"id": kept.id, "cancelled": True})
 
 
-def _read_again(visit: Visit, position: Position) -> Response:
+def _read_again(visit: RequestContext, position: Position) -> Response:
     """The rest of a running or kept answer. Raises UnknownAnswer."""
     kept = visit.gateway.store.find(position.answer, visit.key.name, "chat")
     assert kept.transcript is not None
@@ -137,7 +137,11 @@ class _Answer:
     """One answer in progress."""
 
     def __init__(
-        self, visit: Visit, body: ChatRequest, choices: list[ChatChoice], position: Position
+        self,
+        visit: RequestContext,
+        body: ChatRequest,
+        choices: list[ChatChoice],
+        position: Position,
     ) -> None:
         self._visit = visit
         self._body = body

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from broker.protocol.messages import TokenLogprob
 from client.gateway.bodies import aside
-from client.gateway.context import Visit
+from client.gateway.context import RequestContext
 from client.gateway.convert import completion_calls, seeded, wants_usage_so_far
 from client.gateway.errors import GatewayError
 from client.gateway.openai.answers import TextChoice, best_of, pick_seed
@@ -39,7 +39,7 @@ __all__ = ["completions"]
 _PREFIX = "cmpl-"
 
 
-async def completions(visit: Visit) -> Response:
+async def completions(visit: RequestContext) -> Response:
     """Continue one or several prompts; see `requests.CompletionRequest` for the body."""
     body = await visit.read(CompletionRequest)
     visit.check(body.model, body.priority or 0)
@@ -68,7 +68,7 @@ async def completions(visit: Visit) -> Response:
 class _Answer:
     def __init__(
         self,
-        visit: Visit,
+        visit: RequestContext,
         body: CompletionRequest,
         prompts: int,
         candidates: int,

@@ -10,7 +10,7 @@ from openai.types.create_embedding_response import Usage
 from starlette.responses import Response
 
 from client import Embeddings
-from client.gateway.context import Visit
+from client.gateway.context import RequestContext
 from client.gateway.errors import invalid
 from client.gateway.openai.answers import written_vectors
 from client.gateway.openai.generation import naming
@@ -21,12 +21,12 @@ from client.gateway.sse import until_disconnect
 __all__ = ["embed", "embeddings"]
 
 
-async def embeddings(visit: Visit) -> Response:
+async def embeddings(visit: RequestContext) -> Response:
     """Vectors of one or several inputs; see `requests.EmbeddingRequest` for the body."""
     return await embed(visit, await visit.read(EmbeddingRequest))
 
 
-async def embed(visit: Visit, body: EmbeddingRequest) -> Response:
+async def embed(visit: RequestContext, body: EmbeddingRequest) -> Response:
     """The answer to a decoded body."""
     visit.check(body.model, body.priority or 0)
     options: dict[str, Any] = {"priority": body.priority or 0, "user": visit.share(body.user)}

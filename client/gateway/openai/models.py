@@ -8,7 +8,7 @@ from openai.types import Model
 from starlette.responses import JSONResponse, Response
 
 from broker.protocol.errors import ErrorCode
-from client.gateway.context import Visit
+from client.gateway.context import RequestContext
 from client.gateway.errors import GatewayError
 
 __all__ = ["find_model", "get_model", "list_models", "visible_models"]
@@ -17,7 +17,7 @@ __all__ = ["find_model", "get_model", "list_models", "visible_models"]
 _BESIDE = ("kinds", "images", "context_tokens", "workers", "ready", "capacity", "running", "queued")
 
 
-async def visible_models(visit: Visit) -> list[dict[str, Any]]:
+async def visible_models(visit: RequestContext) -> list[dict[str, Any]]:
     """The models that the key may use, as described by `bus.models`, sorted by name."""
     models = await visit.gateway.bus.models()
     return sorted(
@@ -38,7 +38,7 @@ def find_model(models: list[dict[str, Any]], name: str) -> dict[str, Any]:
     )
 
 
-def _shown(visit: Visit, model: dict[str, Any]) -> dict[str, Any]:
+def _shown(visit: RequestContext, model: dict[str, Any]) -> dict[str, Any]:
     shown = Model(
         id=model["name"], object="model", created=visit.gateway.started_at, owned_by="tokenbus"
     )
@@ -48,13 +48,13 @@ def _shown(visit: Visit, model: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-async def list_models(visit: Visit) -> Response:
+async def list_models(visit: RequestContext) -> Response:
     """Every model of the bus that the key may use."""
     models = [_shown(visit, model) for model in await visible_models(visit)]
     return JSONResponse({"object": "list", "data": models})
 
 
-async def get_model(visit: Visit) -> Response:
+async def get_model(visit: RequestContext) -> Response:
     """One model."""
     model = find_model(await visible_models(visit), visit.request.path_params["model"])
     return JSONResponse(_shown(visit, model))

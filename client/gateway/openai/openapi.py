@@ -12,7 +12,7 @@ import msgspec
 from starlette.responses import Response
 
 from client import __version__
-from client.gateway.context import Visit
+from client.gateway.context import RequestContext
 from client.gateway.ids import KEPT_ID
 from client.gateway.openai.responses_body import INCLUDABLE, ResponseRequest
 from client.gateway.operator_view import DrainBody
@@ -81,7 +81,7 @@ _ERROR = {
 }
 
 
-async def openapi(visit: Visit) -> Response:
+async def openapi(visit: RequestContext) -> Response:
     """The document."""
     return Response(_document(), media_type="application/json")
 

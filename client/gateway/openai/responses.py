@@ -29,7 +29,7 @@ from broker.protocol.messages import TokenLogprob, Usage
 from client.core import tool_parser as tools
 from client.gateway import requests as http
 from client.gateway.bodies import aside
-from client.gateway.context import Visit
+from client.gateway.context import RequestContext
 from client.gateway.convert import Generation, chat_call
 from client.gateway.errors import GatewayError, UnknownAnswer, describe, invalid
 from client.gateway.openai.answers import Progress, new_id, parser_for, pick_seed
@@ -75,7 +75,7 @@ class _Response(shapes.Response):
 Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 
 
-async def create_response(visit: Visit) -> Response:
+async def create_response(visit: RequestContext) -> Response:
     """Answer an input; see `responses_input.ResponseRequest` for the body."""
     body = await visit.read(ResponseRequest)
     store = visit.gateway.store
@@ -100,32 +100,32 @@ async def create_response(visit: Visit) -> Response:
         params = msgspec.structs.replace(call.request.params, overflow="truncate_left")
         call = replace(call, request=msgspec.structs.replace(call.request, params=params))
     visit.check(body.model, call.request.priority)
-    making = Making(visit, body, chat, call)
-    source = making.events(
+    builder = ResponseBuilder(visit, body, chat, call)
+    source = builder.events(
         visit.generate(
-            [call], prompt_field="input", has_enough=lambda _: making.progress.has_enough
+            [call], prompt_field="input", has_enough=lambda _: builder.progress.has_enough
         )
     )
-    kept = Kept(making.id, visit.key.name, "response", making, size_bytes)
-    making.grew = kept.grew
+    kept = Kept(builder.id, visit.key.name, "response", builder, size_bytes)
+    builder.grew = kept.grew
     if body.background:
-        transcript = store.run(kept, source, making.failed, grace_s=None, on_end=visit.hand_over())
+        transcript = store.run(kept, source, builder.failed, grace_s=None, on_end=visit.hand_over())
         if body.stream:
-            return visit.stream(transcript.read(asking=True), making.failed)
-        return _json(making.snapshot())
+            return visit.stream(transcript.read(asking=True), builder.failed)
+        return _json(builder.snapshot())
     if body.store is not False:
         store.put(kept)
     if body.stream:
-        return visit.stream(source, making.failed)
+        return visit.stream(source, builder.failed)
     try:
         await until_disconnect(source, visit.request.receive)
     except BaseException:
         store.drop(kept)
         raise
-    return _json(making.snapshot())
+    return _json(builder.snapshot())
 
 
-def _conversation(visit: Visit, id_: str | None) -> tuple[list[http.ChatMessage], int]:
+def _conversation(visit: RequestContext, id_: str | None) -> tuple[list[http.ChatMessage], int]:
     """What was said in an earlier response and before, and its bytes; raises GatewayError naming
     the field."""
     if id_ is None:
@@ -144,13 +144,13 @@ def _conversation(visit: Visit, id_: str | None) -> tuple[list[http.ChatMessage]
             "previous_response_id",
             f"Response {kept.id!r} still runs; wait for its end, or cancel it.",
         )
-    return cast(Making, kept.value).conversation(), kept.size_bytes
+    return cast(ResponseBuilder, kept.value).conversation(), kept.size_bytes
 
 
 class _Items:
     """The output items of the responses that the key may see, as JSON, by id."""
 
-    def __init__(self, visit: Visit) -> None:
+    def __init__(self, visit: RequestContext) -> None:
         self._visit = visit
         self._found: dict[str, OutputItem] | None = None
 
@@ -161,9 +161,9 @@ class _Items:
             kept = visit.gateway.store.of(visit.key.name, "response")
             self._found = {
                 item.id: item
-                for making in (one.value for one in kept)
-                if making.over
-                for item in making.output
+                for builder in (one.value for one in kept)
+                if builder.over
+                for item in builder.output
             }
         return self._found
 
@@ -180,7 +180,7 @@ class _Items:
         return dict(msgspec.json.decode(dumped(item)))
 
 
-async def get_response(visit: Visit) -> Response:
+async def get_response(visit: RequestContext) -> Response:
     """The response as it is now, or its events behind a number."""
     kept = _find(visit)
     query = visit.request.query_params
@@ -205,14 +205,14 @@ async def get_response(visit: Visit) -> Response:
     return visit.stream(kept.transcript.read(position), kept.value.failed)
 
 
-async def delete_response(visit: Visit) -> Response:
+async def delete_response(visit: RequestContext) -> Response:
     """Forget a response; one that runs is cancelled."""
     kept = _find(visit)
     visit.gateway.store.drop(kept)
     return JSONResponse({"id": kept.id, "object": "response", "deleted": True})
 
 
-async def cancel_response(visit: Visit) -> Response:
+async def cancel_response(visit: RequestContext) -> Response:
     """Stop a response that runs in the background, at the worker too."""
     kept = _find(visit)
     if kept.transcript is None:
@@ -222,7 +222,7 @@ async def cancel_response(visit: Visit) -> Response:
     return _json(kept.value.snapshot())
 
 
-async def input_items(visit: Visit) -> Response:
+async def input_items(visit: RequestContext) -> Response:
     """A page of what the response was asked with; the latest item first, as OpenAI has it."""
     kept = _find(visit)
     given = kept.value.body.input
@@ -260,7 +260,7 @@ async def input_items(visit: Visit) -> Response:
     return Response(data, media_type="application/json")
 
 
-def _check_query(visit: Visit, *known: str) -> None:
+def _check_query(visit: RequestContext, *known: str) -> None:
     query = visit.request.query_params
     for name in query:
         if name not in known:
@@ -269,7 +269,7 @@ def _check_query(visit: Visit, *known: str) -> None:
         check_include(entry)
 
 
-def _find(visit: Visit) -> Kept:
+def _find(visit: RequestContext) -> Kept:
     return visit.gateway.store.find(visit.request.path_params["id"], visit.key.name, "response")
 
 
@@ -277,11 +277,11 @@ def _json(response: BaseModel) -> Response:
     return Response(dumped(response), media_type="application/json")
 
 
-class Making:
+class ResponseBuilder:
     """One response in the making, and what is known of it afterwards."""
 
     def __init__(
-        self, visit: Visit, body: ResponseRequest, chat: http.ChatRequest, call: Generation
+        self, visit: RequestContext, body: ResponseRequest, chat: http.ChatRequest, call: Generation
     ) -> None:
         self.id = new_id("resp_")
         self.body = body

@@ -219,7 +219,7 @@ class BatchEngine:
             self._say(prepared)
         elif isinstance(prepared, Sequence):
             running.task = prepared
-            for event in prepared.over(now()):
+            for event in prepared.finish_if_complete(now()):
                 self._say(event)
             if prepared.state is not State.DONE and running.served.runner is not None:
                 running.served.runner.submit(prepared)

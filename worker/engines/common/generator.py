@@ -112,8 +112,8 @@ class LibraryRunner:
                 events += sequence.fail(drawn.outcome)
             else:
                 sequence.state = State.DECODE
-                sequence.take(drawn.outcome, now)
-                events += sequence.tell(now)
+                sequence.append_token(drawn.outcome, now)
+                events += sequence.flush_events(now)
             if sequence.state is State.DONE:
                 self._leave(sequence)
         self._batch = len(told)

@@ -145,7 +145,7 @@ class Sequence:
             )
         ]
 
-    def over(self, now: float) -> list[EngineEvent]:
+    def finish_if_complete(self, now: float) -> list[EngineEvent]:
         """The end of a resumed sequence, if its tokens so far are already the whole answer."""
         last = self.answer[-1] if self.answer else None
         if self.text.stopped_by is not None:
@@ -160,12 +160,12 @@ class Sequence:
         count, finished = len(self.answer), self.row.finished
         return ends_answer(token_id, count, self.params, self.eos_ids, finished=finished)
 
-    def take(self, sampled: Sampled, now: float) -> None:
+    def append_token(self, sampled: Sampled, now: float) -> None:
         """Append the next token. Afterwards `state` is DONE if nothing can follow it, whatever its
         text; `flush_events` returns the events later."""
         if not sampled.ok:
             cause = sampled.fault or "the model's logits are not numbers"
-            self._spoil(
+            self._mark_failed(
                 sampled.code, f"no token can be chosen at position {len(self.answer)}: {cause}"
             )
             return
@@ -174,7 +174,7 @@ class Sequence:
             if not self.row_ahead:
                 self.row.append(token_id)
         except RequestError as error:
-            self._spoil(error.info.code, error.info.message)
+            self._mark_failed(error.info.code, error.info.message)
             return
         if not self.first_token_at:
             self.first_token_at = now
@@ -186,12 +186,12 @@ class Sequence:
         if self._ends(token_id) or len(self.answer) >= self.max_tokens:
             self.state = State.DONE
 
-    def _spoil(self, code: str, message: str) -> None:
+    def _mark_failed(self, code: str, message: str) -> None:
         self._fault = ErrorInfo(code=str(code), message=message)
         self.state = State.DONE
         self.failed = True
 
-    def tell(self, now: float) -> list[EngineEvent]:
+    def flush_events(self, now: float) -> list[EngineEvent]:
         """The events of the latest token. Afterwards `state` may be DONE."""
         if self._fault is not None:
             return self.fail(self._fault)

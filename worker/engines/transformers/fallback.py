@@ -268,8 +268,8 @@ class GenerateRunner:
                 )
             sampled = self._sampler.sample(scores.clone(), [sequence.row])[0]
             now = time.perf_counter()
-            sequence.take(sampled, now)
-            events += sequence.tell(now)
+            sequence.append_token(sampled, now)
+            events += sequence.flush_events(now)
             generation.choose(sampled.token_id)
         except RequestError as error:
             events += sequence.fail(error.info)

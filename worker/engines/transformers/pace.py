@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 
-__all__ = ["SMALLEST_PIECE", "Allowance", "Pace"]
+__all__ = ["SMALLEST_PIECE", "PrefillCostModel", "StepBudget"]
 
 SMALLEST_PIECE = 8
 """Tokens. A bound below the cost of such a piece cannot be met: prompts must make progress."""
@@ -33,7 +33,7 @@ SWEEPS = 30
 """Sweeps of coordinate descent per measurement; it starts from the last solution."""
 
 
-class Pace:
+class PrefillCostModel:
     """Learned costs of one model on one device."""
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Pace:
         """Whether anything was measured."""
         return any(self._costs)
 
-    def foreseen_ms(self, tokens: int, start: int, rows: int = 1) -> float:
+    def predicted_ms(self, tokens: int, start: int, rows: int = 1) -> float:
         """Predicted time for computing `tokens` tokens after `start` others. With `rows` prompts at
         once, they have that many tokens together, each after `start` of its own."""
         parts = _parts(tokens, start, rows)
@@ -65,7 +65,7 @@ class Pace:
             return most
         room_ms = left_ms / self._surprise
         sizes = range(1, most + 1)
-        fitting = bisect_right(sizes, room_ms, key=lambda size: self.foreseen_ms(size, start))
+        fitting = bisect_right(sizes, room_ms, key=lambda size: self.predicted_ms(size, start))
         # Short prompts say little about the constant part: for a piece larger than any before,
         # assume that all of the cost grows with its tokens.
         largest, took_ms = self._largest
@@ -78,7 +78,7 @@ class Pace:
         if tokens < 1 or spent_ms <= 0:
             return
         if self.known:
-            ratio = spent_ms / max(self.foreseen_ms(tokens, start, rows), 1e-6)
+            ratio = spent_ms / max(self.predicted_ms(tokens, start, rows), 1e-6)
             # Believe slowness at once: the bound is a promise.
             weight = 1.0 if ratio > self._surprise else RELAX
             ratio = min(max(ratio, 1.0), WORST_SURPRISE)
@@ -102,10 +102,10 @@ class Pace:
                     self._costs[i] = max((self._products[i] - others) / self._squares[i][i], 0.0)
 
 
-class Allowance:
+class StepBudget:
     """The budget of one step for prompts."""
 
-    def __init__(self, pace: Pace, tokens: int, bound_ms: float) -> None:
+    def __init__(self, pace: PrefillCostModel, tokens: int, bound_ms: float) -> None:
         self._pace = pace
         #: Tokens still to be spent.
         self.tokens = tokens

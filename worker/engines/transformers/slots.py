@@ -32,7 +32,7 @@ from worker.engines.transformers.memory import (
     release_cached,
     uncomputable,
 )
-from worker.engines.transformers.pace import Allowance, Pace
+from worker.engines.transformers.pace import PrefillCostModel, StepBudget
 from worker.engines.transformers.prefix import SMALLEST_PREFIX, PrefixCache
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class SlotRunner:
         self._active = 0
         self._admissions = 0
         #: Rows allowed after a forward ran out of memory; one more with each row that ends.
-        self._most = slots
+        self._max_rows = slots
         self._overlap = overlap
         #: Sequences and logits of a decode that was launched but not collected yet.
         self._computed: tuple[list[Sequence], torch.Tensor] | None = None
@@ -102,7 +102,7 @@ class SlotRunner:
         #: Whether the last step returned first tokens before its decode, which is still to come.
         self._first_told = False
         self._clock = clock
-        self._pace = Pace()
+        self._pace = PrefillCostModel()
         #: Whether a forward is finished when it returns; elsewhere it is finished when its
         #: tokens are read.
         self._synchronous = forward.device.type == "cpu"
@@ -201,7 +201,7 @@ class SlotRunner:
                 self._leave(row)
 
     def _admit(self, events: list[EngineEvent]) -> None:
-        while self._waiting and len(self._rows) < self._most:
+        while self._waiting and len(self._rows) < self._max_rows:
             sequence = self._waiting[0]
             need = min(sequence.total + GROWTH_TOKENS, self._longest(sequence))
             if not self._reserve(len(self._rows) + 1, need) and not self._reserve(
@@ -266,7 +266,7 @@ class SlotRunner:
             if other.follows is None and share >= max(length, sequence.shared) + SMALLEST_PREFIX:
                 sequence.follows, sequence.shared = other, share
 
-    def _follow(self) -> None:
+    def _release_followers(self) -> None:
         """Let rows go on whose prefix has been computed, or will not be."""
         for row in range(self._active, len(self._rows)):
             sequence = self._rows[row]
@@ -291,7 +291,7 @@ class SlotRunner:
         if keep and not sequence.failed and not self.whole_prompts and self.cache.token_bytes:
             self._keep(sequence, row)
         if sequence.state is State.DONE:
-            self._most = min(2 * self._most, self.slots)
+            self._max_rows = min(2 * self._max_rows, self.slots)
         hole = row
         if hole < self._active:
             last = self._active - 1
@@ -363,9 +363,9 @@ class SlotRunner:
                 return
             if self._reserve(len(self._rows), longest) or self.prefix.drop_oldest():
                 continue
-            self._give_way(events)
+            self._preempt_youngest(events)
 
-    def _give_way(self, events: list[EngineEvent], *, computing: bool = False) -> None:
+    def _preempt_youngest(self, events: list[EngineEvent], *, computing: bool = False) -> None:
         """Preempt the youngest row, which goes back to the queue; if it is the only
         one, it fails."""
         release_cached(self.forward.device)
@@ -381,11 +381,11 @@ class SlotRunner:
         sequence.state = State.WAITING
         self._waiting.appendleft(sequence)
 
-    def _ran_short(self, events: list[EngineEvent]) -> None:
+    def _on_out_of_memory(self, events: list[EngineEvent]) -> None:
         """A forward ran out of memory. Run fewer rows until one ends: otherwise the preempted row
         would come back in the next step, and there would be no progress."""
-        self._give_way(events, computing=True)
-        self._most = len(self._rows) or self.slots
+        self._preempt_youngest(events, computing=True)
+        self._max_rows = len(self._rows) or self.slots
 
     # --- prefill ----------------------------------------------------------------------------------
 
@@ -394,12 +394,12 @@ class SlotRunner:
         goes first, but half of the budget is for the oldest, so that none starves."""
         # While no stream waits for a token, a larger batch of prompts is cheaper.
         budget = self._chunk if self._active else 2 * self._chunk
-        step = Allowance(self._pace, budget, IDLE_MS)
+        step = StepBudget(self._pace, budget, IDLE_MS)
         together = True
         while len(self._rows) > self._active:
             if self._active:
                 step.tighten(self._stall_ms, spent_ms)
-            self._follow()
+            self._release_followers()
             if together and (together := self._prefill_together(step, events)):
                 continue
             pending = [s for s in self._rows[self._active :] if s.follows is None]
@@ -413,7 +413,7 @@ class SlotRunner:
                 return
             self._prefill_row(self._rows.index(chosen), limit, step, events)
 
-    def _prefill_together(self, step: Allowance, events: list[EngineEvent]) -> bool:
+    def _prefill_together(self, step: StepBudget, events: list[EngineEvent]) -> bool:
         """Prefill short prompts that fit into the budget in one forward. False if
         there are none."""
         if not self.forward.many_prompts or len(self._rows) - self._active < 2:
@@ -445,7 +445,7 @@ class SlotRunner:
             choices = self._sample(chosen, logits)
         except Exception as error:
             if is_out_of_memory(error):
-                self._ran_short(events)
+                self._on_out_of_memory(events)
                 step.spend(tokens, (self._clock() - started) * 1e3)
                 return True
             # One by one, only the prompt that is the cause fails.
@@ -472,7 +472,7 @@ class SlotRunner:
         return min(total, start + limit)
 
     def _prefill_row(
-        self, row: int, limit: int, step: Allowance, events: list[EngineEvent]
+        self, row: int, limit: int, step: StepBudget, events: list[EngineEvent]
     ) -> None:
         sequence = self._rows[row]
         start, end = sequence.filled, self._piece(sequence, limit)
@@ -491,7 +491,7 @@ class SlotRunner:
                 self._take([sequence], choices)
         except Exception as error:
             if is_out_of_memory(error) and len(self._rows) > 1:
-                self._ran_short(events)
+                self._on_out_of_memory(events)
             else:
                 self._fail_row(self._rows.index(sequence), error, events)
             step.spend(end - start, (self._clock() - started) * 1e3)
@@ -524,7 +524,7 @@ class SlotRunner:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            self._ran_short(events)
+            self._on_out_of_memory(events)
             return
         for sequence in sequences:
             sequence.filled += 1
@@ -551,7 +551,7 @@ class SlotRunner:
             for sequence in sequences:
                 # The remaining rows compute it again.
                 sequence.filled -= 1
-            self._ran_short(events)
+            self._on_out_of_memory(events)
             return
         self._take(sequences, choices)
         self._measure()
@@ -568,7 +568,7 @@ class SlotRunner:
         """Append each sequence's token; those that end with it leave their rows."""
         now = time.perf_counter()
         for sequence, choice in zip(sequences, choices, strict=True):
-            sequence.take(choice, now)
+            sequence.append_token(choice, now)
             self._fresh.append(sequence)
             if sequence.state is State.DONE:
                 self._leave(self._rows.index(sequence))
@@ -578,7 +578,7 @@ class SlotRunner:
         now = time.perf_counter()
         for sequence in self._fresh:
             over = sequence.state is State.DONE
-            events += sequence.tell(now)
+            events += sequence.flush_events(now)
             if sequence.state is State.DONE and not over:
                 if sequence in self._rows:
                     self._leave(self._rows.index(sequence))
@@ -600,11 +600,11 @@ class SlotRunner:
     # --- the stall bound --------------------------------------------------------------------------
 
     def _computed_piece(
-        self, step: Allowance, tokens: int, start: int, rows: int, started: float
+        self, step: StepBudget, tokens: int, start: int, rows: int, started: float
     ) -> None:
         """A piece of a prompt was computed or launched: account for its share of the step."""
         if not self._synchronous:
-            step.spend(tokens, self._pace.foreseen_ms(tokens, start, rows))
+            step.spend(tokens, self._pace.predicted_ms(tokens, start, rows))
             self._launched.append((tokens, start, rows))
             return
         spent_ms = (self._clock() - started) * 1e3
