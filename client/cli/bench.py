@@ -40,9 +40,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "Status: 0 all answered, 1 some failed.",
     )
     flags.add_model(parser)
-    parser.add_argument("--requests", "-n", type=count, default=64, metavar="N", help="in all [64]")
     parser.add_argument(
-        "--concurrency", "-c", type=count, default=8, metavar="N", help="at once [8]"
+        "--requests", "-n", type=count, default=64, metavar="N", help="number of requests [64]"
+    )
+    parser.add_argument(
+        "--concurrency", "-c", type=count, default=8, metavar="N", help="requests at once [8]"
     )
     parser.add_argument(
         "--rate",
@@ -51,7 +53,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="requests per second, arriving at random (Poisson); at most --concurrency at once",
     )
     parser.add_argument(
-        "--prompt-words", type=count, default=64, metavar="N", help="of each prompt [64]"
+        "--prompt-words", type=count, default=64, metavar="N", help="words per prompt [64]"
     )
     parser.add_argument(
         "--answer-tokens",

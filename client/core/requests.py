@@ -30,7 +30,7 @@ from broker.protocol.messages import (
     TokensEvent,
 )
 from client.core import events
-from client.core.default_model import Naming
+from client.core.default_model import DefaultModel
 from client.core.dialer import Dialer
 from client.core.events import Arrived, Deliver, End, Instruction, Item
 from client.core.exchange import NEXT, Acceptance, Exchange, Phase
@@ -62,7 +62,7 @@ class Requests:
         #: Of these: HELD with a model name, in the order in which they may go.
         self.held: OrderedDict[bytes, Exchange] = OrderedDict()
         #: HELD until the broker tells which model is the only one.
-        self.naming = Naming(dialer, self._hold, self._failed)
+        self.default_model = DefaultModel(dialer, self._hold, self._failed)
         #: QUEUED or RUNNING.
         self.at_broker: set[bytes] = set()
         #: Dropped here, not yet ended there: until when to remember.
@@ -117,7 +117,7 @@ class Requests:
 
     def session_over(self, error: ErrorInfo) -> None:
         """Recover what was at the broker, by a RESUME in the next session."""
-        self.naming.session_over()
+        self.default_model.session_over()
         self._reported = None
         at_broker, self.at_broker = self.at_broker, set()
         # In the order of their making, not of the set's: runs must be reproducible.
@@ -131,7 +131,7 @@ class Requests:
 
     def wait_anew(self) -> None:
         """The broker drains: from now on what is held waits for another."""
-        for exchange in (*self.held.values(), *self.naming.waiting.values()):
+        for exchange in (*self.held.values(), *self.default_model.waiting.values()):
             exchange.held_s = self._dialer.now_s
             self.schedule(exchange)
 
@@ -142,8 +142,8 @@ class Requests:
             why, self._reported = self._reported[1], None
             if answer.error is not None:  # it came from nobody else, so from the broker itself
                 raise ProtocolError(why)
-        elif self.naming.is_answer(query_id):
-            self.naming.answered(answer)
+        elif self.default_model.is_answer(query_id):
+            self.default_model.answered(answer)
         else:
             return False
         return True
@@ -204,7 +204,7 @@ class Requests:
 
     def _hold(self, exchange: Exchange) -> None:
         exchange.enter(Phase.HELD, self._dialer.now_s)
-        queue = self.held if exchange.request.model else self.naming.waiting
+        queue = self.held if exchange.request.model else self.default_model.waiting
         queue[exchange.id] = exchange
         if exchange.sent_before and queue is self.held:
             # What runs somewhere is not kept for ever; what was never sent can wait.
@@ -215,7 +215,7 @@ class Requests:
         """Send what is held, as far as the session and its limits allow."""
         if not self._dialer.ready:
             return
-        self.naming.ask()
+        self.default_model.ask()
         while self.held and len(self.at_broker) + len(self.closing) < self._inflight_limit():
             id_ = next(iter(self.held))
             self._transmit(self.held.pop(id_))
@@ -313,7 +313,7 @@ class Requests:
         """No longer ours. Unless the bus said that it ended, cancel it: it may run somewhere."""
         del self.exchanges[exchange.id]
         self.held.pop(exchange.id, None)
-        self.naming.waiting.pop(exchange.id, None)
+        self.default_model.waiting.pop(exchange.id, None)
         self.at_broker.discard(exchange.id)
         if exchange.sent_before and not ended:
             self._cancel(exchange.id, why)
@@ -329,7 +329,7 @@ class Requests:
         """End everything that is open; nothing is cancelled."""
         for exchange in list(self.exchanges.values()):
             self._deliver(exchange.id, error, final=True)
-        for table in (self.exchanges, self.held, self.naming.waiting):
+        for table in (self.exchanges, self.held, self.default_model.waiting):
             table.clear()
         self.at_broker.clear()
 
@@ -498,7 +498,7 @@ class Requests:
             story = f"{id_.hex()[:8]} {exchange.phase.value} link={self._dialer.state.value}"
             at_broker = exchange.phase in (Phase.QUEUED, Phase.RUNNING)
             assert at_broker == (id_ in self.at_broker), f"{story}: phase and place differ"
-            waiting = id_ in self.held or id_ in self.naming.waiting
+            waiting = id_ in self.held or id_ in self.default_model.waiting
             assert waiting == (exchange.phase is Phase.HELD), f"{story}: phase and queue differ"
             assert id_ not in self.closing, f"{story}: open and closing at once"
             due_s = exchange.due_s(self._dialer.ready)

@@ -20,7 +20,7 @@ from broker.protocol.header import MessageType
 from client.core import events
 from client.core.dialer import Dialer
 from client.core.events import Deliver, Instruction, Item
-from client.core.queries import Questions
+from client.core.queries import Queries
 from client.core.requests import Requests
 from client.errors import BusError, ClientClosed, error_from
 from client.options import Limits
@@ -47,7 +47,7 @@ class ClientSession:
         self._requests = Requests(
             self._dialer, self._order, self._timer, client_limits or Limits(), generator
         )
-        self._questions = Questions(
+        self._queries = Queries(
             self._dialer,
             answer=self._deliver,
             timer=self._timer,
@@ -88,7 +88,7 @@ class ClientSession:
         """Take a fact; return what is to be done, in order. `now_s` is monotonic seconds."""
         self._now_s = self._dialer.now_s = now_s
         self._handlers[type(event)](event)
-        if self._requests.held or self._requests.naming.waiting:
+        if self._requests.held or self._requests.default_model.waiting:
             self._requests.dispatch()
         if self._leaving_s is not None:
             self._leave_if_done(self._leaving_s)
@@ -100,7 +100,7 @@ class ClientSession:
     def _move_on(self) -> None:
         """Leave a draining broker once nothing runs there, or something new has somewhere to go:
         a stream that runs is resumed at the next broker, at the worker that holds it."""
-        waiting = self._requests.held or self._requests.naming.waiting
+        waiting = self._requests.held or self._requests.default_model.waiting
         if not self._requests.at_broker or (waiting and self._dialer.alternative):
             self._dialer.move_on(cancel=not self._requests.at_broker)
 
@@ -140,7 +140,7 @@ class ClientSession:
 
     def _on_dropped(self, dropped: events.RequestDropped) -> None:
         self._requests.dropped(dropped.request_id)
-        self._questions.forget(dropped.request_id)
+        self._queries.forget(dropped.request_id)
 
     def _on_close(self, _: events.CloseRequested) -> None:
         if self._leaving_s is not None or self._dialer.state is State.CLOSED:
@@ -148,7 +148,7 @@ class ClientSession:
         self._leaving_s = self._now_s + LEAVE_S
         why = ClientClosed("the client was closed while this was open; make a new Client")
         self._requests.close(why)
-        self._questions.fail_all(why)
+        self._queries.fail_all(why)
         self._timers.clear()
 
     def _leave_if_done(self, leaving_s: float) -> None:
@@ -175,13 +175,13 @@ class ClientSession:
 
     def wants_session(self) -> bool:
         """Something is open that needs a broker."""
-        open_ = bool(self._requests.exchanges or self._questions or self._requests.closing)
+        open_ = bool(self._requests.exchanges or self._queries or self._requests.closing)
         return open_ and self._leaving_s is None
 
     def session_began(self) -> None:
         """Cancel what was dropped meanwhile, then send what is held."""
         self._requests.session_began()
-        self._questions.session_began()
+        self._queries.session_began()
         self._requests.dispatch()
         for exchange in self._requests.held.values():
             self._requests.schedule(exchange)  # another limit counts now
@@ -191,13 +191,13 @@ class ClientSession:
         self._fatal = error_from(error)
         self._requests.closing.clear()
         self._requests.fail_all(self._fatal)
-        self._questions.fail_all(self._fatal)
+        self._queries.fail_all(self._fatal)
 
     def session_over(self, story: str) -> None:
         """Recover what was at the broker."""
         error = ErrorInfo(code=ErrorCode.CONNECTION_LOST.value, message=story, retryable=True)
         self._requests.session_over(error)
-        self._questions.session_over(error)
+        self._queries.session_over(error)
 
     # --- time -------------------------------------------------------------------------------------
 
@@ -205,8 +205,8 @@ class ClientSession:
         self._dialer.tick()
         while self._timers and self._timers[0][0] <= self._now_s:
             due_s, id_ = heapq.heappop(self._timers)
-            if id_ in self._questions:
-                self._questions.due(id_)
+            if id_ in self._queries:
+                self._queries.due(id_)
             else:
                 self._requests.on_timer(due_s, id_)
 
@@ -241,7 +241,7 @@ class ClientSession:
     def _on_answer(self, query_id: bytes, body: bytes) -> None:
         answer = codec.decode(messages.Answer, body, limits.MAX_ANSWER_BYTES)
         if not self._requests.on_answer(query_id, answer):
-            self._questions.answered(query_id, answer)
+            self._queries.answered(query_id, answer)
 
     # --- for tests and simulation -----------------------------------------------------------------
 

@@ -232,7 +232,7 @@ class Supervisor:
         if self.pipe.backlog_bytes > MAX_BACKLOG_BYTES:
             error = ErrorInfo(
                 code=ErrorCode.OVERLOADED.value,
-                message="the engine takes no more data for now; try again later",
+                message="the engine accepts no more data for now; try again later",
                 retryable=True,
             )
             self._refused.append(events.failed(job_id, error))
