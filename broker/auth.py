@@ -9,10 +9,11 @@ Import it only where keys are used: pyzmq's certificates load asyncio.
 from __future__ import annotations
 
 import argparse
+import heapq
+import itertools
 import math
 import os
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from broker.config import StartError
 from broker.core.events import AccessChanged, Side
 from broker.log import Logger
 from broker.protocol.keyfiles import exposed
+from broker.protocol.refusals import WrongKeys
 
 ROLES: Final = ("client", "worker", "operator")
 DOMAINS: Final = {Side.FRONT: b"front", Side.BACK: b"back"}
@@ -35,9 +37,9 @@ ZAP_VERSION: Final = b"1.0"
 LOGGED_A_SECOND: Final = 10
 """More refusals than this are only counted: a stranger must not fill the disk."""
 GATE_BATCH: Final = 64
-REFUSAL_DELAY_S: Final = 1.0
-"""Delay before a wrong key is answered, so that repeated attempts are slow. Below the 5 s that a
-handshake may take."""
+LONGEST_REFUSAL_S: Final = 4.0
+"""Longest delay before a wrong key is answered: below the 5 s that a handshake may take, so that
+the peer hears the reason."""
 MAX_DELAYED: Final = 1024
 """Refusals that may wait at once; with more, the oldest is answered early."""
 
@@ -148,8 +150,10 @@ class Gate:
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.bind(ZAP_ENDPOINT)
         self.refused = 0
-        #: Delayed refusals with the time at which to send them, earliest first.
-        self._delayed: deque[tuple[float, list[bytes]]] = deque()
+        self._wrong = WrongKeys(LONGEST_REFUSAL_S)
+        #: Refusals, with the time at which they go out and a number; a heap.
+        self._delayed: list[tuple[float, int, list[bytes]]] = []
+        self._numbers = itertools.count()
         self._second = 0
         self._logged = 0
 
@@ -184,7 +188,7 @@ class Gate:
         while self._delayed and (
             self._delayed[0][0] <= now_s or len(self._delayed) > MAX_DELAYED - GATE_BATCH
         ):
-            self.socket.send_multipart(self._delayed.popleft()[1])
+            self.socket.send_multipart(heapq.heappop(self._delayed)[2])
         for _ in range(GATE_BATCH):
             try:
                 frames = self.socket.recv_multipart(zmq.DONTWAIT)
@@ -196,7 +200,9 @@ class Gate:
             if verdict[2] == b"200":
                 self.socket.send_multipart(answer)
             else:
-                self._delayed.append((now_s + REFUSAL_DELAY_S, answer))
+                address = request[3].decode("utf-8", "replace") if len(request) > 3 else ""
+                due_s = now_s + self._wrong.wait_s(address, now_s)
+                heapq.heappush(self._delayed, (due_s, next(self._numbers), answer))
 
     def _decide(self, frames: Sequence[bytes]) -> list[bytes]:
         if len(frames) < 6 or frames[0] != ZAP_VERSION:

@@ -54,9 +54,6 @@ T = TypeVar("T")
 #: At most this many bus requests are named in a header and in a log line.
 NAMED_REQUESTS: Final = 128
 
-#: Delay before a wrong key is answered, so that repeated attempts are slow.
-WRONG_KEY_DELAY_S: Final = 1.0
-
 BUS_REQUESTS_HEADER = "x-bus-requests"
 REATTACH_HEADER = "x-reattach"
 
@@ -392,7 +389,7 @@ class Endpoint:
                     visit.key = gateway.keys.find(presented, today)
                 except GatewayError:
                     if presented:
-                        await asyncio.sleep(WRONG_KEY_DELAY_S)
+                        await gateway.refusals.wait(request.client.host if request.client else "")
                     raise
                 if self._counted:
                     account = gateway.keys.usage(visit.key)

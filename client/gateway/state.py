@@ -19,6 +19,7 @@ from client.gateway.metrics import Metrics
 from client.gateway.operator_view import Overview
 from client.gateway.peers import Peers
 from client.gateway.reattach import Store
+from client.gateway.refusals import Refusals
 
 __all__ = ["Gateway"]
 
@@ -38,6 +39,7 @@ class Gateway:
     overview: Overview = field(default_factory=Overview)
     #: Size of the bodies of running requests.
     bodies_bytes: int = 0
+    refusals: Refusals = field(default_factory=Refusals)
     #: OpenTelemetry's tracer; None if traces are off.
     tracer: Any = None
     #: The latest failures of requests, newest last, for the operator's view.

@@ -18,7 +18,9 @@ import openai
 import pytest
 
 from broker.protocol.errors import ErrorCode
+from broker.protocol.refusals import WrongKeys
 from client import Unauthenticated
+from client.gateway import refusals
 from client.gateway.__main__ import main
 from client.gateway.config import Config, ConfigError, parse_args
 from client.gateway.errors import GatewayError
@@ -349,6 +351,31 @@ def test_a_wrong_key_waits_for_its_refusal_and_others_do_not_wait_with_it(
         return waited
 
     wait_until(overtaken, "a wrong key that waits")
+
+
+def test_refusals_of_wrong_keys_wait_for_themselves_and_only_some_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(WrongKeys, "wait_s", lambda *_: 3600.0)
+    monkeypatch.setattr(refusals, "MAX_WAITING", 2)
+
+    async def ask() -> None:
+        waiting = refusals.Refusals()
+        first, second, third = (
+            asyncio.create_task(waiting.wait(f"10.0.0.{number}")) for number in range(3)
+        )
+        await first  # the earliest, as there are three
+        second.cancel()  # its caller has gone
+        fourth = asyncio.create_task(waiting.wait("10.0.0.4"))
+        await asyncio.wait((second, third, fourth), timeout=0)
+        assert second.done() and not third.done() and not fourth.done()
+        fifth = asyncio.create_task(waiting.wait("10.0.0.5"))
+        await third
+        for task in (fourth, fifth):
+            task.cancel()
+        await asyncio.gather(fourth, fifth, return_exceptions=True)
+
+    asyncio.run(ask())
 
 
 @pytest.mark.parametrize("field", ["worker", "reason"])

@@ -374,7 +374,7 @@ def test_keys_on_the_list_come_in_others_do_not_and_the_log_says_who(
         assert not plain.socket.poll(100)
 
 
-def test_a_wrong_key_waits_for_its_answer_and_nobody_waits_with_it(
+def test_wrong_keys_wait_longer_and_longer_and_nobody_waits_with_them(
     tmp_path: Path, context: zmq.Context[Any]
 ) -> None:
     keys = tmp_path / "keys"
@@ -382,23 +382,32 @@ def test_a_wrong_key_waits_for_its_answer_and_nobody_waits_with_it(
     _, public, _ = certificate(keys, "client")
     gate = auth.Gate(context, keys, lambda *_: None)
 
-    def peer(key: bytes) -> zmq.Socket[bytes]:
+    def peer(key: bytes, address: bytes = b"1.2.3.4") -> zmq.Socket[bytes]:
         socket = context.socket(zmq.REQ)
         socket.connect(auth.ZAP_ENDPOINT)
-        tail = [b"front", b"1.2.3.4", b"", b"CURVE", z85.decode(key)]
+        tail = [b"front", address, b"", b"CURVE", z85.decode(key)]
         socket.send_multipart([auth.ZAP_VERSION, b"1", *tail])
         return socket
 
     try:
-        wrong = [peer(zmq.curve_keypair()[0]) for _ in range(3)]
-        wait_until(lambda: gate.answer(10.0) or gate.refused == 3, "three refusals")
-        assert gate.due_s == 10.0 + auth.REFUSAL_DELAY_S
+        wrong = []
+        for count, address in enumerate((b"1.2.3.4", b"1.2.3.4", b"1.2.3.4", b"5.6.7.8"), 1):
+            wrong.append(peer(zmq.curve_keypair()[0], address))
+            wait_until(lambda count=count: gate.answer(10.0) or gate.refused == count, "a refusal")
+        assert gate.due_s == 11.0
         right = peer(public)
         wait_until(lambda: gate.answer(10.5) or right.poll(10), "the answer to a right key")
         assert right.recv_multipart()[2] == b"200"
         assert not any(socket.poll(10) for socket in wrong)
-        gate.answer(gate.due_s)
-        assert [socket.recv_multipart()[2] for socket in wrong] == [b"400"] * 3
+        gate.answer(11.0)
+        for socket in (wrong[0], wrong[3]):
+            assert socket.recv_multipart()[2] == b"400", "the first of its address"
+        assert gate.due_s == 12.0
+        gate.answer(12.0)
+        assert wrong[1].recv_multipart()[2] == b"400"
+        assert gate.due_s == 14.0
+        gate.answer(14.0)
+        assert wrong[2].recv_multipart()[2] == b"400"
         assert gate.due_s == math.inf
         for socket in (*wrong, right):
             socket.close(linger=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,58 @@ def test_a_program_that_is_still_loading_stops_at_once_and_in_good_order(
     finally:
         process.kill()
         process.wait()
+
+
+def _first_process_is_possible() -> bool:
+    """Whether a process may be made the first of a namespace of its own here."""
+    if shutil.which("unshare") is None:
+        return False
+    tried = subprocess.run([*_AS_FIRST, "true"], capture_output=True, timeout=PATIENCE_S)
+    return tried.returncode == 0
+
+
+_AS_FIRST = ("unshare", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc")
+
+
+@pytest.mark.skipif(not _first_process_is_possible(), reason="no namespace of processes here")
+@pytest.mark.parametrize("loaded", [False, True], ids=["while it loads", "while it serves"])
+@pytest.mark.parametrize("program", ["broker", "worker", "client.gateway"])
+def test_process_1_of_a_container_stops_in_good_order(
+    program: str, loaded: bool, tmp_path: Path
+) -> None:
+    """The kernel gives process 1 no signal that it has no handler for."""
+    arguments = {
+        "broker": ["--front", "tcp://127.0.0.1:*", "--back", "tcp://127.0.0.1:*"],
+        "worker": ["--engine", "echo", "--no-progress", "--broker", "tcp://127.0.0.1:1"],
+        "client.gateway": ["--port", "0", "--broker", "tcp://127.0.0.1:1"],
+    }[program]
+    serves = {"broker": "listens", "worker": "engine ready", "client.gateway": "startup complete"}
+    here, said = tmp_path / "loading", tmp_path / "said"
+    path = str(ROOT)
+    if not loaded:
+        (tmp_path / "msgspec.py").write_text(_SLOW_MODULE.format(here=str(here)))
+        path = os.pathsep.join((str(tmp_path), path))
+    with said.open("wb") as output:
+        process = subprocess.Popen(
+            [*_AS_FIRST, sys.executable, "-m", program, *arguments],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        begun = here.exists if not loaded else lambda: serves[program] in said.read_text()
+        wait_until(begun, f"{program} to be there")
+        (first,) = _children(process.pid)
+        os.kill(first, signal.SIGTERM)
+        assert process.wait(PATIENCE_S) == 0, said.read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_whoever_imports_the_code_keeps_the_handlers_that_it_has() -> None:
