@@ -49,8 +49,8 @@ from bench.common import machine, output
 from bench.soak import soak
 
 STREAMS: Final = 50
-FEATURED_LANES: Final = 18
-"""Requests with every feature, about thirty choices; each kind with each model."""
+FEATURED_LANES: Final = 12
+"""Requests with every feature, about twenty choices; each kind and each model."""
 FEATURED_TOKENS: Final = 40
 QUICK_HEARTBEAT_S: Final = 0.2
 RUNNING_S: Final = 120.0

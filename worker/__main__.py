@@ -57,6 +57,7 @@ def serve(config: options.WorkerConfig) -> int:
     from broker.peer.keys import KeyFileError, Keys
     from broker.protocol.tracing import make_tracer
     from worker.core.session import Settings, WorkerCore
+    from worker.engines import registry
     from worker.loop import Link
     from worker.process.supervisor import Supervisor
 
@@ -70,7 +71,7 @@ def serve(config: options.WorkerConfig) -> int:
     settings = Settings(
         name=config.worker_id,
         brokers=config.brokers,
-        models=tuple(name for group in config.engine.model_names for name in group),
+        models=registry.announced(config.engine),
         instance=os.urandom(ID_BYTES),
         software=options.software(),
         speed=config.speed,

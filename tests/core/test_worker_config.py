@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from worker import config
 from worker.config import ConfigError, WorkerConfig, parse
 from worker.demo import model_path
+from worker.engines.base import EngineOptions
+from worker.engines.registry import announced
 from worker.naming import name_from_path, pair_names
 from worker.replaced import REPLACED
 
@@ -210,3 +213,14 @@ def test_gpus_are_what_the_engine_sees() -> None:
 def test_a_misspelt_variable_is_named() -> None:
     (line,) = given(MODEL_PAHT="x").misspelt
     assert "did you mean TOKENBUS_WORKER_MODEL_PATH?" in line
+
+
+def test_a_worker_that_loads_announces_its_adapters_too_so_that_requests_wait_for_them() -> None:
+    options = EngineOptions(
+        model_names=(("base", "also"), ("second",)),
+        engine_args={"adapters": "tuned=/a,french=/b=c"},
+    )
+    assert announced(options) == ("base", "also", "second", "tuned", "french")
+    assert announced(replace(options, engine="echo")) == ("base", "also", "second")
+    broken = replace(options, engine_args={"adapters": "tuned"})
+    assert announced(broken) == ("base", "also", "second"), "the engine says what is wrong"

@@ -184,3 +184,16 @@ EngineFactory = Callable[[EngineOptions, Progress], Engine]
 class EngineLoadError(Exception):
     """The engine cannot be built; the message says why and what to do (one line, for a
     terminal)."""
+
+
+def adapter_paths(text: str) -> dict[str, str]:
+    """`--engine-arg adapters=NAME=PATH,NAME=PATH`, paths by name. Raises `EngineLoadError`."""
+    paths: dict[str, str] = {}
+    for item in text.split(",") if text else ():
+        name, separator, path = item.strip().partition("=")
+        if not separator or not path or not name:
+            raise EngineLoadError(f"adapters={text}: expected NAME=PATH, comma separated")
+        if name in paths:
+            raise EngineLoadError(f"adapters={text}: two adapters have the name {name}")
+        paths[name] = path
+    return paths

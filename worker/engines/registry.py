@@ -6,13 +6,14 @@ A package adds an engine with an entry point of group `tokenbus.engines` whose o
 
 from __future__ import annotations
 
+import contextlib
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Final, cast
 
 from broker.protocol.install import install_hint
-from worker.engines.base import EngineFactory, EngineLoadError
+from worker.engines.base import EngineFactory, EngineLoadError, EngineOptions, adapter_paths
 
 ENTRY_POINT_GROUP: Final = "tokenbus.engines"
 
@@ -41,6 +42,16 @@ NEED_MODEL: Final = frozenset({"vllm", "mlx", "llamacpp", "sglang"})
 def names() -> list[str]:
     """Names of the available engines."""
     return sorted({*BUILT_IN, *(entry.name for entry in entry_points(group=ENTRY_POINT_GROUP))})
+
+
+def announced(options: EngineOptions) -> tuple[str, ...]:
+    """Names that will be served once the engine is ready, adapters included: told while it loads,
+    so that requests for them wait."""
+    found = [name for group in options.model_names for name in group]
+    if options.engine == "transformers":
+        with contextlib.suppress(EngineLoadError):  # the engine says what is wrong with them
+            found += adapter_paths(options.engine_args.get("adapters", ""))
+    return tuple(found)
 
 
 def load(name: str) -> EngineFactory:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from worker.engines.base import EngineLoadError, Progress
+from worker.engines.base import EngineLoadError, Progress, adapter_paths
 from worker.engines.transformers.adapter_texts import own_texts
 from worker.engines.transformers.loaded import LoadedModel, wrap_model
 from worker.engines.transformers.loading.adapter_files import (
@@ -106,7 +106,7 @@ def add_adapters(
     untouched = _outputs(loaded.model, inputs, settings.adapters)
     by_row: dict[str, tuple[Adapter, _Attached]] = {}
     own_models: list[tuple[str, LoadedModel]] = []
-    for name, path in _named_paths(settings.adapters):
+    for name, path in adapter_paths(settings.adapters).items():
         progress(None, f"loading adapter {name}")
         if not loaded.takes_images and (folder := Path(path).expanduser()).is_dir():
             refuse_half(folder)
@@ -163,19 +163,6 @@ def add_adapters(
     if by_row:
         _put_into_rows(loaded, by_row)
     return own_models
-
-
-def _named_paths(text: str) -> list[tuple[str, str]]:
-    """`name=path,name=path` as pairs."""
-    pairs: list[tuple[str, str]] = []
-    for item in text.split(","):
-        name, separator, path = item.strip().partition("=")
-        if not separator or not path or not name:
-            raise EngineLoadError(f"adapters={text}: expected NAME=PATH, comma separated")
-        if name in dict(pairs):
-            raise EngineLoadError(f"adapters={text}: two adapters have the name {name}")
-        pairs.append((name, path))
-    return pairs
 
 
 def _refuse_second_layer(loaded: LoadedModel) -> None:
