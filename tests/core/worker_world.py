@@ -280,14 +280,14 @@ WELCOME = Welcome(
 class World:
     """The core, its brokers, its engine, and the time."""
 
-    def __init__(self, brokers: int = 1, capacity: int = 2, **settings: Any) -> None:
+    def __init__(self, brokers: int = 1, capacity: int = 2, seed: int = 7, **settings: Any) -> None:
         self.now_s = 1000.0
         self.capacity = capacity
         addresses = tuple(f"tcp://b{index}:1" for index in range(brokers))
         self.core = WorkerCore(
             Settings(name="w", brokers=addresses, models=(MODEL,), **settings),
             self.now_s,
-            random.Random(7),
+            random.Random(seed),
         )
         self.brokers = [Broker(self, index) for index in range(brokers)]
         self.sockets: set[int] = set()
