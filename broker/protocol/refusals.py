@@ -7,6 +7,7 @@ as an argument; holds no socket and no clock.
 from __future__ import annotations
 
 import ipaddress
+import math
 from collections import OrderedDict
 from typing import Final
 
@@ -31,8 +32,8 @@ class WrongKeys:
         last wait for each further one."""
         source = _source(address)
         last_s, at_s = self._waits.pop(source, (0.0, now_s))
-        last_s *= 0.5 ** ((now_s - at_s) // FORGIVE_S)
-        wait_s = min(max(FIRST_S, 2 * last_s), self._longest_s)
+        halvings = int((now_s - at_s) // FORGIVE_S)
+        wait_s = min(max(FIRST_S, math.ldexp(last_s, 1 - halvings)), self._longest_s)
         self._waits[source] = (wait_s, now_s)
         if len(self._waits) > MAX_SOURCES:
             self._waits.popitem(last=False)
