@@ -9,10 +9,12 @@ from pathlib import Path
 __all__ = ["family", "memory_bytes"]
 
 
-def memory_bytes(pid: int) -> int:
-    """Resident memory of a process."""
+def memory_bytes(pid: int, *, anonymous: bool = False) -> int:
+    """Resident memory of a process; `anonymous`: of its own making alone, without pages of files,
+    which the system takes and brings back as it likes."""
     text = Path(f"/proc/{pid}/status").read_text()
-    match = re.search(r"^VmRSS:\s+(\d+) kB", text, re.MULTILINE)
+    name = "RssAnon" if anonymous else "VmRSS"
+    match = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
     if match is None:
         raise RuntimeError(f"process {pid} has no resident memory: it has ended")
     return int(match[1]) * 1024
