@@ -17,7 +17,15 @@ from broker.protocol import early  # noqa: F401  # first: `python -m client.gate
 # isort: split
 from typing import TYPE_CHECKING, Any
 
-from broker.protocol.messages import FinishReason, Message, ModelInfo, Timings, Usage
+from broker.protocol.messages import (
+    FinishReason,
+    Message,
+    ModelInfo,
+    Piece,
+    PieceKind,
+    Timings,
+    Usage,
+)
 from client.calls import Embeddings
 from client.choices import AsyncChoiceStream, ChoiceStream
 from client.core.events import End, Prompt, Queued, Recovering, Started, StreamEvent, Tokens
@@ -46,6 +54,8 @@ __all__ = [
     "Limits",
     "Message",
     "ModelInfo",
+    "Piece",
+    "PieceKind",
     "Prompt",
     "Queued",
     "Recovering",

@@ -26,6 +26,7 @@ from broker.protocol.messages import (
     Kind,
     Message,
     Params,
+    PieceKind,
     Request,
     Usage,
 )
@@ -395,6 +396,8 @@ def _call(
         for name in list(options)
         if name in _PARAMS and options[name] is not None
     }
+    if kind is Kind.CHAT:
+        params.setdefault("pieces", [PieceKind.REASONING.value])
     if "model_defaults" not in params:
         params["model_defaults"] = [name for name in MODEL_DEFAULTS if name not in params]
     # Always set, so that a resumed stream continues exactly; below 2**53 it survives JSON.

@@ -136,6 +136,13 @@ class Sampling(TypedDict, total=False):
     stream_interval: Annotated[
         int | None, _says("minimum number of tokens delivered at a time [1]")
     ]
+    pieces: Annotated[
+        Sequence[str] | None,
+        _says('kinds of text to separate from the answer: "reasoning" [that in a chat, else none]'),
+    ]
+    thinking_tokens: Annotated[
+        int | None, _says("maximum reasoning length, in tokens; then the answer follows [no limit]")
+    ]
 
 
 class GenerateOptions(Sampling, CallOptions, total=False):

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Generic, Self, cast
 
 from broker.protocol.messages import (
     FinishReason,
+    Piece,
+    PieceKind,
     PromptEvent,
     Timings,
     TokenLogprob,
@@ -54,7 +56,7 @@ else:
 
 @dataclass(frozen=True)
 class Completion(Generic[T]):
-    """A whole answer. `str(completion)` is its text."""
+    """A whole answer. `str(completion)` is its text, without what was thought."""
 
     #: Without the calls of tools.
     text: str
@@ -87,6 +89,13 @@ class Completion(Generic[T]):
     tool_calls: list[ToolCall] = field(default_factory=list)
     #: What `response_format` asked for.
     shape: Shape | None = field(default=None, repr=False)
+    #: Thoughts and text in the order in which they came, neighbours of different kinds.
+    pieces: tuple[Piece, ...] = ()
+
+    @property
+    def reasoning(self) -> str:
+        """What the model thought; empty where it did not, or where its worker does not tell."""
+        return "".join(piece.text for piece in self.pieces if piece.kind == PieceKind.REASONING)
 
     def __str__(self) -> str:
         return self.text
@@ -109,6 +118,8 @@ class Completion(Generic[T]):
     def message(self) -> dict[str, Any]:
         """The answer as a message of the conversation, for the next question."""
         made: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.reasoning:
+            made["reasoning_content"] = self.reasoning
         if self.tool_calls:
             made["tool_calls"] = [
                 {
@@ -135,8 +146,8 @@ class StreamState:
         "_prompt",
         "_report_at",
         "_report_every",
+        "_said",
         "_shape",
-        "_text",
         "_token_ids",
         "end",
         "error",
@@ -157,7 +168,8 @@ class StreamState:
         #: a WINDOW for each request.
         self._report_every = 1
         self._report_at = 1
-        self._text: list[str] = []
+        #: The texts taken, by kind where they are not all content.
+        self._said: list[str | list[Piece]] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._prompt: PromptEvent | None = None
@@ -179,12 +191,38 @@ class StreamState:
     @property
     def text(self) -> str:
         """The text taken so far."""
-        return "".join(self._text)
+        return self._text_of_kind(PieceKind.CONTENT)
+
+    @property
+    def reasoning(self) -> str:
+        """What was thought in what was taken so far."""
+        return self._text_of_kind(PieceKind.REASONING)
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Thoughts and text so far, neighbours of one kind joined."""
+        runs: list[tuple[str, list[str]]] = []
+        for kind, text in self._runs():
+            if not runs or runs[-1][0] != kind:
+                runs.append((kind, []))
+            runs[-1][1].append(text)
+        return tuple(Piece(kind, "".join(texts)) for kind, texts in runs)
+
+    def _text_of_kind(self, wanted: PieceKind) -> str:
+        return "".join(text for kind, text in self._runs() if kind == wanted)
+
+    def _runs(self) -> Iterator[tuple[str, str]]:
+        for said in self._said:
+            if not isinstance(said, str):
+                for piece in said:
+                    yield piece.kind, piece.text
+            elif said:
+                yield PieceKind.CONTENT.value, said
 
     def take(self, item: Item) -> StreamEvent:
         """Account for an item that the application reads now. Raises it if it is an exception."""
         if type(item) is TokensEvent:
-            self._text.append(item.text)
+            self._said.append(item.text if item.pieces is None else item.pieces)
             token_ids = self._token_ids
             token_ids += item.token_ids
             if item.logprobs:
@@ -198,7 +236,7 @@ class StreamState:
             case End():
                 self.end, self.over = item, True
                 self.model, self.worker, self.resumed = item.model, item.worker, item.resumed
-                self._text.append(item.text)
+                self._said.append(item.text if item.pieces is None else item.pieces)
             case Started():
                 self.model, self.worker, self.resumed = item.model, item.worker, item.resumed
                 self._report_every = max(1, item.window_tokens // 4)
@@ -241,7 +279,7 @@ class StreamState:
         end = self.end
         assert end is not None, "the stream is not over"
         return Completion(
-            text="".join(self._text),
+            text=self.text,
             token_ids=list(self._token_ids),
             logprobs=self._logprobs or None,
             finish_reason=end.finish_reason,
@@ -259,12 +297,22 @@ class StreamState:
             result=end.result,
             tool_calls=list(self._calls),
             shape=self._shape,
+            pieces=self.pieces,
         )
 
 
 def text_of(event: StreamEvent) -> str:
     """What an event adds to the text."""
     return event.text if isinstance(event, Tokens | End) else ""
+
+
+def pieces_of(event: StreamEvent) -> list[Piece]:
+    """The text of an event by kind, in order; nothing where it has none."""
+    if not isinstance(event, Tokens | End):
+        return []
+    if event.pieces is not None:
+        return event.pieces
+    return [Piece(PieceKind.CONTENT.value, event.text)] if event.text else []
 
 
 class _Reading:
@@ -313,6 +361,11 @@ class _Reading:
     def text_so_far(self) -> str:
         """The text read so far."""
         return self._state.text
+
+    @property
+    def reasoning_so_far(self) -> str:
+        """What was thought in what was read so far."""
+        return self._state.reasoning
 
     def close(self) -> None:
         """Stop reading; cancels the request at the worker if it has not ended. Idempotent."""
@@ -388,6 +441,12 @@ class Stream(_Reading, Generic[T]):
             if piece:
                 yield piece
 
+    @property
+    def pieces(self) -> Iterator[Piece]:
+        """Thoughts and text in the pieces in which they arrive: `kind` and `text`."""
+        for event in self:
+            yield from pieces_of(event)
+
     def result(self) -> Completion[T]:
         """Read to the end. Raises the error if the request failed."""
         for _ in self:
@@ -457,6 +516,11 @@ class AsyncStream(_Reading, Generic[T]):
     def text(self) -> AsyncIterator[str]:
         """The text in the pieces in which it arrives."""
         return _Texts(_Events(self))
+
+    @property
+    def pieces(self) -> AsyncIterator[Piece]:
+        """Thoughts and text in the pieces in which they arrive: `kind` and `text`."""
+        return _Pieces(_Events(self))
 
     @property
     def batches(self) -> AsyncIterator[list[StreamEvent]]:
@@ -536,6 +600,22 @@ class _Batches:
         return batch
 
 
+class _Pieces:
+    """The typed pieces of an iteration."""
+
+    def __init__(self, events_: _Events) -> None:
+        self._events = events_
+        self._left: deque[Piece] = deque()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Piece:
+        while not self._left:
+            self._left.extend(pieces_of(await anext(self._events)))
+        return self._left.popleft()
+
+
 class _Texts:
     """The text pieces of an iteration."""
 
@@ -555,6 +635,8 @@ class _Texts:
 __all__ = [
     "AsyncStream",
     "Completion",
+    "Piece",
+    "PieceKind",
     "Queued",
     "Recovering",
     "Started",

@@ -23,6 +23,7 @@ from worker.core.conversations import NAMED_TEMPLATES, read_template
 from worker.demo import model_path
 from worker.engines import registry
 from worker.engines.base import EngineOptions
+from worker.engines.common.reasoning import parser_names
 from worker.naming import pair_names
 from worker.replaced import REPLACED
 
@@ -152,6 +153,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE|NAME",
         help="Jinja file that renders conversations, for models without one, or one of "
         f"{', '.join(NAMED_TEMPLATES)} [the model's own]",
+    )
+    models.add_argument(
+        "--reasoning-parser",
+        metavar="NAME|none",
+        help="how the models mark their thoughts, which come apart from what they say: "
+        f"{', '.join(parser_names())} [as each model shows]",
     )
 
     engine = made.add_argument_group("engine")
@@ -378,5 +385,6 @@ def _engine_options(values: dict[str, Any]) -> EngineOptions:
         revision=values["revision"],
         trust_remote_code=values["trust_remote_code"],
         chat_template=template,
+        reasoning_parser=values["reasoning_parser"] or "",
         engine_args=engine_args,
     )

@@ -27,10 +27,12 @@ T = TypeVar("T")
 _BYTES = (bytes,)
 _MIN_INT, _MAX_INT = -(1 << 63), (1 << 64) - 1
 
-#: Tags of the events to which fields were appended later, and the index of their log probabilities.
-_TOKENS, _PROMPT, _LOGPROBS = 0, 3, 6
-#: Number of original fields of those events, and of a log probability.
-_FIELDS, _LOGPROB_FIELDS = 7, 3
+#: Index of the log probabilities in the events that have them, by tag.
+_LOGPROBS: Final = {0: 6, 3: 6}
+#: Number of original fields of the events to which fields were appended later, by tag, and of a log
+#: probability.
+_FIELDS: Final = {0: 7, 1: 10, 3: 7}
+_LOGPROB_FIELDS: Final = 3
 
 _TOKENS_ONLY: Final = msgspec.msgpack.Decoder(list[TokensEvent])
 _ANY_EVENTS: Final = msgspec.msgpack.Decoder(list[OutputEvent])
@@ -141,10 +143,12 @@ def encode_events(events: list[OutputEvent]) -> bytes:
     are not empty."""
     arrays: list[list[Any]] = msgspec.to_builtins(events, builtin_types=_BYTES)
     for array in arrays:
-        if array[0] in (_TOKENS, _PROMPT):
-            for logprob in array[_LOGPROBS] or ():
+        tag = array[0]
+        if tag in _LOGPROBS:
+            for logprob in array[_LOGPROBS[tag]] or ():
                 _trim(logprob, _LOGPROB_FIELDS)
-            _trim(array, _FIELDS)
+        if tag in _FIELDS:
+            _trim(array, _FIELDS[tag])
     return pack(arrays)
 
 

@@ -61,6 +61,15 @@ class FinishReason(StrEnum):
     CANCELLED = "cancelled"
 
 
+class PieceKind(StrEnum):
+    """What a piece of an answer's text is."""
+
+    #: The answer itself. The only kind in an answer that is not split.
+    CONTENT = "content"
+    #: What the model thought before or between parts of the answer.
+    REASONING = "reasoning"
+
+
 class _Map(Struct, frozen=True, kw_only=True, omit_defaults=True):
     pass
 
@@ -317,6 +326,12 @@ class Params(_Map, frozen=True, kw_only=True):
     model_defaults: Annotated[list[str], Meta(max_length=16)] = []
     #: Minimum number of tokens to deliver at a time (all that are left at the end).
     stream_interval: Annotated[int, Meta(ge=1, le=1 << 20)] = 1
+    #: Kinds (`PieceKind`) of text to separate from the content. If empty, the text is everything
+    #: that the model writes. Unknown kinds are skipped.
+    pieces: Annotated[list[str], Meta(max_length=16)] = []
+    #: Maximum reasoning length in tokens; when it is reached, the end of the reasoning is forced and
+    #: the answer follows. None: no limit.
+    thinking_tokens: Count | None = None
 
 
 class Resume(_Map, frozen=True, kw_only=True):
@@ -326,7 +341,7 @@ class Resume(_Map, frozen=True, kw_only=True):
     #: step, so that a worker that lost the request cannot guess it.
     epoch: Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
     token_ids: list[TokenId] = []
-    #: Characters (Unicode code points) of text received with those tokens.
+    #: Characters (Unicode code points) of text received with those tokens, of every kind of piece.
     text_characters: Count = 0
     #: Whether the PROMPT event was received.
     prompt_seen: bool = False
@@ -469,13 +484,24 @@ class TokenLogprob(_Array, frozen=True):
     token: bytes
     top: list[TopLogprob] = []
     #: Offset of the token in the text (of PROMPT, or of the answer), in characters; a token that is
-    #: part of a character has that character's offset. None if the worker did not send it.
+    #: part of a character has that character's offset. If the answer is split into pieces, the
+    #: offset in the text as the model wrote it, markers included. None if the worker did not send it.
     place: Count | None = None
+
+
+class Piece(_Array, frozen=True, gc=False):
+    """A run of text of one kind. Never empty."""
+
+    #: A `PieceKind`, or a kind of a later version.
+    kind: str
+    text: str
 
 
 class Usage(_Map, frozen=True, kw_only=True):
     prompt_tokens: Count = 0
     completion_tokens: Count = 0
+    #: Of the completion, if the answer is split: tokens of the reasoning, its markers included.
+    reasoning_tokens: Count = 0
     #: Prompt tokens taken from the prefix cache.
     cached_tokens: Count = 0
     image_tokens: Count = 0
@@ -491,7 +517,8 @@ class Timings(_Map, frozen=True, kw_only=True):
 
 #: gc=False: never part of a cycle, so the garbage collector need not track each token.
 class TokensEvent(_Array, frozen=True, tag=0, gc=False):
-    """New tokens, starting at token `offset`. `text` is the text that they completed."""
+    """New tokens, starting at token `offset`. `text` is the text that they completed; if the answer
+    is split (`Params.pieces`), only its content."""
 
     request_id: Id
     epoch: Count
@@ -500,6 +527,8 @@ class TokensEvent(_Array, frozen=True, tag=0, gc=False):
     text: str
     #: One for each token, or empty.
     logprobs: list[TokenLogprob] | None = None
+    #: All text of this event by kind, in order. None: all of it is content.
+    pieces: list[Piece] | None = None
 
 
 class EndEvent(_Array, frozen=True, tag=1):
@@ -517,6 +546,8 @@ class EndEvent(_Array, frozen=True, tag=1):
     result: dict[str, Any] | None = None
     #: The stop string or token id that ended the answer.
     stopped_by: str | int | None = None
+    #: As in TOKENS.
+    pieces: list[Piece] | None = None
 
 
 class FailEvent(_Array, frozen=True, tag=2):

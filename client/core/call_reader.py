@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from broker.protocol.messages import PromptEvent, TokensEvent
+from broker.protocol import messages
+from broker.protocol.messages import PieceKind, PromptEvent, TokensEvent
 from client.core.events import End, Item
 from client.core.tool_parser import CallStart, Piece, Text, ToolCallParser
 from client.core.tools import Reading, ToolCall
@@ -29,6 +30,8 @@ class CallReader:
         self._parser = ToolCallParser(
             self._tools, forced=reading.forced, shows_special=reading.shows_special
         )
+        #: What the prompt is known by, until the first text shows whether thoughts come apart.
+        self._prompt: PromptEvent | None = None
         #: Name and arguments of each call so far, and how many of them were handed on.
         self._calls: list[tuple[str, list[str]]] = []
         self._told = 0
@@ -39,19 +42,41 @@ class CallReader:
         match item:
             case TokensEvent():
                 # The ids are counted where they arrive, though their text may be held back.
-                text = self._text_of(parser.feed(item.text))
-                hand_on(msgspec.structs.replace(item, text=text))
+                text, pieces = self._read(item)
+                hand_on(msgspec.structs.replace(item, text=text, pieces=pieces))
                 self._tell(parser.complete_calls)
             case End():
-                text = self._text_of([*parser.feed(item.text), *parser.finish()])
+                text, pieces = self._read(item)
+                rest = self._text_of(parser.finish())
+                if rest and pieces is not None:
+                    pieces = [*pieces, messages.Piece(PieceKind.CONTENT.value, rest)]
                 self._tell(len(self._calls))
-                hand_on(dataclasses.replace(item, text=text))
+                hand_on(dataclasses.replace(item, text=text + rest, pieces=pieces))
             case PromptEvent():
-                parser.begin(special=item.special, tail=item.tail)
+                self._prompt = item
                 if self._shows_prompt:
                     hand_on(item)
             case _:
                 hand_on(item)
+
+    def _read(self, item: TokensEvent | End) -> tuple[str, list[messages.Piece] | None]:
+        """The text of an event without its calls, and all of it by kind where it came so."""
+        if self._prompt is not None and (item.text or item.pieces):
+            # A thought that the prompt has begun is no matter of the text where thoughts come apart.
+            prompt, self._prompt = self._prompt, None
+            tail = prompt.tail if item.pieces is None else ""
+            self._parser.begin(special=prompt.special, tail=tail)
+        if item.pieces is None:
+            return self._text_of(self._parser.feed(item.text)), None
+        texts: list[str] = []
+        pieces: list[messages.Piece] = []
+        for piece in item.pieces:
+            if piece.kind == PieceKind.CONTENT:
+                texts.append(self._text_of(self._parser.feed(piece.text)))
+                piece = messages.Piece(piece.kind, texts[-1])
+            if piece.text:
+                pieces.append(piece)
+        return "".join(texts), pieces
 
     def _text_of(self, pieces: Iterable[Piece]) -> str:
         """Their text; what belongs to calls is kept."""

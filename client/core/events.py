@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from broker.protocol.messages import (
     FinishReason,
+    Piece,
     PromptEvent,
     Request,
     Resume,
@@ -76,6 +77,8 @@ class End:
     #: Measured here, from the call; None if there was no token.
     first_token_s: float | None
     total_s: float
+    #: As of `Tokens`: all of `text` by kind, where it is not all content.
+    pieces: list[Piece] | None = None
 
 
 #: Tokens and text; straight from the wire, see `broker.protocol.messages`.

@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from broker.protocol.errors import ErrorCode, ErrorInfo
-from broker.protocol.messages import BusLimits, Request, Resume, TokensEvent
+from broker.protocol.messages import BusLimits, EndEvent, Request, Resume, TokensEvent
 from client import errors
 from client.core.events import RequestMade
 from client.errors import DeadlineExceeded
@@ -50,6 +50,8 @@ class Acceptance(Enum):
     REPEATED = "repeated"
     #: Something before it is missing, or it overlaps partially: a RESUME is needed.
     GAP = "gap"
+    #: The answer came in pieces so far, and its worker now makes none.
+    UNSPLIT = "unsplit"
 
 
 NEXT: Final = Acceptance.NEXT
@@ -83,6 +85,8 @@ class Exchange:
         "route",
         "scheduled_s",
         "sent_before",
+        "split",
+        "split_known",
         "taken",
         "text_characters",
         "timeout",
@@ -130,6 +134,9 @@ class Exchange:
         self.token_ids: list[int] = []
         self.text_characters = 0
         self.prompt_seen = False
+        #: Text came, and in pieces; whether the present worker makes them is known.
+        self.split = False
+        self.split_known = False
         self.first_token_s: float | None = None
         #: Last event of this run at this worker; None before the first.
         self.heard_s: float | None = None
@@ -142,6 +149,7 @@ class Exchange:
             self.token_ids = list(made.resume.token_ids)
             self.text_characters = made.resume.text_characters
             self.prompt_seen = made.resume.prompt_seen
+            self.split = bool(self.text_characters and self.request.params.pieces)
 
     # --- sending ---
 
@@ -153,6 +161,7 @@ class Exchange:
             self.epochs.add(self.epoch)
         self.sent_before = True
         self.route = None
+        self.split_known = False
         self.window_limit = max(self.taken, len(self.token_ids)) + window_tokens
         resume = None
         if self.epoch:
@@ -165,8 +174,13 @@ class Exchange:
                 lost_alone=self.lost_alone,
                 holder=self.holder,
             )
+        request = self.request
+        if self.text_characters and not self.split and request.params.pieces:
+            # It began as one text, so it goes on as one, whoever continues it.
+            whole = msgspec.structs.replace(request.params, pieces=[])
+            request = msgspec.structs.replace(request, params=whole)
         return msgspec.structs.replace(
-            self.request,
+            request,
             window=self.window_limit,
             resume=resume,
             queue_ms=_wire_ms(self.timeout.queue),
@@ -218,13 +232,29 @@ class Exchange:
         if event.offset != have:
             repeated = event.offset + len(event.token_ids) <= have and event.offset < have
             return Acceptance.REPEATED if repeated else Acceptance.GAP
+        if not (self.split_known or self.splits_like_before(event)):
+            return Acceptance.UNSPLIT
         self.token_ids += event.token_ids
-        self.text_characters += len(event.text)
+        if event.pieces is None:
+            self.text_characters += len(event.text)
+        else:
+            self.text_characters += sum([len(piece.text) for piece in event.pieces])
         self.failures = 0
         self.heard_s = now_s
         if self.first_token_s is None:
             self.first_token_s = now_s - self.made_s
         return NEXT
+
+    def splits_like_before(self, event: TokensEvent | EndEvent) -> bool:
+        """Whether the worker makes pieces of the answer's text if those before it did. The first
+        event with a text, of each that runs it, tells; SPEC.md section 4.3."""
+        if self.split_known or not (event.text or event.pieces):
+            return True
+        if self.text_characters and self.split and event.pieces is None:
+            return False
+        self.split = self.split or event.pieces is not None
+        self.split_known = True
+        return True
 
     # --- time ---
 

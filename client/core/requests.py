@@ -444,6 +444,8 @@ class Requests:
                     self.schedule(exchange)
                 case Acceptance.GAP:
                     self._recover(exchange, _gap(event.offset, len(exchange.token_ids)))
+                case Acceptance.UNSPLIT:
+                    self._recover(exchange, _unsplit(exchange.worker))
         elif isinstance(event, PromptEvent):
             self._deliver(exchange.id, event)
             exchange.prompt_seen = True
@@ -474,6 +476,9 @@ class Requests:
         if event.offset != have:
             self._recover(exchange, _gap(event.offset, have))
             return
+        if not exchange.splits_like_before(event):
+            self._recover(exchange, _unsplit(exchange.worker))
+            return
         self.at_broker.discard(exchange.id)
         end = End(
             finish_reason=event.finish_reason,
@@ -487,6 +492,7 @@ class Requests:
             resumed=exchange.resumed,
             first_token_s=exchange.first_token_s,
             total_s=self._dialer.now_s - exchange.made_s,
+            pieces=event.pieces,
         )
         self._end(exchange, end, ended=True)
 
@@ -505,6 +511,14 @@ class Requests:
             assert due_s == math.inf or exchange.scheduled_s <= due_s, f"{story}: no timer"
             assert exchange.taken <= len(exchange.token_ids), f"{story}: read before received"
         assert self.at_broker <= self.exchanges.keys(), "at the broker without an exchange"
+
+
+def _unsplit(worker: str) -> ErrorInfo:
+    story = (
+        f"worker {worker!r} continued an answer without separating its reasoning, which was "
+        "separate so far: it is of an older version, or has another --reasoning-parser"
+    )
+    return ErrorInfo(code=ErrorCode.CONNECTION_LOST.value, message=story, retryable=True)
 
 
 def _gap(offset: int, have: int) -> ErrorInfo:

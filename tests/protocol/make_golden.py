@@ -362,6 +362,33 @@ def _every_field() -> dict[str, Example]:
         REQUEST, 1, 0, [], "", None, ["[TOOL_CALLS]"], "<think>", m.Usage(prompt_tokens=4)
     )
     placed = m.TokensEvent(REQUEST, 1, 0, [7], "a", [m.TokenLogprob(-0.5, b" a", [], 0)])
+    thinking = m.Request(
+        model="demo",
+        prompt="2 + 2",
+        params=m.Params(pieces=["reasoning"], thinking_tokens=100),
+        window=1,
+    )
+    thought = m.TokensEvent(
+        REQUEST,
+        1,
+        0,
+        [7, 8, 9],
+        "4",
+        None,
+        [m.Piece("reasoning", "Easy."), m.Piece("content", "4")],
+    )
+    answered = m.EndEvent(
+        REQUEST,
+        1,
+        3,
+        m.FinishReason.STOP,
+        "!",
+        m.Usage(prompt_tokens=4, completion_tokens=3, reasoning_tokens=2),
+        m.Timings(),
+        None,
+        None,
+        [m.Piece("content", "!")],
+    )
     limits = m.BusLimits(
         request_bytes=1, attachment_bytes=2, attachments_bytes=3, attachments=4, inflight=5
     )
@@ -400,6 +427,8 @@ def _every_field() -> dict[str, Example]:
         "output_prompt": (t.OUTPUT, SESSION, 3, 0, [[prompt]], []),
         "output_place": (t.OUTPUT, SESSION, 5, 0, [[placed]], []),
         "output_prompt_tail": (t.OUTPUT, SESSION, 4, 0, [[opened]], []),
+        "request_pieces": (t.REQUEST, REQUEST, 1, 0, [thinking], []),
+        "output_pieces": (t.OUTPUT, SESSION, 6, 0, [[thought, answered]], []),
     }
 
 

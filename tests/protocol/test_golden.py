@@ -97,7 +97,7 @@ def _with_unknown(value: Any, top: bool = True) -> Any:
 
 
 def _missing_defaults(event: list[Any]) -> list[Any]:
-    full = {0: 7, 1: 10, 2: 5, 3: 10}[event[0]]
+    full = {0: 8, 1: 11, 2: 5, 3: 10}[event[0]]
     defaults = [[], "", None] if event[0] == 3 else [None] * full
     return defaults[-(full - len(event)) :] if len(event) < full else []
 

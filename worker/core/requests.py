@@ -464,7 +464,8 @@ class Requests:
                 continue
             if stream.end is not None:
                 continue
-            _, _, ids, text, logprobs = event
+            _, _, ids, text, logprobs, *more = event
+            pieces = more[0] if more else None
             tokens = stream.token_ids
             offset = len(tokens)
             count = offset + len(ids)
@@ -477,21 +478,31 @@ class Requests:
                 and stream.interval == 1
                 and stream.piece == len(stream.ends)
                 and not route.connection.blocked
+                and (stream.shows_kinds or not stream.split or pieces)
             ):
                 # Nothing is held back, so the event is passed on unchanged.
                 tokens += ids
-                stream.texts.append(text)
                 stream.ends.append(count)
                 stream.sent = count
                 stream.piece += 1
-                route.events.append((TOKENS, stream.request_id, stream.epoch, offset, ids, text))
+                if pieces:
+                    stream.split = stream.shows_kinds = True
+                    stream.texts.append(pieces)
+                    route.events.append(
+                        (TOKENS, stream.request_id, stream.epoch, offset, ids, text, None, pieces)
+                    )
+                else:
+                    stream.texts.append(text)
+                    route.events.append(
+                        (TOKENS, stream.request_id, stream.epoch, offset, ids, text)
+                    )
                 if not stream.started:
                     stream.started = True
                     route.started.append(stream.request_id)
                 if not route.touched:
                     self._touch(route)
             else:
-                stream.append(ids, text, logprobs)
+                stream.append(ids, text, logprobs, pieces)
                 self.advance(stream, now_s)
 
     def _engine_event(self, stream: Stream, event: list[Any], now_s: float) -> None:

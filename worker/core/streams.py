@@ -11,10 +11,15 @@ import math
 from typing import TYPE_CHECKING, Any, Final
 
 from broker.protocol.header import Flag, MessageType, prefix
+from broker.protocol.messages import PieceKind
 from worker.engines.events import END, FAIL, PROMPT, TOKENS
 
 if TYPE_CHECKING:
     from worker.core.connection import Connection
+
+CONTENT: Final = PieceKind.CONTENT.value
+_RUNS: Final = (CONTENT, PieceKind.REASONING.value)
+"""Kinds of which neighbouring pieces are one."""
 
 COALESCED_TOKENS: Final = 4096
 """Longest TOKENS event made when catching up: far below MAX_OUTPUT_BYTES at 5 bytes per token."""
@@ -84,7 +89,9 @@ class Stream:
         "request_id",
         "route",
         "sent",
+        "shows_kinds",
         "skip",
+        "split",
         "started",
         "texts",
         "token_ids",
@@ -110,10 +117,11 @@ class Stream:
         self.interval = interval
         #: The answer's tokens, including those that came with a RESUME.
         self.token_ids: list[int] = list(prior_token_ids)
-        #: Pieces of text as the engine returned them, and the token count at which
-        #: each was complete.
-        self.texts: list[str] = []
+        #: Texts as the engine returned them, and the token count at which each was complete. If the
+        #: answer is split into pieces, a text is a list of them: [kind, text].
+        self.texts: list[Any] = []
         self.ends: list[int] = []
+        self.split = False
         #: One entry for each token from `base_tokens` on, or None if not requested.
         self.logprobs: list[Any] | None = None
         #: Number of tokens that another worker generated; their text is not here.
@@ -135,11 +143,13 @@ class Stream:
         self.epoch = 0
         #: The first token offset that may not be sent.
         self.window = 0
-        #: Number of tokens sent; `piece` and `skip` (characters of that piece) say how much of the
+        #: Number of tokens sent; `piece` and `skip` (characters of that text) say how much of the
         #: text was sent.
         self.sent = self.base_tokens
         self.piece = 0
         self.skip = 0
+        #: Whether pieces were sent: the first text of a split answer shows that it is split.
+        self.shows_kinds = False
         #: Token offset at which the current epoch began.
         self.attached_at = self.base_tokens
         self.prompt_sent = False
@@ -156,14 +166,21 @@ class Stream:
 
     # --- what was generated ---------------------------------------------------------------------
 
-    def append(self, token_ids: list[int], text: str, logprobs: list[Any] | None) -> None:
+    def append(
+        self,
+        token_ids: list[int],
+        text: str,
+        logprobs: list[Any] | None,
+        pieces: list[Any] | None = None,
+    ) -> None:
         """Keep what the engine generated."""
         if logprobs is not None:
             if self.logprobs is None:
                 self.logprobs = []
             self.logprobs += logprobs
         self.token_ids += token_ids
-        self.texts.append(text)
+        self.split = self.split or bool(pieces)
+        self.texts.append(pieces or text)
         self.ends.append(len(self.token_ids))
 
     @property
@@ -178,7 +195,7 @@ class Stream:
 
     def size_bytes(self) -> int:
         """Approximate size in memory; used to limit what is kept of ended requests."""
-        characters = sum(map(len, self.texts))
+        characters = sum(map(_characters, self.texts))
         logprobs = len(self.logprobs or ()) * 1024
         return 512 + 40 * len(self.token_ids) + 120 * len(self.texts) + 2 * characters + logprobs
 
@@ -193,7 +210,7 @@ class Stream:
             self.base_tokens <= count <= len(self.token_ids)
             and self.base_characters
             <= characters
-            <= self.base_characters + sum(map(len, self.texts))
+            <= self.base_characters + sum(map(_characters, self.texts))
             and self.token_ids[:count] == token_ids
         )
 
@@ -210,12 +227,12 @@ class Stream:
         self.window = window
         self.sent = self.attached_at = count
         self.prompt_sent = prompt_seen
-        self.started = self.end_sent = False
+        self.started = self.end_sent = self.shows_kinds = False
         self.blocked_since_s = self.orphaned_s = None
         rest = characters - self.base_characters
         piece = 0
-        while piece < len(self.texts) and rest >= len(self.texts[piece]):
-            rest -= len(self.texts[piece])
+        while piece < len(self.texts) and rest >= (size := _characters(self.texts[piece])):
+            rest -= size
             piece += 1
         self.piece = piece
         self.skip = rest
@@ -226,20 +243,32 @@ class Stream:
             self.route.streams -= 1
             self.route = None
 
-    def _text_until(self, token_count: int) -> str:
-        """Unsent text that was complete with the first `token_count` tokens; it then
-        counts as sent."""
+    def _text_until(
+        self, token_count: int, rest: str = "", rest_pieces: list[Any] | None = None
+    ) -> tuple[str, list[Any] | None]:
+        """Unsent text that was complete with the first `token_count` tokens, followed by `rest`: its
+        content, and all of it in pieces if the answer is split. It then counts as sent."""
         first = self.piece
         last = first
         ends = self.ends
         while last < len(ends) and ends[last] <= token_count:
             last += 1
-        if last == first:
-            return ""
-        text = "".join(self.texts[first:last])[self.skip :]
-        self.piece = last
-        self.skip = 0
-        return text
+        unsent = self.texts[first:last]
+        skip = self.skip
+        if last != first:
+            self.piece = last
+            self.skip = 0
+        else:
+            skip = 0
+        if not self.split and not rest_pieces:
+            return "".join(unsent)[skip:] + rest, None
+        pieces = _joined([*unsent, rest_pieces or rest], skip)
+        content = "".join([piece[1] for piece in pieces if piece[0] == CONTENT])
+        plain = all(piece[0] == CONTENT for piece in pieces)
+        if plain and (self.shows_kinds or not pieces):
+            return content, None
+        self.shows_kinds = True
+        return content, pieces
 
     def send_ready(self) -> bool:
         """Add everything that may be sent now to the route's next message.
@@ -270,15 +299,17 @@ class Stream:
             offset = self.sent
             count = min(limit, offset + most)
             ids = self.token_ids[offset:count]
-            text = self._text_until(count)
-            if self.logprobs is None:
-                route.events.append((TOKENS, self.request_id, self.epoch, offset, ids, text))
-            else:
+            text, pieces = self._text_until(count)
+            logprobs = None
+            if self.logprobs is not None:
                 base = self.base_tokens
                 logprobs = self.logprobs[offset - base : count - base]
-                route.events.append(
-                    (TOKENS, self.request_id, self.epoch, offset, ids, text, logprobs)
-                )
+            event: tuple[Any, ...] = (TOKENS, self.request_id, self.epoch, offset, ids, text)
+            if pieces is not None:
+                event += (logprobs, pieces)
+            elif logprobs is not None:
+                event += (logprobs,)
+            route.events.append(event)
             self.sent = count
             if not self.started:
                 self.started = True
@@ -289,11 +320,13 @@ class Stream:
         tag, *fields = self.end
         offset = len(self.token_ids)
         if tag == END:
-            reason, text, *rest = fields
-            text = self._text_until(offset) + text
-            usage = rest[0]
+            reason, text, usage, timings, *rest = fields
+            text, pieces = self._text_until(offset, text, rest[2] if len(rest) > 2 else None)
+            rest = rest[:2] if pieces is None else [*rest[:2], pieces]
             outcome = reason
-            route.events.append((END, self.request_id, self.epoch, offset, reason, text, *rest))
+            route.events.append(
+                (END, self.request_id, self.epoch, offset, reason, text, usage, timings, *rest)
+            )
         else:
             error, usage = fields
             outcome = error["code"]
@@ -315,3 +348,24 @@ class Stream:
         del self.ends[self.piece :]
         if self.logprobs is not None:
             del self.logprobs[max(0, self.sent - self.base_tokens) :]
+
+
+def _characters(text: str | list[Any]) -> int:
+    """Of a text, or of one in pieces."""
+    return len(text) if isinstance(text, str) else sum(len(piece[1]) for piece in text)
+
+
+def _joined(texts: list[Any], skip: int) -> list[Any]:
+    """The pieces of texts behind the first `skip` characters."""
+    joined: list[Any] = []
+    for text in texts:
+        for kind, said, *more in [(CONTENT, text)] if isinstance(text, str) else text:
+            passed = min(skip, len(said))
+            skip -= passed
+            if passed == len(said):
+                continue
+            if joined and joined[-1][0] == kind and kind in _RUNS:
+                joined[-1][1] += said[passed:]
+            else:
+                joined.append([kind, said[passed:], *more])
+    return joined

@@ -28,6 +28,7 @@ from broker.protocol.errors import ErrorInfo
 from broker.protocol.messages import (
     FinishReason,
     ModelInfo,
+    Piece,
     Request,
     Timings,
     TokenLogprob,
@@ -58,6 +59,9 @@ class EngineOptions:
     trust_remote_code: bool = False
     #: Jinja source that replaces the models' own chat templates; empty to keep those.
     chat_template: str = ""
+    #: How the models mark their reasoning: a name of `reasoning.FAMILIES`, "none", or empty to find
+    #: it out for each model.
+    reasoning_parser: str = ""
     #: The engine's own options, from `--engine-arg KEY=VALUE`; values are still text.
     engine_args: dict[str, str] = field(default_factory=dict)
 
@@ -95,6 +99,8 @@ class Tokens(Struct, frozen=True, array_like=True, tag=0):
     text: str
     #: One for each token, or None if not requested.
     logprobs: list[TokenLogprob] | None = None
+    #: All the text by kind, where the answer is split; `text` is then its content alone.
+    pieces: list[Piece] | None = None
 
 
 class Ended(Struct, frozen=True, array_like=True, tag=1):
@@ -110,6 +116,8 @@ class Ended(Struct, frozen=True, array_like=True, tag=1):
     result: dict[str, Any] | None = None
     #: The stop string or the token id that ended the answer.
     stopped_by: str | int | None = None
+    #: As of `Tokens`.
+    pieces: list[Piece] | None = None
 
 
 class Failed(Struct, frozen=True, array_like=True, tag=2):

@@ -351,7 +351,7 @@ class RelayCore:
         match item:
             case TokensEvent():
                 job.have += len(item.token_ids)
-                self._say(Tokens(job.id, item.token_ids, item.text, item.logprobs))
+                self._say(Tokens(job.id, item.token_ids, item.text, item.logprobs, item.pieces))
                 self._tell_taken(job, max(1, job.window_tokens // 4))
             case below.Started():
                 job.started = True
@@ -384,6 +384,7 @@ class RelayCore:
                         item.timings,
                         item.result,
                         item.stopped_by,
+                        item.pieces,
                     ),
                 )
             case BusError():

@@ -54,6 +54,8 @@ class ModelFacts:
     #: Facts for adapters that have their own tokenizer or template.
     adapter_texts: dict[str, ModelFacts] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    #: `--reasoning-parser`, see `reasoning.find_format`; empty: as the model shows.
+    reasoning_parser: str = ""
     #: The model's own values of `MODEL_DEFAULTS`, from its generation config.
     sampling_defaults: dict[str, float] = field(default_factory=dict)
 

@@ -79,6 +79,7 @@ def describe(
         details={"architecture": architecture(config), "library": library},
     )
     use_template(facts, options.chat_template)
+    facts.reasoning_parser = options.reasoning_parser
     return facts
 
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from broker.protocol.errors import ErrorInfo, RequestError
-from broker.protocol.messages import FinishReason, Params, Timings, TokenLogprob, Usage
+from broker.protocol.messages import FinishReason, Params, Piece, Timings, TokenLogprob, Usage
 from worker.engines.base import Ended, EngineEvent, Failed, PromptFacts, Tokens
+from worker.engines.common.pieces import PieceStream
 from worker.engines.common.prompt import Prompt
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Sequence:
     params: Params
     prompt: Prompt
     row: SamplerRow
-    text: TextStream
+    text: TextStream | PieceStream
     eos_ids: frozenset[int]
     #: Length of the whole answer, tokens, at which it ends; prior tokens count.
     max_tokens: int
@@ -99,7 +100,9 @@ class Sequence:
     _untold: int | None = None
     _fault: ErrorInfo | None = None
     _held_ids: list[int] = field(default_factory=list)
+    #: Content, or all of it in pieces where the answer is split.
     _held_text: str = ""
+    _held_pieces: list[Piece] = field(default_factory=list)
     _held_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     @property
@@ -204,10 +207,12 @@ class Sequence:
             self._held_logprobs[-1] = replace(last, place=self.text.place)
         if self._ends(token_id):
             return self.end(FinishReason.STOP, now, token_id, ending_token=token_id)
-        step = self.text.add(token_id)
-        self._held_text += step.text
-        if step.stopped_by is not None:
-            return self.end(FinishReason.STOP, now, step.stopped_by)
+        if isinstance(self.text, PieceStream):
+            self._held_pieces += self.text.add(token_id)
+        else:
+            self._held_text += self.text.add(token_id).text
+        if self.text.stopped_by is not None:
+            return self.end(FinishReason.STOP, now, self.text.stopped_by)
         if len(self.answer) >= self.max_tokens:
             return self.end(FinishReason.LENGTH, now)
         if len(self._held_ids) < self.params.stream_interval:
@@ -218,8 +223,12 @@ class Sequence:
         if not self._held_ids:
             return []
         logprobs = self._held_logprobs if self.params.logprobs is not None else None
-        event = Tokens(self.request_id, self._held_ids, self._held_text, logprobs)
+        text, pieces = self._held_text, None
+        if isinstance(self.text, PieceStream):
+            text, pieces = self.text.event(self._held_pieces)
+        event = Tokens(self.request_id, self._held_ids, text, logprobs, pieces)
         self._held_ids, self._held_text, self._held_logprobs = [], "", []
+        self._held_pieces = []
         return [event]
 
     def end(
@@ -235,14 +244,20 @@ class Sequence:
         self._untold = None
         events = [] if reason is FinishReason.CANCELLED else self.facts()
         events += self._flush()
+        pieces: list[Piece] | None = None
+        if isinstance(self.text, PieceStream):
+            text, pieces = self.text.event(self.text.finish(ending_token))
+        else:
+            text = self.text.finish(ending_token)
         events.append(
             Ended(
                 self.request_id,
                 reason,
-                text=self.text.finish(ending_token),
+                text=text,
                 usage=self.usage(),
                 timings=self.timings(now),
                 stopped_by=stopped_by,
+                pieces=pieces,
             )
         )
         return events
@@ -261,6 +276,7 @@ class Sequence:
         return Usage(
             prompt_tokens=len(self.prompt.ids),
             completion_tokens=completion_tokens,
+            reasoning_tokens=self.text.reasoning_tokens if completion_tokens else 0,
             cached_tokens=self.cached,
             image_tokens=self.prompt.image_tokens,
         )

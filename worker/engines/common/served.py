@@ -15,17 +15,27 @@ from typing import Any, Protocol
 import msgspec
 
 from broker.protocol.errors import ErrorCode, RequestError
-from broker.protocol.messages import FinishReason, Kind, ModelInfo, Params, Request, Usage
+from broker.protocol.messages import (
+    FinishReason,
+    Kind,
+    ModelInfo,
+    Params,
+    PieceKind,
+    Request,
+    Usage,
+)
 from worker.engines.base import Ended, Job
 from worker.engines.common.arguments import SharedSettings
 from worker.engines.common.constrain import ConstraintFactory, ConstraintState
 from worker.engines.common.facts import ModelFacts
 from worker.engines.common.images import ImageLimits
-from worker.engines.common.prompt import PromptBuilder
+from worker.engines.common.pieces import PieceStream
+from worker.engines.common.prompt import Prompt, PromptBuilder
+from worker.engines.common.reasoning import AnswerFormat, Begun, find_format
 from worker.engines.common.runner import Runner
 from worker.engines.common.sampling import SamplerRow, check_token_ids
 from worker.engines.common.sequence import Sequence, ends_answer
-from worker.engines.common.template import continues_message
+from worker.engines.common.template import continues_message, template_source
 from worker.engines.common.text import TextStream, places, token_table
 
 __all__ = ["BatchModel", "Embedding", "Prepared", "now"]
@@ -33,9 +43,9 @@ __all__ = ["BatchModel", "Embedding", "Prepared", "now"]
 CONTEXT_IDS = 8
 """Number of prompt tokens that the text stream of a continued text sees."""
 
-#: Tokens at the end of a prompt that are reported; longer than what any template writes after
-#: the last message.
-_TAIL_TOKENS = 32
+#: Tokens at the end of a prompt that are looked at; longer than what any template writes after the
+#: last message.
+_TAIL_TOKENS = 64
 
 
 class Embedding(Protocol):
@@ -61,6 +71,12 @@ class _Texts:
         # Texts are decoded in the step loop while prompts are encoded in other threads, and a fast
         # tokenizer must not be used in two threads at once.
         self.decoder = copy.deepcopy(facts.tokenizer)
+        #: How the model writes an answer; None: as one text.
+        self.format: AnswerFormat | None = find_format(
+            facts.tokenizer,
+            template_source(facts.tokenizer, facts.processor),
+            facts.reasoning_parser,
+        )
         self._constraints = ConstraintFactory(facts.tokenizer)
         self._constraint_lock = threading.Lock()
 
@@ -71,6 +87,33 @@ class _Texts:
         with self._constraint_lock:
             ends = self.facts.eos_ids.union(params.stop_token_ids)
             return self._constraints.build(params.constraint, ends)
+
+    def stream(
+        self, request: Request, params: Params, prompt: Prompt, prior: list[int]
+    ) -> TextStream | PieceStream:
+        """The text of an answer as it is sent; `prior`: its tokens so far."""
+        # A text that goes on where the prompt's ends: a first space is part of it.
+        goes_on = not self.facts.encoder_decoder and (
+            request.kind is Kind.COMPLETE or continues_message(request)
+        )
+        so_far: dict[str, Any] = {
+            "prior_ids": prior,
+            "prior_characters": request.resume.text_characters if request.resume else 0,
+            "context_ids": prompt.ids[-CONTEXT_IDS:] if goes_on else (),
+        }
+        if self.format is None or PieceKind.REASONING not in params.pieces:
+            return TextStream(self.decoder, params, **so_far)
+        parser = self.format.parser(self._begun(request, prompt))
+        return PieceStream(self.decoder, params, parser, self.format.special, **so_far)
+
+    def _begun(self, request: Request, prompt: Prompt) -> Begun:
+        """What of an answer stands in its prompt."""
+        if request.kind is Kind.COMPLETE:
+            tail = self.builder.detokenised(prompt.ids[-_TAIL_TOKENS:])
+            return Begun(tail, token_ids=prompt.ids)
+        if continues_message(request) and request.messages:
+            return Begun(self.builder.detokenised(prompt.ids), request.messages[-1])
+        return Begun(self.builder.detokenised(prompt.ids[-_TAIL_TOKENS:]))
 
 
 class BatchModel:
@@ -112,11 +155,16 @@ class BatchModel:
                 images=facts.takes_images,
                 details=facts.details
                 | {"scheduler": self.scheduler}
+                | self._format_details(name)
                 | ({"adapter": "chosen for each row"} if name in facts.adapters else {}),
                 serial=self.serial,
             )
             for name in (*self.names, *facts.adapters)
         ]
+
+    def _format_details(self, name: str) -> dict[str, str]:
+        own = self._adapter_texts.get(name, self._texts).format
+        return {} if own is None else {"reasoning": own.name}
 
     # --- jobs -------------------------------------------------------------------------------------
 
@@ -178,21 +226,11 @@ class BatchModel:
             prior_ids=prior,
             constraint=constraint,
         )
-        # A text that continues the prompt: a leading space is part of it.
-        goes_on = not facts.encoder_decoder and (
-            request.kind is Kind.COMPLETE or continues_message(request)
-        )
         over = bool(prior) and ends_answer(
             prior[-1], len(prior), params, facts.eos_ids, finished=row.finished
         )
-        text = TextStream(
-            texts.decoder,
-            params,
-            # A token that ends an answer is not part of its text.
-            prior_ids=prior[:-1] if over else prior,
-            prior_characters=request.resume.text_characters if request.resume else 0,
-            context_ids=prompt.ids[-CONTEXT_IDS:] if goes_on else (),
-        )
+        # A token that ends an answer is not part of its text.
+        text = texts.stream(request, params, prompt, prior[:-1] if over else prior)
         room = facts.context_tokens - (0 if facts.encoder_decoder else len(prompt.ids))
         facts_seen = request.resume is not None and request.resume.prompt_seen
         echo = params.echo and not facts_seen

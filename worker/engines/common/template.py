@@ -27,7 +27,13 @@ from worker.engines.common.control import Breaker, ControlTokens, mark_text, rew
 from worker.engines.common.facts import ModelFacts
 from worker.engines.common.failures import one_line
 
-__all__ = ["RAW_PLACEHOLDER", "ChatTemplate", "continues_message", "use_template"]
+__all__ = [
+    "RAW_PLACEHOLDER",
+    "ChatTemplate",
+    "continues_message",
+    "template_source",
+    "use_template",
+]
 
 RAW_PLACEHOLDER = "<image>"
 """What stands for a picture in a raw prompt, as LLaVA's clients write it."""
@@ -68,8 +74,7 @@ class ChatTemplate:
 
     def __init__(self, facts: ModelFacts) -> None:
         self._processor = facts.processor
-        own = getattr(self._processor, "chat_template", None) is not None
-        self._holder = self._processor if own else facts.tokenizer
+        self._holder = _holder(facts.tokenizer, facts.processor)
         self._source = _source(self._holder)
         #: What stands for a picture in a text; None without a processor.
         self.image_token = self._find_image_token()
@@ -393,6 +398,11 @@ def use_template(facts: ModelFacts, source: str) -> None:
         return
 
 
+def template_source(tokenizer: Any, processor: Any) -> str:
+    """The source of a model's chat template; empty without one."""
+    return _source(_holder(tokenizer, processor))
+
+
 def continues_message(request: Request) -> bool:
     """The answer goes on with the last message instead of beginning one."""
     return request.messages is not None and bool(
@@ -416,6 +426,12 @@ _TOOL: dict[str, Any] = {
         "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}},
     },
 }
+
+
+def _holder(tokenizer: Any, processor: Any) -> Any:
+    """Whose chat template counts."""
+    own = getattr(processor, "chat_template", None) is not None
+    return processor if own else tokenizer
 
 
 def _source(holder: Any) -> str:

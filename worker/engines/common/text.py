@@ -443,6 +443,8 @@ class TextStream:
         self._include_stop = params.include_stop
         self._min_tokens = params.min_tokens
         self._tokens = 0
+        #: Nothing is told apart.
+        self.reasoning_tokens = 0
         #: Characters of the answer's text before the next token's own, stop strings not counted.
         self.place = 0
         self._stopped_by: str | None = None

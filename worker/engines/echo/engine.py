@@ -8,13 +8,15 @@ never import torch.
 completion, preceded by one line about images ("2 images: 64x48, 32x32. "). `mode=sampled` draws
 words: token = f(seed, prompt, position), so that a resumed stream can be checked for equality. The
 answer ends after `answer_tokens` (sampled) or at the end of the echo; with `ignore_eos` it
-continues cyclically.
+continues cyclically. Text between `<think>` and `</think>` (or the markers of `--reasoning-parser`) is
+its reasoning; `think_tokens` puts that many tokens of a sampled answer between them, before the rest.
 
 **Options**, as `--engine-arg KEY=VALUE`, in a request's `template_args.echo` map, or in its text as
 `[[echo KEY=VALUE ...]]` (removed from the answer); later ones take precedence:
 
     mode            echo | sampled                                            [echo]
     answer_tokens   length of a sampled answer                                [64]
+    think_tokens    length of the thought before a sampled answer             [0]
     tokens_per_step tokens of each event                                      [1]
     step_delay_ms   sleep of each step while the request runs                 [0]
     prefill_ms      time before the first token; other requests go on         [0]
@@ -38,7 +40,6 @@ import os
 import re
 import signal
 import time
-import zlib
 from typing import Any, Final
 
 import msgspec
@@ -49,7 +50,6 @@ from broker.protocol.messages import (
     Kind,
     ModelInfo,
     Request,
-    Timings,
     TokenLogprob,
     TopLogprob,
     Usage,
@@ -66,6 +66,7 @@ from worker.engines.base import (
     PromptFacts,
     Tokens,
 )
+from worker.engines.common.reasoning import find_format
 from worker.engines.echo.requests import (
     answer_about,
     embeddings,
@@ -73,12 +74,10 @@ from worker.engines.echo.requests import (
     required,
     whole_prompt,
 )
+from worker.engines.echo.run import Options, Run, end_of
 from worker.engines.echo.tokens import (
     VOCABULARY,
-    Text,
     detokenize,
-    sampled_token,
-    sampled_tokens,
     texts,
     token_bytes,
     tokenize,
@@ -90,144 +89,8 @@ EXIT_STATUS: Final = 13
 _DIRECTIVE: Final = re.compile(r"\[\[echo((?:\s+\w+=\S+)*)\s*\]\]\s?")
 
 
-class Options(msgspec.Struct, frozen=True):
-    """Options of one request; see the module's docstring."""
-
-    mode: str = "echo"
-    answer_tokens: int = 64
-    tokens_per_step: int = 1
-    step_delay_ms: float = 0.0
-    prefill_ms: float = 0.0
-    error_at: int = -1
-    oom_at: int = -1
-    raise_at: int = -1
-    hang_at: int = -1
-    exit_at: int = -1
-    kill_at: int = -1
-    fault_resumed: int = 0
-
-
-FAULTS: Final = ("error_at", "oom_at", "raise_at", "hang_at", "exit_at", "kill_at")
-
-
 class EchoFault(Exception):
     """The fault requested by `raise_at`."""
-
-
-# --- one request ----------------------------------------------------------------------------------
-
-
-class _Run:
-    """A request that is being answered."""
-
-    __slots__ = (
-        "added_s",
-        "answer",
-        "drawn",
-        "drawn_from",
-        "end_at",
-        "fault_at",
-        "image_tokens",
-        "limit",
-        "options",
-        "params",
-        "plain",
-        "position",
-        "prefill_until_s",
-        "prompt_hash",
-        "prompt_ids",
-        "request_id",
-        "skip",
-        "started_s",
-        "text",
-    )
-
-    def __init__(
-        self, job: Job, options: Options, prompt: str, prompt_ids: list[int], prefix: str
-    ) -> None:
-        request, params = job.request, job.request.params
-        self.request_id = job.request_id
-        self.options = options
-        self.params = params
-        self.prompt_ids = prompt_ids
-        self.prompt_hash = zlib.crc32(prompt.encode("utf-8", "surrogatepass"))
-        #: The tokens to echo, or None if tokens are sampled.
-        self.answer: list[int] | None = None
-        if options.mode == "echo":
-            self.answer = [*params.forced_token_ids, *tokenize(prefix + prompt)]
-            length = len(self.answer)
-        else:
-            length = options.answer_tokens
-        #: The answer's natural end, and the last token in any case.
-        self.end_at = max(length, params.min_tokens)
-        self.limit = params.max_tokens if params.max_tokens is not None else 1 << 30
-        if params.ignore_eos:
-            self.end_at = 1 << 30
-        prior = request.resume.token_ids if request.resume else []
-        self.text = Text(params.stop, params.include_stop)
-        #: How many characters of the coming text the client already has.
-        self.skip = request.resume.text_characters if request.resume else 0
-        self.position = 0
-        faults = not prior or options.fault_resumed
-        self.fault_at = {
-            at: name for name in FAULTS if faults and (at := getattr(options, name)) >= 0
-        }
-        #: Whether only words are left, with nothing to check but the answer's end; they are drawn
-        #: many at a time.
-        self.plain = (
-            self.answer is None
-            and not (params.forced_token_ids or params.stop_token_ids or self.fault_at)
-            and params.logprobs is None
-        )
-        #: Tokens drawn ahead, and the position of the first.
-        self.drawn: list[int] = []
-        self.drawn_from = 0
-        self.image_tokens = 0
-        self.added_s = self.started_s = time.monotonic()
-        self.prefill_until_s = self.added_s + options.prefill_ms / 1000
-
-    def token_at(self, position: int) -> int:
-        """The answer's token at a position."""
-        if self.answer is None:
-            forced = self.params.forced_token_ids
-            if position < len(forced):
-                return forced[position]
-            return sampled_token(self.params.seed, self.prompt_hash, position)
-        return self.answer[position % len(self.answer)] if self.answer else ord(".")
-
-    def draw(self, count: int) -> list[int]:
-        """Draw the next tokens of a sampled answer; they count as sent."""
-        at = self.position - self.drawn_from
-        ids = self.drawn[at : at + count]
-        while len(ids) < count:
-            self.drawn_from = self.position + len(ids)
-            self.drawn = sampled_tokens(self.params.seed, self.prompt_hash, self.drawn_from)
-            ids += self.drawn[: count - len(ids)]
-        self.position += count
-        return ids
-
-    def visible(self, text: str) -> str:
-        """The text without the part that the client already has."""
-        if self.skip:
-            hidden = min(self.skip, len(text))
-            self.skip -= hidden
-            return text[hidden:]
-        return text
-
-    def usage(self) -> Usage:
-        return Usage(
-            prompt_tokens=len(self.prompt_ids),
-            completion_tokens=self.position,
-            image_tokens=self.image_tokens,
-        )
-
-    def timings(self) -> Timings:
-        now_s = time.monotonic()
-        return Timings(
-            queue_ms=(self.started_s - self.added_s) * 1000,
-            prefill_ms=self.options.prefill_ms,
-            decode_ms=max(0.0, now_s - max(self.started_s, self.prefill_until_s)) * 1000,
-        )
 
 
 # --- the engine -----------------------------------------------------------------------------------
@@ -252,6 +115,7 @@ class EchoEngine:
                 f"the echo engine has no --engine-arg {', '.join(sorted(unknown))}; it has "
                 f"{', '.join(Options.__struct_fields__)}"
             )
+        self._format = find_format(None, "", options.reasoning_parser or "think")
         names = [name for group in options.model_names for name in group] or ["echo"]
         self._capabilities = Capabilities(
             engine="echo",
@@ -270,7 +134,7 @@ class EchoEngine:
             capacity=options.slots or DEFAULT_SLOTS,
         )
         self._waiting: dict[bytes, Job] = {}
-        self._runs: dict[bytes, _Run] = {}
+        self._runs: dict[bytes, Run] = {}
         self._cancelled: list[bytes] = []
         self._tokens = 0
         self._measured = (time.monotonic(), 0)
@@ -327,17 +191,17 @@ class EchoEngine:
         for request_id in self._cancelled:
             run = self._runs.pop(request_id, None)
             if run is not None:
-                events.append(self._ended(run, FinishReason.CANCELLED, "", None))
+                events.append(self._ended(run, FinishReason.CANCELLED, None))
             elif self._waiting.pop(request_id, None) is not None:
                 events.append(Ended(request_id, FinishReason.CANCELLED))
         self._cancelled.clear()
 
-    def _ended(
-        self, run: _Run, reason: FinishReason, text: str, stopped_by: str | int | None
-    ) -> Ended:
-        return Ended(
-            run.request_id, reason, text, run.usage(), run.timings(), stopped_by=stopped_by
-        )
+    @staticmethod
+    def _ended(run: Run, reason: FinishReason, stopped_by: str | int | None) -> Ended:
+        """The end, with what was said and stands in no other event."""
+        text, pieces = run.taken()
+        usage, timings = run.usage(), run.timings()
+        return Ended(run.request_id, reason, text, usage, timings, None, stopped_by, pieces)
 
     # --- from job to run --------------------------------------------------------------------------
 
@@ -379,7 +243,7 @@ class EchoEngine:
         if images:
             sizes = ", ".join(image_size(job.attachments[index]) for index in images)
             prefix = f"{len(images)} image{'s' if len(images) > 1 else ''}: {sizes}. "
-        run = _Run(job, options, echoed, prompt_ids, prefix)
+        run = Run(job, options, echoed, prompt_ids, prefix, self._format)
         run.limit = min(run.limit, room)
         run.image_tokens = len(images)
         self._describe_prompt(job, run, prompt, events)
@@ -406,7 +270,7 @@ class EchoEngine:
             raise RequestError(ErrorCode.INVALID_REQUEST, f"echo options: {error}") from None
 
     @staticmethod
-    def _describe_prompt(job: Job, run: _Run, prompt: str, events: list[EngineEvent]) -> None:
+    def _describe_prompt(job: Job, run: Run, prompt: str, events: list[EngineEvent]) -> None:
         params, resume = job.request.params, job.request.resume
         shows_ids = params.echo or params.prompt_logprobs is not None
         if not (shows_ids or params.keep_special):
@@ -429,25 +293,23 @@ class EchoEngine:
             )
         )
 
-    def _replay(self, job: Job, run: _Run, events: list[EngineEvent]) -> bool:
-        """Take the tokens of a resumed request as if they had been generated here; True if they
-        complete the answer."""
+    def _replay(self, job: Job, run: Run, events: list[EngineEvent]) -> bool:
+        """Take the tokens of a resumed request as if they were generated; True when they complete
+        the answer."""
         prior = job.request.resume.token_ids if job.request.resume else []
         for token in prior:
-            text = run.text.push([token])
-            run.position += 1
-            if run.skip >= len(text):
-                run.skip -= len(text)
-            else:
-                # Text that these tokens completed but that was not received goes first.
-                events.append(Tokens(job.request_id, [], run.visible(text)))
+            run.say(token)
+            text, pieces = run.taken()
+            if text or pieces:
+                # What was certain with these tokens but was not received goes first.
+                events.append(Tokens(job.request_id, [], text, None, pieces))
             if self._finish(run, token, events):
                 return True
         return False
 
     # --- from run to tokens -----------------------------------------------------------------------
 
-    def _advance(self, run: _Run, events: list[EngineEvent]) -> None:
+    def _advance(self, run: Run, events: list[EngineEvent]) -> None:
         """One step of one request."""
         position = run.position
         count = run.options.tokens_per_step
@@ -467,54 +329,36 @@ class EchoEngine:
             if due:
                 count = min(due) - position
         ids = []
-        text = ""
-        end: Ended | None = None
-        tail: list[EngineEvent] = []
         for offset in range(position, position + count):
-            token = run.token_at(offset)
-            ids.append(token)
-            text += run.text.push([token])
-            run.position += 1
-            if self._finish(run, token, tail):
+            ids.append(run.token_at(offset))
+            run.say(ids[-1])
+            if end_of(run, ids[-1]) is not None:
                 break
         self._tokens += len(ids)
         if ids:
             logprobs = None
             if run.params.logprobs is not None:
                 logprobs = [_logprob(token, run.params.logprobs) for token in ids]
-            if run.skip:
-                text = run.visible(text)
-            events.append(Tokens(run.request_id, ids, text, logprobs))
-        events += tail
-        if end is None and not ids and not tail:
-            # Nothing to generate: the echo of an empty prompt.
-            events.append(self._ended(run, FinishReason.STOP, run.text.finish(), None))
+            text, pieces = run.taken()
+            events.append(Tokens(run.request_id, ids, text, logprobs, pieces))
+            self._finish(run, ids[-1], events)
+        else:
+            # Nothing to say: an empty prompt echoed.
+            run.end()
+            events.append(self._ended(run, FinishReason.STOP, None))
             del self._runs[run.request_id]
 
-    def _finish(self, run: _Run, token: int, events: list[EngineEvent]) -> bool:
-        """Whether the answer ends with this token; if so, its end is added to the events."""
-        reason: FinishReason | None = None
-        stopped_by: str | int | None = None
-        text = ""
-        params = run.params
-        early = run.position < params.min_tokens
-        if run.text.stopped_by is not None:
-            reason, stopped_by = FinishReason.STOP, run.text.stopped_by
-        elif token in params.stop_token_ids and not early:
-            reason, stopped_by = FinishReason.STOP, token
-        elif run.position >= run.end_at:
-            reason = FinishReason.STOP
-        elif run.position >= run.limit:
-            reason = FinishReason.LENGTH
-        if reason is None:
+    def _finish(self, run: Run, token: int, events: list[EngineEvent]) -> bool:
+        """Whether the answer ends with this token; then its end is among the events."""
+        found = end_of(run, token)
+        if found is None:
             return False
-        if run.text.stopped_by is None:
-            text = run.visible(run.text.finish())
-        events.append(self._ended(run, reason, text, stopped_by))
+        run.end()
+        events.append(self._ended(run, *found))
         self._runs.pop(run.request_id, None)
         return True
 
-    def _strike(self, run: _Run, fault: str, events: list[EngineEvent]) -> None:
+    def _strike(self, run: Run, fault: str, events: list[EngineEvent]) -> None:
         where = f"before token {run.position}, as requested"
         if fault == "raise_at":
             raise EchoFault(f"the engine broke {where}")

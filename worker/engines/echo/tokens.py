@@ -100,6 +100,24 @@ def sampled_tokens(seed: int, prompt_hash: int, position: int) -> list[int]:
     return list(_READ_LANES((z + _ONES * BYTES).to_bytes(16 * _LANES, "little"))[::2])
 
 
+_THOUGHT: Final = re.compile("<think>(.*?)(?:</think>|$)", re.DOTALL)
+
+
+def thought(tokens: int, most: int | None) -> list[int]:
+    """The tokens of a thought of sampled words (-1), `most` of them, between its marks; none of no
+    words."""
+    words_ = tokens if most is None else min(tokens, most)
+    return [*tokenize("<think>"), *[-1] * words_, *tokenize("</think>")] if tokens else []
+
+
+def within_budget(text: str, most: int | None) -> str:
+    """A text to echo in which the first thought has at most `most` tokens."""
+    found = None if most is None else _THOUGHT.search(text)
+    if found is None or len(ids := tokenize(found[1])) <= (most or 0):
+        return text
+    return text[: found.start(1)] + detokenize(ids[:most]) + "</think>" + text[found.end() :]
+
+
 class Text:
     """Converts tokens to text that is certain: whole characters, and no possible beginning of
     a stop string."""

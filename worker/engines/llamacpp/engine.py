@@ -89,6 +89,7 @@ def build_engine(options: EngineOptions, progress: Progress) -> LibraryEngine:
         model = load_weights(str(Path(path).expanduser()), layers, progress)
         facts = _describe(model, path, settings)
         use_template(facts, options.chat_template)
+        facts.reasoning_parser = options.reasoning_parser
         generator = LlamaGenerator(
             model,
             facts,

@@ -56,6 +56,7 @@ def build_engine(options: EngineOptions, progress: Progress) -> TransformersEngi
     for index, (path, own) in enumerate(zip(paths, names, strict=True)):
         loaded = load_model(path, options, settings, _share(progress, index, len(paths)))
         use_template(loaded, options.chat_template)
+        loaded.reasoning_parser = options.reasoning_parser
         beside: list[tuple[str, LoadedModel]] = []
         if settings.adapters and index == 0:
             beside = add_adapters(

@@ -1,0 +1,173 @@
+"""The text of an answer that is split into pieces, as it is sent: the counterpart of `TextStream`.
+
+`PieceText` takes text as it becomes certain and gives the pieces that may go out; `PieceStream` is
+both for tokens, and what an engine holds per request. Like the parser that they hold they are
+functions of their input alone, so a replay of the tokens so far stands where the interrupted answer
+stood. Must never import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import msgspec
+
+from broker.protocol.messages import Params, Piece, PieceKind
+from worker.engines.common.answer_parser import AnswerParser, merged
+from worker.engines.common.text import Detokenizer, StopBuffer
+
+__all__ = ["PieceStream", "PieceText"]
+
+CONTENT: Final = PieceKind.CONTENT.value
+
+
+class PieceText:
+    """Pieces of one answer. Stop strings count in its content alone, and end at its marks.
+
+    `prior_characters` of it, of whatever kind, were received: they are not said again.
+    """
+
+    def __init__(self, parser: AnswerParser, params: Params, prior_characters: int = 0) -> None:
+        self._parser = parser
+        self._stops = StopBuffer(params.stop, include_stop=params.include_stop)
+        self._skip = prior_characters
+        self._shows_kinds = False
+        #: The stop string that ended the answer; then nothing more is said.
+        self.stopped_by: str | None = None
+
+    @property
+    def in_thought(self) -> bool:
+        """What follows is thought, as far as it is known."""
+        return self._parser.in_thought
+
+    def add(self, text: str, *, may_stop: bool) -> list[Piece]:
+        """The pieces that became certain with this text."""
+        return self._unreceived(self._checked(self._parser.feed(text), may_stop))
+
+    def finish(self, *, may_stop: bool) -> list[Piece]:
+        """The rest: what was held back, and nothing after a stop string."""
+        if self.stopped_by is not None:
+            return []
+        pieces = self._checked(self._parser.finish(), may_stop)
+        if self.stopped_by is None:
+            self._said(self._stops.flush(), pieces)
+        return self._unreceived(pieces)
+
+    def event(self, pieces: list[Piece]) -> tuple[str, list[Piece] | None]:
+        """What an event says of these pieces: their content, and all of them where that is not the
+        same. The first text that is sent shows that the answer is split."""
+        pieces = merged(pieces)
+        content = "".join([piece.text for piece in pieces if piece.kind == CONTENT])
+        if not pieces or (self._shows_kinds and all(piece.kind == CONTENT for piece in pieces)):
+            return content, None
+        self._shows_kinds = True
+        return content, pieces
+
+    def _checked(self, pieces: list[Piece], may_stop: bool) -> list[Piece]:
+        checked: list[Piece] = []
+        for piece in pieces:
+            if piece.kind != CONTENT:
+                self._said(self._stops.flush(), checked)
+                checked.append(piece)
+                continue
+            text, self.stopped_by = self._stops.add(piece.text, may_stop=may_stop)
+            self._said(text, checked)
+            if self.stopped_by is not None:
+                break
+        return checked
+
+    @staticmethod
+    def _said(text: str, pieces: list[Piece]) -> None:
+        if text:
+            pieces.append(Piece(CONTENT, text))
+
+    def _unreceived(self, pieces: list[Piece]) -> list[Piece]:
+        while self._skip and pieces:
+            first, *rest = pieces
+            if self._skip < len(first.text):
+                pieces = [msgspec.structs.replace(first, text=first.text[self._skip :]), *rest]
+                self._skip = 0
+            else:
+                self._skip -= len(first.text)
+                pieces = rest
+        return pieces
+
+
+class PieceStream:
+    """The pieces of one answer, token by token. See `TextStream` for what the arguments mean.
+
+    `marks` are the special tokens that the parser must see, whatever the request says of those.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        params: Params,
+        parser: AnswerParser,
+        marks: Sequence[str],
+        *,
+        prior_ids: Sequence[int] = (),
+        prior_characters: int = 0,
+        context_ids: Sequence[int] = (),
+    ) -> None:
+        self._detokenizer = Detokenizer(
+            tokenizer,
+            skip_special_tokens=params.skip_special_tokens,
+            keep_special=[*params.keep_special, *marks],
+            prior_ids=context_ids,
+        )
+        self._text = PieceText(parser, params, prior_characters)
+        self._include_stop = params.include_stop
+        self._min_tokens = params.min_tokens
+        self._tokens = 0
+        #: Characters of the text as the model wrote it before the next token's own.
+        self.place = 0
+        #: Tokens spent on thoughts, their marks included as far as they were seen to be marks.
+        self.reasoning_tokens = 0
+        #: Of the prior tokens, not received.
+        self._owed: list[Piece] = []
+        for token_id in prior_ids:
+            if self.stopped_by is not None:
+                break
+            self._owed += self._advance(token_id)
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that ended the answer."""
+        return self._text.stopped_by
+
+    def add(self, token_id: int) -> list[Piece]:
+        """Take the next token of the answer: the pieces that are certain now."""
+        return self._with_owed(self._advance(token_id))
+
+    def finish(self, ending_token: int | None = None) -> list[Piece]:
+        """The rest of the pieces. `ending_token`: the one that ended the answer, not added."""
+        pieces: list[Piece] = []
+        if self.stopped_by is None and ending_token is not None and self._include_stop:
+            pieces = self._advance(ending_token)
+        if self.stopped_by is None:
+            pieces += self._text.add(self._detokenizer.flush(), may_stop=self._may_stop)
+        pieces += self._text.finish(may_stop=self._may_stop)
+        return self._with_owed(pieces)
+
+    def event(self, pieces: list[Piece]) -> tuple[str, list[Piece] | None]:
+        """What an event says of these pieces, see `PieceText.event`."""
+        return self._text.event(pieces)
+
+    @property
+    def _may_stop(self) -> bool:
+        return self._tokens >= self._min_tokens
+
+    def _advance(self, token_id: int) -> list[Piece]:
+        self._tokens += 1
+        text = self._detokenizer.add(token_id)
+        self.place += len(text)
+        thought = self._text.in_thought
+        pieces = self._text.add(text, may_stop=self._may_stop)
+        self.reasoning_tokens += thought or self._text.in_thought
+        return pieces
+
+    def _with_owed(self, pieces: list[Piece]) -> list[Piece]:
+        owed, self._owed = self._owed, []
+        return [*owed, *pieces]

@@ -1,0 +1,237 @@
+"""How a model marks its thoughts, and the parser of one answer that follows from it.
+
+In this order: what the worker was told (`--reasoning-parser`), what the model ships (the response
+template of its tokenizer), the family that its chat template or its vocabulary shows. A model that
+shows none is not split. Must never import torch; transformers only for a response template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from broker.protocol.messages import Message, TextPart
+from worker.engines.base import EngineLoadError
+from worker.engines.common.answer_parser import (
+    REASONING,
+    AnswerParser,
+    ChannelSplitter,
+    Marks,
+    MarkSplitter,
+)
+
+__all__ = ["FAMILIES", "AddedTokens", "AnswerFormat", "Begun", "find_format", "parser_names"]
+
+NONE: Final = "none"
+"""As `--reasoning-parser`: answers are not split."""
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What of an answer stands in the prompt."""
+
+    #: The end of the prompt's text, what the template writes to begin an answer included.
+    tail: str
+    #: The last message, where the answer goes on with it.
+    message: Message | None = None
+    #: The whole prompt, where it is the caller's own text.
+    token_ids: Sequence[int] = ()
+
+
+class AnswerFormat(Protocol):
+    """How a model writes an answer."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    @property
+    def special(self) -> tuple[str, ...]:
+        """Special tokens that the parser must see."""
+
+    def parser(self, begun: Begun) -> AnswerParser:
+        """The parser of an answer that begins like this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Models that mark their thoughts alike."""
+
+    marks: Marks
+    #: What they write between the mark and a thought.
+    behind: str = "\n"
+    #: The marks are plain words: only a chat template shows them.
+    words: bool = False
+
+
+def _pair(name: str, **more: Any) -> Family:
+    """The common form: `<name>` and `</name>`."""
+    return Family(Marks((f"<{name}>",), (f"</{name}>",)), **more)
+
+
+FAMILIES: Final[dict[str, Family]] = {
+    # Cohere Command A Reasoning
+    "cohere": Family(Marks(("<|START_THINKING|>",), ("<|END_THINKING|>",)), behind=""),
+    # Gemma 4
+    "gemma4": Family(Marks(("<|channel>thought\n",), ("<channel|>",)), behind=""),
+    # Magistral, Ministral and later Mistral models
+    "mistral": Family(Marks(("[THINK]",), ("[/THINK]",)), behind=""),
+    # Seed-OSS
+    "seed": _pair("seed:think"),
+    # Kimi-VL-Thinking
+    "kimi-vl": Family(Marks(("◁think▷",), ("◁/think▷",)), behind=""),
+    # Apertus
+    "apertus": Family(Marks(("<|inner_prefix|>",), ("<|inner_suffix|>",)), behind=""),
+    "longcat": _pair("longcat_think"),
+    # OpenThinker, Sky-T1
+    "open-thoughts": Family(
+        Marks(
+            ("<|begin_of_thought|>",),
+            ("<|end_of_thought|>",),
+            ("<|begin_of_solution|>", "<|end_of_solution|>"),
+        )
+    ),
+    # DeepSeek-R1 and V3.1, Qwen3, GLM-4.5, Kimi-K2-Thinking, MiniMax-M1 and M2, Nemotron,
+    # Phi-4-reasoning, EXAONE 4, Hunyuan, ERNIE 4.5, Granite 3.3, SmolLM3, Olmo 3, InternS1, ...
+    "think": _pair("think"),
+    # EXAONE Deep
+    "thought": _pair("thought", words=True),
+    "thinking": _pair("thinking", words=True),
+    "reasoning": _pair("reasoning", words=True),
+    # Granite 3.2
+    "granite": Family(
+        Marks(
+            ("Here is my thought process:", "Here's my thought process:"),
+            ("Here is my response:", "Here's my response:"),
+        ),
+        words=True,
+    ),
+}
+"""By name, in the order in which they are looked for."""
+
+HARMONY: Final = "harmony"
+
+_WRAPS: Final = (("<answer>", "</answer>"), ("<response>", "</response>"))
+"""What families that mark thoughts by `<think>` may write around the answer that follows: GLM-4.1V
+and Hunyuan; ERNIE 4.5 and Granite 3.3."""
+
+
+def parser_names() -> list[str]:
+    """What `--reasoning-parser` takes."""
+    return [*FAMILIES, HARMONY, NONE]
+
+
+def find_format(tokenizer: Any, template: str, name: str = "") -> AnswerFormat | None:
+    """How a model writes its answers; None: as one text. `template` is the source of its chat
+    template, `name` what the worker was told. Raises `EngineLoadError` for an unknown name."""
+    if name and name not in parser_names():
+        raise EngineLoadError(
+            f"--reasoning-parser {name}: there is none of that name; take one of "
+            + ", ".join(parser_names())
+        )
+    if name == NONE:
+        return None
+    added = _added(tokenizer)
+    shipped = getattr(tokenizer, "response_template", None)
+    if shipped is not None and not name:
+        from worker.engines.common.response_template import TemplateFormat
+
+        return TemplateFormat(shipped, added)
+    if name == HARMONY or (not name and {"<|channel|>", "<|message|>", "<|start|>"} <= set(added)):
+        return _Channels(_special(ChannelSplitter.MARKS, added))
+    found = name or next(
+        (known for known, family in FAMILIES.items() if _shows(family, template, added)), ""
+    )
+    if not found:
+        return None
+    marks = FAMILIES[found].marks
+    if found == "think":
+        wraps = next((wrap for wrap in _WRAPS if wrap[0] in template), None)
+        marks = Marks(marks.opens, marks.closes, wraps)
+    return MarkedThoughts(found, marks, FAMILIES[found].behind, added)
+
+
+AddedTokens = dict[str, tuple[int, bool]]
+"""Added tokens by their text: id, and whether it is special."""
+
+
+def _added(tokenizer: Any) -> AddedTokens:
+    """The added tokens of a tokenizer."""
+    tokens = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    return {str(token.content): (int(i), bool(token.special)) for i, token in tokens.items()}
+
+
+def _shows(family: Family, template: str, added: AddedTokens) -> bool:
+    marks = (*family.marks.opens, *family.marks.closes)
+    tokens = () if family.words else added
+    return any(mark in template or mark.strip() in tokens for mark in marks)
+
+
+def _special(marks: Sequence[str], added: AddedTokens) -> tuple[str, ...]:
+    """The special tokens that the marks are, or are made of."""
+    return tuple(
+        text for text, (_, special) in added.items() if special and any(text in m for m in marks)
+    )
+
+
+# --- formats --------------------------------------------------------------------------------------
+
+
+class MarkedThoughts:
+    """Thoughts between marks."""
+
+    def __init__(self, name: str, marks: Marks, behind: str, added: AddedTokens) -> None:
+        self.name = name
+        self.marks = marks
+        #: What begins a thought, as the model writes it.
+        self.opening = marks.opens[0] + behind
+        self.special = _special((*marks.opens, *marks.closes, *(marks.wraps or ())), added)
+        self._open_ids = {added[mark][0] for mark in marks.opens if mark in added}
+        self._close_ids = {added[mark][0] for mark in marks.closes if mark in added}
+
+    def parser(self, begun: Begun) -> AnswerParser:
+        tail = begun.tail.rstrip()
+        if tail.endswith(tuple(mark.rstrip() for mark in self.marks.opens)):
+            return AnswerParser(MarkSplitter(self.marks, opened=True))
+        if begun.message is not None:
+            opened = _ends_in_thought(begun.message, self.marks)
+        elif begun.token_ids:
+            opened = self._is_open(begun.token_ids)
+        else:
+            return AnswerParser(MarkSplitter(self.marks))
+        return AnswerParser(MarkSplitter(self.marks, opened=opened, continues=True), continues=True)
+
+    def _is_open(self, token_ids: Sequence[int]) -> bool:
+        """Of a caller's own prompt: the last mark in it opens a thought."""
+        for token_id in reversed(token_ids):
+            if token_id in self._close_ids:
+                return False
+            if token_id in self._open_ids:
+                return True
+        return False
+
+
+def _ends_in_thought(message: Message, marks: Marks) -> bool:
+    """Whether an answer that goes on with this message goes on with its thought."""
+    content = message.content or ""
+    if not isinstance(content, str):
+        content = "".join(part.text for part in content if isinstance(part, TextPart))
+    splitter = MarkSplitter(marks, opened=bool(message.reasoning_content) and not content)
+    splitter.feed(content)
+    return splitter.kind == REASONING
+
+
+class _Channels:
+    """Channels, as gpt-oss writes them."""
+
+    name = HARMONY
+
+    def __init__(self, special: tuple[str, ...]) -> None:
+        self.special = special
+
+    def parser(self, begun: Begun) -> AnswerParser:
+        _, start, turn = begun.tail.rpartition("<|start|>")
+        splitter = ChannelSplitter(start + turn if start else "")
+        continues = "<|message|>" in turn and not turn.endswith("<|message|>")
+        return AnswerParser(splitter, continues=continues)
