@@ -329,8 +329,8 @@ class Params(_Map, frozen=True, kw_only=True):
     #: Kinds (`PieceKind`) of text to separate from the content. If empty, the text is everything
     #: that the model writes. Unknown kinds are skipped.
     pieces: Annotated[list[str], Meta(max_length=16)] = []
-    #: Maximum reasoning length in tokens; when it is reached, the end of the reasoning is forced and
-    #: the answer follows. None: no limit.
+    #: Maximum reasoning length in tokens: there the end of the reasoning is forced and the answer
+    #: follows. None: no limit.
     thinking_tokens: Count | None = None
 
 
@@ -485,7 +485,8 @@ class TokenLogprob(_Array, frozen=True):
     top: list[TopLogprob] = []
     #: Offset of the token in the text (of PROMPT, or of the answer), in characters; a token that is
     #: part of a character has that character's offset. If the answer is split into pieces, the
-    #: offset in the text as the model wrote it, markers included. None if the worker did not send it.
+    #: offset in the text as the model wrote it, markers included. None if the worker did not send
+    #: it.
     place: Count | None = None
 
 

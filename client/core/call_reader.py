@@ -62,7 +62,7 @@ class CallReader:
     def _read(self, item: TokensEvent | End) -> tuple[str, list[messages.Piece] | None]:
         """The text of an event without its calls, and all of it by kind where it came so."""
         if self._prompt is not None and (item.text or item.pieces):
-            # A thought that the prompt has begun is no matter of the text where thoughts come apart.
+            # Where thoughts come apart, one that the prompt has begun is no matter of the text.
             prompt, self._prompt = self._prompt, None
             tail = prompt.tail if item.pieces is None else ""
             self._parser.begin(special=prompt.special, tail=tail)

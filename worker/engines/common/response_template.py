@@ -90,9 +90,10 @@ class _TemplateSplitter:
 
     def __init__(self, template: Any, prefix: str, special: tuple[str, ...]) -> None:
         self._parser = ResponseParser(template, prefix=prefix)
-        self._special = special
+        #: What says nothing outside of every field: how a turn begins, and special tokens.
+        self._marks = (*(template.start_anchor_literals or ()), *special)
         self._field = ""
-        #: Of what stands outside of every field: it may be the beginning of a special token.
+        #: Of what stands outside of every field: it may be the beginning of a mark.
         self._outside = ""
         #: The prompt has a text that the answer goes on with.
         self.said = False
@@ -129,9 +130,9 @@ class _TemplateSplitter:
 
     def _said_outside(self, text: str) -> Iterator[Piece]:
         self._outside += text
-        for mark in self._special:
+        for mark in self._marks:
             self._outside = self._outside.replace(mark, "")
-        sure = len(self._outside) - held_back(self._outside, self._special)
+        sure = len(self._outside) - held_back(self._outside, self._marks)
         said, self._outside = self._outside[:sure], self._outside[sure:]
         if said:
             yield Piece(CONTENT, said)
