@@ -246,7 +246,7 @@ class Stream:
     def _text_until(
         self, token_count: int, rest: str = "", rest_pieces: list[Any] | None = None
     ) -> tuple[str, list[Any] | None]:
-        """Unsent text that was complete with the first `token_count` tokens, followed by `rest`: its
+        """Unsent text that was complete with the first `token_count` tokens, and `rest`: its
         content, and all of it in pieces if the answer is split. It then counts as sent."""
         first = self.piece
         last = first

@@ -111,8 +111,11 @@ class _TemplateSplitter:
     def finish(self) -> list[Piece]:
         _, events = self._parser.finalize()
         pieces = list(self._pieces(events, at_end=True))
-        if self._outside:
-            pieces.append(Piece(CONTENT, self._outside))
+        rest = self._outside
+        for mark in self._marks:
+            rest = rest.replace(mark, "")
+        if rest:
+            pieces.append(Piece(CONTENT, rest))
         return pieces
 
     def _pieces(self, events: list[dict[str, Any]], *, at_end: bool = False) -> Iterator[Piece]:
@@ -130,9 +133,9 @@ class _TemplateSplitter:
 
     def _said_outside(self, text: str) -> Iterator[Piece]:
         self._outside += text
-        for mark in self._marks:
-            self._outside = self._outside.replace(mark, "")
         sure = len(self._outside) - held_back(self._outside, self._marks)
         said, self._outside = self._outside[:sure], self._outside[sure:]
+        for mark in self._marks:
+            said = said.replace(mark, "")
         if said:
             yield Piece(CONTENT, said)

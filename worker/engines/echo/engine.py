@@ -8,8 +8,8 @@ never import torch.
 completion, preceded by one line about images ("2 images: 64x48, 32x32. "). `mode=sampled` draws
 words: token = f(seed, prompt, position), so that a resumed stream can be checked for equality. The
 answer ends after `answer_tokens` (sampled) or at the end of the echo; with `ignore_eos` it
-continues cyclically. Text between `<think>` and `</think>` (or the markers of `--reasoning-parser`) is
-its reasoning; `think_tokens` puts that many tokens of a sampled answer between them, before the rest.
+continues cyclically. Text between `<think>` and `</think>` (or the markers of `--reasoning-parser`)
+is its reasoning; a sampled answer begins with `think_tokens` tokens between them.
 
 **Options**, as `--engine-arg KEY=VALUE`, in a request's `template_args.echo` map, or in its text as
 `[[echo KEY=VALUE ...]]` (removed from the answer); later ones take precedence:
