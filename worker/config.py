@@ -93,6 +93,25 @@ def check_address(address: str) -> str:
     raise ConfigError(f"{address!r} is not a broker address: use tcp://HOST:PORT or ipc://PATH")
 
 
+def _addresses(text: str) -> str:
+    """Addresses of brokers, separated by commas."""
+    try:
+        for address in text.split(","):
+            check_address(address)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _template(text: str) -> str:
+    """A name of a chat template, or a file of one."""
+    try:
+        read_template(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def _positive(text: str) -> float:
     value = number(text)
     if not 0 < value < float("inf"):
@@ -150,6 +169,7 @@ def parser() -> argparse.ArgumentParser:
     models.add_argument(
         "--chat-template",
         "--conv-template",
+        type=_template,
         metavar="FILE|NAME",
         help="Jinja file that renders conversations, for models without one, or one of "
         f"{', '.join(NAMED_TEMPLATES)} [the model's own]",
@@ -207,6 +227,7 @@ def parser() -> argparse.ArgumentParser:
         "--controller-address",
         "--controller",
         action="append",
+        type=_addresses,
         metavar="ADDRESS",
         help=f"back address of a broker; repeat to serve several from one pool [{DEFAULT_BROKER}]",
     )
@@ -279,14 +300,13 @@ def _from_environment(action: argparse.Action, text: str, name: str) -> Any:
             return parse_bool(text)
         except ValueError as error:
             raise ConfigError(f"{name}: {error}") from None
-    if isinstance(action, argparse._AppendAction):
-        return [item for item in text.split(",") if item]
-    if callable(action.type):
-        try:
-            return action.type(text)
-        except (ValueError, argparse.ArgumentTypeError) as error:
-            raise ConfigError(f"{name}={text}: {error}") from None
-    return text
+    read = action.type if callable(action.type) else str
+    try:
+        if isinstance(action, argparse._AppendAction):
+            return [read(item) for item in text.split(",") if item]
+        return read(text)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise ConfigError(f"{name}={text}: {error}") from None
 
 
 def parse(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> WorkerConfig:
@@ -316,7 +336,7 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] = os.environ)
 def _checked(values: dict[str, Any]) -> WorkerConfig:
     brokers = tuple(
         dict.fromkeys(
-            check_address(address)
+            address
             for group in values["broker"] or [DEFAULT_BROKER]
             for address in group.split(",")
         )

@@ -82,8 +82,8 @@ def misspelt(
 
 
 class OptionParser(argparse.ArgumentParser):
-    """argparse without abbreviations. Reports every unknown option at once, each with the most
-    similar option, or with the replacement of an option of a replaced system."""
+    """argparse without abbreviations. Reports every unknown option and wrong value at once, each
+    option with the most similar one, or with the replacement of an option of a replaced system."""
 
     def __init__(
         self,
@@ -98,19 +98,49 @@ class OptionParser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
         self._replaced = dict(replaced or {})
         self._raises = raises
+        #: What was wrong with values, in the order of the command line.
+        self._wrong: list[str] = []
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
-        """Like argparse, with all unknown options in one message."""
+        """Like argparse, with all unknown options and wrong values in one message."""
         words = sys.argv[1:] if args is None else args
         parsed, rest = self.parse_known_args(words, namespace)
-        if rest:
-            self.error("\n".join(self._unknown(rest, words)))
+        wrong = self._unknown(rest, words) if rest else []
+        for parser in _parsers(self, words):
+            if isinstance(parser, OptionParser):
+                wrong += parser._wrong
+                parser._wrong = []
+        if wrong:
+            self.error("\n".join(wrong))
         return parsed
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            self._wrong.append(str(error))
+            return None
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            near = difflib.get_close_matches(str(value), list(action.choices), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(action.choices)}"
+            raise argparse.ArgumentError(None, f"there is no command {value!r}; {hint}")
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            if value is not None:  # else it was told
+                self._wrong.append(str(error))
+
     def _unknown(self, rest: Sequence[str], words: Sequence[str]) -> list[str]:
-        known = [option for action in _actions(self, words) for option in action.option_strings]
+        # Without the dashes, which would make short names alike.
+        known = {
+            option.lstrip("-"): option
+            for action in _actions(self, words)
+            for option in action.option_strings
+        }
         names = [word.partition("=")[0] for word in rest if word.startswith("-")]
         if not names:
             return [f"unrecognized arguments: {' '.join(rest)}"]
@@ -118,11 +148,11 @@ class OptionParser(argparse.ArgumentParser):
         for name in dict.fromkeys(names):
             spelt = name.replace("_", "-")
             instead = self._replaced.get(name) or self._replaced.get(spelt)
-            near = difflib.get_close_matches(spelt, known, n=1)
+            near = difflib.get_close_matches(spelt.lstrip("-"), list(known), n=1)
             if instead:
                 lines.append(f"{name}: {instead}")
             elif near:
-                lines.append(f"there is no option {name}; did you mean {near[0]}?")
+                lines.append(f"there is no option {name}; did you mean {known[near[0]]}?")
             else:
                 lines.append(f"there is no option {name}; --help lists all options")
         return lines
@@ -135,9 +165,17 @@ class OptionParser(argparse.ArgumentParser):
 
 def _actions(parser: argparse.ArgumentParser, words: Sequence[str]) -> Iterator[argparse.Action]:
     """Options of the parser and of the command in use; those of other commands would not help."""
+    for one in _parsers(parser, words):
+        yield from one._actions
+
+
+def _parsers(
+    parser: argparse.ArgumentParser, words: Sequence[str]
+) -> Iterator[argparse.ArgumentParser]:
+    """The parser and that of the command that was given."""
+    yield parser
     for action in parser._actions:
-        yield action
         if isinstance(action, argparse._SubParsersAction):
             command = next((word for word in words if word in action.choices), None)
             if command is not None:
-                yield from _actions(action.choices[command], words)
+                yield from _parsers(action.choices[command], words)

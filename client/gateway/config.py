@@ -23,6 +23,7 @@ from client import BusError
 from client.gateway.addresses import Network
 from client.gateway.images import ImagePolicy
 from client.options import Connection
+from client.version import version
 
 __all__ = ["Config", "ConfigError", "parse_args"]
 
@@ -257,6 +258,7 @@ def parse_args(argv: Sequence[str], environment: Mapping[str, str] = os.environ)
         f"{PREFIX}PORT=8080 is --port 8080. Flags win. Keys: "
         "`python -m client.gateway keys --help`.",
     )
+    parser.add_argument("--version", action="version", version=f"tokenbus-gateway {version()}")
     for option in fields(Config):
         flag = "--" + option.name.replace("_", "-")
         words = option.metadata["help"]
@@ -273,6 +275,7 @@ def parse_args(argv: Sequence[str], environment: Mapping[str, str] = os.environ)
         )
     given = vars(parser.parse_args(argv))
     values: dict[str, Any] = {}
+    wrong: list[str] = []
     for option in fields(Config):
         text = given[option.name]
         source = "--" + option.name.replace("_", "-")
@@ -284,7 +287,9 @@ def parse_args(argv: Sequence[str], environment: Mapping[str, str] = os.environ)
         try:
             values[option.name] = option.metadata["read"](text)
         except ValueError as error:
-            raise ConfigError(f"{source}: {error}") from None
+            wrong.append(f"{source}: {error}")
+    if wrong:
+        raise ConfigError("\n".join(wrong))
     config = Config(**values)
     config.check()
     return config

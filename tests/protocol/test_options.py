@@ -82,6 +82,46 @@ def test_all_wrong_options_are_named_at_once() -> None:
     ]
 
 
+def test_wrong_values_are_told_beside_wrong_names() -> None:
+    made = parser()
+    made.add_argument("--slots", type=int)
+    made.add_argument("--device", choices=["cpu", "cuda"])
+    words = ["--slots", "many", "--device=gpu", "--num-gpus", "2", "--slots=few"]
+    with pytest.raises(Wrong) as caught:
+        made.parse_args(words)
+    gpus, slots, device, again = str(caught.value).splitlines()
+    assert "choose them with --gpus" in gpus
+    assert "'many'" in slots and "'gpu'" in device and "'few'" in again
+    # Nothing of it stays for the next command line.
+    assert made.parse_args(["--slots", "3"]).slots == 3
+
+
+def test_a_wrong_value_of_a_command_is_told_as_well() -> None:
+    made = parser()
+    made.add_subparsers().add_parser("ask").add_argument("--seed", type=int)
+    with pytest.raises(Wrong) as caught:
+        made.parse_args(["ask", "--seed", "x", "--colour"])
+    assert len(str(caught.value).splitlines()) == 2 and "'x'" in str(caught.value)
+
+
+def test_the_nearest_command_is_named() -> None:
+    made = parser()
+    commands = made.add_subparsers()
+    for name in ("generate", "embed"):
+        commands.add_parser(name)
+    with pytest.raises(Wrong, match=r"no command 'gnerate'; did you mean generate\?"):
+        made.parse_args(["gnerate"])
+    with pytest.raises(Wrong, match=r"no command 'xyz'; there are generate, embed"):
+        made.parse_args(["xyz"])
+
+
+def test_dashes_make_no_option_near() -> None:
+    made = parser()
+    made.add_argument("--stop")
+    with pytest.raises(Wrong, match="no option --tmp; --help"):
+        made.parse_args(["--tmp", "1"])
+
+
 def test_a_beginning_is_not_an_option() -> None:
     with pytest.raises(Wrong, match="did you mean --prompt-logprobs"):
         parser().parse_args(["--prompt-logprob", "3"])
