@@ -12,6 +12,7 @@ from typing import Any, Final
 from client import End, InvalidRequest, Recovering, Started, Stream, Tokens
 from client.cli import arguments as flags
 from client.cli.terminal import Terminal
+from client.images import check_file
 
 PIPE_WAIT_S: Final = 3.0
 """How long to wait for the first byte of a pipe on standard input if a question was
@@ -53,6 +54,8 @@ def generate(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Ask one question."""
     prompt = _text(arguments.prompt)
     params = flags.params_of(arguments)
+    for path in arguments.image:
+        check_file(path)  # a wrong one is told before anything is sent
     with flags.connect(arguments) as client:
         if arguments.raw:
             stream = client.generate(

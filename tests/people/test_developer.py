@@ -15,6 +15,7 @@ from tests.harness import MYPY, PATIENCE_S, ROOT, Bus
 PROGRAM = """\
 import os
 import pickle
+import sys
 from dataclasses import dataclass
 
 from tokenbus import BusError, Client, Completion, InvalidAnswer, Timeout
@@ -39,6 +40,10 @@ def main() -> None:
         answer = bus.chat("no JSON", model="echo", response_format={"type": "text"})
         print(answer.parsed)
         try:
+            print(bus.chat("no JSON", model="echo", response_format=Shape).parsed.colour)
+        except InvalidAnswer as error:
+            print(isinstance(error, ValueError))
+        try:
             print(bus.chat("x", model="nobody").text)
         except BusError as error:
             print(type(error).__name__)
@@ -46,11 +51,12 @@ def main() -> None:
             pickle.dumps(bus)
         except TypeError as error:
             print(error)
+        sys.stdout.flush()
         child = os.fork()
         if not child:
             try:
                 bus.models()
-            except BusError as error:
+            except RuntimeError as error:
                 print(error, flush=True)
             os._exit(0)
         os.waitpid(child, 0)
@@ -82,15 +88,14 @@ def test_a_program_does_what_its_writer_expects(bus: Bus, tmp_path: Path) -> Non
     (tmp_path / "program.py").write_text(PROGRAM)
     done = python(tmp_path, "program.py", TOKENBUS_BROKER=bus.front)
     assert done.returncode == 0, done.stderr
-    texts, generated, vectors, streamed, parsed, missing, pickled, forked, absent = (
-        done.stdout.splitlines()
-    )
+    lines = done.stdout.splitlines()
+    texts, generated, vectors, streamed, parsed, typed, missing, pickled, forked, absent = lines
     assert texts == "['How are you?', 'How are you?']"
     assert generated.startswith("abc ") and int(generated.split()[1]) > 0
-    assert (vectors, streamed, parsed) == ("2", "piece by piece", "None")
+    assert (vectors, streamed, parsed, typed) == ("2", "piece by piece", "None", "True")
     assert missing == "ModelUnavailable"
     for told in (pickled, forked):
-        assert "make the Client" in told or "make a Client" in told or "process" in told
+        assert "make the Client in the " in told and "process" in told
     assert absent == "True True"
 
 
@@ -98,7 +103,7 @@ def test_the_editor_knows_the_program_and_what_is_misspelt_in_it() -> None:
     api = pytest.importorskip("mypy.api")
     report, errors, _ = api.run([*MYPY, "-c", PROGRAM])
     assert report.startswith("Success") and not errors, report
-    wrong = PROGRAM.replace("max_tokens=20", "max_token=20").replace("n=2", 'n="two"')
+    wrong = PROGRAM.replace("max_tokens=20", "max_token=20").replace("n=2,", 'n="two",')
     report, _, _ = api.run([*MYPY, "-c", wrong])
     assert "No overload variant" in report
 

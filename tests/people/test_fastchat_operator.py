@@ -22,9 +22,9 @@ from tests.harness import PATIENCE_S, ROOT, ManagedProcess, wait_until
 PAGE = (ROOT / "client" / "gateway" / "FROM_FASTCHAT.md").read_text(encoding="utf-8")
 
 
-def rows(title: str) -> list[list[str]]:
-    """The cells of the table with this headline, without the headline."""
-    table = PAGE.partition(title)[2].partition("\n\n")[0]
+def rows(headline: str) -> list[list[str]]:
+    """The cells of the table below this headline."""
+    table = PAGE.partition(f"\n{headline}\n")[2].partition("\n\n")[0]
     lines = [line for line in table.splitlines() if line.startswith("|") and "---" not in line]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
@@ -103,7 +103,7 @@ def _answer_to(option: str) -> list[str]:
 
 
 def test_every_option_of_the_page_is_known_to_one_of_our_programs() -> None:
-    options = [re.findall(r"--[\w-]+", old) for old, _ in rows("asked for:")]
+    options = [re.findall(r"--[\w-]+", old) for old, _ in rows("| FastChat | tokenbus |")]
     assert len(options) > 10
     for name in (name for names in options for name in names):
         if name != "--gptq-ckpt":  # stands for several
@@ -137,7 +137,7 @@ def test_the_page_is_followed_to_the_letter(tmp_path: Path, programs: list[Manag
     tiny.llama().save_pretrained(model)
     tiny.tokenizer().save_pretrained(model)
     front, back, web = _free_ports(3)
-    table = {name: new for name, _, new in rows("in ten minutes") if name}
+    table = {name: new for name, _, new in rows("| | FastChat | tokenbus |")}
     commands = [
         re.findall(r"`python (.*?)`", table[name])[0]
         for name in ("the middle", "a worker", "OpenAI's API")

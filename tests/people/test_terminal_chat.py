@@ -46,7 +46,7 @@ def test_a_conversation_at_a_terminal(bus: Bus, tmp_path: Path) -> None:
     talk.sees("did you mean temperature")
     says("/set stop X\n")
     says("abXcd\n")
-    talk.sees("\nab\r")
+    talk.sees("1 image: 5x4. ab\r")  # the image is part of the conversation
     says("/model ecko\n")
     talk.sees("served are echo")
     says("/model echo\n")
