@@ -39,7 +39,7 @@ def test_a_word_in_place_of_a_number_is_within_no_bounds() -> None:
 def test_a_misspelt_variable_is_named_with_the_nearest() -> None:
     environment = {"TOKENBUS_BACKK": "x", "TOKENBUS_BACK": "x", "PATH": "/bin"}
     (line,) = misspelt(environment, ["TOKENBUS_BACK", "TOKENBUS_FRONT"])
-    assert line == "TOKENBUS_BACKK is set and no option; did you mean TOKENBUS_BACK?"
+    assert line == "TOKENBUS_BACKK is set but is not an option; did you mean TOKENBUS_BACK?"
 
 
 def test_each_party_answers_for_its_own_names() -> None:
@@ -78,7 +78,7 @@ def test_all_wrong_options_are_named_at_once() -> None:
     assert str(caught.value).splitlines() == [
         "--num-gpus: choose them with --gpus",
         "there is no option --gpsu; did you mean --gpus?",
-        "there is no option --colour; --help lists those that are",
+        "there is no option --colour; --help lists all options",
     ]
 
 
