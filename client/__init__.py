@@ -30,6 +30,7 @@ from client.calls import Embeddings
 from client.choices import AsyncChoiceStream, ChoiceStream
 from client.core.events import End, Prompt, Queued, Recovering, Started, StreamEvent, Tokens
 from client.core.tools import ToolCall
+from client.decisions import ChoiceAnswer, Decisions, NoulAnswer, ScoreAnswer
 from client.errors import *  # noqa: F403  # its `__all__` is the only list
 from client.errors import __all__ as _errors
 from client.options import Limits, Retry, Timeout
@@ -46,20 +47,24 @@ __all__ = [
     "AsyncClient",
     "AsyncStream",
     "ChoiceStream",
+    "ChoiceAnswer",
     "Client",
     "Completion",
+    "Decisions",
     "Embeddings",
     "End",
     "FinishReason",
     "Limits",
     "Message",
     "ModelInfo",
+    "NoulAnswer",
     "Piece",
     "PieceKind",
     "Prompt",
     "Queued",
     "Recovering",
     "Retry",
+    "ScoreAnswer",
     "Started",
     "Stream",
     "StreamEvent",

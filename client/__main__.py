@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from broker.protocol.options import OptionParser, misspelt
 from client import BusError, InvalidRequest, TooLarge
-from client.cli import batch, bench, chat, demo, generate, metrics, tables, top
+from client.cli import batch, bench, chat, decide, demo, generate, metrics, tables, top
 from client.cli.terminal import Terminal
 from client.options import BROKER_VARIABLE
 from client.version import version
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     demo.add(commands)
     generate.add(commands)
+    decide.add(commands)
     chat.add(commands)
     tables.add(commands)
     batch.add(commands)

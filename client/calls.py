@@ -19,7 +19,9 @@ from typing import Any, Final
 import msgspec
 
 from broker.protocol import codec
-from broker.protocol.errors import ProtocolError
+from broker.protocol.decisions import QUESTION_TYPES
+from broker.protocol.decisions import check as check_decisions
+from broker.protocol.errors import ProtocolError, RequestError
 from broker.protocol.messages import (
     MODEL_DEFAULTS,
     Attachment,
@@ -27,9 +29,11 @@ from broker.protocol.messages import (
     Message,
     Params,
     PieceKind,
+    Question,
     Request,
     Usage,
 )
+from client import decisions
 from client import images as pictures
 from client.answers import wanted
 from client.core.events import End
@@ -235,6 +239,63 @@ def ready(
     return Call(request, tuple(attachments), limits, retry or defaults.retry, None)
 
 
+def decide(
+    defaults: Defaults,
+    model: str | None,
+    state: Any,
+    questions: Mapping[str, Any],
+    images: Mapping[str, Image] | Sequence[Image],
+    options: dict[str, Any],
+) -> Call:
+    """A request with typed questions about a state. Raises like `chat`."""
+    _check_names(options, _ANY)
+    if not isinstance(questions, Mapping):
+        raise InvalidRequest(
+            'questions are a dict from names to questions, as in {"refund": {"type": "noul", '
+            f'"instructions": "Is a refund asked for?"}}}}; got {type(questions).__name__}'
+        )
+    state, named = decisions.named_images(state, questions, _images_of(images))
+    attached = _Attached()
+    given = {
+        "state": state,
+        "questions": {name: _question(name, question) for name, question in questions.items()},
+        "assets": {name: attached.add(image) for name, image in named.items()},
+    }
+    call = _call(defaults, Kind.DECIDE, model, given, attached, options)
+    try:
+        check_decisions(call.request)
+    except RequestError as error:
+        told = f"{error.info.message}; nothing was sent"
+        raise InvalidRequest(told, details=error.info.details) from None
+    return call
+
+
+def _question(name: Any, question: Any) -> dict[str, Any]:
+    if isinstance(question, msgspec.Struct):
+        question = msgspec.to_builtins(question)
+    if not isinstance(question, Mapping):
+        raise _wrong_question(
+            name, f"is a dict with type, instructions and criteria; got {type(question).__name__}"
+        )
+    unknown = set(question) - set(Question.__struct_fields__)
+    if unknown:
+        raise _wrong_question(
+            name,
+            f"has no field {sorted(map(str, unknown))[0]!r}; it has "
+            f"{', '.join(Question.__struct_fields__)}",
+        )
+    plain = dict(question)
+    if not isinstance(plain.get("type"), str):
+        raise _wrong_question(name, f"needs a type: {', '.join(QUESTION_TYPES)}")
+    if isinstance(plain.get("criteria"), tuple):
+        plain["criteria"] = list(plain["criteria"])
+    return plain
+
+
+def _wrong_question(name: Any, what: str) -> InvalidRequest:
+    return InvalidRequest(f"question {name!r} {what}", details={"parameter": f"questions.{name}"})
+
+
 def check_option(name: str, value: Any) -> None:
     """Check that a call would accept this option with this value. Raises `InvalidRequest`."""
     defaults = Defaults(Timeout(), Retry())
@@ -362,6 +423,12 @@ def _with_pictures(turn: dict[str, Any], indices: list[int]) -> dict[str, Any]:
     content = turn.get("content") or []
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     return {**turn, "content": [*({"type": "image", "attachment": i} for i in indices), *parts]}
+
+
+def _images_of(
+    images: Mapping[str, Image] | Sequence[Image],
+) -> Mapping[str, Image] | Sequence[Image]:
+    return images if isinstance(images, Mapping) else _each(images)
 
 
 def _each(images: Sequence[Image]) -> Sequence[Image]:

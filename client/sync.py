@@ -6,7 +6,7 @@ Safe to use from several threads; a stream belongs to one thread at a time.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
@@ -17,6 +17,7 @@ from client.calls import Call, Embeddings, Messages, Prompt
 from client.choices import ChoiceStream
 from client.core.events import Answered, End
 from client.core.shapes import Format, T
+from client.decisions import Decisions, decisions_from
 from client.errors import BusError
 from client.face import BaseClient, drain_args
 from client.images import Image
@@ -283,6 +284,38 @@ class Client(BaseClient):
         finally:
             for stream in streams:
                 stream.close()
+
+    @documented(CallOptions)
+    def decide(
+        self,
+        model: str | None,
+        state: Any,
+        questions: Mapping[str, Any],
+        *,
+        images: Mapping[str, Image] | Sequence[Image] = (),
+        **options: Unpack[CallOptions],
+    ) -> Decisions:
+        """Answers to typed questions about a state: a probability for every allowed answer.
+
+        `model`: a name, or None for the only model served. `state`: text, or a dict or list that
+        the model sees as JSON. `questions`: a dict from names to questions of the types noul (true
+        or false), choice and score:
+
+        ```
+        {
+            "refund": {"type": "noul", "instructions": "Is a refund asked for?"},
+            "tone": {"type": "choice", "criteria": {"calm": "A polite message", "angry": None}},
+            "urgency": {"type": "score", "criteria": ["Can wait", "This week", "Today"]},
+        }
+        ```
+
+        `images` (paths, bytes, Pillow images): a dict from the text that an image stands for,
+        anywhere in the state or a question; or a list, whose images are called `<image-1>`,
+        `<image-2>`, ... and go before the state where they are named nowhere.
+        """
+        call = calls.decide(self._defaults, model, state, questions, images, dict(options))
+        end = _end_of(self._stream(call))
+        return decisions_from(end, call.request.questions or {})
 
     @documented(ConversationOptions)
     def count(

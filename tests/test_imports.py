@@ -25,8 +25,8 @@ SOCKET_OWNERS = (
     *("broker.peer.dealer", "broker.peer.keys"),
     *("worker.loop", "client.io"),
 )
-MODULES_OF_CLIENT = 60
-"""More than `import client` may load, of ours and of the standard library: it loads about 40."""
+MODULES_OF_CLIENT = 64
+"""More than `import client` may load, of ours and of the standard library: it loads about 60."""
 
 
 def modules(package: str) -> Iterator[tuple[str, Path]]:

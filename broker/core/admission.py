@@ -18,7 +18,7 @@ from broker.core.queue import ModelQueue
 from broker.core.records import ClientSession, RequestState, short
 from broker.core.settings import CoreSettings
 from broker.core.state import BusState
-from broker.protocol import codec
+from broker.protocol import codec, decisions
 from broker.protocol.codec import check_free_forms, decode, unpack
 from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError, RequestError
 from broker.protocol.header import Header, MessageType
@@ -40,10 +40,11 @@ INPUTS: Final[dict[Kind, tuple[str, ...]]] = {
     Kind.DETOKENIZE: ("token_ids",),
     Kind.TEMPLATE: ("messages",),
     Kind.EMBED: ("inputs",),
+    Kind.DECIDE: ("questions",),
 }
 """Inputs that each kind accepts; exactly one of them must be given."""
 
-_ALL_INPUTS: Final = ("messages", "prompt", "token_ids", "inputs")
+_ALL_INPUTS: Final = ("messages", "prompt", "token_ids", "inputs", "questions")
 
 
 def read_request(
@@ -62,6 +63,8 @@ def read_request(
         raise _invalid("a REQUEST must not carry `resume`; RESUME does")
     _check_input(request)
     _check_attachments(request, len(attachments))
+    if request.kind is Kind.DECIDE:
+        decisions.check(request)
     return request
 
 
@@ -95,6 +98,8 @@ def _check_sizes(body: bytes, attachments: tuple[bytes, ...], settings: CoreSett
 
 
 def _check_input(request: Request) -> None:
+    if request.kind is not Kind.DECIDE and (request.state is not None or request.assets):
+        raise _invalid(f"kind {request.kind.value} takes no `state` and no `assets`; decide does")
     allowed = INPUTS[request.kind]
     given = [name for name in _ALL_INPUTS if getattr(request, name) is not None]
     if len(given) == 1 and given[0] in allowed:

@@ -119,7 +119,7 @@ def _model(bus: BusState, name: str) -> dict[str, Any]:
     known = [info.context_tokens for info in infos if info.context_tokens is not None]
     return {
         "name": name,
-        "kinds": [kind.value for kind in infos[0].kinds],
+        "kinds": [*infos[0].kinds, *infos[0].further_kinds],
         "images": any(info.images for info in infos),
         "context_tokens": min(known, default=None),
         "workers": len(workers),

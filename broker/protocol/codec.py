@@ -131,6 +131,10 @@ def _free_forms(request: Request) -> Iterator[tuple[str, Any]]:
     yield "tool_choice", request.tool_choice
     yield "template_args", request.template_args
     yield "embed_args", request.embed_args
+    yield "state", request.state
+    for name, question in (request.questions or {}).items():
+        yield f"questions[{name!r}].instructions", question.instructions
+        yield f"questions[{name!r}].criteria", question.criteria
     if request.params.constraint is not None:
         yield "params.constraint.value", request.params.constraint.value
     for index, message in enumerate(request.messages or ()):

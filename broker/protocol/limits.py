@@ -54,6 +54,8 @@ MAX_STOP_CHARACTERS: Final = 1024
 MAX_KEPT_SPECIALS: Final = 64
 """The gateway's formats for tool calls and reasoning together use fewer than 30 markers."""
 MAX_TOP_LOGPROBS: Final = 20
+MAX_QUESTIONS: Final = 64
+"""Of one decide request, as in the System One API that its servers have in common."""
 MAX_HELD_REQUESTS: Final = 65_536
 
 DEFAULT_WINDOW_TOKENS: Final = 4096

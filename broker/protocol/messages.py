@@ -8,6 +8,7 @@ change the version. OUTPUT events and ledgers are arrays: a field with a default
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal
 
@@ -45,6 +46,11 @@ class Kind(StrEnum):
     TOKENIZE = "tokenize"
     DETOKENIZE = "detokenize"
     TEMPLATE = "template"
+    DECIDE = "decide"
+
+
+FURTHER_KINDS: Final = frozenset((Kind.DECIDE,))
+"""Kinds that came after the first brokers, which refuse a HELLO that names them in `kinds`."""
 
 
 class WorkerState(StrEnum):
@@ -85,7 +91,10 @@ class ModelInfo(_Map, frozen=True, kw_only=True):
     """A model that a worker serves."""
 
     name: Name
+    #: Those of `FURTHER_KINDS` stand in `further_kinds`; see `kind_fields`.
     kinds: tuple[Kind, ...] = (Kind.CHAT, Kind.COMPLETE)
+    #: Kinds that a receiver may not know, which it then passes over.
+    further_kinds: tuple[str, ...] = ()
     #: Longest prompt plus answer, in tokens; None while unknown (loading).
     context_tokens: Count | None = None
     #: Takes pictures.
@@ -97,6 +106,18 @@ class ModelInfo(_Map, frozen=True, kw_only=True):
     capacity: Count | None = None
     #: Why requests of this model run one at a time; empty if they are batched.
     serial: str = ""
+
+
+def kind_fields(kinds: Iterable[str]) -> dict[str, Any]:
+    """The fields of a `ModelInfo` that say which of the known kinds a model answers."""
+    known = [Kind(kind) for kind in kinds if kind in _KINDS]
+    return {
+        "kinds": tuple(kind for kind in known if kind not in FURTHER_KINDS),
+        "further_kinds": tuple(kind.value for kind in known if kind in FURTHER_KINDS),
+    }
+
+
+_KINDS: Final = frozenset(kind.value for kind in Kind)
 
 
 class Held(_Array, frozen=True):
@@ -353,17 +374,38 @@ class Resume(_Map, frozen=True, kw_only=True):
     holder: Annotated[str, Meta(max_length=MAX_NAME_BYTES)] = ""
 
 
+class Question(_Map, frozen=True, kw_only=True):
+    """One typed question about a state; `decisions.check` says what may stand in it."""
+
+    #: choice, score or noul (true or false).
+    type: str
+    #: The question itself: text, or a map or list that stands in the prompt as JSON.
+    instructions: Any = None
+    #: The allowed answers. Of choice a map of the options to their descriptions (or nil), of score
+    #: a list of the levels from the lowest up, of noul nil or a map that describes true and false.
+    criteria: Any = None
+
+
 class Request(_Map, frozen=True, kw_only=True):
     """Body of REQUEST and of RESUME (header id: the request)."""
 
     model: Name
     kind: Kind = Kind.CHAT
-    #: Exactly one of the following four, by kind.
+    #: Exactly one of the following five, by kind.
     messages: Annotated[list[Message], Meta(min_length=1)] | None = None
     prompt: str | None = None
     token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
     #: For embed: several texts or lists of token ids.
     inputs: Annotated[list[str | list[TokenId]], Meta(min_length=1, max_length=4096)] | None = None
+    #: Of decide, by the names that the answers come under.
+    questions: dict[Name, Question] | None = None
+    #: What the questions are about: text, a map or a list.
+    state: Any = None
+    #: Of decide: the attachment that stands where this text stands, in the state or a question.
+    assets: Annotated[
+        dict[Name, Annotated[int, Meta(ge=0, lt=MAX_ATTACHMENTS)]],
+        Meta(max_length=MAX_ATTACHMENTS),
+    ] = {}
     params: Params = Params()
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
@@ -543,7 +585,7 @@ class EndEvent(_Array, frozen=True, tag=1):
     text: str
     usage: Usage
     timings: Timings
-    #: The answer to embed, count, tokenize, detokenize and template.
+    #: The answer to embed, count, tokenize, detokenize, template and decide.
     result: dict[str, Any] | None = None
     #: The stop string or token id that ended the answer.
     stopped_by: str | int | None = None

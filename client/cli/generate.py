@@ -52,7 +52,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def generate(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Ask one question."""
-    prompt = _text(arguments.prompt)
+    prompt = read_text(arguments.prompt)
     params = flags.params_of(arguments)
     for path in arguments.image:
         check_file(path)  # a wrong one is told before anything is sent
@@ -162,12 +162,13 @@ def embed(arguments: argparse.Namespace, terminal: Terminal) -> int:
 def count(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Print a number of tokens."""
     with flags.connect(arguments) as client:
-        terminal.line(str(client.count(_text(arguments.text), model=arguments.model)))
+        terminal.line(str(client.count(read_text(arguments.text), model=arguments.model)))
     return 0
 
 
-def _text(words: list[str]) -> str:
-    """The question: piped input, then the words of the command line."""
+def read_text(words: list[str]) -> str:
+    """The question: piped input, then the words of the command line. Raises `InvalidRequest` for
+    none."""
     if not words and sys.stdin.isatty():
         # Otherwise the command would seem to hang.
         print("type the text; Ctrl-D at the start of a line ends it:", file=sys.stderr)

@@ -49,6 +49,7 @@ from client.gateway.page import page_routes
 from client.gateway.peers import Peers, anywhere
 from client.gateway.reattach import Store
 from client.gateway.state import Gateway
+from client.gateway.systemone.routes import system_one
 from client.gateway.watch import watch_broker
 
 __all__ = ["create_app"]
@@ -112,6 +113,7 @@ def _routes(config: Config) -> list[BaseRoute]:
         route("/v1/chat/completions/{id:kept}/cancel", anywhere(cancel_chat), "POST"),
         route("/v1/completions", completions, "POST", counted=True),
         route("/v1/embeddings", embeddings, "POST", counted=True),
+        route("/v1/systemone", system_one, "POST", counted=True),
         route("/v1/responses", anywhere(create_response), "POST", counted=True),
         route("/v1/responses/{id:kept}", anywhere(get_response)),
         route("/v1/responses/{id:kept}", anywhere(delete_response), "DELETE"),

@@ -31,6 +31,7 @@ from broker.protocol.limits import MAX_NAME_BYTES
 from broker.protocol.tracing import TRACE_KEYS
 from client import AsyncStream, Embeddings
 from client import calls as bus_calls
+from client.core.events import End
 from client.gateway.bodies import LARGE_BYTES, aside, read_in_steps
 from client.gateway.convert import Generation
 from client.gateway.errors import GatewayError, describe, error_response, invalid, too_large
@@ -39,7 +40,7 @@ from client.gateway.keys import ANYBODY, Key, Usage
 from client.gateway.openai.generation import RETRY, Batches, generate
 from client.gateway.requests import parse
 from client.gateway.sse import STATUS_LEFT, STOPPING, EventStream, Source
-from client.gateway.traces import HttpSpan
+from client.gateway.traces import HttpSpan, traced
 
 if TYPE_CHECKING:
     from client.gateway.state import Gateway
@@ -196,6 +197,25 @@ class RequestContext:
                 span.made(made.worker, made.usage.prompt_tokens)
         self.prompt_tokens = made.usage.prompt_tokens
         return made
+
+    async def ask(self, call: bus_calls.Call) -> End:
+        """The end of a request of the bus that is not streamed, under this one's id and span."""
+        span, trace = None, self._trace()
+        if self.span is not None:
+            span = self.span.bus_request(call.request.kind, call.request.model)
+            trace = {**trace, **span.trace}
+        request = msgspec.structs.replace(call.request, trace=trace)
+        with traced(span):
+            async with await self.gateway.bus.start(
+                request, call.attachments, timeout=call.timeout, retry=call.retry
+            ) as stream:
+                self._opened(stream)
+                async for event in stream:
+                    if span is not None:
+                        span.saw(event)
+                end = stream.end
+        self.prompt_tokens = end.usage.prompt_tokens
+        return end
 
     def _trace(self) -> dict[str, str]:
         """Trace context for every bus request made for this one."""

@@ -86,8 +86,10 @@ class GatewayError(Exception):
         retry_after_ms: int | None = None,
         details: dict[str, Any] | None = None,
         openai_code: str | None = None,
+        detail: list[dict[str, Any]] | None = None,
     ) -> None:
-        """`openai_code`: OpenAI's code, if it does not follow from `code`."""
+        """`openai_code`: OpenAI's code, if it does not follow from `code`. `detail`: what servers
+        of other APIs say beside OpenAI's `error`."""
         message = _shortened(message, _MESSAGE_CHARACTERS)
         super().__init__(message)
         self.info = ErrorInfo(
@@ -101,6 +103,7 @@ class GatewayError(Exception):
         self.param = None if param is None else _shortened(param, _PARAM_CHARACTERS)
         self.status = status if status is not None else status_of(self.info)
         self._openai_code = openai_code
+        self.detail = detail
 
     @property
     def openai_code(self) -> str:
@@ -184,7 +187,7 @@ def error_body(error: GatewayError, request_id: str | None = None) -> dict[str, 
         body["details"] = details
     if request_id is not None:
         body["request_id"] = request_id
-    return {"error": body}
+    return {"error": body} if error.detail is None else {"error": body, "detail": error.detail}
 
 
 def error_headers(error: GatewayError) -> dict[str, str]:

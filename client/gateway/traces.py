@@ -15,7 +15,7 @@ from typing import Any
 from broker.protocol.tracing import context_of, trace_of
 from client.core.events import End, Started, StreamEvent
 
-__all__ = ["BusSpan", "EmbedSpan", "HttpSpan"]
+__all__ = ["BusSpan", "EmbedSpan", "HttpSpan", "traced"]
 
 
 class HttpSpan:
@@ -133,6 +133,19 @@ class BusSpan:
         if self._queue is not None:
             self._queue.end()
             self._queue = None
+
+
+@contextlib.contextmanager
+def traced(span: BusSpan | None) -> Iterator[BusSpan | None]:
+    """The span of a request of the bus, ended with whatever ends the request."""
+    try:
+        yield span
+    except BaseException as error:
+        if span is not None:
+            span.end(error)
+        raise
+    if span is not None:
+        span.end()
 
 
 def _client_span(tracer: Any, above: Any, kind: str, model: str) -> Any:

@@ -14,7 +14,7 @@ from client.cli import arguments as flags
 from client.parameters import ChatOptions, ConversationOptions, EmbedOptions, Sampling, described
 from tests.harness import MYPY
 
-CALLS = ("chat", "generate", "embed", "count", "tokenize", "detokenize", "template")
+CALLS = ("chat", "generate", "embed", "decide", "count", "tokenize", "detokenize", "template")
 DEFAULTS = calls.Defaults(Timeout(), Retry())
 
 

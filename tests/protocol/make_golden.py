@@ -355,6 +355,40 @@ def _every_field() -> dict[str, Example]:
         m.Timings(prefill_ms=2.5, decode_ms=1.5),
         vectors,
     )
+    decide = m.Request(
+        model="demo",
+        kind=m.Kind.DECIDE,
+        questions={
+            "refund": m.Question(type="noul", instructions="Is a refund asked for?"),
+            "tone": m.Question(type="choice", criteria={"calm": "polite", "angry": None}),
+            "urgency": m.Question(type="score", criteria=["can wait", {"when": "today"}]),
+        },
+        state={"message": "I was charged twice, see <image-1>."},
+        assets={"<image-1>": 0},
+        window=1,
+        attachments=[m.Attachment(media_type="image/png")],
+    )
+    answers = {
+        "refund": {"type": "noul", "noul": 0.75},
+        "tone": {
+            "type": "choice",
+            "choice": "calm",
+            "confidence": 0.25,
+            "probabilities": {"calm": 0.625, "angry": 0.375},
+        },
+    }
+    decided = m.EndEvent(
+        REQUEST,
+        0,
+        0,
+        m.FinishReason.STOP,
+        "",
+        m.Usage(prompt_tokens=40, cached_tokens=16),
+        m.Timings(),
+        {"answers": answers},
+    )
+    deciding = m.ModelInfo(name="judge", kinds=(), further_kinds=("decide",))
+    decider = m.Hello(role="worker", name="gpu-0", models=[deciding])
     prompt = m.PromptEvent(REQUEST, 1, 0, [1], "Once", [m.TokenLogprob(None, b"Once")])
     marks = m.Params(keep_special=["[TOOL_CALLS]", "<think>"])
     marked = m.Request(model="demo", prompt="2", params=marks, window=1)
@@ -413,6 +447,8 @@ def _every_field() -> dict[str, Example]:
         "request_compact": (t.REQUEST, REQUEST, 1, 0, [compact], []),
         "request_keep_special": (t.REQUEST, REQUEST, 1, 0, [marked], []),
         "request_embed": (t.REQUEST, REQUEST, 1, 0, [embed], []),
+        "request_decide": (t.REQUEST, REQUEST, 1, 0, [decide], [b"\x89PNG not really"]),
+        "hello_decide": (t.HELLO, header.NO_ID, 0, 0, [decider], []),
         "accepted_worker": (t.ACCEPTED, REQUEST, 1, 0, [m.Accepted(worker="gpu-1")], []),
         "accepted_returned": (
             t.ACCEPTED,
@@ -424,6 +460,7 @@ def _every_field() -> dict[str, Example]:
         ),
         "cancel_reason": (t.CANCEL, REQUEST, 2, 0, [m.Cancel(reason="closed")], []),
         "output_embed": (t.OUTPUT, SESSION, 2, 0, [[ended]], []),
+        "output_decide": (t.OUTPUT, SESSION, 6, 0, [[decided]], []),
         "output_prompt": (t.OUTPUT, SESSION, 3, 0, [[prompt]], []),
         "output_place": (t.OUTPUT, SESSION, 5, 0, [[placed]], []),
         "output_prompt_tail": (t.OUTPUT, SESSION, 4, 0, [[opened]], []),

@@ -8,10 +8,27 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from broker.protocol.messages import Kind, Request
+from broker.protocol.messages import Kind, Question, Request
 from client.errors import BusError
 
 EMBEDDING = {"embeddings": [[0.5, 0.25]]}
+DECISIONS = {"answers": {"right": {"type": "noul", "noul": 0.75}}}
+
+
+def result_of(prompt: str) -> tuple[Kind, dict[str, Any]]:
+    """The kind of a request that is answered as a whole, and its answer: every other prompt is
+    decided about."""
+    if hashlib.blake2b(prompt.encode()).digest()[0] % 2:
+        return Kind.DECIDE, DECISIONS
+    return Kind.EMBED, EMBEDDING
+
+
+def whole_request(prompt: str) -> dict[str, Any]:
+    """What is asked for that answer, as fields of a `Request`."""
+    kind, _ = result_of(prompt)
+    if kind is Kind.DECIDE:
+        return {"kind": kind, "state": prompt, "questions": {"right": Question(type="noul")}}
+    return {"kind": kind, "inputs": [prompt]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +50,8 @@ class Answer:
         if request.kind is Kind.EMBED:
             assert request.inputs is not None
             return cls(str(request.inputs[0]), 0, 0)
+        if request.kind is Kind.DECIDE:
+            return cls(str(request.state), 0, 0)
         assert request.prompt is not None and request.params.max_tokens is not None
         _, fails_at, how = request.prompt.split("|")
         return cls(
@@ -78,7 +97,8 @@ class Call:
 
     request_id: bytes
     answer: Answer
-    embeds: bool
+    #: It is answered as a whole, without tokens.
+    whole: bool
     priority: int
     #: Seconds that the application needs for a token; 0: it reads at once.
     read_s: float

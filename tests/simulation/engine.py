@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from broker.protocol import codec
 from broker.protocol.limits import MAX_REQUEST_BYTES
-from broker.protocol.messages import Kind, ModelInfo, Request
-from tests.simulation.answers import EMBEDDING, Answer
+from broker.protocol.messages import Kind, ModelInfo, Request, kind_fields
+from tests.simulation.answers import Answer, result_of
 from tests.simulation.world import Violation
 from worker.core import events as worker_fact
 from worker.engines.base import Capabilities
@@ -24,7 +24,8 @@ MODEL = "model"
 @dataclass(slots=True)
 class _Job:
     answer: Answer
-    embeds: bool
+    #: It is answered as a whole, without tokens.
+    whole: bool
     position: int
     cancelled: bool = False
 
@@ -46,8 +47,8 @@ class SimEngine:
     def _loaded(self) -> None:
         if self.alive:
             self.ready = True
-            kinds = (Kind.COMPLETE, Kind.EMBED)
-            model = ModelInfo(name=MODEL, kinds=kinds, context_tokens=1 << 20)
+            kinds = kind_fields((Kind.COMPLETE, Kind.EMBED, Kind.DECIDE))
+            model = ModelInfo(name=MODEL, context_tokens=1 << 20, **kinds)
             capabilities = Capabilities("sim", "none", (model,), self.worker.slots)
             self.worker.tell(worker_fact.EngineReady(capabilities))
 
@@ -74,7 +75,7 @@ class SimEngine:
                 )
         # A job that is cancelled ends at the next step; its successor may be added before.
         replaced = sum(job.cancelled for job in self.jobs.values())
-        self.jobs[job_id] = _Job(answer, request.kind is Kind.EMBED, position)
+        self.jobs[job_id] = _Job(answer, request.kind is not Kind.COMPLETE, position)
         if len(self.jobs) > self.worker.slots + replaced:
             raise Violation(f"{name} runs {len(self.jobs)} in {self.worker.slots} slots")
         self.worker.runs[answer.prompt] += 1
@@ -115,9 +116,10 @@ class SimEngine:
         if job.cancelled:
             del self.jobs[job_id]
             return [[END, job_id, "cancelled", "", {}, {}, None, None]]
-        if job.embeds:
+        if job.whole:
             del self.jobs[job_id]
-            return [[END, job_id, "stop", "", {"prompt_tokens": 2}, {}, EMBEDDING, None]]
+            _, result = result_of(answer.prompt)
+            return [[END, job_id, "stop", "", {"prompt_tokens": 2}, {}, result, None]]
         if job.position == answer.fails_at and not self._mended(answer):
             del self.jobs[job_id]
             code = "worker_lost" if answer.fails_once else "engine_error"

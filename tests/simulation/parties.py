@@ -33,7 +33,7 @@ from client.core import events as client_fact
 from client.core.session import ClientSession
 from client.errors import BusError
 from client.options import Limits, Retry, Timeout
-from tests.simulation.answers import EMBEDDING, Call
+from tests.simulation.answers import Call, result_of, whole_request
 from tests.simulation.engine import MODEL, SimEngine
 from tests.simulation.world import Party, Violation, Wire, World
 from worker.core import events as worker_fact
@@ -418,8 +418,8 @@ class SimClient(Party):
         call.made_s = self.world.now_s
         self.calls[call.request_id] = call
         answer = call.answer
-        if call.embeds:
-            asked = Request(model=MODEL, kind=Kind.EMBED, inputs=[answer.prompt], window=1)
+        if call.whole:
+            asked = Request(model=MODEL, window=1, **whole_request(answer.prompt))
         else:
             asked = Request(
                 model=MODEL,
@@ -585,7 +585,7 @@ class SimClient(Party):
 
     def _check_end(self, name: str, call: Call) -> None:
         whole = call.answer.text(call.answer.length)
-        if call.embeds and call.result != EMBEDDING:
+        if call.whole and call.result != result_of(call.answer.prompt)[1]:
             raise Violation(f"{name} ended with the result {call.result}")
         if call.answer.fails_at is not None and not call.answer.fails_once:
             raise Violation(f"{name} ended well; its engine failed it")

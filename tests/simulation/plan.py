@@ -54,7 +54,7 @@ class Ask:
 
     at_s: float
     client: int
-    #: Tokens; 0 asks for an embedding.
+    #: Tokens; 0 asks for an embedding or a decision.
     length: int
     priority: int
     read_s: float

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from broker.protocol.messages import Kind, ModelInfo
+from broker.protocol.messages import ModelInfo, kind_fields
 
 
 class SurveyError(Exception):
@@ -82,10 +82,9 @@ def read(workers: Any, models: Any) -> Survey:
 
 
 def _info(row: _ModelRow) -> ModelInfo:
-    known = {kind.value for kind in Kind}
     return ModelInfo(
         name=row.name,
-        kinds=tuple(Kind(kind) for kind in row.kinds if kind in known),
+        **kind_fields(row.kinds),
         context_tokens=row.context_tokens,
         images=row.images,
         details=row.details,

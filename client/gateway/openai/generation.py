@@ -23,7 +23,7 @@ from client import AsyncClient, AsyncStream, BusError, Retry, Timeout
 from client.core.events import End, Prompt, StreamEvent, Tokens
 from client.gateway.convert import Generation
 from client.gateway.errors import describe
-from client.gateway.traces import BusSpan
+from client.gateway.traces import BusSpan, traced
 
 __all__ = [
     "RETRY",
@@ -114,7 +114,7 @@ async def generate(
 
     with naming(prompt_field):
         if len(generations) == 1:
-            with _traced(spans, 0) as span:
+            with traced(spans[0] if spans else None) as span:
                 stream = await start(generations[0])
                 opened(stream)
                 try:
@@ -187,7 +187,7 @@ async def _pump(
     spans: Sequence[BusSpan],
 ) -> None:
     try:
-        with _traced(spans, index) as span:
+        with traced(spans[index] if spans else None) as span:
             stream = await open_it()
             opened(stream)
             try:
@@ -199,20 +199,6 @@ async def _pump(
                 await stream.aclose()
     except Exception as error:
         await batches.put(error)
-
-
-@contextlib.contextmanager
-def _traced(spans: Sequence[BusSpan], index: int) -> Iterator[BusSpan | None]:
-    """The span of a choice, ended with whatever ends the choice."""
-    span = spans[index] if spans else None
-    try:
-        yield span
-    except BaseException as error:
-        if span is not None:
-            span.end(error)
-        raise
-    if span is not None:
-        span.end()
 
 
 def _translated(choice: int, arrived: list[StreamEvent], span: BusSpan | None) -> list[ChoiceEvent]:

@@ -17,6 +17,7 @@ from client.gateway.ids import KEPT_ID
 from client.gateway.openai.responses_body import INCLUDABLE, ResponseRequest
 from client.gateway.operator_view import DrainBody
 from client.gateway.requests import ChatRequest, CompletionRequest, EmbeddingRequest
+from client.gateway.systemone.bodies import SystemOneRequest
 
 __all__ = ["openapi"]
 
@@ -24,6 +25,7 @@ _TAKES = {
     ("post", "/v1/chat/completions"): (ChatRequest, "Answer a conversation."),
     ("post", "/v1/completions"): (CompletionRequest, "Continue raw prompts."),
     ("post", "/v1/embeddings"): (EmbeddingRequest, "Vectors of texts."),
+    ("post", "/v1/systemone"): (SystemOneRequest, "Answer typed questions with probabilities."),
     ("post", "/v1/responses"): (ResponseRequest, "Answer an input."),
     ("post", "/bus/drain"): (DrainBody, "Let a worker finish and leave; for operators."),
 }

@@ -26,7 +26,7 @@ from worker.engines.base import (
 )
 from worker.engines.common.arguments import SharedSettings
 from worker.engines.common.failures import error_info, is_out_of_memory, one_line
-from worker.engines.common.sequence import Sequence, State
+from worker.engines.common.sequence import Sequence, SequenceGroup, State
 from worker.engines.common.served import BatchModel, Embedding, Prepared, now
 
 __all__ = ["BatchEngine"]
@@ -44,7 +44,7 @@ class _Running:
 
     served: BatchModel | None
     future: Future[Prepared] | None = None
-    task: Sequence | Embedding | None = None
+    task: Sequence | SequenceGroup | Embedding | None = None
     cancelled: bool = False
 
 
@@ -223,6 +223,11 @@ class BatchEngine:
                 self._say(event)
             if prepared.state is not State.DONE and running.served.runner is not None:
                 running.served.runner.submit(prepared)
+        elif isinstance(prepared, SequenceGroup):
+            running.task = prepared
+            if running.served.runner is not None:
+                for sequence in prepared.sequences:
+                    running.served.runner.submit(sequence)
         else:
             running.task = prepared
             self._embeds.append(prepared)
@@ -238,7 +243,7 @@ class BatchEngine:
         try:
             ended = task.step()
         except Exception as error:
-            info = error_info(error, "the inputs could not be embedded")
+            info = error_info(error, "the model failed on these inputs")
             self._say(Failed(task.request_id, info))
             return True
         if ended is None:

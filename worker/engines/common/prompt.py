@@ -28,9 +28,9 @@ from worker.engines.common.footprint import Footprint
 from worker.engines.common.images import DecodedImage, ImageLimits, decode_image
 from worker.engines.common.template import RAW_PLACEHOLDER, ChatTemplate
 
-__all__ = ["Prompt", "PromptBuilder"]
+__all__ = ["ALIGNED", "Prompt", "PromptBuilder"]
 
-_ALIGNED = ("attention_mask", "token_type_ids", "mm_token_type_ids")
+ALIGNED = ("attention_mask", "token_type_ids", "mm_token_type_ids")
 """Processor outputs with one entry for each prompt token."""
 
 
@@ -78,7 +78,7 @@ class PromptBuilder:
     def generation(self, job: Job) -> Prompt:
         """The prompt of a chat or complete request, pictures included."""
         request = job.request
-        images = self._decode(job)
+        images = self.images(job)
         with self._lock:
             if request.token_ids is not None:
                 return self._fit(self._from_ids(request.token_ids, images), request, images)
@@ -94,7 +94,7 @@ class PromptBuilder:
         """For a library that makes inputs of pictures itself: "ids", the prompt with one
         placeholder for each picture, and "images", the pictures in order."""
         request = job.request
-        pictures = self._decode(job)
+        pictures = self.images(job)
         with self._lock:
             if request.kind is Kind.COMPLETE:
                 text = self._raw_text(request, len(pictures))
@@ -144,7 +144,7 @@ class PromptBuilder:
 
     def _unfitted(self, job: Job) -> Prompt:
         request = job.request
-        images = self._decode(job)
+        images = self.images(job)
         with self._lock:
             if request.token_ids is not None:
                 return self._from_ids(request.token_ids, images)
@@ -154,7 +154,7 @@ class PromptBuilder:
 
     # --- pictures ---------------------------------------------------------------------------------
 
-    def _decode(self, job: Job) -> list[DecodedImage]:
+    def images(self, job: Job) -> list[DecodedImage]:
         """The request's images in the order in which the prompt refers to them."""
         request = job.request
         order = list(range(len(job.attachments)))
@@ -284,7 +284,7 @@ class PromptBuilder:
             ids = self._encoded(text)
             if not ids:
                 raise _invalid("the prompt is empty: it has no tokens")
-            return self._finished(ids, {}, [])
+            return self.finished(ids, {}, [])
         text = self._unmarked(text, len(images))
         added = self._adds_special(text)
         pictures: list[Image.Image] = [image.image for image in images]
@@ -304,14 +304,14 @@ class PromptBuilder:
         ids = self._open_ended(output["input_ids"][0].tolist(), added)
         if not ids:
             raise _invalid("the prompt is empty: it has no tokens")
-        return self._finished(ids, dict(output), images)
+        return self.finished(ids, dict(output), [image.digest for image in images])
 
-    def _finished(
-        self, ids: list[int], output: dict[str, Any], images: list[DecodedImage]
-    ) -> Prompt:
+    def finished(self, ids: list[int], output: dict[str, Any], digests: list[bytes]) -> Prompt:
+        """The prompt of token ids and of a processor's `output`. `digests`: of its images, one for
+        each or one for all; none without images. Raises `RequestError`."""
         aligned = {
             name: output[name][:, : len(ids)]
-            for name in _ALIGNED
+            for name in ALIGNED
             if name in output and name != "attention_mask"
         }
         media = (
@@ -319,18 +319,18 @@ class PromptBuilder:
                 name: value
                 for name, value in output.items()
                 # PaliGemma's processor adds labels, which are for training.
-                if name not in ("input_ids", "labels", *_ALIGNED) and value is not None
+                if name not in ("input_ids", "labels", *ALIGNED) and value is not None
             }
-            if images
+            if digests
             else {}
         )
         key = np.asarray(ids, dtype=np.int64)
         placed = np.isin(key, list(self._facts.placeholder_ids))
-        prompt = Prompt(ids=ids, media=media, aligned=aligned if images else {}, key=key)
-        if images:
+        prompt = Prompt(ids=ids, media=media, aligned=aligned if digests else {}, key=key)
+        if digests:
             prompt.image_tokens = int(placed.sum())
             prompt.media_end = int(np.flatnonzero(placed)[-1]) + 1 if placed.any() else len(ids)
-            prompt.key = _picture_key(key, placed, [image.digest for image in images])
+            prompt.key = _picture_key(key, placed, digests)
         elif placed.any():
             raise _invalid(
                 f"the prompt contains {int(placed.sum())} image placeholders but no image"
@@ -341,7 +341,7 @@ class PromptBuilder:
         if images:
             raise _invalid("token ids cannot carry pictures: send messages or a raw prompt")
         self._check_ids(token_ids)
-        return self._finished(list(token_ids), {}, [])
+        return self.finished(list(token_ids), {}, [])
 
     def _check_ids(self, token_ids: list[int]) -> None:
         """Refuse ids for which the model's embedding has no row: on a GPU they would

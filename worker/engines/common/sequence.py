@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
@@ -19,10 +19,12 @@ from worker.engines.common.pieces import PieceStream
 from worker.engines.common.prompt import Prompt
 
 if TYPE_CHECKING:
+    import torch
+
     from worker.engines.common.sampling import Sampled, SamplerRow
     from worker.engines.common.text import TextStream
 
-__all__ = ["Sequence", "State", "ends_answer"]
+__all__ = ["Sequence", "SequenceGroup", "State", "bare_fields", "ends_answer"]
 
 
 def ends_answer(
@@ -88,6 +90,8 @@ class Sequence:
     cached: int = 0
     #: Whether `row` already has the tokens passed to `append_token` (see `RowAhead`).
     row_ahead: bool = False
+    #: Positions of the prompt whose outputs are read, in order; then nothing is generated.
+    reads: tuple[int, ...] = ()
     #: The sequence that computes a prefix for which this one waits, and the length of that prefix.
     follows: Sequence | None = None
     shared: int = 0
@@ -109,6 +113,28 @@ class Sequence:
     def total(self) -> int:
         """Number of tokens of prompt and answer."""
         return len(self.prompt.ids) + len(self.answer)
+
+    @property
+    def reusable_tokens(self) -> int:
+        """So many tokens may come from elsewhere; the output of the next one is wanted."""
+        return self.reads[0] if self.reads else self.total - 1
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens of its row that are worth keeping when it leaves."""
+        return self.filled
+
+    @property
+    def reads_last(self) -> bool:
+        """The only output that is wanted is that of the last token."""
+        return not self.reads or self.reads == (self.total - 1,)
+
+    def begin(self) -> None:
+        """It gets a row, for the first time or once more: nothing of its prompt was read."""
+
+    def read(self, outputs: torch.Tensor) -> None:
+        """Outputs [some, width] at the next of the positions in `reads`."""
+        raise NotImplementedError
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -163,9 +189,10 @@ class Sequence:
         count, finished = len(self.answer), self.row.finished
         return ends_answer(token_id, count, self.params, self.eos_ids, finished=finished)
 
-    def append_token(self, sampled: Sampled, now: float) -> None:
-        """Append the next token. Afterwards `state` is DONE if nothing can follow it, whatever its
-        text; `flush_events` returns the events later."""
+    def append_token(self, sampled: Sampled | None, now: float) -> None:
+        """Append the next token (None where outputs are read). Afterwards `state` is DONE if
+        nothing can follow it, whatever its text; `flush_events` returns the events later."""
+        assert sampled is not None
         if not sampled.ok:
             cause = sampled.fault or "the model's logits are not numbers"
             self._mark_failed(
@@ -289,3 +316,43 @@ class Sequence:
             prefill_ms=(first - started) * 1e3,
             decode_ms=(now - first) * 1e3,
         )
+
+
+def bare_fields(request_id: bytes, prompt: Prompt, adapter: str | None) -> dict[str, Any]:
+    """The fields of a sequence that is only run forward: it needs no sampler and no text."""
+    return {
+        "request_id": request_id,
+        "params": Params(),
+        "prompt": prompt,
+        "row": None,
+        "text": None,
+        "eos_ids": frozenset(),
+        # Room for one token behind the prompt, where prompts computed together store their padding.
+        "max_tokens": 1,
+        "wants_facts": False,
+        "echo_text": "",
+        "echo_places": [],
+        "special": [],
+        "tail": "",
+        "adapter": adapter,
+        "added_at": 0.0,
+    }
+
+
+class SequenceGroup:
+    """A request that several sequences of one model answer together."""
+
+    request_id: bytes
+
+    def __init__(self, sequences: list[Sequence]) -> None:
+        self.sequences = sequences
+
+    @property
+    def cancelled(self) -> bool:
+        """The sequences are to leave."""
+        return any(sequence.cancelled for sequence in self.sequences)
+
+    @cancelled.setter
+    def cancelled(self, value: bool) -> None:
+        for sequence in self.sequences:
+            sequence.cancelled = value

@@ -23,6 +23,7 @@ from broker.protocol.messages import (
     PieceKind,
     Request,
     Usage,
+    kind_fields,
 )
 from worker.engines.base import Ended, Job
 from worker.engines.common.arguments import SharedSettings
@@ -34,7 +35,7 @@ from worker.engines.common.prompt import Prompt, PromptBuilder
 from worker.engines.common.reasoning import AnswerFormat, Begun, find_format
 from worker.engines.common.runner import Runner
 from worker.engines.common.sampling import SamplerRow, check_token_ids
-from worker.engines.common.sequence import Sequence, ends_answer
+from worker.engines.common.sequence import Sequence, SequenceGroup, ends_answer
 from worker.engines.common.template import continues_message, template_source
 from worker.engines.common.text import TextStream, places, token_table
 
@@ -49,7 +50,8 @@ _TAIL_TOKENS = 64
 
 
 class Embedding(Protocol):
-    """A running embedding request. It takes turns with the steps of the batch."""
+    """A request on its way that no row of the batch serves: an embedding, or decisions one by one.
+    It takes turns with the steps of the batch."""
 
     request_id: bytes
     cancelled: bool
@@ -58,7 +60,7 @@ class Embedding(Protocol):
         """Compute one piece; returns the end of the request after the last."""
 
 
-Prepared = Sequence | Embedding | Ended
+Prepared = Sequence | SequenceGroup | Embedding | Ended
 """A prepared job: something to run, or its answer."""
 
 
@@ -142,7 +144,7 @@ class BatchModel:
 
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of request that it answers."""
-        return tuple(kind for kind in Kind if kind is not Kind.EMBED)
+        return tuple(kind for kind in Kind if kind not in (Kind.EMBED, Kind.DECIDE))
 
     def infos(self) -> list[ModelInfo]:
         """One record for each name, including adapters."""
@@ -150,7 +152,7 @@ class BatchModel:
         return [
             ModelInfo(
                 name=name,
-                kinds=self.kinds(),
+                **kind_fields(self.kinds()),
                 context_tokens=facts.context_tokens,
                 images=facts.takes_images,
                 details=facts.details
@@ -177,6 +179,8 @@ class BatchModel:
                 return self._sequence(job, added_at)
             case Kind.EMBED:
                 return self.embedding(job)
+            case Kind.DECIDE:
+                return self.decision(job)
             case Kind.COUNT:
                 count = builder.token_count(job)
                 return self._answer(job, count, {"count": count})
@@ -193,9 +197,16 @@ class BatchModel:
 
     def embedding(self, job: Job) -> Embedding:
         """The embedding that a job asks for. Raises RequestError."""
-        raise RequestError(
+        raise self._not_here(job, "does not embed")
+
+    def decision(self, job: Job) -> Prepared:
+        """The decisions that a job asks for. Raises RequestError."""
+        raise self._not_here(job, "does not decide")
+
+    def _not_here(self, job: Job, what: str) -> RequestError:
+        return RequestError(
             ErrorCode.INVALID_REQUEST,
-            f"model {job.request.model} does not embed on engine {self.scheduler}: serve it with "
+            f"model {job.request.model} {what} on engine {self.scheduler}: serve it with "
             "--engine transformers",
             details={"parameter": "kind"},
         )

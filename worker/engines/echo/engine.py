@@ -53,6 +53,7 @@ from broker.protocol.messages import (
     TokenLogprob,
     TopLogprob,
     Usage,
+    kind_fields,
 )
 from worker.engines.base import (
     Capabilities,
@@ -69,6 +70,7 @@ from worker.engines.base import (
 from worker.engines.common.reasoning import find_format
 from worker.engines.echo.requests import (
     answer_about,
+    decisions,
     embeddings,
     image_size,
     required,
@@ -123,7 +125,7 @@ class EchoEngine:
             models=tuple(
                 ModelInfo(
                     name=name,
-                    kinds=tuple(Kind),
+                    **kind_fields(Kind),
                     context_tokens=self._context_tokens,
                     images=True,
                     details={"architecture": "echo"},
@@ -218,6 +220,9 @@ class EchoEngine:
         request = job.request
         if request.kind is Kind.EMBED:
             events.append(embeddings(job))
+            return
+        if request.kind is Kind.DECIDE:
+            events.append(decisions(job))
             return
         if request.kind is Kind.DETOKENIZE:
             result: dict[str, Any] = {"text": detokenize(required(request.token_ids, request))}

@@ -3,6 +3,8 @@ never import torch."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import struct
 from typing import Any, Final
 
@@ -11,6 +13,7 @@ from broker.protocol.messages import (
     FinishReason,
     ImagePart,
     Kind,
+    Question,
     Request,
     TextPart,
     Usage,
@@ -19,7 +22,7 @@ from broker.protocol.messages import (
 from worker.engines.base import Ended, Job
 from worker.engines.echo.tokens import detokenize, tokenize
 
-__all__ = ["answer_about", "embeddings", "image_size", "required", "whole_prompt"]
+__all__ = ["answer_about", "decisions", "embeddings", "image_size", "required", "whole_prompt"]
 
 EMBEDDING_DIMENSIONS: Final = 8
 
@@ -109,3 +112,44 @@ def embeddings(job: Job) -> Ended:
         usage=Usage(prompt_tokens=total),
         result={"embeddings": rows, "dimensions": EMBEDDING_DIMENSIONS},
     )
+
+
+def decisions(job: Job) -> Ended:
+    """Decisions: probabilities that follow from state and images, the question and each answer."""
+    request = job.request
+    state = _json(request.state) + b"".join(job.attachments)
+    answers, tokens = {}, 0
+    for name, question in required(request.questions, request).items():
+        asked = state + _json(question.instructions)
+        answers[name] = _decided(question, asked)
+        tokens += len(asked)
+    return Ended(
+        job.request_id,
+        FinishReason.STOP,
+        usage=Usage(prompt_tokens=tokens),
+        result={"answers": answers},
+    )
+
+
+def _decided(question: Question, asked: bytes) -> dict[str, Any]:
+    criteria: Any = question.criteria
+    options = ("true", "false") if question.type == "noul" else criteria
+    names = list(map(str, range(len(options)))) if question.type == "score" else list(options)
+    weights = [1 + hashlib.blake2b(asked + _json(option)).digest()[0] for option in options]
+    shares = [weight / sum(weights) for weight in weights]
+    if question.type == "noul":
+        return {"type": "noul", "noul": shares[0]}
+    best, even = max(shares), 1 / len(shares)
+    answer: dict[str, Any] = {
+        "type": question.type,
+        "confidence": (best - even) / (1 - even) if len(shares) > 1 else 1.0,
+        "probabilities": dict(zip(names, shares, strict=True)),
+    }
+    if question.type == "choice":
+        return answer | {"choice": names[shares.index(best)]}
+    score = sum(level * share for level, share in enumerate(shares))
+    return answer | {"score": score, "legend": dict(zip(names, options, strict=True))}
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, default=str).encode()

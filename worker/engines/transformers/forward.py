@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from enum import Enum, auto
 from itertools import accumulate
@@ -105,11 +106,12 @@ class Forward:
         sequence.rope_positions = positions
 
     def prefill(
-        self, slot: int, sequence: Sequence, start: int, end: int, *, all_logits: bool = False
+        self, slot: int, sequence: Sequence, start: int, end: int, *, kept: Items[int] = ()
     ) -> torch.Tensor:
         """Compute tokens `start` to `end` of a sequence in row `slot`.
 
-        Returns logits [tokens or 1, vocabulary]: of all tokens, or only of the last one.
+        Returns logits [tokens, vocabulary] at the positions `kept`, in order; of the last token
+        where there are none.
         """
         prompt = sequence.prompt
         self.cache.plan.prefill(slot, start)
@@ -122,13 +124,17 @@ class Forward:
             for name, value in prompt.aligned.items():
                 if name in self._accepts or "kwargs" in self._accepts:
                     arguments[name] = _stretched(value, end)[:, start:end].to(self.device)
-        if not all_logits and "logits_to_keep" in self._accepts:
-            arguments["logits_to_keep"] = 1
+        places = [position - start for position in kept] or [end - start - 1]
+        chosen = "logits_to_keep" in self._accepts and len(places) < end - start
+        if chosen:
+            arguments["logits_to_keep"] = (
+                1 if places == [end - start - 1] else torch.tensor(places, device=self.device)
+            )
         if "position_ids" in self._accepts:
             arguments["position_ids"] = self._prefill_positions(sequence, start, end)
         with self._grouped_heads():
             logits = self._run(arguments, [sequence])[0]
-        return logits if all_logits else logits[-1:]
+        return logits if chosen or len(logits) == len(places) else logits[places]
 
     @contextmanager
     def _grouped_heads(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from worker.engines.common.facts import ModelFacts
+from worker.engines.transformers.heads import Backbone, DecisionHead, is_decision_model
 from worker.engines.transformers.loading.quantise import quantised_share
 from worker.engines.transformers.rope import LengthRope, find_length_rope
 from worker.engines.transformers.rows import RowAdapters
@@ -34,6 +35,8 @@ class LoadedModel(ModelFacts):
     rows: RowAdapters | None = None
     #: The model before adapters were attached, until the self test is over.
     reference: Any = None
+    #: Of a decision model, which writes nothing: what scores answers; `model` is its backbone.
+    head: DecisionHead | None = None
     #: Set if rotary angles differ between long and short sequences.
     rope: LengthRope | None = None
 
@@ -58,6 +61,10 @@ def wrap_model(
 ) -> LoadedModel:
     """Gather the facts of a model that is in memory already."""
     model = model.eval()
+    architecture, decision_head = type(model).__name__, None
+    if is_decision_model(model):
+        decision_head = DecisionHead(model)
+        model = Backbone(model).eval()
     text_config = model.config.get_text_config(decoder=True)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     share = quantised_share(model) if quantised else None
@@ -76,7 +83,7 @@ def wrap_model(
         folder=folder,
         quantised=quantised,
         details={
-            "architecture": type(model).__name__,
+            "architecture": architecture,
             "parameters": sum(p.numel() for p in model.parameters()),
             "dtype": str(model.dtype).removeprefix("torch."),
             "quantised": quantised,
@@ -85,6 +92,7 @@ def wrap_model(
             **({"quantised_share": round(share, 3)} if share is not None else {}),
         },
     )
+    loaded.head = decision_head
     loaded.rope = find_length_rope(model, loaded.context_tokens)
     return loaded
 

@@ -135,7 +135,13 @@ def load_model(
     # A sentence model's adapter has its own pooling and the like.
     held = None if adapter is None else local_folder(adapter)
     facts = held if held is not None and (held / "modules.json").is_file() else folder
-    chosen = model_class(config, facts, path, trust_remote_code=options.trust_remote_code)
+    chosen = model_class(
+        config,
+        facts,
+        path,
+        trust_remote_code=options.trust_remote_code,
+        revision=options.revision,
+    )
     if held is not None and not chosen.takes_images:
         refuse_half(held)
     device = pick_device(options.device)

@@ -77,7 +77,7 @@ class PrefixCache:
 
     def store(self, sequence: Sequence, read: Callable[[int], LayerStates]) -> None:
         """Keep a finished row if it is worth it. `read(length)` copies its keys and values."""
-        length = sequence.filled
+        length = sequence.kept_tokens
         if length < SMALLEST_PREFIX or length > self.budget:
             return
         key = sequence_key(sequence)[:length]

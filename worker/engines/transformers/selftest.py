@@ -23,17 +23,16 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
 import worker
-from broker.protocol.messages import Params
 from worker.engines.base import EngineLoadError
 from worker.engines.common.compat import KNOWN_RELEASES
 from worker.engines.common.failures import is_out_of_memory, one_line
 from worker.engines.common.prompt import Prompt
-from worker.engines.common.sequence import Sequence
+from worker.engines.common.sequence import Sequence, bare_fields
 from worker.engines.transformers.fallback import plain_generation_config
 from worker.engines.transformers.forward import Forward, StaticUse, Unsupported
 from worker.engines.transformers.loaded import LoadedModel, wrap_model
@@ -266,22 +265,7 @@ def _text_prompt(loaded: LoadedModel, length: int) -> Prompt:
 
 def _probe(prompt: Prompt) -> Sequence:
     """A sequence that only needs forwards, no sampler and no text."""
-    return Sequence(
-        request_id=b"",
-        params=Params(),
-        prompt=prompt,
-        row=cast(Any, None),
-        text=cast(Any, None),
-        eos_ids=frozenset(),
-        max_tokens=STEPS,
-        wants_facts=False,
-        echo_places=[],
-        special=[],
-        tail="",
-        echo_text="",
-        adapter=None,
-        added_at=0.0,
-    )
+    return Sequence(**bare_fields(b"", prompt, None) | {"max_tokens": STEPS})
 
 
 def _compare(
@@ -406,7 +390,24 @@ def _many_agree(
     )
 
 
+def _read_reference(loaded: LoadedModel, prompt: Prompt) -> Reference:
+    """What a decision model, which generates nothing, computes of a prompt and further tokens."""
+    ordinary = _text_prompt(loaded, STEPS + len(prompt.ids)).ids
+    tokens = ordinary[-STEPS:]
+    rows = []
+    for count in range(STEPS):
+        ids = torch.tensor([prompt.ids + tokens[:count]], device=loaded.device)
+        inputs = prompt.media_on(loaded.device, loaded.dtype)
+        for name, value in prompt.aligned.items():
+            padded = torch.nn.functional.pad(value, (0, count))
+            inputs[name] = padded.to(loaded.device)
+        rows.append(loaded.model(input_ids=ids, **inputs, use_cache=False).logits[0, -1].float())
+    return Reference(prompt, rows, tokens)
+
+
 def _reference(loaded: LoadedModel, prompt: Prompt) -> Reference:
+    if loaded.head is not None:
+        return _read_reference(loaded, prompt)
     # The model before adapters were attached, if there are any.
     model = loaded.model if loaded.reference is None else loaded.reference
     ids = torch.tensor([prompt.ids], device=loaded.device)

@@ -25,7 +25,13 @@ from broker.protocol.messages import (
 from worker.engines.base import Ended, EngineLoadError, Job
 from worker.engines.common.prompt import Prompt
 from worker.engines.common.runner import Runner
-from worker.engines.common.served import BatchModel
+from worker.engines.common.served import BatchModel, Prepared
+from worker.engines.transformers.decide import (
+    Decision,
+    DecisionMaker,
+    SerialDecision,
+    decision_config,
+)
 from worker.engines.transformers.embed import Embedder, EmbedOptions, embed_options
 from worker.engines.transformers.fallback import GenerateRunner
 from worker.engines.transformers.forward import StaticUse
@@ -87,21 +93,67 @@ class ServedModel(BatchModel):
     ) -> None:
         super().__init__(loaded, names, settings)
         self.loaded = loaded
-        self.embedder = Embedder(loaded)
+        self.embedder = Embedder(loaded) if loaded.head is None else None
         #: The batch scheduler, if there is one: it is `runner` or a part of it.
         self.slot_runner: SlotRunner | None = None
-        if not loaded.embedding_only:
+        #: Sequences of so many tokens do not fit into it; 0: of any number do.
+        self._batch_tokens = 0
+        self._decisions = self._decision_makers()
+        if loaded.head is not None or not loaded.embedding_only:
             self.runner = self._make_runner(settings, slots)
         loaded.reference = None
 
     def kinds(self) -> tuple[Kind, ...]:
-        """All kinds, or, without an output head, those that generate nothing."""
-        writing = (Kind.CHAT, Kind.COMPLETE) if self.loaded.embedding_only else ()
-        return tuple(kind for kind in Kind if kind not in writing)
+        """All kinds, or, without an output head, those that generate nothing; or decide alone."""
+        if self.loaded.head is not None:
+            return (Kind.DECIDE,)
+        missing = {Kind.CHAT, Kind.COMPLETE} if self.loaded.embedding_only else set()
+        if not self._decisions:
+            missing.add(Kind.DECIDE)
+        return tuple(kind for kind in Kind if kind not in missing)
+
+    def prepare(self, job: Job, added_at: float) -> Prepared:
+        """Make a job ready, in a preprocessing thread. Raises RequestError."""
+        if self.loaded.head is not None and job.request.kind is not Kind.DECIDE:
+            raise _invalid(
+                f"model {job.request.model} only decides: it answers requests of kind decide "
+                "(/v1/systemone, Client.decide, `decide` on the command line)"
+            )
+        return super().prepare(job, added_at)
+
+    def _decision_makers(self) -> dict[str | None, DecisionMaker]:
+        """What makes decisions, for the model (None) and for adapters with texts of their own."""
+        config = decision_config(self.loaded)
+        if config is None:
+            return {}
+        found: dict[str | None, DecisionMaker] = {
+            None: DecisionMaker(self.loaded, self.loaded, config, self._texts.builder)
+        }
+        for name, texts in self._adapter_texts.items():
+            found[name] = DecisionMaker(self.loaded, texts.facts, config, texts.builder)
+        return found
+
+    def decision(self, job: Job) -> Prepared:
+        """The decisions that a job asks for. Raises RequestError."""
+        request = job.request
+        maker = self._decisions.get(request.model) or self._decisions.get(None)
+        if maker is None:
+            raise _invalid(
+                f"model {request.model} cannot decide: that takes a decision model, or one with a "
+                "chat template and transformers 5.24 or newer"
+            )
+        prompts = maker.prompts(job)
+        longest = max(len(asked.prompt.ids) for asked in prompts)
+        fits = self.slot_runner is not None and (
+            not self._batch_tokens or longest < self._batch_tokens
+        )
+        made = Decision if fits else SerialDecision
+        return made(maker, job.request_id, prompts, self._adapter(request))
 
     def embedding(self, job: Job) -> EmbedTask:
         """The embedding that a job asks for. Raises RequestError."""
         request = job.request
+        assert self.embedder is not None
         if request.inputs is None:
             raise _invalid("an embed request needs inputs")
         options = embed_options(request.embed_args, self.embedder.width)
@@ -116,11 +168,12 @@ class ServedModel(BatchModel):
             adapter=self._adapter(request),
         )
 
-    def _make_runner(self, settings: EngineSettings, slots: int) -> Runner:
+    def _make_runner(self, settings: EngineSettings, slots: int) -> Runner | None:
         loaded = self.loaded
         picture_prompt = self._picture_prompt() if loaded.takes_images else None
         if settings.scheduler == "generate":
-            check_generate(loaded, picture_prompt)
+            if loaded.head is None:
+                check_generate(loaded, picture_prompt)
             verdict = Verdict(None, "requested with --engine-arg scheduler=generate")
         else:
             verdict = check(loaded, picture_prompt, static=_static_use(settings, loaded))
@@ -130,7 +183,11 @@ class ServedModel(BatchModel):
                     f"{self.names[0]} cannot be served from slots: {verdict.reason}; "
                     "omit --engine-arg scheduler to serve it one request at a time"
                 )
-            self.scheduler, self.serial = "generate", verdict.reason
+            self.serial = verdict.reason
+            if loaded.head is not None:
+                self.scheduler = "decide()"
+                return None
+            self.scheduler = "generate"
             return self._one_by_one(slots)
         self.scheduler = "slots, whole prompts" if verdict.whole_prompts else "slots"
         chunk = settings.prefill_chunk or (256 if loaded.device.type == "cpu" else 1024)
@@ -147,9 +204,11 @@ class ServedModel(BatchModel):
         )
         if loaded.rope is None:
             return self.slot_runner
-        limit = loaded.rope.unchanged_tokens - 1
+        self._batch_tokens = limit = loaded.rope.unchanged_tokens - 1
         self.serial = f"only from {limit} tokens, where its rotary frequencies change"
         self.scheduler += f"; from {limit} tokens one by one: rotary frequencies change there"
+        if loaded.head is not None:
+            return self.slot_runner
         return LengthRunner(self.slot_runner, self._one_by_one(slots), limit)
 
     def _one_by_one(self, slots: int) -> GenerateRunner:

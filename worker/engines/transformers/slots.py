@@ -227,6 +227,7 @@ class SlotRunner:
         sequence.filled = 0
         sequence.follows = None
         sequence.prompt_logprobs = []
+        sequence.begin()
         self._rows.append(sequence)
         row = len(self._rows) - 1
         try:
@@ -241,7 +242,7 @@ class SlotRunner:
         computing more of it (several answers to one prompt arrive together)."""
         if not self.cache.token_bytes:
             return
-        limit = sequence.total - 1
+        limit = sequence.reusable_tokens
         shares = [self.prefix.shared(other, sequence, limit) for other in self._rows[:row]]
         least = max(SMALLEST_PREFIX, sequence.prompt.media_end)
         here = [
@@ -275,19 +276,17 @@ class SlotRunner:
                 leader.state is State.PREFILL and leader.filled < sequence.shared
             ):
                 continue
-            sequence.follows = None
             if leader in self._rows:
-                self.cache.move(self._rows.index(leader), row, sequence.shared)
-                self.prefix.hit_tokens += sequence.shared - sequence.filled
-                sequence.filled = sequence.shared
-                if not sequence.answer:
-                    sequence.cached = sequence.shared
-            elif not sequence.cancelled:
+                self._take_prefix(row, self._rows.index(leader))
+                continue
+            sequence.follows = None
+            if not sequence.cancelled:
                 self._reuse(sequence, row)
 
     def _leave(self, row: int, *, keep: bool = True) -> None:
         """Remove a row; the last rows close the gap."""
         sequence = self._rows[row]
+        self._hand_over(row)
         if keep and not sequence.failed and not self.whole_prompts and self.cache.token_bytes:
             self._keep(sequence, row)
         if sequence.state is State.DONE:
@@ -302,6 +301,24 @@ class SlotRunner:
         if hole != len(self._rows) - 1:
             self._move(len(self._rows) - 1, hole)
         self._rows.pop()
+
+    def _hand_over(self, row: int) -> None:
+        """Rows that wait for what this one has computed get it before it leaves."""
+        leader = self._rows[row]
+        for other in range(self._active, len(self._rows)):
+            follower = self._rows[other]
+            if follower.follows is leader and leader.filled >= follower.shared:
+                self._take_prefix(other, row)
+
+    def _take_prefix(self, row: int, source: int) -> None:
+        """A row gets the prefix that it has waited for from the row that computed it."""
+        sequence = self._rows[row]
+        sequence.follows = None
+        self.cache.move(source, row, sequence.shared)
+        self.prefix.hit_tokens += sequence.shared - sequence.filled
+        sequence.filled = sequence.shared
+        if not sequence.answer:
+            sequence.cached = sequence.shared
 
     def _keep(self, sequence: Sequence, row: int) -> None:
         """Keep a row in the prefix cache, unless there is no memory for a copy."""
@@ -442,7 +459,7 @@ class SlotRunner:
         try:
             logits = self.forward.prefill_many(self._active, chosen)
             self._computed_piece(step, tokens, start, len(chosen), started)
-            choices = self._sample(chosen, logits)
+            choices = self._choices(chosen, logits)
         except Exception as error:
             if is_out_of_memory(error):
                 self._on_out_of_memory(events)
@@ -460,7 +477,11 @@ class SlotRunner:
 
     def _may_share(self, sequence: Sequence) -> bool:
         """Whether the rest of a prompt is plain tokens of which only the last logits are needed."""
-        return sequence.filled >= sequence.prompt.media_end and not sequence.wants_prompt_logprobs
+        return (
+            sequence.filled >= sequence.prompt.media_end
+            and sequence.reads_last
+            and not sequence.wants_prompt_logprobs
+        )
 
     def _piece(self, sequence: Sequence, limit: int) -> int:
         """Where the next piece of a prompt ends."""
@@ -477,13 +498,20 @@ class SlotRunner:
         sequence = self._rows[row]
         start, end = sequence.filled, self._piece(sequence, limit)
         wants = sequence.wants_prompt_logprobs and start < len(sequence.prompt.ids)
+        read = [position for position in sequence.reads if start <= position < end]
         started = self._clock()
         try:
-            logits = self.forward.prefill(row, sequence, start, end, all_logits=wants)
+            logits = self.forward.prefill(
+                row, sequence, start, end, kept=range(start, end) if wants else read
+            )
             self._computed_piece(step, end - start, start, 1, started)
             scores = self._prompt_scores(sequence, start, end, logits) if wants else []
             whole = end == sequence.total
-            choices = self._sample([sequence], logits[-1:]) if whole else []
+            if read:
+                sequence.read(logits)
+            choices: list[Sampled | None] = [None]
+            if whole and not sequence.reads:
+                choices = [*self._sample([sequence], logits[-1:])]
             sequence.filled = end
             sequence.prompt_logprobs += scores
             if whole:
@@ -564,7 +592,23 @@ class SlotRunner:
             )
         return self._sampler.sample(logits, [sequence.row for sequence in sequences])
 
-    def _take(self, sequences: list[Sequence], choices: list[Sampled]) -> None:
+    def _choices(self, sequences: list[Sequence], logits: torch.Tensor) -> list[Sampled | None]:
+        """What each sequence takes of its last logits; those that read them do so here."""
+        drawing = [index for index, sequence in enumerate(sequences) if not sequence.reads]
+        choices: list[Sampled | None] = [None] * len(sequences)
+        if drawing:
+            rows = logits if len(drawing) == len(sequences) else logits[torch.tensor(drawing)]
+            sampled = self._sample([sequences[index] for index in drawing], rows)
+            for index, choice in zip(drawing, sampled, strict=True):
+                choices[index] = choice
+        for index, sequence in enumerate(sequences):
+            if sequence.reads:
+                sequence.read(logits[index : index + 1])
+        return choices
+
+    def _take(
+        self, sequences: list[Sequence], choices: list[Sampled] | list[Sampled | None]
+    ) -> None:
         """Append each sequence's token; those that end with it leave their rows."""
         now = time.perf_counter()
         for sequence, choice in zip(sequences, choices, strict=True):

@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from worker.engines.base import EngineLoadError
+from worker.engines.transformers.heads import decision_class
 
 __all__ = ["ModelClass", "model_class"]
 
@@ -49,7 +50,12 @@ class ModelClass:
 
 
 def model_class(
-    config: Any, folder: Path | None, path: str, *, trust_remote_code: bool
+    config: Any,
+    folder: Path | None,
+    path: str,
+    *,
+    trust_remote_code: bool,
+    revision: str | None = None,
 ) -> ModelClass:
     """The class for `config`. Remote code that registered a class under an alias of
     `AutoModelForImageTextToText` is also registered under that name, in `config`. Raises
@@ -62,6 +68,9 @@ def model_class(
         chosen = _remote_class(config, remote, names, folder, sentence_model=sentence_model)
         if chosen is not None:
             return chosen
+    deciding = decision_class(kind, path, revision)
+    if deciding is not None:
+        return ModelClass(deciding, takes_images=_has_processor_file(folder))
     if _encoder_alone(kind, names):
         return ModelClass(AutoModelForTextEncoding)
     if kind in MODEL_MAPPING and (sentence_model or _headless(kind, names)):
