@@ -41,6 +41,10 @@ class Splitter(Protocol):
     def kind(self) -> str:
         """Of the text that follows, as far as it is known."""
 
+    @property
+    def speaks(self) -> bool:
+        """What follows is said: it is neither a thought nor among marks, as far as it is known."""
+
     def feed(self, text: str) -> list[Piece]:
         """The pieces that became certain with this text."""
 
@@ -77,6 +81,10 @@ class MarkSplitter:
     @property
     def kind(self) -> str:
         return self._kind
+
+    @property
+    def speaks(self) -> bool:
+        return self._kind == CONTENT
 
     def feed(self, text: str) -> list[Piece]:
         self._pending += text
@@ -173,6 +181,8 @@ class ChannelSplitter:
         self._kind = CONTENT
         #: What the header in hand has so far; None outside of headers.
         self._header: str | None = "assistant"
+        #: Between two messages.
+        self._between = False
         if begun:
             self._header = None
             self.feed(begun)
@@ -180,6 +190,10 @@ class ChannelSplitter:
     @property
     def kind(self) -> str:
         return self._kind
+
+    @property
+    def speaks(self) -> bool:
+        return self._header is None and not self._between and self._kind == CONTENT
 
     def feed(self, text: str) -> list[Piece]:
         self._pending += text
@@ -221,6 +235,7 @@ class ChannelSplitter:
                 pieces.append(Piece(CONTENT, said))
 
     def _pass(self, mark: str, pieces: list[Piece]) -> None:
+        self._between = mark in _ENDS
         if mark == _START:
             self._header, self._kind = "", CONTENT
         elif mark in _ENDS:
@@ -257,11 +272,18 @@ class AnswerParser:
 
     Of a thought, white space at either end is dropped; of what is said, that which follows a
     thought, and that which is all that stands before the first. `continues`: the answer goes on
-    with a text of the prompt, so that its first white space is part of it.
+    with a text of the prompt, so that its first white space is part of it. `settled`: its thought
+    has ended in the prompt.
     """
 
-    def __init__(self, splitter: Splitter, *, continues: bool = False) -> None:
+    def __init__(
+        self, splitter: Splitter, *, continues: bool = False, settled: bool = False
+    ) -> None:
         self._splitter = splitter
+        #: The answer itself has begun: a thought is not to be expected any more.
+        self.settled = settled or (continues and splitter.speaks)
+        #: Thoughts come only before the answer, see `think_first`.
+        self._thinks_first = False
         #: Kind of the run in hand; None before the first.
         self._kind: str | None = splitter.kind if continues else None
         #: Nothing but white space was said of it.
@@ -271,14 +293,28 @@ class AnswerParser:
         #: White space that is said only if more of the run follows.
         self._space = ""
 
+    def think_first(self) -> None:
+        """Once something was said, all that follows is said, whatever marks stand in it: a
+        constraint holds it, so the marks are words. To be called before the first text."""
+        self._thinks_first = True
+
     @property
     def in_thought(self) -> bool:
         """What follows is thought, as far as it is known."""
         return self._splitter.kind == REASONING
 
+    @property
+    def speaks(self) -> bool:
+        """What follows is said: it is neither a thought nor among marks, as far as it is known."""
+        return self._splitter.speaks
+
     def feed(self, text: str) -> list[Piece]:
         """The pieces that became certain with this text; neighbours differ in kind."""
-        return merged(self._trimmed(self._splitter.feed(text)))
+        pieces = merged(self._trimmed(self._splitter.feed(text)))
+        if self._thinks_first and any(piece.kind == CONTENT for piece in pieces):
+            pieces += self._trimmed(self._splitter.finish())
+            self._splitter = _Plain()
+        return merged(pieces)
 
     def finish(self) -> list[Piece]:
         """The answer is over: the rest. An answer that ended within a thought keeps its last white
@@ -315,6 +351,19 @@ class AnswerParser:
                 self._blank = False
                 trimmed.append(Piece(piece.kind, text))
         return trimmed
+
+
+class _Plain:
+    """A text in which nothing is marked."""
+
+    kind = CONTENT
+    speaks = True
+
+    def feed(self, text: str) -> list[Piece]:
+        return [Piece(CONTENT, text)] if text else []
+
+    def finish(self) -> list[Piece]:
+        return []
 
 
 # --- helpers --------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ class ConstraintState:
         self._matcher = matcher
         self._end_ids = end_ids
         self._words = vocabulary.words
+        self._tokens = vocabulary.tokens
         #: Masks of the ids that end the answer, and of everything except those and
         #: the library's own.
         self._ends = _mask_of(end_ids, vocabulary.words)
@@ -80,6 +81,17 @@ class ConstraintState:
                 ErrorCode.ENGINE_ERROR,
                 f"token {token_id} does not fit the constraint: {self._refusal(token_id)}",
             )
+
+    def accept_text(self, text: str) -> None:
+        """Take a text that the answer begins with. Raises RequestError(ENGINE_ERROR) if the grammar
+        forbids it."""
+        for token_id in self._tokens.tokenize_str(text):
+            if not self._take(token_id):
+                raise RequestError(
+                    ErrorCode.ENGINE_ERROR,
+                    f"the answer begins with {text!r}, in one token with the end of its thought, "
+                    f"and that does not fit the constraint: {self._refusal(token_id)}",
+                )
 
     def replay(self, token_ids: Iterable[int]) -> None:
         """Take the tokens of an interrupted answer.

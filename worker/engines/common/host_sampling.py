@@ -39,6 +39,7 @@ def is_plain_greedy(sequence: Sequence, *, scored_elsewhere: bool = False) -> bo
         and params.presence_penalty == params.frequency_penalty == 0.0
         and (params.logprobs is None or scored_elsewhere)
         and params.constraint is None
+        and sequence.row.gate is None
         and not (params.logit_bias or params.banned_token_ids or params.forced_token_ids)
         and params.min_tokens <= len(sequence.answer)
     )

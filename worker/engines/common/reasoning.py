@@ -50,6 +50,14 @@ class AnswerFormat(Protocol):
     def special(self) -> tuple[str, ...]:
         """Special tokens that the parser must see."""
 
+    @property
+    def opening_ids(self) -> frozenset[int]:
+        """Tokens each of which begins a thought."""
+
+    @property
+    def closing(self) -> str | None:
+        """What ends a thought and begins the answer; None: it cannot be told."""
+
     def parser(self, begun: Begun) -> AnswerParser:
         """The parser of an answer that begins like this."""
 
@@ -139,7 +147,7 @@ def find_format(tokenizer: Any, template: str, name: str = "") -> AnswerFormat |
 
         return TemplateFormat(shipped, added)
     if name == HARMONY or (not name and {"<|channel|>", "<|message|>", "<|start|>"} <= set(added)):
-        return _Channels(_special(ChannelSplitter.MARKS, added))
+        return _Channels(added)
     found = name or next(
         (known for known, family in FAMILIES.items() if _shows(family, template, added)), ""
     )
@@ -187,7 +195,8 @@ class MarkedThoughts:
         #: What begins a thought, as the model writes it.
         self.opening = marks.opens[0] + behind
         self.special = _special((*marks.opens, *marks.closes, *(marks.wraps or ())), added)
-        self._open_ids = {added[mark][0] for mark in marks.opens if mark in added}
+        self.opening_ids = frozenset(added[mark][0] for mark in marks.opens if mark in added)
+        self.closing: str | None = f"{behind}{marks.closes[0]}{behind * 2}"
         self._close_ids = {added[mark][0] for mark in marks.closes if mark in added}
 
     def parser(self, begun: Begun) -> AnswerParser:
@@ -199,7 +208,8 @@ class MarkedThoughts:
         elif begun.token_ids:
             opened = self._is_open(begun.token_ids)
         else:
-            return AnswerParser(MarkSplitter(self.marks))
+            settled = tail.endswith(tuple(mark.rstrip() for mark in self.marks.closes))
+            return AnswerParser(MarkSplitter(self.marks), settled=settled)
         return AnswerParser(MarkSplitter(self.marks, opened=opened, continues=True), continues=True)
 
     def _is_open(self, token_ids: Sequence[int]) -> bool:
@@ -207,7 +217,7 @@ class MarkedThoughts:
         for token_id in reversed(token_ids):
             if token_id in self._close_ids:
                 return False
-            if token_id in self._open_ids:
+            if token_id in self.opening_ids:
                 return True
         return False
 
@@ -227,8 +237,10 @@ class _Channels:
 
     name = HARMONY
 
-    def __init__(self, special: tuple[str, ...]) -> None:
-        self.special = special
+    def __init__(self, added: AddedTokens) -> None:
+        self.special = _special(ChannelSplitter.MARKS, added)
+        self.opening_ids = frozenset(i for text, (i, _) in added.items() if text == "<|channel|>")
+        self.closing: str | None = "<|end|><|start|>assistant<|channel|>final<|message|>"
 
     def parser(self, begun: Begun) -> AnswerParser:
         _, start, turn = begun.tail.rpartition("<|start|>")

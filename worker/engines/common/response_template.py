@@ -44,6 +44,13 @@ class TemplateFormat:
             for text, (_, special) in added.items()
             if special and (text in written or re.escape(text) in written)
         )
+        thoughts = [template.get("fields", {}).get(name) for name in _THOUGHTS]
+        opens, closes = (
+            [text for field in thoughts if field for text in _literals(field.get(key))]
+            for key in ("open", "close")
+        )
+        self.opening_ids = frozenset(added[text][0] for text in opens if text in added)
+        self.closing = next(iter(closes), None)
         fields = {
             name: copy.deepcopy(field)
             for name, field in template.get("fields", {}).items()
@@ -76,6 +83,11 @@ _OUTSIDE: Final = "outside"
 """A field of ours for what stands in none of the template's."""
 
 
+def _literals(value: Any) -> list[str]:
+    """A template's mark, or its marks."""
+    return [value] if isinstance(value, str) else list(value or ())
+
+
 def _strings(value: Any) -> Iterator[str]:
     """Every string of a template."""
     if isinstance(value, str):
@@ -104,6 +116,10 @@ class _TemplateSplitter:
     @property
     def kind(self) -> str:
         return REASONING if self._field in _THOUGHTS else CONTENT
+
+    @property
+    def speaks(self) -> bool:
+        return self.kind == CONTENT
 
     def feed(self, text: str) -> list[Piece]:
         return list(self._pieces(self._parser.feed(text)))

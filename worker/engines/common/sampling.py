@@ -31,6 +31,7 @@ from broker.protocol.errors import ErrorCode, RequestError
 from broker.protocol.limits import MAX_TOP_LOGPROBS
 from broker.protocol.messages import Params, TokenLogprob, TopLogprob
 from worker.engines.common.constrain import ConstraintState, mask_logits_
+from worker.engines.common.thinking import ThoughtGate
 
 __all__ = [
     "Sampled",
@@ -102,9 +103,12 @@ class SamplerRow:
         eos_ids: frozenset[int],
         prior_ids: Sequence[int] = (),
         constraint: ConstraintState | None = None,
+        gate: ThoughtGate | None = None,
     ) -> None:
         self.params = params
-        self.constraint = constraint
+        self._constraint = constraint
+        #: Where thoughts of the answer are told apart: the constraint does not hold them.
+        self.gate = gate
         self._position = 0
         self._penalised = (
             params.repetition_penalty != 1.0
@@ -127,15 +131,44 @@ class SamplerRow:
         self._banned: Ids = np.array(sorted(banned), np.int64)
         ending = eos_ids.union(params.stop_token_ids)
         self._banned_and_ending: Ids = np.array(sorted(banned | ending), np.int64)
+        said = self._without_thought(prior_ids)
         if constraint is not None:
-            constraint.replay(prior_ids)
+            constraint.replay(said)
         for token_id in prior_ids:
             self._count(token_id)
         forced = params.forced_token_ids[self._position :]
+        if forced and gate is not None and gate.takes(forced[0]):
+            forced = []  # they are of a thought
         if constraint is not None and forced and not constraint.allows(forced):
             raise RequestError(
                 ErrorCode.INVALID_REQUEST, "forced_token_ids do not fit the constraint"
             )
+
+    def _without_thought(self, prior_ids: Sequence[int]) -> Sequence[int]:
+        """Of an interrupted answer, what its constraint holds: what follows the thought."""
+        if self.gate is None:
+            return prior_ids
+        begins = 0
+        for place, token_id in enumerate(prior_ids, 1):
+            if self.gate.takes(token_id):
+                begins = place
+            self._begin(self.gate.append(token_id))
+        return prior_ids[begins:]
+
+    def _begin(self, text: str) -> None:
+        """What a token says behind the mark that ends a thought is the beginning of the answer."""
+        if text and self._constraint is not None:
+            self._constraint.accept_text(text)
+
+    @property
+    def constraint(self) -> ConstraintState | None:
+        """What the next token is held to."""
+        return None if self.gate is not None and self.gate.suspends else self._constraint
+
+    @property
+    def opening_ids(self) -> frozenset[int]:
+        """Tokens that may come next although the constraint has none of them."""
+        return frozenset() if self.gate is None else self.gate.opening_ids
 
     @property
     def position(self) -> int:
@@ -150,7 +183,9 @@ class SamplerRow:
     def forced(self) -> int | None:
         """The token that must come next, whatever the logits say."""
         forced = self.params.forced_token_ids
-        return forced[self._position] if self._position < len(forced) else None
+        if self._position < len(forced):
+            return forced[self._position]
+        return None if self.gate is None else self.gate.forced
 
     @property
     def finished(self) -> bool:
@@ -161,7 +196,7 @@ class SamplerRow:
     @property
     def restricted(self) -> bool:
         """Whether the request itself restricts which tokens may come next."""
-        return bool(self.constraint is not None or len(self.bias_ids) or len(self.forbidden))
+        return bool(self._constraint is not None or len(self.bias_ids) or len(self.forbidden))
 
     @property
     def past(self) -> tuple[Ids, Floats]:
@@ -174,14 +209,22 @@ class SamplerRow:
     def forbidden(self) -> Ids:
         """Tokens that must not come next. Before `min_tokens` nothing may end the answer, unless
         its grammar allows nothing else."""
+        if self._constraint is not None and self.constraint is None:
+            return self._banned_and_ending  # a thought is not all that was asked for
         if self._position >= self.params.min_tokens or self.finished:
             return self._banned
         return self._banned_and_ending
 
     def append(self, token_id: int) -> None:
         """Take the next token of the answer. Raises RequestError if the constraint forbids it."""
-        if self.constraint is not None:
-            self.constraint.accept(token_id)
+        if self.gate is None:
+            if self._constraint is not None:
+                self._constraint.accept(token_id)
+        else:
+            constrained = not self.gate.takes(token_id)
+            self._begin(self.gate.append(token_id))
+            if constrained and self._constraint is not None:
+                self._constraint.accept(token_id)
         self._count(token_id)
 
     def _count(self, token_id: int) -> None:
@@ -299,7 +342,12 @@ class Sampler:
         bound = [(i, row.constraint) for i, row in enumerate(rows) if row.constraint is not None]
         if not bound:
             return {}
-        return mask_logits_(x, [i for i, _ in bound], [state for _, state in bound])
+        opening = [(i, list(row.opening_ids)) for i, row in enumerate(rows) if row.opening_ids]
+        scores = [x[i, ids].clone() for i, ids in opening]
+        failed = mask_logits_(x, [i for i, _ in bound], [state for _, state in bound])
+        for (i, ids), score in zip(opening, scores, strict=True):
+            x[i, ids] = score
+        return failed
 
     def _places(self, ids_of_rows: Sequence[Ids]) -> tuple[Ids, Mask]:
         """Token ids of each row as indices into the flattened logits, and which ids have one.

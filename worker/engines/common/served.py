@@ -26,6 +26,7 @@ from broker.protocol.messages import (
     kind_fields,
 )
 from worker.engines.base import Ended, Job
+from worker.engines.common.answer_parser import AnswerParser
 from worker.engines.common.arguments import SharedSettings
 from worker.engines.common.constrain import ConstraintFactory, ConstraintState
 from worker.engines.common.facts import ModelFacts
@@ -38,6 +39,7 @@ from worker.engines.common.sampling import SamplerRow, check_token_ids
 from worker.engines.common.sequence import Sequence, SequenceGroup, ends_answer
 from worker.engines.common.template import continues_message, template_source
 from worker.engines.common.text import TextStream, places, token_table
+from worker.engines.common.thinking import Closing, ThoughtGate
 
 __all__ = ["BatchModel", "Embedding", "Prepared", "now"]
 
@@ -105,8 +107,54 @@ class _Texts:
         }
         if self.format is None or PieceKind.REASONING not in params.pieces:
             return TextStream(self.decoder, params, **so_far)
-        parser = self.format.parser(self._begun(request, prompt))
+        parser = self._parser(self.format, request, prompt)
         return PieceStream(self.decoder, params, parser, self.format.special, **so_far)
+
+    def gate(
+        self, request: Request, params: Params, prompt: Prompt, *, forces: bool
+    ) -> ThoughtGate | None:
+        """What tells the sampler a thought from the answer, if it must know. `forces`: the engine
+        samples with it. Raises RequestError."""
+        constrained = params.constraint is not None
+        split = self.format is not None and PieceKind.REASONING in params.pieces
+        if params.thinking_tokens is None and not (constrained and split):
+            return None
+        if self.format is None:
+            raise _invalid(
+                f"thinking_tokens: it is not known how model {request.model} marks a thought: "
+                "leave it out, or start its worker with --reasoning-parser"
+            )
+        parser = self._parser(self.format, request, prompt)
+        if not forces:
+            if not parser.speaks:
+                raise _invalid(
+                    "the constraint would hold the thought that the chat template begins: ask for "
+                    "no thought (enable_thinking), or serve the model with --engine transformers"
+                )
+            return None
+        closing = None
+        if params.thinking_tokens is not None:
+            if self.format.closing is None:
+                raise _invalid(
+                    f"thinking_tokens: the response template of model {request.model} does not say "
+                    "in words how a thought ends: leave it out"
+                )
+            ids = self.decoder.encode(self.format.closing, add_special_tokens=False)
+            closing = Closing(params.thinking_tokens, ids)
+        return ThoughtGate(
+            self.decoder,
+            parser,
+            self.format.special,
+            opening_ids=self.format.opening_ids,
+            closing=closing,
+            constrained=constrained,
+        )
+
+    def _parser(self, format_: AnswerFormat, request: Request, prompt: Prompt) -> AnswerParser:
+        parser = format_.parser(self._begun(request, prompt))
+        if request.params.constraint is not None:
+            parser.think_first()
+        return parser
 
     def _begun(self, request: Request, prompt: Prompt) -> Begun:
         """What of an answer stands in its prompt."""
@@ -133,6 +181,9 @@ class BatchModel:
             name: _Texts(own, limits) for name, own in facts.adapter_texts.items()
         }
         self._token_bytes: Callable[[int], bytes] = token_table(self._texts.decoder).bytes_of
+        #: Whether tokens are sampled with `SamplerRow`, which holds an answer to its constraint but
+        #: not its reasoning, and can end the reasoning.
+        self.forces_tokens = True
         #: None if it only embeds.
         self.runner: Runner | None = None
         #: How it is served, for people.
@@ -229,6 +280,7 @@ class BatchModel:
         if prior and max(prior) >= known:
             raise _invalid(f"the tokens to resume from are not this model's: id {max(prior)}")
         constraint = texts.constraint(params)
+        gate = texts.gate(request, params, prompt, forces=self.forces_tokens)
         # Penalising image placeholders would be meaningless.
         row = SamplerRow(
             params,
@@ -236,6 +288,7 @@ class BatchModel:
             eos_ids=facts.eos_ids,
             prior_ids=prior,
             constraint=constraint,
+            gate=gate,
         )
         over = bool(prior) and ends_answer(
             prior[-1], len(prior), params, facts.eos_ids, finished=row.finished

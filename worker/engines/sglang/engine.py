@@ -60,6 +60,7 @@ UNSUPPORTED = dict.fromkeys(
         "banned_token_ids",
         "forced_token_ids",
         "constraint",
+        "thinking_tokens",
     ),
     UNVERIFIED,
 )

@@ -159,7 +159,8 @@ def build_engine(options: EngineOptions, progress: Progress) -> LibraryEngine:
         "quantised": config.model_config.quantization is not None,
     }
     generator = VllmGenerator(engine, facts)
-    model = _VllmModel(facts, names, settings, generator)
+    own = {"thinking_tokens": "samples in a process of its own; use --engine transformers"}
+    model = _VllmModel(facts, names, settings, generator, unsupported=own)
     progress(1.0, "ready")
     return LibraryEngine("vllm", str(config.device_config.device_type), [model], settings)
 
