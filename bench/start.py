@@ -156,7 +156,7 @@ def fastchat_controller_start() -> dict[str, float]:
     """The counterpart of the broker."""
     interpreter = FASTCHAT / ".venv" / "bin" / "python"
     if not interpreter.exists():
-        raise Unavailable("FastChat is not installed: run bench/fastchat/install.sh")
+        raise Unavailable("FastChat is not installed: run bench/peers/fastchat/install.sh")
     port = free_port()
     began = time.perf_counter()
     command = [str(interpreter), "-m", "fastchat.serve.controller", "--port", str(port)]

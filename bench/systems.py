@@ -28,7 +28,7 @@ from broker.protocol.install import install_hint
 from broker.protocol.messages import new_id
 from client.cli.local_bus import ManagedProcess
 
-FASTCHAT = ROOT / "bench" / "fastchat"
+FASTCHAT = ROOT / "bench" / "peers" / "fastchat"
 NULL_MODEL = "null"
 
 
@@ -201,7 +201,7 @@ def fastchat_servers(repaired: bool) -> Iterator[tuple[int, int, dict[str, list[
     """FastChat's controller, a null worker, its API server: ports of worker and API server."""
     interpreter = FASTCHAT / ".venv" / "bin" / "python"
     if not interpreter.exists():
-        raise Unavailable("FastChat is not installed: run bench/fastchat/install.sh")
+        raise Unavailable("FastChat is not installed: run bench/peers/fastchat/install.sh")
     controller, worker, api = free_port(), free_port(), free_port()
     with contextlib.ExitStack() as stack:
         # FastChat writes log files where it runs.
@@ -304,9 +304,9 @@ ROUTER_READY_S = 120.0
 @contextlib.asynccontextmanager
 async def router_system(name: str) -> AsyncIterator[Http]:
     """An HTTP router in front of the mock worker."""
-    interpreter = ROOT / "bench" / "routers" / name / ".venv" / "bin" / "python"
+    interpreter = ROOT / "bench" / "peers" / "routers" / name / ".venv" / "bin" / "python"
     if not interpreter.exists():
-        raise Unavailable(f"{name} is not installed: run bench/routers/install.sh")
+        raise Unavailable(f"{name} is not installed: run bench/peers/routers/install.sh")
     program, *arguments = ROUTERS[name]
     worker_port, port = free_port(), free_port()
     address = f"http://127.0.0.1:{worker_port}"
@@ -323,7 +323,7 @@ async def router_system(name: str) -> AsyncIterator[Http]:
         "REPEATED_STREAMING_CHUNK_LIMIT": "1000000000",
     }
     with (
-        Process(python("-m", "bench.null_workers", "http", str(worker_port))) as worker,
+        Process(python("-m", "bench.peers.null_workers", "http", str(worker_port))) as worker,
         tempfile.TemporaryDirectory(prefix="tb-router-") as folder,
     ):
         worker.wait_line("ready")
@@ -417,7 +417,7 @@ async def nats_system() -> AsyncIterator[Nats]:
     port = free_port()
     with Process([server, "-a", "127.0.0.1", "-p", str(port)]) as process:
         wait_port(port, process)
-        with Process(python("-m", "bench.null_workers", "nats", str(port))) as worker:
+        with Process(python("-m", "bench.peers.null_workers", "nats", str(port))) as worker:
             worker.wait_line("ready")
             connection = await nats.connect(f"nats://127.0.0.1:{port}")
             system = Nats(connection, {"broker": pids(process), "engine": pids(worker)})
@@ -462,7 +462,7 @@ async def zmq_system() -> AsyncIterator[PlainZmq]:
     front, back = (f"tcp://127.0.0.1:{free_port()}" for _ in range(2))
     with Process(python("-m", "bench.peers", "zmq_proxy", front, back)) as proxy:
         proxy.wait_line("ready")
-        with Process(python("-m", "bench.null_workers", "zmq", back)) as worker:
+        with Process(python("-m", "bench.peers.null_workers", "zmq", back)) as worker:
             worker.wait_line("ready")
             socket = zmq.Context.instance().socket(zmq.DEALER)
             socket.set_hwm(100_000)

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from bench.chaos_judge import Outcome, differences, judge, recoveries_ms
-from bench.chaos_reader import Got
+from bench.chaos.features import Heard
+from bench.chaos.judge import Outcome, differences, judge, recoveries_ms
+from bench.chaos.soak import Memory
 from bench.common import ROOT
-from bench.features import Heard
-from bench.soak import Memory
 from tests.harness import WHOLE_RUN_S
+from tests.support.reader import Got
 
 WHOLE = Got(lane=1, token_ids=[1, 2, 3, 4, 5], text="abcde")
 

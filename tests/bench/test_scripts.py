@@ -111,7 +111,8 @@ def test_engine_stands_beside_its_peers_alone_and_as_it_is_served() -> None:
 def test_a_server_that_is_missing_is_a_note_and_the_others_are_measured() -> None:
     program = """
 import sys, pathlib
-from bench import engine, systems
+from bench import systems
+from bench.engine import __main__ as engine
 systems.FASTCHAT = pathlib.Path("/nonexistent")
 sys.argv = "engine --only served --size 3m --streams 1 --new 4 --repeats 1".split()
 sys.argv += ["--json", "-", "--without", "transformers_serve,transformers_serve_cb"]

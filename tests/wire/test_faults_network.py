@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.faults import Proxy
 from client import Client, Timeout
 from tests.harness import PATIENCE_S, Bus
+from tests.support.faults import Proxy
 from tests.wire.many_streams import read_all
 
 QUICK_BEATS = ("--worker-heartbeat-s", "0.2", "--client-heartbeat-s", "0.2")

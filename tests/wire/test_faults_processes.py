@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.chaos_reader import Got
 from bench.common import Process, memory_bytes, python
-from bench.faults import engine_of, stop_for
 from tests.harness import PATIENCE_S, ROOT, Bus, running_bus, wait_until
+from tests.support.faults import engine_of, stop_for
+from tests.support.reader import Got
 from tests.support.strangers import come_and_go
 from tests.wire.many_streams import read_all
 
@@ -33,7 +33,7 @@ MakeBus = Callable[..., Bus]
 
 def reader(bus: Bus, *arguments: str) -> Process:
     """A client process that reads streams; returns once each has some tokens."""
-    command = python("-m", "bench.chaos_reader", "--broker", bus.front, *arguments)
+    command = python("-m", "tests.support.reader", "--broker", bus.front, *arguments)
     process = Process(command)
     process.wait_line("^running$")
     return process

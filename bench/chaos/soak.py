@@ -26,12 +26,12 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from bench.chaos_reader import Got
-from bench.chaos_stage import Layout, Stage
+from bench.chaos.features import request_of, same_logprobs
+from bench.chaos.features_reader import ask
+from bench.chaos.stage import Layout, Stage
 from bench.common import machine, memory_bytes
-from bench.faults import engine_of
-from bench.features import request_of, same_logprobs
-from bench.features_reader import ask
+from tests.support.faults import engine_of
+from tests.support.reader import Got
 
 LANES: Final = 36
 """Different requests: six kinds, each of the base and of both adapters."""

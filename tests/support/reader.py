@@ -1,8 +1,9 @@
-"""The client of `bench.chaos`, a process of its own so that it can be stopped and killed.
+"""The client that `bench.chaos` and the wire tests of faults start, as a process of its own so that
+it can be stopped and killed.
 
 Reads paced streams of the echo engine and prints what it got: `running` once every lane has
 some of its first answer, and at the end one JSON line with every stream's tokens, text and times
-of arrival. Judges nothing: that is `bench.chaos`, which knows what should have come.
+of arrival. Judges nothing: that is for who started it and knows what should have come.
 
 Odd lanes draw words from a seed; even lanes echo text of several bytes a character, with a stop
 string whose beginning occurs, so that text is held back.

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from bench.common import Sample, interleave, percentile, repeats
-from bench.engine_cases import (
+from bench.engine.cases import (
     KV_TOKENS,
     Setting,
     build_engine,

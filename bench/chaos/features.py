@@ -4,7 +4,8 @@ Schemas, tools, log-probabilities, stop strings, images, several choices, LoRA a
 gateway's chat and completions endpoints, of the demo model. Every request is greedy or has a seed,
 so that its answer is the same whenever and wherever it is made.
 
-`python -m bench.features FOLDER` writes the adapters (in a process of its own: it imports torch).
+`python -m bench.chaos.features FOLDER` writes the adapters (in a process of its own: it imports
+torch).
 """
 
 from __future__ import annotations

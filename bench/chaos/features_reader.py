@@ -1,9 +1,9 @@
-"""The client of `bench.chaos` where it uses every feature: reads streams of `bench.features` from
-gateways, in a process of its own.
+"""The client of `bench.chaos` where it uses every feature: reads streams of
+`bench.chaos.features` from gateways, in a process of its own.
 
 A stream that breaks off goes on at the next gateway, from the last event that was read. Prints
 `running` once every lane has some of its answer, and at the end one JSON line, as
-`bench.chaos_reader` does. Judges nothing.
+`tests.support.reader` does. Judges nothing.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dataclasses import asdict
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from bench.chaos_reader import Got
-from bench.features import Heard, request_of
+from bench.chaos.features import Heard, request_of
+from tests.support.reader import Got
 
 LIMIT_S: Final = 240.0
 """Of one answer: one that hangs must become an error that is counted."""

@@ -35,7 +35,7 @@ from bench.common import (
     short,
     wait_port,
 )
-from bench.engine_cases import KV_TOKENS, Load, Setting, paired, run_engine
+from bench.engine.cases import KV_TOKENS, Load, Setting, paired, run_engine
 from bench.stream import attempt, run
 from bench.systems import Arrivals, Unavailable, pids
 from broker.protocol.install import install_hint
@@ -139,7 +139,7 @@ async def fastchat_system(folder: Folder) -> AsyncIterator[Asked]:
     """FastChat's `model_worker`, unmodified, asked directly: no controller, no API server."""
     interpreter = systems.FASTCHAT / ".venv" / "bin" / "python"
     if not any(interpreter.parent.parent.glob("lib/python*/site-packages/torch")):
-        raise Unavailable("not installed: run bench/fastchat/install.sh --with-model")
+        raise Unavailable("not installed: run bench/peers/fastchat/install.sh --with-model")
     port = free_port()
     command = [str(interpreter), "-m", "fastchat.serve.model_worker", "--no-register"]
     command += ["--model-path", str(folder.path), "--model-names", "bench"]

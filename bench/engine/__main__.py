@@ -38,9 +38,10 @@ from typing import Any
 
 import torch
 
-from bench import engine_served, engine_situations
 from bench.common import Report, Row, integers, interleave, options, repeats
-from bench.engine_cases import SIZES, Load, Setting, paired, peers, run_engine
+from bench.engine import served as engine_served
+from bench.engine import situations as engine_situations
+from bench.engine.cases import SIZES, Load, Setting, paired, peers, run_engine
 
 Case = Callable[[Setting], None]
 

@@ -1,7 +1,7 @@
 """The faults of `bench.chaos`: what strikes where, and what it may cost.
 
 Each is a function on a running bus; `FAULTS` names them all. What must come out unaltered is
-`bench.chaos_judge`'s.
+`bench.chaos.judge`'s.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from bench.chaos_judge import PACE_MS, Outcome
-from bench.chaos_stage import Layout, Stage
+from bench.chaos.judge import PACE_MS, Outcome
+from bench.chaos.stage import Layout, Stage
 from bench.common import Process, memory_bytes, wait_for
-from bench.faults import engine_of, stop_for
 from broker.protocol import codec
 from broker.protocol.header import MessageType
 from broker.protocol.messages import new_id
 from client import BusError
 from tests.support import strangers
+from tests.support.faults import engine_of, stop_for
 from tests.support.plain_peer import RawPeer
 
 SHORT_S: Final = 0.4

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from bench.common import family
+from tests.support.processes import family
 
 _CHUNK: Final = 65_536
 _QUEUED_CHUNKS: Final = 64

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from bench.chaos_reader import Got, arguments_of
+from bench.chaos.features import same_logprobs
 from bench.common import percentile
-from bench.features import same_logprobs
+from tests.support.reader import Got, arguments_of
 from worker.engines.echo import tokens as echo_tokens
 
 PACE_MS: Final = 20.0

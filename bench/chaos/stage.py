@@ -17,11 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from bench.chaos_reader import Got
+from bench.chaos.features import ADAPTERS, CHAT_TEMPLATE, MODEL
 from bench.common import ROOT, Process, ProcessFailed, free_port, python, wait_for, wait_port
-from bench.faults import Proxy
-from bench.features import ADAPTERS, CHAT_TEMPLATE, MODEL
 from client import BusError, Client, Timeout
+from tests.support.faults import Proxy
+from tests.support.reader import Got
 
 SLOTS: Final = 32
 HEAL_S: Final = 40.0
@@ -108,7 +108,7 @@ class Stage:
 
     def _write_model_files(self) -> None:
         (self.folder / "template.jinja").write_text(CHAT_TEMPLATE)
-        command = python("-m", "bench.features", str(self.folder))
+        command = python("-m", "bench.chaos.features", str(self.folder))
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
 
     def _process(self, *arguments: str, limit: int | None = None) -> Process:
@@ -172,7 +172,7 @@ class Stage:
 
     def start_features_reader(self, lanes: int, tokens: int) -> Process:
         """Start a client that reads answers with every feature from the gateways."""
-        arguments = ["-m", "bench.features_reader", "--gateways", ",".join(self.gateway_urls)]
+        arguments = ["-m", "bench.chaos.features_reader", "--gateways", ",".join(self.gateway_urls)]
         arguments += ["--lanes", f"0:{lanes}", "--tokens", str(tokens)]
         process = Process(python(*arguments))
         self._readers.append(process)
@@ -183,7 +183,7 @@ class Stage:
     ) -> Process:
         """Start a client that reads a stream in each of the lanes from `first` up to `last`."""
         fronts = [self.front_proxy.address] if self.front_proxy else self.fronts
-        arguments = ["-m", "bench.chaos_reader", "--broker", ",".join(fronts)]
+        arguments = ["-m", "tests.support.reader", "--broker", ",".join(fronts)]
         arguments += ["--lanes", f"{first}:{last}", "--tokens", str(tokens)]
         arguments += ["--pace-ms", str(pace_ms), *(["--repeat"] if repeat else [])]
         process = Process(python(*arguments))

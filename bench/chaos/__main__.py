@@ -30,10 +30,10 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Final
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench.chaos_faults import FAULTS, Blow, Fault
-from bench.chaos_judge import (
+from bench.chaos.faults import FAULTS, Blow, Fault
+from bench.chaos.judge import (
     PACE_MS,
     Outcome,
     Reference,
@@ -42,11 +42,11 @@ from bench.chaos_judge import (
     judge,
     recoveries_ms,
 )
-from bench.chaos_kills import KILLS
-from bench.chaos_reader import Got
-from bench.chaos_stage import Layout, Stage
+from bench.chaos.kills import KILLS
+from bench.chaos.soak import soak
+from bench.chaos.stage import Layout, Stage
 from bench.common import machine, output
-from bench.soak import soak
+from tests.support.reader import Got
 
 STREAMS: Final = 50
 FEATURED_LANES: Final = 12

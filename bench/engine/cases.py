@@ -2,7 +2,7 @@
 
 Every runner takes the prompts of all streams at once, writes the same number of tokens for each,
 greedy, and returns what was seen. Nothing here is downloaded: weights are random. The runners of
-this file share the process; servers of their own are `bench.engine_served`'s.
+this file share the process; servers of their own are `bench.engine.served`'s.
 """
 
 from __future__ import annotations

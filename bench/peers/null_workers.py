@@ -1,6 +1,6 @@
 """Token sources for the peers that are not LLM servers: NATS, plain ZeroMQ, and HTTP routers.
 
-`python -m bench.null_workers nats PORT`, `... zmq ENDPOINT` or `... http PORT`. The last is
+`python -m bench.peers.null_workers nats PORT`, `... zmq ENDPOINT` or `... http PORT`. The last is
 OpenAI's chat route, one server-sent event a token. For the others a request is [id, tokens, step in
 ms] as msgpack; every step sends one message a stream, as such systems do without batching: one
 event [id, offset, token ids, text, last] as msgpack.
@@ -133,7 +133,7 @@ def main() -> None:
             asyncio.run(run_http(int(port)))
         case _:
             raise SystemExit(
-                "usage: python -m bench.null_workers nats PORT | zmq ENDPOINT | http PORT"
+                "usage: python -m bench.peers.null_workers nats PORT | zmq ENDPOINT | http PORT"
             )
 
 

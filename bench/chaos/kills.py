@@ -1,8 +1,9 @@
 """Eight kinds of kill while every feature is in use: `python -m bench.chaos --kills --rounds 20`.
 
 Schemas, tools, log-probabilities, stop strings, images, several choices and LoRA adapters at once
-(`bench.features`), of two gateways and three workers with the demo model. As in any chaos, nothing
-may be lost, doubled or altered, and no request may fail: a `poison` verdict would be a failure.
+(`bench.chaos.features`), of two gateways and three workers with the demo model. As in any chaos,
+nothing may be lost, doubled or altered, and no request may fail: a `poison` verdict would be a
+failure.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import signal
 import time
 from typing import Final
 
-from bench.chaos_faults import Blow, Fault
-from bench.chaos_stage import Layout
+from bench.chaos.faults import Blow, Fault
+from bench.chaos.stage import Layout
 from bench.common import Process
-from bench.faults import engine_of
+from tests.support.faults import engine_of
 
 _FEATURES: Final = Layout(features=True)
 

@@ -1,0 +1,1 @@
+"""Faults, kills and an hour's soak on real processes: `python -m bench.chaos`."""

@@ -1,0 +1,1 @@
+"""Engines on one real model: `python -m bench.engine`."""

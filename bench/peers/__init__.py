@@ -1,0 +1,1 @@
+"""Systems that the bus is measured beside: plain forwarders, empty workers, installers."""
