@@ -233,7 +233,8 @@ def totals(outcomes: Sequence[Outcome]) -> Outcome:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Faults in the middle of fifty streams, on real processes."
+        prog="python -m bench.chaos",
+        description="Faults in the middle of fifty streams, on real processes.",
     )
     parser.add_argument("--quick", action="store_true", help="shorter streams: under two minutes")
     parser.add_argument(

@@ -38,7 +38,9 @@ __all__ = [
 
 def options(description: str) -> argparse.ArgumentParser:
     """A parser with the options that every script has."""
-    parser = argparse.ArgumentParser(description=description)
+    spec = sys.modules["__main__"].__spec__
+    name = spec.name.removesuffix(".__main__") if spec else None
+    parser = argparse.ArgumentParser(name and f"python -m {name}", description=description)
     parser.add_argument(
         "--quick", action="store_true", help="fewer cases and repeats, under a minute"
     )
