@@ -56,7 +56,7 @@ from broker.core.phases import Phase
 from broker.core.records import ClientSession, RequestState, WorkerSession
 from broker.core.state import BusState
 from broker.protocol import codec, header, limits
-from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError, RequestError
+from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError, RequestError, VersionError
 from broker.protocol.header import Flag, Header, MessageType
 from broker.protocol.messages import (
     Cancel,
@@ -189,10 +189,12 @@ class BrokerCore(BusState):
         except ProtocolError as error:
             self.counters["protocol_errors"] += 1
             info = ErrorInfo(code=ErrorCode.PROTOCOL_ERROR, message=str(error))
+            fatal = isinstance(error, VersionError)
             if session is None:
-                membership.refuse(self, event.side, event.routing_id, info)
+                membership.refuse(self, event.side, event.routing_id, info, fatal=fatal)
             else:
-                endings.end_session(self, session, str(error), farewell=Refuse(error=info))
+                farewell = Refuse(error=info, fatal=fatal)
+                endings.end_session(self, session, str(error), farewell=farewell)
 
     # --- from clients -----------------------------------------------------------------------------
 
@@ -200,11 +202,13 @@ class BrokerCore(BusState):
         existing = self.requests.get(head.id)
         if existing is not None and existing.phase is not Phase.INTERRUPTED:
             self.counters["duplicate_requests"] += 1
-            if existing.client is not client:
+            streams = existing.phase is not Phase.ENDED or existing.end_held
+            if existing.client is not client or not streams:
+                held = "for another session" if streams else "that has ended"
                 error = ErrorInfo(
                     code=ErrorCode.DUPLICATE_REQUEST,
-                    message="the broker holds a request of this id for another session; "
-                    "RESUME is the way to attach to it",
+                    message=f"the broker holds a request of this id {held}; RESUME is the way to "
+                    "attach to it, and a new request needs a new id",
                 )
                 self.send_events(client, FailEvent(head.id, 0, 0, error))
             return

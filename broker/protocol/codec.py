@@ -21,6 +21,7 @@ from broker.protocol.messages import (
     Request,
     TokensEvent,
 )
+from broker.protocol.nil import without_nil
 
 T = TypeVar("T")
 
@@ -88,9 +89,18 @@ def decode(type_: type[T], body: bytes, limit_bytes: int) -> T:
 
 
 def convert(value: Any, type_: type[T]) -> T:
-    """Check plain values against `type_`. Raises `ProtocolError` that names the field."""
+    """Check plain values against `type_`. Raises `ProtocolError` that names the field.
+
+    The nil of an optional key counts as an absent key: JavaScript's msgpack writes `undefined` so.
+    """
     try:
-        return msgspec.convert(value, type_, builtin_types=_BYTES)
+        try:
+            return msgspec.convert(value, type_, builtin_types=_BYTES)
+        except msgspec.ValidationError:
+            lenient = without_nil(value, type_)
+            if lenient is value:
+                raise
+            return msgspec.convert(lenient, type_, builtin_types=_BYTES)
     except msgspec.ValidationError as error:
         raise ProtocolError(str(error)) from None
     except (RecursionError, UnicodeError, OverflowError) as error:

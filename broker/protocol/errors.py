@@ -2,6 +2,7 @@
 
     Exception
     ├── ProtocolError       the peer's bytes violate the specification; the session ends
+    │   └── VersionError    they are framed as another version: the peer must not come back
     └── RequestError        one request cannot be served; carries what the client receives
 
 `ErrorInfo` is what travels. Client exceptions and HTTP statuses map one to one to `ErrorCode`.
@@ -83,6 +84,11 @@ class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 class ProtocolError(Exception):
     """The bytes received violate the specification. Decoding them raises nothing else."""
+
+
+class VersionError(ProtocolError):
+    """The header is of another version of the protocol: no answer will be understood later either,
+    so a peer must not come back unchanged."""
 
 
 class RequestError(Exception):

@@ -10,7 +10,7 @@ import struct
 from enum import IntEnum, IntFlag
 from typing import Final, NamedTuple
 
-from broker.protocol.errors import ProtocolError
+from broker.protocol.errors import ProtocolError, VersionError
 from broker.protocol.limits import HEADER_BYTES, ID_BYTES, PROTOCOL_VERSION
 
 SIGNATURE: Final = b"\xc5\x42"
@@ -94,7 +94,7 @@ def decode(frame: bytes) -> Header:
     if signature != SIGNATURE:
         raise ProtocolError(f"signature {signature.hex()}; a tokenbus message starts with c542")
     if version != PROTOCOL_VERSION:
-        raise ProtocolError(f"protocol version {version}; this side speaks {PROTOCOL_VERSION}")
+        raise VersionError(f"protocol version {version}; this side speaks {PROTOCOL_VERSION}")
     if reserved:
         raise ProtocolError(f"reserved bytes are {reserved:#06x}; they are zero in version 1")
     type_ = _TYPES.get(code)

@@ -104,6 +104,19 @@ def test_a_peer_of_another_version_is_refused_for_good() -> None:
     assert "2 to 3" in refusal(peer).error.message
 
 
+def test_a_message_framed_as_another_version_is_refused_for_good() -> None:
+    bus = Bus()
+    peer = Peer(bus, Side.FRONT)
+    head = header.encode(MessageType.HELLO, header.NO_ID, 0)
+    peer.send_frames(head[:2] + b"\x02" + head[3:], codec.encode(Hello(role="client", name="new")))
+    peer.begin()
+    assert refusal(peer).fatal
+    client = bus.client()
+    head = header.encode(MessageType.HEARTBEAT, client.id, client.sequence)
+    client.send_frames(head[:2] + b"\x02" + head[3:], b"\x80")
+    assert client.only(MessageType.REFUSE).body.fatal
+
+
 def test_a_peer_that_speaks_newer_versions_too_is_welcome() -> None:
     assert hello(Bus(), Side.FRONT, role="client", min_version=1, max_version=9).welcomed
 

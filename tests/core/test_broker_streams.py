@@ -322,6 +322,29 @@ def test_the_same_request_twice_on_one_session_is_ignored() -> None:
     assert types(client.receive()) == ["ACCEPTED"]
 
 
+def test_the_same_id_after_the_end_is_refused_not_left_without_an_answer() -> None:
+    bus = Bus()
+    worker, client = bus.worker(), bus.client()
+    request_id = client.request()
+    (assign,) = worker.assigned()
+    worker.finish(assign)
+    client.receive()
+    client.request(request_id=request_id)
+    assert client.failure() == "duplicate_request"
+    assert worker.assigned() == []
+
+
+def test_the_same_id_while_the_end_waits_for_the_window_is_ignored() -> None:
+    bus = Bus()
+    worker, client = bus.worker(), bus.client()
+    request_id = client.request(window=1)
+    (assign,) = worker.assigned()
+    worker.finish(assign, tokens=5)
+    client.receive()
+    client.request(request_id=request_id, window=1)
+    assert client.receive() == []
+
+
 def test_a_request_id_of_another_session_is_refused_with_the_way_to_attach() -> None:
     bus = Bus()
     bus.worker()

@@ -326,6 +326,12 @@ def test_faults_spare_a_resumed_request_unless_told_otherwise() -> None:
     assert failure(build(), always) == "engine_error"
 
 
+def test_a_resume_that_claims_more_text_than_its_tokens_have_fails() -> None:
+    """It was an empty answer: the text to come was cut by 999 characters."""
+    resume = Resume(epoch=1, token_ids=[97], text_characters=999)
+    assert failure(build(), job("abc", resume=resume)) == "invalid_request"
+
+
 def test_options_stand_in_the_prompt_as_well_and_are_not_echoed() -> None:
     assert answer(build(), job("[[echo tokens_per_step=9]] abc"))[1] == "abc"
     assert failure(build(), job("abc [[echo error_at=0]]")) == "engine_error"

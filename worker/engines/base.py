@@ -20,11 +20,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from msgspec import Struct
 
-from broker.protocol.errors import ErrorInfo
+from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 from broker.protocol.messages import (
     FinishReason,
     ModelInfo,
@@ -89,6 +89,21 @@ class Job:
     #: `resume.text_characters` characters.
     request: Request
     attachments: tuple[bytes, ...] = ()
+
+
+_HALF_CHARACTER: Final = 4
+"""A character that was cut in the middle is shown as one U+FFFD for each of its bytes, at most."""
+
+
+def check_received(received: int, possible: int) -> None:
+    """Raise RequestError where a client claims more characters than the tokens before its RESUME
+    have: the text to come would be cut by the difference, without a word."""
+    if received > possible + _HALF_CHARACTER:
+        raise RequestError(
+            ErrorCode.INVALID_REQUEST,
+            f"resume.text_characters is {received}, and the text of resume.token_ids has {possible}"
+            " characters; count Unicode code points of the text received",
+        )
 
 
 class Tokens(Struct, frozen=True, array_like=True, tag=0):

@@ -25,7 +25,7 @@ from broker.protocol.messages import (
     Usage,
     kind_fields,
 )
-from worker.engines.base import Ended, Job
+from worker.engines.base import Ended, Job, check_received
 from worker.engines.common.answer_parser import AnswerParser
 from worker.engines.common.arguments import SharedSettings
 from worker.engines.common.constrain import ConstraintFactory, ConstraintState
@@ -38,7 +38,7 @@ from worker.engines.common.runner import Runner
 from worker.engines.common.sampling import SamplerRow, check_token_ids
 from worker.engines.common.sequence import Sequence, SequenceGroup, ends_answer
 from worker.engines.common.template import continues_message, template_source
-from worker.engines.common.text import TextStream, places, token_table
+from worker.engines.common.text import TextStream, places, text_length, token_table
 from worker.engines.common.thinking import Closing, ThoughtGate
 
 __all__ = ["BatchModel", "Embedding", "Prepared", "now"]
@@ -100,9 +100,13 @@ class _Texts:
         goes_on = not self.facts.encoder_decoder and (
             request.kind is Kind.COMPLETE or continues_message(request)
         )
+        received = 0
+        if request.resume is not None and request.resume.text_characters:
+            received = request.resume.text_characters
+            check_received(received, text_length(self.decoder, request.resume.token_ids))
         so_far: dict[str, Any] = {
             "prior_ids": prior,
-            "prior_characters": request.resume.text_characters if request.resume else 0,
+            "prior_characters": received,
             "context_ids": prompt.ids[-CONTEXT_IDS:] if goes_on else (),
         }
         if self.format is None or PieceKind.REASONING not in params.pieces:

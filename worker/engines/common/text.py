@@ -27,6 +27,7 @@ __all__ = [
     "TextStream",
     "TokenTable",
     "places",
+    "text_length",
     "token_table",
 ]
 
@@ -309,6 +310,13 @@ class Detokenizer:
     def flush(self) -> str:
         """What an unfinished character leaves at the end of the answer (U+FFFD), or nothing."""
         return self._decoder.flush()
+
+
+def text_length(tokenizer: Any, ids: Sequence[int]) -> int:
+    """Characters of the text of the ids, special tokens included and half a character at the end
+    left out."""
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
+    return sum(len(detokenizer.add(token_id)) for token_id in ids)
 
 
 def places(tokenizer: Any, ids: Sequence[int]) -> list[int]:

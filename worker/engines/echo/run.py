@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 
 from broker.protocol.messages import FinishReason, Piece, PieceKind, Timings, Usage
-from worker.engines.base import Job
+from worker.engines.base import Job, check_received
 from worker.engines.common.pieces import PieceText
 from worker.engines.common.reasoning import AnswerFormat, Begun
 from worker.engines.echo.tokens import (
@@ -123,6 +123,8 @@ class Run:
         self.reasoning_tokens = 0
         #: Characters that the client already has of the text to come.
         self.skip = request.resume.text_characters if request.resume else 0
+        if self.skip:
+            check_received(self.skip, len(Text([], include_stop=False).push(prior)))
         self.position = 0
         faults = not prior or options.fault_resumed
         self.fault_at = {
