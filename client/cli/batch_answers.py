@@ -84,6 +84,7 @@ async def _chat(data: bytes, asking: Asking) -> dict[str, Any]:
     _refuse_stream(body)
     seed = answers.pick_seed(body.seed)
     call = await convert.chat_call(body, asking.images, seed=seed, user=body.user or "")
+    call = answers.with_thoughts(call)
     call = _with_priority(call, asking, body.priority is None and body.service_tier is None)
     choices = [ChatChoice(answers.parser_for(call)) for _ in range(body.n or 1)]
     batches = _batches(
@@ -223,6 +224,8 @@ def _message(choice: ChatChoice) -> dict[str, Any]:
         "content": choice.text if choice.text or not choice.calls else None,
         "refusal": None,
     }
+    if choice.reasoning:
+        message["reasoning_content"] = message["reasoning"] = choice.reasoning
     if choice.calls:
         message["tool_calls"] = [
             {

@@ -52,6 +52,11 @@ _REPLACED = {
 """Options of the API and web servers that the gateway replaces, and the options to use now."""
 
 
+_REASONING_FIELDS = ("reasoning_content", "reasoning")
+"""Names of the reasoning in a chat's answer: other servers send one of them, and a client that
+reads the other one would lose it."""
+
+
 class ConfigError(Exception):
     """An option has an impossible value; the message names it."""
 
@@ -65,6 +70,12 @@ def _whole(value: str) -> int:
         return int(value)
     except ValueError:
         raise ValueError(f"must be an integer, got {value!r}") from None
+
+
+def _reasoning_field(value: str) -> str:
+    if value not in ("both", *_REASONING_FIELDS):
+        raise ValueError(f"must be {', '.join(_REASONING_FIELDS)} or both, got {value!r}")
+    return value
 
 
 def _port(value: str) -> int:
@@ -151,6 +162,12 @@ class Config:
     )
     tls_cert: Path | None = _option(Path, None, "certificate chain, PEM; serves https", "FILE")
     tls_key: Path | None = _option(Path, None, "private key, PEM", "FILE")
+    reasoning_field: str = _option(
+        _reasoning_field,
+        "both",
+        "name of the reasoning in chats: reasoning_content, reasoning, or both",
+        "NAME",
+    )
     allow_remote_images: bool = _option(parse_bool, False, "fetch pictures from http(s) addresses")
     image_networks: tuple[Network, ...] = _option(
         _networks, (), "non-public networks from which images may be fetched", "CIDRS"
@@ -202,6 +219,13 @@ class Config:
     log_file: Path | None = _option(
         Path, None, "write the log there instead of standard error", "FILE"
     )
+
+    @property
+    def reasoning_fields(self) -> tuple[str, ...]:
+        """The fields of a chat's message that hold the reasoning."""
+        if self.reasoning_field == "both":
+            return _REASONING_FIELDS
+        return (self.reasoning_field,)
 
     @property
     def images(self) -> ImagePolicy:

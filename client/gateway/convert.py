@@ -303,7 +303,7 @@ def _message(message: http.ChatMessage, path: str, pictures: Pictures) -> Messag
         name=message.name,
         tool_calls=[_called(call) for call in message.tool_calls or []] or None,
         tool_call_id=message.tool_call_id,
-        reasoning_content=message.reasoning_content,
+        reasoning_content=message.reasoning_content or message.reasoning,
     )
 
 

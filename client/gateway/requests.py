@@ -216,6 +216,8 @@ class ChatMessage(_Body, kw_only=True):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    #: Another name of the same.
+    reasoning: str | None = None
     refusal: str | None = None
     # Fields that the SDK's object of an earlier answer has.
     annotations: Label = None

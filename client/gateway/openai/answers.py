@@ -11,12 +11,12 @@ import secrets
 import sys
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 import msgspec
 
-from broker.protocol.messages import FinishReason, TokenLogprob, Usage
+from broker.protocol.messages import FinishReason, PieceKind, TokenLogprob, Usage
 from client import Embeddings
 from client.core import tool_parser as tools
 from client.gateway.bodies import aside
@@ -30,12 +30,14 @@ __all__ = [
     "ChatReason",
     "Progress",
     "TextChoice",
+    "Thought",
     "ToolCallDraft",
     "best_of",
     "new_id",
     "packed",
     "parser_for",
     "pick_seed",
+    "with_thoughts",
     "written_vectors",
 ]
 
@@ -94,6 +96,22 @@ def parser_for(call: Generation) -> tools.ToolCallParser | None:
     )
 
 
+class Thought(msgspec.Struct, frozen=True, gc=False):
+    """Reasoning of the model."""
+
+    text: str
+
+
+Part = tools.Piece | Thought
+"""What an event adds to a chat's answer."""
+
+
+def with_thoughts(call: Generation) -> Generation:
+    """The same, with the reasoning apart from the answer."""
+    params = msgspec.structs.replace(call.request.params, pieces=[PieceKind.REASONING.value])
+    return replace(call, request=msgspec.structs.replace(call.request, params=params))
+
+
 class Progress:
     """How far one choice of a chat is: what its events are in the API's terms. Keeps no text."""
 
@@ -101,22 +119,23 @@ class Progress:
         self._parser = parser
         #: Of the prompt, where the worker told it before the first token.
         self._prompt: Usage | None = None
+        #: The prompt's facts, until the first text shows whether the reasoning is separate.
+        self._begun: Prompted | None = None
         #: Tokens of the answer so far.
         self._tokens = 0
         self.usage: Usage | None = None
         self.finish_reason: FinishReason | None = None
 
-    def take(self, event: ChoiceEvent) -> list[tools.Piece]:
+    def take(self, event: ChoiceEvent) -> list[Part]:
         """Account for an event; returns what is new."""
         parser = self._parser
         match event:
             case Prompted():
                 self._prompt = event.prompt.usage
-                if parser is not None:
-                    parser.begin(special=event.prompt.special, tail=event.prompt.tail)
+                self._begun = event
             case Delta() if not self._is_satisfied:
                 self._tokens += event.tokens
-                return parser.feed(event.text) if parser is not None else [tools.Text(event.text)]
+                return self._read(event)
             case Finish():
                 self.usage, self.finish_reason = event.end.usage, event.end.finish_reason
                 if self._prompt is not None and self._is_satisfied:
@@ -125,8 +144,28 @@ class Progress:
                         self._prompt, completion_tokens=self._tokens
                     )
                 if parser is not None:
-                    return parser.finish()
+                    return [*parser.finish()]
         return []
+
+    def _read(self, event: Delta) -> list[Part]:
+        """The text of an event: calls, reasoning and the rest."""
+        parser = self._parser
+        if parser is not None and self._begun is not None and (event.text or event.pieces):
+            # If the reasoning is separate, none that the prompt has begun is part of the text.
+            prompt, self._begun = self._begun.prompt, None
+            tail = prompt.tail if event.pieces is None else ""
+            parser.begin(special=prompt.special, tail=tail)
+        parts: list[Part] = []
+        for kind, text in (
+            [(PieceKind.CONTENT.value, event.text)]
+            if event.pieces is None
+            else [(piece.kind, piece.text) for piece in event.pieces]
+        ):
+            if kind == PieceKind.REASONING:
+                parts.append(Thought(text))
+            elif kind == PieceKind.CONTENT:
+                parts += parser.feed(text) if parser is not None else [tools.Text(text)]
+        return parts
 
     @property
     def _is_satisfied(self) -> bool:
@@ -166,10 +205,11 @@ class ChatChoice(Progress):
     def __init__(self, parser: tools.ToolCallParser | None) -> None:
         super().__init__(parser)
         self.texts: list[str] = []
+        self.thoughts: list[str] = []
         self.calls: list[ToolCallDraft] = []
         self.logprobs: list[TokenLogprob] = []
 
-    def take(self, event: ChoiceEvent) -> list[tools.Piece]:
+    def take(self, event: ChoiceEvent) -> list[Part]:
         """Account for an event; returns what is new."""
         if isinstance(event, Delta) and event.logprobs and not self._is_satisfied:
             self.logprobs += event.logprobs
@@ -177,6 +217,8 @@ class ChatChoice(Progress):
         for part in pieces:
             if isinstance(part, tools.Text):
                 self.texts.append(part.text)
+            elif isinstance(part, Thought):
+                self.thoughts.append(part.text)
             elif isinstance(part, tools.CallStart):
                 self.calls.append(ToolCallDraft(new_id("call_"), part.name))
             else:
@@ -187,6 +229,11 @@ class ChatChoice(Progress):
     def text(self) -> str:
         """All text so far."""
         return "".join(self.texts)
+
+    @property
+    def reasoning(self) -> str:
+        """All reasoning so far."""
+        return "".join(self.thoughts)
 
 
 # --- completions ----------------------------------------------------------------------------------

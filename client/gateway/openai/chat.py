@@ -33,7 +33,14 @@ from client.gateway.bodies import aside
 from client.gateway.context import RequestContext
 from client.gateway.convert import chat_call, seeded, wants_usage_so_far
 from client.gateway.errors import GatewayError, UnknownAnswer
-from client.gateway.openai.answers import ChatChoice, parser_for, pick_seed
+from client.gateway.openai.answers import (
+    ChatChoice,
+    Part,
+    Thought,
+    parser_for,
+    pick_seed,
+    with_thoughts,
+)
 from client.gateway.openai.generation import Batches, ChoiceEvent, Delta, Finish, Prompted
 from client.gateway.openai.position import Position
 from client.gateway.openai.shapes import (
@@ -75,6 +82,7 @@ async def chat_completions(visit: RequestContext) -> Response:
         user=visit.share(body.user),
         size_bytes=visit.size_bytes,
     )
+    call = with_thoughts(call)
     visit.check(body.model, call.request.priority)
     count = body.n or 1
     position = resumed or Position.first(_PREFIX, call.request.params.seed)
@@ -162,7 +170,7 @@ class _Answer:
         #: Choices whose role was sent.
         self._greeted: set[int] = set()
 
-    def take(self, event: ChoiceEvent) -> list[tools.Piece]:
+    def take(self, event: ChoiceEvent) -> list[Part]:
         """Account for one event of the bus."""
         if self._so_far is not None:
             self._so_far.take(event)
@@ -213,6 +221,10 @@ class _Answer:
             content=choice.text if choice.text or not choice.calls else None,
             refusal=None,
         )
+        if choice.reasoning:
+            # Not of OpenAI's API: other servers send one name or the other.
+            for name in self._visit.gateway.config.reasoning_fields:
+                setattr(message, name, choice.reasoning)
         if choice.calls:
             message.tool_calls = [
                 ChatCompletionMessageFunctionToolCall(
@@ -270,7 +282,7 @@ class _Answer:
             reason = JSON.encode(self._choices[index].openai_finish_reason)
             out.append(self._chunk(index, _NOTHING, finish_reason=reason))
 
-    def _delta(self, index: int, part: tools.Piece) -> bytes | None:
+    def _delta(self, index: int, part: Part) -> bytes | None:
         """The part of a piece that the reader does not have."""
         if isinstance(part, tools.CallStart):
             if self._chunks.reader.skipped(index, 1):
@@ -286,6 +298,9 @@ class _Answer:
         if not unread:
             return None
         text = JSON.encode(unread)
+        if isinstance(part, Thought):
+            names = self._visit.gateway.config.reasoning_fields
+            return b"{%b}" % b",".join(b'"%b":%b' % (name.encode(), text) for name in names)
         if isinstance(part, tools.Text):
             return b'{"content":%b}' % text
         return b'{"tool_calls":[{"index":%d,"function":{"arguments":%b}}]}' % (part.index, text)

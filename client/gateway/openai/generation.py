@@ -18,7 +18,7 @@ from typing import Final
 from msgspec import Struct
 
 from broker.protocol.errors import ErrorCode
-from broker.protocol.messages import TokenLogprob
+from broker.protocol.messages import Piece, TokenLogprob
 from client import AsyncClient, AsyncStream, BusError, Retry, Timeout
 from client.core.events import End, Prompt, StreamEvent, Tokens
 from client.gateway.convert import Generation
@@ -44,6 +44,8 @@ class Delta(Struct, frozen=True, gc=False):
     text: str
     tokens: int
     logprobs: list[TokenLogprob] | None
+    #: All of the text by kind, if the answer is split; `text` is then its content.
+    pieces: list[Piece] | None = None
 
 
 class Prompted(Struct, frozen=True):
@@ -207,10 +209,11 @@ def _translated(choice: int, arrived: list[StreamEvent], span: BusSpan | None) -
         if span is not None:
             span.saw(event)
         if isinstance(event, Tokens):
-            batch.append(Delta(choice, event.text, len(event.token_ids), event.logprobs))
+            count, logprobs = len(event.token_ids), event.logprobs
+            batch.append(Delta(choice, event.text, count, logprobs, event.pieces))
         elif isinstance(event, End):
-            if event.text:
-                batch.append(Delta(choice, event.text, 0, None))
+            if event.text or event.pieces:
+                batch.append(Delta(choice, event.text, 0, None, event.pieces))
             batch.append(Finish(choice, event))
         elif isinstance(event, Prompt):
             batch.append(Prompted(choice, event))

@@ -15,7 +15,7 @@ import msgspec
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletionTokenLogprob
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
-from openai.types.completion_usage import PromptTokensDetails
+from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
 from pydantic import BaseModel
 
 from broker.protocol.messages import TokenLogprob, Usage
@@ -65,6 +65,9 @@ def usage_of(ends: Iterable[Usage], *, prompts: int = 1) -> CompletionUsage:
         prompt_tokens_details=PromptTokensDetails(
             cached_tokens=sum(usage.cached_tokens for usage in counted),
             image_tokens=sum(usage.image_tokens for usage in counted),
+        ),
+        completion_tokens_details=CompletionTokensDetails(
+            reasoning_tokens=sum(usage.reasoning_tokens for usage in usages)
         ),
     )
 
