@@ -41,7 +41,9 @@ def with_bounds(document: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_document_and_the_answers_agree(gateway: GatewayProcess, tmp_path: Path) -> None:
     file = tmp_path / "openapi.json"
-    file.write_text(json.dumps(with_bounds(httpx.get(f"{gateway.url}/openapi.json").json())))
+    document = with_bounds(httpx.get(f"{gateway.url}/openapi.json").json())
+    file.write_text(json.dumps(document))
+    operations = sum(map(len, document["paths"].values()))
     # In a process of its own: what it and its libraries warn of is not ours.
     done = subprocess.run(
         [
@@ -57,7 +59,7 @@ def test_the_document_and_the_answers_agree(gateway: GatewayProcess, tmp_path: P
         text=True,
         timeout=WHOLE_RUN_S,
     )
-    assert done.returncode == 0 and "Tested: 17" in done.stdout, (
+    assert done.returncode == 0 and f"Tested: {operations - 1}" in done.stdout, (
         done.stdout[-12_000:] + done.stderr[-4000:]
     )
     gateway.bus.wait_idle()
