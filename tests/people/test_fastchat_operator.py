@@ -156,7 +156,9 @@ def test_the_page_is_followed_to_the_letter(tmp_path: Path, programs: list[Manag
         name = words[1].rpartition(".")[2]
         needs = {"broker": ("FRONT", "BACK"), "worker": ("WORKER_BROKER",)}.get(name, ("BROKER",))
         chosen = {f"TOKENBUS_{key}": environment[f"TOKENBUS_{key}"] for key in needs}
-        programs.append(ManagedProcess(name, words, tmp_path, chosen))
+        programs.append(
+            ManagedProcess(name, [sys.executable, *words], tmp_path, environment=chosen)
+        )
 
     def story() -> str:
         return "\n".join(process.log() for process in programs)
@@ -179,4 +181,4 @@ def test_the_page_is_followed_to_the_letter(tmp_path: Path, programs: list[Manag
     listed = httpx.post(f"http://localhost:{web}/list_models").json()
     assert listed == {"models": ["vicuna-7b-v1.5"]}
     # "One that is stopped with SIGTERM finishes."
-    assert programs[1].terminate() == 0
+    assert programs[1].terminate(PATIENCE_S) == 0

@@ -28,15 +28,18 @@ def test_the_three_commands_find_each_other_in_any_order(tmp_path: Path) -> None
     talk.sees(f"looking for a broker at {front}")
     worker = ManagedProcess(
         "worker",
-        ["-m", "worker"],
+        [sys.executable, "-m", "worker"],
         tmp_path,
-        {"TOKENBUS_WORKER_BROKER": back, "TOKENBUS_WORKER_ENGINE": "echo"},
+        environment={"TOKENBUS_WORKER_BROKER": back, "TOKENBUS_WORKER_ENGINE": "echo"},
     )
     broker = None
     try:
         wait_until(lambda: "broker absent" in worker.log(), "the worker's word", story=worker.log)
         broker = ManagedProcess(
-            "broker", ["-m", "broker"], tmp_path, {"TOKENBUS_FRONT": front, "TOKENBUS_BACK": back}
+            "broker",
+            [sys.executable, "-m", "broker"],
+            tmp_path,
+            environment={"TOKENBUS_FRONT": front, "TOKENBUS_BACK": back},
         )
         talk.sees("talking to echo")
         talk.types("hello there\n")
@@ -76,7 +79,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the page of `demo --web`, with the bundled model."""
     pytest.importorskip("torch", reason="install tokenbus[worker]")
     folder = tmp_path_factory.mktemp("demo")
-    process = ManagedProcess("demo", ["-m", "client", "demo", "--web", "--no-browser"], folder)
+    process = ManagedProcess(
+        "demo", [sys.executable, "-m", "client", "demo", "--web", "--no-browser"], folder
+    )
 
     def found() -> str | None:
         assert process.running, process.log()
@@ -85,7 +90,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     try:
         yield wait_until(found, "the page's address", story=process.log) or ""
-        assert process.terminate() == 0
+        assert process.terminate(PATIENCE_S) == 0
     finally:
         process.kill()
 

@@ -58,7 +58,7 @@ def test_a_day_with_a_bus(bus_with_logs: tuple[Bus, Path]) -> None:
     bus, folder = bus_with_logs
     gateway_log = folder / "gateway.json"
     options = ("--log-format", "json", "--log-level", "info", "--log-file", str(gateway_log))
-    with running_gateway(folder, bus, *options) as gateway:
+    with running_gateway(bus, *options) as gateway:
         client = gateway.openai()
         asked = client.chat.completions.create(
             model="echo", messages=[{"role": "user", "content": "hello"}]

@@ -48,7 +48,7 @@ def test_a_conversation_at_a_terminal(bus: Bus, tmp_path: Path) -> None:
     says("abXcd\n")
     talk.sees("1 image: 5x4. ab\r")  # the image is part of the conversation
     says("/model ecko\n")
-    talk.sees("served are echo")
+    talk.sees("no worker serves 'ecko'; models served: echo")
     says("/model echo\n")
 
     # Ctrl-C stops an answer, and the conversation goes on.
