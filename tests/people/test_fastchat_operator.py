@@ -57,7 +57,7 @@ def typed(command: str) -> subprocess.CompletedProcess[str]:
                 "--num-gpus: .*--gpus",
                 "--max-gpu-memory: .*--engine-arg",
                 "--awq-ckpt: .*config.json",
-                "no chat template falcon.*vicuna_v1.1",
+                "falcon.*vicuna_v1.1",
                 "--stream-interval: not needed",
             ],
         ),
