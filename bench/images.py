@@ -1,8 +1,8 @@
-"""Pictures: bytes a second of requests that carry them, with and without CURVE.
+"""Images: bytes a second of requests that carry them, with and without CURVE.
 
-A request with one picture and an answer of one token, through client library, broker, link and echo
-engine; beside it FastChat's worker, which takes a picture as base64 in JSON over HTTP. Sizes are of
-the picture as a caller has it: base64 adds a third on the wire.
+A request with one image and an answer of one token, through client library, broker, link and echo
+engine; beside it FastChat's worker, which takes an image as base64 in JSON over HTTP. Sizes are of
+the image as a caller has it: base64 adds a third on the wire.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def picture(size: int) -> bytes:
 
 
 class Bus:
-    """The client library, with a picture in each request."""
+    """The client library, with an image in each request."""
 
     def __init__(self, client: Any, parties: dict[str, list[int]]) -> None:
         self.client = client
@@ -86,7 +86,7 @@ async def bus_system(curve: bool) -> AsyncIterator[Bus]:
 
 
 class FastChat:
-    """FastChat's worker: the picture as base64 in the JSON of the request."""
+    """FastChat's worker: the image as base64 in the JSON of the request."""
 
     def __init__(self, worker_port: int, parties: dict[str, list[int]]) -> None:
         self.parties = parties
@@ -103,7 +103,7 @@ class FastChat:
 
 @contextlib.asynccontextmanager
 async def fastchat_system() -> AsyncIterator[FastChat]:
-    """Controller, null worker; the API server is not asked: it cannot pass on pictures."""
+    """Controller, null worker; the API server is not asked: it cannot pass on images."""
     with fastchat_servers(repaired=True) as (worker, _, parties):
         yield FastChat(worker, {"engine": parties["engine"]})
 
@@ -131,7 +131,7 @@ async def run(system: Bus | FastChat, image: bytes, requests: int) -> dict[str, 
 
 async def measure(arguments: argparse.Namespace) -> Report:
     """All sizes, all systems in turn."""
-    report = Report(f"images: requests with a picture each, {CONCURRENCY} at a time")
+    report = Report(f"images: requests with an image each, {CONCURRENCY} at a time")
     kinds = {
         "tokenbus": lambda: bus_system(False),
         "tokenbus with CURVE": lambda: bus_system(True),
@@ -183,9 +183,9 @@ def _rows(report: Report, seen: dict[str, dict[str, list[float]]], kib: int) -> 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run and report."""
-    parser = options("Requests with pictures, with and without CURVE, beside base64 over HTTP.")
-    parser.add_argument("--kib", type=integers, help="sizes of the picture, a list")
-    parser.add_argument("--mib", type=int, default=None, help="of pictures in each run, about")
+    parser = options("Requests with images, with and without CURVE, beside base64 over HTTP.")
+    parser.add_argument("--kib", type=integers, help="sizes of the image, a list")
+    parser.add_argument("--mib", type=int, default=None, help="of images in each run, about")
     arguments = parser.parse_args(argv)
     arguments.mib = arguments.mib or (16 if arguments.quick else 64)
     asyncio.run(measure(arguments)).finish(arguments, plot)

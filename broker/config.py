@@ -90,7 +90,7 @@ class Config(CoreSettings):
         1000, "", "messages in ZeroMQ's queue to one peer; finite, so that slow peers show", low=1
     )
     io_threads: int = option(
-        1, "", "ZeroMQ threads; one carries 1 GB/s, CURVE and pictures want 2", low=1, high=16
+        1, "", "ZeroMQ threads; one carries 1 GB/s, CURVE and images want 2", low=1, high=16
     )
     log_format: str = option(
         "auto", "", "auto: text on a terminal, JSON elsewhere", choices=FORMATS

@@ -70,7 +70,7 @@ def make_router(
     socket.setsockopt(zmq.TCP_MAXRT, 30_000)
     # Many peers come back at once after a restart; the default is 100.
     socket.setsockopt(zmq.BACKLOG, 1024 if front else 256)
-    # With two I/O threads: pictures come in on one, tokens on the other.
+    # With two I/O threads: images come in on one, tokens on the other.
     socket.setsockopt(zmq.AFFINITY, 0 if settings.io_threads < 2 else (1 if front else 2))
     return socket
 

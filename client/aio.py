@@ -48,7 +48,7 @@ class AsyncClient(BaseClient):
 
     ```
     async with AsyncClient() as client:
-        print(await client.chat("demo", "What is in this picture?", images=["picture.png"]))
+        print(await client.chat("demo", "What is in this image?", images=["image.png"]))
         stream = await client.chat("demo", "Tell me a story", stream=True)
         async for piece in stream.text:
             print(piece, end="", flush=True)
@@ -268,7 +268,7 @@ class AsyncClient(BaseClient):
         response_format: Format[Any] | None = None,
         **params: Unpack[GenerateOptions],
     ) -> Completion[Any] | AsyncStream[Any] | list[Completion[Any]] | AsyncChoiceStream[Any]:
-        """Continue a raw prompt (`<image>` for each picture) or token ids, without a template.
+        """Continue a raw prompt (`<image>` for each image) or token ids, without a template.
 
         `model`, `images`, `n`, `stream` and `response_format` as in `chat`.
         """
@@ -358,7 +358,7 @@ class AsyncClient(BaseClient):
         images: Sequence[Image] = (),
         **options: Unpack[ConversationOptions],
     ) -> int:
-        """Tokens of a text, a conversation (with its template and pictures), or token ids."""
+        """Tokens of a text, a conversation (with its template and images), or token ids."""
         return int(
             await self._field(
                 "count", Kind.COUNT, messages, model, token_ids, images, dict(options)

@@ -133,7 +133,7 @@ def chat(
         last = next((i for i in reversed(range(len(turns))) if turns[i]["role"] == "user"), None)
         if last is None:
             raise InvalidRequest("images need a user message to belong to; there is none")
-        turns[last] = _with_pictures(turns[last], [attached.add(image) for image in _each(images)])
+        turns[last] = _with_images(turns[last], [attached.add(image) for image in _each(images)])
     return _call(defaults, kind, model, {"messages": turns}, attached, options)
 
 
@@ -418,8 +418,8 @@ def _part(part: Any, attached: _Attached) -> dict[str, Any]:
             )
 
 
-def _with_pictures(turn: dict[str, Any], indices: list[int]) -> dict[str, Any]:
-    """Pictures before the text, as the chat templates of most models were trained."""
+def _with_images(turn: dict[str, Any], indices: list[int]) -> dict[str, Any]:
+    """Images before the text, as the chat templates of most models were trained."""
     content = turn.get("content") or []
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     return {**turn, "content": [*({"type": "image", "attachment": i} for i in indices), *parts]}

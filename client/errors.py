@@ -3,7 +3,7 @@
     BusError                    anything the bus can say; also codes that this version does not know
     ├── InvalidRequest          a field of the request is wrong; the message names it
     │   └── ContextOverflow     prompt and answer do not fit the model's context
-    ├── TooLarge                a body or a picture is beyond a limit; checked before it is sent
+    ├── TooLarge                a body or an image is beyond a limit; checked before it is sent
     ├── DuplicateRequest        another session owns this request id
     ├── Unauthenticated         the broker does not accept this key, or demands one
     ├── Forbidden               this key may not do that

@@ -17,7 +17,7 @@ from client.errors import InvalidRequest, TooLarge
 
 __all__ = ["Image", "check_file", "encode"]
 
-#: What is taken for a picture: a path, encoded bytes (PNG, JPEG, ...), or a Pillow image.
+#: What is taken for an image: a path, encoded bytes (PNG, JPEG, ...), or a Pillow image.
 Image = str | os.PathLike[str] | bytes | bytearray | memoryview | Any
 
 _MAGIC: Final = (
@@ -39,14 +39,14 @@ def encode(image: Image) -> tuple[bytes, Attachment]:
     Raises `InvalidRequest` for what is not an image or cannot be read, `TooLarge` beyond the limit.
     """
     if isinstance(image, bytes | bytearray | memoryview):
-        data, where = bytes(image), "the picture"
+        data, where = bytes(image), "the image"
     elif isinstance(image, str | os.PathLike):
-        data, where = _read(Path(image)), f"picture {os.fspath(image)!r}"
+        data, where = _read(Path(image)), f"image {os.fspath(image)!r}"
     elif hasattr(image, "save") and hasattr(image, "mode"):
         data, where = _encode_pillow(image), "the Pillow image"
     else:
         raise InvalidRequest(
-            f"a picture cannot be of type {type(image).__name__}; give a path, encoded bytes "
+            f"an image cannot be of type {type(image).__name__}; give a path, encoded bytes "
             "(the content of a PNG or JPEG file), or a Pillow image"
         )
     if not data:
@@ -82,16 +82,16 @@ def check_file(path: str | os.PathLike[str]) -> None:
 def _read(path: Path) -> bytes:
     if str(path).startswith(("http:/", "https:/", "data:")):
         raise InvalidRequest(
-            f"picture {str(path)[:80]!r} is a URL; download it first: the bus carries bytes"
+            f"image {str(path)[:80]!r} is a URL; download it first: the bus carries bytes"
         )
     try:
         size = path.stat().st_size
         if size > MAX_ATTACHMENT_BYTES:
-            raise _too_large(f"picture {str(path)!r}", size)
+            raise _too_large(f"image {str(path)!r}", size)
         return path.read_bytes()
     except OSError as error:
         raise InvalidRequest(
-            f"cannot read picture {str(path)!r}: {error.strerror or error}; give a path that exists"
+            f"cannot read image {str(path)!r}: {error.strerror or error}; give a path that exists"
         ) from error
 
 

@@ -41,7 +41,7 @@ class Client(BaseClient):
 
     ```
     with Client() as client:
-        print(client.chat("demo", "What is in this picture?", images=["picture.png"]))
+        print(client.chat("demo", "What is in this image?", images=["image.png"]))
         for piece in client.chat("demo", "Tell me a story", stream=True).text:
             print(piece, end="", flush=True)
     ```
@@ -260,7 +260,7 @@ class Client(BaseClient):
         response_format: Format[Any] | None = None,
         **params: Unpack[GenerateOptions],
     ) -> Completion[Any] | Stream[Any] | list[Completion[Any]] | ChoiceStream[Any]:
-        """Continue a raw prompt (`<image>` for each picture) or token ids, without a template.
+        """Continue a raw prompt (`<image>` for each image) or token ids, without a template.
 
         `model`, `images`, `n`, `stream` and `response_format` as in `chat`.
         """
@@ -327,7 +327,7 @@ class Client(BaseClient):
         images: Sequence[Image] = (),
         **options: Unpack[ConversationOptions],
     ) -> int:
-        """Tokens of a text, a conversation (with its template and pictures), or token ids."""
+        """Tokens of a text, a conversation (with its template and images), or token ids."""
         return int(
             self._field("count", Kind.COUNT, messages, model, token_ids, images, dict(options))
         )

@@ -124,7 +124,7 @@ def test_the_worker_knows_of_the_broker_only_the_protocol_and_the_dial_out_side(
 
 def test_the_client_knows_of_the_broker_only_the_protocol_and_the_dial_out_side() -> None:
     for name, path in modules("client"):
-        # The demo draws its picture with the worker's own generator, and starts the worker itself.
+        # The demo draws its image with the worker's own generator, and starts the worker itself.
         extra = ("worker.demo",) if name == "client.cli.demo" else ()
         check(name, path, "client", "broker.protocol", "broker.peer", *extra)
 

@@ -14,7 +14,7 @@ Cases, all in one run (`--only` selects):
   without and with continuous batching (`transformers_serve`, `transformers_serve_cb`).
 * bus: CPU of link, broker and client for each step, over the engine's.
 * shared: prompts that share a prefix, beside the same without reuse.
-* pictures: questions about pictures, beside `generate`.
+* images: questions about images, beside `generate`.
 * gap: what a long prompt does to running streams, beside the engine's bound.
 * floor, on a GPU: a step beside the bytes of weights, keys and values that it must read over the
   bandwidth measured in the same run.

@@ -154,7 +154,7 @@ PICTURE_PATCH = 14
 
 def build_vision(shape: Shape, device: torch.device) -> tuple[Any, Any]:
     """A LLaVA with random weights whose language model has that shape, and its processor: 256
-    tokens for each picture."""
+    tokens for each image."""
     from transformers import (
         CLIPImageProcessor,
         CLIPVisionConfig,
@@ -163,7 +163,7 @@ def build_vision(shape: Shape, device: torch.device) -> tuple[Any, Any]:
         LlavaProcessor,
     )
 
-    # The picture's token takes the last id.
+    # The image's token takes the last id.
     tokenizer = build_tokenizer(shape.vocabulary - 1)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
     image_id = tokenizer.convert_tokens_to_ids("<image>")
@@ -311,7 +311,7 @@ def token_job(ids: Sequence[int], new_tokens: int) -> Job:
 def run_pictures(
     engine: TransformersEngine, pictures: Sequence[bytes], new_tokens: int
 ) -> dict[str, float]:
-    """One question to each encoded picture, all at once; decoding is part of it."""
+    """One question to each encoded image, all at once; decoding is part of it."""
     params = Params(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
     request = Request(
         model="bench",

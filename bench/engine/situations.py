@@ -1,4 +1,4 @@
-"""Situations beside plain throughput: a shared prefix, pictures, a long prompt beside running
+"""Situations beside plain throughput: a shared prefix, images, a long prompt beside running
 streams, and a GPU's memory bandwidth. Each case takes the setting of the run and adds its rows."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bench.engine.cases import (
 from worker.engines.base import Ended, Failed
 
 PICTURES = 16
-"""Questions about pictures at once; plain `generate()` answers one after the other."""
+"""Questions about images at once; plain `generate()` answers one after the other."""
 
 
 def shared(setting: Setting) -> None:
@@ -61,7 +61,7 @@ def shared(setting: Setting) -> None:
 
 
 def pictures(setting: Setting) -> None:
-    """Questions about pictures, all at once, beside plain generate()."""
+    """Questions about images, all at once, beside plain generate()."""
     arguments, report = setting.arguments, setting.report
     model, processor = build_vision(setting.shape, setting.device)
     engine = build_engine(model, processor.tokenizer, PICTURES, processor, kv_tokens=KV_TOKENS)

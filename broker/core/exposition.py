@@ -23,7 +23,7 @@ _Sample = tuple[dict[str, str], float]
 #: Counters of the core with a metric name of their own: (help, the core's name).
 _COUNTERS: Final = {
     "requests_accepted": ("Requests that were queued, resumed ones included.", "requests"),
-    "request_bytes": ("Bytes of queued requests, pictures included.", "request_bytes"),
+    "request_bytes": ("Bytes of queued requests, images included.", "request_bytes"),
     "assignments": ("Credit spent: requests given to a worker.", "assigned"),
     "resumes": ("RESUMEs: streams that went on after an interruption.", "resumes"),
     "interruptions": ("Requests whose worker left or gave them up.", "interrupted"),

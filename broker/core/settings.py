@@ -54,7 +54,7 @@ class CoreSettings:
         4096, "", "per model; more would wait longer than people are willing to", low=1
     )
     queue_bytes: int = option(
-        256 << 20, "bytes", "per model; pictures wait in the broker's memory", low=1
+        256 << 20, "bytes", "per model; images wait in the broker's memory", low=1
     )
     queue_total_bytes: int = option(1 << 30, "bytes", "all models together", low=1)
     queue_s: float = option(
@@ -118,17 +118,17 @@ class CoreSettings:
     attachment_bytes: int = option(
         MAX_ATTACHMENT_BYTES,
         "bytes",
-        "one picture; at most the protocol's own bound",
+        "one image; at most the protocol's own bound",
         low=0,
         high=MAX_ATTACHMENT_BYTES,
     )
     attachments_bytes: int = option(
         MAX_ATTACHMENTS_BYTES,
         "bytes",
-        "all pictures of a request together",
+        "all images of a request together",
         low=0,
         high=MAX_ATTACHMENTS_BYTES,
     )
     attachments: int = option(
-        MAX_ATTACHMENTS, "", "pictures of a request", low=0, high=MAX_ATTACHMENTS
+        MAX_ATTACHMENTS, "", "images of a request", low=0, high=MAX_ATTACHMENTS
     )

@@ -97,7 +97,7 @@ class ModelInfo(_Map, frozen=True, kw_only=True):
     further_kinds: tuple[str, ...] = ()
     #: Longest prompt plus answer, in tokens; None while unknown (loading).
     context_tokens: Count | None = None
-    #: Takes pictures.
+    #: Takes images.
     images: bool = False
     #: Free-form facts for people: architecture, parameters, dtype, quantisation. For a relay, `via`
     #: lists the brokers behind it.

@@ -49,7 +49,7 @@ class Conversation:
     params: dict[str, Any] = field(default_factory=dict)
     #: Turns as {"role", "content", "images"}; `images` are paths.
     turns: list[dict[str, Any]] = field(default_factory=list)
-    #: Pictures for the next question.
+    #: Images for the next question.
     images: list[str] = field(default_factory=list)
 
     def messages(self) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""`demo`: a broker, a worker with the bundled model, a picture, an answer; then
+"""`demo`: a broker, a worker with the bundled model, an image, an answer; then
 everything is stopped.
 
 Runs the real bus (`demo_bus`). With `--web` there is a gateway as well: the chat then takes place
@@ -38,20 +38,20 @@ class Case:
 
     question: str
     images: list[Image]
-    #: Where the picture came from, for people.
+    #: Where the image came from, for people.
     picture: str
     truth: str | None
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command."""
-    parser = commands.add_parser("demo", help="try everything: broker, worker, picture, answer")
-    parser.add_argument("--image", metavar="PATH", help="a picture of your own")
+    parser = commands.add_parser("demo", help="try everything: broker, worker, image, answer")
+    parser.add_argument("--image", metavar="PATH", help="an image of your own")
     parser.add_argument("--question", metavar="TEXT", help="a question of your own")
     parser.add_argument("--engine", default="transformers", help="[transformers] or echo")
     parser.add_argument("--keep", action="store_true", help="leave the bus running until Ctrl-C")
     parser.add_argument(
-        "--web", action="store_true", help="chat about a picture in the browser, until Ctrl-C"
+        "--web", action="store_true", help="chat about an image in the browser, until Ctrl-C"
     )
     parser.add_argument(
         "--port",
@@ -128,7 +128,7 @@ def _stop(bus: DemoBus, what: str, terminal: Terminal) -> None:
 
 def _ask(client: Client, case: Case, engine: str, terminal: Terminal) -> bool:
     if case.picture:
-        terminal.notice(f"picture:  {case.picture}")
+        terminal.notice(f"image:  {case.picture}")
     terminal.notice(f"question: {case.question}")
     terminal.notice("answer, token by token:")
     stream = client.chat(
@@ -168,7 +168,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
     """Raise for options that cannot work, before anything is started."""
     if arguments.web and (arguments.image or arguments.question):
         raise InvalidRequest(
-            "--image and --question are for the terminal; with --web, add the picture and "
+            "--image and --question are for the terminal; with --web, add the image and "
             "ask on the page"
         )
     if not arguments.web and (arguments.port is not None or arguments.no_browser):

@@ -192,9 +192,9 @@ class Exchange:
         cuts the connection."""
         sizes = [len(data) for data in self.attachments]
         for what, size, limit in (
-            ("the request without its pictures", body_bytes, bounds.request_bytes),
-            ("the largest picture", max(sizes, default=0), bounds.attachment_bytes),
-            ("all pictures together", sum(sizes), bounds.attachments_bytes),
+            ("the request without its images", body_bytes, bounds.request_bytes),
+            ("the largest image", max(sizes, default=0), bounds.attachment_bytes),
+            ("all images together", sum(sizes), bounds.attachments_bytes),
         ):
             if size > limit:
                 return ErrorInfo(
@@ -205,7 +205,7 @@ class Exchange:
         if len(sizes) > bounds.attachments:
             return ErrorInfo(
                 code=ErrorCode.TOO_LARGE.value,
-                message=f"{len(sizes)} pictures; this broker takes {bounds.attachments} at a time",
+                message=f"{len(sizes)} images; this broker takes {bounds.attachments} at a time",
                 details={"count": len(sizes), "limit": bounds.attachments},
             )
         return None

@@ -41,7 +41,7 @@ LONG_BYTES: Final = 256 * 1024
 
 MAX_TEXT_BYTES: Final = MAX_REQUEST_BYTES + MAX_ATTACHMENTS * LONG_BYTES
 """Of all strings that are not long strings of images. The bus takes `MAX_REQUEST_BYTES`; small
-pictures are not told from texts here. The client library compares exactly."""
+images are not told from texts here. The client library compares exactly."""
 
 MAX_PLAIN_BYTES: Final = 3 * MAX_REQUEST_BYTES
 """Limit for everything but the long strings, which is parsed at once. JSON may write a two-byte
@@ -180,20 +180,20 @@ class _Survey:
         if self._text_bytes > MAX_TEXT_BYTES or plain > MAX_PLAIN_BYTES:
             raise too_large(
                 None,
-                f"The body beside its pictures is beyond the {MAX_REQUEST_BYTES} bytes that the "
+                f"The body beside its images is beyond the {MAX_REQUEST_BYTES} bytes that the "
                 "bus takes. Send less.",
             )
 
     def finish(self, data: bytes) -> None:
         """After the last slice: long strings that are not images count as text too."""
         for start, end in self.long:
-            if not _PICTURE.match(data, start, min(start + 1024, end)):
+            if not _IMAGE.match(data, start, min(start + 1024, end)):
                 self._text_bytes += end - start
         self._check()
 
 
 #: How a string that may be an image begins: a data URL, or plain base64.
-_PICTURE: Final = re.compile(rb"data:|[A-Za-z0-9+/=_\\-]{1024}")
+_IMAGE: Final = re.compile(rb"data:|[A-Za-z0-9+/=_\\-]{1024}")
 
 
 def _string(literal: bytes) -> str:

@@ -168,14 +168,14 @@ class Config:
         "name of the reasoning in chats: reasoning_content, reasoning, or both",
         "NAME",
     )
-    allow_remote_images: bool = _option(parse_bool, False, "fetch pictures from http(s) addresses")
+    allow_remote_images: bool = _option(parse_bool, False, "fetch images from http(s) addresses")
     image_networks: tuple[Network, ...] = _option(
         _networks, (), "non-public networks from which images may be fetched", "CIDRS"
     )
     image_timeout_s: float = _option(
         _positive, 10.0, "total time for fetching one image, seconds", "S"
     )
-    image_bytes: int = _option(_count, MAX_ATTACHMENT_BYTES, "largest picture, bytes", "N")
+    image_bytes: int = _option(_count, MAX_ATTACHMENT_BYTES, "largest image, bytes", "N")
     body_bytes: int = _option(_count, _DEFAULT_BODY_BYTES, "largest request body, bytes", "N")
     bodies_bytes: int = _option(
         _count, 1 << 30, "memory for the bodies of all running requests, bytes", "N"

@@ -1,6 +1,6 @@
 """From the typed bodies of `requests` to requests of the bus.
 
-Pure but for remote pictures, which `images` fetches. Knows both languages and no sockets: what a
+Pure but for remote images, which `images` fetches. Knows both languages and no sockets: what a
 field means on the bus is decided here and nowhere else.
 """
 
@@ -37,7 +37,7 @@ from client.images import media_type
 
 __all__ = [
     "Generation",
-    "Pictures",
+    "Images",
     "Reading",
     "chat_call",
     "checked",
@@ -78,23 +78,23 @@ class Generation:
 
 
 @dataclass(slots=True)
-class Pictures:
-    """Collects the pictures of one request in the order in which they stand there."""
+class Images:
+    """Collects the images of one request in the order in which they stand there."""
 
     policy: ImagePolicy
     #: The address of each, and the field that it stands in.
     found: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, url: str, detail: str | None, param: str) -> ImagePart:
-        """One more picture; raises GatewayError naming `param`."""
+        """One more image; raises GatewayError naming `param`."""
         if detail == "low":
             raise invalid(
                 f"{param}.detail",
-                "`detail: low` is not served: the model gets the picture as it is; make it smaller "
+                "`detail: low` is not served: the model gets the image as it is; make it smaller "
                 "before you send it.",
             )
         if len(self.found) >= MAX_ATTACHMENTS:
-            raise invalid(param, f"A request carries at most {MAX_ATTACHMENTS} pictures.")
+            raise invalid(param, f"A request carries at most {MAX_ATTACHMENTS} images.")
         self.found.append((url, f"{param}.url"))
         return ImagePart(attachment=len(self.found) - 1)
 
@@ -139,14 +139,14 @@ async def chat_call(
 
     `size_bytes`: of the body; a large one is converted in another thread.
     """
-    pictures = Pictures(policy)
+    pictures = Images(policy)
     one = await aside(size_bytes, _chat_call, body, pictures, seed, user)
     attachments = await pictures.load()
     request = msgspec.structs.replace(one.request, attachments=described(attachments))
     return replace(one, request=request, attachments=attachments, size_bytes=size_bytes)
 
 
-def _chat_call(body: http.ChatRequest, pictures: Pictures, seed: int, user: str) -> Generation:
+def _chat_call(body: http.ChatRequest, pictures: Images, seed: int, user: str) -> Generation:
     http.check_counts(body)
     http.refuse_unserved(body)
     body = _with_allowed_tools(body)
@@ -276,7 +276,7 @@ def completion_calls(
     ]
 
 
-def _message(message: http.ChatMessage, path: str, pictures: Pictures) -> Message:
+def _message(message: http.ChatMessage, path: str, pictures: Images) -> Message:
     if message.role == "function":
         raise invalid(f"{path}.role", "The role `function` is deprecated; use `tool`.")
     if message.role == "tool" and message.tool_call_id is None:
@@ -307,14 +307,14 @@ def _message(message: http.ChatMessage, path: str, pictures: Pictures) -> Messag
     )
 
 
-def _part(part: http.ContentPart, path: str, role: str, pictures: Pictures) -> Part:
+def _part(part: http.ContentPart, path: str, role: str, pictures: Images) -> Part:
     if isinstance(part, http.TextPart):
         return TextPart(text=part.text)
     if isinstance(part, http.RefusalPart):
         return TextPart(text=part.refusal)
     if isinstance(part, http.ImagePart):
         if role not in ("user", "tool"):
-            raise invalid(path, f"A message of role `{role}` holds no pictures.")
+            raise invalid(path, f"A message of role `{role}` holds no images.")
         return pictures.add(part.image_url.url, part.image_url.detail, f"{path}.image_url")
     # Null in a part of sound or of a file: `refuse_unserved` found nothing to name.
     raise invalid(path, f"`{path}` is of a type that is not served; send text or `image_url`.")

@@ -1,6 +1,6 @@
-"""Pictures of a request as bytes: data URLs, and remote addresses where the operator allows them.
+"""Images of a request as bytes: data URLs, and remote addresses where the operator allows them.
 
-A remote picture is fetched by the gateway (`remote_images`), never by a worker. Bytes are not
+A remote image is fetched by the gateway (`remote_images`), never by a worker. Bytes are not
 decoded here; the worker looks at them under its own bounds.
 """
 
@@ -39,7 +39,7 @@ async def load_image(url: str, policy: ImagePolicy, param: str) -> bytes:
         if not policy.allow_remote:
             raise invalid(
                 param,
-                f"`{param}` is a remote address, and this gateway fetches none. Send the picture "
+                f"`{param}` is a remote address, and this gateway fetches none. Send the image "
                 "as "
                 "a data URL (data:image/png;base64,...), or start the gateway with "
                 "--allow-remote-images.",
@@ -57,16 +57,16 @@ def _from_data_url(url: str, policy: ImagePolicy, param: str) -> bytes:
     if not comma or "base64" not in [option.strip().lower() for option in options]:
         raise invalid(param, f"`{param}` is a data URL without ';base64,'.")
     if not media_type.strip().lower().startswith("image/"):
-        raise invalid(param, f"`{param}` has media type {media_type!r}; a picture is image/....")
+        raise invalid(param, f"`{param}` has media type {media_type!r}; an image is image/....")
     # Four characters encode three bytes.
     if len(payload) * 3 // 4 > policy.max_bytes + 3:
-        raise too_large(param, f"`{param}` is beyond the {policy.max_bytes} bytes of one picture.")
+        raise too_large(param, f"`{param}` is beyond the {policy.max_bytes} bytes of one image.")
     try:
         data = from_base64(payload)
     except (binascii.Error, ValueError) as error:
         raise invalid(param, f"`{param}` is not valid base64: {error}.") from None
     if not data:
-        raise invalid(param, f"`{param}` is an empty picture.")
+        raise invalid(param, f"`{param}` is an empty image.")
     if len(data) > policy.max_bytes:
-        raise too_large(param, f"`{param}` is beyond the {policy.max_bytes} bytes of one picture.")
+        raise too_large(param, f"`{param}` is beyond the {policy.max_bytes} bytes of one image.")
     return data

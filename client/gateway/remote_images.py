@@ -1,4 +1,4 @@
-"""Fetches a picture from an http or https address that a caller named.
+"""Fetches an image from an http or https address that a caller named.
 
 Only from public internet addresses: the name is looked up once, all its addresses are checked, the
 connection goes to a checked address, and each redirect starts over. One deadline covers everything
@@ -104,10 +104,10 @@ async def _read(answer: httpcore.Response, policy: ImagePolicy, param: str) -> b
         data += chunk
         if len(data) > policy.max_bytes:
             raise too_large(
-                param, f"`{param}` is beyond the {policy.max_bytes} bytes of one picture."
+                param, f"`{param}` is beyond the {policy.max_bytes} bytes of one image."
             )
     if not data:
-        raise invalid(param, f"`{param}` is an empty picture.")
+        raise invalid(param, f"`{param}` is an empty image.")
     return bytes(data)
 
 
@@ -163,7 +163,7 @@ async def _look_up(host: str, port: int) -> list[str]:
     if not _lookups.acquire(blocking=False):
         raise GatewayError(
             ErrorCode.OVERLOADED,
-            f"{_MAX_LOOKUPS} hosts of pictures are being looked up already; try again.",
+            f"{_MAX_LOOKUPS} hosts of images are being looked up already; try again.",
             retryable=True,
         )
     loop = asyncio.get_running_loop()
@@ -190,5 +190,5 @@ async def _look_up(host: str, port: int) -> list[str]:
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(tell, found)
 
-    threading.Thread(target=ask, name="picture-host", daemon=True).start()
+    threading.Thread(target=ask, name="image-host", daemon=True).start()
     return await answer

@@ -72,7 +72,7 @@ Texts = (
     str
     | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1, max_length=MAX_ARRAY_ITEMS)]
 )
-#: How closely a model looks at a picture.
+#: How closely a model looks at an image.
 Detail = Literal["auto", "high", "low", "original"]
 #: Most texts of one request; each becomes one or more bus requests.
 MAX_TEXTS: Final = 4096
@@ -343,8 +343,8 @@ _UNSERVED = {
     "audio": "the bus serves text and images, not audio",
     "context_management": "send the part of the conversation that the model should see",
     "conversation": "use `previous_response_id`, or send the conversation as `input`",
-    "file": "send text, or a picture as `image_url`",
-    "file_id": "no files are kept here; send a picture as `image_url`",
+    "file": "send text, or an image as `image_url`",
+    "file_id": "no files are kept here; send an image as `image_url`",
     "function_call": "it is the deprecated form of `tool_choice`",
     "functions": "it is the deprecated form of `tools`",
     "input_audio": "the bus serves text and images, not audio",

@@ -47,7 +47,7 @@ BACKLOG: Final = 512
 before the limit on connections is checked."""
 
 RESERVED_DESCRIPTORS: Final = 64
-"""For the bus, remote pictures, files and peers."""
+"""For the bus, remote images, files and peers."""
 
 LAST_WORDS_S: Final = 2
 """Time for the last events to be sent, after the grace period."""

@@ -18,7 +18,7 @@ from tests.engines.tiny import (
     VOCABULARY,
     tokenizer,
 )
-from worker.engines.common.processors import pictures_only, processor_class
+from worker.engines.common.processors import images_only, processor_class
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -214,7 +214,7 @@ _CLIP = {
 
 def _processor(name: str, *parts: Any, **own: Any) -> Any:
     """A processor that could also take videos, as the worker loads it without torchvision."""
-    return pictures_only(processor_class(name))(*parts, **own)
+    return images_only(processor_class(name))(*parts, **own)
 
 
 def _square(size: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Loads a model's folder with every engine on a machine without a network: a program of its own,
 since Hugging Face's packages read HF_HUB_OFFLINE when they are imported.
 
-    python -m tests.engines.offline_loading TEXT_MODEL PICTURE_MODEL
+    python -m tests.engines.offline_loading TEXT_MODEL IMAGE_MODEL
 
 prints one JSON object: by engine, the names of the models that it serves, or what went wrong.
 Libraries that need hardware or a build of their own are stood in for, as far as loading goes; what

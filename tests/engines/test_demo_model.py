@@ -1,4 +1,4 @@
-"""The bundled demo model answers pictures that it has never seen."""
+"""The bundled demo model answers images that it has never seen."""
 
 import random
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ def test_roles_strings_and_parts_share_one_template(loaded: tuple[Any, Any]) -> 
     )
 
 
-def test_a_question_before_its_pictures_makes_the_same_prompt_as_after_them(
+def test_a_question_before_its_images_makes_the_same_prompt_as_after_them(
     loaded: tuple[Any, Any],
 ) -> None:
     _, processor = loaded
@@ -90,7 +90,7 @@ def test_held_out_cases_are_the_same_ones_each_time() -> None:
     assert first == again
 
 
-def test_a_question_with_the_wrong_number_of_pictures_is_refused() -> None:
+def test_a_question_with_the_wrong_number_of_images_is_refused() -> None:
     rng = random.Random(0)
     with pytest.raises(ValueError, match="takes"):
         ask(rng, [make_scene(rng)], "each image")

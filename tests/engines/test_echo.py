@@ -120,7 +120,7 @@ def test_a_completion_is_echoed_token_by_token() -> None:
     assert end.usage.completion_tokens == end.usage.prompt_tokens == len(ids)
 
 
-def test_a_chat_echoes_the_last_user_message_and_names_its_pictures() -> None:
+def test_a_chat_echoes_the_last_user_message_and_names_its_images() -> None:
     png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", 64, 48)
     request = Request(
         model=MODEL,
@@ -137,7 +137,7 @@ def test_a_chat_echoes_the_last_user_message_and_names_its_pictures() -> None:
 
 
 @pytest.mark.parametrize(("prompt", "pictures"), [("no place", 1), ("<image> <image>", 1)])
-def test_a_wrong_number_of_pictures_is_told(prompt: str, pictures: int) -> None:
+def test_a_wrong_number_of_images_is_told(prompt: str, pictures: int) -> None:
     assert failure(build(), job(prompt, attachments=(b"x",) * pictures)) == "invalid_request"
 
 
@@ -353,5 +353,5 @@ def test_wrong_options_are_told() -> None:
 
 def test_the_registry_knows_the_built_in_engines_and_names_them_when_asked_for_another() -> None:
     assert registry.load("echo") is echo.build
-    with pytest.raises(EngineLoadError, match=r"there are: echo, .*transformers"):
+    with pytest.raises(EngineLoadError, match=r"choose one of: echo, .*transformers"):
         registry.load("nosuch")

@@ -83,7 +83,7 @@ def _name_as_the_hub_does(file: Path) -> None:
 
 @needs_vllm
 @pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM's LLaVA needs torchvision")
-def test_pictures_are_seen_as_transformers_sees_them(tmp_path: Path) -> None:
+def test_images_are_seen_as_transformers_sees_them(tmp_path: Path) -> None:
     model, processor = tiny.llava(hidden=HIDDEN), tiny.llava_processor()
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)

@@ -47,7 +47,7 @@ def encoded(image: Image.Image, form: str = "PNG") -> bytes:
 
 
 def wide(width: int = 2_000_000) -> bytes:
-    """A picture of one line: within every bound of bytes and pixels."""
+    """An image of one line: within every bound of bytes and pixels."""
     data = encoded(Image.new("1", (width, 1)))
     assert len(data) < 2000
     return data
@@ -93,7 +93,7 @@ def test_no_processor_makes_more_than_was_foreseen(
     ],
     ids=["shorter edge", "thumbnail", "padded to a square"],
 )
-def test_a_picture_far_from_square_is_refused_before_a_pixel_is_decoded(processor: Any) -> None:
+def test_an_image_far_from_square_is_refused_before_a_pixel_is_decoded(processor: Any) -> None:
     whole = wide()
     # Without its pixels: to decode it would be another error.
     header = whole[: whole.index(b"IDAT") + 8]
@@ -131,7 +131,7 @@ def test_the_refusal_waits_for_no_lock_and_none_waits_for_it(
         assert told == ["too_large"]
 
 
-# --- large pictures -------------------------------------------------------------------------------
+# --- large images -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -145,19 +145,19 @@ def test_the_refusal_waits_for_no_lock_and_none_waits_for_it(
         ("Idefics3ImageProcessorPil", (7000, 7000), 2),
     ],
 )
-def test_a_large_picture_keeps_twice_what_the_processor_looks_at(
+def test_a_large_image_keeps_twice_what_the_processor_looks_at(
     name: str, size: tuple[int, int], factor: int
 ) -> None:
     assert Footprint(processor_of(name)).shrinkage(*size) == factor
 
 
-def test_of_an_unknown_processor_only_very_large_pictures_are_shrunk() -> None:
+def test_of_an_unknown_processor_only_very_large_images_are_shrunk() -> None:
     assert Footprint().shrinkage(4000, 3000) == 1
     assert Footprint().shrinkage(7000, 7000) == 2
     assert Footprint().shrinkage(50_000_000, 1) == 1
 
 
-def test_the_processor_gets_the_shrunk_picture(
+def test_the_processor_gets_the_shrunk_image(
     engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(footprint, "LARGE_PIXELS", 100_000)

@@ -1,6 +1,6 @@
-"""Pictures that strangers send to hurt: bombs, broken files, formats that nobody asked for.
+"""Images that strangers send to hurt: bombs, broken files, formats that nobody asked for.
 
-Each is refused with a typed error that names the picture and the cause, or read as its first frame;
+Each is refused with a typed error that names the image and the cause, or read as its first frame;
 the worst of them run in a process of their own, whose memory and decoded pixels are counted.
 """
 
@@ -41,11 +41,11 @@ def picture(width: int = 64, height: int = 48) -> Image.Image:
 
 
 def refused(data: bytes, index: int = 3, limits: ImageLimits = LIMITS) -> RequestError:
-    """The error of a picture that must be refused."""
+    """The error of an image that must be refused."""
     with pytest.raises(RequestError) as caught:
         decode_image(data, index, limits)
     error = caught.value
-    assert f"picture {index}" in error.info.message
+    assert f"image {index}" in error.info.message
     assert error.info.details["attachment"] == index
     return error
 
@@ -217,7 +217,7 @@ WHOLE = {form: encoded(picture(24, 16), form) for form in FORMATS if form in Ima
 
 @settings(max_examples=300)
 @given(st.sampled_from(sorted(WHOLE)), st.integers(0, 2**32))
-def test_flipped_bytes_end_in_a_picture_or_a_typed_error(form: str, seed: int) -> None:
+def test_flipped_bytes_end_in_an_image_or_a_typed_error(form: str, seed: int) -> None:
     generator = random.Random(seed)
     data = bytearray(WHOLE[form])
     for _ in range(generator.randint(1, 8)):

@@ -310,7 +310,7 @@ def test_an_answer_begins_with_its_forced_tokens() -> None:
 
 
 def test_ids_that_the_output_does_not_have_do_no_harm_in_a_prompt() -> None:
-    """Placeholders of pictures may lie beyond the vocabulary, or below zero."""
+    """Placeholders of images may lie beyond the vocabulary, or below zero."""
     logits = random_logits(2, 10, 8)
     params = Params(repetition_penalty=1.5, temperature=0, logprobs=10)
     rows = [row(params, [3, 4]), row(params, [-200, 3, 10, 32_000, 4])]

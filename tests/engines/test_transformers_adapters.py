@@ -315,7 +315,7 @@ def pictures_and_question(engine: TransformersEngine, name: str, count: int) -> 
 
 
 @pytest.mark.parametrize("part", ["tower and language model", "projector", "language model"])
-def test_adapters_of_a_vision_language_model_see_every_number_of_pictures(
+def test_adapters_of_a_vision_language_model_see_every_number_of_images(
     part: str, tmp_path: Path
 ) -> None:
     targets = {

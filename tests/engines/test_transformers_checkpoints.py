@@ -328,7 +328,7 @@ def test_remote_code_whose_processor_cannot_be_used_is_served_without_images_and
         assert not engine.capabilities.models[0].images
         assert "served without images" in caplog.text
         refused = tiny.run(engine, [tiny.chat_job("what", [tiny.picture(3)], model="m")])[0]
-        assert refused.failed is not None and "takes no pictures" in refused.failed.message
+        assert refused.failed is not None and "takes no images" in refused.failed.message
     finally:
         engine.close()
 

@@ -74,7 +74,7 @@ def _picture_inputs(model: Any, processor: Any, text: str, pictures: list[bytes]
 # PaliGemma's processor calls numpy in a way that numpy 2 wants changed.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("name", VISION)
-def test_pictures_and_texts_in_one_batch_write_what_generate_writes(name: str) -> None:
+def test_images_and_texts_in_one_batch_write_what_generate_writes(name: str) -> None:
     model, processor = vision_model(name)
     fixed = "on" if name in ("qwen2_vl", "llava") else "off"
     engine = tiny.serve(model, processor=processor, slots=4, cuda_graphs=fixed)
@@ -90,7 +90,7 @@ def test_pictures_and_texts_in_one_batch_write_what_generate_writes(name: str) -
             ("the quick brown fox", []),
         ]
         if name == "paligemma":
-            # Its processor makes no prompt without a picture.
+            # Its processor makes no prompt without an image.
             asked = [(text, pictures) for text, pictures in asked if pictures]
         banned = sorted(engine._served[0].loaded.placeholder_ids)
         lengths = [random.Random(index).randint(4, 12) for index in range(len(asked))]
@@ -109,7 +109,7 @@ def test_pictures_and_texts_in_one_batch_write_what_generate_writes(name: str) -
         assert [answer.failed for answer in answers] == [None] * len(answers)
         assert [answer.token_ids for answer in answers] == wanted
         assert len({token for answer in wanted for token in answer}) > 6
-        assert wanted[0] != wanted[3 if name != "paligemma" else 2], "the picture must matter"
+        assert wanted[0] != wanted[3 if name != "paligemma" else 2], "the image must matter"
     finally:
         engine.close()
 

@@ -48,7 +48,7 @@ def questions() -> list[tuple[Job, str]]:
     ],
     ids=["float32", "8-bit", "4-bit"],
 )
-def test_many_picture_questions_at_once_are_answered_as_one_at_a_time(
+def test_many_image_questions_at_once_are_answered_as_one_at_a_time(
     options: dict[str, Any],
     accuracy: float,
     agreement: float,

@@ -112,7 +112,7 @@ def test_prompt_logprobs_of_a_decoder_and_of_an_encoder() -> None:
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
-def test_pictures_take_turns_as_well(name: str) -> None:
+def test_images_take_turns_as_well(name: str) -> None:
     model, processor = vision_model(name)
     batch = tiny.serve(model, processor=processor)
     turns = tiny.serve(model, processor=processor, scheduler="generate")

@@ -95,7 +95,7 @@ def load(folder: Path, base: Path | None, **settings: Any) -> LoadedModel:
 
 @torch.inference_mode()
 def logits(model: Any, processor: Any, image_id: int | None = None) -> torch.Tensor:
-    """Logits behind a text with a wide picture."""
+    """Logits behind a text with a wide image."""
     picture = Image.linear_gradient("L").resize((60, 40)).convert("RGB")
     inputs = processor(text=["what is <image> in this"], images=[picture], return_tensors="pt")
     if image_id is not None:
@@ -117,7 +117,7 @@ def test_a_projector_and_its_base_are_the_llava_they_were_taken_from(
     assert torch.equal(logits(loaded.model, loaded.processor), wanted)
 
 
-def test_an_assembled_llava_answers_questions_on_pictures_in_the_batch(
+def test_an_assembled_llava_answers_questions_on_images_in_the_batch(
     base: Path, tower: Path, tmp_path: Path
 ) -> None:
     weights = projector_weights(tiny.llava())
@@ -142,7 +142,7 @@ def test_an_assembled_llava_answers_questions_on_pictures_in_the_batch(
         direct.close()
 
 
-def test_a_base_without_picture_token_and_template_is_given_both(
+def test_a_base_without_image_token_and_template_is_given_both(
     base: Path, tower: Path, tmp_path: Path
 ) -> None:
     whole = tiny.llava()
@@ -176,7 +176,7 @@ def test_a_base_without_picture_token_and_template_is_given_both(
     )
 
 
-def test_pictures_are_padded_to_a_square_where_the_folder_says_so(
+def test_images_are_padded_to_a_square_where_the_folder_says_so(
     base: Path, tower: Path, tmp_path: Path
 ) -> None:
     weights = projector_weights(tiny.llava())
@@ -186,7 +186,7 @@ def test_pictures_are_padded_to_a_square_where_the_folder_says_so(
     wide = Image.new("RGB", (56, 28), "white")
     pixels = loaded.processor.image_processor(wide, return_tensors="pt")["pixel_values"][0]
     assert pixels.shape == (3, 28, 28)
-    # The mean colour of CLIP is 0 once normalised: above and below the picture.
+    # The mean colour of CLIP is 0 once normalised: above and below the image.
     assert pixels[:, 0, :].abs().max() < 0.02 and pixels[:, 14, :].min() > 1.5
 
 

@@ -148,7 +148,7 @@ def without_weights(path: Path) -> str:
     return str(path)
 
 
-def of_pictures_only(path: Path) -> str:
+def of_images_only(path: Path) -> str:
     (path / "config.json").write_text("not json at all")
     return str(path)
 
@@ -162,7 +162,7 @@ def of_pictures_only(path: Path) -> str:
         (empty, "no config.json"),
         (of_unknown_kind, "nobody-knows-this"),
         (without_weights, "safetensors"),
-        (of_pictures_only, "cannot load"),
+        (of_images_only, "cannot load"),
     ],
     ids=["missing", "GGUF", "folder of GGUF", "empty", "unknown", "no weights", "broken"],
 )
@@ -261,7 +261,7 @@ def test_half_precision_agrees_with_itself_within_its_tolerance(folder: Path, dt
         engine.close()
 
 
-def test_pictures_are_served_in_half_precision(vision_folder: Path) -> None:
+def test_images_are_served_in_half_precision(vision_folder: Path) -> None:
     engine = load(vision_folder, dtype="bfloat16")
     try:
         assert engine.capabilities.models[0].details["scheduler"] == "slots"
@@ -273,7 +273,7 @@ def test_pictures_are_served_in_half_precision(vision_folder: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantised_weights_serve_text_and_pictures(vision_folder: Path, bits: int) -> None:
+def test_quantised_weights_serve_text_and_images(vision_folder: Path, bits: int) -> None:
     pytest.importorskip("bitsandbytes")
     engine = load(vision_folder, load_8bit=bits == 8, load_4bit=bits == 4)
     try:

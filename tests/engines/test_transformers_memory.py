@@ -105,7 +105,7 @@ def test_a_conversation_is_continued_from_its_answers(model: Any) -> None:
         engine.close()
 
 
-def test_a_picture_is_part_of_the_prefix() -> None:
+def test_an_image_is_part_of_the_prefix() -> None:
     model, processor = tiny.llava(), tiny.llava_processor()
     reusing = tiny.serve(model, processor=processor, prefix_tokens=2048)
     fresh = tiny.serve(model, processor=processor, prefix_tokens=0)

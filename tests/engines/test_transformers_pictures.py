@@ -1,4 +1,4 @@
-"""Pictures: decoded under bounds, counted, placed, and refused with their true cause."""
+"""Images: decoded under bounds, counted, placed, and refused with their true cause."""
 
 from __future__ import annotations
 
@@ -96,13 +96,11 @@ def test_an_animation_gives_its_first_frame() -> None:
     ],
     ids=["empty", "text", "torn header", "torn body", "postscript"],
 )
-def test_an_unreadable_picture_names_its_index_and_cause(
-    data: bytes, code: str, words: str
-) -> None:
+def test_an_unreadable_image_names_its_index_and_cause(data: bytes, code: str, words: str) -> None:
     with pytest.raises(RequestError) as caught:
         decode_image(data, 3, ImageLimits())
     assert caught.value.info.code == code
-    assert "picture 3" in str(caught.value) and words.lower() in str(caught.value).lower()
+    assert "image 3" in str(caught.value) and words.lower() in str(caught.value).lower()
 
 
 def test_a_bomb_is_refused_before_it_is_decoded() -> None:
@@ -126,7 +124,7 @@ def inputs(model: Any, text: str, pictures: list[bytes]) -> dict[str, Any]:
     return dict(tiny.llava_processor()(text=[text], images=images or None, return_tensors="pt"))
 
 
-def test_a_raw_prompt_has_its_pictures_where_the_placeholders_stand(
+def test_a_raw_prompt_has_its_images_where_the_placeholders_stand(
     engine: TransformersEngine, model: Any
 ) -> None:
     text = "USER: <image> hello <image> world ASSISTANT:"
@@ -152,7 +150,7 @@ def test_a_raw_prompt_has_its_pictures_where_the_placeholders_stand(
     assert forward.ended is not None and forward.ended.usage.image_tokens == 8
 
 
-def test_pictures_of_several_turns_keep_the_order_of_the_messages(
+def test_images_of_several_turns_keep_the_order_of_the_messages(
     engine: TransformersEngine, model: Any
 ) -> None:
     pictures = (tiny.picture(1), tiny.picture(2))
@@ -193,9 +191,7 @@ def test_a_video_is_its_frames(engine: TransformersEngine) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_a_wrong_number_of_pictures_names_both_counts(
-    engine: TransformersEngine, count: int
-) -> None:
+def test_a_wrong_number_of_images_names_both_counts(engine: TransformersEngine, count: int) -> None:
     request = Request(model="tiny", kind=Kind.COMPLETE, prompt="<image> and <image>", window=1)
     pictures = tuple(tiny.picture(seed) for seed in range(count))
     answer = tiny.run(engine, [Job(new_id(), request, pictures)])[0]
@@ -207,10 +203,10 @@ def test_attachments_that_no_message_names_are_refused(engine: TransformersEngin
     request = Request(model="tiny", messages=[Message(role="user", content="hello")], window=1)
     answer = tiny.run(engine, [Job(new_id(), request, (tiny.picture(1),))])[0]
     assert answer.failed is not None
-    assert "name 0 pictures, the request carries 1" in answer.failed.message
+    assert "name 0 images, the request carries 1" in answer.failed.message
 
 
-def test_a_placeholder_typed_by_a_user_claims_no_picture(engine: TransformersEngine) -> None:
+def test_a_placeholder_typed_by_a_user_claims_no_image(engine: TransformersEngine) -> None:
     good, typed = tiny.run(
         engine,
         [
@@ -222,17 +218,17 @@ def test_a_placeholder_typed_by_a_user_claims_no_picture(engine: TransformersEng
     assert typed.ended is not None and typed.ended.usage.image_tokens == 4
 
 
-def test_placeholder_ids_without_a_picture_are_refused(engine: TransformersEngine) -> None:
+def test_placeholder_ids_without_an_image_are_refused(engine: TransformersEngine) -> None:
     answer = tiny.run(engine, [tiny.ids_job([20, tiny.IMAGE, 21])])[0]
-    assert answer.failed is not None and "no picture" in answer.failed.message
+    assert answer.failed is not None and "no image" in answer.failed.message
 
 
-def test_an_unreadable_picture_fails_its_own_request_only(engine: TransformersEngine) -> None:
+def test_an_unreadable_image_fails_its_own_request_only(engine: TransformersEngine) -> None:
     bad, good = tiny.run(
         engine,
         [tiny.chat_job("hello", [b"junk"]), tiny.chat_job("hello", [tiny.picture(1)])],
     )
-    assert bad.failed is not None and "picture 0" in bad.failed.message
+    assert bad.failed is not None and "image 0" in bad.failed.message
     assert good.reason is FinishReason.LENGTH
 
 
@@ -249,7 +245,7 @@ def test_a_placeholder_is_never_generated(engine: TransformersEngine, model: Any
             head[tiny.IMAGE] = kept
 
 
-def test_a_resumed_answer_about_a_picture_continues(engine: TransformersEngine) -> None:
+def test_a_resumed_answer_about_an_image_continues(engine: TransformersEngine) -> None:
     import msgspec
 
     from broker.protocol.messages import Resume
@@ -266,7 +262,7 @@ def test_a_resumed_answer_about_a_picture_continues(engine: TransformersEngine) 
 
 
 @pytest.mark.parametrize("asked", [0, 1], ids=["in the system message", "and in the question"])
-def test_truncation_keeps_the_pictures_of_the_system_message(model: Any, asked: int) -> None:
+def test_truncation_keeps_the_images_of_the_system_message(model: Any, asked: int) -> None:
     engine = tiny.serve(model, processor=tiny.llava_processor())
     wide = tiny.serve(model, processor=tiny.llava_processor())
     pictures = [tiny.picture(seed) for seed in range(1 + asked)]

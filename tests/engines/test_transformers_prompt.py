@@ -1,5 +1,5 @@
 """Where a prompt ends and an answer begins: end tokens, first spaces, tokens that the model cannot
-read, and pictures that stay whole."""
+read, and images that stay whole."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_nothing_stands_behind_a_prompt(added: str) -> None:
         engine.close()
 
 
-def test_nothing_stands_behind_a_prompt_with_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_stands_behind_a_prompt_with_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.llava()
     wanted = tiny.serve(model, processor=tiny.llava_processor())
     job = tiny.chat_job("hello", [tiny.picture(1)])
@@ -282,16 +282,16 @@ def test_a_continued_message_keeps_its_first_space(kind: Any, space: str) -> Non
         engine.close()
 
 
-# --- pictures that stay whole ---------------------------------------------------------------------
+# --- images that stay whole ---------------------------------------------------------------------
 
 OPENED = (
     "{% for m in messages %}{{ m.role }} {% for c in m.content %}"
     "{{ '<|system|><image><|user|>' if c.type == 'image' else c.text }}{% endfor %}\n{% endfor %}"
 )
-"""Marks around a picture, as Qwen-VL's `<|vision_start|>` and `<|vision_end|>`; none for turns."""
+"""Marks around an image, as Qwen-VL's `<|vision_start|>` and `<|vision_end|>`; none for turns."""
 
 
-def test_truncation_cuts_no_picture_from_its_opening_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_truncation_cuts_no_image_from_its_opening_mark(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = copy.deepcopy(tiny.tokenizer())
     tokenizer.chat_template = OPENED
     monkeypatch.setattr(tiny, "tokenizer", lambda: tokenizer)
@@ -320,12 +320,12 @@ def test_truncation_cuts_no_picture_from_its_opening_mark(monkeypatch: pytest.Mo
             else:
                 assert answer.failed is not None
                 assert answer.failed.code == "context_overflow"
-                assert "pictures lie where it would be cut" in answer.failed.message
+                assert "images lie where it would be cut" in answer.failed.message
     finally:
         engine.close()
 
 
-# --- processors that place pictures by themselves -------------------------------------------------
+# --- processors that place images by themselves -------------------------------------------------
 
 
 def spread(model: Any) -> Any:
@@ -383,7 +383,7 @@ def git() -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("kind", [blip2, git])
-def test_a_raw_prompt_begins_with_the_picture_that_the_processor_places(kind: Any) -> None:
+def test_a_raw_prompt_begins_with_the_image_that_the_processor_places(kind: Any) -> None:
     model, processor = kind()
     engine = tiny.serve(model, processor=processor, own_tokenizer=processor.tokenizer)
     pictures = [tiny.picture(1), tiny.picture(2)]
@@ -399,12 +399,12 @@ def test_a_raw_prompt_begins_with_the_picture_that_the_processor_places(kind: An
             count = prompt.count("<image>")
             error = one(engine, completion(prompt, *pictures[:count])).failed
             assert error is not None and error.code == "invalid_request"
-            assert "one picture, before the text" in error.message
+            assert "one image, before the text" in error.message
     finally:
         engine.close()
 
 
-def test_a_model_that_answers_about_a_picture_only_says_so() -> None:
+def test_a_model_that_answers_about_an_image_only_says_so() -> None:
     model, processor = blip2()
     engine = tiny.serve(model, processor=processor, own_tokenizer=processor.tokenizer)
     try:

@@ -80,7 +80,7 @@ def refusal(engine: TransformersEngine, *messages: Message, **body: Any) -> Erro
 
 
 def say(role: str, *content: str | int, **more: Any) -> Message:
-    """A message of texts and pictures (by their index); one text alone is a string."""
+    """A message of texts and images (by their index); one text alone is a string."""
     if len(content) == 1 and isinstance(content[0], str):
         return Message(role=role, content=content[0], **more)
     parts: list[Part] = [
@@ -196,7 +196,7 @@ def test_no_words_are_rendered_by_a_template_that_looks_at_the_first_part(
     assert rendered(engine, say("user", "add"), silent) == "[user:]add[assistant:]"
 
 
-def test_pictures_stand_between_the_words_in_every_form(serve: Any) -> None:
+def test_images_stand_between_the_words_in_every_form(serve: Any) -> None:
     message = say("user", "left", 0, "right", 1)
     for form in (STRING, PARTS, EITHER):
         text = rendered(serve(by_role(user=form), images=True), message)
@@ -205,12 +205,12 @@ def test_pictures_stand_between_the_words_in_every_form(serve: Any) -> None:
     assert rendered(serve(by_role(user=STRING), images=True), video) == "[user]<image><image>what"
 
 
-def test_a_picture_that_the_template_would_drop_is_refused(serve: Any) -> None:
+def test_an_image_that_the_template_would_drop_is_refused(serve: Any) -> None:
     engine = serve(by_role(user=PARTS, assistant=STRING, tool=ONLY_TEXTS), images=True)
     call = Message(role="assistant", tool_calls=[CALL])
     shown = say("tool", "seen: ", 0, tool_call_id="abcdefgh9")
     error = refusal(engine, say("user", "look"), call, shown, pictures=1)
-    assert "shows 0 of 1 pictures" in error.message
+    assert "shows 0 of 1 images" in error.message
     result = asked(engine, Kind.TOKENIZE, 1, messages=[say("user", "look", 0)])
     assert result["token_ids"].count(tiny.IMAGE) == 4
 

@@ -163,7 +163,7 @@ def llava(*, hidden: int = 64, image: int = 28, patch: int = 14, seed: int = 0) 
     )
     model = LlavaForConditionalGeneration(config).eval()
     with torch.no_grad():
-        # Random projections of a tiny tower are faint; pictures must make a difference.
+        # Random projections of a tiny tower are faint; images must make a difference.
         for parameter in model.model.multi_modal_projector.parameters():
             parameter.mul_(8.0)
     return model
@@ -303,7 +303,7 @@ def ids_job(token_ids: Sequence[int], model: str = "tiny", **params: Any) -> Job
 
 
 def chat_job(text: str, pictures: Sequence[bytes] = (), model: str = "tiny", **params: Any) -> Job:
-    """A job of one user message with pictures before the text; greedy unless told otherwise."""
+    """A job of one user message with images before the text; greedy unless told otherwise."""
     parts: list[Part] = [ImagePart(attachment=index) for index in range(len(pictures))]
     request = Request(
         model=model,
@@ -324,7 +324,7 @@ def prompts(count: int, low: int = 3, high: int = 60, seed: int = 0) -> list[lis
 
 
 def picture(seed: int, width: int = 40, height: int = 32, kind: str = "PNG") -> bytes:
-    """An encoded picture with some shapes."""
+    """An encoded image with some shapes."""
     choose = random.Random(seed)
     image = Image.new("RGB", (width, height), tuple(choose.randrange(256) for _ in range(3)))
     draw = ImageDraw.Draw(image)

@@ -113,7 +113,7 @@ def test_a_cancelled_task_frees_the_slot(
     wait_until(lambda: gateway.bus.running() == 0, "a free slot")
 
 
-def test_pictures_logprobs_and_tools_come_through(run: Run) -> None:
+def test_images_logprobs_and_tools_come_through(run: Run) -> None:
     async def work(client: Client) -> None:
         shown = [
             {"type": "image_url", "image_url": {"url": picture()}},

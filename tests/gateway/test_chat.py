@@ -119,7 +119,7 @@ def test_choices_of_a_stream_come_interleaved_with_their_index(client: openai.Op
     assert texts == [choice.message.content for choice in whole.choices]
 
 
-def test_pictures_travel_as_data_urls_in_their_order(client: openai.OpenAI) -> None:
+def test_images_travel_as_data_urls_in_their_order(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model=MODEL, messages=with_picture(picture(), picture(32, 32))
     )

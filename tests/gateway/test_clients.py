@@ -75,7 +75,7 @@ def test_what_asks_for_nothing_is_taken(http: httpx.Client, case: str) -> None:
     assert "tool_calls" not in choice["message"] and choice["logprobs"] is None
 
 
-def test_a_hint_on_a_picture_does_not_hide_it(http: httpx.Client) -> None:
+def test_a_hint_on_an_image_does_not_hide_it(http: httpx.Client) -> None:
     shown = {"type": "image_url", "image_url": {"url": picture(), "detail": "original"}, **HINT}
     said = [{"role": "user", "content": [shown, {"type": "text", "text": "what"}]}]
     assert chat(http, messages=said)["message"]["content"].startswith("1 image: ")

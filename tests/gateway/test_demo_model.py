@@ -1,4 +1,4 @@
-"""The gateway on the bundled demo model: a real picture, real sampling, real constraints."""
+"""The gateway on the bundled demo model: a real image, real sampling, real constraints."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def picture_and(question: str) -> list[dict[str, Any]]:
     ]
 
 
-def test_the_right_picture_gives_the_right_words(demo: openai.OpenAI) -> None:
+def test_the_right_image_gives_the_right_words(demo: openai.OpenAI) -> None:
     _, question, answer = example()
     messages = picture_and(question)
     whole = demo.chat.completions.create(model="demo", messages=messages, temperature=0)
@@ -81,7 +81,7 @@ def test_the_right_picture_gives_the_right_words(demo: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == answer
 
 
-def test_usage_so_far_counts_the_picture(demo: openai.OpenAI) -> None:
+def test_usage_so_far_counts_the_image(demo: openai.OpenAI) -> None:
     _, question, answer = example()
     chunks = list(
         demo.chat.completions.create(

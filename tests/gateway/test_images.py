@@ -1,4 +1,4 @@
-"""Pictures: data URLs, and remote addresses that never lead into a private network."""
+"""Images: data URLs, and remote addresses that never lead into a private network."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_anything_else_is_refused_by_name(url: str) -> None:
     assert refusal(url).info.code == "invalid_request"
 
 
-def test_a_picture_beyond_the_limit_is_refused() -> None:
+def test_an_image_beyond_the_limit_is_refused() -> None:
     url = "data:image/png;base64," + base64.b64encode(bytes(101)).decode()
     assert refusal(url, max_bytes=100).info.code == "too_large"
 
@@ -175,7 +175,7 @@ class _Pictures(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"bytes")
 
     def trickle(self, begun: bytes) -> None:
-        """A byte at a time, each well within the time for a whole picture."""
+        """A byte at a time, each well within the time for a whole image."""
         with contextlib.suppress(OSError):
             self.wfile.write(begun)
             while not self.released.wait(0.02):
@@ -198,7 +198,7 @@ def pictures() -> Iterator[str]:
         thread.join()
 
 
-def test_a_remote_picture_is_fetched_through_redirects(pictures: str) -> None:
+def test_a_remote_image_is_fetched_through_redirects(pictures: str) -> None:
     allowed = {"allow_remote": True, "allowed_networks": LOOPBACK}
     assert load(f"{pictures}/picture", **allowed) == b"bytes"
     assert load(f"{pictures}/redirect", **allowed) == b"bytes"
@@ -217,7 +217,7 @@ def test_a_redirect_into_another_network_is_checked_again(pictures: str) -> None
     assert _Pictures.asked == ["/inward"]
 
 
-def test_loops_misses_and_endless_pictures_are_told_apart(pictures: str) -> None:
+def test_loops_misses_and_endless_images_are_told_apart(pictures: str) -> None:
     allowed = {"allow_remote": True, "allowed_networks": LOOPBACK}
     assert "redirects" in str(refusal(f"{pictures}/loop", **allowed))
     assert "404" in str(refusal(f"{pictures}/missing", **allowed))
@@ -230,7 +230,7 @@ def test_a_host_that_trickles_is_given_up(pictures: str, path: str) -> None:
     assert "within 0.2 s" in str(refusal(pictures + path, **allowed))
 
 
-def test_slow_hosts_hold_up_nobodys_pictures(pictures: str) -> None:
+def test_slow_hosts_hold_up_nobodys_images(pictures: str) -> None:
     policy = ImagePolicy(allow_remote=True, allowed_networks=LOOPBACK)
 
     async def first() -> bytes:

@@ -79,7 +79,7 @@ def test_long_strings_are_not_decoded_with_the_rest(monkeypatch: pytest.MonkeyPa
     body = read_in_steps(data, lambda data: parse(ChatRequest, data))
     assert isinstance(body.messages[0].content, list)
     assert [one.image_url.url == picture for one in body.messages[0].content] == [True] * 4
-    # Each picture by itself, then all else.
+    # Each image by itself, then all else.
     assert max(decoded) < 3_100_000 and sorted(decoded)[0] < 100_000
 
 

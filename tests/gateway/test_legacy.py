@@ -85,7 +85,7 @@ def test_llava_gets_the_prompt_and_the_text_so_far_in_every_frame(http: httpx.Cl
     assert frames(http, body)[-1] == told[-1]
 
 
-def test_llava_sends_pictures_as_base64(http: httpx.Client) -> None:
+def test_llava_sends_images_as_base64(http: httpx.Client) -> None:
     shown = picture(20)
     body = {"model": MODEL, "prompt": "<image>\nwhat", "images": [shown], "max_input_tiles": 12}
     assert "20x10" in frames(http, body, headers=LLAVA)[-1]["text"]
@@ -117,7 +117,7 @@ def test_llava_gets_as_long_an_answer_as_the_context_leaves(http: httpx.Client) 
     assert frame["error_code"] == 40303
 
 
-def test_internvl_sends_messages_with_their_pictures(http: httpx.Client) -> None:
+def test_internvl_sends_messages_with_their_images(http: httpx.Client) -> None:
     turns = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "first", "image": [picture(20), picture(30)]},
@@ -227,7 +227,7 @@ def test_a_prompt_made_with_our_template_is_a_chat_again(http: httpx.Client) -> 
     assert turns(fastchat_prompt(conv, "")) == [("user", "")]
 
 
-def test_pictures_stand_where_fastchat_marks_them(http: httpx.Client) -> None:
+def test_images_stand_where_fastchat_marks_them(http: httpx.Client) -> None:
     conv = http.post("/worker_get_conv_template", json={"model": MODEL}).json()["conv"]
     prompt = fastchat_prompt(conv, "first", "seen", "$$<image>$$one $$<image>$$ other")
     body = {"model": MODEL, "prompt": prompt, "echo": False, "images": [picture(20), picture(30)]}
@@ -241,10 +241,10 @@ def test_pictures_stand_where_fastchat_marks_them(http: httpx.Client) -> None:
     assert last["text"] == "$$<image>$$one $$<image>$$ other"
 
 
-def test_an_empty_picture_is_refused(http: httpx.Client) -> None:
+def test_an_empty_image_is_refused(http: httpx.Client) -> None:
     body = {"model": MODEL, "prompt": "<image>", "images": [""]}
     [frame] = frames(http, body, headers=FASTCHAT)
-    assert "`images[0]` is an empty picture" in frame["text"]
+    assert "`images[0]` is an empty image" in frame["text"]
 
 
 def test_a_prompt_made_with_an_older_template_is_refused(http: httpx.Client) -> None:

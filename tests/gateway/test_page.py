@@ -74,7 +74,7 @@ def done(page: sync_api.Page, answers: int = 1) -> None:
     page.locator(".message.assistant .facts").nth(answers - 1).wait_for()
 
 
-def test_a_person_chats_about_a_picture(open_page: OpenPage, tmp_path: Path) -> None:
+def test_a_person_chats_about_an_image(open_page: OpenPage, tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
     Image.new("RGB", (320, 200), "green").save(picture)
     page = open_page()
@@ -84,7 +84,7 @@ def test_a_person_chats_about_a_picture(open_page: OpenPage, tmp_path: Path) -> 
     done(page)
     assert answer.locator(".body").inner_text() == "1 image: 320x200. What is this?"
     assert "tokens" in answer.locator(".facts").inner_text()
-    # The conversation is still there after a reload, picture included.
+    # The conversation is still there after a reload, image included.
     page.reload()
     page.locator("body[data-ready]").wait_for()
     assert page.locator(".message").count() == 2
@@ -92,7 +92,7 @@ def test_a_person_chats_about_a_picture(open_page: OpenPage, tmp_path: Path) -> 
     assert page.locator(".talk").inner_text() == "What is this?"
 
 
-def test_a_newcomer_asks_about_the_picture_that_is_there(open_page: OpenPage) -> None:
+def test_a_newcomer_asks_about_the_image_that_is_there(open_page: OpenPage) -> None:
     page = open_page()
     page.get_by_role("button", name="What is in this image?").click()
     done(page)
@@ -134,7 +134,7 @@ def test_a_link_to_a_new_conversation_is_that_once(
     page.locator(".message .bubble", has_text="again").wait_for()
 
 
-def test_a_dropped_picture_is_taken(open_page: OpenPage) -> None:
+def test_a_dropped_image_is_taken(open_page: OpenPage) -> None:
     page = open_page()
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "blue").save(buffer, "PNG")
@@ -358,7 +358,7 @@ def test_a_key_is_asked_for_where_one_is_needed(
 def test_the_first_minute_at_any_size_and_in_the_dark(
     open_page: OpenPage, size: tuple[int, int], scheme: str
 ) -> None:
-    """Open, press a question about the picture, read; then ask in one's own words."""
+    """Open, press a question about the image, read; then ask in one's own words."""
     width, height = size
     page = open_page(viewport={"width": width, "height": height}, color_scheme=scheme)
     page.get_by_role("button", name="What is in this image?").click()

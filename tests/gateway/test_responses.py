@@ -60,7 +60,7 @@ def test_the_sdks_own_stream_helper_accepts_it(client: openai.OpenAI) -> None:
         assert stream.get_final_response().output_text == "hello"
 
 
-def test_pictures_and_items_are_taken(client: openai.OpenAI) -> None:
+def test_images_and_items_are_taken(client: openai.OpenAI) -> None:
     response = client.responses.create(
         model=MODEL,
         input=[

@@ -40,7 +40,7 @@ def judge(stage: Stage) -> None:
     assert "Models: ['demo', 'echo']" in said, said
     # It stops at the first blank and shows the last word: the echo's first, "A chat between ...".
     assert "Greetings." in said and said.split()[-1] == "A", said
-    # What a visitor of the web front end sees: a picture, a question, the answer as it grows.
+    # What a visitor of the web front end sees: an image, a question, the answer as it grows.
     said = run(
         stage,
         # Not our folder: there `llava` is this module.
@@ -50,7 +50,7 @@ def judge(stage: Stage) -> None:
     assert shown["models"] == ["demo", "echo"], shown
     assert shown["last"].startswith("1 image: 64x48."), shown
     assert "What is this?" in shown["last"] and shown["steps"] > 5, shown
-    # Its wheel lacks the two pictures of its examples, without which the page does not start.
+    # Its wheel lacks the two images of its examples, without which the page does not start.
     [folder] = python.parent.parent.glob("lib/*/site-packages/llava/serve")
     (folder / "examples").mkdir(exist_ok=True)
     for name in ("extreme_ironing.jpg", "waterview.jpg"):

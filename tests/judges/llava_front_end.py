@@ -1,4 +1,4 @@
-"""Drives LLaVA's web front end as its page does: `http_bot` with a picture and a question.
+"""Drives LLaVA's web front end as its page does: `http_bot` with an image and a question.
 
 Runs in LLaVA's environment (`llava.py`), never in the project's. One line is JSON.
 """

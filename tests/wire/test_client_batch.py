@@ -109,7 +109,7 @@ def test_every_endpoint_answers_in_the_shapes_of_openais_package(
     assert answer["id"].startswith("batch_req_") and answer["error"] is None
 
 
-def test_pictures_choices_and_tools_are_taken(batch: Batch, files: Files) -> None:
+def test_images_choices_and_tools_are_taken(batch: Batch, files: Files) -> None:
     picture = io.BytesIO()
     Image.new("RGB", (5, 4), "red").save(picture, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"

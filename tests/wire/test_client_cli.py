@@ -144,7 +144,7 @@ def test_an_open_pipe_that_nobody_writes_to_is_not_waited_for(bus: Bus) -> None:
     assert "nothing came on standard input" in done.stderr
 
 
-def test_generate_takes_pictures_and_parameters(bus: Bus, picture: str) -> None:
+def test_generate_takes_images_and_parameters(bus: Bus, picture: str) -> None:
     done = run(
         *("generate", "--broker", bus.front, "-m", "echo", "-i", picture, "--image", picture),
         *("--max-tokens", "200", "--stop", "END", "--param", "logit_bias=[[5, 1.5]]", "--stats"),

@@ -37,7 +37,7 @@ def test_the_demo_shows_the_whole_way_and_stops_everything(tmp_path: Path) -> No
     assert "demo" not in _processes_of(tmp_path)
 
 
-def test_the_demo_takes_a_picture_and_a_question(tmp_path: Path) -> None:
+def test_the_demo_takes_an_image_and_a_question(tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
     Image.new("RGB", (5, 4)).save(picture)
     done = run("demo", "--engine", "echo", "--image", str(picture), "--question", "what?")
@@ -126,7 +126,7 @@ def web_demo(folder: Path, *options: str, **environment: str) -> Iterator[Demo]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_page_is_served_until_it_is_interrupted(tmp_path: Path, number: signal.Signals) -> None:
     with web_demo(tmp_path, "--no-browser") as demo:
-        # Where the address is told, the page, its picture and a model are there.
+        # Where the address is told, the page, its image and a model are there.
         url = demo.url()
         assert b"<title>tokenbus</title>" in PLAIN.open(url).read()
         picture = Image.open(io.BytesIO(PLAIN.open(f"{url}page/sample.png").read()))
@@ -139,7 +139,7 @@ def test_the_page_is_served_until_it_is_interrupted(tmp_path: Path, number: sign
     assert [path.name for path in tmp_path.iterdir()] == ["told"]
 
 
-def test_the_shipped_picture_is_the_one_that_the_generator_draws() -> None:
+def test_the_shipped_image_is_the_one_that_the_generator_draws() -> None:
     from worker.demo.pictures import example
 
     drawn, *_ = example()
@@ -217,7 +217,7 @@ def test_options_that_would_do_nothing_are_refused(
     assert "--web" in capsys.readouterr().err
 
 
-def test_a_picture_that_is_not_there_is_told_before_anything_starts(
+def test_an_image_that_is_not_there_is_told_before_anything_starts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["demo", "--engine", "echo", "--image", "/nowhere.png"]) == 2

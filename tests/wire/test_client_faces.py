@@ -288,7 +288,7 @@ def test_wrong_messages_are_told(conversation: Any, told: str) -> None:
         client.chat("demo", conversation)
 
 
-# --- pictures -------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -298,7 +298,7 @@ def png() -> bytes:
     return buffer.getvalue()
 
 
-def test_pictures_join_the_last_user_message_before_its_text(tmp_path: Path, png: bytes) -> None:
+def test_images_join_the_last_user_message_before_its_text(tmp_path: Path, png: bytes) -> None:
     path = tmp_path / "p.png"
     path.write_bytes(png)
     turns = [
@@ -317,7 +317,7 @@ def test_pictures_join_the_last_user_message_before_its_text(tmp_path: Path, png
     assert [entry.media_type for entry in request.attachments] == ["image/png"] * 4
 
 
-def test_pictures_may_be_placed_by_parts(png: bytes) -> None:
+def test_images_may_be_placed_by_parts(png: bytes) -> None:
     frames: list[list[bytes]] = []
 
     def keep(
@@ -336,7 +336,7 @@ def test_pictures_may_be_placed_by_parts(png: bytes) -> None:
     assert kinds == ["TextPart", "ImagePart", "TextPart"]
 
 
-def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with Client() as client:
         with pytest.raises(InvalidRequest, match=r"nowhere\.png.*No such file"):
             client.chat("demo", "x", images=[tmp_path / "nowhere.png"])
@@ -350,7 +350,7 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
             client.chat("demo", [{"role": "system", "content": "x"}], images=[b"x"])
 
 
-def test_a_picture_beyond_the_bound_is_not_even_read(tmp_path: Path) -> None:
+def test_an_image_beyond_the_bound_is_not_even_read(tmp_path: Path) -> None:
     huge = tmp_path / "huge.png"
     with huge.open("wb") as file:
         file.truncate(limits.MAX_ATTACHMENT_BYTES + 1)

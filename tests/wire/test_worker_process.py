@@ -115,7 +115,7 @@ def test_an_engine_that_hangs_is_killed_and_replaced_while_the_link_lives(tmp_pa
         assert "no step" in records(worker, "engine lost")[0]["cause"]
 
 
-def test_large_pictures_for_an_engine_that_hangs_do_not_stall_the_heartbeats(one: Bus) -> None:
+def test_large_images_for_an_engine_that_hangs_do_not_stall_the_heartbeats(one: Bus) -> None:
     client = one.client()
     hanging = begin(client, hang_at=2)
     picture = b"\x89PNG\r\n\x1a\n" + bytes(12 << 20)

@@ -98,7 +98,7 @@ def test_the_other_sides_end_is_told_after_its_last_message(ends: tuple[Pipe, Pi
 def test_an_engines_last_words_are_heard_although_it_left_what_was_sent_to_it(
     ends: tuple[Pipe, Pipe],
 ) -> None:
-    """A picture was on its way when the engine broke: the write fails before the cause was read."""
+    """An image was on its way when the engine broke: the write fails before the cause was read."""
     link, engine = ends
     supervisor = Supervisor(EngineOptions(engine="echo"))
     supervisor.pipe = link

@@ -1,6 +1,6 @@
 """The bundled demo model: a tiny vision-language model that needs no download.
 
-This package says where the model is; `pictures` makes the pictures and questions it was trained on,
+This package says where the model is; `pictures` makes the images and questions it was trained on,
 `train` trains it again and `evaluate` measures it. Importing this module must stay cheap: it must
 never import torch, transformers or Pillow.
 """

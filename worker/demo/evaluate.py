@@ -1,6 +1,6 @@
-"""Measure the demo model: exact answers on held-out pictures, by kind of question.
+"""Measure the demo model: exact answers on held-out images, by kind of question.
 
-It takes the same path as any user of the model (picture, AutoProcessor, generate, greedy) and must
+It takes the same path as any user of the model (image, AutoProcessor, generate, greedy) and must
 never touch the network or reach into the training code, so a figure it prints is what a user gets.
 """
 

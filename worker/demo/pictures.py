@@ -1,6 +1,6 @@
-"""Pictures of coloured shapes, and questions about them with their only right answer.
+"""Images of coloured shapes, and questions about them with their only right answer.
 
-One job: turn a `random.Random` into pictures, questions and answers, the same ones for the same
+One job: turn a `random.Random` into images, questions and answers, the same ones for the same
 generator state. It serves training, measuring and the example of `client demo` alike, so it must
 never import torch or transformers, read a file or draw from global randomness.
 
@@ -395,13 +395,13 @@ _ASKERS: dict[str, Callable[[random.Random, Sequence[Scene]], _Asked]] = {
     "chat": _ask_chat,
     "no picture": _ask_no_picture,
 }
-# Kinds by the number of pictures they need, with their share of a held-out set in percent.
+# Kinds by the number of images they need, with their share of a held-out set in percent.
 _ONE_PICTURE = {"describe": 14, "count": 9, "colour": 9, "shape": 9, "where": 9, "exists": 9}
 _SEVERAL_PICTURES = {"nth image": 9, "which image": 8, "each image": 7, "how many images": 1}
 _NO_PICTURES = {"sum": 4, "day": 3, "count to": 3, "chat": 4, "no picture": 2}
 _SHARES = {**_ONE_PICTURE, **_SEVERAL_PICTURES, **_NO_PICTURES}
 KINDS = tuple(_SHARES)
-# How many pictures a question of each kind may come with.
+# How many images a question of each kind may come with.
 IMAGE_COUNTS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(_ONE_PICTURE, (1,)),
     **dict.fromkeys(_SEVERAL_PICTURES, (2, 3)),
@@ -423,16 +423,16 @@ def ask(rng: random.Random, scenes: Sequence[Scene], kind: str) -> tuple[str, st
 
 
 def held_out(count: int, seed: int) -> Iterator[tuple[list[Image.Image], str, str, str]]:
-    """Yield `count` cases as (pictures, question, answer, kind), the same ones for a seed.
+    """Yield `count` cases as (images, question, answer, kind), the same ones for a seed.
 
-    Training draws its seeds as text (see `train`), so no integer seed repeats its pictures.
+    Training draws its seeds as text (see `train`), so no integer seed repeats its images.
     """
     rng = random.Random(seed)
     made = 0
     while made < count:
         kind = rng.choices(KINDS, tuple(_SHARES.values()))[0]
         choices = IMAGE_COUNTS[kind]
-        # Two pictures are the usual case of several; three are the rarer, harder one.
+        # Two images are the usual case of several; three are the rarer, harder one.
         image_count = choices[0] if rng.random() < 0.7 else choices[-1]
         scenes = [make_scene(rng) for _ in range(image_count)]
         asked = ask(rng, scenes, kind)
@@ -444,7 +444,7 @@ def held_out(count: int, seed: int) -> Iterator[tuple[list[Image.Image], str, st
 
 
 def example() -> tuple[Image.Image, str, str]:
-    """Return one fixed picture with a question and the answer that is right."""
+    """Return one fixed image with a question and the answer that is right."""
     scene = (Item("red", "circle", 1, 0), Item("blue", "square", 1, 2))
     question, answer = DESCRIBE_QUESTIONS[0], _describe(scene)
     return render(scene, random.Random(0), 240), question, answer[0].upper() + answer[1:]

@@ -6,7 +6,7 @@ answer. Every image is drawn anew for its step and used once, so nothing can be 
 
 This module builds its batches from token ids directly because that is fast; `evaluate` goes through
 the processor and thereby checks that both give the same prompts. It must never read the held-out
-pictures: all its randomness comes from generators seeded with text, `held_out` takes integers.
+images: all its randomness comes from generators seeded with text, `held_out` takes integers.
 """
 
 import argparse
@@ -68,9 +68,9 @@ SPECIAL_TOKENS = (
     "<image>",
 )
 PAD, BOS, END, SYSTEM, USER, ASSISTANT, IMAGE = range(len(SPECIAL_TOKENS))
-# Pictures are numbered over the whole conversation, which makes "the second image" easy to find.
-# As in the template of LLaVA itself, a message's pictures come before its text wherever they
-# stood: a question is easier to answer for a model that has seen the pictures when it reads it.
+# Images are numbered over the whole conversation, which makes "the second image" easy to find.
+# As in the template of LLaVA itself, a message's images come before its text wherever they
+# stood: a question is easier to answer for a model that has seen the images when it reads it.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% set pictures = namespace(count=0) %}"
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
@@ -150,7 +150,7 @@ def build_tokenizer() -> Any:
 
 
 def build_processor(tokenizer: Any) -> Any:
-    """Make the processor; pictures of any size and proportion are scaled to the tower's square."""
+    """Make the processor; images of any size and proportion are scaled to the tower's square."""
     image_processor = hf.CLIPImageProcessor(
         size={"height": SIDE_PX, "width": SIDE_PX},
         do_center_crop=False,
@@ -402,7 +402,7 @@ def make_optimizers(
 
 
 class Team:
-    """The processes that train together, each on its own pictures.
+    """The processes that train together, each on its own images.
 
     On a small processor two processes of one thread each are nearly twice as fast as one process
     with two threads: the matrices are too small to divide.

@@ -56,7 +56,7 @@ __all__ = [
 _KEY_BYTES = 16
 _FAMILY = "<|tokenbus:"
 _FIRST_MARK = re.compile(re.escape(_FAMILY) + rf"([0-9a-f]{{{2 * _KEY_BYTES}}}):")
-#: How FastChat marks the place of a picture.
+#: How FastChat marks the place of an image.
 _PLACEHOLDER = "$$<image>$$"
 #: SeparatorStyle.CHATML of FastChat: turns are role, newline, text, separator, newline.
 _CHATML = 9
@@ -201,13 +201,13 @@ def _wanted(
     if isinstance(body.prompt, str):
         prompt, messages = body.prompt, turns_of(body.prompt)
         if messages and pictures:
-            messages = _with_pictures(messages, len(pictures))
+            messages = _with_images(messages, len(pictures))
     else:
         check_count("prompt", "messages", len(body.prompt), MAX_MESSAGES)
         prompt, messages = "", _conversation(body.prompt, pictures)
     check_count("images", "pictures", len(pictures), MAX_ATTACHMENTS)
     attachments = tuple(
-        _picture(text, f"images[{index}]", limit) for index, text in enumerate(pictures)
+        _image(text, f"images[{index}]", limit) for index, text in enumerate(pictures)
     )
     request = Request(
         model=model,
@@ -312,8 +312,8 @@ def _turn_at(
     return prompt[begins:], None
 
 
-def _with_pictures(messages: list[Message], count: int) -> list[Message]:
-    """The same turns with each picture where FastChat marked its place; raises GatewayError."""
+def _with_images(messages: list[Message], count: int) -> list[Message]:
+    """The same turns with each image where FastChat marked its place; raises GatewayError."""
     placed = 0
     found = []
     for message in messages:
@@ -330,7 +330,7 @@ def _with_pictures(messages: list[Message], count: int) -> list[Message]:
     if placed != count:
         raise invalid(
             "images",
-            f"`images` holds {count} pictures, and the prompt has {placed} places for one "
+            f"`images` holds {count} images, and the prompt has {placed} places for one "
             f"({_PLACEHOLDER}).",
         )
     return found
@@ -353,21 +353,21 @@ def _conversation(turns: list[Turn], pictures: list[str]) -> list[Message]:
     return messages
 
 
-def _picture(text: str, param: str, limit: int) -> bytes:
+def _image(text: str, param: str, limit: int) -> bytes:
     payload = text.partition(",")[2] if text[:5] == "data:" else text
     try:
         data = from_base64(payload)
     except (binascii.Error, ValueError):
         raise invalid(param, f"`{param}` is not a base64-encoded image.") from None
     if not data:
-        raise invalid(param, f"`{param}` is an empty picture.")
+        raise invalid(param, f"`{param}` is an empty image.")
     if len(data) > limit:
-        raise too_large(param, f"`{param}` is beyond the {limit} bytes of one picture.")
+        raise too_large(param, f"`{param}` is beyond the {limit} bytes of one image.")
     return data
 
 
 async def model_names(visit: RequestContext, images: bool | None = None) -> list[str]:
-    """Of the models that the key may use; `images`: only those that take pictures, or take none."""
+    """Of the models that the key may use; `images`: only those that take images, or take none."""
     return [
         model["name"]
         for model in await visible_models(visit)

@@ -255,7 +255,7 @@ async def input_items(visit: RequestContext) -> Response:
         "last_id": last,
         "has_more": len(page) < len(items),
     }
-    # A page may hold many megabytes of pictures.
+    # A page may hold many megabytes of images.
     data = await aside(kept.size_bytes, msgspec.json.encode, shown)
     return Response(data, media_type="application/json")
 

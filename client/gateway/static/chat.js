@@ -1,4 +1,4 @@
-// The chat: conversations, pictures, streaming, stopping, editing, asking again.
+// The chat: conversations, images, streaming, stopping, editing, asking again.
 
 import { ApiError, chat as ask, getPicture } from "./api.js";
 import { further, PICTURE, welcome } from "./ideas.js";
@@ -165,7 +165,7 @@ function draw() {
   offer();
 }
 
-/** Things to say: at the start, and about the sample picture as long as a question is left. */
+/** Things to say: at the start, and about the sample image as long as a question is left. */
 function offer() {
   const column = $("message-column");
   const shown = column.querySelector(".empty, .further");
@@ -206,7 +206,7 @@ function fill(node, message, index) {
   node.setAttribute("aria-busy", String(busy));
   const children = [];
   if (message.pictures?.length) {
-    children.push(h("div", { class: "sent-pictures" }, ...message.pictures.map((url, i) => h("img", { src: url, alt: `Picture ${i + 1}` }))));
+    children.push(h("div", { class: "sent-pictures" }, ...message.pictures.map((url, i) => h("img", { src: url, alt: `Image ${i + 1}` }))));
   }
   if (message.role === "user") {
     if (message.text) children.push(h("div", { class: "bubble" }, message.text));
@@ -284,7 +284,7 @@ function submitField() {
 function submit(text, taken = []) {
   if (running) return;
   talk.messages.push({ role: "user", text, pictures: taken });
-  if (!talk.title) talk.title = text.split("\n")[0].slice(0, 60) || "A picture";
+  if (!talk.title) talk.title = text.split("\n")[0].slice(0, 60) || "An image";
   draw();
   answer();
 }
@@ -428,7 +428,7 @@ function prepareField() {
   });
 }
 
-// --- pictures ------------------------------------------------------------------------------------
+// --- images ------------------------------------------------------------------------------------
 
 function preparePictures() {
   $("file").addEventListener("change", async () => { await addPictures([...$("file").files]); $("file").value = ""; focus(); });
@@ -457,7 +457,7 @@ const readAsUrl = (file) => new Promise((resolve, reject) => {
   reader.readAsDataURL(file);
 });
 
-/** A picture as a data URL; one that is very large or of an unusual format is drawn anew. */
+/** An image as a data URL; one that is very large or of an unusual format is drawn anew. */
 async function pictureUrl(file) {
   const url = await readAsUrl(file);
   if (/^image\/(png|jpeg|webp|gif)$/.test(file.type) && url.length <= MAX_PICTURE_CHARACTERS) return url;
@@ -481,7 +481,7 @@ async function addPictures(files) {
 
 function drawPictures() {
   $("pictures").replaceChildren(
-    ...pictures.map((url, i) => h("li", {}, h("img", { src: url, alt: `Picture ${i + 1}` }), h("button", { class: "icon-button small", type: "button", "aria-label": `Remove picture ${i + 1}`, onclick: () => { pictures.splice(i, 1); drawPictures(); focus(); } }, icon("m5.5 5.5 9 9m0-9-9 9")))),
+    ...pictures.map((url, i) => h("li", {}, h("img", { src: url, alt: `Image ${i + 1}` }), h("button", { class: "icon-button small", type: "button", "aria-label": `Remove image ${i + 1}`, onclick: () => { pictures.splice(i, 1); drawPictures(); focus(); } }, icon("m5.5 5.5 9 9m0-9-9 9")))),
   );
 }
 

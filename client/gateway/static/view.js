@@ -154,7 +154,7 @@ function draw() {
   );
   table("workers", ["Worker", "State", "Slots", "Tokens/s", "First token", "Heartbeat", "Memory", ""], workers.toSorted((a, b) => a.name.localeCompare(b.name)).map(workerRow), "No worker has joined yet: python -m worker --broker BACK");
   $("workers-note").textContent = `${workers.length} on this broker`;
-  table("models", ["Model", "Workers", "Running", "Waiting", "Context"], models.map((model) => [strong(model.name, model.images ? "text, pictures" : "text"), `${model.ready} of ${model.workers}`, whole.format(model.running ?? 0), whole.format(model.queued ?? 0), model.context_tokens ? whole.format(model.context_tokens) : "–"]), "No model is served.");
+  table("models", ["Model", "Workers", "Running", "Waiting", "Context"], models.map((model) => [strong(model.name, model.images ? "text, images" : "text"), `${model.ready} of ${model.workers}`, whole.format(model.running ?? 0), whole.format(model.queued ?? 0), model.context_tokens ? whole.format(model.context_tokens) : "–"]), "No model is served.");
   table("clients", ["Client", "In flight", "Waiting", "Silent for"], clients.map((client) => [client.name, whole.format(client.inflight), whole.format(client.queued), duration(client.silent_ms)]), "No client is connected.");
   table("requests", ["Request", "Model", "Worker", "State", "Waited", "Took"], requests.slice(0, 40).map((row) => [h("code", {}, row.id), row.model, row.worker || "–", outcome(row), duration(row.queued_ms), duration(row.took_ms)]), "No request yet.");
   timeline(requests);

@@ -22,11 +22,11 @@ class SharedSettings:
 
     #: Longest prompt plus answer, tokens; 0: as in the model's configuration.
     context_tokens: int = 0
-    #: Threads that decode pictures and tokenise prompts outside the step loop.
+    #: Threads that decode images and tokenise prompts outside the step loop.
     preprocess_threads: int = 2
-    #: Largest picture, pixels (width times height), checked before it is decoded.
+    #: Largest image, pixels (width times height), checked before it is decoded.
     image_pixels: int = 50_000_000
-    #: Largest picture, bytes.
+    #: Largest image, bytes.
     image_bytes: int = 32 * 1024 * 1024
 
 

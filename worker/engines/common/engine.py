@@ -264,6 +264,6 @@ def _unprepared(error: Exception) -> ErrorInfo:
         return ErrorInfo(
             code=ErrorCode.OUT_OF_MEMORY.value,
             message=f"memory ran out while the request was prepared ({one_line(error)}): send "
-            "smaller pictures or a shorter prompt, or try again when the worker is less busy",
+            "smaller images or a shorter prompt, or try again when the worker is less busy",
         )
     return error_info(error, "the request could not be prepared")

@@ -33,7 +33,7 @@ class ModelFacts:
     processor: Any
     context_tokens: int
     eos_ids: frozenset[int]
-    #: Picture, video and audio placeholders: never sampled, never taken from a user's text.
+    #: Image, video and audio placeholders: never sampled, never taken from a user's text.
     placeholder_ids: frozenset[int]
     #: Upper bound of ids that the model can write.
     vocabulary: int

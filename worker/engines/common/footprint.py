@@ -1,7 +1,7 @@
 """Predicts how large an image becomes inside a model's image processor.
 
 Image processors of transformers say in a few settings what they resize to (`size`, `do_pad`, ...).
-From these follows the largest picture that one makes on its way, and by how much a large image may
+From these follows the largest image that one makes on its way, and by how much a large image may
 be shrunk first without the model seeing less. What a processor does that says nothing of it is not
 bounded beyond the pixels of the image itself. Knows numbers only; must never touch a pixel.
 """

@@ -71,7 +71,7 @@ class DecodedImage:
 def _refuse(index: int, cause: str) -> RequestError:
     return RequestError(
         ErrorCode.INVALID_REQUEST,
-        f"picture {index} cannot be read: {cause}",
+        f"image {index} cannot be read: {cause}",
         details={"attachment": index},
     )
 
@@ -91,7 +91,7 @@ def decode_image(
     if len(data) > limits.size_bytes:
         raise RequestError(
             ErrorCode.TOO_LARGE,
-            f"picture {index} has {len(data)} bytes, at most {limits.size_bytes} are taken",
+            f"image {index} has {len(data)} bytes, at most {limits.size_bytes} are taken",
             details={"attachment": index, "size_bytes": len(data), "limit": limits.size_bytes},
         )
     try:
@@ -136,7 +136,7 @@ def _too_many_pixels(index: int, size: tuple[int, int] | None, limits: ImageLimi
     what = f"is {size[0]} by {size[1]} pixels" if size else "has far too many pixels"
     return RequestError(
         ErrorCode.TOO_LARGE,
-        f"picture {index} {what}, at most {limits.pixels} pixels are taken: make it smaller",
+        f"image {index} {what}, at most {limits.pixels} pixels are taken: make it smaller",
         details={"attachment": index, "limit": limits.pixels},
     )
 
@@ -144,7 +144,7 @@ def _too_many_pixels(index: int, size: tuple[int, int] | None, limits: ImageLimi
 def _far_from_square(index: int, size: tuple[int, int], made: int) -> RequestError:
     return RequestError(
         ErrorCode.TOO_LARGE,
-        f"picture {index} is {size[0]} by {size[1]} pixels, of which the model's processor would "
+        f"image {index} is {size[0]} by {size[1]} pixels, of which the model's processor would "
         f"make {made}; at most {MADE_PIXELS} are taken: cut it nearer to a square",
         details={"attachment": index, "pixels": made, "limit": MADE_PIXELS},
     )

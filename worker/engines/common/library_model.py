@@ -43,7 +43,7 @@ __all__ = [
 
 
 def describe(
-    path: str, options: EngineOptions, settings: SharedSettings, *, pictures: bool, library: str
+    path: str, options: EngineOptions, settings: SharedSettings, *, images: bool, library: str
 ) -> ModelFacts:
     """Read the facts of the model at `path` (a folder or a hub id), without its weights.
 
@@ -55,8 +55,8 @@ def describe(
     }
     with explained(path, library):
         config = AutoConfig.from_pretrained(path, **common)
-        takes_pictures = pictures and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        processor = load_processor(path, config, **common) if takes_pictures else None
+        takes_images = images and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        processor = load_processor(path, config, **common) if takes_images else None
         tokenizer = getattr(processor, "tokenizer", None)
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(path, **common)

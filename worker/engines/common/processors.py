@@ -15,7 +15,7 @@ from typing import Any
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-__all__ = ["load_processor", "pictures_only", "processor_class"]
+__all__ = ["images_only", "load_processor", "processor_class"]
 
 
 def load_processor(path: str, config: Any, **options: Any) -> Any:
@@ -27,7 +27,7 @@ def load_processor(path: str, config: Any, **options: Any) -> Any:
         return AutoProcessor.from_pretrained(path, **options)
     except (ImportError, AttributeError, ValueError, TypeError):
         # Which of these is raised depends on where torchvision was missed first.
-        return pictures_only(processor_class(known)).from_pretrained(path, **options)
+        return images_only(processor_class(known)).from_pretrained(path, **options)
 
 
 def processor_class(name: str) -> Any:
@@ -46,7 +46,7 @@ def processor_class(name: str) -> Any:
     raise ValueError(f"transformers has no {name}")
 
 
-def pictures_only(base: Any) -> Any:
+def images_only(base: Any) -> Any:
     """The processor class `base` without its video part, which is None in its instances."""
 
     def check(self: Any, name: str, argument: Any) -> Any:

@@ -39,7 +39,7 @@ class Prompt:
     """A prompt ready for prefill."""
 
     ids: list[int]
-    #: Pictures as the processor made them (pixel_values, image_grid_thw, ...), on the host.
+    #: Images as the processor made them (pixel_values, image_grid_thw, ...), on the host.
     media: dict[str, Any] = field(default_factory=dict)
     #: Tensors of shape [1, len(ids)] that belong to the token ids (token_type_ids, ...).
     aligned: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class PromptBuilder:
     # --- by kind of request --------------------------------------------------------------------
 
     def generation(self, job: Job) -> Prompt:
-        """The prompt of a chat or complete request, pictures included."""
+        """The prompt of a chat or complete request, images included."""
         request = job.request
         images = self.images(job)
         with self._lock:
@@ -91,8 +91,8 @@ class PromptBuilder:
             return self._fit(prompt, request, images)
 
     def unexpanded(self, job: Job) -> dict[str, Any]:
-        """For a library that makes inputs of pictures itself: "ids", the prompt with one
-        placeholder for each picture, and "images", the pictures in order."""
+        """For a library that makes inputs of images itself: "ids", the prompt with one
+        placeholder for each image, and "images", the images in order."""
         request = job.request
         pictures = self.images(job)
         with self._lock:
@@ -109,7 +109,7 @@ class PromptBuilder:
             return self.template_text(request, None)
 
     def token_count(self, job: Job) -> int:
-        """Prompt tokens, pictures included (kind count)."""
+        """Prompt tokens, images included (kind count)."""
         return len(self._unfitted(job).ids)
 
     def token_ids(self, job: Job) -> list[int]:
@@ -152,7 +152,7 @@ class PromptBuilder:
                 return self._tokenised(self.template_text(request, images), images)
             return self._tokenised(self._raw_text(request, len(images)), images)
 
-    # --- pictures ---------------------------------------------------------------------------------
+    # --- images ---------------------------------------------------------------------------------
 
     def images(self, job: Job) -> list[DecodedImage]:
         """The request's images in the order in which the prompt refers to them."""
@@ -163,13 +163,13 @@ class PromptBuilder:
             outside = [index for index in named if index >= len(job.attachments)]
             if outside or len(set(named)) != len(order):
                 raise _invalid(
-                    f"the messages name {len(named)} pictures, the request carries "
+                    f"the messages name {len(named)} images, the request carries "
                     f"{len(job.attachments)}: name each attachment in an image part"
                 )
             order = named
         if order and not self._facts.takes_images:
             raise _invalid(
-                f"model {request.model} takes no pictures, the request carries {len(order)}: "
+                f"model {request.model} takes no images, the request carries {len(order)}: "
                 "choose a model that does"
             )
         return [
@@ -184,7 +184,7 @@ class PromptBuilder:
         return self._template.render(request, None if images is None else len(images))
 
     def _raw_text(self, request: Request, images: int) -> str:
-        """A raw prompt with one placeholder for each picture."""
+        """A raw prompt with one placeholder for each image."""
         if request.prompt is None:
             raise _invalid(f"a {request.kind} request needs a prompt or token ids")
         text = request.prompt
@@ -192,12 +192,12 @@ class PromptBuilder:
             return text
         token = self._template.image_token or RAW_PLACEHOLDER
         if token != RAW_PLACEHOLDER and RAW_PLACEHOLDER in text:
-            text = text.replace(RAW_PLACEHOLDER, self._template.picture())
+            text = text.replace(RAW_PLACEHOLDER, self._template.image())
         found = text.count(token)
         if found != images:
             raise _invalid(
                 f"the prompt has {found} {RAW_PLACEHOLDER} placeholders, the request carries "
-                f"{images} pictures: the counts must be equal",
+                f"{images} images: the counts must be equal",
                 placeholders=found,
                 pictures=images,
             )
@@ -210,18 +210,18 @@ class PromptBuilder:
             if self._facts.needs_image:
                 raise _invalid("this model only answers about an image: send one")
             return text
-        if not self._places_pictures:
+        if not self._places_images:
             return text
         token = self._template.image_token or RAW_PLACEHOLDER
         if images > 1 or not text.startswith(token) or token in text[len(token) :]:
             raise _invalid(
-                "this model sees one picture, before the text: begin the prompt with one "
+                "this model sees one image, before the text: begin the prompt with one "
                 f"{RAW_PLACEHOLDER}"
             )
         return text.removeprefix(token)
 
     @cached_property
-    def _places_pictures(self) -> bool:
+    def _places_images(self) -> bool:
         """Whether the processor places an image by itself and reads a placeholder in the text
         as a word."""
         token = self._template.image_token or RAW_PLACEHOLDER
@@ -330,7 +330,7 @@ class PromptBuilder:
         if digests:
             prompt.image_tokens = int(placed.sum())
             prompt.media_end = int(np.flatnonzero(placed)[-1]) + 1 if placed.any() else len(ids)
-            prompt.key = _picture_key(key, placed, digests)
+            prompt.key = _image_key(key, placed, digests)
         elif placed.any():
             raise _invalid(
                 f"the prompt contains {int(placed.sum())} image placeholders but no image"
@@ -339,7 +339,7 @@ class PromptBuilder:
 
     def _from_ids(self, token_ids: list[int], images: list[DecodedImage]) -> Prompt:
         if images:
-            raise _invalid("token ids cannot carry pictures: send messages or a raw prompt")
+            raise _invalid("token ids cannot carry images: send messages or a raw prompt")
         self._check_ids(token_ids)
         return self.finished(list(token_ids), {}, [])
 
@@ -378,11 +378,11 @@ class PromptBuilder:
         cut = len(prompt.ids) - room
         if keep >= room:
             raise _overflow(len(prompt.ids), params.max_tokens or 1, context)
-        if self._of_pictures(prompt)[keep : keep + cut].any():
+        if self._of_images(prompt)[keep : keep + cut].any():
             raise RequestError(
                 ErrorCode.CONTEXT_OVERFLOW,
-                f"the prompt has {len(prompt.ids)} tokens, {room} fit, and its pictures lie "
-                "where it would be cut: send fewer turns or smaller pictures",
+                f"the prompt has {len(prompt.ids)} tokens, {room} fit, and its images lie "
+                "where it would be cut: send fewer turns or smaller images",
             )
         ids = prompt.ids[:keep] + prompt.ids[keep + cut :]
         return Prompt(
@@ -397,7 +397,7 @@ class PromptBuilder:
             image_tokens=prompt.image_tokens,
         )
 
-    def _of_pictures(self, prompt: Prompt) -> NDArray[np.bool_]:
+    def _of_images(self, prompt: Prompt) -> NDArray[np.bool_]:
         """Which tokens belong to images: placeholders, and added tokens directly before them, which
         open an image (Qwen-VL's `<|vision_start|>`)."""
         placed = np.isin(prompt.ids, list(self._facts.placeholder_ids))
@@ -449,7 +449,7 @@ def _named_attachments(messages: Items[Message]) -> list[int]:
     return named
 
 
-def _picture_key(
+def _image_key(
     key: NDArray[np.int64], placed: NDArray[np.bool_], digests: list[bytes]
 ) -> NDArray[np.int64]:
     """The ids, with placeholders replaced by their image's digest (negative, so that it never

@@ -36,13 +36,13 @@ __all__ = [
 ]
 
 RAW_PLACEHOLDER = "<image>"
-"""What stands for a picture in a raw prompt, as LLaVA's clients write it."""
+"""What stands for an image in a raw prompt, as LLaVA's clients write it."""
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 """Roles that any template may be given; others where it names them."""
 
 _NO_ROLES = ("text", "image", "image_url", "video", "audio")
-"""What templates name, but as types of content: `<|image|>` may be a picture's mark."""
+"""What templates name, but as types of content: `<|image|>` may be an image's mark."""
 
 _OURS = frozenset(("chat_template", "conversation", "messages", "tools"))
 """Arguments of a template that are not for `template_args`: the first is the model's, the others
@@ -76,7 +76,7 @@ class ChatTemplate:
         self._processor = facts.processor
         self._holder = _holder(facts.tokenizer, facts.processor)
         self._source = _source(self._holder)
-        #: What stands for a picture in a text; None without a processor.
+        #: What stands for an image in a text; None without a processor.
         self.image_token = self._find_image_token()
         self._tokenizer = facts.tokenizer
         self._forms: dict[tuple[str, bool], _Forms] = {}
@@ -86,7 +86,7 @@ class ChatTemplate:
         """The model has a chat template."""
         return bool(_source(self._holder))
 
-    def render(self, request: Request, pictures: int | None) -> str:
+    def render(self, request: Request, images: int | None) -> str:
         """The text of a request's messages; `pictures`: how many it must show (None: any)."""
         if request.messages is None:
             raise _invalid(f"a {request.kind} request needs messages")
@@ -111,14 +111,14 @@ class ChatTemplate:
             other = self._apply(apart)
             if control.found(other) != control.found(text):
                 text = other
-        if pictures is not None:
-            self._check_pictures(request.model, text, pictures)
+        if images is not None:
+            self._check_images(request.model, text, images)
         return text
 
-    def picture(self) -> str:
-        """A picture's mark with what the template writes around it (Qwen-VL's markers)."""
+    def image(self) -> str:
+        """An image's mark with what the template writes around it (Qwen-VL's markers)."""
         token = self.image_token or RAW_PLACEHOLDER
-        between = self._shown_picture.partition(_FIRST)[2].partition(_SECOND)[0]
+        between = self._shown_image.partition(_FIRST)[2].partition(_SECOND)[0]
         return between.strip() if token in between else token
 
     @cached_property
@@ -149,16 +149,16 @@ class ChatTemplate:
         parameters = inspect.signature(self._holder.apply_chat_template).parameters
         return frozenset(parameters).difference(_TAKEN)
 
-    def _check_pictures(self, model: str, text: str, pictures: int) -> None:
-        """Every picture has its mark, where this template marks pictures at all."""
+    def _check_images(self, model: str, text: str, images: int) -> None:
+        """Every image has its mark, where this template marks images at all."""
         token = self.image_token
-        if token is None or self._shown_picture.count(token) != 1:
+        if token is None or self._shown_image.count(token) != 1:
             return
         shown = text.count(token)
-        if shown != pictures:
+        if shown != images:
             raise _invalid(
-                f"the chat template of model {model} shows {shown} of {pictures} pictures: put "
-                "pictures into messages of role user"
+                f"the chat template of model {model} shows {shown} of {images} images: put "
+                "images into messages of role user"
             )
 
     # --- messages as the template reads them ------------------------------------------------------
@@ -357,8 +357,8 @@ class ChatTemplate:
         return self._plain("user")
 
     @cached_property
-    def _shown_picture(self) -> str:
-        """A user's picture between two words, as the template renders it; empty where it fails."""
+    def _shown_image(self) -> str:
+        """A user's image between two words, as the template renders it; empty where it fails."""
         content: Any = [{"type": "text", "text": _FIRST}, {"type": "image"}]
         content.append({"type": "text", "text": _SECOND})
         forms = self._forms_of("user", called=False) if self.present else None
@@ -375,7 +375,7 @@ class ChatTemplate:
     def _find_image_token(self) -> str | None:
         if self._processor is None:
             return None
-        # Gemma 3 marks a picture with its start token; the processor expands it.
+        # Gemma 3 marks an image with its start token; the processor expands it.
         return mark_text(self._processor, "boi_token") or mark_text(self._processor, "image_token")
 
 
@@ -443,7 +443,7 @@ def _source(holder: Any) -> str:
 
 
 def _pieces(message: Message) -> Iterator[str | None]:
-    """Texts of a message's parts; None for each picture."""
+    """Texts of a message's parts; None for each image."""
     for part in message.content or ():
         if isinstance(part, str):
             yield part
@@ -457,8 +457,8 @@ def _pieces(message: Message) -> Iterator[str | None]:
 
 def _joined(pieces: list[str | None]) -> Iterator[str | None]:
     """Neighbouring texts as one."""
-    for pictures, run in groupby(pieces, lambda piece: piece is None):
-        if pictures:
+    for images, run in groupby(pieces, lambda piece: piece is None):
+        if images:
             yield from run
         else:
             yield "".join(piece or "" for piece in run)

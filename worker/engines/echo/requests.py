@@ -54,7 +54,7 @@ def whole_prompt(request: Request, attachments: int) -> tuple[str, str, list[int
         if attachments and places != attachments:
             raise RequestError(
                 ErrorCode.INVALID_REQUEST,
-                f"{attachments} pictures came, the prompt has {places} places for one",
+                f"{attachments} images came, the prompt has {places} places for one",
             )
         return text, text, list(range(attachments))
     lines, images, echoed = [], [], ""
@@ -76,7 +76,7 @@ def whole_prompt(request: Request, attachments: int) -> tuple[str, str, list[int
     if missing or len(set(images)) != attachments:
         raise RequestError(
             ErrorCode.INVALID_REQUEST,
-            f"the messages show {len(set(images))} pictures, {attachments} came with them",
+            f"the messages show {len(set(images))} images, {attachments} came with them",
         )
     return "".join(lines), echoed, images
 

@@ -60,7 +60,7 @@ def build_engine(options: EngineOptions, progress: Progress) -> LibraryEngine:
     served: list[LibraryModel] = []
     for path, names in named_models(options, several=True):
         progress(None, f"loading {path}")
-        facts = describe(path, options, settings, pictures=False, library="mlx")
+        facts = describe(path, options, settings, images=False, library="mlx")
         model = _load(path, options, facts)
         generator = MlxGenerator(
             model,

@@ -95,7 +95,7 @@ def build_engine(options: EngineOptions, progress: Progress) -> LibraryEngine:
         },
     )
     ((path, names),) = named_models(options, several=False)
-    facts = describe(path, options, settings, pictures=True, library="sglang")
+    facts = describe(path, options, settings, images=True, library="sglang")
     slots = options.slots or DEFAULT_SLOTS
     arguments = server_arguments(theirs) | {
         "model_path": path,

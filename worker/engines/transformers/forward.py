@@ -119,7 +119,7 @@ class Forward:
         arguments: dict[str, Any] = {"input_ids": ids}
         if prompt.media and start < prompt.media_end:
             if start != 0:
-                raise ValueError("a prompt's pictures are prefilled from its start")
+                raise ValueError("a prompt's images are prefilled from its start")
             arguments |= prompt.media_on(self.device, self._dtype)
             for name, value in prompt.aligned.items():
                 if name in self._accepts or "kwargs" in self._accepts:

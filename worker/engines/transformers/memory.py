@@ -85,7 +85,7 @@ def uncomputable(tokens: int) -> ErrorInfo:
         code=ErrorCode.OUT_OF_MEMORY.value,
         message=(
             f"memory ran out while {tokens} tokens of prompt and answer were computed: shorten the "
-            "prompt or send smaller pictures, or start the worker with a smaller prefill_chunk, "
+            "prompt or send smaller images, or start the worker with a smaller prefill_chunk, "
             "kv_tokens or memory_share"
         ),
         details={"tokens": tokens},

@@ -93,7 +93,7 @@ class Reference(NamedTuple):
 
 def check(
     loaded: LoadedModel,
-    picture_prompt: Prompt | None,
+    image_prompt: Prompt | None,
     *,
     static: StaticUse = StaticUse.NEVER,
 ) -> Verdict:
@@ -103,7 +103,7 @@ def check(
     incompatible with this engine, or our own code has a bug.
     """
     try:
-        long, short = _references(loaded, picture_prompt)
+        long, short = _references(loaded, image_prompt)
     except Unsupported as error:
         return Verdict(None, str(error), compared=False)
     verdict = _verdict(loaded, long, short, static)
@@ -127,25 +127,25 @@ def check(
     return verdict
 
 
-def check_generate(loaded: LoadedModel, picture_prompt: Prompt | None) -> None:
+def check_generate(loaded: LoadedModel, image_prompt: Prompt | None) -> None:
     """Run the model's own `generate()`, which serves it one request at a time. Raises
     `EngineLoadError` if that fails."""
     with contextlib.suppress(Unsupported):
-        _references(loaded, picture_prompt)
+        _references(loaded, image_prompt)
 
 
-def _references(loaded: LoadedModel, picture_prompt: Prompt | None) -> tuple[Reference, Reference]:
+def _references(loaded: LoadedModel, image_prompt: Prompt | None) -> tuple[Reference, Reference]:
     """A long prompt (with an image if given) and a short one, run by `generate()`.
 
     Raises `EngineLoadError` if that fails, `Unsupported` if it needs an image.
     """
-    long = _generated(loaded, picture_prompt or _text_prompt(loaded, 13))
+    long = _generated(loaded, image_prompt or _text_prompt(loaded, 13))
     try:
         return long, _generated(loaded, _text_prompt(loaded, 5))
     except EngineLoadError as error:
-        if picture_prompt is None:
+        if image_prompt is None:
             raise
-        raise Unsupported(f"a prompt without a picture fails: {error}") from error
+        raise Unsupported(f"a prompt without an image fails: {error}") from error
 
 
 def _generated(loaded: LoadedModel, prompt: Prompt) -> Reference:

@@ -170,13 +170,13 @@ class ServedModel(BatchModel):
 
     def _make_runner(self, settings: EngineSettings, slots: int) -> Runner | None:
         loaded = self.loaded
-        picture_prompt = self._picture_prompt() if loaded.takes_images else None
+        image_prompt = self._image_prompt() if loaded.takes_images else None
         if settings.scheduler == "generate":
             if loaded.head is None:
-                check_generate(loaded, picture_prompt)
+                check_generate(loaded, image_prompt)
             verdict = Verdict(None, "requested with --engine-arg scheduler=generate")
         else:
-            verdict = check(loaded, picture_prompt, static=_static_use(settings, loaded))
+            verdict = check(loaded, image_prompt, static=_static_use(settings, loaded))
         if verdict.forward is None:
             if settings.scheduler == "slots":
                 raise EngineLoadError(
@@ -219,13 +219,13 @@ class ServedModel(BatchModel):
             token_bytes=self._token_bytes,
         )
 
-    def _picture_prompt(self) -> Prompt | None:
+    def _image_prompt(self) -> Prompt | None:
         """A prompt with an image for the self test; None if the model's processor cannot make one
         from a plain question."""
         data = io.BytesIO()
-        picture = Image.new("RGB", (96, 64), (200, 60, 30))
-        picture.paste((20, 90, 220), (10, 10, 50, 40))
-        picture.save(data, "PNG")
+        image = Image.new("RGB", (96, 64), (200, 60, 30))
+        image.paste((20, 90, 220), (10, 10, 50, 40))
+        image.save(data, "PNG")
         attachments = (data.getvalue(),)
         parts: list[Part] = [ImagePart(attachment=0), TextPart(text="What is in this picture?")]
         chat = Request(

@@ -146,7 +146,7 @@ def build_engine(options: EngineOptions, progress: Progress) -> LibraryEngine:
         )
     ((path, names),) = named_models(options, several=False)
     progress(None, f"loading {path}")
-    facts = describe(path, options, settings, pictures=True, library="vllm")
+    facts = describe(path, options, settings, images=True, library="vllm")
     arguments = engine_arguments(path, options, settings.context_tokens, theirs)
     with explained(path, "vllm"):
         engine = LLMEngine.from_engine_args(arguments)

@@ -91,7 +91,7 @@ def model_class(
     if kind in MODEL_MAPPING:
         return ModelClass(AutoModel)
     raise EngineLoadError(
-        f"{path}: {kind.__name__} is no text, picture-and-text or embedding model of transformers"
+        f"{path}: {kind.__name__} is no text, image-and-text or embedding model of transformers"
     )
 
 

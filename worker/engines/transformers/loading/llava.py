@@ -109,7 +109,7 @@ def find_parts(folder: Path, *, safetensors_only: bool) -> LlavaParts | None:
         )
     if facts.get("mm_use_im_start_end"):
         raise EngineLoadError(
-            f"{folder} marks pictures with <im_start> and <im_end> (mm_use_im_start_end), which "
+            f"{folder} marks images with <im_start> and <im_end> (mm_use_im_start_end), which "
             "transformers' LLaVA does not: only projectors trained without them can be served"
         )
     if facts.get("image_aspect_ratio") == "anyres" or facts.get("mm_patch_merge_type") not in (
@@ -117,7 +117,7 @@ def find_parts(folder: Path, *, safetensors_only: bool) -> LlavaParts | None:
         "flat",
     ):
         raise EngineLoadError(
-            f"{folder} is a LLaVA-NeXT (pictures in tiles) in the LLaVA project's format: only 1.0 "
+            f"{folder} is a LLaVA-NeXT (images in tiles) in the LLaVA project's format: only 1.0 "
             "and 1.5 are read in it, take the model in transformers' format (llava-hf on the hub)"
         )
     return LlavaParts(folder, facts, tuple(found), has_adapter, whole)
@@ -179,7 +179,7 @@ def assemble(
     projector_state, tower_state, language_state = _sorted_weights(parts)
     if not projector_state:
         raise EngineLoadError(f"{source} holds no weights of a projector (mm_projector)")
-    tower, pictures = load_tower(
+    tower, images = load_tower(
         parts.folder,
         str(parts.facts["mm_vision_tower"]),
         tower_state,
@@ -217,7 +217,7 @@ def assemble(
     model.generation_config = getattr(language_model, "generation_config", GenerationConfig())
     if tokenizer.chat_template is None:
         tokenizer.chat_template = LLAVA_TEMPLATE
-    return model.eval(), _processor(parts, pictures, config, tokenizer, classes=classes)
+    return model.eval(), _processor(parts, images, config, tokenizer, classes=classes)
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def _sorted_weights(
     the language model are left out if transformers reads them itself."""
     state: dict[str, Any] = {}
     for file in parts.weights:
-        state |= _tensors(file, _of_pictures if parts.whole else None)
+        state |= _tensors(file, _of_images if parts.whole else None)
     projector: dict[str, Any] = {}
     tower: dict[str, Any] = {}
     language: dict[str, Any] = {}
@@ -247,7 +247,7 @@ def _sorted_weights(
     return projector, tower, language
 
 
-def _of_pictures(name: str) -> bool:
+def _of_images(name: str) -> bool:
     return "mm_projector." in name or "vision_tower." in name
 
 
@@ -340,16 +340,16 @@ def _add_image_token(language_model: Any, tokenizer: Any) -> int:
 
 
 def _processor(
-    parts: LlavaParts, pictures: Any, config: Any, tokenizer: Any, *, classes: bool
+    parts: LlavaParts, images: Any, config: Any, tokenizer: Any, *, classes: bool
 ) -> Any:
     from transformers import LlavaImageProcessor, LlavaProcessor
 
     if parts.facts.get("image_aspect_ratio") == "pad":
-        facts = pictures.to_dict()
+        facts = images.to_dict()
         facts.pop("image_processor_type", None)
-        pictures = LlavaImageProcessor(**facts | {"do_pad": True})
+        images = LlavaImageProcessor(**facts | {"do_pad": True})
     return LlavaProcessor(
-        image_processor=pictures,
+        image_processor=images,
         tokenizer=tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,

@@ -42,7 +42,7 @@ def load_tower(
     extra = {"attn_implementation": attention} if attention else {}
     try:
         config = _config(path)
-        pictures = AutoImageProcessor.from_pretrained(path)
+        images = AutoImageProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
         if not (name.startswith(_OPENAI_CLIP) and "embeddings.patch_embedding.weight" in state):
             raise EngineLoadError(
@@ -50,7 +50,7 @@ def load_tower(
                 "from the hub now: load it once while online, or write its folder's path into "
                 f"mm_vision_tower of config.json ({one_line(error, 160)})"
             ) from error
-        config, pictures = _openai_clip(state)
+        config, images = _openai_clip(state)
     kind = _CLASSES[config.model_type]()
     if state:
         with torch.device("meta"):
@@ -60,7 +60,7 @@ def load_tower(
         if whole:
             tower = kind._from_config(config, dtype=dtype, **extra)
             _fill(tower, state, folder)
-            return tower.to(device).eval(), pictures
+            return tower.to(device).eval(), images
     tower, told = kind.from_pretrained(
         path,
         config=config,
@@ -71,7 +71,7 @@ def load_tower(
     )
     refuse_missing(tower, set(told["missing_keys"]) - _named_by(tower, state).keys(), path)
     _fill(tower, state, folder)
-    return tower.to(device).eval(), pictures
+    return tower.to(device).eval(), images
 
 
 def _clip() -> Any:
