@@ -260,7 +260,7 @@ def test_drain_waits_until_the_worker_has_gone(make_bus: Callable[..., Bus]) -> 
         (["models", "--broker", "nonsense"], 2, "tcp://HOST:PORT"),
         (["generate", "x", "--image", "/nowhere.png"], 2, "/nowhere.png"),
         (["generate", "x", "--temperature", "-1"], 2, "error: temperature: "),
-        (["generate", "x", "--param", "foo=1"], 2, "known are "),
+        (["generate", "x", "--param", "foo=1"], 2, "known parameters: "),
         (["generate", "x", "--param", "temprature=1"], 2, "did you mean temperature"),
         (["generate", "--server-key", "short", "x"], 2, "server_key"),
         (["generate"], 2, "no text"),
@@ -420,7 +420,7 @@ def test_chat_checks_an_image_a_parameter_and_a_model_at_the_command(
     assert "did you mean temperature" in name
     assert "top_p" in value and "1.0" in value
     assert "unknown parameter 'colour'" in word
-    assert "'ecko'" in model and "served are echo" in model
+    assert "'ecko'" in model and "models served: echo" in model
     assert "/nowhere.png" in load
 
 
