@@ -12,7 +12,7 @@ import msgspec
 from broker.protocol import messages
 from broker.protocol.messages import PieceKind, PromptEvent, TokensEvent
 from client.core.events import End, Item
-from client.core.tool_parser import CallStart, Piece, Text, ToolCallParser
+from broker.protocol.tool_parser import CallStart, Piece, Text, ToolCallParser
 from client.core.tools import Reading, ToolCall
 
 __all__ = ["CallReader"]

@@ -28,7 +28,7 @@ from broker.protocol.messages import (
 )
 from client import InvalidRequest, calls
 from client.core.forced import forced_calls
-from client.core.tool_parser import MARKS
+from broker.protocol.tool_parser import MARKS
 from client.gateway import requests as http
 from client.gateway.bodies import aside
 from client.gateway.errors import describe, invalid

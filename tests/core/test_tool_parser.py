@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.core.tool_parser import Arguments, CallStart, Text, ToolCallParser
+from broker.protocol.tool_parser import Arguments, CallStart, Text, ToolCallParser
 
 NAMES = ("get_weather", "add")
 WEATHER = '{"city": "Graz", "days": [1, {"a": "}"}]}'

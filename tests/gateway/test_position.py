@@ -14,7 +14,7 @@ import pytest
 
 from broker.protocol.messages import FinishReason, Timings, TokenLogprob, TopLogprob, Usage
 from client.core.events import End
-from client.core.tool_parser import ToolCallParser
+from broker.protocol.tool_parser import ToolCallParser
 from client.gateway.errors import GatewayError
 from client.gateway.openai import chat as openai_chat
 from client.gateway.openai import completions as openai_completions

@@ -18,7 +18,7 @@ import msgspec
 
 from broker.protocol.messages import FinishReason, PieceKind, TokenLogprob, Usage
 from client import Embeddings
-from client.core import tool_parser as tools
+from broker.protocol import tool_parser as tools
 from client.gateway.bodies import aside
 from client.gateway.convert import Generation
 from client.gateway.openai.generation import ChoiceEvent, Delta, Finish, Prompted

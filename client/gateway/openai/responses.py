@@ -26,7 +26,7 @@ from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
 from broker.protocol.messages import TokenLogprob, Usage
-from client.core import tool_parser as tools
+from broker.protocol import tool_parser as tools
 from client.gateway import requests as http
 from client.gateway.bodies import aside
 from client.gateway.context import RequestContext

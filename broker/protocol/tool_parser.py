@@ -26,7 +26,7 @@ from typing import Final
 
 from msgspec import Struct
 
-__all__ = ["MARKS", "Arguments", "CallStart", "Piece", "Text", "ToolCallParser"]
+__all__ = ["MARKS", "Arguments", "CallStart", "ObjectReader", "Piece", "Text", "ToolCallParser"]
 
 
 class Text(Struct, frozen=True, gc=False):
@@ -78,12 +78,14 @@ _SPACE = " \t\r\n"
 _SEPARATORS = _SPACE + ",;"
 #: Keys under which models put the arguments, and other keys that a call may have.
 _ARGUMENTS = ("arguments", "parameters")
-_BESIDE = ("id", "type", "index")
+_BESIDE = ("id", "type", "index", "tool_call_id")
+#: Keys under which models put the name.
+_NAMES = ("name", "function", "tool_name")
 #: Longer than any call id that Mistral's models write.
 _ID_CHARACTERS = 64
 
 
-class _Reader:
+class ObjectReader:
     """Parses one JSON object that may be a call; the name is known before the object is complete.
 
     With `name` given, the object is the arguments themselves. `strict`: an object with anything but
@@ -171,7 +173,7 @@ class _Reader:
 
     def _key_ends(self) -> None:
         key = _string(self._cut())
-        if key in ("name", "function", *_ARGUMENTS, *_BESIDE):
+        if key in (*_NAMES, *_ARGUMENTS, *_BESIDE):
             self._key = key
         else:
             self._refuse()
@@ -179,7 +181,7 @@ class _Reader:
     def _value_ends(self) -> None:
         key, value = self._key, self._cut()
         self._key = None
-        if key in ("name", "function"):
+        if key in _NAMES:
             name = _string(value)
             if name not in self._names or (self._strict and self.name is not None):
                 self._refuse()
@@ -265,7 +267,7 @@ class ToolCallParser:
         self._marker = ""  # marker with which the region began
         self._in_list = False
         self._unsure: list[Piece] = []  # calls of a list that may still turn out to be text
-        self._reader: _Reader | None = None
+        self._reader: ObjectReader | None = None
         self._told = False  # whether the current call was reported
         self._trim = False  # whether to drop white space after a call
         #: Calls found so far.
@@ -436,7 +438,7 @@ class ToolCallParser:
                     return True
         if head[0] == "{":
             self._swallow(before)
-            self._reader, self._told = _Reader(self._names, strict=self._strict), False
+            self._reader, self._told = ObjectReader(self._names, strict=self._strict), False
             self._state = _State.READING
             return True
         if head[0] == "[" and not self._in_list and self._marker != _HERMES:
@@ -467,7 +469,7 @@ class ToolCallParser:
         if called not in self._names:
             return self._leave(pieces)
         self._swallow(len(name))
-        self._reader, self._told = _Reader(self._names, called), False
+        self._reader, self._told = ObjectReader(self._names, called), False
         self._state = _State.READING
         return True
 

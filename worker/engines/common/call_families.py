@@ -1,0 +1,319 @@
+"""How families of models write the calls of tools, and which family a model is of.
+
+A family is known by the marks that its chat template or its vocabulary shows; each mark has a reader
+of what follows it (see `CallParser`). Models of several formats have several. What a template of
+OpenAI's harmony format or a response template says of calls is read where those are read.
+Must never import torch; transformers only for formats that it has a reader of.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from broker.protocol.tool_parser import MARKS
+from worker.engines.common.calls import CallParser, Reader, Steps
+
+__all__ = ["syntaxes_of"]
+
+_SPACE: Final = " \t\r\n"
+_SEPARATORS: Final = _SPACE + ",;"
+
+
+def _tagged(close: str, *, optional: bool = False, before: str = "") -> Reader:
+    """Calls between two marks: JSON objects, a list of them, or one call in XML. `optional`: where
+    calls are a list, its end is theirs too. `before`: a mark that stands before an object."""
+
+    def read(calls: CallParser) -> Steps:
+        while True:
+            first = yield from calls.skip(_SEPARATORS)
+            if first == "{":
+                if not (yield from calls.read_call()):
+                    return False
+            elif first == "[":
+                calls.take(1)
+            elif first == "]":
+                calls.take(1)
+                if optional:
+                    yield from calls.skip()
+                    yield from calls.comes(close)
+                    return True
+            elif first == "<":
+                mark = yield from calls.comes(close, _FUNCTION, *([before] if before else ()))
+                if mark == close:
+                    return True
+                if not mark or (mark == _FUNCTION and not (yield from _function(calls))):
+                    return False
+            elif not first:
+                return True
+            elif not (yield from _keys_and_values(calls, close)):
+                return False
+            else:
+                return True
+
+    return read
+
+
+_FUNCTION: Final = "<function="
+
+
+def _function(calls: CallParser) -> Steps:
+    """`<function=NAME>`, then its parameters as elements, or all of them as one JSON object."""
+    name, mark = yield from calls.until(">")
+    if not mark or not calls.start_call(name.strip(_SPACE)):
+        return False
+    while True:
+        first = yield from calls.skip()
+        if first == "{":
+            if not (yield from calls.read_arguments()):
+                return False
+            yield from calls.skip()
+            return bool((yield from calls.comes("</function>"))) or calls.over
+        mark = yield from calls.comes("<parameter=", "</function>")
+        if mark == "</function>":
+            calls.end_call(closes=True)
+            return True
+        if not mark or not (yield from _parameter(calls, ">", "</parameter>")):
+            return False
+
+
+def _parameter(calls: CallParser, key_ends: str, value_ends: str) -> Steps:
+    """The rest of `<parameter=KEY>` and the value, which stands on lines of its own."""
+    key, mark = yield from calls.until(key_ends)
+    if not mark:
+        return False
+    value, mark = yield from calls.until(value_ends)
+    value = value.removeprefix("\n")
+    if mark:
+        value = value.removesuffix("\n")
+    calls.add_argument(key.strip(_SPACE), value, cut=not mark)
+    return bool(mark)
+
+
+def _keys_and_values(calls: CallParser, close: str) -> Steps:
+    """GLM: the name, then keys and values as elements, up to the mark that closes."""
+    name, mark = yield from calls.until("\n", "<arg_key>", close)
+    if not mark or not calls.start_call(name.strip(_SPACE)):
+        return False
+    while mark != close:
+        if mark != "<arg_key>":
+            yield from calls.skip()
+            mark = yield from calls.comes("<arg_key>", close)
+            if not mark:
+                return False
+            continue
+        key, mark = yield from calls.until("</arg_key>")
+        yield from calls.skip()
+        if not mark or not (yield from calls.comes("<arg_value>")):
+            return False
+        value, mark = yield from calls.until("</arg_value>")
+        calls.add_argument(key.strip(_SPACE), value, cut=not mark)
+        if not mark:
+            return False
+    calls.end_call(closes=True)
+    return True
+
+
+def _invoked(close: str, prefix: str = "") -> Reader:
+    """MiniMax-M2, and DeepSeek V3.2 with a prefix: `<invoke name="f"><parameter name="k">v...`."""
+    invoke, parameter = f'<{prefix}invoke name="', f'<{prefix}parameter name="'
+    invoke_ends, parameter_ends = f"</{prefix}invoke>", f"</{prefix}parameter>"
+
+    def read(calls: CallParser) -> Steps:
+        while True:
+            yield from calls.skip()
+            mark = yield from calls.comes(invoke, close)
+            if mark != invoke:
+                return bool(mark) or calls.over
+            name, mark = yield from calls.until('"')
+            yield from calls.until(">")
+            if not mark or not calls.start_call(name):
+                return False
+            while True:
+                yield from calls.skip()
+                mark = yield from calls.comes(parameter, invoke_ends)
+                if mark == invoke_ends:
+                    calls.end_call(closes=True)
+                    break
+                if not mark or not (yield from argument(calls)):
+                    return False
+
+    def argument(calls: CallParser) -> Steps:
+        key, mark = yield from calls.until('"')
+        said, ends = yield from calls.until(">")
+        if not (mark and ends):
+            return False
+        value, mark = yield from calls.until(parameter_ends)
+        calls.add_argument(key, value, cut=not mark, json='string="false"' in said)
+        return bool(mark)
+
+    return read
+
+
+def _named(begin: str, separator: str, end: str, close: str) -> Reader:
+    """Name and JSON arguments of each call between marks of their own: Kimi K2, DeepSeek."""
+
+    def read(calls: CallParser) -> Steps:
+        while True:
+            yield from calls.skip()
+            mark = yield from calls.comes(begin, close)
+            if mark != begin:
+                return bool(mark) or calls.over
+            head, mark = yield from calls.until(separator)
+            if not mark:
+                return False
+            # DeepSeek V3 has the name here, behind the kind of tool, and the object in a fence.
+            between, mark = yield from calls.until("{", end, keeps=True)
+            name = between.strip(_SPACE).partition("\n")[0].strip(_SPACE) or head.strip(_SPACE)
+            if not calls.start_call(_KIMI_ID.sub(r"\1", name)):
+                return False
+            if mark == end:
+                calls.end_call(closes=True)
+            elif not mark or not (yield from calls.read_arguments()):
+                return False
+            yield from calls.until(end)
+
+    return read
+
+
+_KIMI_ID: Final = re.compile(r"^functions\.(.*?)(?::\d+)?$")
+"""`functions.NAME:0`"""
+
+
+def _gemma(calls: CallParser) -> Steps:
+    """Gemma 4: `call:NAME{key:value,...}`, with strings between `<|"|>`."""
+    if not (yield from calls.comes("call:")):
+        return False
+    name, mark = yield from calls.until("{", _GEMMA_END, keeps=True)
+    if not mark or not calls.start_call(name.strip(_SPACE)):
+        return False
+    body, mark = yield from calls.until(_GEMMA_END)
+    if not mark:
+        calls.add_arguments(body)
+        return False
+    arguments = _parsed(body, "json", unquoted_keys=True, string_delims=[['<|"|>', '<|"|>']])
+    calls.add_arguments(body if arguments is None else json.dumps(arguments, ensure_ascii=False))
+    calls.end_call()
+    return True
+
+
+_GEMMA_END: Final = "<tool_call|>"
+
+
+def _pythonic(close: str, *, lines: bool = False) -> Reader:
+    """Calls as Python writes them, in a list or on `lines`."""
+
+    def read(calls: CallParser) -> Steps:
+        body, mark = yield from calls.until(close)
+        if lines:
+            body = f"[{','.join(line for line in body.splitlines() if line.strip())}]"
+        return _say_python(calls, body) if mark or calls.over else False
+
+    return read
+
+
+def _say_python(calls: CallParser, text: str) -> bool:
+    """Say a list of calls; False if it is none, or one of them is of no tool."""
+    found = _parsed(text.strip(_SPACE), "python-call-list")
+    if not found or any(call["name"] not in calls.tools for call in found):
+        return False
+    for call in found:
+        calls.start_call(call["name"])
+        calls.add_arguments(json.dumps(call["arguments"], ensure_ascii=False))
+        calls.end_call()
+    return True
+
+
+def _bare(calls: CallParser) -> Steps:
+    """Llama: an answer that is nothing but calls, without a mark."""
+    if (yield from calls.skip()) == "{":
+        while (yield from calls.skip(_SEPARATORS)) == "{":
+            if not (yield from calls.read_call(strict=True)):
+                return False
+        return True
+    text, mark = yield from calls.until("(", "]", "\n", keeps=True)
+    if mark != "(" or text[:1] != "[" or text[1:].strip(_SPACE) not in calls.tools:
+        return False
+    while mark:
+        more, mark = yield from calls.until("]")
+        text += more + mark
+        if _say_python(calls, text):
+            return True
+    return False
+
+
+def _parsed(text: str, format_: str, **arguments: Any) -> Any:
+    """What transformers' reader of a format finds; None where it finds nothing."""
+    from transformers.utils.chat_parsing.content_parsers import parse_content
+
+    try:
+        return parse_content(text, format_, arguments)
+    except (ValueError, RecursionError):
+        return None
+
+
+_FAMILIES: Final[dict[str, Reader]] = {
+    # Hermes, Qwen 2.5 and 3, SmolLM3, EXAONE 4, Granite 4, ERNIE 4.5 (JSON); Qwen3-Coder, Qwen 3.5,
+    # Nemotron 3, Step 3.5 (XML); GLM 4.5 and later (keys and values)
+    "<tool_call>": _tagged("</tool_call>"),
+    # Qwen3-Coder, which leaves the mark around it out at times; Llama 3.1 with JSON
+    _FUNCTION: _function,
+    # Phi-4-mini; Granite 3, without an end
+    "<|tool_call|>": _tagged("<|/tool_call|>", optional=True),
+    # MiniMax-M1, Hunyuan, Jamba
+    "<tool_calls>": _tagged("</tool_calls>"),
+    "<TOOLCALL>": _tagged("</TOOLCALL>"),
+    # Cohere
+    "<|START_ACTION|>": _tagged("<|END_ACTION|>"),
+    # InternLM
+    "<|action_start|>": _tagged("<|action_end|>", before="<|plugin|>"),
+    # Seed-OSS
+    "<seed:tool_call>": _tagged("</seed:tool_call>"),
+    "<minimax:tool_call>": _invoked("</minimax:tool_call>"),
+    # DeepSeek V3.2
+    "<｜DSML｜function_calls>": _invoked("</｜DSML｜function_calls>", "｜DSML｜"),
+    # DeepSeek V3, R1 and V3.1
+    "<｜tool▁calls▁begin｜>": _named(
+        "<｜tool▁call▁begin｜>",
+        "<｜tool▁sep｜>",
+        "<｜tool▁call▁end｜>",
+        "<｜tool▁calls▁end｜>",
+    ),
+    "<|tool_calls_section_begin|>": _named(
+        "<|tool_call_begin|>",
+        "<|tool_call_argument_begin|>",
+        "<|tool_call_end|>",
+        "<|tool_calls_section_end|>",
+    ),
+    "<|tool_call>": _gemma,
+    # LFM2
+    "<|tool_call_start|>": _pythonic("<|tool_call_end|>"),
+    # Olmo 3
+    "<function_calls>": _pythonic("</function_calls>", lines=True),
+    # Llama 4
+    "<|python_start|>": _pythonic("<|python_end|>"),
+}
+"""By the mark that begins calls."""
+
+MARKED: Final = (
+    *_FAMILIES,
+    "</tool_call>",
+    "<|/tool_call|>",
+    "<|END_ACTION|>",
+    "<|action_end|>",
+    "<|plugin|>",
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁sep｜>",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁calls▁end｜>",
+    "<|tool_call_begin|>",
+    "<|tool_call_argument_begin|>",
+    "<|tool_call_end|>",
+    "<|tool_calls_section_end|>",
+    "<tool_call|>",
+    '<|"|>',
+    "<|python_end|>",
+    *MARKS,
+)
