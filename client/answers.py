@@ -31,6 +31,7 @@ def wanted(kind: Kind, options: dict[str, Any]) -> tuple[Reading | None, Shape |
     is_json = _constrained(options, constraint, forced)
     if not tools or options.get("tool_choice") == "none" or (is_json and forced is None):
         return None, shape
+    # Older workers tell no calls from text: for them, what marks calls stays in it.
     options["keep_special"] = [*(options.get("keep_special") or ()), *MARKS]
     reading = Reading(
         tools=tuple(tools),

@@ -465,6 +465,8 @@ def _call(
     }
     if kind is Kind.CHAT:
         params.setdefault("pieces", [PieceKind.REASONING.value])
+        if reading is not None:
+            params["pieces"] = [*params["pieces"], PieceKind.CALL.value]
     if "model_defaults" not in params:
         params["model_defaults"] = [name for name in MODEL_DEFAULTS if name not in params]
     # Always set, so that a resumed stream continues exactly; below 2**53 it survives JSON.

@@ -65,6 +65,9 @@ class ConversationOptions(CallOptions, total=False):
         str | Mapping[str, Any] | None,
         _says('"auto", "none", "required", or one function in OpenAI\'s form [auto]'),
     ]
+    parallel_tool_calls: Annotated[
+        bool | None, _says("no: the answer ends with its first call [yes]")
+    ]
     template_args: Annotated[
         Mapping[str, Any] | None, _says("variables for the model's chat template [none]")
     ]

@@ -74,6 +74,10 @@ class PieceKind(StrEnum):
     CONTENT = "content"
     #: What the model thought before or between parts of the answer.
     REASONING = "reasoning"
+    #: A call of a tool begins: its name, whole. Who asks for it gets `ARGUMENTS` as well.
+    CALL = "call"
+    #: More of the JSON text of the arguments of the call that began last.
+    ARGUMENTS = "arguments"
 
 
 class _Map(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -409,6 +413,8 @@ class Request(_Map, frozen=True, kw_only=True):
     params: Params = Params()
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    #: False: the answer ends with its first call, if `pieces` asks for calls.
+    parallel_tool_calls: bool = True
     #: Passed to the chat template.
     template_args: dict[str, Any] = {}
     #: For embed: see the worker's documentation (pooling, normalize, dimensions).

@@ -1,5 +1,7 @@
-"""Between the session and a stream whose answer may call tools: what a worker sends as text goes
-in, text and whole calls come out. Pure, and never raises, whatever a model writes.
+"""Between the session and a stream whose answer may call tools: what a worker sends goes in, text
+and whole calls come out. Pure, and never raises, whatever a model or a worker writes.
+
+A worker tells calls from text; in the text of an older one they are looked for here.
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ import msgspec
 
 from broker.protocol import messages
 from broker.protocol.messages import PieceKind, PromptEvent, TokensEvent
+from broker.protocol.tool_parser import CallStart, ObjectReader, Piece, Text, ToolCallParser
 from client.core.events import End, Item
-from broker.protocol.tool_parser import CallStart, Piece, Text, ToolCallParser
-from client.core.tools import Reading, ToolCall
+from client.core.tools import Reading, Tool, ToolCall
 
 __all__ = ["CallReader"]
 
@@ -30,53 +32,75 @@ class CallReader:
         self._parser = ToolCallParser(
             self._tools, forced=reading.forced, shows_special=reading.shows_special
         )
-        #: What the prompt is known by, until the first text shows whether thoughts come apart.
+        #: What the prompt is known by, until the first text shows who tells calls from text.
         self._prompt: PromptEvent | None = None
         #: Name and arguments of each call so far, and how many of them were handed on.
         self._calls: list[tuple[str, list[str]]] = []
         self._told = 0
+        #: The worker tells calls from text; what reads the arguments of the call in hand.
+        self._split = False
+        self._reader: ObjectReader | None = None
 
     def add(self, item: Item) -> None:
         """Hand on what is certain with this item."""
-        parser, hand_on = self._parser, self._hand_on
         match item:
             case TokensEvent():
                 # The ids are counted where they arrive, though their text may be held back.
                 text, pieces = self._read(item)
-                hand_on(msgspec.structs.replace(item, text=text, pieces=pieces))
-                self._tell(parser.complete_calls)
+                self._hand_on(msgspec.structs.replace(item, text=text, pieces=pieces))
+                self._tell(self._complete)
             case End():
                 text, pieces = self._read(item)
-                rest = self._text_of(parser.finish())
+                rest = "" if self._split else self._text_of(self._parser.finish())
                 if rest and pieces is not None:
                     pieces = [*pieces, messages.Piece(PieceKind.CONTENT.value, rest)]
                 self._tell(len(self._calls))
-                hand_on(dataclasses.replace(item, text=text + rest, pieces=pieces))
+                self._hand_on(dataclasses.replace(item, text=text + rest, pieces=pieces))
             case PromptEvent():
                 self._prompt = item
                 if self._shows_prompt:
-                    hand_on(item)
+                    self._hand_on(item)
             case _:
-                hand_on(item)
+                self._hand_on(item)
+
+    @property
+    def _complete(self) -> int:
+        """Calls of which nothing more will come."""
+        if not self._split:
+            return self._parser.complete_calls
+        # Whatever follows the arguments, they are over.
+        is_open = self._reader is not None and not self._reader.complete
+        return len(self._calls) - is_open
 
     def _read(self, item: TokensEvent | End) -> tuple[str, list[messages.Piece] | None]:
-        """The text of an event without its calls, and all of it by kind where it came so."""
-        if self._prompt is not None and (item.text or item.pieces):
-            # Where thoughts come apart, one that the prompt has begun is no matter of the text.
+        """The text of an event without its calls, and all of it by kind if it came so."""
+        if item.pieces is not None:
+            self._split = True
+        if self._split:
+            return item.text, self._without_calls(item.pieces)
+        # An older worker, which tells no calls from text.
+        if self._prompt is not None and item.text:
             prompt, self._prompt = self._prompt, None
-            tail = prompt.tail if item.pieces is None else ""
-            self._parser.begin(special=prompt.special, tail=tail)
-        if item.pieces is None:
-            return self._text_of(self._parser.feed(item.text)), None
-        texts: list[str] = []
-        pieces: list[messages.Piece] = []
-        for piece in item.pieces:
-            if piece.kind == PieceKind.CONTENT:
-                texts.append(self._text_of(self._parser.feed(piece.text)))
-                piece = messages.Piece(piece.kind, texts[-1])
-            if piece.text:
-                pieces.append(piece)
-        return "".join(texts), pieces
+            self._parser.begin(special=prompt.special, tail=prompt.tail)
+        return self._text_of(self._parser.feed(item.text)), None
+
+    def _without_calls(self, pieces: list[messages.Piece] | None) -> list[messages.Piece] | None:
+        """Pieces of other kinds; those of calls are kept."""
+        if pieces is None:
+            return None
+        others: list[messages.Piece] = []
+        for piece in pieces:
+            if piece.kind == PieceKind.CALL:
+                self._calls.append((piece.text, []))
+                self._reader = ObjectReader((), piece.text)
+            elif piece.kind == PieceKind.ARGUMENTS:
+                if self._reader is not None:
+                    self._calls[-1][1].append(piece.text)
+                    self._reader.feed(piece.text)
+            else:
+                others.append(piece)
+                self._reader = None
+        return others
 
     def _text_of(self, pieces: Iterable[Piece]) -> str:
         """Their text; what belongs to calls is kept."""
@@ -96,12 +120,13 @@ class CallReader:
         while self._told < min(complete, len(calls)):
             name, arguments = calls[self._told]
             self._told += 1
+            is_cut = self._parser.cut or self._complete < len(calls)
             self._hand_on(
                 ToolCall(
                     id=f"call_{self._ids}_{self._told - 1}",
                     name=name,
                     arguments_json="".join(arguments),
-                    tool=self._tools[name],
-                    cut=self._parser.cut and self._told == len(calls),
+                    tool=self._tools.get(name) or Tool(name, None),
+                    cut=is_cut and self._told == len(calls),
                 )
             )

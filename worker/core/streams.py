@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from worker.core.connection import Connection
 
 CONTENT: Final = PieceKind.CONTENT.value
-_RUNS: Final = (CONTENT, PieceKind.REASONING.value)
+_RUNS: Final = (CONTENT, PieceKind.REASONING.value, PieceKind.ARGUMENTS.value)
 """Kinds of which neighbouring pieces are one."""
 
 COALESCED_TOKENS: Final = 4096

@@ -28,6 +28,7 @@ __all__ = [
     "first_of",
     "held_back",
     "merged",
+    "unsplit",
 ]
 
 CONTENT: Final = PieceKind.CONTENT.value
@@ -364,6 +365,11 @@ class _Plain:
 
     def finish(self) -> list[Piece]:
         return []
+
+
+def unsplit(*, continues: bool = False) -> AnswerParser:
+    """The parser of an answer that is all content."""
+    return AnswerParser(_Plain(), continues=continues)
 
 
 # --- helpers --------------------------------------------------------------------------------------

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any, Final
 
-from broker.protocol.tool_parser import MARKS
-from worker.engines.common.calls import CallParser, Reader, Steps
+from broker.protocol.tool_parser import MARKS, ToolCallParser
+from worker.engines.common.answer_parser import Marks
+from worker.engines.common.calls import CallParser, Calls, DetectedCalls, Reader, Steps
+from worker.engines.common.reasoning import AddedTokens
+from worker.engines.common.typed_arguments import Tools
 
-__all__ = ["syntaxes_of"]
+__all__ = ["CallFormat"]
 
 _SPACE: Final = " \t\r\n"
 _SEPARATORS: Final = _SPACE + ",;"
@@ -297,7 +300,7 @@ _FAMILIES: Final[dict[str, Reader]] = {
 }
 """By the mark that begins calls."""
 
-MARKED: Final = (
+_MARKS: Final = (
     *_FAMILIES,
     "</tool_call>",
     "<|/tool_call|>",
@@ -312,8 +315,57 @@ MARKED: Final = (
     "<|tool_call_argument_begin|>",
     "<|tool_call_end|>",
     "<|tool_calls_section_end|>",
-    "<tool_call|>",
+    _GEMMA_END,
     '<|"|>',
     "<|python_end|>",
     *MARKS,
 )
+"""All of which some may be special tokens of a model."""
+
+#: How a template says that calls are to be written as Python, without a mark.
+_PYTHONIC: Final = "func_name1(params_name1"
+
+
+class CallFormat:
+    """How one model writes calls. `template`: the source of its chat template."""
+
+    def __init__(self, template: str, added: AddedTokens) -> None:
+        self._readers = {
+            mark: reader
+            for mark, reader in _FAMILIES.items()
+            if mark in template or mark in added
+        }
+        self._bare = _bare if "<|python_start|>" in self._readers or _PYTHONIC in template else None
+        #: Special tokens that the parser must see.
+        self.special = tuple(mark for mark in _MARKS if mark in added and added[mark][1])
+
+    def parser(
+        self,
+        tools: Tools,
+        *,
+        forced: bool,
+        shows_special: bool = False,
+        thoughts: Marks | None = None,
+        opened: bool = False,
+        tail: str = "",
+        said: str = "",
+        special: Sequence[str] = (),
+    ) -> Calls:
+        """The parser of the content of one answer. `forced`: it can be nothing but calls, as
+        `tool_choice` asked. `thoughts`: marks of thoughts that stand in it; `opened`: it begins
+        within one; `tail`, `said`: the end of the prompt, and of the message that
+        the answer goes on with, which show the same. `special`: more special
+        tokens that are no text, unless `shows_special`."""
+        hidden = () if shows_special else (*self.special, *special)
+        if forced or not (self._readers or self._bare):
+            detector = ToolCallParser(tools, forced=forced, shows_special=shows_special, said=said)
+            detector.begin(special=hidden, tail=tail)
+            return DetectedCalls(detector)
+        return CallParser(
+            self._readers,
+            tools,
+            bare=self._bare,
+            special=hidden,
+            thoughts=thoughts,
+            opened=opened,
+        )

@@ -51,6 +51,7 @@ Reader = Callable[["CallParser"], Steps]
 class CallParser:
     """Calls in the syntax of a family. `syntaxes`: what reads the calls behind each mark.
 
+    `bare`: what reads calls that stand at the beginning of an answer without a mark.
     `thoughts`: marks of thoughts that stand in the text, in which no calls are looked for;
     `opened`: the text begins within one. `special`: marks that are special tokens of the model,
     which are no text even where they begin no call.
@@ -61,12 +62,14 @@ class CallParser:
         syntaxes: dict[str, Reader],
         tools: Tools,
         *,
+        bare: Reader | None = None,
         special: Sequence[str] = (),
         thoughts: Marks | None = None,
         opened: bool = False,
     ) -> None:
         self.tools = tools
         self._syntaxes = syntaxes
+        self._bare = bare
         self._special = special
         self._thoughts = thoughts
         self._opened = opened
@@ -115,26 +118,37 @@ class CallParser:
             yield from self._pass_over(self._thoughts.closes)
         opens = self._thoughts.opens if self._thoughts is not None else ()
         called = False
+        if self._bare is not None:
+            first = yield from self.skip()
+            if first in ("[", "{"):
+                called = yield from self._region(self._bare)
+            else:
+                self._say(self._taken)
         while True:
             mark = yield from self._say_until((*self._syntaxes, *opens), called)
             if not mark:
                 return
-            if mark not in self._syntaxes:
-                self._say(self._taken)
-                assert self._thoughts is not None
-                yield from self._pass_over(self._thoughts.closes)
-                called = False
+            if mark in self._syntaxes:
+                called = yield from self._region(self._syntaxes[mark])
                 continue
-            before, self._in_region = self._calls, True
-            ended = yield from self._syntaxes[mark](self)
-            self._in_region, self._tool = False, None
-            called = self._calls > before
-            if called and not ended:
-                # What a region has behind its calls.
-                self._say(self._taken.lstrip(_SPACE))
-                called = not self._taken.strip(_SPACE)
-            elif not called:
-                self._say(self._taken)
+            self._say(self._taken)
+            assert self._thoughts is not None
+            yield from self._pass_over(self._thoughts.closes)
+            called = False
+
+    def _region(self, reader: Reader) -> Steps:
+        """Read calls; whether there were any, and nothing else behind them."""
+        before, self._in_region = self._calls, True
+        ended = yield from reader(self)
+        self._in_region, self._tool = False, None
+        called = self._calls > before
+        if called and not ended:
+            # What a region has behind its calls.
+            self._say(self._taken.lstrip(_SPACE))
+            called = not self._taken.strip(_SPACE)
+        elif not called:
+            self._say(self._taken)
+        return called
 
     def _say_until(
         self, marks: tuple[str, ...], trims: bool

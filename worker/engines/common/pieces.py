@@ -14,7 +14,9 @@ from typing import Any, Final
 import msgspec
 
 from broker.protocol.messages import Params, Piece, PieceKind
+from broker.protocol.tool_parser import ObjectReader
 from worker.engines.common.answer_parser import AnswerParser, merged
+from worker.engines.common.calls import ARGUMENTS, CALL, Calls
 from worker.engines.common.text import Detokenizer, StopBuffer
 
 __all__ = ["PieceStream", "PieceText"]
@@ -23,13 +25,29 @@ CONTENT: Final = PieceKind.CONTENT.value
 
 
 class PieceText:
-    """Pieces of one answer. Stop strings count in its content alone, and end at its marks.
+    """Pieces of one answer. Stop strings count in its content alone, calls as they are written
+    included, and end at its marks.
 
+    `calls` finds calls in the content; `single`: the answer is over with the first.
     `prior_characters` of it, of whatever kind, were received: they are not said again.
     """
 
-    def __init__(self, parser: AnswerParser, params: Params, prior_characters: int = 0) -> None:
+    def __init__(
+        self,
+        parser: AnswerParser,
+        params: Params,
+        prior_characters: int = 0,
+        *,
+        calls: Calls | None = None,
+        single: bool = False,
+    ) -> None:
         self._parser = parser
+        self._calls = calls
+        self._single = single
+        #: Reads the arguments of the only call that is allowed.
+        self._reader: ObjectReader | None = None
+        #: That call is complete: the answer is over, and nothing more is said.
+        self.called = False
         self._stops = StopBuffer(params.stop, include_stop=params.include_stop)
         self._skip = prior_characters
         self._shows_kinds = False
@@ -43,7 +61,7 @@ class PieceText:
 
     def add(self, text: str, *, may_stop: bool) -> list[Piece]:
         """The pieces that became certain with this text."""
-        return self._unreceived(self._checked(self._parser.feed(text), may_stop))
+        return self._unreceived(self._allowed(self._checked(self._parser.feed(text), may_stop)))
 
     def finish(self, *, may_stop: bool) -> list[Piece]:
         """The rest: what was held back, and nothing after a stop string."""
@@ -52,7 +70,9 @@ class PieceText:
         pieces = self._checked(self._parser.finish(), may_stop)
         if self.stopped_by is None:
             self._said(self._stops.flush(), pieces)
-        return self._unreceived(pieces)
+            if self._calls is not None:
+                pieces += self._calls.finish()
+        return self._unreceived(self._allowed(pieces))
 
     def event(self, pieces: list[Piece]) -> tuple[str, list[Piece] | None]:
         """What an event says of these pieces: their content, and all of them where that is not the
@@ -69,18 +89,43 @@ class PieceText:
         for piece in pieces:
             if piece.kind != CONTENT:
                 self._said(self._stops.flush(), checked)
+                if self._calls is not None:
+                    checked += self._calls.pause()
                 checked.append(piece)
                 continue
             text, self.stopped_by = self._stops.add(piece.text, may_stop=may_stop)
             self._said(text, checked)
             if self.stopped_by is not None:
+                if self._calls is not None:
+                    checked += self._calls.finish()
                 break
         return checked
 
-    @staticmethod
-    def _said(text: str, pieces: list[Piece]) -> None:
-        if text:
+    def _said(self, text: str, pieces: list[Piece]) -> None:
+        if not text:
+            return
+        if self._calls is None:
             pieces.append(Piece(CONTENT, text))
+        else:
+            pieces += self._calls.feed(text)
+
+    def _allowed(self, pieces: list[Piece]) -> list[Piece]:
+        """Of an answer that is over with its first call, what belongs to it."""
+        if not self._single:
+            return pieces
+        allowed: list[Piece] = []
+        for piece in pieces:
+            if self._reader is not None and piece.kind != ARGUMENTS:
+                self.called = True
+            if self.called:
+                break
+            allowed.append(piece)
+            if piece.kind == CALL:
+                self._reader = ObjectReader((), piece.text)
+            elif piece.kind == ARGUMENTS and self._reader is not None:
+                self._reader.feed(piece.text)
+                self.called = self._reader.complete
+        return allowed
 
     def _unreceived(self, pieces: list[Piece]) -> list[Piece]:
         while self._skip and pieces:
@@ -110,6 +155,8 @@ class PieceStream:
         prior_ids: Sequence[int] = (),
         prior_characters: int = 0,
         context_ids: Sequence[int] = (),
+        calls: Calls | None = None,
+        single: bool = False,
     ) -> None:
         self._detokenizer = Detokenizer(
             tokenizer,
@@ -117,7 +164,7 @@ class PieceStream:
             keep_special=[*params.keep_special, *marks],
             prior_ids=context_ids,
         )
-        self._text = PieceText(parser, params, prior_characters)
+        self._text = PieceText(parser, params, prior_characters, calls=calls, single=single)
         self._include_stop = params.include_stop
         self._min_tokens = params.min_tokens
         self._tokens = 0
@@ -128,7 +175,7 @@ class PieceStream:
         #: Of the prior tokens, not received.
         self._owed: list[Piece] = []
         for token_id in prior_ids:
-            if self.stopped_by is not None:
+            if self.over:
                 break
             self._owed += self._advance(token_id)
 
@@ -137,6 +184,11 @@ class PieceStream:
         """The stop string that ended the answer."""
         return self._text.stopped_by
 
+    @property
+    def over(self) -> bool:
+        """A stop string, or the only call that is allowed, ended the answer."""
+        return self._text.stopped_by is not None or self._text.called
+
     def add(self, token_id: int) -> list[Piece]:
         """Take the next token of the answer: the pieces that are certain now."""
         return self._with_owed(self._advance(token_id))
@@ -144,9 +196,9 @@ class PieceStream:
     def finish(self, ending_token: int | None = None) -> list[Piece]:
         """The rest of the pieces. `ending_token`: the one that ended the answer, not added."""
         pieces: list[Piece] = []
-        if self.stopped_by is None and ending_token is not None and self._include_stop:
+        if not self.over and ending_token is not None and self._include_stop:
             pieces = self._advance(ending_token)
-        if self.stopped_by is None:
+        if not self.over:
             pieces += self._text.add(self._detokenizer.flush(), may_stop=self._may_stop)
         pieces += self._text.finish(may_stop=self._may_stop)
         return self._with_owed(pieces)

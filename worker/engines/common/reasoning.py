@@ -21,7 +21,16 @@ from worker.engines.common.answer_parser import (
     MarkSplitter,
 )
 
-__all__ = ["FAMILIES", "AddedTokens", "AnswerFormat", "Begun", "find_format", "parser_names"]
+__all__ = [
+    "FAMILIES",
+    "AddedTokens",
+    "AnswerFormat",
+    "Begun",
+    "MarkedThoughts",
+    "added_tokens",
+    "find_format",
+    "parser_names",
+]
 
 NONE: Final = "none"
 """As `--reasoning-parser`: answers are not split."""
@@ -140,7 +149,7 @@ def find_format(tokenizer: Any, template: str, name: str = "") -> AnswerFormat |
         )
     if name == NONE:
         return None
-    added = _added(tokenizer)
+    added = added_tokens(tokenizer)
     shipped = getattr(tokenizer, "response_template", None)
     if shipped is not None and not name:
         from worker.engines.common.response_template import TemplateFormat
@@ -164,7 +173,7 @@ AddedTokens = dict[str, tuple[int, bool]]
 """Added tokens by their text: id, and whether it is special."""
 
 
-def _added(tokenizer: Any) -> AddedTokens:
+def added_tokens(tokenizer: Any) -> AddedTokens:
     """The added tokens of a tokenizer."""
     tokens = getattr(tokenizer, "added_tokens_decoder", None) or {}
     return {str(token.content): (int(i), bool(token.special)) for i, token in tokens.items()}

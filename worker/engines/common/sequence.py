@@ -177,7 +177,7 @@ class Sequence:
     def finish_if_complete(self, now: float) -> list[EngineEvent]:
         """The end of a resumed sequence, if its tokens so far are already the whole answer."""
         last = self.answer[-1] if self.answer else None
-        if self.text.stopped_by is not None:
+        if self.text.over:
             return self.end(FinishReason.STOP, now, self.text.stopped_by)
         if last is not None and self._ends(last):
             return self.end(FinishReason.STOP, now, last, ending_token=last)
@@ -238,7 +238,7 @@ class Sequence:
             self._held_pieces += self.text.add(token_id)
         else:
             self._held_text += self.text.add(token_id).text
-        if self.text.stopped_by is not None:
+        if self.text.over:
             return self.end(FinishReason.STOP, now, self.text.stopped_by)
         if len(self.answer) >= self.max_tokens:
             return self.end(FinishReason.LENGTH, now)

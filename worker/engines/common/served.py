@@ -26,22 +26,33 @@ from broker.protocol.messages import (
     kind_fields,
 )
 from worker.engines.base import Ended, Job, check_received
-from worker.engines.common.answer_parser import AnswerParser
+from worker.engines.common.answer_parser import AnswerParser, unsplit
 from worker.engines.common.arguments import SharedSettings
+from worker.engines.common.call_families import CallFormat
 from worker.engines.common.constrain import ConstraintFactory, ConstraintState
 from worker.engines.common.facts import ModelFacts
 from worker.engines.common.images import ImageLimits
 from worker.engines.common.pieces import PieceStream
 from worker.engines.common.prompt import Prompt, PromptBuilder
-from worker.engines.common.reasoning import AnswerFormat, Begun, find_format
+from worker.engines.common.reasoning import (
+    AnswerFormat,
+    Begun,
+    MarkedThoughts,
+    added_tokens,
+    find_format,
+)
 from worker.engines.common.runner import Runner
 from worker.engines.common.sampling import SamplerRow, check_token_ids
 from worker.engines.common.sequence import Sequence, SequenceGroup, ends_answer
 from worker.engines.common.template import continues_message, template_source
 from worker.engines.common.text import TextStream, places, text_length, token_table
 from worker.engines.common.thinking import Closing, ThoughtGate
+from worker.engines.common.typed_arguments import forces_calls, said_before, tools_asked_for
 
 __all__ = ["BatchModel", "Embedding", "Prepared", "now"]
+
+_JSON_CHARACTERS = 6
+"""Characters of JSON that stand for one character of a model's own syntax, at most: `\\u0000`."""
 
 CONTEXT_IDS = 8
 """Number of prompt tokens that the text stream of a continued text sees."""
@@ -81,6 +92,9 @@ class _Texts:
             template_source(facts.tokenizer, facts.processor),
             facts.reasoning_parser,
         )
+        self._call_format = CallFormat(
+            template_source(facts.tokenizer, facts.processor), added_tokens(facts.tokenizer)
+        )
         self._constraints = ConstraintFactory(facts.tokenizer)
         self._constraint_lock = threading.Lock()
 
@@ -100,19 +114,45 @@ class _Texts:
         goes_on = not self.facts.encoder_decoder and (
             request.kind is Kind.COMPLETE or continues_message(request)
         )
+        tools = tools_asked_for(request)
         received = 0
         if request.resume is not None and request.resume.text_characters:
             received = request.resume.text_characters
-            check_received(received, text_length(self.decoder, request.resume.token_ids))
+            written = text_length(self.decoder, request.resume.token_ids)
+            # Arguments are JSON, which may be longer than what the model wrote.
+            check_received(received, written * (_JSON_CHARACTERS if tools else 1))
         so_far: dict[str, Any] = {
             "prior_ids": prior,
             "prior_characters": received,
             "context_ids": prompt.ids[-CONTEXT_IDS:] if goes_on else (),
         }
-        if self.format is None or PieceKind.REASONING not in params.pieces:
+        format_ = self.format if PieceKind.REASONING in params.pieces else None
+        if format_ is None and not tools:
             return TextStream(self.decoder, params, **so_far)
-        parser = self._parser(self.format, request, prompt)
-        return PieceStream(self.decoder, params, parser, self.format.special, **so_far)
+        parser = (
+            unsplit(continues=goes_on)
+            if format_ is None
+            else self._parser(format_, request, prompt)
+        )
+        marks = format_.special if format_ is not None else ()
+        if tools:
+            # Thoughts that do not come apart are text, in which no calls are looked for.
+            hides = format_ is None and isinstance(self.format, MarkedThoughts)
+            of_thoughts = self.format if hides else None
+            begun = self._begun(request, prompt)
+            so_far["single"] = not request.parallel_tool_calls
+            so_far["calls"] = self._call_format.parser(
+                tools,
+                forced=forces_calls(request),
+                shows_special=not params.skip_special_tokens,
+                thoughts=of_thoughts.marks if of_thoughts else None,
+                opened=bool(of_thoughts and of_thoughts.parser(begun).in_thought),
+                tail=begun.tail if format_ is None else "",
+                said=said_before(request) if format_ is None else "",
+                special=of_thoughts.special if of_thoughts else (),
+            )
+            marks = (*marks, *self._call_format.special)
+        return PieceStream(self.decoder, params, parser, marks, **so_far)
 
     def gate(
         self, request: Request, params: Params, prompt: Prompt, *, forces: bool

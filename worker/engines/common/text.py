@@ -472,6 +472,11 @@ class TextStream:
         """The stop string that ended the answer."""
         return self._stopped_by
 
+    @property
+    def over(self) -> bool:
+        """A stop string ended the answer."""
+        return self._stopped_by is not None
+
     def add(self, token_id: int) -> TextStep:
         """Take the next token of the answer."""
         return TextStep(self._deliver(self._advance(token_id)), self.stopped_by)

@@ -12,9 +12,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from broker.protocol.messages import Request
+from broker.protocol.messages import Kind, PieceKind, Request
 
-__all__ = ["Tools", "tools_of"]
+__all__ = ["Tools", "forces_calls", "is_text", "said_before", "tools_asked_for", "typed"]
 
 Tools = Mapping[str, Mapping[str, Any]]
 """The schema of each tool's arguments, by the tool's name."""
@@ -33,9 +33,11 @@ _TYPE_NAMES: Final = {
 }
 
 
-def tools_of(request: Request) -> Tools:
-    """The tools of a request that have a name."""
+def tools_asked_for(request: Request) -> Tools:
+    """The tools whose calls a request wants to be told from text."""
     tools: dict[str, Mapping[str, Any]] = {}
+    if PieceKind.CALL not in request.params.pieces or request.kind is not Kind.CHAT:
+        return tools
     for tool in request.tools or ():
         function = tool.get("function", tool)
         name = function.get("name") if isinstance(function, Mapping) else None
@@ -43,6 +45,23 @@ def tools_of(request: Request) -> Tools:
             parameters = function.get("parameters")
             tools[name] = parameters if isinstance(parameters, Mapping) else {}
     return tools
+
+
+def forces_calls(request: Request) -> bool:
+    """The answer can be nothing but calls: the client's constraint for `tool_choice` says so."""
+    return request.params.constraint is not None and request.tool_choice not in (
+        None,
+        "auto",
+        "none",
+    )
+
+
+def said_before(request: Request) -> str:
+    """The text of the message that the answer goes on with, if it does."""
+    if not request.template_args.get("continue_final_message") or not request.messages:
+        return ""
+    content = request.messages[-1].content
+    return content if isinstance(content, str) else ""
 
 
 def typed(text: str, key: str, schema: Mapping[str, Any]) -> Any:

@@ -14,8 +14,11 @@ import msgspec
 
 from broker.protocol.messages import FinishReason, Piece, PieceKind, Timings, Usage
 from worker.engines.base import Job, check_received
+from worker.engines.common.answer_parser import unsplit
+from worker.engines.common.calls import DetectedCalls
 from worker.engines.common.pieces import PieceText
 from worker.engines.common.reasoning import AnswerFormat, Begun
+from worker.engines.common.typed_arguments import forces_calls, said_before, tools_asked_for
 from worker.engines.echo.tokens import (
     Text,
     sampled_token,
@@ -111,11 +114,23 @@ class Run:
         if params.ignore_eos:
             self.end_at = 1 << 30
         prior = request.resume.token_ids if request.resume else []
+        tools = tools_asked_for(request)
         #: The answer in pieces, or None where it is one text.
         self.pieces: PieceText | None = None
-        if format_ is not None and PieceKind.REASONING in params.pieces:
+        splits = format_ is not None and PieceKind.REASONING in params.pieces
+        if splits or tools:
             received = request.resume.text_characters if request.resume else 0
-            self.pieces = PieceText(format_.parser(Begun("")), params, received)
+            calls = None
+            if tools:
+                detector = ToolCallParser(tools, forced=forces_calls(request), said=said_before(request))
+                calls = DetectedCalls(detector)
+            self.pieces = PieceText(
+                format_.parser(Begun("")) if splits and format_ is not None else unsplit(),
+                params,
+                received,
+                calls=calls,
+                single=not request.parallel_tool_calls,
+            )
         self.text = Text([] if self.pieces else params.stop, params.include_stop)
         #: Said, and not yet in an event.
         self.said = ""
@@ -176,6 +191,11 @@ class Run:
         return text
 
     @property
+    def over(self) -> bool:
+        """A stop string, or the only call that is allowed, ended the answer."""
+        return self.stopped_by is not None or (self.pieces is not None and self.pieces.called)
+
+    @property
     def stopped_by(self) -> str | None:
         """The stop string that ended the answer."""
         return self.text.stopped_by if self.pieces is None else self.pieces.stopped_by
@@ -193,7 +213,7 @@ class Run:
 
     def end(self) -> None:
         """The answer is over: what was held back is said."""
-        if self.stopped_by is not None:
+        if self.over:
             return
         text = self.text.finish()
         if self.pieces is None:
@@ -227,7 +247,7 @@ class Run:
 
 def end_of(run: Run, token: int) -> tuple[FinishReason, str | int | None] | None:
     """How the answer ends with this token, and by what; None: it goes on."""
-    if run.stopped_by is not None:
+    if run.over:
         return FinishReason.STOP, run.stopped_by
     if token in run.params.stop_token_ids and run.position >= run.params.min_tokens:
         return FinishReason.STOP, token
