@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from broker.protocol.messages import Constraint, Kind
+from broker.protocol.tool_parser import MARKS
 from client.core.forced import forced_calls
 from client.core.shapes import ANY_JSON, Shape, shape_of
-from broker.protocol.tool_parser import MARKS
 from client.core.tools import Reading, Tool, tool_from
 from client.errors import InvalidRequest
 

@@ -23,12 +23,13 @@ from broker.protocol.messages import (
     Message,
     Params,
     Part,
+    PieceKind,
     Request,
     TextPart,
 )
+from broker.protocol.tool_parser import MARKS
 from client import InvalidRequest, calls
 from client.core.forced import forced_calls
-from broker.protocol.tool_parser import MARKS
 from client.gateway import requests as http
 from client.gateway.bodies import aside
 from client.gateway.errors import describe, invalid
@@ -190,7 +191,10 @@ def _chat_call(body: http.ChatRequest, pictures: Images, seed: int, user: str) -
             shows_special=not params.skip_special_tokens,
             said=_said(body, template_args),
         )
-        params = msgspec.structs.replace(params, keep_special=list(MARKS))
+        # Older workers tell no calls from text: for them, what marks calls stays in it.
+        params = msgspec.structs.replace(
+            params, keep_special=list(MARKS), pieces=[PieceKind.CALL.value]
+        )
     request = Request(
         model=body.model,
         kind=Kind.CHAT,
@@ -198,6 +202,7 @@ def _chat_call(body: http.ChatRequest, pictures: Images, seed: int, user: str) -
         params=params,
         tools=tools,
         tool_choice=tool_choice,
+        parallel_tool_calls=body.parallel_tool_calls is not False,
         template_args=template_args,
         priority=priority or 0,
         user=user,

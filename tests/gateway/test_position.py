@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from broker.protocol.messages import FinishReason, Timings, TokenLogprob, TopLogprob, Usage
-from client.core.events import End
 from broker.protocol.tool_parser import ToolCallParser
+from client.core.events import End
 from client.gateway.errors import GatewayError
 from client.gateway.openai import chat as openai_chat
 from client.gateway.openai import completions as openai_completions

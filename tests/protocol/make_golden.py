@@ -423,6 +423,17 @@ def _every_field() -> dict[str, Example]:
         None,
         [m.Piece("content", "!")],
     )
+    calling = m.Request(
+        model="m",
+        messages=[m.Message(role="user", content="?")],
+        params=m.Params(pieces=["call"]),
+        tools=[{"type": "function", "function": {"name": "f"}}],
+        parallel_tool_calls=False,
+        window=1,
+    )
+    called = m.TokensEvent(
+        REQUEST, 1, 0, [7], "", None, [m.Piece("call", "f"), m.Piece("arguments", '{"a": ')]
+    )
     limits = m.BusLimits(
         request_bytes=1, attachment_bytes=2, attachments_bytes=3, attachments=4, inflight=5
     )
@@ -465,6 +476,8 @@ def _every_field() -> dict[str, Example]:
         "output_place": (t.OUTPUT, SESSION, 5, 0, [[placed]], []),
         "output_prompt_tail": (t.OUTPUT, SESSION, 4, 0, [[opened]], []),
         "request_pieces": (t.REQUEST, REQUEST, 1, 0, [thinking], []),
+        "request_calls": (t.REQUEST, REQUEST, 1, 0, [calling], []),
+        "output_calls": (t.OUTPUT, SESSION, 7, 0, [[called]], []),
         "output_pieces": (t.OUTPUT, SESSION, 6, 0, [[thought, answered]], []),
     }
 

@@ -16,9 +16,9 @@ from typing import Final, Literal
 
 import msgspec
 
+from broker.protocol import tool_parser as tools
 from broker.protocol.messages import FinishReason, PieceKind, TokenLogprob, Usage
 from client import Embeddings
-from broker.protocol import tool_parser as tools
 from client.gateway.bodies import aside
 from client.gateway.convert import Generation
 from client.gateway.openai.generation import ChoiceEvent, Delta, Finish, Prompted
@@ -108,7 +108,9 @@ Part = tools.Piece | Thought
 
 def with_thoughts(call: Generation) -> Generation:
     """The same, with the reasoning apart from the answer."""
-    params = msgspec.structs.replace(call.request.params, pieces=[PieceKind.REASONING.value])
+    params = call.request.params
+    pieces = [*params.pieces, PieceKind.REASONING.value]
+    params = msgspec.structs.replace(params, pieces=pieces)
     return replace(call, request=msgspec.structs.replace(call.request, params=params))
 
 
@@ -121,6 +123,10 @@ class Progress:
         self._prompt: Usage | None = None
         #: The prompt's facts, until the first text shows whether the reasoning is separate.
         self._begun: Prompted | None = None
+        #: Calls that the worker tells from text, and what reads the arguments of the last; None: no
+        #: worker did so far, so they are looked for here.
+        self._told: int | None = None
+        self._reader: tools.ObjectReader | None = None
         #: Tokens of the answer so far.
         self._tokens = 0
         self.usage: Usage | None = None
@@ -143,13 +149,15 @@ class Progress:
                     self.usage = msgspec.structs.replace(
                         self._prompt, completion_tokens=self._tokens
                     )
-                if parser is not None:
+                if parser is not None and self._told is None:
                     return [*parser.finish()]
         return []
 
     def _read(self, event: Delta) -> list[Part]:
         """The text of an event: calls, reasoning and the rest."""
         parser = self._parser
+        if parser is not None and event.pieces is not None and self._told is None:
+            self._told = 0
         if parser is not None and self._begun is not None and (event.text or event.pieces):
             # If the reasoning is separate, none that the prompt has begun is part of the text.
             prompt, self._begun = self._begun.prompt, None
@@ -164,8 +172,23 @@ class Progress:
             if kind == PieceKind.REASONING:
                 parts.append(Thought(text))
             elif kind == PieceKind.CONTENT:
-                parts += parser.feed(text) if parser is not None else [tools.Text(text)]
+                looks = parser is not None and self._told is None
+                parts += parser.feed(text) if parser and looks else [tools.Text(text)]
+            elif self._told is not None:
+                parts += self._of_call(kind, text)
         return parts
+
+    def _of_call(self, kind: str, text: str) -> list[Part]:
+        """A piece of a call."""
+        assert self._told is not None
+        if kind == PieceKind.CALL:
+            self._told += 1
+            self._reader = tools.ObjectReader((), text)
+            return [tools.CallStart(self._told - 1, text)]
+        if kind == PieceKind.ARGUMENTS and self._reader is not None:
+            self._reader.feed(text)
+            return [tools.Arguments(self._told - 1, text)]
+        return []
 
     @property
     def _is_satisfied(self) -> bool:
@@ -179,6 +202,8 @@ class Progress:
     @property
     def is_cut(self) -> bool:
         """The answer ended within a call."""
+        if self._told is not None:
+            return self._reader is not None and not self._reader.complete
         return self._parser is not None and self._parser.cut
 
     @property
@@ -186,8 +211,10 @@ class Progress:
         """The finish reason in OpenAI's words."""
         if self.finish_reason is FinishReason.LENGTH and not self._is_satisfied:
             return "length"
-        has_calls = self._parser is not None and self._parser.calls > 0
-        return "tool_calls" if has_calls and not self.is_cut else "stop"
+        calls = self._told
+        if calls is None:
+            calls = self._parser.calls if self._parser is not None else 0
+        return "tool_calls" if calls and not self.is_cut else "stop"
 
 
 @dataclass(slots=True)

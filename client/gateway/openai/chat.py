@@ -27,8 +27,8 @@ from openai.types.chat.chat_completion_message_function_tool_call import (
 )
 from starlette.responses import JSONResponse, Response
 
-from broker.protocol.messages import TokenLogprob, Usage
 from broker.protocol import tool_parser as tools
+from broker.protocol.messages import TokenLogprob, Usage
 from client.gateway.bodies import aside
 from client.gateway.context import RequestContext
 from client.gateway.convert import chat_call, seeded, wants_usage_so_far

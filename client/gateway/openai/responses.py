@@ -25,8 +25,8 @@ from openai.types.responses.response_usage import (
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
-from broker.protocol.messages import TokenLogprob, Usage
 from broker.protocol import tool_parser as tools
+from broker.protocol.messages import TokenLogprob, Usage
 from client.gateway import requests as http
 from client.gateway.bodies import aside
 from client.gateway.context import RequestContext

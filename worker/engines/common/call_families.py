@@ -1,8 +1,7 @@
 """How families of models write the calls of tools, and which family a model is of.
 
-A family is known by the marks that its chat template or its vocabulary shows; each mark has a reader
-of what follows it (see `CallParser`). Models of several formats have several. What a template of
-OpenAI's harmony format or a response template says of calls is read where those are read.
+A family is known by the marks that its chat template or its vocabulary shows; each mark has a
+reader of what follows it (see `CallParser`). Models of several formats have several.
 Must never import torch; transformers only for formats that it has a reader of.
 """
 
@@ -51,10 +50,8 @@ def _tagged(close: str, *, optional: bool = False, before: str = "") -> Reader:
                     return False
             elif not first:
                 return True
-            elif not (yield from _keys_and_values(calls, close)):
-                return False
             else:
-                return True
+                return (yield from _keys_and_values(calls, close))
 
     return read
 
@@ -331,9 +328,7 @@ class CallFormat:
 
     def __init__(self, template: str, added: AddedTokens) -> None:
         self._readers = {
-            mark: reader
-            for mark, reader in _FAMILIES.items()
-            if mark in template or mark in added
+            mark: reader for mark, reader in _FAMILIES.items() if mark in template or mark in added
         }
         self._bare = _bare if "<|python_start|>" in self._readers or _PYTHONIC in template else None
         #: Special tokens that the parser must see.

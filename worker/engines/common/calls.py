@@ -150,9 +150,7 @@ class CallParser:
             self._say(self._taken)
         return called
 
-    def _say_until(
-        self, marks: tuple[str, ...], trims: bool
-    ) -> Generator[None, None, str]:
+    def _say_until(self, marks: tuple[str, ...], trims: bool) -> Generator[None, None, str]:
         """Say the text before the next of the marks, without white space at its end; the mark and
         that white space are taken. `trims`: nor at its beginning."""
         self._taken = ""
@@ -233,9 +231,7 @@ class CallParser:
                 return ""
             yield
 
-    def until(
-        self, *marks: str, keeps: bool = False
-    ) -> Generator[None, None, tuple[str, str]]:
+    def until(self, *marks: str, keeps: bool = False) -> Generator[None, None, tuple[str, str]]:
         """The text before the next of the marks, and the mark. Both are taken, but the mark not
         with `keeps`. At the end of the answer all that is left, and no mark."""
         longest = max(map(len, marks))

@@ -137,8 +137,9 @@ class _Texts:
         marks = format_.special if format_ is not None else ()
         if tools:
             # Thoughts that do not come apart are text, in which no calls are looked for.
-            hides = format_ is None and isinstance(self.format, MarkedThoughts)
-            of_thoughts = self.format if hides else None
+            of_thoughts: MarkedThoughts | None = None
+            if format_ is None and isinstance(self.format, MarkedThoughts):
+                of_thoughts = self.format
             begun = self._begun(request, prompt)
             so_far["single"] = not request.parallel_tool_calls
             so_far["calls"] = self._call_format.parser(

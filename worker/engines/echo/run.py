@@ -13,6 +13,7 @@ from typing import Final
 import msgspec
 
 from broker.protocol.messages import FinishReason, Piece, PieceKind, Timings, Usage
+from broker.protocol.tool_parser import ToolCallParser
 from worker.engines.base import Job, check_received
 from worker.engines.common.answer_parser import unsplit
 from worker.engines.common.calls import DetectedCalls
@@ -122,7 +123,8 @@ class Run:
             received = request.resume.text_characters if request.resume else 0
             calls = None
             if tools:
-                detector = ToolCallParser(tools, forced=forces_calls(request), said=said_before(request))
+                forced, said = forces_calls(request), said_before(request)
+                detector = ToolCallParser(tools, forced=forced, said=said)
                 calls = DetectedCalls(detector)
             self.pieces = PieceText(
                 format_.parser(Begun("")) if splits and format_ is not None else unsplit(),
