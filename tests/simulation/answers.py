@@ -118,6 +118,8 @@ class Call:
     #: It runs at a worker from which nothing has come yet; how often it was interrupted there.
     begun: bool = False
     unheard: int = 0
+    #: Workers that its client has counted as lost under it.
+    blamed: set[str] = field(default_factory=set)
     dropped: bool = False
     #: Its client was killed.
     gone: bool = False

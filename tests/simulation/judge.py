@@ -12,7 +12,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from tests.simulation.answers import Call
-from tests.simulation.plan import HARMLESS
+from tests.simulation.plan import (
+    BROKER_DEATH,
+    HARMLESS,
+    PAUSE,
+    WORKER_CONNECTION,
+    WORKER_DEATH,
+)
 from tests.simulation.world import Violation
 
 if TYPE_CHECKING:
@@ -33,11 +39,14 @@ AWAY_S = 2.5
 """An absence that is surely shorter than all times that requests are kept for."""
 _ONCE = frozenset({*HARMLESS, "cut_client", "garble_client"})
 """Faults that give nobody a reason to compute anything again."""
+_LOSES_WORKERS = frozenset({*WORKER_CONNECTION, *WORKER_DEATH, *BROKER_DEATH, *PAUSE})
+"""Without these, workers leave in order or not at all: no request is to blame."""
 LATE_S = 0.001
 
 
 def calls(run: Run) -> None:
     """Judge every call, some time after all was mended."""
+    lost = _LOSES_WORKERS & run.happened or any(worker.deaths for worker in run.all_workers)
     for call in run.calls:
         if not call.dropped and not call.gone and call.outcome != "end":
             _failure(run, call)
@@ -50,6 +59,8 @@ def calls(run: Run) -> None:
             raise Violation(f"request {call.name} waited {call.waited_s:.3f} s in the queue")
         if not run.happened and call.resumed and not call.answer.fails_once:
             raise Violation(f"request {call.name} was resumed although nothing went wrong")
+        if call.blamed and not lost:
+            raise Violation(f"request {call.name} blames {sorted(call.blamed)}, and none was lost")
     if run.happened <= _ONCE and run.plan.brokers == 1:
         _nothing_twice(run)
 
