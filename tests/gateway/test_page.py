@@ -255,7 +255,7 @@ def test_an_error_is_told_in_words(open_page: OpenPage) -> None:
     page = open_page()
     answer = ask(page, "[[echo error_at=0]]x")
     answer.locator(".problem").wait_for()
-    assert "as asked" in answer.locator(".problem").inner_text()
+    assert "as requested" in answer.locator(".problem").inner_text()
 
 
 def test_the_operator_sees_a_request_and_its_freed_slot(
@@ -304,8 +304,8 @@ def test_the_operator_sees_why_requests_failed_whoever_asked(
         gateway.bus.client().chat("echo", "[[echo oom_at=0]]x")
     page.locator("#tab-bus").click()
     listed = page.locator("#errors li")
-    listed.filter(has_text="engine_error").filter(has_text="as asked").first.wait_for()
-    listed.filter(has_text="out_of_memory").filter(has_text="as asked").first.wait_for()
+    listed.filter(has_text="engine_error").filter(has_text="as requested").first.wait_for()
+    listed.filter(has_text="out_of_memory").filter(has_text="as requested").first.wait_for()
     # Told once, though both the gateway and the broker know of it.
     with gateway.http() as http:
         look = http.get("/bus/overview").json()
