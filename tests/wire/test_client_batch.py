@@ -230,7 +230,7 @@ def test_a_run_that_goes_on_tells_of_the_failures_before_it(
     files.ask(line("a", model="nobody"), line("b"))
     capsys.readouterr()
     assert batch() == 1
-    assert "1 failed in all; --retry-failed asks those again" in capsys.readouterr().err
+    assert "1 failed in total; --retry-failed retries those" in capsys.readouterr().err
 
 
 def test_the_input_is_never_taken_for_the_answers(

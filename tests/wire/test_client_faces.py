@@ -340,7 +340,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with Client() as client:
         with pytest.raises(InvalidRequest, match=r"nowhere\.png.*No such file"):
             client.chat("demo", "x", images=[tmp_path / "nowhere.png"])
-        with pytest.raises(InvalidRequest, match="address"):
+        with pytest.raises(InvalidRequest, match="is a URL; download it first"):
             client.chat("demo", "x", images=["https://example.org/a.png"])
         with pytest.raises(InvalidRequest, match="cannot be of type float"):
             client.chat("demo", "x", images=[1.5])
