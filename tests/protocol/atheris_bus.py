@@ -178,7 +178,6 @@ class _Ports:
 
     def close(self) -> None:
         self.loop._signals.close()
-        self.loop._signal_writer.close()
 
     def put(self, side: Side, routing_id: bytes, frames: Frames) -> None:
         self.sockets[side].put(routing_id, frames)

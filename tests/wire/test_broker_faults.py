@@ -192,7 +192,7 @@ def test_a_message_of_endless_frames_is_thrown_away_in_batches_between_which_all
         assert routers[side].poll(int(PATIENCE_S * 1000))
         assert drain(0.0)
         assert peer.expect(MessageType.WELCOME)
-        loop._signals.close(), loop._signal_writer.close()
+        loop._signals.close()
 
 
 def test_a_frame_that_is_too_large_ends_only_its_connection(

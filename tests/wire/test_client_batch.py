@@ -157,7 +157,7 @@ def test_a_line_that_fails_tells_why_and_the_others_are_answered(
         (json.dumps(line("a", "/v1/images")), "url"),
         (json.dumps({**line("a"), "method": "GET"}), "method"),
         (json.dumps({**line("a"), "custom_id": ""}), "custom_id"),
-        (json.dumps(line("first")), "'first' stands there twice"),
+        (json.dumps(line("first")), "'first' occurs twice"),
     ],
 )
 def test_a_file_with_a_mistake_is_refused_before_anything_runs(

@@ -111,6 +111,7 @@ def test_what_came_before_a_loss_can_still_be_received(
     router: zmq.Socket[bytes], make: MakeDealer
 ) -> None:
     dealer = make(listening(router))
+    assert reported(dealer).connected
     dealer.send((b"hello",))
     name, _ = router.recv_multipart()
     for number in range(3000):
@@ -165,6 +166,7 @@ def test_messages_of_a_party_are_bounded_by_what_it_may_be_sent(
     router: zmq.Socket[bytes], make: MakeDealer
 ) -> None:
     dealer = make(listening(router), party=replace(CLIENT, max_frame_bytes=1000))
+    assert reported(dealer).connected
     dealer.send((b"hello",))
     name, _ = router.recv_multipart()
     router.send_multipart([name, bytes(1001)])

@@ -242,7 +242,7 @@ def test_a_broker_that_stands_still_for_a_while_costs_a_pause_and_nothing_else(
     tokens, streams = 600, 16
     bus = Bus(tmp_path, "--worker-heartbeat-s", "3")
     # The kernel keeps far less of an ipc connection than of a TCP one, so it is full soon.
-    bus.back = f"ipc://{tmp_path}/back"
+    bus.backs[0] = f"ipc://{tmp_path}/back"
     try:
         bus.start_broker()
         worker = bus.start_worker("w1", "--log-level", "debug", slots=streams)
@@ -391,7 +391,7 @@ def test_no_register_checks_the_engine_and_leaves() -> None:
     ("arguments", "words"),
     [
         (["--broker", "http://localhost:21001"], "use tcp://HOST:PORT"),
-        (["--engine", "nosuch", "--no-register"], "there are: echo"),
+        (["--engine", "nosuch", "--no-register"], "choose one of: echo"),
         (["--key", "nosuch"], "--server-key and --key go together"),
         (["--key", "nosuch", "--server-key", "nosuch"], "key file nosuch"),
     ],
