@@ -71,7 +71,7 @@ def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path, number: signa
     ) as process:
         assert process.stderr is not None
         seen = b""
-        while b"the bus goes on" not in seen:
+        while b"the bus keeps running" not in seen:
             line = process.stderr.readline()
             assert line, seen
             seen += line
