@@ -42,6 +42,10 @@ def _cleaned(value: Any, type_: inspect.Type) -> Any:
             return _unless_same(value, whole)
     elif isinstance(type_, inspect.ListType | inspect.VarTupleType) and isinstance(value, list):
         return _unless_same(value, [_cleaned(item, type_.item_type) for item in value])
+    elif isinstance(type_, inspect.DictType) and isinstance(value, dict):
+        cleaned_map = {key: _cleaned(item, type_.value_type) for key, item in value.items()}
+        same = all(cleaned_map[key] is item for key, item in value.items())
+        return value if same else cleaned_map
     return value
 
 
@@ -71,4 +75,6 @@ def _is_meant(value: Any, member: inspect.Type) -> bool:
         if isinstance(value, list) and member.array_like:
             return member.tag is None or value[:1] == [member.tag]
         return False
+    if isinstance(member, inspect.DictType):
+        return isinstance(value, dict)
     return isinstance(member, inspect.ListType | inspect.VarTupleType) and isinstance(value, list)

@@ -30,14 +30,22 @@ def _with_nils(value: Any) -> Any:
             return [*head, *(_with_nils(getattr(value, field.name)) for field in fields)]
         plain = {field.name: _with_nils(getattr(value, field.name)) for field in fields}
         for field in fields:
-            if not field.required and getattr(value, field.name) in (field.default, [], {}, ()):
+            if not field.required and getattr(value, field.name) == _default(field):
                 plain[field.name] = None
         if tag := value.__struct_config__.tag:
             plain["type"] = tag
         return plain
     if isinstance(value, list | tuple):
         return [_with_nils(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _with_nils(item) for key, item in value.items()}
     return value
+
+
+def _default(field: msgspec.structs.FieldInfo) -> Any:
+    if field.default_factory is not msgspec.NODEFAULT:
+        return field.default_factory()
+    return field.default
 
 
 BODIES = [
