@@ -34,7 +34,15 @@ from client import calls as bus_calls
 from client.core.events import End
 from client.gateway.bodies import LARGE_BYTES, aside, read_in_steps
 from client.gateway.convert import Generation
-from client.gateway.errors import GatewayError, describe, error_response, invalid, too_large
+from client.gateway.errors import (
+    ErrorShape,
+    GatewayError,
+    describe,
+    error_body,
+    error_response,
+    invalid,
+    too_large,
+)
 from client.gateway.ids import REQUEST_ID_HEADER, request_id_of
 from client.gateway.keys import ANYBODY, Key, Usage
 from client.gateway.openai.generation import RETRY, Batches, generate
@@ -68,6 +76,8 @@ class RequestContext:
     #: Given by the client or made here; appears in the answer's headers, logs and errors.
     request_id: str
     key: Key
+    #: How the request's API words a failure.
+    error_shape: ErrorShape = error_body
     #: For the log and the metrics; set by handlers.
     model: str = ""
     prompt_tokens: int = 0
@@ -271,14 +281,18 @@ class RequestContext:
         source: Source,
         on_error: Callable[[GatewayError], list[bytes]],
         headers: dict[str, str] | None = None,
+        **framing: Any,
     ) -> EventStream:
-        """The HTTP answer that sends the events of `source`."""
+        """The HTTP answer that sends the events of `source`. `framing`: what `EventStream` is told
+        of an API's own."""
         return EventStream(
             source,
             on_error=on_error,
             request_id=self.request_id,
             keep_alive_s=self.gateway.config.keep_alive_s,
             headers=headers,
+            error_shape=self.error_shape,
+            **framing,
         )
 
     async def body(self) -> bytes:
@@ -361,21 +375,26 @@ def route(
     *,
     counted: bool = False,
     public: bool = False,
+    error_shape: ErrorShape = error_body,
 ) -> Route:
     """A path that reaches the bus.
 
-    `counted`: it counts towards the key's rate. `public`: it needs no key.
+    `counted`: it counts towards the key's rate. `public`: it needs no key. `error_shape`: how its
+    API words a failure.
     """
     shown = _CONVERTOR.sub("}", path)
-    endpoint = Endpoint(shown, handler, counted=counted, public=public)
+    endpoint = Endpoint(shown, handler, counted=counted, public=public, error_shape=error_shape)
     return Route(path, endpoint, methods=[method])
 
 
 class Endpoint:
     """An ASGI application around a handler; see `route`. `path` names it in logs and metrics."""
 
-    def __init__(self, path: str, handler: Handler, *, counted: bool, public: bool) -> None:
+    def __init__(
+        self, path: str, handler: Handler, *, counted: bool, public: bool, error_shape: ErrorShape
+    ) -> None:
         self._path = path
+        self._error_shape = error_shape
         self._handler = handler
         self._counted = counted
         self._public = public
@@ -384,7 +403,7 @@ class Endpoint:
         gateway: Gateway = scope["app"].state.gateway
         request = Request(scope, receive)
         request_id = request_id_of(scope)
-        visit = RequestContext(gateway, request, request_id, ANYBODY)
+        visit = RequestContext(gateway, request, request_id, ANYBODY, self._error_shape)
         if gateway.tracer is not None and self._counted:
             visit.span = HttpSpan(
                 gateway.tracer, request.method, self._path, request.headers, request_id
@@ -433,7 +452,8 @@ class Endpoint:
             # An answer that has begun is left incomplete: the server closes the connection, so the
             # reader knows that something is missing.
             if not begun:
-                await error_response(told, request_id)(scope, receive, tell)
+                response = error_response(told, request_id, self._error_shape)
+                await response(scope, receive, tell)
         finally:
             self._account(visit, outcome)
             if visit.span is not None:

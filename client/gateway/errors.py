@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from broker.protocol.errors import HTTP_STATUS, ErrorCode, ErrorInfo
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from starlette.responses import JSONResponse
 
 __all__ = [
+    "ErrorShape",
     "GatewayError",
     "UnknownAnswer",
     "describe",
@@ -207,11 +209,17 @@ def error_headers(error: GatewayError) -> dict[str, str]:
     return headers
 
 
-def error_response(error: BaseException, request_id: str | None = None) -> JSONResponse:
+ErrorShape = Callable[[GatewayError, str | None], dict[str, Any]]
+"""An API's JSON body for an error under a request id; `error_body` is OpenAI's."""
+
+
+def error_response(
+    error: BaseException, request_id: str | None = None, shape: ErrorShape = error_body
+) -> JSONResponse:
     """The HTTP answer to a failed request."""
     from starlette.responses import JSONResponse
 
     told = describe(error)
     return JSONResponse(
-        error_body(told, request_id), status_code=told.status, headers=error_headers(told)
+        shape(told, request_id), status_code=told.status, headers=error_headers(told)
     )

@@ -1,4 +1,5 @@
-"""Server-sent events: framing, keep-alives, and noticing at once when the reader disconnects.
+"""Streamed answers: server-sent events, keep-alives, and noticing at once when the reader
+disconnects. An API of another framing gives its own media type and keep-alive.
 
 `EventStream` is the only way from a stream of events to an HTTP answer. Events that arrive together
 are sent in one write. The status line waits for the first event, so that a request that fails at
@@ -18,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from broker.protocol.errors import ErrorCode
-from client.gateway.errors import GatewayError, describe, error_response
+from client.gateway.errors import ErrorShape, GatewayError, describe, error_body, error_response
 
 __all__ = [
     "DONE",
@@ -66,8 +67,10 @@ Source = AsyncGenerator[Sequence[bytes], None]
 class EventStream(Response):
     """An HTTP answer whose body is the events of `source`.
 
-    `on_error` makes the last events of a stream that fails after its headers were sent. `source` is
-    closed on every path: end, failure, disconnect, server stopping.
+    `on_error` makes the last events of a stream that fails after its headers were sent, and
+    `error_shape` the whole answer of one that fails before. `keep_alive` makes what is sent after
+    `keep_alive_s` of silence. `source` is closed on every path: end, failure, disconnect, server
+    stopping.
     """
 
     def __init__(
@@ -78,8 +81,11 @@ class EventStream(Response):
         request_id: str,
         keep_alive_s: float,
         headers: dict[str, str] | None = None,
+        media_type: str = "text/event-stream",
+        keep_alive: Callable[[], bytes] = lambda: KEEP_ALIVE,
+        error_shape: ErrorShape = error_body,
     ) -> None:
-        super().__init__(None, 200, headers, "text/event-stream")
+        super().__init__(None, 200, headers, media_type)
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-cache"
         # Otherwise nginx would buffer the events.
@@ -88,6 +94,8 @@ class EventStream(Response):
         self._on_error = on_error
         self._request_id = request_id
         self._keep_alive_s = keep_alive_s
+        self._keep_alive = keep_alive
+        self._error_shape = error_shape
         self._started = False
         #: Since when the source is waited for; None while waiting for the socket.
         self._silent_since_s: float | None = None
@@ -134,7 +142,7 @@ class EventStream(Response):
         if left_s > 0:
             return left_s
         self._silent_since_s = now_s
-        self._comment = asyncio.create_task(self._tell(send, KEEP_ALIVE))
+        self._comment = asyncio.create_task(self._tell(send, self._keep_alive()))
         self._comment.add_done_callback(self._commented)
         return self._keep_alive_s
 
@@ -156,7 +164,8 @@ class EventStream(Response):
         if self._started:
             await self._tell(send, b"".join(self._on_error(failure)), over=True)
         else:
-            await error_response(failure, self._request_id)(scope, receive, send)
+            response = error_response(failure, self._request_id, self._error_shape)
+            await response(scope, receive, send)
 
     async def _next(self, source: Source) -> Sequence[bytes]:
         """The next events; empty when the source is over or failed."""
