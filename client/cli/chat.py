@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 from client import BusError, Client, ConnectTimeout, InvalidRequest, ModelUnavailable
 from client.calls import check_option
 from client.cli import arguments as flags
+from client.cli import thoughts
 from client.cli.generate import show, summary
 from client.cli.terminal import Terminal, cause
 from client.images import check_file
@@ -30,6 +31,7 @@ HELP: Final = """\
 /undo           remove the image just added, or the last question and its answer
 /regen          answer the last question again
 /system TEXT    set the system prompt (empty: none)
+/thoughts       show the last thought; followed by show, fold or hide: for thoughts to come
 /set NAME VALUE set a parameter, such as temperature 0.5 (empty value: back to its default)
 /model NAME     talk to another model
 /save FILE      write the conversation to a file
@@ -47,7 +49,7 @@ class Conversation:
     model: str | None = None
     system: str = ""
     params: dict[str, Any] = field(default_factory=dict)
-    #: Turns as {"role", "content", "images"}; `images` are paths.
+    #: Turns as {"role", "content", "images", "reasoning"}; `images` are paths.
     turns: list[dict[str, Any]] = field(default_factory=list)
     #: Images for the next question.
     images: list[str] = field(default_factory=list)
@@ -61,7 +63,10 @@ class Conversation:
             parts = [{"type": "image", "image": path} for path in turn.get("images", ())]
             text = turn["content"]
             content = [*parts, {"type": "text", "text": text}] if parts else text
-            messages.append({"role": turn["role"], "content": content})
+            message = {"role": turn["role"], "content": content}
+            if turn.get("reasoning"):
+                message["reasoning_content"] = turn["reasoning"]
+            messages.append(message)
         return messages
 
     def undo(self) -> bool:
@@ -104,6 +109,7 @@ class Conversation:
             and isinstance(turn.get("content"), str)
             and isinstance(turn.get("images", []), list)
             and all(isinstance(path, str) for path in turn.get("images", []))
+            and isinstance(turn.get("reasoning", ""), str)
             for turn in turns
         ):
             raise ValueError(f"{path}: a turn is not what /save writes")
@@ -130,6 +136,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
     parser.add_argument("--load", metavar="FILE", help="continue a saved conversation")
     parser.add_argument("--stats", action="store_true", help="tokens and times after each answer")
+    thoughts.add(parser)
     flags.add_params(parser)
     flags.add_connection(parser)
     parser.set_defaults(run=run)
@@ -139,7 +146,8 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Talk until the end of the input."""
     interactive = sys.stdin.isatty()
     with flags.connect(arguments) as client:
-        chat = _Chat(client, terminal, interactive, arguments.stats)
+        mode = thoughts.mode_of(arguments.thoughts)
+        chat = _Chat(client, terminal, interactive, arguments.stats, mode)
         if arguments.load:
             chat.do_load(arguments.load)
         conversation = chat.conversation
@@ -156,12 +164,16 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
 class _Chat:
     """The loop of reading and answering."""
 
-    def __init__(self, client: Client, terminal: Terminal, interactive: bool, stats: bool) -> None:
+    def __init__(
+        self, client: Client, terminal: Terminal, interactive: bool, stats: bool, mode: str
+    ) -> None:
         self.conversation = Conversation()
         self._client = client
         self._terminal = terminal
         self._interactive = interactive
         self._stats = stats
+        #: What is done with thoughts.
+        self._mode = mode
         self._failed = False
         #: Each command and what it does with the rest of its line.
         self._commands: dict[str, Callable[[str], None]] = {
@@ -277,7 +289,7 @@ class _Chat:
             return False
         with stream:
             try:
-                end = show(stream, self._terminal)
+                end = show(stream, self._terminal, self._mode)
             except KeyboardInterrupt:
                 if not self._interactive:
                     raise
@@ -293,7 +305,10 @@ class _Chat:
             else:
                 if self._stats:
                     self._terminal.notice(f"({summary(end)})")
-        conversation.turns.append({"role": "assistant", "content": stream.text_so_far})
+        answer = {"role": "assistant", "content": stream.text_so_far}
+        if stream.reasoning_so_far:
+            answer["reasoning"] = stream.reasoning_so_far
+        conversation.turns.append(answer)
         return True
 
     # --- commands ---
@@ -337,6 +352,20 @@ class _Chat:
         """Set the system prompt."""
         self.conversation.system = rest
         self._say("system prompt set" if rest else "no system prompt")
+
+    def do_thoughts(self, rest: str) -> None:
+        """Show the thought of the last answer, or say what is done with those to come."""
+        if rest:
+            if rest not in thoughts.MODES:
+                raise ValueError(f"/thoughts is followed by nothing, {' or '.join(thoughts.MODES)}")
+            self._mode = rest
+            self._say(f"thoughts: {rest}")
+            return
+        turns = self.conversation.turns
+        thought = turns[-1].get("reasoning") if turns else None
+        if not thought:
+            raise ValueError("nothing was thought for the last answer")
+        self._terminal.aside(f"{thought}\n")
 
     def do_set(self, rest: str) -> None:
         """Set a parameter."""

@@ -9,10 +9,13 @@ import stat
 import sys
 from typing import Any, Final
 
-from client import End, InvalidRequest, Recovering, Started, Stream, Tokens
+from client import End, FinishReason, InvalidRequest, PieceKind, Recovering, Started, Stream, Tokens
 from client.cli import arguments as flags
+from client.cli import thoughts
 from client.cli.terminal import Terminal
+from client.cli.thoughts import FOLD, HIDE, Thoughts
 from client.images import check_file
+from client.stream import pieces_of
 
 PIPE_WAIT_S: Final = 3.0
 """How long to wait for the first byte of a pipe on standard input if a question was
@@ -32,6 +35,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--raw", action="store_true", help="continue the text without a chat template"
     )
     parser.add_argument("--stats", action="store_true", help="tokens and times on standard error")
+    thoughts.add(parser)
     flags.add_json(parser)
     flags.add_params(parser)
     flags.add_connection(parser)
@@ -69,33 +73,49 @@ def generate(arguments: argparse.Namespace, terminal: Terminal) -> int:
                 arguments.model, turns, images=arguments.image, stream=True, **params
             )
         with stream:
-            end = (_as_json if arguments.json else show)(stream, terminal)
+            if arguments.json:
+                end = _as_json(stream, terminal, with_thoughts=arguments.thoughts != HIDE)
+            else:
+                end = show(stream, terminal, thoughts.mode_of(arguments.thoughts))
         if arguments.stats:
             terminal.notice(summary(end))
     return 0
 
 
-def show(stream: Stream, terminal: Terminal) -> End:
-    """Print a stream's text as it arrives, with a notice if it had to be resumed."""
+def show(stream: Stream, terminal: Terminal, mode: str = FOLD) -> End:
+    """Print a stream's text as it arrives, with a notice if it had to be resumed. `mode`: what is
+    done with thoughts, see `thoughts`."""
     broken, told = False, ""
-    for event in stream:
-        match event:
-            case Tokens() | End():
-                if event.text:
-                    terminal.piece(event.text)
-            case Recovering(reason, worker) if worker:
-                broken = True
-                terminal.notice(f"\n[interrupted: {reason}; resuming]")
-            case Recovering(reason) if reason != told:  # repeated while nobody serves it
-                told = reason
-                terminal.notice(f"[{reason}; trying again]")
-            case Started(worker) if broken:
-                terminal.notice(f"[resumed on worker {worker}]")
+    thinking = Thoughts(terminal, mode)
+    try:
+        for event in stream:
+            match event:
+                case Tokens() | End():
+                    text = thinking.take(event)
+                    if text:
+                        terminal.piece(text)
+                case Recovering(reason, worker) if worker:
+                    broken = True
+                    terminal.notice(f"\n[interrupted: {reason}; resuming]")
+                case Recovering(reason) if reason != told:  # repeated while nobody serves it
+                    told = reason
+                    terminal.notice(f"[{reason}; trying again]")
+                case Started(worker) if broken:
+                    terminal.notice(f"[resumed on worker {worker}]")
+    finally:
+        thinking.close()
     terminal.line()
-    return stream.end
+    end = stream.end
+    cut = end.finish_reason is FinishReason.LENGTH
+    if cut and stream.reasoning_so_far and not stream.text_so_far:
+        terminal.notice(
+            "(no answer: the thought took all tokens; raise max_tokens, or limit the thought by "
+            "thinking_tokens)"
+        )
+    return end
 
 
-def _as_json(stream: Stream, terminal: Terminal) -> End:
+def _as_json(stream: Stream, terminal: Terminal, *, with_thoughts: bool) -> End:
     for event in stream:
         match event:
             case Tokens():
@@ -105,14 +125,21 @@ def _as_json(stream: Stream, terminal: Terminal) -> End:
                     "text": event.text,
                     "token_ids": event.token_ids,
                 }
+                thought = "".join(
+                    piece.text for piece in pieces_of(event) if piece.kind == PieceKind.REASONING
+                )
+                if thought and with_thoughts:
+                    line["reasoning"] = thought
                 if event.logprobs is not None:
                     line["logprobs"] = [entry.logprob for entry in event.logprobs]
                 terminal.json(line)
             case End():
+                whole: dict[str, Any] = {"event": "end", "text": stream.text_so_far}
+                if stream.reasoning_so_far and with_thoughts:
+                    whole["reasoning"] = stream.reasoning_so_far
                 terminal.json(
-                    {
-                        "event": "end",
-                        "text": stream.text_so_far,
+                    whole
+                    | {
                         "finish_reason": event.finish_reason,
                         "usage": event.usage,
                         "timings": event.timings,
@@ -135,7 +162,11 @@ def _as_json(stream: Stream, terminal: Terminal) -> End:
 def summary(end: End) -> str:
     """Tokens and times of an answer, in one line."""
     count = end.usage.completion_tokens
-    parts = [f"{end.usage.prompt_tokens} prompt tokens, {count} answer tokens"]
+    thought = end.usage.reasoning_tokens
+    parts = [
+        f"{end.usage.prompt_tokens} prompt tokens, {count} answer tokens"
+        + (f" ({thought} of them thought)" if thought else "")
+    ]
     if end.first_token_s is not None:
         parts.append(f"first token after {end.first_token_s * 1000:.0f} ms")
         streaming_s = end.total_s - end.first_token_s

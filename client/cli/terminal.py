@@ -83,6 +83,23 @@ class Terminal:
         else:
             print(text, file=sys.stderr, flush=True)
 
+    def aside(self, text: str) -> None:
+        """A part of a text that is not the answer, such as a thought, as it arrives."""
+        if self._consoles and sys.stderr.isatty():
+            text = text.translate(_CONTROL)
+            self._consoles[1].print(
+                text, style="dim", end="", markup=False, highlight=False, soft_wrap=True
+            )
+        else:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+    def passing(self) -> Passing | None:
+        """A place for a text that is seen only while it lasts; None where there is none."""
+        if self._consoles and sys.stderr.isatty():
+            return Passing(self._consoles[1])
+        return None
+
     def error(self, text: str) -> None:
         """Print an error in one line."""
         one_line = " ".join(text.split())
@@ -111,6 +128,29 @@ class Terminal:
                 print(new, file=sys.stderr, flush=True)
 
         yield update
+
+
+class Passing:
+    """The last lines of a text, dimmed, until it is stopped; then nothing is left of them."""
+
+    def __init__(self, console: Any) -> None:
+        from rich.live import Live
+
+        self._console = console
+        self._live = Live(console=console, transient=True, refresh_per_second=12)
+        self._live.start()
+
+    def show(self, text: str, lines: int) -> None:
+        """Show this text's last lines."""
+        from rich.text import Text
+
+        width = max(1, self._console.width)
+        last = Text(text.translate(_CONTROL), style="dim").wrap(self._console, width)[-lines:]
+        self._live.update(Text("\n").join(last))
+
+    def stop(self) -> None:
+        """Take it off the screen. Idempotent."""
+        self._live.stop()
 
 
 def cause(error: Exception) -> str:

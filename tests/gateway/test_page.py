@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -238,6 +240,57 @@ def test_what_a_model_writes_never_runs(open_page: OpenPage) -> None:
     assert answer.locator("td").first.inner_text() == "<b>1</b>"
     assert answer.locator("pre").inner_text() == "<script>1</script>"
     assert answer.locator("li").count() == 2
+
+
+def test_a_thought_is_folded_with_its_time_and_comes_back_in_the_history(
+    open_page: OpenPage,
+) -> None:
+    page = open_page()
+    posted: list[dict[str, Any]] = []
+    page.on("request", lambda sent: posted.append(sent.post_data_json) if sent.post_data else None)
+    answer = ask(page, "<think>hm, <b>two</b></think>three")
+    done(page)
+    assert answer.locator(".body").inner_text() == "three"
+    thought = answer.locator(".thought")
+    assert re.fullmatch(
+        r"Thought for \d+\.\d s · \d+ tokens", thought.locator("summary").inner_text()
+    )
+    assert not thought.locator(".thought-text").is_visible()
+    thought.locator("summary").click()
+    assert thought.locator(".thought-text").inner_text() == "hm, <b>two</b>"
+    ask(page, "sure?")
+    done(page, 2)
+    assert posted[-1]["messages"][1] == {
+        "role": "assistant",
+        "content": "three",
+        "reasoning_content": "hm, <b>two</b>",
+    }
+    page.reload()
+    page.locator("body[data-ready]").wait_for()
+    summary = page.locator(".thought summary")
+    assert summary.count() == 1 and summary.inner_text().startswith("Thought for ")
+
+
+def test_a_thought_that_is_read_stays_open_while_it_goes_on(open_page: OpenPage) -> None:
+    page = open_page()
+    slow = "[[echo mode=sampled think_tokens=3000 answer_tokens=3 step_delay_ms=20]]x"
+    answer = ask(page, slow)
+    summary = answer.locator(".thought summary", has_text="Thinking, ")
+    summary.focus()
+    page.keyboard.press("Enter")
+    read = answer.locator(".thought-text")
+    shown = read.inner_text()
+    page.wait_for_function(
+        "([node, shown]) => node.textContent.length > shown.length + 20",
+        arg=[read.element_handle(), shown],
+    )
+    assert read.is_visible()
+    assert page.evaluate("document.activeElement.tagName") == "SUMMARY"
+    assert answer.locator(".waiting").count() == 0
+    page.keyboard.press("Escape")
+    done(page)
+    assert answer.locator(".thought summary").inner_text().startswith("Thought for ")
+    assert read.is_visible() and answer.locator(".body").inner_text() == ""
 
 
 def test_settings_travel_with_the_request(open_page: OpenPage) -> None:

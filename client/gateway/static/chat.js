@@ -205,6 +205,8 @@ function fill(node, message, index) {
   // A screen reader waits for the whole answer instead of reading every token.
   node.setAttribute("aria-busy", String(busy));
   const children = [];
+  const thought = message.thought ? thoughtNode(node.querySelector(".thought"), message, busy) : null;
+  if (thought) children.push(thought);
   if (message.pictures?.length) {
     children.push(h("div", { class: "sent-pictures" }, ...message.pictures.map((url, i) => h("img", { src: url, alt: `Image ${i + 1}` }))));
   }
@@ -212,7 +214,7 @@ function fill(node, message, index) {
     if (message.text) children.push(h("div", { class: "bubble" }, message.text));
   } else {
     const body = h("div", { class: "body" }, ...render(message.text));
-    if (busy && !message.text) body.append(h("p", { class: "waiting" }, h("span", { class: "pulse", "aria-hidden": "true" }), message.state ?? "Waiting for the first token"));
+    if (busy && !message.text && (message.state || !message.thinking)) body.append(h("p", { class: "waiting" }, h("span", { class: "pulse", "aria-hidden": "true" }), message.state ?? "Waiting for the first token"));
     children.push(body);
     if (busy && message.text && message.state) children.push(h("p", { class: "waiting" }, h("span", { class: "pulse", "aria-hidden": "true" }), message.state));
     if (message.problem) children.push(h("div", { class: "problem", role: "alert" }, h("strong", {}, message.problem.title), h("span", {}, message.problem.text)));
@@ -224,7 +226,31 @@ function fill(node, message, index) {
     const facts = message.facts ? h("span", { class: "facts" }, message.facts) : null;
     children.push(h("div", { class: "actions" }, facts, copy, edit, again));
   }
-  node.replaceChildren(...children);
+  replaceAround(node, thought, children);
+}
+
+/** What was thought, folded: in the node that shows it already, so that it stays open and focused. */
+function thoughtNode(shown, message, busy) {
+  const node = shown ?? h("details", { class: "thought" }, h("summary", {}), h("div", { class: "thought-text" }));
+  const [summary, text] = node.children;
+  const thinks = busy && Boolean(message.thinking);
+  const ms = message.thoughtMs + (thinks ? performance.now() - message.thinking : 0);
+  const tokens = message.thoughtTokens ? ` · ${message.thoughtTokens} token${message.thoughtTokens === 1 ? "" : "s"}` : "";
+  summary.textContent = thinks ? `Thinking, ${Math.floor(ms / 1000)} s` : `Thought for ${lasting(ms)}${tokens}`;
+  summary.classList.toggle("going-on", thinks);
+  text.textContent = message.thought;
+  return node;
+}
+
+const lasting = (ms) => (ms < 59_950 ? `${(ms / 1000).toFixed(1)} s` : `${Math.floor(Math.round(ms / 1000) / 60)} min ${Math.round(ms / 1000) % 60} s`);
+
+/** Like `replaceChildren`, without moving the one that is kept. */
+function replaceAround(node, kept, children) {
+  if (kept?.parentNode !== node) return node.replaceChildren(...children);
+  for (const child of [...node.childNodes]) if (child !== kept) child.remove();
+  const at = children.indexOf(kept);
+  kept.before(...children.slice(0, at));
+  kept.after(...children.slice(at + 1));
 }
 
 function editMessage(node, message, index) {
@@ -295,6 +321,7 @@ function requestBody(item) {
     content: message.pictures?.length
       ? [...message.pictures.map((url) => ({ type: "image_url", image_url: { url } })), ...(message.text ? [{ type: "text", text: message.text }] : [])]
       : message.text,
+    ...(message.thought ? { reasoning_content: message.thought } : {}),
   }));
   const { system, stop: stops, ...numbers } = item.settings;
   if (system) messages.unshift({ role: "system", content: system });
@@ -338,8 +365,15 @@ async function answer() {
       usage = chunk.usage ?? usage;
       for (const choice of chunk.choices) {
         reason = choice.finish_reason ?? reason;
+        const thought = choice.delta.reasoning_content ?? choice.delta.reasoning;
+        if (thought) {
+          first ??= performance.now();
+          think(message, thought);
+          later();
+        }
         if (choice.delta.content) {
           first ??= performance.now();
+          endThought(message);
           message.text += choice.delta.content;
           later();
         }
@@ -351,6 +385,8 @@ async function answer() {
   }
   cancelAnimationFrame(frame);
   running = null;
+  endThought(message);
+  if (message.thought) message.thoughtTokens = usage?.completion_tokens_details?.reasoning_tokens;
   delete message.state;
   message.facts = facts(usage, reason, begun, first);
   setBusy(false);
@@ -358,6 +394,21 @@ async function answer() {
   if (talk === item) offer();
   if (follow) scrollToEnd(false);
   await keep(item);
+}
+
+function think(message, text) {
+  if (!message.thinking) {
+    message.thinking = performance.now();
+    message.thoughtMs ??= 0;
+    message.thought = message.thought ? `${message.thought}\n\n` : "";
+  }
+  message.thought += text;
+}
+
+function endThought(message) {
+  if (!message.thinking) return;
+  message.thoughtMs += performance.now() - message.thinking;
+  delete message.thinking;
 }
 
 function facts(usage, reason, begun, first) {
