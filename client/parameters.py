@@ -146,6 +146,12 @@ class Sampling(TypedDict, total=False):
     thinking_tokens: Annotated[
         int | None, _says("maximum reasoning length, in tokens; then the answer follows [no limit]")
     ]
+    cut_max_tokens: Annotated[
+        bool | None, _says("max_tokens beyond the context's rest is cut to it [refused]")
+    ]
+    prompt_usage: Annotated[
+        bool | None, _says("tell the prompt's tokens before the answer: `Prompt.usage` [no]")
+    ]
 
 
 class GenerateOptions(Sampling, CallOptions, total=False):

@@ -357,6 +357,10 @@ class Params(_Map, frozen=True, kw_only=True):
     #: Maximum reasoning length in tokens: there the end of the reasoning is forced and the answer
     #: follows. None: no limit.
     thinking_tokens: Count | None = None
+    #: Whether max_tokens beyond the rest of the context is cut to that rest instead of refused.
+    cut_max_tokens: bool = False
+    #: Whether PROMPT is sent, with the prompt's usage alone if nothing else asks for it.
+    prompt_usage: bool = False
 
 
 class Resume(_Map, frozen=True, kw_only=True):
@@ -610,7 +614,7 @@ class FailEvent(_Array, frozen=True, tag=2):
 
 class PromptEvent(_Array, frozen=True, tag=3):
     """Facts about the prompt, sent once before the first token if requested by `echo`,
-    `prompt_logprobs` or `keep_special`. The first two bring token ids."""
+    `prompt_logprobs`, `keep_special` or `prompt_usage`. The first two bring token ids."""
 
     request_id: Id
     epoch: Count

@@ -168,6 +168,12 @@ class Config:
         "name of the reasoning in chats: reasoning_content, reasoning, or both",
         "NAME",
     )
+    max_tokens_beyond: str = _option(
+        _one_of("cut", "refuse"),
+        "cut",
+        "max_tokens beyond the room in the context: cut to what fits, or refused",
+        "cut|refuse",
+    )
     allow_remote_images: bool = _option(parse_bool, False, "fetch images from http(s) addresses")
     image_networks: tuple[Network, ...] = _option(
         _networks, (), "non-public networks from which images may be fetched", "CIDRS"

@@ -33,7 +33,7 @@ from client import AsyncStream, Embeddings
 from client import calls as bus_calls
 from client.core.events import End
 from client.gateway.bodies import LARGE_BYTES, aside, read_in_steps
-from client.gateway.convert import Generation
+from client.gateway.convert import Generation, cut_to_context
 from client.gateway.errors import (
     ErrorShape,
     GatewayError,
@@ -168,6 +168,8 @@ class RequestContext:
         has_enough: Callable[[int], bool] = lambda choice: False,
     ) -> Batches:
         """Run bus requests for this HTTP request; see `generation.generate`."""
+        if self.gateway.config.max_tokens_beyond == "cut":
+            generations = [cut_to_context(one) for one in generations]
         trace = self._trace()
         spans = []
         if self.span is not None:

@@ -44,6 +44,7 @@ __all__ = [
     "checked",
     "completion_calls",
     "constraint_of",
+    "cut_to_context",
     "described",
     "seeded",
 ]
@@ -109,6 +110,12 @@ class Images:
         finally:
             for task in loading:
                 task.cancel()
+
+
+def cut_to_context(one: Generation) -> Generation:
+    """The same, with an answer that may be as long as what the prompt leaves of the context."""
+    params = msgspec.structs.replace(one.request.params, cut_max_tokens=True)
+    return replace(one, request=msgspec.structs.replace(one.request, params=params))
 
 
 def seeded(one: Generation, offset: int) -> Generation:

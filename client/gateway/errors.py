@@ -158,7 +158,7 @@ def describe(error: BaseException) -> GatewayError:
     if isinstance(error, BusError):
         return GatewayError(
             error.code,
-            error.message,
+            _of_context(error) or error.message,
             retryable=error.retryable,
             retry_after_ms=error.retry_after_ms,
             details=error.details,
@@ -167,6 +167,25 @@ def describe(error: BaseException) -> GatewayError:
     return GatewayError(
         ErrorCode.ENGINE_ERROR,
         "The gateway failed on this request; its log has the cause under this request id.",
+    )
+
+
+def _of_context(error: BusError) -> str:
+    """A full context in the words that agents look for, OpenAI's; empty for other failures and
+    where the worker did not count."""
+    if error.code != ErrorCode.CONTEXT_OVERFLOW:
+        return ""
+    counted = [error.details.get(f"{name}_tokens") for name in ("prompt", "answer", "context")]
+    whole = [number for number in counted if isinstance(number, int)]
+    if len(whole) < len(counted):
+        return ""
+    prompt, answer, context = whole
+    told = f"This model's maximum context length is {context} tokens. However, "
+    if prompt >= context:
+        return f"{told}the prompt has {prompt} tokens. Shorten it."
+    return (
+        f"{told}you requested {prompt + answer} tokens ({prompt} in the prompt, {answer} in the "
+        "completion). Shorten the prompt or the completion."
     )
 
 

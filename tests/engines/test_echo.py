@@ -300,6 +300,14 @@ def test_a_prompt_past_the_context_is_refused() -> None:
     assert failure(engine, job("x" * 5, max_tokens=6)) == "context_overflow"
 
 
+def test_max_tokens_beyond_the_context_is_cut_where_that_was_asked_for() -> None:
+    engine = build(context_tokens=10)
+    asked = job("x" * 5, max_tokens=32_000, cut_max_tokens=True, ignore_eos=True)
+    ids, _, end = answer(engine, asked)
+    assert (len(ids), end.finish_reason) == (5, FinishReason.LENGTH)
+    assert failure(engine, job("x" * 10, max_tokens=1, cut_max_tokens=True)) == "context_overflow"
+
+
 @pytest.mark.parametrize(
     ("fault", "code"), [("error_at", "engine_error"), ("oom_at", "out_of_memory")]
 )

@@ -489,6 +489,31 @@ def test_a_model_without_a_template_says_so(model: Any) -> None:
 # --- refusals -------------------------------------------------------------------------------------
 
 
+def test_max_tokens_beyond_the_context_is_cut_where_that_was_asked_for(
+    engine: TransformersEngine,
+) -> None:
+    ids = tiny.prompts(1, low=500, high=500)[0]
+    fields = {"max_tokens": 32_000, "cut_max_tokens": True, "ignore_eos": True}
+    answer = one(engine, tiny.ids_job(ids, **fields))
+    assert answer.ended is not None and answer.ended.finish_reason is FinishReason.LENGTH
+    assert len(answer.token_ids) == 12
+    ids = tiny.prompts(1, low=512, high=512)[0]
+    answer = one(engine, tiny.ids_job(ids, **fields))
+    assert answer.failed is not None and answer.failed.code == "context_overflow"
+    answer = one(engine, tiny.ids_job(ids, **fields, overflow="truncate_left"))
+    assert answer.ended is not None and len(answer.token_ids) == 128
+
+
+def test_the_usage_of_the_prompt_comes_first_where_it_was_asked_for(
+    engine: TransformersEngine,
+) -> None:
+    ids = tiny.prompts(1, low=40, high=40)[0]
+    answer = one(engine, tiny.ids_job(ids, max_tokens=2, prompt_usage=True))
+    assert answer.facts is not None and answer.facts.usage is not None
+    assert (answer.facts.token_ids, answer.facts.usage.prompt_tokens) == ([], 40)
+    assert one(engine, tiny.ids_job(ids, max_tokens=2)).facts is None
+
+
 def test_a_prompt_past_the_context_is_refused_with_the_numbers(
     engine: TransformersEngine,
 ) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
@@ -19,7 +20,7 @@ from client.gateway.images import ImagePolicy
 from client.gateway.openai import responses_body as responses_input
 from tests.gateway.conftest import MODEL, GatewayProcess
 from tests.gateway.test_chat import CALL, picture
-from tests.harness import Bus
+from tests.harness import Bus, running_bus
 
 HELLO = [{"role": "user", "content": "hello there"}]
 HINT = {"cache_control": {"type": "ephemeral"}, "prompt_cache_breakpoint": {"mode": "explicit"}}
@@ -293,6 +294,40 @@ def test_a_full_context_is_told_by_openais_code_and_the_field(
     assert answer.status_code == 400
     assert (error["code"], error["param"]) == ("context_length_exceeded", field)
     assert error["details"]["code"] == "context_overflow"
+
+
+BEYOND = [
+    ("/v1/chat/completions", {"messages": HELLO, "max_tokens": 1 << 20}),
+    ("/v1/completions", {"prompt": "hello", "max_tokens": 1 << 20}),
+    ("/v1/responses", {"input": "hello", "max_output_tokens": 1 << 20}),
+]
+
+
+@pytest.mark.parametrize(("path", "said"), BEYOND)
+def test_an_answer_beyond_the_room_is_cut_to_it(
+    http: httpx.Client, path: str, said: dict[str, Any]
+) -> None:
+    """Agents send the same limit, 32,000, to every model."""
+    answer = http.post(path, json={"model": MODEL, **said})
+    assert answer.status_code == 200, answer.text
+
+
+def test_an_answer_cut_by_the_context_has_the_finish_reason_length(
+    make_gateway: Callable[..., GatewayProcess], tmp_path: Path
+) -> None:
+    with running_bus(tmp_path, context_tokens=40) as small:
+        body = {"model": MODEL, "messages": HELLO, "max_tokens": 32_000, "ignore_eos": True}
+        with make_gateway(bus=small).http() as http:
+            answer = http.post("/v1/chat/completions", json=body).json()
+            assert answer["choices"][0]["finish_reason"] == "length"
+            assert answer["usage"]["total_tokens"] == 40
+        with make_gateway("--max-tokens-beyond", "refuse", bus=small).http() as http:
+            answer = http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+    assert error["message"].startswith("This model's maximum context length is 40 tokens.")
+    assert "32018 tokens (18 in the prompt, 32000 in the completion)" in error["message"]
 
 
 def test_a_full_context_in_the_background_is_told_as_well(client: openai.OpenAI) -> None:

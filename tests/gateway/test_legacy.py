@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Callable
 from typing import Any
 
 import httpx2 as httpx
@@ -108,13 +109,20 @@ def test_llava_has_its_own_codes(http: httpx.Client) -> None:
     assert frame["error_code"] == 1
 
 
-def test_llava_gets_as_long_an_answer_as_the_context_leaves(http: httpx.Client) -> None:
-    [model] = http.get("/v1/models").json()["data"]
+def test_an_answer_is_as_long_as_the_context_leaves(
+    http: httpx.Client, make_gateway: Callable[..., GatewayProcess]
+) -> None:
     prompt = "hello"
-    body = {"model": MODEL, "prompt": prompt, "max_new_tokens": model["context_tokens"]}
-    assert frames(http, body, headers=LLAVA)[-1] == {"text": prompt + prompt, "error_code": 0}
-    [frame] = frames(http, {**body, "max_new_tokens": 1 << 30}, headers=FASTCHAT)
+    body = {"model": MODEL, "prompt": prompt, "max_new_tokens": 1 << 30}
+    whole = {"text": prompt + prompt, "error_code": 0}
+    assert frames(http, body, headers=LLAVA)[-1] == whole
+    assert frames(http, body, headers=FASTCHAT)[-1]["text"].endswith(prompt)
+    [frame] = frames(http, {**body, "prompt": "x" * 40_000}, headers=FASTCHAT)
     assert frame["error_code"] == 40303
+    with make_gateway("--max-tokens-beyond", "refuse").http() as strict:
+        assert frames(strict, body, headers=LLAVA)[-1] == whole
+        [frame] = frames(strict, body, headers=FASTCHAT)
+        assert frame["error_code"] == 40303
 
 
 def test_internvl_sends_messages_with_their_images(http: httpx.Client) -> None:

@@ -402,6 +402,12 @@ def _every_field() -> dict[str, Example]:
         params=m.Params(pieces=["reasoning"], thinking_tokens=100),
         window=1,
     )
+    agent = m.Request(
+        model="demo",
+        prompt="2 + 2",
+        params=m.Params(max_tokens=32_000, cut_max_tokens=True, prompt_usage=True),
+        window=1,
+    )
     thought = m.TokensEvent(
         REQUEST,
         1,
@@ -457,6 +463,7 @@ def _every_field() -> dict[str, Example]:
         "request_tools_video": (t.REQUEST, REQUEST, 1, 0, [tools], [b"frame 0", b"frame 1"]),
         "request_compact": (t.REQUEST, REQUEST, 1, 0, [compact], []),
         "request_keep_special": (t.REQUEST, REQUEST, 1, 0, [marked], []),
+        "request_cut_max_tokens": (t.REQUEST, REQUEST, 1, 0, [agent], []),
         "request_embed": (t.REQUEST, REQUEST, 1, 0, [embed], []),
         "request_decide": (t.REQUEST, REQUEST, 1, 0, [decide], [b"\x89PNG not really"]),
         "hello_decide": (t.HELLO, header.NO_ID, 0, 0, [decider], []),

@@ -106,6 +106,20 @@ def check_received(received: int, possible: int) -> None:
         )
 
 
+def context_overflow(prompt_tokens: int, answer_tokens: int, context_tokens: int) -> RequestError:
+    """The refusal of a prompt that does not fit beside the answer that was asked for."""
+    return RequestError(
+        ErrorCode.CONTEXT_OVERFLOW,
+        f"the prompt has {prompt_tokens} tokens and the answer asks for {answer_tokens}, the "
+        f"context is {context_tokens}: shorten the prompt, lower max_tokens or ask for truncation",
+        details={
+            "prompt_tokens": prompt_tokens,
+            "answer_tokens": answer_tokens,
+            "context_tokens": context_tokens,
+        },
+    )
+
+
 class Tokens(Struct, frozen=True, array_like=True, tag=0):
     """New tokens of a job and the text that they completed (possibly empty)."""
 
@@ -145,10 +159,10 @@ class Failed(Struct, frozen=True, array_like=True, tag=2):
 
 class PromptFacts(Struct, frozen=True, array_like=True, tag=3):
     """Sent once, before the first `Tokens` of a job with `echo`, `prompt_logprobs`
-    or `keep_special`."""
+    `keep_special` or `prompt_usage`."""
 
     request_id: bytes
-    #: Empty if only `keep_special` was requested.
+    #: Empty unless `echo` or `prompt_logprobs` was requested.
     token_ids: list[int]
     #: The prompt's text, if `echo` was requested.
     text: str = ""

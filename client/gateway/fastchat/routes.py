@@ -17,18 +17,17 @@ import binascii
 import contextlib
 import json
 from collections.abc import AsyncGenerator
-from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
 
-import msgspec
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from broker.protocol.errors import ErrorCode
 from broker.protocol.messages import FinishReason, TokenLogprob
-from client import BusError, End
+from client import End
 from client.gateway.context import RequestContext, route
+from client.gateway.convert import cut_to_context
 from client.gateway.errors import GatewayError, describe
 from client.gateway.fastchat.api import context_tokens
 from client.gateway.fastchat.bodies import (
@@ -258,23 +257,10 @@ async def _frames(
 
 async def _generated(visit: RequestContext, call: GenerateCall) -> Batches:
     """The events of the request. LLaVA's workers shorten an answer to fit the context."""
-    generations = [call.call]
-    if call.dialect == "llava":
-        request = call.call.request
-        params = msgspec.structs.replace(request.params, max_tokens=None)
-        unbounded = msgspec.structs.replace(request, params=params)
-        generations.append(replace(call.call, request=unbounded))
-    for generation in generations:
-        begun = False
-        try:
-            async with contextlib.aclosing(visit.generate([generation])) as batches:
-                async for batch in batches:
-                    begun = True
-                    yield batch
-            return
-        except BusError as error:
-            if begun or generation is generations[-1] or error.code != ErrorCode.CONTEXT_OVERFLOW:
-                raise
+    one = cut_to_context(call.call) if call.dialect == "llava" else call.call
+    async with contextlib.aclosing(visit.generate([one])) as batches:
+        async for batch in batches:
+            yield batch
 
 
 def _with_logprobs(

@@ -21,7 +21,7 @@ from PIL import Image
 
 from broker.protocol.errors import ErrorCode, RequestError
 from broker.protocol.messages import Kind, Message, Request, TextPart, VideoPart
-from worker.engines.base import Job
+from worker.engines.base import Job, context_overflow
 from worker.engines.common.facts import ModelFacts
 from worker.engines.common.failures import is_out_of_memory, one_line
 from worker.engines.common.footprint import Footprint
@@ -138,7 +138,7 @@ class PromptBuilder:
                     raise _invalid(f"input {len(result)} to embed has no tokens")
                 self._check_ids(ids)
                 if len(ids) > self._facts.context_tokens:
-                    raise _overflow(len(ids), 0, self._facts.context_tokens)
+                    raise context_overflow(len(ids), 0, self._facts.context_tokens)
                 result.append(ids)
         return result
 
@@ -365,19 +365,20 @@ class PromptBuilder:
         """The prompt, fitted into the context by the requested policy."""
         context, params = self._facts.context_tokens, request.params
         # An encoder's context is used only by the prompt.
-        answer = 0 if self._facts.encoder_decoder else params.max_tokens or 1
-        room = context - answer
+        asked = 1 if params.cut_max_tokens else params.max_tokens or 1
+        room = context - (0 if self._facts.encoder_decoder else asked)
         if len(prompt.ids) <= room:
             return prompt
         if params.overflow == "error" or room < 1:
-            raise _overflow(len(prompt.ids), params.max_tokens or 1, context)
-        if params.max_tokens is None:
+            raise context_overflow(len(prompt.ids), asked, context)
+        if params.max_tokens is None or params.cut_max_tokens:
             # Without a limit, up to a quarter of the context is reserved for the answer.
-            room = context - max(1, min(context // 4, 1024))
+            reserved = max(1, min(context // 4, 1024))
+            room = context - min(reserved, params.max_tokens or reserved)
         keep = self._kept_head(prompt.ids, request, images)
         cut = len(prompt.ids) - room
         if keep >= room:
-            raise _overflow(len(prompt.ids), params.max_tokens or 1, context)
+            raise context_overflow(len(prompt.ids), asked, context)
         if self._of_images(prompt)[keep : keep + cut].any():
             raise RequestError(
                 ErrorCode.CONTEXT_OVERFLOW,
@@ -481,16 +482,3 @@ def _common_prefix(a: list[int], b: list[int]) -> int:
 
 def _invalid(message: str, **details: Any) -> RequestError:
     return RequestError(ErrorCode.INVALID_REQUEST, message, details=details)
-
-
-def _overflow(prompt_tokens: int, answer_tokens: int, context: int) -> RequestError:
-    return RequestError(
-        ErrorCode.CONTEXT_OVERFLOW,
-        f"the prompt has {prompt_tokens} tokens and the answer asks for {answer_tokens}, the "
-        f"context is {context}: shorten the prompt, lower max_tokens or ask for truncation",
-        details={
-            "prompt_tokens": prompt_tokens,
-            "answer_tokens": answer_tokens,
-            "context_tokens": context,
-        },
-    )

@@ -352,7 +352,12 @@ class BatchModel:
             eos_ids=facts.eos_ids,
             max_tokens=min(params.max_tokens or room, room),
             wants_facts=not facts_seen
-            and bool(params.echo or params.prompt_logprobs is not None or params.keep_special),
+            and bool(
+                params.echo
+                or params.prompt_logprobs is not None
+                or params.keep_special
+                or params.prompt_usage
+            ),
             echo_text=texts.builder.detokenised(prompt.ids) if echo else "",
             echo_places=places(texts.decoder, prompt.ids)
             if echo and params.prompt_logprobs is not None

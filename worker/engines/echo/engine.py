@@ -66,6 +66,7 @@ from worker.engines.base import (
     Progress,
     PromptFacts,
     Tokens,
+    context_overflow,
 )
 from worker.engines.common.reasoning import find_format
 from worker.engines.echo.requests import (
@@ -238,12 +239,9 @@ class EchoEngine:
             events.append(answer_about(job, prompt, prompt_ids))
             return
         room = self._context_tokens - len(prompt_ids)
-        if room < 1 or (request.params.max_tokens or 0) > room:
-            raise RequestError(
-                ErrorCode.CONTEXT_OVERFLOW,
-                f"prompt of {len(prompt_ids)} tokens and max_tokens "
-                f"{request.params.max_tokens} pass the context of {self._context_tokens}",
-            )
+        asked = 1 if request.params.cut_max_tokens else request.params.max_tokens or 1
+        if asked > room:
+            raise context_overflow(len(prompt_ids), asked, self._context_tokens)
         prefix = ""
         if images:
             sizes = ", ".join(image_size(job.attachments[index]) for index in images)
@@ -278,7 +276,7 @@ class EchoEngine:
     def _describe_prompt(job: Job, run: Run, prompt: str, events: list[EngineEvent]) -> None:
         params, resume = job.request.params, job.request.resume
         shows_ids = params.echo or params.prompt_logprobs is not None
-        if not (shows_ids or params.keep_special):
+        if not (shows_ids or params.keep_special or params.prompt_usage):
             return
         if resume is not None and resume.prompt_seen:
             return
