@@ -14,7 +14,9 @@ from broker.protocol import codec, header
 from broker.protocol import messages as m
 from broker.protocol.header import Flag, MessageType
 from broker.protocol.limits import MAX_REQUEST_BYTES
-from tests.protocol.make_golden import GOLDEN, REQUEST, examples, golden_bytes
+from tests.protocol.golden_shows import SHOWS
+from tests.protocol.make_golden import GOLDEN, PAGE, REQUEST, examples, golden_bytes, page
+from tests.protocol.wrong_messages import WRONG, as_json, wrong_messages
 
 KNOWN: dict[str, list[str]] = json.loads(GOLDEN.read_text())
 
@@ -60,6 +62,27 @@ def _said(value: Any) -> Iterator[tuple[str, str]]:
 
 def test_the_file_names_exactly_the_examples() -> None:
     assert set(KNOWN) == set(examples())
+
+
+def test_each_example_says_in_one_line_what_it_shows() -> None:
+    assert set(SHOWS) == set(examples())
+    assert all(line and len(line) < 100 and "\n" not in line for line in SHOWS.values())
+
+
+def test_the_files_beside_it_are_those_that_the_command_writes() -> None:
+    """`python -m tests.protocol.make_golden` writes them."""
+    assert PAGE.read_text(encoding="utf-8") == page()
+    assert WRONG.read_text(encoding="utf-8") == as_json()
+
+
+def test_a_wrong_message_follows_golden_ones_and_counts_on_from_them() -> None:
+    names = [wrong.name for wrong in wrong_messages()]
+    assert len(set(names)) == len(names)
+    for wrong in wrong_messages():
+        assert set(wrong.after) <= set(KNOWN), wrong.name
+        sequence = int.from_bytes(wrong.frames[0][-8:], "big")
+        told = "sequence" in wrong.name or wrong.name == "short_header"
+        assert told or sequence == len(wrong.after), wrong.name
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN))
