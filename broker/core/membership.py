@@ -63,6 +63,8 @@ def on_first_message(bus: BusState, event: MessageReceived, head: Header) -> Non
         refuse(bus, event.side, event.routing_id, error, fatal=True)
         return
     try:
+        if len(event.frames) != 2:
+            raise ProtocolError(f"{len(event.frames)} frames; this message has 2")
         hello = codec.decode(Hello, event.frames[1], limits.MAX_HELLO_BYTES)
         check_hello(bus, event.side, head, hello)
     except ProtocolError as error:

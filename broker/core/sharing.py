@@ -1,5 +1,5 @@
 """Heartbeats, and what a worker shared between brokers learns from them: how many requests wait
-here, and what credit it gets back (SPEC.md section 7).
+here, and what credit it gets back (SPEC.md appendix A).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from broker.protocol.messages import Heartbeat
 
 def beat(bus: BusState, session: Session) -> None:
     """Send a heartbeat. To a worker shared with other brokers, it carries what the worker needs to
-    know to divide its slots between them (SPEC.md section 7)."""
+    know to divide its slots between them (SPEC.md appendix A)."""
     body = EMPTY_MAP
     if isinstance(session, WorkerSession) and session.shared:
         session.waiting_sent = demand(bus, session)

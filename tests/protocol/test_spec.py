@@ -23,6 +23,7 @@ from broker.protocol.messages import WorkerState
 from client.core.exchange import Phase as ClientPhase
 from tests.harness import ROOT
 from tests.protocol.make_golden import examples, golden_bytes
+from tests.protocol.wrong_messages import wrong_messages
 
 FOLDER = ROOT / "broker" / "protocol"
 PAGE = (FOLDER / "SPEC.md").read_text(encoding="utf-8")
@@ -86,6 +87,19 @@ def test_abnf_and_code_refuse_the_same_headers(frame: bytes) -> None:
 def test_the_table_of_messages_is_that_of_the_code() -> None:
     rows = table_after("### 3.1 Messages")
     assert {(int(row[0], 16), row[1]) for row in rows} == {(t.value, t.name) for t in MessageType}
+
+
+# --- rules ----------------------------------------------------------------------------------------
+
+
+def test_each_rule_has_a_number_of_its_own() -> None:
+    numbers = re.findall(r"\[([A-Z]\d+)\]", PAGE)
+    assert len(numbers) > 90
+    assert sorted(set(numbers)) == sorted(numbers)
+
+
+def test_wrong_messages_break_or_test_rules_of_the_page() -> None:
+    assert {wrong.rule for wrong in wrong_messages()} <= set(re.findall(r"\[([A-Z]\d+)\]", PAGE))
 
 
 # --- bodies ---------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""How the slots of one worker become credit at several brokers (SPEC.md section 7).
+"""How the slots of one worker become credit at several brokers (SPEC.md section 7, appendix A).
 
 Every free slot is granted to some broker, so that a request never waits for a grant. Where another
 broker has requests waiting, credit that an idle one does not need is asked back. Nobody else
