@@ -57,6 +57,7 @@ SHOWS: Final = {
     "output_place": "a log probability with the place of its token in the text",
     "output_prompt_tail": "PROMPT for `keep_special`: which are special, and how the prompt ends",
     "request_pieces": "thoughts apart from the content, and a bound for them",
+    "request_cut_max_tokens": "as many tokens as there is room for; PROMPT with its usage",
     "request_calls": "calls of tools apart from the content, one at most",
     "output_calls": "a call begins: name, first arguments",
     "output_pieces": "thought and content in one event, then content that ends the answer",
