@@ -1,4 +1,4 @@
 """The client's core, sans-IO: events in, instructions out, the time as an argument.
 
-No socket, clock, thread or log here; `client.io` carries the instructions out.
+No sockets, clocks, threads or logs; `client.io` carries out the instructions.
 """

@@ -1,7 +1,7 @@
-"""Between the session and a stream whose answer may call tools: what a worker sends goes in, text
-and whole calls come out. Pure, and never raises, whatever a model or a worker writes.
+"""Sits between the session and a stream whose answer may call tools: takes what a worker sends, and
+returns text and complete calls. Pure, and never raises, whatever a model or a worker writes.
 
-A worker tells calls from text; in the text of an older one they are looked for here.
+A worker separates calls from text. Older workers do not; their text is searched for calls here.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ __all__ = ["CallReader"]
 
 
 class CallReader:
-    """Takes what the session delivers of one request."""
+    """Reads what the session delivers for one request."""
 
     def __init__(self, reading: Reading, ids: str, hand_on: Callable[[Item], None]) -> None:
-        """`ids`: how the ids of its calls begin."""
+        """`ids`: the prefix of the ids of its calls."""
         self._tools = {tool.name: tool for tool in reading.tools}
         self._shows_prompt = reading.shows_prompt
         self._ids = ids
@@ -32,20 +32,20 @@ class CallReader:
         self._parser = ToolCallParser(
             self._tools, forced=reading.forced, shows_special=reading.shows_special
         )
-        #: What the prompt is known by, until the first text shows who tells calls from text.
+        #: Kept until the first text shows whether the worker separates calls from text.
         self._prompt: PromptEvent | None = None
-        #: Name and arguments of each call so far, and how many of them were handed on.
+        #: Name and arguments of each call so far, and how many of them were delivered.
         self._calls: list[tuple[str, list[str]]] = []
-        self._told = 0
-        #: The worker tells calls from text; what reads the arguments of the call in hand.
+        self._delivered = 0
+        #: The worker separates calls from text; the reader of the current call's arguments.
         self._split = False
         self._reader: ObjectReader | None = None
 
     def add(self, item: Item) -> None:
-        """Hand on what is certain with this item."""
+        """Deliver everything that is certain after this item."""
         match item:
             case TokensEvent():
-                # The ids are counted where they arrive, though their text may be held back.
+                # Token ids count when they arrive, even if their text is held back.
                 text, pieces = self._read(item)
                 self._hand_on(msgspec.structs.replace(item, text=text, pieces=pieces))
                 self._tell(self._complete)
@@ -65,27 +65,27 @@ class CallReader:
 
     @property
     def _complete(self) -> int:
-        """Calls of which nothing more will come."""
+        """How many calls are complete."""
         if not self._split:
             return self._parser.complete_calls
-        # Whatever follows the arguments, they are over.
+        # Complete arguments end the call, whatever follows.
         is_open = self._reader is not None and not self._reader.complete
         return len(self._calls) - is_open
 
     def _read(self, item: TokensEvent | End) -> tuple[str, list[messages.Piece] | None]:
-        """The text of an event without its calls, and all of it by kind if it came so."""
+        """The text of an event without its calls; also its pieces, if it has them."""
         if item.pieces is not None:
             self._split = True
         if self._split:
             return item.text, self._without_calls(item.pieces)
-        # An older worker, which tells no calls from text.
+        # An older worker, which does not separate calls from text.
         if self._prompt is not None and item.text:
             prompt, self._prompt = self._prompt, None
             self._parser.begin(special=prompt.special, tail=prompt.tail)
         return self._text_of(self._parser.feed(item.text)), None
 
     def _without_calls(self, pieces: list[messages.Piece] | None) -> list[messages.Piece] | None:
-        """Pieces of other kinds; those of calls are kept."""
+        """The pieces that do not belong to calls; the others are collected in `_calls`."""
         if pieces is None:
             return None
         others: list[messages.Piece] = []
@@ -103,7 +103,7 @@ class CallReader:
         return others
 
     def _text_of(self, pieces: Iterable[Piece]) -> str:
-        """Their text; what belongs to calls is kept."""
+        """The text of the pieces that do not belong to calls; collects the others."""
         texts: list[str] = []
         for piece in pieces:
             if isinstance(piece, Text):
@@ -115,18 +115,18 @@ class CallReader:
         return "".join(texts)
 
     def _tell(self, complete: int) -> None:
-        """Hand on the calls up to this one."""
+        """Deliver the first `complete` calls, unless that has been done."""
         calls = self._calls
-        while self._told < min(complete, len(calls)):
-            name, arguments = calls[self._told]
-            self._told += 1
+        while self._delivered < min(complete, len(calls)):
+            name, arguments = calls[self._delivered]
+            self._delivered += 1
             is_cut = self._parser.cut or self._complete < len(calls)
             self._hand_on(
                 ToolCall(
-                    id=f"call_{self._ids}_{self._told - 1}",
+                    id=f"call_{self._ids}_{self._delivered - 1}",
                     name=name,
                     arguments_json="".join(arguments),
                     tool=self._tools.get(name) or Tool(name, None),
-                    cut=is_cut and self._told == len(calls),
+                    cut=is_cut and self._delivered == len(calls),
                 )
             )

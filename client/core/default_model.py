@@ -1,6 +1,6 @@
 """Requests that name no model get the only one served; sans-IO, a part of `session`.
 
-They wait here for the broker's answer; it is asked once for all of them.
+They wait here while the broker is asked, once for all of them, which models it serves.
 """
 
 from __future__ import annotations
@@ -13,40 +13,40 @@ import msgspec
 from broker.protocol import messages
 from broker.protocol.errors import ErrorCode, ErrorInfo
 from broker.protocol.header import MessageType
-from client.core.dialer import Dialer
+from client.core.connection import BrokerConnection
 from client.core.exchange import Exchange
 
 
 class DefaultModel:
-    """The requests without a model, and the query that names it."""
+    """The requests without a model, and the query for its name."""
 
     def __init__(
         self,
-        dialer: Dialer,
+        broker: BrokerConnection,
         named: Callable[[Exchange], None],
         failed: Callable[[Exchange, ErrorInfo], None],
     ) -> None:
-        """`named`: called when a request has a model. `failed`: called when it got an error
+        """`named`: called once a request has a model. `failed`: called if it gets an error
         instead, as if by FAIL."""
-        self._dialer = dialer
+        self._broker = broker
         self._named = named
         self._failed = failed
         self.waiting: dict[bytes, Exchange] = {}
         self._query_id: bytes | None = None
 
     def ask(self) -> None:
-        """There is a session: ask if a request waits and the question is not open."""
+        """There is a session: send the query if a request waits and none is open."""
         if self.waiting and self._query_id is None:
-            self._query_id = self._dialer.new_id()
+            self._query_id = self._broker.new_id()
             query = messages.Query(verb="bus.models")
-            self._dialer.send_body(MessageType.QUERY, self._query_id, query)
+            self._broker.send_body(MessageType.QUERY, self._query_id, query)
 
     def session_over(self) -> None:
         """The answer will not come."""
         self._query_id = None
 
     def is_answer(self, query_id: bytes) -> bool:
-        """Whether this is the query that was sent from here."""
+        """Whether this is the query that this object sent."""
         return query_id == self._query_id
 
     def answered(self, answer: messages.Answer) -> None:

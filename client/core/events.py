@@ -1,8 +1,8 @@
-"""The vocabulary of the client: events fed to the session, instructions that it returns, and the
-events that a caller reads from a stream.
+"""The events fed to the session, the instructions that it returns, and the events that a caller
+reads from a stream.
 
 Only values: frozen, without behaviour. Events and instructions are structs rather than dataclasses:
-a request makes a dozen of them, and a struct takes a tenth of the time.
+a request makes a dozen of them, and a struct is ten times as fast to make.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from client.options import Retry, Timeout
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """The broker has the request; `position` others are ahead of it."""
+    """The request is in the broker's queue, with `position` others ahead of it."""
 
     position: int
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A worker has the request. `resumed` counts how often the stream was continued so far."""
+    """A worker runs the request. `resumed` counts how often the stream has been resumed so far."""
 
     worker: str
     model: str
     resumed: int
-    #: Tokens that may wait unread; the worker coalesces further ones.
+    #: Tokens that may wait unread; the worker holds back further ones.
     window_tokens: int
 
 
@@ -51,7 +51,7 @@ class Started:
 class Recovering:
     """The stream was interrupted and is about to be resumed; nothing received is lost."""
 
-    #: What happened, for people.
+    #: What happened, in words.
     reason: str
     #: The worker that was running it; empty if none was.
     worker: str
@@ -62,7 +62,7 @@ class End:
     """The answer is complete."""
 
     finish_reason: FinishReason
-    #: The rest of the text, held back until now.
+    #: The rest of the text, which was held back until now.
     text: str
     usage: Usage
     #: Measured at the worker.
@@ -74,16 +74,16 @@ class End:
     model: str
     worker: str
     resumed: int
-    #: Measured here, from the call; None if there was no token.
+    #: Measured by the client, from the call; None if there was no token.
     first_token_s: float | None
     total_s: float
-    #: As of `Tokens`: all of `text` by kind, where it is not all content.
+    #: As in `Tokens`: `text` split by kind; None if it is all content.
     pieces: list[Piece] | None = None
 
 
 #: Tokens and text; straight from the wire, see `broker.protocol.messages`.
 Tokens = TokensEvent
-#: Facts about the prompt, if `echo` or `prompt_logprobs` asked for them.
+#: Token ids and logprobs of the prompt, if `echo` or `prompt_logprobs` asked for them.
 Prompt = PromptEvent
 
 StreamEvent = Queued | Started | Recovering | Prompt | Tokens | ToolCall | End
@@ -100,8 +100,7 @@ class Answered:
 Item = StreamEvent | Answered | BusError
 
 
-# --- events fed to the session
-# ----------------------------------------------------------------------------------------
+# --- events fed to the session --------------------------------------------------------------------
 
 
 class RequestMade(Struct, frozen=True):
@@ -114,8 +113,8 @@ class RequestMade(Struct, frozen=True):
     retry: Retry
     #: Tokens that may wait unread; None: the broker's default.
     window_tokens: int | None = None
-    #: The part of the answer already received from another bus; the request then begins
-    #: as a RESUME.
+    #: The part of the answer already received through another bus; the request then begins as a
+    #: RESUME.
     resume: Resume | None = None
 
 
@@ -136,7 +135,7 @@ class TokensTaken(Struct, frozen=True):
 
 
 class RequestDropped(Struct, frozen=True):
-    """The application is no longer interested, and receives nothing more of the request."""
+    """The application no longer wants the answer, and receives nothing more of it."""
 
     request_id: bytes
 
@@ -145,16 +144,16 @@ class CloseRequested(Struct, frozen=True):
     """The application closes the client."""
 
 
-class ConnectionOpened(Struct, frozen=True):
+class SocketOpened(Struct, frozen=True):
     """The socket is connected and its handshake done."""
 
 
-class ConnectionLost(Struct, frozen=True):
+class SocketLost(Struct, frozen=True):
     """The socket was refused or cut off; it will not come back."""
 
     reason: str
-    #: The broker will never accept us like this: wrong key, no key, or a key where
-    #: none is expected.
+    #: The broker will never accept this client: wrong key, no key, or a key where none is
+    #: expected.
     unauthenticated: bool = False
 
 
@@ -165,7 +164,7 @@ class MessageReceived(Struct, frozen=True):
 
 
 class Tick(Struct, frozen=True):
-    """Time has passed: `deadline_s` may be due."""
+    """Time has passed; `deadline_s` may have been reached."""
 
 
 Event = (
@@ -174,20 +173,19 @@ Event = (
     | TokensTaken
     | RequestDropped
     | CloseRequested
-    | ConnectionOpened
-    | ConnectionLost
+    | SocketOpened
+    | SocketLost
     | MessageReceived
     | Tick
 )
 
 
-# --- instructions
-# ---------------------------------------------------------------------------------------
+# --- instructions ---------------------------------------------------------------------------------
 
 
 class OpenSocket(Struct, frozen=True):
-    """Open a new socket with a new random routing id (SPEC.md section 2); there is none open.
-    Answered by ConnectionOpened or ConnectionLost."""
+    """Open a new socket with a new random routing id (SPEC.md section 2); none is open now.
+    Answered by SocketOpened or SocketLost."""
 
     address: str
 
@@ -195,18 +193,18 @@ class OpenSocket(Struct, frozen=True):
 class CloseSocket(Struct, frozen=True):
     """Close the socket; ignore what it reports afterwards."""
 
-    #: Whether what was sent must still leave, within a second.
+    #: Whether to wait up to a second for queued messages to be sent.
     linger: bool = False
 
 
 class Send(Struct, frozen=True):
-    """Send on the open socket, in order, leaving nothing out."""
+    """Send on the open socket, in order and without loss."""
 
     frames: tuple[bytes, ...]
 
 
 class Deliver(Struct, frozen=True):
-    """Hand items to whoever waits for this request or query."""
+    """Hand items to the caller that waits for this request or query."""
 
     id: bytes
     items: tuple[Item, ...]
@@ -215,7 +213,7 @@ class Deliver(Struct, frozen=True):
 
 
 class Arrived(Struct, frozen=True):
-    """Hand tokens of many requests, in order of arrival, to whoever waits for them."""
+    """Hand tokens of many requests to their callers, in order of arrival."""
 
     tokens: list[TokensEvent]
 

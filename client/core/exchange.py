@@ -1,7 +1,7 @@
-"""One request on the client's side: what was asked, what has arrived, which limit passes when.
+"""One request on the client's side: what was asked, what has arrived, and when each limit passes.
 
-This state is enough to continue the stream anywhere (SPEC.md section 6.4). Knows no session and no
-socket; `session` decides what happens.
+This state is enough to resume the stream anywhere (SPEC.md section 6.4). Knows nothing of sessions
+or sockets; `requests` decides what happens.
 """
 
 from __future__ import annotations
@@ -20,22 +20,21 @@ from client.core.events import RequestMade
 from client.errors import DeadlineExceeded
 
 WIRE_GRACE_S: Final = 1.0
-"""Added to our own limits for broker and worker: this way the caller gets our more exact exception,
-and they still clean up after a client that is gone."""
-
+"""Added to the client's own limits when they are sent to broker and worker: the caller gets the
+client's more precise exception, and they still clean up after a client that is gone."""
 
 EPOCH_STEP_BITS: Final = 36
 """Size of the random part of the step from one epoch to the next. The step is at least 2**36, which
-leaves a relay room for its own epochs between two of ours; after a thousand steps the epoch still
-fits in 47 bits."""
+leaves a relay room for its own epochs in between; after a thousand steps the epoch still fits in 47
+bits."""
 
 
 class Phase(Enum):
     """Where a request is."""
 
-    #: Held here until there is a session with room for it.
+    #: In the client, until there is a session with room for it.
     HELD = "held"
-    #: Held here until the back-off of a recovery is over.
+    #: In the client, until the back-off of a recovery is over.
     BACKING_OFF = "backing off"
     #: At the broker.
     QUEUED = "queued"
@@ -48,14 +47,14 @@ class Acceptance(Enum):
 
     NEXT = "next"
     REPEATED = "repeated"
-    #: Something before it is missing, or it overlaps partially: a RESUME is needed.
+    #: Something before it is missing, or it overlaps in part: a RESUME is needed.
     GAP = "gap"
-    #: The answer came in pieces so far, and its worker now makes none.
+    #: The answer came in pieces so far, and this worker does not send pieces.
     UNSPLIT = "unsplit"
 
 
 NEXT: Final = Acceptance.NEXT
-"""Bound once: an attribute look-up on an enum takes longer than a token may."""
+"""Looked up once: an attribute look-up on an enum is too slow to do for every token."""
 
 
 class Exchange:
@@ -106,41 +105,41 @@ class Exchange:
 
         self.phase = Phase.HELD
         self.made_s = now_s
-        #: Since when it waits here for a session.
+        #: Since when it has been waiting for a session.
         self.held_s = now_s
         self.phase_since_s = now_s
         self.retry_at_s = math.inf
-        #: Due time of its entry in the session's heap.
+        #: When its entry in the session's timer heap is due.
         self.scheduled_s = math.inf
 
-        #: Whether a REQUEST was sent already; from then on only RESUME is right.
+        #: Whether a REQUEST has been sent; from then on only RESUME is correct.
         self.sent_before = False
         self.epoch = 0
-        #: All its epochs so far: an event with any other was never asked for.
+        #: All its epochs so far; an event of any other epoch was never asked for.
         self.epochs = {0}
         #: Recoveries since the last token.
         self.failures = 0
         self.resumed = 0
         self.lost_workers: list[str] = []
-        #: Those of them that ran nothing else at the time.
+        #: Those of `lost_workers` that ran nothing else at the time.
         self.lost_alone: list[str] = []
         self.worker = ""
-        #: The worker that ran it last, until somebody says that it no longer has it.
+        #: The worker that ran it last; empty once that worker is known not to have it.
         self.holder = ""
         self.position = 0
-        #: Header id of OUTPUT from that worker; None if unknown.
+        #: Header id of OUTPUT from `worker`; None if unknown.
         self.route: bytes | None = None
 
         self.token_ids: list[int] = []
         self.text_characters = 0
         self.prompt_seen = False
-        #: Text came, and in pieces; whether the present worker makes them is known.
+        #: The text so far came in pieces; it is known whether the present worker sends pieces.
         self.split = False
         self.split_known = False
         self.first_token_s: float | None = None
-        #: Last event of this run at this worker; None before the first.
+        #: When this worker sent its last event of this run; None before the first.
         self.heard_s: float | None = None
-        #: Tokens that the application has read, and the last WINDOW that was sent.
+        #: Tokens that the application has read, and the last window sent.
         self.taken = 0
         self.window_limit = 0
         if made.resume is not None:
@@ -154,8 +153,8 @@ class Exchange:
     # --- sending ---
 
     def body(self, window_tokens: int, now_s: float, generator: random.Random) -> Request:
-        """The body of the REQUEST, or of a RESUME if it was sent before. Enters the next epoch,
-        which a worker that lost the request cannot guess."""
+        """The body of the REQUEST, or of a RESUME if it was sent before. Each RESUME starts a new
+        epoch, which a worker that lost the request cannot guess."""
         if self.sent_before:
             self.epoch += (1 << EPOCH_STEP_BITS) + generator.getrandbits(EPOCH_STEP_BITS)
             self.epochs.add(self.epoch)
@@ -176,7 +175,7 @@ class Exchange:
             )
         request = self.request
         if self.text_characters and not self.split and request.params.pieces:
-            # It began as one text, so it goes on as one, whoever continues it.
+            # It began as plain text, so every later worker continues it as plain text.
             whole = msgspec.structs.replace(request.params, pieces=[])
             request = msgspec.structs.replace(request, params=whole)
         return msgspec.structs.replace(
@@ -188,8 +187,8 @@ class Exchange:
         )
 
     def beyond(self, bounds: BusLimits, body_bytes: int) -> ErrorInfo | None:
-        """The error if the request exceeds a limit of the broker: reported here, before ZeroMQ
-        cuts the connection."""
+        """The error if the request exceeds a limit of the broker; found here, because ZeroMQ would
+        cut the connection."""
         sizes = [len(data) for data in self.attachments]
         for what, size, limit in (
             ("the request without its images", body_bytes, bounds.request_bytes),
@@ -212,7 +211,7 @@ class Exchange:
 
     @property
     def backoff_ceiling_s(self) -> float:
-        """Longest wait before the coming recovery; the wait itself is drawn below it."""
+        """Upper bound of the random wait before the next recovery."""
         doubled_s = self.retry.backoff_first * 2.0 ** min(self.failures - 1, 32)
         return min(doubled_s, self.retry.backoff_longest)
 
@@ -227,7 +226,7 @@ class Exchange:
     # --- receiving ---
 
     def accept(self, event: TokensEvent, now_s: float) -> Acceptance:
-        """Accept a TOKENS event of the current epoch if it is the next one."""
+        """Accept a TOKENS event of the current epoch if it continues the answer."""
         have = len(self.token_ids)
         if event.offset != have:
             repeated = event.offset + len(event.token_ids) <= have and event.offset < have
@@ -246,8 +245,8 @@ class Exchange:
         return NEXT
 
     def splits_like_before(self, event: TokensEvent | EndEvent) -> bool:
-        """Whether the worker makes pieces of the answer's text if those before it did. The first
-        event with a text, of each that runs it, tells; SPEC.md section 4.3."""
+        """Whether the worker sends pieces if the ones before it did. The first event with text from
+        each worker decides (SPEC.md section 4.3)."""
         if self.split_known or not (event.text or event.pieces):
             return True
         if self.text_characters and self.split and event.pieces is None:
@@ -287,8 +286,7 @@ class Exchange:
         return _after(self.made_s, self.timeout.total)
 
     def overdue(self, now_s: float) -> tuple[type[DeadlineExceeded], str]:
-        """The exception and message for the limit that has passed, given that there
-        is a session."""
+        """The exception and message for the limit that has passed while there is a session."""
         limits = self.timeout
         if now_s >= self._total_due_s():
             advice = "Ask for fewer tokens or more time"

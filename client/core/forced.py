@@ -1,4 +1,4 @@
-"""The shape of an answer that must be a tool call (`tool_choice`); `tool_parser` reads it back."""
+"""The JSON schema of an answer that must be a tool call (`tool_choice`); `tool_parser` reads it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from broker.protocol.messages import Constraint
 
 __all__ = ["MAX_FORCED_CALLS", "forced_calls"]
 
-#: A model may go on adding calls for ever, so a list of calls needs a limit. Further calls can be
-#: made in the next turn.
+#: A model may keep adding calls forever, so a list of calls needs a limit. It can make more calls
+#: in its next turn.
 MAX_FORCED_CALLS: Final = 8
 
 
 class Function(Protocol):
-    """What counts of a tool here."""
+    """The part of a tool that matters here."""
 
     @property
     def name(self) -> str: ...
@@ -65,5 +65,5 @@ def _resource(function: Function, own_id: str) -> dict[str, Any]:
     if not function.parameters:  # OpenAI's form of a function without parameters
         return {"type": "object", "additionalProperties": False}
     schema = {key: value for key, value in function.parameters.items() if key != "$schema"}
-    # It is only a call if the arguments are an object.
+    # The arguments of a call are always an object.
     return {"type": "object", **schema, "$id": own_id}

@@ -14,18 +14,18 @@ from broker.protocol import messages
 from broker.protocol.errors import ErrorCode, ErrorInfo
 from broker.protocol.header import MessageType
 from client.core import events
-from client.core.dialer import Dialer
+from client.core.connection import BrokerConnection
 from client.core.events import Item
 from client.errors import BusError, error_from
 
 ANSWER_S: Final = 30.0
-"""Longest wait for the broker's own answer, where the caller gives no total limit."""
+"""Longest wait for the broker's answer if the caller gives no total limit."""
 
 REPEATABLE_VERBS: Final = frozenset(
     f"bus.{name}"
     for name in ("version", "models", "workers", "clients", "stats", "metrics", "requests")
 )
-"""These may be asked twice without harm, so they survive a lost session."""
+"""Read-only queries: safe to repeat, so they survive a lost session."""
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class _Query:
     made: events.QueryMade
     made_s: float
     due_s: float
-    #: When it fails if no broker has answered.
+    #: When it fails if it has not been sent by then.
     connect_due_s: float
     sent: bool = False
 
@@ -47,12 +47,12 @@ class Queries:
 
     def __init__(
         self,
-        dialer: Dialer,
+        broker: BrokerConnection,
         answer: Callable[[bytes, Item], None],
         timer: Callable[[float, bytes], None],
         no_broker: Callable[[float], BusError],
     ) -> None:
-        self._dialer = dialer
+        self._broker = broker
         self._answer = answer
         self._timer = timer
         self._no_broker = no_broker
@@ -64,18 +64,18 @@ class Queries:
     def __contains__(self, query_id: bytes) -> bool:
         return query_id in self._open
 
-    def made(self, fact: events.QueryMade) -> None:
-        """The application asks; sent at once if there is a session."""
-        now_s = self._dialer.now_s
+    def made(self, event: events.QueryMade) -> None:
+        """The application made a query; it is sent at once if there is a session."""
+        now_s = self._broker.now_s
         query = _Query(
-            fact,
+            event,
             now_s,
-            now_s + (fact.timeout.total or ANSWER_S),
-            now_s + _limit(fact.timeout.connect),
+            now_s + (event.timeout.total or ANSWER_S),
+            now_s + _limit(event.timeout.connect),
         )
-        self._open[fact.query_id] = query
-        self._timer(query.next_due_s, fact.query_id)
-        if self._dialer.has_session:
+        self._open[event.query_id] = query
+        self._timer(query.next_due_s, event.query_id)
+        if self._broker.has_session:
             self._send(query)
 
     def session_began(self) -> None:
@@ -84,27 +84,27 @@ class Queries:
             self._send(query)
 
     def session_over(self, error: ErrorInfo) -> None:
-        """Keep queries that may be repeated; fail the rest, since it is unknown whether they
-        were carried out."""
+        """Keep queries that may be repeated. Fail the rest: they may or may not have been carried
+        out."""
         for query_id, query in list(self._open.items()):
             if not query.sent or query.made.verb in REPEATABLE_VERBS:
                 query.sent = False
                 limit_s = _limit(query.made.timeout.connect)
-                query.connect_due_s = self._dialer.now_s + limit_s
+                query.connect_due_s = self._broker.now_s + limit_s
                 self._timer(query.next_due_s, query_id)
             else:
                 self._end(query_id, error_from(error))
 
     def answered(self, query_id: bytes, answer: messages.Answer) -> None:
-        """The broker answered; an answer that nobody waits for any more is dropped."""
+        """The broker answered. An answer that nobody waits for any more is dropped."""
         if query_id in self._open:
             result = events.Answered(answer.result)
             self._end(query_id, error_from(answer.error) if answer.error else result)
 
     def due(self, query_id: bytes) -> None:
-        """A timer of this query fired."""
+        """A timer of this query has fired."""
         query = self._open[query_id]
-        now_s = self._dialer.now_s
+        now_s = self._broker.now_s
         if not query.sent and now_s >= query.connect_due_s:
             self._end(query_id, self._no_broker(query.made.timeout.connect or 0.0))
         elif now_s >= query.due_s and not query.sent:
@@ -117,18 +117,18 @@ class Queries:
             self._timer(query.next_due_s, query_id)
 
     def forget(self, query_id: bytes) -> None:
-        """Nobody waits for it any more."""
+        """The caller no longer waits for the answer."""
         self._open.pop(query_id, None)
 
     def fail_all(self, error: BusError) -> None:
-        """End them all."""
+        """End all open queries with this error."""
         for query_id in list(self._open):
             self._end(query_id, error)
 
     def _send(self, query: _Query) -> None:
         query.sent = True
         body = messages.Query(verb=query.made.verb, args=query.made.args)
-        self._dialer.send_body(MessageType.QUERY, query.made.query_id, body)
+        self._broker.send_body(MessageType.QUERY, query.made.query_id, body)
 
     def _end(self, query_id: bytes, item: Item) -> None:
         del self._open[query_id]

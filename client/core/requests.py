@@ -1,11 +1,11 @@
 """The requests of a client, sans-IO: from the call to END, FAIL or exception, wherever they run.
 
-Here are sending, windows and the check of offsets (SPEC.md 6.1, 6.3), cancelling (6.2), RESUME
-(6.4) and time limits; `exchange` holds what is known of one request. A part of `session`, which has
-the connection, the timers and the way to the application.
+Covers sending, windows and the check of offsets (SPEC.md 6.1, 6.3), cancelling (6.2), RESUME (6.4)
+and time limits; `exchange` holds the state of one request. A part of `session`, which owns the
+connection, the timers and the path to the application.
 
-A request is in `exchanges` as long as the application waits for it. What the application has
-dropped is in `closing` until the bus confirms it, so that a cancel survives a lost session.
+A request is in `exchanges` as long as the application waits for it. A request that the application
+dropped is in `closing` until the bus confirms its end, so that a cancel survives a lost session.
 """
 
 from __future__ import annotations
@@ -30,78 +30,78 @@ from broker.protocol.messages import (
     TokensEvent,
 )
 from client.core import events
+from client.core.connection import BrokerConnection
 from client.core.default_model import DefaultModel
-from client.core.dialer import Dialer
 from client.core.events import Arrived, Deliver, End, Instruction, Item
 from client.core.exchange import NEXT, Acceptance, Exchange, Phase
 from client.errors import BusError, ConnectTimeout, error_from
 from client.options import Limits
 
 CANCEL_KEPT_S: Final = 60.0
-"""How long an unconfirmed cancel is remembered: longer than any worker keeps a lost request."""
+"""How long an unconfirmed cancel is kept: longer than any worker keeps an orphaned request."""
 
 
 class Requests:
-    """Open requests, and those that were dropped and may still run."""
+    """The open requests, and dropped ones that may still run."""
 
     def __init__(
         self,
-        dialer: Dialer,
+        broker: BrokerConnection,
         out: Callable[[Instruction], None],
         timer: Callable[[float, bytes], None],
         client_limits: Limits,
         generator: random.Random,
     ) -> None:
-        """`timer`: call `on_timer` with these at that time."""
-        self._dialer = dialer
+        """`timer`: arranges for `on_timer` to be called with the same arguments at that time."""
+        self._broker = broker
         self._out = out
         self._timer = timer
         self._client_limits = client_limits
         self._random = generator
         self.exchanges: dict[bytes, Exchange] = {}
-        #: Of these: HELD with a model name, in the order in which they may go.
+        #: The HELD ones with a model name, in sending order.
         self.held: OrderedDict[bytes, Exchange] = OrderedDict()
-        #: HELD until the broker tells which model is the only one.
-        self.default_model = DefaultModel(dialer, self._hold, self._failed)
+        #: The HELD ones without, until the broker says which model is the only one.
+        self.default_model = DefaultModel(broker, self._hold, self._failed)
         #: QUEUED or RUNNING.
         self.at_broker: set[bytes] = set()
-        #: Dropped here, not yet ended there: until when to remember.
+        #: Dropped here, but not known to have ended on the bus: until when to remember it.
         self.closing: dict[bytes, float] = {}
-        #: The query that reports a worker's output, and what is wrong with it; until its answer.
+        #: The open query that reports a worker's output, and what was wrong with the output.
         self._reported: tuple[bytes, str] | None = None
 
     # --- the application's side -------------------------------------------------------------------
 
     def made(self, made: events.RequestMade) -> None:
-        """The application asks."""
-        exchange = Exchange(made, self._dialer.now_s)
+        """The application made a request."""
+        exchange = Exchange(made, self._broker.now_s)
         self.exchanges[made.request_id] = exchange
         self._hold(exchange)
 
     def taken(self, taken: events.TokensTaken) -> None:
-        """The application has read on: the worker may send more."""
+        """The application has read more tokens, so the worker may send more."""
         exchange = self.exchanges.get(taken.request_id)
         if exchange is None or taken.offset <= exchange.taken:
             return
         exchange.taken = taken.offset
         if exchange.id not in self.at_broker:
-            return  # RESUME will carry it
+            return  # the RESUME will carry the new window
         limit = taken.offset + self._window_of(exchange)
         if limit > exchange.window_limit:
             if len(exchange.token_ids) >= exchange.window_limit and exchange.heard_s is not None:
-                exchange.heard_s = self._dialer.now_s  # only now can the worker go on
+                exchange.heard_s = self._broker.now_s  # the worker could not go on until now
             exchange.window_limit = limit
             self._send(MessageType.WINDOW, exchange.id, messages.Window(limit=limit))
             self.schedule(exchange)
 
     def dropped(self, request_id: bytes) -> None:
-        """The application is no longer interested."""
+        """The application no longer wants the answer."""
         exchange = self.exchanges.get(request_id)
         if exchange is not None:
             self._forget(exchange, "dropped by the application")
 
     def close(self, error: BusError) -> None:
-        """The application closes the client: cancel what runs, end everything."""
+        """The application closes the client: cancel what may run, and end everything."""
         for exchange in self.exchanges.values():
             if exchange.sent_before:
                 self._cancel(exchange.id, "the client was closed")
@@ -110,37 +110,37 @@ class Requests:
     # --- the session's side -----------------------------------------------------------------------
 
     def session_began(self) -> None:
-        """Cancel what was dropped meanwhile."""
+        """Cancel what was dropped while there was no session."""
         for request_id in self.closing:
             body = messages.Cancel(reason="dropped while there was no session")
             self._send(MessageType.CANCEL, request_id, body)
 
     def session_over(self, error: ErrorInfo) -> None:
-        """Recover what was at the broker, by a RESUME in the next session."""
+        """Recover the requests at the broker, by a RESUME in the next session."""
         self.default_model.session_over()
         self._reported = None
         at_broker, self.at_broker = self.at_broker, set()
-        # In the order of their making, not of the set's: runs must be reproducible.
-        # The latest first, since each goes to the head of those that are held.
+        # In order of creation, not in the set's order: runs must be reproducible.
+        # Newest first, because each is put at the head of `held`.
         for exchange in [e for e in reversed(self.exchanges.values()) if e.id in at_broker]:
             self._recover(exchange, error, reconnecting=True)
         for exchange in self.exchanges.values():
             if exchange.phase is Phase.HELD:
-                exchange.held_s = self._dialer.now_s
+                exchange.held_s = self._broker.now_s
                 self.schedule(exchange)
 
     def wait_anew(self) -> None:
-        """The broker drains: from now on what is held waits for another."""
+        """The broker drains: held requests now wait for another one, with new time limits."""
         for exchange in (*self.held.values(), *self.default_model.waiting.values()):
-            exchange.held_s = self._dialer.now_s
+            exchange.held_s = self._broker.now_s
             self.schedule(exchange)
 
     def on_answer(self, query_id: bytes, answer: messages.Answer) -> bool:
-        """An ANSWER to a question of our own; False where it is the application's. Raises
-        `ProtocolError` where the broker says that what was reported was its own doing."""
+        """Handle an ANSWER to one of this object's own queries; False if it is the application's.
+        Raises `ProtocolError` if the reported output came from the broker itself."""
         if self._reported is not None and query_id == self._reported[0]:
             why, self._reported = self._reported[1], None
-            if answer.error is not None:  # it came from nobody else, so from the broker itself
+            if answer.error is not None:  # no worker sent it, so the broker itself did
                 raise ProtocolError(why)
         elif self.default_model.is_answer(query_id):
             self.default_model.answered(answer)
@@ -151,43 +151,43 @@ class Requests:
     # --- time -------------------------------------------------------------------------------------
 
     def schedule(self, exchange: Exchange) -> None:
-        """See to it that the exchange's next limit has an entry; later ones find themselves."""
-        due_s = exchange.due_s(self._dialer.ready)
+        """Make sure that the exchange's next limit has a timer; that one sets any later timer."""
+        due_s = exchange.due_s(self._broker.ready)
         if due_s < exchange.scheduled_s:
             exchange.scheduled_s = due_s
             self._timer(due_s, exchange.id)
 
     def on_timer(self, due_s: float, id_: bytes) -> None:
-        """A timer of a request, open or closing, is due; it may have been overtaken."""
+        """A timer of a request, open or closing, is due; it may be out of date."""
         exchange = self.exchanges.get(id_)
         if exchange is not None:
             if exchange.scheduled_s == due_s:
                 exchange.scheduled_s = math.inf
                 self._on_exchange_due(exchange)
-        elif self.closing.get(id_, math.inf) <= self._dialer.now_s:
+        elif self.closing.get(id_, math.inf) <= self._broker.now_s:
             del self.closing[id_]
 
     def _on_exchange_due(self, exchange: Exchange) -> None:
-        ready = self._dialer.ready
-        if exchange.due_s(ready) > self._dialer.now_s:
-            self.schedule(exchange)  # it had moved
-        elif exchange.phase is Phase.BACKING_OFF and exchange.retry_at_s <= self._dialer.now_s:
+        ready = self._broker.ready
+        if exchange.due_s(ready) > self._broker.now_s:
+            self.schedule(exchange)  # the limit has moved
+        elif exchange.phase is Phase.BACKING_OFF and exchange.retry_at_s <= self._broker.now_s:
             self._hold(exchange)
         elif (
             exchange.phase is Phase.HELD
-            and exchange.phase_due_s(ready) <= self._dialer.now_s
+            and exchange.phase_due_s(ready) <= self._broker.now_s
             and (not ready or not exchange.request.model)
         ):
-            self._end(exchange, self.no_broker(self._dialer.now_s - exchange.held_s, exchange))
+            self._end(exchange, self.no_broker(self._broker.now_s - exchange.held_s, exchange))
         else:
-            cls, story = exchange.overdue(self._dialer.now_s)
+            cls, story = exchange.overdue(self._broker.now_s)
             info = ErrorInfo(code=ErrorCode.DEADLINE_EXCEEDED.value, message=story)
             self._end(exchange, self._error(exchange, info, cls))
 
     def no_broker(self, waited_s: float, exchange: Exchange | None = None) -> BusError:
-        """What whoever waited so long for a broker reads."""
-        where = " or ".join(self._dialer.brokers)
-        story = self._dialer.story()
+        """The error for a caller that waited this long for a broker."""
+        where = " or ".join(self._broker.brokers)
+        story = self._broker.story()
         because = f" ({story})" if story else ""
         story = (
             f"no broker answered at {where} within {waited_s:.3g} s{because}. Start one with "
@@ -197,23 +197,23 @@ class Requests:
         info = ErrorInfo(code=ErrorCode.CONNECTION_LOST.value, message=story, retryable=True)
         if exchange is None:
             return error_from(info, cls=ConnectTimeout)
-        # Lost in the middle is another matter than never reached.
+        # A connection lost midway is a different error from one never made.
         return self._error(exchange, info, None if exchange.sent_before else ConnectTimeout)
 
     # --- sending ----------------------------------------------------------------------------------
 
     def _hold(self, exchange: Exchange) -> None:
-        exchange.enter(Phase.HELD, self._dialer.now_s)
+        exchange.enter(Phase.HELD, self._broker.now_s)
         queue = self.held if exchange.request.model else self.default_model.waiting
         queue[exchange.id] = exchange
         if exchange.sent_before and queue is self.held:
-            # What runs somewhere is not kept for ever; what was never sent can wait.
+            # Workers do not keep orphans forever; a request that was never sent can wait.
             self.held.move_to_end(exchange.id, last=False)
         self.schedule(exchange)
 
     def dispatch(self) -> None:
-        """Send what is held, as far as the session and its limits allow."""
-        if not self._dialer.ready:
+        """Send held requests, as far as the session and its limits allow."""
+        if not self._broker.ready:
             return
         self.default_model.ask()
         while self.held and len(self.at_broker) + len(self.closing) < self._inflight_limit():
@@ -224,9 +224,9 @@ class Requests:
         sent_before = exchange.sent_before
         try:
             window = self._window_of(exchange)
-            body = codec.encode(exchange.body(window, self._dialer.now_s, self._random))
+            body = codec.encode(exchange.body(window, self._broker.now_s, self._random))
         except (ValueError, OverflowError, TypeError, RecursionError) as error:
-            # One caller's value, such as half of a surrogate pair: the requests of others go on.
+            # A bad value from one caller, such as a lone surrogate, must not stop other requests.
             why = f"the request cannot be written: {error}; nothing was sent"
             info = ErrorInfo(code=ErrorCode.INVALID_REQUEST.value, message=why)
             self._end(exchange, self._error(exchange, info), ended=not sent_before)
@@ -237,12 +237,12 @@ class Requests:
             return
         type_ = MessageType.RESUME if sent_before else MessageType.REQUEST
         self.at_broker.add(exchange.id)
-        exchange.enter(Phase.QUEUED, self._dialer.now_s)
-        self._dialer.send(type_, exchange.id, body, *exchange.attachments)
+        exchange.enter(Phase.QUEUED, self._broker.now_s)
+        self._broker.send(type_, exchange.id, body, *exchange.attachments)
         self.schedule(exchange)
 
     def _bounds(self) -> messages.BusLimits:
-        welcome = self._dialer.welcome
+        welcome = self._broker.welcome
         assert welcome is not None, "sent before WELCOME"
         return welcome.limits
 
@@ -256,16 +256,16 @@ class Requests:
             return exchange.window_tokens
         if self._client_limits.window is not None:
             return self._client_limits.window
-        welcome = self._dialer.welcome
+        welcome = self._broker.welcome
         return limits.DEFAULT_WINDOW_TOKENS if welcome is None else welcome.window
 
     def _send(self, type_: MessageType, id_: bytes, body: msgspec.Struct) -> None:
-        self._dialer.send_body(type_, id_, body)
+        self._broker.send_body(type_, id_, body)
 
     # --- ending and recovering --------------------------------------------------------------------
 
     def _recover(self, exchange: Exchange, error: ErrorInfo, *, reconnecting: bool = False) -> None:
-        """The run is over and the request is not: RESUME it now, later or elsewhere, or give up."""
+        """The run is over, but not the request: RESUME it now or later, or give up."""
         running = exchange.phase is Phase.RUNNING
         self.at_broker.discard(exchange.id)
         exchange.failures += 1
@@ -281,12 +281,12 @@ class Requests:
         if reconnecting or delay_s <= 0:
             self._hold(exchange)
             return
-        exchange.enter(Phase.BACKING_OFF, self._dialer.now_s)
-        exchange.retry_at_s = self._dialer.now_s + delay_s
+        exchange.enter(Phase.BACKING_OFF, self._broker.now_s)
+        exchange.retry_at_s = self._broker.now_s + delay_s
         self.schedule(exchange)
 
     def _failed(self, exchange: Exchange, error: ErrorInfo) -> None:
-        """The bus said FAIL: final, unless the policy says to try again."""
+        """The bus sent FAIL: final, unless the retry policy covers the error."""
         self.at_broker.discard(exchange.id)
         exchange.holder = ""
         if error.retryable and error.code in exchange.retry.codes:
@@ -310,7 +310,7 @@ class Requests:
         self._forget(exchange, "given up by the client", ended)
 
     def _forget(self, exchange: Exchange, why: str, ended: bool = False) -> None:
-        """No longer ours. Unless the bus said that it ended, cancel it: it may run somewhere."""
+        """Forget the request. Unless the bus said that it ended, cancel it: it may still run."""
         del self.exchanges[exchange.id]
         self.held.pop(exchange.id, None)
         self.default_model.waiting.pop(exchange.id, None)
@@ -319,14 +319,14 @@ class Requests:
             self._cancel(exchange.id, why)
 
     def _cancel(self, request_id: bytes, why: str) -> None:
-        until_s = self._dialer.now_s + CANCEL_KEPT_S
+        until_s = self._broker.now_s + CANCEL_KEPT_S
         self.closing[request_id] = until_s
         self._timer(until_s, request_id)
-        if self._dialer.has_session:
+        if self._broker.has_session:
             self._send(MessageType.CANCEL, request_id, messages.Cancel(reason=why))
 
     def fail_all(self, error: BusError) -> None:
-        """End everything that is open; nothing is cancelled."""
+        """End everything that is open, without cancelling it."""
         for exchange in list(self.exchanges.values()):
             self._deliver(exchange.id, error, final=True)
         for table in (self.exchanges, self.held, self.default_model.waiting):
@@ -359,7 +359,7 @@ class Requests:
 
     def _started(self, exchange: Exchange) -> None:
         if exchange.phase is not Phase.RUNNING:
-            exchange.enter(Phase.RUNNING, self._dialer.now_s)
+            exchange.enter(Phase.RUNNING, self._broker.now_s)
         started = events.Started(
             exchange.worker, exchange.request.model, exchange.resumed, self._window_of(exchange)
         )
@@ -367,11 +367,11 @@ class Requests:
         self.schedule(exchange)
 
     def on_interrupted(self, request_id: bytes, body: bytes) -> None:
-        """INTERRUPTED: the run is over, and the request is not."""
+        """INTERRUPTED: the run is over, but not the request."""
         interrupted = codec.decode(messages.Interrupted, body, limits.MAX_CONTROL_BYTES)
         exchange = self.exchanges.get(request_id)
         if exchange is None:
-            self.closing.pop(request_id, None)  # there is nothing left to cancel
+            self.closing.pop(request_id, None)  # nothing is left to cancel
             return
         if request_id not in self.at_broker or interrupted.epoch != exchange.epoch:
             return
@@ -388,9 +388,9 @@ class Requests:
             self._end(exchange, self._error(exchange, interrupted.error))
 
     def on_output(self, route: bytes, body: bytes) -> None:
-        """OUTPUT: events of any of the requests. Every token of the client passes here."""
-        exchanges, now_s = self.exchanges, self._dialer.now_s
-        #: Of this message, not handed on yet: one order for many requests.
+        """OUTPUT: events of any of the requests. Every token of the client passes through here."""
+        exchanges, now_s = self.exchanges, self._broker.now_s
+        #: Tokens of this message that are not delivered yet: one instruction for many requests.
         fresh: list[TokensEvent] = []
         try:
             events_of_message = codec.decode_events(body, limits.MAX_OUTPUT_BYTES)
@@ -406,7 +406,8 @@ class Requests:
             running = exchange.heard_s is not None
             if event.epoch != exchange.epoch or not (running or exchange.id in self.at_broker):
                 if event.epoch not in exchange.epochs:
-                    # It does not run the request. One guess a message is all that it gets.
+                    # The sender does not run the request. Stop here, so that it cannot guess
+                    # more than one epoch per message.
                     self._report("an event of an epoch that was never asked for")
                     break
                 continue
@@ -421,24 +422,24 @@ class Requests:
         self._arrived(fresh)
 
     def _is_foreign(self, exchange: Exchange, route: bytes) -> bool:
-        """Whether what came that way is neither from the request's worker nor from the broker."""
-        return exchange.route is not None and route != self._dialer.session_id
+        """Whether this route is neither the request's worker nor the broker."""
+        return exchange.route is not None and route != self._broker.session_id
 
     def _report(self, why: str) -> None:
-        """An OUTPUT is not as it must be. The broker forwards it unread, and knows from whom: that
-        worker is cut off, and everybody else's streams go on."""
+        """Report an invalid OUTPUT. The broker forwards OUTPUT unread but knows the sender: it cuts
+        off that worker, and all other streams go on."""
         if self._reported is None:
-            query_id = self._dialer.new_id()
+            query_id = self._broker.new_id()
             self._reported = query_id, why
-            args = {"sequence": self._dialer.last_sequence, "why": why[:200]}
+            args = {"sequence": self._broker.last_sequence, "why": why[:200]}
             self._send(MessageType.QUERY, query_id, messages.Query(verb="bus.report", args=args))
 
     def _on_event(self, exchange: Exchange, event: OutputEvent) -> None:
-        """What is not simply the next tokens of a stream."""
+        """Handle an event that is not simply the next tokens of a running stream."""
         if exchange.phase is Phase.QUEUED and not isinstance(event, FailEvent | EndEvent):
             self._started(exchange)
         if isinstance(event, TokensEvent):
-            match exchange.accept(event, self._dialer.now_s):
+            match exchange.accept(event, self._broker.now_s):
                 case Acceptance.NEXT:
                     self._arrived([event])
                     self.schedule(exchange)
@@ -449,7 +450,7 @@ class Requests:
         elif isinstance(event, PromptEvent):
             self._deliver(exchange.id, event)
             exchange.prompt_seen = True
-            exchange.heard_s = self._dialer.now_s
+            exchange.heard_s = self._broker.now_s
             self.schedule(exchange)
         elif isinstance(event, FailEvent):
             self._failed(exchange, event.error)
@@ -457,7 +458,7 @@ class Requests:
             self._ended(exchange, event)
 
     def _arrived(self, tokens: list[TokensEvent]) -> list[TokensEvent]:
-        """Hand these on before anything else is said of their requests; returns an empty list."""
+        """Deliver these before any other item of their requests; returns an empty list."""
         if tokens:
             self._out(Arrived(tokens))
         return []
@@ -491,7 +492,7 @@ class Requests:
             worker=exchange.worker,
             resumed=exchange.resumed,
             first_token_s=exchange.first_token_s,
-            total_s=self._dialer.now_s - exchange.made_s,
+            total_s=self._broker.now_s - exchange.made_s,
             pieces=event.pieces,
         )
         self._end(exchange, end, ended=True)
@@ -499,15 +500,15 @@ class Requests:
     # --- for tests and simulation -----------------------------------------------------------------
 
     def invariants(self) -> None:
-        """Raise AssertionError, with the story, where the state contradicts itself."""
+        """Raise AssertionError, naming the request, if the state contradicts itself."""
         for id_, exchange in self.exchanges.items():
-            story = f"{id_.hex()[:8]} {exchange.phase.value} link={self._dialer.state.value}"
+            story = f"{id_.hex()[:8]} {exchange.phase.value} link={self._broker.state.value}"
             at_broker = exchange.phase in (Phase.QUEUED, Phase.RUNNING)
             assert at_broker == (id_ in self.at_broker), f"{story}: phase and place differ"
             waiting = id_ in self.held or id_ in self.default_model.waiting
             assert waiting == (exchange.phase is Phase.HELD), f"{story}: phase and queue differ"
             assert id_ not in self.closing, f"{story}: open and closing at once"
-            due_s = exchange.due_s(self._dialer.ready)
+            due_s = exchange.due_s(self._broker.ready)
             assert due_s == math.inf or exchange.scheduled_s <= due_s, f"{story}: no timer"
             assert exchange.taken <= len(exchange.token_ids), f"{story}: read before received"
         assert self.at_broker <= self.exchanges.keys(), "at the broker without an exchange"

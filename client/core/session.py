@@ -1,8 +1,9 @@
-"""The client's side of the protocol, sans-IO: facts in, orders out.
+"""The client's side of the protocol, sans-IO: events in, instructions out.
 
-`handle(event, now_s)` takes one fact and returns the orders that follow; `deadline_s()` says when
-it wants a `Tick`. No socket, clock, thread or log; randomness is injected. Who does what is decided
-here: `dialer` keeps the connection, `requests` and `queries` what the application has asked for.
+`handle(event, now_s)` takes an event and returns the instructions that follow; `deadline_s()` says
+when the next `Tick` is due. No sockets, clocks, threads or logs; randomness is injected. This
+module only directs: `connection` finds and keeps a broker, `requests` and `queries` hold what the
+application has asked for.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from broker.protocol import codec, limits, messages
 from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError
 from broker.protocol.header import MessageType
 from client.core import events
-from client.core.dialer import Dialer
+from client.core.connection import BrokerConnection
 from client.core.events import Deliver, Instruction, Item
 from client.core.queries import Queries
 from client.core.requests import Requests
@@ -26,11 +27,11 @@ from client.errors import BusError, ClientClosed, error_from
 from client.options import Limits
 
 LEAVE_S: Final = 1.0
-"""How long a client that is closed waits for its cancels to be confirmed: one step of a worker."""
+"""How long a closing client waits for its cancels to be confirmed: about one step of a worker."""
 
 
 class ClientSession:
-    """State of one client: its brokers, its session, its open requests."""
+    """The state of one client: its brokers, session and open requests."""
 
     def __init__(
         self,
@@ -43,23 +44,23 @@ class ClientSession:
     ) -> None:
         generator = generator or random.SystemRandom()
         hello = messages.Hello(role="client", name=name, software=software)
-        self._dialer = Dialer(brokers, hello, self, self._order, generator)
+        self._broker = BrokerConnection(brokers, hello, self, self._emit, generator)
         self._requests = Requests(
-            self._dialer, self._order, self._timer, client_limits or Limits(), generator
+            self._broker, self._emit, self._timer, client_limits or Limits(), generator
         )
         self._queries = Queries(
-            self._dialer,
+            self._broker,
             answer=self._deliver,
             timer=self._timer,
             no_broker=self._requests.no_broker,
         )
-        #: Set when no broker is left that would accept us.
+        #: Set when no broker is left that would accept this client.
         self._fatal: BusError | None = None
 
-        #: (due, id) of exchanges, questions and closing ids; stale entries are skipped.
+        #: (due, id) of requests, queries and `closing` ids; stale entries are skipped.
         self._timers: list[tuple[float, bytes]] = []
 
-        #: Set once the application has closed the client: when to go at the latest.
+        #: Set once the application has closed the client: when to leave at the latest.
         self._leaving_s: float | None = None
         self._now_s = 0.0
         self._out: list[Instruction] = []
@@ -70,8 +71,8 @@ class ClientSession:
             events.RequestDropped: self._on_dropped,
             events.QueryMade: self._on_query,
             events.Tick: self._on_tick,
-            events.ConnectionOpened: lambda _: self._dialer.opened(),
-            events.ConnectionLost: self._on_lost,
+            events.SocketOpened: lambda _: self._broker.opened(),
+            events.SocketLost: self._on_lost,
             events.CloseRequested: self._on_close,
         }
         self._message_handlers: dict[MessageType, Callable[[bytes, bytes], None]] = {
@@ -82,42 +83,43 @@ class ClientSession:
             MessageType.DRAIN: self._on_drain,
         }
 
-    # --- the two entrances ------------------------------------------------------------------------
+    # --- the two entry points ---------------------------------------------------------------------
 
     def handle(self, event: events.Event, now_s: float) -> list[Instruction]:
-        """Take a fact; return what is to be done, in order. `now_s` is monotonic seconds."""
-        self._now_s = self._dialer.now_s = now_s
+        """Take an event; return the instructions to carry out, in order. `now_s` is monotonic."""
+        self._now_s = self._broker.now_s = now_s
         self._handlers[type(event)](event)
         if self._requests.held or self._requests.default_model.waiting:
             self._requests.dispatch()
         if self._leaving_s is not None:
             self._leave_if_done(self._leaving_s)
-        elif self._dialer.draining:
+        elif self._broker.draining:
             self._move_on()
         out, self._out = self._out, []
         return out
 
     def _move_on(self) -> None:
-        """Leave a draining broker once nothing runs there, or something new has somewhere to go:
-        a stream that runs is resumed at the next broker, at the worker that holds it."""
+        """Leave a draining broker once nothing runs there, or once a new request could go to
+        another: running streams are then resumed through that one, at the worker that holds
+        them."""
         waiting = self._requests.held or self._requests.default_model.waiting
-        if not self._requests.at_broker or (waiting and self._dialer.alternative):
-            self._dialer.move_on(cancel=not self._requests.at_broker)
+        if not self._requests.at_broker or (waiting and self._broker.alternative):
+            self._broker.move_on(cancel=not self._requests.at_broker)
 
     def deadline_s(self) -> float:
-        """When the next `Tick` is due; `inf`: never."""
+        """When the next `Tick` is due; `inf` for never."""
         timer_s = self._timers[0][0] if self._timers else math.inf
         leaving_s = math.inf if self._leaving_s is None else self._leaving_s
-        return min(timer_s, leaving_s, self._dialer.deadline_s())
+        return min(timer_s, leaving_s, self._broker.deadline_s())
 
     @property
     def link(self) -> State:
         """The state of the session."""
-        return self._dialer.state
+        return self._broker.state
 
     @property
     def open_requests(self) -> int:
-        """Requests that have not ended."""
+        """How many requests have not ended."""
         return len(self._requests.exchanges)
 
     # --- the application's side -------------------------------------------------------------------
@@ -128,7 +130,7 @@ class ClientSession:
             self._deliver(made.request_id, refusal)
             return
         self._requests.made(made)
-        self._dialer.want()
+        self._broker.want()
 
     def _on_query(self, made: events.QueryMade) -> None:
         refusal = self._refusal()
@@ -136,14 +138,14 @@ class ClientSession:
             self._deliver(made.query_id, refusal)
             return
         self._queries.made(made)
-        self._dialer.want()
+        self._broker.want()
 
     def _on_dropped(self, dropped: events.RequestDropped) -> None:
         self._requests.dropped(dropped.request_id)
         self._queries.forget(dropped.request_id)
 
     def _on_close(self, _: events.CloseRequested) -> None:
-        if self._leaving_s is not None or self._dialer.state is State.CLOSED:
+        if self._leaving_s is not None or self._broker.state is State.CLOSED:
             return
         self._leaving_s = self._now_s + LEAVE_S
         why = ClientClosed("the client was closed while this was open; make a new Client")
@@ -152,49 +154,49 @@ class ClientSession:
         self._timers.clear()
 
     def _leave_if_done(self, leaving_s: float) -> None:
-        """Go once the cancels are confirmed: what a broker has not read when the connection ends
-        may be lost, as it notices the end by its own next message to us."""
-        if not self._requests.closing or not self._dialer.has_session or self._now_s >= leaving_s:
+        """Leave once the cancels are confirmed. Messages that the broker has not read when the
+        connection ends may be lost."""
+        if not self._requests.closing or not self._broker.has_session or self._now_s >= leaving_s:
             self._requests.closing.clear()
             self._leaving_s = None
-            self._dialer.close()
+            self._broker.close()
 
     def _refusal(self) -> BusError | None:
-        if self._leaving_s is not None or self._dialer.state is State.CLOSED:
+        if self._leaving_s is not None or self._broker.state is State.CLOSED:
             return ClientClosed("this client is closed; make a new Client")
         return self._fatal
 
-    # --- the connection's side (`dialer.Host`) ----------------------------------------------------
+    # --- the connection's side (`connection.Host`) ------------------------------------------------
 
-    def _on_lost(self, lost: events.ConnectionLost) -> None:
+    def _on_lost(self, lost: events.SocketLost) -> None:
         if lost.unauthenticated:
             code = ErrorCode.UNAUTHENTICATED.value
-            self._dialer.banned(ErrorInfo(code=code, message=lost.reason))
+            self._broker.banned(ErrorInfo(code=code, message=lost.reason))
         else:
-            self._dialer.cut_off(lost.reason)
+            self._broker.cut_off(lost.reason)
 
     def wants_session(self) -> bool:
-        """Something is open that needs a broker."""
+        """Whether anything open needs a broker."""
         open_ = bool(self._requests.exchanges or self._queries or self._requests.closing)
         return open_ and self._leaving_s is None
 
     def session_began(self) -> None:
-        """Cancel what was dropped meanwhile, then send what is held."""
+        """Cancel what was dropped while there was no session, then send held requests."""
         self._requests.session_began()
         self._queries.session_began()
         self._requests.dispatch()
         for exchange in self._requests.held.values():
-            self._requests.schedule(exchange)  # another limit counts now
+            self._requests.schedule(exchange)  # a different limit applies now
 
     def refused_for_good(self, error: ErrorInfo) -> None:
-        """Fail everything, now and later: a client MUST NOT come back unchanged."""
+        """Fail everything, now and later: a refused client MUST NOT reconnect unchanged."""
         self._fatal = error_from(error)
         self._requests.closing.clear()
         self._requests.fail_all(self._fatal)
         self._queries.fail_all(self._fatal)
 
     def session_over(self, story: str) -> None:
-        """Recover what was at the broker."""
+        """Recover the requests at the broker."""
         error = ErrorInfo(code=ErrorCode.CONNECTION_LOST.value, message=story, retryable=True)
         self._requests.session_over(error)
         self._queries.session_over(error)
@@ -202,7 +204,7 @@ class ClientSession:
     # --- time -------------------------------------------------------------------------------------
 
     def _on_tick(self, _: events.Tick) -> None:
-        self._dialer.tick()
+        self._broker.tick()
         while self._timers and self._timers[0][0] <= self._now_s:
             due_s, id_ = heapq.heappop(self._timers)
             if id_ in self._queries:
@@ -214,26 +216,26 @@ class ClientSession:
         if due_s != math.inf:
             heapq.heappush(self._timers, (due_s, id_))
 
-    def _order(self, instruction: Instruction) -> None:
+    def _emit(self, instruction: Instruction) -> None:
         self._out.append(instruction)
 
     def _deliver(self, id_: bytes, item: Item) -> None:
-        """The only item of a request or query: its end."""
+        """Deliver the only item of a request or query, which ends it."""
         self._out.append(Deliver(id_, (item,), final=True))
 
     # --- messages ---------------------------------------------------------------------------------
 
-    def _on_message(self, fact: events.MessageReceived) -> None:
+    def _on_message(self, event: events.MessageReceived) -> None:
         try:
-            message = self._dialer.read(fact.frames)
+            message = self._broker.read(event.frames)
             if message is not None:
                 type_, id_, body = message
                 handler = self._message_handlers.get(type_)
                 if handler is None:
-                    raise ProtocolError(f"{type_.name} is not for a client, or not now")
+                    raise ProtocolError(f"a client does not take {type_.name} at this point")
                 handler(id_, body)
         except ProtocolError as error:
-            self._dialer.leave(error)
+            self._broker.leave(error)
 
     def _on_drain(self, _id: bytes, _body: bytes) -> None:
         self._requests.wait_anew()
@@ -246,9 +248,9 @@ class ClientSession:
     # --- for tests and simulation -----------------------------------------------------------------
 
     def invariants(self) -> None:
-        """Raise AssertionError, with the story, where the state contradicts itself."""
+        """Raise AssertionError, naming the request, if the state contradicts itself."""
         self._requests.invariants()
         if self._requests.at_broker:
-            assert self._dialer.has_session, f"no session: {self._dialer.state}"
-        if self._dialer.state is State.IDLE:
+            assert self._broker.has_session, f"no session: {self._broker.state}"
+        if self._broker.state is State.IDLE:
             assert not self.wants_session(), "idle although something is open"

@@ -1,7 +1,7 @@
-"""Types of the caller as JSON schemas, and answers as values of them.
+"""JSON schemas of the caller's types, and answers parsed into these types. Pure.
 
-pydantic's models bring their own schema and parser along, so pydantic is never imported here;
-dataclasses, TypedDicts and Structs are msgspec's. Pure.
+pydantic models bring their own schema and parser, so pydantic is never imported here; msgspec
+handles dataclasses, TypedDicts and Structs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from client.errors import InvalidAnswer, InvalidRequest
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
 
-    #: What an answer is read as; without a format there is nothing to know about it.
+    #: The type of a parsed answer; Any if the caller gave no format.
     T = TypeVar("T", default=Any)
 else:  # defaults come with Python 3.13
     from typing import TypeVar
@@ -36,13 +36,13 @@ _REFERENCE: Final = "#/$defs/"
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What an answer must be."""
+    """The format that an answer must have."""
 
-    #: As messages call it.
+    #: Used in error messages.
     name: str
-    #: None: any JSON.
+    #: None allows any JSON.
     schema: Mapping[str, Any] | None
-    #: The caller's class; None: what JSON gives.
+    #: The caller's class; None for plain JSON values.
     type_: Any = None
 
     def read(self, text: str) -> Any:
@@ -54,7 +54,8 @@ class Shape:
                 return self.type_.model_validate_json(text)
             return msgspec.json.decode(text, type=self.type_)
         except _UNREADABLE as error:
-            raise InvalidAnswer(f"the answer does not fit {self.name}: {_told(error)}") from error
+            why = _mismatches(error)
+            raise InvalidAnswer(f"the answer does not fit {self.name}: {why}") from error
 
 
 #: OpenAI's `json_object`.
@@ -75,7 +76,7 @@ def shape_of(type_: Any) -> Shape:
             f"{name} has no JSON schema ({_one_line(error)}); give a pydantic model, a dataclass, "
             "a TypedDict or a msgspec.Struct"
         ) from None
-    # The top as itself, not as a reference: models read it in their prompt.
+    # Write the top level out instead of as a reference: models read the schema in their prompt.
     top = named.get(str(schema.get("$ref", "")).removeprefix(_REFERENCE))
     schema = schema if top is None else top
     others = {key: value for key, value in named.items() if value is not top}
@@ -85,7 +86,7 @@ def shape_of(type_: Any) -> Shape:
 
 
 def read_json(text: str, what: str) -> Any:
-    """Raises `InvalidAnswer`, which says `what` is not JSON."""
+    """Parse JSON. Raises `InvalidAnswer`, which names `what`."""
     try:
         return json.loads(text)
     except _UNREADABLE as error:
@@ -96,12 +97,12 @@ def _is_model(type_: Any) -> bool:
     return hasattr(type_, "model_json_schema") and hasattr(type_, "model_validate_json")
 
 
-def _told(error: Exception) -> str:
-    """What is wrong where; pydantic's own text has lines and addresses."""
+def _mismatches(error: Exception) -> str:
+    """What is wrong and where, in one line; pydantic's own text has several lines and URLs."""
     if not hasattr(error, "errors"):
         return _one_line(error)
-    found = error.errors()
-    return "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in found)
+    each = error.errors()
+    return "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in each)
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,3 +1,3 @@
-"""Carries out the core's instructions: sockets, the thread of `Client`, the event loop of
-`AsyncClient`. Must never decide anything.
+"""Carries out the core's instructions: sockets, the background thread of `Client`, the event loop
+of `AsyncClient`. Makes no decisions of its own.
 """

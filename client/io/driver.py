@@ -1,8 +1,8 @@
-"""Socket, session and sinks of one client, without a way of waiting: `transport` calls it from a
-thread of its own, `looped` from an event loop. It carries out what the session orders and hands
-what arrived to the sinks.
+"""The socket, session and sinks of one client, except for the waiting: `thread` calls the driver
+from a background thread, `loop` from an event loop. It carries out the session's instructions and
+passes what arrives to the sinks.
 
-It never blocks, knows nothing of the protocol, and is not for two threads at once.
+It never blocks, knows nothing of the protocol, and may be used by only one thread at a time.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from client.io.keys import keys_of
 from client.options import Connection
 
 ROUND_MESSAGES: Final = 64
-"""Messages read before consumers are woken: a burst costs one wake-up, a token waits little."""
+"""Messages read before consumers are woken. A burst costs one wake-up, yet no token waits long."""
 
 CLIENT: Final = Party(
     role="client",
     door="front",
     server_key="server_key",
     key="key_file",
-    # Nothing that a broker sends is larger than an ANSWER.
+    # A broker sends nothing larger than an ANSWER.
     max_frame_bytes=MAX_ANSWER_BYTES + 1024,
 )
 
 CLOSE_S: Final = LINGER_MS / 1000
-"""How long a GOODBYE may take to leave."""
+"""How long the socket may take to send a GOODBYE."""
 
 
 class Sink(Protocol):
@@ -52,15 +52,15 @@ class Sink(Protocol):
 
     @property
     def add(self) -> Callable[[Item], None]:
-        """Take one. Called where the driver is called; never blocks, and wakes nobody."""
+        """Take one item. Called in the driver's thread; must not block, and wakes nobody."""
 
     def wake(self) -> None:
-        """What was added can be read. Called when all that came in a round is added, so that
-        nobody's turn delays another's items; maybe more than once."""
+        """Wake the reader. Called once everything from a round has been added, so that no reader
+        delays another's items; may be called more than once."""
 
 
 class Driver:
-    """Whoever calls it gives it the time that it has."""
+    """Runs only while it is called; it owns no thread."""
 
     def __init__(self, connection: Connection, software: str) -> None:
         self._connection = connection
@@ -70,44 +70,44 @@ class Driver:
             software=software,
             client_limits=connection.limits,
         )
-        #: By request or query; those whose last item was handed over are gone.
+        #: By request or query id; removed once the last item has been handed over.
         self.sinks: dict[bytes, Sink] = {}
-        #: Nothing more will happen.
+        #: The session is closed for good.
         self.stopped = False
         self._opened: Callable[[], None] = _nothing
         self._closing: Callable[[], None] = _nothing
         self._context: zmq.Context[Any] = zmq.Context()
-        #: The socket of the session or of the attempt to have one.
+        #: The socket of the session, or of the current attempt to open one.
         self.dealer: Dealer | None = None
-        #: Who got something in this round, and which requests and queries got their last.
+        #: Sinks that received something in this round; requests and queries that ended in it.
         self._awaited: list[Sink] = []
         self._ended: list[bytes] = []
 
     def watched_by(self, opened: Callable[[], None], closing: Callable[[], None]) -> None:
-        """Who waits for the socket: told after one was opened, and before it is closed."""
+        """Call `opened` after a socket is opened, and `closing` before it is closed."""
         self._opened, self._closing = opened, closing
         if self.dealer is not None:
             opened()
 
     @property
     def unsettled(self) -> bool:
-        """The socket has something to do, and its descriptor need not say so: asked before anybody
-        waits for the descriptor."""
+        """The socket has work that its descriptor may not signal. Check this before waiting for
+        the descriptor."""
         return self.dealer is not None and self.dealer.due()
 
-    def tell(self, fact: events.Event) -> None:
-        """Tell the session a fact and carry out its orders; `hand_over` follows."""
-        todo: Sequence[Instruction] = self.session.handle(fact, time.monotonic())
+    def handle(self, event: events.Event) -> None:
+        """Pass an event to the session and carry out its instructions. Call `hand_over` next."""
+        todo: Sequence[Instruction] = self.session.handle(event, time.monotonic())
         while todo:
             later: list[Instruction] = []
-            for order in todo:
-                self._carry_out(order, later)
+            for instruction in todo:
+                self._carry_out(instruction, later)
             todo = later
-        if isinstance(fact, events.RequestDropped):
-            self.sinks.pop(fact.request_id, None)
+        if isinstance(event, events.RequestDropped):
+            self.sinks.pop(event.request_id, None)
 
-    def _carry_out(self, order: Instruction, later: list[Instruction]) -> None:
-        match order:
+    def _carry_out(self, instruction: Instruction, later: list[Instruction]) -> None:
+        match instruction:
             case Arrived(tokens):
                 find, awaited = self.sinks.get, self._awaited
                 for event in tokens:
@@ -133,7 +133,7 @@ class Driver:
                     keys = keys_of(self._connection)
                     self.dealer = Dealer(self._context, address, keys, CLIENT)
                 except (CannotConnect, BusError) as error:
-                    lost = events.ConnectionLost(str(error))
+                    lost = events.SocketLost(str(error))
                     later += self.session.handle(lost, time.monotonic())
                 else:
                     self._opened()
@@ -141,37 +141,37 @@ class Driver:
                 self.stopped = True
 
     def read(self, *, reported: bool) -> bool:
-        """Take what has come, and see what is due; `reported`: the monitor has something to say.
-        True: there may be more at once. `hand_over` follows."""
+        """Read what has arrived and run what is due; `reported`: the socket's monitor is readable.
+        Returns True if there may be more to read now. Call `hand_over` next."""
         dealer = self.dealer
         more = False
         if dealer is not None:
             report = dealer.report() if reported else Report()
             if report.connected:
-                self.tell(events.ConnectionOpened())
+                self.handle(events.SocketOpened())
             if dealer.blocked:
                 dealer.flush()
             more = self._receive(dealer, everything=report.lost is not None)
             if report.lost is not None and self.dealer is dealer:
-                self.tell(events.ConnectionLost(report.lost, report.refused))
+                self.handle(events.SocketLost(report.lost, report.refused))
         if time.monotonic() >= self.session.deadline_s():
-            self.tell(events.Tick())
+            self.handle(events.Tick())
         return more
 
     def _receive(self, dealer: Dealer, *, everything: bool) -> bool:
-        """Read a round of messages, or, from a lost connection, all that arrived before; whether
-        there may be more."""
+        """Read one round of messages; from a lost connection, everything that arrived before.
+        Returns whether there may be more."""
         received = 0
         while self.dealer is dealer and (everything or received < ROUND_MESSAGES):
             frames = dealer.receive()
             if frames is None:
                 return False
             received += 1
-            self.tell(events.MessageReceived(frames))
+            self.handle(events.MessageReceived(frames))
         return True
 
     def hand_over(self) -> None:
-        """Wake those for whom something has arrived."""
+        """Wake every sink that has received something."""
         awaited, self._awaited = self._awaited, []
         for sink in awaited:
             sink.wake()
@@ -180,7 +180,7 @@ class Driver:
             self.sinks.pop(id_, None)
 
     def fail_all(self, why: BusError) -> None:
-        """Nothing goes on: raise `why` in whatever is open, and close the socket."""
+        """Stop: raise `why` in everything that is open, and close the socket."""
         self.stopped = True
         sinks, self.sinks = self.sinks, {}
         for sink in sinks.values():
@@ -189,7 +189,7 @@ class Driver:
         self._close(linger=False)
 
     def term(self) -> None:
-        """After the end: wait until what was sent has left, or its time is over."""
+        """After the end: wait until everything has been sent, or `CLOSE_S` has passed."""
         self._context.term()
 
     def _close(self, *, linger: bool) -> None:

@@ -1,4 +1,4 @@
-"""The CURVE keys of a client, from what its `Connection` says: files, text, or none at all."""
+"""The CURVE keys of a client, as its `Connection` gives them: files, text, or none at all."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ __all__ = ["keys_of", "server_key_of"]
 
 
 def keys_of(connection: Connection) -> Keys | None:
-    """The keys that a socket needs; None without CURVE. Where no key is given any key will do, so
-    it is a fresh one.
+    """The keys that a socket needs; None without CURVE. If the client has no key of its own, the
+    broker accepts any, so a fresh one is made.
 
     Raises `InvalidRequest` for a file that holds no secret key, or that others can read.
     """

@@ -1,8 +1,8 @@
-"""A client's connection driven by an event loop: the loop waits for the socket's own descriptors,
-so no other thread stands between a task and the socket.
+"""A client's connection driven by an event loop. The loop waits for the socket's own descriptors,
+so no other thread comes between a task and the socket.
 
-The same queue and the same driver as in `transport`, whose thread takes over for the last second
-where no loop is left that could. Knows nothing of the protocol.
+It uses the same queue and driver as `thread`, whose thread takes over for the last second if no
+event loop is left to do so. Knows nothing of the protocol.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ __all__ = ["LoopTransport"]
 
 
 class LoopTransport(Transport):
-    """Driven by one loop. `open` is called in it, `post` and `close` anywhere."""
+    """Driven by one loop. Call `open` in that loop; `post` and `close` in any thread."""
 
     def __init__(
         self, connection: Connection, software: str, loop: asyncio.AbstractEventLoop
     ) -> None:
         super().__init__(connection, software)
         self.loop = loop
-        #: The loop is in the driver: what a finalizer says meanwhile waits in the queue.
+        #: The driver is running: events that a finalizer posts meanwhile wait in the queue.
         self._driving = False
-        #: `_drive` is called soon.
+        #: A call of `_drive` is scheduled.
         self._called = False
-        #: The monitor has something to say.
+        #: The socket's monitor is readable.
         self._reported = True
         self._timer: asyncio.TimerHandle | None = None
         self._timer_s = math.inf
         #: Descriptors that the loop waits for.
         self._watched: list[int] = []
-        #: Nobody can use it any more; it only has to end.
+        #: Nobody can use this client any more; it only has to shut down.
         self._abandoned = False
-        #: The thread of `transport` drives it, or nobody any more.
+        #: No longer driven by the loop: by the thread of `Transport`, or by nothing.
         self._without_loop = False
         self._over = threading.Event()
         self._waiting: list[asyncio.Future[None]] = []
@@ -58,22 +58,22 @@ class LoopTransport(Transport):
         if self._without_loop:
             super()._wake()
         elif _runs_here(self.loop):
-            # The first fact of a turn of the loop goes out at once, those that follow together.
+            # The first event of a loop iteration is handled at once, the others together.
             if not (self._driving or self._called):
-                self._tell_now()
+                self._handle_now()
         elif not self._woken:
             self._woken = True
-            # A closed loop: `join` finds the fact.
+            # If the loop is closed, `join` finds the event.
             with contextlib.suppress(RuntimeError):
                 self.loop.call_soon_threadsafe(self._drive)
 
-    def _tell_now(self) -> None:
-        """Send at once what a task asks for; the rest can wait for its turn in the loop."""
+    def _handle_now(self) -> None:
+        """Send what a task asks for at once; the rest waits for the next loop iteration."""
         driver = self._driver
         assert driver is not None
         self._driving = True
         try:
-            self._tell_facts(driver)
+            self._handle_events(driver)
             driver.hand_over()
         except Exception as error:
             self._leave(failed(error))
@@ -91,7 +91,7 @@ class LoopTransport(Transport):
             self.loop.call_soon(self._drive)
 
     def _drive(self) -> None:
-        """Do all that can be done now, and see to it that the loop comes back in time."""
+        """Do everything that can be done now, and schedule the next call in time."""
         self._called = self._woken = False
         driver = self._driver
         if driver is None or self._without_loop or self._ended is not None:
@@ -99,7 +99,7 @@ class LoopTransport(Transport):
         reported, self._reported = self._reported, False
         self._driving = True
         try:
-            self._tell_facts(driver)
+            self._handle_events(driver)
             more = driver.read(reported=reported)
             driver.hand_over()
             due_s = driver.session.deadline_s()
@@ -114,9 +114,9 @@ class LoopTransport(Transport):
         if self._abandoned:
             self._leave_loop()
             return
-        if more or self._facts or driver.unsettled:
+        if more or self._events or driver.unsettled:
             self._soon()
-        if due_s < self._timer_s:  # a timer that comes too early looks again
+        if due_s < self._timer_s:  # a timer that fires too early just checks again
             self._set_timer(due_s)
 
     def _set_timer(self, due_s: float) -> None:
@@ -150,14 +150,14 @@ class LoopTransport(Transport):
                 self.loop.remove_reader(fd)
 
     def _detach(self) -> None:
-        """The loop has nothing more to do with this."""
+        """Remove everything that this registered with the loop."""
         self._unwatch()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _leave(self, why: BusError) -> None:
-        """It is over, while the loop drove it."""
+        """End while the loop is the driver."""
         driver = self._driver
         assert driver is not None
         self._detach()
@@ -168,7 +168,7 @@ class LoopTransport(Transport):
                 waiting.set_result(None)
 
     async def aclose(self) -> None:
-        """`close`, and wait for the end of it. Called in the loop."""
+        """`close`, and wait until it is done. Called in the loop."""
         self.close()
         if self._driver is None or os.getpid() != self._pid:
             return
@@ -178,11 +178,11 @@ class LoopTransport(Transport):
             await over
         await asyncio.to_thread(self._term)
 
-    # --- where no loop can wait for it ------------------------------------------------------------
+    # --- when no loop can wait for it -------------------------------------------------------------
 
     def shut_down(self, *, wait: bool = True) -> None:
-        """`close` for whoever cannot await: a finalizer, a client of several loops. Waits for the
-        end, except in the loop itself; called in any thread."""
+        """`close` for callers that cannot await: a finalizer, a client of several loops. Waits for
+        the end, except in the loop itself. Called in any thread."""
         self.close()
         if self._driver is None or os.getpid() != self._pid:
             return
@@ -195,10 +195,10 @@ class LoopTransport(Transport):
             self._term()
         elif self._ended is None:
             self._go_without_loop()
-            self._run()  # here: at the end of the process no thread can be started
+            self._run()  # in this thread: at interpreter exit no thread can be started
 
     def _leave_loop(self) -> None:
-        """A thread does the rest: the loop may not run for so long any more."""
+        """Let a thread do the rest: the loop may stop running before that."""
         if self._ended is None and not self._without_loop:
             self._go_without_loop()
             self._start_thread()
@@ -210,7 +210,7 @@ class LoopTransport(Transport):
         self._detach()
         sinks, driver.sinks = driver.sinks, {}
         for sink in sinks.values():
-            # What waits in a loop that is closed waits for ever.
+            # A task in a closed loop never wakes up.
             with contextlib.suppress(RuntimeError):
                 sink.add(closed())
                 sink.wake()

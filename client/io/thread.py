@@ -1,8 +1,8 @@
-"""The background thread that drives a client's connection: for the blocking face, and for whoever
-else has no event loop. Other threads only append to a queue and wake it up.
+"""The background thread that drives a client's connection, for the blocking client and for any
+other caller without an event loop. Other threads only append to a queue and wake it up.
 
-It knows nothing of the protocol, and never dies silently: whatever ends it is raised in every open
-request.
+It knows nothing of the protocol and never dies silently: the exception that ends it is raised in
+every open request.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ LONGEST_WAIT_S: Final = 3600.0
 
 
 class Transport:
-    """The queue of facts, and the thread behind it. Starts with the first request."""
+    """The queue of events and the thread that handles them. Starts with the first request."""
 
     def __init__(self, connection: Connection, software: str) -> None:
         self._connection = connection
         self._software = software
         #: Made with the first request.
         self._driver: Driver | None = None
-        #: Facts of other threads, in order. `deque` needs no lock for append and popleft.
-        self._facts: deque[events.Event] = deque()
-        # Reentrant: the garbage collector may close a client in the middle of anything.
+        #: Events from other threads, in order. `deque` needs no lock for append and popleft.
+        self._events: deque[events.Event] = deque()
+        # Reentrant: the garbage collector may close a client at any point.
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
-        #: Set when nothing more will be done: why.
+        #: Why it ended; None while it runs.
         self._ended: BusError | None = None
-        #: A wake-up is on its way; spares a system call for each of a burst of facts.
+        #: A wake-up has been sent; saves a system call per event in a burst.
         self._woken = False
         self._bell: Bell | None = None
 
-    # --- called by any thread ---------------------------------------------------------------------
+    # --- called from any thread -------------------------------------------------------------------
 
-    def open(self, fact: events.RequestMade | events.QueryMade, sink: Sink) -> None:
-        """Make a request or a query; items go to `sink`. Raises `ClientClosed` after the end."""
+    def open(self, event: events.RequestMade | events.QueryMade, sink: Sink) -> None:
+        """Make a request or query; its items go to `sink`. Raises `ClientClosed` after the end."""
         if os.getpid() != self._pid:
             raise RuntimeError(
                 "this client was made before a fork, and sockets do not survive one: make the "
                 "Client in the child process, or start it with the 'spawn' method"
             )
-        id_ = fact.request_id if isinstance(fact, events.RequestMade) else fact.query_id
+        id_ = event.request_id if isinstance(event, events.RequestMade) else event.query_id
         with self._lock:
             if self._ended is not None:
                 raise self._ended
@@ -63,36 +63,37 @@ class Transport:
                 self._driver = Driver(self._connection, self._software)
                 self._start()
             self._driver.sinks[id_] = sink
-        self.post(fact)
+        self.post(event)
 
-    def post(self, fact: events.Event) -> None:
-        """Tell the session a fact. Does nothing where there is no session to tell (any more)."""
+    def post(self, event: events.Event) -> None:
+        """Queue an event for the session. Does nothing before the first request or after the
+        end."""
         if self._driver is None or self._ended is not None or os.getpid() != self._pid:
             return
-        self._facts.append(fact)
+        self._events.append(event)
         self._wake()
 
     def close(self) -> None:
-        """Say goodbye; all is over within about a second. Idempotent."""
+        """Say goodbye; everything ends within about a second. Idempotent."""
         with self._lock:
             if self._driver is None and self._ended is None:
                 self._ended = closed()
         self.post(events.CloseRequested())
 
     def join(self, timeout_s: float = LEAVE_S + 2 * CLOSE_S) -> None:
-        """Wait for the end after `close`."""
+        """After `close`: wait for the end."""
         thread = self._thread
         if thread in (None, threading.current_thread()) or os.getpid() != self._pid:
             return
         thread.join(timeout_s)
 
     def _start(self) -> None:
-        """There is a driver now: see to it that somebody calls it."""
+        """There is a driver now: arrange for it to be called."""
         self._make_bell()
         self._start_thread()
 
     def _wake(self) -> None:
-        """Facts wait."""
+        """Events are waiting in the queue."""
         if self._woken:
             return
         self._woken = True
@@ -148,7 +149,7 @@ class Transport:
         driver.watched_by(opened, closing)
         reported = True
         while True:
-            self._tell_facts(driver)
+            self._handle_events(driver)
             driver.read(reported=reported)
             driver.hand_over()
             if driver.stopped:
@@ -163,13 +164,13 @@ class Transport:
                     reported = True
                 elif found == bell.fileno():
                     bell.heard()
-                    # Before the queue is read, so that a fact put in meanwhile wakes us again.
+                    # Before the queue is read, so that an event added meanwhile wakes us again.
                     self._woken = False
 
-    def _tell_facts(self, driver: Driver) -> None:
-        facts = self._facts
-        while facts:
-            driver.tell(facts.popleft())
+    def _handle_events(self, driver: Driver) -> None:
+        waiting = self._events
+        while waiting:
+            driver.handle(waiting.popleft())
 
 
 def _patience_ms(driver: Driver) -> int | None:
@@ -180,12 +181,12 @@ def _patience_ms(driver: Driver) -> int | None:
 
 
 def closed() -> ClientClosed:
-    """What whoever asks a closed client reads."""
+    """The error for any use of a closed client."""
     return ClientClosed("this client is closed; make a new Client")
 
 
 def failed(error: Exception) -> ClientClosed:
-    """What every open request reads when there is a fault in here."""
+    """The error that every open request raises after a bug in this module."""
     why = ClientClosed(f"the client's transport failed: {type(error).__name__}: {error}")
     why.__cause__ = error
     return why

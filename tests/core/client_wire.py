@@ -137,7 +137,7 @@ class Wire:
     def connect(self) -> None:
         """Connection and WELCOME of a socket that was opened."""
         assert self.opened, "no socket was opened"
-        self.tell(events.ConnectionOpened())
+        self.tell(events.SocketOpened())
         self.welcome()
 
     def welcome(self, **changes: Any) -> None:

@@ -154,7 +154,7 @@ class Caller:
                     key = Side.FRONT, routing_id
                     self.broker.lines[key] = lambda frames, r=routing_id: self._hear(r, frames)
                     self.broker.cuts[key] = lambda r=routing_id: self._cut(r)
-                    self.world.queue.append(lambda: self.tell(client_fact.ConnectionOpened()))
+                    self.world.queue.append(lambda: self.tell(client_fact.SocketOpened()))
                 case client_fact.CloseSocket():
                     self.broker.lines.pop((Side.FRONT, self._routing_id), None)
                 case client_fact.Send(frames):
@@ -175,7 +175,7 @@ class Caller:
 
     def _cut(self, routing_id: bytes) -> None:
         if routing_id == self._routing_id:
-            self.tell(client_fact.ConnectionLost("disconnected"))
+            self.tell(client_fact.SocketLost("disconnected"))
 
     def deliver(self, id_: bytes, items: tuple[client_fact.Item, ...]) -> None:
         for item in items:

@@ -36,7 +36,7 @@ def _draining() -> messages.Refuse:
 def test_a_new_client_asks_the_second_broker_at_once_while_the_first_one_drains() -> None:
     wire = Wire("tcp://a:1", "tcp://b:1")
     id_ = wire.ask()
-    wire.tell(events.ConnectionOpened())
+    wire.tell(events.SocketOpened())
     error = ErrorInfo(code="draining", message="about to stop", retry_after_ms=31_000)
     wire.message(T.REFUSE, NO_ID, messages.Refuse(error=error))
     wire.at(0.0)
@@ -48,7 +48,7 @@ def test_a_new_client_asks_the_second_broker_at_once_while_the_first_one_drains(
 def test_a_refused_client_finds_whoever_takes_the_address_of_a_draining_broker(wire: Wire) -> None:
     wire.ask()
     for _ in range(3):
-        wire.tell(events.ConnectionOpened())
+        wire.tell(events.SocketOpened())
         wire.message(T.REFUSE, NO_ID, _draining())
         wire.opened.clear()
         wire.at(0.9)
@@ -65,9 +65,9 @@ def test_each_address_waits_for_itself() -> None:
         if wire.session.link is State.WAITING:
             wire.next_socket()
         if wire.opened[-1] == "tcp://a:1":
-            wire.tell(events.ConnectionLost("refused"))
+            wire.tell(events.SocketLost("refused"))
         else:
-            wire.tell(events.ConnectionOpened())
+            wire.tell(events.SocketOpened())
             error = ErrorInfo(code="overloaded", message="full", retry_after_ms=60_000)
             wire.message(T.REFUSE, NO_ID, messages.Refuse(error=error))
     asked = wire.opened.count("tcp://b:1")
@@ -80,7 +80,7 @@ def test_however_often_a_broker_is_killed_its_client_comes_back_at_once(
     wire, _ = running
     for _ in range(20):
         lost_s = wire.now_s
-        wire.tell(events.ConnectionLost("the connection was closed"))
+        wire.tell(events.SocketLost("the connection was closed"))
         wire.next_socket()
         assert wire.now_s - lost_s <= 0.5
         wire.connect()
@@ -102,7 +102,7 @@ def test_a_broker_that_ends_every_session_right_after_welcome_is_not_hammered(wi
 def test_what_is_asked_anew_does_not_wait_for_a_long_back_off(wire: Wire) -> None:
     wire.ask(timeout=Timeout(connect=None))
     while wire.session.link is not State.WAITING or wire.session.deadline_s() < wire.now_s + 3:
-        wire.tell(events.ConnectionLost("nobody listens there"))
+        wire.tell(events.SocketLost("nobody listens there"))
         if wire.session.deadline_s() < wire.now_s + 3:
             wire.next_socket()
     wire.opened.clear()
@@ -115,7 +115,7 @@ def test_what_is_asked_anew_does_not_wait_for_a_long_back_off(wire: Wire) -> Non
 
 def test_a_broker_that_names_a_time_is_not_hurried(wire: Wire) -> None:
     wire.ask(timeout=Timeout(connect=100))
-    wire.tell(events.ConnectionOpened())
+    wire.tell(events.SocketOpened())
     error = ErrorInfo(code="overloaded", message="full", retry_after_ms=7000)
     wire.message(T.REFUSE, NO_ID, messages.Refuse(error=error))
     wire.opened.clear()
@@ -147,7 +147,7 @@ def test_something_new_moves_a_client_from_a_draining_broker_to_the_next_with_it
 def test_a_connect_time_out_says_what_became_of_each_broker() -> None:
     wire = Wire("tcp://a:1", "tcp://b:1")
     id_ = wire.ask(timeout=Timeout(connect=2))
-    wire.tell(events.ConnectionOpened())
+    wire.tell(events.SocketOpened())
     wire.message(T.REFUSE, NO_ID, _draining())
     wire.at(2.1)  # the second one does not answer
     error = wire.last(id_)
@@ -162,7 +162,7 @@ def test_a_starved_client_reads_what_came_before_it_gives_an_attempt_up(
 ) -> None:
     wire.ask(timeout=Timeout(connect=None))
     if greeting:
-        wire.tell(events.ConnectionOpened())
+        wire.tell(events.SocketOpened())
     wire.now_s = wire.session.deadline_s() + 12.0
     wire.tell(events.Tick())
     assert wire.closed == 0, "nobody can know yet that nothing came"

@@ -49,7 +49,7 @@ def test_nothing_is_opened_before_the_first_request(wire: Wire) -> None:
 
 def test_hello_goes_first_and_the_request_after_welcome(wire: Wire) -> None:
     id_ = wire.ask()
-    wire.tell(events.ConnectionOpened())
+    wire.tell(events.SocketOpened())
     assert [(t, i) for t, i, _ in wire.take_sent()] == [(T.HELLO, NO_ID)]
     wire.welcome()
     (request,) = wire.take_sent()
@@ -101,7 +101,7 @@ def test_coming_back_waits_ever_longer_with_a_ceiling(wire: Wire) -> None:
     began_s = wire.now_s
     for _ in range(60):
         lost_s = wire.now_s
-        wire.tell(events.ConnectionLost("connection refused"))
+        wire.tell(events.SocketLost("connection refused"))
         wire.next_socket()
         assert wire.now_s - lost_s <= min(10, max(0.5, (lost_s - began_s) / 4))
     assert wire.now_s - began_s > 60
@@ -112,10 +112,10 @@ def test_the_next_of_several_brokers_is_tried_at_once_and_a_pause_follows_a_roun
     wire.ask()
     start_s = wire.now_s
     for _ in range(2):
-        wire.tell(events.ConnectionLost("refused"))
+        wire.tell(events.SocketLost("refused"))
         wire.tell(events.Tick())
     assert (wire.opened, wire.now_s) == (["tcp://a:1", "tcp://b:1", "tcp://c:1"], start_s)
-    wire.tell(events.ConnectionLost("refused"))
+    wire.tell(events.SocketLost("refused"))
     wire.tell(events.Tick())
     assert len(wire.opened) == 3
     wire.at(1)
@@ -128,7 +128,7 @@ def test_a_stream_moves_to_the_next_broker_when_its_own_dies() -> None:
     wire.connect()
     wire.output(toks(id_, 0, "abc"))
     wire.take_sent()
-    wire.tell(events.ConnectionLost("disconnected"))
+    wire.tell(events.SocketLost("disconnected"))
     wire.tell(events.Tick())
     assert wire.opened == ["tcp://a:1", "tcp://b:1"]
     wire.connect()
@@ -163,7 +163,7 @@ def test_a_broker_that_breaks_the_protocol_is_left_and_the_stream_resumed_elsewh
 
 def test_a_refusal_that_is_not_fatal_is_waited_out(wire: Wire) -> None:
     wire.ask(timeout=Timeout(connect=100))
-    wire.tell(events.ConnectionOpened())
+    wire.tell(events.SocketOpened())
     error = ErrorInfo(code="overloaded", message="full", retry_after_ms=7000)
     wire.message(T.REFUSE, NO_ID, messages.Refuse(error=error))
     wire.opened.clear()
@@ -175,7 +175,7 @@ def test_a_refusal_that_is_not_fatal_is_waited_out(wire: Wire) -> None:
 
 def test_after_a_fatal_refusal_nothing_is_ever_opened_again(wire: Wire) -> None:
     id_ = wire.ask()
-    wire.tell(events.ConnectionOpened())
+    wire.tell(events.SocketOpened())
     error = ErrorInfo(code="unauthenticated", message="no")
     wire.message(T.REFUSE, NO_ID, messages.Refuse(error=error, fatal=True))
     assert isinstance(wire.last(id_), errors.Unauthenticated)
@@ -188,17 +188,17 @@ def test_after_a_fatal_refusal_nothing_is_ever_opened_again(wire: Wire) -> None:
 def test_a_fatal_refusal_of_one_broker_leaves_the_others() -> None:
     wire = Wire("tcp://a:1", "tcp://b:1")
     wire.ask()
-    wire.tell(events.ConnectionLost("no key", unauthenticated=True))
+    wire.tell(events.SocketLost("no key", unauthenticated=True))
     wire.tell(events.Tick())
     assert wire.opened == ["tcp://a:1", "tcp://b:1"]
-    wire.tell(events.ConnectionLost("refused"))
+    wire.tell(events.SocketLost("refused"))
     wire.at(5)
     assert set(wire.opened[2:]) == {"tcp://b:1"}
 
 
 def test_no_broker_within_the_connect_limit_is_an_error_that_says_what_to_do(wire: Wire) -> None:
     id_ = wire.ask(timeout=Timeout(connect=3))
-    wire.tell(events.ConnectionLost("connection refused"))
+    wire.tell(events.SocketLost("connection refused"))
     wire.at(2.9)
     assert id_ not in wire.got
     wire.at(0.2)
@@ -209,7 +209,7 @@ def test_no_broker_within_the_connect_limit_is_an_error_that_says_what_to_do(wir
 
 def test_a_mute_peer_counts_as_no_broker(wire: Wire) -> None:
     wire.ask(timeout=Timeout(connect=60))
-    wire.tell(events.ConnectionOpened())
+    wire.tell(events.SocketOpened())
     wire.at(5)
     assert wire.closed == 1
 
@@ -252,7 +252,7 @@ def test_closing_does_not_wait_where_nothing_is_open_or_nobody_listens(wire: Wir
     wire.ask()
     wire.connect()
     wire.tell(events.CloseRequested())
-    wire.tell(events.ConnectionLost("cut"))
+    wire.tell(events.SocketLost("cut"))
     assert wire.session.link is State.CLOSED and wire.session.deadline_s() == math.inf
 
 
@@ -331,7 +331,7 @@ def test_a_request_dropped_before_it_was_sent_is_never_sent(wire: Wire) -> None:
 
 def test_a_cancel_survives_a_lost_session(running: tuple[Wire, bytes]) -> None:
     wire, id_ = running
-    wire.tell(events.ConnectionLost("cut"))
+    wire.tell(events.SocketLost("cut"))
     wire.tell(events.RequestDropped(id_))
     wire.reopen()
     assert [(t, i) for t, i, _ in wire.take_sent(T.CANCEL, T.RESUME)] == [(T.CANCEL, id_)]
@@ -340,7 +340,7 @@ def test_a_cancel_survives_a_lost_session(running: tuple[Wire, bytes]) -> None:
 def test_a_cancel_that_nobody_confirms_is_forgotten(running: tuple[Wire, bytes]) -> None:
     wire, id_ = running
     wire.tell(events.RequestDropped(id_))
-    wire.tell(events.ConnectionLost("cut"))
+    wire.tell(events.SocketLost("cut"))
     wire.at(100)
     wire.opened.clear()
     wire.at(1000)
@@ -455,7 +455,7 @@ def test_a_resume_names_the_worker_that_may_still_hold_the_request(
 ) -> None:
     wire, id_ = running
     wire.opened.clear()
-    wire.tell(events.ConnectionLost("cut"))
+    wire.tell(events.SocketLost("cut"))
     if not wire.opened:
         wire.at(1)
     wire.connect()
@@ -490,7 +490,7 @@ def test_a_stream_is_resumed_after_a_lost_session(running: tuple[Wire, bytes], h
     wire.opened.clear()
     match how:
         case "disconnected":
-            wire.tell(events.ConnectionLost("cut"))
+            wire.tell(events.SocketLost("cut"))
         case "silence":
             wire.at(16)
         case "goodbye":
@@ -511,7 +511,7 @@ def test_open_streams_are_resumed_before_requests_that_were_never_sent(wire: Wir
     wire.connect()
     assert [i for _, i, _ in wire.take_sent(T.REQUEST)] == ids[:3]
     wire.opened.clear()
-    wire.tell(events.ConnectionLost("cut"))
+    wire.tell(events.SocketLost("cut"))
     wire.reopen()
     assert [(t, i) for t, i, _ in wire.take_sent(T.REQUEST, T.RESUME)] == [
         (T.RESUME, id_) for id_ in ids[:3]
@@ -554,7 +554,7 @@ def test_a_request_that_was_queued_when_the_broker_died_is_resumed_without_token
     id_ = wire.ask()
     wire.connect()
     wire.take_sent()
-    wire.tell(events.ConnectionLost("cut"))
+    wire.tell(events.SocketLost("cut"))
     wire.reopen()
     check_resume(wire, id_, 1, text="")
 
@@ -563,11 +563,11 @@ def test_a_stream_waits_for_its_broker_no_longer_than_the_policy_says(wire: Wire
     id_ = wire.ask(retry=Retry(reconnect=12), timeout=Timeout(connect=3))
     wire.connect()
     wire.output(toks(id_, 0, "abc"))
-    wire.tell(events.ConnectionLost("cut"))
+    wire.tell(events.SocketLost("cut"))
     for _ in range(50):
         wire.at(0.3)
         if wire.session.link is State.CONNECTING:
-            wire.tell(events.ConnectionLost("connection refused"))
+            wire.tell(events.SocketLost("connection refused"))
     error = wire.last(id_)
     assert type(error) is errors.ConnectionLost
     assert error.partial and "connection refused" in str(error)
@@ -791,7 +791,7 @@ def test_a_question_survives_a_lost_session_and_an_order_does_not(wire: Wire) ->
     wire.tell(events.QueryMade(rid(78), "bus.shutdown", {}, Timeout()))
     wire.connect()
     wire.take_sent()
-    wire.tell(events.ConnectionLost("cut"))
+    wire.tell(events.SocketLost("cut"))
     assert isinstance(wire.last(rid(78)), errors.ConnectionLost)
     wire.opened.clear()
     wire.at(1)
@@ -850,7 +850,7 @@ def test_whatever_happens_the_text_is_exact_or_an_error_follows_a_true_prefix(se
             continue
         dice = chance.random()
         if dice < 0.04:
-            wire.tell(events.ConnectionLost("cut"))
+            wire.tell(events.SocketLost("cut"))
             position.clear()
             continue
         wire.at(0.05)

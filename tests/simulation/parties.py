@@ -226,10 +226,10 @@ class _Sockets:
 
 class _ClientSockets(_Sockets):
     def opened_event(self, index: int) -> Any:
-        return client_fact.ConnectionOpened()
+        return client_fact.SocketOpened()
 
     def lost_event(self, index: int, why: str) -> Any:
-        return client_fact.ConnectionLost(why)
+        return client_fact.SocketLost(why)
 
     def message_event(self, index: int, frames: tuple[bytes, ...]) -> Any:
         return client_fact.MessageReceived(frames)
@@ -471,9 +471,9 @@ class SimClient(Party):
     def say_stray_things(self, calls: list[Call]) -> None:
         """Messages that are legal and mean nothing: late, repeated, of nobody's request."""
         core, requests = self.core, self.core._requests
-        if not self.alive or self.paused or not core._dialer.has_session:
+        if not self.alive or self.paused or not core._broker.has_session:
             return
-        core._dialer.now_s = self.world.now_s
+        core._broker.now_s = self.world.now_s
         ended = [call.request_id for call in calls if call.outcome]
         for id_ in [b"\x01" + self.world.rng.randbytes(15), *ended[-2:]]:
             requests._send(MessageType.CANCEL, id_, Cancel())

@@ -116,7 +116,7 @@ def test_two_brokers_share_one_slot_fairly() -> None:
         for number in range(60):
             ask(run, client, number)
     run.world.run(run.world.now_s + 1.0)
-    at = {client.core._dialer.brokers[0] for client in run.clients}
+    at = {client.core._broker.brokers[0] for client in run.clients}
     assert at == {"broker0"}, "both begin with the first"
     run.clients[1].sockets.cut_all()
     run.world.run(run.world.now_s + 1.0)

@@ -1,9 +1,8 @@
-"""Which broker a client has its session with: a list of them, each with a wait of its own, one
-connection at a time (SPEC.md section 5; the guide's Freelance pattern).
+"""The client's connection to a broker: which of several brokers, each with its own back-off, one at
+a time (SPEC.md section 5; the ZeroMQ guide's Freelance pattern).
 
-Knows nothing of requests, and of the course of a connection only what `broker.peer.connection` says
-of it. It writes its orders into the list that it is given and tells its host, the session, what
-happened; the host sets `now_s` before every call.
+Knows nothing of requests; handshake and liveness are in `broker.peer.connection`. It passes its
+instructions to `out` and reports to its host, the session; the host sets `now_s` before every call.
 """
 
 from __future__ import annotations
@@ -22,29 +21,29 @@ from broker.protocol.header import Header, MessageType
 from client.core.events import CloseSocket, Instruction, OpenSocket, Send, Stop
 
 DRAINING_S: Final = 1.0
-"""A broker that drains is asked again so soon: somebody else may have taken its address."""
+"""Delay before a draining broker is tried again: a new one may have taken over its address."""
 HURRY_S: Final = 1.0
-"""Longest wait once the application asks for something new, unless the broker named a time."""
+"""Longest back-off once the application asks for something new, unless the broker named a time."""
 
 
 class Host(Protocol):
-    """Whom the dialer serves."""
+    """What the connection reports to."""
 
     def session_began(self) -> None:
-        """WELCOME came: send."""
+        """WELCOME has arrived: requests may be sent."""
 
     def session_over(self, story: str) -> None:
-        """There was a session, and it is gone."""
+        """The session has ended."""
 
     def refused_for_good(self, error: ErrorInfo) -> None:
-        """No broker is left that would ever accept us."""
+        """No broker is left that would ever accept this client."""
 
     def wants_session(self) -> bool:
-        """Something is open that needs a broker."""
+        """Whether anything open needs a broker."""
 
 
-class Dialer:
-    """Finds a broker, keeps one session with it, and comes back."""
+class BrokerConnection:
+    """Finds a broker, keeps one session with it, and reconnects."""
 
     def __init__(
         self,
@@ -54,14 +53,14 @@ class Dialer:
         out: Callable[[Instruction], None],
         generator: random.Random,
     ) -> None:
-        #: Addresses that may accept us; the first is the one in use.
+        #: Addresses that may accept this client; the first is the one in use.
         self._addresses = [Address(name, generator) for name in brokers]
-        self._connection = PeerConnection(self._addresses[0], door="front", most_frames=2)
-        #: The broker is about to stop: what runs may finish, nothing new is sent.
+        self._peer = PeerConnection(self._addresses[0], door="front", most_frames=2)
+        #: The broker is about to stop: running requests may finish, new ones are not sent.
         self.draining = False
         #: Monotonic seconds; set by the host.
         self.now_s = 0.0
-        #: The latest; its bounds hold until the next.
+        #: The latest WELCOME; its limits hold until the next.
         self.welcome: messages.Welcome | None = None
         self._hello = hello
         self._host = host
@@ -70,44 +69,44 @@ class Dialer:
 
     @property
     def state(self) -> State:
-        """Of the connection."""
-        return self._connection.state
+        """The state of the connection."""
+        return self._peer.state
 
     @property
     def has_session(self) -> bool:
-        """Between WELCOME and the end of the session."""
-        return self._connection.open
+        """Whether there is a session: WELCOME has arrived, and it has not ended."""
+        return self._peer.open
 
     @property
     def ready(self) -> bool:
-        """There is a session, and the broker takes something new."""
-        return self._connection.open and not self.draining
+        """There is a session, and the broker accepts new requests."""
+        return self._peer.open and not self.draining
 
     @property
     def session_id(self) -> bytes:
-        """Header id of what the broker itself says in the session."""
-        return self._connection.session
+        """Header id of the broker's own messages in the session."""
+        return self._peer.session
 
     @property
     def last_sequence(self) -> int:
-        """The sequence number of the message that was read last."""
-        return self._connection.last_sequence
+        """The sequence number of the last message read."""
+        return self._peer.last_sequence
 
     @property
     def brokers(self) -> list[str]:
-        """Addresses that may accept us."""
+        """Addresses that may accept this client."""
         return [address.name for address in self._addresses]
 
     @property
     def alternative(self) -> bool:
-        """There is another address than the one in use."""
+        """Whether there is another address than the one in use."""
         return len(self._addresses) > 1
 
     def story(self) -> str:
-        """What became of the latest attempts, for people."""
+        """How the latest attempts ended, for error messages."""
         if self.draining:
             self._addresses[0].reason = "it is about to stop and takes nothing new"
-        elif self._connection.has_socket and not (self.has_session or self._addresses[0].reason):
+        elif self._peer.has_socket and not (self.has_session or self._addresses[0].reason):
             self._addresses[0].reason = "no answer so far"
         if not self.alternative:
             last = self._addresses[0].reason
@@ -115,13 +114,13 @@ class Dialer:
         return "; ".join(f"{a.name}: {a.reason or 'not tried'}" for a in self._addresses)
 
     def deadline_s(self) -> float:
-        """When `tick` is wanted next."""
-        return self._reopen_s if self.state is State.WAITING else self._connection.deadline_s()
+        """When to call `tick` next."""
+        return self._reopen_s if self.state is State.WAITING else self._peer.deadline_s()
 
     # --- from the host ---
 
     def want(self) -> None:
-        """Something is open now: connect, unless that is under way."""
+        """A session is needed: connect, unless that is under way."""
         if self.state not in (State.IDLE, State.WAITING):
             return
         if self._reopen_s > self.now_s + HURRY_S:
@@ -130,61 +129,61 @@ class Dialer:
                     soon_s = self.now_s + self._random.uniform(0.0, HURRY_S)
                     address.from_s = min(address.from_s, soon_s)
         if self._reopen_s > self.now_s:
-            self._connection.state = State.WAITING
+            self._peer.state = State.WAITING
         else:
             self._open()
 
     def send(self, type_: MessageType, id_: bytes, *frames: bytes) -> None:
         """Send a message in the session. The first frame is its encoded body."""
-        head = self._connection.seal(header.prefix(type_, id_), self.now_s)
+        head = self._peer.seal(header.prefix(type_, id_), self.now_s)
         self._out(Send((head, *frames)))
 
     def send_body(self, type_: MessageType, id_: bytes, body: msgspec.Struct) -> None:
-        """Send a message that is one body."""
-        self._out(Send(self._connection.message(type_, id_, body, self.now_s)))
+        """Send a message with a body and no further frames."""
+        self._out(Send(self._peer.message(type_, id_, body, self.now_s)))
 
     def leave(self, error: ProtocolError) -> None:
-        """The broker cannot be talked to: end the session politely and come back."""
+        """The broker broke the protocol: end the session with GOODBYE and reconnect."""
         self._say_goodbye("protocol_error", str(error))
         self._lose(Ended.by_protocol_error(error))
 
     def move_on(self, *, cancel: bool) -> None:
-        """The broker drains: go to another one. `cancel`: nothing runs here, so say goodbye, which
-        would cancel it; else what runs is resumed there."""
+        """The broker drains: go to another one. `cancel`: nothing runs here, so send GOODBYE, which
+        cancels whatever does; without it, running requests are resumed at the next broker."""
         if cancel:
             self._say_goodbye("drained")
         self._lose(Ended("the broker is draining", retry_after_s=DRAINING_S))
 
     def close(self) -> None:
-        """Say goodbye, which cancels everything at the broker, and end for good."""
+        """Send GOODBYE, which cancels everything at the broker, and end for good."""
         if self.state is State.CLOSED:
             return
         self._say_goodbye("closed")
-        if self._connection.has_socket:
+        if self._peer.has_socket:
             self._out(CloseSocket(linger=True))
-        self._connection.close()
+        self._peer.close()
         self.draining = False
         self._out(Stop())
 
     def new_id(self) -> bytes:
-        """As `messages.new_id`, from the injected generator."""
+        """Like `messages.new_id`, but from the injected generator."""
         return bytes((self._random.randrange(1, 256),)) + self._random.randbytes(15)
 
     # --- from the socket ---
 
     def opened(self) -> None:
-        """The socket is connected: the peer speaks first."""
+        """The socket is connected: send HELLO, since the side that connects speaks first."""
         if self.state is State.CONNECTING:
-            self._out(Send(self._connection.greet(self._hello, self.now_s)))
+            self._out(Send(self._peer.greet(self._hello, self.now_s)))
 
     def cut_off(self, reason: str) -> None:
         """The socket was refused or disconnected."""
-        if self._connection.has_socket:
+        if self._peer.has_socket:
             self._lose(Ended(reason))
 
     def banned(self, error: ErrorInfo) -> None:
-        """This broker will never accept us like this: do not come back to it."""
-        if not self._connection.has_socket:
+        """This broker will never accept this client: do not try it again."""
+        if not self._peer.has_socket:
             return
         if self.alternative:
             self._lose(Ended(error.message), banned=True)
@@ -193,10 +192,11 @@ class Dialer:
         self._lose(Ended(error.message, refused=True))
 
     def read(self, frames: tuple[bytes, ...]) -> tuple[MessageType, bytes, bytes] | None:
-        """Type, id and body of a message that concerns the host. Raises `ProtocolError`."""
-        if not self._connection.has_socket:
+        """Type, id and body of a message for the host; None if it was handled here. Raises
+        `ProtocolError`."""
+        if not self._peer.has_socket:
             return None
-        match self._connection.receive(frames, self.now_s):
+        match self._peer.receive(frames, self.now_s):
             case Header() as head:
                 return self._message(head, frames[1])
             case messages.Welcome() as welcome:
@@ -216,9 +216,9 @@ class Dialer:
             if self._host.wants_session():
                 self._open()
             else:
-                self._connection.state = State.IDLE
+                self._peer.state = State.IDLE
             return
-        match self._connection.tick(self.now_s):
+        match self._peer.tick(self.now_s):
             case BeatDue():
                 self.send_body(MessageType.HEARTBEAT, self.session_id, messages.Heartbeat())
             case Ended() as ended:
@@ -228,14 +228,14 @@ class Dialer:
 
     @property
     def _reopen_s(self) -> float:
-        """When the first address may be tried again."""
+        """When the next address may be tried."""
         return min(address.from_s for address in self._addresses)
 
     def _open(self) -> None:
         chosen = next(a for a in self._addresses if a.from_s <= self.now_s)
         self._addresses.remove(chosen)
         self._addresses.insert(0, chosen)
-        self._connection.dial(chosen, self.now_s)
+        self._peer.dial(chosen, self.now_s)
         self._out(OpenSocket(chosen.name))
 
     def _message(self, head: Header, body: bytes) -> tuple[MessageType, bytes, bytes] | None:
@@ -250,18 +250,18 @@ class Dialer:
 
     def _say_goodbye(self, reason: str, message: str = "") -> None:
         if self.has_session:
-            self._out(Send(self._connection.goodbye(reason, message, self.now_s)))
+            self._out(Send(self._peer.goodbye(reason, message, self.now_s)))
 
     def _lose(self, ended: Ended, *, banned: bool = False) -> None:
-        """The session or the attempt is over: tell the host, come back later or elsewhere.
+        """The session or the attempt is over: tell the host, and reconnect later or elsewhere.
 
-        Only this address waits.
+        Only this address backs off.
         """
         had_session = self.has_session
         self._out(CloseSocket())
         address = self._addresses.pop(0)
-        self._connection.end(ended, self.now_s)
-        self._connection.state = State.IDLE
+        self._peer.end(ended, self.now_s)
+        self._peer.state = State.IDLE
         self.draining = False
         if not banned:
             self._addresses.append(address)
@@ -270,4 +270,4 @@ class Dialer:
                 f"connection to the broker at {address.name} lost: {ended.reason}"
             )
         if self._host.wants_session():
-            self._connection.state = State.WAITING
+            self._peer.state = State.WAITING
