@@ -171,6 +171,9 @@ class EmbedOptions(CallOptions, total=False):
     ]
     normalize: Annotated[bool | None, _says("scale each vector to length 1 [the model's own]")]
     dimensions: Annotated[int | None, _says("keep only this many leading dimensions [all]")]
+    truncate: Annotated[
+        bool | None, _says("leave out the end of a text that is too long [refuse it]")
+    ]
 
 
 def described(options: type) -> dict[str, str]:

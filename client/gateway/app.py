@@ -26,12 +26,14 @@ from broker.protocol.tracing import make_tracer
 from client import AsyncClient, BusError, Timeout
 from client.gateway.config import Config
 from client.gateway.context import RequestContext, route
-from client.gateway.errors import GatewayError, error_response, invalid
+from client.gateway.errors import GatewayError, error_body, error_response, invalid
 from client.gateway.fastchat.api import legacy_api_routes
 from client.gateway.fastchat.routes import legacy_routes
 from client.gateway.ids import REQUEST_ID_HEADER, KeptId, RequestIds, request_id_of
 from client.gateway.keys import KeyFile
 from client.gateway.metrics import CONTENT_TYPE
+from client.gateway.ollama.answers import error_object
+from client.gateway.ollama.routes import ollama_routes
 from client.gateway.openai.chat import cancel_chat, chat_completions, read_chat
 from client.gateway.openai.completions import completions
 from client.gateway.openai.embeddings import embeddings
@@ -124,6 +126,7 @@ def _routes(config: Config) -> list[BaseRoute]:
         route("/bus/live", live),
         route("/bus/drain", drain, "POST"),
     ]
+    routes += ollama_routes()
     if not config.no_legacy:
         routes += [*legacy_routes(), *legacy_api_routes()]
     if not config.no_page:
@@ -165,7 +168,9 @@ async def _not_here(request: Request, error: Exception) -> Response:
         status=error.status_code,
         openai_code="unknown_url" if error.status_code == 404 else None,
     )
-    response = error_response(told, request_id_of(request.scope))
+    of_ollama = request.url.path.startswith("/api/")
+    shape = error_object if of_ollama else error_body
+    response = error_response(told, request_id_of(request.scope), shape)
     if error.status_code == 405:
         response.headers["allow"] = ", ".join(sorted(_methods_at(request)))
     return response

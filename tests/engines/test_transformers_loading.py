@@ -573,6 +573,7 @@ def test_an_adapter_of_a_sentence_model_embeds_as_itself(beside: bool, tmp_path:
         ({"dimensions": 0}, "dimensions"),
         ({"dimensions": 65}, "dimensions"),
         ({"normalise": True}, "normalise"),
+        ({"truncate": 1}, "truncate"),
     ],
 )
 def test_a_wrong_embedding_argument_is_refused(
@@ -585,6 +586,26 @@ def test_a_wrong_embedding_argument_is_refused(
     try:
         answer = tiny.run(engine, [Job(new_id(), request)])[0]
         assert answer.failed is not None and words in answer.failed.message
+    finally:
+        engine.close()
+
+
+def test_a_text_that_is_too_long_is_refused_or_its_end_is_left_out() -> None:
+    engine = tiny.serve(tiny.llama())
+    context = engine.capabilities.models[0].context_tokens
+    assert context is not None
+    word = tiny.tokenizer()("hello")["input_ids"]
+    long = [word[0]] * (context + 5)
+    request = Request(model="tiny", kind=Kind.EMBED, inputs=[long], window=1)
+    text = "hello " * (context + 5)
+    try:
+        answer = tiny.run(engine, [Job(new_id(), request)])[0]
+        assert answer.failed is not None and answer.failed.code == "context_overflow"
+        fits = embed(engine, [long[:context]], "tiny")
+        assert np.array_equal(embed(engine, [long], "tiny", truncate=True), fits)
+        [ids] = tiny.tokenizer()([text], truncation=True, max_length=context)["input_ids"]
+        cut = embed(engine, [text, "hello"], "tiny", truncate=True)
+        assert np.allclose(cut, embed(engine, [ids, "hello"], "tiny"), atol=1e-6)
     finally:
         engine.close()
 

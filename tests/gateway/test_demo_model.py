@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import httpx2 as httpx
 import openai
 import pytest
 from pydantic import BaseModel
@@ -198,3 +199,15 @@ def test_a_neutral_value_that_was_given_is_not_left_open() -> None:
 
     assert left_open() == list(MODEL_DEFAULTS)
     assert left_open(temperature=1.0, top_p=1.0) == ["top_k", "min_p", "repetition_penalty"]
+
+
+def test_ollamas_truncate_drops_the_oldest_of_a_prompt(demo: openai.OpenAI) -> None:
+    said = {"role": "user", "content": "word " * 5000}
+    asked = {"model": "demo", "messages": [said], "stream": False, "options": {"num_predict": 4}}
+    url = str(demo.base_url).replace("/v1/", "/api/chat")
+    refused = httpx.post(url, json=asked, timeout=60)
+    assert refused.status_code == 400 and refused.json()["code"] == "context_overflow"
+    answer = httpx.post(url, json={**asked, "truncate": True}, timeout=60).json()
+    assert answer["done"] and 0 < answer["prompt_eval_count"] < 5000
+    shown = httpx.post(url.replace("chat", "show"), json={"model": "demo"}).json()
+    assert shown["details"]["parameter_size"] == "1.7M" and "vision" in shown["capabilities"]

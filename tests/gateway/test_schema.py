@@ -70,6 +70,8 @@ def test_a_method_that_a_path_does_not_take_is_told_with_those_that_it_takes(
 ) -> None:
     for path, operations in httpx.get(f"{gateway.url}/openapi.json").json()["paths"].items():
         answer = httpx.request("PATCH", gateway.url + path.replace("{id}", "resp_x"))
-        assert answer.status_code == 405 and answer.json()["error"]["message"]
+        error = answer.json()["error"]
+        assert answer.status_code == 405
+        assert "does not take" in (error if path.startswith("/api/") else error["message"])
         allowed = set(answer.headers["allow"].lower().split(", "))
         assert set(operations) <= allowed <= {*operations, "head"}, path

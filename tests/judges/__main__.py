@@ -8,13 +8,14 @@ import time
 import traceback
 from collections.abc import Callable
 
-from tests.judges import fastchat, guidellm, llava
+from tests.judges import fastchat, guidellm, llava, ollama
 from tests.judges.stage import Stage, stage
 
 JUDGES: dict[str, Callable[[Stage], None]] = {
     "fastchat": fastchat.judge,
     "llava": llava.judge,
     "guidellm": guidellm.judge,
+    "ollama": ollama.judge,
 }
 
 

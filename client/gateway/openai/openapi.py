@@ -14,6 +14,13 @@ from starlette.responses import Response
 from client import __version__
 from client.gateway.context import RequestContext
 from client.gateway.ids import KEPT_ID
+from client.gateway.ollama.bodies import (
+    ChatBody,
+    EmbedBody,
+    EmbeddingsBody,
+    GenerateBody,
+    ModelBody,
+)
 from client.gateway.openai.responses_body import INCLUDABLE, ResponseRequest
 from client.gateway.operator_view import DrainBody
 from client.gateway.requests import ChatRequest, CompletionRequest, EmbeddingRequest
@@ -27,6 +34,12 @@ _TAKES = {
     ("post", "/v1/embeddings"): (EmbeddingRequest, "Vectors of texts."),
     ("post", "/v1/systemone"): (SystemOneRequest, "Answer typed questions with probabilities."),
     ("post", "/v1/responses"): (ResponseRequest, "Answer an input."),
+    ("post", "/api/chat"): (ChatBody, "Ollama's API: answer a conversation."),
+    ("post", "/api/generate"): (GenerateBody, "Ollama's API: answer or continue a prompt."),
+    ("post", "/api/embed"): (EmbedBody, "Ollama's API: vectors of texts."),
+    ("post", "/api/embeddings"): (EmbeddingsBody, "Ollama's API: the vector of a text."),
+    ("post", "/api/show"): (ModelBody, "Ollama's API: one model."),
+    ("post", "/api/pull"): (ModelBody, "Ollama's API: whether a model is served."),
     ("post", "/bus/drain"): (DrainBody, "Let a worker finish and leave; for operators."),
 }
 _TAKES_NOTHING = {
@@ -41,6 +54,9 @@ _TAKES_NOTHING = {
     ("delete", "/v1/responses/{id}"): "Forget a response.",
     ("post", "/v1/responses/{id}/cancel"): "Stop a response in the background.",
     ("get", "/v1/responses/{id}/input_items"): "The input of a response.",
+    ("get", "/api/tags"): "Ollama's API: the models of the bus.",
+    ("get", "/api/ps"): "Ollama's API: the models that are ready.",
+    ("get", "/api/version"): "Ollama's API: the release that it follows.",
     ("get", "/bus/session"): "What the key may do.",
     ("get", "/bus/overview"): "The current state of the bus; for operators.",
     ("get", "/health"): "Whether the process is alive.",
@@ -81,6 +97,17 @@ _ERROR = {
         }
     },
 }
+#: Ollama's shape.
+_ERROR_TEXT = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {"type": "string"},
+        "code": {"type": "string"},
+        "param": {"type": "string"},
+        "request_id": {"type": "string"},
+    },
+}
 
 
 async def openapi(visit: RequestContext) -> Response:
@@ -110,7 +137,7 @@ def _document() -> bytes:
             "info": {"title": "tokenbus gateway", "version": __version__},
             "paths": paths,
             "components": {
-                "schemas": {**components, "Error": _ERROR},
+                "schemas": {**components, "Error": _ERROR, "ErrorText": _ERROR_TEXT},
                 "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
             },
             "security": [{}, {"key": []}],
@@ -122,13 +149,19 @@ def _operation(path: str, words: str, query: dict[str, dict[str, Any]]) -> dict[
     media = ["text/plain"] if path in ("/health", "/metrics") else ["application/json"]
     if path.startswith(("/v1/chat", "/v1/completions", "/v1/responses")):
         media.append("text/event-stream")
+    of_ollama = path.startswith("/api/")
+    if of_ollama:
+        media.append("application/x-ndjson")
+    error = "ErrorText" if of_ollama else "Error"
     operation: dict[str, Any] = {
         "summary": words,
         "responses": {
             "200": {"description": "Done.", "content": {kind: {} for kind in media}},
             "default": {
                 "description": "Refused or failed; `code` is OpenAI's or the bus's.",
-                "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+                "content": {
+                    "application/json": {"schema": {"$ref": f"#/components/schemas/{error}"}}
+                },
             },
         },
     }

@@ -124,21 +124,26 @@ class PromptBuilder:
         with self._lock:
             return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
 
-    def embedding_inputs(self, inputs: Items[str | list[int]]) -> list[list[int]]:
-        """Token ids of the texts to embed, with special tokens, within the context."""
+    def embedding_inputs(
+        self, inputs: Items[str | list[int]], *, truncate: bool = False
+    ) -> list[list[int]]:
+        """Token ids of the texts to embed, with special tokens, within the context. `truncate`: the
+        end of a text that is too long is left out, its special tokens stay."""
         result: list[list[int]] = []
+        context = self._facts.context_tokens
+        cut: dict[str, Any] = {"truncation": True, "max_length": context} if truncate else {}
         with self._lock:
             for item in inputs:
                 ids = (
-                    list(self._tokenizer(item, add_special_tokens=True)["input_ids"])
+                    list(self._tokenizer(item, add_special_tokens=True, **cut)["input_ids"])
                     if isinstance(item, str)
-                    else list(item)
+                    else list(item[:context] if truncate else item)
                 )
                 if not ids:
                     raise _invalid(f"input {len(result)} to embed has no tokens")
                 self._check_ids(ids)
-                if len(ids) > self._facts.context_tokens:
-                    raise context_overflow(len(ids), 0, self._facts.context_tokens)
+                if len(ids) > context:
+                    raise context_overflow(len(ids), 0, context)
                 result.append(ids)
         return result
 

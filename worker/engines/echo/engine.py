@@ -129,7 +129,8 @@ class EchoEngine:
                     **kind_fields(Kind),
                     context_tokens=self._context_tokens,
                     images=True,
-                    details={"architecture": "echo"},
+                    details={"architecture": "echo"}
+                    | ({"reasoning": self._format.name} if self._format is not None else {}),
                     serial=serial,
                 )
                 for name in names

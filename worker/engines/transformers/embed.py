@@ -33,13 +33,17 @@ class EmbedOptions:
     pooling: str | None = None
     normalize: bool | None = None
     dimensions: int | None = None
+    #: The end of an input that is too long is left out; otherwise it is refused.
+    truncate: bool = False
 
 
 def embed_options(arguments: dict[str, Any], width: int) -> EmbedOptions:
     """Check a request's `embed_args`. Raises RequestError(INVALID_REQUEST)."""
-    unknown = sorted(set(arguments) - {"pooling", "normalize", "dimensions"})
+    unknown = sorted(set(arguments) - set(EmbedOptions.__slots__))
     if unknown:
-        raise _invalid(f"unknown embed_args {', '.join(unknown)}: pooling, normalize, dimensions")
+        raise _invalid(
+            f"unknown embed_args {', '.join(unknown)}: {', '.join(EmbedOptions.__slots__)}"
+        )
     pooling = arguments.get("pooling")
     if pooling is not None and pooling not in POOLINGS:
         raise _invalid(f"pooling {pooling!r}: choose one of {', '.join(POOLINGS)}")
@@ -53,7 +57,10 @@ def embed_options(arguments: dict[str, Any], width: int) -> EmbedOptions:
         or not 1 <= dimensions <= width
     ):
         raise _invalid(f"dimensions must lie between 1 and {width}")
-    return EmbedOptions(pooling, normalize, dimensions)
+    truncate = arguments.get("truncate", False)
+    if not isinstance(truncate, bool):
+        raise _invalid("truncate must be true or false")
+    return EmbedOptions(pooling, normalize, dimensions, truncate)
 
 
 class Embedder:

@@ -157,7 +157,8 @@ class ServedModel(BatchModel):
         if request.inputs is None:
             raise _invalid("an embed request needs inputs")
         options = embed_options(request.embed_args, self.embedder.width)
-        inputs = self._texts_of(request).builder.embedding_inputs(request.inputs)
+        builder = self._texts_of(request).builder
+        inputs = builder.embedding_inputs(request.inputs, truncate=options.truncate)
         return EmbedTask(
             embedder=self.embedder,
             request_id=job.request_id,
