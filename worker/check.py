@@ -10,8 +10,8 @@ import time
 
 from broker.protocol import codec
 from broker.protocol.messages import Kind, Params, Request, new_id
-from worker.core import events as fact
-from worker.engines import events
+from worker.core import events
+from worker.engines import events as engine_events
 from worker.engines.base import Capabilities, Ended, EngineOptions, Failed, Tokens
 from worker.process.display import LoadingDisplay
 from worker.process.supervisor import Supervisor
@@ -46,23 +46,23 @@ def _names(capabilities: Capabilities) -> list[str]:
     ]
 
 
-def _facts(supervisor: Supervisor, timeout_s: float | None) -> list[fact.Event]:
+def _read(supervisor: Supervisor, timeout_s: float | None) -> list[events.Event]:
     if supervisor.pipe is not None:
         select.select([supervisor.pipe], [], [], timeout_s)
-    facts = supervisor.read(time.monotonic())
-    for event in facts:
-        if isinstance(event, fact.EngineLost | fact.WorkerFailed):
+    arrived = supervisor.read(time.monotonic())
+    for event in arrived:
+        if isinstance(event, events.EngineLost | events.WorkerFailed):
             raise CheckFailed(event.message)
-    return facts
+    return arrived
 
 
 def _load(supervisor: Supervisor, display: LoadingDisplay) -> Capabilities:
     while True:
-        for event in _facts(supervisor, None):
+        for event in _read(supervisor, None):
             match event:
-                case fact.EngineLoading(progress, note):
+                case events.EngineLoading(progress, note):
                     display.show(progress, note)
-                case fact.EngineReady(capabilities):
+                case events.EngineReady(capabilities):
                     display.done()
                     return capabilities
 
@@ -79,9 +79,9 @@ def _ask(supervisor: Supervisor, capabilities: Capabilities, model: str) -> str:
     supervisor.add(new_id(), codec.encode(request), ())
     tokens = 0
     while (left_s := begin_s + ANSWER_TIMEOUT_S - time.monotonic()) > 0:
-        for event in _facts(supervisor, left_s):
-            for item in event.events if isinstance(event, fact.EngineStepped) else ():
-                match events.decode(item):
+        for event in _read(supervisor, left_s):
+            for item in event.events if isinstance(event, events.EngineStepped) else ():
+                match engine_events.decode(item):
                     case Tokens(token_ids=token_ids):
                         tokens += len(token_ids)
                     case Ended():

@@ -1,8 +1,8 @@
 """The link process's loop: sockets to the brokers, the pipe to the engine, signals, time.
 
-Reads facts from all of them, gives them to the core, carries out what the core wants. The only
-place of the worker that knows ZeroMQ. One thread owns every socket. Must never import torch, and
-never wait for the engine.
+Turns what arrives from all of them into events for the core, and carries out the core's
+instructions. The only module of the worker that uses ZeroMQ. One thread owns every socket. Must
+never import torch, and never wait for the engine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from broker.peer.bell import Bell
 from broker.peer.dealer import CannotConnect, Dealer, Party, Report
 from broker.peer.keys import Keys
 from broker.protocol.limits import MAX_ATTACHMENT_BYTES
-from worker.core import events as fact
+from worker.core import events
 from worker.core.instructions import (
     CloseSocket,
     EngineAdd,
@@ -40,7 +40,7 @@ from worker.process.display import LoadingDisplay
 log = logging.getLogger(__name__)
 
 MESSAGES_AT_ONCE: Final = 1000
-"""From one broker, before the engine and the timers get their turn."""
+"""Most messages read from one broker before the engine and the timers get their turn."""
 
 WORKER: Final = Party(
     role="worker",
@@ -51,12 +51,12 @@ WORKER: Final = Party(
 )
 
 GC_THRESHOLD: Final = 50_000
-"""New containers between two looks for cycles. The events of one step are thousands for a moment,
-and no cycle; at the default of 700 a fifth of the link's time went into looking."""
+"""New containers between two runs of the cycle collector. A step makes thousands of short-lived
+events and no cycles; at the default of 700, the collector took a fifth of the link's time."""
 
 
 class _Signals:
-    """SIGTERM and SIGINT as something to poll for."""
+    """Makes SIGTERM and SIGINT pollable."""
 
     def __init__(self) -> None:
         self._bell = Bell()
@@ -73,7 +73,7 @@ class _Signals:
         self._names.append(signal.Signals(number).name)
 
     def take(self) -> list[str]:
-        """Names of the signals that came."""
+        """The names of the signals received since the last call."""
         self._bell.heard()
         names, self._names = self._names, []
         return names
@@ -86,32 +86,32 @@ class _Signals:
 
 
 class Readable(Protocol):
-    """Where something arrives from the engine."""
+    """What the link polls for the engine's output."""
 
     def fileno(self) -> int: ...
 
     @property
     def backlog_bytes(self) -> int:
-        """What waits to be written."""
+        """Bytes waiting to be written."""
 
 
 class EngineSide(Protocol):
-    """What stands behind the link: `supervisor.Supervisor` with an engine process, or another bus
-    (`relay.port.LowerBus`). None of its methods waits."""
+    """The engine as the link sees it: `supervisor.Supervisor` with an engine process, or another
+    bus (`relay.port.LowerBus`). None of its methods blocks, except that `stop` may wait."""
 
     @property
     def pipe(self) -> Readable | None: ...
 
     @property
     def waiting(self) -> bool:
-        """`read` has something to say although the pipe has not."""
+        """Whether `read` has events although the pipe is not readable."""
 
     def start(self) -> None: ...
     def stop(self, *, wait: bool = True) -> None: ...
-    def restart(self, reason: str, now_s: float) -> list[fact.Event]: ...
+    def restart(self, reason: str, now_s: float) -> list[events.Event]: ...
     def deadline_s(self) -> float: ...
-    def tick(self, now_s: float) -> list[fact.Event]: ...
-    def read(self, now_s: float) -> list[fact.Event]: ...
+    def tick(self, now_s: float) -> list[events.Event]: ...
+    def read(self, now_s: float) -> list[events.Event]: ...
     def add(self, job_id: bytes, body: bytes, attachments: tuple[bytes, ...]) -> None: ...
     def cancel(self, job_id: bytes) -> None: ...
     def widen(self, job_id: bytes, limit: int) -> None: ...
@@ -138,13 +138,14 @@ class Link:
         self._context: zmq.Context[Any] = zmq.Context(io_threads=1)
         self._dealers: dict[int, Dealer] = {}
         self._signals = _Signals()
-        #: Of the system, over descriptors: `zmq.Poller` asks every socket, monitors too, twice.
+        #: The system's poll on descriptors: `zmq.Poller` would query every socket and monitor
+        #: twice.
         self._poll = select.poll()
         self._polled: list[tuple[int, int]] = []
         self._exit: Exit | None = None
 
     def run(self) -> Exit:
-        """Serve until told to stop. The engine process is gone when this returns."""
+        """Serve until told to stop. When this returns, the engine process has ended."""
         gc.collect()
         gc.freeze()
         gc.set_threshold(GC_THRESHOLD)
@@ -157,29 +158,29 @@ class Link:
             self._display.done()
             for dealer in self._dealers.values():
                 dealer.close()
-            # What still runs is given up: an engine in the middle of a step is not waited for.
+            # Requests that still run are given up: do not wait for an engine in mid-step.
             self._supervisor.stop(wait=self._core.running == 0)
             self._signals.close()
             self._context.term()
 
     def _turn(self) -> None:
-        """Wait for something, and deal with everything that came."""
+        """Wait until something arrives or is due, and handle all of it."""
         due_s = min(self._core.deadline_s(), self._supervisor.deadline_s())
         now_s = time.monotonic()
         due = {broker for broker, dealer in self._dealers.items() if dealer.due()}
         wait_s = min(max(0.0, due_s - now_s), 3600.0)
         if due or self._supervisor.waiting:
             wait_s = 0.0
-        # Rounded up: a poll that returns a moment before its time would be a busy loop.
+        # Rounded up: a poll that returned slightly early would make a busy loop.
         ready = {fd for fd, _ in self._poller().poll(int(wait_s * 1000) + 1 if wait_s else 0)}
         if self._signals.fileno() in ready:
             for name in self._signals.take():
-                self._tell(fact.StopRequested(name))
+                self._handle(events.StopRequested(name))
         pipe = self._supervisor.pipe
         if self._supervisor.waiting or (pipe is not None and pipe.fileno() in ready):
             for event in self._supervisor.read(time.monotonic()):
                 self._show(event)
-                self._tell(event)
+                self._handle(event)
         for broker, dealer in list(self._dealers.items()):
             reported = dealer.monitor_fd in ready
             heard = reported or broker in due or dealer.fd in ready
@@ -187,12 +188,12 @@ class Link:
                 self._read(broker, dealer, reported)
         now_s = time.monotonic()
         if now_s >= self._supervisor.deadline_s():
-            self._tell_all(self._supervisor.tick(now_s))
+            self._handle_all(self._supervisor.tick(now_s))
         if now_s >= due_s:
-            self._tell(fact.Tick())
+            self._handle(events.Tick())
 
     def _poller(self) -> select.poll:
-        """What to wait for; made anew only when that has changed."""
+        """The poll object, rebuilt only when the descriptors have changed."""
         pipe = self._supervisor.pipe
         wanted = [(self._signals.fileno(), select.POLLIN)]
         if pipe is not None:
@@ -204,16 +205,16 @@ class Link:
         if wanted != self._polled:
             self._polled = wanted
             self._poll = select.poll()
-            for descriptor, events in wanted:
-                self._poll.register(descriptor, events)
+            for descriptor, flags in wanted:
+                self._poll.register(descriptor, flags)
         return self._poll
 
     def _read(self, broker: int, dealer: Dealer, reported: bool) -> None:
-        """Everything about one broker's socket. All its last messages go before the news of its
-        end."""
+        """Handle everything about one broker's socket. If the connection is lost, its last messages
+        are handled first."""
         report = dealer.report() if reported else Report()
         if report.connected:
-            self._tell(fact.Connected(broker))
+            self._handle(events.Connected(broker))
         received = 0
         while report.lost is not None or received < MESSAGES_AT_ONCE:
             if self._dealers.get(broker) is not dealer:
@@ -222,19 +223,19 @@ class Link:
             if frames is None:
                 break
             received += 1
-            self._tell(fact.MessageReceived(broker, frames))
+            self._handle(events.MessageReceived(broker, frames))
         if report.lost is not None:
-            self._tell(fact.Disconnected(broker, report.lost, report.refused))
+            self._handle(events.Disconnected(broker, report.lost, report.refused))
         elif dealer.blocked and dealer.flush():
-            self._tell(fact.SendUnblocked(broker))
+            self._handle(events.SendUnblocked(broker))
 
-    # --- facts and instructions -------------------------------------------------------------------
+    # --- events and instructions ------------------------------------------------------------------
 
-    def _show(self, event: fact.Event) -> None:
+    def _show(self, event: events.Event) -> None:
         match event:
-            case fact.EngineLoading(progress, note):
+            case events.EngineLoading(progress, note):
                 self._display.show(progress, note)
-            case fact.EngineReady(capabilities):
+            case events.EngineReady(capabilities):
                 self._display.done()
                 names = ", ".join(model.name for model in capabilities.models)
                 fields = {
@@ -248,15 +249,15 @@ class Link:
                     fields[f"{model.name} runs one request at a time"] = model.serial
                 level = logging.WARNING if serial else logging.INFO
                 log.log(level, "engine ready", extra={"fields": fields})
-            case fact.EngineLost() | fact.WorkerFailed():
+            case events.EngineLost() | events.WorkerFailed():
                 self._display.done()
 
-    def _tell_all(self, events: Iterable[fact.Event]) -> None:
-        for event in events:
+    def _handle_all(self, batch: Iterable[events.Event]) -> None:
+        for event in batch:
             self._show(event)
-            self._tell(event)
+            self._handle(event)
 
-    def _tell(self, event: fact.Event) -> None:
+    def _handle(self, event: events.Event) -> None:
         for instruction in self._core.handle(event, time.monotonic()):
             self._do(instruction)
 
@@ -265,7 +266,7 @@ class Link:
             case Send(broker, frames):
                 dealer = self._dealers.get(broker)
                 if dealer is not None and not dealer.send(frames):
-                    self._tell(fact.SendBlocked(broker))
+                    self._handle(events.SendBlocked(broker))
             case EngineAdd(job_id, body, attachments):
                 self._supervisor.add(job_id, body, attachments)
             case EngineCancel(job_id):
@@ -279,7 +280,7 @@ class Link:
                 if dealer is not None:
                     dealer.close(linger=linger)
             case RestartEngine(reason):
-                self._tell_all(self._supervisor.restart(reason, time.monotonic()))
+                self._handle_all(self._supervisor.restart(reason, time.monotonic()))
             case Log(event, fields, level):
                 log.log(level, event, extra={"fields": fields})
             case Exit():
@@ -290,4 +291,4 @@ class Link:
         try:
             self._dealers[broker] = Dealer(self._context, address, self._keys, self._party)
         except CannotConnect as error:
-            self._tell(fact.Disconnected(broker, str(error)))
+            self._handle(events.Disconnected(broker, str(error)))

@@ -64,13 +64,13 @@ class Wire:
         #: Epochs of each request, as they came. Tests and events name them 0, 1, 2, ...
         self.epochs: dict[bytes, list[int]] = {}
 
-    # --- facts ---
+    # --- events ---
 
-    def tell(self, fact: events.Event) -> None:
-        orders = self.session.handle(fact, self.now_s)
+    def tell(self, event: events.Event) -> None:
+        instructions = self.session.handle(event, self.now_s)
         self.session.invariants()
-        for order in orders:
-            match order:
+        for instruction in instructions:
+            match instruction:
                 case OpenSocket(address):
                     self.opened.append(address)
                     self._in = self._out = 0
@@ -175,7 +175,7 @@ class Wire:
             self.now_s = max(self.now_s, self.session.deadline_s())
             self.tell(events.Tick())
 
-    # --- orders ---
+    # --- instructions ---
 
     def take_sent(self, *types: MessageType) -> list[tuple[MessageType, bytes, Any]]:
         """What was sent since the last look, of these types."""

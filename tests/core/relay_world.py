@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from broker.core import events as broker_fact
+from broker.core import events as broker_events
 from broker.core.controller import BrokerCore
 from broker.core.events import Side
 from broker.core.instructions import Send as BrokerSend
@@ -23,12 +23,12 @@ from broker.core.settings import CoreSettings
 from broker.protocol import codec
 from broker.protocol.limits import MAX_REQUEST_BYTES
 from broker.protocol.messages import Kind, ModelInfo, Params, Request, TokensEvent, new_id
-from client.core import events as client_fact
+from client.core import events as client_events
 from client.core.session import ClientSession
 from client.errors import BusError
 from client.options import Retry, Timeout
-from worker.core import events as worker_fact
-from worker.core import instructions as worker_order
+from worker.core import events as worker_events
+from worker.core import instructions as worker_instructions
 from worker.core.session import Settings, WorkerCore
 from worker.engines.base import Capabilities
 from worker.engines.events import END, FAIL, TOKENS
@@ -100,11 +100,11 @@ class Broker:
         return self.core.deadline_s()
 
     def tick(self) -> None:
-        self._carry_out(self.core.handle(broker_fact.Tick(), self.world.now_s))
+        self._carry_out(self.core.handle(broker_events.Tick(), self.world.now_s))
 
     def hear(self, side: Side, routing_id: bytes, frames: tuple[bytes, ...]) -> None:
         if (side, routing_id) in self.lines:
-            event = broker_fact.MessageReceived(side, routing_id, frames)
+            event = broker_events.MessageReceived(side, routing_id, frames)
             self._carry_out(self.core.handle(event, self.world.now_s))
 
     def _carry_out(self, instructions: list[Any]) -> None:
@@ -135,7 +135,7 @@ class Caller:
         self._routing_id = b""
         self.tokens: dict[bytes, list[int]] = {}
         self.texts: dict[bytes, str] = {}
-        self.ends: dict[bytes, client_fact.End | BusError] = {}
+        self.ends: dict[bytes, client_events.End | BusError] = {}
         self.taken: dict[bytes, int] = {}
         self.resumed = 0
         world.parties.append(self)
@@ -144,52 +144,52 @@ class Caller:
         return self.session.deadline_s()
 
     def tick(self) -> None:
-        self.tell(client_fact.Tick())
+        self.tell(client_events.Tick())
 
-    def tell(self, fact: client_fact.Event) -> None:
-        for order in self.session.handle(fact, self.world.now_s):
-            match order:
-                case client_fact.OpenSocket():
+    def tell(self, event: client_events.Event) -> None:
+        for instruction in self.session.handle(event, self.world.now_s):
+            match instruction:
+                case client_events.OpenSocket():
                     self._routing_id = routing_id = new_id()
                     key = Side.FRONT, routing_id
                     self.broker.lines[key] = lambda frames, r=routing_id: self._hear(r, frames)
                     self.broker.cuts[key] = lambda r=routing_id: self._cut(r)
-                    self.world.queue.append(lambda: self.tell(client_fact.SocketOpened()))
-                case client_fact.CloseSocket():
+                    self.world.queue.append(lambda: self.tell(client_events.SocketOpened()))
+                case client_events.CloseSocket():
                     self.broker.lines.pop((Side.FRONT, self._routing_id), None)
-                case client_fact.Send(frames):
+                case client_events.Send(frames):
                     routing_id = self._routing_id
                     self.world.queue.append(
                         lambda r=routing_id, f=frames: self.broker.hear(Side.FRONT, r, f)
                     )
-                case client_fact.Arrived(arrived):
+                case client_events.Arrived(arrived):
                     for event in arrived:
                         self.deliver(event.request_id, (event,))
-                case client_fact.Deliver(id_, items, _):
+                case client_events.Deliver(id_, items, _):
                     self.deliver(id_, items)
         self.session.invariants()
 
     def _hear(self, routing_id: bytes, frames: tuple[bytes, ...]) -> None:
         if routing_id == self._routing_id:
-            self.tell(client_fact.MessageReceived(frames))
+            self.tell(client_events.MessageReceived(frames))
 
     def _cut(self, routing_id: bytes) -> None:
         if routing_id == self._routing_id:
-            self.tell(client_fact.SocketLost("disconnected"))
+            self.tell(client_events.SocketLost("disconnected"))
 
-    def deliver(self, id_: bytes, items: tuple[client_fact.Item, ...]) -> None:
+    def deliver(self, id_: bytes, items: tuple[client_events.Item, ...]) -> None:
         for item in items:
             match item:
                 case TokensEvent():
                     assert len(self.tokens[id_]) == item.offset
                     self.tokens[id_] += item.token_ids
                     self.texts[id_] += item.text
-                case client_fact.Recovering():
+                case client_events.Recovering():
                     self.resumed += 1
-                case client_fact.End() | BusError():
+                case client_events.End() | BusError():
                     assert id_ not in self.ends, "it ends once"
                     self.ends[id_] = item
-                    if isinstance(item, client_fact.End):
+                    if isinstance(item, client_events.End):
                         self.texts[id_] += item.text
 
     def ask(
@@ -212,7 +212,7 @@ class Caller:
             window=window,
             **more,
         )
-        made = client_fact.RequestMade(
+        made = client_events.RequestMade(
             id_, request, (), Timeout(), Retry(attempts=50), window_tokens=window
         )
         self.tell(made)
@@ -220,11 +220,11 @@ class Caller:
 
     def read(self, id_: bytes) -> None:
         """Take all tokens that have arrived."""
-        self.tell(client_fact.TokensTaken(id_, len(self.tokens[id_])))
+        self.tell(client_events.TokensTaken(id_, len(self.tokens[id_])))
 
     def drop(self, id_: bytes) -> None:
         self.ends[id_] = BusError("dropped")
-        self.tell(client_fact.RequestDropped(id_))
+        self.tell(client_events.RequestDropped(id_))
 
 
 class _Worker:
@@ -238,7 +238,7 @@ class _Worker:
             name=name, brokers=tuple(broker.name for broker in brokers), relay=relay
         )
         self.core = WorkerCore(settings, world.now_s, random.Random(world.random.random()))
-        self.exit: worker_order.Exit | None = None
+        self.exit: worker_instructions.Exit | None = None
         self._routing_ids: dict[int, bytes] = {}
         world.parties.append(self)
 
@@ -246,27 +246,27 @@ class _Worker:
         return math.inf if self.exit else self.core.deadline_s()
 
     def tick(self) -> None:
-        self.tell(worker_fact.Tick())
+        self.tell(worker_events.Tick())
 
-    def tell(self, fact: worker_fact.Event) -> None:
-        for order in self.core.handle(fact, self.world.now_s):
-            match order:
-                case worker_order.OpenSocket(index):
+    def tell(self, event: worker_events.Event) -> None:
+        for instruction in self.core.handle(event, self.world.now_s):
+            match instruction:
+                case worker_instructions.OpenSocket(index):
                     self._open(index)
-                case worker_order.CloseSocket(index):
+                case worker_instructions.CloseSocket(index):
                     routing_id = self._routing_ids.pop(index, b"")
                     self.brokers[index].cuts.pop((Side.BACK, routing_id), None)
-                case worker_order.Send(index, frames):
+                case worker_instructions.Send(index, frames):
                     routing_id = self._routing_ids[index]
                     self.world.queue.append(
                         lambda i=index, r=routing_id, f=frames: self.brokers[i].hear(
                             Side.BACK, r, f
                         )
                     )
-                case worker_order.Exit():
-                    self.exit = order
+                case worker_instructions.Exit():
+                    self.exit = instruction
                 case _:
-                    self.engine(order)
+                    self.engine(instruction)
         self.core.invariants()
 
     def _open(self, index: int) -> None:
@@ -277,16 +277,16 @@ class _Worker:
 
         def hear(frames: tuple[bytes, ...]) -> None:
             if self._routing_ids.get(index) == routing_id:
-                self.tell(worker_fact.MessageReceived(index, frames))
+                self.tell(worker_events.MessageReceived(index, frames))
 
         def cut() -> None:
             if self._routing_ids.get(index) == routing_id:
-                self.tell(worker_fact.Disconnected(index, "the connection was closed"))
+                self.tell(worker_events.Disconnected(index, "the connection was closed"))
 
         broker.lines[key], broker.cuts[key] = hear, cut
-        self.world.queue.append(lambda: self.tell(worker_fact.Connected(index)))
+        self.world.queue.append(lambda: self.tell(worker_events.Connected(index)))
 
-    def engine(self, order: Any) -> None:
+    def engine(self, instruction: Any) -> None:
         """An instruction for the engine."""
         raise NotImplementedError
 
@@ -308,11 +308,11 @@ class Worker(_Worker):
         #: The next step fails all jobs with this error.
         self.error: dict[str, Any] | None = None
         infos = tuple(ModelInfo(name=model, kinds=(Kind.COMPLETE,)) for model in models)
-        self.tell(worker_fact.EngineReady(Capabilities("made up", "cpu", infos, slots)))
+        self.tell(worker_events.EngineReady(Capabilities("made up", "cpu", infos, slots)))
 
-    def engine(self, order: Any) -> None:
-        match order:
-            case worker_order.EngineAdd(job_id, body, _):
+    def engine(self, instruction: Any) -> None:
+        match instruction:
+            case worker_instructions.EngineAdd(job_id, body, _):
                 request = codec.decode(Request, body, MAX_REQUEST_BYTES)
                 count = len(request.resume.token_ids) if request.resume else 0
                 if request.resume:
@@ -321,7 +321,7 @@ class Worker(_Worker):
                 self.jobs[job_id] = request, count
                 self.ran.append(request)
                 assert len(self.jobs) <= self.slots, "more than its slots"
-            case worker_order.EngineCancel(job_id) if job_id in self.jobs:
+            case worker_instructions.EngineCancel(job_id) if job_id in self.jobs:
                 self.cancelled.append(job_id)
 
     def step(self) -> None:
@@ -348,7 +348,7 @@ class Worker(_Worker):
                 events.append([END, job_id, "length", "", usage, {"decode_ms": 1.5}])
                 del self.jobs[job_id]
         if events:
-            self.tell(worker_fact.EngineStepped(events))
+            self.tell(worker_events.EngineStepped(events))
 
 
 class Relay(_Worker):
@@ -362,16 +362,16 @@ class Relay(_Worker):
         )
         self.caller = Caller(world, lower, name)
         self.caller.deliver = self._arrived  # type: ignore[method-assign]
-        self.reports: list[worker_fact.Event] = []
+        self.reports: list[worker_events.Event] = []
         world.parties.append(_RelayClock(self))
         self.join(relay.Begun())
 
-    def _arrived(self, id_: bytes, items: tuple[client_fact.Item, ...]) -> None:
+    def _arrived(self, id_: bytes, items: tuple[client_events.Item, ...]) -> None:
         self.world.queue.append(lambda: self.join(relay.ItemsArrived(id_, items)))
 
-    def join(self, fact: relay.Event) -> None:
-        for order in self.relay.handle(fact, self.world.now_s):
-            match order:
+    def join(self, event: relay.Event) -> None:
+        for instruction in self.relay.handle(event, self.world.now_s):
+            match instruction:
                 case relay.Ask(asked):
                     self.world.queue.append(lambda f=asked: self.caller.tell(f))
                 case relay.Report(reported):
@@ -379,17 +379,17 @@ class Relay(_Worker):
                     self.world.queue.append(lambda f=reported: self.tell(f))
         self.relay.invariants()
 
-    def engine(self, order: Any) -> None:
-        match order:
-            case worker_order.EngineAdd(job_id, body, attachments):
-                fact: relay.Event = relay.JobAdded(job_id, body, attachments)
-            case worker_order.EngineCancel(job_id):
-                fact = relay.JobCancelled(job_id)
-            case worker_order.EngineWindow(job_id, limit):
-                fact = relay.WindowMoved(job_id, limit)
+    def engine(self, instruction: Any) -> None:
+        match instruction:
+            case worker_instructions.EngineAdd(job_id, body, attachments):
+                event: relay.Event = relay.JobAdded(job_id, body, attachments)
+            case worker_instructions.EngineCancel(job_id):
+                event = relay.JobCancelled(job_id)
+            case worker_instructions.EngineWindow(job_id, limit):
+                event = relay.WindowMoved(job_id, limit)
             case _:
                 return
-        self.world.queue.append(lambda: self.join(fact))
+        self.world.queue.append(lambda: self.join(event))
 
 
 class _RelayClock:

@@ -1,4 +1,4 @@
-"""The client's session in virtual time: given facts, expect orders (SPEC.md sections 5 and 6)."""
+"""The client's session in virtual time: events in, instructions out (SPEC.md sections 5 and 6)."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from broker.protocol.messages import FinishReason, Kind, Params, Request, Resume
 from client.core.events import Answered, End, QueryMade
 from client.errors import BusError
 from tests.core.relay_world import Relay, TwoBuses, answer
-from worker.core import events as worker_fact
+from worker.core import events as worker_events
 from worker.relay import core as relay
 from worker.relay import survey
 
@@ -123,7 +123,7 @@ def test_each_model_gets_the_slots_of_its_own_workers() -> None:
 
 def test_a_lower_bus_without_a_ready_worker_offers_nothing() -> None:
     buses = TwoBuses()
-    buses.workers[0].tell(worker_fact.EngineLost("the engine process was killed by SIGKILL"))
+    buses.workers[0].tell(worker_events.EngineLost("the engine process was killed by SIGKILL"))
     buses.world.advance(1.5)
     assert buses.credit == 0
     assert [row["name"] for row in buses.upper.query("bus.models")] == ["model"]
@@ -216,9 +216,9 @@ def _remove(buses: TwoBuses, gone: Relay) -> None:
         and party is not gone.caller
         and getattr(party, "_owner", None) is not gone
     ]
-    gone.tell = lambda fact: None  # type: ignore[method-assign]
-    gone.join = lambda fact: None  # type: ignore[method-assign]
-    gone.caller.tell = lambda fact: None  # type: ignore[method-assign]
+    gone.tell = lambda event: None  # type: ignore[method-assign]
+    gone.join = lambda event: None  # type: ignore[method-assign]
+    gone.caller.tell = lambda event: None  # type: ignore[method-assign]
 
 
 def test_a_worker_that_dies_below_is_not_noticed_above() -> None:
@@ -228,7 +228,7 @@ def test_a_worker_that_dies_below_is_not_noticed_above() -> None:
     dead = buses.workers[0]
     assert dead.jobs
     dead.jobs.clear()
-    dead.tell(worker_fact.EngineLost("the engine process was killed by SIGKILL"))
+    dead.tell(worker_events.EngineLost("the engine process was killed by SIGKILL"))
     buses.world.advance(2.0)
     buses.steps(60)
     for n, request in enumerate(requests):
@@ -266,7 +266,7 @@ def test_a_relay_that_is_stopped_drains_and_then_leaves() -> None:
     buses = TwoBuses()
     request = buses.above.ask(1, 30)
     buses.steps(5)
-    buses.relay.tell(worker_fact.StopRequested("SIGTERM"))
+    buses.relay.tell(worker_events.StopRequested("SIGTERM"))
     buses.world.settle()
     (row,) = buses.upper.query("bus.workers")
     assert row["state"] == "draining"
@@ -282,7 +282,8 @@ def test_a_broker_that_would_be_a_worker_of_itself_says_so_and_offers_nothing() 
     Relay(buses.world, [buses.lower], buses.upper, "back again")
     buses.world.advance(2.0)
     assert buses.credit == 0
-    failed = [fact for fact in buses.relay.reports if isinstance(fact, worker_fact.WorkerFailed)]
+    reports = buses.relay.reports
+    failed = [event for event in reports if isinstance(event, worker_events.WorkerFailed)]
     assert failed and "a loop of brokers: lower would be a worker of itself" in failed[0].message
 
 
@@ -292,24 +293,24 @@ def test_the_relays_of_a_loop_promise_nothing_until_one_of_them_has_left() -> No
     worker = {"name": "w", "models": ["model"], "state": "ready", "granted": 4, "assigned": 0}
 
     def look(now_s: float, via: list[str]) -> list[object]:
-        """Facts that follow a look at a bus with a worker behind which these brokers stand."""
-        fact = relay.Begun() if now_s == 0 else relay.Tick()
-        queries = [order.fact for order in core.handle(fact, now_s) if isinstance(order, relay.Ask)]
-        facts: list[object] = []
-        for query in queries:
+        """The reports that follow when the lower bus shows a worker reached via these brokers."""
+        event = relay.Begun() if now_s == 0 else relay.Tick()
+        asked = [each.event for each in core.handle(event, now_s) if isinstance(each, relay.Ask)]
+        reports: list[object] = []
+        for query in asked:
             assert isinstance(query, QueryMade)
             result = models if query.verb == "bus.models" else [{**worker, "via": via}]
             arrived = relay.ItemsArrived(query.query_id, (Answered(result),))
-            orders = core.handle(arrived, now_s)
-            facts += [order.fact for order in orders if isinstance(order, relay.Report)]
-        return facts
+            instructions = core.handle(arrived, now_s)
+            reports += [each.event for each in instructions if isinstance(each, relay.Report)]
+        return reports
 
     look(0.0, [])
     assert core.capacity == 4
     failures = [look(now_s, ["a", "b"])[-1] for now_s in (2.0, 4.0, 6.0)]
     assert core.capacity == 0
-    assert not any(isinstance(fact, worker_fact.WorkerFailed) for fact in failures)
-    assert any(isinstance(fact, worker_fact.WorkerFailed) for fact in look(8.0, ["a", "b"]))
+    assert not any(isinstance(event, worker_events.WorkerFailed) for event in failures)
+    assert any(isinstance(event, worker_events.WorkerFailed) for event in look(8.0, ["a", "b"]))
     look(10.0, ["a"])
     assert core.capacity == 4
 

@@ -13,7 +13,7 @@ import pytest
 
 from broker.peer.backoff import ABSENT_LONGEST_S, ATTEMPT_S, GREETING_LONGEST_S
 from tests.core.worker_world import World
-from worker.core import events as fact
+from worker.core import events
 
 
 def latest_return_s(outage_s: float) -> float:
@@ -32,7 +32,7 @@ def endure(world: World, generator: random.Random, until_s: float) -> None:
         elif not greeted:
             fate = generator.choice(("refused", "nothing", "greeted", "greeted", "greeted"))
             if fate == "refused":
-                world.tell(fact.Disconnected(0, "refused"))
+                world.tell(events.Disconnected(0, "refused"))
                 continue
             if fate == "greeted":
                 world.brokers[0].connect(welcome=False)
@@ -51,7 +51,7 @@ def test_a_link_is_back_within_the_attempt_and_the_wait_that_its_absence_allows(
     for seed in range(60):
         generator = random.Random(seed)
         world = World(seed=seed)
-        world.tell(fact.Tick())
+        world.tell(events.Tick())
         world.brokers[0].connect()
         world.advance(3.0)
         world.brokers[0].lose()

@@ -17,7 +17,7 @@ from broker.protocol import codec
 from broker.protocol.header import MessageType
 from broker.protocol.messages import EndEvent, Request
 from tests.core.worker_world import Answer, Broker, World, request_id, serving
-from worker.core import events as fact
+from worker.core import events
 from worker.engines.events import END, TOKENS
 
 STEPS = 250
@@ -215,7 +215,7 @@ class Life:
         return int.from_bytes(stream.request_id[1:], "big")
 
     def step(self) -> None:
-        events: list[list[object]] = []
+        step: list[list[object]] = []
         ended: list[bytes] = []
         for job_id in list(self.world.jobs):
             job = self.jobs[job_id]
@@ -227,14 +227,14 @@ class Life:
                 text = job.owed + "".join(f"{one} " for one in ids)
                 job.owed = ""
                 job.position += count
-                events.append([TOKENS, job_id, ids, text, None])
+                step.append([TOKENS, job_id, ids, text, None])
             if job.position >= job.length:
-                events.append([END, job_id, "stop", job.owed, {}, {}, None, None])
+                step.append([END, job_id, "stop", job.owed, {}, {}, None, None])
                 ended.append(job_id)
         for job_id in ended:
             self.world._gone(job_id)
             del self.jobs[job_id]
-        self.world.step(*events)
+        self.world.step(*step)
 
     def obey_cancels(self) -> None:
         for job_id in self.world.cancels:
@@ -259,12 +259,12 @@ class Life:
         if self.up():
             broker = self.random.choice(self.up())
             self.blocked.add(broker.index)
-            self.world.tell(fact.SendBlocked(broker.index))
+            self.world.tell(events.SendBlocked(broker.index))
 
     def unblock(self) -> None:
         for index in sorted(self.blocked):
             if self.world.brokers[index].up:
-                self.world.tell(fact.SendUnblocked(index))
+                self.world.tell(events.SendUnblocked(index))
         self.blocked.clear()
 
     def wait(self) -> None:

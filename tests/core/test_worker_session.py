@@ -18,7 +18,7 @@ from tests.core.worker_world import (
     serving,
     text_of,
 )
-from worker.core import events as fact
+from worker.core import events
 from worker.core import requests as limits
 
 # --- sessions -------------------------------------------------------------------------------------
@@ -26,12 +26,12 @@ from worker.core import requests as limits
 
 def test_a_worker_says_hello_then_that_it_loads_and_grants_nothing() -> None:
     world = World()
-    world.tell(fact.Tick())
+    world.tell(events.Tick())
     (broker,) = world.brokers
     broker.connect()
     (hello,) = broker.came(MessageType.HELLO)
     assert (hello.role, hello.name, [m.name for m in hello.models]) == ("worker", "w", ["demo"])
-    world.tell(fact.EngineLoading(0.5, "weights"))
+    world.tell(events.EngineLoading(0.5, "weights"))
     world.advance(1.5)
     beat = broker.came(MessageType.HEARTBEAT)[-1]
     assert (beat.state, beat.progress, beat.note) == (WorkerState.LOADING, 0.5, "weights")
@@ -40,7 +40,7 @@ def test_a_worker_says_hello_then_that_it_loads_and_grants_nothing() -> None:
 
 def test_a_loaded_engine_is_announced_once_with_models_then_granted() -> None:
     world = World(capacity=3)
-    world.tell(fact.Tick())
+    world.tell(events.Tick())
     (broker,) = world.brokers
     broker.connect()
     world.ready()
@@ -57,7 +57,7 @@ def test_a_loaded_engine_is_announced_once_with_models_then_granted() -> None:
 def test_a_worker_that_connects_after_loading_grants_at_once() -> None:
     world = World(capacity=3)
     world.ready()
-    world.tell(fact.Tick())
+    world.tell(events.Tick())
     world.brokers[0].connect()
     assert world.brokers[0].free == 3
 
@@ -90,7 +90,7 @@ def test_a_worker_that_was_stopped_itself_does_not_blame_the_broker() -> None:
     world = serving()
     world.core.deadline_s()
     world.now_s += 60.0
-    world.tell(fact.Tick())
+    world.tell(events.Tick())
     assert world.sockets == {0}
     world.core.deadline_s()
     world.advance(3.5, brokers_live=False)
@@ -105,8 +105,8 @@ def test_waits_between_attempts_grow_while_nobody_answers() -> None:
     world = World()
     waits = []
     for _ in range(60):
-        world.tell(fact.Tick())
-        world.tell(fact.Disconnected(0, "refused"))
+        world.tell(events.Tick())
+        world.tell(events.Disconnected(0, "refused"))
         waits.append(_wait_s(world))
         world.now_s = world.core.deadline_s()
     assert max(waits) <= 10.0
@@ -116,7 +116,7 @@ def test_waits_between_attempts_grow_while_nobody_answers() -> None:
 @pytest.mark.parametrize("lived_s", [0.05, 3.0, 11.0])
 def test_however_often_a_broker_is_killed_its_worker_comes_back_at_once(lived_s: float) -> None:
     world = World()
-    world.tell(fact.Tick())
+    world.tell(events.Tick())
     for _ in range(20):
         world.brokers[0].connect()
         world.advance(lived_s)
@@ -127,14 +127,14 @@ def test_however_often_a_broker_is_killed_its_worker_comes_back_at_once(lived_s:
 
 def test_a_broker_that_refuses_right_after_welcome_is_left_alone_longer_and_longer() -> None:
     world = World()
-    world.tell(fact.Tick())
+    world.tell(events.Tick())
     waits = []
     for _ in range(12):
         world.brokers[0].connect()
         world.brokers[0].refuse(fatal=False)
         waits.append(_wait_s(world))
         world.now_s = world.core.deadline_s()
-        world.tell(fact.Tick())
+        world.tell(events.Tick())
     assert 5.0 < max(waits[6:]) <= 30.0
 
 
@@ -142,8 +142,8 @@ def test_a_wrong_key_is_tried_less_and_less_often() -> None:
     world = World()
     waits = []
     for _ in range(12):
-        world.tell(fact.Tick())
-        world.tell(fact.Disconnected(0, "the broker refuses this worker's key", refused=True))
+        world.tell(events.Tick())
+        world.tell(events.Disconnected(0, "the broker refuses this worker's key", refused=True))
         waits.append(_wait_s(world))
         world.now_s = world.core.deadline_s()
     assert 10.0 < max(waits[6:]) <= 30.0
@@ -152,22 +152,22 @@ def test_a_wrong_key_is_tried_less_and_less_often() -> None:
 def test_an_absent_broker_is_told_once_at_a_level_that_people_see() -> None:
     world = World()
     for _ in range(5):
-        world.tell(fact.Tick())
-        world.tell(fact.Disconnected(0, "refused"))
+        world.tell(events.Tick())
+        world.tell(events.Disconnected(0, "refused"))
         world.now_s = world.core.deadline_s()
     assert [log.event for log in world.logs if log.level >= 20] == ["broker absent"]
 
 
 def test_a_connection_that_never_gets_anywhere_times_out() -> None:
     world = World()
-    world.tell(fact.Tick())
+    world.tell(events.Tick())
     world.advance(5.1)
     assert any("is the host's name right" in log.fields.get("cause", "") for log in world.logs)
 
 
 def test_a_hello_without_an_answer_times_out() -> None:
     world = World()
-    world.tell(fact.Tick())
+    world.tell(events.Tick())
     world.brokers[0].connect(welcome=False)
     world.advance(5.1, brokers_live=False)
     assert any("no answer to HELLO" in log.fields.get("cause", "") for log in world.logs)
@@ -175,7 +175,7 @@ def test_a_hello_without_an_answer_times_out() -> None:
 
 def test_a_broker_that_answers_hello_late_is_heard_at_the_second_attempt() -> None:
     world = World()
-    world.tell(fact.Tick())
+    world.tell(events.Tick())
     world.brokers[0].connect(welcome=False)
     world.advance(5.6, brokers_live=False)
     world.brokers[0].connect(welcome=False)
@@ -186,12 +186,12 @@ def test_a_broker_that_answers_hello_late_is_heard_at_the_second_attempt() -> No
 @pytest.mark.parametrize("greeting", [False, True])
 def test_a_starved_worker_reads_what_came_before_it_gives_an_attempt_up(greeting: bool) -> None:
     world = World()
-    world.tell(fact.Tick())
+    world.tell(events.Tick())
     if greeting:
         world.brokers[0].connect(welcome=False)
     world.core.deadline_s()
     world.now_s += 12.0  # the process did not run; its sockets' thread neither
-    world.tell(fact.Tick())
+    world.tell(events.Tick())
     assert world.sockets == {0}, "nobody can know yet that nothing came"
     world.advance(1.1, brokers_live=False)
     assert world.sockets == set()
@@ -199,7 +199,7 @@ def test_a_starved_worker_reads_what_came_before_it_gives_an_attempt_up(greeting
 
 def test_a_refusal_waits_as_long_as_the_broker_says() -> None:
     world = World()
-    world.tell(fact.Tick())
+    world.tell(events.Tick())
     world.brokers[0].connect(welcome=False)
     world.brokers[0].refuse(fatal=False, retry_after_ms=20_000)
     assert 20.0 <= _wait_s(world) <= 30.0
@@ -220,7 +220,7 @@ def test_a_broker_that_does_not_know_the_session_any_more_broke_no_protocol() ->
 def test_a_refusal_is_a_warning_and_the_process_goes_by_one_instance() -> None:
     world, said = World(instance=bytes(range(16))), []
     for _ in range(2):
-        world.tell(fact.Tick())
+        world.tell(events.Tick())
         world.brokers[0].connect(welcome=False)
         said.append(world.brokers[0].messages[-1][1].instance)
         world.brokers[0].refuse(fatal=False, retry_after_ms=1000)
@@ -231,7 +231,7 @@ def test_a_refusal_is_a_warning_and_the_process_goes_by_one_instance() -> None:
 
 def test_a_fatal_refusal_by_every_broker_ends_the_worker_with_an_error() -> None:
     world = World(brokers=2)
-    world.tell(fact.Tick())
+    world.tell(events.Tick())
     world.brokers[0].connect(welcome=False)
     world.brokers[0].refuse(fatal=True)
     assert world.exit is None
@@ -253,7 +253,7 @@ def test_a_fatal_refusal_by_every_broker_ends_the_worker_with_an_error() -> None
 )
 def test_garbage_ends_the_session_with_a_reason(frames: tuple[bytes, ...]) -> None:
     world = serving()
-    world.tell(fact.MessageReceived(0, frames))
+    world.tell(events.MessageReceived(0, frames))
     (goodbye,) = world.brokers[0].came(MessageType.GOODBYE)
     assert goodbye.reason == "protocol_error"
     assert world.sockets == set()
@@ -321,8 +321,8 @@ def test_log_probabilities_and_prompt_facts_are_passed_on() -> None:
     world.step([3, request_id(1), [1, 2], "pr", None])
     logprob = [-0.5, b"x", [[5, -0.5, b"x"]]]
     world.step([0, request_id(1), [5], "x", [logprob]])
-    events = [event for _, some in broker.outputs for event in some]
-    assert (events[0].token_ids, events[0].text) == ([1, 2], "pr")
+    entries = [event for _, some in broker.outputs for event in some]
+    assert (entries[0].token_ids, entries[0].text) == ([1, 2], "pr")
     assert broker.answer(1).logprobs[0].logprob == -0.5
 
 
@@ -412,7 +412,7 @@ def test_an_assignment_beyond_the_grant_is_rejected_and_keeps_the_counts_in_step
 
 def test_an_assignment_to_a_loading_worker_is_rejected_and_does_not_change_its_grant() -> None:
     world = World(capacity=2)
-    world.tell(fact.Tick())
+    world.tell(events.Tick())
     (broker,) = world.brokers
     broker.connect()
     broker.assign(1)
@@ -990,12 +990,12 @@ def test_while_the_socket_is_full_streams_coalesce_and_catch_up_afterwards() -> 
     broker.assign(1)
     world.generate(1, 0)
     outputs = len(broker.outputs)
-    world.tell(fact.SendBlocked(0))
+    world.tell(events.SendBlocked(0))
     for token in range(1, 50):
         world.generate(1, token)
     world.end(1)
     assert len(broker.outputs) == outputs
-    world.tell(fact.SendUnblocked(0))
+    world.tell(events.SendUnblocked(0))
     assert len(broker.outputs) == outputs + 1
     assert broker.answer(1).text == text_of(*range(50))
     assert isinstance(broker.answer(1).end, EndEvent)
@@ -1010,7 +1010,7 @@ def test_an_end_that_cannot_be_kept_for_a_full_socket_is_told_as_a_failure(
     for number in (1, 2):
         broker.assign(number)
         world.generate(number, 0)
-    world.tell(fact.SendBlocked(0))
+    world.tell(events.SendBlocked(0))
     for number in (1, 2):
         world.generate(number, 1)
         world.end(number)
@@ -1028,7 +1028,7 @@ def test_a_dead_engine_is_told_and_the_worker_comes_back_as_loading() -> None:
     broker.assign(1)
     broker.assign(2)
     world.end(2)
-    world.tell(fact.EngineLost("killed by SIGKILL"))
+    world.tell(events.EngineLost("killed by SIGKILL"))
     (goodbye,) = broker.came(MessageType.GOODBYE)
     assert (goodbye.reason, goodbye.message) == ("engine_dead", "killed by SIGKILL")
     world.advance(1.0)
@@ -1067,7 +1067,7 @@ def test_a_busy_engine_that_makes_progress_is_left_alone() -> None:
 
 def test_an_engine_that_cannot_be_had_ends_the_worker() -> None:
     world = serving()
-    world.tell(fact.WorkerFailed("no such model"))
+    world.tell(events.WorkerFailed("no such model"))
     assert world.brokers[0].came(MessageType.GOODBYE)[0].message == "no such model"
     assert world.exit is not None
     assert (world.exit.code, world.exit.message) == (1, "no such model")
@@ -1080,7 +1080,7 @@ def test_a_drained_worker_announces_it_finishes_and_says_goodbye() -> None:
     world = serving(capacity=2)
     (broker,) = world.brokers
     broker.assign(1)
-    world.tell(fact.StopRequested("SIGTERM"))
+    world.tell(events.StopRequested("SIGTERM"))
     (drain,) = broker.came(MessageType.DRAIN)
     assert drain.deadline_ms == 30_000
     assert broker.came(MessageType.HEARTBEAT)[-1].state == WorkerState.DRAINING
@@ -1112,16 +1112,16 @@ def test_a_drain_ends_at_its_deadline_whatever_runs() -> None:
 def test_a_second_request_to_stop_does_not_wait() -> None:
     world = serving()
     world.brokers[0].assign(1)
-    world.tell(fact.StopRequested("SIGTERM"))
+    world.tell(events.StopRequested("SIGTERM"))
     assert world.exit is None
-    world.tell(fact.StopRequested("SIGTERM"))
+    world.tell(events.StopRequested("SIGTERM"))
     assert world.exit is not None
     assert world.exit.code == 0
 
 
 def test_an_idle_or_loading_worker_stops_at_once() -> None:
     for world in (serving(), World()):
-        world.tell(fact.StopRequested("SIGTERM"))
+        world.tell(events.StopRequested("SIGTERM"))
         assert world.exit is not None
 
 
@@ -1130,7 +1130,7 @@ def test_a_running_request_can_be_resumed_while_its_worker_drains() -> None:
     (broker,) = world.brokers
     broker.assign(1)
     world.generate(1, 0)
-    world.tell(fact.StopRequested("SIGTERM"))
+    world.tell(events.StopRequested("SIGTERM"))
     broker.assign(1, route=OTHER_ROUTE, attach=True, resume=resume(1, [0], 2))
     broker.answer(1).token_ids, broker.answer(1).text = [0], "0 "
     world.generate(1, 1)
@@ -1143,7 +1143,7 @@ def test_a_running_request_can_be_resumed_while_its_worker_drains() -> None:
 
 def test_several_brokers_share_one_pool_of_slots() -> None:
     world = World(brokers=2, capacity=5)
-    world.tell(fact.Tick())
+    world.tell(events.Tick())
     for broker in world.brokers:
         broker.connect()
     world.ready()

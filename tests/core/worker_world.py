@@ -36,8 +36,7 @@ from broker.protocol.messages import (
     Welcome,
     Window,
 )
-from worker.core import events as fact
-from worker.core import instructions as order
+from worker.core import events, instructions
 from worker.core.session import Settings, WorkerCore
 from worker.engines.base import Capabilities
 from worker.engines.events import END, FAIL, TOKENS
@@ -141,7 +140,7 @@ class Broker:
     def say(self, type_: MessageType, id_: bytes, *frames: bytes) -> None:
         head = header.encode(type_, id_, self._sent)
         self._sent += 1
-        self.world.tell(fact.MessageReceived(self.index, (head, *frames)))
+        self.world.tell(events.MessageReceived(self.index, (head, *frames)))
 
     def connect(self, welcome: bool = True) -> None:
         """The worker's socket gets through; HELLO is answered."""
@@ -150,7 +149,7 @@ class Broker:
         self.sessions += 1
         self._sent = self._heard = 0
         self.granted = self.assigned = self.returned = 0
-        self.world.tell(fact.Connected(self.index))
+        self.world.tell(events.Connected(self.index))
         if welcome:
             self.session = bytes((9, self.index)) + bytes(14)
             self.say(MessageType.WELCOME, self.session, codec.encode(WELCOME))
@@ -158,7 +157,7 @@ class Broker:
     def lose(self) -> None:
         """The connection breaks."""
         self.up = False
-        self.world.tell(fact.Disconnected(self.index, "reset"))
+        self.world.tell(events.Disconnected(self.index, "reset"))
 
     def assign(
         self,
@@ -229,9 +228,9 @@ class Broker:
         assert head.sequence == self._heard, "the worker's sequence has a gap"
         self._heard += 1
         if head.type is MessageType.OUTPUT:
-            events = codec.decode_events(frames[1], 1 << 20)
-            self.outputs.append((head.id, events))
-            for event in events:
+            arrived = codec.decode_events(frames[1], 1 << 20)
+            self.outputs.append((head.id, arrived))
+            for event in arrived:
                 self.answers.setdefault(event.request_id, Answer()).take(event)
             if head.flags & Flag.LEDGER:
                 ledger = codec.decode_ledger(frames[2], 1 << 20)
@@ -240,7 +239,7 @@ class Broker:
                 self.started += ledger.started
             else:
                 assert len(frames) == 2
-            self.messages.append((head, events))
+            self.messages.append((head, arrived))
             return
         content = codec.decode(TYPES[head.type], frames[1], 1 << 22)
         self.messages.append((head, content))
@@ -296,41 +295,41 @@ class World:
         self.attachments: dict[bytes, tuple[bytes, ...]] = {}
         self.cancels: list[bytes] = []
         self.restarts: list[str] = []
-        self.logs: list[order.Log] = []
-        self.exit: order.Exit | None = None
+        self.logs: list[instructions.Log] = []
+        self.exit: instructions.Exit | None = None
 
-    # --- facts ------------------------------------------------------------------------------------
+    # --- events -----------------------------------------------------------------------------------
 
-    def tell(self, event: fact.Event) -> None:
+    def tell(self, event: events.Event) -> None:
         for instruction in self.core.handle(event, self.now_s):
             self._do(instruction)
         if self.exit is None:
             self.core.invariants()
 
-    def _do(self, instruction: order.Instruction) -> None:
+    def _do(self, instruction: instructions.Instruction) -> None:
         match instruction:
-            case order.Send(broker, frames):
+            case instructions.Send(broker, frames):
                 assert broker in self.sockets, "sent to a closed socket"
                 self.brokers[broker].hear(frames)
-            case order.OpenSocket(broker):
+            case instructions.OpenSocket(broker):
                 assert broker not in self.sockets, "two sockets to one broker"
                 self.sockets.add(broker)
-            case order.CloseSocket(broker):
+            case instructions.CloseSocket(broker):
                 self.sockets.remove(broker)
                 self.brokers[broker].up = False
-            case order.EngineAdd(job_id, content, attachments):
+            case instructions.EngineAdd(job_id, content, attachments):
                 assert job_id not in self.jobs, "a job was added twice"
                 self.jobs[job_id] = content
                 self.attachments[job_id] = attachments
                 held = len(self.jobs) - len(self.cancels)
                 assert held <= self.capacity, "the engine holds more than its slots"
-            case order.EngineCancel(job_id):
+            case instructions.EngineCancel(job_id):
                 self.cancels.append(job_id)
-            case order.RestartEngine(reason):
+            case instructions.RestartEngine(reason):
                 self.restarts.append(reason)
-            case order.Log():
+            case instructions.Log():
                 self.logs.append(instruction)
-            case order.Exit():
+            case instructions.Exit():
                 self.exit = instruction
 
     def advance(self, seconds: float, brokers_live: bool = True) -> None:
@@ -345,7 +344,7 @@ class World:
                     if broker.up:
                         broker.beat()
             if self.exit is None and self.core.deadline_s() <= self.now_s:
-                self.tell(fact.Tick())
+                self.tell(events.Tick())
 
     # --- engine -----------------------------------------------------------------------------------
 
@@ -353,10 +352,10 @@ class World:
         """The engine is loaded."""
         info = ModelInfo(name=MODEL, context_tokens=1000)
         capabilities = Capabilities("echo", "cpu", (info,), capacity or self.capacity)
-        self.tell(fact.EngineReady(capabilities))
+        self.tell(events.EngineReady(capabilities))
 
-    def step(self, *events: list[Any]) -> None:
-        self.tell(fact.EngineStepped(list(events)))
+    def step(self, *entries: list[Any]) -> None:
+        self.tell(events.EngineStepped(list(entries)))
 
     def generate(self, number: int, *token_ids: int, job: bytes | None = None) -> None:
         """A step that brings one event: tokens whose text is their number and a space."""
@@ -393,7 +392,7 @@ class World:
 def serving(brokers: int = 1, capacity: int = 2, **settings: Any) -> World:
     """A worker with a loaded engine that is connected to all of its brokers."""
     world = World(brokers, capacity, **settings)
-    world.tell(fact.Tick())
+    world.tell(events.Tick())
     for broker in world.brokers:
         broker.connect()
     world.ready()

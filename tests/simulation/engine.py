@@ -11,7 +11,7 @@ from broker.protocol.limits import MAX_REQUEST_BYTES
 from broker.protocol.messages import Kind, ModelInfo, Request, kind_fields
 from tests.simulation.answers import Answer, result_of
 from tests.simulation.world import Violation
-from worker.core import events as worker_fact
+from worker.core import events as worker_events
 from worker.engines.base import Capabilities
 from worker.engines.events import END, FAIL, TOKENS
 
@@ -50,7 +50,7 @@ class SimEngine:
             kinds = kind_fields((Kind.COMPLETE, Kind.EMBED, Kind.DECIDE))
             model = ModelInfo(name=MODEL, context_tokens=1 << 20, **kinds)
             capabilities = Capabilities("sim", "none", (model,), self.worker.slots)
-            self.worker.tell(worker_fact.EngineReady(capabilities))
+            self.worker.tell(worker_events.EngineReady(capabilities))
 
     def add(self, job_id: bytes, body: bytes) -> None:
         """A new job. One that reaches an engine which died meanwhile is lost with it."""
@@ -108,7 +108,7 @@ class SimEngine:
         events: list[list[Any]] = []
         for job_id, job in list(self.jobs.items()):
             events += self._events(job_id, job)
-        self.worker.tell(worker_fact.EngineStepped(events))
+        self.worker.tell(worker_events.EngineStepped(events))
         self._go_on()
 
     def _events(self, job_id: bytes, job: _Job) -> list[list[Any]]:

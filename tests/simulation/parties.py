@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from broker.core import events as broker_fact
+from broker.core import events as broker_events
 from broker.core.controller import BrokerCore
 from broker.core.events import Side
 from broker.core.instructions import ForgetPeer, StopLoop
@@ -29,14 +29,14 @@ from broker.protocol.messages import (
     TokensEvent,
     Window,
 )
-from client.core import events as client_fact
+from client.core import events as client_events
 from client.core.session import ClientSession
 from client.errors import BusError
 from client.options import Limits, Retry, Timeout
 from tests.simulation.answers import Call, result_of, whole_request
 from tests.simulation.engine import MODEL, SimEngine
 from tests.simulation.world import Party, Violation, Wire, World
-from worker.core import events as worker_fact
+from worker.core import events as worker_events
 from worker.core.instructions import (
     CloseSocket,
     EngineAdd,
@@ -90,10 +90,10 @@ class SimBroker(Party):
         self._on_exit(self)
 
     def tick_event(self) -> Any:
-        return broker_fact.Tick()
+        return broker_events.Tick()
 
     def woke(self, late_s: float) -> None:
-        self.handle(broker_fact.LoopWasLate(late_s))
+        self.handle(broker_events.LoopWasLate(late_s))
 
     def accept(self, side: Side, wire: Wire) -> None:
         self.wires[side][wire.routing_id] = wire
@@ -105,10 +105,10 @@ class SimBroker(Party):
             if forward is not None:
                 self._send(Side.FRONT, forward[0], (forward[1], frames[1]))
                 return
-        self.tell(broker_fact.MessageReceived(side, wire.routing_id, frames))
+        self.tell(broker_events.MessageReceived(side, wire.routing_id, frames))
 
     def connection_gone(self, side: Side) -> None:
-        self.tell(broker_fact.DisconnectReported(side))
+        self.tell(broker_events.DisconnectReported(side))
 
     def carry_out(self, instruction: Any) -> None:
         match instruction:
@@ -128,12 +128,12 @@ class SimBroker(Party):
     def _send(self, side: Side, routing_id: bytes, frames: tuple[bytes, ...]) -> None:
         wire = self.wires[side].get(routing_id)
         if wire is None or (not wire.open and not wire.silent):
-            self.world.after(0.0, self.tell, broker_fact.PeerUnreachable(side, routing_id))
+            self.world.after(0.0, self.tell, broker_events.PeerUnreachable(side, routing_id))
             return
         wire.send_to_peer(frames)
         peer: Party = wire.peer  # type: ignore[attr-defined]
         if peer.backlog > self.peer_queue_messages:
-            self.world.after(0.0, self.tell, broker_fact.PeerOverflowed(side, routing_id))
+            self.world.after(0.0, self.tell, broker_events.PeerOverflowed(side, routing_id))
 
 
 class _Sockets:
@@ -215,24 +215,24 @@ class _Sockets:
 
     # Facts, in the words of the party's core:
     def opened_event(self, index: int) -> Any:
-        return worker_fact.Connected(index)
+        return worker_events.Connected(index)
 
     def lost_event(self, index: int, why: str) -> Any:
-        return worker_fact.Disconnected(index, why)
+        return worker_events.Disconnected(index, why)
 
     def message_event(self, index: int, frames: tuple[bytes, ...]) -> Any:
-        return worker_fact.MessageReceived(index, frames)
+        return worker_events.MessageReceived(index, frames)
 
 
 class _ClientSockets(_Sockets):
     def opened_event(self, index: int) -> Any:
-        return client_fact.SocketOpened()
+        return client_events.SocketOpened()
 
     def lost_event(self, index: int, why: str) -> Any:
-        return client_fact.SocketLost(why)
+        return client_events.SocketLost(why)
 
     def message_event(self, index: int, frames: tuple[bytes, ...]) -> Any:
-        return client_fact.MessageReceived(frames)
+        return client_events.MessageReceived(frames)
 
 
 class SimWorker(Party):
@@ -278,7 +278,7 @@ class SimWorker(Party):
         self.arm()
 
     def tick_event(self) -> Any:
-        return worker_fact.Tick()
+        return worker_events.Tick()
 
     def carry_out(self, instruction: Any) -> None:
         match instruction:
@@ -314,10 +314,10 @@ class SimWorker(Party):
         if self.alive and self.engine.ready and self.engine.alive:
             self.world.note(self.name, "loses its engine")
             self.engine.die()
-            self.tell(worker_fact.EngineLost("killed by signal 9"))
+            self.tell(worker_events.EngineLost("killed by signal 9"))
 
     def handle(self, event: Any) -> None:
-        if isinstance(event, worker_fact.EngineLost):
+        if isinstance(event, worker_events.EngineLost):
             self._new_engine()  # the supervisor, a part of this process, saw it now
         super().handle(event)
 
@@ -411,7 +411,7 @@ class SimClient(Party):
         self.closed = False
 
     def tick_event(self) -> Any:
-        return client_fact.Tick()
+        return client_events.Tick()
 
     def ask(self, call: Call) -> None:
         """The application makes a request."""
@@ -436,15 +436,15 @@ class SimClient(Party):
             between_tokens=None,
             total=call.total_s,
         )
-        self.tell(client_fact.RequestMade(call.request_id, asked, (), limits, self.retry))
+        self.tell(client_events.RequestMade(call.request_id, asked, (), limits, self.retry))
 
     def drop(self, call: Call) -> None:
         """The application stops reading."""
         if call.request_id in self.calls:
-            self.tell(client_fact.RequestDropped(call.request_id))
+            self.tell(client_events.RequestDropped(call.request_id))
 
     def handle(self, event: Any) -> None:
-        if isinstance(event, client_fact.RequestDropped):
+        if isinstance(event, client_events.RequestDropped):
             call = self.calls[event.request_id]
             if call.outcome or call.dropped:
                 return
@@ -457,7 +457,7 @@ class SimClient(Party):
         query_id = self.world.rng.getrandbits(128).to_bytes(16)
         self.drains[query_id] = name
         args = {"worker": name, "deadline_ms": 2000}
-        self.tell(client_fact.QueryMade(query_id, "bus.drain", args, Timeout(total=5)))
+        self.tell(client_events.QueryMade(query_id, "bus.drain", args, Timeout(total=5)))
 
     def kill(self) -> None:
         """kill -9: nobody reads its answers any more."""
@@ -489,27 +489,27 @@ class SimClient(Party):
                 resume = Resume(epoch=self.world.rng.choice(epochs))
                 again = msgspec.structs.replace(again, resume=resume)
             requests._send(type_, id_, again)
-        orders, core._out = core._out, []
-        for order in orders:
-            self.carry_out(order)
+        instructions, core._out = core._out, []
+        for instruction in instructions:
+            self.carry_out(instruction)
 
     def close(self) -> None:
         self.closed = True
-        self.tell(client_fact.CloseRequested())
+        self.tell(client_events.CloseRequested())
 
     def carry_out(self, instruction: Any) -> None:
         match instruction:
-            case client_fact.Send(frames):
+            case client_events.Send(frames):
                 self.sockets.send(self._socket, frames)
-            case client_fact.OpenSocket(address):
+            case client_events.OpenSocket(address):
                 self._socket = next(i for i, b in enumerate(self.brokers) if b.name == address)
                 self.sockets.open(self._socket)
-            case client_fact.CloseSocket():
+            case client_events.CloseSocket():
                 self.sockets.close(self._socket)
-            case client_fact.Arrived(arrived):
+            case client_events.Arrived(arrived):
                 for event in arrived:
                     self._read(event.request_id, (event,), False)
-            case client_fact.Deliver(id_, items, final):
+            case client_events.Deliver(id_, items, final):
                 self._read(id_, items, final)
 
     def _read(self, id_: bytes, items: tuple[Any, ...], final: bool) -> None:
@@ -526,19 +526,19 @@ class SimClient(Party):
                 case TokensEvent():
                     call.begun = False
                     self._tokens(name, call, item)
-                case client_fact.End():
+                case client_events.End():
                     call.outcome, call.text = "end", call.text + item.text
                     call.resumed, call.result = item.resumed, item.result
                     self._check_end(name, call)
-                case client_fact.Queued():
+                case client_events.Queued():
                     call.queued_s = self.world.now_s
-                case client_fact.Started():
+                case client_events.Started():
                     call.begun = True
                     call.waited_s = max(call.waited_s, self.world.now_s - call.queued_s)
                     call.away_s = max(call.away_s, self.world.now_s - call.lost_s)
                     call.queued_s = call.lost_s = math.inf
                     self.world.note(self.name, f"{id_.hex()[:8]} runs at {item.worker}")
-                case client_fact.Recovering():
+                case client_events.Recovering():
                     call.unheard += call.begun
                     call.begun = False
                     call.blamed.update(self.core._requests.exchanges[id_].lost_workers)
@@ -582,7 +582,7 @@ class SimClient(Party):
 
     def _take(self, call: Call, offset: int) -> None:
         if self.alive and not call.outcome and not call.dropped:
-            self.world.after(0.0, self.tell, client_fact.TokensTaken(call.request_id, offset))
+            self.world.after(0.0, self.tell, client_events.TokensTaken(call.request_id, offset))
 
     def _check_end(self, name: str, call: Call) -> None:
         whole = call.answer.text(call.answer.length)

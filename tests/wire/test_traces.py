@@ -33,7 +33,7 @@ from client.core.events import End, Started
 from client.gateway.traces import HttpSpan
 from tests.gateway.conftest import running_gateway
 from tests.harness import Bus, wait_until
-from worker.core import events as fact
+from worker.core import events
 from worker.process.traces import TracedEngine
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -79,7 +79,7 @@ class ScriptedEngine:
     waiting = False
 
     def __init__(self) -> None:
-        self.says: list[fact.Event] = []
+        self.says: list[events.Event] = []
         self.added: list[bytes] = []
 
     def start(self) -> None: ...
@@ -92,13 +92,13 @@ class ScriptedEngine:
     def add(self, job_id: bytes, body: bytes, attachments: tuple[bytes, ...]) -> None:
         self.added.append(job_id)
 
-    def read(self, now_s: float) -> list[fact.Event]:
+    def read(self, now_s: float) -> list[events.Event]:
         return self.says
 
-    def tick(self, now_s: float) -> list[fact.Event]:
+    def tick(self, now_s: float) -> list[events.Event]:
         return []
 
-    def restart(self, reason: str, now_s: float) -> list[fact.Event]:
+    def restart(self, reason: str, now_s: float) -> list[events.Event]:
         return []
 
 
@@ -118,7 +118,7 @@ def test_a_job_becomes_a_span_with_its_queue_prefill_and_decode(exported: Export
     # A job cannot have taken longer than since it was added.
     job = traced._jobs[JOB]
     job.started_ns -= 10_000_000
-    engine.says = [fact.EngineStepped([[1, JOB, "stop", "", usage, timings]])]
+    engine.says = [events.EngineStepped([[1, JOB, "stop", "", usage, timings]])]
     assert traced.read(0.0) is engine.says
     whole = exported["chat demo"]
     assert whole.context.trace_id == TRACE_ID
@@ -140,7 +140,7 @@ def test_a_job_that_fails_or_is_lost_is_an_error(exported: Exported) -> None:
     other = b"\x02" * 16
     traced.add(JOB, body(traceparent=PARENT), ())
     traced.add(other, body(traceparent=PARENT), ())
-    engine.says = [fact.EngineStepped([[2, JOB, {"code": "out_of_memory", "message": "full"}]])]
+    engine.says = [events.EngineStepped([[2, JOB, {"code": "out_of_memory", "message": "full"}]])]
     traced.read(0.0)
     traced.restart("it hangs", 0.0)
     statuses = [span.status for span in exported._memory.get_finished_spans()]
@@ -152,7 +152,7 @@ def test_a_request_without_context_makes_no_span(exported: Exported) -> None:
     engine = ScriptedEngine()
     traced = TracedEngine(engine, exported.tracer, "w1")
     traced.add(JOB, body(**{"x-request-id": "r1"}), ())
-    engine.says = [fact.EngineStepped([[1, JOB, "stop"]])]
+    engine.says = [events.EngineStepped([[1, JOB, "stop"]])]
     traced.read(0.0)
     assert engine.added == [JOB] and exported.names == []
 

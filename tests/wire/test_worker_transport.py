@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from tests.harness import PATIENCE_S
-from worker.core import events as fact
+from worker.core import events
 from worker.engines.base import EngineOptions
 from worker.process.pipe import Pipe, PipeClosed
 from worker.process.supervisor import Supervisor
@@ -106,7 +106,7 @@ def test_an_engines_last_words_are_heard_although_it_left_what_was_sent_to_it(
     assert link.backlog_bytes
     engine.send([msgspec.msgpack.encode(("broken", "the device is lost"))])
     engine.close()
-    events = supervisor.read(0.0) + supervisor.read(0.0)
-    assert [event for event in events if isinstance(event, fact.EngineLost)] == [
-        fact.EngineLost("the device is lost")
+    arrived = supervisor.read(0.0) + supervisor.read(0.0)
+    assert [event for event in arrived if isinstance(event, events.EngineLost)] == [
+        events.EngineLost("the device is lost")
     ]

@@ -1,7 +1,7 @@
-"""The worker's session with one broker: beside the connection itself, its credit and routes.
+"""The worker's connection to one broker, with the session's credit and routes.
 
-Kept from one socket to the next, and begun anew with each; what to do about a message is decided in
-`session`. Must never touch a socket or a clock.
+The object outlives its sockets; each new session resets its state. What to do about a message is
+decided in `session`. Must never touch a socket or a clock.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from worker.core.streams import Route
 
 
 class Connection(PeerConnection):
-    """The connection to one broker, always the same."""
+    """The connection to one broker, which never changes."""
 
     __slots__ = (
         "blocked",
@@ -32,25 +32,25 @@ class Connection(PeerConnection):
     def __init__(self, index: int, address: str, generator: random.Random, now_s: float) -> None:
         super().__init__(Address(address, generator, from_s=now_s), door="back", steady=True)
         self.index = index
-        #: The absence of this broker was told; not again until it was there.
+        #: The absence of this broker has been logged; logged again only after it has been back.
         self.told_absent = False
         self.state = State.WAITING
 
     def _reset(self) -> None:
         super()._reset()
-        #: The socket is full: no OUTPUT is made until it is not.
+        #: The socket is full: no OUTPUT is made until it has room.
         self.blocked = False
         self.credit = Account()
         #: The broker knows the engine's models and capacity.
         self.models_told = False
         self.routes: dict[bytes, Route] = {}
-        #: Running requests that HELLO named and that nobody resumed through this broker yet.
+        #: Running requests named in HELLO that no client has resumed through this broker yet.
         self.held: set[bytes] = set()
-        #: For a ledger that belongs to no client session: their end.
+        #: For ledgers about requests that belong to no client session.
         self.silent = Route(self, NO_ID)
 
     def route(self, reply_to: bytes) -> Route:
-        """The route of that name; made when it is new."""
+        """The route for this reply address; created if it is new."""
         found = self.routes.get(reply_to)
         if found is None:
             if len(self.routes) >= 64:

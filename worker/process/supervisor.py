@@ -22,8 +22,8 @@ from typing import Any
 import msgspec
 
 from broker.protocol.errors import ErrorCode, ErrorInfo
-from worker.core import events as fact
-from worker.engines import events
+from worker.core import events
+from worker.engines import events as engine_events
 from worker.engines.base import Capabilities, EngineOptions
 from worker.process.pipe import Pipe, PipeClosed
 
@@ -124,7 +124,7 @@ class Supervisor:
         self._kill()
         self._restart_s = math.inf
 
-    def restart(self, reason: str, now_s: float) -> list[fact.Event]:
+    def restart(self, reason: str, now_s: float) -> list[events.Event]:
         """Kill a hung engine, and start a new one after a while."""
         self._kill()
         return self._died(reason, now_s)
@@ -133,44 +133,45 @@ class Supervisor:
         """When `tick` is due."""
         return self._restart_s
 
-    def tick(self, now_s: float) -> list[fact.Event]:
+    def tick(self, now_s: float) -> list[events.Event]:
         """Start the engine again when its time has come."""
         if now_s < self._restart_s:
             return []
         self.start()
-        return [fact.EngineLoading(None, "restarting the engine")]
+        return [events.EngineLoading(None, "restarting the engine")]
 
-    # --- messages from the process
-    # -----------------------------------------------------------------------------
+    # --- messages from the process ----------------------------------------------------------------
 
-    def read(self, now_s: float) -> list[fact.Event]:
+    def read(self, now_s: float) -> list[events.Event]:
         """Events since the last call, including the process's end."""
         refused, self._refused = self._refused, []
-        facts: list[fact.Event] = [fact.EngineStepped(refused)] if refused else []
+        arrived: list[events.Event] = [events.EngineStepped(refused)] if refused else []
         if self.pipe is None:
-            return facts
+            return arrived
         try:
             with contextlib.suppress(PipeClosed):
                 # `receive` notices that the engine is gone, after its last messages.
                 self.pipe.flush()
             for message in self.pipe.receive():
-                event = self._said(msgspec.msgpack.decode(message[0]), now_s)
-                last = facts[-1] if facts else None
-                if isinstance(event, fact.EngineStepped) and isinstance(last, fact.EngineStepped):
+                event = self._event_of(msgspec.msgpack.decode(message[0]), now_s)
+                last = arrived[-1] if arrived else None
+                if isinstance(event, events.EngineStepped) and isinstance(
+                    last, events.EngineStepped
+                ):
                     # The link is behind: several steps are sent as one OUTPUT.
                     last.events.extend(event.events)
                 elif event is not None:
-                    facts.append(event)
+                    arrived.append(event)
         except PipeClosed:
-            facts += self._ended(now_s)
-        return facts
+            arrived += self._ended(now_s)
+        return arrived
 
-    def _said(self, message: list[Any], now_s: float) -> fact.Event | None:
+    def _event_of(self, message: list[Any], now_s: float) -> events.Event | None:
         match message:
             case ["step", step]:
-                return fact.EngineStepped(step)
+                return events.EngineStepped(step)
             case ["metrics", metrics]:
-                return fact.EngineMeasured(
+                return events.EngineMeasured(
                     {
                         str(name): float(value)
                         for name, value in metrics.items()
@@ -178,19 +179,19 @@ class Supervisor:
                     }
                 )
             case ["loading", fraction, note]:
-                return fact.EngineLoading(fraction, note)
+                return events.EngineLoading(fraction, note)
             case ["ready", capabilities]:
                 try:
                     known = msgspec.convert(capabilities, Capabilities)
                 except msgspec.ValidationError as error:
                     self._kill()
                     engine = self._options.engine
-                    return fact.WorkerFailed(
+                    return events.WorkerFailed(
                         f"engine {engine} sent an invalid description of itself: {error}"
                     )
                 self._ready_s = now_s
                 self._was_ready = True
-                return fact.EngineReady(known)
+                return events.EngineReady(known)
             case ["unusable", reason]:
                 self._unusable = True
                 self._last_words = reason
@@ -198,7 +199,7 @@ class Supervisor:
                 self._last_words = reason
         return None
 
-    def _ended(self, now_s: float) -> list[fact.Event]:
+    def _ended(self, now_s: float) -> list[events.Event]:
         process = self._process
         status: int | None = None
         if process is not None:
@@ -207,23 +208,24 @@ class Supervisor:
         self._kill()
         reason = self._last_words or f"the engine process {_how(status)}"
         if self._unusable and not self._was_ready:
-            return [fact.WorkerFailed(reason)]
-        return [fact.EngineLost(reason), *self._died(reason, now_s)]
+            return [events.WorkerFailed(reason)]
+        return [events.EngineLost(reason), *self._died(reason, now_s)]
 
-    def _died(self, reason: str, now_s: float) -> list[fact.Event]:
+    def _died(self, reason: str, now_s: float) -> list[events.Event]:
         proven = self._ready_s is not None and now_s - self._ready_s >= PROVEN_S
         self._deaths = 1 if proven else self._deaths + 1
         if self._deaths >= QUICK_DEATHS:
             return [
-                fact.WorkerFailed(f"the engine died {self._deaths} times in a row; last: {reason}")
+                events.WorkerFailed(
+                    f"the engine died {self._deaths} times in a row; last: {reason}"
+                )
             ]
         wait_s = min(LONGEST_RESTART_S, FIRST_RESTART_S * 2.0 ** (self._deaths - 1))
         self._restart_s = now_s + wait_s
         log.warning("engine lost", extra={"fields": {"cause": reason, "restart_in_s": wait_s}})
         return []
 
-    # --- messages to the process
-    # --------------------------------------------------------------------------
+    # --- messages to the process ------------------------------------------------------------------
 
     def add(self, job_id: bytes, body: bytes, attachments: tuple[bytes, ...]) -> None:
         """Hand a job over. One that cannot be handed over is returned as failed by `read`."""
@@ -235,19 +237,19 @@ class Supervisor:
                 message="the engine accepts no more data for now; try again later",
                 retryable=True,
             )
-            self._refused.append(events.failed(job_id, error))
+            self._refused.append(engine_events.failed(job_id, error))
             return
-        self._tell((msgspec.msgpack.encode(("add", job_id)), body, *attachments))
+        self._send((msgspec.msgpack.encode(("add", job_id)), body, *attachments))
 
     def cancel(self, job_id: bytes) -> None:
         """Stop a job."""
-        self._tell((msgspec.msgpack.encode(("cancel", job_id)),))
+        self._send((msgspec.msgpack.encode(("cancel", job_id)),))
 
     def widen(self, job_id: bytes, limit: int) -> None:
         """Do nothing: an engine generates ahead of the window, and the stream keeps what the client
         does not accept yet."""
 
-    def _tell(self, frames: tuple[bytes, ...]) -> None:
+    def _send(self, frames: tuple[bytes, ...]) -> None:
         # The next `read` notices that the other side is gone.
         if self.pipe is not None:
             with contextlib.suppress(PipeClosed):

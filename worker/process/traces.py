@@ -14,7 +14,7 @@ import msgspec
 
 from broker.protocol.messages import Timings
 from broker.protocol.tracing import TRACE_KEYS, context_of
-from worker.core import events as fact
+from worker.core import events
 from worker.engines.base import Ended, Failed
 from worker.engines.events import END, FAIL, decode
 
@@ -90,34 +90,34 @@ class TracedEngine:
             self._jobs[job_id] = _Job(span, now_ns)
         self._engine.add(job_id, body, attachments)
 
-    def read(self, now_s: float) -> list[fact.Event]:
+    def read(self, now_s: float) -> list[events.Event]:
         """The engine's events; ends become spans."""
         return self._seen(self._engine.read(now_s))
 
-    def tick(self, now_s: float) -> list[fact.Event]:
+    def tick(self, now_s: float) -> list[events.Event]:
         """Like `read`, for events caused by time."""
         return self._seen(self._engine.tick(now_s))
 
-    def restart(self, reason: str, now_s: float) -> list[fact.Event]:
+    def restart(self, reason: str, now_s: float) -> list[events.Event]:
         """Everything that ran is lost."""
-        events = self._seen(self._engine.restart(reason, now_s))
+        arrived = self._seen(self._engine.restart(reason, now_s))
         self._lose(reason)
-        return events
+        return arrived
 
     def stop(self, *, wait: bool = True) -> None:
         """Give up what still runs, and export the spans."""
         self._engine.stop(wait=wait)
         self._lose("the worker ends")
 
-    def _seen(self, events: list[fact.Event]) -> list[fact.Event]:
-        for event in events:
-            if isinstance(event, fact.EngineStepped) and self._jobs:
+    def _seen(self, arrived: list[events.Event]) -> list[events.Event]:
+        for event in arrived:
+            if isinstance(event, events.EngineStepped) and self._jobs:
                 for entry in event.events:
                     if entry[0] in (END, FAIL) and entry[1] in self._jobs:
                         self._end(self._jobs.pop(entry[1]), entry)
-            elif isinstance(event, fact.EngineLost):
+            elif isinstance(event, events.EngineLost):
                 self._lose("the engine is lost")
-        return events
+        return arrived
 
     def _end(self, job: _Job, entry: list[Any]) -> None:
         end_ns = time.time_ns()

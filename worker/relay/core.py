@@ -145,14 +145,14 @@ Event = Begun | JobAdded | JobCancelled | WindowMoved | ItemsArrived | Tick
 class Ask:
     """An event for the client's session on the lower bus."""
 
-    fact: below.Event
+    event: below.Event
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
     """An event for the worker's core on the upper bus."""
 
-    fact: above.Event
+    event: above.Event
 
 
 Instruction = Ask | Report | Log
@@ -535,8 +535,8 @@ class RelayCore:
         if capabilities == self._told:
             return
         first, self._told = self._told is None, capabilities
-        fact = above.EngineReady if first else above.EngineChanged
-        self._out.append(Report(fact(capabilities)))
+        event = above.EngineReady if first else above.EngineChanged
+        self._out.append(Report(event(capabilities)))
 
     def _infos(self) -> tuple[ModelInfo, ...]:
         via = [self._settings.mark, *self._via]

@@ -68,7 +68,7 @@ class LowerBus:
         self._bell: _Bell | None = _Bell()
         self._inbox: deque[relay.ItemsArrived] = deque()
         #: Events for the worker's core that arose outside `read`.
-        self._facts: list[above.Event] = []
+        self._events: list[above.Event] = []
         self._life_fd = life_fd
         self._orphaned = threading.Event()
 
@@ -80,13 +80,13 @@ class LowerBus:
     @property
     def waiting(self) -> bool:
         """Whether `read` has events although the bell did not ring."""
-        return bool(self._facts or self._inbox)
+        return bool(self._events or self._inbox)
 
     def start(self) -> None:
         """Start surveying the lower bus."""
         if self._life_fd is not None:
             threading.Thread(target=self._watch, args=(self._life_fd,), daemon=True).start()
-        self._tell(relay.Begun())
+        self._handle(relay.Begun())
 
     def _watch(self, life_fd: int) -> None:
         with contextlib.suppress(OSError):
@@ -115,7 +115,7 @@ class LowerBus:
 
     def tick(self, now_s: float) -> list[above.Event]:
         """Run the core's timers, such as the next survey."""
-        self._tell(relay.Tick())
+        self._handle(relay.Tick())
         return self._taken()
 
     def read(self, now_s: float) -> list[above.Event]:
@@ -125,51 +125,51 @@ class LowerBus:
             bell.heard()
         if self._orphaned.is_set():
             self._orphaned.clear()
-            self._facts.append(above.StopRequested("its broker is gone"))
+            self._events.append(above.StopRequested("its broker is gone"))
         while self._inbox:
-            self._tell(self._inbox.popleft())
+            self._handle(self._inbox.popleft())
         return self._taken()
 
     def add(self, job_id: bytes, body: bytes, attachments: tuple[bytes, ...]) -> None:
         """Send a request to the lower bus."""
-        self._tell(relay.JobAdded(job_id, body, attachments))
+        self._handle(relay.JobAdded(job_id, body, attachments))
 
     def cancel(self, job_id: bytes) -> None:
         """Cancel a request on the lower bus."""
-        self._tell(relay.JobCancelled(job_id))
+        self._handle(relay.JobCancelled(job_id))
 
     def widen(self, job_id: bytes, limit: int) -> None:
         """Widen the window on the lower bus to what the caller above accepts."""
-        self._tell(relay.WindowMoved(job_id, limit))
+        self._handle(relay.WindowMoved(job_id, limit))
 
     def _taken(self) -> list[above.Event]:
-        facts, self._facts = self._facts, []
-        return facts
+        arrived, self._events = self._events, []
+        return arrived
 
-    def _tell(self, fact: relay.Event) -> None:
-        for instruction in self._core.handle(fact, time.monotonic()):
+    def _handle(self, event: relay.Event) -> None:
+        for instruction in self._core.handle(event, time.monotonic()):
             match instruction:
                 case Ask(asked):
                     self._ask(asked)
                 case Report(reported):
                     self._report(reported)
-                case Log(event, fields, level):
-                    log.log(level, event, extra={"fields": fields})
+                case Log(message, fields, level):
+                    log.log(level, message, extra={"fields": fields})
 
-    def _ask(self, fact: below.Event) -> None:
-        if not isinstance(fact, below.RequestMade | below.QueryMade):
-            self._transport.post(fact)
+    def _ask(self, event: below.Event) -> None:
+        if not isinstance(event, below.RequestMade | below.QueryMade):
+            self._transport.post(event)
             return
-        id_ = fact.request_id if isinstance(fact, below.RequestMade) else fact.query_id
+        id_ = event.request_id if isinstance(event, below.RequestMade) else event.query_id
         try:
             assert self._bell is not None, "the link still runs"
-            self._transport.open(fact, _Sink(id_, self._inbox, self._bell))
+            self._transport.open(event, _Sink(id_, self._inbox, self._bell))
         except BusError as error:
-            self._facts.append(above.WorkerFailed(f"lower bus: {error}"))
+            self._events.append(above.WorkerFailed(f"lower bus: {error}"))
 
-    def _report(self, fact: above.Event) -> None:
-        last = self._facts[-1] if self._facts else None
-        if isinstance(fact, above.EngineStepped) and isinstance(last, above.EngineStepped):
-            last.events.extend(fact.events)  # they are sent as one OUTPUT for each client
+    def _report(self, event: above.Event) -> None:
+        last = self._events[-1] if self._events else None
+        if isinstance(event, above.EngineStepped) and isinstance(last, above.EngineStepped):
+            last.events.extend(event.events)  # they are sent as one OUTPUT for each client
         else:
-            self._facts.append(fact)
+            self._events.append(event)
