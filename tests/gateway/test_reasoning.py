@@ -1,5 +1,5 @@
-"""Reasoning in OpenAI's chat: under the names that other servers use, streamed and not, in the
-usage, and in the history that a client sends back."""
+"""Reasoning in OpenAI's chat, under the names that other servers use, and in `/v1/responses`, as
+items: streamed and not, in the usage, and in the history that a client sends back."""
 
 from __future__ import annotations
 
@@ -56,3 +56,133 @@ def test_a_stop_string_in_the_reasoning_does_not_stop(client: OpenAI) -> None:
     [choice] = ask(client, "<think>a stop b</think>c stop d", stop=["stop"]).choices
     assert (choice.message.content, choice.message.reasoning) == ("c ", "a stop b")
     assert choice.finish_reason == "stop"
+
+
+# --- /v1/responses --------------------------------------------------------------------------------
+
+TOOLS: list[Any] = [
+    {
+        "type": "function",
+        "name": "get_weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        "strict": False,
+    }
+]
+
+
+def respond(client: OpenAI, text: Any = ASKED, **options: Any) -> Any:
+    return client.responses.create(model="echo", input=text, **options)
+
+
+def test_a_thought_is_an_item_before_the_message(client: OpenAI) -> None:
+    answer = respond(client)
+    thought, message = answer.output
+    assert (thought.type, thought.status, thought.summary) == ("reasoning", "completed", [])
+    assert [(part.type, part.text) for part in thought.content] == [("reasoning_text", "hm, two")]
+    assert thought.encrypted_content is None
+    assert (message.type, answer.output_text) == ("message", "three")
+    assert 0 < answer.usage.output_tokens_details.reasoning_tokens < answer.usage.output_tokens
+    assert client.responses.retrieve(answer.id).output == answer.output
+
+
+def test_a_stream_of_a_thought_tells_its_events_in_order(client: OpenAI) -> None:
+    events = list(respond(client, stream=True))
+    kinds = [event.type.removeprefix("response.") for event in events]
+    told = [kind for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
+    assert told == [
+        *("created", "in_progress"),
+        *("output_item.added", "content_part.added", "reasoning_text.delta"),
+        *("reasoning_text.done", "content_part.done", "output_item.done"),
+        *("output_item.added", "content_part.added", "output_text.delta"),
+        *("output_text.done", "content_part.done", "output_item.done"),
+        "completed",
+    ]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    thought = [event for event in events if event.type == "response.reasoning_text.delta"]
+    assert "".join(event.delta for event in thought) == "hm, two"
+    [done] = [event for event in events if event.type == "response.reasoning_text.done"]
+    whole = events[-1].response
+    assert done.text == "hm, two" and done.item_id == whole.output[0].id
+    assert {event.output_index for event in thought} == {0}
+    [added, _] = [event for event in events if event.type == "response.output_item.added"]
+    assert added.item.content == [] and added.item.status == "in_progress"
+    assert whole.output_text == "three"
+
+
+def test_the_sdks_stream_helper_takes_thoughts_calls_and_formats(client: OpenAI) -> None:
+    called = '<think>which</think>{"name": "get_weather", "arguments": {"city": "Graz"}}'
+    with client.responses.stream(model="echo", input=called, tools=TOOLS) as stream:
+        for _ in stream:
+            pass
+        answer = stream.get_final_response()
+    assert [item.type for item in answer.output] == ["reasoning", "function_call"]
+    with client.responses.stream(model="echo", input=ASKED) as stream:
+        assert [e for e in stream if e.type == "response.output_text.delta"]
+        assert stream.get_final_response().output_text == "three"
+
+
+def test_a_response_that_ends_in_its_thought_is_incomplete_and_has_no_message(
+    client: OpenAI,
+) -> None:
+    answer = respond(client, "[[echo mode=sampled think_tokens=50]]", max_output_tokens=20)
+    [item] = answer.output
+    assert (item.type, item.status, answer.status) == ("reasoning", "incomplete", "incomplete")
+    assert answer.output_text == "" and item.content[0].text
+
+
+def test_a_thought_without_an_answer_is_followed_by_an_empty_message(client: OpenAI) -> None:
+    answer = respond(client, "<think>hm</think>")
+    assert [item.type for item in answer.output] == ["reasoning", "message"]
+    assert (answer.status, answer.output_text) == ("completed", "")
+
+
+def test_logprobs_are_those_of_the_text_alone(client: OpenAI) -> None:
+    asked = "<think>hm</think>ab"
+    options: Any = {"include": ["message.output_text.logprobs"], "top_logprobs": 1}
+    for extra in ("", "[[echo tokens_per_step=64]]"):
+        thought, message = respond(client, extra + asked, **options).output
+        assert thought.content[0].text == "hm"
+        [content] = message.content
+        assert [entry.token for entry in content.logprobs] == ["a", "b"]
+
+
+def test_encrypted_content_is_there_when_asked_for_and_brings_the_thought_back(
+    client: OpenAI,
+) -> None:
+    answer = respond(client, store=False, include=["reasoning.encrypted_content"])
+    item = answer.output[0].model_dump(exclude_none=True)
+    assert item["encrypted_content"]
+    del item["content"]
+    said = [{"role": "user", "content": "2 + 1?"}]
+    last = {"role": "user", "content": "sure?"}
+    with_thought, cut = (
+        respond(client, [*said, {**item, **more}, answer.output[1].model_dump(), last])
+        for more in ({}, {"encrypted_content": "gAAAA"})
+    )
+    assert with_thought.output_text == cut.output_text == "sure?"
+    more = with_thought.usage.input_tokens - cut.usage.input_tokens
+    assert more == len("<think>hm, two</think>"), "tokens of the echo engine's prompt"
+
+
+def test_items_come_back_as_input_and_by_reference(client: OpenAI) -> None:
+    called = '<think>which</think>{"name": "get_weather", "arguments": {"city": "Graz"}}'
+    first = respond(client, called, tools=TOOLS)
+    call = first.output[1]
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+    again = {"role": "user", "content": "thanks"}
+    whole = [item.model_dump(exclude_none=True) for item in first.output]
+    referred = [{"type": "item_reference", "id": item.id} for item in first.output]
+    used = set()
+    for items in (whole, referred):
+        answer = respond(
+            client, [{"role": "user", "content": called}, *items, result, again], tools=TOOLS
+        )
+        assert answer.output_text == "thanks"
+        used.add(answer.usage.input_tokens)
+    stored = respond(client, [result, again], tools=TOOLS, previous_response_id=first.id)
+    used.add(stored.usage.input_tokens)
+    assert len(used) == 1, "each way says the same to the model"
+    without = respond(
+        client, [{"role": "user", "content": called}, whole[1], result, again], tools=TOOLS
+    )
+    assert used.pop() - without.usage.input_tokens == len("<think>which</think>")

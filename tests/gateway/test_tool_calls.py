@@ -60,8 +60,11 @@ def response(client: openai.OpenAI, asked: str, *, stream: bool, **options: Any)
 
 def items(answer: Any) -> list[tuple[str, str]]:
     """Kind and text or arguments of each output item."""
+    kinds = {"message": "text", "reasoning": "reasoning"}
     return [
-        ("call", item.arguments) if item.type == "function_call" else ("text", item.content[0].text)
+        ("call", item.arguments)
+        if item.type == "function_call"
+        else (kinds[item.type], item.content[0].text)
         for item in answer.output
     ]
 
@@ -75,9 +78,9 @@ def items(answer: Any) -> list[tuple[str, str]]:
         ('{"name": "add", "age": 30}', ('{"name": "add", "age": 30}', [], "stop")),
         (
             f"<think>or {CALL}?</think>{CALL}",
-            (f"<think>or {CALL}?</think>", [("add", '{"a": 1}')], "tool_calls"),
+            ("", [("add", '{"a": 1}')], "tool_calls"),
         ),
-        (f"<think>or {CALL}?</think>No.", (f"<think>or {CALL}?</think>No.", [], "stop")),
+        (f"<think>or {CALL}?</think>No.", ("No.", [], "stop")),
         (
             '[TOOL_CALLS]add[CALL_ID]abc[ARGS]{"a": 1}[TOOL_CALLS]add[CALL_ID]abd[ARGS]{"a": 2}',
             ("", [("add", '{"a": 1}'), ("add", '{"a": 2}')], "tool_calls"),
@@ -87,10 +90,9 @@ def items(answer: Any) -> list[tuple[str, str]]:
 def test_calls_are_told_from_text(
     client: openai.OpenAI, stream: bool, text: str, said: Said
 ) -> None:
-    # In a chat the reasoning is a field of its own.
-    apart = (said[0].removeprefix(f"<think>or {CALL}?</think>"), *said[1:])
-    assert chat(client, text, stream=stream) == apart
-    expected = [("text", said[0])] * bool(said[0]) + [("call", given) for _, given in said[1]]
+    assert chat(client, text, stream=stream) == said
+    expected = [("reasoning", f"or {CALL}?")] * text.startswith("<think>")
+    expected += [("text", said[0])] * bool(said[0]) + [("call", given) for _, given in said[1]]
     assert items(response(client, text, stream=stream)) == expected
 
 

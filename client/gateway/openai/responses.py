@@ -8,45 +8,30 @@ at the worker too.
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Final, Literal, cast
+from typing import Any, cast
 
 import msgspec
-from openai.types import responses as shapes
-from openai.types.responses import response_output_text, response_text_delta_event
-from openai.types.responses.response_usage import (
-    InputTokensDetails,
-    OutputTokensDetails,
-    ResponseUsage,
-)
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
-from broker.protocol import tool_parser as tools
-from broker.protocol.messages import TokenLogprob, Usage
 from client.gateway import requests as http
 from client.gateway.bodies import aside
 from client.gateway.context import RequestContext
-from client.gateway.convert import Generation, chat_call
-from client.gateway.errors import GatewayError, UnknownAnswer, describe, invalid
-from client.gateway.openai.answers import Progress, new_id, parser_for, pick_seed
-from client.gateway.openai.generation import Batches, ChoiceEvent, Delta, Finish
+from client.gateway.convert import chat_call
+from client.gateway.errors import GatewayError, UnknownAnswer, invalid
+from client.gateway.openai.answers import pick_seed, with_thoughts
 from client.gateway.openai.responses_body import (
-    FunctionTool,
     ResponseRequest,
-    TextConfig,
     as_chat,
     check_include,
-    functions_of,
     named_in_input,
     with_references,
 )
-from client.gateway.openai.shapes import chat_logprobs, dumped
+from client.gateway.openai.responses_output import OutputItem, ResponseBuilder
+from client.gateway.openai.shapes import dumped
 from client.gateway.reattach import Kept
-from client.gateway.sse import Source, encode, until_disconnect
+from client.gateway.sse import until_disconnect
 
 __all__ = [
     "cancel_response",
@@ -55,24 +40,6 @@ __all__ = [
     "get_response",
     "input_items",
 ]
-
-#: What an entry of log-probabilities takes as the shape that it is kept as, measured.
-_LOGPROB_BYTES: Final = 900
-
-#: Events are plain values around the shapes of the `openai` package.
-_JSON: Final = msgspec.json.Encoder(enc_hook=lambda shape: msgspec.Raw(dumped(shape)))
-
-OutputItem = shapes.ResponseOutputMessage | shapes.ResponseFunctionToolCall
-
-
-class _Response(shapes.Response):
-    """With times in whole seconds, as OpenAI sends them; its package reads any number."""
-
-    created_at: int
-    completed_at: int | None = None
-
-
-Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 
 
 async def create_response(visit: RequestContext) -> Response:
@@ -96,6 +63,7 @@ async def create_response(visit: RequestContext) -> Response:
         )
     except GatewayError as error:
         raise named_in_input(error, body, chat) from None
+    call = with_thoughts(call)
     if body.truncation == "auto":
         params = msgspec.structs.replace(call.request.params, overflow="truncate_left")
         call = replace(call, request=msgspec.structs.replace(call.request, params=params))
@@ -275,328 +243,3 @@ def _find(visit: RequestContext) -> Kept:
 
 def _json(response: BaseModel) -> Response:
     return Response(dumped(response), media_type="application/json")
-
-
-class ResponseBuilder:
-    """One response in the making, and what is known of it afterwards."""
-
-    def __init__(
-        self, visit: RequestContext, body: ResponseRequest, chat: http.ChatRequest, call: Generation
-    ) -> None:
-        self.id = new_id("resp_")
-        self.body = body
-        self._visit = visit
-        self._chat = chat
-        self.progress = Progress(parser_for(call))
-        #: Wall clock, whole seconds.
-        self._created_s = int(time.time())
-        self._completed_s: int | None = None
-        self._tools = [_told_tool(tool) for tool in functions_of(body)]
-        self._text = _told_text(body.text)
-        self._reasoning = {
-            "effort": body.reasoning.effort if body.reasoning else None,
-            "summary": body.reasoning.summary if body.reasoning else None,
-        }
-        self._status: Status = "queued"
-        self._usage: Usage | None = None
-        self._error: GatewayError | None = None
-        self.output: list[OutputItem] = []
-        #: Told of what the answer takes, as it grows; bytes.
-        self.grew: Callable[[int], None] = lambda size_bytes: None
-        self._open = False  # the last output item is not complete
-        self._sequence = 0
-
-    @property
-    def over(self) -> bool:
-        """Nothing more will be said."""
-        return self._status not in ("queued", "in_progress")
-
-    def conversation(self) -> list[http.ChatMessage]:
-        """Everything that was said, this answer included: what a follow-up stands on.
-
-        As OpenAI has it, `instructions` are of their own response alone.
-        """
-        said = [*self._chat.messages[1:]] if self.body.instructions else [*self._chat.messages]
-        for item in self.output:
-            if isinstance(item, shapes.ResponseOutputMessage):
-                said.append(http.ChatMessage(role="assistant", content=_text_of(item).text))
-            else:
-                called = http.ToolCall(
-                    id=item.call_id,
-                    function=http.CalledFunction(name=item.name, arguments=item.arguments),
-                )
-                if said[-1].role == "assistant" and said[-1] not in self._chat.messages:
-                    said[-1].tool_calls = [*(said[-1].tool_calls or []), called]
-                else:
-                    said.append(http.ChatMessage(role="assistant", tool_calls=[called]))
-        return said
-
-    def snapshot(self) -> shapes.Response:
-        """The response as far as it is known."""
-        body = self.body
-        response = _Response.model_construct(
-            id=self.id,
-            object="response",
-            created_at=self._created_s,
-            completed_at=self._completed_s,
-            status=self._status,
-            background=bool(body.background),
-            error=None,
-            incomplete_details=None,
-            frequency_penalty=body.frequency_penalty or 0.0,
-            instructions=body.instructions,
-            max_output_tokens=body.max_output_tokens,
-            max_tool_calls=body.max_tool_calls,
-            metadata=body.metadata or {},
-            model=body.model,
-            output=list(self.output),
-            parallel_tool_calls=body.parallel_tool_calls is not False,
-            presence_penalty=body.presence_penalty or 0.0,
-            previous_response_id=body.previous_response_id,
-            prompt_cache_key=body.prompt_cache_key,
-            reasoning=self._reasoning,
-            safety_identifier=body.safety_identifier,
-            service_tier=body.service_tier or "default",
-            store=body.store is not False,
-            temperature=1.0 if body.temperature is None else body.temperature,
-            text=self._text,
-            tool_choice=msgspec.to_builtins(body.tool_choice) or "auto",
-            tools=self._tools,
-            top_logprobs=body.top_logprobs or 0,
-            top_p=1.0 if body.top_p is None else body.top_p,
-            truncation=body.truncation or "disabled",
-            usage=None,
-            user=body.user,
-        )
-        if self._status == "incomplete":
-            response.incomplete_details = shapes.response.IncompleteDetails(
-                reason="max_output_tokens"
-            )
-        if self._error is not None:
-            response.error = shapes.ResponseError.model_construct(**_error_of(self._error))
-        if self._usage is not None:
-            usage = self._usage
-            response.usage = ResponseUsage(
-                input_tokens=usage.prompt_tokens,
-                input_tokens_details=InputTokensDetails(
-                    cached_tokens=usage.cached_tokens, cache_write_tokens=0
-                ),
-                output_tokens=usage.completion_tokens,
-                output_tokens_details=OutputTokensDetails(reasoning_tokens=0),
-                total_tokens=usage.prompt_tokens + usage.completion_tokens,
-            )
-        return response
-
-    async def events(self, batches: Batches) -> Source:
-        """The events of the response as they happen."""
-        try:
-            async with contextlib.aclosing(batches):
-                async for batch in batches:
-                    out: list[bytes] = []
-                    if self._status == "queued":
-                        out.append(self._whole("response.created"))
-                        self._status = "in_progress"
-                        out.append(self._whole("response.in_progress"))
-                    for event in batch:
-                        out += self._take(event)
-                    if out:
-                        yield out
-        except Exception as error:
-            self._error = describe(error)
-            self._status = "failed"
-            raise
-        finally:
-            if self._status in ("queued", "in_progress"):
-                self._status = "cancelled"
-
-    def failed(self, error: GatewayError) -> list[bytes]:
-        """The last event of a response that failed."""
-        self._error, self._status = error, "failed"
-        return [self._whole("response.failed")]
-
-    def _take(self, event: ChoiceEvent) -> list[bytes]:
-        logprobs: list[TokenLogprob] = []
-        if isinstance(event, Delta):
-            self._visit.saw_token()
-            logprobs = event.logprobs or []
-        pieces = self.progress.take(event)
-        out: list[bytes] = []
-        for part in pieces:
-            match part:
-                case tools.Text():
-                    if part.text or logprobs:
-                        out += self._more_text(part.text, logprobs)
-                    logprobs = []
-                case tools.CallStart():
-                    out += self._close()
-                    out += self._begin_call(part.name)
-                case tools.Arguments():
-                    out += self._more_arguments(part.text)
-        if isinstance(event, Finish):
-            out += self._end()
-        return out
-
-    # --- output items ---
-
-    def _begin_message(self) -> list[bytes]:
-        message = shapes.ResponseOutputMessage(
-            id=new_id("msg_"), type="message", role="assistant", status="in_progress", content=[]
-        )
-        self.output.append(message)
-        self._open = True
-        added = self._event("response.output_item.added", item=message.model_copy())
-        message.content.append(
-            shapes.ResponseOutputText(type="output_text", text="", annotations=[], logprobs=[])
-        )
-        part = self._event(
-            "response.content_part.added",
-            item_id=message.id,
-            content_index=0,
-            part=_text_of(message).model_copy(),
-        )
-        return [added, part]
-
-    def _more_text(self, text: str, logprobs: list[TokenLogprob]) -> list[bytes]:
-        out: list[bytes] = []
-        message = self.output[-1] if self._open else None
-        if not isinstance(message, shapes.ResponseOutputMessage):
-            out = [*self._close(), *self._begin_message()]
-            message = self.output[-1]
-        assert isinstance(message, shapes.ResponseOutputMessage)
-        content = _text_of(message)
-        content.text += text
-        self.grew(len(text) + _LOGPROB_BYTES * sum(1 + len(entry.top) for entry in logprobs))
-        shown = chat_logprobs(logprobs)
-        assert content.logprobs is not None
-        content.logprobs += [
-            response_output_text.Logprob.model_construct(**dict(entry)) for entry in shown
-        ]
-        delta = self._event(
-            "response.output_text.delta",
-            item_id=message.id,
-            content_index=0,
-            delta=text,
-            logprobs=[
-                response_text_delta_event.Logprob.model_construct(
-                    token=entry.token, logprob=entry.logprob, top_logprobs=entry.top_logprobs
-                )
-                for entry in shown
-            ],
-        )
-        return [*out, delta]
-
-    def _begin_call(self, name: str) -> list[bytes]:
-        call = shapes.ResponseFunctionToolCall(
-            type="function_call",
-            id=new_id("fc_"),
-            call_id=new_id("call_"),
-            name=name,
-            arguments="",
-            status="in_progress",
-        )
-        self.output.append(call)
-        self._open = True
-        return [self._event("response.output_item.added", item=call.model_copy())]
-
-    def _more_arguments(self, text: str) -> list[bytes]:
-        call = self.output[-1]
-        assert isinstance(call, shapes.ResponseFunctionToolCall)
-        call.arguments += text
-        self.grew(len(text))
-        return [self._event("response.function_call_arguments.delta", item_id=call.id, delta=text)]
-
-    def _close(self, status: Literal["completed", "incomplete"] = "completed") -> list[bytes]:
-        """End the output item in hand."""
-        if not self._open:
-            return []
-        self._open = False
-        item = self.output[-1]
-        item.status = status
-        if isinstance(item, shapes.ResponseFunctionToolCall):
-            done = [
-                self._event(
-                    "response.function_call_arguments.done",
-                    item_id=item.id,
-                    name=item.name,
-                    arguments=item.arguments,
-                )
-            ]
-        else:
-            content = _text_of(item)
-            done = [
-                self._event(
-                    "response.output_text.done",
-                    item_id=item.id,
-                    content_index=0,
-                    text=content.text,
-                    logprobs=content.logprobs,
-                ),
-                self._event(
-                    "response.content_part.done", item_id=item.id, content_index=0, part=content
-                ),
-            ]
-        return [*done, self._event("response.output_item.done", item=item)]
-
-    def _end(self) -> list[bytes]:
-        cut = self.progress.openai_finish_reason == "length"
-        out: list[bytes] = []
-        if not self.output:
-            # An empty answer is a message without text.
-            out = self._begin_message()
-        out += self._close("incomplete" if cut or self.progress.is_cut else "completed")
-        self._usage = self.progress.usage or Usage()
-        self._visit.prompt_tokens = self._usage.prompt_tokens
-        self._visit.completion_tokens = self._usage.completion_tokens
-        self._status = "incomplete" if cut else "completed"
-        if not cut:
-            self._completed_s = int(time.time())
-        return [*out, self._whole(f"response.{self._status}")]
-
-    # --- events ---
-
-    def _event(self, kind: str, **fields: Any) -> bytes:
-        """An event about the last output item."""
-        return self._made(kind, {"output_index": len(self.output) - 1, **fields})
-
-    def _whole(self, kind: str) -> bytes:
-        return self._made(kind, {"response": self.snapshot()})
-
-    def _made(self, kind: str, fields: dict[str, Any]) -> bytes:
-        number = self._sequence
-        self._sequence += 1
-        made = _JSON.encode({"type": kind, "sequence_number": number, **fields})
-        return encode(made, event=kind, id_=str(number))
-
-
-def _told_tool(tool: FunctionTool) -> dict[str, Any]:
-    """A tool as the response repeats it: with the fields that OpenAI's always has."""
-    return {
-        "type": "function",
-        "name": tool.name,
-        "description": tool.description,
-        "parameters": tool.parameters,
-        "strict": bool(tool.strict),
-    }
-
-
-def _told_text(text: TextConfig | None) -> dict[str, Any]:
-    told: dict[str, Any] = {"format": {"type": "text"}, "verbosity": "medium"}
-    if text is not None:
-        told |= {k: v for k, v in msgspec.to_builtins(text).items() if v is not None}
-    return told
-
-
-def _error_of(error: GatewayError) -> dict[str, Any]:
-    """A failure as a response tells it: by OpenAI's words for that place, the bus's beside them."""
-    code = error.openai_code
-    if code == error.info.code:
-        code = "server_error" if error.status >= 500 else "invalid_prompt"
-    if error.status == 429:
-        code = "rate_limit_exceeded"
-    return {"code": code, "message": error.info.message, "details": {"code": error.info.code}}
-
-
-def _text_of(message: shapes.ResponseOutputMessage) -> shapes.ResponseOutputText:
-    [content] = message.content
-    assert isinstance(content, shapes.ResponseOutputText)
-    return content

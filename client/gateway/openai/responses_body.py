@@ -6,6 +6,8 @@ converted to chat messages, so that only one conversion to the bus is needed.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, Final, Literal
@@ -18,6 +20,7 @@ from client.gateway import requests as http
 from client.gateway.errors import GatewayError, invalid
 
 __all__ = [
+    "ENCRYPTED",
     "INCLUDABLE",
     "LOGPROBS",
     "FunctionTool",
@@ -27,15 +30,18 @@ __all__ = [
     "check_include",
     "functions_of",
     "named_in_input",
+    "sealed",
+    "turns_of",
     "with_references",
 ]
 
 LOGPROBS = "message.output_text.logprobs"
-#: Values allowed in `include`. Except for log probabilities, they ask for things that models of the
-#: bus never do, or that are in the answer anyway.
+ENCRYPTED = "reasoning.encrypted_content"
+#: Values allowed in `include`. Except for log probabilities and reasoning, they ask for things that
+#: models of the bus never do, or that are in the answer anyway.
 INCLUDABLE: Final = (
     LOGPROBS,
-    "reasoning.encrypted_content",
+    ENCRYPTED,
     "message.input_image.image_url",
     "file_search_call.results",
     "web_search_call.results",
@@ -124,14 +130,42 @@ class FunctionOutputItem(_Body, tag="function_call_output", tag_field="type", kw
     namespace: http.Refused = None
 
 
+class ReasoningText(_Content, tag="reasoning_text", tag_field="type", kw_only=True):
+    text: str
+
+
+#: Begins what `sealed` makes.
+_SEAL: Final = "tokenbus1."
+
+
+def sealed(thought: str) -> str:
+    """A thought as `encrypted_content`, for clients that send back nothing else of it. It stands
+    in the answer openly as well, so it is only packed."""
+    return _SEAL + base64.urlsafe_b64encode(thought.encode()).decode()
+
+
 class ReasoningItem(_Body, tag="reasoning", tag_field="type", kw_only=True):
-    """Reasoning of an earlier answer; models of the bus do not read it."""
+    """What was thought for an earlier answer."""
 
     id: str | None = None
+    #: Of another server's model: not what it thought.
     summary: Any = None
-    content: Any = None
-    encrypted_content: Any = None
+    content: list[ReasoningText] | None = None
+    encrypted_content: str | None = None
     status: str | None = None
+
+    @property
+    def thought(self) -> str:
+        """Empty where it was another server's and is not told."""
+        if self.content:
+            return "\n".join(part.text for part in self.content)
+        given = self.encrypted_content or ""
+        if not given.startswith(_SEAL):
+            return ""
+        try:
+            return base64.urlsafe_b64decode(given.removeprefix(_SEAL)).decode()
+        except (binascii.Error, ValueError):
+            return ""  # a client cut it: there is no telling what it was
 
 
 class ItemReference(_Body, tag="item_reference", tag_field="type", kw_only=True):
@@ -215,10 +249,10 @@ class TextConfig(_Body, kw_only=True):
 
 class Reasoning(_Body, kw_only=True):
     effort: str | None = None
-    #: A summary of reasoning, which answers of the bus do not contain.
+    #: Answers of the bus have the reasoning itself and no summary of it.
     summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
-    #: Models of the bus do not read reasoning of earlier turns.
+    #: Which reasoning of earlier turns is read is up to the model's chat template.
     context: Literal["auto", "current_turn"] | None = None
     mode: Literal["standard"] | None = None
 
@@ -305,17 +339,25 @@ def _messages_of(body: ResponseRequest) -> tuple[list[http.ChatMessage], list[st
         return [http.ChatMessage(role="user", content=body.input)], ["input"]
     if not body.input:
         raise invalid("input", "`input` is an empty list.")
-    messages: list[http.ChatMessage] = []
-    paths: list[str] = []
+    turns = _Turns()
     for index, raw in enumerate(body.input):
         path = f"input[{index}]"
         item = http.converted(_typed(raw), Item, path)
         http.refuse_unserved(item, path)
-        _append(messages, item, path)
-        paths += [path] * (len(messages) - len(paths))
-    if not messages:
+        turns.add(item, path)
+    turns.end_thought()
+    if not turns.messages:
         raise invalid("input", "`input` contains nothing that a model reads; add a message.")
-    return messages, paths
+    return turns.messages, turns.paths
+
+
+def turns_of(output: list[dict[str, Any]]) -> list[http.ChatMessage]:
+    """The output items of an answer, as JSON, as chat messages."""
+    turns = _Turns()
+    for item in output:
+        turns.add(http.converted(item, Item, "output"), "output")
+    turns.end_thought()
+    return turns.messages
 
 
 def named_in_input(
@@ -338,38 +380,73 @@ def named_in_input(
     return GatewayError(error.info.code, message, param=field, status=error.status)
 
 
-def _append(messages: list[http.ChatMessage], item: Item, path: str) -> None:
-    match item:
-        case MessageItem():
-            content = item.content
-            if not isinstance(content, str):
-                messages.append(
-                    http.ChatMessage(role=item.role, content=_parts(content, f"{path}.content"))
+class _Turns:
+    """Chat messages from items, and the field from which each comes."""
+
+    def __init__(self) -> None:
+        self.messages: list[http.ChatMessage] = []
+        self.paths: list[str] = []
+        #: What was thought for the item that follows, and where it stands.
+        self._thought: tuple[str, str] = ("", "")
+
+    def add(self, item: Item, path: str) -> None:
+        """One more item."""
+        match item:
+            case MessageItem():
+                if item.role != "assistant":
+                    self.end_thought()
+                content = item.content
+                self._say(
+                    path,
+                    role=item.role,
+                    content=content
+                    if isinstance(content, str)
+                    else _parts(content, f"{path}.content"),
                 )
-            else:
-                messages.append(http.ChatMessage(role=item.role, content=content))
-        case FunctionCallItem():
-            call = http.ToolCall(
-                id=item.call_id,
-                function=http.CalledFunction(name=item.name, arguments=item.arguments),
-            )
-            last = messages[-1] if messages else None
-            # Calls of one turn become one chat message.
-            if last is not None and last.role == "assistant":
-                last.tool_calls = [*(last.tool_calls or []), call]
-            else:
-                messages.append(http.ChatMessage(role="assistant", tool_calls=[call]))
-        case FunctionOutputItem():
-            output = item.output
-            messages.append(
-                http.ChatMessage(
+            case FunctionCallItem():
+                call = http.ToolCall(
+                    id=item.call_id,
+                    function=http.CalledFunction(name=item.name, arguments=item.arguments),
+                )
+                last = self.messages[-1] if self.messages else None
+                # Calls of one turn become one chat message, with all that was thought for them.
+                if last is not None and last.role == "assistant":
+                    last.tool_calls = [*(last.tool_calls or []), call]
+                    last.reasoning_content = _joined(last.reasoning_content, self._taken_thought())
+                else:
+                    self._say(path, role="assistant", tool_calls=[call])
+            case FunctionOutputItem():
+                self.end_thought()
+                output = item.output
+                self._say(
+                    path,
                     role="tool",
                     tool_call_id=item.call_id,
                     content=output if isinstance(output, str) else _parts(output, f"{path}.output"),
                 )
-            )
-        case ReasoningItem() | ItemReference():
-            pass  # `with_references` has already replaced it
+            case ReasoningItem():
+                self._thought = (_joined(self._thought[0], item.thought) or "", path)
+            case ItemReference():
+                pass  # `with_references` has already replaced it
+
+    def end_thought(self) -> None:
+        """What was thought so far led to nothing: its answer ended within it."""
+        if self._thought[0]:
+            self._say(self._thought[1], role="assistant", content="")
+
+    def _say(self, path: str, **fields: Any) -> None:
+        if fields["role"] == "assistant":
+            fields["reasoning_content"] = self._taken_thought()
+        self.messages.append(http.ChatMessage(**fields))
+        self.paths.append(path)
+
+    def _taken_thought(self) -> str | None:
+        (thought, _), self._thought = self._thought, ("", "")
+        return thought or None
+
+
+def _joined(*texts: str | None) -> str | None:
+    return "\n\n".join(filter(None, texts)) or None
 
 
 def _parts(content: list[Content], path: str) -> list[http.ContentPart]:

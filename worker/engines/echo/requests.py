@@ -69,7 +69,8 @@ def whole_prompt(request: Request, attachments: int) -> tuple[str, str, list[int
                     images.append(part.attachment)
                 case VideoPart():
                     images += part.attachments
-        lines.append(f"{message.role}: {text}\n")
+        thought = message.reasoning_content
+        lines.append(f"{message.role}: {f'<think>{thought}</think>' if thought else ''}{text}\n")
         if message.role == "user":
             echoed = text
     missing = [index for index in images if index >= attachments]
