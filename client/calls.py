@@ -34,13 +34,12 @@ from broker.protocol.messages import (
     Usage,
 )
 from client import decisions
-from client import images as pictures
 from client.answers import wanted
 from client.core.events import End
 from client.core.shapes import Shape
 from client.core.tools import Reading
 from client.errors import BrokenProtocol, InvalidRequest
-from client.images import Image
+from client.images import Image, encode
 from client.options import Retry, Timeout
 from client.parameters import CallOptions, ChatOptions, EmbedOptions
 
@@ -92,7 +91,7 @@ class _Attached:
         self.entries: list[Attachment] = []
 
     def add(self, image: Image) -> int:
-        data, entry = pictures.encode(image)
+        data, entry = encode(image)
         self.encoded.append(data)
         self.entries.append(entry)
         return len(self.encoded) - 1

@@ -51,7 +51,7 @@ MODELS: Columns = (
     ("running", lambda row: f"{row.get('running', 0)}/{row.get('capacity', 0)}"),
     ("queued", _field("queued")),
     ("context", _field("context_tokens", "?")),
-    ("pictures", lambda row: "yes" if row.get("images") else "no"),
+    ("images", lambda row: "yes" if row.get("images") else "no"),
     ("kinds", _list("kinds")),
 )
 WORKERS: Columns = (

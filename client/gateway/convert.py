@@ -1,7 +1,7 @@
 """From the typed bodies of `requests` to requests of the bus.
 
-Pure but for remote images, which `images` fetches. Knows both languages and no sockets: what a
-field means on the bus is decided here and nowhere else.
+Pure except for remote images, which `images` fetches. This is the only place that decides what a
+field means on the bus; it knows no sockets.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ __all__ = [
     "seeded",
 ]
 
-#: `service_tier` in the bus's own measure.
+#: The bus priority for each `service_tier`.
 _TIER_PRIORITY = {"auto": 0, "default": 0, "flex": -50, "scale": 0, "priority": 50, "fast": 50}
 _MAX_SEED = (1 << 63) - 1
 
@@ -61,34 +61,34 @@ class Reading:
     names: tuple[str, ...]
     parallel: bool
     forced: bool
-    #: The caller wants to see special tokens, marks of calls included.
+    #: The caller asked for special tokens, including those that mark calls.
     shows_special: bool = False
-    #: What of the answer stands in the request already (`continue_final_message`).
+    #: The start of the answer, if the request contains it (`continue_final_message`).
     said: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One checked request of the bus with the bytes that travel beside it."""
+    """One checked request to the bus, with its attachments."""
 
     request: Request
     attachments: tuple[bytes, ...] = ()
-    #: None: whatever the answer says is text.
+    #: None: the answer is all text.
     reading: Reading | None = None
-    #: Of the body that it came from: what work with all of it costs.
+    #: Size of the HTTP body; used to estimate how long work on the whole request takes.
     size_bytes: int = 0
 
 
 @dataclass(slots=True)
 class Images:
-    """Collects the images of one request in the order in which they stand there."""
+    """Collects the images of one request, in order."""
 
     policy: ImagePolicy
-    #: The address of each, and the field that it stands in.
+    #: The URL of each image, and the field that contains it.
     found: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, url: str, detail: str | None, param: str) -> ImagePart:
-        """One more image; raises GatewayError naming `param`."""
+        """Add an image; raises GatewayError naming `param`."""
         if detail == "low":
             raise invalid(
                 f"{param}.detail",
@@ -101,7 +101,7 @@ class Images:
         return ImagePart(attachment=len(self.found) - 1)
 
     async def load(self) -> tuple[bytes, ...]:
-        """The bytes of all of them, at once; raises GatewayError naming the field of one."""
+        """Load all of them concurrently; raises GatewayError naming the field of a faulty one."""
         loading = [
             asyncio.ensure_future(load_image(url, self.policy, param)) for url, param in self.found
         ]
@@ -113,13 +113,13 @@ class Images:
 
 
 def cut_to_context(one: Generation) -> Generation:
-    """The same, with an answer that may be as long as what the prompt leaves of the context."""
+    """The same generation, with `max_tokens` cut to the room that the prompt leaves."""
     params = msgspec.structs.replace(one.request.params, cut_max_tokens=True)
     return replace(one, request=msgspec.structs.replace(one.request, params=params))
 
 
 def seeded(one: Generation, offset: int) -> Generation:
-    """The same with its seed moved: the i-th of `n` choices uses seed + i."""
+    """The same generation with its seed moved: the i-th of `n` choices uses seed + i."""
     if offset == 0:
         return one
     params = one.request.params
@@ -128,7 +128,7 @@ def seeded(one: Generation, offset: int) -> Generation:
 
 
 def checked(request: Request) -> Request:
-    """The same request within all bounds of the bus; raises GatewayError."""
+    """The request, checked against all limits of the bus; raises GatewayError."""
     try:
         return calls.checked(request)
     except InvalidRequest as error:
@@ -136,30 +136,30 @@ def checked(request: Request) -> Request:
 
 
 def described(attachments: Sequence[bytes]) -> list[Attachment]:
-    """What a request says of its images."""
+    """How a request describes its images."""
     return [Attachment(media_type=media_type(data)) for data in attachments]
 
 
 async def chat_call(
     body: http.ChatRequest, policy: ImagePolicy, *, seed: int, user: str, size_bytes: int = 0
 ) -> Generation:
-    """The bus request of a chat completion; raises GatewayError for what cannot be served.
+    """The bus request for a chat completion; raises GatewayError for what cannot be served.
 
-    `size_bytes`: of the body; a large one is converted in another thread.
+    `size_bytes`: size of the body; a large one is converted in another thread.
     """
-    pictures = Images(policy)
-    one = await aside(size_bytes, _chat_call, body, pictures, seed, user)
-    attachments = await pictures.load()
+    images = Images(policy)
+    one = await aside(size_bytes, _chat_call, body, images, seed, user)
+    attachments = await images.load()
     request = msgspec.structs.replace(one.request, attachments=described(attachments))
     return replace(one, request=request, attachments=attachments, size_bytes=size_bytes)
 
 
-def _chat_call(body: http.ChatRequest, pictures: Images, seed: int, user: str) -> Generation:
+def _chat_call(body: http.ChatRequest, images: Images, seed: int, user: str) -> Generation:
     http.check_counts(body)
     http.refuse_unserved(body)
     body = _with_allowed_tools(body)
     messages = [
-        _message(message, f"messages[{index}]", pictures)
+        _message(message, f"messages[{index}]", images)
         for index, message in enumerate(body.messages)
     ]
     if "audio" in (body.modalities or []):
@@ -198,7 +198,7 @@ def _chat_call(body: http.ChatRequest, pictures: Images, seed: int, user: str) -
             shows_special=not params.skip_special_tokens,
             said=_said(body, template_args),
         )
-        # Older workers tell no calls from text: for them, what marks calls stays in it.
+        # Older workers do not separate calls from text; keep the tokens that mark calls in it.
         params = msgspec.structs.replace(
             params, keep_special=list(MARKS), pieces=[PieceKind.CALL.value]
         )
@@ -221,7 +221,7 @@ def _chat_call(body: http.ChatRequest, pictures: Images, seed: int, user: str) -
 
 
 def _is_json(constraint: Constraint | None) -> bool:
-    """The answer is JSON that the caller asked for: no call, whatever it looks like."""
+    """Whether the caller asked for a JSON answer, which is never a call, whatever it looks like."""
     return constraint is not None and constraint.type in ("json_object", "json_schema")
 
 
@@ -236,7 +236,7 @@ def completion_calls(
 ) -> list[Generation]:
     """One bus request for each prompt; raises GatewayError for what cannot be served.
 
-    `size_bytes`: of the body.
+    `size_bytes`: size of the body.
     """
     http.refuse_unserved(body)
     http.check_stream_options(body.stream_options, stream=bool(body.stream))
@@ -288,7 +288,7 @@ def completion_calls(
     ]
 
 
-def _message(message: http.ChatMessage, path: str, pictures: Images) -> Message:
+def _message(message: http.ChatMessage, path: str, images: Images) -> Message:
     if message.role == "function":
         raise invalid(f"{path}.role", "The role `function` is deprecated; use `tool`.")
     if message.role == "tool" and message.tool_call_id is None:
@@ -302,10 +302,10 @@ def _message(message: http.ChatMessage, path: str, pictures: Images) -> Message:
         content = message.content
     elif message.content is not None:
         parts = [
-            _part(part, f"{path}.content[{index}]", message.role, pictures)
+            _part(part, f"{path}.content[{index}]", message.role, images)
             for index, part in enumerate(message.content)
         ]
-        # Templates of text models know strings only.
+        # Templates of text-only models accept only strings.
         texts = [part.text for part in parts if isinstance(part, TextPart)]
         content = "\n".join(texts) if len(texts) == len(parts) else parts
     return Message(
@@ -319,7 +319,7 @@ def _message(message: http.ChatMessage, path: str, pictures: Images) -> Message:
     )
 
 
-def _part(part: http.ContentPart, path: str, role: str, pictures: Images) -> Part:
+def _part(part: http.ContentPart, path: str, role: str, images: Images) -> Part:
     if isinstance(part, http.TextPart):
         return TextPart(text=part.text)
     if isinstance(part, http.RefusalPart):
@@ -327,20 +327,20 @@ def _part(part: http.ContentPart, path: str, role: str, pictures: Images) -> Par
     if isinstance(part, http.ImagePart):
         if role not in ("user", "tool"):
             raise invalid(path, f"A message of role `{role}` holds no images.")
-        return pictures.add(part.image_url.url, part.image_url.detail, f"{path}.image_url")
-    # Null in a part of sound or of a file: `refuse_unserved` found nothing to name.
+        return images.add(part.image_url.url, part.image_url.detail, f"{path}.image_url")
+    # A null audio or file part, in which `refuse_unserved` found no field to name.
     raise invalid(path, f"`{path}` is of a type that is not served; send text or `image_url`.")
 
 
 def _called(call: http.ToolCall) -> dict[str, Any]:
-    """An earlier call. Its arguments stay the text that the model wrote, which may be cut or odd;
-    the worker reads them for its template."""
+    """An earlier call. Its arguments stay the text that the model wrote, which may be cut off or
+    malformed; the worker parses them for its template."""
     function = {"name": call.function.name, "arguments": call.function.arguments}
     return {"id": call.id, "type": "function", "function": function}
 
 
 def _with_allowed_tools(body: http.ChatRequest) -> http.ChatRequest:
-    """The same request without the tools that its `tool_choice` does not allow."""
+    """The request without the tools that its `tool_choice` does not allow."""
     if not isinstance(body.tool_choice, http.AllowedToolChoice):
         return body
     allowed = body.tool_choice.allowed_tools
@@ -381,7 +381,7 @@ def _tools(
 
 
 def _forced_tool(body: http.ChatRequest) -> Constraint | None:
-    """The shape that a forced call must have; `tools.ToolCallParser` reads it back."""
+    """The constraint for a forced call; `tools.ToolCallParser` reads the answer."""
     if not body.tools or body.tool_choice in (None, "auto", "none"):
         return None
     functions = [tool.function for tool in body.tools]
@@ -394,7 +394,8 @@ def _forced_tool(body: http.ChatRequest) -> Constraint | None:
 def constraint_of(
     response_format: http.ResponseFormat | None, outputs: http.StructuredOutputs | None
 ) -> Constraint | None:
-    """What the answer must conform to; raises GatewayError where it is said twice or not at all."""
+    """What the answer must conform to; raises GatewayError if it is given twice, or named but
+    missing."""
     found: list[Constraint] = []
     if isinstance(response_format, http.JsonObjectFormat):
         found.append(Constraint(type="json_object"))
@@ -426,8 +427,8 @@ def constraint_of(
 
 
 def wants_usage_so_far(body: http.Sampling) -> bool:
-    """Every chunk of the stream tells the usage so far; as vLLM has it, without `include_usage`
-    none does."""
+    """Whether every chunk of the stream reports the usage so far; as in vLLM, this needs
+    `include_usage`."""
     options = body.stream_options
     return options is not None and bool(options.include_usage and options.continuous_usage_stats)
 
@@ -453,7 +454,7 @@ def _params(
         max_tokens=max_tokens,
         min_tokens=body.min_tokens or 0,
         temperature=1.0 if body.temperature is None else body.temperature,
-        # 0 means the likeliest token alone, which any share above 0 keeps.
+        # 0 means only the likeliest token, which any value above 0 keeps.
         top_p=1.0 if body.top_p is None else max(body.top_p, 1e-9),
         top_k=max(body.top_k or 0, 0),
         min_p=body.min_p or 0.0,

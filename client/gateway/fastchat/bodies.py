@@ -197,17 +197,17 @@ def _wanted(
     if (body.best_of or 1) > 1 or body.use_beam_search:
         raise invalid("best_of", "Beam search and `best_of` are not served.")
     limit = visit.gateway.config.image_bytes
-    pictures = list(body.images or [])
+    images = list(body.images or [])
     if isinstance(body.prompt, str):
         prompt, messages = body.prompt, turns_of(body.prompt)
-        if messages and pictures:
-            messages = _with_images(messages, len(pictures))
+        if messages and images:
+            messages = _with_images(messages, len(images))
     else:
         check_count("prompt", "messages", len(body.prompt), MAX_MESSAGES)
-        prompt, messages = "", _conversation(body.prompt, pictures)
-    check_count("images", "pictures", len(pictures), MAX_ATTACHMENTS)
+        prompt, messages = "", _conversation(body.prompt, images)
+    check_count("images", "images", len(images), MAX_ATTACHMENTS)
     attachments = tuple(
-        _image(text, f"images[{index}]", limit) for index, text in enumerate(pictures)
+        _image(text, f"images[{index}]", limit) for index, text in enumerate(images)
     )
     request = Request(
         model=model,
@@ -336,18 +336,18 @@ def _with_images(messages: list[Message], count: int) -> list[Message]:
     return found
 
 
-def _conversation(turns: list[Turn], pictures: list[str]) -> list[Message]:
-    """InternVL's turns as messages; their images are appended to `pictures`, and numbered if there
+def _conversation(turns: list[Turn], images: list[str]) -> list[Message]:
+    """InternVL's turns as messages; their images are appended to `images`, and numbered if there
     are several, as its workers do."""
     several = sum(len(turn.image or ()) for turn in turns) > 1
     messages = []
     for turn in turns:
         parts: list[Part] = []
-        for picture in turn.image or ():
+        for image in turn.image or ():
             if several:
-                parts.append(TextPart(text=f"Image-{len(pictures) + 1}: "))
-            parts.append(ImagePart(attachment=len(pictures)))
-            pictures.append(picture)
+                parts.append(TextPart(text=f"Image-{len(images) + 1}: "))
+            parts.append(ImagePart(attachment=len(images)))
+            images.append(image)
         content = [*parts, TextPart(text=turn.content)] if parts else turn.content
         messages.append(Message(role=turn.role, content=content))
     return messages

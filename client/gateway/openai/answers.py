@@ -1,7 +1,8 @@
-"""What becomes of the bus's events before any API gives them a shape: choices, ids, seeds, vectors.
+"""Collects the bus's events into answers, before an API gives them its form: choices, ids, seeds,
+vectors.
 
-Shared by the gateway's endpoints and by `python -m client batch`, so it must never import what
-only the extra `gateway` installs.
+Shared by the gateway's endpoints and by `python -m client batch`, so it must not import what only
+the extra `gateway` installs.
 """
 
 from __future__ import annotations
@@ -41,23 +42,23 @@ __all__ = [
     "written_vectors",
 ]
 
-#: Stands for minus infinity, as OpenAI's API has it.
+#: Stands for minus infinity, as in OpenAI's API.
 IMPOSSIBLE: Final = -9999.0
 
 _JSON: Final = msgspec.json.encode
-#: Of a vector's number, written; the time that it takes is that of so much of a body, or less.
+#: Size of one number of a vector as text; used to estimate how long writing takes.
 _NUMBER_BYTES: Final = 20
 
 ChatReason = Literal["stop", "length", "tool_calls"]
 
 
 def new_id(prefix: str) -> str:
-    """An id that nobody guesses: who knows it may read the answer again."""
+    """An id that cannot be guessed, since anyone who knows it may read the answer again."""
     return f"{prefix}{secrets.token_hex(16)}"
 
 
 def pick_seed(given: int | None) -> int:
-    """The caller's seed, or a fresh one that survives JSON."""
+    """The caller's seed, or a random one that JSON can represent exactly."""
     return secrets.randbelow(1 << 53) if given is None else given
 
 
@@ -70,8 +71,8 @@ def packed(vector: array[float]) -> str:
 
 
 async def written_vectors(made: Embeddings, *, as_text: bool) -> list[bytes]:
-    """Each vector as JSON: base64 where `as_text`, else numbers. Many are written in another
-    thread, one by one."""
+    """Each vector as JSON: base64 if `as_text`, otherwise numbers. Large ones are written in
+    another thread, one by one."""
 
     def write() -> list[bytes]:
         return [_JSON(packed(v) if as_text else v.tolist()) for v in made.vectors]
@@ -83,7 +84,7 @@ async def written_vectors(made: Embeddings, *, as_text: bool) -> list[bytes]:
 
 
 def parser_for(call: Generation) -> tools.ToolCallParser | None:
-    """A parser where the answer may hold tool calls."""
+    """A parser if the answer may contain tool calls."""
     reading = call.reading
     if reading is None:
         return None
@@ -103,11 +104,11 @@ class Thought(msgspec.Struct, frozen=True, gc=False):
 
 
 Part = tools.Piece | Thought
-"""What an event adds to a chat's answer."""
+"""A part that an event adds to a chat's answer."""
 
 
 def with_thoughts(call: Generation) -> Generation:
-    """The same, with the reasoning apart from the answer."""
+    """The same generation, with reasoning separate from the answer."""
     params = call.request.params
     pieces = [*params.pieces, PieceKind.REASONING.value]
     params = msgspec.structs.replace(params, pieces=pieces)
@@ -115,17 +116,17 @@ def with_thoughts(call: Generation) -> Generation:
 
 
 class Progress:
-    """How far one choice of a chat is: what its events are in the API's terms. Keeps no text."""
+    """Translates the events of one choice of a chat into the API's terms. Keeps no text."""
 
     def __init__(self, parser: tools.ToolCallParser | None) -> None:
         self._parser = parser
-        #: Of the prompt, where the worker told it before the first token.
+        #: The prompt's usage, if the worker sent it before the first token.
         self._prompt: Usage | None = None
-        #: The prompt's facts, until the first text shows whether the reasoning is separate.
+        #: The prompt's event, until the first text shows whether the reasoning is separate.
         self._begun: Prompted | None = None
-        #: Calls that the worker tells from text, and what reads the arguments of the last; None: no
-        #: worker did so far, so they are looked for here.
-        self._told: int | None = None
+        #: Calls that the worker has separated from text, and the reader of the last one's
+        #: arguments. None: no worker has done so yet, so the text is searched for calls here.
+        self._separated: int | None = None
         self._reader: tools.ObjectReader | None = None
         #: Tokens of the answer so far.
         self._tokens = 0
@@ -145,21 +146,21 @@ class Progress:
             case Finish():
                 self.usage, self.finish_reason = event.end.usage, event.end.finish_reason
                 if self._prompt is not None and self._is_satisfied:
-                    # Of what was made meanwhile nothing belongs to the answer.
+                    # Tokens generated after that do not belong to the answer.
                     self.usage = msgspec.structs.replace(
                         self._prompt, completion_tokens=self._tokens
                     )
-                if parser is not None and self._told is None:
+                if parser is not None and self._separated is None:
                     return [*parser.finish()]
         return []
 
     def _read(self, event: Delta) -> list[Part]:
-        """The text of an event: calls, reasoning and the rest."""
+        """The text of an event as calls, reasoning and content."""
         parser = self._parser
-        if parser is not None and event.pieces is not None and self._told is None:
-            self._told = 0
+        if parser is not None and event.pieces is not None and self._separated is None:
+            self._separated = 0
         if parser is not None and self._begun is not None and (event.text or event.pieces):
-            # If the reasoning is separate, none that the prompt has begun is part of the text.
+            # If reasoning is separate, the text has no reasoning that the prompt began.
             prompt, self._begun = self._begun.prompt, None
             tail = prompt.tail if event.pieces is None else ""
             parser.begin(special=prompt.special, tail=tail)
@@ -172,22 +173,22 @@ class Progress:
             if kind == PieceKind.REASONING:
                 parts.append(Thought(text))
             elif kind == PieceKind.CONTENT:
-                looks = parser is not None and self._told is None
+                looks = parser is not None and self._separated is None
                 parts += parser.feed(text) if parser and looks else [tools.Text(text)]
-            elif self._told is not None:
+            elif self._separated is not None:
                 parts += self._of_call(kind, text)
         return parts
 
     def _of_call(self, kind: str, text: str) -> list[Part]:
-        """A piece of a call."""
-        assert self._told is not None
+        """The parts that one piece of a call adds."""
+        assert self._separated is not None
         if kind == PieceKind.CALL:
-            self._told += 1
+            self._separated += 1
             self._reader = tools.ObjectReader((), text)
-            return [tools.CallStart(self._told - 1, text)]
+            return [tools.CallStart(self._separated - 1, text)]
         if kind == PieceKind.ARGUMENTS and self._reader is not None:
             self._reader.feed(text)
-            return [tools.Arguments(self._told - 1, text)]
+            return [tools.Arguments(self._separated - 1, text)]
         return []
 
     @property
@@ -196,13 +197,13 @@ class Progress:
 
     @property
     def has_enough(self) -> bool:
-        """Nothing that may follow belongs to the answer, and its usage is known without its end."""
+        """Whether the answer is complete and its usage known, so that the rest is not needed."""
         return self._is_satisfied and self._prompt is not None
 
     @property
     def is_cut(self) -> bool:
-        """The answer ended within a call."""
-        if self._told is not None:
+        """Whether the answer ended in the middle of a call."""
+        if self._separated is not None:
             return self._reader is not None and not self._reader.complete
         return self._parser is not None and self._parser.cut
 
@@ -211,7 +212,7 @@ class Progress:
         """The finish reason in OpenAI's words."""
         if self.finish_reason is FinishReason.LENGTH and not self._is_satisfied:
             return "length"
-        calls = self._told
+        calls = self._separated
         if calls is None:
             calls = self._parser.calls if self._parser is not None else 0
         return "tool_calls" if calls and not self.is_cut else "stop"
@@ -219,7 +220,7 @@ class Progress:
 
 @dataclass(slots=True)
 class ToolCallDraft:
-    """A tool call of an answer, as far as it is known."""
+    """A tool call of an answer, as far as it has arrived."""
 
     id: str
     name: str
@@ -227,7 +228,7 @@ class ToolCallDraft:
 
 
 class ChatChoice(Progress):
-    """One choice of a chat as far as it is known, with what it says."""
+    """One choice of a chat, as far as it has arrived, with its text."""
 
     def __init__(self, parser: tools.ToolCallParser | None) -> None:
         super().__init__(parser)
@@ -268,19 +269,19 @@ class ChatChoice(Progress):
 
 @dataclass(slots=True)
 class TextChoice:
-    """One choice of a completion as far as it is known."""
+    """One choice of a completion, as far as it has arrived."""
 
-    #: With `max_tokens: 0` the one token that the bus makes is not part of the answer.
+    #: With `max_tokens: 0`, the one token that the bus generates is not part of the answer.
     prompt_only: bool = False
     texts: list[str] = field(default_factory=list)
-    #: Of its tokens, with their places in the text.
+    #: The logprobs of its tokens, with their positions in the text.
     logprobs: list[TokenLogprob] = field(default_factory=list)
     _places: Places = field(default_factory=Places)
     usage: Usage = field(default_factory=Usage)
     finish_reason: Literal["stop", "length"] = "stop"
 
     def take(self, event: ChoiceEvent) -> tuple[str, list[TokenLogprob]]:
-        """Account for an event; returns the new text and log-probabilities."""
+        """Account for an event; returns the new text and logprobs."""
         text, logprobs = "", []
         match event:
             case Prompted():
@@ -305,13 +306,13 @@ class TextChoice:
 
     @property
     def mean_logprob(self) -> float:
-        """What `best_of` goes by."""
+        """The mean logprob of the tokens, by which `best_of` chooses."""
         known = [token.logprob for token in self.logprobs if token.logprob is not None]
         return sum(known) / len(known) if known else IMPOSSIBLE
 
 
 def best_of(choices: Sequence[TextChoice], candidates: int, wanted: int) -> list[TextChoice]:
-    """The best `wanted` of every `candidates` choices, which belong to one prompt."""
+    """The best `wanted` choices of each prompt; every prompt has `candidates` choices in a row."""
     kept: list[TextChoice] = []
     for first in range(0, len(choices), candidates):
         of_prompt = list(choices[first : first + candidates])

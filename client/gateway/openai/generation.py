@@ -1,10 +1,10 @@
-"""Runs the bus requests of one HTTP request and merges their events, in order for each choice.
+"""Runs the bus requests of one HTTP request and merges their events, in order within each choice.
 
-Events that came together stay together, so that what is done for each wake-up is done once.
+Events that arrive together stay together, so that work per wake-up is done once.
 
-The generators here own the streams that they open: whatever ends a generator, cancellation and
-`aclose` included, cancels at the workers what still runs. One task must drive a generator from its
-start to its end.
+The generators here own the streams that they open: when a generator ends, by cancellation or
+`aclose` too, its running requests are cancelled at the workers. One task must drive a generator
+from start to end.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ __all__ = [
 
 
 class Delta(Struct, frozen=True, gc=False):
-    """New text of a choice; `logprobs` are of the tokens of this delta, where asked for."""
+    """New text of a choice, with the `logprobs` of its tokens if the caller asked for them."""
 
     choice: int
     text: str
     tokens: int
     logprobs: list[TokenLogprob] | None
-    #: All of the text by kind, if the answer is split; `text` is then its content.
+    #: The text split by kind, if the worker splits it; `text` is then the content alone.
     pieces: list[Piece] | None = None
 
 
 class Prompted(Struct, frozen=True):
-    """The facts of the prompt of a choice, before its first delta, where asked for."""
+    """The prompt's tokens and logprobs, before a choice's first delta, if asked for."""
 
     choice: int
     prompt: Prompt
 
 
 class Finish(Struct, frozen=True):
-    """A choice is complete; its last text was in the deltas before."""
+    """A choice is complete; its last text was in an earlier delta."""
 
     choice: int
     end: End
@@ -65,8 +65,8 @@ class Finish(Struct, frozen=True):
 ChoiceEvent = Delta | Prompted | Finish
 Batches = AsyncGenerator[list[ChoiceEvent], None]
 
-#: An HTTP client is told at once that the bus is full or the model unknown, and decides itself;
-#: a stream that runs is carried over every interruption.
+#: A full bus or an unknown model is reported to the HTTP client at once, which can retry by itself;
+#: a running stream is resumed after every interruption.
 RETRY: Final = Retry(
     codes=frozenset(
         code.value
@@ -79,12 +79,12 @@ RETRY: Final = Retry(
     )
 )
 
-#: The library's own limits.
+#: The client library's default limits.
 PATIENCE: Final = Timeout()
 
 #: Batches that may wait unread between the streams of several choices and the HTTP answer.
 _MERGED_BATCHES: Final = 16
-#: Streams opened before others have their turn.
+#: Streams opened before other tasks get their turn.
 _OPENED_AT_ONCE: Final = 16
 
 
@@ -102,13 +102,13 @@ async def generate(
     prompt_field: str | None = None,
     has_enough: Callable[[int], bool] = lambda choice: False,
 ) -> Batches:
-    """The events of all, the i-th being choice i. Raises the first failure of any.
+    """The merged events of all generations; the i-th is choice i. Raises the first failure of any.
 
-    `opened` is told of every stream before its first event. `limits`: those that a request itself
-    does not name. `spans`: none, or one for each.
-    `prompt_field`: what the caller's API calls the prompt; failures name it where it is at fault.
-    `has_enough` is asked of a choice after each of its batches: where it says so its request is
-    cancelled at the worker, and its `Finish` says `cancelled`.
+    `opened` is called with every stream before its first event. `limits` apply where a request sets
+    none itself. `spans`: none, or one for each.
+    `prompt_field`: what the caller's API calls the prompt; errors about the prompt name it.
+    `has_enough` is called with a choice after each of its batches: if it returns True, the request
+    is cancelled at the worker, and its `Finish` says `cancelled`.
     """
 
     def start(one: Generation) -> Awaitable[AsyncStream]:
@@ -169,16 +169,16 @@ async def generate(
 
 @contextlib.contextmanager
 def naming(prompt_field: str | None) -> Iterator[None]:
-    """A failure of the bus that a field of the caller is at fault for names that field."""
+    """Make an error of the bus name the caller's field that caused it, if there is one."""
     fields = {ErrorCode.CONTEXT_OVERFLOW: prompt_field, ErrorCode.MODEL_UNAVAILABLE: "model"}
     try:
         yield
     except BusError as error:
         if prompt_field is None or error.code not in fields:
             raise
-        told = describe(error)
-        told.param = fields[ErrorCode(error.code)]
-        raise told from error
+        described = describe(error)
+        described.param = fields[ErrorCode(error.code)]
+        raise described from error
 
 
 async def _pump(
@@ -217,5 +217,5 @@ def _translated(choice: int, arrived: list[StreamEvent], span: BusSpan | None) -
             batch.append(Finish(choice, event))
         elif isinstance(event, Prompt):
             batch.append(Prompted(choice, event))
-        # Queued, started, recovering: of no interest to an HTTP client.
+        # An HTTP client has no use for Queued, Started and Recovering.
     return batch

@@ -94,14 +94,14 @@ class PromptBuilder:
         """For a library that makes inputs of images itself: "ids", the prompt with one
         placeholder for each image, and "images", the images in order."""
         request = job.request
-        pictures = self.images(job)
+        images = self.images(job)
         with self._lock:
             if request.kind is Kind.COMPLETE:
-                text = self._raw_text(request, len(pictures))
+                text = self._raw_text(request, len(images))
             else:
-                text = self.template_text(request, pictures)
-            ids = self._encoded(self._unmarked(text, len(pictures)))
-        return {"ids": ids, "images": [picture.image for picture in pictures]}
+                text = self.template_text(request, images)
+            ids = self._encoded(self._unmarked(text, len(images)))
+        return {"ids": ids, "images": [each.image for each in images]}
 
     def text(self, request: Request) -> str:
         """The rendered chat template (kind template)."""
@@ -232,8 +232,8 @@ class PromptBuilder:
         token = self._template.image_token or RAW_PLACEHOLDER
 
         def read(text: str) -> list[int]:
-            pictures = [Image.new("RGB", (64, 64))]
-            output = self._processor(text=[text], images=pictures, return_tensors="pt")
+            images = [Image.new("RGB", (64, 64))]
+            output = self._processor(text=[text], images=images, return_tensors="pt")
             ids: list[int] = output["input_ids"][0].tolist()
             behind = self._behind
             return (
@@ -292,11 +292,11 @@ class PromptBuilder:
             return self.finished(ids, {}, [])
         text = self._unmarked(text, len(images))
         added = self._adds_special(text)
-        pictures: list[Image.Image] = [image.image for image in images]
+        plain: list[Image.Image] = [image.image for image in images]
         try:
             output = self._processor(
                 text=[text],
-                images=pictures or None,
+                images=plain or None,
                 return_tensors="pt",
                 add_special_tokens=added,
             )

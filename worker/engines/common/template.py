@@ -1,8 +1,8 @@
 """A model's chat template over a client's messages.
 
-Each message goes to the template in the form that the template reads for its role (a string or a
-list of parts), which is found out by trying; and no string of the client's becomes a control token
-(see `control`). Called by one thread at a time for each model. Must never tokenise.
+Each message is given to the template in the form that the template reads for its role (a string or
+a list of parts), which is found by trying. No string from the client becomes a control token (see
+`control`). Called by one thread at a time for each model. Must never tokenize.
 """
 
 from __future__ import annotations
@@ -36,35 +36,35 @@ __all__ = [
 ]
 
 RAW_PLACEHOLDER = "<image>"
-"""What stands for an image in a raw prompt, as LLaVA's clients write it."""
+"""The placeholder for an image in a raw prompt, as LLaVA's clients write it."""
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-"""Roles that any template may be given; others where it names them."""
+"""Roles accepted for any template; others are accepted if the template names them."""
 
 _NO_ROLES = ("text", "image", "image_url", "video", "audio")
-"""What templates name, but as types of content: `<|image|>` may be an image's mark."""
+"""Names in templates that are content types, not roles: `<|image|>` may be an image placeholder."""
 
 _OURS = frozenset(("chat_template", "conversation", "messages", "tools"))
-"""Arguments of a template that are not for `template_args`: the first is the model's, the others
-have fields of their own."""
+"""Arguments not allowed in `template_args`: the first belongs to the model, the others have their
+own fields in a request."""
 
 _TAKEN = ("add_generation_prompt", "continue_final_message", "documents")
-"""Parameters of `apply_chat_template` that a client may set. Its others (`tokenize`, ...) say how
-the result is wanted, which is not the client's affair: they are passed over."""
+"""Parameters of `apply_chat_template` that a client may set. The others (`tokenize`, ...) choose
+the form of the result, which is not up to the client: they are ignored."""
 
 _FIRST, _SECOND = "qfirst", "qsecond"
-"""Words of probes: no template writes them, nor takes them for a command."""
+"""Words for probes: no template writes them or reads them as a command."""
 
 _LISTING = re.compile(rf"""["']text["']\s*:\s*["']{_FIRST}""")
-"""What a template makes of a list that it takes for a string."""
+"""What a template prints for a list when it expects a string."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Forms:
-    """In which forms a role's content reaches the prompt word by word."""
+    """The forms in which a role's content reaches the prompt unchanged."""
 
     text: bool
-    #: A list of one text part, of several.
+    #: A list of one text part; of several.
     part: bool
     parts: bool
 
@@ -76,18 +76,18 @@ class ChatTemplate:
         self._processor = facts.processor
         self._holder = _holder(facts.tokenizer, facts.processor)
         self._source = _source(self._holder)
-        #: What stands for an image in a text; None without a processor.
+        #: The placeholder for an image in text; None without a processor.
         self.image_token = self._find_image_token()
         self._tokenizer = facts.tokenizer
         self._forms: dict[tuple[str, bool], _Forms] = {}
 
     @property
     def present(self) -> bool:
-        """The model has a chat template."""
+        """Whether the model has a chat template."""
         return bool(_source(self._holder))
 
     def render(self, request: Request, images: int | None) -> str:
-        """The text of a request's messages; `pictures`: how many it must show (None: any)."""
+        """The text of a request's messages; `images`: how many it must show (None for any)."""
         if request.messages is None:
             raise _invalid(f"a {request.kind} request needs messages")
         if not self.present:
@@ -100,8 +100,8 @@ class ChatTemplate:
         control = self._control
         plain = self._arguments(request, control.broken, control.all_broken)
         text = self._apply(plain)
-        # Pieces of a control token, each harmless, may meet where the template joins them. Then,
-        # and only then, the pieces are broken too.
+        # The template may join strings that are harmless alone into a control token. Then, and
+        # only then, those strings are broken up too.
         apart = self._arguments(
             request,
             lambda piece: control.edges_broken(control.broken(piece)),
@@ -116,7 +116,7 @@ class ChatTemplate:
         return text
 
     def image(self) -> str:
-        """An image's mark with what the template writes around it (Qwen-VL's markers)."""
+        """The image placeholder with what the template writes around it (Qwen-VL's markers)."""
         token = self.image_token or RAW_PLACEHOLDER
         between = self._shown_image.partition(_FIRST)[2].partition(_SECOND)[0]
         return between.strip() if token in between else token
@@ -140,7 +140,7 @@ class ChatTemplate:
             raise _invalid(f"template_args cannot hold {name}: the chat template is the model's")
 
     def _names(self, role: str) -> bool:
-        """The template compares roles with this one."""
+        """Whether the template compares roles with this one."""
         quoted = (f"'{role}'", f'"{role}"')
         return role not in _NO_ROLES and any(text in self._source for text in quoted)
 
@@ -150,7 +150,7 @@ class ChatTemplate:
         return frozenset(parameters).difference(_TAKEN)
 
     def _check_images(self, model: str, text: str, images: int) -> None:
-        """Every image has its mark, where this template marks images at all."""
+        """Raise unless every image has a placeholder, if this template writes placeholders."""
         token = self.image_token
         if token is None or self._shown_image.count(token) != 1:
             return
@@ -164,8 +164,8 @@ class ChatTemplate:
     # --- messages as the template reads them ------------------------------------------------------
 
     def _arguments(self, request: Request, turn: Breaker, other: Breaker) -> dict[str, Any]:
-        """What `apply_chat_template` is called with. `turn` rewrites the texts of turns, `other`
-        every other string of the client's."""
+        """The arguments of `apply_chat_template`. `turn` rewrites the text of turns, `other` every
+        other string from the client."""
         arguments = {
             name: rewritten(value, other)
             for name, value in request.template_args.items()
@@ -197,7 +197,7 @@ class ChatTemplate:
             try:
                 return self._applied(arguments | {"conversation": conversation})
             except RequestError:
-                pass  # it was not the ids; what is said of them would mislead
+                pass  # the ids were not the cause, so report the first error
             raise
 
     def _applied(self, arguments: dict[str, Any]) -> str:
@@ -206,7 +206,7 @@ class ChatTemplate:
         except MemoryError:
             raise
         except Exception as error:
-            # A template is the model's own program: whatever it raises fails this request only.
+            # A template is a program; whatever it raises fails only this request.
             raise _invalid(
                 f"the model's chat template refuses these messages: {one_line(error)}"
             ) from None
@@ -232,7 +232,7 @@ class ChatTemplate:
     def _content(self, message: Message, forms: _Forms, speech: Breaker) -> Any:
         if message.content is None and message.tool_calls is not None:
             return None
-        # No words are an empty text: templates look at the first part (SmolVLM's).
+        # No content becomes empty text, because some templates read the first part (SmolVLM's).
         content = message.content or ""
         if isinstance(content, str):
             text = speech(content)
@@ -243,7 +243,7 @@ class ChatTemplate:
                 {"type": "image"} if piece is None else {"type": "text", "text": speech(piece)}
                 for piece in pieces
             ]
-        # What is joined may be a control token only then.
+        # Join neighbouring texts first: together they may form a control token.
         joined = "".join(
             self.image_token or "" if piece is None else speech(piece) for piece in _joined(pieces)
         )
@@ -252,7 +252,7 @@ class ChatTemplate:
     # --- what the template reads ------------------------------------------------------------------
 
     def _forms_of(self, role: str, *, called: bool) -> _Forms:
-        """The forms that a role's content may have; those of users where trying tells nothing."""
+        """The forms that a role's content may have; those of users if no attempt succeeds."""
         key = (role, called)
         if key not in self._forms:
             forms = self._tried(role, called=called)
@@ -275,7 +275,7 @@ class ChatTemplate:
         )
 
     def _reaches(self, role: str, content: Any, words: list[str], *, called: bool) -> bool:
-        """Whether the words of such a content stand in the prompt, and not those of a listing."""
+        """Whether the words of this content appear in the prompt as text, not as a printed list."""
         for conversation in self._conversations(role, content, called=called):
             for tools in (None, [_TOOL]):
                 try:
@@ -283,7 +283,7 @@ class ChatTemplate:
                         self._holder.apply_chat_template(conversation, tools=tools, tokenize=False)
                     )
                 except Exception:
-                    # Templates refuse turns in an order that they do not know.
+                    # Templates refuse an unknown order of turns.
                     continue
                 if all(word in text for word in words) and not _LISTING.search(text):
                     return True
@@ -292,7 +292,7 @@ class ChatTemplate:
     def _conversations(
         self, role: str, content: Any, *, called: bool
     ) -> Iterator[list[dict[str, Any]]]:
-        """Short conversations with such a message, in orders that templates know."""
+        """Short conversations with such a message, in orders that templates accept."""
         message: dict[str, Any] = {"role": role, "content": content}
         if role == "user":
             yield [message]
@@ -312,8 +312,8 @@ class ChatTemplate:
 
     @cached_property
     def _no_words(self) -> Any:
-        """The content of a call without a text: none, which some templates ask for, or an empty one
-        where the template fails without, or one empty part."""
+        """The content of a tool call without text: the first that the template accepts of none, an
+        empty string or list, and an empty text part."""
         calling = {"role": "assistant", "tool_calls": [_CALL]}
         whole = self._forms_of("assistant", called=False).text
         contents: list[dict[str, Any]] = [{}, {"content": ""}]
@@ -333,7 +333,7 @@ class ChatTemplate:
 
     @cached_property
     def _turns(self) -> str:
-        """Plain conversations as the template renders them, one behind the other."""
+        """Plain conversations as the template renders them, one after the other."""
         question = {"role": "user", "content": self._question}
         answer = {"role": "assistant", "content": self._plain("assistant")}
         system = {"role": "system", "content": self._plain("system")}
@@ -342,23 +342,23 @@ class ChatTemplate:
             try:
                 rendered.append(str(self._holder.apply_chat_template(turns, tokenize=False)))
             except Exception:
-                # Templates refuse roles that they do not know.
+                # Templates refuse unknown roles.
                 continue
         return "\n".join(rendered)
 
     def _plain(self, role: str) -> Any:
-        """A word as a role's content."""
+        """One word as the content of a role."""
         text = self._forms_of(role, called=False).text
         return "q" if text else [{"type": "text", "text": "q"}]
 
     @cached_property
     def _question(self) -> Any:
-        """A user's content for probes about others."""
+        """The content of the user's turn in probes of other roles."""
         return self._plain("user")
 
     @cached_property
     def _shown_image(self) -> str:
-        """A user's image between two words, as the template renders it; empty where it fails."""
+        """A user's image between two words, as the template renders it; empty if it fails."""
         content: Any = [{"type": "text", "text": _FIRST}, {"type": "image"}]
         content.append({"type": "text", "text": _SECOND})
         forms = self._forms_of("user", called=False) if self.present else None
@@ -375,14 +375,14 @@ class ChatTemplate:
     def _find_image_token(self) -> str | None:
         if self._processor is None:
             return None
-        # Gemma 3 marks an image with its start token; the processor expands it.
+        # Gemma 3's placeholder is its start-of-image token; the processor expands it.
         return mark_text(self._processor, "boi_token") or mark_text(self._processor, "image_token")
 
 
 def use_template(facts: ModelFacts, source: str) -> None:
-    """Give a model a chat template instead of its own; an empty `source` changes nothing.
+    """Replace a model's chat template; an empty `source` changes nothing.
 
-    Raises `EngineLoadError` for one that Jinja does not understand.
+    Raises `EngineLoadError` for a template that Jinja cannot parse.
     """
     if not source:
         return
@@ -394,7 +394,7 @@ def use_template(facts: ModelFacts, source: str) -> None:
     except TemplateSyntaxError as error:
         raise EngineLoadError(f"--chat-template: line {error.lineno}: {error.message}") from None
     except Exception:
-        # It may want other messages than this one.
+        # The template may need other messages than this one.
         return
 
 
@@ -404,7 +404,7 @@ def template_source(tokenizer: Any, processor: Any) -> str:
 
 
 def continues_message(request: Request) -> bool:
-    """The answer goes on with the last message instead of beginning one."""
+    """Whether the answer continues the last message instead of starting a new one."""
     return request.messages is not None and bool(
         request.template_args.get("continue_final_message", False)
     )
@@ -412,7 +412,7 @@ def continues_message(request: Request) -> bool:
 
 # --- helpers --------------------------------------------------------------------------------------
 
-#: Mistral's templates want nine letters or digits.
+#: Mistral's templates require nine letters or digits.
 _CALL: dict[str, Any] = {
     "id": "abcdefgh1",
     "type": "function",
@@ -429,13 +429,13 @@ _TOOL: dict[str, Any] = {
 
 
 def _holder(tokenizer: Any, processor: Any) -> Any:
-    """Whose chat template counts."""
+    """The object that holds the chat template."""
     own = getattr(processor, "chat_template", None) is not None
     return processor if own else tokenizer
 
 
 def _source(holder: Any) -> str:
-    """The source of a chat template; of several that have names, all of them."""
+    """The source of a chat template; if there are several named ones, all of them."""
     template = getattr(holder, "chat_template", None)
     if isinstance(template, dict):
         return "\n".join(map(str, template.values()))
@@ -443,7 +443,7 @@ def _source(holder: Any) -> str:
 
 
 def _pieces(message: Message) -> Iterator[str | None]:
-    """Texts of a message's parts; None for each image."""
+    """The texts of a message's parts; None for each image."""
     for part in message.content or ():
         if isinstance(part, str):
             yield part
@@ -456,7 +456,7 @@ def _pieces(message: Message) -> Iterator[str | None]:
 
 
 def _joined(pieces: list[str | None]) -> Iterator[str | None]:
-    """Neighbouring texts as one."""
+    """Joins neighbouring texts."""
     for images, run in groupby(pieces, lambda piece: piece is None):
         if images:
             yield from run
@@ -465,8 +465,8 @@ def _joined(pieces: list[str | None]) -> Iterator[str | None]:
 
 
 def _with_short_ids(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with ids of calls as Mistral's templates insist on: nine letters and digits. An
-    id only has to be the same in a call and in its result."""
+    """The messages with tool call ids of nine letters and digits, as Mistral's templates require.
+    An id only has to be the same in a call and in its result."""
 
     def short(call_id: Any) -> str:
         return hashlib.blake2b(str(call_id).encode()).hexdigest()[:9]
@@ -484,7 +484,7 @@ def _with_short_ids(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _parsed_calls(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Tool calls as templates want them: arguments are a map."""
+    """Tool calls as templates expect them, with arguments as a map."""
     parsed = []
     for call in calls:
         function = call.get("function")
@@ -496,8 +496,8 @@ def _parsed_calls(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _argument_map(arguments: Any) -> dict[str, Any]:
-    """The arguments of a call, which clients send as JSON text. What a cut or odd answer left in
-    their place stands under the name "arguments", so that the conversation can go on."""
+    """The arguments of a call, which clients send as JSON text. Text that is cut off or malformed
+    is kept under the name "arguments", so that the conversation can go on."""
     value = arguments
     if isinstance(arguments, str):
         try:

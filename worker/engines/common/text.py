@@ -1,11 +1,11 @@
-"""From token ids to the text of an answer: detokenising, stop strings, and both for one request.
+"""From token ids to the text of an answer: detokenization, stop strings, and both for one request.
 
-`TextStream` is what the engine holds per request; `Detokenizer` and `StopBuffer` are its parts.
-All three are functions of the token ids alone: replaying the same ids gives the same text, cut at
-the same places, which is what lets another worker continue a stream (`prior_ids`).
+The engine holds a `TextStream` per request; `Detokenizer` and `StopBuffer` are its parts. All three
+depend on the token ids alone: replaying the same ids gives the same text, cut at the same places.
+That is how another worker can continue a stream (`prior_ids`).
 
-Work per token is constant, and nothing is ever said twice or taken back. This module must never
-import torch, and must never re-tokenise text: ids to text is the only direction.
+Work per token is constant, and text is never sent twice or taken back. This module must never
+import torch, and never tokenize: it only turns ids into text.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ REPLACEMENT = "\ufffd"
 #: A character has at most four bytes, so at most four tokens.
 _MAX_PENDING_TOKENS = 4
 
-#: Random pieces of text on which a table of bytes is compared with `decode`: some milliseconds.
+#: How many random id sequences to compare with `decode` when a table is built: a few milliseconds.
 _PROBES = 64
 
 
 def _one_per_byte(error: UnicodeError) -> tuple[str, int]:
-    """U+FFFD for every byte that is no part of a character, as byte-fallback decoders have it."""
+    """U+FFFD for every byte that does not belong to a character, like byte-fallback decoders."""
     assert isinstance(error, UnicodeDecodeError)
     return REPLACEMENT * (error.end - error.start), error.end
 
@@ -50,7 +50,7 @@ codecs.register_error("tokenbus.one_per_byte", _one_per_byte)
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The printable stand-ins of byte-level BPE: character to byte (GPT-2's table)."""
+    """The printable characters that stand for bytes in byte-level BPE (GPT-2's table)."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(plain)]
     alphabet = {chr(byte): byte for byte in plain}
@@ -69,31 +69,32 @@ def _byte_level_bytes(token: str) -> bytes:
 
 
 class TokenTable:
-    """The bytes of every token of one tokenizer, and whether joined they are what `decode` says.
+    """The bytes of every token of one tokenizer, and whether joining them gives the same as
+    `decode`.
 
-    `exact` is found out, not believed: a table is compared with `decode` when it is built. Where
-    it is False (WordPiece, Metaspace, tokenizers in Python, unknown decoders) bytes are only for
-    show, and text comes from `decode`.
+    `exact` is tested: a table is compared with `decode` when it is built. If it is False
+    (WordPiece, Metaspace, slow tokenizers, unknown decoders), the bytes are used only for display,
+    and text comes from `decode`.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._bytes_of: dict[int, bytes] = {}
-        #: Ids that `skip_special_tokens` leaves out.
+        #: Ids that `skip_special_tokens` skips.
         self.special_ids = _special_ids(tokenizer)
         self._rule = _byte_rule(tokenizer)
         self._special_by_text = {
             self.bytes_of(token_id).decode(errors="replace"): token_id
             for token_id in self.special_ids
         }
-        #: Spaces that `decode` takes away at the very start of a text.
+        #: How many spaces `decode` removes at the start of a text.
         self.leading_spaces = self._rule.leading_spaces
-        #: U+FFFD stands for one stray byte (byte fallback), not for one broken sequence.
+        #: U+FFFD replaces each stray byte (byte fallback), not each broken sequence.
         self.one_per_byte = self._rule.byte_fallback
         self.exact = self._rule.joins and self._agrees_with_decode()
 
     def special_texts(self, texts: Sequence[str]) -> list[str]:
-        """Those of the texts that are special tokens."""
+        """The given texts that are special tokens."""
         return [text for text in texts if text in self._special_by_text]
 
     def special_ids_of(self, texts: Sequence[str]) -> frozenset[int]:
@@ -102,7 +103,7 @@ class TokenTable:
         return frozenset(known[text] for text in texts if text in known)
 
     def bytes_of(self, token_id: int) -> bytes:
-        """The token's own bytes; they may be part of a character. Empty for an unknown id."""
+        """The token's bytes, which may be part of a character. Empty for an unknown id."""
         known = self._bytes_of.get(token_id)
         if known is None:
             known = self._bytes_of[token_id] = self._lookup(token_id)
@@ -124,7 +125,7 @@ class TokenTable:
             ids = [draw.randrange(size) for _ in range(draw.randint(2, 9))]
             data = [self.bytes_of(token_id) for token_id in ids]
             if self.one_per_byte and not all(map(_is_text, data)):
-                continue  # in `decode` one stray byte spoils its whole run; a stream cannot know
+                continue  # `decode` replaces the whole run of a stray byte; a stream cannot
             text = b"".join(data).decode(errors="replace")
             for _ in range(self.leading_spaces):
                 text = text.removeprefix(" ")
@@ -137,14 +138,14 @@ class _ByteRule(NamedTuple):
     """How one kind of tokenizer turns tokens into bytes."""
 
     convert: Callable[[str], bytes]
-    #: A text is its tokens' bytes joined, less spaces at the start.
+    #: A text is its tokens' bytes joined, minus `leading_spaces` at the start.
     joins: bool = False
     leading_spaces: int = 0
     byte_fallback: bool = False
 
 
 def _byte_rule(tokenizer: Any) -> _ByteRule:
-    """Read the rule off the decoder of a fast tokenizer."""
+    """Derive the rule from the decoder of a fast tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.decoder is None:
         return _ByteRule(str.encode)
@@ -160,7 +161,7 @@ def _byte_rule(tokenizer: Any) -> _ByteRule:
                 marks.append((old, new))
             case {"type": "Metaspace", "replacement": str(mark)}:
                 marks.append((mark, " "))
-                joins = False  # the first token is treated in its own way
+                joins = False  # the first token is handled differently
             case {"type": "ByteFallback"}:
                 byte_fallback = True
             case {"type": "Strip", "content": " ", "start": int(start), "stop": 0}:
@@ -210,7 +211,7 @@ _TABLES: WeakKeyDictionary[Any, TokenTable] = WeakKeyDictionary()
 
 
 def token_table(tokenizer: Any) -> TokenTable:
-    """The table of a tokenizer, built on first use and kept as long as the tokenizer lives."""
+    """The table of a tokenizer, built on first use and kept for the tokenizer's lifetime."""
     table = _TABLES.get(tokenizer)
     if table is None:
         table = _TABLES[tokenizer] = TokenTable(tokenizer)
@@ -218,7 +219,7 @@ def token_table(tokenizer: Any) -> TokenTable:
 
 
 class _ByteDecoder:
-    """Joins bytes and gives out whole characters: exact, and a fraction of a microsecond."""
+    """Joins bytes and returns whole characters: exact, and takes a fraction of a microsecond."""
 
     def __init__(self, table: TokenTable) -> None:
         errors = "tokenbus.one_per_byte" if table.one_per_byte else "replace"
@@ -246,14 +247,14 @@ class _ByteDecoder:
 class _WindowDecoder:
     """Decodes the last few tokens with and without the new one; the difference is its text.
 
-    For tokenizers whose pieces depend on their neighbours. The window starts where the text was
-    complete, one piece back, so that a leading space has the context that keeps it.
+    For tokenizers whose pieces depend on their neighbours. The window starts one piece before the
+    last point at which the text was complete, so that a leading space keeps its context.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        #: Ids of the window whose text was given out, and that text's length in characters.
+        #: How many ids of the window have had their text returned, and that text's length.
         self._done = 0
         self._done_characters = 0
 
@@ -281,10 +282,10 @@ class _WindowDecoder:
 
 
 class Detokenizer:
-    """Token ids in, text out, never half a character; constant time per token.
+    """Token ids in, text out; never half a character; constant time per token.
 
-    `keep_special`: special tokens that are not skipped. `prior_ids` were said before: they are
-    taken in and their text is dropped.
+    `keep_special`: special tokens that are not skipped. `prior_ids` come before the text: they give
+    context, and their own text is dropped.
     """
 
     def __init__(
@@ -304,23 +305,23 @@ class Detokenizer:
             self.add(token_id)
 
     def add(self, token_id: int) -> str:
-        """The text that became certain with this token; empty while a character is incomplete."""
+        """The text that this token completes; empty while a character is incomplete."""
         return "" if token_id in self._skipped else self._decoder.add(token_id)
 
     def flush(self) -> str:
-        """What an unfinished character leaves at the end of the answer (U+FFFD), or nothing."""
+        """At the end of the answer: U+FFFD for an unfinished character, or nothing."""
         return self._decoder.flush()
 
 
 def text_length(tokenizer: Any, ids: Sequence[int]) -> int:
-    """Characters of the text of the ids, special tokens included and half a character at the end
-    left out."""
+    """Length in characters of the text of the ids, with special tokens but without half a character
+    at the end."""
     detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
     return sum(len(detokenizer.add(token_id)) for token_id in ids)
 
 
 def places(tokenizer: Any, ids: Sequence[int]) -> list[int]:
-    """Characters before each token in the whole text of the ids, special tokens included."""
+    """How many characters precede each token in the text of the ids, special tokens included."""
     detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
     found, place = [], 0
     for token_id in ids:
@@ -330,12 +331,12 @@ def places(tokenizer: Any, ids: Sequence[int]) -> list[int]:
 
 
 class StopBuffer:
-    """Holds back the text that may be the start of a stop string, and cuts exactly at a stop.
+    """Holds back text that may be the start of a stop string, and cuts exactly at a stop string.
 
-    The stop that is complete first wins; of two complete at the same character, the longer. That
-    depends on the text alone, not on how it was cut into tokens. An Aho-Corasick automaton: its
-    depth is at any time the number of characters to hold back, and a character costs amortised
-    constant time however many stop strings there are.
+    The stop string that is complete first wins; of two that end at the same character, the longer.
+    This depends on the text alone, not on its tokens. It is an Aho-Corasick automaton: its depth is
+    the number of characters to hold back, and a character takes amortized constant time, however
+    many stop strings there are.
     """
 
     def __init__(self, stops: Sequence[str], *, include_stop: bool = False) -> None:
@@ -343,7 +344,7 @@ class StopBuffer:
         self._next: list[dict[str, int]] = [{}]
         self._fail = [0]
         self._depth = [0]
-        #: Of each state: the longest stop string that ends here, or nothing.
+        #: For each state, the longest stop string that ends there, or "".
         self._stop = [""]
         for stop in stops:
             self._insert(stop)
@@ -379,10 +380,10 @@ class StopBuffer:
         return self._next[state].get(character, 0)
 
     def add(self, text: str, *, may_stop: bool = True) -> tuple[str, str | None]:
-        """The text that may go out, and the stop string that was found.
+        """The text that may be sent, and the stop string that was found.
 
-        With `may_stop` False a stop string that is complete within `text` is passed over. After a
-        stop nothing more may be added.
+        With `may_stop` False, a stop string that is complete within `text` is ignored. Add nothing
+        after a stop string was found.
         """
         if not self._next[0]:
             return text, None
@@ -395,7 +396,7 @@ class StopBuffer:
             if stop and may_stop:
                 self._state, self._held = 0, ""
                 return whole[: index if self._include_stop else index - len(stop)], stop
-            while state and not self._next[state]:  # passed over: hold only what can go on
+            while state and not self._next[state]:  # ignored: hold only text that may still match
                 state = self._fail[state]
         self._state = state
         cut = len(whole) - self._depth[state]
@@ -403,15 +404,15 @@ class StopBuffer:
         return whole[:cut], None
 
     def flush(self) -> str:
-        """The held text, when the answer ended without a stop string."""
+        """The text still held back, for an answer that ended without a stop string."""
         held, self._held, self._state = self._held, "", 0
         return held
 
 
 class TextStep(NamedTuple):
-    """What one token brought."""
+    """The outcome of one token."""
 
-    #: Text that is certain now; may be empty.
+    #: Text that may be sent now; may be empty.
     text: str
     #: The stop string that ended the answer with this token.
     stopped_by: str | None
@@ -420,16 +421,16 @@ class TextStep(NamedTuple):
 class TextStream:
     """The text of one answer, as it is sent.
 
-    `prior_ids` are the tokens of an interrupted answer and `prior_characters` the characters of
-    its text that were received: the first new text continues exactly there, text that was held
-    back included. If the prior tokens already reach a stop string, `stopped_by` says so from the
-    start; then no token may be added and `finish` gives what was not received.
+    `prior_ids` are the tokens of an interrupted answer, and `prior_characters` is how much of its
+    text was received. New text continues exactly there, including text that was held back. If the
+    prior tokens already reach a stop string, `stopped_by` is set from the start; then no token may
+    be added, and `finish` returns the text that was not received.
 
-    `context_ids` are the last tokens before the answer, for a text that continues theirs: with
-    them a leading space stands where the answer begins (completion); without, the text is that of
-    the answer alone, as `decode` gives it (chat).
+    `context_ids` are the last tokens before the answer, for an answer that continues their text
+    (completion): with them, a leading space of the answer is kept. Without them, the text is that
+    of the answer alone, as `decode` returns it (chat).
 
-    A stop string counts from the token on that makes `params.min_tokens`.
+    Stop strings are ignored until `params.min_tokens` tokens have been added.
     """
 
     def __init__(
@@ -451,9 +452,9 @@ class TextStream:
         self._include_stop = params.include_stop
         self._min_tokens = params.min_tokens
         self._tokens = 0
-        #: Nothing is told apart.
+        #: Always 0: this stream does not separate reasoning from the answer.
         self.reasoning_tokens = 0
-        #: Characters of the answer's text before the next token's own, stop strings not counted.
+        #: How many characters precede the next token's text, not counting stop strings.
         self.place = 0
         self._stopped_by: str | None = None
         replayed = []
@@ -464,7 +465,7 @@ class TextStream:
         text = "".join(replayed)
         #: Text of the prior tokens that was not received.
         self._owed = text[prior_characters:]
-        #: Characters received beyond what the replay gives out; they are not said again.
+        #: Characters received beyond what the replay produces; they are not sent again.
         self._ahead = max(0, prior_characters - len(text))
 
     @property
@@ -474,7 +475,7 @@ class TextStream:
 
     @property
     def over(self) -> bool:
-        """A stop string ended the answer."""
+        """Whether a stop string ended the answer."""
         return self._stopped_by is not None
 
     def add(self, token_id: int) -> TextStep:
@@ -482,10 +483,10 @@ class TextStream:
         return TextStep(self._deliver(self._advance(token_id)), self.stopped_by)
 
     def finish(self, ending_token: int | None = None) -> str:
-        """The rest of the text: what was held back, and nothing after a stop string.
+        """The rest of the text: what was held back, or nothing after a stop string.
 
-        `ending_token` is the EOS or stop token that ended the answer, if it was not added: its
-        text stands in the answer only with `include_stop`.
+        `ending_token` is the EOS or stop token that ended the answer, if it was not added: its text
+        is part of the answer only with `include_stop`.
         """
         text = ""
         if self.stopped_by is None and ending_token is not None and self._include_stop:
