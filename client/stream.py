@@ -91,6 +91,8 @@ class Completion(Generic[T]):
     shape: Shape | None = field(default=None, repr=False)
     #: Thoughts and text in the order in which they came, neighbours of different kinds.
     pieces: tuple[Piece, ...] = ()
+    #: Empty: every continuation was exact. `ids`, `text`: the least exact of them, see `Started`.
+    continued: str = ""
 
     @property
     def reasoning(self) -> str:
@@ -298,6 +300,7 @@ class StreamState:
             tool_calls=list(self._calls),
             shape=self._shape,
             pieces=self.pieces,
+            continued=end.continued,
         )
 
 

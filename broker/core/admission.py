@@ -23,6 +23,7 @@ from broker.protocol.codec import check_free_forms, decode, unpack
 from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError, RequestError
 from broker.protocol.header import Header, MessageType
 from broker.protocol.messages import (
+    TEXT_IDS,
     Accepted,
     FailEvent,
     ImagePart,
@@ -262,6 +263,7 @@ def enqueue(
     if body.resume is not None:
         request.epoch = body.resume.epoch
         request.offset = len(body.resume.token_ids)
+        request.carries_text = bool(request.offset) and body.resume.token_ids[-1] >= TEXT_IDS
         request.holder = body.resume.holder
     if bus.settings.placement == "affinity":
         request.prefix_key = placement.prefix_key(body)

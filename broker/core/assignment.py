@@ -11,7 +11,7 @@ from broker.core.records import RequestState, WorkerSession, short
 from broker.core.state import BusState
 from broker.protocol import codec
 from broker.protocol.header import MessageType
-from broker.protocol.messages import Accepted, Assign, Window
+from broker.protocol.messages import Accepted, Assign, Continuation, Window
 
 
 def assign(bus: BusState, request: RequestState, worker: WorkerSession) -> None:
@@ -50,11 +50,15 @@ def attach(
     if request.window > request.window_sent:
         body = codec.encode(Window(limit=request.window))
         bus.send(worker, MessageType.WINDOW, request.id, body)
-    tell_where(bus, request)
+    how = worker.models[request.model].resume if request.model in worker.models else ""
+    inexact = bool(request.offset) and not attach and how not in ("", Continuation.EXACT)
+    if inexact:
+        bus.counters["resumes_inexact"] += 1
+    tell_where(bus, request, how if inexact else "")
     bus.log_request("debug", "attached" if attach else "assigned", request, worker=worker)
 
 
-def tell_where(bus: BusState, request: RequestState) -> None:
+def tell_where(bus: BusState, request: RequestState, resume: str = "") -> None:
     """Send ACCEPTED for a request at a worker. It names lost workers that came back with the
     request, because the client's next RESUME may go to another broker."""
     client = request.client
@@ -65,6 +69,7 @@ def tell_where(bus: BusState, request: RequestState) -> None:
         worker=request.worker_name,
         returned=list(request.returned),
         route=None if route is None else route.id,
+        resume=resume,
     )
     request.returned = ()
     bus.send(client, MessageType.ACCEPTED, request.id, codec.encode(accepted))

@@ -63,6 +63,9 @@ def _choose(
     if awaits_worker(bus, request):
         return None
     serving = list(bus.registry.serving(request.model).values())
+    if request.offset:
+        serving = [worker for worker in serving if worker.can_continue(request)]
+        free = [worker for worker in free if worker.can_continue(request)]
     if request.lost_workers:
         others = [worker for worker in serving if worker.name not in request.lost_workers]
         if others:

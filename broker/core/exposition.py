@@ -26,6 +26,10 @@ _COUNTERS: Final = {
     "request_bytes": ("Bytes of queued requests, images included.", "request_bytes"),
     "assignments": ("Credit spent: requests given to a worker.", "assigned"),
     "resumes": ("RESUMEs: streams that went on after an interruption.", "resumes"),
+    "resumes_inexact": (
+        "Streams that went on at a worker that continues by token ids or text alone.",
+        "resumes_inexact",
+    ),
     "interruptions": ("Requests whose worker left or gave them up.", "interrupted"),
     "rejections": ("Requests that a worker did not take.", "rejected"),
     "heartbeats_late": ("Heartbeat intervals in which a worker was silent.", "heartbeats_late"),

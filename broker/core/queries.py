@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -16,7 +16,7 @@ from broker.core.state import BusState
 from broker.protocol import codec, limits
 from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError, RequestError
 from broker.protocol.header import Header, MessageType
-from broker.protocol.messages import Answer, ModelInfo, Query, Refuse
+from broker.protocol.messages import Answer, Continuation, ModelInfo, Query, Refuse
 
 T = TypeVar("T")
 
@@ -131,7 +131,15 @@ def _model(bus: BusState, name: str) -> dict[str, Any]:
         "queued": queue.requests if queue else 0,
         "details": _details(infos),
         "serial": next((info.serial for info in infos if info.serial), ""),
+        "resume": weakest(info.resume for info in infos),
     }
+
+
+def weakest(names: Iterable[str]) -> str:
+    """Of several kinds of `Continuation`, the one that promises least."""
+    order = list(Continuation)
+    known = [Continuation(name) if name in order else Continuation.TEXT for name in names]
+    return max(known, key=order.index, default=Continuation.EXACT).value
 
 
 def _details(infos: list[ModelInfo]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from broker.core.events import Side
 from broker.core.phases import MOVES, IllegalMoveError, Move, Phase
 from broker.protocol.header import MessageType, prefix, seal
 from broker.protocol.liveness import Liveness
-from broker.protocol.messages import Heartbeat, Hello, ModelInfo, WorkerState
+from broker.protocol.messages import Continuation, Heartbeat, Hello, ModelInfo, WorkerState
 
 SOURCES: Final = 2048
 """How many of the latest messages to a client have a recorded source: more than can wait
@@ -255,6 +255,15 @@ class WorkerSession(Session):
         most = self.models[model].capacity
         return most is None or most > sum(r.model == model for r in self.running.values())
 
+    def can_continue(self, request: RequestState) -> bool:
+        """Whether it can go on from the tokens that a request came with."""
+        if not request.offset:
+            return True
+        how = self.models[request.model].resume
+        if how == Continuation.EXACT:
+            return not request.carries_text
+        return request.carries_text or how == Continuation.IDS
+
     @property
     def via(self) -> list[str]:
         """Names of the brokers behind a worker that is itself a relay."""
@@ -290,6 +299,7 @@ class RequestState:
         "alone",
         "assigned_s",
         "cancelled",
+        "carries_text",
         "cause",
         "cell",
         "client",
@@ -347,6 +357,8 @@ class RequestState:
         self.epoch_before: int | None = None
         #: Tokens that the client already has (RESUME).
         self.offset = 0
+        #: Whether these are ids that carry text (`messages.TEXT_IDS`).
+        self.carries_text = False
         #: The user whose turn it takes in the queue.
         self.user_key = ""
         self.priority = 0

@@ -80,6 +80,22 @@ class PieceKind(StrEnum):
     ARGUMENTS = "arguments"
 
 
+class Continuation(StrEnum):
+    """How a worker continues an answer that another one began."""
+
+    #: As the interrupted run would have gone on.
+    EXACT = "exact"
+    #: After the same tokens. Where tokens are drawn, the rest is another draw.
+    IDS = "ids"
+    #: After the same text, which may be other tokens; or written anew and compared.
+    TEXT = "text"
+
+
+TEXT_IDS: Final = 1 << 30
+"""Token ids from here on are no tokens of a model: they carry the text itself, of a worker that
+knows no tokens."""
+
+
 class _Map(Struct, frozen=True, kw_only=True, omit_defaults=True):
     pass
 
@@ -110,6 +126,8 @@ class ModelInfo(_Map, frozen=True, kw_only=True):
     capacity: Count | None = None
     #: Why requests of this model run one at a time; empty if they are batched.
     serial: str = ""
+    #: How an answer that another worker began goes on here: a `Continuation`.
+    resume: str = "exact"
 
 
 def kind_fields(kinds: Iterable[str]) -> dict[str, Any]:
@@ -453,6 +471,8 @@ class Accepted(_Map, frozen=True, kw_only=True):
     #: With `worker`: the header id of every OUTPUT from there. An event of the request under
     #: another header id came from another worker.
     route: Id | None = None
+    #: With `worker`, for a request that came with tokens: how it goes on there, if not exactly.
+    resume: str = ""
 
 
 class Assign(_Map, frozen=True, kw_only=True):

@@ -82,6 +82,13 @@ def generate(arguments: argparse.Namespace, terminal: Terminal) -> int:
     return 0
 
 
+CONTINUED: Final = {
+    "ids": ", from the same tokens: what is drawn at random goes on differently",
+    "text": ", from the same text: the rest may differ from what was interrupted",
+}
+"""For people: how a stream went on, where not exactly."""
+
+
 def show(stream: Stream, terminal: Terminal, mode: str = FOLD) -> End:
     """Print a stream's text as it arrives, with a notice if it had to be resumed. `mode`: what is
     done with thoughts, see `thoughts`."""
@@ -101,7 +108,8 @@ def show(stream: Stream, terminal: Terminal, mode: str = FOLD) -> End:
                     told = reason
                     terminal.notice(f"[{reason}; trying again]")
                 case Started(worker) if broken:
-                    terminal.notice(f"[resumed on worker {worker}]")
+                    how = CONTINUED.get(event.continued, "")
+                    terminal.notice(f"[resumed on worker {worker}{how}]")
     finally:
         thinking.close()
     terminal.line()
@@ -146,6 +154,7 @@ def _as_json(stream: Stream, terminal: Terminal, *, with_thoughts: bool) -> End:
                         "model": event.model,
                         "worker": event.worker,
                         "resumed": event.resumed,
+                        "continued": event.continued,
                         "seed": stream.seed,
                         "request_id": stream.request_id,
                         "first_token_s": event.first_token_s,
@@ -176,7 +185,8 @@ def summary(end: End) -> str:
             parts.append(f"{count * 1000 / end.timings.decode_ms:.1f} tokens/s at the worker")
     parts.append(f"{end.total_s:.2f} s in all, on {end.worker or 'no worker'}")
     if end.resumed:
-        parts.append(f"resumed {end.resumed} times")
+        how = f" ({end.continued})" if end.continued else ""
+        parts.append(f"resumed {end.resumed} times{how}")
     return "; ".join(parts)
 
 

@@ -45,6 +45,10 @@ class Started:
     resumed: int
     #: Tokens that may wait unread; the worker holds back further ones.
     window_tokens: int
+    #: How the worker goes on with what was received: empty, exactly; `ids`, after the same tokens,
+    #: where the rest is another draw unless it is greedy; `text`, after the same text, and the rest
+    #: may not be what the interrupted run would have written.
+    continued: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,8 @@ class End:
     total_s: float
     #: As in `Tokens`: `text` split by kind; None if it is all content.
     pieces: list[Piece] | None = None
+    #: The least exact way in which it was continued, as of `Started`; empty: always exactly.
+    continued: str = ""
 
 
 #: Tokens and text; straight from the wire, see `broker.protocol.messages`.

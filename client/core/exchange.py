@@ -62,6 +62,7 @@ class Exchange:
 
     __slots__ = (
         "attachments",
+        "continued",
         "epoch",
         "epochs",
         "failures",
@@ -120,6 +121,8 @@ class Exchange:
         #: Recoveries since the last token.
         self.failures = 0
         self.resumed = 0
+        #: The least exact way in which a worker went on; empty: exactly.
+        self.continued = ""
         self.lost_workers: list[str] = []
         #: Those of `lost_workers` that ran nothing else at the time.
         self.lost_alone: list[str] = []

@@ -355,13 +355,19 @@ class Requests:
             self._deliver(request_id, events.Queued(accepted.position))
         elif exchange.worker != accepted.worker or exchange.phase is not Phase.RUNNING:
             exchange.worker = exchange.holder = accepted.worker
-            self._started(exchange)
+            if accepted.resume and exchange.continued != messages.Continuation.TEXT:
+                exchange.continued = accepted.resume
+            self._started(exchange, accepted.resume)
 
-    def _started(self, exchange: Exchange) -> None:
+    def _started(self, exchange: Exchange, continued: str = "") -> None:
         if exchange.phase is not Phase.RUNNING:
             exchange.enter(Phase.RUNNING, self._broker.now_s)
         started = events.Started(
-            exchange.worker, exchange.request.model, exchange.resumed, self._window_of(exchange)
+            exchange.worker,
+            exchange.request.model,
+            exchange.resumed,
+            self._window_of(exchange),
+            continued,
         )
         self._deliver(exchange.id, started)
         self.schedule(exchange)
@@ -494,6 +500,7 @@ class Requests:
             first_token_s=exchange.first_token_s,
             total_s=self._broker.now_s - exchange.made_s,
             pieces=event.pieces,
+            continued=exchange.continued,
         )
         self._end(exchange, end, ended=True)
 

@@ -261,6 +261,22 @@ def examples() -> dict[str, Example]:
             [m.Accepted(worker="gpu-2", returned=["gpu-1"], route=ROUTE)],
             [],
         ),
+        "accepted_continues_by_text": (
+            t.ACCEPTED,
+            REQUEST,
+            4,
+            0,
+            [m.Accepted(worker="lab", route=ROUTE, resume="text")],
+            [],
+        ),
+        "hello_continues_by_ids": (
+            t.HELLO,
+            header.NO_ID,
+            0,
+            0,
+            [m.Hello(role="worker", name="lab", models=[m.ModelInfo(name="demo", resume="ids")])],
+            [],
+        ),
         "resume_of_a_suspect": (t.RESUME, REQUEST, 7, 0, [suspect], []),
         "interrupted_alone": (
             t.INTERRUPTED,

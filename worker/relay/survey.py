@@ -39,6 +39,7 @@ class _ModelRow(msgspec.Struct, frozen=True):
     queued: int = 0
     details: dict[str, Any] = {}
     serial: str = ""
+    resume: str = "exact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,4 +90,5 @@ def _info(row: _ModelRow) -> ModelInfo:
         images=row.images,
         details=row.details,
         serial=row.serial,
+        resume=row.resume,
     )
