@@ -39,6 +39,8 @@ examples:
   python -m worker                                       the bundled demo model, offline
   python -m worker --model-path Qwen/Qwen2.5-0.5B-Instruct --broker tcp://gpu-bus:5556
   python -m worker --model-path /data/tuned/checkpoint-400 --model-name tuned,tuned-latest
+  python -m worker --engine openai --engine-arg base_url=http://gpu-7:8000/v1
+                                                         in front of a server that already runs
   python -m worker --engine echo --slots 64              no model: for tests and benchmarks
 """
 
@@ -381,6 +383,8 @@ def _engine_options(values: dict[str, Any]) -> EngineOptions:
     if not paths:
         if values["engine"] == "transformers":
             paths, names = [str(model_path())], names or [DEMO_NAME]
+        elif values["engine"] == "openai":
+            paths = []  # what the server has
         elif values["engine"] in registry.NEED_MODEL:
             raise ConfigError(
                 f"--engine {values['engine']} needs --model-path: a folder, a file or a hub id"

@@ -104,6 +104,8 @@ class WorkerCore:
         # Engine.
         self._state = WorkerState.LOADING
         self._capabilities: Capabilities | None = None
+        #: What it served last: an engine that is started anew will serve it again.
+        self._last_models = [ModelInfo(name=name) for name in settings.models]
         self._progress: float | None = None
         self._note = ""
         self._metrics: dict[str, float] = {}
@@ -261,7 +263,7 @@ class WorkerCore:
     def _models(self) -> list[ModelInfo]:
         if self._capabilities is not None:
             return list(self._capabilities.models)
-        return [ModelInfo(name=name) for name in self._settings.models]
+        return self._last_models
 
     def _lose(self, connection: Connection, ended: Ended, now_s: float) -> None:
         """The session, or the attempt to open one, is over; its requests live on."""
@@ -497,6 +499,7 @@ class WorkerCore:
 
     def _engine_ready(self, capabilities: Capabilities, now_s: float) -> None:
         self._capabilities = capabilities
+        self._last_models = list(capabilities.models)
         if self._state is WorkerState.LOADING:
             self._state = WorkerState.READY
         for connection in self._connections:

@@ -218,6 +218,11 @@ Progress = Callable[[float | None, str], None]
 EngineFactory = Callable[[EngineOptions, Progress], Engine]
 
 
+class EngineGone(Exception):
+    """What the engine drives is gone, through no fault of its own; the message says why, in one
+    line. Raised by `step` and `metrics`; the engine is built anew."""
+
+
 class EngineLoadError(Exception):
     """The engine cannot be built; the message says why and what to do (one line, for a
     terminal)."""

@@ -24,6 +24,7 @@ BUILT_IN: Final = {
     "mlx": "worker.engines.mlx:build",
     "llamacpp": "worker.engines.llamacpp:build",
     "sglang": "worker.engines.sglang:build",
+    "openai": "worker.engines.openai:build",
 }
 
 EXTRAS: Final = {
@@ -32,6 +33,7 @@ EXTRAS: Final = {
     "mlx": "mlx",
     "llamacpp": "llamacpp",
     "sglang": "sglang",
+    "openai": "openai",
 }
 """The extra of this package that installs what a built-in engine needs."""
 

@@ -33,7 +33,7 @@ from broker.protocol import codec
 from broker.protocol.limits import MAX_REQUEST_BYTES
 from broker.protocol.messages import Request
 from worker.engines import registry
-from worker.engines.base import Engine, EngineLoadError, EngineOptions, Job
+from worker.engines.base import Engine, EngineGone, EngineLoadError, EngineOptions, Job
 from worker.process.pipe import Pipe, PipeClosed
 
 METRICS_INTERVAL_S = 1.0
@@ -159,6 +159,9 @@ def main(arguments: list[str]) -> int:
         engine.close()
     except PipeClosed:
         return 0
+    except EngineGone as error:
+        link.say("broken", str(error))
+        return EXIT_BROKEN
     except Exception as error:
         _print_traceback()
         link.say("broken", f"{type(error).__name__}: {error}")

@@ -11,9 +11,17 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from broker.protocol.options import parse_bool
-from worker.engines.base import EngineLoadError
+from worker.engines.base import EngineLoadError, EngineOptions
 
-__all__ = ["SHARED", "SharedSettings", "boolean", "settings_from", "split_arguments", "whole"]
+__all__ = [
+    "SHARED",
+    "SharedSettings",
+    "boolean",
+    "refuse_options",
+    "settings_from",
+    "split_arguments",
+    "whole",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,3 +151,13 @@ def split_arguments(
                 + ", ".join(sorted({*own, *SHARED}))
             )
     return settings_from(shared, SharedSettings, engine), values
+
+
+def refuse_options(options: EngineOptions, reasons: Mapping[str, str]) -> None:
+    """Refuse worker options that this engine cannot honour; `reasons` maps the field's name to what
+    to do instead. Raises `EngineLoadError`."""
+    neutral = EngineOptions()
+    for name, reason in reasons.items():
+        if getattr(options, name) != getattr(neutral, name):
+            flag = "--" + name.replace("_", "-")
+            raise EngineLoadError(f"engine {options.engine} does not take {flag}: {reason}")

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from broker.protocol.errors import ErrorCode, RequestError
 from broker.protocol.messages import Kind, Params, Request
 from worker.engines.base import EngineLoadError, EngineOptions, Job
-from worker.engines.common.arguments import SharedSettings
+from worker.engines.common.arguments import SharedSettings, refuse_options
 from worker.engines.common.engine import BatchEngine
 from worker.engines.common.facts import ModelFacts
 from worker.engines.common.failures import one_line
@@ -116,16 +116,6 @@ def named_models(options: EngineOptions, *, several: bool) -> list[tuple[str, tu
             f"{len(names)} names were given for {len(options.model_paths)} models"
         )
     return list(zip(options.model_paths, names, strict=True))
-
-
-def refuse_options(options: EngineOptions, reasons: Mapping[str, str]) -> None:
-    """Refuse worker options that this engine cannot honour; `reasons` maps the field's name to what
-    to do instead. Raises `EngineLoadError`."""
-    neutral = EngineOptions()
-    for name, reason in reasons.items():
-        if getattr(options, name) != getattr(neutral, name):
-            flag = "--" + name.replace("_", "-")
-            raise EngineLoadError(f"engine {options.engine} does not take {flag}: {reason}")
 
 
 # --- jobs -----------------------------------------------------------------------------------------

@@ -1,0 +1,294 @@
+"""The engine: jobs in, HTTP out, events back; several models of one server.
+
+Chats, completions and embeddings go to the server as its own API takes them (`answer`, by text).
+The death of the server is the death of this engine, with its cause: the process is started anew and
+waits for the server. Must never answer in a server's place.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from dataclasses import dataclass
+from typing import Any, Final
+
+from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
+from broker.protocol.messages import Continuation, FinishReason, Kind, Usage
+from worker.engines.base import (
+    Capabilities,
+    Ended,
+    EngineEvent,
+    EngineGone,
+    EngineLoadError,
+    EngineOptions,
+    Failed,
+    Job,
+    Progress,
+    Tokens,
+)
+from worker.engines.common.arguments import refuse_options
+from worker.engines.common.reasoning import AnswerFormat, find_format
+from worker.engines.openai.answer import TextAnswer
+from worker.engines.openai.bodies import body_of, refused
+from worker.engines.openai.discover import Found, Model, discover
+from worker.engines.openai.http import Chunk, Done, Fault, Server, Unreachable
+from worker.engines.openai.settings import Settings, read
+
+__all__ = ["OpenAIEngine", "build_engine"]
+
+WAIT_S: Final = 0.005
+"""How long a step waits for the server; the engine's loop must take new jobs."""
+
+
+def build_engine(options: EngineOptions, progress: Progress) -> OpenAIEngine:
+    """Wait for the server and describe what it serves. Raises `EngineLoadError`."""
+    settings = read(options.engine_args)
+    refuse_options(
+        options,
+        {
+            "model_base": "the server loads its models itself",
+            "load_8bit": "the server loads its models itself",
+            "load_4bit": "the server loads its models itself",
+            "revision": "the server loads its models itself",
+            "chat_template": "the server renders its chats itself",
+        },
+    )
+    format_ = find_format(None, "", options.reasoning_parser)
+    server = Server(settings)
+    try:
+        found = discover(server, settings, options, progress)
+    except Unreachable as error:
+        server.close()
+        raise EngineLoadError(f"the server at {server.where} went away: {error}") from None
+    except EngineLoadError:
+        server.close()
+        raise
+    server.watch(found.health)
+    progress(1.0, "ready")
+    return OpenAIEngine(server, settings, found, options.slots, format_)
+
+
+@dataclass(slots=True)
+class _Call:
+    """A request at the server; `answer` is None for an embedding."""
+
+    job: Job
+    answer: TextAnswer | None
+    number: int = 0
+    cancelled: bool = False
+
+
+class OpenAIEngine:
+    """Passes requests on to one server (see `worker.engines.base.Engine`)."""
+
+    def __init__(
+        self,
+        server: Server,
+        settings: Settings,
+        found: Found,
+        slots: int,
+        format_: AnswerFormat | None,
+    ) -> None:
+        self._server = server
+        self._dialect = found.dialect
+        self._format = format_
+        self._models = {name: model for model in found.models for name in model.names}
+        self._calls: dict[bytes, _Call] = {}
+        self._by_number: dict[int, _Call] = {}
+        self._events: list[EngineEvent] = []
+        self._tokens: list[tuple[float, int]] = []
+        self._ttft_ms = 0.0
+        infos = [info for m in found.models for info in m.infos(Continuation.TEXT)]
+        version = f" {found.version}" if found.version else ""
+        self._capabilities = Capabilities(
+            engine="openai",
+            device=f"{found.server}{version} at {server.where}",
+            models=tuple(infos),
+            capacity=slots or found.slots or settings.slots(found.server),
+        )
+
+    # --- the engine contract ----------------------------------------------------------------------
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._calls or self._events)
+
+    def add(self, job: Job) -> None:
+        """Send a job to the server."""
+        if job.request_id in self._calls:
+            return
+        try:
+            self._begin(job)
+        except RequestError as error:
+            self._calls.pop(job.request_id, None)
+            self._events.append(Failed(job.request_id, error.info))
+
+    def _begin(self, job: Job) -> None:
+        request = job.request
+        model = self._models.get(request.model)
+        if model is None:
+            raise RequestError(
+                ErrorCode.MODEL_UNAVAILABLE,
+                f"this worker has no model {request.model}; it serves {', '.join(self._models)}",
+            )
+        offered = {Kind.CHAT: model.chat, Kind.COMPLETE: model.complete, Kind.EMBED: model.embed}
+        if not offered.get(request.kind, False):
+            raise RequestError(
+                ErrorCode.INVALID_REQUEST,
+                f"model {request.model} at {self._server.where} has no kind {request.kind.value}",
+                details={"parameter": "kind"},
+            )
+        if job.attachments and not model.images:
+            raise RequestError(
+                ErrorCode.INVALID_REQUEST,
+                f"model {request.model} at {self._server.where} takes no images",
+                details={"parameter": "messages"},
+            )
+        if request.kind is Kind.EMBED:
+            self._send(_Call(job, None), "embeddings", _embeddings(job, model))
+            return
+        answer = TextAnswer(job, self._format, server=self._server.where, manner=model.manner)
+        call = _Call(job, answer)
+        self._calls[job.request_id] = call
+        for event in answer.begin():
+            self._say(event)
+        if job.request_id not in self._calls:
+            return  # it was complete
+        path, body = body_of(
+            job,
+            model.id,
+            self._dialect,
+            prefix=answer.prefix,
+            manner=model.manner,
+            spent=answer.spent,
+        )
+        self._send(call, path, body)
+
+    def _send(self, call: _Call, path: str, body: dict[str, Any]) -> None:
+        self._calls[call.job.request_id] = call
+        call.number = self._server.open(path, body)
+        self._by_number[call.number] = call
+
+    def cancel(self, request_id: bytes) -> None:
+        call = self._calls.get(request_id)
+        if call is not None:
+            call.cancelled = True
+
+    def step(self) -> list[EngineEvent]:
+        self._check()
+        for call in [call for call in self._calls.values() if call.cancelled]:
+            self._leave(call)
+            usage = call.answer.usage() if call.answer is not None else Usage()
+            self._say(Ended(call.job.request_id, FinishReason.CANCELLED, usage=usage))
+        for came in self._server.receive(0.0 if self._events else WAIT_S):
+            call_of = self._by_number.get(came.call)
+            if call_of is not None:
+                self._heard(call_of, came)
+        events, self._events = self._events, []
+        return events
+
+    def _check(self) -> None:
+        if self._server.lost:
+            raise EngineGone(self._server.lost)
+
+    def _heard(self, call: _Call, came: Chunk | Done | Fault) -> None:
+        try:
+            events = self._events_of(call, came)
+        except RequestError as error:
+            events = self._failed(call, error.info)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            message = (
+                f"the server at {self._server.where} sent what is not of OpenAI's API "
+                f"({type(error).__name__}: {error})"
+            )
+            info = ErrorInfo(code=ErrorCode.ENGINE_ERROR.value, message=message)
+            events = self._failed(call, info)
+        for event in events:
+            self._say(event)
+
+    def _events_of(self, call: _Call, came: Chunk | Done | Fault) -> list[EngineEvent]:
+        answer = call.answer
+        if isinstance(came, Fault):
+            return self._failed(call, came.error)
+        if isinstance(came, Chunk):
+            if answer is None:
+                return [_embedded(call.job, came.data)]
+            events = answer.take(came.data)
+            return [*events, *answer.end()] if answer.over else events
+        return answer.end() if answer is not None else []
+
+    def _failed(self, call: _Call, error: ErrorInfo) -> list[EngineEvent]:
+        if call.answer is not None:
+            return call.answer.failed(error)
+        return [Failed(call.job.request_id, error)]
+
+    def _say(self, event: EngineEvent) -> None:
+        call = self._calls.get(event.request_id)
+        if isinstance(event, Tokens):
+            self._tokens.append((time.monotonic(), len(event.token_ids)))
+        elif isinstance(event, Ended | Failed) and call is not None:
+            if isinstance(event, Ended) and event.timings.prefill_ms:
+                self._ttft_ms = 0.8 * self._ttft_ms + 0.2 * event.timings.prefill_ms
+            self._leave(call)
+        self._events.append(event)
+
+    def _leave(self, call: _Call) -> None:
+        """Nothing more is wanted of it; its connection is closed, if it is open."""
+        self._calls.pop(call.job.request_id, None)
+        if call.number:
+            self._by_number.pop(call.number, None)
+            self._server.close_call(call.number)
+
+    def metrics(self) -> dict[str, float]:
+        self._check()
+        now_s = time.monotonic()
+        self._tokens = [entry for entry in self._tokens if entry[0] > now_s - 10.0]
+        span_s = max(now_s - self._tokens[0][0], 1e-3) if self._tokens else 10.0
+        return {
+            "running": float(len(self._calls)),
+            "waiting": 0.0,
+            "batch": float(len(self._calls)),
+            "tokens_per_s": sum(count for _, count in self._tokens) / span_s,
+            "ttft_ms": self._ttft_ms,
+        }
+
+    def close(self) -> None:
+        self._server.close()
+        self._calls.clear()
+
+
+# --- embeddings -----------------------------------------------------------------------------------
+
+
+def _embeddings(job: Job, model: Model) -> dict[str, Any]:
+    args = dict(job.request.embed_args)
+    body: dict[str, Any] = {
+        "model": model.id,
+        "input": job.request.inputs,
+        "encoding_format": "float",
+    }
+    if args.get("dimensions") is not None:
+        body["dimensions"] = args.pop("dimensions")
+    args.pop("dimensions", None)
+    if args:
+        raise refused(next(iter(args)), str(model.details.get("server")))
+    return body
+
+
+def _embedded(job: Job, data: dict[str, Any]) -> Ended:
+    rows = sorted(data["data"], key=lambda row: row.get("index", 0))
+    vectors = [row["embedding"] for row in rows]
+    if len(vectors) != len(job.request.inputs or ()):
+        raise ValueError(f"{len(vectors)} vectors for {len(job.request.inputs or ())} texts")
+    packed = [struct.pack(f"<{len(vector)}f", *vector) for vector in vectors]
+    usage = data.get("usage") or {}
+    return Ended(
+        job.request_id,
+        FinishReason.STOP,
+        usage=Usage(prompt_tokens=int(usage.get("prompt_tokens") or 0)),
+        result={"embeddings": packed, "dimensions": len(vectors[0])},
+    )

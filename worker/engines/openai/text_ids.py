@@ -1,0 +1,99 @@
+"""Token ids that carry text: what stands for the tokens of a server that tells none.
+
+Whoever holds the ids of an answer so far has its text and the kind of each piece, so that another
+worker can go on from there (SPEC.md section 6.4). An id holds up to three bytes of whole
+characters:
+
+    bit 30 set | kind 29-27 | 26: first of what the server sent at once | 25-24: bytes | 23-0
+
+No bytes: the low bits are one code point. Kind 7 is a hash of a token instead, for answers with log
+probabilities, which have one id for each token. Pure; must never meet a tokenizer.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from broker.protocol.messages import TEXT_IDS, Piece, PieceKind
+
+__all__ = ["chunks", "decoded", "encoded", "hashed", "is_text"]
+
+_KINDS: Final = (
+    PieceKind.CONTENT.value,
+    PieceKind.REASONING.value,
+    PieceKind.CALL.value,
+    PieceKind.ARGUMENTS.value,
+)
+_HASH: Final = 7
+_FIRST: Final = 1 << 26
+_LOW: Final = (1 << 24) - 1
+
+
+def is_text(ids: Sequence[int]) -> bool:
+    """Whether ids carry text. Those of one answer are all of one sort."""
+    return bool(ids) and ids[-1] >= TEXT_IDS
+
+
+def encoded(pieces: Iterable[Piece]) -> list[int]:
+    """The ids of what a server sent at once."""
+    ids: list[int] = []
+    first = _FIRST
+    for piece in pieces:
+        base = TEXT_IDS | _KINDS.index(piece.kind) << 27
+        for data in _parts(piece.text):
+            ids.append(base | first | data)
+            first = 0
+    return ids
+
+
+def _parts(text: str) -> list[int]:
+    """Length and bytes of a text, three bytes at a time, or a code point that is longer."""
+    parts: list[int] = []
+    held = b""
+    for character in text:
+        data = character.encode("utf-8", "replace")
+        if held and len(held) + len(data) > 3:
+            parts.append(len(held) << 24 | int.from_bytes(held, "big"))
+            held = b""
+        if len(data) > 3:
+            parts.append(ord(character))
+        else:
+            held += data
+    if held:
+        parts.append(len(held) << 24 | int.from_bytes(held, "big"))
+    return parts
+
+
+def decoded(ids: Iterable[int]) -> list[Piece]:
+    """The pieces that ids carry, neighbours of one kind joined; a call begins a piece of its own.
+    Raises ValueError for ids that are none of these."""
+    pieces: list[Piece] = []
+    for id_ in ids:
+        kind, size, data = id_ >> 27 & 7, id_ >> 24 & 3, id_ & _LOW
+        if not TEXT_IDS <= id_ < 2 * TEXT_IDS or kind >= len(_KINDS):
+            raise ValueError(f"id {id_} carries no text")
+        text = data.to_bytes(3, "big")[3 - size :].decode() if size else chr(data)
+        name = _KINDS[kind]
+        calls_anew = name == PieceKind.CALL and id_ & _FIRST
+        if pieces and pieces[-1].kind == name and not calls_anew:
+            pieces[-1] = Piece(name, pieces[-1].text + text)
+        else:
+            pieces.append(Piece(name, text))
+    return pieces
+
+
+def chunks(ids: Iterable[int]) -> int:
+    """How often the server sent something: the number of tokens, where it sends each by itself."""
+    return sum(1 for id_ in ids if id_ >> 27 & 7 == _HASH or id_ & _FIRST)
+
+
+def hashed(token: bytes) -> int:
+    """The id of a token of which only equality matters."""
+    return TEXT_IDS | _HASH << 27 | zlib.crc32(token) & (1 << 27) - 1
+
+
+def is_hashed(ids: Sequence[int]) -> bool:
+    """Whether ids are hashes of tokens, of an answer with log probabilities."""
+    return bool(ids) and ids[-1] >= TEXT_IDS and ids[-1] >> 27 & 7 == _HASH
