@@ -30,6 +30,8 @@ SHOWS: Final = {
     "resume": "two tokens and seven characters received, one worker lost",
     "resume_with_holder": "the worker that ran it last may still have it",
     "accepted_at_a_worker": "at a worker: name, route, and a lost worker that came back",
+    "accepted_continues_by_text": "a resumed request at a worker that goes on from its text",
+    "hello_continues_by_ids": "a model whose answers go on after the same tokens, and no more",
     "resume_of_a_suspect": "the epoch after a random step; two workers lost, one of them alone",
     "interrupted_alone": "the worker died and ran nothing else",
     "interrupted": "the worker is gone; RESUME",
