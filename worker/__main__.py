@@ -57,6 +57,8 @@ def serve(config: options.WorkerConfig) -> int:
     from broker.peer.keys import KeyFileError, Keys
     from broker.protocol.tracing import make_tracer
     from worker.core.session import Settings, WorkerCore
+    from worker.ending import sources
+    from worker.ending.watch import EndWatch
     from worker.engines import registry
     from worker.loop import Link
     from worker.process.supervisor import Supervisor
@@ -99,6 +101,10 @@ def serve(config: options.WorkerConfig) -> int:
         config.brokers,
         keys,
         LoadingDisplay(config.progress),
+        ends=EndWatch(
+            sources.chosen(config.ends_at, config.spot, config.notice_command, slurm=config.slurm),
+            config.end_margin_s,
+        ),
     )
     end = link.run()
     if end.message:

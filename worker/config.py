@@ -11,8 +11,10 @@ import argparse
 import os
 import secrets
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +23,7 @@ from broker.protocol.options import OptionParser, count, misspelt, number, parse
 from broker.protocol.version import version
 from worker.core.conversations import NAMED_TEMPLATES, read_template
 from worker.demo import model_path
+from worker.ending import times
 from worker.engines import registry
 from worker.engines.base import EngineOptions
 from worker.engines.common.reasoning import parser_names
@@ -30,6 +33,9 @@ from worker.replaced import REPLACED
 ENVIRONMENT_PREFIX: Final = "TOKENBUS_WORKER_"
 DEFAULT_BROKER: Final = "tcp://127.0.0.1:5556"
 DEMO_NAME: Final = "demo"
+NEVER: Final = "never"
+CLOUDS: Final = ("aws", "gcp", "azure")
+"""Of `ending.sources`, which `--help` need not load."""
 
 _EPILOG: Final = f"""\
 Every option can be set by an environment variable: {ENVIRONMENT_PREFIX}LIMIT_MODEL_CONCURRENCY=4;
@@ -60,6 +66,14 @@ class WorkerConfig:
     grace_s: float
     drain_s: float
     engine_stall_s: float
+    #: Unix time; None: no option names an end.
+    ends_at: float | None
+    end_margin_s: float
+    #: Clouds whose metadata service is asked for a spot notice.
+    spot: tuple[str, ...]
+    notice_command: str | None
+    #: Whether the limit of the Slurm job counts that this process runs in.
+    slurm: bool
     threads: int | None
     server_key: Path | None
     key: Path | None
@@ -126,6 +140,29 @@ def _seconds(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
     return value
+
+
+def _point(text: str) -> str:
+    try:
+        if text != NEVER:
+            times.point(text, datetime.now())
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or {NEVER}") from None
+    return text
+
+
+def _length(text: str) -> float:
+    try:
+        return times.length(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _clouds(text: str) -> str:
+    for name in text.split(","):
+        if name not in CLOUDS:
+            raise argparse.ArgumentTypeError(f"{name!r}: must be of {', '.join(CLOUDS)}")
+    return text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -258,6 +295,42 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help="how long running requests may take after the worker was told to stop [30]",
     )
+    ends = made.add_argument_group(
+        "end",
+        "A worker that knows when it will be gone tells the broker, which moves running\n"
+        "streams away in time. Within a Slurm job, the job's limit is known without an option.",
+    )
+    ends.add_argument(
+        "--ends-at",
+        type=_point,
+        metavar="TIME",
+        help=f"21:00, 2026-11-30T21:00 or seconds since 1970; {NEVER}: not even at the job's limit "
+        "[the limit of the Slurm job]",
+    )
+    ends.add_argument(
+        "--ends-in",
+        type=_length,
+        metavar="TIME",
+        help="the same, counted from now: 90s, 15m, 8h, 1:30:00",
+    )
+    ends.add_argument(
+        "--spot",
+        type=_clouds,
+        metavar="CLOUD",
+        help=f"look for spot notices at the metadata service of {', '.join(CLOUDS)} [none]",
+    )
+    ends.add_argument(
+        "--notice-command",
+        metavar="COMMAND",
+        help="run every 5 s; prints the seconds left, or a time, once an end is known, and nothing "
+        "before",
+    )
+    ends.add_argument(
+        "--end-margin-s",
+        type=_seconds,
+        metavar="S",
+        help="leave this long before a known end [2]",
+    )
     bus.add_argument(
         "--server-key", metavar="FILE", help="the broker's public CURVE key (.key file)"
     )
@@ -285,6 +358,7 @@ _DEFAULTS: Final[dict[str, Any]] = {
     "grace_s": 30.0,
     "drain_s": 30.0,
     "engine_stall_s": 120.0,
+    "end_margin_s": 2.0,
     "log_level": "info",
     "log_format": "auto",
 }
@@ -345,6 +419,15 @@ def _checked(values: dict[str, Any]) -> WorkerConfig:
     )
     if (values["server_key"] is None) != (values["key"] is None):
         raise ConfigError("--server-key and --key go together: give both or neither")
+    if values["ends_at"] is not None and values["ends_in"] is not None:
+        raise ConfigError("--ends-at and --ends-in exclude each other")
+    ends_at = None
+    if values["ends_in"] is not None:
+        ends_at = time.time() + values["ends_in"]
+    elif values["ends_at"] not in (None, NEVER):
+        ends_at = times.point(values["ends_at"], datetime.now())
+    if ends_at is not None and ends_at <= time.time() + values["end_margin_s"]:
+        raise ConfigError("the end (--ends-at, --ends-in) must be later than now and its margin")
     worker_id = values["worker_id"] or f"{socket.gethostname()[:200]}-{secrets.token_hex(3)}"
     if len(worker_id.encode()) > 256:
         raise ConfigError("--worker-id is longer than 256 bytes")
@@ -356,6 +439,11 @@ def _checked(values: dict[str, Any]) -> WorkerConfig:
         grace_s=values["grace_s"],
         drain_s=values["drain_s"],
         engine_stall_s=values["engine_stall_s"],
+        ends_at=ends_at,
+        end_margin_s=values["end_margin_s"],
+        spot=tuple(dict.fromkeys(values["spot"].split(","))) if values["spot"] else (),
+        notice_command=values["notice_command"],
+        slurm=values["ends_at"] != NEVER,
         threads=values["threads"],
         server_key=Path(values["server_key"]) if values["server_key"] else None,
         key=Path(values["key"]) if values["key"] else None,

@@ -35,6 +35,7 @@ from worker.core.instructions import (
     Send,
 )
 from worker.core.session import WorkerCore
+from worker.ending.watch import EndWatch
 from worker.process.display import LoadingDisplay
 
 log = logging.getLogger(__name__)
@@ -128,8 +129,10 @@ class Link:
         keys: Keys | None = None,
         display: LoadingDisplay | None = None,
         party: Party = WORKER,
+        ends: EndWatch | None = None,
     ) -> None:
         self._core = core
+        self._ends = ends
         self._supervisor = supervisor
         self._addresses = brokers
         self._keys = keys
@@ -151,11 +154,15 @@ class Link:
         gc.set_threshold(GC_THRESHOLD)
         try:
             self._supervisor.start()
+            if self._ends is not None:
+                self._ends.start()
             while self._exit is None:
                 self._turn()
             return self._exit
         finally:
             self._display.done()
+            if self._ends is not None:
+                self._ends.close()
             for dealer in self._dealers.values():
                 dealer.close()
             # Requests that still run are given up: do not wait for an engine in mid-step.
@@ -176,6 +183,9 @@ class Link:
         if self._signals.fileno() in ready:
             for name in self._signals.take():
                 self._handle(events.StopRequested(name))
+        if self._ends is not None and self._ends.fileno() in ready:
+            for ends_s, why in self._ends.take():
+                self._handle(events.EndKnown(ends_s, why))
         pipe = self._supervisor.pipe
         if self._supervisor.waiting or (pipe is not None and pipe.fileno() in ready):
             for event in self._supervisor.read(time.monotonic()):
@@ -196,6 +206,8 @@ class Link:
         """The poll object, rebuilt only when the descriptors have changed."""
         pipe = self._supervisor.pipe
         wanted = [(self._signals.fileno(), select.POLLIN)]
+        if self._ends is not None:
+            wanted.append((self._ends.fileno(), select.POLLIN))
         if pipe is not None:
             writing = select.POLLOUT if pipe.backlog_bytes else 0
             wanted.append((pipe.fileno(), select.POLLIN | writing))

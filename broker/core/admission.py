@@ -258,6 +258,7 @@ def enqueue(
     request.priority = body.priority
     request.user_key = f"user {body.user}" if body.user else f"session {client.id.hex()}"
     request.window = request.window_sent = body.window
+    request.most_tokens = body.params.max_tokens
     request.frames = frames
     request.size_bytes = sum(map(len, frames))
     if body.resume is not None:

@@ -9,7 +9,8 @@ The main path of a request, top to bottom in this file:
 Here are the face, the handlers of messages and their tables. The rules are functions on a
 `BusState` in modules of their own, which never import this one: `admission` checks and queues a
 request, `dispatch` brings queue and workers together (`placement` chooses, `assignment` sends),
-`suspicion` finds requests that kill workers, `recovery` holds RESUME, `membership` HELLO and signs
+`suspicion` finds requests that kill workers, `ends` empties workers before their known end,
+`recovery` holds RESUME, `membership` HELLO and signs
 of life, `sharing` what other brokers need, `endings` how sessions and requests end, `shutdown` the
 drains, `queries` the operator's verbs. `records` and `state` are the data, `phases` the moves that
 a request may make.
@@ -29,8 +30,10 @@ from broker.core import (
     causes,
     dispatch,
     endings,
+    ends,
     invariants,
     membership,
+    pace,
     queries,
     recovery,
     sharing,
@@ -324,6 +327,7 @@ class BrokerCore(BusState):
             # Weight of 1/8 as TCP smooths its round trip time (RFC 6298).
             smoothed_s = self.service_s.get(request.model, took_s)
             self.service_s[request.model] = smoothed_s + (took_s - smoothed_s) / 8
+        pace.observe(self, worker, request, finished)
         if request.ended_s is None:
             self.figures.finished(request, finished, self.now_s)
         self.keep(request)
@@ -367,6 +371,7 @@ class BrokerCore(BusState):
             worker.draining = True
         if beat.granted is not None:
             self._grant(worker, beat.granted)
+        ends.said(self, worker, beat.ends_in_ms, beat.ends_why)
         membership.check_engine(self, worker, beat.engine_age_ms / 1000)
         self.dirty.update(worker.models)
 
@@ -384,6 +389,8 @@ class BrokerCore(BusState):
     def _on_worker_drain(self, worker: WorkerSession, head: Header, frames: Frames) -> None:
         drain = self._control(Drain, frames)
         worker.draining = True
+        if drain.deadline_ms:
+            ends.drains(self, worker, drain.deadline_ms / 1000)
         self.log("info", "worker drains", worker, why=drain.reason)
 
     def _on_worker_goodbye(self, worker: WorkerSession, head: Header, frames: Frames) -> None:

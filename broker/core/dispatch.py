@@ -6,9 +6,15 @@ among several free workers; `queue` says whose turn it is.
 
 from __future__ import annotations
 
-from broker.core import assignment, sharing, suspicion
+import math
+from typing import Final
+
+from broker.core import assignment, ends, sharing, suspicion
 from broker.core.records import RequestState, WorkerSession
 from broker.core.state import BusState
+
+PASSED_OVER: Final = 64
+"""How far into a queue a look goes for what will end in time at a worker that ends."""
 
 
 def run(bus: BusState) -> None:
@@ -39,6 +45,8 @@ def _assign_next(bus: BusState, model: str) -> bool:
     passed_over = []
     try:
         while queue.requests:
+            if len(passed_over) >= PASSED_OVER and all(w.ends_s < math.inf for w in free):
+                return False
             request = queue.take()
             worker = _choose(bus, request, free)
             if worker is None:
@@ -71,6 +79,7 @@ def _choose(
         if others:
             serving = others
             free = [worker for worker in free if worker.name not in request.lost_workers]
+    free = ends.candidates(bus, request, free, serving)
     return bus.policy(request, free, serving, bus.generator) if free else None
 
 

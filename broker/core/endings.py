@@ -33,6 +33,9 @@ CLEARED_S: Final = 0.5
 """A request that runs this long after its first token is not what kills its worker: its next step
 depends only on the tokens so far, and it started from the same tokens at the workers that died."""
 
+BACK_S: Final = 2.0
+"""A request that was moved is expected back within this time; its client resumes it at once."""
+
 
 # --- sessions -------------------------------------------------------------------------------------
 
@@ -144,6 +147,7 @@ def interrupt(
         request.client = None
         request.to(Phase.INTERRUPTED, bus.now_s)
         request.outcome = "interrupted"
+        request.moved = not lost
         if lost:
             request.lost_workers += (request.worker_name,)
         if alone:
@@ -153,6 +157,18 @@ def interrupt(
         request.outcome = "orphaned"
         bus.forget(request)
     bus.log_request("info", "interrupted", request, worker=worker, why=error.code, lost=lost)
+
+
+def move(bus: BusState, request: RequestState, error: ErrorInfo, reason: str) -> None:
+    """Take a running request from a worker that lives: its client resumes it elsewhere, and the
+    worker is told to stop. `error`: for the client; `reason`: for the worker."""
+    worker = request.worker
+    assert worker is not None, "only what runs can be moved"
+    interrupt(bus, request, error, lost=False)
+    worker.moving.add(request.id)
+    bus.send(worker, MessageType.CANCEL, request.id, codec.encode(Cancel(reason=reason)))
+    if request.phase is Phase.INTERRUPTED:
+        bus.moved[request.id] = (request.model, bus.now_s + BACK_S)
 
 
 def orphan(bus: BusState, request: RequestState) -> None:

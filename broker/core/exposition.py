@@ -7,6 +7,7 @@ request. Reads the core's state and changes nothing.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Final
@@ -30,6 +31,7 @@ _COUNTERS: Final = {
         "Streams that went on at a worker that continues by token ids or text alone.",
         "resumes_inexact",
     ),
+    "moves": ("Streams moved away from workers that were about to end.", "moved"),
     "interruptions": ("Requests whose worker left or gave them up.", "interrupted"),
     "rejections": ("Requests that a worker did not take.", "rejected"),
     "heartbeats_late": ("Heartbeat intervals in which a worker was silent.", "heartbeats_late"),
@@ -241,6 +243,13 @@ def _workers(bus: BusState, page: _Page) -> None:
     family("credit", "Credit granted and not yet spent.", lambda w: max(0, w.free))
     family("running_requests", "Requests that it has.", lambda w: len(w.running))
     family("waiting_requests", "Requests that wait at the worker.", lambda w: w.beat.waiting)
+    ends: list[_Sample] = [
+        ({"worker": name}, max(0.0, worker.ends_s - bus.now_s))
+        for name, worker in workers.items()
+        if worker.ends_s < math.inf
+    ]
+    about = "Time until it will be gone, if it knows its end."
+    page.family("worker_ends_seconds", "gauge", about, ends)
     family("silent_seconds", "Time since its last message.", lambda w: w.silent_s(bus.now_s))
     family(
         "engine_age_seconds",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeVar
 
@@ -170,6 +171,10 @@ def _worker(bus: BusState, worker: WorkerSession) -> dict[str, Any]:
         "silent_ms": round(worker.silent_s(bus.now_s) * 1000),
         "metrics": beat.metrics,
         "serial": {info.name: info.serial for info in worker.models.values() if info.serial},
+        "ends_in_ms": None
+        if worker.ends_s == math.inf
+        else max(0, round((worker.ends_s - bus.now_s) * 1000)),
+        "ends_why": worker.end_why,
     }
 
 

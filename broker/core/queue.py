@@ -1,4 +1,5 @@
 """The waiting requests of one model, ordered by priority, then round robin between users, then age.
+Within a priority, what ran already and was moved away comes first.
 
 Bounded in requests and bytes: `admission.is_full` is asked before one is added. Holds no clock:
 deadlines are timers (`BusState.at`).
@@ -7,10 +8,18 @@ deadlines are timers (`BusState.at`).
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Final
 
 from broker.core.records import RequestState
 
 _Line = OrderedDict[bytes, RequestState]
+
+_MOVED: Final = "\0"
+"""The line of requests that were moved away from a worker; no user has this key."""
+
+
+def _line_of(request: RequestState) -> str:
+    return _MOVED if request.moved else request.user_key
 
 
 class ModelQueue:
@@ -32,7 +41,7 @@ class ModelQueue:
     def add(self, request: RequestState) -> None:
         """Insert a request by age (`order`) into the line of its user."""
         users = self._levels.setdefault(request.priority, OrderedDict())
-        line = users.setdefault(request.user_key, OrderedDict())
+        line = users.setdefault(_line_of(request), OrderedDict())
         youngest = next(reversed(line.values()), None)
         line[request.id] = request
         if youngest is not None and youngest.order > request.order:
@@ -45,10 +54,10 @@ class ModelQueue:
     def remove(self, request: RequestState) -> None:
         """Take out a request that is in the queue."""
         users = self._levels[request.priority]
-        line = users[request.user_key]
+        line = users[_line_of(request)]
         del line[request.id]
         if not line:
-            del users[request.user_key]
+            del users[_line_of(request)]
             if not users:
                 del self._levels[request.priority]
         self.requests -= 1
@@ -57,8 +66,8 @@ class ModelQueue:
     def take(self) -> RequestState:
         """Remove and return the next request; its user moves to the end of the round."""
         users = self._levels[max(self._levels)]
-        user, line = next(iter(users.items()))
-        request = next(iter(line.values()))
+        user = _MOVED if _MOVED in users else next(iter(users))
+        request = next(iter(users[user].values()))
         users.move_to_end(user)
         self.remove(request)
         return request
@@ -66,7 +75,7 @@ class ModelQueue:
     def put_back(self, request: RequestState) -> None:
         """Undo a `take`: the request and its user are first again."""
         self.add(request)
-        self._levels[request.priority].move_to_end(request.user_key, last=False)
+        self._levels[request.priority].move_to_end(_line_of(request), last=False)
 
     def position(self, request: RequestState) -> int:
         """How many requests are served before this one, if nobody else arrives or leaves."""
@@ -77,13 +86,18 @@ class ModelQueue:
             for line in users.values()
         )
         users = self._levels[request.priority]
-        line = users[request.user_key]
+        mine = _line_of(request)
+        line = users[mine]
         youngest = next(reversed(line))
         own = len(line) - 1 if youngest == request.id else list(line).index(request.id)
+        if mine == _MOVED:
+            return before + own
         seen_own = False
         for user, other in users.items():
-            if user == request.user_key:
+            if user == mine:
                 seen_own = True
+            elif user == _MOVED:
+                before += len(other)
             else:
                 # Users earlier in the round have one turn more than later ones.
                 before += min(len(other), own if seen_own else own + 1)
@@ -95,9 +109,10 @@ class ModelQueue:
         if not self._levels:
             return None
         lowest = min(self._levels)
-        if lowest > priority:
+        lines = [item for item in self._levels[lowest].items() if item[0] != _MOVED]
+        if lowest > priority or not lines:
             return None
-        user, line = max(self._levels[lowest].items(), key=lambda item: len(item[1]))
+        user, line = max(lines, key=lambda item: len(item[1]))
         return user, next(reversed(line.values()))
 
     def waiting(self, priority: int, user_key: str) -> int:

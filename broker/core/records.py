@@ -12,6 +12,7 @@ from typing import Final
 
 from broker.core.events import Side
 from broker.core.phases import MOVES, IllegalMoveError, Move, Phase
+from broker.core.speed import Speed
 from broker.protocol.header import MessageType, prefix, seal
 from broker.protocol.liveness import Liveness
 from broker.protocol.messages import Continuation, Heartbeat, Hello, ModelInfo, WorkerState
@@ -143,9 +144,14 @@ class WorkerSession(Session):
         "assigned",
         "beat",
         "capacity",
+        "closing",
         "device",
         "drain_until_s",
         "draining",
+        "end_drained_s",
+        "end_said_s",
+        "end_watch_s",
+        "end_why",
         "ended",
         "engine",
         "granted",
@@ -160,6 +166,7 @@ class WorkerSession(Session):
         "running",
         "shared",
         "speed",
+        "speeds",
         "stalled",
         "state",
         "waiting_sent",
@@ -218,6 +225,16 @@ class WorkerSession(Session):
         self.held = False
         #: When the broker ends an ordered drain itself.
         self.drain_until_s = math.inf
+        #: When it will be gone, as it says itself, and by a drain; infinity: not known. Why.
+        self.end_said_s = math.inf
+        self.end_drained_s = math.inf
+        self.end_why = ""
+        #: When `ends` looks at it next.
+        self.end_watch_s = math.inf
+        #: Its end is so near that nothing more is assigned.
+        self.closing = False
+        #: Measured, by model.
+        self.speeds: dict[str, Speed] = {}
         #: The engine makes no progress: nothing more is assigned until it does.
         self.stalled = False
         #: The suspect that it runs or is reserved for; it is assigned nothing else.
@@ -239,7 +256,7 @@ class WorkerSession(Session):
     @property
     def fit(self) -> bool:
         """Whether it may be given work, provided it has credit."""
-        idle = self.draining or self.held or self.stalled
+        idle = self.draining or self.held or self.stalled or self.closing
         return not (idle or self.state is WorkerState.LOADING)
 
     def may_take(self, model: str) -> bool:
@@ -248,7 +265,7 @@ class WorkerSession(Session):
         # of a placement.
         if self.granted <= self.assigned + self.returned:
             return False
-        if self.draining or self.held or self.stalled or self.alone is not None:
+        if self.draining or self.held or self.stalled or self.alone is not None or self.closing:
             return False
         if self.state is WorkerState.LOADING:
             return False
@@ -263,6 +280,20 @@ class WorkerSession(Session):
         if how == Continuation.EXACT:
             return not request.carries_text
         return request.carries_text or how == Continuation.IDS
+
+    def room(self, model: str) -> int:
+        """How many requests for this model may be assigned to it."""
+        if not self.may_take(model):
+            return 0
+        most = self.models[model].capacity
+        if most is None:
+            return self.unspent
+        return min(self.unspent, most - sum(r.model == model for r in self.running.values()))
+
+    @property
+    def ends_s(self) -> float:
+        """When it will be gone; infinity if no end is known."""
+        return min(self.end_said_s, self.end_drained_s)
 
     @property
     def via(self) -> list[str]:
@@ -285,6 +316,8 @@ class WorkerSession(Session):
             return "held"
         if self.stalled:
             return "stalled"
+        if self.closing:
+            return "ending"
         if self.state is not None:
             return self.state.value
         return WorkerState.READY.value if self.granted else "unknown"
@@ -317,6 +350,8 @@ class RequestState:
         "lost_alone",
         "lost_workers",
         "model",
+        "most_tokens",
+        "moved",
         "moves",
         "offset",
         "order",
@@ -359,6 +394,10 @@ class RequestState:
         self.offset = 0
         #: Whether these are ids that carry text (`messages.TEXT_IDS`).
         self.carries_text = False
+        #: The longest answer that it allows, tokens (`max_tokens`); None: as long as it becomes.
+        self.most_tokens: int | None = None
+        #: It ran, and its worker gave it up alive: it is first in the queue when it comes back.
+        self.moved = False
         #: The user whose turn it takes in the queue.
         self.user_key = ""
         self.priority = 0

@@ -60,6 +60,7 @@ def _resume(
             return
         if existing.phase in (Phase.QUEUED, Phase.PARKED):
             since_s = existing.queued_s
+        bus.moved.pop(request_id, None)
         bus.release(existing)
         bus.forget(existing)
     elif (holder := _holder(bus, body)) is not None:
@@ -72,7 +73,7 @@ def _resume(
     request = RequestState(request_id, body.model, since_s)
     request.order = order or next(bus.numbers)
     if existing is not None:
-        request.moves = existing.moves
+        request.moves, request.moved = existing.moves, existing.moved
         request.returned, request.deaths = existing.returned, existing.deaths
         request.lost_alone = existing.lost_alone
     request.lost_workers = suspicion.without(facts.lost_workers, request.returned)
@@ -113,6 +114,7 @@ def _attach(
         request.end_held = False
     request.client = client
     request.model = body.model
+    request.most_tokens = body.params.max_tokens
     request.kind = body.kind.value
     request.epoch_before = request.epoch if request.worker is worker else None
     request.epoch = body.resume.epoch

@@ -103,6 +103,12 @@ class CoreSettings:
     stall_lost_s: float = option(
         120.0, "s", "a worker whose engine makes no progress is lost", low=0.01
     )
+    move_s: float = option(
+        15.0,
+        "s",
+        "how long before a worker's known end its streams begin to move to others",
+        low=0,
+    )
     drain_s: float = option(30.0, "s", "deadline of a drain that names none", low=0)
 
     window_tokens: int = option(

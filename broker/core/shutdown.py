@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from broker.core import endings
+from broker.core import endings, ends
 from broker.core.instructions import Log, StopLoop
 from broker.core.phases import Phase
 from broker.core.records import WorkerSession
@@ -83,6 +83,7 @@ def drain_worker(bus: BusState, worker: WorkerSession, deadline_s: float, reason
     body = codec.encode(Drain(reason=reason, deadline_ms=round(deadline_s * 1000)))
     bus.send(worker, MessageType.DRAIN, worker.id, body)
     bus.at(worker.drain_until_s, _end_drain, worker)
+    ends.drains(bus, worker, deadline_s)
     bus.log("info", "worker is drained", worker, why=reason, deadline_s=deadline_s)
 
 

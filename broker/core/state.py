@@ -22,6 +22,7 @@ from broker.core.queue import ModelQueue
 from broker.core.records import ClientSession, RequestState, Route, Session, WorkerSession, short
 from broker.core.registry import Registry
 from broker.core.settings import CoreSettings
+from broker.core.speed import ModelSpeed
 from broker.protocol import codec
 from broker.protocol.errors import ErrorCode, ErrorInfo
 from broker.protocol.header import MessageType
@@ -82,6 +83,11 @@ class BusState:
         #: key or name.
         self.reports: Counter[str] = Counter()
         self.reports_until_s = -math.inf
+        #: Measured speed and length of answers, by model.
+        self.speeds: dict[str, ModelSpeed] = {}
+        #: Requests that were moved and have not come back yet: model, and until when they are
+        #: expected, by id.
+        self.moved: dict[bytes, tuple[str, float]] = {}
         #: Statistics by model.
         self.figures = Figures()
         #: Counters of the loop around the core; shown by bus.stats, never used in decisions.
@@ -173,6 +179,13 @@ class BusState:
         route.moved.add(request.id)
         request.diverted.append(route)
         self.fast_routes.pop(route.key, None)
+
+    def on_their_way(self, model: str) -> int:
+        """Number of requests for this model that were moved and will be back in a moment."""
+        late = [id_ for id_, (_, until_s) in self.moved.items() if until_s <= self.now_s]
+        for id_ in late:
+            del self.moved[id_]
+        return sum(name == model for name, _ in self.moved.values())
 
     def end_diversions(self, request: RequestState) -> None:
         """The request is over: bodies on routes that it left need not be read for it any more."""

@@ -20,10 +20,7 @@ from broker.core.phases import Phase
 from broker.core.queue import ModelQueue
 from broker.core.records import RequestState, WorkerSession
 from broker.core.state import BusState
-from broker.protocol import codec
 from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
-from broker.protocol.header import MessageType
-from broker.protocol.messages import Cancel
 
 SUSPECT_DEATHS: Final = 2
 """Number of lost workers after which a request runs alone."""
@@ -159,10 +156,7 @@ def _empty(bus: BusState, request: RequestState) -> None:
         retryable=True,
     )
     for other in list(worker.running.values()):
-        endings.interrupt(bus, other, error, lost=False)
-        worker.moving.add(other.id)
-        body = codec.encode(Cancel(reason="moved, so that a suspect can run alone"))
-        bus.send(worker, MessageType.CANCEL, other.id, body)
+        endings.move(bus, other, error, "moved, so that a suspect can run alone")
     bus.dirty.add(request.model)
 
 

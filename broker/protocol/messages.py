@@ -176,6 +176,9 @@ class Hello(_Map, frozen=True, kw_only=True):
     #: Random id of the process, drawn when it starts. It distinguishes a worker that says HELLO
     #: again from another one with the same name.
     instance: Id | None = None
+    #: When the worker will be gone, counted from now, and why, in words; None: no end is known.
+    ends_in_ms: Milliseconds | None = None
+    ends_why: str = ""
 
 
 class BusLimits(_Map, frozen=True, kw_only=True):
@@ -242,6 +245,9 @@ class Heartbeat(_Map, frozen=True, kw_only=True):
     #: given back. Both cumulative over the session.
     recalled: Count = 0
     returned: Count = 0
+    #: As in HELLO, as it is known now; None: no end is known (any more).
+    ends_in_ms: Milliseconds | None = None
+    ends_why: str = ""
 
 
 class Goodbye(_Map, frozen=True, kw_only=True):

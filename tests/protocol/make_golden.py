@@ -488,6 +488,37 @@ def _every_field() -> dict[str, Example]:
         "request_cut_max_tokens": (t.REQUEST, REQUEST, 1, 0, [agent], []),
         "request_embed": (t.REQUEST, REQUEST, 1, 0, [embed], []),
         "request_decide": (t.REQUEST, REQUEST, 1, 0, [decide], [b"\x89PNG not really"]),
+        "hello_worker_with_an_end": (
+            t.HELLO,
+            header.NO_ID,
+            0,
+            0,
+            [
+                m.Hello(
+                    role="worker",
+                    name="node7",
+                    models=[m.ModelInfo(name="demo")],
+                    ends_in_ms=3_600_000,
+                    ends_why="Slurm job 123",
+                )
+            ],
+            [],
+        ),
+        "heartbeat_with_an_end": (
+            t.HEARTBEAT,
+            SESSION,
+            6,
+            0,
+            [
+                m.Heartbeat(
+                    state=m.WorkerState.READY,
+                    granted=4,
+                    ends_in_ms=30_000,
+                    ends_why="spot notice",
+                )
+            ],
+            [],
+        ),
         "hello_decide": (t.HELLO, header.NO_ID, 0, 0, [decider], []),
         "accepted_worker": (t.ACCEPTED, REQUEST, 1, 0, [m.Accepted(worker="gpu-1")], []),
         "accepted_returned": (

@@ -17,6 +17,8 @@ WORKER_CONNECTION = ("cut_worker", "unplug_worker", "garble_worker")
 BROKER_DEATH = ("kill_broker", "stop_broker")
 WORKER_DEATH = ("kill_worker", "kill_engine", "hang_engine")
 DRAIN = ("drain_worker", "order_drain")
+#: A worker's end that is known: it comes as said, earlier, or is put off and called off.
+ENDS = ("end_known", "end_early", "end_changed")
 PAUSE = ("pause_broker", "pause_worker", "pause_client")
 #: Applications, and messages that are legal and mean nothing.
 APPLICATION = ("drop", "burst", "kill_client", "new_client")
@@ -29,6 +31,7 @@ FAULTS = tuple(
         + BROKER_DEATH
         + WORKER_DEATH
         + DRAIN
+        + ENDS
         + PAUSE
         + APPLICATION
         + HARMLESS

@@ -3,6 +3,8 @@ be, then everyone leaves and nothing may be left behind."""
 
 from __future__ import annotations
 
+import math
+
 from broker.core.events import ShutdownRequested
 from broker.core.settings import CoreSettings
 from client.options import Limits, Retry
@@ -11,7 +13,7 @@ from tests.simulation.answers import Answer, Call
 from tests.simulation.parties import SimBroker, SimClient, SimWorker
 from tests.simulation.plan import STORM_S, Ask, Fault, Plan
 from tests.simulation.world import Party, Violation, World
-from worker.core.events import StopRequested
+from worker.core.events import EndKnown, StopRequested
 
 MENDED_BOUND_S = 240.0
 """Everything that can be served is, this long after the last fault."""
@@ -42,6 +44,7 @@ class Run:
             stall_no_work_s=STALL_S / 2,
             stall_lost_s=STALL_S,
             drain_s=2.0,
+            move_s=5.0,
             window_tokens=plan.window_tokens,
             placement=plan.placement,
             queue_requests=plan.queue_requests,
@@ -208,6 +211,15 @@ class Run:
                 worker.kill()
             case "drain_worker":
                 worker.tell(StopRequested("SIGTERM"))
+            case "end_known":
+                self._end_known(worker, fault.lasts_s, "a notice")
+            case "end_early":
+                self._end_known(worker, 2 * fault.lasts_s, "a notice that is wrong")
+                world.after(fault.lasts_s, worker.kill)
+            case "end_changed":
+                self._end_known(worker, 2 * fault.lasts_s, "a notice")
+                later_s = 8.0 if fault.index % 2 else math.inf
+                world.after(fault.lasts_s, self._end_known, worker, later_s, "another notice")
             case "order_drain":
                 client.drain_worker(worker.name)
             case "kill_engine":
@@ -237,6 +249,10 @@ class Run:
                 worker.say_odd_things()
             case "stray":
                 client.say_stray_things(self.calls)
+
+    def _end_known(self, worker: SimWorker, in_s: float, why: str) -> None:
+        self.world.note(worker.name, f"will be gone in {in_s} s")
+        worker.tell(EndKnown(self.world.now_s + in_s, why))
 
     def _broker_gone(self, broker: SimBroker) -> None:
         self.world.after(self.broker_away_s, self._restart, broker)

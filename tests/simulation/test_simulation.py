@@ -32,6 +32,7 @@ ONE_KIND = {
     "brokers die": plans.BROKER_DEATH,
     "workers and engines die": plans.WORKER_DEATH,
     "workers are drained": plans.DRAIN,
+    "workers end as they said, or otherwise": plans.ENDS,
     "processes are stopped and go on": plans.PAUSE,
     "applications come, go and lose interest": plans.APPLICATION,
     "odd but legal messages arrive": plans.HARMLESS,

@@ -113,6 +113,16 @@ class StopRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class EndKnown:
+    """When this worker will be gone, on the clock of `handle`; infinity: no end is known any
+    more."""
+
+    ends_s: float
+    #: For people: "Slurm job 123", "spot notice".
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerFailed:
     """The engine cannot be started: end the sessions and leave with an error."""
 
@@ -133,5 +143,6 @@ Event = (
     | EngineMeasured
     | EngineLost
     | StopRequested
+    | EndKnown
     | WorkerFailed
 )

@@ -121,6 +121,9 @@ class WorkerCore:
         self._credit = CreditPool(self._connections)
         # Stopping.
         self._drain_until_s = math.inf
+        #: When it must have left, and why; infinity: no end is known.
+        self._ends_s = math.inf
+        self._end_why = ""
         self._exited = False
         # State of the current call.
         self._out: list[Instruction] = []
@@ -167,6 +170,8 @@ class WorkerCore:
                 self._engine_lost("engine_dead", event.message, now_s)
             case fact.StopRequested():
                 self._stop_requested(event.reason, now_s)
+            case fact.EndKnown():
+                self._end_known(event.ends_s, event.why, now_s)
             case fact.WorkerFailed():
                 self._leave("engine_dead", event.message, 1, now_s)
         self._settle(now_s)
@@ -175,7 +180,7 @@ class WorkerCore:
     def deadline_s(self) -> float:
         """When a `Tick` is due, seconds of the monotonic clock; `math.inf` for never."""
         due_s = min(connection.deadline_s() for connection in self._connections)
-        due_s = min(due_s, self._requests.deadline_s(), self._drain_until_s)
+        due_s = min(due_s, self._requests.deadline_s(), self._gone_s())
         if self._requests.engine_busy:
             due_s = min(due_s, self._mark_s + self._settings.stall_s)
         self._tick_due_s = due_s
@@ -224,6 +229,8 @@ class WorkerCore:
             self._engine_lost("stalled", message, now_s)
         if now_s >= self._drain_until_s:
             self._leave("drained", "the time for draining is over", 0, now_s)
+        elif now_s >= self._ends_s:
+            self._leave("drained", self._end_why, 0, now_s)
 
     def _tick_connection(self, connection: Connection, now_s: float) -> None:
         if connection.state is State.WAITING:
@@ -257,6 +264,8 @@ class WorkerCore:
             holds=holds,
             brokers=len(settings.brokers) + settings.relay,
             instance=settings.instance,
+            ends_in_ms=self._ends_in_ms(now_s),
+            ends_why=self._end_why,
         )
         self._out.append(Send(connection.index, connection.greet(hello, now_s)))
 
@@ -312,6 +321,8 @@ class WorkerCore:
             capacity=self.capacity if tell else None,
             engine=capabilities.engine if tell and capabilities else None,
             device=capabilities.device if tell and capabilities else None,
+            ends_in_ms=self._ends_in_ms(now_s),
+            ends_why=self._end_why,
         )
         self._send(connection, MessageType.HEARTBEAT, connection.session, heartbeat, now_s)
 
@@ -529,6 +540,26 @@ class WorkerCore:
             self._leave("drained", reason, 0, now_s)
         else:
             self._drain(reason, self._settings.drain_s, now_s)
+
+    def _end_known(self, ends_s: float, why: str, now_s: float) -> None:
+        """Tell all brokers, which move what would not be over by then."""
+        self._ends_s, self._end_why = ends_s, why[:200]
+        known = ends_s < math.inf
+        fields: dict[str, Any] = {"cause": why}
+        if known:
+            fields["in_s"] = round(ends_s - now_s, 1)
+        self._out.append(Log("end known" if known else "no end known any more", fields))
+        for connection in self._connections:
+            if connection.open:
+                self._beat(connection, now_s)
+
+    def _gone_s(self) -> float:
+        """When it will be gone, as far as that is known."""
+        return min(self._ends_s, self._drain_until_s)
+
+    def _ends_in_ms(self, now_s: float) -> int | None:
+        gone_s = self._gone_s()
+        return None if gone_s == math.inf else max(0, int((gone_s - now_s) * 1000))
 
     def _drain(self, reason: str, drain_s: float, now_s: float) -> None:
         if self._state is WorkerState.DRAINING:

@@ -186,7 +186,7 @@ function table(id, heads, rows, none) {
   });
 }
 
-const STATES = { ready: "ok", loading: "wait", draining: "wait" };
+const STATES = { ready: "ok", loading: "wait", draining: "wait", ending: "wait" };
 const chip = (text, kind) => h("span", { class: `chip ${kind}` }, text);
 
 function workerRow(worker) {
@@ -198,7 +198,7 @@ function workerRow(worker) {
   const button = worker.state === "draining" ? "" : h("button", { class: "button small", type: "button", "data-worker": worker.name, onclick: () => drain(worker.name) }, "Drain");
   return [
     strong(worker.name, `${worker.models.join(", ")} · ${worker.engine}, ${worker.device}`),
-    h("span", { class: "two-line" }, chip(state, STATES[worker.state] ?? "bad"), worker.note ? h("small", {}, worker.note) : null, ...Object.entries(worker.serial ?? {}).map(([model, why]) => h("small", { class: "slow" }, `${model} runs one request at a time: ${why}`))),
+    h("span", { class: "two-line" }, chip(state, STATES[worker.state] ?? "bad"), worker.note ? h("small", {}, worker.note) : null, typeof worker.ends_in_ms === "number" ? h("small", { title: worker.ends_why ?? "" }, `ends in ${duration(worker.ends_in_ms)}${worker.ends_why ? ` (${worker.ends_why})` : ""}`) : null, ...Object.entries(worker.serial ?? {}).map(([model, why]) => h("small", { class: "slow" }, `${model} runs one request at a time: ${why}`))),
     h("span", { class: "slots" }, `${worker.running} / ${worker.capacity}`, bar),
     speed === undefined ? "–" : one.format(speed),
     metrics.ttft_ms ? duration(metrics.ttft_ms) : "–",

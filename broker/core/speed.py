@@ -1,0 +1,73 @@
+"""Smoothed measurements of one model, at one worker or at all. Plain arithmetic."""
+
+from __future__ import annotations
+
+from typing import Final
+
+WEIGHT: Final = 1 / 8
+"""Of a new value in a smoothed one, as TCP smooths its round trip time (RFC 6298)."""
+LEARNT: Final = 4
+"""Answers after which their lengths are believed."""
+
+
+def smooth(old: float | None, value: float) -> float:
+    """The smoothed value after one more; the first one stands for itself."""
+    return value if old is None else old + (value - old) * WEIGHT
+
+
+class Speed:
+    """Of one model at one worker; None where nothing was measured. Seconds."""
+
+    __slots__ = ("begin_s", "token_s", "whole_s")
+
+    def __init__(self) -> None:
+        #: From ASSIGN to the first token.
+        self.begin_s: float | None = None
+        #: Between two tokens of a stream.
+        self.token_s: float | None = None
+        #: From ASSIGN to an answer that comes as a whole (an embedding, a count).
+        self.whole_s: float | None = None
+
+    def began(self, seconds: float) -> None:
+        self.begin_s = smooth(self.begin_s, seconds)
+
+    def stepped(self, seconds: float) -> None:
+        self.token_s = smooth(self.token_s, seconds)
+
+    def whole(self, seconds: float) -> None:
+        self.whole_s = smooth(self.whole_s, seconds)
+
+
+class ModelSpeed(Speed):
+    """Of one model at all workers, and how long its answers are."""
+
+    __slots__ = ("answers", "deviation", "share", "share_deviation", "tokens")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = 0
+        #: Tokens of an answer, and their mean deviation.
+        self.tokens = self.deviation = 0.0
+        #: Answers as a share of the `max_tokens` that they were allowed.
+        self.share = 1.0
+        self.share_deviation = 0.0
+
+    def answered(self, tokens: int, most: int | None) -> None:
+        """An answer of so many tokens; `most` is the `max_tokens` of its request."""
+        if self.answers == 0:
+            self.tokens, self.deviation = tokens, tokens / 2
+        self.deviation = smooth(self.deviation, abs(tokens - self.tokens))
+        self.tokens = smooth(self.tokens, tokens)
+        self.answers += 1
+        if most:
+            share = min(1.0, tokens / most)
+            self.share_deviation = smooth(self.share_deviation, abs(share - self.share))
+            self.share = smooth(self.share, share)
+
+    def length(self, most: int | None, deviations: float) -> float | None:
+        """Tokens of an answer to come, `deviations` above the mean; None if nothing is known."""
+        if self.answers < LEARNT:
+            return most
+        if most is None:
+            return self.tokens + deviations * self.deviation
+        return most * min(1.0, self.share + deviations * self.share_deviation)

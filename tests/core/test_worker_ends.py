@@ -1,0 +1,76 @@
+"""A worker that knows its end: it says so at once and in every message of that kind, and leaves in
+time."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from broker.protocol.header import MessageType
+from tests.core.worker_world import World, serving
+from worker.core import events as fact
+
+
+def said(world: World, type_: MessageType = MessageType.HEARTBEAT) -> int | None:
+    """What it said last of its end."""
+    last = world.brokers[0].came(type_)[-1].ends_in_ms
+    return None if last is None else int(last)
+
+
+def test_it_tells_every_broker_at_once_and_in_every_heartbeat() -> None:
+    world = serving(brokers=2)
+    world.tell(fact.EndKnown(world.now_s + 60.0, "Slurm job 7"))
+    for broker in world.brokers:
+        assert broker.came(MessageType.HEARTBEAT)[-1].ends_in_ms == 60_000
+        assert broker.came(MessageType.HEARTBEAT)[-1].ends_why == "Slurm job 7"
+    world.advance(10.0)
+    assert said(world) == pytest.approx(50_000, abs=1000)
+
+
+def test_a_new_session_begins_with_it() -> None:
+    world = serving()
+    world.tell(fact.EndKnown(world.now_s + 60.0, "Slurm job 7"))
+    world.brokers[0].lose()
+    world.advance(5.0, brokers_live=False)
+    world.brokers[0].connect()
+    assert said(world, MessageType.HELLO) == pytest.approx(55_000, abs=5000)
+
+
+def test_it_says_when_the_end_is_called_off() -> None:
+    world = serving()
+    world.tell(fact.EndKnown(world.now_s + 60.0, "spot notice"))
+    world.tell(fact.EndKnown(math.inf))
+    assert said(world) is None
+    world.advance(100.0)
+    assert world.exit is None
+
+
+def test_it_leaves_at_its_end_and_gives_its_streams_up_alive() -> None:
+    world = serving()
+    world.brokers[0].assign(1)
+    world.tell(fact.EndKnown(world.now_s + 5.0, "spot notice"))
+    world.advance(4.9)
+    assert world.exit is None
+    world.advance(0.2)
+    assert world.exit is not None and world.exit.code == 0
+    (goodbye,) = world.brokers[0].came(MessageType.GOODBYE)
+    assert (goodbye.reason, goodbye.message) == ("drained", "spot notice")
+
+
+def test_it_leaves_while_it_loads() -> None:
+    world = World()
+    world.tell(fact.EndKnown(world.now_s + 5.0, "spot notice"))
+    world.advance(6.0, brokers_live=False)
+    assert world.exit is not None and world.exit.code == 0
+
+
+def test_a_drain_is_an_end_and_the_earlier_of_both_counts() -> None:
+    world = serving(drain_s=30.0)
+    world.brokers[0].assign(1)
+    world.tell(fact.StopRequested("SIGTERM"))
+    assert said(world) == 30_000
+    world.tell(fact.EndKnown(world.now_s + 10.0, "spot notice"))
+    assert said(world) == 10_000
+    world.advance(10.5)
+    assert world.exit is not None

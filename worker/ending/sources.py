@@ -1,0 +1,285 @@
+"""Who may know when this machine or job ends: Slurm, the clouds' metadata services, a command.
+
+A source is asked again and again, from a thread of its own (`watch`), and answers with a time or
+None. It may wait for seconds and may raise; it must never touch the bus.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Final, Protocol
+
+from worker.ending import times
+
+ANSWER_S: Final = 5.0
+"""For one answer of a metadata service or command; they are on this machine."""
+SLURM_S: Final = 60.0
+"""Between two looks at the job's limit, which an administrator may change: the controller serves
+the whole cluster."""
+NOTICE_S: Final = 5.0
+"""Between two looks for a spot notice: AWS recommends it; the shortest notice is 30 s."""
+GOOGLE_NOTICE_S: Final = 30.0
+_NO_END: Final = ("", "N/A", "NONE", "UNLIMITED", "UNKNOWN")
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """When it will be gone, Unix time, and why, for people."""
+
+    at: float
+    why: str
+
+
+class Source(Protocol):
+    """One that may know."""
+
+    @property
+    def name(self) -> str:
+        """For the log."""
+
+    @property
+    def every_s(self) -> float:
+        """Between two questions."""
+
+    def ask(self) -> Ending | None:
+        """What it knows now. Raises SourceError if it cannot be asked."""
+
+
+class SourceError(Exception):
+    """It did not answer as it should; the message says what it did instead."""
+
+
+class Fixed:
+    """An option's own end."""
+
+    every_s = float("inf")
+
+    def __init__(self, at: float, why: str) -> None:
+        self.name = why
+        self._ending = Ending(at, why)
+
+    def ask(self) -> Ending | None:
+        return self._ending
+
+
+# --- Slurm ----------------------------------------------------------------------------------------
+
+
+class Slurm:
+    """The limit of the job that this process runs in."""
+
+    name = "slurm"
+    every_s = SLURM_S
+
+    def __init__(self, job: str, end_time: str = "") -> None:
+        """`end_time`: SLURM_JOB_END_TIME, which releases before 22.11 do not set."""
+        self._why = f"Slurm job {job}"
+        self._job = job
+        self._given = float(end_time) if end_time.isdigit() else None
+
+    def ask(self) -> Ending | None:
+        at = self._given
+        if shutil.which("squeue"):
+            try:
+                said = _run(["squeue", "-h", "-j", self._job, "-o", "%e"]).strip()
+                at = None if said in _NO_END else datetime.fromisoformat(said).timestamp()
+            except (SourceError, ValueError) as error:
+                if self._given is None:
+                    raise SourceError(f"squeue does not tell the job's end: {error}") from None
+        return None if at is None else Ending(at, self._why)
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_S,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SourceError(f"{command[0]}: {error}") from None
+    if done.returncode:
+        raise SourceError(f"{command[0]} ended with {done.returncode}: {done.stderr.strip()[:200]}")
+    return done.stdout
+
+
+# --- clouds ---------------------------------------------------------------------------------------
+
+
+class _Metadata:
+    """A cloud's metadata service: plain HTTP to an address of this machine, never by a proxy."""
+
+    every_s = NOTICE_S
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+
+    def _get(self, path: str, headers: dict[str, str], method: str = "GET") -> str | None:
+        """The answer's text; None for 404, which means "nothing of that kind"."""
+        request = urllib.request.Request(self._address + path, headers=headers, method=method)
+        try:
+            with self._open(request, timeout=ANSWER_S) as answer:
+                return str(answer.read(1 << 20).decode())
+        except urllib.error.HTTPError as error:
+            if error.code == 404:
+                return None
+            raise SourceError(f"{path} answered {error.code}") from None
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{self._address} does not answer: {error}") from None
+
+
+class Aws(_Metadata):
+    """EC2 Spot: `spot/instance-action` names the time two minutes before (IMDSv2)."""
+
+    name = "aws"
+
+    def __init__(self, address: str = "http://169.254.169.254") -> None:
+        super().__init__(address)
+
+    def ask(self) -> Ending | None:
+        token = self._get(
+            "/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, "PUT"
+        )
+        if not token:
+            raise SourceError("the metadata service gives no token")
+        said = self._get(
+            "/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token}
+        )
+        if said is None:
+            return None
+        try:
+            notice = json.loads(said)
+            at = datetime.fromisoformat(notice["time"]).timestamp()
+            return Ending(at, f"spot notice: {notice['action']}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise SourceError(f"a notice that cannot be read: {said[:200]!r} ({error})") from None
+
+
+class Gcp(_Metadata):
+    """Compute Engine: `preempted` turns TRUE, and the machine is stopped 30 s later."""
+
+    name = "gcp"
+    every_s = 1.0  # of 30 s, none is to be lost
+
+    def __init__(self, address: str = "http://metadata.google.internal") -> None:
+        super().__init__(address)
+        self._since: float | None = None
+
+    def ask(self) -> Ending | None:
+        said = self._get("/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"})
+        if said is None or said.strip() not in ("TRUE", "FALSE"):
+            raise SourceError(f"instance/preempted says {said!r}")
+        if said.strip() == "FALSE":
+            self._since = None
+            return None
+        if self._since is None:
+            self._since = time.time()
+        return Ending(self._since + GOOGLE_NOTICE_S, "spot notice: preempted")
+
+
+class Azure(_Metadata):
+    """Scheduled Events: Preempt (30 s before), Terminate, Reboot, Redeploy of this machine."""
+
+    name = "azure"
+    _ENDS: Final = frozenset(("Preempt", "Terminate", "Reboot", "Redeploy"))
+    _HEADERS: Final = {"Metadata": "true"}
+
+    def __init__(self, address: str = "http://169.254.169.254") -> None:
+        super().__init__(address)
+        self._machine: str | None = None
+        self._started: dict[str, float] = {}
+
+    def ask(self) -> Ending | None:
+        if self._machine is None:
+            path = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
+            self._machine = (self._get(path, self._HEADERS) or "").strip()
+        said = self._get("/metadata/scheduledevents?api-version=2020-07-01", self._HEADERS)
+        try:
+            events = json.loads(said or "{}").get("Events", [])
+            ends = [
+                Ending(self._time(event), f"spot notice: {event['EventType']}")
+                for event in events
+                if event["EventType"] in self._ENDS
+                and (not self._machine or self._machine in event.get("Resources", ()))
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SourceError(
+                f"events that cannot be read: {str(said)[:200]!r} ({error})"
+            ) from None
+        return min(ends, key=lambda ending: ending.at, default=None)
+
+    def _time(self, event: dict[str, str]) -> float:
+        """Unix time; an event that has started names none, and may strike at once."""
+        if event.get("NotBefore"):
+            at = parsedate_to_datetime(event["NotBefore"])
+            return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
+        return self._started.setdefault(event["EventId"], time.time())
+
+
+CLOUDS: Final = {"aws": Aws, "gcp": Gcp, "azure": Azure}
+
+
+# --- anything else --------------------------------------------------------------------------------
+
+
+class Command:
+    """A command of the operator's: its output is a time or the seconds left, or nothing."""
+
+    name = "notice command"
+    every_s = NOTICE_S
+
+    def __init__(self, command: str) -> None:
+        """`command`: words as in a shell, run without one."""
+        self._command = shlex.split(command)
+        self._said = ""
+        self._at = 0.0
+
+    def ask(self) -> Ending | None:
+        said = _run(self._command).strip()
+        if not said:
+            self._said = ""
+            return None
+        if said != self._said:
+            # "30" says the same five seconds later, where a command only repeats its notice.
+            try:
+                self._at = times.either(said, datetime.now())
+            except ValueError as error:
+                raise SourceError(f"{self._command[0]} says {error}") from None
+            self._said = said
+        return Ending(self._at, "notice")
+
+
+def chosen(
+    ends_at: float | None,
+    clouds: tuple[str, ...],
+    command: str | None,
+    *,
+    slurm: bool = True,
+    environment: Mapping[str, str] = os.environ,
+) -> list[Source]:
+    """The sources that the options and the environment name. `ends_at`: Unix time."""
+    found: list[Source] = []
+    if ends_at is not None:
+        found.append(Fixed(ends_at, "the time that its options name"))
+    job = environment.get("SLURM_JOB_ID", "")
+    if slurm and job:
+        found.append(Slurm(job, environment.get("SLURM_JOB_END_TIME", "")))
+    found += [CLOUDS[cloud]() for cloud in clouds]
+    if command:
+        found.append(Command(command))
+    return found
