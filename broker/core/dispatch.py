@@ -42,7 +42,7 @@ def _assign_next(bus: BusState, model: str) -> bool:
     free = bus.registry.available(model)
     if not free:
         return False
-    passed_over = []
+    passed_over: list[RequestState] = []
     try:
         while queue.requests:
             if len(passed_over) >= PASSED_OVER and all(w.ends_s < math.inf for w in free):

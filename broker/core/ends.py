@@ -1,5 +1,5 @@
 """Workers whose end is known: what may still begin there, and what moves away in time (SPEC.md
-section 7).
+section 7.1).
 
 A worker says when it will be gone (a Slurm job's limit, a spot notice, an owner who wants the
 machine back, a drain). It is given what should end there before that. What would not is moved by

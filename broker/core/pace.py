@@ -98,7 +98,7 @@ def needs_s(
                 return speed.whole_s
         return None
     each_s = token_s(bus, request.model, worker)
-    length = request.most_tokens
+    length: float | None = request.most_tokens
     if model is not None:
         length = model.length(request.most_tokens, HIGH if high else 0.0)
     if each_s is None or length is None:

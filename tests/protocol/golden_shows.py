@@ -63,6 +63,8 @@ SHOWS: Final = {
     "request_calls": "calls of tools apart from the content, one at most",
     "output_calls": "a call begins: name, first arguments",
     "output_pieces": "thought and content in one event, then content that ends the answer",
+    "hello_worker_with_an_end": "a worker that knows when it will be gone, and why",
+    "heartbeat_with_an_end": "the same, later: its end is near",
 }
 
 PAGE_TEXT: Final = """# Golden bytes of the protocol

@@ -14,7 +14,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -231,7 +231,7 @@ class Azure(_Metadata):
         return self._started.setdefault(event["EventId"], time.time())
 
 
-CLOUDS: Final = {"aws": Aws, "gcp": Gcp, "azure": Azure}
+CLOUDS: Final[Mapping[str, Callable[[], Source]]] = {"aws": Aws, "gcp": Gcp, "azure": Azure}
 
 
 # --- anything else --------------------------------------------------------------------------------
