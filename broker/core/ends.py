@@ -107,21 +107,27 @@ def move_away(bus: BusState, worker: WorkerSession) -> None:
 
 
 def may_move(request: RequestState) -> bool:
-    """Whether somebody is there who resumes it, and it is not being isolated."""
-    return request.client is not None and not request.cancelled and not request.alone
+    """Whether somebody is there who resumes it, token for token, and it is not being isolated."""
+    here = request.worker is not None and request.worker.is_exact(request.model)
+    return here and request.client is not None and not request.cancelled and not request.alone
+
+
+def _elsewhere(bus: BusState, request: RequestState) -> list[WorkerSession]:
+    """The other workers at which a running request goes on as if it had not moved."""
+    serving = bus.registry.serving(request.model).values()
+    return [w for w in serving if w is not request.worker and w.is_exact(request.model)]
 
 
 def _others(bus: BusState, request: RequestState) -> bool:
     """Whether another worker could continue it, if it had a free slot."""
-    others = bus.registry.serving(request.model).values()
-    return any(other is not request.worker and lasts(bus, request, other) for other in others)
+    return any(lasts(bus, request, other) for other in _elsewhere(bus, request))
 
 
 def room(bus: BusState, request: RequestState) -> bool:
     """Whether a running request could go on elsewhere at once, beside those that are on their
     way already."""
     here = request.worker
-    serving = [w for w in bus.registry.serving(request.model).values() if w is not here]
+    serving = _elsewhere(bus, request)
     free = [w for w in serving if w.may_take(request.model)]
     if here is not None and here.ends_s < math.inf:
         free = [w for w in free if w.ends_s > here.ends_s + bus.settings.move_s]

@@ -281,6 +281,11 @@ class WorkerSession(Session):
             return not request.carries_text
         return request.carries_text or how == Continuation.IDS
 
+    def is_exact(self, model: str) -> bool:
+        """Whether a request for this model goes on here, and elsewhere after it ran here, with the
+        tokens that it would have had without a move."""
+        return self.models[model].resume == Continuation.EXACT
+
     def room(self, model: str) -> int:
         """How many requests for this model may be assigned to it."""
         if not self.may_take(model):

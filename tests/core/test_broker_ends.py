@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from broker.protocol.header import MessageType
-from broker.protocol.messages import Ledger, Params, TokensEvent, WorkerState
+from broker.protocol.messages import Ledger, ModelInfo, Params, TokensEvent, WorkerState
 from tests.core.broker_facts import Bus, ClientPeer, Message, WorkerPeer, types
 
 TOKEN_S = 0.1
@@ -221,6 +221,20 @@ def test_a_new_worker_takes_streams_over_while_the_other_ends(bus: Bus) -> None:
     other = bus.worker("other")
     pass_time(bus, 0.5, going, other)
     assert moved(client, going) == [request]
+
+
+def test_what_would_not_go_on_token_for_token_stays(bus: Bus) -> None:
+    going = bus.worker("going", slots=8)
+    client = bus.client()
+    ask(client, 1000)
+    begin(going, going.assigned()[0])
+    other = bus.worker("other", grant=False)
+    other.beat(models=[ModelInfo(name="demo", resume="text")], state=WorkerState.READY)
+    other.grant()
+    client.receive()
+    end_in(going, 10.0)
+    pass_time(bus, 9.5, going, other)
+    assert moved(client, going) == []
 
 
 # --- races ----------------------------------------------------------------------------------------
