@@ -15,7 +15,8 @@ Three kinds of fields:
 An unknown field is a 400 that names it, unless it is null. Beyond OpenAI's own fields, common
 extensions of other servers are accepted: top_k, min_p, repetition_penalty, min_tokens,
 stop_token_ids, ignore_eos, include_stop_str_in_output, skip_special_tokens, structured_outputs,
-chat_template_kwargs, priority (higher goes first), queue_ms and ttl_ms.
+return_token_ids, return_tokens_as_token_ids, chat_template_kwargs, priority (higher goes first),
+queue_ms and ttl_ms.
 
 Must never talk to the bus: `convert` turns these values into bus requests.
 """
@@ -146,6 +147,10 @@ class Sampling(Extensions, kw_only=True):
     n: Choices | None = None
     temperature: Temperature | None = None
     top_p: Share | None = None
+    #: Ids of the tokens of prompt and answer, for trainers; those of a log probability's tokens
+    #: instead of their texts. As vLLM has both.
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     #: The user whose fair share of the model this request counts towards.
     user: str | None = None
     # Labels.

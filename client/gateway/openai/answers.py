@@ -23,7 +23,7 @@ from client import Embeddings
 from client.gateway.bodies import aside
 from client.gateway.convert import Generation
 from client.gateway.openai.generation import ChoiceEvent, Delta, Finish, Prompted
-from client.gateway.openai.logprobs import Places
+from client.gateway.openai.logprobs import Places, named_by_id
 
 __all__ = [
     "IMPOSSIBLE",
@@ -236,11 +236,13 @@ class ChatChoice(Progress):
         self.thoughts: list[str] = []
         self.calls: list[ToolCallDraft] = []
         self.logprobs: list[TokenLogprob] = []
+        self.token_ids: list[int] = []
 
     def take(self, event: ChoiceEvent) -> list[Part]:
         """Account for an event; returns what is new."""
-        if isinstance(event, Delta) and event.logprobs and not self._is_satisfied:
-            self.logprobs += event.logprobs
+        if isinstance(event, Delta) and not self._is_satisfied:
+            self.logprobs += event.logprobs or ()
+            self.token_ids += event.token_ids
         pieces = super().take(event)
         for part in pieces:
             if isinstance(part, tools.Text):
@@ -273,7 +275,11 @@ class TextChoice:
 
     #: With `max_tokens: 0`, the one token that the bus generates is not part of the answer.
     prompt_only: bool = False
+    #: Tokens of log probabilities are told by their ids.
+    by_id: bool = False
     texts: list[str] = field(default_factory=list)
+    prompt_token_ids: Sequence[int] = ()
+    token_ids: list[int] = field(default_factory=list)
     #: The logprobs of its tokens, with their positions in the text.
     logprobs: list[TokenLogprob] = field(default_factory=list)
     _places: Places = field(default_factory=Places)
@@ -285,10 +291,12 @@ class TextChoice:
         text, logprobs = "", []
         match event:
             case Prompted():
-                text, logprobs = event.prompt.text, self._places.of(event.prompt.logprobs or [])
+                ids, prompt = event.prompt.token_ids, event.prompt
+                text, logprobs = prompt.text, self._placed(ids, prompt.logprobs or [])
                 self._places.begin(len(text))
             case Delta() if not self.prompt_only:
-                text, logprobs = event.text, self._places.of(event.logprobs or [])
+                text, logprobs = event.text, self._placed(event.token_ids, event.logprobs or [])
+                self.token_ids += event.token_ids
             case Finish():
                 self.usage = event.end.usage
                 if self.prompt_only:
@@ -298,6 +306,10 @@ class TextChoice:
         self.texts.append(text)
         self.logprobs += logprobs
         return text, logprobs
+
+    def _placed(self, ids: Sequence[int], logprobs: list[TokenLogprob]) -> list[TokenLogprob]:
+        placed = self._places.of(logprobs)
+        return named_by_id(ids, placed) if self.by_id and placed else placed
 
     @property
     def text(self) -> str:

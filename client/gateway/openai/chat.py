@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from typing import Final
 
+import msgspec
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
 from openai.types.chat import chat_completion as whole
@@ -28,7 +30,7 @@ from openai.types.chat.chat_completion_message_function_tool_call import (
 from starlette.responses import JSONResponse, Response
 
 from broker.protocol import tool_parser as tools
-from broker.protocol.messages import TokenLogprob, Usage
+from broker.protocol.messages import Usage
 from client.gateway.bodies import aside
 from client.gateway.context import RequestContext
 from client.gateway.convert import chat_call, seeded, wants_usage_so_far
@@ -42,6 +44,7 @@ from client.gateway.openai.answers import (
     with_thoughts,
 )
 from client.gateway.openai.generation import Batches, ChoiceEvent, Delta, Finish, Prompted
+from client.gateway.openai.logprobs import named_by_id
 from client.gateway.openai.position import Position
 from client.gateway.openai.shapes import (
     JSON,
@@ -163,17 +166,25 @@ class _Answer:
             body.model,
             position,
             len(choices),
-            logprobs=bool(body.logprobs),
+            logprobs=bool(body.logprobs or body.return_token_ids),
             with_usage=options is not None and bool(options.include_usage),
             so_far=self._so_far,
         )
         #: Choices whose role was sent.
         self._greeted: set[int] = set()
+        self._prompt_token_ids: Sequence[int] = ()
+        #: The reader has the ids of the prompt, or wants none.
+        self._prompt_told = not body.return_token_ids or position.events > 0
 
     def take(self, event: ChoiceEvent) -> list[Part]:
         """Account for one event of the bus."""
         if self._so_far is not None:
             self._so_far.take(event)
+        if isinstance(event, Prompted):
+            self._prompt_token_ids = event.prompt.token_ids
+        elif isinstance(event, Delta) and event.logprobs and self._body.return_tokens_as_token_ids:
+            named = named_by_id(event.token_ids, event.logprobs)
+            event = msgspec.structs.replace(event, logprobs=named)
         choice = self._choices[event.choice]
         pieces = choice.take(event)
         if isinstance(event, Delta):
@@ -207,6 +218,9 @@ class _Answer:
             usage=self._usage(),
             service_tier=self._body.service_tier,
         )
+        if self._body.return_token_ids:
+            # Not of OpenAI's API, as below.
+            setattr(answer, "prompt_token_ids", self._prompt_token_ids)  # noqa: B010
         # Log probabilities token by token: written at once, they would be a single long step.
         begun, *others = dumped(answer).split(_NO_LOGPROBS)
         parts = [begun]
@@ -234,7 +248,7 @@ class _Answer:
                 )
                 for call in choice.calls
             ]
-        return whole.Choice(
+        shown = whole.Choice(
             index=index,
             message=message,
             finish_reason=choice.openai_finish_reason,
@@ -243,6 +257,9 @@ class _Answer:
             if self._body.logprobs
             else None,
         )
+        if self._body.return_token_ids:
+            setattr(shown, "token_ids", choice.token_ids)  # noqa: B010
+        return shown
 
     def _usage(self) -> CompletionUsage:
         return usage_of(choice.usage or Usage() for choice in self._choices)
@@ -268,19 +285,36 @@ class _Answer:
             self._greeted.add(index)
             if not reader.skipped(index, 1):
                 out.append(self._chunk(index, _GREETING))
-        logprobs = event.logprobs if isinstance(event, Delta) and self._body.logprobs else None
-        if logprobs:
-            logprobs = logprobs[reader.skipped_tokens(index, len(logprobs)) :]
+        tokens = self._unread_tokens(event) if isinstance(event, Delta) else b""
         for part in pieces:
             delta = self._delta(index, part)
             if delta is not None:
-                out.append(self._chunk(index, delta, logprobs))
-                logprobs = None
-        if logprobs:
-            out.append(self._chunk(index, _NO_TEXT, logprobs))
+                out.append(self._chunk(index, delta, tokens))
+                tokens = b""
+        if tokens:
+            out.append(self._chunk(index, _NO_TEXT, tokens))
         if isinstance(event, Finish) and not reader.skipped(index, 1):
             reason = JSON.encode(self._choices[index].openai_finish_reason)
             out.append(self._chunk(index, _NOTHING, finish_reason=reason))
+
+    def _unread_tokens(self, event: Delta) -> bytes:
+        """Log probabilities and ids of the tokens that the reader does not have, as fields of a
+        choice."""
+        ids = event.token_ids if self._body.return_token_ids else ()
+        logprobs = event.logprobs or [] if self._body.logprobs else []
+        if not ids and not logprobs:
+            return b""
+        if self._body.return_tokens_as_token_ids and logprobs:
+            logprobs = named_by_id(event.token_ids, logprobs)
+        read = self._chunks.reader.skipped_tokens(event.choice, len(logprobs) or len(ids))
+        fields = b""
+        if logprobs[read:]:
+            content = chat_logprobs(logprobs[read:])
+            shown = piece.ChoiceLogprobs(content=content, refusal=None)
+            fields += b',"logprobs":' + dumped(shown)
+        if ids[read:]:
+            fields += b',"token_ids":' + JSON.encode(ids[read:])
+        return fields
 
     def _delta(self, index: int, part: Part) -> bytes | None:
         """The part of a piece that the reader does not have."""
@@ -309,19 +343,20 @@ class _Answer:
         self,
         index: int,
         delta: bytes,
-        logprobs: list[TokenLogprob] | None = None,
+        tokens: bytes = b"",
         *,
         finish_reason: bytes = b"null",
     ) -> bytes:
-        shown = b""
-        if self._body.logprobs:
-            of_tokens = b"null"
-            if logprobs:
-                content = chat_logprobs(logprobs)
-                of_tokens = dumped(piece.ChoiceLogprobs(content=content, refusal=None))
-            shown = b',"logprobs":' + of_tokens
+        """`tokens`: see `_unread_tokens`."""
+        if self._body.logprobs and not tokens.startswith(b',"logprobs"'):
+            tokens = b',"logprobs":null' + tokens
+        beside = b""
+        if not self._prompt_told:
+            self._prompt_told = True
+            beside = b',"prompt_token_ids":' + JSON.encode(self._prompt_token_ids)
         return self._chunks.event(
-            b'{"delta":%b,"finish_reason":%b,"index":%d%b}' % (delta, finish_reason, index, shown)
+            b'{"delta":%b,"finish_reason":%b,"index":%d%b}' % (delta, finish_reason, index, tokens),
+            beside,
         )
 
     def failed(self, error: GatewayError) -> list[bytes]:

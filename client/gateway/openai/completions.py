@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 
 from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.completion_choice import Logprobs
@@ -79,7 +80,10 @@ class _Answer:
         self._prompts = prompts
         self._candidates = candidates
         prompt_only = body.max_tokens == 0
-        self._choices = [TextChoice(prompt_only) for _ in range(prompts * candidates)]
+        by_id = bool(body.return_tokens_as_token_ids)
+        self._choices = [TextChoice(prompt_only, by_id) for _ in range(prompts * candidates)]
+        #: Choices of whose prompt the reader has the ids: every event of a choice brings atoms.
+        self._prompt_told = {i for i, atoms in enumerate(position.read_atoms) if atoms}
         self._id = position.answer
         options = body.stream_options
         self._so_far = (
@@ -91,7 +95,7 @@ class _Answer:
             body.model,
             position,
             len(self._choices),
-            logprobs=body.logprobs is not None,
+            logprobs=body.logprobs is not None or bool(body.return_token_ids),
             with_usage=options is not None and bool(options.include_usage),
             so_far=self._so_far,
         )
@@ -101,8 +105,10 @@ class _Answer:
         choice = self._choices[event.choice]
         if self._so_far is not None:
             self._so_far.take(event)
-        if isinstance(event, Prompted) and not self._body.echo:
-            return "", []  # only its length was requested
+        if isinstance(event, Prompted):
+            choice.prompt_token_ids = event.prompt.token_ids
+            if not self._body.echo:
+                return "", []  # only its tokens were requested
         text, logprobs = choice.take(event)
         if isinstance(event, Delta) and not choice.prompt_only:
             self._visit.saw_token()
@@ -136,6 +142,11 @@ class _Answer:
             ],
             usage=self._usage(),
         )
+        if self._body.return_token_ids:
+            # Not of OpenAI's API.
+            for shown, choice in zip(answer.choices, kept, strict=True):
+                setattr(shown, "prompt_token_ids", choice.prompt_token_ids)  # noqa: B010
+                setattr(shown, "token_ids", choice.token_ids)  # noqa: B010
         return answer.model_dump_json(exclude_unset=True)
 
     def _usage(self) -> CompletionUsage:
@@ -147,42 +158,57 @@ class _Answer:
             async for batch in batches:
                 out: list[bytes] = []
                 for event in batch:
-                    text, logprobs = self._unread(event.choice, *self.take(event))
-                    if text or logprobs:
-                        out.append(self._chunk(event.choice, text, logprobs))
+                    text, logprobs, ids = self._unread(event, *self.take(event))
+                    if text or logprobs or ids:
+                        out.append(self._chunk(event.choice, text, logprobs, ids))
                     reader = self._chunks.reader
                     if isinstance(event, Finish) and not reader.skipped(event.choice, 1):
                         reason = self._choices[event.choice].finish_reason
-                        out.append(self._chunk(event.choice, "", [], JSON.encode(reason)))
+                        out.append(self._chunk(event.choice, "", [], (), JSON.encode(reason)))
                 if out:
                     yield out
         yield [*self._chunks.last(self._usage()), DONE]
 
     def _unread(
-        self, index: int, text: str, logprobs: list[TokenLogprob]
-    ) -> tuple[str, list[TokenLogprob]]:
+        self, event: ChoiceEvent, text: str, logprobs: list[TokenLogprob]
+    ) -> tuple[str, list[TokenLogprob], Sequence[int]]:
         """The part that the reader does not have."""
-        text = text[self._chunks.reader.skipped(index, len(text)) :]
-        if self._body.logprobs is None or not logprobs:
-            return text, []
-        read = self._chunks.reader.skipped_tokens(index, len(logprobs))
-        return text, logprobs[read:]
+        index, reader = event.choice, self._chunks.reader
+        text = text[reader.skipped(index, len(text)) :]
+        ids: Sequence[int] = ()
+        if self._body.return_token_ids and isinstance(event, Delta):
+            ids = () if self._choices[index].prompt_only else event.token_ids
+        if self._body.logprobs is None:
+            logprobs = []
+        if not logprobs and not ids:
+            return text, [], ()
+        read = reader.skipped_tokens(index, len(logprobs) or len(ids))
+        return text, logprobs[read:], ids[read:]
 
     def _chunk(
         self,
         index: int,
         text: str,
         logprobs: list[TokenLogprob],
+        ids: Sequence[int],
         finish_reason: bytes = b"null",
     ) -> bytes:
         shown = self._logprobs(logprobs) if logprobs else None
+        beside = b""
+        if self._body.return_token_ids:
+            beside = b',"token_ids":' + JSON.encode(ids)
+            if index not in self._prompt_told:
+                self._prompt_told.add(index)
+                prompt_ids = self._choices[index].prompt_token_ids
+                beside += b',"prompt_token_ids":' + JSON.encode(prompt_ids)
         return self._chunks.event(
-            b'{"finish_reason":%b,"index":%d,"logprobs":%b,"text":%b}'
+            b'{"finish_reason":%b,"index":%d,"logprobs":%b,"text":%b%b}'
             % (
                 finish_reason,
                 index,
                 dumped(shown) if shown is not None else b"null",
                 JSON.encode(text),
+                beside,
             )
         )
 

@@ -46,6 +46,7 @@ class Delta(Struct, frozen=True, gc=False):
     logprobs: list[TokenLogprob] | None
     #: The text split by kind, if the worker splits it; `text` is then the content alone.
     pieces: list[Piece] | None = None
+    token_ids: Sequence[int] = ()
 
 
 class Prompted(Struct, frozen=True):
@@ -209,8 +210,8 @@ def _translated(choice: int, arrived: list[StreamEvent], span: BusSpan | None) -
         if span is not None:
             span.saw(event)
         if isinstance(event, Tokens):
-            count, logprobs = len(event.token_ids), event.logprobs
-            batch.append(Delta(choice, event.text, count, logprobs, event.pieces))
+            ids = event.token_ids
+            batch.append(Delta(choice, event.text, len(ids), event.logprobs, event.pieces, ids))
         elif isinstance(event, End):
             if event.text or event.pieces:
                 batch.append(Delta(choice, event.text, 0, None, event.pieces))

@@ -13,7 +13,7 @@ import msgspec
 
 from broker.protocol.messages import TokenLogprob
 
-__all__ = ["Places", "text_logprobs"]
+__all__ = ["Places", "named_by_id", "text_logprobs"]
 
 _Utf8 = codecs.getincrementaldecoder("utf-8")
 
@@ -42,6 +42,21 @@ class Places:
             placed.append(msgspec.structs.replace(token, place=self._offset + place))
             self._characters += len(self._decoder.decode(token.token))
         return placed
+
+
+def named_by_id(token_ids: Sequence[int], tokens: Sequence[TokenLogprob]) -> list[TokenLogprob]:
+    """The same, with the id of each token as its text (`return_tokens_as_token_ids`)."""
+    return [
+        msgspec.structs.replace(
+            token,
+            token=b"token_id:%d" % id_,
+            top=[
+                msgspec.structs.replace(top, token=b"token_id:%d" % top.token_id)
+                for top in token.top
+            ],
+        )
+        for id_, token in zip(token_ids, tokens, strict=True)
+    ]
 
 
 def text_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class Chunks:
         so_far: UsageSoFar | None,
     ) -> None:
         """`shape`: a type of the `openai` package; `kind`: its `object` field. `logprobs`: whether
-        log probabilities are sent."""
+        log probabilities or ids of tokens are sent."""
         empty = shape(
             id=position.answer, object=kind, created=int(time.time()), model=model, choices=[]
         )
@@ -137,12 +137,12 @@ class Chunks:
         self._with_usage = with_usage
         self._so_far = so_far
 
-    def event(self, choice: bytes) -> bytes:
-        """The chunk of one choice."""
-        usage = b""
+    def event(self, choice: bytes, beside: bytes = b"") -> bytes:
+        """The chunk of one choice. `beside`: more fields of the chunk, each after its comma."""
         if self._with_usage:
-            usage = b',"usage":' + (self._so_far.usage() if self._so_far is not None else b"null")
-        return self._format % (*self.reader.next_id(), choice, usage)
+            so_far = self._so_far.usage() if self._so_far is not None else b"null"
+            beside += b',"usage":' + so_far
+        return self._format % (*self.reader.next_id(), choice, beside)
 
     def last(self, usage: CompletionUsage) -> list[bytes]:
         """The events after all choices: their usage, if requested and not read yet."""
