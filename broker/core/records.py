@@ -284,7 +284,8 @@ class WorkerSession(Session):
     def is_exact(self, model: str) -> bool:
         """Whether a request for this model goes on here, and elsewhere after it ran here, with the
         tokens that it would have had without a move."""
-        return self.models[model].resume == Continuation.EXACT
+        info = self.models.get(model)  # unknown: what a worker brought along has no model yet
+        return info is not None and info.resume == Continuation.EXACT
 
     def room(self, model: str) -> int:
         """How many requests for this model may be assigned to it."""
