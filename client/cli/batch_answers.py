@@ -84,7 +84,8 @@ async def _chat(data: bytes, asking: Asking) -> dict[str, Any]:
     _refuse_stream(body)
     seed = answers.pick_seed(body.seed)
     call = await convert.chat_call(body, asking.images, seed=seed, user=body.user or "")
-    call = answers.with_thoughts(call)
+    if body.separate_reasoning is not False:
+        call = answers.with_thoughts(call)
     call = _with_priority(call, asking, body.priority is None and body.service_tier is None)
     choices = [ChatChoice(answers.parser_for(call)) for _ in range(body.n or 1)]
     batches = _batches(
@@ -104,7 +105,7 @@ async def _chat(data: bytes, asking: Asking) -> dict[str, Any]:
         "choices": [
             {
                 "index": index,
-                "message": _message(choice),
+                "message": _message(choice, with_reasoning=body.shows_reasoning),
                 "finish_reason": choice.openai_finish_reason,
                 "logprobs": _chat_logprobs(choice.logprobs) if body.logprobs else None,
             }
@@ -218,13 +219,13 @@ def _with_priority(one: convert.Generation, asking: Asking, unnamed: bool) -> co
     return replace(one, request=request)
 
 
-def _message(choice: ChatChoice) -> dict[str, Any]:
+def _message(choice: ChatChoice, *, with_reasoning: bool) -> dict[str, Any]:
     message: dict[str, Any] = {
         "role": "assistant",
         "content": choice.text if choice.text or not choice.calls else None,
         "refusal": None,
     }
-    if choice.reasoning:
+    if choice.reasoning and with_reasoning:
         message["reasoning_content"] = message["reasoning"] = choice.reasoning
     if choice.calls:
         message["tool_calls"] = [
@@ -250,6 +251,9 @@ def _usage(usages: Sequence[Usage], *, prompts: int = 1) -> dict[str, Any]:
         "prompt_tokens_details": {
             "cached_tokens": sum(usage.cached_tokens for usage in counted),
             "image_tokens": sum(usage.image_tokens for usage in counted),
+        },
+        "completion_tokens_details": {
+            "reasoning_tokens": sum(usage.reasoning_tokens for usage in usages)
         },
     }
 

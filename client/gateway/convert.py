@@ -34,6 +34,7 @@ from client.gateway import requests as http
 from client.gateway.bodies import aside
 from client.gateway.errors import describe, invalid
 from client.gateway.images import ImagePolicy, load_image
+from client.gateway.thinking import budget_of, wish_of
 from client.images import media_type
 
 __all__ = [
@@ -174,9 +175,8 @@ def _chat_call(body: http.ChatRequest, images: Images, seed: int, user: str) -> 
     constraint = constraint_of(body.response_format, body.structured_outputs)
     forced = _forced_tool(body)
     constraint = forced or constraint
-    template_args = dict(body.chat_template_kwargs or {})
-    if body.reasoning_effort is not None:
-        template_args["reasoning_effort"] = body.reasoning_effort
+    wish = wish_of(body, budget_of(body))
+    template_args = (body.chat_template_kwargs or {}) | wish.variables
     if body.verbosity is not None:
         template_args["verbosity"] = body.verbosity
     params = _params(
@@ -185,6 +185,7 @@ def _chat_call(body: http.ChatRequest, images: Images, seed: int, user: str) -> 
         max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         constraint=constraint,
+        thinking_tokens=wish.tokens,
     )
     priority = body.priority
     if priority is None and body.service_tier is not None:
@@ -256,6 +257,7 @@ def completion_calls(
         max_tokens=body.max_tokens or (1 if body.max_tokens == 0 else None),
         logprobs=logprobs,
         constraint=constraint_of(None, body.structured_outputs),
+        thinking_tokens=budget_of(body),
     )
     if body.echo:
         params = msgspec.structs.replace(params, echo=True, prompt_logprobs=body.logprobs)
@@ -440,6 +442,7 @@ def _params(
     max_tokens: int | None,
     logprobs: int | None,
     constraint: Constraint | None,
+    thinking_tokens: int | None,
 ) -> Params:
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     bias: list[tuple[int, float]] = []
@@ -474,4 +477,5 @@ def _params(
         logprobs=logprobs,
         logit_bias=bias,
         constraint=constraint,
+        thinking_tokens=thinking_tokens,
     )

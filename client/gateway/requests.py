@@ -15,8 +15,8 @@ Three kinds of fields:
 An unknown field is a 400 that names it, unless it is null. Beyond OpenAI's own fields, common
 extensions of other servers are accepted: top_k, min_p, repetition_penalty, min_tokens,
 stop_token_ids, ignore_eos, include_stop_str_in_output, skip_special_tokens, structured_outputs,
-return_token_ids, return_tokens_as_token_ids, chat_template_kwargs, priority (higher goes first),
-queue_ms and ttl_ms.
+return_token_ids, return_tokens_as_token_ids, chat_template_kwargs, thinking_tokens, priority
+(higher goes first), queue_ms and ttl_ms; of a chat, also those of `thinking`.
 
 Must never talk to the bus: `convert` turns these values into bus requests.
 """
@@ -38,6 +38,7 @@ from broker.protocol.limits import (
     MAX_TOP_LOGPROBS,
 )
 from client.gateway.errors import GatewayError, invalid
+from client.gateway.thinking import Budgets, ReasoningOptions, ThinkingOptions
 
 __all__ = [
     "ChatMessage",
@@ -116,7 +117,7 @@ class StructuredOutputs(_Body, kw_only=True):
     choice: Annotated[list[str], Meta(min_length=1)] | None = None
 
 
-class Extensions(_Body, kw_only=True):
+class Extensions(Budgets, forbid_unknown_fields=True, kw_only=True):
     """Fields of every endpoint that generates text; OpenAI's own do not have all of them."""
 
     seed: Seed | None = None
@@ -303,8 +304,16 @@ class ChatRequest(Sampling, kw_only=True):
     parallel_tool_calls: bool | None = None
     #: "flex" waits for the others; "priority" and "fast" go before them.
     service_tier: ServiceTier | None = None
-    #: Variables for the chat template.
+    #: Whether and how hard the model thinks, in the words of several servers; see `thinking`.
     reasoning_effort: str | None = None
+    enable_thinking: bool | None = None
+    thinking: ThinkingOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    #: False: the reasoning is made, but is not part of the answer.
+    include_reasoning: bool | None = None
+    #: False: the reasoning stays in the text, as the model writes it.
+    separate_reasoning: bool | None = None
+    #: Variables for the chat template.
     verbosity: Literal["low", "medium", "high"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     modalities: list[Literal["text", "audio"]] | None = None
@@ -314,6 +323,12 @@ class ChatRequest(Sampling, kw_only=True):
     moderation: Refused = None
     prediction: Label = None
     web_search_options: Refused = None
+
+    @property
+    def shows_reasoning(self) -> bool:
+        """The reasoning is part of the answer."""
+        excluded = self.reasoning is not None and self.reasoning.exclude
+        return self.include_reasoning is not False and not excluded
 
 
 # --- completions and embeddings -------------------------------------------------------------------

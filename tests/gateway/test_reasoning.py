@@ -3,10 +3,16 @@ items: streamed and not, in the usage, and in the history that a client sends ba
 
 from __future__ import annotations
 
+import asyncio
+import json
 from typing import Any
 
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
+
+from client.gateway import requests as http
+from client.gateway.convert import chat_call
+from client.gateway.images import ImagePolicy
 
 ASKED = "<think>\nhm, two\n</think>\n\nthree"
 
@@ -56,6 +62,96 @@ def test_a_stop_string_in_the_reasoning_does_not_stop(client: OpenAI) -> None:
     [choice] = ask(client, "<think>a stop b</think>c stop d", stop=["stop"]).choices
     assert (choice.message.content, choice.message.reasoning) == ("c ", "a stop b")
     assert choice.finish_reason == "stop"
+
+
+# --- the words of other servers -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extra", [{"include_reasoning": False}, {"reasoning": {"exclude": True}}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_reasoning_is_left_out_on_request(
+    client: OpenAI, stream: bool, extra: dict[str, Any]
+) -> None:
+    answer = ask(client, stream=stream, extra_body=extra)
+    if stream:
+        said = [chunk.choices[0].delta.model_dump() for chunk in answer]
+        assert "".join(delta["content"] or "" for delta in said) == "three"
+        assert not any("reasoning" in name for delta in said for name in delta)
+    else:
+        assert answer.choices[0].message.content == "three"
+        assert answer.usage.completion_tokens_details.reasoning_tokens > 0
+        assert "reasoning" not in answer.choices[0].message.model_dump_json()
+
+
+def test_reasoning_stays_in_the_text_on_request(client: OpenAI) -> None:
+    [choice] = ask(client, extra_body={"separate_reasoning": False}).choices
+    assert choice.message.content == ASKED
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"thinking_tokens": 3},
+        {"thinking_token_budget": 3},
+        {"reasoning": {"max_tokens": 3}},
+        {"thinking": {"type": "enabled", "budget_tokens": 3}},
+    ],
+)
+def test_a_budget_is_taken_under_every_name(client: OpenAI, extra: dict[str, Any]) -> None:
+    [choice] = ask(client, extra_body=extra).choices
+    assert (choice.message.content, choice.message.reasoning) == ("three", "hm")
+
+
+@pytest.mark.parametrize(
+    ("extra", "variables"),
+    [
+        ({"reasoning_effort": "low"}, {"reasoning_effort": "low"}),
+        ({"reasoning": {"effort": "low"}}, {"reasoning_effort": "low"}),
+        ({"enable_thinking": False}, {"enable_thinking": False}),
+        ({"thinking": {"type": "disabled"}}, {"enable_thinking": False}),
+        ({"reasoning": {"enabled": True}}, {"enable_thinking": True}),
+        ({"chat_template_kwargs": {"enable_thinking": False, "x": 1}}, None),
+    ],
+)
+def test_effort_and_switch_become_variables_of_the_template(
+    extra: dict[str, Any], variables: dict[str, Any] | None
+) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "q"}], **extra}
+    request = http.parse(http.ChatRequest, json.dumps(body).encode())
+    call = asyncio.run(chat_call(request, ImagePolicy(), seed=1, user=""))
+    expected = extra["chat_template_kwargs"] if variables is None else variables
+    assert call.request.template_args == expected
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"reasoning_effort": "low", "reasoning": {"effort": "high"}}, "reasoning.effort"),
+        ({"enable_thinking": True, "thinking": {"type": "disabled"}}, "thinking.type"),
+        ({"thinking_tokens": 3, "thinking_token_budget": 4}, "thinking_token_budget"),
+        ({"reasoning": {"efort": "low"}}, "reasoning.efort"),
+    ],
+)
+def test_two_fields_that_contradict_each_other_are_refused(
+    client: OpenAI, extra: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(BadRequestError) as failed:
+        ask(client, extra_body=extra)
+    assert failed.value.param == param
+
+
+def test_each_of_several_choices_has_its_own_reasoning(client: OpenAI) -> None:
+    asked = "[[echo mode=sampled think_tokens=6 answer_tokens=4]]"
+    alone = [ask(client, asked, seed=seed).choices[0].message for seed in (5, 6, 7)]
+    together = [choice.message for choice in ask(client, asked, seed=5, n=3).choices]
+    streamed = [["", ""] for _ in alone]
+    for chunk in ask(client, asked, seed=5, n=3, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index][0] += getattr(choice.delta, "reasoning", None) or ""
+            streamed[choice.index][1] += choice.delta.content or ""
+    said = [[message.reasoning, message.content] for message in alone]
+    assert said == [[message.reasoning, message.content] for message in together] == streamed
+    assert len({thought for thought, _ in said}) == 3
 
 
 # --- /v1/responses --------------------------------------------------------------------------------

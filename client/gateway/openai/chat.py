@@ -85,7 +85,8 @@ async def chat_completions(visit: RequestContext) -> Response:
         user=visit.share(body.user),
         size_bytes=visit.size_bytes,
     )
-    call = with_thoughts(call)
+    if body.separate_reasoning is not False:
+        call = with_thoughts(call)
     visit.check(body.model, call.request.priority)
     count = body.n or 1
     position = resumed or Position.first(_PREFIX, call.request.params.seed)
@@ -170,6 +171,10 @@ class _Answer:
             with_usage=options is not None and bool(options.include_usage),
             so_far=self._so_far,
         )
+        #: Not of OpenAI's API: other servers send one name or the other.
+        self._reasoning_fields = (
+            visit.gateway.config.reasoning_fields if body.shows_reasoning else ()
+        )
         #: Choices whose role was sent.
         self._greeted: set[int] = set()
         self._prompt_token_ids: Sequence[int] = ()
@@ -236,8 +241,7 @@ class _Answer:
             refusal=None,
         )
         if choice.reasoning:
-            # Not of OpenAI's API: other servers send one name or the other.
-            for name in self._visit.gateway.config.reasoning_fields:
+            for name in self._reasoning_fields:
                 setattr(message, name, choice.reasoning)
         if choice.calls:
             message.tool_calls = [
@@ -328,13 +332,15 @@ class _Answer:
                 function=piece.ChoiceDeltaToolCallFunction(name=part.name, arguments=""),
             )
             return dumped(piece.ChoiceDelta(tool_calls=[start]))
+        if isinstance(part, Thought) and not self._reasoning_fields:
+            return None
         unread = part.text[self._chunks.reader.skipped(index, len(part.text)) :]
         if not unread:
             return None
         text = JSON.encode(unread)
         if isinstance(part, Thought):
-            names = self._visit.gateway.config.reasoning_fields
-            return b"{%b}" % b",".join(b'"%b":%b' % (name.encode(), text) for name in names)
+            fields = [b'"%b":%b' % (name.encode(), text) for name in self._reasoning_fields]
+            return b"{%b}" % b",".join(fields)
         if isinstance(part, tools.Text):
             return b'{"content":%b}' % text
         return b'{"tool_calls":[{"index":%d,"function":{"arguments":%b}}]}' % (part.index, text)

@@ -89,6 +89,9 @@ _MERGED_BATCHES: Final = 16
 _OPENED_AT_ONCE: Final = 16
 
 
+#: Parameters of the bus that the HTTP APIs name alike.
+_SAME_NAMES: Final = ("enable_thinking", "reasoning_effort", "thinking_tokens")
+
 Opened = Callable[[AsyncStream], None]
 
 
@@ -175,10 +178,15 @@ def naming(prompt_field: str | None) -> Iterator[None]:
     try:
         yield
     except BusError as error:
-        if prompt_field is None or error.code not in fields:
+        param = fields.get(ErrorCode(error.code)) if error.code in fields else None
+        if error.details.get("parameter") in _SAME_NAMES:
+            param = error.details["parameter"]
+            if prompt_field == "input":  # of /v1/responses
+                param = param.replace("reasoning_effort", "reasoning.effort")
+        if prompt_field is None or param is None:
             raise
         described = describe(error)
-        described.param = fields[ErrorCode(error.code)]
+        described.param = param
         raise described from error
 
 

@@ -103,6 +103,11 @@ class PromptBuilder:
             ids = self._encoded(self._unmarked(text, len(images)))
         return {"ids": ids, "images": [each.image for each in images]}
 
+    def wants_silence(self, request: Request) -> bool:
+        """See `ChatTemplate.wants_silence`."""
+        with self._lock:
+            return request.kind is Kind.CHAT and self._template.wants_silence(request)
+
     def text(self, request: Request) -> str:
         """The rendered chat template (kind template)."""
         with self._lock:

@@ -162,12 +162,15 @@ class _Texts:
         samples with it. Raises RequestError."""
         constrained = params.constraint is not None
         split = self.format is not None and PieceKind.REASONING in params.pieces
+        if self.format is not None:
+            params = self._silenced(request, params, self.format, prompt, forces=forces)
         if params.thinking_tokens is None and not (constrained and split):
             return None
         if self.format is None:
             raise _invalid(
                 f"thinking_tokens: it is not known how model {request.model} marks a thought: "
-                "leave it out, or start its worker with --reasoning-parser"
+                "leave it out, or start its worker with --reasoning-parser",
+                parameter="thinking_tokens",
             )
         parser = self._parser(self.format, request, prompt)
         if not forces:
@@ -182,7 +185,8 @@ class _Texts:
             if self.format.closing is None:
                 raise _invalid(
                     f"thinking_tokens: the response template of model {request.model} does not say "
-                    "in words how a thought ends: leave it out"
+                    "in words how a thought ends: leave it out",
+                    parameter="thinking_tokens",
                 )
             ids = self.decoder.encode(self.format.closing, add_special_tokens=False)
             closing = Closing(params.thinking_tokens, ids)
@@ -194,6 +198,30 @@ class _Texts:
             closing=closing,
             constrained=constrained,
         )
+
+    def _silenced(
+        self,
+        request: Request,
+        params: Params,
+        format_: AnswerFormat,
+        prompt: Prompt,
+        *,
+        forces: bool,
+    ) -> Params:
+        """Where no thought is wanted and the template has no word for it, a thought ends as it
+        begins."""
+        if not self.builder.wants_silence(request):
+            return params
+        if forces and format_.closing is not None:
+            return msgspec.structs.replace(params, thinking_tokens=0)
+        if self._parser(format_, request, prompt).in_thought:
+            raise _invalid(
+                f"no thought was asked for (enable_thinking, reasoning_effort), but model "
+                f"{request.model} always thinks: its chat template has no variable against it; "
+                "leave that out",
+                parameter="enable_thinking",
+            )
+        return params
 
     def _parser(self, format_: AnswerFormat, request: Request, prompt: Prompt) -> AnswerParser:
         parser = format_.parser(self._begun(request, prompt))
@@ -395,5 +423,5 @@ def now() -> float:
     return time.perf_counter()
 
 
-def _invalid(message: str) -> RequestError:
-    return RequestError(ErrorCode.INVALID_REQUEST, message)
+def _invalid(message: str, **details: str) -> RequestError:
+    return RequestError(ErrorCode.INVALID_REQUEST, message, details=details)

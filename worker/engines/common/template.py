@@ -26,6 +26,7 @@ from worker.engines.base import EngineLoadError
 from worker.engines.common.control import Breaker, ControlTokens, mark_text, rewritten
 from worker.engines.common.facts import ModelFacts
 from worker.engines.common.failures import one_line
+from worker.engines.common.thinking_words import EFFORT, Asked, ThinkingWords, find_words
 
 __all__ = [
     "RAW_PLACEHOLDER",
@@ -115,6 +116,10 @@ class ChatTemplate:
             self._check_images(request.model, text, images)
         return text
 
+    def wants_silence(self, request: Request) -> bool:
+        """The request asks for no thought, and the template has no variable that says so."""
+        return self.present and self._asked(request).silent
+
     def image(self) -> str:
         """The image placeholder with what the template writes around it (Qwen-VL's markers)."""
         token = self.image_token or RAW_PLACEHOLDER
@@ -144,6 +149,27 @@ class ChatTemplate:
         quoted = (f"'{role}'", f'"{role}"')
         return role not in _NO_ROLES and any(text in self._source for text in quoted)
 
+    def _asked(self, request: Request) -> Asked:
+        try:
+            return self._thinking_words.asked(request.template_args)
+        except ValueError as error:
+            raise _invalid(str(error), parameter=EFFORT) from None
+
+    @cached_property
+    def _thinking_words(self) -> ThinkingWords:
+        def render(variables: dict[str, Any]) -> str | None:
+            question = {"role": "user", "content": self._question}
+            try:
+                return str(
+                    self._holder.apply_chat_template(
+                        [question], tokenize=False, add_generation_prompt=True, **variables
+                    )
+                )
+            except Exception:
+                return None
+
+        return find_words(self._source, render)
+
     @cached_property
     def _passed_over(self) -> frozenset[str]:
         parameters = inspect.signature(self._holder.apply_chat_template).parameters
@@ -168,11 +194,13 @@ class ChatTemplate:
         other string from the client."""
         arguments = {
             name: rewritten(value, other)
-            for name, value in request.template_args.items()
+            for name, value in self._asked(request).variables.items()
             if name not in self._passed_over
         }
         arguments.pop("continue_final_message", None)
-        continue_final = continues_message(request)
+        continue_final: bool | str = continues_message(request)
+        if continue_final and _ends_in_thought(request):
+            continue_final = "reasoning_content"
         add_prompt = bool(arguments.pop("add_generation_prompt", not continue_final))
         if request.tool_choice is not None:
             arguments["tool_choice"] = rewritten(request.tool_choice, other)
@@ -408,6 +436,12 @@ def continues_message(request: Request) -> bool:
     return request.messages is not None and bool(
         request.template_args.get("continue_final_message", False)
     )
+
+
+def _ends_in_thought(request: Request) -> bool:
+    """The last message is a thought that nothing was said after."""
+    last = (request.messages or [Message(role="user")])[-1]
+    return bool(last.reasoning_content) and not last.content and not last.tool_calls
 
 
 # --- helpers --------------------------------------------------------------------------------------
