@@ -24,9 +24,11 @@ from starlette.routing import BaseRoute, Match, Route
 from broker.protocol.errors import ErrorCode
 from broker.protocol.tracing import make_tracer
 from client import AsyncClient, BusError, Timeout
-from client.gateway.config import Config
+from client.gateway.anthropic.routes import anthropic_routes, shape_for
+from client.gateway.anthropic.signature import Signer
+from client.gateway.config import Config, ConfigError
 from client.gateway.context import RequestContext, route
-from client.gateway.errors import GatewayError, error_body, error_response, invalid
+from client.gateway.errors import ErrorShape, GatewayError, error_response, invalid
 from client.gateway.fastchat.api import legacy_api_routes
 from client.gateway.fastchat.routes import legacy_routes
 from client.gateway.ids import REQUEST_ID_HEADER, KeptId, RequestIds, request_id_of
@@ -65,6 +67,7 @@ _READY_S = 2.0
 def create_app(config: Config) -> Starlette:
     """The gateway as an ASGI application; its lifespan owns the client of the bus."""
     keys = KeyFile(config.keys) if config.keys is not None else None
+    signer = _signer(config)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -78,7 +81,7 @@ def create_app(config: Config) -> Starlette:
             store = Store(config.store_entries, config.store_bytes)
             tracer = make_tracer("tokenbus-gateway")
             peers = Peers(config.peers, 4 * config.keep_alive_s)
-            gateway = Gateway(config, bus, keys, store, peers, tracer=tracer)
+            gateway = Gateway(config, bus, keys, store, peers, signer, tracer=tracer)
             app.state.gateway = gateway
             #: Set when open streams must end.
             app.state.stopping = asyncio.Event()
@@ -101,6 +104,15 @@ def create_app(config: Config) -> Starlette:
     )
 
 
+def _signer(config: Config) -> Signer:
+    try:
+        return Signer.of(config.signing_key)
+    except OSError as error:
+        raise ConfigError(f"--signing-key {config.signing_key}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"--signing-key: {error}") from None
+
+
 def _routes(config: Config) -> list[BaseRoute]:
     register_url_convertor("kept", KeptId())
     routes: list[BaseRoute] = [
@@ -115,6 +127,7 @@ def _routes(config: Config) -> list[BaseRoute]:
         route("/v1/chat/completions/{id:kept}/cancel", anywhere(cancel_chat), "POST"),
         route("/v1/completions", completions, "POST", counted=True),
         route("/v1/embeddings", embeddings, "POST", counted=True),
+        *anthropic_routes(),
         route("/v1/systemone", system_one, "POST", counted=True),
         route("/v1/responses", anywhere(create_response), "POST", counted=True),
         route("/v1/responses/{id:kept}", anywhere(get_response)),
@@ -143,7 +156,7 @@ def _middleware(config: Config) -> list[Middleware]:
                 allow_origins=list(config.cors_origins),
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
-                expose_headers=["x-request-id", "retry-after", "retry-after-ms"],
+                expose_headers=["x-request-id", "request-id", "retry-after", "retry-after-ms"],
             )
         )
     if config.loopback:
@@ -153,6 +166,11 @@ def _middleware(config: Config) -> list[Middleware]:
             names.append(urlsplit(config.public_url).hostname or "localhost")
         found.append(Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False))
     return found
+
+
+def _shape_for(request: Request) -> ErrorShape:
+    """How an error is worded where no handler of one API answers."""
+    return error_object if request.url.path.startswith("/api/") else shape_for(request)
 
 
 async def _not_here(request: Request, error: Exception) -> Response:
@@ -168,9 +186,7 @@ async def _not_here(request: Request, error: Exception) -> Response:
         status=error.status_code,
         openai_code="unknown_url" if error.status_code == 404 else None,
     )
-    of_ollama = request.url.path.startswith("/api/")
-    shape = error_object if of_ollama else error_body
-    response = error_response(told, request_id_of(request.scope), shape)
+    response = error_response(told, request_id_of(request.scope), _shape_for(request))
     if error.status_code == 405:
         response.headers["allow"] = ", ".join(sorted(_methods_at(request)))
     return response
@@ -179,7 +195,7 @@ async def _not_here(request: Request, error: Exception) -> Response:
 async def _failed(request: Request, error: Exception) -> Response:
     """Answer to an unforeseen exception; the server logs it."""
     request_id = request_id_of(request.scope)
-    response = error_response(error, request_id)
+    response = error_response(error, request_id, _shape_for(request))
     response.headers[REQUEST_ID_HEADER] = request_id
     return response
 

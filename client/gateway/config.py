@@ -12,6 +12,7 @@ import ipaddress
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -115,6 +116,16 @@ def _urls(value: str) -> tuple[str, ...]:
     return urls
 
 
+def _aliases(value: str) -> tuple[tuple[str, str], ...]:
+    pairs = []
+    for word in _words(value):
+        alias, equals, model = (part.strip() for part in word.partition("="))
+        if not (alias and equals and model):
+            raise ValueError(f"{word!r} is not ALIAS=MODEL")
+        pairs.append((alias, model))
+    return tuple(pairs)
+
+
 def _networks(value: str) -> tuple[Network, ...]:
     return tuple(ipaddress.ip_network(word) for word in _words(value))
 
@@ -162,6 +173,18 @@ class Config:
     )
     tls_cert: Path | None = _option(Path, None, "certificate chain, PEM; serves https", "FILE")
     tls_key: Path | None = _option(Path, None, "private key, PEM", "FILE")
+    alias: tuple[tuple[str, str], ...] = _option(
+        _aliases,
+        (),
+        "other names of models, comma separated; * in a name stands for anything",
+        "ALIAS=MODEL",
+    )
+    signing_key: Path | None = _option(
+        Path,
+        None,
+        "secret for the signatures of thinking blocks, the same for all gateways of a bus",
+        "FILE",
+    )
     reasoning_field: str = _option(
         _reasoning_field,
         "both",
@@ -225,6 +248,10 @@ class Config:
     log_file: Path | None = _option(
         Path, None, "write the log there instead of standard error", "FILE"
     )
+
+    def served_name(self, model: str) -> str:
+        """The name under which the bus serves the model that a request names."""
+        return next((name for alias, name in self.alias if fnmatchcase(model, alias)), model)
 
     @property
     def reasoning_fields(self) -> tuple[str, ...]:

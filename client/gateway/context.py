@@ -329,13 +329,17 @@ class RequestContext:
         return data
 
     async def read(self, kind: type[T]) -> T:
-        """The JSON body as a `kind`. Raises GatewayError naming the faulty field. A large body is
-        read in another thread."""
+        """The JSON body as a `kind`, its model by the name that it is served under. Raises
+        GatewayError naming the faulty field. A large body is read in another thread."""
         return await self.decoded(kind, await self.body())
 
     async def decoded(self, kind: type[T], data: bytes) -> T:
         """Like `read`, for a body already received."""
-        return await self.aside(read_in_steps, data, partial(parse, kind))
+        body = await self.aside(read_in_steps, data, partial(parse, kind))
+        model = getattr(body, "model", None)
+        if isinstance(model, str):
+            body.model = self.gateway.config.served_name(model)  # type: ignore[attr-defined]
+        return body
 
     @property
     def is_large(self) -> bool:
@@ -454,7 +458,7 @@ class Endpoint:
             # An answer that has begun is left incomplete: the server closes the connection, so the
             # reader knows that something is missing.
             if not begun:
-                response = error_response(told, request_id, self._error_shape)
+                response = error_response(told, request_id, visit.error_shape)
                 await response(scope, receive, tell)
         finally:
             self._account(visit, outcome)

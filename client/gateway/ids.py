@@ -18,11 +18,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 __all__ = ["KEPT_ID", "REQUEST_ID_HEADER", "KeptId", "RequestIds", "request_id_of"]
 
 REQUEST_ID_HEADER: Final = "x-request-id"
+#: The same, where Anthropic's SDKs look for it.
+_ANTHROPICS: Final = "request-id"
 _STATE: Final = "tokenbus.request_id"
 
 #: The id of a kept answer. Anything else in its place is an OpenAI path that this gateway
 #: does not have.
-KEPT_ID: Final = "(chatcmpl-|resp_)[0-9A-Za-z_-]+"
+KEPT_ID: Final = "(chatcmpl-|resp_|msg_)[0-9A-Za-z_-]+"
 
 
 class KeptId(Convertor[str]):
@@ -62,7 +64,8 @@ class RequestIds:
         # Not a coroutine: most calls pass on parts of a body unchanged.
         def tell(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID_HEADER] = headers[_ANTHROPICS] = request_id
             return send(message)
 
         await self._app(scope, receive, tell)

@@ -362,16 +362,22 @@ class EmbeddingRequest(_Body, kw_only=True):
 _UNSERVED = {
     "audio": "the bus serves text and images, not audio",
     "context_management": "send the part of the conversation that the model should see",
+    "container": "nothing here runs code",
     "conversation": "use `previous_response_id`, or send the conversation as `input`",
+    "fallbacks": "send the request again, to another model",
     "file": "send text, or an image as `image_url`",
     "file_id": "no files are kept here; send an image as `image_url`",
     "function_call": "it is the deprecated form of `tool_choice`",
     "functions": "it is the deprecated form of `tools`",
     "input_audio": "the bus serves text and images, not audio",
+    "mcp_servers": "connect to them in your program and send their tools",
     "namespace": "functions of the bus's models have none; write it into the function's name",
     "moderation": "this gateway has no moderation model",
     "prompt": "prompt templates are not stored here; send `input` and `instructions`",
     "suffix": "no model of the bus fills in the middle through this endpoint",
+    "task_budget": "use `max_tokens` and `thinking.budget_tokens`",
+    "toolset_name": "nothing here defines a toolset",
+    "transformations": "send the image as the model should see it",
     "web_search_options": "the bus has no access to the web",
 }
 

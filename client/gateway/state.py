@@ -12,6 +12,7 @@ from typing import Any
 
 from broker.protocol.errors import ErrorCode
 from client import AsyncClient
+from client.gateway.anthropic.signature import Signer
 from client.gateway.config import Config
 from client.gateway.errors import GatewayError
 from client.gateway.keys import KeyFile
@@ -33,6 +34,7 @@ class Gateway:
     keys: KeyFile | None
     store: Store
     peers: Peers
+    signer: Signer = field(default_factory=Signer)
     metrics: Metrics = field(default_factory=Metrics)
     #: Wall clock, seconds: the `created` of models.
     started_at: int = field(default_factory=lambda: int(time.time()))

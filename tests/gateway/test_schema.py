@@ -33,7 +33,8 @@ def with_bounds(document: dict[str, Any]) -> dict[str, Any]:
             ("n", 3),
             ("best_of", 3),
         ):
-            for option in properties.get(name, {}).get("anyOf", []):
+            field = properties.get(name, {})
+            for option in field.get("anyOf", [field]):
                 if option.get("type") == "integer":
                     option["maximum"] = most
     return document

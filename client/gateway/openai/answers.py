@@ -121,7 +121,7 @@ class Progress:
     def __init__(self, parser: tools.ToolCallParser | None) -> None:
         self._parser = parser
         #: The prompt's usage, if the worker sent it before the first token.
-        self._prompt: Usage | None = None
+        self.prompt_usage: Usage | None = None
         #: The prompt's event, until the first text shows whether the reasoning is separate.
         self._begun: Prompted | None = None
         #: Calls that the worker has separated from text, and the reader of the last one's
@@ -132,23 +132,26 @@ class Progress:
         self._tokens = 0
         self.usage: Usage | None = None
         self.finish_reason: FinishReason | None = None
+        #: The stop string or token id that ended the answer.
+        self.stopped_by: str | int | None = None
 
     def take(self, event: ChoiceEvent) -> list[Part]:
         """Account for an event; returns what is new."""
         parser = self._parser
         match event:
             case Prompted():
-                self._prompt = event.prompt.usage
+                self.prompt_usage = event.prompt.usage
                 self._begun = event
             case Delta() if not self._is_satisfied:
                 self._tokens += event.tokens
                 return self._read(event)
             case Finish():
                 self.usage, self.finish_reason = event.end.usage, event.end.finish_reason
-                if self._prompt is not None and self._is_satisfied:
+                self.stopped_by = event.end.stopped_by
+                if self.prompt_usage is not None and self._is_satisfied:
                     # Tokens generated after that do not belong to the answer.
                     self.usage = msgspec.structs.replace(
-                        self._prompt, completion_tokens=self._tokens
+                        self.prompt_usage, completion_tokens=self._tokens
                     )
                 if parser is not None and self._separated is None:
                     return [*parser.finish()]
@@ -198,7 +201,7 @@ class Progress:
     @property
     def has_enough(self) -> bool:
         """Whether the answer is complete and its usage known, so that the rest is not needed."""
-        return self._is_satisfied and self._prompt is not None
+        return self._is_satisfied and self.prompt_usage is not None
 
     @property
     def is_cut(self) -> bool:

@@ -27,10 +27,11 @@ from openai.types.chat.chat_completion_message_function_tool_call import (
     ChatCompletionMessageFunctionToolCall,
     Function,
 )
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from broker.protocol import tool_parser as tools
 from broker.protocol.messages import Usage
+from client.gateway import rejoin
 from client.gateway.bodies import aside
 from client.gateway.context import RequestContext
 from client.gateway.convert import chat_call, seeded, wants_usage_so_far
@@ -56,13 +57,14 @@ from client.gateway.openai.shapes import (
     logprob_bytes,
     usage_of,
 )
-from client.gateway.reattach import Kept
 from client.gateway.requests import ChatRequest
 from client.gateway.sse import DONE, Source, until_disconnect
 
 __all__ = ["cancel_chat", "chat_completions", "read_chat"]
 
 _PREFIX = "chatcmpl-"
+#: In the store.
+_KIND: Final = "chat"
 
 _GREETING: Final = dumped(piece.ChoiceDelta(role="assistant", content=""))
 _NO_TEXT: Final = dumped(piece.ChoiceDelta(content=""))
@@ -98,18 +100,7 @@ async def chat_completions(visit: RequestContext) -> Response:
         has_enough=lambda choice: choices[choice].has_enough,
     )
     if body.stream:
-        source = answer.stream(events)
-        if visit.reattach_s is None:
-            return visit.stream(source, answer.failed)
-        transcript = visit.gateway.store.run(
-            Kept(position.answer, visit.key.name, "chat"),
-            source,
-            answer.failed,
-            grace_s=visit.reattach_s,
-            on_end=visit.hand_over(),
-            first=position.events,
-        )
-        return visit.stream(transcript.read(asking=True), answer.failed)
+        return rejoin.begin(visit, _KIND, position, answer.stream(events), answer.failed)
     await until_disconnect(answer.taking(events), visit.request.receive)
     data = await aside(answer.logprob_bytes, answer.complete)
     return Response(data, media_type="application/json")
@@ -123,26 +114,16 @@ async def read_chat(visit: RequestContext) -> Response:
 
 async def cancel_chat(visit: RequestContext) -> Response:
     """Stop an answer that outlives its connection, at the worker too."""
-    kept = visit.gateway.store.find(visit.request.path_params["id"], visit.key.name, "chat")
-    visit.gateway.store.drop(kept)
-    return JSONResponse({"id": kept.id, "cancelled": True})
+    return rejoin.cancel(visit, _KIND)
 
 
 def _read_again(visit: RequestContext, position: Position) -> Response:
     """The rest of a running or kept answer. Raises UnknownAnswer."""
-    kept = visit.gateway.store.find(position.answer, visit.key.name, "chat")
-    assert kept.transcript is not None
-    after = kept.transcript.behind(position.event_id, position.events) if position.events else 0
-    if after is None:
-        raise UnknownAnswer(
-            f"The events after {position.event_id!r} are not kept here; send the same request "
-            "again with `Last-Event-ID`, and the answer is generated again and continues there."
-        )
 
     def failed(error: GatewayError) -> list[bytes]:
         return [error_event(error, visit.request_id), DONE]
 
-    return visit.stream(kept.transcript.read(after), failed)
+    return rejoin.read_on(visit, _KIND, position, failed)
 
 
 class _Answer:

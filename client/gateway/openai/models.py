@@ -8,6 +8,12 @@ from openai.types import Model
 from starlette.responses import JSONResponse, Response
 
 from broker.protocol.errors import ErrorCode
+from client.gateway.anthropic.routes import (
+    is_anthropics,
+    model_info,
+    models_page,
+    shape_for,
+)
 from client.gateway.context import RequestContext
 from client.gateway.errors import GatewayError
 
@@ -49,12 +55,31 @@ def _shown(visit: RequestContext, model: dict[str, Any]) -> dict[str, Any]:
 
 
 async def list_models(visit: RequestContext) -> Response:
-    """Every model of the bus that the key may use."""
-    models = [_shown(visit, model) for model in await visible_models(visit)]
-    return JSONResponse({"object": "list", "data": models})
+    """Every model of the bus that the key may use, also under its other names; as Anthropic lists
+    them for its clients."""
+    visit.error_shape = shape_for(visit.request)
+    models = _with_aliases(visit, await visible_models(visit))
+    if is_anthropics(visit.request):
+        return JSONResponse(models_page(visit, models))
+    return JSONResponse({"object": "list", "data": [_shown(visit, model) for model in models]})
 
 
 async def get_model(visit: RequestContext) -> Response:
     """One model."""
-    model = find_model(await visible_models(visit), visit.request.path_params["model"])
+    visit.error_shape = shape_for(visit.request)
+    name = visit.request.path_params["model"]
+    served = visit.gateway.config.served_name(name)
+    model = {**find_model(await visible_models(visit), served), "name": name}
+    if is_anthropics(visit.request):
+        return JSONResponse(model_info(visit, model))
     return JSONResponse(_shown(visit, model))
+
+
+def _with_aliases(visit: RequestContext, models: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The models, and behind them those of their other names that are not patterns."""
+    served = {model["name"]: model for model in models}
+    return models + [
+        {**served[name], "name": alias}
+        for alias, name in visit.gateway.config.alias
+        if name in served and alias not in served and "*" not in alias
+    ]

@@ -12,6 +12,7 @@ import msgspec
 from starlette.responses import Response
 
 from client import __version__
+from client.gateway.anthropic.bodies import CountTokensRequest, MessagesRequest
 from client.gateway.context import RequestContext
 from client.gateway.ids import KEPT_ID
 from client.gateway.ollama.bodies import (
@@ -32,6 +33,11 @@ _TAKES = {
     ("post", "/v1/chat/completions"): (ChatRequest, "Answer a conversation."),
     ("post", "/v1/completions"): (CompletionRequest, "Continue raw prompts."),
     ("post", "/v1/embeddings"): (EmbeddingRequest, "Vectors of texts."),
+    ("post", "/v1/messages"): (MessagesRequest, "Answer a conversation, as Anthropic's API does."),
+    ("post", "/v1/messages/count_tokens"): (
+        CountTokensRequest,
+        "The length of a conversation's prompt.",
+    ),
     ("post", "/v1/systemone"): (SystemOneRequest, "Answer typed questions with probabilities."),
     ("post", "/v1/responses"): (ResponseRequest, "Answer an input."),
     ("post", "/api/chat"): (ChatBody, "Ollama's API: answer a conversation."),
@@ -50,6 +56,8 @@ _TAKES_NOTHING = {
         "/v1/chat/completions/{id}",
     ): "Continue reading an answer that outlived its connection.",
     ("post", "/v1/chat/completions/{id}/cancel"): "Stop such an answer.",
+    ("get", "/v1/messages/{id}"): "Continue reading a message that outlived its connection.",
+    ("post", "/v1/messages/{id}/cancel"): "Stop such a message.",
     ("get", "/v1/responses/{id}"): "A kept response.",
     ("delete", "/v1/responses/{id}"): "Forget a response.",
     ("post", "/v1/responses/{id}/cancel"): "Stop a response in the background.",
@@ -108,6 +116,23 @@ _ERROR_TEXT = {
         "request_id": {"type": "string"},
     },
 }
+_ANTHROPICS_ERROR = {
+    "type": "object",
+    "required": ["type", "error", "request_id"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {
+                "type": {"type": "string"},
+                "message": {"type": "string"},
+                "details": {"type": "object"},
+            },
+        },
+        "request_id": {"type": "string"},
+    },
+}
 
 
 async def openapi(visit: RequestContext) -> Response:
@@ -137,7 +162,12 @@ def _document() -> bytes:
             "info": {"title": "tokenbus gateway", "version": __version__},
             "paths": paths,
             "components": {
-                "schemas": {**components, "Error": _ERROR, "ErrorText": _ERROR_TEXT},
+                "schemas": {
+                    **components,
+                    "Error": _ERROR,
+                    "ErrorText": _ERROR_TEXT,
+                    "AnthropicsError": _ANTHROPICS_ERROR,
+                },
                 "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
             },
             "security": [{}, {"key": []}],
@@ -145,23 +175,29 @@ def _document() -> bytes:
     )
 
 
+def _error_at(path: str) -> str:
+    name = "Error"
+    if path.startswith("/v1/messages"):
+        name = "AnthropicsError"
+    elif path.startswith("/api/"):
+        name = "ErrorText"
+    return f"#/components/schemas/{name}"
+
+
 def _operation(path: str, words: str, query: dict[str, dict[str, Any]]) -> dict[str, Any]:
     media = ["text/plain"] if path in ("/health", "/metrics") else ["application/json"]
-    if path.startswith(("/v1/chat", "/v1/completions", "/v1/responses")):
+    if path.startswith(("/v1/chat", "/v1/completions", "/v1/responses", "/v1/messages")):
         media.append("text/event-stream")
     of_ollama = path.startswith("/api/")
     if of_ollama:
         media.append("application/x-ndjson")
-    error = "ErrorText" if of_ollama else "Error"
     operation: dict[str, Any] = {
         "summary": words,
         "responses": {
             "200": {"description": "Done.", "content": {kind: {} for kind in media}},
             "default": {
                 "description": "Refused or failed; `code` is OpenAI's or the bus's.",
-                "content": {
-                    "application/json": {"schema": {"$ref": f"#/components/schemas/{error}"}}
-                },
+                "content": {"application/json": {"schema": {"$ref": _error_at(path)}}},
             },
         },
     }

@@ -22,7 +22,7 @@ __all__ = ["Position", "Reader"]
 
 _CHOICE = r"\d{1,9}(\.\d{1,9})?"
 _POSITION = re.compile(
-    r"(?P<answer>(?P<prefix>[a-z]+-)(?P<seed>[0-9a-f]{16})[0-9a-f]{16}):(?P<events>\d{1,9})"
+    r"(?P<answer>(?P<prefix>[a-z]+[-_])(?P<seed>[0-9a-f]{16})[0-9a-f]{16}):(?P<events>\d{1,9})"
     rf":(?P<choices>{_CHOICE}(-{_CHOICE}){{0,127}})(?P<usage>:usage)?"
 )
 #: With more choices, an id would be longer than its event.
@@ -75,7 +75,7 @@ class Position:
     @property
     def seed(self) -> int:
         """The seed that, with the request, determines the answer."""
-        return int(self.answer.partition("-")[2][:16], 16)
+        return int(self.answer[-32:-16], 16)
 
 
 class Reader:
