@@ -309,8 +309,8 @@ def parse_args(argv: Sequence[str], environment: Mapping[str, str] = os.environ)
         replaced=_REPLACED,
         raises=ConfigError,
         prog="python -m client.gateway",
-        description="Serve the models of a tokenbus broker over HTTP: OpenAI's API, the older "
-        "FastChat and LLaVA API, and a web page.",
+        description="Serve the models of a tokenbus broker over HTTP: OpenAI's, Anthropic's and "
+        "Ollama's API, the older FastChat and LLaVA API, and a web page.",
         epilog="Each option can also be set as an environment variable: "
         f"{PREFIX}PORT=8080 is --port 8080. Flags win. Keys: "
         "`python -m client.gateway keys --help`.",

@@ -68,6 +68,20 @@ def environment(name: str, *steps: Sequence[str]) -> Path:
     return python
 
 
+def node_packages(name: str, *packages: str) -> Path:
+    """The folder of these npm packages, installed on the first call."""
+    place = ENVIRONMENTS / f"{name}-node"
+    done, wanted = place / "installed", "\n".join(packages)
+    if not (done.exists() and done.read_text() == wanted):
+        place.mkdir(parents=True, exist_ok=True)
+        print(f"installing {', '.join(packages)}", flush=True)
+        subprocess.run(
+            ["npm", "install", "--silent", "--prefix", str(place), *packages], check=True
+        )
+        done.write_text(wanted)
+    return place / "node_modules"
+
+
 def _settings(**more: str) -> dict[str, str]:
     # No hub and no proxy: everything that a judge needs is on this machine.
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "NO_PROXY": "127.0.0.1"}
