@@ -1,4 +1,4 @@
-"""Measurements of tokenbus beside its peers (bench/FIGURES.md has the figures).
+"""Benchmarks of tokenbus beside its peers (the figures are in bench/FIGURES.md).
 
 Never imported by broker, worker or client.
 """

@@ -1,8 +1,8 @@
 """Run every benchmark and write one results file: `python -m bench.all --quick`.
 
-Each script is a process of its own, so that none measures what another left behind. The file holds
-the JSON lines of all scripts, each with the name of its script; tables go to standard output, and
-into bench/FIGURES.md.
+Each script runs in its own process, so that no run affects the next. The file holds the JSON lines
+of all scripts, each with the name of its script; tables go to standard output and to
+bench/FIGURES.md.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from bench.common import ROOT, python
 SCRIPTS = ("hop", "stream", "scale", "images", "start", "engine")
 RESULTS = ROOT / "bench" / "results.json"
 LIMIT_S = {True: 180.0, False: 1800.0}
-"""Of one script, with and without --quick: a machine under load takes longer than a quiet one."""
+"""Time limits for one script, without and with --quick; generous, for a busy machine."""
 
 
 def run(script: str, arguments: argparse.Namespace, lines: Path) -> list[str] | None:
-    """One script's JSON lines; None when it failed, which was printed."""
+    """Run one script and return its JSON lines; None if it failed, which is printed."""
     command = python("-m", f"bench.{script}", "--json", str(lines))
     if arguments.quick:
         command.append("--quick")
@@ -45,7 +45,7 @@ def run(script: str, arguments: argparse.Namespace, lines: Path) -> list[str] | 
 
 
 def kept(results: Path, chosen: Sequence[str]) -> list[str]:
-    """Lines of earlier results of the scripts that do not run now."""
+    """Lines of the earlier results, for the scripts that do not run now."""
     if not results.exists():
         return []
     lines = filter(str.strip, results.read_text().splitlines())
@@ -53,7 +53,7 @@ def kept(results: Path, chosen: Sequence[str]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all; 1 when one failed."""
+    """Run all scripts; returns 1 if one failed."""
     parser = argparse.ArgumentParser(description="All benchmarks, one results file.")
     parser.add_argument("--quick", action="store_true", help="a minute or less for each")
     parser.add_argument("--json", type=Path, default=RESULTS, help="results [bench/results.json]")

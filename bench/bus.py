@@ -1,5 +1,5 @@
-"""The bus as the benchmarks drive it: its processes, and raw peers without the library, so that the
-load generator costs little and the broker alone is measured."""
+"""The bus as the benchmarks use it: its processes, and raw peers without the client library, so
+that the load generator is cheap and only the broker is measured."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ __all__ = ["LOG", "QUIET", "RawPeer", "Watch", "running"]
 
 LOG = ("--log-level", "warning")
 QUIET = ("--worker-heartbeat-s", "3600", "--client-heartbeat-s", "3600")
-"""No heartbeats: a load generator that counts bytes must not meet one."""
+"""No heartbeats: the load generator counts bytes and must not receive any."""
 
 
 @contextlib.contextmanager
 def running(
     *broker_options: str, transport: str = "tcp", keys: bool = False, path: str = ""
 ) -> Iterator[LocalBus]:
-    """A broker on fresh endpoints, `tcp` (loopback) or `ipc`; the caller starts its workers.
+    """A broker on new endpoints, `tcp` (loopback) or `ipc`; the caller starts the workers.
 
-    `path`: a further folder where engines are looked for.
+    `path`: an additional folder to search for engines.
     """
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), path)))}
-    # Socket paths are short (107 bytes): never below a deep working directory.
+    # Socket paths are limited to 107 bytes, so do not use a deep working directory.
     with tempfile.TemporaryDirectory(prefix="tb-") as folder:
         front, back = ANYWHERE, ANYWHERE
         if transport == "ipc":

@@ -1,8 +1,8 @@
 """An engine whose tokens carry the time at which they were made, to measure one-way delay.
 
-Every step gives one token to every running job, at a fixed rate; the text of a token is the
-monotonic clock in nanoseconds, which all processes of a machine share. `engine_path` makes it known
-to `python -m worker --engine clock`.
+Every step generates one token for every running job, at a fixed rate. The text of a token is the
+monotonic clock in nanoseconds, which all processes of a machine share. `engine_path` registers the
+engine for `python -m worker --engine clock`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ MODEL = "clock"
 
 
 class ClockEngine:
-    """Options: `step_ms` (time of a step, 0: as fast as it can), `--slots`."""
+    """Options: `step_ms` (duration of a step; 0 for as fast as possible), `--slots`."""
 
     def __init__(self, options: EngineOptions) -> None:
         self._step_s = float(options.engine_args.get("step_ms", "0")) / 1000
         self.capabilities = Capabilities(
             MODEL, "cpu", (ModelInfo(name=MODEL),), options.slots or 1024
         )
-        #: Tokens made and wanted, by job.
+        #: By job: tokens generated so far, and tokens requested.
         self._jobs: dict[bytes, list[int]] = {}
         self._cancelled: list[bytes] = []
         self._next_s = 0.0
@@ -56,7 +56,7 @@ class ClockEngine:
         now_s = time.monotonic()
         if now_s < self._next_s:
             time.sleep(self._next_s - now_s)
-        # A step that came late does not hurry the next ones: a GPU would not either.
+        # A late step does not speed up the next ones, as on a GPU.
         self._next_s = max(self._next_s + self._step_s, now_s)
         events: list[EngineEvent] = [Ended(id_, FinishReason.CANCELLED) for id_ in self._cancelled]
         self._cancelled.clear()
@@ -87,7 +87,7 @@ def build(options: EngineOptions, progress: Progress) -> ClockEngine:
 
 @contextlib.contextmanager
 def engine_path() -> Iterator[str]:
-    """A folder for PYTHONPATH that registers this engine as an installed package would."""
+    """A folder for PYTHONPATH that registers this engine like an installed package."""
     with tempfile.TemporaryDirectory(prefix="tb-") as folder:
         package = Path(folder) / "tokenbus_bench-0.dist-info"
         package.mkdir()

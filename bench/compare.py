@@ -1,9 +1,9 @@
-"""Compare two results (JSON lines of any script here): what moved by more than the noise seen.
+"""Compare two results (JSON lines of any script here): which figures changed by more than noise.
 
-`python -m bench.compare BEFORE AFTER` exits with 1 when something got worse. A figure counts as
-moved when the two differ by more than three times the larger noise of both runs, and by at least
-`--least` (machines differ more from hour to hour than runs do from minute to minute; compare
-ratios, where there are any, with `--ratios`).
+`python -m bench.compare BEFORE AFTER` exits with 1 if something got worse. A figure counts as
+changed if the two values differ by more than three times the larger noise of both runs, and by at
+least `--least`. A machine varies more from hour to hour than from minute to minute, so compare
+ratios with `--ratios` where there are any.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 FIGURES = frozenset({"value", "unit", "ratio", "noise", "peer_value"})
-"""Fields that are results; all others say what was measured."""
+"""The fields with results; all other fields say what was measured."""
 
 HIGHER_IS_BETTER = ("1/s", "MiB/s", "tokens/s", "tokens/cpu s", "of floor")
 
 
 @dataclass(frozen=True)
 class Move:
-    """A figure that moved."""
+    """A figure that changed."""
 
     what: str
     before: float
@@ -67,7 +67,7 @@ def moves(
     least: float,
     ratios: bool,
 ) -> list[Move]:
-    """What is in both and moved by more than the noise, the largest moves first."""
+    """The figures in both results that changed by more than noise, largest changes first."""
     found: list[tuple[float, Move]] = []
     field = "ratio" if ratios else "value"
     for what in before.keys() & after.keys():
@@ -85,8 +85,8 @@ def moves(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print what moved; 1 when something got worse."""
-    parser = argparse.ArgumentParser(description="What moved between two results.")
+    """Print what changed; returns 1 if something got worse."""
+    parser = argparse.ArgumentParser(description="Show what changed between two results.")
     parser.add_argument("before", type=Path, help="JSON lines of an earlier run")
     parser.add_argument("after", type=Path, help="JSON lines of a later run")
     parser.add_argument("--least", type=float, default=0.10, help="smallest relative change [0.10]")

@@ -1,4 +1,4 @@
-"""bench/FIGURES.md, made from a results file, so that no figure is typed by hand."""
+"""Generates bench/FIGURES.md from a results file, so that no figure is typed by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ they mean:
 OWN = frozenset({"name", "script", "value", "unit", "peer", "peer_value", "ratio", "noise", "text"})
 
 LEFT_OUT = ("stream.between_ms_p50", "stream.cpu_us_per_token.client")
-"""Too many rows for a page; they are in the results file."""
+"""Scripts with too many rows for the page; the results file has them."""
 
 
 def table(rows: Iterable[dict[str, Any]]) -> list[str]:
@@ -48,7 +48,7 @@ def table(rows: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def number(value: float | None) -> str:
-    """Three digits, and thousands apart."""
+    """Three significant digits, with separators between thousands."""
     if value is None:
         return ""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
@@ -79,7 +79,7 @@ def about(script: str, machine: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the page anew."""
+    """Rewrite the page."""
     parser = argparse.ArgumentParser(description="bench/FIGURES.md from a results file.")
     parser.add_argument("results", type=Path, nargs="?", default=BENCH / "results.json")
     parser.add_argument("--page", type=Path, default=BENCH / "FIGURES.md")

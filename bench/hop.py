@@ -1,9 +1,9 @@
-"""What one hop costs: CPU of the broker per forwarded message, beside libzmq's C proxies.
+"""What one hop costs: the broker's CPU per forwarded message, beside libzmq's C proxies.
 
 A load process holds plain sockets on both sides of one forwarder at a time: a worker that sends
-OUTPUT messages, and clients that take them. All forwarders are fed the same frames in the same
-bursts, in turn, faster than they can forward them; what is counted is the forwarder's own CPU, user
-and system, its I/O threads included.
+OUTPUT messages, and clients that receive them. In turn, all forwarders get the same frames in the
+same bursts, faster than they can forward them. The figure is the forwarder's own CPU, user and
+system, including its I/O threads.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from tests.support.zmtp import Connection
 BURST = 256
 """Messages written at once."""
 DEPTH = 3
-"""Bursts on their way: the forwarder never runs dry, and every high-water mark is far."""
+"""Bursts in flight: the forwarder never runs out of work, and no high-water mark is reached."""
 
 OUTPUT = MessageType.OUTPUT
 PEERS = ("zmq_proxy", "monitored_queue", "python_floor")
@@ -52,7 +52,7 @@ MODEL = "hop"
 
 
 def body_of(events: int) -> bytes:
-    """One OUTPUT body, one token of each of `events` streams."""
+    """One OUTPUT body with one token for each of `events` streams."""
     return codec.encode_events(
         [TokensEvent(new_id(), 0, 1000, [1234], " word") for _ in range(events)]
     )
@@ -61,8 +61,8 @@ def body_of(events: int) -> bytes:
 class Hop:
     """One forwarder, connected on both sides.
 
-    `before` stands in front of every message at the worker (one entry for each client), `heads` are
-    the first 24 bytes of its header; `after` frames stand in front of the header at the client.
+    At the worker, `before` precedes every message (one entry per client), and `heads` are the first
+    24 bytes of its header. At the client, `after` frames precede the header.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class Hop:
         self.sequence = first_sequence
 
     def run(self, body: bytes, messages: int) -> dict[str, float]:
-        """Forward at least `messages`; CPU of the forwarder and wall time for each, in µs."""
+        """Forward at least `messages`; returns CPU and wall time per message, in µs."""
         clients = len(self.clients)
-        # Each client takes the same number of messages of a burst.
+        # Each client receives the same number of messages in a burst.
         each = max(1, BURST // clients)
         bursts = max(DEPTH, -(-messages // (each * clients)))
         starts = [
@@ -108,7 +108,7 @@ class Hop:
         wall = time.perf_counter() - wall
         cpu = cpu_s(self.process.pid) - cpu
         if not tail.endswith(body[-len(tail) :]):
-            raise RuntimeError("what a client received does not end as what was sent")
+            raise RuntimeError("the last bytes that a client received are not those that were sent")
         sent = each * clients * bursts
         return {"cpu_us": cpu / sent * 1e6, "wall_us": wall / sent * 1e6}
 
@@ -146,7 +146,7 @@ def peer_hop(name: str, transport: str, clients: int) -> Iterator[Hop]:
             before: list[list[bytes]] = [[] for _ in ends]
             yield Hop(process, worker, ends, before=before, heads=heads, after=[])
             return
-        # A ROUTER drops what is for a peer that it does not know yet: say hello until it arrives.
+        # A ROUTER drops messages to peers that it does not know yet: repeat hello until it arrives.
         head = [worker.identity] if name == "monitored_queue" else []
         for end in ends:
             for _ in range(100):
@@ -210,7 +210,7 @@ def measure(
     events: int,
     messages: int,
 ) -> dict[str, dict[str, Sample]]:
-    """One line of the table: all forwarders, interleaved."""
+    """One row of the table: all forwarders, interleaved."""
     clients = max(1, min(streams // events, arguments.clients))
     body = body_of(events)
     with contextlib.ExitStack() as stack:
@@ -219,7 +219,7 @@ def measure(
             hops[name] = stack.enter_context(peer_hop(name, arguments.transport, clients))
 
         for hop in hops.values():
-            hop.run(body, BURST)  # connections warm, code paths loaded
+            hop.run(body, BURST)  # warm up connections and code paths
         samples = interleave(
             {name: partial(hop.run, body, messages) for name, hop in hops.items()},
             repeats(arguments),
@@ -249,7 +249,7 @@ def measure(
 
 
 def rate(wall_us: Sample, each: int = 1) -> Sample:
-    """Per second, of what took so long; `each` of it at a time."""
+    """Rate per second of something that takes this long and brings `each` items."""
     return Sample(tuple(each * 1e6 / value for value in wall_us.values))
 
 
@@ -257,10 +257,10 @@ def main(argv: list[str] | None = None) -> None:
     """Sweep events per message, then streams."""
     parser = options("CPU per forwarded message of the broker beside libzmq's own proxies.")
     parser.add_argument("--transport", choices=("tcp", "ipc"), default="tcp")
-    parser.add_argument("--events", type=integers, default=None, help="events per message, a list")
-    parser.add_argument("--streams", type=integers, default=None, help="streams, a list")
+    parser.add_argument("--events", type=integers, default=None, help="list of events per message")
+    parser.add_argument("--streams", type=integers, default=None, help="list of stream counts")
     parser.add_argument("--clients", type=int, default=64, help="most client sessions")
-    parser.add_argument("--messages", type=int, default=None, help="messages of each run")
+    parser.add_argument("--messages", type=int, default=None, help="messages in each run")
     arguments = parser.parse_args(argv)
     messages = arguments.messages or (8_192 if arguments.quick else 20_480)
     events_sweep = arguments.events or [1, 16, 64, 256]
@@ -279,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     if 1 in together:
         single = rate(together[1]["zmq_proxy"]["wall_us"])
         for events, samples in together.items():
-            # What a step's events gain by travelling together: the proxy sends them one by one.
+            # The gain from sending a step's events together: the proxy sends them one by one.
             report.add(
                 "hop.tokens_per_s",
                 rate(samples["tokenbus"]["wall_us"], events),
@@ -294,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def plot(figure: Any, rows: list[Row]) -> None:
-    """CPU per message over events per message, at 64 streams and more."""
+    """Plot CPU per message over events per message, at 64 streams and more."""
     chosen = [row for row in rows if row.parameters.get("streams", 0) >= 64]
     curves(
         figure,

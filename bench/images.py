@@ -1,8 +1,8 @@
-"""Images: bytes a second of requests that carry them, with and without CURVE.
+"""Images: throughput of requests with images, with and without CURVE.
 
-A request with one image and an answer of one token, through client library, broker, link and echo
-engine; beside it FastChat's worker, which takes an image as base64 in JSON over HTTP. Sizes are of
-the image as a caller has it: base64 adds a third on the wire.
+Each request has one image and an answer of one token, and passes through client library, broker,
+link and echo engine. Beside it: FastChat's worker, which takes an image as base64 in JSON over
+HTTP. Sizes are those of the image file; base64 adds a third on the wire.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CONCURRENCY = 4
 MIB = 1 << 20
 
 
-def picture(size: int) -> bytes:
+def noise_image(size: int) -> bytes:
     """A PNG of about `size` bytes: noise, which does not compress."""
     side = max(1, int((size / 3) ** 0.5))
 
@@ -65,7 +65,7 @@ class Bus:
         self.parties = parties
 
     async def ask(self, image: bytes) -> None:
-        """One request, one token."""
+        """Send one request for one token."""
         answer = await self.client.chat("echo", "What is it?", images=[image], max_tokens=1)
         if not answer.token_ids:
             raise RuntimeError("an answer without a token")
@@ -73,7 +73,7 @@ class Bus:
 
 @contextlib.asynccontextmanager
 async def bus_system(curve: bool) -> AsyncIterator[Bus]:
-    """Broker, echo worker and client; with `curve` all three with keys made for this run."""
+    """Broker, echo worker and client; with `curve`, all three use keys made for this run."""
     from client import AsyncClient
 
     with bus.running(keys=curve) as local:
@@ -93,7 +93,7 @@ class FastChat:
         self.port = worker_port
 
     async def ask(self, image: bytes) -> None:
-        """One request, one token."""
+        """Send one request for one token."""
         body = {"prompt": "What is it?", "images": [base64.b64encode(image).decode()]}
         last = b'"finish_reason": "length"}\0'
         path = "/worker_generate_stream"
@@ -103,13 +103,13 @@ class FastChat:
 
 @contextlib.asynccontextmanager
 async def fastchat_system() -> AsyncIterator[FastChat]:
-    """Controller, null worker; the API server is not asked: it cannot pass on images."""
+    """Controller and null worker, without the API server, which cannot pass on images."""
     with fastchat_servers(repaired=True) as (worker, _, parties):
         yield FastChat(worker, {"engine": parties["engine"]})
 
 
 async def run(system: Bus | FastChat, image: bytes, requests: int) -> dict[str, float]:
-    """`requests` requests, `CONCURRENCY` at a time."""
+    """Send `requests` requests, `CONCURRENCY` at a time."""
     left = iter(range(requests))
 
     async def asker() -> None:
@@ -130,7 +130,7 @@ async def run(system: Bus | FastChat, image: bytes, requests: int) -> dict[str, 
 
 
 async def measure(arguments: argparse.Namespace) -> Report:
-    """All sizes, all systems in turn."""
+    """Measure all sizes, with all systems in turn."""
     report = Report(f"images: requests with an image each, {CONCURRENCY} at a time")
     kinds = {
         "tokenbus": lambda: bus_system(False),
@@ -147,7 +147,7 @@ async def measure(arguments: argparse.Namespace) -> Report:
             except Unavailable as missing:
                 report.note(f"{name} was not measured: {missing}")
         for kib in arguments.kib or ([64, 1024] if arguments.quick else [16, 64, 256, 1024, 4096]):
-            image = picture(kib * 1024)
+            image = noise_image(kib * 1024)
             requests = max(CONCURRENCY * 2, min(400, arguments.mib * 1024 // kib))
             seen: dict[str, dict[str, list[float]]] = {}
             for _ in range(repeats(arguments)):
@@ -184,15 +184,15 @@ def _rows(report: Report, seen: dict[str, dict[str, list[float]]], kib: int) -> 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run and report."""
     parser = options("Requests with images, with and without CURVE, beside base64 over HTTP.")
-    parser.add_argument("--kib", type=integers, help="sizes of the image, a list")
-    parser.add_argument("--mib", type=int, default=None, help="of images in each run, about")
+    parser.add_argument("--kib", type=integers, help="list of image sizes, KiB")
+    parser.add_argument("--mib", type=int, default=None, help="about how many MiB of images a run")
     arguments = parser.parse_args(argv)
     arguments.mib = arguments.mib or (16 if arguments.quick else 64)
     asyncio.run(measure(arguments)).finish(arguments, plot)
 
 
 def plot(figure: Any, rows: list[Row]) -> None:
-    """Throughput over size."""
+    """Plot throughput over image size."""
     curves(figure, rows, "images.mib_per_s", "kib", "curve", y_label="MiB/s")
 
 

@@ -1,7 +1,7 @@
 """Many peers on one broker: memory, registration after a restart, dispatch, fairness, throughput.
 
-Workers and clients are sessions of their own on plain sockets (`bench.zmtp`), all in this process:
-a thousand workers and ten thousand clients, each with a stream.
+A thousand workers and ten thousand clients, each client with a stream, all in this process. Each
+has its own session on a plain socket (`tests.support.zmtp`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ KIB = 1024
 
 
 def start(front: str, back: str, workers: int, clients: int) -> Process:
-    """A broker that takes so many peers, at given addresses."""
+    """A broker for this many peers, at the given addresses."""
     command = python("-m", "broker", "--front", front, "--back", back, *bus.QUIET)
     command += ["--log-level", "warning", "--max-clients", str(clients + 16)]
     command += ["--max-workers", str(workers + 16), "--queue-requests", str(clients + 4096)]
@@ -53,7 +53,7 @@ def start(front: str, back: str, workers: int, clients: int) -> Process:
 
 
 def register(front: str, back: str, workers: int, clients: int) -> tuple[list[RawPeer], ...]:
-    """Everybody connects and says HELLO at once, as after a restart without any jitter."""
+    """All peers connect and send HELLO at once, as after a restart without jitter."""
     backs = [RawPeer(back) for _ in range(workers)]
     fronts = [RawPeer(front) for _ in range(clients)]
     for number, worker in enumerate(backs):
@@ -66,7 +66,7 @@ def register(front: str, back: str, workers: int, clients: int) -> tuple[list[Ra
 
 
 def start_plain(front: str, back: str, workers: int, clients: int) -> Process:
-    """Two ROUTERs of pyzmq that welcome whoever comes."""
+    """Two pyzmq ROUTERs that send WELCOME to every peer."""
     del workers, clients
     process = Process(python("-m", "bench.peers", "welcome", front, back))
     process.wait_line("ready")
@@ -80,7 +80,7 @@ def restart(
     workers: int,
     clients: int,
 ) -> dict[str, float]:
-    """Seconds until it listens and until all peers have their WELCOME, and its CPU for one."""
+    """Seconds until it listens, seconds until all peers have a WELCOME, and its CPU per peer."""
     began_s = time.monotonic()
     with begin(front, back, workers, clients) as process:
         up_s = time.monotonic()
@@ -105,7 +105,7 @@ def close(peers: Iterable[RawPeer]) -> None:
 
 
 class Grid:
-    """Workers that hold the streams of clients."""
+    """The clients' streams, spread over the workers."""
 
     def __init__(self, workers: list[RawPeer], clients: list[RawPeer]) -> None:
         self.workers = workers
@@ -117,15 +117,15 @@ class Grid:
         self.load: Counter[int] = Counter()
 
     def grant(self, slots: int) -> None:
-        """Every worker is ready and grants `slots`."""
+        """Make every worker ready, and let it grant `slots`."""
         for worker in self.workers:
             worker.ready(MODELS, slots)
 
     def ask(self, slots: int) -> list[float]:
-        """Every client sends a request; seconds from the request to its ASSIGN, each."""
+        """Every client sends a request; returns the seconds from each request to its ASSIGN."""
         sent: dict[bytes, tuple[float, RawPeer]] = {}
         waits: list[float] = []
-        # A few at a time: what is measured is dispatch, not the load generator's backlog.
+        # A few at a time, to measure dispatch and not the load generator's backlog.
         for first in range(0, len(self.clients), slots):
             some = self.clients[first : first + slots]
             for client in some:
@@ -154,7 +154,8 @@ class Grid:
                         break
 
     def stream(self, steps: int) -> tuple[int, float]:
-        """Each worker sends one token to each of its streams, `steps` times; messages, seconds."""
+        """Each worker sends one token to each of its streams, `steps` times. Returns the number of
+        messages and the seconds."""
         body = encode_events([TokensEvent(new_id(), 0, 1000, [1234], " word")])
         end = zmtp.encode([body])
         size = len(zmtp.encode([bytes(32), body]))
@@ -176,7 +177,7 @@ class Grid:
 
 
 def dispatch_ms(client: RawPeer, watch: bus.Watch, count: int) -> list[float]:
-    """One request at a time through a broker full of peers: REQUEST to ASSIGN, milliseconds."""
+    """Milliseconds from REQUEST to ASSIGN, one request at a time on a broker full of peers."""
     waits = []
     for _ in range(count):
         began = time.monotonic()
@@ -191,8 +192,9 @@ def dispatch_ms(client: RawPeer, watch: bus.Watch, count: int) -> list[float]:
 
 
 def fairness(front: str, back: str, heavy: int, light: int) -> tuple[int, int]:
-    """A client queues `heavy` requests, then another `light` ones, with one slot for all: how many
-    assignments until the light one is served, and how many a first-come queue would need."""
+    """One client queues `heavy` requests, then another queues `light` ones, with one slot for all.
+    Returns how many assignments pass until the second client is served, and how many a first-come
+    queue would need."""
     worker = RawPeer(back)
     model = [ModelInfo(name="fair")]
     worker.hello("worker", "fair", models=model, capacity=1)
@@ -219,7 +221,7 @@ def fairness(front: str, back: str, heavy: int, light: int) -> tuple[int, int]:
 
 
 def jain(loads: Sequence[int]) -> float:
-    """Jain's index: 1 is perfectly even, 1/n is everything at one."""
+    """Jain's index: 1 is perfectly even; 1/n means that one worker has everything."""
     return sum(loads) ** 2 / (len(loads) * sum(load * load for load in loads))
 
 
@@ -272,7 +274,7 @@ def measure(arguments: argparse.Namespace) -> Report:
             report.add("scale.messages_per_s", Sample(tuple(rates)), "1/s", **case)
             for worker in first:
                 worker.granted = slots
-            # The streams hold every slot; one more each for what is measured one at a time.
+            # The streams hold every slot; grant one more each for the measurements one at a time.
             for worker in first:
                 worker.granted += 1
                 worker.credit(worker.granted)
@@ -319,7 +321,7 @@ def _raise_descriptors(wanted: int) -> None:
     if soft < wanted:
         if hard != resource.RLIM_INFINITY and hard < wanted:
             raise SystemExit(
-                f"this needs {wanted} open files and the limit is {hard}: raise it "
+                f"this needs {wanted} open files, but the limit is {hard}: raise it "
                 "(ulimit -Hn), or give fewer --clients"
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,7 +1,7 @@
-"""From nothing to work: import time, start to the first accepted request, resident memory.
+"""Start-up: import time, time from start to the first accepted request, resident memory.
 
-Each figure is of fresh processes, files in the page cache. FastChat's controller, worker and API
-server stand beside ours.
+Each figure comes from fresh processes, with files in the page cache, beside FastChat's controller,
+worker and API server.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ IMPORTS = {
     "dependencies": "import zmq, msgpack, msgspec",
     "dependencies and asyncio": "import zmq, msgpack, msgspec, asyncio",
 }
-"""What is imported; the last two are the floor: what the client library stands on."""
+"""What is imported; the last two are the floor, the client library's dependencies."""
 
 IMPORT_LIMIT_MS = 150.0
 MIB = 1 << 20
 
 
 def import_ms(statement: str) -> dict[str, float]:
-    """Time of an import in a fresh interpreter, its own start not counted; wall and CPU."""
+    """Wall and CPU time of an import in a fresh interpreter, without the interpreter's start."""
     program = (
         "import time; wall, cpu = time.perf_counter(), time.process_time(); "
         f"{statement}; print(time.perf_counter() - wall, time.process_time() - cpu)"
@@ -64,7 +64,7 @@ def import_ms(statement: str) -> dict[str, float]:
 
 
 def broker_start() -> dict[str, float]:
-    """From the process's start until it has answered a HELLO."""
+    """Time from the process's start until it answers a HELLO."""
     with endpoints("tcp") as (front, back):
         began = time.perf_counter()
         command = python("-m", "broker", "--front", front, "--back", back)
@@ -89,7 +89,7 @@ def _first_connection(front: str, process: Process) -> bus.RawPeer:
 
 
 def worker_start() -> dict[str, float]:
-    """From the process's start until it has answered a request that waited for it."""
+    """Time from the process's start until it answers a request that waited for it."""
     with bus.running() as local:
         client = bus.RawPeer(local.front)
         client.hello("client", "start")
@@ -107,7 +107,7 @@ def worker_start() -> dict[str, float]:
 
 
 def client_start() -> dict[str, float]:
-    """A program that imports the library, connects, and has its first token."""
+    """Time for a program that imports the library, connects and gets its first token."""
     program = (
         "from client import Client\n"
         "import sys\n"
@@ -144,7 +144,7 @@ def client_start() -> dict[str, float]:
 
 
 def fastchat_start() -> dict[str, float]:
-    """Controller, worker and API server, one after the other, until each listens."""
+    """Start controller, worker and API server, one after the other, until each listens."""
     began = time.perf_counter()
     with fastchat_servers(repaired=True) as (_, _, parties):
         took = time.perf_counter() - began
@@ -153,7 +153,7 @@ def fastchat_start() -> dict[str, float]:
 
 
 def fastchat_controller_start() -> dict[str, float]:
-    """The counterpart of the broker."""
+    """The same for FastChat's controller, the counterpart of the broker."""
     interpreter = FASTCHAT / ".venv" / "bin" / "python"
     if not interpreter.exists():
         raise Unavailable("FastChat is not installed: run bench/peers/fastchat/install.sh")

@@ -1,8 +1,10 @@
-"""Streaming through the whole bus: tokens/s, time to first token, time between tokens, CPU a token.
+"""Streaming through the whole bus: tokens/s, time to first token, time between tokens, CPU per
+token.
 
-Broker, worker (echo engine, a process of its own) and the client library, at 1 to 1,024 streams,
-beside FastChat, NATS and plain ZeroMQ with token sources that do as little. Paced runs use an
-engine whose tokens carry the time of their making: the one-way delay is seen, not guessed.
+Broker, worker (with the echo engine in its own process) and the client library, at 1 to 1,024
+streams, beside FastChat, NATS and plain ZeroMQ with token sources that do as little. Paced runs use
+an engine whose tokens carry the time at which they were made, so the one-way delay is measured, not
+estimated.
 """
 
 from __future__ import annotations
@@ -39,13 +41,13 @@ from bench.systems import System, Unavailable
 Open = Callable[[], contextlib.AbstractAsyncContextManager[System]]
 
 OURS = ("tokenbus", "bus", "gateway")
-"""What fails here fails the run; a peer is left out, and a note says so."""
+"""A failure of these fails the run; any other system is left out with a note."""
 STEP_MS = 20
-"""A decode step of a model of some ten billion parameters on one GPU."""
+"""A typical decode step of a model of about ten billion parameters on one GPU."""
 
 
 async def run(system: System, streams: int, tokens: int) -> dict[str, float]:
-    """Start `streams` streams at once, read all to their end; figures of this run."""
+    """Start `streams` streams at once and read all to the end; returns the figures of this run."""
     gc.collect()
     before = {name: sum(map(cpu_s, pids)) for name, pids in system.parties.items()}
     client, wall = time.process_time(), time.monotonic()
@@ -70,7 +72,7 @@ async def run(system: System, streams: int, tokens: int) -> dict[str, float]:
     if gaps:
         figures["between_ms_p50"] = percentile(gaps, 50) * 1e3
         figures["between_ms_p99"] = percentile(gaps, 99) * 1e3
-    # The requests themselves, started all at once, are not part of the delay of a token.
+    # The delay of a token must not include the burst of requests at the start.
     settled_s = max(arrivals.at_s[0] for arrivals in seen)
     delays = [
         delay
@@ -87,7 +89,7 @@ async def run(system: System, streams: int, tokens: int) -> dict[str, float]:
 async def attempt(
     report: Report, name: str, system: System, streams: int, tokens: int
 ) -> dict[str, float] | None:
-    """Figures of a run; None where a peer failed, of which the report has a note."""
+    """The figures of a run; None if a peer failed, which the report notes."""
     try:
         return await run(system, streams, tokens)
     except Exception as error:
@@ -103,7 +105,8 @@ Figures = dict[str, Sample]
 async def compare(
     report: Report, opened: dict[str, tuple[Open, int]], streams: int, times: int
 ) -> dict[str, Figures]:
-    """Run several systems in turn, `times` rounds; each with its own number of tokens a stream."""
+    """Run several systems in turn for `times` rounds, each with its own number of tokens a
+    stream."""
     seen: dict[str, dict[str, list[float]]] = {}
     async with contextlib.AsyncExitStack() as stack:
         systems_open: dict[str, tuple[System, int]] = {}
@@ -143,7 +146,7 @@ def add(
     names: list[str],
     **parameters: Any,
 ) -> None:
-    """Rows of one case: each figure against each peer that has it, or alone."""
+    """Add the rows of one case: each figure beside each peer that has it, or alone."""
     for name in names:
         if name not in figures:
             continue
@@ -176,7 +179,7 @@ FIGURES = [
     "delay_ms_p99",
 ]
 PARTIES = ["engine_us", "link_us", "broker_us", "gateway_us", "client_us"]
-"""CPU a token; `all_us` is their sum, and the figure that a busy machine disturbs least."""
+"""CPU per token; `all_us` is their sum, and the figure least disturbed by a busy machine."""
 
 
 def _echo(streams: int, *arguments: str) -> Open:
@@ -186,12 +189,12 @@ def _echo(streams: int, *arguments: str) -> Open:
 
 
 async def unpaced(report: Report, arguments: argparse.Namespace, streams: int, times: int) -> None:
-    """As fast as all parties can."""
-    # Below 64 tokens it is the requests that cost, not the tokens.
+    """As fast as all parties can go."""
+    # Below 64 tokens, the cost is that of the requests, not of the tokens.
     tokens = max(64, min(256, arguments.tokens // streams))
-    # What FastChat sends grows with the square of an answer: as shipped it has less to do here.
+    # FastChat, as shipped, sends data that grows with the square of an answer, so it gets less.
     few = max(8, tokens // 4)
-    # LiteLLM takes longer to start than the quick run may.
+    # LiteLLM takes longer to start than the quick run may take.
     slow = set() if streams <= arguments.slow_streams and not arguments.quick else {"litellm"}
     opened: dict[str, tuple[Open, int]] = {"tokenbus": (_echo(streams), tokens)}
     if "gateway" not in arguments.without:
@@ -230,8 +233,8 @@ async def unpaced(report: Report, arguments: argparse.Namespace, streams: int, t
 
 
 async def in_batches(report: Report, streams: int, tokens_per_event: int, times: int) -> None:
-    """Engines that give several tokens of a stream in one step (speculative decoding does)."""
-    tokens = 128 * tokens_per_event  # the start of as many requests at once is another figure
+    """Engines that generate several tokens of a stream per step, as with speculative decoding."""
+    tokens = 128 * tokens_per_event  # long answers, so that the start of all requests counts little
     open_ = _echo(streams, f"tokens_per_step={tokens_per_event}")
     seen = await compare(report, {"tokenbus": (open_, tokens)}, streams, times)
     case = {
@@ -244,7 +247,7 @@ async def in_batches(report: Report, streams: int, tokens_per_event: int, times:
 
 
 async def paced(report: Report, streams: int, seconds: float, times: int) -> None:
-    """Every stream gets a token each 20 ms; the delay from engine to application."""
+    """Every stream gets a token every 20 ms; measures the delay from engine to application."""
     tokens = max(8, int(seconds * 1000 / STEP_MS))
 
     def open_() -> contextlib.AbstractAsyncContextManager[System]:
@@ -265,7 +268,7 @@ async def paced(report: Report, streams: int, seconds: float, times: int) -> Non
 
 
 async def first_token(report: Report, arguments: argparse.Namespace, requests: int) -> None:
-    """One stream at a time, one token each: what a request costs in time, and plain ZeroMQ's."""
+    """One stream at a time, one token each: how long a request takes, beside plain ZeroMQ."""
 
     async def one_by_one(system: System) -> list[float]:
         times: list[float] = []
@@ -325,10 +328,10 @@ async def measure(arguments: argparse.Namespace) -> Report:
 def main(argv: list[str] | None = None) -> None:
     """Run and report."""
     parser = options("Tokens through broker, worker and client library, beside other systems.")
-    parser.add_argument("--streams", type=integers, help="streams at once, unpaced, a list")
-    parser.add_argument("--batched", type=integers, help="streams at once, 8 tokens an event")
-    parser.add_argument("--paced", type=integers, help="streams at once, paced at 20 ms")
-    parser.add_argument("--tokens", type=int, default=16_384, help="tokens of a run, about")
+    parser.add_argument("--streams", type=integers, help="list of stream counts, unpaced")
+    parser.add_argument("--batched", type=integers, help="list of stream counts, 8 tokens an event")
+    parser.add_argument("--paced", type=integers, help="list of stream counts, a token every 20 ms")
+    parser.add_argument("--tokens", type=int, default=16_384, help="about how many tokens per run")
     parser.add_argument(
         "--slow-streams", type=int, default=64, help="most streams given to FastChat and LiteLLM"
     )
@@ -337,7 +340,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def plot(figure: Any, rows: list[Row]) -> None:
-    """Tokens/s over streams."""
+    """Plot tokens/s over streams."""
     chosen = [row for row in rows if row.parameters.get("tokens_per_event") == 1]
     curves(figure, chosen, "stream.tokens_per_s", "streams", "path", y_label="tokens/s")
 

@@ -1,8 +1,8 @@
-"""Systems that stream tokens, each with its servers and driven in one way: ours and the peers.
+"""Systems that stream tokens, ours and the peers, each with its servers, behind one interface.
 
-A `System` answers `stream(tokens)` with the times at which the pieces came. The HTTP systems are
-driven by the cheapest client there is (a socket, counting delimiters), so that their figures are
-their servers' and not a library's; the bus is driven by its own client library, decoding included.
+`System.stream(tokens)` returns the times at which the pieces arrived. The HTTP systems are driven
+by the cheapest possible client (a socket that counts delimiters), so that their figures are those
+of the servers and not of a library. The bus is driven by its own client library, decoding included.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ NULL_MODEL = "null"
 
 @dataclass
 class Arrivals:
-    """One stream as it arrived, seconds of `time.monotonic`."""
+    """The arrival times of one stream, in seconds of `time.monotonic`."""
 
     started_s: float
-    #: Of each piece; a piece may hold several tokens.
+    #: Arrival of each piece; a piece may hold several tokens.
     at_s: list[float] = field(default_factory=list)
-    #: When each token was made and how long it was on its way, where the engine says so.
+    #: When each token was made, if the engine says so.
     made_s: list[float] = field(default_factory=list)
     delays_s: list[float] = field(default_factory=list)
 
@@ -47,14 +47,14 @@ class Arrivals:
 class System(Protocol):
     """What `bench.stream` drives."""
 
-    #: Processes by party, each with its children counted.
+    #: Process ids by party, including children.
     parties: dict[str, list[int]]
 
     async def stream(self, tokens: int) -> Arrivals: ...
 
 
 class Unavailable(Exception):
-    """A peer is not installed; the message says how to."""
+    """A peer is not installed; the message says how to install it."""
 
 
 def pids(*processes: ManagedProcess) -> list[int]:
@@ -75,8 +75,8 @@ def bus_servers(
     options: Sequence[str] = (),
     ready_s: float = READY_S,
 ) -> Iterator[tuple[str, dict[str, list[int]]]]:
-    """A broker with workers that are ready: its front, and the processes by party. `options` are
-    further ones of the worker."""
+    """A broker with ready workers: yields its front address and the processes by party. `options`
+    are additional options of the worker."""
     arguments = [part for item in engine_arguments for part in ("--engine-arg", item)]
     arguments += ["--slots", str(slots), *options]
     limits = ("--inflight", "100000", "--queue-requests", "100000")
@@ -96,7 +96,7 @@ class Bus:
         self.client = client
         self.model = model
         self.parties = parties
-        #: Tokens are the time at which they were made (`bench.clock_engine`).
+        #: The text of a token is the time at which it was made (`bench.clock_engine`).
         self.clock = clock
         self.prompts: Iterator[str] = itertools.repeat("x")
         self.params: dict[str, Any] = {"ignore_eos": True}
@@ -104,7 +104,7 @@ class Bus:
     async def stream(self, tokens: int) -> Arrivals:
         arrivals = Arrivals(time.monotonic())
         arrived, now = arrivals.at_s.append, time.monotonic
-        # Named, as the peers' requests name it: without, the client asks for the only model first.
+        # Name the model, as the peers' requests do; otherwise the client asks the broker for it.
         stream = await self.client.generate(
             next(self.prompts),
             model=self.model,
@@ -151,7 +151,7 @@ async def bus_system(
 
 
 class Http:
-    """A POST whose answer is a stream of pieces, counted by a delimiter."""
+    """A POST whose answer is a stream of pieces, counted by their delimiter."""
 
     def __init__(
         self,
@@ -166,11 +166,11 @@ class Http:
         self.port = port
         self.path = path
         self.body = body
-        #: The field of the body that says how many tokens.
+        #: The field of the body with the number of tokens.
         self.limit_field = limit_field
-        #: Stands once in each piece.
+        #: Occurs once in each piece.
         self.piece = piece
-        #: Stands at the end of a good answer.
+        #: Ends a good answer.
         self.last = last
         self.parties = parties
 
@@ -198,13 +198,14 @@ class Http:
 
 @contextlib.contextmanager
 def fastchat_servers(repaired: bool) -> Iterator[tuple[int, int, dict[str, list[int]]]]:
-    """FastChat's controller, a null worker, its API server: ports of worker and API server."""
+    """FastChat's controller and API server with a null worker; yields the ports of worker and API
+    server, and the processes."""
     interpreter = FASTCHAT / ".venv" / "bin" / "python"
     if not interpreter.exists():
         raise Unavailable("FastChat is not installed: run bench/peers/fastchat/install.sh")
     controller, worker, api = free_port(), free_port(), free_port()
     with contextlib.ExitStack() as stack:
-        # FastChat writes log files where it runs.
+        # FastChat writes log files to its working directory.
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tb-fastchat-"))
         environment = {"LOGDIR": folder}
 
@@ -296,9 +297,9 @@ ROUTERS = {
         "{worker}/v1",
     ),
 }
-"""How each router starts: a line of Python, its arguments."""
+"""How to start each router: a line of Python and its arguments."""
 ROUTER_READY_S = 120.0
-"""LiteLLM loads for half a minute on a busy machine."""
+"""LiteLLM takes half a minute to load on a busy machine."""
 
 
 @contextlib.asynccontextmanager
@@ -316,10 +317,10 @@ async def router_system(name: str) -> AsyncIterator[Http]:
     command += ["--host", "127.0.0.1", "--port", str(port)]
     environment = {
         "OPENAI_API_KEY": "none",
-        # LiteLLM would fetch its price list when it starts, and wants a key even on the loopback.
+        # LiteLLM would download its price list at start, and needs a key even on the loopback.
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
-        # A mock that repeats its word is taken for a model that lost its way.
+        # LiteLLM would take a mock that repeats its word for a model stuck in a loop.
         "REPEATED_STREAMING_CHUNK_LIMIT": "1000000000",
     }
     with (
@@ -343,7 +344,7 @@ async def router_system(name: str) -> AsyncIterator[Http]:
 
 
 async def _answers(system: Http, router: Process) -> None:
-    """Routers listen before they know their workers."""
+    """Wait until a request is answered: routers listen before they know their workers."""
     for attempt in range(150):
         router.check()
         try:
@@ -359,7 +360,7 @@ async def _answers(system: Http, router: Process) -> None:
 
 
 class Nats:
-    """One subscription for all streams, as nats-py's own request-reply does it."""
+    """One subscription for all streams, as in nats-py's own request-reply."""
 
     def __init__(self, connection: Any, parties: dict[str, list[int]]) -> None:
         self.connection = connection
@@ -429,7 +430,7 @@ async def nats_system() -> AsyncIterator[Nats]:
 
 
 class PlainZmq:
-    """DEALER, `zmq.proxy`, DEALER: no sessions, no credit, one message a token."""
+    """DEALER, `zmq.proxy`, DEALER: no sessions, no credit, one message per token."""
 
     def __init__(self, socket: Any, parties: dict[str, list[int]]) -> None:
         self.socket = socket
@@ -437,7 +438,7 @@ class PlainZmq:
         self.streams: dict[bytes, tuple[Arrivals, asyncio.Future[None]]] = {}
 
     def readable(self) -> None:
-        """Drain: ZeroMQ's descriptor is edge-triggered."""
+        """Read all messages: ZeroMQ's descriptor is edge-triggered."""
         import zmq
 
         with contextlib.suppress(zmq.Again):
@@ -448,7 +449,7 @@ class PlainZmq:
     async def stream(self, tokens: int) -> Arrivals:
         id_, arrivals, over = _begin(self.streams)
         self.socket.send(msgpack.packb([id_, tokens, 0]))
-        # A send may take the edge that told of waiting messages.
+        # A send may consume the edge that signalled waiting messages.
         asyncio.get_running_loop().call_soon(self.readable)
         await over
         return arrivals

@@ -1,1 +1,1 @@
-"""Faults, kills and an hour's soak on real processes: `python -m bench.chaos`."""
+"""Faults, kills and a soak test on real processes: `python -m bench.chaos`."""

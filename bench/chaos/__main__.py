@@ -1,15 +1,14 @@
 """Faults in the middle of fifty streams, on real processes: `python -m bench.chaos --quick`.
 
-Each fault strikes while a client process reads paced streams; what it got is compared, token for
-token, with the run without faults. Prints a table, and with `--json` a line for each fault:
-requests, resumed, failed (with a typed error), tokens lost and doubled, texts altered, and the
-recovery time. Exits with 1 when a token or a text is wrong, a request failed that need not, or a
-slot did not come back.
+Each fault strikes while a client process reads paced streams; its answers are compared, token by
+token, with a run without faults. Prints a table, and with `--json` a line for each fault: requests,
+resumed, failed (with a typed error), tokens lost and doubled, texts altered, and the recovery time.
+Exits with 1 if a token or a text is wrong, if a request failed that should not have, or if a slot
+leaked.
 
-*Recovery* of a stream that the fault affected is its longest pause after the fault, from the last
-token before (but not before the fault) to the next one. *Affected* are the streams that ran where
-the fault struck. Both heartbeats are shortened with `--quick`, which shortens what waits for
-silence to be noticed; `--heartbeat-s` sets them.
+A stream is *affected* if it ran where the fault struck. Its *recovery* is its longest pause after
+the fault, from the last token before (but not before the fault) to the next one. `--quick` shortens
+both heartbeats, so that silence is noticed sooner; `--heartbeat-s` sets them.
 """
 
 from __future__ import annotations
@@ -50,11 +49,11 @@ from tests.support.reader import Got
 
 STREAMS: Final = 50
 FEATURED_LANES: Final = 12
-"""Requests with every feature, about twenty choices; each kind and each model."""
+"""Requests with every feature at once, about twenty choices: each kind with each model."""
 FEATURED_TOKENS: Final = 40
 QUICK_HEARTBEAT_S: Final = 0.2
 RUNNING_S: Final = 120.0
-"""Longest wait until every stream runs."""
+"""Longest wait until all streams are running."""
 QUICK_TOKENS: Final = 70
 FULL_TOKENS: Final = 500
 
@@ -63,22 +62,22 @@ FULL_TOKENS: Final = 500
 
 
 class Run:
-    """All faults, some rounds."""
+    """Runs all faults, for some rounds."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.tokens = QUICK_TOKENS if options.quick else FULL_TOKENS
         self.heartbeat_s = options.heartbeat_s or (QUICK_HEARTBEAT_S if options.quick else None)
         self.random = random.Random(options.seed)
-        #: By whether the stage has every feature.
+        #: The runs without faults; key: whether the stage uses every feature.
         self.references: dict[bool, Reference] = {}
         self.outcomes: dict[str, Outcome] = {}
         self._learning = threading.Lock()
         self._stopping = False
 
     def rounds(self, faults: Sequence[Fault]) -> Iterator[Outcome]:
-        """Run every fault as often as the options say, then again in random order until the time
-        is over. Gives each outcome, summed over its rounds, when it changed."""
+        """Run every fault as often as the options say, then in random order until the time is up.
+        Yields each outcome, summed over its rounds, whenever it changes."""
         until_s = time.monotonic() + (self.options.seconds or 0.0)
         begin = list(faults)
         for _ in range(self.options.rounds - 1):
@@ -91,7 +90,7 @@ class Run:
             self._stopping = True
 
     def _strikes(self, faults: Sequence[Fault]) -> Iterator[Outcome]:
-        """These faults in order, on as many stages at once as the options say."""
+        """Run these faults in order, on as many stages in parallel as the options say."""
         done: SimpleQueue[Outcome] = SimpleQueue()
 
         def act(layout: Layout, group: Sequence[Fault]) -> None:
@@ -134,7 +133,7 @@ class Run:
         return outcome
 
     def _learn(self, stage: Stage) -> None:
-        """The run without faults."""
+        """Run without faults, for the reference."""
         if stage.layout.features:
             streams = stage.report_of(stage.start_features_reader(FEATURED_LANES, FEATURED_TOKENS))
             check_featured_reference(streams)
@@ -166,12 +165,12 @@ class Run:
         judge(outcome, streams, self.references[stage.layout.features])
         outcome.recovery_ms += recoveries_ms(streams, struck_s, fault.hits)
         stage.heal()
-        # A model takes long to load: the next fault strikes beside a worker that still does.
+        # A model takes long to load: the next fault may strike while a worker is still loading.
         stage.wait_healthy(enough=2 if stage.layout.features else None)
 
 
 def _tell(fault: Fault, streams: Sequence[Got]) -> None:
-    """Why streams were interrupted, and how they failed."""
+    """Print why streams were interrupted, and how they failed."""
     causes = Counter(cause for got in streams for cause in got.causes)
     causes.update(f"failed: {got.error}: {got.message}" for got in streams if got.error)
     for cause, count in causes.most_common():
@@ -179,7 +178,7 @@ def _tell(fault: Fault, streams: Sequence[Got]) -> None:
 
 
 def _by_layout(faults: Sequence[Fault], parts: int) -> list[tuple[Layout, list[Fault]]]:
-    """Faults that can share a stage, the largest group in so many parts."""
+    """The faults grouped by stage, with the largest group split into `parts`."""
     groups: dict[Layout, list[Fault]] = {}
     for fault in faults:
         groups.setdefault(fault.layout or Layout(), []).append(fault)
@@ -220,7 +219,7 @@ def heads() -> str:
 
 
 def totals(outcomes: Sequence[Outcome]) -> Outcome:
-    """The sum of all."""
+    """The sum of all outcomes."""
     total = Outcome("all")
     for outcome in outcomes:
         for name in ("requests", "resumed", "failed", "tokens_lost", "tokens_doubled"):
@@ -241,19 +240,21 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         "--json", metavar="FILE", type=output, help="JSON lines to FILE; - for standard output"
     )
     parser.add_argument(
-        "--seconds", type=float, help="go on in random order for so long, after a first round"
+        "--seconds", type=float, help="after a first round, go on in random order for this long"
     )
     parser.add_argument(
         "--kills", action="store_true", help="only kills, with every feature on the demo model"
     )
-    parser.add_argument("--rounds", type=int, default=1, help="of every fault, at least [1]")
+    parser.add_argument("--rounds", type=int, default=1, help="rounds of every fault, at least [1]")
     parser.add_argument(
-        "--parallel", type=int, help="buses at once [with --quick 2, else 1, for exact times]"
+        "--parallel", type=int, help="buses in parallel [2 with --quick, else 1, for exact times]"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of order and hostile bytes [0]")
-    parser.add_argument("--only", metavar="WORDS", help="faults whose name has these words in it")
+    parser.add_argument("--seed", type=int, default=0, help="for the order and hostile bytes [0]")
     parser.add_argument(
-        "--heartbeat-s", type=float, help="of clients and workers [with --quick 0.2, else 5 and 1]"
+        "--only", metavar="WORDS", help="only faults with these words in their name"
+    )
+    parser.add_argument(
+        "--heartbeat-s", type=float, help="of clients and workers [0.2 with --quick, else 5 and 1]"
     )
     parser.add_argument(
         "--verbose", action="store_true", help="why streams were interrupted, to standard error"
@@ -261,7 +262,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--soak", metavar="MINUTES", type=float, help="no faults: every feature, and flat memory"
     )
-    parser.add_argument("--list", action="store_true", help="show the faults' names and leave")
+    parser.add_argument("--list", action="store_true", help="list the faults' names and exit")
     options = parser.parse_args(argv)
     if options.parallel is None:
         options.parallel = 2 if options.quick else 1
@@ -278,7 +279,7 @@ def _soak(options: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; 1 when a promise was broken."""
+    """Run the faults; returns 1 if a promise was broken."""
     options = _options(argv)
     if options.soak is not None:
         return _soak(options)
@@ -291,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = sys.stderr if options.json == "-" else sys.stdout
     began_s = time.monotonic()
     print(heads(), file=out)
-    with contextlib.suppress(KeyboardInterrupt):  # a long run is ended by hand, with its report
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends a long run, which still reports
         for outcome in run.rounds(faults):
             print(line_of(outcome.row()), file=out, flush=True)
     outcomes = list(run.outcomes.values())

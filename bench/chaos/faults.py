@@ -1,7 +1,7 @@
 """The faults of `bench.chaos`: what strikes where, and what it may cost.
 
-Each is a function on a running bus; `FAULTS` names them all. What must come out unaltered is
-`bench.chaos.judge`'s.
+Each is a function on a running bus; `FAULTS` lists them all. `bench.chaos.judge` checks that
+streams come out unaltered.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from tests.support.faults import engine_of, stop_for
 from tests.support.plain_peer import RawPeer
 
 SHORT_S: Final = 0.4
-"""Shorter than any liveness: nobody is declared dead."""
+"""Shorter than any liveness limit, so no peer is declared dead."""
 MEMORY_MIB: Final = 64
-"""What a fault may add to the broker's memory: its bound for one slow peer is 16 MiB, and the
-allocator keeps some of what is freed."""
+"""How much a fault may add to the broker's memory: its limit for one slow peer is 16 MiB, and the
+allocator keeps some of the memory that is freed."""
 
 
 # --- the faults -----------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ allocator keeps some of what is freed."""
 
 @dataclass
 class Blow:
-    """A fault as it strikes: where, what it may use, what it tells."""
+    """One strike of a fault: where it hits, what it may use, what it reports."""
 
     stage: Stage
     reader: Process
@@ -48,30 +48,30 @@ class Blow:
     random: random.Random
 
     def worker(self) -> Process:
-        """The victim where one worker is hit."""
+        """The victim of a fault that hits one worker."""
         return self.stage.workers["w1"]
 
     def broker(self) -> Process:
         return self.stage.brokers[0]
 
     def silence_s(self) -> float:
-        """Longer than it takes to be declared dead by silence."""
+        """Longer than the silence after which a peer is declared dead."""
         beat_s = self.stage.layout.heartbeat_s
         return 15.0 * 1.2 if beat_s is None else 5 * beat_s + 0.7
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A kind of fault. `hits`: workers whose streams it affects; empty: all streams."""
+    """A kind of fault. `hits`: the workers whose streams it affects; empty for all streams."""
 
     name: str
     strike: Callable[[Blow], None]
     hits: tuple[str, ...] = ()
-    #: What the stage must be; None: the common one.
+    #: The stage that it needs; None for the common one.
     layout: Layout | None = None
-    #: Readers go on with new requests until the fault is over.
+    #: Readers keep making new requests until the fault is over.
     repeat: bool = False
-    #: Requests that end with a typed error, because the fault is theirs.
+    #: How many requests end with a typed error because they caused the fault.
     fails: int = 0
 
 
@@ -84,7 +84,7 @@ def _kill_link(blow: Blow) -> None:
 
 
 def _kill_two_links(blow: Blow) -> None:
-    """Two that have nothing to do with each other: no request is to blame."""
+    """Two unrelated deaths: no request is to blame."""
     first, second, *_ = blow.stage.workers.values()
     os.kill(first.pid, signal.SIGKILL)
     time.sleep(blow.random.choice((0.0, 0.4)))
@@ -130,7 +130,7 @@ def _stop_client(blow: Blow) -> None:
 
 
 def _kill_client(blow: Blow) -> None:
-    """Another client dies amid ten streams; that its slots come back is checked afterwards."""
+    """Another client dies in the middle of ten streams; afterwards its slots must be free again."""
     victim = blow.stage.start_reader(100, 110, 2000, PACE_MS)
     victim.wait_line("^running$")
     victim.kill()
@@ -173,7 +173,7 @@ def _reset_back(blow: Blow) -> None:
 
 
 def _reset_back_twice(blow: Blow) -> None:
-    """No worker dies: two lost connections within one request are no reason to call it poison."""
+    """No worker dies: two lost connections during one request do not make it poison."""
     _reset_back(blow)
     time.sleep(0.7)
     _reset_back(blow)
@@ -188,7 +188,7 @@ def _reset_again_and_again(blow: Blow) -> None:
 
 
 def _delay(blow: Blow) -> None:
-    """0.2 s in each direction of both, for a second."""
+    """Add 0.2 s in each direction on both sides, for a second."""
     proxies = [proxy for proxy in (blow.stage.front_proxy, blow.stage.back_proxy) if proxy]
     for proxy in proxies:
         proxy.delay(0.2)
@@ -198,8 +198,8 @@ def _delay(blow: Blow) -> None:
 
 
 def _slow_reader(blow: Blow) -> None:
-    """A client with an endless answer and an endless window that reads nothing. The worker keeps
-    the answer, which a context bounds; the broker keeps what its queue to one peer may hold."""
+    """A client with an endless answer and an unlimited window that never reads. The worker keeps
+    the answer, which the context limits; the broker keeps what its queue to one peer may hold."""
     before = memory_bytes(blow.broker().pid)
     peer = RawPeer(blow.stage.fronts[0])
     peer.hello("client", "slow reader")
@@ -215,7 +215,7 @@ def _slow_reader(blow: Blow) -> None:
 
     def cut_off() -> bool:
         with contextlib.suppress(OSError):
-            peer.beat()  # it lives; it only does not read
+            peer.beat()  # it is alive; it just does not read
         time.sleep(0.1)
         return blow.stage.stats().get("peers_overflowed_total", 0) >= 1
 
@@ -234,17 +234,17 @@ def _note_memory(blow: Blow, grown: int) -> None:
 
 
 def _restart_broker(blow: Blow) -> None:
-    """In order: SIGTERM, and once more, so that it hands its streams over at once."""
+    """An orderly restart: SIGTERM, then a second one, so that it hands its streams over at once."""
     broker = blow.broker()
     broker.signal(signal.SIGTERM)
-    time.sleep(0.3)  # two signals at once would be one
+    time.sleep(0.3)  # two signals at the same time would count as one
     broker.signal(signal.SIGTERM)
     broker.wait(20)
     blow.stage.heal()
 
 
 def _roll(blow: Blow) -> None:
-    """Every worker, one after the other, then the broker, under load."""
+    """Restart every worker, one after the other, then the broker, under load."""
     for name, worker in list(blow.stage.workers.items()):
         worker.signal(signal.SIGTERM)
         worker.wait(20)
@@ -269,7 +269,7 @@ def _drain_by_operator(blow: Blow) -> None:
 
 
 def _engine_fault(name: str) -> Callable[[Blow], None]:
-    """A request beside the others that carries a fault of the engine."""
+    """An extra request that triggers a fault in the engine."""
 
     def strike(blow: Blow) -> None:
         echo = {"step_delay_ms": 1, name: 3}
@@ -291,13 +291,13 @@ def _engine_fault(name: str) -> Callable[[Blow], None]:
 
 
 def _two_brokers(blow: Blow) -> None:
-    """The broker that all use dies and stays away until the streams have gone on."""
+    """The broker in use dies and stays away until the streams have gone on."""
     blow.broker().kill()
     time.sleep(1.0)
 
 
 def _descriptors(blow: Blow) -> None:
-    """Strangers take every descriptor that the broker has left."""
+    """Strangers use up every descriptor that the broker has left."""
     host, _, port = blow.stage.fronts[0].removeprefix("tcp://").rpartition(":")
     with contextlib.ExitStack() as stack:
         for _ in range(300):
@@ -308,10 +308,10 @@ def _descriptors(blow: Blow) -> None:
 
 
 def _churn(blow: Blow) -> None:
-    """Connects and disconnects, after which the tables are empty and the memory is flat."""
+    """Many connections come and go; afterwards the tables are empty and memory is flat."""
     stage, pid = blow.stage, blow.broker().pid
     count = 1000 if blow.quick else 10_000
-    _come_and_go(stage, count // 5)  # the allocator's own growth
+    _come_and_go(stage, count // 5)  # first let the allocator grow
     _wait_no_strangers(stage)
     before = memory_bytes(pid)
     welcomed = _come_and_go(stage, count)
@@ -336,8 +336,8 @@ def _wait_no_strangers(stage: Stage) -> None:
 
 
 def _strangers(blow: Blow) -> None:
-    """Hostile messages and raw bytes at both ports, twice: the allocator keeps what the queues
-    held at their highest, so that only what the second round adds would be a leak."""
+    """Hostile messages and raw bytes at both ports, twice. The allocator keeps the queues' peak
+    memory after the first round, so only growth in the second round is a leak."""
     count = 2000 if blow.quick else 50_000
     before = memory_bytes(blow.broker().pid)
     blow.outcome.figures["hostile_messages"] = _pester_both_ports(blow, count)

@@ -1,11 +1,11 @@
-"""Requests that use every feature together, and what a caller puts together from their streams.
+"""Requests that use every feature together, and how a caller assembles the streamed answers.
 
-Schemas, tools, log-probabilities, stop strings, images, several choices, LoRA adapters, at the
-gateway's chat and completions endpoints, of the demo model. Every request is greedy or has a seed,
-so that its answer is the same whenever and wherever it is made.
+Schemas, tools, logprobs, stop strings, images, several choices and LoRA adapters, at the gateway's
+chat and completions endpoints, with the demo model. Every request is greedy or has a seed, so its
+answer is the same whenever and wherever it is generated.
 
-`python -m bench.chaos.features FOLDER` writes the adapters (in a process of its own: it imports
-torch).
+`python -m bench.chaos.features FOLDER` writes the adapters (run as its own process, since it
+imports torch).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CHAT_TEMPLATE: Final = """{{ bos_token }}
 {%- for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}
 {%- endif %}{{ '<|end|>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
-"""The demo model's own names no tools, so that it would refuse them."""
+"""The demo model's own template does not mention tools, so it would refuse them."""
 
 _SCHEMA: Final = {
     "type": "object",
@@ -75,9 +75,10 @@ _TOOL: Final = {
 
 
 def request_of(lane: int, tokens: int) -> tuple[str, dict[str, Any]]:
-    """Path and body of a lane's request, of answers of at most so many tokens a choice.
+    """Path and body of a lane's request, with at most `tokens` tokens a choice.
 
-    Six kinds, each of the base and of both adapters in turn; the same for a lane always.
+    There are six kinds, each with the base model and both adapters in turn. A lane always has the
+    same request.
     """
     kind, variant = lane % len(_KINDS), lane // len(_KINDS)
     path, body = _KINDS[kind](variant, tokens)
@@ -185,7 +186,7 @@ _KINDS: Final = (
 )
 
 
-# --- what is heard --------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -199,7 +200,7 @@ class _Choice:
 
 
 class Heard:
-    """An answer as it is put together from the chunks of a stream."""
+    """An answer assembled from the chunks of a stream."""
 
     def __init__(self) -> None:
         self._choices: dict[int, _Choice] = {}
@@ -207,7 +208,7 @@ class Heard:
         self.chunks = 0
 
     def add(self, chunk: dict[str, Any]) -> None:
-        """One chunk, as JSON has it. Raises `ValueError` for an error within the stream."""
+        """Add one decoded chunk. Raises `ValueError` for an error within the stream."""
         if "error" in chunk:
             raise ValueError(json.dumps(chunk["error"]))
         self.chunks += 1
@@ -229,7 +230,7 @@ class Heard:
 
     @property
     def token_ids(self) -> list[int]:
-        """A number for each token that came with its log-probability, choice by choice."""
+        """A number for each token that came with a logprob, choice by choice."""
         return [
             zlib.crc32(token.encode())
             for _, choice in sorted(self._choices.items())
@@ -237,8 +238,8 @@ class Heard:
         ]
 
     def text(self) -> str:
-        """All else in one text: content, calls, roles, finish reasons, usage. Equal answers are
-        equal texts; how they were cut into chunks is not in it, nor what a cache had."""
+        """Everything else in one text: content, calls, roles, finish reasons, usage. Equal answers
+        give equal texts, however they were cut into chunks and whatever was cached."""
         choices = [
             [index, choice.text, sorted(choice.calls.items()), choice.roles, choice.finish_reasons]
             for index, choice in sorted(self._choices.items())
@@ -264,7 +265,7 @@ def _add_logprobs(choice: _Choice, told: Any) -> None:
 
 
 def same_logprobs(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether they are those of the same answer: neighbours in the batch move the last digits."""
+    """Whether they belong to the same answer; neighbours in the batch change the last digits."""
     return len(one) == len(other) and all(
         abs(a - b) < 0.02 for a, b in zip(one, other, strict=True)
     )

@@ -1,9 +1,9 @@
-"""The client of `bench.chaos` where it uses every feature: reads streams of
-`bench.chaos.features` from gateways, in a process of its own.
+"""The client of `bench.chaos` for runs with every feature: reads streams of `bench.chaos.features`
+from gateways, in its own process.
 
-A stream that breaks off goes on at the next gateway, from the last event that was read. Prints
-`running` once every lane has some of its answer, and at the end one JSON line, as
-`tests.support.reader` does. Judges nothing.
+A stream that breaks off is resumed at the next gateway, from the last event that was read. Like
+`tests.support.reader`, it prints `running` once every lane has part of its answer, and one JSON
+line at the end. It judges nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bench.chaos.features import Heard, request_of
 from tests.support.reader import Got
 
 LIMIT_S: Final = 240.0
-"""Of one answer: one that hangs must become an error that is counted."""
+"""Time limit of one answer, so that one that hangs is counted as an error."""
 SILENCE_S: Final = 60.0
 """Longest wait for a line of a stream; a gateway writes a comment every 15 s."""
 BEGUN_CHUNKS: Final = 10
@@ -32,18 +32,18 @@ RETRIED: Final = frozenset((429, 502, 503, 504))
 
 
 class Interrupted(Exception):
-    """A stream that may be gone on with."""
+    """A stream that can be resumed."""
 
 
 class Refused(Exception):
-    """A request that was answered with an error of its own."""
+    """A request that was answered with an error."""
 
 
 def ask(
     gateways: Sequence[str], path: str, body: dict[str, Any], got: Got
 ) -> Generator[Heard, None, None]:
-    """Read one answer into `got`, wherever it goes on; gives what was heard after each chunk. The
-    error that ended it stands in `got.error`."""
+    """Read one answer into `got`, resuming wherever needed; yields the answer so far after each
+    chunk. `got.error` is the error that ended it."""
     heard, last_id = Heard(), ""
     until_s = time.monotonic() + LIMIT_S
     for attempt in range(1 << 30):
@@ -72,7 +72,7 @@ def ask(
 def _events(
     gateway: str, path: str, body: dict[str, Any], last_id: str
 ) -> Iterator[tuple[str, str]]:
-    """Ids and data of the events of one connection, from the one after `last_id` to the end."""
+    """Ids and data of the events of one connection, from the event after `last_id` to the end."""
     connection = http.client.HTTPConnection(urlsplit(gateway).netloc, timeout=SILENCE_S)
     headers = {"content-type": "application/json"}
     if last_id:
@@ -99,7 +99,7 @@ def _events(
 
 
 class _Lanes:
-    """All lanes of this process, a thread each."""
+    """All lanes of this process, one thread each."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
@@ -132,11 +132,11 @@ class _Lanes:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read and report; the exit status says nothing of the streams."""
+    """Read and report; the exit status does not depend on the streams."""
     parser = argparse.ArgumentParser(description="Reader of bench.chaos, with every feature.")
     parser.add_argument("--gateways", type=lambda text: text.split(","), required=True)
     parser.add_argument("--lanes", type=lambda text: range(*map(int, text.split(":"))))
-    parser.add_argument("--tokens", type=int, required=True, help="of each choice")
+    parser.add_argument("--tokens", type=int, required=True, help="tokens of each choice")
     gots = _Lanes(parser.parse_args(argv)).read()
     print(json.dumps({"streams": [asdict(got) for got in gots]}), flush=True)
     return 0

@@ -1,6 +1,6 @@
-"""What came of a fault: streams compared with the run without faults, and how long they paused.
+"""The outcome of a fault: streams compared with the run without faults, and how long they paused.
 
-Pure functions on what readers report; nothing here knows how a fault is made.
+Pure functions on the readers' reports; nothing here knows how a fault is made.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from tests.support.reader import Got, arguments_of
 from worker.engines.echo import tokens as echo_tokens
 
 PACE_MS: Final = 20.0
-"""Between two tokens of a stream."""
+"""Time between two tokens of a stream."""
 
 Reference = dict[int, Got]
 
 
-# --- what came of it ------------------------------------------------------------------------------
+# --- outcomes -------------------------------------------------------------------------------------
 
 
 @dataclass
 class Outcome:
-    """One fault, over all its rounds."""
+    """The outcome of one fault over all its rounds."""
 
     fault: str
     requests: int = 0
-    #: Streams that were continued at least once.
+    #: Streams that were resumed at least once.
     resumed: int = 0
     #: Requests that ended with a typed error.
     failed: int = 0
     tokens_lost: int = 0
     tokens_doubled: int = 0
     texts_altered: int = 0
-    #: Of every affected stream, milliseconds.
+    #: Recovery time of every affected stream, milliseconds.
     recovery_ms: list[float] = field(default_factory=list)
-    #: What broke a promise; empty is good.
+    #: Broken promises; empty if all is well.
     wrong: list[str] = field(default_factory=list)
     #: Further figures of this fault.
     figures: dict[str, float] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
-        """As it stands in a JSON line."""
+        """The outcome as a JSON line."""
         row = asdict(self)
         times = row.pop("recovery_ms")
         row |= row.pop("figures")
@@ -59,7 +59,7 @@ class Outcome:
 
 
 def differences(got: Sequence[int], expected: Sequence[int]) -> tuple[int, int]:
-    """Tokens lost and tokens doubled (or made up) between an answer and what it should be."""
+    """How many tokens of the expected answer are missing, and how many are doubled or made up."""
     lost = doubled = 0
     matcher = difflib.SequenceMatcher(None, expected, got, autojunk=False)
     for kind, low, high, other_low, other_high in matcher.get_opcodes():
@@ -70,8 +70,8 @@ def differences(got: Sequence[int], expected: Sequence[int]) -> tuple[int, int]:
 
 
 def judge(outcome: Outcome, streams: Sequence[Got], reference: Reference) -> None:
-    """Compare what was read with the run without faults. A stream that failed must be a true
-    beginning of its answer."""
+    """Compare the streams with the run without faults. A stream that failed must still be a prefix
+    of its answer."""
     for got in streams:
         expected = reference[got.lane]
         outcome.requests += 1
@@ -81,7 +81,7 @@ def judge(outcome: Outcome, streams: Sequence[Got], reference: Reference) -> Non
             outcome.failed += 1
             ids, text = ids[: len(got.token_ids)], text[: len(got.text)]
         elif not same_logprobs(got.logprobs, expected.logprobs):
-            outcome.wrong.append(f"lane {got.lane}: other log-probabilities")
+            outcome.wrong.append(f"lane {got.lane}: different logprobs")
         if got.token_ids != ids:
             lost, doubled = differences(got.token_ids, ids)
             outcome.tokens_lost += lost
@@ -90,8 +90,8 @@ def judge(outcome: Outcome, streams: Sequence[Got], reference: Reference) -> Non
 
 
 def recoveries_ms(streams: Sequence[Got], struck_s: float, workers: Sequence[str]) -> list[float]:
-    """The longest pause after the fault of each stream that it hit: those that ran at one of these
-    workers, or everywhere where none is named."""
+    """The longest pause after the fault of each affected stream: those at the given workers, or all
+    if none are given."""
     found = []
     for got in streams:
         at = [worker for since_s, worker in got.workers if since_s <= struck_s]
@@ -105,7 +105,8 @@ def recoveries_ms(streams: Sequence[Got], struck_s: float, workers: Sequence[str
 
 
 def check_reference(streams: Sequence[Got], tokens: int) -> None:
-    """The run without faults against what the echo engine must say. Raises `RuntimeError`."""
+    """Check the run without faults against the echo engine's known answers. Raises
+    `RuntimeError`."""
     for got in streams:
         asked = arguments_of(got.lane, tokens, PACE_MS)
         if got.lane % 2:
@@ -118,7 +119,7 @@ def check_reference(streams: Sequence[Got], tokens: int) -> None:
 
 
 def check_featured_reference(streams: Sequence[Got]) -> None:
-    """The run without faults, where every feature is used: that each was. Raises `RuntimeError`."""
+    """Check that the run without faults used every feature. Raises `RuntimeError`."""
     for got in streams:
         if got.error is not None or got.causes:
             raise RuntimeError(f"lane {got.lane} is wrong without any fault: {got}")

@@ -1,9 +1,9 @@
 """Eight kinds of kill while every feature is in use: `python -m bench.chaos --kills --rounds 20`.
 
-Schemas, tools, log-probabilities, stop strings, images, several choices and LoRA adapters at once
-(`bench.chaos.features`), of two gateways and three workers with the demo model. As in any chaos,
-nothing may be lost, doubled or altered, and no request may fail: a `poison` verdict would be a
-failure.
+Schemas, tools, logprobs, stop strings, images, several choices and LoRA adapters at once
+(`bench.chaos.features`), with two gateways and three workers that serve the demo model. As in all
+of `bench.chaos`, nothing may be lost, doubled or altered, and no request may fail; `poison` would
+be a failure.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FEATURES: Final = Layout(features=True)
 
 
 def _victims(blow: Blow, count: int) -> list[Process]:
-    """Workers that have work, as far as there are so many."""
+    """Up to `count` workers that have work."""
     ready = blow.stage.ready_workers()
     blow.random.shuffle(ready)
     return [blow.stage.workers[name] for name in ready[:count]]
@@ -59,7 +59,7 @@ def _kill_gateway(blow: Blow) -> None:
 
 
 def _kill_two_workers(blow: Blow) -> None:
-    """A link and an engine that have nothing to do with each other: no request is to blame."""
+    """A link and an unrelated engine die: no request is to blame."""
     first, *others = _victims(blow, 2)
     os.kill(first.pid, signal.SIGKILL)
     time.sleep(blow.random.choice((0.0, 0.4)))

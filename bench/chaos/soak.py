@@ -1,11 +1,12 @@
-"""An hour of every feature, and the memory of each process: `python -m bench.chaos --soak 60`.
+"""A soak test with every feature, and the memory of each process: `python -m bench.chaos --soak
+60`.
 
-A few callers ask the gateways for answers with every feature, one after the other; beside them
-others leave in the middle, ask for what is refused, and come and go. Every answer is compared with
-the first one of its request. The anonymous memory of each process is read all the time (pages of
-files come and go with the system's needs, and would hide a leak); *flat* means that it stands no
-higher in the last sixth of the time than in the second (the first is the allocator's own growth),
-up to `ALLOWED_MIB` and `ALLOWED_SHARE`.
+A few callers ask the gateways for answers with every feature, one after the other. Meanwhile other
+callers leave in the middle, send requests that are refused, and come and go. Every answer is
+compared with the first answer to the same request. The anonymous memory of each process is sampled
+throughout (file-backed pages come and go as the system needs them, and would hide a leak). *Flat*
+means that it is no higher in the last sixth of the time than in the second (in the first, the
+allocator grows), up to `ALLOWED_MIB` and `ALLOWED_SHARE`.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ from tests.support.faults import engine_of
 from tests.support.reader import Got
 
 LANES: Final = 36
-"""Different requests: six kinds, each of the base and of both adapters."""
+"""How many different requests: six kinds, each with the base model and both adapters."""
 TOKENS: Final = 40
 CALLERS: Final = 3
 PAUSE_S: Final = 0.5
-"""Of a caller after each answer: others use this machine too."""
+"""Pause of a caller after each answer, since others use this machine too."""
 EVERY_S: Final = 10.0
 ALLOWED_MIB: Final = 4.0
 ALLOWED_SHARE: Final = 0.03
@@ -52,13 +53,13 @@ class Memory:
     samples: list[tuple[float, int]] = field(default_factory=list)
 
     def sixth(self, number: int, whole_s: float) -> float:
-        """Median of a sixth of the time, from 1 to 6, in MiB."""
+        """Median in one sixth of the time (1 to 6), in MiB."""
         low, high = (number - 1) * whole_s / 6, number * whole_s / 6
         found = [size for at_s, size in self.samples if low <= at_s < high]
         return statistics.median(found) / MIB if found else float("nan")
 
     def row(self, whole_s: float) -> dict[str, Any]:
-        """MiB at the start, by sixths, at the most; and whether it is flat."""
+        """MiB at the start, in each sixth and at the peak, and whether it is flat."""
         sixths = [self.sixth(number, whole_s) for number in range(1, 7)]
         grown = sixths[5] - sixths[1]
         return {
@@ -84,7 +85,7 @@ class Soak:
         self.memory: dict[str, Memory] = {}
 
     def run(self) -> None:
-        """Ask for the whole time; raises `RuntimeError` when a process ended."""
+        """Send requests the whole time; raises `RuntimeError` if a process ended."""
         with ThreadPoolExecutor(CALLERS) as pool:
             self._reference = dict(enumerate(pool.map(self._read, range(LANES))))
         for lane, got in self._reference.items():
@@ -141,12 +142,12 @@ class Soak:
         if got.error is not None or got.causes:
             self._note(f"lane {lane}: {got.error} {got.message} {got.causes}")
         elif (got.text, got.token_ids) != (expected.text, expected.token_ids):
-            self._note(f"lane {lane}: {got.text} in place of {expected.text}")
+            self._note(f"lane {lane}: {got.text} instead of {expected.text}")
         elif not same_logprobs(got.logprobs, expected.logprobs):
-            self._note(f"lane {lane}: other log-probabilities")
+            self._note(f"lane {lane}: different logprobs")
 
     def _leave(self, rng: random.Random) -> None:
-        """A caller that goes away in the middle of its answer."""
+        """A caller that leaves in the middle of its answer."""
         got = Got(-1)
         asked = request_of(rng.randrange(LANES), 10 * TOKENS)
         with contextlib.closing(ask(self._stage.gateway_urls, *asked, got)) as chunks:
@@ -195,7 +196,7 @@ class Soak:
 
 
 def _pids(stage: Stage) -> dict[str, int]:
-    """Every process of the bus that goes on. An engine is the worker's child."""
+    """Every running process of the bus. An engine is its worker's child."""
     pids = {"broker": stage.brokers[0].pid}
     for index, gateway in stage.gateways.items():
         pids[f"gateway {index + 1}"] = gateway.pid
@@ -206,7 +207,7 @@ def _pids(stage: Stage) -> dict[str, int]:
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """As it stands in CHAOS.md."""
+    """The table as in CHAOS.md."""
     lines = ["| process | " + " | ".join(f"sixth {n}, MiB" for n in range(1, 7)) + " | grown | |"]
     lines.append("| --- |" + " ---: |" * 7 + " --- |")
     for name, row in rows.items():
@@ -217,7 +218,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def soak(minutes: float, seed: int) -> tuple[dict[str, Any], bool]:
-    """Run; returns what came of it, and whether everything was as promised. Prints the table."""
+    """Run the soak and print its table; returns its result, and whether all promises were kept."""
     with Stage(Layout(workers=2, features=True)) as stage:
         run = Soak(stage, minutes, seed)
         run.run()

@@ -1,8 +1,8 @@
-"""The bus that `bench.chaos` breaks: brokers, workers, gateways and readers as processes, proxies
-between.
+"""The bus that `bench.chaos` breaks: brokers, workers, gateways and readers as processes, with
+proxies in between.
 
-Starts, watches and heals; which faults there are, and what they must not change, stands in
-`bench.chaos`.
+It starts, watches and heals the bus. The faults are in `faults`, and what they must not change in
+`judge`.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ HEAL_S: Final = 40.0
 """Longest wait for all workers to be back and idle after a fault."""
 MODEL_SLOTS: Final = 16
 LOAD_S: Final = 240.0
-"""Longest wait for workers that load a model, on a machine with other work."""
+"""Longest wait for workers that load a model, on a busy machine."""
 READ_S: Final = 300.0
-"""Longest wait for a reader's report; each of its streams ends before, by its own limit."""
+"""Longest wait for a reader's report; each of its streams has a shorter limit."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a stage is made of."""
+    """The parts of a stage."""
 
     workers: int = 3
     brokers: int = 1
-    #: Seconds between heartbeats of everybody; None: the product's own intervals.
+    #: Seconds between all heartbeats; None for the default intervals.
     heartbeat_s: float | None = None
-    #: Clients and workers reach the broker through a proxy each.
+    #: Clients and workers each reach the broker through a proxy.
     proxied: bool = False
-    #: Nobody can write a log line: their output goes to a full device.
+    #: No process can write a log line: output goes to a full device.
     full_disk: bool = False
-    #: File descriptors that the broker may have; None: as many as it asks for.
+    #: The broker's limit of file descriptors; None for as many as it asks for.
     descriptors: int | None = None
-    #: Workers serve the demo model with adapters, and two gateways stand before the bus.
+    #: Workers serve the demo model with adapters, and two gateways serve the bus.
     features: bool = False
 
 
@@ -141,7 +141,7 @@ class Stage:
             arguments += self._model_arguments()
         else:
             arguments += ["--engine", "echo", "--slots", str(SLOTS), "--engine-stall-s", "1.5"]
-            # An answer as long as the slow reader's.
+            # Room for the slow reader's long answer.
             arguments += ["--engine-arg", "context_tokens=10000000"]
         for back in backs:
             arguments += ["--broker", back]
@@ -150,7 +150,7 @@ class Stage:
 
     def _model_arguments(self) -> list[str]:
         adapters = ",".join(f"{name}={self.folder / name}" for name in ADAPTERS)
-        # In float32 an answer does not depend on its neighbours in the batch.
+        # In float32, an answer does not depend on its neighbours in the batch.
         arguments = ["--model-name", MODEL, "--device", "cpu", "--dtype", "float32"]
         arguments += ["--threads", "1", "--slots", str(MODEL_SLOTS), "--engine-stall-s", "10"]
         arguments += ["--chat-template", str(self.folder / "template.jinja")]
@@ -171,7 +171,7 @@ class Stage:
         return process
 
     def start_features_reader(self, lanes: int, tokens: int) -> Process:
-        """Start a client that reads answers with every feature from the gateways."""
+        """Start a client that reads answers with every feature through the gateways."""
         arguments = ["-m", "bench.chaos.features_reader", "--gateways", ",".join(self.gateway_urls)]
         arguments += ["--lanes", f"0:{lanes}", "--tokens", str(tokens)]
         process = Process(python(*arguments))
@@ -181,7 +181,7 @@ class Stage:
     def start_reader(
         self, first: int, last: int, tokens: int, pace_ms: float, *, repeat: bool = False
     ) -> Process:
-        """Start a client that reads a stream in each of the lanes from `first` up to `last`."""
+        """Start a client that reads one stream in each lane from `first` up to `last`."""
         fronts = [self.front_proxy.address] if self.front_proxy else self.fronts
         arguments = ["-m", "tests.support.reader", "--broker", ",".join(fronts)]
         arguments += ["--lanes", f"{first}:{last}", "--tokens", str(tokens)]
@@ -191,14 +191,15 @@ class Stage:
         return process
 
     def report_of(self, reader: Process) -> list[Got]:
-        """What a reader got; waits for its end. Raises `ProcessFailed` with its last words."""
+        """Wait for a reader to end and return what it got. Raises `ProcessFailed` with its last
+        lines."""
         line = reader.wait_line(r'^\{"streams"', READ_S).string
         reader.stop()
         self._readers.remove(reader)
         return [Got(**stream) for stream in json.loads(line)["streams"]]
 
     def end_readers(self) -> None:
-        """Kill whatever reads still."""
+        """Kill all readers that still run."""
         while self._readers:
             reader = self._readers.pop()
             reader.kill()
@@ -207,13 +208,13 @@ class Stage:
     # --- health -----------------------------------------------------------------------------------
 
     def observer(self) -> Client:
-        """A client past all proxies, for questions and orders."""
+        """A client that bypasses all proxies, for queries and commands."""
         if self._observer is None:
             self._observer = Client(self.fronts, name="observer", timeout=Timeout(connect=2))
         return self._observer
 
     def rows(self) -> list[dict[str, Any]]:
-        """`bus.workers`; empty while no broker answers."""
+        """The answer of `bus.workers`; empty while no broker answers."""
         try:
             return self.observer().workers()
         except BusError:
@@ -225,7 +226,7 @@ class Stage:
         return answer
 
     def heal(self) -> None:
-        """Replace the dead and wake the stopped. A supervisor of the system would."""
+        """Restart dead processes and continue stopped ones, as the system's supervisor would."""
         for index, broker in list(self.brokers.items()):
             if broker.ended:
                 broker.stop()
@@ -240,12 +241,12 @@ class Stage:
                 self.start_gateway(index)
 
     def ready_workers(self) -> list[str]:
-        """Names of the workers that take requests."""
+        """Names of the workers that accept requests."""
         return [row["name"] for row in self.rows() if row["state"] == "ready"]
 
     def wait_healthy(self, enough: int | None = None) -> None:
-        """Wait until every worker is ready with all of its slots free: nothing leaked. With
-        `enough`, until so many are, and the others still load."""
+        """Wait until every worker is ready with all its slots free, so that nothing leaked. With
+        `enough`, wait until that many are, while the others may still load."""
         names = set(self.workers)
 
         def idle(row: dict[str, Any]) -> bool:
@@ -281,7 +282,7 @@ class Stage:
         return True
 
     def story(self, lines: int = 30, *, warnings: bool = False) -> str:
-        """The last lines of every process, or the last that warn."""
+        """The last lines of every process, or its last warnings."""
         parts = []
         for name, process in [
             *((f"broker {index}", process) for index, process in self.brokers.items()),

@@ -1,5 +1,5 @@
-"""What every benchmark shares: `samples` (statistics), `processes` (and their CPU clocks) and
-`reports` (options, tables, plots). Holds no measurement of its own."""
+"""Shared by all benchmarks: `samples` (statistics), `processes` (with their CPU clocks) and
+`reports` (options, tables, plots). Contains no measurement of its own."""
 
 from bench.common.processes import (
     ONE_THREAD,

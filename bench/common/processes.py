@@ -1,4 +1,4 @@
-"""Processes that a benchmark starts, and what they cost: CPU clocks and memory."""
+"""The processes that a benchmark starts, and their cost: CPU time and memory."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ __all__ = [
 ]
 
 READY_S: Final = 30.0
-"""Longest wait for a process of ours or of a peer to say that it listens."""
+"""Longest wait for a process, ours or a peer's, to start listening."""
 STOP_S: Final = 5.0
-"""Between SIGTERM and SIGKILL for a process that a benchmark started."""
+"""Time between SIGTERM and SIGKILL when a process is stopped."""
 ONE_THREAD: Final = {"OMP_NUM_THREADS": "1"}
-"""Of the environment: nobody gets more cores than the others by a thread pool."""
+"""Environment variables that keep thread pools from giving one system more cores than another."""
 
 
 class Process(ManagedProcess):
-    """A process by its command line, ours or a peer's."""
+    """A process with its command line, ours or a peer's."""
 
     def __init__(
         self,
@@ -54,12 +54,12 @@ class Process(ManagedProcess):
 
     @property
     def ended(self) -> bool:
-        """Whether it runs no more."""
+        """Whether the process has ended."""
         return not self.running
 
     @property
     def lines(self) -> list[str]:
-        """What it wrote so far."""
+        """The lines that it has written so far."""
         return self.log().splitlines()
 
     def stop(self, grace_s: float = STOP_S) -> None:
@@ -72,7 +72,7 @@ def python(*arguments: str) -> list[str]:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback that was free a moment ago."""
+    """A TCP port that was free on the loopback a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -93,11 +93,11 @@ def _listens(port: int) -> bool:
 
 @contextlib.contextmanager
 def endpoints(transport: str) -> Iterator[tuple[str, str]]:
-    """Two fresh ZeroMQ endpoints, front and back: `tcp` (loopback) or `ipc`."""
+    """Two new ZeroMQ endpoints, front and back: `tcp` (loopback) or `ipc`."""
     if transport == "tcp":
         yield f"tcp://127.0.0.1:{free_port()}", f"tcp://127.0.0.1:{free_port()}"
         return
-    # Socket paths are short (107 bytes): never below a deep working directory.
+    # Socket paths are limited to 107 bytes, so do not use a deep working directory.
     with tempfile.TemporaryDirectory(prefix="tb-") as folder:
         yield f"ipc://{folder}/f", f"ipc://{folder}/b"
 
@@ -106,10 +106,10 @@ def endpoints(transport: str) -> Iterator[tuple[str, str]]:
 
 
 def cpu_s(pid: int) -> float:
-    """CPU seconds of a process, user and system, all threads, the ended ones included.
+    """CPU seconds of a process, user and system, of all its threads including ended ones.
 
-    Nanosecond resolution where the kernel offers another process's clock (Linux); `/proc` counts in
-    ticks of 10 ms, too coarse for a run of a second.
+    On Linux, another process's clock has nanosecond resolution; `/proc` counts in ticks of 10 ms,
+    too coarse for a run of a second.
     """
     # clock_getcpuclockid(3) as glibc computes it: the process's scheduler clock.
     return time.clock_gettime((~pid << 3) | 2)

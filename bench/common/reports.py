@@ -1,4 +1,4 @@
-"""Options of every script, and what it has to show: tables, JSON lines, plots, the machine."""
+"""The options common to all scripts, and their output: tables, JSON lines, plots, the machine."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = [
 
 
 def options(description: str) -> argparse.ArgumentParser:
-    """A parser with the options that every script has."""
+    """A parser with the options common to all scripts."""
     spec = sys.modules["__main__"].__spec__
     name = spec.name.removesuffix(".__main__") if spec else None
     parser = argparse.ArgumentParser(name and f"python -m {name}", description=description)
@@ -67,8 +67,8 @@ def _names(text: str) -> frozenset[str]:
 
 
 def output(text: str) -> str:
-    """A file to write, `-` for standard output (an argparse type): refused before the measurement,
-    which takes minutes, not after it."""
+    """A file to write, or `-` for standard output (an argparse type). Checked before the
+    measurement, which takes minutes."""
     if text != "-" and not os.access(Path(text).resolve().parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text} cannot be written: make its folder first")
     return text
@@ -83,7 +83,7 @@ def _plot(text: str) -> str:
 
 
 def short(error: Exception) -> str:
-    """One line; the last words of a server that died are its reason."""
+    """The error in one line; keeps the end, where a server that died gives its reason."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) < 240 else f"{text[:80]} ... {text[-160:]}"
 
@@ -113,7 +113,7 @@ def integers(text: str) -> list[int]:
 
 @dataclass
 class Row:
-    """One figure. `ratio` is value over the peer's value, whatever direction is the good one."""
+    """One figure. `ratio` is the value over the peer's, whichever direction is better."""
 
     name: str
     value: float
@@ -121,12 +121,12 @@ class Row:
     peer: str | None = None
     peer_value: float | None = None
     ratio: float | None = None
-    #: Relative noise seen between repeats (`Sample.noise`).
+    #: Relative noise between repeats (`Sample.noise`).
     noise: float | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Flat, as it stands in a JSON line; what is not known is left out."""
+        """The row as a flat JSON object, without unknown values."""
         own = {
             "name": self.name,
             "value": self.value,
@@ -140,7 +140,7 @@ class Row:
 
 
 class Report:
-    """Collects rows, prints them for people, writes them for machines."""
+    """Collects rows, prints them as a table and writes them as JSON lines."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -157,8 +157,8 @@ class Report:
         against: Sample | float | None = None,
         **parameters: Any,
     ) -> Row:
-        """Add a figure; with `against` (the peer's figure) its ratio is computed. A parameter that
-        is None is left out."""
+        """Add a figure; with `against` (the peer's figure), its ratio is computed. Parameters that
+        are None are left out."""
         known = {key: value for key, value in parameters.items() if value is not None}
         row = Row(name, _median(value), unit, peer=peer, parameters=known)
         if isinstance(value, Sample) and len(value.values) > 1:
@@ -170,7 +170,7 @@ class Report:
         return row
 
     def note(self, text: str) -> None:
-        """A line under the table: what could not be measured, and why."""
+        """Add a line below the table, such as what could not be measured, and why."""
         self.notes.append(text)
 
     def table(self) -> str:
@@ -197,7 +197,7 @@ class Report:
         return "\n".join(lines)
 
     def json_lines(self) -> str:
-        """One object a line: the machine first, then the rows, then notes."""
+        """One object per line: the machine first, then the rows, then the notes."""
         seen = machine()
         objects: list[dict[str, Any]] = [
             {"name": "machine", "value": seen.pop("cores"), "unit": "cores", **seen}
@@ -211,7 +211,7 @@ class Report:
         arguments: argparse.Namespace,
         plot: Callable[[Any, list[Row]], None] | None = None,
     ) -> None:
-        """Print, write, draw, as the options say. `plot` fills a matplotlib figure."""
+        """Print, write and plot, as the options say. `plot` fills a matplotlib figure."""
         progress("")
         if arguments.json == "-":
             sys.stdout.write(self.json_lines())
@@ -267,7 +267,8 @@ def draw(path: str, title: str, fill: Callable[[Any], None]) -> None:
 def curves(
     figure: Any, rows: list[Row], name: str, x: str, label: str, *, y_label: str = ""
 ) -> None:
-    """Fill a figure with one curve for each value of parameter `label`, and the peers' beside."""
+    """Fill a figure with one curve for each value of parameter `label`, beside the peers'
+    curves."""
     axes = figure.subplots()
     lines: dict[str, dict[float, float]] = {}
     for row in rows:
@@ -291,7 +292,7 @@ def curves(
 
 
 def bars(figure: Any, rows: list[Row]) -> None:
-    """Fill a figure with the ratios to the peers, or with the values where there is no peer."""
+    """Fill a figure with the ratios to the peers, or with plain values if there is no peer."""
     compared = [row for row in rows if row.ratio is not None]
     shown = (compared or rows)[:40]
     labels = [
@@ -310,7 +311,7 @@ def bars(figure: Any, rows: list[Row]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were seen on: processor, cores, memory, versions, date, load."""
+    """The machine of the measurement: processor, cores, memory, versions, date, load."""
     return {
         "cores": len(os.sched_getaffinity(0)),
         "processor": _processor(),

@@ -1,4 +1,4 @@
-"""Runs of a case, interleaved with those of its peers, and what is said of them: median, noise,
+"""Runs of a case, interleaved with those of its peers, and their statistics: median, noise,
 percentiles."""
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ __all__ = ["Measured", "Sample", "interleave", "percentile", "progress"]
 
 
 def progress(text: str) -> None:
-    """Say what is measured now, on one line of the terminal that the next call writes over; nothing
-    where standard error is a file or a pipe. An empty text clears the line."""
+    """Show what is being measured, on one line of the terminal that the next call overwrites.
+    Writes nothing if standard error is a file or a pipe. An empty text clears the line."""
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\x1b[K{text}")
         sys.stderr.flush()
@@ -45,9 +45,9 @@ Measured = Mapping[str, float]
 def interleave(
     cases: Mapping[str, Callable[[], Measured]], times: int
 ) -> dict[str, dict[str, Sample]]:
-    """Run all cases in turn, `times` rounds, so that a disturbance of the machine hits all of them.
+    """Run all cases in turn for `times` rounds, so that a disturbance of the machine affects all.
 
-    Each case returns named figures; the answer is a `Sample` by case and figure.
+    Each case returns named figures; the result is a `Sample` by case and figure.
     """
     seen: dict[str, dict[str, list[float]]] = {name: {} for name in cases}
     for round_ in range(times):
@@ -62,7 +62,7 @@ def interleave(
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Nearest-rank percentile; NaN of nothing."""
+    """Nearest-rank percentile; NaN if there are no values."""
     if not values:
         return float("nan")
     ordered = sorted(values)

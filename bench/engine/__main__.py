@@ -1,4 +1,4 @@
-"""The worker's engine beside its peers, on the same model, machine and run.
+"""The worker's engine beside its peers: same model, same machine, same run.
 
     python -m bench.engine --quick
     python -m bench.engine --only throughput,bus --size 32m --streams 1,4,16,32 --json engine.json
@@ -19,14 +19,14 @@ Cases, all in one run (`--only` selects):
 * floor, on a GPU: a step beside the bytes of weights, keys and values that it must read over the
   bandwidth measured in the same run.
 
-Cases run interleaved, figures are medians, the ratio stands last.
+Cases run interleaved; figures are medians; the last column is the ratio.
 """
 
 from __future__ import annotations
 
 import os
 
-# A thread that spins in a barrier takes the core from the peers that are measured beside it.
+# Threads that spin in a barrier would take cores from the peers measured at the same time.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -49,19 +49,21 @@ Case = Callable[[Setting], None]
 def _arguments() -> argparse.Namespace:
     parser = options(__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument(
-        "--only", type=_cases, metavar="LIST", help=f"cases, of: {', '.join(CASES)}"
+        "--only", type=_cases, metavar="LIST", help=f"some of these cases: {', '.join(CASES)}"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--size", choices=tuple(SIZES), help="model; default 32m, 3b on a GPU")
     parser.add_argument("--streams", type=integers, help="default 1,4,16,32,64; 1,16,64 on a GPU")
     parser.add_argument("--prompt", type=integers, default=[4, 12], help="shortest,longest; tokens")
-    parser.add_argument("--new", type=int, help="tokens of each answer; default: each case's own")
+    parser.add_argument("--new", type=int, help="tokens of each answer [by case]")
     parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU")
     parser.add_argument("--shared", type=int, default=512, help="tokens of the shared prefix")
     parser.add_argument("--gap-prompt", type=int, default=8000, help="tokens of the long prompt")
-    parser.add_argument("--stall-ms", type=float, default=200.0, help="the engine's bound")
+    parser.add_argument(
+        "--stall-ms", type=float, default=200.0, help="the engine's limit for a gap"
+    )
     parser.set_defaults(repeats=3)  # a round of all peers takes minutes
-    parser.add_argument("--profile", action="store_true", help="only: where a decode step goes")
+    parser.add_argument("--profile", action="store_true", help="only profile a decode step")
     return parser.parse_args()
 
 
@@ -69,7 +71,7 @@ def _cases(text: str) -> list[str]:
     chosen = [name for name in text.split(",") if name]
     if unknown := [name for name in chosen if name not in CASES]:
         raise argparse.ArgumentTypeError(
-            f"no case is named {unknown[0]!r}: choose of {', '.join(CASES)}"
+            f"there is no case {unknown[0]!r}: choose from {', '.join(CASES)}"
         )
     return chosen
 
@@ -90,14 +92,14 @@ def main() -> None:
         _profile(setting)
         return
     if on_gpu and "floor" in (arguments.only or ()) and device.type != "cuda":
-        raise SystemExit("--only floor: the bandwidth is measured on CUDA devices alone")
+        raise SystemExit("--only floor: the bandwidth is measured only on CUDA devices")
     for name in arguments.only or _default_cases(device, arguments.quick):
         CASES[name](setting)
     report.finish(arguments, _plot)
 
 
 def throughput(setting: Setting) -> None:
-    """Tokens/s and time to first token, each number of streams beside every peer."""
+    """Tokens/s and time to first token at each number of streams, beside every peer."""
     arguments, report, engine = setting.arguments, setting.report, setting.engine
     new = arguments.new or (32 if arguments.quick else 64)
     low, high = arguments.prompt[0], arguments.prompt[-1]
@@ -119,7 +121,7 @@ def throughput(setting: Setting) -> None:
             )
         for name in list(cases):
             try:
-                # Short: what each does only once.
+                # A short run first, for one-time work.
                 cases[name](2)
             except Exception as error:
                 if name == "tokenbus":
@@ -127,7 +129,7 @@ def throughput(setting: Setting) -> None:
                 cause = " ".join(str(error).split())[:160]
                 report.note(f"{name} at {count} streams: {type(error).__name__}: {cause}")
                 del cases[name]
-        # One stream is compared to within a few percent: it takes more rounds.
+        # One stream is compared to within a few percent, which takes more rounds.
         rounds = repeats(arguments) + (1 if count == 1 else 0)
         seen = interleave({name: lambda r=run: r(new) for name, run in cases.items()}, rounds)
         own = seen.pop("tokenbus")
@@ -163,7 +165,7 @@ CASES: dict[str, Case] = {
     "served": engine_served.served,
     "bus": engine_served.bus,
     "shared": engine_situations.shared,
-    "pictures": engine_situations.pictures,
+    "pictures": engine_situations.images,
     "gap": engine_situations.gap,
     "floor": engine_situations.floor,
 }
@@ -176,7 +178,7 @@ def _default_cases(device: torch.device, quick: bool) -> list[str]:
 
 
 def _profile(setting: Setting) -> None:
-    """Where the time of decode steps goes, by Python function and by operator."""
+    """Print where the time of decode steps goes, by Python function and by operator."""
     import cProfile
     import pstats
 

@@ -1,8 +1,8 @@
-"""Models and runners of `bench.engine`: our engine and its peers on one and the same model.
+"""Models and runners of `bench.engine`: our engine and its peers on the same model.
 
-Every runner takes the prompts of all streams at once, writes the same number of tokens for each,
-greedy, and returns what was seen. Nothing here is downloaded: weights are random. The runners of
-this file share the process; servers of their own are `bench.engine.served`'s.
+Every runner takes the prompts of all streams at once, generates the same number of tokens for each,
+greedily, and returns its figures. Nothing is downloaded: weights are random. The runners here share
+this process; `bench.engine.served` has those that start servers.
 """
 
 from __future__ import annotations
@@ -52,23 +52,24 @@ __all__ = [
     "paired",
     "peers",
     "run_engine",
-    "run_generate_pictures",
-    "run_pictures",
+    "run_generate_images",
+    "run_images",
     "token_job",
 ]
 
 FASTCHAT_THREADS = 5
 """FastChat's default limit of concurrent `generate()` calls in one worker."""
 KV_TOKENS = 100_000
-"""Key and value tokens of our engine on a CPU."""
+"""KV cache tokens of our engine on a CPU."""
 QUEUED_STREAMS = 2 * FASTCHAT_THREADS
-"""What a peer gets in one run that answers one by one or five by five: its rate does not depend on
-how many wait. (On the length of answers it does: FastChat collects garbage after each.)"""
+"""Requests per run for a peer that answers one by one or five at a time: its rate does not depend
+on how many wait. (It does depend on the length of answers: FastChat collects garbage after
+each.)"""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama by its numbers."""
+    """The dimensions of a Llama model."""
 
     hidden: int
     layers: int
@@ -87,7 +88,7 @@ SIZES = {
     "3b": Shape(3072, 28, 24, 8, 32_000, 8192, torch.bfloat16),
     "8b": Shape(4096, 32, 32, 8, 32_000, 14_336, torch.bfloat16),
 }
-"""32m is the model of the targets; 1b and larger are meant for a GPU."""
+"""The targets are for 32m; 1b and larger are meant for a GPU."""
 
 
 NO_WORDS = 3 + 256
@@ -109,7 +110,7 @@ def build_tokenizer(vocabulary: int) -> Any:
     core.train_from_iterator(words, trainer)
     learnt = json.loads(core.to_str())
     known = learnt["model"]["vocab"]
-    # No merge leads to these: prompts have none of them, answers do, and all are text.
+    # No merge produces these: prompts never contain them, answers do, and all are text.
     known |= {
         f"\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}x{id_}": id_
         for id_ in range(len(known), vocabulary)
@@ -121,13 +122,13 @@ def build_tokenizer(vocabulary: int) -> Any:
 
 
 def build_model(shape: Shape, device: torch.device, context: int = 16_384) -> Any:
-    """A Llama with random weights, made on the device. Greedy, it writes whole words alone: no
-    end, which a peer may not be able to ignore, and no half of a character."""
+    """A Llama with random weights, created on the device. Greedily, it generates only whole words:
+    never an end token, which some peers cannot ignore, and never half a character."""
     torch.manual_seed(0)
     with torch.device(device):
         model = LlamaForCausalLM._from_config(build_config(shape, context), dtype=shape.dtype)
         with torch.no_grad():
-            # Logits of 0 are never the largest of thousands.
+            # Logits of 0 are never the largest among thousands.
             model.lm_head.weight[:NO_WORDS] = 0
     return model.eval()
 
@@ -153,8 +154,8 @@ PICTURE_PATCH = 14
 
 
 def build_vision(shape: Shape, device: torch.device) -> tuple[Any, Any]:
-    """A LLaVA with random weights whose language model has that shape, and its processor: 256
-    tokens for each image."""
+    """A LLaVA with random weights and a language model of that shape, and its processor; 256 tokens
+    per image."""
     from transformers import (
         CLIPImageProcessor,
         CLIPVisionConfig,
@@ -199,7 +200,7 @@ def build_vision(shape: Shape, device: torch.device) -> tuple[Any, Any]:
 
 @dataclass
 class Setting:
-    """One run of `bench.engine`: what its cases share. Models are built when first asked for."""
+    """What the cases of one run of `bench.engine` share. Models are built on first use."""
 
     arguments: argparse.Namespace
     report: Report
@@ -222,7 +223,7 @@ class Setting:
 
     @functools.cached_property
     def engine(self) -> TransformersEngine:
-        """Our engine, for all cases without settings of their own."""
+        """Our engine, for all cases that need no settings of their own."""
         own = build_engine(
             self.model,
             self.tokenizer,
@@ -234,7 +235,7 @@ class Setting:
         return own
 
     def token_prompts(self, count: int, low: int, high: int, seed: int) -> list[list[int]]:
-        """Random token ids, `low` to `high` of them in each prompt."""
+        """Prompts of `low` to `high` random token ids each."""
         choose = random.Random(seed)
         return [
             [choose.randrange(10, self.shape.vocabulary) for _ in range(choose.randint(low, high))]
@@ -242,7 +243,7 @@ class Setting:
         ]
 
     def text_prompts(self, count: int, seed: int) -> list[str]:
-        """Random words, about as many tokens as `--prompt` says."""
+        """Prompts of random words, with about as many tokens as `--prompt` says."""
         choose = random.Random(seed)
         low, high = self.arguments.prompt[0], self.arguments.prompt[-1]
         return [
@@ -262,14 +263,14 @@ class Load:
     tokens: int
 
     def for_a_queue(self, quick: bool) -> Load:
-        """What a peer gets that answers one by one or five by five. That fewer wait is to the
-        advantage of its first tokens."""
+        """The load for a peer that answers one by one or five at a time. Since fewer requests wait,
+        its first tokens come sooner."""
         if quick:
             return Load(min(self.streams, FASTCHAT_THREADS), min(self.tokens, 16))
         return Load(min(self.streams, QUEUED_STREAMS), self.tokens)
 
     def smaller(self, whole: Load) -> dict[str, int | None]:
-        """Parameters of a row whose peer had this load and we the whole."""
+        """Parameters of a row whose peer had this load while ours was `whole`."""
         return {
             "peer_streams": self.streams if self.streams < whole.streams else None,
             "peer_answer": self.tokens if self.tokens < whole.tokens else None,
@@ -277,8 +278,8 @@ class Load:
 
 
 def paired(own: Sample, peer: Sample) -> float:
-    """The peer's figure such that the ratio is the median of the ratios of each round: what slows
-    the machine in one round slows both."""
+    """The peer's figure, chosen so that the ratio is the median of the ratios of all rounds:
+    whatever slows the machine in a round slows both."""
     ratios = Sample(tuple(a / b for a, b in zip(own.values, peer.values, strict=True)))
     return own.median / ratios.median
 
@@ -286,7 +287,7 @@ def paired(own: Sample, peer: Sample) -> float:
 def build_engine(
     model: Any, tokenizer: Any, slots: int, processor: Any = None, **settings: Any
 ) -> TransformersEngine:
-    """Our engine over the model."""
+    """Our engine with the model."""
     own = EngineSettings(**({"prefix_tokens": 0} | settings))
     loaded = wrap_model(model, tokenizer, processor, settings=own)
     return TransformersEngine([ServedModel(loaded, ("bench",), own, slots=slots)], own, slots=slots)
@@ -295,7 +296,7 @@ def build_engine(
 def run_engine(
     engine: TransformersEngine, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> dict[str, float]:
-    """All prompts at once through the engine; returns tokens_per_s, ttft_ms and gap_ms."""
+    """Run all prompts at once through the engine; returns tokens_per_s, ttft_ms and gap_ms."""
     return _run_jobs(engine, [token_job(ids, new_tokens) for ids in prompts])
 
 
@@ -308,10 +309,10 @@ def token_job(ids: Sequence[int], new_tokens: int) -> Job:
     return Job(new_id(), request)
 
 
-def run_pictures(
-    engine: TransformersEngine, pictures: Sequence[bytes], new_tokens: int
+def run_images(
+    engine: TransformersEngine, images: Sequence[bytes], new_tokens: int
 ) -> dict[str, float]:
-    """One question to each encoded image, all at once; decoding is part of it."""
+    """Ask one question about each encoded image, all at once, including image decoding."""
     params = Params(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
     request = Request(
         model="bench",
@@ -320,22 +321,22 @@ def run_pictures(
         params=params,
         window=1 << 30,
     )
-    return _run_jobs(engine, [Job(new_id(), request, (data,)) for data in pictures])
+    return _run_jobs(engine, [Job(new_id(), request, (data,)) for data in images])
 
 
-def run_generate_pictures(
-    model: Any, processor: Any, pictures: Sequence[bytes], new_tokens: int
+def run_generate_images(
+    model: Any, processor: Any, images: Sequence[bytes], new_tokens: int
 ) -> dict[str, float]:
     """The same questions with plain `generate()`, one after the other."""
     config = _generation(new_tokens)
     clock = _Clock()
-    for data in pictures:
+    for data in images:
         image = Image.open(io.BytesIO(data)).convert("RGB")
         text = "<image> w00001 w00002"
         inputs = processor(text=[text], images=[image], return_tensors="pt").to(model.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
         model.generate(**inputs, generation_config=config)
-    return _figures(len(pictures) * new_tokens, clock.stop(), [])
+    return _figures(len(images) * new_tokens, clock.stop(), [])
 
 
 def _run_jobs(engine: TransformersEngine, jobs: Sequence[Job]) -> dict[str, float]:
@@ -361,7 +362,7 @@ def _run_jobs(engine: TransformersEngine, jobs: Sequence[Job]) -> dict[str, floa
 
 
 class _Clock:
-    """Wall and CPU time of the process since it was made."""
+    """Wall and CPU time of the process since this object was created."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -378,7 +379,7 @@ def _figures(
     gaps: Sequence[float] = (),
 ) -> dict[str, float]:
     elapsed, cpu = spent
-    # On a machine that others use, CPU time is what tells two programs apart.
+    # On a shared machine, CPU time is the better comparison.
     figures = {"tokens_per_s": tokens / elapsed, "tokens_per_cpu_s": tokens / cpu}
     if first:
         figures["ttft_ms"] = statistics.median(first) * 1e3
@@ -392,7 +393,7 @@ Runner = Callable[[Sequence[Sequence[int]], int], dict[str, float]]
 
 
 def peers(model: Any, tokenizer: Any, slots: int) -> dict[str, Runner]:
-    """The peers by the names that issue and README use."""
+    """The peers, by their names in README.md."""
     return {
         "generate": lambda prompts, new: run_generate(model, prompts, new),
         "generate_threads": lambda prompts, new: run_threads(model, tokenizer, prompts, new),
@@ -425,7 +426,8 @@ def run_generate(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) 
 def run_threads(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> dict[str, float]:
-    """FastChat's way: at most five threads of `generate()`, each with a TextIteratorStreamer."""
+    """As FastChat does it: at most five threads of `generate()`, each with a
+    TextIteratorStreamer."""
     config = _generation(new_tokens)
     permits = threading.Semaphore(FASTCHAT_THREADS)
     first: list[float] = []
@@ -461,8 +463,8 @@ def run_threads(
 def run_cb(
     model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, slots: int
 ) -> dict[str, float]:
-    """transformers' continuous batching, with sizes that fit the load (its defaults reserve most of
-    the memory and start after ten seconds on a CPU)."""
+    """transformers' continuous batching, with sizes that fit the load (with its defaults, it
+    reserves most of the memory and needs ten seconds to start on a CPU)."""
     from transformers import ContinuousBatchingConfig
 
     longest = max(map(len, prompts)) + new_tokens
@@ -482,7 +484,7 @@ def run_cb(
     )
     manager.start()
     try:
-        # Its own start is not its speed.
+        # Do not count its start-up time.
         warm = manager.add_request([5, 6, 7], max_new_tokens=2)
         _await(manager, {warm})
         clock = _Clock()

@@ -1,9 +1,9 @@
-"""A real model as users reach it: our bus and gateway beside other people's servers.
+"""A real model as users reach it: our bus and gateway beside other servers.
 
 Every server loads the same folder (the model of this run, written by `save`), with the same number
-of torch threads, and is asked the same prompts over its own streaming interface. A server that is
-missing or fails is left out, with a note that says why. `bus` sets our own bus against the engine
-in this process. Never imports what it measures: servers are processes of their own.
+of torch threads, and gets the same prompts through its own streaming interface. A server that is
+missing or fails is left out, with a note that says why. `bus` compares our own bus with the engine
+in this process. Never imports what it measures: servers run in their own processes.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ from bench.systems import Arrivals, Unavailable, pids
 from broker.protocol.install import install_hint
 
 READY_S = 120.0
-"""Longest start of a server that imports torch and loads a model."""
+"""Time limit for the start of a server that imports torch and loads a model."""
 CB_BLOCK = 256
-"""Tokens of a block of `transformers serve`, its default."""
+"""Tokens per cache block of `transformers serve`, its default."""
 TARGET_SHARE = 3.0
-"""Percent of a step that the bus around the engine may cost."""
+"""Target for the cost of the bus, in percent of an engine step."""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """The model on disk and how every server is to run it."""
+    """The model on disk, and how every server must run it."""
 
     path: Path
     device: str
     threads: int
-    #: Requests at once, at most.
+    #: Most requests at once.
     slots: int
 
     @property
@@ -65,13 +65,13 @@ class Folder:
 
 @contextlib.contextmanager
 def save(setting: Setting) -> Iterator[Folder]:
-    """Write model and tokenizer as `from_pretrained` reads them."""
+    """Write the model and tokenizer in the form that `from_pretrained` reads."""
     with tempfile.TemporaryDirectory(prefix="tb-model-") as name:
         path = Path(name) / "bench"
         disable_progress_bar()
         setting.model.save_pretrained(path)
         setting.tokenizer.save_pretrained(path)
-        # The class that every release of transformers knows, whatever this one calls it.
+        # Name a class that every release of transformers knows.
         config = path / "tokenizer_config.json"
         config.write_text(
             config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast")
@@ -80,7 +80,7 @@ def save(setting: Setting) -> Iterator[Folder]:
 
 
 class Asked(systems.Http):
-    """A completion over HTTP, of the next prompt each time."""
+    """A completion over HTTP, with the next prompt each time."""
 
     prompts: Iterator[str]
 
@@ -93,11 +93,12 @@ Parties = dict[str, list[int]]
 
 
 def bus_servers(folder: Folder) -> contextlib.AbstractContextManager[tuple[str, Parties]]:
-    """Broker and worker with the transformers engine: the broker's front, and the processes."""
+    """Broker and worker with the transformers engine; yields the broker's front and the
+    processes."""
     return systems.bus_servers(
         "transformers",
         folder.slots,
-        # As the engine in this process: every round asks the same prompts.
+        # No prefix reuse, as for the engine in this process: every round sends the same prompts.
         "prefix_tokens=0",
         *([f"kv_tokens={KV_TOKENS}"] if folder.device == "cpu" else []),
         options=(
@@ -136,7 +137,7 @@ def _completions(port: int, body: dict[str, Any], last: bytes, parties: Parties)
 
 @contextlib.asynccontextmanager
 async def fastchat_system(folder: Folder) -> AsyncIterator[Asked]:
-    """FastChat's `model_worker`, unmodified, asked directly: no controller, no API server."""
+    """FastChat's unmodified `model_worker`, called directly, without controller and API server."""
     interpreter = systems.FASTCHAT / ".venv" / "bin" / "python"
     if not any(interpreter.parent.parent.glob("lib/python*/site-packages/torch")):
         raise Unavailable("not installed: run bench/peers/fastchat/install.sh --with-model")
@@ -162,7 +163,7 @@ async def fastchat_system(folder: Folder) -> AsyncIterator[Asked]:
 
 @contextlib.asynccontextmanager
 async def transformers_system(folder: Folder, *options: str) -> AsyncIterator[Asked]:
-    """`transformers serve`, of this environment."""
+    """`transformers serve` from this environment."""
     program = Path(sys.executable).parent / "transformers"
     try:
         import fastapi  # noqa: F401
@@ -181,8 +182,8 @@ Open = Callable[[], contextlib.AbstractAsyncContextManager[Any]]
 
 
 def _foreign(folder: Folder, longest: int) -> dict[str, Open]:
-    """Other people's servers; `longest` prompt and answer, tokens."""
-    # Its defaults reserve most of the memory.
+    """The peers' servers; `longest`: most tokens of a prompt and its answer."""
+    # With its defaults it would reserve most of the memory.
     blocks = folder.slots * (longest // CB_BLOCK + 2)
     batching = ("--continuous-batching", "--cb-num-blocks", str(blocks))
     return {
@@ -220,7 +221,7 @@ async def _served(setting: Setting, folder: Folder) -> None:
             loads = {name: queued if name in ONE_BY_ONE else whole for name in systems_open}
             asked = setting.text_prompts(count, seed=count)
             seen: dict[str, dict[str, list[float]]] = {name: {} for name in systems_open}
-            # The first round is short: what each does only once.
+            # A short first round, for one-time work.
             for round_ in range(-1, min(3, repeats(arguments))):
                 for name in list(seen):
                     system, load = systems_open[name], loads[name]
@@ -275,25 +276,25 @@ def _add_served(
 
 
 def bus(setting: Setting) -> None:
-    """The same requests to the engine in this process and through broker, worker and client: the
-    CPU that the bus takes for each step, over the engine's."""
+    """Send the same requests to the engine in this process and through broker, worker and client,
+    and compare the bus's CPU per step with the engine's."""
     with save(setting) as folder:
         asyncio.run(_bus(setting, folder))
 
 
 async def _bus(setting: Setting, folder: Folder) -> None:
     engine, quick = setting.engine, setting.arguments.quick
-    # Long answers: the share is a step's, not a request's.
+    # Long answers, so that the share is that of a step, not of a request.
     new = setting.arguments.new or (32 if quick else 128)
 
     def alone(prompts: list[list[int]], tokens: int) -> dict[str, float]:
-        # OpenMP keeps this number by thread.
+        # OpenMP stores this number per thread.
         torch.set_num_threads(folder.threads)
         return run_engine(engine, prompts, tokens)
 
     with bus_servers(folder) as (front, parties):
         async with bus_client(front, parties) as system:
-            # A client's own process holds no model: what is here already is none of its garbage.
+            # A real client process holds no model, so exclude what is already here from collection.
             gc.collect()
             gc.freeze()
             try:
@@ -305,7 +306,7 @@ async def _bus(setting: Setting, folder: Folder) -> None:
                     within: list[dict[str, float]] = []
                     for round_ in range(-1, 2 if quick else repeats(setting.arguments)):
                         tokens = new if round_ >= 0 else 4
-                        # In a thread: the client's heartbeats go on.
+                        # In a thread, so that the client's heartbeats go on.
                         in_process = await asyncio.to_thread(alone, prompts, tokens)
                         on_the_bus = await run(system, count, tokens)
                         if round_ >= 0:
@@ -319,7 +320,7 @@ async def _bus(setting: Setting, folder: Folder) -> None:
 def _add_bus(
     report: Report, through: list[dict[str, float]], within: list[dict[str, float]], count: int
 ) -> None:
-    """A step writes one token of each stream."""
+    """Add the rows. A step generates one token of each stream."""
 
     def sample(figures: Iterable[float]) -> Sample:
         return Sample(tuple(figures))
@@ -329,7 +330,7 @@ def _add_bus(
         sum(each[name] for name in parties) / each["engine_us"] * 100 for each in through
     )
     report.add("engine_bus_share", share, "%", peer="target", against=TARGET_SHARE, streams=count)
-    # By the wall: how much longer than in this process a token takes. The two cores do the rest.
+    # Wall time: how much longer a token takes than in this process.
     longer = sample(
         (alone["tokens_per_s"] / each["tokens_per_s"] - 1) * 100
         for each, alone in zip(through, within, strict=True)

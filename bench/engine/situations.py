@@ -1,5 +1,5 @@
-"""Situations beside plain throughput: a shared prefix, images, a long prompt beside running
-streams, and a GPU's memory bandwidth. Each case takes the setting of the run and adds its rows."""
+"""Cases other than plain throughput: a shared prefix, images, a long prompt beside running streams,
+and a GPU's memory bandwidth. Each takes the setting of the run and adds its rows."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from bench.engine.cases import (
     build_vision,
     paired,
     run_engine,
-    run_generate_pictures,
-    run_pictures,
+    run_generate_images,
+    run_images,
     token_job,
 )
 from worker.engines.base import Ended, Failed
 
-PICTURES = 16
-"""Questions about images at once; plain `generate()` answers one after the other."""
+IMAGES = 16
+"""How many questions about images are asked at once; plain `generate()` answers them in turn."""
 
 
 def shared(setting: Setting) -> None:
-    """Prompts that share a prefix, with and without reuse of what was computed."""
+    """Prompts that share a prefix, with and without reuse of its KV cache."""
     arguments = setting.arguments
     count, new = 8, 8
     tail = setting.token_prompts(count, 8, 16, seed=5)
@@ -40,7 +40,7 @@ def shared(setting: Setting) -> None:
         )
         for name, tokens in (("reuse", 20_000), ("none", 0))
     }
-    # Without reuse, rows that run side by side would still share: they go one after the other.
+    # One after the other: requests that run at the same time would share even without reuse.
     cases = {
         name: lambda e=engine: {
             "ttft_ms": percentile([run_engine(e, [ids], new)["ttft_ms"] for ids in prompts], 50)
@@ -60,23 +60,23 @@ def shared(setting: Setting) -> None:
         engine.close()
 
 
-def pictures(setting: Setting) -> None:
+def images(setting: Setting) -> None:
     """Questions about images, all at once, beside plain generate()."""
     arguments, report = setting.arguments, setting.report
     model, processor = build_vision(setting.shape, setting.device)
-    engine = build_engine(model, processor.tokenizer, PICTURES, processor, kv_tokens=KV_TOKENS)
+    engine = build_engine(model, processor.tokenizer, IMAGES, processor, kv_tokens=KV_TOKENS)
     new = arguments.new or 32
     raw = []
-    for seed in range(PICTURES):
+    for seed in range(IMAGES):
         file = io.BytesIO()
         colour = (seed * 37 % 256, seed * 91 % 256, seed * 53 % 256)
         Image.new("RGB", (640, 480), colour).save(file, "JPEG")
         raw.append(file.getvalue())
-    run_pictures(engine, raw[:1], 2)
+    run_images(engine, raw[:1], 2)
     seen = interleave(
         {
-            "tokenbus": lambda: run_pictures(engine, raw, new),
-            "generate": lambda: run_generate_pictures(model, processor, raw, new),
+            "tokenbus": lambda: run_images(engine, raw, new),
+            "generate": lambda: run_generate_images(model, processor, raw, new),
         },
         min(3, repeats(arguments)),
     )
@@ -88,23 +88,22 @@ def pictures(setting: Setting) -> None:
             figure.replace("_per_", "/").replace("_", " "),
             peer="generate",
             against=paired(own, peer),
-            streams=PICTURES,
+            streams=IMAGES,
         )
-    report.add("engine_pictures_ttft_ms", seen["tokenbus"]["ttft_ms"], "ms", streams=PICTURES)
+    report.add("engine_pictures_ttft_ms", seen["tokenbus"]["ttft_ms"], "ms", streams=IMAGES)
     engine.close()
 
 
 def gap(setting: Setting) -> None:
-    """Time between tokens of 8 streams: alone, while a long prompt is computed beside them, and
-    while it is answered. By the wall and by the CPU: where other programs run, the wall's tail is
-    theirs."""
+    """Time between tokens of 8 streams: alone, during the prefill of a long prompt, and during its
+    answer. Measured in wall and CPU time, since other programs distort the tail of wall time."""
     arguments, report, engine = setting.arguments, setting.report, setting.engine
     streams = [token_job(ids, 4000) for ids in setting.token_prompts(8, 5, 9, seed=1)]
     prompt = setting.token_prompts(1, arguments.gap_prompt, arguments.gap_prompt, seed=2)[0]
     long = token_job(prompt, 16)
     for one in streams:
         engine.add(one)
-    # Of each step with tokens: wall and CPU milliseconds since the one before.
+    # For each step with tokens: wall and CPU milliseconds since the last one.
     quiet: list[tuple[float, float]] = []
     prompting: list[tuple[float, float]] = []
     answering: list[tuple[float, float]] = []
@@ -151,12 +150,12 @@ def gap(setting: Setting) -> None:
 
 
 def floor(setting: Setting) -> None:
-    """Decode beside the memory-bandwidth floor of the same GPU."""
+    """A decode step beside the lower bound given by the same GPU's memory bandwidth."""
     model, engine, report = setting.model, setting.engine, setting.report
     bandwidth = _bandwidth(setting.device)
     embedding = model.get_input_embeddings().weight
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    # A step reads a few rows of the embedding, not the table.
+    # A step reads only a few rows of the embedding table.
     weights -= embedding.numel() * embedding.element_size()
     token_bytes = engine._served[0].runner.cache.token_bytes
     report.add("engine_gpu_bandwidth", bandwidth / 1e9, "GB/s")
@@ -173,7 +172,7 @@ def floor(setting: Setting) -> None:
 
 
 def _bandwidth(device: torch.device) -> float:
-    """Bytes per second that a plain read of memory reaches."""
+    """Bytes per second of a plain memory read."""
     data = torch.empty(1 << 30, dtype=torch.float32, device=device).normal_()
     for _ in range(3):
         data.sum()

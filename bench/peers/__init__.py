@@ -1,1 +1,1 @@
-"""Systems that the bus is measured beside: plain forwarders, empty workers, installers."""
+"""Systems to compare the bus with: plain forwarders, null workers, installers."""

@@ -1,14 +1,15 @@
-"""The plain ZeroMQ forwarders that the broker is measured beside, each in a process of its own.
+"""The plain ZeroMQ forwarders to compare the broker with, each in its own process.
 
 `python -m bench.peers NAME FRONT BACK` binds both endpoints, prints `ready` and forwards until it
 is killed. They check nothing: no session, no sequence, no credit. Never part of the bus.
 
-* zmq_proxy: `zmq.proxy`, ROUTER in front, DEALER behind; the worker puts the client's id first.
-* monitored_queue: pyzmq's ROUTER-ROUTER queue, which swaps the two ids in front of a message.
-* python_floor: the least that a forwarder in Python can do with the bus's own frames: six direct
-  socket calls, one look-up, a new header. What the broker costs above it are its checks.
-* welcome: two ROUTERs that answer every message with the octets of one WELCOME: what ZeroMQ itself
-  takes for a peer that comes.
+* zmq_proxy: `zmq.proxy`, ROUTER in front, DEALER at the back; the worker puts the client's id
+first. * monitored_queue: pyzmq's ROUTER-ROUTER queue, which swaps the two ids in front of a
+message. * python_floor: the least that a forwarder in Python can do with the bus's own frames: six
+direct
+  socket calls, one look-up, a new header. The broker's cost above that is its checks.
+* welcome: two ROUTERs that answer every message with the bytes of a WELCOME: the cost of a new peer
+  in ZeroMQ itself.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _bound(context: zmq.Context[zmq.Socket[bytes]], kind: int, endpoint: str) ->
 
 
 def run_zmq_proxy(front: str, back: str) -> None:
-    """libzmq's C proxy."""
+    """Run libzmq's C proxy."""
     context = zmq.Context(IO_THREADS)
     ends = _bound(context, zmq.ROUTER, front), _bound(context, zmq.DEALER, back)
     print("ready", flush=True)
@@ -44,7 +45,7 @@ def run_zmq_proxy(front: str, back: str) -> None:
 
 
 def run_monitored_queue(front: str, back: str) -> None:
-    """pyzmq's C queue; the monitor is a PUB socket that nobody reads."""
+    """Run pyzmq's C queue; its monitor is a PUB socket that nobody reads."""
     context = zmq.Context(IO_THREADS)
     ends = _bound(context, zmq.ROUTER, front), _bound(context, zmq.ROUTER, back)
     watcher = context.socket(zmq.PUB)
@@ -54,11 +55,11 @@ def run_monitored_queue(front: str, back: str) -> None:
 
 
 def run_welcome(front: str, back: str) -> None:
-    """Answer whoever says something, without reading it."""
+    """Answer every message, without reading it."""
     context = zmq.Context(IO_THREADS)
     ends = context.socket(zmq.ROUTER), context.socket(zmq.ROUTER)
     for end, endpoint in zip(ends, (front, back), strict=True):
-        end.setsockopt(zmq.BACKLOG, 1024)  # as the broker's own; with 100, peers wait to be let in
+        end.setsockopt(zmq.BACKLOG, 1024)  # like the broker; with 100, peers wait to connect
         end.bind(endpoint)
     limits = BusLimits(
         request_bytes=1 << 20,
@@ -92,16 +93,16 @@ def run_welcome(front: str, back: str) -> None:
 
 
 def run_python_floor(front: str, back: str) -> None:
-    """Route by the header's id field: a client says hello with a first frame that is its route."""
+    """Route by the header's id field; a client's hello has its route as the first frame."""
     context = zmq.Context(IO_THREADS)
     clients, workers = _bound(context, zmq.ROUTER, front), _bound(context, zmq.ROUTER, back)
-    #: By route: the client's routing id, and the sequence number of its next message.
+    #: By route: the client's routing id and its next sequence number.
     routes: dict[bytes, tuple[bytes, list[int]]] = {}
     poller = zmq.Poller()
     poller.register(clients, zmq.POLLIN)
     poller.register(workers, zmq.POLLIN)
     print("ready", flush=True)
-    # The backend's methods: `zmq.Socket.send` is a Python function around them.
+    # Call the backend's methods directly: `zmq.Socket.send` is a Python function around them.
     receive, send = Socket.recv.__get__(workers), Socket.send.__get__(clients)
     get = routes.get
     again, more = int(zmq.DONTWAIT), int(zmq.SNDMORE | zmq.DONTWAIT)

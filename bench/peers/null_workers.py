@@ -1,9 +1,9 @@
-"""Token sources for the peers that are not LLM servers: NATS, plain ZeroMQ, and HTTP routers.
+"""Token sources for peers that are not LLM servers: NATS, plain ZeroMQ, and HTTP routers.
 
-`python -m bench.peers.null_workers nats PORT`, `... zmq ENDPOINT` or `... http PORT`. The last is
-OpenAI's chat route, one server-sent event a token. For the others a request is [id, tokens, step in
-ms] as msgpack; every step sends one message a stream, as such systems do without batching: one
-event [id, offset, token ids, text, last] as msgpack.
+`python -m bench.peers.null_workers nats PORT`, `... zmq ENDPOINT` or `... http PORT`. The last
+serves OpenAI's chat route, with one server-sent event per token. For the others, a request is [id,
+tokens, step in ms] as msgpack. Every step sends one message per stream, as such systems do without
+batching: one event [id, offset, token ids, text, last] as msgpack.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def event(id_: bytes, offset: int, last: bool) -> bytes:
 
 
 async def run_nats(port: int) -> None:
-    """Answers go to the request's reply subject, one published message a token."""
+    """Answer on the request's reply subject, one published message per token."""
     import nats
 
     bus = await nats.connect(f"nats://127.0.0.1:{port}")
@@ -53,7 +53,7 @@ async def run_nats(port: int) -> None:
 
 
 def run_zmq(endpoint: str) -> None:
-    """All streams step together; the client's routing id goes back in front."""
+    """Step all streams together; each message begins with the client's routing id."""
     worker = zmq.Context.instance().socket(zmq.DEALER)
     worker.set_hwm(100_000)
     worker.connect(endpoint)
@@ -86,7 +86,7 @@ MODELS = b'{"object":"list","data":[{"id":"null","object":"model","owned_by":"nu
 
 
 async def run_http(port: int) -> None:
-    """As little of an HTTP server as routers accept: keep-alive, one chunk a token."""
+    """The smallest HTTP server that routers accept: keep-alive, one chunk per token."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -116,7 +116,7 @@ async def _answer(writer: asyncio.StreamWriter, tokens: int) -> None:
     for _ in range(tokens):
         writer.write(word)
         await writer.drain()
-        # The other streams' turn: one token each, as a batch would step.
+        # Let the other streams have one token each, as in a batch.
         await asyncio.sleep(0)
     writer.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(LAST), LAST))
     await writer.drain()
