@@ -36,6 +36,7 @@ from broker.core.events import (
 from broker.core.instructions import ForgetPeer, Log, ReloadAccess, Send, StopLoop
 from broker.log import Logger
 from broker.peer.bell import Bell
+from broker.peer.heap import HeapTrimmer
 from broker.protocol import codec
 from broker.protocol.header import MessageType
 from broker.protocol.limits import ID_BYTES, MAX_FRAMES, MAX_OUTPUT_BYTES
@@ -134,6 +135,7 @@ class BrokerLoop:
         self._gone: dict[tuple[Side, bytes], int] = {}
         self._turn = 0
         self._signals = Bell()
+        self._heap = HeapTrimmer(clock=clock)
         #: Counters and gauges; shown by bus.stats.
         self.figures: dict[str, float] = dict.fromkeys(_FIGURES, 0.0)
         core.loop_figures = self.figures
@@ -186,6 +188,7 @@ class BrokerLoop:
                 self._end_strangers(now_s)
             if self._upstream is not None:
                 self._upstream.look(now_s, stopping=core.shutdown_until_s is not None)
+            self._heap.tend(now_s)
         self._flush(clock())
         for socket in (front, back):
             socket.disable_monitor()

@@ -19,6 +19,7 @@ import zmq
 
 from broker.peer.bell import Bell
 from broker.peer.dealer import CannotConnect, Dealer, Party, Report
+from broker.peer.heap import HeapTrimmer
 from broker.peer.keys import Keys
 from broker.protocol.limits import MAX_ATTACHMENT_BYTES
 from worker.core import events
@@ -145,6 +146,7 @@ class Link:
         #: twice.
         self._poll = select.poll()
         self._polled: list[tuple[int, int]] = []
+        self._heap = HeapTrimmer()
         self._exit: Exit | None = None
 
     def run(self) -> Exit:
@@ -199,6 +201,7 @@ class Link:
         now_s = time.monotonic()
         if now_s >= self._supervisor.deadline_s():
             self._handle_all(self._supervisor.tick(now_s))
+        self._heap.tend(now_s)
         if now_s >= due_s:
             self._handle(events.Tick())
 

@@ -172,11 +172,14 @@ class Soak:
         connection = http.client.HTTPConnection(urlsplit(gateway).netloc, timeout=60)
         try:
             connection.request("POST", path, sent, {"content-type": "application/json"})
-            status = connection.getresponse().status
+            response = connection.getresponse()
+            status, answer = response.status, response.read()
         finally:
             connection.close()
         self._count("refused")
-        if not 400 <= status < 500:
+        # A stream that waits for its first event has told its status before its error.
+        late = status == 200 and b'"error"' in answer
+        if not 400 <= status < 500 and not late:
             self._note(f"{path} with {sent[:80]} was answered with {status}")
 
     # --- notes ------------------------------------------------------------------------------------
