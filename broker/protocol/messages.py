@@ -447,6 +447,9 @@ class Request(_Map, frozen=True, kw_only=True):
     template_args: dict[str, Any] = {}
     #: For embed: see the worker's documentation (pooling, normalize, dimensions).
     embed_args: dict[str, Any] = {}
+    #: Of tokenize: `add_special_tokens`, where the tokens are not those of a request of the kind of
+    #: the input, and `return_tokens`.
+    tokenize_args: dict[str, Any] = {}
     #: Longest wait for a worker; None: the broker's own limit.
     queue_ms: Milliseconds | None = None
     #: Remaining life of the request; every hop subtracts the time for which it held the request.

@@ -54,6 +54,7 @@ from client.gateway.peers import Peers, anywhere
 from client.gateway.reattach import Store
 from client.gateway.state import Gateway
 from client.gateway.systemone.routes import system_one
+from client.gateway.tokens.routes import input_tokens, token_routes
 from client.gateway.watch import watch_broker
 
 __all__ = ["create_app"]
@@ -130,6 +131,7 @@ def _routes(config: Config) -> list[BaseRoute]:
         *anthropic_routes(),
         route("/v1/systemone", system_one, "POST", counted=True),
         route("/v1/responses", anywhere(create_response), "POST", counted=True),
+        route("/v1/responses/input_tokens", anywhere(input_tokens), "POST", counted=True),
         route("/v1/responses/{id:kept}", anywhere(get_response)),
         route("/v1/responses/{id:kept}", anywhere(delete_response), "DELETE"),
         route("/v1/responses/{id:kept}/cancel", anywhere(cancel_response), "POST"),
@@ -139,7 +141,7 @@ def _routes(config: Config) -> list[BaseRoute]:
         route("/bus/live", live),
         route("/bus/drain", drain, "POST"),
     ]
-    routes += ollama_routes()
+    routes += [*token_routes(), *ollama_routes()]
     if not config.no_legacy:
         routes += [*legacy_routes(), *legacy_api_routes()]
     if not config.no_page:

@@ -361,6 +361,7 @@ class EmbeddingRequest(_Body, kw_only=True):
 
 _UNSERVED = {
     "audio": "the bus serves text and images, not audio",
+    "chat_template": "the chat template is the model's own",
     "context_management": "send the part of the conversation that the model should see",
     "container": "nothing here runs code",
     "conversation": "use `previous_response_id`, or send the conversation as `input`",
@@ -372,6 +373,8 @@ _UNSERVED = {
     "input_audio": "the bus serves text and images, not audio",
     "mcp_servers": "connect to them in your program and send their tools",
     "namespace": "functions of the bus's models have none; write it into the function's name",
+    "media_io_kwargs": "images are read as they are",
+    "mm_processor_kwargs": "images are read as the model's own files say",
     "moderation": "this gateway has no moderation model",
     "prompt": "prompt templates are not stored here; send `input` and `instructions`",
     "suffix": "no model of the bus fills in the middle through this endpoint",

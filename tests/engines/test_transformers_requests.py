@@ -3,6 +3,7 @@ cancellation, continuation, and failures that are its own."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -187,6 +188,33 @@ def test_tokenize_count_detokenize_and_template_answer_without_the_model(
     assert ask(Kind.COUNT, messages=messages)["count"] == len(ids)
     assert ask(Kind.DETOKENIZE, token_ids=ids)["text"] == text
     assert ask(Kind.TOKENIZE, prompt="hello")["token_ids"] == [307]
+    named = ask(Kind.TOKENIZE, prompt="hello", tokenize_args={"return_tokens": True})
+    assert named["tokens"] == tiny.tokenizer().convert_ids_to_tokens([307])
+
+
+def test_the_tokens_of_a_text_alone_are_without_those_that_a_prompt_begins_with(model: Any) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    begins = TemplateProcessing(single="<|user|> $A", special_tokens=[("<|user|>", tiny.USER)])
+    tokenizer.backend_tokenizer.post_processor = begins
+    engine = tiny.serve(model, own_tokenizer=tokenizer)
+
+    def ask(prompt: str, **arguments: Any) -> Any:
+        request = Request(
+            model="tiny", kind=Kind.TOKENIZE, prompt=prompt, tokenize_args=arguments, window=1
+        )
+        return one(engine, Job(new_id(), request))
+
+    try:
+        assert ask("hello").ended.result["token_ids"] == [tiny.USER, 307]
+        assert ask("hello", add_special_tokens=True).ended.result["token_ids"] == [tiny.USER, 307]
+        assert ask("hello", add_special_tokens=False).ended.result["token_ids"] == [307]
+        assert ask("", add_special_tokens=False).ended.result["token_ids"] == []
+        for wrong in ({"add_special": False}, {"return_tokens": 1}):
+            assert "tokenize_args" in ask("hello", **wrong).failed.message
+    finally:
+        engine.close()
 
 
 # --- company --------------------------------------------------------------------------------------

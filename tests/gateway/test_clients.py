@@ -349,8 +349,8 @@ def test_no_wait_is_told_that_sdks_would_ignore() -> None:
     ("method", "path", "status"),
     [
         ("GET", "/v1/nothing", 404),
-        ("POST", "/v1/responses/input_tokens", 404),
-        ("GET", "/v1/responses/input_tokens", 404),
+        ("POST", "/v1/responses/something", 404),
+        ("GET", "/v1/responses/input_tokens", 405),
         ("POST", "/v1/chat/completions/x/cancel", 404),
         ("GET", "/v1/chat/completions", 405),
         ("DELETE", "/v1/models", 405),

@@ -10,6 +10,9 @@ import httpx2 as httpx
 import openai
 import pytest
 
+from broker.protocol.messages import TEXT_IDS
+from client.gateway.errors import GatewayError
+from client.gateway.openai.generation import Delta, check_token_ids
 from tests.gateway.conftest import MODEL
 from tests.gateway.test_chat import CALL
 from worker.engines.echo.tokens import detokenize, tokenize
@@ -106,6 +109,13 @@ def test_tokens_of_log_probabilities_are_named_by_their_ids(client: openai.OpenA
         for token in (chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else ())
     ]
     assert told == named
+
+
+def test_ids_that_carry_text_are_not_told_as_ids_of_tokens() -> None:
+    with pytest.raises(GatewayError) as caught:
+        check_token_ids(Delta(0, "x", 1, None, token_ids=[TEXT_IDS]))
+    assert caught.value.param == "return_token_ids"
+    check_token_ids(Delta(0, "x", 1, None, token_ids=[TEXT_IDS - 1]))
 
 
 @pytest.mark.parametrize("logprobs", [False, True])

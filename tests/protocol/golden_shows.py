@@ -47,6 +47,7 @@ SHOWS: Final = {
     "request_tools_video": "tools, a call and its result, video frames, parameters, trace context",
     "request_compact": "JSON of a schema without white space",
     "request_keep_special": "special tokens that stay in the text",
+    "request_tokenize": "the tokens of the text alone, by id and by name",
     "request_embed": "texts and token ids to embed",
     "request_decide": "typed questions about a state with an image",
     "hello_decide": "a kind that came later stands in `further_kinds`",

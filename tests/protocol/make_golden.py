@@ -366,6 +366,10 @@ def _every_field() -> dict[str, Example]:
         embed_args={"dimensions": 2},
         window=1,
     )
+    plain = {"add_special_tokens": False, "return_tokens": True}
+    tokenize = m.Request(
+        model="demo", kind=m.Kind.TOKENIZE, prompt="Once", tokenize_args=plain, window=1
+    )
     vectors = {"embeddings": [bytes(8), bytes(8)], "dimensions": 2}
     ended = m.EndEvent(
         REQUEST,
@@ -486,6 +490,7 @@ def _every_field() -> dict[str, Example]:
         "request_compact": (t.REQUEST, REQUEST, 1, 0, [compact], []),
         "request_keep_special": (t.REQUEST, REQUEST, 1, 0, [marked], []),
         "request_cut_max_tokens": (t.REQUEST, REQUEST, 1, 0, [agent], []),
+        "request_tokenize": (t.REQUEST, REQUEST, 1, 0, [tokenize], []),
         "request_embed": (t.REQUEST, REQUEST, 1, 0, [embed], []),
         "request_decide": (t.REQUEST, REQUEST, 1, 0, [decide], [b"\x89PNG not really"]),
         "hello_worker_with_an_end": (

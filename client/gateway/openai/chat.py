@@ -44,7 +44,14 @@ from client.gateway.openai.answers import (
     pick_seed,
     with_thoughts,
 )
-from client.gateway.openai.generation import Batches, ChoiceEvent, Delta, Finish, Prompted
+from client.gateway.openai.generation import (
+    Batches,
+    ChoiceEvent,
+    Delta,
+    Finish,
+    Prompted,
+    check_token_ids,
+)
 from client.gateway.openai.logprobs import named_by_id
 from client.gateway.openai.position import Position
 from client.gateway.openai.shapes import (
@@ -166,6 +173,8 @@ class _Answer:
         """Account for one event of the bus."""
         if self._so_far is not None:
             self._so_far.take(event)
+        if self._body.return_token_ids:
+            check_token_ids(event)
         if isinstance(event, Prompted):
             self._prompt_token_ids = event.prompt.token_ids
         elif isinstance(event, Delta) and event.logprobs and self._body.return_tokens_as_token_ids:

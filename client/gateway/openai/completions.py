@@ -20,7 +20,14 @@ from client.gateway.context import RequestContext
 from client.gateway.convert import completion_calls, seeded, wants_usage_so_far
 from client.gateway.errors import GatewayError
 from client.gateway.openai.answers import TextChoice, best_of, pick_seed
-from client.gateway.openai.generation import Batches, ChoiceEvent, Delta, Finish, Prompted
+from client.gateway.openai.generation import (
+    Batches,
+    ChoiceEvent,
+    Delta,
+    Finish,
+    Prompted,
+    check_token_ids,
+)
 from client.gateway.openai.logprobs import text_logprobs
 from client.gateway.openai.position import Position
 from client.gateway.openai.shapes import (
@@ -105,6 +112,8 @@ class _Answer:
         choice = self._choices[event.choice]
         if self._so_far is not None:
             self._so_far.take(event)
+        if self._body.return_token_ids:
+            check_token_ids(event)
         if isinstance(event, Prompted):
             choice.prompt_token_ids = event.prompt.token_ids
             if not self._body.echo:

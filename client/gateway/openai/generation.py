@@ -18,11 +18,11 @@ from typing import Final
 from msgspec import Struct
 
 from broker.protocol.errors import ErrorCode
-from broker.protocol.messages import Piece, TokenLogprob
+from broker.protocol.messages import TEXT_IDS, Piece, TokenLogprob
 from client import AsyncClient, AsyncStream, BusError, Retry, Timeout
 from client.core.events import End, Prompt, StreamEvent, Tokens
 from client.gateway.convert import Generation
-from client.gateway.errors import describe
+from client.gateway.errors import describe, invalid
 from client.gateway.traces import BusSpan, traced
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Delta",
     "Finish",
     "Prompted",
+    "check_token_ids",
     "generate",
     "naming",
 ]
@@ -61,6 +62,23 @@ class Finish(Struct, frozen=True):
 
     choice: int
     end: End
+
+
+def check_token_ids(event: ChoiceEvent) -> None:
+    """Check that the ids of an event are the model's: a worker whose server tells text alone makes
+    ids of its own. Raises GatewayError."""
+    ids: Sequence[int] = ()
+    match event:
+        case Delta():
+            ids = event.token_ids
+        case Prompted():
+            ids = event.prompt.token_ids
+    if ids and max(ids) >= TEXT_IDS:
+        raise invalid(
+            "return_token_ids",
+            "`return_token_ids`: the worker of this model gets text from its server and no token "
+            "ids; leave it out.",
+        )
 
 
 ChoiceEvent = Delta | Prompted | Finish

@@ -26,6 +26,12 @@ from client.gateway.openai.responses_body import INCLUDABLE, ResponseRequest
 from client.gateway.operator_view import DrainBody
 from client.gateway.requests import ChatRequest, CompletionRequest, EmbeddingRequest
 from client.gateway.systemone.bodies import SystemOneRequest
+from client.gateway.tokens.bodies import (
+    DetokenizeRequest,
+    InputTokensRequest,
+    TemplateRequest,
+    TokenizeRequest,
+)
 
 __all__ = ["openapi"]
 
@@ -40,6 +46,10 @@ _TAKES = {
     ),
     ("post", "/v1/systemone"): (SystemOneRequest, "Answer typed questions with probabilities."),
     ("post", "/v1/responses"): (ResponseRequest, "Answer an input."),
+    ("post", "/v1/responses/input_tokens"): (InputTokensRequest, "Count the tokens of an input."),
+    ("post", "/tokenize"): (TokenizeRequest, "Tokens of a text or a conversation."),
+    ("post", "/detokenize"): (DetokenizeRequest, "The text of tokens."),
+    ("post", "/apply-template"): (TemplateRequest, "The prompt that a conversation becomes."),
     ("post", "/api/chat"): (ChatBody, "Ollama's API: answer a conversation."),
     ("post", "/api/generate"): (GenerateBody, "Ollama's API: answer or continue a prompt."),
     ("post", "/api/embed"): (EmbedBody, "Ollama's API: vectors of texts."),

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from client.gateway import requests as http
 from client.gateway.bodies import aside
 from client.gateway.context import RequestContext
-from client.gateway.convert import chat_call
+from client.gateway.convert import Generation, chat_call
 from client.gateway.errors import GatewayError, UnknownAnswer, invalid
 from client.gateway.openai.answers import pick_seed, with_thoughts
 from client.gateway.openai.responses_body import (
@@ -39,13 +39,49 @@ __all__ = [
     "delete_response",
     "get_response",
     "input_items",
+    "input_of",
 ]
 
 
 async def create_response(visit: RequestContext) -> Response:
     """Answer an input; see `responses_input.ResponseRequest` for the body."""
-    body = await visit.read(ResponseRequest)
     store = visit.gateway.store
+    body, chat, call = await input_of(visit, await visit.read(ResponseRequest))
+    call = with_thoughts(call)
+    if body.truncation == "auto":
+        params = msgspec.structs.replace(call.request.params, overflow="truncate_left")
+        call = replace(call, request=msgspec.structs.replace(call.request, params=params))
+    visit.check(body.model, call.request.priority)
+    builder = ResponseBuilder(visit, body, chat, call)
+    source = builder.events(
+        visit.generate(
+            [call], prompt_field="input", has_enough=lambda _: builder.progress.has_enough
+        )
+    )
+    kept = Kept(builder.id, visit.key.name, "response", builder, call.size_bytes)
+    builder.grew = kept.grew
+    if body.background:
+        transcript = store.run(kept, source, builder.failed, grace_s=None, on_end=visit.hand_over())
+        if body.stream:
+            return visit.stream(transcript.read(asking=True), builder.failed)
+        return _json(builder.snapshot())
+    if body.store is not False:
+        store.put(kept)
+    if body.stream:
+        return visit.stream(source, builder.failed)
+    try:
+        await until_disconnect(source, visit.request.receive)
+    except BaseException:
+        store.drop(kept)
+        raise
+    return _json(builder.snapshot())
+
+
+async def input_of(
+    visit: RequestContext, body: ResponseRequest
+) -> tuple[ResponseRequest, http.ChatRequest, Generation]:
+    """The body with the items that it refers to, as a chat, and as a request of the bus. Raises
+    GatewayError."""
     items = _Items(visit)
     if visit.is_large:
         items.find()  # the store is the loop's
@@ -63,34 +99,7 @@ async def create_response(visit: RequestContext) -> Response:
         )
     except GatewayError as error:
         raise named_in_input(error, body, chat) from None
-    call = with_thoughts(call)
-    if body.truncation == "auto":
-        params = msgspec.structs.replace(call.request.params, overflow="truncate_left")
-        call = replace(call, request=msgspec.structs.replace(call.request, params=params))
-    visit.check(body.model, call.request.priority)
-    builder = ResponseBuilder(visit, body, chat, call)
-    source = builder.events(
-        visit.generate(
-            [call], prompt_field="input", has_enough=lambda _: builder.progress.has_enough
-        )
-    )
-    kept = Kept(builder.id, visit.key.name, "response", builder, size_bytes)
-    builder.grew = kept.grew
-    if body.background:
-        transcript = store.run(kept, source, builder.failed, grace_s=None, on_end=visit.hand_over())
-        if body.stream:
-            return visit.stream(transcript.read(asking=True), builder.failed)
-        return _json(builder.snapshot())
-    if body.store is not False:
-        store.put(kept)
-    if body.stream:
-        return visit.stream(source, builder.failed)
-    try:
-        await until_disconnect(source, visit.request.receive)
-    except BaseException:
-        store.drop(kept)
-        raise
-    return _json(builder.snapshot())
+    return body, chat, call
 
 
 def _conversation(visit: RequestContext, id_: str | None) -> tuple[list[http.ChatMessage], int]:

@@ -117,9 +117,29 @@ class PromptBuilder:
         """Prompt tokens, images included (kind count)."""
         return len(self._unfitted(job).ids)
 
-    def token_ids(self, job: Job) -> list[int]:
-        """Token ids of a text or of messages (kind tokenize)."""
-        return self._unfitted(job).ids
+    def tokenized(self, job: Job) -> dict[str, Any]:
+        """Token ids of a text or of messages, and the tokens themselves where asked for
+        (kind tokenize)."""
+        arguments = job.request.tokenize_args
+        unknown = sorted(set(arguments) - {"add_special_tokens", "return_tokens"})
+        if unknown or not all(isinstance(value, bool) for value in arguments.values()):
+            raise _invalid("tokenize_args: add_special_tokens and return_tokens, true or false")
+        if arguments.get("add_special_tokens", True):
+            ids = self._unfitted(job).ids
+        else:
+            if job.attachments:
+                raise _invalid("add_special_tokens: false is not for prompts with images")
+            with self._lock:
+                request = job.request
+                text = request.prompt
+                if text is None:
+                    text = self.template_text(request, [])
+                ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        result: dict[str, Any] = {"token_ids": ids}
+        if arguments.get("return_tokens"):
+            with self._lock:
+                result["tokens"] = list(map(str, self._tokenizer.convert_ids_to_tokens(ids)))
+        return result
 
     def detokenised(self, token_ids: list[int]) -> str:
         """Text of token ids (kind detokenize)."""

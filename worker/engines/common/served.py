@@ -309,8 +309,8 @@ class BatchModel:
                 count = builder.token_count(job)
                 return self._answer(job, count, {"count": count})
             case Kind.TOKENIZE:
-                ids = builder.token_ids(job)
-                return self._answer(job, len(ids), {"token_ids": ids})
+                result = builder.tokenized(job)
+                return self._answer(job, len(result["token_ids"]), result)
             case Kind.DETOKENIZE:
                 if request.token_ids is None:
                     raise _invalid("a detokenize request needs token ids")

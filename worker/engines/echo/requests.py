@@ -20,7 +20,7 @@ from broker.protocol.messages import (
     VideoPart,
 )
 from worker.engines.base import Ended, Job
-from worker.engines.echo.tokens import detokenize, tokenize
+from worker.engines.echo.tokens import detokenize, token_bytes, tokenize
 
 __all__ = ["answer_about", "decisions", "embeddings", "image_size", "required", "whole_prompt"]
 
@@ -89,11 +89,14 @@ def answer_about(job: Job, prompt: str, prompt_ids: list[int]) -> Ended:
         Kind.TOKENIZE: {"token_ids": prompt_ids},
         Kind.TEMPLATE: {"text": prompt},
     }
+    result = results[job.request.kind]
+    if job.request.kind is Kind.TOKENIZE and job.request.tokenize_args.get("return_tokens"):
+        result["tokens"] = [token_bytes(id_).decode(errors="replace") for id_ in prompt_ids]
     return Ended(
         job.request_id,
         FinishReason.STOP,
         usage=Usage(prompt_tokens=len(prompt_ids)),
-        result=results[job.request.kind],
+        result=result,
     )
 
 

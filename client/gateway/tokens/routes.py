@@ -1,0 +1,164 @@
+"""The paths that tell tokens and prompts. Each asks a worker of the model, whose tokenizer and chat
+template they are; none of them generates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, Final
+
+import msgspec
+from starlette.responses import Response
+from starlette.routing import Route
+
+from broker.protocol.limits import DEFAULT_WINDOW_TOKENS
+from broker.protocol.messages import Kind, Params, Request
+from client import calls
+from client.core.events import End
+from client.gateway.context import RequestContext, route
+from client.gateway.convert import Generation, chat_call, checked
+from client.gateway.errors import invalid
+from client.gateway.openai.generation import RETRY, naming
+from client.gateway.openai.models import find_model, named_or_only, visible_models
+from client.gateway.openai.responses import input_of
+from client.gateway.sse import until_disconnect
+from client.gateway.tokens.bodies import (
+    DetokenizeRequest,
+    InputTokensRequest,
+    TemplateRequest,
+    TokenizeRequest,
+    as_chat,
+)
+
+__all__ = ["input_tokens", "token_routes"]
+
+_JSON: Final = msgspec.json.encode
+
+
+async def _tokenize(visit: RequestContext) -> Response:
+    body = await visit.read(TokenizeRequest)
+    given = [body.prompt, body.content, body.messages]
+    if sum(one is not None for one in given) != 1:
+        raise invalid("prompt", "Send one of `prompt`, `messages` and `content`.")
+    if body.parse_special is False:
+        raise invalid("parse_special", "`parse_special: false` is not served; leave it out.")
+    model = await _model(visit, body.model)
+    names = bool(body.return_token_strs or body.with_pieces)
+    arguments: dict[str, Any] = {"return_tokens": True} if names else {}
+    attachments: Sequence[bytes] = ()
+    if body.messages is None:
+        text = body.prompt if body.content is None else body.content
+        added = body.add_special_tokens is not False if body.content is None else body.add_special
+        if not added:
+            arguments["add_special_tokens"] = False
+        request = _request(visit, model, Kind.TOKENIZE, prompt=text)
+        field = "prompt"
+    else:
+        call = await _chat(visit, body, model)
+        request, attachments, field = call.request, call.attachments, "messages"
+    request = msgspec.structs.replace(request, kind=Kind.TOKENIZE, tokenize_args=arguments)
+    end = await _ask(visit, request, attachments, field)
+    ids = calls.field_of(end, "token_ids")
+    named = calls.field_of(end, "tokens") if names else None
+    if body.content is not None:
+        pieces = zip(ids, named or (), strict=named is not None)
+        return _json({"tokens": [{"id": i, "piece": p} for i, p in pieces] if named else ids})
+    found = find_model(await visible_models(visit), model)
+    return _json(
+        {
+            "count": len(ids),
+            "max_model_len": found["context_tokens"] or 0,
+            "tokens": ids,
+            "token_strs": named,
+        }
+    )
+
+
+async def _detokenize(visit: RequestContext) -> Response:
+    body = await visit.read(DetokenizeRequest)
+    model, text = await _model(visit, body.model), ""
+    if body.tokens:
+        request = _request(visit, model, Kind.DETOKENIZE, token_ids=body.tokens)
+        text = calls.field_of(await _ask(visit, request, (), "tokens"), "text")
+    # vLLM's name and llama.cpp's.
+    return _json({"prompt": text, "content": text})
+
+
+async def _apply_template(visit: RequestContext) -> Response:
+    body = await visit.read(TemplateRequest)
+    call = await _chat(visit, body, await _model(visit, body.model))
+    request = msgspec.structs.replace(call.request, kind=Kind.TEMPLATE)
+    end = await _ask(visit, request, call.attachments, "messages")
+    return _json({"prompt": calls.field_of(end, "text")})
+
+
+async def input_tokens(visit: RequestContext) -> Response:
+    """The number of tokens that a response's input would have."""
+    body = await visit.read(InputTokensRequest)
+    body = msgspec.structs.replace(body, model=await _model(visit, body.model))
+    if not body.input and body.previous_response_id is None and not body.instructions:
+        raise invalid("input", "`input` is required.")
+    _, _, call = await input_of(visit, body)
+    request = msgspec.structs.replace(call.request, kind=Kind.COUNT, params=Params())
+    end = await _ask(visit, request, call.attachments, "input")
+    count = calls.field_of(end, "count")
+    return _json({"object": "response.input_tokens", "input_tokens": count})
+
+
+async def _model(visit: RequestContext, given: str) -> str:
+    model = await named_or_only(visit, given)
+    visit.check(model, 0)
+    return model
+
+
+async def _chat(
+    visit: RequestContext, body: TokenizeRequest | TemplateRequest, model: str
+) -> Generation:
+    call = await chat_call(
+        as_chat(body, model),
+        visit.gateway.config.images,
+        seed=0,
+        user=visit.share(None),
+        size_bytes=visit.size_bytes,
+    )
+    request = msgspec.structs.replace(call.request, params=Params())
+    return Generation(request, call.attachments)
+
+
+def _request(visit: RequestContext, model: str, kind: Kind, **given: Any) -> Request:
+    return checked(
+        Request(
+            model=model, kind=kind, user=visit.share(None), window=DEFAULT_WINDOW_TOKENS, **given
+        )
+    )
+
+
+async def _ask(
+    visit: RequestContext, request: Request, attachments: Sequence[bytes], field: str
+) -> End:
+    call = calls.ready(visit.gateway.bus.defaults, request, attachments, None, RETRY)
+
+    async def work() -> AsyncGenerator[list[End], None]:
+        with naming(field):
+            yield [await visit.ask(call)]
+
+    [end] = await until_disconnect(work(), visit.request.receive)
+    return end
+
+
+def _json(value: Any) -> Response:
+    return Response(_JSON(value), media_type="application/json")
+
+
+def token_routes() -> list[Route]:
+    """The paths, under `/v1` too."""
+    handlers = {
+        "/tokenize": _tokenize,
+        "/detokenize": _detokenize,
+        "/apply-template": _apply_template,
+    }
+    return [
+        route(f"{prefix}{path}", handler, "POST", counted=True)
+        for path, handler in handlers.items()
+        for prefix in ("", "/v1")
+    ]
