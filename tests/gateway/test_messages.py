@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from client.gateway.keys import add_key
 from tests.gateway.conftest import MODEL, GatewayProcess
 from tests.gateway.test_chat import picture
-from tests.harness import running_bus
+from tests.harness import Bus, running_bus
 
 THOUGHT = "<think>\nhm, two\n</think>\n\nthree"
 CALL = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": [2, "x"]}}</tool_call>'
@@ -548,6 +548,26 @@ def test_json_is_held_to_the_schema_that_was_asked_for(claude: anthropic.Anthrop
 
 
 # --- streams that are interrupted -----------------------------------------------------------------
+
+
+def test_a_killed_worker_changes_nothing_that_the_sdk_shows(
+    make_bus: Callable[..., Bus], make_gateway: Callable[..., GatewayProcess]
+) -> None:
+    own = make_bus(workers=2)
+    text = "[[echo mode=sampled answer_tokens=60 think_tokens=20 step_delay_ms=15]]x"
+    body = said(text, thinking=THINK, extra_body={"seed": 7})
+    with sdk(make_gateway(bus=own).url) as claude:
+        wanted = ask(claude, "streamed", **body)
+        with claude.messages.stream(**body) as stream:
+            for number, _ in enumerate(stream):
+                if number in (12, 60):
+                    [running] = [row["name"] for row in own.rows() if row["running"]]
+                    own.workers.pop(running).kill()
+                    if number == 12:
+                        own.start_worker("third")
+            found = stream.get_final_message()
+    assert found.content == wanted.content and len(found.content) == 2
+    assert (found.stop_reason, found.usage) == (wanted.stop_reason, wanted.usage)
 
 
 def test_silence_is_filled_with_pings(gateway: GatewayProcess) -> None:

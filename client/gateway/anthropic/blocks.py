@@ -83,8 +83,9 @@ class Blocks:
         steps: list[Step] = []
         if self._held and not self.content and self._open is None:
             # All that there is.
+            text = self._held
             self._begin({"type": "text"}, steps)
-            self._grow("text", self._held, steps)
+            self._grow("text", text, steps)
         self._close(steps)
         return steps
 

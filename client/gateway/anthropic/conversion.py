@@ -101,7 +101,8 @@ def as_conversation(body: CountTokensRequest, signer: Signer) -> Conversation:
         tool_choice=_tool_choice(body),
         parallel_tool_calls=_parallel(body),
         response_format=_format(body),
-        reasoning_effort=body.output_config.effort if body.output_config else None,
+        # The models of the bus have an effort of their thoughts alone.
+        reasoning_effort=body.output_config.effort if body.output_config and thinks(body) else None,
         service_tier="fast" if body.speed == "fast" else None,
         user=body.metadata.user_id if body.metadata else None,
         chat_template_kwargs=template_args | (body.chat_template_kwargs or {}),

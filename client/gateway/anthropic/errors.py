@@ -32,6 +32,14 @@ _TYPE_OF_STATUS: Final = {
     429: "rate_limit_error",
     504: "timeout_error",
 }
+#: Fields of the bus's requests that have another name here.
+_FIELDS: Final = {
+    "enable_thinking": "thinking",
+    "max_completion_tokens": "max_tokens",
+    "reasoning_effort": "output_config.effort",
+    "stop": "stop_sequences",
+    "thinking_tokens": "thinking.budget_tokens",
+}
 
 
 def error_body(error: GatewayError, request_id: str | None = None) -> dict[str, Any]:
@@ -41,7 +49,7 @@ def error_body(error: GatewayError, request_id: str | None = None) -> dict[str, 
         kind = "invalid_request_error" if error.status < 500 else "api_error"
     details: dict[str, Any] = {**error.info.details, "error_code": error.openai_code}
     if error.param is not None:
-        details["param"] = error.param
+        details["param"] = _FIELDS.get(error.param, error.param)
     told = {"type": kind, "message": _message(error), "details": details}
     return {"type": "error", "error": told, "request_id": request_id}
 

@@ -68,15 +68,39 @@ async def create_message(visit: RequestContext) -> Response:
     visit.check(body.model, call.request.priority)
     position = resumed or Position.first(_PREFIX, call.request.params.seed)
     answer = _Answer(visit, body, call, position)
-    events = visit.generate(
-        [call], prompt_field="messages", has_enough=lambda _: answer.progress.has_enough
-    )
+    events = _generated(visit, body, call, answer)
     if body.stream:
         source = answer.stream(events)
         return rejoin.begin(visit, _KIND, position, source, answer.failed, **_FRAMING)
     await until_disconnect(answer.taking(events), visit.request.receive)
     data = await visit.aside(_JSON, answer.complete())
     return Response(data, media_type="application/json")
+
+
+async def _generated(
+    visit: RequestContext, body: MessagesRequest, call: Generation, answer: _Answer
+) -> Batches:
+    """The events of the request. A model that cannot be told not to think thinks: who does not
+    name `thinking` has not asked for silence."""
+    calls = [call]
+    if body.thinking is None and "enable_thinking" in call.request.template_args:
+        args = {k: v for k, v in call.request.template_args.items() if k != "enable_thinking"}
+        request = msgspec.structs.replace(call.request, template_args=args)
+        calls.append(replace(call, request=request))
+    for one in calls:
+        begun = False
+        events = visit.generate(
+            [one], prompt_field="messages", has_enough=lambda _: answer.progress.has_enough
+        )
+        try:
+            async with contextlib.aclosing(events):
+                async for batch in events:
+                    begun = True
+                    yield batch
+            return
+        except GatewayError as error:
+            if begun or one is calls[-1] or error.param != "enable_thinking":
+                raise
 
 
 async def count_tokens(visit: RequestContext) -> Response:
