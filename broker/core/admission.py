@@ -6,6 +6,7 @@ Bytes in; out comes a typed value, or a `RequestError` whose message names the f
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Final
@@ -270,6 +271,8 @@ def enqueue(
         request.prefix_key = placement.prefix_key(body)
     queue_s = bus.settings.queue_s if body.queue_ms is None else body.queue_ms / 1000
     ttl_s = bus.settings.ttl_s if body.ttl_ms is None else body.ttl_ms / 1000
+    if body.queue_ms is None and request.preempted_s > -math.inf:
+        queue_s = math.inf  # it has waited its turn before, and gave it up for others
     request.queue_until_s = bus.now_s + queue_s
     request.ttl_until_s = bus.now_s + ttl_s
     admit(bus, client, request)

@@ -40,6 +40,7 @@ def attach(
     request.worker = worker
     request.worker_name = worker.name
     request.to(Phase.RUNNING, bus.now_s)
+    bus.note_running(request)
     assign = Assign(
         reply_to=bus.route_to(worker, client).id,
         epoch=request.epoch,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from broker.core import assignment, ends, sharing, suspicion
+from broker.core import assignment, ends, preemption, sharing, suspicion
 from broker.core.records import RequestState, WorkerSession
 from broker.core.state import BusState
 
@@ -20,10 +20,13 @@ PASSED_OVER: Final = 64
 def run(bus: BusState) -> None:
     """Assign waiting requests to free workers, one request of each model in turn. Then tell workers
     that are shared with other brokers what is still waiting."""
+    looked = set(bus.dirty)
     while bus.dirty:
         for model in sorted(bus.dirty, key=lambda model: _last_served(bus, model)):
             if not _assign_next(bus, model):
                 bus.dirty.discard(model)
+    for model in sorted(looked):
+        preemption.consider(bus, model)
     if bus.shared:
         sharing.tell_demand(bus)
 

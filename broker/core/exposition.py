@@ -31,6 +31,7 @@ _COUNTERS: Final = {
         "Streams that went on at a worker that continues by token ids or text alone.",
         "resumes_inexact",
     ),
+    "preemptions": ("Streams that gave way to a request of higher priority.", "preempted"),
     "moves": ("Streams moved away from workers that were about to end.", "moved"),
     "interruptions": ("Requests whose worker left or gave them up.", "interrupted"),
     "rejections": ("Requests that a worker did not take.", "rejected"),

@@ -7,6 +7,7 @@ deadlines are timers (`BusState.at`).
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from typing import Final
 
@@ -76,6 +77,29 @@ class ModelQueue:
         """Undo a `take`: the request and its user are first again."""
         self.add(request)
         self._levels[request.priority].move_to_end(_line_of(request), last=False)
+
+    def highest(self) -> int:
+        """The highest priority that waits."""
+        return max(self._levels)
+
+    def upcoming(self, most: int) -> list[RequestState]:
+        """The next so many requests, in the order in which `take` gives them."""
+        found: list[RequestState] = []
+        for priority in sorted(self._levels, reverse=True):
+            users = self._levels[priority]
+            found += itertools.islice(users.get(_MOVED, {}).values(), most - len(found))
+            lines = [iter(line.values()) for user, line in users.items() if user != _MOVED]
+            while lines and len(found) < most:
+                rest = []
+                for line in lines:
+                    request = next(line, None)
+                    if request is not None:
+                        found.append(request)
+                        rest.append(line)
+                lines = rest
+            if len(found) >= most:
+                break
+        return found[:most]
 
     def position(self, request: RequestState) -> int:
         """How many requests are served before this one, if nobody else arrives or leaves."""

@@ -363,6 +363,7 @@ class RequestState:
         "order",
         "orphan_until_s",
         "outcome",
+        "preempted_s",
         "prefix_key",
         "priority",
         "queue_until_s",
@@ -404,6 +405,8 @@ class RequestState:
         self.most_tokens: int | None = None
         #: It ran, and its worker gave it up alive: it is first in the queue when it comes back.
         self.moved = False
+        #: When it gave way to a higher priority last.
+        self.preempted_s = -math.inf
         #: The user whose turn it takes in the queue.
         self.user_key = ""
         self.priority = 0

@@ -74,6 +74,7 @@ def _resume(
     request.order = order or next(bus.numbers)
     if existing is not None:
         request.moves, request.moved = existing.moves, existing.moved
+        request.preempted_s = existing.preempted_s
         request.returned, request.deaths = existing.returned, existing.deaths
         request.lost_alone = existing.lost_alone
     request.lost_workers = suspicion.without(facts.lost_workers, request.returned)

@@ -109,6 +109,17 @@ class CoreSettings:
         "how long before a worker's known end its streams begin to move to others",
         low=0,
     )
+    preempt: bool = option(
+        True,
+        "",
+        "where all slots are taken, a stream of lower priority gives way and goes on later",
+    )
+    preempt_floor_s: float = option(
+        0.5, "s", "a stream gives way this long after its first token at the earliest", low=0
+    )
+    preempt_again_s: float = option(
+        10.0, "s", "a stream that gave way is left alone for this long", low=0
+    )
     drain_s: float = option(30.0, "s", "deadline of a drain that names none", low=0)
 
     window_tokens: int = option(

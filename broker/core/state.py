@@ -88,6 +88,15 @@ class BusState:
         #: Requests that were moved and have not come back yet: model, and until when they are
         #: expected, by id.
         self.moved: dict[bytes, tuple[str, float]] = {}
+        #: Running requests by priority and id, to find one that gives way; entries of requests that
+        #: run no more stay until the next look.
+        self.by_priority: dict[int, dict[bytes, RequestState]] = {}
+        self.by_priority_count = self.by_priority_tidied = 0
+        #: Slots that streams were told to leave: worker, and until when they should be free, by the
+        #: id of the request.
+        self.freeing: dict[bytes, tuple[WorkerSession, float]] = {}
+        #: No look for somebody who gives way before this time, by the model that waits.
+        self.preempt_from_s: dict[str, float] = {}
         #: Statistics by model.
         self.figures = Figures()
         #: Counters of the loop around the core; shown by bus.stats, never used in decisions.
@@ -179,6 +188,44 @@ class BusState:
         route.moved.add(request.id)
         request.diverted.append(route)
         self.fast_routes.pop(route.key, None)
+
+    def note_running(self, request: RequestState) -> None:
+        """It runs now: it may have to give way to a higher priority."""
+        self.by_priority.setdefault(request.priority, {})[request.id] = request
+        self.by_priority_count += 1
+        if self.by_priority_count > 2 * self.by_priority_tidied + 256:
+            for priority in list(self.by_priority):
+                self._tidy(priority)
+            self.by_priority_count = sum(map(len, self.by_priority.values()))
+            self.by_priority_tidied = self.by_priority_count
+
+    def _tidy(self, priority: int) -> dict[bytes, RequestState]:
+        """The requests of a priority that still run."""
+        noted = self.by_priority.get(priority, {})
+        running = {
+            id_: request
+            for id_, request in noted.items()
+            if request.phase is Phase.RUNNING and request.priority == priority
+        }
+        if running:
+            self.by_priority[priority] = running
+        else:
+            self.by_priority.pop(priority, None)
+        return running
+
+    def lowest_running(self) -> int | None:
+        """The lowest priority of any running request."""
+        while self.by_priority:
+            lowest = min(self.by_priority)
+            noted = self.by_priority[lowest].values()
+            if any(request.phase is Phase.RUNNING for request in noted) or self._tidy(lowest):
+                return lowest
+        return None
+
+    def running_below(self, priority: int) -> list[RequestState]:
+        """All running requests of lower priorities, the lowest first."""
+        lower = sorted(other for other in self.by_priority if other < priority)
+        return [request for other in lower for request in self._tidy(other).values()]
 
     def on_their_way(self, model: str) -> int:
         """Number of requests for this model that were moved and will be back in a moment."""

@@ -128,6 +128,8 @@ class Call:
     error: BusError | None = None
     result: Any = None
     resumed: int = 0
+    #: How often it gave way to a request of higher priority.
+    gave_way: int = 0
 
     @property
     def name(self) -> str:

@@ -541,6 +541,7 @@ class SimClient(Party):
                 case client_events.Recovering():
                     call.unheard += call.begun
                     call.begun = False
+                    call.gave_way += "higher priority" in item.reason
                     call.blamed.update(self.core._requests.exchanges[id_].lost_workers)
                     call.queued_s, call.lost_s = math.inf, min(call.lost_s, self.world.now_s)
                     self.world.note(self.name, f"{id_.hex()[:8]} recovers: {item.reason}")

@@ -90,6 +90,8 @@ class Plan:
     peer_queue_messages: int
     asks: tuple[Ask, ...]
     faults: tuple[Fault, ...]
+    #: Progress before a stream gives way to a higher priority, and how long until it may again.
+    preempt_s: tuple[float, float] = (0.5, 10.0)
 
 
 def make(
@@ -127,6 +129,7 @@ def make(
         peer_queue_messages=rng.choice((8, 300)),
         asks=asks,
         faults=faults,
+        preempt_s=rng.choice(((0.5, 10.0), (0.0, 1.0), (0.0, 0.0))),
     )
 
 

@@ -43,6 +43,7 @@ def main() -> None:
         for call in run.calls:
             seen["dropped" if call.dropped else "gone" if call.gone else call.outcome] += 1
             seen["resumes"] += call.resumed
+            seen["gave way"] += call.gave_way
     took_s = time.monotonic() - began_s
     print(f"{args.seeds} scenarios, {failed} failed, {args.seeds / took_s * 60:.0f} a minute")
     print(", ".join(f"{name} {count}" for name, count in sorted(seen.items())))

@@ -45,6 +45,8 @@ class Run:
             stall_lost_s=STALL_S,
             drain_s=2.0,
             move_s=5.0,
+            preempt_floor_s=plan.preempt_s[0],
+            preempt_again_s=plan.preempt_s[1],
             window_tokens=plan.window_tokens,
             placement=plan.placement,
             queue_requests=plan.queue_requests,
