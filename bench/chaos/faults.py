@@ -23,6 +23,7 @@ from broker.protocol import codec
 from broker.protocol.header import MessageType
 from broker.protocol.messages import new_id
 from client import BusError
+from client.cli.local_bus import ManagedProcess
 from tests.support import strangers
 from tests.support.faults import engine_of, stop_for
 from tests.support.plain_peer import RawPeer
@@ -47,11 +48,11 @@ class Blow:
     outcome: Outcome
     random: random.Random
 
-    def worker(self) -> Process:
+    def worker(self) -> ManagedProcess:
         """The victim of a fault that hits one worker."""
         return self.stage.workers["w1"]
 
-    def broker(self) -> Process:
+    def broker(self) -> ManagedProcess:
         return self.stage.brokers[0]
 
     def silence_s(self) -> float:

@@ -15,13 +15,13 @@ from typing import Final
 
 from bench.chaos.faults import Blow, Fault
 from bench.chaos.stage import Layout
-from bench.common import Process
+from client.cli.local_bus import ManagedProcess
 from tests.support.faults import engine_of
 
 _FEATURES: Final = Layout(features=True)
 
 
-def _victims(blow: Blow, count: int) -> list[Process]:
+def _victims(blow: Blow, count: int) -> list[ManagedProcess]:
     """Up to `count` workers that have work."""
     ready = blow.stage.ready_workers()
     blow.random.shuffle(ready)
@@ -55,7 +55,7 @@ def _kill_broker(blow: Blow) -> None:
 
 
 def _kill_gateway(blow: Blow) -> None:
-    blow.random.choice(list(blow.stage.gateways.values())).kill()
+    blow.random.choice(blow.stage.gateways).process.kill()
 
 
 def _kill_two_workers(blow: Blow) -> None:

@@ -201,8 +201,8 @@ class Soak:
 def _pids(stage: Stage) -> dict[str, int]:
     """Every running process of the bus. An engine is its worker's child."""
     pids = {"broker": stage.brokers[0].pid}
-    for index, gateway in stage.gateways.items():
-        pids[f"gateway {index + 1}"] = gateway.pid
+    for number, gateway in enumerate(stage.gateways, 1):
+        pids[f"gateway {number}"] = gateway.process.pid
     for name, worker in stage.workers.items():
         pids[f"worker {name}, link"] = worker.pid
         pids[f"worker {name}, engine"] = engine_of(worker.pid)

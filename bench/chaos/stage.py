@@ -14,12 +14,11 @@ import tempfile
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final
 
 from bench.chaos.features import ADAPTERS, CHAT_TEMPLATE, MODEL
-from bench.common import ROOT, Process, ProcessFailed, free_port, python, wait_for, wait_port
-from client import BusError, Client, Timeout
+from bench.common import ONE_THREAD, ROOT, Process, ProcessFailed, free_port, python, wait_for
+from client.cli.local_bus import Gateway, LocalBus, ManagedProcess
 from tests.support.faults import Proxy
 from tests.support.reader import Got
 
@@ -51,124 +50,94 @@ class Layout:
     features: bool = False
 
 
-class Stage:
-    """A running bus. Use it with `with`."""
+class Stage(LocalBus):
+    """A running bus that can be broken and healed. Use it with `with`."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self._stack = contextlib.ExitStack()
-        self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="tb-")))
-        ports = [(free_port(), free_port()) for _ in range(layout.brokers)]
-        self.fronts = [f"tcp://127.0.0.1:{front}" for front, _ in ports]
-        self.backs = [f"tcp://127.0.0.1:{back}" for _, back in ports]
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="tb-")))
+        options = ["--orphan-grace-s", "5"]
+        if (beat := layout.heartbeat_s) is not None:
+            options += ["--worker-heartbeat-s", str(beat), "--client-heartbeat-s", str(beat)]
+        output = Path("/dev/full") if layout.full_disk else None
+        super().__init__(folder, *options, environment=ONE_THREAD, output=output, stop_s=0)
         self.front_proxy: Proxy | None = None
         self.back_proxy: Proxy | None = None
-        if layout.proxied:
-            self.front_proxy = self._stack.enter_context(Proxy(self.fronts[0]))
-            self.back_proxy = self._stack.enter_context(Proxy(self.backs[0]))
-        self.brokers: dict[int, Process] = {}
-        self.workers: dict[str, Process] = {}
-        gateways = 2 if layout.features else 0
-        self._gateway_ports = [free_port() for _ in range(gateways)]
-        self.gateways: dict[int, Process] = {}
-        self._observer: Client | None = None
-        self._started = 0
+        #: Chosen in advance, since each gateway is told the others' addresses.
+        self._gateway_ports = [free_port() for _ in range(2 if layout.features else 0)]
         self._readers: list[Process] = []
 
     def __enter__(self) -> Stage:
-        for index in range(self.layout.brokers):
-            self.start_broker(index)
-        if self.layout.features:
-            self._write_model_files()
-        for number in range(1, self.layout.workers + 1):
-            self.start_worker(f"w{number}")
-        for index in range(len(self._gateway_ports)):
-            self.start_gateway(index)
-        self.wait_healthy()
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._observer is not None:
-            self._observer.close()
+    def _start(self) -> None:
+        for index in range(self.layout.brokers):
+            self.start_broker(index=index)
+        if self.layout.proxied:
+            self.front_proxy = self._stack.enter_context(Proxy(self.front))
+            self.back_proxy = self._stack.enter_context(Proxy(self.back))
+        if self.layout.features:
+            (self.folder / "template.jinja").write_text(CHAT_TEMPLATE)
+            command = python("-m", "bench.chaos.features", str(self.folder))
+            subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        for number in range(1, self.layout.workers + 1):
+            self.add_worker(f"w{number}")
+        for index in range(len(self._gateway_ports)):
+            self.add_gateway(index)
+        self.wait_healthy()
+
+    def stop(self) -> None:
+        """End every process, the readers too, and remove the folder."""
         self.end_readers()
-        for process in self._all():
-            process.kill()
-            process.stop()
+        super().stop()
         self._stack.close()
 
     # --- processes --------------------------------------------------------------------------------
 
-    def _all(self) -> list[Process]:
-        return [*self.gateways.values(), *self.workers.values(), *self.brokers.values()]
+    def command(self, module: str, *arguments: str) -> list[str]:
+        """The command line of a program; a broker's sets its limit of descriptors."""
+        command = super().command(module, *arguments)
+        if module != "broker" or self.layout.descriptors is None:
+            return command
+        limited = f'ulimit -n {self.layout.descriptors}; exec "$@"'
+        return ["sh", "-c", limited, "sh", *command]
 
-    def _write_model_files(self) -> None:
-        (self.folder / "template.jinja").write_text(CHAT_TEMPLATE)
-        command = python("-m", "bench.chaos.features", str(self.folder))
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-
-    def _process(self, *arguments: str, limit: int | None = None) -> Process:
-        command = python(*arguments)
-        if limit is None and not self.layout.full_disk:
-            return Process(command)
-        shell = f"ulimit -n {limit}; " if limit is not None else ""
-        full = " >/dev/full 2>&1" if self.layout.full_disk else ""
-        return Process(["sh", "-c", f'{shell}exec "$@"{full}', "sh", *command])
-
-    def start_broker(self, index: int = 0) -> Process:
-        """Start a broker, or another one at the same addresses; returns once it listens."""
-        self._started += 1
-        ready = self.folder / f"ready-{self._started}"
-        beat = self.layout.heartbeat_s
-        arguments = ["-m", "broker", "--front", self.fronts[index], "--back", self.backs[index]]
-        arguments += ["--ready-file", str(ready), "--orphan-grace-s", "5"]
-        if beat is not None:
-            arguments += ["--worker-heartbeat-s", str(beat), "--client-heartbeat-s", str(beat)]
-        process = self._process(*arguments, limit=self.layout.descriptors)
-        self.brokers[index] = process
-        wait_for(ready.exists, "the broker's ready file", process=process)
-        return process
-
-    def start_worker(self, name: str) -> Process:
-        """Start a worker; does not wait."""
-        backs = [self.back_proxy.address] if self.back_proxy else self.backs
-        arguments = ["-m", "worker", "--worker-id", name, "--no-progress", "--drain-s", "0.5"]
+    def add_worker(self, name: str) -> ManagedProcess:
+        """Start a worker, or another one in its place; does not wait."""
+        brokers = [self.back_proxy.address] if self.back_proxy else None
+        options = ["--drain-s", "0.5"]
         if self.layout.features:
-            arguments += self._model_arguments()
-        else:
-            arguments += ["--engine", "echo", "--slots", str(SLOTS), "--engine-stall-s", "1.5"]
-            # Room for the slow reader's long answer.
-            arguments += ["--engine-arg", "context_tokens=10000000"]
-        for back in backs:
-            arguments += ["--broker", back]
-        self.workers[name] = process = self._process(*arguments)
-        return process
+            options += self._model_options()
+            return self.start_worker(name, *options, engine=None, brokers=brokers)
+        options += ["--slots", str(SLOTS), "--engine-stall-s", "1.5"]
+        # Room for the slow reader's long answer.
+        options += ["--engine-arg", "context_tokens=10000000"]
+        return self.start_worker(name, *options, brokers=brokers)
 
-    def _model_arguments(self) -> list[str]:
+    def _model_options(self) -> list[str]:
         adapters = ",".join(f"{name}={self.folder / name}" for name in ADAPTERS)
         # In float32, an answer does not depend on its neighbours in the batch.
-        arguments = ["--model-name", MODEL, "--device", "cpu", "--dtype", "float32"]
-        arguments += ["--threads", "1", "--slots", str(MODEL_SLOTS), "--engine-stall-s", "10"]
-        arguments += ["--chat-template", str(self.folder / "template.jinja")]
-        return [*arguments, "--engine-arg", f"adapters={adapters}"]
+        options = ["--model-name", MODEL, "--device", "cpu", "--dtype", "float32"]
+        options += ["--threads", "1", "--slots", str(MODEL_SLOTS), "--engine-stall-s", "10"]
+        options += ["--chat-template", str(self.folder / "template.jinja")]
+        return [*options, "--engine-arg", f"adapters={adapters}"]
 
     @property
     def gateway_urls(self) -> list[str]:
         return [f"http://127.0.0.1:{port}" for port in self._gateway_ports]
 
-    def start_gateway(self, index: int) -> Process:
-        """Start a gateway, or another one at the same address; returns once it listens."""
-        urls, fronts = self.gateway_urls, ",".join(self.fronts)
+    def add_gateway(self, index: int) -> Gateway:
+        """Start a gateway, or another one in its place; returns once it listens."""
+        urls = self.gateway_urls
+        peers = ",".join(url for url in urls if url != urls[index])
         port = self._gateway_ports[index]
-        arguments = ["-m", "client.gateway", "--broker", fronts, "--port", str(port)]
-        arguments += ["--peers", ",".join(url for url in urls if url != urls[index])]
-        self.gateways[index] = process = self._process(*arguments)
-        wait_port(port, process)
-        return process
+        return self.start_gateway("--peers", peers, port=port, index=index)
 
     def start_features_reader(self, lanes: int, tokens: int) -> Process:
         """Start a client that reads answers with every feature through the gateways."""
@@ -207,38 +176,25 @@ class Stage:
 
     # --- health -----------------------------------------------------------------------------------
 
-    def observer(self) -> Client:
-        """A client that bypasses all proxies, for queries and commands."""
-        if self._observer is None:
-            self._observer = Client(self.fronts, name="observer", timeout=Timeout(connect=2))
-        return self._observer
-
-    def rows(self) -> list[dict[str, Any]]:
-        """The answer of `bus.workers`; empty while no broker answers."""
-        try:
-            return self.observer().workers()
-        except BusError:
-            return []
-
     def stats(self) -> dict[str, float]:
-        """`bus.stats`."""
+        """The answer of `bus.stats`."""
         answer: dict[str, float] = self.observer().query("bus.stats")
         return answer
 
     def heal(self) -> None:
-        """Restart dead processes and continue stopped ones, as the system's supervisor would."""
-        for index, broker in list(self.brokers.items()):
-            if broker.ended:
-                broker.stop()
-                self.start_broker(index)
+        """Restart dead processes, as the system's supervisor would."""
+        for index, broker in enumerate(self.brokers):
+            if not broker.running:
+                broker.kill()
+                self.start_broker(index=index)
         for name, worker in list(self.workers.items()):
-            if worker.ended:
-                worker.stop()
-                self.start_worker(name)
-        for index, gateway in list(self.gateways.items()):
-            if gateway.ended:
-                gateway.stop()
-                self.start_gateway(index)
+            if not worker.running:
+                worker.kill()
+                self.add_worker(name)
+        for index, gateway in enumerate(self.gateways):
+            if not gateway.process.running:
+                gateway.process.kill()
+                self.add_gateway(index)
 
     def ready_workers(self) -> list[str]:
         """Names of the workers that accept requests."""
@@ -284,14 +240,10 @@ class Stage:
     def story(self, lines: int = 30, *, warnings: bool = False) -> str:
         """The last lines of every process, or its last warnings."""
         parts = []
-        for name, process in [
-            *((f"broker {index}", process) for index, process in self.brokers.items()),
-            *self.workers.items(),
-            *((f"gateway {index}", process) for index, process in self.gateways.items()),
-        ]:
-            ended = f" ended with {process.wait(0)}" if process.ended else ""
-            parts.append(f"--- {name} (pid {process.pid}){ended}")
-            said = process.lines
+        for process in self.processes:
+            ended = "" if process.running else f" ended with {process.wait(0)}"
+            parts.append(f"--- {process.name} (pid {process.pid}){ended}")
+            said = process.log().splitlines()
             if warnings:
                 said = [line for line in said if '"level": "warning"' in line]
             parts += said[-lines:]

@@ -1,7 +1,8 @@
-"""A bus as processes on this machine: brokers, workers and gateways, started, watched and ended.
+"""A bus as processes on this machine: starts, watches and ends brokers, workers and gateways.
 
-The demo, the tests, the benchmarks and the judges all start theirs here, by the commands that a
-person would type. Must never leave a process behind, and knows nothing of what is asked of the bus.
+The demo, the tests, the benchmarks and the judges all start their bus here, with the commands that
+a person would type. Must never leave a process behind. Knows nothing of the requests sent to the
+bus.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ __all__ = ["START_S", "Gateway", "LocalBus", "ManagedProcess", "ProcessFailed", 
 
 T = TypeVar("T")
 
-#: Where our packages are, installed or not.
+#: The folder that contains our packages, installed or not.
 ROOT: Final = Path(__file__).resolve().parents[2]
 ANYWHERE: Final = "tcp://127.0.0.1:*"
 
 START_S: Final = 30.0
-"""Broker and gateway are up long before; importing the gateway takes a second or two."""
+"""Far more than broker and gateway need; importing the gateway takes a second or two."""
 STOP_S: Final = 10.0
-"""A process that has not ended so long after SIGTERM is killed."""
+"""Time between SIGTERM and SIGKILL."""
 LOOK_S: Final = 0.01
-"""Between two looks at a condition."""
+"""Interval at which a condition is checked."""
 
 
 class ProcessFailed(BusError):
-    """A process ended, or was not ready in time; the message says which, and its last words."""
+    """A process ended or was not ready in time; the message names it and its last output line."""
 
     default_code = "process_failed"
 
@@ -52,8 +53,9 @@ def wait_for(
     timeout_s: float = START_S,
     process: ManagedProcess | None = None,
 ) -> T:
-    """Wait until `condition()` is true; returns its value. Raises `ProcessFailed`, at once where
-    `process` ends. `what` is waited for: "the door to open"."""
+    """Wait until `condition()` is true, and return its value. Raises `ProcessFailed` after
+    `timeout_s`, or at once if `process` ends. `what` completes "waited 30 s for ...": "the broker
+    to be ready"."""
     until_s = time.monotonic() + timeout_s
     while not (found := condition()):
         if process is not None:
@@ -66,7 +68,7 @@ def wait_for(
 
 
 class ManagedProcess:
-    """A process in a group of its own, whose output is kept. Ends with a `with` block."""
+    """A process in its own process group, whose output is kept. A `with` block ends it."""
 
     def __init__(
         self,
@@ -79,16 +81,16 @@ class ManagedProcess:
         cwd: Path | None = None,
         output: Path | None = None,
     ) -> None:
-        """`folder`: for its log, `NAME.log`; None: a file without a name. `title`: what errors call
-        it. `environment`: added to ours, from which `TOKENBUS_` settings are left out. `output`: a
-        device that takes what it writes, which cannot be read then."""
+        """`folder`: where to write its log `NAME.log`; None for an unnamed file. `title`: its name
+        in errors. `environment`: added to ours, without our `TOKENBUS_` settings. `output`: a
+        device to write to instead of a log, which then cannot be read."""
         self.name = name
         self.title = title or name
         self.command = list(command)
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         clean = {key: value for key, value in os.environ.items() if not key.startswith("TOKENBUS_")}
         self._log = _open_log(folder and folder / f"{name}.log", output)
-        #: In a file that an earlier process of this name began.
+        #: Offset in a log file that an earlier process of this name may have begun.
         self._log_begins = 0 if output is not None else os.fstat(self._log).st_size
         self._is_readable = output is None
         weakref.finalize(self, os.close, self._log)
@@ -99,7 +101,7 @@ class ManagedProcess:
             stderr=self._log,
             cwd=cwd,
             env={**clean, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **(environment or {})},
-            # Ctrl-C is for whoever started it, and the children of one that is killed go with it.
+            # Ctrl-C reaches only the starter, and a process can be killed with its children.
             start_new_session=True,
         )
 
@@ -112,19 +114,19 @@ class ManagedProcess:
         return self.popen.poll() is None
 
     def log(self) -> str:
-        """What it wrote so far."""
+        """Its output so far."""
         if not self._is_readable:
             return ""
         size = os.fstat(self._log).st_size - self._log_begins
         return os.pread(self._log, size, self._log_begins).decode("utf-8", errors="replace")
 
     def last_words(self) -> str:
-        """The last line that it wrote: of a process that failed, the reason."""
+        """Its last output line, which is the reason if it failed."""
         said = [line.strip() for line in self.log().split("\n") if line.strip()]
-        return said[-1] if said else "it said nothing"
+        return said[-1] if said else "it wrote nothing"
 
     def check(self) -> None:
-        """Raises `ProcessFailed` when it has ended."""
+        """Raise `ProcessFailed` if it has ended."""
         status = self.popen.poll()
         if status is not None:
             error = ProcessFailed(
@@ -138,25 +140,25 @@ class ManagedProcess:
         expression = re.compile(pattern)
 
         def found() -> re.Match[str] | None:
-            # The last line may still be written.
+            # The last line may be incomplete.
             lines = self.log().split("\n")[:-1]
             return next(filter(None, map(expression.search, lines)), None)
 
         return wait_for(found, f"the {self.title} to say {pattern!r}", timeout_s, self)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process alone, not to its children; nothing where it has ended."""
+        """Send a signal to the process, not to its children. Does nothing if it has ended."""
         self.popen.send_signal(number)
 
     def wait(self, timeout_s: float = STOP_S) -> int:
-        """Wait for its end; returns the exit status. Raises `ProcessFailed` where it goes on."""
+        """Wait for its end; returns the exit status. Raises `ProcessFailed` if it does not end."""
         try:
             return self.popen.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise ProcessFailed(f"the {self.title} did not end within {timeout_s:g} s") from None
 
     def terminate(self, timeout_s: float = STOP_S) -> int:
-        """Ask it to end by SIGTERM; returns the exit status. Raises like `wait`."""
+        """Send SIGTERM and wait; returns the exit status. Raises like `wait`."""
         self.popen.terminate()
         return self.wait(timeout_s)
 
@@ -168,7 +170,7 @@ class ManagedProcess:
         self.popen.wait()
 
     def stop(self, grace_s: float = STOP_S) -> None:
-        """SIGTERM, and after `grace_s` SIGKILL to it and its children. Idempotent."""
+        """Send SIGTERM, and after `grace_s` SIGKILL, to it and its children. Idempotent."""
         try:
             if grace_s > 0:
                 self.terminate(grace_s)
@@ -206,14 +208,14 @@ class Gateway:
     """A gateway that listens."""
 
     process: ManagedProcess
-    #: Where its page is, without a path.
+    #: The address of its web page, without a path.
     url: str
 
 
 class LocalBus:
-    """Brokers, their workers and gateways. Use it with `with`, or end it by `stop`.
+    """Brokers, their workers and gateways. Use it with `with`, or end it with `stop`.
 
-    Addresses stay the same when a broker is started again.
+    A broker that is started again keeps its addresses.
     """
 
     def __init__(
@@ -228,9 +230,10 @@ class LocalBus:
         start_s: float = START_S,
         stop_s: float = STOP_S,
     ) -> None:
-        """`folder`: for logs and keys. `keys`: CURVE keys are made for it, and everybody has his.
-        `environment`: of every process. `output`: a device that all write to, in place of logs.
-        `start_s`: until something is ready; `stop_s`: between SIGTERM and SIGKILL; 0: no SIGTERM.
+        """`folder`: for logs and keys. `keys`: make CURVE keys, and give each party its own.
+        `environment`: for every process. `output`: a device that all write to instead of logs.
+        `start_s`: time limit for becoming ready. `stop_s`: between SIGTERM and SIGKILL; 0 sends
+        SIGKILL at once.
         """
         self.folder = folder
         self.broker_options = broker_options
@@ -257,12 +260,12 @@ class LocalBus:
 
     @property
     def broker(self) -> ManagedProcess:
-        """The only one, or the first."""
+        """The first broker."""
         return self.brokers[0]
 
     @property
     def client_options(self) -> dict[str, Any]:
-        """What a `Client` of this bus needs beside `front`."""
+        """The arguments that a `Client` of this bus needs in addition to `front`."""
         if self._keys is None:
             return {}
         key_file = self._keys / "client.key_secret"
@@ -277,7 +280,7 @@ class LocalBus:
     # --- processes ---
 
     def launch(self, name: str, module: str, *arguments: str) -> ManagedProcess:
-        """Start a program of ours; does not wait."""
+        """Start one of our programs, without waiting for it."""
         return ManagedProcess(
             name,
             self.command(module, *arguments),
@@ -288,11 +291,11 @@ class LocalBus:
         )
 
     def command(self, module: str, *arguments: str) -> list[str]:
-        """The command line that starts a program of ours."""
+        """The command line of one of our programs."""
         return [sys.executable, "-m", module, *arguments]
 
     def start_broker(self, *options: str, index: int = 0) -> ManagedProcess:
-        """Start a broker, or another one in its place; returns once it listens."""
+        """Start a broker, or replace the one at `index`; returns once it listens."""
         if index == len(self.fronts):
             self.fronts.append(ANYWHERE)
             self.backs.append(ANYWHERE)
@@ -323,8 +326,8 @@ class LocalBus:
         engine: str | None = "echo",
         brokers: Sequence[str] | None = None,
     ) -> ManagedProcess:
-        """Start a worker, or another one in its place; does not wait. `engine`: None: a worker's
-        own default. `brokers`: the addresses that it connects to; None: those of this bus."""
+        """Start a worker, or replace the one of that name, without waiting. `engine`: None for a
+        worker's default. `brokers`: the addresses to connect to; None for those of this bus."""
         arguments = ["--worker-id", name, "--no-progress", *self._key_options("worker")]
         if engine is not None:
             arguments += ["--engine", engine]
@@ -333,10 +336,13 @@ class LocalBus:
         self.workers[name] = worker = self.launch(name, "worker", *arguments, *options)
         return worker
 
-    def start_gateway(self, *options: str, port: int = 0) -> Gateway:
-        """Start a gateway on the loopback; returns once it listens. `port`: 0: a free one."""
-        name = f"gateway-{len(self.gateways) + 1}" if self.gateways else "gateway"
-        where = ["--broker", self.front, "--port", str(port), *self._key_options("client")]
+    def start_gateway(self, *options: str, port: int = 0, index: int | None = None) -> Gateway:
+        """Start a gateway on the loopback; returns once it listens. `port`: 0 for a free one.
+        `index`: the gateway to replace; None adds one."""
+        place = len(self.gateways) if index is None else index
+        name = f"gateway-{place + 1}" if place else "gateway"
+        where = ["--broker", ",".join(self.fronts), "--port", str(port)]
+        where += self._key_options("client")
         process = self.launch(name, "client.gateway", *where, *options)
         try:
             said = process.wait_line(r"https?://\S+(?= \(web page\))", self._start_s)
@@ -344,17 +350,17 @@ class LocalBus:
             process.kill()
             raise
         gateway = Gateway(process, said[0])
-        self.gateways.append(gateway)
+        self.gateways[place : place + 1] = [gateway]
         return gateway
 
     @property
     def processes(self) -> list[ManagedProcess]:
-        """All, in the order in which they are best ended: each can still say goodbye."""
+        """All processes, in the best order to end them: each can still say goodbye."""
         gateways = [gateway.process for gateway in self.gateways]
         return [*gateways, *self.workers.values(), *self.brokers]
 
     def check(self) -> None:
-        """Raises `ProcessFailed` when any has ended."""
+        """Raise `ProcessFailed` if any has ended."""
         for process in self.processes:
             process.check()
 
@@ -375,7 +381,7 @@ class LocalBus:
     # --- what the brokers know ---
 
     def observer(self) -> Client:
-        """A client of its own, for questions and orders."""
+        """A client for queries and commands."""
         if self._observer is None:
             self._observer = Client(
                 self.fronts, name="observer", timeout=Timeout(connect=2.0), **self.client_options
@@ -383,15 +389,15 @@ class LocalBus:
         return self._observer
 
     def rows(self) -> list[dict[str, Any]]:
-        """`bus.workers`; empty while no broker answers."""
+        """The answer of `bus.workers`; empty while no broker answers."""
         try:
             return self.observer().workers()
         except BusError:
             return []
 
     def wait_ready(self, count: int | None = None, timeout_s: float | None = None) -> None:
-        """Wait until so many workers (all that run) take requests. Raises `ProcessFailed`, at once
-        where too few run."""
+        """Wait until `count` workers accept requests; by default, all that run. Raises
+        `ProcessFailed`, at once if too few run."""
         wanted = self._running() if count is None else count
 
         def ready() -> bool:
@@ -399,7 +405,7 @@ class LocalBus:
                 return True
             for broker in self.brokers:
                 broker.check()
-            # Relays and others may be among the workers of a broker; they are not ours to watch.
+            # A broker may have other workers too, such as relays; those are not watched here.
             if self._running() < wanted <= len(self.workers):
                 for worker in self.workers.values():
                     worker.check()
