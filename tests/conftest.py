@@ -1,4 +1,4 @@
-"""Fixtures for everybody: a shared bus, buses of one's own, logs of their processes on failure."""
+"""Shared fixtures: a common bus, private buses, and the logs of their processes on failure."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Before torch is imported, here and in every worker of a test: models this small gain nothing by
-# more threads, and OpenMP's busy waiting on a machine that is shared costs a hundredfold.
+# Before torch is imported, here and in every worker of a test: small models gain nothing from more
+# threads, and on a shared machine, OpenMP's busy waiting makes them a hundred times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from tests.harness import Bus, running_bus
 
-# A shell that runs the tests in the background has them ignore Ctrl-C, and with them every program
-# that they start: those that are about Ctrl-C would wait for ever.
+# If a shell runs the tests in the background, they ignore Ctrl-C, and so does every program that
+# they start: tests of Ctrl-C would wait forever.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# No property is about time, and on a busy machine examples are drawn and run slowly.
+# No property depends on time, and examples are slow on a busy machine.
 settings.register_profile(
     "tokenbus", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -32,7 +32,7 @@ settings.load_profile("tokenbus")
 
 @pytest.fixture(autouse=True)
 def _no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody's TOKENBUS_... variables decide a test."""
+    """Tests do not depend on TOKENBUS_... variables of the environment."""
     for name in [name for name in os.environ if name.startswith("TOKENBUS_")]:
         monkeypatch.delenv(name)
 
@@ -53,7 +53,7 @@ def bus(shared_bus: Bus) -> Iterator[Bus]:
 
 @pytest.fixture
 def make_bus(tmp_path: Path) -> Iterator[Callable[..., Bus]]:
-    """Buses of one's own, to kill and restart: `make_bus(workers=2, slots=4, step_delay_ms=5)`."""
+    """Private buses, to kill and restart: `make_bus(workers=2, slots=4, step_delay_ms=5)`."""
     with contextlib.ExitStack() as stack:
         made = 0
 
@@ -72,7 +72,7 @@ def make_bus(tmp_path: Path) -> Iterator[Callable[..., Bus]]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test's name is the same in every process: pytest-xdist runs nothing where it is not."""
+    """A test's name must be the same in every process; otherwise pytest-xdist runs nothing."""
     for item in items:
         if " at 0x" in item.nodeid:
             raise pytest.UsageError(f"an address in the name of a test: {item.nodeid}")
@@ -82,7 +82,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Show what the processes of the bus wrote when a test fails."""
+    """Show the output of the bus's processes when a test fails."""
     report = yield
     if report.failed:
         for bus in Bus.alive:

@@ -1,8 +1,8 @@
 """A real bus for tests: broker and worker processes on free loopback ports.
 
-`Bus` starts them and hands out clients; `wait_until` waits for a condition and says what it waited
-for. What the processes logged is shown when a test fails (`conftest.py`). Nothing here sleeps for a
-fixed time except between two looks at a condition.
+`Bus` starts them and makes clients; `wait_until` waits for a condition, and if it fails, says for
+what. When a test fails, `conftest.py` shows the processes' logs. Nothing here sleeps for a fixed
+time, except between two checks of a condition.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from client.cli.local_bus import LocalBus, ManagedProcess
 T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parent.parent
-#: mypy as a user runs it on a program: what lies behind the library is not reported.
+#: mypy as a user runs it on a program: it does not report errors inside the library.
 MYPY = ("--config-file=", "--strict", "--follow-imports=silent")
 PATIENCE_S = 120.0
-"""Longest wait for anything: only what hangs takes so long, however busy the machine is. A request
-that a test cancels must last longer, or its natural end passes for the cancellation."""
+"""Longest wait for anything: on any machine, only something that hangs takes this long. A request
+that a test cancels must last longer, or its natural end would look like the cancellation."""
 WHOLE_RUN_S = 500.0
-"""Longest run of a program that does a whole job: a benchmark, a fuzzer."""
+"""Time limit for a whole program, such as a benchmark or a fuzzer."""
 
 LOG_TAIL_CHARACTERS = 8000
 ONE_THREAD: Final = {"OMP_NUM_THREADS": "1"}
-"""Models this small gain nothing by more, and tests run beside each other."""
+"""Small models gain nothing from more threads, and tests run in parallel."""
 
 
 def wait_until(
@@ -50,13 +50,13 @@ def wait_until(
 
 
 class Bus(LocalBus):
-    """A broker and its echo workers, and clients of it."""
+    """A broker with echo workers, and clients of it."""
 
-    #: All that are up, so that a failing test can show their logs.
+    #: All running buses, so that a failing test can show their logs.
     alive: set[Bus] = set()  # noqa: RUF012  # shared on purpose
 
     def __init__(self, folder: Path, *broker_options: str, output: Path | None = None) -> None:
-        # Nobody is asked to end: a test that wants to see that asks itself.
+        # Processes are killed at the end. A test of an orderly end sends the signal itself.
         super().__init__(
             folder,
             *broker_options,
@@ -82,7 +82,7 @@ class Bus(LocalBus):
         slots: int | None = None,
         **engine_args: object,
     ) -> ManagedProcess:
-        """As `LocalBus`; `engine_args` are the engine's. An echo worker has eight slots."""
+        """Like `LocalBus`; `engine_args` are for the engine. An echo worker has eight slots."""
         if slots is None and engine == "echo":
             slots = 8
         how = [] if slots is None else ["--slots", str(slots)]
@@ -101,7 +101,7 @@ class Bus(LocalBus):
     # --- clients ---
 
     def client(self, **options: Any) -> Client:
-        """A client of this bus, closed with it."""
+        """A client of this bus, which is closed with it."""
         client = Client(self.front, **options)
         self._clients.append(client)
         return client
@@ -109,13 +109,13 @@ class Bus(LocalBus):
     # --- what the broker knows ---
 
     def running(self) -> int:
-        """Requests that run at the workers, as the broker counts them. A broker that is too busy to
-        answer at once has not said that there are none."""
+        """How many requests run at the workers, as the broker counts them. Waits for the answer of
+        a busy broker."""
         rows = wait_until(self.rows, "the broker's list of workers")
         return sum(row["running"] for row in rows)
 
     def wait_idle(self, timeout_s: float = PATIENCE_S) -> None:
-        """Wait until nothing runs at any worker and all its slots are free again."""
+        """Wait until nothing runs at any worker and all slots are free again."""
 
         def idle() -> bool:
             rows = self.rows()
@@ -139,7 +139,7 @@ class Bus(LocalBus):
 def running_bus(
     folder: Path, workers: int = 1, *broker_options: str, slots: int = 8, **engine_args: object
 ) -> Iterator[Bus]:
-    """A bus with `workers` ready echo workers, stopped at the end whatever happens."""
+    """A bus with `workers` ready echo workers; stopped at the end in any case."""
     bus = Bus(folder, *broker_options)
     try:
         bus.start_broker()

@@ -1,4 +1,4 @@
-"""The pages for contributors name files and functions that exist."""
+"""The pages for contributors name only files and functions that exist."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_paths_of_a_page_exist(page: str) -> None:
 
 
 def test_the_ways_of_a_request_and_a_token_name_functions_that_exist() -> None:
-    """`path/file.py`, `function` stand side by side."""
+    """Checks every `path/file.py`, `function`."""
     pairs = re.findall(
         r"`((?:broker|worker|client)/[\w/]+\.py)`, `(\w+)`", text_of("ARCHITECTURE.md")
     )

@@ -1,6 +1,6 @@
 """Who may import whom: the protocol is shared, cores are pure, clients are light.
 
-Twice: by reading every module's source, and by asking an interpreter what was really loaded.
+Checked twice: in every module's source, and by what an interpreter really loads.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ PACKAGES = ("broker", "worker", "client")
 OURS = frozenset(PACKAGES)
 HEAVY = frozenset(("torch", "transformers", "numpy", "PIL", "rich", "pydantic", "accelerate"))
 
-#: The modules and folders that own sockets, and nobody else.
+#: The only modules and folders that own sockets.
 SOCKET_OWNERS = (
     *("broker.sockets", "broker.loop", "broker.auth", "broker.readiness"),
     *("broker.peer.dealer", "broker.peer.keys"),
     *("worker.loop", "client.io"),
 )
 MODULES_OF_CLIENT = 64
-"""More than `import client` may load, of ours and of the standard library: it loads about 60."""
+"""Limit for the modules, ours and the standard library's, that `import client` loads; about 60."""
 
 
 def modules(package: str) -> Iterator[tuple[str, Path]]:
@@ -39,7 +39,7 @@ def modules(package: str) -> Iterator[tuple[str, Path]]:
 
 
 def imported(path: Path) -> set[str]:
-    """Dotted names that a module imports anywhere, `from a import b` as both a and a.b."""
+    """The dotted names that a module imports anywhere; `from a import b` counts as a and a.b."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
         if isinstance(node, ast.Import):
@@ -64,7 +64,7 @@ ALL = [entry for package in PACKAGES for entry in modules(package)]
 
 
 def check(name: str, path: Path, *allowed: str) -> None:
-    """The module imports nothing of ours but what is allowed."""
+    """Assert that of our modules, this one imports only those allowed."""
     wrong = {other for other in ours(path) if not any(within(other, one) for one in allowed)}
     # `from broker import protocol` names the bare package too.
     wrong -= {package for package in OURS if any(one.startswith(package + ".") for one in allowed)}
@@ -89,8 +89,8 @@ def test_the_brokers_core_imports_only_the_protocol() -> None:
 
 
 def test_the_brokers_core_has_no_import_circle() -> None:
-    """Imports for type checkers only and imports inside functions count too: what a rule may touch,
-    its imports say. `graphlib` names the circle that it finds."""
+    """Imports for type checkers and imports inside functions count too, since a rule's imports show
+    what it may touch. `graphlib` names the circle that it finds."""
     found = dict(modules("broker/core"))
     del found["broker.core"]
     graphlib.TopologicalSorter(
@@ -169,17 +169,17 @@ def test_zeromq_is_imported_only_where_sockets_are_owned() -> None:
             assert owners, f"{name} imports zmq"
 
 
-#: sans-IO: what a core must not import, whatever it calls it.
+#: What a core must not import, under any name (sans-IO).
 IMPURE = frozenset(
     ("zmq", "socket", "threading", "asyncio", "time", "subprocess", "signal", "select")
 )
-#: Of `logging`, a core may name the levels; the loop writes.
+#: A core may use only the levels of `logging`; the loop writes the lines.
 LEVELS = frozenset(("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"))
 
 
 def cores() -> list[tuple[str, Path]]:
-    """Every module in a folder `core`, whichever party's, and those that stand beside what does
-    I/O: of the dial-out side and of the relay."""
+    """Every module in a folder `core` of any party, and the sans-IO modules of the dial-out side
+    and the relay."""
     beside = ("broker.peer.backoff", "broker.peer.connection", "worker.relay.survey")
     return [(n, p) for n, p in ALL if "core" in n.split(".") or n in beside]
 
@@ -202,7 +202,7 @@ def test_a_core_imports_no_io_and_no_clock() -> None:
         assert used <= LEVELS, f"{name} uses logging.{', logging.'.join(sorted(used - LEVELS))}"
 
 
-def test_nobody_pickles() -> None:
+def test_no_module_imports_pickle() -> None:
     for name, path in ALL:
         tops = {other.partition(".")[0] for other in imported(path)}
         wrong = tops & {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
@@ -252,8 +252,8 @@ def test_bus_and_link_load_nothing_heavy(statement: str) -> None:
     ],
 )
 def test_cores_load_without_zeromq(module: str) -> None:
-    # `import client.core.session` runs the package's own __init__, which is the public face with
-    # its transport; so the core's closure is looked at with the package left empty.
+    # `import client.core.session` also runs the package's __init__, which loads the public API and
+    # its transport. So replace the package by an empty one to see what the core alone loads.
     blank = (
         "import sys, types\n"
         f"package = types.ModuleType({module.partition('.')[0]!r})\n"
@@ -265,7 +265,7 @@ def test_cores_load_without_zeromq(module: str) -> None:
 
 
 def test_importing_the_client_loads_little_beside_its_dependencies() -> None:
-    """How long an import takes depends on the machine; how much it loads does not."""
+    """Import time depends on the machine; the number of loaded modules does not."""
     added = loaded_by("import client") - loaded_by("import zmq, msgpack, msgspec")
     assert "client.core.session" in added
     assert len(added) < MODULES_OF_CLIENT, sorted(added)

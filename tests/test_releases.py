@@ -1,4 +1,4 @@
-"""The tested set agrees with `pyproject.toml`, and whatever installs it installs it alike."""
+"""The tested releases agree with `pyproject.toml`, and every installation uses them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_what_moved_is_named_with_both_versions() -> None:
 
 
 def test_the_lock_pins_what_every_extra_asks_for_within_its_range() -> None:
-    """For each Python of the lock exactly one release, and one that `pyproject.toml` allows."""
+    """For each Python version there is exactly one release, which `pyproject.toml` allows."""
     pins = read_lock(lock.LOCK.read_text())
     wanted = requirements((ROOT / "pyproject.toml").read_text(), lock.EXTRAS)
     assert "torch" in wanted
@@ -168,7 +168,7 @@ def test_a_file_is_of_the_package_that_installed_it() -> None:
 
 
 def test_a_call_of_ours_is_found_however_deep_the_library_warns(tmp_path: Path) -> None:
-    """In any interpreter of the environment; with the stack, not with the warning's own place."""
+    """In any interpreter of the environment, and by the stack, not the warning's own location."""
     library = tmp_path / "site-packages" / "lib"
     library.mkdir(parents=True)
     (library.parent / "typing_extensions.py").write_text(

@@ -1,6 +1,6 @@
-"""A broker core under a hand-wound clock, with clients and workers that speak the protocol.
+"""A broker core on a manual clock, with clients and workers that speak the protocol.
 
-Every step checks the invariants. Nothing here knows how the core works inside.
+Every step checks the invariants. Nothing here depends on the core's internals.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Message:
 
 
 class Bus:
-    """A core, its clock, and the mail of its peers."""
+    """A core, its clock, and its peers' messages."""
 
     def __init__(self, access: AccessChanged | None = None, **settings: Any) -> None:
         self.now_s = 1000.0
@@ -116,7 +116,7 @@ class Bus:
         self.core.invariants()
 
     def wait(self, seconds: float) -> None:
-        """Let time pass, with a tick at every deadline, and everybody else silent."""
+        """Let time pass, with a tick at every deadline, while all peers are silent."""
         until_s = self.now_s + seconds
         while self.core.deadline_s() <= until_s:
             self.now_s = max(self.now_s, self.core.deadline_s())
@@ -171,7 +171,7 @@ class Peer:
         self.heard = 0
         self.id = header.NO_ID
         self.first: list[Message] = []
-        #: Heartbeats that came since the last look at them.
+        #: Heartbeats received since they were last read.
         self.beats: list[Message] = []
 
     def begin(self) -> None:
@@ -193,7 +193,7 @@ class Peer:
         self.bus.handle(MessageReceived(self.side, self.routing_id, frames, self.key))
 
     def receive(self) -> list[Message]:
-        """What came since the last look, heartbeats left out; sequences are checked."""
+        """The messages since the last call, without heartbeats; checks their sequence numbers."""
         came = self.bus.mail.pop((self.side, self.routing_id), [])
         for message in came:
             if message.id != header.NO_ID or message.type is not MessageType.REFUSE:
@@ -203,7 +203,7 @@ class Peer:
         return [message for message in came if message.type is not MessageType.HEARTBEAT]
 
     def only(self, type_: MessageType) -> Message:
-        """The one message that came; it has this type."""
+        """The only message received, which must have this type."""
         came = self.receive()
         assert [message.type for message in came] == [type_], came
         return came[0]
@@ -216,7 +216,7 @@ class Peer:
 
     @property
     def known(self) -> bool:
-        """The broker has a session of this connection."""
+        """Whether the broker has a session for this connection."""
         core = self.bus.core
         return self.routing_id in (core.clients if self.side is Side.FRONT else core.workers)
 
@@ -254,14 +254,14 @@ class ClientPeer(Peer):
         self.send(MessageType.CANCEL, request_id, Cancel())
 
     def query(self, verb: str, **args: Any) -> Any:
-        """Result of a query, or its error."""
+        """The result of a query, or its error."""
         self.send(MessageType.QUERY, self.bus.new_id(), Query(verb=verb, args=args))
         answers = [m for m in self.receive() if m.type is MessageType.ANSWER]
         assert len(answers) == 1
         return answers[0].plain.get("result", answers[0].plain.get("error"))
 
     def events(self) -> list[OutputEvent]:
-        """Events of all OUTPUT that came."""
+        """The events of all OUTPUT received."""
         return [
             event
             for message in self.receive()
@@ -270,27 +270,27 @@ class ClientPeer(Peer):
         ]
 
     def failure(self) -> str:
-        """Code of the one event that came, a FAIL."""
+        """The error code of the only event received, a FAIL."""
         (event,) = self.events()
         assert isinstance(event, FailEvent), event
         return event.error.code
 
 
 class WorkerPeer(Peer):
-    """A worker: grants what it is told to grant, says what it is told to say."""
+    """A worker that grants and sends what the test tells it to."""
 
     def __init__(self, bus: Bus, side: Side, key: str = "") -> None:
         super().__init__(bus, side, key)
         self.granted = 0
 
     def beats_told(self) -> list[dict[str, int]]:
-        """Bodies of the heartbeats that came since the last look."""
+        """The bodies of the heartbeats since the last call."""
         self.receive()
         came, self.beats = self.beats, []
         return [message.plain for message in came]
 
     def recall(self, credit: int) -> None:
-        """Ask for credit back, all in all."""
+        """Recall credit; the number is cumulative."""
         self.send(MessageType.CREDIT, self.id, Credit(granted=self.granted, recalled=credit))
 
     def grant(self, more: int = 1) -> None:
@@ -304,7 +304,7 @@ class WorkerPeer(Peer):
         return [message.id for message in self.assigned()]
 
     def output(self, reply_to: bytes, *events: OutputEvent, ledger: Ledger | None = None) -> None:
-        """OUTPUT the way the loop handles it: the fast path first."""
+        """Send OUTPUT as the loop handles it: the fast path first."""
         body = codec.encode_events(list(events))
         if ledger is not None:
             self.send(MessageType.OUTPUT, reply_to, body, codec.encode(ledger), flags=Flag.LEDGER)
@@ -327,7 +327,7 @@ class WorkerPeer(Peer):
     def finish(
         self, assign: Message, *, tokens: int = 0, outcome: str = "stop", grant: bool = True
     ) -> None:
-        """END, and a ledger that names the request finished and grants its slot again."""
+        """Send END, with a ledger that reports the request finished and grants its slot again."""
         self.granted += grant
         reason = FinishReason(outcome) if outcome in list(FinishReason) else FinishReason.STOP
         epoch = assign.assign.epoch
@@ -346,7 +346,7 @@ class WorkerPeer(Peer):
 
 
 def a_request(model: str = "demo", **body: Any) -> Request:
-    """A body that is right where nothing else is said."""
+    """A valid body, unless told otherwise."""
     body.setdefault("window", 4096)
     if not {"kind", "messages", "token_ids", "inputs"} & set(body):
         body = {"prompt": "Once upon a time"} | body | {"kind": Kind.COMPLETE}

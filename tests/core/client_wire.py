@@ -1,4 +1,4 @@
-"""A client's session with a broker played by the test, on a hand-wound clock."""
+"""A client's session with a broker played by the test, on a manual clock."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from client.core.events import Arrived, CloseSocket, Deliver, End, OpenSocket, S
 from client.core.session import ClientSession
 from client.options import Limits, Retry, Timeout
 
-T = MessageType  # the tests name little else
+T = MessageType  # tests use this a lot
 SESSION = bytes([9]) * 16
 LIMITS = messages.BusLimits(
     request_bytes=10_000,
@@ -43,7 +43,7 @@ def rid(number: int) -> bytes:
 
 
 class Wire:
-    """A session with a hand-wound clock and a broker that is played by the test."""
+    """A session on a manual clock, and a broker played by the test."""
 
     def __init__(self, *brokers: str, seed: int = 1, **client_limits: Any) -> None:
         self.session = ClientSession(
@@ -53,7 +53,7 @@ class Wire:
             generator=random.Random(seed),
         )
         self.now_s = 1000.0
-        #: Orders since the last look.
+        #: Instructions since they were last read.
         self.opened: list[str] = []
         self.closed = 0
         self.sent: list[tuple[MessageType, bytes, Any]] = []
@@ -61,7 +61,7 @@ class Wire:
         self.final: dict[bytes, int] = {}
         self._in = 0
         self._out = 0
-        #: Epochs of each request, as they came. Tests and events name them 0, 1, 2, ...
+        #: The epochs of each request, in order. Tests call them 0, 1, 2, ...
         self.epochs: dict[bytes, list[int]] = {}
 
     # --- events ---
@@ -105,7 +105,8 @@ class Wire:
         return rid(number)
 
     def _resumed(self, id_: bytes, body: messages.Request) -> messages.Request:
-        """The RESUME with the number of its epoch, which is higher than any before."""
+        """The RESUME with its epoch replaced by its number; the epoch must be higher than
+        before."""
         assert body.resume is not None
         epochs = self.epochs.setdefault(id_, [0])
         assert body.resume.epoch - epochs[-1] >= 1 << 36
@@ -114,7 +115,7 @@ class Wire:
         return msgspec.structs.replace(body, resume=resume)
 
     def epoch(self, id_: bytes, number: int) -> int:
-        """The epoch of that number; one that was never asked for beyond the last."""
+        """The epoch with this number; beyond the last, one that was never asked for."""
         epochs = self.epochs.get(id_, [0])
         return epochs[number] if number < len(epochs) else epochs[-1] + 1
 
@@ -135,7 +136,7 @@ class Wire:
         self.message(T.OUTPUT, route, codec.encode_events(real))
 
     def connect(self) -> None:
-        """Connection and WELCOME of a socket that was opened."""
+        """Connect an opened socket, and send WELCOME."""
         assert self.opened, "no socket was opened"
         self.tell(events.SocketOpened())
         self.welcome()
@@ -152,7 +153,7 @@ class Wire:
         self.message(T.WELCOME, SESSION, msgspec.structs.replace(body, **changes))
 
     def at(self, seconds: float) -> None:
-        """Wind the clock on, with a tick at each deadline."""
+        """Move the clock to this time, with a tick at each deadline."""
         until_s = self.now_s + seconds
         for _ in range(10_000):
             due_s = self.session.deadline_s()
@@ -170,7 +171,7 @@ class Wire:
         self.connect()
 
     def next_socket(self) -> None:
-        """Wind the clock on until a socket is opened."""
+        """Move the clock until a socket is opened."""
         while self.session.link is State.WAITING:
             self.now_s = max(self.now_s, self.session.deadline_s())
             self.tell(events.Tick())
@@ -178,7 +179,7 @@ class Wire:
     # --- instructions ---
 
     def take_sent(self, *types: MessageType) -> list[tuple[MessageType, bytes, Any]]:
-        """What was sent since the last look, of these types."""
+        """The messages of these types sent since the last call."""
         sent, self.sent = self.sent, []
         return [item for item in sent if not types or item[0] in types]
 

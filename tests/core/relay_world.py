@@ -1,10 +1,10 @@
-"""Two buses and the relay between them, in memory, under a clock that is wound by hand.
+"""Two buses and the relay between them, in memory, with a manual clock.
 
     callers ── upper broker ── relay ── lower broker ── workers
                                             └────────── callers of its own
 
 All cores are the real ones; messages arrive at once and in order. Only the engine of the lower
-workers is made up: a token of an answer is a function of its seed and its position.
+workers is simulated: a token of an answer is a function of its seed and position.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from worker.relay import core as relay
 
 
 def token(seed: int, position: int) -> int:
-    """Of every answer: what the model says."""
+    """The token at this position of any answer with this seed."""
     return (seed * 7919 + position * 104_729) % 5000
 
 
@@ -45,7 +45,7 @@ def answer(seed: int, length: int) -> list[int]:
 
 
 class World:
-    """The clock, and what is to happen now."""
+    """The clock, and the calls that are due now."""
 
     def __init__(self, seed: int = 0) -> None:
         self.random = random.Random(seed)
@@ -54,7 +54,7 @@ class World:
         self.parties: list[Any] = []
 
     def settle(self) -> None:
-        """Deliver what is under way."""
+        """Deliver all messages in flight."""
         while self.queue:
             self.queue.popleft()()
 
@@ -73,7 +73,7 @@ class World:
 
 
 class Broker:
-    """A broker; `lines` are the connections of its peers by side and routing id."""
+    """A broker; `lines` are its peers' connections, by side and routing id."""
 
     def __init__(self, world: World, name: str, **settings: Any) -> None:
         self.world, self.name, self.settings = world, name, settings
@@ -89,7 +89,7 @@ class Broker:
         )
 
     def restart(self) -> None:
-        """Killed, and another one in its place: every connection breaks."""
+        """Kill and replace it: every connection breaks."""
         self.lines.clear()
         cuts, self.cuts = self.cuts, {}
         self.start()
@@ -118,14 +118,14 @@ class Broker:
         self.core.invariants()
 
     def query(self, verb: str) -> Any:
-        """What an observer would be answered."""
+        """The answer to an observer's query."""
         from broker.core import queries
 
         return queries._VERBS[verb][1](self.core, queries._NoArgs())
 
 
 class Caller:
-    """A client's session with a broker, and what its requests brought."""
+    """A client's session with a broker, and the answers to its requests."""
 
     def __init__(self, world: World, broker: Broker, name: str) -> None:
         self.world, self.broker = world, broker
@@ -228,7 +228,7 @@ class Caller:
 
 
 class _Worker:
-    """What workers and the relay have in common: a WorkerCore and its connections."""
+    """The common part of workers and the relay: a WorkerCore and its connections."""
 
     def __init__(
         self, world: World, brokers: list[Broker], name: str, *, relay: bool = False
@@ -292,20 +292,20 @@ class _Worker:
 
 
 class Worker(_Worker):
-    """A worker of the lower bus; its engine runs `slots` jobs, a token of each in a step."""
+    """A worker of the lower bus; its engine runs `slots` jobs, with one token of each per step."""
 
     def __init__(
         self, world: World, broker: Broker, name: str, slots: int, models: tuple[str, ...]
     ) -> None:
         super().__init__(world, [broker], name)
         self.slots = slots
-        #: Of each job: what is asked for, and how many tokens there are.
+        #: The request of each job, and how many tokens it has so far.
         self.jobs: dict[bytes, tuple[Request, int]] = {}
-        #: Jobs in the order of their coming, and the windows at which they came.
+        #: The requests in order of arrival.
         self.ran: list[Request] = []
-        #: What the next step ends.
+        #: The jobs that the next step ends.
         self.cancelled: list[bytes] = []
-        #: The next step fails all jobs with this error.
+        #: The error with which the next step fails all jobs.
         self.error: dict[str, Any] | None = None
         infos = tuple(ModelInfo(name=model, kinds=(Kind.COMPLETE,)) for model in models)
         self.tell(worker_events.EngineReady(Capabilities("made up", "cpu", infos, slots)))
@@ -325,7 +325,7 @@ class Worker(_Worker):
                 self.cancelled.append(job_id)
 
     def step(self) -> None:
-        """One token for every job."""
+        """Generate one token for every job."""
         events: list[list[Any]] = []
         for job_id in self.cancelled:
             _, count = self.jobs.pop(job_id, (None, 0))
@@ -424,7 +424,7 @@ class TwoBuses:
         self.world.advance(3.0)
 
     def steps(self, count: int = 1, pause_s: float = 0.01) -> None:
-        """Steps of all engines."""
+        """Run steps of all engines."""
         for _ in range(count):
             for worker in self.workers:
                 worker.step()
@@ -432,10 +432,10 @@ class TwoBuses:
 
     @property
     def credit(self) -> int:
-        """What the upper broker may still assign to the relay."""
+        """How many requests the upper broker may still assign to the relay."""
         return sum(worker.unspent for worker in self.upper.core.workers.values())
 
     @property
     def queued_below(self) -> int:
-        """Requests that wait in the lower broker."""
+        """How many requests wait in the lower broker."""
         return sum(queue.requests for queue in self.lower.core.queues.values())

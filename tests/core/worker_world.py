@@ -1,7 +1,7 @@
-"""A worker's core with brokers and an engine played by the test, on a hand-wound clock.
+"""A worker's core with brokers and an engine played by the test, on a manual clock.
 
-Brokers here speak the real protocol: their messages are encoded and the worker's are decoded and
-checked (sequence numbers, credit), so that a test reads and writes only facts.
+The brokers speak the real protocol: their messages are encoded, and the worker's are decoded and
+checked (sequence numbers, credit), so that a test deals only with decoded messages and events.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def body(
 
 
 def resume(epoch: int, tokens: list[int], characters: int, prompt_seen: bool = False) -> Resume:
-    """What a client has."""
+    """The RESUME of a client that has this much."""
     return Resume(
         epoch=epoch, token_ids=tokens, text_characters=characters, prompt_seen=prompt_seen
     )
@@ -72,7 +72,7 @@ def resume(epoch: int, tokens: list[int], characters: int, prompt_seen: bool = F
 
 @dataclass
 class Answer:
-    """What a client has put together of one request, as SPEC.md section 6.1 tells it to."""
+    """One request's answer as a client assembles it (SPEC.md section 6.1)."""
 
     epoch: int = 0
     token_ids: list[int] = field(default_factory=list)
@@ -81,7 +81,7 @@ class Answer:
     end: EndEvent | FailEvent | None = None
 
     def take(self, event: OutputEvent) -> None:
-        """Take the next event; a gap or a repetition fails the test."""
+        """Add the next event; a gap or a repetition fails the test."""
         if event.epoch != self.epoch:
             return
         assert self.end is None, "an event after the end"
@@ -98,13 +98,13 @@ class Answer:
             self.end = event
 
     def resume(self) -> Resume:
-        """What a RESUME says of it; from now on only the new epoch counts."""
+        """The RESUME for it; from now on only the new epoch counts."""
         self.epoch += 1
         return resume(self.epoch, list(self.token_ids), len(self.text))
 
 
 class Broker:
-    """One broker: a session's two counters, its view of the credit, and what came."""
+    """One broker: a session's two counters, its view of the credit, and the messages received."""
 
     def __init__(self, world: World, index: int) -> None:
         self.world = world
@@ -120,7 +120,7 @@ class Broker:
         self.answers: dict[bytes, Answer] = {}
         self.routes: dict[int, bytes] = {}
         self.up = False
-        #: Sessions so far.
+        #: How many sessions there have been.
         self.sessions = 0
         self._sent = self._heard = 0
 
@@ -129,13 +129,13 @@ class Broker:
         return self.granted - self.assigned - self.returned
 
     def came(self, type_: MessageType) -> list[Any]:
-        """Bodies of all messages of a type."""
+        """The bodies of all messages of this type."""
         return [content for head, content in self.messages if head.type is type_]
 
     def answer(self, number: int) -> Answer:
         return self.answers.setdefault(request_id(number), Answer())
 
-    # --- what it says -----------------------------------------------------------------------------
+    # --- sending ----------------------------------------------------------------------------------
 
     def say(self, type_: MessageType, id_: bytes, *frames: bytes) -> None:
         head = header.encode(type_, id_, self._sent)
@@ -143,7 +143,7 @@ class Broker:
         self.world.tell(events.MessageReceived(self.index, (head, *frames)))
 
     def connect(self, welcome: bool = True) -> None:
-        """The worker's socket gets through; HELLO is answered."""
+        """Connect the worker's socket, and answer its HELLO."""
         assert self.index in self.world.sockets, "the worker opened no socket"
         self.up = True
         self.sessions += 1
@@ -155,7 +155,7 @@ class Broker:
             self.say(MessageType.WELCOME, self.session, codec.encode(WELCOME))
 
     def lose(self) -> None:
-        """The connection breaks."""
+        """Break the connection."""
         self.up = False
         self.world.tell(events.Disconnected(self.index, "reset"))
 
@@ -170,7 +170,7 @@ class Broker:
         request: bytes | None = None,
         **fields: Any,
     ) -> None:
-        """ASSIGN a request; `fields` go into the client's body."""
+        """ASSIGN a request; `fields` are set in the client's body."""
         if not attach:
             self.assigned += 1
         given: Resume | None = fields.get("resume")
@@ -201,12 +201,12 @@ class Broker:
         self.say(MessageType.WINDOW, request_id(number), codec.encode(Window(limit=limit)))
 
     def beat(self, **fields: int) -> None:
-        """Without `fields` as from a broker that knows nothing of others."""
+        """Send a heartbeat; without `fields`, like a broker that knows of no others."""
         fields = {"returned": self.returned} | fields
         self.say(MessageType.HEARTBEAT, self.session, codec.encode(Heartbeat(**fields)))
 
     def give_back(self, credit: int, answers: int | None = None) -> None:
-        """The answer to a recall."""
+        """Answer a recall."""
         self.returned += credit
         self.beat(recalled=credit if answers is None else answers)
 
@@ -221,7 +221,7 @@ class Broker:
         error = ErrorInfo(code="forbidden", message="no", retry_after_ms=retry_after_ms)
         self.say(MessageType.REFUSE, NO_ID, codec.encode(Refuse(error=error, fatal=fatal)))
 
-    # --- what it hears ----------------------------------------------------------------------------
+    # --- receiving --------------------------------------------------------------------------------
 
     def hear(self, frames: tuple[bytes, ...]) -> None:
         head = header.decode(frames[0])
@@ -277,7 +277,7 @@ WELCOME = Welcome(
 
 
 class World:
-    """The core, its brokers, its engine, and the time."""
+    """The core, its brokers, its engine and the clock."""
 
     def __init__(self, brokers: int = 1, capacity: int = 2, seed: int = 7, **settings: Any) -> None:
         self.now_s = 1000.0
@@ -290,7 +290,7 @@ class World:
         )
         self.brokers = [Broker(self, index) for index in range(brokers)]
         self.sockets: set[int] = set()
-        #: Jobs of the engine, by job id: the request's body.
+        #: The engine's jobs: the body of the request by job id.
         self.jobs: dict[bytes, bytes] = {}
         self.attachments: dict[bytes, tuple[bytes, ...]] = {}
         self.cancels: list[bytes] = []
@@ -333,7 +333,7 @@ class World:
                 self.exit = instruction
 
     def advance(self, seconds: float, brokers_live: bool = True) -> None:
-        """Let time pass; every timer fires at its time, and living brokers send heartbeats."""
+        """Let time pass: every timer fires at its time, and live brokers send heartbeats."""
         until_s = self.now_s + seconds
         while self.now_s < until_s and self.exit is None:
             due_s = min(self.core.deadline_s(), until_s)
@@ -358,7 +358,7 @@ class World:
         self.tell(events.EngineStepped(list(entries)))
 
     def generate(self, number: int, *token_ids: int, job: bytes | None = None) -> None:
-        """A step that brings one event: tokens whose text is their number and a space."""
+        """A step with one event: tokens, each with its number and a space as text."""
         text = "".join(f"{token} " for token in token_ids)
         self.step([TOKENS, job or request_id(number), list(token_ids), text, None])
 
@@ -381,7 +381,7 @@ class World:
         self.cancels = [other for other in self.cancels if other != job]
 
     def obey_cancels(self) -> None:
-        """The engine's next step answers every cancel."""
+        """Let the engine's next step end every cancelled job."""
         for job in list(self.cancels):
             if job in self.jobs:
                 self._gone(job)
@@ -390,7 +390,7 @@ class World:
 
 
 def serving(brokers: int = 1, capacity: int = 2, **settings: Any) -> World:
-    """A worker with a loaded engine that is connected to all of its brokers."""
+    """A worker with a loaded engine, connected to all its brokers."""
     world = World(brokers, capacity, **settings)
     world.tell(events.Tick())
     for broker in world.brokers:
@@ -400,5 +400,5 @@ def serving(brokers: int = 1, capacity: int = 2, **settings: Any) -> World:
 
 
 def text_of(*token_ids: int) -> str:
-    """The text that `World.generate` makes."""
+    """The text of these tokens from `World.generate`."""
     return "".join(f"{token} " for token in token_ids)

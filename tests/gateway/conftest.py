@@ -1,4 +1,4 @@
-"""A gateway process in front of the shared bus, and OpenAI's own clients of it."""
+"""A gateway process in front of the shared bus, and OpenAI's own clients."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class GatewayProcess:
     bus: Bus
 
     def openai(self, **options: object) -> openai.OpenAI:
-        """OpenAI's client, without retries unless asked for."""
+        """OpenAI's client, by default without retries."""
         return openai.OpenAI(
             **{"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, **options}
         )
@@ -37,12 +37,12 @@ class GatewayProcess:
         return httpx.Client(base_url=self.url, timeout=PATIENCE_S, **options)
 
     def requests_logged(self) -> list[dict[str, Any]]:
-        """The fields of the log's lines about requests."""
+        """The fields of the log lines about requests."""
         lines = [line for line in self.process.log().splitlines() if line.startswith("{")]
         return [line for line in map(json.loads, lines) if line["event"] == "request"]
 
     def logged(self, request_id: str, **fields: object) -> dict[str, Any]:
-        """The log's line about a request, once it has these fields."""
+        """The log line about a request, once it has these fields."""
 
         def line() -> dict[str, Any] | None:
             lines = self.requests_logged()
@@ -53,7 +53,7 @@ class GatewayProcess:
 
 @contextlib.contextmanager
 def running_gateway(bus: Bus, *options: str) -> Iterator[GatewayProcess]:
-    """A gateway in front of `bus`, ended whatever happens."""
+    """A gateway in front of `bus`; ended in any case."""
     gateway = bus.start_gateway(*options)
     try:
         verify = not gateway.url.startswith("https")
@@ -79,13 +79,13 @@ def shared_gateway(shared_bus: Bus) -> Iterator[GatewayProcess]:
 
 @pytest.fixture
 def gateway(bus: Bus, shared_gateway: GatewayProcess) -> GatewayProcess:
-    """A gateway on the echo engine. Shared: every test leaves it idle."""
+    """A gateway with the echo engine. Shared: every test must leave it idle."""
     return shared_gateway
 
 
 @pytest.fixture
 def make_gateway(bus: Bus) -> Iterator[Callable[..., GatewayProcess]]:
-    """Gateways of one's own on the shared bus: `make_gateway("--keys", path)`."""
+    """Private gateways on the shared bus: `make_gateway("--keys", path)`."""
     with contextlib.ExitStack() as stack:
 
         def make(*options: str, bus: Bus = bus) -> GatewayProcess:

@@ -1,4 +1,4 @@
-"""What is right: the model's answer to a prompt, and what one call of an application saw of it."""
+"""The model's correct answer to a prompt, and what an application's call saw of it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ DECISIONS = {"answers": {"right": {"type": "noul", "noul": 0.75}}}
 
 
 def result_of(prompt: str) -> tuple[Kind, dict[str, Any]]:
-    """The kind of a request that is answered as a whole, and its answer: every other prompt is
-    decided about."""
+    """The kind of a request that is answered as a whole, and its answer; every other one is a
+    decision."""
     if hashlib.blake2b(prompt.encode()).digest()[0] % 2:
         return Kind.DECIDE, DECISIONS
     return Kind.EMBED, EMBEDDING
 
 
 def whole_request(prompt: str) -> dict[str, Any]:
-    """What is asked for that answer, as fields of a `Request`."""
+    """The fields of the `Request` for that answer."""
     kind, _ = result_of(prompt)
     if kind is Kind.DECIDE:
         return {"kind": kind, "state": prompt, "questions": {"right": Question(type="noul")}}
@@ -33,20 +33,20 @@ def whole_request(prompt: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the model says to a prompt: a function of prompt, seed and position alone."""
+    """The model's answer to a prompt, which depends only on prompt, seed and position."""
 
     prompt: str
     seed: int
     length: int
-    #: Token at which the engine gives up, and whether another attempt would do better.
+    #: The token at which the engine fails, and whether that happens only once.
     fails_at: int | None = None
     fails_once: bool = False
-    #: At that token the engine process dies ("engine"), or the whole worker ("worker").
+    #: What dies at that token: the engine process ("engine") or the whole worker ("worker").
     kills: str = ""
 
     @classmethod
     def of(cls, request: Request) -> Answer:
-        """The answer to a request as it came over the wire."""
+        """The answer to a request as it arrived over the wire."""
         if request.kind is Kind.EMBED:
             assert request.inputs is not None
             return cls(str(request.inputs[0]), 0, 0)
@@ -67,13 +67,14 @@ class Answer:
         return _tokens(self.prompt, self.seed, self.length)[position]
 
     def sure_until(self, count: int) -> int:
-        """Tokens of the first `count` whose text is certain: each fifth id is half a character."""
+        """How many of the first `count` tokens have certain text: every fifth id is half a
+        character."""
         while count and self.token(count - 1) % 5 == 0:
             count -= 1
         return count
 
     def text(self, count: int) -> str:
-        """Of the first `count` tokens."""
+        """The text of the first `count` tokens."""
         return _texts(self.prompt, self.seed, self.length)[count]
 
 
@@ -97,28 +98,28 @@ class Call:
 
     request_id: bytes
     answer: Answer
-    #: It is answered as a whole, without tokens.
+    #: Whether it is answered as a whole, without tokens.
     whole: bool
     priority: int
-    #: Seconds that the application needs for a token; 0: it reads at once.
+    #: Seconds that the application needs to read a token; 0 reads at once.
     read_s: float
-    #: Limits that the application sets, seconds.
+    #: The application's time limits, seconds.
     total_s: float | None = None
     queue_s: float | None = None
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     made_s: float = 0.0
     ended_s: float = 0.0
-    #: When it was queued last; the longest time from there to a worker.
+    #: When it was last queued; its longest time in the queue.
     queued_s: float = math.inf
     waited_s: float = 0.0
-    #: When it was interrupted last; the longest time from there to a worker or the end.
+    #: When it was last interrupted; its longest time from there to a worker or the end.
     lost_s: float = math.inf
     away_s: float = 0.0
-    #: It runs at a worker from which nothing has come yet; how often it was interrupted there.
+    #: It runs at a worker that has sent nothing yet; how often it was interrupted like this.
     begun: bool = False
     unheard: int = 0
-    #: Workers that its client has counted as lost under it.
+    #: Workers that its client counts as lost while they ran it.
     blamed: set[str] = field(default_factory=set)
     dropped: bool = False
     #: Its client was killed.
@@ -128,7 +129,7 @@ class Call:
     error: BusError | None = None
     result: Any = None
     resumed: int = 0
-    #: How often it gave way to a request of higher priority.
+    #: How often it was preempted by a request of higher priority.
     gave_way: int = 0
 
     @property

@@ -1,4 +1,4 @@
-"""The engine process of a simulated worker: all its jobs one token a step; it can die and hang."""
+"""The engine process of a simulated worker: one token per job and step; it can die and hang."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MODEL = "model"
 @dataclass(slots=True)
 class _Job:
     answer: Answer
-    #: It is answered as a whole, without tokens.
+    #: Whether it is answered as a whole, without tokens.
     whole: bool
     position: int
     cancelled: bool = False
@@ -53,12 +53,12 @@ class SimEngine:
             self.worker.tell(worker_events.EngineReady(capabilities))
 
     def add(self, job_id: bytes, body: bytes) -> None:
-        """A new job. One that reaches an engine which died meanwhile is lost with it."""
+        """Add a job. If the engine has died in the meantime, the job is lost with it."""
         if not self.alive:
             return
         name = self.worker.name
         if not self.ready:
-            raise Violation(f"{name} was given work while it loads")
+            raise Violation(f"{name} was given work while loading")
         request = codec.decode(Request, body, MAX_REQUEST_BYTES)
         answer = Answer.of(request)
         position = 0
@@ -66,14 +66,14 @@ class SimEngine:
             given = request.resume.token_ids
             position = len(given)
             if given != [answer.token(i) for i in range(position)]:
-                raise Violation(f"{name} is to continue tokens that were never said")
+                raise Violation(f"{name} must continue tokens that were never generated")
             sure = len(answer.text(answer.sure_until(position)))
             if request.resume.text_characters != sure:
                 raise Violation(
-                    f"{name} is to continue after {request.resume.text_characters} "
-                    f"characters; {position} tokens are {sure}"
+                    f"{name} must continue after {request.resume.text_characters} "
+                    f"characters, but {position} tokens have {sure}"
                 )
-        # A job that is cancelled ends at the next step; its successor may be added before.
+        # A cancelled job ends at the next step; its successor may be added before that.
         replaced = sum(job.cancelled for job in self.jobs.values())
         self.jobs[job_id] = _Job(answer, request.kind is not Kind.COMPLETE, position)
         if len(self.jobs) > self.worker.slots + replaced:
@@ -88,7 +88,7 @@ class SimEngine:
             self._go_on()
 
     def die(self) -> None:
-        """It is gone with all that it had."""
+        """Lose the process with all its jobs."""
         self.alive = False
         self.jobs.clear()
 
@@ -141,7 +141,7 @@ class SimEngine:
         return events
 
     def _mended(self, answer: Answer) -> bool:
-        """A failure that happens once has happened."""
+        """Whether a failure that happens only once has happened."""
         if not answer.fails_once:
             return False
         failed: Counter[str] = self.worker.failed

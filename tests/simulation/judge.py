@@ -1,8 +1,8 @@
-"""Was it right? What every call of a scenario must have come to, and what may be left of it.
+"""Judges a scenario: how every call must have ended, and what may be left over.
 
-The text itself, the window and the slots are checked as they happen (`parties`, `engine`), the
-cores' own invariants after every fact (`world`). An error is only allowed for a reason that the
-scenario gave.
+The text, the window and the slots are checked as they happen (`parties`, `engine`), and the cores'
+own invariants after every event (`world`). An error is allowed only if the scenario gave a reason
+for it.
 """
 
 from __future__ import annotations
@@ -27,25 +27,26 @@ if TYPE_CHECKING:
 Left = Callable[["Run"], str]
 
 _SILENCE = frozenset({"pause_worker", "unplug_worker", "hang_engine"})
-"""A worker that cannot come back in time counts as dead. One whose connection broke can, until its
-back-off is longer than requests are kept for: after some breaks, or a time without a broker."""
+"""Faults after which a worker may be back too late and count as dead. One broken connection is not
+enough, but after several, or a time without a broker, its back-off outlasts the time for which
+requests are kept."""
 _BROKEN = frozenset({"cut_worker", "garble_worker"})
 _QUICK_RETURNS = 3
 _NO_BROKER = frozenset({"kill_broker", "stop_broker", "pause_broker"})
 _AWAY = frozenset({"pause_client", "unplug_client", "pause_broker", "kill_broker", "stop_broker"})
-"""A client that is away for longer than the grace finds its request cancelled; where the client
-cannot know itself how long that was."""
+"""Faults in which a client may be away for longer than the grace period, and find its request
+cancelled, without knowing how long it was away."""
 AWAY_S = 2.5
-"""An absence that is surely shorter than all times that requests are kept for."""
+"""An absence shorter than every time for which requests are kept."""
 _ONCE = frozenset({*HARMLESS, "cut_client", "garble_client"})
-"""Faults that give nobody a reason to compute anything again."""
+"""Faults that give no reason to compute anything twice."""
 _LOSES_WORKERS = frozenset({*WORKER_CONNECTION, *WORKER_DEATH, *BROKER_DEATH, *PAUSE})
-"""Without these, workers leave in order or not at all: no request is to blame."""
+"""Without these faults, workers leave in order or not at all, so no request is to blame."""
 LATE_S = 0.001
 
 
 def calls(run: Run) -> None:
-    """Judge every call, some time after all was mended."""
+    """Judge every call, some time after all faults were repaired."""
     lost = _LOSES_WORKERS & run.happened or any(worker.deaths for worker in run.all_workers)
     for call in run.calls:
         if not call.dropped and not call.gone and call.outcome != "end":
@@ -55,7 +56,7 @@ def calls(run: Run) -> None:
             if took_s > call.total_s + LATE_S:
                 raise Violation(f"request {call.name} took {took_s:.3f} s of {call.total_s} s")
         on_time = not any(kind.startswith(("pause", "unplug", "kill")) for kind in run.happened)
-        on_time = on_time and not call.gave_way  # that is waiting too, and costs nobody a limit
+        on_time = on_time and not call.gave_way  # preemption is waiting too, but exceeds no limit
         if on_time and call.waited_s > run.plan.queue_s + 2 * run.plan.longest_delay_s + LATE_S:
             raise Violation(f"request {call.name} waited {call.waited_s:.3f} s in the queue")
         if not run.happened and call.resumed > call.gave_way and not call.answer.fails_once:
@@ -69,7 +70,7 @@ def calls(run: Run) -> None:
 def _failure(run: Run, call: Call) -> None:
     if not call.outcome:
         raise Violation(
-            f"request {call.name} was not served although all was mended long ago: "
+            f"request {call.name} was not served although all was repaired long ago: "
             f"{len(call.token_ids)} of {call.answer.length} tokens"
         )
     lived_s = call.ended_s - call.made_s + LATE_S
@@ -77,8 +78,8 @@ def _failure(run: Run, call: Call) -> None:
     faults = Counter(fault.kind for fault in run.plan.faults)
     silent, broken = (sum(faults[kind] for kind in kinds) for kinds in (_SILENCE, _BROKEN))
     late = broken if _NO_BROKER & run.happened else max(0, broken - _QUICK_RETURNS)
-    # What failed at its worker while the connection was away does not come back with it, nor does
-    # what never reached it.
+    # Jobs that failed at the worker while the connection was down do not come back with it, nor do
+    # those that never reached it.
     lost = deaths + silent + late + call.answer.fails_once + call.unheard
     excuse = {
         "poison": lost >= 3,
@@ -90,11 +91,12 @@ def _failure(run: Run, call: Call) -> None:
         ),
     }
     if not excuse.get(call.outcome):
-        raise Violation(f"request {call.name} failed without need: {call.error!r}")
+        raise Violation(f"request {call.name} failed without a reason: {call.error!r}")
 
 
 def _nothing_twice(run: Run) -> None:
-    """Only connections of clients broke: each request was begun once, each token computed once."""
+    """If only clients' connections broke, each request was started once and each token computed
+    once."""
     runs: Counter[str] = Counter()
     computed: Counter[str] = Counter()
     for worker in run.all_workers:
@@ -105,13 +107,13 @@ def _nothing_twice(run: Run) -> None:
             continue
         again = (len(run.all_workers) if call.answer.fails_once else 0) + call.gave_way
         if runs[call.answer.prompt] > 1 + again:
-            raise Violation(f"request {call.name} was begun {runs[call.answer.prompt]} times")
+            raise Violation(f"request {call.name} was started {runs[call.answer.prompt]} times")
         if not again and computed[call.answer.prompt] > call.answer.length:
             raise Violation(f"{computed[call.answer.prompt]} tokens of {call.name} were computed")
 
 
 def left_by_clients(run: Run) -> str:
-    """What is left although all clients have gone; empty: nothing."""
+    """What is left although all clients have gone; empty if nothing is."""
     for worker in run.workers:
         core = worker.core
         if not worker.alive:
@@ -137,7 +139,7 @@ def left_by_clients(run: Run) -> str:
 
 
 def left_by_workers(run: Run) -> str:
-    """What is left although everyone has gone; empty: nothing."""
+    """What is left although everyone has gone; empty if nothing is."""
     for worker in run.workers:
         if worker.alive:
             return f"{worker.name} was told to stop and has not"

@@ -1,8 +1,8 @@
-"""Bugs on purpose: a test of the test. Each mutant is one line of a core made wrong; the simulation
-must notice every one.
+"""Deliberate bugs, to test the simulation. Each mutant breaks one line of a core, and the
+simulation must notice every one.
 
-A mutant is a text replacement in the source of one function, which is compiled again and put in the
-place of the original while the mutant lives. A mutant whose text is not found fails: the code has
+A mutant is a text replacement in the source of one function, which is recompiled and replaces the
+original while the mutant is active. If the text is not found, the mutant fails: the code has
 changed, and the mutant must follow.
 """
 
@@ -38,15 +38,15 @@ class Mutant:
     function: str
     right: str
     wrong: str
-    #: Where to look for it.
+    #: The kinds of faults that reveal it.
     kinds: tuple[str, ...] = FAULTS
     brokers: tuple[int, ...] = (1,)
-    #: First seed to look at: near one that meets it, where what it takes is rare.
+    #: The first seed to run: near one that reveals it, for rare conditions.
     start: int = 0
 
     @contextlib.contextmanager
     def alive(self) -> Iterator[None]:
-        """The code with the bug in it."""
+        """Run with the bug in the code."""
         original = inspect.getattr_static(self.owner, self.function)
         is_property = isinstance(original, property)
         plain = original.fget if is_property else original
@@ -69,7 +69,7 @@ def _rewritten(function: Any, right: str, wrong: str) -> Any:
     source = textwrap.dedent(inspect.getsource(function))
     found = source.count(right)
     if found != 1:
-        raise LookupError(f"{function.__qualname__} has {found} times {right!r}")
+        raise LookupError(f"{function.__qualname__} contains {right!r} {found} times")
     code = compile(
         "from __future__ import annotations\n" + source.replace(right, wrong),
         f"<mutant of {function.__qualname__}>",
@@ -87,7 +87,7 @@ _Pool = worker.core.credit.CreditPool
 MUTANTS = (
     # --- the client -------------------------------------------------------------------------------
     Mutant(
-        "the client takes events of an older epoch",
+        "the client accepts events of an older epoch",
         ClientRequests,
         "on_output",
         "event.epoch != exchange.epoch or ",
@@ -95,7 +95,7 @@ MUTANTS = (
         ("odd_output", "cut_client"),
     ),
     Mutant(
-        "the client takes events at any offset",
+        "the client accepts events at any offset",
         Exchange,
         "accept",
         "event.offset != have",
@@ -143,7 +143,7 @@ MUTANTS = (
         ("cut_client",),
     ),
     Mutant(
-        "the client never tells its window",
+        "the client never sends its window",
         ClientRequests,
         "taken",
         "self._send(MessageType.WINDOW",
@@ -184,7 +184,7 @@ MUTANTS = (
         (),
     ),
     Mutant(
-        "a full queue takes more",
+        "a full queue accepts more",
         admission,
         "is_full",
         "crowded\n",
@@ -240,7 +240,7 @@ MUTANTS = (
         ("cut_client", "unplug_client"),
     ),
     Mutant(
-        "a suspect gets company",
+        "a suspect shares its worker",
         BrokerCore,
         "_on_output",
         "suspicion.on_started(self, request)",
@@ -248,7 +248,7 @@ MUTANTS = (
         ("kill_worker", "kill_engine"),
     ),
     Mutant(
-        "a worker that was kept for a suspect is kept for ever",
+        "a worker reserved for a suspect stays reserved",
         BusState,
         "free_cell",
         "cell.alone = None",
@@ -265,7 +265,7 @@ MUTANTS = (
         start=285,
     ),
     Mutant(
-        "nobody is told that the worker is gone",
+        "no client is told that the worker is gone",
         endings,
         "interrupt",
         "if client is not None:",
@@ -281,7 +281,7 @@ MUTANTS = (
         (),
     ),
     Mutant(
-        "a silent peer lives for ever",
+        "a silent peer is never declared dead",
         membership,
         "watch",
         ">= session.dead_at_s",
@@ -297,7 +297,7 @@ MUTANTS = (
         (),
     ),
     Mutant(
-        "a broker does not say what waits there",
+        "a broker does not report its waiting requests",
         sharing,
         "demand",
         "return sum(",
@@ -323,7 +323,7 @@ MUTANTS = (
         (),
     ),
     Mutant(
-        "credit that was given back is not taken",
+        "returned credit is ignored",
         _Pool,
         "heard",
         "account.returned = returned",
@@ -349,7 +349,7 @@ MUTANTS = (
         plans.CLIENT_CONNECTION,
     ),
     Mutant(
-        "a resumed stream's text begins at the wrong character",
+        "a resumed stream's text starts at the wrong character",
         _Stream,
         "attach",
         "rest = characters - self.base_characters",
@@ -381,7 +381,7 @@ MUTANTS = (
         (),
     ),
     Mutant(
-        "ended requests are kept for ever",
+        "ended requests are kept forever",
         _Requests,
         "_fire",
         "stream.kept_since_s + self._kept_s <= when_s",

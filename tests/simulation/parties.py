@@ -50,7 +50,7 @@ from worker.core.session import Settings, WorkerCore
 
 
 class SimBroker(Party):
-    """A broker process: it can be killed and started again, and forgets everything."""
+    """A broker process: it can be killed and restarted, and then has forgotten everything."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class SimBroker(Party):
         super().__init__(world, name)
         self._on_exit = on_exit
         self.settings = settings
-        #: What ZeroMQ, the kernel and the broker together hold for a peer that does not read.
+        #: How much ZeroMQ, the kernel and the broker together buffer for a peer that does not read.
         self.peer_queue_messages = peer_queue_messages
         self.wires: dict[Side, dict[bytes, Wire]] = {}
         self.start()
@@ -117,12 +117,12 @@ class SimBroker(Party):
             case ForgetPeer(side, routing_id):
                 self.wires[side].pop(routing_id, None)
             case StopLoop():
-                # What was sent still leaves (linger).
+                # Messages already sent are still delivered (linger).
                 for wires in self.wires.values():
                     for wire in wires.values():
                         self.world.after(0.1, wire.cut, "the connection was closed")
                 self.alive = False
-                self.world.note(self.name, "has stopped in good order")
+                self.world.note(self.name, "has stopped in order")
                 self._on_exit(self)
 
     def _send(self, side: Side, routing_id: bytes, frames: tuple[bytes, ...]) -> None:
@@ -145,7 +145,7 @@ class _Sockets:
         self.brokers = brokers
         self.wires: dict[int, Wire] = {}
         self._attempts: dict[int, int] = {}
-        #: No packet passes between this party and anybody.
+        #: No packet passes between this party and any other.
         self.unplugged = False
 
     def open(self, index: int) -> None:
@@ -209,11 +209,11 @@ class _Sockets:
         self.unplugged = False
 
     def garble(self, copies: int) -> None:
-        """The next message each way arrives so often: lost or doubled."""
+        """The next message in each direction arrives this often, so it is lost or doubled."""
         for wire in self.wires.values():
             wire.copies_to_peer = wire.copies_to_broker = copies
 
-    # Facts, in the words of the party's core:
+    # Events, as the party's core defines them:
     def opened_event(self, index: int) -> Any:
         return worker_events.Connected(index)
 
@@ -269,7 +269,7 @@ class SimWorker(Party):
         )
         self.exit: Exit | None = None
         self.deaths = 0
-        #: By prompt: how often it was begun, tokens computed, failures that were to be.
+        #: By prompt: how often it was started, tokens computed, planned failures.
         self.runs: Counter[str] = Counter()
         self.computed: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
@@ -318,11 +318,11 @@ class SimWorker(Party):
 
     def handle(self, event: Any) -> None:
         if isinstance(event, worker_events.EngineLost):
-            self._new_engine()  # the supervisor, a part of this process, saw it now
+            self._new_engine()  # the supervisor, part of this process, has noticed only now
         super().handle(event)
 
     def repeat_credit(self) -> None:
-        """Say again, late, what was granted a while ago."""
+        """Repeat, late, an old grant."""
         for connection in self.core._connections:
             if self.alive and not self.paused and connection.open:
                 credit = Credit(granted=self.world.rng.randint(0, connection.credit.announced))
@@ -337,7 +337,7 @@ class SimWorker(Party):
             self.engine.hung = True
 
     def say_odd_things(self) -> None:
-        """Events that a client must not fall for: repeated, too early, of an epoch that is over."""
+        """Send events that a client must not accept: repeated, too early, of an earlier epoch."""
         streams = [s for s in self.core._requests.streams.values() if s.route and s.sent]
         for stream in streams if self.alive and not self.paused else ():
             route, connection = stream.route, stream.route.connection
@@ -358,8 +358,8 @@ class SimWorker(Party):
             self.sockets.send(connection.index, frames)
 
     def forge(self, calls: list[tuple[Call, int]], guess: Callable[[SimWorker, int], int]) -> int:
-        """Write into requests that run elsewhere, each with its epoch, over the routes that it has;
-        returns how many events it made."""
+        """Write into requests that run elsewhere, each with its epoch, over this worker's routes;
+        returns how many events were sent."""
         forged = 0
         routes = {s.route for s in self.core._requests.streams.values() if s.route is not None}
         for route in sorted(routes, key=lambda route: route.plain):
@@ -453,14 +453,14 @@ class SimClient(Party):
         super().handle(event)
 
     def drain_worker(self, name: str) -> None:
-        """The operator's verb."""
+        """The operator drains a worker."""
         query_id = self.world.rng.getrandbits(128).to_bytes(16)
         self.drains[query_id] = name
         args = {"worker": name, "deadline_ms": 2000}
         self.tell(client_events.QueryMade(query_id, "bus.drain", args, Timeout(total=5)))
 
     def kill(self) -> None:
-        """kill -9: nobody reads its answers any more."""
+        """kill -9: its answers are no longer read."""
         if self.alive:
             self.world.note(self.name, "is killed")
             self.alive = False
@@ -469,7 +469,7 @@ class SimClient(Party):
             self.sockets.cut_all()
 
     def say_stray_things(self, calls: list[Call]) -> None:
-        """Messages that are legal and mean nothing: late, repeated, of nobody's request."""
+        """Send valid messages without effect: late, repeated, or for unknown requests."""
         core, requests = self.core, self.core._requests
         if not self.alive or self.paused or not core._broker.has_session:
             return
@@ -558,13 +558,13 @@ class SimClient(Party):
             and call.outcome != "end"
             and not call.answer.text(call.answer.length).startswith(call.text)
         ):
-            raise Violation(f"{name} failed after text that is no prefix: {call.text!r}")
+            raise Violation(f"{name} failed after text that is not a prefix: {call.text!r}")
 
     def _tokens(self, name: str, call: Call, item: TokensEvent) -> None:
         at = len(call.token_ids)
         right = [call.answer.token(i) for i in range(at, at + len(item.token_ids))]
         if item.offset != at or item.token_ids != right:
-            raise Violation(f"{name} got {item} after {at} tokens; right is {right}")
+            raise Violation(f"{name} got {item} after {at} tokens instead of {right}")
         call.token_ids += item.token_ids
         call.text += item.text
         exchange = self.core._requests.exchanges.get(
@@ -590,7 +590,7 @@ class SimClient(Party):
         if call.whole and call.result != result_of(call.answer.prompt)[1]:
             raise Violation(f"{name} ended with the result {call.result}")
         if call.answer.fails_at is not None and not call.answer.fails_once:
-            raise Violation(f"{name} ended well; its engine failed it")
+            raise Violation(f"{name} ended well although its engine failed it")
         if call.text != whole or len(call.token_ids) != call.answer.length:
             raise Violation(
                 f"{name} ended with {len(call.token_ids)} of {call.answer.length} tokens and "

@@ -1,4 +1,4 @@
-"""A scenario as data: made from a seed, and shrunk when it fails."""
+"""A scenario as data: generated from a seed, and shrunk if it fails."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 STORM_S = 20.0
 """Requests and faults happen in the first part of a scenario."""
 
-#: Connections.
+#: Faults of connections.
 CLIENT_CONNECTION = ("cut_client", "unplug_client", "garble_client")
 WORKER_CONNECTION = ("cut_worker", "unplug_worker", "garble_worker")
-#: Processes.
+#: Faults of processes.
 BROKER_DEATH = ("kill_broker", "stop_broker")
 WORKER_DEATH = ("kill_worker", "kill_engine", "hang_engine")
 DRAIN = ("drain_worker", "order_drain")
-#: A worker's end that is known: it comes as said, earlier, or is put off and called off.
+#: Announced ends of workers: on time, earlier, or postponed and withdrawn.
 ENDS = ("end_known", "end_early", "end_changed")
 PAUSE = ("pause_broker", "pause_worker", "pause_client")
-#: Applications, and messages that are legal and mean nothing.
+#: Events of applications, and valid messages without effect.
 APPLICATION = ("drop", "burst", "kill_client", "new_client")
 HARMLESS = ("repeat_credit", "stray", "odd_output", "drop", "burst", "new_client")
 
@@ -57,7 +57,7 @@ class Ask:
 
     at_s: float
     client: int
-    #: Tokens; 0 asks for an embedding or a decision.
+    #: Tokens of the answer; 0 asks for an embedding or a decision.
     length: int
     priority: int
     read_s: float
@@ -65,7 +65,7 @@ class Ask:
     queue_s: float | None = None
     fails_at: int | None = None
     fails_once: bool = False
-    #: What dies at that token instead: "engine" or "worker".
+    #: What dies at that token: "engine" or "worker".
     kills: str = ""
 
 
@@ -84,13 +84,13 @@ class Plan:
     longest_delay_s: float
     placement: str
     queue_requests: int
-    #: The broker's own limit of the time in its queue.
+    #: The broker's own time limit for its queue.
     queue_s: float
     inflight: int
     peer_queue_messages: int
     asks: tuple[Ask, ...]
     faults: tuple[Fault, ...]
-    #: Progress before a stream gives way to a higher priority, and how long until it may again.
+    #: How long a stream must have run before it can be preempted, and again after a preemption.
     preempt_s: tuple[float, float] = (0.5, 10.0)
 
 
@@ -134,7 +134,8 @@ def make(
 
 
 def plain(seed: int, asks: tuple[Ask, ...], slots: int = 4) -> Plan:
-    """No fault of its own and no bound that is met: one broker, three workers, three clients."""
+    """A plan without faults, whose limits are never reached: one broker, three workers and three
+    clients."""
     return dataclasses.replace(
         make(seed, ()),
         brokers=1,
@@ -170,7 +171,7 @@ def _ask(rng: random.Random) -> Ask:
 
 
 def shrink(plan: Plan, fails: Callable[[Plan], str]) -> Plan:
-    """A smaller plan that still fails: without faults and requests that do not matter."""
+    """A smaller plan that still fails: without the faults and requests that do not matter."""
     changed = True
     while changed:
         changed = False

@@ -1,5 +1,5 @@
-"""Long runs: `python -m tests.simulation.run --seeds 100000`. Prints the story of what fails,
-shrunk."""
+"""Long runs: `python -m tests.simulation.run --seeds 100000`. Shrinks each failure and prints its
+story."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1000, help="how many scenarios")
     parser.add_argument("--start", type=int, default=0, help="first seed")
     parser.add_argument("--kinds", nargs="*", default=list(FAULTS), help="faults to use")
-    parser.add_argument("--faults", type=int, default=8, help="most faults of a scenario")
-    parser.add_argument("--brokers", type=int, nargs="*", default=[1, 1, 2], help="how many, drawn")
-    parser.add_argument("--keep-going", action="store_true", help="do not end at the first failure")
+    parser.add_argument("--faults", type=int, default=8, help="most faults in a scenario")
+    parser.add_argument("--brokers", type=int, nargs="*", default=[1, 1, 2], help="counts to draw")
+    parser.add_argument(
+        "--keep-going", action="store_true", help="do not stop at the first failure"
+    )
     parser.add_argument("--no-shrink", action="store_true")
     args = parser.parse_args()
 
@@ -30,7 +32,7 @@ def main() -> None:
         plan = make(seed, tuple(args.kinds), args.faults, tuple(args.brokers))
         try:
             run = Run(plan).to_the_end()
-        except Exception as error:  # any exception out of a core is a finding
+        except Exception as error:  # any exception from a core is a finding
             failed += 1
             first_line = (str(error) or repr(error)).splitlines()[0]
             print(f"seed {seed} fails: {type(error).__name__}: {first_line}")

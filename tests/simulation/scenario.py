@@ -1,5 +1,5 @@
-"""A plan in motion: requests and faults, then everything is mended and whatever can be served must
-be, then everyone leaves and nothing may be left behind."""
+"""Runs a plan in three parts: requests and faults; then all faults are repaired, and everything
+that can be served must be; then everyone leaves, and nothing may be left behind."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.simulation.world import Party, Violation, World
 from worker.core.events import EndKnown, StopRequested
 
 MENDED_BOUND_S = 240.0
-"""Everything that can be served is, this long after the last fault."""
+"""This long after the last fault, everything that can be served has been."""
 GONE_BOUND_S = 60.0
-"""Nothing is left behind, this long after everyone has gone: all graces, an attempt to connect and
-a longest back-off."""
+"""This long after everyone has gone, nothing is left behind: all grace periods, an attempt to
+connect and the longest back-off."""
 RESTART_S = 3.0
-"""A supervisor starts another process in place of one that is gone."""
+"""How long a supervisor takes to replace a process that has died."""
 KEEP_S = 3.0
 GRACE_S = 6.0
 STALL_S = 8.0
@@ -70,13 +70,13 @@ class Run:
 
     @property
     def all_workers(self) -> list[SimWorker]:
-        """Those that are gone included."""
+        """All workers, including those that are gone."""
         return [*self.gone_workers, *self.workers]
 
     # --- the three parts --------------------------------------------------------------------------
 
     def to_the_end(self) -> Run:
-        """Run all three parts; raises Violation with the story."""
+        """Run all three parts; raises Violation, with the story."""
         try:
             self._storm()
             self._mend()
@@ -265,7 +265,7 @@ class Run:
 
 
 def fails(plan: Plan) -> str:
-    """The story of the plan's violation; empty when there is none."""
+    """The story of the plan's violation; empty if there is none."""
     try:
         Run(plan).to_the_end()
     except Exception as error:  # whatever breaks is a failure of the plan

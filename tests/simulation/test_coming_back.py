@@ -1,4 +1,4 @@
-"""How soon streams flow again: the real cores, one broker that is killed again and again."""
+"""How soon streams flow again: the real cores, and one broker that is killed several times."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from tests.simulation.plan import Ask, Plan
 from tests.simulation.scenario import Run
 
 AWAY_S = 0.8
-"""What a broker's process takes to start."""
+"""How long a broker process takes to start."""
 SOON_S = 1.0
-"""From a broker that listens to tokens of every stream."""
+"""Time from when the broker listens until every stream has tokens."""
 
 
 def _plan(seed: int) -> Plan:

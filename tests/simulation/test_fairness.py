@@ -1,4 +1,4 @@
-"""Who waits how long, in virtual time: fair shares, priority, bounded queues."""
+"""How long requests wait, in virtual time: fair shares, priority, bounded queues."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.simulation.scenario import Run
 TOKENS = 10
 STEP_S = 0.02
 SERVICE_S = TOKENS * STEP_S * 1.5
-"""The longest time that one request takes in its slot: steps vary by half."""
+"""The longest time that one request occupies its slot; steps vary by half."""
 DELAYS_S = 0.05
 
 QUIET = Plan(
@@ -78,7 +78,7 @@ def test_two_clients_with_long_lines_get_equal_shares(slots: int) -> None:
     run.world.run(run.world.now_s + 20 * SERVICE_S / slots)
     done = [sum(bool(c.outcome) for c in client.calls.values()) for client in run.clients]
     assert min(done) > 5
-    # Who comes first has all slots before the other has asked.
+    # The first client gets all slots before the other has asked.
     assert abs(done[0] - done[1]) <= slots + 1
 
 

@@ -1,4 +1,4 @@
-"""A worker that writes into requests that moved away from it: the real cores, a forger's words."""
+"""A worker that writes into requests that have moved away from it, with the real cores."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GUESSES: dict[str, Callable[[SimWorker, int], int]] = {
 @pytest.mark.parametrize("brokers", [1, 2])
 @pytest.mark.parametrize("guess", GUESSES)
 @pytest.mark.parametrize("seed", range(6))
-def test_its_words_are_never_shown_and_it_is_cut_off(seed: int, guess: str, brokers: int) -> None:
+def test_its_output_is_never_shown_and_it_is_cut_off(seed: int, guess: str, brokers: int) -> None:
     plan = dataclasses.replace(
         plans.plain(seed, ()),
         brokers=brokers,
@@ -40,7 +40,7 @@ def test_its_words_are_never_shown_and_it_is_cut_off(seed: int, guess: str, brok
     for _ in range(6):
         world.run(world.now_s + 1.0)
         evil = run.workers[0]
-        evil.sockets.cut_all()  # what it ran moves on, and it comes back
+        evil.sockets.cut_all()  # its requests move elsewhere, and it reconnects
         run._ask(Ask(0.0, 0, 100, 0, 0.0))
         run._ask(Ask(0.0, 1, 100, 0, 0.0))
         world.run(world.now_s + 1.0)

@@ -23,5 +23,5 @@ def test_it_is_noticed_when(mutant: Mutant) -> None:
     pytest.fail(f"survives {SEEDS} scenarios")
 
 
-def test_there_are_many_and_each_is_another() -> None:
+def test_there_are_many_different_mutants() -> None:
     assert len({(mutant.function, mutant.right) for mutant in MUTANTS}) == len(MUTANTS) >= 20

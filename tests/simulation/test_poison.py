@@ -1,4 +1,4 @@
-"""Which request killed the workers? The real cores: kills from outside, and requests that kill."""
+"""Which request killed the workers? Kills from outside and requests that kill, with real cores."""
 
 from __future__ import annotations
 

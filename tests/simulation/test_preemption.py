@@ -1,5 +1,5 @@
-"""A batch at a low priority, and people who come and go: every answer is right, people hardly wait,
-and no slot stands idle."""
+"""A batch at low priority while interactive users come and go: every answer is exact, users hardly
+wait, and no slot is idle."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def test_people_wait_for_no_batch_and_the_batch_loses_nothing() -> None:
     for number in range(20):
         call = ask(run, person, number, SHORT, 0)
         took_s = served(run, call)
-        # A step until the slot is free, and the time between two messages now and then.
+        # One step until the slot is free, plus some messages' delays.
         assert took_s <= SHORT * STEP_S * 1.5 + 4 * STEP_S + 0.05, f"person {number}: {took_s}"
         run.world.run(run.world.now_s + 0.3)
     assert sum(call.gave_way for call in lines) > 5
     for call in lines:
-        served(run, call, 300.0)  # and exact, which the client checks
+        served(run, call, 300.0)  # the client checks that it is exact
     assert max(call.gave_way for call in lines) <= (run.world.now_s - 1000.0) / AGAIN_S + 1

@@ -1,6 +1,7 @@
-"""Thousands of scenarios, by what goes wrong in them. A failing seed prints its story, shrunk.
+"""Thousands of scenarios, by what goes wrong in them. A failing seed is shrunk and prints its
+story.
 
-Run one again alone with `python -m tests.simulation.run --start SEED --seeds 1 --kinds ...`.
+Rerun a single one with `python -m tests.simulation.run --start SEED --seeds 1 --kinds ...`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tests.simulation.scenario import Run, fails
 
 
 def run_seeds(first: int, count: int, kinds: tuple[str, ...], brokers: tuple[int, ...]) -> None:
-    """Run so many scenarios; fails with the story of the first that is wrong, shrunk."""
+    """Run this many scenarios; fails with the shrunk story of the first that is wrong."""
     for seed in range(first, first + count):
         plan = make(seed, kinds, brokers=brokers)
         if story := fails(plan):
@@ -32,7 +33,7 @@ ONE_KIND = {
     "brokers die": plans.BROKER_DEATH,
     "workers and engines die": plans.WORKER_DEATH,
     "workers are drained": plans.DRAIN,
-    "workers end as they said, or otherwise": plans.ENDS,
+    "workers end as announced, or otherwise": plans.ENDS,
     "processes are stopped and go on": plans.PAUSE,
     "applications come, go and lose interest": plans.APPLICATION,
     "odd but legal messages arrive": plans.HARMLESS,
@@ -79,7 +80,7 @@ def test_a_run_does_not_depend_on_the_order_of_sets() -> None:
 
 
 def test_scenarios_meet_what_they_are_made_for() -> None:
-    """The faults bite: streams are resumed, requests refused, limits passed."""
+    """The faults have an effect: streams are resumed, requests refused, limits exceeded."""
     seen = {"resumed": 0, "deadline_exceeded": 0, "engine_error": 0, "end": 0}
     for seed in range(1, 60):
         run = Run(make(seed)).to_the_end()

@@ -1,4 +1,4 @@
-"""Scenarios with two brokers, in a file of their own: files are what runs side by side."""
+"""Scenarios with two brokers, in a separate file so that they can run in parallel."""
 
 from __future__ import annotations
 

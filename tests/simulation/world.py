@@ -1,7 +1,8 @@
 """A virtual clock, and connections between cores that can be slow, cut or silent.
 
-`World` runs what is scheduled, in order of time; equal seeds give equal runs. `Wire` is one
-connection: ordered, and lost as a whole, as ZeroMQ's are. Nothing here knows what a request is.
+`World` runs scheduled calls in order of time; equal seeds give equal runs. `Wire` is one
+connection: ordered, and lost as a whole, like those of ZeroMQ. Nothing here knows what a request
+is.
 """
 
 from __future__ import annotations
@@ -15,39 +16,39 @@ from typing import Any
 
 
 class Violation(AssertionError):
-    """A promise was broken. The text is the story."""
+    """A promise was broken; the message tells the story."""
 
 
 class World:
-    """The clock and everything that is going to happen."""
+    """The clock, and everything scheduled."""
 
     def __init__(self, seed: int, longest_delay_s: float) -> None:
         self.rng = random.Random(seed)
         self.now_s = 1000.0
         self.longest_delay_s = longest_delay_s
         self.events = 0
-        #: The last things that happened, for the story of a violation.
+        #: The latest notes, for the story of a violation.
         self.story: deque[str] = deque(maxlen=400)
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._count = 0
 
     def at(self, time_s: float, act: Callable[..., None], *args: Any) -> None:
-        """Call `act` then."""
+        """Call `act` at this time."""
         self._count += 1
         heapq.heappush(self._heap, (time_s, self._count, act, args))
 
     def after(self, delay_s: float, act: Callable[..., None], *args: Any) -> None:
-        """Call `act` that much later."""
+        """Call `act` after this delay."""
         self.at(self.now_s + delay_s, act, *args)
 
     def delay_s(self) -> float:
-        """Of one message on its way: mostly short, sometimes long."""
+        """The delay of one message: mostly short, sometimes long."""
         if self.rng.random() < 0.9:
             return self.rng.uniform(0.0, 0.002)
         return self.rng.uniform(0.0, self.longest_delay_s)
 
     def run(self, until_s: float, finished: Callable[[], bool] = lambda: False) -> None:
-        """Let time pass until then, or until `finished` says so."""
+        """Let time pass until `until_s`, or until `finished()` is true."""
         while self._heap and self._heap[0][0] <= until_s and not finished():
             time_s, _, act, args = heapq.heappop(self._heap)
             self.now_s = max(self.now_s, time_s)
@@ -57,7 +58,7 @@ class World:
             self.now_s = until_s
 
     def note(self, who: str, what: str) -> None:
-        """A line of the story."""
+        """Add a line to the story."""
         self.story.append(f"{self.now_s - 1000:9.4f} {who:10} {what}")
 
 
@@ -73,23 +74,23 @@ class Party:
         self._inbox: deque[Any] = deque()
         self._wakes: set[float] = set()
 
-    # What a party of a kind has to say:
+    # Defined by each kind of party:
     core: Any
 
     def tick_event(self) -> Any:
-        """The fact that tells its core to look at the time."""
+        """The event that makes its core check its timers."""
         raise AssertionError
 
     def carry_out(self, instruction: Any) -> None:
-        """Do what its core wants."""
+        """Carry out an instruction of its core."""
         raise AssertionError
 
     def woke(self, late_s: float) -> None:
-        """It was stopped for so long."""
+        """It was stopped for this long."""
 
     # The process:
     def tell(self, event: Any) -> None:
-        """A fact for its core; it waits while the process is stopped."""
+        """Pass an event to its core; the event waits while the process is stopped."""
         if not self.alive:
             return
         if self.paused or self._inbox:
@@ -98,7 +99,7 @@ class Party:
         self.handle(event)
 
     def handle(self, event: Any) -> None:
-        """Let the core handle a fact, and carry out what it wants."""
+        """Let the core handle an event, and carry out its instructions."""
         core = self.core
         for instruction in core.handle(event, self.world.now_s):
             self.carry_out(instruction)
@@ -110,7 +111,7 @@ class Party:
             self.arm()
 
     def arm(self) -> None:
-        """See to it that the core's next deadline is kept."""
+        """Schedule a call for the core's next deadline."""
         due_s = self.core.deadline_s()
         if due_s == math.inf or any(due_s >= wake_s >= self.world.now_s for wake_s in self._wakes):
             return
@@ -133,7 +134,7 @@ class Party:
             self.paused, self._paused_s = True, self.world.now_s
 
     def resume(self) -> None:
-        """SIGCONT: first it notices the time, then what came meanwhile."""
+        """SIGCONT: it handles its timers first, then the events that arrived in the meantime."""
         if not self.alive or not self.paused:
             return
         self.world.note(self.name, "goes on (SIGCONT)")
@@ -150,7 +151,7 @@ class Party:
 
     @property
     def backlog(self) -> int:
-        """Facts that a stopped process has not read."""
+        """How many events a stopped process has not read."""
         return len(self._inbox)
 
 
@@ -171,10 +172,10 @@ class Wire:
         self._to_broker = to_broker
         self._on_cut = on_cut
         self.open = True
-        #: Nothing passes any more and nobody is told (a cable pulled, a firewall).
+        #: Nothing passes any more, and neither side is told (an unplugged cable, a firewall).
         self.silent = False
-        #: How often the next message arrives. ZeroMQ neither loses nor doubles one; if anything
-        #: ever does, the sequence numbers tell.
+        #: How often the next message arrives. ZeroMQ neither loses nor doubles messages; if
+        #: anything ever does, the sequence numbers show it.
         self.copies_to_peer = self.copies_to_broker = 1
         self._peer_s = self._broker_s = world.now_s
 
@@ -195,7 +196,7 @@ class Wire:
             to(*args)
 
     def close(self) -> None:
-        """By the peer, in good order: what was sent still arrives."""
+        """The peer closes the connection in order: messages already sent still arrive."""
         self._broker_s = max(self._broker_s, self.world.now_s)
         self.world.at(self._broker_s, self._closed)
 
@@ -203,7 +204,7 @@ class Wire:
         self.open = False
 
     def cut(self, why: str) -> None:
-        """The connection breaks: what is under way is lost, the peer's system notices."""
+        """The connection breaks: messages in flight are lost, and both systems notice."""
         if not self.open:
             return
         self.open = False

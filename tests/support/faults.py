@@ -1,8 +1,8 @@
-"""Faults of a network and of a process, made on purpose.
+"""Deliberate faults of a network and of processes.
 
-`Proxy` stands between two parties on TCP and stops forwarding, forgets connections without closing
-them, delays and resets; signals stop and wake processes. Knows nothing of the protocol. Used by
-`bench.chaos` and by `tests/wire`.
+`Proxy` sits between two TCP parties. It can stop forwarding, abandon connections without closing
+them, delay data, and reset connections. Signals stop and continue processes. Knows nothing of the
+protocol. Used by `bench.chaos` and `tests/wire`.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from tests.support.processes import family
 
 _CHUNK: Final = 65_536
 _QUEUED_CHUNKS: Final = 64
-"""Of one direction; beyond, the proxy reads no more and TCP pushes back, as a network does."""
+"""Buffer for one direction. When it is full, the proxy stops reading and TCP pushes back, as in a
+real network."""
 
 
 class _Connection:
-    """One connection through the proxy: two sockets, a pump for each direction."""
+    """One connection through the proxy: two sockets, and a pump for each direction."""
 
     def __init__(self, *writers: asyncio.StreamWriter) -> None:
         self.writers = writers
-        #: Nothing passes any more, and nobody is told.
+        #: Nothing is forwarded any more, and neither side is told.
         self.abandoned = False
 
     def reset(self) -> None:
-        """RST to both sides."""
+        """Send RST to both sides."""
         for writer in self.writers:
             sock = writer.get_extra_info("socket")
             if sock is not None:
@@ -44,13 +45,13 @@ class _Connection:
 
 
 class Proxy:
-    """A TCP proxy on a free port of the loopback, in a thread of its own.
+    """A TCP proxy on a free loopback port, in its own thread.
 
     All methods may be called from any thread, and take effect before they return.
     """
 
     def __init__(self, upstream: str) -> None:
-        """`upstream`: a tcp:// address; it need not listen yet."""
+        """`upstream`: a tcp:// address that need not listen yet."""
         host, _, port = upstream.removeprefix("tcp://").rpartition(":")
         self._upstream = (host, int(port))
         self._connections: set[_Connection] = set()
@@ -67,22 +68,22 @@ class Proxy:
             asyncio.start_server(self._serve, "127.0.0.1", 0), self._loop
         )
         self._server = server.result()
-        #: Where to connect instead of `upstream`.
+        #: The address to connect to instead of `upstream`.
         self.address = f"tcp://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     # --- faults -----------------------------------------------------------------------------------
 
     def hold(self) -> None:
-        """Stop forwarding, in both directions; connections stay, new ones are accepted."""
+        """Stop forwarding in both directions. Connections stay open, and new ones are accepted."""
         self._do(self._open.clear)
 
     def release(self) -> None:
-        """Go on; what was sent meanwhile arrives now."""
+        """Forward again; data sent in the meantime arrives now."""
         self._do(self._open.set)
 
     def abandon(self) -> None:
-        """Half-open: connections of now are dead for ever, and neither side is told. New ones
-        work."""
+        """Leave the current connections half-open: they are dead for good, and neither side is
+        told. New ones work."""
 
         def all_of_now() -> None:
             for connection in self._connections:
@@ -91,15 +92,15 @@ class Proxy:
         self._do(all_of_now)
 
     def delay(self, delay_s: float) -> None:
-        """Everything arrives so much later, in order."""
+        """Delay all data by this time, keeping its order."""
         self._do(lambda: setattr(self, "_delay_s", delay_s))
 
     def reset(self) -> None:
-        """RST to both sides of every connection."""
+        """Send RST to both sides of every connection."""
         self._do(lambda: [connection.reset() for connection in list(self._connections)])
 
     def close(self) -> None:
-        """Reset what is left and end the thread. Idempotent."""
+        """Reset the remaining connections and end the thread. Idempotent."""
         if self._loop.is_closed():
             return
 
@@ -171,7 +172,7 @@ class Proxy:
     async def _pump(
         self, connection: _Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        """One direction, until its end."""
+        """Forward one direction until it ends."""
         queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_QUEUED_CHUNKS)
 
         async def read() -> None:
@@ -205,7 +206,7 @@ class Proxy:
 
 
 def engine_of(worker_pid: int) -> int:
-    """Process id of a worker's engine: the link's only child. Raises `ProcessLookupError`."""
+    """Process id of a worker's engine, the link's only child. Raises `ProcessLookupError`."""
     children = family(worker_pid)[1:]
     if not children:
         raise ProcessLookupError(f"process {worker_pid} has no engine process")
@@ -214,7 +215,7 @@ def engine_of(worker_pid: int) -> int:
 
 @contextlib.contextmanager
 def stopped(pid: int) -> Iterator[None]:
-    """SIGSTOP, and SIGCONT at the end whatever happens (the process may have died meanwhile)."""
+    """SIGSTOP, and SIGCONT at the end in any case. The process may have died in the meantime."""
     os.kill(pid, signal.SIGSTOP)
     try:
         yield
@@ -224,6 +225,6 @@ def stopped(pid: int) -> Iterator[None]:
 
 
 def stop_for(pid: int, seconds: float) -> None:
-    """Stop a process for so long. The length is the fault, so this sleeps."""
+    """Stop a process for this long. It sleeps, because the duration is the fault."""
     with stopped(pid):
         time.sleep(seconds)

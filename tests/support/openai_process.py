@@ -1,4 +1,4 @@
-"""The stand-in for a server of OpenAI's API as a process that tests start, kill and ask."""
+"""The stand-in for an OpenAI-compatible server, as a process that tests start, kill and query."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["StandIn"]
 
 
 class StandIn:
-    """`tests.engines.openai_server` on a port of its own, which it keeps over a restart."""
+    """`tests.engines.openai_server` on its own port, which it keeps over a restart."""
 
     def __init__(self, **options: Any) -> None:
         self._options = options
@@ -24,7 +24,7 @@ class StandIn:
         self.start()
 
     def start(self, **options: Any) -> None:
-        """Start it, on the port that it had."""
+        """Start it, on the same port as before."""
         self._options |= options
         told = json.dumps(self._options | {"port": self.port})
         self._process = subprocess.Popen(
@@ -41,7 +41,7 @@ class StandIn:
         return f"http://127.0.0.1:{self.port}/v1"
 
     def kill(self) -> None:
-        """End it as a crash does."""
+        """End it like a crash."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -50,12 +50,12 @@ class StandIn:
             self._process = None
 
     def seen(self) -> Any:
-        """What it was asked, and what runs there."""
+        """The requests that it received, and what is running there."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/seen", timeout=30) as answer:
             return json.load(answer)
 
     def bodies(self) -> list[dict[str, Any]]:
-        """The requests that stream: those of clients, not of the look at what it can."""
+        """The streaming requests: those of clients, not the engine's probes."""
         return [body for body in self.seen()["bodies"] if body.get("stream")]
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""Peers on plain sockets, which cost little: no client library, no libzmq, no threads."""
+"""Cheap peers on plain sockets: no client library, no libzmq, no threads."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ from broker.protocol.messages import (
 from tests.support.zmtp import Connection
 
 WAIT_S = 20.0
-"""Longest wait for a message of the broker."""
+"""Longest wait for a message from the broker."""
 
 
 class Watch:
-    """Waits for many peers at once. Whoever takes a message takes all that were read with it."""
+    """Waits for many peers at once. When you take a message from a peer, take all that were read
+    with it."""
 
     def __init__(self, peers: Sequence[RawPeer]) -> None:
         self._selector = selectors.DefaultSelector()
@@ -43,10 +44,10 @@ class Watch:
             self._selector.register(peer.connection, selectors.EVENT_READ, peer)
 
     def readable(self) -> list[RawPeer]:
-        """Those for whom something came; waits for the first."""
+        """The peers that have received something; waits for the first."""
         ready = [key.data for key, _ in self._selector.select(WAIT_S)]
         if not ready:
-            raise TimeoutError(f"nothing came in {WAIT_S} s")
+            raise TimeoutError(f"nothing arrived in {WAIT_S} s")
         return ready
 
     def close(self) -> None:
@@ -62,7 +63,7 @@ class RawPeer:
         self.session = NO_ID
         #: Sequence number of the next message sent.
         self.sequence = 0
-        #: Of a worker: slots granted so far.
+        #: For a worker: the slots granted so far.
         self.granted = 0
 
     def send(self, type_: MessageType, id_: bytes, *frames: bytes) -> None:
@@ -77,7 +78,7 @@ class RawPeer:
         return header.type, header.id, frames
 
     def expect(self, wanted: MessageType) -> tuple[bytes, list[bytes]]:
-        """The next message of a type; heartbeats and receipts between are passed over."""
+        """The next message of this type; heartbeats and ACCEPTED before it are skipped."""
         passing = {MessageType.HEARTBEAT, MessageType.ACCEPTED} - {wanted}
         while True:
             type_, id_, frames = self.receive()
@@ -119,23 +120,23 @@ class RawPeer:
         return codec.decode(Welcome, frames[0], MAX_CONTROL_BYTES)
 
     def ready(self, models: list[ModelInfo], capacity: int) -> None:
-        """A worker says that it is ready and grants its capacity."""
+        """Worker: say that it is ready, and grant its capacity."""
         beat = Heartbeat(state=WorkerState.READY, granted=0, models=models, capacity=capacity)
         self.send(MessageType.HEARTBEAT, self.session, codec.encode(beat))
         self.credit(capacity)
 
     def credit(self, granted: int) -> None:
-        """A worker grants slots: a cumulative number."""
+        """Worker: grant slots; the number is cumulative."""
         self.granted = granted
         self.send(MessageType.CREDIT, self.session, codec.encode(Credit(granted=granted)))
 
     def beat(self, worker: bool = False) -> None:
-        """A sign of life."""
+        """Send a heartbeat."""
         body = codec.encode(Heartbeat(state=WorkerState.READY)) if worker else b"\x80"
         self.send(MessageType.HEARTBEAT, self.session, body)
 
     def request(self, model: str, max_tokens: int = 1 << 20) -> bytes:
-        """Send a REQUEST for a completion; its id."""
+        """Send a REQUEST for a completion; returns its id."""
         request_id = new_id()
         body = {
             "model": model,
@@ -148,7 +149,7 @@ class RawPeer:
         return request_id
 
     def assigned(self) -> tuple[bytes, Assign, Request]:
-        """A worker takes its next ASSIGN: request id, assignment, request."""
+        """Worker: the next ASSIGN, as request id, assignment and request."""
         id_, frames = self.expect(MessageType.ASSIGN)
         return (
             id_,
@@ -157,17 +158,17 @@ class RawPeer:
         )
 
     def accepted(self) -> Accepted:
-        """A client takes its next ACCEPTED; `worker` is empty while the request is queued."""
+        """Client: the next ACCEPTED; its `worker` is empty while the request is queued."""
         _, frames = self.expect(MessageType.ACCEPTED)
         return codec.decode(Accepted, frames[0], MAX_CONTROL_BYTES)
 
     def output(self) -> list[OutputEvent]:
-        """A client takes its next OUTPUT."""
+        """Client: the events of the next OUTPUT."""
         _, frames = self.expect(MessageType.OUTPUT)
         return codec.decode_events(frames[0], MAX_OUTPUT_BYTES)
 
     def answer(self, reply_to: bytes, request_id: bytes, granted: int) -> None:
-        """A worker answers with one token and the end, and gives the slot back."""
+        """Worker: answer with one token and the end, and grant the slot again."""
         events = [
             TokensEvent(request_id, 0, 0, [1234], " word"),
             EndEvent(request_id, 0, 1, FinishReason.LENGTH, "", Usage(), Timings()),
@@ -178,5 +179,5 @@ class RawPeer:
         self.sequence += 1
 
     def close(self) -> None:
-        """Close the connection; a GOODBYE is the caller's."""
+        """Close the connection, without GOODBYE; the caller may send one."""
         self.connection.close()

@@ -1,4 +1,4 @@
-"""Processes as the system sees them: their families and their memory."""
+"""The system's view of processes: their descendants and their memory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ __all__ = ["family", "memory_bytes"]
 
 
 def memory_bytes(pid: int, *, anonymous: bool = False) -> int:
-    """Resident memory of a process; `anonymous`: of its own making alone, without pages of files,
-    which the system takes and brings back as it likes."""
+    """Resident memory of a process; `anonymous`: without file-backed pages, which the system drops
+    and reloads as it likes."""
     text = Path(f"/proc/{pid}/status").read_text()
     name = "RssAnon" if anonymous else "VmRSS"
     match = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)

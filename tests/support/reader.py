@@ -1,12 +1,12 @@
-"""The client that `bench.chaos` and the wire tests of faults start, as a process of its own so that
-it can be stopped and killed.
+"""The client process of `bench.chaos` and of the wire tests of faults; a process, so that it can be
+stopped and killed.
 
-Reads paced streams of the echo engine and prints what it got: `running` once every lane has
-some of its first answer, and at the end one JSON line with every stream's tokens, text and times
-of arrival. Judges nothing: that is for who started it and knows what should have come.
+Reads paced streams of the echo engine. It prints `running` once every lane has part of its first
+answer, and at the end one JSON line with every stream's tokens, text and arrival times. It judges
+nothing: the starter knows what should have arrived.
 
-Odd lanes draw words from a seed; even lanes echo text of several bytes a character, with a stop
-string whose beginning occurs, so that text is held back.
+Odd lanes draw words from a seed; even lanes echo text with several bytes per character and a stop
+string whose start occurs in it, so that text is held back.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from client import (
 from worker.engines.echo.tokens import tokenize
 
 LIMIT_S: Final = 90.0
-"""Of one stream: one that hangs must become an error that is counted."""
+"""Time limit of one stream, so that one that hangs is counted as an error."""
 BEGUN_TOKENS: Final = 25
 STOP: Final = "zebra!"
 _PIECES: Final = (" baba", " dema", "é", "漢", "🦊", " zebr", "x", "\n", " nilo")
@@ -44,27 +44,27 @@ _PIECES: Final = (" baba", " dema", "é", "漢", "🦊", " zebr", "x", "\n", " n
 
 @dataclass
 class Got:
-    """One stream as its caller saw it."""
+    """One stream, as its caller saw it."""
 
     lane: int
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
-    #: Monotonic seconds (of the machine, so comparable between processes) of each piece.
+    #: Arrival of each piece in monotonic seconds, which all processes of a machine share.
     arrived_s: list[float] = field(default_factory=list)
-    #: When it started where.
+    #: When it started at which worker.
     workers: list[tuple[float, str]] = field(default_factory=list)
     resumed: int = 0
-    #: Why it was interrupted, each time.
+    #: The cause of each interruption.
     causes: list[str] = field(default_factory=list)
-    #: Code of the error that ended it; None: an END.
+    #: Code of the error that ended it; None for an END.
     error: str | None = None
     message: str = ""
-    #: Of each token, where they were asked for.
+    #: The logprob of each token, if requested.
     logprobs: list[float] = field(default_factory=list)
 
 
 def prompt_of(lane: int, tokens: int) -> str:
-    """Text of at least so many tokens; the same for a lane always."""
+    """Text of at least this many tokens; always the same for a lane."""
     generator = random.Random(lane)
     text = f"{lane}:"
     while len(tokenize(text)) < tokens:
@@ -73,7 +73,7 @@ def prompt_of(lane: int, tokens: int) -> str:
 
 
 def arguments_of(lane: int, tokens: int, pace_ms: float) -> dict[str, Any]:
-    """What a lane asks for."""
+    """The arguments of a lane's request."""
     echo: dict[str, Any] = {"step_delay_ms": pace_ms}
     params: dict[str, Any] = {"max_tokens": tokens, "seed": 1000 + lane, "stop": [STOP]}
     if lane % 2:
@@ -94,7 +94,7 @@ class _Lanes:
         self._late = set(options.lanes)
 
     async def lane(self, client: AsyncClient, lane: int) -> None:
-        """One stream; with --repeat, one after the other until told to stop."""
+        """Read one stream; with --repeat, one after the other until told to stop."""
         options = self.options
         while True:
             got = Got(lane)
@@ -150,13 +150,13 @@ async def _main(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read and report; the exit status says nothing of the streams."""
+    """Read and report; the exit status does not depend on the streams."""
     parser = argparse.ArgumentParser(description="Reader of bench.chaos.")
-    parser.add_argument("--broker", required=True, help="front addresses, a comma between two")
+    parser.add_argument("--broker", required=True, help="front addresses, separated by commas")
     parser.add_argument("--name", default="reader")
     parser.add_argument("--lanes", type=lambda text: range(*map(int, text.split(":"))))
-    parser.add_argument("--tokens", type=int, required=True, help="of each answer")
-    parser.add_argument("--pace-ms", type=float, required=True, help="between two tokens")
+    parser.add_argument("--tokens", type=int, required=True, help="tokens of each answer")
+    parser.add_argument("--pace-ms", type=float, required=True, help="time between two tokens")
     parser.add_argument("--repeat", action="store_true", help="go on until SIGUSR1")
     asyncio.run(_main(parser.parse_args(argv)))
     return 0

@@ -1,8 +1,8 @@
-"""What strangers send: hostile bytes for both ports of a broker.
+"""Hostile strangers: bytes for both ports of a broker that no honest peer sends.
 
 Mutated valid messages, random frames, raw bytes that are not ZMTP, thousands of frames in one
-message, frames past every bound. Speaks through plain sockets, so that nothing of libzmq stands
-between an idea and the broker. A seed reproduces a run. Used by `bench.chaos` and `tests/wire`.
+message, frames beyond every limit. Uses plain sockets, since libzmq would not send most of this. A
+seed reproduces a run. Used by `bench.chaos` and `tests/wire`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Hostile:
         ]
 
     def message(self, sequence: int) -> Frames:
-        """The next message. Often its header is right, else nothing behind it would be reached."""
+        """The next message. Its header is often valid, to reach the code behind it."""
         frames = self.random.choice(self._makers)()
         if frames and self.random.random() < 0.7:
             type_ = self.random.choice(list(MessageType))
@@ -69,7 +69,7 @@ class Hostile:
         return frames
 
     def _flipped(self) -> Frames:
-        """A valid message with bytes changed, cut off and put in."""
+        """A valid message with bytes changed, removed and inserted."""
         frames = [bytearray(frame) for frame in self.random.choice(self._valid)]
         for _ in range(self.random.randint(1, 5)):
             frame = self.random.choice(frames)
@@ -84,7 +84,7 @@ class Hostile:
         return [bytes(frame) for frame in frames]
 
     def _wrong_shape(self) -> Frames:
-        """A header with msgpack of anything."""
+        """A valid header with random msgpack."""
         body = msgpack.packb(self._value(4))
         return [bytes(HEADER_BYTES), body, *([b"x"] * self.random.randrange(3))]
 
@@ -113,7 +113,7 @@ class Hostile:
         return [self.random.randbytes(self.random.choice(sizes)) for _ in range(max(1, count))]
 
     def _reordered(self) -> Frames:
-        """The right frames in the wrong places, of several messages."""
+        """Valid frames of several messages in the wrong places."""
         frames = [
             frame for message in self.random.sample(self._valid, 2) for frame in message
         ] + self.random.choice(self._valid)
@@ -121,7 +121,7 @@ class Hostile:
         return frames[: self.random.randint(1, len(frames))]
 
     def _extreme(self) -> Frames:
-        """Bodies made to hurt a decoder."""
+        """Bodies designed to hurt a decoder."""
         body = self.random.choice(
             (
                 b"\xdd\xff\xff\xff\xff",
@@ -138,8 +138,9 @@ class Hostile:
 
 
 def pester(address: str, seed: int, messages: int, *, role: str = "client") -> int:
-    """Send so many hostile messages, on as many connections as it takes; every second connection
-    says an honest HELLO first. Returns how many left before the broker closed a connection."""
+    """Send this many hostile messages, on as many connections as it takes; every second connection
+    sends an honest HELLO first. Returns how many were sent before the broker closed a
+    connection."""
     hostile = Hostile(seed)
     sent = 0
     while messages > 0:
@@ -161,14 +162,14 @@ def pester(address: str, seed: int, messages: int, *, role: str = "client") -> i
 
 
 def hello(role: str) -> bytes:
-    """Body of an honest HELLO."""
-    # Models of its own: a stranger that honestly offers the model would be given honest requests.
+    """The body of an honest HELLO."""
+    # Its own model: a stranger that offered a served model would be given real requests.
     models = [ModelInfo(name="nobodys")] if role == "worker" else []
     return codec.encode(Hello(role=role, name="stranger", models=models, capacity=len(models)))
 
 
 def talk_nonsense(address: str, seed: int, connections: int) -> None:
-    """Raw bytes: no ZMTP, half of a greeting, frames that promise far more than comes."""
+    """Send raw bytes: not ZMTP, half a greeting, frames that announce far more than they have."""
     generator = random.Random(seed)
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     for _ in range(connections):
@@ -179,7 +180,7 @@ def talk_nonsense(address: str, seed: int, connections: int) -> None:
                 generator.randbytes(generator.randrange(1, 3000)),
                 _GREETING[: generator.randrange(1, len(_GREETING))],
                 _GREETING + generator.randbytes(generator.randrange(1, 500)),
-                # A frame of 2^62 bytes, and a command of as many.
+                # A frame of 2^62 bytes, and a command of that size.
                 _GREETING + b"\x02" + (1 << 62).to_bytes(8, "big") + b"x",
                 _GREETING + b"\x06" + (1 << 62).to_bytes(8, "big") + b"x",
                 b"\xff" + b"\x00" * 8 + b"\x7f\x03\x00CURVE" + bytes(15 + 32),
@@ -190,7 +191,7 @@ def talk_nonsense(address: str, seed: int, connections: int) -> None:
 
 
 def flood_of_frames(address: str, frames: int) -> None:
-    """One message of so many empty frames."""
+    """Send one message of this many empty frames."""
     connection = Connection(address, new_id(), TIMEOUT_S)
     try:
         connection.settle()
@@ -201,7 +202,7 @@ def flood_of_frames(address: str, frames: int) -> None:
 
 
 def oversized_frame(address: str, data: int) -> None:
-    """A header, then a frame of so many bytes."""
+    """Send a header, then a frame of this many bytes."""
     connection = Connection(address, new_id(), TIMEOUT_S)
     try:
         with contextlib.suppress(OSError):
@@ -211,8 +212,8 @@ def oversized_frame(address: str, data: int) -> None:
 
 
 def come_and_go(address: str, count: int, *, role: str = "client") -> int:
-    """Open so many sessions, one after the other, and leave each without a word. Returns how many
-    were welcomed."""
+    """Open this many sessions, one after the other, and leave each without GOODBYE. Returns how
+    many got a WELCOME."""
     welcomed = 0
     body = hello(role)
     for _ in range(count):

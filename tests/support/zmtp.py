@@ -1,7 +1,7 @@
-"""A DEALER in plain sockets: ZMTP 3.0 (RFC 23), NULL mechanism; what a load generator needs.
+"""A DEALER on plain sockets for load generators: ZMTP 3.0 (RFC 23), NULL mechanism.
 
-A load generator made of ZeroMQ sockets costs more CPU than the forwarder it is to load. This one
-writes a burst of messages with one system call and counts what comes back by bytes. It is no
+A load generator made of ZeroMQ sockets takes more CPU than the forwarder under load. This one
+writes a burst of messages with one system call and counts the answers by bytes. It is not a general
 library: no reconnect, no queue, no thread.
 """
 
@@ -19,7 +19,7 @@ _CHUNK = 1 << 20
 
 
 def encode(frames: Sequence[bytes]) -> bytes:
-    """One message as it stands on the wire."""
+    """One message as its bytes on the wire."""
     parts: list[bytes] = []
     last = len(frames) - 1
     for index, frame in enumerate(frames):
@@ -57,9 +57,9 @@ class Connection:
             raise ValueError(f"{endpoint}: only tcp:// and ipc:// endpoints")
         self.identity = identity
         self._buffer = bytearray()
-        #: The peer's greeting was read. It is read with the first message, so that thousands of
-        #: connections can be opened without waiting for each; libzmq closes a connection on which
-        #: a message comes before its own greeting has left.
+        #: Whether the peer's greeting has been read. That happens with the first message, so that
+        #: thousands of connections can be opened without waiting for each. (libzmq closes a
+        #: connection on which a message arrives before it has sent its own greeting.)
         self._greeted = False
         self.socket.sendall(_GREETING + _ready(identity))
 
@@ -91,11 +91,11 @@ class Connection:
         self.socket.sendall(encode(frames))
 
     def send_encoded(self, messages: Iterable[bytes]) -> None:
-        """Send several messages that `encode` made, with as few system calls as it takes."""
+        """Send several messages from `encode`, with as few system calls as possible."""
         self.socket.sendall(b"".join(messages))
 
     def receive(self) -> list[bytes]:
-        """The next message. Raises `TimeoutError`, or `ConnectionError` when the peer has gone."""
+        """The next message. Raises `TimeoutError`, or `ConnectionError` if the peer has gone."""
         self.settle()
         frames: list[bytes] = []
         while True:
@@ -114,17 +114,17 @@ class Connection:
             self._frame()
 
     def readable(self, timeout_s: float) -> bool:
-        """Wait for bytes; `poll`, since `select` knows no more than 1,024 descriptors."""
+        """Wait for bytes. Uses `poll`, since `select` is limited to 1,024 descriptors."""
         poll = select.poll()
         poll.register(self.socket, select.POLLIN)
         return self.pending() or bool(poll.poll(timeout_s * 1000))
 
     def pending(self) -> bool:
-        """Bytes were read that no message was made of yet."""
+        """Whether there are bytes that have been read but not yet returned as a message."""
         return bool(self._buffer)
 
     def skip(self, size: int) -> bytes:
-        """Read `size` bytes of messages without looking at them; the last 64 KiB or less of it."""
+        """Read `size` bytes of messages without parsing them; returns at most the last 64 KiB."""
         left = size
         tail = b""
         if self._buffer:

@@ -1,4 +1,4 @@
-"""A broker process and raw DEALER peers that speak the protocol frame by frame."""
+"""A broker process, and raw DEALER peers that speak the protocol frame by frame."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from tests.harness import PATIENCE_S, Bus
 
 
 class BrokerProcess(Bus):
-    """`python -m broker` on free addresses, alone."""
+    """`python -m broker` on free addresses, without workers."""
 
     def __init__(self, folder: Path, *options: str) -> None:
-        # Raw peers send no heartbeats: only a test that asks for it finds them silent.
+        # Raw peers send no heartbeats, so they count as silent only if a test asks for it.
         for party in ("worker", "client"):
             if f"--{party}-heartbeat-s" not in options:
                 options += (f"--{party}-heartbeat-s", str(PATIENCE_S))
@@ -63,7 +63,7 @@ def running_broker(folder: Path, *options: str) -> Iterator[BrokerProcess]:
 
 @contextmanager
 def peers_context() -> Iterator[zmq.Context[Any]]:
-    """A context for raw peers; closes whatever sockets they left open."""
+    """A context for raw peers, which closes the sockets that they leave open."""
     with zmq.Context() as context:
         try:
             yield context
@@ -73,7 +73,7 @@ def peers_context() -> Iterator[zmq.Context[Any]]:
 
 
 class RawPeer:
-    """One DEALER connection, driven by hand. It sends no heartbeats by itself."""
+    """One DEALER connection, driven by the test. It sends no heartbeats by itself."""
 
     open_sockets: ClassVar[list[zmq.Socket[Any]]] = []
 
@@ -117,7 +117,7 @@ class RawPeer:
                 return decoded, frames
 
     def expect(self, type_: MessageType, patience_s: float = PATIENCE_S) -> tuple[Header, Any]:
-        """The next message, which has this type; its body as plain values."""
+        """The next message, which must have this type, with its body as plain values."""
         head, frames = self.receive(patience_s)
         body = codec.unpack(frames[0], limits.MAX_REQUEST_BYTES)
         assert head.type is type_, (head, body)
@@ -137,7 +137,7 @@ class RawPeer:
 
 
 class RawClient(RawPeer):
-    """A client by hand."""
+    """A client driven by the test."""
 
     def request(self, model: str = "demo", *attachments: bytes, **body: Any) -> bytes:
         request_id = new_id()
@@ -156,7 +156,7 @@ class RawClient(RawPeer):
 
 
 class RawWorker(RawPeer):
-    """A worker by hand."""
+    """A worker driven by the test."""
 
     granted = 0
 
@@ -170,7 +170,7 @@ class RawWorker(RawPeer):
         self.send(MessageType.CREDIT, self.id, Credit(granted=slots))
 
     def take(self) -> tuple[bytes, Assign, list[bytes]]:
-        """The next ASSIGN: request id, its first body, the client's frames."""
+        """The next ASSIGN: request id, assignment, the client's frames."""
         head, frames = self.receive()
         assert head.type is MessageType.ASSIGN, head
         return head.id, codec.decode(Assign, frames[0], limits.MAX_CONTROL_BYTES), frames[1:]
@@ -188,7 +188,7 @@ class RawWorker(RawPeer):
 
 
 def stream_works(client: RawClient, worker: RawWorker) -> None:
-    """One whole stream from end to end."""
+    """Run one whole stream from end to end."""
     request_id = client.request()
     assigned_id, assign, _ = worker.take()
     assert assigned_id == request_id

@@ -1,4 +1,4 @@
-"""Several streams at once with something happening in their middle, each text checked."""
+"""Reads several streams at once while something happens in the middle, and checks each text."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Callable
 from client import Client, Tokens
 
 WINDOW_TOKENS = 32
-"""What a reader who waits takes of a stream at most."""
+"""How much a waiting reader takes of a stream at most."""
 
 
 def read_all(client: Client, count: int, fault: Callable[[], None]) -> list[int]:
-    """Read so many streams at once, let something happen in their middle, check every text; how
+    """Read `count` streams at once, call `fault` in the middle, and check every text. Returns how
     often each was resumed.
 
-    Until it has happened one event of each is read: with so small a window no stream ends before,
-    however long that takes.
+    Before the fault, only one event of each is read: the window is so small that no stream can end
+    before it, however long it takes.
     """
     echo = {"mode": "sampled", "answer_tokens": 80, "step_delay_ms": 10}
     options = {"model": "echo", "template_args": {"echo": echo}}

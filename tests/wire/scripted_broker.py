@@ -1,7 +1,7 @@
-"""A broker of a few lines for tests of the client's faces: one ROUTER that answers as it is told.
+"""A scripted broker for tests of the client: one ROUTER that answers as the test says.
 
-It speaks `broker.protocol` and nothing more: no queue, no workers. What a test wants to see
-(refusals, every error code, silence, garbage) is easier told than provoked.
+It speaks `broker.protocol` and nothing more: no queue, no workers. Refusals, every error code,
+silence and garbage are easier to script than to provoke.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LIMITS = messages.BusLimits(
     inflight=256,
 )
 
-#: Told of each REQUEST and RESUME: (broker, request id, body, attachments).
+#: Called for each REQUEST and RESUME: (broker, request id, body, attachments).
 Answer = Callable[["ScriptedBroker", bytes, messages.Request, list[bytes]], None]
 
 
@@ -47,7 +47,7 @@ def end(
 
 
 def spell(broker: ScriptedBroker, request_id: bytes, request: messages.Request, _: object) -> None:
-    """Answer a request with its own prompt, a character a token, from where it was resumed."""
+    """Answer a request with its own prompt, one character per token, from where it was resumed."""
     text = request.prompt or str((request.messages or [messages.Message(role="user")])[-1].content)
     resume = request.resume
     start = len(resume.token_ids) if resume else 0
@@ -74,7 +74,7 @@ def fail(error: ErrorInfo) -> Answer:
 
 
 class ScriptedBroker:
-    """Runs in a thread of its own from `with` to its end."""
+    """Runs in its own thread while the `with` block lasts."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class ScriptedBroker:
         self._refuse = refuse
         self._mute = mute
         self._models = models
-        #: Every message that came, in order: (type, id, body bytes).
+        #: Every message received, in order: (type, id, body bytes).
         self.seen: list[tuple[MessageType, bytes, bytes]] = []
         self.failure: BaseException | None = None
         self._changed = threading.Condition()
@@ -107,7 +107,7 @@ class ScriptedBroker:
         self._sequences: dict[bytes, int] = {}
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    # --- told by the script, in the thread ---
+    # --- called by the script, in the thread ---
 
     def send(self, type_: MessageType, id_: bytes, body: object) -> None:
         self.send_bytes(type_, id_, codec.encode(body))
@@ -120,12 +120,12 @@ class ScriptedBroker:
     def output(self, *events: OutputEvent) -> None:
         self.send_bytes(MessageType.OUTPUT, NO_ID, codec.encode_events(list(events)))
 
-    # --- asked by the test ---
+    # --- called by the test ---
 
     def wait_for(
         self, type_: MessageType, count: int = 1, timeout_s: float = PATIENCE_S
     ) -> list[bytes]:
-        """Bodies of the messages of a type, once there are `count` of them."""
+        """The bodies of the messages of this type, once there are `count` of them."""
 
         def bodies() -> list[bytes]:
             return [body for seen, _, body in self.seen if seen is type_]
@@ -151,7 +151,7 @@ class ScriptedBroker:
         self.stop()
 
     def stop(self) -> None:
-        """Vanish without a word, as a killed broker does."""
+        """Vanish without a message, like a killed broker."""
         self._stop.set()
         self._thread.join()
         self._router.close(0)
