@@ -518,7 +518,7 @@ def test_the_self_test_compares_with_the_base_as_it_was_before_its_adapters(
 def test_an_adapter_is_not_rounded_with_the_weights_of_its_base(
     bits: int, kind: str, tmp_path: Path
 ) -> None:
-    pytest.importorskip("bitsandbytes")
+    bitsandbytes = pytest.importorskip("bitsandbytes")
     own: dict[str, Any] = {
         "plain": {},
         "dora": {"use_dora": True},
@@ -554,8 +554,10 @@ def test_an_adapter_is_not_rounded_with_the_weights_of_its_base(
                 job = tiny.ids_job(ids, model=name, max_tokens=1, logprobs=1)
                 got = tiny.run(engine, [job])[0]
                 assert got.token_ids == [int(scores.argmax())]
-                # LLM.int8 depends on the company; the plain rows of NF4 do not.
-                allowed = 1e-4 if bits == 4 else 0.05
+                # LLM.int8 depends on the company; the plain rows of NF4 do not, where
+                # bitsandbytes multiplies them in float32.
+                exact = bits == 4 and not bitsandbytes.functional.has_avx512bf16()
+                allowed = 1e-4 if exact else 0.05
                 assert got.logprobs[0].logprob == pytest.approx(float(scores.max()), abs=allowed)
         finally:
             engine.close()

@@ -238,6 +238,23 @@ def test_experts_that_were_quantised_one_by_one_are_refused(tmp_path: Path) -> N
         load(folder)
 
 
+def test_4_bit_weights_saved_after_a_forward_with_avx512_are_refused(tmp_path: Path) -> None:
+    """`findings/nf4_saved_after_a_forward.sh`: the scales come back in another order."""
+    dense = saved(tmp_path / "dense", tiny.llama())
+    plain = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = transformers.AutoModelForCausalLM.from_pretrained(dense, quantization_config=plain)
+    folder = saved(tmp_path / "quantised", model)
+    load(folder)
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    for name in [name for name in state if name.endswith(".absmax")]:
+        rows = state[name.removesuffix(".absmax")].numel() * 2 // tiny.llama().config.hidden_size
+        state[name] = state[name].reshape(rows, -1).T.contiguous().bfloat16()
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(EngineLoadError, match=r"scales in another order.*--load-4bit"):
+        load(folder)
+
+
 @pytest.mark.parametrize(
     ("names", "path", "skipped"),
     [

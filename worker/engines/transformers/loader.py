@@ -46,6 +46,7 @@ from worker.engines.transformers.loading.quantise import (
     bitsandbytes_config,
     computes_quantised,
     normalise_skip_names,
+    refuse_packed_scales,
     stored_skip_list,
     tell_dense_weights,
     warn_of_lost_rounding,
@@ -376,6 +377,7 @@ def _load_weights(
         )
     with _weights_progress(progress, path), explained_conversion(path):
         model, told = auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
+    refuse_packed_scales(model, path)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise EngineLoadError(f"{path} is an adapter: name its base with --model-base")
     refuse_missing(model, told["missing_keys"], path, quantised=stored is not None)

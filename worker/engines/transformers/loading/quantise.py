@@ -28,6 +28,7 @@ __all__ = [
     "modules_to_skip",
     "normalise_skip_names",
     "quantised_share",
+    "refuse_packed_scales",
     "stored_skip_list",
     "tell_dense_weights",
     "warn_of_lost_rounding",
@@ -209,6 +210,26 @@ def normalise_skip_names(quantization_config: dict[str, Any]) -> dict[str, Any]:
             plain = [name for name in names if re.fullmatch(r"[\w.]+", name)]
             fixed[key] = [*names, *(rf"(.*\.)?{re.escape(name)}" for name in plain)]
     return fixed
+
+
+def refuse_packed_scales(model: nn.Module, path: str) -> None:
+    """Refuse 4-bit weights that were saved after a forward on a CPU with AVX-512 bfloat16.
+
+    bitsandbytes 0.50.2 packs the weights for its kernel in that forward, and when it saves them
+    unpacks the weights but not their scales, which stay transposed: loaded, they belong to other
+    weights. To be called before the first forward. Raises `EngineLoadError`.
+    """
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        scales = getattr(state, "absmax", None)
+        packed = getattr(state, "packing_format_for_cpu", False)
+        if isinstance(scales, torch.Tensor) and scales.dim() > 1 and not packed:
+            raise EngineLoadError(
+                f"{path}: the 4-bit weights of {name} were saved after they had been used on a CPU "
+                "with AVX-512 bfloat16; bitsandbytes then writes their scales in another order, "
+                "and the model would answer wrongly. Quantise the original checkpoint with "
+                "--load-4bit, or save it anew before its first forward"
+            )
 
 
 # --- reports about a loaded model ---------------------------------------------------------------
