@@ -54,6 +54,7 @@ __all__ = [
     "run_engine",
     "run_generate_images",
     "run_images",
+    "spoken_tokenizer",
     "token_job",
 ]
 
@@ -108,6 +109,25 @@ def build_tokenizer(vocabulary: int) -> Any:
         show_progress=False,
     )
     core.train_from_iterator(words, trainer)
+    return _filled(core, vocabulary)
+
+
+def spoken_tokenizer(vocabulary: int, text: str) -> Any:
+    """A byte-level tokenizer that has learnt the words of a text."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(text.splitlines(), trainer)
+    return _filled(core, vocabulary)
+
+
+def _filled(core: Tokenizer, vocabulary: int) -> Any:
     learnt = json.loads(core.to_str())
     known = learnt["model"]["vocab"]
     # No merge produces these: prompts never contain them, answers do, and all are text.
@@ -153,9 +173,9 @@ PICTURE_SIDE = 224
 PICTURE_PATCH = 14
 
 
-def build_vision(shape: Shape, device: torch.device) -> tuple[Any, Any]:
+def build_vision(shape: Shape, device: torch.device, tokenizer: Any = None) -> tuple[Any, Any]:
     """A LLaVA with random weights and a language model of that shape, and its processor; 256 tokens
-    per image."""
+    per image. `tokenizer`: for the text, of one id less than the vocabulary."""
     from transformers import (
         CLIPImageProcessor,
         CLIPVisionConfig,
@@ -165,7 +185,7 @@ def build_vision(shape: Shape, device: torch.device) -> tuple[Any, Any]:
     )
 
     # The image's token takes the last id.
-    tokenizer = build_tokenizer(shape.vocabulary - 1)
+    tokenizer = tokenizer or build_tokenizer(shape.vocabulary - 1)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
     image_id = tokenizer.convert_tokens_to_ids("<image>")
     text = build_config(shape, 4096)

@@ -65,18 +65,25 @@ class Folder:
 
 @contextlib.contextmanager
 def save(setting: Setting) -> Iterator[Folder]:
-    """Write the model and tokenizer in the form that `from_pretrained` reads."""
+    """The model of this run in a folder."""
+    with save_folder(setting.model, setting.tokenizer) as path:
+        yield Folder(path, str(setting.device), setting.arguments.threads, max(setting.counts))
+
+
+@contextlib.contextmanager
+def save_folder(model: Any, texts: Any) -> Iterator[Path]:
+    """Write model and `texts`, a tokenizer or a processor, as `from_pretrained` reads them."""
     with tempfile.TemporaryDirectory(prefix="tb-model-") as name:
         path = Path(name) / "bench"
         disable_progress_bar()
-        setting.model.save_pretrained(path)
-        setting.tokenizer.save_pretrained(path)
+        model.save_pretrained(path)
+        texts.save_pretrained(path)
         # Name a class that every release of transformers knows.
         config = path / "tokenizer_config.json"
         config.write_text(
             config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast")
         )
-        yield Folder(path, str(setting.device), setting.arguments.threads, max(setting.counts))
+        yield path
 
 
 class Asked(systems.Http):
@@ -164,6 +171,14 @@ async def fastchat_system(folder: Folder) -> AsyncIterator[Asked]:
 @contextlib.asynccontextmanager
 async def transformers_system(folder: Folder, *options: str) -> AsyncIterator[Asked]:
     """`transformers serve` from this environment."""
+    with transformers_serve(folder, *options) as (port, parties):
+        body = {"model": str(folder.path), "stream": True, "temperature": 0.0}
+        yield _completions(port, body, b'"finish_reason":"length"', parties)
+
+
+@contextlib.contextmanager
+def transformers_serve(folder: Folder, *options: str) -> Iterator[tuple[int, Parties]]:
+    """Its port, and its processes."""
     program = Path(sys.executable).parent / "transformers"
     try:
         import fastapi  # noqa: F401
@@ -174,8 +189,7 @@ async def transformers_system(folder: Folder, *options: str) -> AsyncIterator[As
     command += ["--host", "127.0.0.1", "--port", str(port)]
     with Process(command, folder.environment) as process:
         wait_port(port, process, READY_S)
-        body = {"model": str(folder.path), "stream": True, "temperature": 0.0}
-        yield _completions(port, body, b'"finish_reason":"length"', {"engine": pids(process)})
+        yield port, {"engine": pids(process)}
 
 
 Open = Callable[[], contextlib.AbstractAsyncContextManager[Any]]

@@ -16,6 +16,7 @@ from PIL import Image
 from broker.protocol.messages import FinishReason, Kind, Question, Request, new_id
 from tests.engines import architectures, tiny
 from worker.engines.base import EngineLoadError, Job
+from worker.engines.transformers.decide import Decision
 
 pytest.importorskip("transformers.decision", reason="before transformers 5.24")
 from transformers import JevConfig, JevForDecision
@@ -128,10 +129,17 @@ def jev(backbone: Any, **own: Any) -> JevForDecision:
 # --- chat models ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt2", "mamba", "qwen3_next"])
-def test_a_chat_model_decides_by_the_logits_of_its_labels(name: str) -> None:
+TEXT_MODELS = ("llama", "qwen3", "gemma2", "gpt2", "mamba", "qwen3_next")
+#: Positions by rotation, by a table, and by the place in the cache; windows and plain layers.
+ONE_FORWARD = ("llama", "mistral", "gemma2", "cohere2", "gpt2", "opt", "mpt", "deepseek_v3")
+PIECES = [*((name, 16) for name in TEXT_MODELS), *((name, 512) for name in ONE_FORWARD)]
+
+
+@pytest.mark.parametrize(("name", "chunk"), PIECES)
+def test_a_chat_model_decides_by_the_logits_of_its_labels(name: str, chunk: int) -> None:
+    """Whether its questions are computed one by one, or all together behind their state."""
     model = tiny.llama() if name == "llama" else architectures.text_model(name)
-    engine = tiny.serve(model)
+    engine = tiny.serve(model, prefill_chunk=chunk)
     assert "decide" in engine.capabilities.models[0].further_kinds
     pipe = pipeline(model)
     states = [STATE, "hello", {"message": STATE, "n": [1, None]}, [STATE, "Grüße, 世界! 🙂"], ""]
@@ -140,10 +148,13 @@ def test_a_chat_model_decides_by_the_logits_of_its_labels(name: str) -> None:
         check(answer, pipeline_answers(pipe, state))
 
 
+@pytest.mark.parametrize("chunk", [16, 512])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "internvl"])
-def test_images_stand_where_they_are_named(name: str) -> None:
+def test_images_stand_where_they_are_named(name: str, chunk: int) -> None:
     model, processor = architectures.vision_model(name)
-    engine = tiny.serve(model, processor=processor, own_tokenizer=processor.tokenizer)
+    engine = tiny.serve(
+        model, processor=processor, own_tokenizer=processor.tokenizer, prefill_chunk=chunk
+    )
     pipe = pipeline(model, processor)
     images = {"img-1": tiny.picture(1), "img-2": tiny.picture(2)}
     like = {
@@ -183,10 +194,11 @@ def test_control_tokens_of_a_state_are_text() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 20])
-def test_answers_are_the_same_alone_and_in_any_company(size: int) -> None:
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_answers_are_the_same_alone_and_in_any_company(size: int, chunk: int) -> None:
     """The company: other decisions about the same and other states, and streams of tokens."""
     model = tiny.llama()
-    engine = tiny.serve(model, slots=8)
+    engine = tiny.serve(model, slots=8, prefill_chunk=chunk)
     pipe = pipeline(model)
     states = [STATE + "ab"[i % 2] * (i // 3) for i in range(size)]
     streams = [tiny.ids_job(ids) for ids in tiny.prompts(size, seed=size)]
@@ -311,6 +323,91 @@ def test_a_state_is_computed_once_for_all_of_its_questions(kept: int) -> None:
     # Kept are the state, once, and the later question's whole prompt.
     assert engine.metrics()["prefix_tokens"] <= state_tokens + later.ended.usage.prompt_tokens + 16
     assert engine.metrics()["running"] == 0
+
+
+def _counted(monkeypatch: pytest.MonkeyPatch, holder: Any, name: str) -> list[int]:
+    """A 1 for each call of a function from now on."""
+    calls: list[int] = []
+    own = getattr(holder, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(holder, name, counted)
+    return calls
+
+
+def test_questions_are_computed_together_behind_a_state_and_its_image_is_prepared_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, processor = architectures.vision_model("llava")
+    engine = tiny.serve(
+        model, processor=processor, own_tokenizer=processor.tokenizer, prefill_chunk=512
+    )
+    pipe = pipeline(model, processor)
+    questions = {f"q{i}": QUESTIONS["side"] | {"instructions": f"number {i}"} for i in range(12)}
+    asked: dict[str, Any] = {
+        "state": f"{STATE} img",
+        "questions": questions,
+        "images": {"img": tiny.picture(1)},
+    }
+    wanted = pipeline_answers(pipe, **asked)
+    tokens = _computed(engine)
+    towers = _counted(monkeypatch, model.model.vision_tower, "forward")
+    prepared = _counted(monkeypatch, type(processor.image_processor), "_preprocess")
+    [answer] = tiny.run(engine, [job(**asked)])
+    check(answer, wanted)
+    # The state with its image, and all questions about it.
+    assert len(tokens) == 2 and len(towers) == 1 and len(prepared) == 1
+    assert answer.ended is not None
+    usage = answer.ended.usage
+    assert sum(tokens) == usage.prompt_tokens - usage.cached_tokens
+    # The same questions about the same state: it is there already, but its image is looked at.
+    tokens.clear()
+    [again] = tiny.run(engine, [job(**asked)])
+    check(again, wanted)
+    assert len(tokens) == 1 and len(towers) == 1 and len(prepared) == 2
+    # Another image at the same place is another state.
+    other = asked | {"images": {"img": tiny.picture(2)}}
+    wanted = pipeline_answers(pipe, **other)
+    towers.clear()
+    [answer] = tiny.run(engine, [job(**other)])
+    check(answer, wanted)
+    assert len(towers) == 1
+
+
+def test_states_of_many_requests_are_computed_together() -> None:
+    engine = tiny.serve(tiny.llama(), prefill_chunk=512, slots=32)
+    pipe = pipeline(tiny.llama())
+    tokens = _computed(engine)
+    one = {"side": QUESTIONS["side"]}
+    states = [f"{number:02} {STATE}" for number in range(20)]
+    answers = tiny.run_at_once(engine, [job(state, one) for state in states])
+    for state, answer in zip(states, answers, strict=True):
+        check(answer, pipeline_answers(pipe, state, one))
+    assert len(tokens) <= 2
+
+
+def test_what_is_computed_behind_a_state_is_no_prefix_of_a_text() -> None:
+    """A text that happens to read as a state with its questions one after the other: only the state
+    is where the text has it."""
+    model = tiny.llama()
+    engine = tiny.serve(model, prefill_chunk=512)
+    asked = job()
+    made = engine._served[0].decision(asked)
+    assert isinstance(made, Decision)
+    [probe] = made.sequences
+    assert len(probe.branches) == len(QUESTIONS)
+    text = probe.prompt.ids
+    wanted = tiny.generated(model, {"input_ids": torch.tensor([text])}, 12, [])
+    _, beside = tiny.run_at_once(engine, [asked, tiny.ids_job(text)])
+    engine._served[0].slot_runner.prefix.clear()
+    _, after = tiny.run(engine, [job(), tiny.ids_job(text)], every=[0, 30])
+    for answer in (beside, after):
+        assert answer.token_ids == wanted
+        assert answer.ended is not None
+        assert answer.ended.usage.cached_tokens == made.shared_tokens
 
 
 def test_the_models_own_tokenizer_is_left_as_it_is() -> None:

@@ -92,6 +92,9 @@ class Sequence:
     row_ahead: bool = False
     #: Positions of the prompt whose outputs are read, in order; then nothing is generated.
     reads: tuple[int, ...] = ()
+    #: Lengths of the branches at the prompt's end: texts of which each goes on where all before
+    #: the first one, the stem, ends, and sees nothing of the others.
+    branches: tuple[int, ...] = ()
     #: The sequence that computes a prefix for which this one waits, and the length of that prefix.
     follows: Sequence | None = None
     shared: int = 0
@@ -115,9 +118,15 @@ class Sequence:
         return len(self.prompt.ids) + len(self.answer)
 
     @property
+    def stem_tokens(self) -> int:
+        """So many tokens are what an ordinary prompt begins with: all of it, or up to its
+        branches."""
+        return self.total - sum(self.branches)
+
+    @property
     def reusable_tokens(self) -> int:
         """So many tokens may come from elsewhere; the output of the next one is wanted."""
-        return self.reads[0] if self.reads else self.total - 1
+        return min(self.reads[0], self.stem_tokens) if self.reads else self.total - 1
 
     @property
     def kept_tokens(self) -> int:

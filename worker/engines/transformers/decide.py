@@ -13,10 +13,12 @@ import functools
 import hashlib
 import threading
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import BatchFeature
 
 from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 from broker.protocol.messages import FinishReason, Question, Request, Usage
@@ -28,6 +30,7 @@ from worker.engines.common.prompt import ALIGNED, Prompt, PromptBuilder
 from worker.engines.common.sampling import Sampled
 from worker.engines.common.sequence import Sequence, SequenceGroup, State, bare_fields
 from worker.engines.transformers.loaded import LoadedModel
+from worker.engines.transformers.prefix import SMALLEST_PREFIX
 
 try:
     from transformers.decision import DecisionConfig, label_token_ids
@@ -83,6 +86,38 @@ class _Assets(dict[str, Any]):
         return super().__getitem__(name)
 
 
+class _ImageMemo:
+    """What a processor has made of images, for the questions of one request: they share the images
+    of their state. Stands in the place of the processor's own `preprocess`."""
+
+    def __init__(self, processor: Any) -> None:
+        self._own = processor.preprocess
+        #: With the images, which are told apart by their identity.
+        self._made: dict[Any, tuple[Any, BatchFeature]] = {}
+        processor.preprocess = self
+
+    def __call__(self, images: Any, *args: Any, **kwargs: Any) -> Any:
+        key = (_identity(images), repr((args, kwargs)))
+        if key not in self._made:
+            made = self._own(images, *args, **kwargs)
+            if not isinstance(made, BatchFeature):
+                return made
+            self._made[key] = (images, made)
+        made = copy.copy(self._made[key][1])
+        # Callers take entries out of it.
+        made.data = dict(made.data)
+        return made
+
+    def clear(self) -> None:
+        self._made.clear()
+
+
+def _identity(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_identity(item) for item in value)
+    return id(value)
+
+
 class DecisionMaker:
     """Makes decisions of requests for one model (an adapter with texts of its own has its own)."""
 
@@ -97,6 +132,8 @@ class DecisionMaker:
         holder = facts.tokenizer if facts.processor is None else facts.processor
         self._processor = copy.deepcopy(holder)
         self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
+        image_processor = getattr(self._processor, "image_processor", None)
+        self._memo = None if image_processor is None else _ImageMemo(image_processor)
         self._lock = threading.Lock()
         self.label_ids = functools.cache(functools.partial(label_token_ids, self._tokenizer))
 
@@ -124,15 +161,24 @@ class DecisionMaker:
                     raise
                 # A template is the model's own program: whatever it raises fails this request.
                 raise _invalid(f"model {request.model} cannot be asked this: {error}") from None
+            finally:
+                if self._memo is not None:
+                    self._memo.clear()
         for name in assets.keys() - assets.placed:
             raise _invalid(
                 f"asset {name!r} stands where the model's decision template shows no image"
             )
-        return [self._prompt(request, inputs, questions) for inputs, questions in made]
+        digests: dict[int, bytes] = {}
+        return [self._prompt(request, inputs, questions, digests) for inputs, questions in made]
 
     def _prompt(
-        self, request: Request, inputs: dict[str, Any], questions: list[Any]
+        self,
+        request: Request,
+        inputs: dict[str, Any],
+        questions: list[Any],
+        digests_of: dict[int, bytes],
     ) -> DecisionPrompt:
+        """`digests_of`: of tensors that the prompts of a request share, by their identity."""
         output = dict(inputs)
         marks: torch.Tensor = output.pop("marks")
         ids = output.pop("input_ids")[0].tolist()
@@ -144,7 +190,7 @@ class DecisionMaker:
                 f"is {context}: shorten the state",
                 details={"prompt_tokens": len(ids), "context_tokens": context},
             )
-        digests = [_digest(output)] if "pixel_values" in output else []
+        digests = [_digest(output, digests_of)] if "pixel_values" in output else []
         return DecisionPrompt(self._builder.finished(ids, output, digests), questions, marks)
 
     def scores(self, asked: DecisionPrompt, outputs: torch.Tensor) -> list[torch.Tensor]:
@@ -194,23 +240,32 @@ def _plain(question: Question) -> dict[str, Any]:
     return {"type": question.type} | {k: v for k, v in fields.items() if v is not None}
 
 
-def _digest(output: dict[str, Any]) -> bytes:
+def _digest(output: dict[str, Any], known: dict[int, bytes]) -> bytes:
     """Of all images of a prompt, as the model gets them: which of them stands where differs from
     question to question."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(output.keys() - set(ALIGNED)):
         value = output[name]
         for part in value if isinstance(value, list | tuple) else [value]:
-            data = part.numpy() if isinstance(part, torch.Tensor) else np.asarray(part)
-            digest.update(f"{name} {data.shape}".encode() + np.ascontiguousarray(data).tobytes())
+            if id(part) not in known:
+                known[id(part)] = _content(part)
+            digest.update(name.encode() + known[id(part)])
     return digest.digest()
+
+
+def _content(part: Any) -> bytes:
+    data = part.numpy() if isinstance(part, torch.Tensor) else np.asarray(part)
+    described = f"{data.dtype} {data.shape}".encode()
+    return hashlib.blake2b(
+        described + np.ascontiguousarray(data).tobytes(), digest_size=16
+    ).digest()
 
 
 # --- on the engine's thread -----------------------------------------------------------------------
 
 
 class Decision(SequenceGroup):
-    """A request whose questions are being answered, by one sequence for each prompt."""
+    """A request whose questions are being answered, by sequences of one or several prompts."""
 
     def __init__(
         self,
@@ -218,14 +273,19 @@ class Decision(SequenceGroup):
         request_id: bytes,
         prompts: list[DecisionPrompt],
         adapter: str | None,
+        branch_tokens: int,
     ) -> None:
+        """`branch_tokens`: so many tokens of questions are computed behind one state; 0: the model
+        takes each question as a prompt of its own."""
         self.request_id = request_id
         self.maker = maker
+        self.prompts = prompts
         self._answers: dict[str, Any] = {}
         self._error: ErrorInfo | None = None
-        #: Tokens that all prompts begin with.
+        #: Tokens that all prompts begin with, and what is read of none of them.
         self.shared_tokens = _shared(prompts)
-        super().__init__([Probe.of(self, asked, adapter) for asked in prompts])
+        groups = _groups(prompts, self.shared_tokens, branch_tokens)
+        super().__init__([Probe.of(self, group, adapter) for group in groups])
         self._left = len(self.sequences)
 
     def answered(self, answers: dict[str, Any]) -> list[EngineEvent]:
@@ -244,17 +304,22 @@ class Decision(SequenceGroup):
         self._left -= 1
         if self._left:
             return []
-        prompts = [sequence.prompt for sequence in self.sequences]
+        prompts = [asked.prompt for asked in self.prompts]
         usage = Usage(
             prompt_tokens=sum(len(prompt.ids) for prompt in prompts),
-            cached_tokens=sum(sequence.cached for sequence in self.sequences),
+            cached_tokens=sum(
+                sequence.cached + max(len(sequence.branches) - 1, 0) * sequence.stem_tokens
+                for sequence in self.sequences
+            ),
             image_tokens=sum(prompt.image_tokens for prompt in prompts),
         )
         if self._error is not None:
             return [Failed(self.request_id, self._error, usage)]
         if self.cancelled:
             return [Ended(self.request_id, FinishReason.CANCELLED, usage=usage)]
-        return [_ended(self.request_id, self._answers, usage)]
+        # Sequences end in any order.
+        names = (question.name for asked in self.prompts for question in asked.questions)
+        return [_ended(self.request_id, {name: self._answers[name] for name in names}, usage)]
 
 
 def _shared(prompts: list[DecisionPrompt]) -> int:
@@ -263,24 +328,67 @@ def _shared(prompts: list[DecisionPrompt]) -> int:
     for key in keys[1:]:
         different = np.flatnonzero(keys[0][:length] != key[:length])
         length = int(different[0]) if len(different) else length
-    return length
+    return min(length, *(int(asked.marks[0]) - 1 for asked in prompts))
+
+
+def _groups(
+    prompts: list[DecisionPrompt], shared: int, branch_tokens: int
+) -> list[list[DecisionPrompt]]:
+    """The prompts, in groups of which each is one sequence. Only text can stand in a branch."""
+    if shared < SMALLEST_PREFIX or any(asked.prompt.media_end > shared for asked in prompts):
+        branch_tokens = 0
+    groups: list[list[DecisionPrompt]] = []
+    room = 0
+    for asked in prompts:
+        tokens = len(asked.prompt.ids) - shared
+        if not groups or tokens > room:
+            groups.append([])
+            room = branch_tokens
+        groups[-1].append(asked)
+        room -= tokens
+    return groups
+
+
+def _joined(prompts: list[DecisionPrompt], stem: int) -> Prompt:
+    """One prompt of the first `stem` tokens, which all have, and of what follows in each."""
+    first, *others = (asked.prompt for asked in prompts)
+    parts = [first, *others]
+    return Prompt(
+        ids=first.ids + [token for prompt in others for token in prompt.ids[stem:]],
+        media=first.media,
+        aligned={
+            name: torch.cat([first.aligned[name], *(p.aligned[name][:, stem:] for p in others)], 1)
+            for name in first.aligned
+        },
+        key=np.concatenate([first.key, *(prompt.key[stem:] for prompt in others)]),
+        media_end=first.media_end,
+        image_tokens=sum(prompt.image_tokens for prompt in parts),
+    )
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Probe(Sequence):
-    """A prompt that is computed to be read, not continued."""
+    """Prompts with a common stem that are computed to be read, not continued."""
 
     decision: Decision
-    asked: DecisionPrompt
+    asked: list[DecisionPrompt]
     _parts: list[torch.Tensor] = field(default_factory=list)
-    _scores: list[torch.Tensor] = field(default_factory=list)
+    _scores: list[list[torch.Tensor]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, decision: Decision, asked: DecisionPrompt, adapter: str | None) -> Probe:
-        """The sequence of one prompt."""
+    def of(cls, decision: Decision, asked: list[DecisionPrompt], adapter: str | None) -> Probe:
+        """The sequence of one prompt, or of several that have a stem."""
+        stem, prompt, branches = 0, asked[0].prompt, []
+        if len(asked) > 1:
+            stem = decision.shared_tokens
+            prompt = _joined(asked, stem)
+            branches = [len(one.prompt.ids) - stem for one in asked]
+        offsets = accumulate(branches[:-1], initial=0)
+        places = zip(asked, offsets, strict=True)
         return cls(
-            **bare_fields(decision.request_id, asked.prompt, adapter),
-            reads=tuple((asked.marks - 1).tolist()),
+            **bare_fields(decision.request_id, prompt, adapter),
+            reads=tuple(mark - 1 + offset for one, offset in places for mark in one.marks.tolist()),
+            branches=tuple(branches),
             decision=decision,
             asked=asked,
         )
@@ -288,7 +396,7 @@ class Probe(Sequence):
     @property
     def kept_tokens(self) -> int:
         # Behind what all prompts share come the questions; others may ask other ones.
-        alone = len(self.decision.sequences) == 1
+        alone = len(self.decision.prompts) == 1
         return self.filled if alone else min(self.filled, self.decision.shared_tokens)
 
     def begin(self) -> None:
@@ -300,17 +408,22 @@ class Probe(Sequence):
             return
         whole = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)
         # What is left of them is small.
-        self._scores = self.decision.maker.scores(self.asked, whole)
+        of_each = torch.split(whole, [len(one.marks) for one in self.asked])
+        scores = self.decision.maker.scores
+        self._scores = [scores(*pair) for pair in zip(self.asked, of_each, strict=True)]
         self._parts.clear()
 
     def append_token(self, sampled: Sampled | None, now: float) -> None:
         self.state = State.DONE
 
     def flush_events(self, now: float) -> list[EngineEvent]:
+        answers: dict[str, Any] = {}
         try:
-            return self.decision.answered(self.decision.maker.answers(self.asked, self._scores))
+            for one, scores in zip(self.asked, self._scores, strict=True):
+                answers |= self.decision.maker.answers(one, scores)
         except RequestError as error:
             return self.fail(error.info)
+        return self.decision.answered(answers)
 
     def end(
         self,

@@ -88,8 +88,10 @@ class Forward:
         #: Number of M-RoPE position axes; if four, the first is text.
         self._rope_axes = 4
         self._index = torch.arange(0, device=self.device)
-        #: Whether several prompts may be computed in one forward; the self test decides.
+        #: Whether several prompts may be computed in one forward, and the branches of one; the
+        #: self test decides.
         self.many_prompts = True
+        self.branches = True
 
     # --- prefill ----------------------------------------------------------------------------------
 
@@ -120,6 +122,8 @@ class Forward:
         if prompt.media and start < prompt.media_end:
             if start != 0:
                 raise ValueError("a prompt's images are prefilled from its start")
+            if end > sequence.stem_tokens:
+                raise ValueError("a prompt's images are prefilled before its branches")
             arguments |= prompt.media_on(self.device, self._dtype)
             for name, value in prompt.aligned.items():
                 if name in self._accepts or "kwargs" in self._accepts:
@@ -130,8 +134,12 @@ class Forward:
             arguments["logits_to_keep"] = (
                 1 if places == [end - start - 1] else torch.tensor(places, device=self.device)
             )
+        branched = end > sequence.stem_tokens
+        if branched:
+            arguments["attention_mask"] = self._branch_mask(sequence, start, end)
         if "position_ids" in self._accepts:
-            arguments["position_ids"] = self._prefill_positions(sequence, start, end)
+            places_of = self._branch_positions if branched else self._prefill_positions
+            arguments["position_ids"] = places_of(sequence, start, end)
         with self._grouped_heads():
             logits = self._run(arguments, [sequence])[0]
         return logits if chosen or len(logits) == len(places) else logits[places]
@@ -164,6 +172,28 @@ class Forward:
                 behind[0] = text
             parts.append(behind)
         return torch.cat(parts, dim=-1).to(self.device)
+
+    def _branch_positions(self, sequence: Sequence, start: int, end: int) -> torch.Tensor:
+        """Positions of tokens of which some are in branches: each counts on from the stem."""
+        positions = _branch_places(sequence, end)[0][start:end]
+        if self._rope_owner is None:
+            return positions[None].to(self.device)
+        stem = self._prefill_positions(sequence, start, max(start, sequence.stem_tokens))
+        text = positions[stem.shape[-1] :]
+        behind = (text + sequence.rope_delta).expand(stem.shape[0], 1, -1).clone()
+        if stem.shape[0] == 4:
+            behind[0] = text
+        return torch.cat([stem, behind.to(self.device)], dim=-1)
+
+    def _branch_mask(
+        self, sequence: Sequence, start: int, end: int
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Masks of tokens of which some are in branches (see `_mask`)."""
+        places, numbers = (part.to(self.device) for part in _branch_places(sequence, end))
+        index = self._first(end)
+        past = index <= index[start:end, None]
+        related = (numbers == 0) | (numbers == numbers[start:end, None])
+        return self._kind_masks((past & related)[None], places[start:end, None][None], places)
 
     def prefill_many(self, slot: int, sequences: list[Sequence]) -> torch.Tensor:
         """Compute the rest of several prompts at once, in rows from `slot` on.
@@ -271,14 +301,20 @@ class Forward:
         """Masks: which of the keys `index` [length] each new token sees, [rows, 1, tokens, length],
         for each kind of layer; `positions` [rows, tokens]."""
         own = positions[:, :, None]
-        past = index <= own
+        return self._kind_masks(index <= own, own, index)
+
+    def _kind_masks(
+        self, past: torch.Tensor, own: torch.Tensor, places: torch.Tensor
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Masks by kind of layer, of `past` [rows, tokens, length]: the keys that come before each
+        token; `own` and `places`: positions of the tokens and of the keys."""
         masks: dict[str, torch.Tensor] = {}
         for kind in self._kinds:
             seen = past
             if kind == "sliding_attention" and self._window:
-                seen = past & (index > own - self._window)
+                seen = past & (places > own - self._window)
             elif kind == "chunked_attention" and self._chunk:
-                seen = past & (index // self._chunk == own // self._chunk)
+                seen = past & (places // self._chunk == own // self._chunk)
             seen = seen[:, None]
             if self._additive:
                 # The eager path adds the mask: a boolean one would be added as 0 and 1.
@@ -320,6 +356,19 @@ def _runs(lengths: list[int], worth: int) -> list[tuple[int, int]]:
         else:
             runs.append((start, end))
     return runs
+
+
+def _branch_places(sequence: Sequence, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the tokens before `end`: positions, and the number of each one's branch, 0 in the stem."""
+    stem = sequence.stem_tokens
+    lengths = torch.tensor(sequence.branches)
+    numbers = torch.repeat_interleave(torch.arange(1, len(lengths) + 1), lengths)
+    begins = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    places = stem + torch.arange(len(numbers)) - begins
+    return (
+        torch.cat([torch.arange(stem), places])[:end],
+        torch.cat([torch.zeros(stem, dtype=torch.long), numbers])[:end],
+    )
 
 
 def _axes(sequence: Sequence, known: int) -> int:

@@ -110,7 +110,8 @@ class StepBudget:
         #: Tokens still to be spent.
         self.tokens = tokens
         self._left_ms = bound_ms * MARGIN
-        self._begun = False
+        #: Whether something was spent.
+        self.begun = False
 
     def tighten(self, bound_ms: float, spent_ms: float) -> None:
         """From now on a stream waits for tokens; `spent_ms` of the step are over."""
@@ -122,10 +123,10 @@ class StepBudget:
         if self.tokens <= 0:
             return 0
         fitting = self._pace.tokens(start, self._left_ms, self.tokens)
-        return fitting or (0 if self._begun else min(SMALLEST_PIECE, self.tokens))
+        return fitting or (0 if self.begun else min(SMALLEST_PIECE, self.tokens))
 
     def spend(self, tokens: int, spent_ms: float) -> None:
-        self._begun = True
+        self.begun = True
         self.tokens -= tokens
         self._left_ms -= spent_ms
 

@@ -65,7 +65,7 @@ class PrefixCache:
         if other.adapter != sequence.adapter:
             return 0
         common = _common(sequence_key(other), sequence_key(sequence))
-        return _usable(sequence, min(common, limit))
+        return _usable(sequence, min(common, limit, other.stem_tokens))
 
     def used(self, entry: PrefixEntry, length: int) -> None:
         """An entry was copied: mark it as the most recently used."""

@@ -21,6 +21,7 @@ import logging
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -43,6 +44,9 @@ log = logging.getLogger(__name__)
 
 STEPS = 4
 """Answer tokens compared for each prompt."""
+
+APART_TOKENS = 24
+"""Between a stem and the branches that are compared."""
 
 TOLERANCES = {torch.float32: 2e-3, torch.float64: 2e-3}
 """Largest relative error of the logits. A wrong mask or position gives about 1."""
@@ -323,6 +327,9 @@ def _compare(
     forward.many_prompts = not whole and _many_agree(
         loaded, forward, short, wanted_other, tokens_other, allowed
     )
+    forward.branches = forward.many_prompts and _branches_agree(
+        loaded, forward, short, wanted_other, tokens_other, allowed
+    )
 
 
 def _looks_ahead(loaded: LoadedModel, forward: Forward, prompt: Prompt) -> bool:
@@ -387,6 +394,44 @@ def _many_agree(
     ]
     return all(
         relative_error(got, right, loaded.placeholder_ids) <= allowed for got, right in pairs
+    )
+
+
+def _branches_agree(
+    loaded: LoadedModel,
+    forward: Forward,
+    prompt: Prompt,
+    wanted: list[torch.Tensor],
+    tokens: list[int],
+    allowed: float,
+) -> bool:
+    """Whether branches of a prompt give the logits of a text of its own each; here, different parts
+    of its answer, behind a branch of other tokens so long that a position taken from the place in
+    the cache shows."""
+    other = _text_prompt(loaded, APART_TOKENS).ids
+    branches = [other, *(tokens[: count + 1] for count in range(STEPS - 1))]
+    ids = prompt.ids + [token for branch in branches for token in branch]
+    probe = _probe(replace(prompt, ids=ids))
+    probe.branches = tuple(map(len, branches))
+    ends = [len(prompt.ids) + end - 1 for end in accumulate(probe.branches)]
+    stem, cut = len(prompt.ids), ends[2]
+    # All at once; then the stem alone, and the branches in two pieces.
+    try:
+        if not forward.cache.reserve(1, len(ids) + 1, 0, 0):
+            return False
+        forward.prepare(probe)
+        once = forward.prefill(0, probe, 0, len(ids), kept=ends[1:])
+        forward.prefill(0, probe, 0, stem)
+        cuts = [
+            forward.prefill(0, probe, stem, cut, kept=ends[1:2]),
+            forward.prefill(0, probe, cut, len(ids), kept=ends[2:]),
+        ]
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return False
+    return all(
+        relative_error(got, right, loaded.placeholder_ids) <= allowed
+        for logits in (once, torch.cat(cuts))
+        for got, right in zip(logits, wanted[1:], strict=True)
     )
 
 

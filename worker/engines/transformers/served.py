@@ -98,6 +98,8 @@ class ServedModel(BatchModel):
         self.slot_runner: SlotRunner | None = None
         #: Sequences of so many tokens do not fit into it; 0: of any number do.
         self._batch_tokens = 0
+        #: Tokens of questions that are computed behind one state; 0: each by itself.
+        self._branch_tokens = 0
         self._decisions = self._decision_makers()
         if loaded.head is not None or not loaded.embedding_only:
             self.runner = self._make_runner(settings, slots)
@@ -147,8 +149,10 @@ class ServedModel(BatchModel):
         fits = self.slot_runner is not None and (
             not self._batch_tokens or longest < self._batch_tokens
         )
-        made = Decision if fits else SerialDecision
-        return made(maker, job.request_id, prompts, self._adapter(request))
+        adapter = self._adapter(request)
+        if not fits:
+            return SerialDecision(maker, job.request_id, prompts, adapter)
+        return Decision(maker, job.request_id, prompts, adapter, self._branch_tokens)
 
     def embedding(self, job: Job) -> EmbedTask:
         """The embedding that a job asks for. Raises RequestError."""
@@ -192,6 +196,9 @@ class ServedModel(BatchModel):
             return self._one_by_one(slots)
         self.scheduler = "slots, whole prompts" if verdict.whole_prompts else "slots"
         chunk = settings.prefill_chunk or (256 if loaded.device.type == "cpu" else 1024)
+        if verdict.forward.branches and not verdict.whole_prompts:
+            # More would only attend to more that is masked.
+            self._branch_tokens = 2 * chunk
         self.slot_runner = SlotRunner(
             verdict.forward,
             slots=slots,

@@ -48,6 +48,13 @@ GROWTH_TOKENS = 128
 KEPT_CAPACITY = 4096
 """Tokens per row that stay allocated when nothing runs; more is given back to the system."""
 
+IDLE_CHUNKS = 4
+"""Chunks of prompts that a step computes while no stream waits for a token."""
+
+BRANCHED_TOKENS = 256
+"""So many tokens of a stem and its branches are computed together. The branches need a mask, which
+doubles the attention of a long stem."""
+
 GROUP_TOKENS = 64
 GROUP_PADDING = 0.15
 """Prompts computed together have similar lengths: padding is at most what another forward costs, in
@@ -410,14 +417,14 @@ class SlotRunner:
         """Spend what admissions left of the step's budget. The prompt with the fewest tokens left
         goes first, but half of the budget is for the oldest, so that none starves."""
         # While no stream waits for a token, a larger batch of prompts is cheaper.
-        budget = self._chunk if self._active else 2 * self._chunk
+        idle = not self._active
+        budget = IDLE_CHUNKS * self._chunk if idle else self._chunk
         step = StepBudget(self._pace, budget, IDLE_MS)
-        together = True
         while len(self._rows) > self._active:
             if self._active:
                 step.tighten(self._stall_ms, spent_ms)
             self._release_followers()
-            if together and (together := self._prefill_together(step, events)):
+            if self._prefill_together(step, events):
                 continue
             pending = [s for s in self._rows[self._active :] if s.follows is None]
             oldest = min(pending, key=lambda sequence: sequence.admitted)
@@ -426,7 +433,8 @@ class SlotRunner:
             if chosen.total - chosen.filled > step.piece(chosen.filled) // 2:
                 chosen = oldest
             limit = step.piece(chosen.filled)
-            if not limit:
+            if not limit or (idle and step.begun and limit < chosen.total - chosen.filled):
+                # Without streams to serve in between, a cut would only cost another forward.
                 return
             self._prefill_row(self._rows.index(chosen), limit, step, events)
 
@@ -488,9 +496,12 @@ class SlotRunner:
         start, total = sequence.filled, sequence.total
         if start == 0 and self.whole_prompts:
             return len(sequence.prompt.ids)
+        end = min(total, start + limit)
         if sequence.prompt.media and start < sequence.prompt.media_end:
-            return min(total, max(sequence.prompt.media_end, start + limit))
-        return min(total, start + limit)
+            return min(max(sequence.prompt.media_end, end), sequence.stem_tokens)
+        if start < sequence.stem_tokens < end and total - start > BRANCHED_TOKENS:
+            return sequence.stem_tokens
+        return end
 
     def _prefill_row(
         self, row: int, limit: int, step: StepBudget, events: list[EngineEvent]
