@@ -90,6 +90,8 @@ class TextAnswer:
         self._ended_by: str | int | None = None
         self._usage: Mapping[str, Any] = {}
         self._chunks = 0
+        #: Tokens that stand in ids.
+        self._counted = 0
         self._added_s = self._first_s = time.monotonic()
         resume = request.resume
         prior = resume.token_ids if resume is not None else []
@@ -100,7 +102,7 @@ class TextAnswer:
         length = sum(len(piece.text) for piece in self._prior)
         if not self._hashes and not tools:  # arguments are JSON, which may be longer
             check_received(received, length)
-        self.spent = text_ids.chunks(prior)
+        self.spent = text_ids.tokens(prior)
         self.prefix = "".join(piece.text for piece in self._prior)
         can = bool(manner) if self._chat else request.prompt is not None
         by_text = can and not self._hashes and self._only_text(request, tools)
@@ -194,14 +196,19 @@ class TextAnswer:
             return self._with_logprobs(pieces, _logprobs(logprobs, self._params.logprobs))
         if not pieces:
             return []
-        self._count()
+        tokens = self._count()
         fresh = self._new(pieces)
-        return self._told(text_ids.encoded(fresh), self._passed(fresh)) if fresh else []
+        return self._told(text_ids.encoded(fresh, tokens), self._passed(fresh)) if fresh else []
 
-    def _count(self) -> None:
-        self._chunks += 1
-        if self._chunks == 1:
+    def _count(self) -> int:
+        """Tokens since the last text, of a server that counts as it goes; else one."""
+        if not self._chunks:
             self._first_s = time.monotonic()
+        self._chunks += 1
+        counted = _count(self._usage.get("completion_tokens"))
+        fresh = max(1, counted - self._counted)
+        self._counted = max(counted, self._counted + 1)
+        return fresh
 
     def _with_logprobs(
         self, pieces: list[Piece], logprobs: list[TokenLogprob]

@@ -62,12 +62,16 @@ class Model:
     ids: bool = False
     #: The path or hub id of its weights, where the server tells it.
     root: str = ""
+    #: Its tokenizer is known here: what can goes by ids.
+    exact: bool = False
     details: dict[str, Any] = field(default_factory=dict)
 
-    def infos(self, continuation: Continuation) -> list[ModelInfo]:
+    def infos(self) -> list[ModelInfo]:
         """One record for each name."""
         offers = {Kind.CHAT: self.chat, Kind.COMPLETE: self.complete, Kind.EMBED: self.embed}
-        kinds = [kind for kind, offered in offers.items() if offered]
+        texts = (Kind.COUNT, Kind.TOKENIZE, Kind.DETOKENIZE, Kind.TEMPLATE)
+        kinds = [kind for kind in Kind if offers.get(kind) or (self.exact and kind in texts)]
+        continuation = Continuation.IDS if self.exact else Continuation.TEXT
         return [
             ModelInfo(
                 name=name,

@@ -1,8 +1,10 @@
 """The engine: jobs in, HTTP out, events back; several models of one server.
 
 Chats, completions and embeddings go to the server as its own API takes them (`answer`, by text).
-The death of the server is the death of this engine, with its cause: the process is started anew and
-waits for the server. Must never answer in a server's place.
+Where the model's tokenizer is known and the server takes and tells token ids, what can go by ids
+does (`ids`): then texts are made here, and an answer goes on after the same tokens. The death of
+the server is the death of this engine, with its cause: the process is started anew and waits for
+the server. Must never answer in a server's place.
 """
 
 from __future__ import annotations
@@ -10,10 +12,13 @@ from __future__ import annotations
 import struct
 import time
 from dataclasses import dataclass
-from typing import Any, Final
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
-from broker.protocol.messages import Continuation, FinishReason, Kind, Usage
+from broker.protocol.install import install_hint
+from broker.protocol.messages import FinishReason, Kind, Usage
 from worker.engines.base import (
     Capabilities,
     Ended,
@@ -26,13 +31,17 @@ from worker.engines.base import (
     Progress,
     Tokens,
 )
-from worker.engines.common.arguments import refuse_options
+from worker.engines.common.arguments import SharedSettings, refuse_options
 from worker.engines.common.reasoning import AnswerFormat, find_format
 from worker.engines.openai.answer import TextAnswer
 from worker.engines.openai.bodies import body_of, refused
 from worker.engines.openai.discover import Found, Model, discover
 from worker.engines.openai.http import Chunk, Done, Fault, Server, Unreachable
 from worker.engines.openai.settings import Settings, read
+from worker.engines.openai.text_ids import is_text
+
+if TYPE_CHECKING:
+    from worker.engines.openai.ids import IdsEngine
 
 __all__ = ["OpenAIEngine", "build_engine"]
 
@@ -63,9 +72,63 @@ def build_engine(options: EngineOptions, progress: Progress) -> OpenAIEngine:
     except EngineLoadError:
         server.close()
         raise
+    slots = options.slots or found.slots or settings.slots(found.server)
+    try:
+        exact = _by_ids(server, settings, found, slots, options, progress)
+    except (Unreachable, EngineLoadError) as error:
+        server.close()
+        raise EngineLoadError(str(error)) from None
     server.watch(found.health)
     progress(1.0, "ready")
-    return OpenAIEngine(server, settings, found, options.slots, format_)
+    return OpenAIEngine(server, settings, found, slots, format_, exact)
+
+
+def _by_ids(
+    server: Server,
+    settings: Settings,
+    found: Found,
+    slots: int,
+    options: EngineOptions,
+    progress: Progress,
+) -> IdsEngine | None:
+    """The models whose tokenizers are known, at a server that takes and tells ids. A tokenizer that
+    was named must fit; one that merely lies there is left aside where it does not."""
+    models, generators = [], []
+    for model in found.models:
+        native = found.server == "llamacpp"
+        root = Path(model.root) if model.root else None
+        lies_there = root is not None and (root / "config.json").is_file()
+        named = settings.tokenizer
+        path = named or (str(root) if lies_there else "")
+        if not path or path == "none" or not (model.ids or native):
+            if named not in ("", "none"):
+                raise EngineLoadError(
+                    f"--engine-arg tokenizer={named}: the server at {server.where} does not take "
+                    f"and tell token ids for {model.id}; leave it out"
+                )
+            continue
+        progress(None, f"comparing the tokenizer of {model.id}")
+        try:
+            if any(find_spec(name) is None for name in ("torch", "transformers")):
+                raise EngineLoadError(
+                    f"going by token ids needs transformers: {install_hint('worker')}"
+                )
+            from worker.engines.openai.ids import build_ids
+
+            made, generator = build_ids(server, model, found.server, path, slots, options)
+        except EngineLoadError as error:
+            if named:
+                raise
+            model.details["no_ids"] = str(error)[:300]
+            continue
+        model.exact = True
+        models.append(made)
+        generators.append(generator)
+    if not models:
+        return None
+    from worker.engines.openai.ids import IdsEngine
+
+    return IdsEngine(found.server, models, generators, SharedSettings())
 
 
 @dataclass(slots=True)
@@ -88,8 +151,10 @@ class OpenAIEngine:
         found: Found,
         slots: int,
         format_: AnswerFormat | None,
+        exact: IdsEngine | None = None,
     ) -> None:
         self._server = server
+        self._exact = exact
         self._dialect = found.dialect
         self._format = format_
         self._models = {name: model for model in found.models for name in model.names}
@@ -98,13 +163,13 @@ class OpenAIEngine:
         self._events: list[EngineEvent] = []
         self._tokens: list[tuple[float, int]] = []
         self._ttft_ms = 0.0
-        infos = [info for m in found.models for info in m.infos(Continuation.TEXT)]
+        infos = [info for model in found.models for info in model.infos()]
         version = f" {found.version}" if found.version else ""
         self._capabilities = Capabilities(
             engine="openai",
             device=f"{found.server}{version} at {server.where}",
             models=tuple(infos),
-            capacity=slots or found.slots or settings.slots(found.server),
+            capacity=slots,
         )
 
     # --- the engine contract ----------------------------------------------------------------------
@@ -115,17 +180,32 @@ class OpenAIEngine:
 
     @property
     def busy(self) -> bool:
-        return bool(self._calls or self._events)
+        return bool(self._calls or self._events or (self._exact and self._exact.busy))
 
     def add(self, job: Job) -> None:
         """Send a job to the server."""
         if job.request_id in self._calls:
+            return
+        if self._exact is not None and self._goes_by_ids(job):
+            self._exact.add(job)
             return
         try:
             self._begin(job)
         except RequestError as error:
             self._calls.pop(job.request_id, None)
             self._events.append(Failed(job.request_id, error.info))
+
+    def _goes_by_ids(self, job: Job) -> bool:
+        """An answer goes on as it began."""
+        model = self._models.get(job.request.model)
+        if model is None or not model.exact:
+            return False
+        from worker.engines.openai.ids import takes
+
+        prior = job.request.resume.token_ids if job.request.resume is not None else []
+        if prior:
+            return not is_text(prior)
+        return takes(job.request, attachments=bool(job.attachments))
 
     def _begin(self, job: Job) -> None:
         request = job.request
@@ -177,6 +257,8 @@ class OpenAIEngine:
         call = self._calls.get(request_id)
         if call is not None:
             call.cancelled = True
+        elif self._exact is not None:
+            self._exact.cancel(request_id)
 
     def step(self) -> list[EngineEvent]:
         self._check()
@@ -188,6 +270,10 @@ class OpenAIEngine:
             call_of = self._by_number.get(came.call)
             if call_of is not None:
                 self._heard(call_of, came)
+            elif self._exact is not None:
+                self._exact.hear(came)
+        if self._exact is not None and self._exact.busy:
+            self._events += self._exact.step()
         events, self._events = self._events, []
         return events
 
@@ -248,15 +334,23 @@ class OpenAIEngine:
         now_s = time.monotonic()
         self._tokens = [entry for entry in self._tokens if entry[0] > now_s - 10.0]
         span_s = max(now_s - self._tokens[0][0], 1e-3) if self._tokens else 10.0
-        return {
+        figures = {
             "running": float(len(self._calls)),
             "waiting": 0.0,
             "batch": float(len(self._calls)),
             "tokens_per_s": sum(count for _, count in self._tokens) / span_s,
             "ttft_ms": self._ttft_ms,
         }
+        if self._exact is not None:
+            theirs = self._exact.metrics()
+            for name in ("running", "waiting", "batch", "tokens_per_s"):
+                figures[name] += theirs[name]
+            figures["ttft_ms"] = theirs["ttft_ms"] or figures["ttft_ms"]
+        return figures
 
     def close(self) -> None:
+        if self._exact is not None:
+            self._exact.close()
         self._server.close()
         self._calls.clear()
 

@@ -4,10 +4,11 @@ Whoever holds the ids of an answer so far has its text and the kind of each piec
 worker can go on from there (SPEC.md section 6.4). An id holds up to three bytes of whole
 characters:
 
-    bit 30 set | kind 29-27 | 26: first of what the server sent at once | 25-24: bytes | 23-0
+    bit 30 set | kind 29-27 | 26: counts as a token of the server, or begins a call | 25-24: bytes
 
-No bytes: the low bits are one code point. Kind 7 is a hash of a token instead, for answers with log
-probabilities, which have one id for each token. Pure; must never meet a tokenizer.
+The low 24 bits are these bytes; where their number is 0, one code point. Kind 7 is a hash of a
+token instead, for answers with log probabilities, which have one id for each token. Pure; must
+never meet a tokenizer.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Final
 
 from broker.protocol.messages import TEXT_IDS, Piece, PieceKind
 
-__all__ = ["chunks", "decoded", "encoded", "hashed", "is_text"]
+__all__ = ["decoded", "encoded", "hashed", "is_hashed", "is_text", "tokens"]
 
 _KINDS: Final = (
     PieceKind.CONTENT.value,
@@ -27,7 +28,7 @@ _KINDS: Final = (
     PieceKind.ARGUMENTS.value,
 )
 _HASH: Final = 7
-_FIRST: Final = 1 << 26
+_COUNTS: Final = 1 << 26
 _LOW: Final = (1 << 24) - 1
 
 
@@ -36,25 +37,31 @@ def is_text(ids: Sequence[int]) -> bool:
     return bool(ids) and ids[-1] >= TEXT_IDS
 
 
-def encoded(pieces: Iterable[Piece]) -> list[int]:
-    """The ids of what a server sent at once."""
+def encoded(pieces: Sequence[Piece], tokens: int = 1) -> list[int]:
+    """The ids of what a server sent at once, which was so many tokens."""
     ids: list[int] = []
-    first = _FIRST
+    room = sum(len(piece.text) for piece in pieces)
+    wide = 3 if sum(len(_parts(piece.text, 3)) for piece in pieces) >= min(tokens, room) else 1
     for piece in pieces:
         base = TEXT_IDS | _KINDS.index(piece.kind) << 27
-        for data in _parts(piece.text):
-            ids.append(base | first | data)
-            first = 0
+        for number, data in enumerate(_parts(piece.text, wide)):
+            if piece.kind == PieceKind.CALL:
+                counts = number == 0
+            else:
+                counts = tokens > 0
+                tokens -= 1
+            ids.append(base | (_COUNTS if counts else 0) | data)
     return ids
 
 
-def _parts(text: str) -> list[int]:
-    """Length and bytes of a text, three bytes at a time, or a code point that is longer."""
+def _parts(text: str, most: int) -> list[int]:
+    """Length and bytes of a text, `most` bytes or one character at a time, or a code point that is
+    longer than three."""
     parts: list[int] = []
     held = b""
     for character in text:
         data = character.encode("utf-8", "replace")
-        if held and len(held) + len(data) > 3:
+        if held and len(held) + len(data) > most:
             parts.append(len(held) << 24 | int.from_bytes(held, "big"))
             held = b""
         if len(data) > 3:
@@ -76,7 +83,7 @@ def decoded(ids: Iterable[int]) -> list[Piece]:
             raise ValueError(f"id {id_} carries no text")
         text = data.to_bytes(3, "big")[3 - size :].decode() if size else chr(data)
         name = _KINDS[kind]
-        calls_anew = name == PieceKind.CALL and id_ & _FIRST
+        calls_anew = name == PieceKind.CALL and id_ & _COUNTS
         if pieces and pieces[-1].kind == name and not calls_anew:
             pieces[-1] = Piece(name, pieces[-1].text + text)
         else:
@@ -84,9 +91,9 @@ def decoded(ids: Iterable[int]) -> list[Piece]:
     return pieces
 
 
-def chunks(ids: Iterable[int]) -> int:
-    """How often the server sent something: the number of tokens, where it sends each by itself."""
-    return sum(1 for id_ in ids if id_ >> 27 & 7 == _HASH or id_ & _FIRST)
+def tokens(ids: Iterable[int]) -> int:
+    """How many tokens of the server these were, as far as it told."""
+    return sum(1 for id_ in ids if id_ >> 27 & 7 == _HASH or id_ & _COUNTS)
 
 
 def hashed(token: bytes) -> int:
