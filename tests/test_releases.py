@@ -110,7 +110,7 @@ def test_everybody_installs_the_tested_set(file: str) -> None:
     lines = [
         line
         for line in (ROOT / file).read_text().splitlines()
-        if "pip install" in line and "-e" in line
+        if "pip install" in line and " -e " in line
     ]
     assert lines
     assert all(line.replace(" -q", "").lstrip("# ").startswith(INSTALL) for line in lines)

@@ -1,4 +1,4 @@
-"""Why requests failed, as an operator is told; never with what a caller wrote."""
+"""The causes of failures that an operator sees, which never contain a caller's text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_failure_at_the_broker_is_listed_with_its_cause() -> None:
     assert listed["outcome"] == "deadline_exceeded" and listed["cause"]
 
 
-def test_a_body_that_is_none_has_no_cause_and_does_no_harm() -> None:
+def test_a_malformed_fail_has_no_cause_and_does_no_harm() -> None:
     assert causes.causes_in(b"\xc1", [Finished(b"x" * 16, "engine_error")]) == {}
 
 
@@ -48,5 +48,5 @@ def test_a_body_that_is_none_has_no_cause_and_does_no_harm() -> None:
         ("engine_error", "x" * 999, "x" * causes.MAX_CHARACTERS),
     ],
 )
-def test_what_a_caller_wrote_is_left_out(code: str, message: str, cause: str) -> None:
+def test_text_from_a_caller_is_left_out(code: str, message: str, cause: str) -> None:
     assert causes.in_words(ErrorInfo(code=code, message=message)) == cause

@@ -1,7 +1,7 @@
-"""Whatever clients and workers do, in whatever order: the core's tables never disagree.
+"""Whatever clients and workers do, in whatever order, the core's tables stay consistent.
 
-No promise about streams is tested here (the simulation does that), only that no order of facts
-breaks an invariant or raises, and that nothing is left behind in the end.
+Promises about streams are tested by the simulation. Here, no order of events may break an invariant
+or raise, and nothing may be left behind at the end.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.core.broker_facts import Bus, ClientPeer, Message, WorkerPeer
 
 
 class Chaos:
-    """Random but legal moves of everybody; every step checks the invariants."""
+    """Random but legal moves of all peers; every step checks the invariants."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -185,7 +185,7 @@ class Chaos:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_no_order_of_facts_breaks_an_invariant_and_nothing_is_left(seed: int) -> None:
+def test_no_order_of_events_breaks_an_invariant_or_leaves_anything_behind(seed: int) -> None:
     chaos = Chaos(seed)
     for _ in range(250):
         chaos.step()

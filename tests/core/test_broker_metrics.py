@@ -1,4 +1,4 @@
-"""The broker's figures, read back by Prometheus' own parser."""
+"""The broker's metrics, parsed by Prometheus' own parser."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Scrape:
         return self.samples[f"tokenbus_{name}", tuple(sorted(labels.items()))]
 
     def labels(self, name: str) -> set[str]:
-        """Values of all labels of a family."""
+        """The values of all labels of a metric family."""
         return {
             value
             for (sample, labels), _ in self.samples.items()
@@ -56,13 +56,13 @@ def test_a_request_is_counted_with_its_waits_tokens_and_outcome(bus: Bus) -> Non
     assert scrape(f"{first}_bucket", model="demo", le="0.1") == 0
     assert scrape(f"{first}_bucket", model="demo", le="0.25") == 1
     assert scrape(f"{first}_sum", model="demo") == pytest.approx(0.2)
-    # Ten tokens have nine spaces between them.
+    # Ten tokens have nine gaps.
     assert scrape("time_between_tokens_seconds_sum", model="demo") == pytest.approx(0.1)
     assert scrape("request_duration_seconds_sum", model="demo") == pytest.approx(1.1)
     assert scrape("queue_wait_seconds_count", model="demo") == 1
 
 
-def test_queues_credit_and_workers_are_gauges_of_now(bus: Bus) -> None:
+def test_gauges_show_the_current_queues_credit_and_workers(bus: Bus) -> None:
     worker, client = bus.worker("w", slots=2), bus.client()
     for _ in range(3):
         client.request()
@@ -81,7 +81,7 @@ def test_queues_credit_and_workers_are_gauges_of_now(bus: Bus) -> None:
     assert ("tokenbus_worker_slots", (("worker", "w"),)) not in after.samples
 
 
-def test_the_figures_of_a_heartbeat_are_told_in_base_units(bus: Bus) -> None:
+def test_a_heartbeats_figures_are_exported_in_base_units(bus: Bus) -> None:
     worker, client = bus.worker("w"), bus.client()
     metrics = {"tokens_per_s": 12.5, "ttft_ms": 80.0, "memory_used_bytes": 3e9, "made_up": 1.0}
     worker.beat(metrics=metrics, engine_age_ms=1500)
@@ -123,7 +123,7 @@ def test_an_end_that_is_sent_again_after_a_resume_counts_once(bus: Bus) -> None:
     assert scrape("resumes_total") == 1
 
 
-def test_what_is_forwarded_is_counted_with_its_bytes(bus: Bus) -> None:
+def test_forwarded_messages_are_counted_with_their_bytes(bus: Bus) -> None:
     worker, client = bus.worker(), bus.client()
     client.request()
     (assign,) = worker.assigned()
@@ -133,7 +133,7 @@ def test_what_is_forwarded_is_counted_with_its_bytes(bus: Bus) -> None:
     assert scrape("forwarded_bytes_total") > 10
 
 
-def test_a_worker_that_says_nothing_is_late_once_for_every_interval(bus: Bus) -> None:
+def test_a_silent_worker_counts_as_late_once_per_interval(bus: Bus) -> None:
     bus.worker()
     client = bus.client()
     bus.wait(1.2)
@@ -142,7 +142,7 @@ def test_a_worker_that_says_nothing_is_late_once_for_every_interval(bus: Bus) ->
     assert Scrape(client)("heartbeats_late_total") == 2
 
 
-def test_no_name_that_somebody_makes_up_becomes_a_label(bus: Bus) -> None:
+def test_a_made_up_name_never_becomes_a_label(bus: Bus) -> None:
     worker, client = bus.worker(slots=1), bus.client("c-secret")
     for number in range(20):
         client.request(f"made-up-{number}")
@@ -164,13 +164,13 @@ def test_requests_for_models_that_nobody_serves_yet_wait_under_one_name() -> Non
     assert scrape("queue_requests", model=OTHER) == 5
 
 
-def test_a_strange_name_of_a_worker_survives_the_text(bus: Bus) -> None:
+def test_a_workers_strange_name_is_escaped(bus: Bus) -> None:
     name = 'w"1\\\n2'
     bus.worker(name)
     assert Scrape(bus.client())("worker_ready", worker=name) == 1
 
 
-def test_names_and_help_are_as_prometheus_wants_them(bus: Bus) -> None:
+def test_names_and_help_follow_prometheus_conventions(bus: Bus) -> None:
     bus.worker()
     scrape = Scrape(bus.client())
     units = ("_seconds", "_bytes", "_tokens", "_requests")

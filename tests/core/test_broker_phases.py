@@ -1,4 +1,5 @@
-"""The moves of a request: the whole table, what an illegal one raises, who makes each legal one."""
+"""A request's moves between phases: the whole table, illegal moves, and a cause for each legal
+one."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ ID = bytes.fromhex("a1b2c3d4") + bytes(12)
 
 
 def way_to(phase: Phase) -> list[Phase]:
-    """A shortest way there from NEW, without NEW itself."""
+    """A shortest path from NEW to this phase, without NEW."""
     ways: dict[Phase, list[Phase]] = {Phase.NEW: []}
     unseen = deque([Phase.NEW])
     while unseen:
@@ -42,7 +43,7 @@ def test_every_phase_can_be_reached_and_says_where_it_leads(start: Phase) -> Non
 
 
 @pytest.mark.parametrize(("start", "then"), list(itertools.product(Phase, Phase)))
-def test_a_move_is_made_where_the_table_has_it_and_nowhere_else(start: Phase, then: Phase) -> None:
+def test_only_moves_in_the_table_are_allowed(start: Phase, then: Phase) -> None:
     request = request_in(start)
     before = request.moves
     if then in MOVES[start]:
@@ -58,18 +59,18 @@ def test_a_move_is_made_where_the_table_has_it_and_nowhere_else(start: Phase, th
         assert (request.phase, request.moves) == (start, before)
 
 
-def test_what_is_forgotten_stays_so_and_everything_known_can_be_forgotten() -> None:
+def test_forgotten_is_final_and_reachable_from_every_other_phase() -> None:
     assert not MOVES[Phase.FORGOTTEN]
     known = set(Phase) - {Phase.NEW, Phase.FORGOTTEN}
     assert {phase for phase in Phase if Phase.FORGOTTEN in MOVES[phase]} == known
 
 
-def test_nothing_becomes_new_again_and_only_the_new_is_queued() -> None:
+def test_new_is_never_entered_and_leads_to_queued() -> None:
     assert not any(Phase.NEW in after for after in MOVES.values())
     assert [phase for phase in Phase if Phase.QUEUED in MOVES[phase]] == [Phase.NEW]
 
 
-def test_the_phase_changes_by_a_move_only() -> None:
+def test_the_phase_cannot_be_assigned() -> None:
     request = request_in(Phase.QUEUED)
     with pytest.raises(AttributeError):
         request.phase = Phase.RUNNING  # type: ignore[misc]
@@ -103,7 +104,7 @@ def test_a_story_keeps_the_latest_moves_only() -> None:
 
 
 def vanish(peer: ClientPeer | WorkerPeer) -> None:
-    """The connection breaks without a word."""
+    """The connection breaks without GOODBYE."""
     peer.bus.handle(PeerUnreachable(peer.side, peer.routing_id))
 
 
@@ -178,12 +179,12 @@ def lost_with_its_end(bus: Bus) -> None:
     bus.wait(bus.core.settings.ended_keep_s + 1)
 
 
-def attached_on_the_client_s_word(bus: Bus) -> None:
+def attached_because_the_client_says_so(bus: Bus) -> None:
     bus.worker("here")
     bus.client().resume(bus.new_id(), holder="here")
 
 
-def brought_along_by_a_new_worker(bus: Bus) -> None:
+def announced_by_a_new_worker(bus: Bus) -> None:
     holds = (Held(bus.new_id(), 0, 9), Held(bus.new_id(), 0, 9, running=False))
     bus.worker(holds=holds, grant=False)
 
@@ -213,15 +214,15 @@ COURSES = (
     resumed_while_it_runs,
     resumed_after_its_end,
     lost_with_its_end,
-    attached_on_the_client_s_word,
-    brought_along_by_a_new_worker,
+    attached_because_the_client_says_so,
+    announced_by_a_new_worker,
     brought_back_by_a_lost_worker,
     brought_back_after_its_client_left,
 )
 
 
 def test_the_broker_makes_every_legal_move(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table allows no more than is needed: each move has a course of events that makes it."""
+    """The table has no needless move: each occurs in some course of events."""
     made = set()
     to = RequestState.to
 

@@ -1,4 +1,5 @@
-"""Who is served next, who waits in vain, who is not let in; and where a request is placed."""
+"""Which request is served next, which fails while waiting, which is refused, and where it is
+placed."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from tests.core.broker_facts import Bus, ClientPeer, a_request
 
 
 def serve_all(bus: Bus, ids: dict[bytes, str]) -> list[str]:
-    """Grant slots one by one and name who is served."""
+    """Grant slots one by one; returns the names in the order of service."""
     worker = bus.worker("serves", grant=False)
     order = []
     for _ in ids:
@@ -94,7 +95,7 @@ def test_the_broker_s_own_limit_holds_where_the_request_names_none() -> None:
     assert "deadline_exceeded" in [event.error.code for event in client.events()]
 
 
-def test_the_rest_of_its_life_travels_with_the_request() -> None:
+def test_the_remaining_time_to_live_travels_with_the_request() -> None:
     bus = Bus()
     worker, client = bus.worker(grant=False), bus.client()
     client.request(ttl_ms=4000)
@@ -103,7 +104,7 @@ def test_the_rest_of_its_life_travels_with_the_request() -> None:
     assert worker.assigned()[0].assign.ttl_ms == 3000
 
 
-def test_a_request_without_life_left_fails_at_once() -> None:
+def test_a_request_without_time_to_live_fails_at_once() -> None:
     bus = Bus()
     bus.worker()
     client = bus.client()
@@ -114,7 +115,7 @@ def test_a_request_without_life_left_fails_at_once() -> None:
 # --- models ---------------------------------------------------------------------------------------
 
 
-def test_a_misspelt_model_is_told_at_once_with_the_names_served() -> None:
+def test_an_unknown_model_fails_at_once_and_the_error_lists_the_models() -> None:
     bus = Bus()
     bus.worker(models=("demo", "other"))
     client = bus.client()
@@ -142,7 +143,7 @@ def test_on_an_empty_bus_a_request_waits_only_for_the_grace() -> None:
     assert client.failure() == "model_unavailable"
 
 
-def test_a_model_that_loads_is_waited_for() -> None:
+def test_a_request_waits_for_a_model_that_is_loading() -> None:
     bus = Bus(model_grace_s=1, worker_liveness=100)
     worker, client = bus.worker(grant=False), bus.client()
     worker.beat(state=WorkerState.LOADING)
@@ -153,7 +154,7 @@ def test_a_model_that_loads_is_waited_for() -> None:
     assert worker.assigned_ids() == [request_id]
 
 
-def test_a_model_whose_last_worker_left_is_waited_for_and_then_unavailable_for_now() -> None:
+def test_after_a_models_last_worker_left_requests_wait_for_the_grace_and_then_fail() -> None:
     bus = Bus(model_grace_s=5)
     worker, client = bus.worker(), bus.client()
     bus.worker("other", models=("other",))
@@ -166,7 +167,7 @@ def test_a_model_whose_last_worker_left_is_waited_for_and_then_unavailable_for_n
 
 
 def test_a_resume_is_always_given_the_grace() -> None:
-    """After a restart of the broker its client may be back before its worker."""
+    """After a broker's restart, a client may be back before its worker."""
     bus = Bus(model_grace_s=5)
     bus.worker("other", models=("other",))
     client = bus.client()
@@ -208,7 +209,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back_from_the_times_seen() -
     assert event.error.retry_after_ms == 8000, "four turns of two seconds at one slot"
 
 
-def test_who_fills_the_queue_makes_room_for_others() -> None:
+def test_a_client_that_fills_the_queue_makes_room_for_others() -> None:
     bus = Bus(queue_requests=4)
     bus.worker(grant=False)
     greedy, modest = bus.client(), bus.client()
@@ -276,7 +277,7 @@ for _ in range(40):
         ),
     ],
 )
-def test_a_body_that_is_wrong_names_the_field(body: dict[str, Any], word: str) -> None:
+def test_the_error_for_a_wrong_body_names_the_field(body: dict[str, Any], word: str) -> None:
     data = codec.pack({"model": "demo", "window": 10} | body)
     with pytest.raises(RequestError) as caught:
         read_request(data, (), resumed=False, settings=CoreSettings())
@@ -293,7 +294,7 @@ def test_a_body_that_is_wrong_names_the_field(body: dict[str, Any], word: str) -
         ({"attachments_bytes": 10}, (b"a" * 6, b"b" * 6)),
     ],
 )
-def test_a_request_that_is_too_large_says_how_large(
+def test_the_error_for_a_request_that_is_too_large_names_both_sizes(
     limits: dict[str, int], attachments: tuple[bytes, ...]
 ) -> None:
     data = codec.encode(a_request(prompt="x" * 2000, attachments=[{} for _ in attachments]))
@@ -307,7 +308,7 @@ def test_a_request_that_is_too_large_says_how_large(
 
 
 def placed(bus: Bus, client: ClientPeer, count: int, **body: Any) -> Counter[str]:
-    """Where so many requests go, each ended before the next."""
+    """How many of `count` requests go to each worker, if each ends before the next begins."""
     seen: Counter[str] = Counter()
     for _ in range(count):
         request_id = client.request(**body)
@@ -395,8 +396,8 @@ def test_the_latest_requests_are_listed_without_their_ids() -> None:
     assert client.query("bus.requests", limit=1) == [listed[0]]
 
 
-def test_a_refused_request_that_comes_again_does_not_slip_past_the_full_queue() -> None:
-    """Found by the simulation: clients send it again as a RESUME, which was always let in."""
+def test_a_refused_request_that_is_resumed_does_not_bypass_the_full_queue() -> None:
+    """Found by the simulation: clients send it again as a RESUME, which was always accepted."""
     bus = Bus(queue_requests=1)
     bus.worker()
     client = bus.client()

@@ -1,4 +1,4 @@
-"""RESUME in every state, orphans, workers that come back, drains and the broker's end."""
+"""RESUME in every state, orphans, workers that come back, drains, and the broker's shutdown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.core.broker_facts import Bus, ClientPeer, WorkerPeer, types
 
 
 def vanish(peer: ClientPeer | WorkerPeer) -> None:
-    """The connection breaks without a word."""
+    """The connection breaks without GOODBYE."""
     peer.bus.handle(PeerUnreachable(peer.side, peer.routing_id))
 
 
@@ -38,8 +38,8 @@ def test_resume_of_a_running_request_attaches_to_its_worker_without_credit() -> 
     assert len(again.events()) == 2
 
 
-def test_a_running_request_resumed_elsewhere_is_never_heard_on_the_old_session() -> None:
-    """The old connection is half open: the client is back on a new one, the broker knows both."""
+def test_output_of_a_request_resumed_on_a_new_session_never_goes_to_the_old_one() -> None:
+    """The old connection is half-open: the client is back on a new one, and the broker has both."""
     bus = Bus()
     worker, old = bus.worker(slots=2), bus.client()
     moved, other = old.request(), old.request()
@@ -90,7 +90,7 @@ def test_resume_of_a_queued_request_replaces_it_and_keeps_its_age() -> None:
     assert not assigned[0].assign.attach
 
 
-def test_resume_of_a_request_that_waited_when_its_client_vanished_keeps_its_age() -> None:
+def test_resume_of_a_queued_request_whose_client_vanished_keeps_its_age() -> None:
     bus = Bus()
     worker, client = bus.worker(grant=False), bus.client()
     first = client.request(user="u")
@@ -130,8 +130,8 @@ def test_resume_of_a_request_ended_too_long_ago_is_queued_as_new() -> None:
     assert not worker.assigned()[0].assign.attach
 
 
-def test_a_client_that_leaves_a_broken_session_comes_back_for_its_streams() -> None:
-    """Found by the simulation: its requests were cancelled as those of one that is closed."""
+def test_a_client_that_leaves_a_broken_session_may_resume_its_streams() -> None:
+    """Found by the simulation: its requests were cancelled as if it had been closed."""
     bus = Bus()
     worker, client = bus.worker(), bus.client()
     request_id = client.request()
@@ -158,8 +158,8 @@ def test_a_replay_that_is_rejected_late_is_still_interrupted() -> None:
     assert client.only(MessageType.INTERRUPTED).id == request_id
 
 
-def test_a_held_request_that_ended_while_it_was_attached_is_open_until_its_end_comes() -> None:
-    """Found by the simulation: the worker's word that it had ended crossed the ASSIGN."""
+def test_a_held_request_that_ended_while_being_attached_is_open_until_its_end_arrives() -> None:
+    """Found by the simulation: the worker's report that it had ended crossed the ASSIGN."""
     bus = Bus()
     client = bus.client()
     request_id = bus.new_id()
@@ -173,7 +173,7 @@ def test_a_held_request_that_ended_while_it_was_attached_is_open_until_its_end_c
     assert bus.core.clients[client.routing_id].requests == {}
 
 
-def test_a_replay_is_open_until_its_end_was_sent_again() -> None:
+def test_a_replay_is_open_until_its_end_has_been_sent_again() -> None:
     """Found by the simulation: the worker was cut off just after ASSIGN, and lost much later."""
     bus = Bus(ended_keep_s=3)
     worker, client = bus.worker(), bus.client()
@@ -254,7 +254,7 @@ def test_lost_workers_are_avoided_while_another_serves_the_model() -> None:
     assert other.assigned_ids() == [request_id]
 
 
-def test_a_lost_worker_is_taken_again_where_it_is_the_only_one() -> None:
+def test_a_lost_worker_is_used_again_if_it_is_the_only_one() -> None:
     bus = Bus()
     worker, client = bus.worker("only"), bus.client()
     client.resume(bus.new_id(), lost=("only",))
@@ -295,7 +295,7 @@ def test_a_worker_that_rejects_an_attach_gets_the_resume_as_new_work() -> None:
 
 
 def test_a_worker_that_dies_with_an_end_held_back_interrupts_the_request() -> None:
-    """Its slot was free, but the client's window was not open for the rest."""
+    """Its slot was free, but the client's window did not allow the rest."""
     bus = Bus()
     worker, client = bus.worker(), bus.client()
     request_id = client.request(window=10)
@@ -323,7 +323,7 @@ def test_an_orphan_is_cancelled_at_the_worker_after_its_grace() -> None:
     assert bus.core.workers[worker.routing_id].running == {}
 
 
-def test_an_orphan_that_is_resumed_in_time_lives() -> None:
+def test_an_orphan_that_is_resumed_in_time_goes_on() -> None:
     bus = Bus(orphan_grace_s=3)
     worker, client = bus.worker(), bus.client()
     request_id = client.request()
@@ -349,7 +349,7 @@ def test_a_client_that_comes_back_may_cancel_what_it_left() -> None:
 # --- workers that come back -----------------------------------------------------------------------
 
 
-def test_after_a_broker_restart_the_worker_s_word_is_enough_to_attach() -> None:
+def test_after_a_broker_restart_a_request_named_in_hello_can_be_attached() -> None:
     bus = Bus()
     request_id = bus.new_id()
     worker = bus.worker(slots=1, holds=(Held(request_id, 0, 12),), grant=False)
@@ -384,7 +384,7 @@ def test_a_worker_back_on_a_new_connection_ends_its_old_session() -> None:
     assert new.assigned()[0].assign.attach
 
 
-def test_a_worker_that_slept_through_a_resume_is_told_to_stop() -> None:
+def test_a_worker_that_missed_a_resume_is_told_to_stop() -> None:
     bus = Bus()
     sleeper, client = bus.worker("sleeper"), bus.client()
     request_id = client.request()
@@ -422,7 +422,7 @@ def test_an_operator_drains_a_worker_and_it_gets_nothing_more() -> None:
     assert client.query("bus.workers")[0]["state"] == "draining"
 
 
-def test_a_drained_worker_that_does_not_leave_is_let_go_and_what_it_ran_is_interrupted() -> None:
+def test_a_drained_worker_that_does_not_leave_is_dropped_and_its_requests_interrupted() -> None:
     bus = Bus(worker_liveness=100)
     worker, client = bus.worker(), bus.client()
     client.request()
@@ -441,7 +441,7 @@ def test_a_worker_that_announces_a_drain_gets_nothing_more() -> None:
     assert worker.assigned() == []
 
 
-def test_a_drain_of_an_unknown_worker_names_those_that_are_here() -> None:
+def test_the_error_for_draining_an_unknown_worker_lists_the_known_ones() -> None:
     bus = Bus()
     bus.worker("here")
     error = bus.client().query("bus.drain", worker="there")
@@ -465,7 +465,7 @@ def test_a_held_worker_gets_nothing_stays_and_is_released() -> None:
     assert client.query("bus.workers")[0]["state"] == "ready"
 
 
-def test_a_worker_is_held_by_name_and_so_when_it_comes_back() -> None:
+def test_a_worker_is_held_by_name_even_after_it_comes_back() -> None:
     bus = Bus()
     worker, client = bus.worker(), bus.client()
     client.query("bus.hold", worker="worker")
@@ -508,7 +508,7 @@ def test_a_stopping_broker_takes_nothing_new_and_lets_streams_end() -> None:
     assert bus.others == [StopLoop()]
 
 
-def test_at_the_end_of_the_grace_what_is_left_is_interrupted_for_the_next_broker() -> None:
+def test_at_the_end_of_the_grace_remaining_requests_are_interrupted_for_the_next_broker() -> None:
     bus = Bus()
     worker, client = bus.worker(), bus.client()
     running, queued = client.request(), client.request()
@@ -548,7 +548,7 @@ def test_the_operator_s_shutdown_is_answered_first() -> None:
 
 
 @pytest.mark.parametrize("side", list(Side))
-def test_an_unreachable_stranger_is_no_event(side: Side) -> None:
+def test_an_unreachable_stranger_causes_nothing(side: Side) -> None:
     bus = Bus()
     bus.handle(PeerUnreachable(side, b"nobody"))
     assert bus.logs == []

@@ -1,4 +1,4 @@
-"""Workers that lie: epochs that only the right worker knows, output that clients report."""
+"""Workers that lie: epochs that only the right worker knows, and output that clients report."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_worker_whose_output_is_reported_is_cut_off_and_named_in_the_log() -> 
 
 
 @pytest.mark.parametrize("ledger", [False, True])
-def test_the_message_that_is_reported_says_which_worker(ledger: bool) -> None:
+def test_the_reported_message_identifies_the_worker(ledger: bool) -> None:
     bus = Bus()
     first, client, assign = served(bus, "first")
     second = bus.worker("second")
@@ -57,7 +57,7 @@ def test_the_message_that_is_reported_says_which_worker(ledger: bool) -> None:
 
 
 @pytest.mark.parametrize("sequence", [0, 10_000, -1, 1 << 62])
-def test_what_no_worker_said_cuts_nobody_off(sequence: int) -> None:
+def test_a_report_of_a_message_from_no_worker_cuts_nobody_off(sequence: int) -> None:
     bus = Bus()
     worker, client, assign = served(bus)
     worker.tokens(assign)
@@ -66,7 +66,7 @@ def test_what_no_worker_said_cuts_nobody_off(sequence: int) -> None:
     assert worker.known
 
 
-def test_what_was_said_too_long_ago_cuts_nobody_off() -> None:
+def test_a_report_of_a_message_too_long_ago_cuts_nobody_off() -> None:
     bus = Bus()
     worker, client, assign = served(bus)
     worker.tokens(assign)
@@ -124,7 +124,7 @@ def test_a_resume_of_an_older_epoch_fails_and_a_copy_is_ignored() -> None:
 
 
 def moved(bus: Bus) -> tuple[WorkerPeer, bytes]:
-    """A request that evil lost and honest runs, at epoch 9."""
+    """A request that worker "evil" lost and worker "honest" runs, at epoch 9."""
     evil, client = bus.worker("evil"), bus.client()
     request_id = client.request()
     honest = bus.worker("honest")
@@ -152,7 +152,7 @@ def test_the_right_epoch_with_another_key_does_not_either() -> None:
 
 @pytest.mark.parametrize("epoch", [9, 12])
 def test_the_process_itself_comes_back_on_a_new_connection(epoch: int) -> None:
-    """Also when it never heard of the last epoch, which went to its dead connection."""
+    """Even if it never received the last epoch, which was sent to its dead connection."""
     bus = Bus()
     honest, request_id = moved(bus)
     if epoch == 12:

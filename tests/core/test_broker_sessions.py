@@ -1,4 +1,4 @@
-"""Sessions of the broker core: HELLO, sequences, liveness, engines that stall, keys, garbage."""
+"""Sessions of the broker core: HELLO, sequences, liveness, stalled engines, keys, garbage."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_welcome_binds_both_sides_to_the_broker_s_values() -> None:
     assert (told.heartbeat_interval_ms, told.liveness, told.limits.inflight) == (2000, 3, 9)
 
 
-def test_a_message_of_an_unknown_connection_is_told_to_say_hello() -> None:
+def test_an_unknown_connection_is_told_to_send_hello() -> None:
     bus = Bus()
     peer = Peer(bus, Side.FRONT)
     peer.send(MessageType.REQUEST, bus.new_id(), {})
@@ -56,7 +56,7 @@ def test_a_message_of_an_unknown_connection_is_told_to_say_hello() -> None:
     assert not refusal(peer).fatal
 
 
-def test_a_worker_s_name_is_its_own_as_long_as_it_is_here() -> None:
+def test_no_other_worker_may_use_the_name_of_a_live_one() -> None:
     bus = Bus()
     first = hello(bus, Side.BACK, role="worker", name="w1", instance=bytes([1] * 16))
     other = hello(bus, Side.BACK, role="worker", name="w1", instance=bytes([2] * 16))
@@ -64,7 +64,7 @@ def test_a_worker_s_name_is_its_own_as_long_as_it_is_here() -> None:
     assert (refused.error.code, refused.fatal) == ("forbidden", False)
     assert (refused.error.retryable, refused.error.retry_after_ms) == (True, 1000)
     assert "'w1'" in refused.error.message and "--worker-id" in refused.error.message
-    # The first was asked whether it lives. Itself, it may come back at any time.
+    # The first was probed. The same process may come back at any time.
     first.receive()
     assert len(first.beats) == 1
     again = hello(bus, Side.BACK, role="worker", name="w1", instance=bytes([1] * 16))
@@ -84,7 +84,7 @@ def test_a_dead_worker_s_name_is_free_as_soon_as_it_is_found_dead() -> None:
     assert types(again.first) == ["WELCOME"]
 
 
-def test_workers_that_do_not_say_who_they_are_are_taken_and_told_of() -> None:
+def test_workers_of_one_name_without_an_instance_are_accepted_with_a_warning() -> None:
     bus = Bus()
     bus.worker("w1")
     assert types(hello(bus, Side.BACK, role="worker", name="w1").first) == ["WELCOME"]
@@ -92,7 +92,7 @@ def test_workers_that_do_not_say_who_they_are_are_taken_and_told_of() -> None:
     assert (told.level, told.fields["peer"]) == ("warning", "w1")
 
 
-def test_a_peer_at_the_wrong_socket_is_told_so_for_good() -> None:
+def test_a_peer_at_the_wrong_socket_is_refused_for_good() -> None:
     peer = hello(Bus(), Side.FRONT, role="worker")
     assert refusal(peer).fatal
     assert "other address" in refusal(peer).error.message
@@ -121,7 +121,7 @@ def test_a_peer_that_speaks_newer_versions_too_is_welcome() -> None:
     assert hello(Bus(), Side.FRONT, role="client", min_version=1, max_version=9).welcomed
 
 
-def test_a_full_broker_refuses_and_says_when_to_come_back() -> None:
+def test_a_full_broker_refuses_and_says_when_to_try_again() -> None:
     bus = Bus(max_clients=1, max_workers=1)
     bus.client(), bus.worker()
     for side, role in ((Side.FRONT, "client"), (Side.BACK, "worker")):
@@ -130,7 +130,7 @@ def test_a_full_broker_refuses_and_says_when_to_come_back() -> None:
         assert refused.error.retry_after_ms is not None
 
 
-def test_a_draining_broker_asks_to_come_back_in_a_second_however_long_it_drains() -> None:
+def test_a_draining_broker_asks_peers_to_try_again_in_a_second_however_long_it_drains() -> None:
     bus = Bus()
     busy = bus.client()
     bus.worker()
@@ -227,8 +227,8 @@ def test_a_silent_worker_is_lost_after_its_liveness_and_its_clients_are_told() -
     assert worker.receive()[-1].type is MessageType.GOODBYE
 
 
-def test_a_network_that_breaks_for_all_workers_poisons_no_request() -> None:
-    """One after the other falls silent, and the request with each: none of them died."""
+def test_a_network_failure_of_all_workers_makes_no_request_poison() -> None:
+    """One after the other falls silent while it has the request, but none of them died."""
     bus = Bus()
     first, client = bus.worker("first"), bus.client()
     bus.wait(1)
@@ -256,7 +256,7 @@ def test_any_message_counts_as_life_output_on_the_fast_path_too() -> None:
     assert worker.known
 
 
-def test_the_broker_beats_when_it_has_nothing_else_to_say() -> None:
+def test_the_broker_sends_heartbeats_when_it_sends_nothing_else() -> None:
     bus = Bus()
     worker = bus.worker()
     bus.wait(3.05)
@@ -284,7 +284,7 @@ def test_a_small_lateness_is_no_excuse() -> None:
     assert not worker.known
 
 
-def test_silence_is_judged_only_up_to_what_was_read() -> None:
+def test_silence_counts_only_up_to_the_last_read() -> None:
     bus = Bus()
     worker = bus.worker()
     read_s = bus.now_s
@@ -319,7 +319,7 @@ def test_a_reported_disconnect_probes_every_worker_at_once_but_not_in_a_storm() 
         assert types(probes) == ["HEARTBEAT"] * 2
 
 
-def test_a_disconnect_that_was_reported_too_early_is_found_by_the_second_probe() -> None:
+def test_a_disconnect_reported_too_early_is_found_by_the_second_probe() -> None:
     bus = Bus()
     worker = bus.worker()
     worker.receive()
@@ -330,7 +330,7 @@ def test_a_disconnect_that_was_reported_too_early_is_found_by_the_second_probe()
     assert types(probes) == ["HEARTBEAT"] * 2
 
 
-def test_a_slow_consumer_is_told_and_its_requests_wait_for_a_resume() -> None:
+def test_a_slow_consumer_is_refused_and_its_requests_wait_for_a_resume() -> None:
     bus = Bus()
     worker, client = bus.worker(), bus.client()
     request_id = client.request()
@@ -365,7 +365,7 @@ def test_an_engine_that_is_merely_slow_is_left_alone() -> None:
     assert len(worker.assigned()) == 1
 
 
-def test_an_engine_without_progress_for_long_is_lost() -> None:
+def test_a_worker_whose_engine_makes_no_progress_for_long_is_lost() -> None:
     bus = Bus()
     worker, client = bus.worker(), bus.client()
     client.request()
@@ -389,7 +389,7 @@ def test_a_goodbye_tells_whether_the_worker_died(reason: str, lost: bool) -> Non
     assert client.only(MessageType.INTERRUPTED).body.lost is lost
 
 
-def test_a_worker_that_loads_gets_nothing_and_its_model_is_known() -> None:
+def test_a_loading_worker_gets_no_requests_but_its_model_is_known() -> None:
     bus = Bus()
     worker, client = bus.worker(grant=False), bus.client()
     worker.beat(state=WorkerState.LOADING, progress=0.4, note="reading weights")
@@ -411,7 +411,7 @@ def test_a_heartbeat_may_change_the_models() -> None:
     assert len(worker.assigned()) == 1
 
 
-def test_a_heartbeat_tells_engine_and_device_as_they_turned_out() -> None:
+def test_a_heartbeat_reports_engine_and_device_once_loaded() -> None:
     bus = Bus()
     worker, client = bus.worker(grant=False), bus.client()
     worker.beat(state=WorkerState.READY, engine="transformers", device="cuda:1")

@@ -1,5 +1,5 @@
-"""A worker that several brokers share, and clients that come from another broker, as one of those
-brokers sees them."""
+"""A worker shared by several brokers, and clients that come from another broker, as seen by one
+broker."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.core.broker_facts import Bus
 # --- credit of a worker that serves other brokers too ---------------------------------------------
 
 
-def test_a_worker_of_several_brokers_hears_at_once_when_something_begins_and_ends_to_wait() -> None:
+def test_a_shared_worker_is_told_at_once_when_requests_start_and_stop_waiting() -> None:
     bus = Bus()
     worker, client = bus.worker(brokers=2), bus.client()
     running, first, second = (client.request() for _ in range(3))
@@ -22,7 +22,7 @@ def test_a_worker_of_several_brokers_hears_at_once_when_something_begins_and_end
     assert bus.core.requests[running].worker is not None
 
 
-def test_a_request_that_is_assigned_waits_no_longer_without_a_word() -> None:
+def test_an_assigned_request_stops_waiting_without_another_heartbeat() -> None:
     bus = Bus()
     worker, client = bus.worker(brokers=2), bus.client()
     client.request(), client.request()
@@ -33,7 +33,7 @@ def test_a_request_that_is_assigned_waits_no_longer_without_a_word() -> None:
     assert worker.beats_told() == [{"waiting": 1}]
 
 
-def test_a_worker_of_one_broker_is_told_nothing() -> None:
+def test_a_worker_of_one_broker_is_not_told_of_waiting_requests() -> None:
     bus = Bus()
     worker, client = bus.worker(), bus.client()
     client.request(), client.request()
@@ -42,7 +42,7 @@ def test_a_worker_of_one_broker_is_told_nothing() -> None:
     assert worker.beats_told() == [{}]
 
 
-def test_credit_that_nobody_needs_is_given_back_when_the_worker_asks() -> None:
+def test_unneeded_credit_is_returned_when_the_worker_recalls_it() -> None:
     bus = Bus()
     worker, client = bus.worker(slots=3, brokers=2), bus.client()
     client.request()
@@ -58,7 +58,7 @@ def test_credit_that_nobody_needs_is_given_back_when_the_worker_asks() -> None:
     assert worker.beats_told() == [{"waiting": 1, "recalled": 2, "returned": 1}], "all was spent"
 
 
-def test_what_waits_is_served_before_credit_is_given_back() -> None:
+def test_waiting_requests_are_served_before_credit_is_returned() -> None:
     bus = Bus()
     worker, client = bus.worker(slots=1, brokers=2), bus.client()
     client.request()
@@ -86,7 +86,7 @@ def test_a_resume_from_another_broker_is_attached_to_the_worker_that_holds_it() 
     assert client.receive()[-1].events[0].request_id == moved
 
 
-def test_a_holder_that_does_not_have_it_any_more_rejects_and_the_client_resumes_elsewhere() -> None:
+def test_a_holder_that_no_longer_has_the_request_rejects_and_the_client_resumes_elsewhere() -> None:
     bus = Bus()
     worker, client = bus.worker(), bus.client()
     moved = bus.new_id()
@@ -113,7 +113,7 @@ def test_a_new_broker_waits_a_moment_for_the_worker_that_still_runs_a_request() 
     assert (assign.id, assign.assign.attach) == (resumed, True)
 
 
-def test_a_holder_that_comes_without_the_request_is_waited_for_no_longer() -> None:
+def test_a_request_stops_waiting_for_a_holder_that_arrives_without_it() -> None:
     bus = Bus(settle_s=5)
     other, client = bus.worker("other"), bus.client()
     resumed = bus.new_id()
@@ -123,7 +123,7 @@ def test_a_holder_that_comes_without_the_request_is_waited_for_no_longer() -> No
     assert other.assigned_ids() == [resumed]
 
 
-def test_a_holder_that_does_not_come_is_not_waited_for_long() -> None:
+def test_a_request_does_not_wait_long_for_a_holder_that_does_not_arrive() -> None:
     bus = Bus(settle_s=5, worker_heartbeat_s=10)
     other, client = bus.worker("other"), bus.client()
     resumed = bus.new_id()
@@ -134,7 +134,7 @@ def test_a_holder_that_does_not_come_is_not_waited_for_long() -> None:
     assert other.assigned_ids() == [resumed]
 
 
-def test_an_old_broker_waits_for_nobody() -> None:
+def test_a_broker_that_has_run_for_a_while_does_not_wait_for_a_holder() -> None:
     bus = Bus(settle_s=5, worker_heartbeat_s=10)
     other, client = bus.worker("other"), bus.client()
     bus.wait(6)

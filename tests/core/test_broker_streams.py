@@ -1,4 +1,4 @@
-"""The normal course of a request through the broker core, cancel, window, credit and routes."""
+"""The normal course of a request through the broker core; cancel, window, credit and routes."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_one_route_serves_all_requests_of_one_client_at_one_worker() -> None:
     assert first == second != third
 
 
-def test_a_stale_worker_cannot_speak_on_the_route_of_another() -> None:
+def test_a_stale_worker_cannot_send_on_the_route_of_another() -> None:
     bus = Bus()
     worker, other, client = bus.worker(), bus.worker("other", grant=False), bus.client()
     client.request()
@@ -146,7 +146,7 @@ def test_a_heartbeat_never_makes_a_worker_ready() -> None:
     assert worker.assigned() == []
 
 
-def test_a_ledger_gives_the_slot_to_the_next() -> None:
+def test_a_ledger_frees_the_slot_for_the_next_request() -> None:
     bus = Bus()
     worker, client = bus.worker(), bus.client()
     client.request()
@@ -267,7 +267,7 @@ def test_cancel_of_a_running_request_goes_to_the_worker_and_its_end_comes_back()
     assert the_end(client.only(MessageType.OUTPUT)).finish_reason is FinishReason.CANCELLED
 
 
-def test_cancel_that_crosses_the_end_says_nothing_more() -> None:
+def test_a_cancel_that_crosses_the_end_is_not_answered() -> None:
     bus = Bus()
     worker, client = bus.worker(), bus.client()
     request_id = client.request()
@@ -278,7 +278,7 @@ def test_cancel_that_crosses_the_end_says_nothing_more() -> None:
     assert worker.receive() == []
 
 
-def test_cancel_of_an_end_that_waits_for_the_window_goes_to_the_worker() -> None:
+def test_cancel_of_a_request_whose_end_waits_for_the_window_goes_to_the_worker() -> None:
     bus = Bus()
     worker, client = bus.worker(), bus.client()
     request_id = client.request(window=10)
@@ -322,7 +322,7 @@ def test_the_same_request_twice_on_one_session_is_ignored() -> None:
     assert types(client.receive()) == ["ACCEPTED"]
 
 
-def test_the_same_id_after_the_end_is_refused_not_left_without_an_answer() -> None:
+def test_the_same_id_after_the_end_is_refused_and_not_ignored() -> None:
     bus = Bus()
     worker, client = bus.worker(), bus.client()
     request_id = client.request()
@@ -345,7 +345,7 @@ def test_the_same_id_while_the_end_waits_for_the_window_is_ignored() -> None:
     assert client.receive() == []
 
 
-def test_a_request_id_of_another_session_is_refused_with_the_way_to_attach() -> None:
+def test_a_request_id_of_another_session_is_refused_and_the_error_says_how_to_attach() -> None:
     bus = Bus()
     bus.worker()
     client, other = bus.client(), bus.client("other")

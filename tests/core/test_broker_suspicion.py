@@ -1,4 +1,4 @@
-"""Which request killed its workers: shared suspicion, runs alone, verdicts that are right."""
+"""Which request killed its workers: shared suspicion, runs alone, correct verdicts."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ FOUR = ("a", *THREE)
 
 
 def vanish(peer: ClientPeer | WorkerPeer) -> None:
-    """The connection breaks without a word."""
+    """The connection breaks without GOODBYE."""
     peer.bus.handle(PeerUnreachable(peer.side, peer.routing_id))
 
 
 def begin(worker: WorkerPeer, assign: Message) -> None:
-    """The first token of a run, with the ledger that says so."""
+    """Send the first token of a run, with the ledger that reports it."""
     event = TokensEvent(assign.id, assign.assign.epoch, 0, [7], "x")
     ledger = Ledger(worker.granted, [], [assign.id])
     worker.output(assign.assign.reply_to, event, ledger=ledger)
 
 
 class Victim:
-    """A request with its client, which resumes it as SPEC.md section 6.4 says."""
+    """A request and its client, which resumes it as in SPEC.md section 6.4."""
 
     def __init__(self, bus: Bus, **body: object) -> None:
         self.client = bus.client()
@@ -37,7 +37,7 @@ class Victim:
         self.fail: FailEvent | None = None
 
     def resume(self) -> bool:
-        """Read what came; resume after INTERRUPTED, and read what came of that."""
+        """Read the messages; after INTERRUPTED, resume and read again."""
         again = self._read()
         while again and self._read():
             pass
@@ -70,7 +70,7 @@ class Victim:
 # --- suspects -------------------------------------------------------------------------------------
 
 
-def test_two_deaths_that_were_shared_are_no_verdict_and_suspects_run_one_by_one() -> None:
+def test_two_shared_deaths_are_no_verdict_and_suspects_run_one_by_one() -> None:
     bus = Bus()
     first = bus.worker("first", slots=3)
     victims = [Victim(bus) for _ in range(3)]
@@ -127,7 +127,7 @@ def test_a_suspect_waits_for_an_empty_worker_and_nothing_new_begins_there() -> N
     assert worker.assigned_ids() == [new.id]
 
 
-def test_what_runs_for_long_moves_so_that_a_suspect_need_not_wait_for_it() -> None:
+def test_long_requests_move_so_that_a_suspect_need_not_wait_for_them() -> None:
     bus = Bus(worker_liveness=60)
     worker = bus.worker("w", slots=2)
     long = Victim(bus)
@@ -162,7 +162,7 @@ def test_the_late_end_of_a_run_that_moved_does_not_end_its_next_run_at_the_same_
     worker.finish(alone)
     (again,) = worker.assigned()
     assert again.id == long.id
-    # The worker answers the CANCEL only now.
+    # The worker does not answer the CANCEL until now.
     begin(worker, before)
     worker.finish(before, outcome="cancelled")
     vanish(worker)
@@ -178,7 +178,7 @@ def test_a_suspect_goes_to_a_worker_that_did_not_die_with_it() -> None:
 
 
 @pytest.mark.parametrize("how", ["cancel", "vanish", "worker"])
-def test_a_worker_that_is_kept_for_a_suspect_is_free_again_when_the_suspect_is_gone(
+def test_a_worker_reserved_for_a_suspect_is_free_again_when_the_suspect_is_gone(
     how: str,
 ) -> None:
     bus = Bus(worker_liveness=60)
@@ -204,7 +204,7 @@ def test_a_worker_that_is_kept_for_a_suspect_is_free_again_when_the_suspect_is_g
     assert worker.assigned_ids() == [new.id]
 
 
-def test_suspects_of_one_model_have_one_worker_at_a_time() -> None:
+def test_suspects_of_one_model_use_one_worker_at_a_time() -> None:
     bus = Bus()
     workers = [bus.worker(name, slots=1) for name in ("v", "w")]
     for _ in range(2):
@@ -217,7 +217,7 @@ def test_suspects_of_one_model_have_one_worker_at_a_time() -> None:
 
 
 def kill_until_over(bus: Bus, victim: Victim, beside: int = 0) -> list[str]:
-    """Workers die as soon as they have the request; returns their names, at most ten."""
+    """Let workers die as soon as they have the request; returns their names, at most ten."""
     killed = []
     for number in range(10):
         worker = bus.worker(f"w{number}", slots=beside + 1)
@@ -243,7 +243,7 @@ def test_a_request_that_kills_every_worker_is_stopped_at_its_third_lone_kill() -
     assert bus.core.queues == {} and bus.core.suspects == {}
 
 
-def test_among_others_it_is_stopped_at_its_third_lone_kill_and_the_others_are_not() -> None:
+def test_among_other_requests_only_the_killer_is_stopped_at_its_third_lone_kill() -> None:
     bus = Bus()
     poison = Victim(bus)
     others = [Victim(bus) for _ in range(3)]
@@ -302,7 +302,7 @@ def test_a_suspect_is_judged_once_however_often_it_is_resumed() -> None:
 @pytest.mark.parametrize(
     ("lost", "alone"), [(FOUR, ("c", "d")), (("a", "b"), ("a", "b")), (("a",) * 9, ())]
 )
-def test_less_is_no_verdict(lost: tuple[str, ...], alone: tuple[str, ...]) -> None:
+def test_fewer_deaths_are_no_verdict(lost: tuple[str, ...], alone: tuple[str, ...]) -> None:
     bus = Bus(poison_wait_s=4)
     worker, client = bus.worker(), bus.client()
     request_id = bus.new_id()
@@ -325,7 +325,7 @@ def test_a_death_long_after_the_first_token_is_no_evidence(ran_s: float, alone: 
 
 
 def test_a_stream_outlives_any_number_of_workers_that_others_killed() -> None:
-    """The one stream of a bus whose workers are killed again and again, each after a while."""
+    """The only stream of a bus whose workers are killed one after the other, each after a while."""
     bus = Bus(worker_liveness=60)
     victim = Victim(bus)
     for number in range(8):
@@ -340,7 +340,7 @@ def test_a_stream_outlives_any_number_of_workers_that_others_killed() -> None:
     assert victim.fail is None
 
 
-def test_a_worker_of_several_brokers_ran_nothing_else_only_if_it_says_so() -> None:
+def test_a_shared_worker_ran_nothing_else_only_if_it_says_so() -> None:
     for running, alone in ((1, True), (2, False)):
         bus = Bus()
         worker = bus.worker("w", brokers=2)
@@ -351,7 +351,7 @@ def test_a_worker_of_several_brokers_ran_nothing_else_only_if_it_says_so() -> No
         assert (victim.lost, bool(victim.alone)) == (["w"], alone)
 
 
-def test_an_answer_that_had_left_its_slot_is_not_suspected() -> None:
+def test_an_answer_that_had_freed_its_slot_is_not_suspected() -> None:
     bus = Bus()
     worker = bus.worker("w")
     victim = Victim(bus, window=1)
@@ -365,8 +365,8 @@ def test_an_answer_that_had_left_its_slot_is_not_suspected() -> None:
 # --- lost connections -----------------------------------------------------------------------------
 
 
-def test_connections_that_broke_twice_are_no_deaths_where_the_worker_comes_back() -> None:
-    """Two resets within one request, of a worker that went on all the while."""
+def test_two_broken_connections_are_no_deaths_if_the_worker_comes_back() -> None:
+    """Two resets during one request, of a worker that was running all the time."""
     bus = Bus()
     worker, client = bus.worker("w"), bus.client()
     request_id = client.request()
@@ -402,8 +402,9 @@ def test_a_worker_that_is_back_before_the_resume_is_not_counted() -> None:
 
 
 def test_a_request_that_was_lost_on_its_way_to_a_worker_did_not_kill_it() -> None:
-    """All connections break at once: what the first had goes to the second, whose connection is
-    broken too. It comes back with its own request, and has never seen the other."""
+    """All connections break at once: the first worker's request goes to the second, whose
+    connection is broken too. That one comes back with its own request and has never received the
+    other."""
     bus = Bus()
     first, client = bus.worker("first"), bus.client()
     moved = client.request()
@@ -424,7 +425,7 @@ def test_a_request_that_was_lost_on_its_way_to_a_worker_did_not_kill_it() -> Non
 
 
 def test_a_worker_that_comes_back_too_late_for_the_request_is_not_counted_either() -> None:
-    """Each reset moves the request on before the worker that held it is back."""
+    """Each reset moves the request elsewhere before the worker that held it is back."""
     bus = Bus()
     first, client = bus.worker("first"), bus.client()
     request_id = client.request()
@@ -442,8 +443,8 @@ def test_a_worker_that_comes_back_too_late_for_the_request_is_not_counted_either
     assert third.assigned_ids() == [request_id], "one worker is missing, not two"
 
 
-def test_the_lost_worker_may_be_here_although_another_broker_lost_it() -> None:
-    """Its connection to the client's former broker broke twice, the one to this broker did not."""
+def test_a_worker_that_another_broker_lost_may_still_be_connected_here() -> None:
+    """Its connection to the client's former broker broke twice; the one to this broker did not."""
     bus = Bus()
     worker, client = bus.worker("w"), bus.client()
     request_id = bus.new_id()
@@ -460,7 +461,7 @@ def test_the_lost_worker_may_be_here_although_another_broker_lost_it() -> None:
     assert not assign.assign.attach
 
 
-def test_a_broker_that_was_stopped_gives_lost_workers_their_time() -> None:
+def test_a_broker_that_was_stopped_waits_for_lost_workers_all_the_same() -> None:
     bus = Bus(poison_wait_s=4)
     client = bus.client()
     request_id = bus.new_id()

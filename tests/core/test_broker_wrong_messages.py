@@ -1,4 +1,4 @@
-"""What the broker does about each wrong message of wrong.json, without sockets."""
+"""The broker's answer to each wrong message of wrong.json, without sockets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROUTING_ID = bytes(range(1, 17))
 
 
 def answers(wrong: Wrong) -> tuple[list[Message], bool]:
-    """What comes back for the message itself, and whether its sender has a session then."""
+    """The answers to the message itself, and whether its sender still has a session afterwards."""
     bus = Bus()
     side = Side.BACK if "hello_worker" in "".join(wrong.after) else Side.FRONT
     before = [tuple(map(bytes.fromhex, KNOWN[name])) for name in wrong.after]
@@ -38,7 +38,7 @@ def test_a_wrong_message_is_answered_as_the_page_says(wrong: Wrong) -> None:
         assert refused.type is MessageType.REFUSE
         assert (refused.body.error.code, refused.body.fatal) == (
             wrong.code,
-            # A broken HELLO may be refused for good even where it need not be.
+            # A broken HELLO may be refused for good even if it need not be.
             wrong.does == FOR_GOOD or (refused.body.fatal and not wrong.after),
         )
         return

@@ -1,4 +1,4 @@
-"""Requests that another API built: checked once, then sent as they are."""
+"""Requests built by another API: checked once, then sent unchanged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def nested(levels: int) -> dict[str, object]:
         (Request(model="m", messages=[Message(role="usr")], window=1), "did you mean 'user'?"),
     ],
 )
-def test_what_the_wire_has_no_room_for_is_told_before_it_is_sent(
+def test_values_beyond_the_wires_limits_are_refused_before_sending(
     request_: Request, told: str
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
@@ -41,13 +41,13 @@ def test_what_the_wire_has_no_room_for_is_told_before_it_is_sent(
     assert told in str(caught.value)
 
 
-def test_a_request_that_is_within_all_bounds_stays_what_it_is() -> None:
+def test_a_request_within_all_limits_is_unchanged() -> None:
     assert calls.checked(HELLO) == HELLO
     image = asked(prompt="<image>", attachments=[Attachment(media_type="image/png")])
     assert calls.checked(image) == image
 
 
-def test_a_ready_request_is_not_taken_apart() -> None:
+def test_a_ready_request_is_sent_as_it_is() -> None:
     call = calls.ready(DEFAULTS, HELLO, [b"png"], None, None)
     assert call.request is HELLO and call.attachments == (b"png",)
     assert (call.timeout, call.retry) == (DEFAULTS.timeout, DEFAULTS.retry)
@@ -56,9 +56,9 @@ def test_a_ready_request_is_not_taken_apart() -> None:
     assert (call.timeout, call.retry) == (Timeout(total=3), other)
 
 
-def test_the_limits_of_the_request_itself_go_first() -> None:
+def test_a_requests_own_limits_take_precedence() -> None:
     given = Timeout(queue=60, total=60)
     call = calls.ready(DEFAULTS, asked(queue_ms=1500, ttl_ms=2500), (), given, None)
     assert call.timeout == Timeout(queue=1.5, total=2.5)
-    # Not to wait at all is as short a wait as there is.
+    # 0 is a limit too: do not wait at all.
     assert calls.ready(DEFAULTS, asked(queue_ms=0), (), None, None).timeout.queue == 0.001

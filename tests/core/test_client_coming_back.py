@@ -1,4 +1,5 @@
-"""When and where a client comes back that lost its broker or was refused (SPEC.md section 5)."""
+"""When and where a client reconnects after it lost its broker or was refused (SPEC.md section
+5)."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def test_a_new_client_asks_the_second_broker_at_once_while_the_first_one_drains(
     assert [i for _, i, _ in wire.take_sent(T.REQUEST)] == [id_]
 
 
-def test_a_refused_client_finds_whoever_takes_the_address_of_a_draining_broker(wire: Wire) -> None:
+def test_a_refused_client_finds_the_next_broker_at_a_draining_brokers_address(wire: Wire) -> None:
     wire.ask()
     for _ in range(3):
         wire.tell(events.SocketOpened())
@@ -57,11 +58,11 @@ def test_a_refused_client_finds_whoever_takes_the_address_of_a_draining_broker(w
         assert wire.opened
 
 
-def test_each_address_waits_for_itself() -> None:
+def test_each_address_has_its_own_back_off() -> None:
     wire = Wire("tcp://a:1", "tcp://b:1")
     wire.ask(timeout=Timeout(connect=None))
     began_s = wire.now_s
-    for _ in range(400):  # one is gone for good, the other one full
+    for _ in range(400):  # one is gone for good, the other is full
         if wire.session.link is State.WAITING:
             wire.next_socket()
         if wire.opened[-1] == "tcp://a:1":
@@ -99,7 +100,7 @@ def test_a_broker_that_ends_every_session_right_after_welcome_is_not_hammered(wi
     assert 5.0 < max(waits[6:]) <= 30.0
 
 
-def test_what_is_asked_anew_does_not_wait_for_a_long_back_off(wire: Wire) -> None:
+def test_a_new_request_does_not_wait_for_a_long_back_off(wire: Wire) -> None:
     wire.ask(timeout=Timeout(connect=None))
     while wire.session.link is not State.WAITING or wire.session.deadline_s() < wire.now_s + 3:
         wire.tell(events.SocketLost("nobody listens there"))
@@ -113,7 +114,7 @@ def test_what_is_asked_anew_does_not_wait_for_a_long_back_off(wire: Wire) -> Non
     assert second in [i for _, i, _ in wire.take_sent(T.REQUEST)]
 
 
-def test_a_broker_that_names_a_time_is_not_hurried(wire: Wire) -> None:
+def test_a_time_named_by_the_broker_is_not_shortened(wire: Wire) -> None:
     wire.ask(timeout=Timeout(connect=100))
     wire.tell(events.SocketOpened())
     error = ErrorInfo(code="overloaded", message="full", retry_after_ms=7000)
@@ -124,7 +125,7 @@ def test_a_broker_that_names_a_time_is_not_hurried(wire: Wire) -> None:
     assert not wire.opened
 
 
-def test_something_new_moves_a_client_from_a_draining_broker_to_the_next_with_its_streams() -> None:
+def test_a_new_request_moves_a_client_and_its_streams_from_a_draining_broker_to_the_next() -> None:
     wire = Wire("tcp://a:1", "tcp://b:1")
     running = wire.ask()
     wire.connect()
@@ -144,7 +145,7 @@ def test_something_new_moves_a_client_from_a_draining_broker_to_the_next_with_it
     assert sent[running][1].resume.holder == "w1"
 
 
-def test_a_connect_time_out_says_what_became_of_each_broker() -> None:
+def test_a_connect_timeout_says_what_happened_at_each_broker() -> None:
     wire = Wire("tcp://a:1", "tcp://b:1")
     id_ = wire.ask(timeout=Timeout(connect=2))
     wire.tell(events.SocketOpened())
@@ -157,7 +158,7 @@ def test_a_connect_time_out_says_what_became_of_each_broker() -> None:
 
 
 @pytest.mark.parametrize("greeting", [False, True])
-def test_a_starved_client_reads_what_came_before_it_gives_an_attempt_up(
+def test_a_starved_client_reads_what_has_arrived_before_it_gives_up_an_attempt(
     wire: Wire, greeting: bool
 ) -> None:
     wire.ask(timeout=Timeout(connect=None))

@@ -1,4 +1,5 @@
-"""What a call takes: known to type checkers and `help()`, and the same for every call and face."""
+"""The options of a call: known to type checkers and `help()`, and the same for every call in both
+clients."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def test_help_names_every_option_with_type_meaning_and_default(name: str) -> Non
             assert f"  {option} (" in function.__doc__
 
 
-def test_options_are_told_with_their_type_unit_and_default() -> None:
+def test_options_are_documented_with_type_unit_and_default() -> None:
     text = Client.chat.__doc__ or ""
     assert "  max_tokens (int): longest answer, tokens [the rest of the context]\n" in text
     assert "  stop (str | Sequence[str]): text that ends the answer [none]\n" in text
@@ -46,7 +47,7 @@ def test_options_are_told_with_their_type_unit_and_default() -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_both_faces_take_the_same(name: str) -> None:
+def test_both_clients_take_the_same_options(name: str) -> None:
     one, other = (inspect.signature(getattr(face, name)) for face in (Client, AsyncClient))
     assert one.parameters == other.parameters
 
@@ -56,7 +57,7 @@ def test_the_command_line_explains_every_parameter_that_has_a_flag() -> None:
 
 
 def _typed(body: str) -> str:
-    """What mypy says of a program that uses the library."""
+    """The output of mypy for a program that uses the library."""
     api = pytest.importorskip("mypy.api")
     program = "from client import AsyncClient, Client, Completion, Stream\nbus = Client()\n" + body
     report, errors, _ = api.run([*MYPY, "-c", program])
@@ -64,7 +65,7 @@ def _typed(body: str) -> str:
     return str(report)
 
 
-def test_a_type_checker_finds_what_is_misspelt_or_of_another_type() -> None:
+def test_a_type_checker_finds_misspelled_options_and_wrong_types() -> None:
     report = _typed(
         'bus.chat("hi", temprature=0)\n'
         'bus.generate("hi", max_token=1)\n'
@@ -79,7 +80,7 @@ def test_a_type_checker_finds_what_is_misspelt_or_of_another_type() -> None:
     assert '"temperature"' in report  # the near one is named
 
 
-def test_a_type_checker_takes_every_way_to_call() -> None:
+def test_a_type_checker_accepts_every_way_to_call() -> None:
     report = _typed(
         'a: Completion = bus.chat("hi", model="demo", stop="x", logit_bias={5: 1.0})\n'
         'b: Stream = bus.chat("demo", "hi", stream=True, seed=None, timeout=3)\n'
@@ -136,7 +137,7 @@ def test_too_many_or_too_few_are_a_type_error(
         (lambda o: calls.embed(DEFAULTS, None, "hi", o), "max_tokens", "known .*: dimensions"),
     ],
 )
-def test_a_name_that_a_call_does_not_take_is_told_with_what_is_near(
+def test_the_error_for_an_unknown_option_names_similar_ones(
     make: Callable[[dict[str, Any]], Any], misspelt: str, near: str
 ) -> None:
     with pytest.raises(TypeError, match=near):

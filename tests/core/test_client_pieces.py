@@ -1,4 +1,4 @@
-"""Answers in pieces as the client takes them: what is thought, what is said, and resuming both."""
+"""Answers in pieces on the client's side: reasoning and content, and resuming both."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def test_a_resume_counts_the_characters_of_every_kind(wire: Wire) -> None:
     assert body.params.pieces == [THOUGHT]
 
 
-def test_an_answer_that_began_as_one_text_goes_on_as_one(wire: Wire) -> None:
+def test_an_answer_that_began_as_plain_text_continues_as_plain_text(wire: Wire) -> None:
     id_ = ask(wire)
     wire.output(toks(id_, 0, "<think>"))
     wire.message(T.INTERRUPTED, id_, gone())
     assert resumed(wire, id_).params.pieces == []
 
 
-def test_before_any_text_it_stays_open_whether_the_answer_is_split(wire: Wire) -> None:
+def test_before_any_text_the_answer_may_still_be_split_or_not(wire: Wire) -> None:
     id_ = ask(wire)
     wire.output(TokensEvent(id_, 0, 0, [0], ""))
     wire.message(T.INTERRUPTED, id_, gone())
@@ -63,7 +63,7 @@ def test_before_any_text_it_stays_open_whether_the_answer_is_split(wire: Wire) -
 
 
 @pytest.mark.parametrize("at_end", [False, True])
-def test_text_of_a_worker_that_makes_no_pieces_is_not_taken_for_their_rest(
+def test_plain_text_of_another_worker_does_not_continue_an_answer_in_pieces(
     wire: Wire, at_end: bool
 ) -> None:
     id_ = ask(wire)
@@ -87,7 +87,7 @@ def reading() -> StreamState:
     return StreamState(b"1" * 16, "demo", 1, lambda _: None)
 
 
-def test_a_stream_tells_thoughts_from_text_and_joins_neighbours() -> None:
+def test_a_stream_separates_reasoning_from_text_and_joins_neighbouring_pieces() -> None:
     state = reading()
     id_ = b"1" * 16
     state.take(thought(id_, 0, "a"))

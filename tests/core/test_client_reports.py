@@ -1,4 +1,4 @@
-"""What a client does about a worker's output that is not as it must be (SPEC.md section 6.5)."""
+"""How a client handles a worker's invalid output (SPEC.md section 6.5)."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def test_an_event_of_an_epoch_that_was_never_asked_for_is_reported_and_not_shown
     assert wire.session.link is State.OPEN, "the streams of others go on"
 
 
-def test_one_message_is_one_guess(wire: Wire) -> None:
+def test_a_forger_has_one_guess_per_message(wire: Wire) -> None:
     (id_,) = wire.got
     wire.output(toks(id_, 3, "EVIL", epoch=2), toks(id_, 3, "guessed", epoch=1))
     assert wire.text(id_) == "abc"
 
 
-def test_output_that_cannot_be_read_is_reported_and_the_session_goes_on(wire: Wire) -> None:
+def test_unreadable_output_is_reported_and_the_session_goes_on(wire: Wire) -> None:
     (id_,) = wire.got
     broken = wire._in
     wire.message(T.OUTPUT, SESSION, codec.pack([[0, id_, "no epoch"]]))
@@ -58,7 +58,7 @@ def test_output_that_cannot_be_read_is_reported_and_the_session_goes_on(wire: Wi
     assert wire.text(id_) == "abcd"
 
 
-def test_what_was_lost_in_output_that_cannot_be_read_is_asked_for_again(wire: Wire) -> None:
+def test_tokens_lost_in_unreadable_output_are_requested_again(wire: Wire) -> None:
     (id_,) = wire.got
     wire.message(T.OUTPUT, SESSION, b"\xc1")
     wire.message(T.INTERRUPTED, id_, gone(epoch=1, worker="w2", lost=False))
@@ -77,7 +77,7 @@ def test_one_report_at_a_time(wire: Wire) -> None:
     assert len(wire.take_sent(T.QUERY)) == 1
 
 
-def test_a_broker_that_made_the_message_itself_is_left(wire: Wire) -> None:
+def test_the_client_leaves_a_broker_that_made_the_invalid_message_itself(wire: Wire) -> None:
     (id_,) = wire.got
     wire.message(T.OUTPUT, SESSION, b"\xc1")
     ((_, query_id, _),) = wire.take_sent(T.QUERY)
@@ -95,7 +95,7 @@ MINE, OTHER = b"r" * 16, b"s" * 16
 
 @pytest.fixture
 def routed() -> tuple[Wire, bytes]:
-    """A request that runs at a worker whose route was told."""
+    """A request that runs at a worker whose route is known."""
     wire = Wire()
     id_ = wire.ask()
     wire.connect()
@@ -105,7 +105,7 @@ def routed() -> tuple[Wire, bytes]:
     return wire, id_
 
 
-def test_the_right_epoch_is_of_no_use_to_another_worker(routed: tuple[Wire, bytes]) -> None:
+def test_the_right_epoch_does_not_help_another_worker(routed: tuple[Wire, bytes]) -> None:
     wire, id_ = routed
     forged = wire._in
     wire.output(toks(id_, 3, "EVIL"), over(id_, 7), route=OTHER)
@@ -120,7 +120,7 @@ def test_the_broker_itself_may_end_a_request_wherever_it_runs(routed: tuple[Wire
     assert wire.last(id_).code == "quota"
 
 
-def test_a_route_holds_until_the_request_moves(routed: tuple[Wire, bytes]) -> None:
+def test_a_route_is_valid_until_the_request_moves(routed: tuple[Wire, bytes]) -> None:
     wire, id_ = routed
     wire.message(T.INTERRUPTED, id_, gone())
     wire.output(toks(id_, 3, "late"), route=MINE)
@@ -132,7 +132,7 @@ def test_a_route_holds_until_the_request_moves(routed: tuple[Wire, bytes]) -> No
     assert reports(wire) == [], "the first worker is late, and no forger"
 
 
-def test_a_broker_that_names_no_routes_is_believed(routed: tuple[Wire, bytes]) -> None:
+def test_without_routes_from_the_broker_any_route_is_accepted(routed: tuple[Wire, bytes]) -> None:
     wire, id_ = routed
     wire.message(T.ACCEPTED, id_, messages.Accepted(worker="w1"))
     wire.output(toks(id_, 3, "d"), over(id_, 4), route=OTHER)

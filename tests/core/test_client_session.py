@@ -68,7 +68,7 @@ def test_a_heartbeat_goes_out_after_a_silent_interval_and_not_while_sending(wire
     assert [(t, i) for t, i, _ in wire.take_sent()] == [(T.HEARTBEAT, SESSION)]
 
 
-def test_a_silent_broker_is_given_up_after_interval_times_liveness(wire: Wire) -> None:
+def test_a_silent_broker_is_lost_after_interval_times_liveness(wire: Wire) -> None:
     wire.ask()
     wire.connect()
     wire.at(14.9)
@@ -87,7 +87,7 @@ def test_any_message_counts_as_life(wire: Wire) -> None:
     assert wire.closed == 0
 
 
-def test_a_process_that_slept_does_not_blame_the_broker(wire: Wire) -> None:
+def test_a_process_that_was_stopped_does_not_blame_the_broker(wire: Wire) -> None:
     wire.ask()
     wire.connect()
     wire.now_s += 3600  # SIGSTOP; no tick in between
@@ -96,7 +96,7 @@ def test_a_process_that_slept_does_not_blame_the_broker(wire: Wire) -> None:
     assert [t for t, _, _ in wire.take_sent(T.HEARTBEAT)] == [T.HEARTBEAT]
 
 
-def test_coming_back_waits_ever_longer_with_a_ceiling(wire: Wire) -> None:
+def test_the_back_off_grows_up_to_a_ceiling(wire: Wire) -> None:
     wire.ask(timeout=Timeout(connect=None))
     began_s = wire.now_s
     for _ in range(60):
@@ -107,7 +107,7 @@ def test_coming_back_waits_ever_longer_with_a_ceiling(wire: Wire) -> None:
     assert wire.now_s - began_s > 60
 
 
-def test_the_next_of_several_brokers_is_tried_at_once_and_a_pause_follows_a_round() -> None:
+def test_the_next_of_several_brokers_is_tried_at_once_and_each_round_ends_with_a_pause() -> None:
     wire = Wire("tcp://a:1", "tcp://b:1", "tcp://c:1")
     wire.ask()
     start_s = wire.now_s
@@ -161,7 +161,7 @@ def test_a_broker_that_breaks_the_protocol_is_left_and_the_stream_resumed_elsewh
     assert [i for _, i, _ in wire.take_sent(T.RESUME)] == [id_]
 
 
-def test_a_refusal_that_is_not_fatal_is_waited_out(wire: Wire) -> None:
+def test_after_a_refusal_that_is_not_fatal_the_client_tries_again(wire: Wire) -> None:
     wire.ask(timeout=Timeout(connect=100))
     wire.tell(events.SocketOpened())
     error = ErrorInfo(code="overloaded", message="full", retry_after_ms=7000)
@@ -173,7 +173,7 @@ def test_a_refusal_that_is_not_fatal_is_waited_out(wire: Wire) -> None:
     assert wire.opened
 
 
-def test_after_a_fatal_refusal_nothing_is_ever_opened_again(wire: Wire) -> None:
+def test_after_a_fatal_refusal_no_socket_is_opened_again(wire: Wire) -> None:
     id_ = wire.ask()
     wire.tell(events.SocketOpened())
     error = ErrorInfo(code="unauthenticated", message="no")
@@ -185,7 +185,7 @@ def test_after_a_fatal_refusal_nothing_is_ever_opened_again(wire: Wire) -> None:
     assert not wire.opened
 
 
-def test_a_fatal_refusal_of_one_broker_leaves_the_others() -> None:
+def test_after_a_fatal_refusal_by_one_broker_the_others_are_tried() -> None:
     wire = Wire("tcp://a:1", "tcp://b:1")
     wire.ask()
     wire.tell(events.SocketLost("no key", unauthenticated=True))
@@ -207,7 +207,7 @@ def test_no_broker_within_the_connect_limit_is_an_error_that_says_what_to_do(wir
     assert "python -m broker" in str(error) and "connection refused" in str(error)
 
 
-def test_a_mute_peer_counts_as_no_broker(wire: Wire) -> None:
+def test_a_peer_that_never_answers_counts_as_no_broker(wire: Wire) -> None:
     wire.ask(timeout=Timeout(connect=60))
     wire.tell(events.SocketOpened())
     wire.at(5)
@@ -238,7 +238,7 @@ def test_closing_waits_for_the_bus_no_longer_than_a_second(running: tuple[Wire, 
     assert wire.session.link is State.CLOSED
 
 
-def test_closing_does_not_wait_where_nothing_is_open_or_nobody_listens(wire: Wire) -> None:
+def test_closing_does_not_wait_if_nothing_is_open_or_no_broker_listens(wire: Wire) -> None:
     id_ = wire.ask()
     wire.connect()
     wire.output(over(id_, 0))
@@ -256,7 +256,7 @@ def test_closing_does_not_wait_where_nothing_is_open_or_nobody_listens(wire: Wir
     assert wire.session.link is State.CLOSED and wire.session.deadline_s() == math.inf
 
 
-def test_a_draining_broker_gets_no_new_request_and_is_left_when_the_old_have_ended(
+def test_a_draining_broker_gets_no_new_requests_and_is_left_when_the_old_ones_have_ended(
     running: tuple[Wire, bytes],
 ) -> None:
     wire, id_ = running
@@ -354,7 +354,7 @@ def test_reading_raises_the_window(running: tuple[Wire, bytes]) -> None:
     assert [(t, i, b.limit) for t, i, b in wire.take_sent()] == [(T.WINDOW, id_, 103)]
 
 
-def test_an_answer_that_is_too_large_for_the_broker_is_not_sent(wire: Wire) -> None:
+def test_a_request_that_is_too_large_for_the_broker_is_not_sent(wire: Wire) -> None:
     wire.ask(1, user="x")
     wire.connect()
     wire.take_sent()
@@ -413,7 +413,7 @@ def check_resume(wire: Wire, id_: bytes, epoch: int, text: str = "abc") -> messa
 
 
 def finish(wire: Wire, id_: bytes, epoch: int) -> End:
-    """The new worker goes on, and something late of the old one comes between."""
+    """The new worker goes on; late output of the old one arrives in between."""
     wire.message(T.ACCEPTED, id_, messages.Accepted(worker="w2"))
     wire.output(
         toks(id_, 3, "stale", epoch=epoch - 1), toks(id_, 3, "de", epoch), over(id_, 5, epoch)
@@ -436,7 +436,7 @@ def test_an_interrupted_stream_is_resumed_at_once_and_names_the_lost_worker(
     assert [type(item).__name__ for item in wire.got[id_]].count("Recovering") == 1
 
 
-def test_a_worker_that_came_back_with_the_request_is_lost_no_more(
+def test_a_worker_that_came_back_with_the_request_is_no_longer_counted_as_lost(
     running: tuple[Wire, bytes],
 ) -> None:
     wire, id_ = running
@@ -495,7 +495,7 @@ def test_a_stream_is_resumed_after_a_lost_session(running: tuple[Wire, bytes], h
             wire.at(16)
         case "goodbye":
             wire.message(T.GOODBYE, SESSION, messages.Goodbye(reason="slow_consumer"))
-        case "unknown session":  # a broker that came back empty
+        case "unknown session":  # a restarted broker
             error = ErrorInfo(code="unknown_session", message="who are you?", retryable=True)
             wire.message(T.REFUSE, NO_ID, messages.Refuse(error=error))
     if not wire.opened:
@@ -506,7 +506,7 @@ def test_a_stream_is_resumed_after_a_lost_session(running: tuple[Wire, bytes], h
 
 
 def test_open_streams_are_resumed_before_requests_that_were_never_sent(wire: Wire) -> None:
-    """Found by the simulation: they waited behind them until the workers' grace was over."""
+    """Found by the simulation: streams waited behind them until the workers' grace was over."""
     ids = [wire.ask(number) for number in range(1, 6)]
     wire.connect()
     assert [i for _, i, _ in wire.take_sent(T.REQUEST)] == ids[:3]
@@ -533,14 +533,16 @@ def test_an_end_that_counts_more_tokens_than_arrived_is_a_gap(running: tuple[Wir
     finish(wire, id_, 1)
 
 
-def test_a_half_repeated_event_is_asked_for_again(running: tuple[Wire, bytes]) -> None:
+def test_a_partly_repeated_event_leads_to_a_resume(running: tuple[Wire, bytes]) -> None:
     wire, id_ = running
     wire.output(toks(id_, 2, "cde"))
     check_resume(wire, id_, 1)
     finish(wire, id_, 1)
 
 
-def test_what_follows_a_gap_in_the_same_message_is_not_shown(running: tuple[Wire, bytes]) -> None:
+def test_events_after_a_gap_in_the_same_message_are_not_delivered(
+    running: tuple[Wire, bytes],
+) -> None:
     wire, id_ = running
     wire.output(toks(id_, 4, "e"), toks(id_, 3, "x"), over(id_, 4))
     assert wire.text(id_) == "abc"
@@ -559,7 +561,7 @@ def test_a_request_that_was_queued_when_the_broker_died_is_resumed_without_token
     check_resume(wire, id_, 1, text="")
 
 
-def test_a_stream_waits_for_its_broker_no_longer_than_the_policy_says(wire: Wire) -> None:
+def test_a_stream_waits_for_its_broker_as_long_as_the_retry_policy_says(wire: Wire) -> None:
     id_ = wire.ask(retry=Retry(reconnect=12), timeout=Timeout(connect=3))
     wire.connect()
     wire.output(toks(id_, 0, "abc"))
@@ -584,7 +586,7 @@ def test_without_retries_an_interruption_is_the_workers_error(wire: Wire) -> Non
     assert (error.worker, error.partial, error.request_id) == ("w1", True, id_.hex()[:8])
 
 
-def test_attempts_count_recoveries_without_progress_only(wire: Wire) -> None:
+def test_only_recoveries_without_progress_count_as_attempts(wire: Wire) -> None:
     id_ = wire.ask(retry=Retry(attempts=2))
     wire.connect()
     for epoch in range(10):
@@ -600,7 +602,7 @@ def test_attempts_count_recoveries_without_progress_only(wire: Wire) -> None:
     assert isinstance(wire.last(id_), errors.WorkerLost)
 
 
-def test_a_request_given_up_after_a_gap_is_cancelled_at_the_worker(wire: Wire) -> None:
+def test_a_request_abandoned_after_a_gap_is_cancelled_at_the_worker(wire: Wire) -> None:
     id_ = wire.ask(retry=Retry(attempts=0))
     wire.connect()
     wire.output(toks(id_, 0, "abc"), toks(id_, 9, "x"))
@@ -625,14 +627,14 @@ def test_every_code_is_raised_as_its_own_class(
     assert not wire.take_sent()
 
 
-def test_a_code_of_a_newer_peer_is_a_bus_error(running: tuple[Wire, bytes]) -> None:
+def test_an_unknown_error_code_is_a_bus_error(running: tuple[Wire, bytes]) -> None:
     wire, id_ = running
     wire.output(failed(id_, "invented_tomorrow"))
     assert type(wire.last(id_)) is errors.BusError
     assert wire.last(id_).code == "invented_tomorrow"
 
 
-def test_an_overloaded_bus_is_asked_again_after_the_time_that_it_names(wire: Wire) -> None:
+def test_a_request_to_an_overloaded_bus_is_retried_after_the_time_that_it_names(wire: Wire) -> None:
     id_ = wire.ask()
     wire.connect()
     wire.take_sent()
@@ -643,7 +645,7 @@ def test_an_overloaded_bus_is_asked_again_after_the_time_that_it_names(wire: Wir
     check_resume(wire, id_, 1, text="")
 
 
-def test_an_overloaded_bus_is_an_error_in_the_end(wire: Wire) -> None:
+def test_an_overloaded_bus_is_an_error_after_all_attempts(wire: Wire) -> None:
     id_ = wire.ask(retry=Retry(attempts=3))
     wire.connect()
     for epoch in range(4):
@@ -653,14 +655,14 @@ def test_an_overloaded_bus_is_an_error_in_the_end(wire: Wire) -> None:
     assert len(wire.take_sent(T.REQUEST, T.RESUME)) == 4
 
 
-def test_a_code_that_the_policy_leaves_out_is_not_tried_again(wire: Wire) -> None:
+def test_an_error_code_outside_the_retry_policy_is_not_retried(wire: Wire) -> None:
     id_ = wire.ask(retry=Retry(codes=frozenset({"draining"})))
     wire.connect()
     wire.output(failed(id_, "overloaded", retryable=True))
     assert isinstance(wire.last(id_), errors.Overloaded)
 
 
-def test_an_end_that_nobody_here_asked_for_is_an_error_and_not_a_short_answer(
+def test_a_cancel_by_someone_else_is_an_error_and_not_a_short_answer(
     running: tuple[Wire, bytes],
 ) -> None:
     wire, id_ = running
@@ -674,7 +676,7 @@ def test_an_end_that_nobody_here_asked_for_is_an_error_and_not_a_short_answer(
 
 
 def alive(wire: Wire, seconds: float) -> None:
-    """Let time pass with a broker that is there."""
+    """Let time pass with a live broker."""
     while seconds > 0:
         wire.at(min(1.0, seconds))
         seconds -= 1.0
@@ -721,7 +723,7 @@ def test_the_limit_between_tokens_counts_from_the_last(wire: Wire) -> None:
     assert wire.last(id_).partial
 
 
-def test_a_reader_out_of_window_is_not_the_workers_fault(wire: Wire) -> None:
+def test_a_full_window_is_not_the_workers_fault(wire: Wire) -> None:
     id_ = wire.ask(timeout=Timeout(between_tokens=5), window=3)
     wire.connect()
     wire.output(toks(id_, 0, "abc"))
@@ -786,7 +788,7 @@ def test_a_query_that_fails_raises(wire: Wire) -> None:
     assert isinstance(wire.last(id_), errors.Forbidden)
 
 
-def test_a_question_survives_a_lost_session_and_an_order_does_not(wire: Wire) -> None:
+def test_a_read_only_query_survives_a_lost_session_and_a_command_does_not(wire: Wire) -> None:
     id_ = ask_bus(wire, "bus.models")
     wire.tell(events.QueryMade(rid(78), "bus.shutdown", {}, Timeout()))
     wire.connect()
@@ -818,8 +820,8 @@ def test_a_query_without_a_broker_ends_at_the_connect_limit(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_whatever_happens_the_text_is_exact_or_an_error_follows_a_true_prefix(seed: int) -> None:
-    """A broker that cuts, interrupts, leaves gaps and fails at random, seeded."""
+def test_whatever_happens_the_text_is_exact_or_an_error_follows_a_prefix(seed: int) -> None:
+    """A broker that cuts, interrupts, leaves gaps and fails at random, by a seed."""
     chance = random.Random(seed)
     wire = Wire(seed=seed)
     texts = {wire.ask(n): "".join(chance.choices("abcdef", k=chance.randrange(40))) for n in (1, 2)}

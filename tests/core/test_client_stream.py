@@ -1,4 +1,4 @@
-"""What the application's side of a stream tells the session, and how items get into a loop."""
+"""What a stream reports to the session as the application reads, and how items enter a loop."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def reading(window_tokens: int) -> tuple[StreamState, list[events.Event]]:
     return state, told
 
 
-def test_what_was_read_is_reported_each_quarter_of_the_window_and_not_for_the_first_token() -> None:
+def test_reading_is_reported_every_quarter_of_the_window_and_not_for_the_first_token() -> None:
     state, told = reading(window_tokens=8)
     for offset in range(5):
         state.take(token(offset))
@@ -43,7 +43,7 @@ def test_with_a_window_of_one_token_every_token_is_reported() -> None:
     assert told == [events.TokensTaken(ID, taken) for taken in (1, 2, 3)]
 
 
-def test_a_stream_that_goes_on_elsewhere_counts_from_what_was_read() -> None:
+def test_a_stream_resumed_elsewhere_counts_from_what_has_been_read() -> None:
     state, told = reading(window_tokens=8)
     state.take(token(0))
     state.take(started(window_tokens=8))
@@ -70,7 +70,7 @@ def test_a_waiting_reader_is_woken_once_for_many_items() -> None:
                     seen.append(item.offset)
 
         task = asyncio.ensure_future(reader())
-        await asyncio.sleep(0)  # it waits now
+        await asyncio.sleep(0)  # now the reader waits
         for offset in range(3):
             inbox.add(token(offset))
         inbox.wake()
@@ -83,7 +83,7 @@ def test_a_waiting_reader_is_woken_once_for_many_items() -> None:
     assert asyncio.run(read()) == (2, [0, 1, 2, 3])
 
 
-def test_what_arrives_for_a_reader_that_was_cancelled_disturbs_nobody() -> None:
+def test_items_for_a_cancelled_reader_do_no_harm() -> None:
     async def main() -> Item:
         inbox = AsyncInbox(asyncio.get_running_loop())
         task = asyncio.ensure_future(inbox.next())

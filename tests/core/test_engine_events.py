@@ -1,4 +1,4 @@
-"""Engine events as arrays: one set of tags, one decoder."""
+"""Engine events as arrays: one set of tags and one decoder."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ EVENTS: list[EngineEvent] = [
 
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
-def test_an_event_that_crossed_the_pipe_is_what_it_was(event: EngineEvent) -> None:
+def test_an_event_is_unchanged_after_the_pipe(event: EngineEvent) -> None:
     assert decode(msgspec.msgpack.decode(msgspec.msgpack.encode(event))) == event
 
 
-def test_the_tags_are_those_of_the_events_of_output() -> None:
-    """Streams pass the fields on under the same tag."""
+def test_the_tags_are_those_of_output_events() -> None:
+    """Streams pass the fields on with the same tag."""
     tags = {
         TOKENS: messages.TokensEvent,
         END: messages.EndEvent,
@@ -40,12 +40,12 @@ def test_the_tags_are_those_of_the_events_of_output() -> None:
     }
 
 
-def test_a_failure_made_by_the_link_is_as_an_engine_would_send_it() -> None:
+def test_a_failure_made_by_the_link_has_the_form_of_an_engines() -> None:
     error = ErrorInfo(code="overloaded", message="later", retryable=True)
     assert decode(failed(JOB, error)) == Failed(JOB, error)
 
 
 @pytest.mark.parametrize("event", [[9, JOB], [TOKENS, JOB, "no ids", "", None], [], [END, JOB]])
-def test_what_is_no_event_is_refused(event: list[Any]) -> None:
+def test_a_malformed_event_is_refused(event: list[Any]) -> None:
     with pytest.raises(msgspec.ValidationError):
         decode(event)

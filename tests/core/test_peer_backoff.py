@@ -1,4 +1,4 @@
-"""How long whoever dials out waits, in virtual time (SPEC section 5)."""
+"""The back-off of peers that dial out, in virtual time (SPEC section 5)."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from broker.peer.backoff import (
 
 
 class _Highest(random.Random):
-    """Draws the ceiling itself."""
+    """Always draws the ceiling."""
 
     def uniform(self, a: float, b: float) -> float:
         return b
 
 
-def test_an_absence_is_prolonged_by_a_quarter_at_most() -> None:
+def test_back_off_prolongs_an_absence_by_a_quarter_at_most() -> None:
     backoff = Backoff(_Highest())
     waits = {absent_s: backoff.next_s(100.0 + absent_s) for absent_s in (0, 1, 4, 20, 3600)}
     assert waits == {0: BACKOFF_FIRST_S, 1: 0.5, 4: 1.0, 20: 5.0, 3600: ABSENT_LONGEST_S}
 
 
-def test_waits_are_any_part_of_their_ceiling() -> None:
+def test_waits_are_drawn_from_zero_to_their_ceiling() -> None:
     backoff = Backoff(random.Random(1))
     waits = [backoff.next_s(0.0) for _ in range(100)]
     assert min(waits) < 0.02 and 0.48 < max(waits) <= BACKOFF_FIRST_S
 
 
-def test_refusals_double_the_wait_to_a_ceiling() -> None:
+def test_refusals_double_the_wait_up_to_a_ceiling() -> None:
     backoff = Backoff(_Highest())
     waits = [backoff.next_s(0.0, refused=True) for _ in range(7)]
     assert waits == [1, 2, 4, 8, 16, REFUSED_LONGEST_S, REFUSED_LONGEST_S]
 
 
-def test_a_time_that_the_broker_names_is_kept_and_spread() -> None:
+def test_a_time_named_by_the_broker_is_kept_and_jittered() -> None:
     backoff = Backoff(random.Random(1))
     waits = [backoff.hinted_s(1.0) for _ in range(100)]
     assert 1.0 <= min(waits) < 1.02 and 1.48 < max(waits) <= 1.5
@@ -57,7 +57,7 @@ def test_a_time_that_the_broker_names_is_kept_and_spread() -> None:
         (SESSION_PROVEN_S / 2, True, False),
     ],
 )
-def test_waits_start_anew_after_any_session_but_one_refused_right_after_welcome(
+def test_waits_are_reset_by_any_session_except_one_refused_right_after_welcome(
     lasted_s: float, refused: bool, anew: bool
 ) -> None:
     backoff = Backoff(_Highest())
@@ -67,7 +67,7 @@ def test_waits_start_anew_after_any_session_but_one_refused_right_after_welcome(
     assert backoff.next_s(3600.0, refused=refused) == ((1.0 if refused else 0.5) if anew else 10.0)
 
 
-def test_a_hello_without_an_answer_is_waited_for_longer_the_next_time() -> None:
+def test_after_an_unanswered_hello_the_next_one_gets_more_time() -> None:
     backoff = Backoff(random.Random(1))
     patience = []
     for _ in range(4):

@@ -1,4 +1,4 @@
-"""The connection of whoever dials out, in virtual time: what worker, client and relay share."""
+"""The connection of peers that dial out (worker, client, relay), in virtual time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HELLO = messages.Hello(role="client", name="test")
 
 
 class Line:
-    """A connection, its broker, and the time."""
+    """A connection, its broker and the clock."""
 
     def __init__(self, **options: Any) -> None:
         self.now_s = 1000.0
@@ -63,12 +63,12 @@ class Line:
         return self.connection.receive(frames, self.now_s)
 
     def at(self, after_s: float) -> Ended | BeatDue | None:
-        """A tick so much later."""
+        """A tick after this time."""
         self.now_s += after_s
         return self.connection.tick(self.now_s)
 
     def say(self, type_: MessageType = MessageType.QUERY) -> int:
-        """Send a message; its sequence number."""
+        """Send a message; returns its sequence number."""
         body = messages.Heartbeat() if type_ is MessageType.HEARTBEAT else messages.Query(verb="v")
         frames = self.connection.message(type_, NO_ID, body, self.now_s)
         return header.decode(frames[0]).sequence
@@ -77,7 +77,7 @@ class Line:
 # --- handshake ------------------------------------------------------------------------------------
 
 
-def test_whoever_dials_says_hello_and_welcome_begins_the_session() -> None:
+def test_the_dialing_side_sends_hello_and_welcome_begins_the_session() -> None:
     line = Line()
     hello = line.greet()
     assert (hello.type, hello.sequence) == (MessageType.HELLO, 0)
@@ -86,7 +86,7 @@ def test_whoever_dials_says_hello_and_welcome_begins_the_session() -> None:
     assert line.connection.open and line.connection.session == SESSION
 
 
-def test_a_connection_in_use_has_a_socket_and_others_have_none() -> None:
+def test_only_a_connection_in_use_has_a_socket() -> None:
     line = Line()
     seen = {line.connection.state: line.connection.has_socket}
     line.dial()
@@ -130,7 +130,9 @@ def test_a_broker_never_speaks_first() -> None:
 
 @pytest.mark.parametrize("fatal", [False, True])
 @pytest.mark.parametrize("open_", [False, True])
-def test_a_refusal_ends_it_with_the_brokers_words_and_time(open_: bool, fatal: bool) -> None:
+def test_a_refusal_ends_it_with_the_brokers_message_and_retry_time(
+    open_: bool, fatal: bool
+) -> None:
     line = Line()
     line.open() if open_ else line.greet()
     error = ErrorInfo(code="forbidden", message="not you", retry_after_ms=2000)
@@ -140,8 +142,8 @@ def test_a_refusal_ends_it_with_the_brokers_words_and_time(open_: bool, fatal: b
     assert line.address.hinted
 
 
-def test_a_broker_that_does_not_know_the_session_is_believed_whatever_the_sequence() -> None:
-    """It says so with sequence 0: to it this is no session."""
+def test_unknown_session_is_accepted_whatever_its_sequence() -> None:
+    """The broker sends it with sequence 0, since it has no session."""
     line = Line()
     line.open()
     line.hear(MessageType.HEARTBEAT, messages.Heartbeat())
@@ -152,7 +154,7 @@ def test_a_broker_that_does_not_know_the_session_is_believed_whatever_the_sequen
 
 
 @pytest.mark.parametrize(("reason", "refused"), [("shutdown", False), ("slow_consumer", True)])
-def test_a_goodbye_counts_as_refused_unless_the_broker_stops(reason: str, refused: bool) -> None:
+def test_a_goodbye_counts_as_a_refusal_unless_the_broker_stops(reason: str, refused: bool) -> None:
     line = Line()
     line.open()
     ended = line.hear(MessageType.GOODBYE, messages.Goodbye(reason=reason))
@@ -183,7 +185,7 @@ def test_a_lost_or_doubled_message_is_a_protocol_error(skipped: int) -> None:
 
 
 @pytest.mark.parametrize(("most", "frames"), [(2, 1), (2, 3), (20, 1), (20, 21)])
-def test_a_message_has_no_more_frames_than_the_party_may_be_sent(most: int, frames: int) -> None:
+def test_a_message_with_too_many_frames_is_a_protocol_error(most: int, frames: int) -> None:
     line = Line(most_frames=most)
     line.open()
     head = header.encode(MessageType.ANSWER, SESSION, 1)
@@ -213,7 +215,7 @@ def test_any_message_is_a_sign_of_life() -> None:
 
 
 @pytest.mark.parametrize("steady", [False, True])
-def test_a_beat_is_due_when_nothing_was_sent_or_steadily(steady: bool) -> None:
+def test_a_heartbeat_is_due_after_a_silent_interval_or_steadily(steady: bool) -> None:
     line = Line(steady=steady)
     line.open()
     assert line.at(INTERVAL_S / 2) is None
@@ -224,7 +226,7 @@ def test_a_beat_is_due_when_nothing_was_sent_or_steadily(steady: bool) -> None:
 
 
 @pytest.mark.parametrize("steady", [False, True])
-def test_while_this_process_slept_the_broker_was_not_silent(steady: bool) -> None:
+def test_time_while_this_process_was_stopped_is_not_the_brokers_silence(steady: bool) -> None:
     line = Line(steady=steady)
     line.open()
     assert line.at(60.0) == BeatDue()
@@ -239,7 +241,7 @@ def test_while_this_process_slept_the_broker_was_not_silent(steady: bool) -> Non
 # --- attempts and waits ---------------------------------------------------------------------------
 
 
-def test_an_attempt_that_gets_nowhere_is_over_after_its_time() -> None:
+def test_an_attempt_without_progress_times_out() -> None:
     line = Line()
     line.dial()
     assert line.connection.deadline_s() == line.now_s + ATTEMPT_S
@@ -247,7 +249,7 @@ def test_an_attempt_that_gets_nowhere_is_over_after_its_time() -> None:
     assert isinstance(ended, Ended) and "is the host's name right" in ended.reason
 
 
-def test_each_hello_that_is_not_answered_is_waited_for_longer() -> None:
+def test_each_unanswered_hello_gives_the_next_one_more_time() -> None:
     line = Line()
     waits = []
     for _ in range(4):
@@ -260,7 +262,7 @@ def test_each_hello_that_is_not_answered_is_waited_for_longer() -> None:
 
 
 @pytest.mark.parametrize("greeting", [False, True])
-def test_what_came_while_this_process_slept_is_read_before_an_attempt_is_given_up(
+def test_messages_from_while_this_process_was_stopped_are_read_before_giving_up(
     greeting: bool,
 ) -> None:
     line = Line()
@@ -269,7 +271,7 @@ def test_what_came_while_this_process_slept_is_read_before_an_attempt_is_given_u
     assert isinstance(line.at(SLACK_S), Ended)
 
 
-def test_the_address_of_a_lost_connection_waits_and_keeps_the_reason() -> None:
+def test_the_address_of_a_lost_connection_backs_off_and_keeps_the_reason() -> None:
     line = Line()
     line.dial()
     wait_s = line.connection.end(Ended("nobody listens there"), line.now_s)
@@ -278,7 +280,7 @@ def test_the_address_of_a_lost_connection_waits_and_keeps_the_reason() -> None:
     assert line.address.reason == "nobody listens there" and not line.address.hinted
 
 
-def test_a_session_of_use_starts_the_waits_anew_and_a_refused_one_does_not() -> None:
+def test_a_useful_session_resets_the_back_off_and_a_refused_one_does_not() -> None:
     line = Line()
     ceilings = []
     for refused in (True, True, False):
@@ -289,7 +291,7 @@ def test_a_session_of_use_starts_the_waits_anew_and_a_refused_one_does_not() -> 
     assert ceilings[0] > 0.5 and ceilings[1] > ceilings[0] and ceilings[2] <= 0.5
 
 
-def test_one_connection_serves_several_addresses_each_with_its_own_wait() -> None:
+def test_one_connection_serves_several_addresses_each_with_its_own_back_off() -> None:
     line = Line()
     other = Address("tcp://b:1", random.Random(2))
     line.dial()
@@ -300,7 +302,7 @@ def test_one_connection_serves_several_addresses_each_with_its_own_wait() -> Non
     assert line.address.from_s > line.now_s and other.from_s > line.now_s
 
 
-def test_last_words_are_bounded_and_of_the_session() -> None:
+def test_a_goodbye_is_limited_in_size_and_belongs_to_the_session() -> None:
     line = Line()
     line.open()
     frames = line.connection.goodbye("protocol_error", "x" * 5000, line.now_s)

@@ -16,7 +16,7 @@ from worker.relay import survey
 TWO_MODELS = ((3, ("one",)), (2, ("two",)))
 
 
-def test_the_slots_of_the_lower_bus_are_the_credit_above() -> None:
+def test_slots_of_the_lower_bus_become_credit_above() -> None:
     buses = TwoBuses(workers=((4, ("model",)), (3, ("model",))))
     assert buses.credit == 7
     (row,) = buses.upper.query("bus.workers")
@@ -41,8 +41,8 @@ def test_an_answer_passes_unchanged() -> None:
 
 
 @pytest.mark.parametrize("limit_ms", [0, 1 << 40])
-def test_a_limit_that_is_none_in_practice_is_no_harm(limit_ms: int) -> None:
-    """Nothing that a stranger may ask for ends the relay: the shortest and the longest limits."""
+def test_extreme_time_limits_do_no_harm(limit_ms: int) -> None:
+    """No request may end the relay, whether its limits are the shortest or the longest."""
     buses = TwoBuses()
     job = Request(
         model="model",
@@ -59,7 +59,7 @@ def test_a_limit_that_is_none_in_practice_is_no_harm(limit_ms: int) -> None:
     assert buses.relay.relay._jobs == {}
 
 
-def test_what_does_not_fit_waits_above_and_never_below() -> None:
+def test_requests_beyond_the_slots_wait_above_and_never_below() -> None:
     buses = TwoBuses()
     requests = [buses.above.ask(n, 20) for n in range(20)]
     for _ in range(150):
@@ -70,7 +70,7 @@ def test_what_does_not_fit_waits_above_and_never_below() -> None:
         assert buses.above.tokens[request] == answer(n, 20)
 
 
-def test_a_slot_that_others_take_below_is_asked_back_above() -> None:
+def test_credit_for_a_slot_that_others_take_below_is_recalled_above() -> None:
     buses = TwoBuses()
     direct = [buses.below.ask(n, 1000) for n in range(3)]
     buses.world.advance(1.5)
@@ -83,7 +83,7 @@ def test_a_slot_that_others_take_below_is_asked_back_above() -> None:
     assert buses.credit == 4
 
 
-def test_a_slot_that_others_wait_for_is_not_promised_above_again() -> None:
+def test_a_slot_that_others_wait_for_is_not_granted_above_again() -> None:
     buses = TwoBuses()
     for n in range(4):
         buses.above.ask(n, 20)
@@ -102,7 +102,7 @@ def test_a_slot_that_others_wait_for_is_not_promised_above_again() -> None:
     assert buses.above.tokens[waits] == answer(9, 20)
 
 
-def test_a_model_that_is_not_batched_below_is_said_so_above() -> None:
+def test_a_serial_model_below_is_reported_as_serial_above() -> None:
     models = [{"name": "model", "serial": "layers of type recurrent"}]
     assert survey.read([], models).models[0].serial == "layers of type recurrent"
 
@@ -160,7 +160,7 @@ def test_the_window_below_is_the_window_above() -> None:
     assert buses.above.tokens[request] == answer(1, 100)
 
 
-def test_a_failure_passes_with_its_code_and_what_it_says() -> None:
+def test_a_failure_passes_with_its_code_and_message() -> None:
     buses = TwoBuses()
     request = buses.above.ask(1, 100)
     buses.world.settle()
@@ -184,16 +184,16 @@ def test_a_failure_passes_with_its_code_and_what_it_says() -> None:
     assert buses.above.tokens[request] == answer(1, 3)
 
 
-def test_a_request_resumed_above_goes_on_below_from_the_tokens_so_far() -> None:
+def test_a_request_resumed_above_continues_below_from_the_tokens_so_far() -> None:
     buses = TwoBuses()
     request = buses.above.ask(1, 50)
     buses.steps(10)
-    for _ in range(2):  # below, it is in another epoch than above
+    for _ in range(2):  # so that its epoch below differs from the one above
         buses.lower.restart()
         buses.world.advance(8.0)
     buses.steps(10)
     assert buses.above.resumed == 0
-    # The upper broker and the relay die; another relay comes, which knows nothing.
+    # The upper broker and the relay die; a new relay starts without any state.
     buses.relay.caller.broker.lines.clear()
     _remove(buses, buses.relay)
     buses.upper.restart()
@@ -207,7 +207,7 @@ def test_a_request_resumed_above_goes_on_below_from_the_tokens_so_far() -> None:
 
 
 def _remove(buses: TwoBuses, gone: Relay) -> None:
-    """As SIGKILL: it says and hears nothing any more."""
+    """Like SIGKILL: it sends and receives nothing any more."""
     parties = buses.world.parties
     parties[:] = [
         party
@@ -236,7 +236,7 @@ def test_a_worker_that_dies_below_is_not_noticed_above() -> None:
     assert buses.above.resumed == 0
 
 
-def test_a_lower_broker_that_comes_back_empty_is_only_a_pause() -> None:
+def test_a_restarted_lower_broker_is_only_a_pause() -> None:
     buses = TwoBuses()
     requests = [buses.above.ask(n, 40) for n in range(4)]
     buses.steps(10)
@@ -250,7 +250,7 @@ def test_a_lower_broker_that_comes_back_empty_is_only_a_pause() -> None:
     assert buses.credit == 4
 
 
-def test_while_the_lower_broker_is_away_nothing_is_promised() -> None:
+def test_while_the_lower_broker_is_away_no_credit_is_granted() -> None:
     buses = TwoBuses()
     buses.lower.restart()
     buses.lower.hear = lambda *_: None  # type: ignore[method-assign]
@@ -277,7 +277,7 @@ def test_a_relay_that_is_stopped_drains_and_then_leaves() -> None:
     assert buses.upper.query("bus.workers") == []
 
 
-def test_a_broker_that_would_be_a_worker_of_itself_says_so_and_offers_nothing() -> None:
+def test_a_broker_that_would_be_a_worker_of_itself_reports_it_and_grants_nothing() -> None:
     buses = TwoBuses()
     Relay(buses.world, [buses.lower], buses.upper, "back again")
     buses.world.advance(2.0)
@@ -287,7 +287,7 @@ def test_a_broker_that_would_be_a_worker_of_itself_says_so_and_offers_nothing() 
     assert failed and "a loop of brokers: lower would be a worker of itself" in failed[0].message
 
 
-def test_the_relays_of_a_loop_promise_nothing_until_one_of_them_has_left() -> None:
+def test_relays_in_a_loop_grant_nothing_until_one_of_them_has_left() -> None:
     core = relay.RelayCore(relay.RelaySettings(mark="b", lower="tcp://b"))
     models = [{"name": "model", "kinds": ["chat"], "queued": 0, "details": {}}]
     worker = {"name": "w", "models": ["model"], "state": "ready", "granted": 4, "assigned": 0}
@@ -317,9 +317,11 @@ def test_the_relays_of_a_loop_promise_nothing_until_one_of_them_has_left() -> No
 
 @pytest.mark.parametrize("share", [1.0, 0.75])
 @pytest.mark.parametrize("seed", range(4))
-def test_in_any_order_of_things_texts_are_exact_and_credit_is_true(seed: int, share: float) -> None:
-    """Callers above (a `share` of all) and below come, read slowly and go. Nothing waits below
-    where nobody else takes slots and each worker's slots are those of its own models."""
+def test_in_any_order_of_events_texts_are_exact_and_credit_is_correct(
+    seed: int, share: float
+) -> None:
+    """Callers above (a `share` of all) and below arrive, read slowly and leave. Nothing waits below
+    if nobody else takes slots and each worker's slots belong to its own models."""
     mixed = ("one", "two") if share < 1 else ("one",)
     buses = TwoBuses(seed, workers=((3, mixed), (2, ("two",)), (2, ("one",))))
     rng = buses.world.random

@@ -1,4 +1,4 @@
-"""The tool-call parser: formats, what is no call, and that cutting never matters."""
+"""The tool-call parser: its formats, text that is not a call, and that cuts never matter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def parsed(
     tail: str = "",
     **options: Any,
 ) -> tuple[str, list[tuple[str, str]]]:
-    """All text, and the calls as (name, arguments)."""
+    """The whole text, and the calls as (name, arguments)."""
     parser = ToolCallParser(names, parallel=parallel, **options)
     parser.begin(special=special or [], tail=tail)
     pieces = [piece for feed in feeds for piece in parser.feed(feed)] + parser.finish()
@@ -121,7 +121,7 @@ CALLS = {
 
 CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
 BARE = '{"name": "add", "parameters": {"a": 1}}'
-#: Text that holds calls in thoughts, what of it is text, and the calls that were meant.
+#: Text that contains calls in reasoning, and how many real calls it has.
 THOUGHTS = {
     "a thought and a call": (f"<think>try {CALL} no</think>{CALL}", 1),
     "a thought of Mistral": (f"[THINK]try [TOOL_CALLS][{BARE}] no[/THINK][TOOL_CALLS][{BARE}]", 1),
@@ -173,7 +173,7 @@ def test_calls_are_found_in_every_format(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", NO_CALLS)
-def test_what_is_no_call_stays_text_to_the_letter(case: str) -> None:
+def test_text_that_is_not_a_call_is_unchanged(case: str) -> None:
     text = NO_CALLS[case]
     assert parsed([text]) == (text, [])
     assert parsed(list(text)) == (text, [])
@@ -183,14 +183,14 @@ def test_what_is_no_call_stays_text_to_the_letter(case: str) -> None:
     st.sampled_from([whole for whole, _, _ in CALLS.values()] + list(NO_CALLS.values())),
     st.lists(st.integers(0, 200)),
 )
-def test_how_the_text_is_cut_never_matters(whole: str, cuts: list[int]) -> None:
+def test_cuts_in_the_text_never_matter(whole: str, cuts: list[int]) -> None:
     edges = [0, *sorted(min(cut, len(whole)) for cut in cuts), len(whole)]
     feeds = [whole[a:b] for a, b in itertools.pairwise(edges)]
     assert parsed(feeds) == parsed([whole])
 
 
 @given(st.text(alphabet='{}[]"\\:, \nabc<>tool_call/namersguTOOL_CALLSARGS|py', max_size=60))
-def test_any_text_is_taken_and_none_without_a_known_tool_is_lost(text: str) -> None:
+def test_any_text_is_accepted_and_without_a_known_tool_none_is_lost(text: str) -> None:
     assert parsed(list(text), names=("zzz",)) == (text, [])
 
 
@@ -202,7 +202,7 @@ def test_arguments_stream_before_the_call_is_complete() -> None:
 
 
 @pytest.mark.parametrize("case", THOUGHTS)
-def test_a_call_that_is_only_thought_is_none(case: str) -> None:
+def test_a_call_within_reasoning_is_not_a_call(case: str) -> None:
     whole, count = THOUGHTS[case]
     for feeds in ([whole], list(whole)):
         text, calls = parsed(feeds)
@@ -212,8 +212,8 @@ def test_a_call_that_is_only_thought_is_none(case: str) -> None:
 
 
 @pytest.mark.parametrize("said", ["", "Hm. <think>first", "[THINK]a[/THINK]b<think>c"])
-def test_a_thought_may_have_begun_before_the_answer(said: str) -> None:
-    """Templates open it, or the message that is continued."""
+def test_reasoning_may_have_begun_before_the_answer(said: str) -> None:
+    """A template may open it, or the message that is continued."""
     tail = "" if said else "<|im_start|>assistant\n<think>\n"
     whole = f"perhaps {CALL}</think>{CALL}"
     for feeds in ([whole], list(whole)):
@@ -225,7 +225,7 @@ def test_a_thought_may_have_begun_before_the_answer(said: str) -> None:
     ("tail", "said"),
     [("<|im_start|>assistant\n<think>\n\n</think>\n\n", ""), ("", "<think>a</think>")],
 )
-def test_a_thought_that_is_over_hides_no_call(tail: str, said: str) -> None:
+def test_reasoning_that_has_ended_hides_no_call(tail: str, said: str) -> None:
     assert parsed([CALL], tail=tail, said=said) == ("", [("add", '{"a": 1}')])
 
 
@@ -252,7 +252,7 @@ def test_a_forced_call_streams_whatever_its_form() -> None:
     assert parsed(['{"name":"add","arguments":{"a":1'], forced=True) == ("", [("add", '{"a":1')])
 
 
-def test_an_answer_cut_off_inside_of_a_call_keeps_what_it_has_and_says_so() -> None:
+def test_an_answer_cut_off_within_a_call_keeps_its_part_and_reports_the_cut() -> None:
     for whole, cut in (
         ('<tool_call>{"name": "add", "arguments": {"a": 1', True),
         ('[TOOL_CALLS]add[ARGS]{"a": 1', True),
@@ -266,12 +266,12 @@ def test_an_answer_cut_off_inside_of_a_call_keeps_what_it_has_and_says_so() -> N
     assert parsed(['<tool_call>{"name": "add", "arguments": {"a": 1']) == ("", [("add", '{"a": 1')])
 
 
-def test_without_parallel_calls_the_first_one_is_the_last() -> None:
+def test_without_parallel_calls_only_the_first_one_counts() -> None:
     whole = CALLS["hermes twice, after text"][0]
     assert parsed(list(whole), parallel=False) == ("Let me look.", [("add", '{"a": 1}')])
 
 
-def test_nesting_as_deep_as_it_likes_is_only_text() -> None:
+def test_extreme_nesting_is_only_text() -> None:
     deep = json.dumps({"name": "add", "arguments": {}})[:-1] + ', "arguments": ' + "[" * 5000
     assert parsed([deep]) == (deep, [])
     text, calls = parsed(["<tool_call>" + deep])

@@ -1,8 +1,8 @@
-"""How long a link may be away from a broker that is there again, whatever its attempts met.
+"""How long a link may stay away from a broker that is back, whatever happened to its attempts.
 
-An attempt that nobody answers lasts 5 s, the next with an unanswered HELLO 10 s, then 20 s; between
-two the link waits for up to a quarter of its absence, at most 10 s. So a link that was starved, or
-whose broker was, may fill 25 s with two unanswered HELLOs, and that is the worst there is.
+An unanswered attempt lasts 5 s, the next with an unanswered HELLO 10 s, then 20 s. Between
+attempts, the link waits up to a quarter of its absence, at most 10 s. So in the worst case, a link
+that was starved, or whose broker was, spends 25 s on two unanswered HELLOs.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from worker.core import events
 
 
 def latest_return_s(outage_s: float) -> float:
-    """Seconds from when the broker answers again until the link has its session, at the longest."""
+    """The longest time, in seconds, from when the broker answers again to the link's session."""
     attempt_s = min(GREETING_LONGEST_S, outage_s + ATTEMPT_S)
     wait_s = max(0.5, min(ABSENT_LONGEST_S, (outage_s + attempt_s) / 4))
     return attempt_s + wait_s
 
 
 def endure(world: World, generator: random.Random, until_s: float) -> None:
-    """Attempts of every kind that fail: refused, without an answer, with HELLO into the void."""
+    """Attempts that fail in every way: refused, unanswered, with an unanswered HELLO."""
     greeted = False
     while world.now_s < until_s:
         if not world.sockets:
@@ -58,7 +58,7 @@ def test_a_link_is_back_within_the_attempt_and_the_wait_that_its_absence_allows(
         began_s = world.now_s
         endure(world, generator, began_s + outage_s)
         again_s = world.now_s
-        # What was sent into the void stays there; a new socket is answered at once.
+        # Messages sent during the outage are lost; a new socket is answered at once.
         stale = bool(world.sockets)
         while stale or not world.sockets:
             world.advance(max(0.01, world.core.deadline_s() - world.now_s), brokers_live=False)

@@ -1,4 +1,4 @@
-"""Options of the worker: old spellings, environment, names from paths, clear errors."""
+"""The worker's options: old spellings, environment, names from paths, clear errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def given(*arguments: str, **environment: str) -> WorkerConfig:
         ("model", "model"),
     ],
 )
-def test_the_name_is_the_last_part_of_the_path_and_a_checkpoint_takes_its_parents(
+def test_the_name_is_the_last_part_of_the_path_and_a_checkpoint_includes_its_parent(
     path: str, name: str
 ) -> None:
     assert name_from_path(path) == name
@@ -57,7 +57,7 @@ def test_a_path_without_a_name_is_refused() -> None:
         (["a/x", "b/y"], ["one,uno", "two"], (("one", "uno"), ("two",))),
     ],
 )
-def test_names_go_to_their_models(
+def test_names_are_assigned_to_their_models(
     paths: list[str], names: list[str], groups: tuple[tuple[str, ...], ...]
 ) -> None:
     assert pair_names(paths, names)[1] == groups
@@ -89,13 +89,13 @@ def test_without_any_option_the_demo_model_is_served_on_this_machine() -> None:
     assert config.worker_id != given().worker_id
 
 
-def test_the_echo_engine_needs_no_model_and_is_served_by_its_name() -> None:
+def test_the_echo_engine_needs_no_model_and_is_served_under_its_own_name() -> None:
     assert given("--engine", "echo").engine.model_names == (("echo",),)
     assert given("--engine", "echo", "--model-name", "m,n").engine.model_names == (("m", "n"),)
 
 
 @pytest.mark.parametrize("engine", ["vllm", "mlx", "llamacpp", "sglang"])
-def test_engines_of_other_libraries_must_be_told_a_model(engine: str) -> None:
+def test_engines_over_other_libraries_need_a_model(engine: str) -> None:
     with pytest.raises(ConfigError, match=f"--engine {engine} needs --model-path"):
         given("--engine", engine, "--model-name", "m")
     assert given("--engine", engine, "--model", "a/x").engine.model_paths == ("a/x",)
@@ -104,7 +104,7 @@ def test_engines_of_other_libraries_must_be_told_a_model(engine: str) -> None:
 @pytest.mark.parametrize(
     "spelling", ["--limit-model-concurrency", "--limit-worker-concurrency", "--slots", "--limit"]
 )
-def test_old_spellings_and_beginnings_of_options_are_accepted(spelling: str) -> None:
+def test_all_spellings_of_slots_are_accepted(spelling: str) -> None:
     assert given(spelling, "5").engine.slots == 5
 
 
@@ -115,7 +115,7 @@ def test_old_spellings_of_model_and_controller_are_accepted() -> None:
     assert config.brokers == ("tcp://h:1",)
 
 
-def test_the_environment_gives_what_no_flag_does() -> None:
+def test_the_environment_sets_options_without_a_flag() -> None:
     config = given(
         "--device",
         "cpu",
@@ -160,7 +160,7 @@ def test_a_broker_named_twice_is_one_broker() -> None:
         (["--nosuch"], "there is no option --nosuch"),
     ],
 )
-def test_a_wrong_option_says_what_is_wrong(arguments: list[str], words: str) -> None:
+def test_the_error_for_a_wrong_option_says_what_is_wrong(arguments: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         given(*arguments)
 
@@ -199,7 +199,7 @@ def test_every_option_of_the_replaced_workers_is_known_by_name() -> None:
     assert [name for name in replaced_workers if name not in known | REPLACED.keys()] == []
 
 
-def test_several_wrong_options_are_answered_together() -> None:
+def test_several_wrong_options_are_reported_together() -> None:
     with pytest.raises(ConfigError) as caught:
         given("--num-gpus", "2", "--awq-ckpt=x", "--modle-path", "y")
     gpus, awq, misspelt = str(caught.value).splitlines()
@@ -210,12 +210,12 @@ def test_gpus_are_what_the_engine_sees() -> None:
     assert given("--gpus", "0,2").gpus == "0,2"
 
 
-def test_a_misspelt_variable_is_named() -> None:
+def test_a_misspelled_variable_is_named() -> None:
     (line,) = given(MODEL_PAHT="x").misspelt
     assert "did you mean TOKENBUS_WORKER_MODEL_PATH?" in line
 
 
-def test_a_worker_that_loads_announces_its_adapters_too_so_that_requests_wait_for_them() -> None:
+def test_a_loading_worker_announces_its_adapters_too_so_that_requests_wait_for_them() -> None:
     options = EngineOptions(
         model_names=(("base", "also"), ("second",)),
         engine_args={"adapters": "tuned=/a,french=/b=c"},

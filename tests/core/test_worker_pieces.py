@@ -1,4 +1,5 @@
-"""Answers in pieces as the worker keeps and sends them again: kinds are told wherever it is cut."""
+"""Answers in pieces as the worker keeps and resends them: kinds are right wherever an answer is
+cut."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from tests.core.worker_world import request_id, resume, serving
 
 THOUGHT, SAID = "reasoning", "content"
 
-#: What an engine tells of one answer: text and pieces of each of its tokens.
+#: An engine's output for one answer: the text and pieces of each token.
 STEPS: list[tuple[str, list[Any] | None]] = [
     ("", [[THOUGHT, "ab"]]),
     ("", None),
@@ -29,7 +30,7 @@ def generate(world: Any) -> None:
 
 
 def pieces_of(outputs: list[Any]) -> list[Piece]:
-    """Of all events in order; what has no pieces is content."""
+    """The pieces of all events in order; text without pieces is content."""
     pieces: list[Piece] = []
     for _, events in outputs:
         for event in events:
@@ -55,13 +56,13 @@ def joined(pieces: list[Piece]) -> list[tuple[str, str]]:
 
 
 def behind(runs: list[tuple[str, str]], characters: int) -> list[tuple[str, str]]:
-    """The runs without their first characters."""
+    """The runs without the first `characters`."""
     kinds = [kind for kind, text in runs for _ in text][characters:]
     text = "".join(text for _, text in runs)[characters:]
     return joined([Piece(kind, said) for kind, said in zip(kinds, text, strict=True)])
 
 
-def test_pieces_are_passed_on_and_left_out_where_all_is_content() -> None:
+def test_pieces_are_passed_on_and_omitted_if_all_is_content() -> None:
     world = serving()
     (broker,) = world.brokers
     broker.assign(1)
@@ -74,7 +75,7 @@ def test_pieces_are_passed_on_and_left_out_where_all_is_content() -> None:
 
 @pytest.mark.parametrize("logprobs", [False, True])
 @pytest.mark.parametrize("characters", range(CHARACTERS))
-def test_a_resumed_answer_goes_on_within_any_piece(characters: int, logprobs: bool) -> None:
+def test_an_answer_can_be_resumed_within_any_piece(characters: int, logprobs: bool) -> None:
     world = serving()
     (broker,) = world.brokers
     broker.assign(1)
@@ -101,7 +102,7 @@ def test_a_window_cuts_between_pieces_and_nothing_is_lost(window: int) -> None:
     assert joined(pieces_of(broker.outputs)) == WHOLE[:3]
 
 
-def test_what_was_never_split_is_resumed_without_pieces() -> None:
+def test_an_answer_that_was_never_split_is_resumed_without_pieces() -> None:
     world = serving()
     (broker,) = world.brokers
     broker.assign(1)

@@ -1,9 +1,9 @@
-"""Random lives of a worker with two brokers: whatever happens, every text is exact or its true
-prefix, no slot leaks, and the core's invariants hold after each fact.
+"""Random runs of a worker with two brokers: whatever happens, every text is exact or a prefix, no
+slot leaks, and the core's invariants hold after each event.
 
 The test plays the brokers, the engine and the clients. A client resumes where it stopped, through
-any broker; lost connections, blocked sockets, small windows, cancels, stale epochs and slow clocks
-come as the seed wants. A failing seed is the story: run it alone.
+any broker. The seed decides on lost connections, blocked sockets, small windows, cancels, stale
+epochs and slow clocks. To debug a failure, run its seed alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def reference(number: int, length: int) -> str:
 
 @dataclass
 class Job:
-    """What the played engine knows of a job."""
+    """A job, as the simulated engine knows it."""
 
     number: int
     position: int
@@ -44,7 +44,7 @@ class Job:
 
 
 class Client:
-    """One request and who holds it."""
+    """One request, and the broker that has it."""
 
     def __init__(self, number: int, length: int) -> None:
         self.number = number
@@ -96,7 +96,7 @@ class Life:
             self.check()
 
     def finish(self) -> None:
-        """Everyone comes back and wants the rest."""
+        """All clients come back and ask for the rest."""
         for _ in range(400):
             self.unblock()
             self.connect()
@@ -172,7 +172,7 @@ class Life:
         client.broker, client.session = broker, broker.sessions
         client.cancelled = False
         if len(broker.came(MessageType.REJECT)) > rejects:
-            client.broker = None  # INTERRUPTED: it is to be resumed again
+            client.broker = None  # INTERRUPTED: it must be resumed again
         self.take_jobs()
 
     def widen(self, client: Client | None = None) -> None:

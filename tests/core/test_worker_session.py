@@ -1,4 +1,4 @@
-"""The core of a worker: sessions, credit, streams that outlive sessions, drain. No socket."""
+"""The worker's core: sessions, credit, streams that outlive sessions, drain. No sockets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from worker.core import requests as limits
 # --- sessions -------------------------------------------------------------------------------------
 
 
-def test_a_worker_says_hello_then_that_it_loads_and_grants_nothing() -> None:
+def test_a_worker_sends_hello_then_reports_loading_and_grants_nothing() -> None:
     world = World()
     world.tell(events.Tick())
     (broker,) = world.brokers
@@ -62,7 +62,7 @@ def test_a_worker_that_connects_after_loading_grants_at_once() -> None:
     assert world.brokers[0].free == 3
 
 
-def test_heartbeats_come_every_interval_even_while_output_flows() -> None:
+def test_heartbeats_are_sent_every_interval_even_while_output_flows() -> None:
     world = serving()
     (broker,) = world.brokers
     broker.assign(1)
@@ -73,7 +73,7 @@ def test_heartbeats_come_every_interval_even_while_output_flows() -> None:
     assert len(broker.came(MessageType.HEARTBEAT)) - before in (3, 4, 5)
 
 
-def test_a_silent_broker_is_given_up_after_interval_times_liveness_and_tried_again() -> None:
+def test_a_silent_broker_is_lost_after_interval_times_liveness_and_tried_again() -> None:
     world = serving()
     (broker,) = world.brokers
     world.advance(4.9, brokers_live=False)
@@ -86,7 +86,7 @@ def test_a_silent_broker_is_given_up_after_interval_times_liveness_and_tried_aga
     assert broker.free == 2
 
 
-def test_a_worker_that_was_stopped_itself_does_not_blame_the_broker() -> None:
+def test_a_worker_that_was_stopped_does_not_blame_the_broker() -> None:
     world = serving()
     world.core.deadline_s()
     world.now_s += 60.0
@@ -101,7 +101,7 @@ def _wait_s(world: World) -> float:
     return world.core.deadline_s() - world.now_s
 
 
-def test_waits_between_attempts_grow_while_nobody_answers() -> None:
+def test_waits_between_attempts_grow_while_no_broker_answers() -> None:
     world = World()
     waits = []
     for _ in range(60):
@@ -125,7 +125,7 @@ def test_however_often_a_broker_is_killed_its_worker_comes_back_at_once(lived_s:
         world.advance(0.5, brokers_live=False)
 
 
-def test_a_broker_that_refuses_right_after_welcome_is_left_alone_longer_and_longer() -> None:
+def test_the_back_off_grows_for_a_broker_that_refuses_right_after_welcome() -> None:
     world = World()
     world.tell(events.Tick())
     waits = []
@@ -138,7 +138,7 @@ def test_a_broker_that_refuses_right_after_welcome_is_left_alone_longer_and_long
     assert 5.0 < max(waits[6:]) <= 30.0
 
 
-def test_a_wrong_key_is_tried_less_and_less_often() -> None:
+def test_the_back_off_grows_for_a_wrong_key() -> None:
     world = World()
     waits = []
     for _ in range(12):
@@ -149,7 +149,7 @@ def test_a_wrong_key_is_tried_less_and_less_often() -> None:
     assert 10.0 < max(waits[6:]) <= 30.0
 
 
-def test_an_absent_broker_is_told_once_at_a_level_that_people_see() -> None:
+def test_an_absent_broker_is_logged_once_at_a_visible_level() -> None:
     world = World()
     for _ in range(5):
         world.tell(events.Tick())
@@ -158,7 +158,7 @@ def test_an_absent_broker_is_told_once_at_a_level_that_people_see() -> None:
     assert [log.event for log in world.logs if log.level >= 20] == ["broker absent"]
 
 
-def test_a_connection_that_never_gets_anywhere_times_out() -> None:
+def test_a_connection_attempt_without_progress_times_out() -> None:
     world = World()
     world.tell(events.Tick())
     world.advance(5.1)
@@ -173,7 +173,7 @@ def test_a_hello_without_an_answer_times_out() -> None:
     assert any("no answer to HELLO" in log.fields.get("cause", "") for log in world.logs)
 
 
-def test_a_broker_that_answers_hello_late_is_heard_at_the_second_attempt() -> None:
+def test_a_broker_that_answers_hello_late_is_reached_at_the_second_attempt() -> None:
     world = World()
     world.tell(events.Tick())
     world.brokers[0].connect(welcome=False)
@@ -184,20 +184,22 @@ def test_a_broker_that_answers_hello_late_is_heard_at_the_second_attempt() -> No
 
 
 @pytest.mark.parametrize("greeting", [False, True])
-def test_a_starved_worker_reads_what_came_before_it_gives_an_attempt_up(greeting: bool) -> None:
+def test_a_starved_worker_reads_what_has_arrived_before_it_gives_up_an_attempt(
+    greeting: bool,
+) -> None:
     world = World()
     world.tell(events.Tick())
     if greeting:
         world.brokers[0].connect(welcome=False)
     world.core.deadline_s()
-    world.now_s += 12.0  # the process did not run; its sockets' thread neither
+    world.now_s += 12.0  # neither the process nor its I/O thread ran
     world.tell(events.Tick())
     assert world.sockets == {0}, "nobody can know yet that nothing came"
     world.advance(1.1, brokers_live=False)
     assert world.sockets == set()
 
 
-def test_a_refusal_waits_as_long_as_the_broker_says() -> None:
+def test_after_a_refusal_the_worker_waits_as_long_as_the_broker_says() -> None:
     world = World()
     world.tell(events.Tick())
     world.brokers[0].connect(welcome=False)
@@ -205,11 +207,11 @@ def test_a_refusal_waits_as_long_as_the_broker_says() -> None:
     assert 20.0 <= _wait_s(world) <= 30.0
 
 
-def test_a_broker_that_does_not_know_the_session_any_more_broke_no_protocol() -> None:
+def test_unknown_session_is_not_a_protocol_error() -> None:
     world = serving()
     (broker,) = world.brokers
     broker.beat()
-    broker._sent = 0  # to the broker this is no session
+    broker._sent = 0  # the broker has no session
     broker.refuse(fatal=False, retry_after_ms=1000)
     assert not broker.came(MessageType.GOODBYE)
     lost = [log for log in world.logs if log.event == "broker lost"]
@@ -217,7 +219,7 @@ def test_a_broker_that_does_not_know_the_session_any_more_broke_no_protocol() ->
     assert 1.0 <= _wait_s(world) <= 1.5
 
 
-def test_a_refusal_is_a_warning_and_the_process_goes_by_one_instance() -> None:
+def test_a_refusal_is_logged_as_a_warning_and_the_instance_never_changes() -> None:
     world, said = World(instance=bytes(range(16))), []
     for _ in range(2):
         world.tell(events.Tick())
@@ -267,7 +269,7 @@ def test_a_gap_in_the_sequence_ends_the_session() -> None:
     assert "message 2 of the session came where 1 was due" in goodbye.message
 
 
-def test_a_message_that_is_not_for_workers_ends_the_session() -> None:
+def test_a_message_type_not_for_workers_ends_the_session() -> None:
     world = serving()
     world.brokers[0].say(MessageType.ACCEPTED, request_id(1), codec.pack({}))
     assert world.brokers[0].came(MessageType.GOODBYE)[0].reason == "protocol_error"
@@ -276,7 +278,7 @@ def test_a_message_that_is_not_for_workers_ends_the_session() -> None:
 # --- the normal course ----------------------------------------------------------------------------
 
 
-def test_a_request_becomes_a_job_and_its_tokens_one_output_for_each_step() -> None:
+def test_a_request_becomes_a_job_and_each_step_one_output() -> None:
     world = serving()
     (broker,) = world.brokers
     broker.assign(1)
@@ -314,7 +316,7 @@ def test_attachments_reach_the_engine_untouched() -> None:
     assert world.jobs[request_id(1)] == content
 
 
-def test_log_probabilities_and_prompt_facts_are_passed_on() -> None:
+def test_logprobs_and_prompt_events_are_passed_on() -> None:
     world = serving()
     (broker,) = world.brokers
     broker.assign(1, logprobs=1, echo=True)
@@ -326,7 +328,7 @@ def test_log_probabilities_and_prompt_facts_are_passed_on() -> None:
     assert broker.answer(1).logprobs[0].logprob == -0.5
 
 
-def test_short_intervals_are_gathered_and_the_rest_comes_with_the_end() -> None:
+def test_tokens_are_gathered_to_the_stream_interval_and_the_rest_comes_with_the_end() -> None:
     world = serving()
     (broker,) = world.brokers
     broker.assign(1, stream_interval=3)
@@ -339,7 +341,7 @@ def test_short_intervals_are_gathered_and_the_rest_comes_with_the_end() -> None:
     assert broker.answer(1).text == text_of(*range(8))
 
 
-def test_a_failure_of_the_engine_frees_the_slot_and_is_told() -> None:
+def test_an_engine_failure_is_sent_and_frees_the_slot() -> None:
     world = serving(capacity=1)
     (broker,) = world.brokers
     broker.assign(1)
@@ -361,7 +363,7 @@ def test_large_output_is_split_and_arrives_whole() -> None:
     assert broker.answer(1).text == broker.answer(2).text == text
 
 
-def test_an_event_too_large_for_any_output_fails_its_request_alone() -> None:
+def test_an_event_too_large_for_any_output_fails_only_its_request() -> None:
     world = serving()
     (broker,) = world.brokers
     broker.assign(1)
@@ -381,7 +383,7 @@ def test_an_event_too_large_for_any_output_fails_its_request_alone() -> None:
 # --- credit ---------------------------------------------------------------------------------------
 
 
-def test_credit_is_cumulative_and_comes_back_on_every_path() -> None:
+def test_credit_is_cumulative_and_returns_on_every_path() -> None:
     world = serving(capacity=4)
     (broker,) = world.brokers
     for number in range(1, 5):
@@ -392,13 +394,13 @@ def test_credit_is_cumulative_and_comes_back_on_every_path() -> None:
     broker.cancel(3)
     world.obey_cancels()
     assert broker.free == 3
-    world.advance(1.1)  # number 4 is past its time to live
+    world.advance(1.1)  # request 4 is past its time to live
     assert broker.free == 3, "its slot is free when the engine has let it go"
     world.obey_cancels()
     assert (broker.free, broker.granted) == (4, 8)
 
 
-def test_an_assignment_beyond_the_grant_is_rejected_and_keeps_the_counts_in_step() -> None:
+def test_an_assignment_beyond_the_grant_is_rejected_and_counts_stay_consistent() -> None:
     world = serving(capacity=1)
     (broker,) = world.brokers
     broker.assign(1)
@@ -421,7 +423,7 @@ def test_an_assignment_to_a_loading_worker_is_rejected_and_does_not_change_its_g
     assert broker.free == 2
 
 
-def test_a_model_that_is_not_served_is_rejected_and_the_credit_returned() -> None:
+def test_a_request_for_an_unserved_model_is_rejected_and_its_credit_returned() -> None:
     world = serving(capacity=1)
     (broker,) = world.brokers
     broker.assign(1, model="other")
@@ -429,7 +431,7 @@ def test_a_model_that_is_not_served_is_rejected_and_the_credit_returned() -> Non
     assert (reject.error.code, reject.granted, broker.free) == ("model_unavailable", 2, 1)
 
 
-def test_a_broken_request_fails_alone_and_the_credit_returns() -> None:
+def test_a_malformed_request_fails_alone_and_its_credit_returns() -> None:
     world = serving(capacity=1)
     (broker,) = world.brokers
     broker.assign(1, request=codec.pack({"model": "demo", "window": 0}))
@@ -445,7 +447,7 @@ def test_a_broken_request_fails_alone_and_the_credit_returns() -> None:
     assert (broker.free, world.jobs) == (1, {})
 
 
-def test_requests_still_held_count_against_the_grant_of_a_new_session() -> None:
+def test_held_requests_count_against_the_grant_of_a_new_session() -> None:
     world = serving(capacity=3)
     (broker,) = world.brokers
     broker.assign(1)
@@ -479,7 +481,7 @@ def test_no_token_at_or_past_the_window_is_sent_and_the_rest_is_coalesced() -> N
     assert isinstance(broker.answer(1).end, EndEvent)
 
 
-def test_a_window_inside_an_event_cuts_it_and_its_text_follows() -> None:
+def test_a_window_within_an_event_splits_it_and_its_text_follows() -> None:
     world = serving()
     (broker,) = world.brokers
     broker.assign(1, window=2)
@@ -502,7 +504,7 @@ def test_a_late_or_repeated_window_does_no_harm() -> None:
     assert broker.answer(1).token_ids == [0, 1, 2, 3]
 
 
-def test_a_client_that_takes_nothing_for_a_minute_fails_as_slow_consumer() -> None:
+def test_a_client_that_reads_nothing_for_a_minute_fails_as_slow_consumer() -> None:
     world = serving(capacity=1)
     (broker,) = world.brokers
     broker.assign(1, window=1)
@@ -518,7 +520,7 @@ def test_a_client_that_takes_nothing_for_a_minute_fails_as_slow_consumer() -> No
     assert broker.free == 1
 
 
-def test_a_client_that_takes_a_token_now_and_then_is_only_slow() -> None:
+def test_a_client_that_reads_a_token_now_and_then_is_only_slow() -> None:
     world = serving()
     (broker,) = world.brokers
     broker.assign(1, window=1)
@@ -569,7 +571,7 @@ def test_cancel_of_an_answer_that_waits_for_its_window_ends_it() -> None:
 
 
 def test_the_end_of_a_cancelled_request_does_not_wait_for_a_window() -> None:
-    """Found by the simulation: a killed client's request was kept until the window's time limit."""
+    """Found by the simulation: a killed client's request was kept until the window timed out."""
     world = serving()
     (broker,) = world.brokers
     broker.assign(1, window=1)
@@ -609,7 +611,7 @@ def test_a_lost_stream_is_replayed_from_any_offset(have: int) -> None:
     world.generate(1, 0, 1)
     world.generate(1, 2)
     broker.lose()
-    world.generate(1, 3)  # it runs on
+    world.generate(1, 3)  # it keeps running
     world.advance(1.0)
     broker.connect()
     (held,) = broker.came(MessageType.HELLO)[-1].holds
@@ -641,7 +643,7 @@ def test_text_is_replayed_from_any_character(characters: int) -> None:
     assert answer.text == "abcdefghij"
 
 
-def test_log_probabilities_and_prompt_facts_are_replayed() -> None:
+def test_logprobs_and_prompt_events_are_replayed() -> None:
     world = serving()
     (broker,) = world.brokers
     broker.assign(1, logprobs=0, echo=True)
@@ -658,7 +660,7 @@ def test_log_probabilities_and_prompt_facts_are_replayed() -> None:
     assert [type(event).__name__ for event in broker.outputs[-1][1]] == ["TokensEvent"]
 
 
-def test_an_attached_stream_keeps_to_the_new_window_and_epoch() -> None:
+def test_an_attached_stream_uses_the_new_window_and_epoch() -> None:
     world = serving()
     (broker,) = world.brokers
     broker.assign(1)
@@ -669,7 +671,7 @@ def test_an_attached_stream_keeps_to_the_new_window_and_epoch() -> None:
     assert broker.free == 1, "attaching spends no credit"
 
 
-def test_an_ended_request_is_replayed_for_a_minute_end_included() -> None:
+def test_an_ended_request_can_be_replayed_with_its_end_for_a_minute() -> None:
     world = serving()
     (broker,) = world.brokers
     broker.assign(1)
@@ -686,7 +688,7 @@ def test_an_ended_request_is_replayed_for_a_minute_end_included() -> None:
     assert broker.came(MessageType.REJECT)[-1].error.retryable
 
 
-def test_what_nobody_resumes_is_cancelled_after_the_grace_time_and_told_to_those_who_wait() -> None:
+def test_requests_that_nobody_resumes_are_cancelled_after_the_grace_and_reported() -> None:
     world = serving(capacity=1, grace_s=30.0)
     (broker,) = world.brokers
     broker.assign(1)
@@ -706,9 +708,7 @@ def test_what_nobody_resumes_is_cancelled_after_the_grace_time_and_told_to_those
     assert set(world.jobs) == {request_id(1)}
 
 
-def test_a_resume_while_the_engine_still_lets_go_of_the_abandoned_run_gets_a_job_of_its_own() -> (
-    None
-):
+def test_a_resume_while_the_engine_still_cancels_the_abandoned_run_gets_a_new_job() -> None:
     world = serving(capacity=2)
     (broker,) = world.brokers
     broker.assign(1)
@@ -727,7 +727,7 @@ def test_a_resume_while_the_engine_still_lets_go_of_the_abandoned_run_gets_a_job
     assert broker.free == 2
 
 
-def test_a_request_that_ended_without_a_session_is_told_to_the_broker_that_heard_of_it() -> None:
+def test_a_request_that_ended_without_a_session_is_reported_to_the_broker_that_knows_it() -> None:
     world = serving()
     (broker,) = world.brokers
     broker.assign(1)
@@ -740,7 +740,7 @@ def test_a_request_that_ended_without_a_session_is_told_to_the_broker_that_heard
     assert broker.free == 2
 
 
-def test_a_duplicate_id_attaches_and_gives_its_credit_back() -> None:
+def test_a_duplicate_id_attaches_and_returns_its_credit() -> None:
     world = serving(capacity=2)
     (broker,) = world.brokers
     broker.assign(1)
@@ -752,7 +752,7 @@ def test_a_duplicate_id_attaches_and_gives_its_credit_back() -> None:
     assert broker.outputs[-1][1][0].token_ids == [0, 1]
 
 
-def test_a_copy_of_the_present_assignment_changes_nothing() -> None:
+def test_a_copy_of_the_current_assignment_changes_nothing() -> None:
     world = serving(capacity=2)
     (broker,) = world.brokers
     broker.assign(1)
@@ -774,7 +774,7 @@ def test_an_older_epoch_is_rejected() -> None:
     assert broker.free == 1
 
 
-def test_a_foreign_request_goes_on_after_the_tokens_that_came_with_it() -> None:
+def test_a_request_from_another_worker_continues_after_the_tokens_in_its_resume() -> None:
     world = serving()
     (broker,) = world.brokers
     answer = broker.answer(1)
@@ -787,7 +787,7 @@ def test_a_foreign_request_goes_on_after_the_tokens_that_came_with_it() -> None:
 
 
 @pytest.mark.parametrize("tokens", [[0, 5, 6], [0, 5], [5]])
-def test_a_client_that_has_other_tokens_is_continued_from_its_own_in_the_same_slot(
+def test_a_request_resumed_with_other_tokens_continues_from_those_in_the_same_slot(
     tokens: list[int],
 ) -> None:
     world = serving(capacity=1)
@@ -803,7 +803,7 @@ def test_a_client_that_has_other_tokens_is_continued_from_its_own_in_the_same_sl
     assert world.cancels == [request_id(1)]
     assert broker.finished == [], "for the broker it goes on"
     (job,) = set(world.jobs) - {request_id(1)}
-    world.generate(1, 2)  # the old run, before it notices
+    world.generate(1, 2)  # the old run, before it is cancelled
     assert broker.free == 0
     world.obey_cancels()
     assert broker.free == 0, "the new run took the slot over"
@@ -815,7 +815,7 @@ def test_a_client_that_has_other_tokens_is_continued_from_its_own_in_the_same_sl
 
 
 @pytest.mark.parametrize("obeyed", [True, False])
-def test_a_request_that_was_moved_away_and_comes_back_goes_on_and_is_not_cancelled(
+def test_a_request_that_moved_away_and_comes_back_continues_and_is_not_cancelled(
     obeyed: bool,
 ) -> None:
     world = serving(capacity=2)
@@ -839,7 +839,7 @@ def test_a_request_that_was_moved_away_and_comes_back_goes_on_and_is_not_cancell
     assert broker.free == 2
 
 
-def test_a_client_that_has_less_than_was_resumed_here_is_continued_from_what_it_has() -> None:
+def test_a_second_resume_with_fewer_tokens_continues_from_those() -> None:
     world = serving(capacity=1)
     (broker,) = world.brokers
     broker.assign(1, resume=resume(1, [7, 8], 0))  # two tokens without text
@@ -848,7 +848,7 @@ def test_a_client_that_has_less_than_was_resumed_here_is_continued_from_what_it_
     assert len(world.jobs) == 2
 
 
-def test_a_retryable_failure_is_run_again_when_it_is_resumed() -> None:
+def test_a_request_with_a_retryable_failure_runs_again_when_it_is_resumed() -> None:
     world = serving()
     (broker,) = world.brokers
     broker.assign(1)
@@ -857,7 +857,7 @@ def test_a_retryable_failure_is_run_again_when_it_is_resumed() -> None:
     assert set(world.jobs) == {request_id(1)}
 
 
-def test_a_stale_worker_drops_what_the_broker_says_runs_elsewhere() -> None:
+def test_a_stale_worker_drops_requests_that_the_broker_says_run_elsewhere() -> None:
     world = serving(capacity=1)
     (broker,) = world.brokers
     broker.assign(1)
@@ -871,7 +871,7 @@ def test_a_stale_worker_drops_what_the_broker_says_runs_elsewhere() -> None:
     assert broker.free == 1
 
 
-def test_ended_requests_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_requests_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "KEPT_REQUESTS", 3)
     world = serving()
     (broker,) = world.brokers
@@ -902,7 +902,7 @@ def test_an_ended_answer_that_cannot_be_kept_for_a_slow_client_fails(
     assert broker.answer(2).end is None
 
 
-def test_nothing_is_left_of_requests_that_nobody_can_ask_for_any_more() -> None:
+def test_nothing_is_left_of_requests_that_can_no_longer_be_resumed() -> None:
     world = serving()
     (broker,) = world.brokers
     for number in range(1, 2001):
@@ -918,7 +918,7 @@ def test_nothing_is_left_of_requests_that_nobody_can_ask_for_any_more() -> None:
     assert len(world.core._connections[0].routes) <= 64
 
 
-def test_an_answer_that_ended_long_ago_is_kept_for_a_client_that_still_takes_it() -> None:
+def test_an_answer_that_ended_long_ago_is_kept_for_a_client_that_still_reads_it() -> None:
     world = serving()
     (broker,) = world.brokers
     broker.assign(1, window=1)
@@ -935,8 +935,8 @@ def test_an_answer_that_ended_long_ago_is_kept_for_a_client_that_still_takes_it(
     assert not world.core._requests.holds()
 
 
-def test_a_request_that_ends_while_hello_is_answered_is_told_to_have_ended() -> None:
-    """Found by the simulation: the broker waited for ever for what HELLO had named as running."""
+def test_a_request_that_ends_before_welcome_is_reported_as_ended() -> None:
+    """Found by the simulation: the broker waited forever for a request that HELLO had named."""
     world = serving()
     (broker,) = world.brokers
     broker.assign(1)
@@ -951,7 +951,7 @@ def test_a_request_that_ends_while_hello_is_answered_is_told_to_have_ended() -> 
     assert broker.finished == [(request_id(1), "stop")]
 
 
-def test_an_ended_answer_is_kept_from_the_moment_at_which_its_client_was_lost() -> None:
+def test_an_ended_answer_is_kept_from_the_moment_its_client_was_lost() -> None:
     world = serving()
     (broker,) = world.brokers
     broker.assign(1, window=1)
@@ -966,7 +966,7 @@ def test_an_ended_answer_is_kept_from_the_moment_at_which_its_client_was_lost() 
     assert broker.answer(1).text == text_of(0, 1)
 
 
-def test_what_nobody_takes_is_given_up_before_what_somebody_waits_for(
+def test_answers_that_nobody_reads_are_dropped_before_those_with_a_reader(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(limits, "KEPT_REQUESTS", 2)
@@ -1001,7 +1001,7 @@ def test_while_the_socket_is_full_streams_coalesce_and_catch_up_afterwards() -> 
     assert isinstance(broker.answer(1).end, EndEvent)
 
 
-def test_an_end_that_cannot_be_kept_for_a_full_socket_is_told_as_a_failure(
+def test_an_end_that_cannot_be_kept_for_a_full_socket_is_sent_as_a_failure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(limits, "KEPT_REQUESTS", 1)
@@ -1022,7 +1022,7 @@ def test_an_end_that_cannot_be_kept_for_a_full_socket_is_told_as_a_failure(
 # --- engine ---------------------------------------------------------------------------------------
 
 
-def test_a_dead_engine_is_told_and_the_worker_comes_back_as_loading() -> None:
+def test_a_dead_engine_is_reported_and_the_worker_is_loading_again() -> None:
     world = serving()
     (broker,) = world.brokers
     broker.assign(1)
@@ -1042,7 +1042,7 @@ def test_a_dead_engine_is_told_and_the_worker_comes_back_as_loading() -> None:
     assert broker.free == 2
 
 
-def test_an_engine_that_hangs_is_told_killed_and_replaced() -> None:
+def test_a_hung_engine_is_reported_killed_and_replaced() -> None:
     world = serving(stall_s=120.0)
     (broker,) = world.brokers
     world.advance(500.0)  # idle is not hanging
@@ -1065,7 +1065,7 @@ def test_a_busy_engine_that_makes_progress_is_left_alone() -> None:
     assert world.restarts == []
 
 
-def test_an_engine_that_cannot_be_had_ends_the_worker() -> None:
+def test_an_engine_that_cannot_be_loaded_ends_the_worker() -> None:
     world = serving()
     world.tell(events.WorkerFailed("no such model"))
     assert world.brokers[0].came(MessageType.GOODBYE)[0].message == "no such model"
@@ -1097,7 +1097,7 @@ def test_a_drained_worker_announces_it_finishes_and_says_goodbye() -> None:
     assert world.exit.code == 0
 
 
-def test_a_drain_ends_at_its_deadline_whatever_runs() -> None:
+def test_a_drain_ends_at_its_deadline_whatever_is_running() -> None:
     world = serving()
     (broker,) = world.brokers
     broker.assign(1)
@@ -1165,7 +1165,7 @@ def test_the_credit_of_a_lost_broker_goes_to_the_others() -> None:
     assert two.free == 4
 
 
-def test_credit_that_an_idle_broker_does_not_need_goes_to_one_where_requests_wait() -> None:
+def test_an_idle_brokers_spare_credit_goes_to_a_broker_with_waiting_requests() -> None:
     world = serving(brokers=2, capacity=2)
     one, two = world.brokers
     assert one.came(MessageType.HELLO)[0].brokers == 2
@@ -1179,7 +1179,7 @@ def test_credit_that_an_idle_broker_does_not_need_goes_to_one_where_requests_wai
     assert (one.free, two.free) == (0, 2)
 
 
-def test_credit_that_was_spent_meanwhile_stays_and_may_be_asked_for_again() -> None:
+def test_credit_spent_in_the_meantime_stays_and_can_be_recalled_again() -> None:
     world = serving(brokers=2, capacity=1)
     one, two = world.brokers
     two.beat(waiting=1)
@@ -1195,7 +1195,7 @@ def test_credit_that_was_spent_meanwhile_stays_and_may_be_asked_for_again() -> N
     assert two.came(MessageType.CREDIT)[-1].recalled == 1
 
 
-def test_two_brokers_with_more_than_they_can_spend_are_served_in_turn() -> None:
+def test_two_brokers_with_more_requests_than_credit_are_served_in_turn() -> None:
     world = serving(brokers=2, capacity=1)
     one, two = world.brokers
     turns = []
@@ -1209,7 +1209,7 @@ def test_two_brokers_with_more_than_they_can_spend_are_served_in_turn() -> None:
     assert turns == [0, 1, 0, 1, 0, 1]
 
 
-def test_brokers_where_nothing_waits_are_left_alone() -> None:
+def test_no_credit_is_recalled_while_nothing_waits() -> None:
     world = serving(brokers=2, capacity=1)
     one, two = world.brokers
     world.advance(60.0)
@@ -1218,7 +1218,7 @@ def test_brokers_where_nothing_waits_are_left_alone() -> None:
         assert all(credit.recalled == 0 for credit in broker.came(MessageType.CREDIT))
 
 
-def test_a_broker_that_gives_back_more_than_it_has_breaks_the_protocol() -> None:
+def test_returning_more_credit_than_granted_is_a_protocol_error() -> None:
     world = serving(brokers=2, capacity=2)
     one, two = world.brokers
     two.beat(waiting=2)
@@ -1242,8 +1242,8 @@ def test_a_stream_moves_from_one_broker_to_another() -> None:
     assert one.free + two.free == 4
 
 
-def test_a_broker_that_cancels_what_moved_away_or_is_gone_need_not_wait_for_its_end() -> None:
-    """Found by the simulation: it counted the request as running for ever."""
+def test_a_cancel_of_a_request_that_moved_away_or_is_gone_is_answered() -> None:
+    """Found by the simulation: the broker counted the request as running forever."""
     world = serving(brokers=2, capacity=4)
     one, two = world.brokers
     one.assign(1)
@@ -1255,7 +1255,7 @@ def test_a_broker_that_cancels_what_moved_away_or_is_gone_need_not_wait_for_its_
     assert world.cancels == []
 
 
-def test_a_failed_attempt_that_another_broker_has_run_again_is_over_for_the_first() -> None:
+def test_a_failed_run_that_another_broker_restarted_is_over_for_the_first() -> None:
     """Found by the simulation: the failure waited for the window of a client that had moved on."""
     world = serving(brokers=2, capacity=4)
     one, two = world.brokers
@@ -1268,5 +1268,5 @@ def test_a_failed_attempt_that_another_broker_has_run_again_is_over_for_the_firs
     assert request_id(1) in world.jobs
 
 
-def test_bodies_of_the_test_are_what_clients_send() -> None:
+def test_the_tests_bodies_have_the_form_that_clients_send() -> None:
     assert codec.unpack(body(window=3), 1000)["window"] == 3

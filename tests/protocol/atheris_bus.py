@@ -1,13 +1,13 @@
-"""Coverage-guided fuzzing, with atheris, which is no part of the extras (`pip install atheris`):
+"""Coverage-guided fuzzing with atheris, which no extra installs (`pip install atheris`):
 
     python -m tests.protocol.atheris_bus seeds CORPUS       # the golden bytes
     python -m tests.protocol.atheris_bus codec CORPUS -max_total_time=60
     python -m tests.protocol.atheris_bus ports -max_total_time=60 -len_control=0 -max_len=1500
 
-`codec` decodes bytes as every body that there is. `ports` puts frames into both ports of a
-broker's loop, beside an honest client and an honest worker whose stream must come out unaltered;
-only the sockets below it are made of lists. Ends at the first finding and writes the bytes that
-made it to a file, which `python -m tests.protocol.atheris_bus ports FILE` repeats.
+`codec` decodes bytes as every type of body. `ports` feeds frames into both ports of a broker's
+loop, beside an honest client and an honest worker whose stream must come out unaltered; only the
+sockets are simulated. It stops at the first finding and writes the bytes to a file, which `python
+-m tests.protocol.atheris_bus ports FILE` runs again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _SEEDS: Final[list[Frames]] = [
     for frames in json.loads(_GOLDEN.read_text()).values()
 ]
 HONEST: Final = b"\x77" * limits.ID_BYTES
-"""The request of the honest client, which no stranger knows."""
+"""The honest client's request, whose id no stranger knows."""
 _BODIES: Final[tuple[type, ...]] = (
     m.Hello,
     m.Welcome,
@@ -69,7 +69,7 @@ _BODIES: Final[tuple[type, ...]] = (
 
 
 def codec_takes(raw: bytes) -> None:
-    """Only ProtocolError comes out of the codec, only RequestError out of admission."""
+    """The codec raises only ProtocolError, and admission only RequestError."""
     for type_ in _BODIES:
         try:
             value = codec.decode(type_, raw, limits.MAX_REQUEST_BYTES)
@@ -94,7 +94,7 @@ def codec_takes(raw: bytes) -> None:
 
 
 class _Frame:
-    """What `recv(copy=False)` gives."""
+    """The result of `recv(copy=False)`."""
 
     def __init__(self, raw: bytes, more: bool) -> None:
         self.bytes = raw
@@ -158,7 +158,7 @@ class _Peer:
 
 
 class _Ports:
-    """A broker's loop over two such sockets; the clock stands still but for `pass_time`."""
+    """A broker's loop over two such sockets; only `pass_time` moves the clock."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
@@ -200,7 +200,7 @@ def _no_log(*_: object) -> None:
 
 
 def ports_take(raw: bytes) -> None:
-    """Whatever strangers say, an honest stream beside them is whole."""
+    """Whatever strangers send, the honest stream is complete."""
     data = atheris.FuzzedDataProvider(raw)
     ports = _Ports()
     try:
@@ -243,7 +243,7 @@ def _honest_and_strangers(data: Any, ports: _Ports) -> None:
 
 
 def _stranger(data: Any, ports: _Ports, sequences: dict[tuple[Side, bytes], int]) -> None:
-    """One message of one of some strangers, most often with the header that it should have."""
+    """One message from one of several strangers, usually with a valid header."""
     if data.ConsumeProbability() < 0.1:
         ports.pass_time(data.ConsumeIntInRange(0, 200) / 10)
     side = Side.FRONT if data.ConsumeBool() else Side.BACK
@@ -280,7 +280,7 @@ def _stranger(data: Any, ports: _Ports, sequences: dict[tuple[Side, bytes], int]
 
 
 def _known_ids(ports: _Ports, side: Side, routing_id: bytes, other: bytes) -> list[bytes]:
-    """Ids that this stranger can know, and some other."""
+    """Ids that this stranger can know, and one other."""
     core = ports.core
     table: Any = core.clients if side is Side.FRONT else core.workers
     sessions = [table[routing_id].id] if routing_id in table else []

@@ -1,4 +1,5 @@
-"""What a decide request may ask: refused by name, whoever reads it first."""
+"""What a decide request may ask; anything else is refused by name, by whichever party reads it
+first."""
 
 from __future__ import annotations
 
@@ -62,7 +63,9 @@ def test_a_state_is_text_a_map_or_a_list(state: Any) -> None:
         ),
     ],
 )
-def test_what_cannot_be_answered_is_refused_by_name(body: dict[str, Any], words: list[str]) -> None:
+def test_questions_that_cannot_be_answered_are_refused_by_name(
+    body: dict[str, Any], words: list[str]
+) -> None:
     with pytest.raises(RequestError) as caught:
         read(**body)
     assert caught.value.info.code == "invalid_request"
@@ -80,7 +83,7 @@ def test_what_cannot_be_answered_is_refused_by_name(body: dict[str, Any], words:
         {"questions": {"same": {"type": "score", "criteria": ["like img-1"]}}},
     ],
 )
-def test_an_image_stands_anywhere_in_the_state_or_a_question(place: dict[str, Any]) -> None:
+def test_an_image_may_be_anywhere_in_the_state_or_a_question(place: dict[str, Any]) -> None:
     request = read(1, **({"questions": {"refund": REFUND}, "assets": {"img-1": 0}} | place))
     assert request.assets == {"img-1": 0}
 
@@ -107,8 +110,8 @@ def test_no_other_kind_takes_a_state() -> None:
     assert "complete takes no `state`" in caught.value.info.message
 
 
-def test_a_peer_that_does_not_know_decide_passes_over_it() -> None:
-    """A broker refuses a HELLO with a kind in `kinds` that it does not know."""
+def test_a_peer_that_does_not_know_decide_ignores_it() -> None:
+    """A broker refuses a HELLO with an unknown kind in `kinds`."""
     info = ModelInfo(name="judge", **kind_fields(Kind))
     assert "decide" not in info.kinds and info.further_kinds == ("decide",)
     told = codec.unpack(codec.encode(Hello(role="worker", name="w", models=[info])), 1 << 20)
@@ -116,5 +119,5 @@ def test_a_peer_that_does_not_know_decide_passes_over_it() -> None:
     told["models"][0]["further_kinds"] += ["something new"]
     read_back = codec.convert(told, Hello).models[0]
     assert read_back.further_kinds == ("decide", "something new")
-    # A relay passes on what it knows.
+    # A relay passes on the kinds that it knows.
     assert kind_fields([*read_back.kinds, *read_back.further_kinds])["further_kinds"] == ("decide",)

@@ -1,4 +1,4 @@
-"""Whatever bytes come in, only ProtocolError comes out."""
+"""Whatever bytes arrive, only ProtocolError is raised."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_valid_messages_with_bytes_flipped_cut_and_inserted(raw: bytes, data: An
         b"",
     ],
 )
-def test_bytes_made_to_hurt(raw: bytes) -> None:
+def test_hostile_bytes(raw: bytes) -> None:
     _only_protocol_error(raw)
 
 

@@ -32,7 +32,7 @@ def test_a_prefix_sealed_with_a_sequence_is_a_header() -> None:
         (struct.pack(">2sBBHH16sQ", b"\xc5\x42", 1, 1, 0, 7, bytes(16), 0), "reserved"),
     ],
 )
-def test_anything_else_is_refused_with_its_cause(frame: bytes, cause: str) -> None:
+def test_any_other_frame_is_refused_with_its_cause(frame: bytes, cause: str) -> None:
     with pytest.raises(ProtocolError, match=cause):
         header.decode(frame)
 

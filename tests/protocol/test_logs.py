@@ -1,4 +1,4 @@
-"""Broker, worker and gateway log in one style, and a peer's words cannot forge a line."""
+"""Broker, worker and gateway log in one style, and a peer's text cannot forge a line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_line_is_time_level_event_and_fields() -> None:
 
 @pytest.mark.parametrize("as_json", [True, False])
 @pytest.mark.parametrize("name", [FORGED, "a\x1b[31mb", "a\u2028b", "a\rb"])
-def test_a_peers_words_stay_within_their_line(name: str, as_json: bool) -> None:
+def test_a_peers_text_stays_within_its_line(name: str, as_json: bool) -> None:
     for written in (
         logs.line(0.0, "info", "model", {"name": name}, as_json=as_json),
         logs.line(0.0, "info", "model", {name: 1}, as_json=as_json),
@@ -57,6 +57,6 @@ def test_a_traceback_is_a_field_of_a_json_line() -> None:
     assert "ValueError: no" in json.loads(written)["traceback"]
 
 
-def test_what_no_terminal_shows_is_json() -> None:
+def test_without_a_terminal_lines_are_json() -> None:
     assert logs.is_json("auto", io.StringIO()) and logs.is_json("auto", None)
     assert logs.is_json("json", sys.stderr) and not logs.is_json("text", None)

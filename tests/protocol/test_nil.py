@@ -1,4 +1,4 @@
-"""nil for a key that may be left out counts as absent, and nowhere else (SPEC.md section 4)."""
+"""nil for an optional key counts as absent, and nowhere else (SPEC.md section 4)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def decode(type_: Any, **body: Any) -> Any:
 
 
 def _with_nils(value: Any) -> Any:
-    """What a language without absent keys writes: every optional field, nil where it is unset."""
+    """What a language without absent keys writes: every optional field, nil if it is unset."""
     if isinstance(value, msgspec.Struct):
         fields = msgspec.structs.fields(value)
         if value.__struct_config__.array_like:
@@ -57,19 +57,19 @@ BODIES = [
 
 
 @pytest.mark.parametrize(("name", "index", "body"), BODIES, ids=[f"{n}-{i}" for n, i, _ in BODIES])
-def test_a_peer_may_write_nil_for_all_that_it_leaves_out(name: str, index: int, body: Any) -> None:
+def test_a_peer_may_write_nil_for_every_optional_key(name: str, index: int, body: Any) -> None:
     frame = msgpack.packb(_with_nils(body))
     assert codec.decode(type(body), frame, 8 << 20) == body
 
 
-def test_nil_where_no_default_stands_is_wrong() -> None:
+def test_nil_for_a_required_key_is_an_error() -> None:
     with pytest.raises(ProtocolError, match=r"window"):
         decode(m.Request, model="demo", window=None)
     with pytest.raises(ProtocolError, match=r"`str`"):
         decode(m.Hello, role="client", name=None, software=None)
 
 
-def test_nil_as_an_item_of_an_array_is_wrong() -> None:
+def test_nil_as_an_item_of_an_array_is_an_error() -> None:
     with pytest.raises(ProtocolError, match=r"stop"):
         decode(m.Request, model="demo", window=1, params={"stop": [None], "seed": None})
 
@@ -81,12 +81,12 @@ def test_nil_in_a_free_form_value_is_data() -> None:
     assert request.template_args == {"system": None}
 
 
-def test_an_error_after_nil_was_taken_still_names_the_field() -> None:
+def test_an_error_after_an_accepted_nil_still_names_the_field() -> None:
     with pytest.raises(ProtocolError, match=r"temperature"):
         decode(m.Request, model="demo", window=1, user=None, params={"temperature": "hot"})
 
 
-def test_a_whole_number_stands_for_a_float_and_never_a_float_for_a_whole_number() -> None:
+def test_an_int_is_accepted_as_a_float_but_never_a_float_as_an_int() -> None:
     assert decode(m.Params, temperature=0).temperature == 0.0
     with pytest.raises(ProtocolError, match=r"`int.*`float`.*max_tokens"):
         decode(m.Params, max_tokens=4.0)

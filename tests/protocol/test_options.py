@@ -1,4 +1,4 @@
-"""Options are read alike by every party: no abbreviation, nothing misspelt in silence."""
+"""Every party reads options alike: no abbreviations, and misspellings are reported."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ def test_a_switch_is_off(text: str) -> None:
     assert parse_bool(text) is False
 
 
-def test_another_word_is_no_switch() -> None:
+def test_any_other_word_is_refused_as_a_switch() -> None:
     with pytest.raises(ValueError, match="'maybe' is neither true nor false"):
         parse_bool("maybe")
 
 
-def test_a_count_is_a_whole_number_from_one_up() -> None:
+def test_a_count_is_an_integer_of_1_or_more() -> None:
     assert count("12") == 12
     for text in ("0", "-1", "1.5", "many", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="must be 1 or more, got "):
             count(text)
 
 
-def test_a_word_in_place_of_a_number_is_within_no_bounds() -> None:
+def test_a_word_instead_of_a_number_is_refused() -> None:
     assert number("1e3") == 1000
     assert not number("many") <= 1 and not number("many") > 1
 
 
-def test_a_misspelt_variable_is_named_with_the_nearest() -> None:
+def test_the_error_for_a_misspelled_variable_names_the_nearest_one() -> None:
     environment = {"TOKENBUS_BACKK": "x", "TOKENBUS_BACK": "x", "PATH": "/bin"}
     (line,) = misspelt(environment, ["TOKENBUS_BACK", "TOKENBUS_FRONT"])
     assert line == "TOKENBUS_BACKK is set but is not an option; did you mean TOKENBUS_BACK?"
 
 
-def test_each_party_answers_for_its_own_names() -> None:
+def test_each_party_checks_only_its_own_variables() -> None:
     environment = {"TOKENBUS_WORKER_MODEL": "x", "TOKENBUS_GATEWAY_PORTT": "1", "TOKENBUS_X": "x"}
     (broker,) = misspelt(environment, ["TOKENBUS_FRONT"])
     assert broker.startswith("TOKENBUS_X ")
@@ -51,7 +51,7 @@ def test_each_party_answers_for_its_own_names() -> None:
     assert "did you mean TOKENBUS_GATEWAY_PORT?" in gateway
 
 
-def test_what_kubernetes_sets_for_a_service_is_not_ours() -> None:
+def test_variables_that_kubernetes_sets_for_a_service_are_ignored() -> None:
     environment = {
         "TOKENBUS_SERVICE_HOST": "10.0.0.1",
         "TOKENBUS_SERVICE_PORT_FRONT": "5555",
@@ -82,7 +82,7 @@ def test_all_wrong_options_are_named_at_once() -> None:
     ]
 
 
-def test_wrong_values_are_told_beside_wrong_names() -> None:
+def test_wrong_values_are_reported_together_with_wrong_names() -> None:
     made = parser()
     made.add_argument("--slots", type=int)
     made.add_argument("--device", choices=["cpu", "cuda"])
@@ -92,11 +92,11 @@ def test_wrong_values_are_told_beside_wrong_names() -> None:
     gpus, slots, device, again = str(caught.value).splitlines()
     assert "choose them with --gpus" in gpus
     assert "'many'" in slots and "'gpu'" in device and "'few'" in again
-    # Nothing of it stays for the next command line.
+    # Nothing remains for the next command line.
     assert made.parse_args(["--slots", "3"]).slots == 3
 
 
-def test_a_wrong_value_of_a_command_is_told_as_well() -> None:
+def test_a_wrong_value_of_a_subcommand_is_reported_too() -> None:
     made = parser()
     made.add_subparsers().add_parser("ask").add_argument("--seed", type=int)
     with pytest.raises(Wrong) as caught:
@@ -115,14 +115,14 @@ def test_the_nearest_command_is_named() -> None:
         made.parse_args(["xyz"])
 
 
-def test_dashes_make_no_option_near() -> None:
+def test_dashes_alone_do_not_make_options_similar() -> None:
     made = parser()
     made.add_argument("--stop")
     with pytest.raises(Wrong, match="no option --tmp; --help"):
         made.parse_args(["--tmp", "1"])
 
 
-def test_a_beginning_is_not_an_option() -> None:
+def test_an_abbreviation_is_not_an_option() -> None:
     with pytest.raises(Wrong, match="did you mean --prompt-logprobs"):
         parser().parse_args(["--prompt-logprob", "3"])
 
@@ -134,14 +134,14 @@ def test_a_commands_own_options_are_known() -> None:
         made.parse_args(["ask", "--temprature", "1"])
 
 
-def test_without_an_exception_of_its_own_it_ends_with_status_2() -> None:
+def test_by_default_a_wrong_option_exits_with_status_2() -> None:
     with pytest.raises(SystemExit) as caught:
         OptionParser().parse_args(["--colour"])
     assert caught.value.code == 2
     assert isinstance(OptionParser(), argparse.ArgumentParser)
 
 
-def test_only_options_of_the_command_that_was_given_are_near() -> None:
+def test_only_options_of_the_given_command_are_suggested() -> None:
     parser = OptionParser(raises=ValueError)
     commands = parser.add_subparsers()
     commands.add_parser("embed").add_argument("--model")

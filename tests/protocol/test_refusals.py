@@ -1,4 +1,4 @@
-"""Wrong keys wait longer and longer, each source for itself, and the past is forgotten."""
+"""The delay for wrong keys grows, separately for each source, and is forgotten over time."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from broker.protocol import refusals
 from broker.protocol.refusals import WrongKeys
 
 
-def test_each_further_wrong_key_of_an_address_waits_twice_as_long_up_to_the_longest() -> None:
+def test_each_further_wrong_key_from_an_address_doubles_the_delay_up_to_a_limit() -> None:
     wrong = WrongKeys(8.0)
     assert [wrong.wait_s("1.2.3.4", 0.0) for _ in range(6)] == [1.0, 2.0, 4.0, 8.0, 8.0, 8.0]
     assert wrong.wait_s("1.2.3.5", 0.0) == 1.0, "another address"
 
 
-def test_a_quiet_minute_halves_the_wait_and_some_forget_it() -> None:
+def test_a_quiet_minute_halves_the_delay_and_several_remove_it() -> None:
     wrong = WrongKeys(8.0)
     for _ in range(4):
         wrong.wait_s("1.2.3.4", 0.0)
@@ -34,7 +34,7 @@ def test_a_quiet_minute_halves_the_wait_and_some_forget_it() -> None:
         ("", "", True),  # a socket file
     ],
 )
-def test_who_has_one_ipv6_address_has_its_whole_network(
+def test_all_ipv6_addresses_of_a_network_count_as_one_source(
     first: str, second: str, same: bool
 ) -> None:
     wrong = WrongKeys(8.0)
@@ -42,7 +42,7 @@ def test_who_has_one_ipv6_address_has_its_whole_network(
     assert wrong.wait_s(second, 0.0) == (2.0 if same else 1.0)
 
 
-def test_addresses_beyond_the_bound_push_out_the_one_heard_of_longest_ago(
+def test_addresses_beyond_the_limit_replace_the_one_seen_longest_ago(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(refusals, "MAX_SOURCES", 3)
