@@ -12,6 +12,7 @@ from typing import Final
 
 from broker.core.events import Side
 from broker.core.phases import MOVES, IllegalMoveError, Move, Phase
+from broker.core.resume_pace import ResumePace
 from broker.core.speed import Speed
 from broker.protocol.header import MessageType, prefix, seal
 from broker.protocol.liveness import Liveness
@@ -363,6 +364,7 @@ class RequestState:
         "order",
         "orphan_until_s",
         "outcome",
+        "pace",
         "preempted_s",
         "prefix_key",
         "priority",
@@ -431,6 +433,8 @@ class RequestState:
         #: Lost workers that came back with it, once per loss, and that the client has not been
         #: told of yet.
         self.returned: tuple[str, ...] = ()
+        #: How often it may still be resumed; None before the first time.
+        self.pace: ResumePace | None = None
         #: Until when a suspect waits for its lost workers to come back; None if it is not waiting.
         self.suspect_until_s: float | None = None
         #: Whether it is suspected: it runs alone next, or is doing so now.

@@ -9,6 +9,7 @@ from broker.core import admission, assignment, dispatch, endings, suspicion
 from broker.core.events import Frames
 from broker.core.phases import Phase
 from broker.core.records import ClientSession, RequestState, Route, WorkerSession
+from broker.core.resume_pace import ResumePace
 from broker.core.state import BusState
 from broker.protocol import codec, limits
 from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
@@ -47,6 +48,8 @@ def _resume(
                 ErrorCode.INVALID_REQUEST, "the epoch of a RESUME must be higher than any before"
             )
         return  # a copy
+    pace = (existing.pace if existing is not None else None) or ResumePace(bus.now_s)
+    pace.take(len(facts.token_ids), bus.now_s)
     order = next(bus.numbers) if existing is None else existing.order
     until_s = existing.suspect_until_s if existing is not None else None
     if existing is not None and existing.alone:
@@ -56,6 +59,7 @@ def _resume(
         if existing.client is not None and existing.client is not client:
             _detach_old_client(bus, existing, existing.client)
         if existing.worker is not None:
+            existing.pace = pace
             _attach(bus, client, existing, existing.worker, body, frames)
             return
         if existing.phase in (Phase.QUEUED, Phase.PARKED):
@@ -66,12 +70,12 @@ def _resume(
     elif (holder := _holder(bus, body)) is not None:
         # It came from another broker. A worker that does not have it any more will REJECT it.
         request = RequestState(request_id, body.model, bus.now_s)
-        request.order = order
+        request.order, request.pace = order, pace
         bus.requests[request_id] = request
         _attach(bus, client, request, holder, body, frames)
         return
     request = RequestState(request_id, body.model, since_s)
-    request.order = order or next(bus.numbers)
+    request.order, request.pace = order or next(bus.numbers), pace
     if existing is not None:
         request.moves, request.moved = existing.moves, existing.moved
         request.preempted_s = existing.preempted_s

@@ -166,6 +166,8 @@ class PeerConnection:
             allowed = "2" if self._most_frames == 2 else f"2 to {self._most_frames}"
             raise ProtocolError(f"message of {len(frames)} frames; it has {allowed}")
         head = header.decode(frames[0])
+        if len(frames) != 2 and head.type is not MessageType.ASSIGN:
+            raise ProtocolError(f"{head.type.name} of {len(frames)} frames; it has 2")
         if head.type is MessageType.REFUSE:
             # Whatever its sequence: 0 from a broker that does not know the session.
             return _refused(codec.decode(Refuse, frames[1], MAX_CONTROL_BYTES))

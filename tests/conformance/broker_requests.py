@@ -442,6 +442,35 @@ def broker_worker_comes_back(scene: BrokerScene) -> None:
         raise Broken("M7", f"ASSIGN {got.plain}; the worker holds it: attach was due")
 
 
+@case("broker", "M17")
+def broker_resume_loop(scene: BrokerScene) -> None:
+    """A worker rejects, and the client resumes at once, again and again: FAIL `overloaded` ends
+    that, and says when to come back."""
+    worker, client = scene.worker(), scene.client()
+    id_, _ = scene.running(client, worker)
+    epoch = 0
+    for _ in range(40):
+        worker.granted += 1
+        error = {"code": "draining", "message": "the kit rejects", "retryable": True}
+        worker.send(T.REJECT, id_, {"error": error, "granted": worker.granted})
+        interrupted(client, id_, "draining", "G4", lost=False)
+        epoch = next_epoch(epoch, scene.random)
+        scene.resume(client, id_, epoch)
+        got = client.next()
+        while got is not None and got.type is T.ACCEPTED and not got.body.worker:
+            got = client.next()
+        if got is not None and got.type is T.OUTPUT:
+            (event,) = got.body
+            told = isinstance(event, messages.FailEvent) and event.error
+            if not told or told.code != "overloaded" or not told.retryable:
+                raise Broken("M17", f"{event}; FAIL overloaded, retryable was due")
+            if not told.retry_after_ms or event.epoch != epoch:
+                raise Broken("M17", f"{event}; retry_after_ms and the epoch of the RESUME were due")
+            return
+        scene.assigned(worker, id_, "M7")
+    raise Broken("M17", "40 RESUMEs at the speed of the network")
+
+
 @case("broker", "M9")
 def broker_poison(scene: BrokerScene) -> None:
     """A request that three workers died of, alone: FAIL `poison`, and no worker gets it."""

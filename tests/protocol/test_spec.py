@@ -13,14 +13,10 @@ import pytest
 import zcbor
 from abnf import ParseError, Rule
 
-from broker.core.phases import MOVES
-from broker.peer.connection import State
 from broker.protocol import codec, header
 from broker.protocol import messages as m
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.header import MessageType
-from broker.protocol.messages import WorkerState
-from client.core.exchange import Phase as ClientPhase
 from tests.harness import ROOT
 from tests.protocol.make_golden import examples, golden_bytes
 from tests.protocol.wrong_messages import wrong_messages
@@ -33,7 +29,8 @@ LIMIT = 8 << 20
 def table_after(text: str) -> list[list[str]]:
     """The cells of the first table after a text, without its head."""
     rows = PAGE[PAGE.index(text) :].split("\n| ---", 1)[1].splitlines()[1:]
-    return [[c.strip() for c in row.strip("| ").split(" | ")] for row in _until_blank(rows)]
+    cells = [re.split(r"(?<!\\)\|", row.strip()[1:-1]) for row in _until_blank(rows)]
+    return [[cell.strip() for cell in row] for row in cells]
 
 
 def _until_blank(rows: list[str]) -> list[str]:
@@ -178,34 +175,7 @@ def test_cddl_and_code_refuse_the_same_bodies(type_: Any, value: Any) -> None:
         codec.decode(type_, msgpack.packb(value), LIMIT)
 
 
-# --- states and codes -----------------------------------------------------------------------------
-
-
-def test_the_moves_of_a_request_at_the_broker_are_those_of_the_code() -> None:
-    rows = table_after("A request, as the broker keeps it.")
-    said = {row[0]: set(row[1].replace("–", "").split(", ")) - {""} for row in rows}
-    assert said == {a.value: {b.value for b in then} for a, then in MOVES.items()}
-
-
-@pytest.mark.parametrize(
-    ("heading", "known", "beside"),
-    [
-        ("A session, as whoever dials out sees it.", State, set()),
-        ("A request, as its client sees it.", ClientPhase, {"ended"}),
-        ("A worker, as the broker sees it.", WorkerState, {"unknown", "gone"}),
-    ],
-    ids=["session", "request at the client", "worker"],
-)
-def test_the_states_on_the_page_are_those_of_the_code(
-    heading: str, known: Any, beside: set[str]
-) -> None:
-    names = {state.value for state in known} | beside
-    rows = table_after(heading)
-    begin = {name for row in rows for name in row[0].split(", ")} - {"any"}
-    end = {row[2].split(",")[0].split(" ")[0] for row in rows}
-    firsts = {name.split(" ")[0] for name in names}
-    assert begin <= names and end <= firsts
-    assert firsts == end | {name.split(" ")[0] for name in begin}
+# --- codes ----------------------------------------------------------------------------------------
 
 
 def test_the_errors_on_the_page_are_those_of_the_code() -> None:

@@ -386,6 +386,13 @@ def to_worker() -> list[Wrong]:
             bent(message(T.HEARTBEAT, {}, 1), 2, 2),
         ),
         Row(
+            "to_worker_heartbeat_3_frames",
+            "a frame too many",
+            ENDS,
+            "F2",
+            message(T.HEARTBEAT, {}, 1, b""),
+        ),
+        Row(
             "assign_2_frames",
             "ASSIGN without the client's body",
             ENDS,
@@ -420,13 +427,6 @@ def to_worker() -> list[Wrong]:
             ENDS,
             "E4",
             message(T.CANCEL, [], 1, id_=STRANGE),
-        ),
-        Row(
-            "to_worker_window_of_nothing",
-            "WINDOW of an unknown request",
-            DROPS,
-            "W3",
-            message(T.WINDOW, {"limit": 4}, 1, id_=STRANGE),
         ),
         Row(
             "to_worker_unknown_key",

@@ -14,8 +14,18 @@ PAGE = ROOT / "broker" / "protocol" / "SPEC.md"
 TOKENS = 9000
 """More than two windows of 4,096: a RESUME with the first window would stop there."""
 KILLED_AT_BYTES = 20_000
-HEARTBEAT_S, LIVENESS = 1.0, 3
-"""A client that sends nothing is dropped after 3 s; the answer takes longer."""
+TOKENS_PER_S = 800
+"""So slow that a WINDOW, sent each 2,048 tokens, is not sign of life enough: HEARTBEATs matter."""
+HEARTBEAT_S, LIVENESS = 0.5, 3
+OPTIONS = ("--client-heartbeat-s", str(HEARTBEAT_S), "--client-liveness", str(LIVENESS))
+ENGINE: dict[str, object] = {
+    "mode": "sampled",
+    "answer_tokens": TOKENS,
+    "step_delay_ms": 10,
+    "tokens_per_step": TOKENS_PER_S // 100,
+}
+SILENT = "silent for"
+"""What the broker logs of a client that it drops."""
 
 
 def sample() -> str:
@@ -27,24 +37,40 @@ def sample() -> str:
 def test_the_client_on_the_page_reads_a_long_answer_over_the_death_of_its_worker(
     tmp_path: Path,
 ) -> None:
-    options = ("--client-heartbeat-s", str(HEARTBEAT_S), "--client-liveness", str(LIVENESS))
     answer = tmp_path / "answer"
-    with Bus(tmp_path, *options) as bus:
+    with Bus(tmp_path, *OPTIONS) as bus:
         bus.start_broker()
-        engine: dict[str, object] = {"mode": "sampled", "answer_tokens": TOKENS}
-        engine |= {"step_delay_ms": 4, "tokens_per_step": 8}
-        first = bus.start_worker("first", **engine)
+        first = bus.start_worker("first", **ENGINE)
         bus.wait_ready(1)
         command = [sys.executable, "-c", sample(), bus.front, "echo", "Once", str(TOKENS)]
         with answer.open("wb") as out, subprocess.Popen(command, stdout=out) as client:
             try:
                 wait_until(lambda: answer.stat().st_size > KILLED_AT_BYTES, "half an answer")
-                bus.start_worker("second", **engine)
+                bus.start_worker("second", **ENGINE)
                 first.kill()
                 assert client.wait(WHOLE_RUN_S) == 0
             finally:
                 client.kill()
-        whole = bus.client().generate("Once", max_tokens=TOKENS, seed=7).text
+        # The same, as fast as it goes.
+        quick = {"template_args": {"echo": {"step_delay_ms": 0}}}
+        whole = bus.client().generate("Once", max_tokens=TOKENS, seed=7, **quick).text
         story = bus.broker.log()
     assert answer.read_text().rstrip("\n") == whole.rstrip("\n")
-    assert "silent for" not in story, "the sample sends heartbeats while tokens come"
+    assert SILENT not in story, "the sample sends heartbeats while tokens come"
+
+
+def test_a_client_that_beats_by_what_it_heard_last_would_be_noticed(tmp_path: Path) -> None:
+    """The mistake of the first sample; without this the test above might prove nothing."""
+    right = "self.expected, self.heard = self.expected + 1, time.monotonic()"
+    assert sample().count(right) == 1
+    wrong = sample().replace(right, f"{right}; self.sent = self.heard")
+    with Bus(tmp_path, *OPTIONS) as bus:
+        bus.start_broker()
+        bus.start_worker(**ENGINE)
+        bus.wait_ready(1)
+        command = [sys.executable, "-c", wrong, bus.front, "echo", "Once", str(TOKENS)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as client:
+            try:
+                wait_until(lambda: SILENT in bus.broker.log(), "a client that is dropped")
+            finally:
+                client.kill()
