@@ -60,6 +60,8 @@ log = logging.getLogger("tokenbus.gateway")
 P = ParamSpec("P")
 T = TypeVar("T")
 
+#: Media types of a body whose sender named none: nothing, or what curl makes of that.
+UNSAID_MEDIA_TYPES: Final = frozenset(("", "application/x-www-form-urlencoded"))
 #: At most this many bus requests are named in a header and in a log line.
 NAMED_REQUESTS: Final = 128
 
@@ -301,15 +303,18 @@ class RequestContext:
         """The JSON body; raises GatewayError for another media type or one beyond the limit.
 
         Another media type is refused because a browser would send it across origins
-        without a preflight.
+        without a preflight. What `curl -d` sends without a header passes if no browser sent it.
         """
-        media_type = self.request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if media_type != "application/json" and not media_type.endswith("+json"):
+        headers = self.request.headers
+        media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+        is_json = media_type == "application/json" or media_type.endswith("+json")
+        by_browser = "origin" in headers or "sec-fetch-site" in headers
+        if not is_json and (by_browser or media_type not in UNSAID_MEDIA_TYPES):
             raise invalid(None, "Send the body as JSON, with `content-type: application/json`.")
-        if self.request.headers.get("content-encoding", "identity").lower() != "identity":
+        if headers.get("content-encoding", "identity").lower() != "identity":
             raise invalid(None, "Send the body as it is, without `content-encoding`.")
         limit = self.gateway.config.body_bytes
-        announced = self.request.headers.get("content-length", "")
+        announced = headers.get("content-length", "")
         if announced.isdecimal() and int(announced[:19]) > limit:
             raise too_large(None, f"The body is beyond the {limit} bytes of this gateway.")
         chunks: list[bytes] = []

@@ -442,6 +442,19 @@ def test_what_is_not_there_is_told_in_the_same_shape(http: httpx.Client) -> None
     assert broken.status_code == 400 and "JSON" in broken.json()["error"]["message"]
 
 
+def test_a_body_without_a_media_type_is_json_unless_a_browser_sent_it(http: httpx.Client) -> None:
+    """`curl -d` names a form; a page of another origin could send that without asking first."""
+    body = b'{"model": "echo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}'
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    assert http.post("/v1/chat/completions", content=body, headers=form).status_code == 200
+    assert http.post("/v1/chat/completions", content=body).status_code == 200
+    for header in ({"origin": "http://evil.example"}, {"sec-fetch-site": "cross-site"}):
+        refused = http.post("/v1/chat/completions", content=body, headers=form | header)
+        assert (
+            refused.status_code == 400 and "application/json" in refused.json()["error"]["message"]
+        )
+
+
 def test_a_foreign_name_of_this_machine_is_refused(http: httpx.Client) -> None:
     assert http.get("/v1/models", headers={"host": "evil.example"}).status_code == 400
 
