@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
+import pkgutil
 import socket
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -21,6 +23,7 @@ from hypothesis import strategies as st
 from openai.types.shared_params import Reasoning
 from typing_extensions import is_typeddict
 
+import client.gateway
 from client.gateway import requests
 from client.gateway.errors import GatewayError
 from client.gateway.openai import responses_body as responses_input
@@ -129,12 +132,14 @@ def words_of(hint: object) -> list[object]:
 
 
 def test_every_refused_field_has_its_reason() -> None:
-    kinds = [
+    names = [one.name for one in pkgutil.walk_packages(client.gateway.__path__, "client.gateway.")]
+    modules = [importlib.import_module(n) for n in names if not n.endswith("__main__")]
+    kinds = {
         kind
-        for module in (requests, responses_input)
+        for module in modules
         for _, kind in inspect.getmembers(module, inspect.isclass)
         if issubclass(kind, msgspec.Struct)
-    ]
+    }
     refused = {field for kind in kinds for field in requests._refused_fields(kind)}
     assert "audio" in refused and "namespace" in refused
     assert refused == set(requests._UNSERVED)
