@@ -28,6 +28,7 @@ from broker.protocol.messages import (
 )
 from client.calls import Embeddings
 from client.choices import AsyncChoiceStream, ChoiceStream
+from client.classification import Classification, Classifications, RankedDocument, Reranked
 from client.core.events import End, Prompt, Queued, Recovering, Started, StreamEvent, Tokens
 from client.core.tools import ToolCall
 from client.decisions import ChoiceAnswer, Decisions, NoulAnswer, ScoreAnswer
@@ -48,6 +49,8 @@ __all__ = [
     "AsyncStream",
     "ChoiceStream",
     "ChoiceAnswer",
+    "Classification",
+    "Classifications",
     "Client",
     "Completion",
     "Decisions",
@@ -62,7 +65,9 @@ __all__ = [
     "PieceKind",
     "Prompt",
     "Queued",
+    "RankedDocument",
     "Recovering",
+    "Reranked",
     "Retry",
     "ScoreAnswer",
     "Started",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from broker.protocol.options import OptionParser, misspelt
 from client import BusError, InvalidRequest, TooLarge
-from client.cli import batch, bench, chat, decide, demo, generate, metrics, tables, top
+from client.cli import batch, bench, chat, classify, decide, demo, generate, metrics, tables, top
 from client.cli.terminal import Terminal
 from client.options import BROKER_VARIABLE
 from client.version import version
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add(commands)
     generate.add(commands)
     decide.add(commands)
+    classify.add(commands)
     chat.add(commands)
     tables.add(commands)
     batch.add(commands)

@@ -18,8 +18,15 @@ from typing import Any, Literal, Self, Unpack, overload
 
 from broker.protocol.messages import Kind, Request
 from client import calls
-from client.calls import Call, Embeddings, Messages, Prompt
+from client.calls import Call, Classified, Embeddings, Messages, Prompt
 from client.choices import AsyncChoiceStream
+from client.classification import (
+    Classifications,
+    Reranked,
+    classifications_from,
+    paired,
+    reranked_from,
+)
 from client.core.events import Answered, End
 from client.core.shapes import Format, T
 from client.decisions import Decisions, decisions_from
@@ -32,6 +39,7 @@ from client.options import Retry, Timeout
 from client.parameters import (
     CallOptions,
     ChatOptions,
+    ClassifyOptions,
     ConversationOptions,
     EmbedOptions,
     GenerateOptions,
@@ -290,15 +298,50 @@ class AsyncClient(BaseClient):
     async def embeddings_of(self, made: Sequence[Call]) -> Embeddings:
         """Vectors for the requests of `calls.embed`; other tasks have their turn between
         requests."""
+        return calls.embeddings_from(await self.ends_of(made))
+
+    async def ends_of(self, made: Sequence[Call]) -> list[End]:
+        """The ends of requests that are answered as a whole, in order; see `embeddings_of`."""
         streams: list[AsyncStream] = []
         try:
             for call in made:
                 streams.append(self._stream(call))
                 await asyncio.sleep(0)
-            return calls.embeddings_from([await _end_of(stream) for stream in streams])
+            return [await _end_of(stream) for stream in streams]
         finally:
             for stream in streams:
                 stream.close()
+
+    @documented(ClassifyOptions)
+    async def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        model: str | None = None,
+        top_n: int | None = None,
+        **options: Unpack[ClassifyOptions],
+    ) -> Reranked:
+        """Documents in the order of their relevance to a query, by a cross-encoder.
+
+        `top_n`: only so many of them [all]. Each is scored as if it had been alone.
+        """
+        pairs = paired(query, documents)
+        made = calls.rerank(self._defaults, model, pairs, dict(options))
+        return reranked_from(await self.ends_of(made), documents, top_n)
+
+    @documented(ClassifyOptions)
+    async def classify(
+        self,
+        inputs: Classified | Sequence[Classified],
+        *,
+        model: str | None = None,
+        **options: Unpack[ClassifyOptions],
+    ) -> Classifications:
+        """The score of each of the model's labels for texts, or for pairs of texts (tuples)."""
+        made = calls.classify(self._defaults, model, inputs, dict(options))
+        count = sum(len(call.request.pairs or call.request.inputs or ()) for call in made)
+        return classifications_from(await self.ends_of(made), count)
 
     async def start(
         self,

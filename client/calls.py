@@ -41,23 +41,29 @@ from client.core.tools import Reading
 from client.errors import BrokenProtocol, InvalidRequest
 from client.images import Image, encode
 from client.options import Retry, Timeout
-from client.parameters import CallOptions, ChatOptions, EmbedOptions
+from client.parameters import CallOptions, ChatOptions, ClassifyOptions, EmbedOptions
 
 MessageLike = str | Mapping[str, Any] | Message
 Messages = str | Mapping[str, Any] | Message | Sequence[MessageLike]
 Prompt = str | Sequence[int]
+Classified = str | tuple[str, str] | Sequence[int]
+"""What is classified: a text, two texts that belong together (a tuple), or token ids (a list)."""
 
 _PARAMS: Final = frozenset(Params.__struct_fields__)
 ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function")
 _ANY: Final = frozenset(CallOptions.__annotations__)
 _ANSWER: Final = frozenset((*ChatOptions.__annotations__, "response_format"))
 _EMBED: Final = frozenset(EmbedOptions.__annotations__)
+_CLASSIFY: Final = frozenset(ClassifyOptions.__annotations__)
 
 MAX_CHOICES: Final = 128
 """Answers to one question: each is a request of its own in the broker's queue."""
 
 EMBED_INPUTS_AT_ONCE: Final = 32
 """Most inputs of one request: an OUTPUT of 1 MiB holds 32 vectors of 8192 dimensions."""
+
+CLASSIFY_INPUTS_AT_ONCE: Final = 64
+"""The same of rerank and classify: a request goes to one worker, and several share the work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +218,58 @@ def embed(
         }
         calls.append(_call(defaults, Kind.EMBED, model, given, _Attached(), dict(known)))
     return calls
+
+
+def rerank(
+    defaults: Defaults,
+    model: str | None,
+    pairs: Sequence[tuple[str, str]],
+    options: dict[str, Any],
+) -> list[Call]:
+    """Requests for the scores of pairs of a query and a document, in order."""
+    return _scored(defaults, Kind.RERANK, model, "pairs", list(map(list, pairs)), options)
+
+
+def classify(
+    defaults: Defaults,
+    model: str | None,
+    inputs: Classified | Sequence[Classified],
+    options: dict[str, Any],
+) -> list[Call]:
+    """Requests for the scores of labels: in order, one kind of input in all."""
+    items: list[Any] = [inputs] if isinstance(inputs, str | tuple) else list(inputs)
+    if not items:
+        raise InvalidRequest("nothing to classify; give a text or a list of texts")
+    paired = sum(isinstance(item, tuple) for item in items)
+    if paired not in (0, len(items)):
+        raise InvalidRequest("texts and pairs of texts are mixed; give one kind")
+    given = [item if isinstance(item, str) else list(item) for item in items]
+    field = "pairs" if paired else "inputs"
+    return _scored(defaults, Kind.CLASSIFY, model, field, given, options)
+
+
+def _scored(
+    defaults: Defaults,
+    kind: Kind,
+    model: str | None,
+    field: str,
+    items: list[Any],
+    options: dict[str, Any],
+) -> list[Call]:
+    _check_names(options, _CLASSIFY)
+    known = {key: value for key, value in options.items() if key in _ANY}
+    arguments = {k: v for k, v in options.items() if k not in _ANY and v is not None}
+    return [
+        _call(
+            defaults,
+            kind,
+            model,
+            {field: items[at : at + CLASSIFY_INPUTS_AT_ONCE], "classify_args": arguments},
+            _Attached(),
+            dict(known),
+        )
+        for at in range(0, len(items), CLASSIFY_INPUTS_AT_ONCE)
+    ]
 
 
 def checked(request: Request) -> Request:

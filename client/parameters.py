@@ -176,6 +176,17 @@ class EmbedOptions(CallOptions, total=False):
     ]
 
 
+class ClassifyOptions(CallOptions, total=False):
+    """Options of `rerank` and `classify`."""
+
+    activation: Annotated[
+        bool | None, _says("scores as the model means them, and not its logits [yes]")
+    ]
+    truncate: Annotated[
+        bool | None, _says("leave out the end of a text that is too long [refuse it]")
+    ]
+
+
 def described(options: type) -> dict[str, str]:
     """The description of each option, by name."""
     return {name: meta.description or "" for name, (_, meta) in _taken_apart(options).items()}

@@ -13,8 +13,15 @@ from typing import Any, Literal, Self, Unpack, overload
 
 from broker.protocol.messages import Kind
 from client import calls
-from client.calls import Call, Embeddings, Messages, Prompt
+from client.calls import Call, Classified, Embeddings, Messages, Prompt
 from client.choices import ChoiceStream
+from client.classification import (
+    Classifications,
+    Reranked,
+    classifications_from,
+    paired,
+    reranked_from,
+)
 from client.core.events import Answered, End
 from client.core.shapes import Format, T
 from client.decisions import Decisions, decisions_from
@@ -25,6 +32,7 @@ from client.io.thread import Transport
 from client.parameters import (
     CallOptions,
     ChatOptions,
+    ClassifyOptions,
     ConversationOptions,
     EmbedOptions,
     GenerateOptions,
@@ -278,12 +286,47 @@ class Client(BaseClient):
     ) -> Embeddings:
         """Vectors of texts or lists of token ids."""
         made = calls.embed(self._defaults, model, inputs, dict(options))
+        return calls.embeddings_from(self.ends_of(made))
+
+    def ends_of(self, made: Sequence[Call]) -> list[End]:
+        """The ends of requests that are answered as a whole, in order."""
         streams = [self._stream(call) for call in made]
         try:
-            return calls.embeddings_from(_end_of(stream) for stream in streams)
+            return [_end_of(stream) for stream in streams]
         finally:
             for stream in streams:
                 stream.close()
+
+    @documented(ClassifyOptions)
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        model: str | None = None,
+        top_n: int | None = None,
+        **options: Unpack[ClassifyOptions],
+    ) -> Reranked:
+        """Documents in the order of their relevance to a query, by a cross-encoder.
+
+        `top_n`: only so many of them [all]. Each is scored as if it had been alone.
+        """
+        pairs = paired(query, documents)
+        made = calls.rerank(self._defaults, model, pairs, dict(options))
+        return reranked_from(self.ends_of(made), documents, top_n)
+
+    @documented(ClassifyOptions)
+    def classify(
+        self,
+        inputs: Classified | Sequence[Classified],
+        *,
+        model: str | None = None,
+        **options: Unpack[ClassifyOptions],
+    ) -> Classifications:
+        """The score of each of the model's labels for texts, or for pairs of texts (tuples)."""
+        made = calls.classify(self._defaults, model, inputs, dict(options))
+        count = sum(len(call.request.pairs or call.request.inputs or ()) for call in made)
+        return classifications_from(self.ends_of(made), count)
 
     @documented(CallOptions)
     def decide(

@@ -43,10 +43,12 @@ INPUTS: Final[dict[Kind, tuple[str, ...]]] = {
     Kind.TEMPLATE: ("messages",),
     Kind.EMBED: ("inputs",),
     Kind.DECIDE: ("questions",),
+    Kind.RERANK: ("pairs",),
+    Kind.CLASSIFY: ("inputs", "pairs"),
 }
 """Inputs that each kind accepts; exactly one of them must be given."""
 
-_ALL_INPUTS: Final = ("messages", "prompt", "token_ids", "inputs", "questions")
+_ALL_INPUTS: Final = ("messages", "prompt", "token_ids", "inputs", "pairs", "questions")
 
 
 def read_request(

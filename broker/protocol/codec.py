@@ -141,6 +141,7 @@ def _free_forms(request: Request) -> Iterator[tuple[str, Any]]:
     yield "tool_choice", request.tool_choice
     yield "template_args", request.template_args
     yield "embed_args", request.embed_args
+    yield "classify_args", request.classify_args
     yield "tokenize_args", request.tokenize_args
     yield "state", request.state
     for name, question in (request.questions or {}).items():

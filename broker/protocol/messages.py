@@ -47,9 +47,11 @@ class Kind(StrEnum):
     DETOKENIZE = "detokenize"
     TEMPLATE = "template"
     DECIDE = "decide"
+    RERANK = "rerank"
+    CLASSIFY = "classify"
 
 
-FURTHER_KINDS: Final = frozenset((Kind.DECIDE,))
+FURTHER_KINDS: Final = frozenset((Kind.DECIDE, Kind.RERANK, Kind.CLASSIFY))
 """Kinds that came after the first brokers, which refuse a HELLO that names them in `kinds`."""
 
 
@@ -423,12 +425,14 @@ class Request(_Map, frozen=True, kw_only=True):
 
     model: Name
     kind: Kind = Kind.CHAT
-    #: Exactly one of the following five, by kind.
+    #: Exactly one of the following six, by kind.
     messages: Annotated[list[Message], Meta(min_length=1)] | None = None
     prompt: str | None = None
     token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
-    #: For embed: several texts or lists of token ids.
+    #: For embed and classify: several texts or lists of token ids.
     inputs: Annotated[list[str | list[TokenId]], Meta(min_length=1, max_length=4096)] | None = None
+    #: For rerank, a query and a document each; for classify, two texts that belong together.
+    pairs: Annotated[list[tuple[str, str]], Meta(min_length=1, max_length=4096)] | None = None
     #: Of decide, by the names that the answers come under.
     questions: dict[Name, Question] | None = None
     #: What the questions are about: text, a map or a list.
@@ -447,6 +451,9 @@ class Request(_Map, frozen=True, kw_only=True):
     template_args: dict[str, Any] = {}
     #: For embed: see the worker's documentation (pooling, normalize, dimensions).
     embed_args: dict[str, Any] = {}
+    #: Of rerank and classify: `activation`, whether scores are probabilities and not the model's
+    #: logits [true], and `truncate`, whether the end of what is too long is left out [false].
+    classify_args: dict[str, Any] = {}
     #: Of tokenize: `add_special_tokens`, where the tokens are not those of a request of the kind of
     #: the input, and `return_tokens`.
     tokenize_args: dict[str, Any] = {}
@@ -624,7 +631,7 @@ class EndEvent(_Array, frozen=True, tag=1):
     text: str
     usage: Usage
     timings: Timings
-    #: The answer to embed, count, tokenize, detokenize, template and decide.
+    #: The answer to every kind but chat and complete.
     result: dict[str, Any] | None = None
     #: The stop string or token id that ended the answer.
     stopped_by: str | int | None = None

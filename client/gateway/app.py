@@ -52,6 +52,7 @@ from client.gateway.operator_view import drain, live, overview, session
 from client.gateway.page import page_routes
 from client.gateway.peers import Peers, anywhere
 from client.gateway.reattach import Store
+from client.gateway.scoring.routes import scoring_routes
 from client.gateway.state import Gateway
 from client.gateway.systemone.routes import system_one
 from client.gateway.tokens.routes import input_tokens, token_routes
@@ -141,7 +142,7 @@ def _routes(config: Config) -> list[BaseRoute]:
         route("/bus/live", live),
         route("/bus/drain", drain, "POST"),
     ]
-    routes += [*token_routes(), *ollama_routes()]
+    routes += [*token_routes(), *scoring_routes(), *ollama_routes()]
     if not config.no_legacy:
         routes += [*legacy_routes(), *legacy_api_routes()]
     if not config.no_page:

@@ -228,8 +228,18 @@ class RequestContext:
                     if span is not None:
                         span.saw(event)
                 end = stream.end
-        self.prompt_tokens = end.usage.prompt_tokens
+        self.prompt_tokens += end.usage.prompt_tokens
         return end
+
+    async def ask_all(self, made: Sequence[bus_calls.Call]) -> list[End]:
+        """The ends of several such requests, in order; they run at once."""
+        tasks = [asyncio.create_task(self.ask(call)) for call in made]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _trace(self) -> dict[str, str]:
         """Trace context for every bus request made for this one."""

@@ -370,6 +370,24 @@ def _every_field() -> dict[str, Example]:
     tokenize = m.Request(
         model="demo", kind=m.Kind.TOKENIZE, prompt="Once", tokenize_args=plain, window=1
     )
+    rerank = m.Request(
+        model="demo",
+        kind=m.Kind.RERANK,
+        pairs=[("Which is red?", "A rose."), ("Which is red?", "The sky.")],
+        classify_args={"truncate": True},
+        window=1,
+    )
+    classify = m.Request(model="demo", kind=m.Kind.CLASSIFY, inputs=["Once", [1, 2]], window=1)
+    scored = m.EndEvent(
+        REQUEST,
+        0,
+        0,
+        m.FinishReason.STOP,
+        "",
+        m.Usage(prompt_tokens=12),
+        m.Timings(),
+        {"scores": [b"\x00\x00\x40\x3f", b"\x00\x00\x80\x3e"], "labels": ["LABEL_0"]},
+    )
     vectors = {"embeddings": [bytes(8), bytes(8)], "dimensions": 2}
     ended = m.EndEvent(
         REQUEST,
@@ -491,6 +509,9 @@ def _every_field() -> dict[str, Example]:
         "request_keep_special": (t.REQUEST, REQUEST, 1, 0, [marked], []),
         "request_cut_max_tokens": (t.REQUEST, REQUEST, 1, 0, [agent], []),
         "request_tokenize": (t.REQUEST, REQUEST, 1, 0, [tokenize], []),
+        "request_rerank": (t.REQUEST, REQUEST, 1, 0, [rerank], []),
+        "request_classify": (t.REQUEST, REQUEST, 1, 0, [classify], []),
+        "output_scores": (t.OUTPUT, SESSION, 2, 0, [[scored]], []),
         "request_embed": (t.REQUEST, REQUEST, 1, 0, [embed], []),
         "request_decide": (t.REQUEST, REQUEST, 1, 0, [decide], [b"\x89PNG not really"]),
         "hello_worker_with_an_end": (

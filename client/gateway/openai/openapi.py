@@ -25,6 +25,7 @@ from client.gateway.ollama.bodies import (
 from client.gateway.openai.responses_body import INCLUDABLE, ResponseRequest
 from client.gateway.operator_view import DrainBody
 from client.gateway.requests import ChatRequest, CompletionRequest, EmbeddingRequest
+from client.gateway.scoring.bodies import ClassifyRequest, RerankRequest, ScoreRequest
 from client.gateway.systemone.bodies import SystemOneRequest
 from client.gateway.tokens.bodies import (
     DetokenizeRequest,
@@ -47,6 +48,9 @@ _TAKES = {
     ("post", "/v1/systemone"): (SystemOneRequest, "Answer typed questions with probabilities."),
     ("post", "/v1/responses"): (ResponseRequest, "Answer an input."),
     ("post", "/v1/responses/input_tokens"): (InputTokensRequest, "Count the tokens of an input."),
+    ("post", "/v1/rerank"): (RerankRequest, "Order documents by relevance."),
+    ("post", "/v1/score"): (ScoreRequest, "Score pairs of texts."),
+    ("post", "/v1/classify"): (ClassifyRequest, "Label texts."),
     ("post", "/tokenize"): (TokenizeRequest, "Tokens of a text or a conversation."),
     ("post", "/detokenize"): (DetokenizeRequest, "The text of tokens."),
     ("post", "/apply-template"): (TemplateRequest, "The prompt that a conversation becomes."),

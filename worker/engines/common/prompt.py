@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from worker.engines.common.footprint import Footprint
 from worker.engines.common.images import DecodedImage, ImageLimits, decode_image
 from worker.engines.common.template import RAW_PLACEHOLDER, ChatTemplate
 
-__all__ = ["ALIGNED", "Prompt", "PromptBuilder"]
+__all__ = ["ALIGNED", "Encoded", "Prompt", "PromptBuilder"]
 
 ALIGNED = ("attention_mask", "token_type_ids", "mm_token_type_ids")
 """Processor outputs with one entry for each prompt token."""
@@ -58,6 +58,14 @@ class Prompt:
         """Everything but the token ids, on a device."""
         aligned = {name: value.to(device) for name, value in self.aligned.items()}
         return self.media_on(device, dtype) | aligned
+
+
+class Encoded(NamedTuple):
+    """An input of a model that reads it whole."""
+
+    ids: list[int]
+    #: Which of a pair's texts each token belongs to, for models that are told.
+    types: list[int] | None
 
 
 class PromptBuilder:
@@ -154,22 +162,31 @@ class PromptBuilder:
     ) -> list[list[int]]:
         """Token ids of the texts to embed, with special tokens, within the context. `truncate`: the
         end of a text that is too long is left out, its special tokens stay."""
-        result: list[list[int]] = []
+        return [one.ids for one in self.encoded(inputs, truncate=truncate)]
+
+    def encoded(
+        self, inputs: Items[str | list[int] | tuple[str, str]], *, truncate: bool = False
+    ) -> list[Encoded]:
+        """The inputs of a model that reads them whole: texts, pairs of texts, or token ids. See
+        `embedding_inputs`."""
+        result: list[Encoded] = []
         context = self._facts.context_tokens
         cut: dict[str, Any] = {"truncation": True, "max_length": context} if truncate else {}
         with self._lock:
             for item in inputs:
-                ids = (
-                    list(self._tokenizer(item, add_special_tokens=True, **cut)["input_ids"])
-                    if isinstance(item, str)
-                    else list(item[:context] if truncate else item)
-                )
+                types = None
+                if isinstance(item, list):
+                    ids = item[:context] if truncate else item
+                else:
+                    texts = (item,) if isinstance(item, str) else item
+                    made = self._tokenizer(*texts, add_special_tokens=True, **cut)
+                    ids, types = list(made["input_ids"]), made.get("token_type_ids")
                 if not ids:
-                    raise _invalid(f"input {len(result)} to embed has no tokens")
+                    raise _invalid(f"input {len(result)} has no tokens")
                 self._check_ids(ids)
                 if len(ids) > context:
                     raise context_overflow(len(ids), 0, context)
-                result.append(ids)
+                result.append(Encoded(ids, types))
         return result
 
     def _unfitted(self, job: Job) -> Prompt:

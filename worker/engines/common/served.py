@@ -54,6 +54,9 @@ __all__ = ["BatchModel", "Embedding", "Prepared", "now"]
 _JSON_CHARACTERS = 6
 """Characters of JSON that stand for one character of a model's own syntax, at most: `\\u0000`."""
 
+_ONLY_TRANSFORMERS = (Kind.EMBED, Kind.DECIDE, Kind.RERANK, Kind.CLASSIFY)
+"""Kinds that the transformers engine alone answers."""
+
 CONTEXT_IDS = 8
 """Number of prompt tokens that the text stream of a continued text sees."""
 
@@ -268,7 +271,7 @@ class BatchModel:
 
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of request that it answers."""
-        return tuple(kind for kind in Kind if kind not in (Kind.EMBED, Kind.DECIDE))
+        return tuple(kind for kind in Kind if kind not in _ONLY_TRANSFORMERS)
 
     def infos(self) -> list[ModelInfo]:
         """One record for each name, including adapters."""
@@ -305,6 +308,8 @@ class BatchModel:
                 return self.embedding(job)
             case Kind.DECIDE:
                 return self.decision(job)
+            case Kind.RERANK | Kind.CLASSIFY:
+                return self.classification(job)
             case Kind.COUNT:
                 count = builder.token_count(job)
                 return self._answer(job, count, {"count": count})
@@ -327,6 +332,10 @@ class BatchModel:
         """The decisions that a job asks for. Raises RequestError."""
         raise self._not_here(job, "does not decide")
 
+    def classification(self, job: Job) -> Embedding:
+        """The scores that a rerank or classify job asks for. Raises RequestError."""
+        raise self._not_here(job, "does not classify")
+
     def _not_here(self, job: Job, what: str) -> RequestError:
         return RequestError(
             ErrorCode.INVALID_REQUEST,
@@ -345,7 +354,9 @@ class BatchModel:
         texts = self._texts_of(request)
         facts = texts.facts
         if self.runner is None:
-            raise _invalid(f"model {request.model} only embeds: it writes no text")
+            raise _invalid(
+                f"model {request.model} writes no text: it answers {', '.join(self.kinds())}"
+            )
         known = min(facts.vocabulary, facts.embedding_rows)
         check_token_ids(params, known)
         prompt = texts.builder.generation(job)

@@ -71,6 +71,7 @@ from worker.engines.base import (
 from worker.engines.common.reasoning import find_format
 from worker.engines.echo.requests import (
     answer_about,
+    classifications,
     decisions,
     embeddings,
     image_size,
@@ -225,6 +226,9 @@ class EchoEngine:
             return
         if request.kind is Kind.DECIDE:
             events.append(decisions(job))
+            return
+        if request.kind in (Kind.RERANK, Kind.CLASSIFY):
+            events.append(classifications(job))
             return
         if request.kind is Kind.DETOKENIZE:
             result: dict[str, Any] = {"text": detokenize(required(request.token_ids, request))}

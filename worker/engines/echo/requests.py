@@ -22,9 +22,18 @@ from broker.protocol.messages import (
 from worker.engines.base import Ended, Job
 from worker.engines.echo.tokens import detokenize, token_bytes, tokenize
 
-__all__ = ["answer_about", "decisions", "embeddings", "image_size", "required", "whole_prompt"]
+__all__ = [
+    "answer_about",
+    "classifications",
+    "decisions",
+    "embeddings",
+    "image_size",
+    "required",
+    "whole_prompt",
+]
 
 EMBEDDING_DIMENSIONS: Final = 8
+LABELS: Final = ("even", "odd")
 
 
 def image_size(data: bytes) -> str:
@@ -115,6 +124,32 @@ def embeddings(job: Job) -> Ended:
         FinishReason.STOP,
         usage=Usage(prompt_tokens=total),
         result={"embeddings": rows, "dimensions": EMBEDDING_DIMENSIONS},
+    )
+
+
+def classifications(job: Job) -> Ended:
+    """Scores: of a pair to rerank, the share of the query's words in the document; of what is to be
+    classified, the shares of its tokens with even and odd ids."""
+    request = job.request
+    given: Any = request.pairs if request.pairs is not None else request.inputs
+    rows, total = [], 0
+    for item in required(given, request):
+        texts = [item] if isinstance(item, str) else item
+        ids = item if isinstance(item, list) else tokenize("".join(texts))
+        total += len(ids)
+        if request.kind is Kind.RERANK:
+            words, there = set(item[0].lower().split()), set(item[1].lower().split())
+            scores = [len(words & there) / max(len(words), 1)]
+        else:
+            odd = sum(token % 2 for token in ids) / max(len(ids), 1)
+            scores = [1 - odd, odd]
+        rows.append(struct.pack(f"<{len(scores)}f", *scores))
+    labels = ["relevance"] if request.kind is Kind.RERANK else list(LABELS)
+    return Ended(
+        job.request_id,
+        FinishReason.STOP,
+        usage=Usage(prompt_tokens=total),
+        result={"scores": rows, "labels": labels},
     )
 
 

@@ -18,7 +18,7 @@ from broker.protocol.errors import ErrorCode, RequestError
 from worker.engines.base import EngineLoadError
 from worker.engines.transformers.loaded import LoadedModel
 
-__all__ = ["EmbedOptions", "Embedder", "embed_options"]
+__all__ = ["BATCH_TOKENS", "EmbedOptions", "Embedder", "batches_by_length", "embed_options"]
 
 BATCH_TOKENS = 4096
 """Padded tokens of one batch: limits how long running streams wait."""
@@ -63,6 +63,20 @@ def embed_options(arguments: dict[str, Any], width: int) -> EmbedOptions:
     return EmbedOptions(pooling, normalize, dimensions, truncate)
 
 
+def batches_by_length(lengths: list[int], together: int) -> list[list[int]]:
+    """Indices of inputs of so many tokens, in batches of similar length within `BATCH_TOKENS`; one
+    of more than `together` tokens goes alone."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        longest = lengths[index]
+        fits = batches and longest * (len(batches[-1]) + 1) <= BATCH_TOKENS
+        if fits and longest <= together:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
 class Embedder:
     """Embeds token ids with one model."""
 
@@ -86,16 +100,7 @@ class Embedder:
         depend on the longest input of a batch, long ones go alone."""
         rope = self._loaded.rope
         together = BATCH_TOKENS if rope is None else rope.unchanged_tokens
-        order = sorted(range(len(inputs)), key=lambda index: len(inputs[index]))
-        batches: list[list[int]] = []
-        for index in order:
-            longest = len(inputs[index])
-            fits = batches and longest * (len(batches[-1]) + 1) <= BATCH_TOKENS
-            if fits and longest <= together:
-                batches[-1].append(index)
-            else:
-                batches.append([index])
-        return batches
+        return batches_by_length(list(map(len, inputs)), together)
 
     @torch.inference_mode()
     def embed(

@@ -6,6 +6,7 @@ Probes rotary embeddings; must never load weights or run the model.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,7 +22,20 @@ from worker.engines.transformers.rope import LengthRope, find_length_rope
 from worker.engines.transformers.rows import RowAdapters
 from worker.engines.transformers.settings import EngineSettings
 
-__all__ = ["LoadedModel", "wrap_model"]
+__all__ = ["LoadedModel", "labels_of", "wrap_model"]
+
+_LABELS_SHOWN = 100
+"""Labels of a classifier in its details, which every client may ask for."""
+
+
+def labels_of(config: Any) -> tuple[str, ...]:
+    """The names of a classifier's labels, in the order of its logits; each once."""
+    names = {int(index): str(name) for index, name in (config.id2label or {}).items()}
+    found: list[str] = []
+    for index in range(int(config.num_labels)):
+        name = names.get(index, f"LABEL_{index}")
+        found.append(f"{name} ({index})" if name in found else name)
+    return tuple(found)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -37,6 +51,8 @@ class LoadedModel(ModelFacts):
     reference: Any = None
     #: Of a decision model, which writes nothing: what scores answers; `model` is its backbone.
     head: DecisionHead | None = None
+    #: Of a sequence classifier, which writes nothing: the names of its labels.
+    labels: tuple[str, ...] = ()
     #: Set if rotary angles differ between long and short sequences.
     rope: LengthRope | None = None
 
@@ -93,8 +109,23 @@ def wrap_model(
         },
     )
     loaded.head = decision_head
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        loaded.labels = labels_of(model.config)
+        loaded.details["labels"] = list(loaded.labels[:_LABELS_SHOWN])
+    loaded.context_tokens = min(loaded.context_tokens, _positions(model))
     loaded.rope = find_length_rope(model, loaded.context_tokens)
     return loaded
+
+
+def _positions(model: Any) -> int:
+    """How many tokens the model has position embeddings for: RoBERTa and its kin begin to count
+    behind their padding token, and have fewer than their configuration says."""
+    table = next(
+        (one for name, one in model.named_modules() if name.endswith("position_embeddings")), None
+    )
+    if not isinstance(table, torch.nn.Embedding) or table.padding_idx is None:
+        return sys.maxsize
+    return table.num_embeddings - table.padding_idx - 1
 
 
 def _needs_image(model: Any) -> bool:

@@ -26,6 +26,7 @@ from worker.engines.base import Ended, EngineLoadError, Job
 from worker.engines.common.prompt import Prompt
 from worker.engines.common.runner import Runner
 from worker.engines.common.served import BatchModel, Prepared
+from worker.engines.transformers.classify import Classifier, ClassifyTask, classify_options
 from worker.engines.transformers.decide import (
     Decision,
     DecisionMaker,
@@ -44,6 +45,9 @@ from worker.engines.transformers.slots import SlotRunner
 __all__ = ["EmbedTask", "ServedModel"]
 
 log = logging.getLogger(__name__)
+
+_EXAMPLES = ("Yes.", "The quick brown fox jumps over the lazy dog and sleeps until noon.")
+"""Texts of different lengths, on which a classifier is tested when it is loaded."""
 
 FALLBACK_SLOTS = 4
 """Sequences that take turns in the fallback: they only share time, so few are enough."""
@@ -93,7 +97,14 @@ class ServedModel(BatchModel):
     ) -> None:
         super().__init__(loaded, names, settings)
         self.loaded = loaded
-        self.embedder = Embedder(loaded) if loaded.head is None else None
+        self.classifier: Classifier | None = None
+        if loaded.labels:
+            examples = self._texts.builder.encoded(_EXAMPLES, truncate=True)
+            self.classifier = Classifier(loaded, examples)
+        writes_not = loaded.head is not None or self.classifier is not None
+        self.embedder = None if writes_not else Embedder(loaded)
+        if self.classifier is not None:
+            self.serial = self.classifier.serial
         #: The batch scheduler, if there is one: it is `runner` or a part of it.
         self.slot_runner: SlotRunner | None = None
         #: Sequences of so many tokens do not fit into it; 0: of any number do.
@@ -112,6 +123,12 @@ class ServedModel(BatchModel):
         missing = {Kind.CHAT, Kind.COMPLETE} if self.loaded.embedding_only else set()
         if not self._decisions:
             missing.add(Kind.DECIDE)
+        if self.embedder is None:
+            missing.add(Kind.EMBED)
+        if self.classifier is None:
+            missing.add(Kind.CLASSIFY)
+        if self.classifier is None or len(self.classifier.labels) != 1:
+            missing.add(Kind.RERANK)
         return tuple(kind for kind in Kind if kind not in missing)
 
     def prepare(self, job: Job, added_at: float) -> Prepared:
@@ -157,7 +174,8 @@ class ServedModel(BatchModel):
     def embedding(self, job: Job) -> EmbedTask:
         """The embedding that a job asks for. Raises RequestError."""
         request = job.request
-        assert self.embedder is not None
+        if self.embedder is None:
+            raise _invalid(f"model {request.model} only classifies: it answers classify and rerank")
         if request.inputs is None:
             raise _invalid("an embed request needs inputs")
         options = embed_options(request.embed_args, self.embedder.width)
@@ -169,6 +187,36 @@ class ServedModel(BatchModel):
             inputs=inputs,
             options=options,
             batches=self.embedder.batches(inputs),
+            results=[b""] * len(inputs),
+            adapter=self._adapter(request),
+        )
+
+    def classification(self, job: Job) -> ClassifyTask:
+        """The scores that a rerank or classify job asks for. Raises RequestError."""
+        request, kind = job.request, job.request.kind.value
+        classifier = self.classifier
+        if classifier is None:
+            raise _invalid(
+                f"model {request.model} cannot {kind}: that takes a sequence classifier "
+                "(XForSequenceClassification in its config.json)"
+            )
+        labels = len(classifier.labels)
+        if request.kind is Kind.RERANK and labels != 1:
+            raise _invalid(
+                f"model {request.model} cannot rerank: it has {labels} labels, and that takes a "
+                "cross-encoder with one; classify takes it"
+            )
+        if request.pairs is None and request.inputs is None:
+            raise _invalid(f"a {kind} request needs pairs or inputs")
+        options = classify_options(request.classify_args)
+        given = request.pairs if request.pairs is not None else request.inputs or []
+        inputs = self._texts_of(request).builder.encoded(given, truncate=options.truncate)
+        return ClassifyTask(
+            classifier=classifier,
+            request_id=job.request_id,
+            inputs=inputs,
+            options=options,
+            batches=classifier.batches(inputs),
             results=[b""] * len(inputs),
             adapter=self._adapter(request),
         )

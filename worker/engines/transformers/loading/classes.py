@@ -15,12 +15,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoModelForTextEncoding,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_FOR_TEXT_ENCODING_MAPPING,
     MODEL_MAPPING,
 )
@@ -59,7 +61,7 @@ def model_class(
 ) -> ModelClass:
     """The class for `config`. Remote code that registered a class under an alias of
     `AutoModelForImageTextToText` is also registered under that name, in `config`. Raises
-    `EngineLoadError` for a kind of model that neither writes nor embeds text."""
+    `EngineLoadError` for a kind of model that neither writes, embeds nor classifies text."""
     kind = type(config)
     names = set(getattr(config, "architectures", None) or ())
     remote = dict(getattr(config, "auto_map", None) or {})
@@ -71,6 +73,8 @@ def model_class(
     deciding = decision_class(kind, path, revision)
     if deciding is not None:
         return ModelClass(deciding, takes_images=_has_processor_file(folder))
+    if names & _class_names(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, kind):
+        return ModelClass(AutoModelForSequenceClassification)
     if _encoder_alone(kind, names):
         return ModelClass(AutoModelForTextEncoding)
     if kind in MODEL_MAPPING and (sentence_model or _headless(kind, names)):
@@ -152,6 +156,9 @@ def _remote_class(
     ]
     if sentence_model:
         order.reverse()
+    classifying = str(remote.get(AutoModelForSequenceClassification.__name__, ""))
+    if classifying.rsplit(".", 1)[-1] in names:
+        return ModelClass(AutoModelForSequenceClassification)
     offered = [auto for auto in order if auto.__name__ in remote]
     if not offered:
         return None

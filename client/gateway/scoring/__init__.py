@@ -1,0 +1,1 @@
+"""Rerank, score and classify, in the shapes of Jina, Cohere, vLLM and Text Embeddings Inference."""

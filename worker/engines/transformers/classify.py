@@ -1,0 +1,177 @@
+"""Rerank and classify: the scores of sequence classifiers, in bounded batches beside the streams.
+
+The scores are the model's own logits under its own activation, at any batch the same: whether a
+batch changes them is looked at when the model is loaded, and if it does, inputs go alone. Must
+never tokenise.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from broker.protocol.errors import ErrorCode, RequestError
+from broker.protocol.messages import FinishReason, Usage
+from worker.engines.base import Ended, EngineLoadError
+from worker.engines.common.failures import one_line
+from worker.engines.common.prompt import Encoded
+from worker.engines.transformers.embed import BATCH_TOKENS, batches_by_length
+from worker.engines.transformers.loaded import LoadedModel
+
+__all__ = ["Classifier", "ClassifyOptions", "ClassifyTask", "classify_options"]
+
+log = logging.getLogger(__name__)
+
+TOLERANCE: Final = {torch.float32: 1e-4}
+"""How far a batch may move a logit, of its own size, before inputs go alone."""
+
+_HALF_TOLERANCE: Final = 0.05
+"""The same in half precision, whose sums depend on their order."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifyOptions:
+    """Options of one request."""
+
+    activation: bool = True
+    truncate: bool = False
+
+
+def classify_options(arguments: dict[str, Any]) -> ClassifyOptions:
+    """Check a request's `classify_args`. Raises RequestError(INVALID_REQUEST)."""
+    known = ClassifyOptions.__slots__
+    if set(arguments) - set(known) or not all(isinstance(v, bool) for v in arguments.values()):
+        raise RequestError(
+            ErrorCode.INVALID_REQUEST, f"classify_args: {' and '.join(known)}, true or false"
+        )
+    return ClassifyOptions(**arguments)
+
+
+class Classifier:
+    """Scores token ids with one model."""
+
+    def __init__(self, loaded: LoadedModel, examples: list[Encoded]) -> None:
+        """Runs the model on the `examples`, of different lengths. Raises EngineLoadError."""
+        self._loaded = loaded
+        self.labels = loaded.labels
+        self._activation = _activation(loaded.model.config, len(self.labels))
+        self._pad_id = _pad_id(loaded)
+        #: Why inputs go alone; empty: they go in batches.
+        self.serial = self._why_alone(examples)
+
+    def batches(self, inputs: list[Encoded]) -> list[list[int]]:
+        """Indices of the inputs, in batches of similar length."""
+        if self.serial:
+            return [[index] for index in range(len(inputs))]
+        rope = self._loaded.rope
+        together = BATCH_TOKENS if rope is None else rope.unchanged_tokens
+        return batches_by_length([len(one.ids) for one in inputs], together)
+
+    def score(
+        self, batch: list[Encoded], options: ClassifyOptions, adapter: str | None = None
+    ) -> list[bytes]:
+        """The scores of each input, one float32 little-endian for every label."""
+        logits = self._logits(batch, adapter)
+        if options.activation:
+            logits = self._activation(logits)
+        return [row.astype("<f4").tobytes() for row in logits.cpu().numpy()]
+
+    @torch.inference_mode()
+    def _logits(self, batch: list[Encoded], adapter: str | None = None) -> torch.Tensor:
+        longest = max(len(one.ids) for one in batch)
+        shape = (len(batch), longest)
+        ids = torch.full(shape, self._pad_id or 0, dtype=torch.long)
+        mask, types = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        for row, one in enumerate(batch):
+            ids[row, : len(one.ids)] = torch.tensor(one.ids)
+            mask[row, : len(one.ids)] = 1
+            if one.types is not None:
+                types[row, : len(one.types)] = torch.tensor(one.types)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if any(one.types is not None for one in batch):
+            inputs["token_type_ids"] = types
+        device = self._loaded.device
+        self._loaded.choose_rows([adapter] * len(batch))
+        with self._loaded.any_length():
+            output = self._loaded.model(
+                **{name: value.to(device) for name, value in inputs.items()}
+            )
+        logits: torch.Tensor = output.logits.float()
+        if logits.shape != (len(batch), len(self.labels)):
+            raise RuntimeError(f"logits of shape {tuple(logits.shape)} for {shape[0]} inputs")
+        return logits
+
+    def _why_alone(self, examples: list[Encoded]) -> str:
+        if self._pad_id is None:
+            return "it has no padding token"
+        try:
+            alone = torch.cat([self._logits([one]) for one in examples])
+            together = self._logits(examples)
+        except Exception as error:
+            raise EngineLoadError(f"the classifier fails on a text: {one_line(error)}") from error
+        moved = (together - alone).abs().max().item()
+        limit = TOLERANCE.get(self._loaded.dtype, _HALF_TOLERANCE)
+        if moved <= limit * max(1.0, alone.abs().max().item()):
+            return ""
+        log.warning("classifier runs inputs alone: a batch moves its logits by %.2g", moved)
+        return f"a batch moves its logits by {moved:.2g}"
+
+
+def _activation(config: Any, labels: int) -> Any:
+    """What makes scores of logits: what sentence-transformers noted for a cross-encoder, else what
+    transformers means by the problem type, else a sigmoid of one label and a softmax of several."""
+    noted = (getattr(config, "sentence_transformers", None) or {}).get("activation_fn")
+    noted = noted or getattr(config, "sbert_ce_default_activation_function", None)
+    if noted:
+        name = str(noted).rsplit(".", 1)[-1]
+        if not str(noted).startswith("torch.nn.") or not hasattr(torch.nn, name):
+            raise EngineLoadError(f"the scores' activation is {noted}: only torch.nn's are known")
+        return torch.nn.Softmax(-1) if name == "Softmax" else getattr(torch.nn, name)()
+    if config.problem_type == "regression":
+        return torch.nn.Identity()
+    if labels == 1 or config.problem_type == "multi_label_classification":
+        return torch.nn.Sigmoid()
+    return torch.nn.Softmax(-1)
+
+
+def _pad_id(loaded: LoadedModel) -> int | None:
+    """The id that pads a batch. Models without a separator look for the last token that is not
+    this one, and need it in their configuration."""
+    config = loaded.model.config.get_text_config(decoder=True)
+    if config.pad_token_id is None:
+        config.pad_token_id = getattr(loaded.tokenizer, "pad_token_id", None)
+    return None if config.pad_token_id is None else int(config.pad_token_id)
+
+
+@dataclass(slots=True)
+class ClassifyTask:
+    """A running request, with the batches of inputs still to compute."""
+
+    classifier: Classifier
+    request_id: bytes
+    inputs: list[Encoded]
+    options: ClassifyOptions
+    batches: list[list[int]]
+    results: list[bytes]
+    #: Name of the LoRA adapter, or None for the base model.
+    adapter: str | None
+    cancelled: bool = False
+
+    def step(self) -> Ended | None:
+        """Run one batch; returns the end of the request once all are done."""
+        batch = self.batches.pop()
+        inputs = [self.inputs[index] for index in batch]
+        scores = self.classifier.score(inputs, self.options, self.adapter)
+        for index, row in zip(batch, scores, strict=True):
+            self.results[index] = row
+        if self.batches:
+            return None
+        return Ended(
+            self.request_id,
+            FinishReason.STOP,
+            usage=Usage(prompt_tokens=sum(len(one.ids) for one in self.inputs)),
+            result={"scores": self.results, "labels": list(self.classifier.labels)},
+        )
