@@ -137,6 +137,12 @@ def _routes(config: Config) -> list[BaseRoute]:
         route("/v1/responses/{id:kept}", anywhere(delete_response), "DELETE"),
         route("/v1/responses/{id:kept}/cancel", anywhere(cancel_response), "POST"),
         route("/v1/responses/{id:kept}/input_items", anywhere(input_items)),
+        # Clients that are given an address without /v1, as llama.cpp's are.
+        route("/models", list_models),
+        route("/chat/completions", chat_completions, "POST", counted=True),
+        route("/completions", completions, "POST", counted=True),
+        route("/embeddings", embeddings, "POST", counted=True),
+        route("/responses", anywhere(create_response), "POST", counted=True),
         route("/bus/session", session),
         route("/bus/overview", overview),
         route("/bus/live", live),

@@ -353,8 +353,18 @@ class RequestContext:
         body = await self.aside(read_in_steps, data, partial(parse, kind))
         model = getattr(body, "model", None)
         if isinstance(model, str):
-            body.model = self.gateway.config.served_name(model)  # type: ignore[attr-defined]
+            named = self.gateway.config.served_name(model) if model else await self._only_model()
+            body.model = named  # type: ignore[attr-defined]
         return body
+
+    async def _only_model(self) -> str:
+        """The model of a body that names none. Raises GatewayError where there is a choice."""
+        models = await self.gateway.bus.models()
+        names = sorted(model["name"] for model in models if self.key.may_use(model["name"]))
+        if len(names) != 1:
+            served = f"name one of {', '.join(names[:8])}" if names else "no model is served"
+            raise invalid("model", f"`model` is required: {served}.")
+        return str(names[0])
 
     @property
     def is_large(self) -> bool:

@@ -88,14 +88,8 @@ class Images:
     #: The URL of each image, and the field that contains it.
     found: list[tuple[str, str]] = field(default_factory=list)
 
-    def add(self, url: str, detail: str | None, param: str) -> ImagePart:
+    def add(self, url: str, param: str) -> ImagePart:
         """Add an image; raises GatewayError naming `param`."""
-        if detail == "low":
-            raise invalid(
-                f"{param}.detail",
-                "`detail: low` is not served: the model gets the image as it is; make it smaller "
-                "before you send it.",
-            )
         if len(self.found) >= MAX_ATTACHMENTS:
             raise invalid(param, f"A request carries at most {MAX_ATTACHMENTS} images.")
         self.found.append((url, f"{param}.url"))
@@ -167,8 +161,6 @@ def _chat_call(body: http.ChatRequest, images: Images, seed: int, user: str) -> 
         raise invalid("modalities", '`modalities` must be ["text"]: the bus answers in text.')
     if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs", "`top_logprobs` needs `logprobs` to be true.")
-    if len({body.max_tokens, body.max_completion_tokens} - {None}) > 1:
-        raise invalid("max_tokens", "Send `max_completion_tokens` or `max_tokens`, not both.")
     http.check_stream_options(body.stream_options, stream=bool(body.stream))
     tools, tool_choice = _tools(body)
     # A forced call has no text that a format could apply to.
@@ -177,8 +169,9 @@ def _chat_call(body: http.ChatRequest, images: Images, seed: int, user: str) -> 
     constraint = forced or constraint
     wish = wish_of(body, budget_of(body))
     template_args = (body.chat_template_kwargs or {}) | wish.variables
-    if body.verbosity is not None:
-        template_args["verbosity"] = body.verbosity
+    for name in ("verbosity", "continue_final_message", "add_generation_prompt"):
+        if (value := getattr(body, name)) is not None:
+            template_args[name] = value
     params = _params(
         body,
         seed=seed,
@@ -329,7 +322,7 @@ def _part(part: http.ContentPart, path: str, role: str, images: Images) -> Part:
     if isinstance(part, http.ImagePart):
         if role not in ("user", "tool"):
             raise invalid(path, f"A message of role `{role}` holds no images.")
-        return images.add(part.image_url.url, part.image_url.detail, f"{path}.image_url")
+        return images.add(part.image_url.url, f"{path}.image_url")
     # A null audio or file part, in which `refuse_unserved` found no field to name.
     raise invalid(path, f"`{path}` is of a type that is not served; send text or `image_url`.")
 
@@ -400,7 +393,10 @@ def constraint_of(
     missing."""
     found: list[Constraint] = []
     if isinstance(response_format, http.JsonObjectFormat):
-        found.append(Constraint(type="json_object"))
+        if response_format.schema is not None:
+            found.append(Constraint(type="json_schema", value=response_format.schema))
+        else:
+            found.append(Constraint(type="json_object"))
     elif isinstance(response_format, http.JsonSchemaFormat):
         if response_format.json_schema.schema is None:
             raise invalid(

@@ -69,6 +69,8 @@ TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 ServiceTier = Literal["auto", "default", "flex", "scale", "priority", "fast"]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 ModelName = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_BYTES)]
+#: Stands for the only model that there is, where a body names none.
+ONLY_MODEL: Final = ""
 #: One text, several texts, the token ids of one, or those of several; `texts_of` tells them apart.
 Texts = (
     str
@@ -142,7 +144,7 @@ class Extensions(Budgets, forbid_unknown_fields=True, kw_only=True):
 class Sampling(Extensions, kw_only=True):
     """Fields common to chat and completions, in addition to `Extensions`."""
 
-    model: ModelName
+    model: ModelName = ONLY_MODEL
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Choices | None = None
@@ -168,7 +170,7 @@ class Sampling(Extensions, kw_only=True):
 
 class ImageUrl(_Body, kw_only=True):
     url: str
-    #: The model gets the image unchanged, which is what all values but `low` ask for.
+    #: The model gets the image unchanged: less would be a saving that nobody needs here.
     detail: Detail | None = None
 
 
@@ -280,7 +282,8 @@ class TextFormat(_Body, tag="text", tag_field="type", kw_only=True):
 
 
 class JsonObjectFormat(_Body, tag="json_object", tag_field="type", kw_only=True):
-    pass
+    #: What the object must conform to, as llama.cpp has it.
+    schema: dict[str, Any] | None = None
 
 
 class JsonSchemaFormat(_Body, tag="json_schema", tag_field="type", kw_only=True):
@@ -294,6 +297,7 @@ class ChatRequest(Sampling, kw_only=True):
     """Body of `POST /v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    #: The older name of the next, which wins.
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
@@ -316,6 +320,9 @@ class ChatRequest(Sampling, kw_only=True):
     #: Variables for the chat template.
     verbosity: Literal["low", "medium", "high"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    #: Two of them by themselves, as vLLM has it: the answer goes on with the last message.
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
     modalities: list[Literal["text", "audio"]] | None = None
     audio: Refused = None
     function_call: Refused = None
@@ -349,7 +356,7 @@ class CompletionRequest(Sampling, kw_only=True):
 class EmbeddingRequest(_Body, kw_only=True):
     """Body of `POST /v1/embeddings`."""
 
-    model: ModelName
+    model: ModelName = ONLY_MODEL
     input: Texts
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None

@@ -155,7 +155,8 @@ def test_the_prompt_of_a_turn_is_reused_in_the_next(
         "cpu",
         engine=None,
         slots=2,
-        kv_tokens=70_000,
+        kv_tokens=140_000,
+        prefix_tokens=60_000,
     )
     bus.wait_ready(1)
     messages: list[Any] = [{"role": "user", "content": "Fix the circle."}]

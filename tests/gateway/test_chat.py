@@ -222,7 +222,6 @@ WRONG = {
     "too many stops": ({"stop": ["a"] * 17}, "stop"),
     "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs"),
     "too many top_logprobs": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-    "two limits": ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
     "a bias of no token": ({"logit_bias": {"x": 1}}, "logit_bias"),
     "options of no stream": ({"stream_options": {"include_usage": True}}, "stream_options"),
     "a choice without tools": ({"tool_choice": "required"}, "tool_choice"),

@@ -52,6 +52,7 @@ NOTHING = {
     "no modalities": {"modalities": []},
     "no structure": {"structured_outputs": {}},
     "one limit twice": {"max_tokens": 40, "max_completion_tokens": 40},
+    "two limits": {"max_tokens": 4, "max_completion_tokens": 40},
     "a field of another server": {"guided_json": None, "thinking": None},
     "what answers are made faster by": {"prediction": {"type": "content", "content": "hello"}},
     "the common tier": {"service_tier": "scale"},
@@ -76,10 +77,80 @@ def test_what_asks_for_nothing_is_taken(http: httpx.Client, case: str) -> None:
     assert "tool_calls" not in choice["message"] and choice["logprobs"] is None
 
 
-def test_a_hint_on_an_image_does_not_hide_it(http: httpx.Client) -> None:
-    shown = {"type": "image_url", "image_url": {"url": picture(), "detail": "original"}, **HINT}
+@pytest.mark.parametrize("detail", ["auto", "high", "low", "original"])
+def test_a_hint_on_an_image_does_not_hide_it(http: httpx.Client, detail: str) -> None:
+    shown = {"type": "image_url", "image_url": {"url": picture(), "detail": detail}, **HINT}
     said = [{"role": "user", "content": [shown, {"type": "text", "text": "what"}]}]
-    assert chat(http, messages=said)["message"]["content"].startswith("1 image: ")
+    assert chat(http, messages=said)["message"]["content"].startswith("1 image: 64x48")
+
+
+NAMELESS: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", {"messages": HELLO}),
+    ("/v1/completions", {"prompt": "hello"}),
+    ("/v1/embeddings", {"input": "hello"}),
+    ("/v1/responses", {"input": "hello"}),
+    ("/v1/messages", {"messages": HELLO, "max_tokens": 9}),
+    ("/v1/messages/count_tokens", {"messages": HELLO}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), NAMELESS)
+def test_the_only_model_needs_no_name(http: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    answer = http.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json().get("model", MODEL) == MODEL
+
+
+def test_a_choice_of_models_needs_a_name(
+    make_bus: Callable[..., Bus], make_gateway: Callable[..., GatewayProcess]
+) -> None:
+    own = make_bus(workers=0)
+    own.start_worker("a", "--model-name", "one")
+    own.start_worker("b", "--model-name", "two")
+    own.wait_ready(2)
+    with make_gateway(bus=own).http() as http:
+        answer = http.post("/v1/chat/completions", json={"messages": HELLO})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "model")
+    assert error["message"] == "`model` is required: name one of one, two."
+
+
+BARE = [pair for pair in NAMELESS if "messages" not in pair[0]]
+
+
+@pytest.mark.parametrize(("path", "body"), BARE)
+def test_paths_are_found_without_their_prefix(
+    http: httpx.Client, path: str, body: dict[str, Any]
+) -> None:
+    assert http.post(path.removeprefix("/v1"), json=body).status_code == 200
+    assert http.get("/models").json() == http.get("/v1/models").json()
+
+
+def test_an_answer_says_what_made_it(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model=MODEL, messages=HELLO)
+    stream = client.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
+    text = client.completions.create(model=MODEL, prompt="x")
+    found = {one.system_fingerprint for one in (whole, text, *stream)}
+    assert len(found) == 1 and next(iter(found)).startswith("tokenbus-")
+
+
+def test_the_last_message_is_continued_where_vllms_fields_say_so() -> None:
+    said = [*HELLO, {"role": "assistant", "content": "So"}]
+    fields = {"continue_final_message": True, "add_generation_prompt": False}
+    body = {"model": "m", "messages": said, **fields}
+    parsed = requests.parse(requests.ChatRequest, json.dumps(body).encode())
+    call = asyncio.run(chat_call(parsed, ImagePolicy(), seed=1, user="u"))
+    assert call.request.template_args == fields
+
+
+def test_an_object_may_have_a_schema() -> None:
+    """llama.cpp's form of structured output."""
+    wanted = {"type": "json_object", "schema": SCHEMA}
+    body = {"model": "m", "messages": HELLO, "response_format": wanted}
+    parsed = requests.parse(requests.ChatRequest, json.dumps(body).encode())
+    call = asyncio.run(chat_call(parsed, ImagePolicy(), seed=1, user="u"))
+    constraint = call.request.params.constraint
+    assert constraint is not None and (constraint.type, constraint.value) == ("json_schema", SCHEMA)
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])

@@ -113,6 +113,21 @@ def test_an_error_of_a_tool_is_told_to_the_model() -> None:
     assert shown(made)[2:] == [("tool", "Error: no file"), ("tool", "error: x"), ("tool", "")]
 
 
+def test_a_system_message_between_turns_is_shown_by_the_user() -> None:
+    middle = {"role": "system", "content": "agents: none"}
+    made = converted({"role": "system", "content": "s"}, user("a"), middle, system="t")
+    assert shown(made) == [
+        ("system", "t|s"),
+        ("user", "a|<system>\nagents: none\n</system>"),
+    ]
+    blocks = {"role": "system", "content": [{"type": "text", "text": "x"}]}
+    made = converted(user(), assistant(call()), user([result("1")]), blocks)
+    assert shown(made)[2:] == [("tool", "1"), ("user", "<system>\nx\n</system>")]
+    with pytest.raises(GatewayError) as refused:
+        converted(user(), {"role": "system", "content": [IMAGE]})
+    assert refused.value.param == "messages[1].content[0]"
+
+
 def test_an_empty_answer_may_come_back() -> None:
     made = converted(user("a"), assistant(), user("b"))
     assert shown(made) == [("user", "a"), ("assistant", ""), ("user", "b")]

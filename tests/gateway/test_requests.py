@@ -226,7 +226,9 @@ def test_the_document_describes_what_is_taken(http: httpx.Client) -> None:
 
 def test_a_field_of_null_is_as_if_it_were_not_there(http: httpx.Client) -> None:
     optional = {
-        field.name: None for field in msgspec.structs.fields(ChatRequest) if not field.required
+        field.name: None
+        for field in msgspec.structs.fields(ChatRequest)
+        if not field.required and field.name != "model"
     }
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], **optional}
     answer = http.post("/v1/chat/completions", json=body)

@@ -242,7 +242,7 @@ class ContextManagement(_Body, kw_only=True):
 class CountTokensRequest(http.Extensions, kw_only=True):
     """Body of `POST /v1/messages/count_tokens`."""
 
-    model: http.ModelName
+    model: http.ModelName = http.ONLY_MODEL
     messages: Annotated[list[InputMessage], Meta(min_length=1)]
     system: str | list[TextBlock] | None = None
     #: The caller's functions; tools that Anthropic runs or defines are left out where there are

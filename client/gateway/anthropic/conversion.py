@@ -6,6 +6,8 @@ bus is needed, and back to the body's own fields where an error names one.
 * The results of tools become messages of role `tool`. Their images follow in the user's message,
   numbered: few chat templates show an image anywhere else.
 * A thought is checked against its signature and becomes the turn's reasoning.
+* A message of role `system` behind the first turn is shown in the user's, marked: most chat
+  templates refuse one there, and Claude Code sends one in every conversation.
 * A system block that begins with `x-anthropic-billing-header:` is left out: Claude Code sends it
   for Anthropic's accounting, with a number that changes at every request, so that no prefix of
   the prompt could be reused.
@@ -141,6 +143,10 @@ class _Turns:
 
     def add(self, message: InputMessage, path: str) -> None:
         """A message. Raises GatewayError."""
+        if message.role == "system" and any(one.role != "system" for one in self.messages):
+            for text, at in _system_texts(message, path):
+                self._say("user", f"<system>\n{text}\n</system>", at)
+            return
         if isinstance(message.content, str):
             self._say(message.role, message.content, f"{path}.content")
             return
@@ -246,6 +252,19 @@ class _Turns:
         where = f"messages[{len(self.messages) - 1}].content[{len(parts)}].image_url.url"
         self.places[where] = place
         parts.append(http.ImagePart(image_url=http.ImageUrl(url=url)))
+
+
+def _system_texts(message: InputMessage, path: str) -> list[tuple[str, str]]:
+    """The texts of a message of role `system`, with their paths. Raises GatewayError."""
+    if isinstance(message.content, str):
+        return [(message.content, f"{path}.content")]
+    texts = []
+    for index, block in enumerate(message.content):
+        at = f"{path}.content[{index}]"
+        if not isinstance(block, TextBlock):
+            raise invalid(at, f"`{at}`: a message of role `system` holds text alone.")
+        texts.append((block.text, at))
+    return texts
 
 
 def _misplaced(path: str, role: str) -> GatewayError:

@@ -42,7 +42,7 @@ class TokenCheckBody(Struct, kw_only=True):
 class _EngineInput(EmbeddingRequest, kw_only=True):
     """Body of `/v1/engines/MODEL/embeddings`, where the path names the model."""
 
-    model: str = ""
+    model: str = "(of the path)"
 
 
 def context_tokens(model: dict[str, Any]) -> int:

@@ -55,6 +55,7 @@ from client.gateway.openai.generation import (
 from client.gateway.openai.logprobs import named_by_id
 from client.gateway.openai.position import Position
 from client.gateway.openai.shapes import (
+    FINGERPRINT,
     JSON,
     Chunks,
     UsageSoFar,
@@ -211,6 +212,7 @@ class _Answer:
             model=self._body.model,
             choices=[self._whole_choice(i, choice) for i, choice in enumerate(self._choices)],
             usage=self._usage(),
+            system_fingerprint=FINGERPRINT,
             service_tier=self._body.service_tier,
         )
         if self._body.return_token_ids:

@@ -31,6 +31,7 @@ from client.gateway.openai.generation import (
 from client.gateway.openai.logprobs import text_logprobs
 from client.gateway.openai.position import Position
 from client.gateway.openai.shapes import (
+    FINGERPRINT,
     JSON,
     Chunks,
     UsageSoFar,
@@ -150,6 +151,7 @@ class _Answer:
                 for index, choice in enumerate(kept)
             ],
             usage=self._usage(),
+            system_fingerprint=FINGERPRINT,
         )
         if self._body.return_token_ids:
             # Not of OpenAI's API.

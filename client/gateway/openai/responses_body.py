@@ -264,7 +264,7 @@ class ResponseStreamOptions(_Body, kw_only=True):
 class ResponseRequest(http.Extensions, kw_only=True):
     """Body of `POST /v1/responses`."""
 
-    model: http.ModelName
+    model: http.ModelName = http.ONLY_MODEL
     #: A text, or items; an item without `type` is a message.
     input: str | Annotated[list[dict[str, Any]], Meta(max_length=http.MAX_MESSAGES)]
     instructions: str | None = None

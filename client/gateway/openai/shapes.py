@@ -24,8 +24,10 @@ from client.gateway.openai.answers import IMPOSSIBLE
 from client.gateway.openai.generation import ChoiceEvent, Delta, Finish, Prompted
 from client.gateway.openai.position import Position, Reader
 from client.gateway.sse import encode
+from client.version import version
 
 __all__ = [
+    "FINGERPRINT",
     "JSON",
     "Chunks",
     "UsageSoFar",
@@ -38,6 +40,9 @@ __all__ = [
 
 #: Minimum length of one token with its log probability.
 _LOGPROB_BYTES: Final = 64
+
+#: What answers were made by.
+FINGERPRINT: Final = f"tokenbus-{version()}"
 
 #: Encodes the text of a chunk.
 JSON: Final = msgspec.json.Encoder()
@@ -124,7 +129,12 @@ class Chunks:
         """`shape`: a type of the `openai` package; `kind`: its `object` field. `logprobs`: whether
         log probabilities or ids of tokens are sent."""
         empty = shape(
-            id=position.answer, object=kind, created=int(time.time()), model=model, choices=[]
+            id=position.answer,
+            object=kind,
+            created=int(time.time()),
+            model=model,
+            choices=[],
+            system_fingerprint=FINGERPRINT,
         )
         head, before, behind = dumped(empty).replace(b"%", b"%%").partition(b'"choices":[')
         self.reader = Reader(position, choices, tokens=logprobs)
