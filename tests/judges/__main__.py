@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from tests.judges import anthropic_node, fastchat, guidellm, llava, ollama
+from tests.judges import agents, anthropic_node, fastchat, guidellm, llava, ollama
 from tests.judges.stage import Stage, stage
 
 JUDGES: dict[str, Callable[[Stage], None]] = {
@@ -17,6 +17,7 @@ JUDGES: dict[str, Callable[[Stage], None]] = {
     "guidellm": guidellm.judge,
     "ollama": ollama.judge,
     "anthropic": anthropic_node.judge,
+    "agents": agents.judge,
 }
 
 

@@ -82,7 +82,8 @@ def node_packages(name: str, *packages: str) -> Path:
     return place / "node_modules"
 
 
-def _settings(**more: str) -> dict[str, str]:
+def offline_settings(**more: str) -> dict[str, str]:
+    """The environment of a judge."""
     # No hub and no proxy: everything that a judge needs is on this machine.
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "NO_PROXY": "127.0.0.1"}
     return {**os.environ, **offline, **more}
@@ -93,7 +94,8 @@ def run(stage: Stage, *command: str | Path, **settings: str) -> str:
     done = subprocess.run(
         [str(word) for word in command],
         cwd=stage.folder,
-        env=_settings(LOGDIR=str(stage.folder), **settings),
+        env=offline_settings(LOGDIR=str(stage.folder), **settings),
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -114,7 +116,7 @@ def server(stage: Stage, path: str, *command: str | Path) -> Iterator[str]:
         process = subprocess.Popen(
             [str(word) for word in (*command, "--host", "127.0.0.1", "--port", str(port))],
             cwd=stage.folder,
-            env=_settings(LOGDIR=str(stage.folder)),
+            env=offline_settings(LOGDIR=str(stage.folder)),
             stdout=told,
             stderr=told,
         )

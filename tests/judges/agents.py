@@ -1,0 +1,101 @@
+"""Coding agents as people install them: Claude Code by `/v1/messages`, Codex by `/v1/responses`.
+
+Each answers a question, and does what the model calls: the echo engine says what the task says, so
+the task is a call of the agent's own tool for commands, and it is called again in every turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.harness import wait_until
+from tests.judges.stage import PATIENCE_S, Stage, node_packages, offline_settings, run
+
+CLAUDE = ("@anthropic-ai/claude-code@2.1.197",)
+CODEX = ("@openai/codex@0.171.0",)
+#: Agents run commands: no more of them than the file needs to be seen to grow.
+TURNS = 3
+
+
+def judge(stage: Stage) -> None:
+    """Raises AssertionError where an agent fails or does not do what it was told."""
+    _claude(stage)
+    _codex(stage)
+
+
+def _call(tool: str, argument: str, file: Path) -> str:
+    arguments = {argument: f"echo done >> {file}", "description": "Writes."}
+    return f"<tool_call>{json.dumps({'name': tool, 'arguments': arguments})}</tool_call>"
+
+
+def _claude(stage: Stage) -> None:
+    modules = node_packages("claude-code", *CLAUDE)
+    command = (
+        *("node", modules / "@anthropic-ai" / "claude-code" / "cli-wrapper.cjs"),
+        *("--model", "echo", "--output-format", "json", "--allowedTools", "Bash"),
+    )
+    home = stage.folder / "claude"
+    home.mkdir()
+    environment = {
+        "HOME": str(home),
+        "ANTHROPIC_BASE_URL": stage.url,
+        "ANTHROPIC_API_KEY": "none",
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    }
+    said = json.loads(run(stage, *command, "-p", "say hello", **environment).splitlines()[-1])
+    assert "say hello" in said["result"] and said["stop_reason"] == "end_turn", said
+    file = home / "seen"
+    task = _call("Bash", "command", file)
+    # It ends with an error: the task has more turns than it may take.
+    words = [*map(str, command), "--max-turns", str(TURNS), "-p", f"{task}\n{task}"]
+    with _started(stage, words, environment) as process:
+        assert process.wait(PATIENCE_S) is not None
+    assert file.read_text().split() == ["done"] * 2 * TURNS, "two calls in each turn"
+
+
+def _codex(stage: Stage) -> None:
+    modules = node_packages("codex", *CODEX)
+    home = stage.folder / "codex"
+    home.mkdir()
+    (home / "config.toml").write_text(
+        'model = "echo"\nmodel_provider = "bus"\napproval_policy = "never"\n'
+        'sandbox_mode = "danger-full-access"\n[model_providers.bus]\nname = "bus"\n'
+        f'base_url = "{stage.url}/v1"\nwire_api = "responses"\nenv_key = "BUS_KEY"\n'
+    )
+    environment = {"HOME": str(home), "CODEX_HOME": str(home), "BUS_KEY": "none"}
+    command = (modules / ".bin" / "codex", "exec", "--skip-git-repo-check", "--cd", home)
+    said = run(stage, *command, "say hello", **environment)
+    assert said.rstrip().endswith("say hello"), said
+    file = home / "seen"
+    words = [*map(str, command), _call("exec_command", "cmd", file)]
+    with _started(stage, words, environment) as process:
+        wait_until(
+            lambda: file.exists() and len(file.read_text().split()) >= TURNS,
+            "commands of Codex",
+            PATIENCE_S,
+            story=lambda: f"it ended with {process.poll()}",
+        )
+
+
+@contextlib.contextmanager
+def _started(
+    stage: Stage, words: list[str], environment: dict[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """An agent at work, ended whatever happens."""
+    process = subprocess.Popen(
+        words,
+        cwd=stage.folder,
+        env=offline_settings(**environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(30)
