@@ -33,6 +33,8 @@ class Options:
     #: How it continues a message: "flag", "last", "repeats" (with what it was given), "none".
     manner: str = "flag"
     images: bool = True
+    #: Leaves images out without a word.
+    blind: bool = False
     completions: bool = True
     embeds: bool = False
     ids: bool = False
@@ -70,7 +72,8 @@ def words_of(text: str) -> int:
 
 def shown(content: Any) -> str:
     if isinstance(content, list):
-        return " ".join(p.get("text", "<image>") for p in content)
+        parts = [p.get("text", "" if Handler.options.blind else "<image>") for p in content]
+        return " ".join(parts)
     return content or ""
 
 

@@ -181,6 +181,12 @@ def test_models_limits_and_abilities_are_found(build: Build) -> None:
         assert "vllm 0.0-stand-in" in engine.capabilities.device
 
 
+def test_a_server_that_leaves_images_out_takes_none(build: Build) -> None:
+    with StandIn(blind=True) as server:
+        (info,) = build(server).capabilities.models
+        assert not info.images
+
+
 def test_one_model_is_served_under_other_names(build: Build) -> None:
     with StandIn(models=["a", "b"]) as server:
         options = EngineOptions(

@@ -233,6 +233,7 @@ def _described(
         row.get("max_model_len"),
         row.get("context_length"),
         settings_of.get("n_ctx") if isinstance(settings_of, dict) else None,
+        (meta or {}).get("n_ctx"),
         (meta or {}).get("n_ctx_train"),
     ):
         model.context_tokens = model.context_tokens or _whole(told) or None
@@ -274,10 +275,7 @@ def _try(server: Server, model: Model, dialect: Dialect, settings: Settings) -> 
         text = _text(chat)
         model.manner = _manner(server, body | {"messages": hello}, hello, text)
         if settings.images is None and not model.images:
-            picture = {"type": "image_url", "image_url": {"url": _picture()}}
-            content = [{"type": "text", "text": "What is this?"}, picture]
-            seen = body | {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
-            model.images = _ask(server, "chat/completions", seen).status == 200
+            model.images = _sees(server, body)
     if model.complete:
         told = _ask(
             server,
@@ -287,6 +285,20 @@ def _try(server: Server, model: Model, dialect: Dialect, settings: Settings) -> 
         choices = told.map.get("choices") or [{}]
         model.ids = told.status == 200 and bool(choices[0].get("token_ids"))
     dialect.usage = dialect.usage and dialect.server != "transformers"
+
+
+def _sees(server: Server, body: dict[str, Any]) -> bool:
+    """Whether it takes images. Some servers leave them out without a word, so the prompt must
+    become longer by one."""
+    counts: list[int] = []
+    for more in ([], [{"type": "image_url", "image_url": {"url": _picture()}}]):
+        content = [{"type": "text", "text": "What is this?"}, *more]
+        asked = body | {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
+        answer = _ask(server, "chat/completions", asked)
+        if answer.status != 200:
+            return False
+        counts.append(_whole((answer.map.get("usage") or {}).get("prompt_tokens")))
+    return counts[1] > counts[0]
 
 
 def _manner(server: Server, body: dict[str, Any], messages: list[dict[str, Any]], text: str) -> str:

@@ -205,7 +205,8 @@ class OpenAIEngine:
         prior = job.request.resume.token_ids if job.request.resume is not None else []
         if prior:
             return not is_text(prior)
-        return takes(job.request, attachments=bool(job.attachments))
+        native = self._dialect.server == "llamacpp"
+        return takes(job.request, attachments=bool(job.attachments), llamacpp=native)
 
     def _begin(self, job: Job) -> None:
         request = job.request

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import email.utils
 import json
+import os
 import threading
 import time
 from collections.abc import AsyncIterator, Coroutine
@@ -399,8 +400,8 @@ def _why(error: Exception) -> str:
     """For people: the system's own words where it said something, which the library hides."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror.lower()
+        if isinstance(cause, OSError) and cause.errno:
+            return os.strerror(cause.errno).lower()
         if isinstance(cause, BaseExceptionGroup):
             cause = cause.exceptions[0]
             continue

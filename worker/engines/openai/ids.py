@@ -57,7 +57,11 @@ _SAMPLES: Final = (
 )
 
 
-def takes(request: Request, *, attachments: bool) -> bool:
+_NOT_NATIVE: Final = ("stop_token_ids", "min_tokens", "ignore_eos", "logprobs")
+"""Further ones that llama.cpp's server does not take as we mean them where it tells token ids."""
+
+
+def takes(request: Request, *, attachments: bool, llamacpp: bool = False) -> bool:
     """Whether a request goes by ids, if nothing has been said of it yet."""
     if attachments or request.kind not in (
         Kind.CHAT,
@@ -71,7 +75,8 @@ def takes(request: Request, *, attachments: bool) -> bool:
     params = request.params
     if params.logprobs is not None and _changes_logits(params):
         return False
-    return all(getattr(params, name) == getattr(_NEUTRAL, name) for name in _ELSEWHERE)
+    elsewhere = (*_ELSEWHERE, *_NOT_NATIVE) if llamacpp else _ELSEWHERE
+    return all(getattr(params, name) == getattr(_NEUTRAL, name) for name in elsewhere)
 
 
 def _changes_logits(params: Params) -> bool:
@@ -237,7 +242,7 @@ class IdsGenerator:
 
     def _native(self, sequence: Sequence) -> tuple[str, dict[str, Any]]:
         params = sequence.params
-        for name in ("stop_token_ids", "min_tokens", "ignore_eos", "logprobs"):
+        for name in _NOT_NATIVE:
             if getattr(params, name) != getattr(_NEUTRAL, name):
                 raise RequestError(
                     ErrorCode.INVALID_REQUEST,
@@ -250,7 +255,7 @@ class IdsGenerator:
             "n_predict": sequence.max_tokens - len(sequence.answer),
             "top_k": params.top_k,
             "repeat_penalty": params.repetition_penalty,
-            "repeat_last_n": -1,
+            "repeat_last_n": self._facts.context_tokens,
             "typical_p": 1.0,
             # Its own order and defaults would add samplers that nobody asked for.
             "samplers": ["penalties", "temperature", "top_k", "top_p", "min_p"],
