@@ -168,10 +168,9 @@ def _chat_call(body: http.ChatRequest, images: Images, seed: int, user: str) -> 
     forced = _forced_tool(body)
     constraint = forced or constraint
     wish = wish_of(body, budget_of(body))
-    template_args = (body.chat_template_kwargs or {}) | wish.variables
-    for name in ("verbosity", "continue_final_message", "add_generation_prompt"):
-        if (value := getattr(body, name)) is not None:
-            template_args[name] = value
+    template_args = (body.chat_template_kwargs or {}) | wish.variables | _ending(body)
+    if body.verbosity is not None:
+        template_args["verbosity"] = body.verbosity
     params = _params(
         body,
         seed=seed,
@@ -217,6 +216,28 @@ def _chat_call(body: http.ChatRequest, images: Images, seed: int, user: str) -> 
 def _is_json(constraint: Constraint | None) -> bool:
     """Whether the caller asked for a JSON answer, which is never a call, whatever it looks like."""
     return constraint is not None and constraint.type in ("json_object", "json_schema")
+
+
+def _ending(body: http.ChatRequest) -> dict[str, Any]:
+    """Whether the answer goes on with the last message, as the chat template is told."""
+    for index, message in enumerate(body.messages):
+        if not (message.prefix or message.partial):
+            continue
+        path = f"messages[{index}].{'prefix' if message.prefix else 'partial'}"
+        if message.role != "assistant" or index < len(body.messages) - 1:
+            raise invalid(path, f"`{path}`: only the last message, of role `assistant`, has it.")
+        return {"continue_final_message": True}
+    given = {
+        "continue_final_message": body.continue_final_message,
+        "add_generation_prompt": body.add_generation_prompt,
+    }
+    if all(given.values()):
+        raise invalid(
+            "add_generation_prompt",
+            "`add_generation_prompt` begins a message, `continue_final_message` goes on with one; "
+            "send one.",
+        )
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _said(body: http.ChatRequest, template_args: dict[str, Any]) -> str:
@@ -288,7 +309,8 @@ def _message(message: http.ChatMessage, path: str, images: Images) -> Message:
         raise invalid(f"{path}.role", "The role `function` is deprecated; use `tool`.")
     if message.role == "tool" and message.tool_call_id is None:
         raise invalid(f"{path}.tool_call_id", "A message of role `tool` needs `tool_call_id`.")
-    if message.content is None and not message.tool_calls and message.refusal is None:
+    thought = message.reasoning_content or message.reasoning
+    if not (message.tool_calls or thought) and message.content is message.refusal is None:
         raise invalid(f"{path}.content", f"`{path}.content` is required.")
     if message.tool_calls and message.role != "assistant":
         raise invalid(f"{path}.tool_calls", "Only a message of role `assistant` has `tool_calls`.")
@@ -310,7 +332,7 @@ def _message(message: http.ChatMessage, path: str, images: Images) -> Message:
         name=message.name,
         tool_calls=[_called(call) for call in message.tool_calls or []] or None,
         tool_call_id=message.tool_call_id,
-        reasoning_content=message.reasoning_content or message.reasoning,
+        reasoning_content=thought,
     )
 
 

@@ -226,6 +226,9 @@ class ChatMessage(_Body, kw_only=True):
     reasoning_content: str | None = None
     #: Another name of the same.
     reasoning: str | None = None
+    #: Of the last message: the answer goes on with it, as DeepSeek and Mistral, and Kimi say it.
+    prefix: bool | None = None
+    partial: bool | None = None
     refusal: str | None = None
     # Fields that the SDK's object of an earlier answer has.
     annotations: Label = None

@@ -111,6 +111,8 @@ def test_a_budget_is_taken_under_every_name(client: OpenAI, extra: dict[str, Any
         ({"thinking": {"type": "disabled"}}, {"enable_thinking": False}),
         ({"reasoning": {"enabled": True}}, {"enable_thinking": True}),
         ({"chat_template_kwargs": {"enable_thinking": False, "x": 1}}, None),
+        ({"continue_final_message": True}, {"continue_final_message": True}),
+        ({"add_generation_prompt": False}, {"add_generation_prompt": False}),
     ],
 )
 def test_effort_and_switch_become_variables_of_the_template(
@@ -121,6 +123,24 @@ def test_effort_and_switch_become_variables_of_the_template(
     call = asyncio.run(chat_call(request, ImagePolicy(), seed=1, user=""))
     expected = extra["chat_template_kwargs"] if variables is None else variables
     assert call.request.template_args == expected
+
+
+@pytest.mark.parametrize("name", ["prefix", "partial"])
+def test_an_answer_goes_on_with_a_given_thought(client: OpenAI, name: str) -> None:
+    asked = {"role": "user", "content": "[[echo mode=sampled answer_tokens=5]]"}
+    begun = {"role": "assistant", "reasoning_content": "hm", name: True}
+    body = {"model": "m", "messages": [asked, begun]}
+    request = http.parse(http.ChatRequest, json.dumps(body).encode())
+    call = asyncio.run(chat_call(request, ImagePolicy(), seed=1, user=""))
+    assert call.request.template_args == {"continue_final_message": True}
+    [_, last] = call.request.messages or []
+    assert (last.content, last.reasoning_content) == (None, "hm")
+    with pytest.raises(BadRequestError) as failed:
+        client.chat.completions.create(
+            model="echo",
+            messages=[begun, asked],  # type: ignore[list-item]
+        )
+    assert failed.value.param == f"messages[0].{name}"
 
 
 @pytest.mark.parametrize(
