@@ -225,6 +225,7 @@ def totals(outcomes: Sequence[Outcome]) -> Outcome:
         for name in ("requests", "resumed", "failed", "tokens_lost", "tokens_doubled"):
             setattr(total, name, getattr(total, name) + getattr(outcome, name))
         total.texts_altered += outcome.texts_altered
+        total.broken_in += outcome.broken_in
         total.recovery_ms += outcome.recovery_ms
         total.wrong += [f"{outcome.fault}: {what}" for what in outcome.wrong]
     return total
@@ -298,6 +299,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     outcomes = list(run.outcomes.values())
     total = totals(outcomes)
     print(line_of(total.row()), file=out)
+    if total.broken_in:
+        told = ", ".join(f"{place} {count}" for place, count in sorted(total.broken_in.items()))
+        print(f"interruptions of chats, by what they were in the middle of: {told}", file=out)
     print(f"{time.monotonic() - began_s:.0f} s; machine: {machine()}", file=out)
     if options.json:
         lines = "".join(json.dumps(outcome.row()) + "\n" for outcome in [*outcomes, total])

@@ -8,13 +8,14 @@ from __future__ import annotations
 import difflib
 import itertools
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from bench.chaos.features import same_logprobs
 from bench.common import percentile
-from tests.support.reader import Got, arguments_of
+from tests.support.reader import Got, arguments_of, chat_of, is_chat, place_in_chat
 from worker.engines.echo import tokens as echo_tokens
 
 PACE_MS: Final = 20.0
@@ -41,6 +42,8 @@ class Outcome:
     texts_altered: int = 0
     #: Recovery time of every affected stream, milliseconds.
     recovery_ms: list[float] = field(default_factory=list)
+    #: Interruptions of chats, by what the answer was in the middle of.
+    broken_in: Counter[str] = field(default_factory=Counter)
     #: Broken promises; empty if all is well.
     wrong: list[str] = field(default_factory=list)
     #: Further figures of this fault.
@@ -51,6 +54,7 @@ class Outcome:
         row = asdict(self)
         times = row.pop("recovery_ms")
         row |= row.pop("figures")
+        row["broken_in"] = dict(self.broken_in)
         wrong = row.pop("wrong")
         row["affected"] = len(times)
         for percent in (50, 99):
@@ -87,6 +91,9 @@ def judge(outcome: Outcome, streams: Sequence[Got], reference: Reference) -> Non
             outcome.tokens_lost += lost
             outcome.tokens_doubled += doubled
         outcome.texts_altered += got.text != text
+        for count in set(got.broken_at) if is_chat(got.lane) else ():
+            place = place_in_chat(echo_tokens.detokenize(expected.token_ids[:count]))
+            outcome.broken_in[place] += 1
 
 
 def recoveries_ms(streams: Sequence[Got], struck_s: float, workers: Sequence[str]) -> list[float]:
@@ -109,12 +116,16 @@ def check_reference(streams: Sequence[Got], tokens: int) -> None:
     `RuntimeError`."""
     for got in streams:
         asked = arguments_of(got.lane, tokens, PACE_MS)
-        if got.lane % 2:
+        text = got.text
+        if is_chat(got.lane):
+            said, text = chat_of(got.lane, tokens)
+            expected = echo_tokens.tokenize(said)
+        elif got.lane % 2:
             seeds = (asked["seed"], zlib.crc32(asked["prompt"].encode()))
             expected = [echo_tokens.sampled_token(*seeds, at) for at in range(tokens)]
         else:
             expected = echo_tokens.tokenize(asked["prompt"])[:tokens]
-        if got.error is not None or got.token_ids != expected:
+        if got.error is not None or got.token_ids != expected or got.text != text:
             raise RuntimeError(f"lane {got.lane} is wrong without any fault: {got}")
 
 

@@ -6,8 +6,11 @@ import pytest
 
 from broker.protocol import messages
 from broker.protocol.header import MessageType as T
-from broker.protocol.messages import Piece, TokensEvent
-from client.stream import StreamState
+from broker.protocol.messages import FinishReason, Piece, Timings, TokensEvent, Usage
+from client.core.call_reader import CallReader
+from client.core.events import End, Item
+from client.core.tools import Reading, Tool, ToolCall
+from client.stream import StreamState, pieces_of
 from tests.core.client_wire import Wire, gone, over, toks
 
 THOUGHT, SAID = "reasoning", "content"
@@ -100,3 +103,85 @@ def test_a_stream_separates_reasoning_from_text_and_joins_neighbouring_pieces() 
     completion = state.completion()
     assert (str(completion), completion.reasoning) == ("cd", "abe")
     assert completion.pieces == state.pieces
+
+
+# --- calls of tools -------------------------------------------------------------------------------
+
+CALL, ARGUMENTS = "call", "arguments"
+WRITTEN = [
+    Piece(THOUGHT, "hm"),
+    Piece(SAID, "Well."),
+    Piece(CALL, "paint"),
+    Piece(ARGUMENTS, '{"a": '),
+    Piece(ARGUMENTS, "1}"),
+    Piece(SAID, "And"),
+    Piece(CALL, "paint"),
+    Piece(ARGUMENTS, '{"a": 2}'),
+    Piece(SAID, "Done."),
+]
+READ = ["reasoning hm", "content Well.", 'paint {"a": 1}', "content And", 'paint {"a": 2}']
+
+
+def read_in_order(items: list[Item]) -> tuple[list[str], list[int]]:
+    """What an application is told, in order, neighbours of a kind joined; and the token ids."""
+    handed: list[Item] = []
+    reading = Reading((Tool("paint", None),), forced=False, shows_special=False, shows_prompt=False)
+    reader = CallReader(reading, "x", handed.append)
+    for item in items:
+        reader.add(item)
+    told: list[str] = []
+    ids: list[int] = []
+    last = ""
+    for got in handed:
+        if isinstance(got, ToolCall):
+            told.append(f"{got.name} {got.arguments_json}" + " cut" * got.cut)
+            last = ""
+            continue
+        assert isinstance(got, TokensEvent | End)
+        if isinstance(got, TokensEvent):
+            assert got.offset == len(ids)
+            ids += got.token_ids
+        said = pieces_of(got)
+        assert got.text == "".join(piece.text for piece in said if piece.kind == SAID)
+        for piece in said:
+            if piece.kind == last:
+                told[-1] += piece.text
+            else:
+                told.append(f"{piece.kind} {piece.text}")
+            last = piece.kind
+    return told, ids
+
+
+def tokens(offset: int, pieces: list[Piece]) -> TokensEvent:
+    content = "".join(piece.text for piece in pieces if piece.kind == SAID)
+    return TokensEvent(b"", 0, offset, [offset, offset + 1], content, None, pieces)
+
+
+def end(pieces: list[Piece] | None = None) -> End:
+    text = "".join(piece.text for piece in pieces or () if piece.kind == SAID)
+    facts = Usage(), Timings(), None, None, "m", "w", 0, None, 0.0
+    return End(FinishReason.STOP, text, *facts, pieces)
+
+
+@pytest.mark.parametrize("size", range(1, len(WRITTEN) + 1))
+def test_texts_and_calls_keep_their_order_however_they_came_together(size: int) -> None:
+    cuts = [WRITTEN[at : at + size] for at in range(0, len(WRITTEN), size)]
+    events = [tokens(2 * number, cut) for number, cut in enumerate(cuts)]
+    told, ids = read_in_order([*events, end()])
+    assert told == [*READ, "content Done."]
+    assert ids == list(range(2 * len(cuts)))
+    # The last may come with the end.
+    told, ids = read_in_order([*events[:-1], end(cuts[-1])])
+    assert told == [*READ, "content Done."] and ids == list(range(2 * len(cuts) - 2))
+
+
+def test_a_call_that_the_end_cuts_off_follows_the_text_before_it() -> None:
+    cut = [Piece(SAID, "Well."), Piece(CALL, "paint"), Piece(ARGUMENTS, '{"a"')]
+    assert read_in_order([end(cut)])[0] == ["content Well.", 'paint {"a" cut']
+    assert read_in_order([tokens(0, cut), end()])[0] == ["content Well.", 'paint {"a" cut']
+
+
+def test_text_after_a_call_that_was_never_finished_ends_it() -> None:
+    cut = [Piece(CALL, "paint"), Piece(ARGUMENTS, '{"a"')]
+    plain = TokensEvent(b"", 0, 2, [2], "Oh.", None, None)
+    assert read_in_order([tokens(0, cut), plain, end()])[0] == ['paint {"a"', "content Oh."]

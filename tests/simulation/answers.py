@@ -8,10 +8,28 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from broker.protocol.messages import Kind, Question, Request
+from broker.protocol.messages import Kind, Params, Piece, PieceKind, Question, Request
 from client.errors import BusError
+from worker.engines.common.answer_parser import AnswerParser, MarkSplitter, merged
+from worker.engines.common.call_families import CallFormat
+from worker.engines.common.pieces import PieceText
+from worker.engines.common.reasoning import FAMILIES
 
 EMBEDDING = {"embeddings": [[0.5, 0.25]]}
+PIECES = [PieceKind.REASONING.value, PieceKind.CALL.value]
+
+NAME_BEGUN = 5003
+#: Tokens of a split answer that are marks: of its thought, of a call and the call's name, which is
+#: cut in two, and of the arguments' end.
+_MARKS = {
+    5001: "<think>",
+    5002: "</think>",
+    NAME_BEGUN: '<tool_call>{"name": "wea',
+    5004: 'ther", "arguments": {"x": "',
+    5006: '"}}</tool_call>',
+}
+_CALLS = CallFormat("<tool_call>", {})
+
 DECISIONS = {"answers": {"right": {"type": "noul", "noul": 0.75}}}
 
 
@@ -73,23 +91,75 @@ class Answer:
             count -= 1
         return count
 
+    @property
+    def split(self) -> bool:
+        """It has a thought and, if it is long enough, a call: every other answer does."""
+        return _split(self.prompt, self.length)
+
     def text(self, count: int) -> str:
-        """The text of the first `count` tokens."""
+        """The text of the first `count` tokens, as the model writes it."""
         return _texts(self.prompt, self.seed, self.length)[count]
+
+    def said(self, count: int) -> list[Piece]:
+        """What the first `count` tokens say, as far as it is certain; of all of them, everything.
+        Of an answer that is not split, its text."""
+        return _said(self.prompt, self.seed, self.length)[count]
+
+    @property
+    def whole(self) -> list[Piece]:
+        """All that it says."""
+        return _said(self.prompt, self.seed, self.length)[self.length + 1]
+
+
+def splitter(prior_characters: int) -> PieceText:
+    """What splits an answer, as an engine does, behind so many characters that were received."""
+    parser = AnswerParser(MarkSplitter(FAMILIES["think"].marks))
+    calls = _CALLS.parser({"weather": {}}, forced=False)
+    return PieceText(parser, Params(), prior_characters, calls=calls)
+
+
+def _split(prompt: str, length: int) -> bool:
+    return length > 2 and hashlib.blake2b(prompt.encode()).digest()[1] % 2 == 0
 
 
 @functools.lru_cache(maxsize=256)
 def _tokens(prompt: str, seed: int, length: int) -> list[int]:
     data = hashlib.shake_128(f"{prompt}/{seed}".encode()).digest(2 * length)
-    return [int.from_bytes(data[2 * i : 2 * i + 2]) % 5000 for i in range(length)]
+    tokens = [int.from_bytes(data[2 * i : 2 * i + 2]) % 5000 for i in range(length)]
+    if _split(prompt, length):
+        thought = max(2, length * 3 // 10)
+        tokens[0], tokens[thought] = 5001, 5002
+        if length >= 8:
+            call = thought + 1 + max(1, length // 5)
+            tokens[call : call + 2] = NAME_BEGUN, 5004
+            tokens[length - 1 - length // 8] = 5006
+    return tokens
 
 
 @functools.lru_cache(maxsize=256)
 def _texts(prompt: str, seed: int, length: int) -> list[str]:
     texts = [""]
     for token in _tokens(prompt, seed, length):
-        texts.append(texts[-1] + f"{token} ")
+        texts.append(texts[-1] + _MARKS.get(token, f"{token} "))
     return texts
+
+
+@functools.lru_cache(maxsize=256)
+def _said(prompt: str, seed: int, length: int) -> list[list[Piece]]:
+    answer = Answer(prompt, seed, length)
+    if not answer.split:
+        texts = [answer.text(answer.sure_until(count)) for count in range(length + 1)]
+        return [[Piece("content", text)] if text else [] for text in [*texts, answer.text(length)]]
+    text, before = splitter(0), 0
+    said: list[list[Piece]] = [[]]
+    so_far: list[Piece] = []
+    for count in range(1, length + 1):
+        sure = answer.text(answer.sure_until(count))
+        so_far = merged([*so_far, *text.add(sure[before:], may_stop=True)])
+        before = len(sure)
+        said.append(so_far)
+    rest = text.add(answer.text(length)[before:], may_stop=True)
+    return [*said, merged([*so_far, *rest, *text.finish(may_stop=True)])]
 
 
 @dataclass(slots=True)
@@ -108,6 +178,7 @@ class Call:
     queue_s: float | None = None
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
+    said: list[Piece] = field(default_factory=list)
     made_s: float = 0.0
     ended_s: float = 0.0
     #: When it was last queued; its longest time in the queue.

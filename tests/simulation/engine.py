@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from broker.protocol import codec
 from broker.protocol.limits import MAX_REQUEST_BYTES
 from broker.protocol.messages import Kind, ModelInfo, Request, kind_fields
-from tests.simulation.answers import Answer, result_of
+from tests.simulation.answers import NAME_BEGUN, PIECES, Answer, result_of, splitter
 from tests.simulation.world import Violation
 from worker.core import events as worker_events
 from worker.engines.base import Capabilities
+from worker.engines.common.pieces import PieceText
 from worker.engines.events import END, FAIL, TOKENS
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ class _Job:
     #: Whether it is answered as a whole, without tokens.
     whole: bool
     position: int
+    #: Splits the answer into pieces.
+    text: PieceText | None = None
     cancelled: bool = False
 
 
@@ -67,15 +70,24 @@ class SimEngine:
             position = len(given)
             if given != [answer.token(i) for i in range(position)]:
                 raise Violation(f"{name} must continue tokens that were never generated")
-            sure = len(answer.text(answer.sure_until(position)))
+            sure = sum(len(piece.text) for piece in answer.said(position))
             if request.resume.text_characters != sure:
                 raise Violation(
                     f"{name} must continue after {request.resume.text_characters} "
                     f"characters, but {position} tokens have {sure}"
                 )
+            if answer.split:
+                self.worker.resumed_in[_place(answer, position)] += 1
+        text = None
+        if answer.split:
+            if request.params.pieces != PIECES:
+                raise Violation(f"{name} is asked for the pieces {request.params.pieces}")
+            text = splitter(request.resume.text_characters if request.resume is not None else 0)
+            if text.add(answer.text(answer.sure_until(position)), may_stop=True):
+                raise Violation(f"{name} would say again what was received")
         # A cancelled job ends at the next step; its successor may be added before that.
         replaced = sum(job.cancelled for job in self.jobs.values())
-        self.jobs[job_id] = _Job(answer, request.kind is not Kind.COMPLETE, position)
+        self.jobs[job_id] = _Job(answer, request.kind is not Kind.COMPLETE, position, text)
         if len(self.jobs) > self.worker.slots + replaced:
             raise Violation(f"{name} runs {len(self.jobs)} in {self.worker.slots} slots")
         self.worker.runs[answer.prompt] += 1
@@ -128,17 +140,32 @@ class SimEngine:
         events: list[list[Any]] = []
         if job.position < answer.length:
             before, job.position = job.position, job.position + 1
-            sure = len(answer.text(answer.sure_until(before)))
-            text = answer.text(answer.sure_until(job.position))[sure:]
-            events.append([TOKENS, job_id, [answer.token(before)], text, None])
+            text, pieces = self._text(job, before, job.position)
+            events.append([TOKENS, job_id, [answer.token(before)], text, None, pieces])
             self.worker.computed[answer.prompt] += 1
         if job.position >= answer.length:
             del self.jobs[job_id]
-            sure = len(answer.text(answer.sure_until(job.position)))
-            rest = answer.text(job.position)[sure:]
+            rest, pieces = self._text(job, job.position, None)
             usage = {"prompt_tokens": 1, "completion_tokens": answer.length}
-            events.append([END, job_id, "length", rest, usage, {}, None, None])
+            events.append([END, job_id, "length", rest, usage, {}, None, None, pieces])
         return events
+
+    @staticmethod
+    def _text(job: _Job, before: int, after: int | None) -> tuple[str, list[Any] | None]:
+        """What an event says of the tokens between these; without an end, of the rest."""
+        answer = job.answer
+        sure = len(answer.text(answer.sure_until(before)))
+        if after is None:
+            text = answer.text(answer.length)[sure:]
+        else:
+            text = answer.text(answer.sure_until(after))[sure:]
+        if job.text is None:
+            return text, None
+        said = job.text.add(text, may_stop=True)
+        if after is None:
+            said += job.text.finish(may_stop=True)
+        content, pieces = job.text.event(said)
+        return content, None if pieces is None else [[piece.kind, piece.text] for piece in pieces]
 
     def _mended(self, answer: Answer) -> bool:
         """Whether a failure that happens only once has happened."""
@@ -147,3 +174,13 @@ class SimEngine:
         failed: Counter[str] = self.worker.failed
         failed[answer.prompt] += 1
         return failed[answer.prompt] > 1
+
+
+def _place(answer: Answer, position: int) -> str:
+    """In what an answer is continued behind so many tokens."""
+    said, later = answer.said(position), answer.said(position + 1)
+    if position and answer.token(position - 1) == NAME_BEGUN:
+        return "name"
+    if said and said == later:
+        return said[-1].kind
+    return later[-1].kind if later else "beginning"

@@ -127,6 +127,14 @@ MUTANTS = (
         plans.CLIENT_CONNECTION,
     ),
     Mutant(
+        "a RESUME does not count the characters of thoughts and calls",
+        Exchange,
+        "accept",
+        "sum([len(piece.text) for piece in event.pieces])",
+        "len(event.text)",
+        plans.WORKER_DEATH,
+    ),
+    Mutant(
         "the client blames every worker that interrupts",
         ClientRequests,
         "on_interrupted",
@@ -395,5 +403,22 @@ MUTANTS = (
         "stream.orphaned_s = now_s",
         "self.abandon(stream)",
         ("cut_worker",),
+    ),
+    # --- thoughts and calls -----------------------------------------------------------------------
+    Mutant(
+        "texts of different kinds that waited become one",
+        worker.core.streams,
+        "_joined",
+        "joined[-1][0] == kind and ",
+        "",
+        (),
+    ),
+    Mutant(
+        "after a RESUME it is not shown that the answer is split",
+        _Stream,
+        "attach",
+        "self.started = self.end_sent = self.shows_kinds = False",
+        "self.started = self.end_sent = False",
+        ("cut_client",),
     ),
 )

@@ -24,6 +24,8 @@ from broker.protocol.messages import (
     Credit,
     Kind,
     Params,
+    Piece,
+    PieceKind,
     Request,
     Resume,
     TokensEvent,
@@ -33,7 +35,8 @@ from client.core import events as client_events
 from client.core.session import ClientSession
 from client.errors import BusError
 from client.options import Limits, Retry, Timeout
-from tests.simulation.answers import Call, result_of, whole_request
+from client.stream import pieces_of
+from tests.simulation.answers import PIECES, Call, result_of, whole_request
 from tests.simulation.engine import MODEL, SimEngine
 from tests.simulation.world import Party, Violation, Wire, World
 from worker.core import events as worker_events
@@ -47,6 +50,7 @@ from worker.core.instructions import (
 )
 from worker.core.instructions import Send as WorkerSend
 from worker.core.session import Settings, WorkerCore
+from worker.engines.common.answer_parser import merged
 
 
 class SimBroker(Party):
@@ -272,6 +276,8 @@ class SimWorker(Party):
         #: By prompt: how often it was started, tokens computed, planned failures.
         self.runs: Counter[str] = Counter()
         self.computed: Counter[str] = Counter()
+        #: Split answers that were continued here, by what they were in.
+        self.resumed_in: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
         world.note(name, "starts")
         self.engine = SimEngine(self, step_s, load_s)
@@ -425,7 +431,11 @@ class SimClient(Party):
                 model=MODEL,
                 kind=Kind.COMPLETE,
                 prompt=answer.prompt,
-                params=Params(max_tokens=answer.length, seed=answer.seed),
+                params=Params(
+                    max_tokens=answer.length,
+                    seed=answer.seed,
+                    pieces=PIECES if answer.split else [],
+                ),
                 priority=call.priority,
                 window=1,
             )
@@ -527,7 +537,8 @@ class SimClient(Party):
                     call.begun = False
                     self._tokens(name, call, item)
                 case client_events.End():
-                    call.outcome, call.text = "end", call.text + item.text
+                    call.outcome = "end"
+                    self._said(name, call, item)
                     call.resumed, call.result = item.resumed, item.result
                     self._check_end(name, call)
                 case client_events.Queued():
@@ -556,9 +567,9 @@ class SimClient(Party):
         if (
             call.outcome
             and call.outcome != "end"
-            and not call.answer.text(call.answer.length).startswith(call.text)
+            and not _written(call.answer.whole).startswith(_written(call.said))
         ):
-            raise Violation(f"{name} failed after text that is not a prefix: {call.text!r}")
+            raise Violation(f"{name} failed after text that is not a prefix: {call.said!r}")
 
     def _tokens(self, name: str, call: Call, item: TokensEvent) -> None:
         at = len(call.token_ids)
@@ -566,7 +577,7 @@ class SimClient(Party):
         if item.offset != at or item.token_ids != right:
             raise Violation(f"{name} got {item} after {at} tokens instead of {right}")
         call.token_ids += item.token_ids
-        call.text += item.text
+        self._said(name, call, item)
         exchange = self.core._requests.exchanges.get(
             call.request_id
         )  # None: it has ended meanwhile
@@ -581,18 +592,33 @@ class SimClient(Party):
         else:
             self._take(call, len(call.token_ids))
 
+    @staticmethod
+    def _said(name: str, call: Call, item: TokensEvent | client_events.End) -> None:
+        said = pieces_of(item)
+        content = "".join(piece.text for piece in said if piece.kind == PieceKind.CONTENT)
+        begins = said and not call.said
+        if content != item.text or (begins and (item.pieces is None) is call.answer.split):
+            raise Violation(f"{name} got {item} after {call.said}")
+        call.text += item.text
+        call.said = merged([*call.said, *said])
+
     def _take(self, call: Call, offset: int) -> None:
         if self.alive and not call.outcome and not call.dropped:
             self.world.after(0.0, self.tell, client_events.TokensTaken(call.request_id, offset))
 
     def _check_end(self, name: str, call: Call) -> None:
-        whole = call.answer.text(call.answer.length)
+        whole = call.answer.whole
         if call.whole and call.result != result_of(call.answer.prompt)[1]:
             raise Violation(f"{name} ended with the result {call.result}")
         if call.answer.fails_at is not None and not call.answer.fails_once:
             raise Violation(f"{name} ended well although its engine failed it")
-        if call.text != whole or len(call.token_ids) != call.answer.length:
+        if call.said != whole or len(call.token_ids) != call.answer.length:
             raise Violation(
                 f"{name} ended with {len(call.token_ids)} of {call.answer.length} tokens and "
-                f"{call.text!r} instead of {whole!r}"
+                f"{call.said!r} instead of {whole!r}"
             )
+
+
+def _written(said: list[Piece]) -> str:
+    """What was said, with its kinds."""
+    return "".join(f"[{piece.kind}]{piece.text}" for piece in said)

@@ -46,6 +46,10 @@ def main() -> None:
             seen["dropped" if call.dropped else "gone" if call.gone else call.outcome] += 1
             seen["resumes"] += call.resumed
             seen["gave way"] += call.gave_way
+            seen["split"] += call.answer.split
+        for worker in run.all_workers:
+            for place, count in worker.resumed_in.items():
+                seen[f"resumes in {place}"] += count
     took_s = time.monotonic() - began_s
     print(f"{args.seeds} scenarios, {failed} failed, {args.seeds / took_s * 60:.0f} a minute")
     print(", ".join(f"{name} {count}" for name, count in sorted(seen.items())))
