@@ -6,6 +6,7 @@
 Our bus (client library) and our gateway (`/v1/systemone`) in front of one worker, and `transformers
 serve`, which answers one question after the other; all with the same folder, dtype and threads, in
 one run, in turn. Every request is new in every round, so that nobody answers from an earlier one.
+The peer is asked a few of them: its rate does not depend on how many wait.
 Cases (`--only` selects):
 
 * several: each client asks its questions about a state of its own.
@@ -62,8 +63,6 @@ from bench.engine.served import READY_S, Folder, save_folder, transformers_serve
 from bench.systems import Unavailable, bus_servers
 
 CASES = ("several", "same", "single", "image")
-TARGET = 8.0
-"""Times `transformers serve`, by the issue that asked for decisions."""
 ROUNDING = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.02}
 """Largest difference of a probability that the order of additions explains, by dtype; what float32
 shows is the promise, the others follow from the bits of their mantissa."""
@@ -330,6 +329,7 @@ async def measure(arguments: argparse.Namespace, report: Report, folder: Folder)
     """Every case, all systems in turn."""
     writer = Writer(documents().split(), arguments.state)
     clients, count = arguments.clients, arguments.requests or arguments.clients
+    few = min(arguments.peer_requests, count)
     async with opened(folder, arguments) as systems:
         for case in arguments.only:
             asked_of = 1 if case == "single" else arguments.questions
@@ -345,22 +345,24 @@ async def measure(arguments: argparse.Namespace, report: Report, folder: Folder)
                     progress(f"{case}: {name}, round {round_ + 1}")
                     # Ours share a prefix cache, so neither may ask what the other has asked.
                     seed = 2 * round_ + (name == "gateway")
-                    asked[name] = writer.requests(case, count, asked_of, seed)
+                    requests = writer.requests(case, count, asked_of, seed)
+                    asked[name] = requests[:few] if name == PEER else requests
                     seen[name].append(await run(systems[name], asked[name], clients))
                     faults[name] += lost(asked[name], seen[name][-1])
                     if fault := seen[name][-1].fault:
                         report.note(f"{case}, {name}: {fault}")
                 if PEER in systems:
-                    # It was asked what the bus was asked; of the gateway's a few, as it is slow.
-                    few = asked["gateway"][: arguments.compared]
+                    # It was asked what the bus was asked.
+                    again = asked["gateway"][: arguments.compared]
                     right = {
                         "bus": seen[PEER][-1].answers,
-                        "gateway": (await run(systems[PEER], few, clients)).answers,
+                        "gateway": (await run(systems[PEER], again, clients)).answers,
                     }
                     for name, answers in right.items():
                         most = ROUNDING[arguments.dtype]
                         wrong[name] += altered(seen[name][-1].answers, answers, most)
-            _add(report, case, seen, faults, wrong, {"clients": clients, "questions": asked_of})
+            common = {"clients": clients, "questions": asked_of, "state_words": arguments.state}
+            _add(report, case, seen, faults, wrong, common, few)
 
 
 def _add(
@@ -370,24 +372,27 @@ def _add(
     faults: dict[str, int],
     wrong: dict[str, int],
     common: dict[str, Any],
+    few: int,
 ) -> None:
     def sample(name: str, figure: str) -> Sample:
         return Sample(tuple(getattr(each, figure) for each in seen[name]))
 
     beside = PEER in seen and all(each.questions_per_s for each in seen[PEER])
     for name in (name for name in seen if name != PEER):
-        for figure, unit in (("questions_per_s", "1/s"), ("latency_ms", "ms")):
-            own = sample(name, figure)
-            report.add(
-                f"decide.{figure}",
-                own,
-                unit,
-                peer=PEER if beside else None,
-                against=paired(own, sample(PEER, figure)) if beside else None,
-                case=case,
-                path=name,
-                **common,
-            )
+        own = sample(name, "questions_per_s")
+        report.add(
+            "decide.questions_per_s",
+            own,
+            "1/s",
+            peer=PEER if beside else None,
+            against=paired(own, sample(PEER, "questions_per_s")) if beside else None,
+            peer_requests=few if beside else None,
+            case=case,
+            path=name,
+            **common,
+        )
+        latency = sample(name, "latency_ms")
+        report.add("decide.latency_ms", latency, "ms", case=case, path=name, **common)
         report.add("decide.lost", float(faults[name]), "questions", case=case, path=name, **common)
         if beside:
             report.add(
@@ -426,15 +431,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU")
     parser.add_argument("--clients", type=int, default=32, help="requests at once")
     parser.add_argument("--requests", type=int, help="of a round; default: one of each client")
+    parser.add_argument("--peer-requests", type=int, default=8, help="of these, to the peer")
     parser.add_argument("--questions", type=int, default=16, help="of each request; at most 64")
-    parser.add_argument("--state", type=int, default=400, help="words of a state")
+    parser.add_argument("--state", type=int, default=800, help="words of a state")
     parser.add_argument(
-        "--compared", type=int, default=4, help="of the gateway's requests of a round"
+        "--compared", type=int, default=2, help="of the gateway's requests of a round"
     )
     parser.set_defaults(repeats=3)
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.repeats, arguments.compared = 1, min(arguments.compared, 2)
+        arguments.repeats, arguments.compared = 1, 1
     arguments.only = arguments.only or (["several"] if arguments.quick else list(CASES))
     report = Report(f"decide: {arguments.size}, {arguments.dtype}")
     with saved(arguments) as folder:

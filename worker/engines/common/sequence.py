@@ -86,6 +86,8 @@ class Sequence:
     rope_delta: int = 0
     #: M-RoPE: positions of the prompt [axes, 1, len(prompt)] on the host.
     rope_positions: object | None = None
+    #: The prompt's images as the vision tower made them, until their tokens are computed.
+    images: object | None = None
     #: Number of prompt tokens taken from the prefix cache or another row.
     cached: int = 0
     #: Whether `row` already has the tokens passed to `append_token` (see `RowAhead`).

@@ -21,6 +21,7 @@ from worker.engines.common.sequence import Sequence
 from worker.engines.transformers.cache import SlotCache
 from worker.engines.transformers.graphs import StaticDecode
 from worker.engines.transformers.loaded import LoadedModel
+from worker.engines.transformers.vision import ImageFeatures, Vision
 
 __all__ = ["Forward", "StaticUse", "Unsupported"]
 
@@ -92,6 +93,8 @@ class Forward:
         #: self test decides.
         self.many_prompts = True
         self.branches = True
+        #: The vision tower, if images are computed apart from their tokens; the self test decides.
+        self.vision: Vision | None = None
 
     # --- prefill ----------------------------------------------------------------------------------
 
@@ -120,14 +123,7 @@ class Forward:
         ids = torch.tensor([sequence.tokens(start, end)]).to(self.device, non_blocking=True)
         arguments: dict[str, Any] = {"input_ids": ids}
         if prompt.media and start < prompt.media_end:
-            if start != 0:
-                raise ValueError("a prompt's images are prefilled from its start")
-            if end > sequence.stem_tokens:
-                raise ValueError("a prompt's images are prefilled before its branches")
-            arguments |= prompt.media_on(self.device, self._dtype)
-            for name, value in prompt.aligned.items():
-                if name in self._accepts or "kwargs" in self._accepts:
-                    arguments[name] = _stretched(value, end)[:, start:end].to(self.device)
+            arguments |= self._media_arguments(sequence, start, end)
         places = [position - start for position in kept] or [end - start - 1]
         chosen = "logits_to_keep" in self._accepts and len(places) < end - start
         if chosen:
@@ -143,6 +139,41 @@ class Forward:
         with self._grouped_heads():
             logits = self._run(arguments, [sequence])[0]
         return logits if chosen or len(logits) == len(places) else logits[places]
+
+    def images(self, sequence: Sequence) -> ImageFeatures | None:
+        """The images whose tokens come next in a prompt, to be computed before them; None where
+        there are none, or where their tokens are computed in one piece with them."""
+        prompt = sequence.prompt
+        if self.vision is None or not prompt.media or sequence.filled >= prompt.media_end:
+            return None
+        if sequence.images is None:
+            sequence.images = self.vision.begin(prompt)
+        images = sequence.images
+        return images if isinstance(images, ImageFeatures) else None
+
+    def compute_image(self, sequence: Sequence) -> None:
+        """Compute the next of its images, and wait for it."""
+        images = sequence.images
+        assert self.vision is not None and isinstance(images, ImageFeatures)
+        self._loaded.choose_rows([sequence.adapter])
+        self.vision.compute(images)
+        images.done[-1][:1].cpu()
+
+    def _media_arguments(self, sequence: Sequence, start: int, end: int) -> dict[str, Any]:
+        """Arguments for tokens of which some are images."""
+        prompt, images = sequence.prompt, sequence.images
+        if isinstance(images, ImageFeatures):
+            assert self.vision is not None
+            return self.vision.piece(prompt, images, start, end)
+        if start != 0:
+            raise ValueError("a prompt's images are prefilled from its start")
+        if end > sequence.stem_tokens:
+            raise ValueError("a prompt's images are prefilled before its branches")
+        arguments = prompt.media_on(self.device, self._dtype)
+        for name, value in prompt.aligned.items():
+            if name in self._accepts or "kwargs" in self._accepts:
+                arguments[name] = _stretched(value, end)[:, start:end].to(self.device)
+        return arguments
 
     @contextmanager
     def _grouped_heads(self) -> Iterator[None]:

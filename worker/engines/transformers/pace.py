@@ -125,6 +125,10 @@ class StepBudget:
         fitting = self._pace.tokens(start, self._left_ms, self.tokens)
         return fitting or (0 if self.begun else min(SMALLEST_PIECE, self.tokens))
 
+    def fits(self, ms: float) -> bool:
+        """Whether something else that takes so long may be done now."""
+        return not self.begun or ms <= self._left_ms
+
     def spend(self, tokens: int, spent_ms: float) -> None:
         self.begun = True
         self.tokens -= tokens

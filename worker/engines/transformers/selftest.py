@@ -21,7 +21,7 @@ import logging
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ from worker.engines.common.sequence import Sequence, bare_fields
 from worker.engines.transformers.fallback import plain_generation_config
 from worker.engines.transformers.forward import Forward, StaticUse, Unsupported
 from worker.engines.transformers.loaded import LoadedModel, wrap_model
+from worker.engines.transformers.vision import ImageFeatures, Vision, doubled
 
 __all__ = ["Verdict", "check", "check_generate", "relative_error", "tolerance"]
 
@@ -298,6 +299,8 @@ def _compare(
 
     if not whole and _looks_ahead(loaded, forward, long):
         raise Unsupported("the tokens of a prompt see later ones")
+    if not whole and long.media:
+        forward.vision = _vision(loaded, forward, long_reference, allowed)
     # The long prompt in pieces, one token alone.
     forward.prepare(one)
     cut = len(long.ids) if whole else max(long.media_end, len(long.ids) // 2)
@@ -329,6 +332,58 @@ def _compare(
     )
     forward.branches = forward.many_prompts and _branches_agree(
         loaded, forward, short, wanted_other, tokens_other, allowed
+    )
+
+
+def _vision(
+    loaded: LoadedModel, forward: Forward, reference: Reference, allowed: float
+) -> Vision | None:
+    """The vision tower, if images computed by it alone, with their tokens in pieces cut anywhere,
+    give the same logits."""
+    prompt = reference.prompt
+    vision = Vision.find(loaded)
+    images = None if vision is None else vision.begin(prompt)
+    if vision is None or images is None:
+        return None
+    probe = _probe(prompt)
+    try:
+        while not images.ready:
+            vision.compute(images)
+        vision.splits = _splits(vision, prompt)
+        if not vision.fits(prompt, images):
+            return None
+        forward.prepare(probe)
+        forward.vision, probe.images = vision, images
+        placed = [at for at, id_ in enumerate(prompt.ids) if id_ in loaded.placeholder_ids]
+        cuts = {1, placed[0], placed[len(placed) // 3], placed[-1], len(prompt.ids) - 1}
+        ends = [*sorted(cuts - {0}), len(prompt.ids)]
+        for start, end in pairwise([0, *ends]):
+            logits = forward.prefill(0, probe, start, end)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        log.info("images are computed with their tokens: %s", one_line(error))
+        return None
+    finally:
+        forward.vision = None
+    difference = relative_error(logits[-1], reference.logits[0], loaded.placeholder_ids)
+    return vision if difference <= allowed else None
+
+
+def _splits(vision: Vision, prompt: Prompt) -> bool:
+    """Whether two images computed one by one are what they are together."""
+    twice = doubled(prompt.media)
+    if twice is None:
+        return False
+    pair = replace(prompt, media=twice)
+    together, apart = ImageFeatures([twice]), vision.begin(pair)
+    assert apart is not None
+    for images in (together, apart):
+        while not images.ready:
+            vision.compute(images)
+    one, other = together.done[0].float(), apart.done[0].float()
+    return one.shape == other.shape and torch.allclose(
+        one, other, rtol=1e-3, atol=1e-4 * float(one.abs().max())
     )
 
 

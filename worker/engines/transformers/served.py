@@ -242,7 +242,11 @@ class ServedModel(BatchModel):
                 return None
             self.scheduler = "generate"
             return self._one_by_one(slots)
-        self.scheduler = "slots, whole prompts" if verdict.whole_prompts else "slots"
+        self.scheduler = "slots"
+        if verdict.whole_prompts:
+            self.scheduler = "slots, whole prompts"
+        elif image_prompt is not None and verdict.forward.vision is None:
+            self.scheduler = "slots, whole images"
         chunk = settings.prefill_chunk or (256 if loaded.device.type == "cpu" else 1024)
         if verdict.forward.branches and not verdict.whole_prompts:
             # More would only attend to more that is masked.

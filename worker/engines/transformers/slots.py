@@ -63,6 +63,9 @@ tokens, or this fraction."""
 IDLE_MS = 1000.0
 """Prompt time per step while no stream waits for a token: cancellations are checked in between."""
 
+IMAGE_FORGET = 0.8
+"""How much of the longest time for an image is expected of the next one."""
+
 DECODE_WEIGHT = 0.3
 """Weight of the newest measurement of a decode."""
 
@@ -118,6 +121,8 @@ class SlotRunner:
         self._since = 0.0
         self._launched: list[tuple[int, int, int]] = []
         self._decode_ms = 0.0
+        #: Milliseconds that an image may take.
+        self._image_ms = 0.0
 
     # --- the Runner interface ---------------------------------------------------------------------
 
@@ -432,6 +437,12 @@ class SlotRunner:
             chosen = shortest if step.tokens > budget / 2 else oldest
             if chosen.total - chosen.filled > step.piece(chosen.filled) // 2:
                 chosen = oldest
+            images = self.forward.images(chosen)
+            if images is not None and not images.ready:
+                if not step.fits(self._image_ms):
+                    return
+                self._compute_image(chosen, step, events)
+                continue
             limit = step.piece(chosen.filled)
             if not limit or (idle and step.begun and limit < chosen.total - chosen.filled):
                 # Without streams to serve in between, a cut would only cost another forward.
@@ -498,7 +509,9 @@ class SlotRunner:
             return len(sequence.prompt.ids)
         end = min(total, start + limit)
         if sequence.prompt.media and start < sequence.prompt.media_end:
-            return min(max(sequence.prompt.media_end, end), sequence.stem_tokens)
+            if sequence.images is None:
+                end = max(sequence.prompt.media_end, end)
+            return min(end, sequence.stem_tokens)
         if start < sequence.stem_tokens < end and total - start > BRANCHED_TOKENS:
             return sequence.stem_tokens
         return end
@@ -524,6 +537,8 @@ class SlotRunner:
             if whole and not sequence.reads:
                 choices = [*self._sample([sequence], logits[-1:])]
             sequence.filled = end
+            if end >= sequence.prompt.media_end:
+                sequence.images = None
             sequence.prompt_logprobs += scores
             if whole:
                 self._activate(row)
@@ -534,6 +549,25 @@ class SlotRunner:
             else:
                 self._fail_row(self._rows.index(sequence), error, events)
             step.spend(end - start, (self._clock() - started) * 1e3)
+
+    def _compute_image(
+        self, sequence: Sequence, step: StepBudget, events: list[EngineEvent]
+    ) -> None:
+        """Compute one image of a prompt, whose tokens come later."""
+        started = self._clock()
+        try:
+            self.forward.compute_image(sequence)
+        except Exception as error:
+            sequence.images = None
+            if is_out_of_memory(error) and len(self._rows) > 1:
+                self._on_out_of_memory(events)
+            else:
+                self._fail_row(self._rows.index(sequence), error, events)
+        spent_s = self._clock() - started
+        # An accelerator has waited for it: none of this is the tokens' time.
+        self._since += spent_s
+        self._image_ms = max(spent_s * 1e3, IMAGE_FORGET * self._image_ms)
+        step.spend(0, spent_s * 1e3)
 
     def _prompt_scores(
         self, sequence: Sequence, start: int, end: int, logits: torch.Tensor

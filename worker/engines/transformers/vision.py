@@ -1,0 +1,167 @@
+"""The vision tower apart from the language model: images are computed one by one, each as a step of
+its own, and their tokens are then prefilled in pieces like any others.
+
+transformers' models take what their tower made before (`mm_encoder_outputs`) and put it where the
+image's placeholders are. Here a piece of a prompt gets the part for its own placeholders. Which
+models this is exact for, the self test finds out. Must never schedule.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from worker.engines.common.compat import forward_parameters
+from worker.engines.common.prompt import Prompt
+from worker.engines.transformers.loaded import LoadedModel
+
+__all__ = ["ImageFeatures", "Vision", "doubled"]
+
+GIVEN = "mm_encoder_outputs"
+"""The argument of a model's forward for what its tower made."""
+
+
+@dataclass(slots=True)
+class ImageFeatures:
+    """The images of a prompt, of which some are computed."""
+
+    #: The tower's inputs for the images that are still to be computed, in order.
+    left: list[dict[str, Any]]
+    #: [tokens, width] for each part that is computed; the same for each deepstack layer.
+    done: list[torch.Tensor] = field(default_factory=list)
+    deep: list[list[torch.Tensor]] = field(default_factory=list)
+    #: The class of the tower's output, and whether it lists its images.
+    kind: Any = None
+    listed: bool = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether all images are computed."""
+        return not self.left
+
+    def joined(self) -> None:
+        """Make one tensor of all parts."""
+        self.done = [torch.cat(self.done)]
+        self.deep = [[torch.cat(layer)] for layer in self.deep]
+
+
+class Vision:
+    """The tower of one model."""
+
+    def __init__(self, loaded: LoadedModel, features: Any, token_id: int) -> None:
+        self._loaded = loaded
+        self._features = features
+        self._token_id = token_id
+        self._takes = inspect.signature(features).parameters.keys() - {"kwargs"}
+        #: Whether images are computed one by one; the self test decides.
+        self.splits = True
+
+    @classmethod
+    def find(cls, loaded: LoadedModel) -> Vision | None:
+        """The tower of a model whose forward takes its output, else None."""
+        model = loaded.model
+        config = model.config
+        token_id = getattr(config, "image_token_id", None)
+        for owner in (model, getattr(model, "model", None)):
+            features = getattr(owner, "get_image_features", None)
+            if features is not None and token_id is not None:
+                return cls(loaded, features, token_id) if _takes_given(model) else None
+        return None
+
+    def begin(self, prompt: Prompt) -> ImageFeatures | None:
+        """The images of a prompt, none of them computed; None where the tower does not know one of
+        its inputs."""
+        if not prompt.media or prompt.media.keys() - self._takes:
+            return None
+        return ImageFeatures(_split(prompt.media) if self.splits else [prompt.media])
+
+    def compute(self, images: ImageFeatures) -> None:
+        """Compute the next image."""
+        loaded = self._loaded
+        part = Prompt([], media=images.left[0])
+        output = self._features(**part.media_on(loaded.device, loaded.dtype), return_dict=True)
+        pooled = output.pooler_output
+        images.kind, images.listed = type(output), isinstance(pooled, list | tuple)
+        images.done.append(_flat(pooled))
+        layers = getattr(output, "deepstack_features", None) or []
+        images.deep = images.deep or [[] for _ in layers]
+        for layer, features in zip(images.deep, layers, strict=True):
+            layer.append(_flat(features))
+        images.left.pop(0)
+        if images.ready:
+            images.joined()
+
+    def piece(self, prompt: Prompt, images: ImageFeatures, start: int, end: int) -> dict[str, Any]:
+        """Arguments for the prompt's tokens `start` to `end`."""
+        before = prompt.ids[:start].count(self._token_id)
+        here = slice(before, before + prompt.ids[start:end].count(self._token_id))
+        if here.start == here.stop:
+            return {}
+
+        def part(whole: torch.Tensor) -> Any:
+            return [whole[here]] if images.listed else whole[here]
+
+        given: dict[str, Any] = {"pooler_output": part(images.done[0])}
+        if images.deep:
+            given["deepstack_features"] = [[layer[0][here]] for layer in images.deep]
+        return {GIVEN: {"image": images.kind(**given)}}
+
+    def fits(self, prompt: Prompt, images: ImageFeatures) -> bool:
+        """Whether what was computed has a row for each of the prompt's placeholders."""
+        return sum(map(len, images.done)) == prompt.ids.count(self._token_id)
+
+
+def doubled(media: dict[str, Any]) -> dict[str, Any] | None:
+    """The same images twice, as a processor would give them; None where that is not known."""
+    axis = _axis(media)
+    if axis is None:
+        return None
+    return {name: torch.cat([value, value], axis) for name, value in media.items()}
+
+
+def _takes_given(model: Any) -> bool:
+    return GIVEN in forward_parameters(model)
+
+
+def _flat(features: Any) -> torch.Tensor:
+    """[tokens, width] of the images' features."""
+    if isinstance(features, list | tuple):
+        return torch.cat([each.flatten(0, -2) for each in features])
+    flat: torch.Tensor = features.flatten(0, -2)
+    return flat
+
+
+def _axis(media: dict[str, Any]) -> int | None:
+    """The axis of all tensors along which a processor lays one image behind the other."""
+    values = list(media.values())
+    if not all(isinstance(value, torch.Tensor) and value.dim() for value in values):
+        return None
+    if "image_grid_thw" in media:
+        return 0 if media.keys() == {"pixel_values", "image_grid_thw"} else None
+    pixels = media["pixel_values"]
+    if media.keys() <= {"pixel_values", "pixel_attention_mask"} and pixels.dim() == 5:
+        # One prompt, its images and their tiles, each an image of its own.
+        return 1 if pixels.shape[0] == 1 else None
+    return 0 if len({value.shape[0] for value in values}) == 1 else None
+
+
+def _split(media: dict[str, Any]) -> list[dict[str, Any]]:
+    """The images one by one, in order."""
+    axis = _axis(media)
+    if axis is None:
+        return [media]
+    if "image_grid_thw" in media:
+        grid = media["image_grid_thw"]
+        pixels = media["pixel_values"].split(grid.prod(-1).tolist())
+        return [
+            {"pixel_values": own, "image_grid_thw": grid[index : index + 1]}
+            for index, own in enumerate(pixels)
+        ]
+    parts = {name: value.split(1, axis) for name, value in media.items()}
+    return [
+        {name: own[index] for name, own in parts.items()}
+        for index in range(media["pixel_values"].shape[axis])
+    ]
