@@ -46,7 +46,7 @@ class Prompt:
     #: int64 [len(ids)]: the ids, with placeholders replaced by a digest of their image. Equal
     #: values here mean equal keys and values in the cache.
     key: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    #: Index after the last placeholder; up to there a prefill with images must be one piece.
+    #: Index after the last placeholder; a prefix that is reused reaches at least so far.
     media_end: int = 0
     image_tokens: int = 0
 
