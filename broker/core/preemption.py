@@ -96,10 +96,12 @@ def _victim(bus: BusState, waiting: RequestState) -> RequestState | None:
 def _may_give_way(bus: BusState, request: RequestState) -> bool:
     """Whether it has made some progress, and did not give way a moment ago."""
     started_s = request.started_s
+    if started_s is None or not ends.may_move(request):
+        return False
+    # What it took to begin is computed again, so at least half of its time in slots is of use.
+    began_s = 0.0 if request.assigned_s is None else started_s - request.assigned_s
     return (
-        ends.may_move(request)
-        and started_s is not None
-        and bus.now_s - started_s >= bus.settings.preempt_floor_s
+        bus.now_s - started_s >= max(bus.settings.preempt_floor_s, began_s)
         and bus.now_s - request.preempted_s >= bus.settings.preempt_again_s
     )
 

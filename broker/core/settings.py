@@ -115,10 +115,14 @@ class CoreSettings:
         "where all slots are taken, a stream of lower priority gives way and goes on later",
     )
     preempt_floor_s: float = option(
-        0.5, "s", "a stream gives way this long after its first token at the earliest", low=0
+        0.25,
+        "s",
+        "a stream gives way this long after its first token at the earliest, and never before it "
+        "has run for as long as it took to begin",
+        low=0,
     )
     preempt_again_s: float = option(
-        10.0, "s", "a stream that gave way is left alone for this long", low=0
+        1.0, "s", "a stream that gave way is left alone for this long", low=0
     )
     drain_s: float = option(30.0, "s", "deadline of a drain that names none", low=0)
 

@@ -6,11 +6,17 @@ from broker.protocol.header import MessageType
 from broker.protocol.messages import Finished, Ledger, ModelInfo, TokensEvent, WorkerState
 from tests.core.broker_facts import Bus, ClientPeer, Message, WorkerPeer
 
-FLOOR_S, AGAIN_S = 0.5, 10.0
+FLOOR_S, AGAIN_S = 0.25, 10.0
 
 
 def fleet(slots: int = 1, **settings: object) -> tuple[Bus, WorkerPeer, ClientPeer]:
-    bus = Bus(queue_s=600.0, client_liveness=1000, worker_liveness=1000, **settings)
+    bus = Bus(
+        queue_s=600.0,
+        client_liveness=1000,
+        worker_liveness=1000,
+        preempt_again_s=AGAIN_S,
+        **settings,
+    )
     return bus, bus.worker(slots=slots), bus.client()
 
 
@@ -137,6 +143,19 @@ def test_it_makes_some_progress_first() -> None:
     bus.wait(5.0)
     assert gave_way(client, worker) == [], "it has no token yet"
     begin(worker, assign)
+    bus.wait(4.5)
+    assert gave_way(client, worker) == [], "that would be half of its time for nothing"
+    bus.wait(1.0)
+    assert gave_way(client, worker) == [low]
+
+
+def test_one_that_began_at_once_runs_for_a_moment_first() -> None:
+    bus, worker, client = fleet()
+    low = client.request(priority=-50)
+    (assign,) = worker.assigned()
+    begin(worker, assign)
+    client.receive()
+    bus.client("person").request()
     bus.wait(FLOOR_S - 0.1)
     assert gave_way(client, worker) == []
     bus.wait(0.2)

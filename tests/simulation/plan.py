@@ -91,7 +91,7 @@ class Plan:
     asks: tuple[Ask, ...]
     faults: tuple[Fault, ...]
     #: How long a stream must have run before it can be preempted, and again after a preemption.
-    preempt_s: tuple[float, float] = (0.5, 10.0)
+    preempt_s: tuple[float, float] = (0.25, 1.0)
 
 
 def make(
@@ -129,7 +129,7 @@ def make(
         peer_queue_messages=rng.choice((8, 300)),
         asks=asks,
         faults=faults,
-        preempt_s=rng.choice(((0.5, 10.0), (0.0, 1.0), (0.0, 0.0))),
+        preempt_s=rng.choice(((0.25, 1.0), (0.0, 10.0), (0.0, 0.0))),
     )
 
 
