@@ -155,6 +155,7 @@ class StreamState:
         "error",
         "model",
         "over",
+        "queued",
         "resumed",
         "seed",
         "worker",
@@ -184,6 +185,7 @@ class StreamState:
         self.model = model
         self.worker = ""
         self.resumed = 0
+        self.queued: Queued | None = None
         self.seed = seed
 
     @property
@@ -239,7 +241,10 @@ class StreamState:
                 self.end, self.over = item, True
                 self.model, self.worker, self.resumed = item.model, item.worker, item.resumed
                 self._said.append(item.text if item.pieces is None else item.pieces)
+            case Queued():
+                self.queued = item
             case Started():
+                self.queued = None
                 self.model, self.worker, self.resumed = item.model, item.worker, item.resumed
                 self._report_every = max(1, item.window_tokens // 4)
                 self._report_at = len(self._token_ids) + self._report_every
@@ -349,6 +354,11 @@ class _Reading:
     def worker(self) -> str:
         """The worker that runs it; empty if none does."""
         return self._state.worker
+
+    @property
+    def queued(self) -> Queued | None:
+        """Its place in the queue and its expected start, while it waits for a worker."""
+        return self._state.queued
 
     @property
     def resumed(self) -> int:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Final
 
-from broker.core import dispatch, endings, placement, shutdown
+from broker.core import dispatch, endings, placement, shutdown, waiting
 from broker.core.events import Frames
 from broker.core.instructions import Log
 from broker.core.phases import Phase
@@ -19,13 +19,12 @@ from broker.core.queue import ModelQueue
 from broker.core.records import ClientSession, RequestState, short
 from broker.core.settings import CoreSettings
 from broker.core.state import BusState
-from broker.protocol import codec, decisions
+from broker.protocol import decisions
 from broker.protocol.codec import check_free_forms, decode, unpack
 from broker.protocol.errors import ErrorCode, ErrorInfo, ProtocolError, RequestError
-from broker.protocol.header import Header, MessageType
+from broker.protocol.header import Header
 from broker.protocol.messages import (
     TEXT_IDS,
-    Accepted,
     FailEvent,
     ImagePart,
     Kind,
@@ -296,9 +295,31 @@ def enqueue(
         if dispatch.awaits_worker(bus, request):
             settled_s = bus.started_s + bus.settings.settle_s
             bus.at(settled_s, dispatch.on_settled, request.model)
-        accepted = Accepted(position=queue.position(request))
-        bus.send(client, MessageType.ACCEPTED, request.id, codec.encode(accepted))
-        bus.log_request("debug", "queued", request, position=accepted.position)
+        refuse_hopeless(bus, request, body)
+    if request.phase is Phase.QUEUED and bus.requests.get(request.id) is request:
+        waiting.queued(bus, request)
+        bus.log_request("debug", "queued", request, position=request.position)
+
+
+def refuse_hopeless(bus: BusState, request: RequestState, body: Request) -> None:
+    """Fail a new request at once that will not start before its own limits are over."""
+    limits_ms = [limit for limit in (body.queue_ms, body.ttl_ms) if limit is not None]
+    if body.resume is not None or not limits_ms or min(limits_ms) == 0:
+        return
+    limit_s = min(limits_ms) / 1000
+    if waiting.surely_after_s(bus, request) <= limit_s:
+        return
+    expects_s = waiting.start_s(bus, request) or limit_s
+    error = ErrorInfo(
+        code=ErrorCode.OVERLOADED,
+        message=f"{bus.queues[request.model].position(request)} requests wait for model "
+        f"{request.model} before this one: it would start in about {expects_s:.0f} s, "
+        f"and may wait for {limit_s:g} s at most",
+        retryable=True,
+        retry_after_ms=round(1000 * (expects_s - limit_s)),
+    )
+    bus.counters["refused_hopeless"] += 1
+    endings.fail(bus, request, error)
 
 
 def on_queue_timer(bus: BusState, request: RequestState) -> None:

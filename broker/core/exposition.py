@@ -189,6 +189,11 @@ def _queues(bus: BusState, page: _Page) -> None:
         since_s = (request.queued_s for request in queue.all()) if queue else ()
         return bus.now_s - min(since_s, default=bus.now_s)
 
+    def wait_error_s(model: str) -> float:
+        accuracy = bus.accuracy.get(model)
+        return (accuracy.error or 0.0) if accuracy is not None else 0.0
+
+    family("queue_wait_error_seconds", "Mean error of what was said of the wait.", wait_error_s)
     family("queue_requests", "Requests that wait for a worker.", waiting)
     family("queue_bytes", "Bytes of the requests that wait.", size_bytes)
     family("queue_oldest_seconds", "How long the oldest of them has waited.", oldest_s, "max")

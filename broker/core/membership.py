@@ -151,6 +151,7 @@ def welcome_client(bus: BusState, event: MessageReceived, hello: Hello) -> None:
         bus.now_s,
     )
     client.operator = bus.access is None or event.key in bus.access.operators
+    client.hears_waits = hello.waits
     bus.clients[event.routing_id] = client
     begin(bus, client, operator=client.operator)
 

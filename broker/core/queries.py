@@ -229,6 +229,7 @@ def _requests(bus: BusState, args: _RequestsArgs) -> list[dict[str, Any]]:
 
 def _request(bus: BusState, request: RequestState) -> dict[str, Any]:
     over_s = request.ended_s if request.ended_s is not None else bus.now_s
+    queued = request.phase is Phase.QUEUED
     left_queue_s = request.assigned_s if request.assigned_s is not None else over_s
     return {
         "id": request.id[:4].hex(),
@@ -242,9 +243,17 @@ def _request(bus: BusState, request: RequestState) -> dict[str, Any]:
         "priority": request.priority,
         "age_ms": round((bus.now_s - request.queued_s) * 1000),
         "queued_ms": round((left_queue_s - request.queued_s) * 1000),
+        "position": request.position if queued else None,
+        "starts_in_ms": _ms_left(request.expects_s, bus.now_s - request.told_at_s)
+        if queued
+        else None,
         "took_ms": round((over_s - request.queued_s) * 1000),
         "cancelled": request.cancelled,
     }
+
+
+def _ms_left(expects_s: float | None, since_s: float) -> int | None:
+    return None if expects_s is None else max(0, round((expects_s - since_s) * 1000))
 
 
 def _named(bus: BusState, name: str) -> list[WorkerSession]:

@@ -79,7 +79,7 @@ class Session(Liveness):
 class ClientSession(Session):
     """A client (a gateway is a client too)."""
 
-    __slots__ = ("operator", "requests", "routes", "sources")
+    __slots__ = ("hears_waits", "operator", "requests", "routes", "sources")
 
     def __init__(
         self,
@@ -95,6 +95,8 @@ class ClientSession(Session):
         super().__init__(
             Side.FRONT, routing_id, session_id, name, software, key, interval_s, liveness, now_s
         )
+        #: Whether it wants to hear of its waiting requests again.
+        self.hears_waits = False
         #: Whether it may use the operator's verbs.
         self.operator = False
         #: Queued or running requests by id; the in-flight limit bounds their number.
@@ -349,6 +351,7 @@ class RequestState:
         "ended_s",
         "epoch",
         "epoch_before",
+        "expects_s",
         "frames",
         "holder",
         "id",
@@ -365,15 +368,20 @@ class RequestState:
         "orphan_until_s",
         "outcome",
         "pace",
+        "position",
         "preempted_s",
         "prefix_key",
         "priority",
         "queue_until_s",
         "queued_s",
         "returned",
+        "said_at_s",
+        "said_s",
         "size_bytes",
         "started_s",
         "suspect_until_s",
+        "told_at_s",
+        "told_why",
         "ttl_until_s",
         "user_key",
         "window",
@@ -407,6 +415,15 @@ class RequestState:
         self.most_tokens: int | None = None
         #: It ran, and its worker gave it up alive: it is first in the queue when it comes back.
         self.moved = False
+        #: While it waits: what its client was told last, and when: its place, in how many seconds
+        #: it should start (None: not known), why it waits.
+        self.position = 0
+        self.expects_s: float | None = None
+        self.told_why = ""
+        self.told_at_s = now_s
+        #: What it was told first, to compare, and when.
+        self.said_s: float | None = None
+        self.said_at_s = now_s
         #: When it gave way to a higher priority last.
         self.preempted_s = -math.inf
         #: The user whose turn it takes in the queue.

@@ -71,3 +71,27 @@ class ModelSpeed(Speed):
         if most is None:
             return self.tokens + deviations * self.deviation
         return most * min(1.0, self.share + deviations * self.share_deviation)
+
+
+class Accuracy:
+    """What was said of a model's waits, and what came of it."""
+
+    __slots__ = ("deviation", "error", "factor", "said", "waited")
+
+    def __init__(self) -> None:
+        #: Real waits as multiples of the reckoned ones, and their mean deviation from that.
+        self.factor = 1.0
+        self.deviation = 0.5
+        #: Waits that were compared; mean wait and mean absolute error of what was said, seconds.
+        self.said = 0
+        self.waited: float | None = None
+        self.error: float | None = None
+
+    def observe(self, said_s: float, waited_s: float) -> None:
+        self.said += 1
+        self.waited = smooth(self.waited, waited_s)
+        self.error = smooth(self.error, abs(said_s - waited_s))
+        ratio = min(4.0, max(0.25, waited_s / max(said_s, 1e-3)))
+        # The factor is in `said_s` already.
+        self.deviation = smooth(self.deviation, abs(ratio - 1.0))
+        self.factor = min(8.0, max(0.125, self.factor * ratio ** (1 / 8)))

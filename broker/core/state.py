@@ -22,7 +22,7 @@ from broker.core.queue import ModelQueue
 from broker.core.records import ClientSession, RequestState, Route, Session, WorkerSession, short
 from broker.core.registry import Registry
 from broker.core.settings import CoreSettings
-from broker.core.speed import ModelSpeed
+from broker.core.speed import Accuracy, ModelSpeed
 from broker.protocol import codec
 from broker.protocol.errors import ErrorCode, ErrorInfo
 from broker.protocol.header import MessageType
@@ -95,6 +95,12 @@ class BusState:
         #: Slots that streams were told to leave: worker, and until when they should be free, by the
         #: id of the request.
         self.freeing: dict[bytes, tuple[WorkerSession, float]] = {}
+        #: What was said of the models' waits, and what came of it.
+        self.accuracy: dict[str, Accuracy] = {}
+        #: Models whose waiting requests hear of their places.
+        self.telling: set[str] = set()
+        #: Why nothing serves a model yet, in words, and until when that counts, by model.
+        self.notes: dict[str, tuple[str, float]] = {}
         #: No look for somebody who gives way before this time, by the model that waits.
         self.preempt_from_s: dict[str, float] = {}
         #: Statistics by model.

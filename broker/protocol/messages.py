@@ -181,6 +181,9 @@ class Hello(_Map, frozen=True, kw_only=True):
     #: When the worker will be gone, counted from now, and why, in words; None: no end is known.
     ends_in_ms: Milliseconds | None = None
     ends_why: str = ""
+    # Only from clients:
+    #: Wants ACCEPTED again whenever the place or the expected start of a waiting request changes.
+    waits: bool = False
 
 
 class BusLimits(_Map, frozen=True, kw_only=True):
@@ -479,6 +482,10 @@ class Accepted(_Map, frozen=True, kw_only=True):
 
     #: Number of requests ahead of it; 0 once it is assigned.
     position: Count = 0
+    #: While it waits: when it should start, counted from now; None: not known.
+    starts_in_ms: Milliseconds | None = None
+    #: While it waits: what it waits for, in words, if somebody said so.
+    why: str = ""
     #: The worker that it was assigned to; empty while it is queued.
     worker: str = ""
     #: Workers that were reported lost but came back with the request; they no longer belong

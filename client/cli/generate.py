@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import select
 import stat
 import sys
+import time
 from typing import Any, Final
 
-from client import End, FinishReason, InvalidRequest, PieceKind, Recovering, Started, Stream, Tokens
+from client import (
+    End,
+    FinishReason,
+    InvalidRequest,
+    PieceKind,
+    Queued,
+    Recovering,
+    Started,
+    Stream,
+    Tokens,
+)
 from client.cli import arguments as flags
 from client.cli import thoughts
 from client.cli.terminal import Terminal
@@ -82,6 +94,8 @@ def generate(arguments: argparse.Namespace, terminal: Terminal) -> int:
     return 0
 
 
+_WAIT_SAID_S: Final = 5.0
+"""Between two words about the same wait."""
 CONTINUED: Final = {
     "ids": ", from the same tokens: what is drawn at random goes on differently",
     "text": ", from the same text: the rest may differ from what was interrupted",
@@ -89,10 +103,33 @@ CONTINUED: Final = {
 """For people: how a stream went on, where not exactly."""
 
 
+class _Waits:
+    """Tells people what a request waits for, and not too often."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal = terminal
+        self._said = ""
+        self._said_at_s = -math.inf
+
+    def tell(self, event: Queued) -> None:
+        ahead = f"{event.position} ahead" if event.position else "next"
+        words = [event.why] if event.why else []
+        if event.starts_in_s is not None and event.starts_in_s >= 1:
+            words.append(f"starts in about {event.starts_in_s:.0f} s")
+        if not words and not event.position:
+            return
+        said = f"[waiting: {', '.join([ahead, *words])}]"
+        every_s = _WAIT_SAID_S if event.why == self._said else 0.0
+        if time.monotonic() - self._said_at_s < every_s:
+            return
+        self._said, self._said_at_s = event.why, time.monotonic()
+        self._terminal.notice(said)
+
+
 def show(stream: Stream, terminal: Terminal, mode: str = FOLD) -> End:
     """Print a stream's text as it arrives, with a notice if it had to be resumed. `mode`: what is
     done with thoughts, see `thoughts`."""
-    broken, told = False, ""
+    broken, told, waits = False, "", _Waits(terminal)
     thinking = Thoughts(terminal, mode)
     try:
         for event in stream:
@@ -104,6 +141,8 @@ def show(stream: Stream, terminal: Terminal, mode: str = FOLD) -> End:
                 case Recovering(reason, worker) if worker:
                     broken = True
                     terminal.notice(f"\n[interrupted: {reason}; resuming]")
+                case Queued():
+                    waits.tell(event)
                 case Recovering(reason) if reason != told:  # repeated while nobody serves it
                     told = reason
                     terminal.notice(f"[{reason}; trying again]")
@@ -161,6 +200,11 @@ def _as_json(stream: Stream, terminal: Terminal, *, with_thoughts: bool) -> End:
                         "total_s": event.total_s,
                     }
                 )
+            case Queued(position, starts_in_s, why):
+                line = {"event": "queued", "position": position}
+                if starts_in_s is not None:
+                    line["starts_in_s"] = starts_in_s
+                terminal.json(line | ({"why": why} if why else {}))
             case Started():
                 terminal.json({"event": "started", "worker": event.worker, "model": event.model})
             case Recovering():

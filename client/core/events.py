@@ -31,9 +31,14 @@ from client.options import Retry, Timeout
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """The request is in the broker's queue, with `position` others ahead of it."""
+    """The request is in the broker's queue, with `position` others ahead of it. Comes again, about
+    once a second, when that or the expected start has changed."""
 
     position: int
+    #: When it should start, seconds from now, as measured speed says; None: not known.
+    starts_in_s: float | None = None
+    #: What it waits for, in words, such as a worker that is being started; empty: a free slot.
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)

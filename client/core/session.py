@@ -43,7 +43,7 @@ class ClientSession:
         generator: random.Random | None = None,
     ) -> None:
         generator = generator or random.SystemRandom()
-        hello = messages.Hello(role="client", name=name, software=software)
+        hello = messages.Hello(role="client", name=name, software=software, waits=True)
         self._broker = BrokerConnection(brokers, hello, self, self._emit, generator)
         self._requests = Requests(
             self._broker, self._emit, self._timer, client_limits or Limits(), generator

@@ -31,7 +31,14 @@ from client.gateway.context import RequestContext, route
 from client.gateway.errors import ErrorShape, GatewayError, error_response, invalid
 from client.gateway.fastchat.api import legacy_api_routes
 from client.gateway.fastchat.routes import legacy_routes
-from client.gateway.ids import REQUEST_ID_HEADER, KeptId, RequestIds, request_id_of
+from client.gateway.ids import (
+    POSITION_HEADER,
+    REQUEST_ID_HEADER,
+    START_HEADER,
+    KeptId,
+    RequestIds,
+    request_id_of,
+)
 from client.gateway.keys import KeyFile
 from client.gateway.metrics import CONTENT_TYPE
 from client.gateway.ollama.answers import error_object
@@ -165,7 +172,10 @@ def _middleware(config: Config) -> list[Middleware]:
                 allow_origins=list(config.cors_origins),
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
-                expose_headers=["x-request-id", "request-id", "retry-after", "retry-after-ms"],
+                expose_headers=[
+                    *("x-request-id", "request-id", "retry-after", "retry-after-ms"),
+                    *(POSITION_HEADER, START_HEADER),
+                ],
             )
         )
     if config.loopback:

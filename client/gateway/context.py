@@ -43,11 +43,11 @@ from client.gateway.errors import (
     invalid,
     too_large,
 )
-from client.gateway.ids import REQUEST_ID_HEADER, request_id_of
+from client.gateway.ids import POSITION_HEADER, REQUEST_ID_HEADER, START_HEADER, request_id_of
 from client.gateway.keys import ANYBODY, Key, Usage
 from client.gateway.openai.generation import RETRY, Batches, generate
 from client.gateway.requests import parse
-from client.gateway.sse import STATUS_LEFT, STOPPING, EventStream, Source
+from client.gateway.sse import KEEP_ALIVE, STATUS_LEFT, STOPPING, EventStream, Source
 from client.gateway.traces import HttpSpan, traced
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ class RequestContext:
     completion_tokens: int = 0
     #: Ids of the bus requests made for this one, as the logs of broker and workers show them.
     bus_requests: list[str] = field(default_factory=list)
+    #: Their streams, to tell how long they wait.
+    _streams: list[AsyncStream] = field(default_factory=list)
     #: The key's usage, while this request counts towards it.
     account: Usage | None = None
     #: Span of this request; None if traces are off.
@@ -262,6 +264,29 @@ class RequestContext:
 
     def _opened(self, stream: AsyncStream) -> None:
         self.bus_requests.append(stream.request_id)
+        self._streams.append(stream)
+
+    def waiting(self) -> dict[str, str]:
+        """Headers that tell the place in the queue and the expected start of what waits longest;
+        none where everything runs."""
+        queued = [stream.queued for stream in self._streams if stream.queued is not None]
+        if not queued:
+            return {}
+        last = max(queued, key=lambda one: one.position)
+        told = {POSITION_HEADER: str(last.position)}
+        if last.starts_in_s is not None:
+            told[START_HEADER] = str(round(last.starts_in_s * 1000))
+        return told
+
+    def keep_alive(self) -> bytes:
+        """The comment of a stream of events on which nothing comes: why, if that is known."""
+        told = self.waiting()
+        if not told:
+            return KEEP_ALIVE
+        notes = {stream.queued.why for stream in self._streams if stream.queued is not None}
+        words = [f"{name}={value}" for name, value in told.items()]
+        words += [" ".join(note.split()) for note in sorted(notes) if note]
+        return f": waiting {' '.join(words)}\n".encode()
 
     def saw_token(self) -> None:
         """The first token is being sent."""
@@ -306,7 +331,8 @@ class RequestContext:
             keep_alive_s=self.gateway.config.keep_alive_s,
             headers=headers,
             error_shape=self.error_shape,
-            **framing,
+            waiting=self.waiting,
+            **{"keep_alive": self.keep_alive, **framing},
         )
 
     async def body(self) -> bytes:

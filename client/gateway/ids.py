@@ -15,9 +15,19 @@ from starlette.convertors import Convertor
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["KEPT_ID", "REQUEST_ID_HEADER", "KeptId", "RequestIds", "request_id_of"]
+__all__ = [
+    "KEPT_ID",
+    "POSITION_HEADER",
+    "REQUEST_ID_HEADER",
+    "START_HEADER",
+    "KeptId",
+    "RequestIds",
+    "request_id_of",
+]
 
 REQUEST_ID_HEADER: Final = "x-request-id"
+POSITION_HEADER: Final = "x-queue-position"
+START_HEADER: Final = "x-expected-start-ms"
 #: The same, where Anthropic's SDKs look for it.
 _ANTHROPICS: Final = "request-id"
 _STATE: Final = "tokenbus.request_id"

@@ -49,6 +49,10 @@ STOPPING: Final = GatewayError(
 KEEP_ALIVE: Final = b": keep-alive\n"
 
 
+WAITING_S: Final = 2.0
+"""Between two comments to a reader whose request waits for a worker."""
+
+
 def encode(data: str | bytes, *, event: str | None = None, id_: str | None = None) -> bytes:
     """One event. `data` is one line (JSON has no raw newline)."""
     raw = data.encode() if isinstance(data, str) else data
@@ -69,7 +73,8 @@ class EventStream(Response):
 
     `on_error` makes the last events of a stream that fails after its headers were sent, and
     `error_shape` the whole answer of one that fails before. `keep_alive` makes what is sent after
-    `keep_alive_s` of silence. `source` is closed on every path: end, failure, disconnect, server
+    `keep_alive_s` of silence; `waiting` gives the headers that tell how long a request must wait,
+    and none once it runs. `source` is closed on every path: end, failure, disconnect, server
     stopping.
     """
 
@@ -84,6 +89,7 @@ class EventStream(Response):
         media_type: str = "text/event-stream",
         keep_alive: Callable[[], bytes] = lambda: KEEP_ALIVE,
         error_shape: ErrorShape = error_body,
+        waiting: Callable[[], dict[str, str]] = dict,
     ) -> None:
         super().__init__(None, 200, headers, media_type)
         del self.headers["content-length"]
@@ -96,6 +102,7 @@ class EventStream(Response):
         self._keep_alive_s = keep_alive_s
         self._keep_alive = keep_alive
         self._error_shape = error_shape
+        self._waiting = waiting
         self._started = False
         #: Since when the source is waited for; None while waiting for the socket.
         self._silent_since_s: float | None = None
@@ -136,15 +143,18 @@ class EventStream(Response):
     def _keep_alive_in_s(self, send: Send) -> float:
         """Start sending a comment if one is due; returns the time until the next."""
         if self._silent_since_s is None or self._comment is not None:
-            return self._keep_alive_s
+            return min(WAITING_S, self._keep_alive_s)
         now_s = asyncio.get_running_loop().time()
-        left_s = self._silent_since_s + self._keep_alive_s - now_s
+        # Before the first comment, an early failure still has its own status.
+        waits = self._started and bool(self._waiting())
+        every_s = min(WAITING_S, self._keep_alive_s) if waits else self._keep_alive_s
+        left_s = self._silent_since_s + every_s - now_s
         if left_s > 0:
             return left_s
         self._silent_since_s = now_s
         self._comment = asyncio.create_task(self._tell(send, self._keep_alive()))
         self._comment.add_done_callback(self._commented)
-        return self._keep_alive_s
+        return every_s
 
     def _commented(self, task: asyncio.Task[None]) -> None:
         self._comment = None
@@ -186,6 +196,7 @@ class EventStream(Response):
     async def _tell(self, send: Send, raw: bytes, *, over: bool = False) -> None:
         if not self._started:
             self._started = True
+            self.headers.update(self._waiting())
             await send(
                 {
                     "type": "http.response.start",

@@ -68,6 +68,8 @@ SHOWS: Final = {
     "output_calls": "a call begins: name, first arguments",
     "output_pieces": "thought and content in one event, then content that ends the answer",
     "hello_worker_with_an_end": "a worker that knows when it will be gone, and why",
+    "hello_client_that_hears_of_waits": "a client that wants ACCEPTED again while it waits",
+    "accepted_while_it_waits": "queued: two are ahead, when it should start, what it waits for",
     "heartbeat_with_an_end": "the same, later: its end is near",
 }
 

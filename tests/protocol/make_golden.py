@@ -530,6 +530,26 @@ def _every_field() -> dict[str, Example]:
             ],
             [],
         ),
+        "hello_client_that_hears_of_waits": (
+            t.HELLO,
+            header.NO_ID,
+            0,
+            0,
+            [m.Hello(role="client", name="laptop", waits=True)],
+            [],
+        ),
+        "accepted_while_it_waits": (
+            t.ACCEPTED,
+            REQUEST,
+            3,
+            0,
+            [
+                m.Accepted(
+                    position=2, starts_in_ms=4500, why="starting: job 123 pending (Resources)"
+                )
+            ],
+            [],
+        ),
         "heartbeat_with_an_end": (
             t.HEARTBEAT,
             SESSION,

@@ -69,9 +69,12 @@ class Requests:
         #: By request id: running requests, and ended ones that can still be resumed.
         self.streams: dict[bytes, Stream] = {}
         #: By job id: everything that the engine still has. A job occupies a slot unless it is in
-        #: `_slotless`: then its request was started again, and the new job has taken the slot over.
+        #: `_slotless`: then it was cancelled or started again, and the slot is the next job's.
         self._jobs: dict[bytes, Stream] = {}
         self._slotless: set[bytes] = set()
+        #: Models whose engine stops a request at its next step, however long that runs: all but
+        #: those that it runs one at a time.
+        self.batched: frozenset[str] = frozenset()
         #: Ended requests in the order of their end, with their size.
         self._kept: dict[bytes, int] = {}
         self._kept_bytes = 0
@@ -386,6 +389,10 @@ class Requests:
             if not stream.cancelled:
                 stream.cancelled = True
                 self.out.append(EngineCancel(stream.job_id))
+                if stream.model in self.batched:
+                    # The engine stops it at its next step; the request that takes its place
+                    # arrives by then, and waits there for the memory.
+                    self._slotless.add(stream.job_id)
         elif not stream.end_sent and stream.end is not None:
             # It ended, but the window holds the rest back, which nobody wants any more.
             stream.cut()

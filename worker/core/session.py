@@ -510,6 +510,9 @@ class WorkerCore:
 
     def _engine_ready(self, capabilities: Capabilities, now_s: float) -> None:
         self._capabilities = capabilities
+        if not self._settings.relay:
+            batched = (model.name for model in capabilities.models if not model.serial)
+            self._requests.batched = frozenset(batched)
         self._last_models = list(capabilities.models)
         if self._state is WorkerState.LOADING:
             self._state = WorkerState.READY

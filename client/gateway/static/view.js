@@ -156,7 +156,7 @@ function draw() {
   $("workers-note").textContent = `${workers.length} on this broker`;
   table("models", ["Model", "Workers", "Running", "Waiting", "Context"], models.map((model) => [strong(model.name, model.images ? "text, images" : "text"), `${model.ready} of ${model.workers}`, whole.format(model.running ?? 0), whole.format(model.queued ?? 0), model.context_tokens ? whole.format(model.context_tokens) : "–"]), "No model is served.");
   table("clients", ["Client", "In flight", "Waiting", "Silent for"], clients.map((client) => [client.name, whole.format(client.inflight), whole.format(client.queued), duration(client.silent_ms)]), "No client is connected.");
-  table("requests", ["Request", "Model", "Worker", "State", "Waited", "Took"], requests.slice(0, 40).map((row) => [h("code", {}, row.id), row.model, row.worker || "–", outcome(row), duration(row.queued_ms), duration(row.took_ms)]), "No request yet.");
+  table("requests", ["Request", "Model", "Worker", "State", "Waited", "Took"], requests.slice(0, 40).map((row) => [h("code", {}, row.id), row.model, row.worker || "–", outcome(row), row.state === "queued" && row.position !== null && row.position !== undefined ? `${duration(row.queued_ms)}, ${whole.format(row.position)} ahead${typeof row.starts_in_ms === "number" ? `, starts in ${duration(row.starts_in_ms)}` : ""}` : duration(row.queued_ms), duration(row.took_ms)]), "No request yet.");
   timeline(requests);
   errors(failures(requests, latest.gateway.errors));
 }
