@@ -29,13 +29,14 @@ from broker.protocol.messages import (
 from client.calls import Embeddings
 from client.choices import AsyncChoiceStream, ChoiceStream
 from client.classification import Classification, Classifications, RankedDocument, Reranked
+from client.completion import Completion
 from client.core.events import End, Prompt, Queued, Recovering, Started, StreamEvent, Tokens
 from client.core.tools import ToolCall
 from client.decisions import ChoiceAnswer, Decisions, NoulAnswer, ScoreAnswer
 from client.errors import *  # noqa: F403  # its `__all__` is the only list
 from client.errors import __all__ as _errors
 from client.options import Limits, Retry, Timeout
-from client.stream import AsyncStream, Completion, Stream
+from client.stream import AsyncStream, Stream
 from client.sync import Client
 
 if TYPE_CHECKING:

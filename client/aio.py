@@ -27,6 +27,7 @@ from client.classification import (
     paired,
     reranked_from,
 )
+from client.completion import Completion
 from client.core.events import Answered, End
 from client.core.shapes import Format, T
 from client.decisions import Decisions, decisions_from
@@ -45,7 +46,7 @@ from client.parameters import (
     GenerateOptions,
     documented,
 )
-from client.stream import AsyncInbox, AsyncStream, Completion
+from client.stream import AsyncInbox, AsyncStream
 from client.version import software
 
 __all__ = ["AsyncClient"]

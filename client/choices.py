@@ -10,10 +10,11 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Generic, Self
 
+from client.completion import Completion, StreamState, text_of
 from client.core.events import Item, StreamEvent
 from client.core.shapes import T
 from client.io.driver import Sink
-from client.stream import AsyncInbox, Completion, Inbox, PassingSink, StreamState, text_of
+from client.stream import AsyncInbox, Inbox, PassingSink
 
 __all__ = ["AsyncChoiceStream", "ChoiceStream"]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from broker.protocol.messages import new_id
 from client.calls import Call, Defaults
+from client.completion import StreamState
 from client.core import events
 from client.core.call_reader import CallReader
 from client.errors import short_id
@@ -19,7 +20,7 @@ from client.io.driver import Sink
 from client.io.keys import keys_of, server_key_of
 from client.io.thread import Transport
 from client.options import Connection, Limits, Retry, Timeout
-from client.stream import PassingSink, StreamState
+from client.stream import PassingSink
 
 
 class BaseClient:

@@ -22,6 +22,7 @@ from client.classification import (
     paired,
     reranked_from,
 )
+from client.completion import Completion
 from client.core.events import Answered, End
 from client.core.shapes import Format, T
 from client.decisions import Decisions, decisions_from
@@ -38,7 +39,7 @@ from client.parameters import (
     GenerateOptions,
     documented,
 )
-from client.stream import Completion, Inbox, Stream
+from client.stream import Inbox, Stream
 from client.version import software
 
 __all__ = ["Client"]

@@ -26,8 +26,8 @@ from client.cli import arguments as flags
 from client.cli import thoughts
 from client.cli.terminal import Terminal
 from client.cli.thoughts import FOLD, HIDE, Thoughts
+from client.completion import pieces_of
 from client.images import check_file
-from client.stream import pieces_of
 
 PIPE_WAIT_S: Final = 3.0
 """How long to wait for the first byte of a pipe on standard input if a question was

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from client import PieceKind, StreamEvent, Tokens
 from client.cli.terminal import Terminal
-from client.stream import pieces_of
+from client.completion import pieces_of
 
 __all__ = ["FOLD", "HIDE", "MODES", "SHOW", "Thoughts", "add", "mode_of"]
 

@@ -7,10 +7,10 @@ import pytest
 from broker.protocol import messages
 from broker.protocol.header import MessageType as T
 from broker.protocol.messages import FinishReason, Piece, Timings, TokensEvent, Usage
+from client.completion import StreamState, pieces_of
 from client.core.call_reader import CallReader
 from client.core.events import End, Item
 from client.core.tools import Reading, Tool, ToolCall
-from client.stream import StreamState, pieces_of
 from tests.core.client_wire import Wire, gone, over, toks
 
 THOUGHT, SAID = "reasoning", "content"

@@ -7,9 +7,10 @@ import asyncio
 import pytest
 
 from broker.protocol.messages import TokensEvent
+from client.completion import StreamState
 from client.core import events
 from client.core.events import Item, Started
-from client.stream import AsyncInbox, StreamState
+from client.stream import AsyncInbox
 
 ID = bytes(range(1, 17))
 

@@ -31,11 +31,11 @@ from broker.protocol.messages import (
     TokensEvent,
     Window,
 )
+from client.completion import pieces_of
 from client.core import events as client_events
 from client.core.session import ClientSession
 from client.errors import BusError
 from client.options import Limits, Retry, Timeout
-from client.stream import pieces_of
 from tests.simulation.answers import PIECES, Call, result_of, whole_request
 from tests.simulation.engine import MODEL, SimEngine
 from tests.simulation.world import Party, Violation, Wire, World

@@ -35,7 +35,7 @@ from client import (
     Tokens,
     ToolCall,
 )
-from client.stream import pieces_of
+from client.completion import pieces_of
 from worker.engines.echo.tokens import tokenize
 
 LIMIT_S: Final = 90.0

@@ -1,9 +1,9 @@
 """All requests that the worker runs or recently ran, and the messages about them.
 
 The table of streams and of the engine's jobs, their timers (time to live, grace period after a lost
-session, wait for the window, how long an answer is kept), and the OUTPUT messages that result from
-an event: one for each client session. Knows nothing of handshakes, credit or the engine process;
-instructions for the engine go into `out`. Must never touch a socket or a clock.
+session, wait for the window, how long an answer is kept); `outbox` makes the OUTPUT messages that
+result from an event. Knows nothing of handshakes, credit or the engine process; instructions for
+the engine go into `out`. Must never touch a socket or a clock.
 """
 
 from __future__ import annotations
@@ -14,15 +14,12 @@ import math
 from enum import IntEnum
 from typing import Any
 
-import msgpack
-import msgspec
-
 from broker.protocol.errors import ErrorCode
-from broker.protocol.limits import MAX_OUTPUT_BYTES
 from broker.protocol.messages import Assign, Held, Request, Resume, new_id
 from worker.core.connection import Connection
-from worker.core.instructions import EngineAdd, EngineCancel, EngineWindow, Instruction, Log, Send
-from worker.core.streams import Route, Stream
+from worker.core.instructions import EngineAdd, EngineCancel, EngineWindow, Instruction, Log
+from worker.core.outbox import Outbox
+from worker.core.streams import Stream
 from worker.engines.events import END, FAIL, PROMPT, TOKENS
 
 KEPT_REQUESTS = 4096
@@ -30,10 +27,6 @@ KEPT_REQUESTS = 4096
 KEPT_BYTES = 64 << 20
 """Limit for their total size: about 1.5 million tokens."""
 
-_ARRAY_HEADER_BYTES = 5
-_encode = msgspec.msgpack.Encoder().encode
-"""For events and ledgers, which are plain values made here: the same bytes as `codec.pack`, four
-times as fast."""
 _EMPTY_RESUME = Resume(epoch=1)
 
 
@@ -82,8 +75,7 @@ class Requests:
         #: has doubled, so they must not keep a stream alive.
         self._timers: list[tuple[float, int, bytes]] = []
         self._timers_tidied = 0
-        #: Routes to which something is to be sent in the current call.
-        self._touched: list[Route] = []
+        self._outbox = Outbox(self._drop)
 
     # --- queries -------------------------------------------------------------------------
 
@@ -115,7 +107,7 @@ class Requests:
     def invariants(self) -> None:
         """Raise AssertionError where the state contradicts itself."""
         assert self._slotless <= self._jobs.keys(), "a slotless job that the engine does not have"
-        assert not self._touched, "output that was never sent"
+        assert self._outbox.empty, "output that was never sent"
         assert self._kept_bytes == sum(self._kept.values()), "bytes kept are miscounted"
         for request_id, stream in self.streams.items():
             assert stream.request_id == request_id
@@ -268,7 +260,7 @@ class Requests:
         """Tell a broker that nothing more will come of this request here, so that it does not wait
         for its end."""
         connection.silent.finished.append((request_id, "cancelled"))
-        self._touch(connection.silent)
+        self._outbox.touch(connection.silent)
 
     def renounce(self, connection: Connection, stream: Stream) -> bool:
         """Give up a held request, since it cannot be continued for its client. True if a new run
@@ -307,7 +299,7 @@ class Requests:
             if connection.open and stream.request_id in connection.held:
                 connection.held.discard(stream.request_id)
                 connection.silent.finished.append((stream.request_id, outcome))
-                self._touch(connection.silent)
+                self._outbox.touch(connection.silent)
 
     def tell_ended(self, connection: Connection) -> None:
         """The session began: requests that HELLO named as running may have ended in the
@@ -317,7 +309,7 @@ class Requests:
             if stream is None or stream.end is not None:
                 connection.held.discard(request_id)
                 connection.silent.finished.append((request_id, _outcome(stream)))
-                self._touch(connection.silent)
+                self._outbox.touch(connection.silent)
 
     def forget(self, stream: Stream) -> None:
         """Drop what is kept of a request; the engine may still have its job for a moment."""
@@ -336,10 +328,7 @@ class Requests:
                     self._at(now_s + self._grace_s, _Timer.ORPHANED, stream)
                 else:
                     self._keep_from(stream, now_s)
-        for route in self._touched:
-            if route.connection is connection:
-                route.clear()
-        self._touched = [route for route in self._touched if route.connection is not connection]
+        self._outbox.session_over(connection)
 
     def engine_lost(self) -> None:
         """Running requests are lost; ended ones can still be resumed."""
@@ -407,7 +396,7 @@ class Requests:
         error = {"code": code.value, "message": why}
         route.events.append((FAIL, request_id, assign.epoch, 0, error))
         route.finished.append((request_id, code.value))
-        self._touch(route)
+        self._outbox.touch(route)
 
     def _fail(self, stream: Stream, code: ErrorCode, message: str, now_s: float) -> None:
         """Fail a request, whatever the engine does; unsent tokens are dropped."""
@@ -453,7 +442,7 @@ class Requests:
             stream.cut()
             stream.end = (FAIL, {"code": ErrorCode.SLOW_CONSUMER.value, "message": message}, {})
             # One last event, even if the socket accepts no more for now: the link keeps it.
-            self._touch(stream.route)
+            self._outbox.touch(stream.route)
             stream.send_ready()
         self.forget(stream)
 
@@ -507,7 +496,7 @@ class Requests:
                     stream.started = True
                     route.started.append(stream.request_id)
                 if not route.touched:
-                    self._touch(route)
+                    self._outbox.touch(route)
             else:
                 stream.append(ids, text, logprobs, pieces)
                 self.advance(stream, now_s)
@@ -528,7 +517,7 @@ class Requests:
         route = stream.route
         if route is None or route.connection.blocked:
             return
-        self._touch(route)
+        self._outbox.touch(route)
         if stream.send_ready():
             stream.blocked_since_s = None
         elif stream.blocked_since_s is None:
@@ -551,65 +540,17 @@ class Requests:
             if stream.route is not None and stream.route.connection is connection:
                 self.advance(stream, now_s)
 
-    def _touch(self, route: Route) -> None:
-        if not route.touched:
-            route.touched = True
-            self._touched.append(route)
-
     def flush(self, now_s: float) -> None:
         """Send one OUTPUT to each client session for which there are events."""
-        touched, self._touched = self._touched, []
-        for route in touched:
-            if route.events or route.finished:
-                self._send(route, now_s)
-            route.clear()
+        self._outbox.flush(self.out, now_s)
 
-    def _send(self, route: Route, now_s: float) -> None:
-        connection = route.connection
-        body = _encode(route.events)
-        if len(body) > MAX_OUTPUT_BYTES:
-            *bodies, body = self._split(route)
-            for part in bodies:
-                self.out.append(Send(connection.index, (connection.seal(route.plain, now_s), part)))
-        credit = connection.credit
-        if route.started or route.finished or credit.announced != credit.granted:
-            ledger = _encode((credit.announce(), route.finished, route.started))
-            frames = (connection.seal(route.flagged, now_s), body, ledger)
-            self.out.append(Send(connection.index, frames))
-        else:
-            self.out.append(Send(connection.index, (connection.seal(route.plain, now_s), body)))
-
-    def _split(self, route: Route) -> list[bytes]:
-        """Bodies within MAX_OUTPUT_BYTES; an event too large for one becomes FAIL `too_large`."""
-        groups: list[list[bytes]] = [[]]
-        size = _ARRAY_HEADER_BYTES
-        for event in route.events:
-            packed = _encode(event)
-            if len(packed) + _ARRAY_HEADER_BYTES > MAX_OUTPUT_BYTES:
-                packed = _encode(self._too_large(route, event, len(packed)))
-            if size + len(packed) > MAX_OUTPUT_BYTES:
-                groups.append([])
-                size = _ARRAY_HEADER_BYTES
-            groups[-1].append(packed)
-            size += len(packed)
-        head = msgpack.Packer().pack_array_header
-        return [head(len(group)) + b"".join(group) for group in groups]
-
-    def _too_large(self, route: Route, event: tuple[Any, ...], size: int) -> tuple[Any, ...]:
-        _, request_id, epoch, offset, *_ = event
-        error = {
-            "code": ErrorCode.TOO_LARGE.value,
-            "message": f"an event of {size} bytes of the answer exceeds the limit of "
-            f"{MAX_OUTPUT_BYTES}; ask for less at a time",
-        }
+    def _drop(self, request_id: bytes) -> None:
+        """Give up a request whose event is too large for any OUTPUT."""
         stream = self.streams.get(request_id)
         if stream is not None and stream.running:
             self.abandon(stream)
         elif stream is not None:
             self.forget(stream)
-        route.finished = [entry for entry in route.finished if entry[0] != request_id]
-        route.finished.append((request_id, ErrorCode.TOO_LARGE.value))
-        return (FAIL, request_id, epoch, offset, error)
 
     def _log(self, event: str, stream: Stream, **fields: Any) -> None:
         fields = {"request": stream.request_id[:4].hex(), "model": stream.model, **fields}
