@@ -195,6 +195,16 @@ def a_resumed_answer_goes_on_as_the_interrupted_one_would_have(subject: Subject)
     assert over.token_ids == [] and over.reason is FinishReason.LENGTH
 
 
+def a_resumed_answer_of_more_characters_than_its_tokens_have_is_refused(subject: Subject) -> None:
+    """Else the text to come would be cut by the difference, without a word (SPEC.md M13)."""
+    job = tiny.ids_job(tiny.prompts(1, seed=8)[0], max_tokens=14)
+    whole = subject.one(job)
+    refused = subject.one(_resumed(job, whole.token_ids[:6], len(whole.text) + 999))
+    assert refused.failed is not None and refused.text == ""
+    assert refused.failed.code == ErrorCode.INVALID_REQUEST.value
+    assert "text_characters" in refused.failed.message
+
+
 def logprobs_are_those_of_transformers(subject: Subject) -> None:
     prompt = tiny.prompts(1, seed=2)[0]
     job = tiny.ids_job(prompt, logprobs=3, max_tokens=5)
@@ -308,6 +318,7 @@ CHECKS: list[Callable[[Subject], None]] = [
     every_sampling_parameter_means_what_it_means_on_transformers,
     an_answer_ends_at_an_end_token_a_stop_token_and_a_stop_string,
     a_resumed_answer_goes_on_as_the_interrupted_one_would_have,
+    a_resumed_answer_of_more_characters_than_its_tokens_have_is_refused,
     logprobs_are_those_of_transformers,
     prompt_logprobs_are_those_of_transformers,
     a_constrained_answer_keeps_to_its_constraint,

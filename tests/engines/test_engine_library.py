@@ -122,6 +122,18 @@ def test_a_resumed_answer_goes_on_behind_the_tokens_and_the_text_so_far(
     assert rest.ended is not None and rest.ended.usage.completion_tokens == 12
 
 
+def test_more_characters_than_the_tokens_have_are_refused(
+    engine: LibraryEngine, library: StandIn
+) -> None:
+    """Else the text to come would be cut by the difference, without a word."""
+    tokens = written(PROMPT, 6)
+    (refused,) = tiny.run(engine, [_resumed(tokens, 999, max_tokens=12)])
+    assert refused.failed is not None
+    assert refused.failed.code == ErrorCode.INVALID_REQUEST.value
+    assert "text_characters" in refused.failed.message
+    assert library.inserted == 0
+
+
 def test_an_answer_that_was_whole_already_ends_without_the_library(
     engine: LibraryEngine, library: StandIn
 ) -> None:

@@ -464,6 +464,16 @@ def test_a_completion_goes_on_at_every_cut(build: Build, server: StandIn) -> Non
         assert text + text_of(rest) == text_of(whole)
 
 
+def test_more_characters_than_the_tokens_have_are_refused(build: Build, server: StandIn) -> None:
+    """Else the text to come would be cut by the difference, without a word."""
+    engine = build(server)
+    request = ask("", messages=None, kind=Kind.COMPLETE, prompt="Once?")
+    ids, characters, _ = next(cuts(run(engine, request)))
+    error = failure_of(run(engine, resumed(request, ids, characters + 999)))
+    assert error.code == ErrorCode.INVALID_REQUEST
+    assert "text_characters" in error.message
+
+
 @pytest.mark.parametrize(
     ("text", "params", "fields"),
     [

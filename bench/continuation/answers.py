@@ -1,0 +1,145 @@
+"""Reads streamed answers as an ordinary client does, and compares one with what it should be.
+
+A client here never reconnects and never asks again: what a deployment does about a failure is its
+own affair.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+from urllib.parse import urlsplit
+
+from bench.chaos.features import Heard, same_logprobs
+
+
+class Outcome(StrEnum):
+    """What became of an answer that was running when something was killed."""
+
+    WHOLE = "whole"
+    #: It broke off, or ended with an error.
+    LOST = "lost"
+    #: A part of it came twice.
+    DOUBLED = "doubled"
+    #: It ended as if nothing had happened, and is another answer, or a part of one.
+    ALTERED = "altered"
+
+
+@dataclass
+class Answer:
+    """One answer as it was read."""
+
+    heard: Heard = field(default_factory=Heard)
+    #: Why it is not complete; empty where `[DONE]` came.
+    broken: str = ""
+    #: HTTP status of a request that was refused.
+    status: int = 0
+
+    @property
+    def chunks(self) -> int:
+        """Events so far."""
+        return self.heard.chunks
+
+
+def read(
+    url: str,
+    path: str,
+    body: dict[str, Any],
+    key: str,
+    timeout_s: float,
+    answer: Answer,
+    on_chunk: Callable[[], None],
+) -> None:
+    """Read one answer to its end, whichever it is."""
+    place = urlsplit(url)
+    make = http.client.HTTPSConnection if place.scheme == "https" else http.client.HTTPConnection
+    connection = make(place.netloc, timeout=timeout_s)
+    headers = {"content-type": "application/json", "accept": "text/event-stream"}
+    if key:
+        headers["authorization"] = f"Bearer {key}"
+    try:
+        connection.request("POST", place.path.rstrip("/") + path, json.dumps(body), headers)
+        response = connection.getresponse()
+        if response.status != 200:
+            answer.status = response.status
+            told = response.read(2000).decode("utf-8", "replace")
+            answer.broken = f"HTTP {response.status}: {told[:200]}"
+            return
+        for line in response:
+            if not line.startswith(b"data:"):
+                continue
+            data = line[5:].decode("utf-8", "replace").strip()
+            if data == "[DONE]":
+                return
+            answer.heard.add(json.loads(data))
+            on_chunk()
+        answer.broken = "the stream ended without [DONE]"
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+        answer.broken = f"{type(error).__name__}: {error}"[:200]
+    finally:
+        connection.close()
+
+
+def judge(right: Heard, answer: Answer) -> tuple[Outcome, str]:
+    """Compare with the answer that nothing disturbed. The second part says what is wrong."""
+    if answer.broken:
+        return Outcome.LOST, answer.broken
+    wanted, got = _choices(right), _choices(answer.heard)
+    if wanted == got:
+        return _details(right, answer.heard)
+    for index, (texts, reasons) in wanted.items():
+        theirs, their_reasons = got.get(index, ([], []))
+        if texts == theirs:
+            if len(their_reasons) > len(reasons):
+                return Outcome.DOUBLED, f"choice {index} ended {len(their_reasons)} times"
+            if reasons != their_reasons:
+                what = f"choice {index} ended with {their_reasons}, not {reasons}"
+                return (Outcome.ALTERED if their_reasons else Outcome.LOST), what
+            continue
+        for one, other in zip(texts, theirs, strict=False):
+            if one != other:
+                return _difference(index, one, other)
+        return Outcome.ALTERED, f"choice {index} has {len(theirs)} texts, not {len(texts)}"
+    return Outcome.ALTERED, f"choices {sorted(got)}, not {sorted(wanted)}"
+
+
+def _choices(heard: Heard) -> dict[int, tuple[list[str], list[str]]]:
+    """Index to texts (content, then name and arguments of each call) and finish reasons."""
+    told = json.loads(heard.text())["choices"]
+    return {
+        index: ([text, *(part for _, call in calls for part in call)], reasons)
+        for index, text, calls, _, reasons in told
+    }
+
+
+def _difference(index: int, right: str, got: str) -> tuple[Outcome, str]:
+    same = next((i for i, (a, b) in enumerate(zip(right, got, strict=False)) if a != b), None)
+    at = min(len(right), len(got)) if same is None else same
+    rest = got[at:]
+    where = f"choice {index} at character {at} of {len(right)}"
+    if not rest:
+        return Outcome.ALTERED, f"{where}: it ends there"
+    # What follows is a part that had come before, and then the rest.
+    for begin in range(at):
+        if right.startswith(rest[: min(len(rest), 24)], begin) and len(rest) >= 8:
+            return Outcome.DOUBLED, f"{where}: it goes on from character {begin} again"
+    return Outcome.ALTERED, f"{where}: {rest[:30]!r} in the place of {right[at : at + 30]!r}"
+
+
+def _details(right: Heard, got: Heard) -> tuple[Outcome, str]:
+    """Texts and ends are equal; is everything else?"""
+    if len(got.token_ids) > len(right.token_ids):
+        return (
+            Outcome.DOUBLED,
+            f"{len(got.token_ids)} log probabilities, not {len(right.token_ids)}",
+        )
+    if got.token_ids != right.token_ids or not same_logprobs(right.logprobs, got.logprobs):
+        return Outcome.ALTERED, "other log probabilities"
+    usage = [json.loads(heard.text())["usage"] for heard in (right, got)]
+    if usage[0] != usage[1]:
+        return Outcome.ALTERED, f"usage {usage[1]}, not {usage[0]}"
+    return Outcome.WHOLE, ""

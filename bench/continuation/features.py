@@ -1,0 +1,127 @@
+"""Requests of the measure: one feature each, in fields that OpenAI's API has.
+
+Every request is greedy or has a seed, so that a deployment that keeps its word answers it the same
+each time. What has no natural length asks for lists that take a while.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import random
+from collections.abc import Callable
+from typing import Any, Final
+
+CHAT: Final = "/chat/completions"
+COMPLETIONS: Final = "/completions"
+_SCHEMA: Final = {
+    "type": "object",
+    "properties": {
+        "corners": {"type": "array", "items": {"type": "integer"}, "minItems": 24, "maxItems": 30},
+        "note": {"type": "string", "minLength": 60, "maxLength": 90},
+    },
+    "required": ["corners", "note"],
+    "additionalProperties": False,
+}
+_TOOL: Final = {
+    "type": "function",
+    "function": {
+        "name": "paint",
+        "description": "Paint a shape.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "colours": {
+                    "type": "array",
+                    "items": {"type": "string", "enum": ["red", "blue", "black", "pink"]},
+                    "minItems": 16,
+                    "maxItems": 20,
+                },
+                "where": {"type": "string", "minLength": 40, "maxLength": 60},
+            },
+            "required": ["colours", "where"],
+            "additionalProperties": False,
+        },
+    },
+}
+_STORY: Final = "Tell me a long story about a red circle and a blue square."
+
+
+def _chat(text: str = _STORY, **more: Any) -> tuple[str, dict[str, Any]]:
+    return CHAT, {"messages": [{"role": "user", "content": text}], **more}
+
+
+def _image(seed: int) -> str:
+    """A picture of coloured squares, as a data URL."""
+    from PIL import Image, ImageDraw
+
+    rng = random.Random(seed)
+    picture = Image.new("RGB", (192, 144), (250, 250, 245))
+    draw = ImageDraw.Draw(picture)
+    for _ in range(3):
+        left, top = rng.randrange(140), rng.randrange(90)
+        colour = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
+        draw.rectangle((left, top, left + 40, top + 40), fill=colour)
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def _with_image(seed: int) -> tuple[str, dict[str, Any]]:
+    parts = [
+        {"type": "image_url", "image_url": {"url": _image(seed)}},
+        {"type": "text", "text": "Describe this image at length."},
+    ]
+    return CHAT, {"messages": [{"role": "user", "content": parts}], "temperature": 0}
+
+
+def _schema(seed: int) -> tuple[str, dict[str, Any]]:
+    schema = {"name": "shape", "schema": _SCHEMA, "strict": True}
+    told = {"type": "json_schema", "json_schema": schema}
+    return _chat("Describe a shape.", temperature=0.9, seed=seed, response_format=told)
+
+
+def _tools(seed: int) -> tuple[str, dict[str, Any]]:
+    return _chat(
+        "Paint a shape.", temperature=0.8, seed=seed, tools=[_TOOL], tool_choice="required"
+    )
+
+
+def _completion(seed: int) -> tuple[str, dict[str, Any]]:
+    return COMPLETIONS, {
+        "prompt": "Once upon a time",
+        "temperature": 0.7,
+        "seed": seed,
+        "logprobs": 2,
+    }
+
+
+FEATURES: Final[dict[str, Callable[[int], tuple[str, dict[str, Any]]]]] = {
+    "greedy": lambda _: _chat(temperature=0),
+    "seed": lambda seed: _chat(temperature=0.9, top_p=0.95, seed=seed),
+    "stop": lambda seed: _chat(
+        "Count to 90.", temperature=0.9, seed=seed, stop=["zebra!", "xyz", "\n\n\n"]
+    ),
+    "penalties": lambda seed: _chat(
+        temperature=0.8, seed=seed, presence_penalty=0.4, frequency_penalty=0.3
+    ),
+    "schema": _schema,
+    "tools": _tools,
+    "logprobs": lambda _: _chat(temperature=0, logprobs=True, top_logprobs=3),
+    "n": lambda seed: _chat(temperature=1.0, seed=seed, n=3),
+    "image": _with_image,
+    "completion": _completion,
+}
+"""Name to a request with this seed: path and body."""
+LONG: Final = frozenset(("schema", "tools"))
+"""Their length is in what they ask for; they need more tokens than the others, and end by
+themselves."""
+
+
+def request(feature: str, model: str, tokens: int, seed: int, extra: dict[str, Any]) -> Any:
+    """Path and body of a streamed request. `extra` goes into those whose length is open."""
+    path, body = FEATURES[feature](seed)
+    common = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
+    if feature in LONG:
+        return path, common | body | {"max_tokens": 4 * tokens}
+    return path, common | body | {"max_tokens": tokens} | extra
