@@ -328,13 +328,20 @@ def parse_args(argv: Sequence[str], environment: Mapping[str, str] = os.environ)
             ("--key", flag) if option.name == "key_file" else (flag,)
         )  # the same name as elsewhere
         parser.add_argument(
-            *flags, dest=option.name, metavar=option.metadata["metavar"] or "VALUE", help=words
+            *flags,
+            dest=option.name,
+            metavar=option.metadata["metavar"] or "VALUE",
+            help=words,
+            # What takes several values takes them in several flags as well.
+            action="append" if option.default == () else "store",
         )
     given = vars(parser.parse_args(argv))
     values: dict[str, Any] = {}
     wrong: list[str] = []
     for option in fields(Config):
         text = given[option.name]
+        if isinstance(text, list):
+            text = ",".join(text)
         source = "--" + option.name.replace("_", "-")
         if text is None:
             source = PREFIX + option.name.upper()

@@ -514,6 +514,9 @@ def test_flags_win_over_the_environment() -> None:
     assert (config.port, config.insecure) == (9001, True)
     assert config.broker == ("tcp://x:1", "tcp://y:2")
     assert parse_args([], {}) == Config()
+    aliases = parse_args(["--alias", "a=x", "--alias", "b=y, c*=z"], {})
+    assert aliases.alias == (("a", "x"), ("b", "y"), ("c*", "z"))
+    assert [aliases.served_name(name) for name in ("a", "cat", "d")] == ["x", "z", "d"]
 
 
 @pytest.mark.parametrize(

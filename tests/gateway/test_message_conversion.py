@@ -214,9 +214,12 @@ def test_an_error_about_the_chat_names_the_field_of_the_body() -> None:
     assert made.named(invalid("top_p", "x")).param == "top_p"
 
 
-@pytest.mark.parametrize("named", [False, True])
-def test_a_model_that_always_thinks_is_refused_only_to_who_wants_silence(named: bool) -> None:
-    fields = {"thinking": {"type": "disabled"}} if named else {}
+@pytest.mark.parametrize("parameter", ["enable_thinking", "template_args"])
+@pytest.mark.parametrize("thinking", [None, "adaptive", "disabled"])
+def test_a_model_that_cannot_be_told_is_refused_only_to_who_says_whether_to_think(
+    thinking: str | None, parameter: str
+) -> None:
+    fields = {"thinking": {"type": thinking}} if thinking else {}
     body = parse(
         MessagesRequest,
         json.dumps({"model": "m", "max_tokens": 9, "messages": [user()], **fields}).encode(),
@@ -230,7 +233,12 @@ def test_a_model_that_always_thinks_is_refused_only_to_who_wants_silence(named: 
         async def events() -> AsyncGenerator[Any, None]:
             asked.append(generations[0].request.template_args)
             if "enable_thinking" in asked[-1]:
-                raise invalid("enable_thinking", "it always thinks")
+                raise GatewayError(
+                    "invalid_request",
+                    "it cannot be told",
+                    param=parameter,
+                    details={"parameter": parameter},
+                )
             yield []
 
         return events()
@@ -240,13 +248,13 @@ def test_a_model_that_always_thinks_is_refused_only_to_who_wants_silence(named: 
         async for _ in messages._generated(visit, body, one, SimpleNamespace()):  # type: ignore[arg-type]
             pass
 
-    if named:
+    if thinking == "disabled":
         with pytest.raises(GatewayError) as refused:
             asyncio.run(run())
         assert error_body(refused.value)["error"]["details"]["param"] == "thinking"
     else:
         asyncio.run(run())
-        assert asked == [{"enable_thinking": False}, {}]
+        assert asked == [{"enable_thinking": thinking == "adaptive"}, {}]
 
 
 # --- blocks ---------------------------------------------------------------------------------------

@@ -88,7 +88,11 @@ async def all_of(batches: list[list[ChoiceEvent]]) -> AsyncGenerator[list[Choice
 
 STREAMED = {"stream": True, "stream_options": StreamOptions(include_usage=True)}
 VISIT = SimpleNamespace(
-    saw_token=lambda: None, completion_tokens=0, prompt_tokens=0, request_id="req"
+    gateway=SimpleNamespace(config=SimpleNamespace(reasoning_fields=("reasoning_content",))),
+    saw_token=lambda: None,
+    completion_tokens=0,
+    prompt_tokens=0,
+    request_id="req",
 )
 
 

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from tests.judges import agents, anthropic_node, fastchat, guidellm, llava, ollama
+from tests.judges import agents, anthropic, fastchat, guidellm, llava, ollama
 from tests.judges.stage import Stage, stage
 
 JUDGES: dict[str, Callable[[Stage], None]] = {
@@ -16,7 +16,7 @@ JUDGES: dict[str, Callable[[Stage], None]] = {
     "llava": llava.judge,
     "guidellm": guidellm.judge,
     "ollama": ollama.judge,
-    "anthropic": anthropic_node.judge,
+    "anthropic": anthropic.judge,
     "agents": agents.judge,
 }
 

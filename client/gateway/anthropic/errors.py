@@ -38,6 +38,7 @@ _FIELDS: Final = {
     "max_completion_tokens": "max_tokens",
     "reasoning_effort": "output_config.effort",
     "stop": "stop_sequences",
+    "template_args": "thinking",
     "thinking_tokens": "thinking.budget_tokens",
 }
 

@@ -16,6 +16,7 @@ import msgspec
 from starlette.responses import Response
 
 from broker.protocol.messages import Kind, Params, Usage
+from client import BusError
 from client.calls import Call
 from client.core.events import End
 from client.gateway import rejoin
@@ -25,13 +26,14 @@ from client.gateway.anthropic.bodies import (
     MessagesRequest,
     ThinkingAdaptive,
     ThinkingBetweenTools,
+    ThinkingDisabled,
     ThinkingEnabled,
 )
 from client.gateway.anthropic.conversion import as_conversation
 from client.gateway.anthropic.errors import error_event
 from client.gateway.context import RequestContext
 from client.gateway.convert import Generation, chat_call
-from client.gateway.errors import GatewayError, UnknownAnswer, invalid
+from client.gateway.errors import GatewayError, UnknownAnswer, describe, invalid
 from client.gateway.openai.answers import Progress, parser_for, pick_seed, with_thoughts
 from client.gateway.openai.generation import (
     PATIENCE,
@@ -80,10 +82,11 @@ async def create_message(visit: RequestContext) -> Response:
 async def _generated(
     visit: RequestContext, body: MessagesRequest, call: Generation, answer: _Answer
 ) -> Batches:
-    """The events of the request. A model that cannot be told not to think thinks: who does not
-    name `thinking` has not asked for silence."""
+    """The events of the request. A model that cannot be told whether to think does as it does:
+    who names no `thinking`, or leaves it to the model, has asked for neither."""
     calls = [call]
-    if body.thinking is None and "enable_thinking" in call.request.template_args:
+    told = isinstance(body.thinking, ThinkingEnabled | ThinkingDisabled)
+    if not told and "enable_thinking" in call.request.template_args:
         args = {k: v for k, v in call.request.template_args.items() if k != "enable_thinking"}
         request = msgspec.structs.replace(call.request, template_args=args)
         calls.append(replace(call, request=request))
@@ -98,8 +101,12 @@ async def _generated(
                     begun = True
                     yield batch
             return
-        except GatewayError as error:
-            if begun or one is calls[-1] or error.param != "enable_thinking":
+        except (BusError, GatewayError) as error:
+            if begun or one is calls[-1]:
+                raise
+            # Of the template's model, or of a server that takes no such arguments.
+            at_fault = describe(error).info.details.get("parameter")
+            if at_fault not in ("enable_thinking", "template_args"):
                 raise
 
 
