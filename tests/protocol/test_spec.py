@@ -86,6 +86,44 @@ def test_the_table_of_messages_is_that_of_the_code() -> None:
     assert {(int(row[0], 16), row[1]) for row in rows} == {(t.value, t.name) for t in MessageType}
 
 
+# --- the exchange at its beginning ----------------------------------------------------------------
+
+
+def exchange() -> list[tuple[str, str, bytes]]:
+    """Direction, name and bytes of each message of section 1.1."""
+    block = PAGE.split("### 1.1 ", 1)[1].split("```")[1]
+    told: list[tuple[str, str, bytes]] = []
+    for line in block.strip().splitlines():
+        words = line.split(";")[0].split()
+        if "→" in words[0]:
+            told.append((words[0], words[1], b""))
+        else:
+            way, name, data = told[-1]
+            told[-1] = way, name, data + bytes.fromhex("".join(words))
+    return told
+
+
+def test_the_exchange_in_bytes_is_one_that_both_sides_would_take() -> None:
+    numbers = {"C→B": 0, "B→C": 0}
+    seen = []
+    for way, name, data in exchange():
+        head = header.decode(data[:32])
+        assert head.type.name == name
+        assert head.sequence == numbers[way], name
+        numbers[way] += 1
+        seen.append(name)
+        if head.type is MessageType.OUTPUT:
+            tokens, end = codec.decode_events(data[32:], LIMIT)
+            assert isinstance(tokens, m.TokensEvent) and isinstance(end, m.EndEvent)
+            assert (tokens.token_ids, tokens.text, end.offset) == ([2402], " upon", 1)
+            assert end.finish_reason is m.FinishReason.LENGTH
+        else:
+            type_ = getattr(m, name.capitalize())
+            assert codec.decode(type_, data[32:], LIMIT)
+            check(type_.__name__, msgpack.unpackb(data[32:]))
+    assert seen == ["HELLO", "WELCOME", "REQUEST", "ACCEPTED", "OUTPUT", "GOODBYE"]
+
+
 # --- rules ----------------------------------------------------------------------------------------
 
 
