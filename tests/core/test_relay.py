@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from broker.protocol import codec
+from broker.core.events import Side
+from broker.protocol import codec, header
+from broker.protocol.header import MessageType
 from broker.protocol.messages import FinishReason, Kind, Params, Request, Resume
 from client.core.events import Answered, End, QueryMade
 from client.errors import BusError
@@ -363,3 +365,30 @@ def test_in_any_order_of_events_texts_are_exact_and_credit_is_correct(
     buses.world.advance(2.0)
     assert buses.credit == 7
     assert buses.relay.relay._jobs == {}
+
+
+@pytest.mark.parametrize("nonsense", [{}, [[9, b"x"]], [[0, None, 0, 0, [1], "EVIL"]]])
+def test_a_worker_below_whose_output_is_broken_is_cut_off_and_the_answer_goes_on(
+    nonsense: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The relay is a client of the lower bus, and checks what a client must."""
+    buses = TwoBuses(workers=((4, ("model",)), (4, ("model",))))
+    request = buses.above.ask(5, 30)
+    buses.steps(5)
+    hear = buses.lower.hear
+    lies: list[bytes] = []
+
+    def broken_once(side: Side, routing_id: bytes, frames: tuple[bytes, ...]) -> None:
+        if side is Side.BACK and header.decode(frames[0]).type is MessageType.OUTPUT and not lies:
+            lies.append(routing_id)
+            frames = (frames[0], codec.pack(nonsense), *frames[2:])
+        hear(side, routing_id, frames)
+
+    monkeypatch.setattr(buses.lower, "hear", broken_once)
+    buses.steps(1)
+    assert lies[0] not in buses.lower.core.workers, "cut off"
+    buses.steps(100, pause_s=0.05)
+    assert buses.above.tokens[request] == answer(5, 30)
+    assert "EVIL" not in buses.above.texts[request]
+    end = buses.above.ends[request]
+    assert isinstance(end, End) and end.finish_reason is FinishReason.LENGTH
