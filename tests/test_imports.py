@@ -117,8 +117,9 @@ def test_the_side_that_dials_out_knows_only_the_protocol() -> None:
 
 def test_the_worker_knows_of_the_broker_only_the_protocol_and_the_dial_out_side() -> None:
     for name, path in modules("worker"):
-        # A relay is a worker of one bus and a client of another.
-        extra = ("client",) if within(name, "worker.relay") else ()
+        # A relay is a worker of one bus and a client of another; a launcher asks the broker.
+        of_both = within(name, "worker.relay") or within(name, "worker.slurm")
+        extra = ("client",) if of_both else ()
         check(name, path, "worker", "broker.protocol", "broker.peer", *extra)
 
 

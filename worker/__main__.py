@@ -32,8 +32,13 @@ log = logging.getLogger("worker")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["slurm"]:
+        from worker.slurm.__main__ import main as slurm
+
+        return slurm(given[1:])
     try:
-        config = options.parse(sys.argv[1:] if arguments is None else arguments)
+        config = options.parse(given)
         logs.configure(config.log_level, config.log_format, config.log_file)
     except options.ConfigError as error:
         print(f"worker: {error}\n(python -m worker --help lists the options)", file=sys.stderr)

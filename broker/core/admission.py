@@ -204,6 +204,8 @@ def check_model(bus: BusState, request: RequestState) -> None:
     model = request.model
     if bus.registry.serving(model) or not any(bus.registry.models()) or request.epoch > 0:
         return
+    if bus.expected.get(model, -math.inf) > bus.now_s:
+        return
     gone_s = bus.registry.gone_s(model)
     if gone_s is None or gone_s + bus.settings.model_grace_s <= bus.now_s:
         raise endings.model_unavailable(bus, model, retryable=gone_s is not None)

@@ -239,6 +239,10 @@ def on_model_grace(bus: BusState, model: str) -> None:
     """Timer: nobody came (back) to serve the model; requests that wait for it fail."""
     if bus.registry.serving(model):
         return
+    if bus.expected.get(model, -math.inf) > bus.now_s:
+        # Somebody says that workers will come; as long as that is repeated, requests wait.
+        bus.at(bus.expected[model], on_model_grace, model)
+        return
     gone_s = bus.registry.gone_s(model)
     grace_s = bus.settings.model_grace_s
     queue = bus.queues.get(model)

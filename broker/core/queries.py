@@ -22,8 +22,10 @@ from broker.protocol.messages import Answer, Continuation, ModelInfo, Query, Ref
 T = TypeVar("T")
 
 _OPERATOR_VERBS: Final = frozenset(
-    ("bus.drain", "bus.hold", "bus.release", "bus.shutdown", "bus.reload")
+    ("bus.drain", "bus.expect", "bus.hold", "bus.release", "bus.shutdown", "bus.reload")
 )
+_EXPECTED: Final = 256
+"""Models that are expected at once."""
 REPORTS: Final = 3
 REPORTS_S: Final = 60.0
 """How many workers one client may have cut off in this time: a hostile client must not
@@ -53,6 +55,12 @@ class _ShutdownArgs(msgspec.Struct, frozen=True):
 class _ReportArgs(msgspec.Struct, frozen=True):
     sequence: int
     why: str = ""
+
+
+class _ExpectArgs(msgspec.Struct, frozen=True):
+    models: list[str]
+    note: str = ""
+    ttl_ms: int = 30_000
 
 
 class _NoArgs(msgspec.Struct, frozen=True):
@@ -171,11 +179,15 @@ def _worker(bus: BusState, worker: WorkerSession) -> dict[str, Any]:
         "silent_ms": round(worker.silent_s(bus.now_s) * 1000),
         "metrics": beat.metrics,
         "serial": {info.name: info.serial for info in worker.models.values() if info.serial},
-        "ends_in_ms": None
-        if worker.ends_s == math.inf
-        else max(0, round((worker.ends_s - bus.now_s) * 1000)),
+        "ends_in_ms": _ends_in_ms(bus, worker),
         "ends_why": worker.end_why,
     }
+
+
+def _ends_in_ms(bus: BusState, worker: WorkerSession) -> int | None:
+    if worker.ends_s == math.inf:
+        return None
+    return max(0, round((worker.ends_s - bus.now_s) * 1000))
 
 
 def _clients(bus: BusState, _: _NoArgs) -> list[dict[str, Any]]:
@@ -317,6 +329,42 @@ def _reload(bus: BusState, _: _NoArgs) -> dict[str, Any]:
     return {}
 
 
+def _expect(bus: BusState, args: _ExpectArgs) -> dict[str, Any]:
+    """Somebody starts workers of these models where requests wait, and says how far that is."""
+    until_s = bus.now_s + min(max(args.ttl_ms, 0), 3_600_000) / 1000
+    for name in args.models[:_EXPECTED]:
+        if len(bus.expected) >= _EXPECTED:
+            bus.expected = {m: s for m, s in bus.expected.items() if s > bus.now_s}
+        if name in bus.expected or len(bus.expected) < _EXPECTED:
+            bus.expected[name] = until_s
+            bus.notes[name] = (args.note[:200], until_s)
+    bus.notes = {name: note for name, note in bus.notes.items() if name in bus.expected}
+
+    def waiting(model: str) -> int:
+        queue = bus.queues.get(model)
+        return queue.requests if queue else 0
+
+    workers = bus.workers.values()
+    return {
+        "waiting": {model: waiting(model) for model in args.models},
+        "running": {
+            model: sum(r.model == model for w in workers for r in w.running.values())
+            for model in args.models
+        },
+        "workers": [
+            {
+                "name": worker.name,
+                "models": list(worker.models),
+                "state": worker.state_name,
+                "capacity": worker.capacity,
+                "running": len(worker.running),
+                "ends_in_ms": _ends_in_ms(bus, worker),
+            }
+            for worker in workers
+        ],
+    }
+
+
 def _report(bus: BusState, client: ClientSession, args: _ReportArgs) -> dict[str, Any]:
     """A client received a malformed OUTPUT: the worker that sent it is cut off."""
     worker = client.source(args.sequence)
@@ -358,6 +406,7 @@ _VERBS: Final[dict[str, tuple[type[Any], Callable[[BusState, Any], Any]]]] = {
     "bus.metrics": (_NoArgs, _metrics),
     "bus.requests": (_RequestsArgs, _requests),
     "bus.drain": (_DrainArgs, _drain),
+    "bus.expect": (_ExpectArgs, _expect),
     "bus.hold": (_WorkerArgs, _hold),
     "bus.release": (_WorkerArgs, _release),
     "bus.shutdown": (_ShutdownArgs, _shutdown),

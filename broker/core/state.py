@@ -99,6 +99,8 @@ class BusState:
         self.accuracy: dict[str, Accuracy] = {}
         #: Models whose waiting requests hear of their places.
         self.telling: set[str] = set()
+        #: Until when somebody (`bus.expect`) will start workers of a model where requests wait.
+        self.expected: dict[str, float] = {}
         #: Why nothing serves a model yet, in words, and until when that counts, by model.
         self.notes: dict[str, tuple[str, float]] = {}
         #: No look for somebody who gives way before this time, by the model that waits.

@@ -1,0 +1,1 @@
+"""Workers as Slurm jobs: submitted when requests wait, ended when nothing does."""
