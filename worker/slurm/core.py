@@ -110,9 +110,7 @@ class Fleet:
             if row.state == "ready" and not row.name.startswith(f"{self._prefix}-")
         )
         demand = sight.waiting + sight.running
-        wanted = (
-            math.ceil(max(0, demand - others) / slots) if sight.waiting or demand > others else 0
-        )
+        wanted = math.ceil(max(0, demand - others) / slots)
         wanted = min(bounds.most, max(bounds.least, wanted))
         lasting = [job for job in jobs if self._lasts(rows.get(worker_name(self._prefix, job.id)))]
         missing = wanted - len(lasting)
@@ -169,11 +167,12 @@ class Fleet:
         for job in jobs:
             name = worker_name(self._prefix, job.id)
             since_s = self._idle_since_s.get(name)
-            if surplus > 0 and since_s is not None and name not in self._drained:
-                if sight.now_s - since_s >= self._bounds.idle_s:
-                    plan.drain.append(name)
-                    self._drained.add(name)
-                    surplus -= 1
+            if surplus <= 0 or since_s is None or name in self._drained or name not in rows:
+                continue
+            if sight.now_s - since_s >= self._bounds.idle_s:
+                plan.drain.append(name)
+                self._drained.add(name)
+                surplus -= 1
 
     def _idle(self, sight: Sight, rows: dict[str, WorkerRow]) -> None:
         idle = {name for name, row in rows.items() if row.state == "ready" and not row.running}
