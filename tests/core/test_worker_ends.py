@@ -9,7 +9,7 @@ import pytest
 
 from broker.protocol.header import MessageType
 from tests.core.worker_world import World, serving
-from worker.core import events as fact
+from worker.core import events
 
 
 def said(world: World, type_: MessageType = MessageType.HEARTBEAT) -> int | None:
@@ -20,7 +20,7 @@ def said(world: World, type_: MessageType = MessageType.HEARTBEAT) -> int | None
 
 def test_it_tells_every_broker_at_once_and_in_every_heartbeat() -> None:
     world = serving(brokers=2)
-    world.tell(fact.EndKnown(world.now_s + 60.0, "Slurm job 7"))
+    world.tell(events.EndKnown(world.now_s + 60.0, "Slurm job 7"))
     for broker in world.brokers:
         assert broker.came(MessageType.HEARTBEAT)[-1].ends_in_ms == 60_000
         assert broker.came(MessageType.HEARTBEAT)[-1].ends_why == "Slurm job 7"
@@ -30,7 +30,7 @@ def test_it_tells_every_broker_at_once_and_in_every_heartbeat() -> None:
 
 def test_a_new_session_begins_with_it() -> None:
     world = serving()
-    world.tell(fact.EndKnown(world.now_s + 60.0, "Slurm job 7"))
+    world.tell(events.EndKnown(world.now_s + 60.0, "Slurm job 7"))
     world.brokers[0].lose()
     world.advance(5.0, brokers_live=False)
     world.brokers[0].connect()
@@ -39,8 +39,8 @@ def test_a_new_session_begins_with_it() -> None:
 
 def test_it_says_when_the_end_is_called_off() -> None:
     world = serving()
-    world.tell(fact.EndKnown(world.now_s + 60.0, "spot notice"))
-    world.tell(fact.EndKnown(math.inf))
+    world.tell(events.EndKnown(world.now_s + 60.0, "spot notice"))
+    world.tell(events.EndKnown(math.inf))
     assert said(world) is None
     world.advance(100.0)
     assert world.exit is None
@@ -49,7 +49,7 @@ def test_it_says_when_the_end_is_called_off() -> None:
 def test_it_leaves_at_its_end_and_gives_its_streams_up_alive() -> None:
     world = serving()
     world.brokers[0].assign(1)
-    world.tell(fact.EndKnown(world.now_s + 5.0, "spot notice"))
+    world.tell(events.EndKnown(world.now_s + 5.0, "spot notice"))
     world.advance(4.9)
     assert world.exit is None
     world.advance(0.2)
@@ -60,7 +60,7 @@ def test_it_leaves_at_its_end_and_gives_its_streams_up_alive() -> None:
 
 def test_it_leaves_while_it_loads() -> None:
     world = World()
-    world.tell(fact.EndKnown(world.now_s + 5.0, "spot notice"))
+    world.tell(events.EndKnown(world.now_s + 5.0, "spot notice"))
     world.advance(6.0, brokers_live=False)
     assert world.exit is not None and world.exit.code == 0
 
@@ -68,9 +68,9 @@ def test_it_leaves_while_it_loads() -> None:
 def test_a_drain_is_an_end_and_the_earlier_of_both_counts() -> None:
     world = serving(drain_s=30.0)
     world.brokers[0].assign(1)
-    world.tell(fact.StopRequested("SIGTERM"))
+    world.tell(events.StopRequested("SIGTERM"))
     assert said(world) == 30_000
-    world.tell(fact.EndKnown(world.now_s + 10.0, "spot notice"))
+    world.tell(events.EndKnown(world.now_s + 10.0, "spot notice"))
     assert said(world) == 10_000
     world.advance(10.5)
     assert world.exit is not None

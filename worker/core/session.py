@@ -41,7 +41,7 @@ from broker.protocol.messages import (
     Window,
     WorkerState,
 )
-from worker.core import events as fact
+from worker.core import events
 from worker.core.connection import Connection
 from worker.core.credit import CreditPool
 from worker.core.instructions import (
@@ -132,47 +132,47 @@ class WorkerCore:
 
     # --- interface --------------------------------------------------------------------------------
 
-    def handle(self, event: fact.Event, now_s: float) -> list[Instruction]:
+    def handle(self, event: events.Event, now_s: float) -> list[Instruction]:
         """Take an event; return what is to be done, in order."""
         if self._exited:
             return []
         out: list[Instruction] = []
         self._out = self._requests.out = out
         match event:
-            case fact.EngineStepped():
+            case events.EngineStepped():
                 self._mark_s = now_s
                 self._requests.stepped(event.events, now_s)
-            case fact.MessageReceived():
+            case events.MessageReceived():
                 self._received(event, now_s)
-            case fact.Tick():
+            case events.Tick():
                 self._tick(now_s)
-            case fact.Connected():
+            case events.Connected():
                 self._connected(self._connections[event.broker], now_s)
-            case fact.Disconnected():
+            case events.Disconnected():
                 connection = self._connections[event.broker]
                 if connection.has_socket:
                     self._lose(connection, Ended(event.reason, event.refused), now_s)
-            case fact.SendBlocked():
+            case events.SendBlocked():
                 connection = self._connections[event.broker]
                 connection.blocked = True
                 self._log("broker reads slowly", connection, level=logging.DEBUG)
-            case fact.SendUnblocked():
+            case events.SendUnblocked():
                 connection = self._connections[event.broker]
                 connection.blocked = False
                 self._requests.unblocked(connection, now_s)
-            case fact.EngineLoading():
+            case events.EngineLoading():
                 self._progress, self._note = event.progress, event.note
-            case fact.EngineReady() | fact.EngineChanged():
+            case events.EngineReady() | events.EngineChanged():
                 self._engine_ready(event.capabilities, now_s)
-            case fact.EngineMeasured():
+            case events.EngineMeasured():
                 self._metrics = event.metrics
-            case fact.EngineLost():
+            case events.EngineLost():
                 self._engine_lost("engine_dead", event.message, now_s)
-            case fact.StopRequested():
+            case events.StopRequested():
                 self._stop_requested(event.reason, now_s)
-            case fact.EndKnown():
+            case events.EndKnown():
                 self._end_known(event.ends_s, event.why, now_s)
-            case fact.WorkerFailed():
+            case events.WorkerFailed():
                 self._leave("engine_dead", event.message, 1, now_s)
         self._settle(now_s)
         return out
@@ -333,7 +333,7 @@ class WorkerCore:
 
     # --- messages ---------------------------------------------------------------------------------
 
-    def _received(self, event: fact.MessageReceived, now_s: float) -> None:
+    def _received(self, event: events.MessageReceived, now_s: float) -> None:
         connection = self._connections[event.broker]
         if not connection.has_socket:
             return
