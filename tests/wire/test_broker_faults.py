@@ -1,4 +1,4 @@
-"""The broker on real sockets: keys, slow readers, hostile frames, dead and sleeping parties."""
+"""The broker on real sockets: keys, slow readers, hostile frames, dead and stopped parties."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def pair(context: zmq.Context[Any], broker: BrokerProcess) -> tuple[RawWorker, R
 def test_the_client_is_told_that_its_worker_s_connection_broke(
     context: zmq.Context[Any], broker: BrokerProcess
 ) -> None:
-    """By the connection: silence would be noticed after several times the test's patience."""
+    """By the connection: silence would be noticed only long after the test's time limit."""
     worker, client = pair(context, broker)
     client.request()
     client.expect(MessageType.ACCEPTED)
@@ -80,12 +80,12 @@ def test_the_client_is_told_that_its_worker_s_connection_broke(
     assert (told["worker"], told["lost"]) == ("worker", True)
 
 
-def test_a_broker_that_was_stopped_loses_nobody(tmp_path: Path, context: zmq.Context[Any]) -> None:
+def test_a_broker_that_was_stopped_loses_no_peer(tmp_path: Path, context: zmq.Context[Any]) -> None:
     options = ("--worker-heartbeat-s", "0.5", "--client-heartbeat-s", "0.5")
     with running_broker(tmp_path, *options) as broker:
         worker, client = pair(context, broker)
         broker.signal(signal.SIGSTOP)
-        time.sleep(2.5)  # longer than any liveness; the length of the stop is what is tested
+        time.sleep(2.5)  # longer than any liveness limit; the test needs this long a stop
         broker.signal(signal.SIGCONT)
         worker.beat()
         client.beat()
@@ -96,7 +96,7 @@ def test_a_broker_that_was_stopped_loses_nobody(tmp_path: Path, context: zmq.Con
 # --- slow readers ---------------------------------------------------------------------------------
 
 
-def test_the_last_words_of_a_client_are_heard_although_a_send_to_it_failed_first(
+def test_a_clients_last_messages_are_read_although_a_send_to_it_failed_first(
     context: zmq.Context[Any], broker: BrokerProcess
 ) -> None:
     worker, client = pair(context, broker)
@@ -113,7 +113,7 @@ def test_the_last_words_of_a_client_are_heard_although_a_send_to_it_failed_first
     assert worker.receive()[0].type is MessageType.CANCEL
 
 
-def test_a_client_that_does_not_read_is_cut_off_and_nobody_else_suffers(
+def test_a_client_that_does_not_read_is_cut_off_and_no_other_peer_is_affected(
     tmp_path: Path, context: zmq.Context[Any]
 ) -> None:
     options = ("--high-water-mark", "10", "--outgoing-messages", "20", "--orphan-grace-s", "0.2")
@@ -175,7 +175,7 @@ def test_garbage_of_every_shape_ends_only_the_connection_that_sent_it(
 
 
 @pytest.mark.parametrize("side", list(Side), ids=lambda side: side.value)
-def test_a_message_of_endless_frames_is_thrown_away_in_batches_between_which_all_else_has_its_turn(
+def test_a_message_of_endless_frames_is_discarded_in_batches_with_turns_for_all_else(
     context: zmq.Context[Any], side: Side
 ) -> None:
     routers = {side: context.socket(zmq.ROUTER) for side in Side}
@@ -216,10 +216,10 @@ def test_a_frame_that_is_too_large_ends_only_its_connection(
         ("three frames more", False),
     ],
 )
-def test_a_worker_that_breaks_the_framing_of_output_harms_nobody_else(
+def test_a_worker_that_breaks_the_framing_of_output_harms_no_other_peer(
     context: zmq.Context[Any], broker: BrokerProcess, shape: str, ended: bool
 ) -> None:
-    """The fast path reads no more frames than it must: the end of a message is still found."""
+    """The fast path reads as few frames as possible, but still finds the end of a message."""
     worker, client = pair(context, broker)
     hostile = RawWorker(context, broker.back)
     hostile.join("hostile", models=("evil",))
@@ -254,7 +254,7 @@ def test_a_worker_that_breaks_the_framing_of_output_harms_nobody_else(
 
 
 def ends(connection: Connection) -> bool:
-    """Whatever is still said, the broker closes the connection."""
+    """Whether the broker closes the connection, whatever else it sends."""
     try:
         while connection.receive():
             pass
@@ -268,7 +268,7 @@ def descriptors(broker: BrokerProcess) -> int:
 
 
 @pytest.mark.parametrize("role", ["client", "worker"])
-def test_who_has_no_session_is_not_let_hold_a_descriptor(
+def test_connections_without_a_session_cannot_hold_descriptors(
     tmp_path: Path, context: zmq.Context[Any], role: str
 ) -> None:
     options = ("--stranger-s", "0.3", "--client-heartbeat-s", "1", "--worker-heartbeat-s", "1")
@@ -292,13 +292,13 @@ def test_who_has_no_session_is_not_let_hold_a_descriptor(
         finally:
             for stranger in (speechless, silent, odd):
                 stranger.close()
-        # Who speaks stays, however long.
+        # Peers with a session stay.
         stream_works(client, worker)
         wait_until(lambda: descriptors(broker) <= before, "their descriptors to be closed")
         assert client.query("bus.stats")["loop_strangers_closed_total"] == 3
 
 
-def test_a_descriptor_that_is_another_connection_by_now_is_left_alone() -> None:
+def test_a_descriptor_that_now_belongs_to_another_connection_is_left_alone() -> None:
     connections = Connections(1.0)
     here, there = socket.socketpair()
     with here, there:
@@ -313,7 +313,7 @@ def test_a_descriptor_that_is_another_connection_by_now_is_left_alone() -> None:
             assert other.recv(1) == b"x"
 
 
-def test_who_could_not_be_heard_is_given_its_time_again() -> None:
+def test_the_time_limit_restarts_for_peers_that_could_not_be_read() -> None:
     connections = Connections(1.0)
     here, there = socket.socketpair()
     with here, there:
@@ -339,7 +339,7 @@ def certificate(folder: Path, name: str) -> tuple[bytes, bytes, bytes]:
     return server, public, secret
 
 
-def test_keys_on_the_list_come_in_others_do_not_and_the_log_says_who(
+def test_only_keys_on_the_list_are_accepted_and_the_log_names_the_others(
     tmp_path: Path, context: zmq.Context[Any]
 ) -> None:
     keys = tmp_path / "keys"
@@ -374,7 +374,7 @@ def test_keys_on_the_list_come_in_others_do_not_and_the_log_says_who(
         assert not plain.socket.poll(100)
 
 
-def test_wrong_keys_wait_longer_and_longer_and_nobody_waits_with_them(
+def test_the_delay_for_wrong_keys_grows_and_delays_no_one_else(
     tmp_path: Path, context: zmq.Context[Any]
 ) -> None:
     keys = tmp_path / "keys"
@@ -415,7 +415,7 @@ def test_wrong_keys_wait_longer_and_longer_and_nobody_waits_with_them(
         gate.socket.close(linger=0)
 
 
-def test_refusals_that_wait_are_bounded(
+def test_the_number_of_delayed_refusals_is_limited(
     tmp_path: Path, context: zmq.Context[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = tmp_path / "keys"
@@ -487,14 +487,14 @@ def test_clients_and_workers_refuse_a_secret_key_that_others_can_read(
         keys_of(connection)
     with pytest.raises(KeyFileError, match="chmod 600"):
         Keys.load(server, own["worker"])
-    server.chmod(0o644)  # the broker's public key is for everybody
+    server.chmod(0o644)  # the broker's public key is public
     for path in own.values():
         path.chmod(0o600)
     keys_of(connection)
     Keys.load(server, own["worker"])
 
 
-def test_a_missing_allow_list_is_named_with_what_to_do(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_allow_list_says_what_to_do(tmp_path: Path) -> None:
     auth.keys_command([str(tmp_path)], program="keys")
     (tmp_path / "clients.allow").unlink()
     with pytest.raises(auth.KeyFileError, match=r"clients\.allow: No such file.*broker keys"):

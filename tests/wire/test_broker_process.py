@@ -53,7 +53,7 @@ def run(
 
 
 def test_it_imports_nothing_heavy() -> None:
-    """So that it starts at once."""
+    """So that it starts fast."""
     code = "import sys, json, broker.__main__; print(json.dumps(sorted(sys.modules)))"
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
     loaded = {name.partition(".")[0] for name in json.loads(told.stdout)}
@@ -66,7 +66,7 @@ def test_it_imports_nothing_heavy() -> None:
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "broker" / "core").glob("*.py")), ids=lambda p: p.name
 )
-def test_the_core_imports_nothing_that_touches_the_world(path: Path) -> None:
+def test_the_core_imports_nothing_that_does_io(path: Path) -> None:
     allowed = {
         "__future__",
         "bisect",
@@ -182,7 +182,7 @@ def test_an_address_in_use_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
 
 
 def test_a_broker_that_fails_says_why_before_anything_else_can_end_it() -> None:
-    """Closing the sockets may: libzmq aborts the process at what it did not expect."""
+    """Closing the sockets could: libzmq aborts the process on an unexpected error."""
     script = """
         import os, sys
         from broker import __main__, loop
@@ -223,12 +223,12 @@ def test_a_wrong_option_is_one_line_and_exit_code_2(arguments: tuple[str, ...], 
     assert word in told.stderr
 
 
-def test_insecure_must_be_said(tmp_path: Path) -> None:
+def test_insecure_must_be_explicit(tmp_path: Path) -> None:
     told = run("check", "--front", "tcp://0.0.0.0:7001", "--insecure")
     assert told.returncode == 0, told.stderr
 
 
-def test_check_takes_the_file_alone_and_says_what_is_wrong_in_it(tmp_path: Path) -> None:
+def test_check_accepts_a_file_alone_and_says_what_is_wrong_in_it(tmp_path: Path) -> None:
     file = tmp_path / "broker.toml"
     file.write_text("inflight = 7\n")
     good = run("check", str(file))
@@ -238,7 +238,7 @@ def test_check_takes_the_file_alone_and_says_what_is_wrong_in_it(tmp_path: Path)
     assert wrong.returncode == 2 and "unknown option 'inflght'" in wrong.stderr
 
 
-def test_check_finds_what_would_be_ignored_or_could_not_be_bound() -> None:
+def test_check_finds_ignored_settings_and_addresses_that_cannot_be_bound() -> None:
     told = run("check", environment={"TOKENBUS_INFLIHGT": "7"})
     assert told.returncode == 2
     assert "did you mean TOKENBUS_INFLIGHT?" in told.stderr
@@ -253,7 +253,7 @@ def test_check_finds_what_would_be_ignored_or_could_not_be_bound() -> None:
     assert run("check", *free).returncode == 0
 
 
-def test_options_of_a_replaced_controller_are_answered_together() -> None:
+def test_all_options_of_fastchats_controller_are_reported_together() -> None:
     told = run("--host", "0.0.0.0", "--port", "21001", "--dispatch-method", "lottery")
     assert told.returncode == 2
     assert "--front and --back" in told.stderr and "--placement lottery" in told.stderr

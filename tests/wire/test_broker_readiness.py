@@ -1,4 +1,4 @@
-"""`broker.readiness`: no message is slept over, whatever ZeroMQ's descriptors say."""
+"""`broker.readiness`: no message is missed, whatever ZeroMQ's descriptors say."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from broker.readiness import Readiness
 Socket = zmq.Socket[Any]
 Pair = Callable[[int, int], tuple[Socket, Socket]]
 LONG_S = 20.0
-"""Longer than any test may take: whoever waits so long slept over something."""
+"""Longer than any test may take: a wait this long means that a message was missed."""
 
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
-    """Makes two connected sockets of two kinds."""
+    """Makes two connected sockets of the given types."""
     context: zmq.Context[Any] = zmq.Context()
     made: list[Socket] = []
 
@@ -46,7 +46,7 @@ def bell() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 def drain(ours: Socket) -> int:
-    """Read to the end; how many messages."""
+    """Read all messages; returns how many there were."""
     count = 0
     while True:
         try:
@@ -69,7 +69,7 @@ def test_a_message_makes_its_socket_ready_until_it_is_read(
     assert readiness.wait(0.0) == set()
 
 
-def test_a_message_that_came_during_a_send_is_not_slept_over(
+def test_a_message_that_arrived_during_a_send_is_not_missed(
     pair: Pair, bell: tuple[socket.socket, socket.socket]
 ) -> None:
     ours, theirs = pair(zmq.ROUTER, zmq.DEALER)
@@ -79,16 +79,16 @@ def test_a_message_that_came_during_a_send_is_not_slept_over(
     for _ in range(100):
         assert drain(ours) == 1
         theirs.send(b"next")
-        # Any operation on the socket takes the signal of its descriptor away.
+        # Any operation on the socket clears the signal of its descriptor.
         ours.getsockopt(zmq.EVENTS)
         ours.send_multipart([b"peer", b"answer"])
         assert readiness.wait(LONG_S) == {ours}
 
 
-def test_a_drained_socket_is_ready_at_first_and_when_it_was_left_with_a_rest(
+def test_a_drained_socket_is_ready_at_first_and_when_messages_were_left(
     pair: Pair, bell: tuple[socket.socket, socket.socket]
 ) -> None:
-    theirs, ours = pair(zmq.PAIR, zmq.PAIR)  # it connects, as the reader of a monitor does
+    theirs, ours = pair(zmq.PAIR, zmq.PAIR)  # it connects, like the reader of a monitor
     readiness = Readiness([], [ours], bell[0].fileno())
     assert readiness.wait(LONG_S) == {ours}, "or its descriptor would never tell of anything"
     assert drain(ours) == 0

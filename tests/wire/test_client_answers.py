@@ -1,4 +1,4 @@
-"""What both faces make of an answer: several at once, calls of tools, values of a type."""
+"""Answers in both clients: several at once, tool calls, typed values."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ WEATHER: dict[str, Any] = {
 
 
 def called(arguments: Any, name: str = "weather") -> str:
-    """As Hermes' and Qwen's models write a call."""
+    """A call as Hermes and Qwen models write it."""
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
@@ -64,7 +64,7 @@ def requests_of(broker: ScriptedBroker, count: int = 1) -> list[messages.Request
 
 
 class Invoice(pydantic.BaseModel):
-    """What a shop asks for."""
+    """A shop's invoice."""
 
     number: int
     paid: bool = False
@@ -89,7 +89,7 @@ class Node(msgspec.Struct):
 # --- several answers ------------------------------------------------------------------------------
 
 
-def test_n_answers_are_requests_of_their_own_with_seeds_that_follow_each_other() -> None:
+def test_n_answers_are_separate_requests_with_consecutive_seeds() -> None:
     with ScriptedBroker() as broker, Client(broker.address) as bus:
         answers = bus.chat("abc", model="demo", n=3, seed=(1 << 63) - 2)
         sent = requests_of(broker, 3)
@@ -119,7 +119,7 @@ def test_n_answers_are_streamed_together_each_with_its_number() -> None:
     assert [answer.text for answer in answers] == ["bbb", "ccc"], "also after it was read"
 
 
-def test_the_async_face_gives_n_answers_as_well() -> None:
+def test_the_async_client_gives_n_answers_too() -> None:
     async def talk(address: str) -> None:
         async with AsyncClient(address) as bus:
             answers = await bus.chat("abc", model="demo", n=2, seed=4)
@@ -141,7 +141,7 @@ def endless(broker: ScriptedBroker, id_: bytes, request: messages.Request, _: ob
     broker.output(tokens(id_, "a"))
 
 
-def test_whoever_stops_reading_n_answers_cancels_all_of_them() -> None:
+def test_a_caller_that_stops_reading_n_answers_cancels_all_of_them() -> None:
     with ScriptedBroker(endless) as broker, Client(broker.address) as bus:
         for _, piece in bus.chat("x", model="demo", n=3, stream=True).text:
             assert piece == "a"
@@ -182,7 +182,7 @@ def test_the_failure_of_one_answer_ends_all() -> None:
 
 
 @pytest.mark.parametrize("n", [0, -1, 129, 1.5, True, "3"])
-def test_a_number_of_answers_that_cannot_be_is_told_before_anything_is_sent(n: Any) -> None:
+def test_an_impossible_number_of_answers_is_refused_before_anything_is_sent(n: Any) -> None:
     with Client("tcp://127.0.0.1:1") as bus, pytest.raises(InvalidRequest, match=r"from 1 to 128"):
         bus.chat("x", n=n)
 
@@ -200,12 +200,12 @@ def test_a_call_is_read_from_the_answer_with_its_arguments_by_name() -> None:
     assert call.arguments == {"city": "Graz", "days": 2} == json.loads(call.arguments_json)
     assert call.parsed is call.arguments
     assert len(answer.token_ids) == len(text), "the ids are those of the whole answer"
-    # Marks of calls may be special tokens, which a worker leaves out unless asked.
+    # The marks of calls may be special tokens, which a worker skips unless asked for them.
     assert "<tool_call>" in request.params.keep_special
     assert request.tools == [WEATHER]
 
 
-def test_a_stream_tells_a_call_when_it_is_whole_and_shows_no_markup() -> None:
+def test_a_stream_yields_a_call_when_it_is_complete_and_shows_no_markup() -> None:
     text = f"One: {called({'city': 'Graz'})}{called({'city': 'Wien'})}"
 
     async def read(address: str) -> list[Any]:
@@ -226,7 +226,7 @@ def test_a_stream_tells_a_call_when_it_is_whole_and_shows_no_markup() -> None:
         assert len({call.id for call in calls}) == 2
 
 
-def test_the_next_question_takes_the_answer_and_the_tools_result_as_they_are() -> None:
+def test_the_next_request_accepts_the_answer_and_the_tools_result_unchanged() -> None:
     with ScriptedBroker() as broker, Client(broker.address) as bus:
         answer = bus.chat(called({"city": "Graz"}), model="demo", tools=[WEATHER])
         (call,) = answer.tool_calls
@@ -247,7 +247,7 @@ def test_the_next_question_takes_the_answer_and_the_tools_result_as_they_are() -
         ({"city": "Graz", "colour": 1}, "colour"),
     ],
 )
-def test_arguments_that_do_not_fit_the_schema_are_told_where_they_are_read(
+def test_arguments_that_do_not_fit_the_schema_raise_where_they_are_read(
     arguments: Any, told: str
 ) -> None:
     with ScriptedBroker() as broker, Client(broker.address) as bus:
@@ -258,7 +258,7 @@ def test_arguments_that_do_not_fit_the_schema_are_told_where_they_are_read(
     assert json.loads(call.arguments_json) == arguments, "the text is there all the same"
 
 
-def test_a_call_that_the_end_cuts_is_told_as_such() -> None:
+def test_a_call_cut_off_by_the_end_is_marked_as_cut() -> None:
     def cut(broker: ScriptedBroker, id_: bytes, request: messages.Request, _: object) -> None:
         text = '<tool_call>{"name": "weather", "arguments": {"city": "Gr'
         broker.send(MessageType.ACCEPTED, id_, messages.Accepted(worker="w1"))
@@ -282,7 +282,7 @@ def test_a_call_that_the_end_cuts_is_told_as_such() -> None:
         ({"$ref": "#/$defs/None"}, "not a JSON schema"),
     ],
 )
-def test_a_tools_schema_that_is_none_is_told_and_nothing_is_fetched(
+def test_a_malformed_tool_schema_is_refused_and_nothing_is_fetched(
     parameters: dict[str, Any], told: str
 ) -> None:
     tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
@@ -292,8 +292,8 @@ def test_a_tools_schema_that_is_none_is_told_and_nothing_is_fetched(
         _ = answer.tool_calls[0].arguments
 
 
-def test_what_the_model_writes_disturbs_nobody() -> None:
-    """However deep it nests: the calls are looked for where all streams are served."""
+def test_hostile_output_of_a_model_disturbs_no_other_stream() -> None:
+    """However deeply it nests: calls are parsed in the thread that serves all streams."""
     deep = "<tool_call>" + '{"name": ' + "[" * 50_000
     arguments = called({"city": "x"}).replace('"x"', "[" * 50_000 + "]" * 50_000)
 
@@ -324,7 +324,7 @@ def test_a_class_is_a_tool_and_its_call_an_instance() -> None:
     assert functions[1]["parameters"]["required"] == ["x", "y"]
 
 
-def test_arguments_that_do_not_fit_the_class_are_told() -> None:
+def test_arguments_that_do_not_fit_the_class_raise() -> None:
     with ScriptedBroker() as broker, Client(broker.address) as bus:
         answer = bus.chat(called({"number": "many"}, "Invoice"), model="demo", tools=[Invoice])
     for read in ("arguments", "parsed"):
@@ -342,7 +342,7 @@ def test_arguments_that_do_not_fit_the_class_are_told() -> None:
         ),
     ],
 )
-def test_a_forced_call_is_all_that_the_answer_can_be(choice: Any, text: str) -> None:
+def test_a_forced_answer_consists_of_calls_only(choice: Any, text: str) -> None:
     with ScriptedBroker() as broker, Client(broker.address) as bus:
         answer = bus.chat(text, model="demo", tools=[WEATHER], tool_choice=choice)
         (request,) = requests_of(broker)
@@ -351,7 +351,7 @@ def test_a_forced_call_is_all_that_the_answer_can_be(choice: Any, text: str) -> 
     assert answer.text == "" and answer.tool_calls[0].arguments == {"city": "Graz"}
 
 
-def test_without_tools_or_where_none_shall_be_called_the_answer_is_text() -> None:
+def test_without_tools_or_with_tool_choice_none_the_answer_is_text() -> None:
     text = called({"city": "Graz"})
     shape = {"type": "json_object"}
     with ScriptedBroker() as broker, Client(broker.address) as bus:
@@ -386,7 +386,7 @@ def test_without_tools_or_where_none_shall_be_called_the_answer_is_text() -> Non
         ({"response_format": Point, "constraint": {"type": "json_object"}}, "give one of them"),
     ],
 )
-def test_a_wish_that_cannot_be_is_told_before_anything_is_sent(
+def test_an_impossible_option_is_refused_before_anything_is_sent(
     wrong: dict[str, Any], told: str
 ) -> None:
     with Client("tcp://127.0.0.1:1") as bus, pytest.raises(InvalidRequest, match=told):
@@ -408,7 +408,7 @@ def test_a_wish_that_cannot_be_is_told_before_anything_is_sent(
         ({"type": "json_schema", "json_schema": {"schema": {"type": "array"}}}, "[]", []),
     ],
 )
-def test_an_answer_is_read_as_what_its_format_asks_for(type_: Any, text: str, value: Any) -> None:
+def test_an_answer_is_parsed_into_its_response_format(type_: Any, text: str, value: Any) -> None:
     async def ask(address: str) -> list[Completion[Any]]:
         async with AsyncClient(address) as bus:
             whole = await bus.chat(text, model="demo", response_format=type_)
@@ -437,7 +437,7 @@ def test_the_schema_of_a_class_has_its_fields_at_the_top() -> None:
     assert "Node" in node["$defs"], "it refers to itself"
 
 
-def test_an_answer_that_does_not_fit_says_so_where_it_is_read() -> None:
+def test_an_answer_that_does_not_fit_raises_where_it_is_parsed() -> None:
     with ScriptedBroker() as broker, Client(broker.address) as bus:
         answer = bus.chat('{"number": "x"}', model="demo", response_format=Invoice)
         plain = bus.chat("abc", model="demo")
@@ -448,7 +448,7 @@ def test_an_answer_that_does_not_fit_says_so_where_it_is_read() -> None:
     assert answer.text == '{"number": "x"}' and plain.parsed is None
 
 
-def test_an_answer_that_was_cut_says_what_to_do() -> None:
+def test_the_error_for_an_answer_that_was_cut_says_what_to_do() -> None:
     def cut(broker: ScriptedBroker, id_: bytes, request: messages.Request, _: object) -> None:
         broker.send(MessageType.ACCEPTED, id_, messages.Accepted(worker="w1"))
         broker.output(tokens(id_, '{"x": '), end(id_, 6, reason=messages.FinishReason.LENGTH))
@@ -459,7 +459,7 @@ def test_an_answer_that_was_cut_says_what_to_do() -> None:
         _ = answer.parsed
 
 
-def test_answers_cross_process_pools() -> None:
+def test_answers_can_be_pickled() -> None:
     text = called({"x": 1, "y": 2}, "Point")
     with ScriptedBroker() as broker, Client(broker.address) as bus:
         calling = bus.chat(text, model="demo", tools=[Point])
@@ -485,7 +485,7 @@ def test_neither_pydantic_nor_a_schema_checker_is_loaded_unless_the_program_does
     assert done.stdout.strip() == "set()"
 
 
-def test_without_the_checker_unchecked_arguments_are_not_handed_out(
+def test_without_the_checker_arguments_raise_instead_of_being_unchecked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with ScriptedBroker() as broker, Client(broker.address) as bus:
@@ -495,7 +495,7 @@ def test_without_the_checker_unchecked_arguments_are_not_handed_out(
         _ = answer.tool_calls[0].arguments
 
 
-def test_a_type_checker_knows_what_comes_of_each_call() -> None:
+def test_a_type_checker_knows_the_result_of_each_call() -> None:
     api = pytest.importorskip("mypy.api")
     program = (
         "import dataclasses\n"
@@ -523,13 +523,13 @@ def test_a_type_checker_knows_what_comes_of_each_call() -> None:
     assert [line.split(":")[1] for line in wrong] == ["17", "18"], report
 
 
-def test_what_is_new_is_public() -> None:
+def test_the_new_names_are_public() -> None:
     for name in ("AsyncChoiceStream", "ChoiceStream", "InvalidAnswer", "ToolCall"):
         assert name in library.__all__ and hasattr(library, name)
     assert issubclass(InvalidAnswer, BusError | ValueError)
 
 
-def test_the_scripted_model_says_what_it_is_asked() -> None:
-    """All of the above goes by it."""
+def test_the_scripted_model_repeats_its_prompt() -> None:
+    """All tests above rely on it."""
     with ScriptedBroker(spell) as broker, Client(broker.address) as bus:
         assert bus.chat(called({"a": 1}), model="demo").text == called({"a": 1})

@@ -34,7 +34,7 @@ def line(custom_id: str, url: str = CHAT, **body: Any) -> dict[str, Any]:
 
 
 class Files:
-    """The two files of a batch in a folder of its own."""
+    """The two files of a batch, in their own folder."""
 
     def __init__(self, folder: Path) -> None:
         self.input, self.output = folder / "in.jsonl", folder / "out.jsonl"
@@ -44,7 +44,7 @@ class Files:
         self.input.write_text("".join(f"{text}\n" for text in texts))
 
     def answers(self) -> dict[str, dict[str, Any]]:
-        """By custom_id; fails where an id is answered twice."""
+        """The answers by custom_id; fails if an id is answered twice."""
         rows = [json.loads(text) for text in self.output.read_text().splitlines()]
         answers = {row["custom_id"]: row for row in rows}
         assert len(answers) == len(rows), "a line was answered twice"
@@ -67,7 +67,7 @@ def files(tmp_path: Path) -> Files:
 
 @pytest.fixture
 def batch(bus: Bus, files: Files) -> Batch:
-    """Run the command to its end; returns the status."""
+    """Run the command to its end; returns the exit status."""
 
     def run(*options: str) -> int:
         return main(["batch", str(files.input), str(files.output), "--broker", bus.front, *options])
@@ -131,7 +131,7 @@ def test_images_choices_and_tools_are_taken(batch: Batch, files: Files) -> None:
     assert choice.message.tool_calls[0].function.arguments == '{"at": "sky"}'
 
 
-def test_a_line_that_fails_tells_why_and_the_others_are_answered(
+def test_a_failed_line_says_why_and_the_others_are_answered(
     batch: Batch, files: Files, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files.ask(
@@ -179,7 +179,7 @@ def test_without_a_broker_nothing_is_written(files: Files) -> None:
 # --- going on -------------------------------------------------------------------------------------
 
 
-def test_what_is_answered_is_not_asked_again(batch: Batch, files: Files, bus: Bus) -> None:
+def test_answered_lines_are_not_sent_again(batch: Batch, files: Files, bus: Bus) -> None:
     files.ask(line("a"), line("b"))
     assert batch() == 0
     before = files.answers()
@@ -189,7 +189,7 @@ def test_what_is_answered_is_not_asked_again(batch: Batch, files: Files, bus: Bu
     assert {name: after[name] for name in before} == before and "c" in after
 
 
-def test_a_torn_last_line_is_asked_again(batch: Batch, files: Files) -> None:
+def test_a_torn_last_line_is_sent_again(batch: Batch, files: Files) -> None:
     files.ask(line("a"), line("b"))
     assert batch() == 0
     first, second = files.output.read_text().splitlines()
@@ -199,7 +199,7 @@ def test_a_torn_last_line_is_asked_again(batch: Batch, files: Files) -> None:
     assert files.output.read_text().splitlines()[0] == first
 
 
-def test_a_last_line_that_only_lacks_its_break_is_kept(batch: Batch, files: Files) -> None:
+def test_a_last_line_without_a_newline_is_kept(batch: Batch, files: Files) -> None:
     files.ask(line("a"), line("b"))
     assert batch() == 0
     before = files.answers()
@@ -210,7 +210,7 @@ def test_a_last_line_that_only_lacks_its_break_is_kept(batch: Batch, files: File
     assert {name: after[name] for name in before} == before and len(after) == 3
 
 
-def test_failures_are_asked_again_when_told_so(batch: Batch, files: Files) -> None:
+def test_failed_lines_are_sent_again_on_request(batch: Batch, files: Files) -> None:
     files.ask(line("a"), line("b", model="nobody"))
     assert batch() == 1
     good = files.answers()["a"]
@@ -222,7 +222,7 @@ def test_failures_are_asked_again_when_told_so(batch: Batch, files: Files) -> No
     assert sorted(path.name for path in files.output.parent.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
-def test_a_run_that_goes_on_tells_of_the_failures_before_it(
+def test_a_continued_run_reports_earlier_failures(
     batch: Batch, files: Files, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files.ask(line("a", model="nobody"))
@@ -233,7 +233,7 @@ def test_a_run_that_goes_on_tells_of_the_failures_before_it(
     assert "1 failed in total; --retry-failed retries those" in capsys.readouterr().err
 
 
-def test_the_input_is_never_taken_for_the_answers(
+def test_the_input_file_is_never_used_as_the_answer_file(
     batch: Batch, files: Files, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files.ask(line("a"))
@@ -244,7 +244,7 @@ def test_the_input_is_never_taken_for_the_answers(
     assert files.input.read_bytes() == asked
 
 
-def test_a_file_that_is_no_answer_file_is_left_alone(batch: Batch, files: Files) -> None:
+def test_a_file_that_is_not_an_answer_file_is_left_alone(batch: Batch, files: Files) -> None:
     files.ask(line("a"))
     files.output.write_text("precious\nnotes\n")
     assert batch() == 2
@@ -292,7 +292,7 @@ def test_ctrl_c_stops_at_once_frees_the_slots_and_the_next_run_goes_on(
 # --- in flight ------------------------------------------------------------------------------------
 
 
-def test_lines_wait_behind_everybody_else_unless_they_say_otherwise(
+def test_lines_have_a_low_priority_unless_they_say_otherwise(
     batch: Batch, files: Files, bus: Bus
 ) -> None:
     files.ask(line("a"), line("b", priority=7), line("c", "/v1/embeddings", input="x"))
@@ -301,7 +301,7 @@ def test_lines_wait_behind_everybody_else_unless_they_say_otherwise(
     assert sorted(row["priority"] for row in latest) == [-80, -80, 7]
 
 
-def test_a_broker_that_is_killed_meanwhile_costs_no_line(
+def test_no_line_is_lost_if_the_broker_is_killed_during_the_run(
     make_bus: Callable[..., Bus], files: Files
 ) -> None:
     bus = make_bus(workers=1, slots=4, step_delay_ms=10)
@@ -327,7 +327,7 @@ def test_a_broker_that_is_killed_meanwhile_costs_no_line(
         assert files.body(name)["choices"][0]["message"]["content"] == f"say {name}"
 
 
-def test_the_command_needs_nothing_of_the_extra_gateway() -> None:
+def test_the_command_works_without_the_extra_gateway() -> None:
     program = """
 import sys
 for name in ("openai", "starlette", "uvicorn", "prometheus_client", "pydantic", "rich"):

@@ -1,4 +1,4 @@
-"""`python -m client bench`: a load test that tells what a user would feel."""
+"""`python -m client bench`: a load test that measures what a user would notice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.harness import PATIENCE_S, ROOT, Bus
 from tests.wire.test_client_cli import Person
 
 
-def test_as_json_it_tells_times_rates_and_who_answered(
+def test_as_json_it_has_times_rates_and_workers(
     make_bus: Callable[..., Bus], capsys: pytest.CaptureFixture[str]
 ) -> None:
     bus = make_bus(workers=1, slots=4)
@@ -28,7 +28,7 @@ def test_as_json_it_tells_times_rates_and_who_answered(
     assert found["whole_ms"]["max"] > found["first_token_ms"]["p50"] > 0
 
 
-def test_the_report_says_milliseconds_and_rates_of_what_was_seen() -> None:
+def test_the_report_has_milliseconds_and_rates() -> None:
     seen = Measured(
         first_token_s=[0.03, 0.01, 0.02],
         between_tokens_s=[0.010, 0.020],
@@ -46,7 +46,7 @@ def test_the_report_says_milliseconds_and_rates_of_what_was_seen() -> None:
     assert report["whole_ms"]["max"] == 300.0
 
 
-def test_for_people_it_is_a_table(bus: Bus) -> None:
+def test_by_default_the_report_is_a_table(bus: Bus) -> None:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "client", "bench", "--broker", bus.front),
@@ -62,7 +62,7 @@ def test_for_people_it_is_a_table(bus: Bus) -> None:
         assert words in done.stdout
 
 
-def test_at_a_terminal_a_bar_tells_rate_and_remaining_time(make_bus: Callable[..., Bus]) -> None:
+def test_at_a_terminal_a_bar_shows_rate_and_remaining_time(make_bus: Callable[..., Bus]) -> None:
     bus = make_bus(workers=1, slots=2, step_delay_ms=20)
     sizes = ["--requests", "12", "--concurrency", "2", "--answer-tokens", "10"]
     person = Person("bench", "--broker", bus.front, *sizes, COLUMNS="100")
@@ -73,7 +73,7 @@ def test_at_a_terminal_a_bar_tells_rate_and_remaining_time(make_bus: Callable[..
     assert "12/12" in person.screen and "\x1b[?25h" in person.screen, "the cursor is back"
 
 
-def test_a_model_that_nobody_serves_is_told_before_the_test_begins(
+def test_an_unserved_model_is_an_error_before_the_test_begins(
     bus: Bus, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", "--broker", bus.front, "--model", "nobody"]) == 1

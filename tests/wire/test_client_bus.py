@@ -38,17 +38,17 @@ MakeBus = Callable[..., Bus]
 
 
 def sampled(tokens: int, delay_ms: float = 0, **more: Any) -> dict[str, Any]:
-    """Parameters of a made-up answer of so many tokens, each a step of so many milliseconds."""
+    """Parameters of a random answer of this many tokens, with this many milliseconds per step."""
     echo = {"mode": "sampled", "answer_tokens": tokens, "step_delay_ms": delay_ms, **more}
     return {"template_args": {"echo": {key: str(value) for key, value in echo.items()}}}
 
 
 ENDLESS = sampled(100_000, 5)
-#: A stream that cannot end while its reader is busy with something else.
+#: Options for a stream that cannot end while its reader is busy elsewhere.
 IN_ITS_MIDDLE: dict[str, Any] = {"stream": True, "window": WINDOW_TOKENS}
 
 
-def test_both_faces_read_what_the_worker_says(bus: Bus) -> None:
+def test_both_clients_read_the_workers_answer(bus: Bus) -> None:
     client = bus.client()
 
     async def the_same() -> str:
@@ -68,7 +68,7 @@ def test_every_kind_of_request_is_answered(bus: Bus) -> None:
     assert client.generate("raw prompt").text == "raw prompt"
     assert client.generate(token_ids=ids).text == "hello"
     assert "hello" in client.template([{"role": "user", "content": "hello"}])
-    many = [f"text {n}" for n in range(40)]  # more than one request holds
+    many = [f"text {n}" for n in range(40)]  # more than fit into one request
     vectors = client.embed(many)
     assert len(vectors.vectors) == 40
     assert {len(vector) for vector in vectors.vectors} == {vectors.dimensions}
@@ -149,7 +149,7 @@ def _cancel_the_task(client: Client) -> None:
 @pytest.mark.parametrize(
     "leave", [_break, _close_stream, _close_client, _forget, _run_out_of_time, _cancel_the_task]
 )
-def test_whoever_stops_reading_frees_the_workers_slot(
+def test_a_caller_that_stops_reading_frees_the_workers_slot(
     bus: Bus, leave: Callable[[Client], None]
 ) -> None:
     client = Client(bus.front)
@@ -159,7 +159,7 @@ def test_whoever_stops_reading_frees_the_workers_slot(
 
 
 @pytest.mark.parametrize(("fault", "cls"), [("error_at", EngineError), ("oom_at", OutOfMemory)])
-def test_a_fault_of_the_engine_is_its_own_error_after_what_came_before(
+def test_an_engine_failure_raises_its_error_after_the_tokens_before_it(
     bus: Bus, fault: str, cls: type[Exception]
 ) -> None:
     client = bus.client()
@@ -174,12 +174,12 @@ def test_a_fault_of_the_engine_is_its_own_error_after_what_came_before(
     assert caught.value.worker in ("w1", "w2")  # type: ignore[attr-defined]
 
 
-def test_an_unknown_model_is_told_at_once_with_what_is_served(bus: Bus) -> None:
+def test_the_error_for_an_unknown_model_comes_at_once_and_lists_the_models(bus: Bus) -> None:
     with pytest.raises(ModelUnavailable, match="echo"):
         bus.client().chat("nope", "x")
 
 
-def test_a_slow_reader_gets_everything_and_slows_nobody(bus: Bus) -> None:
+def test_a_slow_reader_gets_everything_and_slows_no_other_stream(bus: Bus) -> None:
     client = bus.client()
     slow = client.chat("echo", "x", stream=True, window=16, seed=3, **sampled(400))
     events = iter(slow)
@@ -218,7 +218,7 @@ def reference(bus: Bus, tokens: int, seed: int = 11) -> str:
 def read_with(
     stream: Any, after_tokens: int, fault: Callable[[], None]
 ) -> tuple[str, list[Any], End]:
-    """Read a stream and let something happen in its middle."""
+    """Read a stream, and let something happen in the middle."""
     text, events, seen, done = "", [], 0, False
     for event in stream:
         events.append(event)
@@ -326,7 +326,7 @@ def keys(tmp_path: Path) -> Path:
     return folder
 
 
-def test_with_keys_a_client_on_the_list_is_served_and_others_are_told_why(
+def test_with_keys_a_client_on_the_list_is_served_and_others_learn_why_not(
     make_bus: MakeBus, keys: Path
 ) -> None:
     bus = make_bus(0, "--keys", str(keys))

@@ -44,7 +44,7 @@ def run(
 
 
 class Person:
-    """Somebody at a terminal: types, reads, presses keys."""
+    """A person at a terminal who types, reads and presses keys."""
 
     def __init__(self, *arguments: str, **environment: str) -> None:
         self._ours, theirs = pty.openpty()
@@ -119,14 +119,14 @@ def test_generate_reads_standard_input_and_the_environment(bus: Bus) -> None:
     assert (done.returncode, done.stdout) == (0, "from a pipe\n")
 
 
-def test_what_is_piped_goes_before_the_words(bus: Bus) -> None:
+def test_piped_input_precedes_the_words_of_the_command_line(bus: Bus) -> None:
     done = run("generate", "--broker", bus.front, "in one word?", stdin="a long text\n")
     assert done.stdout == "a long text\n\nin one word?\n"
     counted = run("count", "--broker", bus.front, "words", stdin="a text\n")
     assert int(counted.stdout) == bus.client().count("a text\n\nwords")
 
 
-def test_an_open_pipe_that_nobody_writes_to_is_not_waited_for(bus: Bus) -> None:
+def test_generate_does_not_wait_for_an_open_pipe_without_a_writer(bus: Bus) -> None:
     reader, writer = os.pipe()
     try:
         done = subprocess.run(
@@ -206,7 +206,7 @@ def test_a_worker_that_does_not_batch_says_so_with_the_reason(make_bus: Callable
     assert f"tokenbus_worker_serial{{{labels}}} 1" in scraped
 
 
-def test_a_narrow_window_shows_the_name_that_drain_wants_whole(
+def test_a_narrow_window_shows_the_full_name_that_drain_needs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     screen = io.StringIO()
@@ -219,7 +219,7 @@ def test_a_narrow_window_shows_the_name_that_drain_wants_whole(
     assert name in screen.getvalue() and "…" not in screen.getvalue()
 
 
-def test_drain_lets_a_worker_go(make_bus: Callable[..., Bus]) -> None:
+def test_drain_makes_a_worker_leave(make_bus: Callable[..., Bus]) -> None:
     bus = make_bus(workers=2)
     done = run("drain", "--broker", bus.front, "w1", "--deadline", "1")
     assert done.returncode == 0, done.stderr
@@ -287,7 +287,7 @@ def test_a_mistake_is_one_line_without_a_traceback(
         (["generate", "--param", "seed=x", "hi"], "seed: must be an integer, got 'x'"),
     ],
 )
-def test_a_wrong_value_of_a_flag_is_told_in_words(
+def test_the_error_for_a_wrong_value_of_a_flag_is_in_words(
     capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
 ) -> None:
     with pytest.raises(SystemExit) as left:
@@ -301,13 +301,13 @@ def test_an_unknown_command_is_wrong_usage() -> None:
     assert run().returncode == 2
 
 
-def test_an_error_of_the_bus_is_told_with_its_code(bus: Bus) -> None:
+def test_an_error_of_the_bus_is_shown_with_its_code(bus: Bus) -> None:
     done = run("generate", "--broker", bus.front, "-m", "nope", "x")
     assert done.returncode == 1
     assert "[model_unavailable]" in done.stderr
 
 
-def test_what_is_waited_for_is_told_once(make_bus: Callable[..., Bus]) -> None:
+def test_a_wait_is_announced_once(make_bus: Callable[..., Bus]) -> None:
     bus = make_bus(workers=0)
     done = run("generate", "--broker", bus.front, "--timeout", "3", "x")
     assert done.returncode == 1 and done.stdout == ""
@@ -384,7 +384,9 @@ def test_chat_sets_parameters_and_forgets(bus: Bus) -> None:
     assert done.returncode == 1, "something in the script was wrong"
 
 
-def test_chat_tells_mistakes_in_words_and_a_script_by_the_status(bus: Bus, tmp_path: Path) -> None:
+def test_chat_explains_mistakes_and_its_exit_status_tells_a_script(
+    bus: Bus, tmp_path: Path
+) -> None:
     damaged = tmp_path / "damaged.json"
     damaged.write_text('{"format": "tokenbus-chat-1", "params": 3, "turns": 4}')
     missing = tmp_path / "missing" / "file"
@@ -425,7 +427,7 @@ def test_chat_checks_an_image_a_parameter_and_a_model_at_the_command(
 
 
 @pytest.mark.parametrize("form", ["{}", "'{}'", '"{}"', "file://{}", "{escaped}"])
-def test_chat_reads_a_path_as_a_terminal_drops_it(
+def test_chat_reads_a_path_dropped_onto_the_terminal(
     bus: Bus, picture: str, tmp_path: Path, form: str
 ) -> None:
     dropped = tmp_path / "my picture (1).png"
@@ -436,7 +438,7 @@ def test_chat_reads_a_path_as_a_terminal_drops_it(
     assert done.stdout.splitlines() == ["1 image: 5x4. look"], done.stderr
 
 
-def test_undo_takes_back_what_was_attached_first(bus: Bus, picture: str) -> None:
+def test_undo_removes_an_attached_image_first(bus: Bus, picture: str) -> None:
     done = run(
         *("chat", "--broker", bus.front),
         stdin=f"hello\n/image {picture}\n/undo\nlook\n/undo\n/undo\n/regen\n",
@@ -488,7 +490,7 @@ def test_chat_may_be_started_before_the_broker(make_bus: Callable[..., Bus]) -> 
     assert person.leaves() == 0
 
 
-def test_chat_tells_when_a_stream_was_resumed(make_bus: Callable[..., Bus]) -> None:
+def test_chat_says_when_a_stream_was_resumed(make_bus: Callable[..., Bus]) -> None:
     bus = make_bus(workers=2)
     person = Person("chat", "--broker", bus.front)
     person.sees("you> ")

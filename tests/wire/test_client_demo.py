@@ -27,7 +27,7 @@ PLAIN = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 # --- the terminal ---------------------------------------------------------------------------------
 
 
-def test_the_demo_shows_the_whole_way_and_stops_everything(tmp_path: Path) -> None:
+def test_the_demo_shows_every_step_and_stops_everything(tmp_path: Path) -> None:
     done = run("demo", "--engine", "echo", environment={"TMPDIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("1 image: 240x240. ")
@@ -53,7 +53,7 @@ def test_without_the_workers_packages_the_demo_says_what_to_install(
     assert "[worker]" in told and "--engine echo" in told
 
 
-def test_a_worker_that_cannot_start_is_told_with_its_own_words() -> None:
+def test_the_error_for_a_worker_that_cannot_start_quotes_its_last_line() -> None:
     done = run("demo", "--engine", "no-such-engine", "--load-timeout", "30")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: ")
@@ -126,7 +126,7 @@ def web_demo(folder: Path, *options: str, **environment: str) -> Iterator[Demo]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_page_is_served_until_it_is_interrupted(tmp_path: Path, number: signal.Signals) -> None:
     with web_demo(tmp_path, "--no-browser") as demo:
-        # Where the address is told, the page, its image and a model are there.
+        # Once the address is printed, the page, its image and a model are ready.
         url = demo.url()
         assert b"<title>tokenbus</title>" in PLAIN.open(url).read()
         picture = Image.open(io.BytesIO(PLAIN.open(f"{url}page/sample.png").read()))
@@ -147,7 +147,7 @@ def test_the_shipped_image_is_the_one_that_the_generator_draws() -> None:
     assert shipped.convert("RGB").tobytes() == drawn.tobytes()
 
 
-def test_a_browser_is_opened_where_there_is_a_display(tmp_path: Path) -> None:
+def test_a_browser_is_opened_if_there_is_a_display(tmp_path: Path) -> None:
     opened = tmp_path / "opened"
     browser = tmp_path / "browser"
     browser.write_text(f'#!/bin/sh\necho "$1" > {opened}\n')
@@ -155,17 +155,17 @@ def test_a_browser_is_opened_where_there_is_a_display(tmp_path: Path) -> None:
     with web_demo(tmp_path, DISPLAY=":99", BROWSER=f"{browser} %s") as demo:
         url = demo.url()
         wait_until(lambda: opened.exists() and opened.read_text(), "an opened browser")
-        # Not the conversation of an earlier demo.
+        # It must not show the conversation of an earlier demo.
         assert opened.read_text().strip() == f"{url}#new"
 
 
-def test_without_a_display_the_address_alone_is_told(tmp_path: Path) -> None:
+def test_without_a_display_only_the_address_is_printed(tmp_path: Path) -> None:
     with web_demo(tmp_path, BROWSER="/bin/false %s") as demo:
         demo.url()
         wait_until(lambda: "no browser could be opened" in demo.told(), "the hint")
 
 
-def test_a_port_in_use_is_told_where_it_was_asked_for(tmp_path: Path) -> None:
+def test_an_explicit_port_in_use_is_an_error(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -176,7 +176,7 @@ def test_a_port_in_use_is_told_where_it_was_asked_for(tmp_path: Path) -> None:
             assert last.startswith("error: the gateway ended") and f"port {port} is in use" in last
 
 
-def test_another_port_is_taken_where_the_usual_one_is_in_use(tmp_path: Path) -> None:
+def test_another_port_is_used_if_the_default_is_in_use(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -188,7 +188,7 @@ def test_another_port_is_taken_where_the_usual_one_is_in_use(tmp_path: Path) -> 
             assert not demo.url().endswith(":8000/")
 
 
-def test_the_end_of_a_process_is_told(tmp_path: Path) -> None:
+def test_the_end_of_a_process_is_reported(tmp_path: Path) -> None:
     with web_demo(tmp_path, "--no-browser") as demo:
         demo.url()
         [worker] = _numbers_of(tmp_path, "-m worker ")
@@ -210,14 +210,14 @@ def test_without_the_gateways_packages_the_demo_says_what_to_install(
 @pytest.mark.parametrize(
     "options", [("--web", "--question", "x"), ("--port", "1"), ("--no-browser",)]
 )
-def test_options_that_would_do_nothing_are_refused(
+def test_options_without_an_effect_are_refused(
     options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["demo", "--engine", "echo", *options]) == 2
     assert "--web" in capsys.readouterr().err
 
 
-def test_an_image_that_is_not_there_is_told_before_anything_starts(
+def test_a_missing_image_is_an_error_before_anything_starts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["demo", "--engine", "echo", "--image", "/nowhere.png"]) == 2
@@ -234,14 +234,14 @@ def _processes_of(folder: Path) -> str:
 
 
 def _started_with(folder: Path) -> dict[int, str]:
-    """Command lines of processes that were started with this temporary folder."""
+    """The command lines of processes started with this temporary folder."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             environment = (entry / "environ").read_bytes()
             command = (entry / "cmdline").read_bytes()
         except OSError:
-            continue  # gone, or somebody else's
+            continue  # gone, or another user's
         if f"TMPDIR={folder}".encode() in environment and int(entry.name) != os.getpid():
             found[int(entry.name)] = command.replace(b"\0", b" ").decode()
     return found

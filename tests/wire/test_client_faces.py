@@ -98,7 +98,7 @@ def test_a_stream_is_read_as_events_or_as_text() -> None:
     assert pieces == ["a", "b", "c"]
 
 
-def test_the_async_face_does_the_same() -> None:
+def test_the_async_client_does_the_same() -> None:
     async def talk(address: str) -> None:
         async with AsyncClient(address) as client:
             assert (await client.chat("demo", "abc")).text == "abc"
@@ -119,7 +119,7 @@ def test_the_async_face_does_the_same() -> None:
         asyncio.run(talk(broker.address))
 
 
-def test_a_batch_is_all_that_came_and_an_error_waits_for_its_turn() -> None:
+def test_a_batch_is_all_that_has_arrived_and_an_error_comes_after_it() -> None:
     error = ErrorInfo(code="engine_error", message="scripted")
 
     def fails(broker: ScriptedBroker, id_: bytes, request: messages.Request, _: object) -> None:
@@ -148,7 +148,7 @@ def test_a_batch_is_all_that_came_and_an_error_waits_for_its_turn() -> None:
         ]
 
 
-def test_sixty_four_streams_at_once_on_each_face() -> None:
+def test_sixty_four_streams_at_once_in_each_client() -> None:
     texts = [f"stream number {n}" for n in range(64)]
 
     async def all_at_once(address: str) -> list[str]:
@@ -179,7 +179,7 @@ def test_one_client_serves_several_threads() -> None:
     assert broker.names().count("HELLO") == 1, "one session for all"
 
 
-def test_without_a_model_the_only_one_is_taken_and_several_are_named() -> None:
+def test_without_a_model_the_only_one_is_used_and_several_are_an_error_that_lists_them() -> None:
     with ScriptedBroker(models=("solo",)) as broker, Client(broker.address) as client:
         assert client.chat(None, "hi").model == "solo"
     with (
@@ -193,7 +193,7 @@ def test_without_a_model_the_only_one_is_taken_and_several_are_named() -> None:
 # --- requests -------------------------------------------------------------------------------------
 
 
-def test_a_seed_is_chosen_sent_and_told() -> None:
+def test_a_seed_is_chosen_sent_and_returned() -> None:
     with ScriptedBroker() as broker, Client(broker.address) as client:
         first, second = client.chat("demo", "x"), client.chat("demo", "x")
         assert first.seed != second.seed
@@ -238,7 +238,7 @@ def test_parameters_and_fields_travel() -> None:
         ({"timeout": -1}, "Timeout.total"),
     ],
 )
-def test_a_wrong_value_is_told_before_anything_is_sent(wrong: dict[str, Any], told: str) -> None:
+def test_a_wrong_value_is_refused_before_anything_is_sent(wrong: dict[str, Any], told: str) -> None:
     with Client("tcp://127.0.0.1:1") as client, pytest.raises(InvalidRequest, match=told):
         client.chat("demo", "x", **wrong)
 
@@ -252,7 +252,7 @@ def test_a_text_that_cannot_be_written_fails_alone() -> None:
         assert client.chat("demo", "x").text == "x"
 
 
-def test_an_unknown_name_is_a_type_error_that_lists_near_ones() -> None:
+def test_an_unknown_option_is_a_type_error_that_lists_similar_ones() -> None:
     with Client() as client, pytest.raises(TypeError, match="did you mean temperature"):
         client.chat("demo", "x", temprature=1)
 
@@ -283,7 +283,7 @@ def test_messages_come_in_many_forms(conversation: Any) -> None:
         ([], "messages"),
     ],
 )
-def test_wrong_messages_are_told(conversation: Any, told: str) -> None:
+def test_wrong_messages_are_refused(conversation: Any, told: str) -> None:
     with Client() as client, pytest.raises(InvalidRequest, match=told):
         client.chat("demo", conversation)
 
@@ -350,7 +350,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
             client.chat("demo", [{"role": "system", "content": "x"}], images=[b"x"])
 
 
-def test_an_image_beyond_the_bound_is_not_even_read(tmp_path: Path) -> None:
+def test_an_image_beyond_the_limit_is_not_even_read(tmp_path: Path) -> None:
     huge = tmp_path / "huge.png"
     with huge.open("wb") as file:
         file.truncate(limits.MAX_ATTACHMENT_BYTES + 1)
@@ -359,7 +359,7 @@ def test_an_image_beyond_the_bound_is_not_even_read(tmp_path: Path) -> None:
     assert caught.value.details["size_bytes"] == limits.MAX_ATTACHMENT_BYTES + 1
 
 
-def test_the_brokers_own_bounds_are_kept(png: bytes) -> None:
+def test_the_brokers_limits_are_respected(png: bytes) -> None:
     small = msgspec.structs.replace(LIMITS, attachment_bytes=10)
     with (
         ScriptedBroker(bus_limits=small) as broker,
@@ -370,7 +370,7 @@ def test_the_brokers_own_bounds_are_kept(png: bytes) -> None:
     assert "REQUEST" not in broker.names()
 
 
-# --- the ways out ---------------------------------------------------------------------------------
+# --- ways to stop reading -------------------------------------------------------------------------
 
 
 def leave_by_break(client: Client) -> None:
@@ -413,14 +413,14 @@ def leave_by_forgetting(client: Client) -> None:
         leave_by_forgetting,
     ],
 )
-def test_whoever_stops_reading_cancels(leave: Callable[[Client], None]) -> None:
+def test_a_caller_that_stops_reading_cancels(leave: Callable[[Client], None]) -> None:
     with ScriptedBroker(endless) as broker, Client(broker.address) as client:
-        client.query("bus.models")  # there is a session: what is dropped is sent before
+        client.query("bus.models")  # now there is a session, so the request is sent before the drop
         leave(client)
         broker.wait_for(Type.CANCEL)
 
 
-def test_async_ways_out_cancel_too() -> None:
+def test_async_callers_that_stop_reading_cancel_too() -> None:
     async def leave(client: AsyncClient, how: str) -> None:
         stream = await client.chat("demo", "x", stream=True)
         match how:
@@ -484,7 +484,7 @@ def test_a_stream_keeps_its_client_alive() -> None:
 # --- limits and losses ----------------------------------------------------------------------------
 
 
-def test_nobody_there_is_told_within_the_connect_limit() -> None:
+def test_an_absent_broker_is_an_error_within_the_connect_limit() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with (
@@ -495,7 +495,7 @@ def test_nobody_there_is_told_within_the_connect_limit() -> None:
 
 
 @pytest.mark.parametrize("address", ["ipc:///nowhere/at/all", "tcp://no-such-host.invalid:5555"])
-def test_an_address_that_leads_nowhere_is_told(address: str) -> None:
+def test_an_address_that_leads_nowhere_is_an_error(address: str) -> None:
     with Client(address, timeout=Timeout(connect=0.5)) as client, pytest.raises(ConnectTimeout):
         client.models()
 
@@ -504,12 +504,12 @@ def test_an_address_that_leads_nowhere_is_told(address: str) -> None:
     "address",
     ["", "localhost:5555", "http://x:1", "tcp://x", "tcp://x:0", "tcp://x:y", "udp://x:1"],
 )
-def test_an_address_that_is_none_is_told_at_once(address: str) -> None:
+def test_a_malformed_address_is_an_error_at_once(address: str) -> None:
     with pytest.raises(InvalidRequest, match="address"):
         Client([address])
 
 
-def test_a_listener_that_is_no_broker_is_told() -> None:
+def test_a_listener_that_is_not_a_broker_is_an_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         address = f"tcp://127.0.0.1:{mute.getsockname()[1]}"
         with Client(address, timeout=Timeout(connect=0.5)) as client, pytest.raises(ConnectTimeout):
@@ -529,14 +529,14 @@ def test_the_environment_names_the_broker(monkeypatch: pytest.MonkeyPatch) -> No
         (Timeout(total=0.2), library.TotalTimeout),
     ],
 )
-def test_limits_of_a_request_that_nobody_takes(timeout: Timeout, cls: type[BusError]) -> None:
+def test_limits_of_a_request_that_no_worker_takes(timeout: Timeout, cls: type[BusError]) -> None:
     with ScriptedBroker(silent) as broker, Client(broker.address) as client:
         with pytest.raises(cls):
             client.chat("demo", "x", timeout=timeout)
         broker.wait_for(Type.CANCEL)
 
 
-def test_limits_of_a_worker_that_says_nothing_or_no_more() -> None:
+def test_limits_of_a_worker_that_never_answers_or_stops_answering() -> None:
     def taken(broker: ScriptedBroker, request_id: bytes, *_: object) -> None:
         broker.send(Type.ACCEPTED, request_id, messages.Accepted(worker="w1"))
 
@@ -563,7 +563,7 @@ def test_errors_of_the_bus_are_raised_where_the_answer_is_read() -> None:
             stream.result()
 
 
-def test_a_refused_key_is_told_at_once() -> None:
+def test_a_refused_key_is_an_error_at_once() -> None:
     error = ErrorInfo(code="unauthenticated", message="not on the list")
     refuse = messages.Refuse(error=error, fatal=True)
     with ScriptedBroker(refuse=refuse) as broker, Client(broker.address) as client:
@@ -573,7 +573,7 @@ def test_a_refused_key_is_told_at_once() -> None:
     assert broker.names().count("HELLO") == 1
 
 
-def test_a_stream_goes_on_at_the_next_broker_of_the_list() -> None:
+def test_a_stream_continues_at_the_next_broker_of_the_list() -> None:
     def half(
         broker: ScriptedBroker, request_id: bytes, request: messages.Request, _: object
     ) -> None:
@@ -593,8 +593,8 @@ def test_a_stream_goes_on_at_the_next_broker_of_the_list() -> None:
     assert resume is not None and resume.token_ids == [97, 98, 99]
 
 
-def test_a_killed_broker_is_noticed_and_told_when_nobody_comes() -> None:
-    """By its connection: the heartbeats that it promised would be late after minutes only."""
+def test_a_killed_broker_is_noticed_and_an_error_if_none_comes_back() -> None:
+    """By its connection: its heartbeats would be overdue only after minutes."""
     with ScriptedBroker(endless) as broker:
         client = Client(broker.address, retry=Retry(reconnect=0.3))
         stream = client.chat("demo", "x", stream=True)
@@ -620,7 +620,7 @@ def test_a_reader_that_stops_holds_no_more_than_its_window() -> None:
         stream = client.chat("demo", "x", stream=True, window=8)
         assert request_of(broker).window == 8
         assert sent.wait(PATIENCE_S)
-        client.query("bus.models")  # everything before it has arrived
+        client.query("bus.models")  # everything sent before it has arrived
         assert "WINDOW" not in broker.names()
         for event in stream:
             if isinstance(event, Tokens):
@@ -714,7 +714,7 @@ def test_no_thread_and_no_descriptor_stays_behind() -> None:
     with ScriptedBroker() as broker:
         threads = threading.active_count()
         with Client(broker.address) as client:
-            client.models()  # whatever is made once, is made now
+            client.models()  # first let one-time objects be made
         wait_until(lambda: threading.active_count() <= threads, "the first thread's end")
         before = len(list(folder.iterdir()))
         for _ in range(10):
@@ -735,7 +735,7 @@ def test_no_thread_and_no_descriptor_stays_behind() -> None:
         (library.ClientClosed, (ConnectionError,)),
     ],
 )
-def test_time_outs_and_lost_connections_are_pythons_own_too(
+def test_timeouts_and_lost_connections_are_also_pythons_own_exceptions(
     kind: type[BusError], bases: tuple[type[Exception], ...]
 ) -> None:
     for base in (BusError, *bases):
@@ -751,7 +751,7 @@ def test_the_library_has_the_distributions_name_as_well(tmp_path: Path) -> None:
     assert set(tokenbus.__all__) == set(library.__all__)
     with pytest.raises(AttributeError):
         tokenbus.clients  # noqa: B018
-    # A project's own `client.py` is told of, not taken for ours.
+    # A project's own `client.py` is reported, not mistaken for ours.
     (tmp_path / "client.py").write_text("")
     done = subprocess.run(
         [sys.executable, "-c", "import tokenbus"],
@@ -775,7 +775,7 @@ def test_errors_can_be_copied_and_pickled() -> None:
         assert vars(twin) == vars(error)
 
 
-def test_an_end_that_is_no_vector_is_told() -> None:
+def test_an_end_without_a_valid_vector_is_an_error() -> None:
     def odd(broker: ScriptedBroker, request_id: bytes, *_: object) -> None:
         broker.output(end(request_id, 0))
 
@@ -790,7 +790,7 @@ def test_an_end_that_is_no_vector_is_told() -> None:
 # --- event loops ----------------------------------------------------------------------------------
 
 
-def test_a_client_serves_one_loop_after_the_other() -> None:
+def test_a_client_works_in_one_loop_after_the_other() -> None:
     with ScriptedBroker() as broker:
         client = AsyncClient(broker.address)
 
@@ -807,7 +807,7 @@ def test_a_client_serves_one_loop_after_the_other() -> None:
             asyncio.run(ask(True))
 
 
-def test_a_client_serves_loops_in_several_threads() -> None:
+def test_a_client_works_in_loops_of_several_threads() -> None:
     with ScriptedBroker() as broker:
         client = AsyncClient(broker.address)
 
@@ -899,7 +899,7 @@ def test_a_client_that_is_closed_from_another_loop_ends_the_streams_of_this_one(
             loop.run_until_complete(read_on(reader))
 
 
-def test_no_descriptor_stays_behind_where_loops_come_and_go() -> None:
+def test_no_descriptor_stays_behind_as_loops_come_and_go() -> None:
     folder = Path("/proc/self/fd")
     if not folder.exists():
         pytest.skip("no /proc on this system")
@@ -910,7 +910,7 @@ def test_no_descriptor_stays_behind_where_loops_come_and_go() -> None:
     with ScriptedBroker() as broker:
         client = AsyncClient(broker.address)
         asyncio.run(ask(client))
-        asyncio.run(ask(client))  # the session of the first loop ends meanwhile
+        asyncio.run(ask(client))  # the session of the first loop ends in the meantime
         before = len(list(folder.iterdir()))
         for _ in range(10):
             asyncio.run(ask(client))

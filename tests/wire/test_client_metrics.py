@@ -1,4 +1,5 @@
-"""`python -m client metrics` and the gateway's `/metrics`: what Prometheus reads of a live bus."""
+"""`python -m client metrics` and the gateway's `/metrics`: what Prometheus reads from a live
+bus."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from tests.harness import PATIENCE_S, Bus, wait_until
 
 
 def families(text: str) -> dict[str, float]:
-    """First sample of each family, as Prometheus' own parser reads them."""
+    """The first sample of each family, read by Prometheus' own parser."""
     return {
         family.name: sum(sample.value for sample in family.samples)
         for family in text_string_to_metric_families(text)
@@ -83,7 +84,7 @@ def test_an_exporter_serves_them_and_says_when_the_broker_is_away(
 
 
 @pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:99999", ":x"])
-def test_an_address_that_is_none_is_refused(address: str) -> None:
+def test_a_malformed_address_is_refused(address: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "client", "metrics", "--serve", address],
         capture_output=True,
@@ -93,7 +94,9 @@ def test_an_address_that_is_none_is_refused(address: str) -> None:
     assert done.returncode == 2 and "127.0.0.1:9464" in done.stderr
 
 
-def test_a_port_in_use_is_told_in_words(bus: Bus, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_error_for_a_port_in_use_is_in_words(
+    bus: Bus, capsys: pytest.CaptureFixture[str]
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         where = f"127.0.0.1:{other.getsockname()[1]}"
         assert main(["metrics", "--broker", bus.front, "--serve", where]) == 1

@@ -1,4 +1,4 @@
-"""`python -m client top`: what an operator sees of the bus, whatever the size of the window."""
+"""`python -m client top`: an operator's view of the bus, at any window size."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def cells(text: str) -> int:
 # --- the screen -----------------------------------------------------------------------------------
 
 
-def test_a_worker_is_shown_with_all_that_an_operator_asks_first() -> None:
+def test_a_worker_is_shown_with_everything_an_operator_looks_for_first() -> None:
     [row] = [line for line in screen(look()) if line.startswith("w1")]
     for fact in ("ready", "2/8", "81.2", "96 ms", "120 ms", "3.0 GiB", "demo", "cuda:0"):
         assert fact in row
@@ -90,7 +90,7 @@ def test_a_worker_that_does_not_batch_says_so_at_any_width_and_why_where_there_i
     assert "ready, serial" in row
 
 
-def test_the_head_tells_load_queue_and_failures_by_code() -> None:
+def test_the_head_shows_load_queue_and_failures_by_code() -> None:
     stats = {"uptime_s": 75.0, "running": 2, "capacity": 8, "queued": 3, "failed_poison_total": 4}
     first, second, *_ = screen(look(stats=stats))
     assert first == "tokenbus b1  up 1:15  workers 1/1  running 2/8  queued 3  clients 1"
@@ -130,7 +130,7 @@ def test_a_narrow_window_keeps_name_state_and_slots() -> None:
     assert "ready" in row and "2/8" in row and "cuda" not in row
 
 
-def test_what_does_not_fit_is_counted() -> None:
+def test_rows_that_do_not_fit_are_counted() -> None:
     seen = look(requests=[request(i) for i in range(60)])
     assert any(line.startswith("latest requests (+") for line in screen(seen, 80, 24))
 
@@ -231,7 +231,7 @@ class Window:
 
 @pytest.fixture
 def open_window() -> Iterator[Callable[..., Window]]:
-    """Windows whose process is gone after the test."""
+    """Windows whose process is ended after the test."""
     windows: list[Window] = []
 
     def open_one(*arguments: str, **size: int) -> Window:
@@ -275,13 +275,13 @@ def test_it_follows_the_bus_and_the_size_of_the_window(
     window.process.send_signal(signal.SIGWINCH)
     window.forget()
     window.sees("running 0/16 \r\n")  # thirty cells and no more
-    # Redrawn in place, never cleared: that is what flickers.
+    # Redrawn in place and never cleared, which would flicker.
     assert "\x1b[2J" not in window.text
     window.presses("q")
     assert window.leaves() == 0
 
 
-def test_a_broker_that_goes_and_comes_back_is_told(
+def test_a_broker_that_goes_and_comes_back_is_shown(
     make_bus: Callable[..., Bus], open_window: Callable[..., Window]
 ) -> None:
     bus = make_bus(workers=1)
@@ -311,9 +311,9 @@ def test_without_a_broker_it_says_so_in_plain_view(open_window: Callable[..., Wi
     assert "\x1b[?1049h" not in window.text
 
 
-def test_the_cause_is_told_however_patient_the_connecting(
+def test_the_cause_is_shown_however_long_the_connect_limit(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A look has a shorter limit than connecting; it must not speak first."""
+    """A look has a shorter time limit than connecting, but must not hide the cause."""
     assert main(["top", "--once", "--broker", "tcp://127.0.0.1:9", "--connect-timeout", "3.5"]) == 1
     assert "no broker answered at tcp://127.0.0.1:9" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""The deployment examples are true: commands that our programs take, figures that the bus tells."""
+"""The deployment examples are valid: commands that our programs accept, metrics that the bus
+has."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ EXECUTABLE = "/opt/tokenbus/bin/python"
 
 
 def check(words: list[str]) -> Any:
-    """What a program of ours makes of its command line; fails where it refuses it."""
+    """Let a program of ours parse this command line; fails if the program refuses it."""
     program, *arguments = words
     match program:
         case "broker":
@@ -41,7 +42,7 @@ def check(words: list[str]) -> Any:
             return client.gateway.config.parse_args(arguments, {})
         case "client":
             return client.__main__._parser().parse_args(arguments)
-    raise AssertionError(f"{program} is none of our programs")
+    raise AssertionError(f"{program} is not one of our programs")
 
 
 def documents(name: str) -> list[Any]:
@@ -90,7 +91,7 @@ def test_the_compose_file_starts_one_broker_two_workers_and_a_gateway() -> None:
     for name in ("worker-1", "worker-2"):
         assert seconds(services[name]["stop_grace_period"]) > commands[name].drain_s
     assert seconds(services["broker"]["stop_grace_period"]) > commands["broker"].shutdown_grace_s
-    # Nothing but this machine reaches the bus.
+    # Only this machine can reach the bus.
     assert "ports" not in services["broker"] and compose["networks"]["bus"]["internal"]
     assert all(port.startswith("127.0.0.1:") for port in services["gateway"]["ports"])
     health = services["broker"]["healthcheck"]["test"]
@@ -109,7 +110,7 @@ def test_the_kubernetes_manifest_drains_before_it_kills() -> None:
         assert pod["securityContext"]["runAsNonRoot"]
 
 
-def test_the_kubernetes_probes_ask_what_our_programs_answer() -> None:
+def test_the_kubernetes_probes_use_paths_that_our_programs_answer() -> None:
     found = dict(deployments())
     [broker_container] = found["tokenbus-broker"]["containers"]
     for probe in ("readinessProbe", "livenessProbe"):
@@ -156,7 +157,7 @@ def test_the_kubernetes_services_lead_to_ports_and_pods_that_exist() -> None:
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name)
-def test_a_units_command_is_one_that_our_program_takes(unit: Path) -> None:
+def test_our_program_accepts_a_units_command(unit: Path) -> None:
     text = unit.read_text()
     [command] = re.findall(r"^ExecStart=(.+)$", text, re.MULTILINE)
     words = command.split()
@@ -169,7 +170,7 @@ def test_a_units_command_is_one_that_our_program_takes(unit: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not here")
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name)
-def test_a_unit_is_one_that_systemd_takes(unit: Path, tmp_path: Path) -> None:
+def test_systemd_accepts_a_unit(unit: Path, tmp_path: Path) -> None:
     name = unit.name.replace("@.", "@0.")
     copy = tmp_path / name
     text = unit.read_text().replace(EXECUTABLE, sys.executable)
@@ -188,7 +189,7 @@ def test_a_unit_is_one_that_systemd_takes(unit: Path, tmp_path: Path) -> None:
 
 
 def told() -> set[str]:
-    """Names of all figures of the bus and of a gateway."""
+    """The names of all metrics of the bus and of a gateway."""
     bus = CoreBus()
     worker_peer, client_peer = bus.worker("w"), bus.client()
     names = "ttft_ms tokens_per_s batch kv_used_tokens kv_total_tokens memory_used_bytes"
@@ -201,7 +202,7 @@ def told() -> set[str]:
     return names | {f"{name}_bucket" for name in names}
 
 
-def test_the_dashboard_shows_only_figures_that_are_told() -> None:
+def test_the_dashboard_shows_only_existing_metrics() -> None:
     board = json.loads((DEPLOY / "grafana.json").read_text())
     shown = {
         name
@@ -215,7 +216,7 @@ def test_the_dashboard_shows_only_figures_that_are_told() -> None:
     assert all(x + w <= 24 for x, _, w, _ in places) and len(set(places)) == len(places)
 
 
-def test_the_alerts_are_about_figures_that_are_told() -> None:
+def test_the_alerts_use_only_existing_metrics() -> None:
     [rules] = documents("alerts.yaml")
     alerts = [rule for group in rules["groups"] for rule in group["rules"]]
     assert len({rule["alert"] for rule in alerts}) == len(alerts) >= 8
@@ -226,7 +227,7 @@ def test_the_alerts_are_about_figures_that_are_told() -> None:
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
-def test_prometheus_itself_takes_the_rules() -> None:
+def test_prometheus_accepts_the_rules() -> None:
     done = subprocess.run(
         ["promtool", "check", "rules", str(DEPLOY / "alerts.yaml")], capture_output=True, text=True
     )
@@ -243,11 +244,11 @@ def _has_compose() -> bool:
 
 @pytest.mark.skipif(not _has_compose(), reason="`docker compose` is not installed")
 @pytest.mark.parametrize("files", [["compose.yaml"], ["compose.yaml", "compose.gpu.yaml"]])
-def test_compose_itself_takes_the_files(files: list[str]) -> None:
+def test_compose_accepts_the_files(files: list[str]) -> None:
     named = [word for file in files for word in ("-f", str(DEPLOY / file))]
     done = subprocess.run(["docker", "compose", *named, "config"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    # Its own reading of the merged files still starts what our programs take.
+    # In its merged form, the commands are still ones that our programs accept.
     merged = yaml.safe_load(done.stdout)["services"]
     for service in merged.values():
         check(service["command"])

@@ -1,4 +1,4 @@
-"""A signal to stop that comes before a program has even loaded its modules."""
+"""A signal to stop that arrives before a program has loaded its modules."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ time.sleep(600)
 
 
 @pytest.mark.parametrize("program", ["broker", "worker", "client.gateway"])
-def test_a_program_that_is_still_loading_stops_at_once_and_in_good_order(
+def test_a_program_that_is_still_loading_stops_at_once_and_in_order(
     program: str, tmp_path: Path
 ) -> None:
-    """Also what a container's process 1 needs: the kernel drops signals that it does not handle."""
+    """Process 1 of a container needs this too: the kernel drops signals without a handler."""
     here = tmp_path / "loading"
     (tmp_path / "msgspec.py").write_text(_SLOW_MODULE.format(here=str(here)))
     path = os.pathsep.join((str(tmp_path), str(ROOT)))
@@ -43,7 +43,7 @@ def test_a_program_that_is_still_loading_stops_at_once_and_in_good_order(
 
 
 def _first_process_is_possible() -> bool:
-    """Whether a process may be made the first of a namespace of its own here."""
+    """Whether a process can be made the first in its own namespace here."""
     if shutil.which("unshare") is None:
         return False
     tried = subprocess.run([*_AS_FIRST, "true"], capture_output=True, timeout=PATIENCE_S)
@@ -56,10 +56,10 @@ _AS_FIRST = ("unshare", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc
 @pytest.mark.skipif(not _first_process_is_possible(), reason="no namespace of processes here")
 @pytest.mark.parametrize("loaded", [False, True], ids=["while it loads", "while it serves"])
 @pytest.mark.parametrize("program", ["broker", "worker", "client.gateway"])
-def test_process_1_of_a_container_stops_in_good_order(
+def test_process_1_of_a_container_stops_in_order(
     program: str, loaded: bool, tmp_path: Path
 ) -> None:
-    """The kernel gives process 1 no signal that it has no handler for."""
+    """The kernel delivers no signal to process 1 that it has no handler for."""
     arguments = {
         "broker": ["--front", "tcp://127.0.0.1:*", "--back", "tcp://127.0.0.1:*"],
         "worker": ["--engine", "echo", "--no-progress", "--broker", "tcp://127.0.0.1:1"],
@@ -94,7 +94,7 @@ def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_whoever_imports_the_code_keeps_the_handlers_that_it_has() -> None:
+def test_importing_our_code_changes_no_signal_handlers() -> None:
     script = (
         "import signal; before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT);"
         "import broker.__main__, worker.__main__, client.gateway.__main__;"

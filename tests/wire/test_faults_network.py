@@ -1,6 +1,6 @@
-"""Faults of the network between real parties: what was asked for arrives whole.
+"""Network faults between real parties: every answer arrives complete.
 
-The long version, with every fault in the middle of fifty streams, is `bench.chaos`.
+For a longer version, with every fault in the middle of fifty streams, see `bench.chaos`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from tests.wire.many_streams import read_all
 
 QUICK_BEATS = ("--worker-heartbeat-s", "0.2", "--client-heartbeat-s", "0.2")
 SILENT_S = 1.5
-"""Longer than any liveness with these heartbeats."""
+"""Longer than any liveness limit with these heartbeats."""
 
 
 class Proxied:
-    """A bus whose clients and workers reach the broker through a proxy each."""
+    """A bus whose clients and workers each reach the broker through a proxy."""
 
     def __init__(self, bus: Bus, front: Proxy, back: Proxy) -> None:
         self.bus, self.front, self.back = bus, front, back
@@ -47,7 +47,7 @@ def proxied_bus(folder: Path, *broker_options: str) -> Iterator[Proxied]:
 
 
 def hold_and_release(proxy: Proxy) -> None:
-    """The network stands still for longer than anybody waits, then delivers what it kept."""
+    """Stop the network for longer than any peer waits, then deliver what it kept."""
     proxy.hold()
     time.sleep(SILENT_S)  # its length is the fault
     proxy.release()

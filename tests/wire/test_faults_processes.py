@@ -1,7 +1,7 @@
 """Faults of processes and of the machine: stopped and killed clients, a full disk, no descriptor
 left, strangers who come and go.
 
-The long version, with every fault in the middle of fifty streams, is `bench.chaos`.
+For a longer version, with every fault in the middle of fifty streams, see `bench.chaos`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def reader(bus: Bus, *arguments: str) -> Process:
     return process
 
 
-def test_a_client_that_sleeps_longer_than_its_session_lives_misses_nothing(
+def test_a_client_stopped_for_longer_than_its_session_misses_nothing(
     tmp_path: Path,
 ) -> None:
     with running_bus(tmp_path, 1, "--client-heartbeat-s", "0.2", slots=16) as bus:
@@ -72,7 +72,7 @@ def test_a_killed_client_frees_its_slots_after_the_orphan_grace(tmp_path: Path) 
 # --- engines --------------------------------------------------------------------------------------
 
 
-def test_an_engine_that_stands_still_for_a_while_is_left_alone(make_bus: MakeBus) -> None:
+def test_an_engine_that_is_stopped_for_a_while_is_left_alone(make_bus: MakeBus) -> None:
     bus = make_bus(1)
     engine = engine_of(bus.workers["w1"].pid)
     assert read_all(bus.client(), 4, lambda: stop_for(engine, 0.7)) == [0] * 4
@@ -121,7 +121,7 @@ def test_without_a_descriptor_left_the_open_streams_go_on_and_others_are_served_
         assert len(bus.broker.log().splitlines()) < 500
 
 
-def test_thousands_who_come_and_go_leave_no_trace(tmp_path: Path) -> None:
+def test_thousands_of_connections_that_come_and_go_leave_no_trace(tmp_path: Path) -> None:
     with running_bus(tmp_path, 1, "--client-heartbeat-s", "0.5") as bus:
         client = bus.client()
 
@@ -172,8 +172,8 @@ print("survived")
 
 
 @pytest.mark.parametrize("side", ["front", "back"])
-def test_a_socket_that_is_not_read_outlives_the_heartbeats_of_its_peers(side: str) -> None:
-    """With ZMTP heartbeats on at our side, this ends the process (libzmq 3596, 4767)."""
+def test_a_socket_that_is_not_read_survives_the_heartbeats_of_its_peers(side: str) -> None:
+    """With ZMTP heartbeats enabled on our side, this aborts the process (libzmq 3596, 4767)."""
     done = subprocess.run(
         [sys.executable, "-c", SURVIVE, side],
         cwd=ROOT,

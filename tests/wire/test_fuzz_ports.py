@@ -1,7 +1,7 @@
-"""Hostile bytes at both ports of a broker process, while honest streams go on beside them.
+"""Hostile bytes at both ports of a broker process, while honest streams go on.
 
-The codec and the core are fuzzed in `tests/protocol` and `tests/core`; `bench.chaos` sends some
-hundred thousand of these messages.
+The codec and the core are fuzzed in `tests/protocol` and `tests/core`; `bench.chaos` sends hundreds
+of thousands of these messages.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tests.support.zmtp import encode as zmtp_message
 from tests.wire.many_streams import read_all
 
 HOSTILE_MESSAGES = 1500
-"""To each port."""
+"""Messages to each port."""
 
 
 @pytest.fixture(scope="module")
 def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bus]:
-    """A bus for strangers only: what they do to it must not show in other tests."""
+    """A bus only for these tests, since strangers must not affect others."""
     with running_bus(tmp_path_factory.mktemp("fuzzed"), workers=2) as bus:
         yield bus
 
@@ -40,7 +40,7 @@ def both_ports(bus: Bus) -> list[tuple[str, str]]:
 
 
 def unharmed(bus: Bus, client: Client) -> None:
-    """The broker serves on, with nothing left of the strangers."""
+    """Assert that the broker still serves, with nothing left of the strangers."""
     assert bus.broker.running
     assert "Traceback" not in bus.broker.log()
     assert client.generate("still here", model="echo").text == "still here"
@@ -93,7 +93,7 @@ def test_a_message_of_200_000_frames_and_a_frame_of_40_mib_harm_nobody(busy: Bus
         max_size=4,
     ),
 )
-def test_whatever_frames_come_the_next_client_is_welcome(
+def test_whatever_frames_arrive_the_next_client_is_served(
     busy: Bus, front: bool, welcomed: bool, messages: list[tuple[MessageType | None, list[bytes]]]
 ) -> None:
     address, role = both_ports(busy)[0 if front else 1]

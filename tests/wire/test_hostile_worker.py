@@ -1,4 +1,4 @@
-"""A worker that lies, on real sockets: its words are not shown, and it is cut off and named."""
+"""A worker that lies, on real sockets: its output is not shown, and it is cut off and named."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def broker(tmp_path: Path) -> Iterator[BrokerProcess]:
 
 @contextmanager
 def worker(broker: BrokerProcess, name: str, slots: int) -> Iterator[RawPeer]:
-    """A worker that says what it is told to say."""
+    """A worker that sends what the test tells it to."""
     peer = RawPeer(broker.back)
     try:
         yield ready(peer, name, slots)
@@ -70,7 +70,7 @@ class Stream(threading.Thread):
 
     def run(self) -> None:
         options = {"model": "m", "max_tokens": 50}
-        with suppress(ClientClosed):  # nobody answers the second one
+        with suppress(ClientClosed):  # the second request is never answered
             for event in self._client.generate(self._prompt, stream=True, **options):
                 self.text += getattr(event, "text", "")
 
@@ -86,7 +86,7 @@ def unreadable(request_id: bytes, request: Request) -> bytes:
 
 
 @pytest.mark.parametrize("lie", [forged, unreadable])
-def test_a_worker_cannot_write_into_what_moved_away_and_is_cut_off(
+def test_a_worker_cannot_write_into_a_request_that_moved_away_and_is_cut_off(
     broker: BrokerProcess, lie: Callable[[bytes, Request], bytes]
 ) -> None:
     with (

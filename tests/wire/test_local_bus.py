@@ -1,4 +1,4 @@
-"""A bus as processes: what starts it says why something failed, and leaves nothing behind."""
+"""A bus as processes: `LocalBus` says why something failed, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_broker_that_is_started_again_has_the_same_addresses(local: LocalBus) 
     assert [broker.running for broker in local.brokers] == [True, True]
 
 
-def test_a_worker_that_ends_is_told_with_its_last_words(local: LocalBus) -> None:
+def test_the_error_for_a_worker_that_ends_quotes_its_last_line(local: LocalBus) -> None:
     local.start_broker()
     local.start_worker("w1", "--slots", "none")
     with pytest.raises(ProcessFailed, match="the worker ended with status 2: ") as caught:
@@ -80,7 +80,7 @@ def test_a_log_holds_what_this_process_wrote(tmp_path: Path) -> None:
     assert unnamed.log() == "three\n"
 
 
-def test_whoever_does_not_end_is_killed_with_its_children(tmp_path: Path) -> None:
+def test_a_process_that_does_not_end_is_killed_with_its_children(tmp_path: Path) -> None:
     program = (
         "import signal, subprocess, sys\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"

@@ -1,4 +1,4 @@
-"""The socket of whoever dials out: what it reports, keeps and gives back."""
+"""The socket of peers that dial out: what it reports, keeps and delivers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def listening(router: zmq.Socket[bytes], host: str = "127.0.0.1") -> str:
 
 
 def reported(dealer: Dealer) -> Report:
-    """The first report that says something."""
+    """The first report that is not empty."""
     report: Report = wait_until(
         lambda: next((r for r in (dealer.report(),) if r != Report()), None), "a report"
     )
@@ -92,7 +92,7 @@ def test_every_party_reaches_an_ipv6_address(
     assert reported(make(listening(router, "[::1]"), party=party)).connected
 
 
-def test_an_address_where_nobody_listens_is_lost_and_not_refused(make: MakeDealer) -> None:
+def test_an_address_without_a_listener_is_lost_and_not_refused(make: MakeDealer) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, but it does not listen
         report = reported(make(f"tcp://127.0.0.1:{taken.getsockname()[1]}"))
@@ -107,7 +107,7 @@ def test_a_malformed_address_is_named_and_leaves_no_socket(address: str) -> None
     context.term()  # would wait for a socket that is still open
 
 
-def test_what_came_before_a_loss_can_still_be_received(
+def test_messages_from_before_a_loss_can_still_be_received(
     router: zmq.Socket[bytes], make: MakeDealer
 ) -> None:
     dealer = make(listening(router))
@@ -125,7 +125,7 @@ def test_what_came_before_a_loss_can_still_be_received(
     assert len(got) > 0
 
 
-def test_what_the_socket_does_not_take_is_kept_in_order(
+def test_messages_that_the_socket_does_not_accept_are_kept_in_order(
     router: zmq.Socket[bytes], make: MakeDealer
 ) -> None:
     dealer = make(listening(router))

@@ -1,4 +1,4 @@
-"""A developer's first hour: the programs on the pages run as they stand there, and type-check."""
+"""A developer's first hour: the programs in the guides run as printed, and type-check."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def bus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bus]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_program_runs_as_it_stands_there(page: str, bus: Bus, tmp_path: Path) -> None:
+def test_a_program_runs_as_printed(page: str, bus: Bus, tmp_path: Path) -> None:
     Image.new("RGB", (320, 200), "green").save(tmp_path / "photo.png")
     program = program_of(page).replace("tcp://127.0.0.1:5555", bus.front)
     program = program.replace('"demo"', '"echo"')

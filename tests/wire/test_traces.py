@@ -1,4 +1,5 @@
-"""Traces: one from the gateway over the broker to the engine, judged by OpenTelemetry's own SDK."""
+"""Traces from the gateway through the broker to the engine, checked with OpenTelemetry's own
+SDK."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ JOB = b"\x01" * 16
 
 
 class Exported:
-    """A tracer whose spans stay here."""
+    """A tracer that keeps its spans in memory."""
 
     def __init__(self) -> None:
         self._memory = InMemorySpanExporter()
@@ -73,7 +74,7 @@ def milliseconds(span: ReadableSpan) -> float:
 
 
 class ScriptedEngine:
-    """What stands behind the link, saying what a test wants said."""
+    """The link's engine side, which returns the events that a test wants."""
 
     pipe = None
     waiting = False
@@ -115,7 +116,7 @@ def test_a_job_becomes_a_span_with_its_queue_prefill_and_decode(exported: Export
     traced.add(JOB, body(traceparent=PARENT), ())
     timings = {"queue_ms": 0.0, "prefill_ms": 3.0, "decode_ms": 5.0}
     usage = {"prompt_tokens": 4, "completion_tokens": 7}
-    # A job cannot have taken longer than since it was added.
+    # A job cannot have taken longer than the time since it was added.
     job = traced._jobs[JOB]
     job.started_ns -= 10_000_000
     engine.says = [events.EngineStepped([[1, JOB, "stop", "", usage, timings]])]
@@ -177,7 +178,7 @@ def end(**more: Any) -> End:
     return End(**{**facts, **more})
 
 
-def test_an_http_request_is_above_its_bus_requests_and_below_its_caller(
+def test_an_http_requests_span_is_the_parent_of_its_bus_requests_and_a_child_of_its_caller(
     exported: Exported,
 ) -> None:
     path = "/v1/chat/completions"
@@ -197,7 +198,7 @@ def test_an_http_request_is_above_its_bus_requests_and_below_its_caller(
     assert below.attributes is not None and below.attributes["tokenbus.resumed"] == 1
 
 
-def test_a_program_that_traces_itself_finds_the_worker_below_its_own_span(
+def test_the_workers_span_is_a_child_of_a_programs_own_span(
     exported: Exported,
 ) -> None:
     defaults = calls.Defaults(Timeout(), Retry())
@@ -215,7 +216,7 @@ def test_a_program_that_traces_itself_finds_the_worker_below_its_own_span(
 # --- on and off -----------------------------------------------------------------------------------
 
 
-def test_traces_are_on_where_opentelemetrys_environment_names_a_collector() -> None:
+def test_traces_are_on_if_opentelemetrys_environment_names_a_collector() -> None:
     named = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318"}
     assert tracing.wanted(named)
     assert not tracing.wanted({})
@@ -224,7 +225,7 @@ def test_traces_are_on_where_opentelemetrys_environment_names_a_collector() -> N
 
 
 class Collector(ThreadingHTTPServer):
-    """Takes what exporters send."""
+    """Receives what exporters send."""
 
     daemon_threads = True
 

@@ -23,7 +23,7 @@ MakeBus = Callable[..., Bus]
 
 
 def sampled(tokens: int, delay_ms: float = 0, **more: Any) -> dict[str, Any]:
-    """Parameters of a made-up answer of so many tokens, each a step of so many milliseconds."""
+    """Parameters of a random answer of this many tokens, with this many milliseconds per step."""
     echo = {"mode": "sampled", "answer_tokens": tokens, "step_delay_ms": delay_ms, **more}
     return {"template_args": {"echo": {key: str(value) for key, value in echo.items()}}}
 
@@ -34,7 +34,7 @@ def relays(upper: Bus) -> list[dict[str, Any]]:
 
 
 def free(upper: Bus) -> int:
-    """Credit that the upper broker has not spent at them."""
+    """The relays' credit that the upper broker has not spent."""
     return sum(row["granted"] - row["assigned"] for row in relays(upper) if row["state"] == "ready")
 
 
@@ -107,7 +107,7 @@ def test_a_stream_that_is_dropped_above_frees_its_slot_below(pair: tuple[Bus, Bu
     wait_free(upper, 8)
 
 
-def test_credit_follows_what_others_leave_of_the_lower_bus(pair: tuple[Bus, Bus]) -> None:
+def test_credit_above_follows_the_free_slots_of_the_lower_bus(pair: tuple[Bus, Bus]) -> None:
     upper, lower = pair
     direct = lower.client()
     streams = [direct.chat("echo", "x", stream=True, **sampled(100_000, 5)) for _ in range(6)]
@@ -163,18 +163,18 @@ LENGTH = 150
 
 @pytest.fixture
 def expected(pair: tuple[Bus, Bus]) -> list[list[int]]:
-    """What the streams of the tests below say if nothing happens to them."""
+    """The answers of the streams below if nothing happens to them."""
     client = pair[1].client()
     return [client.chat("echo", "x", seed=n, **sampled(LENGTH)).token_ids for n in range(STREAMS)]
 
 
 def stream_through(upper: Bus, strike: Callable[[], None]) -> list[Any]:
-    """Completions of streams that were all in their middle when `strike` was called."""
+    """The completions of streams that were all in the middle when `strike` was called."""
     client = upper.client(timeout=Timeout(total=PATIENCE_S))
     begun = threading.Barrier(STREAMS + 1)
 
     def read(seed: int) -> Any:
-        # None ends while the slowest begins: whoever waits takes no more than the window.
+        # None can end before the slowest has begun: the window limits those that wait.
         options = {"stream": True, "window": WINDOW_TOKENS, **sampled(LENGTH, 10)}
         stream = client.chat("echo", "x", seed=seed, **options)
         count = 0
@@ -245,7 +245,7 @@ def test_whatever_dies_the_text_is_the_same(
     if strike in (_kill_a_worker, _kill_the_lower_broker):
         assert {answer.resumed for answer in answers} == {0}, "it is not noticed above"
     if strike is _kill_the_relay:
-        # The next relay attached to what went on below; no worker began it again.
+        # The next relay attached to the running requests below; no worker restarted them.
         stats = lower.client().query("bus.stats")
         assert stats["attached_total"] == STREAMS
         assert stats["assigned_total"] == 2 * STREAMS, "these, and what they were compared with"
@@ -266,7 +266,7 @@ def test_a_lower_broker_that_is_stopped_drains_upward(
     assert "worker drains" in log and '"why": "drained", "lost": false' in log
 
 
-def test_a_drain_that_is_over_hands_streams_to_others(make_bus: MakeBus) -> None:
+def test_at_the_end_of_a_drain_streams_move_to_others(make_bus: MakeBus) -> None:
     upper = make_bus(1, slots=8)
     lower = make_bus(1, "--upstream", upper.back, "--shutdown-grace-s", "0.3", slots=8)
     wait_free(upper, 8)
@@ -295,7 +295,7 @@ def test_a_lower_broker_without_workers_offers_nothing_until_it_has_some(
     wait_free(upper, 0)
 
 
-def test_brokers_stand_above_each_other(make_bus: MakeBus) -> None:
+def test_brokers_can_be_stacked(make_bus: MakeBus) -> None:
     top = make_bus(0)
     middle = make_bus(1, "--upstream", top.back, slots=2)
     make_bus(1, "--upstream", middle.back, slots=3)
@@ -355,7 +355,7 @@ def keys(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
     yield folders
 
 
-def test_both_brokers_may_demand_keys(tmp_path: Path, keys: tuple[Path, Path]) -> None:
+def test_both_brokers_may_require_keys(tmp_path: Path, keys: tuple[Path, Path]) -> None:
     above, below = keys
     upper, lower = _bus(tmp_path / "upper"), _bus(tmp_path / "lower")
     try:
@@ -392,7 +392,7 @@ def test_both_brokers_may_demand_keys(tmp_path: Path, keys: tuple[Path, Path]) -
         (["--upstream", "tcp://127.0.0.1:5556", "--upstream-key", "x"], "give both"),
     ],
 )
-def test_a_wrong_option_is_told_at_once(tmp_path: Path, options: list[str], words: str) -> None:
+def test_a_wrong_option_is_an_error_at_once(tmp_path: Path, options: list[str], words: str) -> None:
     broker = Bus(tmp_path).launch("broker", "broker", "check", *options)
     assert broker.popen.wait(PATIENCE_S) == 2
     assert words in broker.log()

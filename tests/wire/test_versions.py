@@ -1,4 +1,4 @@
-"""Every party says the same version: that of the installed distribution, read in one place."""
+"""Every party reports the same version: that of the installed distribution."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ VERSION = metadata.version("tokenbus")
     ],
     ids=" ".join,
 )
-def test_each_command_says_its_version(command: tuple[str, ...], told: str) -> None:
+def test_each_command_prints_its_version(command: tuple[str, ...], told: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == told
 
 
-def test_the_parties_of_a_bus_say_their_versions_to_each_other(bus: Bus) -> None:
+def test_the_parties_of_a_bus_tell_each_other_their_versions(bus: Bus) -> None:
     with bus.client(name="asks") as client:
         assert client.query("bus.version")["software"] == f"tokenbus {VERSION}"
     joined = {}

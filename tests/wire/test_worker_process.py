@@ -44,7 +44,7 @@ def engine_pid(worker: ManagedProcess, count: int = 1) -> int:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs (one that waits to be reaped does not)."""
+    """Whether a process runs; a zombie does not."""
     stat = Path(f"/proc/{pid}/stat")
     if Path("/proc/self/stat").exists():
         return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
@@ -56,7 +56,7 @@ def is_alive(pid: int) -> bool:
 
 
 class Begun:
-    """A stream whose first piece of text has come."""
+    """A stream whose first piece of text has arrived."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
@@ -99,7 +99,7 @@ def test_a_killed_engine_is_replaced_and_its_streams_go_on_unaltered(one: Bus) -
     one.wait_idle()
 
 
-def test_an_engine_that_hangs_is_killed_and_replaced_while_the_link_lives(tmp_path: Path) -> None:
+def test_a_hung_engine_is_killed_and_replaced_while_the_link_lives(tmp_path: Path) -> None:
     with running_bus(tmp_path, 0) as bus:
         worker = bus.start_worker("w1", "--engine-stall-s", "1.5")
         bus.wait_ready(1)
@@ -115,7 +115,7 @@ def test_an_engine_that_hangs_is_killed_and_replaced_while_the_link_lives(tmp_pa
         assert "no step" in records(worker, "engine lost")[0]["cause"]
 
 
-def test_large_images_for_an_engine_that_hangs_do_not_stall_the_heartbeats(one: Bus) -> None:
+def test_large_images_for_a_hung_engine_do_not_stall_the_heartbeats(one: Bus) -> None:
     client = one.client()
     hanging = begin(client, hang_at=2)
     picture = b"\x89PNG\r\n\x1a\n" + bytes(12 << 20)
@@ -136,7 +136,7 @@ def test_large_images_for_an_engine_that_hangs_do_not_stall_the_heartbeats(one: 
 @pytest.mark.parametrize(
     ("fault", "code"), [("error_at", "engine_error"), ("oom_at", "out_of_memory")]
 )
-def test_a_failing_request_is_told_by_its_code_and_the_worker_serves_on(
+def test_a_failing_request_has_its_error_code_and_the_worker_keeps_serving(
     bus: Bus, fault: str, code: str
 ) -> None:
     client = bus.client()
@@ -147,7 +147,7 @@ def test_a_failing_request_is_told_by_its_code_and_the_worker_serves_on(
 
 
 @pytest.mark.parametrize("fault", ["raise_at", "exit_at", "kill_at"])
-def test_an_engine_that_breaks_by_itself_costs_its_streams_a_pause(one: Bus, fault: str) -> None:
+def test_an_engine_that_dies_by_itself_costs_its_streams_a_pause(one: Bus, fault: str) -> None:
     client = one.client()
     beside = begin(client)
     assert begin(client, **{fault: 3}).text() == PROMPT
@@ -195,7 +195,7 @@ def test_a_second_worker_of_one_name_waits_and_says_why_until_the_name_is_free(o
 # --- links that break -----------------------------------------------------------------------------
 
 
-def test_no_engine_outlives_a_killed_link_even_one_that_hangs(one: Bus) -> None:
+def test_no_engine_outlives_a_killed_link_even_a_hung_one(one: Bus) -> None:
     worker = one.workers["w1"]
     pid = engine_pid(worker)
     stream = begin(one.client(), hang_at=2)
@@ -232,16 +232,16 @@ def test_a_stream_survives_a_broker_that_is_killed_and_is_not_run_twice(one: Bus
     one.wait_idle()
     (lost,) = records(worker, "broker lost")
     assert lost["requests_held"] == 1
-    # The worker ran it once: what was resumed was attached to, not prefilled again.
+    # The worker ran it once: the RESUME attached to it, without another prefill.
     assert one.rows()[0]["assigned"] == 0
 
 
-def test_a_broker_that_stands_still_for_a_while_costs_a_pause_and_nothing_else(
+def test_a_broker_that_is_stopped_for_a_while_costs_a_pause_and_nothing_else(
     tmp_path: Path,
 ) -> None:
     tokens, streams = 600, 16
     bus = Bus(tmp_path, "--worker-heartbeat-s", "3")
-    # The kernel keeps far less of an ipc connection than of a TCP one, so it is full soon.
+    # The kernel buffers far less for an ipc connection than for TCP, so it is full soon.
     bus.backs[0] = f"ipc://{tmp_path}/back"
     try:
         bus.start_broker()
@@ -285,7 +285,7 @@ def test_sigterm_lets_running_streams_finish_then_ends_with_status_0(one: Bus) -
     assert not is_alive(pid)
 
 
-def test_a_drain_hands_over_what_does_not_finish_in_time(one: Bus) -> None:
+def test_a_drain_hands_over_streams_that_do_not_finish_in_time(one: Bus) -> None:
     worker = one.start_worker("w2", "--drain-s", "0.5")
     one.wait_ready(2)
     client = one.client()
@@ -451,9 +451,7 @@ def keys(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_worker_joins_with_its_key_and_others_are_told_why_not(
-    tmp_path: Path, keys: Path
-) -> None:
+def test_a_worker_joins_with_its_key_and_others_learn_why_not(tmp_path: Path, keys: Path) -> None:
     bus = Bus(tmp_path, "--keys", str(keys))
     try:
         bus.start_broker()

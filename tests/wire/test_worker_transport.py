@@ -1,4 +1,4 @@
-"""The pipe between link and engine process: whole messages, no waiting, a clear end."""
+"""The pipe between link and engine process: complete messages, no blocking, a clear end."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_messages_arrive_whole_and_in_order(ends: tuple[Pipe, Pipe], message: li
     assert engine_has == [message, [b"next"]]
 
 
-def test_what_is_not_read_is_queued_without_waiting_and_counted(ends: tuple[Pipe, Pipe]) -> None:
+def test_unread_messages_are_queued_without_blocking_and_counted(ends: tuple[Pipe, Pipe]) -> None:
     link, engine = ends
     pictures = [bytes((number,)) * (4 << 20) for number in range(4)]
     link.send([b"head", *pictures])
@@ -65,7 +65,7 @@ def test_what_is_not_read_is_queued_without_waiting_and_counted(ends: tuple[Pipe
     assert got == [[b"head", *pictures]]
 
 
-def test_nothing_to_read_is_no_message_and_no_wait(ends: tuple[Pipe, Pipe]) -> None:
+def test_without_data_receive_returns_nothing_and_does_not_wait(ends: tuple[Pipe, Pipe]) -> None:
     assert ends[0].receive() == []
     assert ends[1].receive() == []
 
@@ -83,7 +83,7 @@ def test_half_a_message_waits_for_the_rest() -> None:
     pipe.close()
 
 
-def test_the_other_sides_end_is_told_after_its_last_message(ends: tuple[Pipe, Pipe]) -> None:
+def test_the_other_sides_end_is_reported_after_its_last_message(ends: tuple[Pipe, Pipe]) -> None:
     link, engine = ends
     engine.send([b"last words"])
     engine.close()
@@ -95,10 +95,10 @@ def test_the_other_sides_end_is_told_after_its_last_message(ends: tuple[Pipe, Pi
             link.send([b"x" * 100_000])
 
 
-def test_an_engines_last_words_are_heard_although_it_left_what_was_sent_to_it(
+def test_an_engines_last_message_is_read_although_a_write_to_it_failed_first(
     ends: tuple[Pipe, Pipe],
 ) -> None:
-    """An image was on its way when the engine broke: the write fails before the cause was read."""
+    """An image was being sent when the engine died: the write fails before the cause is read."""
     link, engine = ends
     supervisor = Supervisor(EngineOptions(engine="echo"))
     supervisor.pipe = link
