@@ -1,4 +1,4 @@
-"""Who may ask for what: keys and their limits, CORS, hosts, health, figures, start-up."""
+"""Access control: keys and their limits, CORS, hosts, health, metrics, start-up."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_key_is_shown_once_and_kept_as_a_hash(tmp_path: Path) -> None:
         KeyFile(tmp_path / "nowhere.toml")
 
 
-def test_a_changed_file_counts_from_the_next_request_on(tmp_path: Path) -> None:
+def test_a_changed_key_file_applies_from_the_next_request(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     alice, bob = add_key(path, "alice"), add_key(path, "bob")
     keys = KeyFile(path)
@@ -98,7 +98,7 @@ def test_a_key_file_that_breaks_is_logged_once_for_each_version(
     path.write_text(good)
     [line] = logged()
     assert "can be used again" in line
-    # A path that no file stands at: asked for again each time, told once.
+    # A path without a file: checked each time, logged once.
     path.unlink()
     path.mkdir()
     [line] = logged()
@@ -109,7 +109,7 @@ def test_a_key_file_that_breaks_is_logged_once_for_each_version(
     assert "can be used again" in line and keys.problem == ""
 
 
-def test_a_key_file_that_breaks_is_shown_in_figures_and_to_operators(
+def test_a_key_file_that_breaks_is_shown_in_metrics_and_to_operators(
     make_gateway: Callable[..., GatewayProcess], tmp_path: Path
 ) -> None:
     path = tmp_path / "keys.toml"
@@ -147,7 +147,7 @@ def test_an_expired_key_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["x = 1", "[keys.a]\n", "[keys.a]\nhash='md5:00'", "[keys.a]\nfoo=1", "[", "keys=3"]
 )
-def test_a_broken_key_file_is_told_at_the_start(tmp_path: Path, text: str) -> None:
+def test_a_broken_key_file_is_an_error_at_the_start(tmp_path: Path, text: str) -> None:
     path = tmp_path / "keys.toml"
     path.write_text(text)
     with pytest.raises(KeyFileError, match="keys"):
@@ -170,7 +170,7 @@ def test_the_rate_of_a_key_refills_with_time() -> None:
 # --- a gateway with keys --------------------------------------------------------------------------
 
 
-def test_keys_are_asked_for_everywhere_but_at_the_doors(
+def test_every_path_but_the_public_ones_needs_a_key(
     make_gateway: Callable[..., GatewayProcess], tmp_path: Path
 ) -> None:
     path = tmp_path / "keys.toml"
@@ -233,7 +233,7 @@ def test_keys_are_asked_for_everywhere_but_at_the_doors(
     boss_client.chat.completions.create(model=MODEL, messages=HELLO)
     with pytest.raises(openai.RateLimitError, match="per minute"):
         boss_client.chat.completions.create(model=MODEL, messages=HELLO)
-    # A response of one key is nobody else's.
+    # A response belongs to the key that made it.
     made = client.responses.create(model=MODEL, input="mine")
     with pytest.raises(openai.NotFoundError):
         boss_client.responses.retrieve(made.id)
@@ -295,7 +295,7 @@ def test_a_gateway_without_a_broker_lives_but_is_not_ready(
         assert answer.status_code == 503 and answer.json()["ready"] is False
 
 
-def test_an_absent_broker_is_told_once_with_its_cause_and_once_when_it_is_back(
+def test_an_absent_broker_is_logged_once_with_its_cause_and_once_when_it_is_back(
     make_bus: Callable[..., Bus], make_gateway: Callable[..., GatewayProcess]
 ) -> None:
     own = make_bus(workers=1)
@@ -317,7 +317,7 @@ def test_an_absent_broker_is_told_once_with_its_cause_and_once_when_it_is_back(
     assert gateway.process.log().count("broker away") == 1
 
 
-def test_a_broker_that_refuses_the_gateways_key_is_told_for_good(
+def test_a_broker_that_refuses_the_gateways_key_is_logged_as_final(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Refused:
@@ -331,7 +331,7 @@ def test_a_broker_that_refuses_the_gateways_key_is_told_for_good(
     assert "not on the list of tcp://bus:5555" in told.fields["cause"]
 
 
-def test_a_wrong_key_waits_for_its_refusal_and_others_do_not_wait_with_it(
+def test_the_refusal_of_a_wrong_key_is_delayed_and_no_other_request_is(
     make_gateway: Callable[..., GatewayProcess], tmp_path: Path
 ) -> None:
     right = add_key(tmp_path / "keys.toml", "alice")
@@ -353,7 +353,7 @@ def test_a_wrong_key_waits_for_its_refusal_and_others_do_not_wait_with_it(
     wait_until(overtaken, "a wrong key that waits")
 
 
-def test_refusals_of_wrong_keys_wait_for_themselves_and_only_some_at_once(
+def test_delayed_refusals_are_independent_and_limited_in_number(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(WrongKeys, "wait_s", lambda *_: 3600.0)
@@ -379,7 +379,7 @@ def test_refusals_of_wrong_keys_wait_for_themselves_and_only_some_at_once(
 
 
 @pytest.mark.parametrize("field", ["worker", "reason"])
-def test_a_drain_of_any_length_is_refused_here_and_not_by_the_broker(
+def test_an_invalid_drain_deadline_is_refused_by_the_gateway_and_not_by_the_broker(
     http: httpx.Client, field: str
 ) -> None:
     body = {"worker": "nobody", field: "x" * 100_000}
@@ -430,7 +430,7 @@ def test_the_buss_own_ids_lead_from_an_answer_to_the_brokers_log(
         wait_until(lambda both=both: both in gateway.process.log(), "the ids in the gateway's log")
 
 
-def test_what_is_not_there_is_told_in_the_same_shape(http: httpx.Client) -> None:
+def test_a_404_has_the_same_shape_as_other_errors(http: httpx.Client) -> None:
     assert http.get("/v1/nothing").status_code == 404
     assert http.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
     assert http.get("/v1/chat/completions").status_code == 405
@@ -481,7 +481,7 @@ def test_pages_of_other_origins_and_large_bodies_only_where_allowed(
     assert caught.value.status_code == 413 and caught.value.code == "too_large"
 
 
-def test_figures_are_in_prometheus_format(client: openai.OpenAI, http: httpx.Client) -> None:
+def test_metrics_are_in_prometheus_format(client: openai.OpenAI, http: httpx.Client) -> None:
     from prometheus_client.parser import text_string_to_metric_families
 
     client.chat.completions.create(model=MODEL, messages=HELLO)
@@ -498,7 +498,7 @@ def test_figures_are_in_prometheus_format(client: openai.OpenAI, http: httpx.Cli
     assert any(s.labels["kind"] == "prompt" for s in families["tokenbus_gateway_tokens"].samples)
 
 
-def test_no_endpoint_label_is_made_of_what_clients_write(http: httpx.Client) -> None:
+def test_endpoint_labels_never_contain_what_clients_write(http: httpx.Client) -> None:
     http.get("/v1/models/some-name-that-nobody-serves")
     http.get("/v1/responses/resp_made_up")
     text = http.get("/metrics").text
@@ -543,14 +543,14 @@ def test_an_unsafe_or_impossible_option_is_refused(arguments: list[str], words: 
         (["--server-key", "x" * 40, "--key-file", "nowhere.key_secret"], "does not exist"),
     ],
 )
-def test_a_key_that_cannot_be_read_ends_it_before_it_serves(
+def test_a_key_that_cannot_be_read_ends_the_gateway_before_it_serves(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--port", "0", *arguments]) == 2
     assert words in capsys.readouterr().err
 
 
-def test_tls_is_served_where_a_certificate_is_given_on_ipv6_as_well(
+def test_tls_is_served_with_a_certificate_also_on_ipv6(
     make_gateway: Callable[..., GatewayProcess], tmp_path: Path
 ) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"

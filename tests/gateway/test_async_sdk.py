@@ -1,4 +1,4 @@
-"""OpenAI's asynchronous client at every endpoint: answers, streams, errors, and going away."""
+"""OpenAI's asynchronous client at every endpoint: answers, streams, errors, and disconnects."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def said(text: str) -> list[Any]:
     return [{"role": "user", "content": text}]
 
 
-#: How each endpoint is asked to answer a text.
+#: How to ask each endpoint to answer a text.
 ASK: dict[str, Ask] = {
     "chat": lambda client, text, stream: client.chat.completions.create(
         model=MODEL, messages=said(text), stream=stream
@@ -53,7 +53,7 @@ def text_of(answer: Any) -> str:
 
 @pytest.fixture
 def run(gateway: GatewayProcess) -> Callable[[Callable[[Client], Awaitable[Any]]], Any]:
-    """Runs a coroutine with a client of its own."""
+    """Runs a coroutine with its own client."""
 
     def start(work: Callable[[Client], Awaitable[Any]]) -> Any:
         async def main() -> Any:
@@ -113,7 +113,7 @@ def test_a_cancelled_task_frees_the_slot(
     wait_until(lambda: gateway.bus.running() == 0, "a free slot")
 
 
-def test_images_logprobs_and_tools_come_through(run: Run) -> None:
+def test_images_logprobs_and_tools_work(run: Run) -> None:
     async def work(client: Client) -> None:
         shown = [
             {"type": "image_url", "image_url": {"url": picture()}},
@@ -133,7 +133,7 @@ def test_images_logprobs_and_tools_come_through(run: Run) -> None:
     run(work)
 
 
-def test_models_and_embeddings_are_had(run: Run) -> None:
+def test_models_and_embeddings_work(run: Run) -> None:
     async def work(client: Client) -> None:
         assert [model.id async for model in client.models.list()] == [MODEL]
         assert (await client.models.retrieve(MODEL)).id == MODEL

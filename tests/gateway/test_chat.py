@@ -62,7 +62,7 @@ def test_a_stream_gives_the_same_answer_in_pieces(client: openai.OpenAI) -> None
     assert len({c.id for c in chunks}) == 1
 
 
-def test_without_include_usage_a_stream_says_nothing_of_it(http: httpx.Client) -> None:
+def test_without_include_usage_a_stream_has_no_usage(http: httpx.Client) -> None:
     body = {"model": MODEL, "messages": HELLO, "stream": True}
     text = http.post("/v1/chat/completions", json=body).text
     assert "usage" not in text and text.endswith("data: [DONE]\n\n")
@@ -81,7 +81,7 @@ def test_the_asynchronous_client_streams_many_at_once(gateway: GatewayProcess) -
     assert asyncio.run(all_of_them()) == [f"number {number}" for number in range(20)]
 
 
-def test_length_and_stop_are_told_apart(client: openai.OpenAI) -> None:
+def test_length_and_stop_are_distinguished(client: openai.OpenAI) -> None:
     cut = client.chat.completions.create(model=MODEL, messages=HELLO, max_completion_tokens=3)
     assert cut.choices[0].finish_reason == "length"
     assert cut.usage is not None and cut.usage.completion_tokens == 3
@@ -119,7 +119,7 @@ def test_choices_of_a_stream_come_interleaved_with_their_index(client: openai.Op
     assert texts == [choice.message.content for choice in whole.choices]
 
 
-def test_images_travel_as_data_urls_in_their_order(client: openai.OpenAI) -> None:
+def test_images_are_passed_on_in_order(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model=MODEL, messages=with_picture(picture(), picture(32, 32))
     )
@@ -196,7 +196,7 @@ def test_without_tools_the_same_text_is_text(client: openai.OpenAI) -> None:
         assert answer.choices[0].message.tool_calls is None
 
 
-def test_a_conversation_with_tool_results_is_taken_back(client: openai.OpenAI) -> None:
+def test_a_conversation_with_tool_results_is_accepted(client: openai.OpenAI) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}}
     answer = client.chat.completions.create(
         model=MODEL,
@@ -261,7 +261,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_cannot_be_honoured_is_refused_by_name(client: openai.OpenAI, case: str) -> None:
+def test_unsupported_parameters_are_refused_by_name(client: openai.OpenAI, case: str) -> None:
     change, param = WRONG[case]
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(
@@ -273,7 +273,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(client: openai.OpenAI, case:
     assert param.rpartition(".")[2].partition("[")[0] in caught.value.message
 
 
-def test_labels_are_taken_without_effect(client: openai.OpenAI) -> None:
+def test_labels_are_accepted_without_effect(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model=MODEL,
         messages=HELLO,
@@ -286,7 +286,7 @@ def test_labels_are_taken_without_effect(client: openai.OpenAI) -> None:
     assert answer.choices[0].message.content == "hello there"
 
 
-def test_an_unknown_model_is_a_404_with_openais_code_and_the_buss_beside_it(
+def test_an_unknown_model_is_a_404_with_openais_code_and_that_of_the_bus_in_the_details(
     client: openai.OpenAI,
 ) -> None:
     for stream in (False, True):
@@ -328,7 +328,7 @@ def test_a_reader_that_leaves_frees_the_slot(gateway: GatewayProcess) -> None:
     wait_until(lambda: gateway.bus.running() == 0, "a free slot")
 
 
-def test_a_client_that_gives_up_waiting_frees_the_slot_as_well(gateway: GatewayProcess) -> None:
+def test_a_client_that_gives_up_waiting_frees_the_slot_too(gateway: GatewayProcess) -> None:
     body = {"model": MODEL, "messages": SLOW, "ignore_eos": True}
     with gateway.http() as client, pytest.raises(httpx.ReadTimeout):
         client.post("/v1/chat/completions", json=body, timeout=0.5)
@@ -345,9 +345,7 @@ def test_a_stream_that_waits_gets_comments(gateway: GatewayProcess) -> None:
 
 
 @pytest.mark.parametrize("path", ["chat/completions", "completions", "responses"])
-def test_a_pause_between_tokens_is_nothing_to_openais_client(
-    gateway: GatewayProcess, path: str
-) -> None:
+def test_openais_client_ignores_a_pause_between_tokens(gateway: GatewayProcess, path: str) -> None:
     prompt = "[[echo step_delay_ms=1500]]ab"
     asked = {
         "chat/completions": {"messages": [{"role": "user", "content": prompt}]},
@@ -356,7 +354,7 @@ def test_a_pause_between_tokens_is_nothing_to_openais_client(
     }[path]
     body = {"model": MODEL, "stream": True, **asked}
     with gateway.http() as http:
-        # Comments behind events that have ids.
+        # Comments after events with ids.
         behind = http.post(f"/v1/{path}", json=body).text.partition("\ndata: ")[2]
         assert ": keep-alive\n" in behind
     with gateway.openai() as client:

@@ -1,5 +1,5 @@
-"""What clients of OpenAI's API send beside the plain case: what asks for nothing is taken, and what
-is asked in other words is done."""
+"""What clients of OpenAI's API send beyond the plain case: values that ask for nothing are
+accepted, and other spellings of a request work."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ NOTHING = {
 
 
 @pytest.mark.parametrize("case", NOTHING)
-def test_what_asks_for_nothing_is_taken(http: httpx.Client, case: str) -> None:
+def test_values_that_ask_for_nothing_are_accepted(http: httpx.Client, case: str) -> None:
     choice = chat(http, **NOTHING[case])
     assert choice["message"]["content"] == "hello there"
     assert "tool_calls" not in choice["message"] and choice["logprobs"] is None
@@ -154,7 +154,9 @@ def test_an_object_may_have_a_schema() -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_usage_so_far_without_usage_asks_for_none(http: httpx.Client, path: str) -> None:
+def test_continuous_usage_without_include_usage_has_no_effect(
+    http: httpx.Client, path: str
+) -> None:
     said = {"messages": HELLO} if "chat" in path else {"prompt": "hello"}
     options = {"continuous_usage_stats": True}
     body = {"model": MODEL, "stream": True, "stream_options": options, **said}
@@ -164,7 +166,7 @@ def test_usage_so_far_without_usage_asks_for_none(http: httpx.Client, path: str)
 
 
 def test_a_forced_tool_wins_over_a_format_of_text_that_there_is_not(http: httpx.Client) -> None:
-    """instructor sends the schema twice, as a tool and as a format."""
+    """The package instructor sends the schema twice, as a tool and as a format."""
     for forced in (named(), "required"):
         choice = chat(
             http,
@@ -207,8 +209,8 @@ def test_only_allowed_tools_are_called(http: httpx.Client) -> None:
     assert choice("auto", "other")["message"]["content"] == CALL
 
 
-def test_an_sdks_own_objects_are_taken_back(client: openai.OpenAI) -> None:
-    """An answer that was parsed carries what it was parsed to; agents append it as it is."""
+def test_an_sdks_own_objects_are_accepted(client: openai.OpenAI) -> None:
+    """A parsed answer contains the parsed value; agents append it to the history unchanged."""
     answer = client.chat.completions.create(
         model=MODEL, messages=[{"role": "user", "content": CALL}], tools=[function()]
     )
@@ -248,7 +250,7 @@ RESPONSE_TOOL = {"type": "function", "name": "get_weather", "parameters": SCHEMA
 
 
 def test_an_item_may_be_named_where_it_is_kept(client: openai.OpenAI) -> None:
-    """`@ai-sdk/openai` names what the server said instead of sending it."""
+    """`@ai-sdk/openai` refers to the server's items by id instead of sending them."""
     first = client.responses.create(model=MODEL, input="one")
     called = client.responses.create(model=MODEL, input=CALL, tools=[RESPONSE_TOOL])
 
@@ -303,7 +305,7 @@ def test_tools_that_run_at_openai_are_left_out_beside_functions(http: httpx.Clie
     assert [tool["type"] for tool in answer["tools"]] == ["function"]
 
 
-def test_what_agents_send_to_responses_is_taken(client: openai.OpenAI) -> None:
+def test_what_agents_send_to_responses_is_accepted(client: openai.OpenAI) -> None:
     response = client.responses.create(
         model=MODEL,
         input="hello",
@@ -352,7 +354,7 @@ def test_allowed_tools_of_a_response_are_the_only_ones(client: openai.OpenAI) ->
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_full_context_is_told_by_openais_code_and_the_field(
+def test_a_full_context_has_openais_code_and_names_the_field(
     http: httpx.Client, path: str, field: str, stream: bool
 ) -> None:
     text = "x" * 40_000
@@ -401,7 +403,7 @@ def test_an_answer_cut_by_the_context_has_the_finish_reason_length(
     assert "32018 tokens (18 in the prompt, 32000 in the completion)" in error["message"]
 
 
-def test_a_full_context_in_the_background_is_told_as_well(client: openai.OpenAI) -> None:
+def test_a_full_context_in_the_background_is_reported_too(client: openai.OpenAI) -> None:
     made = client.responses.create(model=MODEL, input="x" * 40_000, background=True)
     events = list(client.responses.retrieve(made.id, stream=True))
     assert events[-1].response.error.code == "context_length_exceeded"
@@ -432,7 +434,7 @@ def test_no_wait_is_told_that_sdks_would_ignore() -> None:
         ("GET", "/health", 200),
     ],
 )
-def test_whoever_answers_names_the_request(
+def test_every_answer_names_the_request(
     http: httpx.Client, method: str, path: str, status: int
 ) -> None:
     answer = http.request(method, path, headers={"x-request-id": "mine"})
@@ -445,7 +447,7 @@ def test_whoever_answers_names_the_request(
         assert answer.json()["error"]["code"] == "unknown_url"
 
 
-def test_a_host_that_is_refused_and_a_preflight_are_named_as_well(
+def test_a_refused_host_and_a_preflight_have_request_ids_too(
     http: httpx.Client, make_gateway: Callable[..., GatewayProcess], bus: Bus
 ) -> None:
     refused = http.get("/v1/models", headers={"host": "evil.example", "x-request-id": "mine"})

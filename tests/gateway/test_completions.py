@@ -18,7 +18,7 @@ def test_a_prompt_is_continued_with_exact_usage(client: openai.OpenAI) -> None:
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
-def test_the_default_is_sixteen_tokens_as_openais(client: openai.OpenAI) -> None:
+def test_the_default_is_sixteen_tokens_as_at_openai(client: openai.OpenAI) -> None:
     answer = client.completions.create(model=MODEL, prompt="a long prompt of very many bytes")
     assert answer.usage is not None and answer.usage.completion_tokens == 16
     assert answer.choices[0].finish_reason == "length"
@@ -60,13 +60,13 @@ def test_a_stream_gives_text_and_usage(client: openai.OpenAI) -> None:
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
-def test_usage_so_far_is_in_every_chunk_where_it_is_asked_for(client: openai.OpenAI) -> None:
+def test_usage_so_far_is_in_every_chunk_if_requested(client: openai.OpenAI) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     asked = {"model": MODEL, "prompt": ["aaa", "bb"], "n": 2}
     chunks = list(client.completions.create(**asked, stream=True, stream_options=options))
     assert "".join(c.text for chunk in chunks for c in chunk.choices if c.index == 0) == "aaa"
     told = [chunk.usage for chunk in chunks if chunk.usage is not None]
-    # From when the length of both prompts is known.
+    # From the point at which the length of both prompts is known.
     assert {usage.prompt_tokens for usage in told} == {told[-1].prompt_tokens}
     counts = [usage.completion_tokens for usage in told]
     assert counts == sorted(counts) and len(set(counts)) > 3
@@ -125,7 +125,7 @@ def test_best_of_returns_the_likeliest(client: openai.OpenAI) -> None:
         ({"messages": []}, "messages"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name(
+def test_unsupported_parameters_are_refused_by_name(
     client: openai.OpenAI, change: dict[str, object], param: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
@@ -145,7 +145,7 @@ def test_embeddings_are_the_same_as_numbers_and_packed(client: openai.OpenAI) ->
 
 
 def test_dimensions_that_a_model_cannot_give_are_refused(client: openai.OpenAI) -> None:
-    """The engine here knows one length; an answer of another than was asked for is none."""
+    """The engine here has one length; an answer of a different length would be wrong."""
     with pytest.raises(openai.BadRequestError, match="its vectors have 8") as caught:
         client.embeddings.create(model=MODEL, input="x", dimensions=3)
     assert caught.value.param == "dimensions"
@@ -164,7 +164,7 @@ def test_models_are_those_of_the_bus(client: openai.OpenAI, gateway: GatewayProc
     assert caught.value.code == "model_not_found"
 
 
-def test_many_choices_make_no_endless_header(http: httpx.Client) -> None:
+def test_many_choices_do_not_make_a_huge_header(http: httpx.Client) -> None:
     body = {"model": MODEL, "prompt": ["a", "b"], "n": 100, "max_tokens": 1}
     answer = http.post("/v1/completions", json=body, timeout=PATIENCE_S)
     assert len(answer.json()["choices"]) == 200

@@ -1,4 +1,4 @@
-"""Connections: a time for each head and body, small heads, a bound on their number."""
+"""Connections: time limits for heads and bodies, size limits for heads, a limit on their number."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ POST = (
 
 @pytest.fixture(scope="module")
 def hasty(shared_gateway: GatewayProcess) -> Iterator[GatewayProcess]:
-    """A gateway that waits for no head or body for long, and has few connections."""
+    """A gateway with short time limits for heads and bodies, and few connections."""
     options = ("--head-s", "1.5", "--body-s", "1.5", "--max-connections", "20")
     with running_gateway(shared_gateway.bus, *options) as gateway:
         yield gateway
@@ -45,7 +45,7 @@ def connected(gateway: GatewayProcess) -> socket.socket:
 
 
 def said(connection: socket.socket) -> bytes:
-    """All that the gateway says until it ends the connection."""
+    """Everything that the gateway sends until it closes the connection."""
     data = b""
     try:
         while part := connection.recv(65536):
@@ -56,7 +56,7 @@ def said(connection: socket.socket) -> bytes:
 
 
 def healthy(connection: socket.socket) -> bool:
-    """Reads one answer, and not more."""
+    """Reads exactly one answer."""
     data = b""
     while part := connection.recv(1 if b"\r\n\r\n" in data else 65536):
         data += part
@@ -85,7 +85,7 @@ def error_of(answer: bytes) -> dict[str, Any]:
     ],
     ids=["nothing", "an empty line", "a line", "fields", "no body", "half a body"],
 )
-def test_what_does_not_arrive_is_not_waited_for(
+def test_an_incomplete_request_times_out(
     hasty: GatewayProcess, begun: bytes, status: bytes
 ) -> None:
     with closing(connected(hasty)) as connection:
@@ -101,12 +101,12 @@ def test_what_does_not_arrive_is_not_waited_for(
     [(b"", b"\r\n"), (HEALTH, b"x: y\r\n"), (POST, b" ")],
     ids=["empty lines", "fields", "a body"],
 )
-def test_a_trickle_is_not_waited_for(hasty: GatewayProcess, begun: bytes, more: bytes) -> None:
+def test_a_trickling_request_times_out(hasty: GatewayProcess, begun: bytes, more: bytes) -> None:
     with closing(connected(hasty)) as connection:
         connection.sendall(begun)
         connection.settimeout(0.05)
         answer = b""
-        # Each time well within what may pass; in all for ever.
+        # Each pause is well within the limit, but together they would last forever.
         for _ in range(600):
             try:
                 part = connection.recv(65536)
@@ -126,7 +126,7 @@ def test_a_trickle_is_not_waited_for(hasty: GatewayProcess, begun: bytes, more: 
     assert b"200 OK" not in answer
 
 
-def test_an_answered_request_does_not_make_half_a_body_live_for_ever(
+def test_an_early_answer_does_not_keep_half_a_body_alive(
     hasty: GatewayProcess,
 ) -> None:
     with closing(connected(hasty)) as connection:
@@ -135,7 +135,7 @@ def test_an_answered_request_does_not_make_half_a_body_live_for_ever(
     assert answer.startswith(b"HTTP/1.1 400 ")
 
 
-def test_an_unused_connection_goes_and_a_used_one_stays(hasty: GatewayProcess) -> None:
+def test_an_idle_connection_is_closed_and_a_used_one_stays(hasty: GatewayProcess) -> None:
     with closing(connected(hasty)) as connection:
         for _ in range(3):
             connection.sendall(HEALTH + b"\r\n")
@@ -143,7 +143,7 @@ def test_an_unused_connection_goes_and_a_used_one_stays(hasty: GatewayProcess) -
         assert said(connection) == b""
 
 
-def test_a_stream_has_all_the_time_that_it_takes(hasty: GatewayProcess) -> None:
+def test_a_stream_has_no_time_limit(hasty: GatewayProcess) -> None:
     with hasty.openai() as client:
         slow = "[[echo prefill_ms=1500]]late"
         made = client.chat.completions.create(
@@ -172,21 +172,21 @@ def test_a_large_head_is_refused(hasty: GatewayProcess, head: bytes) -> None:
         try:
             connection.sendall(head)
         except OSError:
-            return  # it was refused before all of it was sent, and the answer was lost with it
+            return  # it was refused before it was sent completely, and the answer was lost
         answer = said(connection)
     assert answer == b"" or answer.startswith(b"HTTP/1.1 431 ")
     if len(head) < 100_000:
         assert error_of(answer)["code"] == "invalid_request"
 
 
-def test_an_ordinary_large_head_is_taken(hasty: GatewayProcess) -> None:
+def test_an_ordinary_large_head_is_accepted(hasty: GatewayProcess) -> None:
     fields = b"".join(b"x%d: %s\r\n" % (i, b"a" * 300) for i in range(MAX_FIELDS - 1))
     with closing(connected(hasty)) as connection:
         connection.sendall(HEALTH + fields + b"\r\n")
         assert healthy(connection)
 
 
-def test_what_is_not_http_is_told_in_the_same_shape(hasty: GatewayProcess) -> None:
+def test_the_error_for_a_non_http_request_has_the_same_shape(hasty: GatewayProcess) -> None:
     with closing(connected(hasty)) as connection:
         connection.sendall(b"\x16\x03\x01 hello\r\n\r\n")
         answer = said(connection)
@@ -205,7 +205,7 @@ def test_unused_connections_make_room_for_new_ones(hasty: GatewayProcess) -> Non
         assert healthy(connection)
 
 
-def test_beside_as_many_at_work_a_new_one_is_refused(
+def test_a_new_connection_is_refused_if_all_others_are_busy(
     make_gateway: Callable[..., GatewayProcess],
 ) -> None:
     gateway = make_gateway("--max-connections", "3")
@@ -293,7 +293,9 @@ def test_a_gateway_of_few_descriptors_stays_below_them(bus: Bus, tmp_path: Path)
         process.kill()
 
 
-def test_out_of_descriptors_is_a_line_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+def test_running_out_of_descriptors_logs_one_line_a_minute(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     now_s = [0.0]
     handler = ExceptionHandler(lambda: now_s[0])
     loop = asyncio.new_event_loop()

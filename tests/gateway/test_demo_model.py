@@ -1,4 +1,4 @@
-"""The gateway on the bundled demo model: a real image, real sampling, real constraints."""
+"""The gateway with the bundled demo model: a real image, real sampling, real constraints."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_a_forced_tool_is_called_with_fitting_arguments(demo: openai.OpenAI) -> 
     assert answer.choices[0].message.content is None
 
 
-def test_choices_and_expressions_are_kept_as_well(demo: openai.OpenAI) -> None:
+def test_choices_and_regular_expressions_are_obeyed_too(demo: openai.OpenAI) -> None:
     def ask(**outputs: Any) -> str | None:
         answer = demo.chat.completions.create(
             model="demo",
@@ -171,7 +171,7 @@ def test_a_schema_that_makes_no_sense_is_refused(demo: openai.OpenAI) -> None:
         )
 
 
-def test_a_temperature_that_was_given_counts_and_the_models_own_where_it_was_not(
+def test_a_given_temperature_overrides_the_models_own(
     demo: openai.OpenAI,
 ) -> None:
     def answers(**params: float) -> set[str | None]:
@@ -191,7 +191,7 @@ def test_a_temperature_that_was_given_counts_and_the_models_own_where_it_was_not
     assert len(answers(temperature=2.0)) > 1
 
 
-def test_a_neutral_value_that_was_given_is_not_left_open() -> None:
+def test_an_explicit_neutral_value_overrides_the_models_own() -> None:
     def left_open(**given: float) -> list[str]:
         body = CompletionRequest(model="demo", prompt="x", **given)
         (call,) = completion_calls(body, seed=1, user="")

@@ -1,4 +1,4 @@
-"""Forced calls: what the grammar of `tool_choice` lets a model write."""
+"""Forced calls: what the constraint for `tool_choice` allows a model to write."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ POINT = {
     "additionalProperties": False,
 }
 AT = {"type": "object", "required": ["at"], "additionalProperties": False}
-#: The schema of the parameters, right arguments and wrong ones.
+#: The schema of the parameters, valid arguments and invalid ones.
 CASES: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "$defs": (
         {**AT, "properties": {"at": {"$ref": "#/$defs/P"}}, "$defs": {"P": POINT}},
@@ -110,7 +110,7 @@ def can_be_said(constraint: Constraint, value: Any) -> bool:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("single", [True, False])
-def test_references_hold_where_the_parameters_stand(case: str, single: bool) -> None:
+def test_references_resolve_within_the_parameters(case: str, single: bool) -> None:
     parameters, right, wrong = CASES[case]
     place, other = (
         Function(name="place", parameters=parameters),
@@ -126,7 +126,7 @@ def test_references_hold_where_the_parameters_stand(case: str, single: bool) -> 
             assert can_be_said(constraint, call if single else [call])
 
 
-def test_two_tools_of_one_address_do_not_collide() -> None:
+def test_two_tools_with_one_schema_id_do_not_collide() -> None:
     one, two = (
         Function(
             name=name,
@@ -152,7 +152,7 @@ def test_a_function_without_parameters_takes_none(parameters: dict[str, Any] | N
     assert not can_be_said(constraint, {"name": "now", "arguments": {"a": 1}})
 
 
-def test_a_list_of_calls_ends_and_nothing_is_blank() -> None:
+def test_a_list_of_calls_is_limited_and_has_no_white_space() -> None:
     constraint = forced_calls([Function(name="now")], single=False)
     call = {"name": "now", "arguments": {}}
     assert can_be_said(constraint, [call] * MAX_FORCED_CALLS)

@@ -1,4 +1,4 @@
-"""How the gateway runs the requests of the bus that an HTTP request became."""
+"""How the gateway runs the bus requests made from an HTTP request."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def shown(*images: bytes) -> list[dict[str, Any]]:
 
 
 class Recorder:
-    """Takes the place of a client: keeps what it is asked to start, and starts nothing."""
+    """Stands in for a client: records the requests, and starts none."""
 
     class NotStartedError(Exception):
         pass
@@ -55,7 +55,7 @@ class Recorder:
 
 
 @pytest.mark.parametrize("choices", [1, 2])
-def test_the_bus_gets_the_request_that_was_made_of_the_body(choices: int) -> None:
+def test_the_bus_gets_the_request_made_from_the_body(choices: int) -> None:
     made = chat(messages=shown(picture("PNG")), queue_ms=7, temperature=0.5)
     bus = Recorder()
     limits = Timeout(total=3)
@@ -86,14 +86,14 @@ def test_images_are_described_by_their_first_bytes() -> None:
     assert content and content[:2] == [ImagePart(attachment=0), ImagePart(attachment=1)]
 
 
-def test_what_is_beyond_the_bus_is_refused_with_the_body() -> None:
+def test_a_body_beyond_the_limits_of_the_bus_is_refused() -> None:
     with pytest.raises(GatewayError) as caught:
         chat(chat_template_kwargs={"n": 1 << 70})
     assert caught.value.status == 400
     assert "template_args holds an integer past 64 bits" in caught.value.info.message
 
 
-def test_prompts_are_held_against_the_bounds_of_the_bus_too() -> None:
+def test_prompts_are_checked_against_the_limits_of_the_bus_too() -> None:
     schema: dict[str, Any] = {}
     for _ in range(100):
         schema = {"properties": schema}
@@ -104,7 +104,7 @@ def test_prompts_are_held_against_the_bounds_of_the_bus_too() -> None:
         completion_calls(body, seed=0, user="")
 
 
-def test_a_request_started_as_it_is_is_answered(bus: Bus) -> None:
+def test_a_ready_made_request_is_answered(bus: Bus) -> None:
     made = chat(messages=shown(picture("PNG")))
 
     async def run() -> tuple[str, str]:

@@ -107,7 +107,7 @@ def test_an_image_beyond_the_limit_is_refused() -> None:
         "5f00::1",
         "fec0::1",
         "ff02::1",
-        # An IPv4 address within one of IPv6: a translator decides where it leads.
+        # An IPv4 address within an IPv6 one: a translator decides where it leads.
         "::8.8.8.8",
         "::ffff:8.8.8.8",
         "::ffff:10.0.0.1",
@@ -116,11 +116,11 @@ def test_an_image_beyond_the_limit_is_refused() -> None:
         "2002:808:808::1",
     ],
 )
-def test_private_addresses_are_known_as_such(address: str) -> None:
+def test_private_addresses_are_recognised(address: str) -> None:
     assert not public_address(ipaddress.ip_address(address))
 
 
-def test_public_addresses_are_known_as_such() -> None:
+def test_public_addresses_are_recognised() -> None:
     for address in ("8.8.8.8", "192.0.1.1", "198.17.255.255", "223.255.255.255"):
         assert public_address(ipaddress.ip_address(address)), address
     for address in ("2606:4700:4700::1111", "2001:200::1", "2a00::1", "2003::1"):
@@ -138,7 +138,7 @@ TRICKLES = {
 
 class _Pictures(http.server.BaseHTTPRequestHandler):
     asked: list[str]
-    #: Slow answers are held back until it is set.
+    #: Slow answers wait until this is set.
     released: threading.Event
 
     def do_GET(self) -> None:
@@ -175,7 +175,7 @@ class _Pictures(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"bytes")
 
     def trickle(self, begun: bytes) -> None:
-        """A byte at a time, each well within the time for a whole image."""
+        """Send one byte at a time, each well within the time for a whole image."""
         with contextlib.suppress(OSError):
             self.wfile.write(begun)
             while not self.released.wait(0.02):
@@ -187,7 +187,7 @@ class _Pictures(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def pictures() -> Iterator[str]:
-    """A web server on this machine; its address."""
+    """The address of a web server on this machine."""
     _Pictures.asked, _Pictures.released = [], threading.Event()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Pictures) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -204,7 +204,7 @@ def test_a_remote_image_is_fetched_through_redirects(pictures: str) -> None:
     assert load(f"{pictures}/redirect", **allowed) == b"bytes"
 
 
-def test_a_private_address_is_never_asked(pictures: str) -> None:
+def test_a_private_address_is_never_contacted(pictures: str) -> None:
     assert "public internet" in str(refusal(f"{pictures}/picture", allow_remote=True))
     port = pictures.rpartition(":")[2]
     assert "public internet" in str(refusal(f"http://localhost:{port}/x", allow_remote=True))
@@ -217,7 +217,7 @@ def test_a_redirect_into_another_network_is_checked_again(pictures: str) -> None
     assert _Pictures.asked == ["/inward"]
 
 
-def test_loops_misses_and_endless_images_are_told_apart(pictures: str) -> None:
+def test_redirect_loops_missing_and_endless_images_have_different_errors(pictures: str) -> None:
     allowed = {"allow_remote": True, "allowed_networks": LOOPBACK}
     assert "redirects" in str(refusal(f"{pictures}/loop", **allowed))
     assert "404" in str(refusal(f"{pictures}/missing", **allowed))
@@ -225,12 +225,12 @@ def test_loops_misses_and_endless_images_are_told_apart(pictures: str) -> None:
 
 
 @pytest.mark.parametrize("path", TRICKLES)
-def test_a_host_that_trickles_is_given_up(pictures: str, path: str) -> None:
+def test_a_trickling_host_times_out(pictures: str, path: str) -> None:
     allowed = {"allow_remote": True, "allowed_networks": LOOPBACK, "timeout_s": 0.2}
     assert "within 0.2 s" in str(refusal(pictures + path, **allowed))
 
 
-def test_slow_hosts_hold_up_nobodys_images(pictures: str) -> None:
+def test_slow_hosts_do_not_delay_other_images(pictures: str) -> None:
     policy = ImagePolicy(allow_remote=True, allowed_networks=LOOPBACK)
 
     async def first() -> bytes:
@@ -250,7 +250,7 @@ def test_slow_hosts_hold_up_nobodys_images(pictures: str) -> None:
     assert asyncio.run(first()) == b"bytes"
 
 
-def test_names_that_nobody_resolves_are_given_up_and_hold_up_nobody(
+def test_names_that_do_not_resolve_time_out_and_delay_no_one_else(
     pictures: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resolve = socket.getaddrinfo

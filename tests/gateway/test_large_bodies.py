@@ -1,5 +1,5 @@
-"""Large bodies: weighed before they are parsed, read in short steps, and counted; whatever a caller
-sends, the event loop goes on."""
+"""Large bodies: their size is checked before they are parsed, and they are read in short steps;
+whatever a caller sends, the event loop goes on."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _text(generator: random.Random, most: int) -> str:
     return "".join(generator.choices(characters, k=generator.randint(0, most)))
 
 
-def test_a_body_read_in_steps_is_the_body(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_read_in_steps_is_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = random.Random(1)
     monkeypatch.setattr(bodies, "LONG_BYTES", 200)
     for slice_bytes in (5, 17, 64):
@@ -94,7 +94,7 @@ def test_long_strings_are_not_decoded_with_the_rest(monkeypatch: pytest.MonkeyPa
     ],
     ids=["name", "field", "escape", "key", "cut"],
 )
-def test_a_long_string_where_none_may_be_is_refused(data: bytes) -> None:
+def test_a_long_string_in_the_wrong_place_is_refused(data: bytes) -> None:
     with pytest.raises(GatewayError) as caught:
         read_in_steps(data, lambda data: parse(ChatRequest, data))
     assert caught.value.status == 400
@@ -115,7 +115,7 @@ def test_too_much_text_is_refused_before_it_is_parsed() -> None:
         assert caught.value.info.code == "too_large" and caught.value.status == 413
 
 
-def test_what_the_bus_takes_is_parsed() -> None:
+def test_a_body_within_the_limits_of_the_bus_is_parsed() -> None:
     escaped = json.dumps({"a": "\u044f" * (4 << 20)}).encode()
     assert len(escaped) > 24 << 20
     assert read_in_steps(escaped, msgspec.json.decode) == {"a": "\u044f" * (4 << 20)}
@@ -123,7 +123,7 @@ def test_what_the_bus_takes_is_parsed() -> None:
     assert read_in_steps(ids, len) == len(ids)
 
 
-def test_base64_in_parts_is_base64(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_base64_decoded_in_parts_is_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = random.Random(2)
     for at_once in (4, 8, 12):
         monkeypatch.setattr(bodies, "_DECODED_AT_ONCE", at_once)
@@ -196,7 +196,7 @@ def test_the_memory_for_bodies_is_bounded(make_gateway: Callable[..., GatewayPro
         assert answer.status_code == 429 and answer.json()["error"]["code"] == "overloaded"
         assert answer.headers["x-should-retry"] == "true"
         for _ in range(3):
-            # What one request held is there for the next.
+            # Memory that one request held is free for the next.
             answer = http.post("/v1/chat/completions", json=chat(user="x" * 60_000))
             assert answer.status_code == 200, answer.text
 
@@ -205,7 +205,7 @@ def test_the_memory_for_bodies_is_bounded(make_gateway: Callable[..., GatewayPro
 
 
 class Steps:
-    """Counts calls of functions in each step of an event loop: its time, without a clock."""
+    """Counts function calls in each step of an event loop, as a measure of time without a clock."""
 
     def __init__(self) -> None:
         self.longest = 0
@@ -235,7 +235,7 @@ class Steps:
 async def longest_step(
     bus: Bus, asked: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> int:
-    """Of a gateway in this process that answers the request, after a small one."""
+    """The longest step of a gateway in this process that answers the request, after a small one."""
     path, body = asked
     data = json.dumps(body).encode()
     field = "messages" if "chat" in path else "input" if path.startswith("/v1/r") else "prompt"
@@ -291,7 +291,7 @@ GREEDY: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "items": ("/v1/responses", {"model": MODEL, "input": [MESSAGE] * 8000}),
     "inputs": ("/v1/embeddings", {"model": MODEL, "input": ["some words"] * 4096}),
-    # Not a large body, but a large answer.
+    # A small body with a large answer.
     "log-probabilities": (
         "/v1/chat/completions",
         chat(
@@ -315,6 +315,6 @@ def test_no_body_makes_a_step_of_the_loop_long(
     assert asyncio.run(longest_step(bus, GREEDY[kind], monkeypatch)) < 25_000
 
 
-def test_the_loops_delay_is_a_figure(http: httpx.Client) -> None:
+def test_the_loops_delay_is_a_metric(http: httpx.Client) -> None:
     text = http.get("/metrics", params={"scope": "gateway"}).text
     assert 'tokenbus_gateway_loop_delay_seconds_bucket{le="0.05"}' in text

@@ -1,4 +1,4 @@
-"""The older HTTP API: FastChat's and LLaVA's own way of asking, answered in their shapes."""
+"""The older HTTP API: FastChat's and LLaVA's own requests, answered in their formats."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def frames(http: httpx.Client, body: dict[str, Any], **options: Any) -> list[dic
 
 
 def picture(width: int) -> str:
-    """A PNG of that width and ten lines, as base64."""
+    """A PNG of this width and ten pixels high, as base64."""
     buffer = io.BytesIO()
     Image.new("RGB", (width, 10)).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
@@ -42,7 +42,7 @@ def picture(width: int) -> str:
 # --- controller -----------------------------------------------------------------------------------
 
 
-def test_the_controllers_questions_are_answered(
+def test_requests_to_the_controller_are_answered(
     http: httpx.Client, gateway: GatewayProcess
 ) -> None:
     assert http.post("/refresh_all_workers").json() is None
@@ -57,7 +57,7 @@ def test_the_controllers_questions_are_answered(
     assert status == {"model_names": [MODEL], "speed": 2, "queue_length": 0}
 
 
-def test_their_workers_are_told_that_it_is_one_way(http: httpx.Client) -> None:
+def test_their_workers_learn_that_they_cannot_register(http: httpx.Client) -> None:
     answer = http.post("/register_worker", json={"worker_name": "http://x", "x": 1})
     assert answer.status_code == 501
     assert http.post("/receive_heart_beat", json={}).json() == {"exist": False}
@@ -82,7 +82,7 @@ def test_llava_gets_the_prompt_and_the_text_so_far_in_every_frame(http: httpx.Cl
     lengths = [len(frame["text"]) for frame in told]
     assert lengths == sorted(lengths) and len(set(lengths)) > 5
     assert told[-1]["text"] == body["prompt"] + body["prompt"]
-    # The family shows in the fields as well.
+    # The fields also show the family.
     assert frames(http, body)[-1] == told[-1]
 
 
@@ -109,7 +109,7 @@ def test_llava_has_its_own_codes(http: httpx.Client) -> None:
     assert frame["error_code"] == 1
 
 
-def test_an_answer_is_as_long_as_the_context_leaves(
+def test_an_answer_is_limited_to_the_rest_of_the_context(
     http: httpx.Client, make_gateway: Callable[..., GatewayProcess]
 ) -> None:
     prompt = "hello"
@@ -135,7 +135,7 @@ def test_internvl_sends_messages_with_their_images(http: httpx.Client) -> None:
     body = {"model": MODEL, "prompt": turns, "max_input_tiles": 12, "repetition_penalty": 1.1}
     told = frames(http, body)
     assert all(frame == {"text": frame["text"], "error_code": 0} for frame in told)
-    # The echo engine tells what it was asked with; the prompt is not put in front.
+    # The echo engine repeats its request; the answer does not start with the prompt.
     assert "20x10" in told[-1]["text"] and "30x10" in told[-1]["text"]
     assert told[-1]["text"].endswith("last")
     [frame] = frames(http, {**body, "prompt": [{"role": "user", "content": "x", "image": ["?"]}]})
@@ -176,7 +176,7 @@ def test_fastchat_has_its_own_codes(http: httpx.Client) -> None:
     assert [frame["error_code"] for frame in told] == [0] * (len(told) - 1) + [50001]
 
 
-def test_fastchats_details_counts_and_vectors(http: httpx.Client) -> None:
+def test_fastchats_model_details_counts_and_embeddings(http: httpx.Client) -> None:
     asked = {"model": MODEL, "prompt": "hello"}
     assert http.post("/model_details", json=asked).json() == {"context_length": 32768}
     counted = http.post("/count_token", json=asked).json()
@@ -209,10 +209,10 @@ def test_fastchats_api_server_has_paths_beside_openais(http: httpx.Client) -> No
 
 
 def fastchat_prompt(conv: dict[str, Any], *turns: str, system: str = "") -> str:
-    """What FastChat's CHATML style makes of a conversation whose first turn is the user's."""
+    """FastChat's CHATML prompt for a conversation that begins with the user."""
     prompt = conv["system_template"].format(system_message=system) + f"{conv['sep']}\n"
     for index, text in enumerate(turns):
-        # FastChat leaves the separator of an empty turn away.
+        # FastChat omits the separator of an empty turn.
         prompt += f"{conv['roles'][index % 2]}\n" + (f"{text}{conv['sep']}\n" if text else "")
     return prompt + f"{conv['roles'][1]}\n"
 
@@ -235,7 +235,7 @@ def test_a_prompt_made_with_our_template_is_a_chat_again(http: httpx.Client) -> 
     assert turns(fastchat_prompt(conv, "")) == [("user", "")]
 
 
-def test_images_stand_where_fastchat_marks_them(http: httpx.Client) -> None:
+def test_images_appear_where_fastchat_marks_them(http: httpx.Client) -> None:
     conv = http.post("/worker_get_conv_template", json={"model": MODEL}).json()["conv"]
     prompt = fastchat_prompt(conv, "first", "seen", "$$<image>$$one $$<image>$$ other")
     body = {"model": MODEL, "prompt": prompt, "echo": False, "images": [picture(20), picture(30)]}
@@ -283,7 +283,7 @@ def test_marks_of_our_template_in_a_text_open_no_turn(http: httpx.Client) -> Non
 # --- both -----------------------------------------------------------------------------------------
 
 
-def test_what_their_frames_hide_is_in_the_log_and_in_the_operators_view(
+def test_errors_hidden_in_their_frames_are_in_the_log_and_the_operators_view(
     gateway: GatewayProcess, http: httpx.Client
 ) -> None:
     body = {"model": MODEL, "prompt": "[[echo error_at=1]]hello"}
@@ -334,7 +334,7 @@ def test_a_token_that_is_certain_is_not_an_impossible_one() -> None:
     assert _with_logprobs(text_logprobs([]), tokens)["token_logprobs"] == [0.0, -1.0, -9999.0]
 
 
-def test_what_cannot_be_read_is_an_error_of_their_shape(http: httpx.Client) -> None:
+def test_an_unreadable_request_is_an_error_in_their_format(http: httpx.Client) -> None:
     for data in (b"", b"\xff", b'{"prompt":"x","zzz":' + b"[" * 50_000):
         json_body = {"content-type": "application/json"}
         answer = http.post("/worker_generate", content=data, headers=json_body)

@@ -1,4 +1,4 @@
-"""Log-probabilities of completions: no candidate is lost, and offsets follow the text."""
+"""Logprobs of completions: no candidate is lost, and offsets follow the text."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def token(
     return TokenLogprob(logprob, data, [TopLogprob(*one) for one in top], place)
 
 
-def test_parts_of_characters_have_names_of_their_own() -> None:
+def test_parts_of_characters_have_distinct_names() -> None:
     half = token(b"\xc3", -0.1, (7, -0.1, b"\xc3"), (8, -2.0, b"\xc4"), (9, -3.0, b"a"))
     told = text_logprobs([half])
     assert told["tokens"] == ["bytes:\\xc3"]
     assert told["top_logprobs"] == [{"bytes:\\xc3": -0.1, "bytes:\\xc4": -2.0, "a": -3.0}]
 
 
-def test_tokens_of_the_same_text_are_all_told() -> None:
-    """The chosen token has the name; where it is not among them, it is told beside them."""
+def test_tokens_of_the_same_text_are_all_listed() -> None:
+    """The chosen token gets the plain name; if it is not among the top ones, it is added."""
     likeliest = ((1, -0.5, b"a"), (2, -1.5, b"a"), (3, -2.5, b"b"))
     assert text_logprobs([token(b"a", -1.5, *likeliest)])["top_logprobs"] == [
         {"token_id:1": -0.5, "a": -1.5, "b": -2.5}
@@ -37,7 +37,7 @@ def test_tokens_of_the_same_text_are_all_told() -> None:
     assert text_logprobs([token(b"a")])["top_logprobs"] == [None]
 
 
-def test_a_split_character_has_one_place() -> None:
+def test_a_split_character_has_one_offset() -> None:
     data = [b"x", b"\xe4\xb8", b"\x96", b"y"]
     places = Places()
     placed = places.of([token(part) for part in data[:2]]) + places.of(
@@ -46,8 +46,8 @@ def test_a_split_character_has_one_place() -> None:
     assert text_logprobs(placed)["text_offset"] == [0, 1, 1, 2]
 
 
-def test_what_a_worker_tells_counts_behind_an_echoed_prompt() -> None:
-    """A space that the tokenizer drops, and a special token that is not shown."""
+def test_a_workers_offsets_are_used_after_an_echoed_prompt() -> None:
+    """With a space that the tokenizer drops, and a special token that is not shown."""
     choice = TextChoice()
     prompt = Prompt(
         b"r" * 16, 0, 0, [1, 2], "one two", [token(b" one", place=0), token(b" two", place=3)]
@@ -59,7 +59,7 @@ def test_what_a_worker_tells_counts_behind_an_echoed_prompt() -> None:
     assert text_logprobs(choice.logprobs)["text_offset"] == [0, 3, 7, 13, 13]
 
 
-def test_without_a_word_of_the_worker_bytes_say_it() -> None:
+def test_without_a_workers_offsets_they_come_from_the_bytes() -> None:
     words = [b"ab", b" c", "é".encode()]
     placed = Places(10).of([token(word) for word in words])
     assert [one.place for one in placed] == [10, 12, 14]

@@ -1,4 +1,4 @@
-"""Two gateways of one bus that know each other: what one keeps is had at the other."""
+"""Two gateways of one bus that know each other: answers kept at one are available at the other."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHAT = "/v1/chat/completions"
 
 @pytest.fixture
 def pair(make_gateway: MakeGateway) -> Iterator[tuple[GatewayProcess, GatewayProcess]]:
-    """The second one knows the first, and one that is away."""
+    """Two gateways; the second knows the first, and a third that is absent."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         away = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -90,7 +90,9 @@ def test_the_running_answer_of_a_chat_goes_on_elsewhere(
     wait_until(lambda: pair[0].bus.running() == 0, "a free slot")
 
 
-def test_what_no_gateway_knows_is_told_once(pair: tuple[GatewayProcess, GatewayProcess]) -> None:
+def test_an_id_that_no_gateway_knows_is_a_single_404(
+    pair: tuple[GatewayProcess, GatewayProcess],
+) -> None:
     with pair[1].http() as there:
         answer = there.get("/v1/responses/resp_none")
         assert answer.status_code == 404 and "resp_none" in answer.json()["error"]["message"]
@@ -99,7 +101,7 @@ def test_what_no_gateway_knows_is_told_once(pair: tuple[GatewayProcess, GatewayP
         assert answer.json()["error"]["code"] == "model_not_found"
 
 
-def test_gateways_that_know_each_other_do_not_ask_in_circles(make_gateway: MakeGateway) -> None:
+def test_gateways_do_not_ask_each_other_in_circles(make_gateway: MakeGateway) -> None:
     first = make_gateway()
     second = make_gateway("--peers", first.url)
     port = first.url.rpartition(":")[2]
@@ -109,7 +111,7 @@ def test_gateways_that_know_each_other_do_not_ask_in_circles(make_gateway: MakeG
         assert http.get("/v1/responses/resp_none").status_code == 404
 
 
-def test_a_peer_goes_by_the_callers_own_key(make_gateway: MakeGateway, tmp_path: Path) -> None:
+def test_a_peer_checks_the_callers_own_key(make_gateway: MakeGateway, tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     alice, bob = add_key(file, "alice"), add_key(file, "bob")
     first = make_gateway("--keys", str(file))
@@ -127,7 +129,7 @@ def test_a_peer_that_breaks_off_ends_the_stream_there(
 ) -> None:
     first, second = pair
     with first.openai() as here, second.http() as there:
-        # Nobody cancels it: its gateway dies.
+        # It is not cancelled: its gateway dies.
         some = "[[echo mode=sampled answer_tokens=200 step_delay_ms=20]]x"
         made = here.responses.create(model=MODEL, input=some, background=True)
         path = f"/v1/responses/{made.id}?stream=true"
@@ -148,6 +150,6 @@ def test_a_peer_that_breaks_off_ends_the_stream_there(
 
 
 @pytest.mark.parametrize("value", ["gateway:8000", "ftp://x", "http://x/path"])
-def test_a_peer_that_is_no_address_is_refused(value: str) -> None:
+def test_a_peer_with_a_malformed_address_is_refused(value: str) -> None:
     with pytest.raises(ConfigError, match="--peers"):
         parse_args(["--peers", value], {})

@@ -1,5 +1,5 @@
-"""Reading on: whatever was read of an answer, and however it is cut into events the second time,
-nothing comes twice and nothing is missing."""
+"""Resuming a stream: wherever it was left, and however it is cut into events the second time,
+nothing is repeated and nothing is missing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CALLS = (
 
 
 def tokens_of(text: str, choice: int) -> list[tuple[str, TokenLogprob]]:
-    """Tokens of one to three characters; the last of each three shows nothing by itself."""
+    """Tokens of one to three characters; every third one has no text of its own."""
     found, at, number = [], 0, 0
     while at < len(text):
         shown = text[at : at + (number % 3)]
@@ -43,7 +43,7 @@ def tokens_of(text: str, choice: int) -> list[tuple[str, TokenLogprob]]:
 
 
 def cut(random_: random.Random, texts: Sequence[str]) -> list[list[ChoiceEvent]]:
-    """The answer of a bus to one request for each text, in batches that chance makes."""
+    """The bus's answers, one request per text, in random batches."""
     left = [tokens_of(text, choice) for choice, text in enumerate(texts)]
     counts = [len(tokens) for tokens in left]
     over = [False] * len(texts)
@@ -116,7 +116,7 @@ def streamed(answer: Any, batches: list[list[ChoiceEvent]]) -> list[bytes]:
 
 
 def read(events: list[bytes]) -> Iterator[tuple[str, Any]]:
-    """(id, chunk) of each event but the last."""
+    """(id, chunk) of each event except the last."""
     assert events[-1] == b"data: [DONE]\n\n"
     for event in events[:-1]:
         id_, data = event.decode().rstrip("\n").split("\n")
@@ -124,7 +124,7 @@ def read(events: list[bytes]) -> Iterator[tuple[str, Any]]:
 
 
 def heard(chunks: list[Any], choices: int) -> dict[str, Any]:
-    """Everything that a reader of these chunks was told."""
+    """Everything that a reader of these chunks has received."""
     told: list[dict[str, list[Any]]] = [
         {"roles": [], "text": [], "calls": [], "logprobs": [], "offsets": [], "finish": []}
         for _ in range(choices)
@@ -150,7 +150,7 @@ def heard(chunks: list[Any], choices: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("with_logprobs", [True, False])
 @pytest.mark.parametrize("make", [chat, completion])
-def test_a_reader_goes_on_at_any_event_with_nothing_twice_and_nothing_missing(
+def test_a_reader_can_resume_after_any_event_without_repetition_or_loss(
     make: Any, with_logprobs: bool
 ) -> None:
     random_ = random.Random(7)
@@ -187,7 +187,7 @@ def test_a_reader_goes_on_at_any_event_with_nothing_twice_and_nothing_missing(
             assert heard(chunks, 3) == expected, again_id
 
 
-def test_what_follows_the_last_choice_is_told_apart_from_its_end() -> None:
+def test_events_after_the_last_choice_have_positions_of_their_own() -> None:
     events = list(
         read(chat(Position.first("chatcmpl-", 1), cut(random.Random(1), ["x"]), **STREAMED))
     )

@@ -1,4 +1,4 @@
-"""Going on with an answer after a lost connection: the running one, or the same one elsewhere."""
+"""Resuming an answer after a lost connection: the running one, or the same one elsewhere."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def body(text: str, **more: Any) -> dict[str, Any]:
     return {"model": MODEL, "messages": messages, "stream": True, **more}
 
 
-#: One answer, at once and so slowly that a reader on a busy machine comes back while it runs.
+#: One answer, fast, and so slow that even on a busy machine a reader is back while it runs.
 QUICK = body("[[echo mode=sampled answer_tokens=200]]x", seed=4, n=2)
 SLOW = body("[[echo mode=sampled answer_tokens=200 step_delay_ms=20]]x", seed=4, n=2)
 
 
 def events(answer: httpx.Response) -> Iterator[tuple[str | None, str]]:
-    """(id, data) of the events of a stream, as they come."""
+    """(id, data) of the events of a stream, as they arrive."""
     assert answer.status_code == 200, answer.read()
     id_ = None
     for line in answer.iter_lines():
@@ -63,7 +63,7 @@ def answer_id(found: list[tuple[str | None, str]]) -> str:
     return str(json.loads(found[0][1])["id"])
 
 
-def test_the_running_answer_goes_on_where_it_was_left(
+def test_a_running_answer_resumes_where_it_was_left(
     gateway: GatewayProcess, http: httpx.Client
 ) -> None:
     whole = texts(read(http, json=QUICK))
@@ -74,11 +74,11 @@ def test_the_running_answer_goes_on_where_it_was_left(
     )
     assert rest[-1][1] == "[DONE]"
     assert texts(heard + rest) == whole
-    # It may be read again from its start as long as it is kept.
+    # It can be read again from the start as long as it is kept.
     assert texts(read(http, "GET", f"{PATH}/{answer_id(heard)}")) == whole
 
 
-def test_an_answer_that_was_made_again_goes_on_where_it_was_left_as_well(
+def test_a_regenerated_answer_also_resumes_where_it_was_left(
     http: httpx.Client,
 ) -> None:
     whole = texts(read(http, json=QUICK))
@@ -89,14 +89,14 @@ def test_an_answer_that_was_made_again_goes_on_where_it_was_left_as_well(
     last = {"last-event-id": heard[-1][0] or ""}
     heard += read(http, "GET", f"{PATH}/{answer_id(heard)}", headers=last)
     assert texts(heard) == whole and heard[-1][1] == "[DONE]"
-    # What the gateway keeps begins in the middle: it does not pretend to have the rest.
+    # The gateway's copy begins in the middle, and it does not pretend to have the rest.
     early = http.get(f"{PATH}/{answer_id(heard)}", headers={"last-event-id": heard[5][0] or ""})
     assert early.status_code == 404 and "again" in early.json()["error"]["message"]
     again = read(http, json=SLOW, headers={"last-event-id": heard[5][0] or ""})
     assert texts(heard[:6] + again) == whole
 
 
-def test_an_answer_beyond_the_memory_is_read_whole_and_one_that_nobody_reads_is_ended(
+def test_an_answer_beyond_the_memory_limit_is_read_completely_and_an_unread_one_is_ended(
     make_gateway: Callable[..., GatewayProcess],
 ) -> None:
     long = "[[echo mode=sampled answer_tokens=600]]x"
@@ -111,7 +111,7 @@ def test_an_answer_beyond_the_memory_is_read_whole_and_one_that_nobody_reads_is_
         )
         assert ended["error"]["details"]["code"] == "overloaded"
         assert "--store-bytes" in ended["error"]["message"]
-        # One that its reader gets whole is not kept, rather than half.
+        # An answer too large to keep is delivered completely, and not kept at all.
         made = http.post("/v1/responses", json={**asked, "background": False, "input": "y" * 20000})
         assert len(made.json()["output"][0]["content"][0]["text"]) > 10_000
         assert http.get(f"/v1/responses/{made.json()['id']}").status_code == 404
@@ -157,12 +157,12 @@ def test_a_completion_goes_on_at_another_gateway(
     seed = int(answer_id(heard)[5:21], 16)
     whole = told(read(http, path=path, json={**asked, "seed": seed}))
     assert told(heard + rest) == whole
-    # An id of the other endpoint's is none of this one's.
+    # An id of the other endpoint is not valid here.
     wrong = {"last-event-id": f"chatcmpl-{'0' * 32}:1:0"}
     assert http.post(path, json=asked, headers=wrong).status_code == 400
 
 
-def test_tool_calls_go_on_without_a_character_lost_or_doubled(http: httpx.Client) -> None:
+def test_tool_calls_resume_without_a_character_lost_or_doubled(http: httpx.Client) -> None:
     asked = body(f"Let me see. {CALL}", tools=TOOLS)
     whole = read(http, json=asked)
 
@@ -228,7 +228,7 @@ def test_a_kept_answer_is_cancelled_by_name(gateway: GatewayProcess, http: httpx
 
 
 @pytest.mark.parametrize("header", ["x", "chatcmpl-1:2:3", "chatcmpl-" + "0" * 32 + ":1:x"])
-def test_an_id_that_is_none_of_ours_is_refused(http: httpx.Client, header: str) -> None:
+def test_a_foreign_event_id_is_refused(http: httpx.Client, header: str) -> None:
     answer = http.post(PATH, json=body("x"), headers={"last-event-id": header})
     assert answer.status_code == 400
 

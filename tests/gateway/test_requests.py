@@ -1,4 +1,4 @@
-"""Bodies: every field is honoured or refused by name, and the document says which there are."""
+"""Bodies: every field is honoured or refused by name, and the OpenAPI document lists them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ BODIES = {
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
 def test_every_field_of_openais_is_known_or_refused_by_its_name(body: type[msgspec.Struct]) -> None:
-    """Their package gets new fields every few days; none may be ignored until we know it."""
+    """OpenAI's package gets new fields every few days; none may be silently ignored."""
     theirs = set(BODIES[body].__annotations__)
     unknown = theirs - set(body.__struct_fields__)
     assert len(unknown) <= len(theirs) / 4, "their package has left ours behind"
@@ -59,7 +59,7 @@ def test_every_field_of_openais_is_known_or_refused_by_its_name(body: type[msgsp
         assert refused.value.param == field
 
 
-#: Their types below the bodies, beside ours.
+#: OpenAI's types within the bodies, and ours.
 PARTS = {
     requests.ChatMessage: [
         chat.ChatCompletionAssistantMessageParam,
@@ -94,13 +94,13 @@ PARTS = {
 
 
 @pytest.mark.parametrize("ours", PARTS, ids=lambda ours: ours.__name__)
-def test_what_their_client_can_send_within_a_body_is_known(ours: type[msgspec.Struct]) -> None:
+def test_every_field_within_a_body_of_openais_client_is_known(ours: type[msgspec.Struct]) -> None:
     theirs = {field for kind in PARTS[ours] for field in get_type_hints(kind)}
     assert theirs - {*ours.__struct_encode_fields__, "type"} == set()
 
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
-def test_every_word_that_their_client_knows_is_taken_or_refused_by_its_field(
+def test_every_literal_of_openais_client_is_accepted_or_refused_by_its_field(
     body: type[msgspec.Struct],
 ) -> None:
     inputs = {
@@ -125,7 +125,7 @@ def test_every_word_that_their_client_knows_is_taken_or_refused_by_its_field(
 
 
 def words_of(hint: object) -> list[object]:
-    """The literals that a hint of theirs allows at its top."""
+    """The literals that a type hint allows at its top level."""
     if get_origin(hint) is Literal:
         return list(get_args(hint))
     return [] if is_typeddict(hint) else [w for one in get_args(hint) for w in words_of(one)]
@@ -146,7 +146,7 @@ def test_every_refused_field_has_its_reason() -> None:
 
 
 @given(st.dictionaries(st.sampled_from(ChatRequest.__struct_fields__), st.none() | st.integers()))
-def test_no_body_gets_anything_but_a_value_or_a_named_error(fields: dict[str, object]) -> None:
+def test_every_body_gives_a_value_or_an_error_that_names_a_field(fields: dict[str, object]) -> None:
     data = json.dumps({"model": "m", "messages": [{"role": "user"}], **fields}).encode()
     try:
         requests.refuse_unserved(parse(ChatRequest, data))
@@ -156,7 +156,7 @@ def test_no_body_gets_anything_but_a_value_or_a_named_error(fields: dict[str, ob
 
 @given(st.binary(max_size=200))
 @example(b'{"":')
-def test_bytes_that_are_no_request_are_refused(data: bytes) -> None:
+def test_bytes_that_are_not_a_request_are_refused(data: bytes) -> None:
     with pytest.raises(GatewayError):
         parse(ChatRequest, data)
 
@@ -177,7 +177,7 @@ def test_bytes_that_are_no_request_are_refused(data: bytes) -> None:
         (ResponseRequest, {"text": {"format": {"type": "xml"}}}, "text.format.type", "'text', "),
     ],
 )
-def test_a_wrong_word_is_told_the_words_that_are_allowed(
+def test_the_error_for_a_wrong_literal_lists_the_allowed_ones(
     kind: type[msgspec.Struct], fields: dict[str, object], param: str, allowed: str
 ) -> None:
     with pytest.raises(GatewayError) as refused:
@@ -186,12 +186,12 @@ def test_a_wrong_word_is_told_the_words_that_are_allowed(
     assert f"; allowed are {allowed}" in refused.value.info.message
 
 
-def test_prompts_are_told_apart() -> None:
+def test_kinds_of_prompts_are_distinguished() -> None:
     assert texts_of("prompt", "a") == ["a"]
     assert texts_of("prompt", [1, 2]) == [[1, 2]]
     assert texts_of("prompt", ["a", "b"]) == ["a", "b"]
     assert texts_of("prompt", [[1], [2]]) == [[1], [2]]
-    # A text may have more tokens than there may be texts.
+    # A text may have more tokens than a request may have texts.
     assert texts_of("prompt", [1] * 10_000) == [[1] * 10_000]
     for wrong in (["a", 1], ["a", [1]], [[1], []], ["a"] * 4097):
         with pytest.raises(GatewayError):
@@ -203,14 +203,14 @@ def test_a_number_is_a_few_plain_digits() -> None:
     assert [number_of(text) for text in ("", "-1", "1.0", " 1", "\u0663", "9" * 5000)] == [None] * 6
 
 
-def test_what_a_caller_sent_is_not_told_back_at_any_length() -> None:
+def test_errors_do_not_repeat_long_input() -> None:
     with pytest.raises(GatewayError) as refused:
         parse(ChatRequest, json.dumps({"z" * 100_000: 1}).encode())
     assert len(refused.value.info.message) < 2100 and len(refused.value.param or "") < 250
     assert refused.value.info.message.endswith("remove it or correct its spelling.")
 
 
-def test_the_document_describes_what_is_taken(http: httpx.Client) -> None:
+def test_the_document_describes_what_is_accepted(http: httpx.Client) -> None:
     document = http.get("/openapi.json").json()
     assert document["openapi"].startswith("3.1")
     chat = document["components"]["schemas"]["ChatRequest"]
@@ -219,12 +219,12 @@ def test_the_document_describes_what_is_taken(http: httpx.Client) -> None:
     for path, operations in document["paths"].items():
         for method in operations:
             asked = http.request(method, path.replace("{id}", "resp_x"))
-            # Nothing described is missing or of another method.
+            # Every described path and method exists.
             assert asked.status_code != 405, path
             assert asked.status_code != 404 or "{id}" in path, path
 
 
-def test_a_field_of_null_is_as_if_it_were_not_there(http: httpx.Client) -> None:
+def test_a_null_field_counts_as_absent(http: httpx.Client) -> None:
     optional = {
         field.name: None
         for field in msgspec.structs.fields(ChatRequest)
@@ -239,7 +239,7 @@ NULLS = {"unknown": None}
 SCHEMA = {"type": "object", "properties": {"a": {"default": None}}, "unknown": None}
 
 
-def test_a_field_that_nobody_knows_asks_for_nothing_where_it_is_null() -> None:
+def test_an_unknown_field_that_is_null_is_ignored() -> None:
     given = {
         "model": "m",
         "messages": [
@@ -277,7 +277,7 @@ def test_a_field_that_nobody_knows_asks_for_nothing_where_it_is_null() -> None:
     assert refused.value.param == "messages[1].tool_calls[0].function.other"
 
 
-def test_null_fields_in_the_input_of_a_response_are_no_fields() -> None:
+def test_null_fields_in_the_input_of_a_response_count_as_absent() -> None:
     body = ResponseRequest(
         model="m",
         input=[
@@ -326,7 +326,7 @@ ODD_ARGUMENTS = {
 
 @pytest.mark.parametrize("case", ODD_ARGUMENTS)
 def test_a_history_with_a_cut_or_odd_call_is_taken(http: httpx.Client, case: str) -> None:
-    """Our own answers have such calls, where they were cut."""
+    """Our own answers contain such calls if they were cut."""
     function = {"name": "f", "arguments": ODD_ARGUMENTS[case]}
     call = {"id": "c", "type": "function", "function": function}
     item = {"type": "function_call", "call_id": "c", **function, "status": "incomplete"}
@@ -350,7 +350,9 @@ def test_a_history_with_a_cut_or_odd_call_is_taken(http: httpx.Client, case: str
         assert answer.status_code == 200, answer.text
 
 
-def test_a_body_that_will_be_too_long_is_refused_before_it_comes(gateway: GatewayProcess) -> None:
+def test_a_body_that_would_be_too_long_is_refused_before_it_is_sent(
+    gateway: GatewayProcess,
+) -> None:
     host, _, port = gateway.url.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as connection:
         connection.sendall(
@@ -361,7 +363,7 @@ def test_a_body_that_will_be_too_long_is_refused_before_it_comes(gateway: Gatewa
     assert head.startswith("HTTP/1.1 413 ")
 
 
-def test_a_packed_body_is_refused_with_the_reason(http: httpx.Client) -> None:
+def test_a_compressed_body_is_refused_with_the_reason(http: httpx.Client) -> None:
     headers = {"content-type": "application/json", "content-encoding": "gzip"}
     answer = http.post("/v1/chat/completions", content=b"\x1f\x8b", headers=headers)
     assert answer.status_code == 400 and "content-encoding" in answer.json()["error"]["message"]

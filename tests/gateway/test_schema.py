@@ -1,4 +1,4 @@
-"""schemathesis, unmodified, sends what `/openapi.json` allows and forbids, and judges answers."""
+"""Unmodified schemathesis sends what `/openapi.json` allows and forbids, and judges the answers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.harness import ROOT, WHOLE_RUN_S
 
 pytest.importorskip("schemathesis")
 
-#: Fields may exclude each other (`tool_choice` needs `tools`), which a schema does not say.
+#: Some fields depend on each other (`tool_choice` needs `tools`), which the schema does not say.
 LEFT_OUT = "positive_data_acceptance"
 
 
 def with_bounds(document: dict[str, Any]) -> dict[str, Any]:
-    """The document, but with requests that reach a model and answers that end soon."""
+    """The document, changed so that requests reach a model and answers end soon."""
     for schema in document["components"]["schemas"].values():
         properties = schema.get("properties", {})
         if "model" in properties:
@@ -45,7 +45,7 @@ def test_the_document_and_the_answers_agree(gateway: GatewayProcess, tmp_path: P
     document = with_bounds(httpx.get(f"{gateway.url}/openapi.json").json())
     file.write_text(json.dumps(document))
     operations = sum(map(len, document["paths"].values()))
-    # In a process of its own: what it and its libraries warn of is not ours.
+    # In a separate process, since its libraries' warnings are not ours.
     done = subprocess.run(
         [
             *(sys.executable, "-m", "schemathesis.cli", "run", str(file), "--url", gateway.url),
@@ -66,7 +66,7 @@ def test_the_document_and_the_answers_agree(gateway: GatewayProcess, tmp_path: P
     gateway.bus.wait_idle()
 
 
-def test_a_method_that_a_path_does_not_take_is_told_with_those_that_it_takes(
+def test_the_error_for_a_wrong_method_lists_the_allowed_ones(
     gateway: GatewayProcess,
 ) -> None:
     for path, operations in httpx.get(f"{gateway.url}/openapi.json").json()["paths"].items():

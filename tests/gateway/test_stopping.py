@@ -1,4 +1,4 @@
-"""A gateway that stops: what its open streams are told, and what a second signal does."""
+"""A gateway that stops: the last event of its open streams, and the effect of a second signal."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _stopped_in_the_middle(gateway: GatewayProcess, signals: int) -> openai.APIE
     return caught.value
 
 
-def test_streams_that_outlive_the_time_to_stop_are_told(
+def test_streams_that_outlast_the_shutdown_time_end_with_an_error(
     make_gateway: Callable[..., GatewayProcess],
 ) -> None:
     gateway = make_gateway("--shutdown-s", "1")
@@ -48,10 +48,10 @@ def _listens(gateway: GatewayProcess) -> bool:
 
 
 @pytest.mark.parametrize("signals", [1, 2])
-def test_answers_of_every_kind_are_told_and_their_requests_cancelled(
+def test_answers_of_every_kind_end_with_an_error_and_their_requests_are_cancelled(
     make_gateway: Callable[..., GatewayProcess], signals: int
 ) -> None:
-    """At the end of the time to stop, or at a second signal, which does not wait for it."""
+    """At the end of the shutdown time, or at once after a second signal."""
     gateway = make_gateway("--shutdown-s", "1" if signals == 1 else "3600")
     chat = {"model": "echo", "messages": [{"role": "user", "content": SLOW}]}
     legacy = {"model": "echo", "prompt": SLOW, "max_new_tokens": 5000}

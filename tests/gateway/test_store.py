@@ -1,4 +1,4 @@
-"""The memory for answers: bounded while they run, and who waits, who is ended, who is forgotten."""
+"""The memory for answers: its limit while they run, and which ones wait, are ended or forgotten."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOM = 50_000
 
 
 class Answer:
-    """An answer of `count` events that a source makes as fast as it is let."""
+    """An answer of `count` events, made as fast as the store accepts them."""
 
     def __init__(self, store: Store, name: str, *, grace_s: float | None, count: int = COUNT):
         self.made = 0
@@ -50,7 +50,7 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 
 
 async def settled() -> None:
-    """Everything that can go on without anybody's doing has."""
+    """Wait until all tasks are blocked."""
     for _ in range(20 * COUNT):
         await asyncio.sleep(0)
 
@@ -59,7 +59,7 @@ async def all_of(source: Source) -> list[bytes]:
     return [event async for events in source for event in events]
 
 
-def test_answers_that_nobody_reads_wait_and_a_reader_gets_them_whole() -> None:
+def test_unread_answers_wait_and_a_reader_gets_them_completely() -> None:
     async def test() -> None:
         store = Store(1000, ROOM)
         answers = [Answer(store, f"a{number}", grace_s=600) for number in range(4)]
@@ -87,14 +87,14 @@ def test_the_oldest_answer_that_nobody_reads_makes_room_for_one_that_is_read() -
         assert store.size_bytes <= ROOM + 4000
         ended = [answer.ended for answer in unread]
         assert ended[0] and ended == sorted(ended, reverse=True)
-        # Who comes back to it hears why, not silence.
+        # A reader that comes back gets the reason.
         assert await all_of(unread[0].transcript.read(2)) == [b"failed overloaded"]
         await store.close()
 
     run(test)
 
 
-def test_answers_in_the_background_go_on_and_end_the_oldest() -> None:
+def test_background_answers_go_on_and_the_oldest_makes_room() -> None:
     async def test() -> None:
         store = Store(1000, ROOM)
         answers = [Answer(store, f"a{number}", grace_s=None, count=30) for number in range(3)]
@@ -122,7 +122,7 @@ def test_a_slow_reader_holds_its_answer_back_once_memory_is_short() -> None:
             found += events
             assert store.size_bytes <= ROOM + 1000
         assert len(found) == len(set(found)) == 1000
-        # Its beginning made room: who asks for it is told, whatever is left is read.
+        # Its start was dropped: a reader of the start gets an error, the rest can be read.
         with pytest.raises(UnknownAnswer):
             await anext(answer.transcript.read())
         assert answer.transcript.behind("slow:5", 5) is None
@@ -132,7 +132,7 @@ def test_a_slow_reader_holds_its_answer_back_once_memory_is_short() -> None:
     run(test)
 
 
-def test_a_reader_that_leaves_lets_others_end_its_answer() -> None:
+def test_an_answer_whose_reader_left_can_be_ended_to_make_room() -> None:
     async def test() -> None:
         store = Store(1000, ROOM)
         left = Answer(store, "left", grace_s=600, count=1000)
@@ -149,7 +149,7 @@ def test_a_reader_that_leaves_lets_others_end_its_answer() -> None:
     run(test)
 
 
-def test_what_is_over_goes_first_and_the_oldest_of_it() -> None:
+def test_finished_answers_are_dropped_first_oldest_first() -> None:
     async def test() -> None:
         store = Store(1000, ROOM)
         over = [Answer(store, f"a{number}", grace_s=600, count=15) for number in range(3)]
@@ -165,7 +165,7 @@ def test_what_is_over_goes_first_and_the_oldest_of_it() -> None:
     run(test)
 
 
-def test_there_are_never_more_answers_than_may_be() -> None:
+def test_the_number_of_answers_is_limited() -> None:
     async def test() -> None:
         store = Store(2, ROOM)
         answers = [Answer(store, f"a{number}", grace_s=600) for number in range(4)]
@@ -178,7 +178,7 @@ def test_there_are_never_more_answers_than_may_be() -> None:
     run(test)
 
 
-def test_a_grace_that_ends_frees_what_waited_for_room() -> None:
+def test_the_end_of_a_grace_period_makes_room_for_waiting_answers() -> None:
     async def test() -> None:
         store = Store(1000, ROOM)
         short = Answer(store, "short", grace_s=600)
@@ -218,7 +218,7 @@ def test_a_value_without_events_counts_as_it_grows_and_is_kept_no_longer_than_th
     assert store.size_bytes == 0
 
 
-def test_the_same_answer_made_again_takes_the_place_of_the_first() -> None:
+def test_a_regenerated_answer_replaces_the_first() -> None:
     async def test() -> None:
         store = Store(1000, ROOM)
         first = Answer(store, "a", grace_s=600, count=20)

@@ -1,4 +1,4 @@
-"""`POST /v1/systemone`: the shapes of the API, its limits, and refusals that name what is wrong."""
+"""`POST /v1/systemone`: the API's formats, its limits, and refusals that name what is wrong."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_state_is_any_text_map_or_list(gateway: GatewayProcess, state: Any) ->
     assert ask(gateway, state=state)[0] == 200
 
 
-def test_assets_stand_where_they_are_named(gateway: GatewayProcess) -> None:
+def test_assets_appear_where_they_are_named(gateway: GatewayProcess) -> None:
     with_image = ask(gateway, state="see img-1", assets={"img-1": ASSET})
     as_url = f"data:image/png;base64,{IMAGE}"
     same = ask(gateway, state="see img-1", assets={"img-1": {"data_base64": as_url}})
@@ -94,7 +94,7 @@ def test_a_body_that_is_wrong_is_refused_in_both_shapes(
     assert detail["msg"] == error["message"] and detail["type"] == "value_error"
 
 
-def test_what_the_bus_refuses_has_the_errors_of_every_path(gateway: GatewayProcess) -> None:
+def test_a_refusal_by_the_bus_has_the_usual_error_format(gateway: GatewayProcess) -> None:
     status, answer = ask(gateway, model="nope")
     assert status == 404 and answer["error"]["code"] == "model_not_found"
     assert answer["error"]["param"] == "model" and "detail" not in answer

@@ -1,4 +1,4 @@
-"""Tool calls at both doors, streamed and not; the echo engine says what it was asked."""
+"""Tool calls in both of OpenAI's APIs, streamed and not; the echo engine repeats its prompt."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def items(answer: Any) -> list[tuple[str, str]]:
         ),
     ],
 )
-def test_calls_are_told_from_text(
+def test_calls_are_separated_from_text(
     client: openai.OpenAI, stream: bool, text: str, said: Said
 ) -> None:
     assert chat(client, text, stream=stream) == said
@@ -150,7 +150,7 @@ def test_the_usage_of_a_call_that_ended_the_answer_is_that_of_the_answer(
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("text", [CALL, '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}]'])
-def test_a_call_that_a_stop_string_cuts_is_not_told_as_complete(
+def test_a_call_cut_by_a_stop_string_is_not_reported_as_complete(
     client: openai.OpenAI, stream: bool, text: str
 ) -> None:
     said, calls, reason = chat(client, text, stream=stream, stop=["1"])
@@ -162,8 +162,8 @@ def test_a_call_that_a_stop_string_cuts_is_not_told_as_complete(
     assert again.output_text == "well?"
 
 
-def test_a_message_that_is_continued_may_be_within_a_thought(client: openai.OpenAI) -> None:
-    """The echo engine says the last user message again, whatever stands behind it."""
+def test_a_continued_message_may_end_within_reasoning(client: openai.OpenAI) -> None:
+    """The echo engine repeats the last user message, whatever follows it."""
     body = {
         "model": MODEL,
         "tools": [ADD],
