@@ -332,8 +332,8 @@ def parse_args(argv: Sequence[str], environment: Mapping[str, str] = os.environ)
             dest=option.name,
             metavar=option.metadata["metavar"] or "VALUE",
             help=words,
-            # What takes several values takes them in several flags as well.
-            action="append" if option.default == () else "store",
+            # Of any other option the last one counts.
+            action="append" if option.name == "alias" else "store",
         )
     given = vars(parser.parse_args(argv))
     values: dict[str, Any] = {}
