@@ -1,4 +1,4 @@
-"""What every engine beside transformers must do, told once; each engine's test file runs these.
+"""What every engine other than transformers must do, written once; each engine's test file runs it.
 
 The reference is the transformers engine on the same weights: greedy answers are those of plain
 `generate()`, sampled ones those of the same seed.
@@ -57,12 +57,12 @@ def options(engine: str, path: Path | str, **changes: Any) -> EngineOptions:
 
 
 def told(fraction: float | None, note: str) -> None:
-    """Progress of loading; nobody watches."""
+    """Progress of loading, ignored."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """An engine under test and the reference of the same weights."""
+    """An engine under test, and the reference with the same weights."""
 
     engine: Engine
     reference: Engine
@@ -90,7 +90,7 @@ def reference(hidden: int = 64) -> Engine:
 
 
 def _text(answer: tiny.Answer) -> str:
-    """Tokenizers differ in how many U+FFFD stand for bytes that are no character."""
+    """Tokenizers differ in how many U+FFFD stand for bytes that do not form a character."""
     return re.sub("\ufffd+", "\ufffd", answer.text)
 
 
@@ -328,4 +328,4 @@ CHECKS: list[Callable[[Subject], None]] = [
     chat_goes_through_the_models_own_template,
     more_requests_than_slots_wait_their_turn,
 ]
-"""Each takes a `Subject`; the name says what must hold."""
+"""Each check takes a `Subject`; its name says what must hold."""

@@ -23,11 +23,11 @@ from worker.engines.common.sequence import Sequence
 __all__ = ["StandIn", "described", "following", "served", "written"]
 
 FIRST_WORD = 20
-"""Tokens from here on have text."""
+"""Tokens from this id on have text."""
 
 
 def following(token_ids: Items[int]) -> int:
-    """The token behind these."""
+    """The token after these."""
     value = 17
     for token_id in token_ids:
         value = (value * 31 + token_id) % 1_000_003

@@ -73,7 +73,7 @@ def sampler(tokenizer: Any) -> Sampler:
 
 
 class RandomModel:
-    """Logits that depend on position and seed alone."""
+    """Logits that depend only on position and seed."""
 
     def __init__(self, tokenizer: Any, seed: int, *, scale: float = 2.0) -> None:
         self._generator = torch.Generator()
@@ -88,7 +88,7 @@ class RandomModel:
 def answer(
     tokenizer: Any, state: ConstraintState, seed: int, *, most: int = 1500, **params: Any
 ) -> list[int]:
-    """Sample until the end of the answer; it must come."""
+    """Sample until the answer ends, which it must."""
     model, choose = RandomModel(tokenizer, seed), sampler(tokenizer)
     one = SamplerRow(Params(seed=seed, **params), [1], eos_ids=ends(tokenizer), constraint=state)
     ids: list[int] = []
@@ -326,7 +326,7 @@ def test_min_tokens_does_not_keep_a_finished_answer_from_ending(
 # --- batches and interruptions --------------------------------------------------------------------
 
 
-def test_constrained_rows_do_as_they_do_alone_and_leave_others_alone(
+def test_constrained_rows_behave_as_alone_and_do_not_affect_others(
     tokenizer: Any, factory: ConstraintFactory
 ) -> None:
     choose = sampler(tokenizer)
@@ -453,7 +453,7 @@ def test_a_bad_constraint_is_refused_with_its_cause(constraint: Constraint, mess
     assert f"constraint of type {constraint.type}" in str(caught.value)
 
 
-def test_tokens_that_do_not_fit_are_refused_whoever_brings_them(
+def test_tokens_that_do_not_fit_are_refused_wherever_they_come_from(
     tokenizer: Any, factory: ConstraintFactory
 ) -> None:
     constraint, wrong = Constraint(type="regex", value="[0-9]+"), encode(tokenizer, "1x")

@@ -33,7 +33,7 @@ def test_a_special_token_and_a_processors_mark_are_broken_by_a_space(token: str)
     assert control("<more>").found(text) == []
 
 
-def test_a_token_that_the_template_writes_is_broken_in_what_third_parties_wrote() -> None:
+def test_a_token_that_the_template_writes_is_broken_in_third_party_text() -> None:
     assert control().broken(WRITTEN) == WRITTEN
     assert control().all_broken(WRITTEN) == "< tool_call>"
     assert control(template="").all_broken(WRITTEN) == WRITTEN
@@ -57,8 +57,8 @@ def test_ordinary_texts_have_no_edges_to_break(text: str) -> None:
 
 
 @given(st.sampled_from(TOKENS), st.data())
-def test_pieces_of_a_token_join_into_none(token: str, data: Any) -> None:
-    """However it is cut, and whatever stands before its first piece and behind its last."""
+def test_pieces_of_a_token_never_join_into_it(token: str, data: Any) -> None:
+    """However it is cut, and whatever precedes its first piece and follows its last."""
     inner = data.draw(st.sets(st.integers(1, len(token) - 1), min_size=1))
     pieces = [token[a:b] for a, b in pairwise([0, *sorted(inner), len(token)])]
     pieces[0] = data.draw(st.sampled_from(["", "x", "<", "<<"])) + pieces[0]

@@ -105,7 +105,7 @@ def test_the_option_takes_a_name_or_a_file(flag: str, tmp_path: Path) -> None:
     assert parse([], {}).engine.chat_template == ""
 
 
-def test_a_wrong_name_is_told_with_those_that_are_known(tmp_path: Path) -> None:
+def test_the_error_for_a_wrong_name_lists_the_known_ones(tmp_path: Path) -> None:
     for wrong in ("vicuna_v9", str(tmp_path / "none.jinja")):
         with pytest.raises(ConfigError, match=r"vicuna_v1\.1") as caught:
             parse(["--chat-template", wrong], {})
@@ -145,6 +145,6 @@ def test_a_model_without_a_template_chats_with_the_one_that_is_given(tmp_path: P
         engine.close()
 
 
-def test_a_template_that_is_no_jinja_is_refused_with_its_line(tmp_path: Path) -> None:
+def test_a_template_that_is_not_jinja_is_refused_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(EngineLoadError, match="--chat-template: line 2"):
         tiny.load(bare(tmp_path / "bare"), chat_template="\n{% for %}")

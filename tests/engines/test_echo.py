@@ -1,4 +1,5 @@
-"""The echo engine keeps the rules of every engine, and its faults strike where they are told to."""
+"""The echo engine follows the rules for all engines, and its faults occur where the request
+says."""
 
 from __future__ import annotations
 
@@ -66,7 +67,7 @@ def job(
 
 
 def run(engine: echo.EchoEngine, *jobs: Job) -> dict[bytes, list[EngineEvent]]:
-    """Step until idle; each job's events. A job that ends twice fails the test."""
+    """Step until idle; returns each job's events. A job that ends twice fails the test."""
     for one in jobs:
         engine.add(one)
     events: dict[bytes, list[EngineEvent]] = {one.request_id: [] for one in jobs}
@@ -79,7 +80,7 @@ def run(engine: echo.EchoEngine, *jobs: Job) -> dict[bytes, list[EngineEvent]]:
 
 
 def answer(engine: echo.EchoEngine, one: Job) -> tuple[list[int], str, Ended]:
-    """Token ids, text and end of a job that must not fail."""
+    """The token ids, text and end of a job that must not fail."""
     events = run(engine, one)[one.request_id]
     end = events[-1]
     assert isinstance(end, Ended), end
@@ -105,7 +106,7 @@ def test_text_survives_tokens_and_back(text: str) -> None:
     assert echo_tokens.detokenize(echo_tokens.tokenize(text)) == text
 
 
-def test_the_vocabulary_has_no_word_twice() -> None:
+def test_the_vocabulary_has_no_duplicates() -> None:
     assert len(set(echo_tokens.words())) == echo_tokens.WORDS
 
 
@@ -137,7 +138,7 @@ def test_a_chat_echoes_the_last_user_message_and_names_its_images() -> None:
 
 
 @pytest.mark.parametrize(("prompt", "pictures"), [("no place", 1), ("<image> <image>", 1)])
-def test_a_wrong_number_of_images_is_told(prompt: str, pictures: int) -> None:
+def test_a_wrong_number_of_images_is_refused(prompt: str, pictures: int) -> None:
     assert failure(build(), job(prompt, attachments=(b"x",) * pictures)) == "invalid_request"
 
 
@@ -218,7 +219,7 @@ def test_a_resumed_answer_goes_on_as_the_interrupted_one(mode: str, tokens_per_s
             assert resumed_end.usage.completion_tokens == len(whole)
 
 
-def test_log_probabilities_and_prompt_facts_come_where_asked_for() -> None:
+def test_logprobs_and_prompt_events_come_if_requested() -> None:
     one = job("ab", logprobs=2, prompt_logprobs=1, echo=True)
     events = run(build(), one)[one.request_id]
     assert isinstance(events[0], PromptFacts)
@@ -255,7 +256,7 @@ def test_embeddings_are_float32_rows() -> None:
     assert (sum(rows[0]), result["dimensions"]) == (1.0, 8)
 
 
-def test_a_missing_input_is_told() -> None:
+def test_a_missing_input_is_refused() -> None:
     request = Request(model=MODEL, kind=Kind.EMBED, window=1)
     assert failure(build(), Job(b"\x01" * 16, request)) == "invalid_request"
 
@@ -335,17 +336,17 @@ def test_faults_spare_a_resumed_request_unless_told_otherwise() -> None:
 
 
 def test_a_resume_that_claims_more_text_than_its_tokens_have_fails() -> None:
-    """It was an empty answer: the text to come was cut by 999 characters."""
+    """It used to give an empty answer: later text was cut by 999 characters."""
     resume = Resume(epoch=1, token_ids=[97], text_characters=999)
     assert failure(build(), job("abc", resume=resume)) == "invalid_request"
 
 
-def test_options_stand_in_the_prompt_as_well_and_are_not_echoed() -> None:
+def test_options_may_be_in_the_prompt_too_and_are_not_echoed() -> None:
     assert answer(build(), job("[[echo tokens_per_step=9]] abc"))[1] == "abc"
     assert failure(build(), job("abc [[echo error_at=0]]")) == "engine_error"
 
 
-def test_wrong_options_are_told() -> None:
+def test_wrong_options_are_refused() -> None:
     assert failure(build(), job(options={"nonsense": 1})) == "invalid_request"
     assert failure(build(), job(options={"error_at": "soon"})) == "invalid_request"
     with pytest.raises(EngineLoadError, match="nonsense"):

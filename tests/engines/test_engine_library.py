@@ -1,4 +1,4 @@
-"""What tokenbus does around a library that batches by itself, without any such library."""
+"""What tokenbus does around a library that batches by itself, tested without such a library."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_capabilities_are_those_of_the_library(engine: LibraryEngine) -> None:
     assert Kind.CHAT in model.kinds and Kind.EMBED not in model.kinds
 
 
-def test_requests_beyond_the_slots_wait_and_every_answer_is_its_own(
+def test_requests_beyond_the_slots_wait_and_every_answer_is_correct(
     engine: LibraryEngine, library: StandIn
 ) -> None:
     prompts = tiny.prompts(7)
@@ -112,7 +112,7 @@ def test_a_stop_string_cuts_the_text_and_ends_the_computation(
 
 
 @pytest.mark.parametrize("cut", [1, 5, 11])
-def test_a_resumed_answer_goes_on_behind_the_tokens_and_the_text_so_far(
+def test_a_resumed_answer_continues_after_the_tokens_and_the_text_so_far(
     engine: LibraryEngine, cut: int
 ) -> None:
     (whole_answer,) = tiny.run(engine, [tiny.ids_job(PROMPT, max_tokens=12)])
@@ -125,7 +125,7 @@ def test_a_resumed_answer_goes_on_behind_the_tokens_and_the_text_so_far(
 def test_more_characters_than_the_tokens_have_are_refused(
     engine: LibraryEngine, library: StandIn
 ) -> None:
-    """Else the text to come would be cut by the difference, without a word."""
+    """Otherwise later text would be silently cut by the difference."""
     tokens = written(PROMPT, 6)
     (refused,) = tiny.run(engine, [_resumed(tokens, 999, max_tokens=12)])
     assert refused.failed is not None
@@ -134,7 +134,7 @@ def test_more_characters_than_the_tokens_have_are_refused(
     assert library.inserted == 0
 
 
-def test_an_answer_that_was_whole_already_ends_without_the_library(
+def test_an_answer_that_was_already_complete_ends_without_the_library(
     engine: LibraryEngine, library: StandIn
 ) -> None:
     tokens = written(PROMPT, 12)
@@ -143,7 +143,7 @@ def test_an_answer_that_was_whole_already_ends_without_the_library(
     assert library.inserted == 0
 
 
-def test_tokens_that_come_with_or_behind_the_end_are_dropped() -> None:
+def test_tokens_that_come_with_or_after_the_end_are_dropped() -> None:
     library = StandIn(at_once=5)
     engine = served(library)
     (answer,) = tiny.run(engine, [tiny.ids_job(PROMPT, max_tokens=7)])
@@ -152,7 +152,7 @@ def test_tokens_that_come_with_or_behind_the_end_are_dropped() -> None:
     engine.close()
 
 
-def test_what_the_library_refuses_or_breaks_fails_alone(
+def test_a_request_that_the_library_refuses_or_breaks_fails_alone(
     engine: LibraryEngine, library: StandIn
 ) -> None:
     library.refused, library.failing = {5}, {6}
@@ -175,7 +175,7 @@ def test_a_parameter_that_the_library_cannot_honour_is_refused_by_name(
     assert library.inserted == 0
 
 
-def test_the_heartbeat_sees_the_librarys_batch(engine: LibraryEngine) -> None:
+def test_the_heartbeat_reports_the_librarys_batch(engine: LibraryEngine) -> None:
     for prompt in tiny.prompts(3):
         engine.add(tiny.ids_job(prompt, max_tokens=400))
     while engine.metrics()["batch"] < 2:
@@ -205,7 +205,7 @@ class SamplesAhead(StandIn):
         ]
 
 
-def test_a_row_advances_once_for_each_token_where_a_library_samples_ahead() -> None:
+def test_a_row_advances_once_per_token_if_a_library_samples_ahead() -> None:
     library = SamplesAhead()
     engine = served(library)
     (answer,) = tiny.run(engine, [tiny.ids_job(PROMPT, max_tokens=6)])
@@ -252,7 +252,7 @@ def test_models_are_named_by_their_files() -> None:
         named_models(EngineOptions(engine="some"), several=True)
 
 
-def test_options_that_an_engine_does_not_know_are_refused_with_the_way_out() -> None:
+def test_the_error_for_an_unknown_option_says_what_to_do() -> None:
     refuse_options(EngineOptions(engine="some"), {"load_8bit": "convert it"})
     with pytest.raises(EngineLoadError, match="does not take --load-8bit: convert it"):
         refuse_options(EngineOptions(engine="some", load_8bit=True), {"load_8bit": "convert it"})

@@ -49,7 +49,7 @@ def test_llama_cpp_keeps_the_engine_contract(
 
 
 @needs_llama_cpp
-def test_rows_that_outgrow_the_cache_take_turns_and_lose_nothing(
+def test_sequences_that_outgrow_the_cache_take_turns_and_lose_nothing(
     file: Path, subject: checks.Subject
 ) -> None:
     engine = _served(file, threads="1", kv_tokens="256", batch_tokens="32")
@@ -65,7 +65,7 @@ def test_rows_that_outgrow_the_cache_take_turns_and_lose_nothing(
 
 
 @needs_llama_cpp
-def test_options_and_files_that_it_cannot_take_are_refused(file: Path, tmp_path: Path) -> None:
+def test_unsupported_options_and_files_are_refused(file: Path, tmp_path: Path) -> None:
     build = registry.load("llamacpp")
     with pytest.raises(EngineLoadError, match="--load-4bit"):
         build(checks.options("llamacpp", file, load_4bit=True), checks.told)

@@ -29,7 +29,7 @@ PROMPT = [30, 31, 32, 33]
 
 
 class StandInSglang:
-    """SGLang's offline engine, as far as it is used."""
+    """The part of SGLang's offline engine that is used."""
 
     def __init__(self, *, incremental: bool) -> None:
         self.loop = asyncio.new_event_loop()
@@ -84,7 +84,7 @@ def engine(sglang: StandInSglang) -> Iterator[LibraryEngine]:
     made.close()
 
 
-def test_answers_are_the_librarys_whoever_joins(
+def test_answers_are_the_librarys_whichever_requests_join(
     engine: LibraryEngine, sglang: StandInSglang
 ) -> None:
     prompts = tiny.prompts(6)
@@ -146,7 +146,7 @@ def test_a_resumed_answer_is_prefilled_with_the_prompt(
     assert arguments["input_ids"] == PROMPT + whole[:4]
 
 
-def test_what_sglang_cannot_honour_is_refused_by_name(
+def test_unsupported_parameters_are_refused_by_name(
     engine: LibraryEngine, sglang: StandInSglang
 ) -> None:
     refused: list[dict[str, Any]] = [

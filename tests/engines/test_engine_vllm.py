@@ -71,7 +71,7 @@ def test_without_vllm_the_error_names_the_extra(tmp_path: Path) -> None:
 
 
 def _name_as_the_hub_does(file: Path) -> None:
-    """vLLM knows the names of LLaVA's published weights, which this transformers shortens."""
+    """vLLM expects the names of LLaVA's published weights, which this transformers shortens."""
     weights = load_file(file)
     inner, outer = "vision_tower.", "vision_tower.vision_model."
     renamed = {

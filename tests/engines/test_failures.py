@@ -1,4 +1,4 @@
-"""What an exception tells a client: its code and its cause, the same on every engine."""
+"""How an exception is reported to a client: code and cause, the same for every engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BROKEN = ErrorCode.ENGINE_ERROR.value
     ],
     ids=["host", "cuda", "torch-cpu", "library", "other", "not-a-runtime-error"],
 )
-def test_memory_that_ran_out_has_a_code_of_its_own(error: Exception, code: str) -> None:
+def test_running_out_of_memory_has_its_own_code(error: Exception, code: str) -> None:
     assert error_info(error, "it failed").code == code
 
 
@@ -38,9 +38,9 @@ def test_an_error_of_the_request_keeps_its_code_and_its_details() -> None:
     assert error_info(refused, "it failed") is refused.info
 
 
-def test_an_exception_without_a_text_is_told_by_its_class() -> None:
+def test_an_exception_without_a_message_is_reported_by_its_class() -> None:
     assert one_line(KeyError()) == "KeyError"
 
 
-def test_a_long_cause_is_cut_and_shows_it() -> None:
+def test_a_long_cause_is_cut_visibly() -> None:
     assert one_line(ValueError("x" * 20), 10) == "xxxxxxx..."

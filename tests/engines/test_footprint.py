@@ -1,4 +1,4 @@
-"""What an image costs, bounded before it is made: large ones are shrunk, extreme ones refused."""
+"""The cost of an image is limited in advance: large ones are shrunk, extreme ones refused."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def encoded(image: Image.Image, form: str = "PNG") -> bytes:
 
 
 def wide(width: int = 2_000_000) -> bytes:
-    """An image of one line: within every bound of bytes and pixels."""
+    """An image of one line, within every limit of bytes and pixels."""
     data = encoded(Image.new("1", (width, 1)))
     assert len(data) < 2000
     return data
@@ -65,7 +65,7 @@ def engine() -> Iterator[TransformersEngine]:
 
 @pytest.mark.parametrize("name", PROCESSORS)
 @pytest.mark.parametrize("size", [(300, 200), (800, 10), (10, 800), (64, 64)])
-def test_no_processor_makes_more_than_was_foreseen(
+def test_no_processor_makes_more_than_predicted(
     name: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     processor = processor_of(name)
@@ -181,7 +181,9 @@ def test_the_processor_gets_the_shrunk_image(
     "mode",
     ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I;16", "I", "F"],
 )
-def test_bands_are_the_whole(mode: str, factor: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversion_in_bands_gives_the_same_image(
+    mode: str, factor: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = np.random.default_rng(1)
     bands = len(Image.new(mode, (1, 1)).getbands())
     shape = (37, 23)

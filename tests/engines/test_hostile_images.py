@@ -41,7 +41,7 @@ def picture(width: int = 64, height: int = 48) -> Image.Image:
 
 
 def refused(data: bytes, index: int = 3, limits: ImageLimits = LIMITS) -> RequestError:
-    """The error of an image that must be refused."""
+    """The error for an image that must be refused."""
     with pytest.raises(RequestError) as caught:
         decode_image(data, index, limits)
     error = caught.value
@@ -243,7 +243,7 @@ def test_random_bytes_are_refused(data: bytes) -> None:
 @pytest.mark.parametrize(
     "form", ["EPS", "PDF", "ICO", "ICNS", "TGA", "PCX", "SGI", "DDS", "JPEG2000"]
 )
-def test_formats_that_nobody_needs_are_never_handed_to_their_decoders(form: str) -> None:
+def test_unsupported_formats_never_reach_their_decoders(form: str) -> None:
     if form not in Image.SAVE:
         pytest.skip(f"this Pillow writes no {form}")
     error = refused(encoded(picture(), form))
@@ -263,7 +263,7 @@ def test_formats_that_nobody_needs_are_never_handed_to_their_decoders(form: str)
     ],
     ids=["postscript", "svg", "file url", "http url", "path", "zip"],
 )
-def test_what_would_open_files_or_addresses_is_only_bytes(data: bytes) -> None:
+def test_images_that_refer_to_files_or_addresses_open_nothing(data: bytes) -> None:
     assert refused(data).code == ErrorCode.INVALID_REQUEST
 
 

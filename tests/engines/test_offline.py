@@ -16,7 +16,7 @@ from tests.harness import PATIENCE_S, ROOT
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What each engine says that it serves, offline."""
+    """The models that each engine reports, offline."""
     text = checks.saved_model(tmp_path_factory.mktemp("text"))
     pictures = tmp_path_factory.mktemp("pictures")
     tiny.llava().save_pretrained(pictures)

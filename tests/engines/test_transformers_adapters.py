@@ -55,7 +55,7 @@ def save(path: Path, model: Any, processor: Any = None) -> Path:
 
 
 def tuned(path: Path, model: Any, config: Any = None, *, seed: int = 1, **own: Any) -> Any:
-    """The model with a trained adapter, which is saved at `path`."""
+    """The model with a trained adapter, saved at `path`."""
     torch.manual_seed(seed)
     arguments = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]} | own
     with warnings.catch_warnings():
@@ -91,7 +91,7 @@ def beside(base: Path, **adapters: Path) -> TransformersEngine:
 
 
 def answers(engine: TransformersEngine, ids: list[int], *names: str) -> dict[str, list[int]]:
-    """What each of the models writes; all run at once."""
+    """The answer of each model; all run at once."""
     ran = tiny.run(engine, [tiny.ids_job(ids, model=name) for name in names])
     for name, answer in zip(names, ran, strict=True):
         assert answer.failed is None, f"{name}: {answer.failed}"
@@ -341,7 +341,7 @@ def test_adapters_of_a_vision_language_model_see_every_number_of_images(
             one.close()
 
 
-def test_adapters_of_a_model_with_positions_of_its_own(tmp_path: Path) -> None:
+def test_adapters_of_a_model_with_its_own_position_ids(tmp_path: Path) -> None:
     model, processor = vision_model("qwen2_vl")
     with_it = tuned(
         tmp_path / "a", vision_model("qwen2_vl")[0], target_modules=r".*layers.*(q|v)_proj"
@@ -365,7 +365,7 @@ def test_adapters_of_a_model_with_positions_of_its_own(tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_single_experts_changes_those_of_a_fused_model(tmp_path: Path) -> None:
-    """Before transformers 5 each expert of a Mixtral had layers of its own."""
+    """Before transformers 5, each expert of a Mixtral had its own layers."""
     base = save(tmp_path / "base", text_model("mixtral"))
     merged = text_model("mixtral")
     width, inside = merged.config.hidden_size, merged.config.intermediate_size
@@ -401,7 +401,7 @@ def test_an_adapter_of_single_experts_changes_those_of_a_fused_model(tmp_path: P
 
 
 def test_an_adapter_with_names_of_an_older_release_finds_its_places(tmp_path: Path) -> None:
-    """Before transformers 4.52 a LLaVA's language model was a whole one, with its own head."""
+    """Before transformers 4.52, a LLaVA's language model was complete, with its own head."""
     base = save(tmp_path / "base", tiny.llava(), tiny.llava_processor())
     targets = r".*language_model.*(q|v)_proj"
     with_it = tuned(tmp_path / "a", tiny.llava(), target_modules=targets)
@@ -657,7 +657,9 @@ MISFITS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("fault", MISFITS)
 @pytest.mark.parametrize("merged", [True, False], ids=["merged", "beside"])
-def test_what_does_not_fit_is_refused_by_name(fault: str, merged: bool, tmp_path: Path) -> None:
+def test_an_adapter_that_does_not_fit_is_refused_by_name(
+    fault: str, merged: bool, tmp_path: Path
+) -> None:
     base = save(tmp_path / "base", biased())
     folder = tmp_path / "odd-adapter"
     tuned(folder, biased())
@@ -761,7 +763,7 @@ def states(model: Any, inputs: list[list[int]]) -> Any:
     return torch.nn.functional.normalize(torch.stack(rows), dim=-1).numpy()
 
 
-def test_base_and_adapters_embed_each_as_themselves(tmp_path: Path) -> None:
+def test_base_and_adapters_each_give_their_own_embeddings(tmp_path: Path) -> None:
     base = save(tmp_path / "base", tiny.llama())
     models = {
         "base": tiny.llama(),
@@ -772,7 +774,7 @@ def test_base_and_adapters_embed_each_as_themselves(tmp_path: Path) -> None:
     inputs = tiny.prompts(5, low=3, high=40)
     engine = beside(base, **{name: tmp_path / name for name in ("a", "b", "dora")})
     try:
-        # In the order in which a choice that is left over would show.
+        # In an order that would reveal a leftover choice of adapter.
         for name in ("base", "a", "base", "b", "dora", "a"):
             got = embedded(engine, name, inputs)
             assert np.allclose(got, states(models[name], inputs), atol=1e-5), name
@@ -811,7 +813,7 @@ OWN_TEMPLATE = (
 
 
 def own_tokenizer(*added: str) -> Any:
-    """The base's tokenizer with another template, and perhaps tokens behind all of its rows."""
+    """The base's tokenizer with another template, and perhaps tokens beyond all its rows."""
     result = copy.deepcopy(tiny.tokenizer())
     result.chat_template = OWN_TEMPLATE
     if added:
@@ -844,7 +846,7 @@ OWN_TEXT = "<|user|>please: hello<|end|><|assistant|>"
 
 
 @pytest.mark.parametrize("saved", ["tokenizer", "template"])
-def test_an_adapter_is_asked_with_its_own_template(saved: str, tmp_path: Path) -> None:
+def test_an_adapter_uses_its_own_template(saved: str, tmp_path: Path) -> None:
     base = save(tmp_path / "base", tiny.llama())
     with_it = tuned(tmp_path / "a", tiny.llama())
     if saved == "tokenizer":

@@ -54,7 +54,7 @@ def quantised_layers(model: nn.Module) -> set[str]:
 
 @each_width
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-def test_experts_that_stay_dense_are_told(
+def test_experts_that_stay_dense_are_reported(
     name: str, bits: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = text_model(name)
@@ -99,7 +99,7 @@ def test_a_dense_model_has_no_quantised_share(tmp_path: Path) -> None:
 
 
 def parts(model: nn.Module, *, quantised: bool) -> set[str]:
-    """Where the layers lie that are quantised, or not, without numbers."""
+    """The paths of the layers that are quantised, or not, without their numbers."""
     skip = modules_to_skip(model, bits=8, device=torch.device("cuda"))
     return {
         re.sub(r"\.\d+", "", path)
@@ -159,7 +159,7 @@ def parts(model: nn.Module, *, quantised: bool) -> set[str]:
 def test_only_the_language_model_is_quantised(
     config: Callable[[], Any], kind: Any, text: set[str], others: set[str]
 ) -> None:
-    """Also in families that do not call it so, and have their tower beside its layers."""
+    """Also in families with other names, whose tower is next to the language model's layers."""
     own = config()
     if config is transformers.VisionEncoderDecoderConfig:
         decoder = transformers.BertConfig(is_decoder=True, add_cross_attention=True)
@@ -204,7 +204,7 @@ SKIP_LISTS = [
 
 @each_width
 @pytest.mark.parametrize("names", SKIP_LISTS, ids=str)
-def test_what_is_quantised_is_what_the_files_show(
+def test_the_files_decide_which_layers_are_quantised(
     names: list[str] | None, bits: int, tmp_path: Path
 ) -> None:
     original = saved(tmp_path / "dense", tiny.llava(), tiny.llava_processor())

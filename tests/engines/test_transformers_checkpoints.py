@@ -121,7 +121,7 @@ def test_weights_of_a_layer_that_its_configuration_leaves_out_are_refused(
         load(path)
 
 
-def test_weights_of_a_part_that_the_model_has_not_may_be_left_out(tmp_path: Path) -> None:
+def test_weights_of_a_part_that_the_model_does_not_have_are_ignored(tmp_path: Path) -> None:
     path = save(tmp_path / "m", tiny.llama())
     more = {"score.weight": torch.ones(2, 64), "model.rotary_emb.inv_freq": torch.ones(8)}
     rewrite(path / "model.safetensors", lambda weights: weights | more)
@@ -281,10 +281,10 @@ class OwnModel(LlavaForConditionalGeneration):
 
 
 def remote_folder(path: Path, auto: str) -> Path:
-    """A LLaVA whose classes are the folder's own code."""
+    """A LLaVA whose classes are code in its folder."""
     model = tiny.llava()
     save(path, model, tiny.llava_processor())
-    # Under the names of its modules: transformers renames nothing for a type that it does not know.
+    # With the names of its modules: transformers renames nothing for an unknown type.
     save_file(model.state_dict(), path / "model.safetensors", metadata={"format": "pt"})
     (path / "modeling_own.py").write_text(CODE)
     facts = json.loads((path / "config.json").read_text())

@@ -309,7 +309,7 @@ def test_activations_are_rounded_as_when_the_model_was_quantised(
 
 
 def test_layers_that_were_left_alone_are_not_rounded(tmp_path: Path) -> None:
-    """Whatever their names were when the list was written."""
+    """Even if they had other names when the list was written."""
     model = tiny.llama()
     groups = {"group_0": eight_bits("int", "Linear", **TOKENS)}
 
@@ -364,7 +364,7 @@ def test_a_scale_that_is_missing_is_refused(tmp_path: Path) -> None:
         load(tmp_path, dtype="float32")
 
 
-def test_experts_whose_activations_cannot_be_rounded_are_told(
+def test_experts_whose_activations_cannot_be_rounded_are_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = mixtral()
@@ -402,7 +402,7 @@ def rotation(*places: str) -> dict[str, Any]:
     ],
     ids=str,
 )
-def test_a_checkpoint_that_would_be_served_wrong_is_refused_by_name(
+def test_a_checkpoint_that_cannot_be_served_correctly_is_refused_by_name(
     config: dict[str, Any], named: str, tmp_path: Path
 ) -> None:
     model = tiny.llama()
@@ -429,7 +429,7 @@ def test_a_rotation_that_is_in_the_stored_weights_needs_nothing_more(tmp_path: P
     torch.testing.assert_close(found, logits(model), rtol=1e-3, atol=1e-3)
 
 
-def test_keys_and_values_that_are_not_rounded_are_told(
+def test_keys_and_values_that_are_not_rounded_are_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = tiny.llama()

@@ -55,12 +55,12 @@ def test_a_batch_with_eager_attention_writes_what_generate_writes(name: str) -> 
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_a_model_that_no_slot_can_hold_takes_turns_and_writes_the_same(name: str) -> None:
+def test_a_serial_model_takes_turns_and_writes_the_same(name: str) -> None:
     _agree(text_model(name), scheduler="generate", jobs=4)
 
 
 def _picture_inputs(model: Any, processor: Any, text: str, pictures: list[bytes]) -> dict[str, Any]:
-    """What the model's own processor makes of a message."""
+    """The output of the model's own processor for a message."""
     content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": text}]
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True

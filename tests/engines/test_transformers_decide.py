@@ -137,7 +137,7 @@ PIECES = [*((name, 16) for name in TEXT_MODELS), *((name, 512) for name in ONE_F
 
 @pytest.mark.parametrize(("name", "chunk"), PIECES)
 def test_a_chat_model_decides_by_the_logits_of_its_labels(name: str, chunk: int) -> None:
-    """Whether its questions are computed one by one, or all together behind their state."""
+    """Whether its questions are computed one by one, or all together after their state."""
     model = tiny.llama() if name == "llama" else architectures.text_model(name)
     engine = tiny.serve(model, prefill_chunk=chunk)
     assert "decide" in engine.capabilities.models[0].further_kinds
@@ -150,7 +150,7 @@ def test_a_chat_model_decides_by_the_logits_of_its_labels(name: str, chunk: int)
 
 @pytest.mark.parametrize("chunk", [16, 512])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "internvl"])
-def test_images_stand_where_they_are_named(name: str, chunk: int) -> None:
+def test_images_appear_where_they_are_named(name: str, chunk: int) -> None:
     model, processor = architectures.vision_model(name)
     engine = tiny.serve(
         model, processor=processor, own_tokenizer=processor.tokenizer, prefill_chunk=chunk
@@ -196,7 +196,7 @@ def test_control_tokens_of_a_state_are_text() -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 20])
 @pytest.mark.parametrize("chunk", [16, 64])
 def test_answers_are_the_same_alone_and_in_any_company(size: int, chunk: int) -> None:
-    """The company: other decisions about the same and other states, and streams of tokens."""
+    """Beside other decisions about the same and other states, and streams of tokens."""
     model = tiny.llama()
     engine = tiny.serve(model, slots=8, prefill_chunk=chunk)
     pipe = pipeline(model)
@@ -284,7 +284,7 @@ def test_a_decision_model_serves_nothing_else(kind: Kind) -> None:
 
 
 def _computed(engine: Any) -> list[int]:
-    """Tokens of each prefill from now on, padding included."""
+    """The number of tokens of each prefill from now on, including padding."""
     forward = engine._served[0].slot_runner.forward
     one, many = forward.prefill, forward.prefill_many
     tokens: list[int] = []
@@ -326,7 +326,7 @@ def test_a_state_is_computed_once_for_all_of_its_questions(kept: int) -> None:
 
 
 def _counted(monkeypatch: pytest.MonkeyPatch, holder: Any, name: str) -> list[int]:
-    """A 1 for each call of a function from now on."""
+    """A list with a 1 for each call of the function from now on."""
     calls: list[int] = []
     own = getattr(holder, name)
 
@@ -475,7 +475,7 @@ def test_a_decision_that_fails_fails_alone_and_leaves_nothing(
         (QUESTIONS, STATE * 40, "context_overflow", ["'colour'", "512"]),
     ],
 )
-def test_what_only_the_model_can_refuse_is_refused_by_name(
+def test_questions_that_only_the_model_can_refuse_are_refused_by_name(
     questions: Any, state: str, code: str, words: list[str]
 ) -> None:
     engine = tiny.serve(tiny.llama())

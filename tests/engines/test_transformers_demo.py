@@ -1,4 +1,4 @@
-"""The bundled model answers many at once as it answers one at a time, in every kind of number."""
+"""The bundled model answers a batch as it answers one request at a time, in every dtype."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_many_image_questions_at_once_are_answered_as_one_at_a_time(
     ],
     ids=["float32", "float16", "bfloat16", "8-bit"],
 )
-def test_company_moves_log_probabilities_no_further_than_the_tolerance(
+def test_neighbours_in_the_batch_change_logprobs_within_the_tolerance(
     options: dict[str, Any], tolerance: float
 ) -> None:
     engine = build(EngineOptions(device="cpu", **options), lambda fraction, note: None)

@@ -53,7 +53,7 @@ def test_a_resumed_answer_continues(engine: TransformersEngine, params: dict[str
     assert tiny.run(engine, [again])[0].token_ids == whole.token_ids[5:]
 
 
-def test_sampled_answers_are_the_same_alone_and_in_company(engine: TransformersEngine) -> None:
+def test_sampled_answers_are_the_same_alone_and_in_a_batch(engine: TransformersEngine) -> None:
     def jobs() -> list[Job]:
         return [
             tiny.ids_job(ids, temperature=1.0, seed=index, max_tokens=8)
@@ -73,7 +73,7 @@ def test_a_stop_string_ends_the_answer(engine: TransformersEngine) -> None:
     assert answer.reason is FinishReason.STOP
 
 
-def test_the_models_own_sampling_settings_do_not_touch_requests() -> None:
+def test_the_models_own_sampling_settings_do_not_affect_requests() -> None:
     model = text_model("bloom")
     plain = tiny.serve(model)
     job = tiny.ids_job(tiny.prompts(1)[0], max_tokens=12)
@@ -112,7 +112,7 @@ def test_prompt_logprobs_of_a_decoder_and_of_an_encoder() -> None:
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
-def test_images_take_turns_as_well(name: str) -> None:
+def test_requests_with_images_take_turns_too(name: str) -> None:
     model, processor = vision_model(name)
     batch = tiny.serve(model, processor=processor)
     turns = tiny.serve(model, processor=processor, scheduler="generate")
@@ -147,7 +147,7 @@ def test_a_model_that_raises_fails_the_request_only(
     assert generating() == 0
 
 
-def test_asking_for_slots_where_there_are_none_is_refused() -> None:
+def test_slots_for_a_serial_model_are_refused() -> None:
     with pytest.raises(EngineLoadError, match="cannot be served from slots"):
         tiny.serve(text_model("mamba"), scheduler="slots")
 

@@ -30,7 +30,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def language_model(whole: Any) -> Any:
-    """The language model of a LLaVA, by itself."""
+    """The language model of a LLaVA, separately."""
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM(whole.config.text_config)
@@ -95,7 +95,7 @@ def load(folder: Path, base: Path | None, **settings: Any) -> LoadedModel:
 
 @torch.inference_mode()
 def logits(model: Any, processor: Any, image_id: int | None = None) -> torch.Tensor:
-    """Logits behind a text with a wide image."""
+    """The logits after a text with a wide image."""
     picture = Image.linear_gradient("L").resize((60, 40)).convert("RGB")
     inputs = processor(text=["what is <image> in this"], images=[picture], return_tensors="pt")
     if image_id is not None:
@@ -176,7 +176,7 @@ def test_a_base_without_image_token_and_template_is_given_both(
     )
 
 
-def test_images_are_padded_to_a_square_where_the_folder_says_so(
+def test_images_are_padded_to_a_square_if_the_folder_says_so(
     base: Path, tower: Path, tmp_path: Path
 ) -> None:
     weights = projector_weights(tiny.llava())
@@ -360,7 +360,7 @@ def test_a_pickle_that_would_run_code_is_never_run(base: Path, tower: Path, tmp_
         ({"mm_projector_type": "mlp3x_gelu"}, "lacks weights: 4"),
     ],
 )
-def test_what_cannot_be_put_together_says_why(
+def test_the_error_for_parts_that_do_not_fit_says_why(
     change: dict[str, Any], words: str, base: Path, tower: Path, tmp_path: Path
 ) -> None:
     weights = projector_weights(tiny.llava())
@@ -480,7 +480,7 @@ def test_a_whole_checkpoint_answers_as_in_transformers_format(tower: Path, tmp_p
         engine.close()
 
 
-def test_a_tower_among_the_weights_goes_before_the_one_that_is_named(
+def test_a_tower_among_the_weights_takes_precedence_over_the_named_one(
     tower: Path, tmp_path: Path
 ) -> None:
     whole = tiny.llava()

@@ -59,7 +59,7 @@ def plain(model: Any, ids: list[int], count: int) -> list[int]:
 # --- folders --------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_served_under_its_name_with_its_facts(folder: Path) -> None:
+def test_a_folder_is_served_under_its_name_with_its_details(folder: Path) -> None:
     told: list[tuple[float | None, str]] = []
     engine = build(
         EngineOptions(model_paths=(str(folder),), device="cpu"),
@@ -81,7 +81,7 @@ def test_a_folder_is_served_under_its_name_with_its_facts(folder: Path) -> None:
         engine.close()
 
 
-def test_what_was_loaded_writes_what_was_saved(folder: Path) -> None:
+def test_a_loaded_model_answers_like_the_saved_one(folder: Path) -> None:
     engine = load(folder)
     ids = tiny.prompts(1)[0]
     try:
@@ -239,7 +239,7 @@ def test_a_quantised_checkpoint_names_the_package_that_it_needs(
     assert "\n" not in str(caught.value)
 
 
-# --- kinds of numbers -----------------------------------------------------------------------------
+# --- dtypes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -295,7 +295,7 @@ def test_quantised_weights_serve_text_and_images(vision_folder: Path, bits: int)
         engine.close()
 
 
-def test_what_is_not_quantised_is_named_by_its_full_path() -> None:
+def test_layers_that_are_not_quantised_are_named_by_their_full_path() -> None:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     model = tiny.llava(hidden=96)
@@ -628,7 +628,7 @@ def test_embedding_goes_on_beside_running_streams() -> None:
 # --- what libraries say ---------------------------------------------------------------------------
 
 
-def test_known_noise_of_libraries_is_not_shown_and_their_other_warnings_are(
+def test_known_noise_of_libraries_is_hidden_and_their_other_warnings_are_shown(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     quiet_libraries()
@@ -641,7 +641,7 @@ def test_known_noise_of_libraries_is_not_shown_and_their_other_warnings_are(
     assert "torchvision" not in caplog.text and "weights" in caplog.text
 
 
-def test_a_wrong_path_is_told_before_torch_is_imported() -> None:
+def test_a_wrong_path_is_an_error_before_torch_is_imported() -> None:
     code = (
         "import sys\n"
         "from worker.engines.base import EngineLoadError, EngineOptions\n"

@@ -1,4 +1,4 @@
-"""Memory: prefixes are reused, budgets are kept, and what does not fit fails alone."""
+"""Memory: prefixes are reused, budgets are kept, and a request that does not fit fails alone."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_several_answers_to_one_prompt_share_it_while_they_run(
         engine.close()
 
 
-def test_who_waits_for_a_prefix_is_not_held_up_when_it_does_not_come(model: Any) -> None:
+def test_a_request_that_waits_for_a_prefix_goes_on_if_it_does_not_come(model: Any) -> None:
     engine = tiny.serve(model, prefix_tokens=0, prefill_chunk=32)
     ids = tiny.prompts(1, low=400, high=400)[0]
     first, second = tiny.ids_job(ids, max_tokens=4), tiny.ids_job([*ids[:300], 9], max_tokens=4)
@@ -163,7 +163,7 @@ def test_a_small_budget_makes_requests_wait_and_changes_no_answer(model: Any) ->
 
 
 @pytest.mark.parametrize("settings", [{}, {"overlap": "on"}], ids=["cpu", "overlap"])
-def test_rows_that_outgrow_the_budget_wait_and_are_computed_again(
+def test_sequences_that_outgrow_the_budget_wait_and_are_computed_again(
     model: Any, settings: dict[str, Any]
 ) -> None:
     engine = tiny.serve(model, kv_tokens=384, slots=4, prefix_tokens=0, **settings)
@@ -184,7 +184,7 @@ def test_rows_that_outgrow_the_budget_wait_and_are_computed_again(
         roomy.close()
 
 
-def test_what_cannot_fit_alone_fails_alone(model: Any) -> None:
+def test_a_request_that_cannot_fit_even_alone_fails_alone(model: Any) -> None:
     engine = tiny.serve(model, kv_tokens=128)
     small = tiny.prompts(2, low=5, high=9)
     large = tiny.prompts(1, low=300, high=300)[0]
@@ -250,7 +250,7 @@ def test_memory_that_a_forward_lacks_costs_its_own_request_only(
 
 @pytest.mark.parametrize("overlap", ["off", "on"])
 @pytest.mark.parametrize("lacking", ["one prompt", "many rows", "sampling"])
-def test_requests_that_lack_memory_together_come_to_an_end_one_after_the_other(
+def test_requests_that_do_not_fit_together_end_one_after_the_other(
     lacking: str, overlap: str, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chunk = 8 if lacking == "one prompt" else 32
@@ -316,7 +316,7 @@ def test_prompts_are_scored_once_although_they_are_computed_again(model: Any) ->
         engine.close()
 
 
-def test_a_prompt_that_fills_its_row_spoils_no_other(
+def test_a_prompt_that_fills_its_row_affects_no_other(
     model: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = tiny.serve(model, kv_tokens=256, slots=4, prefix_tokens=512, prefill_chunk=64)

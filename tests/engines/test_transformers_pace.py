@@ -51,7 +51,7 @@ def test_no_piece_of_a_long_prompt_takes_longer_than_the_bound() -> None:
 
 
 def test_a_short_prompt_says_little_about_a_long_one() -> None:
-    """Five tokens take almost as long as fifty: pieces grow as soon as that is seen."""
+    """Five tokens take almost as long as fifty: pieces grow as soon as that is measured."""
     pace = PrefillCostModel()
     for _ in range(20):
         pace.learn(5, 0, cost_ms(5, 0))
@@ -105,7 +105,7 @@ def test_several_prompts_in_a_step_share_its_allowance() -> None:
     assert spent <= BOUND_MS
 
 
-def test_what_admission_took_is_part_of_the_step() -> None:
+def test_time_for_admission_counts_as_part_of_the_step() -> None:
     """Room for a long prompt was made in 50 ms, and its first piece then took the whole bound."""
     pace = PrefillCostModel()
     pieces(pace, 1000, cost_ms)
@@ -118,7 +118,7 @@ def test_what_admission_took_is_part_of_the_step() -> None:
 def test_running_streams_wait_for_a_long_prompt_no_longer_than_the_bound(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The scheduler itself, on a clock that only forwards move."""
+    """The scheduler itself, on a clock that only forward passes move."""
     model = tiny.llama(context=4096)
     engine = tiny.serve(model, kv_tokens=200_000, stall_ms=BOUND_MS, slots=9, prefix_tokens=0)
     runner = engine._served[0].runner

@@ -1,4 +1,4 @@
-"""Images: decoded under bounds, counted, placed, and refused with their true cause."""
+"""Images: decoded within limits, counted, placed, and refused with their true cause."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped() -> None:
     assert decoded(encoded(grey)).getpixel((1, 1)) == (116, 116, 116)
 
 
-def test_transparency_lies_on_white() -> None:
+def test_transparency_is_drawn_on_white() -> None:
     clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     assert decoded(encoded(clear)).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_a_photograph_stands_upright() -> None:
+def test_a_rotated_photograph_is_turned_upright() -> None:
     image = Image.new("RGB", (30, 10))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -124,7 +124,7 @@ def inputs(model: Any, text: str, pictures: list[bytes]) -> dict[str, Any]:
     return dict(tiny.llava_processor()(text=[text], images=images or None, return_tensors="pt"))
 
 
-def test_a_raw_prompt_has_its_images_where_the_placeholders_stand(
+def test_a_raw_prompt_has_its_images_at_the_placeholders(
     engine: TransformersEngine, model: Any
 ) -> None:
     text = "USER: <image> hello <image> world ASSISTANT:"

@@ -101,8 +101,8 @@ def test_an_id_that_no_vocabulary_holds_is_no_end_token() -> None:
     assert ends(model) == {tiny.END, 20}
 
 
-def test_a_classes_own_end_token_that_nobody_stated_is_a_word() -> None:
-    """LlamaConfig says 2 where config.json says nothing; here 2 is a word."""
+def test_a_config_classes_default_end_token_is_an_ordinary_token() -> None:
+    """LlamaConfig defaults to 2 if config.json has none; here 2 is a word."""
     tokenizer = copy.deepcopy(tiny_tokenizers.byte_level())
     model = tiny.llama(vocabulary=len(tokenizer))
     model.config.eos_token_id = 2
@@ -123,7 +123,7 @@ def closing(added: str) -> Any:
 
 
 @pytest.mark.parametrize("added", ["", "<|end|>", "<|pad|> <|end|>"])
-def test_nothing_stands_behind_a_prompt(added: str) -> None:
+def test_no_end_token_follows_a_prompt(added: str) -> None:
     engine = tiny.serve(tiny.llama(), own_tokenizer=closing(added))
     messages = [Message(role="user", content="hello")]
     try:
@@ -132,7 +132,7 @@ def test_nothing_stands_behind_a_prompt(added: str) -> None:
             assert ids[0] == tiny.BOS
             assert ids[-1] == (tiny.ASSISTANT if "messages" in body else 307)
             assert asked(engine, Kind.COUNT, **body)["count"] == len(ids) >= count + 1
-        # What stands there because it was written stays.
+        # An end token that the caller wrote stays.
         written = asked(engine, Kind.TOKENIZE, prompt="hello<|end|>")["token_ids"]
         assert written == [tiny.BOS, 307, tiny.END]
         done = asked(
@@ -143,7 +143,7 @@ def test_nothing_stands_behind_a_prompt(added: str) -> None:
         engine.close()
 
 
-def test_nothing_stands_behind_a_prompt_with_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_end_token_follows_a_prompt_with_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.llava()
     wanted = tiny.serve(model, processor=tiny.llava_processor())
     job = tiny.chat_job("hello", [tiny.picture(1)])
@@ -329,7 +329,7 @@ def test_truncation_cuts_no_image_from_its_opening_mark(monkeypatch: pytest.Monk
 
 
 def spread(model: Any) -> Any:
-    """Random weights large enough that everything matters."""
+    """Random weights large enough for every input to matter."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1 and float(parameter.std()) < 0.05:

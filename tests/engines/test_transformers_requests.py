@@ -119,8 +119,8 @@ def test_tokens_are_delivered_by_stream_interval(engine: TransformersEngine) -> 
 # --- facts ----------------------------------------------------------------------------------------
 
 
-def test_kept_special_tokens_are_named_and_the_end_of_the_prompt_is_told(model: Any) -> None:
-    """So a reader of calls learns which marks are hidden, and what the template has opened."""
+def test_kept_special_tokens_are_named_and_the_end_of_the_prompt_is_sent(model: Any) -> None:
+    """A reader of calls thus knows which marks are hidden, and what the template has opened."""
     engine = tiny.serve(model)
     tokenizer = engine._served[0].loaded.tokenizer
     tokenizer.chat_template = tiny.CHAT_TEMPLATE + "<think>"
@@ -217,10 +217,10 @@ def test_the_tokens_of_a_text_alone_are_without_those_that_a_prompt_begins_with(
         engine.close()
 
 
-# --- company --------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------
 
 
-def test_a_sampled_answer_is_the_same_alone_and_in_company(engine: TransformersEngine) -> None:
+def test_a_sampled_answer_is_the_same_alone_and_in_a_batch(engine: TransformersEngine) -> None:
     def jobs() -> list[Job]:
         return [
             tiny.ids_job(ids, temperature=1.1, top_p=0.95, seed=index, max_tokens=10)
@@ -233,9 +233,7 @@ def test_a_sampled_answer_is_the_same_alone_and_in_company(engine: TransformersE
     assert len({tuple(answer) for answer in alone}) == len(alone)
 
 
-def test_more_requests_than_slots_all_come_to_their_end(
-    engine: TransformersEngine, model: Any
-) -> None:
+def test_more_requests_than_slots_all_finish(engine: TransformersEngine, model: Any) -> None:
     prompts = tiny.prompts(30, seed=4)
     answers = tiny.run(engine, [tiny.ids_job(ids, max_tokens=6) for ids in prompts])
     assert [answer.token_ids for answer in answers] == [plain(model, ids, 6) for ids in prompts]
@@ -455,8 +453,8 @@ def test_a_cut_or_odd_call_reaches_the_template_as_a_map_too(
         engine.close()
 
 
-def test_a_template_that_wants_ids_of_its_own_form_gets_them(model: Any) -> None:
-    """Mistral's templates take nine characters; our own answers have longer ids."""
+def test_a_template_that_requires_ids_of_a_certain_form_gets_them(model: Any) -> None:
+    """Mistral's templates require nine characters; our own answers have longer ids."""
     engine = tiny.serve(model)
     tokenizer = engine._served[0].loaded.tokenizer
     tokenizer.chat_template = (
@@ -610,9 +608,7 @@ def test_a_request_that_cannot_be_served_says_why(
 
 
 @pytest.mark.parametrize("settings", [{}, AS_ON_A_GPU], ids=["cpu", "gpu"])
-def test_logits_that_are_no_numbers_fail_their_own_request(
-    model: Any, settings: dict[str, Any]
-) -> None:
+def test_nan_logits_fail_only_their_own_request(model: Any, settings: dict[str, Any]) -> None:
     engine = tiny.serve(model, **settings)
     embedding = model.get_input_embeddings().weight
     poisoned, kept = 300, embedding[300].detach().clone()

@@ -108,7 +108,7 @@ def test_the_rope_type_is_read_by_either_name(word: str) -> None:
     assert compat.rope_parameters(config) == {"rope_type": "dynamic", "factor": 2.0}
 
 
-def test_the_releases_told_to_people_are_the_oldest_allowed_and_the_locked_one() -> None:
+def test_the_releases_in_the_message_are_the_oldest_allowed_and_the_locked_one() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (ours,) = (
         line
@@ -150,7 +150,7 @@ def _masks_otherwise(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("moved", [_takes_no_cache, _calls_the_cache_otherwise, _masks_otherwise])
-def test_a_library_that_moved_is_refused_at_load_and_named(
+def test_a_library_that_changed_is_refused_at_load_and_named(
     moved: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = answers(tiny.serve(tiny.llama()))
@@ -162,11 +162,11 @@ def test_a_library_that_moved_is_refused_at_load_and_named(
     assert transformers.__version__ in message
     assert all(release in message for release in compat.KNOWN_RELEASES)
     assert "\n" not in message
-    # One request at a time, it serves all the same.
+    # It still serves one request at a time.
     assert answers(tiny.serve(tiny.llama(), scheduler="generate")) == wanted
 
 
-def test_a_fault_of_ours_is_refused_at_load_with_its_traceback_in_the_log(
+def test_a_bug_of_ours_ends_loading_with_its_traceback_in_the_log(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     # A line of our package that fails for this model and not for the reference model.
@@ -197,7 +197,7 @@ def test_a_model_whose_own_generate_fails_is_not_served() -> None:
             tiny.serve(model, **settings)
 
 
-def test_too_little_memory_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     from worker.engines.transformers.cache import SlotCache
 
     monkeypatch.setattr(SlotCache, "reserve", lambda *args: False)
