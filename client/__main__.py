@@ -13,7 +13,19 @@ from collections.abc import Callable, Sequence
 
 from broker.protocol.options import OptionParser, misspelt
 from client import BusError, InvalidRequest, TooLarge
-from client.cli import batch, bench, chat, classify, decide, demo, generate, metrics, tables, top
+from client.cli import (
+    batch,
+    bench,
+    chat,
+    classify,
+    decide,
+    demo,
+    generate,
+    metrics,
+    tables,
+    top,
+    usage,
+)
 from client.cli.terminal import Terminal
 from client.options import BROKER_VARIABLE
 from client.version import version
@@ -64,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     metrics.add(commands)
     top.add(commands)
     bench.add(commands)
+    usage.add(commands)
     commands.add_parser("version", help="print the version").set_defaults(run=_version)
     return parser
 

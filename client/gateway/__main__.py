@@ -120,6 +120,8 @@ def _keys(arguments: Sequence[str]) -> int:
     add.add_argument("name")
     add.add_argument("--rate-per-minute", type=float, help="requests a minute (no limit)")
     add.add_argument("--concurrency", type=int, help="requests at once (no limit)")
+    add.add_argument("--tokens-per-day", type=int, help="tokens in and out a day (no limit)")
+    add.add_argument("--tokens-per-month", type=int, help="the same a month (no limit)")
     add.add_argument("--max-priority", type=int, default=0, help="highest priority (0)")
     add.add_argument("--operator", action="store_true", help="may drain workers")
     add.add_argument(
@@ -143,6 +145,8 @@ def _keys(arguments: Sequence[str]) -> int:
                 operator=given.operator,
                 many_users=given.many_users,
                 models=given.model,
+                tokens_per_day=given.tokens_per_day,
+                tokens_per_month=given.tokens_per_month,
             )
         )
     elif given.command == "remove":
@@ -151,7 +155,10 @@ def _keys(arguments: Sequence[str]) -> int:
         for key in KeyFile(given.file):
             rate = "" if key.rate_per_minute is None else f" {key.rate_per_minute:g}/min"
             running = "" if key.concurrency is None else f" {key.concurrency} at once"
-            print(f"{key.name}{rate}{running}{' operator' if key.operator else ''}")
+            day = "" if key.tokens_per_day is None else f" {key.tokens_per_day} tokens/day"
+            month = "" if key.tokens_per_month is None else f" {key.tokens_per_month} tokens/month"
+            operator = " operator" if key.operator else ""
+            print(f"{key.name}{rate}{running}{day}{month}{operator}")
     return 0
 
 

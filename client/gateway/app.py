@@ -24,6 +24,7 @@ from starlette.routing import BaseRoute, Match, Route
 from broker.protocol.errors import ErrorCode
 from broker.protocol.tracing import make_tracer
 from client import AsyncClient, BusError, Timeout
+from client.gateway.accounts import Accounts
 from client.gateway.anthropic.routes import anthropic_routes, shape_for
 from client.gateway.anthropic.signature import Signer
 from client.gateway.config import Config, ConfigError
@@ -63,6 +64,7 @@ from client.gateway.scoring.routes import scoring_routes
 from client.gateway.state import Gateway
 from client.gateway.systemone.routes import system_one
 from client.gateway.tokens.routes import input_tokens, token_routes
+from client.gateway.usage import me, usage
 from client.gateway.watch import watch_broker
 
 __all__ = ["create_app"]
@@ -75,7 +77,10 @@ _READY_S = 2.0
 
 def create_app(config: Config) -> Starlette:
     """The gateway as an ASGI application; its lifespan owns the client of the bus."""
-    keys = KeyFile(config.keys) if config.keys is not None else None
+    counted = config.usage is not None
+    keys = KeyFile(config.keys, counted) if config.keys is not None else None
+    if config.usage is not None:
+        Accounts(config.usage).shut()  # what is wrong with it is told before anything is served
     signer = _signer(config)
 
     @contextlib.asynccontextmanager
@@ -90,7 +95,10 @@ def create_app(config: Config) -> Starlette:
             store = Store(config.store_entries, config.store_bytes)
             tracer = make_tracer("tokenbus-gateway")
             peers = Peers(config.peers, 4 * config.keep_alive_s)
-            gateway = Gateway(config, bus, keys, store, peers, signer, tracer=tracer)
+            accounts = Accounts(config.usage) if config.usage is not None else None
+            gateway = Gateway(
+                config, bus, keys, store, peers, signer, accounts=accounts, tracer=tracer
+            )
             app.state.gateway = gateway
             #: Set when open streams must end.
             app.state.stopping = asyncio.Event()
@@ -98,12 +106,16 @@ def create_app(config: Config) -> Starlette:
                 asyncio.create_task(gateway.metrics.watch_loop()),
                 asyncio.create_task(watch_broker(bus, gateway.metrics)),
             ]
+            if accounts is not None:
+                watching.append(asyncio.create_task(accounts.write_loop()))
             yield
             for task in watching:
                 task.cancel()
             await asyncio.gather(*watching, return_exceptions=True)
             await store.close()
             await peers.close()
+            if accounts is not None:
+                await accounts.close()
 
     return Starlette(
         routes=_routes(config),
@@ -150,6 +162,8 @@ def _routes(config: Config) -> list[BaseRoute]:
         route("/completions", completions, "POST", counted=True),
         route("/embeddings", embeddings, "POST", counted=True),
         route("/responses", anywhere(create_response), "POST", counted=True),
+        route("/v1/usage", usage),
+        route("/me", me),
         route("/bus/session", session),
         route("/bus/overview", overview),
         route("/bus/live", live),

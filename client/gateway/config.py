@@ -163,6 +163,9 @@ class Config:
     keys: Path | None = _option(
         Path, None, "file of API keys; without it, no key is required", "FILE"
     )
+    usage: Path | None = _option(
+        Path, None, "SQLite file of tokens by key, model and day; gateways may share it", "FILE"
+    )
     insecure: bool = _option(parse_bool, False, "listen beyond this machine without keys")
     public_url: str | None = _option(_text, None, "URL at which others reach this gateway", "URL")
     allowed_hosts: tuple[str, ...] = _option(

@@ -33,7 +33,7 @@ from client import AsyncStream, Embeddings
 from client import calls as bus_calls
 from client.core.events import End
 from client.gateway.bodies import LARGE_BYTES, aside, read_in_steps
-from client.gateway.convert import Generation, cut_to_context
+from client.gateway.convert import Generation, cut_to_context, telling_prompt_usage
 from client.gateway.errors import (
     ErrorShape,
     GatewayError,
@@ -45,7 +45,7 @@ from client.gateway.errors import (
 )
 from client.gateway.ids import POSITION_HEADER, REQUEST_ID_HEADER, START_HEADER, request_id_of
 from client.gateway.keys import ANYBODY, Key, Usage
-from client.gateway.openai.generation import RETRY, Batches, generate
+from client.gateway.openai.generation import RETRY, Batches, Meter, generate
 from client.gateway.requests import parse
 from client.gateway.sse import KEEP_ALIVE, STATUS_LEFT, STOPPING, EventStream, Source
 from client.gateway.traces import HttpSpan, traced
@@ -90,6 +90,8 @@ class RequestContext:
     _streams: list[AsyncStream] = field(default_factory=list)
     #: The key's usage, while this request counts towards it.
     account: Usage | None = None
+    #: What its answers cost so far; None while none was asked for.
+    meter: Meter | None = None
     #: Span of this request; None if traces are off.
     span: HttpSpan | None = None
     #: The body as read, kept while it may have to be sent to a peer.
@@ -174,6 +176,9 @@ class RequestContext:
         """Run bus requests for this HTTP request; see `generation.generate`."""
         if self.gateway.config.max_tokens_beyond == "cut":
             generations = [cut_to_context(one) for one in generations]
+        if self.gateway.accounts is not None:
+            # Who leaves before the end has used the prompt as well.
+            generations = [telling_prompt_usage(one) for one in generations]
         trace = self._trace()
         spans = []
         if self.span is not None:
@@ -181,7 +186,7 @@ class RequestContext:
                 self.span.bus_request(one.request.kind, one.request.model) for one in generations
             ]
         traces = [{**trace, **span.trace} for span in spans] or [trace] * len(generations)
-        return generate(
+        batches = generate(
             self.gateway.bus,
             [
                 replace(one, request=msgspec.structs.replace(one.request, trace=trace))
@@ -192,6 +197,10 @@ class RequestContext:
             prompt_field=prompt_field,
             has_enough=has_enough,
         )
+        if self.gateway.accounts is None:
+            return batches
+        self.meter = Meter([one.request for one in generations])
+        return self.meter.reading(batches)
 
     async def embed(
         self, inputs: str | Sequence[str | list[int]], model: str, **options: Any
@@ -261,6 +270,12 @@ class RequestContext:
         self.gateway.release_body(self.held_bytes)
         if self.account is not None:
             self.account.finished()
+        if self.gateway.accounts is not None:
+            prompt, completion = self.prompt_tokens, self.completion_tokens
+            if self.meter is not None:
+                prompt, completion = self.meter.prompt_tokens, self.meter.completion_tokens
+            if prompt or completion:
+                self.gateway.accounts.count(self.key.name, self.model, prompt, completion)
 
     def _opened(self, stream: AsyncStream) -> None:
         self.bus_requests.append(stream.request_id)
@@ -487,6 +502,8 @@ class Endpoint:
                     if presented:
                         await gateway.refusals.wait(request.client.host if request.client else "")
                     raise
+                if self._counted and gateway.accounts is not None:
+                    await gateway.accounts.admit(visit.key)
                 if self._counted:
                     account = gateway.keys.usage(visit.key)
                     account.admit(visit.key, time.monotonic())

@@ -48,6 +48,7 @@ __all__ = [
     "cut_to_context",
     "described",
     "seeded",
+    "telling_prompt_usage",
 ]
 
 #: The bus priority for each `service_tier`.
@@ -110,6 +111,12 @@ class Images:
 def cut_to_context(one: Generation) -> Generation:
     """The same generation, with `max_tokens` cut to the room that the prompt leaves."""
     params = msgspec.structs.replace(one.request.params, cut_max_tokens=True)
+    return replace(one, request=msgspec.structs.replace(one.request, params=params))
+
+
+def telling_prompt_usage(one: Generation) -> Generation:
+    """The same, with the prompt's tokens told before the answer."""
+    params = msgspec.structs.replace(one.request.params, prompt_usage=True)
     return replace(one, request=msgspec.structs.replace(one.request, params=params))
 
 

@@ -43,6 +43,8 @@ _OPENAI_CODE: dict[str, str] = {
     ErrorCode.CONTEXT_OVERFLOW: "context_length_exceeded",
     ErrorCode.QUOTA: "rate_limit_exceeded",
 }
+#: OpenAI's code for a budget that is used up, where a short wait does not help.
+SPENT: Final = "insufficient_quota"
 #: Marks the answer of a gateway that does not keep the requested id; its peers look for it.
 UNKNOWN_HEADER: Final = "x-tokenbus-unknown"
 
@@ -217,7 +219,7 @@ def error_headers(error: GatewayError) -> dict[str, str]:
     if isinstance(error, UnknownAnswer):
         headers[UNKNOWN_HEADER] = "1"
     wait_ms = error.info.retry_after_ms
-    if wait_ms is None and error.status in (429, 503):
+    if wait_ms is None and error.status in (429, 503) and error.openai_code != SPENT:
         wait_ms = 1000
     if wait_ms is not None:
         wait_ms = min(wait_ms, _MAX_WAIT_MS)

@@ -8,6 +8,8 @@ key itself is shown once, when it is made, and is in no file and no log.
     hash = "sha256:..."
     rate_per_minute = 60        # requests; left out: no limit
     concurrency = 4             # requests at once; left out: no limit
+    tokens_per_day = 1000000    # in and out, with `--usage FILE`; left out: no limit
+    tokens_per_month = 9000000
     max_priority = 0            # highest `priority` that its requests may have
     operator = false            # may drain workers and see the operator's view
     many_users = false          # a front end for several people: fair sharing by its `user` field
@@ -60,6 +62,14 @@ class Key:
     many_users: bool = False
     models: frozenset[str] | None = None
     expires: datetime.date | None = None
+    #: Budgets of tokens, prompts and answers together.
+    tokens_per_day: int | None = None
+    tokens_per_month: int | None = None
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether its tokens are limited."""
+        return self.tokens_per_day is not None or self.tokens_per_month is not None
 
     def may_use(self, model: str) -> bool:
         """Whether the key may use the model: it has no list of models, or this one is on it."""
@@ -121,6 +131,8 @@ class KeyFile:
     keys stay valid."""
 
     path: Path
+    #: Whether tokens are counted, without which a budget cannot be kept.
+    counted: bool = True
     _keys: dict[bytes, Key] = field(default_factory=dict)
     _usage: dict[str, Usage] = field(default_factory=dict)
     #: Identity of the file when last checked; None while it does not exist.
@@ -153,7 +165,14 @@ class KeyFile:
             if version == self._version and not self._try_again:
                 return
             self._version, self._try_again = version, False
-            self._keys = {key.digest: key for key in _read(self.path).values()}
+            keys = {key.digest: key for key in _read(self.path).values()}
+            limited = [key.name for key in keys.values() if key.has_budget]
+            if limited and not self.counted:
+                raise KeyFileError(
+                    f"{self.path}: key {limited[0]!r} has a budget of tokens, and none are "
+                    "counted: start the gateway with --usage FILE"
+                )
+            self._keys = keys
             self.problem = ""
         except FileNotFoundError:
             self._version = None
@@ -217,6 +236,8 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "many_users": bool,
     "models": list,
     "expires": datetime.date,
+    "tokens_per_day": int,
+    "tokens_per_month": int,
 }
 
 
@@ -230,7 +251,7 @@ def _key(path: Path, name: str, values: Any) -> Key:
             raise KeyFileError(f"{where}: {item!r} is not known")
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
             raise KeyFileError(f"{where}: {item} has a wrong type")
-    for item in ("rate_per_minute", "concurrency"):
+    for item in ("rate_per_minute", "concurrency", "tokens_per_day", "tokens_per_month"):
         if item in values and values[item] <= 0:
             raise KeyFileError(f"{where}: {item} must be above 0; leave it out for no limit")
     scheme, _, digits = str(values.get("hash", "")).partition(":")
@@ -252,6 +273,8 @@ def _key(path: Path, name: str, values: Any) -> Key:
         many_users=values.get("many_users", False),
         models=frozenset(map(str, values["models"])) if "models" in values else None,
         expires=values.get("expires"),
+        tokens_per_day=values.get("tokens_per_day"),
+        tokens_per_month=values.get("tokens_per_month"),
     )
 
 
@@ -265,6 +288,8 @@ def add_key(
     operator: bool = False,
     many_users: bool = False,
     models: list[str] | None = None,
+    tokens_per_day: int | None = None,
+    tokens_per_month: int | None = None,
 ) -> str:
     """Append a new key to the file and return it; it cannot be seen again later."""
     if not _NAME.match(name):
@@ -282,6 +307,10 @@ def add_key(
         lines.append(f"rate_per_minute = {rate_per_minute:g}")
     if concurrency is not None:
         lines.append(f"concurrency = {concurrency}")
+    if tokens_per_day is not None:
+        lines.append(f"tokens_per_day = {tokens_per_day}")
+    if tokens_per_month is not None:
+        lines.append(f"tokens_per_month = {tokens_per_month}")
     if max_priority:
         lines.append(f"max_priority = {max_priority}")
     if operator:

@@ -57,6 +57,7 @@ async def _look(gateway: Gateway) -> dict[str, Any]:
             "first_token_ms": gateway.metrics.recent_first_token_ms(time.monotonic()),
             "errors": list(gateway.errors),
             "key_file_problem": gateway.key_file_problem(),
+            "counts_tokens": gateway.accounts is not None,
         },
     }
     asked: dict[str, dict[str, Any]] = {

@@ -12,6 +12,7 @@ from typing import Any
 
 from broker.protocol.errors import ErrorCode
 from client import AsyncClient
+from client.gateway.accounts import Accounts
 from client.gateway.anthropic.signature import Signer
 from client.gateway.config import Config
 from client.gateway.errors import GatewayError
@@ -35,6 +36,8 @@ class Gateway:
     store: Store
     peers: Peers
     signer: Signer = field(default_factory=Signer)
+    #: Tokens by key; None if they are not counted.
+    accounts: Accounts | None = None
     metrics: Metrics = field(default_factory=Metrics)
     #: Wall clock, seconds: the `created` of models.
     started_at: int = field(default_factory=lambda: int(time.time()))

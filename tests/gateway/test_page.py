@@ -406,6 +406,30 @@ def test_a_key_is_asked_for_where_one_is_needed(
     assert page.locator("#tab-bus").is_hidden()
 
 
+def test_the_page_shows_what_keys_have_used(
+    open_page: OpenPage, make_gateway: Callable[..., GatewayProcess], tmp_path: Path
+) -> None:
+    from client.gateway.keys import add_key
+
+    file = tmp_path / "keys.toml"
+    key = add_key(file, "alice", operator=True, tokens_per_day=5000)
+    gateway = make_gateway("--keys", str(file), "--usage", str(tmp_path / "usage.db"))
+    page = open_page(gateway.url, wait=False)
+    page.locator("#key").fill(key)
+    page.locator("#key-dialog .primary").click()
+    page.locator("#model option", has_text="echo").wait_for(state="attached")
+    ask(page, "hello")
+    done(page)
+    page.locator("#open-key").click()
+    told = page.locator("#key-usage", has_text="of 5,000 tokens this day")
+    told.wait_for()
+    assert told.inner_text().startswith("alice has used 17 of 5,000")
+    page.locator("#key-dialog .primary").click()
+    page.locator("#tab-bus").click()
+    page.locator("#usage td", has_text="alice").wait_for()
+    assert "17" in page.locator("#usage tbody").inner_text()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [(1200, 800), (375, 667)])
 def test_the_first_minute_at_any_size_and_in_the_dark(

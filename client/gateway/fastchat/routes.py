@@ -236,7 +236,10 @@ async def _frames(
             for event in batch:
                 match event:
                     case Prompted():
-                        prompt_tokens = len(event.prompt.token_ids)
+                        usage = event.prompt.usage
+                        prompt_tokens = (
+                            len(event.prompt.token_ids) if usage is None else usage.prompt_tokens
+                        )
                     case Delta():
                         visit.saw_token()
                         if logprobs is not None:

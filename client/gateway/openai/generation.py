@@ -18,7 +18,7 @@ from typing import Final
 from msgspec import Struct
 
 from broker.protocol.errors import ErrorCode
-from broker.protocol.messages import TEXT_IDS, Piece, TokenLogprob
+from broker.protocol.messages import TEXT_IDS, Piece, Request, TokenLogprob
 from client import AsyncClient, AsyncStream, BusError, Retry, Timeout
 from client.core.events import End, Prompt, StreamEvent, Tokens
 from client.gateway.convert import Generation
@@ -31,6 +31,7 @@ __all__ = [
     "ChoiceEvent",
     "Delta",
     "Finish",
+    "Meter",
     "Prompted",
     "check_token_ids",
     "generate",
@@ -111,6 +112,52 @@ _OPENED_AT_ONCE: Final = 16
 _SAME_NAMES: Final = ("enable_thinking", "reasoning_effort", "thinking_tokens")
 
 Opened = Callable[[AsyncStream], None]
+
+
+class Meter:
+    """Counts the tokens of the answers to one HTTP request, also of those that are left early."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        firsts: dict[tuple[int, ...], int] = {}
+        #: For each choice, the first that has its prompt, which is counted once.
+        self._prompt_of = [
+            firsts.setdefault((id(one.messages), id(one.prompt), id(one.token_ids)), index)
+            for index, one in enumerate(requests)
+        ]
+        self._prompts: dict[int, int] = {}
+        self._completions: dict[int, int] = {}
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all prompts."""
+        return sum(self._prompts.values())
+
+    @property
+    def completion_tokens(self) -> int:
+        """Of all answers so far."""
+        return sum(self._completions.values())
+
+    async def reading(self, batches: Batches) -> Batches:
+        """The same batches, each counted."""
+        async with contextlib.aclosing(batches):
+            async for batch in batches:
+                for event in batch:
+                    self._take(event)
+                yield batch
+
+    def _take(self, event: ChoiceEvent) -> None:
+        choice, usage = event.choice, None
+        so_far = self._completions.get(choice, 0)
+        match event:
+            case Delta():
+                self._completions[choice] = so_far + event.tokens
+            case Prompted():
+                usage = event.prompt.usage
+            case Finish():
+                usage = event.end.usage
+                self._completions[choice] = max(so_far, usage.completion_tokens)
+        if usage is not None and usage.prompt_tokens:
+            self._prompts[self._prompt_of[choice]] = usage.prompt_tokens
 
 
 async def generate(

@@ -79,6 +79,8 @@ _TAKES_NOTHING = {
     ("get", "/api/tags"): "Ollama's API: the models of the bus.",
     ("get", "/api/ps"): "Ollama's API: the models that are ready.",
     ("get", "/api/version"): "Ollama's API: the release that it follows.",
+    ("get", "/v1/usage"): "Requests and tokens of a key by day and model.",
+    ("get", "/me"): "What the key may do, and what it has used of its budgets.",
     ("get", "/bus/session"): "What the key may do.",
     ("get", "/bus/overview"): "The current state of the bus; for operators.",
     ("get", "/health"): "Whether the process is alive.",
@@ -98,6 +100,10 @@ _QUERY: dict[str, dict[str, dict[str, Any]]] = {
         "limit": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20},
         "order": {"enum": ["asc", "desc"], "default": "desc"},
         "include": _INCLUDE,
+    },
+    "/v1/usage": {
+        "days": {"type": "integer", "minimum": 1, "maximum": 3660, "default": 31},
+        "key": {"type": "string"},
     },
     "/metrics": {"scope": {"enum": ["all", "gateway"], "default": "all"}},
 }

@@ -60,6 +60,21 @@ function askKey(problem = "") {
   $("key-problem").hidden = !problem;
   $("key").value = key.get();
   if (!$("key-dialog").open) $("key-dialog").showModal();
+  tellUsage();
+}
+
+/** What the key has used, where the gateway counts it. */
+async function tellUsage() {
+  $("key-usage").hidden = true;
+  const own = key.get() ? await getJson("/me").catch(() => null) : null;
+  if (!own?.tokens) return;
+  const number = new Intl.NumberFormat("en");
+  const words = ["day", "month"].map((span) => {
+    const { used, budget } = own.tokens[span];
+    return `${number.format(used)}${budget === null ? "" : ` of ${number.format(budget)}`} tokens this ${span}`;
+  });
+  $("key-usage").textContent = `${own.name} has used ${words.join(", ")}.`;
+  $("key-usage").hidden = false;
 }
 
 $("open-key").addEventListener("click", () => askKey());

@@ -1,16 +1,18 @@
 // The operator's view: the bus as it is now, redrawn every second from one stream.
 
-import { ApiError, live, postJson } from "./api.js";
+import { ApiError, getJson, live, postJson } from "./api.js";
 import { h } from "./markdown.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const HISTORY = 90; // looks kept for the small charts, one a second
 const SPAN_MS = 60_000; // of the timeline
+const USAGE_MS = 15_000; // between two looks at what keys have used
 
 const history = { running: [], queued: [], rate: [], first: [] };
 let controller = null;
 let latest = null;
 let lastTokens = null;
+let usageAt = -Infinity;
 let onUnauthorized = () => {};
 let confirmDrain = async () => false;
 
@@ -55,6 +57,7 @@ const $ = (id) => document.getElementById(id);
 function skeleton() {
   if ($("cards")) return;
   const section = (id, title, note, ...rest) => h("section", { class: "block", "aria-labelledby": `${id}-title` }, h("div", { class: "block-head" }, h("h2", { id: `${id}-title` }, title), h("p", { class: "fine", id: `${id}-note` }, note)), h("div", { id, class: "scroll-x" }), ...rest);
+  usageAt = -Infinity;
   $("panel-bus").replaceChildren(
     h("div", { class: "bus-column" },
       h("p", { id: "trouble", class: "problem", role: "alert", hidden: true }),
@@ -62,9 +65,33 @@ function skeleton() {
       section("workers", "Workers", ""),
       section("timeline", "Requests", "the last minute", h("details", { class: "block-more" }, h("summary", {}, "As a table"), h("div", { id: "requests", class: "scroll-x" }))),
       h("div", { class: "two" }, section("models", "Models and queues", ""), section("clients", "Clients", "")),
+      section("usage", "Tokens by key", ""),
       section("errors", "Recent errors", "of the bus, and of this gateway"),
     ),
   );
+}
+
+/** What every key has used, where the gateway counts it. */
+async function usage(look) {
+  const now = look.at_ms;
+  $("usage").closest("section").hidden = !look.gateway.counts_tokens;
+  if (!look.gateway.counts_tokens || now - usageAt < USAGE_MS) return;
+  usageAt = now;
+  const told = await getJson("/v1/usage?key=*").catch(() => null);
+  if (!told || !$("usage")) return; // the next look asks again
+  const today = new Date(now).toISOString().slice(0, 10);
+  const keys = new Map();
+  for (const row of told.data) {
+    const own = keys.get(row.key) ?? { requests: 0, in: 0, out: 0, today: 0 };
+    own.requests += row.requests;
+    own.in += row.prompt_tokens;
+    own.out += row.completion_tokens;
+    if (row.day === today) own.today += row.prompt_tokens + row.completion_tokens;
+    keys.set(row.key, own);
+  }
+  const rows = [...keys].toSorted((a, b) => b[1].today - a[1].today);
+  table("usage", ["Key", "Today", "Requests", "In", "Out"], rows.map(([name, own]) => [name || "no key", whole.format(own.today), whole.format(own.requests), whole.format(own.in), whole.format(own.out)]), "Nothing was asked yet.");
+  $("usage-note").textContent = `today, and since ${told.since} (UTC)`;
 }
 
 function trouble(text) {
@@ -114,6 +141,7 @@ function take(look) {
   const counted = lastTokens && now > lastTokens.at ? Math.max(0, ((total - lastTokens.total) / (now - lastTokens.at)) * 1000) : 0;
   lastTokens = { at: now, total };
   const first = look.workers.map((worker) => worker.metrics?.ttft_ms).filter((value) => value > 0);
+  usage(look);
   push(history.running, running);
   push(history.queued, look.stats.queued ?? 0);
   push(history.rate, reported || counted);
