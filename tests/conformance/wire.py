@@ -53,6 +53,10 @@ TO_CLIENT: Final = {
 TO_WORKER: Final = {
     *(T.WELCOME, T.REFUSE, T.HEARTBEAT, T.GOODBYE, T.DRAIN, T.ASSIGN, T.CANCEL, T.WINDOW)
 }
+SEND_MS: Final = 5000
+NEVER_MS: Final = 3_600_000
+"""With RECONNECT_IVL -1 libzmq drops what has arrived and was not read when a connection ends; the
+kit wants to see all of it, and its cases are over long before this."""
 START_S: Final = 60.0
 """Until a subject listens, or has said its first HELLO."""
 _LIMIT: Final = limits.MAX_REQUEST_BYTES
@@ -233,11 +237,15 @@ class Peer(Line):
         routing_id: bytes | None = None,
     ) -> None:
         self.socket = context.socket(zmq.DEALER)
-        for option, value in ((zmq.LINGER, 0), (zmq.RECONNECT_IVL, -1)):
+        for option, value in (
+            (zmq.LINGER, 0),
+            (zmq.RECONNECT_IVL, NEVER_MS),
+            (zmq.SNDTIMEO, SEND_MS),
+        ):
             self.socket.setsockopt(option, value)
         self.socket.setsockopt(zmq.ROUTING_ID, routing_id or new_id(generator))
         self.random = generator
-        super().__init__(self.socket.send_multipart, "the broker")
+        super().__init__(self._put, "the broker")
         self.address = address
         self.allowed = TO_CLIENT if role == "client" else TO_WORKER
         self.role = role
@@ -246,6 +254,17 @@ class Peer(Line):
         self.welcome: Any = None
         #: Others of the same case, whose heartbeats must go on while this one waits.
         self.others: list[Peer] = [self]
+
+    def _put(self, frames: list[bytes]) -> None:
+        try:
+            self.socket.send_multipart(frames)
+        except zmq.Again:
+            raise Broken("?", "the broker is gone: nobody takes messages") from None
+
+    def beat(self) -> None:
+        """HEARTBEAT if one is due, and somebody is there who takes it."""
+        if self.socket.poll(0, zmq.POLLOUT):
+            super().beat()
 
     def connect(self) -> None:
         """Dial."""
