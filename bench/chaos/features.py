@@ -1,8 +1,8 @@
 """Requests that use every feature together, and how a caller assembles the streamed answers.
 
-Schemas, tools, logprobs, stop strings, images, several choices and LoRA adapters, at the gateway's
-chat and completions endpoints, with the demo model. Every request is greedy or has a seed, so its
-answer is the same whenever and wherever it is generated.
+Schemas, tools, thoughts, logprobs, stop strings, images, several choices and LoRA adapters, at the
+gateway's chat and completions endpoints, with the demo model. Every request is greedy or has a
+seed, so its answer is the same whenever and wherever it is generated.
 
 `python -m bench.chaos.features FOLDER` writes the adapters (run as its own process, since it
 imports torch).
@@ -34,9 +34,15 @@ CHAT_TEMPLATE: Final = """{{ bos_token }}
 {%- elif message['content'] %}
 {%- for part in message['content'] if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}
 {%- for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}
-{%- endif %}{{ '<|end|>' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
-"""The demo model's own template does not mention tools, so it would refuse them."""
+{%- endif %}
+{%- for call in message['tool_calls'] or () %}
+{{- '<tool_call>' + (call['function'] | tojson) + '</tool_call>' }}{% endfor %}
+{{- '<|end|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' + ('<think>' if thinking else '') }}{% endif %}"""
+"""The demo model's own template does not mention tools, so it would refuse them. With this one the
+model also thinks, if asked to: whatever it writes before its budget ends."""
+
+_THINKS: Final = {"chat_template_kwargs": {"thinking": True}, "thinking_tokens": 24}
 
 _SCHEMA: Final = {
     "type": "object",
@@ -77,7 +83,7 @@ _TOOL: Final = {
 def request_of(lane: int, tokens: int) -> tuple[str, dict[str, Any]]:
     """Path and body of a lane's request, with at most `tokens` tokens a choice.
 
-    There are six kinds, each with the base model and both adapters in turn. A lane always has the
+    There are seven kinds, each with the base model and both adapters in turn. A lane always has the
     same request.
     """
     kind, variant = lane % len(_KINDS), lane // len(_KINDS)
@@ -121,6 +127,8 @@ def _schema(variant: int, tokens: int) -> tuple[str, dict[str, Any]]:
         "temperature": 0.9,
         "response_format": {"type": "json_schema", "json_schema": schema},
         "logprobs": True,
+        "n": 2,
+        **(_THINKS if variant % 2 else {}),
     }
 
 
@@ -133,6 +141,7 @@ def _tools(variant: int, tokens: int) -> tuple[str, dict[str, Any]]:
         "tool_choice": "required",
         "parallel_tool_calls": False,
         "n": 2,
+        **({} if variant % 2 else _THINKS),
     }
 
 
@@ -176,6 +185,20 @@ def _tools_and_images(variant: int, tokens: int) -> tuple[str, dict[str, Any]]:
     }
 
 
+def _written_call(variant: int, tokens: int) -> tuple[str, dict[str, Any]]:
+    """A call in the text, which a grammar makes the model write behind its thought."""
+    call = r'<tool_call>\{"name": "paint", "arguments": \{"where": "[a-z ]{40,60}"\}\}</tool_call>'
+    return CHAT, {
+        "messages": _user(f"Think, then paint shape {variant}."),
+        "max_tokens": 4 * tokens,
+        "temperature": 0.9,
+        "tools": [_TOOL],
+        "structured_outputs": {"regex": f"[A-Z][a-z ]{{8,16}}\\. {call}"},
+        "n": 2,
+        **_THINKS,
+    }
+
+
 _KINDS: Final = (
     _images_with_logprobs,
     _schema,
@@ -183,6 +206,7 @@ _KINDS: Final = (
     _choices_with_stops,
     _completion,
     _tools_and_images,
+    _written_call,
 )
 
 
@@ -191,6 +215,7 @@ _KINDS: Final = (
 
 @dataclass
 class _Choice:
+    reasoning: str = ""
     text: str = ""
     tokens: list[str] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -219,6 +244,7 @@ class Heard:
             choice = self._choices.setdefault(part["index"], _Choice())
             delta = part.get("delta", part)
             choice.text += delta.get("content") or delta.get("text") or ""
+            choice.reasoning += delta.get("reasoning_content") or ""
             choice.roles += "role" in delta
             if part.get("finish_reason"):
                 choice.finish_reasons.append(part["finish_reason"])
@@ -241,7 +267,14 @@ class Heard:
         """Everything else in one text: content, calls, roles, finish reasons, usage. Equal answers
         give equal texts, however they were cut into chunks and whatever was cached."""
         choices = [
-            [index, choice.text, sorted(choice.calls.items()), choice.roles, choice.finish_reasons]
+            [
+                index,
+                choice.reasoning,
+                choice.text,
+                sorted(choice.calls.items()),
+                choice.roles,
+                choice.finish_reasons,
+            ]
             for index, choice in sorted(self._choices.items())
         ]
         return json.dumps({"choices": choices, "usage": self._usage}, sort_keys=True)

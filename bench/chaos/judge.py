@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import json
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -135,9 +136,12 @@ def check_featured_reference(streams: Sequence[Got]) -> None:
         if got.error is not None or got.causes:
             raise RuntimeError(f"lane {got.lane} is wrong without any fault: {got}")
     texts = [got.text for got in streams]
+    choices = [choice for text in texts for choice in json.loads(text)["choices"]]
     for what, seen in {
         "image tokens": any('"image_tokens": 9' in text for text in texts),
         "tool calls": any('"tool_calls"' in text and "paint" in text for text in texts),
+        "a call behind a text": any(said and calls for _, _, said, calls, *_ in choices),
+        "thoughts": any(thought for _, thought, *_ in choices),
         "a schema": any("corners" in text for text in texts),
         "log-probabilities": any(got.logprobs for got in streams),
         "several choices": any(text.count('"stop"') + text.count('"length"') > 1 for text in texts),
