@@ -1,6 +1,8 @@
 # ruff: noqa: E501  # answers stand as models write them
 """Calls as today's families write them: the same pieces wherever the text is cut, typed by the
-tool's schema. What transformers reads of the same text is the reference where it has a format."""
+tool's schema. For the families that transformers has a template of (`transformers serve` brings
+those of Qwen and Gemma) its parser is the reference; for the others it is what their model cards
+and vLLM's parsers show, written down here."""
 
 from __future__ import annotations
 
@@ -9,11 +11,15 @@ import random
 from typing import Any
 
 import pytest
+from transformers.cli.serving.utils import _RESPONSE_TEMPLATE_FALLBACKS
+from transformers.utils.chat_parsing import parse_response
 
 from broker.protocol.messages import Params, Piece
-from worker.engines.common.answer_parser import merged, unsplit
+from worker.engines.common.answer_parser import AnswerParser, ChannelSplitter, merged, unsplit
 from worker.engines.common.call_families import CallFormat
 from worker.engines.common.pieces import PieceText
+from worker.engines.common.reasoning import Begun
+from worker.engines.common.response_template import TemplateFormat
 
 TOOLS: dict[str, Any] = {
     "get_weather": {
@@ -152,6 +158,28 @@ CASES: dict[str, tuple[str, str, str, list[Call]]] = {
     "llama-4, json": ("<|python_start|>", OBJECT, "", [CALL]),
     "mistral": ("[TOOL_CALLS]", f"[TOOL_CALLS]get_weather[ARGS]{TEXT}", "", [CALL]),
     "llama-3": ("<|python_tag|>", f"<|python_tag|>{OBJECT}", "", [CALL]),
+    "apertus": (
+        "<|tools_prefix|>",
+        f'Ok. <|tools_prefix|>[{{"get_weather": {TEXT}}}, {{"now": {{}}}}]<|tools_suffix|>',
+        "Ok.",
+        [CALL, NOW],
+    ),
+    "step-3": (
+        "<｜tool_calls_begin｜>",
+        "Ok.<｜tool_calls_begin｜><｜tool_call_begin｜>function<｜tool_sep｜>"
+        '<steptml:invoke name="get_weather"><steptml:parameter name="city">Graz {é}</steptml:parameter>'
+        '<steptml:parameter name="days">2</steptml:parameter></steptml:invoke><｜tool_call_end｜>\n'
+        "<｜tool_call_begin｜>function<｜tool_sep｜>"
+        '<steptml:invoke name="now"></steptml:invoke><｜tool_call_end｜><｜tool_calls_end｜>',
+        "Ok.",
+        [CALL, NOW],
+    ),
+    "functionary-3.2": (
+        ">>>all",
+        f">>>all\nLet me see.>>>get_weather\n{TEXT}>>>now\n{{}}",
+        "Let me see.",
+        [CALL, NOW],
+    ),
     "unknown": ("", f"<tool_call>{OBJECT}</tool_call>", "", [CALL]),
 }
 
@@ -275,3 +303,146 @@ def test_a_stop_string_ends_an_answer_within_a_call() -> None:
     text, calls = read(pieces_of(made, [f"<tool_call>{OBJECT}</tool_call>"]))
     assert (text, calls) == ("", [("get_weather", '{"city": "Graz {é}", ')])
     assert made.stopped_by == '"days"'
+
+
+# --- what transformers reads ----------------------------------------------------------------------
+
+WIRE_TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": schema}}
+    for name, schema in TOOLS.items()
+]
+#: By the model type of transformers' own template: cases above, as answers of such a model.
+SERVED = {"qwen3": ["qwen3, hermes"], "qwen3_5": ["qwen3-coder"], "gemma4": ["gemma-4"]}
+
+
+def fallback(model_type: str) -> dict[str, Any]:
+    """The response template that `transformers serve` has for a type of model."""
+    found = next(t for types, t in _RESPONSE_TEMPLATE_FALLBACKS.items() if model_type in types)
+    return dict(found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "case"), [(k, case) for k, cases in SERVED.items() for case in cases]
+)
+def test_what_is_said_and_called_is_what_transformers_reads(kind: str, case: str) -> None:
+    template, answer, _, _ = CASES[case]
+    message = parse_response(answer, fallback(kind), prefix="", tools=WIRE_TOOLS)
+    functions = [call["function"] for call in message["tool_calls"]]
+    text, calls = read(pieces_of(stream(template), [answer]))
+    assert text == message.get("content", "")
+    assert [(name, json.loads(said)) for name, said in calls] == [
+        (function["name"], function["arguments"]) for function in functions
+    ]
+
+
+def shipped(template: dict[str, Any], tools: dict[str, Any]) -> PieceText:
+    """The text of a model that ships a response template, in a syntax that has no reader here."""
+    format_ = TemplateFormat(template, {})
+    parser = format_.parser(Begun("<|im_start|>assistant\n", tools=tools))
+    calls = CallFormat("", {}).parser(tools, forced=False)
+    return PieceText(parser, Params(), calls=calls)
+
+
+OWN: dict[str, Any] = {
+    "start_anchor": "<|im_start|>assistant\n",
+    "fields": {
+        "reasoning_content": {"open": "<think>", "close": "</think>", "content": "text"},
+        "tool_calls": {
+            "open_pattern": r"\s*<<(?P<name>\w+)\s",
+            "close": ">>",
+            "repeats": True,
+            "content": "kv-lines",
+            "content_args": {"line_sep": ";", "kv_sep": "="},
+            "transform": {
+                "type": "function",
+                "function": {"name": "{name}", "arguments": "{content}"},
+            },
+        },
+        "content": {"close": ["<|im_end|>"], "content": "text"},
+    },
+}
+WRITTEN = "<think>hm</think>Let me see.\n<<get_weather city=Graz {é};days=2>>\n<<now >>"
+
+
+def test_calls_of_a_shipped_template_are_read_as_it_says() -> None:
+    message = parse_response(WRITTEN, OWN, prefix="<|im_start|>assistant\n", tools=WIRE_TOOLS)
+    wanted = [
+        (call["function"]["name"], call["function"]["arguments"]) for call in message["tool_calls"]
+    ]
+    assert wanted == [CALL, NOW]
+    for feeds in cuts(WRITTEN):
+        pieces = pieces_of(shipped(OWN, TOOLS), feeds)
+        assert pieces[0] == Piece("reasoning", "hm")
+        text, calls = read(pieces[1:])
+        assert (text, [(name, json.loads(said)) for name, said in calls]) == ("Let me see.", wanted)
+
+
+@pytest.mark.parametrize("cut", ["<<get_weather city=Graz", "<<unknown x=1>>"])
+def test_what_a_shipped_template_reads_no_tool_in_stays_text(cut: str) -> None:
+    for feeds in ([cut], list(cut)):
+        text, calls = read(pieces_of(shipped(OWN, {"now": {}}), feeds))
+        assert calls == [] and text
+
+
+def test_a_shipped_template_that_reads_json_cut_off_loses_nothing() -> None:
+    calls = {"open": "[[", "close": "]]", "content": "json", "repeats": True}
+    own = {**OWN, "fields": {**OWN["fields"], "tool_calls": calls}}
+    for feeds in (['Hm.[[{"name": "now"'], list('Hm.[[{"name": "now"')):
+        text, found = read(pieces_of(shipped(own, TOOLS), feeds))
+        assert (text, found) == ('Hm.{"name": "now"', [])
+
+
+# --- gpt-oss --------------------------------------------------------------------------------------
+
+HARMONY = {mark: (number, True) for number, mark in enumerate(ChannelSplitter.MARKS)}
+CHANNELS: dict[str, tuple[str, str, str, list[Call]]] = {
+    "a call": (
+        f"<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{TEXT}<|call|>",
+        "hm",
+        "",
+        [CALL],
+    ),
+    "the recipient before the channel": (
+        f"<|channel|>analysis<|message|>hm<|end|><|start|>assistant to=functions.get_weather<|channel|>commentary json<|message|>{TEXT}<|call|>",
+        "hm",
+        "",
+        [CALL],
+    ),
+    "a preamble and two calls": (
+        f"<|channel|>commentary<|message|>Let me see.<|end|><|start|>assistant<|channel|>commentary to=functions.get_weather<|message|>{TEXT}<|call|><|start|>assistant<|channel|>commentary to=functions.now<|message|>{{}}<|call|>",
+        "",
+        "Let me see.",
+        [CALL, NOW],
+    ),
+    "no call": ("<|channel|>final<|message|>Yes.<|return|>", "", "Yes.", []),
+    "a tool of nobody's": (
+        "<|channel|>commentary to=functions.other<|message|>{}<|call|>",
+        "",
+        "commentary to=functions.other{}",
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHANNELS)
+def test_calls_of_gpt_oss_are_messages_to_functions(case: str) -> None:
+    answer, thought, said, wanted = CHANNELS[case]
+    for feeds in cuts(answer):
+        parser = AnswerParser(ChannelSplitter("<|start|>assistant", shows_calls=True))
+        calls = CallFormat("", HARMONY).parser(TOOLS, forced=False)
+        pieces = pieces_of(PieceText(parser, Params(), calls=calls), feeds)
+        assert "".join(piece.text for piece in pieces if piece.kind == "reasoning") == thought
+        text, found = read([piece for piece in pieces if piece.kind != "reasoning"])
+        assert (text, [(name, json.loads(a)) for name, a in found]) == (said, wanted)
+
+
+def test_functionarys_first_turn_is_begun_by_its_prompt() -> None:
+    format_ = CallFormat(">>>all", {})
+    for answer, said, wanted in (
+        ("all\nHello.", "Hello.", []),
+        (f"get_weather\n{TEXT}", "", [CALL]),
+    ):
+        for feeds in cuts(answer):
+            calls = format_.parser(TOOLS, forced=False, tail="...\n>>>")
+            text, found = read(pieces_of(PieceText(unsplit(), Params(), calls=calls), feeds))
+            assert (text, [(name, json.loads(a)) for name, a in found]) == (said, wanted)

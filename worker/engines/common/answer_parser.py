@@ -163,7 +163,8 @@ class MarkSplitter:
 # --- channels -------------------------------------------------------------------------------------
 
 _START, _CHANNEL, _CONSTRAIN, _MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
-_ENDS = ("<|end|>", "<|return|>", "<|call|>")
+_CALL_ENDS = "<|call|>"
+_ENDS = ("<|end|>", "<|return|>", _CALL_ENDS)
 
 
 class ChannelSplitter:
@@ -172,14 +173,18 @@ class ChannelSplitter:
         <|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...
 
     `begun`: the prompt from its last `<|start|>` on. What is said on `analysis` is thought; the
-    rest is said, but what is addressed to a tool, which stands there with its header.
+    rest is said, but what is addressed to a tool, which stands there with its header, and with
+    `shows_calls` between the marks that no other text can have.
     """
 
     MARKS: Final = (_START, _CHANNEL, _CONSTRAIN, _MESSAGE, *_ENDS)
 
-    def __init__(self, begun: str = "") -> None:
+    def __init__(self, begun: str = "", *, shows_calls: bool = False) -> None:
         self._pending = ""
         self._kind = CONTENT
+        self._shows_calls = shows_calls
+        #: A message to a tool is in hand.
+        self._calls = False
         #: What the header in hand has so far; None outside of headers.
         self._header: str | None = "assistant"
         #: Between two messages.
@@ -237,6 +242,9 @@ class ChannelSplitter:
 
     def _pass(self, mark: str, pieces: list[Piece]) -> None:
         self._between = mark in _ENDS
+        if self._calls and mark in (_START, *_ENDS):
+            self._calls = False
+            pieces.append(Piece(CONTENT, _CALL_ENDS))
         if mark == _START:
             self._header, self._kind = "", CONTENT
         elif mark in _ENDS:
@@ -249,7 +257,11 @@ class ChannelSplitter:
             self._kind = REASONING if channel[:1] == ["analysis"] else CONTENT
             if " to=" in header:
                 self._kind = CONTENT
-                pieces.append(Piece(CONTENT, _bare(header).strip()))
+                self._calls = self._shows_calls
+                told = _bare(header).strip()
+                if self._calls:
+                    told = f"{_CHANNEL}{header.removeprefix('assistant')}{_MESSAGE}"
+                pieces.append(Piece(CONTENT, told))
 
 
 def _may_be_role(header: str) -> bool:

@@ -254,6 +254,68 @@ def _parsed(text: str, format_: str, **arguments: Any) -> Any:
         return None
 
 
+def _harmony(calls: CallParser) -> Steps:
+    """gpt-oss: a message to `functions.NAME`, as `ChannelSplitter` shows it."""
+    header, mark = yield from calls.until(_MESSAGE)
+    found = _RECIPIENT.search(header)
+    if not mark or found is None or not calls.start_call(found[1]):
+        return False
+    if not (yield from calls.read_arguments()):
+        return False
+    yield from calls.until("<|call|>")
+    return True
+
+
+_MESSAGE: Final = "<|message|>"
+_RECIPIENT: Final = re.compile(r" to=functions\.([^\s<]+)")
+
+
+def _by_name(calls: CallParser) -> Steps:
+    """Apertus: `[{NAME: ARGUMENTS}, ...]`."""
+    while True:
+        first = yield from calls.skip(_SEPARATORS + "[{}")
+        if first == "]":
+            calls.take(1)
+            yield from calls.skip()
+            return bool((yield from calls.comes("<|tools_suffix|>"))) or calls.over
+        if first != '"':
+            return not first
+        calls.take(1)
+        name, mark = yield from calls.until('"')
+        yield from calls.skip(_SPACE + ":")
+        if not mark or not calls.start_call(name):
+            return False
+        if not (yield from calls.read_arguments()):
+            return False
+
+
+def _step(calls: CallParser) -> Steps:
+    """Step-3: calls as elements, each between marks of its own."""
+    invoke = _invoked("<｜tool_call_end｜>", "steptml:")
+    while True:
+        yield from calls.skip()
+        mark = yield from calls.comes("<｜tool_call_begin｜>", "<｜tool_calls_end｜>")
+        if mark != "<｜tool_call_begin｜>":
+            return bool(mark) or calls.over
+        _, mark = yield from calls.until("<｜tool_sep｜>")
+        if not mark or not (yield from invoke(calls)):
+            return False
+
+
+def _functionary(calls: CallParser) -> Steps:
+    """Functionary 3.2: `>>>NAME` and the arguments, or `>>>all` and a text."""
+    name, mark = yield from calls.until("\n")
+    if name.strip(_SPACE) == "all" and mark:
+        calls.forget()
+        return True
+    if not mark or not calls.start_call(name.strip(_SPACE)):
+        return False
+    return (yield from calls.read_arguments())
+
+
+_TURN: Final = ">>>"
+"""Of Functionary; its templates write the first of an answer."""
+
 _FAMILIES: Final[dict[str, Reader]] = {
     # Hermes, Qwen 2.5 and 3, SmolLM3, EXAONE 4, Granite 4, ERNIE 4.5 (JSON); Qwen3-Coder, Qwen 3.5,
     # Nemotron 3, Step 3.5 (XML); GLM 4.5 and later (keys and values)
@@ -294,6 +356,10 @@ _FAMILIES: Final[dict[str, Reader]] = {
     "<function_calls>": _pythonic("</function_calls>", lines=True),
     # Llama 4
     "<|python_start|>": _pythonic("<|python_end|>"),
+    "<|channel|>": _harmony,
+    # Apertus
+    "<|tools_prefix|>": _by_name,
+    "<｜tool_calls_begin｜>": _step,
 }
 """By the mark that begins calls."""
 
@@ -315,6 +381,13 @@ _MARKS: Final = (
     _GEMMA_END,
     '<|"|>',
     "<|python_end|>",
+    _MESSAGE,
+    "<|call|>",
+    "<|tools_suffix|>",
+    "<｜tool_calls_end｜>",
+    "<｜tool_call_begin｜>",
+    "<｜tool_sep｜>",
+    "<｜tool_call_end｜>",
     *MARKS,
 )
 """All of which some may be special tokens of a model."""
@@ -330,6 +403,8 @@ class CallFormat:
         self._readers = {
             mark: reader for mark, reader in _FAMILIES.items() if mark in template or mark in added
         }
+        if f"{_TURN}all" in template:
+            self._readers[_TURN] = _functionary
         self._bare = _bare if "<|python_start|>" in self._readers or _PYTHONIC in template else None
         #: Special tokens that the parser must see.
         self.special = tuple(mark for mark in _MARKS if mark in added and added[mark][1])
@@ -356,7 +431,7 @@ class CallFormat:
             detector = ToolCallParser(tools, forced=forced, shows_special=shows_special, said=said)
             detector.begin(special=hidden, tail=tail)
             return DetectedCalls(detector)
-        return CallParser(
+        parser = CallParser(
             self._readers,
             tools,
             bare=self._bare,
@@ -364,3 +439,11 @@ class CallFormat:
             thoughts=thoughts,
             opened=opened,
         )
+        if _TURN in self._readers and tail.endswith(_TURN):
+            parser.feed(_TURN)
+        return parser
+
+    @property
+    def known(self) -> bool:
+        """The model writes calls in a syntax that has a reader here."""
+        return bool(self._readers or self._bare)

@@ -246,6 +246,10 @@ class CallParser:
             self._searched = len(self.text)
             yield
 
+    def forget(self) -> None:
+        """What was taken is markup, and no text even if no call comes of it."""
+        self._taken = ""
+
     def start_call(self, name: str) -> bool:
         """A call begins; False if there is no tool of that name."""
         if name not in self.tools:

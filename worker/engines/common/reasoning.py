@@ -8,7 +8,7 @@ shows none is not split. Must never import torch; transformers only for a respon
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from broker.protocol.messages import Message, TextPart
@@ -20,6 +20,7 @@ from worker.engines.common.answer_parser import (
     Marks,
     MarkSplitter,
 )
+from worker.engines.common.typed_arguments import Tools
 
 __all__ = [
     "FAMILIES",
@@ -46,6 +47,10 @@ class Begun:
     message: Message | None = None
     #: The whole prompt, where it is the caller's own text.
     token_ids: Sequence[int] = ()
+    #: The tools whose calls are looked for in what is said.
+    tools: Tools = field(default_factory=dict)
+    #: These calls are told from text behind this parser.
+    calls_known: bool = False
 
 
 class AnswerFormat(Protocol):
@@ -253,6 +258,6 @@ class _Channels:
 
     def parser(self, begun: Begun) -> AnswerParser:
         _, start, turn = begun.tail.rpartition("<|start|>")
-        splitter = ChannelSplitter(start + turn if start else "")
+        splitter = ChannelSplitter(start + turn if start else "", shows_calls=bool(begun.tools))
         continues = "<|message|>" in turn and not turn.endswith("<|message|>")
         return AnswerParser(splitter, continues=continues)

@@ -8,14 +8,19 @@ itself.
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterator
 from typing import Any, Final
 
 from transformers.utils.chat_parsing import ResponseParser
-from transformers.utils.chat_parsing.response_templates import load_response_template
+from transformers.utils.chat_parsing.content_parsers import process_field
+from transformers.utils.chat_parsing.response_templates import (
+    ResponseTemplateField,
+    load_response_template,
+)
 
-from broker.protocol.messages import Piece
+from broker.protocol.messages import Piece, PieceKind
 from worker.engines.base import EngineLoadError
 from worker.engines.common.answer_parser import (
     CONTENT,
@@ -25,6 +30,7 @@ from worker.engines.common.answer_parser import (
 )
 from worker.engines.common.failures import one_line
 from worker.engines.common.reasoning import AddedTokens, Begun
+from worker.engines.common.typed_arguments import Tools, typed
 
 __all__ = ["TemplateFormat"]
 
@@ -51,6 +57,7 @@ class TemplateFormat:
         )
         self.opening_ids = frozenset(added[text][0] for text in opens if text in added)
         self.closing = next(iter(closes), None)
+        self._whole = template
         fields = {
             name: copy.deepcopy(field)
             for name, field in template.get("fields", {}).items()
@@ -65,20 +72,49 @@ class TemplateFormat:
             if load_response_template(template).implicit not in fields:
                 fields[_OUTSIDE] = {"content": "text"}
             self._template = load_response_template({**template, "defaults": {}, "fields": fields})
+            self._with_calls = self._and_calls(template, fields)
         except (ValueError, TypeError) as error:
             raise EngineLoadError(
                 f"the model's response template is not valid: {one_line(error)}: correct it, or "
                 "name a parser with --reasoning-parser"
             ) from None
 
+    def _and_calls(
+        self, template: dict[str, Any], fields: dict[str, Any]
+    ) -> tuple[Any, ResponseTemplateField] | None:
+        """The same with calls, which are taken as text too, and what reads that text."""
+        calls = template.get("fields", {}).get(_CALLS)
+        if calls is None:
+            return None
+        taken = copy.deepcopy(calls)
+        for key in ("transform_each", "optional", "join"):
+            taken.pop(key, None)
+        names = {
+            name for key in _PATTERNS for name in re.findall(r"\?P<(\w+)>", calls.get(key, ""))
+        }
+        taken |= {
+            "content": "text",
+            "content_args": {"strip": False},
+            "transform": {"content": "{content}"} | {name: "{" + name + "}" for name in names},
+        }
+        template = {**template, "defaults": {}, "fields": {**fields, _CALLS: taken}}
+        reader = load_response_template({**self._whole, "defaults": {}}).fields[_CALLS]
+        return load_response_template(template), reader
+
     def parser(self, begun: Begun) -> AnswerParser:
         turn = self._template.truncate_past_last_anchor(begun.tail)
         # Without the anchor it is not a prompt of this model's.
         prefix = "" if turn == begun.tail else begun.tail
-        splitter = _TemplateSplitter(self._template, prefix, self.special)
+        template, reader = self._template, None
+        if begun.tools and not begun.calls_known and self._with_calls is not None:
+            template, reader = self._with_calls
+        calls = None if reader is None else _Calls(reader, begun.tools)
+        splitter = _TemplateSplitter(template, prefix, self.special, calls)
         return AnswerParser(splitter, continues=splitter.said)
 
 
+_CALLS: Final = "tool_calls"
+_PATTERNS: Final = ("open_pattern", "close_pattern")
 _OUTSIDE: Final = "outside"
 """A field of ours for what stands in none of the template's."""
 
@@ -92,15 +128,67 @@ def _strings(value: Any) -> Iterator[str]:
     """Every string of a template."""
     if isinstance(value, str):
         yield value
-    for inner in value.values() if isinstance(value, dict) else value:
-        if not isinstance(value, str):
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
             yield from _strings(inner)
+
+
+class _Calls:
+    """Reads regions of calls as the template says, each when it is whole."""
+
+    def __init__(self, reader: ResponseTemplateField, tools: Tools) -> None:
+        self._reader = reader
+        self._tools = tools
+
+    def read(self, region: dict[str, str]) -> list[Piece]:
+        """The calls of a region; its text where it holds none of these tools."""
+        captures = {name: text for name, text in region.items() if name != "content"}
+        text = Piece(CONTENT, region["content"])
+        try:
+            found = process_field(region["content"], self._reader, captures)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return [text]
+        pieces: list[Piece] = []
+        for call in found if isinstance(found, list) else [found]:
+            function = call.get("function") if isinstance(call, dict) else None
+            name = function.get("name") if isinstance(function, dict) else None
+            arguments = function.get("arguments") if isinstance(function, dict) else None
+            if not isinstance(name, str) or name not in self._tools:
+                return [text]
+            if not isinstance(arguments, dict | str):
+                return [text]
+            if isinstance(arguments, dict):
+                arguments = json.dumps(self._typed(name, arguments), ensure_ascii=False)
+            pieces += [
+                Piece(PieceKind.CALL.value, name),
+                Piece(PieceKind.ARGUMENTS.value, arguments),
+            ]
+        return pieces
+
+    def _typed(self, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What the model wrote as bare text, by the tool's schema; JSON has types of its own."""
+        if self._reader.content == "json":
+            return arguments
+        schema = self._tools[name]
+        return {
+            key: typed(value, key, schema) if isinstance(value, str) else value
+            for key, value in arguments.items()
+        }
 
 
 class _TemplateSplitter:
     """Events of transformers' parser as pieces."""
 
-    def __init__(self, template: Any, prefix: str, special: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        template: Any,
+        prefix: str,
+        special: tuple[str, ...],
+        calls: _Calls | None = None,
+    ) -> None:
+        self._calls = calls
+        #: Of the call in hand.
+        self._region = ""
         self._parser = ResponseParser(template, prefix=prefix)
         #: What says nothing outside of every field: how a turn begins, and special tokens.
         self._marks = (*(template.start_anchor_literals or ()), *special)
@@ -125,8 +213,12 @@ class _TemplateSplitter:
         return list(self._pieces(self._parser.feed(text)))
 
     def finish(self) -> list[Piece]:
-        _, events = self._parser.finalize()
-        pieces = list(self._pieces(events, at_end=True))
+        try:
+            _, events = self._parser.finalize()
+            pieces = list(self._pieces(events, at_end=True))
+        except KeyError:
+            # A call was cut off before its closing mark, which was to say its name.
+            pieces = [Piece(CONTENT, self._region)] if self._region else []
         rest = self._outside
         for mark in self._marks:
             rest = rest.replace(mark, "")
@@ -139,10 +231,15 @@ class _TemplateSplitter:
             match event["type"]:
                 case "region_open":
                     self._field = event["field"]
+                case "region_chunk" if event["field"] == _CALLS:
+                    self._region += event["text"]  # it is read as a whole
                 case "region_chunk" if event["field"] == _OUTSIDE:
                     yield from self._said_outside(event["text"])
                 case "region_chunk":
                     yield Piece(self.kind, event["text"])
+                case "region_close" if event["field"] == _CALLS and self._calls is not None:
+                    self._field = self._region = ""
+                    yield from self._calls.read(event["value"])
                 case "region_close":
                     # At the end of an answer every field is closed, also one that was cut off.
                     self._field = self._field if at_end else ""

@@ -10,6 +10,7 @@ import copy
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import msgspec
@@ -47,7 +48,12 @@ from worker.engines.common.sequence import Sequence, SequenceGroup, ends_answer
 from worker.engines.common.template import continues_message, template_source
 from worker.engines.common.text import TextStream, places, text_length, token_table
 from worker.engines.common.thinking import Closing, ThoughtGate
-from worker.engines.common.typed_arguments import forces_calls, said_before, tools_asked_for
+from worker.engines.common.typed_arguments import (
+    Tools,
+    forces_calls,
+    said_before,
+    tools_asked_for,
+)
 
 __all__ = ["BatchModel", "Embedding", "Prepared", "now"]
 
@@ -135,7 +141,7 @@ class _Texts:
         parser = (
             unsplit(continues=goes_on)
             if format_ is None
-            else self._parser(format_, request, prompt)
+            else self._parser(format_, request, prompt, tools)
         )
         marks = format_.special if format_ is not None else ()
         if tools:
@@ -226,8 +232,13 @@ class _Texts:
             )
         return params
 
-    def _parser(self, format_: AnswerFormat, request: Request, prompt: Prompt) -> AnswerParser:
-        parser = format_.parser(self._begun(request, prompt))
+    def _parser(
+        self, format_: AnswerFormat, request: Request, prompt: Prompt, tools: Tools | None = None
+    ) -> AnswerParser:
+        begun = self._begun(request, prompt)
+        if tools and not forces_calls(request):
+            begun = replace(begun, tools=tools, calls_known=self._call_format.known)
+        parser = format_.parser(begun)
         if request.params.constraint is not None:
             parser.think_first()
         return parser
