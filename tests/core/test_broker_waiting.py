@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from broker.core.events import AccessChanged
 from broker.protocol import header
 from broker.protocol.header import MessageType
 from broker.protocol.messages import Hello, Ledger, Params, TokensEvent, WorkerState
@@ -194,3 +195,46 @@ def test_a_worker_that_stands_still_does_not_make_the_broker_say_nonsense() -> N
     request = ask(fleet.client)
     (told,) = fleet.told(request)
     assert "starts_in_ms" not in told, "no slot will be free that is known of"
+
+
+# --- workers that somebody will start -------------------------------------------------------------
+
+
+def test_a_model_whose_workers_are_expected_is_waited_for_and_the_caller_hears_why() -> None:
+    bus = Bus(model_grace_s=5.0, client_liveness=1000, worker_liveness=1000)
+    bus.worker("other", models=("other",))
+    launcher, client = bus.client("launcher"), bus.client("person")
+    args = {"models": ["demo"], "note": "starting: job 7 pending (Resources)", "ttl_ms": 60_000}
+    assert launcher.query("bus.expect", **args)["waiting"] == {"demo": 0}
+    request = client.request()
+    (accepted,) = client.receive()
+    assert accepted.plain["why"] == "starting: job 7 pending (Resources)"
+    bus.wait(30.0)
+    assert launcher.query("bus.expect", **args)["waiting"] == {"demo": 1}
+    bus.wait(59.0)
+    assert client.events() == []
+    worker = bus.worker()
+    assert worker.assigned_ids() == [request]
+
+
+def test_a_launcher_that_is_gone_keeps_nobody_waiting() -> None:
+    bus = Bus(model_grace_s=5.0, client_liveness=1000, worker_liveness=1000)
+    bus.worker("other", models=("other",))
+    launcher, client = bus.client("launcher"), bus.client("person")
+    launcher.query("bus.expect", models=["demo"], ttl_ms=10_000)
+    client.request()
+    client.receive()
+    bus.wait(9.0)
+    assert client.events() == []
+    bus.wait(10.0)
+    assert client.failure() == "model_unavailable"
+    client.request()
+    assert client.failure() == "model_unavailable"
+
+
+def test_only_an_operator_may_say_what_is_expected() -> None:
+    access = AccessChanged(frozenset({"k"}), frozenset(), frozenset())
+    bus = Bus(access)
+    client = bus.client(key="k")
+    assert client.query("bus.expect", models=["demo"])["code"] == "forbidden"
+    assert bus.core.expected == {}
