@@ -26,7 +26,7 @@ from client import Client, Started, Tokens
 from client.cli.local_bus import LocalBus, ManagedProcess
 from client.errors import BusError
 
-QUESTIONS = ("Tell me a story.", "Say hello.", "How many circles are there?")
+QUESTIONS = ("Tell me a story.", "Tell me a long story.", "Write a story.")
 START_S = 400.0
 
 
@@ -172,7 +172,7 @@ def _round(
 
     tally.asked += 1
     try:
-        text, theirs, told, resumed = _ask(client, model, question, how, kill, 2 + number % 4)
+        text, theirs, told, resumed = _ask(client, model, question, how, kill, 1 + number % 3)
     except BusError as error:
         tally.failed.append(str(error)[:160])
     else:
