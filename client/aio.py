@@ -478,6 +478,14 @@ class AsyncClient(BaseClient):
         """End a `hold`. An operator's verb."""
         return dict(await self.query("bus.release", {"worker": worker}))
 
+    async def load(self, worker: str, model: str) -> dict[str, Any]:
+        """Give a model the next turn at a worker that loads on demand. An operator's verb."""
+        return dict(await self.query("bus.load", {"worker": worker, "model": model}))
+
+    async def unload(self, worker: str) -> dict[str, Any]:
+        """Free the memory of a worker that loads on demand. An operator's verb."""
+        return dict(await self.query("bus.unload", {"worker": worker}))
+
     async def query(
         self,
         verb: str,

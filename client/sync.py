@@ -443,6 +443,14 @@ class Client(BaseClient):
         """End a `hold`. An operator's verb."""
         return dict(self.query("bus.release", {"worker": worker}))
 
+    def load(self, worker: str, model: str) -> dict[str, Any]:
+        """Give a model the next turn at a worker that loads on demand. An operator's verb."""
+        return dict(self.query("bus.load", {"worker": worker, "model": model}))
+
+    def unload(self, worker: str) -> dict[str, Any]:
+        """Free the memory of a worker that loads on demand. An operator's verb."""
+        return dict(self.query("bus.unload", {"worker": worker}))
+
     def query(
         self, verb: str, args: dict[str, Any] | None = None, *, timeout: float | None = None
     ) -> Any:

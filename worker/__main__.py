@@ -87,6 +87,7 @@ def serve(config: options.WorkerConfig) -> int:
         grace_s=config.grace_s,
         drain_s=config.drain_s,
         stall_s=config.engine_stall_s,
+        on_demand=config.on_demand,
     )
     fields = {
         "worker": config.worker_id,
@@ -95,6 +96,12 @@ def serve(config: options.WorkerConfig) -> int:
     }
     log.info("worker starts", extra={"fields": fields})
     engine: EngineSide = Supervisor(config.engine, _environment(config))
+    load = None
+    if config.on_demand:
+        from worker.process.shelf import Shelf
+
+        shelf = Shelf(config.engine, _environment(config), unload_idle_s=config.unload_idle_s)
+        engine, load = shelf, shelf.load
     tracer = make_tracer("tokenbus-worker")
     if tracer is not None:
         from worker.process.traces import TracedEngine
@@ -110,6 +117,7 @@ def serve(config: options.WorkerConfig) -> int:
             sources.chosen(config.ends_at, config.spot, config.notice_command, slurm=config.slurm),
             config.end_margin_s,
         ),
+        load=load,
     )
     end = link.run()
     if end.message:

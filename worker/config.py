@@ -8,6 +8,7 @@ Must never import zmq or torch, so that `--help` is quick.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import secrets
 import socket
@@ -33,6 +34,8 @@ from worker.replaced import REPLACED
 ENVIRONMENT_PREFIX: Final = "TOKENBUS_WORKER_"
 DEFAULT_BROKER: Final = "tcp://127.0.0.1:5556"
 DEMO_NAME: Final = "demo"
+ON_DEMAND_SLOTS: Final = 16
+"""With --models the number of slots is the same, whichever model is loaded."""
 NEVER: Final = "never"
 CLOUDS: Final = ("aws", "gcp", "azure")
 """Of `ending.sources`, which `--help` need not load."""
@@ -86,6 +89,9 @@ class WorkerConfig:
     #: Environment variables that look like options but are not.
     misspelt: tuple[str, ...]
     engine: EngineOptions
+    #: Models are loaded on demand, one at a time; and unloaded after so long without a request.
+    on_demand: bool = False
+    unload_idle_s: float = math.inf
 
 
 def software() -> str:
@@ -126,6 +132,19 @@ def _template(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
+
+
+def models_in(text: str) -> list[str]:
+    """What `--models` names: the models in a folder, or a list separated by commas. Raises
+    ValueError."""
+    folder = Path(text).expanduser()
+    if "," in text or not folder.is_dir() or (folder / "config.json").is_file():
+        return [item.strip() for item in text.split(",") if item.strip()]
+    found = [str(p.parent) for p in folder.glob("*/config.json")]
+    found += [str(p) for p in folder.glob("*.gguf")]
+    if not found:
+        raise ValueError(f"--models {text}: no folder with a config.json in it, and no .gguf file")
+    return sorted(found)
 
 
 def _positive(text: str) -> float:
@@ -193,6 +212,18 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="name to serve it under, several separated by commas; once per model "
         "[the path's last part]",
+    )
+    models.add_argument(
+        "--models",
+        metavar="FOLDER|LIST",
+        help="models of which one is loaded at a time, on demand: a folder that holds them, or a "
+        "list separated by commas; the broker decides whose turn it is [none]",
+    )
+    models.add_argument(
+        "--unload-idle-s",
+        type=_positive,
+        metavar="S",
+        help="with --models: unload a model that nobody asked for so long [never]",
     )
     models.add_argument(
         "--model-base", metavar="PATH", help="base model of an adapter or a projector"
@@ -454,12 +485,25 @@ def _checked(values: dict[str, Any]) -> WorkerConfig:
         gpus=values["gpus"],
         misspelt=values["misspelt"],
         engine=_engine_options(values),
+        on_demand=values["models"] is not None,
+        unload_idle_s=values["unload_idle_s"] or math.inf,
     )
 
 
 def _engine_options(values: dict[str, Any]) -> EngineOptions:
     paths: list[str] = values["model_path"] or []
     names: list[str] = values["model_name"] or []
+    if values["models"] is not None:
+        if paths:
+            raise ConfigError(
+                "--models and --model-path exclude each other: the first loads one model at a time"
+            )
+        if values["engine"] == "openai":
+            raise ConfigError("--models: the server before --engine openai loads its models itself")
+        try:
+            paths = models_in(values["models"])
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     if values["load_8bit"] and values["load_4bit"]:
         raise ConfigError("--load-8bit and --load-4bit exclude each other")
     engine_args = {}
@@ -493,7 +537,7 @@ def _engine_options(values: dict[str, Any]) -> EngineOptions:
         dtype=values["dtype"],
         load_8bit=values["load_8bit"],
         load_4bit=values["load_4bit"],
-        slots=values["slots"],
+        slots=values["slots"] or (ON_DEMAND_SLOTS if values["models"] is not None else 0),
         revision=values["revision"],
         trust_remote_code=values["trust_remote_code"],
         chat_template=template,

@@ -12,7 +12,7 @@ import logging
 import select
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, Protocol
 
 import zmq
@@ -27,6 +27,7 @@ from worker.core.instructions import (
     CloseSocket,
     EngineAdd,
     EngineCancel,
+    EngineLoad,
     EngineWindow,
     Exit,
     Instruction,
@@ -131,7 +132,10 @@ class Link:
         display: LoadingDisplay | None = None,
         party: Party = WORKER,
         ends: EndWatch | None = None,
+        load: Callable[[str], None] | None = None,
     ) -> None:
+        """`load`: loads a model on demand, see `process.shelf`."""
+        self._load = load
         self._core = core
         self._ends = ends
         self._supervisor = supervisor
@@ -288,6 +292,9 @@ class Link:
                 self._supervisor.cancel(job_id)
             case EngineWindow(job_id, limit):
                 self._supervisor.widen(job_id, limit)
+            case EngineLoad(model):
+                if self._load is not None:
+                    self._load(model)
             case OpenSocket(broker):
                 self._open(broker)
             case CloseSocket(broker, linger):

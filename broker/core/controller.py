@@ -39,6 +39,7 @@ from broker.core import (
     sharing,
     shutdown,
     suspicion,
+    swapping,
 )
 from broker.core.events import (
     AccessChanged,
@@ -360,6 +361,7 @@ class BrokerCore(BusState):
             self.registry.change_models(worker, beat.models, self.now_s)
             for model in gone:
                 self.at(self.now_s + self.settings.model_grace_s, endings.on_model_grace, model)
+        swapping.changed(self, worker)
         if beat.capacity is not None:
             worker.capacity = beat.capacity
         worker.engine = beat.engine or worker.engine

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from broker.core import assignment, ends, preemption, sharing, suspicion
+from broker.core import assignment, ends, preemption, sharing, suspicion, swapping
 from broker.core.records import RequestState, WorkerSession
 from broker.core.state import BusState
 
@@ -27,6 +27,8 @@ def run(bus: BusState) -> None:
                 bus.dirty.discard(model)
     for model in sorted(looked):
         preemption.consider(bus, model)
+    if bus.swappers:
+        swapping.consider(bus)
     if bus.shared:
         sharing.tell_demand(bus)
 

@@ -89,6 +89,7 @@ def drop_worker(
     requests. `confirmed`: it said so itself."""
     del bus.workers[worker.routing_id]
     bus.shared.pop(worker.routing_id, None)
+    bus.swappers.pop(worker.routing_id, None)
     bus.registry.remove(worker, bus.now_s)
     for route in list(worker.routes.values()):
         bus.remove_route(route)

@@ -27,6 +27,8 @@ _COUNTERS: Final = {
     "request_bytes": ("Bytes of queued requests, images included.", "request_bytes"),
     "assignments": ("Credit spent: requests given to a worker.", "assigned"),
     "resumes": ("RESUMEs: streams that went on after an interruption.", "resumes"),
+    "swaps": ("Models loaded on demand in place of others.", "swaps"),
+    "swap_moves": ("Streams that outlasted their model's turn and went on later.", "swap_moves"),
     "resumes_inexact": (
         "Streams that went on at a worker that continues by token ids or text alone.",
         "resumes_inexact",

@@ -10,7 +10,7 @@ import functools
 import math
 from typing import Final
 
-from broker.core import endings, ends, recovery, sharing, shutdown
+from broker.core import endings, ends, recovery, sharing, shutdown, swapping
 from broker.core.events import AccessChanged, MessageReceived, Side
 from broker.core.instructions import Log, Send
 from broker.core.records import ClientSession, Session, WorkerSession
@@ -173,6 +173,7 @@ def welcome_worker(bus: BusState, event: MessageReceived, hello: Hello) -> None:
     begin(bus, worker, operator=False)
     bus.registry.add(worker)
     bus.dirty.update(worker.models)
+    swapping.changed(bus, worker)
     ends.said(bus, worker, hello.ends_in_ms, hello.ends_why)
     recovery.readopt(bus, worker, hello.holds)
 

@@ -8,7 +8,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from broker.core import endings, exposition, shutdown
+from broker.core import endings, exposition, shutdown, swapping
 from broker.core.events import Frames
 from broker.core.instructions import ReloadAccess
 from broker.core.phases import Phase
@@ -22,7 +22,16 @@ from broker.protocol.messages import Answer, Continuation, ModelInfo, Query, Ref
 T = TypeVar("T")
 
 _OPERATOR_VERBS: Final = frozenset(
-    ("bus.drain", "bus.expect", "bus.hold", "bus.release", "bus.shutdown", "bus.reload")
+    (
+        "bus.drain",
+        "bus.expect",
+        "bus.hold",
+        "bus.release",
+        "bus.load",
+        "bus.unload",
+        "bus.shutdown",
+        "bus.reload",
+    )
 )
 _EXPECTED: Final = 256
 """Models that are expected at once."""
@@ -46,6 +55,11 @@ class _DrainArgs(msgspec.Struct, frozen=True):
 
 class _WorkerArgs(msgspec.Struct, frozen=True):
     worker: str
+
+
+class _LoadArgs(msgspec.Struct, frozen=True):
+    worker: str
+    model: str
 
 
 class _ShutdownArgs(msgspec.Struct, frozen=True):
@@ -179,6 +193,8 @@ def _worker(bus: BusState, worker: WorkerSession) -> dict[str, Any]:
         "silent_ms": round(worker.silent_s(bus.now_s) * 1000),
         "metrics": beat.metrics,
         "serial": {info.name: info.serial for info in worker.models.values() if info.serial},
+        "loaded": [info.name for info in worker.models.values() if info.loaded],
+        "swap": worker.swap.model if worker.swap is not None else None,
         "ends_in_ms": _ends_in_ms(bus, worker),
         "ends_why": worker.end_why,
     }
@@ -313,6 +329,34 @@ def _drain(bus: BusState, args: _DrainArgs) -> dict[str, Any]:
     return {"worker": args.worker, "state": "draining"}
 
 
+def _load(bus: BusState, args: _LoadArgs) -> dict[str, Any]:
+    (worker,) = _named(bus, args.worker)[:1]
+    info = worker.models.get(args.model)
+    if info is None:
+        raise RequestError(
+            ErrorCode.INVALID_REQUEST,
+            f"worker {args.worker[:100]} has no model {args.model[:100]!r}; it has "
+            + ", ".join(sorted(worker.models)[:10]),
+        )
+    if not info.loaded:
+        swapping.ask(bus, worker, args.model)
+    state = "loaded" if info.loaded else "loading"
+    return {"worker": args.worker, "model": args.model, "state": state}
+
+
+def _unload(bus: BusState, args: _WorkerArgs) -> dict[str, Any]:
+    (worker,) = _named(bus, args.worker)[:1]
+    if not any(info.load_ms for info in worker.models.values()):
+        raise RequestError(
+            ErrorCode.INVALID_REQUEST,
+            f"worker {args.worker[:100]} does not load models on demand (--models)",
+        )
+    loaded = [name for name, info in worker.models.items() if info.loaded]
+    if loaded:
+        swapping.ask(bus, worker, "")
+    return {"worker": args.worker, "model": ", ".join(loaded), "state": "unloading"}
+
+
 def _shutdown(bus: BusState, args: _ShutdownArgs) -> dict[str, Any]:
     grace_s = bus.settings.drain_s if args.deadline_ms is None else args.deadline_ms / 1000
     grace_s = min(max(grace_s, 0.0), 1e6)
@@ -409,6 +453,8 @@ _VERBS: Final[dict[str, tuple[type[Any], Callable[[BusState, Any], Any]]]] = {
     "bus.expect": (_ExpectArgs, _expect),
     "bus.hold": (_WorkerArgs, _hold),
     "bus.release": (_WorkerArgs, _release),
+    "bus.load": (_LoadArgs, _load),
+    "bus.unload": (_WorkerArgs, _unload),
     "bus.shutdown": (_ShutdownArgs, _shutdown),
     "bus.reload": (_NoArgs, _reload),
 }

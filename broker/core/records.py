@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import dataclass
 from typing import Final
 
 from broker.core.events import Side
@@ -139,6 +140,16 @@ class Route:
         self.moved: set[bytes] = set()
 
 
+@dataclass(slots=True)
+class Swap:
+    """A worker is to load a model, once what runs there has ended; an empty name: to unload."""
+
+    model: str
+    since_s: float
+    asked_s: float = -math.inf
+    told: float = -1.0
+
+
 class WorkerSession(Session):
     """A worker, as the broker sees it."""
 
@@ -172,6 +183,9 @@ class WorkerSession(Session):
         "speeds",
         "stalled",
         "state",
+        "swap",
+        "swap_watched",
+        "turn_s",
         "waiting_sent",
     )
 
@@ -250,6 +264,11 @@ class WorkerSession(Session):
         self.routes: dict[bytes, Route] = {}
         #: Number, among all assignments of the broker, of the latest one to this worker.
         self.last_assigned = 0
+        #: The model that it is to load; until it has, nothing is assigned to it. See `swapping`.
+        self.swap: Swap | None = None
+        #: Whether a timer looks at it, and since when the model that it has loaded has its turn.
+        self.swap_watched = False
+        self.turn_s = now_s
 
     @property
     def free(self) -> int:
@@ -270,10 +289,17 @@ class WorkerSession(Session):
             return False
         if self.draining or self.held or self.stalled or self.alone is not None or self.closing:
             return False
-        if self.state is WorkerState.LOADING:
+        if self.state is WorkerState.LOADING or self.swap is not None:
             return False
-        most = self.models[model].capacity
+        info = self.models[model]
+        if not info.loaded:
+            return False
+        most = info.capacity
         return most is None or most > sum(r.model == model for r in self.running.values())
+
+    def has_loaded(self, model: str) -> bool:
+        """Whether the model is loaded there and stays so for now."""
+        return self.models[model].loaded and self.swap is None
 
     def can_continue(self, request: RequestState) -> bool:
         """Whether it can go on from the tokens that a request came with."""

@@ -124,6 +124,13 @@ class CoreSettings:
     preempt_again_s: float = option(
         1.0, "s", "a stream that gave way is left alone for this long", low=0
     )
+    swap_factor: float = option(
+        5.0,
+        "",
+        "a model that is loaded on demand keeps its turn for so many times what a load takes, "
+        "while others wait",
+        low=0.1,
+    )
     drain_s: float = option(30.0, "s", "deadline of a drain that names none", low=0)
 
     window_tokens: int = option(

@@ -63,6 +63,8 @@ class BusState:
         self.held: set[str] = set()
         #: Workers shared with other brokers, by routing id.
         self.shared: dict[bytes, WorkerSession] = {}
+        #: Workers that load models on demand, by routing id.
+        self.swappers: dict[bytes, WorkerSession] = {}
         #: Every request known, by id, in whatever phase.
         self.requests: dict[bytes, RequestState] = {}
         #: Waiting requests by model; an empty queue is dropped.

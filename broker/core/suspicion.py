@@ -117,7 +117,9 @@ def assign_next(bus: BusState, model: str, queue: ModelQueue) -> bool:
         cell = None
     if cell is None:
         request = min(suspects.values(), key=lambda suspect: suspect.order)
-        cell = _emptiest(request, [w for w in serving if w.can_continue(request)])
+        cell = _emptiest(
+            request, [w for w in serving if w.has_loaded(model) and w.can_continue(request)]
+        )
         if cell is None:
             return False
         cell.alone, request.cell = request, cell

@@ -130,6 +130,10 @@ class ModelInfo(_Map, frozen=True, kw_only=True):
     serial: str = ""
     #: How an answer that another worker began goes on here: a `Continuation`.
     resume: str = "exact"
+    #: False: it must be loaded first, in place of another model of the worker.
+    loaded: bool = True
+    #: What a load takes, as far as it is known.
+    load_ms: Milliseconds = 0
 
 
 def kind_fields(kinds: Iterable[str]) -> dict[str, Any]:
@@ -253,6 +257,10 @@ class Heartbeat(_Map, frozen=True, kw_only=True):
     #: As in HELLO, as it is known now; None: no end is known (any more).
     ends_in_ms: Milliseconds | None = None
     ends_why: str = ""
+    #: From a broker, to a worker that loads on demand: load this model now, in place of what it has
+    #: loaded; or unload that.
+    load: Annotated[str, Meta(max_length=MAX_NAME_BYTES)] = ""
+    unload: bool = False
 
 
 class Goodbye(_Map, frozen=True, kw_only=True):
@@ -496,6 +504,8 @@ class Accepted(_Map, frozen=True, kw_only=True):
     route: Id | None = None
     #: With `worker`, for a request that came with tokens: how it goes on there, if not exactly.
     resume: str = ""
+    #: Without `worker`: how far the model is that is being loaded for it, 0 to 1.
+    progress: Annotated[float, Meta(ge=0, le=1)] | None = None
 
 
 class Assign(_Map, frozen=True, kw_only=True):

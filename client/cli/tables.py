@@ -126,6 +126,22 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     flags.add_connection(parser)
     parser.set_defaults(run=drain)
 
+    parser = commands.add_parser(
+        "load",
+        help="load a model at a worker that loads on demand",
+        description="Give a model the next turn at a worker of --models: what runs there ends "
+        "first, or moves.",
+    )
+    parser.add_argument("worker", help="its name, as `workers` shows it")
+    parser.add_argument("model_name", metavar="model", help="one of its models")
+    flags.add_connection(parser)
+    parser.set_defaults(run=load)
+
+    parser = commands.add_parser("unload", help="free the memory of a worker that loads on demand")
+    parser.add_argument("worker", help="its name, as `workers` shows it")
+    flags.add_connection(parser)
+    parser.set_defaults(run=unload)
+
     parser = commands.add_parser("undrain", help="give a held worker work again")
     parser.add_argument("worker", help="its name, as `workers` shows it")
     flags.add_connection(parser)
@@ -213,4 +229,21 @@ def undrain(arguments: argparse.Namespace, terminal: Terminal) -> int:
     with flags.connect(arguments) as client:
         client.release(arguments.worker)
     terminal.line(f"worker {arguments.worker}: accepts requests again")
+    return 0
+
+
+def load(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    """Give a model the next turn at a worker."""
+    with flags.connect(arguments) as client:
+        answer = client.load(arguments.worker, arguments.model_name)
+    terminal.line(f"worker {answer['worker']}: {answer['model']} is {answer['state']}")
+    return 0
+
+
+def unload(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    """Free a worker's memory."""
+    with flags.connect(arguments) as client:
+        answer = client.unload(arguments.worker)
+    what = f"{answer['model']} is unloaded" if answer["model"] else "nothing is loaded"
+    terminal.line(f"worker {answer['worker']}: {what}")
     return 0

@@ -39,6 +39,8 @@ class Queued:
     starts_in_s: float | None = None
     #: What it waits for, in words, such as a worker that is being started; empty: a free slot.
     why: str = ""
+    #: How far its model is that is being loaded for it, 0 to 1; None: none is, or it is not known.
+    progress: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -354,7 +354,10 @@ class Requests:
             exchange.position = accepted.position
             starts_ms = accepted.starts_in_ms
             starts_s = None if starts_ms is None else starts_ms / 1000
-            self._deliver(request_id, events.Queued(accepted.position, starts_s, accepted.why))
+            self._deliver(
+                request_id,
+                events.Queued(accepted.position, starts_s, accepted.why, accepted.progress),
+            )
         elif exchange.worker != accepted.worker or exchange.phase is not Phase.RUNNING:
             exchange.worker = exchange.holder = accepted.worker
             if accepted.resume and exchange.continued != messages.Continuation.TEXT:

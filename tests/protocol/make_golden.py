@@ -269,6 +269,26 @@ def examples() -> dict[str, Example]:
             [m.Accepted(worker="lab", route=ROUTE, resume="text")],
             [],
         ),
+        "accepted_while_loading": (t.ACCEPTED, REQUEST, 5, 0, [m.Accepted(progress=0.4)], []),
+        "heartbeat_load": (t.HEARTBEAT, SESSION, 9, 0, [m.Heartbeat(load="demo")], []),
+        "heartbeat_unload": (t.HEARTBEAT, SESSION, 10, 0, [m.Heartbeat(unload=True)], []),
+        "heartbeat_on_demand": (
+            t.HEARTBEAT,
+            SESSION,
+            10,
+            0,
+            [
+                m.Heartbeat(
+                    state=m.WorkerState.READY,
+                    models=[
+                        m.ModelInfo(name="demo", load_ms=9000),
+                        m.ModelInfo(name="other", loaded=False, load_ms=4000),
+                    ],
+                    capacity=16,
+                )
+            ],
+            [],
+        ),
         "hello_continues_by_ids": (
             t.HELLO,
             header.NO_ID,

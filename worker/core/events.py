@@ -63,6 +63,8 @@ class EngineLoading:
     #: 0 to 1, or None if unknown.
     progress: float | None
     note: str
+    #: It is loaded in place of another, while the worker serves on.
+    on_demand: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,13 @@ class EngineWindow:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """Load a model in place of the one that is loaded; an empty name: unload that."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
 class RestartEngine:
     """Kill the engine process, which no longer steps, and start another."""
 
@@ -90,6 +97,7 @@ Instruction = (
     | EngineAdd
     | EngineCancel
     | EngineWindow
+    | EngineLoad
     | RestartEngine
     | Exit
     | Log

@@ -46,6 +46,7 @@ from worker.core.connection import Connection
 from worker.core.credit import CreditPool
 from worker.core.instructions import (
     CloseSocket,
+    EngineLoad,
     Exit,
     Instruction,
     Log,
@@ -84,6 +85,8 @@ class Settings:
     window_wait_s: float = 60.0
     #: An engine that has work but finishes no step for this long counts as hung.
     stall_s: float = 120.0
+    #: Whether the brokers may ask for models to be loaded and unloaded.
+    on_demand: bool = False
     #: Whether the engine is another bus (a relay), whose slots others use too: their number varies,
     #: and it is told of windows.
     relay: bool = False
@@ -107,6 +110,8 @@ class WorkerCore:
         #: What it served last: an engine that is started anew will serve it again.
         self._last_models = [ModelInfo(name=name) for name in settings.models]
         self._progress: float | None = None
+        #: A model is being loaded on demand, while the worker serves on.
+        self._loads = False
         self._note = ""
         self._metrics: dict[str, float] = {}
         #: When the engine last finished a step, or got its first job after being idle.
@@ -161,6 +166,7 @@ class WorkerCore:
                 connection.blocked = False
                 self._requests.unblocked(connection, now_s)
             case events.EngineLoading():
+                self._loads = event.on_demand
                 self._progress, self._note = event.progress, event.note
             case events.EngineReady() | events.EngineChanged():
                 self._engine_ready(event.capabilities, now_s)
@@ -314,8 +320,8 @@ class WorkerCore:
             waiting=int(self._metrics.get("waiting", 0)),
             granted=connection.credit.announce(),
             engine_age_ms=max(0, int((now_s - self._mark_s) * 1000)) if busy else 0,
-            progress=self._progress if loading else None,
-            note=self._note[:500] if loading else "",
+            progress=self._progress if loading or self._loads else None,
+            note=self._note[:500] if loading or self._loads else "",
             metrics=self._metrics,
             models=self._models() if tell else None,
             capacity=self.capacity if tell else None,
@@ -380,6 +386,8 @@ class WorkerCore:
             case MessageType.HEARTBEAT:
                 beat = codec.decode(Heartbeat, body, MAX_CONTROL_BYTES)
                 self._credit.heard(connection.credit, beat.waiting, beat.recalled, beat.returned)
+                if self._settings.on_demand and (beat.load or beat.unload):
+                    self._out.append(EngineLoad(beat.load))
             case MessageType.ASSIGN:
                 if len(frames) < 3:
                     raise ProtocolError("ASSIGN without the client's body")
@@ -459,8 +467,11 @@ class WorkerCore:
             return ErrorCode.WORKER_LOST, f"worker {name} no longer holds the request", True
         if self._capabilities is None:
             return ErrorCode.MODEL_UNAVAILABLE, f"worker {name} is still loading", True
-        if model not in {info.name for info in self._capabilities.models}:
+        info = next((info for info in self._capabilities.models if info.name == model), None)
+        if info is None:
             return ErrorCode.MODEL_UNAVAILABLE, f"worker {name} does not serve {model!r}", False
+        if not info.loaded:
+            return ErrorCode.MODEL_UNAVAILABLE, f"worker {name} has unloaded {model!r}", True
         if beyond:
             return ErrorCode.OVERLOADED, f"worker {name} granted no slot for this", True
         return None
@@ -514,6 +525,7 @@ class WorkerCore:
             batched = (model.name for model in capabilities.models if not model.serial)
             self._requests.batched = frozenset(batched)
         self._last_models = list(capabilities.models)
+        self._loads, self._progress, self._note = False, None, ""
         if self._state is WorkerState.LOADING:
             self._state = WorkerState.READY
         for connection in self._connections:
