@@ -66,11 +66,12 @@ def _look_again(bus: BusState, model: str) -> None:
 
 def _asked_for(bus: BusState, model: str) -> int:
     """Slots of workers of this model that streams were told to leave and have not left yet."""
-    for request_id, (worker, until_s) in list(bus.freeing.items()):
+    for request_id, (worker, until_s, granted) in list(bus.freeing.items()):
         here = bus.workers.get(worker.routing_id) is worker
-        if not here or until_s <= bus.now_s or request_id not in worker.moving:
+        # Most workers grant the slot when they read CANCEL, before the run has ended.
+        if not here or until_s <= bus.now_s or worker.granted >= granted:
             del bus.freeing[request_id]
-    return sum(model in worker.models for worker, _ in bus.freeing.values())
+    return sum(model in worker.models for worker, _, _ in bus.freeing.values())
 
 
 def _victim(bus: BusState, waiting: RequestState) -> RequestState | None:
@@ -136,4 +137,6 @@ def _preempt(bus: BusState, request: RequestState) -> None:
     )
     endings.move(bus, request, error, "moved, for a request of higher priority")
     if request.phase is Phase.INTERRUPTED:
-        bus.freeing[request.id] = (worker, bus.now_s + FREED_S)
+        others = sum(other is worker for other, _, _ in bus.freeing.values())
+        granted = worker.granted + others + 1
+        bus.freeing[request.id] = (worker, bus.now_s + FREED_S, granted)

@@ -94,9 +94,9 @@ class BusState:
         #: run no more stay until the next look.
         self.by_priority: dict[int, dict[bytes, RequestState]] = {}
         self.by_priority_count = self.by_priority_tidied = 0
-        #: Slots that streams were told to leave: worker, and until when they should be free, by the
-        #: id of the request.
-        self.freeing: dict[bytes, tuple[WorkerSession, float]] = {}
+        #: Slots that streams were told to leave: worker, until when they should be free, and the
+        #: worker's `granted` that says so, by the id of the request.
+        self.freeing: dict[bytes, tuple[WorkerSession, float, int]] = {}
         #: What was said of the models' waits, and what came of it.
         self.accuracy: dict[str, Accuracy] = {}
         #: Models whose waiting requests hear of their places.

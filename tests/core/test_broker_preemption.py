@@ -123,6 +123,19 @@ def test_one_slot_is_asked_for_each_request_that_waits_and_no_more() -> None:
     assert len(gave_way(client, worker)) == 1
 
 
+def test_a_slot_that_was_granted_and_taken_is_not_waited_for_again() -> None:
+    """A worker grants the slot when it reads CANCEL, and says only later that the run is over."""
+    bus, worker, client = fleet(slots=2)
+    running(worker, client, -50, -50)
+    person = bus.client("person")
+    first = person.request()
+    assert len(gave_way(client, worker)) == 1
+    worker.grant()
+    assert worker.assigned_ids() == [first]
+    person.request()
+    assert len(gave_way(client, worker)) == 1
+
+
 def test_a_slot_that_does_not_come_free_is_asked_for_elsewhere() -> None:
     bus, worker, client = fleet(slots=2)
     running(worker, client, -50, -50)
