@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import figures
 from bench.common import ROOT, python
 
-SCRIPTS = ("hop", "stream", "scale", "images", "start", "engine")
+SCRIPTS = ("hop", "stream", "scale", "images", "start", "engine", "decide")
 RESULTS = ROOT / "bench" / "results.json"
 LIMIT_S = {True: 180.0, False: 1800.0}
 """Time limits for one script, without and with --quick; generous, for a busy machine."""

@@ -1,7 +1,7 @@
 """Decisions: typed questions about a state a second, beside `transformers serve` on the same model.
 
     python -m bench.decide --quick
-    python -m bench.decide --size 32m --questions 8 --only several,image
+    python -m bench.decide --size 32m --questions 8,64 --only several,image
 
 Our bus (client library) and our gateway (`/v1/systemone`) in front of one worker, and `transformers
 serve`, which answers one question after the other; all with the same folder, dtype and threads, in
@@ -50,6 +50,7 @@ from bench.common import (
     Report,
     Sample,
     free_port,
+    integers,
     options,
     percentile,
     progress,
@@ -331,8 +332,7 @@ async def measure(arguments: argparse.Namespace, report: Report, folder: Folder)
     clients, count = arguments.clients, arguments.requests or arguments.clients
     few = min(arguments.peer_requests, count)
     async with opened(folder, arguments) as systems:
-        for case in arguments.only:
-            asked_of = 1 if case == "single" else arguments.questions
+        for case, asked_of in _loads(arguments):
             seen: dict[str, list[Seen]] = {name: [] for name in systems}
             faults = dict.fromkeys(systems, 0)
             wrong = dict.fromkeys(systems, 0)
@@ -363,6 +363,14 @@ async def measure(arguments: argparse.Namespace, report: Report, folder: Folder)
                         wrong[name] += altered(seen[name][-1].answers, answers, most)
             common = {"clients": clients, "questions": asked_of, "state_words": arguments.state}
             _add(report, case, seen, faults, wrong, common, few)
+
+
+def _loads(arguments: argparse.Namespace) -> list[tuple[str, int]]:
+    """The cases, each with the questions of a request."""
+    counts = arguments.questions
+    usual = counts[len(counts) // 2]
+    of = {"several": counts, "same": [usual], "single": [1], "image": [usual]}
+    return [(case, count) for case in arguments.only for count in of[case]]
 
 
 def _add(
@@ -432,15 +440,18 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32, help="requests at once")
     parser.add_argument("--requests", type=int, help="of a round; default: one of each client")
     parser.add_argument("--peer-requests", type=int, default=8, help="of these, to the peer")
-    parser.add_argument("--questions", type=int, default=16, help="of each request; at most 64")
+    parser.add_argument(
+        "--questions", type=integers, default=[16], help="of each request; at most 64"
+    )
     parser.add_argument("--state", type=int, default=800, help="words of a state")
     parser.add_argument(
-        "--compared", type=int, default=2, help="of the gateway's requests of a round"
+        "--compared", type=int, default=2, help="of the gateway's, asked again of the peer"
     )
-    parser.set_defaults(repeats=3)
+    parser.set_defaults(repeats=1)  # a round takes a quarter of an hour
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.repeats, arguments.compared = 1, 1
+        arguments.compared = 1
+        arguments.questions = arguments.questions[len(arguments.questions) // 2 :][:1]
     arguments.only = arguments.only or (["several"] if arguments.quick else list(CASES))
     report = Report(f"decide: {arguments.size}, {arguments.dtype}")
     with saved(arguments) as folder:

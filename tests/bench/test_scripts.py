@@ -108,6 +108,22 @@ def test_engine_stands_beside_its_peers_alone_and_as_it_is_served() -> None:
     assert any(row["name"] == "engine_pictures_tokens_per_s" for row in rows)
 
 
+def test_decide_counts_questions_of_the_bus_and_of_the_gateway() -> None:
+    rows = run(
+        "decide",
+        *("--only", "several,same,single,image", "--clients", "4", "--questions", "3"),
+        *("--state", "40", "--without", "transformers_serve"),
+    )
+    rates = [row for row in rows if row["name"] == "decide.questions_per_s"]
+    assert {(row["case"], row["path"]) for row in rates} == {
+        (case, path)
+        for case in ("several", "same", "single", "image")
+        for path in ("bus", "gateway")
+    }
+    assert all(row["value"] > 0 for row in rates)
+    assert [row["value"] for row in rows if row["name"] == "decide.lost"] == [0] * 8
+
+
 def test_a_server_that_is_missing_is_a_note_and_the_others_are_measured() -> None:
     program = """
 import sys, pathlib
