@@ -263,6 +263,23 @@ class Heard:
             for token in choice.tokens
         ]
 
+    def flows(self) -> dict[int, tuple[list[str], list[str]]]:
+        """By choice: its texts (content, thoughts, then name and arguments of each call) and its
+        finish reasons."""
+        return {
+            index: (
+                [choice.text, choice.reasoning]
+                + [part for _, call in sorted(choice.calls.items()) for part in call],
+                choice.finish_reasons,
+            )
+            for index, choice in sorted(self._choices.items())
+        }
+
+    @property
+    def usage(self) -> list[Any]:
+        """What was said of tokens, without those that were cached."""
+        return self._usage
+
     def text(self) -> str:
         """Everything else in one text: content, calls, roles, finish reasons, usage. Equal answers
         give equal texts, however they were cut into chunks and whatever was cached."""

@@ -88,7 +88,7 @@ def judge(right: Heard, answer: Answer) -> tuple[Outcome, str]:
     """Compare with the answer that nothing disturbed. The second part says what is wrong."""
     if answer.broken:
         return Outcome.LOST, answer.broken
-    wanted, got = _choices(right), _choices(answer.heard)
+    wanted, got = right.flows(), answer.heard.flows()
     if wanted == got:
         return _details(right, answer.heard)
     for index, (texts, reasons) in wanted.items():
@@ -105,15 +105,6 @@ def judge(right: Heard, answer: Answer) -> tuple[Outcome, str]:
                 return _difference(index, one, other)
         return Outcome.ALTERED, f"choice {index} has {len(theirs)} texts, not {len(texts)}"
     return Outcome.ALTERED, f"choices {sorted(got)}, not {sorted(wanted)}"
-
-
-def _choices(heard: Heard) -> dict[int, tuple[list[str], list[str]]]:
-    """Index to texts (content, then name and arguments of each call) and finish reasons."""
-    told = json.loads(heard.text())["choices"]
-    return {
-        index: ([text, *(part for _, call in calls for part in call)], reasons)
-        for index, text, calls, _, reasons in told
-    }
 
 
 def _difference(index: int, right: str, got: str) -> tuple[Outcome, str]:
@@ -139,7 +130,6 @@ def _details(right: Heard, got: Heard) -> tuple[Outcome, str]:
         )
     if got.token_ids != right.token_ids or not same_logprobs(right.logprobs, got.logprobs):
         return Outcome.ALTERED, "other log probabilities"
-    usage = [json.loads(heard.text())["usage"] for heard in (right, got)]
-    if usage[0] != usage[1]:
-        return Outcome.ALTERED, f"usage {usage[1]}, not {usage[0]}"
+    if got.usage != right.usage:
+        return Outcome.ALTERED, f"usage {got.usage}, not {right.usage}"
     return Outcome.WHOLE, ""

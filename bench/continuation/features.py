@@ -99,9 +99,8 @@ def _completion(seed: int) -> tuple[str, dict[str, Any]]:
 FEATURES: Final[dict[str, Callable[[int], tuple[str, dict[str, Any]]]]] = {
     "greedy": lambda _: _chat(temperature=0),
     "seed": lambda seed: _chat(temperature=0.9, top_p=0.95, seed=seed),
-    "stop": lambda seed: _chat(
-        "Count to 90.", temperature=0.9, seed=seed, stop=["zebra!", "xyz", "\n\n\n"]
-    ),
+    # With a stop string from its own answer: `stop_in`.
+    "stop": lambda seed: _chat(temperature=0.9, seed=seed, stop=["zebra!"]),
     "penalties": lambda seed: _chat(
         temperature=0.8, seed=seed, presence_penalty=0.4, frequency_penalty=0.3
     ),
@@ -113,6 +112,18 @@ FEATURES: Final[dict[str, Callable[[int], tuple[str, dict[str, Any]]]]] = {
     "completion": _completion,
 }
 """Name to a request with this seed: path and body."""
+STOP_AT: Final = 0.8
+"""Where in its text the feature `stop` ends, as a part of the answer without it."""
+
+
+def stop_in(text: str) -> str:
+    """A stop string that occurs in this answer, late and for the first time; empty if none does."""
+    for begin in range(int(len(text) * STOP_AT), len(text) - 6):
+        if text.index(text[begin : begin + 6]) == begin:
+            return text[begin : begin + 6]
+    return ""
+
+
 LONG: Final = frozenset(("schema", "tools"))
 """Their length is in what they ask for; they need more tokens than the others, and end by
 themselves."""

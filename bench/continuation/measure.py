@@ -10,11 +10,11 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from bench.continuation.answers import Answer, Outcome, judge, read
-from bench.continuation.features import request
+from bench.continuation.features import request, stop_in
 
 EARLIEST, LATEST = 0.15, 0.6
 """Where in its answer a stream is when something is killed, as a part of the chunks that it has."""
@@ -74,6 +74,14 @@ def one(settings: Settings, feature: str) -> Answer:
     return answer
 
 
+def _with_stop(settings: Settings) -> Settings:
+    """The same, with a stop string that ends the feature's answer before its last token."""
+    flows = one(settings, "stop").heard.flows()
+    stop = stop_in(flows[0][0][0]) if 0 in flows else ""
+    # The last field counts, so that it takes the place of the feature's own.
+    return replace(settings, extra={**settings.extra, "stop": [stop]} if stop else settings.extra)
+
+
 def _request(settings: Settings, feature: str) -> Any:
     return request(feature, settings.model, settings.tokens, settings.seed, settings.extra)
 
@@ -83,6 +91,8 @@ def measure(
 ) -> Row:
     """`kill` is called in mid-stream, once in each round; `restore` after the round."""
     row = Row(feature)
+    if feature == "stop":
+        settings = _with_stop(settings)
     right, again = one(settings, feature), one(settings, feature)
     for answer in (right, again):
         if answer.broken:

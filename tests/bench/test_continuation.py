@@ -10,6 +10,7 @@ import pytest
 from bench.chaos.features import Heard
 from bench.continuation.__main__ import main
 from bench.continuation.answers import Answer, Outcome, judge
+from bench.continuation.features import stop_in
 
 STORY = "Once upon a time there was a red circle that met a blue square and went home."
 
@@ -76,10 +77,16 @@ def test_another_finish_reason_usage_or_logprob_is_altered() -> None:
     assert judge(scored(-0.5), Answer(scored(-0.9)))[0] is Outcome.ALTERED
 
 
+def test_a_stop_string_occurs_late_and_for_the_first_time() -> None:
+    stop = stop_in(STORY)
+    assert len(stop) == 6 and STORY.index(stop) >= int(len(STORY) * 0.8)
+    assert stop_in("ab" * 40) == "" and stop_in("short") == ""
+
+
 def test_our_streams_are_whole_when_their_worker_is_killed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = "--deployment ours --rounds 1 --streams 2 --tokens 80 --features seed --json -"
+    arguments = "--deployment ours --rounds 1 --streams 2 --tokens 80 --features stop --json -"
     status = main(arguments.split())
     told = capsys.readouterr()
     (row,) = [json.loads(line) for line in told.out.splitlines()]
