@@ -6,6 +6,7 @@ and assembles the `Completion`. It does no IO.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -132,6 +133,7 @@ class StreamState:
         "model",
         "over",
         "queued",
+        "queued_at_s",
         "resumed",
         "seed",
         "worker",
@@ -162,6 +164,7 @@ class StreamState:
         self.worker = ""
         self.resumed = 0
         self.queued: Queued | None = None
+        self.queued_at_s = 0.0
         self.seed = seed
 
     @property
@@ -218,7 +221,7 @@ class StreamState:
                 self.model, self.worker, self.resumed = item.model, item.worker, item.resumed
                 self._said.append(item.text if item.pieces is None else item.pieces)
             case Queued():
-                self.queued = item
+                self.queued, self.queued_at_s = item, time.monotonic()
             case Started():
                 self.queued = None
                 self.model, self.worker, self.resumed = item.model, item.worker, item.resumed

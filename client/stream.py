@@ -7,8 +7,10 @@ the request at the worker.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
 from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, Self
@@ -77,8 +79,12 @@ class _Reading:
 
     @property
     def queued(self) -> Queued | None:
-        """Its place in the queue and its expected start, while it waits for a worker."""
-        return self._state.queued
+        """Its place in the queue and its expected start from now, while it waits for a worker."""
+        queued = self._state.queued
+        if queued is None or queued.starts_in_s is None:
+            return queued
+        left_s = queued.starts_in_s - (time.monotonic() - self._state.queued_at_s)
+        return replace(queued, starts_in_s=max(0.0, left_s))
 
     @property
     def resumed(self) -> int:
