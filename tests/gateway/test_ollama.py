@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 from collections.abc import Callable, Iterator
@@ -11,6 +12,9 @@ import httpx2 as httpx
 import ollama
 import pytest
 
+from client.gateway.convert import chat_call
+from client.gateway.images import ImagePolicy
+from client.gateway.ollama import bodies
 from tests.gateway.conftest import MODEL, GatewayProcess
 from tests.gateway.test_chat import CALL, picture
 from tests.harness import Bus, wait_until
@@ -382,3 +386,19 @@ def test_a_request_is_accounted_for(gateway: GatewayProcess, http: httpx.Client)
     line = gateway.logged(answer.headers["x-request-id"], status=200, path="/api/chat")
     assert line["prompt"] == last["prompt_eval_count"]
     assert line["completion"] == last["eval_count"]
+
+
+@pytest.mark.parametrize(
+    ("think", "variables"),
+    [
+        (True, {"enable_thinking": True}),
+        (False, {"enable_thinking": False}),
+        ("high", {"enable_thinking": True, "reasoning_effort": "high"}),
+        (None, {}),
+    ],
+)
+def test_what_is_asked_of_thinking_reaches_the_chat_template(think: Any, variables: Any) -> None:
+    messages = [bodies.ChatMessage(role="user", content="x")]
+    chat = bodies.as_chat(bodies.ChatBody(model=MODEL, messages=messages, think=think))
+    call = asyncio.run(chat_call(chat, ImagePolicy(), seed=0, user=""))
+    assert call.request.template_args == variables

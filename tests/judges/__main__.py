@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from tests.judges import agents, anthropic, fastchat, guidellm, llava, ollama
+from tests.judges import agents, anthropic, cohere, fastchat, guidellm, llava, ollama
 from tests.judges.stage import Stage, stage
 
 JUDGES: dict[str, Callable[[Stage], None]] = {
@@ -16,6 +16,7 @@ JUDGES: dict[str, Callable[[Stage], None]] = {
     "llava": llava.judge,
     "guidellm": guidellm.judge,
     "ollama": ollama.judge,
+    "cohere": cohere.judge,
     "anthropic": anthropic.judge,
     "agents": agents.judge,
 }

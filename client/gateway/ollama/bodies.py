@@ -322,17 +322,13 @@ def as_chat(body: ChatBody | GenerateBody) -> http.ChatRequest:
         said = ChatMessage(role="user", content=body.prompt or "", images=body.images)
         before = [ChatMessage(role="system", content=body.system)] if body.system else []
         messages = list(_messages([*before, said]))
-    template_args: dict[str, Any] = {}
-    if body.think is not None:
-        # Templates know one of the two names; each is a variable that others do not look at.
-        template_args = dict.fromkeys(("enable_thinking", "thinking"), bool(body.think))
     return http.ChatRequest(
         messages=messages,
         tools=tools or None,
         logprobs=body.logprobs,
         top_logprobs=body.top_logprobs,
         reasoning_effort=body.think if isinstance(body.think, str) and body.think else None,
-        chat_template_kwargs=template_args or None,
+        enable_thinking=None if body.think is None else bool(body.think),
         **_sampling(body),
     )
 

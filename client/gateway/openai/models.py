@@ -15,9 +15,9 @@ from client.gateway.anthropic.routes import (
     shape_for,
 )
 from client.gateway.context import RequestContext
-from client.gateway.errors import GatewayError, invalid
+from client.gateway.errors import GatewayError
 
-__all__ = ["find_model", "get_model", "list_models", "named_or_only", "visible_models"]
+__all__ = ["find_model", "get_model", "list_models", "visible_models"]
 
 #: Fields of the bus that are shown in addition to OpenAI's own.
 _BESIDE = ("kinds", "images", "context_tokens", "workers", "ready", "capacity", "running", "queued")
@@ -42,16 +42,6 @@ def find_model(models: list[dict[str, Any]], name: str) -> dict[str, Any]:
         f"No worker serves model {name!r}; `GET /v1/models` lists the models served.",
         param="model",
     )
-
-
-async def named_or_only(visit: RequestContext, name: str) -> str:
-    """The name, or that of the only model where it is left out. Raises GatewayError."""
-    if name:
-        return name
-    models = await visible_models(visit)
-    if len(models) != 1:
-        raise invalid("model", f"`model` is required: {len(models)} models are served here.")
-    return str(models[0]["name"])
 
 
 def _shown(visit: RequestContext, model: dict[str, Any]) -> dict[str, Any]:

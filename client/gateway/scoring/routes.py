@@ -25,7 +25,6 @@ from client.gateway.context import RequestContext, route
 from client.gateway.errors import invalid
 from client.gateway.openai.answers import new_id
 from client.gateway.openai.generation import RETRY, naming
-from client.gateway.openai.models import named_or_only
 from client.gateway.requests import texts_of
 from client.gateway.scoring.bodies import (
     ClassifyRequest,
@@ -52,10 +51,10 @@ async def _rerank(visit: RequestContext) -> Response:
     documents = plain_texts(field, [*(body.documents or body.texts or ())])
     query = body.query if isinstance(body.query, str) else body.query.text
     options = options_of(body, raw=bool(body.raw_scores))
-    model = await _model(visit, body, body.priority)
+    visit.check(body.model, body.priority or 0)
     own = _own(visit, options)
     made = await visit.aside(
-        calls.rerank, visit.gateway.bus.defaults, model, paired(query, documents), own
+        calls.rerank, visit.gateway.bus.defaults, body.model, paired(query, documents), own
     )
     ranked = reranked_from(await _ends(visit, made, field), documents, body.top_n or None)
     if body.texts is not None:
@@ -101,10 +100,10 @@ def _of_jina(
 async def _score(visit: RequestContext) -> Response:
     body = await visit.read(ScoreRequest)
     pairs, options = pairs_of(body), options_of(body)
-    model = await _model(visit, body, body.priority)
+    visit.check(body.model, body.priority or 0)
     # Not classify: a model of several labels has no one score for a pair.
     made = await visit.aside(
-        calls.rerank, visit.gateway.bus.defaults, model, pairs, _own(visit, options)
+        calls.rerank, visit.gateway.bus.defaults, body.model, pairs, _own(visit, options)
     )
     scored = classifications_from(await _ends(visit, made, "text_2"), len(pairs))
     data = [
@@ -116,9 +115,9 @@ async def _score(visit: RequestContext) -> Response:
 async def _classify(visit: RequestContext) -> Response:
     body = await visit.read(ClassifyRequest)
     inputs, options = texts_of("input", body.input), options_of(body)
-    model = await _model(visit, body, body.priority)
+    visit.check(body.model, body.priority or 0)
     made = await visit.aside(
-        calls.classify, visit.gateway.bus.defaults, model, inputs, _own(visit, options)
+        calls.classify, visit.gateway.bus.defaults, body.model, inputs, _own(visit, options)
     )
     classified = classifications_from(await _ends(visit, made, "input"), len(inputs))
     data = [
@@ -143,12 +142,6 @@ def _listed(prefix: str, scored: Classifications, data: list[Any]) -> dict[str, 
         "data": data,
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0},
     }
-
-
-async def _model(visit: RequestContext, body: Any, priority: int | None) -> str:
-    model = await named_or_only(visit, body.model)
-    visit.check(model, priority or 0)
-    return model
 
 
 def _own(visit: RequestContext, options: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from client.gateway.context import RequestContext, route
 from client.gateway.convert import Generation, chat_call, checked
 from client.gateway.errors import invalid
 from client.gateway.openai.generation import RETRY, naming
-from client.gateway.openai.models import find_model, named_or_only, visible_models
+from client.gateway.openai.models import find_model, visible_models
 from client.gateway.openai.responses import input_of
 from client.gateway.sse import until_disconnect
 from client.gateway.tokens.bodies import (
@@ -42,7 +42,7 @@ async def _tokenize(visit: RequestContext) -> Response:
         raise invalid("prompt", "Send one of `prompt`, `messages` and `content`.")
     if body.parse_special is False:
         raise invalid("parse_special", "`parse_special: false` is not served; leave it out.")
-    model = await _model(visit, body.model)
+    model = _allowed(visit, body.model)
     names = bool(body.return_token_strs or body.with_pieces)
     arguments: dict[str, Any] = {"return_tokens": True} if names else {}
     attachments: Sequence[bytes] = ()
@@ -76,7 +76,7 @@ async def _tokenize(visit: RequestContext) -> Response:
 
 async def _detokenize(visit: RequestContext) -> Response:
     body = await visit.read(DetokenizeRequest)
-    model, text = await _model(visit, body.model), ""
+    model, text = _allowed(visit, body.model), ""
     if body.tokens:
         request = _request(visit, model, Kind.DETOKENIZE, token_ids=body.tokens)
         text = calls.field_of(await _ask(visit, request, (), "tokens"), "text")
@@ -86,7 +86,7 @@ async def _detokenize(visit: RequestContext) -> Response:
 
 async def _apply_template(visit: RequestContext) -> Response:
     body = await visit.read(TemplateRequest)
-    call = await _chat(visit, body, await _model(visit, body.model))
+    call = await _chat(visit, body, _allowed(visit, body.model))
     request = msgspec.structs.replace(call.request, kind=Kind.TEMPLATE)
     end = await _ask(visit, request, call.attachments, "messages")
     return _json({"prompt": calls.field_of(end, "text")})
@@ -95,7 +95,7 @@ async def _apply_template(visit: RequestContext) -> Response:
 async def input_tokens(visit: RequestContext) -> Response:
     """The number of tokens that a response's input would have."""
     body = await visit.read(InputTokensRequest)
-    body = msgspec.structs.replace(body, model=await _model(visit, body.model))
+    _allowed(visit, body.model)
     if not body.input and body.previous_response_id is None and not body.instructions:
         raise invalid("input", "`input` is required.")
     _, _, call = await input_of(visit, body)
@@ -105,8 +105,7 @@ async def input_tokens(visit: RequestContext) -> Response:
     return _json({"object": "response.input_tokens", "input_tokens": count})
 
 
-async def _model(visit: RequestContext, given: str) -> str:
-    model = await named_or_only(visit, given)
+def _allowed(visit: RequestContext, model: str) -> str:
     visit.check(model, 0)
     return model
 
