@@ -184,6 +184,7 @@ class WorkerSession(Session):
         "stalled",
         "state",
         "swap",
+        "swap_idle",
         "swap_watched",
         "turn_s",
         "waiting_sent",
@@ -268,6 +269,8 @@ class WorkerSession(Session):
         self.swap: Swap | None = None
         #: Whether a timer looks at it, and since when the model that it has loaded has its turn.
         self.swap_watched = False
+        #: Since when it was seen with nothing to do, and its assignments until then.
+        self.swap_idle = (math.inf, -1)
         self.turn_s = now_s
 
     @property

@@ -30,6 +30,9 @@ FIRST_LOAD_S: Final = 10.0
 ASK_AGAIN_S: Final = 5.0
 GIVE_UP_S: Final = 900.0
 """A load that takes longer is not waited for."""
+IDLE_LOADS: Final = 0.25
+"""A model gives way at once when nothing was asked of it for this share of a load: clients that are
+answered together ask again a moment later."""
 PROGRESS_STEP: Final = 0.1
 """Those who wait are told of a load's progress in steps of this."""
 
@@ -94,10 +97,12 @@ def _look(bus: BusState, worker: WorkerSession) -> None:
 
 def _next(bus: BusState, worker: WorkerSession) -> tuple[str, float]:
     """The model whose turn comes next there, and when."""
-    best, least = "", math.inf
+    best, least = "", (math.inf, math.inf)
     idle = not worker.running and not any(
         info.loaded and name in bus.queues for name, info in worker.models.items()
     )
+    if not idle:
+        worker.swap_idle = math.inf, -1
     for name, info in worker.models.items():
         queue = bus.queues.get(name)
         if info.loaded or queue is None or _on_its_way(bus, worker, name):
@@ -111,12 +116,25 @@ def _next(bus: BusState, worker: WorkerSession) -> tuple[str, float]:
         deadline_s = min(min(r.queue_until_s, r.ttl_until_s) for r in waiting) - 2 * load_s
         due_s = max(oldest_s, worker.turn_s) + patience_s
         if idle and not _served_elsewhere(bus, worker, name):
-            due_s = oldest_s
+            due_s = max(oldest_s, _idle_since_s(bus, worker) + IDLE_LOADS * load_s)
         # A deadline shortens a turn, and never below one load: else nothing but swaps would happen.
         due_s = min(due_s, max(deadline_s, worker.turn_s + load_s))
-        if due_s < least:
-            best, least = name, due_s
-    return best, least
+        # Of those that are due, whoever waits longest.
+        if (max(due_s, bus.now_s), oldest_s) < least:
+            best, least = name, (max(due_s, bus.now_s), oldest_s)
+    return best, least[0]
+
+
+def _idle_since_s(bus: BusState, worker: WorkerSession) -> float:
+    """Since when it has had nothing to do, as far as was seen; a moment between two requests does
+    not count. One that has nothing loaded has no model to wait for."""
+    if not any(info.loaded for info in worker.models.values()):
+        return -math.inf
+    since_s, assigned = worker.swap_idle
+    if assigned != worker.assigned:
+        since_s = bus.now_s
+        worker.swap_idle = since_s, worker.assigned
+    return since_s
 
 
 def cost_s(worker: WorkerSession, model: str) -> float:

@@ -108,8 +108,27 @@ def test_a_model_gives_way_as_soon_as_nothing_is_asked_of_it() -> None:
     bus.wait(1.0)
     assert shelf.asked() == []
     shelf.worker.finish(running)
-    bus.wait(0.2)
+    bus.wait(LOAD_S / 8)
+    assert shelf.asked() == [], "its clients may ask again in a moment"
+    bus.wait(LOAD_S / 2)
     assert shelf.asked() == ["b"]
+
+
+def test_clients_that_are_answered_together_keep_their_models_turn() -> None:
+    bus, shelf, client = quiet(4)
+    for _ in range(4):
+        client.request("a")
+    shelf.load("a")
+    client.request("b")
+    began_s = bus.now_s
+    while not shelf.asked():
+        bus.wait(0.3)
+        for running in shelf.assigned():
+            shelf.worker.finish(running)
+        bus.wait(0.15)  # a look sees it idle
+        for _ in range(4):
+            client.request("a")
+    assert bus.now_s - began_s >= TURN_S - 1.0
 
 
 def test_a_deadline_shortens_a_turn_to_one_load() -> None:
@@ -150,7 +169,7 @@ def test_a_stream_that_outlasts_its_turn_moves_and_goes_on_in_the_next() -> None
     (assigned,) = shelf.assigned()
     assert assigned.id == other
     shelf.worker.finish(assigned)
-    bus.wait(0.2)
+    bus.wait(1.0)
     assert shelf.asked() == ["a"]
     shelf.load("a")
     assert [m.id for m in shelf.assigned()] == [long]
