@@ -8,7 +8,7 @@ import math
 import pytest
 
 from broker.protocol.header import MessageType
-from tests.core.worker_world import World, serving
+from tests.core.worker_world import World, resume, serving
 from worker.core import events
 
 
@@ -74,3 +74,16 @@ def test_a_drain_is_an_end_and_the_earlier_of_both_counts() -> None:
     assert said(world) == 10_000
     world.advance(10.5)
     assert world.exit is not None
+
+
+def test_a_run_that_had_ended_when_it_was_moved_away_is_not_continued_when_it_comes_back() -> None:
+    """Its end waited for the window, so the broker did not know of it."""
+    world = serving()
+    broker = world.brokers[0]
+    broker.assign(1, window=1)
+    world.generate(1, 5, 6)
+    world.end(1, "length")
+    broker.cancel(1)
+    broker.assign(1, resume=resume(1 << 36, [5], len("5 ")))
+    assert broker.answer(1).end is None, "cancelled, and no end of the new run"
+    assert len(world.jobs) == 1, "it runs again"

@@ -384,6 +384,8 @@ class Requests:
                     self._slotless.add(stream.job_id)
         elif not stream.end_sent and stream.end is not None:
             # It ended, but the window holds the rest back, which nobody wants any more.
+            # No run that comes later may go on from what is cut here.
+            stream.cancelled = True
             stream.cut()
             stream.end = (END, "cancelled", "", _usage(stream.end), {})
             self.advance(stream, now_s)
