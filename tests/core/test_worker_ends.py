@@ -87,3 +87,23 @@ def test_a_run_that_had_ended_when_it_was_moved_away_is_not_continued_when_it_co
     broker.assign(1, resume=resume(1 << 36, [5], len("5 ")))
     assert broker.answer(1).end is None, "cancelled, and no end of the new run"
     assert len(world.jobs) == 1, "it runs again"
+
+
+@pytest.mark.parametrize("over", [False, True], ids=["still running", "over"])
+def test_a_run_that_was_moved_away_is_not_offered_after_a_lost_session(over: bool) -> None:
+    """CANCEL came, and the session ended before its answer: a RESUME that finds the run held here
+    would get the end `cancelled`, which nobody asked for."""
+    world = serving()
+    broker = world.brokers[0]
+    broker.assign(1)
+    world.generate(1, 5)
+    broker.cancel(1)
+    broker.lose()
+    if over:
+        world.obey_cancels()
+    world.advance(1.0)
+    broker.connect()
+    (hello,) = broker.came(MessageType.HELLO)[-1:]
+    assert [held.request_id for held in hello.holds] == []
+    broker.assign(1, resume=resume(1 << 36, [5], len("5 ")))
+    assert broker.answer(1).end is None

@@ -553,12 +553,13 @@ def test_an_adapter_is_not_rounded_with_the_weights_of_its_base(
                     continue
                 job = tiny.ids_job(ids, model=name, max_tokens=1, logprobs=1)
                 got = tiny.run(engine, [job])[0]
-                assert got.token_ids == [int(scores.argmax())]
                 # LLM.int8 depends on the company; the plain rows of NF4 do not, where
                 # bitsandbytes multiplies them in float32.
                 exact = bits == 4 and not bitsandbytes.functional.has_avx512bf16()
                 allowed = 1e-4 if exact else 0.05
-                assert got.logprobs[0].logprob == pytest.approx(float(scores.max()), abs=allowed)
+                (token,) = got.token_ids
+                assert got.logprobs[0].logprob == pytest.approx(float(scores[token]), abs=allowed)
+                assert float(scores[token]) >= float(scores.max()) - 2 * allowed
         finally:
             engine.close()
 

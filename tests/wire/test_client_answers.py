@@ -320,7 +320,7 @@ def test_a_class_is_a_tool_and_its_call_an_instance() -> None:
     assert second.parsed == Point(1, 2)
     functions = [tool["function"] for tool in request.tools or []]
     assert [function["name"] for function in functions] == ["Invoice", "Point"]
-    assert functions[0]["description"] == "What a shop asks for."
+    assert functions[0]["description"] == "A shop's invoice."
     assert functions[1]["parameters"]["required"] == ["x", "y"]
 
 

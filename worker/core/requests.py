@@ -97,7 +97,9 @@ class Requests:
     def holds(self) -> list[Held]:
         """The requests that can be resumed here, for HELLO."""
         return [
-            Held(s.request_id, s.epoch, len(s.token_ids), s.running) for s in self.streams.values()
+            Held(s.request_id, s.epoch, len(s.token_ids), s.running)
+            for s in self.streams.values()
+            if not s.cancelled  # given up: what is left of it is no answer
         ]
 
     def orphans(self) -> int:
