@@ -107,3 +107,17 @@ def test_a_run_that_was_moved_away_is_not_offered_after_a_lost_session(over: boo
     assert [held.request_id for held in hello.holds] == []
     broker.assign(1, resume=resume(1 << 36, [5], len("5 ")))
     assert broker.answer(1).end is None
+
+
+def test_a_run_that_was_moved_away_cannot_be_attached_to_through_another_broker() -> None:
+    """The client lost its broker before it heard that its stream had given way; the broker that it
+    asks next knows from the client that the run is here."""
+    world = serving(brokers=2)
+    first, second = world.brokers
+    first.assign(1)
+    world.generate(1, 5)
+    first.cancel(1)
+    second.assign(1, attach=True, resume=resume(1 << 36, [5], len("5 ")))
+    (reject,) = second.came(MessageType.REJECT)
+    assert reject.error.code == "worker_lost" and reject.error.retryable
+    assert second.answer(1).end is None

@@ -436,7 +436,7 @@ class WorkerCore:
                 message = "a later epoch of the request runs here already"
                 self._reject(connection, request_id, ErrorCode.DUPLICATE_REQUEST, message, now_s)
                 return
-            if stream.cancelled and not assign.attach:
+            if stream.cancelled:
                 # It was moved away, and now it comes back: what is left of that run is no answer.
                 requests.drop_cancelled(connection, stream)
             elif not stream.retryable and requests.resume(
