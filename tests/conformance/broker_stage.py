@@ -124,7 +124,7 @@ class BrokerScene:
         return got
 
     def placed(self, client: Peer, id_: bytes) -> Got:
-        """The ACCEPTED that names a worker; one that tells of the queue may come before."""
+        """The ACCEPTED that names a worker. One about the place in the queue may precede it."""
         while True:
             got = client.expect(T.ACCEPTED, rule="R16")
             if got.id != id_:

@@ -75,7 +75,7 @@ def _parts(text: str, most: int) -> list[int]:
 
 def decoded(ids: Iterable[int]) -> list[Piece]:
     """The pieces that ids carry, neighbours of one kind joined; a call begins a piece of its own.
-    Raises ValueError for ids that are none of these."""
+    Raises ValueError for an id that carries no text."""
     pieces: list[Piece] = []
     for id_ in ids:
         kind, size, data = id_ >> 27 & 7, id_ >> 24 & 3, id_ & _LOW

@@ -14,14 +14,13 @@ from typing import Any, Final
 import torch
 
 from broker.protocol.errors import ErrorCode, RequestError
-from broker.protocol.messages import FinishReason, Usage
-from worker.engines.base import Ended, EngineLoadError
+from worker.engines.base import EngineLoadError
 from worker.engines.common.failures import one_line
 from worker.engines.common.prompt import Encoded
 from worker.engines.transformers.embed import BATCH_TOKENS, batches_by_length
 from worker.engines.transformers.loaded import LoadedModel
 
-__all__ = ["Classifier", "ClassifyOptions", "ClassifyTask", "classify_options"]
+__all__ = ["Classifier", "ClassifyOptions", "classify_options"]
 
 log = logging.getLogger(__name__)
 
@@ -144,34 +143,3 @@ def _pad_id(loaded: LoadedModel) -> int | None:
     if config.pad_token_id is None:
         config.pad_token_id = getattr(loaded.tokenizer, "pad_token_id", None)
     return None if config.pad_token_id is None else int(config.pad_token_id)
-
-
-@dataclass(slots=True)
-class ClassifyTask:
-    """A running request, with the batches of inputs still to compute."""
-
-    classifier: Classifier
-    request_id: bytes
-    inputs: list[Encoded]
-    options: ClassifyOptions
-    batches: list[list[int]]
-    results: list[bytes]
-    #: Name of the LoRA adapter, or None for the base model.
-    adapter: str | None
-    cancelled: bool = False
-
-    def step(self) -> Ended | None:
-        """Run one batch; returns the end of the request once all are done."""
-        batch = self.batches.pop()
-        inputs = [self.inputs[index] for index in batch]
-        scores = self.classifier.score(inputs, self.options, self.adapter)
-        for index, row in zip(batch, scores, strict=True):
-            self.results[index] = row
-        if self.batches:
-            return None
-        return Ended(
-            self.request_id,
-            FinishReason.STOP,
-            usage=Usage(prompt_tokens=sum(len(one.ids) for one in self.inputs)),
-            result={"scores": self.results, "labels": list(self.classifier.labels)},
-        )

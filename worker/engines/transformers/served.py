@@ -5,35 +5,34 @@ The load-time test decides which scheduler serves it. Must never run the model e
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
-from dataclasses import dataclass
 
 from PIL import Image
 
 from broker.protocol.errors import ErrorCode, RequestError
 from broker.protocol.messages import (
-    FinishReason,
     ImagePart,
     Kind,
     Message,
     Part,
     Request,
     TextPart,
-    Usage,
 )
-from worker.engines.base import Ended, EngineLoadError, Job
-from worker.engines.common.prompt import Prompt
+from worker.engines.base import EngineLoadError, Job
+from worker.engines.common.prompt import Encoded, Prompt
 from worker.engines.common.runner import Runner
 from worker.engines.common.served import BatchModel, Prepared
-from worker.engines.transformers.classify import Classifier, ClassifyTask, classify_options
+from worker.engines.transformers.batched import BatchedTask
+from worker.engines.transformers.classify import Classifier, classify_options
 from worker.engines.transformers.decide import (
     Decision,
     DecisionMaker,
     SerialDecision,
     decision_config,
 )
-from worker.engines.transformers.embed import Embedder, EmbedOptions, embed_options
+from worker.engines.transformers.embed import Embedder, embed_options
 from worker.engines.transformers.fallback import GenerateRunner
 from worker.engines.transformers.forward import StaticUse
 from worker.engines.transformers.lengths import LengthRunner
@@ -42,7 +41,7 @@ from worker.engines.transformers.selftest import Verdict, check, check_generate
 from worker.engines.transformers.settings import EngineSettings
 from worker.engines.transformers.slots import SlotRunner
 
-__all__ = ["EmbedTask", "ServedModel"]
+__all__ = ["ServedModel"]
 
 log = logging.getLogger(__name__)
 
@@ -51,37 +50,6 @@ _EXAMPLES = ("Yes.", "The quick brown fox jumps over the lazy dog and sleeps unt
 
 FALLBACK_SLOTS = 4
 """Sequences that take turns in the fallback: they only share time, so few are enough."""
-
-
-@dataclass(slots=True)
-class EmbedTask:
-    """A running embedding request, with the batches of inputs still to compute."""
-
-    embedder: Embedder
-    request_id: bytes
-    inputs: list[list[int]]
-    options: EmbedOptions
-    batches: list[list[int]]
-    results: list[bytes]
-    #: Name of the LoRA adapter, or None for the base model.
-    adapter: str | None
-    cancelled: bool = False
-
-    def step(self) -> Ended | None:
-        """Run one batch; returns the end of the request once all are done."""
-        batch = self.batches.pop()
-        inputs = [self.inputs[index] for index in batch]
-        vectors = self.embedder.embed(inputs, self.options, self.adapter)
-        for index, vector in zip(batch, vectors, strict=True):
-            self.results[index] = vector
-        if self.batches:
-            return None
-        return Ended(
-            self.request_id,
-            FinishReason.STOP,
-            usage=Usage(prompt_tokens=sum(map(len, self.inputs))),
-            result={"embeddings": self.results, "dimensions": len(self.results[0]) // 4},
-        )
 
 
 class ServedModel(BatchModel):
@@ -171,7 +139,7 @@ class ServedModel(BatchModel):
             return SerialDecision(maker, job.request_id, prompts, adapter)
         return Decision(maker, job.request_id, prompts, adapter, self._branch_tokens)
 
-    def embedding(self, job: Job) -> EmbedTask:
+    def embedding(self, job: Job) -> BatchedTask[list[int]]:
         """The embedding that a job asks for. Raises RequestError."""
         request = job.request
         if self.embedder is None:
@@ -181,17 +149,17 @@ class ServedModel(BatchModel):
         options = embed_options(request.embed_args, self.embedder.width)
         builder = self._texts_of(request).builder
         inputs = builder.embedding_inputs(request.inputs, truncate=options.truncate)
-        return EmbedTask(
-            embedder=self.embedder,
+        adapter = self._adapter(request)
+        return BatchedTask(
             request_id=job.request_id,
             inputs=inputs,
-            options=options,
+            prompt_tokens=sum(map(len, inputs)),
             batches=self.embedder.batches(inputs),
-            results=[b""] * len(inputs),
-            adapter=self._adapter(request),
+            compute=functools.partial(self.embedder.embed, options=options, adapter=adapter),
+            answer=lambda found: {"embeddings": found, "dimensions": len(found[0]) // 4},
         )
 
-    def classification(self, job: Job) -> ClassifyTask:
+    def classification(self, job: Job) -> BatchedTask[Encoded]:
         """The scores that a rerank or classify job asks for. Raises RequestError."""
         request, kind = job.request, job.request.kind.value
         classifier = self.classifier
@@ -211,14 +179,15 @@ class ServedModel(BatchModel):
         options = classify_options(request.classify_args)
         given = request.pairs if request.pairs is not None else request.inputs or []
         inputs = self._texts_of(request).builder.encoded(given, truncate=options.truncate)
-        return ClassifyTask(
-            classifier=classifier,
+        names = list(classifier.labels)
+        adapter = self._adapter(request)
+        return BatchedTask(
             request_id=job.request_id,
             inputs=inputs,
-            options=options,
+            prompt_tokens=sum(len(one.ids) for one in inputs),
             batches=classifier.batches(inputs),
-            results=[b""] * len(inputs),
-            adapter=self._adapter(request),
+            compute=functools.partial(classifier.score, options=options, adapter=adapter),
+            answer=lambda found: {"scores": found, "labels": names},
         )
 
     def _make_runner(self, settings: EngineSettings, slots: int) -> Runner | None:
