@@ -243,34 +243,34 @@ def _methods_at(request: Request) -> set[str]:
     }
 
 
-async def _health(visit: RequestContext) -> Response:
+async def _health(context: RequestContext) -> Response:
     """The process is alive."""
     return PlainTextResponse("ok")
 
 
-async def _ready(visit: RequestContext) -> Response:
+async def _ready(context: RequestContext) -> Response:
     """Whether the broker answers. A gateway that stops closes its port first."""
     try:
-        models = await visit.gateway.bus.query("bus.models", timeout=_READY_S)
+        models = await context.gateway.bus.query("bus.models", timeout=_READY_S)
     except BusError as error:
         return JSONResponse({"ready": False, "why": error.message}, 503)
     serving = sum(1 for model in models if model.get("ready"))
     return JSONResponse({"ready": True, "models": len(models), "serving": serving})
 
 
-async def _metrics(visit: RequestContext) -> Response:
+async def _metrics(context: RequestContext) -> Response:
     """The gateway's metrics and, for operators, those of broker and workers.
 
     With several gateways, scrape one for everything and the others with `?scope=gateway`.
     """
-    scope = visit.request.query_params.get("scope", "all")
+    scope = context.request.query_params.get("scope", "all")
     if scope not in ("all", "gateway"):
         raise invalid("scope", "`scope` is `all` or `gateway`.")
-    metrics, of_bus = visit.gateway.metrics, b""
-    metrics.key_file_seen(bool(visit.gateway.key_file_problem()))
-    if scope == "all" and visit.key.operator:
+    metrics, of_bus = context.gateway.metrics, b""
+    metrics.key_file_seen(bool(context.gateway.key_file_problem()))
+    if scope == "all" and context.key.operator:
         try:
-            answer = await visit.gateway.bus.query("bus.metrics", timeout=_READY_S)
+            answer = await context.gateway.bus.query("bus.metrics", timeout=_READY_S)
             of_bus = answer["text"].encode()
         except BusError:
             pass  # without the broker, the gateway's own metrics show that it is away

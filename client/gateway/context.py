@@ -102,7 +102,7 @@ class RequestContext:
     held_bytes: int = 0
     #: The failure, for the log.
     failure: GatewayError | None = None
-    #: An answer that may outlive this request ends the visit instead.
+    #: An answer that may outlive this request ends the context instead.
     handed_over: bool = False
     started_s: float = field(default_factory=time.monotonic)
     first_token_s: float | None = None
@@ -475,9 +475,9 @@ class Endpoint:
         gateway: Gateway = scope["app"].state.gateway
         request = Request(scope, receive)
         request_id = request_id_of(scope)
-        visit = RequestContext(gateway, request, request_id, ANYBODY, self._error_shape)
+        context = RequestContext(gateway, request, request_id, ANYBODY, self._error_shape)
         if gateway.tracer is not None and self._counted:
-            visit.span = HttpSpan(
+            context.span = HttpSpan(
                 gateway.tracer, request.method, self._path, request.headers, request_id
             )
         outcome, begun = 500, False
@@ -488,8 +488,8 @@ class Endpoint:
             if message["type"] == "http.response.start":
                 begun = True
                 outcome = message["status"]
-                if visit.bus_requests:
-                    MutableHeaders(scope=message)[BUS_REQUESTS_HEADER] = visit.bus_names
+                if context.bus_requests:
+                    MutableHeaders(scope=message)[BUS_REQUESTS_HEADER] = context.bus_names
             return send(message)
 
         try:
@@ -497,66 +497,66 @@ class Endpoint:
                 today = datetime.datetime.now(datetime.UTC).date()
                 presented = presented_key(request.headers)
                 try:
-                    visit.key = gateway.keys.find(presented, today)
+                    context.key = gateway.keys.find(presented, today)
                 except GatewayError:
                     if presented:
                         await gateway.refusals.wait(request.client.host if request.client else "")
                     raise
                 if self._counted and gateway.accounts is not None:
-                    await gateway.accounts.admit(visit.key)
+                    await gateway.accounts.admit(context.key)
                 if self._counted:
-                    account = gateway.keys.usage(visit.key)
-                    account.admit(visit.key, time.monotonic())
-                    visit.account = account
+                    account = gateway.keys.usage(context.key)
+                    account.admit(context.key, time.monotonic())
+                    context.account = account
             gateway.metrics.started()
             try:
-                response = await self._handler(visit)
+                response = await self._handler(context)
                 await response(scope, receive, tell)
                 if isinstance(response, EventStream):
                     outcome = response.outcome
                     if response.failure is not None:
-                        visit.remember(response.failure)
+                        context.remember(response.failure)
             finally:
                 gateway.metrics.ended()
         except (Exception, asyncio.CancelledError) as error:
             # The server cancels what still runs at the end of its grace period.
             told = STOPPING if isinstance(error, asyncio.CancelledError) else describe(error)
-            visit.remember(told)
+            context.remember(told)
             outcome = told.status
             # An answer that has begun is left incomplete: the server closes the connection, so the
             # reader knows that something is missing.
             if not begun:
-                response = error_response(told, request_id, visit.error_shape)
+                response = error_response(told, request_id, context.error_shape)
                 await response(scope, receive, tell)
         finally:
-            self._account(visit, outcome)
-            if visit.span is not None:
-                visit.span.end(outcome)
-            if not visit.handed_over:
-                visit.close()
+            self._account(context, outcome)
+            if context.span is not None:
+                context.span.end(outcome)
+            if not context.handed_over:
+                context.close()
 
-    def _account(self, visit: RequestContext, outcome: int) -> None:
-        total_s = time.monotonic() - visit.started_s
+    def _account(self, context: RequestContext, outcome: int) -> None:
+        total_s = time.monotonic() - context.started_s
         code = "cancelled" if outcome == STATUS_LEFT else "-"
-        if visit.failure is not None:
-            code = visit.failure.info.code
-        visit.gateway.metrics.observe(self._path, outcome, total_s)
+        if context.failure is not None:
+            code = context.failure.info.code
+        context.gateway.metrics.observe(self._path, outcome, total_s)
         # A failed readiness check of a load balancer does not count as a failure.
-        failed = outcome >= 500 and visit.failure is not None
+        failed = outcome >= 500 and context.failure is not None
         if self._counted or failed:
             fields: dict[str, Any] = {
-                "id": visit.request_id,
-                "bus": visit.bus_names or "-",
+                "id": context.request_id,
+                "bus": context.bus_names or "-",
                 "path": self._path,
-                "key": visit.key.name or "-",
-                "model": visit.model or "-",
+                "key": context.key.name or "-",
+                "model": context.model or "-",
                 "status": outcome,
-                "prompt": visit.prompt_tokens,
-                "completion": visit.completion_tokens,
+                "prompt": context.prompt_tokens,
+                "completion": context.completion_tokens,
                 "ms": round(total_s * 1000),
                 "code": code,
             }
-            if visit.failure is not None and visit.failure.param:
-                fields["param"] = visit.failure.param[:80]
+            if context.failure is not None and context.failure.param:
+                fields["param"] = context.failure.param[:80]
             level = logging.WARNING if failed else logging.INFO
             log.log(level, "request", extra={"fields": fields})

@@ -119,15 +119,15 @@ class Metrics:
         self._requests.labels(endpoint, str(status)).inc()
         self._duration.labels(endpoint).observe(total_s)
 
-    def answered(self, visit: RequestContext) -> None:
+    def answered(self, context: RequestContext) -> None:
         """Count the tokens of a request that is over, including answers in the background."""
         # Only models that answered, since clients may name anything.
-        if visit.completion_tokens or visit.prompt_tokens:
-            self._tokens.labels(visit.model, "prompt").inc(visit.prompt_tokens)
-            self._tokens.labels(visit.model, "completion").inc(visit.completion_tokens)
-        if visit.first_token_s is not None:
-            self._first_token.labels(visit.model).observe(visit.first_token_s)
-            self._firsts.append((visit.started_s, visit.first_token_s))
+        if context.completion_tokens or context.prompt_tokens:
+            self._tokens.labels(context.model, "prompt").inc(context.prompt_tokens)
+            self._tokens.labels(context.model, "completion").inc(context.completion_tokens)
+        if context.first_token_s is not None:
+            self._first_token.labels(context.model).observe(context.first_token_s)
+            self._firsts.append((context.started_s, context.first_token_s))
 
     def recent_first_token_ms(self, now_s: float) -> float | None:
         """Mean over the last minute; None if there was no request."""

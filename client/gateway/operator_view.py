@@ -78,30 +78,32 @@ async def _look(gateway: Gateway) -> dict[str, Any]:
     return found
 
 
-async def session(visit: RequestContext) -> Response:
+async def session(context: RequestContext) -> Response:
     """The key that the page uses, and its models."""
-    models = await visible_models(visit)
+    models = await visible_models(context)
     return JSONResponse(
         {
-            "key": visit.key.name,
-            "keys_required": visit.gateway.keys is not None,
-            "operator": visit.key.operator,
-            "reattach_s": visit.gateway.config.reattach_s,
+            "key": context.key.name,
+            "keys_required": context.gateway.keys is not None,
+            "operator": context.key.operator,
+            "reattach_s": context.gateway.config.reattach_s,
             "models": models,
         }
     )
 
 
-async def overview(visit: RequestContext) -> Response:
+async def overview(context: RequestContext) -> Response:
     """One snapshot of the bus."""
-    visit.check_operator()
-    return Response(await visit.gateway.overview.text(visit.gateway), media_type="application/json")
+    context.check_operator()
+    return Response(
+        await context.gateway.overview.text(context.gateway), media_type="application/json"
+    )
 
 
-async def live(visit: RequestContext) -> Response:
+async def live(context: RequestContext) -> Response:
     """A snapshot of the bus every second, as events."""
-    visit.check_operator()
-    gateway = visit.gateway
+    context.check_operator()
+    gateway = context.gateway
 
     async def looks() -> Source:
         while True:
@@ -109,10 +111,10 @@ async def live(visit: RequestContext) -> Response:
             await asyncio.sleep(INTERVAL_S)
 
     def failed(error: GatewayError) -> list[bytes]:
-        told = msgspec.json.encode(error_body(error, visit.request_id))
+        told = msgspec.json.encode(error_body(error, context.request_id))
         return [encode(told, event="failed")]
 
-    return visit.stream(looks(), failed)
+    return context.stream(looks(), failed)
 
 
 class DrainBody(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -123,11 +125,11 @@ class DrainBody(Struct, forbid_unknown_fields=True, kw_only=True):
     reason: Annotated[str, Meta(max_length=1000)] = ""
 
 
-async def drain(visit: RequestContext) -> Response:
+async def drain(context: RequestContext) -> Response:
     """Let a worker finish its requests and accept nothing new."""
-    visit.check_operator()
-    body = await visit.read(DrainBody)
-    answer = await visit.gateway.bus.drain(
+    context.check_operator()
+    body = await context.read(DrainBody)
+    answer = await context.gateway.bus.drain(
         body.worker, deadline_s=body.deadline_s, reason=body.reason or "requested on the web page"
     )
     return JSONResponse(answer)

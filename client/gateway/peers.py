@@ -61,24 +61,24 @@ class Peers:
         if self._http is not None:
             await self._http.aclose()
 
-    async def ask(self, visit: RequestContext, body: bytes) -> Response | None:
+    async def ask(self, context: RequestContext, body: bytes) -> Response | None:
         """The answer of the first peer that knows the id; None if none does."""
-        if self._http is None or HEADER in visit.request.headers:
+        if self._http is None or HEADER in context.request.headers:
             return None
         for address in self._addresses:
             for url, host in await _places(address):
-                found = await self._ask(visit, body, url, host)
+                found = await self._ask(context, body, url, host)
                 if found is not None:
                     return found
         return None
 
     async def _ask(
-        self, visit: RequestContext, body: bytes, address: str, host: str
+        self, context: RequestContext, body: bytes, address: str, host: str
     ) -> Response | None:
         assert self._http is not None
-        asked, given = visit.request, visit.request.headers
+        asked, given = context.request, context.request.headers
         headers = {name: given[name] for name in _PASSED_ON if name in given}
-        headers |= {"x-request-id": visit.request_id, HEADER: "1", "host": host}
+        headers |= {"x-request-id": context.request_id, HEADER: "1", "host": host}
         url = f"{address}{asked.url.path}{'?' + asked.url.query if asked.url.query else ''}"
         request = self._http.build_request(asked.method, url, headers=headers, content=body)
         try:
@@ -102,11 +102,11 @@ class Peers:
 def anywhere(handler: Handler) -> Handler:
     """Wrap a handler: if it does not know an id, a peer that does answers instead."""
 
-    async def answer(visit: RequestContext) -> Response:
+    async def answer(context: RequestContext) -> Response:
         try:
-            return await handler(visit)
+            return await handler(context)
         except UnknownAnswer:
-            found = await visit.gateway.peers.ask(visit, visit.raw_body)
+            found = await context.gateway.peers.ask(context, context.raw_body)
             if found is None:
                 raise
             return found

@@ -21,7 +21,7 @@ OnError = Callable[[GatewayError], list[bytes]]
 
 
 def begin(
-    visit: RequestContext,
+    context: RequestContext,
     kind: str,
     position: Position,
     source: Source,
@@ -29,24 +29,24 @@ def begin(
     **framing: Any,
 ) -> EventStream:
     """The stream of an answer of this `kind`, which outlives its reader if the request says so."""
-    if visit.reattach_s is None:
-        return visit.stream(source, failed, **framing)
-    transcript = visit.gateway.store.run(
-        Kept(position.answer, visit.key.name, kind),
+    if context.reattach_s is None:
+        return context.stream(source, failed, **framing)
+    transcript = context.gateway.store.run(
+        Kept(position.answer, context.key.name, kind),
         source,
         failed,
-        grace_s=visit.reattach_s,
-        on_end=visit.hand_over(),
+        grace_s=context.reattach_s,
+        on_end=context.hand_over(),
         first=position.events,
     )
-    return visit.stream(transcript.read(asking=True), failed, **framing)
+    return context.stream(transcript.read(asking=True), failed, **framing)
 
 
 def read_on(
-    visit: RequestContext, kind: str, position: Position, failed: OnError, **framing: Any
+    context: RequestContext, kind: str, position: Position, failed: OnError, **framing: Any
 ) -> EventStream:
     """The rest of a running or kept answer. Raises UnknownAnswer."""
-    kept = visit.gateway.store.find(position.answer, visit.key.name, kind)
+    kept = context.gateway.store.find(position.answer, context.key.name, kind)
     assert kept.transcript is not None
     after = kept.transcript.behind(position.event_id, position.events) if position.events else 0
     if after is None:
@@ -54,11 +54,11 @@ def read_on(
             f"The events after {position.event_id!r} are not kept here; send the same request "
             "again with `Last-Event-ID`, and the answer is generated again and continues there."
         )
-    return visit.stream(kept.transcript.read(after), failed, **framing)
+    return context.stream(kept.transcript.read(after), failed, **framing)
 
 
-def cancel(visit: RequestContext, kind: str) -> Response:
+def cancel(context: RequestContext, kind: str) -> Response:
     """Stop an answer that outlives its connection, at the worker too. Raises UnknownAnswer."""
-    kept = visit.gateway.store.find(visit.request.path_params["id"], visit.key.name, kind)
-    visit.gateway.store.drop(kept)
+    kept = context.gateway.store.find(context.request.path_params["id"], context.key.name, kind)
+    context.gateway.store.drop(kept)
     return JSONResponse({"id": kept.id, "cancelled": True})

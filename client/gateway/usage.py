@@ -23,28 +23,28 @@ _MAX_DAYS: Final = 3660
 _ALL: Final = "*"
 
 
-async def usage(visit: RequestContext) -> Response:
+async def usage(context: RequestContext) -> Response:
     """Requests and tokens by day and model, the newest first.
 
     `?days=N`: of so many days, today included. `?key=NAME`, or `*`: of another key, for operators.
     """
-    accounts = visit.gateway.accounts
+    accounts = context.gateway.accounts
     if accounts is None:
         raise GatewayError(
             ErrorCode.INVALID_REQUEST,
             "This gateway does not count tokens; start it with --usage FILE.",
             status=404,
         )
-    query = visit.request.query_params
+    query = context.request.query_params
     for name in query:
         if name not in ("days", "key"):
             raise invalid(name, f"`{name}` is not a parameter of this path: days, key.")
     days = number_of(query.get("days", str(_DAYS)))
     if days is None or not 1 <= days <= _MAX_DAYS:
         raise invalid("days", f"`days` is a number from 1 to {_MAX_DAYS}.")
-    key: str | None = query.get("key", visit.key.name)
-    if key != visit.key.name:
-        visit.check_operator()
+    key: str | None = query.get("key", context.key.name)
+    if key != context.key.name:
+        context.check_operator()
     since = today() - datetime.timedelta(days=days - 1)
     rows = await accounts.rows(None if key == _ALL else key, since)
     counted = ("requests", "prompt_tokens", "completion_tokens")
@@ -52,9 +52,9 @@ async def usage(visit: RequestContext) -> Response:
     return _json({"object": "list", "since": since.isoformat(), "data": rows, "totals": totals})
 
 
-async def me(visit: RequestContext) -> Response:
+async def me(context: RequestContext) -> Response:
     """The caller's key: what it may do, its budgets, and what it has used of them."""
-    key, accounts = visit.key, visit.gateway.accounts
+    key, accounts = context.key, context.gateway.accounts
     return _json(
         {
             "object": "key",
@@ -65,17 +65,17 @@ async def me(visit: RequestContext) -> Response:
             "concurrency": key.concurrency,
             "max_priority": key.max_priority,
             "expires": key.expires,
-            "tokens": None if accounts is None else await _tokens(visit, accounts),
+            "tokens": None if accounts is None else await _tokens(context, accounts),
         }
     )
 
 
-async def _tokens(visit: RequestContext, accounts: Accounts) -> dict[str, Any]:
-    of_day, of_month = await accounts.used(visit.key.name)
+async def _tokens(context: RequestContext, accounts: Accounts) -> dict[str, Any]:
+    of_day, of_month = await accounts.used(context.key.name)
     day = today()
     return {
-        "day": _span(of_day, visit.key.tokens_per_day, day + datetime.timedelta(days=1)),
-        "month": _span(of_month, visit.key.tokens_per_month, next_month(day)),
+        "day": _span(of_day, context.key.tokens_per_day, day + datetime.timedelta(days=1)),
+        "month": _span(of_month, context.key.tokens_per_month, next_month(day)),
     }
 
 

@@ -167,7 +167,7 @@ def profile_bomb() -> bytes:
 
 def scan_bomb() -> bytes:
     """A progressive JPEG of 36 million pixels whose last scan is repeated ten thousand times: each
-    makes the decoder visit every block again."""
+    makes the decoder context every block again."""
     whole = encoded(Image.new("RGB", (6000, 6000), "red"), "JPEG", progressive=True)
     last = whole.rindex(b"\xff\xda")
     return whole[:last] + whole[last:-2] * 10_000 + whole[-2:]

@@ -244,8 +244,8 @@ def test_a_model_that_cannot_be_told_is_refused_only_to_who_says_whether_to_thin
         return events()
 
     async def run() -> None:
-        visit: Any = SimpleNamespace(generate=generate)
-        async for _ in messages._generated(visit, body, one, SimpleNamespace()):  # type: ignore[arg-type]
+        context: Any = SimpleNamespace(generate=generate)
+        async for _ in messages._generated(context, body, one, SimpleNamespace()):  # type: ignore[arg-type]
             pass
 
     if thinking == "disabled":

@@ -58,29 +58,29 @@ _PING: Final = encode(b'{"type": "ping"}', event="ping")
 _FRAMING: Final[dict[str, Any]] = {"keep_alive": lambda: _PING}
 
 
-async def create_message(visit: RequestContext) -> Response:
+async def create_message(context: RequestContext) -> Response:
     """Answer a conversation; see `bodies.MessagesRequest` for the body."""
-    body = await visit.read(MessagesRequest)
-    resumed = Position.read(_PREFIX, visit.last_event_id) if body.stream else None
+    body = await context.read(MessagesRequest)
+    resumed = Position.read(_PREFIX, context.last_event_id) if body.stream else None
     if resumed is not None:
         with contextlib.suppress(UnknownAnswer):
-            return _read_on(visit, resumed)
-    call = await _call(visit, body, None if resumed is None else resumed.seed)
-    call = await _with_budget(visit, body, with_thoughts(call))
-    visit.check(body.model, call.request.priority)
+            return _read_on(context, resumed)
+    call = await _call(context, body, None if resumed is None else resumed.seed)
+    call = await _with_budget(context, body, with_thoughts(call))
+    context.check(body.model, call.request.priority)
     position = resumed or Position.first(_PREFIX, call.request.params.seed)
-    answer = _Answer(visit, body, call, position)
-    events = _generated(visit, body, call, answer)
+    answer = _Answer(context, body, call, position)
+    events = _generated(context, body, call, answer)
     if body.stream:
         source = answer.stream(events)
-        return rejoin.begin(visit, _KIND, position, source, answer.failed, **_FRAMING)
-    await until_disconnect(answer.taking(events), visit.request.receive)
-    data = await visit.aside(_JSON, answer.complete())
+        return rejoin.begin(context, _KIND, position, source, answer.failed, **_FRAMING)
+    await until_disconnect(answer.taking(events), context.request.receive)
+    data = await context.aside(_JSON, answer.complete())
     return Response(data, media_type="application/json")
 
 
 async def _generated(
-    visit: RequestContext, body: MessagesRequest, call: Generation, answer: _Answer
+    context: RequestContext, body: MessagesRequest, call: Generation, answer: _Answer
 ) -> Batches:
     """The events of the request. A model that cannot be told whether to think does as it does:
     who names no `thinking`, or leaves it to the model, has asked for neither."""
@@ -92,7 +92,7 @@ async def _generated(
         calls.append(replace(call, request=request))
     for one in calls:
         begun = False
-        events = visit.generate(
+        events = context.generate(
             [one], prompt_field="messages", has_enough=lambda _: answer.progress.has_enough
         )
         try:
@@ -110,58 +110,58 @@ async def _generated(
                 raise
 
 
-async def count_tokens(visit: RequestContext) -> Response:
+async def count_tokens(context: RequestContext) -> Response:
     """The length of the prompt that a conversation makes; `bodies.CountTokensRequest`."""
-    body = await visit.read(CountTokensRequest)
-    made = await _call(visit, body, 0)
-    visit.check(body.model, made.request.priority)
+    body = await context.read(CountTokensRequest)
+    made = await _call(context, body, 0)
+    context.check(body.model, made.request.priority)
     request = msgspec.structs.replace(made.request, kind=Kind.COUNT, params=Params())
     call = Call(request, made.attachments, PATIENCE, RETRY, None)
 
     async def work() -> AsyncGenerator[list[End], None]:
         with naming("messages"):
-            yield [await visit.ask(call)]
+            yield [await context.ask(call)]
 
-    [end] = await until_disconnect(work(), visit.request.receive)
+    [end] = await until_disconnect(work(), context.request.receive)
     count = (end.result or {})["count"]
     return Response(_JSON({"input_tokens": count}), media_type="application/json")
 
 
-async def read_message(visit: RequestContext) -> Response:
+async def read_message(context: RequestContext) -> Response:
     """Continue reading an answer that outlived its connection."""
-    position = Position.read(_PREFIX, visit.last_event_id)
-    return _read_on(visit, position or Position(visit.request.path_params["id"]))
+    position = Position.read(_PREFIX, context.last_event_id)
+    return _read_on(context, position or Position(context.request.path_params["id"]))
 
 
-async def cancel_message(visit: RequestContext) -> Response:
+async def cancel_message(context: RequestContext) -> Response:
     """Stop an answer that outlives its connection, at the worker too."""
-    return rejoin.cancel(visit, _KIND)
+    return rejoin.cancel(context, _KIND)
 
 
-def _read_on(visit: RequestContext, position: Position) -> Response:
+def _read_on(context: RequestContext, position: Position) -> Response:
     def failed(error: GatewayError) -> list[bytes]:
-        return [error_event(error, visit.request_id)]
+        return [error_event(error, context.request_id)]
 
-    return rejoin.read_on(visit, _KIND, position, failed, **_FRAMING)
+    return rejoin.read_on(context, _KIND, position, failed, **_FRAMING)
 
 
-async def _call(visit: RequestContext, body: CountTokensRequest, seed: int | None) -> Generation:
+async def _call(context: RequestContext, body: CountTokensRequest, seed: int | None) -> Generation:
     """The request of the bus. Raises GatewayError naming the field of the body."""
-    made = await visit.aside(as_conversation, body, visit.gateway.signer)
+    made = await context.aside(as_conversation, body, context.gateway.signer)
     try:
         return await chat_call(
             made.chat,
-            visit.gateway.config.images,
+            context.gateway.config.images,
             seed=pick_seed(body.seed) if seed is None else seed,
-            user=visit.share(made.chat.user),
-            size_bytes=visit.size_bytes,
+            user=context.share(made.chat.user),
+            size_bytes=context.size_bytes,
         )
     except GatewayError as error:
         raise made.named(error) from None
 
 
 async def _with_budget(
-    visit: RequestContext, body: MessagesRequest, call: Generation
+    context: RequestContext, body: MessagesRequest, call: Generation
 ) -> Generation:
     """The same, with the bound of its thought and the usage of its prompt in front."""
     params = msgspec.structs.replace(call.request.params, prompt_usage=True)
@@ -171,15 +171,15 @@ async def _with_budget(
             raise invalid(
                 "max_tokens", "`max_tokens` must be greater than `thinking.budget_tokens`."
             )
-        if await _marks_thoughts(visit, body.model):
+        if await _marks_thoughts(context, body.model):
             params = msgspec.structs.replace(params, thinking_tokens=budget)
     return replace(call, request=msgspec.structs.replace(call.request, params=params))
 
 
-async def _marks_thoughts(visit: RequestContext, model: str) -> bool:
+async def _marks_thoughts(context: RequestContext, model: str) -> bool:
     """Whether the model is known to think. The bound on what another one thinks bounds nothing:
     agents send a budget to every model."""
-    models = await visit.gateway.bus.models()
+    models = await context.gateway.bus.models()
     return any(one["name"] == model and "reasoning" in one["details"] for one in models)
 
 
@@ -187,9 +187,9 @@ class _Answer:
     """One answer in progress."""
 
     def __init__(
-        self, visit: RequestContext, body: MessagesRequest, call: Generation, position: Position
+        self, context: RequestContext, body: MessagesRequest, call: Generation, position: Position
     ) -> None:
-        self._visit = visit
+        self._visit = context
         self._body = body
         self._id = position.answer
         self.progress = Progress(parser_for(call))
@@ -197,7 +197,7 @@ class _Answer:
         match body.thinking:
             case ThinkingEnabled() | ThinkingAdaptive() | ThinkingBetweenTools() as asked:
                 thoughts = "omitted" if asked.display == "omitted" else "shown"
-        self._blocks = Blocks(visit.gateway.signer, thoughts=thoughts)
+        self._blocks = Blocks(context.gateway.signer, thoughts=thoughts)
         self._reader = Reader(position, 1, tokens=False)
         self._begun = False
         #: Index of the open block.

@@ -51,24 +51,24 @@ def shape_for(request: Request) -> ErrorShape:
     return error_body if ours else errors.error_body
 
 
-def model_info(visit: RequestContext, model: dict[str, Any]) -> dict[str, Any]:
+def model_info(context: RequestContext, model: dict[str, Any]) -> dict[str, Any]:
     """A model of the bus as Anthropic describes one."""
-    made = datetime.datetime.fromtimestamp(visit.gateway.started_at, datetime.UTC)
-    context = model.get("context_tokens") or None
+    made = datetime.datetime.fromtimestamp(context.gateway.started_at, datetime.UTC)
+    room_tokens = model.get("context_tokens") or None
     return {
         "type": "model",
         "id": model["name"],
         "display_name": model["name"],
         "created_at": made.isoformat().replace("+00:00", "Z"),
         "lifecycle": "active",
-        "max_input_tokens": context,
-        "max_tokens": context,
+        "max_input_tokens": room_tokens,
+        "max_tokens": room_tokens,
     }
 
 
-def models_page(visit: RequestContext, models: list[dict[str, Any]]) -> dict[str, Any]:
+def models_page(context: RequestContext, models: list[dict[str, Any]]) -> dict[str, Any]:
     """A page of them, by the query's `limit`, `after_id` and `before_id`."""
-    query = visit.request.query_params
+    query = context.request.query_params
     limit = number_of(query.get("limit", "20"))
     if limit is None or not 1 <= limit <= 1000:
         raise invalid("limit", "`limit` is a number from 1 to 1000.")
@@ -88,7 +88,7 @@ def models_page(visit: RequestContext, models: list[dict[str, Any]]) -> dict[str
         start = max(start, end - limit)
     page = models[start:end][:limit]
     return {
-        "data": [model_info(visit, model) for model in page],
+        "data": [model_info(context, model) for model in page],
         "first_id": page[0]["name"] if page else None,
         "last_id": page[-1]["name"] if page else None,
         "has_more": start > 0 if "before_id" in query else len(page) < end - start,

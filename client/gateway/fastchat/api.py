@@ -50,26 +50,26 @@ def context_tokens(model: dict[str, Any]) -> int:
     return model.get("context_tokens") or ASSUMED_CONTEXT_TOKENS
 
 
-async def _token_check(visit: RequestContext) -> Response:
-    body = await visit.read(TokenCheckBody)
-    models = await visible_models(visit)
+async def _token_check(context: RequestContext) -> Response:
+    body = await context.read(TokenCheckBody)
+    models = await visible_models(context)
     told = []
     for item in body.prompts:
-        visit.check(item.model, 0)
-        context = context_tokens(find_model(models, item.model))
-        count = await visit.gateway.bus.count(
-            item.prompt, model=item.model, user=visit.share(None), retry=RETRY
+        context.check(item.model, 0)
+        room_tokens = context_tokens(find_model(models, item.model))
+        count = await context.gateway.bus.count(
+            item.prompt, model=item.model, user=context.share(None), retry=RETRY
         )
-        fits = count + item.max_tokens <= context
-        told.append({"fits": fits, "tokenCount": count, "contextLength": context})
+        fits = count + item.max_tokens <= room_tokens
+        told.append({"fits": fits, "tokenCount": count, "contextLength": room_tokens})
     return JSONResponse({"prompts": told})
 
 
-async def _engine_embeddings(visit: RequestContext) -> Response:
+async def _engine_embeddings(context: RequestContext) -> Response:
     """The model is in the path, as in the first version of OpenAI's API."""
-    body = await visit.read(_EngineInput)
-    model = visit.request.path_params["model"]
-    return await embed(visit, msgspec.structs.replace(body, model=model))
+    body = await context.read(_EngineInput)
+    model = context.request.path_params["model"]
+    return await embed(context, msgspec.structs.replace(body, model=model))
 
 
 def legacy_api_routes() -> list[Route]:

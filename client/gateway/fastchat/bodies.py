@@ -161,12 +161,12 @@ _ONLY_FASTCHAT = frozenset(
 )
 
 
-def dialect_of(visit: RequestContext, fields: dict[str, Any]) -> Dialect:
+def dialect_of(context: RequestContext, fields: dict[str, Any]) -> Dialect:
     """The family whose codes, defaults and frames the caller expects."""
-    fixed = visit.gateway.config.legacy_dialect
+    fixed = context.gateway.config.legacy_dialect
     if fixed == "fastchat" or fixed == "llava":
         return fixed  # type: ignore[return-value]
-    agent = visit.request.headers.get("user-agent", "").lower()
+    agent = context.request.headers.get("user-agent", "").lower()
     if "fastchat" in agent:
         return "fastchat"
     if "llava" in agent:
@@ -177,13 +177,13 @@ def dialect_of(visit: RequestContext, fields: dict[str, Any]) -> Dialect:
 
 
 async def generate_call_of(
-    visit: RequestContext, fields: dict[str, Any], dialect: Dialect
+    context: RequestContext, fields: dict[str, Any], dialect: Dialect
 ) -> GenerateCall:
     """Decode a generation request. Raises GatewayError for what cannot be served."""
-    body = await visit.aside(_body_of, fields)
-    model = await model_of(visit, body.model)
-    visit.check(model, 0)
-    return await visit.aside(_wanted, visit, body, model, dialect)
+    body = await context.aside(_body_of, fields)
+    model = await model_of(context, body.model)
+    context.check(model, 0)
+    return await context.aside(_wanted, context, body, model, dialect)
 
 
 def _body_of(fields: dict[str, Any]) -> GenerateBody:
@@ -192,11 +192,11 @@ def _body_of(fields: dict[str, Any]) -> GenerateBody:
 
 
 def _wanted(
-    visit: RequestContext, body: GenerateBody, model: str, dialect: Dialect
+    context: RequestContext, body: GenerateBody, model: str, dialect: Dialect
 ) -> GenerateCall:
     if (body.best_of or 1) > 1 or body.use_beam_search:
         raise invalid("best_of", "Beam search and `best_of` are not served.")
-    limit = visit.gateway.config.image_bytes
+    limit = context.gateway.config.image_bytes
     images = list(body.images or [])
     if isinstance(body.prompt, str):
         prompt, messages = body.prompt, turns_of(body.prompt)
@@ -215,13 +215,13 @@ def _wanted(
         messages=messages,
         prompt=None if messages else prompt,
         params=_params(body, dialect),
-        user=visit.share(None),
+        user=context.share(None),
         window=DEFAULT_WINDOW_TOKENS,
         attachments=described(attachments),
     )
     # LLaVA's workers always put the prompt first, FastChat's unless told not to.
     echo = dialect == "llava" or body.echo is not False
-    call = Generation(checked(request), attachments, size_bytes=visit.size_bytes)
+    call = Generation(checked(request), attachments, size_bytes=context.size_bytes)
     return GenerateCall(call, prompt if echo else "", dialect)
 
 
@@ -366,20 +366,20 @@ def _image(text: str, param: str, limit: int) -> bytes:
     return data
 
 
-async def model_names(visit: RequestContext, images: bool | None = None) -> list[str]:
+async def model_names(context: RequestContext, images: bool | None = None) -> list[str]:
     """Of the models that the key may use; `images`: only those that take images, or take none."""
     return [
         model["name"]
-        for model in await visible_models(visit)
+        for model in await visible_models(context)
         if images is None or bool(model.get("images")) == images
     ]
 
 
-async def model_of(visit: RequestContext, named: str | None) -> str:
+async def model_of(context: RequestContext, named: str | None) -> str:
     """The model named, or the only one served. Raises GatewayError(invalid_request)."""
     if named:
         return named
-    names = await model_names(visit)
+    names = await model_names(context)
     if len(names) == 1:
         return names[0]
     raise invalid("model", f"`model` is required: the bus serves {', '.join(names) or 'none'}.")

@@ -77,12 +77,12 @@ _LLAVA_CODES = {
 # --- controller -----------------------------------------------------------------------------------
 
 
-async def _null(visit: RequestContext) -> Response:
+async def _null(context: RequestContext) -> Response:
     """The list of models is always current, so there is nothing to refresh."""
     return JSONResponse(None)
 
 
-async def _one_way(visit: RequestContext) -> Response:
+async def _one_way(context: RequestContext) -> Response:
     raise GatewayError(
         ErrorCode.INVALID_REQUEST,
         "Workers of the older systems cannot register here. Serve the model with "
@@ -91,34 +91,34 @@ async def _one_way(visit: RequestContext) -> Response:
     )
 
 
-async def _heartbeat(visit: RequestContext) -> Response:
+async def _heartbeat(context: RequestContext) -> Response:
     return JSONResponse({"exist": False})
 
 
-async def _list_models(visit: RequestContext) -> Response:
-    return JSONResponse({"models": await model_names(visit)})
+async def _list_models(context: RequestContext) -> Response:
+    return JSONResponse({"models": await model_names(context)})
 
 
-async def _list_multimodal(visit: RequestContext) -> Response:
-    return JSONResponse({"models": await model_names(visit, True)})
+async def _list_multimodal(context: RequestContext) -> Response:
+    return JSONResponse({"models": await model_names(context, True)})
 
 
-async def _list_language(visit: RequestContext) -> Response:
-    return JSONResponse({"models": await model_names(visit, False)})
+async def _list_language(context: RequestContext) -> Response:
+    return JSONResponse({"models": await model_names(context, False)})
 
 
-async def _worker_address(visit: RequestContext) -> Response:
-    body = await _read(visit, ModelBody)
-    known = body.model in await model_names(visit)
-    return JSONResponse({"address": _own_address(visit) if known else ""})
+async def _worker_address(context: RequestContext) -> Response:
+    body = await _read(context, ModelBody)
+    known = body.model in await model_names(context)
+    return JSONResponse({"address": _own_address(context) if known else ""})
 
 
-def _own_address(visit: RequestContext) -> str:
+def _own_address(context: RequestContext) -> str:
     """The address at which the caller reached this gateway, with the key if the
     address contained one."""
-    given = visit.gateway.config.public_url or str(visit.request.base_url)
+    given = context.gateway.config.public_url or str(context.request.base_url)
     scheme, _, rest = given.rstrip("/").partition("://")
-    kind, _, packed = visit.request.headers.get("authorization", "").partition(" ")
+    kind, _, packed = context.request.headers.get("authorization", "").partition(" ")
     if kind.lower() == "basic":
         # The caller sent it itself; its calls to the worker need it again.
         with contextlib.suppress(binascii.Error, UnicodeDecodeError):
@@ -127,14 +127,14 @@ def _own_address(visit: RequestContext) -> str:
     return f"{scheme}://{rest}"
 
 
-async def _test_connection(visit: RequestContext) -> Response:
+async def _test_connection(context: RequestContext) -> Response:
     return JSONResponse("success")
 
 
-async def _status(visit: RequestContext) -> Response:
+async def _status(context: RequestContext) -> Response:
     """The whole bus presented as one worker, as their controllers do in a hierarchy."""
-    models = await visible_models(visit)
-    workers = await visit.gateway.bus.workers()
+    models = await visible_models(context)
+    workers = await context.gateway.bus.workers()
     return JSONResponse(
         {
             "model_names": [model["name"] for model in models],
@@ -149,36 +149,36 @@ async def _status(visit: RequestContext) -> Response:
 # --- worker ---------------------------------------------------------------------------------------
 
 
-async def _generate_stream(visit: RequestContext) -> Response:
-    data = await visit.body()
-    dialect = dialect_of(visit, {})
+async def _generate_stream(context: RequestContext) -> Response:
+    data = await context.body()
+    dialect = dialect_of(context, {})
     try:
-        fields = await visit.decoded(dict[str, Any], data)
-        dialect = dialect_of(visit, fields)
-        call = await generate_call_of(visit, fields, dialect)
+        fields = await context.decoded(dict[str, Any], data)
+        dialect = dialect_of(context, fields)
+        call = await generate_call_of(context, fields, dialect)
     except Exception as error:
         # Their front ends read errors from frames, never from the HTTP status.
-        told = _failure(visit, error, dialect, "")
+        told = _failure(context, error, dialect, "")
         return Response(_frame(told), media_type="application/byte-stream")
-    return _FrameStream(visit, call)
+    return _FrameStream(context, call)
 
 
-async def _generate_whole(visit: RequestContext) -> Response:
-    data = await visit.body()
-    dialect = dialect_of(visit, {})
+async def _generate_whole(context: RequestContext) -> Response:
+    data = await context.body()
+    dialect = dialect_of(context, {})
     last: dict[str, Any] = {}
     try:
-        fields = await visit.decoded(dict[str, Any], data)
-        dialect = dialect_of(visit, fields)
-        call = await generate_call_of(visit, fields, dialect)
-        for frame in await until_disconnect(_frames(visit, call), visit.request.receive):
+        fields = await context.decoded(dict[str, Any], data)
+        dialect = dialect_of(context, fields)
+        call = await generate_call_of(context, fields, dialect)
+        for frame in await until_disconnect(_frames(context, call), context.request.receive):
             last = frame
     except asyncio.CancelledError:
-        last = _failure(visit, STOPPING, dialect, "")
+        last = _failure(context, STOPPING, dialect, "")
     except Exception as error:
         if isinstance(error, GatewayError) and error.info.code == ErrorCode.CANCELLED:
             raise
-        last = _failure(visit, error, dialect, "")
+        last = _failure(context, error, dialect, "")
     return JSONResponse(last)
 
 
@@ -187,10 +187,10 @@ class _FrameStream(Response):
 
     media_type = "application/byte-stream"
 
-    def __init__(self, visit: RequestContext, call: GenerateCall) -> None:
+    def __init__(self, context: RequestContext, call: GenerateCall) -> None:
         super().__init__()
         del self.headers["content-length"]
-        self._visit = visit
+        self._visit = context
         self._wanted = call
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -222,7 +222,7 @@ def _frame(value: dict[str, Any]) -> bytes:
 
 
 async def _frames(
-    visit: RequestContext, call: GenerateCall
+    context: RequestContext, call: GenerateCall
 ) -> AsyncGenerator[list[dict[str, Any]], None]:
     """The answer as their workers send it: each frame has the whole text so far."""
     text, tokens, prompt_tokens = call.before, 0, 0
@@ -230,7 +230,7 @@ async def _frames(
     if call.call.request.params.logprobs is not None:
         logprobs = text_logprobs([])
     places = Places(len(call.before))
-    async with contextlib.aclosing(_generated(visit, call)) as batches:
+    async with contextlib.aclosing(_generated(context, call)) as batches:
         async for batch in batches:
             frames: list[dict[str, Any]] = []
             for event in batch:
@@ -241,7 +241,7 @@ async def _frames(
                             len(event.prompt.token_ids) if usage is None else usage.prompt_tokens
                         )
                     case Delta():
-                        visit.saw_token()
+                        context.saw_token()
                         if logprobs is not None:
                             logprobs = _with_logprobs(logprobs, places.of(event.logprobs or []))
                         text += event.text
@@ -251,17 +251,17 @@ async def _frames(
                             frames.append(told)
                     case Finish():
                         end = event.end
-                        visit.prompt_tokens = end.usage.prompt_tokens
-                        visit.completion_tokens = end.usage.completion_tokens
+                        context.prompt_tokens = end.usage.prompt_tokens
+                        context.completion_tokens = end.usage.completion_tokens
                         frames.append(_last(call, text, end, logprobs))
             if frames:
                 yield frames
 
 
-async def _generated(visit: RequestContext, call: GenerateCall) -> Batches:
+async def _generated(context: RequestContext, call: GenerateCall) -> Batches:
     """The events of the request. LLaVA's workers shorten an answer to fit the context."""
     one = cut_to_context(call.call) if call.dialect == "llava" else call.call
-    async with contextlib.aclosing(visit.generate([one])) as batches:
+    async with contextlib.aclosing(context.generate([one])) as batches:
         async for batch in batches:
             yield batch
 
@@ -309,11 +309,11 @@ def _frame_fields(
 
 
 def _failure(
-    visit: RequestContext, error: Exception, dialect: Dialect, before: str
+    context: RequestContext, error: Exception, dialect: Dialect, before: str
 ) -> dict[str, Any]:
     told = describe(error)
     # The frame says little about the cause; the log and the operator's view say more.
-    visit.remember(told)
+    context.remember(told)
     try:
         code: ErrorCode | None = ErrorCode(told.info.code)
     except ValueError:
@@ -326,41 +326,43 @@ def _failure(
     return {"text": f"{BANNER}\n\n({told.info.message})", "error_code": number}
 
 
-async def _embeddings(visit: RequestContext) -> Response:
-    body = await _read(visit, EmbeddingBody)
-    model = await model_of(visit, body.model)
-    visit.check(model, 0)
+async def _embeddings(context: RequestContext) -> Response:
+    body = await _read(context, EmbeddingBody)
+    model = await model_of(context, body.model)
+    context.check(model, 0)
     try:
-        made = await visit.embed(body.input, model, user=visit.share(None))
+        made = await context.embed(body.input, model, user=context.share(None))
     except Exception as error:
-        return JSONResponse(_failure(visit, error, "fastchat", ""))
+        return JSONResponse(_failure(context, error, "fastchat", ""))
     vectors = await written_vectors(made, as_text=body.encoding_format == "base64")
     data = b'{"embedding":[%b],"token_num":%d}' % (b",".join(vectors), made.usage.prompt_tokens)
     return Response(data, media_type="application/json")
 
 
-async def _count_token(visit: RequestContext) -> Response:
-    body = await _read(visit, PromptBody)
-    model = await model_of(visit, body.model)
-    visit.check(model, 0)
-    given: Any = await visit.aside(turns_of, body.prompt) or body.prompt
-    count = await visit.gateway.bus.count(given, model=model, user=visit.share(None), retry=RETRY)
+async def _count_token(context: RequestContext) -> Response:
+    body = await _read(context, PromptBody)
+    model = await model_of(context, body.model)
+    context.check(model, 0)
+    given: Any = await context.aside(turns_of, body.prompt) or body.prompt
+    count = await context.gateway.bus.count(
+        given, model=model, user=context.share(None), retry=RETRY
+    )
     return JSONResponse({"count": count, "error_code": 0})
 
 
-async def _model_details(visit: RequestContext) -> Response:
-    body = await _read(visit, ModelBody)
-    name = await model_of(visit, body.model)
-    model = find_model(await visible_models(visit), name)
+async def _model_details(context: RequestContext) -> Response:
+    body = await _read(context, ModelBody)
+    name = await model_of(context, body.model)
+    model = find_model(await visible_models(context), name)
     return JSONResponse({"context_length": context_tokens(model)})
 
 
-async def _conv_template(visit: RequestContext) -> Response:
+async def _conv_template(context: RequestContext) -> Response:
     return JSONResponse({"conv": conversation()})
 
 
-async def _read(visit: RequestContext, kind: type[Any]) -> Any:
-    return await visit.read(kind)
+async def _read(context: RequestContext, kind: type[Any]) -> Any:
+    return await context.read(kind)
 
 
 def legacy_routes() -> list[Route]:

@@ -41,13 +41,13 @@ _NEVER: Final = "9999-12-31T23:59:59Z"
 _BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
-async def name_of(visit: RequestContext, given: str) -> str:
+async def name_of(context: RequestContext, given: str) -> str:
     """The name on the bus of a model: `NAME:latest` is NAME where no model has the tag."""
     if not given:
         raise invalid("model", "`model` is required.")
     if not given.endswith(LATEST):
         return given
-    names = [model["name"] for model in await visible_models(visit)]
+    names = [model["name"] for model in await visible_models(context)]
     bare = given.removesuffix(LATEST)
     return bare if given not in names and bare in names else given
 
@@ -60,9 +60,9 @@ def find(models: list[dict[str, Any]], name: str, given: str) -> dict[str, Any]:
     raise GatewayError(ErrorCode.MODEL_UNAVAILABLE, f"model '{given}' not found", param="model")
 
 
-async def check_thinks(visit: RequestContext, given: str, name: str) -> None:
+async def check_thinks(context: RequestContext, given: str, name: str) -> None:
     """Raise where a model that is asked to think cannot: programs ask again without."""
-    model = find(await visible_models(visit), name, given)
+    model = find(await visible_models(context), name, given)
     if not model["details"].get("reasoning"):
         raise invalid("think", f'"{given}" does not support thinking')
 

@@ -50,52 +50,54 @@ NDJSON: Final = "application/x-ndjson"
 _JSON: Final = msgspec.json.encode
 
 
-async def _chat(visit: RequestContext) -> Response:
-    body = await visit.read(ChatBody)
+async def _chat(context: RequestContext) -> Response:
+    body = await context.read(ChatBody)
     if not body.messages:
-        return await _loaded(visit, body, {"message": {"role": "assistant", "content": ""}})
-    name = await _begin(visit, body)
-    call = await _chat_call(visit, body, name)
-    return await _answered(visit, body, call, Answer(body.model, of_chat=True))
+        return await _loaded(context, body, {"message": {"role": "assistant", "content": ""}})
+    name = await _begin(context, body)
+    call = await _chat_call(context, body, name)
+    return await _answered(context, body, call, Answer(body.model, of_chat=True))
 
 
-async def _generate(visit: RequestContext) -> Response:
-    body = await visit.read(GenerateBody)
+async def _generate(context: RequestContext) -> Response:
+    body = await context.read(GenerateBody)
     if not body.prompt and not body.images:
-        return await _loaded(visit, body, {"response": ""})
-    name = await _begin(visit, body)
+        return await _loaded(context, body, {"response": ""})
+    name = await _begin(context, body)
     if not body.raw:
-        call = await _chat_call(visit, body, name)
+        call = await _chat_call(context, body, name)
     else:
         completion = msgspec.structs.replace(bodies.as_completion(body), model=name)
-        [call] = await visit.aside(
+        [call] = await context.aside(
             completion_calls,
             completion,
             seed=pick_seed(completion.seed),
-            user=visit.share(None),
-            size_bytes=visit.size_bytes,
+            user=context.share(None),
+            size_bytes=context.size_bytes,
         )
-    return await _answered(visit, body, call, Answer(body.model, of_chat=False))
+    return await _answered(context, body, call, Answer(body.model, of_chat=False))
 
 
-async def _begin(visit: RequestContext, body: Generating) -> str:
+async def _begin(context: RequestContext, body: Generating) -> str:
     """The model's name on the bus, once the key may use it. Raises GatewayError."""
-    name = await models.name_of(visit, body.model)
-    visit.check(name, 0)
+    name = await models.name_of(context, body.model)
+    context.check(name, 0)
     if body.think:
-        await models.check_thinks(visit, body.model, name)
+        await models.check_thinks(context, body.model, name)
     return name
 
 
-async def _chat_call(visit: RequestContext, body: ChatBody | GenerateBody, name: str) -> Generation:
+async def _chat_call(
+    context: RequestContext, body: ChatBody | GenerateBody, name: str
+) -> Generation:
     chat = msgspec.structs.replace(bodies.as_chat(body), model=name)
     try:
         call = await chat_call(
             chat,
-            visit.gateway.config.images,
+            context.gateway.config.images,
             seed=pick_seed(chat.seed),
-            user=visit.share(None),
-            size_bytes=visit.size_bytes,
+            user=context.share(None),
+            size_bytes=context.size_bytes,
         )
     except GatewayError as error:
         raise bodies.in_ollamas_words(error) from None
@@ -103,7 +105,7 @@ async def _chat_call(visit: RequestContext, body: ChatBody | GenerateBody, name:
 
 
 async def _answered(
-    visit: RequestContext, body: Generating, call: Generation, answer: Answer
+    context: RequestContext, body: Generating, call: Generation, answer: Answer
 ) -> Response:
     if body.truncate:
         params = msgspec.structs.replace(call.request.params, overflow="truncate_left")
@@ -111,50 +113,50 @@ async def _answered(
         call = replace(call, request=request)
     answer.read_with(parser_for(call))
     prompt_field = "messages" if isinstance(body, ChatBody) else "prompt"
-    events = visit.generate(
+    events = context.generate(
         [call], prompt_field=prompt_field, has_enough=lambda _: answer.choice.has_enough
     )
     if body.stream is not False:
-        return visit.stream(
-            _lines(visit, answer, events),
+        return context.stream(
+            _lines(context, answer, events),
             lambda error: [error_line(error)],
             media_type=NDJSON,
             keep_alive=answer.nothing_new,
         )
-    await until_disconnect(_taken(visit, answer, events), visit.request.receive)
+    await until_disconnect(_taken(context, answer, events), context.request.receive)
     return _json(answer.whole())
 
 
-async def _taken(visit: RequestContext, answer: Answer, batches: Batches) -> Batches:
+async def _taken(context: RequestContext, answer: Answer, batches: Batches) -> Batches:
     """The same batches, each taken into the answer."""
     async with contextlib.aclosing(batches):
         async for batch in batches:
             for event in batch:
                 answer.take(event)
-                _account(visit, answer)
+                _account(context, answer)
             yield batch
 
 
-async def _lines(visit: RequestContext, answer: Answer, batches: Batches) -> Source:
+async def _lines(context: RequestContext, answer: Answer, batches: Batches) -> Source:
     async with contextlib.aclosing(batches):
         async for batch in batches:
             lines: list[bytes] = []
             for event in batch:
                 lines += answer.told(event)
-                _account(visit, answer)
+                _account(context, answer)
             if lines:
                 yield lines
 
 
-def _account(visit: RequestContext, answer: Answer) -> None:
+def _account(context: RequestContext, answer: Answer) -> None:
     if answer.choice.usage is not None:
-        visit.prompt_tokens = answer.choice.usage.prompt_tokens
-        visit.completion_tokens = answer.choice.usage.completion_tokens
+        context.prompt_tokens = answer.choice.usage.prompt_tokens
+        context.completion_tokens = answer.choice.usage.completion_tokens
     elif answer.has_begun:
-        visit.saw_token()
+        context.saw_token()
 
 
-async def _loaded(visit: RequestContext, body: Generating, empty: dict[str, Any]) -> Response:
+async def _loaded(context: RequestContext, body: Generating, empty: dict[str, Any]) -> Response:
     """The answer to a request that only wants the model loaded, as every model of the bus is."""
     if bodies.asks_to_unload(body.keep_alive):
         raise invalid(
@@ -162,9 +164,9 @@ async def _loaded(visit: RequestContext, body: Generating, empty: dict[str, Any]
             "`keep_alive: 0` cannot unload a model here: models stay loaded on their workers; an "
             "operator drains a worker.",
         )
-    name = await models.name_of(visit, body.model)
-    visit.check(name, 0)
-    models.find(await visible_models(visit), name, body.model)
+    name = await models.name_of(context, body.model)
+    context.check(name, 0)
+    models.find(await visible_models(context), name, body.model)
     found = {"model": body.model, "created_at": moment(time.time()), **empty}
     raw = _JSON({**found, "done": True, "done_reason": "load"})
     if body.stream is False:
@@ -175,8 +177,8 @@ async def _loaded(visit: RequestContext, body: Generating, empty: dict[str, Any]
 # --- vectors --------------------------------------------------------------------------------------
 
 
-async def _embed(visit: RequestContext) -> Response:
-    body = await visit.read(EmbedBody)
+async def _embed(context: RequestContext) -> Response:
+    body = await context.read(EmbedBody)
     inputs = [body.input] if isinstance(body.input, str) else body.input
     options: dict[str, Any] = {} if body.truncate is False else {"truncate": True}
     if body.dimensions:
@@ -184,7 +186,7 @@ async def _embed(visit: RequestContext) -> Response:
     began_s = time.monotonic()
     written, tokens = [], 0
     if inputs:
-        made = await _vectors(visit, body.model, inputs, "input", options)
+        made = await _vectors(context, body.model, inputs, "input", options)
         written, tokens = await written_vectors(made, as_text=False), made.usage.prompt_tokens
     figures = _JSON(
         {
@@ -199,29 +201,29 @@ async def _embed(visit: RequestContext) -> Response:
     return Response(raw, media_type="application/json")
 
 
-async def _embeddings(visit: RequestContext) -> Response:
-    body = await visit.read(EmbeddingsBody)
+async def _embeddings(context: RequestContext) -> Response:
+    body = await context.read(EmbeddingsBody)
     written = [b"[]"]
     if body.prompt:
         # Vectors of this form are not scaled to length 1.
         options = {"truncate": True, "normalize": False}
-        made = await _vectors(visit, body.model, [body.prompt], "prompt", options)
+        made = await _vectors(context, body.model, [body.prompt], "prompt", options)
         written = await written_vectors(made, as_text=False)
     return Response(b'{"embedding":%b}' % written[0], media_type="application/json")
 
 
 async def _vectors(
-    visit: RequestContext, model: str, inputs: list[str], field: str, options: dict[str, Any]
+    context: RequestContext, model: str, inputs: list[str], field: str, options: dict[str, Any]
 ) -> Embeddings:
-    name = await models.name_of(visit, model)
-    visit.check(name, 0)
+    name = await models.name_of(context, model)
+    context.check(name, 0)
     wanted = options.get("dimensions")
 
     async def work() -> AsyncGenerator[list[Embeddings], None]:
         with naming(field):
-            yield [await visit.embed(inputs, name, user=visit.share(None), **options)]
+            yield [await context.embed(inputs, name, user=context.share(None), **options)]
 
-    [made] = await until_disconnect(work(), visit.request.receive)
+    [made] = await until_disconnect(work(), context.request.receive)
     if wanted not in (None, made.dimensions):
         raise invalid(
             "dimensions",
@@ -233,33 +235,33 @@ async def _vectors(
 # --- models ---------------------------------------------------------------------------------------
 
 
-async def _tags(visit: RequestContext) -> Response:
-    found = await visible_models(visit)
-    return _json({"models": [models.entry(visit.gateway, model) for model in found]})
+async def _tags(context: RequestContext) -> Response:
+    found = await visible_models(context)
+    return _json({"models": [models.entry(context.gateway, model) for model in found]})
 
 
-async def _ps(visit: RequestContext) -> Response:
-    found = [model for model in await visible_models(visit) if model.get("ready")]
-    return _json({"models": [models.running(visit.gateway, model) for model in found]})
+async def _ps(context: RequestContext) -> Response:
+    found = [model for model in await visible_models(context) if model.get("ready")]
+    return _json({"models": [models.running(context.gateway, model) for model in found]})
 
 
-async def _show(visit: RequestContext) -> Response:
-    body = await visit.read(ModelBody)
+async def _show(context: RequestContext) -> Response:
+    body = await context.read(ModelBody)
     given = body.model or body.name or ""
-    name = await models.name_of(visit, given)
-    visit.check(name, 0)
-    model = models.find(await visible_models(visit), name, given)
-    return _json(models.shown(visit.gateway, model, await _takes_tools(visit, model)))
+    name = await models.name_of(context, given)
+    context.check(name, 0)
+    model = models.find(await visible_models(context), name, given)
+    return _json(models.shown(context.gateway, model, await _takes_tools(context, model)))
 
 
-async def _takes_tools(visit: RequestContext, model: dict[str, Any]) -> bool:
+async def _takes_tools(context: RequestContext, model: dict[str, Any]) -> bool:
     """Whether the model's chat template writes the tools that it is given."""
     if Kind.TEMPLATE not in model["kinds"]:
         return False
     tool = {"type": "function", "function": {"name": _TOOL, "parameters": {"type": "object"}}}
     try:
-        text = await visit.gateway.bus.template(
-            "x", model=model["name"], tools=[tool], user=visit.share(None)
+        text = await context.gateway.bus.template(
+            "x", model=model["name"], tools=[tool], user=context.share(None)
         )
     except BusError:
         return False
@@ -269,26 +271,26 @@ async def _takes_tools(visit: RequestContext, model: dict[str, Any]) -> bool:
 _TOOL: Final = "tool_to_look_for"
 
 
-async def _pull(visit: RequestContext) -> Response:
+async def _pull(context: RequestContext) -> Response:
     """A model of the bus needs no pulling; another one cannot be had."""
-    body = await visit.read(ModelBody)
+    body = await context.read(ModelBody)
     given = body.model or body.name or ""
-    name = await models.name_of(visit, given)
-    models.find(await visible_models(visit), name, given)
+    name = await models.name_of(context, given)
+    models.find(await visible_models(context), name, given)
     line = _JSON({"status": "success"})
     if body.stream is False:
         return Response(line, media_type="application/json")
     return Response(line + b"\n", media_type=NDJSON)
 
 
-async def _version(visit: RequestContext) -> Response:
+async def _version(context: RequestContext) -> Response:
     return _json({"version": models.API_VERSION})
 
 
-async def _unserved(visit: RequestContext) -> Response:
+async def _unserved(context: RequestContext) -> Response:
     raise GatewayError(
         ErrorCode.INVALID_REQUEST,
-        f"{visit.request.url.path} is not served: a model is added to the bus by starting a "
+        f"{context.request.url.path} is not served: a model is added to the bus by starting a "
         "worker (`python -m worker --model NAME`), and leaves with it.",
         status=501,
     )

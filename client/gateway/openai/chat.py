@@ -81,57 +81,57 @@ _NOTHING: Final = dumped(piece.ChoiceDelta())
 _NO_LOGPROBS: Final = b'"logprobs":{"content":[]'
 
 
-async def chat_completions(visit: RequestContext) -> Response:
+async def chat_completions(context: RequestContext) -> Response:
     """Answer a chat; see `requests.ChatRequest` for the body."""
-    body = await visit.read(ChatRequest)
-    resumed = Position.read(_PREFIX, visit.last_event_id) if body.stream else None
+    body = await context.read(ChatRequest)
+    resumed = Position.read(_PREFIX, context.last_event_id) if body.stream else None
     if resumed is not None:
         with contextlib.suppress(UnknownAnswer):
-            return _read_again(visit, resumed)
+            return _read_again(context, resumed)
     call = await chat_call(
         body,
-        visit.gateway.config.images,
+        context.gateway.config.images,
         seed=pick_seed(body.seed) if resumed is None else resumed.seed,
-        user=visit.share(body.user),
-        size_bytes=visit.size_bytes,
+        user=context.share(body.user),
+        size_bytes=context.size_bytes,
     )
     if body.separate_reasoning is not False:
         call = with_thoughts(call)
-    visit.check(body.model, call.request.priority)
+    context.check(body.model, call.request.priority)
     count = body.n or 1
     position = resumed or Position.first(_PREFIX, call.request.params.seed)
     choices = [ChatChoice(parser_for(call)) for _ in range(count)]
-    answer = _Answer(visit, body, choices, position)
-    events = visit.generate(
+    answer = _Answer(context, body, choices, position)
+    events = context.generate(
         [seeded(call, i) for i in range(count)],
         prompt_field="messages",
         has_enough=lambda choice: choices[choice].has_enough,
     )
     if body.stream:
-        return rejoin.begin(visit, _KIND, position, answer.stream(events), answer.failed)
-    await until_disconnect(answer.taking(events), visit.request.receive)
+        return rejoin.begin(context, _KIND, position, answer.stream(events), answer.failed)
+    await until_disconnect(answer.taking(events), context.request.receive)
     data = await aside(answer.logprob_bytes, answer.complete)
     return Response(data, media_type="application/json")
 
 
-async def read_chat(visit: RequestContext) -> Response:
+async def read_chat(context: RequestContext) -> Response:
     """Continue reading an answer that outlived its connection."""
-    position = Position.read(_PREFIX, visit.last_event_id)
-    return _read_again(visit, position or Position(visit.request.path_params["id"]))
+    position = Position.read(_PREFIX, context.last_event_id)
+    return _read_again(context, position or Position(context.request.path_params["id"]))
 
 
-async def cancel_chat(visit: RequestContext) -> Response:
+async def cancel_chat(context: RequestContext) -> Response:
     """Stop an answer that outlives its connection, at the worker too."""
-    return rejoin.cancel(visit, _KIND)
+    return rejoin.cancel(context, _KIND)
 
 
-def _read_again(visit: RequestContext, position: Position) -> Response:
+def _read_again(context: RequestContext, position: Position) -> Response:
     """The rest of a running or kept answer. Raises UnknownAnswer."""
 
     def failed(error: GatewayError) -> list[bytes]:
-        return [error_event(error, visit.request_id), DONE]
+        return [error_event(error, context.request_id), DONE]
 
-    return rejoin.read_on(visit, _KIND, position, failed)
+    return rejoin.read_on(context, _KIND, position, failed)
 
 
 class _Answer:
@@ -139,12 +139,12 @@ class _Answer:
 
     def __init__(
         self,
-        visit: RequestContext,
+        context: RequestContext,
         body: ChatRequest,
         choices: list[ChatChoice],
         position: Position,
     ) -> None:
-        self._visit = visit
+        self._visit = context
         self._body = body
         self._choices = choices
         self._id = position.answer
@@ -162,7 +162,7 @@ class _Answer:
         )
         #: Not of OpenAI's API: other servers send one name or the other.
         self._reasoning_fields = (
-            visit.gateway.config.reasoning_fields if body.shows_reasoning else ()
+            context.gateway.config.reasoning_fields if body.shows_reasoning else ()
         )
         #: Choices whose role was sent.
         self._greeted: set[int] = set()

@@ -48,27 +48,27 @@ __all__ = ["completions"]
 _PREFIX = "cmpl-"
 
 
-async def completions(visit: RequestContext) -> Response:
+async def completions(context: RequestContext) -> Response:
     """Continue one or several prompts; see `requests.CompletionRequest` for the body."""
-    body = await visit.read(CompletionRequest)
-    visit.check(body.model, body.priority or 0)
-    resumed = Position.read(_PREFIX, visit.last_event_id) if body.stream else None
+    body = await context.read(CompletionRequest)
+    context.check(body.model, body.priority or 0)
+    resumed = Position.read(_PREFIX, context.last_event_id) if body.stream else None
     seed = pick_seed(body.seed) if resumed is None else resumed.seed
-    prompts = await visit.aside(
+    prompts = await context.aside(
         completion_calls,
         body,
         seed=seed,
-        user=visit.share(body.user),
-        size_bytes=visit.size_bytes,
+        user=context.share(body.user),
+        size_bytes=context.size_bytes,
     )
     candidates = body.best_of or body.n or 1
     calls = [seeded(call, i) for call in prompts for i in range(candidates)]
     position = resumed or Position.first(_PREFIX, calls[0].request.params.seed)
-    answer = _Answer(visit, body, len(prompts), candidates, position)
-    events = visit.generate(calls, prompt_field="prompt")
+    answer = _Answer(context, body, len(prompts), candidates, position)
+    events = context.generate(calls, prompt_field="prompt")
     if body.stream:
-        return visit.stream(answer.stream(events), answer.failed)
-    for event in await until_disconnect(events, visit.request.receive):
+        return context.stream(answer.stream(events), answer.failed)
+    for event in await until_disconnect(events, context.request.receive):
         answer.take(event)
     text = await aside(answer.logprob_bytes, answer.complete)
     return Response(text, media_type="application/json")
@@ -77,13 +77,13 @@ async def completions(visit: RequestContext) -> Response:
 class _Answer:
     def __init__(
         self,
-        visit: RequestContext,
+        context: RequestContext,
         body: CompletionRequest,
         prompts: int,
         candidates: int,
         position: Position,
     ) -> None:
-        self._visit = visit
+        self._visit = context
         self._body = body
         self._prompts = prompts
         self._candidates = candidates

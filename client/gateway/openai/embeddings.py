@@ -21,24 +21,24 @@ from client.gateway.sse import until_disconnect
 __all__ = ["embed", "embeddings"]
 
 
-async def embeddings(visit: RequestContext) -> Response:
+async def embeddings(context: RequestContext) -> Response:
     """Vectors of one or several inputs; see `requests.EmbeddingRequest` for the body."""
-    return await embed(visit, await visit.read(EmbeddingRequest))
+    return await embed(context, await context.read(EmbeddingRequest))
 
 
-async def embed(visit: RequestContext, body: EmbeddingRequest) -> Response:
+async def embed(context: RequestContext, body: EmbeddingRequest) -> Response:
     """The answer to a decoded body."""
-    visit.check(body.model, body.priority or 0)
-    options: dict[str, Any] = {"priority": body.priority or 0, "user": visit.share(body.user)}
+    context.check(body.model, body.priority or 0)
+    options: dict[str, Any] = {"priority": body.priority or 0, "user": context.share(body.user)}
     if body.dimensions is not None:
         options["dimensions"] = body.dimensions
     inputs = texts_of("input", body.input)
 
     async def work() -> AsyncGenerator[list[Embeddings], None]:
         with naming("input"):
-            yield [await visit.embed(inputs, body.model, **options)]
+            yield [await context.embed(inputs, body.model, **options)]
 
-    [made] = await until_disconnect(work(), visit.request.receive)
+    [made] = await until_disconnect(work(), context.request.receive)
     if body.dimensions not in (None, made.dimensions):
         raise invalid(
             "dimensions",

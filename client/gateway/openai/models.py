@@ -23,11 +23,11 @@ __all__ = ["find_model", "get_model", "list_models", "visible_models"]
 _BESIDE = ("kinds", "images", "context_tokens", "workers", "ready", "capacity", "running", "queued")
 
 
-async def visible_models(visit: RequestContext) -> list[dict[str, Any]]:
+async def visible_models(context: RequestContext) -> list[dict[str, Any]]:
     """The models that the key may use, as described by `bus.models`, sorted by name."""
-    models = await visit.gateway.bus.models()
+    models = await context.gateway.bus.models()
     return sorted(
-        (model for model in models if visit.key.may_use(model["name"])),
+        (model for model in models if context.key.may_use(model["name"])),
         key=lambda model: str(model["name"]),
     )
 
@@ -44,9 +44,9 @@ def find_model(models: list[dict[str, Any]], name: str) -> dict[str, Any]:
     )
 
 
-def _shown(visit: RequestContext, model: dict[str, Any]) -> dict[str, Any]:
+def _shown(context: RequestContext, model: dict[str, Any]) -> dict[str, Any]:
     shown = Model(
-        id=model["name"], object="model", created=visit.gateway.started_at, owned_by="tokenbus"
+        id=model["name"], object="model", created=context.gateway.started_at, owned_by="tokenbus"
     )
     return {
         **shown.model_dump(exclude_unset=True),
@@ -54,32 +54,32 @@ def _shown(visit: RequestContext, model: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-async def list_models(visit: RequestContext) -> Response:
+async def list_models(context: RequestContext) -> Response:
     """Every model of the bus that the key may use, also under its other names; as Anthropic lists
     them for its clients."""
-    visit.error_shape = shape_for(visit.request)
-    models = _with_aliases(visit, await visible_models(visit))
-    if is_anthropics(visit.request):
-        return JSONResponse(models_page(visit, models))
-    return JSONResponse({"object": "list", "data": [_shown(visit, model) for model in models]})
+    context.error_shape = shape_for(context.request)
+    models = _with_aliases(context, await visible_models(context))
+    if is_anthropics(context.request):
+        return JSONResponse(models_page(context, models))
+    return JSONResponse({"object": "list", "data": [_shown(context, model) for model in models]})
 
 
-async def get_model(visit: RequestContext) -> Response:
+async def get_model(context: RequestContext) -> Response:
     """One model."""
-    visit.error_shape = shape_for(visit.request)
-    name = visit.request.path_params["model"]
-    served = visit.gateway.config.served_name(name)
-    model = {**find_model(await visible_models(visit), served), "name": name}
-    if is_anthropics(visit.request):
-        return JSONResponse(model_info(visit, model))
-    return JSONResponse(_shown(visit, model))
+    context.error_shape = shape_for(context.request)
+    name = context.request.path_params["model"]
+    served = context.gateway.config.served_name(name)
+    model = {**find_model(await visible_models(context), served), "name": name}
+    if is_anthropics(context.request):
+        return JSONResponse(model_info(context, model))
+    return JSONResponse(_shown(context, model))
 
 
-def _with_aliases(visit: RequestContext, models: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _with_aliases(context: RequestContext, models: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The models, and behind them those of their other names that are not patterns."""
     served = {model["name"]: model for model in models}
     return models + [
         {**served[name], "name": alias}
-        for alias, name in visit.gateway.config.alias
+        for alias, name in context.gateway.config.alias
         if name in served and alias not in served and "*" not in alias
     ]

@@ -155,7 +155,7 @@ _ANTHROPICS_ERROR = {
 }
 
 
-async def openapi(visit: RequestContext) -> Response:
+async def openapi(context: RequestContext) -> Response:
     """The document."""
     return Response(_document(), media_type="application/json")
 

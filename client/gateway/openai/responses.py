@@ -43,34 +43,36 @@ __all__ = [
 ]
 
 
-async def create_response(visit: RequestContext) -> Response:
+async def create_response(context: RequestContext) -> Response:
     """Answer an input; see `responses_input.ResponseRequest` for the body."""
-    store = visit.gateway.store
-    body, chat, call = await input_of(visit, await visit.read(ResponseRequest))
+    store = context.gateway.store
+    body, chat, call = await input_of(context, await context.read(ResponseRequest))
     call = with_thoughts(call)
     if body.truncation == "auto":
         params = msgspec.structs.replace(call.request.params, overflow="truncate_left")
         call = replace(call, request=msgspec.structs.replace(call.request, params=params))
-    visit.check(body.model, call.request.priority)
-    builder = ResponseBuilder(visit, body, chat, call)
+    context.check(body.model, call.request.priority)
+    builder = ResponseBuilder(context, body, chat, call)
     source = builder.events(
-        visit.generate(
+        context.generate(
             [call], prompt_field="input", has_enough=lambda _: builder.progress.has_enough
         )
     )
-    kept = Kept(builder.id, visit.key.name, "response", builder, call.size_bytes)
+    kept = Kept(builder.id, context.key.name, "response", builder, call.size_bytes)
     builder.grew = kept.grew
     if body.background:
-        transcript = store.run(kept, source, builder.failed, grace_s=None, on_end=visit.hand_over())
+        transcript = store.run(
+            kept, source, builder.failed, grace_s=None, on_end=context.hand_over()
+        )
         if body.stream:
-            return visit.stream(transcript.read(asking=True), builder.failed)
+            return context.stream(transcript.read(asking=True), builder.failed)
         return _json(builder.snapshot())
     if body.store is not False:
         store.put(kept)
     if body.stream:
-        return visit.stream(source, builder.failed)
+        return context.stream(source, builder.failed)
     try:
-        await until_disconnect(source, visit.request.receive)
+        await until_disconnect(source, context.request.receive)
     except BaseException:
         store.drop(kept)
         raise
@@ -78,23 +80,23 @@ async def create_response(visit: RequestContext) -> Response:
 
 
 async def input_of(
-    visit: RequestContext, body: ResponseRequest
+    context: RequestContext, body: ResponseRequest
 ) -> tuple[ResponseRequest, http.ChatRequest, Generation]:
     """The body with the items that it refers to, as a chat, and as a request of the bus. Raises
     GatewayError."""
-    items = _Items(visit)
-    if visit.is_large:
+    items = _Items(context)
+    if context.is_large:
         items.find()  # the store is the loop's
-    body = await visit.aside(with_references, body, items)
-    earlier, earlier_bytes = _conversation(visit, body.previous_response_id)
-    size_bytes = visit.size_bytes + earlier_bytes
+    body = await context.aside(with_references, body, items)
+    earlier, earlier_bytes = _conversation(context, body.previous_response_id)
+    size_bytes = context.size_bytes + earlier_bytes
     chat = await aside(size_bytes, as_chat, body, earlier)
     try:
         call = await chat_call(
             chat,
-            visit.gateway.config.images,
+            context.gateway.config.images,
             seed=pick_seed(body.seed),
-            user=visit.share(body.user),
+            user=context.share(body.user),
             size_bytes=size_bytes,
         )
     except GatewayError as error:
@@ -102,13 +104,13 @@ async def input_of(
     return body, chat, call
 
 
-def _conversation(visit: RequestContext, id_: str | None) -> tuple[list[http.ChatMessage], int]:
+def _conversation(context: RequestContext, id_: str | None) -> tuple[list[http.ChatMessage], int]:
     """What was said in an earlier response and before, and its bytes; raises GatewayError naming
     the field."""
     if id_ is None:
         return [], 0
     try:
-        kept = visit.gateway.store.find(id_, visit.key.name, "response")
+        kept = context.gateway.store.find(id_, context.key.name, "response")
     except UnknownAnswer as error:
         raise UnknownAnswer(
             f"{error.info.message} Send the conversation as `input`.",
@@ -127,15 +129,15 @@ def _conversation(visit: RequestContext, id_: str | None) -> tuple[list[http.Cha
 class _Items:
     """The output items of the responses that the key may see, as JSON, by id."""
 
-    def __init__(self, visit: RequestContext) -> None:
-        self._visit = visit
+    def __init__(self, context: RequestContext) -> None:
+        self._visit = context
         self._found: dict[str, OutputItem] | None = None
 
     def find(self) -> dict[str, OutputItem]:
         """Look through the store, unless that was done."""
         if self._found is None:
-            visit = self._visit
-            kept = visit.gateway.store.of(visit.key.name, "response")
+            context = self._visit
+            kept = context.gateway.store.of(context.key.name, "response")
             self._found = {
                 item.id: item
                 for builder in (one.value for one in kept)
@@ -157,12 +159,12 @@ class _Items:
         return dict(msgspec.json.decode(dumped(item)))
 
 
-async def get_response(visit: RequestContext) -> Response:
+async def get_response(context: RequestContext) -> Response:
     """The response as it is now, or its events behind a number."""
-    kept = _find(visit)
-    query = visit.request.query_params
+    kept = _find(context)
+    query = context.request.query_params
     # Log-probabilities are in the answer already, where they were asked for.
-    _check_query(visit, "stream", "starting_after", "include", "include[]", "include_obfuscation")
+    _check_query(context, "stream", "starting_after", "include", "include[]", "include_obfuscation")
     streamed = query.get("stream", "false").lower()
     if streamed not in ("true", "1", "false", "0"):
         raise invalid("stream", "`stream` is `true` or `false`.")
@@ -173,25 +175,25 @@ async def get_response(visit: RequestContext) -> Response:
     if kept.transcript is None:
         raise invalid("stream", "Only a response made with `background: true` streams again.")
     named = "starting_after" if query.get("starting_after") else "last-event-id"
-    after = query.get("starting_after") or visit.last_event_id
+    after = query.get("starting_after") or context.last_event_id
     # Sequence numbers count from 0, positions from 1.
     number = -1 if after is None else http.number_of(after)
     if number is None:
         raise invalid(named, f"`{named}` is the sequence number of an event.")
     position = number + 1
-    return visit.stream(kept.transcript.read(position), kept.value.failed)
+    return context.stream(kept.transcript.read(position), kept.value.failed)
 
 
-async def delete_response(visit: RequestContext) -> Response:
+async def delete_response(context: RequestContext) -> Response:
     """Forget a response; one that runs is cancelled."""
-    kept = _find(visit)
-    visit.gateway.store.drop(kept)
+    kept = _find(context)
+    context.gateway.store.drop(kept)
     return JSONResponse({"id": kept.id, "object": "response", "deleted": True})
 
 
-async def cancel_response(visit: RequestContext) -> Response:
+async def cancel_response(context: RequestContext) -> Response:
     """Stop a response that runs in the background, at the worker too."""
-    kept = _find(visit)
+    kept = _find(context)
     if kept.transcript is None:
         raise invalid("id", "Only a response made with `background: true` can be cancelled.")
     kept.transcript.cancel()
@@ -199,12 +201,12 @@ async def cancel_response(visit: RequestContext) -> Response:
     return _json(kept.value.snapshot())
 
 
-async def input_items(visit: RequestContext) -> Response:
+async def input_items(context: RequestContext) -> Response:
     """A page of what the response was asked with; the latest item first, as OpenAI has it."""
-    kept = _find(visit)
+    kept = _find(context)
     given = kept.value.body.input
-    _check_query(visit, "after", "limit", "order", "include", "include[]")
-    query = visit.request.query_params
+    _check_query(context, "after", "limit", "order", "include", "include[]")
+    query = context.request.query_params
     if isinstance(given, str):
         given = [{"role": "user", "content": [{"type": "input_text", "text": given}]}]
     items = [{"type": "message", "id": f"item_{i}", **item} for i, item in enumerate(given)]
@@ -237,8 +239,8 @@ async def input_items(visit: RequestContext) -> Response:
     return Response(data, media_type="application/json")
 
 
-def _check_query(visit: RequestContext, *known: str) -> None:
-    query = visit.request.query_params
+def _check_query(context: RequestContext, *known: str) -> None:
+    query = context.request.query_params
     for name in query:
         if name not in known:
             raise invalid(name, f"`{name}` is not a parameter of this endpoint; remove it.")
@@ -246,8 +248,10 @@ def _check_query(visit: RequestContext, *known: str) -> None:
         check_include(entry)
 
 
-def _find(visit: RequestContext) -> Kept:
-    return visit.gateway.store.find(visit.request.path_params["id"], visit.key.name, "response")
+def _find(context: RequestContext) -> Kept:
+    return context.gateway.store.find(
+        context.request.path_params["id"], context.key.name, "response"
+    )
 
 
 def _json(response: BaseModel) -> Response:

@@ -71,11 +71,15 @@ class ResponseBuilder:
     """One response in the making, and what is known of it afterwards."""
 
     def __init__(
-        self, visit: RequestContext, body: ResponseRequest, chat: http.ChatRequest, call: Generation
+        self,
+        context: RequestContext,
+        body: ResponseRequest,
+        chat: http.ChatRequest,
+        call: Generation,
     ) -> None:
         self.id = new_id("resp_")
         self.body = body
-        self._visit = visit
+        self._visit = context
         self._chat = chat
         self.progress = Progress(parser_for(call))
         #: Wall clock, whole seconds.

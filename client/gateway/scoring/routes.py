@@ -43,23 +43,23 @@ _JSON: Final = msgspec.json.encode
 _SEARCH_DOCUMENTS: Final = 100
 
 
-async def _rerank(visit: RequestContext) -> Response:
-    body = await visit.read(RerankRequest)
+async def _rerank(context: RequestContext) -> Response:
+    body = await context.read(RerankRequest)
     if (body.documents is None) == (body.texts is None):
         raise invalid("documents", "Send `documents`, or `texts`.")
     field = "documents" if body.texts is None else "texts"
     documents = plain_texts(field, [*(body.documents or body.texts or ())])
     query = body.query if isinstance(body.query, str) else body.query.text
     options = options_of(body, raw=bool(body.raw_scores))
-    visit.check(body.model, body.priority or 0)
-    own = _own(visit, options)
-    made = await visit.aside(
-        calls.rerank, visit.gateway.bus.defaults, body.model, paired(query, documents), own
+    context.check(body.model, body.priority or 0)
+    own = _own(context, options)
+    made = await context.aside(
+        calls.rerank, context.gateway.bus.defaults, body.model, paired(query, documents), own
     )
-    ranked = reranked_from(await _ends(visit, made, field), documents, body.top_n or None)
+    ranked = reranked_from(await _ends(context, made, field), documents, body.top_n or None)
     if body.texts is not None:
         return _json([_of_inference(one, bool(body.return_text)) for one in ranked])
-    of_cohere = visit.request.url.path.startswith("/v2/")
+    of_cohere = context.request.url.path.startswith("/v2/")
     return _json(_of_jina(ranked, body, len(documents), of_cohere=of_cohere))
 
 
@@ -97,29 +97,29 @@ def _of_jina(
     }
 
 
-async def _score(visit: RequestContext) -> Response:
-    body = await visit.read(ScoreRequest)
+async def _score(context: RequestContext) -> Response:
+    body = await context.read(ScoreRequest)
     pairs, options = pairs_of(body), options_of(body)
-    visit.check(body.model, body.priority or 0)
+    context.check(body.model, body.priority or 0)
     # Not classify: a model of several labels has no one score for a pair.
-    made = await visit.aside(
-        calls.rerank, visit.gateway.bus.defaults, body.model, pairs, _own(visit, options)
+    made = await context.aside(
+        calls.rerank, context.gateway.bus.defaults, body.model, pairs, _own(context, options)
     )
-    scored = classifications_from(await _ends(visit, made, "text_2"), len(pairs))
+    scored = classifications_from(await _ends(context, made, "text_2"), len(pairs))
     data = [
         {"index": index, "object": "score", "score": one.score} for index, one in enumerate(scored)
     ]
     return _json(_listed("score-", scored, data))
 
 
-async def _classify(visit: RequestContext) -> Response:
-    body = await visit.read(ClassifyRequest)
+async def _classify(context: RequestContext) -> Response:
+    body = await context.read(ClassifyRequest)
     inputs, options = texts_of("input", body.input), options_of(body)
-    visit.check(body.model, body.priority or 0)
-    made = await visit.aside(
-        calls.classify, visit.gateway.bus.defaults, body.model, inputs, _own(visit, options)
+    context.check(body.model, body.priority or 0)
+    made = await context.aside(
+        calls.classify, context.gateway.bus.defaults, body.model, inputs, _own(context, options)
     )
-    classified = classifications_from(await _ends(visit, made, "input"), len(inputs))
+    classified = classifications_from(await _ends(context, made, "input"), len(inputs))
     data = [
         {
             "index": index,
@@ -144,16 +144,16 @@ def _listed(prefix: str, scored: Classifications, data: list[Any]) -> dict[str, 
     }
 
 
-def _own(visit: RequestContext, options: dict[str, Any]) -> dict[str, Any]:
-    return {"user": visit.share(None), "retry": RETRY, **options}
+def _own(context: RequestContext, options: dict[str, Any]) -> dict[str, Any]:
+    return {"user": context.share(None), "retry": RETRY, **options}
 
 
-async def _ends(visit: RequestContext, made: Sequence[calls.Call], field: str) -> list[End]:
+async def _ends(context: RequestContext, made: Sequence[calls.Call], field: str) -> list[End]:
     async def work() -> AsyncGenerator[list[End], None]:
         with naming(field):
-            yield await visit.ask_all(made)
+            yield await context.ask_all(made)
 
-    return await until_disconnect(work(), visit.request.receive)
+    return await until_disconnect(work(), context.request.receive)
 
 
 def _json(value: Any) -> Response:

@@ -35,14 +35,14 @@ __all__ = ["input_tokens", "token_routes"]
 _JSON: Final = msgspec.json.encode
 
 
-async def _tokenize(visit: RequestContext) -> Response:
-    body = await visit.read(TokenizeRequest)
+async def _tokenize(context: RequestContext) -> Response:
+    body = await context.read(TokenizeRequest)
     given = [body.prompt, body.content, body.messages]
     if sum(one is not None for one in given) != 1:
         raise invalid("prompt", "Send one of `prompt`, `messages` and `content`.")
     if body.parse_special is False:
         raise invalid("parse_special", "`parse_special: false` is not served; leave it out.")
-    model = _allowed(visit, body.model)
+    model = _allowed(context, body.model)
     names = bool(body.return_token_strs or body.with_pieces)
     arguments: dict[str, Any] = {"return_tokens": True} if names else {}
     attachments: Sequence[bytes] = ()
@@ -51,19 +51,19 @@ async def _tokenize(visit: RequestContext) -> Response:
         added = body.add_special_tokens is not False if body.content is None else body.add_special
         if not added:
             arguments["add_special_tokens"] = False
-        request = _request(visit, model, Kind.TOKENIZE, prompt=text)
+        request = _request(context, model, Kind.TOKENIZE, prompt=text)
         field = "prompt"
     else:
-        call = await _chat(visit, body, model)
+        call = await _chat(context, body, model)
         request, attachments, field = call.request, call.attachments, "messages"
     request = msgspec.structs.replace(request, kind=Kind.TOKENIZE, tokenize_args=arguments)
-    end = await _ask(visit, request, attachments, field)
+    end = await _ask(context, request, attachments, field)
     ids = calls.field_of(end, "token_ids")
     named = calls.field_of(end, "tokens") if names else None
     if body.content is not None:
         pieces = zip(ids, named or (), strict=named is not None)
         return _json({"tokens": [{"id": i, "piece": p} for i, p in pieces] if named else ids})
-    found = find_model(await visible_models(visit), model)
+    found = find_model(await visible_models(context), model)
     return _json(
         {
             "count": len(ids),
@@ -74,74 +74,74 @@ async def _tokenize(visit: RequestContext) -> Response:
     )
 
 
-async def _detokenize(visit: RequestContext) -> Response:
-    body = await visit.read(DetokenizeRequest)
-    model, text = _allowed(visit, body.model), ""
+async def _detokenize(context: RequestContext) -> Response:
+    body = await context.read(DetokenizeRequest)
+    model, text = _allowed(context, body.model), ""
     if body.tokens:
-        request = _request(visit, model, Kind.DETOKENIZE, token_ids=body.tokens)
-        text = calls.field_of(await _ask(visit, request, (), "tokens"), "text")
+        request = _request(context, model, Kind.DETOKENIZE, token_ids=body.tokens)
+        text = calls.field_of(await _ask(context, request, (), "tokens"), "text")
     # vLLM's name and llama.cpp's.
     return _json({"prompt": text, "content": text})
 
 
-async def _apply_template(visit: RequestContext) -> Response:
-    body = await visit.read(TemplateRequest)
-    call = await _chat(visit, body, _allowed(visit, body.model))
+async def _apply_template(context: RequestContext) -> Response:
+    body = await context.read(TemplateRequest)
+    call = await _chat(context, body, _allowed(context, body.model))
     request = msgspec.structs.replace(call.request, kind=Kind.TEMPLATE)
-    end = await _ask(visit, request, call.attachments, "messages")
+    end = await _ask(context, request, call.attachments, "messages")
     return _json({"prompt": calls.field_of(end, "text")})
 
 
-async def input_tokens(visit: RequestContext) -> Response:
+async def input_tokens(context: RequestContext) -> Response:
     """The number of tokens that a response's input would have."""
-    body = await visit.read(InputTokensRequest)
-    _allowed(visit, body.model)
+    body = await context.read(InputTokensRequest)
+    _allowed(context, body.model)
     if not body.input and body.previous_response_id is None and not body.instructions:
         raise invalid("input", "`input` is required.")
-    _, _, call = await input_of(visit, body)
+    _, _, call = await input_of(context, body)
     request = msgspec.structs.replace(call.request, kind=Kind.COUNT, params=Params())
-    end = await _ask(visit, request, call.attachments, "input")
+    end = await _ask(context, request, call.attachments, "input")
     count = calls.field_of(end, "count")
     return _json({"object": "response.input_tokens", "input_tokens": count})
 
 
-def _allowed(visit: RequestContext, model: str) -> str:
-    visit.check(model, 0)
+def _allowed(context: RequestContext, model: str) -> str:
+    context.check(model, 0)
     return model
 
 
 async def _chat(
-    visit: RequestContext, body: TokenizeRequest | TemplateRequest, model: str
+    context: RequestContext, body: TokenizeRequest | TemplateRequest, model: str
 ) -> Generation:
     call = await chat_call(
         as_chat(body, model),
-        visit.gateway.config.images,
+        context.gateway.config.images,
         seed=0,
-        user=visit.share(None),
-        size_bytes=visit.size_bytes,
+        user=context.share(None),
+        size_bytes=context.size_bytes,
     )
     request = msgspec.structs.replace(call.request, params=Params())
     return Generation(request, call.attachments)
 
 
-def _request(visit: RequestContext, model: str, kind: Kind, **given: Any) -> Request:
+def _request(context: RequestContext, model: str, kind: Kind, **given: Any) -> Request:
     return checked(
         Request(
-            model=model, kind=kind, user=visit.share(None), window=DEFAULT_WINDOW_TOKENS, **given
+            model=model, kind=kind, user=context.share(None), window=DEFAULT_WINDOW_TOKENS, **given
         )
     )
 
 
 async def _ask(
-    visit: RequestContext, request: Request, attachments: Sequence[bytes], field: str
+    context: RequestContext, request: Request, attachments: Sequence[bytes], field: str
 ) -> End:
-    call = calls.ready(visit.gateway.bus.defaults, request, attachments, None, RETRY)
+    call = calls.ready(context.gateway.bus.defaults, request, attachments, None, RETRY)
 
     async def work() -> AsyncGenerator[list[End], None]:
         with naming(field):
-            yield [await visit.ask(call)]
+            yield [await context.ask(call)]
 
-    [end] = await until_disconnect(work(), visit.request.receive)
+    [end] = await until_disconnect(work(), context.request.receive)
     return end
 
 
