@@ -19,8 +19,7 @@ from typing import Any, Final
 import msgspec
 
 from broker.protocol import codec
-from broker.protocol.decisions import QUESTION_TYPES
-from broker.protocol.decisions import check as check_decisions
+from broker.protocol.decisions import QUESTION_TYPES, check as check_decisions
 from broker.protocol.errors import ProtocolError, RequestError
 from broker.protocol.messages import (
     MODEL_DEFAULTS,

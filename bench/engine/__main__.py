@@ -39,8 +39,7 @@ from typing import Any
 import torch
 
 from bench.common import Report, Row, integers, interleave, options, repeats
-from bench.engine import served as engine_served
-from bench.engine import situations as engine_situations
+from bench.engine import served as engine_served, situations as engine_situations
 from bench.engine.cases import SIZES, Load, Setting, paired, peers, run_engine
 
 Case = Callable[[Setting], None]

@@ -2,7 +2,7 @@
 
 A body is checked once, at the edge, when it is decoded into one of these; inside, types are
 trusted. Control bodies are maps: an unknown key is skipped, so adding an optional key does not
-change the version. OUTPUT events and ledgers are arrays: a field with a default may be appended.
+change the version. The events of OUTPUT are in `broker.protocol.output`, and are named here too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta
 
 from broker.protocol.errors import ErrorInfo
 from broker.protocol.limits import (
@@ -25,13 +25,33 @@ from broker.protocol.limits import (
     MAX_STOP_STRINGS,
     MAX_TOP_LOGPROBS,
 )
-
-Id = Annotated[bytes, Meta(min_length=ID_BYTES, max_length=ID_BYTES)]
-Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_BYTES)]
-Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
-Milliseconds = Annotated[int, Meta(ge=0, le=1 << 40)]
-TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
-Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
+from broker.protocol.output import (
+    TEXT_IDS as TEXT_IDS,
+    EndEvent as EndEvent,
+    FailEvent as FailEvent,
+    Finished as Finished,
+    FinishReason as FinishReason,
+    Ledger as Ledger,
+    OutputEvent as OutputEvent,
+    Piece as Piece,
+    PieceKind as PieceKind,
+    PromptEvent as PromptEvent,
+    Timings as Timings,
+    TokenLogprob as TokenLogprob,
+    TokensEvent as TokensEvent,
+    TopLogprob as TopLogprob,
+    Usage as Usage,
+)
+from broker.protocol.structs import (
+    ArrayStruct,
+    Count,
+    Finite,
+    Id as Id,
+    MapStruct,
+    Milliseconds,
+    Name as Name,
+    TokenId,
+)
 
 Role = Literal["client", "worker"]
 
@@ -63,25 +83,6 @@ class WorkerState(StrEnum):
     DRAINING = "draining"
 
 
-class FinishReason(StrEnum):
-    STOP = "stop"
-    LENGTH = "length"
-    CANCELLED = "cancelled"
-
-
-class PieceKind(StrEnum):
-    """What a piece of an answer's text is."""
-
-    #: The answer itself. The only kind in an answer that is not split.
-    CONTENT = "content"
-    #: What the model thought before or between parts of the answer.
-    REASONING = "reasoning"
-    #: A call of a tool begins: its name, whole. Who asks for it gets `ARGUMENTS` as well.
-    CALL = "call"
-    #: More of the JSON text of the arguments of the call that began last.
-    ARGUMENTS = "arguments"
-
-
 class Continuation(StrEnum):
     """How a worker continues an answer that another one began."""
 
@@ -93,23 +94,10 @@ class Continuation(StrEnum):
     TEXT = "text"
 
 
-TEXT_IDS: Final = 1 << 30
-"""Token ids from here on are no tokens of a model: they carry the text itself, of a worker that
-knows no tokens."""
-
-
-class _Map(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    pass
-
-
-class _Array(Struct, frozen=True, array_like=True):
-    pass
-
-
 # --- sessions -------------------------------------------------------------------------------------
 
 
-class ModelInfo(_Map, frozen=True, kw_only=True):
+class ModelInfo(MapStruct, frozen=True, kw_only=True):
     """A model that a worker serves."""
 
     name: Name
@@ -148,7 +136,7 @@ def kind_fields(kinds: Iterable[str]) -> dict[str, Any]:
 _KINDS: Final = frozenset(kind.value for kind in Kind)
 
 
-class Held(_Array, frozen=True):
+class Held(ArrayStruct, frozen=True):
     """A request that a worker holds from an earlier session, running or ended a moment ago."""
 
     request_id: Id
@@ -158,7 +146,7 @@ class Held(_Array, frozen=True):
     running: bool = True
 
 
-class Hello(_Map, frozen=True, kw_only=True):
+class Hello(MapStruct, frozen=True, kw_only=True):
     """First message of a peer (header id zero, sequence 0)."""
 
     role: Role
@@ -190,7 +178,7 @@ class Hello(_Map, frozen=True, kw_only=True):
     waits: bool = False
 
 
-class BusLimits(_Map, frozen=True, kw_only=True):
+class BusLimits(MapStruct, frozen=True, kw_only=True):
     """Limits of the broker that a peer must respect."""
 
     request_bytes: Count
@@ -201,7 +189,7 @@ class BusLimits(_Map, frozen=True, kw_only=True):
     inflight: Count
 
 
-class Welcome(_Map, frozen=True, kw_only=True):
+class Welcome(MapStruct, frozen=True, kw_only=True):
     """The broker's answer to HELLO (header id: the session). Its values bind both sides."""
 
     version: Count
@@ -217,7 +205,7 @@ class Welcome(_Map, frozen=True, kw_only=True):
     operator: bool = False
 
 
-class Refuse(_Map, frozen=True, kw_only=True):
+class Refuse(MapStruct, frozen=True, kw_only=True):
     """The broker ends a session, or refuses to begin one."""
 
     error: ErrorInfo
@@ -225,7 +213,7 @@ class Refuse(_Map, frozen=True, kw_only=True):
     fatal: bool = False
 
 
-class Heartbeat(_Map, frozen=True, kw_only=True):
+class Heartbeat(MapStruct, frozen=True, kw_only=True):
     """Sign of life. A client's is empty, and so is the broker's, except to workers of several
     brokers; a worker's carries the following fields."""
 
@@ -263,14 +251,14 @@ class Heartbeat(_Map, frozen=True, kw_only=True):
     unload: bool = False
 
 
-class Goodbye(_Map, frozen=True, kw_only=True):
+class Goodbye(MapStruct, frozen=True, kw_only=True):
     """Ends the session. Reasons: closed, drained, engine_dead, stalled, slow_consumer, shutdown."""
 
     reason: str = "closed"
     message: str = ""
 
 
-class Drain(_Map, frozen=True, kw_only=True):
+class Drain(MapStruct, frozen=True, kw_only=True):
     """No new work; finish what runs within the deadline. Sent to a worker by an operator
     through the broker, by a worker as an announcement, and to everyone by a broker that is
     about to stop."""
@@ -282,7 +270,7 @@ class Drain(_Map, frozen=True, kw_only=True):
 # --- requests -------------------------------------------------------------------------------------
 
 
-class Attachment(_Map, frozen=True, kw_only=True):
+class Attachment(MapStruct, frozen=True, kw_only=True):
     """Describes the attachment frame with the same index."""
 
     kind: Literal["image", "video_frame", "data"] = "image"
@@ -290,16 +278,16 @@ class Attachment(_Map, frozen=True, kw_only=True):
     media_type: str = ""
 
 
-class TextPart(_Map, frozen=True, kw_only=True, tag="text", tag_field="type"):
+class TextPart(MapStruct, frozen=True, kw_only=True, tag="text", tag_field="type"):
     text: str
 
 
-class ImagePart(_Map, frozen=True, kw_only=True, tag="image", tag_field="type"):
+class ImagePart(MapStruct, frozen=True, kw_only=True, tag="image", tag_field="type"):
     #: Index into the attachments.
     attachment: Annotated[int, Meta(ge=0, lt=MAX_ATTACHMENTS)]
 
 
-class VideoPart(_Map, frozen=True, kw_only=True, tag="video", tag_field="type"):
+class VideoPart(MapStruct, frozen=True, kw_only=True, tag="video", tag_field="type"):
     #: Indices of the frames, in order.
     attachments: Annotated[list[Annotated[int, Meta(ge=0, lt=MAX_ATTACHMENTS)]], Meta(min_length=1)]
 
@@ -307,7 +295,7 @@ class VideoPart(_Map, frozen=True, kw_only=True, tag="video", tag_field="type"):
 Part = TextPart | ImagePart | VideoPart
 
 
-class Message(_Map, frozen=True, kw_only=True):
+class Message(MapStruct, frozen=True, kw_only=True):
     """One turn of a conversation."""
 
     role: Annotated[str, Meta(min_length=1, max_length=64)]
@@ -319,7 +307,7 @@ class Message(_Map, frozen=True, kw_only=True):
     reasoning_content: str | None = None
 
 
-class Constraint(_Map, frozen=True, kw_only=True):
+class Constraint(MapStruct, frozen=True, kw_only=True):
     """What the answer must conform to."""
 
     type: Literal["json_object", "json_schema", "regex", "grammar", "choice"]
@@ -334,7 +322,7 @@ MODEL_DEFAULTS: Final = ("temperature", "top_p", "top_k", "min_p", "repetition_p
 """Parameters for which a model may have its own default (`Params.model_defaults`)."""
 
 
-class Params(_Map, frozen=True, kw_only=True):
+class Params(MapStruct, frozen=True, kw_only=True):
     """How tokens are chosen and when to stop. Defaults are the neutral values."""
 
     #: None: the rest of the context.
@@ -400,7 +388,7 @@ class Params(_Map, frozen=True, kw_only=True):
     prompt_usage: bool = False
 
 
-class Resume(_Map, frozen=True, kw_only=True):
+class Resume(MapStruct, frozen=True, kw_only=True):
     """What the client already has of an interrupted stream."""
 
     #: Higher than any before; events with another epoch are stale or forged. Clients add a random
@@ -419,7 +407,7 @@ class Resume(_Map, frozen=True, kw_only=True):
     holder: Annotated[str, Meta(max_length=MAX_NAME_BYTES)] = ""
 
 
-class Question(_Map, frozen=True, kw_only=True):
+class Question(MapStruct, frozen=True, kw_only=True):
     """One typed question about a state; `decisions.check` says what may stand in it."""
 
     #: choice, score or noul (true or false).
@@ -431,7 +419,7 @@ class Question(_Map, frozen=True, kw_only=True):
     criteria: Any = None
 
 
-class Request(_Map, frozen=True, kw_only=True):
+class Request(MapStruct, frozen=True, kw_only=True):
     """Body of REQUEST and of RESUME (header id: the request)."""
 
     model: Name
@@ -485,7 +473,7 @@ class Request(_Map, frozen=True, kw_only=True):
     resume: Resume | None = None
 
 
-class Accepted(_Map, frozen=True, kw_only=True):
+class Accepted(MapStruct, frozen=True, kw_only=True):
     """The broker has the request; sent again when it leaves the queue."""
 
     #: Number of requests ahead of it; 0 once it is assigned.
@@ -508,7 +496,7 @@ class Accepted(_Map, frozen=True, kw_only=True):
     progress: Annotated[float, Meta(ge=0, le=1)] | None = None
 
 
-class Assign(_Map, frozen=True, kw_only=True):
+class Assign(MapStruct, frozen=True, kw_only=True):
     """First body of ASSIGN; the client's body and attachments follow unchanged."""
 
     #: Header id for every OUTPUT about this request: identifies the route to the client, opaque
@@ -521,17 +509,17 @@ class Assign(_Map, frozen=True, kw_only=True):
     attach: bool = False
 
 
-class Cancel(_Map, frozen=True, kw_only=True):
+class Cancel(MapStruct, frozen=True, kw_only=True):
     reason: str = ""
 
 
-class Window(_Map, frozen=True, kw_only=True):
+class Window(MapStruct, frozen=True, kw_only=True):
     """Cumulative: tokens below `limit` may be sent."""
 
     limit: Count
 
 
-class Credit(_Map, frozen=True, kw_only=True):
+class Credit(MapStruct, frozen=True, kw_only=True):
     """Cumulative over the session: the total number of ASSIGNs that the worker has
     agreed to accept."""
 
@@ -540,14 +528,14 @@ class Credit(_Map, frozen=True, kw_only=True):
     recalled: Count = 0
 
 
-class Reject(_Map, frozen=True, kw_only=True):
+class Reject(MapStruct, frozen=True, kw_only=True):
     """The worker did not start the request; `granted` returns its slot."""
 
     error: ErrorInfo
     granted: Count
 
 
-class Interrupted(_Map, frozen=True, kw_only=True):
+class Interrupted(MapStruct, frozen=True, kw_only=True):
     """The worker of the request is gone or draining; the client may RESUME."""
 
     epoch: Count
@@ -559,152 +547,16 @@ class Interrupted(_Map, frozen=True, kw_only=True):
     alone: bool = False
 
 
-class Query(_Map, frozen=True, kw_only=True):
+class Query(MapStruct, frozen=True, kw_only=True):
     verb: Name
     args: dict[str, Any] = {}
 
 
-class Answer(_Map, frozen=True, kw_only=True):
+class Answer(MapStruct, frozen=True, kw_only=True):
     """Exactly one of the two."""
 
     result: Any = None
     error: ErrorInfo | None = None
-
-
-# --- output ---------------------------------------------------------------------------------------
-
-
-class TopLogprob(_Array, frozen=True):
-    token_id: TokenId
-    logprob: float
-    token: bytes
-
-
-class TokenLogprob(_Array, frozen=True):
-    """Log probabilities at one token: natural logarithms of the distribution after penalties,
-    before temperature."""
-
-    logprob: float | None
-    #: The token's own bytes (possibly only part of a character).
-    token: bytes
-    top: list[TopLogprob] = []
-    #: Offset of the token in the text (of PROMPT, or of the answer), in characters; a token that is
-    #: part of a character has that character's offset. If the answer is split into pieces, the
-    #: offset in the text as the model wrote it, markers included. None if the worker did not send
-    #: it.
-    place: Count | None = None
-
-
-class Piece(_Array, frozen=True, gc=False):
-    """A run of text of one kind. Never empty."""
-
-    #: A `PieceKind`, or a kind of a later version.
-    kind: str
-    text: str
-
-
-class Usage(_Map, frozen=True, kw_only=True):
-    prompt_tokens: Count = 0
-    completion_tokens: Count = 0
-    #: Of the completion, if the answer is split: tokens of the reasoning, its markers included.
-    reasoning_tokens: Count = 0
-    #: Prompt tokens taken from the prefix cache.
-    cached_tokens: Count = 0
-    image_tokens: Count = 0
-
-
-class Timings(_Map, frozen=True, kw_only=True):
-    """Measured at the worker, milliseconds."""
-
-    queue_ms: float = 0.0
-    prefill_ms: float = 0.0
-    decode_ms: float = 0.0
-
-
-#: gc=False: never part of a cycle, so the garbage collector need not track each token.
-class TokensEvent(_Array, frozen=True, tag=0, gc=False):
-    """New tokens, starting at token `offset`. `text` is the text that they completed; if the answer
-    is split (`Params.pieces`), only its content."""
-
-    request_id: Id
-    epoch: Count
-    offset: Count
-    token_ids: list[TokenId]
-    text: str
-    #: One for each token, or empty.
-    logprobs: list[TokenLogprob] | None = None
-    #: All text of this event by kind, in order. None: all of it is content.
-    pieces: list[Piece] | None = None
-
-
-class EndEvent(_Array, frozen=True, tag=1):
-    """The request ended; `offset` is the number of tokens of the whole answer."""
-
-    request_id: Id
-    epoch: Count
-    offset: Count
-    finish_reason: FinishReason
-    #: The rest of the text, which was held back until now.
-    text: str
-    usage: Usage
-    timings: Timings
-    #: The answer to every kind but chat and complete.
-    result: dict[str, Any] | None = None
-    #: The stop string or token id that ended the answer.
-    stopped_by: str | int | None = None
-    #: As in TOKENS.
-    pieces: list[Piece] | None = None
-
-
-class FailEvent(_Array, frozen=True, tag=2):
-    """The request failed after `offset` tokens."""
-
-    request_id: Id
-    epoch: Count
-    offset: Count
-    error: ErrorInfo
-
-
-class PromptEvent(_Array, frozen=True, tag=3):
-    """Facts about the prompt, sent once before the first token if requested by `echo`,
-    `prompt_logprobs`, `keep_special` or `prompt_usage`. The first two bring token ids."""
-
-    request_id: Id
-    epoch: Count
-    #: Always 0.
-    offset: Count
-    token_ids: list[TokenId]
-    #: The prompt's text, if `echo` was requested.
-    text: str
-    logprobs: list[TokenLogprob] | None = None
-    #: Those of `keep_special` that the model has as special tokens.
-    special: list[str] = []
-    #: With `keep_special`: the text of the prompt's last few tokens.
-    tail: str = ""
-    #: Number of tokens of the prompt; None from workers that do not know this field.
-    usage: Usage | None = None
-
-
-OutputEvent = TokensEvent | EndEvent | FailEvent | PromptEvent
-
-
-class Finished(_Array, frozen=True):
-    """A request that left its slot."""
-
-    request_id: Id
-    #: A finish reason or an error code.
-    outcome: str
-    prompt_tokens: Count = 0
-    completion_tokens: Count = 0
-
-
-class Ledger(_Array, frozen=True):
-    """Last frame of an OUTPUT with the LEDGER flag; read and removed by the broker."""
-
-    granted: Count
-    finished: list[Finished] = []
-    #: Requests whose first token is in this message.
-    started: list[Id] = []
 
 
 def new_id() -> bytes:

@@ -15,8 +15,7 @@ from typing import Any, Final
 
 from broker.protocol.options import count, number
 from client import AsyncClient, BusError, InvalidRequest, Retry, Timeout
-from client.cli import arguments as flags
-from client.cli import batch_files
+from client.cli import arguments as flags, batch_files
 from client.cli.batch_files import Line, Output
 from client.cli.progress import Progress, duration
 from client.cli.terminal import Terminal

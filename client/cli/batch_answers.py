@@ -17,8 +17,7 @@ from broker.protocol.messages import TokenLogprob, Usage
 from client import AsyncClient, BusError, Retry, Timeout
 from client.cli.batch_files import Line
 from client.errors import BrokenProtocol, ConnectionLost, Unauthenticated
-from client.gateway import convert
-from client.gateway import requests as http
+from client.gateway import convert, requests as http
 from client.gateway.errors import GatewayError, describe, error_body, invalid
 from client.gateway.images import ImagePolicy
 from client.gateway.openai import answers

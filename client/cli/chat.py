@@ -19,8 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 from client import BusError, Client, ConnectTimeout, InvalidRequest, ModelUnavailable
 from client.calls import check_option
-from client.cli import arguments as flags
-from client.cli import thoughts
+from client.cli import arguments as flags, thoughts
 from client.cli.generate import show, summary
 from client.cli.terminal import Terminal, cause
 from client.images import check_file

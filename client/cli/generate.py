@@ -22,8 +22,7 @@ from client import (
     Stream,
     Tokens,
 )
-from client.cli import arguments as flags
-from client.cli import thoughts
+from client.cli import arguments as flags, thoughts
 from client.cli.terminal import Terminal
 from client.cli.thoughts import FOLD, HIDE, Thoughts
 from client.completion import pieces_of

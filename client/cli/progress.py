@@ -76,8 +76,7 @@ class Progress:
 
 
 def _bar(console: Any, facts: Callable[[], str]) -> Any:
-    from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
-    from rich.progress import Progress as Bar
+    from rich.progress import BarColumn, Progress as Bar, ProgressColumn, Task, TextColumn
     from rich.text import Text
 
     class Facts(ProgressColumn):

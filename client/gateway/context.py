@@ -29,8 +29,7 @@ from starlette.types import Message, Receive, Scope, Send
 from broker.protocol.errors import ErrorCode
 from broker.protocol.limits import MAX_NAME_BYTES
 from broker.protocol.tracing import TRACE_KEYS
-from client import AsyncStream, Embeddings
-from client import calls as bus_calls
+from client import AsyncStream, Embeddings, calls as bus_calls
 from client.core.events import End
 from client.gateway.bodies import LARGE_BYTES, aside, read_in_steps
 from client.gateway.convert import Generation, cut_to_context, telling_prompt_usage

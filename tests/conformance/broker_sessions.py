@@ -6,8 +6,7 @@ import time
 
 import msgpack
 
-from broker.protocol.header import NO_ID
-from broker.protocol.header import MessageType as T
+from broker.protocol.header import NO_ID, MessageType as T
 from tests.conformance.broker_stage import BrokerScene
 from tests.conformance.verdicts import Broken, case
 from tests.conformance.wire import Peer, new_id

@@ -27,8 +27,7 @@ from client.core import events as client_events
 from client.core.session import ClientSession
 from client.errors import BusError
 from client.options import Retry, Timeout
-from worker.core import events as worker_events
-from worker.core import instructions as worker_instructions
+from worker.core import events as worker_events, instructions as worker_instructions
 from worker.core.session import Settings, WorkerCore
 from worker.engines.base import Capabilities
 from worker.engines.events import END, FAIL, TOKENS

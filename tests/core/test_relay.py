@@ -12,8 +12,7 @@ from client.core.events import Answered, End, QueryMade
 from client.errors import BusError
 from tests.core.relay_world import Relay, TwoBuses, answer
 from worker.core import events as worker_events
-from worker.relay import core as relay
-from worker.relay import survey
+from worker.relay import core as relay, survey
 
 TWO_MODELS = ((3, ("one",)), (2, ("two",)))
 

@@ -18,8 +18,7 @@ from tests.core.worker_world import (
     serving,
     text_of,
 )
-from worker.core import events
-from worker.core import requests as limits
+from worker.core import events, requests as limits
 
 # --- sessions -------------------------------------------------------------------------------------
 

@@ -30,8 +30,7 @@ from worker.engines.base import (
     PromptFacts,
     Tokens,
 )
-from worker.engines.echo import engine as echo
-from worker.engines.echo import tokens as echo_tokens
+from worker.engines.echo import engine as echo, tokens as echo_tokens
 
 MODEL = "echo"
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from broker.protocol.messages import FinishReason
-from tests.engines import library_checks as checks
-from tests.engines import tiny
+from tests.engines import library_checks as checks, tiny
 from tests.engines.tiny_gguf import write_gguf
 from worker.engines import registry
 from worker.engines.base import Engine, EngineLoadError

@@ -16,8 +16,7 @@ import pytest
 
 from broker.protocol.errors import ErrorCode
 from broker.protocol.messages import FinishReason, Kind, Request, Resume, new_id
-from tests.engines import library_checks as checks
-from tests.engines import tiny
+from tests.engines import library_checks as checks, tiny
 from tests.engines.library_standin import described, following, served, written
 from worker.engines import registry
 from worker.engines.base import EngineLoadError, Job

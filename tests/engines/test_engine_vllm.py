@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.engines import library_checks as checks
-from tests.engines import tiny
+from tests.engines import library_checks as checks, tiny
 from worker.engines import registry
 from worker.engines.base import EngineLoadError
 

@@ -9,8 +9,7 @@ import sys
 
 import pytest
 
-from tests.engines import library_checks as checks
-from tests.engines import tiny
+from tests.engines import library_checks as checks, tiny
 from tests.harness import PATIENCE_S, ROOT
 
 

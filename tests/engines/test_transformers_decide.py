@@ -567,8 +567,7 @@ def _beside_its_weights(folder: Path, backbone_model: Any, *, adapter: bool) -> 
 def test_a_head_beside_the_weights_of_a_chat_model_makes_it_a_decision_model(
     tmp_path: Path, adapter: bool
 ) -> None:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-    from transformers import pipeline as transformers_pipeline
+    from transformers import Qwen2Config, Qwen2ForCausalLM, pipeline as transformers_pipeline
 
     torch.manual_seed(0)
     config = Qwen2Config(

@@ -16,8 +16,7 @@ from broker.protocol.messages import FinishReason, Timings, TokenLogprob, TopLog
 from broker.protocol.tool_parser import ToolCallParser
 from client.core.events import End
 from client.gateway.errors import GatewayError
-from client.gateway.openai import chat as openai_chat
-from client.gateway.openai import completions as openai_completions
+from client.gateway.openai import chat as openai_chat, completions as openai_completions
 from client.gateway.openai.answers import ChatChoice
 from client.gateway.openai.generation import ChoiceEvent, Delta, Finish
 from client.gateway.openai.position import Position

@@ -18,8 +18,7 @@ import openai.types.embedding_create_params as embedding_params
 import openai.types.responses as responses
 import openai.types.responses.response_create_params as response_params
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import example, given, strategies as st
 from openai.types.shared_params import Reasoning
 from typing_extensions import is_typeddict
 

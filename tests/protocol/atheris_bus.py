@@ -31,8 +31,7 @@ with atheris.instrument_imports(include=["broker"]):
     from broker.core.controller import BrokerCore
     from broker.core.events import Side, Tick
     from broker.core.settings import CoreSettings
-    from broker.protocol import codec, header, limits
-    from broker.protocol import messages as m
+    from broker.protocol import codec, header, limits, messages as m
     from broker.protocol.errors import ErrorCode, ProtocolError, RequestError
     from broker.protocol.header import Flag, MessageType
 

@@ -14,8 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from broker.protocol import codec, header
-from broker.protocol import messages as m
+from broker.protocol import codec, header, messages as m
 from broker.protocol.errors import ErrorInfo
 from broker.protocol.header import Flag, MessageType
 from tests.protocol.golden_shows import PAGE_TEXT, SHOWS

@@ -7,11 +7,9 @@ from typing import Any
 
 import msgpack
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from broker.protocol import codec, header
-from broker.protocol import messages as m
+from broker.protocol import codec, header, messages as m
 from broker.protocol.errors import ProtocolError
 from broker.protocol.limits import MAX_NESTING
 from tests.protocol.make_golden import GOLDEN

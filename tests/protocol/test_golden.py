@@ -10,8 +10,7 @@ import msgpack
 import msgspec
 import pytest
 
-from broker.protocol import codec, header
-from broker.protocol import messages as m
+from broker.protocol import codec, header, messages as m
 from broker.protocol.header import Flag, MessageType
 from broker.protocol.limits import MAX_REQUEST_BYTES
 from tests.protocol.golden_shows import SHOWS

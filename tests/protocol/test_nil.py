@@ -8,8 +8,7 @@ import msgpack
 import msgspec
 import pytest
 
-from broker.protocol import codec
-from broker.protocol import messages as m
+from broker.protocol import codec, messages as m
 from broker.protocol.errors import ProtocolError
 from tests.protocol.make_golden import examples
 

@@ -13,8 +13,7 @@ import pytest
 import zcbor
 from abnf import ParseError, Rule
 
-from broker.protocol import codec, header
-from broker.protocol import messages as m
+from broker.protocol import codec, header, messages as m
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.header import MessageType
 from tests.harness import ROOT

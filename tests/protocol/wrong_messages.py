@@ -14,8 +14,7 @@ from typing import Final
 
 import msgpack
 
-from broker.protocol.header import Flag
-from broker.protocol.header import MessageType as T
+from broker.protocol.header import Flag, MessageType as T
 from tests.protocol.wrong_base import (
     ANSWERS,
     ASK,

@@ -14,8 +14,7 @@ import msgspec
 from broker.core import events as broker_events
 from broker.core.controller import BrokerCore
 from broker.core.events import Side
-from broker.core.instructions import ForgetPeer, StopLoop
-from broker.core.instructions import Send as BrokerSend
+from broker.core.instructions import ForgetPeer, Send as BrokerSend, StopLoop
 from broker.core.settings import CoreSettings
 from broker.protocol import codec
 from broker.protocol.header import MessageType
@@ -47,8 +46,8 @@ from worker.core.instructions import (
     Exit,
     OpenSocket,
     RestartEngine,
+    Send as WorkerSend,
 )
-from worker.core.instructions import Send as WorkerSend
 from worker.core.session import Settings, WorkerCore
 from worker.engines.common.answer_parser import merged
 

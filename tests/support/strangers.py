@@ -21,8 +21,7 @@ from broker.protocol import codec, header
 from broker.protocol.header import NO_ID, MessageType
 from broker.protocol.limits import HEADER_BYTES
 from broker.protocol.messages import Hello, ModelInfo, new_id
-from tests.support.zmtp import Connection
-from tests.support.zmtp import encode as zmtp_message
+from tests.support.zmtp import Connection, encode as zmtp_message
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 

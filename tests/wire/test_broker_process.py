@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 import zmq
 
-from broker import __main__ as broker_main
-from broker import auth, config
+from broker import __main__ as broker_main, auth, config
 from broker.config import Config, ConfigError
 from broker.protocol.header import MessageType
 from tests.harness import PATIENCE_S, ROOT, wait_until

@@ -19,8 +19,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from client import Timeout
-from client import __main__ as client_main
+from client import Timeout, __main__ as client_main
 from client.__main__ import main
 from client.cli.terminal import Terminal
 from tests.harness import PATIENCE_S, ROOT, Bus, wait_until

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from broker.protocol import header
 from broker.protocol.header import NO_ID, MessageType
@@ -20,8 +19,7 @@ from client import Client
 from tests.harness import Bus, running_bus
 from tests.support import strangers
 from tests.support.processes import memory_bytes
-from tests.support.zmtp import Connection
-from tests.support.zmtp import encode as zmtp_message
+from tests.support.zmtp import Connection, encode as zmtp_message
 from tests.wire.many_streams import read_all
 
 HOSTILE_MESSAGES = 1500

@@ -6,8 +6,7 @@ of (seed, position) here too. Must never touch the library that the logits come 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Sequence as Items
 
 import numpy as np
 import torch

@@ -7,8 +7,7 @@ layers, boolean or additive masks, M-RoPE positions, adapters. Must never sample
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from collections.abc import Sequence as Items
+from collections.abc import Iterator, Sequence as Items
 from contextlib import contextmanager
 from enum import Enum, auto
 from itertools import accumulate
