@@ -61,7 +61,8 @@ def serve(config: options.WorkerConfig) -> int:
     """Run the worker; returns the exit status."""
     from broker.peer.keys import KeyFileError, Keys
     from broker.protocol.tracing import make_tracer
-    from worker.core.session import Settings, WorkerCore
+    from worker.core.session import WorkerCore
+    from worker.core.settings import Settings
     from worker.ending import sources
     from worker.ending.watch import EndWatch
     from worker.engines import registry

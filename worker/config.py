@@ -22,7 +22,7 @@ from typing import Any, Final
 from broker.protocol.logs import FORMATS, LEVELS
 from broker.protocol.options import OptionParser, count, misspelt, number, parse_bool
 from broker.protocol.version import version
-from worker.core.conversations import NAMED_TEMPLATES, read_template
+from worker.conversations import NAMED_TEMPLATES, read_template
 from worker.demo import model_path
 from worker.ending import times
 from worker.engines import registry

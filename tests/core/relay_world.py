@@ -28,7 +28,8 @@ from client.core.session import ClientSession
 from client.errors import BusError
 from client.options import Retry, Timeout
 from worker.core import events as worker_events, instructions as worker_instructions
-from worker.core.session import Settings, WorkerCore
+from worker.core.session import WorkerCore
+from worker.core.settings import Settings
 from worker.engines.base import Capabilities
 from worker.engines.events import END, FAIL, TOKENS
 from worker.relay import core as relay

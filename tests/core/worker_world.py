@@ -37,7 +37,8 @@ from broker.protocol.messages import (
     Window,
 )
 from worker.core import events, instructions
-from worker.core.session import Settings, WorkerCore
+from worker.core.session import WorkerCore
+from worker.core.settings import Settings
 from worker.engines.base import Capabilities
 from worker.engines.events import END, FAIL, TOKENS
 

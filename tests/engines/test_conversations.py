@@ -10,7 +10,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from broker.protocol.messages import Kind, Message, Request, new_id
 from tests.engines import tiny
 from worker.config import ConfigError, parse
-from worker.core.conversations import NAMED_TEMPLATES
+from worker.conversations import NAMED_TEMPLATES
 from worker.engines.base import EngineLoadError, Job
 
 TALK = [("user", "hi"), ("assistant", "yes"), ("user", "go")]

@@ -48,7 +48,8 @@ from worker.core.instructions import (
     RestartEngine,
     Send as WorkerSend,
 )
-from worker.core.session import Settings, WorkerCore
+from worker.core.session import WorkerCore
+from worker.core.settings import Settings
 from worker.engines.common.answer_parser import merged
 
 

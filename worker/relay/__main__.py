@@ -28,7 +28,8 @@ from broker.protocol import logs
 from broker.protocol.limits import ID_BYTES
 from client.options import Connection
 from worker import config as options
-from worker.core.session import Settings, WorkerCore
+from worker.core.session import WorkerCore
+from worker.core.settings import Settings
 from worker.loop import WORKER, Link
 from worker.relay.core import RelayCore, RelaySettings
 from worker.relay.port import LowerBus
