@@ -59,7 +59,7 @@ def run_welcome(front: str, back: str) -> None:
     context = zmq.Context(IO_THREADS)
     ends = context.socket(zmq.ROUTER), context.socket(zmq.ROUTER)
     for end, endpoint in zip(ends, (front, back), strict=True):
-        end.setsockopt(zmq.BACKLOG, 1024)  # like the broker; with 100, peers wait to connect
+        end.setsockopt(zmq.BACKLOG, 65_535)  # like the broker
         end.bind(endpoint)
     limits = BusLimits(
         request_bytes=1 << 20,

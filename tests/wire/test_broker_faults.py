@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import random
+import select
 import signal
 import socket
 import threading
@@ -44,6 +46,10 @@ from tests.wire.broker_peers import (
     running_broker,
     stream_works,
 )
+
+
+KERNELS_BOUND = Path("/proc/sys/net/core/somaxconn")
+SOMAXCONN = int(KERNELS_BOUND.read_text()) if KERNELS_BOUND.exists() else 128
 
 
 @pytest.fixture
@@ -91,6 +97,24 @@ def test_a_broker_that_was_stopped_loses_no_peer(tmp_path: Path, context: zmq.Co
         client.beat()
         stream_works(client, worker)
         assert "late" in broker.log
+
+
+@pytest.mark.skipif(SOMAXCONN < 700, reason="the kernel's own bound is lower: net.core.somaxconn")
+def test_hundreds_that_dial_a_busy_broker_at_once_need_not_try_again(broker: BrokerProcess) -> None:
+    # 256 was the bound: the others' kernels tried again after 1, 3 and 7 s, and 11,000 peers took
+    # 7 s to come back.
+    address = broker.back.removeprefix("tcp://").rpartition(":")
+    broker.signal(signal.SIGSTOP)
+    with contextlib.ExitStack() as opened:
+        waiting = select.poll()
+        for _ in range(600):
+            one = opened.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex((address[0], int(address[2])))
+            waiting.register(one, select.POLLOUT)
+        # On one machine whoever has a place in the queue is connected when connect() returns.
+        assert len(waiting.poll(0)) == 600
+        broker.signal(signal.SIGCONT)
 
 
 # --- slow readers ---------------------------------------------------------------------------------
