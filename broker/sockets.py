@@ -68,8 +68,8 @@ def make_router(
     socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
     # Becomes TCP_USER_TIMEOUT: limits how long data may stay unacknowledged.
     socket.setsockopt(zmq.TCP_MAXRT, 30_000)
-    # Thousands of peers come back at once after a restart. From a full queue the kernel drops them in
-    # silence, to try again after 1, 3 and 7 s. It bounds this by net.core.somaxconn, usually 4096.
+    # Thousands of peers come back at once after a restart. From a full queue the kernel drops them
+    # in silence, to try again after 1, 3 and 7 s. Its own bound is net.core.somaxconn, mostly 4096.
     socket.setsockopt(zmq.BACKLOG, 65_535)
     # With two I/O threads: images come in on one, tokens on the other.
     socket.setsockopt(zmq.AFFINITY, 0 if settings.io_threads < 2 else (1 if front else 2))

@@ -47,7 +47,6 @@ from tests.wire.broker_peers import (
     stream_works,
 )
 
-
 KERNELS_BOUND = Path("/proc/sys/net/core/somaxconn")
 SOMAXCONN = int(KERNELS_BOUND.read_text()) if KERNELS_BOUND.exists() else 128
 
