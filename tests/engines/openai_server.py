@@ -45,6 +45,11 @@ class Options:
     whole: bool = False
     #: Refuses what is not of its own parameters.
     strict: bool = False
+    #: What it does with `max_tokens` beyond its room: "refuses", "openai" for its words, whose
+    #: bound is on the answer, or "cuts".
+    beyond: str = "refuses"
+    #: Tells the prompt's tokens with each chunk, as llama.cpp does if asked to.
+    timings: bool = False
     #: Another model: its answers differ.
     salt: str = ""
     #: Status of /health.
@@ -126,7 +131,7 @@ class Handler(BaseHTTPRequestHandler):
         if not self.allowed():
             return
         with State.lock:
-            State.bodies.append(body)
+            State.bodies.append(dict(body))
         if body.get("model") not in self.options.models:
             self.answer(404, {"error": {"message": f"no model {body.get('model')}"}})
         elif self.path == "/v1/chat/completions":
@@ -154,10 +159,6 @@ class Handler(BaseHTTPRequestHandler):
         if "<image>" in asked and not options.images:
             self.answer(400, {"error": {"message": "this is not a multimodal model"}})
             return
-        if words_of(asked) + (body.get("max_tokens") or 1) > options.context:
-            said = f"maximum context length is {options.context} tokens"
-            self.answer(400, {"object": "error", "message": said, "code": 400})
-            return
         flagged = bool(body.get("continue_final_message"))
         if flagged and options.manner != "flag":
             self.answer(400, {"error": {"message": "continue_final_message is not known"}})
@@ -169,7 +170,25 @@ class Handler(BaseHTTPRequestHandler):
             prefix = shown(last["content"])
         else:
             prompt += f"\n{last['role']}: {shown(last['content'])}"
-        self.generate(body, prompt.strip(), prefix, asked, chat=True)
+        if self.fits(body, words_of(prompt) + words_of(prefix)):
+            self.generate(body, prompt.strip(), prefix, asked, chat=True)
+
+    def fits(self, body: dict[str, Any], prompt_tokens: int) -> bool:
+        """Whether the answer has the room it asks for; cuts or refuses it otherwise."""
+        options = self.options
+        asked, room = body.get("max_tokens") or 1, options.context - prompt_tokens
+        said = f"maximum context length is {options.context} tokens"
+        if options.beyond == "openai" and room > 0:
+            room = 16
+            said = f"max_tokens is too large: {asked}. This model supports at most 16 completion "
+            said += "tokens"
+        if asked <= room:
+            return True
+        if options.beyond == "cuts" and room > 0:
+            body["max_tokens"] = room
+            return True
+        self.answer(400, {"object": "error", "message": said, "code": 400})
+        return False
 
     def complete(self, body: dict[str, Any]) -> None:
         prompt = body["prompt"]
@@ -178,6 +197,10 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer(400, {"error": {"message": "prompt must be a string"}})
                 return
             prompt = " ".join(map(str, prompt))
+        if not self.fits(body, words_of(prompt)):
+            return
+        if body.get("max_tokens") is None:
+            body["max_tokens"] = 16
         # The answer begins behind the last question mark.
         asked, mark, prefix = prompt.rpartition("?")
         self.generate(body, asked + mark, prefix, asked, chat=False)
@@ -318,6 +341,8 @@ class Handler(BaseHTTPRequestHandler):
             event: dict[str, Any] = {"choices": [choice]}
             if (body.get("stream_options") or {}).get("continuous_usage_stats"):
                 event["usage"] = usage | {"completion_tokens": number + 1}
+            if body.get("timings_per_token") and options.timings:
+                event["timings"] = {"prompt_n": usage["prompt_tokens"] - 1, "cache_n": 1}
             self.event(event)
         end: dict[str, Any] = {"index": 0, "finish_reason": finish}
         self.event({"choices": [end | ({"delta": {}} if chat else {"text": ""})]})

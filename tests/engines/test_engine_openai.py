@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 pytest.importorskip("httpx2")
@@ -39,6 +40,7 @@ from worker.engines.base import (
     EngineOptions,
     Failed,
     Job,
+    PromptFacts,
     Tokens,
 )
 from worker.engines.openai import text_ids
@@ -261,6 +263,80 @@ def test_what_the_server_does_not_take_is_refused_by_name(build: Build) -> None:
             assert error.details == {"parameter": name}
         assert end_of(run(build(server, passes="top_k"), ask("hello", Params(top_k=5))))
         assert server.bodies()[-1]["top_k"] == 5
+
+
+AGENT = Params(temperature=0, max_tokens=32_000, cut_max_tokens=True)
+
+
+@pytest.mark.parametrize("beyond", ["refuses", "cuts"])
+def test_max_tokens_beyond_the_room_is_cut_to_what_the_server_says_is_left(
+    build: Build, beyond: str
+) -> None:
+    with StandIn(context=30, beyond=beyond) as server:
+        engine = build(server)
+        prompt = {"messages": None, "kind": Kind.COMPLETE, "prompt": "a " * 9 + "?"}
+        for request in (
+            ask("one two three four five six seven eight nine", AGENT),
+            ask("", AGENT, **prompt),
+        ):
+            end = end_of(run(engine, request))
+            # "user:" is a word, too.
+            assert (end.finish_reason, end.usage.completion_tokens) == (FinishReason.LENGTH, 20)
+            assert end.usage.prompt_tokens == 10
+        sent = [body["max_tokens"] for body in server.bodies()]
+        assert sent == ([32_000, 1, 20] if beyond == "refuses" else [32_000]) * 2
+
+
+def test_a_bound_that_the_server_names_is_kept(build: Build) -> None:
+    with StandIn(owned_by="openai", beyond="openai") as server:
+        end = end_of(run(build(server, probe="no"), ask("hello", AGENT)))
+        assert (end.finish_reason, end.usage.completion_tokens) == (FinishReason.LENGTH, 16)
+        assert [body["max_tokens"] for body in server.bodies()] == [32_000, 16]
+
+
+def test_a_refusal_stands_where_nothing_can_be_cut(build: Build) -> None:
+    too_long = ask("word " * 40, AGENT)
+    with StandIn(context=30) as server:
+        engine = build(server, probe="no")
+        assert failure_of(run(engine, too_long)).code == "context_overflow"
+        exact = Params(temperature=0, max_tokens=32_000)
+        assert failure_of(run(engine, ask("hello", exact))).code == "context_overflow"
+        bodies = len(server.bodies())
+        assert failure_of(run(engine, ask("#bad", AGENT))).code != "context_overflow"
+        assert len(server.bodies()) > bodies
+    with StandIn(context=30, owned_by="me", usage=False) as server:
+        error = failure_of(run(build(server, probe="no"), ask("hello", AGENT)))
+        assert error.code == "context_overflow" and "maximum context" in error.message
+
+
+def test_a_completion_without_a_bound_is_not_cut_by_the_servers_own(build: Build) -> None:
+    """Its default is 16 tokens at many servers."""
+    request = ask("", Params(temperature=0), messages=None, kind=Kind.COMPLETE, prompt="hello?")
+    with StandIn() as server:
+        end = end_of(run(build(server), request))
+        assert (end.finish_reason, end.usage.completion_tokens) == (FinishReason.STOP, 24)
+
+
+@pytest.mark.parametrize(
+    ("owned_by", "timings", "tokens"),
+    [("vllm", False, 2), ("llamacpp", True, 2), ("llamacpp", False, None), ("me", False, None)],
+)
+def test_the_prompts_tokens_are_told_before_the_answer_where_the_server_tells_them(
+    build: Build, owned_by: str, timings: bool, tokens: int | None
+) -> None:
+    with StandIn(owned_by=owned_by, timings=timings) as server:
+        engine = build(server, probe="no")
+        params = Params(temperature=0, max_tokens=5, prompt_usage=True)
+        events = run(engine, ask("hello", params))
+        assert [isinstance(event, PromptFacts) for event in events[:2]] == [True, False]
+        assert isinstance(events[0], PromptFacts)
+        told = events[0].usage
+        assert (told and told.prompt_tokens) == tokens
+        assert end_of(events).usage.prompt_tokens == 2
+        request = ask("hello", params)
+        later = Resume(epoch=1, token_ids=ids_of(events)[:2], text_characters=2, prompt_seen=True)
+        again = run(engine, msgspec.structs.replace(request, resume=later))
+        assert not any(isinstance(event, PromptFacts) for event in again)
 
 
 def test_thoughts_come_apart_as_the_server_tells_them(build: Build, server: StandIn) -> None:

@@ -133,8 +133,14 @@ class TextAnswer:
         self._open_thought = False
         self._calls_seen = -1
         self._start: list[EngineEvent] = []
-        if params.keep_special and not (resume is not None and resume.prompt_seen):
+        owes_prompt = not (resume is not None and resume.prompt_seen)
+        #: The prompt's tokens are wanted before the answer.
+        self._owes_usage = owes_prompt and params.prompt_usage
+        if owes_prompt and params.keep_special and not self._owes_usage:
             self._start.append(PromptFacts(self.request_id, []))
+        if self._owes_usage and self._prior:
+            # The server will count what it goes on from with the prompt.
+            self._start += self._prompt_facts(None)
         if self._prior:
             self._start += self._told([], self._passed(self._prior))
 
@@ -173,6 +179,18 @@ class TextAnswer:
         """A chunk of the server. Raises RequestError where it is not what it must be."""
         if isinstance(data.get("usage"), Mapping):
             self._usage = data["usage"]
+        events = self._take(data)
+        if not self._owes_usage:
+            return events
+        usage = _prompt_usage(data)
+        return [*self._prompt_facts(usage), *events] if events or usage else events
+
+    def _prompt_facts(self, usage: Usage | None) -> list[EngineEvent]:
+        """What is known of the prompt before the answer: of many servers, not its tokens."""
+        self._owes_usage = False
+        return [PromptFacts(self.request_id, [], usage=usage)]
+
+    def _take(self, data: Mapping[str, Any]) -> list[EngineEvent]:
         choices = data.get("choices")
         if not choices:
             return []
@@ -346,6 +364,7 @@ class TextAnswer:
         text, split = self._event(rest)
         stopped_by = self._text.stopped_by or self._ended_by
         return [
+            *(self._prompt_facts(None) if self._owes_usage else []),
             Ended(
                 self.request_id,
                 reason,
@@ -355,7 +374,7 @@ class TextAnswer:
                 None,
                 stopped_by,
                 split,
-            )
+            ),
         ]
 
     def cancelled(self) -> list[EngineEvent]:
@@ -414,6 +433,19 @@ def merged_text(pieces: list[Piece]) -> list[Piece]:
 def _clean(text: str) -> str:
     """Without halves of surrogate pairs, which no wire carries."""
     return text.encode("utf-8", "replace").decode() if not text.isascii() else text
+
+
+def _prompt_usage(data: Mapping[str, Any]) -> Usage | None:
+    """The prompt's tokens, of a chunk that tells them: in its usage, or in llama.cpp's timings."""
+    usage = data.get("usage")
+    if isinstance(usage, Mapping) and _count(usage.get("prompt_tokens")):
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+        return Usage(prompt_tokens=usage["prompt_tokens"], cached_tokens=_count(cached))
+    timings = data.get("timings")
+    if not isinstance(timings, Mapping) or "cache_n" not in timings:
+        return None  # older ones leave out what they had in their cache
+    cached = _count(timings["cache_n"])
+    return Usage(prompt_tokens=_count(timings.get("prompt_n")) + cached, cached_tokens=cached)
 
 
 def _count(value: Any) -> int:

@@ -103,6 +103,9 @@ def body_of(
         body["stream_options"] = {"include_usage": True}
         if dialect.server in _COUNT_AS_THEY_GO:
             body["stream_options"]["continuous_usage_stats"] = True
+    if params.prompt_usage and dialect.server == "llamacpp":
+        # Its usage comes at the end alone; with this every chunk has the prompt's tokens.
+        body["timings_per_token"] = True
     _sampling(body, request, params, dialect)
     if params.max_tokens is not None:
         # The old name, which every server knows.

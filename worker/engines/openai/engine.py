@@ -37,6 +37,7 @@ from worker.engines.openai.answer import TextAnswer
 from worker.engines.openai.bodies import body_of, refused
 from worker.engines.openai.discover import Found, Model, discover
 from worker.engines.openai.http import Chunk, Done, Fault, Server, Unreachable
+from worker.engines.openai.room import Room
 from worker.engines.openai.settings import Settings, read
 from worker.engines.openai.text_ids import is_text
 
@@ -139,6 +140,9 @@ class _Call:
     answer: TextAnswer | None
     number: int = 0
     cancelled: bool = False
+    path: str = ""
+    #: Until the server has begun to answer.
+    room: Room | None = None
 
 
 class OpenAIEngine:
@@ -247,11 +251,15 @@ class OpenAIEngine:
             manner=model.manner,
             spent=answer.spent,
         )
+        call.room = Room(request, body, model.context_tokens, self._dialect.server)
         self._send(call, path, body)
 
     def _send(self, call: _Call, path: str, body: dict[str, Any]) -> None:
         self._calls[call.job.request_id] = call
-        call.number = self._server.open(path, body)
+        if call.number:  # sent once already
+            self._by_number.pop(call.number, None)
+            self._server.close_call(call.number)
+        call.path, call.number = path, self._server.open(path, body)
         self._by_number[call.number] = call
 
     def cancel(self, request_id: bytes) -> None:
@@ -298,10 +306,22 @@ class OpenAIEngine:
             self._say(event)
 
     def _events_of(self, call: _Call, came: Chunk | Done | Fault) -> list[EngineEvent]:
-        answer = call.answer
+        answer, room = call.answer, call.room
         if isinstance(came, Fault):
-            return self._failed(call, came.error)
+            again = room.refused(came.error) if room is not None else None
+            if again is None:
+                return self._failed(call, came.error)
+            self._send(call, call.path, again)
+            return []
+        if room is not None and room.counting:
+            if isinstance(came, Done):
+                return self._failed(call, room.uncounted())
+            again = room.counted(came.data)
+            if again is not None:
+                self._send(call, call.path, again)
+            return []
         if isinstance(came, Chunk):
+            call.room = None
             if answer is None:
                 return [_embedded(call.job, came.data)]
             events = answer.take(came.data)

@@ -144,6 +144,8 @@ _TOO_LONG: Final = (
     "input is too long",
     "prompt is too long",
     "maximum input length",
+    "+ `max_new_tokens`",
+    "exceed max_seq_len",
 )
 
 
