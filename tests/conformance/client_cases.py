@@ -73,7 +73,7 @@ def client_course(stage: ClientStage) -> None:
     stage.ended("stop", "R13")
     stage.shown(answer.text, "O2")
     stage.subject.told_all()
-    got = stage.stand.expect(session, T.GOODBYE, T.WINDOW, rule="S14")
+    got = session.expect(T.GOODBYE, T.WINDOW, rule="S14")
     if got.body.reason != "closed":
         raise Broken("S14", f"GOODBYE {got.body.reason}; closed was due")
     status = stage.subject.wait(stage.patience_s)
@@ -127,7 +127,7 @@ def client_window(stage: ClientStage) -> None:
             raise Broken("W6", f"{len(answer.ids)} tokens, limit {limit}: the limit is not raised")
         stage.listen(0.0)
         stage.stand.pump(0.005)
-        window = stage.stand.next(session, T.QUERY, seconds=0.0)
+        window = session.next(T.QUERY, seconds=0.0)
         if window is not None:
             if window.type is not T.WINDOW or window.body.limit <= limit:
                 raise Broken("W6", f"{window.type.name} {window.plain} after limit {limit}")
@@ -169,7 +169,7 @@ def client_cancel(stage: ClientStage) -> None:
     """The script cancels: CANCEL, and END `cancelled` is its end."""
     session, answer = stage.begun()
     stage.subject.tell(do="cancel", name="a")
-    got = stage.stand.expect(session, T.CANCEL, T.WINDOW, rule="C3")
+    got = session.expect(T.CANCEL, T.WINDOW, rule="C3")
     if got.id != answer.id:
         raise Broken("C3", "CANCEL of another request")
     answer.tokens(1)
@@ -183,7 +183,7 @@ def client_fails(stage: ClientStage) -> None:
     session, answer = stage.begun()
     answer.fail("x-strange")
     stage.failed("x-strange", "X1")
-    got = stage.stand.next(session, T.WINDOW, T.GOODBYE, seconds=0.4)
+    got = session.next(T.WINDOW, T.GOODBYE, seconds=0.4)
     if got is not None:
         raise Broken("R14", f"{got.type.name} after a FAIL that is not retryable")
 
@@ -197,7 +197,7 @@ def client_fails_for_now(stage: ClientStage) -> None:
     got = stage.asked(session)
     Answer(stage, session, got, session.id).fail("overloaded", retryable=True, retry_after_ms=400)
     begun_s = time.monotonic()
-    again = stage.stand.next(session, T.WINDOW, seconds=3.0)
+    again = session.next(T.WINDOW, seconds=3.0)
     if again is None:
         stage.failed("overloaded", "R14")
         return
@@ -219,7 +219,7 @@ def client_image(stage: ClientStage) -> None:
     image = stage.random.randbytes(300)
     stage.ask(image=base64.b64encode(image).decode())
     session = stage.session(first=True)
-    got = stage.stand.next(session)
+    got = session.next()
     while got is None and stage.listen(0.0):
         pass
     if got is None:
@@ -338,7 +338,7 @@ def client_reports(stage: ClientStage) -> None:
     session, answer = stage.begun()
     sequence = session.sequence
     session.send(T.OUTPUT, answer.route, {"no": "array"})
-    got = stage.stand.next(session, T.WINDOW, seconds=1.0)
+    got = session.next(T.WINDOW, seconds=1.0)
     if got is None:
         raise Skipped("this client reports nothing (a SHOULD)")
     if got.type is not T.QUERY or got.body.verb != "bus.report":
@@ -471,7 +471,7 @@ def client_drain(stage: ClientStage) -> None:
     session.send(T.DRAIN, session.id, {"reason": "the kit stops", "deadline_ms": 5000})
     stage.stand.wait(0.1, session)
     stage.ask("b")
-    got = stage.stand.next(session, T.WINDOW, seconds=0.6)
+    got = session.next(T.WINDOW, seconds=0.6)
     if got is not None:
         raise Broken("S12", f"{got.type.name} while the broker drains")
     answer.tokens(1)

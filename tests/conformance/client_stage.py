@@ -106,7 +106,7 @@ class ClientStage:
 
     def asked(self, session: Session, type_: T = T.REQUEST, rule: str = "R4") -> Got:
         """The client's REQUEST or RESUME."""
-        got = self.stand.expect(session, type_, T.QUERY, T.WINDOW, rule=rule)
+        got = session.expect(type_, T.QUERY, T.WINDOW, rule=rule)
         if got.id[0] == 0:
             raise Broken("R4", f"request id {got.id.hex()}; its first byte is not zero")
         return got

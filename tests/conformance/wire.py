@@ -149,8 +149,9 @@ def _expect_frames(frames: list[bytes], count: int, type_: MessageType, who: str
 class Line:
     """One session, either side of it: numbers, heartbeats, what came and was not looked at yet."""
 
-    def __init__(self, send: Callable[[list[bytes]], None], who: str) -> None:
+    def __init__(self, send: Callable[[list[bytes]], None], who: str, patience_s: float) -> None:
         self._send = send
+        self.patience_s = patience_s
         self.who = who
         self.id = NO_ID
         self.sequence = 0
@@ -223,6 +224,33 @@ class Line:
                 f"s; its interval is {self.interval_s} s",
             )
 
+    def pump(self, seconds: float) -> None:
+        """Read what comes in this time, or some of it; heartbeats go on."""
+        raise NotImplementedError
+
+    def next(self, *passing: MessageType, seconds: float | None = None) -> Got | None:
+        """The next message but HEARTBEATs and those; None if none came in this time."""
+        until_s = time.monotonic() + (self.patience_s if seconds is None else seconds)
+        skipped = {T.HEARTBEAT, *passing}
+        while True:
+            while self.inbox:
+                got = self.inbox.pop(0)
+                if got.type not in skipped:
+                    return got
+            self.check()
+            if time.monotonic() >= until_s:
+                return None
+            self.pump(min(0.2, max(0.0, until_s - time.monotonic())))
+
+    def expect(self, type_: MessageType, *passing: MessageType, rule: str = "?") -> Got:
+        """The next message, which has this type."""
+        got = self.next(*(p for p in passing if p is not type_))
+        if got is None:
+            raise Broken(rule, f"{type_.name} did not come within {self.patience_s:g} s")
+        if got.type is not type_:
+            raise Broken(rule, f"{got.type.name} {_short(got)} came in the place of {type_.name}")
+        return got
+
 
 class Peer(Line):
     """A client or a worker of the kit, at the subject's front or back."""
@@ -245,11 +273,10 @@ class Peer(Line):
             self.socket.setsockopt(option, value)
         self.socket.setsockopt(zmq.ROUTING_ID, routing_id or new_id(generator))
         self.random = generator
-        super().__init__(self._put, "the broker")
+        super().__init__(self._put, "the broker", patience_s)
         self.address = address
         self.allowed = TO_CLIENT if role == "client" else TO_WORKER
         self.role = role
-        self.patience_s = patience_s
         self.granted = 0
         self.welcome: Any = None
         #: Others of the same case, whose heartbeats must go on while this one waits.
@@ -295,31 +322,6 @@ class Peer(Line):
                 return
             self.socket.poll(int(min(left_s, 0.02) * 1000) + 1)
 
-    def next(self, *passing: MessageType, seconds: float | None = None) -> Got | None:
-        """The next message but HEARTBEATs and those; None if nothing came. Raises `Broken`."""
-        until_s = time.monotonic() + (self.patience_s if seconds is None else seconds)
-        skipped = {T.HEARTBEAT, *passing}
-        while True:
-            while self.inbox:
-                got = self.inbox.pop(0)
-                if got.type not in skipped:
-                    return got
-            self.check()
-            if time.monotonic() >= until_s:
-                return None
-            self.pump(min(0.2, max(0.0, until_s - time.monotonic())))
-
-    def expect(self, type_: MessageType, *passing: MessageType, rule: str = "") -> Got:
-        """The next message, which has this type."""
-        got = self.next(*(p for p in passing if p is not type_))
-        if got is None:
-            raise Broken(rule or "?", f"{type_.name} did not come within {self.patience_s:g} s")
-        if got.type is not type_:
-            raise Broken(
-                rule or "?", f"{got.type.name} {_short(got)} came in the place of {type_.name}"
-            )
-        return got
-
     def quiet(self, rule: str, what: str, *passing: MessageType, seconds: float = 0.3) -> None:
         """Nothing comes."""
         until_s = time.monotonic() + seconds
@@ -359,9 +361,14 @@ class Session(Line):
     """The subject's session at the kit's broker."""
 
     def __init__(self, stand: Stand, routing_id: bytes, who: str) -> None:
-        super().__init__(lambda frames: stand.send(routing_id, frames), who)
+        super().__init__(lambda frames: stand.send(routing_id, frames), who, stand.patience_s)
+        self._stand = stand
         self.routing_id = routing_id
         self.hello: messages.Hello | None = None
+
+    def pump(self, seconds: float) -> None:
+        """Read what comes to the stand, of this session or another."""
+        self._stand.pump(min(seconds, 0.02))
 
 
 class Stand:
@@ -513,33 +520,6 @@ class Stand:
         session.send(T.WELCOME, session.id, body)
         session.interval_s = interval_s
         session.silence_s = interval_s * liveness
-
-    def next(
-        self, session: Session, *passing: MessageType, seconds: float | None = None
-    ) -> Got | None:
-        """The session's next message but HEARTBEATs and those; None if none came in this time."""
-        until_s = time.monotonic() + (self.patience_s if seconds is None else seconds)
-        skipped = {T.HEARTBEAT, *passing}
-        while True:
-            while session.inbox:
-                got = session.inbox.pop(0)
-                if got.type not in skipped:
-                    return got
-            session.check()
-            if time.monotonic() >= until_s:
-                return None
-            self.pump(0.02)
-
-    def expect(
-        self, session: Session, type_: MessageType, *passing: MessageType, rule: str = "?"
-    ) -> Got:
-        """The next message, which has this type."""
-        got = self.next(session, *passing)
-        if got is None:
-            raise Broken(rule, f"{type_.name} did not come within {self.patience_s:g} s")
-        if got.type is not type_:
-            raise Broken(rule, f"{got.type.name} {_short(got)} came in the place of {type_.name}")
-        return got
 
     def wait(self, seconds: float, *sessions: Session) -> None:
         """Let time pass, with heartbeats; what comes stays in the inboxes."""

@@ -190,7 +190,7 @@ def _resumed(
         if again is not None:
             stage.stand.welcome(again)
             session = again
-        got = stage.stand.next(session, T.QUERY, T.WINDOW, T.GOODBYE, seconds=0.05)
+        got = session.next(T.QUERY, T.WINDOW, T.GOODBYE, seconds=0.05)
         until -= 0.05
         if got is None:
             continue
