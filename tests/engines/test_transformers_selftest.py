@@ -203,3 +203,27 @@ def test_too_little_memory_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(SlotCache, "reserve", lambda *args: False)
     with pytest.raises(EngineLoadError, match="too little memory"):
         tiny.serve(tiny.llama())
+
+
+# --- several tokens of a row in one step ----------------------------------------------------------
+
+
+def test_a_model_that_takes_several_tokens_of_a_row_for_a_prompt_gets_one_at_a_time() -> None:
+    model = tiny.llama()
+    plain = model.forward
+
+    def forward(**kwargs: Any) -> Any:
+        output = plain(**kwargs)
+        if kwargs["input_ids"].shape[1] > 1 and "logits_to_keep" not in kwargs:
+            output.logits = output.logits.flip(1)
+        return output
+
+    forward.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
+    sound = tiny.serve(model)
+    assert sound._served[0].slot_runner.forward.verifies
+    sound.close()
+    model.forward = forward
+    broken = tiny.serve(model)
+    assert served_by(broken) == "slots"
+    assert not broken._served[0].slot_runner.forward.verifies
+    broken.close()

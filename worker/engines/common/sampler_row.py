@@ -184,6 +184,20 @@ class SamplerRow:
             return self._banned
         return self._banned_and_ending
 
+    @property
+    def plain(self) -> bool:
+        """Whether earlier tokens of the answer do not matter for later ones, only their number."""
+        return not self._penalised and self._constraint is None and self.gate is None
+
+    def ahead(self, tokens: int) -> SamplerRow:
+        """This row after so many more tokens, for a draw only. The row must be plain."""
+        if not tokens:
+            return self
+        later = SamplerRow.__new__(SamplerRow)
+        later.__dict__.update(self.__dict__)
+        later._position += tokens
+        return later
+
     def append(self, token_id: int) -> None:
         """Take the next token of the answer. Raises RequestError if the constraint forbids it."""
         if self.gate is None:

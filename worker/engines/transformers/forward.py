@@ -92,6 +92,8 @@ class Forward:
         #: self test decides.
         self.many_prompts = True
         self.branches = True
+        #: Whether a step may compute several tokens of each row (`verify`); the self test decides.
+        self.verifies = True
         #: The vision tower, if images are computed apart from their tokens; the self test decides.
         self.vision: Vision | None = None
 
@@ -274,6 +276,35 @@ class Forward:
         runs = _runs(lengths, self._forward_tokens())
         parts = [self._decode_run(sequences[start:end], start) for start, end in runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def verify(
+        self, sequences: list[Sequence], drafts: list[list[int]], width: int
+    ) -> torch.Tensor:
+        """The next token of rows 0 to len(sequences) - 1, and those after each token of a row's
+        draft. Returns logits [rows, width, vocabulary]; after its draft, a row's are meaningless.
+
+        All rows have `width` tokens. Those behind a row's draft, and drafts that turn out wrong,
+        are stored after the row's end, where later tokens overwrite them before they are read.
+        """
+        self._rope_axes = _axes(sequences[0], self._rope_axes)
+        length = max(sequence.filled for sequence in sequences) + width
+        tokens = [
+            [sequence.answer[-1], *draft] + [0] * (width - 1 - len(draft))
+            for sequence, draft in zip(sequences, drafts, strict=True)
+        ]
+        rows = [[sequence.filled, sequence.rope_delta] for sequence in sequences]
+        facts = torch.tensor([one + row for one, row in zip(rows, tokens, strict=True)])
+        facts = facts.to(self.device, non_blocking=True)
+        positions = facts[:, :1] + self._first(length)[:width]
+        self.cache.plan.step(0, positions, length)
+        arguments: dict[str, Any] = {
+            "input_ids": facts[:, 2:],
+            "attention_mask": self._mask(positions, self._first(length)),
+        }
+        if "position_ids" in self._accepts:
+            arguments["position_ids"] = self._decode_positions(positions, facts[:, 1])
+        with self._grouped_heads():
+            return self._run(arguments, sequences)
 
     def _forward_tokens(self) -> int:
         """Number of cached tokens that take as long to read as the weights."""

@@ -333,6 +333,9 @@ def _compare(
     forward.branches = forward.many_prompts and _branches_agree(
         loaded, forward, short, wanted_other, tokens_other, allowed
     )
+    forward.verifies = loaded.head is None and _drafts_agree(
+        loaded, forward, long_reference, short_reference, allowed
+    )
 
 
 def _vision(
@@ -487,6 +490,37 @@ def _branches_agree(
         relative_error(got, right, loaded.placeholder_ids) <= allowed
         for logits in (once, torch.cat(cuts))
         for got, right in zip(logits, wanted[1:], strict=True)
+    )
+
+
+def _drafts_agree(
+    loaded: LoadedModel, forward: Forward, long: Reference, short: Reference, allowed: float
+) -> bool:
+    """Whether steps that compute several tokens of each row give the logits of one token after the
+    other; here also after drafts that were wrong, in part and from the start."""
+    rows = [_probe(reference.prompt) for reference in (long, short)]
+    (_, wanted, tokens), (_, others, other_tokens) = long, short
+    wrong = next(token_id for token_id in long.prompt.ids if token_id != other_tokens[1])
+    try:
+        lengths = [len(row.prompt.ids) for row in rows]
+        if not forward.cache.reserve(2, max(lengths) + STEPS, 0, 0):
+            return False
+        for place, row in enumerate(rows):
+            forward.prepare(row)
+            forward.prefill(place, row, 0, lengths[place])
+            row.filled = lengths[place]
+        rows[0].answer, rows[1].answer = tokens[:1], other_tokens[:1]
+        first = forward.verify(rows, [[tokens[1], wrong], [wrong]], 3)
+        rows[0].answer, rows[1].answer = tokens[:3], other_tokens[:2]
+        for row in rows:
+            row.filled = row.total - 1
+        second = forward.verify(rows, [[], [other_tokens[2]]], 2)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return False
+    got = [first[0, 0], first[0, 1], second[0, 0], first[1, 0], second[1, 0], second[1, 1]]
+    return all(
+        relative_error(one, right, loaded.placeholder_ids) <= allowed
+        for one, right in zip(got, wanted[1:] + others[1:], strict=True)
     )
 
 

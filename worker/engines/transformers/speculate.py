@@ -1,0 +1,250 @@
+"""Decides how many draft tokens a decode step verifies: none where it would not pay.
+
+A step may compute several tokens of each row: the last one and a draft of those that follow. Those
+of the draft that are what would have been drawn anyway are kept, so an answer is the same with and
+without; only time is at stake. This module learns from what happened: how often drafts of a row are
+right, and what a step of some width costs. The width with the most tokens per millisecond is
+chosen, and an account of what wide steps gained and lost bounds the loss.
+
+Numbers in, numbers out: must never touch a model, a clock or a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from worker.engines.transformers.lookup import LookupIndex
+
+__all__ = ["WIDTHS", "Draft", "RowDrafts", "Speculator"]
+
+WIDTHS = (2, 3, 5, 9, 17)
+"""Tokens of each row in a wide step. Few, so that the cost of each is soon known."""
+
+MOST_TOKENS = 256
+"""A step computes at most so many tokens: beyond, even an accelerator is bound by computing."""
+
+LONG_MATCH = 8
+"""Drafts after a match of so many tokens are counted apart: they are right far more often."""
+
+FORGET = 0.8
+"""Weight of a row's earlier drafts at each new one."""
+
+FORGET_ALL = 0.98
+"""The same for the drafts of all rows, from which a row without drafts starts."""
+
+PRIOR_TOKENS = 2.0
+"""So many tokens of other rows' drafts count for a row of its own."""
+
+GAIN = 1.04
+"""A wide step must promise so many times the tokens per millisecond: estimates are not exact."""
+
+FAIR = 0.85
+"""No row may fall below this fraction of its speed for the sake of another one's draft."""
+
+SAVED = 0.012
+"""Fraction of each ordinary step that is saved for attempts that may fail."""
+
+START_BALANCE = 0.5
+MOST_BALANCE = 3.0
+"""The account, in ordinary steps: what a new engine may lose, and how much of a gain is kept."""
+
+STALE_STEPS = 64
+"""After so many wide steps in a row an ordinary one is measured again."""
+
+FASTER, SLOWER = 0.5, 0.15
+"""Weight of a measurement below and above the estimate: other programs only make a step slower."""
+
+LEAP = 2.0
+FIRST_LEAP = 4.0
+"""A single measurement counts as at most so many times the step that was expected; the first one of
+a width as so many ordinary steps."""
+
+GUESSED_COST = 0.05
+"""Cost of one more token as a fraction of a step with one token, until it was measured."""
+
+
+@dataclass(slots=True)
+class Draft:
+    """Tokens that may come next in a row."""
+
+    token_ids: list[int] = field(default_factory=list)
+    #: Which drafts it is counted with.
+    kind: int = 0
+
+
+NO_DRAFT = Draft()
+
+
+class Acceptance:
+    """How often the next token of a draft is right, by kind of draft; older ones fade."""
+
+    __slots__ = ("_forget", "right", "tried")
+
+    def __init__(self, forget: float, right: Sequence[float], tried: float) -> None:
+        self._forget = forget
+        self.right = list(right)
+        self.tried = [tried] * len(right)
+
+    def learn(self, draft: Draft, accepted: int) -> None:
+        kind = draft.kind
+        tried = min(accepted + 1, len(draft.token_ids))
+        self.right[kind] = self._forget * self.right[kind] + accepted
+        self.tried[kind] = self._forget * self.tried[kind] + tried
+
+
+class RowDrafts:
+    """The drafts of one request: its text, and how often they were right."""
+
+    def __init__(self, prompt_ids: Sequence[int], answer: Sequence[int]) -> None:
+        self._index = LookupIndex(prompt_ids)
+        self._prompt = len(prompt_ids)
+        self._index.extend(answer)
+        self._acceptance = Acceptance(FORGET, (0.0, 0.0), 0.0)
+
+    def draft(self, answer: Sequence[int], most: int) -> Draft:
+        """A draft of what follows an answer so far, of at most `most` tokens."""
+        self._index.extend(answer[len(self._index) - self._prompt :])
+        token_ids, matched = self._index.draft(most)
+        return Draft(token_ids, int(matched >= LONG_MATCH)) if token_ids else NO_DRAFT
+
+    def learn(self, draft: Draft, accepted: int) -> None:
+        """The first `accepted` tokens of a draft were right."""
+        self._acceptance.learn(draft, accepted)
+
+    def chance(self, kind: int, everywhere: Acceptance) -> float:
+        """How likely the next token of a draft is right."""
+        common = everywhere.right[kind] / everywhere.tried[kind]
+        own = self._acceptance
+        return (own.right[kind] + PRIOR_TOKENS * common) / (own.tried[kind] + PRIOR_TOKENS)
+
+
+class WidthCost:
+    """Milliseconds of a step by rows and width, as measured."""
+
+    def __init__(self) -> None:
+        self._narrow: dict[int, float] = {}
+        #: What a width adds to a step, for rows rounded up to a power of two.
+        self._added: dict[tuple[int, int], float] = {}
+
+    def narrow_ms(self, rows: int) -> float:
+        """A step with one token in each row; 0 if none was measured."""
+        known = self._narrow
+        if rows in known:
+            return known[rows]
+        return known[min(known, key=lambda other: abs(other - rows))] if known else 0.0
+
+    def added_ms(self, rows: int, width: int) -> float:
+        """What a step of that width takes beyond one with a token in each row."""
+        size = _rounded(rows)
+        found = self._added.get((size, width))
+        if found is not None:
+            return found
+        # From the nearest shape that was measured, by its tokens.
+        wanted = size * (width - 1)
+        shapes = {shape[0] * (shape[1] - 1): ms for shape, ms in self._added.items()}
+        if not shapes:
+            return GUESSED_COST * self.narrow_ms(1) * rows * (width - 1)
+        nearest = min(shapes, key=lambda tokens: abs(tokens - wanted))
+        return shapes[nearest] * wanted / nearest
+
+    def learn(self, rows: int, width: int, ms: float) -> None:
+        if width == 1:
+            known = self._narrow.get(rows)
+            self._narrow[rows] = ms if known is None else _towards(known, min(ms, LEAP * known))
+            return
+        narrow_ms, shape = self.narrow_ms(rows), (_rounded(rows), width)
+        known = self._added.get(shape)
+        most = FIRST_LEAP * narrow_ms if known is None else LEAP * (narrow_ms + known)
+        added = max(min(ms, most) - narrow_ms, 0.0)
+        self._added[shape] = added if known is None else _towards(known, added)
+
+
+class Speculator:
+    """Chooses the width of each step of one model. Call `plan` before a step, `drafted` with what
+    became of its drafts, `took` with the time it took."""
+
+    def __init__(self) -> None:
+        self._cost = WidthCost()
+        self._everywhere = Acceptance(FORGET_ALL, (1.0, 1.6), 2.0)
+        self._balance = START_BALANCE
+        self._wide_steps = 0
+        #: Draft tokens that were verified, and those of them that were right.
+        self.draft_tokens = 0
+        self.accepted_tokens = 0
+
+    def worth_drafting(self, rows: int) -> bool:
+        """Whether a step with so many rows can be worth drafts at all, however good they are."""
+        narrow_ms = self._cost.narrow_ms(rows)
+        if not narrow_ms or self._wide_steps >= STALE_STEPS or self._balance <= 0:
+            return False
+        return any(
+            width * narrow_ms > GAIN * (narrow_ms + self._cost.added_ms(rows, width))
+            for width in WIDTHS
+            if rows * width <= MOST_TOKENS
+        )
+
+    def plan(self, rows: Sequence[RowDrafts], drafts: Sequence[Draft], room: int) -> int:
+        """The number of tokens of each row in the next step, at most `room`; drafts are to be cut
+        to one less. 1 if no draft pays."""
+        count = len(drafts)
+        longest = max((len(draft.token_ids) for draft in drafts), default=0)
+        narrow_ms = self._cost.narrow_ms(count)
+        if not longest or not narrow_ms:
+            return 1
+        chances = [
+            row.chance(draft.kind, self._everywhere)
+            for row, draft in zip(rows, drafts, strict=True)
+        ]
+        best, best_gain, cheapest = 1, GAIN, 1
+        for width in WIDTHS:
+            if width > room or count * width > MOST_TOKENS:
+                break
+            slower = 1 + self._cost.added_ms(count, width) / narrow_ms
+            tokens = [
+                _expected(chance, min(len(draft.token_ids), width - 1))
+                for chance, draft in zip(chances, drafts, strict=True)
+            ]
+            gain = sum(tokens) / count / slower
+            if gain > best_gain and min(tokens) / slower >= FAIR:
+                best, best_gain = width, gain
+            if self._balance >= min(slower - 1 + START_BALANCE, MOST_BALANCE):
+                # An attempt: nothing is known of these drafts but failures, which may be over.
+                cheapest = cheapest if cheapest > 1 else width
+            if width > longest:
+                break
+        return best if best > 1 else cheapest
+
+    def drafted(self, row: RowDrafts, draft: Draft, accepted: int) -> None:
+        """The first `accepted` tokens of a draft were what was drawn."""
+        if draft.token_ids:
+            row.learn(draft, accepted)
+            self._everywhere.learn(draft, accepted)
+            self.draft_tokens += len(draft.token_ids)
+            self.accepted_tokens += accepted
+
+    def took(self, rows: int, width: int, ms: float, tokens: int) -> None:
+        """A step took that long and gave so many tokens to all rows together."""
+        self._cost.learn(rows, width, ms)
+        if width == 1:
+            self._wide_steps = 0
+            self._balance = min(self._balance + SAVED, MOST_BALANCE)
+            return
+        self._wide_steps += 1
+        narrow_ms = self._cost.narrow_ms(rows)
+        if narrow_ms:
+            spent = 1 + self._cost.added_ms(rows, width) / narrow_ms
+            self._balance = min(self._balance + tokens / rows - spent, MOST_BALANCE)
+
+
+def _expected(chance: float, tokens: int) -> float:
+    """Tokens that a row gets from a step with a draft of so many tokens."""
+    return 1.0 + sum(chance**count for count in range(1, tokens + 1))
+
+
+def _towards(estimate: float, measured: float) -> float:
+    return estimate + (FASTER if measured < estimate else SLOWER) * (measured - estimate)
+
+
+def _rounded(rows: int) -> int:
+    return 1 << (rows - 1).bit_length()
