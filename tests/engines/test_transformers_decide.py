@@ -402,7 +402,7 @@ def test_what_is_computed_behind_a_state_is_no_prefix_of_a_text() -> None:
     text = probe.prompt.ids
     wanted = tiny.generated(model, {"input_ids": torch.tensor([text])}, 12, [])
     _, beside = tiny.run_at_once(engine, [asked, tiny.ids_job(text)])
-    engine._served[0].slot_runner.prefix.clear()
+    engine._served[0].slot_runner.rows.prefix.clear()
     _, after = tiny.run(engine, [job(), tiny.ids_job(text)], every=[0, 30])
     for answer in (beside, after):
         assert answer.token_ids == wanted

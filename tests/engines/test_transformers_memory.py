@@ -78,7 +78,7 @@ def test_a_request_that_waits_for_a_prefix_goes_on_if_it_does_not_come(model: An
     try:
         engine.add(first)
         engine.add(second)
-        while not any(row.follows for row in runner_of(engine)._rows):
+        while not any(row.follows for row in runner_of(engine).rows.sequences):
             engine.step()
         engine.cancel(first.request_id)
         answers = tiny.run(engine, [tiny.ids_job(ids[:200], max_tokens=4)])

@@ -138,7 +138,7 @@ def test_running_streams_wait_for_a_long_prompt_no_longer_than_the_bound(
         now += cost_ms(len(sequences) * max(s.total for s in sequences), 0) / 1e3
         return prefill_many(slot, sequences)
 
-    monkeypatch.setattr(runner, "_clock", lambda: now)
+    monkeypatch.setattr(runner.costs, "now_s", lambda: now)
     monkeypatch.setattr(runner.forward, "prefill", one)
     monkeypatch.setattr(runner.forward, "prefill_many", many)
     streams = [tiny.ids_job(ids, max_tokens=2000) for ids in tiny.prompts(8, low=5, high=9)]

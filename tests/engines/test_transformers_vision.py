@@ -105,7 +105,7 @@ class Device:
     def __init__(self, runner: SlotRunner, token_ms: float, image_ms: float) -> None:
         self.now_s = 0.0
         self.images = 0
-        runner._clock = lambda: self.now_s
+        runner.costs.now_s = lambda: self.now_s
         forward = runner.forward
         prefill, image, decode = forward.prefill, forward.compute_image, forward.decode
 
@@ -169,19 +169,19 @@ def test_a_request_that_is_put_back_between_its_images_goes_on_right() -> None:
         while not answers.get(beside.request_id, tiny.Answer()).token_ids:
             tiny.collect(engine.step(), answers)
         engine.add(job)
-        while len(runner._rows) < 2:
+        while len(runner.rows.sequences) < 2:
             tiny.collect(engine.step(), answers)
         for _ in range(steps):
             tiny.collect(engine.step(), answers)
-        if len(runner._rows) == 2:
+        if len(runner.rows.sequences) == 2:
             events: list[Any] = []
             with torch.inference_mode():
-                runner._preempt_youngest(events)
+                runner.rows.preempt_youngest(events)
             tiny.collect(events, answers)
         while engine.busy:
             tiny.collect(engine.step(), answers)
         assert answers[job.request_id].token_ids == wanted[0], steps
-        runner.prefix.clear()
+        runner.rows.prefix.clear()
 
 
 def test_an_image_that_is_in_the_prefix_cache_is_not_computed_again() -> None:

@@ -120,7 +120,7 @@ class TransformersEngine(BatchEngine):
                 # Cached prefixes share the same memory.
                 tokens = max(tokens - kept, 0)
             cache.budget = max(tokens, 64)
-            runner.prefix = PrefixCache(0 if runner.whole_prompts else kept)
+            runner.rows.prefix = PrefixCache(0 if runner.rows.whole_prompts else kept)
             if runner.forward.static is not None:
                 # Growth would invalidate captured steps: allocate room for ordinary requests
                 # from the start.

@@ -1,0 +1,294 @@
+"""Who sits in which row of the slot cache: admission, moves, reuse of prefixes, and memory.
+
+Rows 0 to `active` - 1 decode, the rows after them are being prefilled; there are never gaps.
+
+Memory is the cache's budget: a sequence waits until its prompt fits; if a row cannot grow, the
+youngest one is preempted (it waits and is prefilled again later); only a sequence that does not fit
+alone fails. Must never run the model or sample.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from broker.protocol.errors import ErrorInfo
+from broker.protocol.messages import FinishReason
+from worker.engines.base import EngineEvent
+from worker.engines.common.failures import error_info, is_out_of_memory
+from worker.engines.common.sequence import Sequence, State
+from worker.engines.transformers.forward import Forward
+from worker.engines.transformers.memory import (
+    no_room,
+    release_cached,
+    uncomputable,
+)
+from worker.engines.transformers.prefix import SMALLEST_PREFIX, PrefixCache
+
+__all__ = ["SlotRows"]
+
+GROWTH_TOKENS = 128
+"""Room after a prompt that is reserved on admission; longer answers grow on demand."""
+
+
+class SlotRows:
+    """The rows of one slot cache, and the sequences that wait for one."""
+
+    def __init__(self, forward: Forward, slots: int, *, whole_prompts: bool) -> None:
+        self._forward = forward
+        self.cache = forward.cache
+        self.slots = slots
+        #: Whether a prompt must be prefilled in one piece and never reused, because its tokens
+        #: see each other.
+        self.whole_prompts = whole_prompts
+        self.prefix = PrefixCache(0)
+        self.waiting: deque[Sequence] = deque()
+        #: The sequence of each row.
+        self.sequences: list[Sequence] = []
+        self.active = 0
+        self._admissions = 0
+        #: Rows allowed after a forward ran out of memory; one more with each row that ends.
+        self._most = slots
+
+    @property
+    def decoding(self) -> list[Sequence]:
+        return self.sequences[: self.active]
+
+    @property
+    def prefilling(self) -> list[Sequence]:
+        return self.sequences[self.active :]
+
+    def clear(self) -> None:
+        self.waiting.clear()
+        self.sequences.clear()
+        self.active = 0
+        self.prefix.clear()
+
+    # --- joining and leaving ----------------------------------------------------------------------
+
+    def drop_cancelled(self, events: list[EngineEvent]) -> None:
+        now = time.perf_counter()
+        if any(sequence.cancelled for sequence in self.waiting):
+            for sequence in self.waiting:
+                if sequence.cancelled:
+                    events += sequence.end(FinishReason.CANCELLED, now)
+            self.waiting = deque(s for s in self.waiting if s.state is State.WAITING)
+        for row in reversed(range(len(self.sequences))):
+            if self.sequences[row].cancelled:
+                events += self.sequences[row].end(FinishReason.CANCELLED, now)
+                self.leave(row)
+
+    def admit(self, events: list[EngineEvent]) -> None:
+        while self.waiting and len(self.sequences) < self._most:
+            sequence = self.waiting[0]
+            need = min(sequence.total + GROWTH_TOKENS, self._longest(sequence))
+            if not self._reserve(len(self.sequences) + 1, need) and not self._reserve(
+                len(self.sequences) + 1, sequence.total + 1
+            ):
+                if self.sequences or self.prefix.drop_oldest():
+                    if self.sequences:
+                        return
+                    continue
+                self.waiting.popleft()
+                events += sequence.fail(self._too_large(sequence))
+                continue
+            self.waiting.popleft()
+            self._start(sequence, events)
+
+    def _start(self, sequence: Sequence, events: list[EngineEvent]) -> None:
+        """Give a sequence the next free row, with the cached prefix of its prompt."""
+        now = time.perf_counter()
+        sequence.started_at = sequence.started_at or now
+        sequence.state = State.PREFILL
+        self._admissions += 1
+        sequence.admitted = self._admissions
+        sequence.filled = 0
+        sequence.follows = None
+        sequence.prompt_logprobs = []
+        sequence.begin()
+        self.sequences.append(sequence)
+        row = len(self.sequences) - 1
+        try:
+            self._forward.prepare(sequence)
+            if not (self.whole_prompts or sequence.wants_prompt_logprobs):
+                self._reuse(sequence, row)
+        except Exception as error:
+            self.fail(row, error, events)
+
+    def _reuse(self, sequence: Sequence, row: int) -> None:
+        """Copy the longest cached prefix of the prompt into the row, or wait for a row that is
+        computing more of it (several answers to one prompt arrive together)."""
+        if not self.cache.token_bytes:
+            return
+        limit = sequence.reusable_tokens
+        shares = [self.prefix.shared(other, sequence, limit) for other in self.sequences[:row]]
+        least = max(SMALLEST_PREFIX, sequence.prompt.media_end)
+        here = [
+            share if share <= other.filled else other.filled if other.filled >= least else 0
+            for share, other in zip(shares, self.sequences, strict=False)
+        ]
+        entry, length = self.prefix.longest(sequence, limit)
+        running = max(here, default=0)
+        if running > length:
+            self.cache.move(here.index(running), row, running)
+            length = running
+            self.prefix.hit_tokens += running
+        elif entry is not None:
+            self.cache.write(row, entry.states, length)
+            self.prefix.used(entry, length)
+        sequence.filled = length
+        if not sequence.answer:
+            sequence.cached = length
+        sequence.shared = 0
+        for other, share in zip(self.sequences, shares, strict=False):
+            # No row waits for a waiting row, so that there are no cycles.
+            if other.follows is None and share >= max(length, sequence.shared) + SMALLEST_PREFIX:
+                sequence.follows, sequence.shared = other, share
+
+    def release_followers(self) -> None:
+        """Let rows go on whose prefix has been computed, or will not be."""
+        for row in range(self.active, len(self.sequences)):
+            sequence = self.sequences[row]
+            leader = sequence.follows
+            if leader is None or (
+                leader.state is State.PREFILL and leader.filled < sequence.shared
+            ):
+                continue
+            if leader in self.sequences:
+                self._take_prefix(row, self.sequences.index(leader))
+                continue
+            sequence.follows = None
+            if not sequence.cancelled:
+                self._reuse(sequence, row)
+
+    def leave(self, row: int, *, keep: bool = True) -> None:
+        """Remove a row; the last rows close the gap."""
+        sequence = self.sequences[row]
+        self._hand_over(row)
+        if keep and not sequence.failed and not self.whole_prompts and self.cache.token_bytes:
+            self._keep(sequence, row)
+        if sequence.state is State.DONE:
+            self._most = min(2 * self._most, self.slots)
+        hole = row
+        if hole < self.active:
+            last = self.active - 1
+            if hole != last:
+                self._move(last, hole)
+            hole = last
+            self.active -= 1
+        if hole != len(self.sequences) - 1:
+            self._move(len(self.sequences) - 1, hole)
+        self.sequences.pop()
+
+    def _hand_over(self, row: int) -> None:
+        """Rows that wait for what this one has computed get it before it leaves."""
+        leader = self.sequences[row]
+        for other in range(self.active, len(self.sequences)):
+            follower = self.sequences[other]
+            if follower.follows is leader and leader.filled >= follower.shared:
+                self._take_prefix(other, row)
+
+    def _take_prefix(self, row: int, source: int) -> None:
+        """A row gets the prefix that it has waited for from the row that computed it."""
+        sequence = self.sequences[row]
+        sequence.follows = None
+        self.cache.move(source, row, sequence.shared)
+        self.prefix.hit_tokens += sequence.shared - sequence.filled
+        sequence.filled = sequence.shared
+        if not sequence.answer:
+            sequence.cached = sequence.shared
+
+    def _keep(self, sequence: Sequence, row: int) -> None:
+        """Keep a row in the prefix cache, unless there is no memory for a copy."""
+        try:
+            self.prefix.store(sequence, lambda length: self.cache.read(row, length))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self.prefix.drop_oldest()
+
+    def _move(self, source: int, target: int) -> None:
+        moved = self.sequences[source]
+        self.cache.move(source, target, moved.filled)
+        self.sequences[target] = moved
+
+    def activate(self, row: int) -> None:
+        """Move a row with a finished prompt to those that decode."""
+        self.exchange(row, self.active)
+        self.sequences[self.active].state = State.DECODE
+        self.active += 1
+
+    def exchange(self, row: int, other: int) -> None:
+        """Exchange the rows of two sequences."""
+        if row == other:
+            return
+        one, two = self.sequences[row], self.sequences[other]
+        length = max(one.filled, two.filled)
+        if length:
+            self.cache.swap(row, other, length)
+        self.sequences[row], self.sequences[other] = two, one
+
+    # --- memory -----------------------------------------------------------------------------------
+
+    def _longest(self, sequence: Sequence) -> int:
+        return len(sequence.prompt.ids) + sequence.max_tokens
+
+    def _reserve(self, rows: int, length: int) -> bool:
+        used = max((sequence.filled for sequence in self.sequences), default=0)
+        # Memory reserved for prompts that are still being computed stays reserved. One more:
+        # prompts computed together store their padding there.
+        promised = max((sequence.total + 1 for sequence in self.prefilling), default=0)
+        return self.cache.reserve(rows, max(length, promised), len(self.sequences), used)
+
+    def _too_large(self, sequence: Sequence) -> ErrorInfo:
+        return no_room(sequence.total, self.cache.budget, self.cache.capacity)
+
+    def make_room(self, events: list[EngineEvent]) -> None:
+        """Make room for one more token of every active row, preempting the youngest
+        rows if necessary."""
+        while self.active:
+            longest = max(sequence.filled for sequence in self.decoding) + 1
+            if longest <= self.cache.capacity:
+                return
+            wanted = min(
+                longest + GROWTH_TOKENS,
+                max(self._longest(sequence) for sequence in self.decoding),
+            )
+            if self._reserve(len(self.sequences), max(longest, wanted)):
+                return
+            if self._reserve(len(self.sequences), longest) or self.prefix.drop_oldest():
+                continue
+            self.preempt_youngest(events)
+
+    def preempt_youngest(self, events: list[EngineEvent], *, computing: bool = False) -> None:
+        """Preempt the youngest row, which goes back to the queue; if it is the only
+        one, it fails."""
+        release_cached(self._forward.device)
+        if len(self.sequences) == 1:
+            sequence = self.sequences[0]
+            info = uncomputable(sequence.total) if computing else self._too_large(sequence)
+            events += sequence.fail(info)
+            self.leave(0, keep=False)
+            return
+        row = max(range(len(self.sequences)), key=lambda index: self.sequences[index].admitted)
+        sequence = self.sequences[row]
+        self.leave(row)
+        sequence.state = State.WAITING
+        self.waiting.appendleft(sequence)
+
+    def on_out_of_memory(self, events: list[EngineEvent]) -> None:
+        """A forward ran out of memory. Run fewer rows until one ends: otherwise the preempted row
+        would come back in the next step, and there would be no progress."""
+        self.preempt_youngest(events, computing=True)
+        self._most = len(self.sequences) or self.slots
+
+    def fail(self, row: int, error: Exception, events: list[EngineEvent]) -> None:
+        """Fail a single sequence: its image, its memory, or inputs that the model refuses."""
+        sequence = self.sequences[row]
+        if is_out_of_memory(error):
+            release_cached(self._forward.device)
+            info = uncomputable(sequence.total)
+        else:
+            info = error_info(error, "the model failed on this prompt")
+        events += sequence.fail(info)
+        self.leave(row, keep=False)
