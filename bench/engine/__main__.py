@@ -16,6 +16,8 @@ Cases, all in one run (`--only` selects):
 * shared: prompts that share a prefix, beside the same without reuse.
 * images: questions about images, beside `generate`.
 * gap: what a long prompt does to running streams, beside the engine's bound.
+* profile, on a CPU: a decode step of `--streams` rows and a prefill of `--prefill` tokens, in
+  float32 and bfloat16, by operator and beside the bare matrix products of the same shapes.
 * floor, on a GPU: a step beside the bytes of weights, keys and values that it must read over the
   bandwidth measured in the same run.
 
@@ -39,7 +41,11 @@ from typing import Any
 import torch
 
 from bench.common import Report, Row, integers, interleave, options, repeats
-from bench.engine import served as engine_served, situations as engine_situations
+from bench.engine import (
+    profile as engine_profile,
+    served as engine_served,
+    situations as engine_situations,
+)
 from bench.engine.cases import SIZES, Load, Setting, paired, peers, run_engine
 
 Case = Callable[[Setting], None]
@@ -57,6 +63,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--new", type=int, help="tokens of each answer [by case]")
     parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU")
     parser.add_argument("--shared", type=int, default=512, help="tokens of the shared prefix")
+    parser.add_argument(
+        "--prefill", type=int, default=512, help="tokens of the prefill that `profile` measures"
+    )
     parser.add_argument("--gap-prompt", type=int, default=8000, help="tokens of the long prompt")
     parser.add_argument(
         "--stall-ms", type=float, default=200.0, help="the engine's limit for a gap"
@@ -166,6 +175,7 @@ CASES: dict[str, Case] = {
     "shared": engine_situations.shared,
     "pictures": engine_situations.images,
     "gap": engine_situations.gap,
+    "profile": engine_profile.profile,
     "floor": engine_situations.floor,
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bench.engine.profile import PARTS
 from tests.harness import WHOLE_RUN_S
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,6 +107,24 @@ def test_engine_stands_beside_its_peers_alone_and_as_it_is_served() -> None:
     (prefix,) = [row for row in rows if row["name"] == "engine_shared_prefix_ttft_ms"]
     assert prefix["peer"] == "no reuse"
     assert any(row["name"] == "engine_pictures_tokens_per_s" for row in rows)
+
+
+def test_engine_profile_says_where_the_time_of_a_step_goes() -> None:
+    rows = run(
+        "engine",
+        *("--only", "profile", "--size", "3m", "--streams", "1,2", "--prefill", "16"),
+    )
+    steps = [row for row in rows if row["name"] == "engine_step_cpu_ms"]
+    assert {(row["dtype"], row["phase"], row["rows"]) for row in steps} == {
+        (dtype, phase, count)
+        for dtype in ("float32", "bfloat16")
+        for phase, count in (("decode", 1), ("decode", 2), ("prefill", 1))
+    }
+    assert all(row["peer"] == "products" and row["ratio"] > 0 for row in steps)
+    parts = [row for row in rows if row["name"] == "engine_step_part_ms"]
+    assert {row["part"] for row in parts} == set(PARTS)
+    for part in ("products", "attention", "pointwise"):
+        assert all(row["value"] > 0 for row in parts if row["part"] == part), part
 
 
 def test_decide_counts_questions_of_the_bus_and_of_the_gateway() -> None:
