@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, Generic, cast
 
 from broker.protocol.messages import (
+    Continuation,
     FinishReason,
     Piece,
     PieceKind,
@@ -128,6 +129,7 @@ class StreamState:
         "_said",
         "_shape",
         "_token_ids",
+        "continued",
         "end",
         "error",
         "model",
@@ -163,6 +165,7 @@ class StreamState:
         self.model = model
         self.worker = ""
         self.resumed = 0
+        self.continued = ""
         self.queued: Queued | None = None
         self.queued_at_s = 0.0
         self.seed = seed
@@ -225,6 +228,8 @@ class StreamState:
             case Started():
                 self.queued = None
                 self.model, self.worker, self.resumed = item.model, item.worker, item.resumed
+                if self.continued != Continuation.TEXT:
+                    self.continued = item.continued or self.continued
                 self._report_every = max(1, item.window_tokens // 4)
                 self._report_at = len(self._token_ids) + self._report_every
             case PromptEvent():
@@ -254,6 +259,7 @@ class StreamState:
                 resumed=self.resumed,
                 first_token_s=None,
                 total_s=0.0,
+                continued=self.continued,
             )
             self._post(events.RequestDropped(self._id))
 

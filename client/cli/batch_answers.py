@@ -107,6 +107,7 @@ async def _chat(data: bytes, asking: Asking) -> dict[str, Any]:
                 "message": _message(choice, with_reasoning=body.shows_reasoning),
                 "finish_reason": choice.openai_finish_reason,
                 "logprobs": _chat_logprobs(choice.logprobs) if body.logprobs else None,
+                **({"continued": choice.continued} if choice.continued else {}),
             }
             for index, choice in enumerate(choices)
         ],
@@ -142,6 +143,7 @@ async def _completion(data: bytes, asking: Asking) -> dict[str, Any]:
                 "text": choice.text,
                 "finish_reason": choice.finish_reason,
                 "logprobs": None if body.logprobs is None else text_logprobs(choice.logprobs),
+                **({"continued": choice.continued} if choice.continued else {}),
             }
             for index, choice in enumerate(answers.best_of(choices, candidates, body.n or 1))
         ],

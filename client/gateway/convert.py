@@ -497,8 +497,9 @@ def _params(
         ignore_eos=bool(body.ignore_eos),
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
-        # The prompt's length and its ids come with its echo, before the first token.
-        echo=wants_usage_so_far(body) or bool(body.return_token_ids),
+        # The prompt's ids come with its echo, before the first token.
+        echo=bool(body.return_token_ids),
+        prompt_usage=wants_usage_so_far(body),
         logprobs=logprobs,
         logit_bias=bias,
         constraint=constraint,

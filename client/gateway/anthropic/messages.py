@@ -273,7 +273,9 @@ class _Answer:
                 reason, sequence = "stop_sequence", progress.stopped_by
             case _:
                 reason = "end_turn"
-        return {"stop_reason": reason, "stop_sequence": sequence, "stop_details": None}
+        told = {"stop_reason": reason, "stop_sequence": sequence, "stop_details": None}
+        # Not of Anthropic's API.
+        return {**told, "continued": progress.continued} if progress.continued else told
 
     # --- streamed ---
 

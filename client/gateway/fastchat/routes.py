@@ -284,7 +284,8 @@ def _last(
 ) -> dict[str, Any]:
     reason = "stop" if end.finish_reason is FinishReason.STOP else "length"
     usage = end.usage
-    return _frame_fields(call, text, usage.prompt_tokens, usage.completion_tokens, logprobs, reason)
+    told = _frame_fields(call, text, usage.prompt_tokens, usage.completion_tokens, logprobs, reason)
+    return {**told, "continued": end.continued} if end.continued else told
 
 
 def _frame_fields(

@@ -149,7 +149,10 @@ class Answer:
         end, usage = self._end, self.choice.usage
         assert end is not None and usage is not None
         length = self.choice.openai_finish_reason == "length"
+        # Not of Ollama's API.
+        how = {"continued": end.continued} if end.continued else {}
         return {
+            **how,
             "done": True,
             "done_reason": "length" if length else "stop",
             "total_duration": round((time.monotonic() - self._began_s) * 1e9),

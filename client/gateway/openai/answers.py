@@ -134,6 +134,8 @@ class Progress:
         self.finish_reason: FinishReason | None = None
         #: The stop string or token id that ended the answer.
         self.stopped_by: str | int | None = None
+        #: How it went on after its worker was lost, as of `client.core.events.Started`.
+        self.continued = ""
 
     def take(self, event: ChoiceEvent) -> list[Part]:
         """Account for an event; returns what is new."""
@@ -147,7 +149,7 @@ class Progress:
                 return self._read(event)
             case Finish():
                 self.usage, self.finish_reason = event.end.usage, event.end.finish_reason
-                self.stopped_by = event.end.stopped_by
+                self.stopped_by, self.continued = event.end.stopped_by, event.end.continued
                 if self.prompt_usage is not None and self._is_satisfied:
                     # Tokens generated after that do not belong to the answer.
                     self.usage = msgspec.structs.replace(
@@ -288,6 +290,8 @@ class TextChoice:
     _places: Places = field(default_factory=Places)
     usage: Usage = field(default_factory=Usage)
     finish_reason: Literal["stop", "length"] = "stop"
+    #: As of `Progress`.
+    continued: str = ""
 
     def take(self, event: ChoiceEvent) -> tuple[str, list[TokenLogprob]]:
         """Account for an event; returns the new text and logprobs."""
@@ -301,7 +305,7 @@ class TextChoice:
                 text, logprobs = event.text, self._placed(event.token_ids, event.logprobs or [])
                 self.token_ids += event.token_ids
             case Finish():
-                self.usage = event.end.usage
+                self.usage, self.continued = event.end.usage, event.end.continued
                 if self.prompt_only:
                     self.usage = Usage(prompt_tokens=event.end.usage.prompt_tokens)
                 stopped = event.end.finish_reason is FinishReason.STOP

@@ -64,6 +64,7 @@ from client.gateway.openai.shapes import (
     Chunks,
     UsageSoFar,
     chat_logprobs,
+    continued,
     dumped,
     error_event,
     logprob_bytes,
@@ -259,6 +260,8 @@ class _Answer:
         )
         if self._body.return_token_ids:
             setattr(shown, "token_ids", choice.token_ids)  # noqa: B010
+        if choice.continued:
+            setattr(shown, "continued", choice.continued)  # noqa: B010
         return shown
 
     def _usage(self) -> CompletionUsage:
@@ -295,7 +298,8 @@ class _Answer:
             out.append(self._chunk(index, _NO_TEXT, tokens))
         if isinstance(event, Finish) and not reader.skipped(index, 1):
             reason = JSON.encode(self._choices[index].openai_finish_reason)
-            out.append(self._chunk(index, _NOTHING, finish_reason=reason))
+            how = continued(self._choices[index].continued)
+            out.append(self._chunk(index, _NOTHING, how, finish_reason=reason))
 
     def _unread_tokens(self, event: Delta) -> bytes:
         """Log probabilities and ids of the tokens that the reader does not have, as fields of a
@@ -349,7 +353,7 @@ class _Answer:
         *,
         finish_reason: bytes = b"null",
     ) -> bytes:
-        """`tokens`: see `_unread_tokens`."""
+        """`tokens`: further fields of the choice, see `_unread_tokens`."""
         if self._body.logprobs and not tokens.startswith(b',"logprobs"'):
             tokens = b',"logprobs":null' + tokens
         beside = b""

@@ -35,6 +35,7 @@ from client.gateway.openai.shapes import (
     JSON,
     Chunks,
     UsageSoFar,
+    continued,
     dumped,
     error_event,
     logprob_bytes,
@@ -158,6 +159,9 @@ class _Answer:
             for shown, choice in zip(answer.choices, kept, strict=True):
                 setattr(shown, "prompt_token_ids", choice.prompt_token_ids)  # noqa: B010
                 setattr(shown, "token_ids", choice.token_ids)  # noqa: B010
+        for shown, choice in zip(answer.choices, kept, strict=True):
+            if choice.continued:
+                setattr(shown, "continued", choice.continued)  # noqa: B010
         return answer.model_dump_json(exclude_unset=True)
 
     def _usage(self) -> CompletionUsage:
@@ -205,9 +209,9 @@ class _Answer:
         finish_reason: bytes = b"null",
     ) -> bytes:
         shown = self._logprobs(logprobs) if logprobs else None
-        beside = b""
+        beside = continued(self._choices[index].continued) if finish_reason != b"null" else b""
         if self._body.return_token_ids:
-            beside = b',"token_ids":' + JSON.encode(ids)
+            beside += b',"token_ids":' + JSON.encode(ids)
             if index not in self._prompt_told:
                 self._prompt_told.add(index)
                 prompt_ids = self._choices[index].prompt_token_ids

@@ -153,6 +153,9 @@ class ResponseBuilder:
             usage=None,
             user=body.user,
         )
+        if self.progress.continued:
+            # Not of OpenAI's API.
+            setattr(response, "continued", self.progress.continued)  # noqa: B010
         if self._status == "incomplete":
             response.incomplete_details = shapes.response.IncompleteDetails(
                 reason="max_output_tokens"

@@ -32,6 +32,7 @@ __all__ = [
     "Chunks",
     "UsageSoFar",
     "chat_logprobs",
+    "continued",
     "dumped",
     "error_event",
     "logprob_bytes",
@@ -92,7 +93,8 @@ class UsageSoFar:
         prompt = event.choice // self._each
         match event:
             case Prompted():
-                self._prompt_tokens[prompt] = len(event.prompt.token_ids)
+                if event.prompt.usage is not None:
+                    self._prompt_tokens[prompt] = event.prompt.usage.prompt_tokens
             case Delta():
                 self._completion_tokens[event.choice] += event.tokens
             case Finish():
@@ -191,6 +193,11 @@ def chat_logprobs(tokens: Iterable[TokenLogprob]) -> list[ChatCompletionTokenLog
         )
         for token in tokens
     ]
+
+
+def continued(how: str) -> bytes:
+    """The further field of a choice that went on inexactly after its worker was lost."""
+    return b',"continued":' + JSON.encode(how) if how else b""
 
 
 def error_event(error: GatewayError, request_id: str) -> bytes:
