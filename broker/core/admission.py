@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Final
 
-from broker.core import dispatch, endings, placement, shutdown, waiting
+from broker.core import dispatch, endings, fairness, placement, shutdown, waiting
 from broker.core.events import Frames
 from broker.core.instructions import Log
 from broker.core.phases import Phase
@@ -166,7 +166,7 @@ def admit(bus: BusState, client: ClientSession, request: RequestState) -> None:
     check_model(bus, request)
     queue = bus.queues.get(request.model)
     if queue is None:
-        queue = ModelQueue()
+        queue = ModelQueue(bus.shares_of(request.model))
     while is_full(bus, queue, request):
         # Longest queue drop: the user with the most waiting requests makes room, so that nobody can
         # fill the queue for all others (Suter et al., "Buffer management schemes", 1999).
@@ -282,7 +282,10 @@ def enqueue(
     request.to(Phase.QUEUED, bus.now_s)
     bus.requests[request.id] = request
     client.requests[request.id] = request
-    queue = bus.queues.setdefault(request.model, ModelQueue())
+    queue = bus.queues.get(request.model)
+    if queue is None:
+        queue = bus.queues[request.model] = ModelQueue(bus.shares_of(request.model))
+    fairness.expect(bus, request)
     queue.add(request)
     bus.queued_bytes += request.size_bytes
     bus.counters["requests"] += 1

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from broker.core import waiting
+from broker.core import fairness, waiting
 from broker.core.events import Frames
 from broker.core.phases import Phase
 from broker.core.records import RequestState, WorkerSession, short
@@ -24,6 +24,7 @@ def assign(bus: BusState, request: RequestState, worker: WorkerSession) -> None:
     bus.counters["assigned"] += 1
     bus.figures.assigned(request, bus.now_s)
     waiting.started(bus, request)
+    fairness.charge(bus, request)
     frames, request.frames = request.frames, ()
     attach(bus, request, worker, frames, attach=False)
 

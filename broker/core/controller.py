@@ -31,6 +31,7 @@ from broker.core import (
     dispatch,
     endings,
     ends,
+    fairness,
     invariants,
     membership,
     pace,
@@ -329,6 +330,7 @@ class BrokerCore(BusState):
             smoothed_s = self.service_s.get(request.model, took_s)
             self.service_s[request.model] = smoothed_s + (took_s - smoothed_s) / 8
         pace.observe(self, worker, request, finished)
+        fairness.measured(self, request, finished)
         if request.ended_s is None:
             self.figures.finished(request, finished, self.now_s)
         self.keep(request)

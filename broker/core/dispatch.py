@@ -47,26 +47,20 @@ def _assign_next(bus: BusState, model: str) -> bool:
     free = bus.registry.available(model)
     if not free:
         return False
-    passed_over: list[RequestState] = []
-    try:
-        while queue.requests:
-            if len(passed_over) >= PASSED_OVER and all(w.ends_s < math.inf for w in free):
-                return False
-            request = queue.take()
-            worker = _choose(bus, request, free)
-            if worker is None:
-                passed_over.append(request)
-                continue
-            bus.queued_bytes -= request.size_bytes
-            assignment.assign(bus, request, worker)
-            queue.last_served = worker.last_assigned
-            return True
-        return False
-    finally:
-        for request in reversed(passed_over):
-            queue.put_back(request)
+    for passed_over, request in enumerate(queue.in_turn()):
+        if passed_over >= PASSED_OVER and all(w.ends_s < math.inf for w in free):
+            return False
+        worker = _choose(bus, request, free)
+        if worker is None:
+            continue
+        queue.remove(request)
+        bus.queued_bytes -= request.size_bytes
+        assignment.assign(bus, request, worker)
+        queue.last_served = worker.last_assigned
         if not queue.requests:
             bus.queues.pop(model, None)
+        return True
+    return False
 
 
 def _choose(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from broker.core import causes
+from broker.core import causes, fairness
 from broker.core.phases import Phase
 from broker.core.records import ClientSession, RequestState, Session, WorkerSession
 from broker.core.state import BusState
@@ -138,6 +138,7 @@ def interrupt(
     """The worker of a running request is gone or gave it up: tell the client, keep the request's
     age. `alone`: the worker died and ran nothing else."""
     client, worker = request.client, request.worker
+    fairness.interrupted(bus, request)
     bus.release(request)
     bus.counters["interrupted"] += 1
     if client is not None:
@@ -224,6 +225,7 @@ def fail(bus: BusState, request: RequestState, error: ErrorInfo) -> None:
 
 
 def _close(bus: BusState, request: RequestState, outcome: str) -> None:
+    fairness.interrupted(bus, request)
     bus.release(request)
     request.outcome = outcome
     if request.ended_s is None:
@@ -259,6 +261,8 @@ def on_model_grace(bus: BusState, model: str) -> None:
     if gone_s is not None and gone_s + grace_s <= bus.now_s:
         bus.registry.forget_gone(model)
         bus.service_s.pop(model, None)
+        if model not in bus.queues:
+            bus.shares.pop(model, None)
 
 
 def model_unavailable(bus: BusState, model: str, *, retryable: bool) -> RequestError:

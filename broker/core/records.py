@@ -373,13 +373,16 @@ class RequestState:
         "carries_text",
         "cause",
         "cell",
+        "charged",
         "client",
+        "cost",
         "deaths",
         "diverted",
         "end_held",
         "ended_s",
         "epoch",
         "epoch_before",
+        "expected_tokens",
         "expects_s",
         "frames",
         "holder",
@@ -401,6 +404,7 @@ class RequestState:
         "preempted_s",
         "prefix_key",
         "priority",
+        "prompt_guess",
         "queue_until_s",
         "queued_s",
         "returned",
@@ -412,6 +416,7 @@ class RequestState:
         "told_at_s",
         "told_why",
         "ttl_until_s",
+        "unsettled",
         "user_key",
         "window",
         "window_sent",
@@ -457,6 +462,14 @@ class RequestState:
         self.preempted_s = -math.inf
         #: The user whose turn it takes in the queue.
         self.user_key = ""
+        #: Tokens: what its user is charged for it when it is assigned, how many of them are the
+        #: answer's, what its prompt's size suggests, and what the user was charged so far; of that,
+        #: what is expected of the present run. See `fairness`.
+        self.cost = 1.0
+        self.prompt_guess = 0.0
+        self.expected_tokens = 0.0
+        self.charged = 0.0
+        self.unsettled = 0.0
         self.priority = 0
         #: Age: lower came earlier. Kept when the request is resumed.
         self.order = 0

@@ -22,6 +22,7 @@ from broker.core.queue import ModelQueue
 from broker.core.records import ClientSession, RequestState, Route, Session, WorkerSession, short
 from broker.core.registry import Registry
 from broker.core.settings import CoreSettings
+from broker.core.shares import Shares
 from broker.core.speed import Accuracy, ModelSpeed
 from broker.protocol import codec
 from broker.protocol.errors import ErrorCode, ErrorInfo
@@ -29,6 +30,9 @@ from broker.protocol.header import MessageType
 from broker.protocol.messages import Interrupted, OutputEvent
 
 EMPTY_MAP: Final = codec.pack({})
+
+MAX_SHARED: Final = 256
+"""Models whose users' shares are remembered, besides those that have requests waiting."""
 
 Level = Literal["debug", "info", "warning"]
 
@@ -70,6 +74,8 @@ class BusState:
         #: Waiting requests by model; an empty queue is dropped.
         self.queues: dict[str, ModelQueue] = {}
         self.queued_bytes = 0
+        #: What users were served, by model.
+        self.shares: dict[str, Shares] = {}
         #: By route id.
         self.routes: dict[bytes, Route] = {}
         #: Routes whose bodies need not be read, by the first 24 bytes of an OUTPUT header.
@@ -151,6 +157,16 @@ class BusState:
         """Send an OUTPUT with the broker's own events."""
         body = codec.encode_events(list(events))
         self.send(client, MessageType.OUTPUT, client.id, body)
+
+    def shares_of(self, model: str) -> Shares:
+        """What users of a model were served."""
+        shares = self.shares.get(model)
+        if shares is None:
+            if len(self.shares) >= MAX_SHARED:
+                idle = (name for name in self.shares if name not in self.queues)
+                self.shares.pop(next(idle, ""), None)
+            shares = self.shares[model] = Shares()
+        return shares
 
     def count_failure(self, error: ErrorInfo) -> None:
         """Count a FAIL by its code; unknown codes share one counter."""

@@ -67,14 +67,18 @@ def starts(bus: BusState, model: str) -> list[tuple[RequestState, float | None]]
 
 def start_s(bus: BusState, request: RequestState) -> float | None:
     """In how many seconds a waiting request should start; None where that is not known."""
+    return _outlook(bus, request)[1]
+
+
+def _outlook(bus: BusState, request: RequestState) -> tuple[int, float | None]:
+    """A waiting request's place, and in how many seconds it should start."""
     found = starts(bus, request.model)
-    for other, at_s in found:
+    for position, (other, at_s) in enumerate(found):
         if other is request:
-            return at_s
-    if len(found) < REACH or found[-1][1] is None:
-        return None
-    queue = bus.queues[request.model]
-    return found[-1][1] * (queue.position(request) + 1) / REACH
+            return position, at_s
+    position = max(len(found), bus.queues[request.model].position(request))
+    last_s = found[-1][1] if len(found) >= REACH else None
+    return position, None if last_s is None else last_s * (position + 1) / REACH
 
 
 def _slots(bus: BusState, model: str) -> tuple[list[float], list[int]]:
@@ -106,9 +110,8 @@ def _mean_s(bus: BusState, model: str) -> float:
 
 def queued(bus: BusState, request: RequestState) -> None:
     """Tell the client its place for the first time, and go on telling while it waits."""
-    expected_s = start_s(bus, request)
-    queue = bus.queues[request.model]
-    request.position, request.expects_s = queue.position(request), expected_s
+    request.position, expected_s = _outlook(bus, request)
+    request.expects_s = expected_s
     request.said_s, request.said_at_s = expected_s, bus.now_s
     request.told_at_s = bus.now_s
     request.told_why = why(bus, request.model)

@@ -37,10 +37,12 @@ QUIET = Plan(
 )
 
 
-def ask(run: Run, client: SimClient, number: int, priority: int = 0) -> Call:
+def ask(
+    run: Run, client: SimClient, number: int, priority: int = 0, tokens: int = TOKENS
+) -> Call:
     """A client's next request."""
     request_id = b"\x01" + run.world.rng.randbytes(15)
-    answer = Answer(f"{client.name} {number}||always", number, TOKENS)
+    answer = Answer(f"{client.name} {number}||always", number, tokens)
     call = Call(request_id, answer, False, priority, 0.0)
     run.calls.append(call)
     client.ask(call)
@@ -80,6 +82,24 @@ def test_two_clients_with_long_lines_get_equal_shares(slots: int) -> None:
     assert min(done) > 5
     # The first client gets all slots before the other has asked.
     assert abs(done[0] - done[1]) <= slots + 1
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_long_answers_of_one_client_and_short_ones_of_another_get_equal_tokens(slots: int) -> None:
+    run = ready(slots=slots)
+    long, short = 100, 5
+    for number in range(10 * slots):
+        ask(run, run.clients[0], number, tokens=long)
+    for number in range(100 * slots):
+        ask(run, run.clients[1], number, tokens=short)
+    run.world.run(run.world.now_s + 12.0)
+    got = [
+        sum(call.answer.length for call in client.calls.values() if call.outcome)
+        for client in run.clients
+    ]
+    # The first client gets all slots before the other has asked. Prompts have 5 tokens or so.
+    assert min(got) > 100 * slots
+    assert abs(got[0] - got[1]) <= 2 * slots * long, got
 
 
 def test_a_higher_priority_waits_for_one_request_at_most() -> None:
