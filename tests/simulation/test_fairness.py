@@ -37,9 +37,7 @@ QUIET = Plan(
 )
 
 
-def ask(
-    run: Run, client: SimClient, number: int, priority: int = 0, tokens: int = TOKENS
-) -> Call:
+def ask(run: Run, client: SimClient, number: int, priority: int = 0, tokens: int = TOKENS) -> Call:
     """A client's next request."""
     request_id = b"\x01" + run.world.rng.randbytes(15)
     answer = Answer(f"{client.name} {number}||always", number, tokens)
