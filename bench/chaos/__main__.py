@@ -48,7 +48,7 @@ from bench.common import machine, output
 from tests.support.reader import Got
 
 STREAMS: Final = 50
-FEATURED_LANES: Final = 14
+FEATURED_LANES: Final = 18
 """Requests with every feature at once, about twenty choices: each kind with each model."""
 FEATURED_TOKENS: Final = 40
 QUICK_HEARTBEAT_S: Final = 0.2

@@ -1,8 +1,8 @@
-"""Requests that use every feature together, and how a caller assembles the streamed answers.
+"""Requests that use every feature together, and how a caller assembles the answers.
 
 Schemas, tools, thoughts, logprobs, stop strings, images, several choices and LoRA adapters, at the
-gateway's chat and completions endpoints, with the demo model. Every request is greedy or has a
-seed, so its answer is the same whenever and wherever it is generated.
+gateway's chat, completions and responses endpoints, with the demo model. Every request is greedy or
+has a seed, so its answer is the same whenever and wherever it is generated.
 
 `python -m bench.chaos.features FOLDER` writes the adapters (run as its own process, since it
 imports torch).
@@ -24,9 +24,12 @@ from typing import Any, Final
 from worker.demo.pictures import make_scene, render
 
 MODEL: Final = "demo"
+ENDS: Final = ("completed", "incomplete", "failed")
+"""What a response's last event is called."""
 ADAPTERS: Final = ("tuned", "tuned-too")
 CHAT: Final = "/v1/chat/completions"
 COMPLETIONS: Final = "/v1/completions"
+RESPONSES: Final = "/v1/responses"
 CHAT_TEMPLATE: Final = """{{ bos_token }}
 {%- if tools %}{{ '<|user|>tools: ' + (tools | tojson) + '<|end|>' }}{% endif %}
 {%- for message in messages %}{{ '<|' + message['role'] + '|>' }}
@@ -83,14 +86,16 @@ _TOOL: Final = {
 def request_of(lane: int, tokens: int) -> tuple[str, dict[str, Any]]:
     """Path and body of a lane's request, with at most `tokens` tokens a choice.
 
-    There are seven kinds, each with the base model and both adapters in turn. A lane always has the
+    There are nine kinds, each with the base model and both adapters in turn. A lane always has the
     same request.
     """
     kind, variant = lane % len(_KINDS), lane // len(_KINDS)
     path, body = _KINDS[kind](variant, tokens)
     model = (MODEL, *ADAPTERS)[(lane + variant) % (1 + len(ADAPTERS))]
-    common = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
-    return path, common | {"seed": 100 + lane} | body
+    common: dict[str, Any] = {"model": model, "seed": 100 + lane, "stream": True}
+    if path != RESPONSES and body.get("stream", True):
+        common["stream_options"] = {"include_usage": True}
+    return path, common | body
 
 
 def _user(text: str, images: int = 0, seed: int = 0) -> list[dict[str, Any]]:
@@ -199,6 +204,23 @@ def _written_call(variant: int, tokens: int) -> tuple[str, dict[str, Any]]:
     }
 
 
+def _response(variant: int, tokens: int) -> tuple[str, dict[str, Any]]:
+    return RESPONSES, {
+        "input": f"Think, then paint shape {variant}.",
+        "max_output_tokens": 4 * tokens,
+        "temperature": 0.9,
+        "tools": [{"type": "function", **_TOOL["function"]}],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        **_THINKS,
+    }
+
+
+def _unstreamed(variant: int, tokens: int) -> tuple[str, dict[str, Any]]:
+    path, body = (_schema, _tools)[variant % 2](variant, tokens)
+    return path, body | {"stream": False}
+
+
 _KINDS: Final = (
     _images_with_logprobs,
     _schema,
@@ -207,6 +229,8 @@ _KINDS: Final = (
     _completion,
     _tools_and_images,
     _written_call,
+    _response,
+    _unstreamed,
 )
 
 
@@ -230,29 +254,63 @@ class Heard:
     def __init__(self) -> None:
         self._choices: dict[int, _Choice] = {}
         self._usage: list[Any] = []
+        #: The number of the next event of `/v1/responses`.
+        self._next = 0
         self.chunks = 0
 
     def add(self, chunk: dict[str, Any]) -> None:
-        """Add one decoded chunk. Raises `ValueError` for an error within the stream."""
-        if "error" in chunk:
+        """Add one decoded chunk or event, or an answer that was not streamed. Raises `ValueError`
+        for an error within the stream, and for an event that is lost or doubled."""
+        if chunk.get("error"):
             raise ValueError(json.dumps(chunk["error"]))
         self.chunks += 1
+        if "type" in chunk:
+            self._add_event(chunk)
+            return
         if usage := chunk.get("usage"):
             usage.get("prompt_tokens_details", {}).pop("cached_tokens", None)
             self._usage.append(usage)
         for part in chunk["choices"]:
             choice = self._choices.setdefault(part["index"], _Choice())
-            delta = part.get("delta", part)
+            delta = part.get("delta") or part.get("message") or part
             choice.text += delta.get("content") or delta.get("text") or ""
             choice.reasoning += delta.get("reasoning_content") or ""
             choice.roles += "role" in delta
             if part.get("finish_reason"):
                 choice.finish_reasons.append(part["finish_reason"])
-            for call in delta.get("tool_calls") or ():
-                told = choice.calls.setdefault(call["index"], ["", ""])
+            for place, call in enumerate(delta.get("tool_calls") or ()):
+                told = choice.calls.setdefault(call.get("index", place), ["", ""])
                 told[0] += call["function"].get("name") or ""
                 told[1] += call["function"].get("arguments") or ""
             _add_logprobs(choice, part.get("logprobs"))
+
+    def _add_event(self, event: dict[str, Any]) -> None:
+        """One event of `/v1/responses`; each output item counts as a choice."""
+        number, self._next = self._next, event["sequence_number"] + 1
+        if event["sequence_number"] != number:
+            raise ValueError(f"event {event['sequence_number']} came in the place of {number}")
+        kind = event["type"].removeprefix("response.")
+        if kind in ENDS:
+            if kind == "failed":
+                raise ValueError(json.dumps(event["response"]["error"]))
+            usage = event["response"]["usage"]
+            usage.get("input_tokens_details", {}).pop("cached_tokens", None)
+            self._usage.append(usage)
+        if "output_index" not in event:
+            return
+        choice = self._choices.setdefault(event["output_index"], _Choice())
+        if kind == "output_text.delta":
+            choice.text += event["delta"]
+        elif kind == "reasoning_text.delta":
+            choice.reasoning += event["delta"]
+        elif kind == "function_call_arguments.delta":
+            choice.calls.setdefault(0, ["", ""])[1] += event["delta"]
+        elif kind == "output_item.added":
+            choice.roles += 1
+            if event["item"]["type"] == "function_call":
+                choice.calls[0] = [event["item"]["name"], ""]
+        elif kind == "output_item.done":
+            choice.finish_reasons.append(event["item"]["status"])
 
     @property
     def token_ids(self) -> list[int]:

@@ -1,7 +1,8 @@
 """The client of `bench.chaos` for runs with every feature: reads streams of `bench.chaos.features`
 from gateways, in its own process.
 
-A stream that breaks off is resumed at the next gateway, from the last event that was read. Like
+A stream that breaks off is resumed at the next gateway, from the last event that was read. A
+response, and what is not streamed, is asked for again: such a request ends with its gateway. Like
 `tests.support.reader`, it prints `running` once every lane has part of its answer, and one JSON
 line at the end. It judges nothing.
 """
@@ -20,7 +21,7 @@ from dataclasses import asdict
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from bench.chaos.features import Heard, request_of
+from bench.chaos.features import ENDS, RESPONSES, Heard, request_of
 from tests.support.reader import Got
 
 LIMIT_S: Final = 240.0
@@ -49,14 +50,16 @@ def ask(
     for attempt in range(1 << 30):
         try:
             gateway = gateways[attempt % len(gateways)]
-            for event_id, data in _events(gateway, path, body, last_id):
+            for event_id, chunk in _events(gateway, path, body, last_id):
                 last_id = event_id
-                heard.add(json.loads(data))
+                heard.add(chunk)
                 got.arrived_s.append(time.monotonic())
                 yield heard
         except (OSError, http.client.HTTPException, Interrupted) as error:
             got.causes.append(f"{type(error).__name__}: {error}"[:200])
             got.resumed += 1
+            if path == RESPONSES:
+                heard, last_id = Heard(), ""
             if time.monotonic() > until_s:
                 got.error, got.message = "given_up", got.causes[-1]
                 break
@@ -71,8 +74,9 @@ def ask(
 
 def _events(
     gateway: str, path: str, body: dict[str, Any], last_id: str
-) -> Iterator[tuple[str, str]]:
-    """Ids and data of the events of one connection, from the event after `last_id` to the end."""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Ids and data of the events of one connection, from the event after `last_id` to the end; of
+    what is not streamed, the answer."""
     connection = http.client.HTTPConnection(urlsplit(gateway).netloc, timeout=SILENCE_S)
     headers = {"content-type": "application/json"}
     if last_id:
@@ -83,6 +87,9 @@ def _events(
         if answer.status != 200:
             told = f"{answer.status}: {answer.read(2000).decode(errors='replace')}"
             raise (Interrupted if answer.status in RETRIED else Refused)(told)
+        if not body["stream"]:
+            yield "", json.loads(answer.read())
+            return
         for line in answer:
             if line.startswith(b"id: "):
                 last_id = line[4:].decode().strip()
@@ -92,8 +99,11 @@ def _events(
                     return
                 if '"draining"' in data and '"error"' in data:
                     raise Interrupted(data)
-                yield last_id, data
-        raise Interrupted("the stream ended without [DONE]")
+                chunk = json.loads(data)
+                yield last_id, chunk
+                if str(chunk.get("type")).removeprefix("response.") in ENDS:
+                    return
+        raise Interrupted("the stream ended before its answer")
     finally:
         connection.close()
 
@@ -118,7 +128,10 @@ class _Lanes:
     def _lane(self, got: Got) -> None:
         options = self._options
         gateways = options.gateways[got.lane % 2 :] + options.gateways[: got.lane % 2]
-        for heard in ask(gateways, *request_of(got.lane, options.tokens), got):
+        path, body = request_of(got.lane, options.tokens)
+        if not body["stream"]:
+            self._begun(got.lane)  # nothing of it is seen before its end
+        for heard in ask(gateways, path, body, got):
             if heard.chunks == BEGUN_CHUNKS:
                 self._begun(got.lane)
         self._begun(got.lane)
