@@ -10,7 +10,7 @@ from broker.protocol.header import MessageType
 from broker.protocol.messages import FinishReason, Kind, Params, Request, Resume
 from client.core.events import Answered, End, QueryMade
 from client.errors import BusError
-from tests.core.relay_world import Relay, TwoBuses, answer
+from tests.core.relay_world import Relay, TwoBuses, Worker, answer
 from worker.core import events as worker_events
 from worker.relay import core as relay, survey
 
@@ -235,6 +235,50 @@ def test_a_worker_that_dies_below_is_not_noticed_above() -> None:
     for n, request in enumerate(requests):
         assert buses.above.tokens[request] == answer(n, 40)
     assert buses.above.resumed == 0
+
+
+# --- known ends of the workers below --------------------------------------------------------------
+
+
+def relay_end_s(buses: TwoBuses) -> float | None:
+    """In how long the relay ends, as the upper bus knows it."""
+    row = next(row for row in buses.upper.query("bus.workers") if row["name"] == "relay")
+    return None if row["ends_in_ms"] is None else row["ends_in_ms"] / 1000
+
+
+def test_the_end_of_the_last_worker_below_is_the_end_of_the_relay() -> None:
+    buses = TwoBuses(workers=((2, ("model",)), (2, ("model",))))
+    first, second = buses.workers
+    first.tell(worker_events.EndKnown(buses.world.now_s + 60, "Slurm job 7"))
+    buses.world.advance(2.5)
+    assert relay_end_s(buses) is None, "the other one stays"
+    second.tell(worker_events.EndKnown(buses.world.now_s + 30, "Slurm job 8"))
+    buses.world.advance(2.5)
+    assert relay_end_s(buses) == pytest.approx(55.0, abs=2.0)
+    (row,) = [r for r in buses.upper.query("bus.workers") if r["name"] == "relay"]
+    assert row["ends_why"] == "Slurm job 7"
+    Worker(buses.world, buses.lower, "successor", 2, ("model",))
+    buses.world.advance(2.5)
+    assert relay_end_s(buses) is None
+
+
+def test_streams_leave_a_lower_bus_whose_workers_all_end() -> None:
+    buses = TwoBuses()
+    request = buses.above.ask(1, 3000)
+    buses.steps(10)
+    other = Worker(buses.world, buses.upper, "other", 2, ("model",))
+    buses.workers.append(other)
+    below = buses.workers[0]
+    assert below.jobs
+    below.tell(worker_events.EndKnown(buses.world.now_s + 20, "spot notice"))
+    buses.steps(1000)
+    assert other.jobs, "it moved before the end"
+    assert not below.jobs
+    buses.world.advance(20.0)
+    assert below.exit is not None
+    assert buses.relay.exit is None, "another worker may come to its bus"
+    buses.steps(3000)
+    assert buses.above.tokens[request] == answer(1, 3000)
 
 
 def test_a_restarted_lower_broker_is_only_a_pause() -> None:

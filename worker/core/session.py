@@ -152,7 +152,7 @@ class WorkerCore:
     def deadline_s(self) -> float:
         """When a `Tick` is due, seconds of the monotonic clock; `math.inf` for never."""
         due_s = min(connection.deadline_s() for connection in self._connections)
-        due_s = min(due_s, self._requests.deadline_s(), self._gone_s())
+        due_s = min(due_s, self._requests.deadline_s(), self._leaves_s())
         if self._requests.engine_busy:
             due_s = min(due_s, self._mark_s + self._settings.stall_s)
         self._tick_due_s = due_s
@@ -199,10 +199,10 @@ class WorkerCore:
             message = f"the engine finished no step for {now_s - self._mark_s:.0f} s"
             self._out.append(RestartEngine(message))
             self._engine_lost("stalled", message, now_s)
-        if now_s >= self._drain_until_s:
-            self._leave("drained", "the time for draining is over", 0, now_s)
-        elif now_s >= self._ends_s:
-            self._leave("drained", self._end_why, 0, now_s)
+        if now_s >= self._leaves_s():
+            over = "the time for draining is over"
+            why = over if now_s >= self._drain_until_s else self._end_why
+            self._leave("drained", why, 0, now_s)
 
     def _tick_connection(self, connection: Connection, now_s: float) -> None:
         if connection.state is State.WAITING:
@@ -537,6 +537,10 @@ class WorkerCore:
     def _gone_s(self) -> float:
         """When it will be gone, as far as that is known."""
         return min(self._ends_s, self._drain_until_s)
+
+    def _leaves_s(self) -> float:
+        """When it leaves by itself. A relay stays: other workers may come to its bus."""
+        return self._drain_until_s if self._settings.relay else self._gone_s()
 
     def _ends_in_ms(self, now_s: float) -> int | None:
         gone_s = self._gone_s()

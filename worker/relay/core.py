@@ -50,6 +50,8 @@ ANSWER_S: Final = 3.0
 KEPT_MODEL_S: Final = 10.0
 """How long a model stays offered, without a slot, after its last worker left: a broker that has
 just been restarted knows its workers only a moment later."""
+END_SAME_S: Final = 1.0
+"""An end of the lower bus that changes by less is not told again."""
 LOOP_S: Final = 5.0
 """In a loop of relays, the one whose name sorts first leaves at once, the others
 after this delay."""
@@ -227,6 +229,8 @@ class RelayCore:
         self._via: tuple[str, ...] = ()
         self._told: Capabilities | None = None
         self._loop_since_s: float | None = None
+        #: When the last worker below will be gone, as it was told above; infinity: not known.
+        self._ends_s = math.inf
 
         self._now_s = 0.0
         self._out: list[Instruction] = []
@@ -494,6 +498,7 @@ class RelayCore:
         served = {info.name for info in survey.models}
         self._capacity_of |= {name: 0 for name in self._models if name not in served}
         self._contended = survey.queued > len(known) - len(running)
+        self._tell_end(survey)
         self._out.append(
             Report(
                 above.EngineMeasured(
@@ -507,6 +512,14 @@ class RelayCore:
                 )
             )
         )
+
+    def _tell_end(self, survey: Survey) -> None:
+        """The broker above moves streams away before the last worker here ends."""
+        in_ms = survey.ends_in_ms
+        ends_s = math.inf if in_ms is None else self._now_s + in_ms / 1000
+        if ends_s != self._ends_s and not abs(ends_s - self._ends_s) < END_SAME_S:
+            self._ends_s = ends_s
+            self._out.append(Report(above.EndKnown(ends_s, survey.ends_why)))
 
     def _looped(self, survey: Survey) -> bool:
         """Whether the lower broker reaches itself through the upper one. If so, nothing is offered,

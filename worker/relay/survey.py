@@ -25,6 +25,13 @@ class _WorkerRow(msgspec.Struct, frozen=True):
     granted: int
     assigned: int
     via: list[str] = []
+    ends_in_ms: int | None = None
+    ends_why: str = ""
+
+    @property
+    def lasts(self) -> bool:
+        """Whether streams may stay there, as far as is known."""
+        return self.ends_in_ms is None and self.state not in ("loading", "unknown", "draining")
 
     @property
     def free(self) -> int:
@@ -56,6 +63,9 @@ class Survey:
     ready_workers: int = 0
     #: Brokers behind those workers that are relays.
     via: tuple[str, ...] = ()
+    #: In how long the last of the workers will be gone, if all of their ends are known; and why.
+    ends_in_ms: int | None = None
+    ends_why: str = ""
 
 
 def read(workers: Any, models: Any) -> Survey:
@@ -69,6 +79,7 @@ def read(workers: Any, models: Any) -> Survey:
             f"the broker's description of its bus is not understood: {error}"
         ) from None
     ready = [row for row in worker_rows if row.state == "ready"]
+    ends_in_ms, ends_why = _end(worker_rows)
     partial = {info.name for info in infos if not all(info.name in row.models for row in ready)}
     return Survey(
         models=infos,
@@ -79,7 +90,17 @@ def read(workers: Any, models: Any) -> Survey:
         queued=sum(row.queued for row in model_rows),
         ready_workers=len(ready),
         via=tuple(sorted({name for row in worker_rows for name in row.via})),
+        ends_in_ms=ends_in_ms,
+        ends_why=ends_why,
     )
+
+
+def _end(rows: list[_WorkerRow]) -> tuple[int | None, str]:
+    """When the last worker will be gone, and why. One that still loads is nobody's refuge yet."""
+    ends = [(row.ends_in_ms, row.ends_why) for row in rows if row.ends_in_ms is not None]
+    if not ends or any(row.lasts for row in rows):
+        return None, ""
+    return max(ends)
 
 
 def _info(row: _ModelRow) -> ModelInfo:
