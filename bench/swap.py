@@ -53,7 +53,7 @@ def main() -> int:
             draw = random.Random(number)
             while time.monotonic() < until_s:
                 model = draw.choice(models) if arguments.roam else models[number % len(models)]
-                how = {"step_delay_ms": 10} if arguments.engine == "echo" else {}
+                how = {"echo": {"step_delay_ms": 10}} if arguments.engine == "echo" else {}
                 stream = client.generate(
                     "a story, please", model=model, max_tokens=32, stream=True, template_args=how
                 )

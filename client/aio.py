@@ -482,9 +482,10 @@ class AsyncClient(BaseClient):
         """Give a model the next turn at a worker that loads on demand. An operator's verb."""
         return dict(await self.query("bus.load", {"worker": worker, "model": model}))
 
-    async def unload(self, worker: str) -> dict[str, Any]:
-        """Free the memory of a worker that loads on demand. An operator's verb."""
-        return dict(await self.query("bus.unload", {"worker": worker}))
+    async def unload(self, worker: str, model: str = "") -> dict[str, Any]:
+        """Unload a model at a worker that loads on demand, once what runs of it has ended; without
+        a name, all of them. An operator's verb."""
+        return dict(await self.query("bus.unload", {"worker": worker, "model": model}))
 
     async def query(
         self,

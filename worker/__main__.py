@@ -101,7 +101,13 @@ def serve(config: options.WorkerConfig) -> int:
     if config.on_demand:
         from worker.process.shelf import Shelf
 
-        shelf = Shelf(config.engine, _environment(config), unload_idle_s=config.unload_idle_s)
+        shelf = Shelf(
+            config.engine,
+            _environment(config),
+            unload_idle_s=config.unload_idle_s,
+            memory_bytes=config.models_memory_bytes,
+            stall_s=config.engine_stall_s,
+        )
         engine, load = shelf, shelf.load
     tracer = make_tracer("tokenbus-worker")
     if tracer is not None:

@@ -89,8 +89,10 @@ class WorkerConfig:
     #: Environment variables that look like options but are not.
     misspelt: tuple[str, ...]
     engine: EngineOptions
-    #: Models are loaded on demand, one at a time; and unloaded after so long without a request.
+    #: Models are loaded on demand, one at a time or within a budget, and unloaded after so long
+    #: without a request.
     on_demand: bool = False
+    models_memory_bytes: int = 0
     unload_idle_s: float = math.inf
 
 
@@ -151,6 +153,27 @@ def _positive(text: str) -> float:
     value = number(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+_UNITS: Final = {
+    "": 1,
+    **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)},
+    **{f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", 1)},
+}
+
+
+def _size(text: str) -> int:
+    amount = text.rstrip("KMGTiB")
+    unit = text[len(amount) :]
+    try:
+        value = int(float(amount) * _UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        value = 0
+    if value <= 0:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a size: 20GiB, 500MB, or a number of bytes"
+        )
     return value
 
 
@@ -216,8 +239,15 @@ def parser() -> argparse.ArgumentParser:
     models.add_argument(
         "--models",
         metavar="FOLDER|LIST",
-        help="models of which one is loaded at a time, on demand: a folder that holds them, or a "
+        help="models that are loaded on demand, one at a time: a folder that holds them, or a "
         "list separated by commas; the broker decides whose turn it is [none]",
+    )
+    models.add_argument(
+        "--models-memory",
+        type=_size,
+        metavar="SIZE",
+        help="with --models: as many are loaded at once as fit into this memory (20GiB, 8e9), the "
+        "least recently used give way [one at a time]",
     )
     models.add_argument(
         "--unload-idle-s",
@@ -486,6 +516,7 @@ def _checked(values: dict[str, Any]) -> WorkerConfig:
         misspelt=values["misspelt"],
         engine=_engine_options(values),
         on_demand=values["models"] is not None,
+        models_memory_bytes=values["models_memory"] or 0,
         unload_idle_s=values["unload_idle_s"] or math.inf,
     )
 
@@ -504,6 +535,8 @@ def _engine_options(values: dict[str, Any]) -> EngineOptions:
             paths = models_in(values["models"])
         except ValueError as error:
             raise ConfigError(str(error)) from None
+    elif values["models_memory"]:
+        raise ConfigError("--models-memory needs --models: it is the memory of those")
     if values["load_8bit"] and values["load_4bit"]:
         raise ConfigError("--load-8bit and --load-4bit exclude each other")
     engine_args = {}

@@ -12,7 +12,7 @@ import logging
 import select
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Final, Protocol
 
 import zmq
@@ -103,11 +103,12 @@ class EngineSide(Protocol):
     bus (`relay.port.LowerBus`). None of its methods blocks, except that `stop` may wait."""
 
     @property
-    def pipe(self) -> Readable | None: ...
+    def pipes(self) -> Sequence[Readable]:
+        """One for each engine process that runs."""
 
     @property
     def waiting(self) -> bool:
-        """Whether `read` has events although the pipe is not readable."""
+        """Whether `read` has events although no pipe is readable."""
 
     def start(self) -> None: ...
     def stop(self, *, wait: bool = True) -> None: ...
@@ -132,9 +133,9 @@ class Link:
         display: LoadingDisplay | None = None,
         party: Party = WORKER,
         ends: EndWatch | None = None,
-        load: Callable[[str], None] | None = None,
+        load: Callable[[str, Collection[str]], None] | None = None,
     ) -> None:
-        """`load`: loads a model on demand, see `process.shelf`."""
+        """`load`: loads a model on demand in place of others, see `process.shelf`."""
         self._load = load
         self._core = core
         self._ends = ends
@@ -192,8 +193,8 @@ class Link:
         if self._ends is not None and self._ends.fileno() in ready:
             for ends_s, why in self._ends.take():
                 self._handle(events.EndKnown(ends_s, why))
-        pipe = self._supervisor.pipe
-        if self._supervisor.waiting or (pipe is not None and pipe.fileno() in ready):
+        pipes = self._supervisor.pipes
+        if self._supervisor.waiting or any(pipe.fileno() in ready for pipe in pipes):
             for event in self._supervisor.read(time.monotonic()):
                 self._show(event)
                 self._handle(event)
@@ -211,11 +212,10 @@ class Link:
 
     def _poller(self) -> select.poll:
         """The poll object, rebuilt only when the descriptors have changed."""
-        pipe = self._supervisor.pipe
         wanted = [(self._signals.fileno(), select.POLLIN)]
         if self._ends is not None:
             wanted.append((self._ends.fileno(), select.POLLIN))
-        if pipe is not None:
+        for pipe in self._supervisor.pipes:
             writing = select.POLLOUT if pipe.backlog_bytes else 0
             wanted.append((pipe.fileno(), select.POLLIN | writing))
         for dealer in self._dealers.values():
@@ -292,9 +292,9 @@ class Link:
                 self._supervisor.cancel(job_id)
             case EngineWindow(job_id, limit):
                 self._supervisor.widen(job_id, limit)
-            case EngineLoad(model):
+            case EngineLoad(model, gives_way):
                 if self._load is not None:
-                    self._load(model)
+                    self._load(model, gives_way)
             case OpenSocket(broker):
                 self._open(broker)
             case CloseSocket(broker, linger):

@@ -20,6 +20,8 @@ def assign(bus: BusState, request: RequestState, worker: WorkerSession) -> None:
     worker.assigned += 1
     worker.waiting_sent = max(0, worker.waiting_sent - 1)
     worker.last_assigned = next(bus.numbers)
+    if worker.turns:
+        worker.used[request.model] = bus.now_s
     request.assigned_s = bus.now_s
     bus.counters["assigned"] += 1
     bus.figures.assigned(request, bus.now_s)

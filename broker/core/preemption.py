@@ -114,7 +114,7 @@ def _would_serve(
     info = worker.models.get(waiting.model)
     if info is None or not worker.fit or worker.alone is not None:
         return False
-    if not info.loaded or worker.swap is not None:
+    if not worker.has_loaded(waiting.model):
         return False
     if not worker.can_continue(waiting) or worker.name in waiting.lost_workers:
         return False

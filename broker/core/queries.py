@@ -62,6 +62,12 @@ class _LoadArgs(msgspec.Struct, frozen=True):
     model: str
 
 
+class _UnloadArgs(msgspec.Struct, frozen=True):
+    worker: str
+    #: Empty: whatever is loaded.
+    model: str = ""
+
+
 class _ShutdownArgs(msgspec.Struct, frozen=True):
     deadline_ms: int | None = None
 
@@ -194,6 +200,9 @@ def _worker(bus: BusState, worker: WorkerSession) -> dict[str, Any]:
         "metrics": beat.metrics,
         "serial": {info.name: info.serial for info in worker.models.values() if info.serial},
         "loaded": [info.name for info in worker.models.values() if info.loaded],
+        "memory_bytes": {
+            info.name: info.memory_bytes for info in worker.models.values() if info.memory_bytes
+        },
         "swap": worker.swap.model if worker.swap is not None else None,
         "ends_in_ms": _ends_in_ms(bus, worker),
         "ends_why": worker.end_why,
@@ -333,28 +342,35 @@ def _load(bus: BusState, args: _LoadArgs) -> dict[str, Any]:
     (worker,) = _named(bus, args.worker)[:1]
     info = worker.models.get(args.model)
     if info is None:
-        raise RequestError(
-            ErrorCode.INVALID_REQUEST,
-            f"worker {args.worker[:100]} has no model {args.model[:100]!r}; it has "
-            + ", ".join(sorted(worker.models)[:10]),
-        )
+        raise _no_such_model(worker, args.model)
     if not info.loaded:
         swapping.ask(bus, worker, args.model)
     state = "loaded" if info.loaded else "loading"
     return {"worker": args.worker, "model": args.model, "state": state}
 
 
-def _unload(bus: BusState, args: _WorkerArgs) -> dict[str, Any]:
+def _unload(bus: BusState, args: _UnloadArgs) -> dict[str, Any]:
     (worker,) = _named(bus, args.worker)[:1]
+    if args.model and args.model not in worker.models:
+        raise _no_such_model(worker, args.model)
     if not any(info.load_ms for info in worker.models.values()):
         raise RequestError(
             ErrorCode.INVALID_REQUEST,
             f"worker {args.worker[:100]} does not load models on demand (--models)",
         )
-    loaded = [name for name, info in worker.models.items() if info.loaded]
-    if loaded:
-        swapping.ask(bus, worker, "")
-    return {"worker": args.worker, "model": ", ".join(loaded), "state": "unloading"}
+    going = swapping.ask_unload(bus, worker, args.model)
+    return {"worker": args.worker, "model": ", ".join(going), "state": "unloading"}
+
+
+def _no_such_model(worker: WorkerSession, model: str) -> RequestError:
+    names = sorted(worker.models)
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return RequestError(
+        ErrorCode.INVALID_REQUEST,
+        f"worker {worker.name[:100]} has no model {model[:100]!r}; it has "
+        + ", ".join(names[:10])
+        + more,
+    )
 
 
 def _shutdown(bus: BusState, args: _ShutdownArgs) -> dict[str, Any]:
@@ -454,7 +470,7 @@ _VERBS: Final[dict[str, tuple[type[Any], Callable[[BusState, Any], Any]]]] = {
     "bus.hold": (_WorkerArgs, _hold),
     "bus.release": (_WorkerArgs, _release),
     "bus.load": (_LoadArgs, _load),
-    "bus.unload": (_WorkerArgs, _unload),
+    "bus.unload": (_UnloadArgs, _unload),
     "bus.shutdown": (_ShutdownArgs, _shutdown),
     "bus.reload": (_NoArgs, _reload),
 }

@@ -142,10 +142,15 @@ class Route:
 
 @dataclass(slots=True)
 class Swap:
-    """A worker is to load a model, once what runs there has ended; an empty name: to unload."""
+    """A worker is to load a model, once what runs of those that give way has ended; an empty name:
+    to unload those."""
 
     model: str
     since_s: float
+    #: Loaded models that are unloaded for it; nothing is assigned to them any more.
+    gives_way: frozenset[str]
+    #: How long what runs of them may take before it is moved away.
+    patience_s: float
     asked_s: float = -math.inf
     told: float = -1.0
 
@@ -186,7 +191,8 @@ class WorkerSession(Session):
         "swap",
         "swap_idle",
         "swap_watched",
-        "turn_s",
+        "turns",
+        "used",
         "waiting_sent",
     )
 
@@ -265,13 +271,17 @@ class WorkerSession(Session):
         self.routes: dict[bytes, Route] = {}
         #: Number, among all assignments of the broker, of the latest one to this worker.
         self.last_assigned = 0
-        #: The model that it is to load; until it has, nothing is assigned to it. See `swapping`.
+        #: The model that it is to load, and those that give way to it. See `swapping`.
         self.swap: Swap | None = None
-        #: Whether a timer looks at it, and since when the model that it has loaded has its turn.
+        #: Whether a timer looks at it.
         self.swap_watched = False
-        #: Since when it was seen with nothing to do, and its assignments until then.
-        self.swap_idle = (math.inf, -1)
-        self.turn_s = now_s
+        #: By the model that would be loaded: since when those that would give way were seen with
+        #: nothing to do, and when they were last used by then.
+        self.swap_idle: dict[str, tuple[float, float]] = {}
+        #: By loaded model, of a worker that loads on demand: since when it has its turn, and when a
+        #: request was last assigned to it.
+        self.turns: dict[str, float] = {}
+        self.used: dict[str, float] = {}
 
     @property
     def free(self) -> int:
@@ -292,7 +302,9 @@ class WorkerSession(Session):
             return False
         if self.draining or self.held or self.stalled or self.alone is not None or self.closing:
             return False
-        if self.state is WorkerState.LOADING or self.swap is not None:
+        if self.state is WorkerState.LOADING:
+            return False
+        if self.swap is not None and model in self.swap.gives_way:
             return False
         info = self.models[model]
         if not info.loaded:
@@ -302,7 +314,8 @@ class WorkerSession(Session):
 
     def has_loaded(self, model: str) -> bool:
         """Whether the model is loaded there and stays so for now."""
-        return self.models[model].loaded and self.swap is None
+        gives_way = self.swap is not None and model in self.swap.gives_way
+        return self.models[model].loaded and not gives_way
 
     def can_continue(self, request: RequestState) -> bool:
         """Whether it can go on from the tokens that a request came with."""

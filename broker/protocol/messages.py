@@ -122,6 +122,14 @@ class ModelInfo(MapStruct, frozen=True, kw_only=True):
     loaded: bool = True
     #: What a load takes, as far as it is known.
     load_ms: Milliseconds = 0
+    #: What it occupies of the worker's memory while it is loaded; 0: unknown. Names that are loaded
+    #: and unloaded together say the same `loads_with`, and the same number.
+    memory_bytes: Count = 0
+    #: Empty: loaded by itself.
+    loads_with: str = ""
+    #: Unless `loaded`: how much of the loaded models' `memory_bytes` must go before it can be
+    #: loaded; None: all of them must.
+    must_free_bytes: Count | None = None
 
 
 def kind_fields(kinds: Iterable[str]) -> dict[str, Any]:
@@ -245,10 +253,11 @@ class Heartbeat(MapStruct, frozen=True, kw_only=True):
     #: As in HELLO, as it is known now; None: no end is known (any more).
     ends_in_ms: Milliseconds | None = None
     ends_why: str = ""
-    #: From a broker, to a worker that loads on demand: load this model now, in place of what it has
-    #: loaded; or unload that.
+    #: From a broker, to a worker that loads on demand: load this model now, in place of those of
+    #: `gives_way`; or unload those (none named: all).
     load: Annotated[str, Meta(max_length=MAX_NAME_BYTES)] = ""
     unload: bool = False
+    gives_way: list[Name] = []
 
 
 class Goodbye(MapStruct, frozen=True, kw_only=True):

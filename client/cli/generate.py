@@ -112,16 +112,16 @@ class _Waits:
 
     def tell(self, event: Queued) -> None:
         ahead = f"{event.position} ahead" if event.position else "next"
-        words = [event.why] if event.why else []
+        words = [event.reason] if event.reason else []
         if event.starts_in_s is not None and event.starts_in_s >= 1:
             words.append(f"starts in about {event.starts_in_s:.0f} s")
         if not words and not event.position:
             return
         said = f"[waiting: {', '.join([ahead, *words])}]"
-        every_s = _WAIT_SAID_S if event.why == self._said else 0.0
+        every_s = _WAIT_SAID_S if event.reason == self._said else 0.0
         if time.monotonic() - self._said_at_s < every_s:
             return
-        self._said, self._said_at_s = event.why, time.monotonic()
+        self._said, self._said_at_s = event.reason, time.monotonic()
         self._terminal.notice(said)
 
 
@@ -199,10 +199,12 @@ def _as_json(stream: Stream, terminal: Terminal, *, with_thoughts: bool) -> End:
                         "total_s": event.total_s,
                     }
                 )
-            case Queued(position, starts_in_s, why):
+            case Queued(position, starts_in_s, why, progress):
                 line = {"event": "queued", "position": position}
                 if starts_in_s is not None:
                     line["starts_in_s"] = starts_in_s
+                if progress is not None:
+                    line["progress"] = progress
                 terminal.json(line | ({"why": why} if why else {}))
             case Started():
                 terminal.json({"event": "started", "worker": event.worker, "model": event.model})

@@ -8,11 +8,14 @@ Row = dict[str, Any]
 
 
 def worker_state(row: Row) -> str:
-    """`ready`, `loading 40%`, `ready, serial` if a model of the worker is not batched, ..."""
+    """`ready`, `loading 40%`, `ready, loading llama 40%` where it loads a model on demand, `ready,
+    serial` if a model of the worker is not batched, ..."""
     state = str(row.get("state") or "unknown")
     progress = row.get("progress")
     if state == "loading" and progress is not None:
         return f"{state} {progress:.0%}"
+    if row.get("swap") and progress is not None:
+        return f"{state}, loading {row['swap']} {progress:.0%}"
     return f"{state}, serial" if row.get("serial") else state
 
 

@@ -13,6 +13,9 @@ from client.cli.rows import Row, worker_note, worker_state
 from client.cli.terminal import Terminal
 from client.version import version
 
+_LOOK_S = 0.2
+"""Between two looks at a worker that loads a model."""
+
 #: Heading and cell of each column.
 Columns = tuple[tuple[str, Callable[[Row], Any]], ...]
 
@@ -129,16 +132,29 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "load",
         help="load a model at a worker that loads on demand",
-        description="Give a model the next turn at a worker of --models: what runs there ends "
-        "first, or moves.",
+        description="Load a model, or an adapter of its --adapters folder, at a worker. What must "
+        "give way ends first, or moves.",
     )
     parser.add_argument("worker", help="its name, as `workers` shows it")
     parser.add_argument("model_name", metavar="model", help="one of its models")
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="return when it is loaded, with status 1 if it is not by then [at once]",
+    )
     flags.add_connection(parser)
     parser.set_defaults(run=load)
 
-    parser = commands.add_parser("unload", help="free the memory of a worker that loads on demand")
+    parser = commands.add_parser(
+        "unload",
+        help="free the memory of a worker that loads on demand",
+        description="Unload a model, or an adapter, once what runs of it has ended. It is loaded "
+        "again when somebody asks for it.",
+    )
     parser.add_argument("worker", help="its name, as `workers` shows it")
+    parser.add_argument("model_name", metavar="model", nargs="?", default="", help="which [all]")
     flags.add_connection(parser)
     parser.set_defaults(run=unload)
 
@@ -236,14 +252,27 @@ def load(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Give a model the next turn at a worker."""
     with flags.connect(arguments) as client:
         answer = client.load(arguments.worker, arguments.model_name)
-    terminal.line(f"worker {answer['worker']}: {answer['model']} is {answer['state']}")
-    return 0
+        state = answer["state"]
+        until_s = time.monotonic() + arguments.wait
+        while state == "loading" and time.monotonic() < until_s:
+            time.sleep(_LOOK_S)
+            rows = client.query("bus.workers")
+            row = next((row for row in rows if row["name"] == arguments.worker), None)
+            if row is None or arguments.model_name not in row["models"]:
+                why = "the worker left" if row is None else row["note"] or "its log says why"
+                terminal.error(f"{arguments.model_name} was not loaded: {why}")
+                return 1
+            state = "loaded" if arguments.model_name in row["loaded"] else "loading"
+    terminal.line(f"worker {answer['worker']}: {answer['model']} is {state}")
+    return int(arguments.wait > 0 and state != "loaded")
 
 
 def unload(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Free a worker's memory."""
     with flags.connect(arguments) as client:
-        answer = client.unload(arguments.worker)
+        answer = client.unload(arguments.worker, arguments.model_name)
     what = f"{answer['model']} is unloaded" if answer["model"] else "nothing is loaded"
+    if arguments.model_name and not answer["model"]:
+        what = f"{arguments.model_name} is not loaded"
     terminal.line(f"worker {answer['worker']}: {what}")
     return 0

@@ -42,6 +42,13 @@ class Queued:
     #: How far its model is that is being loaded for it, 0 to 1; None: none is, or it is not known.
     progress: float | None = None
 
+    @property
+    def reason(self) -> str:
+        """What it waits for, in words: `why`, or that its model is being loaded."""
+        if self.why or self.progress is None:
+            return self.why
+        return f"loading {self.progress:.0%}".replace("%", " %")
+
 
 @dataclass(frozen=True, slots=True)
 class Started:

@@ -297,7 +297,7 @@ class RequestContext:
         told = self.waiting()
         if not told:
             return KEEP_ALIVE
-        notes = {stream.queued.why for stream in self._streams if stream.queued is not None}
+        notes = {stream.queued.reason for stream in self._streams if stream.queued is not None}
         words = [f"{name}={value}" for name, value in told.items()]
         words += [" ".join(note.split()) for note in sorted(notes) if note]
         return f": waiting {' '.join(words)}\n".encode()

@@ -56,8 +56,8 @@ class Shelf:
         self.tell()
 
 
-def quiet(slots: int = 1, *models: str, **settings: object) -> tuple[Bus, Shelf, ClientPeer]:
-    bus = Bus(
+def quiet_bus(**settings: object) -> Bus:
+    return Bus(
         swap_factor=FACTOR,
         queue_s=3600.0,
         ttl_s=7200.0,
@@ -66,6 +66,10 @@ def quiet(slots: int = 1, *models: str, **settings: object) -> tuple[Bus, Shelf,
         stall_no_work_s=1e6,
         **settings,
     )
+
+
+def quiet(slots: int = 1, *models: str, **settings: object) -> tuple[Bus, Shelf, ClientPeer]:
+    bus = quiet_bus(**settings)
     return bus, Shelf(bus, *(models or ("a", "b")), slots=slots), bus.client()
 
 
@@ -289,3 +293,201 @@ def test_none_starves_and_swaps_are_bounded_whatever_is_asked() -> None:
     # The turns of the two others, their drains and loads.
     assert worst_s <= 3 * (TURN_S + LOAD_S + 3.0) + TURN_S
     assert loads * LOAD_S <= 1000 / 4, f"{loads} loads"
+
+
+# --- several at once ------------------------------------------------------------------------------
+
+
+class Budget:
+    """A worker that loads as many of its models as its memory holds."""
+
+    def __init__(self, bus: Bus, room: int, slots: int = 4, **sizes: int) -> None:
+        self.bus = bus
+        self.sizes = sizes
+        self.room = room
+        self.loaded: list[str] = []
+        #: Names that are loaded with others.
+        self.units: dict[str, str] = {}
+        self._assigned: list[Message] = []
+        self.worker = bus.worker(models=tuple(sizes), slots=slots, grant=False)
+        self.tell()
+        self.worker.grant(slots)
+        self.worker.receive()
+
+    def tell(self) -> None:
+        free = self.room - sum(self.sizes[name] for name in self.loaded if name not in self.units)
+        infos = [
+            ModelInfo(
+                name=name,
+                loaded=name in self.loaded,
+                load_ms=int(LOAD_S * 1000),
+                memory_bytes=size,
+                loads_with=self.units.get(name, ""),
+                must_free_bytes=None if name in self.loaded else max(0, size - free),
+            )
+            for name, size in self.sizes.items()
+        ]
+        self.worker.beat(state=WorkerState.READY, models=infos)
+
+    def asked(self) -> list[tuple[str, list[str]]]:
+        """What it was told to load, and in place of what."""
+        self.bus.wait(0.11)
+        self._assigned += self.worker.assigned()
+        return [
+            (b.get("load", ""), b.get("gives_way", []))
+            for b in self.worker.beats_told()
+            if b.get("load") or b.get("unload")
+        ]
+
+    def assigned(self) -> list[Message]:
+        """What it was given since the last call."""
+        came, self._assigned = self._assigned + self.worker.assigned(), []
+        return came
+
+    def finish(self) -> None:
+        """What it was given since the last call of `assigned` ends."""
+        for running in self.assigned():
+            self.worker.finish(running)
+
+    def obey(self) -> list[tuple[str, list[str]]]:
+        asked = self.asked()
+        for model, gives_way in asked:
+            self.loaded = [name for name in self.loaded if name not in gives_way]
+            self.tell()
+            self.bus.wait(LOAD_S)
+            with_it = [name for name, unit in self.units.items() if unit == model]
+            self.loaded += [model, *with_it] if model else []
+            self.tell()
+        return asked
+
+
+def budget(room: int, **sizes: int) -> tuple[Bus, Budget, ClientPeer]:
+    bus = quiet_bus()
+    return bus, Budget(bus, room, **sizes), bus.client()
+
+
+def test_a_model_that_fits_is_loaded_beside_the_others_at_once() -> None:
+    _, shelf, client = budget(10, a=4, b=5)
+    client.request("a")
+    assert shelf.obey() == [("a", [])]
+    assert len(shelf.assigned()) == 1
+    client.request("b")
+    assert shelf.asked() == [("b", [])], "although a is at work"
+    more = client.request("a")
+    assert [m.id for m in shelf.assigned()] == [more], "and goes on"
+
+
+def test_the_least_recently_used_give_way_and_no_more_than_must() -> None:
+    bus, shelf, client = budget(10, a=2, b=4, c=3, d=5)
+    for model in ("a", "b", "c"):
+        client.request(model)
+        assert shelf.obey() == [(model, [])]
+        shelf.finish()
+        bus.wait(1.0)
+    client.request("d")  # 1 is free, and 4 more must be: a and b are the oldest, and b is enough
+    bus.wait(LOAD_S)
+    assert shelf.obey() == [("d", ["b"])]
+    assert sorted(shelf.loaded) == ["a", "c", "d"]
+
+
+def test_a_request_makes_its_model_the_most_recently_used() -> None:
+    bus, shelf, client = budget(10, a=5, b=5, c=5)
+    for model in ("a", "b", "a"):
+        client.request(model)
+        shelf.obey()
+        shelf.finish()
+        bus.wait(1.0)
+    client.request("c")
+    bus.wait(LOAD_S)
+    assert shelf.asked() == [("c", ["b"])]
+
+
+def test_those_that_do_not_give_way_go_on_and_get_more() -> None:
+    bus, shelf, client = budget(10, a=4, b=6, c=6)
+    for model in ("a", "b"):
+        client.request(model)
+        shelf.obey()
+    shelf.assigned()
+    client.request("c")
+    assert shelf.asked() == [], "both are asked for"
+    bus.wait(TURN_S + 1.0)
+    more, _ = client.request("a"), client.request("b")
+    assert [m.id for m in shelf.assigned()] == [more], "only b's turn is over"
+
+
+def test_names_that_are_loaded_together_give_way_together() -> None:
+    bus, shelf, client = budget(10, a=6, also_a=6, b=6)
+    shelf.units = {"also_a": "a"}
+    client.request("a")
+    shelf.obey()
+    shelf.finish()
+    shelf.tell()
+    client.request("b")
+    bus.wait(LOAD_S)
+    assert shelf.asked() == [("b", ["a", "also_a"])]
+
+
+def test_what_the_operator_unloads_waits_for_its_streams_and_takes_no_more() -> None:
+    bus, shelf, client = budget(10, a=4, b=5)
+    for model in ("a", "b"):
+        client.request(model)
+        shelf.obey()
+    _, on_b = shelf.assigned()
+    assert client.query("bus.unload", worker="worker", model="b")["model"] == "b"
+    bus.wait(20 * TURN_S)
+    assert shelf.asked() == []
+    assert not [m for m in client.receive() if m.type is MessageType.INTERRUPTED]
+    waits = client.request("b")
+    assert shelf.assigned() == []
+    shelf.worker.finish(on_b)
+    assert shelf.obey() == [("", ["b"])]
+    assert shelf.obey() == [("b", [])], "somebody asks for it, so it is loaded anew"
+    assert [m.id for m in shelf.assigned()] == [waits]
+    assert client.query("bus.unload", worker="worker", model="z")["code"] == "invalid_request"
+
+
+def test_none_of_many_models_starves_in_a_memory_for_some_of_them() -> None:
+    """Four models of which two fit, sixteen clients that ask anew as soon as they are answered."""
+    bus, shelf, client = budget(10, a=5, b=5, c=4, d=6)
+    draw = random.Random(5)
+    asked_s: dict[bytes, tuple[float, str]] = {}
+    ends: dict[bytes, tuple[float, Message]] = {}
+    answered = dict.fromkeys(shelf.sizes, 0)
+    worst_s = 0.0
+
+    def ask() -> None:
+        model = draw.choices("abcd", weights=(8, 4, 2, 1))[0]
+        asked_s[client.request(model)] = bus.now_s, model
+
+    for _ in range(16):
+        ask()
+    loading = ""
+    due_s, loads = 0.0, 0
+    began_s = bus.now_s
+    while bus.now_s < began_s + 600:
+        for model, gives_way in shelf.asked():
+            busy = {asked_s[id_][1] for id_ in ends}
+            assert not busy & set(gives_way), "nobody runs while a model gives way"
+            shelf.loaded = [name for name in shelf.loaded if name not in gives_way]
+            assert sum(shelf.sizes[n] for n in [*shelf.loaded, model]) <= shelf.room
+            loading, due_s, loads = model, bus.now_s + LOAD_S, loads + 1
+            shelf.tell()
+        if loading and bus.now_s >= due_s:
+            shelf.loaded.append(loading)
+            loading = ""
+            shelf.tell()
+        for message in shelf.assigned():
+            assert asked_s[message.id][1] in shelf.loaded
+            ends[message.id] = bus.now_s + draw.uniform(0.5, 3.0), message
+        for id_, (end_s, message) in list(ends.items()):
+            if end_s <= bus.now_s:
+                del ends[id_]
+                since_s, model = asked_s.pop(id_)
+                worst_s = max(worst_s, bus.now_s - since_s)
+                answered[model] += 1
+                shelf.worker.finish(message)
+                ask()
+        client.receive()
+    assert all(answered.values()), answered
+    assert worst_s <= 4 * (TURN_S + LOAD_S + 3.0) + TURN_S
+    assert loads <= 600 / LOAD_S / 2

@@ -288,6 +288,38 @@ def examples() -> dict[str, Example]:
             ],
             [],
         ),
+        "heartbeat_load_in_place": (
+            t.HEARTBEAT,
+            SESSION,
+            11,
+            0,
+            [m.Heartbeat(load="demo", gives_way=["large", "larger"])],
+            [],
+        ),
+        "heartbeat_memory": (
+            t.HEARTBEAT,
+            SESSION,
+            12,
+            0,
+            [
+                m.Heartbeat(
+                    state=m.WorkerState.READY,
+                    models=[
+                        m.ModelInfo(name="demo", memory_bytes=6 << 30, loads_with="demo"),
+                        m.ModelInfo(name="demo-2", memory_bytes=6 << 30, loads_with="demo"),
+                        m.ModelInfo(
+                            name="other",
+                            loaded=False,
+                            load_ms=4000,
+                            memory_bytes=8 << 30,
+                            must_free_bytes=2 << 30,
+                        ),
+                    ],
+                    capacity=16,
+                )
+            ],
+            [],
+        ),
         "hello_continues_by_ids": (
             t.HELLO,
             header.NO_ID,

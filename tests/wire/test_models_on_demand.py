@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from client import Queued
+from client import Queued, Tokens
 from client.__main__ import main
 from client.errors import BusError
+from tests.gateway.conftest import running_gateway
 from tests.harness import Bus, wait_until
 from tests.support.faults import engine_of
 
@@ -69,7 +71,10 @@ def test_a_stream_goes_on_after_its_engine_was_killed(bus: Bus) -> None:
     whole = client.generate("one two three four five six", model="a").text
     killed = False
     stream = client.generate(
-        "one two three four five six", model="a", stream=True, template_args={"step_delay_ms": 20}
+        "one two three four five six",
+        model="a",
+        stream=True,
+        template_args={"echo": {"step_delay_ms": 20}},
     )
     for _ in stream:
         if not killed and len(stream.text_so_far) > 3:
@@ -116,3 +121,81 @@ def test_a_model_that_cannot_be_loaded_is_told_and_the_others_are_served(
         client.generate("hello", model="broken", timeout=60)
     assert "model unusable" in bus.workers["w1"].log()
     assert client.generate("hello", model="demo", max_tokens=2).token_ids
+
+
+def test_who_waits_at_the_gateway_sees_how_far_the_model_is(bus: Bus) -> None:
+    bus.start_worker("w1", "--models", "a,b", load_ms=6000)
+    bus.wait_ready(1)
+    body = {"model": "b", "messages": [{"role": "user", "content": "hello"}], "stream": True}
+    with (
+        running_gateway(bus, "--keep-alive-s", "0.5") as gateway,
+        gateway.http() as http,
+        http.stream("POST", "/v1/chat/completions", json=body) as answer,
+    ):
+        lines = [line for line in answer.iter_lines() if line]
+    told = [line for line in lines if line.startswith(": waiting") and "loading" in line]
+    assert told and re.search(r"loading \d+ %$", told[0]), lines
+    assert lines[-1] == "data: [DONE]"
+
+
+def occupied(bus: Bus) -> dict[str, int]:
+    found: dict[str, int] = bus.rows()[0]["memory_bytes"]
+    return found
+
+
+def test_as_many_models_are_loaded_as_fit_into_the_memory(bus: Bus) -> None:
+    first = bus.start_worker("w1", "--models", "a", "--models-memory", "100GiB")
+    bus.wait_ready(1)
+    assert bus.client().generate("hello", model="a").text == "hello"
+    one = wait_until(lambda: occupied(bus).get("a"), "the engine's memory to be measured")
+    first.stop()
+    wait_until(lambda: not bus.rows(), "the worker to be gone")
+    bus.start_worker("w2", "--models", "a,b,c", "--models-memory", str(int(2.6 * one)))
+    bus.wait_ready(1)
+    client = bus.client()
+    for model in "abc":
+        assert client.generate("hello", model=model).text == "hello"
+        wait_until(lambda model=model: occupied(bus).get(model), "it to be measured")
+    wait_until(lambda: loaded(bus) == ["b", "c"], "the least recently used to be unloaded")
+    assert client.generate("again", model="a").text == "again"
+    wait_until(lambda: loaded(bus) == ["a", "c"], "a to be loaded in place of b")
+
+
+def test_the_operator_waits_for_a_load_and_unloads_one_of_several(
+    bus: Bus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bus.start_worker("w1", "--models", "a,b", "--models-memory", "100GiB")
+    bus.wait_ready(1)
+    for model in "ab":
+        assert main(["load", "w1", model, "--wait", "60", "--broker", bus.front]) == 0
+    assert "worker w1: b is loaded" in capsys.readouterr().out
+    assert loaded(bus) == ["a", "b"]
+    assert main(["unload", "w1", "a", "--broker", bus.front]) == 0
+    assert "worker w1: a is unloaded" in capsys.readouterr().out
+    wait_until(lambda: loaded(bus) == ["b"], "a alone to be unloaded")
+    assert main(["unload", "w1", "a", "--broker", bus.front]) == 0
+    assert "a is not loaded" in capsys.readouterr().out
+
+
+def test_the_death_of_one_engine_leaves_the_other_models_streams_alone(bus: Bus) -> None:
+    worker = bus.start_worker("w1", "--models", "a,b", "--models-memory", "100GiB")
+    bus.wait_ready(1)
+    client = bus.client()
+    words = "one two three four five six seven eight"
+    assert client.generate(words, model="a").text == words
+    of_a = engine_of(worker.pid)
+    slow = {"echo": {"step_delay_ms": 60}}
+    streams = {
+        model: client.generate(words, model=model, stream=True, template_args=slow)
+        for model in "ab"
+    }
+    events = {model: iter(stream) for model, stream in streams.items()}
+    for of_model in events.values():
+        while not isinstance(next(of_model), Tokens):
+            pass
+    os.kill(of_a, signal.SIGKILL)
+    for of_model in events.values():
+        for _ in of_model:
+            pass
+    assert {stream.text_so_far for stream in streams.values()} == {words}
+    assert streams["a"].end.resumed and not streams["b"].end.resumed

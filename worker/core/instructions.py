@@ -60,9 +60,11 @@ class EngineWindow:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """Load a model in place of the one that is loaded; an empty name: unload that."""
+    """Load a model in place of those that give way; an empty name: unload those, or without names
+    all."""
 
     model: str
+    gives_way: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

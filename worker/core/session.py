@@ -353,7 +353,7 @@ class WorkerCore:
                 beat = codec.decode(Heartbeat, body, MAX_CONTROL_BYTES)
                 self._credit.heard(connection.credit, beat.waiting, beat.recalled, beat.returned)
                 if self._settings.on_demand and (beat.load or beat.unload):
-                    self._out.append(EngineLoad(beat.load))
+                    self._out.append(EngineLoad(beat.load, tuple(beat.gives_way)))
             case MessageType.ASSIGN:
                 if len(frames) < 3:
                     raise ProtocolError("ASSIGN without the client's body")

@@ -53,6 +53,9 @@ class EngineOptions:
     dtype: str = "auto"
     load_8bit: bool = False
     load_4bit: bool = False
+    #: What the engine may occupy, bytes, where several engine processes share a device; 0: what is
+    #: free there.
+    memory_bytes: int = 0
     #: Requests that run at once; 0 for the engine's own choice.
     slots: int = 0
     revision: str | None = None

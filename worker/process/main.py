@@ -34,6 +34,7 @@ from broker.protocol.limits import MAX_REQUEST_BYTES
 from broker.protocol.messages import Request
 from worker.engines import registry
 from worker.engines.base import Engine, EngineGone, EngineLoadError, EngineOptions, Job
+from worker.process.held import HeldMemory
 from worker.process.pipe import Pipe, PipeClosed
 
 METRICS_INTERVAL_S = 1.0
@@ -72,10 +73,11 @@ def serve(engine: Engine, pipe: Pipe) -> None:
     """Run the engine until the link says `close` or is gone."""
     link = _Link(pipe)
     metrics_due_s = mark_s = 0.0
+    held = HeldMemory()
     while True:
         now_s = time.monotonic()
         if now_s >= metrics_due_s:
-            link.say("metrics", engine.metrics())
+            link.say("metrics", {**engine.metrics(), "memory_held_bytes": float(held.bytes())})
             metrics_due_s = now_s + METRICS_INTERVAL_S
         for message in pipe.receive(0.0 if engine.busy else metrics_due_s - now_s):
             command, *arguments = msgspec.msgpack.decode(message[0])

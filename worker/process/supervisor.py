@@ -59,6 +59,11 @@ class Supervisor:
         self._unusable = False
         self._refused: list[Any] = []
 
+    @property
+    def pipes(self) -> tuple[Pipe, ...]:
+        """The pipe, while an engine process runs."""
+        return () if self.pipe is None else (self.pipe,)
+
     # --- the process ------------------------------------------------------------------------------
 
     def start(self) -> None:

@@ -7,6 +7,7 @@ request has no trace context are only passed on. Must never change anything.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -51,8 +52,8 @@ class TracedEngine:
     # --- passed on --------------------------------------------------------------------------------
 
     @property
-    def pipe(self) -> Readable | None:
-        return self._engine.pipe
+    def pipes(self) -> Sequence[Readable]:
+        return self._engine.pipes
 
     @property
     def waiting(self) -> bool:

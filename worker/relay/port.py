@@ -73,9 +73,9 @@ class LowerBus:
         self._orphaned = threading.Event()
 
     @property
-    def pipe(self) -> _Bell | None:
+    def pipes(self) -> tuple[_Bell, ...]:
         """Readable when `read` has events."""
-        return self._bell
+        return () if self._bell is None else (self._bell,)
 
     @property
     def waiting(self) -> bool:

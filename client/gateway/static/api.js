@@ -62,8 +62,9 @@ export const postJson = async (path, body) =>
     })
   ).json();
 
-/** The events of a response body: {id, event, data}. */
-async function* events(response) {
+/** The events of a response body: {id, event, data}. `onWaiting` gets the gateway's comments on why
+ * nothing comes yet. */
+async function* events(response, onWaiting) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let buffer = "";
   try {
@@ -71,6 +72,8 @@ async function* events(response) {
       const { done, value } = await reader.read();
       if (done) return;
       buffer += value;
+      const comment = buffer.match(/^: waiting .*$/gm)?.at(-1);
+      if (comment) onWaiting(comment.slice(10).replace(/x-[a-z-]+=\S+ ?/g, "").trim());
       let end;
       while ((end = buffer.indexOf("\n\n")) >= 0) {
         const event = { id: null, event: "message", data: "" };
@@ -100,7 +103,8 @@ const pause = (ms, signal) =>
  * The chunks of a chat answer. When the connection breaks it is re-attached: to the running answer
  * where that gateway still has it, else by asking again from the last event on.
  *
- * `signal` stops it, at the worker too. `onState("connected" | "reconnecting")` tells the story.
+ * `signal` stops it, at the worker too. `onState("connected" | "reconnecting")` tells the story, and
+ * `onState("waiting", why)` what it waits for, if that is known.
  */
 export async function* chat(body, { signal, reattachS = 30, onState = () => {} }) {
   const post = {
@@ -125,8 +129,15 @@ export async function* chat(body, { signal, reattachS = 30, onState = () => {} }
       try {
         const response = await attach(post, answer, last, signal);
         onState("connected");
-        for await (const event of events(response)) {
+        let waits = false;
+        const onWaiting = (why) => {
+          waits = true;
+          onState("waiting", why);
+        };
+        for await (const event of events(response, onWaiting)) {
           if (event.data === "[DONE]") return;
+          if (waits) onState("connected");
+          waits = false;
           last = event.id ?? last;
           const chunk = JSON.parse(event.data);
           if (chunk.error) {

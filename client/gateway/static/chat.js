@@ -356,8 +356,8 @@ async function answer() {
     if (follow) scrollToEnd(false);
   };
   const later = () => (frame ||= requestAnimationFrame(redraw));
-  const onState = (state) => {
-    message.state = state === "reconnecting" ? "Connection lost, trying again" : null;
+  const onState = (state, why) => {
+    message.state = state === "reconnecting" ? "Connection lost, trying again" : why ? `Waiting: ${why}` : null;
     later();
   };
   try {

@@ -222,7 +222,7 @@ function workerRow(worker) {
   const bar = svg("svg", { class: "meter", viewBox: "0 0 60 6", "aria-hidden": "true" }, svg("rect", { class: "back", width: 60, height: 6, rx: 3 }), svg("rect", { class: "front", width: 60 * Math.min(1, share), height: 6, rx: 3 }));
   const metrics = worker.metrics ?? {};
   const speed = metrics.tokens_per_s;
-  const state = worker.state === "loading" && worker.progress !== null ? `loading ${whole.format(worker.progress * 100)} %` : worker.state;
+  const state = worker.state === "loading" && worker.progress !== null ? `loading ${whole.format(worker.progress * 100)} %` : worker.swap && worker.progress !== null ? `loading ${worker.swap} ${whole.format(worker.progress * 100)} %` : worker.state;
   const button = worker.state === "draining" ? "" : h("button", { class: "button small", type: "button", "data-worker": worker.name, onclick: () => drain(worker.name) }, "Drain");
   return [
     strong(worker.name, `${worker.models.join(", ")} · ${worker.engine}, ${worker.device}`),

@@ -67,7 +67,7 @@ def build_engine(options: EngineOptions, progress: Progress) -> TransformersEngi
         for name, adapted in beside:
             progress(None, f"warming up {name}")
             served.append(ServedModel(adapted, (name,), settings, slots=slots))
-    engine = TransformersEngine(served, settings, slots=slots)
+    engine = TransformersEngine(served, settings, slots=slots, memory_bytes=options.memory_bytes)
     progress(1.0, "ready")
     return engine
 
@@ -95,14 +95,22 @@ def _share(progress: Progress, index: int, count: int) -> Progress:
 class TransformersEngine(BatchEngine):
     """Runs jobs on one or several loaded models (see `BatchEngine`)."""
 
-    def __init__(self, served: list[ServedModel], settings: EngineSettings, *, slots: int) -> None:
+    def __init__(
+        self,
+        served: list[ServedModel],
+        settings: EngineSettings,
+        *,
+        slots: int,
+        memory_bytes: int = 0,
+    ) -> None:
         device = _device_name(served[0].loaded.device)
         super().__init__("transformers", device, served, settings, slots=slots)
         self._served = served
-        self._share_memory(settings)
+        self._share_memory(settings, memory_bytes)
 
-    def _share_memory(self, settings: EngineSettings) -> None:
-        """Divide the free memory of each device between the slot caches on it."""
+    def _share_memory(self, settings: EngineSettings, memory_bytes: int) -> None:
+        """Divide the free memory of each device, or what of `memory_bytes` is left of it, between
+        the slot caches on it."""
         runners = [m.slot_runner for m in self._served if m.slot_runner is not None]
         for runner in runners:
             cache, device = runner.cache, runner.forward.device
@@ -110,7 +118,10 @@ class TransformersEngine(BatchEngine):
             token_bytes = max(cache.token_bytes, 1)
             on_host = device.type == "cpu"
             share = settings.memory_share or (HOST_SHARE if on_host else DEVICE_SHARE)
-            tokens = settings.kv_tokens or int(free_bytes(device) * share / beside / token_bytes)
+            free = free_bytes(device)
+            if memory_bytes:
+                free = min(free, max(0, memory_bytes - used_bytes(device)))
+            tokens = settings.kv_tokens or int(free * share / beside / token_bytes)
             kept = settings.prefix_tokens
             if kept < 0:
                 kept = tokens // 4
