@@ -78,6 +78,7 @@ def test_a_request_that_waits_for_a_prefix_goes_on_if_it_does_not_come(model: An
     try:
         engine.add(first)
         engine.add(second)
+        tiny.await_prepared(engine)
         while not any(row.follows for row in runner_of(engine).rows.sequences):
             engine.step()
         engine.cancel(first.request_id)

@@ -3,7 +3,7 @@ test's own, so that nothing depends on the machine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,8 +16,11 @@ pytest.importorskip("transformers", reason="install tokenbus[worker]")
 from worker.engines.transformers.forward import _runs
 from worker.engines.transformers.pace import SMALLEST_PIECE, PrefillCostModel, StepBudget
 from worker.engines.transformers.slots import SlotRunner
+from worker.engines.transformers.step_costs import StepCosts
 
 BOUND_MS = 100.0
+DECODE_MS = 12 + 0.8 * 9
+"""A decode of nine streams."""
 
 
 def cost_ms(tokens: int, start: int) -> float:
@@ -89,9 +92,17 @@ def test_a_machine_that_becomes_slower_is_followed() -> None:
 
 
 def test_a_bound_that_cannot_be_kept_stops_no_prompt() -> None:
+    """A forward takes 200 ms and a token 4: pieces of 8 would cost six times as much as the whole
+    prompt at once, and spare a stream a third of its wait."""
     seen = pieces(PrefillCostModel(), 400, lambda tokens, start: 10 * cost_ms(tokens, start))
     assert sum(tokens for tokens, _ in seen) == 400
-    assert seen[-2][0] == SMALLEST_PIECE
+    assert len(seen) < 15
+    assert 200 <= max(ms for _, ms in seen[1:]) <= 2.3 * 200
+
+
+def test_where_tokens_cost_more_than_a_forward_the_smallest_piece_is_small() -> None:
+    seen = pieces(PrefillCostModel(), 600, lambda tokens, start: 10.0 + 20.0 * tokens)
+    assert {tokens for tokens, _ in seen[2:-1]} == {SMALLEST_PIECE}
 
 
 def test_several_prompts_in_a_step_share_its_allowance() -> None:
@@ -115,50 +126,170 @@ def test_time_for_admission_counts_as_part_of_the_step() -> None:
     assert cost_ms(late.piece(0), 0) + 50.0 <= BOUND_MS < cost_ms(step.piece(0), 0) + 50.0
 
 
-def test_running_streams_wait_for_a_long_prompt_no_longer_than_the_bound(
+class Machine:
+    """The engine on a machine that others use too: forward passes move its clocks, and the wall
+    clock runs `load` times as fast as the CPU time of the engine."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, load: float) -> None:
+        self.cpu_s = 0.0
+        self.load = load
+        monkeypatch.setattr("time.thread_time", lambda: self.cpu_s)
+        monkeypatch.setattr("time.process_time", lambda: self.cpu_s)
+        monkeypatch.setattr("time.perf_counter", lambda: self.load * self.cpu_s)
+        self.engine = tiny.serve(
+            tiny.llama(context=4096),
+            kv_tokens=200_000,
+            stall_ms=BOUND_MS,
+            slots=33,
+            prefix_tokens=0,
+            prefill_chunk=256,
+        )
+        runner = self.engine._served[0].runner
+        assert isinstance(runner, SlotRunner)
+        self.runner, forward = runner, runner.forward
+        #: Tokens of each forward of prompts.
+        self.computed: list[int] = []
+        prefill, prefill_many, decode = forward.prefill, forward.prefill_many, forward.decode
+
+        def one(slot: int, sequence: Any, start: int, end: int, **more: Any) -> Any:
+            self.take(end - start, start)
+            return prefill(slot, sequence, start, end, **more)
+
+        def many(slot: int, sequences: list[Any]) -> Any:
+            self.take(len(sequences) * max(s.total - s.filled for s in sequences), 0)
+            return prefill_many(slot, sequences)
+
+        def decoded(sequences: list[Any]) -> Any:
+            self.cpu_s += (12 + 0.8 * len(sequences)) / 1e3
+            return decode(sequences)
+
+        monkeypatch.setattr(forward, "prefill", one)
+        monkeypatch.setattr(forward, "prefill_many", many)
+        monkeypatch.setattr(forward, "decode", decoded)
+
+    def take(self, tokens: int, start: int) -> None:
+        self.cpu_s += cost_ms(tokens, start) / 1e3
+        self.computed.append(tokens)
+
+    def streams(self, count: int) -> None:
+        """Streams that run until the engine is closed."""
+        for ids in tiny.prompts(count, low=5, high=9):
+            self.engine.add(tiny.ids_job(ids, max_tokens=3000))
+        while self.runner.counts().batch < count:
+            self.engine.step()
+
+
+@pytest.fixture(params=[1.0, 10.0], ids=["quiet", "busy"])
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    made = Machine(monkeypatch, request.param)
+    yield made
+    made.engine.close()
+
+
+def test_running_streams_wait_for_a_long_prompt_no_longer_than_the_bound(machine: Machine) -> None:
+    """The scheduler itself. The bound holds in the engine's own time: however busy the machine, the
+    prompt slows the streams by the same factor, in as many pieces."""
+    machine.streams(8)
+    long = tiny.ids_job(tiny.prompts(1, low=3000, high=3000)[0], max_tokens=2)
+    machine.engine.add(long)
+    machine.computed.clear()
+    waits = []
+    while machine.engine._jobs.get(long.request_id):
+        before_s = machine.cpu_s
+        machine.engine.step()
+        waits.append((machine.cpu_s - before_s) * 1e3)
+    assert sum(machine.computed) == 3000
+    assert max(waits) <= BOUND_MS + DECODE_MS
+    assert len(machine.computed) < 70
+
+
+def test_others_on_the_machine_make_no_prompts_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pace that learnt wall time cut prompts the smaller the busier the machine was, and so made
+    it busier: at a load of ten each prompt got a forward of its own."""
+    counts: dict[float, int] = {}
+    for load in (1.0, 10.0):
+        with monkeypatch.context() as patch:
+            machine = Machine(patch, load)
+            try:
+                machine.streams(1)
+                jobs = [
+                    tiny.ids_job(ids, max_tokens=2) for ids in tiny.prompts(32, low=16, high=16)
+                ]
+                for job in jobs:
+                    machine.engine.add(job)
+                tiny.await_prepared(machine.engine)
+                machine.computed.clear()
+                while any(job.request_id in machine.engine._jobs for job in jobs):
+                    machine.engine.step()
+                assert sum(machine.computed) == 32 * 16
+                counts[load] = len(machine.computed)
+            finally:
+                machine.engine.close()
+    assert counts[10.0] <= counts[1.0] < 10
+
+
+class Accelerator:
+    """Stand-in for a device whose work lies behind the launches: events happen at its own time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.launched_ms = self.done_ms = 0.0
+        device = self
+
+        class Event:
+            def __init__(self, of: torch.device, *, enable_timing: bool) -> None:
+                assert enable_timing
+                self.at_ms = 0.0
+
+            def record(self, stream: object) -> None:
+                self.at_ms = device.launched_ms
+
+            def query(self) -> bool:
+                return self.at_ms <= device.done_ms
+
+            def synchronize(self) -> None:
+                device.done_ms = max(device.done_ms, self.at_ms)
+
+            def elapsed_time(self, other: Event) -> float:
+                assert self.query() and other.query()
+                return other.at_ms - self.at_ms
+
+        monkeypatch.setattr("torch.Event", Event)
+        monkeypatch.setattr("torch.accelerator.current_stream", lambda of: None)
+
+
+def test_on_an_accelerator_pieces_take_what_the_device_takes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The scheduler itself, on a clock that only forward passes move."""
-    model = tiny.llama(context=4096)
-    engine = tiny.serve(model, kv_tokens=200_000, stall_ms=BOUND_MS, slots=9, prefix_tokens=0)
-    runner = engine._served[0].runner
-    assert isinstance(runner, SlotRunner)
-    now = 0.0
-    prefill, prefill_many = runner.forward.prefill, runner.forward.prefill_many
-    computed: list[tuple[int, float]] = []
+    """However long the host was away between launch and reading; and nothing waits for it."""
+    device = Accelerator(monkeypatch)
+    costs = StepCosts(torch.device("cuda"))
+    step = StepBudget(costs.pace, 4096, 1000.0)
+    for tokens in (100, 200):
+        started = costs.start()
+        device.launched_ms += cost_ms(tokens, 0)
+        costs.computed_piece(step, tokens, 0, 1, started)
+        device.launched_ms += 30.0  # a decode
+    costs.measure()
+    assert not costs.pace.known
+    device.done_ms = device.launched_ms
+    costs.measure()
+    assert costs.pace.predicted_ms(200, 0) == pytest.approx(cost_ms(200, 0), rel=0.1)
+    assert step.tokens == 4096 - 300
 
-    def one(slot: int, sequence: Any, start: int, end: int, **more: Any) -> Any:
-        nonlocal now
-        now += cost_ms(end - start, start) / 1e3
-        computed.append((end - start, cost_ms(end - start, start)))
-        return prefill(slot, sequence, start, end, **more)
 
-    def many(slot: int, sequences: list[Any]) -> Any:
-        nonlocal now
-        now += cost_ms(len(sequences) * max(s.total for s in sequences), 0) / 1e3
-        return prefill_many(slot, sequences)
+def test_a_device_without_times_is_bounded_by_its_chunk(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no events here")
 
-    monkeypatch.setattr(runner.costs, "now_s", lambda: now)
-    monkeypatch.setattr(runner.forward, "prefill", one)
-    monkeypatch.setattr(runner.forward, "prefill_many", many)
-    streams = [tiny.ids_job(ids, max_tokens=2000) for ids in tiny.prompts(8, low=5, high=9)]
-    long = tiny.ids_job(tiny.prompts(1, low=3000, high=3000)[0], max_tokens=2)
-    try:
-        for job in streams:
-            engine.add(job)
-        while runner.counts().batch < 8:
-            engine.step()
-        engine.add(long)
-        computed.clear()
-        waits = []
-        while engine._jobs.get(long.request_id):
-            before = now
-            engine.step()
-            waits.append((now - before) * 1e3)
-        assert sum(tokens for tokens, _ in computed) == 3000
-        assert max(waits) <= BOUND_MS
-    finally:
-        engine.close()
+    monkeypatch.setattr("torch.Event", none)
+    costs = StepCosts(torch.device("cuda"))
+    step = StepBudget(costs.pace, 256, 1000.0)
+    costs.computed_piece(step, 100, 0, 1, costs.start())
+    costs.measure()
+    assert step.piece(100) == 156
+    assert "bounded by prefill_chunk" in caplog.text
 
 
 @pytest.mark.parametrize(

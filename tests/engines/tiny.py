@@ -281,13 +281,18 @@ def run_at_once(
     """Run jobs to their ends that are all prepared before the first step."""
     for job in jobs:
         engine.add(job)
-    wait([running.future for running in engine._jobs.values() if running.future is not None])
+    await_prepared(engine)
     answers: dict[bytes, Answer] = {}
     for _ in range(steps):
         if engine.busy:
             collect(engine.step(), answers)
     assert not engine.busy, "the engine did not come to an end"
     return [answers[job.request_id] for job in jobs]
+
+
+def await_prepared(engine: TransformersEngine) -> None:
+    """Wait until all jobs are ready for the next step."""
+    wait([running.future for running in engine._jobs.values() if running.future is not None])
 
 
 def ids_job(token_ids: Sequence[int], model: str = "tiny", **params: Any) -> Job:

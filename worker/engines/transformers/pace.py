@@ -2,8 +2,8 @@
 
 Learns the cost of prefill pieces from measurements: a constant part per forward (reading the
 weights), a part per token, and a part per token and preceding token (attention), so that a prompt
-of many thousand tokens gets ever smaller pieces. Knows only numbers; must never look at a clock or
-touch a model.
+of many thousand tokens gets ever smaller pieces. All times are the engine's own (see `step_costs`).
+Knows only numbers; must never look at a clock or touch a model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from bisect import bisect_right
 __all__ = ["SMALLEST_PIECE", "PrefillCostModel", "StepBudget"]
 
 SMALLEST_PIECE = 8
-"""Tokens. A bound below the cost of such a piece cannot be met: prompts must make progress."""
+LARGEST_FLOOR = 64
+"""Tokens. Pieces are at least as large as costs as much as a forward by itself, between these two:
+smaller ones would cost the prompts more than they spare the streams. A bound below the cost of such
+a piece cannot be met: prompts must make progress."""
 
 MARGIN = 0.8
 """Fraction of the bound to aim at, since the learned costs are accurate only within some
@@ -60,7 +63,7 @@ class PrefillCostModel:
 
     def tokens(self, start: int, left_ms: float, most: int) -> int:
         """How many tokens after `start` others can be computed in `left_ms` of a step, at most
-        `most`; 0 if that is less than a smallest piece."""
+        `most`; 0 if that is less than the floor of a piece."""
         if not self.known:
             return most
         room_ms = left_ms / self._surprise
@@ -71,7 +74,15 @@ class PrefillCostModel:
         largest, took_ms = self._largest
         if fitting > largest:
             fitting = min(fitting, max(largest, int(largest * room_ms / took_ms)))
-        return fitting if fitting >= min(SMALLEST_PIECE, most) else 0
+        return fitting if fitting >= min(self.floor(start), most) else 0
+
+    def floor(self, start: int) -> int:
+        """Tokens of the smallest piece after `start` others: they cost as much as its forward."""
+        forward, token, attention = self._costs
+        each = token + attention * start
+        if forward >= LARGEST_FLOOR * each:
+            return LARGEST_FLOOR if self.known else SMALLEST_PIECE
+        return max(SMALLEST_PIECE, int(forward / each))
 
     def learn(self, tokens: int, start: int, spent_ms: float, rows: int = 1) -> None:
         """Record that a piece took `spent_ms` (see `predicted_ms`)."""
@@ -123,7 +134,7 @@ class StepBudget:
         if self.tokens <= 0:
             return 0
         fitting = self._pace.tokens(start, self._left_ms, self.tokens)
-        return fitting or (0 if self.begun else min(SMALLEST_PIECE, self.tokens))
+        return fitting or (0 if self.begun else min(self._pace.floor(start), self.tokens))
 
     def fits(self, ms: float) -> bool:
         """Whether something else that takes so long may be done now."""

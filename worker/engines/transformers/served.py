@@ -225,6 +225,7 @@ class ServedModel(BatchModel):
             slots=slots,
             prefill_chunk=chunk,
             stall_ms=settings.stall_ms,
+            idle_ms=settings.idle_ms,
             banned_ids=loaded.placeholder_ids,
             token_bytes=self._token_bytes,
             whole_prompts=verdict.whole_prompts,

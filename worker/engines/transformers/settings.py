@@ -23,8 +23,11 @@ class EngineSettings(SharedSettings):
     #: the time between tokens of running streams, smaller ones the time to first token.
     prefill_chunk: int = 0
     #: Longest time, milliseconds, that prompts may add to a step while streams are running; the
-    #: chunk shrinks to meet it.
+    #: chunk shrinks to meet it. The engine's own time: of its thread's CPU, or on the device.
     stall_ms: float = 200.0
+    #: Longest time, milliseconds, of the prompts in a step while no streams are running: so late a
+    #: cancellation, or another model of this worker, may have its turn.
+    idle_ms: float = 1000.0
     #: Tokens in the key/value cache, over all rows; 0: as many as fit into `memory_share`.
     kv_tokens: int = 0
     #: Fraction of the memory free after loading that keys, values and prefixes may take; 0: 0.8 of
@@ -59,6 +62,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _MINIMUM: dict[str, float] = {
     "prefill_chunk": 0,
     "stall_ms": 1,
+    "idle_ms": 1,
     "kv_tokens": 0,
     "memory_share": 0,
     "prefix_tokens": -1,

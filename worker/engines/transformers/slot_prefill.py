@@ -37,9 +37,6 @@ GROUP_PADDING = 0.15
 """Prompts computed together have similar lengths: padding is at most what another forward costs, in
 tokens, or this fraction."""
 
-IDLE_MS = 1000.0
-"""Prompt time per step while no stream waits for a token: cancellations are checked in between."""
-
 
 class Prefill:
     """Computes the prompts of one scheduler's rows."""
@@ -53,6 +50,7 @@ class Prefill:
         *,
         chunk: int,
         stall_ms: float,
+        idle_ms: float,
     ) -> None:
         self._forward = forward
         self._rows = rows
@@ -60,6 +58,7 @@ class Prefill:
         self._costs = costs
         self._chunk = chunk
         self._stall_ms = stall_ms
+        self._idle_ms = idle_ms
 
     def run(self, events: list[EngineEvent], spent_ms: float) -> None:
         """Spend what admissions left of the step's budget. The prompt with the fewest tokens left
@@ -67,7 +66,7 @@ class Prefill:
         # While no stream waits for a token, a larger batch of prompts is cheaper.
         idle = not self._rows.active
         budget = IDLE_CHUNKS * self._chunk if idle else self._chunk
-        step = StepBudget(self._costs.pace, budget, IDLE_MS)
+        step = StepBudget(self._costs.pace, budget, self._idle_ms)
         while len(self._rows.sequences) > self._rows.active:
             if self._rows.active:
                 step.tighten(self._stall_ms, spent_ms)
@@ -117,7 +116,7 @@ class Prefill:
         for place, sequence in enumerate(chosen, self._rows.active):
             self._rows.exchange(self._rows.sequences.index(sequence), place)
         tokens = (chosen[-1].total - chosen[-1].filled) * len(chosen)
-        started = self._costs.now_s()
+        started = self._costs.start()
         try:
             logits = self._forward.prefill_many(self._rows.active, chosen)
             self._costs.computed_piece(step, tokens, start, len(chosen), started)
@@ -125,7 +124,7 @@ class Prefill:
         except Exception as error:
             if is_out_of_memory(error):
                 self._rows.on_out_of_memory(events)
-                step.spend(tokens, (self._costs.now_s() - started) * 1e3)
+                step.spend(tokens, self._costs.spent_ms(started))
                 return True
             # One by one, only the prompt that is the cause fails.
             log.warning("prompts are computed one by one: %s", error)
@@ -164,7 +163,7 @@ class Prefill:
         start, end = sequence.filled, self._piece(sequence, limit)
         wants = sequence.wants_prompt_logprobs and start < len(sequence.prompt.ids)
         read = [position for position in sequence.reads if start <= position < end]
-        started = self._costs.now_s()
+        started = self._costs.start()
         try:
             logits = self._forward.prefill(
                 row, sequence, start, end, kept=range(start, end) if wants else read
@@ -189,13 +188,13 @@ class Prefill:
                 self._rows.on_out_of_memory(events)
             else:
                 self._rows.fail(self._rows.sequences.index(sequence), error, events)
-            step.spend(end - start, (self._costs.now_s() - started) * 1e3)
+            step.spend(end - start, self._costs.spent_ms(started))
 
     def _compute_image(
         self, sequence: Sequence, step: StepBudget, events: list[EngineEvent]
     ) -> None:
         """Compute one image of a prompt, whose tokens come later."""
-        started = self._costs.now_s()
+        started = self._costs.start()
         try:
             self._forward.compute_image(sequence)
         except Exception as error:

@@ -7,7 +7,6 @@ the engine's thread only; must never tokenise or decode images.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -41,20 +40,26 @@ class SlotRunner:
         slots: int,
         prefill_chunk: int,
         stall_ms: float,
+        idle_ms: float,
         banned_ids: frozenset[int],
         token_bytes: Callable[[int], bytes],
         whole_prompts: bool = False,
         overlap: bool = False,
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.forward = forward
         self.cache = forward.cache
         self.slots = slots
         self.rows = SlotRows(forward, slots, whole_prompts=whole_prompts)
         self._tokens = NewTokens(self.rows, banned_ids, token_bytes)
-        self.costs = StepCosts(synchronous=forward.device.type == "cpu", clock=clock)
+        self.costs = StepCosts(forward.device)
         self._prefill = Prefill(
-            forward, self.rows, self._tokens, self.costs, chunk=prefill_chunk, stall_ms=stall_ms
+            forward,
+            self.rows,
+            self._tokens,
+            self.costs,
+            chunk=prefill_chunk,
+            stall_ms=stall_ms,
+            idle_ms=idle_ms,
         )
         self._overlap = overlap
         #: Sequences and logits of a decode that was launched but not collected yet.
@@ -114,8 +119,6 @@ class SlotRunner:
             and not self.forward.static
         ):
             self.cache.shrink(self.cache.slots, KEPT_CAPACITY)
-        if self._computed is None:
-            self.costs.begin()
         if self._overlap:
             self._collect(events)
         if not self._first_told:

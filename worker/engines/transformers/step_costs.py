@@ -1,76 +1,122 @@
-"""What the parts of a step cost, by the clock: accounts for each piece of a prompt, and teaches the
-pace. On an accelerator a piece is only launched, and its cost is known once a later token was read.
+"""What the parts of a step cost: accounts for each piece of a prompt, and teaches the pace.
 
-Must never decide what is computed.
+Costs are the engine's own: CPU time of its thread, which computes its share of everything on a CPU,
+or time on the device between two events. The wall clock would count other programs as well: the
+busier the machine, the smaller the pieces, and the more all of them together would cost. Must never
+decide what is computed.
 """
 
 from __future__ import annotations
 
+import logging
+import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
 
 from worker.engines.transformers.pace import PrefillCostModel, StepBudget
 
-__all__ = ["StepCosts"]
+__all__ = ["Started", "StepCosts"]
+
+log = logging.getLogger(__name__)
 
 IMAGE_FORGET = 0.8
 """How much of the longest time for an image is expected of the next one."""
 
-DECODE_WEIGHT = 0.3
-"""Weight of the newest measurement of a decode."""
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """When something was begun: CPU time of the engine's thread, and a device's event."""
+
+    at_s: float
+    event: torch.Event | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A piece of a prompt that a device computes."""
+
+    tokens: int
+    start: int
+    rows: int
+    begun: torch.Event
+    ended: torch.Event
 
 
 class StepCosts:
-    """Measures the steps of one scheduler."""
+    """Measures the steps of one scheduler. `now_s`: CPU seconds of the calling thread."""
 
-    def __init__(self, *, synchronous: bool, clock: Callable[[], float]) -> None:
+    def __init__(self, device: torch.device, now_s: Callable[[], float] | None = None) -> None:
         self.pace = PrefillCostModel()
-        self.now_s = clock
-        #: Whether a forward is finished when it returns; elsewhere it is finished when its
-        #: tokens are read.
-        self._synchronous = synchronous
-        #: Otherwise: since when the device has been working, prompt pieces launched since then
-        #: (tokens, start, rows), and milliseconds of a decode.
-        self._since = 0.0
-        self._launched: list[tuple[int, int, int]] = []
-        self._decode_ms = 0.0
+        self.now_s = now_s or time.thread_time
+        self._device = device
+        #: Whether a forward is finished when it returns; elsewhere, whether its time is known.
+        self._synchronous = device.type == "cpu"
+        self._timed = not self._synchronous and _gives_times(device)
+        #: Pieces whose time on the device is not known yet, in order.
+        self._launched: deque[_Launched] = deque()
         #: Milliseconds that an image may take.
         self.image_ms = 0.0
 
-    def begin(self) -> None:
-        """A step begins, and the device computes nothing."""
-        self._since = self.now_s()
-        self._launched.clear()
+    def start(self) -> Started:
+        """Something is about to be computed."""
+        return Started(self.now_s(), self._event() if self._timed else None)
 
-    def computed_image(self, step: StepBudget, started: float) -> None:
-        """An image was computed, and waited for."""
-        spent_s = self.now_s() - started
-        # An accelerator has waited for it: none of this is the tokens' time.
-        self._since += spent_s
-        self.image_ms = max(spent_s * 1e3, IMAGE_FORGET * self.image_ms)
-        step.spend(0, spent_s * 1e3)
+    def spent_ms(self, started: Started) -> float:
+        """The engine's own time since then; that of a device is waited for."""
+        if started.event is None:
+            return (self.now_s() - started.at_s) * 1e3
+        ended = self._event()
+        ended.synchronize()
+        return started.event.elapsed_time(ended)
 
     def computed_piece(
-        self, step: StepBudget, tokens: int, start: int, rows: int, started: float
+        self, step: StepBudget, tokens: int, start: int, rows: int, started: Started
     ) -> None:
         """A piece of a prompt was computed or launched: account for its share of the step."""
-        if not self._synchronous:
-            step.spend(tokens, self.pace.predicted_ms(tokens, start, rows))
-            self._launched.append((tokens, start, rows))
+        if self._synchronous:
+            spent_ms = self.spent_ms(started)
+            step.spend(tokens, spent_ms)
+            self.pace.learn(tokens, start, spent_ms, rows)
             return
-        spent_ms = (self.now_s() - started) * 1e3
-        step.spend(tokens, spent_ms)
-        self.pace.learn(tokens, start, spent_ms, rows)
+        step.spend(tokens, self.pace.predicted_ms(tokens, start, rows))
+        if started.event is not None:
+            self._launched.append(_Launched(tokens, start, rows, started.event, self._event()))
+
+    def computed_image(self, step: StepBudget, started: Started) -> None:
+        """An image was computed, and waited for."""
+        spent_ms = self.spent_ms(started)
+        self.image_ms = max(spent_ms, IMAGE_FORGET * self.image_ms)
+        step.spend(0, spent_ms)
 
     def measure(self) -> None:
-        """The tokens of a decode were read: the device has finished everything before it too."""
-        if self._synchronous:
-            return
-        now = self.now_s()
-        spent_ms, self._since = (now - self._since) * 1e3, now
-        if not self._launched:
-            self._decode_ms += DECODE_WEIGHT * (spent_ms - self._decode_ms)
-            return
-        tokens = sum(piece[0] for piece in self._launched)
-        for piece, start, rows in self._launched:
-            self.pace.learn(piece, start, (spent_ms - self._decode_ms) * piece / tokens, rows)
-        self._launched.clear()
+        """Learn what launched pieces took that the device has finished; never waits."""
+        while self._launched and self._launched[0].ended.query():
+            piece = self._launched.popleft()
+            took_ms = piece.begun.elapsed_time(piece.ended)
+            self.pace.learn(piece.tokens, piece.start, took_ms, piece.rows)
+
+    def _event(self) -> torch.Event:
+        """An event behind everything launched so far."""
+        event = torch.Event(self._device, enable_timing=True)
+        event.record(torch.accelerator.current_stream(self._device))
+        return event
+
+
+def _gives_times(device: torch.device) -> bool:
+    try:
+        begun, ended = (torch.Event(device, enable_timing=True) for _ in range(2))
+        for event in (begun, ended):
+            event.record(torch.accelerator.current_stream(device))
+        ended.synchronize()
+        begun.elapsed_time(ended)
+    except Exception as error:
+        log.warning(
+            "%s measures no times (%s): prompts are bounded by prefill_chunk, not by stall_ms",
+            device,
+            error,
+        )
+        return False
+    return True
