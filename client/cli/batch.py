@@ -1,6 +1,7 @@
 """`batch IN.jsonl OUT.jsonl`: answers OpenAI batch lines, many at once, at low priority.
 
-It may be stopped and restarted at any time: lines already answered in OUT are not asked again.
+It may be stopped and restarted at any time: lines already answered in OUT are not asked again. The
+lines run as those of the gateway's batches do, through `client.gateway.batches`.
 """
 
 from __future__ import annotations
@@ -8,17 +9,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from broker.protocol.install import install_hint
 from broker.protocol.options import count, number
-from client import AsyncClient, BusError, InvalidRequest, Retry, Timeout
-from client.cli import arguments as flags, batch_files
-from client.cli.batch_files import Line, Output
+from client import AsyncClient, BusError, InvalidRequest, Timeout
+from client.cli import arguments as flags
 from client.cli.progress import Progress, duration
 from client.cli.terminal import Terminal
+from client.gateway.batches.lines import Line, check, lines
+from client.gateway.batches.output import Output
+from client.gateway.batches.work import Room, work_through
 
 #: The same as OpenAI's `service_tier: flex` at the gateway.
 PRIORITY: Final = -50
@@ -26,7 +29,6 @@ CONCURRENCY: Final = 64
 #: A batch is not in a hurry: it waits longer than a person would.
 _QUEUE_S: Final = 24 * 3600.0
 _RECONNECT_S: Final = 600.0
-_ATTEMPTS: Final = 100
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -34,7 +36,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "batch",
         help="answer a file of OpenAI batch lines",
-        description="Answers every line of IN into OUT, in order of completion. "
+        description="Answers every line of IN into OUT, in order of completion, as the gateway "
+        "would answer it. "
         "Lines whose custom_id is in OUT already are skipped, so that a batch continues where it "
         "stopped. Status: 0 all answered, 1 some failed, now or before, or the bus is away, "
         "130 stopped.",
@@ -92,19 +95,15 @@ def _priority(text: str) -> int:
     return int(value)
 
 
-@dataclass(slots=True)
-class _Tally:
-    """Statistics of this run."""
-
-    answered: int = 0
-    failed: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
 def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Answer the lines that are not answered yet."""
-    wanted = batch_files.check(arguments.input)
+    try:
+        import client.gateway.batches.answering  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise InvalidRequest(
+            f"batch needs {error.name}; install it with: {install_hint('gateway')}"
+        ) from None
+    wanted = _checked(arguments.input)
     if arguments.output.exists() and arguments.output.samefile(arguments.input):
         raise InvalidRequest(
             f"{arguments.output} is also the input; give another file for the answers"
@@ -115,54 +114,71 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         before = len(wanted & output.done)
         if before:
             terminal.notice(f"{before} of {len(wanted)} lines are answered; continuing")
-        tally, started_s = _Tally(), time.monotonic()
+        started_s = time.monotonic()
         try:
             with Progress(terminal, "batch", len(wanted), before) as progress:
-                asyncio.run(_answer_all(arguments, output, progress, tally))
+                asyncio.run(_answer_all(arguments, output, progress))
+            output.sync()
         except (KeyboardInterrupt, BusError):
-            left = len(wanted) - before - tally.answered
+            left = len(wanted - output.done)
             terminal.notice(f"stopped: {left} lines are left; run the same command to continue")
             raise
-    _report(arguments, terminal, tally, output, time.monotonic() - started_s)
-    return 1 if tally.failed or output.failed else 0
+        except OSError as error:
+            raise InvalidRequest(
+                f"{arguments.output}: {error.strerror}; run the same command to continue"
+            ) from None
+    _report(arguments, terminal, output, time.monotonic() - started_s)
+    return 1 if output.tally.failed else 0
+
+
+def _checked(path: Path) -> set[str]:
+    """The ids of the whole input. Raises `InvalidRequest` for any mistake, so that nothing of a
+    faulty file is run."""
+    try:
+        found = check(path)
+    except OSError as error:
+        raise InvalidRequest(f"{path}: {error.strerror}") from None
+    for mistake in found.mistakes:
+        where = "" if mistake.line is None else f", line {mistake.line}"
+        raise InvalidRequest(f"{path}{where}: {mistake.message}")
+    return found.ids
 
 
 def _report(
-    arguments: argparse.Namespace, terminal: Terminal, tally: _Tally, output: Output, took_s: float
+    arguments: argparse.Namespace, terminal: Terminal, output: Output, took_s: float
 ) -> None:
+    now, before = output.written, output.before
+    answered = now.completed + now.failed
     if arguments.json:
         terminal.json(
             {
-                "answered": tally.answered,
-                "failed": tally.failed,
-                "failed_before": output.failed,
-                "prompt_tokens": tally.prompt_tokens,
-                "completion_tokens": tally.completion_tokens,
+                "answered": answered,
+                "failed": now.failed,
+                "failed_before": before.failed,
+                "prompt_tokens": now.prompt_tokens,
+                "completion_tokens": now.completion_tokens,
                 "took_s": round(took_s, 3),
             }
         )
         return
-    if not tally.answered:
-        again = "; --retry-failed retries those" if output.failed else ""
-        terminal.notice(f"nothing to do: all lines are answered, {output.failed} failed{again}")
+    if not answered:
+        again = "; --retry-failed retries those" if before.failed else ""
+        terminal.notice(f"nothing to do: all lines are answered, {before.failed} failed{again}")
         return
-    rate = tally.completion_tokens / max(took_s, 1e-3)
-    failed = f", {tally.failed} of them failed" if tally.failed else ""
+    rate = now.completion_tokens / max(took_s, 1e-3)
+    failed = f", {now.failed} of them failed" if now.failed else ""
     terminal.notice(
-        f"{tally.answered} lines{failed}; {tally.prompt_tokens} prompt tokens, "
-        f"{tally.completion_tokens} answer tokens ({rate:.0f}/s) in {duration(took_s)}"
+        f"{answered} lines{failed}; {now.prompt_tokens} prompt tokens, "
+        f"{now.completion_tokens} answer tokens ({rate:.0f}/s) in {duration(took_s)}"
     )
-    if tally.failed or output.failed:
-        terminal.notice(
-            f"{tally.failed + output.failed} failed in total; --retry-failed retries those"
-        )
+    if output.tally.failed:
+        terminal.notice(f"{output.tally.failed} failed in total; --retry-failed retries those")
 
 
-async def _answer_all(
-    arguments: argparse.Namespace, output: Output, progress: Progress, tally: _Tally
-) -> None:
-    from client.cli.batch_answers import Asking
-    from client.gateway.images import ImagePolicy
+async def _answer_all(arguments: argparse.Namespace, output: Output, progress: Progress) -> None:
+    from client.gateway.batches.answering import RETRY, Doors, Unanswered, gateway_of
+    from client.gateway.config import Config
+    from client.gateway.keys import ANYBODY
 
     async with AsyncClient(
         arguments.broker,
@@ -173,40 +189,31 @@ async def _answer_all(
     ) as bus:
         # Report an absent broker before anything starts.
         await bus.query("bus.version")
-        asking = Asking(
-            bus,
-            Retry(attempts=_ATTEMPTS, backoff_longest=30.0, reconnect=arguments.reconnect),
-            Timeout(
-                connect=max(arguments.reconnect, 0.001), queue=_QUEUE_S, total=arguments.timeout
-            ),
-            arguments.priority,
-            ImagePolicy(allow_remote=arguments.allow_remote_images),
+        doors = Doors(
+            gateway_of(Config(allow_remote_images=arguments.allow_remote_images), bus),
+            retry=replace(RETRY, reconnect=arguments.reconnect),
+            priority=arguments.priority,
         )
-        left = (
-            line for line in batch_files.lines(arguments.input) if line.custom_id not in output.done
+        limits = Timeout(
+            connect=max(arguments.reconnect, 0.001), queue=_QUEUE_S, total=arguments.timeout
         )
-        tasks = [
-            asyncio.create_task(_work(left, asking, output, progress, tally))
-            for _ in range(arguments.concurrency)
-        ]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        room = Room(lambda _: arguments.concurrency)
 
+        async def enter(line: Line) -> None:
+            await room.enter("")
 
-async def _work(
-    left: Iterator[Line], asking: Any, output: Output, progress: Progress, tally: _Tally
-) -> None:
-    from client.cli.batch_answers import answer
+        def leave(line: Line) -> None:
+            room.leave("")
 
-    for line in left:
-        answered = await answer(line, asking)
-        output.write(answered.line)
-        tally.answered += 1
-        tally.failed += answered.failed
-        tally.prompt_tokens += answered.prompt_tokens
-        tally.completion_tokens += answered.completion_tokens
-        progress.advance(failed=answered.failed)
+        async def answer(line: Line) -> None:
+            try:
+                answered = await doors.answer(line, ANYBODY, limits)
+            except Unanswered as error:
+                # No line can succeed any more; what failed is not the line.
+                assert isinstance(error.__cause__, BusError)
+                raise error.__cause__ from None
+            output.write(answered.line)
+            progress.advance(failed=answered.failure is not None)
+
+        left = (line for line in lines(arguments.input) if line.custom_id not in output.done)
+        await work_through(left, enter, answer, leave)

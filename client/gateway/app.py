@@ -27,6 +27,9 @@ from client import AsyncClient, BusError, Timeout
 from client.gateway.accounts import Accounts
 from client.gateway.anthropic.routes import anthropic_routes, shape_for
 from client.gateway.anthropic.signature import Signer
+from client.gateway.batches.folder import Folder
+from client.gateway.batches.jobs import Batches, Jobs
+from client.gateway.batches.routes import batch_routes
 from client.gateway.config import Config, ConfigError
 from client.gateway.context import RequestContext, route
 from client.gateway.errors import ErrorShape, GatewayError, error_response, invalid
@@ -81,6 +84,8 @@ def create_app(config: Config) -> Starlette:
     keys = KeyFile(config.keys, counted) if config.keys is not None else None
     if config.usage is not None:
         Accounts(config.usage).shut()  # what is wrong with it is told before anything is served
+    if config.batch_folder is not None:
+        Folder(config.batch_folder).shut()
     signer = _signer(config)
 
     @contextlib.asynccontextmanager
@@ -108,10 +113,16 @@ def create_app(config: Config) -> Starlette:
             ]
             if accounts is not None:
                 watching.append(asyncio.create_task(accounts.write_loop()))
+            if config.batch_folder is not None:
+                gateway.batches = Batches(Folder(config.batch_folder))
+                jobs = Jobs(gateway, gateway.batches)
+                watching.append(asyncio.create_task(jobs.loop()))
             yield
             for task in watching:
                 task.cancel()
             await asyncio.gather(*watching, return_exceptions=True)
+            if gateway.batches is not None:
+                gateway.batches.shut()
             await store.close()
             await peers.close()
             if accounts is not None:
@@ -169,7 +180,7 @@ def _routes(config: Config) -> list[BaseRoute]:
         route("/bus/live", live),
         route("/bus/drain", drain, "POST"),
     ]
-    routes += [*token_routes(), *scoring_routes(), *ollama_routes()]
+    routes += [*token_routes(), *scoring_routes(), *ollama_routes(), *batch_routes()]
     if not config.no_legacy:
         routes += [*legacy_routes(), *legacy_api_routes()]
     if not config.no_page:

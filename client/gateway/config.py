@@ -103,6 +103,13 @@ def _count(value: str) -> int:
     return number
 
 
+def _at_least_one(value: str) -> int:
+    number = _whole(value)
+    if number < 1:
+        raise ValueError(f"must be 1 or more, got {value}")
+    return number
+
+
 def _words(value: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in value.split(",") if word.strip())
 
@@ -165,6 +172,16 @@ class Config:
     )
     usage: Path | None = _option(
         Path, None, "SQLite file of tokens by key, model and day; gateways may share it", "FILE"
+    )
+    batch_folder: Path | None = _option(
+        Path, None, "folder of batches and their files; serves /v1/batches and /v1/files", "FOLDER"
+    )
+    batch_concurrency: int = _option(
+        _at_least_one, 256, "lines of batches at once; fewer where workers run fewer", "N"
+    )
+    batch_file_bytes: int = _option(_count, 200 << 20, "largest file for a batch, bytes", "N")
+    batch_bytes: int = _option(
+        _count, 16 << 30, "disk for all files of the batch folder, bytes", "N"
     )
     insecure: bool = _option(parse_bool, False, "listen beyond this machine without keys")
     public_url: str | None = _option(_text, None, "URL at which others reach this gateway", "URL")

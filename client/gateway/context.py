@@ -29,10 +29,15 @@ from starlette.types import Message, Receive, Scope, Send
 from broker.protocol.errors import ErrorCode
 from broker.protocol.limits import MAX_NAME_BYTES
 from broker.protocol.tracing import TRACE_KEYS
-from client import AsyncStream, Embeddings, calls as bus_calls
+from client import AsyncStream, Embeddings, Retry, Timeout, calls as bus_calls
 from client.core.events import End
 from client.gateway.bodies import LARGE_BYTES, aside, read_in_steps
-from client.gateway.convert import Generation, cut_to_context, telling_prompt_usage
+from client.gateway.convert import (
+    Generation,
+    cut_to_context,
+    telling_prompt_usage,
+    with_priority,
+)
 from client.gateway.errors import (
     ErrorShape,
     GatewayError,
@@ -44,7 +49,7 @@ from client.gateway.errors import (
 )
 from client.gateway.ids import POSITION_HEADER, REQUEST_ID_HEADER, START_HEADER, request_id_of
 from client.gateway.keys import ANYBODY, Key, Usage
-from client.gateway.openai.generation import RETRY, Batches, Meter, generate
+from client.gateway.openai.generation import PATIENCE, RETRY, Batches, Meter, generate
 from client.gateway.requests import parse
 from client.gateway.sse import KEEP_ALIVE, STATUS_LEFT, STOPPING, EventStream, Source
 from client.gateway.traces import HttpSpan, traced
@@ -103,6 +108,12 @@ class RequestContext:
     failure: GatewayError | None = None
     #: An answer that may outlive this request ends the context instead.
     handed_over: bool = False
+    #: What the bus requests made for this one retry, and their limits where it sets none; None:
+    #: the usual ones.
+    retry: Retry = RETRY
+    limits: Timeout | None = None
+    #: Their priority if the body names none; None: that of everybody.
+    default_priority: int | None = None
     started_s: float = field(default_factory=time.monotonic)
     first_token_s: float | None = None
 
@@ -127,6 +138,8 @@ class RequestContext:
         """Check that the key may use this model at this priority. Raises
         GatewayError(forbidden)."""
         self.model = model
+        if self.default_priority is not None:
+            priority = self.default_priority
         if not self.key.may_use(model):
             raise GatewayError(
                 ErrorCode.FORBIDDEN,
@@ -178,6 +191,8 @@ class RequestContext:
         if self.gateway.accounts is not None:
             # Who leaves before the end has used the prompt as well.
             generations = [telling_prompt_usage(one) for one in generations]
+        if self.default_priority is not None:
+            generations = [with_priority(one, self.default_priority) for one in generations]
         trace = self._trace()
         spans = []
         if self.span is not None:
@@ -192,6 +207,8 @@ class RequestContext:
                 for one, trace in zip(generations, traces, strict=True)
             ],
             self._opened,
+            retry=self.retry,
+            limits=self.limits or PATIENCE,
             spans=spans,
             prompt_field=prompt_field,
             has_enough=has_enough,
@@ -206,9 +223,13 @@ class RequestContext:
     ) -> Embeddings:
         """Vectors of the inputs; the bus requests are recorded under this request's id and span."""
         bus, trace = self.gateway.bus, self._trace()
+        if self.default_priority is not None:
+            options["priority"] = self.default_priority
+        if self.limits is not None:
+            options["timeout"] = self.limits
 
         async def embed(trace: dict[str, str]) -> Embeddings:
-            given = {"retry": RETRY, "trace": trace, **options}
+            given = {"retry": self.retry, "trace": trace, **options}
             return await bus.embeddings_of(
                 await self.aside(bus_calls.embed, bus.defaults, model, inputs, given)
             )
@@ -395,6 +416,8 @@ class RequestContext:
         if isinstance(model, str):
             named = self.gateway.config.served_name(model) if model else await self._only_model()
             body.model = named  # type: ignore[attr-defined]
+        if any(getattr(body, name, None) is not None for name in ("priority", "service_tier")):
+            self.default_priority = None
         return body
 
     async def _only_model(self) -> str:

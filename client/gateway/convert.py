@@ -49,6 +49,7 @@ __all__ = [
     "described",
     "seeded",
     "telling_prompt_usage",
+    "with_priority",
 ]
 
 #: The bus priority for each `service_tier`.
@@ -118,6 +119,11 @@ def telling_prompt_usage(one: Generation) -> Generation:
     """The same, with the prompt's tokens told before the answer."""
     params = msgspec.structs.replace(one.request.params, prompt_usage=True)
     return replace(one, request=msgspec.structs.replace(one.request, params=params))
+
+
+def with_priority(one: Generation, priority: int) -> Generation:
+    """The same, at another priority."""
+    return replace(one, request=msgspec.structs.replace(one.request, priority=priority))
 
 
 def seeded(one: Generation, offset: int) -> Generation:

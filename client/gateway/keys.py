@@ -202,6 +202,11 @@ class KeyFile:
             )
         return key
 
+    def named(self, name: str) -> Key | None:
+        """The key of that name now, for what it began earlier."""
+        self.refresh()
+        return next((key for key in self._keys.values() if key.name == name), None)
+
     def usage(self, key: Key) -> Usage:
         """The usage of a key; it survives edits of the file."""
         return self._usage.setdefault(key.name, Usage())

@@ -70,6 +70,12 @@ class Metrics:
             ("model", "kind"),
             registry=self._registry,
         )
+        self._lines = Counter(
+            "tokenbus_gateway_batch_lines",
+            "Lines of batches that were answered, by outcome.",
+            ("endpoint", "outcome"),
+            registry=self._registry,
+        )
         self._first_token = Histogram(
             "tokenbus_gateway_first_token_seconds",
             "From the request until its first token is sent.",
@@ -128,6 +134,10 @@ class Metrics:
         if context.first_token_s is not None:
             self._first_token.labels(context.model).observe(context.first_token_s)
             self._firsts.append((context.started_s, context.first_token_s))
+
+    def line_answered(self, endpoint: str, completed: bool) -> None:
+        """Count a line of a batch."""
+        self._lines.labels(endpoint, "completed" if completed else "failed").inc()
 
     def recent_first_token_ms(self, now_s: float) -> float | None:
         """Mean over the last minute; None if there was no request."""

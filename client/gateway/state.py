@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from broker.protocol.errors import ErrorCode
 from client import AsyncClient
@@ -22,6 +22,10 @@ from client.gateway.operator_view import Overview
 from client.gateway.peers import Peers
 from client.gateway.reattach import Store
 from client.gateway.refusals import Refusals
+
+if TYPE_CHECKING:
+    # Which runs lines through a gateway.
+    from client.gateway.batches.jobs import Batches
 
 __all__ = ["Gateway"]
 
@@ -38,6 +42,8 @@ class Gateway:
     signer: Signer = field(default_factory=Signer)
     #: Tokens by key; None if they are not counted.
     accounts: Accounts | None = None
+    #: Files and batches; None if there is no folder for them.
+    batches: Batches | None = None
     metrics: Metrics = field(default_factory=Metrics)
     #: Wall clock, seconds: the `created` of models.
     started_at: int = field(default_factory=lambda: int(time.time()))

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from openai.types import Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
+from openai.types.responses import Response
 from PIL import Image
 
 from client.__main__ import main
@@ -327,18 +328,46 @@ def test_no_line_is_lost_if_the_broker_is_killed_during_the_run(
         assert files.body(name)["choices"][0]["message"]["content"] == f"say {name}"
 
 
-def test_the_command_works_without_the_extra_gateway() -> None:
+def test_max_tokens_beyond_the_room_is_cut_as_the_gateway_cuts_it(
+    make_bus: Callable[..., Bus], files: Files
+) -> None:
+    bus = make_bus(context_tokens=64)
+    files.ask(line("a", max_tokens=32_000, messages=[{"role": "user", "content": "x" * 20}]))
+    assert main(["batch", str(files.input), str(files.output), "--broker", bus.front]) == 0
+    assert files.body("a")["choices"][0]["message"]["content"] == "x" * 20
+
+
+def test_a_line_is_answered_as_the_door_answers_it(batch: Batch, files: Files) -> None:
+    hello = [{"role": "user", "content": "say hello"}]
+    files.ask(
+        line("ids", messages=hello, return_token_ids=True),
+        line("response", "/v1/responses", input="say hello"),
+        line("background", "/v1/responses", input="say hello", background=True),
+    )
+    assert batch() == 1
+    chat = files.body("ids")
+    assert chat["choices"][0]["token_ids"] and chat["prompt_token_ids"]
+    assert chat["system_fingerprint"]
+    response = Response.model_validate(files.body("response"), strict=True)
+    assert response.output_text == "say hello" and response.usage is not None
+    assert files.error("background")[1]["param"] == "background"
+
+
+def test_without_the_extra_gateway_the_command_says_what_to_install(tmp_path: Path) -> None:
     program = """
 import sys
 for name in ("openai", "starlette", "uvicorn", "prometheus_client", "pydantic", "rich"):
     sys.modules[name] = None
-import client.cli.batch, client.cli.batch_answers
+from client.__main__ import main
+sys.exit(main(["batch", "in.jsonl", "out.jsonl"]))
 """
     done = subprocess.run(
         [sys.executable, "-c", program],
-        cwd=ROOT,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 2 and "[gateway]" in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())

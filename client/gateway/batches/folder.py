@@ -1,0 +1,342 @@
+"""The folder of files and batches: a small SQLite file about them, and one file for each.
+
+    FOLDER/batches.db        what is known of files and batches
+    FOLDER/files/file-ID     an input, or the answers of a batch, from their first line on
+    FOLDER/uploads/          files that arrive
+    FOLDER/lock              held by the gateway that runs the batches
+
+A file is in the folder, whole and on the disk, before the database names it, and out of the
+database before it is deleted: whatever ends a gateway leaves at most a file that nobody names,
+which is removed a day later. Several gateways on one machine may share a folder. Paths are made
+from ids that the database knows, never from what a caller sent. Must never be used by two threads
+at once; `Batches` sees to that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from client.gateway.batches.records import OPEN, FileObject, Job
+from client.gateway.config import ConfigError
+
+__all__ = ["Folder", "FolderError", "NotHere"]
+
+T = TypeVar("T")
+
+_VERSION: Final = 1
+#: For another gateway that writes.
+_BUSY_S: Final = 10.0
+#: A file that nobody names may be one that another gateway is about to name.
+_ABANDONED_S: Final = 24 * 3600
+
+_TABLES: Final = """
+CREATE TABLE IF NOT EXISTS files (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL,
+    purpose TEXT NOT NULL, bytes INTEGER NOT NULL, expires_at INTEGER, shown BLOB NOT NULL
+);
+CREATE TABLE IF NOT EXISTS batches (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL,
+    status TEXT NOT NULL, input TEXT NOT NULL, output TEXT NOT NULL, error TEXT NOT NULL,
+    expires_at INTEGER NOT NULL, job BLOB NOT NULL
+);
+CREATE INDEX IF NOT EXISTS batches_by_status ON batches (status);
+"""
+_ARE_OPEN: Final = f"status IN ({', '.join(map(repr, OPEN))})"
+
+_JOB: Final = msgspec.json.Decoder(Job)
+_FILE: Final = msgspec.json.Decoder(FileObject)
+
+
+class FolderError(ConfigError):
+    """The folder cannot be used; the message says where and why."""
+
+
+class NotHere(Exception):
+    """No file or batch of that id, for that key."""
+
+
+class Folder:
+    """One gateway's view of the folder."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises FolderError."""
+        self.path = path
+        try:
+            for one in (path, path / "files", path / "uploads"):
+                one.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._database = sqlite3.connect(
+                path / "batches.db",
+                timeout=_BUSY_S,
+                check_same_thread=False,
+                isolation_level=None,
+            )
+            with self._writing() as cursor:
+                [(version,)] = cursor.execute("PRAGMA user_version")
+                if version > _VERSION:
+                    raise FolderError(
+                        f"--batch-folder {path} was written by a newer release (version {version})"
+                    )
+                for table in _TABLES.split(";"):
+                    cursor.execute(table)
+                cursor.execute(f"PRAGMA user_version = {_VERSION}")
+        except OSError as error:
+            raise FolderError(f"--batch-folder {path}: {error.strerror}") from None
+        except sqlite3.Error as error:
+            raise FolderError(f"--batch-folder {path}: {error}") from None
+
+    def shut(self) -> None:
+        """Close the database."""
+        self._database.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[sqlite3.Cursor]:
+        """A transaction, which sees what others wrote and lets nobody write beside it."""
+        cursor = self._database.cursor()
+        cursor.execute("BEGIN IMMEDIATE")
+        try:
+            yield cursor
+        except BaseException:
+            cursor.execute("ROLLBACK")
+            raise
+        cursor.execute("COMMIT")
+
+    def _rows(self, query: str, *values: Any) -> list[Any]:
+        return self._database.execute(query, values).fetchall()
+
+    # --- the lock ---
+
+    def lock(self) -> Callable[[], None] | None:
+        """Become the one that runs the batches; returns what ends that, or None if another gateway
+        does it. A process that ends gives it up, however it ends."""
+        file = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            return None
+        return lambda: os.close(file)
+
+    # --- files ---
+
+    def path_of(self, id_: str) -> Path:
+        """Where a file is, by an id of this folder."""
+        return self.path / "files" / id_
+
+    def upload_path(self, id_: str) -> Path:
+        """Where a file is while it arrives."""
+        return self.path / "uploads" / id_
+
+    def used_bytes(self) -> int:
+        """Of all files."""
+        [(used,)] = self._rows("SELECT COALESCE(SUM(bytes), 0) FROM files")
+        return int(used)
+
+    def add_file(self, file: FileObject, owner: str) -> None:
+        """Keep what arrived whole at `upload_path`."""
+        arrived = self.upload_path(file.id)
+        _sync(arrived)
+        arrived.rename(self.path_of(file.id))
+        self.sync_names()
+        with self._writing() as cursor:
+            _insert_file(cursor, file, owner)
+
+    def file(self, id_: str, owner: str, now: int) -> FileObject:
+        """A file of this key. Raises NotHere."""
+        rows = self._rows(
+            "SELECT shown FROM files WHERE id = ? AND owner = ? "
+            "AND (expires_at IS NULL OR expires_at > ?)",
+            *(id_, owner, now),
+        )
+        if not rows:
+            raise NotHere
+        return _FILE.decode(rows[0][0])
+
+    def files(
+        self,
+        owner: str,
+        now: int,
+        *,
+        after: str | None,
+        limit: int,
+        newest_first: bool,
+        purpose: str | None,
+    ) -> list[FileObject]:
+        """Files of this key behind `after`. Raises NotHere for an `after` that is none of them."""
+        rows = self._page(
+            "files",
+            "shown",
+            owner,
+            after,
+            limit,
+            newest_first,
+            "(expires_at IS NULL OR expires_at > ?) AND (? IS NULL OR purpose = ?)",
+            (now, purpose, purpose),
+        )
+        return [_FILE.decode(row) for row in rows]
+
+    def _page(
+        self,
+        table: str,
+        column: str,
+        owner: str,
+        after: str | None,
+        limit: int,
+        newest_first: bool,
+        condition: str = "1",
+        values: Sequence[Any] = (),
+    ) -> list[bytes]:
+        behind, order = ("<", "DESC") if newest_first else (">", "ASC")
+        place = None
+        if after is not None:
+            found = self._rows(
+                f"SELECT seq FROM {table} WHERE id = ? AND owner = ?", *(after, owner)
+            )
+            if not found:
+                raise NotHere
+            place = found[0][0]
+        rows = self._rows(
+            f"SELECT {column} FROM {table} WHERE owner = ? AND (? IS NULL OR seq {behind} ?) "
+            f"AND {condition} ORDER BY seq {order} LIMIT ?",
+            *(owner, place, place, *values, limit),
+        )
+        return [row[0] for row in rows]
+
+    def delete_file(self, id_: str, owner: str) -> str | None:
+        """Delete a file of this key, unless a batch that is not over reads it: then its id is
+        returned. Raises NotHere."""
+        with self._writing() as cursor:
+            found = cursor.execute(
+                "SELECT 1 FROM files WHERE id = ? AND owner = ?", (id_, owner)
+            ).fetchone()
+            if found is None:
+                raise NotHere
+            in_use = cursor.execute(
+                f"SELECT id FROM batches WHERE input = ? AND {_ARE_OPEN}", (id_,)
+            ).fetchone()
+            if in_use is not None:
+                return str(in_use[0])
+            cursor.execute("DELETE FROM files WHERE id = ?", (id_,))
+        self.path_of(id_).unlink(missing_ok=True)
+        return None
+
+    def sync_names(self) -> None:
+        """Returns when the disk has the names of all files."""
+        _sync(self.path / "files")
+
+    # --- batches ---
+
+    def add_job(self, job: Job, most_open: int) -> bool:
+        """Keep a new batch; False if its key has so many that are not over. Raises NotHere if the
+        input is gone."""
+        batch = job.batch
+        with self._writing() as cursor:
+            found = cursor.execute(
+                "SELECT 1 FROM files WHERE id = ? AND owner = ? AND purpose = 'batch'",
+                (batch.input_file_id, job.owner),
+            ).fetchone()
+            if found is None:
+                raise NotHere
+            [(count,)] = cursor.execute(
+                f"SELECT COUNT(*) FROM batches WHERE owner = ? AND {_ARE_OPEN}", (job.owner,)
+            )
+            if count >= most_open:
+                return False
+            cursor.execute(
+                "INSERT INTO batches (id, owner, status, input, output, error, expires_at, job) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    *(batch.id, job.owner, batch.status, batch.input_file_id),
+                    *(job.output_id, job.error_id, batch.expires_at, msgspec.json.encode(job)),
+                ),
+            )
+        return True
+
+    def job(self, id_: str, owner: str | None = None) -> Job:
+        """A batch, of this key if one is given. Raises NotHere."""
+        rows = self._rows(
+            "SELECT job FROM batches WHERE id = ?1 AND (?2 IS NULL OR owner = ?2)", id_, owner
+        )
+        if not rows:
+            raise NotHere
+        return _JOB.decode(rows[0][0])
+
+    def jobs(self, owner: str, *, after: str | None, limit: int) -> list[Job]:
+        """Batches of this key behind `after`, the newest first. Raises NotHere for an `after` that
+        is none of them."""
+        rows = self._page("batches", "job", owner, after, limit, newest_first=True)
+        return [_JOB.decode(row) for row in rows]
+
+    def open_jobs(self) -> list[tuple[str, str, int]]:
+        """Id, status and deadline of the batches that are not over, the oldest first."""
+        return self._rows(
+            f"SELECT id, status, expires_at FROM batches WHERE {_ARE_OPEN} ORDER BY seq"
+        )
+
+    def change(
+        self, id_: str, change: Callable[[Job], None], files: Sequence[FileObject] = ()
+    ) -> Job:
+        """Change a batch as it is now, and name `files` that are there, all or nothing. What
+        `change` raises leaves everything as it was. Raises NotHere."""
+        with self._writing() as cursor:
+            row = cursor.execute("SELECT job FROM batches WHERE id = ?", (id_,)).fetchone()
+            if row is None:
+                raise NotHere
+            job = _JOB.decode(row[0])
+            change(job)
+            cursor.execute(
+                "UPDATE batches SET status = ?, job = ? WHERE id = ?",
+                (job.batch.status, msgspec.json.encode(job), id_),
+            )
+            for file in files:
+                _insert_file(cursor, file, job.owner)
+        return job
+
+    # --- tidying ---
+
+    def tidy(self, now: int) -> None:
+        """Delete files whose time is over, and those that nobody named for a day. Only for the
+        gateway that holds the lock."""
+        gone = self._rows(
+            "SELECT id, owner FROM files WHERE expires_at IS NOT NULL AND expires_at <= ?", now
+        )
+        for id_, owner in gone:
+            with contextlib.suppress(NotHere):
+                self.delete_file(id_, owner)
+        named = {row[0] for row in self._rows("SELECT id FROM files")}
+        for row in self._rows(f"SELECT output, error FROM batches WHERE {_ARE_OPEN}"):
+            named.update(row)
+        for folder in ("files", "uploads"):
+            for path in (self.path / folder).iterdir():
+                if path.name in named:
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - path.stat().st_mtime > _ABANDONED_S:
+                        path.unlink()
+
+
+def _insert_file(cursor: sqlite3.Cursor, file: FileObject, owner: str) -> None:
+    cursor.execute(
+        "INSERT INTO files (id, owner, purpose, bytes, expires_at, shown) "
+        "VALUES (?, ?, ?, ?, ?, ?)",
+        (
+            *(file.id, owner, file.purpose, file.bytes, file.expires_at),
+            msgspec.json.encode(file),
+        ),
+    )
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

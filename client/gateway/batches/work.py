@@ -1,0 +1,128 @@
+"""Works through the lines of a batch: as many at once as there is room for, each started once.
+
+Knows neither the bus nor an API.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from itertools import islice
+from typing import Final
+
+from client.gateway.batches.lines import Line
+
+__all__ = ["Room", "work_through"]
+
+#: Lines read from the file in one step, in another thread.
+_READ_LINES: Final = 16
+
+
+class Room:
+    """Counts what is in flight under each name; who comes when a name is at its limit waits, first
+    come first served."""
+
+    def __init__(self, limit: Callable[[str], int]) -> None:
+        """`limit`: how many a name may have in flight now; `look` must follow when that rises."""
+        self._limit = limit
+        self._inside: dict[str, int] = {}
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+
+    def inside(self, name: str) -> int:
+        """How many are in flight."""
+        return self._inside.get(name, 0)
+
+    async def enter(self, name: str) -> None:
+        """Wait for room. `leave` must follow."""
+        queue = self._waiting.setdefault(name, deque())
+        if not queue and self.inside(name) < self._limit(name):
+            self._inside[name] = self.inside(name) + 1
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        queue.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.leave(name)
+            elif turn in queue:
+                queue.remove(turn)
+            raise
+
+    def leave(self, name: str) -> None:
+        """One is over."""
+        self._inside[name] -= 1
+        self._admit(name)
+
+    def look(self) -> None:
+        """Limits have changed."""
+        for name in list(self._waiting):
+            self._admit(name)
+
+    def _admit(self, name: str) -> None:
+        queue = self._waiting.get(name)
+        while queue and self.inside(name) < self._limit(name):
+            turn = queue.popleft()
+            if not turn.done():
+                self._inside[name] = self.inside(name) + 1
+                turn.set_result(None)
+        if not queue:
+            self._waiting.pop(name, None)
+            if not self.inside(name):
+                self._inside.pop(name, None)
+
+
+async def work_through(
+    lines: Iterator[Line],
+    enter: Callable[[Line], Awaitable[None]],
+    answer: Callable[[Line], Awaitable[None]],
+    leave: Callable[[Line], None],
+) -> None:
+    """Start `answer` for every line once `enter` returned for it; returns when all are answered.
+
+    `leave` is called for every line that entered, however its answer ended. The first failure ends
+    what runs, and is raised; so does cancellation.
+    """
+    running: set[asyncio.Task[None]] = set()
+    failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def ended(line: Line, task: asyncio.Task[None]) -> None:
+        running.discard(task)
+        leave(line)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not failed.done():
+            failed.set_exception(error)
+
+    async def feed() -> None:
+        while some := await asyncio.to_thread(_some, lines):
+            for line in some:
+                await enter(line)
+                task = asyncio.ensure_future(_run(answer, line))
+                running.add(task)
+                task.add_done_callback(partial(ended, line))
+        while running:
+            await asyncio.wait(set(running))
+
+    feeding = asyncio.create_task(feed())
+    try:
+        await asyncio.wait({feeding, failed}, return_when=asyncio.FIRST_COMPLETED)
+        if failed.done():
+            failed.result()
+        feeding.result()
+    finally:
+        feeding.cancel()
+        for task in running:
+            task.cancel()
+        await asyncio.gather(feeding, *running, return_exceptions=True)
+        if failed.done():
+            failed.exception()  # seen
+
+
+async def _run(answer: Callable[[Line], Awaitable[None]], line: Line) -> None:
+    await answer(line)
+
+
+def _some(lines: Iterator[Line]) -> list[Line]:
+    return list(islice(lines, _READ_LINES))
