@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
@@ -23,7 +24,7 @@ from starlette.routing import BaseRoute, Match, Route
 
 from broker.protocol.errors import ErrorCode
 from broker.protocol.tracing import make_tracer
-from client import AsyncClient, BusError, Timeout
+from client import AsyncClient, BusError, Limits, Timeout
 from client.gateway.accounts import Accounts
 from client.gateway.anthropic.routes import anthropic_routes, shape_for
 from client.gateway.anthropic.signature import Signer
@@ -90,13 +91,7 @@ def create_app(config: Config) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with AsyncClient(
-            list(config.broker) or None,
-            name="gateway",
-            server_key=config.server_key,
-            key_file=config.key_file,
-            timeout=Timeout(first_token=None, between_tokens=None),
-        ) as bus:
+        async with _client(config, "gateway") as bus:
             store = Store(config.store_entries, config.store_bytes)
             tracer = make_tracer("tokenbus-gateway")
             peers = Peers(config.peers, 4 * config.keep_alive_s)
@@ -115,8 +110,7 @@ def create_app(config: Config) -> Starlette:
                 watching.append(asyncio.create_task(accounts.write_loop()))
             if config.batch_folder is not None:
                 gateway.batches = Batches(Folder(config.batch_folder))
-                jobs = Jobs(gateway, gateway.batches)
-                watching.append(asyncio.create_task(jobs.loop()))
+                watching.append(asyncio.create_task(_run_batches(gateway, gateway.batches)))
             yield
             for task in watching:
                 task.cancel()
@@ -133,6 +127,25 @@ def create_app(config: Config) -> Starlette:
         lifespan=lifespan,
         middleware=_middleware(config),
         exception_handlers={HTTPException: _not_here, Exception: _failed},
+    )
+
+
+async def _run_batches(gateway: Gateway, batches: Batches) -> None:
+    """Until cancelled. Lines have a connection of their own, so that nobody's request waits for
+    theirs before it is at the broker."""
+    config = gateway.config
+    async with _client(config, "batches", Limits(inflight=config.batch_concurrency)) as bus:
+        await Jobs(replace(gateway, bus=bus), batches).loop()
+
+
+def _client(config: Config, name: str, limits: Limits | None = None) -> AsyncClient:
+    return AsyncClient(
+        list(config.broker) or None,
+        name=name,
+        server_key=config.server_key,
+        key_file=config.key_file,
+        limits=limits,
+        timeout=Timeout(first_token=None, between_tokens=None),
     )
 
 

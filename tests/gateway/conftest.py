@@ -72,8 +72,12 @@ def running_gateway(bus: Bus, *options: str) -> Iterator[GatewayProcess]:
 
 
 @pytest.fixture(scope="session")
-def shared_gateway(shared_bus: Bus) -> Iterator[GatewayProcess]:
-    with running_gateway(shared_bus, "--keep-alive-s", "0.2") as gateway:
+def shared_gateway(
+    shared_bus: Bus, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[GatewayProcess]:
+    folder = str(tmp_path_factory.mktemp("batches"))
+    options = ("--keep-alive-s", "0.2", "--batch-folder", folder)
+    with running_gateway(shared_bus, *options) as gateway:
         yield gateway
 
 

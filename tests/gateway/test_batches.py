@@ -279,8 +279,8 @@ def test_a_file_is_deleted_unless_a_batch_reads_it(caller: Caller) -> None:
         caller.sdk.files.content(batch.input_file_id)
 
 
-def test_without_a_folder_the_doors_say_how_to_switch_them_on(gateway: GatewayProcess) -> None:
-    with gateway.http() as http:
+def test_without_a_folder_the_doors_say_how_to_switch_them_on(make_gateway: Make) -> None:
+    with make_gateway().http() as http:
         for method, path in (
             ("GET", "/v1/files"),
             ("POST", "/v1/batches"),
@@ -569,6 +569,14 @@ def test_a_folder_that_is_none_is_told(tmp_path: Path, bus: Bus) -> None:
     (tmp_path / "other" / "batches.db").write_text("no database" * 100)
     with pytest.raises(FolderError, match="not a database"):
         Folder(tmp_path / "other")
+
+
+def test_a_folder_that_is_lost_is_told(caller: Caller, folder: Path) -> None:
+    (folder / "uploads").rmdir()
+    with pytest.raises(openai.APIStatusError) as caught:
+        caller.upload(b"{}")
+    assert caught.value.status_code == 507
+    assert "folder of batches cannot be used" in caught.value.message
 
 
 def test_files_expire(caller: Caller) -> None:

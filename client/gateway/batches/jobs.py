@@ -195,6 +195,9 @@ class Jobs:
             log.info("runs the batches of this folder")
             try:
                 await self._run_all()
+            except Exception:
+                log.exception("the batches are begun anew")
+                await asyncio.sleep(_PAUSE_S)
             finally:
                 await self._end_all()
                 release()

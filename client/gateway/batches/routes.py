@@ -7,6 +7,8 @@ caller sent: ids are looked up.
 from __future__ import annotations
 
 import asyncio
+import logging
+import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ from client.gateway.batches.records import (
     window_s,
 )
 from client.gateway.batches.uploads import Upload
-from client.gateway.context import RequestContext, route
+from client.gateway.context import Handler, RequestContext, route
 from client.gateway.errors import GatewayError, invalid, too_large
 from client.gateway.openai.answers import new_id
 from client.gateway.requests import converted, number_of
@@ -38,6 +40,8 @@ from client.gateway.requests import converted, number_of
 __all__ = ["batch_routes"]
 
 T = TypeVar("T")
+
+log = logging.getLogger("tokenbus.gateway")
 
 MAX_OPEN: Final = 100
 """Batches of one key that are not over."""
@@ -53,17 +57,39 @@ _BATCHES_PAGE: Final = 100
 
 def batch_routes() -> list[BaseRoute]:
     """The paths."""
-    return [
-        route("/v1/files", upload_file, "POST", counted=True),
-        route("/v1/files", list_files),
-        route("/v1/files/{id}", get_file),
-        route("/v1/files/{id}", delete_file, "DELETE"),
-        route("/v1/files/{id}/content", file_content),
-        route("/v1/batches", create_batch, "POST", counted=True),
-        route("/v1/batches", list_batches),
-        route("/v1/batches/{id}", get_batch),
-        route("/v1/batches/{id}/cancel", cancel_batch, "POST"),
+    found: list[tuple[str, str, Handler]] = [
+        ("GET", "/v1/files", list_files),
+        ("GET", "/v1/files/{id}", get_file),
+        ("DELETE", "/v1/files/{id}", delete_file),
+        ("GET", "/v1/files/{id}/content", file_content),
+        ("GET", "/v1/batches", list_batches),
+        ("GET", "/v1/batches/{id}", get_batch),
+        ("POST", "/v1/batches/{id}/cancel", cancel_batch),
     ]
+    return [
+        route("/v1/files", _on_disk(upload_file), "POST", counted=True),
+        route("/v1/batches", _on_disk(create_batch), "POST", counted=True),
+        *(route(path, _on_disk(handler), method) for method, path, handler in found),
+    ]
+
+
+def _on_disk(handler: Handler) -> Handler:
+    """The handler, with failures of the disk told as what they are."""
+
+    async def answer(context: RequestContext) -> Response:
+        try:
+            return await handler(context)
+        except (sqlite3.Error, OSError) as error:
+            log.error("the folder of batches cannot be used: %s", error)
+            cause = error.strerror if isinstance(error, OSError) else str(error)
+            raise GatewayError(
+                ErrorCode.ENGINE_ERROR,
+                f"The folder of batches cannot be used now: {cause}.",
+                status=507,
+                retryable=True,
+            ) from None
+
+    return answer
 
 
 def _batches(context: RequestContext) -> Batches:
@@ -134,6 +160,7 @@ async def _receive(
     """The whole body; raises GatewayError, among others where the folder has no room."""
     pending: list[bytes] = []
     held_bytes, arrived_bytes = 0, 0
+    limit_bytes = context.gateway.config.batch_file_bytes
 
     async def write() -> None:
         nonlocal held_bytes
@@ -155,6 +182,8 @@ async def _receive(
                     f"{context.gateway.config.batch_bytes} bytes that they have; delete some.",
                     param="file",
                 )
+            if arrived_bytes > limit_bytes + _FORM_BYTES:
+                raise too_large("file", f"The body is beyond the {limit_bytes} bytes of a file.")
             if held_bytes >= _WRITE_BYTES:
                 await write()
         await write()

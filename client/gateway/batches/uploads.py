@@ -17,6 +17,7 @@ __all__ = ["Upload"]
 #: Of a field that is not the file, and of their number.
 _FIELD_BYTES: Final = 1024
 _FIELDS: Final = 16
+_HEADER_BYTES: Final = 8192
 _NAME_CHARACTERS: Final = 255
 
 
@@ -88,10 +89,15 @@ class Upload:
         self._value = bytearray()
 
     def _header_name(self, data: bytes, start: int, end: int) -> None:
-        self._header_parts[0] += data[start:end]
+        self._add_to_header(0, data[start:end])
 
     def _header_value(self, data: bytes, start: int, end: int) -> None:
-        self._header_parts[1] += data[start:end]
+        self._add_to_header(1, data[start:end])
+
+    def _add_to_header(self, place: int, data: bytes) -> None:
+        self._header_parts[place] += data
+        if len(self._header_parts[place]) > _HEADER_BYTES:
+            raise too_large(None, f"A header of the form is beyond {_HEADER_BYTES} bytes.")
 
     def _header(self) -> None:
         name, value = self._header_parts

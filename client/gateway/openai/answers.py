@@ -1,8 +1,7 @@
 """Collects the bus's events into answers, before an API gives them its form: choices, ids, seeds,
 vectors.
 
-Shared by the gateway's endpoints and by `python -m client batch`, so it must not import what only
-the extra `gateway` installs.
+Shared by the gateway's endpoints. Must never import what only the extra `gateway` installs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Log probabilities of a text in the form of OpenAI's completions, for every API that has them.
 
-Never imports what only the extra `gateway` installs: `python -m client batch` uses it too.
+Never imports what only the extra `gateway` installs.
 """
 
 from __future__ import annotations

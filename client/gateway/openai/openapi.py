@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from client import __version__
 from client.gateway.anthropic.bodies import CountTokensRequest, MessagesRequest
+from client.gateway.batches.records import BatchRequest
 from client.gateway.context import RequestContext
 from client.gateway.ids import KEPT_ID
 from client.gateway.ollama.bodies import (
@@ -48,6 +49,7 @@ _TAKES = {
     ("post", "/v1/systemone"): (SystemOneRequest, "Answer typed questions with probabilities."),
     ("post", "/v1/responses"): (ResponseRequest, "Answer an input."),
     ("post", "/v1/responses/input_tokens"): (InputTokensRequest, "Count the tokens of an input."),
+    ("post", "/v1/batches"): (BatchRequest, "Begin a batch over a file of requests."),
     ("post", "/v1/rerank"): (RerankRequest, "Order documents by relevance."),
     ("post", "/v1/score"): (ScoreRequest, "Score pairs of texts."),
     ("post", "/v1/classify"): (ClassifyRequest, "Label texts."),
@@ -76,6 +78,13 @@ _TAKES_NOTHING = {
     ("delete", "/v1/responses/{id}"): "Forget a response.",
     ("post", "/v1/responses/{id}/cancel"): "Stop a response in the background.",
     ("get", "/v1/responses/{id}/input_items"): "The input of a response.",
+    ("get", "/v1/files"): "The key's files, the newest first.",
+    ("get", "/v1/files/{id}"): "One file.",
+    ("delete", "/v1/files/{id}"): "Delete a file.",
+    ("get", "/v1/files/{id}/content"): "The bytes of a file.",
+    ("get", "/v1/batches"): "The key's batches, the newest first.",
+    ("get", "/v1/batches/{id}"): "One batch.",
+    ("post", "/v1/batches/{id}/cancel"): "Run no further lines of a batch.",
     ("get", "/api/tags"): "Ollama's API: the models of the bus.",
     ("get", "/api/ps"): "Ollama's API: the models that are ready.",
     ("get", "/api/version"): "Ollama's API: the release that it follows.",
@@ -101,11 +110,32 @@ _QUERY: dict[str, dict[str, dict[str, Any]]] = {
         "order": {"enum": ["asc", "desc"], "default": "desc"},
         "include": _INCLUDE,
     },
+    "/v1/files": {
+        "after": {"type": "string"},
+        "limit": {"type": "integer", "minimum": 1, "maximum": 10_000, "default": 10_000},
+        "order": {"enum": ["asc", "desc"], "default": "desc"},
+        "purpose": {"type": "string"},
+    },
+    "/v1/batches": {
+        "after": {"type": "string"},
+        "limit": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20},
+    },
     "/v1/usage": {
         "days": {"type": "integer", "minimum": 1, "maximum": 3660, "default": 31},
         "key": {"type": "string"},
     },
     "/metrics": {"scope": {"enum": ["all", "gateway"], "default": "all"}},
+}
+#: Of a file that is sent.
+_FORM = {
+    "type": "object",
+    "required": ["file", "purpose"],
+    "properties": {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"enum": ["batch"]},
+        "expires_after[anchor]": {"enum": ["created_at"]},
+        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2_592_000},
+    },
 }
 _ERROR = {
     "type": "object",
@@ -176,6 +206,10 @@ def _document() -> bytes:
     for (method, path), words in _TAKES_NOTHING.items():
         query = _QUERY.get(path, {}) if method == "get" else {}
         paths.setdefault(path, {})[method] = _operation(path, words, query)
+    paths["/v1/files"]["post"] = {
+        **_operation("/v1/files", "Keep a file of batch lines.", {}),
+        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}},
+    }
     return msgspec.json.encode(
         {
             "openapi": "3.1.0",
@@ -206,6 +240,8 @@ def _error_at(path: str) -> str:
 
 def _operation(path: str, words: str, query: dict[str, dict[str, Any]]) -> dict[str, Any]:
     media = ["text/plain"] if path in ("/health", "/metrics") else ["application/json"]
+    if path.endswith("/content"):
+        media = ["application/octet-stream"]
     if path.startswith(("/v1/chat", "/v1/completions", "/v1/responses", "/v1/messages")):
         media.append("text/event-stream")
     of_ollama = path.startswith("/api/")
@@ -230,7 +266,7 @@ def _operation(path: str, words: str, query: dict[str, dict[str, Any]]) -> dict[
     parameters = [{"name": name, "in": "query", "schema": schema} for name, schema in query.items()]
     if "{id}" in path:
         schema: dict[str, Any] = {"type": "string"}
-        if path != "/v1/models/{id}":
+        if not path.startswith(("/v1/models/", "/v1/files/", "/v1/batches/")):
             schema["pattern"] = f"^{KEPT_ID}$"
         parameters.append({"name": "id", "in": "path", "required": True, "schema": schema})
     if parameters:
