@@ -90,7 +90,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def caller(make_gateway: Make, folder: Path) -> Caller:
+def caller(gateway: GatewayProcess) -> Caller:
+    """At the shared gateway, which has a folder too."""
+    return Caller(gateway)
+
+
+@pytest.fixture
+def alone(make_gateway: Make, folder: Path) -> Caller:
+    """At a gateway of the test's own, over `folder`."""
     return Caller(make_gateway("--batch-folder", str(folder)))
 
 
@@ -204,10 +211,10 @@ def test_a_wrong_file_is_refused_with_its_lines_and_nothing_runs(caller: Caller)
     assert empty.errors and empty.errors.data and empty.errors.data[0].code == "empty_file"
 
 
-def test_requests_that_cannot_be_served_name_their_field(caller: Caller) -> None:
-    file = caller.upload(jsonl(line("a")))
+def test_requests_that_cannot_be_served_name_their_field(alone: Caller, folder: Path) -> None:
+    file = alone.upload(jsonl(line("a")))
     good = {"input_file_id": file.id, "endpoint": CHAT, "completion_window": "24h"}
-    with caller.gateway.http() as http:
+    with alone.gateway.http() as http:
         for field, value in (
             ("input_file_id", "file-none"),
             ("input_file_id", "../../etc/passwd"),
@@ -239,18 +246,13 @@ def test_requests_that_cannot_be_served_name_their_field(caller: Caller) -> None
             "/v1/files", files=upload, data={"purpose": "batch"}, headers={"origin": "http://evil"}
         )
         assert by_page.status_code == 403
-    assert [one.id for one in caller.sdk.files.list()] == [file.id]
-    assert not list((Path(_folder(caller)) / "uploads").iterdir())
+    assert [one.id for one in alone.sdk.files.list()] == [file.id]
+    assert not list((folder / "uploads").iterdir())
 
 
-def _folder(caller: Caller) -> str:
-    arguments = caller.gateway.process.command
-    return arguments[arguments.index("--batch-folder") + 1]
-
-
-def test_lists_come_in_pages(caller: Caller) -> None:
-    files = [caller.upload(jsonl(line("a"))).id for _ in range(5)]
-    sdk = caller.sdk
+def test_lists_come_in_pages(alone: Caller) -> None:
+    files = [alone.upload(jsonl(line("a"))).id for _ in range(5)]
+    sdk = alone.sdk
     assert [one.id for one in sdk.files.list(limit=2)] == files[::-1]
     assert [one.id for one in sdk.files.list(limit=2, order="asc")] == files
     first = sdk.files.list(limit=2)
@@ -265,7 +267,7 @@ def test_lists_come_in_pages(caller: Caller) -> None:
         sdk.batches.list(after="batch_none")
     assert caught.value.param == "after"
     for batch in sdk.batches.list():
-        caller.over(batch)
+        alone.over(batch)
 
 
 def test_a_file_is_deleted_unless_a_batch_reads_it(caller: Caller) -> None:
@@ -544,19 +546,19 @@ def test_files_have_bounds(make_gateway: Make, folder: Path) -> None:
     assert not list((folder / "uploads").iterdir())
 
 
-def test_an_upload_that_breaks_off_leaves_nothing(caller: Caller, folder: Path) -> None:
+def test_an_upload_that_breaks_off_leaves_nothing(alone: Caller, folder: Path) -> None:
     def part() -> Iterator[bytes]:
         yield b'--b\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\n'
         yield b"x" * 3_000_000
         raise ConnectionError("gone")
 
-    with caller.gateway.http() as http, pytest.raises(ConnectionError):
+    with alone.gateway.http() as http, pytest.raises(ConnectionError):
         http.post(
             "/v1/files", content=part(), headers={"content-type": "multipart/form-data; boundary=b"}
         )
     wait_until(lambda: not list((folder / "uploads").iterdir()), "the part is removed")
-    assert not list(caller.sdk.files.list())
-    assert httpx.get(f"{caller.gateway.url}/health").status_code == 200
+    assert not list(alone.sdk.files.list())
+    assert httpx.get(f"{alone.gateway.url}/health").status_code == 200
 
 
 def test_a_folder_that_is_none_is_told(tmp_path: Path, bus: Bus) -> None:
@@ -571,10 +573,10 @@ def test_a_folder_that_is_none_is_told(tmp_path: Path, bus: Bus) -> None:
         Folder(tmp_path / "other")
 
 
-def test_a_folder_that_is_lost_is_told(caller: Caller, folder: Path) -> None:
+def test_a_folder_that_is_lost_is_told(alone: Caller, folder: Path) -> None:
     (folder / "uploads").rmdir()
     with pytest.raises(openai.APIStatusError) as caught:
-        caller.upload(b"{}")
+        alone.upload(b"{}")
     assert caught.value.status_code == 507
     assert "folder of batches cannot be used" in caught.value.message
 
