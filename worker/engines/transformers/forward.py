@@ -20,6 +20,7 @@ from worker.engines.common.sequence import Sequence
 from worker.engines.transformers.cache import SlotCache
 from worker.engines.transformers.graphs import StaticDecode
 from worker.engines.transformers.loaded import LoadedModel
+from worker.engines.transformers.packed import packed_bytes
 from worker.engines.transformers.vision import ImageFeatures, Vision
 
 __all__ = ["Forward", "StaticUse", "Unsupported"]
@@ -73,7 +74,8 @@ class Forward:
         if word is None:
             raise Unsupported("its forward takes no key/value cache")
         self._cache_word = word
-        self._weight_bytes: int = sum(p.numel() * p.element_size() for p in model.parameters())
+        plain_bytes: int = sum(p.numel() * p.element_size() for p in model.parameters())
+        self._weight_bytes = plain_bytes + packed_bytes(model)
         if loaded.adapters:
             # A captured step does not include the choice of adapters.
             static = StaticUse.NEVER

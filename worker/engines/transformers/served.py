@@ -35,8 +35,10 @@ from worker.engines.transformers.decide import (
 from worker.engines.transformers.embed import Embedder, embed_options
 from worker.engines.transformers.fallback import GenerateRunner
 from worker.engines.transformers.forward import StaticUse
+from worker.engines.transformers.fused import prepare_layers
 from worker.engines.transformers.lengths import LengthRunner
 from worker.engines.transformers.loaded import LoadedModel
+from worker.engines.transformers.packed import restore_read
 from worker.engines.transformers.selftest import Verdict, check, check_generate
 from worker.engines.transformers.settings import EngineSettings
 from worker.engines.transformers.slots import SlotRunner
@@ -65,6 +67,7 @@ class ServedModel(BatchModel):
     ) -> None:
         super().__init__(loaded, names, settings)
         self.loaded = loaded
+        prepare_layers(loaded.model, settings)
         self.classifier: Classifier | None = None
         if loaded.labels:
             examples = self._texts.builder.encoded(_EXAMPLES, truncate=True)
@@ -82,6 +85,7 @@ class ServedModel(BatchModel):
         self._decisions = self._decision_makers()
         if loaded.head is not None or not loaded.embedding_only:
             self.runner = self._make_runner(settings, slots)
+        restore_read(loaded.model)
         loaded.reference = None
 
     def kinds(self) -> tuple[Kind, ...]:

@@ -44,6 +44,10 @@ class EngineSettings(SharedSettings):
     #: Whether the host emits one token while the device computes the next: "auto" (on an
     #: accelerator), "on", "off".
     overlap: str = "auto"
+    #: "auto", on a CPU: decoder layers of few operators where the model's are of a known form, and
+    #: weights in oneDNN's order if products are then faster; "on": both in any case, the layers
+    #: elsewhere too; "off": the model as transformers has it.
+    fused: str = "auto"
     #: Threads of one torch operation on a CPU; 0: torch's own choice.
     threads: int = 0
     #: Load only safetensors: pickled weights run code.
@@ -58,6 +62,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "scheduler": ("auto", "slots", "generate"),
     "cuda_graphs": ("auto", "on", "off"),
     "overlap": ("auto", "on", "off"),
+    "fused": ("auto", "on", "off"),
 }
 _MINIMUM: dict[str, float] = {
     "prefill_chunk": 0,

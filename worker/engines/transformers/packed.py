@@ -1,0 +1,193 @@
+"""Weights of linear layers in oneDNN's own order, on a CPU.
+
+oneDNN multiplies by a matrix that lies in blocks, as its kernels read it, more than twice as fast
+as torch's `linear` by one in rows on some processors (float32 on an AMD EPYC 9005: 2.2 times), so
+a layer's weight is put in that order once, when it is loaded; there is no second copy. Must never
+change what a layer computes beyond rounding: each packed layer is compared with the plain one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import TypeGuard
+
+import torch
+from torch import nn
+
+from worker.engines.common.failures import one_line
+
+__all__ = [
+    "PackedLinear",
+    "is_plain",
+    "pack_weights",
+    "packed_bytes",
+    "packs_faster",
+    "restore_read",
+]
+
+log = logging.getLogger(__name__)
+
+ERRORS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""Largest relative difference of a product from torch's, by the dtypes that are packed. Observed:
+4e-7 and 3e-3."""
+
+SMALLEST = 1 << 14
+"""The product that is timed has at least so many weights."""
+
+PROBED_ROWS = 4
+TIMED_ROWS = 8
+TIMED_RUNS = 3
+WORTH = 0.95
+"""Weights are packed if a product then takes at most this share of torch's CPU time."""
+
+
+def is_plain(module: nn.Module | None) -> TypeGuard[nn.Linear]:
+    """Whether this is an ordinary linear layer that nothing else observes or changes: neither
+    quantised, nor spread by accelerate, nor with hooks."""
+    if type(module) is not nn.Linear or "forward" in vars(module) or hasattr(module, "_hf_hook"):
+        return False
+    weight, bias = module.weight, module.bias
+    return (
+        not module._forward_hooks
+        and not module._forward_pre_hooks
+        and type(weight) is nn.Parameter
+        and weight.layout is torch.strided
+        and (bias is None or bias.dtype == weight.dtype)
+    )
+
+
+def _is_packable(module: nn.Module | None) -> TypeGuard[nn.Linear]:
+    return is_plain(module) and module.weight.device.type == "cpu" and module.weight.dtype in ERRORS
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with a packed weight."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
+        self.packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        self.bias = None if bias is None else bias.detach()
+        #: How often code of the model has read the weight instead of calling the layer.
+        self.reads = 0
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The plain weight [outputs, inputs], made anew each time."""
+        self.reads += 1
+        return self.packed.to_dense()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if inputs.dtype is not self.dtype:
+            # As torch's own layer: an error, unless autocast is on.
+            return nn.functional.linear(inputs, self.weight, self.bias)
+        return self.product(inputs, "none")
+
+    def product(self, inputs: torch.Tensor, activation: str) -> torch.Tensor:
+        """The layer's output for `inputs` [..., inputs], after an activation as oneDNN names it."""
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
+            inputs, self.packed, self.bias, activation, [], ""
+        )
+        return result
+
+    def combined(self, inputs: torch.Tensor, other: torch.Tensor, operation: str) -> torch.Tensor:
+        """The layer's output combined ("add", "mul") with `other` [..., outputs]."""
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+            inputs, other, self.packed, self.bias, operation
+        )
+        return result
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+def packs_faster(model: nn.Module) -> bool:
+    """Whether this processor multiplies faster by packed weights: measured with the largest shape
+    that several of the model's layers have."""
+    plain = [m for m in model.modules() if _is_packable(m) and m.weight.numel() >= SMALLEST]
+    shapes = Counter(m.weight.shape for m in plain)
+    several = [m for m in plain if shapes[m.weight.shape] > 1] or plain
+    try:
+        return bool(several) and _is_quicker(max(several, key=lambda m: m.weight.numel()))
+    except RuntimeError as error:
+        log.info("weights are not packed: %s", one_line(error))
+        return False
+
+
+def pack_weights(model: nn.Module) -> int:
+    """Pack the weights of all plain linear layers of a model. Returns how many. A weight that is
+    tied to an embedding is held twice."""
+    done: dict[nn.Module, PackedLinear] = {}
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child not in done and _is_packable(child):
+                packed = PackedLinear(child.weight, child.bias)
+                if _agrees(packed, child):
+                    done[child] = packed
+            if child in done:
+                setattr(parent, name, done[child])
+    log.debug("%d linear layers are packed", len(done))
+    return len(done)
+
+
+def restore_read(model: nn.Module) -> int:
+    """Make those layers plain again whose weight the model's own code reads: each time that made a
+    copy. Returns how many."""
+    count = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, PackedLinear) and child.reads:
+                linear = nn.Linear(child.in_features, child.out_features, device="meta")
+                linear.weight = nn.Parameter(child.packed.to_dense(), requires_grad=False)
+                bias = None if child.bias is None else nn.Parameter(child.bias, requires_grad=False)
+                linear.register_parameter("bias", bias)
+                setattr(parent, name, linear.eval())
+                count += 1
+    return count
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Bytes of all packed weights, which are no parameters."""
+    seen = {m.packed for m in model.modules() if isinstance(m, PackedLinear)}
+    return sum(packed.numel() * packed.element_size() for packed in seen)
+
+
+@torch.inference_mode()
+def _agrees(packed: PackedLinear, linear: nn.Linear) -> bool:
+    inputs = _inputs(linear, PROBED_ROWS)
+    wanted = linear(inputs)
+    error = (packed(inputs) - wanted).float().norm() / wanted.float().norm().clamp_min(1e-12)
+    if float(error) <= ERRORS[linear.weight.dtype]:
+        return True
+    log.warning("a packed product differs from torch's by %.2g: not packed", error)
+    return False
+
+
+@torch.inference_mode()
+def _is_quicker(linear: nn.Linear) -> bool:
+    inputs = _inputs(linear, TIMED_ROWS)
+    packed = PackedLinear(linear.weight, linear.bias)
+    plain_s = _cpu_s(lambda: linear(inputs))
+    packed_s = _cpu_s(lambda: packed(inputs))
+    log.debug("a product takes %.3g ms of CPU, packed %.3g", plain_s * 1e3, packed_s * 1e3)
+    return packed_s <= WORTH * plain_s
+
+
+def _inputs(linear: nn.Linear, rows: int) -> torch.Tensor:
+    numbers = torch.arange(rows * linear.in_features, dtype=torch.float32)
+    return torch.sin(numbers).view(rows, -1).to(linear.weight.dtype)
+
+
+def _cpu_s(run: Callable[[], object]) -> float:
+    """The least CPU time of some runs, in seconds."""
+    run()
+    times: list[float] = []
+    for _ in range(TIMED_RUNS):
+        started = time.process_time()
+        run()
+        times.append(time.process_time() - started)
+    return min(times)
