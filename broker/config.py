@@ -29,7 +29,8 @@ _REPLACED = {
         ("--host", "--port"),
         "clients and workers have separate addresses: see --front and --back",
     ),
-    "--dispatch-method": "--placement lottery, shortest_queue, least_loaded or affinity",
+    "--dispatch-method": "--placement lottery, shortest_queue, least_loaded, affinity or "
+    "fastest_finish",
     "--ssl": "the bus encrypts with CURVE: see `python -m broker keys` and --keys",
 }
 """Options of the controllers that this broker replaces, and the options to use now."""

@@ -270,7 +270,7 @@ def enqueue(
         request.offset = len(body.resume.token_ids)
         request.carries_text = bool(request.offset) and body.resume.token_ids[-1] >= TEXT_IDS
         request.holder = body.resume.holder
-    if bus.settings.placement == "affinity":
+    if bus.settings.placement in placement.BY_PREFIX:
         request.prefix_key = placement.prefix_key(body)
     queue_s = bus.settings.queue_s if body.queue_ms is None else body.queue_ms / 1000
     ttl_s = bus.settings.ttl_s if body.ttl_ms is None else body.ttl_ms / 1000

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from broker.core import fairness, waiting
+from broker.core import fairness, pace, waiting
 from broker.core.events import Frames
 from broker.core.phases import Phase
 from broker.core.records import RequestState, WorkerSession, short
@@ -27,6 +27,7 @@ def assign(bus: BusState, request: RequestState, worker: WorkerSession) -> None:
     bus.figures.assigned(request, bus.now_s)
     waiting.started(bus, request)
     fairness.charge(bus, request)
+    pace.begins_at(request, worker)
     frames, request.frames = request.frames, ()
     attach(bus, request, worker, frames, attach=False)
 

@@ -9,7 +9,16 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from broker.core import assignment, ends, preemption, sharing, suspicion, swapping
+from broker.core import (
+    assignment,
+    ends,
+    finish,
+    placement,
+    preemption,
+    sharing,
+    suspicion,
+    swapping,
+)
 from broker.core.records import RequestState, WorkerSession
 from broker.core.state import BusState
 
@@ -27,6 +36,8 @@ def run(bus: BusState) -> None:
                 bus.dirty.discard(model)
     for model in sorted(looked):
         preemption.consider(bus, model)
+        if bus.policy is None:
+            finish.even_out(bus, model)
     if bus.swappers:
         swapping.consider(bus)
     if bus.shared:
@@ -47,10 +58,13 @@ def _assign_next(bus: BusState, model: str) -> bool:
     free = bus.registry.available(model)
     if not free:
         return False
+    plan = finish.Plan(bus, model) if bus.policy is None else None
     for passed_over, request in enumerate(queue.in_turn()):
         if passed_over >= PASSED_OVER and all(w.ends_s < math.inf for w in free):
             return False
-        worker = _choose(bus, request, free)
+        if plan is not None and passed_over >= plan.reach:
+            return False
+        worker = _choose(bus, request, free, plan)
         if worker is None:
             continue
         queue.remove(request)
@@ -64,7 +78,7 @@ def _assign_next(bus: BusState, model: str) -> bool:
 
 
 def _choose(
-    bus: BusState, request: RequestState, free: list[WorkerSession]
+    bus: BusState, request: RequestState, free: list[WorkerSession], plan: finish.Plan | None
 ) -> WorkerSession | None:
     """A free worker for the request; None if it should wait for another one."""
     if awaits_worker(bus, request):
@@ -79,7 +93,12 @@ def _choose(
             serving = others
             free = [worker for worker in free if worker.name not in request.lost_workers]
     free = ends.candidates(bus, request, free, serving)
-    return bus.policy(request, free, serving, bus.generator) if free else None
+    if not free:
+        return None
+    if plan is not None:
+        return finish.choose(bus, plan, request, free, serving)
+    policy = bus.policy or placement.least_loaded
+    return policy(request, free, serving, bus.generator)
 
 
 def connected(bus: BusState, name: str, model: str) -> WorkerSession | None:

@@ -34,6 +34,7 @@ _COUNTERS: Final = {
         "resumes_inexact",
     ),
     "preemptions": ("Streams that gave way to a request of higher priority.", "preempted"),
+    "evenings": ("Streams moved to a faster worker that had a free slot.", "evened_out"),
     "moves": ("Streams moved away from workers that were about to end.", "moved"),
     "interruptions": ("Requests whose worker left or gave them up.", "interrupted"),
     "rejections": ("Requests that a worker did not take.", "rejected"),

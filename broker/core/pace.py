@@ -10,6 +10,7 @@ State and arithmetic; no rules (`ends`, `preemption` and `waiting` decide by it)
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 from broker.core.records import RequestState, WorkerSession
@@ -22,6 +23,8 @@ MAX_MODELS: Final = 256
 HIGH: Final = 2.0
 """Mean deviations above the mean: an answer is hardly ever longer than that (RFC 6298 takes 4 for
 its time-out, where a mistake costs more)."""
+MAX_PREFIXES: Final = 256
+"""Beginnings of prompts that a worker is taken to hold: as many conversations."""
 STREAMED: Final = frozenset((Kind.CHAT.value, Kind.COMPLETE.value))
 _WELL: Final = frozenset((FinishReason.STOP.value, FinishReason.LENGTH.value))
 
@@ -46,7 +49,7 @@ def observe(bus: BusState, worker: WorkerSession, request: RequestState, ended: 
         return
     fresh = ended.completion_tokens - request.offset
     for speed in speeds:
-        speed.began(request.started_s - request.assigned_s)
+        speed.began(request.fresh_tokens, request.started_s - request.assigned_s)
         if fresh > 1:
             speed.stepped((bus.now_s - request.started_s) / (fresh - 1))
 
@@ -66,12 +69,42 @@ def token_s(bus: BusState, model: str, worker: WorkerSession | None) -> float | 
     return None if anywhere is None else anywhere.token_s
 
 
-def begin_s(bus: BusState, model: str, worker: WorkerSession | None) -> float:
-    """Time from ASSIGN to the first token, seconds; 0 if nothing is known."""
-    own = worker.speeds.get(model) if worker is not None else None
-    for speed in (own, bus.speeds.get(model)):
-        if speed is not None and speed.begin_s is not None:
-            return speed.begin_s
+def fresh_tokens(request: RequestState, worker: WorkerSession | None) -> float:
+    """Tokens of its prompt that the worker must compute, roughly: without a beginning that it holds
+    since an earlier request, if its engine is known to use such."""
+    prompt = request.prompt_guess + request.offset
+    if worker is None or not worker.beat.metrics.get("prefix_hit_tokens"):
+        return prompt
+    held = worker.prefixes.get(request.prefix_key, 0.0) if request.prefix_key else 0.0
+    return max(1.0, prompt - held)
+
+
+def begins_at(request: RequestState, worker: WorkerSession) -> None:
+    """The worker computes its prompt now, and holds it for a while."""
+    request.fresh_tokens = fresh_tokens(request, worker)
+    if request.prefix_key:
+        held = worker.prefixes
+        held[request.prefix_key] = request.prompt_guess + request.offset
+        held.move_to_end(request.prefix_key)
+        if len(held) > MAX_PREFIXES:
+            held.popitem(last=False)
+
+
+def begin_s(
+    bus: BusState,
+    request: RequestState,
+    worker: WorkerSession | None,
+    *,
+    extra_tokens: float = 0.0,
+) -> float:
+    """Time from ASSIGN to the first token, seconds; 0 if nothing is known. `extra_tokens`: to
+    compute beside the prompt."""
+    own = worker.speeds.get(request.model) if worker is not None else None
+    fresh = fresh_tokens(request, worker) + extra_tokens
+    for speed in (own, bus.speeds.get(request.model)):
+        seconds = speed.begin.at(fresh) if speed is not None else None
+        if seconds is not None:
+            return seconds
     return 0.0
 
 
@@ -83,6 +116,18 @@ def done_tokens(bus: BusState, request: RequestState) -> float:
     if worker is None or started_s is None or each_s is None:
         return request.offset
     return request.offset + (bus.now_s - started_s) / max(each_s, 1e-6)
+
+
+def likely_s(bus: BusState, request: RequestState, worker: WorkerSession) -> float | None:
+    """How long a running stream goes on here. Like `needs_s`, but one that is longer than usual is
+    not about to end: it has half of what it has so far to come, at most its `max_tokens`."""
+    needs = needs_s(bus, request, worker, high=False)
+    each_s = token_s(bus, request.model, worker)
+    if needs is None or each_s is None or request.started_s is None:
+        return needs
+    done = done_tokens(bus, request)
+    most = math.inf if request.most_tokens is None else request.most_tokens - done
+    return max(needs, min(done / 2, most) * each_s)
 
 
 def needs_s(
@@ -105,5 +150,5 @@ def needs_s(
         return None
     runs = worker is not None and request.worker is worker and request.started_s is not None
     done = done_tokens(bus, request) if runs else request.offset
-    begins_s = 0.0 if runs else begin_s(bus, request.model, worker)
+    begins_s = 0.0 if runs else begin_s(bus, request, worker)
     return begins_s + max(1.0, length - done) * each_s

@@ -1,4 +1,5 @@
-"""Placement policies: which of the free workers takes a request. Pure functions, by name.
+"""Placement policies: which of the free workers takes a request. Pure functions, by name; one that
+reckons with measured speed, and may let a request wait, is `finish`.
 
 A policy is given workers that all serve the model and have credit, and must return one of them. It
 must not change anything; randomness comes from the generator argument.
@@ -114,6 +115,9 @@ def _texts(message: Message) -> list[str]:
         return [message.content]
     return [part.text for part in message.content or () if isinstance(part, TextPart)]
 
+
+BY_PREFIX: Final = ("affinity", "fastest_finish")
+"""Placements that look at the prompt's beginning."""
 
 POLICIES: Final[Mapping[str, Policy]] = MappingProxyType(
     {

@@ -7,7 +7,7 @@ State only: `phases` defines how a request may move, `state` holds the tables of
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import Final
 
@@ -179,6 +179,7 @@ class WorkerSession(Session):
         "last_assigned",
         "models",
         "moving",
+        "prefixes",
         "recalled",
         "returned",
         "routes",
@@ -259,6 +260,9 @@ class WorkerSession(Session):
         self.closing = False
         #: Measured, by model.
         self.speeds: dict[str, Speed] = {}
+        #: Tokens of prompts that it computed lately, by their beginning (`prefix_key`); the oldest
+        #: is first.
+        self.prefixes: OrderedDict[bytes, float] = OrderedDict()
         #: The engine makes no progress: nothing more is assigned until it does.
         self.stalled = False
         #: The suspect that it runs or is reserved for; it is assigned nothing else.
@@ -395,9 +399,11 @@ class RequestState:
         "ended_s",
         "epoch",
         "epoch_before",
+        "evened_s",
         "expected_tokens",
         "expects_s",
         "frames",
+        "fresh_tokens",
         "holder",
         "id",
         "keep_until_s",
@@ -413,6 +419,7 @@ class RequestState:
         "orphan_until_s",
         "outcome",
         "pace",
+        "passed_over_s",
         "position",
         "preempted_s",
         "prefix_key",
@@ -473,6 +480,8 @@ class RequestState:
         self.said_at_s = now_s
         #: When it gave way to a higher priority last.
         self.preempted_s = -math.inf
+        #: When it moved to a faster worker last.
+        self.evened_s = -math.inf
         #: The user whose turn it takes in the queue.
         self.user_key = ""
         #: Tokens: what its user is charged for it when it is assigned, how many of them are the
@@ -516,7 +525,11 @@ class RequestState:
         #: The worker that, according to the client, ran it last and may still have it;
         #: empty if none.
         self.holder = ""
-        #: For affinity placement: equal for prompts with the same beginning.
+        #: Tokens of its prompt that its worker had to compute, roughly.
+        self.fresh_tokens = 0.0
+        #: Since when it waits for a busy worker although another one is free (`finish`).
+        self.passed_over_s: float | None = None
+        #: For placement by prefixes: equal for prompts with the same beginning.
         self.prefix_key = b""
         #: Whether CANCEL was passed on to the worker.
         self.cancelled = False

@@ -78,7 +78,8 @@ def _resume(
     request.order, request.pace = order or next(bus.numbers), pace
     if existing is not None:
         request.moves, request.moved = existing.moves, existing.moved
-        request.preempted_s, request.charged = existing.preempted_s, existing.charged
+        request.preempted_s, request.evened_s = existing.preempted_s, existing.evened_s
+        request.charged = existing.charged
         request.returned, request.deaths = existing.returned, existing.deaths
         request.lost_alone = existing.lost_alone
     request.lost_workers = suspicion.without(facts.lost_workers, request.returned)

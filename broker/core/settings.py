@@ -74,7 +74,7 @@ class CoreSettings:
         "least_loaded",
         "",
         "which free worker takes a request",
-        choices=("least_loaded", "shortest_queue", "lottery", "affinity"),
+        choices=("least_loaded", "shortest_queue", "lottery", "affinity", "fastest_finish"),
     )
 
     orphan_grace_s: float = option(

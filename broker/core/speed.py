@@ -15,21 +15,52 @@ def smooth(old: float | None, value: float) -> float:
     return value if old is None else old + (value - old) * WEIGHT
 
 
+class Line:
+    """A straight line through smoothed measurements, never falling: what a step takes, by how much
+    there is to do."""
+
+    __slots__ = ("_x", "_xx", "_xy", "_y")
+
+    def __init__(self) -> None:
+        self._x: float | None = None
+        self._y = self._xx = self._xy = 0.0
+
+    def observe(self, x: float, y: float) -> None:
+        """One measurement."""
+        if self._x is None:
+            self._x, self._y, self._xx, self._xy = x, y, x * x, x * y
+            return
+        self._x = smooth(self._x, x)
+        self._y = smooth(self._y, y)
+        self._xx = smooth(self._xx, x * x)
+        self._xy = smooth(self._xy, x * y)
+
+    def at(self, x: float) -> float | None:
+        """What is to be expected there; None before the first measurement."""
+        if self._x is None:
+            return None
+        spread = self._xx - self._x * self._x
+        # Measurements that lie close together say nothing of other places.
+        slope = 0.0 if spread <= 0.01 * self._xx else (self._xy - self._x * self._y) / spread
+        slope = min(max(0.0, slope), self._y / self._x if self._x > 0 else 0.0)
+        return self._y + slope * (x - self._x)
+
+
 class Speed:
     """Of one model at one worker; None where nothing was measured. Seconds."""
 
-    __slots__ = ("begin_s", "token_s", "whole_s")
+    __slots__ = ("begin", "token_s", "whole_s")
 
     def __init__(self) -> None:
-        #: From ASSIGN to the first token.
-        self.begin_s: float | None = None
+        #: From ASSIGN to the first token, by the tokens of the prompt that must be computed.
+        self.begin = Line()
         #: Between two tokens of a stream.
         self.token_s: float | None = None
         #: From ASSIGN to an answer that comes as a whole (an embedding, a count).
         self.whole_s: float | None = None
 
-    def began(self, seconds: float) -> None:
-        self.begin_s = smooth(self.begin_s, seconds)
+    def began(self, prompt_tokens: float, seconds: float) -> None:
+        self.begin.observe(prompt_tokens, seconds)
 
     def stepped(self, seconds: float) -> None:
         self.token_s = smooth(self.token_s, seconds)

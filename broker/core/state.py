@@ -120,7 +120,8 @@ class BusState:
         #: When a shutdown in progress gives up waiting; None: no shutdown.
         self.shutdown_until_s: float | None = None
         self.stopped = False
-        self.policy = placement.POLICIES[settings.placement]
+        #: None: `finish` decides.
+        self.policy = placement.POLICIES.get(settings.placement)
         self.timers: list[tuple[float, int, Callable[[Any, Any], None], Any]] = []
         self.numbers = itertools.count(1)
         #: Queued requests that run alone next, by model and id.

@@ -14,7 +14,7 @@ import heapq
 import math
 from typing import Final
 
-from broker.core import pace
+from broker.core import finish, pace
 from broker.core.records import RequestState
 from broker.core.speed import Accuracy
 from broker.core.state import BusState
@@ -48,6 +48,7 @@ def starts(bus: BusState, model: str) -> list[tuple[RequestState, float | None]]
     mean_s = _mean_s(bus, model)
     accuracy = bus.accuracy.get(model)
     factor = accuracy.factor if accuracy is not None else 1.0
+    plan = finish.Plan(bus, model) if bus.policy is None else None
     heapq.heapify(slots)
     found: list[tuple[RequestState, float | None]] = []
     for request in waiting:
@@ -58,6 +59,8 @@ def starts(bus: BusState, model: str) -> list[tuple[RequestState, float | None]]
             heapq.heappop(priorities)
             at_s = GIVES_WAY_S
             heapq.heapreplace(slots, max(slots[0], at_s) + lasts_s)
+        elif plan is not None and (planned_s := plan.start_s(request)) is not None:
+            at_s = planned_s
         else:
             at_s = slots[0]
             heapq.heapreplace(slots, at_s + lasts_s)

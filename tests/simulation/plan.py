@@ -122,7 +122,7 @@ def make(
         step_s=rng.choice((0.02, 0.1, 0.4)),
         load_s=rng.choice((0.1, 2.0)),
         longest_delay_s=rng.choice((0.003, 0.05, 0.4)),
-        placement=rng.choice(("least_loaded", "shortest_queue", "lottery", "affinity")),
+        placement=_placement(seed, rng),
         queue_requests=rng.choice((2, 1000, 1000)),
         queue_s=rng.choice((2.0, 10_000.0, 10_000.0, 10_000.0)),
         inflight=rng.choice((2, 1000, 1000)),
@@ -131,6 +131,11 @@ def make(
         faults=faults,
         preempt_s=rng.choice(((0.25, 1.0), (0.0, 10.0), (0.0, 0.0))),
     )
+
+
+def _placement(seed: int, rng: random.Random) -> str:
+    drawn = rng.choice(("least_loaded", "shortest_queue", "lottery", "affinity"))
+    return drawn if seed % 5 else "fastest_finish"
 
 
 def plain(seed: int, asks: tuple[Ask, ...], slots: int = 4) -> Plan:
