@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from broker.protocol import logs
@@ -88,7 +88,7 @@ def serve(config: options.WorkerConfig) -> int:
         grace_s=config.grace_s,
         drain_s=config.drain_s,
         stall_s=config.engine_stall_s,
-        on_demand=config.on_demand,
+        on_demand=config.on_demand or options.ADAPTERS_FOLDER in config.engine.engine_args,
     )
     fields = {
         "worker": config.worker_id,
@@ -96,8 +96,9 @@ def serve(config: options.WorkerConfig) -> int:
         "broker": ", ".join(config.brokers),
     }
     log.info("worker starts", extra={"fields": fields})
-    engine: EngineSide = Supervisor(config.engine, _environment(config))
-    load = None
+    supervisor = Supervisor(config.engine, _environment(config))
+    engine: EngineSide = supervisor
+    load: Callable[[str, Collection[str]], None] = supervisor.load
     if config.on_demand:
         from worker.process.shelf import Shelf
 

@@ -36,6 +36,8 @@ DEFAULT_BROKER: Final = "tcp://127.0.0.1:5556"
 DEMO_NAME: Final = "demo"
 ON_DEMAND_SLOTS: Final = 16
 """With --models the number of slots is the same, whichever model is loaded."""
+ADAPTERS_FOLDER: Final = "adapters_folder"
+"""The engine argument of engines that load adapters while they run."""
 NEVER: Final = "never"
 CLOUDS: Final = ("aws", "gcp", "azure")
 """Of `ending.sources`, which `--help` need not load."""
@@ -545,6 +547,10 @@ def _engine_options(values: dict[str, Any]) -> EngineOptions:
         if not separator or not key:
             raise ConfigError(f"--engine-arg {item}: must be KEY=VALUE")
         engine_args[key.replace("-", "_")] = text
+    if values["models"] is not None and ADAPTERS_FOLDER in engine_args:
+        raise ConfigError(
+            f"--engine-arg {ADAPTERS_FOLDER} holds adapters of one model: give that as --model-path"
+        )
     if not paths:
         if values["engine"] == "transformers":
             paths, names = [str(model_path())], names or [DEMO_NAME]

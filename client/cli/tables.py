@@ -132,8 +132,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "load",
         help="load a model at a worker that loads on demand",
-        description="Load a model, or an adapter of its --adapters folder, at a worker. What must "
-        "give way ends first, or moves.",
+        description="Load a model of --models, or an adapter of the worker's adapters_folder. What "
+        "must give way ends first, or moves.",
     )
     parser.add_argument("worker", help="its name, as `workers` shows it")
     parser.add_argument("model_name", metavar="model", help="one of its models")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -199,3 +200,46 @@ def test_the_death_of_one_engine_leaves_the_other_models_streams_alone(bus: Bus)
             pass
     assert {stream.text_so_far for stream in streams.values()} == {words}
     assert streams["a"].end.resumed and not streams["b"].end.resumed
+
+
+def test_adapters_of_a_folder_are_loaded_by_the_operator_or_on_demand(
+    bus: Bus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft")
+    from tests.engines import tiny
+    from tests.engines.test_transformers_adapters import generated, save, tuned
+
+    base, folder = save(tmp_path / "base", tiny.llama()), tmp_path / "adapters"
+    ids = [5, 6, 7, 8, 9]
+    wanted = {"base": generated(tiny.llama(), ids)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for seed, name in enumerate(("one", "two"), 1):
+            wanted[name] = generated(tuned(folder / name, tiny.llama(), seed=seed), ids)
+        tuned(folder / "alien", tiny.llama(hidden=32))
+    options = ["--model-path", str(base), "--model-name", "base", "--device", "cpu"]
+    options += ["--dtype", "float32", "--engine-arg", f"adapters_folder={folder}"]
+    worker = bus.start_worker("w1", *options, engine="transformers")
+    bus.wait_ready(1)
+    client = bus.client()
+
+    def answer(model: str) -> list[int]:
+        found = client.generate(
+            token_ids=ids, model=model, max_tokens=12, temperature=0.0, ignore_eos=True
+        )
+        return found.token_ids
+
+    assert loaded(bus) == ["base"]
+    assert main(["load", "w1", "one", "--wait", "60", "--broker", bus.front]) == 0
+    assert loaded(bus) == ["base", "one"]
+    assert {name: answer(name) for name in ("base", "one")} == {
+        name: wanted[name] for name in ("base", "one")
+    }
+    assert answer("two") == wanted["two"], "loaded because somebody asked for it"
+    assert main(["unload", "w1", "one", "--broker", bus.front]) == 0
+    wait_until(lambda: loaded(bus) == ["base", "two"], "one to be unloaded")
+    assert main(["load", "w1", "alien", "--wait", "60", "--broker", bus.front]) == 1
+    assert "alien was not loaded" in capsys.readouterr().err
+    assert main(["load", "w1", "../one", "--broker", bus.front]) != 0
+    assert answer("base") == wanted["base"]
+    assert "engine starts" in worker.log() and worker.log().count("engine starts") == 1

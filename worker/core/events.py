@@ -83,6 +83,14 @@ class EngineChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadRefused:
+    """A model or adapter that was to be loaded on demand cannot be; the worker serves on."""
+
+    model: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStepped:
     """The engine finished a step.
 
@@ -141,6 +149,7 @@ Event = (
     | EngineLoading
     | EngineReady
     | EngineChanged
+    | LoadRefused
     | EngineStepped
     | EngineMeasured
     | EngineLost

@@ -79,6 +79,8 @@ class WorkerCore:
         #: A model is being loaded on demand, while the worker serves on.
         self._loads = False
         self._note = ""
+        #: Why the latest load on demand failed; empty after one that did not.
+        self._not_loaded = ""
         self._metrics: dict[str, float] = {}
         #: When the engine last finished a step, or got its first job after being idle.
         self._mark_s = now_s
@@ -132,10 +134,12 @@ class WorkerCore:
                 connection.blocked = False
                 self._requests.unblocked(connection, now_s)
             case events.EngineLoading():
-                self._loads = event.on_demand
+                self._loads, self._not_loaded = event.on_demand, ""
                 self._progress, self._note = event.progress, event.note
             case events.EngineReady() | events.EngineChanged():
                 self._engine_ready(event.capabilities, now_s)
+            case events.LoadRefused(model, message):
+                self._not_loaded = f"{model} was not loaded: {message}"
             case events.EngineMeasured():
                 self._metrics = event.metrics
             case events.EngineLost():
@@ -287,7 +291,7 @@ class WorkerCore:
             granted=connection.credit.announce(),
             engine_age_ms=max(0, int((now_s - self._mark_s) * 1000)) if busy else 0,
             progress=self._progress if loading or self._loads else None,
-            note=self._note[:500] if loading or self._loads else "",
+            note=(self._note if loading or self._loads else self._not_loaded)[:500],
             metrics=self._metrics,
             models=self._models() if tell else None,
             capacity=self.capacity if tell else None,

@@ -8,9 +8,10 @@ happens here, even a hang in C code, the link keeps running. Must never import z
 Messages (first frame msgpack, further frames raw bytes):
 
     link → engine   ["options", map] · ["add", job id] body *attachment · ["cancel", job id] ·
-                    ["close"]
+                    ["load", adapter] · ["unload", adapters] · ["close"]
     engine → link   ["loading", fraction, note] · ["ready", capabilities] · ["step", events] ·
-                    ["metrics", map] · ["unusable", message] · ["broken", message]
+                    ["metrics", map] · ["unusable", message] · ["broken", message] ·
+                    ["changed", capabilities] · ["refused", adapter, message]
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from broker.protocol.limits import MAX_REQUEST_BYTES
 from broker.protocol.messages import Request
 from worker.engines import registry
 from worker.engines.base import Engine, EngineGone, EngineLoadError, EngineOptions, Job
+from worker.engines.common.adapter_folder import AdapterFolder
 from worker.process.held import HeldMemory
 from worker.process.pipe import Pipe, PipeClosed
 
@@ -42,6 +44,8 @@ EMPTY_MARK_INTERVAL_S = 0.05
 """A step without events still tells the link that the engine is alive, but not more
 often than this."""
 PROGRESS_INTERVAL_S = 0.1
+ADAPTER_LOOK_S = 0.02
+"""Between two looks at an adapter that is being read, while nothing else is to do."""
 
 EXIT_UNUSABLE = 1
 EXIT_BROKEN = 70
@@ -73,21 +77,33 @@ def serve(engine: Engine, pipe: Pipe) -> None:
     """Run the engine until the link says `close` or is gone."""
     link = _Link(pipe)
     metrics_due_s = mark_s = 0.0
+    adapters: AdapterFolder | None = getattr(engine, "adapters", None)
     held = HeldMemory()
     while True:
         now_s = time.monotonic()
         if now_s >= metrics_due_s:
             link.say("metrics", {**engine.metrics(), "memory_held_bytes": float(held.bytes())})
             metrics_due_s = now_s + METRICS_INTERVAL_S
-        for message in pipe.receive(0.0 if engine.busy else metrics_due_s - now_s):
+        wait_s = 0.0 if engine.busy else metrics_due_s - now_s
+        if adapters is not None and adapters.reading:
+            wait_s = min(wait_s, ADAPTER_LOOK_S)
+        for message in pipe.receive(wait_s):
             command, *arguments = msgspec.msgpack.decode(message[0])
             if command == "add":
                 request = codec.decode(Request, message[1], MAX_REQUEST_BYTES)
                 engine.add(Job(arguments[0], request, tuple(message[2:])))
             elif command == "cancel":
                 engine.cancel(arguments[0])
+            elif command == "load" and adapters is not None:
+                adapters.load(arguments[0])
+            elif command == "unload" and adapters is not None:
+                adapters.unload(arguments[0])
             elif command == "close":
                 return
+        if adapters is not None and adapters.poll():
+            for name, cause in adapters.refusals():
+                link.say("refused", name, cause)
+            link.say("changed", engine.capabilities)
         if engine.busy:
             events = engine.step()
             now_s = time.monotonic()

@@ -421,7 +421,8 @@ class Shelf:
         log.error("model unusable", extra={"fields": {"model": entry.title, "cause": message}})
         if all(e.broken for e in self._entries):
             return [events.WorkerFailed(f"none of the models can be loaded; the last: {message}")]
-        return [events.EngineChanged(self._capabilities())]
+        refused = events.LoadRefused(entry.title, message)
+        return [refused, events.EngineChanged(self._capabilities())]
 
     def _count(self, entry: _Entry, event: events.EngineStepped, now_s: float) -> None:
         for told in event.events:

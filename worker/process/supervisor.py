@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,11 @@ class Supervisor:
                         if isinstance(value, int | float) and math.isfinite(value)
                     }
                 )
+            case ["changed", capabilities]:
+                return events.EngineChanged(msgspec.convert(capabilities, Capabilities))
+            case ["refused", str(name), str(cause)]:
+                log.warning("not loaded", extra={"fields": {"model": name, "cause": cause}})
+                return events.LoadRefused(name, cause)
             case ["loading", fraction, note]:
                 return events.EngineLoading(fraction, note)
             case ["ready", capabilities]:
@@ -249,6 +255,14 @@ class Supervisor:
     def cancel(self, job_id: bytes) -> None:
         """Stop a job."""
         self._send((msgspec.msgpack.encode(("cancel", job_id)),))
+
+    def load(self, model: str, gives_way: Collection[str] = ()) -> None:
+        """Load an adapter, and unload those that give way; an empty name: only unload, without
+        names all."""
+        if gives_way or not model:
+            self._send((msgspec.msgpack.encode(("unload", list(gives_way))),))
+        if model:
+            self._send((msgspec.msgpack.encode(("load", model)),))
 
     def widen(self, job_id: bytes, limit: int) -> None:
         """Do nothing: an engine generates ahead of the window, and the stream keeps what the client

@@ -7,14 +7,15 @@ are called by one thread. Must never wait for preprocessing for more than a few 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence as Items
+from collections.abc import Iterator, Sequence as Items
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
+from msgspec.structs import replace as replaced
 
 from broker.protocol.errors import ErrorCode, ErrorInfo
-from broker.protocol.messages import FinishReason
+from broker.protocol.messages import FinishReason, ModelInfo
 from worker.engines.base import (
     Capabilities,
     Ended,
@@ -24,6 +25,7 @@ from worker.engines.base import (
     Job,
     Tokens,
 )
+from worker.engines.common.adapter_folder import AdapterFolder
 from worker.engines.common.arguments import SharedSettings
 from worker.engines.common.failures import error_info, is_out_of_memory, one_line
 from worker.engines.common.sequence import Sequence, SequenceGroup, State
@@ -43,6 +45,8 @@ class _Running:
     """A job between `add` and its end."""
 
     served: BatchModel | None
+    #: The name under which it was asked for.
+    model: str
     future: Future[Prepared] | None = None
     task: Sequence | SequenceGroup | Embedding | None = None
     cancelled: bool = False
@@ -69,6 +73,8 @@ class BatchEngine:
                 if name in self._by_name:
                     raise EngineLoadError(f"two models have the name {name}: see --model-name")
                 self._by_name[name] = model
+        #: Adapters of the first model that are loaded while it runs; None: none can be.
+        self.adapters: AdapterFolder | None = None
         self._pool = ThreadPoolExecutor(settings.preprocess_threads, "preprocess")
         self._jobs: dict[bytes, _Running] = {}
         self._embeds: deque[Embedding] = deque()
@@ -87,7 +93,9 @@ class BatchEngine:
 
     @property
     def capabilities(self) -> Capabilities:
-        return self._capabilities
+        if self.adapters is None:
+            return self._capabilities
+        return replace(self._capabilities, models=tuple(self._infos(self.adapters)))
 
     @property
     def busy(self) -> bool:
@@ -97,9 +105,19 @@ class BatchEngine:
         """Take a job; preprocessing starts at once."""
         if job.request_id in self._jobs:
             return
-        served = self._by_name.get(job.request.model)
-        running = _Running(served)
+        name = job.request.model
+        served = self._by_name.get(name)
+        adapter = None if self.adapters is None else self.adapters.known.get(name)
+        if adapter is not None and adapter.loaded:
+            served = self._models[0]
+            self._use(name)
+        running = _Running(served, name)
         self._jobs[job.request_id] = running
+        if adapter is not None and not adapter.loaded:
+            message = f"adapter {name} was unloaded a moment ago; send the request again"
+            code = ErrorCode.WORKER_LOST.value
+            self._say(Failed(job.request_id, ErrorInfo(code=code, message=message, retryable=True)))
+            return
         if served is None:
             self._say(
                 Failed(
@@ -113,6 +131,14 @@ class BatchEngine:
             )
             return
         running.future = self._pool.submit(served.prepare, job, now())
+
+    def _use(self, adapter: str) -> None:
+        if self.adapters is not None:
+            self.adapters.used(adapter)
+
+    def uses(self, name: str) -> bool:
+        """Whether a job was given for this name and is not over."""
+        return any(running.model == name for running in self._jobs.values())
 
     def cancel(self, request_id: bytes) -> None:
         running = self._jobs.get(request_id)
@@ -161,11 +187,34 @@ class BatchEngine:
         return int(psutil.Process().memory_info().rss)
 
     def close(self) -> None:
+        if self.adapters is not None:
+            self.adapters.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
         for model in self._models:
             model.close()
         self._jobs.clear()
         self._embeds.clear()
+
+    def _infos(self, adapters: AdapterFolder) -> Iterator[ModelInfo]:
+        """The models, with the adapters that are loaded or can be."""
+        infos = [info for model in self._models for info in model.infos()]
+        for info in infos:
+            known = adapters.known.get(info.name)
+            if known is None:
+                yield info
+            else:
+                yield replaced(info, load_ms=known.load_ms, memory_bytes=known.size_bytes)
+        for name, known in adapters.known.items():
+            if not known.loaded and not known.broken:
+                yield replaced(
+                    infos[0],
+                    name=name,
+                    loaded=False,
+                    load_ms=known.load_ms,
+                    memory_bytes=known.size_bytes,
+                    must_free_bytes=0,
+                    details={"adapter": "loaded on demand"},
+                )
 
     # --- inside -----------------------------------------------------------------------------------
 

@@ -263,6 +263,7 @@ class BatchModel:
         self.facts = facts
         self.names = names
         limits = ImageLimits(pixels=settings.image_pixels, size_bytes=settings.image_bytes)
+        self._limits = limits
         self._texts = _Texts(facts, limits)
         self._adapter_texts = {
             name: _Texts(own, limits) for name, own in facts.adapter_texts.items()
@@ -426,7 +427,26 @@ class BatchModel:
         return self._adapter_texts.get(request.model, self._texts)
 
     def _adapter(self, request: Request) -> str | None:
-        return request.model if request.model in self.facts.adapters else None
+        if request.model in self.facts.adapters:
+            return request.model
+        if request.model not in self.names:
+            # Never the base's answer in place of the adapter's.
+            message = f"adapter {request.model} is not loaded"
+            raise RequestError(ErrorCode.MODEL_UNAVAILABLE, message, retryable=True)
+        return None
+
+    def add_adapter(self, name: str, own: ModelFacts | None) -> None:
+        """An adapter is in the model now. `own`: facts of its own texts. Between two steps."""
+        if own is not None:
+            self.facts.adapter_texts[name] = own
+            self._adapter_texts[name] = _Texts(own, self._limits)
+        self.facts.adapters = (*self.facts.adapters, name)
+
+    def remove_adapter(self, name: str) -> None:
+        """An adapter is no longer in the model. Between two steps, and no job uses it."""
+        self.facts.adapters = tuple(other for other in self.facts.adapters if other != name)
+        self.facts.adapter_texts.pop(name, None)
+        self._adapter_texts.pop(name, None)
 
     def _with_model_defaults(self, params: Params) -> Params:
         """The parameters, with values that the caller left open taken from the model's

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from worker.engines.base import EngineLoadError, Progress, adapter_paths
-from worker.engines.transformers.adapter_texts import own_texts
+from worker.engines.transformers.adapter_texts import OwnTexts, own_texts
 from worker.engines.transformers.loaded import LoadedModel, wrap_model
 from worker.engines.transformers.loading.adapter_files import (
     Adapter,
@@ -38,18 +38,30 @@ from worker.engines.transformers.loading.adapter_files import (
     refuse_over_quantised,
 )
 from worker.engines.transformers.loading.llava import refuse_half
+from worker.engines.transformers.probe import (
+    PROBE_ANSWER,
+    PROBE_ROWS,
+    PROBE_TOKENS,
+    outputs_of,
+    probe_of,
+)
 from worker.engines.transformers.rows import RowAdapters
 from worker.engines.transformers.selftest import relative_error, tolerance
 from worker.engines.transformers.settings import EngineSettings
 
-__all__ = ["add_adapters", "merge_adapter"]
+__all__ = [
+    "Examined",
+    "add_adapters",
+    "attach",
+    "examine",
+    "merge_adapter",
+    "refuse_second_layer",
+    "shared_copy",
+]
 
 ALONE = "alone"
 """The adapter's name inside peft, in a model with only one. Served names may contain dots, which
 peft does not allow, and a name that is part of a weight's name would confuse it."""
-
-PROBE_ROWS, PROBE_TOKENS, PROBE_ANSWER = 3, 5, 2
-"""Two different numbers, so that swapped dimensions are noticed."""
 
 SMALL_BUFFER_BYTES = 1 << 20
 """Buffers below this size are copied, because models write into some of them; larger ones are
@@ -57,7 +69,7 @@ packed weights of some quantisers."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Attached:
+class Attached:
     """A model with an adapter attached."""
 
     #: peft's wrapper model.
@@ -69,6 +81,19 @@ class _Attached:
     def model(self) -> Any:
         """The transformers model itself; its forward applies the adapter."""
         return self.outer.get_base_model()
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """An adapter that fits its base, attached to a copy that shares the base's weights."""
+
+    adapter: Adapter
+    attached: Attached
+    texts: OwnTexts | None
+    #: Whether rows of one batch can use it and others.
+    fits_rows: bool
+    #: The facts of its own texts, if it is chosen per row and has some.
+    own_facts: LoadedModel | None
 
 
 # --- used by the loader ---------------------------------------------------------------------
@@ -84,7 +109,7 @@ def merge_adapter(
     if quantised:
         refuse_over_quantised(model, adapter)
     rows = _resize(model, adapter)
-    attached = _attach(model, adapter, ALONE, _shared_weights(model))
+    attached = attach(model, adapter, ALONE, _shared_weights(model))
     _refuse_empty_rows(attached.model, adapter, rows)
     if quantised:
         return attached.model.eval()
@@ -100,45 +125,20 @@ def add_adapters(
     name, as a model that shares with `loaded` everything that it does not change. Raises
     `EngineLoadError`.
     """
-    _refuse_second_layer(loaded)
+    refuse_second_layer(loaded)
     protected = {id(p) for p in loaded.model.parameters()}
-    inputs = _probe(loaded.model)
-    untouched = _outputs(loaded.model, inputs, settings.adapters)
-    by_row: dict[str, tuple[Adapter, _Attached]] = {}
+    inputs = probe_of(loaded.model)
+    untouched = outputs_of(loaded.model, inputs, settings.adapters)
+    by_row: dict[str, tuple[Adapter, Attached]] = {}
     own_models: list[tuple[str, LoadedModel]] = []
     for name, path in adapter_paths(settings.adapters).items():
         progress(None, f"loading adapter {name}")
-        if not loaded.takes_images and (folder := Path(path).expanduser()).is_dir():
-            refuse_half(folder)
-        adapter = read_adapter(path, settings)
-        if loaded.quantised:
-            refuse_over_quantised(loaded.model, adapter)
-        model = _shared_copy(loaded.model, weights=not adapter.changes_base)
-        rows = _resize(model, adapter)
-        attached = _attach(model, adapter, ALONE, protected)
-        _refuse_empty_rows(attached.model, adapter, rows)
-        texts = own_texts(
-            path,
-            attached.model,
-            loaded.tokenizer,
-            loaded.processor,
-            trust_remote_code=trust_remote_code,
-        )
-        same_tokens = texts is None or texts.same_tokens
-        if rows is None and same_tokens and _fits_rows(loaded, attached, adapter):
+        one = examine(loaded, loaded.model, path, settings, trust_remote_code=trust_remote_code)
+        adapter, attached, texts = one.adapter, one.attached, one.texts
+        if one.fits_rows:
             by_row[name] = adapter, attached
-            if texts is not None:
-                loaded.adapter_texts[name] = replace(
-                    wrap_model(
-                        loaded.model,
-                        texts.tokenizer,
-                        texts.processor,
-                        settings=settings,
-                        folder=loaded.folder,
-                        quantised=loaded.quantised,
-                    ),
-                    rope=loaded.rope,
-                )
+            if one.own_facts is not None:
+                loaded.adapter_texts[name] = one.own_facts
             continue
         if loaded.quantised:
             model, how = attached.model.eval(), "beside the quantised weights"
@@ -154,7 +154,7 @@ def add_adapters(
         )
         own.details["adapter"] = how
         own_models.append((name, own))
-    change = relative_error(_outputs(loaded.model, inputs, settings.adapters), untouched)
+    change = relative_error(outputs_of(loaded.model, inputs, settings.adapters), untouched)
     if not change <= tolerance(loaded.model, quantised=loaded.quantised):
         raise EngineLoadError(
             f"adapters={settings.adapters}: one of them changes its base in memory; give each a "
@@ -165,7 +165,50 @@ def add_adapters(
     return own_models
 
 
-def _refuse_second_layer(loaded: LoadedModel) -> None:
+def examine(
+    loaded: LoadedModel,
+    base: Any,
+    path: str,
+    settings: EngineSettings,
+    *,
+    trust_remote_code: bool,
+) -> Examined:
+    """Read the adapter at `path`, and attach it to a copy of `base` (the model of `loaded`, without
+    adapters), which shares its weights. Raises `EngineLoadError`."""
+    if not loaded.takes_images and (folder := Path(path).expanduser()).is_dir():
+        refuse_half(folder)
+    adapter = read_adapter(path, settings)
+    if loaded.quantised:
+        refuse_over_quantised(base, adapter)
+    model = shared_copy(base, weights=not adapter.changes_base)
+    rows = _resize(model, adapter)
+    attached = attach(model, adapter, ALONE, {id(p) for p in base.parameters()})
+    _refuse_empty_rows(attached.model, adapter, rows)
+    texts = own_texts(
+        path,
+        attached.model,
+        loaded.tokenizer,
+        loaded.processor,
+        trust_remote_code=trust_remote_code,
+    )
+    same_tokens = texts is None or texts.same_tokens
+    fits = rows is None and same_tokens and _fits_rows(loaded, attached, adapter)
+    own = None
+    if fits and texts is not None:
+        own = wrap_model(
+            loaded.model,
+            texts.tokenizer,
+            texts.processor,
+            settings=settings,
+            folder=loaded.folder,
+            quantised=loaded.quantised,
+        )
+        own = replace(own, rope=loaded.rope)
+    return Examined(adapter, attached, texts, fits, own)
+
+
+def refuse_second_layer(loaded: LoadedModel) -> None:
+    """Refuse a base that is itself an adapter over quantised weights."""
     from_peft = any(type(m).__module__.startswith("peft.") for m in loaded.model.modules())
     if from_peft:
         raise EngineLoadError(
@@ -177,7 +220,7 @@ def _refuse_second_layer(loaded: LoadedModel) -> None:
 # --- attaching ------------------------------------------------------------------------------------
 
 
-def _shared_copy(model: Any, *, weights: bool = True) -> Any:
+def shared_copy(model: Any, *, weights: bool = True) -> Any:
     """A copy of `model` that shares its weights in memory; with `weights` False it
     copies them too."""
     kept: dict[int, Any] = {}
@@ -243,9 +286,9 @@ def _refuse_empty_rows(model: Any, adapter: Adapter, rows: int | None) -> None:
     of their weights."""
     if rows is None or rows >= model.get_input_embeddings().weight.shape[0]:
         return
-    inputs = _probe(model)
-    ordinary = _outputs(model, inputs | {"input_ids": inputs["input_ids"] % rows}, adapter.path)
-    added = _outputs(model, inputs | {"input_ids": inputs["input_ids"] * 0 + rows}, adapter.path)
+    inputs = probe_of(model)
+    ordinary = outputs_of(model, inputs | {"input_ids": inputs["input_ids"] % rows}, adapter.path)
+    added = outputs_of(model, inputs | {"input_ids": inputs["input_ids"] * 0 + rows}, adapter.path)
     for outputs, part in ((ordinary, "output head"), (added, "input embeddings")):
         if outputs.isnan().any():
             raise EngineLoadError(
@@ -254,7 +297,7 @@ def _refuse_empty_rows(model: Any, adapter: Adapter, rows: int | None) -> None:
             )
 
 
-def _attach(target: Any, adapter: Adapter, name: str, protected: set[int]) -> _Attached:
+def attach(target: Any, adapter: Adapter, name: str, protected: set[int]) -> Attached:
     """Attach an adapter to a model, or to a peft model that already has others. Weights whose ids
     are `protected` are replaced, never written to."""
     peft = peft_library()
@@ -271,7 +314,7 @@ def _attach(target: Any, adapter: Adapter, name: str, protected: set[int]) -> _A
         _refuse_misfit(outer, adapter, state, known)
         written = _detach_written(outer, state, known, protected)
         outer.load_state_dict(state, strict=False)
-    return _Attached(outer.eval(), written)
+    return Attached(outer.eval(), written)
 
 
 def _placed(outer: Any, adapter: Adapter, name: str) -> dict[str, torch.Tensor]:
@@ -364,15 +407,15 @@ def _few(names: Iterable[str]) -> str:
 # --- merged ---------------------------------------------------------------------------------------
 
 
-def _merged(attached: _Attached, adapter: Adapter, protected: set[int]) -> Any:
+def _merged(attached: Attached, adapter: Adapter, protected: set[int]) -> Any:
     """The model with its adapter merged; checked against its output before merging."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     outer = attached.outer
     # Only the intended layer may change, not others that share its weight.
     protected = protected | _shared_weights(outer)
-    inputs = _probe(attached.model)
-    wanted = _outputs(attached.model, inputs, adapter.path)
+    inputs = probe_of(attached.model)
+    wanted = outputs_of(attached.model, inputs, adapter.path)
     for module in outer.modules():
         if isinstance(module, BaseTunerLayer):
             only = getattr(module, "parameter_name", None)
@@ -380,7 +423,7 @@ def _merged(attached: _Attached, adapter: Adapter, protected: set[int]) -> Any:
     with explained(adapter.path):
         model = outer.merge_and_unload(safe_merge=True).eval()
     _untie(model)
-    error = relative_error(_outputs(model, inputs, adapter.path), wanted)
+    error = relative_error(outputs_of(model, inputs, adapter.path), wanted)
     if not error <= tolerance(model, quantised=False):
         raise refusal(adapter.path, f"merged, it computes something else (by {error:.3g})")
     return model
@@ -417,7 +460,7 @@ def _untie(model: Any) -> None:
 # --- in the rows of a batch -----------------------------------------------------------------------
 
 
-def _fits_rows(loaded: LoadedModel, attached: _Attached, adapter: Adapter) -> bool:
+def _fits_rows(loaded: LoadedModel, attached: Attached, adapter: Adapter) -> bool:
     """Whether rows of one batch can use this adapter and others: it must be plain LoRA on layers
     that see the rows."""
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
@@ -467,7 +510,7 @@ def _see_rows(model: Any, layers: list[nn.Module]) -> bool:
 
     handles = [layer.register_forward_pre_hook(look) for layer in layers]
     try:
-        model(**_probe(model))
+        model(**probe_of(model))
     except Exception:
         # A model that does not accept plain text.
         return False
@@ -477,48 +520,24 @@ def _see_rows(model: Any, layers: list[nn.Module]) -> bool:
     return all(right.get(layer, False) for layer in layers)
 
 
-def _put_into_rows(loaded: LoadedModel, by_row: dict[str, tuple[Adapter, _Attached]]) -> None:
+def _put_into_rows(loaded: LoadedModel, by_row: dict[str, tuple[Adapter, Attached]]) -> None:
     """Put the adapters into the base, and compare a batch of all of them with each one alone."""
     # The reference for the self test: the base without any of them.
-    loaded.reference = _shared_copy(loaded.model)
+    loaded.reference = shared_copy(loaded.model)
     target = loaded.model
     names: dict[str, str] = {}
     for number, (name, (adapter, _)) in enumerate(by_row.items()):
         names[name] = f"row{number}"
-        target = _attach(target, adapter, names[name], set()).outer
-    loaded.rows = RowAdapters(loaded.model, names)
+        target = attach(target, adapter, names[name], set()).outer
+    loaded.rows = RowAdapters(loaded.model, names, target)
     loaded.adapters = tuple(names)
-    inputs = _probe(loaded.model)
+    inputs = probe_of(loaded.model)
     allowed = tolerance(loaded.model, quantised=loaded.quantised)
-    base = _outputs(loaded.reference, inputs, ", ".join(by_row))
+    base = outputs_of(loaded.reference, inputs, ", ".join(by_row))
     for name, (adapter, attached) in by_row.items():
-        wanted = _outputs(attached.model, inputs, adapter.path)
+        wanted = outputs_of(attached.model, inputs, adapter.path)
         loaded.rows.choose([name, None, name])
-        got = _outputs(loaded.model, inputs, adapter.path)
+        got = outputs_of(loaded.model, inputs, adapter.path)
         error = max(relative_error(got[0::2], wanted[0::2]), relative_error(got[1::2], base[1::2]))
         if not error <= allowed:
             raise refusal(adapter.path, f"in a batch it computes something else (by {error:.3g})")
-
-
-# --- comparing ------------------------------------------------------------------------------------
-
-
-def _probe(model: Any) -> dict[str, torch.Tensor]:
-    """Rows of ordinary tokens."""
-    count = int(model.config.get_text_config(decoder=True).vocab_size)
-    numbers = torch.arange(PROBE_ROWS * PROBE_TOKENS, device=model.device)
-    # Away from both ends of the vocabulary, where special tokens are.
-    ids = (count // 3 + numbers * max(count // (3 * len(numbers)), 1)) % count
-    ids = ids.reshape(PROBE_ROWS, PROBE_TOKENS)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids[:, :PROBE_ANSWER]
-    return inputs
-
-
-@torch.inference_mode()
-def _outputs(model: Any, inputs: dict[str, torch.Tensor], path: str) -> torch.Tensor:
-    """float32 logits, or hidden states of a model that only embeds."""
-    with explained(path):
-        outputs: torch.Tensor = model(**inputs)[0]
-    return outputs.float()

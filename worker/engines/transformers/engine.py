@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 from worker.engines.base import EngineLoadError, EngineOptions, Progress
 
@@ -16,13 +17,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
+from worker.engines.common.adapter_folder import AdapterFolder
 from worker.engines.common.engine import BatchEngine
 from worker.engines.common.template import use_template
-from worker.engines.transformers.adapters import add_adapters
+from worker.engines.transformers.adapters import (
+    add_adapters,
+    refuse_second_layer,
+    shared_copy,
+)
 from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.loader import load_model
 from worker.engines.transformers.memory import free_bytes, used_bytes
 from worker.engines.transformers.prefix import PrefixCache
+from worker.engines.transformers.runtime_adapters import RowLoader
 from worker.engines.transformers.served import ServedModel
 from worker.engines.transformers.settings import EngineSettings, parse_settings
 from worker.naming import name_from_path
@@ -53,6 +60,7 @@ def build_engine(options: EngineOptions, progress: Progress) -> TransformersEngi
         raise EngineLoadError(f"{len(names)} names were given for {len(paths)} models")
     slots = options.slots or DEFAULT_SLOTS
     served = []
+    bases: list[Any] = []
     for index, (path, own) in enumerate(zip(paths, names, strict=True)):
         loaded = load_model(path, options, settings, _share(progress, index, len(paths)))
         use_template(loaded, options.chat_template)
@@ -62,12 +70,28 @@ def build_engine(options: EngineOptions, progress: Progress) -> TransformersEngi
             beside = add_adapters(
                 loaded, settings, progress, trust_remote_code=options.trust_remote_code
             )
+        if settings.adapters_folder and index == 0:
+            if loaded.rows is None:
+                refuse_second_layer(loaded)
+            # What adapters that come later are compared with.
+            bases.append(loaded.reference or shared_copy(loaded.model))
         progress(None, f"warming up {own[0] if own else path}")
         served.append(ServedModel(loaded, own or (name_from_path(path),), settings, slots=slots))
         for name, adapted in beside:
             progress(None, f"warming up {name}")
             served.append(ServedModel(adapted, (name,), settings, slots=slots))
     engine = TransformersEngine(served, settings, slots=slots, memory_bytes=options.memory_bytes)
+    if settings.adapters_folder:
+        loader = RowLoader(
+            served[0], bases[0], settings, trust_remote_code=options.trust_remote_code
+        )
+        engine.adapters = AdapterFolder(
+            settings.adapters_folder,
+            loader,
+            engine.uses,
+            most=settings.adapters_loaded,
+            taken_names=[info.name for info in engine.capabilities.models],
+        )
     progress(1.0, "ready")
     return engine
 

@@ -104,6 +104,12 @@ class PrefixCache:
         self._remove(next(iter(self._entries)))
         return True
 
+    def forget(self, adapter: str) -> None:
+        """Drop what was computed with an adapter."""
+        for number, entry in list(self._entries.items()):
+            if entry.adapter == adapter:
+                self._remove(number)
+
     def clear(self) -> None:
         self._entries.clear()
         self.tokens = 0

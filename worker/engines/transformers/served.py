@@ -21,6 +21,7 @@ from broker.protocol.messages import (
     TextPart,
 )
 from worker.engines.base import EngineLoadError, Job
+from worker.engines.common.facts import ModelFacts
 from worker.engines.common.prompt import Encoded, Prompt
 from worker.engines.common.runner import Runner
 from worker.engines.common.served import BatchModel, Prepared
@@ -123,6 +124,20 @@ class ServedModel(BatchModel):
         for name, texts in self._adapter_texts.items():
             found[name] = DecisionMaker(self.loaded, texts.facts, config, texts.builder)
         return found
+
+    def add_adapter(self, name: str, own: ModelFacts | None) -> None:
+        super().add_adapter(name, own)
+        config = decision_config(self.loaded)
+        if own is not None and config is not None:
+            texts = self._adapter_texts[name]
+            self._decisions[name] = DecisionMaker(self.loaded, texts.facts, config, texts.builder)
+
+    def remove_adapter(self, name: str) -> None:
+        super().remove_adapter(name)
+        self._decisions.pop(name, None)
+        if self.slot_runner is not None:
+            # Another adapter may come under its name.
+            self.slot_runner.rows.prefix.forget(name)
 
     def decision(self, job: Job) -> Prepared:
         """The decisions that a job asks for. Raises RequestError."""
@@ -280,7 +295,8 @@ class ServedModel(BatchModel):
 
 
 def _static_use(settings: EngineSettings, loaded: LoadedModel) -> StaticUse:
-    if settings.cuda_graphs == "off":
+    # A captured step does not include the choice of adapters.
+    if settings.cuda_graphs == "off" or settings.adapters_folder:
         return StaticUse.NEVER
     places = set((getattr(loaded.model, "hf_device_map", None) or {}).values())
     if loaded.device.type == "cuda" and len(places) < 2:

@@ -56,6 +56,11 @@ class EngineSettings(SharedSettings):
     max_memory: str = ""
     #: PEFT adapters served alongside their base: "name=path,name=path" (first model only).
     adapters: str = ""
+    #: A folder of PEFT adapters, each in a folder named like it, that are loaded on demand and
+    #: unloaded while the first model runs; empty: none.
+    adapters_folder: str = ""
+    #: So many of these are loaded at once; the least recently used gives way.
+    adapters_loaded: int = 16
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -72,6 +77,7 @@ _MINIMUM: dict[str, float] = {
     "memory_share": 0,
     "prefix_tokens": -1,
     "threads": 0,
+    "adapters_loaded": 1,
 }
 
 

@@ -1,0 +1,144 @@
+"""vLLM spread over processes or machines: answers against one process', and a part of it killed.
+
+    python -m bench.parallel --way tp2 tensor_parallel_size=2 distributed_executor_backend=mp
+
+For each `--way NAME KEY=VALUE...` a worker runs vLLM with those arguments, beside a second worker
+with one process. Greedy answers of both are compared token by token; then, in mid-stream at the
+first, one of the processes that compute for it is killed (SIGKILL): its engine must end, and the
+stream go on at the second. The model is a tiny random Llama in float32, on a CPU. `--ray` counts
+Ray's processes among those that may be killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from client import Client, Tokens
+from client.cli.local_bus import LocalBus
+from tests.engines import library_checks as checks
+
+HIDDEN = 128
+PROMPTS = ("ab ba", "the quick brown fox", "1 2 3 4", "z")
+TOKENS = 48
+LONG_TOKENS = 400
+
+
+@dataclass
+class Outcome:
+    """What one way did."""
+
+    way: str
+    equal: int = 0
+    started_s: float = 0.0
+    killed: str = ""
+    ended_s: float = 0.0
+    resumed: int = 0
+    goes_on: str = ""
+    error: str = ""
+
+
+def answers(client: Client, model: str) -> list[list[int]]:
+    """Greedy answers, as token ids."""
+    return [
+        client.generate(
+            prompt, model=model, max_tokens=TOKENS, temperature=0.0, ignore_eos=True
+        ).token_ids
+        for prompt in PROMPTS
+    ]
+
+
+def computing(worker_pid: int, named: str) -> list[psutil.Process]:
+    """The processes that compute for a worker's engine: its children, or Ray's actors."""
+    if named:
+        return [p for p in psutil.process_iter() if named in " ".join(p.cmdline())]
+    (engine, *_) = psutil.Process(worker_pid).children()
+    return [
+        p for p in engine.children(recursive=True) if "resource_tracker" not in str(p.cmdline())
+    ]
+
+
+def try_out(folder: Path, path: Path, way: str, arguments: list[str], named: str) -> Outcome:
+    """Start both workers, compare, kill, and see."""
+    told = Outcome(way)
+    common = ["--model-path", str(path), "--dtype", "float32", "--slots", "4"]
+    common += ["--engine-arg", "enforce_eager=true", "--engine-arg", "max_num_batched_tokens=64"]
+    spread = [word for argument in arguments for word in ("--engine-arg", argument)]
+    with LocalBus(folder, start_s=400) as bus:
+        bus.start_broker("--placement", "least_loaded")
+        began_s = time.monotonic()
+        # Under two names, so that it is known who answers; and under one, for the stream.
+        first = bus.start_worker(
+            "w1", *common, "--model-name", "tiny,spread", *spread, engine="vllm"
+        )
+        bus.wait_ready(1)
+        told.started_s = time.monotonic() - began_s
+        bus.start_worker("w2", *common, "--model-name", "tiny,single", engine="vllm")
+        bus.wait_ready(2)
+        client = Client(bus.front)
+        spread_out, single = answers(client, "spread"), answers(client, "single")
+        told.equal = sum(a == b for a, b in zip(spread_out, single, strict=True))
+        long = {"max_tokens": LONG_TOKENS, "temperature": 0.0, "ignore_eos": True}
+        whole = client.generate(PROMPTS[0], model="single", **long).token_ids
+        for _ in range(4):  # until it runs at w1
+            stream = client.generate(PROMPTS[0], model="tiny", stream=True, **long)
+            killed_s, ids = 0.0, list[int]()
+            for event in stream:
+                if not isinstance(event, Tokens):
+                    continue
+                ids += event.token_ids
+                if killed_s or len(ids) < 5:
+                    continue
+                if stream.worker != "w1":
+                    break
+                victim = computing(first.pid, named)[-1]
+                told.killed = " ".join([victim.name(), *victim.cmdline()[-1:]])[:60]
+                os.kill(victim.pid, signal.SIGKILL)
+                killed_s = time.monotonic()
+            if killed_s:
+                break
+        if not killed_s:
+            told.error = "the stream never ran at w1"
+            return told
+        told.goes_on = f"{stream.end.worker}, {'equal' if ids == whole else 'DIFFERENT'}"
+        told.resumed = stream.end.resumed
+        lines = first.log().splitlines()
+        lost = [line for line in lines if "engine lost" in line or "engine died" in line]
+        told.error = lost[0][-160:] if lost else "its engine did not end"
+        told.ended_s = time.monotonic() - killed_s
+    return told
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m bench.parallel", description=__doc__)
+    parser.add_argument("--way", nargs="+", action="append", required=True, metavar="WORD")
+    parser.add_argument("--victim", default="", help="a word of the command lines of its victims")
+    options = parser.parse_args()
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    folder = Path(tempfile.mkdtemp(prefix="bench-parallel-"))
+    path = checks.saved_model(folder / "model", HIDDEN)
+    print("| way | ready after s | equal answers | killed | stream went on at | resumed | s |")
+    print("|---|---|---|---|---|---|---|")
+    for number, (name, *arguments) in enumerate(options.way):
+        place = folder / str(number)
+        place.mkdir()
+        told = try_out(place, path, name, arguments, options.victim)
+        print(
+            f"| {name} | {told.started_s:.0f} | {told.equal} of {len(PROMPTS)} | {told.killed} "
+            f"| {told.goes_on} | {told.resumed} | {told.ended_s:.1f} |\n  {told.error}",
+            flush=True,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
