@@ -12,6 +12,8 @@ Cases, all in one run (`--only` selects):
 * served: the same model as users reach it, over the network: broker, worker and client library,
   and the gateway's SSE, beside FastChat's real `model_worker` (`fastchat`) and `transformers serve`
   without and with continuous batching (`transformers_serve`, `transformers_serve_cb`).
+* engines: vLLM and llama.cpp beside ours, served and in the process, and each behind our bus
+  (`bench/peers/engines/install.sh` installs them).
 * bus: CPU of link, broker and client for each step, over the engine's.
 * shared: prompts that share a prefix, beside the same without reuse.
 * images: questions about images, beside `generate`.
@@ -42,6 +44,7 @@ import torch
 
 from bench.common import Report, Row, integers, interleave, options, repeats
 from bench.engine import (
+    engines as engine_engines,
     profile as engine_profile,
     served as engine_served,
     situations as engine_situations,
@@ -171,6 +174,7 @@ def throughput(setting: Setting) -> None:
 CASES: dict[str, Case] = {
     "throughput": throughput,
     "served": engine_served.served,
+    "engines": engine_engines.engines,
     "bus": engine_served.bus,
     "shared": engine_situations.shared,
     "pictures": engine_situations.images,

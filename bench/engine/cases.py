@@ -87,6 +87,7 @@ SIZES = {
     "110m": Shape(1024, 8, 16, 8, 8192, 2816, torch.bfloat16),
     "1b": Shape(2048, 16, 32, 8, 32_000, 8192, torch.bfloat16),
     "3b": Shape(3072, 28, 24, 8, 32_000, 8192, torch.bfloat16),
+    "7b": Shape(4096, 32, 32, 32, 32_000, 11_008, torch.bfloat16),
     "8b": Shape(4096, 32, 32, 8, 32_000, 14_336, torch.bfloat16),
 }
 """The targets are for 32m; 1b and larger are meant for a GPU."""

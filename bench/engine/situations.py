@@ -152,13 +152,13 @@ def gap(setting: Setting) -> None:
 def floor(setting: Setting) -> None:
     """A decode step beside the lower bound given by the same GPU's memory bandwidth."""
     model, engine, report = setting.model, setting.engine, setting.report
-    bandwidth = _bandwidth(setting.device)
+    read_per_s = bandwidth(setting.device)
     embedding = model.get_input_embeddings().weight
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     # A step reads only a few rows of the embedding table.
     weights -= embedding.numel() * embedding.element_size()
     token_bytes = engine._served[0].runner.cache.token_bytes
-    report.add("engine_gpu_bandwidth", bandwidth / 1e9, "GB/s")
+    report.add("engine_gpu_bandwidth", read_per_s / 1e9, "GB/s")
     for count in setting.counts:
         prompts = setting.token_prompts(count, 128, 128, seed=count)
         run_engine(engine, prompts, 16)
@@ -166,19 +166,25 @@ def floor(setting: Setting) -> None:
             run_engine(engine, prompts, 128)["gap_ms"] for _ in range(repeats(setting.arguments))
         ]
         step = Sample(tuple(seen))
-        floor_ms = (weights + count * 192 * token_bytes) / bandwidth * 1e3
+        floor_ms = (weights + count * 192 * token_bytes) / read_per_s * 1e3
         report.add("engine_floor_share", floor_ms / step.median, "of floor", streams=count)
         report.add("engine_step_ms", step, "ms", peer="floor", against=floor_ms, streams=count)
 
 
-def _bandwidth(device: torch.device) -> float:
-    """Bytes per second of a plain memory read."""
-    data = torch.empty(1 << 30, dtype=torch.float32, device=device).normal_()
+def bandwidth(device: torch.device, numbers: int = 1 << 30) -> float:
+    """Bytes per second of a plain memory read of so many float32."""
+    data = torch.empty(numbers, dtype=torch.float32, device=device).normal_()
     for _ in range(3):
         data.sum()
-    torch.cuda.synchronize(device)
+    synchronise(device)
     started = time.perf_counter()
     for _ in range(10):
         data.sum()
-    torch.cuda.synchronize(device)
+    synchronise(device)
     return 10 * data.numel() * 4 / (time.perf_counter() - started)
+
+
+def synchronise(device: torch.device | str) -> None:
+    """Wait until a device has done everything; a CPU always has."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)

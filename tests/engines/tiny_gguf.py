@@ -86,4 +86,5 @@ def _write_tokenizer(writer: Any, gguf: Any, tokenizer: Any, config: Any) -> Non
     writer.add_bos_token_id(config.bos_token_id)
     writer.add_eos_token_id(config.eos_token_id)
     writer.add_add_bos_token(False)
-    writer.add_chat_template(tokenizer.chat_template)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
