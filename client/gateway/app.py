@@ -60,6 +60,8 @@ from client.gateway.openai.responses import (
     get_response,
     input_items,
 )
+from client.gateway.openai.responses_compact import compact_response
+from client.gateway.openai.responses_socket import responses_sockets
 from client.gateway.operator_view import drain, live, overview, session
 from client.gateway.page import page_routes
 from client.gateway.peers import Peers, anywhere
@@ -102,6 +104,8 @@ def create_app(config: Config) -> Starlette:
             app.state.gateway = gateway
             #: Set when open streams must end.
             app.state.stopping = asyncio.Event()
+            #: Set when connections that wait for a request must end.
+            app.state.leaving = asyncio.Event()
             watching = [
                 asyncio.create_task(gateway.metrics.watch_loop()),
                 asyncio.create_task(watch_broker(bus, gateway.metrics)),
@@ -175,6 +179,8 @@ def _routes(config: Config) -> list[BaseRoute]:
         *anthropic_routes(),
         route("/v1/systemone", system_one, "POST", counted=True),
         route("/v1/responses", anywhere(create_response), "POST", counted=True),
+        *responses_sockets(),
+        route("/v1/responses/compact", anywhere(compact_response), "POST", counted=True),
         route("/v1/responses/input_tokens", anywhere(input_tokens), "POST", counted=True),
         route("/v1/responses/{id:kept}", anywhere(get_response)),
         route("/v1/responses/{id:kept}", anywhere(delete_response), "DELETE"),

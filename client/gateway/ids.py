@@ -22,7 +22,9 @@ __all__ = [
     "START_HEADER",
     "KeptId",
     "RequestIds",
+    "new_request_id",
     "request_id_of",
+    "with_request_id",
 ]
 
 REQUEST_ID_HEADER: Final = "x-request-id"
@@ -55,6 +57,16 @@ def request_id_of(scope: Scope) -> str:
     return id_
 
 
+def new_request_id() -> str:
+    """An id for a request whose caller gave none."""
+    return f"req-{secrets.token_hex(12)}"
+
+
+def with_request_id(scope: Scope, request_id: str) -> Scope:
+    """The same request, with an id."""
+    return {**scope, _STATE: request_id}
+
+
 class RequestIds:
     """An ASGI application around the whole gateway."""
 
@@ -68,7 +80,7 @@ class RequestIds:
         request_id = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
         # The caller's own id, unless it could forge a log line or a header.
         if not (request_id.isascii() and request_id.isprintable() and 0 < len(request_id) <= 128):
-            request_id = f"req-{secrets.token_hex(12)}"
+            request_id = new_request_id()
         scope[_STATE] = request_id
 
         # Not a coroutine: most calls pass on parts of a body unchanged.

@@ -21,6 +21,7 @@ from typing import Any, Final
 import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from broker.protocol.descriptors import raise_descriptor_limit
 from broker.protocol.errors import ErrorCode
@@ -133,7 +134,12 @@ class Connection(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            pass  # an upgrade is ignored, as if it had not been requested
+            if self._should_upgrade():
+                # Another protocol has the connection from now on, and counts it.
+                self._gone()
+                self.handle_websocket_upgrade()
+                return
+            # Any other upgrade is ignored, as if it had not been requested.
         except httptools.HttpParserError as error:
             if self._refusal is not None:
                 self._refuse(*self._refusal)
@@ -248,6 +254,13 @@ class Connection(HttpToolsProtocol):
         self.transport.close()
 
 
+class Socket(WebSocketsSansIOProtocol):
+    """One WebSocket. When the server stops, the application closes it: once its answer is over."""
+
+    def shutdown(self) -> None:
+        """See `Server.shutdown`, which tells the application."""
+
+
 _LARGE_HEAD: Final = (
     HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
     f"The head of the request is beyond {MAX_HEAD_BYTES} bytes.",
@@ -274,7 +287,10 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 http=protocol_class(bounds),
-                ws="none",
+                ws=Socket,
+                # A message is a body; what goes out are events, too short to be worth packing.
+                ws_max_size=config.body_bytes,
+                ws_per_message_deflate=False,
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -298,6 +314,7 @@ class Server(uvicorn.Server):
         """Accept nothing new; after the grace period, open streams get a last event
         that says so."""
         self._loop = asyncio.get_running_loop()
+        self._app.state.leaving.set()
         self._loop.call_later(self._shutdown_s, self._end)
         await super().shutdown(sockets)
 

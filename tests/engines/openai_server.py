@@ -45,6 +45,8 @@ class Options:
     whole: bool = False
     #: Refuses what is not of its own parameters.
     strict: bool = False
+    #: Calls the first tool that it is given, unless it has its result.
+    calls: bool = False
     #: What it does with `max_tokens` beyond its room: "refuses", "openai" for its words, whose
     #: bound is on the answer, or "cuts".
     beyond: str = "refuses"
@@ -216,6 +218,8 @@ class Handler(BaseHTTPRequestHandler):
             for word in asked.split()
             if word.startswith("#")
         )
+        if options.calls and chat and body["messages"][-1]["role"] != "tool":
+            orders["call"] = ""
         if "busy" in orders and self.once("busy" + asked):
             self.answer(429, {"error": {"message": "queue full"}}, {"retry-after": "0.2"})
             return

@@ -8,8 +8,17 @@ import time
 import traceback
 from collections.abc import Callable
 
-from tests.judges import agents, anthropic, cohere, fastchat, guidellm, llava, ollama
-from tests.judges.stage import Stage, stage
+from tests.judges import (
+    agents,
+    anthropic,
+    cohere,
+    fastchat,
+    guidellm,
+    llava,
+    ollama,
+    openresponses,
+)
+from tests.judges.stage import Absent, Stage, stage
 
 JUDGES: dict[str, Callable[[Stage], None]] = {
     "fastchat": fastchat.judge,
@@ -19,6 +28,7 @@ JUDGES: dict[str, Callable[[Stage], None]] = {
     "cohere": cohere.judge,
     "anthropic": anthropic.judge,
     "agents": agents.judge,
+    "openresponses": openresponses.judge,
 }
 
 
@@ -35,6 +45,8 @@ def main() -> int:
             began_s = time.monotonic()
             try:
                 JUDGES[name](ready)
+            except Absent as absent:
+                verdict = f"skipped: {absent}"
             except Exception:
                 traceback.print_exc()
                 failed += 1

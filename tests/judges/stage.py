@@ -24,11 +24,16 @@ ENVIRONMENTS = Path(__file__).parent / ".venv"
 PATIENCE_S = 240.0
 
 
+class Absent(Exception):
+    """A judge that has to be brought along, and is not here; the message says how."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """A gateway in front of two models: `echo`, which repeats what it is told, and `demo`."""
 
     url: str
+    bus: Bus
     #: For what a judge writes.
     folder: Path
 
@@ -45,7 +50,7 @@ def stage() -> Iterator[Stage]:
             bus.start_worker("demo", engine=None)
             bus.wait_ready(2)
             with running_gateway(bus) as gateway:
-                yield Stage(gateway.url, folder)
+                yield Stage(gateway.url, bus, folder)
         finally:
             bus.stop()
 
@@ -89,7 +94,9 @@ def offline_settings(**more: str) -> dict[str, str]:
     return {**os.environ, **offline, **more}
 
 
-def run(stage: Stage, *command: str | Path, **settings: str) -> str:
+def run(
+    stage: Stage, *command: str | Path, ends_with: Sequence[int] = (0,), **settings: str
+) -> str:
     """Run a judge to its end; returns what it wrote. Fails where it does."""
     done = subprocess.run(
         [str(word) for word in command],
@@ -101,7 +108,9 @@ def run(stage: Stage, *command: str | Path, **settings: str) -> str:
         text=True,
         timeout=PATIENCE_S,
     )
-    assert done.returncode == 0, f"{command[1:4]} ended with {done.returncode}:\n{done.stdout}"
+    assert done.returncode in ends_with, (
+        f"{command[1:4]} ended with {done.returncode}:\n{done.stdout}"
+    )
     return done.stdout
 
 

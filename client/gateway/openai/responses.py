@@ -8,8 +8,9 @@ at the worker too.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, cast
+import contextlib
+from dataclasses import dataclass, replace
+from typing import Any, Final, cast
 
 import msgspec
 from pydantic import BaseModel
@@ -30,10 +31,12 @@ from client.gateway.openai.responses_body import (
 )
 from client.gateway.openai.responses_output import OutputItem, ResponseBuilder
 from client.gateway.openai.shapes import dumped
-from client.gateway.reattach import Kept
+from client.gateway.reattach import Kept, Store
 from client.gateway.sse import until_disconnect
 
 __all__ = [
+    "LOCAL",
+    "Local",
     "cancel_response",
     "create_response",
     "delete_response",
@@ -41,6 +44,36 @@ __all__ = [
     "input_items",
     "input_of",
 ]
+
+LOCAL: Final = "tokenbus.local"
+"""Where the scope of a request has the `Local` of its connection, if that is a WebSocket."""
+
+
+@dataclass(slots=True)
+class Local:
+    """The latest response of one connection that is not to be stored: it alone may go on there."""
+
+    store: Store
+    #: In the place of a key's name, in the store.
+    owner: str
+    _kept: Kept | None = None
+
+    def keep(self, kept: Kept) -> None:
+        """The latest response, in place of the one before."""
+        self.drop()
+        self._kept = kept
+        self.store.put(kept)
+
+    def evict(self, id_: str) -> None:
+        """A request that named this response has failed."""
+        if self._kept is not None and self._kept.id == id_:
+            self.drop()
+
+    def drop(self) -> None:
+        """Nothing goes on from here."""
+        if self._kept is not None:
+            self.store.drop(self._kept)
+            self._kept = None
 
 
 async def create_response(context: RequestContext) -> Response:
@@ -58,7 +91,10 @@ async def create_response(context: RequestContext) -> Response:
             [call], prompt_field="input", has_enough=lambda _: builder.progress.has_enough
         )
     )
-    kept = Kept(builder.id, context.key.name, "response", builder, call.size_bytes)
+    local: Local | None = context.request.scope.get(LOCAL)
+    is_local = local is not None and body.store is False
+    owner = local.owner if local is not None and is_local else context.key.name
+    kept = Kept(builder.id, owner, "response", builder, call.size_bytes)
     builder.grew = kept.grew
     if body.background:
         transcript = store.run(
@@ -69,6 +105,8 @@ async def create_response(context: RequestContext) -> Response:
         return _json(builder.snapshot())
     if body.store is not False:
         store.put(kept)
+    elif local is not None:
+        local.keep(kept)
     if body.stream:
         return context.stream(source, builder.failed)
     try:
@@ -89,6 +127,7 @@ async def input_of(
         items.find()  # the store is the loop's
     body = await context.aside(with_references, body, items)
     earlier, earlier_bytes = _conversation(context, body.previous_response_id)
+    _check_outputs(body, earlier)
     size_bytes = context.size_bytes + earlier_bytes
     chat = await aside(size_bytes, as_chat, body, earlier)
     try:
@@ -110,7 +149,7 @@ def _conversation(context: RequestContext, id_: str | None) -> tuple[list[http.C
     if id_ is None:
         return [], 0
     try:
-        kept = context.gateway.store.find(id_, context.key.name, "response")
+        kept = _find_kept(context, id_)
     except UnknownAnswer as error:
         raise UnknownAnswer(
             f"{error.info.message} Send the conversation as `input`.",
@@ -126,6 +165,37 @@ def _conversation(context: RequestContext, id_: str | None) -> tuple[list[http.C
     return cast(ResponseBuilder, kept.value).conversation(), kept.size_bytes
 
 
+def _owners(context: RequestContext) -> list[str]:
+    """Whose responses a request may go on from: the key's, and those of its connection alone."""
+    local: Local | None = context.request.scope.get(LOCAL)
+    return [context.key.name, *([local.owner] if local is not None else [])]
+
+
+def _find_kept(context: RequestContext, id_: str) -> Kept:
+    """Raises UnknownAnswer."""
+    name, *others = _owners(context)
+    for owner in others:
+        with contextlib.suppress(UnknownAnswer):
+            return context.gateway.store.find(id_, owner, "response")
+    return context.gateway.store.find(id_, name, "response")
+
+
+def _check_outputs(body: ResponseRequest, earlier: list[http.ChatMessage]) -> None:
+    """Each output belongs to a call before it: else the model would be shown an answer to a
+    question that nobody asked. Raises GatewayError."""
+    if isinstance(body.input, str):
+        return
+    calls = {call.id for message in earlier for call in message.tool_calls or ()}
+    for index, item in enumerate(body.input):
+        if item.get("type") == "function_call":
+            calls.add(str(item.get("call_id")))
+        elif item.get("type") == "function_call_output" and str(item.get("call_id")) not in calls:
+            raise invalid(
+                f"input[{index}].call_id",
+                f"No tool call found for function call output with call_id {item.get('call_id')}.",
+            )
+
+
 class _Items:
     """The output items of the responses that the key may see, as JSON, by id."""
 
@@ -137,10 +207,11 @@ class _Items:
         """Look through the store, unless that was done."""
         if self._found is None:
             context = self._visit
-            kept = context.gateway.store.of(context.key.name, "response")
+            store = context.gateway.store
             self._found = {
                 item.id: item
-                for builder in (one.value for one in kept)
+                for owner in _owners(context)
+                for builder in (one.value for one in store.of(owner, "response"))
                 if builder.over
                 for item in builder.output
             }

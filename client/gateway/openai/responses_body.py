@@ -6,8 +6,6 @@ converted to chat messages, so that only one conversion to the bus is needed.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, Final, Literal
@@ -18,6 +16,7 @@ from msgspec import Meta, Struct
 from broker.protocol.limits import MAX_TOP_LOGPROBS
 from client.gateway import requests as http
 from client.gateway.errors import GatewayError, invalid
+from client.gateway.openai.sealing import SUMMARY, unsealed
 
 __all__ = [
     "ENCRYPTED",
@@ -30,7 +29,6 @@ __all__ = [
     "check_include",
     "functions_of",
     "named_in_input",
-    "sealed",
     "turns_of",
     "with_references",
 ]
@@ -134,16 +132,6 @@ class ReasoningText(_Content, tag="reasoning_text", tag_field="type", kw_only=Tr
     text: str
 
 
-#: Begins what `sealed` makes.
-_SEAL: Final = "tokenbus1."
-
-
-def sealed(thought: str) -> str:
-    """A thought as `encrypted_content`, for clients that send back nothing else of it. It stands
-    in the answer openly as well, so it is only packed."""
-    return _SEAL + base64.urlsafe_b64encode(thought.encode()).decode()
-
-
 class ReasoningItem(_Body, tag="reasoning", tag_field="type", kw_only=True):
     """What was thought for an earlier answer."""
 
@@ -159,13 +147,16 @@ class ReasoningItem(_Body, tag="reasoning", tag_field="type", kw_only=True):
         """Empty where it was another server's and is not told."""
         if self.content:
             return "\n".join(part.text for part in self.content)
-        given = self.encrypted_content or ""
-        if not given.startswith(_SEAL):
-            return ""
-        try:
-            return base64.urlsafe_b64decode(given.removeprefix(_SEAL)).decode()
-        except (binascii.Error, ValueError):
-            return ""  # a client cut it: there is no telling what it was
+        return unsealed(self.encrypted_content or "")
+
+
+class CompactionItem(_Body, tag="compaction", tag_field="type", kw_only=True):
+    """What `/v1/responses/compact` made of a conversation."""
+
+    encrypted_content: str
+    id: str | None = None
+    created_by: http.Label = None
+    status: http.Label = None
 
 
 class ItemReference(_Body, tag="item_reference", tag_field="type", kw_only=True):
@@ -174,7 +165,14 @@ class ItemReference(_Body, tag="item_reference", tag_field="type", kw_only=True)
     id: str
 
 
-Item = MessageItem | FunctionCallItem | FunctionOutputItem | ReasoningItem | ItemReference
+Item = (
+    MessageItem
+    | FunctionCallItem
+    | FunctionOutputItem
+    | ReasoningItem
+    | CompactionItem
+    | ItemReference
+)
 
 
 # --- the body -------------------------------------------------------------------------------------
@@ -426,6 +424,16 @@ class _Turns:
                 )
             case ReasoningItem():
                 self._thought = (_joined(self._thought[0], item.thought) or "", path)
+            case CompactionItem():
+                summary = unsealed(item.encrypted_content)
+                if not summary:
+                    raise invalid(
+                        f"{path}.encrypted_content",
+                        f"`{path}.encrypted_content` is not a summary that this gateway made; send "
+                        "the conversation itself, or compact it here.",
+                    )
+                self.end_thought()
+                self._say(path, role="user", content=f"{SUMMARY}{summary}")
             case ItemReference():
                 pass  # `with_references` has already replaced it
 

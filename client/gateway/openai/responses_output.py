@@ -38,13 +38,13 @@ from client.gateway.openai.responses_body import (
     ResponseRequest,
     TextConfig,
     functions_of,
-    sealed,
     turns_of,
 )
+from client.gateway.openai.sealing import sealed
 from client.gateway.openai.shapes import chat_logprobs, dumped
 from client.gateway.sse import Source, encode
 
-__all__ = ["OutputItem", "ResponseBuilder"]
+__all__ = ["OutputItem", "ResponseBuilder", "told_usage"]
 
 #: What an entry of log-probabilities takes as the shape that it is kept as, measured.
 _LOGPROB_BYTES: Final = 900
@@ -163,16 +163,7 @@ class ResponseBuilder:
         if self._error is not None:
             response.error = shapes.ResponseError.model_construct(**_error_of(self._error))
         if self._usage is not None:
-            usage = self._usage
-            response.usage = ResponseUsage(
-                input_tokens=usage.prompt_tokens,
-                input_tokens_details=InputTokensDetails(
-                    cached_tokens=usage.cached_tokens, cache_write_tokens=0
-                ),
-                output_tokens=usage.completion_tokens,
-                output_tokens_details=OutputTokensDetails(reasoning_tokens=usage.reasoning_tokens),
-                total_tokens=usage.prompt_tokens + usage.completion_tokens,
-            )
+            response.usage = told_usage(self._usage)
         return response
 
     async def events(self, batches: Batches) -> Source:
@@ -411,6 +402,19 @@ class ResponseBuilder:
         self._sequence += 1
         made = _JSON.encode({"type": kind, "sequence_number": number, **fields})
         return encode(made, event=kind, id_=str(number))
+
+
+def told_usage(usage: Usage) -> ResponseUsage:
+    """The tokens of a response as OpenAI names them there."""
+    return ResponseUsage(
+        input_tokens=usage.prompt_tokens,
+        input_tokens_details=InputTokensDetails(
+            cached_tokens=usage.cached_tokens, cache_write_tokens=0
+        ),
+        output_tokens=usage.completion_tokens,
+        output_tokens_details=OutputTokensDetails(reasoning_tokens=usage.reasoning_tokens),
+        total_tokens=usage.prompt_tokens + usage.completion_tokens,
+    )
 
 
 def _told_tool(tool: FunctionTool) -> dict[str, Any]:
