@@ -150,7 +150,10 @@ def test_a_packed_product_that_differs_is_not_used(monkeypatch: pytest.MonkeyPat
     assert type(model.lm_head) is nn.Linear
 
 
-@pytest.mark.parametrize("settings", [{"fused": "off"}, {"adapters": "one=/somewhere"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"fused": "off"}, {"adapters": "one=/somewhere"}, {"adapters_folder": "/somewhere"}],
+)
 def test_a_model_stays_as_it_is_where_it_should(settings: dict[str, Any]) -> None:
     model = text_model("llama")
     prepare_layers(model, EngineSettings(**settings))

@@ -249,7 +249,8 @@ def prepare_layers(model: nn.Module, settings: EngineSettings) -> None:
     """Make a model that was just loaded quick, as `settings` allow. Adapters are inside of layers,
     and share weights with their base: such a model stays as it is."""
     on_cpu = next(model.parameters()).device.type == "cpu"
-    if settings.adapters or settings.fused == "off" or not (on_cpu or settings.fused == "on"):
+    adapted = settings.adapters or settings.adapters_folder
+    if adapted or settings.fused == "off" or not (on_cpu or settings.fused == "on"):
         return
     pack = on_cpu and (settings.fused == "on" or packs_faster(model))
     fuse_layers(model, pack=pack)
