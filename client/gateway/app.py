@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Match, Route
 
 from broker.protocol.errors import ErrorCode
-from broker.protocol.tracing import make_tracer
+from broker.protocol.tracing import make_meter, make_tracer
 from client import AsyncClient, BusError, Limits, Timeout
 from client.gateway.accounts import Accounts
 from client.gateway.anthropic.routes import anthropic_routes, shape_for
@@ -45,7 +45,7 @@ from client.gateway.ids import (
     request_id_of,
 )
 from client.gateway.keys import KeyFile
-from client.gateway.metrics import CONTENT_TYPE
+from client.gateway.metrics import CONTENT_TYPE, Metrics
 from client.gateway.ollama.answers import error_object
 from client.gateway.ollama.routes import ollama_routes
 from client.gateway.openai.chat import cancel_chat, chat_completions, read_chat
@@ -99,7 +99,10 @@ def create_app(config: Config) -> Starlette:
             peers = Peers(config.peers, 4 * config.keep_alive_s)
             accounts = Accounts(config.usage) if config.usage is not None else None
             gateway = Gateway(
-                config, bus, keys, store, peers, signer, accounts=accounts, tracer=tracer
+                *(config, bus, keys, store, peers, signer),
+                accounts=accounts,
+                metrics=Metrics(make_meter("tokenbus-gateway")),
+                tracer=tracer,
             )
             app.state.gateway = gateway
             #: Set when open streams must end.

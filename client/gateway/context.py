@@ -28,6 +28,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from broker.protocol.errors import ErrorCode
 from broker.protocol.limits import MAX_NAME_BYTES
+from broker.protocol.messages import Kind
 from broker.protocol.tracing import TRACE_KEYS
 from client import AsyncStream, Embeddings, Retry, Timeout, calls as bus_calls
 from client.core.events import End
@@ -47,6 +48,7 @@ from client.gateway.errors import (
     invalid,
     too_large,
 )
+from client.gateway.genai import Operation
 from client.gateway.ids import POSITION_HEADER, REQUEST_ID_HEADER, START_HEADER, request_id_of
 from client.gateway.keys import ANYBODY, Key, Usage
 from client.gateway.openai.generation import PATIENCE, RETRY, Batches, Meter, generate
@@ -114,6 +116,12 @@ class RequestContext:
     limits: Timeout | None = None
     #: Their priority if the body names none; None: that of everybody.
     default_priority: int | None = None
+    #: What the bus does for it; None while it was not asked.
+    operation: Operation | None = None
+    #: Nobody waits for the answer, so how long it took measures nothing.
+    unattended: bool = False
+    #: The reader left before the end.
+    left: bool = False
     started_s: float = field(default_factory=time.monotonic)
     first_token_s: float | None = None
 
@@ -193,12 +201,11 @@ class RequestContext:
             generations = [telling_prompt_usage(one) for one in generations]
         if self.default_priority is not None:
             generations = [with_priority(one, self.default_priority) for one in generations]
-        trace = self._trace()
+        trace, asked = self._trace(), [one.request for one in generations]
+        self.operation = Operation(asked[0].kind, len(asked))
         spans = []
         if self.span is not None:
-            spans = [
-                self.span.bus_request(one.request.kind, one.request.model) for one in generations
-            ]
+            spans = [self.span.bus_request(one.kind, one.model, one.params) for one in asked]
         traces = [{**trace, **span.trace} for span in spans] or [trace] * len(generations)
         batches = generate(
             self.gateway.bus,
@@ -223,6 +230,7 @@ class RequestContext:
     ) -> Embeddings:
         """Vectors of the inputs; the bus requests are recorded under this request's id and span."""
         bus, trace = self.gateway.bus, self._trace()
+        self.operation = Operation(Kind.EMBED)
         if self.default_priority is not None:
             options["priority"] = self.default_priority
         if self.limits is not None:
@@ -359,6 +367,8 @@ class RequestContext:
     ) -> EventStream:
         """The HTTP answer that sends the events of `source`. `framing`: what `EventStream` is told
         of an API's own."""
+        if self.operation is not None:
+            self.operation.streamed = True
         return EventStream(
             source,
             on_error=on_error,
@@ -536,6 +546,7 @@ class Endpoint:
                 await response(scope, receive, tell)
                 if isinstance(response, EventStream):
                     outcome = response.outcome
+                    context.left = outcome == STATUS_LEFT
                     if response.failure is not None:
                         context.remember(response.failure)
             finally:

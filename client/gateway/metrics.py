@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from client.gateway.genai import GenAi
 
 if TYPE_CHECKING:
     from client.gateway.context import RequestContext
@@ -32,8 +34,10 @@ _DELAY_INTERVAL_S = 0.02
 class Metrics:
     """Counters of one gateway."""
 
-    def __init__(self) -> None:
+    def __init__(self, meter: Any = None) -> None:
+        """`meter`: OpenTelemetry's, to which what has names of its own is sent as well."""
         self._registry = CollectorRegistry()
+        self._genai = GenAi(self._registry, meter)
         self._running = 0
         #: (time, seconds to first token) of the latest requests, for the operator's view.
         self._firsts: deque[tuple[float, float]] = deque(maxlen=200)
@@ -131,7 +135,8 @@ class Metrics:
         if context.completion_tokens or context.prompt_tokens:
             self._tokens.labels(context.model, "prompt").inc(context.prompt_tokens)
             self._tokens.labels(context.model, "completion").inc(context.completion_tokens)
-        if context.first_token_s is not None:
+        self._genai.over(context)
+        if context.first_token_s is not None and not context.unattended:
             self._first_token.labels(context.model).observe(context.first_token_s)
             self._firsts.append((context.started_s, context.first_token_s))
 

@@ -1,4 +1,5 @@
-"""Spans of the gateway: one for each HTTP request, and below it one for each bus request.
+"""Spans of the gateway: one for each HTTP request, and below it one for each bus request, whose
+name and attributes are those of OpenTelemetry's conventions for generative AI.
 
 The bus request's span has a child `queue`, from the call until a worker takes it: the broker's
 part. Its context is sent in `Request.trace`, where the worker finds it. Used only if
@@ -12,8 +13,16 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from broker.protocol.tracing import context_of, trace_of
-from client.core.events import End, Started, StreamEvent
+from broker.protocol.messages import Params
+from broker.protocol.tracing import (
+    context_of,
+    end_attributes,
+    fail,
+    operation_of,
+    request_attributes,
+    trace_of,
+)
+from client.core.events import End, Started, StreamEvent, Tokens
 
 __all__ = ["BusSpan", "EmbedSpan", "HttpSpan", "traced"]
 
@@ -38,9 +47,9 @@ class HttpSpan:
             },
         )
 
-    def bus_request(self, kind: str, model: str) -> BusSpan:
+    def bus_request(self, kind: str, model: str, params: Params | None = None) -> BusSpan:
         """Start the span of a bus request made for this one."""
-        return BusSpan(self._tracer, self._span, kind, model)
+        return BusSpan(self._tracer, self._span, kind, model, params)
 
     @contextlib.contextmanager
     def embedding(self, model: str) -> Iterator[EmbedSpan]:
@@ -57,7 +66,7 @@ class HttpSpan:
         """The last byte was sent; status 499 means that the client disconnected."""
         self._span.set_attribute("http.response.status_code", status)
         if status >= 500:
-            _fail(self._span, str(status))
+            fail(self._span, str(status))
         self._span.end()
 
 
@@ -81,17 +90,22 @@ class EmbedSpan:
     def end(self, error: BaseException | None = None) -> None:
         """It is over."""
         if error is not None:
-            _fail(self._span, getattr(error, "code", type(error).__name__))
+            fail(self._span, getattr(error, "code", type(error).__name__))
         self._span.end()
 
 
 class BusSpan:
     """A bus request, from the call to its end."""
 
-    def __init__(self, tracer: Any, above: Any, kind: str, model: str) -> None:
+    def __init__(
+        self, tracer: Any, above: Any, kind: str, model: str, params: Params | None = None
+    ) -> None:
         self._tracer = tracer
         self._queue: Any = None
-        self._span = _client_span(tracer, above, kind, model)
+        self._begun_s = time.monotonic()
+        #: Until the first tokens.
+        self._silent = True
+        self._span = _client_span(tracer, above, kind, model, params)
         self._queued()
 
     @property
@@ -104,14 +118,16 @@ class BusSpan:
         if isinstance(event, Started):
             self._leave_queue()
             self._span.add_event("started", {"tokenbus.worker": event.worker})
+        elif isinstance(event, Tokens) and self._silent:
+            self._silent = False
+            first_s = time.monotonic() - self._begun_s
+            self._span.set_attribute("gen_ai.response.time_to_first_chunk", first_s)
         elif isinstance(event, End):
             self._span.set_attributes(
                 {
                     "tokenbus.worker": event.worker,
                     "tokenbus.resumed": event.resumed,
-                    "gen_ai.response.finish_reasons": [event.finish_reason.value],
-                    "gen_ai.usage.input_tokens": event.usage.prompt_tokens,
-                    "gen_ai.usage.output_tokens": event.usage.completion_tokens,
+                    **end_attributes(event.finish_reason.value, event.model, event.usage),
                 }
             )
 
@@ -119,7 +135,7 @@ class BusSpan:
         """The stream is over. Idempotent."""
         self._leave_queue()
         if error is not None and self._span.is_recording():
-            _fail(self._span, getattr(error, "code", type(error).__name__))
+            fail(self._span, getattr(error, "code", type(error).__name__))
         self._span.end()
 
     def _queued(self) -> None:
@@ -148,18 +164,14 @@ def traced(span: BusSpan | None) -> Iterator[BusSpan | None]:
         span.end()
 
 
-def _client_span(tracer: Any, above: Any, kind: str, model: str) -> Any:
+def _client_span(
+    tracer: Any, above: Any, kind: str, model: str, params: Params | None = None
+) -> Any:
     from opentelemetry.trace import SpanKind, set_span_in_context
 
     return tracer.start_span(
-        f"bus {kind} {model}",
+        f"{operation_of(kind)} {model}",
         context=set_span_in_context(above),
         kind=SpanKind.CLIENT,
-        attributes={"gen_ai.request.model": model},
+        attributes=request_attributes(kind, model, params),
     )
-
-
-def _fail(span: Any, why: str) -> None:
-    from opentelemetry.trace import Status, StatusCode
-
-    span.set_status(Status(StatusCode.ERROR, why))

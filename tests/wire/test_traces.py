@@ -24,13 +24,14 @@ from broker.protocol.messages import (
     FinishReason,
     Kind,
     Message,
+    Params,
     Request,
     Timings,
     Usage,
 )
-from client import Retry, Timeout, calls
+from client import Overloaded, Retry, Timeout, calls
 from client.cli.local_bus import ManagedProcess
-from client.core.events import End, Started
+from client.core.events import End, Started, Tokens
 from client.gateway.traces import HttpSpan
 from tests.gateway.conftest import running_gateway
 from tests.harness import Bus, wait_until
@@ -183,19 +184,54 @@ def test_an_http_requests_span_is_the_parent_of_its_bus_requests_and_a_child_of_
 ) -> None:
     path = "/v1/chat/completions"
     http = HttpSpan(exported.tracer, "POST", path, {"traceparent": PARENT}, "req-1")
-    bus = http.bus_request("chat", "demo")
+    bus = http.bus_request("chat", "demo", Params(temperature=0.5, max_tokens=7, seed=3))
     assert tracing.context_of(bus.trace)
     bus.saw(Started("w1", "demo", 0, 4096))
-    bus.saw(end())
+    bus.saw(Tokens(JOB, 0, 0, [1], "a", None))
+    usage = Usage(prompt_tokens=3, completion_tokens=9, cached_tokens=2, reasoning_tokens=4)
+    bus.saw(end(usage=usage))
     bus.end()
     bus.end()
     http.end(200)
-    above, below = exported[f"POST {path}"], exported["bus chat demo"]
+    above, below = exported[f"POST {path}"], exported["chat demo"]
     assert above.context.trace_id == below.context.trace_id == TRACE_ID
     assert below.parent.span_id == above.context.span_id
     assert exported["queue"].parent.span_id == below.context.span_id
     assert bus.trace["traceparent"].split("-")[2] == f"{below.context.span_id:016x}"
     assert below.attributes is not None and below.attributes["tokenbus.resumed"] == 1
+    told = {name: value for name, value in below.attributes.items() if name.startswith("gen_ai")}
+    assert told.pop("gen_ai.response.time_to_first_chunk") >= 0
+    assert told == {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "tokenbus",
+        "gen_ai.request.model": "demo",
+        "gen_ai.request.temperature": 0.5,
+        "gen_ai.request.top_p": 1.0,
+        "gen_ai.request.seed": 3,
+        "gen_ai.request.max_tokens": 7,
+        "gen_ai.response.finish_reasons": ("stop",),
+        "gen_ai.response.model": "demo",
+        "gen_ai.usage.input_tokens": 3,
+        "gen_ai.usage.output_tokens": 9,
+        "gen_ai.usage.cache_read.input_tokens": 2,
+        "gen_ai.usage.reasoning.output_tokens": 4,
+    }
+
+
+def test_kinds_have_the_conventions_names_and_failures_their_code(exported: Exported) -> None:
+    http = HttpSpan(exported.tracer, "POST", "/v1/completions", {}, "req-1")
+    http.bus_request("complete", "demo").end(Overloaded("the queue is full"))
+    with pytest.raises(Overloaded), http.embedding("demo"):
+        raise Overloaded("the queue is full")
+    http.end(503)
+    for name, code in (
+        ("text_completion demo", "overloaded"),
+        ("embeddings demo", "overloaded"),
+        ("POST /v1/completions", "503"),
+    ):
+        span = exported[name]
+        assert span.status.status_code is StatusCode.ERROR
+        assert span.attributes is not None and span.attributes["error.type"] == code
 
 
 def test_the_workers_span_is_a_child_of_a_programs_own_span(
@@ -222,6 +258,10 @@ def test_traces_are_on_if_opentelemetrys_environment_names_a_collector() -> None
     assert not tracing.wanted({})
     assert not tracing.wanted({**named, "OTEL_TRACES_EXPORTER": "none"})
     assert not tracing.wanted({**named, "OTEL_SDK_DISABLED": "true"})
+    assert tracing.wanted({**named, "OTEL_TRACES_EXPORTER": "none"}, "metrics")
+    assert not tracing.wanted({**named, "OTEL_METRICS_EXPORTER": "none"}, "metrics")
+    only = {"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "http://127.0.0.1:4318"}
+    assert tracing.wanted(only, "metrics") and not tracing.wanted(only)
 
 
 class Collector(ThreadingHTTPServer):
@@ -231,11 +271,22 @@ class Collector(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         self.spans: list[tuple[str, Any]] = []
+        #: Names of metrics.
+        self.metrics: set[str] = set()
         super().__init__(("127.0.0.1", 0), _Collect)
 
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def take_metrics(self, data: bytes) -> None:
+        from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+            ExportMetricsServiceRequest,
+        )
+
+        for resource in ExportMetricsServiceRequest.FromString(data).resource_metrics:
+            for scope in resource.scope_metrics:
+                self.metrics.update(metric.name for metric in scope.metrics)
 
     def take(self, data: bytes) -> None:
         from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
@@ -262,7 +313,10 @@ class _Collect(BaseHTTPRequestHandler):
             import gzip
 
             data = gzip.decompress(data)
-        self.server.take(data)
+        if self.path == "/v1/metrics":
+            self.server.take_metrics(data)
+        else:
+            self.server.take(data)
         self.send_response(200)
         self.send_header("content-length", "0")
         self.end_headers()
@@ -286,6 +340,7 @@ def test_one_trace_leads_from_the_caller_through_gateway_and_broker_to_the_worke
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.address)
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+    monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "200")
     bus = Bus(tmp_path)
     try:
         bus.start_broker()
@@ -308,25 +363,29 @@ def test_one_trace_leads_from_the_caller_through_gateway_and_broker_to_the_worke
             def names() -> set[str]:
                 return {span.name for _, span in list(collector.spans)}
 
-            wanted = {"POST /v1/chat/completions", "bus chat echo", "queue", "chat echo", "decode"}
-            wanted |= {"POST /v1/embeddings", "bus embed echo", "embed echo"}
+            wanted = {"POST /v1/chat/completions", "queue", "chat echo", "decode"}
+            wanted |= {"POST /v1/embeddings", "embeddings echo"}
             wait_until(lambda: wanted <= names(), "all spans", story=lambda: f"{names()}")
+            duration = "gen_ai.server.request.duration"
+            wait_until(
+                lambda: duration in collector.metrics, "the metrics", story=gateway.process.log
+            )
         assert worker.running
     finally:
         bus.stop()
     found = {(service, span.name): span for service, span in collector.spans}
     assert {span.trace_id.hex() for span in found.values()} == {f"{TRACE_ID:032x}"}
     http = found["tokenbus-gateway", "POST /v1/chat/completions"]
-    asked = found["tokenbus-gateway", "bus chat echo"]
+    asked = found["tokenbus-gateway", "chat echo"]
     ran = found["tokenbus-worker", "chat echo"]
     assert http.parent_span_id.hex() == "b7ad6b7169203331"
     assert asked.parent_span_id == http.span_id
     assert ran.parent_span_id == asked.span_id
     assert found["tokenbus-worker", "decode"].parent_span_id == ran.span_id
     assert asked.start_time_unix_nano <= ran.start_time_unix_nano
-    embed = found["tokenbus-gateway", "bus embed echo"]
+    embed = found["tokenbus-gateway", "embeddings echo"]
     assert embed.parent_span_id == found["tokenbus-gateway", "POST /v1/embeddings"].span_id
-    assert found["tokenbus-worker", "embed echo"].parent_span_id == embed.span_id
+    assert found["tokenbus-worker", "embeddings echo"].parent_span_id == embed.span_id
     told = {attribute.key: attribute.value for attribute in embed.attributes}
     assert told["tokenbus.worker"].string_value == worker.name
     assert told["gen_ai.usage.input_tokens"].int_value > 0

@@ -13,8 +13,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from broker.protocol.errors import ErrorCode
 from broker.protocol.messages import Timings
-from broker.protocol.tracing import TRACE_KEYS, context_of
+from broker.protocol.tracing import (
+    TRACE_KEYS,
+    context_of,
+    end_attributes,
+    fail,
+    operation_of,
+    request_attributes,
+)
 from worker.core import events
 from worker.engines.base import Ended, Failed
 from worker.engines.events import END, FAIL, decode
@@ -38,6 +46,7 @@ _READ: Final = msgspec.msgpack.Decoder(_Traced)
 class _Job:
     span: Any
     started_ns: int
+    model: str = ""
 
 
 class TracedEngine:
@@ -79,16 +88,16 @@ class TracedEngine:
         if any(key in request.trace for key in TRACE_KEYS):
             now_ns = time.time_ns()
             span = self._tracer.start_span(
-                f"{request.kind} {request.model}",
+                f"{operation_of(request.kind)} {request.model}",
                 context=context_of(request.trace),
                 start_time=now_ns,
                 attributes={
                     "tokenbus.worker": self._worker,
-                    "gen_ai.request.model": request.model,
                     "tokenbus.attachments": len(attachments),
+                    **request_attributes(request.kind, request.model),
                 },
             )
-            self._jobs[job_id] = _Job(span, now_ns)
+            self._jobs[job_id] = _Job(span, now_ns, request.model)
         self._engine.add(job_id, body, attachments)
 
     def read(self, now_s: float) -> list[events.Event]:
@@ -125,14 +134,10 @@ class TracedEngine:
         span = job.span
         match decode(entry):
             case Failed(error=error):
-                self._fail(span, error.code)
+                fail(span, error.code)
             case Ended() as ended:
                 span.set_attributes(
-                    {
-                        "gen_ai.response.finish_reasons": [ended.finish_reason.value],
-                        "gen_ai.usage.input_tokens": ended.usage.prompt_tokens,
-                        "gen_ai.usage.output_tokens": ended.usage.completion_tokens,
-                    }
+                    end_attributes(ended.finish_reason.value, job.model, ended.usage)
                 )
                 self._parts(job, ended.timings, end_ns)
         span.end(end_ns)
@@ -154,12 +159,6 @@ class TracedEngine:
 
     def _lose(self, why: str) -> None:
         for job in self._jobs.values():
-            self._fail(job.span, why)
+            fail(job.span, why, ErrorCode.WORKER_LOST.value)
             job.span.end()
         self._jobs.clear()
-
-    @staticmethod
-    def _fail(span: Any, why: str) -> None:
-        from opentelemetry.trace import Status, StatusCode
-
-        span.set_status(Status(StatusCode.ERROR, why))

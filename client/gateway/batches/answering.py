@@ -98,6 +98,7 @@ class Doors:
             retry=self._retry,
             limits=limits,
             default_priority=self._priority,
+            unattended=True,
         )
         if self._gateway.tracer is not None:
             context.span = HttpSpan(self._gateway.tracer, "POST", line.url, {}, request_id)
@@ -112,8 +113,7 @@ class Doors:
             failure = describe(error)
             status, body = failure.status, msgspec.json.encode(error_body(failure, request_id))
         finally:
-            # How long a line waited behind everybody else is no measure of the gateway.
-            context.first_token_s = None
+            context.failure = failure
             context.close()
             if context.span is not None:
                 context.span.end(status if body else 499)
