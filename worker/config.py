@@ -303,6 +303,12 @@ def parser() -> argparse.ArgumentParser:
     engine.add_argument("--load-8bit", action="store_true", help="quantise weights to 8 bits")
     engine.add_argument("--load-4bit", action="store_true", help="quantise weights to 4 bits")
     engine.add_argument(
+        "--draft-model",
+        metavar="FOLDER",
+        help="small model with the same vocabulary that drafts answers, which the model verifies: "
+        "several tokens in a step, and every answer as without it (--engine transformers) [none]",
+    )
+    engine.add_argument(
         "--limit-model-concurrency",
         "--limit-worker-concurrency",
         "--limit",
@@ -541,6 +547,10 @@ def _engine_options(values: dict[str, Any]) -> EngineOptions:
         raise ConfigError("--models-memory needs --models: it is the memory of those")
     if values["load_8bit"] and values["load_4bit"]:
         raise ConfigError("--load-8bit and --load-4bit exclude each other")
+    if values["draft_model"] and values["engine"] in {*registry.BUILT_IN} - {"transformers"}:
+        raise ConfigError(
+            f"--draft-model: engine {values['engine']} takes none; only --engine transformers does"
+        )
     engine_args = {}
     for item in values["engine_arg"] or []:
         key, separator, text = item.partition("=")
@@ -581,5 +591,6 @@ def _engine_options(values: dict[str, Any]) -> EngineOptions:
         trust_remote_code=values["trust_remote_code"],
         chat_template=template,
         reasoning_parser=values["reasoning_parser"] or "",
+        draft_model=values["draft_model"] or "",
         engine_args=engine_args,
     )

@@ -20,6 +20,7 @@ Cases, all in one run (`--only` selects):
 * gap: what a long prompt does to running streams, beside the engine's bound.
 * profile, on a CPU: a decode step of `--streams` rows and a prefill of `--prefill` tokens, in
   float32 and bfloat16, by operator and beside the bare matrix products of the same shapes.
+* speculation: texts that copy their prompt, and texts that do not, beside one token in each step.
 * floor, on a GPU: a step beside the bytes of weights, keys and values that it must read over the
   bandwidth measured in the same run.
 
@@ -48,6 +49,7 @@ from bench.engine import (
     profile as engine_profile,
     served as engine_served,
     situations as engine_situations,
+    speculation as engine_speculation,
 )
 from bench.engine.cases import SIZES, Load, Setting, paired, peers, run_engine
 
@@ -179,6 +181,7 @@ CASES: dict[str, Case] = {
     "shared": engine_situations.shared,
     "pictures": engine_situations.images,
     "gap": engine_situations.gap,
+    "speculation": engine_speculation.speculation,
     "profile": engine_profile.profile,
     "floor": engine_situations.floor,
 }

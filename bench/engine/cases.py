@@ -54,6 +54,7 @@ __all__ = [
     "run_engine",
     "run_generate_images",
     "run_images",
+    "run_jobs",
     "spoken_tokenizer",
     "token_job",
 ]
@@ -318,12 +319,12 @@ def run_engine(
     engine: TransformersEngine, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> dict[str, float]:
     """Run all prompts at once through the engine; returns tokens_per_s, ttft_ms and gap_ms."""
-    return _run_jobs(engine, [token_job(ids, new_tokens) for ids in prompts])
+    return run_jobs(engine, [token_job(ids, new_tokens) for ids in prompts])
 
 
-def token_job(ids: Sequence[int], new_tokens: int) -> Job:
-    """A greedy request of token ids."""
-    params = Params(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+def token_job(ids: Sequence[int], new_tokens: int, **more: Any) -> Job:
+    """A greedy request of token ids; `more`: further parameters."""
+    params = Params(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, **more)
     request = Request(
         model="bench", kind=Kind.COMPLETE, token_ids=list(ids), params=params, window=1 << 30
     )
@@ -342,7 +343,7 @@ def run_images(
         params=params,
         window=1 << 30,
     )
-    return _run_jobs(engine, [Job(new_id(), request, (data,)) for data in images])
+    return run_jobs(engine, [Job(new_id(), request, (data,)) for data in images])
 
 
 def run_generate_images(
@@ -360,7 +361,8 @@ def run_generate_images(
     return _figures(len(images) * new_tokens, clock.stop(), [])
 
 
-def _run_jobs(engine: TransformersEngine, jobs: Sequence[Job]) -> dict[str, float]:
+def run_jobs(engine: TransformersEngine, jobs: Sequence[Job]) -> dict[str, float]:
+    """Run all jobs at once; returns tokens_per_s, ttft_ms and gap_ms."""
     clock = _Clock()
     for job in jobs:
         engine.add(job)

@@ -57,6 +57,8 @@ _BEAT: Final = {
     "kv_total_tokens": ("kv_capacity_tokens", "KV cache capacity, tokens.", 1.0),
     "prefix_tokens": ("prefix_cache_tokens", "Tokens kept for prompts with a common prefix.", 1.0),
     "prefix_hit_tokens": ("prefix_hit_tokens", "Prompt tokens found in the prefix cache.", 1.0),
+    "draft_tokens": ("draft_tokens", "Tokens of answers that were drafted and verified.", 1.0),
+    "accepted_tokens": ("accepted_draft_tokens", "Draft tokens that were right.", 1.0),
     "memory_used_bytes": ("memory_used_bytes", "Memory of the device in use.", 1.0),
 }
 

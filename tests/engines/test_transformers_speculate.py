@@ -9,6 +9,7 @@ import pytest
 
 from worker.engines.transformers.lookup import LONGEST_MATCH, LookupIndex
 from worker.engines.transformers.speculate import (
+    BY_MODEL,
     MOST_TOKENS,
     NO_DRAFT,
     WIDTHS,
@@ -120,7 +121,7 @@ class Machine:
             width = 1
             drafts = [Draft([1] * draft, 1) if draft else NO_DRAFT for _ in books]
             if self.speculator.worth_drafting(rows):
-                width = self.speculator.plan(books, drafts, 64)
+                width = self.speculator.plan(books, drafts, 64).tokens
             tokens = rows
             if width > 1:
                 for place, (book, one) in enumerate(zip(books, drafts, strict=True)):
@@ -210,12 +211,12 @@ def test_no_draft_and_no_measurement_mean_an_ordinary_step() -> None:
     speculator = Speculator()
     row = RowDrafts([], [])
     assert not speculator.worth_drafting(1)
-    assert speculator.plan([row], [Draft([1, 2, 3])], 64) == 1
+    assert speculator.plan([row], [Draft([1, 2, 3])], 64).tokens == 1
     speculator.took(1, 1, 20.0, 1)
     assert speculator.worth_drafting(1)
-    assert speculator.plan([row], [NO_DRAFT], 64) == 1
-    assert speculator.plan([row], [Draft([1, 2, 3])], 64) > 1
-    assert speculator.plan([row], [Draft([1, 2, 3])], 1) == 1
+    assert speculator.plan([row], [NO_DRAFT], 64).tokens == 1
+    assert speculator.plan([row], [Draft([1, 2, 3])], 64).tokens > 1
+    assert speculator.plan([row], [Draft([1, 2, 3])], 1).tokens == 1
 
 
 def test_a_slow_step_by_chance_does_not_end_drafts_that_pay() -> None:
@@ -233,3 +234,16 @@ def test_draft_tokens_and_those_that_were_right_are_counted() -> None:
     speculator.drafted(row, Draft([1, 2, 3]), 2)
     speculator.drafted(row, NO_DRAFT, 0)
     assert (speculator.draft_tokens, speculator.accepted_tokens) == (3, 2)
+
+
+def test_a_draft_that_costs_as_much_as_what_it_saves_is_not_made() -> None:
+    speculator = Speculator()
+    row = RowDrafts([], [])
+    promised = [Draft([0] * 16, BY_MODEL)]
+    for _ in range(50):
+        speculator.took(1, 1, 20.0, 1)
+        speculator.drafted(row, Draft([1, 2, 3, 4], BY_MODEL), 3)
+    cheap = speculator.plan([row], promised, 64, drafted_ms=1.0)
+    dear = speculator.plan([row], promised, 64, drafted_ms=20.0)
+    assert cheap.tokens > 3 and cheap.gain > 2
+    assert dear.gain <= 1

@@ -65,6 +65,8 @@ class EngineOptions:
     #: How the models mark their reasoning: a name of `reasoning.FAMILIES`, "none", or empty to find
     #: it out for each model.
     reasoning_parser: str = ""
+    #: Folder or hub id of a small model that drafts the answers of the others; empty for none.
+    draft_model: str = ""
     #: The engine's own options, from `--engine-arg KEY=VALUE`; values are still text.
     engine_args: dict[str, str] = field(default_factory=dict)
 

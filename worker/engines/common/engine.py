@@ -179,6 +179,8 @@ class BatchEngine:
             "kv_total_tokens": float(sum(c.kv_total_tokens for c in counts)),
             "prefix_tokens": float(sum(c.prefix_tokens for c in counts)),
             "prefix_hit_tokens": float(sum(c.prefix_hit_tokens for c in counts)),
+            "draft_tokens": float(sum(c.draft_tokens for c in counts)),
+            "accepted_tokens": float(sum(c.accepted_tokens for c in counts)),
             "memory_used_bytes": float(self.memory_used_bytes()),
         }
 

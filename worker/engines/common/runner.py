@@ -26,6 +26,9 @@ class RunnerCounts:
     kv_total_tokens: int = 0
     prefix_tokens: int = 0
     prefix_hit_tokens: int = 0
+    #: Tokens that were drafted and verified, and those of them that were right.
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Runner(Protocol):

@@ -198,6 +198,15 @@ class SamplerRow:
         later._position += tokens
         return later
 
+    def unbound(self, tokens: int) -> SamplerRow:
+        """This row after so many more tokens, without what depends on them (penalties, constraint,
+        thought): for a guess of what will be drawn."""
+        later = SamplerRow.__new__(SamplerRow)
+        later.__dict__.update(self.__dict__)
+        later._position += tokens
+        later._constraint, later.gate, later._places = None, None, {}
+        return later
+
     def append(self, token_id: int) -> None:
         """Take the next token of the answer. Raises RequestError if the constraint forbids it."""
         if self.gate is None:

@@ -82,12 +82,16 @@ class Sequence:
     failed: bool = False
     #: Number of tokens of prompt and answer in the cache.
     filled: int = 0
+    #: Number of tokens behind those that a launched step has computed of a draft.
+    drafted: int = 0
     #: M-RoPE: shift of text positions after the images of this sequence.
     rope_delta: int = 0
     #: M-RoPE: positions of the prompt [axes, 1, len(prompt)] on the host.
     rope_positions: object | None = None
     #: The prompt's images as the vision tower made them, until their tokens are computed.
     images: object | None = None
+    #: What a scheduler knows of drafts of the answer (`RowDrafts`).
+    drafts: object | None = None
     #: Number of prompt tokens taken from the prefix cache or another row.
     cached: int = 0
     #: Whether `row` already has the tokens passed to `append_token` (see `RowAhead`).
@@ -118,6 +122,11 @@ class Sequence:
     def total(self) -> int:
         """Number of tokens of prompt and answer."""
         return len(self.prompt.ids) + len(self.answer)
+
+    @property
+    def stored(self) -> int:
+        """Number of tokens in the cache that may be needed."""
+        return self.filled + self.drafted
 
     @property
     def stem_tokens(self) -> int:

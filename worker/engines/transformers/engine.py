@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from worker.engines.transformers.adapters import (
     refuse_second_layer,
     shared_copy,
 )
+from worker.engines.transformers.fused import prepare_layers
 from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.loader import load_model
 from worker.engines.transformers.memory import free_bytes, used_bytes
@@ -61,6 +63,7 @@ def build_engine(options: EngineOptions, progress: Progress) -> TransformersEngi
     slots = options.slots or DEFAULT_SLOTS
     served = []
     bases: list[Any] = []
+    draft = _draft_model(options, settings, progress)
     for index, (path, own) in enumerate(zip(paths, names, strict=True)):
         loaded = load_model(path, options, settings, _share(progress, index, len(paths)))
         use_template(loaded, options.chat_template)
@@ -76,7 +79,9 @@ def build_engine(options: EngineOptions, progress: Progress) -> TransformersEngi
             # What adapters that come later are compared with.
             bases.append(loaded.reference or shared_copy(loaded.model))
         progress(None, f"warming up {own[0] if own else path}")
-        served.append(ServedModel(loaded, own or (name_from_path(path),), settings, slots=slots))
+        served.append(
+            ServedModel(loaded, own or (name_from_path(path),), settings, slots=slots, draft=draft)
+        )
         for name, adapted in beside:
             progress(None, f"warming up {name}")
             served.append(ServedModel(adapted, (name,), settings, slots=slots))
@@ -94,6 +99,22 @@ def build_engine(options: EngineOptions, progress: Progress) -> TransformersEngi
         )
     progress(1.0, "ready")
     return engine
+
+
+def _draft_model(
+    options: EngineOptions, settings: EngineSettings, progress: Progress
+) -> LoadedModel | None:
+    path = options.draft_model
+    if not path:
+        return None
+    if settings.speculate != "auto":
+        raise EngineLoadError(
+            f"--draft-model and --engine-arg speculate={settings.speculate} exclude each other"
+        )
+    own = replace(options, model_base=None, revision=None)
+    draft = load_model(path, own, settings, _share(progress, 0, 1))
+    prepare_layers(draft.model, settings)
+    return draft
 
 
 def _demo_path() -> str:
@@ -139,7 +160,7 @@ class TransformersEngine(BatchEngine):
         for runner in runners:
             cache, device = runner.cache, runner.forward.device
             beside = sum(1 for other in runners if other.forward.device == device)
-            token_bytes = max(cache.token_bytes, 1)
+            token_bytes = max(cache.token_bytes + runner.draft_token_bytes, 1)
             on_host = device.type == "cpu"
             share = settings.memory_share or (HOST_SHARE if on_host else DEVICE_SHARE)
             free = free_bytes(device)
@@ -155,6 +176,7 @@ class TransformersEngine(BatchEngine):
                 # Cached prefixes share the same memory.
                 tokens = max(tokens - kept, 0)
             cache.budget = max(tokens, 64)
+            runner.limit_drafts(cache.budget)
             runner.rows.prefix = PrefixCache(0 if runner.rows.whole_prompts else kept)
             if runner.forward.static is not None:
                 # Growth would invalidate captured steps: allocate room for ordinary requests

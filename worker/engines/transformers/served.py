@@ -33,15 +33,17 @@ from worker.engines.transformers.decide import (
     SerialDecision,
     decision_config,
 )
+from worker.engines.transformers.draft_model import DraftModel, check_vocabulary
 from worker.engines.transformers.embed import Embedder, embed_options
 from worker.engines.transformers.fallback import GenerateRunner
-from worker.engines.transformers.forward import StaticUse
+from worker.engines.transformers.forward import Forward, StaticUse
 from worker.engines.transformers.fused import prepare_layers
 from worker.engines.transformers.lengths import LengthRunner
 from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.packed import restore_read
 from worker.engines.transformers.selftest import Verdict, check, check_generate
 from worker.engines.transformers.settings import EngineSettings
+from worker.engines.transformers.slot_drafts import SlotDrafts
 from worker.engines.transformers.slots import SlotRunner
 
 __all__ = ["ServedModel"]
@@ -65,10 +67,12 @@ class ServedModel(BatchModel):
         settings: EngineSettings,
         *,
         slots: int,
+        draft: LoadedModel | None = None,
     ) -> None:
         super().__init__(loaded, names, settings)
         self.loaded = loaded
         prepare_layers(loaded.model, settings)
+        self._draft = draft
         self.classifier: Classifier | None = None
         if loaded.labels:
             examples = self._texts.builder.encoded(_EXAMPLES, truncate=True)
@@ -250,6 +254,7 @@ class ServedModel(BatchModel):
             whole_prompts=verdict.whole_prompts,
             overlap=settings.overlap == "on"
             or (settings.overlap == "auto" and loaded.device.type != "cpu"),
+            drafts=self._slot_drafts(settings, verdict.forward),
         )
         if loaded.rope is None:
             return self.slot_runner
@@ -259,6 +264,27 @@ class ServedModel(BatchModel):
         if loaded.head is not None:
             return self.slot_runner
         return LengthRunner(self.slot_runner, self._one_by_one(slots), limit)
+
+    def _slot_drafts(self, settings: EngineSettings, forward: Forward) -> SlotDrafts | None:
+        loaded = self.loaded
+        if settings.speculate == "off" or loaded.head is not None:
+            return None
+        if not forward.verifies:
+            log.info(
+                "%s: answers are not drafted (speculate=off): with several tokens of a row in a "
+                "step its logits differ",
+                self.names[0],
+            )
+            return None
+        longest = loaded.context_tokens
+        if loaded.rope is not None:
+            # A forward with a later position has other frequencies.
+            longest = min(longest, loaded.rope.unchanged_tokens - 2)
+        model = None
+        if self._draft is not None:
+            check_vocabulary(loaded, self._draft)
+            model = DraftModel(self._draft)
+        return SlotDrafts(banned_ids=loaded.placeholder_ids, longest=longest, model=model)
 
     def _one_by_one(self, slots: int) -> GenerateRunner:
         return GenerateRunner(

@@ -48,6 +48,9 @@ class EngineSettings(SharedSettings):
     #: weights in oneDNN's order if products are then faster; "on": both in any case, the layers
     #: elsewhere too; "off": the model as transformers has it.
     fused: str = "auto"
+    #: Whether answers are drafted and the drafts verified, several tokens in a step: "auto" and
+    #: "ngram": by look-up in prompt and answer, where it pays; "off".
+    speculate: str = "auto"
     #: Threads of one torch operation on a CPU; 0: torch's own choice.
     threads: int = 0
     #: Load only safetensors: pickled weights run code.
@@ -68,6 +71,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "cuda_graphs": ("auto", "on", "off"),
     "overlap": ("auto", "on", "off"),
     "fused": ("auto", "on", "off"),
+    "speculate": ("auto", "ngram", "off"),
 }
 _MINIMUM: dict[str, float] = {
     "prefill_chunk": 0,

@@ -209,7 +209,7 @@ class SlotRows:
 
     def _move(self, source: int, target: int) -> None:
         moved = self.sequences[source]
-        self.cache.move(source, target, moved.filled)
+        self.cache.move(source, target, moved.stored)
         self.sequences[target] = moved
 
     def activate(self, row: int) -> None:
@@ -223,7 +223,7 @@ class SlotRows:
         if row == other:
             return
         one, two = self.sequences[row], self.sequences[other]
-        length = max(one.filled, two.filled)
+        length = max(one.stored, two.stored)
         if length:
             self.cache.swap(row, other, length)
         self.sequences[row], self.sequences[other] = two, one
@@ -234,7 +234,7 @@ class SlotRows:
         return len(sequence.prompt.ids) + sequence.max_tokens
 
     def _reserve(self, rows: int, length: int) -> bool:
-        used = max((sequence.filled for sequence in self.sequences), default=0)
+        used = max((sequence.stored for sequence in self.sequences), default=0)
         # Memory reserved for prompts that are still being computed stays reserved. One more:
         # prompts computed together store their padding there.
         promised = max((sequence.total + 1 for sequence in self.prefilling), default=0)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from worker.engines.base import EngineEvent
-from worker.engines.common.sampling import Sampled, Sampler
+from worker.engines.common.sampling import Sampled, Sampler, SamplerRow
 from worker.engines.common.sequence import Sequence, State
 from worker.engines.transformers.slot_rows import SlotRows
 
@@ -33,11 +33,14 @@ class NewTokens:
 
     def sample(self, sequences: list[Sequence], logits: torch.Tensor) -> list[Sampled]:
         """Sample a token for each sequence, without changing the sequences."""
+        return self._sample([sequence.row for sequence in sequences], logits)
+
+    def _sample(self, rows: list[SamplerRow], logits: torch.Tensor) -> list[Sampled]:
         if self._sampler is None:
             self._sampler = Sampler(
                 logits.shape[-1], banned_ids=sorted(self._banned), token_bytes=self.token_bytes
             )
-        return self._sampler.sample(logits, [sequence.row for sequence in sequences])
+        return self._sampler.sample(logits, rows)
 
     def choices(self, sequences: list[Sequence], logits: torch.Tensor) -> list[Sampled | None]:
         """What each sequence takes of its last logits; those that read them do so here."""
@@ -63,6 +66,87 @@ class NewTokens:
             self.fresh.append(sequence)
             if sequence.state is State.DONE:
                 self._rows.leave(self._rows.sequences.index(sequence))
+
+    def take_drafted(
+        self,
+        sequences: list[Sequence],
+        drafts: list[list[int]],
+        logits: torch.Tensor,
+        events: list[EngineEvent],
+    ) -> list[int]:
+        """Draw and append the next token of each sequence and, for as long as its draft says what
+        is drawn, the one after it. Each is drawn as it would be by itself: from its own state, at
+        its own position. Returns how many tokens of each draft were right.
+
+        `logits` [sequences, width, vocabulary]; the cache has the sequences' tokens and their
+        drafts. The tokens before a sequence's last new one are told here, since their text may
+        end it.
+        """
+        accepted = [0] * len(sequences)
+        try:
+            self._draw(sequences, drafts, logits, accepted, events)
+        finally:
+            # Only now: a row that moves takes along what the cache is known to have of it.
+            for sequence in sequences:
+                if sequence.state is State.DONE:
+                    self._rows.leave(self._rows.sequences.index(sequence))
+        return accepted
+
+    def _draw(
+        self,
+        sequences: list[Sequence],
+        drafts: list[list[int]],
+        logits: torch.Tensor,
+        accepted: list[int],
+        events: list[EngineEvent],
+    ) -> None:
+        width, flat = logits.shape[1], logits.flatten(0, 1)
+        going, depth = list(range(len(sequences))), 0
+        while going:
+            # What is drawn later depends on what is drawn now, unless the row is plain.
+            counts = [
+                len(drafts[index]) + 1 if sequences[index].row.plain else 1 for index in going
+            ]
+            rows: list[SamplerRow] = []
+            places: list[int] = []
+            for index, count in zip(going, counts, strict=True):
+                rows += [sequences[index].row.ahead(further) for further in range(count)]
+                places += range(index * width + depth, index * width + depth + count)
+            chosen = iter(self._sample(rows, flat[torch.tensor(places, device=flat.device)]))
+            if not depth:
+                self.fresh += sequences
+            before, going = going, []
+            for index, count in zip(before, counts, strict=True):
+                sequence = sequences[index]
+                choices = [next(chosen) for _ in range(count)]
+                right = self._append(sequence, choices, drafts[index][depth:], events)
+                accepted[index] += right
+                if right == count and sequence.state is State.DECODE:
+                    going.append(index)
+            depth += 1
+
+    def _append(
+        self,
+        sequence: Sequence,
+        choices: list[Sampled],
+        draft: list[int],
+        events: list[EngineEvent],
+    ) -> int:
+        """Append drawn tokens for as long as the draft says the same. Returns how many it said."""
+        now = time.perf_counter()
+        right = 0
+        for place, choice in enumerate(choices):
+            events += sequence.flush_events(now)
+            if sequence.state is State.DECODE:
+                sequence.append_token(choice, now)
+                said = draft[place : place + 1] == [choice.token_id]
+                right += said
+                if said and sequence.state is State.DECODE:
+                    # The cache has it, and what follows it was computed.
+                    sequence.filled += 1
+                    continue
+            break
+        return right
 
     def tell(self, events: list[EngineEvent]) -> None:
         """Emit the events of all new tokens; sequences whose text ends them leave."""

@@ -8,6 +8,7 @@ the engine's thread only; must never tokenise or decode images.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,15 +17,39 @@ from worker.engines.base import EngineEvent
 from worker.engines.common.failures import is_out_of_memory
 from worker.engines.common.sequence import Sequence, State
 from worker.engines.transformers.forward import Forward
+from worker.engines.transformers.memory import release_cached
+from worker.engines.transformers.slot_drafts import SlotDrafts, StepDrafts
 from worker.engines.transformers.slot_prefill import Prefill
 from worker.engines.transformers.slot_rows import SlotRows
 from worker.engines.transformers.slot_tokens import NewTokens
-from worker.engines.transformers.step_costs import StepCosts
+from worker.engines.transformers.step_costs import Started, StepCosts
 
 if TYPE_CHECKING:
     from worker.engines.common.runner import RunnerCounts
 
 __all__ = ["SlotRunner"]
+
+
+@dataclass(slots=True)
+class _Computed:
+    """A decode that was launched."""
+
+    sequences: list[Sequence]
+    #: [rows, vocabulary]; with drafts [rows, width, vocabulary].
+    logits: torch.Tensor
+    drafts: StepDrafts | None
+    started: Started
+
+    def keep(self, kept: list[int]) -> None:
+        """Only these rows are left."""
+        if len(kept) == len(self.sequences):
+            return
+        self.sequences = [self.sequences[index] for index in kept]
+        self.logits = self.logits[torch.tensor(kept, dtype=torch.long, device=self.logits.device)]
+        if self.drafts is not None:
+            drafts = [self.drafts.drafts[index] for index in kept]
+            self.drafts = StepDrafts(self.drafts.width, drafts)
+
 
 KEPT_CAPACITY = 4096
 """Tokens per row that stay allocated when nothing runs; more is given back to the system."""
@@ -45,6 +70,7 @@ class SlotRunner:
         token_bytes: Callable[[int], bytes],
         whole_prompts: bool = False,
         overlap: bool = False,
+        drafts: SlotDrafts | None = None,
     ) -> None:
         self.forward = forward
         self.cache = forward.cache
@@ -62,8 +88,10 @@ class SlotRunner:
             idle_ms=idle_ms,
         )
         self._overlap = overlap
-        #: Sequences and logits of a decode that was launched but not collected yet.
-        self._computed: tuple[list[Sequence], torch.Tensor] | None = None
+        #: What drafts the answers; None where each step computes one token of each.
+        self._drafts = drafts
+        #: A decode that was launched but not collected yet.
+        self._computed: _Computed | None = None
         #: Whether the last step returned first tokens before its decode, which is still to come.
         self._first_told = False
 
@@ -84,6 +112,7 @@ class SlotRunner:
             kv_total_tokens=self.cache.budget,
             prefix_tokens=self.rows.prefix.tokens,
             prefix_hit_tokens=self.rows.prefix.hit_tokens,
+            **({} if self._drafts is None else self._drafts.counts()),
         )
 
     def submit(self, sequence: Sequence) -> None:
@@ -96,13 +125,23 @@ class SlotRunner:
         grown = [sequence for sequence in self.rows.decoding if sequence.total >= tokens]
         for sequence in grown:
             self.rows.leave(self.rows.sequences.index(sequence))
-            sequence.state = State.WAITING
+            sequence.state, sequence.drafted = State.WAITING, 0
         if grown and self._computed is not None:
-            sequences, logits = self._computed
-            kept = [index for index, sequence in enumerate(sequences) if sequence not in grown]
-            stay = [sequences[index] for index in kept]
-            self._computed = (stay, logits[torch.tensor(kept).to(logits.device)]) if stay else None
+            sequences = self._computed.sequences
+            self._computed.keep([i for i, one in enumerate(sequences) if one not in grown])
+            if not self._computed.sequences:
+                self._computed = None
         return grown
+
+    @property
+    def draft_token_bytes(self) -> int:
+        """Bytes that a draft model keeps for each token of the cache."""
+        return 0 if self._drafts is None else self._drafts.token_bytes
+
+    def limit_drafts(self, tokens: int) -> None:
+        """Limit the cache of a draft model."""
+        if self._drafts is not None:
+            self._drafts.limit(tokens)
 
     def close(self) -> None:
         self.rows.clear()
@@ -148,39 +187,66 @@ class SlotRunner:
         sequences = self.rows.decoding
         if not sequences:
             return
+        drafts = self._drafts.plan(sequences, self.cache.capacity) if self._drafts else None
+        started = self.costs.start()
         try:
-            logits = self.forward.decode(sequences)
+            logits = self._forward(sequences, drafts)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            self.rows.on_out_of_memory(events)
+            if drafts is None:
+                self.rows.on_out_of_memory(events)
+            else:
+                self._without_drafts(sequences, drafts)
             return
-        for sequence in sequences:
+        for place, sequence in enumerate(sequences):
             sequence.filled += 1
-        self._computed = (sequences, logits)
+            sequence.drafted = len(drafts.drafts[place].token_ids) if drafts is not None else 0
+        self._computed = _Computed(sequences, logits, drafts, started)
+
+    def _forward(self, sequences: list[Sequence], drafts: StepDrafts | None) -> torch.Tensor:
+        if drafts is None:
+            return self.forward.decode(sequences)
+        return self.forward.verify(sequences, drafts.token_ids, drafts.width)
+
+    def _without_drafts(self, sequences: list[Sequence], drafts: StepDrafts) -> None:
+        """Memory is too short for a step of that width; the next one is narrower."""
+        assert self._drafts is not None
+        release_cached(self.forward.device)
+        self._drafts.out_of_memory(len(sequences), drafts)
 
     def _collect(self, events: list[EngineEvent]) -> None:
         """Sample tokens from the launched forward."""
-        if self._computed is None:
+        computed, self._computed = self._computed, None
+        if computed is None:
             return
-        sequences, logits = self._computed
-        self._computed = None
-        alive = [i for i, s in enumerate(sequences) if s.state is State.DECODE]
-        if len(alive) < len(sequences):
-            # Ended by the text of the previous token, or cancelled: computed in vain.
-            sequences = [sequences[index] for index in alive]
-            if not sequences:
-                return
-            logits = logits[torch.tensor(alive, device=logits.device)]
+        for sequence in computed.sequences:
+            sequence.drafted = 0
+        # The others were ended by the text of their last token, or cancelled: computed in vain.
+        computed.keep([i for i, s in enumerate(computed.sequences) if s.state is State.DECODE])
+        sequences, drafts = computed.sequences, computed.drafts
+        if not sequences:
+            return
+        accepted = [0] * len(sequences)
         try:
-            choices = self._tokens.sample(sequences, logits)
+            if drafts is None:
+                self._tokens.take(sequences, self._tokens.sample(sequences, computed.logits))
+            else:
+                accepted = self._tokens.take_drafted(
+                    sequences, drafts.token_ids, computed.logits, events
+                )
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             for sequence in sequences:
-                # The remaining rows compute it again.
-                sequence.filled -= 1
-            self.rows.on_out_of_memory(events)
+                if sequence.state is State.DECODE and sequence.filled == sequence.total:
+                    # The remaining rows compute it again.
+                    sequence.filled -= 1
+            if drafts is None:
+                self.rows.on_out_of_memory(events)
+            else:
+                self._without_drafts(sequences, drafts)
             return
-        self._tokens.take(sequences, choices)
         self.costs.measure()
+        if self._drafts is not None and self.costs.known:
+            self._drafts.took(sequences, drafts, accepted, self.costs.spent_ms(computed.started))

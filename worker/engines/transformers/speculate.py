@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from worker.engines.transformers.lookup import LookupIndex
 
@@ -22,7 +23,7 @@ WIDTHS = (2, 3, 5, 9, 17)
 """Tokens of each row in a wide step. Few, so that the cost of each is soon known."""
 
 MOST_TOKENS = 256
-"""A step computes at most so many tokens: beyond, even an accelerator is bound by computing."""
+"""Tokens of a wide step at most: beyond, even an accelerator is bound by computing."""
 
 LONG_MATCH = 8
 """Drafts after a match of so many tokens are counted apart: they are right far more often."""
@@ -76,6 +77,19 @@ class Draft:
 NO_DRAFT = Draft()
 
 
+BY_MODEL = 2
+"""The kind of drafts that a draft model makes; the others are by look-up, short match and long."""
+
+
+class Width(NamedTuple):
+    """A choice of `Speculator.plan`."""
+
+    #: Tokens of each row; 1: no draft pays.
+    tokens: int
+    #: Expected tokens per millisecond over those without drafts; 1 for an attempt.
+    gain: float
+
+
 class Acceptance:
     """How often the next token of a draft is right, by kind of draft; older ones fade."""
 
@@ -100,7 +114,7 @@ class RowDrafts:
         self._index = LookupIndex(prompt_ids)
         self._prompt = len(prompt_ids)
         self._index.extend(answer)
-        self._acceptance = Acceptance(FORGET, (0.0, 0.0), 0.0)
+        self._acceptance = Acceptance(FORGET, (0.0, 0.0, 0.0), 0.0)
 
     def draft(self, answer: Sequence[int], most: int) -> Draft:
         """A draft of what follows an answer so far, of at most `most` tokens."""
@@ -166,9 +180,10 @@ class Speculator:
 
     def __init__(self) -> None:
         self._cost = WidthCost()
-        self._everywhere = Acceptance(FORGET_ALL, (1.0, 1.6), 2.0)
+        self._everywhere = Acceptance(FORGET_ALL, (1.0, 1.6, 1.4), 2.0)
         self._balance = START_BALANCE
         self._wide_steps = 0
+        self._most_tokens = MOST_TOKENS
         #: Draft tokens that were verified, and those of them that were right.
         self.draft_tokens = 0
         self.accepted_tokens = 0
@@ -181,39 +196,51 @@ class Speculator:
         return any(
             width * narrow_ms > GAIN * (narrow_ms + self._cost.added_ms(rows, width))
             for width in WIDTHS
-            if rows * width <= MOST_TOKENS
+            if rows * width <= self._most_tokens
         )
 
-    def plan(self, rows: Sequence[RowDrafts], drafts: Sequence[Draft], room: int) -> int:
+    def plan(
+        self,
+        rows: Sequence[RowDrafts],
+        drafts: Sequence[Draft],
+        room: int,
+        *,
+        drafted_ms: float = 0.0,
+    ) -> Width:
         """The number of tokens of each row in the next step, at most `room`; drafts are to be cut
-        to one less. 1 if no draft pays."""
+        to one less. `drafted_ms`: what one more token of all drafts costs before the step."""
         count = len(drafts)
         longest = max((len(draft.token_ids) for draft in drafts), default=0)
         narrow_ms = self._cost.narrow_ms(count)
         if not longest or not narrow_ms:
-            return 1
+            return Width(1, 1.0)
         chances = [
             row.chance(draft.kind, self._everywhere)
             for row, draft in zip(rows, drafts, strict=True)
         ]
-        best, best_gain, cheapest = 1, GAIN, 1
+        best, attempt = Width(1, GAIN), 1
         for width in WIDTHS:
-            if width > room or count * width > MOST_TOKENS:
+            if width > room or count * width > self._most_tokens:
                 break
-            slower = 1 + self._cost.added_ms(count, width) / narrow_ms
+            added_ms = self._cost.added_ms(count, width) + drafted_ms * (width - 1)
+            slower = 1 + added_ms / narrow_ms
             tokens = [
                 _expected(chance, min(len(draft.token_ids), width - 1))
                 for chance, draft in zip(chances, drafts, strict=True)
             ]
             gain = sum(tokens) / count / slower
-            if gain > best_gain and min(tokens) / slower >= FAIR:
-                best, best_gain = width, gain
-            if self._balance >= min(slower - 1 + START_BALANCE, MOST_BALANCE):
-                # An attempt: nothing is known of these drafts but failures, which may be over.
-                cheapest = cheapest if cheapest > 1 else width
+            if gain > best.gain and min(tokens) / slower >= FAIR:
+                best = Width(width, gain)
+            if attempt == 1 and self._balance >= min(slower - 1 + START_BALANCE, MOST_BALANCE):
+                # Nothing is known of these drafts but failures, which may be over.
+                attempt = width
             if width > longest:
                 break
-        return best if best > 1 else cheapest
+        return best if best.tokens > 1 else Width(attempt, 1.0)
+
+    def limit(self, tokens: int) -> None:
+        """No step may compute more tokens from now on."""
+        self._most_tokens = min(self._most_tokens, tokens)
 
     def drafted(self, row: RowDrafts, draft: Draft, accepted: int) -> None:
         """The first `accepted` tokens of a draft were what was drawn."""
@@ -223,8 +250,11 @@ class Speculator:
             self.draft_tokens += len(draft.token_ids)
             self.accepted_tokens += accepted
 
-    def took(self, rows: int, width: int, ms: float, tokens: int) -> None:
-        """A step took that long and gave so many tokens to all rows together."""
+    def took(
+        self, rows: int, width: int, ms: float, tokens: int, *, drafted_ms: float = 0.0
+    ) -> None:
+        """A step took that long, after `drafted_ms` for its drafts, and gave so many tokens to all
+        rows together."""
         self._cost.learn(rows, width, ms)
         if width == 1:
             self._wide_steps = 0
@@ -233,7 +263,7 @@ class Speculator:
         self._wide_steps += 1
         narrow_ms = self._cost.narrow_ms(rows)
         if narrow_ms:
-            spent = 1 + self._cost.added_ms(rows, width) / narrow_ms
+            spent = 1 + (self._cost.added_ms(rows, width) + drafted_ms) / narrow_ms
             self._balance = min(self._balance + tokens / rows - spent, MOST_BALANCE)
 
 

@@ -60,6 +60,11 @@ class StepCosts:
         #: Milliseconds that an image may take.
         self.image_ms = 0.0
 
+    @property
+    def known(self) -> bool:
+        """Whether `spent_ms` says what a step takes."""
+        return self._synchronous or self._timed
+
     def start(self) -> Started:
         """Something is about to be computed."""
         return Started(self.now_s(), self._event() if self._timed else None)

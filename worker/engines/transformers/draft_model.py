@@ -1,0 +1,199 @@
+"""A small model with the vocabulary of a large one, which drafts what the large one verifies.
+
+It has a slot cache of its own, whose rows stand in the order of those of the step, and catches up
+with what was said since its last draft. Its tokens are drawn with the seeds and positions of the
+requests, so where the two models agree, sampled drafts are right as well. Must never decide what is
+drafted, and is never needed: whatever it lacks, the answer goes on without.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+from worker.engines.base import EngineLoadError
+from worker.engines.common.failures import is_out_of_memory, one_line
+from worker.engines.common.prompt import Prompt
+from worker.engines.common.sampling import Sampler
+from worker.engines.common.sequence import Sequence, bare_fields
+from worker.engines.transformers.loaded import LoadedModel
+from worker.engines.transformers.memory import release_cached
+from worker.engines.transformers.packed import restore_read
+from worker.engines.transformers.selftest import check
+
+__all__ = ["DraftModel", "check_vocabulary"]
+
+log = logging.getLogger(__name__)
+
+CATCH_UP_TOKENS = 256
+"""Tokens of a prompt that it computes in one step."""
+
+FORGET = 0.7
+"""Weight of earlier measurements of a drafted token at each new one."""
+
+GUESSED_MS = 1.0
+"""A drafted token, until one was measured."""
+
+
+@dataclass(slots=True)
+class _Row:
+    """A request as this model has computed it."""
+
+    sequence: Sequence
+    #: The same text, ending in drafted tokens.
+    probe: Sequence
+    #: So many tokens of the answer are known to be the request's own.
+    agreed: int = 0
+
+    def follow(self) -> None:
+        """Take what was said since the last draft, and forget drafts that were wrong."""
+        answer, drafted = self.sequence.answer, self.probe.answer
+        same = self.agreed
+        most = min(len(answer), len(drafted))
+        while same < most and answer[same] == drafted[same]:
+            same += 1
+        del drafted[same:]
+        drafted += answer[same:]
+        # The last token is computed with the draft.
+        kept = len(self.probe.prompt.ids) + same
+        self.probe.filled = min(self.probe.filled, kept, self.probe.total - 1)
+        self.agreed = len(answer)
+
+
+class DraftModel:
+    """Drafts for all rows of a step at once. Raises `EngineLoadError` on construction if the model
+    cannot be batched."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        verdict = check(loaded, None)
+        if verdict.forward is None:
+            raise EngineLoadError(
+                f"the draft model cannot draft for several requests at once: {verdict.reason}"
+            )
+        restore_read(loaded.model)
+        self.forward = verdict.forward
+        self.cache = self.forward.cache
+        self._longest = loaded.context_tokens
+        if loaded.rope is not None:
+            self._longest = min(self._longest, loaded.rope.unchanged_tokens - 1)
+        self._banned = sorted(loaded.placeholder_ids)
+        #: Seconds of its own work: drawn tokens are waited for.
+        self.clock = time.thread_time if loaded.device.type == "cpu" else time.perf_counter
+        self._sampler: Sampler | None = None
+        self._rows: list[_Row] = []
+        self._token_ms = 0.0
+        self._off = False
+
+    def token_ms(self) -> float:
+        """Expected time of one more token in every row."""
+        return self._token_ms or GUESSED_MS
+
+    def draft(self, sequences: list[Sequence], tokens: int) -> list[list[int]] | None:
+        """`tokens` drafted tokens for each row of a step; None if it cannot now."""
+        if self._off or any(sequence.prompt.media for sequence in sequences):
+            return None
+        longest = max(sequence.total for sequence in sequences) + tokens
+        if longest > self._longest:
+            return None
+        try:
+            if not self._arrange(sequences, longest) or not self._catch_up():
+                return None
+            return self._drafted(tokens)
+        except Exception as error:
+            self._rows.clear()
+            if not is_out_of_memory(error):
+                raise
+            log.warning("memory is too short for the draft model: %s", one_line(error))
+            release_cached(self.forward.device)
+            self._off = True
+            return None
+
+    def _arrange(self, sequences: list[Sequence], longest: int) -> bool:
+        """Give every sequence the row that it has in the step. False if there is no memory."""
+        used = max((row.probe.filled for row in self._rows), default=0)
+        most = len(self._rows) + len(sequences)
+        if not self.cache.reserve(most, longest, len(self._rows), used):
+            self._rows.clear()
+            if not self.cache.reserve(len(sequences), longest, 0, 0):
+                return False
+        for place, sequence in enumerate(sequences):
+            rows = self._rows
+            found = next((n for n in range(place, len(rows)) if rows[n].sequence is sequence), -1)
+            if found < 0:
+                found = len(rows)
+                rows.append(_Row(sequence, _probe(sequence)))
+                self.forward.prepare(rows[found].probe)
+            if found != place:
+                length = max(rows[place].probe.filled, rows[found].probe.filled)
+                self.cache.swap(place, found, length)
+                rows[place], rows[found] = rows[found], rows[place]
+        del self._rows[len(sequences) :]
+        return True
+
+    def _catch_up(self) -> bool:
+        """Compute what each row lacks before its last token. False if some is still missing."""
+        room = CATCH_UP_TOKENS
+        for place, row in enumerate(self._rows):
+            row.follow()
+            probe = row.probe
+            end = min(probe.total - 1, probe.filled + room)
+            if end > probe.filled:
+                self.forward.prefill(place, probe, probe.filled, end)
+                room -= end - probe.filled
+                probe.filled = end
+        return all(row.probe.filled == row.probe.total - 1 for row in self._rows)
+
+    def _drafted(self, tokens: int) -> list[list[int]]:
+        probes = [row.probe for row in self._rows]
+        drafts: list[list[int]] = [[] for _ in probes]
+        started = self.clock()
+        for further in range(tokens):
+            logits = self.forward.decode(probes)
+            if self._sampler is None:
+                self._sampler = Sampler(
+                    logits.shape[-1], banned_ids=self._banned, token_bytes=lambda token_id: b""
+                )
+            drawing = [row.sequence.row.unbound(further) for row in self._rows]
+            for probe, draft, drawn in zip(
+                probes, drafts, self._sampler.sample(logits, drawing), strict=True
+            ):
+                # Without a token to draw, any one will do: it is verified.
+                token_id = max(drawn.token_id, 0)
+                draft.append(token_id)
+                probe.answer.append(token_id)
+                probe.filled += 1
+        spent_ms = (self.clock() - started) * 1e3 / tokens
+        self._token_ms = FORGET * (self._token_ms or spent_ms) + (1 - FORGET) * spent_ms
+        return drafts
+
+
+def _probe(sequence: Sequence) -> Sequence:
+    prompt = Prompt(ids=sequence.prompt.ids, key=sequence.prompt.key)
+    return Sequence(**bare_fields(b"", prompt, None))
+
+
+def check_vocabulary(target: LoadedModel, draft: LoadedModel) -> None:
+    """Raise `EngineLoadError` unless the tokens of both models are the same, by number and text."""
+    if draft.embedding_only or draft.encoder_decoder or draft.head is not None or draft.labels:
+        raise EngineLoadError("--draft-model: not a model that continues a text")
+    own, other = (_tokens(one) for one in (target, draft))
+    differing = [text for text in own.keys() & other.keys() if own[text] != other[text]]
+    differing += [text for text in own.keys() ^ other.keys()]
+    if differing:
+        example = min(differing, key=lambda text: (len(text), text))
+        raise EngineLoadError(
+            "--draft-model: its vocabulary is not that of the model it drafts for: "
+            f"{len(differing)} tokens differ, such as {example!r} (number "
+            f"{own.get(example, 'none')} there, {other.get(example, 'none')} here); a draft model "
+            "is one of the same family"
+        )
+    if draft.embedding_rows < min(target.embedding_rows, max(own.values(), default=0) + 1):
+        raise EngineLoadError(
+            f"--draft-model: it reads {draft.embedding_rows} tokens, and the model that it "
+            f"drafts for writes {target.vocabulary}"
+        )
+
+
+def _tokens(loaded: LoadedModel) -> dict[str, int]:
+    return dict(loaded.tokenizer.get_vocab())
