@@ -1,4 +1,4 @@
-"""`python -m broker`: start a broker, make its keys, or check its options.
+"""`python -m broker`: start a broker, make its keys, invite somebody, or check its options.
 
 Puts the parts together and turns every failure into one line and an exit code: 2 for a wrong
 option, 1 for a failure, 0 for a clean stop.
@@ -48,6 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from broker import auth
 
             print(auth.keys_command(argv[1:], program=f"{PROGRAM} keys"))
+            return 0
+        if argv[:1] == ["invite"]:
+            from broker import invite
+
+            line, told = invite.invite(argv[1:], program=f"{PROGRAM} invite")
+            print(told, file=sys.stderr)
+            print(line)
+            return 0
+        if argv[:1] == ["revoke"]:
+            from broker import invite
+
+            print(invite.revoke(argv[1:], program=f"{PROGRAM} revoke"))
             return 0
         if argv[:1] == ["check"]:
             # `check broker.toml` is what people type.

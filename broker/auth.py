@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,6 +35,10 @@ DOMAINS: Final = {Side.FRONT: b"front", Side.BACK: b"back"}
 """One ZAP domain for each socket. Without a domain, libzmq never asks the gate."""
 ZAP_ENDPOINT: Final = "inproc://zeromq.zap.01"
 ZAP_VERSION: Final = b"1.0"
+UNTIL: Final = "until="
+"""Before the end of an entry of an allow-list."""
+LOOK_S: Final = 1.0
+"""Between two looks whether a list has changed; it is read once it has stayed the same for one."""
 LOGGED_A_SECOND: Final = 10
 """More refusals than this are only counted: a stranger must not fill the disk."""
 GATE_BATCH: Final = 64
@@ -55,6 +60,8 @@ class AllowLists:
     clients: dict[str, str]
     workers: dict[str, str]
     operators: dict[str, str]
+    #: Unix time at which the next entry ends; those that have ended are not in the tables.
+    next_end: float = math.inf
 
     def may_enter(self, side: Side) -> dict[str, str]:
         """Who may connect at a socket; operators come in at the front."""
@@ -93,11 +100,33 @@ def fresh_pair() -> tuple[str, str]:
 
 
 def load_allow_lists(folder: Path) -> AllowLists:
-    """All three lists. Raises `KeyFileError`."""
-    return AllowLists(*(_load_list(folder / f"{role}s.allow") for role in ROLES))
+    """All three lists, without entries that have ended. Raises `KeyFileError`."""
+    now = time.time()
+    lists = [_load_list(_list_of(folder, role)) for role in ROLES]
+    ends = [entry.until for entries in lists for entry in entries.values()]
+    clients, workers, operators = (
+        {key: entry.name for key, entry in entries.items() if entry.until > now}
+        for entries in lists
+    )
+    return AllowLists(
+        clients, workers, operators, min((e for e in ends if e > now), default=math.inf)
+    )
 
 
-def _load_list(path: Path) -> dict[str, str]:
+def _list_of(folder: Path, role: str) -> Path:
+    return folder / f"{role}s.allow"
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A line of an allow-list."""
+
+    name: str
+    #: Unix time; infinity: until somebody removes it.
+    until: float = math.inf
+
+
+def _load_list(path: Path) -> dict[str, _Entry]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -109,14 +138,64 @@ def _load_list(path: Path) -> dict[str, str]:
         raise KeyFileError(f"{path}: {error}") from None
     allowed = {}
     for number, line in enumerate(lines, 1):
-        key, _, name = line.strip().partition(" ")
+        key, _, about = line.strip().partition(" ")
         # Z85 uses "#" too, so a comment is a line that begins with it and is not a key.
         if not key or (key.startswith("#") and len(key) != 40):
             continue
         if len(key) != 40:
             raise KeyFileError(f"{path} line {number}: a public key has 40 characters of Z85")
-        allowed[key] = name.strip()
+        try:
+            allowed[key] = _entry(about.strip())
+        except ValueError as error:
+            raise KeyFileError(f"{path} line {number}: {error}") from None
     return allowed
+
+
+def _entry(about: str) -> _Entry:
+    """What follows a key: the owner's name, and when the entry ends if it does."""
+    name, mark, end = about.rpartition(UNTIL)
+    if not mark:
+        return _Entry(about)
+    try:
+        until = datetime.fromisoformat(end).timestamp()
+    except ValueError:
+        raise ValueError(f"{UNTIL}{end}: not a date such as 2026-12-31T18:00:00Z") from None
+    return _Entry(name.strip(), until)
+
+
+def names(folder: Path) -> dict[str, tuple[str, float | None]]:
+    """Role and end of everybody on the lists, by name. Raises `KeyFileError`."""
+    found: dict[str, tuple[str, float | None]] = {}
+    for role in ROLES:
+        for entry in _load_list(_list_of(folder, role)).values():
+            found[entry.name] = role, None if entry.until == math.inf else entry.until
+    return found
+
+
+def allow(folder: Path, role: str, public: str, name: str, until: float | None) -> None:
+    """Add a key to a list, until a Unix time."""
+    path = _list_of(folder, role)
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    if old and not old.endswith("\n"):
+        old += "\n"
+    end = (
+        "" if until is None else f" {UNTIL}{datetime.fromtimestamp(until, UTC):%Y-%m-%dT%H:%M:%SZ}"
+    )
+    _write_private(path, f"{old}{public} {name}{end}\n")
+
+
+def forbid(folder: Path, name: str) -> list[str]:
+    """Remove all keys of this name; returns the names of the lists that had one."""
+    changed = []
+    for role in ROLES:
+        path = _list_of(folder, role)
+        gone = {key for key, entry in _load_list(path).items() if entry.name == name}
+        if gone:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if line.strip().partition(" ")[0] not in gone]
+            _write_private(path, "".join(f"{line}\n" for line in kept))
+            changed.append(path.name)
+    return changed
 
 
 def protect(socket: zmq.Socket[bytes], side: Side, secret: bytes) -> None:
@@ -143,7 +222,12 @@ class Gate:
         self._folder = folder
         self._log = log
         self._relay = {relay_key: "this broker's relay"} if relay_key else {}
+        self._read = self._seen = self._signature()
         self._allowed = self._load()
+        #: Keys were added that the core has not been told of.
+        self._added = False
+        #: When `look` is due next.
+        self.look_s = -math.inf
         #: Polled by the loop, which calls `answer` when it is readable. Not a REP socket: there,
         #: one delayed refusal would hold up everybody else.
         self.socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
@@ -168,15 +252,55 @@ class Gate:
     def reload(self) -> AccessChanged | None:
         """Read the lists again. Returns None if they are broken; the old ones then
         stay in force."""
+        self._read = self._signature()
         try:
             self._allowed = self._load()
         except KeyFileError as error:
+            # Those that have ended, have; `look` must not ask for it again at once.
+            self._allowed = replace(self._allowed, next_end=math.inf)
             self._log("warning", "allow-lists not reloaded", {"why": str(error)})
             return None
         allowed = self._allowed
         counts = {f"{role}s": len(getattr(allowed, f"{role}s")) for role in ROLES}
         self._log("info", "allow-lists reloaded", counts)
         return allowed.as_event()
+
+    def _is_new(self, key: str, side: Side) -> bool:
+        """Whether a key was added since the lists were read: whoever is invited may come at once.
+        What else has changed waits for `look`."""
+        if self._signature() == self._read:
+            return False
+        try:
+            fresh = self._load()
+        except KeyFileError:
+            return False
+        if key not in fresh.may_enter(side):
+            return False
+        old = self._allowed
+        self._allowed = AllowLists(
+            old.clients | fresh.clients,
+            old.workers | fresh.workers,
+            old.operators | fresh.operators,
+            min(old.next_end, fresh.next_end),
+        )
+        self._added, self.look_s = True, -math.inf
+        return True
+
+    def look(self, now_s: float) -> AccessChanged | None:
+        """Whether the lists have changed, or an entry has ended; what may connect now."""
+        self.look_s = now_s + LOOK_S
+        seen, before = self._signature(), self._seen
+        self._seen = seen
+        if self._added:
+            self._added = False
+            return self.event()
+        if seen == self._read:
+            return self.reload() if time.time() >= self._allowed.next_end else None
+        # An editor may empty a file before it writes it: not the first sight of a change counts.
+        return self.reload() if seen == before else None
+
+    def _signature(self) -> tuple[tuple[int, int, int] | None, ...]:
+        return tuple(_version(_list_of(self._folder, role)) for role in ROLES)
 
     @property
     def due_s(self) -> float:
@@ -213,7 +337,7 @@ class Gate:
         if side is None or mechanism != b"CURVE" or len(frames) != 7 or len(frames[6]) != 32:
             return [ZAP_VERSION, request_id, b"400", b"CURVE is needed here", b"", b""]
         key = z85.encode(frames[6]).decode("ascii")
-        if key in self._allowed.may_enter(side):
+        if key in self._allowed.may_enter(side) or self._is_new(key, side):
             return [ZAP_VERSION, request_id, b"200", b"welcome", key.encode(), b""]
         self._log_refusal(side, address.decode("utf-8", "replace"), key)
         return [ZAP_VERSION, request_id, b"400", b"key is not on the allow-list", b"", b""]
@@ -231,6 +355,15 @@ class Gate:
         self._log("warning", "key refused", fields)
 
 
+def _version(path: Path) -> tuple[int, int, int] | None:
+    """What changes whenever the file does; None if it is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
 # --- python -m broker keys ------------------------------------------------------------------------
 
 
@@ -246,7 +379,7 @@ def keys_command(arguments: Sequence[str], *, program: str) -> str:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if options.add:
             name = options.name or options.add
-            _check_name(name)
+            check_name(name)
             if not (folder / "broker.key").exists():
                 raise KeyFileError(f"{folder} holds no broker key; first run: {program} {folder}")
             created = [_add_peer(folder, options.add, name)]
@@ -259,7 +392,7 @@ def keys_command(arguments: Sequence[str], *, program: str) -> str:
     lines = [f"  {line}" for line in created]
     start = f"start the broker:  python -m broker --keys {folder}"
     if options.add:
-        start += "   (already running: kill -HUP its process)"
+        start += "   (one that runs already reads the lists by itself)"
     return "\n".join(
         [
             f"made in {folder} (readable by you alone):",
@@ -277,8 +410,8 @@ def _keys_parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program,
         description="Make CURVE keys and allow-lists for a broker and its peers, or add a peer. "
-        "What exists is never overwritten. A running broker reads the lists again on SIGHUP or "
-        "the operator's bus.reload.",
+        "What exists is never overwritten. A running broker reads the lists again when they "
+        "change, on SIGHUP, and on the operator's bus.reload.",
     )
     parser.add_argument("folder", help="folder for the keys; created if missing")
     parser.add_argument("--add", choices=ROLES, help="make one more key pair of this kind")
@@ -286,7 +419,8 @@ def _keys_parser(program: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raises `KeyFileError` for a name that files cannot have."""
     if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name[0] == ".":
         raise KeyFileError(f"{name!r}: a name is letters, digits, dots, dashes and underscores")
 
@@ -311,11 +445,8 @@ def _add_peer(folder: Path, role: str, name: str) -> str:
     if (folder / f"{name}.key_secret").exists():
         raise KeyFileError(f"{folder / name}.key_secret exists; choose another --name")
     public = _make_pair(folder, name)
-    path = folder / f"{role}s.allow"
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    if old and not old.endswith("\n"):
-        old += "\n"
-    _write_private(path, f"{old}{public} {name}\n")
+    allow(folder, role, public, name, None)
+    path = _list_of(folder, role)
     return f"{(name + '.key_secret').ljust(21)} for {_A[role]}; on the list {path.name}"
 
 

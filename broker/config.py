@@ -218,8 +218,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
         raises=ConfigError,
         prog=program,
         description="The tokenbus broker: clients at the front, workers at the back.",
-        usage=f"{PROGRAM} [OPTION ...] | {PROGRAM} keys --help | "
-        f"{PROGRAM} check [FILE] [OPTION ...]",
+        usage=f"{PROGRAM} [OPTION ...] | {PROGRAM} keys --help | {PROGRAM} invite --help | "
+        f"{PROGRAM} revoke --help | {PROGRAM} check [FILE] [OPTION ...]",
         epilog=_table(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -171,6 +171,10 @@ class BrokerLoop:
                 self._on_signals(now_s)
             if gate is not None and (gate.socket in ready or now_s >= gate.due_s):
                 gate.answer(now_s)
+            if gate is not None and now_s >= gate.look_s:
+                change = gate.look(now_s)
+                if change is not None:
+                    self._feed(change, now_s)
             if back not in ready or self._drain_back(now_s):
                 self._read_s[Side.BACK] = now_s
             if front not in ready or self._drain_front(now_s):
@@ -221,7 +225,7 @@ class BrokerLoop:
             return 0.0
         due_s = min(self._core.deadline_s(), self._retry_s)
         if self._gate is not None:
-            due_s = min(due_s, self._gate.due_s)
+            due_s = min(due_s, self._gate.due_s, self._gate.look_s)
         return min(max(0.0, due_s - now_s), LONGEST_POLL_S)
 
     def _feed(self, event: Event, now_s: float) -> None:

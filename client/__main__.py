@@ -35,7 +35,7 @@ DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    parsed = _parser().parse_args(arguments)
+    parsed = _parser().parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
     run: Callable[[argparse.Namespace, Terminal], int] = parsed.run
     terminal = Terminal()
     for line in misspelt(os.environ, [BROKER_VARIABLE], near_only=True):
@@ -56,6 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BusError as error:
         terminal.error(f"{error} [{error.code}]")
         return FAILED
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """`--join LINE` may stand before the command, and the command is then `chat` by default."""
+    given = list(arguments)
+    if given[:1] != ["--join"] or len(given) < 2:
+        return given
+    command = given[2:] or ["chat"]
+    return [command[0], *given[:2], *command[1:]]
 
 
 def _parser() -> argparse.ArgumentParser:

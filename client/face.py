@@ -36,6 +36,7 @@ class BaseClient:
         name: str | None = None,
         server_key: str | bytes | None = None,
         key_file: str | os.PathLike[str] | None = None,
+        join: str | os.PathLike[str] | None = None,
     ) -> None:
         """`broker`: a front address, several separated by commas, or a list; without it,
         `TOKENBUS_BROKER`, else tcp://127.0.0.1:5555. The first one that answers is used.
@@ -43,7 +44,8 @@ class BaseClient:
         `timeout`: a `Timeout`, or seconds for each whole request. `retry`: how to recover.
         `limits`: bounds on memory and on requests in flight. `name`: shown in logs and by
         `clients()`. `server_key`: CURVE, the broker's public key or `.key` file; `key_file`: our
-        own `.key_secret` file, where the broker has an allow-list.
+        own `.key_secret` file, where the broker has an allow-list. `join`: an invitation
+        (`python -m broker invite`) or a file that holds one, in place of these and the address.
 
         Raises `InvalidRequest` for invalid arguments.
         """
@@ -54,6 +56,7 @@ class BaseClient:
             name=name,
             server_key=None if server_key is None else server_key_of(server_key),
             key_file=key_file,
+            join=join,
             limits=limits,
         )
         if connection.server_key is not None:

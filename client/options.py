@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from broker.protocol.errors import ErrorCode
+from broker.protocol.invitation import InvitationError, read
 from broker.protocol.limits import MAX_NAME_BYTES
 from client.errors import InvalidRequest
 
@@ -145,12 +146,24 @@ class Connection:
         name: str | None = None,
         server_key: str | bytes | None = None,
         key_file: str | os.PathLike[str] | None = None,
+        join: str | os.PathLike[str] | None = None,
         limits: Limits | None = None,
     ) -> Connection:
         """Fill in missing values: `TOKENBUS_BROKER`, else `tcp://127.0.0.1:5555`.
 
-        `broker` is one address, several separated by commas, or a list. Raises `InvalidRequest`.
+        `broker` is one address, several separated by commas, or a list. `join`: an invitation or a
+        file that holds one, which has address and keys. Raises `InvalidRequest`.
         """
+        key_pair = None
+        if join is not None:
+            if server_key is not None or key_file is not None:
+                raise InvalidRequest("join holds the keys: give no server_key and no key_file")
+            try:
+                invited = read(os.fspath(join), "client", "operator")
+            except InvitationError as error:
+                raise InvalidRequest(f"join: {error}") from None
+            broker = invited.brokers if broker is None else broker
+            server_key, key_pair = invited.server, (invited.public, invited.secret)
         given = broker if broker is not None else os.environ.get(BROKER_VARIABLE) or DEFAULT_BROKER
         brokers = tuple(_addresses([given] if isinstance(given, str) else given))
         if not brokers:
@@ -170,6 +183,7 @@ class Connection:
             name=chosen,
             server_key=server_key.decode("ascii") if isinstance(server_key, bytes) else server_key,
             key_file=None if key_file is None else Path(key_file),
+            key_pair=key_pair,
             limits=limits or Limits(),
         )
 

@@ -70,7 +70,9 @@ def serve(config: options.WorkerConfig) -> int:
     from worker.process.supervisor import Supervisor
 
     keys = None
-    if config.server_key is not None and config.key is not None:
+    if config.join is not None:
+        keys = Keys.invited(config.join)
+    elif config.server_key is not None and config.key is not None:
         try:
             keys = Keys.load(config.server_key, config.key)
         except KeyFileError as error:

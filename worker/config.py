@@ -19,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
+from broker.protocol.invitation import Invitation, InvitationError, read
 from broker.protocol.logs import FORMATS, LEVELS
 from broker.protocol.options import OptionParser, count, misspelt, number, parse_bool
 from broker.protocol.version import version
@@ -82,6 +83,8 @@ class WorkerConfig:
     threads: int | None
     server_key: Path | None
     key: Path | None
+    #: Address and keys in one line; `brokers` are its addresses unless others are given.
+    join: Invitation | None
     log_level: str
     log_format: str
     log_file: Path | None
@@ -340,6 +343,12 @@ def parser() -> argparse.ArgumentParser:
         help=f"back address of a broker; repeat to serve several from one pool [{DEFAULT_BROKER}]",
     )
     bus.add_argument(
+        "--join",
+        metavar="LINE|FILE",
+        help="an invitation, as `python -m broker invite` prints it, or a file that holds one: "
+        "address and keys in one; --broker beside it is another way to the same broker",
+    )
+    bus.add_argument(
         "--worker-id", metavar="NAME", help="name on the bus, unique [host name and 6 hex digits]"
     )
     bus.add_argument(
@@ -479,10 +488,11 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] = os.environ)
 
 
 def _checked(values: dict[str, Any]) -> WorkerConfig:
+    join = _invitation(values)
     brokers = tuple(
         dict.fromkeys(
             address
-            for group in values["broker"] or [DEFAULT_BROKER]
+            for group in values["broker"] or (join.brokers if join else [DEFAULT_BROKER])
             for address in group.split(",")
         )
     )
@@ -516,6 +526,7 @@ def _checked(values: dict[str, Any]) -> WorkerConfig:
         threads=values["threads"],
         server_key=Path(values["server_key"]) if values["server_key"] else None,
         key=Path(values["key"]) if values["key"] else None,
+        join=join,
         log_level=values["log_level"],
         log_format=values["log_format"],
         log_file=Path(values["log_file"]) if values["log_file"] else None,
@@ -527,6 +538,17 @@ def _checked(values: dict[str, Any]) -> WorkerConfig:
         models_memory_bytes=values["models_memory"] or 0,
         unload_idle_s=values["unload_idle_s"] or math.inf,
     )
+
+
+def _invitation(values: dict[str, Any]) -> Invitation | None:
+    if values["join"] is None:
+        return None
+    if values["server_key"] is not None or values["key"] is not None:
+        raise ConfigError("--join holds the keys: give no --server-key and no --key beside it")
+    try:
+        return read(values["join"], "worker")
+    except InvitationError as error:
+        raise ConfigError(f"--join: {error}") from None
 
 
 def _engine_options(values: dict[str, Any]) -> EngineOptions:

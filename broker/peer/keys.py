@@ -11,6 +11,7 @@ from pathlib import Path
 
 import zmq
 
+from broker.protocol.invitation import Invitation
 from broker.protocol.keyfiles import exposed
 
 __all__ = ["KeyFileError", "Keys", "key_pair", "public_key"]
@@ -33,6 +34,12 @@ class Keys:
     def load(cls, server_key: Path, key: Path) -> Keys:
         """Read the broker's public key and the own pair. Raises `KeyFileError`."""
         return cls(public_key(server_key), *key_pair(key))
+
+    @classmethod
+    def invited(cls, invitation: Invitation) -> Keys:
+        """Those of an invitation."""
+        texts = (invitation.server, invitation.public, invitation.secret)
+        return cls(*(text.encode("ascii") for text in texts))
 
     @classmethod
     def fresh(cls, server: bytes) -> Keys:

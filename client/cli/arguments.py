@@ -36,6 +36,11 @@ def add_connection(parser: argparse.ArgumentParser) -> None:
         help="CURVE: our own .key_secret file",
     )
     group.add_argument(
+        "--join",
+        metavar="LINE|FILE",
+        help="an invitation (`python -m broker invite`) or a file that holds one: address and keys",
+    )
+    group.add_argument(
         "--connect-timeout",
         type=float,
         default=5.0,
@@ -58,6 +63,7 @@ def connect(arguments: argparse.Namespace, **timeouts: float | None) -> Client:
         arguments.broker,
         server_key=arguments.server_key,
         key_file=arguments.key_file,
+        join=arguments.join,
         timeout=Timeout(**limits),
     )
 

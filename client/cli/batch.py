@@ -185,6 +185,7 @@ async def _answer_all(arguments: argparse.Namespace, output: Output, progress: P
         name="batch",
         server_key=arguments.server_key,
         key_file=arguments.key_file,
+        join=arguments.join,
         timeout=Timeout(connect=arguments.connect_timeout),
     ) as bus:
         # Report an absent broker before anything starts.

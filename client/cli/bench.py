@@ -184,6 +184,7 @@ async def _measure(arguments: argparse.Namespace, measured: Measured, progress: 
         name="bench",
         server_key=arguments.server_key,
         key_file=arguments.key_file,
+        join=arguments.join,
         timeout=Timeout(connect=arguments.connect_timeout, total=arguments.timeout),
         retry=Retry(),
     ) as bus:

@@ -151,6 +151,7 @@ def _client(config: Config, name: str, limits: Limits | None = None) -> AsyncCli
         name=name,
         server_key=config.server_key,
         key_file=config.key_file,
+        join=config.join,
         limits=limits,
         timeout=Timeout(first_token=None, between_tokens=None),
     )

@@ -165,6 +165,9 @@ class Config:
     )
     server_key: str | None = _option(_text, None, "the broker's CURVE public key", "Z85")
     key_file: str | None = _option(_text, None, "this gateway's CURVE certificate", "FILE")
+    join: str | None = _option(
+        _text, None, "an invitation or a file that holds one: address and keys", "LINE|FILE"
+    )
     host: str = _option(_text, "127.0.0.1", "address to listen on")
     port: int = _option(_port, 8000, "port to listen on; 0 picks a free one")
     keys: Path | None = _option(
@@ -319,7 +322,10 @@ class Config:
         """The connection to the bus. Raises InvalidRequest for a malformed address; does not
         read key files."""
         return Connection.resolve(
-            self.broker or None, server_key=self.server_key, key_file=self.key_file
+            self.broker or None,
+            server_key=self.server_key,
+            key_file=self.key_file,
+            join=self.join,
         )
 
 
