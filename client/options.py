@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Final
 
 from broker.protocol.errors import ErrorCode
-from broker.protocol.invitation import InvitationError, read
 from broker.protocol.limits import MAX_NAME_BYTES
 from client.errors import InvalidRequest
 
@@ -156,6 +155,8 @@ class Connection:
         """
         key_pair = None
         if join is not None:
+            from broker.protocol.invitation import InvitationError, read  # most have none
+
             if server_key is not None or key_file is not None:
                 raise InvalidRequest("join holds the keys: give no server_key and no key_file")
             try:

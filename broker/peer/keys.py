@@ -8,11 +8,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import zmq
 
-from broker.protocol.invitation import Invitation
 from broker.protocol.keyfiles import exposed
+
+if TYPE_CHECKING:
+    from broker.protocol.invitation import Invitation
 
 __all__ = ["KeyFileError", "Keys", "key_pair", "public_key"]
 
