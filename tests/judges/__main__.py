@@ -14,7 +14,9 @@ from tests.judges import (
     cohere,
     fastchat,
     guidellm,
+    llamaindex,
     llava,
+    lm_eval,
     ollama,
     openresponses,
 )
@@ -29,6 +31,8 @@ JUDGES: dict[str, Callable[[Stage], None]] = {
     "anthropic": anthropic.judge,
     "agents": agents.judge,
     "openresponses": openresponses.judge,
+    "llamaindex": llamaindex.judge,
+    "lm-eval": lm_eval.judge,
 }
 
 
