@@ -34,6 +34,7 @@ from client.gateway import requests as http
 from client.gateway.bodies import aside
 from client.gateway.errors import describe, invalid
 from client.gateway.images import ImagePolicy, load_image
+from client.gateway.structured import constraint_of
 from client.gateway.thinking import budget_of, wish_of
 from client.images import media_type
 
@@ -44,7 +45,6 @@ __all__ = [
     "chat_call",
     "checked",
     "completion_calls",
-    "constraint_of",
     "cut_to_context",
     "described",
     "seeded",
@@ -177,7 +177,7 @@ def _chat_call(body: http.ChatRequest, images: Images, seed: int, user: str) -> 
     http.check_stream_options(body.stream_options, stream=bool(body.stream))
     tools, tool_choice = _tools(body)
     # A forced call has no text that a format could apply to.
-    constraint = constraint_of(body.response_format, body.structured_outputs)
+    constraint = constraint_of(body.response_format, body)
     forced = _forced_tool(body)
     constraint = forced or constraint
     wish = wish_of(body, budget_of(body))
@@ -283,11 +283,14 @@ def completion_calls(
         seed=seed,
         max_tokens=body.max_tokens or (1 if body.max_tokens == 0 else None),
         logprobs=logprobs,
-        constraint=constraint_of(None, body.structured_outputs),
+        constraint=constraint_of(None, body),
         thinking_tokens=budget_of(body),
     )
     if body.echo:
-        params = msgspec.structs.replace(params, echo=True, prompt_logprobs=body.logprobs)
+        wanted = [n for n in (body.logprobs, body.prompt_logprobs) if n is not None]
+        params = msgspec.structs.replace(
+            params, echo=True, prompt_logprobs=max(wanted) if wanted else None
+        )
     prompts = http.texts_of("prompt", body.prompt)
     if len(prompts) * best_of > http.MAX_CHOICES:
         raise invalid(
@@ -421,42 +424,10 @@ def _forced_tool(body: http.ChatRequest) -> Constraint | None:
     return forced_calls(functions, single=single)
 
 
-def constraint_of(
-    response_format: http.ResponseFormat | None, outputs: http.StructuredOutputs | None
-) -> Constraint | None:
-    """What the answer must conform to; raises GatewayError if it is given twice, or named but
-    missing."""
-    found: list[Constraint] = []
-    if isinstance(response_format, http.JsonObjectFormat):
-        if response_format.schema is not None:
-            found.append(Constraint(type="json_schema", value=response_format.schema))
-        else:
-            found.append(Constraint(type="json_object"))
-    elif isinstance(response_format, http.JsonSchemaFormat):
-        if response_format.json_schema.schema is None:
-            raise invalid(
-                "response_format.json_schema.schema",
-                "`response_format.json_schema.schema` is required.",
-            )
-        found.append(Constraint(type="json_schema", value=response_format.json_schema.schema))
-    if outputs is not None:
-        if outputs.json is not None:
-            found.append(Constraint(type="json_schema", value=outputs.json))
-        if outputs.json_object:
-            found.append(Constraint(type="json_object"))
-        if outputs.regex is not None:
-            found.append(Constraint(type="regex", value=outputs.regex))
-        if outputs.grammar is not None:
-            found.append(Constraint(type="grammar", value=outputs.grammar))
-        if outputs.choice is not None:
-            found.append(Constraint(type="choice", value=outputs.choice))
-    if len(found) > 1:
-        raise invalid(
-            "structured_outputs" if outputs is not None else "response_format",
-            "Say once what the answer must conform to: one of `response_format` and the fields of "
-            "`structured_outputs`.",
-        )
-    return found[0] if found else None
+def check_prompt_logprobs(body: http.Sampling) -> None:
+    """Raises GatewayError where vLLM does."""
+    if body.prompt_logprobs is not None and body.stream:
+        raise invalid("prompt_logprobs", "`prompt_logprobs` come with an answer that is whole.")
 
 
 def wants_usage_so_far(body: http.Sampling) -> bool:
@@ -475,6 +446,7 @@ def _params(
     constraint: Constraint | None,
     thinking_tokens: int | None,
 ) -> Params:
+    check_prompt_logprobs(body)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     bias: list[tuple[int, float]] = []
     for token, value in (body.logit_bias or {}).items():
@@ -507,6 +479,7 @@ def _params(
         echo=bool(body.return_token_ids),
         prompt_usage=wants_usage_so_far(body),
         logprobs=logprobs,
+        prompt_logprobs=body.prompt_logprobs,
         logit_bias=bias,
         constraint=constraint,
         thinking_tokens=thinking_tokens,

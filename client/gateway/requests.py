@@ -38,7 +38,15 @@ from broker.protocol.limits import (
     MAX_TOP_LOGPROBS,
 )
 from client.gateway.errors import GatewayError, invalid
-from client.gateway.thinking import Budgets, ReasoningOptions, ThinkingOptions
+from client.gateway.structured import (
+    JsonObjectFormat,
+    JsonSchema,
+    JsonSchemaFormat,
+    OutputWords,
+    ResponseFormat,
+    StructuredOutputs,
+)
+from client.gateway.thinking import ReasoningOptions, ThinkingOptions
 
 __all__ = [
     "ChatMessage",
@@ -46,9 +54,13 @@ __all__ = [
     "CompletionRequest",
     "EmbeddingRequest",
     "Extensions",
+    "JsonObjectFormat",
+    "JsonSchema",
     "JsonSchemaFormat",
+    "ResponseFormat",
     "Sampling",
     "StructuredOutputs",
+    "TextPart",
     "check_stream_options",
     "converted",
     "named_error",
@@ -109,17 +121,7 @@ class StreamOptions(_Body, kw_only=True):
     include_obfuscation: bool | None = None
 
 
-class StructuredOutputs(_Body, kw_only=True):
-    """What the answer must conform to; exactly one of the five."""
-
-    json: dict[str, Any] | None = None
-    json_object: bool | None = None
-    regex: str | None = None
-    grammar: str | None = None
-    choice: Annotated[list[str], Meta(min_length=1)] | None = None
-
-
-class Extensions(Budgets, forbid_unknown_fields=True, kw_only=True):
+class Extensions(OutputWords, forbid_unknown_fields=True, kw_only=True):
     """Fields of every endpoint that generates text; OpenAI's own do not have all of them."""
 
     seed: Seed | None = None
@@ -135,7 +137,6 @@ class Extensions(Budgets, forbid_unknown_fields=True, kw_only=True):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    structured_outputs: StructuredOutputs | None = None
     priority: Annotated[int, Meta(ge=-100, le=100)] | None = None
     queue_ms: Annotated[int, Meta(ge=0, le=1 << 40)] | None = None
     ttl_ms: Annotated[int, Meta(ge=1, le=1 << 40)] | None = None
@@ -154,6 +155,8 @@ class Sampling(Extensions, kw_only=True):
     #: instead of their texts. As vLLM has both.
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    #: Alternatives beside each token of the prompt, in vLLM's shape.
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     #: The user whose fair share of the model this request counts towards.
     user: str | None = None
     # Labels.
@@ -273,29 +276,6 @@ class AllowedToolChoice(_Body, tag="allowed_tools", tag_field="type", kw_only=Tr
 ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedToolChoice
 
 
-class JsonSchema(_Body, kw_only=True):
-    name: str
-    schema: dict[str, Any] | None = None
-    description: str | None = None
-    strict: bool | None = None
-
-
-class TextFormat(_Body, tag="text", tag_field="type", kw_only=True):
-    pass
-
-
-class JsonObjectFormat(_Body, tag="json_object", tag_field="type", kw_only=True):
-    #: What the object must conform to, as llama.cpp has it.
-    schema: dict[str, Any] | None = None
-
-
-class JsonSchemaFormat(_Body, tag="json_schema", tag_field="type", kw_only=True):
-    json_schema: JsonSchema
-
-
-ResponseFormat = TextFormat | JsonObjectFormat | JsonSchemaFormat
-
-
 class ChatRequest(Sampling, kw_only=True):
     """Body of `POST /v1/chat/completions`."""
 
@@ -306,6 +286,8 @@ class ChatRequest(Sampling, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
+    #: The answer begins with what the last message, the assistant's, says; as in vLLM.
+    echo: bool | None = None
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None

@@ -177,6 +177,15 @@ def test_an_answer_follows_its_grammar(tokenizer: Any, factory: ConstraintFactor
         assert text == "(" * depth + "x" + ")" * depth
 
 
+def test_a_grammar_of_llamacpp_is_read_too(tokenizer: Any, factory: ConstraintFactory) -> None:
+    """GBNF, as `grammar` has it there, and EBNF as in SGLang."""
+    gbnf = 'root ::= "a" middle # comment\nmiddle ::= [0-9]{2} | "(" middle ")"'
+    for seed in range(4):
+        state = factory.build(Constraint(type="grammar", value=gbnf), ends(tokenizer))
+        text = text_of(tokenizer, answer(tokenizer, state, seed))
+        assert re.fullmatch(r"a\(*[0-9]{2}\)*", text) and text.count("(") == text.count(")")
+
+
 # --- the end of the answer ------------------------------------------------------------------------
 
 
@@ -440,7 +449,8 @@ def test_a_grammar_that_has_no_next_token_says_so() -> None:
         (Constraint(type="regex", value="(a"), "unclosed group"),
         (Constraint(type="regex", value=5), "must be a regular expression"),
         (Constraint(type="grammar", value="start: foo"), 'unknown name: "foo"'),
-        (Constraint(type="grammar"), "must be a Lark grammar"),
+        (Constraint(type="grammar", value="root ::= foo"), "neither Lark nor GBNF"),
+        (Constraint(type="grammar"), "must be a grammar in Lark or GBNF"),
         (Constraint(type="choice", value=[]), "must be a list of strings"),
         (Constraint(type="choice", value=["a", ""]), "none of them empty"),
     ],

@@ -283,6 +283,7 @@ class TextChoice:
     by_id: bool = False
     texts: list[str] = field(default_factory=list)
     prompt_token_ids: Sequence[int] = ()
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     #: The logprobs of its tokens, with their positions in the text.
     logprobs: list[TokenLogprob] = field(default_factory=list)

@@ -34,7 +34,7 @@ from openai.types.chat.chat_completion_message_function_tool_call import (
 from starlette.responses import Response
 
 from broker.protocol import tool_parser as tools
-from broker.protocol.messages import Usage
+from broker.protocol.messages import TokenLogprob, Usage
 from client.gateway import rejoin
 from client.gateway.bodies import aside
 from client.gateway.context import RequestContext
@@ -56,7 +56,7 @@ from client.gateway.openai.generation import (
     Prompted,
     check_token_ids,
 )
-from client.gateway.openai.logprobs import named_by_id
+from client.gateway.openai.logprobs import named_by_id, of_prompt
 from client.gateway.openai.position import Position
 from client.gateway.openai.shapes import (
     FINGERPRINT,
@@ -70,7 +70,7 @@ from client.gateway.openai.shapes import (
     logprob_bytes,
     usage_of,
 )
-from client.gateway.requests import ChatRequest
+from client.gateway.requests import ChatRequest, TextPart
 from client.gateway.sse import DONE, Source, until_disconnect
 
 __all__ = ["cancel_chat", "chat_completions", "read_chat"]
@@ -139,6 +139,16 @@ def _read_again(context: RequestContext, position: Position) -> Response:
     return rejoin.read_on(context, _KIND, position, failed)
 
 
+def _echo_of(body: ChatRequest) -> str:
+    """What the answer repeats of the last message, where that is the assistant's, as in vLLM."""
+    last = body.messages[-1]
+    if not body.echo or last.role != "assistant" or last.content is None:
+        return ""
+    if isinstance(last.content, str):
+        return last.content
+    return "".join(part.text for part in last.content if isinstance(part, TextPart))
+
+
 class _Answer:
     """One answer in progress."""
 
@@ -172,6 +182,9 @@ class _Answer:
         #: Choices whose role was sent.
         self._greeted: set[int] = set()
         self._prompt_token_ids: Sequence[int] = ()
+        self._prompt_logprobs: list[TokenLogprob] = []
+        #: What each choice begins with.
+        self._echo = _echo_of(body)
         #: The reader has the ids of the prompt, or wants none.
         self._prompt_told = not body.return_token_ids or position.events > 0
 
@@ -183,6 +196,7 @@ class _Answer:
             check_token_ids(event)
         if isinstance(event, Prompted):
             self._prompt_token_ids = event.prompt.token_ids
+            self._prompt_logprobs = event.prompt.logprobs or []
         elif isinstance(event, Delta) and event.logprobs and self._body.return_tokens_as_token_ids:
             named = named_by_id(event.token_ids, event.logprobs)
             event = msgspec.structs.replace(event, logprobs=named)
@@ -206,7 +220,7 @@ class _Answer:
     @property
     def logprob_bytes(self) -> int:
         """Approximate length of the log probabilities as JSON: the cost of writing them."""
-        return logprob_bytes(choice.logprobs for choice in self._choices)
+        return logprob_bytes([*(c.logprobs for c in self._choices), self._prompt_logprobs])
 
     def complete(self) -> bytes:
         """The answer that is not streamed."""
@@ -223,6 +237,9 @@ class _Answer:
         if self._body.return_token_ids:
             # Not of OpenAI's API, as below.
             setattr(answer, "prompt_token_ids", self._prompt_token_ids)  # noqa: B010
+        if self._body.prompt_logprobs is not None:
+            told = of_prompt(self._prompt_token_ids, self._prompt_logprobs)
+            setattr(answer, "prompt_logprobs", told)  # noqa: B010
         # Log probabilities token by token: written at once, they would be a single long step.
         begun, *others = dumped(answer).split(_NO_LOGPROBS)
         parts = [begun]
@@ -234,7 +251,7 @@ class _Answer:
     def _whole_choice(self, index: int, choice: ChatChoice) -> whole.Choice:
         message = ChatCompletionMessage(
             role="assistant",
-            content=choice.text if choice.text or not choice.calls else None,
+            content=f"{self._echo}{choice.text}" or (None if choice.calls else ""),
             refusal=None,
         )
         if choice.reasoning:
@@ -288,6 +305,9 @@ class _Answer:
             self._greeted.add(index)
             if not reader.skipped(index, 1):
                 out.append(self._chunk(index, _GREETING))
+            unread = self._echo[reader.skipped(index, len(self._echo)) :]
+            if unread:
+                out.append(self._chunk(index, b'{"content":%b}' % JSON.encode(unread)))
         tokens = self._unread_tokens(event) if isinstance(event, Delta) else b""
         for part in pieces:
             delta = self._delta(index, part)

@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 
+import msgspec
 from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.completion_choice import Logprobs
 from starlette.responses import Response
@@ -28,7 +29,7 @@ from client.gateway.openai.generation import (
     Prompted,
     check_token_ids,
 )
-from client.gateway.openai.logprobs import text_logprobs
+from client.gateway.openai.logprobs import of_prompt, shortened, text_logprobs
 from client.gateway.openai.position import Position
 from client.gateway.openai.shapes import (
     FINGERPRINT,
@@ -118,8 +119,13 @@ class _Answer:
             check_token_ids(event)
         if isinstance(event, Prompted):
             choice.prompt_token_ids = event.prompt.token_ids
+            choice.prompt_logprobs = event.prompt.logprobs or []
             if not self._body.echo:
                 return "", []  # only its tokens were requested
+            if self._body.prompt_logprobs is not None:
+                shown = shortened(choice.prompt_logprobs, self._body.logprobs or 0)
+                told = msgspec.structs.replace(event.prompt, logprobs=shown)
+                event = msgspec.structs.replace(event, prompt=told)
         text, logprobs = choice.take(event)
         if isinstance(event, Delta) and not choice.prompt_only:
             self._visit.saw_token()
@@ -132,7 +138,11 @@ class _Answer:
     @property
     def logprob_bytes(self) -> int:
         """Approximate length of the log probabilities as JSON: the cost of writing them."""
-        return logprob_bytes(choice.logprobs for choice in self._choices)
+        return logprob_bytes(
+            tokens
+            for choice in self._choices
+            for tokens in (choice.logprobs, choice.prompt_logprobs)
+        )
 
     def complete(self) -> str:
         """The answer that is not streamed: the best `n` candidates of each prompt."""
@@ -160,6 +170,10 @@ class _Answer:
                 setattr(shown, "prompt_token_ids", choice.prompt_token_ids)  # noqa: B010
                 setattr(shown, "token_ids", choice.token_ids)  # noqa: B010
         for shown, choice in zip(answer.choices, kept, strict=True):
+            if (most := self._body.prompt_logprobs) is not None:
+                scores = shortened(choice.prompt_logprobs, most)
+                told = of_prompt(choice.prompt_token_ids, scores)
+                setattr(shown, "prompt_logprobs", told)  # noqa: B010
             if choice.continued:
                 setattr(shown, "continued", choice.continued)  # noqa: B010
         return answer.model_dump_json(exclude_unset=True)

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from broker.protocol.messages import TokenLogprob
 
-__all__ = ["Places", "named_by_id", "text_logprobs"]
+__all__ = ["Places", "named_by_id", "of_prompt", "shortened", "text_logprobs"]
 
+#: As `answers.IMPOSSIBLE`.
+_IMPOSSIBLE: Final = -9999.0
 _Utf8 = codecs.getincrementaldecoder("utf-8")
 
 
@@ -57,6 +59,36 @@ def named_by_id(token_ids: Sequence[int], tokens: Sequence[TokenLogprob]) -> lis
         )
         for id_, token in zip(token_ids, tokens, strict=True)
     ]
+
+
+def shortened(tokens: Sequence[TokenLogprob], most: int) -> list[TokenLogprob]:
+    """The same, with at most so many alternatives beside each."""
+    return [msgspec.structs.replace(token, top=token.top[:most]) for token in tokens]
+
+
+def of_prompt(
+    token_ids: Sequence[int], tokens: Sequence[TokenLogprob]
+) -> list[dict[str, dict[str, Any]] | None]:
+    """`prompt_logprobs` in vLLM's shape: by token id, the token itself first. The rank of one that
+    is not among the most likely is not known here."""
+    told: list[dict[str, dict[str, Any]] | None] = []
+    for id_, token in zip(token_ids, tokens, strict=True):
+        if token.logprob is None:
+            told.append(None)
+            continue
+        ranks = {top.token_id: place for place, top in enumerate(token.top, 1)}
+        entries = {str(id_): _ranked(token.logprob, ranks.get(id_), token.token)}
+        for top in token.top:
+            entries.setdefault(
+                str(top.token_id), _ranked(top.logprob, ranks[top.token_id], top.token)
+            )
+        told.append(entries)
+    return told
+
+
+def _ranked(logprob: float, rank: int | None, data: bytes) -> dict[str, Any]:
+    text = data.decode(errors="replace")
+    return {"logprob": max(logprob, _IMPOSSIBLE), "rank": rank, "decoded_token": text}
 
 
 def text_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:

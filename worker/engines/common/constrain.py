@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -333,6 +333,10 @@ class _TextTokenizer:
         return [spelled for i in ids for spelled in self._spelled.get(i, (i,))]
 
 
+_RULE: Final = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
+"""A rule of GBNF."""
+
+
 def _invalid(constraint: Constraint, message: str) -> RequestError:
     return RequestError(
         ErrorCode.INVALID_REQUEST,
@@ -358,7 +362,7 @@ def _grammar(constraint: Constraint, named: Mapping[str, int]) -> str:
         case "regex", str(expression):
             return _matcher().grammar_from_regex(expression)
         case "grammar", str(lark):
-            return _matcher().grammar_from_lark(_with_ids(lark, named))
+            return _matcher().grammar_from_lark(_with_ids(_lark(constraint, lark), named))
         case "choice", [str(), *_] as choices if all(isinstance(c, str) and c for c in choices):
             # Strings of a Lark grammar are written as in JSON.
             quoted = (json.dumps(choice, ensure_ascii=False) for choice in choices)
@@ -366,10 +370,22 @@ def _grammar(constraint: Constraint, named: Mapping[str, int]) -> str:
     expected = {
         "json_schema": "a schema (a map)",
         "regex": "a regular expression (a string)",
-        "grammar": "a Lark grammar (a string)",
+        "grammar": "a grammar in Lark or GBNF (a string)",
         "choice": "a list of strings, none of them empty",
     }[constraint.type]
     raise _invalid(constraint, f"the value must be {expected}")
+
+
+def _lark(constraint: Constraint, text: str) -> str:
+    """A grammar as Lark, in which llama.cpp's GBNF and the EBNF of SGLang can be said, too."""
+    if not _RULE.search(text):
+        return text
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    try:
+        return str(gbnf_to_lark(text))
+    except Exception as error:  # it raises nothing narrower
+        raise _invalid(constraint, f"the grammar is neither Lark nor GBNF: {error}") from None
 
 
 def _json_grammar(schema: dict[str, Any] | bool, *, compact: bool) -> str:
