@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from tests.engines import tiny
 from tests.engines.architectures import text_model
+from worker.engines.common.compat import cache_argument, forward_parameters
 from worker.engines.transformers import fused, packed
 from worker.engines.transformers.fused import Product, fuse_layers, prepare_layers
 from worker.engines.transformers.packed import PackedLinear, pack_weights, restore_read
@@ -56,6 +58,29 @@ def test_code_that_calls_a_joined_layer_gets_its_own_outputs() -> None:
             assert torch.equal(joined.weight, own.weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("behind", [0, 70])
+def test_a_long_prompt_is_computed_block_by_block_to_the_same(
+    dtype: torch.dtype, behind: int
+) -> None:
+    model = text_model("qwen2").to(dtype)
+    ids = torch.arange(10, 10 + behind + 200)[None]
+    wanted = _prefilled(model, ids, behind).float()
+    assert fuse_layers(model, pack=True)
+    _close(_prefilled(model, ids, behind).float(), wanted, 1e-5 if dtype is torch.float32 else 0.05)
+
+
+def _prefilled(model: Any, ids: torch.Tensor, behind: int) -> torch.Tensor:
+    """Logits of the tokens of a prompt but for the first `behind`, which are computed before."""
+    cache = {str(cache_argument(forward_parameters(model))): DynamicCache(config=model.config)}
+    with torch.inference_mode():
+        if behind:
+            model(input_ids=ids[:, :behind], use_cache=True, **cache)
+        output = model(input_ids=ids[:, behind:], use_cache=True, **cache)
+    logits: torch.Tensor = output.logits
+    return logits
+
+
 def test_half_precision_stays_within_its_rounding() -> None:
     model = text_model("llama").to(torch.bfloat16)
     wanted = _logits(model).float()
@@ -69,8 +94,8 @@ def test_a_layer_that_computes_something_else_keeps_its_own_code(
 ) -> None:
     model = text_model("llama")
     wanted = _logits(model)
-    right = fused._normed
-    monkeypatch.setattr(fused, "_normed", lambda *args: right(*args) * 1.01)
+    right = fused.Norm.__call__
+    monkeypatch.setattr(fused.Norm, "__call__", lambda *args: right(*args) * 1.01)
     assert fuse_layers(model, pack=False) == 0
     assert "not fused" in caplog.text
     assert torch.equal(_logits(model), wanted)

@@ -120,20 +120,24 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new states [batch, heads, tokens, head_dim]; returns everything that these rows may
         read, as views [batch, heads, length, head_dim]."""
+        return self.store(key_states.transpose(1, 2), value_states.transpose(1, 2))
+
+    def store(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `update`, of new states [batch, tokens, heads, head_dim]."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            self.lazy_initialization(keys.transpose(1, 2), values.transpose(1, 2))
         plan = self.plan
-        tokens = key_states.shape[2]
+        tokens = keys.shape[1]
         first = plan.slot
         if plan.many and (plan.static or plan.rows > 1 or tokens > 1):
             last, length = first + plan.rows, plan.length
             index = plan.flat_index(self.device, self.capacity)
-            self.keys.flatten(0, 1).index_copy_(0, index, _by_token(key_states))
-            self.values.flatten(0, 1).index_copy_(0, index, _by_token(value_states))
+            self.keys.flatten(0, 1).index_copy_(0, index, keys.flatten(0, 1))
+            self.values.flatten(0, 1).index_copy_(0, index, values.flatten(0, 1))
         else:
             last, length = first + 1, plan.start + tokens
-            self.keys[first, plan.start : length] = key_states[0].transpose(0, 1)
-            self.values[first, plan.start : length] = value_states[0].transpose(0, 1)
+            self.keys[first, plan.start : length] = keys[0]
+            self.values[first, plan.start : length] = values[0]
         return (
             self.keys[first:last, :length].transpose(1, 2),
             self.values[first:last, :length].transpose(1, 2),
@@ -274,11 +278,6 @@ def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     except OSError as error:
         raise MemoryError(f"{size_bytes} bytes for keys and values: {error}") from error
     return torch.frombuffer(memory, dtype=like.dtype).view(shape)
-
-
-def _by_token(states: torch.Tensor) -> torch.Tensor:
-    """[rows, heads, tokens, head_dim] to [rows * tokens, heads, head_dim]."""
-    return states.transpose(1, 2).flatten(0, 1)
 
 
 def _rounded(tokens: int) -> int:

@@ -43,6 +43,11 @@ ERRORS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 PROBED_ROWS, PROBED_TOKENS = 2, 5
 
+BLOCK_TOKENS = 128
+BLOCK_SCORES = 1 << 20
+"""Attention of a prompt computes so many tokens at a time, fewer if there were more scores than
+that for each head of keys."""
+
 
 class Product(nn.Module):
     """A linear layer with torch's own product, beside `PackedLinear`."""
@@ -99,14 +104,14 @@ class Shared:
         self._cos: torch.Tensor | None = None
         self._turns = torch.zeros(0)
         self._masks: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._causal = torch.zeros(0, 0)
 
     def turns(self, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """complex64 [rows, tokens, 1, head_dim / 2]."""
         if cos is not self._cos:
             half = cos.shape[-1] // 2
-            self._turns = torch.complex(cos[..., :half].float(), sin[..., :half].float())[
-                :, :, None
-            ]
+            turns = torch.complex(cos[..., :half].float(), sin[..., :half].float())
+            self._turns = turns[:, :, None]
             self._cos = cos
             self._masks.clear()
         return self._turns
@@ -122,6 +127,13 @@ class Shared:
         added.masked_fill_(mask.logical_not(), -torch.inf)
         self._masks.append((mask, added))
         return added
+
+    def causal(self, tokens: int, like: torch.Tensor) -> torch.Tensor:
+        """The mask [tokens, tokens] of as many tokens that see none after them."""
+        if self._causal.shape[0] < tokens or self._causal.dtype is not like.dtype:
+            whole = torch.full((tokens, tokens), -torch.inf, dtype=like.dtype, device=like.device)
+            self._causal = whole.triu(1)
+        return self._causal[:tokens, :tokens]
 
 
 class FusedLayer:
@@ -154,12 +166,12 @@ class FusedLayer:
             make(one.weight, one.bias)
             for one in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         )
-        self._norms = [_norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)]
-        self._head_norms: list[tuple[torch.Tensor, float]] = []
-        if hasattr(attention, "q_norm"):
-            for norm in (attention.q_norm, attention.k_norm):
-                head, epsilon = _norm(norm)
-                self._head_norms.append((head[pairs], epsilon))
+        self._normed_input = Norm(layer.input_layernorm)
+        self._normed_inside = Norm(layer.post_attention_layernorm)
+        own_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()
+        self._head_norms = [Norm(norm, pairs) for norm in own_norms]
+        # torch's attention multiplies by MKL, which is the slow one where oneDNN is faster.
+        self._blockwise = pack
 
     def install(self, layer: Any) -> None:
         """Take the place of the layer's own code, and of its weights."""
@@ -187,32 +199,40 @@ class FusedLayer:
     ) -> torch.Tensor:
         """As transformers' decoder layers: hidden states [rows, tokens, size] in and out."""
         rows, tokens, _ = hidden_states.shape
-        shared, dtype = self._shared, hidden_states.dtype
-        turns = shared.turns(*position_embeddings)
-        joined = self.qkv.product(_normed(hidden_states, *self._norms[0]), "none")
+        joined = self.qkv.product(self._normed_input(hidden_states), "none")
         heads = joined.view(rows, tokens, -1, self._dim)
-        turned, values = torch.split(heads, [self._rotated, self._keys], dim=2)
+        rotated = heads[:, :, : self._rotated]
         if self._head_norms:
-            parts = torch.split(turned, [self._queries, self._keys], dim=2)
-            turned = torch.cat(
-                [_normed(part, *norm) for part, norm in zip(parts, self._head_norms, strict=True)],
-                2,
-            )
-        # float() copies half precision, which has no complex numbers.
-        pairs = torch.view_as_complex(torch.unflatten(turned.float(), -1, (-1, 2)))
-        turned = torch.view_as_real(pairs * turns).flatten(-2).to(dtype)
-        queries, keys = torch.split(turned, [self._queries, self._keys], dim=2)
-        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+            for part, norm in zip(
+                torch.split(rotated, [self._queries, self._keys], dim=2),
+                self._head_norms,
+                strict=True,
+            ):
+                part.copy_(norm(part))
+        self._turn(rotated, self._shared.turns(*position_embeddings))
+        keys, values = rotated[:, :, self._queries :], heads[:, :, self._rotated :]
         cache = past_key_values if cache is None else cache
         if type(cache) is SlotCache:
-            keys, values = cache.slot_layers[self._index].update(keys, values)
-        elif cache is not None:
-            keys, values = cache.update(keys, values, self._index)
-        seen = self._attend(queries, keys, values, shared.mask(attention_mask, dtype))
+            keys, values = cache.slot_layers[self._index].store(keys, values)
+        else:
+            keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+            if cache is not None:
+                keys, values = cache.update(keys, values, self._index)
+        mask = self._shared.mask(attention_mask, joined.dtype)
+        seen = self._attend(rotated[:, :, : self._queries], keys, values, mask)
         hidden_states = self.out.combined(seen, hidden_states, "add")
-        normed = _normed(hidden_states, *self._norms[1])
+        normed = self._normed_inside(hidden_states)
         gated = self.up.combined(normed, self.gate.product(normed, "swish"), "mul")
         return self.down.combined(gated, hidden_states, "add")
+
+    def _turn(self, heads: torch.Tensor, turns: torch.Tensor) -> None:
+        """Rotary embedding of heads [rows, tokens, heads, head_dim], in place."""
+        pairs = heads.view(*heads.shape[:-1], -1, 2)
+        if heads.dtype is torch.float32:
+            torch.view_as_complex(pairs).mul_(turns)
+        else:
+            # Half precision has no complex numbers.
+            pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()).mul_(turns)))
 
     def _attend(
         self,
@@ -233,6 +253,8 @@ class FusedLayer:
             return seen.reshape(rows, 1, -1)
         if mask is None and keys.shape[2] != tokens:
             raise ValueError("tokens behind others need a mask")
+        if self._blockwise and rows == 1 and tokens >= BLOCK_TOKENS // 2:
+            return self._attend_blockwise(queries[0], keys[0], values[0], mask)
         seen = scaled_dot_product_attention(
             queries.transpose(1, 2),
             keys,
@@ -243,6 +265,40 @@ class FusedLayer:
             enable_gqa=self._queries != self._keys,
         )
         return seen.transpose(1, 2).reshape(rows, tokens, -1)
+
+    def _attend_blockwise(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention of one row's tokens, some at a time, by oneDNN's products, which torch's own
+        attention does not use: queries [tokens, heads, head_dim], keys and values [heads, length,
+        head_dim]."""
+        tokens, length = queries.shape[0], keys.shape[1]
+        keys, values = keys.contiguous(), values.transpose(1, 2).contiguous()
+        group = self._queries // self._keys
+        grouped = (queries * self._scaling).view(tokens, self._keys, group, self._dim)
+        grouped = grouped.permute(1, 0, 2, 3)
+        result = torch.empty_like(grouped, memory_format=torch.contiguous_format)
+        block = max(BLOCK_TOKENS // 8, min(BLOCK_TOKENS, BLOCK_SCORES // (group * length)))
+        for start in range(0, tokens, block):
+            end = min(start + block, tokens)
+            # Without a mask these are all tokens, and none sees a later one.
+            limit = end if mask is None else length
+            bias = self._shared.causal(end - start, queries) if mask is None else mask[0]
+            for head in range(self._keys):
+                asked = grouped[head, start:end].reshape(-1, self._dim)
+                scores = _times(asked, keys[head, :limit]).view(end - start, group, limit)
+                if mask is None:
+                    scores[:, :, start:].add_(bias[:, None])
+                else:
+                    scores.add_(bias[head % len(bias), start:end, None])
+                shares = torch.softmax(scores, -1).view(-1, limit)
+                seen = _times(shares, values[head, :, :limit])
+                result[head, start:end] = seen.view(end - start, group, self._dim)
+        return result.transpose(0, 1).reshape(1, tokens, -1)
 
 
 def prepare_layers(model: nn.Module, settings: EngineSettings) -> None:
@@ -322,14 +378,29 @@ def _difference(layer: Any, fused: FusedLayer, rotary: Any) -> float:
     return float(error / wanted.float().norm().clamp_min(1e-12))
 
 
-def _norm(norm: Any) -> tuple[torch.Tensor, float]:
-    return norm.weight.detach(), float(norm.variance_epsilon)
+class Norm:
+    """RMSNorm as Llama has it, in float32. Torch's `rms_norm` makes three temporary tensors of the
+    same size on a CPU."""
+
+    def __init__(self, norm: Any, order: torch.Tensor | None = None) -> None:
+        """`order`: of the weights, if not as they are."""
+        weight: torch.Tensor = norm.weight.detach()
+        size = weight.shape[0]
+        self._weight = weight if order is None else weight[order]
+        self._dtype = weight.dtype
+        # |x| / sqrt(size) and sqrt(epsilon) are the legs of a triangle whose hypotenuse divides x.
+        self._factor = size**0.5
+        self._leg = torch.tensor((float(norm.variance_epsilon) * size) ** 0.5, device=weight.device)
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        length = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
+        scaled = states * torch.hypot(length, self._leg).reciprocal_().mul_(self._factor)
+        return scaled.to(self._dtype).mul_(self._weight)
 
 
-def _normed(states: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """RMSNorm as Llama has it: in float32, then scaled in the own dtype. Torch's `rms_norm` makes
-    three temporary tensors of the same size on a CPU."""
-    norm: torch.Tensor = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
-    scale = norm.square_().mul_(1 / states.shape[-1]).add_(epsilon).rsqrt_()
-    scaled: torch.Tensor = states * scale
-    return scaled.to(weight.dtype).mul_(weight)
+def _times(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """[rows, size] times the transpose of [columns, size], by oneDNN."""
+    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
+        left, right.contiguous(), None, "none", [], ""
+    )
+    return result
