@@ -409,6 +409,32 @@ def test_lines_wait_for_a_broker_that_is_away(
     assert done.request_counts and done.request_counts.completed == 12
 
 
+def test_a_batch_ends_on_time_while_no_broker_answers(
+    make_bus: Callable[..., Bus], make_gateway: Make, folder: Path
+) -> None:
+    bus = make_bus(workers=1)
+    caller = Caller(make_gateway("--batch-folder", str(folder), bus=bus))
+    bus.broker.kill()
+    late = caller.begin(line("a"), completion_window="2s")
+    unwanted = caller.begin(line("b"))
+    caller.sdk.batches.cancel(unwanted.id)
+    assert caller.over(late).status == "expired"
+    assert caller.over(unwanted).status == "cancelled"
+
+
+def test_an_input_that_was_taken_away_fails_its_batch(caller: Caller) -> None:
+    batch = caller.begin(slow("a", tokens=100_000))
+    caller.until(batch, lambda b: b.status == "in_progress", "it runs")
+    arguments = caller.gateway.process.command
+    folder = Path(arguments[arguments.index("--batch-folder") + 1])
+    (folder / "files" / batch.input_file_id).unlink()
+    caller.sdk.batches.cancel(batch.id)
+    failed = caller.over(batch)
+    assert failed.status == "failed" and failed.errors and failed.errors.data
+    assert failed.errors.data[0].code == "file_not_found"
+    caller.gateway.bus.wait_idle()
+
+
 # --- several gateways, keys, and others -----------------------------------------------------------
 
 

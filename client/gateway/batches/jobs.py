@@ -29,7 +29,7 @@ from broker.protocol.errors import ErrorCode
 from client import BusError, InvalidRequest, Timeout
 from client.gateway.batches.answering import Answered, Doors, Unanswered, refused, unexecuted
 from client.gateway.batches.folder import Folder
-from client.gateway.batches.lines import Line, check, lines
+from client.gateway.batches.lines import Line, Mistake, check, lines
 from client.gateway.batches.output import Output, Tally
 from client.gateway.batches.records import Ending, FileObject, Job
 from client.gateway.batches.work import Room, work_through
@@ -297,8 +297,12 @@ class Jobs:
     async def _to_its_end(self, id_: str, stop: asyncio.Future[Ending]) -> None:
         folder = self._batches.folder
         job = await self._batches.do(folder.job, id_)
-        if job.batch.status == "validating" and not stop.done():
-            job = await self._checked(job)
+        if not await asyncio.to_thread(folder.path_of(job.batch.input_file_id).exists):
+            await self._batches.do(folder.change, id_, _lose_input)
+            log.error("the input of a batch is gone", extra={"fields": {"batch": id_}})
+            return
+        if job.batch.status == "validating":
+            job = await self._checked_unless(job, stop)
         if job.batch.status == "failed":
             return
         self._known.update(job.served)
@@ -309,13 +313,24 @@ class Jobs:
             fields["lines"] = job.batch.request_counts.total
             if results.torn_bytes:
                 log.warning("an incomplete line is asked again", extra={"fields": fields})
-            how: Ending = "cancelled"
+            how: Ending = stop.result() if stop.done() else "cancelled"
             if job.batch.status == "in_progress":
                 log.info("batch runs", extra={"fields": fields})
                 how = await self._work(job, results, stop)
             await self._finish(job, results, how)
         finally:
             await asyncio.to_thread(results.close)
+
+    async def _checked_unless(self, job: Job, stop: asyncio.Future[Ending]) -> Job:
+        """The batch after a look through its input, or as it was if it is to end before that."""
+        checking = asyncio.create_task(self._checked(job))
+        try:
+            ends: set[asyncio.Future[Any]] = {checking, stop}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            return checking.result() if checking.done() else job
+        finally:
+            checking.cancel()
+            await asyncio.gather(checking, return_exceptions=True)
 
     async def _checked(self, job: Job) -> Job:
         """The batch after a look through its input: failed, in progress, or cancelled meanwhile."""
@@ -535,6 +550,11 @@ class Jobs:
             )
         self._batches.folder.sync_names()
         return files
+
+
+def _lose_input(job: Job) -> None:
+    mistake = Mistake("file_not_found", "The input of this batch is not in the folder any more.")
+    job.batch.fail([mistake], int(time.time()))
 
 
 def _count(tally: Tally, job: Job) -> None:
