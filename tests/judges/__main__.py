@@ -11,6 +11,7 @@ from collections.abc import Callable
 from tests.judges import (
     agents,
     anthropic,
+    batches,
     cohere,
     fastchat,
     guidellm,
@@ -30,6 +31,7 @@ JUDGES: dict[str, Callable[[Stage], None]] = {
     "cohere": cohere.judge,
     "anthropic": anthropic.judge,
     "agents": agents.judge,
+    "batches": batches.judge,
     "openresponses": openresponses.judge,
     "llamaindex": llamaindex.judge,
     "lm-eval": lm_eval.judge,

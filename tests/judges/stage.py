@@ -49,7 +49,7 @@ def stage() -> Iterator[Stage]:
             bus.start_worker("echo")
             bus.start_worker("demo", engine=None)
             bus.wait_ready(2)
-            with running_gateway(bus) as gateway:
+            with running_gateway(bus, "--batch-folder", str(folder / "batches")) as gateway:
                 yield Stage(gateway.url, bus, folder)
         finally:
             bus.stop()
