@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
@@ -222,6 +223,33 @@ def test_only_a_file_of_ones_own_is_cut_at_a_broken_line(tmp_path: Path) -> None
         assert output.done == {"a"} and output.torn_bytes == len(broken) - len(whole[0])
         output.write(answer("b"))
     assert path.read_bytes() == whole[0] + whole[1]
+
+
+def test_nothing_follows_a_line_that_was_written_in_part(tmp_path: Path) -> None:
+    class Full:
+        """A disk with room for a part of a line."""
+
+        def __init__(self, file: Any) -> None:
+            self._file = file
+            self.fileno, self.flush, self.close = file.fileno, file.flush, file.close
+
+        def write(self, data: bytes) -> None:
+            self._file.write(data[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "out"
+    with Output(path) as output:
+        output.write(answer("a"))
+        whole = output._file
+        output._file = Full(whole)  # type: ignore[assignment]
+        with pytest.raises(OSError, match="No space"):
+            output.write(answer("b"))
+        output._file = whole
+        for work in (lambda: output.write(answer("c")), output.sync):
+            with pytest.raises(OSError, match="in part"):
+                work()
+    with Output(path) as output:
+        assert output.done == {"a"} and output.torn_bytes == 10
 
 
 def test_a_long_line_is_refused_without_being_read_whole(tmp_path: Path) -> None:

@@ -319,7 +319,7 @@ class Jobs:
                 how = await self._work(job, results, stop)
             await self._finish(job, results, how)
         finally:
-            await asyncio.to_thread(results.close)
+            results.close()
 
     async def _checked_unless(self, job: Job, stop: asyncio.Future[Ending]) -> Job:
         """The batch after a look through its input, or as it was if it is to end before that."""

@@ -7,6 +7,7 @@ memory.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -123,6 +124,8 @@ class Output:
         self.done: set[str] = set()
         #: What was there, and what was written since.
         self.before, self.written = Tally(), Tally()
+        #: A line may be there in part.
+        self._is_torn = False
         try:
             self._lock()
             self._mend()
@@ -140,10 +143,13 @@ class Output:
 
     def write(self, answer: dict[str, Any]) -> None:
         """Add a line. Raises OSError; the file must then be opened anew."""
+        self._check()
         data = msgspec.json.encode(answer)
+        self._is_torn = True
         self._file.write(data + b"\n")
         # From here on the operating system has the answer, whatever ends this process.
         self._file.flush()
+        self._is_torn = False
         line = _WRITTEN.decode(data)
         self.done.add(line.custom_id)
         self.written.count(line)
@@ -151,7 +157,13 @@ class Output:
     def sync(self) -> None:
         """Returns when the disk has the answers, which then outlive the machine too. Raises
         OSError."""
+        self._check()
         os.fsync(self._file.fileno())
+
+    def _check(self) -> None:
+        """Nothing may follow a line that is written in part."""
+        if self._is_torn:
+            raise OSError(errno.EIO, "a line was written in part; open the file anew")
 
     def close(self) -> None:
         """Close the file. Idempotent."""

@@ -1,0 +1,231 @@
+"""A batch that is struck at every step it takes, before and behind it and in the middle of a line:
+the next run ends it, with exactly one answer for every line."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client.gateway.batches import jobs as module
+from client.gateway.batches.answering import Answered, gateway_of
+from client.gateway.batches.folder import Folder
+from client.gateway.batches.jobs import Batches, Jobs
+from client.gateway.batches.lines import Line
+from client.gateway.batches.output import Output
+from client.gateway.batches.records import OPEN, Batch, FileObject, Job
+from client.gateway.config import Config
+from client.gateway.errors import GatewayError, invalid
+
+NAMES = [f"l{i}" for i in range(7)]
+FAILS = "l3"
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+class Strikes:
+    """Counts the steps, and strikes at one of them."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.steps = at, 0
+
+    def step(self, harm: Callable[[], None] = lambda: None) -> None:
+        self.steps += 1
+        if self.steps - 1 == self.at:
+            harm()
+            raise Crash
+
+
+class Torn:
+    """A file that is struck in the middle of a line."""
+
+    def __init__(self, file: Any, strikes: Strikes) -> None:
+        self._file, self._strikes = file, strikes
+        self.flush, self.fileno = file.flush, file.fileno
+
+    def write(self, data: bytes) -> None:
+        def tear() -> None:
+            self._file.write(data[:-7])
+            self._file.flush()
+
+        self._strikes.step(tear)
+        self._file.write(data)
+
+
+class StruckFolder(Folder):
+    strikes: Strikes
+
+    def change(self, *arguments: Any, **named: Any) -> Job:
+        self.strikes.step()
+        job = super().change(*arguments, **named)
+        self.strikes.step()
+        return job
+
+
+class Bus:
+    """Knows one model."""
+
+    async def models(self) -> list[dict[str, Any]]:
+        return [{"name": "m", "capacity": 2}]
+
+
+class World:
+    """A folder with one batch, and the gateways that run it one after the other."""
+
+    def __init__(self, path: Path, strikes: Strikes) -> None:
+        self.folder, self.strikes = StruckFolder(path), strikes
+        self.folder.strikes = Strikes(-1)
+        self.asked: list[str] = []
+        lines = [
+            {"custom_id": name, "method": "POST", "url": "/v1/embeddings", "body": {"model": "m"}}
+            for name in NAMES
+        ]
+        data = "".join(f"{json.dumps(line)}\n" for line in lines).encode()
+        self.folder.upload_path("file-in").write_bytes(data)
+        file = FileObject(
+            id="file-in", bytes=len(data), created_at=0, filename="in.jsonl", purpose="batch"
+        )
+        self.folder.add_file(file, "alice")
+        now = int(time.time())
+        self.folder.add_job(
+            Job(
+                batch=Batch(
+                    id="batch_1",
+                    endpoint="/v1/embeddings",
+                    input_file_id="file-in",
+                    completion_window="24h",
+                    created_at=now,
+                    expires_at=now + 3600,
+                ),
+                owner="alice",
+                output_id="file-out",
+                error_id="file-err",
+            ),
+            1,
+        )
+        self.folder.strikes = strikes
+
+    async def run(self, *, cancel_after: int | None = None) -> Batch:
+        """Run the batch to its end, by a new gateway after each strike."""
+        batches = Batches(self.folder)
+        bus: Any = Bus()
+        jobs = Jobs(gateway_of(Config(batch_concurrency=3), bus), batches)
+
+        async def answer(line: Line, *_: Any) -> Answered:
+            self.asked.append(line.custom_id)
+            if len(self.asked) == cancel_after:
+                self.cancel()
+                batches.changed.set()
+            await asyncio.sleep(0.001)
+            failure: GatewayError | None = None
+            if line.custom_id == FAILS:
+                failure = invalid("x", "wrong")
+            response = {"status_code": 200 if failure is None else 400, "body": {}}
+            return Answered({"custom_id": line.custom_id, "response": response}, failure)
+
+        jobs._doors.answer = answer  # type: ignore[method-assign]
+        running = asyncio.create_task(jobs.loop())
+        try:
+            async with asyncio.timeout(60):
+                while True:
+                    job = await batches.do(self.folder.job, "batch_1")
+                    if job.batch.status not in OPEN and not jobs._running:
+                        break
+                    await asyncio.sleep(0.005)
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            batches.shut()
+        return Folder(self.folder.path).job("batch_1").batch
+
+    def cancel(self) -> None:
+        other = Folder(self.folder.path)
+        other.change("batch_1", lambda job: job.batch.move("cancelling", int(time.time())))
+        other.shut()
+
+    def rows(self, batch: Batch) -> list[tuple[str, str]]:
+        """Every row of the files that the batch names: which file, which line."""
+        found = []
+        for which, id_ in (("good", batch.output_file_id), ("bad", batch.error_file_id)):
+            if id_ is not None:
+                for text in self.folder.path_of(id_).read_text().splitlines():
+                    found.append((which, json.loads(text)["custom_id"]))
+        return found
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LOOK_S", 0.005)
+    monkeypatch.setattr(module, "_PAUSE_S", 0.005)
+
+
+def strike_outputs(monkeypatch: pytest.MonkeyPatch, strikes: Strikes) -> None:
+    write, sync = Output.write, Output.sync
+
+    def struck_write(self: Output, answer: dict[str, Any]) -> None:
+        strikes.step()
+        whole: Any = self._file
+        self._file = Torn(whole, strikes)  # type: ignore[assignment]
+        try:
+            write(self, answer)
+        finally:
+            self._file = whole
+        strikes.step()
+
+    def struck_sync(self: Output) -> None:
+        strikes.step()
+        sync(self)
+
+    monkeypatch.setattr(Output, "write", struck_write)
+    monkeypatch.setattr(Output, "sync", struck_sync)
+
+
+def test_a_strike_at_any_step_loses_no_line_and_answers_none_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at, struck = 0, True
+    while struck:
+        strikes = Strikes(at)
+        with monkeypatch.context() as patch:
+            strike_outputs(patch, strikes)
+            world = World(tmp_path / str(at), strikes)
+            batch = asyncio.run(world.run())
+        struck = strikes.steps > at
+        assert batch.status == "completed", (at, batch)
+        wanted = [("bad" if name == FAILS else "good", name) for name in NAMES]
+        assert sorted(world.rows(batch)) == sorted(wanted), at
+        counts = batch.request_counts
+        assert (counts.total, counts.completed, counts.failed) == (7, 6, 1)
+        files = Folder(world.folder.path).files(
+            "alice", 0, after=None, limit=9, newest_first=False, purpose="batch_output"
+        )
+        assert [file.bytes for file in files] == [
+            world.folder.path_of(file.id).stat().st_size for file in files
+        ]
+        assert len(files) == 2
+        at += 1
+    assert at > 25
+
+
+def test_a_strike_at_any_step_of_a_cancelled_batch_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at, struck = 0, True
+    while struck:
+        strikes = Strikes(at)
+        with monkeypatch.context() as patch:
+            strike_outputs(patch, strikes)
+            world = World(tmp_path / str(at), strikes)
+            batch = asyncio.run(world.run(cancel_after=3))
+        struck = strikes.steps > at
+        assert batch.status == "cancelled", (at, batch)
+        assert sorted(name for _, name in world.rows(batch)) == sorted(NAMES), at
+        at += 1
+    assert at > 25
