@@ -170,11 +170,17 @@ def text_or_messages(
     token_ids: Sequence[int] | None,
     images: Sequence[Image],
     options: dict[str, Any],
+    tokenize_args: dict[str, Any] | None = None,
 ) -> Call:
     """A request of a kind that takes plain text, a conversation, or token ids."""
     if isinstance(given, str) or given is None:
-        return complete(defaults, model, given, token_ids, images, options, kind)
-    return chat(defaults, model, given, images, options, kind)
+        call = complete(defaults, model, given, token_ids, images, options, kind)
+    else:
+        call = chat(defaults, model, given, images, options, kind)
+    if not tokenize_args:
+        return call
+    request = msgspec.structs.replace(call.request, tokenize_args=tokenize_args)
+    return dataclasses.replace(call, request=request)
 
 
 def choices(call: Call, n: int) -> list[Call]:

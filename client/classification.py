@@ -97,12 +97,20 @@ def reranked_from(ends: Iterable[End], documents: Sequence[str], top_n: int | No
     """Join the answers of `calls.rerank`'s requests. Documents of equal score keep their order.
     Raises `BrokenProtocol`."""
     _, rows, usage, model, worker = _joined(ends, len(documents))
+    ranked = ranked_by([row[0] for row in rows], documents, top_n)
+    return Reranked(ranked, usage, model, worker)
+
+
+def ranked_by(
+    scores: Sequence[float], documents: Sequence[str], top_n: int | None
+) -> list[RankedDocument]:
+    """The documents by score, the highest first. Those of equal score keep their order."""
     ranked = [
-        RankedDocument(index, row[0], document)
-        for index, (row, document) in enumerate(zip(rows, documents, strict=True))
+        RankedDocument(index, score, document)
+        for index, (score, document) in enumerate(zip(scores, documents, strict=True))
     ]
     ranked.sort(key=lambda one: -one.score)
-    return Reranked(ranked[:top_n], usage, model, worker)
+    return ranked[:top_n]
 
 
 def classifications_from(ends: Iterable[End], inputs: int) -> Classifications:

@@ -382,11 +382,17 @@ class Client(BaseClient):
         messages: Messages,
         *,
         model: str | None = None,
+        add_special_tokens: bool = True,
         **options: Unpack[ConversationOptions],
     ) -> list[int]:
-        """Token ids of a text or a conversation."""
+        """Token ids of a text or a conversation.
+
+        `add_special_tokens`: a text has the tokens that a completion of it would have; False: those
+        of the text alone.
+        """
+        args = {} if add_special_tokens else {"add_special_tokens": False}
         return list(
-            self._field("token_ids", Kind.TOKENIZE, messages, model, None, (), dict(options))
+            self._field("token_ids", Kind.TOKENIZE, messages, model, None, (), dict(options), args)
         )
 
     @documented(CallOptions)
@@ -506,9 +512,10 @@ class Client(BaseClient):
         token_ids: Sequence[int] | None,
         images: Sequence[Image],
         options: dict[str, Any],
+        tokenize_args: dict[str, Any] | None = None,
     ) -> Any:
         call = calls.text_or_messages(
-            self._defaults, kind, model, given, token_ids, images, options
+            self._defaults, kind, model, given, token_ids, images, options, tokenize_args
         )
         return calls.field_of(_end_of(self._stream(call)), name)
 

@@ -35,6 +35,7 @@ class Options:
     images: bool = True
     #: Leaves images out without a word.
     blind: bool = False
+    chats: bool = True
     completions: bool = True
     embeds: bool = False
     ids: bool = False
@@ -136,7 +137,7 @@ class Handler(BaseHTTPRequestHandler):
             State.bodies.append(dict(body))
         if body.get("model") not in self.options.models:
             self.answer(404, {"error": {"message": f"no model {body.get('model')}"}})
-        elif self.path == "/v1/chat/completions":
+        elif self.path == "/v1/chat/completions" and self.options.chats:
             self.chat(body)
         elif self.path == "/v1/completions" and self.options.completions:
             self.complete(body)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import pytest
 
 from tests.gateway.conftest import MODEL, GatewayProcess
+from tests.harness import Bus
+from tests.support.openai_process import StandIn
 
 QUERY = "red roses"
 DOCUMENTS = ["the sky is blue", "red roses are red", "roses"]
@@ -120,3 +125,34 @@ def test_many_documents_are_one_request_here_and_several_on_the_bus(
 def test_the_models_say_what_they_do(http: httpx.Client) -> None:
     [model] = http.get("/v1/models").json()["data"]
     assert {"rerank", "classify"} <= set(model["kinds"])
+
+
+def test_a_model_that_embeds_scores_by_the_cosine(
+    make_gateway: Callable[..., GatewayProcess], tmp_path: Path
+) -> None:
+    """The stand-in's vectors are the length of a text, 0.5 and -1."""
+
+    def cosine(one: str, other: str) -> float:
+        a, b = len(one), len(other)
+        return (a * b + 1.25) / math.sqrt((a * a + 1.25) * (b * b + 1.25))
+
+    with (
+        StandIn(models=["vectors"], chats=False, completions=False, embeds=True) as server,
+        Bus(tmp_path) as own,
+    ):
+        own.start_broker()
+        own.start_worker("one", engine="openai", base_url=server.url)
+        own.wait_ready(1)
+        texts = ["a", "a longer text", "", "a"]
+        with make_gateway(bus=own).http() as http:
+            told = ask(http, "/v1/score", text_1="ab", text_2=texts, use_activation=False)
+            wanted = [cosine("ab", text) for text in texts]
+            assert [row["score"] for row in told["data"]] == pytest.approx(wanted)
+            # Each text is embedded once.
+            assert told["model"] == "vectors" and told["usage"]["prompt_tokens"] == 4
+            told = ask(http, "/v1/rerank", query="ab", documents=texts, top_n=2)
+            order = sorted(range(4), key=lambda index: -wanted[index])[:2]
+            assert [row["index"] for row in told["results"]] == order
+            assert told["results"][0]["relevance_score"] == pytest.approx(max(wanted))
+            refused = http.post("/v1/classify", json={"input": "a"})
+            assert refused.status_code == 400, refused.text

@@ -1,4 +1,5 @@
-"""Coding agents as people install them: Claude Code by `/v1/messages`, Codex by `/v1/responses`.
+"""Coding agents as people install them: Claude Code by `/v1/messages`, Codex by `/v1/responses`,
+Qwen Code by `/v1/chat/completions`.
 
 Each answers a question, and does what the model calls: the echo engine says what the task says, so
 the task is a call of the agent's own tool for commands, and it is called again in every turn.
@@ -19,6 +20,9 @@ from tests.judges.stage import PATIENCE_S, Stage, node_packages, offline_setting
 
 CLAUDE = ("@anthropic-ai/claude-code@2.1.197",)
 CODEX = ("@openai/codex@0.171.0",)
+QWEN = ("@qwen-code/qwen-code@0.15.10",)
+#: Its first prompt is longer than the echo's context.
+WIDE_TOKENS = 200_000
 #: Agents run commands: no more of them than the file needs to be seen to grow.
 TURNS = 3
 
@@ -27,10 +31,11 @@ def judge(stage: Stage) -> None:
     """Raises AssertionError where an agent fails or does not do what it was told."""
     _claude(stage)
     _codex(stage)
+    _qwen(stage)
 
 
-def _call(tool: str, argument: str, file: Path) -> str:
-    arguments = {argument: f"echo done >> {file}", "description": "Writes."}
+def _call(tool: str, argument: str, file: Path, **more: bool) -> str:
+    arguments = {argument: f"echo done >> {file}", "description": "Writes.", **more}
     return f"<tool_call>{json.dumps({'name': tool, 'arguments': arguments})}</tool_call>"
 
 
@@ -81,6 +86,33 @@ def _codex(stage: Stage) -> None:
             PATIENCE_S,
             story=lambda: f"it ended with {process.poll()}",
         )
+
+
+def _qwen(stage: Stage) -> None:
+    modules = node_packages("qwen-code", *QWEN)
+    home = stage.folder / "qwen"
+    home.mkdir()
+    environment = {
+        "HOME": str(home),
+        "OPENAI_BASE_URL": f"{stage.url}/v1",
+        "OPENAI_API_KEY": "none",
+        "OPENAI_MODEL": "wide",
+    }
+    command = ("node", modules / "@qwen-code" / "qwen-code" / "cli.js", "--auth-type", "openai")
+    worker = stage.bus.start_worker("wide", "--model-name", "wide", context_tokens=WIDE_TOKENS)
+    try:
+        stage.bus.wait_ready(3)
+        said = run(stage, *command, "say hello", **environment)
+        assert said.rstrip().endswith("say hello"), said
+        file = home / "seen"
+        task = _call("run_shell_command", "command", file, is_background=False)
+        words = [*map(str, command), "--yolo", "--max-session-turns", str(TURNS), task]
+        with _started(stage, words, environment) as process:
+            assert process.wait(PATIENCE_S) is not None
+        assert file.read_text().split() == ["done"] * TURNS, "a call in each turn"
+    finally:
+        worker.terminate()
+        del stage.bus.workers["wide"]
 
 
 @contextlib.contextmanager

@@ -64,6 +64,7 @@ def test_every_kind_of_request_is_answered(bus: Bus) -> None:
     client = bus.client()
     ids = client.tokenize("hello")
     assert client.detokenize(ids) == "hello"
+    assert client.tokenize("hello", add_special_tokens=False) == ids, "the echo adds none"
     assert client.count("hello") == client.count(token_ids=ids) == len(ids)
     assert client.generate("raw prompt").text == "raw prompt"
     assert client.generate(token_ids=ids).text == "hello"

@@ -74,6 +74,8 @@ def test_texts_become_tokens_and_tokens_texts(bus: Bus) -> None:
     ids = client.tokenize("a red circle", model="demo")
     assert "a red circle" in client.detokenize(ids, model="demo")
     assert client.count("a red circle", model="demo") == len(ids) > 1
+    bare = client.tokenize("a red circle", model="demo", add_special_tokens=False)
+    assert client.detokenize(bare, model="demo") == "a red circle" and bare == ids[-len(bare) :]
 
 
 def test_the_models_own_template_makes_the_prompt(bus: Bus) -> None:

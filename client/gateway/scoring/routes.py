@@ -12,12 +12,13 @@ import msgspec
 from starlette.responses import Response
 from starlette.routing import Route
 
-from client import calls
+from client import Embeddings, calls
 from client.classification import (
     Classifications,
     Reranked,
     classifications_from,
     paired,
+    ranked_by,
     reranked_from,
 )
 from client.core.events import End
@@ -34,6 +35,7 @@ from client.gateway.scoring.bodies import (
     pairs_of,
     plain_texts,
 )
+from client.gateway.scoring.cosine import cosines, scores_by_vectors
 from client.gateway.sse import until_disconnect
 
 __all__ = ["scoring_routes"]
@@ -52,11 +54,20 @@ async def _rerank(context: RequestContext) -> Response:
     query = body.query if isinstance(body.query, str) else body.query.text
     options = options_of(body, raw=bool(body.raw_scores))
     context.check(body.model, body.priority or 0)
-    own = _own(context, options)
-    made = await context.aside(
-        calls.rerank, context.gateway.bus.defaults, body.model, paired(query, documents), own
-    )
-    ranked = reranked_from(await _ends(context, made, field), documents, body.top_n or None)
+    pairs, top_n = paired(query, documents), body.top_n or None
+    if await scores_by_vectors(context, body.model):
+        scores, vectors = await cosines(context, body.model, pairs, options, field)
+        results = ranked_by(scores, documents, top_n)
+        ranked = Reranked(results, vectors.usage, vectors.model, vectors.worker)
+    else:
+        made = await context.aside(
+            calls.rerank,
+            context.gateway.bus.defaults,
+            body.model,
+            pairs,
+            _own(context, options),
+        )
+        ranked = reranked_from(await _ends(context, made, field), documents, top_n)
     if body.texts is not None:
         return _json([_of_inference(one, bool(body.return_text)) for one in ranked])
     of_cohere = context.request.url.path.startswith("/v2/")
@@ -101,15 +112,21 @@ async def _score(context: RequestContext) -> Response:
     body = await context.read(ScoreRequest)
     pairs, options = pairs_of(body), options_of(body)
     context.check(body.model, body.priority or 0)
+    if await scores_by_vectors(context, body.model):
+        scores, vectors = await cosines(context, body.model, pairs, options, "text_2")
+        return _json(_listed("score-", vectors, _scored(scores)))
     # Not classify: a model of several labels has no one score for a pair.
     made = await context.aside(
         calls.rerank, context.gateway.bus.defaults, body.model, pairs, _own(context, options)
     )
     scored = classifications_from(await _ends(context, made, "text_2"), len(pairs))
-    data = [
-        {"index": index, "object": "score", "score": one.score} for index, one in enumerate(scored)
+    return _json(_listed("score-", scored, _scored([one.score for one in scored])))
+
+
+def _scored(scores: Sequence[float]) -> list[dict[str, Any]]:
+    return [
+        {"index": index, "object": "score", "score": score} for index, score in enumerate(scores)
     ]
-    return _json(_listed("score-", scored, data))
 
 
 async def _classify(context: RequestContext) -> Response:
@@ -132,7 +149,7 @@ async def _classify(context: RequestContext) -> Response:
     return _json({**_listed("classify-", classified, data), "labels": classified.labels})
 
 
-def _listed(prefix: str, scored: Classifications, data: list[Any]) -> dict[str, Any]:
+def _listed(prefix: str, scored: Classifications | Embeddings, data: list[Any]) -> dict[str, Any]:
     tokens = scored.usage.prompt_tokens
     return {
         "id": new_id(prefix),
