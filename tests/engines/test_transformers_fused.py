@@ -15,7 +15,8 @@ from tests.engines import tiny
 from tests.engines.architectures import text_model
 from worker.engines.common.compat import cache_argument, forward_parameters
 from worker.engines.transformers import fused, packed
-from worker.engines.transformers.fused import Product, fuse_layers, prepare_layers
+from worker.engines.transformers.cache import SlotCache
+from worker.engines.transformers.fused import Product, direct_forward, fuse_layers, prepare_layers
 from worker.engines.transformers.packed import PackedLinear, pack_weights, restore_read
 from worker.engines.transformers.settings import EngineSettings
 
@@ -120,6 +121,27 @@ def test_layers_of_another_form_are_only_packed(name: str) -> None:
     assert fuse_layers(model, pack=True) == 0
     assert pack_weights(model)
     _close(_logits(model), wanted)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_a_whole_fused_model_runs_without_transformers_around_its_layers(name: str) -> None:
+    model = text_model(name)
+    assert direct_forward(model) is None, "its layers are not fused"
+    wanted = _logits(model)
+    fuse_layers(model, pack=True)
+    direct = direct_forward(model)
+    assert direct is not None
+    positions = torch.arange(IDS.shape[1])[None]
+    mask = (positions[0][:, None] >= positions)[None, None]
+    cache = SlotCache(model.config.num_hidden_layers, slots=2)
+    cache.plan.step(0, positions.expand(2, -1), IDS.shape[1])
+    with torch.inference_mode():
+        _close(direct(IDS, positions, cache, mask), wanted)
+        _close(direct(IDS, positions, cache, mask, 2), wanted[:, -2:])
+        places = torch.tensor([0, 3])
+        _close(direct(IDS, positions, cache, mask, places), wanted[:, places])
+    model.model.norm.register_forward_hook(lambda *args: None)
+    assert direct_forward(model) is None, "something observes its norm"
 
 
 def test_no_weight_is_held_twice() -> None:

@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig
 
 from broker.protocol.messages import FinishReason, Kind, Request, new_id
 from tests.engines import tiny
 from tests.engines.architectures import vision_model
 from tests.engines.tiny import load
 from worker.engines.base import EngineLoadError, EngineOptions, Job
-from worker.engines.transformers import build
+from worker.engines.transformers import build, loader
 from worker.engines.transformers.engine import TransformersEngine
 from worker.engines.transformers.loading.quantise import modules_to_skip, normalise_skip_names
 from worker.engines.transformers.quiet import quiet_libraries
@@ -240,6 +241,23 @@ def test_a_quantised_checkpoint_names_the_package_that_it_needs(
 
 
 # --- dtypes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "emulated"])
+def test_auto_takes_bfloat16_on_a_cpu_where_it_pays(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "multiplies_bfloat16", lambda: native)
+
+    def picked(stored: str, size: int) -> torch.dtype:
+        config = LlamaConfig(dtype=stored)
+        return loader._pick_dtype("auto", config, torch.device("cpu"), size)
+
+    for half in ("bfloat16", "float16"):
+        assert picked(half, 100 << 20) is torch.float32
+        assert picked(half, 500 << 20) is (torch.bfloat16 if native else torch.float32)
+        assert picked(half, 2 << 30) is torch.bfloat16
+    assert picked("float32", 2 << 30) is torch.float32, "what its author saved"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -18,6 +18,7 @@ import torch
 from worker.engines.common.compat import cache_argument, forward_parameters, rope_owner
 from worker.engines.common.sequence import Sequence
 from worker.engines.transformers.cache import SlotCache
+from worker.engines.transformers.fused import direct_forward
 from worker.engines.transformers.graphs import StaticDecode
 from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.packed import packed_bytes
@@ -27,6 +28,9 @@ __all__ = ["Forward", "StaticUse", "Unsupported"]
 
 LAYER_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 """Kinds of layers with a plain cache of keys and values."""
+
+DIRECT = frozenset({"input_ids", "position_ids", "attention_mask", "logits_to_keep"})
+"""Arguments of a forward of text alone."""
 
 GROUPED_HEADS = "TRANSFORMERS_SDPA_FORCE_GQA"
 """If set, transformers passes grouped heads to torch unchanged."""
@@ -86,6 +90,8 @@ class Forward:
         self.static: StaticDecode | None = None
         if static is not StaticUse.NEVER:
             self.static = StaticDecode(self, capture=static is StaticUse.CAPTURED)
+        # Without a mask, layers with a window would need one of transformers'.
+        self._direct = direct_forward(model) if self._kinds == ["full_attention"] else None
         self._rope_owner = rope_owner(model)
         #: Number of M-RoPE position axes; if four, the first is text.
         self._rope_axes = 4
@@ -388,11 +394,20 @@ class Forward:
         return masks if len(masks) > 1 else masks[self._kinds[0]]
 
     def _run(self, arguments: dict[str, Any], sequences: list[Sequence]) -> torch.Tensor:
+        if self._direct is not None and self._is_direct(arguments):
+            return self._direct(cache=self.cache, **arguments)
         self._loaded.choose_rows([sequence.adapter for sequence in sequences])
         arguments[self._cache_word] = self.cache
         output = self._model(**arguments, use_cache=True)
         logits: torch.Tensor = output.logits
         return logits
+
+    def _is_direct(self, arguments: dict[str, Any]) -> bool:
+        """Whether a forward needs no mask but its own and takes no images: then nothing is left to
+        do for transformers' code around the layers."""
+        mask = arguments.get("attention_mask")
+        alone = arguments["input_ids"].shape[1] == 1 or self.cache.plan.start == 0
+        return arguments.keys() <= DIRECT and (isinstance(mask, torch.Tensor) or alone)
 
 
 def _runs(lengths: list[int], worth: int) -> list[tuple[int, int]]:
