@@ -316,6 +316,8 @@ class BrokerCore(BusState):
             self.unsuspect(request)
         if request.client is not None:
             request.client.requests.pop(request.id, None)
+        # Its model may have fewer slots than the worker (`ModelInfo.capacity`).
+        self.dirty.add(request.model)
         request.to(Phase.ENDED, self.now_s)
         request.outcome = finished.outcome[:64]
         request.cause = cause
@@ -361,6 +363,8 @@ class BrokerCore(BusState):
         if beat.models is not None:
             gone = set(worker.models).difference(model.name for model in beat.models)
             self.registry.change_models(worker, beat.models, self.now_s)
+            # Loaded, perhaps, as another broker asked.
+            self.dirty.update(worker.models)
             for model in gone:
                 self.at(self.now_s + self.settings.model_grace_s, endings.on_model_grace, model)
         swapping.changed(self, worker)

@@ -289,7 +289,8 @@ class BusState:
         if request.alone:
             self.unsuspect(request)
         if request.worker is not None:
-            request.worker.running.pop(request.id, None)
+            if request.worker.running.pop(request.id, None) is not None:
+                self.dirty.add(request.model)
             request.worker.ended.pop(request.id, None)
             request.worker = None
         if request.client is not None:

@@ -295,6 +295,18 @@ def test_none_starves_and_swaps_are_bounded_whatever_is_asked() -> None:
     assert loads * LOAD_S <= 1000 / 4, f"{loads} loads"
 
 
+def test_what_was_loaded_for_another_broker_is_used_at_once() -> None:
+    _, shelf, client = quiet(2)
+    client.request("a")
+    shelf.load("a")
+    other = client.request("b")
+    assert [m.id for m in shelf.assigned()] != [other]
+    shelf.asked()
+    shelf.loaded = "b"
+    shelf.tell()
+    assert other in [m.id for m in shelf.assigned()]
+
+
 # --- several at once ------------------------------------------------------------------------------
 
 

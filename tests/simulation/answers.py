@@ -200,8 +200,9 @@ class Call:
     error: BusError | None = None
     result: Any = None
     resumed: int = 0
-    #: How often it was preempted by a request of higher priority.
+    #: How often it was preempted by a request of higher priority, or by the turn of another model.
     gave_way: int = 0
+    model: str = "model"
 
     @property
     def name(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,17 @@ class _Job:
 class SimEngine:
     """One engine process."""
 
-    def __init__(self, worker: SimWorker, step_s: float, load_s: float) -> None:
+    def __init__(
+        self,
+        worker: SimWorker,
+        step_s: float,
+        load_s: float,
+        names: tuple[str, ...] = (MODEL,),
+        say: Callable[[SimEngine, Any], None] | None = None,
+    ) -> None:
+        """`say`: where its events go; None: to its worker."""
+        self.names = names
+        self._say = say or (lambda engine, event: worker.tell(event))
         self.worker = worker
         self.world = worker.world
         self.step_s = step_s
@@ -51,9 +62,11 @@ class SimEngine:
         if self.alive:
             self.ready = True
             kinds = kind_fields((Kind.COMPLETE, Kind.EMBED, Kind.DECIDE))
-            model = ModelInfo(name=MODEL, context_tokens=1 << 20, **kinds)
-            capabilities = Capabilities("sim", "none", (model,), self.worker.slots)
-            self.worker.tell(worker_events.EngineReady(capabilities))
+            models = tuple(
+                ModelInfo(name=name, context_tokens=1 << 20, **kinds) for name in self.names
+            )
+            capabilities = Capabilities("sim", "none", models, self.worker.slots)
+            self._say(self, worker_events.EngineReady(capabilities))
 
     def add(self, job_id: bytes, body: bytes) -> None:
         """Add a job. If the engine has died in the meantime, the job is lost with it."""
@@ -63,6 +76,8 @@ class SimEngine:
         if not self.ready:
             raise Violation(f"{name} was given work while loading")
         request = codec.decode(Request, body, MAX_REQUEST_BYTES)
+        if request.model not in self.names:
+            raise Violation(f"{name} gives a request for {request.model} to {self.names}")
         answer = Answer.of(request)
         position = 0
         if request.resume is not None:
@@ -115,12 +130,15 @@ class SimEngine:
             return
         for job in self.jobs.values():
             if job.answer.kills and job.position == job.answer.fails_at:
-                self.worker.kill() if job.answer.kills == "worker" else self.worker.engine_dies()
+                if job.answer.kills == "worker":
+                    self.worker.kill()
+                else:
+                    self.worker.engine_dies(self)
                 return
         events: list[list[Any]] = []
         for job_id, job in list(self.jobs.items()):
             events += self._events(job_id, job)
-        self.worker.tell(worker_events.EngineStepped(events))
+        self._say(self, worker_events.EngineStepped(events))
         self._go_on()
 
     def _events(self, job_id: bytes, job: _Job) -> list[list[Any]]:

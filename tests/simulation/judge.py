@@ -105,7 +105,8 @@ def _nothing_twice(run: Run) -> None:
     # A preemption that its client did not hear of, since its own RESUME crossed it. Only a run
     # without a restarted broker comes here, so nothing is missing from the counters.
     heard = sum(call.gave_way for call in run.calls)
-    unheard = sum(broker.core.counters["preempted"] for broker in run.brokers) - heard
+    moved = ("preempted", "swap_moves")
+    unheard = sum(b.core.counters[name] for b in run.brokers for name in moved) - heard
     for call in run.calls:
         if call.away_s > AWAY_S:
             continue
@@ -126,11 +127,12 @@ def left_by_clients(run: Run) -> str:
         core = worker.core
         if not worker.alive:
             continue
-        if worker.engine.jobs or core.running:
-            return f"{worker.name} runs {len(worker.engine.jobs)} jobs and counts {core.running}"
+        jobs = sum(len(engine.jobs) for engine in worker.engines)
+        if jobs or core.running:
+            return f"{worker.name} runs {jobs} jobs and counts {core.running}"
         if core._requests.streams:
             return f"{worker.name} keeps {len(core._requests.streams)} requests"
-        if not worker.engine.ready or worker.engine.hung:
+        if any(not engine.ready or engine.hung for engine in worker.engines):
             continue
         if not all(connection.open for connection in core._connections):
             return f"{worker.name} is not connected"

@@ -18,7 +18,17 @@ from typing import Any
 import worker.core.credit
 import worker.core.requests
 import worker.core.streams
-from broker.core import admission, controller, endings, membership, recovery, sharing, suspicion
+import worker.process.shelf
+from broker.core import (
+    admission,
+    controller,
+    endings,
+    membership,
+    recovery,
+    sharing,
+    suspicion,
+    swapping,
+)
 from broker.core.controller import BrokerCore
 from broker.core.state import BusState
 from client.core.exchange import Exchange
@@ -41,6 +51,7 @@ class Mutant:
     #: The kinds of faults that reveal it.
     kinds: tuple[str, ...] = FAULTS
     brokers: tuple[int, ...] = (1,)
+    models: tuple[int, ...] = (1,)
     #: The first seed to run: near one that reveals it, for rare conditions.
     start: int = 0
 
@@ -420,5 +431,44 @@ MUTANTS = (
         "self.started = self.end_sent = self.shows_kinds = False",
         "self.started = self.end_sent = False",
         ("cut_client",),
+    ),
+    # --- models on demand -------------------------------------------------------------------------
+    Mutant(
+        "a swap is never over",
+        swapping,
+        "changed",
+        "if swap.model in loaded:",
+        "if False:",
+        (),
+        models=(2, 3),
+    ),
+    Mutant(
+        "what ran on an engine that died beside others is forgotten",
+        worker.process.shelf.Shelf,
+        "_failed_jobs",
+        "failed.append(engine_events.failed(job_id, error))",
+        "pass",
+        ("kill_engine",),
+        models=(3,),
+    ),
+    Mutant(
+        "a slot of a model that all its slots had filled is not used again",
+        BrokerCore,
+        "_finish",
+        "self.dirty.add(request.model)",
+        "pass",
+        (),
+        brokers=(2,),
+        models=(2, 3),
+    ),
+    Mutant(
+        "the shelf ends a process that has work",
+        worker.process.shelf.Shelf,
+        "load",
+        "if any(e.busy if model else e.jobs for e in leaving):",
+        "if False:",
+        FAULTS + plans.ORDERS,
+        brokers=(2,),
+        models=(2, 3),
     ),
 )

@@ -37,12 +37,14 @@ from client.errors import BusError
 from client.options import Limits, Retry, Timeout
 from tests.simulation.answers import PIECES, Call, result_of, whole_request
 from tests.simulation.engine import MODEL, SimEngine
+from tests.simulation.shelf import SimShelf
 from tests.simulation.world import Party, Violation, Wire, World
 from worker.core import events as worker_events
 from worker.core.instructions import (
     CloseSocket,
     EngineAdd,
     EngineCancel,
+    EngineLoad,
     Exit,
     OpenSocket,
     RestartEngine,
@@ -51,6 +53,11 @@ from worker.core.instructions import (
 from worker.core.session import WorkerCore
 from worker.core.settings import Settings
 from worker.engines.common.answer_parser import merged
+
+
+GIVING_WAY = ("higher priority", " loads ", "unloaded")
+"""Why a stream moved although nothing went wrong: for another request, for the turn of another
+model, or for one that another broker ordered in the same moment."""
 
 
 class SimBroker(Party):
@@ -253,6 +260,7 @@ class SimWorker(Party):
         load_s: float,
         settings: dict[str, Any],
         on_exit: Callable[[SimWorker], None],
+        on_demand: tuple[int, int, float] | None = None,
     ) -> None:
         super().__init__(world, name)
         self._on_exit = on_exit
@@ -264,7 +272,8 @@ class SimWorker(Party):
             Settings(
                 name=name,
                 brokers=tuple(broker.name for broker in brokers),
-                models=(MODEL,),
+                models=(MODEL,) if on_demand is None else (),
+                on_demand=on_demand is not None,
                 instance=blake2b(f"{name} {world.now_s}".encode(), digest_size=16).digest(),
                 **settings,
             ),
@@ -273,6 +282,8 @@ class SimWorker(Party):
         )
         self.exit: Exit | None = None
         self.deaths = 0
+        #: Models that are loaded on demand; None: one that is loaded at start.
+        self.shelf: SimShelf | None = None
         #: By prompt: how often it was started, tokens computed, planned failures.
         self.runs: Counter[str] = Counter()
         self.computed: Counter[str] = Counter()
@@ -280,8 +291,28 @@ class SimWorker(Party):
         self.resumed_in: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
         world.note(name, "starts")
-        self.engine = SimEngine(self, step_s, load_s)
+        if on_demand is not None:
+            self.shelf = SimShelf(self, *on_demand, settings["stall_s"])
+        else:
+            self._engine: SimEngine | None = SimEngine(self, step_s, load_s)
         self.arm()
+
+    @property
+    def engine(self) -> SimEngine:
+        """The only engine."""
+        assert self._engine is not None
+        return self._engine
+
+    @property
+    def engines(self) -> list[SimEngine]:
+        """Those whose processes run."""
+        return [self.engine] if self.shelf is None else self.shelf.engines
+
+    def woke(self, late_s: float) -> None:
+        if self.shelf is not None:
+            # As the link's loop does, before its timers.
+            self._inbox.extend(self.shelf.shelf.read(self.world.now_s))
+            self.shelf.pump()
 
     def tick_event(self) -> Any:
         return worker_events.Tick()
@@ -294,6 +325,18 @@ class SimWorker(Party):
                 self.sockets.open(broker)
             case CloseSocket(broker):
                 self.sockets.close(broker)
+            case EngineAdd(job_id, body, attachments) if self.shelf is not None:
+                self.shelf.shelf.add(job_id, body, attachments)
+                self.shelf.pump()
+            case EngineCancel(job_id) if self.shelf is not None:
+                self.shelf.shelf.cancel(job_id)
+            case EngineLoad(model, gives_way) if self.shelf is not None:
+                self.shelf.shelf.load(model, gives_way)
+                self.shelf.pump()
+            case RestartEngine(reason) if self.shelf is not None:
+                for event in self.shelf.shelf.restart(reason, self.world.now_s):
+                    self._inbox.append(event)
+                self.shelf.pump()
             case EngineAdd(job_id, body):
                 self.engine.add(job_id, body)
             case EngineCancel(job_id):
@@ -305,7 +348,7 @@ class SimWorker(Party):
             case Exit():
                 self.exit = instruction
                 self.alive = False
-                self.engine.die()
+                self._end_engines()
                 self.sockets.cut_all()
                 self.world.note(self.name, f"exits {instruction.code} {instruction.message}")
                 self._on_exit(self)
@@ -313,17 +356,29 @@ class SimWorker(Party):
     def _new_engine(self) -> None:
         self.deaths += 1
         self.engine.die()
-        self.engine = SimEngine(self, self.step_s, self.load_s)
+        self._engine = SimEngine(self, self.step_s, self.load_s)
 
-    def engine_dies(self) -> None:
-        """The engine process crashes; the supervisor starts another."""
+    def _end_engines(self) -> None:
+        for engine in self.engines:
+            engine.die()
+
+    def engine_dies(self, dying: SimEngine | None = None, index: int = 0) -> None:
+        """An engine process crashes, this one or by its number; the supervisor starts another."""
+        if self.shelf is not None:
+            running = [p for p in self.shelf.processes if p.engine is not None]
+            if self.alive and running:
+                named = [p for p in running if p.engine is dying]
+                process = (named or running)[index % len(named or running)]
+                self.world.note(self.name, f"loses the engine of {process.names}")
+                process.die()
+            return
         if self.alive and self.engine.ready and self.engine.alive:
             self.world.note(self.name, "loses its engine")
             self.engine.die()
             self.tell(worker_events.EngineLost("killed by signal 9"))
 
     def handle(self, event: Any) -> None:
-        if isinstance(event, worker_events.EngineLost):
+        if isinstance(event, worker_events.EngineLost) and self.shelf is None:
             self._new_engine()  # the supervisor, part of this process, has noticed only now
         super().handle(event)
 
@@ -337,7 +392,14 @@ class SimWorker(Party):
                 )
                 self.sockets.send(connection.index, frames)
 
-    def engine_hangs(self) -> None:
+    def engine_hangs(self, index: int = 0) -> None:
+        if self.shelf is not None:
+            ready = [engine for engine in self.engines if engine.ready]
+            if self.alive and ready:
+                hung = ready[index % len(ready)]
+                self.world.note(self.name, f"has an engine that hangs: {hung.names}")
+                hung.hung = True
+            return
         if self.alive and self.engine.ready:
             self.world.note(self.name, "has an engine that hangs")
             self.engine.hung = True
@@ -385,7 +447,7 @@ class SimWorker(Party):
             self.world.note(self.name, "is killed")
             self.alive = False
             self.deaths += 1
-            self.engine.die()
+            self._end_engines()
             self.sockets.cut_all()
             self._on_exit(self)
 
@@ -425,10 +487,10 @@ class SimClient(Party):
         self.calls[call.request_id] = call
         answer = call.answer
         if call.whole:
-            asked = Request(model=MODEL, window=1, **whole_request(answer.prompt))
+            asked = Request(model=call.model, window=1, **whole_request(answer.prompt))
         else:
             asked = Request(
-                model=MODEL,
+                model=call.model,
                 kind=Kind.COMPLETE,
                 prompt=answer.prompt,
                 params=Params(
@@ -464,10 +526,13 @@ class SimClient(Party):
 
     def drain_worker(self, name: str) -> None:
         """The operator drains a worker."""
+        self.order("bus.drain", {"worker": name, "deadline_ms": 2000})
+
+    def order(self, verb: str, args: dict[str, Any]) -> None:
+        """The operator asks for something."""
         query_id = self.world.rng.getrandbits(128).to_bytes(16)
-        self.drains[query_id] = name
-        args = {"worker": name, "deadline_ms": 2000}
-        self.tell(client_events.QueryMade(query_id, "bus.drain", args, Timeout(total=5)))
+        self.drains[query_id] = args["worker"]
+        self.tell(client_events.QueryMade(query_id, verb, args, Timeout(total=5)))
 
     def kill(self) -> None:
         """kill -9: its answers are no longer read."""
@@ -552,7 +617,7 @@ class SimClient(Party):
                 case client_events.Recovering():
                     call.unheard += call.begun
                     call.begun = False
-                    call.gave_way += "higher priority" in item.reason
+                    call.gave_way += any(words in item.reason for words in GIVING_WAY)
                     call.blamed.update(self.core._requests.exchanges[id_].lost_workers)
                     call.queued_s, call.lost_s = math.inf, min(call.lost_s, self.world.now_s)
                     self.world.note(self.name, f"{id_.hex()[:8]} recovers: {item.reason}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ DRAIN = ("drain_worker", "order_drain")
 #: Announced ends of workers: on time, earlier, or postponed and withdrawn.
 ENDS = ("end_known", "end_early", "end_changed")
 PAUSE = ("pause_broker", "pause_worker", "pause_client")
+#: Orders of an operator to workers that load models on demand.
+ORDERS = ("order_load", "order_unload")
 #: Events of applications, and valid messages without effect.
 APPLICATION = ("drop", "burst", "kill_client", "new_client")
 HARMLESS = ("repeat_credit", "stray", "odd_output", "drop", "burst", "new_client")
@@ -92,6 +95,12 @@ class Plan:
     faults: tuple[Fault, ...]
     #: How long a stream must have run before it can be preempted, and again after a preemption.
     preempt_s: tuple[float, float] = (0.25, 1.0)
+    #: Models of each worker; more than one are loaded on demand.
+    models: int = 1
+    #: What fits into a worker's memory at once (`shelf.SIZES`); 0: one model.
+    units: int = 0
+    unload_idle_s: float = math.inf
+    swap_factor: float = 5.0
 
 
 def make(
@@ -99,8 +108,11 @@ def make(
     kinds: tuple[str, ...] = FAULTS,
     most_faults: int = 8,
     brokers: tuple[int, ...] = (1, 1, 2),
+    models: tuple[int, ...] = (1,),
 ) -> Plan:
     """The plan of a seed."""
+    # Drawn apart: the same seeds without models on demand stay the same.
+    shelf = random.Random(~seed)
     rng = random.Random(seed)
     asks = tuple(_ask(rng) for _ in range(rng.randint(2, 12)))
     faults = tuple(
@@ -130,6 +142,10 @@ def make(
         asks=asks,
         faults=faults,
         preempt_s=rng.choice(((0.25, 1.0), (0.0, 10.0), (0.0, 0.0))),
+        models=shelf.choice(models),
+        units=shelf.choice((0, 2, 3)),
+        unload_idle_s=shelf.choice((math.inf, math.inf, 1.0)),
+        swap_factor=shelf.choice((0.5, 2.0, 5.0)),
     )
 
 

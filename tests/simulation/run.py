@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", default=list(FAULTS), help="faults to use")
     parser.add_argument("--faults", type=int, default=8, help="most faults in a scenario")
     parser.add_argument("--brokers", type=int, nargs="*", default=[1, 1, 2], help="counts to draw")
+    parser.add_argument("--models", type=int, nargs="*", default=[1], help="counts to draw")
     parser.add_argument(
         "--keep-going", action="store_true", help="do not stop at the first failure"
     )
@@ -29,7 +30,7 @@ def main() -> None:
     seen: Counter[str] = Counter()
     failed = 0
     for seed in range(args.start, args.start + args.seeds):
-        plan = make(seed, tuple(args.kinds), args.faults, tuple(args.brokers))
+        plan = make(seed, tuple(args.kinds), args.faults, tuple(args.brokers), tuple(args.models))
         try:
             run = Run(plan).to_the_end()
         except Exception as error:  # any exception from a core is a finding
@@ -47,6 +48,8 @@ def main() -> None:
             seen["resumes"] += call.resumed
             seen["gave way"] += call.gave_way
             seen["split"] += call.answer.split
+        for name in ("swaps", "swap_moves"):
+            seen[name.replace("_", " ")] += sum(b.core.counters[name] for b in run.brokers)
         for worker in run.all_workers:
             for place, count in worker.resumed_in.items():
                 seen[f"resumes in {place}"] += count

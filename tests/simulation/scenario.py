@@ -12,6 +12,7 @@ from tests.simulation import judge
 from tests.simulation.answers import Answer, Call
 from tests.simulation.parties import SimBroker, SimClient, SimWorker
 from tests.simulation.plan import STORM_S, Ask, Fault, Plan
+from tests.simulation.shelf import name_of
 from tests.simulation.world import Party, Violation, World
 from worker.core.events import EndKnown, StopRequested
 
@@ -51,6 +52,7 @@ class Run:
             placement=plan.placement,
             queue_requests=plan.queue_requests,
             inflight=plan.inflight,
+            swap_factor=plan.swap_factor,
         )
         self.brokers = [
             SimBroker(world, f"broker{i}", settings, plan.peer_queue_messages, self._broker_gone)
@@ -146,6 +148,7 @@ class Run:
                 "stall_s": STALL_S,
             },
             on_exit=lambda worker: self.world.after(RESTART_S, self._replace, worker),
+            on_demand=(plan.models, plan.units, plan.unload_idle_s) if plan.models > 1 else None,
         )
         self.workers.append(worker)
 
@@ -183,6 +186,7 @@ class Run:
             ask.read_s,
             ask.total_s,
             ask.queue_s,
+            model=name_of(number % self.plan.models),
         )
         self.calls.append(call)
         client.ask(call)
@@ -225,9 +229,15 @@ class Run:
             case "order_drain":
                 client.drain_worker(worker.name)
             case "kill_engine":
-                worker.engine_dies()
+                worker.engine_dies(index=fault.index)
             case "hang_engine":
-                worker.engine_hangs()
+                worker.engine_hangs(fault.index)
+            case "order_load":
+                model = name_of(fault.index % self.plan.models)
+                client.order("bus.load", {"worker": worker.name, "model": model})
+            case "order_unload":
+                model = "" if fault.index % 3 == 0 else name_of(fault.index % self.plan.models)
+                client.order("bus.unload", {"worker": worker.name, "model": model})
             case "pause_broker" | "pause_worker" | "pause_client":
                 party: Party = {"b": broker, "w": worker, "c": client}[fault.kind[6]]
                 party.pause()

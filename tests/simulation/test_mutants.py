@@ -14,7 +14,7 @@ SEEDS = 150
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_it_is_noticed_when(mutant: Mutant) -> None:
     for seed in range(mutant.start, mutant.start + SEEDS):
-        plan = make(seed, mutant.kinds, brokers=mutant.brokers)
+        plan = make(seed, mutant.kinds, brokers=mutant.brokers, models=mutant.models)
         with mutant.alive():
             caught = fails(plan)
         if caught:

@@ -17,10 +17,16 @@ from tests.simulation.plan import FAULTS, make, shrink
 from tests.simulation.scenario import Run, fails
 
 
-def run_seeds(first: int, count: int, kinds: tuple[str, ...], brokers: tuple[int, ...]) -> None:
+def run_seeds(
+    first: int,
+    count: int,
+    kinds: tuple[str, ...],
+    brokers: tuple[int, ...],
+    models: tuple[int, ...] = (1,),
+) -> None:
     """Run this many scenarios; fails with the shrunk story of the first that is wrong."""
     for seed in range(first, first + count):
-        plan = make(seed, kinds, brokers=brokers)
+        plan = make(seed, kinds, brokers=brokers, models=models)
         if story := fails(plan):
             small = shrink(plan, fails)
             pytest.fail(f"seed {seed}: {fails(small) or story}", pytrace=False)
@@ -51,6 +57,27 @@ def test_every_stream_is_exact_or_fails_with_a_reason_when(
 @pytest.mark.parametrize("first", range(20_000, 20_600, 100))
 def test_every_stream_is_exact_or_fails_with_a_reason_whatever_goes_wrong(first: int) -> None:
     run_seeds(first, 100, FAULTS, (1,))
+
+
+@pytest.mark.parametrize("first", range(60_000, 60_400, 100))
+def test_every_stream_is_exact_where_models_are_loaded_on_demand(first: int) -> None:
+    """Two or three models of which one, or some, fit; operators load and unload them too."""
+    run_seeds(first, 100, FAULTS + plans.ORDERS, (1, 1, 2), models=(2, 3))
+
+
+def test_models_on_demand_meet_what_they_are_made_for() -> None:
+    """Models take turns, streams outlast them, several are loaded at once, engines die alone."""
+    seen = {"swaps": 0, "swap_moves": 0, "beside": 0, "alone": 0}
+    for seed in range(40):
+        run = Run(make(seed, (*FAULTS, "kill_engine", "kill_engine"), models=(2, 3))).to_the_end()
+        for broker in run.brokers:
+            seen["swaps"] += broker.core.counters["swaps"]
+            seen["swap_moves"] += broker.core.counters["swap_moves"]
+        for worker in run.all_workers:
+            assert worker.shelf is not None
+            seen["beside"] += worker.shelf.most_at_once > 1
+            seen["alone"] += worker.shelf.died_alone
+    assert all(seen.values()), seen
 
 
 def test_the_same_seed_is_the_same_run() -> None:

@@ -47,6 +47,8 @@ REMEMBERED = 1000
 """Requests whose engines died."""
 
 
+LATE_S = 1.0
+"""A tick that comes later than this shows that the process was suspended."""
 STALL_SHARE = 0.9
 """Of the time after which the core takes the whole worker for hung: one engine of several is
 restarted before."""
@@ -134,6 +136,8 @@ class Shelf:
         self._strikes: dict[bytes, int] = {}
         #: The whole worker counts as lost: its only engine has died.
         self._all_lost = False
+        #: When `tick` is due.
+        self._due_s = math.inf
         self._device = options.device
         self._events: list[events.Event] = []
 
@@ -171,13 +175,17 @@ class Shelf:
                 due_s = min(due_s, self._stalled_s(entry))
             else:
                 due_s = min(due_s, entry.idle_since_s + self._unload_idle_s)
+        self._due_s = due_s
         return due_s
 
     def tick(self, now_s: float) -> list[events.Event]:
         """Start an engine that was lost, kill one that hangs, unload a model that nobody asks
         for."""
         came: list[events.Event] = []
+        late_s = now_s - self._due_s
         for entry in self._loaded():
+            if late_s > LATE_S:
+                entry.mark_s += late_s  # this process was suspended, and saw no steps
             if entry.engine is None:
                 continue  # unloaded meanwhile, for the budget
             if entry.jobs and now_s >= self._stalled_s(entry):
