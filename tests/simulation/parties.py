@@ -54,7 +54,6 @@ from worker.core.session import WorkerCore
 from worker.core.settings import Settings
 from worker.engines.common.answer_parser import merged
 
-
 GIVING_WAY = ("higher priority", " loads ", "unloaded")
 """Why a stream moved although nothing went wrong: for another request, for the turn of another
 model, or for one that another broker ordered in the same moment."""
