@@ -24,7 +24,7 @@ from broker.protocol.logs import FORMATS, LEVELS
 from broker.protocol.options import OptionParser, count, misspelt, number, parse_bool
 from broker.protocol.version import version
 from worker.conversations import NAMED_TEMPLATES, read_template
-from worker.demo import model_path
+from worker.demo import caller, model_path
 from worker.ending import times
 from worker.engines import registry
 from worker.engines.base import EngineOptions
@@ -40,6 +40,9 @@ ON_DEMAND_SLOTS: Final = 16
 ADAPTERS_FOLDER: Final = "adapters_folder"
 """The engine argument of engines that load adapters while they run."""
 NEVER: Final = "never"
+BUNDLED: Final = {DEMO_NAME: model_path, "demo-tools": caller.model_path}
+"""Models that need no download, by the name that takes the place of a path."""
+
 CLOUDS: Final = ("aws", "gcp", "azure")
 """Of `ending.sources`, which `--help` need not load."""
 
@@ -49,6 +52,7 @@ lists are separated by commas, switches are true or false.
 
 examples:
   python -m worker                                       the bundled demo model, offline
+  python -m worker --model-path demo-tools               another: it thinks and calls tools
   python -m worker --model-path Qwen/Qwen2.5-0.5B-Instruct --broker tcp://gpu-bus:5556
   python -m worker --model-path /data/tuned/checkpoint-400 --model-name tuned,tuned-latest
   python -m worker --engine openai --engine-arg base_url=http://gpu-7:8000/v1
@@ -551,6 +555,12 @@ def _invitation(values: dict[str, Any]) -> Invitation | None:
         raise ConfigError(f"--join: {error}") from None
 
 
+def _found(path: str) -> str:
+    """The folder of a bundled model; any other path, and a folder of that name, as they are."""
+    bundled = path in BUNDLED and not Path(path).exists()
+    return str(BUNDLED[path]()) if bundled else path
+
+
 def _engine_options(values: dict[str, Any]) -> EngineOptions:
     paths: list[str] = values["model_path"] or []
     names: list[str] = values["model_name"] or []
@@ -596,6 +606,7 @@ def _engine_options(values: dict[str, Any]) -> EngineOptions:
             paths, names = [values["engine"]], names or [values["engine"]]
     try:
         models, groups = pair_names(paths, names)
+        models = tuple(_found(path) for path in models)
         template = read_template(values["chat_template"]) if values["chat_template"] else ""
     except ValueError as error:
         raise ConfigError(str(error)) from None

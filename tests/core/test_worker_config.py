@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from worker import config
 from worker.config import ConfigError, WorkerConfig, parse
-from worker.demo import model_path
+from worker.demo import caller, model_path
 from worker.engines.base import EngineOptions
 from worker.engines.registry import announced
 from worker.naming import name_from_path, pair_names
@@ -87,6 +88,17 @@ def test_without_any_option_the_demo_model_is_served_on_this_machine() -> None:
     assert config.engine.model_names == (("demo",),)
     assert (config.grace_s, config.drain_s, config.engine_stall_s) == (30.0, 30.0, 120.0)
     assert config.worker_id != given().worker_id
+
+
+def test_bundled_models_are_named_instead_of_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    both = given("--model-path", "demo,demo-tools").engine
+    assert both.model_paths == (str(model_path()), str(caller.model_path()))
+    assert both.model_names == (("demo",), ("demo-tools",))
+    (tmp_path / "demo-tools").mkdir()
+    assert given("--model-path", "demo-tools").engine.model_paths == ("demo-tools",)
 
 
 def test_the_echo_engine_needs_no_model_and_is_served_under_its_own_name() -> None:
