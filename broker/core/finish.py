@@ -56,7 +56,7 @@ class Plan:
             if worker.fit and worker.has_loaded(model) and worker.alone is None:
                 slots = [0.0] * worker.room(model)
                 for request in worker.running.values():
-                    needs_s = pace.likely_s(bus, request, worker)
+                    needs_s = pace.needs_s(bus, request, worker, high=False)
                     slots.append(self._mean_s / 2 if needs_s is None else needs_s)
                 heapq.heapify(slots)
                 if slots:
@@ -176,7 +176,8 @@ def _gain_s(
     fresh = bus.now_s - request.evened_s < MOVE_AGAIN_S
     if request.model not in here.speeds or request.started_s is None or fresh:
         return 0.0
-    left_s, here_s = pace.likely_s(bus, request, here), pace.token_s(bus, request.model, here)
+    left_s = pace.needs_s(bus, request, here, high=False)
+    here_s = pace.token_s(bus, request.model, here)
     if left_s is None or not here_s or not ends.may_move(request):
         return 0.0
     done = pace.done_tokens(bus, request)

@@ -10,7 +10,6 @@ State and arithmetic; no rules (`ends`, `preemption` and `waiting` decide by it)
 
 from __future__ import annotations
 
-import math
 from typing import Final
 
 from broker.core.records import RequestState, WorkerSession
@@ -118,18 +117,6 @@ def done_tokens(bus: BusState, request: RequestState) -> float:
     return request.offset + (bus.now_s - started_s) / max(each_s, 1e-6)
 
 
-def likely_s(bus: BusState, request: RequestState, worker: WorkerSession) -> float | None:
-    """How long a running stream goes on here. Like `needs_s`, but one that is longer than usual is
-    not about to end: it has half of what it has so far to come, at most its `max_tokens`."""
-    needs = needs_s(bus, request, worker, high=False)
-    each_s = token_s(bus, request.model, worker)
-    if needs is None or each_s is None or request.started_s is None:
-        return needs
-    done = done_tokens(bus, request)
-    most = math.inf if request.most_tokens is None else request.most_tokens - done
-    return max(needs, min(done / 2, most) * each_s)
-
-
 def needs_s(
     bus: BusState, request: RequestState, worker: WorkerSession | None, *, high: bool = True
 ) -> float | None:
@@ -143,12 +130,16 @@ def needs_s(
                 return speed.whole_s
         return None
     each_s = token_s(bus, request.model, worker)
-    length: float | None = request.most_tokens
-    if model is not None:
-        length = model.length(request.most_tokens, HIGH if high else 0.0)
-    if each_s is None or length is None:
-        return None
     runs = worker is not None and request.worker is worker and request.started_s is not None
     done = done_tokens(bus, request) if runs else request.offset
     begins_s = 0.0 if runs else begin_s(bus, request, worker)
-    return begins_s + max(1.0, length - done) * each_s
+    length: float | None = request.most_tokens
+    if model is not None and not high:
+        left = model.left(request.most_tokens, done)
+    else:
+        if model is not None:
+            length = model.length(request.most_tokens, HIGH)
+        left = None if length is None else max(1.0, length - done)
+    if each_s is None or left is None:
+        return None
+    return begins_s + left * each_s

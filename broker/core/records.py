@@ -429,6 +429,7 @@ class RequestState:
         "queued_s",
         "returned",
         "said_at_s",
+        "said_factor",
         "said_s",
         "size_bytes",
         "started_s",
@@ -475,7 +476,8 @@ class RequestState:
         self.expects_s: float | None = None
         self.told_why = ""
         self.told_at_s = now_s
-        #: What it was told first, to compare, and when.
+        #: What it was told first, to compare, when, and with which correction.
+        self.said_factor = 1.0
         self.said_s: float | None = None
         self.said_at_s = now_s
         #: When it gave way to a higher priority last.

@@ -46,8 +46,7 @@ def starts(bus: BusState, model: str) -> list[tuple[RequestState, float | None]]
     if speed is None or not slots:
         return [(request, None) for request in waiting]
     mean_s = _mean_s(bus, model)
-    accuracy = bus.accuracy.get(model)
-    factor = accuracy.factor if accuracy is not None else 1.0
+    factor = _factor(bus, model)
     plan = finish.Plan(bus, model) if bus.policy is None else None
     heapq.heapify(slots)
     found: list[tuple[RequestState, float | None]] = []
@@ -103,6 +102,12 @@ def _slots(bus: BusState, model: str) -> tuple[list[float], list[int]]:
     return slots, priorities
 
 
+def _factor(bus: BusState, model: str) -> float:
+    """By how much longer waits are than reckoned."""
+    accuracy = bus.accuracy.get(model)
+    return accuracy.factor if accuracy is not None else 1.0
+
+
 def _mean_s(bus: BusState, model: str) -> float:
     """Of a request of which nothing else is known."""
     return bus.service_s.get(model, 1.0)
@@ -116,6 +121,7 @@ def queued(bus: BusState, request: RequestState) -> None:
     request.position, expected_s = _outlook(bus, request)
     request.expects_s = expected_s
     request.said_s, request.said_at_s = expected_s, bus.now_s
+    request.said_factor = _factor(bus, request.model)
     request.told_at_s = bus.now_s
     request.told_why = why(bus, request.model)
     tell(bus, request)
@@ -182,7 +188,8 @@ def started(bus: BusState, request: RequestState) -> None:
         if len(bus.accuracy) >= pace.MAX_MODELS:
             return
         accuracy = bus.accuracy[request.model] = Accuracy()
-    accuracy.observe(said_s, bus.now_s - request.said_at_s)
+    reckoned_s = said_s / request.said_factor
+    accuracy.observe(reckoned_s, said_s, bus.now_s - request.said_at_s)
 
 
 def surely_after_s(bus: BusState, request: RequestState) -> float:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 
 from broker.core.events import AccessChanged
+from broker.core.records import RequestState
+from broker.core.speed import Accuracy
 from broker.protocol import header
 from broker.protocol.header import MessageType
 from broker.protocol.messages import Hello, Ledger, Params, TokensEvent, WorkerState
 from tests.core.broker_facts import Bus, ClientPeer, Message, WorkerPeer
+from tests.core.fleet_world import Fleet as FastAndSlow, Gpu
 
 TOKEN_S = 0.1
 BEGIN_S = 0.5
@@ -195,6 +199,47 @@ def test_a_worker_that_stands_still_does_not_make_the_broker_say_nonsense() -> N
     request = ask(fleet.client)
     (told,) = fleet.told(request)
     assert "starts_in_ms" not in told, "no slot will be free that is known of"
+
+
+# --- calibration ----------------------------------------------------------------------------------
+
+
+def relative_errors(seed: int, count: int = 250) -> list[float]:
+    """People come at random times, now more and now fewer than are served, and want answers of
+    unlike length that no `max_tokens` tells: of each wait, how wrong was what was said first."""
+    rng = random.Random(seed)
+    fleet = FastAndSlow("least_loaded", [Gpu("gpu", 0.01, 0.0005, slots=4)])
+    told: dict[bytes, tuple[float, float, RequestState]] = {}
+    due_s = fleet.bus.now_s
+    for _ in range(count):
+        load = (1.5, 0.6)[int((due_s - 1000.0) / 15.0) % 2]
+        due_s += rng.expovariate(load * 4 / 0.7)
+        fleet.run(due_s)
+        fleet.bus.wait(max(0.0, due_s - fleet.bus.now_s))
+        request = fleet.ask(rng.choice((10, 40, 150)), known=False)
+        state = fleet.bus.core.requests[request]
+        if state.worker is None and state.expects_s is not None:
+            told[request] = fleet.bus.now_s, state.expects_s, state
+    fleet.run()
+    waits = [(said_s, (state.assigned_s or 0.0) - at_s) for at_s, said_s, state in told.values()]
+    return sorted(abs(said_s - took_s) / took_s for said_s, took_s in waits if took_s >= 0.25)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_what_is_said_of_waits_is_right_within_a_fifth_for_half_of_them(seed: int) -> None:
+    errors = relative_errors(seed)
+    assert len(errors) > 150
+    assert errors[len(errors) // 2] <= 0.2, "lengths are random: so are sums of them"
+    assert errors[len(errors) * 3 // 4] <= 0.4
+
+
+def test_one_wrong_word_to_many_is_corrected_once() -> None:
+    """Forty wait and were told a third of what it becomes. Each of them shows that, and together
+    they must not make the next word a hundred times as long."""
+    accuracy = Accuracy()
+    for _ in range(40):
+        accuracy.observe(10.0, 10.0, 30.0)
+    assert 1.2 < accuracy.factor < 3.0
 
 
 # --- workers that somebody will start -------------------------------------------------------------
