@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,12 +15,19 @@ from tests.engines import tiny
 from tests.engines.library_standin import StandIn, served, written
 from worker.engines import registry
 from worker.engines.base import EngineLoadError, EngineOptions, Job
+from worker.engines.common import engine as engine_module
 from worker.engines.common.arguments import boolean, shared_and_others, split_arguments, whole
 from worker.engines.common.generator import Drawn
 from worker.engines.common.host_sampling import RowAhead
-from worker.engines.common.library_model import LibraryEngine, named_models, refuse_options
+from worker.engines.common.library_model import (
+    LibraryEngine,
+    LibraryModel,
+    named_models,
+    refuse_options,
+)
 from worker.engines.common.sampling import Sampled
 from worker.engines.common.sequence import Sequence
+from worker.engines.common.served import Prepared
 
 PROMPT = [30, 31, 32, 33]
 
@@ -97,6 +106,74 @@ def test_a_cancelled_request_leaves_in_the_next_step_wherever_it_is(
     ended = answers[running.request_id].ended
     assert ended is not None
     assert ended.usage.completion_tokens == len(answers[running.request_id].token_ids)
+
+
+def _running(engine: LibraryEngine, library: StandIn) -> dict[bytes, tiny.Answer]:
+    """One request that is in the library's batch."""
+    answers: dict[bytes, tiny.Answer] = {}
+    engine.add(tiny.ids_job(PROMPT, max_tokens=400))
+    while not any(answer.token_ids for answer in answers.values()):
+        tiny.collect(engine.step(), answers)
+    assert len(library.batch) == 1
+    return answers
+
+
+def test_a_request_joins_the_step_that_follows_its_arrival(
+    engine: LibraryEngine, library: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It came to a step before its text was encoded, and waited for all of that step: with 32 that
+    came together, the first token of most was a step later than need be."""
+    _running(engine, library)
+    prepare = LibraryModel.prepare
+
+    def slowly(model: LibraryModel, job: Job, added_at: float) -> Prepared:
+        time.sleep(0.02)
+        return prepare(model, job, added_at)
+
+    monkeypatch.setattr(LibraryModel, "prepare", slowly)
+    monkeypatch.setattr(engine_module, "ARRIVAL_WAIT_S", 30.0)
+    engine.add(tiny.ids_job(PROMPT, max_tokens=4))
+    engine.step()
+    assert len(library.batch) == 2
+
+
+def test_requests_that_come_while_the_first_is_prepared_share_its_first_step(
+    engine: LibraryEngine, library: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "ARRIVAL_WAIT_S", 30.0)
+    engine.add(tiny.ids_job(PROMPT, max_tokens=4))
+    assert engine.step() == [] and library.batch == []
+    engine.add(tiny.ids_job(PROMPT, max_tokens=4))
+    told = engine.step()
+    assert len(library.batch) == 2
+    assert len({event.request_id for event in told}) == 2
+
+
+def test_streams_do_not_wait_for_a_request_that_takes_long_to_prepare(
+    engine: LibraryEngine, library: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = _running(engine, library)
+    (running,) = answers.values()
+    goes_on = threading.Event()
+    prepare = LibraryModel.prepare
+
+    def held(model: LibraryModel, job: Job, added_at: float) -> Prepared:
+        goes_on.wait(60.0)
+        return prepare(model, job, added_at)
+
+    monkeypatch.setattr(LibraryModel, "prepare", held)
+    late = tiny.ids_job(PROMPT, max_tokens=4)
+    engine.add(late)
+    before = len(running.token_ids)
+    tiny.collect(engine.step(), answers)
+    assert len(running.token_ids) == before + 1
+    # It is waited for once, not in every step.
+    monkeypatch.setattr(engine_module, "ARRIVAL_WAIT_S", 60.0)
+    tiny.collect(engine.step(), answers)
+    assert len(running.token_ids) == before + 2 and len(library.batch) == 1
+    goes_on.set()
+    while not answers.get(late.request_id, tiny.Answer()).token_ids:
+        tiny.collect(engine.step(), answers)
 
 
 def test_a_stop_string_cuts_the_text_and_ends_the_computation(

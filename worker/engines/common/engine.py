@@ -36,6 +36,11 @@ __all__ = ["BatchEngine"]
 PREPARE_WAIT_S = 0.004
 """How long a step waits if the only work is preprocessing."""
 
+ARRIVAL_WAIT_S = 0.002
+"""How long a step waits for the preprocessing of requests that came since the step before. A text
+takes a tenth of a millisecond, and would otherwise wait for the whole step. Each request is waited
+for once: images and long texts take longer, and running streams must not wait for those."""
+
 RATE_WINDOW_S = 10.0
 """Tokens per second are averaged over the last ten seconds."""
 
@@ -77,6 +82,8 @@ class BatchEngine:
         self.adapters: AdapterFolder | None = None
         self._pool = ThreadPoolExecutor(settings.preprocess_threads, "preprocess")
         self._jobs: dict[bytes, _Running] = {}
+        #: Preprocessing of the requests that came since the last step.
+        self._arrived: list[Future[Prepared]] = []
         self._embeds: deque[Embedding] = deque()
         self._events: list[EngineEvent] = []
         self._recent: deque[tuple[float, int]] = deque()
@@ -131,6 +138,7 @@ class BatchEngine:
             )
             return
         running.future = self._pool.submit(served.prepare, job, now())
+        self._arrived.append(running.future)
 
     def _use(self, adapter: str) -> None:
         if self.adapters is not None:
@@ -149,7 +157,14 @@ class BatchEngine:
             running.task.cancelled = True
 
     def step(self) -> list[EngineEvent]:
+        idle = not self._computing
+        if self._arrived:
+            wait(self._arrived, timeout=ARRIVAL_WAIT_S)
+            self._arrived.clear()
         self._collect()
+        if idle and self._computing:
+            # The rest of a burst may have come meanwhile: its requests share the first step.
+            return self._told()
         worked = False
         for model in self._models:
             if model.runner is not None and model.runner.busy:
@@ -159,6 +174,15 @@ class BatchEngine:
         worked = self._embed_one() or worked
         if not worked and not self._events:
             self._await_preprocessing()
+        return self._told()
+
+    @property
+    def _computing(self) -> bool:
+        """Whether a step would compute something."""
+        busy = any(model.runner is not None and model.runner.busy for model in self._models)
+        return busy or bool(self._embeds)
+
+    def _told(self) -> list[EngineEvent]:
         events, self._events = self._events, []
         return events
 
@@ -192,6 +216,7 @@ class BatchEngine:
         if self.adapters is not None:
             self.adapters.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._arrived.clear()
         for model in self._models:
             model.close()
         self._jobs.clear()

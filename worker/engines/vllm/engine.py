@@ -106,6 +106,8 @@ def engine_arguments(
         else:
             words += [flag, text]
     parser = EngineArgs.add_cli_args(_Parser(exit_on_error=False))
+    # vLLM's statistics of each step and token go to a log that nobody reads here.
+    parser.set_defaults(disable_log_stats=True)
     try:
         args = parser.parse_args(words)
     except (ArgumentError, ValueError) as error:
