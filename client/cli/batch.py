@@ -11,7 +11,7 @@ import asyncio
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from broker.protocol.install import install_hint
 from broker.protocol.options import count, number
@@ -19,9 +19,11 @@ from client import AsyncClient, BusError, InvalidRequest, Timeout
 from client.cli import arguments as flags
 from client.cli.progress import Progress, duration
 from client.cli.terminal import Terminal
-from client.gateway.batches.lines import Line, check, lines
-from client.gateway.batches.output import Output
-from client.gateway.batches.work import Room, work_through
+
+if TYPE_CHECKING:
+    # Other commands do not pay for it.
+    from client.gateway.batches.lines import Line
+    from client.gateway.batches.output import Output
 
 #: The same as OpenAI's `service_tier: flex` at the gateway.
 PRIORITY: Final = -50
@@ -99,6 +101,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Answer the lines that are not answered yet."""
     try:
         import client.gateway.batches.answering  # noqa: F401
+        from client.gateway.batches.output import Output
     except ModuleNotFoundError as error:
         raise InvalidRequest(
             f"batch needs {error.name}; install it with: {install_hint('gateway')}"
@@ -134,6 +137,8 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
 def _checked(path: Path) -> set[str]:
     """The ids of the whole input. Raises `InvalidRequest` for any mistake, so that nothing of a
     faulty file is run."""
+    from client.gateway.batches.lines import check
+
     try:
         found = check(path)
     except OSError as error:
@@ -177,6 +182,8 @@ def _report(
 
 async def _answer_all(arguments: argparse.Namespace, output: Output, progress: Progress) -> None:
     from client.gateway.batches.answering import RETRY, Doors, Unanswered, gateway_of
+    from client.gateway.batches.lines import lines
+    from client.gateway.batches.work import Room, work_through
     from client.gateway.config import Config
     from client.gateway.keys import ANYBODY
 
