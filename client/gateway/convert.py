@@ -447,6 +447,11 @@ def _params(
     thinking_tokens: int | None,
 ) -> Params:
     check_prompt_logprobs(body)
+    if body.truncate_prompt_tokens not in (None, -1):
+        raise invalid(
+            "truncate_prompt_tokens",
+            "`truncate_prompt_tokens` must be -1, for what the model's context holds.",
+        )
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     bias: list[tuple[int, float]] = []
     for token, value in (body.logit_bias or {}).items():
@@ -483,4 +488,5 @@ def _params(
         logit_bias=bias,
         constraint=constraint,
         thinking_tokens=thinking_tokens,
+        overflow="error" if body.truncate_prompt_tokens is None else "truncate_left",
     )

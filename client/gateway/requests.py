@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import Annotated, Any, Final, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 import msgspec.inspect
@@ -42,11 +42,11 @@ from client.gateway.structured import (
     JsonObjectFormat,
     JsonSchema,
     JsonSchemaFormat,
-    OutputWords,
     ResponseFormat,
     StructuredOutputs,
 )
 from client.gateway.thinking import ReasoningOptions, ThinkingOptions
+from client.gateway.unserved import Label, OtherServers, Refused, refuse_unserved
 
 __all__ = [
     "ChatMessage",
@@ -57,6 +57,8 @@ __all__ = [
     "JsonObjectFormat",
     "JsonSchema",
     "JsonSchemaFormat",
+    "Label",
+    "Refused",
     "ResponseFormat",
     "Sampling",
     "StructuredOutputs",
@@ -104,10 +106,6 @@ MAX_TOOLS: Final = 128
 MAX_BIASES: Final = 1 << 17
 #: The bus's seeds have 63 bits; OpenAI's are signed 64-bit integers.
 Seed = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
-#: A known field that this gateway does not serve; see `_UNSERVED`.
-Refused = Annotated[Any, Meta(extra_json_schema={"type": "null"})]
-#: A cache hint, or a field that SDK objects have: any value, without effect on the answer.
-Label = Any
 
 
 class _Body(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -121,7 +119,7 @@ class StreamOptions(_Body, kw_only=True):
     include_obfuscation: bool | None = None
 
 
-class Extensions(OutputWords, forbid_unknown_fields=True, kw_only=True):
+class Extensions(OtherServers, forbid_unknown_fields=True, kw_only=True):
     """Fields of every endpoint that generates text; OpenAI's own do not have all of them."""
 
     seed: Seed | None = None
@@ -351,37 +349,6 @@ class EmbeddingRequest(_Body, kw_only=True):
 
 # --- reading --------------------------------------------------------------------------------------
 
-_UNSERVED = {
-    "audio": "the bus serves text and images, not audio",
-    "chat_template": "the chat template is the model's own",
-    "context_management": "send the part of the conversation that the model should see",
-    "container": "nothing here runs code",
-    "conversation": "use `previous_response_id`, or send the conversation as `input`",
-    "fallbacks": "send the request again, to another model",
-    "file": "send text, or an image as `image_url`",
-    "file_id": "no files are kept here; send an image as `image_url`",
-    "function_call": "it is the deprecated form of `tool_choice`",
-    "functions": "it is the deprecated form of `tools`",
-    "input_audio": "the bus serves text and images, not audio",
-    "mcp_servers": "connect to them in your program and send their tools",
-    "namespace": "functions of the bus's models have none; write it into the function's name",
-    "max_chunks_per_doc": "documents are scored whole; `truncate_prompt_tokens: -1` cuts them",
-    "max_tokens_per_doc": "documents are scored whole; `truncate_prompt_tokens: -1` cuts them",
-    "media_io_kwargs": "images are read as they are",
-    "mm_processor_kwargs": "images are read as the model's own files say",
-    "moderation": "this gateway has no moderation model",
-    "prompt": "prompt templates are not stored here; send `input` and `instructions`",
-    "rank_fields": "send the text of each document",
-    "suffix": "no model of the bus fills in the middle through this endpoint",
-    "task_budget": "use `max_tokens` and `thinking.budget_tokens`",
-    "toolset_name": "nothing here defines a toolset",
-    "transformations": "send the image as the model should see it",
-    "web_search_options": "the bus has no access to the web",
-}
-
-#: Values of unserved fields that do not change the answer.
-_ASKING_NOTHING = {"function_call": ("none", "auto")}
-
 _PATH = re.compile(r" - at `(?:key in )?\$?\.?(?P<path>[^`]*)`$")
 _UNKNOWN = re.compile(r"^Object contains unknown field `(?P<field>[^`]*)`")
 _MISSING = re.compile(r"^Object missing required field `(?P<field>[^`]*)`")
@@ -553,27 +520,3 @@ def check_stream_options(options: Struct | None, *, stream: bool) -> None:
         return
     if any(getattr(options, field) for field in options.__struct_fields__):
         raise invalid("stream_options", "`stream_options` needs `stream` to be true.")
-
-
-def refuse_unserved(body: Struct, path: str = "") -> None:
-    """Raise for the first known but unserved field that is set, in the body or nested in it."""
-    for field in body.__struct_fields__:
-        value = getattr(body, field)
-        here = f"{path}.{field}" if path else field
-        if field in _refused_fields(type(body)) and value not in (
-            *(None, [], ""),
-            *_ASKING_NOTHING.get(field, ()),
-        ):
-            raise invalid(here, f"`{here}` is not served: {_UNSERVED[field]}.")
-        if isinstance(value, Struct):
-            refuse_unserved(value, here)
-        elif isinstance(value, list):
-            for index, item in enumerate(value):
-                if isinstance(item, Struct):
-                    refuse_unserved(item, f"{here}[{index}]")
-
-
-@functools.cache
-def _refused_fields(kind: type[Struct]) -> frozenset[str]:
-    hints = get_type_hints(kind, include_extras=True)
-    return frozenset(field for field, hint in hints.items() if hint == Refused)

@@ -23,7 +23,7 @@ from openai.types.shared_params import Reasoning
 from typing_extensions import is_typeddict
 
 import client.gateway
-from client.gateway import requests
+from client.gateway import requests, unserved
 from client.gateway.errors import GatewayError
 from client.gateway.openai import responses_body as responses_input
 from client.gateway.openai.responses_body import ResponseRequest
@@ -139,9 +139,9 @@ def test_every_refused_field_has_its_reason() -> None:
         for _, kind in inspect.getmembers(module, inspect.isclass)
         if issubclass(kind, msgspec.Struct)
     }
-    refused = {field for kind in kinds for field in requests._refused_fields(kind)}
+    refused = {field for kind in kinds for field in unserved._refused_fields(kind)}
     assert "audio" in refused and "namespace" in refused
-    assert refused == set(requests._UNSERVED)
+    assert refused == set(unserved._UNSERVED)
 
 
 @given(st.dictionaries(st.sampled_from(ChatRequest.__struct_fields__), st.none() | st.integers()))

@@ -124,3 +124,59 @@ def test_prompt_logprobs_have_vllms_shape(http: httpx.Client, client: openai.Ope
     assert (
         "prompt_logprobs" not in http.post("/v1/completions", json={**body, "prompt": "a"}).json()
     )
+
+
+# --- fields that are known and not served ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_beam_search", False),
+        ("length_penalty", 1.0),
+        ("documents", []),
+        ("mm_processor_kwargs", {}),
+        ("vllm_xargs", {}),
+        ("bad_words", []),
+        ("logits_processors", []),
+        ("add_special_tokens", True),
+        ("spaces_between_special_tokens", True),
+        ("request_id", "mine"),
+        ("truncate_prompt_tokens", -1),
+    ],
+)
+def test_what_other_servers_clients_send_by_default_is_taken(
+    http: httpx.Client, field: str, value: Any
+) -> None:
+    for path, asked in (
+        ("/v1/chat/completions", {"messages": [ASK]}),
+        ("/v1/completions", {"prompt": "x"}),
+    ):
+        answer = http.post(path, json={"model": MODEL, **asked, field: value})
+        assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("use_beam_search", True, "beam search"),
+        ("documents", [{"text": "a"}], "chat_template_kwargs"),
+        ("bad_words", ["a"], "logit_bias"),
+        ("cache_salt", "s", "prefixes"),
+        ("lora_path", "a", "model"),
+        ("chat_template", "x", "own"),
+        ("truncate_prompt_tokens", 5, "-1"),
+    ],
+)
+def test_what_would_change_the_answer_is_refused_with_its_reason(
+    http: httpx.Client, field: str, value: Any, words: str
+) -> None:
+    body = {"model": MODEL, "messages": [ASK], field: value}
+    error = http.post("/v1/chat/completions", json=body).json()["error"]
+    assert error["param"] == field and words in error["message"], error
+
+
+def test_truncation_goes_to_the_worker() -> None:
+    data = json.dumps({"model": MODEL, "prompt": "x", "truncate_prompt_tokens": -1}).encode()
+    [call] = completion_calls(requests.parse(requests.CompletionRequest, data), seed=0, user="")
+    assert call.request.params.overflow == "truncate_left"

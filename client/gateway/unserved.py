@@ -1,0 +1,126 @@
+"""Fields that are known and not served: what each is refused with, and what else asks for it.
+
+Beside OpenAI's own there are those of other servers that their clients send along, mostly with the
+value that asks for nothing. Must never take a field silently that would change the answer.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Annotated, Any, Final, get_type_hints
+
+from msgspec import Meta, Struct
+
+from client.gateway.errors import invalid
+from client.gateway.structured import OutputWords
+
+__all__ = ["Label", "OtherServers", "Refused", "refuse_unserved"]
+
+#: A known field that this gateway does not serve; see `_UNSERVED`.
+Refused = Annotated[Any, Meta(extra_json_schema={"type": "null"})]
+#: A cache hint, or a field that SDK objects have: any value, without effect on the answer.
+Label = Any
+
+
+class OtherServers(OutputWords, kw_only=True):
+    """Fields of vLLM and SGLang for whatever generates text."""
+
+    #: -1: the oldest tokens of a prompt that is too long are dropped.
+    truncate_prompt_tokens: int | None = None
+    #: What a server's log calls the request; here that is the header `x-request-id`.
+    request_id: Label = None
+    rid: Label = None
+    #: Fast tokenizers, which all models here have, put nothing between them.
+    spaces_between_special_tokens: Label = None
+    add_special_tokens: Refused = None
+    allowed_token_ids: Refused = None
+    bad_words: Refused = None
+    beam_width: Refused = None
+    cache_salt: Refused = None
+    chat_template: Refused = None
+    documents: Refused = None
+    kv_transfer_params: Refused = None
+    length_penalty: Refused = None
+    logits_processors: Refused = None
+    lora_path: Refused = None
+    media_io_kwargs: Refused = None
+    mm_processor_kwargs: Refused = None
+    structural_tag: Refused = None
+    use_beam_search: Refused = None
+    vllm_xargs: Refused = None
+
+
+_UNSERVED: Final = {
+    "add_special_tokens": "a prompt gets what its model expects; send token ids instead",
+    "allowed_token_ids": "use `structured_outputs`",
+    "bad_words": "use `logit_bias` with the ids of their tokens",
+    "beam_width": "there is no beam search here",
+    "cache_salt": "prefixes are shared by all who use a worker",
+    "documents": "write them into a message, or into `chat_template_kwargs`",
+    "kv_transfer_params": "the bus moves no KV cache between servers",
+    "length_penalty": "there is no beam search here",
+    "logits_processors": "use `logit_bias` or `structured_outputs`",
+    "lora_path": "an adapter is a model of its own: name it in `model`",
+    "structural_tag": "use `tools`, or `structured_outputs`",
+    "use_beam_search": "there is no beam search here",
+    "vllm_xargs": "they are arguments of one server's plug-ins",
+    "audio": "the bus serves text and images, not audio",
+    "chat_template": "the chat template is the model's own",
+    "context_management": "send the part of the conversation that the model should see",
+    "container": "nothing here runs code",
+    "conversation": "use `previous_response_id`, or send the conversation as `input`",
+    "fallbacks": "send the request again, to another model",
+    "file": "send text, or an image as `image_url`",
+    "file_id": "no files are kept here; send an image as `image_url`",
+    "function_call": "it is the deprecated form of `tool_choice`",
+    "functions": "it is the deprecated form of `tools`",
+    "input_audio": "the bus serves text and images, not audio",
+    "mcp_servers": "connect to them in your program and send their tools",
+    "namespace": "functions of the bus's models have none; write it into the function's name",
+    "max_chunks_per_doc": "documents are scored whole; `truncate_prompt_tokens: -1` cuts them",
+    "max_tokens_per_doc": "documents are scored whole; `truncate_prompt_tokens: -1` cuts them",
+    "media_io_kwargs": "images are read as they are",
+    "mm_processor_kwargs": "images are read as the model's own files say",
+    "moderation": "this gateway has no moderation model",
+    "prompt": "prompt templates are not stored here; send `input` and `instructions`",
+    "rank_fields": "send the text of each document",
+    "suffix": "no model of the bus fills in the middle through this endpoint",
+    "task_budget": "use `max_tokens` and `thinking.budget_tokens`",
+    "toolset_name": "nothing here defines a toolset",
+    "transformations": "send the image as the model should see it",
+    "web_search_options": "the bus has no access to the web",
+}
+
+#: Values of unserved fields that do not change the answer.
+_ASKING_NOTHING: Final[dict[str, tuple[Any, ...]]] = {
+    "function_call": ("none", "auto"),
+    "length_penalty": (1, 0),
+    "beam_width": (1,),
+    "use_beam_search": (False,),
+    # vLLM's own default.
+    "add_special_tokens": (True,),
+}
+
+
+def refuse_unserved(body: Struct, path: str = "") -> None:
+    """Raise for the first known but unserved field that is set, in the body or nested in it."""
+    for field in body.__struct_fields__:
+        value = getattr(body, field)
+        here = f"{path}.{field}" if path else field
+        if field in _refused_fields(type(body)) and value not in (
+            *(None, [], {}, ""),
+            *_ASKING_NOTHING.get(field, ()),
+        ):
+            raise invalid(here, f"`{here}` is not served: {_UNSERVED[field]}.")
+        if isinstance(value, Struct):
+            refuse_unserved(value, here)
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                if isinstance(item, Struct):
+                    refuse_unserved(item, f"{here}[{index}]")
+
+
+@functools.cache
+def _refused_fields(kind: type[Struct]) -> frozenset[str]:
+    hints = get_type_hints(kind, include_extras=True)
+    return frozenset(field for field, hint in hints.items() if hint == Refused)
