@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 
 from broker.core.phases import Phase
+from broker.core.shares import DRIFT
 from broker.core.state import BusState
 
 
@@ -14,6 +15,7 @@ def check(bus: BusState) -> None:
     _check_workers(bus)
     _check_requests(bus)
     _check_queues(bus)
+    _check_shares(bus)
     _check_clients(bus)
     _check_routes(bus)
 
@@ -111,6 +113,21 @@ def _check_queues(bus: BusState) -> None:
         )
     total = sum(queue.bytes for queue in bus.queues.values())
     assert bus.queued_bytes == total, f"{bus.queued_bytes} bytes counted, {total} queued"
+
+
+def _check_shares(bus: BusState) -> None:
+    running: dict[tuple[str, int, str], float] = {}
+    for request in bus.requests.values():
+        if request.unsettled:
+            assert request.phase is Phase.RUNNING, f"{request.story()} is charged for a run"
+            key = request.model, request.priority, request.user_key
+            running[key] = running.get(key, 0.0) + request.unsettled
+    for model, shares in bus.shares.items():
+        for (priority, user), share in shares:
+            due = running.get((model, priority, user), 0.0)
+            assert abs(share.running - due) < DRIFT, (
+                f"{user} is charged {share.running} tokens for what runs, which is {due}"
+            )
 
 
 def _check_clients(bus: BusState) -> None:

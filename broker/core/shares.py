@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Final
 
 MAX_USERS: Final = 8192
 """Counts that are remembered for each model, about 150 bytes each; those of users that wait are
 kept in any case."""
+
+
+DRIFT: Final = 1e-3
+"""Sums of fractions are no more exact than this, tokens."""
 
 
 class Share:
@@ -32,6 +37,11 @@ class Share:
         #: Lines of the queue that it has requests in.
         self.lines = 0
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing of the user waits or runs."""
+        return not self.lines and self.running < DRIFT
+
 
 class Shares:
     """Of all users of one model."""
@@ -47,6 +57,9 @@ class Shares:
         #: Tokens of prompts as multiples of what their size suggests, smoothed.
         self.prompt: float | None = None
 
+    def __iter__(self) -> Iterator[tuple[tuple[int, str], Share]]:
+        return iter(self._shares.items())
+
     def of(self, priority: int, user: str) -> Share:
         """The user's share."""
         key = priority, user
@@ -54,8 +67,9 @@ class Shares:
         if share is None:
             share = self._shares[key] = Share()
             if len(self._shares) > MAX_USERS:
-                idle = (key for key, other in self._shares.items() if not other.lines)
-                del self._shares[next(idle)]
+                idle = (k for k, other in self._shares.items() if other.idle and k != key)
+                if (oldest := next(idle, None)) is not None:
+                    del self._shares[oldest]
         self._shares.move_to_end(key)
         return share
 

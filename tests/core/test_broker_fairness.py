@@ -11,7 +11,7 @@ import pytest
 
 from broker.core.queue import ModelQueue
 from broker.core.records import RequestState
-from broker.core.shares import Shares
+from broker.core.shares import MAX_USERS, Shares
 from broker.protocol.header import MessageType
 from broker.protocol.messages import (
     EndEvent,
@@ -238,6 +238,19 @@ def test_moved_streams_of_one_user_do_not_hold_up_those_of_another() -> None:
     assert order[0] == ("one", True)
     assert order[1:9] == [("many", True)] * 8, "what ran already goes before what did not"
     assert order[9:] == [("third", False), ("one", False)] or order[9][0] == "one"
+
+
+def test_users_that_are_gone_are_forgotten_and_those_that_wait_are_not() -> None:
+    shares = Shares()
+    queue = ModelQueue(shares)
+    queue.add(a_request(shares, 1, "waits", 10.0))
+    mine = shares.of(0, "waits")
+    running = shares.of(0, "runs")
+    shares.served(0, running, 10.0)
+    for number in range(MAX_USERS + 100):
+        shares.of(0, f"passes {number}")
+    assert len(list(shares)) == MAX_USERS
+    assert shares.of(0, "waits") is mine and shares.of(0, "runs") is running
 
 
 # --- the order that is foretold -------------------------------------------------------------------
