@@ -93,24 +93,22 @@ class World:
             id="file-in", bytes=len(data), created_at=0, filename="in.jsonl", purpose="batch"
         )
         self.folder.add_file(file, "alice")
-        now = int(time.time())
-        self.folder.add_job(
-            Job(
-                batch=Batch(
-                    id="batch_1",
-                    endpoint="/v1/embeddings",
-                    input_file_id="file-in",
-                    completion_window="24h",
-                    created_at=now,
-                    expires_at=now + 3600,
-                ),
-                owner="alice",
-                output_id="file-out",
-                error_id="file-err",
-            ),
-            1,
-        )
+        self.begin("1", "alice", "file-in")
         self.folder.strikes = strikes
+
+    def begin(self, name: str, owner: str, input_id: str) -> None:
+        """Add a batch."""
+        now = int(time.time())
+        batch = Batch(
+            id=f"batch_{name}",
+            endpoint="/v1/embeddings",
+            input_file_id=input_id,
+            completion_window="24h",
+            created_at=now,
+            expires_at=now + 3600,
+        )
+        job = Job(batch=batch, owner=owner, output_id=f"file-out{name}", error_id=f"file-err{name}")
+        assert self.folder.add_job(job, 100)
 
     async def run(self, *, cancel_after: int | None = None) -> Batch:
         """Run the batch to its end, by a new gateway after each strike."""
@@ -229,3 +227,51 @@ def test_a_strike_at_any_step_of_a_cancelled_batch_too(
         assert sorted(name for _, name in world.rows(batch)) == sorted(NAMES), at
         at += 1
     assert at > 25
+
+
+def test_batches_that_wait_hold_up_nobody_elses_and_can_be_ended(tmp_path: Path) -> None:
+    world = World(tmp_path, Strikes(-1))
+    for number in range(2, 80):
+        world.begin(str(number), "alice", "file-in")
+    data = b'{"custom_id": "b", "method": "POST", "url": "/v1/embeddings", "body": {}}'
+    world.folder.upload_path("file-b").write_bytes(data)
+    world.folder.add_file(
+        FileObject(id="file-b", bytes=1, created_at=0, filename="b", purpose="batch"), "bob"
+    )
+    world.begin("b", "bob", "file-b")
+
+    async def work() -> None:
+        batches = Batches(world.folder)
+        bus: Any = Bus()
+        jobs = Jobs(gateway_of(Config(batch_concurrency=1000), bus), batches)
+        jobs._of_model = lambda _: 1000  # type: ignore[method-assign]
+        jobs._models._limit = jobs._of_model
+
+        async def answer(line: Line, *_: Any) -> Answered:
+            if line.custom_id != "b":
+                await asyncio.Event().wait()
+            return Answered({"custom_id": "b", "response": {"status_code": 200, "body": {}}})
+
+        jobs._doors.answer = answer  # type: ignore[method-assign]
+        running = asyncio.create_task(jobs.loop())
+
+        async def until(name: str, status: str) -> None:
+            async with asyncio.timeout(60):
+                while True:
+                    job = await batches.do(world.folder.job, f"batch_{name}")
+                    if job.batch.status == status:
+                        break
+                    await asyncio.sleep(0.005)
+
+        await until("b", "completed")
+        await until("1", "in_progress")
+        await until("70", "validating")
+        last = Folder(tmp_path)
+        last.change("batch_70", lambda job: job.batch.move("cancelling", int(time.time())))
+        last.shut()
+        await until("70", "cancelled")
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        batches.shut()
+
+    asyncio.run(work())

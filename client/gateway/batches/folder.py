@@ -275,10 +275,10 @@ class Folder:
         rows = self._page("batches", "job", owner, after, limit, newest_first=True)
         return [_JOB.decode(row) for row in rows]
 
-    def open_jobs(self) -> list[tuple[str, str, int]]:
-        """Id, status and deadline of the batches that are not over, the oldest first."""
+    def open_jobs(self) -> list[tuple[str, str, str, int]]:
+        """Id, key, status and deadline of the batches that are not over, the oldest first."""
         return self._rows(
-            f"SELECT id, status, expires_at FROM batches WHERE {_ARE_OPEN} ORDER BY seq"
+            f"SELECT id, owner, status, expires_at FROM batches WHERE {_ARE_OPEN} ORDER BY seq"
         )
 
     def change(

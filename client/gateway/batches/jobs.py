@@ -31,7 +31,7 @@ from client.gateway.batches.answering import Answered, Doors, Unanswered, refuse
 from client.gateway.batches.folder import Folder
 from client.gateway.batches.lines import Line, Mistake, check, lines
 from client.gateway.batches.output import Output, Tally
-from client.gateway.batches.records import Ending, FileObject, Job
+from client.gateway.batches.records import OPEN, Ending, FileObject, Job
 from client.gateway.batches.work import Room, work_through
 from client.gateway.errors import GatewayError
 from client.gateway.keys import ANYBODY, Key
@@ -49,8 +49,9 @@ MAX_LINES: Final = 50_000
 
 #: Mistakes of a file that are told.
 _TOLD_MISTAKES: Final = 100
-#: Batches at once, the oldest first.
-_AT_ONCE: Final = 64
+#: Batches of one key at once, the oldest first: a key whose batches wait keeps nobody else's from
+#: running.
+_AT_ONCE: Final = 8
 #: Between two looks at the folder for what other gateways did, and between two writes of answers
 #: through to the disk.
 _LOOK_S: Final = 1.0
@@ -153,6 +154,7 @@ class _Results:
 class _Running:
     """A batch that runs here."""
 
+    owner: str
     task: asyncio.Task[None]
     #: Set to end it.
     stop: asyncio.Future[Ending]
@@ -213,10 +215,8 @@ class Jobs:
                     if time.monotonic() - tidied_s >= _TIDY_S:
                         await self._batches.do(self._batches.folder.tidy, int(time.time()))
                         tidied_s = time.monotonic()
-                    for id_, status, expires_at in await self._batches.do(
-                        self._batches.folder.open_jobs
-                    ):
-                        self._look(id_, status, expires_at)
+                    for one in await self._batches.do(self._batches.folder.open_jobs):
+                        self._look(*one)
                 except (sqlite3.Error, OSError) as error:
                     log.error("the folder of batches cannot be used: %s", error)
                     await asyncio.sleep(_PAUSE_S)
@@ -226,21 +226,25 @@ class Jobs:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
 
-    def _look(self, id_: str, status: str, expires_at: int) -> None:
+    def _look(self, id_: str, owner: str, status: str, expires_at: int) -> None:
+        end: Ending | None = None
+        if status == "cancelling":
+            end = "cancelled"
+        elif expires_at <= time.time():
+            end = "expired"
         running = self._running.get(id_)
         if running is None:
-            if len(self._running) < _AT_ONCE and self._paused_s.get(id_, 0) <= time.monotonic():
-                stop = asyncio.get_running_loop().create_future()
-                task = asyncio.create_task(self._run(id_, stop))
-                running = self._running[id_] = _Running(task, stop)
-                task.add_done_callback(lambda _: self._running.pop(id_, None))
-            else:
+            of_key = sum(one.owner == owner for one in self._running.values())
+            # One that is to end needs no turn.
+            may = end is not None or of_key < _AT_ONCE
+            if not may or self._paused_s.get(id_, 0) > time.monotonic():
                 return
-        if not running.stop.done():
-            if status == "cancelling":
-                running.stop.set_result("cancelled")
-            elif expires_at <= time.time():
-                running.stop.set_result("expired")
+            stop = asyncio.get_running_loop().create_future()
+            task = asyncio.create_task(self._run(id_, stop))
+            running = self._running[id_] = _Running(owner, task, stop)
+            task.add_done_callback(lambda _: self._running.pop(id_, None))
+        if end is not None and not running.stop.done():
+            running.stop.set_result(end)
 
     async def _end_all(self) -> None:
         tasks = [running.task for running in self._running.values()]
@@ -297,7 +301,8 @@ class Jobs:
     async def _to_its_end(self, id_: str, stop: asyncio.Future[Ending]) -> None:
         folder = self._batches.folder
         job = await self._batches.do(folder.job, id_)
-        if not await asyncio.to_thread(folder.path_of(job.batch.input_file_id).exists):
+        path = folder.path_of(job.batch.input_file_id)
+        if job.ending is None and not await asyncio.to_thread(path.exists):
             await self._batches.do(folder.change, id_, _lose_input)
             log.error("the input of a batch is gone", extra={"fields": {"batch": id_}})
             return
@@ -372,6 +377,8 @@ class Jobs:
 
     async def _work(self, job: Job, results: _Results, stop: asyncio.Future[Ending]) -> Ending:
         """Answer the lines that have no answer; returns how that ended."""
+        if results.tally.completed + results.tally.failed >= job.batch.request_counts.total:
+            return "completed"
         path = self._batches.folder.path_of(job.batch.input_file_id)
         left = (line for line in lines(path) if not results.has(line.custom_id))
 
@@ -493,12 +500,13 @@ class Jobs:
         def finalize(job: Job) -> None:
             if job.batch.status == "cancelling":
                 job.ending = "cancelled"
-            elif job.ending is None:
+            elif job.ending is None and job.batch.status in OPEN:
                 job.ending = how
                 job.batch.move("finalizing", int(time.time()))
 
         job = await self._batches.do(folder.change, id_, finalize)
-        assert job.ending is not None
+        if job.ending is None:
+            return  # failed meanwhile
         await asyncio.to_thread(self._fill, job, results)
         files = await asyncio.to_thread(self._files, job)
 
