@@ -158,6 +158,7 @@ def test_a_broker_named_twice_is_one_broker() -> None:
         (["--broker", "localhost:5556"], "use tcp://HOST:PORT"),
         (["--broker", "tcp://localhost:0"], "use tcp://HOST:PORT"),
         (["--load-8bit", "--load-4bit"], "exclude each other"),
+        (["--engine", "echo", "--draft-model", "x"], "only --engine transformers"),
         (["--engine-arg", "fast"], "KEY=VALUE"),
         (["--slots", "0"], "must be 1 or more"),
         (["--slots", "many"], "must be 1 or more, got 'many'"),

@@ -48,6 +48,25 @@ def test_a_match_may_span_the_end_of_the_prompt_and_lie_in_the_answer() -> None:
     assert index.draft(2) == ([8, 9], 3)
 
 
+def test_a_copy_with_a_change_goes_on_behind_the_change() -> None:
+    prompt = list(range(100, 140))
+    index = LookupIndex(prompt)
+    index.extend(prompt[:10])
+    assert index.draft(2) == ([110, 111], 10)
+    index.extend([7])
+    assert index.repeats and index.draft(2) == ([111, 112], 0)
+    index.extend([8, 9, 10])
+    assert index.draft(1) == ([114], 0)
+    index.extend([11])
+    assert not index.repeats and index.draft(1) == ([], 0)
+    # A short match is no copy.
+    index = LookupIndex(prompt)
+    index.extend(prompt[:4])
+    assert index.draft(1) == ([104], 4)
+    index.extend([7])
+    assert index.draft(1) == ([], 0)
+
+
 def test_a_text_that_repeats_itself_goes_on_repeating() -> None:
     index = LookupIndex([4, 4, 4, 4])
     assert index.draft(5) == ([4] * 5, 3)

@@ -52,14 +52,18 @@ class SlotDrafts:
         """Drafts for the next step of these rows, in a cache with room for `capacity` tokens in
         each; None if it computes one token of each as usual."""
         self._drafted_ms = 0.0
-        count = len(sequences)
-        filled = max(sequence.filled for sequence in sequences)
-        room = min(capacity, self._longest) - filled
-        if room < WIDTHS[0] or not self.speculator.worth_drafting(count):
+        if not self.speculator.worth_drafting(len(sequences)):
             return None
-        rows = [_row(sequence) for sequence in sequences]
+        rows, found = [], self._model is not None
+        for sequence in sequences:
+            row = _row(sequence)
+            found |= row.follow(sequence.answer)
+            rows.append(row)
+        room = min(capacity, self._longest) - max(sequence.filled for sequence in sequences)
+        if not found or room < WIDTHS[0]:
+            return None
         drafts = [
-            self._draft(row, sequence, self._limit(sequence, room))
+            self._draft(row, self._limit(sequence, room))
             for row, sequence in zip(rows, sequences, strict=True)
         ]
         chosen = self.speculator.plan(rows, drafts, room)
@@ -107,8 +111,8 @@ class SlotDrafts:
         left = sequence.max_tokens - len(sequence.answer) - 1
         return max(min(room, WIDTHS[-1], left + 1) - 1, 0)
 
-    def _draft(self, row: RowDrafts, sequence: Sequence, most: int) -> Draft:
-        draft = row.draft(sequence.answer, most)
+    def _draft(self, row: RowDrafts, most: int) -> Draft:
+        draft = row.draft(most)
         for place, token_id in enumerate(draft.token_ids):
             if token_id in self._banned:
                 return Draft(draft.token_ids[:place], draft.kind)

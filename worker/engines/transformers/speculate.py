@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from worker.engines.transformers.lookup import LookupIndex
+from worker.engines.transformers.lookup import LONG_MATCH, LookupIndex
 
 __all__ = ["WIDTHS", "Draft", "RowDrafts", "Speculator"]
 
@@ -24,9 +24,6 @@ WIDTHS = (2, 3, 5, 9, 17)
 
 MOST_TOKENS = 256
 """Tokens of a wide step at most: beyond, even an accelerator is bound by computing."""
-
-LONG_MATCH = 8
-"""Drafts after a match of so many tokens are counted apart: they are right far more often."""
 
 FORGET = 0.8
 """Weight of a row's earlier drafts at each new one."""
@@ -43,7 +40,7 @@ GAIN = 1.04
 FAIR = 0.85
 """No row may fall below this fraction of its speed for the sake of another one's draft."""
 
-SAVED = 0.012
+SAVED = 0.008
 """Fraction of each ordinary step that is saved for attempts that may fail."""
 
 START_BALANCE = 0.5
@@ -77,8 +74,12 @@ class Draft:
 NO_DRAFT = Draft()
 
 
-BY_MODEL = 2
-"""The kind of drafts that a draft model makes; the others are by look-up, short match and long."""
+SHORT, LONG, CHANGED, BY_MODEL = range(4)
+"""Kinds of drafts, which differ in how often they are right: by look-up after a short or a long
+match, or behind a change in a copy; by a draft model."""
+
+PRIORS = (0.5, 0.8, 0.5, 0.7)
+"""How likely a token of each kind is right, before anything is known."""
 
 
 class Width(NamedTuple):
@@ -114,13 +115,20 @@ class RowDrafts:
         self._index = LookupIndex(prompt_ids)
         self._prompt = len(prompt_ids)
         self._index.extend(answer)
-        self._acceptance = Acceptance(FORGET, (0.0, 0.0, 0.0), 0.0)
+        self._acceptance = Acceptance(FORGET, [0.0] * len(PRIORS), 0.0)
 
-    def draft(self, answer: Sequence[int], most: int) -> Draft:
-        """A draft of what follows an answer so far, of at most `most` tokens."""
-        self._index.extend(answer[len(self._index) - self._prompt :])
+    def follow(self, answer: Sequence[int]) -> bool:
+        """Take the answer so far. Whether there may be a draft of what follows."""
+        index = self._index
+        index.extend(answer[len(index) - self._prompt :])
+        return index.repeats
+
+    def draft(self, most: int) -> Draft:
+        """A draft of what follows, of at most `most` tokens."""
         token_ids, matched = self._index.draft(most)
-        return Draft(token_ids, int(matched >= LONG_MATCH)) if token_ids else NO_DRAFT
+        if not token_ids:
+            return NO_DRAFT
+        return Draft(token_ids, LONG if matched >= LONG_MATCH else SHORT if matched else CHANGED)
 
     def learn(self, draft: Draft, accepted: int) -> None:
         """The first `accepted` tokens of a draft were right."""
@@ -180,9 +188,12 @@ class Speculator:
 
     def __init__(self) -> None:
         self._cost = WidthCost()
-        self._everywhere = Acceptance(FORGET_ALL, (1.0, 1.6, 1.4), 2.0)
+        self._everywhere = Acceptance(FORGET_ALL, [2.0 * chance for chance in PRIORS], 2.0)
         self._balance = START_BALANCE
-        self._wide_steps = 0
+        #: Wide steps since the last ordinary one, and ordinary ones since the last wide one.
+        self._wide_steps = self._plain_steps = 0
+        #: Whether drafts can be worth while, by number of rows; forgotten now and then.
+        self._worth: dict[int, bool] = {}
         self._most_tokens = MOST_TOKENS
         #: Draft tokens that were verified, and those of them that were right.
         self.draft_tokens = 0
@@ -190,9 +201,15 @@ class Speculator:
 
     def worth_drafting(self, rows: int) -> bool:
         """Whether a step with so many rows can be worth drafts at all, however good they are."""
-        narrow_ms = self._cost.narrow_ms(rows)
-        if not narrow_ms or self._wide_steps >= STALE_STEPS or self._balance <= 0:
+        if self._wide_steps >= STALE_STEPS or self._balance <= 0:
             return False
+        worth = self._worth.get(rows)
+        if worth is None:
+            worth = self._worth[rows] = self._is_worth_drafting(rows)
+        return worth
+
+    def _is_worth_drafting(self, rows: int) -> bool:
+        narrow_ms = self._cost.narrow_ms(rows)
         return any(
             width * narrow_ms > GAIN * (narrow_ms + self._cost.added_ms(rows, width))
             for width in WIDTHS
@@ -215,9 +232,14 @@ class Speculator:
         if not longest or not narrow_ms:
             return Width(1, 1.0)
         chances = [
-            row.chance(draft.kind, self._everywhere)
+            row.chance(draft.kind, self._everywhere) if draft.token_ids else 0.0
             for row, draft in zip(rows, drafts, strict=True)
         ]
+        slower = 1 + (self._cost.added_ms(count, WIDTHS[0]) + drafted_ms) / narrow_ms
+        most = sum(1 / max(1 - chance, 0.01) for chance in chances) / count
+        if most < GAIN * slower and not self._affords(slower):
+            # Even drafts without end would not pay: the usual case, found out cheaply.
+            return Width(1, 1.0)
         best, attempt = Width(1, GAIN), 1
         for width in WIDTHS:
             if width > room or count * width > self._most_tokens:
@@ -231,16 +253,21 @@ class Speculator:
             gain = sum(tokens) / count / slower
             if gain > best.gain and min(tokens) / slower >= FAIR:
                 best = Width(width, gain)
-            if attempt == 1 and self._balance >= min(slower - 1 + START_BALANCE, MOST_BALANCE):
+            if attempt == 1 and self._affords(slower):
                 # Nothing is known of these drafts but failures, which may be over.
                 attempt = width
             if width > longest:
                 break
         return best if best.tokens > 1 else Width(attempt, 1.0)
 
+    def _affords(self, slower: float) -> bool:
+        """Whether a step that is so many times slower may fail."""
+        return self._balance >= min(slower - 1 + START_BALANCE, MOST_BALANCE)
+
     def limit(self, tokens: int) -> None:
         """No step may compute more tokens from now on."""
         self._most_tokens = min(self._most_tokens, tokens)
+        self._worth.clear()
 
     def drafted(self, row: RowDrafts, draft: Draft, accepted: int) -> None:
         """The first `accepted` tokens of a draft were what was drawn."""
@@ -258,9 +285,14 @@ class Speculator:
         self._cost.learn(rows, width, ms)
         if width == 1:
             self._wide_steps = 0
+            self._plain_steps += 1
+            if self._plain_steps % STALE_STEPS == 1:
+                self._worth.clear()
             self._balance = min(self._balance + SAVED, MOST_BALANCE)
             return
         self._wide_steps += 1
+        self._plain_steps = 0
+        self._worth.clear()
         narrow_ms = self._cost.narrow_ms(rows)
         if narrow_ms:
             spent = 1 + (self._cost.added_ms(rows, width) + drafted_ms) / narrow_ms
