@@ -9,7 +9,8 @@ The main path of a request, top to bottom in this file:
 Here are the face, the handlers of messages and their tables. The rules are functions on a
 `BusState` in modules of their own, which never import this one: `admission` checks and queues a
 request, `dispatch` brings queue and workers together (`placement` chooses, `assignment` sends),
-`suspicion` finds requests that kill workers, `ends` empties workers before their known end,
+`fairness` says whose turn it is, `finish` where a request ends first, `suspicion` finds requests
+that kill workers, `ends` empties workers before their known end,
 `recovery` holds RESUME, `membership` HELLO and signs
 of life, `sharing` what other brokers need, `endings` how sessions and requests end, `shutdown` the
 drains, `queries` the operator's verbs. `records` and `state` are the data, `phases` the moves that
