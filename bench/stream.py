@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from bench.common import (
     progress,
     repeats,
     short,
+    wakes,
 )
 from bench.systems import System, Unavailable
 
@@ -267,6 +269,13 @@ async def paced(report: Report, streams: int, seconds: float, times: int) -> Non
     add(report, own, {}, FIGURES[1:] + PARTIES, **case)
 
 
+def _wakes(system: System) -> dict[str, int]:
+    """How often each party's threads were woken up, so far."""
+    parties = {**system.parties, "client": [os.getpid()]}
+    seen = {party: sum(map(wakes, members)) for party, members in parties.items()}
+    return {**seen, "all": sum(seen.values())}
+
+
 async def first_token(report: Report, arguments: argparse.Namespace, requests: int) -> None:
     """One stream at a time, one token each: how long a request takes, beside plain ZeroMQ."""
 
@@ -290,15 +299,30 @@ async def first_token(report: Report, arguments: argparse.Namespace, requests: i
         try:
             async with open_() as system:
                 await one_by_one(system)
+                before = _wakes(system)
                 values = await one_by_one(system)
+                woken = {
+                    party: (n - before[party]) / requests for party, n in _wakes(system).items()
+                }
         except Unavailable:
             continue
         seen[name] = {
             "ttft_ms_p50": Sample((percentile(values, 50),)),
             "ttft_ms_p99": Sample((percentile(values, 99),)),
+            **{f"wakes.{party}": Sample((count,)) for party, count in woken.items()},
         }
     own = seen.pop("tokenbus")
     case = {"streams": 1, "path": "bus", "case": "one token a request"}
+    for party in ("client", "broker", "link", "engine", "all"):
+        peer = seen.get("zmq_proxy", {}).get(f"wakes.{party}")
+        report.add(
+            f"stream.wakes_per_request.{party}",
+            own[f"wakes.{party}"],
+            "wakes",
+            peer="zmq_proxy" if peer else None,
+            against=peer,
+            **case,
+        )
     add(report, own, seen, ["ttft_ms_p50", "ttft_ms_p99"], **case)
     if "zmq_proxy" in seen:
         report.add(

@@ -17,6 +17,7 @@ from bench.common.processes import (
     python,
     wait_for,
     wait_port,
+    wakes,
 )
 from bench.common.reports import (
     Report,
@@ -65,4 +66,5 @@ __all__ = [
     "short",
     "wait_for",
     "wait_port",
+    "wakes",
 ]

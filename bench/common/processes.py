@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import sys
 import tempfile
@@ -30,6 +31,7 @@ __all__ = [
     "python",
     "wait_for",
     "wait_port",
+    "wakes",
 ]
 
 READY_S: Final = 30.0
@@ -121,4 +123,17 @@ def family_cpu_s(pid: int) -> float:
     for member in family(pid):
         with contextlib.suppress(OSError):
             total += cpu_s(member)
+    return total
+
+
+def wakes(pid: int) -> int:
+    """How often threads of a process that had gone to sleep were woken up, so far (Linux)."""
+    total = 0
+    for status in Path(f"/proc/{pid}/task").glob("*/status"):
+        # A thread may end meanwhile.
+        with contextlib.suppress(OSError):
+            found = re.search(
+                r"^voluntary_ctxt_switches:\s+(\d+)$", status.read_text(), re.MULTILINE
+            )
+            total += int(found[1]) if found else 0
     return total

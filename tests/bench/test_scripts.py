@@ -53,6 +53,9 @@ def test_stream_measures_rate_first_token_and_delay_through_the_whole_bus() -> N
     assert paced["stream.delay_ms_p99"] >= paced["stream.delay_ms_p50"] > 0
     parties = {row["name"].rsplit(".", 1)[1] for row in rows if ".cpu_us_per_token." in row["name"]}
     assert parties == {"engine", "link", "broker", "client", "all"}
+    woken = {row["name"]: row["value"] for row in rows if ".wakes_per_request." in row["name"]}
+    assert woken["stream.wakes_per_request.engine"] > 0.5
+    assert woken["stream.wakes_per_request.all"] > 5
 
 
 def test_scale_registers_every_peer_and_spreads_the_requests_evenly() -> None:
