@@ -244,6 +244,28 @@ class SlotCache(Cache):  # type: ignore[misc]
             layer.keys[target, :length] = layer.keys[source, :length]
             layer.values[target, :length] = layer.values[source, :length]
 
+    def share(self, source: int, first: int, last: int, length: int) -> None:
+        """Copy the first `length` tokens of a row to rows `first` to `last` - 1, of which it is
+        none: each is read once."""
+        for layer in self.slot_layers:
+            for states in (layer.keys, layer.values):
+                states[first:last, :length] = states[source, :length]
+
+    def spread(self, slot: int, start: int, lengths: list[int]) -> None:
+        """Row `slot` holds texts of these lengths one after the other, from `start` on: copy each
+        but the first to the same place of a row of its own, the rows after `slot`."""
+        first, end = start + lengths[0], start + sum(lengths)
+        places = torch.cat([torch.arange(start, start + length) for length in lengths[1:]])
+        rows = torch.repeat_interleave(
+            torch.arange(slot + 1, slot + len(lengths)), torch.tensor(lengths[1:])
+        )
+        for layer in self.slot_layers:
+            index = (rows * layer.capacity + places).to(layer.device, non_blocking=True)
+            for states in (layer.keys, layer.values):
+                # A copy, since torch refuses to read what it writes to.
+                rests = states[slot, first:end].clone()
+                states.flatten(0, 1).index_copy_(0, index, rests)
+
     def swap(self, one: int, other: int, length: int) -> None:
         """Exchange the first `length` tokens of two rows."""
         for layer in self.slot_layers:

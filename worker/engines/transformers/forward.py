@@ -215,7 +215,7 @@ class Forward:
 
     def _branch_positions(self, sequence: Sequence, start: int, end: int) -> torch.Tensor:
         """Positions of tokens of which some are in branches: each counts on from the stem."""
-        positions = _branch_places(sequence, end)[0][start:end]
+        positions = _fan(sequence.stem_tokens, sequence.branches)[0][start:end]
         if self._rope_owner is None:
             return positions[None].to(self.device)
         stem = self._prefill_positions(sequence, start, max(start, sequence.stem_tokens))
@@ -229,7 +229,14 @@ class Forward:
         self, sequence: Sequence, start: int, end: int
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         """Masks of tokens of which some are in branches (see `_mask`)."""
-        places, numbers = (part.to(self.device) for part in _branch_places(sequence, end))
+        places, numbers = _fan(sequence.stem_tokens, sequence.branches)
+        return self._fan_mask(places[:end], numbers[:end], start)
+
+    def _fan_mask(
+        self, places: torch.Tensor, numbers: torch.Tensor, start: int
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Masks of the tokens from `start` on (see `_fan`)."""
+        places, numbers, end = places.to(self.device), numbers.to(self.device), len(places)
         index = self._first(end)
         past = index <= index[start:end, None]
         related = (numbers == 0) | (numbers == numbers[start:end, None])
@@ -269,6 +276,33 @@ class Forward:
                 arguments["position_ids"] = torch.cat(padded, dim=1)
         with self._grouped_heads():
             return self._run(arguments, sequences)[:, -1]
+
+    def prefill_fanned(self, slot: int, sequences: list[Sequence], start: int) -> torch.Tensor:
+        """Compute the rest of several prompts that begin alike: behind what row `slot` holds of all
+        of them, one after the other as branches, so that keys and values of the beginning are
+        read once and nothing is padded. Then each rest is stored in its own row, from `slot` on.
+
+        The first `start` tokens of all are the same, images and adapter included, and the rest is
+        plain. Row `slot` has room for all. Returns logits [rows, vocabulary] of the last tokens.
+        """
+        lengths = [sequence.total - start for sequence in sequences]
+        places, numbers = _fan(start, lengths)
+        self.cache.plan.prefill(slot, start)
+        ids = [token for sequence in sequences for token in sequence.tokens(start, sequence.total)]
+        arguments: dict[str, Any] = {
+            "input_ids": torch.tensor([ids]).to(self.device, non_blocking=True),
+            "attention_mask": self._fan_mask(places, numbers, start),
+        }
+        last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
+        if "logits_to_keep" in self._accepts:
+            arguments["logits_to_keep"] = last
+        if "position_ids" in self._accepts:
+            rows = [self._prefill_positions(s, start, s.total) for s in sequences]
+            arguments["position_ids"] = torch.cat(rows, dim=-1)
+        with self._grouped_heads():
+            logits = self._run(arguments, sequences[:1])[0]
+        self.cache.spread(slot, start, lengths)
+        return logits if len(logits) == len(sequences) else logits[last]
 
     # --- decode -----------------------------------------------------------------------------------
 
@@ -436,16 +470,16 @@ def _runs(lengths: list[int], worth: int) -> list[tuple[int, int]]:
     return runs
 
 
-def _branch_places(sequence: Sequence, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the tokens before `end`: positions, and the number of each one's branch, 0 in the stem."""
-    stem = sequence.stem_tokens
-    lengths = torch.tensor(sequence.branches)
+def _fan(stem: int, branches: Items[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the tokens of a stem and branches of these lengths: positions, and the number of each
+    one's branch, 0 in the stem."""
+    lengths = torch.tensor(branches)
     numbers = torch.repeat_interleave(torch.arange(1, len(lengths) + 1), lengths)
     begins = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
     places = stem + torch.arange(len(numbers)) - begins
     return (
-        torch.cat([torch.arange(stem), places])[:end],
-        torch.cat([torch.zeros(stem, dtype=torch.long), numbers])[:end],
+        torch.cat([torch.arange(stem), places]),
+        torch.cat([torch.zeros(stem, dtype=torch.long), numbers]),
     )
 
 

@@ -18,7 +18,7 @@ LARGEST_FLOOR = 64
 smaller ones would cost the prompts more than they spare the streams. A bound below the cost of such
 a piece cannot be met: prompts must make progress."""
 
-MARGIN = 0.8
+MARGIN = 0.9
 """Fraction of the bound to aim at, since the learned costs are accurate only within some
 percent."""
 
@@ -55,20 +55,25 @@ class PrefillCostModel:
         """Whether anything was measured."""
         return any(self._costs)
 
-    def predicted_ms(self, tokens: int, start: int, rows: int = 1) -> float:
+    def predicted_ms(self, tokens: int, start: int, rows: float = 1) -> float:
         """Predicted time for computing `tokens` tokens after `start` others. With `rows` prompts at
         once, they have that many tokens together, each after `start` of its own."""
         parts = _parts(tokens, start, rows)
         return sum(cost * part for cost, part in zip(self._costs, parts, strict=True))
 
-    def tokens(self, start: int, left_ms: float, most: int) -> int:
+    def tokens(self, start: int, left_ms: float, most: int, each: int = 0) -> int:
         """How many tokens after `start` others can be computed in `left_ms` of a step, at most
-        `most`; 0 if that is less than the floor of a piece."""
+        `most`; 0 if that is less than the floor of a piece. `each`: they are those of several
+        prompts, with so many tokens each."""
         if not self.known:
             return most
         room_ms = left_ms / self._surprise
         sizes = range(1, most + 1)
-        fitting = bisect_right(sizes, room_ms, key=lambda size: self.predicted_ms(size, start))
+        fitting = bisect_right(
+            sizes,
+            room_ms,
+            key=lambda size: self.predicted_ms(size, start, max(size / each, 1) if each else 1),
+        )
         # Short prompts say little about the constant part: for a piece larger than any before,
         # assume that all of the cost grows with its tokens.
         largest, took_ms = self._largest
@@ -128,12 +133,12 @@ class StepBudget:
         """From now on a stream waits for tokens; `spent_ms` of the step are over."""
         self._left_ms = min(self._left_ms, bound_ms * MARGIN - spent_ms)
 
-    def piece(self, start: int) -> int:
-        """How many tokens may follow `start` others now. Never zero for a whole step: prompts
-        must make progress."""
+    def piece(self, start: int, each: int = 0) -> int:
+        """How many tokens may follow `start` others now, of several prompts with `each` if that is
+        given. Never zero for a whole step: prompts must make progress."""
         if self.tokens <= 0:
             return 0
-        fitting = self._pace.tokens(start, self._left_ms, self.tokens)
+        fitting = self._pace.tokens(start, self._left_ms, self.tokens, each)
         return fitting or (0 if self.begun else min(self._pace.floor(start), self.tokens))
 
     def fits(self, ms: float) -> bool:
@@ -146,5 +151,5 @@ class StepBudget:
         self._left_ms -= spent_ms
 
 
-def _parts(tokens: int, start: int, rows: int = 1) -> tuple[float, float, float]:
+def _parts(tokens: int, start: int, rows: float = 1) -> tuple[float, float, float]:
     return 1.0, float(tokens), tokens * (start + tokens / rows / 2)

@@ -239,10 +239,10 @@ class ServedModel(BatchModel):
             self.scheduler = "slots, whole prompts"
         elif image_prompt is not None and verdict.forward.vision is None:
             self.scheduler = "slots, whole images"
-        chunk = settings.prefill_chunk or (256 if loaded.device.type == "cpu" else 1024)
+        chunk = settings.prefill_chunk or (512 if loaded.device.type == "cpu" else 1024)
         if verdict.forward.branches and not verdict.whole_prompts:
             # More would only attend to more that is masked.
-            self._branch_tokens = 2 * chunk
+            self._branch_tokens = min(2 * chunk, 512 if loaded.device.type == "cpu" else 2048)
         self.slot_runner = SlotRunner(
             verdict.forward,
             slots=slots,

@@ -19,7 +19,7 @@ class EngineSettings(SharedSettings):
 
     #: "auto" tries the slot scheduler and falls back; "slots" and "generate" force one.
     scheduler: str = "auto"
-    #: Prompt tokens computed in one step; 0: 256 on a CPU, 1024 elsewhere. Larger chunks increase
+    #: Prompt tokens computed in one step; 0: 512 on a CPU, 1024 elsewhere. Larger chunks increase
     #: the time between tokens of running streams, smaller ones the time to first token.
     prefill_chunk: int = 0
     #: Longest time, milliseconds, that prompts may add to a step while streams are running; the

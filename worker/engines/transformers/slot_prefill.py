@@ -7,7 +7,9 @@ tokenise or decode images.
 from __future__ import annotations
 
 import logging
+import statistics
 
+import numpy as np
 import torch
 
 from broker.protocol.messages import TokenLogprob
@@ -17,6 +19,7 @@ from worker.engines.common.sampling import Sampled, prompt_logprobs
 from worker.engines.common.sequence import Sequence, State
 from worker.engines.transformers.forward import Forward
 from worker.engines.transformers.pace import StepBudget
+from worker.engines.transformers.prefix import sequence_key
 from worker.engines.transformers.slot_rows import SlotRows
 from worker.engines.transformers.slot_tokens import NewTokens
 from worker.engines.transformers.step_costs import StepCosts
@@ -24,6 +27,12 @@ from worker.engines.transformers.step_costs import StepCosts
 __all__ = ["Prefill"]
 
 log = logging.getLogger(__name__)
+
+FANNED_TOKENS = 64
+"""Prompts that have at least so much in common are computed in one row."""
+
+AGAIN_TOKENS = 16
+"""So many of their tokens may be computed again for that."""
 
 IDLE_CHUNKS = 4
 """Chunks of prompts that a step computes while no stream waits for a token."""
@@ -51,6 +60,7 @@ class Prefill:
         chunk: int,
         stall_ms: float,
         idle_ms: float,
+        tells_first: bool,
     ) -> None:
         self._forward = forward
         self._rows = rows
@@ -59,24 +69,39 @@ class Prefill:
         self._chunk = chunk
         self._stall_ms = stall_ms
         self._idle_ms = idle_ms
+        #: Whether first tokens are told before the next prompts are computed.
+        self._tells_first = tells_first
+        #: The budget of the step, its tokens, and whether no stream ran when it began.
+        self._step = StepBudget(costs.pace, 0, 0.0)
+        self._most = 0
+        self._idle = True
 
-    def run(self, events: list[EngineEvent], spent_ms: float) -> None:
-        """Spend what admissions left of the step's budget. The prompt with the fewest tokens left
-        goes first, but half of the budget is for the oldest, so that none starves."""
-        # While no stream waits for a token, a larger batch of prompts is cheaper.
-        idle = not self._rows.active
-        budget = IDLE_CHUNKS * self._chunk if idle else self._chunk
-        step = StepBudget(self._costs.pace, budget, self._idle_ms)
+    def run(self, events: list[EngineEvent], spent_ms: float, *, goes_on: bool) -> None:
+        """Spend what admissions left of the step's budget; with `goes_on`, of the last step's. The
+        prompt with the fewest tokens left goes first, but half of the budget is for the oldest, so
+        that none starves."""
+        if not goes_on or (self._idle and self._rows.active):
+            # While no stream waits for a token, a larger batch of prompts is cheaper.
+            self._idle = not self._rows.active
+            self._most = IDLE_CHUNKS * self._chunk if self._idle else self._chunk
+            self._step = StepBudget(self._costs.pace, self._most, self._idle_ms)
+        else:
+            self._step.spend(0, spent_ms)
+        step = self._step
         while len(self._rows.sequences) > self._rows.active:
+            if self._tells_first and self._tokens.fresh:
+                return
             if self._rows.active:
                 step.tighten(self._stall_ms, spent_ms)
-            self._rows.release_followers()
+            began_s = self._costs.now_s()
+            if self._rows.release_followers():
+                step.spend(0, (self._costs.now_s() - began_s) * 1e3)
             if self._together(step, events):
                 continue
             pending = [s for s in self._rows.prefilling if s.follows is None]
             oldest = min(pending, key=lambda sequence: sequence.admitted)
             shortest = min(pending, key=lambda sequence: sequence.total - sequence.filled)
-            chosen = shortest if step.tokens > budget / 2 else oldest
+            chosen = shortest if step.tokens > self._most / 2 else oldest
             if chosen.total - chosen.filled > step.piece(chosen.filled) // 2:
                 chosen = oldest
             images = self._forward.images(chosen)
@@ -86,40 +111,38 @@ class Prefill:
                 self._compute_image(chosen, step, events)
                 continue
             limit = step.piece(chosen.filled)
-            if not limit or (idle and step.begun and limit < chosen.total - chosen.filled):
+            if not limit or (self._idle and step.begun and limit < chosen.total - chosen.filled):
                 # Without streams to serve in between, a cut would only cost another forward.
                 return
             self._one(self._rows.sequences.index(chosen), limit, step, events)
 
     def _together(self, step: StepBudget, events: list[EngineEvent]) -> bool:
-        """Prefill short prompts that fit into the budget in one forward. False if
-        there are none."""
+        """Prefill several prompts that fit into the budget in one forward. False if there are
+        none."""
         if not self._forward.many_prompts or len(self._rows.sequences) - self._rows.active < 2:
             return False
         able = [s for s in self._rows.prefilling if s.follows is None and self._may_share(s)]
-        if len(able) < 2:
-            return False
-        able.sort(key=lambda sequence: sequence.total - sequence.filled)
-        start = max(sequence.filled for sequence in able)
-        budget = step.piece(start)
-        chosen: list[Sequence] = []
-        real = 0
-        for sequence in able:
-            left = sequence.total - sequence.filled
-            padded = left * (len(chosen) + 1)
-            real += left
-            if padded > budget or padded - real > max(GROUP_TOKENS, GROUP_PADDING * padded):
-                break
-            chosen.append(sequence)
+        start, chosen = self._alike(able, step)
+        fanned = len(chosen) > 1
+        if not fanned:
+            start, chosen = self._of_similar_length(able, step)
         if len(chosen) < 2:
             return False
-        for place, sequence in enumerate(chosen, self._rows.active):
+        active = self._rows.active
+        for place, sequence in enumerate(chosen, active):
             self._rows.exchange(self._rows.sequences.index(sequence), place)
-        tokens = (chosen[-1].total - chosen[-1].filled) * len(chosen)
+        if fanned:
+            tokens, rows = sum(sequence.total - start for sequence in chosen), 1
+        else:
+            rows = len(chosen)
+            tokens = max(sequence.total - sequence.filled for sequence in chosen) * rows
         started = self._costs.start()
         try:
-            logits = self._forward.prefill_many(self._rows.active, chosen)
-            self._costs.computed_piece(step, tokens, start, len(chosen), started)
+            if fanned:
+                logits = self._forward.prefill_fanned(active, chosen, start)
+            else:
+                logits = self._forward.prefill_many(active, chosen)
+            self._costs.computed_piece(step, tokens, start, rows, started)
             choices = self._tokens.choices(chosen, logits)
         except Exception as error:
             if is_out_of_memory(error):
@@ -135,6 +158,51 @@ class Prefill:
         self._rows.active += len(chosen)
         self._tokens.take(chosen, choices)
         return True
+
+    def _alike(self, able: list[Sequence], step: StepBudget) -> tuple[int, list[Sequence]]:
+        """Prompts that begin with the same tokens, which are computed, and whose rests fit into the
+        budget and behind that beginning; and its length. Some have a little more in common: those
+        few tokens are computed again."""
+        if len(able) < 2 or not self._forward.branches:
+            return 0, []
+        usual = statistics.mode(sequence.filled for sequence in able)
+        near = [s for s in able if abs(s.filled - usual) <= AGAIN_TOKENS and not s.branches]
+        start = min((sequence.filled for sequence in near), default=0)
+        if start < FANNED_TOKENS or any(start < s.prompt.media_end for s in near):
+            return 0, []
+        room = min(step.piece(start), self._rows.cache.capacity - start)
+        first = next(sequence for sequence in near if sequence.filled == usual)
+        beginning = sequence_key(first)[:start]
+        chosen: list[Sequence] = []
+        for sequence in near:
+            rest = sequence.total - start
+            if (
+                rest <= room
+                and sequence.adapter == first.adapter
+                and np.array_equal(sequence_key(sequence)[:start], beginning)
+            ):
+                chosen.append(sequence)
+                room -= rest
+        return start, chosen
+
+    def _of_similar_length(
+        self, able: list[Sequence], step: StepBudget
+    ) -> tuple[int, list[Sequence]]:
+        """The shortest, as many as fit into the budget with little padding; and how much of the
+        longest one is computed."""
+        start = max((sequence.filled for sequence in able), default=0)
+        chosen: list[Sequence] = []
+        real = 0
+        for sequence in sorted(able, key=lambda sequence: sequence.total - sequence.filled):
+            left = sequence.total - sequence.filled
+            padded = left * (len(chosen) + 1)
+            real += left
+            if padded > step.piece(start, left) or padded - real > max(
+                GROUP_TOKENS, GROUP_PADDING * padded
+            ):
+                break
+            chosen.append(sequence)
+        return start, chosen
 
     def _may_share(self, sequence: Sequence) -> bool:
         """Whether the rest of a prompt is plain tokens of which only the last logits are needed."""

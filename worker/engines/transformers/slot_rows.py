@@ -27,6 +27,9 @@ from worker.engines.transformers.prefix import SMALLEST_PREFIX, PrefixCache
 
 __all__ = ["SlotRows"]
 
+FAN_TOKENS = 512
+"""So much room, at most, is reserved for the rests of prompts that begin alike."""
+
 GROWTH_TOKENS = 128
 """Room after a prompt that is reserved on admission; longer answers grow on demand."""
 
@@ -144,9 +147,25 @@ class SlotRows:
             # No row waits for a waiting row, so that there are no cycles.
             if other.follows is None and share >= max(length, sequence.shared) + SMALLEST_PREFIX:
                 sequence.follows, sequence.shared = other, share
+        self._reserve_fan(max(length, sequence.shared))
 
-    def release_followers(self) -> None:
-        """Let rows go on whose prefix has been computed, or will not be."""
+    def _reserve_fan(self, start: int) -> None:
+        """Make room, if there is some, for the rests behind `start` of all prompts that begin with
+        as much that was computed elsewhere: they can be computed in one row (`prefill_fanned`).
+        Done while rows are empty: later, growth would copy them."""
+        if start and self._forward.branches:
+            shares = [max(sequence.filled, sequence.shared) for sequence in self.prefilling]
+            rests = [
+                sequence.total - start
+                for sequence, share in zip(self.prefilling, shares, strict=True)
+                if share == start
+            ]
+            self._reserve(len(self.sequences), start + min(sum(rests), FAN_TOKENS))
+
+    def release_followers(self) -> bool:
+        """Let rows go on whose prefix has been computed, or will not be. Whether there were any."""
+        ready: list[tuple[int, int]] = []
+        found = False
         for row in range(self.active, len(self.sequences)):
             sequence = self.sequences[row]
             leader = sequence.follows
@@ -154,12 +173,15 @@ class SlotRows:
                 leader.state is State.PREFILL and leader.filled < sequence.shared
             ):
                 continue
+            found = True
             if leader in self.sequences:
-                self._take_prefix(row, self.sequences.index(leader))
+                ready.append((row, self.sequences.index(leader)))
                 continue
             sequence.follows = None
             if not sequence.cancelled:
                 self._reuse(sequence, row)
+        self._take_prefixes(ready)
+        return found
 
     def leave(self, row: int, *, keep: bool = True) -> None:
         """Remove a row; the last rows close the gap."""
@@ -183,20 +205,31 @@ class SlotRows:
     def _hand_over(self, row: int) -> None:
         """Rows that wait for what this one has computed get it before it leaves."""
         leader = self.sequences[row]
-        for other in range(self.active, len(self.sequences)):
-            follower = self.sequences[other]
-            if follower.follows is leader and leader.filled >= follower.shared:
-                self._take_prefix(other, row)
+        self._take_prefixes(
+            [
+                (other, row)
+                for other, follower in enumerate(self.sequences)
+                if follower.follows is leader and leader.filled >= follower.shared
+            ]
+        )
 
-    def _take_prefix(self, row: int, source: int) -> None:
-        """A row gets the prefix that it has waited for from the row that computed it."""
-        sequence = self.sequences[row]
-        sequence.follows = None
-        self.cache.move(source, row, sequence.shared)
-        self.prefix.hit_tokens += sequence.shared - sequence.filled
-        sequence.filled = sequence.shared
-        if not sequence.answer:
-            sequence.cached = sequence.shared
+    def _take_prefixes(self, ready: list[tuple[int, int]]) -> None:
+        """Rows get the prefix that they have waited for: `ready` has each row, in order, with the
+        row that computed it."""
+        runs: list[list[int]] = []
+        for row, source in ready:
+            sequence = self.sequences[row]
+            sequence.follows = None
+            self.prefix.hit_tokens += sequence.shared - sequence.filled
+            sequence.filled = sequence.shared
+            if not sequence.answer:
+                sequence.cached = sequence.shared
+            if runs and runs[-1][1:] == [row, source, sequence.shared]:
+                runs[-1][1] = row + 1
+            else:
+                runs.append([row, row + 1, source, sequence.shared])
+        for first, last, source, shared in runs:
+            self.cache.share(source, first, last, shared)
 
     def _keep(self, sequence: Sequence, row: int) -> None:
         """Keep a row in the prefix cache, unless there is no memory for a copy."""
@@ -223,9 +256,12 @@ class SlotRows:
         if row == other:
             return
         one, two = self.sequences[row], self.sequences[other]
-        length = max(one.stored, two.stored)
-        if length:
-            self.cache.swap(row, other, length)
+        if one.stored and two.stored:
+            self.cache.swap(row, other, max(one.stored, two.stored))
+        elif one.stored:
+            self.cache.move(row, other, one.stored)
+        elif two.stored:
+            self.cache.move(other, row, two.stored)
         self.sequences[row], self.sequences[other] = two, one
 
     # --- memory -----------------------------------------------------------------------------------

@@ -86,13 +86,14 @@ class SlotRunner:
             chunk=prefill_chunk,
             stall_ms=stall_ms,
             idle_ms=idle_ms,
+            tells_first=not overlap,
         )
         self._overlap = overlap
         #: What drafts the answers; None where each step computes one token of each.
         self._drafts = drafts
         #: A decode that was launched but not collected yet.
         self._computed: _Computed | None = None
-        #: Whether the last step returned first tokens before its decode, which is still to come.
+        #: Whether the last call returned first tokens before the rest of its step.
         self._first_told = False
 
     # --- the Runner interface ---------------------------------------------------------------------
@@ -160,17 +161,17 @@ class SlotRunner:
             self.cache.shrink(self.cache.slots, KEPT_CAPACITY)
         if self._overlap:
             self._collect(events)
-        if not self._first_told:
-            began = self.costs.now_s()
-            self.rows.admit(events)
-            self._prefill.run(events, (self.costs.now_s() - began) * 1e3)
+        began_s = self.costs.now_s()
+        self.rows.admit(events)
+        spent_ms = (self.costs.now_s() - began_s) * 1e3
+        self._prefill.run(events, spent_ms, goes_on=self._first_told)
         self._first_told = False
         if self._overlap:
             # The device computes the next tokens while the host emits the last ones.
             self._launch(events)
         elif self._tokens.fresh:
-            # First tokens are returned before the decode that follows, which is left to
-            # the next step.
+            # First tokens are returned at once. What is left of this step, further prompts within
+            # the same budget and the decode, is for the next call.
             self._first_told = True
         elif self.rows.active:
             self._launch(events)

@@ -1,0 +1,167 @@
+"""Prompts that come together: which are computed in one forward, in what order their first tokens
+are told, and that all of it changes no answer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engines import tiny
+from tests.engines.architectures import BATCHED, text_model
+from worker.engines.base import Tokens
+from worker.engines.transformers.cache import SlotCache
+from worker.engines.transformers.slots import SlotRunner
+
+
+class Watched:
+    """An engine, and the forwards that its prompts took."""
+
+    def __init__(self, model: Any, **settings: Any) -> None:
+        # The engine changes layers of its model.
+        self.plain = copy.deepcopy(model)
+        wanted: dict[str, Any] = {"prefill_chunk": 512, "prefix_tokens": 0, "kv_tokens": 16_384}
+        self.engine = tiny.serve(model, **(wanted | settings))
+        runner = self.engine._served[0].slot_runner
+        assert isinstance(runner, SlotRunner)
+        self.runner = runner
+        #: Name of each forward, and its prompts.
+        self.forwards: list[tuple[str, int]] = []
+        forward: Any = runner.forward
+        for name in ("prefill_many", "prefill_fanned"):
+            setattr(forward, name, self._counted(name, getattr(forward, name)))
+        one = forward.prefill
+
+        def alone(*arguments: Any, **options: Any) -> Any:
+            self.forwards.append(("prefill", 1))
+            return one(*arguments, **options)
+
+        forward.prefill = alone
+
+    def _counted(self, name: str, compute: Any) -> Any:
+        def counted(slot: int, sequences: list[Any], *more: Any) -> Any:
+            self.forwards.append((name, len(sequences)))
+            return compute(slot, sequences, *more)
+
+        return counted
+
+    def answers(self, asked: list[list[int]], count: int = 6) -> list[tiny.Answer]:
+        return tiny.run_at_once(self.engine, [tiny.ids_job(ids, max_tokens=count) for ids in asked])
+
+    def written(self, ids: list[int], count: int = 6) -> list[int]:
+        return tiny.generated(self.plain, {"input_ids": torch.tensor([ids])}, count, ())
+
+
+def alike(count: int, common: int = 100) -> list[list[int]]:
+    """Prompts with a common beginning; some have two tokens more in common."""
+    head, *tails = tiny.prompts(count + 1, low=3, high=20, seed=4)
+    [head] = tiny.prompts(1, low=common, high=common, seed=3)
+    return [head + ([7, 8] if number % 3 == 2 else []) + tail for number, tail in enumerate(tails)]
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_prompts_that_begin_alike_are_computed_as_one_row(name: str) -> None:
+    watched = Watched(text_model(name), slots=8)
+    asked = alike(7)
+    try:
+        answers = watched.answers(asked)
+        assert [a.token_ids for a in answers] == [watched.written(ids) for ids in asked]
+        if watched.runner.forward.branches:
+            # The first one computes what is common; the others follow it together.
+            assert watched.forwards == [("prefill", 1), ("prefill_fanned", 6)]
+            cached = [a.ended.usage.cached_tokens for a in answers if a.ended is not None]
+            assert cached[0] == 0 and min(cached[1:]) >= 100
+    finally:
+        watched.engine.close()
+
+
+def test_prompts_behind_a_kept_beginning_are_computed_as_one_row() -> None:
+    watched = Watched(tiny.llama(), slots=8, prefix_tokens=4096)
+    first, *asked = alike(7)
+    try:
+        watched.answers([first])
+        watched.forwards.clear()
+        answers = watched.answers(asked)
+        assert [a.token_ids for a in answers] == [watched.written(ids) for ids in asked]
+        assert watched.forwards == [("prefill_fanned", 6)]
+    finally:
+        watched.engine.close()
+
+
+def test_rests_that_find_no_room_behind_the_beginning_are_computed_otherwise() -> None:
+    """The budget holds the rows and nothing more."""
+    watched = Watched(tiny.llama(), slots=8, kv_tokens=8 * 128)
+    asked = [ids[:119] for ids in alike(7)]
+    try:
+        answers = watched.answers(asked)
+        assert [a.token_ids for a in answers] == [watched.written(ids) for ids in asked]
+        assert max(count for name, count in watched.forwards if name == "prefill_fanned") < 6
+        cache = watched.runner.cache
+        assert cache.slots * cache.capacity <= 8 * 128
+    finally:
+        watched.engine.close()
+
+
+def test_a_forward_of_prompts_that_fails_is_repeated_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    watched = Watched(tiny.llama(), slots=8)
+    asked = alike(5)
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no fan here")
+
+    monkeypatch.setattr(watched.runner.forward, "prefill_fanned", broken)
+    try:
+        answers = watched.answers(asked)
+        assert [a.token_ids for a in answers] == [watched.written(ids) for ids in asked]
+        assert "no fan here" in caplog.text
+    finally:
+        watched.engine.close()
+
+
+def test_first_tokens_do_not_wait_for_the_prompts_behind_them() -> None:
+    """Two short prompts are computed first, and their tokens told at once; two longer ones are
+    computed in the same step, before the decode, which serves all four."""
+    watched = Watched(tiny.llama(), slots=8)
+    asked = [*tiny.prompts(2, low=5, high=5), *tiny.prompts(2, low=150, high=150)]
+    jobs = [tiny.ids_job(ids, max_tokens=6) for ids in asked]
+    forward: Any = watched.runner.forward
+    decode, decoded = forward.decode, []
+
+    def counted(sequences: list[Any]) -> Any:
+        decoded.append(len(sequences))
+        return decode(sequences)
+
+    forward.decode = counted
+    try:
+        for job in jobs:
+            watched.engine.add(job)
+        tiny.await_prepared(watched.engine)
+        for wanted in (jobs[:2], jobs[2:]):
+            events = watched.engine.step()
+            told = [e.request_id for e in events if isinstance(e, Tokens)]
+            assert sorted(told) == sorted(job.request_id for job in wanted)
+        assert watched.forwards == [("prefill_many", 2)] * 2 and decoded == []
+        watched.engine.step()
+        assert decoded == [4]
+    finally:
+        watched.engine.close()
+
+
+def test_rows_share_a_beginning_and_get_their_rests() -> None:
+    cache = SlotCache(2, slots=4, capacity=64)
+    states = torch.randn(1, 2, 30, 8)
+    for layer in range(2):
+        cache.plan.prefill(1, 0)
+        cache.update(states, states + layer, layer)
+    cache.share(1, 2, 4, 20)
+    cache.spread(1, 20, [3, 5, 2])
+    for layer in range(2):
+        values = cache.slot_layers[layer].values
+        whole = (states + layer)[0].transpose(0, 1)
+        for row, (start, end) in enumerate([(20, 23), (23, 28), (28, 30)], 1):
+            assert torch.equal(values[row, :20], whole[:20])
+            assert torch.equal(values[row, 20 : 20 + end - start], whole[start:end])
