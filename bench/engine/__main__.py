@@ -15,7 +15,8 @@ Cases, all in one run (`--only` selects):
 * engines: vLLM and llama.cpp beside ours, served and in the process, and each behind our bus
   (`bench/peers/engines/install.sh` installs them).
 * bus: CPU of link, broker and client for each step, over the engine's.
-* shared: prompts that share a prefix, beside the same without reuse.
+* shared: prompts that share a prefix, beside the same without reuse; 32 at once with a common
+  prompt of 2,000 tokens, beside one of them.
 * images: questions about images, beside `generate`.
 * gap: what a long prompt does to running streams, beside the engine's bound.
 * profile, on a CPU: a decode step of `--streams` rows and a prefill of `--prefill` tokens, in

@@ -23,6 +23,8 @@ from bench.engine.cases import (
 )
 from worker.engines.base import Ended, Failed
 
+COMMON_TOKENS = 2000
+
 IMAGES = 16
 """How many questions about images are asked at once; plain `generate()` answers them in turn."""
 
@@ -58,6 +60,44 @@ def shared(setting: Setting) -> None:
     )
     for engine in engines.values():
         engine.close()
+    _common_prompt(setting)
+
+
+def _common_prompt(setting: Setting) -> None:
+    """32 requests at once that begin with the same 2,000 tokens, beside one of them: CPU time until
+    the last first token. Memory was used before."""
+    count, new = 32, 2
+    engine = build_engine(
+        setting.model, setting.tokenizer, count, prefix_tokens=0, kv_tokens=KV_TOKENS
+    )
+    seed = 0
+
+    def asked(number: int, tail: int) -> dict[str, float]:
+        nonlocal seed
+        seed += 2
+        head = setting.token_prompts(1, COMMON_TOKENS, COMMON_TOKENS, seed=seed)[0]
+        tails = setting.token_prompts(number, tail, tail, seed=seed + 1)
+        return run_engine(engine, [head + ids for ids in tails], new)
+
+    asked(count, 12)
+    cases = {"one": lambda: asked(1, 1)} | {
+        str(tail): lambda t=tail: asked(count, t)  # type: ignore[misc]
+        for tail in (1, 4, 12)
+    }
+    seen = interleave(cases, repeats(setting.arguments))
+    one = seen.pop("one")["last_ttft_cpu_ms"]
+    for tail, figures in seen.items():
+        setting.report.add(
+            "engine_common_prompt_last_ttft_cpu_ms",
+            figures["last_ttft_cpu_ms"],
+            "ms",
+            peer="one request",
+            against=paired(figures["last_ttft_cpu_ms"], one),
+            streams=count,
+            common_tokens=COMMON_TOKENS,
+            own_tokens=int(tail),
+        )
+    engine.close()
 
 
 def images(setting: Setting) -> None:

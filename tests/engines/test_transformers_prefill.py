@@ -4,8 +4,12 @@ are told, and that all of it changes no answer."""
 from __future__ import annotations
 
 import copy
+import random
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +17,7 @@ from tests.engines import tiny
 from tests.engines.architectures import BATCHED, text_model
 from worker.engines.base import Tokens
 from worker.engines.transformers.cache import SlotCache
+from worker.engines.transformers.prefix import SMALLEST_PREFIX, PrefixCache
 from worker.engines.transformers.slots import SlotRunner
 
 
@@ -165,3 +170,59 @@ def test_rows_share_a_beginning_and_get_their_rests() -> None:
         for row, (start, end) in enumerate([(20, 23), (23, 28), (28, 30)], 1):
             assert torch.equal(values[row, :20], whole[:20])
             assert torch.equal(values[row, 20 : 20 + end - start], whole[start:end])
+
+
+@dataclass
+class Row:
+    """What the prefix cache reads of a sequence."""
+
+    ids: list[int]
+    adapter: str | None = None
+    answer: list[int] = field(default_factory=list)
+
+    @property
+    def prompt(self) -> Any:
+        return SimpleNamespace(key=np.asarray(self.ids, dtype=np.int64), media_end=0)
+
+    @property
+    def kept_tokens(self) -> int:
+        return len(self.ids)
+
+
+def test_the_longest_common_beginning_is_found_among_many() -> None:
+    """As by comparing with every row that was kept, of each adapter."""
+    choose = random.Random(5)
+    prefix = PrefixCache(1 << 30)
+    kept: list[Row] = []
+    for _ in range(400):
+        # Few different tokens: many rows have something in common, and some contain others.
+        ids = [choose.randrange(2) for _ in range(choose.randint(SMALLEST_PREFIX, 26))]
+        row: Any = Row(ids, choose.choice([None, "adapter"]))
+        wanted = max(
+            (
+                next((i for i, (a, b) in enumerate(zip(ids, one.ids, strict=False)) if a != b), 99)
+                if ids[: len(one.ids)] != one.ids[: len(ids)]
+                else min(len(ids), len(one.ids))
+                for one in kept
+                if one.adapter == row.adapter
+            ),
+            default=0,
+        )
+        _, found = prefix.longest(row, 1000)
+        assert found == (wanted if wanted >= SMALLEST_PREFIX else 0)
+        prefix.store(row, lambda length: [])
+        kept.append(row)
+    # None that is the beginning of another is kept.
+    whole = {
+        (row.adapter, *row.ids)
+        for row in kept
+        if not any(
+            row.adapter == other.adapter
+            and len(row.ids) < len(other.ids)
+            and other.ids[: len(row.ids)] == row.ids
+            for other in kept
+        )
+    }
+    assert prefix.tokens == sum(len(ids) - 1 for ids in whole)
+    prefix.forget("adapter")
+    assert prefix.tokens == sum(len(ids) - 1 for ids in whole if ids[0] is None)

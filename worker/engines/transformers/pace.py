@@ -13,12 +13,12 @@ from bisect import bisect_right
 __all__ = ["SMALLEST_PIECE", "PrefillCostModel", "StepBudget"]
 
 SMALLEST_PIECE = 8
-LARGEST_FLOOR = 64
+LARGEST_FLOOR = 32
 """Tokens. Pieces are at least as large as costs as much as a forward by itself, between these two:
 smaller ones would cost the prompts more than they spare the streams. A bound below the cost of such
 a piece cannot be met: prompts must make progress."""
 
-MARGIN = 0.9
+MARGIN = 0.8
 """Fraction of the bound to aim at, since the learned costs are accurate only within some
 percent."""
 

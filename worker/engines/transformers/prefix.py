@@ -1,13 +1,15 @@
 """Prefix cache: keys and values of finished rows, found by their tokens.
 
 An entry is identified by its token ids, with every image placeholder replaced by a digest of the
-image, so equal ids mean equal keys and values. Least recently used entries are evicted when the
-budget is full. Must never return a prefix that ends before the last image of the request: the
-images after it would have to be passed to the model without those before.
+image, so equal ids mean equal keys and values. Entries are sorted by their ids: what has most in
+common with a prompt is its neighbour, and no other is looked at. Least recently used entries are
+evicted when the budget is full. Must never return a prefix that ends before the last image of the
+request: the images after it would have to be passed to the model without those before.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +35,8 @@ class PrefixEntry:
     key: NDArray[np.int64]
     adapter: str | None
     states: LayerStates
+    #: The key as bytes, by which entries are sorted.
+    order: bytes
 
 
 class PrefixCache:
@@ -43,8 +47,10 @@ class PrefixCache:
         #: Number of tokens held, and of tokens that requests took from here or from running rows.
         self.tokens = 0
         self.hit_tokens = 0
-        self._entries: OrderedDict[int, PrefixEntry] = OrderedDict()
-        self._next = 0
+        #: All entries, the least recently used first; and sorted, by adapter. None is the beginning
+        #: of another.
+        self._entries: OrderedDict[PrefixEntry, None] = OrderedDict()
+        self._sorted: dict[str | None, list[PrefixEntry]] = {}
 
     def longest(self, sequence: Sequence, limit: int) -> tuple[PrefixEntry | None, int]:
         """The entry with the longest common prefix with the sequence, and its length,
@@ -52,9 +58,8 @@ class PrefixCache:
         best: PrefixEntry | None = None
         length = 0
         key = sequence_key(sequence)
-        for entry in self._entries.values():
-            if entry.adapter != sequence.adapter:
-                continue
+        entries, place = self._place(sequence.adapter, key.tobytes())
+        for entry in entries[max(place - 1, 0) : place + 1]:
             shared = _usable(sequence, min(_common(entry.key, key), limit))
             if shared > length:
                 best, length = entry, shared
@@ -70,10 +75,7 @@ class PrefixCache:
     def used(self, entry: PrefixEntry, length: int) -> None:
         """An entry was copied: mark it as the most recently used."""
         self.hit_tokens += length
-        for number, held in self._entries.items():
-            if held is entry:
-                self._entries.move_to_end(number)
-                return
+        self._entries.move_to_end(entry)
 
     def store(self, sequence: Sequence, read: Callable[[int], LayerStates]) -> None:
         """Keep a finished row if it is worth it. `read(length)` copies its keys and values."""
@@ -81,20 +83,20 @@ class PrefixCache:
         if length < SMALLEST_PREFIX or length > self.budget:
             return
         key = sequence_key(sequence)[:length]
-        for number, entry in list(self._entries.items()):
-            if entry.adapter != sequence.adapter:
-                continue
-            common = _common(entry.key, key)
-            if common == length:
-                # Already contained completely: only mark it as used.
-                self._entries.move_to_end(number)
-                return
-            if common == len(entry.key):
-                self._remove(number)
+        order = key.tobytes()
+        entries, place = self._place(sequence.adapter, order)
+        if place < len(entries) and entries[place].order.startswith(order):
+            # Already contained completely: only mark it as used.
+            self._entries.move_to_end(entries[place])
+            return
+        if place and order.startswith(entries[place - 1].order):
+            self._remove(entries[place - 1])
         while self.tokens + length > self.budget and self.drop_oldest():
             pass
-        self._next += 1
-        self._entries[self._next] = PrefixEntry(key, sequence.adapter, read(length))
+        entry = PrefixEntry(key, sequence.adapter, read(length), order)
+        entries, place = self._place(sequence.adapter, order)
+        entries.insert(place, entry)
+        self._entries[entry] = None
         self.tokens += length
 
     def drop_oldest(self) -> bool:
@@ -106,16 +108,23 @@ class PrefixCache:
 
     def forget(self, adapter: str) -> None:
         """Drop what was computed with an adapter."""
-        for number, entry in list(self._entries.items()):
-            if entry.adapter == adapter:
-                self._remove(number)
+        for entry in list(self._sorted.get(adapter, ())):
+            self._remove(entry)
 
     def clear(self) -> None:
         self._entries.clear()
+        self._sorted.clear()
         self.tokens = 0
 
-    def _remove(self, number: int) -> None:
-        self.tokens -= len(self._entries.pop(number).key)
+    def _place(self, adapter: str | None, order: bytes) -> tuple[list[PrefixEntry], int]:
+        """The entries of an adapter, sorted, and where among them a key belongs."""
+        entries = self._sorted.setdefault(adapter, [])
+        return entries, bisect_left(entries, order, key=lambda entry: entry.order)
+
+    def _remove(self, entry: PrefixEntry) -> None:
+        entries, place = self._place(entry.adapter, entry.order)
+        del entries[place], self._entries[entry]
+        self.tokens -= len(entry.key)
 
 
 def sequence_key(sequence: Sequence) -> NDArray[np.int64]:
