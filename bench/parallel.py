@@ -4,15 +4,16 @@
 
 For each `--way NAME KEY=VALUE...` a worker runs vLLM with those arguments, beside a second worker
 with one process. Greedy answers of both are compared token by token; then, in mid-stream at the
-first, one of the processes that compute for it is killed (SIGKILL): its engine must end, and the
-stream go on at the second. The model is a tiny random Llama in float32, on a CPU. `--ray` counts
-Ray's processes among those that may be killed.
+first, one of the processes that compute for it is killed (SIGKILL), or with `--beside` its other
+node: its engine must end, and the stream go on at the second. The model is a tiny random Llama in
+float32, on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from pathlib import Path
 import psutil
 
 from client import Client, Tokens
-from client.cli.local_bus import LocalBus
+from client.cli.local_bus import LocalBus, ManagedProcess
 from tests.engines import library_checks as checks
 
 HIDDEN = 128
@@ -56,17 +57,14 @@ def answers(client: Client, model: str) -> list[list[int]]:
     ]
 
 
-def computing(worker_pid: int, named: str) -> list[psutil.Process]:
-    """The processes that compute for a worker's engine: its children, or Ray's actors."""
-    if named:
-        return [p for p in psutil.process_iter() if named in " ".join(p.cmdline())]
+def computing(worker_pid: int) -> list[psutil.Process]:
+    """The processes that compute for a worker's engine."""
     (engine, *_) = psutil.Process(worker_pid).children()
-    return [
-        p for p in engine.children(recursive=True) if "resource_tracker" not in str(p.cmdline())
-    ]
+    found = engine.children(recursive=True)
+    return [process for process in found if "resource_tracker" not in str(process.cmdline())]
 
 
-def try_out(folder: Path, path: Path, way: str, arguments: list[str], named: str) -> Outcome:
+def try_out(folder: Path, path: Path, way: str, arguments: list[str], beside: str) -> Outcome:
     """Start both workers, compare, kill, and see."""
     told = Outcome(way)
     common = ["--model-path", str(path), "--dtype", "float32", "--slots", "4"]
@@ -79,6 +77,9 @@ def try_out(folder: Path, path: Path, way: str, arguments: list[str], named: str
         first = bus.start_worker(
             "w1", *common, "--model-name", "tiny,spread", *spread, engine="vllm"
         )
+        node = None
+        if beside:
+            node = ManagedProcess("node", shlex.split(beside.format(model=path)), folder)
         bus.wait_ready(1)
         told.started_s = time.monotonic() - began_s
         bus.start_worker("w2", *common, "--model-name", "tiny,single", engine="vllm")
@@ -99,9 +100,15 @@ def try_out(folder: Path, path: Path, way: str, arguments: list[str], named: str
                     continue
                 if stream.worker != "w1":
                     break
-                victim = computing(first.pid, named)[-1]
-                told.killed = " ".join([victim.name(), *victim.cmdline()[-1:]])[:60]
-                os.kill(victim.pid, signal.SIGKILL)
+                if node is not None:
+                    told.killed = "the other node"
+                    for process in psutil.Process(node.pid).children(recursive=True):
+                        process.kill()
+                    node.kill()
+                else:
+                    victim = computing(first.pid)[-1]
+                    told.killed = " ".join([victim.name(), *victim.cmdline()[-1:]])[:60]
+                    os.kill(victim.pid, signal.SIGKILL)
                 killed_s = time.monotonic()
             if killed_s:
                 break
@@ -121,7 +128,12 @@ def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m bench.parallel", description=__doc__)
     parser.add_argument("--way", nargs="+", action="append", required=True, metavar="WORD")
-    parser.add_argument("--victim", default="", help="a word of the command lines of its victims")
+    parser.add_argument(
+        "--beside",
+        default="",
+        metavar="COMMAND",
+        help="starts the other node of the model in {model}; it is what is killed then",
+    )
     options = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     folder = Path(tempfile.mkdtemp(prefix="bench-parallel-"))
@@ -131,7 +143,7 @@ def main() -> int:
     for number, (name, *arguments) in enumerate(options.way):
         place = folder / str(number)
         place.mkdir()
-        told = try_out(place, path, name, arguments, options.victim)
+        told = try_out(place, path, name, arguments, options.beside)
         print(
             f"| {name} | {told.started_s:.0f} | {told.equal} of {len(PROMPTS)} | {told.killed} "
             f"| {told.goes_on} | {told.resumed} | {told.ended_s:.1f} |\n  {told.error}",
