@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from broker.protocol.messages import Constraint, Resume, new_id
-from tests.engines import tiny
+from tests.engines import test_thinking as thinking, tiny
 from tests.engines.test_transformers_rope import SWITCH, phi3_longrope
 from worker.engines.base import Ended, EngineEvent, EngineLoadError, Job, Tokens
 from worker.engines.common.sampling import Sampler
@@ -373,6 +373,28 @@ def test_images_are_in_no_ones_way() -> None:
     }
     assert runner_of(engine).counts().accepted_tokens > 20
     engine.close()
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+def test_a_thought_is_closed_at_its_budget_in_the_middle_of_a_draft(constrained: bool) -> None:
+    more = {"constraint": thinking.YES_OR_NO} if constrained else {"ignore_eos": True}
+    asked_for = [
+        thinking.job(thinking.OPENED, thinking_tokens=limit, temperature=0.9, seed=limit, **more)
+        for limit in (3, 6)
+    ]
+    engine = thinking.served(thinking.OPENED)
+    # From the second time on, the prompt is in the prefix cache.
+    events_of(engine, asked_for)
+    wanted = events_of(engine, asked_for)
+    runner = runner_of(engine)
+    before = runner._drafts
+    guided(engine, {one: answer_of(events) for one, events in wanted.items()})
+    try:
+        got = events_of(engine, asked_for)
+    finally:
+        runner._drafts = before
+    for job in asked_for:
+        assert_same(got[job.request_id], wanted[job.request_id])
 
 
 def test_no_token_is_computed_past_the_context() -> None:
