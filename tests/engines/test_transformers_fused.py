@@ -144,6 +144,20 @@ def test_a_whole_fused_model_runs_without_transformers_around_its_layers(name: s
     assert direct_forward(model) is None, "something observes its norm"
 
 
+def test_a_model_whose_attention_sees_later_tokens_keeps_its_own_code() -> None:
+    model = text_model("llama")
+    model.config.is_causal = False
+    assert fuse_layers(model, pack=True) == 0
+
+
+def test_without_onednn_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "can_pack", lambda: False)
+    model = text_model("llama")
+    prepare_layers(model, EngineSettings(fused="on"))
+    assert not any(isinstance(m, PackedLinear) for m in model.modules())
+    assert direct_forward(model) is not None
+
+
 def test_no_weight_is_held_twice() -> None:
     model = text_model("llama")
     layer = model.model.layers[0]

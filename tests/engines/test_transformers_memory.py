@@ -16,8 +16,9 @@ from worker.engines.transformers.cache import SlotCache
 from worker.engines.transformers.slots import SlotRunner
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model() -> Any:
+    # A new one for each test: an engine changes the layers of its model.
     return tiny.llama()
 
 
@@ -228,7 +229,8 @@ def test_an_allocation_that_fails_costs_its_own_request_only(
 def test_memory_that_a_forward_lacks_costs_its_own_request_only(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = tiny.serve(model, prefill_chunk=512)
+    # Fused layers would be run without the model's own forward.
+    engine = tiny.serve(model, prefill_chunk=512, fused="off")
     real = model.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -255,7 +257,7 @@ def test_requests_that_do_not_fit_together_end_one_after_the_other(
     lacking: str, overlap: str, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chunk = 8 if lacking == "one prompt" else 32
-    engine = tiny.serve(model, prefill_chunk=chunk, slots=8, overlap=overlap)
+    engine = tiny.serve(model, prefill_chunk=chunk, slots=8, overlap=overlap, fused="off")
     real, sample = model.forward, Sampler.sample
 
     def forward(*args: Any, **kwargs: Any) -> Any:

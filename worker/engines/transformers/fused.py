@@ -21,6 +21,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention, silu
 from worker.engines.transformers.cache import SlotCache
 from worker.engines.transformers.packed import (
     PackedLinear,
+    can_pack,
     is_plain,
     pack_weights,
     packs_faster,
@@ -224,6 +225,9 @@ class FusedLayer:
             keys, values = keys.transpose(1, 2), values.transpose(1, 2)
             if cache is not None:
                 keys, values = cache.update(keys, values, self._index)
+            if attention_mask is None and tokens > 1:
+                # Of a cache of fixed size, transformers masks what is not filled by leaving it out.
+                keys, values = keys[:, :, :tokens], values[:, :, :tokens]
         mask = self._shared.mask(attention_mask, joined.dtype)
         seen = self._attend(rotated[:, :, : self._queries], keys, values, mask)
         hidden_states = self.out.combined(seen, hidden_states, "add")
@@ -314,7 +318,7 @@ def prepare_layers(model: nn.Module, settings: EngineSettings) -> None:
     adapted = settings.adapters or settings.adapters_folder
     if adapted or settings.fused == "off" or not (on_cpu or settings.fused == "on"):
         return
-    pack = on_cpu and (settings.fused == "on" or packs_faster(model))
+    pack = on_cpu and can_pack() and (settings.fused == "on" or packs_faster(model))
     fuse_layers(model, pack=pack)
     if pack:
         pack_weights(model)
@@ -411,6 +415,8 @@ def _is_known(layer: Any) -> bool:
     projections += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     return (
         all(map(is_plain, projections))
+        and getattr(attention, "is_causal", False)
+        and getattr(attention.config, "is_causal", True)
         and projections[0].weight.dtype in ERRORS
         and len({one.bias is None for one in projections[:3]}) == 1
         and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")

@@ -21,6 +21,7 @@ from worker.engines.common.failures import one_line
 
 __all__ = [
     "PackedLinear",
+    "can_pack",
     "is_plain",
     "pack_weights",
     "packed_bytes",
@@ -103,6 +104,11 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+def can_pack() -> bool:
+    """Whether torch was built with oneDNN; on macOS it is not."""
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def packs_faster(model: nn.Module) -> bool:
