@@ -180,6 +180,25 @@ CASES: dict[str, tuple[str, str, str, list[Call]]] = {
         "Let me see.",
         [CALL, NOW],
     ),
+    # Tuned on Mistral's or Llama's vocabulary, which has their own marks too.
+    "hermes and mistral": (
+        "<tool_call> [TOOL_CALLS]",
+        f"Let me see.[TOOL_CALLS][{OBJECT}, {OTHER}]",
+        "Let me see.",
+        [CALL, NOW],
+    ),
+    "hermes and mistral, by name": (
+        "<tool_call> [TOOL_CALLS]",
+        f"[TOOL_CALLS]get_weather[CALL_ID]a1b2c3d4e[ARGS]{TEXT}[TOOL_CALLS]now[ARGS]{{}}",
+        "",
+        [CALL, NOW],
+    ),
+    "hermes and llama": (
+        "<tool_call> <|python_tag|>",
+        f"Let me see.<|python_tag|>{OBJECT}; {OTHER}",
+        "Let me see.",
+        [CALL, NOW],
+    ),
     "unknown": ("", f"<tool_call>{OBJECT}</tool_call>", "", [CALL]),
 }
 

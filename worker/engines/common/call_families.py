@@ -59,6 +59,26 @@ def _tagged(close: str, *, optional: bool = False, before: str = "") -> Reader:
 _FUNCTION: Final = "<function="
 
 
+def _listed(calls: CallParser) -> Steps:
+    """Mistral: a list of JSON objects, or `name[CALL_ID]id[ARGS]{...}`; Llama 3: one object or
+    several."""
+    first = yield from calls.skip()
+    if first not in ("[", "{"):
+        head, mark = yield from calls.until("[ARGS]")
+        if not mark or not calls.start_call(head.partition("[CALL_ID]")[0].strip(_SPACE)):
+            return False
+        return (yield from calls.read_arguments())
+    if first == "[":
+        calls.take(1)
+    while True:
+        first = yield from calls.skip(_SEPARATORS)
+        if first != "{":
+            calls.take(first == "]")
+            return first in ("]", "")
+        if not (yield from calls.read_call()):
+            return False
+
+
 def _function(calls: CallParser) -> Steps:
     """`<function=NAME>`, then its parameters as elements, or all of them as one JSON object."""
     name, mark = yield from calls.until(">")
@@ -392,6 +412,9 @@ _MARKS: Final = (
 )
 """All of which some may be special tokens of a model."""
 
+_BESIDE: Final[dict[str, Reader]] = {"[TOOL_CALLS]": _listed, "<|python_tag|>": _listed}
+"""Marks that `ToolCallParser` finds, in models that have those of a family too."""
+
 #: How a template says that calls are to be written as Python, without a mark.
 _PYTHONIC: Final = "func_name1(params_name1"
 
@@ -405,6 +428,12 @@ class CallFormat:
         }
         if f"{_TURN}all" in template:
             self._readers[_TURN] = _functionary
+        if self._readers:
+            self._readers |= {
+                mark: reader
+                for mark, reader in _BESIDE.items()
+                if mark in template or mark in added
+            }
         self._bare = _bare if "<|python_start|>" in self._readers or _PYTHONIC in template else None
         #: Special tokens that the parser must see.
         self.special = tuple(mark for mark in _MARKS if mark in added and added[mark][1])
