@@ -24,6 +24,7 @@ from client.gateway.ollama.bodies import (
     ModelBody,
 )
 from client.gateway.openai.responses_body import INCLUDABLE, ResponseRequest
+from client.gateway.openai.responses_compact import CompactRequest
 from client.gateway.operator_view import DrainBody
 from client.gateway.requests import ChatRequest, CompletionRequest, EmbeddingRequest
 from client.gateway.scoring.bodies import ClassifyRequest, RerankRequest, ScoreRequest
@@ -49,6 +50,7 @@ _TAKES = {
     ("post", "/v1/systemone"): (SystemOneRequest, "Answer typed questions with probabilities."),
     ("post", "/v1/responses"): (ResponseRequest, "Answer an input."),
     ("post", "/v1/responses/input_tokens"): (InputTokensRequest, "Count the tokens of an input."),
+    ("post", "/v1/responses/compact"): (CompactRequest, "Summarise a conversation to go on with."),
     ("post", "/v1/batches"): (BatchRequest, "Begin a batch over a file of requests."),
     ("post", "/v1/rerank"): (RerankRequest, "Order documents by relevance."),
     ("post", "/v1/score"): (ScoreRequest, "Score pairs of texts."),
