@@ -24,7 +24,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 
-IDS = [5, 6, 7, 8, 9]
+IDS = list(range(5, 30))
+"""Long enough to be kept as a prefix."""
 
 
 @pytest.fixture(autouse=True)
