@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from broker.protocol.messages import (
     Constraint,
@@ -179,6 +180,30 @@ def test_marks_within_a_constrained_answer_are_words_of_it() -> None:
     words = Constraint(type="choice", value=['{"a": "<think>b</think>"}'])
     [(_, pieces, _)] = answers(SILENT, job(SILENT, constraint=words))
     assert pieces == [Piece("content", '{"a": "<think>b</think>"}')]
+
+
+def test_a_model_whose_vocabulary_alone_has_marks_is_held_from_the_first_token() -> None:
+    # As Qwen3's models that do not think: their template has no word of it.
+    tokenizer = FAMILY[FREE].tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    [begin] = tokenizer.encode("<think>", add_special_tokens=False)
+    engine = tiny.serve(
+        tiny.llama(vocabulary=len(tokenizer)), own_tokenizer=tokenizer, name="plain"
+    )
+    try:
+        for wanted in ("yes", "<think>yes"):
+            constraint = Constraint(type="choice", value=[wanted])
+            one = job(FREE, constraint=constraint, logit_bias=[(begin, 100.0)])
+            engine.add(Job(one.request_id, replace(one.request, model="plain")))
+            told = ""
+            while engine.busy:
+                for event in engine.step():
+                    assert isinstance(event, Tokens | Ended), event
+                    assert event.pieces is None
+                    told += event.text
+            assert told == wanted
+    finally:
+        engine.close()
 
 
 def test_who_asks_for_one_text_has_a_constraint_from_the_first_token_on() -> None:

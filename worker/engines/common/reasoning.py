@@ -69,6 +69,11 @@ class AnswerFormat(Protocol):
         """Tokens each of which begins a thought."""
 
     @property
+    def shown(self) -> bool:
+        """The model is known to think: its chat template or what it ships says so, or the worker
+        was told. Some vocabularies have the marks for other models of their family."""
+
+    @property
     def closing(self) -> str | None:
         """What ends a thought and begins the answer; None: it cannot be told."""
 
@@ -171,7 +176,8 @@ def find_format(tokenizer: Any, template: str, name: str = "") -> AnswerFormat |
     if found == "think":
         wraps = next((wrap for wrap in _WRAPS if wrap[0] in template), None)
         marks = Marks(marks.opens, marks.closes, wraps)
-    return MarkedThoughts(found, marks, FAMILIES[found].behind, added)
+    shown = bool(name) or any(mark in template for mark in (*marks.opens, *marks.closes))
+    return MarkedThoughts(found, marks, FAMILIES[found].behind, added, shown=shown)
 
 
 AddedTokens = dict[str, tuple[int, bool]]
@@ -203,8 +209,11 @@ def _special(marks: Sequence[str], added: AddedTokens) -> tuple[str, ...]:
 class MarkedThoughts:
     """Thoughts between marks."""
 
-    def __init__(self, name: str, marks: Marks, behind: str, added: AddedTokens) -> None:
+    def __init__(
+        self, name: str, marks: Marks, behind: str, added: AddedTokens, *, shown: bool = True
+    ) -> None:
         self.name = name
+        self.shown = shown
         self.marks = marks
         #: What begins a thought, as the model writes it.
         self.opening = marks.opens[0] + behind
@@ -250,6 +259,7 @@ class _Channels:
     """Channels, as gpt-oss writes them."""
 
     name = HARMONY
+    shown = True
 
     def __init__(self, added: AddedTokens) -> None:
         self.special = _special(ChannelSplitter.MARKS, added)

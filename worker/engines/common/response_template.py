@@ -42,6 +42,7 @@ class TemplateFormat:
     """The response template of one model. Raises `EngineLoadError` for one that is not valid."""
 
     name = "response_template"
+    shown = True
 
     def __init__(self, template: dict[str, Any], added: AddedTokens) -> None:
         written = "\n".join(_strings(template))

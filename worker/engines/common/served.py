@@ -135,7 +135,7 @@ class _Texts:
             "prior_characters": received,
             "context_ids": prompt.ids[-CONTEXT_IDS:] if goes_on else (),
         }
-        format_ = self.format if PieceKind.REASONING in params.pieces else None
+        format_ = self._format_for(params)
         if format_ is None and not tools:
             return TextStream(self.decoder, params, **so_far)
         parser = (
@@ -164,13 +164,22 @@ class _Texts:
             marks = (*marks, *self._call_format.special)
         return PieceStream(self.decoder, params, parser, marks, **so_far)
 
+    def _format_for(self, params: Params) -> AnswerFormat | None:
+        """How the answer is split; None: not at all. A model that is not known to think is held to
+        a constraint from its first token, which then may be the mark of a thought like any other.
+        """
+        if self.format is None or PieceKind.REASONING not in params.pieces:
+            return None
+        held = params.constraint is not None and params.thinking_tokens is None
+        return None if held and not self.format.shown else self.format
+
     def gate(
         self, request: Request, params: Params, prompt: Prompt, *, forces: bool
     ) -> ThoughtGate | None:
         """What tells the sampler a thought from the answer, if it must know. `forces`: the engine
         samples with it. Raises RequestError."""
         constrained = params.constraint is not None
-        split = self.format is not None and PieceKind.REASONING in params.pieces
+        split = self._format_for(params) is not None
         if self.format is not None:
             params = self._silenced(request, params, self.format, prompt, forces=forces)
         if params.thinking_tokens is None and not (constrained and split):
