@@ -555,7 +555,8 @@ def test_an_adapter_is_not_rounded_with_the_weights_of_its_base(
                 got = tiny.run(engine, [job])[0]
                 # LLM.int8 depends on the company; the plain rows of NF4 do not, where
                 # bitsandbytes multiplies them in float32.
-                exact = bits == 4 and not bitsandbytes.functional.has_avx512bf16()
+                native = getattr(bitsandbytes.functional, "has_avx512bf16", lambda: False)
+                exact = bits == 4 and not native()
                 allowed = 1e-4 if exact else 0.05
                 (token,) = got.token_ids
                 assert got.logprobs[0].logprob == pytest.approx(float(scores[token]), abs=allowed)

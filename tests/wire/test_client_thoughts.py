@@ -96,7 +96,7 @@ def test_at_a_terminal_a_thought_is_dim_while_it_lasts_and_then_a_line(bus: Bus)
     assert during.rstrip("\x1b[2m").endswith("\x1b[2K"), "and its last line is erased again"
     answer, whole = after.split("\n", 1)[1].split("you> ")[:2]
     assert answer.strip() and "\x1b[2m" not in answer
-    assert len(re.findall(r"\x1b\[2m(.*?)\x1b\[0m", whole)[0].split()) == 3
+    assert len(re.findall(r"(?s)\x1b\[2m(.*?)\x1b\[0m", whole)[0].split()) == 3
 
 
 def screen_of(monkeypatch: pytest.MonkeyPatch) -> tuple[Terminal, io.StringIO]:

@@ -7,8 +7,10 @@ Must never import torch; transformers only for formats that it has a reader of.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -236,14 +238,49 @@ def _pythonic(close: str, *, lines: bool = False) -> Reader:
 
 def _say_python(calls: CallParser, text: str) -> bool:
     """Say a list of calls; False if it is none, or one of them is of no tool."""
-    found = _parsed(text.strip(_SPACE), "python-call-list")
-    if not found or any(call["name"] not in calls.tools for call in found):
+    found = _python_calls(text.strip(_SPACE))
+    if not found or any(name not in calls.tools for name, _ in found):
         return False
-    for call in found:
-        calls.start_call(call["name"])
-        calls.add_arguments(json.dumps(call["arguments"], ensure_ascii=False))
+    for name, arguments in found:
+        calls.start_call(name)
+        calls.add_arguments(arguments)
         calls.end_call()
     return True
+
+
+class _JsonWords(ast.NodeTransformer):
+    """Models write JSON's words among Python's."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        words = {"true": True, "false": False, "null": None}
+        return ast.Constant(words[node.id]) if node.id in words else node
+
+
+def _python_calls(text: str) -> list[tuple[str, str]]:
+    """Names and JSON arguments of a list of calls with keywords alone; empty if the text is none.
+
+    transformers has a reader of it only from 5.24 on.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a string's escapes
+            tree = ast.parse(text, mode="eval").body
+        return [_python_call(one) for one in tree.elts] if isinstance(tree, ast.List) else []
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        return []
+
+
+def _python_call(call: ast.expr) -> tuple[str, str]:
+    """Raises ValueError or TypeError for anything else than a call with keywords, whose values are
+    JSON's."""
+    if not isinstance(call, ast.Call) or call.args:
+        raise ValueError("not a call with keywords alone")
+    given = {}
+    for word in call.keywords:
+        if word.arg is None:
+            raise ValueError("a call with `**`")
+        given[word.arg] = ast.literal_eval(_JsonWords().visit(word.value))
+    return ast.unparse(call.func), json.dumps(given, ensure_ascii=False)
 
 
 def _bare(calls: CallParser) -> Steps:
