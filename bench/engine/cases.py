@@ -8,6 +8,7 @@ this process; `bench.engine.served` has those that start servers.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import io
 import json
@@ -309,8 +310,10 @@ def paired(own: Sample, peer: Sample) -> float:
 def build_engine(
     model: Any, tokenizer: Any, slots: int, processor: Any = None, **settings: Any
 ) -> TransformersEngine:
-    """Our engine with the model."""
+    """Our engine with the model; on a CPU with a copy of it, whose layers the engine changes."""
     own = EngineSettings(**({"prefix_tokens": 0} | settings))
+    if model.device.type == "cpu":
+        model = copy.deepcopy(model)
     loaded = wrap_model(model, tokenizer, processor, settings=own)
     return TransformersEngine([ServedModel(loaded, ("bench",), own, slots=slots)], own, slots=slots)
 

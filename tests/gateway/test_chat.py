@@ -234,7 +234,11 @@ WRONG = {
         "messages[0].content[1].image_url.url",
     ),
     "a file": (
-        {"messages": [{"role": "user", "content": [{"type": "file", "file": {}}]}]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "file", "file": {"file_id": "file-1"}}]}
+            ]
+        },
         "messages[0].content[0].file",
     ),
     "verbosity": ({"verbosity": "chatty"}, "verbosity"),
