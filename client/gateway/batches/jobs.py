@@ -302,7 +302,9 @@ class Jobs:
         folder = self._batches.folder
         job = await self._batches.do(folder.job, id_)
         path = folder.path_of(job.batch.input_file_id)
-        if job.ending is None and not await asyncio.to_thread(path.exists):
+        # Lines that will not run are read as well.
+        reads = job.ending is None or job.ending in _UNEXECUTED
+        if reads and not await asyncio.to_thread(path.exists):
             await self._batches.do(folder.change, id_, _lose_input)
             log.error("the input of a batch is gone", extra={"fields": {"batch": id_}})
             return
