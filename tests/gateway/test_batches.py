@@ -506,7 +506,7 @@ def test_a_removed_key_ends_its_batch_with_that_cause(
     alice, root = add_key(keys, "alice"), add_key(keys, "root")
     gateway = make_gateway("--batch-folder", str(folder), "--keys", str(keys))
     caller = Caller(gateway, alice)
-    lines = [slow(f"l{i}", tokens=30) for i in range(60)]
+    lines = [slow(f"l{i}", tokens=150) for i in range(60)]
     batch = caller.begin(*lines)
     caller.until(batch, lambda b: b.request_counts.completed > 0, "it runs")
     remove_key(keys, "alice")

@@ -156,13 +156,17 @@ def test_what_no_model_answered_is_no_operation(world: World) -> None:
 
 
 def samples(http: httpx.Client) -> dict[tuple[str, str], tuple[float, dict[str, str]]]:
-    """Value and labels of `/metrics`, by name and operation, of those that are `gen_ai`."""
+    """Value and labels of `/metrics`, by name and operation, of those of our model that are
+    `gen_ai` and no error's."""
     text = http.get("/metrics", params={"scope": "gateway"}).text
     return {
         (sample.name, sample.labels["gen_ai_operation_name"]): (sample.value, sample.labels)
         for family in text_string_to_metric_families(text)
         for sample in family.samples
-        if sample.name.startswith("gen_ai") and sample.name.endswith("_count")
+        if sample.name.startswith("gen_ai")
+        and sample.name.endswith("_count")
+        and sample.labels.get("gen_ai_request_model") == MODEL
+        and not sample.labels.get("error_type")
     }
 
 
