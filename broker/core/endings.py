@@ -261,7 +261,7 @@ def on_model_grace(bus: BusState, model: str) -> None:
     if gone_s is not None and gone_s + grace_s <= bus.now_s:
         bus.registry.forget_gone(model)
         bus.service_s.pop(model, None)
-        # A worker that serves the model no more may still run requests of it, which are not settled.
+        # A worker that no longer serves the model may still run requests of it, not settled yet.
         if model in bus.shares and all(share.idle for _, share in bus.shares[model]):
             del bus.shares[model]
 
