@@ -30,18 +30,23 @@ def run(bus: BusState) -> None:
     """Assign waiting requests to free workers, one request of each model in turn. Then tell workers
     that are shared with other brokers what is still waiting."""
     looked = set(bus.dirty)
-    while bus.dirty:
-        for model in sorted(bus.dirty, key=lambda model: _last_served(bus, model)):
-            if not _assign_next(bus, model):
-                bus.dirty.discard(model)
+    _assign(bus)
     for model in sorted(looked):
         preemption.consider(bus, model)
         if bus.policy is None:
             finish.even_out(bus, model)
     if bus.swappers:
         swapping.consider(bus)
+        _assign(bus)  # a worker that keeps its model for now takes requests again
     if bus.shared:
         sharing.tell_demand(bus)
+
+
+def _assign(bus: BusState) -> None:
+    while bus.dirty:
+        for model in sorted(bus.dirty, key=lambda model: _last_served(bus, model)):
+            if not _assign_next(bus, model):
+                bus.dirty.discard(model)
 
 
 def _last_served(bus: BusState, model: str) -> int:
