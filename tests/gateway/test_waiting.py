@@ -38,7 +38,7 @@ def one_slot(
 
 
 def comments(lines: Iterator[str], most: int) -> list[dict[str, str]]:
-    """The first comments of a stream of events that tell of a wait."""
+    """The comments about waiting with which a stream of events begins."""
     found = []
     for line in lines:
         if line.startswith(": waiting "):

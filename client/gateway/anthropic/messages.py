@@ -189,7 +189,7 @@ class _Answer:
     def __init__(
         self, context: RequestContext, body: MessagesRequest, call: Generation, position: Position
     ) -> None:
-        self._visit = context
+        self._context = context
         self._body = body
         self._id = position.answer
         self.progress = Progress(parser_for(call))
@@ -207,15 +207,15 @@ class _Answer:
         """Account for one event of the bus."""
         parts = self.progress.take(event)
         if isinstance(event, Delta):
-            self._visit.saw_token()
+            self._context.saw_token()
         if self._body.max_tokens == 0:
             parts = []
         steps = self._blocks.take(parts)
         if isinstance(event, Finish):
             steps += self._blocks.finish()
             usage = self._usage
-            self._visit.prompt_tokens = usage.prompt_tokens
-            self._visit.completion_tokens = usage.completion_tokens
+            self._context.prompt_tokens = usage.prompt_tokens
+            self._context.completion_tokens = usage.completion_tokens
         return steps
 
     @property
@@ -333,7 +333,7 @@ class _Answer:
 
     def failed(self, error: GatewayError) -> list[bytes]:
         """The end of a stream that fails after its first event."""
-        return [error_event(error, self._visit.request_id)]
+        return [error_event(error, self._context.request_id)]
 
 
 def _delta(kind: Literal["text", "thinking", "tool_use"], text: str) -> dict[str, str]:

@@ -170,7 +170,7 @@ class Folder:
         newest_first: bool,
         purpose: str | None,
     ) -> list[FileObject]:
-        """Files of this key behind `after`. Raises NotHere for an `after` that is none of them."""
+        """Files of this key behind `after`. Raises NotHere if `after` is not one of them."""
         rows = self._page(
             "files",
             "shown",

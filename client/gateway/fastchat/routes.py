@@ -190,14 +190,14 @@ class _FrameStream(Response):
     def __init__(self, context: RequestContext, call: GenerateCall) -> None:
         super().__init__()
         del self.headers["content-length"]
-        self._visit = context
+        self._context = context
         self._wanted = call
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def told() -> AsyncGenerator[tuple[()], None]:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
-                async for frames in _frames(self._visit, self._wanted):
+                async for frames in _frames(self._context, self._wanted):
                     await body(b"".join(map(_frame, frames)))
                     yield ()
             except Exception as error:
@@ -209,7 +209,7 @@ class _FrameStream(Response):
 
         def failure(error: Exception) -> bytes:
             call = self._wanted
-            return _frame(_failure(self._visit, error, call.dialect, call.before))
+            return _frame(_failure(self._context, error, call.dialect, call.before))
 
         try:
             await until_disconnect(told(), receive)

@@ -159,7 +159,7 @@ class _Answer:
         choices: list[ChatChoice],
         position: Position,
     ) -> None:
-        self._visit = context
+        self._context = context
         self._body = body
         self._choices = choices
         self._id = position.answer
@@ -203,10 +203,10 @@ class _Answer:
         choice = self._choices[event.choice]
         pieces = choice.take(event)
         if isinstance(event, Delta):
-            self._visit.saw_token()
+            self._context.saw_token()
         elif isinstance(event, Finish) and choice.usage is not None:
-            self._visit.completion_tokens += choice.usage.completion_tokens
-            self._visit.prompt_tokens = choice.usage.prompt_tokens
+            self._context.completion_tokens += choice.usage.completion_tokens
+            self._context.prompt_tokens = choice.usage.prompt_tokens
         return pieces
 
     async def taking(self, batches: Batches) -> Batches:
@@ -387,4 +387,4 @@ class _Answer:
 
     def failed(self, error: GatewayError) -> list[bytes]:
         """The end of a stream that fails after its first event."""
-        return [error_event(error, self._visit.request_id), DONE]
+        return [error_event(error, self._context.request_id), DONE]

@@ -85,7 +85,7 @@ class _Answer:
         candidates: int,
         position: Position,
     ) -> None:
-        self._visit = context
+        self._context = context
         self._body = body
         self._prompts = prompts
         self._candidates = candidates
@@ -128,11 +128,11 @@ class _Answer:
                 event = msgspec.structs.replace(event, prompt=told)
         text, logprobs = choice.take(event)
         if isinstance(event, Delta) and not choice.prompt_only:
-            self._visit.saw_token()
+            self._context.saw_token()
         elif isinstance(event, Finish):
-            self._visit.completion_tokens += choice.usage.completion_tokens
+            self._context.completion_tokens += choice.usage.completion_tokens
             if event.choice % self._candidates == 0:
-                self._visit.prompt_tokens += choice.usage.prompt_tokens
+                self._context.prompt_tokens += choice.usage.prompt_tokens
         return text, logprobs
 
     @property
@@ -248,4 +248,4 @@ class _Answer:
 
     def failed(self, error: GatewayError) -> list[bytes]:
         """The end of a stream that fails after its first event."""
-        return [error_event(error, self._visit.request_id), DONE]
+        return [error_event(error, self._context.request_id), DONE]

@@ -200,13 +200,13 @@ class _Items:
     """The output items of the responses that the key may see, as JSON, by id."""
 
     def __init__(self, context: RequestContext) -> None:
-        self._visit = context
+        self._context = context
         self._found: dict[str, OutputItem] | None = None
 
     def find(self) -> dict[str, OutputItem]:
         """Look through the store, unless that was done."""
         if self._found is None:
-            context = self._visit
+            context = self._context
             store = context.gateway.store
             self._found = {
                 item.id: item

@@ -79,7 +79,7 @@ class ResponseBuilder:
     ) -> None:
         self.id = new_id("resp_")
         self.body = body
-        self._visit = context
+        self._context = context
         self._chat = chat
         self.progress = Progress(parser_for(call))
         #: Wall clock, whole seconds.
@@ -196,7 +196,7 @@ class ResponseBuilder:
     def _take(self, event: ChoiceEvent) -> list[bytes]:
         logprobs: list[TokenLogprob] = []
         if isinstance(event, Delta):
-            self._visit.saw_token()
+            self._context.saw_token()
             logprobs = event.logprobs or []
         parts = self.progress.take(event)
         if not all(isinstance(part, tools.Text) for part in parts):
@@ -381,8 +381,8 @@ class ResponseBuilder:
             out = [*self._close(), *self._begin_message()]
         out += self._close("incomplete" if cut or self.progress.is_cut else "completed")
         self._usage = self.progress.usage or Usage()
-        self._visit.prompt_tokens = self._usage.prompt_tokens
-        self._visit.completion_tokens = self._usage.completion_tokens
+        self._context.prompt_tokens = self._usage.prompt_tokens
+        self._context.completion_tokens = self._usage.completion_tokens
         self._status = "incomplete" if cut else "completed"
         if not cut:
             self._completed_s = int(time.time())
