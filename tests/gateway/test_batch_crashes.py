@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -185,17 +185,28 @@ def strike_outputs(monkeypatch: pytest.MonkeyPatch, strikes: Strikes) -> None:
     monkeypatch.setattr(Output, "sync", struck_sync)
 
 
-def test_a_strike_at_any_step_loses_no_line_and_answers_none_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def struck_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **how: Any
+) -> Iterator[tuple[int, World, Any]]:
+    """The batch after a run that is struck at one step, for each of its steps; and at last after
+    one that is not struck."""
     at, struck = 0, True
     while struck:
         strikes = Strikes(at)
         with monkeypatch.context() as patch:
             strike_outputs(patch, strikes)
             world = World(tmp_path / str(at), strikes)
-            batch = asyncio.run(world.run())
+            batch = asyncio.run(world.run(**how))
         struck = strikes.steps > at
+        yield at, world, batch
+        at += 1
+    assert at > 25
+
+
+def test_a_strike_at_any_step_loses_no_line_and_answers_none_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for at, world, batch in struck_everywhere(tmp_path, monkeypatch):
         assert batch.status == "completed", (at, batch)
         wanted = [("bad" if name == FAILS else "good", name) for name in NAMES]
         assert sorted(world.rows(batch)) == sorted(wanted), at
@@ -208,25 +219,14 @@ def test_a_strike_at_any_step_loses_no_line_and_answers_none_twice(
             world.folder.path_of(file.id).stat().st_size for file in files
         ]
         assert len(files) == 2
-        at += 1
-    assert at > 25
 
 
 def test_a_strike_at_any_step_of_a_cancelled_batch_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at, struck = 0, True
-    while struck:
-        strikes = Strikes(at)
-        with monkeypatch.context() as patch:
-            strike_outputs(patch, strikes)
-            world = World(tmp_path / str(at), strikes)
-            batch = asyncio.run(world.run(cancel_after=3))
-        struck = strikes.steps > at
+    for at, world, batch in struck_everywhere(tmp_path, monkeypatch, cancel_after=3):
         assert batch.status == "cancelled", (at, batch)
         assert sorted(name for _, name in world.rows(batch)) == sorted(NAMES), at
-        at += 1
-    assert at > 25
 
 
 def test_batches_that_wait_hold_up_nobody_elses_and_can_be_ended(tmp_path: Path) -> None:
