@@ -32,11 +32,13 @@ def ratio(placement: str, seed: int, count: int = 100, *, known: bool = True) ->
     return took_s / fleet.shortest_s(requests)
 
 
+@pytest.mark.parametrize("count", [40, 100])
 @pytest.mark.parametrize("seed", range(3))
 def test_two_workers_ten_to_one_end_a_mixed_load_within_1_15_of_the_best_schedule(
-    seed: int,
+    seed: int, count: int
 ) -> None:
-    assert 1.0 <= ratio("fastest_finish", seed) <= 1.15
+    """With fewer requests the last long answer decides, since requests keep their turn."""
+    assert 1.0 <= ratio("fastest_finish", seed, count) <= 1.15
 
 
 @pytest.mark.parametrize("seed", range(3))
