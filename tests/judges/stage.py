@@ -55,9 +55,9 @@ def stage() -> Iterator[Stage]:
             bus.stop()
 
 
-def environment(name: str, *steps: Sequence[str]) -> Path:
+def environment(name: str, *steps: Sequence[str], within: Path = ENVIRONMENTS) -> Path:
     """The interpreter of a virtual environment, made on the first call by these steps of pip."""
-    place = ENVIRONMENTS / name
+    place = within / name
     python, done = place / "bin" / "python", place / "installed"
     wanted = "\n".join(" ".join(step) for step in steps)
     if done.exists() and done.read_text() == wanted:
@@ -73,9 +73,9 @@ def environment(name: str, *steps: Sequence[str]) -> Path:
     return python
 
 
-def node_packages(name: str, *packages: str) -> Path:
+def node_packages(name: str, *packages: str, within: Path = ENVIRONMENTS) -> Path:
     """The folder of these npm packages, installed on the first call."""
-    place = ENVIRONMENTS / f"{name}-node"
+    place = within / f"{name}-node"
     done, wanted = place / "installed", "\n".join(packages)
     if not (done.exists() and done.read_text() == wanted):
         place.mkdir(parents=True, exist_ok=True)
