@@ -208,3 +208,13 @@ def failed(id_: bytes, code: str, epoch: int = 0, **fields: Any) -> FailEvent:
 def gone(epoch: int = 0, worker: str = "w1", lost: bool = True) -> messages.Interrupted:
     error = ErrorInfo(code="worker_lost", message=f"{worker} died", retryable=True)
     return messages.Interrupted(epoch=epoch, worker=worker, lost=lost, error=error)
+
+
+def check_resume(wire: Wire, id_: bytes, epoch: int, text: str = "abc") -> messages.Request:
+    ((type_, sent_id, body),) = wire.take_sent(T.REQUEST, T.RESUME, T.CANCEL)
+    assert (type_, sent_id) == (T.RESUME, id_)
+    assert body.resume.epoch == epoch
+    assert body.resume.token_ids == [ord(c) for c in text]
+    assert body.resume.text_characters == len(text)
+    assert body.prompt == "hi"
+    return body  # type: ignore[no-any-return]

@@ -16,11 +16,6 @@ from tests.core.client_wire import SESSION, T, Wire, toks
 
 
 @pytest.fixture
-def wire() -> Wire:
-    return Wire()
-
-
-@pytest.fixture
 def running(wire: Wire) -> tuple[Wire, bytes]:
     """A request that worker w1 runs."""
     id_ = wire.ask()

@@ -16,11 +16,6 @@ from tests.core.client_wire import Wire, gone, over, toks
 THOUGHT, SAID = "reasoning", "content"
 
 
-@pytest.fixture
-def wire() -> Wire:
-    return Wire()
-
-
 def ask(wire: Wire) -> bytes:
     id_ = wire.ask(params=messages.Params(pieces=[THOUGHT]))
     wire.connect()
