@@ -262,6 +262,14 @@ def test_a_long_line_is_refused_without_being_read_whole(tmp_path: Path) -> None
     assert (mistake.code, mistake.line) == ("too_many_requests", 1)
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "in"
+    text = json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/embeddings", "body": {}})
+    path.write_text(f"{text}\n", encoding="utf-8-sig")
+    assert check(path).mistakes == []
+    assert [each.custom_id for each in lines(path)] == ["a"]
+
+
 def test_an_input_that_changes_while_it_is_read_is_told(tmp_path: Path) -> None:
     path = tmp_path / "in"
     path.write_text("nonsense\n")

@@ -6,6 +6,7 @@ nor import what only the extra `gateway` installs.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,6 +82,11 @@ _EXAMPLE: Final = (
 _CODES: Final = {"method": "invalid_method", "url": "invalid_url", "custom_id": "invalid_custom_id"}
 
 
+def _decode(data: bytes, number: int) -> Line:
+    """One line; some editors begin a file with a byte order mark (RFC 8259, section 8.1)."""
+    return _LINE.decode(data.removeprefix(codecs.BOM_UTF8) if number == 1 else data)
+
+
 def lines(path: Path) -> Iterator[Line]:
     """The lines of a file in which `check` found no mistake; empty ones are skipped. Raises
     OSError, and InvalidRequest if it was changed since."""
@@ -89,7 +95,7 @@ def lines(path: Path) -> Iterator[Line]:
             if not data.strip():
                 continue
             try:
-                yield _LINE.decode(data)
+                yield _decode(data, number)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 raise InvalidRequest(
                     f"{path}, line {number}, was changed while the batch ran: {error}"
@@ -138,7 +144,7 @@ def check(
 def _look(data: bytes, number: int, endpoint: str | None, found: Check) -> Mistake | None:
     """What is wrong with one line; otherwise it is added to what was found."""
     try:
-        line = _LINE.decode(data)
+        line = _decode(data, number)
         if bytes(line.body)[:1] != b"{":
             return Mistake("invalid_body", "`body` is a JSON object.", "body", number)
         model = line.model
