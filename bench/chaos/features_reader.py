@@ -1,8 +1,8 @@
 """The client of `bench.chaos` for runs with every feature: reads streams of `bench.chaos.features`
 from gateways, in its own process.
 
-A stream that breaks off is resumed at the next gateway, from the last event that was read. A
-response, and what is not streamed, is asked for again: such a request ends with its gateway. Like
+A stream that breaks off is resumed at the next gateway, from the last event that was read. What is
+not streamed is asked for again: such a request ends with its gateway. Like
 `tests.support.reader`, it prints `running` once every lane has part of its answer, and one JSON
 line at the end. It judges nothing.
 """
@@ -21,7 +21,7 @@ from dataclasses import asdict
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from bench.chaos.features import ENDS, RESPONSES, Heard, request_of
+from bench.chaos.features import ENDS, Heard, request_of
 from tests.support.reader import Got
 
 LIMIT_S: Final = 240.0
@@ -58,8 +58,6 @@ def ask(
         except (OSError, http.client.HTTPException, Interrupted) as error:
             got.causes.append(f"{type(error).__name__}: {error}"[:200])
             got.resumed += 1
-            if path == RESPONSES:
-                heard, last_id = Heard(), ""
             if time.monotonic() > until_s:
                 got.error, got.message = "given_up", got.causes[-1]
                 break

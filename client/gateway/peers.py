@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 import httpx2 as httpx
+from starlette.datastructures import Headers
 from starlette.responses import Response, StreamingResponse
 
 from broker.protocol.errors import ErrorCode
@@ -26,7 +27,7 @@ from client.gateway.errors import UNKNOWN_HEADER, GatewayError, UnknownAnswer
 if TYPE_CHECKING:
     from client.gateway.context import Handler, RequestContext
 
-__all__ = ["Peers", "anywhere"]
+__all__ = ["Peers", "anywhere", "is_asked"]
 
 log = logging.getLogger("tokenbus.gateway")
 
@@ -63,7 +64,7 @@ class Peers:
 
     async def ask(self, context: RequestContext, body: bytes) -> Response | None:
         """The answer of the first peer that knows the id; None if none does."""
-        if self._http is None or HEADER in context.request.headers:
+        if self._http is None or is_asked(context.request.headers):
             return None
         for address in self._addresses:
             for url, host in await _places(address):
@@ -97,6 +98,11 @@ class Peers:
         if UNKNOWN_HEADER in answer.headers:
             return None
         return Response(data, answer.status_code, told)
+
+
+def is_asked(headers: Headers) -> bool:
+    """Whether another gateway asks, which has not found an answer itself."""
+    return HEADER in headers
 
 
 def anywhere(handler: Handler) -> Handler:

@@ -12,7 +12,7 @@ does its worker. The same holds for one whose reader is slow.
 
 The store is in this gateway's memory only; other gateways ask for what it keeps (`peers`).
 Independently of that, the same request sent again with `Last-Event-ID` is continued at any gateway,
-because an answer is determined by its seed (see `openai/chat.py`).
+because an answer is determined by its seed (see `openai/position.py`).
 """
 
 from __future__ import annotations
@@ -158,6 +158,11 @@ class Transcript:
             line = b"id: %b\n" % event_id.encode()
             return place if self._events[at].startswith(line) else None
         return None
+
+    def after(self, number: int) -> int | None:
+        """The position after the event with that number; None if that is not certain: where another
+        gateway had begun this answer, its reader may have been told other events by that number."""
+        return number - self._first if self._first in (0, number) else None
 
     def cancel(self) -> None:
         """Stop it now, at the worker too."""

@@ -3,11 +3,12 @@
 
 The answer's id contains the seed, which together with the request determines the answer: any
 gateway can generate it again and continue after what was read. `Reader` counts what is sent. Knows
-neither chat nor completions.
+no API.
 
 The output of a choice is counted in two ways, neither of which depends on how the answer was split
 into events: *atoms* (in chat: its role, then characters of text and of arguments and beginnings of
-calls, then its finish reason) and *tokens* whose log probabilities are sent.
+calls, then its finish reason) and *tokens* whose log probabilities are sent. Where events have
+numbers and repeat when the answer was begun (`/v1/responses`), its id tells the latter as well.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ __all__ = ["Position", "Reader"]
 
 _CHOICE = r"\d{1,9}(\.\d{1,9})?"
 _POSITION = re.compile(
-    r"(?P<answer>(?P<prefix>[a-z]+[-_])(?P<seed>[0-9a-f]{16})[0-9a-f]{16}):(?P<events>\d{1,9})"
+    r"(?P<answer>(?P<prefix>[a-z]+[-_])([0-9a-f]{8})?[0-9a-f]{32}):(?P<events>\d{1,9})"
     rf":(?P<choices>{_CHOICE}(-{_CHOICE}){{0,127}})(?P<usage>:usage)?"
 )
 #: With more choices, an id would be longer than its event.
@@ -33,7 +34,8 @@ _MAX_CHOICES = 128
 class Position:
     """How much of one answer was read."""
 
-    #: The answer's id: the endpoint's prefix, the seed as 16 hex digits, 16 random ones.
+    #: The answer's id: the endpoint's prefix, 8 hex digits for when it was begun if that is told,
+    #: 16 for the seed, 16 random ones.
     answer: str
     #: Number of events read.
     events: int = 0
@@ -47,9 +49,11 @@ class Position:
     event_id: str = ""
 
     @classmethod
-    def first(cls, prefix: str, seed: int) -> Position:
-        """The position at the start of a new answer."""
-        return cls(f"{prefix}{seed:016x}{secrets.token_hex(8)}")
+    def first(cls, prefix: str, seed: int, created_s: int | None = None) -> Position:
+        """The position at the start of a new answer. `created_s`: Unix time, where events repeat
+        it."""
+        created = "" if created_s is None else f"{created_s:08x}"
+        return cls(f"{prefix}{created}{seed:016x}{secrets.token_hex(8)}")
 
     @classmethod
     def read(cls, prefix: str, text: str | None) -> Position | None:
@@ -77,6 +81,11 @@ class Position:
         """The seed that, with the request, determines the answer."""
         return int(self.answer[-32:-16], 16)
 
+    @property
+    def created_s(self) -> int:
+        """When the answer was begun, Unix time; only of an answer whose id tells it."""
+        return int(self.answer[-40:-32], 16)
+
 
 class Reader:
     """What the reader of a running answer already has, so that it is not sent again."""
@@ -101,6 +110,11 @@ class Reader:
         if choices <= _MAX_CHOICES:
             places = b"-".join([b".".join([b"%d"] * self._rows)] * choices)
             self.id_line = b"id: %b:%%d:%b%%b\n" % (position.answer.encode(), places)
+
+    @property
+    def events(self) -> int:
+        """Events that the reader has or is sent."""
+        return self._events
 
     def skipped(self, choice: int, atoms: int) -> int:
         """How many of the next atoms of a choice the reader already has; the others

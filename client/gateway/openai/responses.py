@@ -1,5 +1,8 @@
 """`/v1/responses`: create, stream, run in the background, read again, re-attach, cancel, delete.
 
+Every event of a stream has an id. The same request sent again with `Last-Event-ID`, to any gateway
+of the bus, goes on behind that event: the response is generated again (`position`).
+
 A response in the background (`background: true`) outlives its reader. While it runs and as long as
 it is kept, `GET /v1/responses/{id}?stream=true&starting_after=N` goes on behind event N, at the
 gateway that made it and at those that have it as a peer. Any other response ends with its reader,
@@ -9,6 +12,7 @@ at the worker too.
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import dataclass, replace
 from typing import Any, Final, cast
 
@@ -22,6 +26,7 @@ from client.gateway.context import RequestContext
 from client.gateway.convert import Generation, chat_call
 from client.gateway.errors import GatewayError, UnknownAnswer, invalid
 from client.gateway.openai.answers import pick_seed, with_thoughts
+from client.gateway.openai.position import Position
 from client.gateway.openai.responses_body import (
     ResponseRequest,
     as_chat,
@@ -31,6 +36,7 @@ from client.gateway.openai.responses_body import (
 )
 from client.gateway.openai.responses_output import OutputItem, ResponseBuilder
 from client.gateway.openai.shapes import dumped
+from client.gateway.peers import is_asked
 from client.gateway.reattach import Kept, Store
 from client.gateway.sse import until_disconnect
 
@@ -47,6 +53,8 @@ __all__ = [
 
 LOCAL: Final = "tokenbus.local"
 """Where the scope of a request has the `Local` of its connection, if that is a WebSocket."""
+
+_PREFIX: Final = "resp_"
 
 
 @dataclass(slots=True)
@@ -79,13 +87,20 @@ class Local:
 async def create_response(context: RequestContext) -> Response:
     """Answer an input; see `responses_input.ResponseRequest` for the body."""
     store = context.gateway.store
-    body, chat, call = await input_of(context, await context.read(ResponseRequest))
+    body = await context.read(ResponseRequest)
+    resumed = Position.read(_PREFIX, context.last_event_id) if body.stream else None
+    if resumed is not None and body.background:
+        found = await _read_on(context, resumed)
+        if found is not None:
+            return found
+    body, chat, call = await input_of(context, body, None if resumed is None else resumed.seed)
     call = with_thoughts(call)
     if body.truncation == "auto":
         params = msgspec.structs.replace(call.request.params, overflow="truncate_left")
         call = replace(call, request=msgspec.structs.replace(call.request, params=params))
     context.check(body.model, call.request.priority)
-    builder = ResponseBuilder(context, body, chat, call)
+    position = resumed or Position.first(_PREFIX, call.request.params.seed, int(time.time()))
+    builder = ResponseBuilder(context, body, chat, call, position)
     source = builder.events(
         context.generate(
             [call], prompt_field="input", has_enough=lambda _: builder.progress.has_enough
@@ -98,7 +113,12 @@ async def create_response(context: RequestContext) -> Response:
     builder.grew = kept.grew
     if body.background:
         transcript = store.run(
-            kept, source, builder.failed, grace_s=None, on_end=context.hand_over()
+            kept,
+            source,
+            builder.failed,
+            grace_s=None,
+            on_end=context.hand_over(),
+            first=position.events,
         )
         if body.stream:
             return context.stream(transcript.read(asking=True), builder.failed)
@@ -117,11 +137,28 @@ async def create_response(context: RequestContext) -> Response:
     return _json(builder.snapshot())
 
 
+async def _read_on(context: RequestContext, position: Position) -> Response | None:
+    """The rest of a response in the background, from where it runs or is kept; None if that is
+    nowhere. Raises UnknownAnswer to a gateway that asks, which then generates it again itself."""
+    try:
+        kept = context.gateway.store.find(position.answer, context.key.name, "response")
+    except UnknownAnswer:
+        if is_asked(context.request.headers):
+            raise
+        return await context.gateway.peers.ask(context, context.raw_body)
+    after = None
+    if kept.transcript is not None:
+        after = kept.transcript.behind(position.event_id, position.events)
+    if kept.transcript is None or after is None:
+        return None
+    return context.stream(kept.transcript.read(after), kept.value.failed)
+
+
 async def input_of(
-    context: RequestContext, body: ResponseRequest
+    context: RequestContext, body: ResponseRequest, seed: int | None = None
 ) -> tuple[ResponseRequest, http.ChatRequest, Generation]:
-    """The body with the items that it refers to, as a chat, and as a request of the bus. Raises
-    GatewayError."""
+    """The body with the items that it refers to, as a chat, and as a request of the bus, with this
+    seed if one is given. Raises GatewayError."""
     items = _Items(context)
     if context.is_large:
         items.find()  # the store is the loop's
@@ -134,7 +171,7 @@ async def input_of(
         call = await chat_call(
             chat,
             context.gateway.config.images,
-            seed=pick_seed(body.seed),
+            seed=pick_seed(body.seed) if seed is None else seed,
             user=context.share(body.user),
             size_bytes=size_bytes,
         )
@@ -245,14 +282,30 @@ async def get_response(context: RequestContext) -> Response:
         return _json(kept.value.snapshot())
     if kept.transcript is None:
         raise invalid("stream", "Only a response made with `background: true` streams again.")
-    named = "starting_after" if query.get("starting_after") else "last-event-id"
-    after = query.get("starting_after") or context.last_event_id
-    # Sequence numbers count from 0, positions from 1.
-    number = -1 if after is None else http.number_of(after)
-    if number is None:
-        raise invalid(named, f"`{named}` is the sequence number of an event.")
-    position = number + 1
-    return context.stream(kept.transcript.read(position), kept.value.failed)
+    return context.stream(kept.transcript.read(_place(context, kept)), kept.value.failed)
+
+
+def _place(context: RequestContext, kept: Kept) -> int:
+    """Behind which event of the transcript the reader goes on. Raises GatewayError."""
+    assert kept.transcript is not None
+    given, last_id = context.request.query_params.get("starting_after"), context.last_event_id
+    if not given and last_id is not None and not last_id.isdecimal():
+        position = Position.read(_PREFIX, last_id)
+        assert position is not None
+        place = kept.transcript.behind(position.event_id, position.events)
+    else:
+        named, after = ("starting_after", given) if given else ("last-event-id", last_id)
+        # Sequence numbers count from 0, positions from 1.
+        number = -1 if after is None else http.number_of(after)
+        if number is None:
+            raise invalid(named, f"`{named}` is the sequence number of an event.")
+        place = kept.transcript.after(number + 1)
+    if place is None:
+        raise UnknownAnswer(
+            f"The events after that one are not kept here; send the request of {kept.id!r} again "
+            "with `Last-Event-ID`, and the response is generated again and continues there."
+        )
+    return place
 
 
 async def delete_response(context: RequestContext) -> Response:

@@ -1,12 +1,15 @@
 """One response of `/v1/responses` in the making: events of the bus in, output items and events out.
 
-Items come in the order in which the model writes: what it thought, its text, its calls. Must never
+Items come in the order in which the model writes: what it thought, its text, its calls. An event's
+number, and the ids of items and calls, follow from the response's id and from what was said before:
+a gateway that generates the response again goes on behind any event of it (`position`). Must never
 touch the store or a connection.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
 from collections.abc import Callable
 from typing import Any, Final, Literal
@@ -30,8 +33,9 @@ from client.gateway import requests as http
 from client.gateway.context import RequestContext
 from client.gateway.convert import Generation
 from client.gateway.errors import GatewayError, describe
-from client.gateway.openai.answers import Part, Progress, Thought, new_id, parser_for
+from client.gateway.openai.answers import Progress, Thought, parser_for
 from client.gateway.openai.generation import Batches, ChoiceEvent, Delta, Finish
+from client.gateway.openai.position import Position, Reader
 from client.gateway.openai.responses_body import (
     ENCRYPTED,
     FunctionTool,
@@ -40,6 +44,7 @@ from client.gateway.openai.responses_body import (
     functions_of,
     turns_of,
 )
+from client.gateway.openai.responses_logprobs import TextTokens
 from client.gateway.openai.sealing import sealed
 from client.gateway.openai.shapes import chat_logprobs, dumped
 from client.gateway.sse import Source, encode
@@ -76,14 +81,16 @@ class ResponseBuilder:
         body: ResponseRequest,
         chat: http.ChatRequest,
         call: Generation,
+        position: Position,
     ) -> None:
-        self.id = new_id("resp_")
+        """`position`: how much of it the reader has, of a response that is made again."""
+        self.id = position.answer
         self.body = body
         self._context = context
         self._chat = chat
         self.progress = Progress(parser_for(call))
         #: Wall clock, whole seconds.
-        self._created_s = int(time.time())
+        self._created_s = position.created_s
         self._completed_s: int | None = None
         self._tools = [_told_tool(tool) for tool in functions_of(body)]
         self._text = _told_text(body.text)
@@ -98,10 +105,9 @@ class ResponseBuilder:
         #: Told of what the answer takes, as it grows; bytes.
         self.grew: Callable[[int], None] = lambda size_bytes: None
         self._open = False  # the last output item is not complete
-        #: Of tokens of which no text is known yet: they may be said, or mark a thought.
-        self._unsaid: list[TokenLogprob] = []
+        self._text_tokens = TextTokens()
         self._sealed = ENCRYPTED in (body.include or [])
-        self._sequence = 0
+        self._reader = Reader(position, 1, tokens=bool(chat.logprobs))
 
     @property
     def over(self) -> bool:
@@ -173,9 +179,9 @@ class ResponseBuilder:
                 async for batch in batches:
                     out: list[bytes] = []
                     if self._status == "queued":
-                        out.append(self._whole("response.created"))
+                        out += self._whole("response.created")
                         self._status = "in_progress"
-                        out.append(self._whole("response.in_progress"))
+                        out += self._whole("response.in_progress")
                     for event in batch:
                         out += self._take(event)
                     if out:
@@ -189,36 +195,39 @@ class ResponseBuilder:
                 self._status = "cancelled"
 
     def failed(self, error: GatewayError) -> list[bytes]:
-        """The last event of a response that failed."""
+        """The last event of a response that failed. It has no id: who comes back goes on behind the
+        event before it."""
         self._error, self._status = error, "failed"
-        return [self._whole("response.failed")]
+        kind = "response.failed"
+        fields = {"sequence_number": self._reader.events, "response": self.snapshot()}
+        return [encode(_JSON.encode({"type": kind, **fields}), event=kind)]
 
     def _take(self, event: ChoiceEvent) -> list[bytes]:
-        logprobs: list[TokenLogprob] = []
         if isinstance(event, Delta):
             self._context.saw_token()
-            logprobs = event.logprobs or []
+            if self._chat.logprobs:
+                self._text_tokens.add(event.logprobs or ())
         parts = self.progress.take(event)
-        if not all(isinstance(part, tools.Text) for part in parts):
-            logprobs = _said(logprobs, parts)
-            self._unsaid = []
-        self._unsaid += logprobs
         out: list[bytes] = []
+        late = False
         for part in parts:
             match part:
                 case Thought():
                     out += self._more_thought(part.text)
                 case tools.Text():
                     if part.text:
-                        out += self._more_text(part.text)
+                        out += self._more_text(part.text, late=late)
                 case tools.CallStart():
                     out += self._close()
                     out += self._begin_call(part.name)
                 case tools.Arguments():
                     out += self._more_arguments(part.text)
+            late |= not isinstance(part, tools.Text)
+        if parts and not isinstance(parts[-1], tools.Text):
+            self._text_tokens.drop()
         if isinstance(event, Finish):
-            if self._unsaid and self._open and self._in_message:
-                out += self._more_text("")
+            if self._open and self._in_message:
+                out += self._grown("", self._text_tokens.rest())
             out += self._end()
         return out
 
@@ -226,7 +235,11 @@ class ResponseBuilder:
 
     def _begin_message(self) -> list[bytes]:
         message = shapes.ResponseOutputMessage(
-            id=new_id("msg_"), type="message", role="assistant", status="in_progress", content=[]
+            id=self._new_id("msg_"),
+            type="message",
+            role="assistant",
+            status="in_progress",
+            content=[],
         )
         self.output.append(message)
         self._open = True
@@ -240,18 +253,22 @@ class ResponseBuilder:
             content_index=0,
             part=_text_of(message).model_copy(),
         )
-        return [added, part]
+        return [*added, *part]
 
     @property
     def _in_message(self) -> bool:
         return bool(self.output) and isinstance(self.output[-1], shapes.ResponseOutputMessage)
 
-    def _more_text(self, text: str) -> list[bytes]:
-        logprobs, self._unsaid = self._unsaid, []
+    def _more_text(self, text: str, *, late: bool) -> list[bytes]:
+        """`late`: the event has something else before it."""
         out: list[bytes] = []
-        if not (self._open and self._in_message):
+        begins = not (self._open and self._in_message)
+        if begins:
             out = [*self._close(), *self._begin_message()]
-            logprobs = _last(logprobs, len(text.encode()))
+        return out + self._grown(text, self._text_tokens.of(text, begins=begins, late=late))
+
+    def _grown(self, text: str, logprobs: list[TokenLogprob]) -> list[bytes]:
+        """More of the message in hand."""
         message = self.output[-1]
         assert isinstance(message, shapes.ResponseOutputMessage)
         content = _text_of(message)
@@ -262,19 +279,15 @@ class ResponseBuilder:
         content.logprobs += [
             response_output_text.Logprob.model_construct(**dict(entry)) for entry in shown
         ]
-        delta = self._event(
-            "response.output_text.delta",
-            item_id=message.id,
-            content_index=0,
-            delta=text,
-            logprobs=[
-                response_text_delta_event.Logprob.model_construct(
-                    token=entry.token, logprob=entry.logprob, top_logprobs=entry.top_logprobs
-                )
-                for entry in shown
-            ],
-        )
-        return [*out, delta]
+        unread = shown[self._reader.skipped_tokens(0, len(shown)) :] if shown else []
+        told = [
+            response_text_delta_event.Logprob.model_construct(
+                token=entry.token, logprob=entry.logprob, top_logprobs=entry.top_logprobs
+            )
+            for entry in unread
+        ]
+        fields = {"item_id": message.id, "content_index": 0, "logprobs": told}
+        return self._delta("response.output_text.delta", text, bool(told), **fields)
 
     def _more_thought(self, text: str) -> list[bytes]:
         out: list[bytes] = []
@@ -282,47 +295,47 @@ class ResponseBuilder:
         if not isinstance(item, shapes.ResponseReasoningItem):
             out = self._close()
             item = shapes.ResponseReasoningItem(
-                id=new_id("rs_"), type="reasoning", status="in_progress", summary=[], content=[]
+                id=self._new_id("rs_"),
+                type="reasoning",
+                status="in_progress",
+                summary=[],
+                content=[],
             )
             self.output.append(item)
             self._open = True
-            out.append(self._event("response.output_item.added", item=item.model_copy(deep=True)))
+            out += self._event("response.output_item.added", item=item.model_copy(deep=True))
             part = response_reasoning_item.Content(type="reasoning_text", text="")
             item.content = [part]
-            out.append(
-                self._event(
-                    "response.content_part.added",
-                    item_id=item.id,
-                    content_index=0,
-                    part=part.model_copy(),
-                )
+            out += self._event(
+                "response.content_part.added",
+                item_id=item.id,
+                content_index=0,
+                part=part.model_copy(),
             )
         _thought_of(item).text += text
         self.grew(len(text))
-        delta = self._event(
-            "response.reasoning_text.delta", item_id=item.id, content_index=0, delta=text
-        )
-        return [*out, delta]
+        told: dict[str, Any] = {"item_id": item.id, "content_index": 0}
+        return [*out, *self._delta("response.reasoning_text.delta", text, **told)]
 
     def _begin_call(self, name: str) -> list[bytes]:
         call = shapes.ResponseFunctionToolCall(
             type="function_call",
-            id=new_id("fc_"),
-            call_id=new_id("call_"),
+            id=self._new_id("fc_"),
+            call_id=self._new_id("call_"),
             name=name,
             arguments="",
             status="in_progress",
         )
         self.output.append(call)
         self._open = True
-        return [self._event("response.output_item.added", item=call.model_copy())]
+        return self._event("response.output_item.added", item=call.model_copy())
 
     def _more_arguments(self, text: str) -> list[bytes]:
         call = self.output[-1]
         assert isinstance(call, shapes.ResponseFunctionToolCall)
         call.arguments += text
         self.grew(len(text))
-        return [self._event("response.function_call_arguments.delta", item_id=call.id, delta=text)]
+        return self._delta("response.function_call_arguments.delta", text, item_id=call.id)
 
     def _close(self, status: Literal["completed", "incomplete"] = "completed") -> list[bytes]:
         """End the output item in hand."""
@@ -331,46 +344,28 @@ class ResponseBuilder:
         self._open = False
         item = self.output[-1]
         item.status = status
+        told: dict[str, Any] = {"item_id": item.id, "content_index": 0}
         if isinstance(item, shapes.ResponseFunctionToolCall):
-            done = [
-                self._event(
-                    "response.function_call_arguments.done",
-                    item_id=item.id,
-                    name=item.name,
-                    arguments=item.arguments,
-                )
-            ]
+            done = self._event(
+                "response.function_call_arguments.done",
+                item_id=item.id,
+                name=item.name,
+                arguments=item.arguments,
+            )
         elif isinstance(item, shapes.ResponseReasoningItem):
             thought = _thought_of(item)
             if self._sealed:
                 item.encrypted_content = sealed(thought.text)
                 self.grew(len(item.encrypted_content))
-            done = [
-                self._event(
-                    "response.reasoning_text.done",
-                    item_id=item.id,
-                    content_index=0,
-                    text=thought.text,
-                ),
-                self._event(
-                    "response.content_part.done", item_id=item.id, content_index=0, part=thought
-                ),
-            ]
+            done = self._event("response.reasoning_text.done", text=thought.text, **told)
+            done += self._event("response.content_part.done", part=thought, **told)
         else:
             content = _text_of(item)
-            done = [
-                self._event(
-                    "response.output_text.done",
-                    item_id=item.id,
-                    content_index=0,
-                    text=content.text,
-                    logprobs=content.logprobs,
-                ),
-                self._event(
-                    "response.content_part.done", item_id=item.id, content_index=0, part=content
-                ),
-            ]
-        return [*done, self._event("response.output_item.done", item=item)]
+            done = self._event(
+                "response.output_text.done", text=content.text, logprobs=content.logprobs, **told
+            )
+            done += self._event("response.content_part.done", part=content, **told)
+        return [*done, *self._event("response.output_item.done", item=item)]
 
     def _end(self) -> list[bytes]:
         cut = self.progress.openai_finish_reason == "length"
@@ -386,22 +381,40 @@ class ResponseBuilder:
         self._status = "incomplete" if cut else "completed"
         if not cut:
             self._completed_s = int(time.time())
-        return [*out, self._whole(f"response.{self._status}")]
+        return [*out, *self._whole(f"response.{self._status}")]
 
-    # --- events ---
+    def _new_id(self, prefix: str) -> str:
+        """The id of the item that comes next, or of its call: the same whenever it is made, and
+        known to those alone who know the response's."""
+        place = f"{self.id}:{prefix}{len(self.output)}".encode()
+        return prefix + hashlib.blake2b(place, digest_size=16, person=b"item").hexdigest()
 
-    def _event(self, kind: str, **fields: Any) -> bytes:
+    # --- events: each list is empty where the reader has the event ---
+
+    def _event(self, kind: str, **fields: Any) -> list[bytes]:
         """An event about the last output item."""
+        if self._reader.skipped(0, 1):
+            return []
         return self._made(kind, {"output_index": len(self.output) - 1, **fields})
 
-    def _whole(self, kind: str) -> bytes:
+    def _delta(self, kind: str, text: str, more: bool = False, **fields: Any) -> list[bytes]:
+        """What the last output item has grown by. `more`: the fields hold what is not read yet."""
+        unread = text[self._reader.skipped(0, len(text)) :]
+        if not unread and not more:
+            return []
+        return self._made(kind, {"output_index": len(self.output) - 1, "delta": unread, **fields})
+
+    def _whole(self, kind: str) -> list[bytes]:
+        """An event with the response as it is now."""
+        if self._reader.skipped(0, 1):
+            return []
         return self._made(kind, {"response": self.snapshot()})
 
-    def _made(self, kind: str, fields: dict[str, Any]) -> bytes:
-        number = self._sequence
-        self._sequence += 1
-        made = _JSON.encode({"type": kind, "sequence_number": number, **fields})
-        return encode(made, event=kind, id_=str(number))
+    def _made(self, kind: str, fields: dict[str, Any]) -> list[bytes]:
+        # Numbers count from 0.
+        told = {"type": kind, "sequence_number": self._reader.events, **fields}
+        id_line = self._reader.id_line % self._reader.next_id()
+        return [id_line + encode(_JSON.encode(told), event=kind)]
 
 
 def told_usage(usage: Usage) -> ResponseUsage:
@@ -455,20 +468,3 @@ def _thought_of(item: shapes.ResponseReasoningItem) -> response_reasoning_item.C
     assert item.content is not None
     [content] = item.content
     return content
-
-
-def _said(logprobs: list[TokenLogprob], parts: list[Part]) -> list[TokenLogprob]:
-    """Of the tokens of an event with a thought or a call, those of the text beside it."""
-    size = sum(len(part.text.encode()) for part in parts if isinstance(part, tools.Text))
-    if isinstance(parts[-1], tools.Text):
-        return _last(logprobs, size)
-    return _last(logprobs[::-1], size)[::-1]
-
-
-def _last(logprobs: list[TokenLogprob], size: int) -> list[TokenLogprob]:
-    """The last tokens, as many as have so many bytes: those before them were marks."""
-    at = len(logprobs)
-    while at and size > 0:
-        at -= 1
-        size -= len(logprobs[at].token)
-    return logprobs[at:]

@@ -164,7 +164,7 @@ class _Socket:
             if name not in _NOT_PASSED_ON
             and not name.startswith(b"sec-websocket-")
             # One for each request of this connection.
-            and name not in (b"content-type", b"x-request-id", b"origin")
+            and name not in (b"content-type", b"x-request-id", b"origin", b"last-event-id")
         ]
         scope = {
             **opened,
