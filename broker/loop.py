@@ -33,7 +33,7 @@ from broker.core.events import (
     Side,
     Tick,
 )
-from broker.core.instructions import ForgetPeer, Log, ReloadAccess, Send, StopLoop
+from broker.core.instructions import ForgetPeer, Instruction, Log, ReloadAccess, Send, StopLoop
 from broker.log import Logger
 from broker.peer.bell import Bell
 from broker.peer.heap import HeapTrimmer
@@ -139,6 +139,7 @@ class BrokerLoop:
         #: Counters and gauges; shown by bus.stats.
         self.figures: dict[str, float] = dict.fromkeys(_FIGURES, 0.0)
         core.loop_figures = self.figures
+        core.instruct = self._carry_out
 
     # --- running ----------------------------------------------------------------------------------
 
@@ -229,28 +230,29 @@ class BrokerLoop:
         return min(max(0.0, due_s - now_s), LONGEST_POLL_S)
 
     def _feed(self, event: Event, now_s: float) -> None:
-        """Feed an event to the core, and then the events that result from carrying
-        out its instructions."""
-        self._carry_out(event, now_s)
+        """Feed an event to the core, which has its instructions carried out, and then the events
+        that result from that."""
+        self._core.handle(event, now_s)
         self._feed_pending(now_s)
 
     def _feed_pending(self, now_s: float) -> None:
         while self._pending:
-            self._carry_out(self._pending.popleft(), now_s)
+            self._core.handle(self._pending.popleft(), now_s)
 
-    def _carry_out(self, event: Event, now_s: float) -> None:
-        for instruction in self._core.handle(event, now_s):
-            match instruction:
-                case Send(side, routing_id, frames, last):
-                    self._send(side, routing_id, frames, last, now_s)
-                case Log(level, what, fields):
-                    self._log(level, what, fields)
-                case ForgetPeer(side, routing_id):
-                    self._outgoing[side].pop(routing_id, None)
-                case ReloadAccess():
-                    self._reload()
-                case StopLoop():
-                    self._running = False
+    def _carry_out(self, instruction: Instruction) -> None:
+        """Carry out an instruction in the middle of the event that caused it: what fails here is an
+        event of its own, and fed later."""
+        match instruction:
+            case Send(side, routing_id, frames, last):
+                self._send(side, routing_id, frames, last, self._core.now_s)
+            case Log(level, what, fields):
+                self._log(level, what, fields)
+            case ForgetPeer(side, routing_id):
+                self._outgoing[side].pop(routing_id, None)
+            case ReloadAccess():
+                self._reload()
+            case StopLoop():
+                self._running = False
 
     # --- receiving --------------------------------------------------------------------------------
 

@@ -237,7 +237,7 @@ def fail_unqueued(
     bus.count_failure(error.info)
     bus.figures.refused(error.info.code)
     bus.send_events(client, FailEvent(head.id, epoch, offset, error.info))
-    bus.out.append(
+    bus.instruct(
         Log(
             "info",
             "request refused",

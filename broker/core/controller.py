@@ -99,7 +99,7 @@ class BrokerCore(BusState):
                 if session := self.session(side, routing_id):
                     self.counters["peers_unreachable"] += 1
                     endings.end_session(self, session, "connection lost", farewell=None, died=True)
-                self.out.append(ForgetPeer(side, routing_id))
+                self.instruct(ForgetPeer(side, routing_id))
             case PeerOverflowed(side, routing_id):
                 if session := self.session(side, routing_id):
                     self.counters["peers_overflowed"] += 1

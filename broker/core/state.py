@@ -129,8 +129,15 @@ class BusState:
         #: Models whose queue or workers changed during this event.
         self.dirty: set[str] = set()
         self.out: list[Instruction] = []
+        #: Takes every instruction as it is given, in order. A loop that carries it out at once sets
+        #: this, and a message leaves before the rest of its event is worked out; otherwise `handle`
+        #: returns them all.
+        self.instruct: Callable[[Instruction], None] = self._collect
         self.read_until_s = {Side.FRONT: math.inf, Side.BACK: math.inf}
         self.probe_at_s = -math.inf
+
+    def _collect(self, instruction: Instruction) -> None:
+        self.out.append(instruction)
 
     def at(self, due_s: float, act: Callable[[Any, Any], None], about: Any) -> None:
         """Call `act(bus, about)` at `due_s`. It must check whether there is still
@@ -152,7 +159,7 @@ class BusState:
     ) -> None:
         """Send the next message of a session."""
         head = session.header(type_, id_, self.now_s)
-        self.out.append(Send(session.side, session.routing_id, (head, *frames), last))
+        self.instruct(Send(session.side, session.routing_id, (head, *frames), last))
 
     def send_events(self, client: ClientSession, *events: OutputEvent) -> None:
         """Send an OUTPUT with the broker's own events."""
@@ -174,10 +181,6 @@ class BusState:
         known = error.code in ErrorCode.__members__.values()
         self.counters[f"failed_{error.code if known else 'other'}"] += 1
 
-    def instruct(self, instruction: Instruction) -> None:
-        """Add an instruction to what `handle` returns."""
-        self.out.append(instruction)
-
     def new_id(self) -> bytes:
         """A fresh id of 16 bytes, the first not zero."""
         value = self.generator.getrandbits(128)
@@ -186,7 +189,7 @@ class BusState:
     def log(self, level: Level, event: str, session: Session, **fields: Any) -> None:
         """A line about a session."""
         about = {"peer": session.name, "session": short(session.id), **fields}
-        self.out.append(Log(level, event, about))
+        self.instruct(Log(level, event, about))
 
     def log_request(
         self,
@@ -200,7 +203,7 @@ class BusState:
         about = {"request": short(request.id), "model": request.model}
         if worker is not None:
             about["worker"] = worker.name
-        self.out.append(Log(level, f"request {event}", about | fields))
+        self.instruct(Log(level, f"request {event}", about | fields))
 
     def route_to(self, worker: WorkerSession, client: ClientSession) -> Route:
         route = worker.routes.get(client.id)

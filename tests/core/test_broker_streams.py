@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from broker.core.events import Tick
+from broker.core.instructions import Instruction, Send
 from broker.protocol import codec, header
 from broker.protocol.header import MessageType
 from broker.protocol.messages import (
@@ -35,6 +37,32 @@ def test_a_request_is_accepted_assigned_streamed_and_ended() -> None:
     events = client.events()
     assert [type(event) for event in events] == [TokensEvent, TokensEvent, EndEvent]
     assert client.query("bus.stats")["running"] == 0
+
+
+def test_messages_leave_in_order_before_the_rest_of_their_event_is_worked_out() -> None:
+    bus = Bus()
+    worker, client = bus.worker(), bus.client()
+    running: list[tuple[MessageType, int]] = []
+
+    def carry_out(instruction: Instruction) -> None:
+        if isinstance(instruction, Send):
+            type_ = header.decode(instruction.frames[0]).type
+            running.append((type_, len(bus.core.workers[worker.routing_id].running)))
+            bus.mail.setdefault((instruction.side, instruction.routing_id), []).append(
+                Message(instruction.frames)
+            )
+
+    bus.core.instruct = carry_out
+    client.request()
+    (assign,) = worker.assigned()
+    worker.finish(assign, tokens=0)
+    assert running == [
+        (MessageType.ASSIGN, 1),
+        (MessageType.ACCEPTED, 1),
+        (MessageType.OUTPUT, 1),  # the ledger that came with it has not been read yet
+    ]
+    assert not bus.core.workers[worker.routing_id].running
+    assert bus.core.handle(Tick(), bus.now_s) == [], "nothing is carried out twice"
 
 
 def test_attachments_travel_unchanged() -> None:
