@@ -1,7 +1,8 @@
 """The key/value cache: one dense pair of tensors per layer, with one row for each running request.
 
-A layer holds `[slots, capacity, heads, head_dim]`. A row is right-padded, starts at position 0
-and has its own length, so requests of different lengths share a batch without copying.
+A layer holds `[slots, capacity, heads, head_dim]`, or codes and scales of 8 bits (`kv_int8.py`).
+A row is right-padded, starts at position 0 and has its own length, so requests of different
+lengths share a batch without copying.
 `SlotLayer` plugs into transformers through its public `CacheLayerMixin`: the models' own code
 calls `update`, and the shared `Plan` describes the next forward. Knows nothing of requests; must
 never decide what runs.
@@ -17,6 +18,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from worker.engines.common.failures import is_out_of_memory
+from worker.engines.transformers.kv_int8 import Int8Codec, KvInt8
 
 __all__ = ["Plan", "SlotCache", "SlotLayer"]
 
@@ -126,6 +128,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         """As `update`, of new states [batch, tokens, heads, head_dim]."""
         if not self.is_initialized:
             self.lazy_initialization(keys.transpose(1, 2), values.transpose(1, 2))
+        keys, values = self._stored(keys, values)
         plan = self.plan
         tokens = keys.shape[1]
         first = plan.slot
@@ -138,10 +141,24 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             last, length = first + 1, plan.start + tokens
             self.keys[first, plan.start : length] = keys[0]
             self.values[first, plan.start : length] = values[0]
-        return (
-            self.keys[first:last, :length].transpose(1, 2),
-            self.values[first:last, :length].transpose(1, 2),
-        )
+        keys, values = self.read(first, last, length)
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def read(self, first: int, last: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [rows, length, heads, head_dim] of rows `first` to `last` - 1; valid
+        until another layer is read."""
+        return self.keys[first:last, :length], self.values[first:last, :length]
+
+    def _stored(
+        self, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """New states [..., heads, head_dim] as they are stored."""
+        return keys, values
+
+    @property
+    def work_bytes(self) -> int:
+        """Bytes, besides those stored, for each token that a forward reads; 0 before the first."""
+        return 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.plan.start + query_length, 0
@@ -172,6 +189,52 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return result
 
 
+class Int8Layer(SlotLayer):
+    """One layer's keys and values in 8 bits, `[slots, capacity, heads, size]` (see `kv_int8`)."""
+
+    def __init__(
+        self, plan: Plan, slots: int, capacity: int, spare: int, numbers: KvInt8, index: int
+    ) -> None:
+        super().__init__(plan, slots, capacity, spare)
+        self._numbers = numbers
+        self._codecs = numbers.keys[index], numbers.values[index]
+        #: Of keys and of values, as they are read.
+        self._forms: tuple[tuple[int, int], ...] = ()
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        states = key_states, value_states
+        self._forms = tuple((each.shape[1], each.shape[3]) for each in states)
+        super().lazy_initialization(key_states, value_states)
+
+    def _allocate(self, states: torch.Tensor) -> torch.Tensor:
+        heads, dim = states.shape[1], states.shape[3]
+        shape = (self.slots + self.spare, self.capacity, heads, Int8Codec.size(dim))
+        return _zeros(shape, states.new_empty(0, dtype=torch.int8))
+
+    def _stored(
+        self, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._codecs[0].encode(keys), self._codecs[1].encode(values)
+
+    def read(self, first: int, last: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        found = [
+            codec.decode(
+                states[first:last, :length],
+                self._numbers.room(which, (last - first, length, *form), self.dtype, self.device),
+            )
+            for which, (codec, states, form) in enumerate(
+                zip(self._codecs, (self.keys, self.values), self._forms, strict=True)
+            )
+        ]
+        return found[0], found[1]
+
+    @property
+    def work_bytes(self) -> int:
+        if not self.is_initialized:
+            return 0
+        return sum(heads * dim for heads, dim in self._forms) * self.dtype.itemsize
+
+
 class SlotCache(Cache):  # type: ignore[misc]
     """All layers, resized and moved together.
 
@@ -179,26 +242,45 @@ class SlotCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(
-        self, layers: int, *, slots: int = 1, capacity: int = ROUND_TOKENS, spare: int = 0
+        self,
+        layers: int,
+        *,
+        slots: int = 1,
+        capacity: int = ROUND_TOKENS,
+        spare: int = 0,
+        numbers: KvInt8 | None = None,
     ) -> None:
+        """`numbers`: how keys and values are held in 8 bits; None as the model computes them."""
         self.plan = Plan()
+        self.numbers = numbers
         #: Counts reallocations: addresses from an older generation are invalid.
         self.generation = 0
         self.slots = slots
         self.capacity = capacity
         self.budget = 0
-        self.slot_layers = [SlotLayer(self.plan, slots, capacity, spare) for _ in range(layers)]
+        self.slot_layers = [
+            SlotLayer(self.plan, slots, capacity, spare)
+            if numbers is None
+            else Int8Layer(self.plan, slots, capacity, spare, numbers, index)
+            for index in range(layers)
+        ]
         super().__init__(layers=list(self.slot_layers))
 
     @property
     def token_bytes(self) -> int:
-        """Bytes per token over all layers; 0 before the first forward."""
+        """Bytes stored per token over all layers; 0 before the first forward."""
         return sum(
             states.shape[2] * states.shape[3] * states.element_size()
             for layer in self.slot_layers
             if layer.is_initialized
             for states in (layer.keys, layer.values)
         )
+
+    @property
+    def work_bytes(self) -> int:
+        """Bytes, besides those stored, for each token that a forward reads: it reads one layer
+        after the other. 0 before the first forward."""
+        return max((layer.work_bytes for layer in self.slot_layers), default=0)
 
     def reserve(self, rows: int, length: int, used_rows: int, used_length: int) -> bool:
         """Make room for `rows` rows of `length` tokens, keeping the first `used_rows` rows of up to
@@ -219,6 +301,8 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     def shrink(self, slots: int, capacity: int) -> None:
         """Give memory back while no row is in use."""
+        if self.numbers is not None:
+            self.numbers.release()
         capacity = _rounded(capacity)
         if self.slots * self.capacity > slots * capacity:
             self._resize(slots, capacity)
@@ -275,11 +359,16 @@ class SlotCache(Cache):  # type: ignore[misc]
                 states[other, :length] = kept
 
     def read(self, row: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """A copy of the first `length` tokens of a row, layer by layer."""
+        """A copy of the first `length` tokens of a row as they are stored, layer by layer."""
         return [
             (layer.keys[row, :length].clone(), layer.values[row, :length].clone())
             for layer in self.slot_layers
         ]
+
+    def dense(self, row: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """A copy of the first `length` tokens of a row as attention reads them, layer by layer."""
+        found = (layer.read(row, row + 1, length) for layer in self.slot_layers)
+        return [(keys[0].clone(), values[0].clone()) for keys, values in found]
 
     def write(self, row: int, states: list[tuple[torch.Tensor, torch.Tensor]], length: int) -> None:
         """Put the first `length` tokens of an earlier `read` into a row."""

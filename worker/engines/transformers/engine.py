@@ -160,7 +160,8 @@ class TransformersEngine(BatchEngine):
         for runner in runners:
             cache, device = runner.cache, runner.forward.device
             beside = sum(1 for other in runners if other.forward.device == device)
-            token_bytes = max(cache.token_bytes + runner.draft_token_bytes, 1)
+            stored_bytes = max(cache.token_bytes, 1)
+            token_bytes = stored_bytes + cache.work_bytes + runner.draft_token_bytes
             on_host = device.type == "cpu"
             share = settings.memory_share or (HOST_SHARE if on_host else DEVICE_SHARE)
             free = free_bytes(device)
@@ -171,7 +172,7 @@ class TransformersEngine(BatchEngine):
             if kept < 0:
                 kept = tokens // 4
                 if on_host:
-                    kept = min(kept, HOST_PREFIX_BYTES // token_bytes)
+                    kept = min(kept, HOST_PREFIX_BYTES // stored_bytes)
             if settings.kv_tokens == 0:
                 # Cached prefixes share the same memory.
                 tokens = max(tokens - kept, 0)

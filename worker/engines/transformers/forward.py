@@ -20,6 +20,7 @@ from worker.engines.common.sequence import Sequence
 from worker.engines.transformers.cache import SlotCache
 from worker.engines.transformers.fused import direct_forward
 from worker.engines.transformers.graphs import StaticDecode
+from worker.engines.transformers.kv_int8 import KvInt8
 from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.packed import packed_bytes
 from worker.engines.transformers.vision import ImageFeatures, Vision
@@ -52,7 +53,14 @@ class Forward:
     """The model's forward over a slot cache. Raises `Unsupported` on construction if the
     configuration shows that the model cannot be served from slots."""
 
-    def __init__(self, loaded: LoadedModel, *, static: StaticUse = StaticUse.NEVER) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        static: StaticUse = StaticUse.NEVER,
+        numbers: KvInt8 | None = None,
+    ) -> None:
+        """`numbers`: how keys and values are held in 8 bits; None as the model computes them."""
         model = loaded.model
         config = model.config.get_text_config(decoder=True)
         if loaded.encoder_decoder:
@@ -84,7 +92,9 @@ class Forward:
             # A captured step does not include the choice of adapters.
             static = StaticUse.NEVER
         self.cache = SlotCache(
-            int(config.num_hidden_layers), spare=0 if static is StaticUse.NEVER else 1
+            int(config.num_hidden_layers),
+            spare=0 if static is StaticUse.NEVER else 1,
+            numbers=numbers,
         )
         #: Decode steps of fixed shape, if used.
         self.static: StaticDecode | None = None
@@ -350,7 +360,9 @@ class Forward:
 
     def _forward_tokens(self) -> int:
         """Number of cached tokens that take as long to read as the weights."""
-        return self._weight_bytes // max(self.cache.token_bytes, 1)
+        layers = len(self.cache.slot_layers)
+        token_bytes = self.cache.token_bytes + layers * self.cache.work_bytes
+        return self._weight_bytes // max(token_bytes, 1)
 
     def _decode_run(self, sequences: list[Sequence], slot: int) -> torch.Tensor:
         """One token for rows from `slot` on, in one forward."""

@@ -18,15 +18,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import statistics
+from collections.abc import Sequence as Items
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
 from itertools import accumulate, pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 import worker
 from worker.engines.base import EngineLoadError
@@ -34,17 +37,21 @@ from worker.engines.common.compat import KNOWN_RELEASES
 from worker.engines.common.failures import is_out_of_memory, one_line
 from worker.engines.common.prompt import Prompt
 from worker.engines.common.sequence import Sequence, bare_fields
-from worker.engines.transformers.fallback import plain_generation_config
 from worker.engines.transformers.forward import Forward, StaticUse, Unsupported
+from worker.engines.transformers.kv_int8 import KvInt8
 from worker.engines.transformers.loaded import LoadedModel, wrap_model
+from worker.engines.transformers.references import (
+    STEPS,
+    Reference,
+    memory_short,
+    references,
+    text_prompt,
+)
 from worker.engines.transformers.vision import ImageFeatures, Vision, doubled
 
 __all__ = ["Verdict", "check", "check_generate", "relative_error", "tolerance"]
 
 log = logging.getLogger(__name__)
-
-STEPS = 4
-"""Answer tokens compared for each prompt."""
 
 APART_TOKENS = 24
 """Between a stem and the branches that are compared."""
@@ -56,6 +63,12 @@ HALF_TOLERANCE = 0.2
 0.03 was observed."""
 EXPERTS_TOLERANCE = 0.35
 """In half precision, a different batch size may route a token to another expert."""
+INT8_TOLERANCE = 0.02
+"""With keys and values of 8 bits: a number between two codes may be rounded to the other one. Up to
+0.002 was observed."""
+INT8_LOSS = 0.1
+"""Largest relative change of the logits by keys and values of 8 bits, the median of some tokens.
+Observed: 0.007 to 0.04; with keys that 8 bits cannot hold 0.5."""
 LOOKING_AHEAD = 0.05
 """Relative change of a prompt's keys when later tokens change. Observed with a causal mask: 0, with
 LLM.int8 up to 0.01; without one: 0.7."""
@@ -87,31 +100,30 @@ class Verdict:
         self.fault = fault
 
 
-class Reference(NamedTuple):
-    """A prompt and the output of plain greedy `generate()` for it."""
-
-    prompt: Prompt
-    #: float32 [vocabulary] for each of `STEPS` tokens.
-    logits: list[torch.Tensor]
-    tokens: list[int]
-
-
 def check(
     loaded: LoadedModel,
     image_prompt: Prompt | None,
     *,
     static: StaticUse = StaticUse.NEVER,
+    kv_int8: bool = False,
 ) -> Verdict:
-    """Compare the slot path with `generate()` on `loaded`, with an image if one is given.
+    """Compare the slot path with `generate()` on `loaded`, with an image if one is given. With
+    `kv_int8`, slots hold keys and values in 8 bits, and `generate()` rounds them alike.
 
     Raises `EngineLoadError` if `generate()` itself fails, memory is short, transformers is
     incompatible with this engine, or our own code has a bug.
     """
     try:
-        long, short = _references(loaded, image_prompt)
+        long, short = references(loaded, image_prompt)
+        numbers = None
+        if kv_int8:
+            numbers = KvInt8(len(Forward(loaded).cache.slot_layers))
+            given = references(loaded, image_prompt, DynamicCache)
+            exact, long, short = (long, short), *references(loaded, image_prompt, numbers.cache)
+            _accept_rounding(loaded, exact, given, (long, short))
     except Unsupported as error:
         return Verdict(None, str(error), compared=False)
-    verdict = _verdict(loaded, long, short, static)
+    verdict = _verdict(loaded, long, short, static, numbers)
     if verdict.forward is not None:
         return verdict
     disagreement = _reference_model_fails(str(loaded.device))
@@ -136,50 +148,71 @@ def check_generate(loaded: LoadedModel, image_prompt: Prompt | None) -> None:
     """Run the model's own `generate()`, which serves it one request at a time. Raises
     `EngineLoadError` if that fails."""
     with contextlib.suppress(Unsupported):
-        _references(loaded, image_prompt)
+        references(loaded, image_prompt)
 
 
-def _references(loaded: LoadedModel, image_prompt: Prompt | None) -> tuple[Reference, Reference]:
-    """A long prompt (with an image if given) and a short one, run by `generate()`.
-
-    Raises `EngineLoadError` if that fails, `Unsupported` if it needs an image.
-    """
-    long = _generated(loaded, image_prompt or _text_prompt(loaded, 13))
-    try:
-        return long, _generated(loaded, _text_prompt(loaded, 5))
-    except EngineLoadError as error:
-        if image_prompt is None:
-            raise
-        raise Unsupported(f"a prompt without an image fails: {error}") from error
-
-
-def _generated(loaded: LoadedModel, prompt: Prompt) -> Reference:
-    try:
-        with torch.inference_mode(), loaded.any_length():
-            return _reference(loaded, prompt)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise _memory_short(error) from error
+def _accept_rounding(
+    loaded: LoadedModel,
+    exact: Items[Reference],
+    given: Items[Reference],
+    rounded: Items[Reference],
+) -> None:
+    """Raise `EngineLoadError` if keys and values of 8 bits change the logits too much; else put the
+    change into the model's details. `given`: with a plain cache, as `rounded` has one that
+    rounds."""
+    change = _change(loaded, exact, given)
+    if not change <= tolerance(loaded.model, quantised=loaded.quantised):
         raise EngineLoadError(
-            f"the model's own generate() fails, so that no request could be answered: "
-            f"{type(error).__name__}: {one_line(error, 300)}"
-        ) from error
+            "kv_cache_dtype=int8: the installed transformers computes this model differently with "
+            f"a cache that it is given (by {change:.2g}), so that there is nothing to compare keys "
+            "and values of 8 bits with: omit --engine-arg kv_cache_dtype"
+        )
+    change = _change(loaded, exact, rounded)
+    if not change <= INT8_LOSS:
+        raise EngineLoadError(
+            f"kv_cache_dtype=int8: keys and values of 8 bits change this model's logits by "
+            f"{change:.2g} of their spread, and more than {INT8_LOSS:g} changes answers: omit "
+            "--engine-arg kv_cache_dtype"
+        )
+    loaded.details |= {"kv_cache_dtype": "int8", "kv_cache_error": round(change, 4)}
 
 
-def _verdict(loaded: LoadedModel, long: Reference, short: Reference, static: StaticUse) -> Verdict:
-    verdict = _pieces_or_whole(loaded, long, short, static)
+def _change(loaded: LoadedModel, exact: Items[Reference], other: Items[Reference]) -> float:
+    """How far the logits are from `exact`: the median of all tokens for as long as answers are the
+    same, since one token may be routed to another expert."""
+    errors: list[float] = []
+    for wanted, got in zip(exact, other, strict=True):
+        for place in range(STEPS):
+            if wanted.tokens[:place] == got.tokens[:place]:
+                pair = got.logits[place], wanted.logits[place]
+                errors.append(relative_error(*pair, loaded.placeholder_ids))
+    return statistics.median(errors)
+
+
+def _verdict(
+    loaded: LoadedModel,
+    long: Reference,
+    short: Reference,
+    static: StaticUse,
+    numbers: KvInt8 | None = None,
+) -> Verdict:
+    verdict = _pieces_or_whole(loaded, long, short, static, numbers)
     if verdict.forward is None and verdict.compared and static is not StaticUse.NEVER:
         log.warning("steps of fixed shape are not used: %s", verdict.reason)
-        verdict = _pieces_or_whole(loaded, long, short, StaticUse.NEVER)
+        verdict = _pieces_or_whole(loaded, long, short, StaticUse.NEVER, numbers)
     return verdict
 
 
 def _pieces_or_whole(
-    loaded: LoadedModel, long: Reference, short: Reference, static: StaticUse
+    loaded: LoadedModel,
+    long: Reference,
+    short: Reference,
+    static: StaticUse,
+    numbers: KvInt8 | None,
 ) -> Verdict:
-    verdict = _try(loaded, long, short, static, whole=False)
+    verdict = _try(loaded, long, short, static, numbers, whole=False)
     if verdict.forward is None and verdict.compared:
-        whole = _try(loaded, long, short, static, whole=True)
+        whole = _try(loaded, long, short, static, numbers, whole=True)
         if whole.forward is not None:
             return whole
         if whole.reason != verdict.reason:
@@ -188,10 +221,16 @@ def _pieces_or_whole(
 
 
 def _try(
-    loaded: LoadedModel, long: Reference, short: Reference, static: StaticUse, *, whole: bool
+    loaded: LoadedModel,
+    long: Reference,
+    short: Reference,
+    static: StaticUse,
+    numbers: KvInt8 | None,
+    *,
+    whole: bool,
 ) -> Verdict:
     try:
-        forward = Forward(loaded, static=static)
+        forward = Forward(loaded, static=static, numbers=numbers)
     except Unsupported as error:
         return Verdict(None, str(error), compared=False)
     try:
@@ -203,7 +242,7 @@ def _try(
         raise
     except Exception as error:
         if is_out_of_memory(error):
-            raise _memory_short(error) from error
+            raise memory_short(error) from error
         ours = isinstance(error, PROGRAMMING_ERRORS) and _raised_by_us(error.__traceback__)
         reason = f"{type(error).__name__}: {one_line(error, 300)}"
         return Verdict(None, reason, fault=error if ours else None)
@@ -230,7 +269,7 @@ def _reference_model_fails(device: str) -> str:
         model = LlamaForCausalLM(config)
     loaded = wrap_model(model.to(device), None)
     try:
-        long, short = _references(loaded, None)
+        long, short = references(loaded, None)
     except EngineLoadError as error:
         return str(error)
     verdict = _verdict(loaded, long, short, StaticUse.NEVER)
@@ -243,29 +282,6 @@ def _raised_by_us(traceback: TracebackType | None) -> bool:
         traceback = traceback.tb_next
     home = Path(worker.__file__).parent
     return traceback is not None and home in Path(traceback.tb_frame.f_code.co_filename).parents
-
-
-def _memory_short(error: BaseException) -> EngineLoadError:
-    return EngineLoadError(
-        f"too little memory for two short prompts beside the weights: {one_line(error, 300)}; "
-        "--load-8bit and --load-4bit need less"
-    )
-
-
-def _text_prompt(loaded: LoadedModel, length: int) -> Prompt:
-    """Ordinary tokens spread over the vocabulary."""
-    import numpy as np
-
-    special = set(getattr(loaded.tokenizer, "all_special_ids", None) or [])
-    special |= loaded.placeholder_ids
-    stride = max(loaded.vocabulary // (2 * length + 7), 1)
-    ordinary = [
-        token_id
-        for token_id in range(loaded.vocabulary // 3, loaded.vocabulary, stride)
-        if token_id not in special
-    ]
-    ids = (ordinary * length)[:length]
-    return Prompt(ids=ids, key=np.asarray(ids, dtype=np.int64))
 
 
 def _probe(prompt: Prompt) -> Sequence:
@@ -286,8 +302,10 @@ def _compare(
     one, other = _probe(long), _probe(short)
     tokens = len(long.ids) + len(short.ids) + STEPS + 1
     if not forward.cache.reserve(2, tokens, 0, 0):
-        raise _memory_short(MemoryError(f"no room for {tokens} tokens of cache"))
+        raise memory_short(MemoryError(f"no room for {tokens} tokens of cache"))
     allowed = tolerance(loaded.model, quantised=loaded.quantised)
+    if forward.cache.numbers is not None:
+        allowed = max(allowed, INT8_TOLERANCE)
 
     def expect(got: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
         error = relative_error(got, wanted, loaded.placeholder_ids)
@@ -395,17 +413,17 @@ def _looks_ahead(loaded: LoadedModel, forward: Forward, prompt: Prompt) -> bool:
     in pieces nor reusing its prefix would be correct. Compares two forwards of the same shape,
     which agree if the mask is causal, however few bits the weights have."""
     if len(prompt.ids) - prompt.media_end < 4:
-        prompt = _text_prompt(loaded, 13)
+        prompt = text_prompt(loaded, 13)
     length, before = len(prompt.ids), prompt.media_end
     cut = length - (length - before) // 2
-    ordinary = _text_prompt(loaded, 2 * length).ids
+    ordinary = text_prompt(loaded, 2 * length).ids
     other_id = next((i for i in ordinary if i not in prompt.ids[cut:]), ordinary[0])
     changed = prompt.ids[:cut] + [other_id] * (length - cut)
     for row, ids in enumerate((prompt.ids, changed)):
         probe = _probe(replace(prompt, ids=ids))
         forward.prepare(probe)
         forward.prefill(row, probe, 0, length)
-    pairs = zip(forward.cache.read(0, cut), forward.cache.read(1, cut), strict=True)
+    pairs = zip(forward.cache.dense(0, cut), forward.cache.dense(1, cut), strict=True)
     return any(
         _relative_change(one[before:], other[before:]) > LOOKING_AHEAD
         for layer, changed_layer in pairs
@@ -466,7 +484,7 @@ def _branches_agree(
     """Whether branches of a prompt give the logits of a text of its own each; here, different parts
     of its answer, behind a branch of other tokens so long that a position taken from the place in
     the cache shows."""
-    other = _text_prompt(loaded, APART_TOKENS).ids
+    other = text_prompt(loaded, APART_TOKENS).ids
     branches = [other, *(tokens[: count + 1] for count in range(STEPS - 1))]
     ids = prompt.ids + [token for branch in branches for token in branch]
     probe = _probe(replace(prompt, ids=ids))
@@ -522,42 +540,6 @@ def _drafts_agree(
         relative_error(one, right, loaded.placeholder_ids) <= allowed
         for one, right in zip(got, wanted[1:] + others[1:], strict=True)
     )
-
-
-def _read_reference(loaded: LoadedModel, prompt: Prompt) -> Reference:
-    """What a decision model, which generates nothing, computes of a prompt and further tokens."""
-    ordinary = _text_prompt(loaded, STEPS + len(prompt.ids)).ids
-    tokens = ordinary[-STEPS:]
-    rows = []
-    for count in range(STEPS):
-        ids = torch.tensor([prompt.ids + tokens[:count]], device=loaded.device)
-        inputs = prompt.media_on(loaded.device, loaded.dtype)
-        for name, value in prompt.aligned.items():
-            padded = torch.nn.functional.pad(value, (0, count))
-            inputs[name] = padded.to(loaded.device)
-        rows.append(loaded.model(input_ids=ids, **inputs, use_cache=False).logits[0, -1].float())
-    return Reference(prompt, rows, tokens)
-
-
-def _reference(loaded: LoadedModel, prompt: Prompt) -> Reference:
-    if loaded.head is not None:
-        return _read_reference(loaded, prompt)
-    # The model before adapters were attached, if there are any.
-    model = loaded.model if loaded.reference is None else loaded.reference
-    ids = torch.tensor([prompt.ids], device=loaded.device)
-    inputs = prompt.inputs(loaded.device, loaded.dtype)
-    config = plain_generation_config(
-        model,
-        max_new_tokens=STEPS,
-        return_dict_in_generate=True,
-        output_logits=True,
-        suppress_tokens=sorted(loaded.placeholder_ids) or None,
-    )
-    output = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, **inputs
-    )
-    tokens = output.sequences[0, -STEPS:].tolist()
-    return Reference(prompt, [logits[0].float() for logits in output.logits], tokens)
 
 
 def tolerance(model: Any, *, quantised: bool) -> float:

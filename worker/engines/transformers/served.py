@@ -221,8 +221,19 @@ class ServedModel(BatchModel):
                 check_generate(loaded, image_prompt)
             verdict = Verdict(None, "requested with --engine-arg scheduler=generate")
         else:
-            verdict = check(loaded, image_prompt, static=_static_use(settings, loaded))
+            verdict = check(
+                loaded,
+                image_prompt,
+                static=_static_use(settings, loaded),
+                kv_int8=settings.kv_cache_dtype == "int8",
+            )
         if verdict.forward is None:
+            if settings.kv_cache_dtype == "int8":
+                raise EngineLoadError(
+                    f"{self.names[0]}: kv_cache_dtype=int8 is how slots hold keys and values, and "
+                    f"it cannot be served from slots: {verdict.reason}; omit --engine-arg "
+                    "kv_cache_dtype"
+                )
             if settings.scheduler == "slots":
                 raise EngineLoadError(
                     f"{self.names[0]} cannot be served from slots: {verdict.reason}; "

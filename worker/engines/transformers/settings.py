@@ -33,6 +33,9 @@ class EngineSettings(SharedSettings):
     #: Fraction of the memory free after loading that keys, values and prefixes may take; 0: 0.8 of
     #: an accelerator's, 0.4 of a host's, which other programs use too.
     memory_share: float = 0.0
+    #: What keys and values are held in: "auto": the model's dtype; "int8": 8 bits, by token and
+    #: head, about half of the memory (of float32 a quarter) for slightly different answers.
+    kv_cache_dtype: str = "auto"
     #: Tokens of finished prompts and answers kept in the prefix cache; -1: a quarter of what fits,
     #: on a host at most 1 GiB; 0: none.
     prefix_tokens: int = -1
@@ -68,6 +71,7 @@ class EngineSettings(SharedSettings):
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "scheduler": ("auto", "slots", "generate"),
+    "kv_cache_dtype": ("auto", "int8"),
     "cuda_graphs": ("auto", "on", "off"),
     "overlap": ("auto", "on", "off"),
     "fused": ("auto", "on", "off"),

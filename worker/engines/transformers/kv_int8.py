@@ -1,0 +1,150 @@
+"""Keys and values in 8 bits: how they are held, and a cache that rounds like it.
+
+A key or value of one token and head is `head_dim` symmetric codes and one float32 scale, side by
+side in int8, so that whatever moves rows of the cache moves scales with them. All tokens are read
+as they were stored, a token's own too: an answer does not depend on how its prompt was cut, on a
+reused prefix, on neighbours or on a resume, other than by rounding. Must never hide a key that
+is no number: its scale is none either.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+__all__ = ["Int8Codec", "KvInt8", "RoundedCache"]
+
+LARGEST_CODE = 127
+SCALE_BYTES = 4
+"""One float32; codes are padded to a multiple of it, so that it is aligned."""
+
+SMALLEST_SCALE = 1e-30
+"""For keys of zeros."""
+
+OUTLIER = 4
+"""A model has outlying channels of keys if one is at least so many times the usual one. Biases of
+keys (Qwen2) are up to a hundred times."""
+
+
+class Int8Codec:
+    """Rounds the keys, or the values, of one layer to 8 bits."""
+
+    def __init__(self, *, levels: bool = False) -> None:
+        """`levels`: large channels are divided by a power of two first, which is learnt from the
+        first states that are seen."""
+        self._levels = levels
+        self._known = not levels
+        #: Powers of two [heads, head_dim]; None if no channel stands out.
+        self.factors: torch.Tensor | None = None
+
+    @staticmethod
+    def size(head_dim: int) -> int:
+        """Bytes of one head's codes and scale."""
+        return _padded(head_dim) + SCALE_BYTES
+
+    def encode(self, states: torch.Tensor) -> torch.Tensor:
+        """Codes and scales, int8 [..., heads, size], of states [..., heads, head_dim]."""
+        dim = states.shape[-1]
+        if not self._known:
+            self.factors, self._known = _factors(states), True
+        wide = states.float() if self.factors is None else states.float() / self.factors
+        scales = wide.abs().amax(-1, keepdim=True).div_(LARGEST_CODE).clamp_min_(SMALLEST_SCALE)
+        packed = torch.empty(
+            (*states.shape[:-1], self.size(dim)), dtype=torch.int8, device=states.device
+        )
+        packed[..., :dim] = (wide / scales).round_()
+        if dim != _padded(dim):
+            packed[..., dim : _padded(dim)] = 0
+        packed[..., _padded(dim) :].view(torch.float32).copy_(scales)
+        return packed
+
+    def decode(self, packed: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """What `encode` has stored, into `out` [..., heads, head_dim]."""
+        dim = out.shape[-1]
+        codes, scales = packed[..., :dim], packed[..., _padded(dim) :].view(torch.float32)
+        if out.dtype is torch.float32 and out.device.type == "cpu":
+            # Two operators that a CPU runs with vectors are faster than one of mixed types.
+            out.copy_(codes).mul_(scales)
+        else:
+            torch.mul(codes, scales, out=out)
+        return out if self.factors is None else out.mul_(self.factors)
+
+    def rounded(self, states: torch.Tensor) -> torch.Tensor:
+        """States as they are read from the cache."""
+        return self.decode(self.encode(states), torch.empty_like(states))
+
+
+def _padded(head_dim: int) -> int:
+    return -(-head_dim // SCALE_BYTES) * SCALE_BYTES
+
+
+def _factors(states: torch.Tensor) -> torch.Tensor | None:
+    """Powers of two by which the channels of states [..., heads, head_dim] exceed the usual one of
+    their head; None if none does by much. Rotary embedding turns a channel into another as
+    positions grow: the one half a head away or the next one, by the model's convention."""
+    largest = states.float().abs().flatten(0, -3).amax(0)
+    if largest.shape[-1] % 2:
+        return None
+    halves = largest.roll(largest.shape[-1] // 2, -1)
+    pairs = largest.view(len(largest), -1, 2).flip(-1).flatten(-2)
+    largest = torch.maximum(largest, torch.maximum(halves, pairs))
+    usual = largest.median(-1, keepdim=True).values.clamp_min(SMALLEST_SCALE)
+    factors = torch.exp2(torch.log2(largest / usual).floor().clamp_min(0))
+    # Of what is no number, nothing is learnt.
+    return factors if bool((factors >= OUTLIER).any() & torch.isfinite(factors).all()) else None
+
+
+class KvInt8:
+    """The codecs of a model's layers, and room to read one layer."""
+
+    def __init__(self, layers: int) -> None:
+        self.keys = [Int8Codec(levels=True) for _ in range(layers)]
+        self.values = [Int8Codec() for _ in range(layers)]
+        self._room: list[torch.Tensor] = [torch.zeros(0), torch.zeros(0)]
+
+    def cache(self, config: Any) -> RoundedCache:
+        """A cache for the model's own `generate()`."""
+        return RoundedCache(self, config)
+
+    def room(
+        self, which: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """Memory for the keys (0) or values (1) of the layer that is computed now. On a CPU it is
+        that of the layer before, since memory that is used for the first time is slow."""
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device)
+        count = torch.Size(shape).numel()
+        if self._room[which].numel() < count or self._room[which].dtype is not dtype:
+            self._room[which] = torch.zeros(0)
+            self._room[which] = torch.empty(count, dtype=dtype)
+        return self._room[which][:count].view(shape)
+
+    def release(self) -> None:
+        """Give the room back while nothing runs."""
+        self._room = [torch.zeros(0), torch.zeros(0)]
+
+
+class RoundedCache(DynamicCache):  # type: ignore[misc]
+    """A cache for the model's own `generate()` that rounds as `KvInt8` does."""
+
+    def __init__(self, numbers: KvInt8, config: Any) -> None:
+        super().__init__(config=config)
+        self._numbers = numbers
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As transformers' caches: states [batch, heads, tokens, head_dim]."""
+        keys = self._numbers.keys[layer_idx].rounded(key_states.transpose(1, 2))
+        values = self._numbers.values[layer_idx].rounded(value_states.transpose(1, 2))
+        updated: tuple[torch.Tensor, torch.Tensor] = super().update(
+            keys.transpose(1, 2), values.transpose(1, 2), layer_idx, *args, **kwargs
+        )
+        return updated
