@@ -45,6 +45,9 @@ from client.gateway.ids import (
     request_id_of,
 )
 from client.gateway.keys import KeyFile
+from client.gateway.llamacpp.answers import error_object as llamacpps_error
+from client.gateway.llamacpp.bodies import LLAMACPPS_PATHS
+from client.gateway.llamacpp.routes import llamacpp_routes
 from client.gateway.metrics import CONTENT_TYPE, Metrics
 from client.gateway.ollama.answers import error_object
 from client.gateway.ollama.routes import ollama_routes
@@ -203,7 +206,8 @@ def _routes(config: Config) -> list[BaseRoute]:
         route("/bus/live", live),
         route("/bus/drain", drain, "POST"),
     ]
-    routes += [*token_routes(), *scoring_routes(), *ollama_routes(), *batch_routes()]
+    routes += [*token_routes(), *scoring_routes(), *llamacpp_routes()]
+    routes += [*ollama_routes(), *batch_routes()]
     if not config.no_legacy:
         routes += [*legacy_routes(), *legacy_api_routes()]
     if not config.no_page:
@@ -237,7 +241,10 @@ def _middleware(config: Config) -> list[Middleware]:
 
 def _shape_for(request: Request) -> ErrorShape:
     """How an error is worded where no handler of one API answers."""
-    return error_object if request.url.path.startswith("/api/") else shape_for(request)
+    path = request.url.path
+    if path.startswith("/api/"):
+        return error_object
+    return llamacpps_error if path in LLAMACPPS_PATHS else shape_for(request)
 
 
 async def _not_here(request: Request, error: Exception) -> Response:

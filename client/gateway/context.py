@@ -424,13 +424,13 @@ class RequestContext:
         body = await self.aside(read_in_steps, data, partial(parse, kind))
         model = getattr(body, "model", None)
         if isinstance(model, str):
-            named = self.gateway.config.served_name(model) if model else await self._only_model()
+            named = self.gateway.config.served_name(model) if model else await self.only_model()
             body.model = named  # type: ignore[attr-defined]
         if any(getattr(body, name, None) is not None for name in ("priority", "service_tier")):
             self.default_priority = None
         return body
 
-    async def _only_model(self) -> str:
+    async def only_model(self) -> str:
         """The model of a body that names none. Raises GatewayError where there is a choice."""
         models = await self.gateway.bus.models()
         names = sorted(model["name"] for model in models if self.key.may_use(model["name"]))

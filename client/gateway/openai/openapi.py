@@ -16,6 +16,7 @@ from client.gateway.anthropic.bodies import CountTokensRequest, MessagesRequest
 from client.gateway.batches.records import BatchRequest
 from client.gateway.context import RequestContext
 from client.gateway.ids import KEPT_ID
+from client.gateway.llamacpp.bodies import LLAMACPPS_PATHS, CompletionBody, EmbeddingBody
 from client.gateway.ollama.bodies import (
     ChatBody,
     EmbedBody,
@@ -58,6 +59,8 @@ _TAKES = {
     ("post", "/tokenize"): (TokenizeRequest, "Tokens of a text or a conversation."),
     ("post", "/detokenize"): (DetokenizeRequest, "The text of tokens."),
     ("post", "/apply-template"): (TemplateRequest, "The prompt that a conversation becomes."),
+    ("post", "/completion"): (CompletionBody, "llama.cpp's API: continue prompts."),
+    ("post", "/embedding"): (EmbeddingBody, "llama.cpp's API: vectors of texts."),
     ("post", "/api/chat"): (ChatBody, "Ollama's API: answer a conversation."),
     ("post", "/api/generate"): (GenerateBody, "Ollama's API: answer or continue a prompt."),
     ("post", "/api/embed"): (EmbedBody, "Ollama's API: vectors of texts."),
@@ -87,6 +90,7 @@ _TAKES_NOTHING = {
     ("get", "/v1/batches"): "The key's batches, the newest first.",
     ("get", "/v1/batches/{id}"): "One batch.",
     ("post", "/v1/batches/{id}/cancel"): "Run no further lines of a batch.",
+    ("get", "/props"): "llama.cpp's API: what a model is served with.",
     ("get", "/api/tags"): "Ollama's API: the models of the bus.",
     ("get", "/api/ps"): "Ollama's API: the models that are ready.",
     ("get", "/api/version"): "Ollama's API: the release that it follows.",
@@ -98,6 +102,8 @@ _TAKES_NOTHING = {
     ("get", "/ready"): "Whether the broker answers.",
     ("get", "/metrics"): "Metrics in Prometheus' format.",
 }
+#: Beginnings of paths that stream events.
+_STREAMED = ("/v1/chat", "/v1/completions", "/v1/responses", "/v1/messages", "/completion")
 _INCLUDE = {"type": "array", "items": {"enum": list(INCLUDABLE)}}
 _QUERY: dict[str, dict[str, dict[str, Any]]] = {
     "/v1/responses/{id}": {
@@ -126,6 +132,7 @@ _QUERY: dict[str, dict[str, dict[str, Any]]] = {
         "days": {"type": "integer", "minimum": 1, "maximum": 3660, "default": 31},
         "key": {"type": "string"},
     },
+    "/props": {"model": {"type": "string"}},
     "/metrics": {"scope": {"enum": ["all", "gateway"], "default": "all"}},
 }
 #: Of a file that is sent.
@@ -166,6 +173,26 @@ _ERROR_TEXT = {
         "code": {"type": "string"},
         "param": {"type": "string"},
         "request_id": {"type": "string"},
+    },
+}
+_LLAMACPPS_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["code", "message", "type", "error_code"],
+            "properties": {
+                "code": {"type": "integer"},
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "error_code": {"type": "string"},
+                "param": {"type": "string"},
+                "request_id": {"type": "string"},
+                "n_prompt_tokens": {"type": "integer"},
+                "n_ctx": {"type": "integer"},
+            },
+        }
     },
 }
 _ANTHROPICS_ERROR = {
@@ -223,6 +250,7 @@ def _document() -> bytes:
                     "Error": _ERROR,
                     "ErrorText": _ERROR_TEXT,
                     "AnthropicsError": _ANTHROPICS_ERROR,
+                    "LlamaCppsError": _LLAMACPPS_ERROR,
                 },
                 "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
             },
@@ -237,6 +265,8 @@ def _error_at(path: str) -> str:
         name = "AnthropicsError"
     elif path.startswith("/api/"):
         name = "ErrorText"
+    elif path in LLAMACPPS_PATHS:
+        name = "LlamaCppsError"
     return f"#/components/schemas/{name}"
 
 
@@ -244,7 +274,9 @@ def _operation(path: str, words: str, query: dict[str, dict[str, Any]]) -> dict[
     media = ["text/plain"] if path in ("/health", "/metrics") else ["application/json"]
     if path.endswith("/content"):
         media = ["application/octet-stream"]
-    if path.startswith(("/v1/chat", "/v1/completions", "/v1/responses", "/v1/messages")):
+    if path.startswith(
+        ("/v1/chat", "/v1/completions", "/v1/responses", "/v1/messages", "/completion")
+    ):
         media.append("text/event-stream")
     of_ollama = path.startswith("/api/")
     if of_ollama:

@@ -4,24 +4,21 @@ template they are; none of them generates.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
 from starlette.responses import Response
 from starlette.routing import Route
 
-from broker.protocol.limits import DEFAULT_WINDOW_TOKENS
-from broker.protocol.messages import Kind, Params, Request
+from broker.protocol.messages import Kind, Params
 from client import calls
-from client.core.events import End
 from client.gateway.context import RequestContext, route
-from client.gateway.convert import Generation, chat_call, checked
+from client.gateway.convert import Generation, chat_call
 from client.gateway.errors import invalid
-from client.gateway.openai.generation import RETRY, naming
 from client.gateway.openai.models import find_model, visible_models
 from client.gateway.openai.responses import input_of
-from client.gateway.sse import until_disconnect
+from client.gateway.tokens.asking import ask, request_of, text_of
 from client.gateway.tokens.bodies import (
     DetokenizeRequest,
     InputTokensRequest,
@@ -51,13 +48,13 @@ async def _tokenize(context: RequestContext) -> Response:
         added = body.add_special_tokens is not False if body.content is None else body.add_special
         if not added:
             arguments["add_special_tokens"] = False
-        request = _request(context, model, Kind.TOKENIZE, prompt=text)
+        request = request_of(context, model, Kind.TOKENIZE, prompt=text)
         field = "prompt"
     else:
         call = await _chat(context, body, model)
         request, attachments, field = call.request, call.attachments, "messages"
     request = msgspec.structs.replace(request, kind=Kind.TOKENIZE, tokenize_args=arguments)
-    end = await _ask(context, request, attachments, field)
+    end = await ask(context, request, attachments, field)
     ids = calls.field_of(end, "token_ids")
     named = calls.field_of(end, "tokens") if names else None
     if body.content is not None:
@@ -78,8 +75,7 @@ async def _detokenize(context: RequestContext) -> Response:
     body = await context.read(DetokenizeRequest)
     model, text = _allowed(context, body.model), ""
     if body.tokens:
-        request = _request(context, model, Kind.DETOKENIZE, token_ids=body.tokens)
-        text = calls.field_of(await _ask(context, request, (), "tokens"), "text")
+        text = await text_of(context, model, body.tokens, "tokens")
     # vLLM's name and llama.cpp's.
     return _json({"prompt": text, "content": text})
 
@@ -88,7 +84,7 @@ async def _apply_template(context: RequestContext) -> Response:
     body = await context.read(TemplateRequest)
     call = await _chat(context, body, _allowed(context, body.model))
     request = msgspec.structs.replace(call.request, kind=Kind.TEMPLATE)
-    end = await _ask(context, request, call.attachments, "messages")
+    end = await ask(context, request, call.attachments, "messages")
     return _json({"prompt": calls.field_of(end, "text")})
 
 
@@ -100,7 +96,7 @@ async def input_tokens(context: RequestContext) -> Response:
         raise invalid("input", "`input` is required.")
     _, _, call = await input_of(context, body)
     request = msgspec.structs.replace(call.request, kind=Kind.COUNT, params=Params())
-    end = await _ask(context, request, call.attachments, "input")
+    end = await ask(context, request, call.attachments, "input")
     count = calls.field_of(end, "count")
     return _json({"object": "response.input_tokens", "input_tokens": count})
 
@@ -122,27 +118,6 @@ async def _chat(
     )
     request = msgspec.structs.replace(call.request, params=Params())
     return Generation(request, call.attachments)
-
-
-def _request(context: RequestContext, model: str, kind: Kind, **given: Any) -> Request:
-    return checked(
-        Request(
-            model=model, kind=kind, user=context.share(None), window=DEFAULT_WINDOW_TOKENS, **given
-        )
-    )
-
-
-async def _ask(
-    context: RequestContext, request: Request, attachments: Sequence[bytes], field: str
-) -> End:
-    call = calls.ready(context.gateway.bus.defaults, request, attachments, None, RETRY)
-
-    async def work() -> AsyncGenerator[list[End], None]:
-        with naming(field):
-            yield [await context.ask(call)]
-
-    [end] = await until_disconnect(work(), context.request.receive)
-    return end
 
 
 def _json(value: Any) -> Response:

@@ -41,18 +41,39 @@ def run(place: Place, part: Part) -> Sequence[Test]:
     return pytest_run(
         environment("llamacpp", PACKAGES, within=place.environments),
         copy,
-        *("--timeout", str(TEST_S), *(part.tests or ("unit",))),
+        # As its own `tests.sh`: what is slow there runs large models of a hub.
+        *("--timeout", str(TEST_S), "-m", "not slow", *part.tests),
         DEBUG_EXTERNAL="1",
         PORT=str(urlsplit(place.url).port),
-        # Else what needs a model of a hub is left out.
-        SLOW_TESTS="1",
     )
 
+
+def _unit(*names: str) -> tuple[str, ...]:
+    return tuple(f"unit/test_{name}.py" for name in names)
+
+
+def _any_name(model: str) -> tuple[str, str]:
+    """The server of llama.cpp serves one model and does not look at its name."""
+    return "--alias", f"*={model}"
+
+
+#: Scores are words in common, vectors are of letters.
+SCORED = _unit("embedding", "rerank")
+CALLED = _unit("tool_call")
+TALKED = _unit(
+    *("basic", "chat_completion", "compat_anthropic", "compat_gcp", "compat_oai_responses"),
+    *("completion", "ctx_shift", "ignore_eos", "infill", "kv_keep_only_active", "lora"),
+    *("mcp_servers", "metrics", "proxy", "router", "security", "sleep", "slot_save"),
+    *("speculative", "stream", "template", "tokenize", "tools_builtin", "vision_api"),
+)
 
 SUITE = Suite(
     "llamacpp",
     "llama.cpp of llama-cpp-python 0.3.36, tools/server/tests/unit",
     run,
-    # Each wants the only model that there is.
-    parts=(Part(),),
+    parts=(
+        Part(TALKED, ("demo",), _any_name("demo")),
+        Part(CALLED, ("demo-tools",), _any_name("demo-tools")),
+        Part(SCORED, ("echo",), _any_name("echo")),
+    ),
 )
