@@ -61,6 +61,18 @@ def spell(broker: ScriptedBroker, request_id: bytes, request: messages.Request, 
     broker.output(*events, end(request_id, len(text), epoch))
 
 
+def endless(
+    broker: ScriptedBroker, request_id: bytes, request: messages.Request, _: object
+) -> None:
+    """Start an answer and leave it open."""
+    broker.send(MessageType.ACCEPTED, request_id, messages.Accepted(worker="w1"))
+    broker.output(tokens(request_id, "abc"))
+
+
+def silent(*_: object) -> None:
+    """Never answer."""
+
+
 def fail(error: ErrorInfo) -> Answer:
     """Answer every request with an error."""
 
@@ -202,3 +214,9 @@ class ScriptedBroker:
                 error = ErrorInfo(code="invalid_request", message=f"unknown verb {query.verb!r}")
                 answer = messages.Answer(result=rows) if known else messages.Answer(error=error)
                 self.send(MessageType.ANSWER, head.id, answer)
+
+
+def request_of(broker: ScriptedBroker, index: int = -1) -> messages.Request:
+    """The latest REQUEST that the broker got."""
+    body = broker.wait_for(MessageType.REQUEST)[index]
+    return codec.decode(messages.Request, body, limits.MAX_REQUEST_BYTES)
