@@ -14,7 +14,7 @@ import pytest
 
 from broker.protocol.messages import ModelInfo
 from tests.engines import tiny
-from tests.engines.test_transformers_adapters import generated, save, tuned
+from tests.engines.tuned_models import generated, save, tuned
 from worker.engines.base import EngineLoadError
 from worker.engines.transformers.engine import TransformersEngine
 
@@ -26,11 +26,6 @@ pytestmark = [
 
 IDS = list(range(5, 30))
 """Long enough to be kept as a prefix."""
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 class Place:

@@ -30,11 +30,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 each_width = pytest.mark.parametrize("bits", [8, 4])
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 def saved(folder: Path, model: Any, processor: Any = None) -> Path:
     model.save_pretrained(folder)
     (processor or tiny.tokenizer()).save_pretrained(folder)

@@ -24,11 +24,6 @@ from worker.engines.transformers.loading.checkpoint import refuse_left_out
 from worker.engines.transformers.loading.classes import model_class
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 def save(path: Path, model: Any, processor: Any = None) -> Path:
     model.save_pretrained(path)
     (processor or tiny.tokenizer()).save_pretrained(path)

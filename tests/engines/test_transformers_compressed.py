@@ -23,11 +23,6 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 # --- what a checkpoint holds, and what it stands for ----------------------------------------------
 
 

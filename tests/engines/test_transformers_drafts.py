@@ -15,6 +15,7 @@ import torch
 from broker.protocol.messages import Constraint, Resume, new_id
 from tests.engines import test_thinking as thinking, tiny
 from tests.engines.test_transformers_rope import SWITCH, phi3_longrope
+from tests.engines.tiny import AS_ON_A_GPU
 from worker.engines.base import Ended, EngineEvent, EngineLoadError, Job, Tokens
 from worker.engines.common.sampling import Sampler
 from worker.engines.common.sequence import Sequence as Running
@@ -34,8 +35,6 @@ from worker.engines.transformers.speculate import (
     Speculator,
     Width,
 )
-
-AS_ON_A_GPU = {"overlap": "on", "cuda_graphs": "on"}
 
 
 class Oracle(SlotDrafts):
@@ -124,11 +123,6 @@ def scored(events: list[EngineEvent]) -> list[tuple[Any, ...]]:
 
 def answer_of(events: list[EngineEvent]) -> list[int]:
     return [i for event in events if isinstance(event, Tokens) for i in event.token_ids]
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny.llama()
 
 
 @pytest.fixture(scope="module", params=[{}, AS_ON_A_GPU], ids=["cpu", "gpu"])

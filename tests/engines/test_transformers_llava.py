@@ -24,11 +24,6 @@ from worker.engines.transformers.settings import EngineSettings
 PROJECTOR = {"linear_1": "0", "linear_2": "2"}
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 def language_model(whole: Any) -> Any:
     """The language model of a LLaVA, separately."""
     from transformers import LlamaForCausalLM

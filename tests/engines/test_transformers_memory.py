@@ -11,6 +11,7 @@ import torch
 
 from broker.protocol.messages import FinishReason
 from tests.engines import tiny
+from tests.engines.tiny import plain
 from worker.engines.common.sampling import Sampled, Sampler
 from worker.engines.transformers.cache import SlotCache
 from worker.engines.transformers.slots import SlotRunner
@@ -20,10 +21,6 @@ from worker.engines.transformers.slots import SlotRunner
 def model() -> Any:
     # A new one for each test: an engine changes the layers of its model.
     return tiny.llama()
-
-
-def plain(model: Any, ids: list[int], count: int) -> list[int]:
-    return tiny.generated(model, {"input_ids": torch.tensor([ids])}, count, ())
 
 
 TOO_MUCH = 9

@@ -30,11 +30,6 @@ each_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 QUESTIONS = ("what is in this picture?", "what is in this picture? and where is it?")
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 @pytest.fixture(scope="module")
 def paligemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "paligemma"

@@ -30,11 +30,6 @@ without_gptqmodel = pytest.mark.skipif(
 GPTQ_PACKAGES = all(importlib.util.find_spec(name) for name in ("gptqmodel", "optimum"))
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 def load(folder: Path, **options: Any) -> LoadedModel:
     return load_model(
         str(folder),

@@ -43,6 +43,8 @@ from worker.engines.transformers.settings import EngineSettings
 SPECIAL = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<image>"]
 PAD, BOS, END, SYSTEM, USER, ASSISTANT, IMAGE = range(7)
 VOCABULARY = 512
+AS_ON_A_GPU = {"overlap": "on", "cuda_graphs": "on"}
+"""Options: steps of fixed shape, and events sent while the next step is computed."""
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
@@ -295,6 +297,10 @@ def await_prepared(engine: TransformersEngine) -> None:
     wait([running.future for running in engine._jobs.values() if running.future is not None])
 
 
+def one(engine: TransformersEngine, job: Job) -> Answer:
+    return run(engine, [job])[0]
+
+
 def ids_job(token_ids: Sequence[int], model: str = "tiny", **params: Any) -> Job:
     """A job of token ids; greedy unless told otherwise."""
     request = Request(
@@ -357,3 +363,8 @@ def generated(
     output = model.generate(**inputs, generation_config=config)
     start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     return [int(token) for token in output[0, start:]]
+
+
+def plain(model: Any, ids: list[int], count: int) -> list[int]:
+    """What plain greedy `generate()` writes after these ids of a text."""
+    return generated(model, {"input_ids": torch.tensor([ids])}, count, ())

@@ -3,85 +3,21 @@ gets exactly one answer whatever is killed, and nobody sees another key's."""
 
 from __future__ import annotations
 
-import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import openai
 import pytest
-from openai.types import Batch, Completion, CreateEmbeddingResponse, FileObject
+from openai.types import Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
 from openai.types.responses import Response
 
-from client.gateway.keys import add_key, remove_key
+from tests.gateway.batch_caller import CHAT, Caller, Make, jsonl, line, slow
 from tests.gateway.conftest import MODEL, GatewayProcess
 from tests.harness import PATIENCE_S, Bus, wait_until
-
-CHAT = "/v1/chat/completions"
-OVER = ("failed", "completed", "expired", "cancelled")
-
-
-def line(custom_id: str, url: str = CHAT, **body: Any) -> dict[str, Any]:
-    body.setdefault("model", MODEL)
-    if url == CHAT:
-        body.setdefault("messages", [{"role": "user", "content": f"say {custom_id}"}])
-    return {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
-
-
-def slow(custom_id: str, tokens: int = 50, delay_ms: int = 10) -> dict[str, Any]:
-    text = f"[[echo mode=sampled answer_tokens={tokens} step_delay_ms={delay_ms}]] {custom_id}"
-    return line(custom_id, messages=[{"role": "user", "content": text}])
-
-
-def jsonl(*lines: dict[str, Any] | str) -> bytes:
-    texts = [one if isinstance(one, str) else json.dumps(one) for one in lines]
-    return "".join(f"{text}\n" for text in texts).encode()
-
-
-class Caller:
-    """One key's OpenAI client at one gateway."""
-
-    def __init__(self, gateway: GatewayProcess, key: str = "none") -> None:
-        self.gateway, self.key = gateway, key
-        self.sdk = gateway.openai(api_key=key)
-
-    def upload(self, data: bytes, **options: Any) -> FileObject:
-        return self.sdk.files.create(file=("in.jsonl", data), purpose="batch", **options)
-
-    def begin(self, *lines: dict[str, Any] | str, endpoint: Any = CHAT, **options: Any) -> Batch:
-        file = self.upload(jsonl(*lines))
-        given = {"completion_window": "24h", **options}
-        return self.sdk.batches.create(input_file_id=file.id, endpoint=endpoint, **given)
-
-    def until(self, batch: Batch, condition: Callable[[Batch], bool], what: str) -> Batch:
-        def now() -> Batch | None:
-            seen = self.sdk.batches.retrieve(batch.id)
-            return seen if condition(seen) else None
-
-        found = wait_until(now, what, story=self.gateway.process.log)
-        assert found is not None
-        return found
-
-    def over(self, batch: Batch) -> Batch:
-        return self.until(batch, lambda seen: seen.status in OVER, "the batch is over")
-
-    def rows(self, id_: str | None) -> list[dict[str, Any]]:
-        if id_ is None:
-            return []
-        return [json.loads(text) for text in self.sdk.files.content(id_).text.splitlines()]
-
-    def answers(self, batch: Batch) -> dict[str, dict[str, Any]]:
-        """The rows of both files by custom_id; fails if one is there twice."""
-        rows = self.rows(batch.output_file_id) + self.rows(batch.error_file_id)
-        found = {row["custom_id"]: row for row in rows}
-        assert len(found) == len(rows), "a line was answered twice"
-        return found
-
-
-Make = Callable[..., GatewayProcess]
 
 
 @pytest.fixture
@@ -328,100 +264,6 @@ def test_a_batch_that_is_late_expires_with_what_is_answered(caller: Caller) -> N
     caller.gateway.bus.wait_idle()
 
 
-# --- killed ---------------------------------------------------------------------------------------
-
-
-def test_a_gateway_killed_in_the_middle_loses_no_line_and_answers_none_twice(
-    make_bus: Callable[..., Bus], make_gateway: Make, folder: Path
-) -> None:
-    bus = make_bus(workers=1, slots=4)
-    options = ("--batch-folder", str(folder))
-    lines = [slow(f"l{i}", tokens=30) for i in range(120)]
-    first = Caller(make_gateway(*options, bus=bus))
-    batch = first.begin(*lines)
-    seen = 0
-    for _ in range(3):
-        now = first.until(
-            batch, lambda b, seen=seen: b.request_counts.completed > seen + 8, "some are answered"
-        )
-        assert now.status == "in_progress"
-        seen = now.request_counts.completed
-        first.gateway.process.kill()
-        first = Caller(make_gateway(*options, bus=bus))
-    done = first.over(batch)
-    assert done.status == "completed" and done.request_counts.completed == 120
-    answers = first.answers(done)
-    assert set(answers) == {f"l{i}" for i in range(120)}
-    assert done.usage.output_tokens == 30 * 120
-
-
-def test_a_torn_line_is_asked_again_and_what_follows_a_broken_one_too(
-    make_gateway: Make, folder: Path
-) -> None:
-    options = ("--batch-folder", str(folder))
-    caller = Caller(make_gateway(*options))
-    batch = caller.begin(*[line(f"l{i}") for i in range(10)], slow("last", tokens=100_000))
-    caller.until(batch, lambda b: b.request_counts.completed == 10, "the quick ones are answered")
-    caller.gateway.process.kill()
-    [output] = [path for path in (folder / "files").iterdir() if b'"status_code"' in _read(path)]
-    written = _read(output).splitlines(keepends=True)
-    # A power failure: the last line is torn, and a block of an earlier one never came to the disk.
-    broken = written[6][:20] + b"\0" * 20 + written[6][40:]
-    output.write_bytes(b"".join([*written[:6], broken, *written[7:9], written[9][:15]]))
-    caller = Caller(make_gateway(*options))
-    caller.until(batch, lambda b: b.request_counts.completed == 10, "they are answered again")
-    caller.sdk.batches.cancel(batch.id)
-    answers = caller.answers(caller.over(batch))
-    assert len(answers) == 11
-    assert all(answers[f"l{i}"]["response"]["status_code"] == 200 for i in range(10))
-
-
-def _read(path: Path) -> bytes:
-    return path.read_bytes()
-
-
-def test_a_worker_that_dies_costs_no_line(
-    make_bus: Callable[..., Bus], make_gateway: Make, folder: Path
-) -> None:
-    bus = make_bus(workers=2, slots=2)
-    caller = Caller(make_gateway("--batch-folder", str(folder), bus=bus))
-    batch = caller.begin(*[slow(f"l{i}", tokens=10) for i in range(30)])
-    caller.until(batch, lambda b: b.request_counts.completed > 3, "some are answered")
-    # All of them: the model is not served at all for a while.
-    for name in list(bus.workers):
-        bus.workers[name].kill()
-    bus.start_worker("w9", "--slots", "4")
-    done = caller.over(batch)
-    assert done.request_counts and done.request_counts.completed == 30, caller.answers(done)
-    assert len(caller.answers(done)) == 30
-
-
-def test_lines_wait_for_a_broker_that_is_away(
-    make_bus: Callable[..., Bus], make_gateway: Make, folder: Path
-) -> None:
-    bus = make_bus(workers=1, slots=2)
-    caller = Caller(make_gateway("--batch-folder", str(folder), bus=bus))
-    batch = caller.begin(*[slow(f"l{i}", tokens=10) for i in range(12)])
-    caller.until(batch, lambda b: b.request_counts.completed > 1, "some are answered")
-    bus.broker.kill()
-    bus.start_broker()
-    done = caller.over(batch)
-    assert done.request_counts and done.request_counts.completed == 12
-
-
-def test_a_batch_ends_on_time_while_no_broker_answers(
-    make_bus: Callable[..., Bus], make_gateway: Make, folder: Path
-) -> None:
-    bus = make_bus(workers=1)
-    caller = Caller(make_gateway("--batch-folder", str(folder), bus=bus))
-    bus.broker.kill()
-    late = caller.begin(line("a"), completion_window="2s")
-    unwanted = caller.begin(line("b"))
-    caller.sdk.batches.cancel(unwanted.id)
-    assert caller.over(late).status == "expired"
-    assert caller.over(unwanted).status == "cancelled"
-
-
 def test_an_input_that_was_taken_away_fails_its_batch(caller: Caller) -> None:
     batch = caller.begin(slow("a", tokens=100_000))
     caller.until(batch, lambda b: b.status == "in_progress", "it runs")
@@ -433,120 +275,6 @@ def test_an_input_that_was_taken_away_fails_its_batch(caller: Caller) -> None:
     assert failed.status == "failed" and failed.errors and failed.errors.data
     assert failed.errors.data[0].code == "file_not_found"
     caller.gateway.bus.wait_idle()
-
-
-# --- several gateways, keys, and others -----------------------------------------------------------
-
-
-def test_two_gateways_share_a_folder_and_the_other_takes_over(
-    make_gateway: Make, folder: Path
-) -> None:
-    options = ("--batch-folder", str(folder))
-    first, second = Caller(make_gateway(*options)), Caller(make_gateway(*options))
-    wait_until(
-        lambda: "another gateway runs" in second.gateway.process.log(), "the second gateway waits"
-    )
-    batch = second.begin(*[slow(f"l{i}", tokens=20) for i in range(60)])
-    second.until(batch, lambda b: b.request_counts.completed > 3, "the first gateway runs it")
-    other = first.begin(slow("x", tokens=100_000))
-    second.sdk.batches.cancel(other.id)
-    assert first.over(other).status == "cancelled"
-    first.gateway.process.kill()
-    done = second.over(batch)
-    assert done.status == "completed" and len(second.answers(done)) == 60
-
-
-def test_a_key_sees_its_own_and_no_others(make_gateway: Make, folder: Path, tmp_path: Path) -> None:
-    keys = tmp_path / "keys.toml"
-    alice, bob = add_key(keys, "alice"), add_key(keys, "bob", operator=True)
-    gateway = make_gateway("--batch-folder", str(folder), "--keys", str(keys))
-    hers, his = Caller(gateway, alice), Caller(gateway, bob)
-    batch = hers.begin(line("a"))
-    done = hers.over(batch)
-    assert hers.answers(done)
-    for steal in (
-        lambda: his.sdk.batches.retrieve(batch.id),
-        lambda: his.sdk.batches.cancel(batch.id),
-        lambda: his.sdk.files.content(done.output_file_id),
-        lambda: his.sdk.files.delete(batch.input_file_id),
-    ):
-        with pytest.raises(openai.NotFoundError):
-            steal()
-    with pytest.raises(openai.BadRequestError):
-        his.sdk.batches.create(
-            input_file_id=batch.input_file_id, endpoint=CHAT, completion_window="24h"
-        )
-    assert not list(his.sdk.files.list()) and not list(his.sdk.batches.list())
-    assert hers.sdk.files.content(done.output_file_id).read()
-
-
-def test_lines_count_for_their_key_and_wait_for_its_budget(
-    make_gateway: Make, folder: Path, tmp_path: Path
-) -> None:
-    keys = tmp_path / "keys.toml"
-    alice = add_key(keys, "alice", tokens_per_day=100, concurrency=1)
-    gateway = make_gateway(
-        *("--batch-folder", str(folder), "--keys", str(keys)),
-        *("--usage", str(tmp_path / "usage.db")),
-    )
-    caller = Caller(gateway, alice)
-    batch = caller.begin(*[line(f"l{i}") for i in range(20)])
-    wait_until(lambda: "batch waits" in gateway.process.log(), "the budget is used up")
-    now = caller.until(batch, lambda b: b.request_counts.completed > 0, "some are counted")
-    assert now.request_counts.completed < 20 and now.request_counts.failed == 0
-    with gateway.http(headers={"authorization": f"Bearer {alice}"}) as http:
-        used = http.get("/me").json()["tokens"]["day"]
-    assert used["left"] == 0 and used["used"] < 150
-
-
-def test_a_removed_key_ends_its_batch_with_that_cause(
-    make_gateway: Make, folder: Path, tmp_path: Path
-) -> None:
-    keys = tmp_path / "keys.toml"
-    alice, root = add_key(keys, "alice"), add_key(keys, "root")
-    gateway = make_gateway("--batch-folder", str(folder), "--keys", str(keys))
-    caller = Caller(gateway, alice)
-    lines = [slow(f"l{i}", tokens=150) for i in range(60)]
-    batch = caller.begin(*lines)
-    caller.until(batch, lambda b: b.request_counts.completed > 0, "it runs")
-    remove_key(keys, "alice")
-    assert root
-    story = gateway.process.log
-    wait_until(lambda: '"batch over"' in story(), "the batch is over", story=story)
-    [errors] = [path for path in (folder / "files").iterdir() if b"was removed" in _read(path)]
-    rows = [json.loads(text) for text in _read(errors).splitlines()]
-    assert {row["response"]["status_code"] for row in rows} == {401}
-
-
-def test_others_go_before_the_lines(
-    make_bus: Callable[..., Bus], make_gateway: Make, folder: Path
-) -> None:
-    bus = make_bus(workers=1, slots=2)
-    caller = Caller(make_gateway("--batch-folder", str(folder), bus=bus))
-    batch = caller.begin(*[slow(f"l{i}", tokens=40) for i in range(40)])
-    wait_until(lambda: bus.running() == 2, "the batch fills the slots")
-    latest = bus.client().requests(limit=5)
-    assert {row["priority"] for row in latest} == {-50}
-    said = caller.sdk.chat.completions.create(
-        model=MODEL, messages=[{"role": "user", "content": "now"}]
-    )
-    assert said.choices[0].message.content == "now"
-    now = caller.sdk.batches.retrieve(batch.id)
-    assert now.status == "in_progress" and now.request_counts.completed < 40
-    assert caller.over(batch).request_counts.completed == 40
-
-
-def test_more_slots_than_one_batch_fills_are_not_left_empty(
-    make_bus: Callable[..., Bus], make_gateway: Make, folder: Path
-) -> None:
-    bus = make_bus(workers=1, slots=12)
-    caller = Caller(make_gateway("--batch-folder", str(folder), bus=bus))
-    batch = caller.begin(*[slow(f"l{i}", tokens=100_000) for i in range(40)])
-    wait_until(lambda: bus.running() == 12, "every slot is filled")
-    [model] = bus.client().models()
-    assert model["queued"] <= 12
-    caller.sdk.batches.cancel(batch.id)
-    caller.over(batch)
 
 
 # --- bounds ---------------------------------------------------------------------------------------

@@ -207,7 +207,7 @@ def test_adapters_of_a_folder_are_loaded_by_the_operator_or_on_demand(
 ) -> None:
     pytest.importorskip("peft")
     from tests.engines import tiny
-    from tests.engines.test_transformers_adapters import generated, save, tuned
+    from tests.engines.tuned_models import generated, save, tuned
 
     base, folder = save(tmp_path / "base", tiny.llama()), tmp_path / "adapters"
     ids = [5, 6, 7, 8, 9]
