@@ -187,7 +187,7 @@ def _chat_call(body: http.ChatRequest, images: Images, seed: int, user: str) -> 
     params = _params(
         body,
         seed=seed,
-        max_tokens=body.max_completion_tokens or body.max_tokens,
+        max_tokens=body.max_completion_tokens or _limit(body, body.max_tokens),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         constraint=constraint,
         thinking_tokens=wish.tokens,
@@ -281,7 +281,7 @@ def completion_calls(
     params = _params(
         body,
         seed=seed,
-        max_tokens=body.max_tokens or (1 if body.max_tokens == 0 else None),
+        max_tokens=_limit(body, 1 if body.max_tokens == 0 else body.max_tokens),
         logprobs=logprobs,
         constraint=constraint_of(None, body),
         thinking_tokens=budget_of(body),
@@ -424,6 +424,15 @@ def _forced_tool(body: http.ChatRequest) -> Constraint | None:
     return forced_calls(functions, single=single)
 
 
+def _limit(body: http.Sampling, max_tokens: int | None) -> int | None:
+    """The longest answer; None: the context's end."""
+    if body.n_predict is None:
+        return max_tokens
+    if body.n_predict == 0:
+        raise invalid("n_predict", "`n_predict: 0` has no answer; /completion takes it.")
+    return body.n_predict if body.n_predict > 0 else None
+
+
 def check_prompt_logprobs(body: http.Sampling) -> None:
     """Raises GatewayError where vLLM does."""
     if body.prompt_logprobs is not None and body.stream:
@@ -453,6 +462,7 @@ def _params(
             "`truncate_prompt_tokens` must be -1, for what the model's context holds.",
         )
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    penalty = body.repeat_penalty if body.repetition_penalty is None else body.repetition_penalty
     bias: list[tuple[int, float]] = []
     for token, value in (body.logit_bias or {}).items():
         id_ = http.number_of(token)
@@ -469,8 +479,13 @@ def _params(
         top_p=1.0 if body.top_p is None else max(body.top_p, 1e-9),
         top_k=max(body.top_k or 0, 0),
         min_p=body.min_p or 0.0,
-        repetition_penalty=body.repetition_penalty or 1.0,
-        model_defaults=[name for name in MODEL_DEFAULTS if getattr(body, name, None) is None],
+        repetition_penalty=penalty or 1.0,
+        model_defaults=[
+            name
+            for name in MODEL_DEFAULTS
+            if getattr(body, name, None) is None
+            and not (name == "repetition_penalty" and penalty is not None)
+        ],
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         # OpenAI allows negative seeds; the bus counts from 0.

@@ -90,6 +90,15 @@ Texts = (
     str
     | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1, max_length=MAX_ARRAY_ITEMS)]
 )
+#: The same, and of llama.cpp's forms texts and ids mixed, and objects; see `tokens.prompts`.
+Inputs = (
+    str
+    | dict[str, Any]
+    | Annotated[
+        list[str | TokenId | list[TokenId | str] | dict[str, Any]],
+        Meta(min_length=1, max_length=MAX_ARRAY_ITEMS),
+    ]
+)
 #: How closely a model looks at an image.
 Detail = Literal["auto", "high", "low", "original"]
 #: Most texts of one request; each becomes one or more bus requests.
@@ -155,9 +164,16 @@ class Sampling(Extensions, kw_only=True):
     return_tokens_as_token_ids: bool | None = None
     #: Alternatives beside each token of the prompt, in vLLM's shape.
     prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    #: llama.cpp's names of `max_tokens` (below 0: none) and `repetition_penalty`.
+    n_predict: Annotated[int, Meta(ge=-(1 << 31), le=1 << 31)] | None = None
+    repeat_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
     #: The user whose fair share of the model this request counts towards.
     user: str | None = None
     # Labels.
+    cache_prompt: Label = None
+    id_slot: Label = None
+    n_cache_reuse: Label = None
+    n_keep: Label = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     safety_identifier: str | None = None
@@ -340,7 +356,7 @@ class EmbeddingRequest(_Body, kw_only=True):
     """Body of `POST /v1/embeddings`."""
 
     model: ModelName = ONLY_MODEL
-    input: Texts
+    input: Inputs
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
     user: str | None = None
@@ -351,6 +367,7 @@ class EmbeddingRequest(_Body, kw_only=True):
 
 _PATH = re.compile(r" - at `(?:key in )?\$?\.?(?P<path>[^`]*)`$")
 _UNKNOWN = re.compile(r"^Object contains unknown field `(?P<field>[^`]*)`")
+_NO_MODEL = re.compile(r"^Expected `str`, got `null` - at `\$\.model`$")
 _MISSING = re.compile(r"^Object missing required field `(?P<field>[^`]*)`")
 
 Body = TypeVar("Body")
@@ -362,7 +379,7 @@ def parse(kind: type[Body], data: bytes) -> Body:
         try:
             return msgspec.json.decode(data, type=kind)
         except msgspec.ValidationError as error:
-            if not _UNKNOWN.match(str(error)):
+            if not _asks_nothing(str(error)):
                 raise named_error(str(error), kind) from None
         # The typed decoder stopped at that field; what follows may not even be JSON.
         value = msgspec.json.decode(data)
@@ -380,12 +397,20 @@ def converted(value: Any, kind: Any, path: str = "") -> Any:
         try:
             return msgspec.convert(value, kind)
         except msgspec.ValidationError as error:
-            if not _UNKNOWN.match(str(error)):
+            if not _asks_nothing(str(error)):
                 raise
             # Only now, since few bodies need it and it is slow.
-            return msgspec.convert(_without_unknown_nulls(value, _kinds_of(kind)), kind)
+            value = _without_unknown_nulls(value, _kinds_of(kind))
+            if isinstance(value, dict) and value.get("model", "") is None:
+                del value["model"]
+            return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         raise named_error(str(error), kind, path) from None
+
+
+def _asks_nothing(message: str) -> bool:
+    """Whether the decoder may have stopped at a null, which stands for a field that is left out."""
+    return bool(_UNKNOWN.match(message) or _NO_MODEL.match(message))
 
 
 @functools.cache
@@ -478,7 +503,7 @@ def number_of(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
 
 
-def texts_of(field: str, value: Texts) -> list[str | list[int]]:
+def texts_of(field: str, value: Any) -> list[str | list[int]]:
     """The texts or token lists of a `prompt` or an `input`, at least one."""
     if isinstance(value, str):
         return [value]

@@ -9,10 +9,14 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
+from broker.protocol.messages import Params
+from client.gateway.convert import completion_calls
 from client.gateway.errors import GatewayError
 from client.gateway.llamacpp.answers import Answer
-from client.gateway.llamacpp.bodies import CompletionBody, as_completion, prompts_of
+from client.gateway.llamacpp.bodies import CompletionBody, as_completion
 from client.gateway.openai.generation import Delta
+from client.gateway.requests import CompletionRequest
+from client.gateway.tokens.prompts import prompts_of
 from tests.gateway.conftest import MODEL, GatewayProcess
 from tests.harness import Bus
 from worker.engines.echo.tokens import tokenize
@@ -98,6 +102,7 @@ def test_nothing_but_the_prompt_is_read_with_no_tokens_to_predict(http: httpx.Cl
         (["aa", "bb"], ["aa", "bb"]),
         (["aa", tokenize("bb"), {"prompt_string": "cc"}], ["aa", "bb", "cc"]),
         ({"prompt_string": "cc"}, "cc"),
+        ({"content": [{"type": "text", "text": "c"}, {"type": "text", "text": "d"}]}, "cd"),
         ([*tokenize("aa"), "bb", *tokenize("cc")], "aabbcc"),
         ([["aa", *tokenize("bb")]], ["aabb"]),
         (["aa"], ["aa"]),
@@ -283,6 +288,83 @@ def test_vectors_of_texts_and_tokens(http: httpx.Client, name: str) -> None:
     assert [row["embedding"] for row in several] == [one["embedding"]] * 3
     refused = http.post("/embedding", json={})
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "content"
+
+
+def test_openais_vectors_take_llamacpps_inputs(http: httpx.Client) -> None:
+    [one] = ask(http, "/v1/embeddings", input="hello")["data"]
+    parts = {"content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]}
+    mixed = [*tokenize("he"), "llo"]
+    given = ["hello", tokenize("hello"), mixed, {"prompt_string": "hello"}, parts]
+    data = ask(http, "/v1/embeddings", input=given)["data"]
+    assert [row["embedding"] for row in data] == [one["embedding"]] * 5
+    for alone in (mixed, parts):
+        [row] = ask(http, "/v1/embeddings", input=alone)["data"]
+        assert row["embedding"] == one["embedding"]
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"content": "x"}, "input.content"),
+        ({"content": []}, "input.content"),
+        ([{"content": [{"type": "image_url", "image_url": {}}]}], "input[0].content[0]"),
+        ({"text": "x"}, "input.text"),
+        ({}, "input.prompt_string"),
+        ([[]], "input"),
+    ],
+)
+def test_wrong_inputs_are_named(http: httpx.Client, given: Any, param: str) -> None:
+    answer = http.post("/v1/embeddings", json={"input": given})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_openais_paths_take_llamacpps_words(http: httpx.Client, path: str) -> None:
+    given: dict[str, Any] = {"prompt": TEXT}
+    if "chat" in path:
+        given = {"messages": [{"role": "user", "content": TEXT}]}
+
+    def used(**words: Any) -> tuple[int, str]:
+        told = ask(http, path, **given, **words)
+        return told["usage"]["completion_tokens"], told["choices"][0]["finish_reason"]
+
+    assert used(n_predict=3, cache_prompt=True, id_slot=0) == (3, "length")
+    assert used(n_predict=-1) == (len(tokenize(TEXT)), "stop")
+    assert used(n_predict=3, max_tokens=5) == (3, "length")
+    refused = http.post(path, json={**given, "n_predict": 0})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "n_predict"
+
+
+def test_a_repeat_penalty_is_the_repetition_penalty() -> None:
+    def params(**words: Any) -> Params:
+        body = CompletionRequest(model=MODEL, prompt="x", **words)
+        [call] = completion_calls(body, seed=1, user="")
+        return call.request.params
+
+    assert params(repeat_penalty=1.5) == params(repetition_penalty=1.5) != params()
+    assert "repetition_penalty" not in params(repeat_penalty=1.0).model_defaults
+    assert params(repeat_penalty=1.5, repetition_penalty=1.2) == params(repetition_penalty=1.2)
+
+
+@pytest.mark.parametrize(
+    ("path", "given"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/completions", {"prompt": "x", "unknown": None}),
+        ("/v1/embeddings", {"input": "x"}),
+        ("/v1/responses", {"input": "x"}),
+        ("/completion", {"prompt": "x"}),
+        ("/tokenize", {"prompt": "x"}),
+        ("/v1/rerank", {"query": "x", "documents": ["x"]}),
+    ],
+)
+def test_a_model_that_is_null_is_the_only_one(
+    http: httpx.Client, path: str, given: dict[str, Any]
+) -> None:
+    ask(http, path, model=None, **given)
+    wrong = http.post(path, json={**given, "model": 1})
+    assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "model"
 
 
 def test_what_programs_ask_before_they_use_a_server(http: httpx.Client) -> None:

@@ -53,6 +53,15 @@ def test_llamacpps_shape(http: httpx.Client) -> None:
     assert ask(http, "/detokenize", tokens=[97, 98])["content"] == "ab"
 
 
+@pytest.mark.parametrize("prefix", ["", "/v1"])
+def test_the_tokens_of_a_chat(http: httpx.Client, prefix: str) -> None:
+    path = f"{prefix}/chat/completions/input_tokens"
+    told = ask(http, path, messages=SAID, temperature=0, max_tokens=5, tools=[])
+    assert told == {"input_tokens": len(tokenize(TEMPLATED))}
+    refused = http.post(path, json={"messages": SAID, "unknown": 1})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "unknown"
+
+
 def test_the_tokens_of_a_responses_input(client: openai.OpenAI) -> None:
     count = client.responses.input_tokens.count
     assert count(model=MODEL, input="hello there").input_tokens == len(tokenize(TEMPLATED))

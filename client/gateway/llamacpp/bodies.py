@@ -9,7 +9,6 @@ Must never talk to the bus.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Annotated, Any, Final
 
 from msgspec import Meta, Struct
@@ -22,12 +21,10 @@ __all__ = [
     "LLAMACPPS_PATHS",
     "CompletionBody",
     "EmbeddingBody",
-    "Prompt",
     "as_completion",
     "biased_texts",
     "cut_after_ms",
     "in_its_words",
-    "prompts_of",
     "reads_only",
     "settings_of",
     "whole",
@@ -149,72 +146,6 @@ _WHY: Final = {
     "lora": "an adapter is a model of its own: name it in `model`",
     "grammar_lazy": "a grammar holds from the first token; use `tools` in a chat",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One prompt: texts and token ids, one after the other."""
-
-    pieces: tuple[str | list[int], ...] = field(default_factory=tuple)
-
-    @property
-    def single(self) -> str | list[int] | None:
-        """Its text or its ids, where it is not mixed."""
-        return self.pieces[0] if len(self.pieces) == 1 else None
-
-
-def prompts_of(field_name: str, value: Any) -> tuple[list[Prompt], bool]:
-    """The prompts, and whether they were a list of several. Raises GatewayError."""
-    is_list = isinstance(value, list)
-    if not is_list or any(_is_id(item) for item in value):
-        return [_prompt(field_name, value)], False
-    if not value:
-        raise invalid(field_name, f"`{field_name}` is empty.")
-    if len(value) > http.MAX_TEXTS:
-        raise invalid(
-            field_name,
-            f"`{field_name}` holds {len(value)} prompts; {http.MAX_TEXTS} are allowed.",
-        )
-    return [_prompt(f"{field_name}[{place}]", item) for place, item in enumerate(value)], True
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _prompt(path: str, value: Any) -> Prompt:
-    if isinstance(value, str):
-        return Prompt((value,))
-    if isinstance(value, dict):
-        if value.get("multimodal_data"):
-            raise invalid(
-                f"{path}.multimodal_data",
-                f"`{path}.multimodal_data` is not served here: send images in a message to "
-                "/v1/chat/completions.",
-            )
-        if unknown := set(value) - {"prompt_string", "multimodal_data"}:
-            name = f"{path}.{min(unknown)}"
-            raise invalid(name, f"`{name}` is not a field of this endpoint.")
-        text = value.get("prompt_string")
-        if not isinstance(text, str):
-            raise invalid(f"{path}.prompt_string", f"`{path}.prompt_string` must be a text.")
-        return Prompt((text,))
-    if not isinstance(value, list) or not value:
-        raise invalid(path, f"`{path}` must be a text, token ids, both mixed, or several of these.")
-    pieces: list[str | list[int]] = []
-    for place, item in enumerate(value):
-        if isinstance(item, str):
-            pieces.append(item)
-        elif _is_id(item) and 0 <= item < 1 << 31:
-            if not pieces or isinstance(pieces[-1], str):
-                pieces.append([])
-            last = pieces[-1]
-            assert isinstance(last, list)
-            last.append(item)
-        else:
-            name = f"{path}[{place}]"
-            raise invalid(name, f"`{name}` must be a text or a token id.")
-    return Prompt(tuple(pieces))
 
 
 def _refuse(body: CompletionBody) -> None:

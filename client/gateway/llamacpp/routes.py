@@ -26,13 +26,14 @@ from client.gateway.convert import Generation, completion_calls, seeded
 from client.gateway.errors import GatewayError, invalid
 from client.gateway.llamacpp import bodies
 from client.gateway.llamacpp.answers import Answer, error_object, picked
-from client.gateway.llamacpp.bodies import CompletionBody, EmbeddingBody, Prompt
+from client.gateway.llamacpp.bodies import CompletionBody, EmbeddingBody
 from client.gateway.openai.answers import written_vectors
 from client.gateway.openai.generation import Batches, naming
 from client.gateway.openai.models import find_model, visible_models
 from client.gateway.requests import MAX_CHOICES
 from client.gateway.sse import Source, encode, until_disconnect
 from client.gateway.tokens.asking import ids_of, text_of
+from client.gateway.tokens.prompts import Prompt, prompts_of, written
 from client.version import version
 
 __all__ = ["llamacpp_routes"]
@@ -45,7 +46,7 @@ _SEEDS: Final = 1 << 32
 async def _completion(context: RequestContext) -> Response:
     body = await context.read(CompletionBody)
     context.check(body.model, 0)
-    prompts, is_list = await context.aside(bodies.prompts_of, "prompt", body.prompt)
+    prompts, is_list = await context.aside(prompts_of, "prompt", body.prompt)
     many = body.n_cmpl or body.n or 1
     if len(prompts) * many > MAX_CHOICES:
         raise invalid("n_cmpl", f"More than {MAX_CHOICES} answers are asked for.")
@@ -96,7 +97,7 @@ async def _begun(
     calls: list[Generation] = []
     answers: list[Answer] = []
     for prompt in prompts:
-        given = await _written(context, body.model, prompt)
+        given = await written(context, body.model, prompt, "prompt")
         text = given if isinstance(given, str) else await _shown(context, body, given)
         request = msgspec.structs.replace(
             call.request,
@@ -134,20 +135,6 @@ def _answer(
 def _seed(body: CompletionBody) -> int:
     seed = bodies.whole("seed", body.seed)
     return secrets.randbelow(_SEEDS) if seed is None or seed < 0 else seed
-
-
-async def _written(context: RequestContext, model: str, prompt: Prompt) -> str | list[int]:
-    """The prompt as the bus takes it: a text, or token ids. Texts among ids are looked up, the
-    first of them with the tokens that begin a prompt if nothing stands before it."""
-    if prompt.single is not None:
-        return prompt.single
-    ids: list[int] = []
-    for place, piece in enumerate(prompt.pieces):
-        if isinstance(piece, str):
-            ids += await ids_of(context, model, piece, "prompt", add_special=place == 0)
-        else:
-            ids += piece
-    return ids
 
 
 async def _shown(context: RequestContext, body: CompletionBody, ids: list[int]) -> str:
@@ -200,22 +187,22 @@ async def _embedding(context: RequestContext) -> Response:
     given = getattr(body, name)
     if given is None:
         raise invalid("content", "`content` is required.")
-    prompts, _ = await context.aside(bodies.prompts_of, name, given)
+    prompts, _ = await context.aside(prompts_of, name, given)
     options: dict[str, Any] = {}
     if body.embd_normalize not in (None, 2, -1):
         raise invalid("embd_normalize", "`embd_normalize` is 2 (length 1) or -1 (as they are).")
     if body.embd_normalize == -1:
         options["normalize"] = False
-    inputs = [await _written(context, body.model, prompt) for prompt in prompts]
+    inputs = [await written(context, body.model, prompt, name) for prompt in prompts]
 
     async def work() -> AsyncGenerator[list[Embeddings], None]:
         with naming(name):
             yield [await context.embed(inputs, body.model, user=context.share(None), **options)]
 
     [made] = await until_disconnect(work(), context.request.receive)
-    written = await written_vectors(made, as_text=False)
+    vectors = await written_vectors(made, as_text=False)
     # One vector for each text, where llama.cpp without pooling has one for each token.
-    rows = (b'{"index":%d,"embedding":[%b]}' % row for row in enumerate(written))
+    rows = (b'{"index":%d,"embedding":[%b]}' % row for row in enumerate(vectors))
     return Response(b"[%b]" % b",".join(rows), media_type="application/json")
 
 

@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 from broker.protocol.messages import Kind, Params
 from client import calls
+from client.gateway import requests as http
 from client.gateway.context import RequestContext, route
 from client.gateway.convert import Generation, chat_call
 from client.gateway.errors import invalid
@@ -101,6 +102,22 @@ async def input_tokens(context: RequestContext) -> Response:
     return _json({"object": "response.input_tokens", "input_tokens": count})
 
 
+async def _chat_tokens(context: RequestContext) -> Response:
+    """The number of tokens of a chat's prompt, as llama.cpp counts them."""
+    body = await context.read(http.ChatRequest)
+    _allowed(context, body.model)
+    call = await chat_call(
+        body,
+        context.gateway.config.images,
+        seed=0,
+        user=context.share(None),
+        size_bytes=context.size_bytes,
+    )
+    request = msgspec.structs.replace(call.request, kind=Kind.COUNT, params=Params())
+    end = await ask(context, request, call.attachments, "messages")
+    return _json({"input_tokens": calls.field_of(end, "count")})
+
+
 def _allowed(context: RequestContext, model: str) -> str:
     context.check(model, 0)
     return model
@@ -130,6 +147,7 @@ def token_routes() -> list[Route]:
         "/tokenize": _tokenize,
         "/detokenize": _detokenize,
         "/apply-template": _apply_template,
+        "/chat/completions/input_tokens": _chat_tokens,
     }
     return [
         route(f"{prefix}{path}", handler, "POST", counted=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -15,8 +16,11 @@ from tests.judges.suites.suite import HERE, Outcome, Test
 WHOLE_S = 3600.0
 
 
-def pytest_run(python: Path, folder: Path, *words: str, **settings: str) -> Sequence[Test]:
-    """The outcome of each test. `folder`: where to run; `words`: options and tests.
+def pytest_run(
+    python: Path, folder: Path, *words: str, paths: Sequence[Path] = (), **settings: str
+) -> Sequence[Test]:
+    """The outcome of each test. `folder`: where to run; `words`: options and tests; `paths`: where
+    the suite's own modules are.
 
     Raises RuntimeError with what pytest wrote where it could not run.
     """
@@ -26,7 +30,9 @@ def pytest_run(python: Path, folder: Path, *words: str, **settings: str) -> Sequ
         done = subprocess.run(
             [*command, "--record", str(record), "-p", "no:cacheprovider"],
             cwd=folder,
-            env=offline_settings(PYTHONPATH=str(HERE / "plugins"), **settings),
+            env=offline_settings(
+                PYTHONPATH=os.pathsep.join(map(str, (HERE / "plugins", *paths))), **settings
+            ),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
