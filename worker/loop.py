@@ -263,6 +263,9 @@ class Link:
                     "device": capabilities.device,
                     "slots": capabilities.capacity,
                 }
+                numbers = {model.details.get("numbers") for model in capabilities.models}
+                if known := sorted(filter(None, numbers)):
+                    fields["numbers"] = "; ".join(known)
                 serial = [model for model in capabilities.models if model.serial]
                 for model in serial:
                     fields[f"{model.name} runs one request at a time"] = model.serial

@@ -199,6 +199,11 @@ def _worker(bus: BusState, worker: WorkerSession) -> dict[str, Any]:
         "silent_ms": round(worker.silent_s(bus.now_s) * 1000),
         "metrics": beat.metrics,
         "serial": {info.name: info.serial for info in worker.models.values() if info.serial},
+        "numbers": {
+            info.name: str(info.details["numbers"])
+            for info in worker.models.values()
+            if info.details.get("numbers")
+        },
         "loaded": [info.name for info in worker.models.values() if info.loaded],
         "memory_bytes": {
             info.name: info.memory_bytes for info in worker.models.values() if info.memory_bytes

@@ -19,6 +19,12 @@ def worker_state(row: Row) -> str:
     return f"{state}, serial" if row.get("serial") else state
 
 
+def worker_device(row: Row) -> str:
+    """`cpu, bfloat16`: the device, and what the models on it compute in."""
+    numbers: dict[str, str] = row.get("numbers") or {}
+    return ", ".join(filter(None, [str(row.get("device") or ""), *dict.fromkeys(numbers.values())]))
+
+
 def worker_note(row: Row) -> str:
     """The worker's own note, when it will be gone, and why requests of a model run one at a
     time."""

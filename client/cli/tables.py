@@ -9,7 +9,7 @@ from typing import Any
 
 from client import Client
 from client.cli import arguments as flags
-from client.cli.rows import Row, worker_note, worker_state
+from client.cli.rows import Row, worker_device, worker_note, worker_state
 from client.cli.terminal import Terminal
 from client.version import version
 
@@ -64,7 +64,7 @@ WORKERS: Columns = (
     ("running", lambda row: f"{row.get('running', 0)}/{row.get('capacity', 0)}"),
     ("tokens/s", _rate),
     ("engine", _field("engine")),
-    ("device", _field("device")),
+    ("device", worker_device),
     ("heard", _seconds("silent_ms")),
     ("note", worker_note),
 )

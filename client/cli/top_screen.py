@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from client.cli.rows import Row, worker_note, worker_state
+from client.cli.rows import Row, worker_device, worker_note, worker_state
 
 #: Parts of a line with their `rich` style; empty for none.
 Line = list[tuple[str, str]]
@@ -378,7 +378,7 @@ _WORKERS: Final = (
     _Column("KV", _kv, 5, "right"),
     _Column("stuck", _engine_age, 2, "right", style=lambda row: _ERROR),
     _Column("model", lambda row: ", ".join(map(str, row.get("models") or ())), 1),
-    _Column("device", _of("device"), 7),
+    _Column("device", worker_device, 7),
     _Column("note", worker_note, 6, widest=40),
 )
 _MODELS: Final = (

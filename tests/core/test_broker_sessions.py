@@ -420,6 +420,15 @@ def test_a_heartbeat_reports_engine_and_device_once_loaded() -> None:
     assert (row["engine"], row["device"]) == ("transformers", "cuda:1")
 
 
+def test_what_models_compute_in_is_told_with_their_worker() -> None:
+    bus = Bus()
+    worker, client = bus.worker(grant=False), bus.client()
+    details = {"numbers": "bfloat16, weights of 4 bits"}
+    worker.beat(models=[{"name": "a", "details": details}, {"name": "b"}])
+    (row,) = client.query("bus.workers")
+    assert row["numbers"] == {"a": "bfloat16, weights of 4 bits"}
+
+
 # --- keys -----------------------------------------------------------------------------------------
 
 

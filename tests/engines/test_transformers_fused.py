@@ -151,10 +151,19 @@ def test_a_model_whose_attention_sees_later_tokens_keeps_its_own_code() -> None:
 
 
 def test_without_onednn_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "can_pack", lambda: False)
+    monkeypatch.setattr(fused, "can_pack", lambda dtype: False)
     model = text_model("llama")
     prepare_layers(model, EngineSettings(fused="on"))
     assert not any(isinstance(m, PackedLinear) for m in model.modules())
+    assert direct_forward(model) is not None
+
+
+def test_bfloat16_is_packed_only_where_the_processor_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    model = text_model("llama").to(torch.bfloat16)
+    prepare_layers(model, EngineSettings(fused="on"))
+    assert not any(isinstance(m, PackedLinear) for m in model.modules())
+    prepare_layers(model.float(), EngineSettings(fused="on"))
     assert direct_forward(model) is not None
 
 

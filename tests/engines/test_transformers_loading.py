@@ -229,15 +229,19 @@ def test_auto_takes_bfloat16_on_a_cpu_where_it_pays(
 ) -> None:
     monkeypatch.setattr(loader, "multiplies_bfloat16", lambda: native)
 
-    def picked(stored: str, size: int) -> torch.dtype:
-        config = LlamaConfig(dtype=stored)
-        return loader._pick_dtype("auto", config, torch.device("cpu"), size)
+    monkeypatch.setattr(loader, "host_bytes", lambda: 16 << 30)
+
+    def picked(stored: str, size: int, memory_bytes: int = 0) -> torch.dtype:
+        options = EngineOptions(memory_bytes=memory_bytes)
+        return loader._pick_dtype(options, LlamaConfig(dtype=stored), torch.device("cpu"), size)
 
     for half in ("bfloat16", "float16"):
         assert picked(half, 100 << 20) is torch.float32
-        assert picked(half, 500 << 20) is (torch.bfloat16 if native else torch.float32)
-        assert picked(half, 2 << 30) is torch.bfloat16
-    assert picked("float32", 2 << 30) is torch.float32, "what its author saved"
+        for size in (500 << 20, 4 << 30):
+            assert picked(half, size) is (torch.bfloat16 if native else torch.float32)
+        assert picked(half, 5 << 30) is torch.bfloat16, "in float32 it takes half of the memory"
+        assert picked(half, 3 << 30, memory_bytes=10 << 30) is torch.bfloat16
+    assert picked("float32", 5 << 30) is torch.float32, "what its author saved"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

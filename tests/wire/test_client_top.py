@@ -90,6 +90,13 @@ def test_a_worker_that_does_not_batch_says_so_at_any_width_and_why_where_there_i
     assert "ready, serial" in row
 
 
+def test_what_a_worker_computes_in_stands_with_its_device() -> None:
+    seen = look()
+    seen.workers[0]["numbers"] = {"demo": "bfloat16", "adapter": "bfloat16"}
+    [row] = [line for line in screen(seen) if line.startswith("w1")]
+    assert "cuda:0, bfloat16" in row and "bfloat16, bfloat16" not in row
+
+
 def test_the_head_shows_load_queue_and_failures_by_code() -> None:
     stats = {"uptime_s": 75.0, "running": 2, "capacity": 8, "queued": 3, "failed_poison_total": 4}
     first, second, *_ = screen(look(stats=stats))

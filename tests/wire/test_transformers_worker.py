@@ -108,6 +108,8 @@ def test_the_models_details_are_known_to_the_bus(bus: Bus) -> None:
 def test_the_bus_knows_engine_and_device_as_they_turned_out(bus: Bus) -> None:
     (row,) = bus.rows()
     assert row["engine"] == "transformers"
+    assert row["numbers"] == {"demo": "float32", "odd": "float32"}
+    assert '"numbers": "float32"' in bus.logs()
     assert row["device"] not in ("", "auto")
 
 

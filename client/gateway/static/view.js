@@ -225,7 +225,7 @@ function workerRow(worker) {
   const state = worker.state === "loading" && worker.progress !== null ? `loading ${whole.format(worker.progress * 100)} %` : worker.swap && worker.progress !== null ? `loading ${worker.swap} ${whole.format(worker.progress * 100)} %` : worker.state;
   const button = worker.state === "draining" ? "" : h("button", { class: "button small", type: "button", "data-worker": worker.name, onclick: () => drain(worker.name) }, "Drain");
   return [
-    strong(worker.name, `${worker.models.join(", ")} · ${worker.engine}, ${worker.device}`),
+    strong(worker.name, `${worker.models.join(", ")} · ${[worker.engine, worker.device, ...new Set(Object.values(worker.numbers ?? {}))].join(", ")}`),
     h("span", { class: "two-line" }, chip(state, STATES[worker.state] ?? "bad"), worker.note ? h("small", {}, worker.note) : null, typeof worker.ends_in_ms === "number" ? h("small", { title: worker.ends_why ?? "" }, `ends in ${duration(worker.ends_in_ms)}${worker.ends_why ? ` (${worker.ends_why})` : ""}`) : null, ...Object.entries(worker.serial ?? {}).map(([model, why]) => h("small", { class: "slow" }, `${model} runs one request at a time: ${why}`))),
     h("span", { class: "slots" }, `${worker.running} / ${worker.capacity}`, bar),
     speed === undefined ? "–" : one.format(speed),

@@ -314,11 +314,12 @@ class FusedLayer:
 def prepare_layers(model: nn.Module, settings: EngineSettings) -> None:
     """Make a model that was just loaded quick, as `settings` allow. Adapters are inside of layers,
     and share weights with their base: such a model stays as it is."""
-    on_cpu = next(model.parameters()).device.type == "cpu"
+    first = next(model.parameters())
+    on_cpu = first.device.type == "cpu"
     adapted = settings.adapters or settings.adapters_folder
     if adapted or settings.fused == "off" or not (on_cpu or settings.fused == "on"):
         return
-    pack = on_cpu and can_pack() and (settings.fused == "on" or packs_faster(model))
+    pack = on_cpu and can_pack(first.dtype) and (settings.fused == "on" or packs_faster(model))
     fuse_layers(model, pack=pack)
     if pack:
         pack_weights(model)
@@ -387,7 +388,9 @@ def fuse_layers(model: nn.Module, *, pack: bool) -> int:
         for layer in layers:
             if not _is_known(layer):
                 continue
-            fused = FusedLayer(layer, shared, pack=pack)
+            fused = FusedLayer(
+                layer, shared, pack=pack and can_pack(layer.mlp.down_proj.weight.dtype)
+            )
             error = _difference(layer, fused, owner.rotary_emb)
             if not error <= ERRORS[layer.mlp.down_proj.weight.dtype]:
                 log.warning("a fused layer differs from its own code by %.2g: not fused", error)

@@ -17,7 +17,7 @@ import torch
 
 from worker.engines.common.facts import ModelFacts
 from worker.engines.transformers.heads import Backbone, DecisionHead, is_decision_model
-from worker.engines.transformers.loading.quantise import quantised_share
+from worker.engines.transformers.loading.quantise import numbers_of, quantised_share
 from worker.engines.transformers.rope import LengthRope, find_length_rope
 from worker.engines.transformers.rows import RowAdapters
 from worker.engines.transformers.settings import EngineSettings
@@ -102,6 +102,7 @@ def wrap_model(
             "architecture": architecture,
             "parameters": sum(p.numel() for p in model.parameters()),
             "dtype": str(model.dtype).removeprefix("torch."),
+            "numbers": numbers_of(model, quantised=quantised),
             "quantised": quantised,
             "attention": str(getattr(text_config, "_attn_implementation", "")),
             "layers": int(getattr(text_config, "num_hidden_layers", 0) or 0),

@@ -3,6 +3,7 @@ Reads, never allocates."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import psutil
@@ -12,6 +13,7 @@ from broker.protocol.errors import ErrorCode, ErrorInfo
 
 __all__ = [
     "free_bytes",
+    "host_bytes",
     "no_room",
     "release_cached",
     "uncomputable",
@@ -42,6 +44,15 @@ def free_bytes(device: torch.device) -> int:
         # No cgroup v2 here: use the machine's own value.
         return free
     return max(free, 0)
+
+
+def host_bytes() -> int:
+    """Bytes of memory of this machine, or of the container."""
+    whole = int(psutil.virtual_memory().total)
+    with contextlib.suppress(OSError, ValueError):
+        # "max" is no number: without a limit.
+        whole = min(whole, int((_CGROUP / "memory.max").read_text()))
+    return whole
 
 
 def used_bytes(device: torch.device) -> int:

@@ -61,7 +61,7 @@ def is_plain(module: nn.Module | None) -> TypeGuard[nn.Linear]:
 
 
 def _is_packable(module: nn.Module | None) -> TypeGuard[nn.Linear]:
-    return is_plain(module) and module.weight.device.type == "cpu" and module.weight.dtype in ERRORS
+    return is_plain(module) and module.weight.device.type == "cpu" and can_pack(module.weight.dtype)
 
 
 class PackedLinear(nn.Module):
@@ -106,9 +106,12 @@ class PackedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 
-def can_pack() -> bool:
-    """Whether torch was built with oneDNN; on macOS it is not."""
-    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether weights of this dtype can be packed here: torch was built with oneDNN (on macOS it is
+    not), and for bfloat16 the processor has AVX-512 or the like."""
+    if dtype not in ERRORS or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return dtype is not torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def packs_faster(model: nn.Module) -> bool:

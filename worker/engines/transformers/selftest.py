@@ -174,7 +174,11 @@ def _accept_rounding(
             f"{change:.2g} of their spread, and more than {INT8_LOSS:g} changes answers: omit "
             "--engine-arg kv_cache_dtype"
         )
-    loaded.details |= {"kv_cache_dtype": "int8", "kv_cache_error": round(change, 4)}
+    loaded.details |= {
+        "kv_cache_dtype": "int8",
+        "kv_cache_error": round(change, 4),
+        "numbers": f"{loaded.details['numbers']}, keys and values of 8 bits",
+    }
 
 
 def _change(loaded: LoadedModel, exact: Items[Reference], other: Items[Reference]) -> float:

@@ -27,6 +27,7 @@ __all__ = [
     "computes_quantised",
     "modules_to_skip",
     "normalise_skip_names",
+    "numbers_of",
     "quantised_share",
     "refuse_packed_scales",
     "stored_skip_list",
@@ -52,7 +53,7 @@ to the text."""
 FUSED_SHARE = 0.05
 """Fraction of a model's weights; less is not worth a warning."""
 
-_BNB_LAYERS = ("Linear8bitLt", "Linear4bit")
+_BNB_LAYERS = {"Linear8bitLt": 8, "Linear4bit": 4}
 
 _BNB_SCALES = re.compile(r"\.(SCB|weight\.absmax)$")
 """Names of the tensor that accompanies every weight quantised by bitsandbytes."""
@@ -248,6 +249,15 @@ def quantised_share(model: nn.Module) -> float | None:
                 few += count
             whole += count
     return few / whole if few else None
+
+
+def numbers_of(model: nn.Module, *, quantised: bool) -> str:
+    """What a model's weights are held in, in words: `bfloat16, weights of 4 bits`."""
+    bits = {_BNB_LAYERS.get(type(module).__name__, 0) for module in model.modules()} - {0}
+    few = " and ".join(str(each) for each in sorted(bits))
+    words = [str(model.dtype).removeprefix("torch.")]
+    words += [f"weights of {few} bits"] if few else ["quantised weights"] if quantised else []
+    return ", ".join(words)
 
 
 def tell_dense_weights(model: nn.Module, path: str) -> None:
