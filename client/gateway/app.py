@@ -53,6 +53,7 @@ from client.gateway.ollama.answers import error_object
 from client.gateway.ollama.routes import ollama_routes
 from client.gateway.openai.chat import cancel_chat, chat_completions, read_chat
 from client.gateway.openai.completions import completions
+from client.gateway.openai.conversations import conversation_routes
 from client.gateway.openai.embeddings import embeddings
 from client.gateway.openai.models import get_model, list_models
 from client.gateway.openai.openapi import openapi
@@ -65,6 +66,12 @@ from client.gateway.openai.responses import (
 )
 from client.gateway.openai.responses_compact import compact_response
 from client.gateway.openai.responses_socket import responses_sockets
+from client.gateway.openai.stored_chats import (
+    delete_chat,
+    list_chats,
+    stored_messages,
+    update_chat,
+)
 from client.gateway.operator_view import drain, live, overview, session
 from client.gateway.page import page_routes
 from client.gateway.peers import Peers, anywhere
@@ -179,7 +186,11 @@ def _routes(config: Config) -> list[BaseRoute]:
         route("/v1/models", list_models),
         route("/v1/models/{model:path}", get_model),
         route("/v1/chat/completions", chat_completions, "POST", counted=True),
+        route("/v1/chat/completions", list_chats),
         route("/v1/chat/completions/{id:kept}", anywhere(read_chat)),
+        route("/v1/chat/completions/{id:kept}", anywhere(update_chat), "POST"),
+        route("/v1/chat/completions/{id:kept}", anywhere(delete_chat), "DELETE"),
+        route("/v1/chat/completions/{id:kept}/messages", anywhere(stored_messages)),
         route("/v1/chat/completions/{id:kept}/cancel", anywhere(cancel_chat), "POST"),
         route("/v1/completions", completions, "POST", counted=True),
         route("/v1/embeddings", embeddings, "POST", counted=True),
@@ -187,6 +198,7 @@ def _routes(config: Config) -> list[BaseRoute]:
         route("/v1/systemone", system_one, "POST", counted=True),
         route("/v1/responses", anywhere(create_response), "POST", counted=True),
         *responses_sockets(),
+        *conversation_routes(),
         route("/v1/responses/compact", anywhere(compact_response), "POST", counted=True),
         route("/v1/responses/input_tokens", anywhere(input_tokens), "POST", counted=True),
         route("/v1/responses/{id:kept}", anywhere(get_response)),

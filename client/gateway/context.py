@@ -122,6 +122,8 @@ class RequestContext:
     unattended: bool = False
     #: The reader left before the end.
     left: bool = False
+    #: Called when the request is over, however it ended.
+    closing: list[Callable[[], None]] = field(default_factory=list)
     started_s: float = field(default_factory=time.monotonic)
     first_token_s: float | None = None
 
@@ -294,6 +296,8 @@ class RequestContext:
 
     def close(self) -> None:
         """The request is over: update the key's usage and the metrics."""
+        for close in self.closing:
+            close()
         self.gateway.metrics.answered(self)
         self.gateway.release_body(self.held_bytes)
         if self.account is not None:

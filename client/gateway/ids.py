@@ -36,7 +36,7 @@ _STATE: Final = "tokenbus.request_id"
 
 #: The id of a kept answer. Anything else in its place is an OpenAI path that this gateway
 #: does not have.
-KEPT_ID: Final = "(chatcmpl-|resp_|msg_)[0-9A-Za-z_-]+"
+KEPT_ID: Final = "(chatcmpl-|conv_|resp_|msg_)[0-9A-Za-z_-]+"
 
 
 class KeptId(Convertor[str]):

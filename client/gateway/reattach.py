@@ -225,7 +225,7 @@ class Kept:
     id: str
     #: Name of the key that asked; no other key may see it.
     owner: str
-    #: The endpoint that made it: "chat", "response".
+    #: What it is: "chat", "response", "conversation", ...
     kind: str
     #: The endpoint's own data; without a transcript, its `over` says when it ended.
     value: Any = None
@@ -262,7 +262,8 @@ class Store:
     max_bytes: int
     #: Total size of all entries.
     size_bytes: int = 0
-    _entries: OrderedDict[str, Kept] = field(default_factory=OrderedDict)
+    #: By kind and id.
+    _entries: OrderedDict[tuple[str, str], Kept] = field(default_factory=OrderedDict)
     #: Transcripts that wait for room.
     _held: set[Transcript] = field(default_factory=set)
     #: After room was not found: do not search again before this size or a change.
@@ -275,10 +276,10 @@ class Store:
 
     def put(self, kept: Kept) -> None:
         """Keep an answer; others make room."""
-        if (before := self._entries.get(kept.id)) is not None:
+        if (before := self._entries.get((kept.kind, kept.id))) is not None:
             self.drop(before)
         kept.store = self
-        self._entries[kept.id] = kept
+        self._entries[kept.kind, kept.id] = kept
         self.size_bytes += kept.size_bytes
         if self.full or self._crowded:
             self._free(may_end=True)
@@ -302,13 +303,18 @@ class Store:
 
     def find(self, id_: str, owner: str, kind: str) -> Kept:
         """The answer; raises UnknownAnswer."""
-        kept = self._entries.get(id_)
-        if kept is None or kept.owner != owner or kept.kind != kind:
+        kept = self._entries.get((kind, id_))
+        if kept is None or kept.owner != owner:
             raise UnknownAnswer(
                 f"No answer {id_!r} here: it is too old, belongs to another key, was not to be "
                 "kept, or was made by a gateway that cannot be asked."
             )
         return kept
+
+    def touch(self, kept: Kept) -> None:
+        """It is used: among those that are over it is now the last to make room."""
+        if kept.store is self:
+            self._entries.move_to_end((kept.kind, kept.id))
 
     def of(self, owner: str, kind: str) -> Iterator[Kept]:
         """The answers of a kind that this key may see."""
@@ -404,7 +410,7 @@ class Store:
         return len(self._entries) > self.max_entries
 
     def _forget(self, kept: Kept) -> None:
-        if self._entries.pop(kept.id, None) is not None:
+        if self._entries.pop((kept.kind, kept.id), None) is not None:
             kept.store = None
             self.grew(-kept.size_bytes)
 

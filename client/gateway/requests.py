@@ -365,7 +365,7 @@ class EmbeddingRequest(_Body, kw_only=True):
 
 # --- reading --------------------------------------------------------------------------------------
 
-_PATH = re.compile(r" - at `(?:key in )?\$?\.?(?P<path>[^`]*)`$")
+_PATH = re.compile(r" - at (?:`key` in )?`\$?\.?(?P<path>[^`]*)`$")
 _UNKNOWN = re.compile(r"^Object contains unknown field `(?P<field>[^`]*)`")
 _NO_MODEL = re.compile(r"^Expected `str`, got `null` - at `\$\.model`$")
 _MISSING = re.compile(r"^Object missing required field `(?P<field>[^`]*)`")

@@ -68,7 +68,6 @@ _UNSERVED: Final = {
     "chat_template": "the chat template is the model's own",
     "context_management": "send the part of the conversation that the model should see",
     "container": "nothing here runs code",
-    "conversation": "use `previous_response_id`, or send the conversation as `input`",
     "fallbacks": "send the request again, to another model",
     "file": "send text, or an image as `image_url`",
     "file_id": "no files are kept here; send an image as `image_url`",

@@ -9,6 +9,9 @@
   with `Last-Event-ID` at the same gateway within that time: the running answer itself continues,
   and nothing is computed twice. Without that header the answer ends with its reader, at the worker
   too. `POST /v1/chat/completions/{id}/cancel` ends it at once.
+
+With `store: true` the complete answer is kept too; `GET /v1/chat/completions/{id}` is then the
+stored chat (see `stored_chats`), unless it has `Last-Event-ID` or `?stream=true`.
 """
 
 from __future__ import annotations
@@ -70,6 +73,7 @@ from client.gateway.openai.shapes import (
     logprob_bytes,
     usage_of,
 )
+from client.gateway.openai.stored_chats import check_storable, find_stored, keep_chat
 from client.gateway.requests import ChatRequest, TextPart
 from client.gateway.sse import DONE, Source, until_disconnect
 
@@ -89,6 +93,7 @@ _NO_LOGPROBS: Final = b'"logprobs":{"content":[]'
 async def chat_completions(context: RequestContext) -> Response:
     """Answer a chat; see `requests.ChatRequest` for the body."""
     body = await context.read(ChatRequest)
+    check_storable(body)
     resumed = Position.read(_PREFIX, context.last_event_id) if body.stream else None
     if resumed is not None:
         with contextlib.suppress(UnknownAnswer):
@@ -106,7 +111,7 @@ async def chat_completions(context: RequestContext) -> Response:
     count = body.n or 1
     position = resumed or Position.first(_PREFIX, call.request.params.seed)
     choices = [ChatChoice(parser_for(call)) for _ in range(count)]
-    answer = _Answer(context, body, choices, position)
+    answer = _Answer(context, body, choices, position, call.request.params.seed)
     events = context.generate(
         [seeded(call, i) for i in range(count)],
         prompt_field="messages",
@@ -116,12 +121,16 @@ async def chat_completions(context: RequestContext) -> Response:
         return rejoin.begin(context, _KIND, position, answer.stream(events), answer.failed)
     await until_disconnect(answer.taking(events), context.request.receive)
     data = await aside(answer.logprob_bytes, answer.complete)
+    await answer.keep(data)
     return Response(data, media_type="application/json")
 
 
 async def read_chat(context: RequestContext) -> Response:
-    """Continue reading an answer that outlived its connection."""
+    """A stored chat; or continue reading an answer that outlived its connection."""
     position = Position.read(_PREFIX, context.last_event_id)
+    if position is None and context.request.query_params.get("stream") != "true":
+        with contextlib.suppress(UnknownAnswer):
+            return find_stored(context)
     return _read_again(context, position or Position(context.request.path_params["id"]))
 
 
@@ -158,7 +167,9 @@ class _Answer:
         body: ChatRequest,
         choices: list[ChatChoice],
         position: Position,
+        seed: int,
     ) -> None:
+        self._seed = seed
         self._context = context
         self._body = body
         self._choices = choices
@@ -248,6 +259,10 @@ class _Answer:
             parts += (_NO_LOGPROBS.removesuffix(b"]"), written, b"]", rest)
         return b"".join(parts)
 
+    async def keep(self, answer: bytes) -> None:
+        """Store the complete answer, if that was asked for."""
+        await keep_chat(self._context, self._body, self._id, self._seed, answer)
+
     def _whole_choice(self, index: int, choice: ChatChoice) -> whole.Choice:
         message = ChatCompletionMessage(
             role="assistant",
@@ -293,6 +308,8 @@ class _Answer:
                     self._tell(event, out)
                 if out:
                     yield out
+        if self._body.store:
+            await self.keep(await aside(self.logprob_bytes, self.complete))
         yield [*self._chunks.last(self._usage()), DONE]
 
     def _tell(self, event: ChoiceEvent, out: list[bytes]) -> None:

@@ -24,8 +24,14 @@ from client.gateway.ollama.bodies import (
     GenerateBody,
     ModelBody,
 )
+from client.gateway.openai.conversations import (
+    ConversationItems,
+    ConversationRequest,
+    ConversationUpdate,
+)
 from client.gateway.openai.responses_body import INCLUDABLE, ResponseRequest
 from client.gateway.openai.responses_compact import CompactRequest
+from client.gateway.openai.stored_chats import ChatUpdate
 from client.gateway.operator_view import DrainBody
 from client.gateway.requests import ChatRequest, CompletionRequest, EmbeddingRequest
 from client.gateway.scoring.bodies import ClassifyRequest, RerankRequest, ScoreRequest
@@ -52,6 +58,10 @@ _TAKES = {
     ("post", "/v1/responses"): (ResponseRequest, "Answer an input."),
     ("post", "/v1/responses/input_tokens"): (InputTokensRequest, "Count the tokens of an input."),
     ("post", "/v1/responses/compact"): (CompactRequest, "Summarise a conversation to go on with."),
+    ("post", "/v1/chat/completions/{id}"): (ChatUpdate, "Give a stored chat other labels."),
+    ("post", "/v1/conversations"): (ConversationRequest, "Begin a conversation."),
+    ("post", "/v1/conversations/{id}"): (ConversationUpdate, "Give a conversation other labels."),
+    ("post", "/v1/conversations/{id}/items"): (ConversationItems, "Add items to a conversation."),
     ("post", "/v1/batches"): (BatchRequest, "Begin a batch over a file of requests."),
     ("post", "/v1/rerank"): (RerankRequest, "Order documents by relevance."),
     ("post", "/v1/score"): (ScoreRequest, "Score pairs of texts."),
@@ -72,10 +82,13 @@ _TAKES = {
 _TAKES_NOTHING = {
     ("get", "/v1/models"): "The models of the bus.",
     ("get", "/v1/models/{id}"): "One model.",
+    ("get", "/v1/chat/completions"): "The key's stored chats, the oldest first.",
     (
         "get",
         "/v1/chat/completions/{id}",
-    ): "Continue reading an answer that outlived its connection.",
+    ): "A stored chat; or continue reading an answer that outlived its connection.",
+    ("delete", "/v1/chat/completions/{id}"): "Forget a stored chat.",
+    ("get", "/v1/chat/completions/{id}/messages"): "What a stored chat was asked with.",
     ("post", "/v1/chat/completions/{id}/cancel"): "Stop such an answer.",
     ("get", "/v1/messages/{id}"): "Continue reading a message that outlived its connection.",
     ("post", "/v1/messages/{id}/cancel"): "Stop such a message.",
@@ -83,6 +96,11 @@ _TAKES_NOTHING = {
     ("delete", "/v1/responses/{id}"): "Forget a response.",
     ("post", "/v1/responses/{id}/cancel"): "Stop a response in the background.",
     ("get", "/v1/responses/{id}/input_items"): "The input of a response.",
+    ("get", "/v1/conversations/{id}"): "A conversation.",
+    ("delete", "/v1/conversations/{id}"): "Forget a conversation and its items.",
+    ("get", "/v1/conversations/{id}/items"): "Its items.",
+    ("get", "/v1/conversations/{id}/items/{item}"): "One item.",
+    ("delete", "/v1/conversations/{id}/items/{item}"): "Forget an item.",
     ("get", "/v1/files"): "The key's files, the newest first.",
     ("get", "/v1/files/{id}"): "One file.",
     ("delete", "/v1/files/{id}"): "Delete a file.",
@@ -105,7 +123,27 @@ _TAKES_NOTHING = {
 #: Beginnings of paths that stream events.
 _STREAMED = ("/v1/chat", "/v1/completions", "/v1/responses", "/v1/messages", "/completion")
 _INCLUDE = {"type": "array", "items": {"enum": list(INCLUDABLE)}}
+_LIMIT = {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}
 _QUERY: dict[str, dict[str, dict[str, Any]]] = {
+    "/v1/chat/completions": {
+        "after": {"type": "string"},
+        "limit": _LIMIT,
+        "order": {"enum": ["asc", "desc"], "default": "asc"},
+        "model": {"type": "string"},
+    },
+    "/v1/chat/completions/{id}": {"stream": {"type": "boolean", "default": False}},
+    "/v1/chat/completions/{id}/messages": {
+        "after": {"type": "string"},
+        "limit": _LIMIT,
+        "order": {"enum": ["asc", "desc"], "default": "asc"},
+    },
+    "/v1/conversations/{id}/items": {
+        "after": {"type": "string"},
+        "limit": _LIMIT,
+        "order": {"enum": ["asc", "desc"], "default": "desc"},
+        "include": _INCLUDE,
+    },
+    "/v1/conversations/{id}/items/{item}": {"include": _INCLUDE},
     "/v1/responses/{id}": {
         "stream": {"type": "boolean", "default": False},
         "starting_after": {"type": "integer", "minimum": 0},
@@ -114,7 +152,7 @@ _QUERY: dict[str, dict[str, dict[str, Any]]] = {
     },
     "/v1/responses/{id}/input_items": {
         "after": {"type": "string"},
-        "limit": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20},
+        "limit": _LIMIT,
         "order": {"enum": ["asc", "desc"], "default": "desc"},
         "include": _INCLUDE,
     },
@@ -124,10 +162,7 @@ _QUERY: dict[str, dict[str, dict[str, Any]]] = {
         "order": {"enum": ["asc", "desc"], "default": "desc"},
         "purpose": {"type": "string"},
     },
-    "/v1/batches": {
-        "after": {"type": "string"},
-        "limit": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20},
-    },
+    "/v1/batches": {"after": {"type": "string"}, "limit": _LIMIT},
     "/v1/usage": {
         "days": {"type": "integer", "minimum": 1, "maximum": 3660, "default": 31},
         "key": {"type": "string"},
@@ -303,6 +338,9 @@ def _operation(path: str, words: str, query: dict[str, dict[str, Any]]) -> dict[
         if not path.startswith(("/v1/models/", "/v1/files/", "/v1/batches/")):
             schema["pattern"] = f"^{KEPT_ID}$"
         parameters.append({"name": "id", "in": "path", "required": True, "schema": schema})
+    if "{item}" in path:
+        schema = {"type": "string", "minLength": 1}
+        parameters.append({"name": "item", "in": "path", "required": True, "schema": schema})
     if parameters:
         operation["parameters"] = parameters
     return operation

@@ -14,23 +14,27 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any, Final, cast
 
 import msgspec
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
+from broker.protocol.errors import ErrorCode
 from client.gateway import requests as http
 from client.gateway.bodies import aside
 from client.gateway.context import RequestContext
 from client.gateway.convert import Generation, chat_call
 from client.gateway.errors import GatewayError, UnknownAnswer, invalid
 from client.gateway.openai.answers import pick_seed, with_thoughts
+from client.gateway.openai.conversations import begin_turn, earlier_in, items_of
+from client.gateway.openai.items import kept_items
+from client.gateway.openai.pages import INCLUDE, Page, check_query, page_of
 from client.gateway.openai.position import Position
 from client.gateway.openai.responses_body import (
     ResponseRequest,
     as_chat,
-    check_include,
     named_in_input,
     with_references,
 )
@@ -88,12 +92,17 @@ async def create_response(context: RequestContext) -> Response:
     """Answer an input; see `responses_input.ResponseRequest` for the body."""
     store = context.gateway.store
     body = await context.read(ResponseRequest)
+    _check_alone(body)
     resumed = Position.read(_PREFIX, context.last_event_id) if body.stream else None
     if resumed is not None and body.background:
         found = await _read_on(context, resumed)
         if found is not None:
             return found
+    turn = begin_turn(context, body)
     body, chat, call = await input_of(context, body, None if resumed is None else resumed.seed)
+    if turn is not None:
+        assert body.input is not None
+        await turn.take(context.size_bytes, body.input)
     call = with_thoughts(call)
     if body.truncation == "auto":
         params = msgspec.structs.replace(call.request.params, overflow="truncate_left")
@@ -106,6 +115,10 @@ async def create_response(context: RequestContext) -> Response:
             [call], prompt_field="input", has_enough=lambda _: builder.progress.has_enough
         )
     )
+    if turn is not None:
+        turn.begin(position.answer, again=resumed is not None)
+        builder.input_items = turn.asked
+        source = turn.adding(builder, source)
     local: Local | None = context.request.scope.get(LOCAL)
     is_local = local is not None and body.store is False
     owner = local.owner if local is not None and is_local else context.key.name
@@ -163,7 +176,10 @@ async def input_of(
     if context.is_large:
         items.find()  # the store is the loop's
     body = await context.aside(with_references, body, items)
-    earlier, earlier_bytes = _conversation(context, body.previous_response_id)
+    _check_alone(body)
+    earlier, earlier_bytes = _said_before(context, body.previous_response_id)
+    if body.conversation is not None:
+        earlier, earlier_bytes = await earlier_in(context, body)
     _check_outputs(body, earlier)
     size_bytes = context.size_bytes + earlier_bytes
     chat = await aside(size_bytes, as_chat, body, earlier)
@@ -180,7 +196,18 @@ async def input_of(
     return body, chat, call
 
 
-def _conversation(context: RequestContext, id_: str | None) -> tuple[list[http.ChatMessage], int]:
+def _check_alone(body: ResponseRequest) -> None:
+    """Raises GatewayError where two fields say what was said before."""
+    if body.previous_response_id is not None and body.conversation is not None:
+        raise GatewayError(
+            ErrorCode.INVALID_REQUEST,
+            "`previous_response_id` and `conversation` exclude each other; send one of them.",
+            param="conversation",
+            openai_code="mutually_exclusive_parameters",
+        )
+
+
+def _said_before(context: RequestContext, id_: str | None) -> tuple[list[http.ChatMessage], int]:
     """What was said in an earlier response and before, and its bytes; raises GatewayError naming
     the field."""
     if id_ is None:
@@ -220,7 +247,7 @@ def _find_kept(context: RequestContext, id_: str) -> Kept:
 def _check_outputs(body: ResponseRequest, earlier: list[http.ChatMessage]) -> None:
     """Each output belongs to a call before it: else the model would be shown an answer to a
     question that nobody asked. Raises GatewayError."""
-    if isinstance(body.input, str):
+    if isinstance(body.input, str) or body.input is None:
         return
     calls = {call.id for message in earlier for call in message.tool_calls or ()}
     for index, item in enumerate(body.input):
@@ -234,11 +261,13 @@ def _check_outputs(body: ResponseRequest, earlier: list[http.ChatMessage]) -> No
 
 
 class _Items:
-    """The output items of the responses that the key may see, as JSON, by id."""
+    """The output items of the responses that the key may see, and those of its conversations, as
+    JSON, by id."""
 
     def __init__(self, context: RequestContext) -> None:
         self._context = context
         self._found: dict[str, OutputItem] | None = None
+        self._of_conversations: dict[str, dict[str, Any]] = {}
 
     def find(self) -> dict[str, OutputItem]:
         """Look through the store, unless that was done."""
@@ -252,11 +281,14 @@ class _Items:
                 if builder.over
                 for item in builder.output
             }
+            self._of_conversations = {item["id"]: item for item in items_of(context)}
         return self._found
 
     def __call__(self, id_: str) -> dict[str, Any]:
         """See `responses_input.Found`."""
         item = self.find().get(id_)
+        if item is None and id_ in self._of_conversations:
+            return self._of_conversations[id_]
         if item is None:
             raise UnknownAnswer(
                 f"Item with id {id_!r} not found: its response is too old, still runs, belongs to "
@@ -272,7 +304,7 @@ async def get_response(context: RequestContext) -> Response:
     kept = _find(context)
     query = context.request.query_params
     # Log-probabilities are in the answer already, where they were asked for.
-    _check_query(context, "stream", "starting_after", "include", "include[]", "include_obfuscation")
+    check_query(context, "stream", "starting_after", *INCLUDE, "include_obfuscation")
     streamed = query.get("stream", "false").lower()
     if streamed not in ("true", "1", "false", "0"):
         raise invalid("stream", "`stream` is `true` or `false`.")
@@ -328,48 +360,15 @@ async def cancel_response(context: RequestContext) -> Response:
 async def input_items(context: RequestContext) -> Response:
     """A page of what the response was asked with; the latest item first, as OpenAI has it."""
     kept = _find(context)
-    given = kept.value.body.input
-    _check_query(context, "after", "limit", "order", "include", "include[]")
-    query = context.request.query_params
-    if isinstance(given, str):
-        given = [{"role": "user", "content": [{"type": "input_text", "text": given}]}]
-    items = [{"type": "message", "id": f"item_{i}", **item} for i, item in enumerate(given)]
-    order, limit = query.get("order", "desc"), http.number_of(query.get("limit", "20"))
-    if order not in ("asc", "desc"):
-        raise invalid("order", "`order` is `asc` or `desc`.")
-    if limit is None or not 1 <= limit <= 100:
-        raise invalid("limit", "`limit` is a number from 1 to 100.")
-    if order == "desc":
-        items.reverse()
-    after = query.get("after")
-    if after is not None:
-        at = [index for index, item in enumerate(items) if item["id"] == after]
-        if not at:
-            raise invalid(
-                "after", f"`after` names {after!r}, which is not an item of this response."
-            )
-        items = items[at[0] + 1 :]
-    page = items[:limit]
-    first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
-    shown = {
-        "object": "list",
-        "data": page,
-        "first_id": first,
-        "last_id": last,
-        "has_more": len(page) < len(items),
-    }
+    page = Page.asked(context, *INCLUDE)
+    builder: ResponseBuilder = kept.value
+    if builder.input_items is None:
+        given = builder.body.input or []
+        builder.input_items = await aside(kept.size_bytes, kept_items, given, "input")
+    shown, around = page_of(builder.input_items, page, itemgetter("id"), "an item of this response")
     # A page may hold many megabytes of images.
-    data = await aside(kept.size_bytes, msgspec.json.encode, shown)
+    data = await aside(kept.size_bytes, msgspec.json.encode, {**around, "data": shown})
     return Response(data, media_type="application/json")
-
-
-def _check_query(context: RequestContext, *known: str) -> None:
-    query = context.request.query_params
-    for name in query:
-        if name not in known:
-            raise invalid(name, f"`{name}` is not a parameter of this endpoint; remove it.")
-    for entry in (*query.getlist("include"), *query.getlist("include[]")):
-        check_include(entry)
 
 
 def _find(context: RequestContext) -> Kept:

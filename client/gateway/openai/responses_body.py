@@ -30,6 +30,7 @@ __all__ = [
     "functions_of",
     "named_in_input",
     "turns_of",
+    "typed",
     "with_references",
 ]
 
@@ -255,6 +256,10 @@ class Reasoning(_Body, kw_only=True):
     mode: Literal["standard"] | None = None
 
 
+class ConversationId(_Body, kw_only=True):
+    id: str
+
+
 class ResponseStreamOptions(_Body, kw_only=True):
     include_obfuscation: bool | None = None
 
@@ -263,8 +268,9 @@ class ResponseRequest(http.Extensions, kw_only=True):
     """Body of `POST /v1/responses`."""
 
     model: http.ModelName = http.ONLY_MODEL
-    #: A text, or items; an item without `type` is a message.
-    input: str | Annotated[list[dict[str, Any]], Meta(max_length=http.MAX_MESSAGES)]
+    #: A text, or items; an item without `type` is a message. May be left out where something was
+    #: said before.
+    input: str | Annotated[list[dict[str, Any]], Meta(max_length=http.MAX_MESSAGES)] | None = None
     instructions: str | None = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
@@ -272,6 +278,8 @@ class ResponseRequest(http.Extensions, kw_only=True):
     background: bool | None = None
     store: bool | None = None
     previous_response_id: str | None = None
+    #: Its items come first, and this response is added to them.
+    conversation: str | ConversationId | None = None
     max_output_tokens: http.Tokens | None = None
     temperature: http.Temperature | None = None
     top_p: http.Share | None = None
@@ -300,9 +308,13 @@ class ResponseRequest(http.Extensions, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     # Known but not served.
     context_management: http.Refused = None
-    conversation: http.Refused = None
     moderation: http.Refused = None
     prompt: http.Refused = None
+
+    @property
+    def goes_on(self) -> bool:
+        """Something was said before."""
+        return self.previous_response_id is not None or self.conversation is not None
 
 
 #: Returns the kept output item with that id, as JSON. Raises GatewayError if there is none.
@@ -310,19 +322,23 @@ Found = Callable[[str], dict[str, Any]]
 
 
 def with_references(body: ResponseRequest, kept: Found) -> ResponseRequest:
-    """The same request with references replaced by the items themselves."""
+    """The same request with references replaced by the items themselves. Raises GatewayError."""
     if isinstance(body.input, str):
         return body
+    if body.input is None:
+        if not body.goes_on:
+            raise invalid("input", "`input` is required.")
+        return msgspec.structs.replace(body, input=[])
     items = []
     for index, raw in enumerate(body.input):
-        item = _typed(raw)
+        item = typed(raw)
         if item["type"] == "item_reference":
             item = kept(http.converted(item, ItemReference, f"input[{index}]").id)
         items.append(item)
     return msgspec.structs.replace(body, input=items)
 
 
-def _typed(item: dict[str, Any]) -> dict[str, Any]:
+def typed(item: dict[str, Any]) -> dict[str, Any]:
     """An input item with its type, which may be missing in two kinds."""
     if item.get("type") is not None:
         return item
@@ -336,11 +352,13 @@ def _messages_of(body: ResponseRequest) -> tuple[list[http.ChatMessage], list[st
     if isinstance(body.input, str):
         return [http.ChatMessage(role="user", content=body.input)], ["input"]
     if not body.input:
+        if body.goes_on:
+            return [], []
         raise invalid("input", "`input` is an empty list.")
     turns = _Turns()
     for index, raw in enumerate(body.input):
         path = f"input[{index}]"
-        item = http.converted(_typed(raw), Item, path)
+        item = http.converted(typed(raw), Item, path)
         http.refuse_unserved(item, path)
         turns.add(item, path)
     turns.end_thought()
@@ -349,11 +367,13 @@ def _messages_of(body: ResponseRequest) -> tuple[list[http.ChatMessage], list[st
     return turns.messages, turns.paths
 
 
-def turns_of(output: list[dict[str, Any]]) -> list[http.ChatMessage]:
-    """The output items of an answer, as JSON, as chat messages."""
+def turns_of(items: list[dict[str, Any]], path: str = "output") -> list[http.ChatMessage]:
+    """Items of an answer or of a conversation, as JSON, as chat messages; they stand at `path`.
+    Raises GatewayError."""
     turns = _Turns()
-    for item in output:
-        turns.add(http.converted(item, Item, "output"), "output")
+    for index, item in enumerate(items):
+        where = f"{path}[{index}]"
+        turns.add(http.converted(item, Item, where), where)
     turns.end_thought()
     return turns.messages
 
@@ -370,7 +390,8 @@ def named_in_input(
     if error.param.endswith(".tool_calls"):
         field = "input"  # calls of one turn are one message; the error names the call
     elif index < 0:
-        field = "instructions" if body.instructions and at[1] == "0" else "previous_response_id"
+        before = "previous_response_id" if body.conversation is None else "conversation"
+        field = "instructions" if body.instructions and at[1] == "0" else before
     else:
         inner = error.param[at.end() :].replace(".image_url.url", ".image_url")
         field = paths[index] + inner.replace(".image_url.detail", ".detail")
@@ -487,9 +508,12 @@ def as_chat(body: ResponseRequest, earlier: list[http.ChatMessage]) -> http.Chat
         [http.ChatMessage(role="system", content=body.instructions)] if body.instructions else []
     )
     logprobs = LOGPROBS in (body.include or []) or bool(body.top_logprobs)
+    messages = [*instructions, *earlier, *_messages_of(body)[0]]
+    if not messages:
+        raise invalid("input", "`input` is required: nothing was said before.")
     return http.ChatRequest(
         model=body.model,
-        messages=[*instructions, *earlier, *_messages_of(body)[0]],
+        messages=messages,
         max_completion_tokens=body.max_output_tokens,
         temperature=body.temperature,
         top_p=body.top_p,

@@ -102,6 +102,8 @@ class ResponseBuilder:
         self._usage: Usage | None = None
         self._error: GatewayError | None = None
         self.output: list[OutputItem] = []
+        #: What it was asked, as items that can be listed; None until somebody wants them.
+        self.input_items: list[dict[str, Any]] | None = None
         #: Told of what the answer takes, as it grows; bytes.
         self.grew: Callable[[int], None] = lambda size_bytes: None
         self._open = False  # the last output item is not complete
@@ -113,6 +115,11 @@ class ResponseBuilder:
     def over(self) -> bool:
         """Nothing more will be said."""
         return self._status not in ("queued", "in_progress")
+
+    @property
+    def answered(self) -> bool:
+        """It is over, and the model said what it had to say, or as much as it was allowed to."""
+        return self._status in ("completed", "incomplete")
 
     def conversation(self) -> list[http.ChatMessage]:
         """Everything that was said, this answer included: what a follow-up stands on.
@@ -159,6 +166,9 @@ class ResponseBuilder:
             usage=None,
             user=body.user,
         )
+        if body.conversation is not None:
+            id_ = body.conversation if isinstance(body.conversation, str) else body.conversation.id
+            response.conversation = shapes.response.Conversation(id=id_)
         if self.progress.continued:
             # Not of OpenAI's API.
             setattr(response, "continued", self.progress.continued)  # noqa: B010

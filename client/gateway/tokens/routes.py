@@ -93,7 +93,7 @@ async def input_tokens(context: RequestContext) -> Response:
     """The number of tokens that a response's input would have."""
     body = await context.read(InputTokensRequest)
     _allowed(context, body.model)
-    if not body.input and body.previous_response_id is None and not body.instructions:
+    if not body.input and not body.goes_on and not body.instructions:
         raise invalid("input", "`input` is required.")
     _, _, call = await input_of(context, body)
     request = msgspec.structs.replace(call.request, kind=Kind.COUNT, params=Params())
