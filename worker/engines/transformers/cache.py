@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +21,34 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from worker.engines.common.failures import is_out_of_memory
 from worker.engines.transformers.kv_int8 import Int8Codec, KvInt8
 
-__all__ = ["Plan", "SlotCache", "SlotLayer"]
+__all__ = ["Packed", "Plan", "Run", "SlotCache", "SlotLayer"]
 
 ROUND_TOKENS = 64
 """Capacities are multiples of this: fewer reallocations, aligned reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Tokens `first` to `last` - 1 of a forward, which follow each other in one row of the cache,
+    from position `start` on."""
+
+    first: int
+    last: int
+    row: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """The tokens of a forward one after the other, whatever row each belongs to. Each sees its row
+    up to itself."""
+
+    #: int64 [tokens]: row and position of each.
+    rows: torch.Tensor
+    places: torch.Tensor
+    #: So many tokens at the beginning attend one by one; those after them are in `runs`.
+    alone: int
+    runs: tuple[Run, ...] = ()
 
 
 class Plan:
@@ -31,13 +56,15 @@ class Plan:
 
     Prefill: row `slot` receives tokens from position `start`. Otherwise `rows` rows from `slot` on
     receive the same number of tokens each, at `positions`, and all read `length` positions; a
-    decode is this with one token each.
+    decode is this with one token each. Layers that compute packed tokens use `packed`, where that
+    is set.
     """
 
     __slots__ = (
         "_flat",
         "length",
         "many",
+        "packed",
         "positions",
         "row_index",
         "rows",
@@ -49,6 +76,7 @@ class Plan:
     def __init__(self) -> None:
         #: Whether several rows are computed at once, each token with its own position.
         self.many = False
+        self.packed: Packed | None = None
         self.slot = 0
         self.start = 0
         self.rows = 0
@@ -63,6 +91,7 @@ class Plan:
 
     def prefill(self, slot: int, start: int) -> None:
         self.many, self.slot, self.start, self.static = False, slot, start, False
+        self.packed = None
 
     def step(
         self,
@@ -76,6 +105,7 @@ class Plan:
         self.many, self.slot, self.rows, self.length = True, slot, positions.shape[0], length
         self.positions, self.start = positions, length - positions.shape[1]
         self.row_index, self.static = row_index, row_index is not None
+        self.packed = None
         self._flat.clear()
 
     def flat_index(self, device: torch.device, capacity: int) -> torch.Tensor:
@@ -124,10 +154,15 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         read, as views [batch, heads, length, head_dim]."""
         return self.store(key_states.transpose(1, 2), value_states.transpose(1, 2))
 
-    def store(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `update`, of new states [batch, tokens, heads, head_dim]."""
+    def prepare(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Allocate for states such as these [batch, tokens, heads, head_dim], if that was not
+        done."""
         if not self.is_initialized:
             self.lazy_initialization(keys.transpose(1, 2), values.transpose(1, 2))
+
+    def store(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `update`, of new states [batch, tokens, heads, head_dim]."""
+        self.prepare(keys, values)
         keys, values = self._stored(keys, values)
         plan = self.plan
         tokens = keys.shape[1]

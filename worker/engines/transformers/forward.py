@@ -17,7 +17,7 @@ import torch
 
 from worker.engines.common.compat import cache_argument, forward_parameters, rope_owner
 from worker.engines.common.sequence import Sequence
-from worker.engines.transformers.cache import SlotCache
+from worker.engines.transformers.cache import Packed, Run, SlotCache
 from worker.engines.transformers.fused import direct_forward
 from worker.engines.transformers.graphs import StaticDecode
 from worker.engines.transformers.kv_int8 import KvInt8
@@ -32,6 +32,9 @@ LAYER_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
 DIRECT = frozenset({"input_ids", "position_ids", "attention_mask", "logits_to_keep"})
 """Arguments of a forward of text alone."""
+
+LONG_RUN = 48
+"""Tokens of a row that follow each other attend in blocks if they are so many, else one by one."""
 
 GROUPED_HEADS = "TRANSFORMERS_SDPA_FORCE_GQA"
 """If set, transformers passes grouped heads to torch unchanged."""
@@ -101,7 +104,13 @@ class Forward:
         if static is not StaticUse.NEVER:
             self.static = StaticDecode(self, capture=static is StaticUse.CAPTURED)
         # Without a mask, layers with a window would need one of transformers'.
-        self._direct = direct_forward(model) if self._kinds == ["full_attention"] else None
+        plain = self._kinds == ["full_attention"]
+        self._direct = direct_forward(model) if plain else None
+        #: Whether a token of each row may be computed by itself, by layers that can.
+        self._each_alone = plain and self.device.type == "cpu" and self.static is None
+        self._each_alone = self._each_alone and numbers is None
+        #: Whether tokens of any rows are computed one after the other, without padding.
+        self.packs = self._each_alone and self._direct is not None and self._direct.packs
         self._rope_owner = rope_owner(model)
         #: Number of M-RoPE position axes; if four, the first is text.
         self._rope_axes = 4
@@ -138,6 +147,9 @@ class Forward:
         where there are none.
         """
         prompt = sequence.prompt
+        branched = end > sequence.stem_tokens
+        if self.packs and not branched and start >= prompt.media_end:
+            return self._packed([(slot, start, sequence.tokens(start, end))], kept)
         self.cache.plan.prefill(slot, start)
         ids = torch.tensor([sequence.tokens(start, end)]).to(self.device, non_blocking=True)
         arguments: dict[str, Any] = {"input_ids": ids}
@@ -149,7 +161,6 @@ class Forward:
             arguments["logits_to_keep"] = (
                 1 if places == [end - start - 1] else torch.tensor(places, device=self.device)
             )
-        branched = end > sequence.stem_tokens
         if branched:
             arguments["attention_mask"] = self._branch_mask(sequence, start, end)
         if "position_ids" in self._accepts:
@@ -258,6 +269,13 @@ class Forward:
         The rest must not contain part of an image. Returns logits [rows, vocabulary] of
         the last tokens.
         """
+        if self.packs:
+            return self._packed(
+                [
+                    (row, one.filled, one.tokens(one.filled, one.total))
+                    for row, one in enumerate(sequences, slot)
+                ]
+            )
         tokens = max(sequence.total - sequence.filled for sequence in sequences)
         ids: list[list[int]] = []
         places: list[list[int]] = []
@@ -314,6 +332,53 @@ class Forward:
         self.cache.spread(slot, start, lengths)
         return logits if len(logits) == len(sequences) else logits[last]
 
+    # --- packed -----------------------------------------------------------------------------------
+
+    def _packed(
+        self, pieces: list[tuple[int, int, list[int]]], kept: Items[int] | None = None
+    ) -> torch.Tensor:
+        """Compute pieces of rows in one forward: of each its row, the position of its first token,
+        and its tokens. Returns logits [some, vocabulary]: of the last token of each piece, in
+        order, or of the only piece at the positions `kept`."""
+        order = sorted(range(len(pieces)), key=lambda index: len(pieces[index][2]) >= LONG_RUN)
+        ids: list[int] = []
+        rows: list[int] = []
+        places: list[int] = []
+        runs: list[Run] = []
+        last = [0] * len(pieces)
+        for index in order:
+            row, start, tokens = pieces[index]
+            if len(tokens) >= LONG_RUN:
+                runs.append(Run(len(ids), len(ids) + len(tokens), row, start))
+            ids += tokens
+            rows += [row] * len(tokens)
+            places += range(start, start + len(tokens))
+            last[index] = len(ids) - 1
+        alone = runs[0].first if runs else len(ids)
+        if kept:
+            last = [position - pieces[0][1] for position in kept]
+        return self._run_packed(ids, rows, places, alone, tuple(runs), last)
+
+    def _run_packed(
+        self,
+        ids: list[int],
+        rows: list[int],
+        places: list[int],
+        alone: int,
+        runs: tuple[Run, ...] = (),
+        kept: list[int] | None = None,
+    ) -> torch.Tensor:
+        assert self._direct is not None
+        facts = torch.tensor([ids, rows, places])
+        self.cache.plan.packed = Packed(facts[1], facts[2], alone, runs)
+        logits = self._direct(
+            facts[:1],
+            facts[2:],
+            self.cache,
+            logits_to_keep=0 if kept is None or len(kept) == len(ids) else torch.tensor(kept),
+        )
+        return logits[0]
+
     # --- decode -----------------------------------------------------------------------------------
 
     def decode(self, sequences: list[Sequence]) -> torch.Tensor:
@@ -325,6 +390,9 @@ class Forward:
             if logits is not None:
                 return logits
         lengths = [sequence.filled for sequence in sequences]
+        if self.packs:
+            ids = [sequence.answer[-1] for sequence in sequences]
+            return self._run_packed(ids, list(range(len(ids))), lengths, len(ids))
         runs = _runs(lengths, self._forward_tokens())
         parts = [self._decode_run(sequences[start:end], start) for start, end in runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -339,6 +407,8 @@ class Forward:
         are stored after the row's end, where later tokens overwrite them before they are read.
         """
         self._rope_axes = _axes(sequences[0], self._rope_axes)
+        if self.packs:
+            return self._verify_packed(sequences, drafts, width)
         length = max(sequence.filled for sequence in sequences) + width
         tokens = [
             [sequence.answer[-1], *draft] + [0] * (width - 1 - len(draft))
@@ -357,6 +427,26 @@ class Forward:
             arguments["position_ids"] = self._decode_positions(positions, facts[:, 1])
         with self._grouped_heads():
             return self._run(arguments, sequences)
+
+    def _verify_packed(
+        self, sequences: list[Sequence], drafts: list[list[int]], width: int
+    ) -> torch.Tensor:
+        ids: list[int] = []
+        rows: list[int] = []
+        places: list[int] = []
+        wanted: list[int] = []
+        for row, (sequence, draft) in enumerate(zip(sequences, drafts, strict=True)):
+            own = [sequence.answer[-1], *draft]
+            ids += own
+            rows += [row] * len(own)
+            places += range(sequence.filled, sequence.filled + len(own))
+            wanted += range(row * width, row * width + len(own))
+        logits = self._run_packed(ids, rows, places, len(ids))
+        if len(ids) < len(sequences) * width:
+            some = logits.new_empty(len(sequences) * width, logits.shape[-1])
+            some[torch.tensor(wanted)] = logits
+            logits = some
+        return logits.view(len(sequences), width, -1)
 
     def _forward_tokens(self) -> int:
         """Number of cached tokens that take as long to read as the weights."""
@@ -378,6 +468,9 @@ class Forward:
         ).to(self.device, non_blocking=True)
         positions = facts[1][:, None]
         self.cache.plan.step(slot, positions, length)
+        if self._each_alone:
+            rows = torch.arange(slot, slot + len(sequences))
+            self.cache.plan.packed = Packed(rows, facts[1], len(sequences))
         arguments: dict[str, Any] = {"input_ids": facts[0][:, None]}
         if len(sequences) > 1:
             arguments["attention_mask"] = self._mask(positions, self._first(length))

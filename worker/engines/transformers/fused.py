@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from worker.engines.transformers.cache import SlotCache
+from worker.engines.transformers.cache import Packed, SlotCache, SlotLayer
+from worker.engines.transformers.kernels import Kernels, compiled
 from worker.engines.transformers.packed import (
     PackedLinear,
     can_pack,
@@ -172,10 +173,13 @@ class FusedLayer:
             make(one.weight, one.bias)
             for one in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         )
-        self._normed_input = Norm(layer.input_layernorm)
-        self._normed_inside = Norm(layer.post_attention_layernorm)
+        self.kernels: Kernels | None = None
+        if weight.device.type == "cpu":
+            self.kernels = compiled(weight.dtype, self._dim, self._queries // self._keys)
+        self._normed_input = Norm(layer.input_layernorm, self.kernels)
+        self._normed_inside = Norm(layer.post_attention_layernorm, self.kernels)
         own_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()
-        self._head_norms = [Norm(norm, pairs) for norm in own_norms]
+        self._head_norms = [Norm(norm, order=pairs) for norm in own_norms]
         # torch's attention multiplies by MKL, which is the slow one where oneDNN is faster.
         self._blockwise = pack
 
@@ -205,8 +209,51 @@ class FusedLayer:
         **kwargs: Any,
     ) -> torch.Tensor:
         """As transformers' decoder layers: hidden states [rows, tokens, size] in and out."""
-        rows, tokens, _ = hidden_states.shape
         joined = self.qkv.product(self._normed_input(hidden_states), "none")
+        cache = past_key_values if cache is None else cache
+        packed = cache.plan.packed if type(cache) is SlotCache else None
+        if packed is not None and self.kernels is not None:
+            turns = self._shared.turns(*position_embeddings)
+            seen = self._attend_packed(joined, turns, cache.slot_layers[self._index], packed)
+        else:
+            seen = self._attend_apart(joined, attention_mask, cache, position_embeddings)
+        hidden_states = self.out.combined(seen, hidden_states, "add")
+        normed = self._normed_inside(hidden_states)
+        gated = self.up.combined(normed, self.gate.product(normed, "swish"), "mul")
+        return self.down.combined(gated, hidden_states, "add")
+
+    def _attend_packed(
+        self, joined: torch.Tensor, turns: torch.Tensor, layer: SlotLayer, packed: Packed
+    ) -> torch.Tensor:
+        """Attention of tokens of any rows, after their keys and values are stored."""
+        assert self.kernels is not None
+        heads = joined.view(-1, self._rotated + self._keys, self._dim)
+        layer.prepare(heads[None, :, : self._keys], heads[None, :, : self._keys])
+        where = (layer.keys, layer.values, packed.rows, packed.places)
+        norms = self._head_norms
+        if norms:
+            weights = (norms[0].weight, norms[1].weight)
+            self.kernels.store(heads, turns, *where, weights, norms[0].epsilon)
+        else:
+            self.kernels.store(heads, turns, *where)
+        seen = joined.new_empty(*joined.shape[:-1], self._queries * self._dim)
+        self.kernels.attend(heads, *where, seen, packed.alone, self._scaling)
+        flat = seen.view(len(heads), -1)
+        for run in packed.runs:
+            end = run.start + run.last - run.first
+            flat[run.first : run.last] = self._attend_blockwise(
+                heads[run.first : run.last, : self._queries],
+                layer.keys[run.row, :end].transpose(0, 1),
+                layer.values[run.row, :end].transpose(0, 1),
+                None,
+            )[0]
+        return seen
+
+    def _attend_apart(
+        self, joined: torch.Tensor, attention_mask: Any, cache: Any, position_embeddings: Any
+    ) -> torch.Tensor:
+        """Attention of rows with the same number of tokens each."""
+        rows, tokens, _ = joined.shape
         heads = joined.view(rows, tokens, -1, self._dim)
         rotated = heads[:, :, : self._rotated]
         if self._head_norms:
@@ -218,7 +265,6 @@ class FusedLayer:
                 part.copy_(norm(part))
         self._turn(rotated, self._shared.turns(*position_embeddings))
         keys, values = rotated[:, :, self._queries :], heads[:, :, self._rotated :]
-        cache = past_key_values if cache is None else cache
         if type(cache) is SlotCache:
             keys, values = cache.slot_layers[self._index].store(keys, values)
         else:
@@ -229,11 +275,7 @@ class FusedLayer:
                 # Of a cache of fixed size, transformers masks what is not filled by leaving it out.
                 keys, values = keys[:, :, :tokens], values[:, :, :tokens]
         mask = self._shared.mask(attention_mask, joined.dtype)
-        seen = self._attend(rotated[:, :, : self._queries], keys, values, mask)
-        hidden_states = self.out.combined(seen, hidden_states, "add")
-        normed = self._normed_inside(hidden_states)
-        gated = self.up.combined(normed, self.gate.product(normed, "swish"), "mul")
-        return self.down.combined(gated, hidden_states, "add")
+        return self._attend(rotated[:, :, : self._queries], keys, values, mask)
 
     def _turn(self, heads: torch.Tensor, turns: torch.Tensor) -> None:
         """Rotary embedding of heads [rows, tokens, heads, head_dim], in place."""
@@ -283,30 +325,30 @@ class FusedLayer:
         values: torch.Tensor,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention of one row's tokens, some at a time, by oneDNN's products, which torch's own
-        attention does not use: queries [tokens, heads, head_dim], keys and values [heads, length,
-        head_dim]."""
+        """Attention of one row's last tokens, some at a time, by oneDNN's products, which torch's
+        own attention does not use: queries [tokens, heads, head_dim], keys and values [heads,
+        length, head_dim]. Without a mask, each sees its row up to itself."""
         tokens, length = queries.shape[0], keys.shape[1]
         keys, values = keys.contiguous(), values.transpose(1, 2).contiguous()
         group = self._queries // self._keys
         grouped = (queries * self._scaling).view(tokens, self._keys, group, self._dim)
         grouped = grouped.permute(1, 0, 2, 3)
         result = torch.empty_like(grouped, memory_format=torch.contiguous_format)
+        times = _times if self._blockwise else linear
         block = max(BLOCK_TOKENS // 8, min(BLOCK_TOKENS, BLOCK_SCORES // (group * length)))
         for start in range(0, tokens, block):
             end = min(start + block, tokens)
-            # Without a mask these are all tokens, and none sees a later one.
-            limit = end if mask is None else length
+            limit = length - tokens + end if mask is None else length
             bias = self._shared.causal(end - start, queries) if mask is None else mask[0]
             for head in range(self._keys):
                 asked = grouped[head, start:end].reshape(-1, self._dim)
-                scores = _times(asked, keys[head, :limit]).view(end - start, group, limit)
+                scores = times(asked, keys[head, :limit]).view(end - start, group, limit)
                 if mask is None:
-                    scores[:, :, start:].add_(bias[:, None])
+                    scores[:, :, limit - end + start :].add_(bias[:, None])
                 else:
                     scores.add_(bias[head % len(bias), start:end, None])
                 shares = torch.softmax(scores, -1).view(-1, limit)
-                seen = _times(shares, values[head, :, :limit])
+                seen = times(shares, values[head, :, :limit])
                 result[head, start:end] = seen.view(end - start, group, self._dim)
         return result.transpose(0, 1).reshape(1, tokens, -1)
 
@@ -334,8 +376,11 @@ class DirectForward:
         self._embed = model.model.embed_tokens
         self._rotary = model.model.rotary_emb
         self._layers = [layer.forward for layer in model.model.layers]
-        self._norm = Norm(model.model.norm)
+        fused = [layer.fused for layer in model.model.layers]
+        self._norm = Norm(model.model.norm, fused[0].kernels if fused else None)
         self._head = model.lm_head
+        #: Whether it computes packed tokens.
+        self.packs = all(one.kernels is not None for one in fused)
 
     def __call__(
         self,
@@ -455,20 +500,26 @@ class Norm:
     """RMSNorm as Llama has it, in float32. Torch's `rms_norm` makes three temporary tensors of the
     same size on a CPU."""
 
-    def __init__(self, norm: Any, order: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, norm: Any, kernels: Kernels | None = None, *, order: torch.Tensor | None = None
+    ) -> None:
         """`order`: of the weights, if not as they are."""
         weight: torch.Tensor = norm.weight.detach()
         size = weight.shape[0]
-        self._weight = weight if order is None else weight[order]
+        self.weight = (weight if order is None else weight[order]).contiguous()
+        self.epsilon = float(norm.variance_epsilon)
+        self._kernels = kernels
         self._dtype = weight.dtype
         # |x| / sqrt(size) and sqrt(epsilon) are the legs of a triangle whose hypotenuse divides x.
         self._factor = size**0.5
-        self._leg = torch.tensor((float(norm.variance_epsilon) * size) ** 0.5, device=weight.device)
+        self._leg = torch.tensor((self.epsilon * size) ** 0.5, device=weight.device)
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        if self._kernels is not None and states.dtype is self._dtype and states.is_contiguous():
+            return self._kernels.norm(states, self.weight, self.epsilon)
         length = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
         scaled = states * torch.hypot(length, self._leg).reciprocal_().mul_(self._factor)
-        return scaled.to(self._dtype).mul_(self._weight)
+        return scaled.to(self._dtype).mul_(self.weight)
 
 
 def _times(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,193 @@
+/* What a decoder layer of the Llama kind computes between its products, on a CPU (see kernels.py).
+ *
+ * Compiled when a model is loaded, for its type and the width of its heads:
+ *   HEAD_DIM   width of a head
+ *   GROUP      heads of queries that share a head of keys
+ *   BFLOAT16   defined: numbers are bfloat16, else float; sums are float either way
+ *
+ * Nothing is allocated, and nothing is read or written beyond what the arguments say. Must never
+ * be compiled so that numbers that are not finite count as finite ones: the engine finds by them
+ * that a model is broken.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef BFLOAT16
+typedef uint16_t number;
+
+static inline float get(number value)
+{
+    uint32_t bits = (uint32_t)value << 16;
+    float result;
+    memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+static inline number put(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    bits += 0x7fff + ((bits >> 16) & 1);
+    return value == value ? (number)(bits >> 16) : (number)0x7fc0;
+}
+#else
+typedef float number;
+
+static inline float get(number value) { return value; }
+static inline number put(float value) { return value; }
+#endif
+
+/* Keys and values of so many tokens stay in the processor's cache. */
+enum { BLOCK = 128 };
+
+/* exp of a number of at most 0, within two units in the last place (Cephes' polynomial). */
+static inline float exp_below(float x)
+{
+    x = x < -87.0f ? -87.0f : x;
+    float whole = rintf(x * 1.44269504088896341f);
+    float rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    float sum = 1.9875691500e-4f;
+    sum = sum * rest + 1.3981999507e-3f;
+    sum = sum * rest + 8.3334519073e-3f;
+    sum = sum * rest + 4.1665795894e-2f;
+    sum = sum * rest + 1.6666665459e-1f;
+    sum = sum * rest + 5.0000001201e-1f;
+    sum = sum * rest * rest + rest + 1.0f;
+    int32_t bits = (int32_t)((uint32_t)((int32_t)whole + 127) << 23);
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return sum * power;
+}
+
+static inline void norm_row(
+    number *out, const number *in, const number *weight, long size, float epsilon)
+{
+    float squares = 0.0f;
+    for (long i = 0; i < size; i++)
+        squares += get(in[i]) * get(in[i]);
+    float factor = 1.0f / sqrtf(squares / (float)size + epsilon);
+    for (long i = 0; i < size; i++)
+        out[i] = put(get(put(get(in[i]) * factor)) * get(weight[i]));
+}
+
+/* RMSNorm of rows [rows, size]. */
+void norm(
+    number *out, const number *in, const number *weight, long rows, long size, float epsilon,
+    long threads)
+{
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows > 64)
+    for (long row = 0; row < rows; row++)
+        norm_row(out + row * size, in + row * size, weight, size, epsilon);
+}
+
+/* Norms of its heads, where the model has those, and rotation by turns [HEAD_DIM / 2][2] of one
+ * token's queries and keys. */
+static inline void turn_heads(
+    number *token, const float *turns, long key_heads, const number *query_norm,
+    const number *key_norm, float epsilon)
+{
+    for (long head = 0; head < (GROUP + 1) * key_heads; head++) {
+        number *pairs = token + head * HEAD_DIM;
+        const number *own_norm = head < GROUP * key_heads ? query_norm : key_norm;
+        if (own_norm)
+            norm_row(pairs, pairs, own_norm, HEAD_DIM, epsilon);
+        for (long i = 0; i < HEAD_DIM; i += 2) {
+            float real = get(pairs[i]), other = get(pairs[i + 1]);
+            pairs[i] = put(real * turns[i] - other * turns[i + 1]);
+            pairs[i + 1] = put(real * turns[i + 1] + other * turns[i]);
+        }
+    }
+}
+
+/* Attention of one token's queries [key_heads, GROUP, HEAD_DIM] to keys and values
+ * [length, key_heads, HEAD_DIM]. */
+static void attend_token(
+    number *out, const number *queries, const number *keys, const number *values, long length,
+    long key_heads, float scale)
+{
+    long heads = GROUP * key_heads, width = key_heads * HEAD_DIM;
+    float asked[heads][HEAD_DIM], seen[heads][HEAD_DIM], scores[heads][BLOCK];
+    float most[heads], whole[heads];
+    for (long head = 0; head < heads; head++) {
+        for (long i = 0; i < HEAD_DIM; i++) {
+            asked[head][i] = get(queries[head * HEAD_DIM + i]) * scale;
+            seen[head][i] = 0.0f;
+        }
+        most[head] = -INFINITY;
+        whole[head] = 0.0f;
+    }
+    for (long first = 0; first < length; first += BLOCK) {
+        long count = length - first < BLOCK ? length - first : BLOCK;
+        for (long at = 0; at < count; at++)
+            for (long head = 0; head < key_heads; head++) {
+                const number *key = keys + (first + at) * width + head * HEAD_DIM;
+                for (long i = head * GROUP; i < (head + 1) * GROUP; i++) {
+                    float sum = 0.0f;
+                    for (long j = 0; j < HEAD_DIM; j++)
+                        sum += asked[i][j] * get(key[j]);
+                    scores[i][at] = sum;
+                }
+            }
+        for (long head = 0; head < heads; head++) {
+            float *shares = scores[head], peak = most[head], sum = 0.0f;
+            for (long at = 0; at < count; at++)
+                peak = shares[at] > peak ? shares[at] : peak;
+            float kept = first ? exp_below(most[head] - peak) : 0.0f;
+            for (long at = 0; at < count; at++) {
+                shares[at] = exp_below(shares[at] - peak);
+                sum += shares[at];
+            }
+            most[head] = peak;
+            whole[head] = whole[head] * kept + sum;
+            float result[HEAD_DIM];
+            for (long j = 0; j < HEAD_DIM; j++)
+                result[j] = seen[head][j] * kept;
+            const number *value = values + first * width + head / GROUP * HEAD_DIM;
+            for (long at = 0; at < count; at++, value += width)
+                for (long j = 0; j < HEAD_DIM; j++)
+                    result[j] += shares[at] * get(value[j]);
+            memcpy(seen[head], result, sizeof result);
+        }
+    }
+    for (long head = 0; head < heads; head++)
+        for (long i = 0; i < HEAD_DIM; i++)
+            out[head * HEAD_DIM + i] = put(seen[head][i] / whole[head]);
+}
+
+/* Rotates the queries and keys of tokens [tokens, (GROUP + 2) * key_heads, HEAD_DIM] in place by
+ * turns [tokens, HEAD_DIM / 2, 2], and stores keys and values of each at its place of its row of
+ * the caches [rows, capacity, key_heads, HEAD_DIM]. */
+void store(
+    number *token_heads, const float *turns, number *keys, number *values, const int64_t *rows,
+    const int64_t *places, long tokens, long capacity, long key_heads, const number *query_norm,
+    const number *key_norm, float epsilon, long threads)
+{
+    long size = (GROUP + 2) * key_heads * HEAD_DIM, width = key_heads * HEAD_DIM;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && tokens > 64)
+    for (long token = 0; token < tokens; token++) {
+        number *own = token_heads + token * size;
+        turn_heads(own, turns + token * HEAD_DIM, key_heads, query_norm, key_norm, epsilon);
+        long place = (rows[token] * capacity + places[token]) * width;
+        memcpy(keys + place, own + GROUP * width, (size_t)width * sizeof(number));
+        memcpy(values + place, own + (GROUP + 1) * width, (size_t)width * sizeof(number));
+    }
+}
+
+/* Attention of tokens, as they are after `store`, each to its row up to itself. Into out [tokens,
+ * GROUP * key_heads, HEAD_DIM]. */
+void attend(
+    number *out, const number *token_heads, const number *keys, const number *values,
+    const int64_t *rows, const int64_t *places, long tokens, long capacity, long key_heads,
+    float scale, long threads)
+{
+    long size = (GROUP + 2) * key_heads * HEAD_DIM, width = key_heads * HEAD_DIM;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && tokens > 1)
+    for (long token = 0; token < tokens; token++) {
+        long row = rows[token] * capacity * width;
+        attend_token(
+            out + token * GROUP * width, token_heads + token * size, keys + row, values + row,
+            places[token] + 1, key_heads, scale);
+    }
+}

@@ -1,0 +1,270 @@
+"""What a decoder layer computes between its products, compiled on this machine.
+
+Of a decode step of many rows, torch's attention reads each row to the end of the longest one and
+takes three times as long as reading its keys and values does; norms and rotary embedding consist of
+many small operators. `kernels.c` has them as plain C, of which the system's compiler makes a
+library when a model is loaded (a second; kept for later starts). Where there is no compiler, or the
+result differs from torch's, layers use torch's operators. Must never run a library that others can
+write.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import math
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from worker.engines.common.failures import one_line
+
+__all__ = ["Kernels", "compiled"]
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("kernels.c")
+DTYPES = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
+ERRORS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""Largest relative difference from torch. Observed: 4e-7 and 4e-3."""
+
+FLAGS = (
+    *("-O3", "-std=gnu11", "-shared", "-fPIC", "-ffp-contract=fast"),
+    # Sums in any order. Not -ffast-math: it drops NaN, and changes how torch treats tiny numbers.
+    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
+)
+TRIED = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
+"""Further flags, until a compiler takes them."""
+COMPILE_S = 60.0
+
+_NUMBER, _COUNT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+
+
+class Kernels:
+    """The compiled functions, for one dtype and width of heads."""
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype, dim: int) -> None:
+        self.dtype = dtype
+        self._dim = dim
+        self._norm = library.norm
+        self._norm.argtypes = [*[_NUMBER] * 3, _COUNT, _COUNT, _FLOAT, _COUNT]
+        self._store = library.store
+        self._store.argtypes = [*[_NUMBER] * 6, *[_COUNT] * 3, _NUMBER, _NUMBER, _FLOAT, _COUNT]
+        self._attend = library.attend
+        self._attend.argtypes = [*[_NUMBER] * 6, *[_COUNT] * 3, _FLOAT, _COUNT]
+        for function in (self._norm, self._store, self._attend):
+            function.restype = None
+
+    def norm(self, states: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        """RMSNorm of contiguous `states` [..., size]."""
+        out = torch.empty_like(states)
+        size = weight.shape[0]
+        self._norm(
+            *(out.data_ptr(), states.data_ptr(), weight.data_ptr()),
+            *(states.numel() // size, size, epsilon, torch.get_num_threads()),
+        )
+        return out
+
+    def store(
+        self,
+        heads: torch.Tensor,
+        turns: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        rows: torch.Tensor,
+        places: torch.Tensor,
+        norms: tuple[torch.Tensor, torch.Tensor] | None = None,
+        epsilon: float = 0.0,
+    ) -> None:
+        """Rotate queries and keys of `heads` [tokens, queries + 2 * keys, head_dim] in place, and
+        store keys and values of each token in caches [rows, capacity, heads, head_dim].
+
+        All are contiguous; `turns`: complex64 [tokens, head_dim / 2]; `rows` and `places`: int64
+        [tokens], within the caches; `norms`: weights [head_dim] of the norms of queries and keys,
+        before the rotation.
+        """
+        tokens = len(heads)
+        if len(rows) != tokens or len(places) != tokens or 2 * turns.numel() != tokens * self._dim:
+            raise ValueError(
+                f"{tokens} tokens with {len(rows)} rows, {len(places)} places and turns "
+                f"{tuple(turns.shape)}"
+            )
+        self._store(
+            *(heads.data_ptr(), turns.data_ptr(), keys.data_ptr(), values.data_ptr()),
+            *(rows.data_ptr(), places.data_ptr(), tokens, keys.shape[1], keys.shape[2]),
+            *((None, None) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())),
+            *(epsilon, torch.get_num_threads()),
+        )
+
+    def attend(
+        self,
+        heads: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        rows: torch.Tensor,
+        places: torch.Tensor,
+        out: torch.Tensor,
+        tokens: int,
+        scale: float,
+    ) -> None:
+        """Attention of the first `tokens` tokens, after `store`, to their rows up to themselves,
+        into `out` [tokens or more, queries * head_dim]."""
+        self._attend(
+            *(out.data_ptr(), heads.data_ptr(), keys.data_ptr(), values.data_ptr()),
+            *(rows.data_ptr(), places.data_ptr(), tokens, keys.shape[1], keys.shape[2]),
+            *(scale, torch.get_num_threads()),
+        )
+
+
+@functools.cache
+def compiled(dtype: torch.dtype, dim: int, group: int) -> Kernels | None:
+    """The functions for numbers of this type, heads of `dim` and `group` heads of queries to one of
+    keys; None where they cannot be had, which the log says."""
+    if dtype not in DTYPES or dim % 2:
+        return None
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        log.info(
+            "there is no C compiler (cc): attention uses torch's operators, which take more CPU"
+        )
+        return None
+    constants = (*DTYPES[dtype], f"-DHEAD_DIM={dim}", f"-DGROUP={group}")
+    try:
+        kernels = Kernels(_library(compiler, constants), dtype, dim)
+        error = _difference(kernels, dim, group)
+    except (OSError, subprocess.SubprocessError, AttributeError) as failure:
+        log.warning("attention uses torch's operators: its C code: %s", one_line(failure))
+        return None
+    if not error <= ERRORS[dtype]:
+        log.warning("attention uses torch's operators: its C code differs by %.2g", error)
+        return None
+    return kernels
+
+
+def _library(compiler: str, constants: tuple[str, ...]) -> ctypes.CDLL:
+    """The library, compiled unless it was before. Raises `OSError` or `SubprocessError`."""
+    source = SOURCE.read_bytes()
+    made_of = repr((compiler, _version(compiler), FLAGS, TRIED, constants, _processor()))
+    name = hashlib.sha256(source + made_of.encode()).hexdigest()[:32]
+    with _folder() as folder:
+        path = folder / f"kernels-{name}.so"
+        if not path.exists():
+            _compile(compiler, constants, path)
+        return ctypes.CDLL(str(path))
+
+
+def _compile(compiler: str, constants: tuple[str, ...], path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as place:
+        made = Path(place) / path.name
+        said = ""
+        for further in TRIED:
+            command = [compiler, *FLAGS, *further, *constants, "-o", str(made), str(SOURCE), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_S)
+            if done.returncode == 0:
+                # Another worker may have been quicker; theirs is the same.
+                made.replace(path)
+                return
+            said = said or done.stderr
+        raise OSError(f"{compiler} failed: {said.strip()[-300:] or 'it said nothing'}")
+
+
+def _version(compiler: str) -> str:
+    asked = [compiler, "--version"]
+    return subprocess.run(asked, capture_output=True, text=True, timeout=COMPILE_S).stdout
+
+
+def _processor() -> str:
+    """What the compiler makes the library for: other processors may share this folder."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = ("model name", "flags", "CPU part", "Features")
+    return "\n".join(sorted({line for line in lines if line.startswith(named)}))
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """Where libraries stay: this user's cache, or for this start alone a temporary folder, where
+    that cannot be written or belongs to somebody else."""
+    try:
+        own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenbus"
+        own.mkdir(mode=0o700, parents=True, exist_ok=True)
+        seen = own.stat()
+        usable = seen.st_uid == os.getuid() and not seen.st_mode & 0o022
+        usable = usable and os.access(own, os.W_OK)
+    except (OSError, RuntimeError):
+        usable = False
+    if usable:
+        yield own
+        return
+    with tempfile.TemporaryDirectory() as place:
+        yield Path(place)
+
+
+@torch.inference_mode()
+def _difference(kernels: Kernels, dim: int, group: int) -> float:
+    """The largest relative difference from torch, for three tokens of two rows of a small cache."""
+    key_heads, capacity, dtype, epsilon = 2, 160, kernels.dtype, 1e-6
+    queries = group * key_heads
+    shape = (2, capacity, key_heads, dim)
+    keys, values = _waves(shape, 0.3).to(dtype), _waves(shape, 0.7).to(dtype)
+    rows, places = torch.tensor([0, 0, 1]), torch.tensor([3, 4, 140])
+    heads = _waves((3, queries + 2 * key_heads, dim), 1.1).to(dtype)
+    norms = (_waves((dim,), 0.9).to(dtype), _waves((dim,), 0.5).to(dtype))
+    turns = torch.polar(torch.ones(3, dim // 2), _waves((3, dim // 2), 0.11))
+
+    asked, own = (
+        _turned(_normed(part, norm, epsilon), turns).to(dtype)
+        for part, norm in (
+            (heads[:, :queries], norms[0]),
+            (heads[:, queries:-key_heads], norms[1]),
+        )
+    )
+    wanted_keys, wanted_values = keys.clone(), values.clone()
+    wanted_keys[rows, places], wanted_values[rows, places] = own, heads[:, -key_heads:]
+    wanted_seen = [
+        torch.nn.functional.scaled_dot_product_attention(
+            asked[token].float().view(key_heads, group, dim),
+            wanted_keys[row, : place + 1].float().transpose(0, 1),
+            wanted_values[row, : place + 1].float().transpose(0, 1),
+        )
+        for token, (row, place) in enumerate(zip(rows.tolist(), places.tolist(), strict=True))
+    ]
+
+    seen = torch.empty(3, queries * dim, dtype=dtype)
+    kernels.store(heads, turns, keys, values, rows, places, norms, epsilon)
+    kernels.attend(heads, keys, values, rows, places, seen, 3, dim**-0.5)
+    return max(
+        _apart(keys, wanted_keys),
+        _apart(values, wanted_values),
+        _apart(seen, torch.stack(wanted_seen).flatten(1)),
+        _apart(kernels.norm(values, norms[0], epsilon), _normed(values, norms[0], epsilon)),
+    )
+
+
+def _waves(shape: tuple[int, ...], step: float) -> torch.Tensor:
+    return torch.sin(torch.arange(math.prod(shape)) * step).view(shape)
+
+
+def _normed(states: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(states.float(), weight.shape, weight.float(), epsilon)
+
+
+def _turned(heads: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    pairs = torch.view_as_complex(heads.reshape(*heads.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * turns[:, None]).flatten(-2)
+
+
+def _apart(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    difference = (got.float() - wanted.float()).norm()
+    return float(difference / wanted.float().norm().clamp_min(1e-12))
