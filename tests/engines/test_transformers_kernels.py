@@ -130,11 +130,12 @@ def test_numbers_that_are_not_finite_stay_so(dtype: torch.dtype, broken: float) 
         heads = torch.randn(1, 4, 16).to(dtype)
         {"query": heads[0, 1], "key": keys[0, 7, 0], "value": values[0, 7, 0]}[place][3] = broken
         ours.store(heads, turns, keys, values, rows, places)
-        seen = torch.zeros(1, 32, dtype=dtype)
+        seen = torch.zeros(2, 32, dtype=dtype)
         ours.attend(heads, keys, values, rows, places, seen, 1, 0.25)
+        ours.attend_run(heads, keys, values, 0, 40, seen[1:], 0.25)
         if place == "key" and broken == torch.inf:
             continue  # an infinite score may also be one of minus infinity, which counts nothing
-        assert not torch.isfinite(seen).all()
+        assert not torch.isfinite(seen).all(1).any()
     states = torch.full((1, 16), broken, dtype=dtype)
     assert not torch.isfinite(ours.norm(states, torch.ones(16, dtype=dtype), 1e-6)).all()
 
@@ -158,6 +159,31 @@ def test_threads_share_the_tokens(request: pytest.FixtureRequest) -> None:
         ours.attend(own, own_keys, own_values, rows, places, out, count, 0.25)
         seen.append(out)
     assert torch.equal(*seen)
+    out = torch.empty(2, count, 32)
+    long = torch.randn(1, 160, 1, 16)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        ours.attend_run(heads, long, long, 0, 50, out[threads // 2], 0.25)
+    assert torch.equal(*out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "group"), [(16, 2), (24, 3), (80, 1), (128, 12)])
+def test_tokens_in_blocks_attend_as_they_do_one_by_one(
+    dim: int, group: int, dtype: torch.dtype
+) -> None:
+    ours = compiled(dtype, dim, group)
+    assert ours is not None
+    heads = torch.randn(150, (group + 2) * 2, dim).to(dtype)
+    keys, values = (torch.randn(3, 400, 2, dim).to(dtype) for _ in range(2))
+    rows = torch.full((150,), 1)
+    for start, count in ((0, 150), (0, 1), (127, 70), (200, 150)):
+        places = torch.arange(start, start + count)
+        one_by_one, blocks = torch.empty(2, count, group * 2 * dim, dtype=dtype)
+        own = heads[:count]
+        ours.attend(own, keys, values, rows[:count], places, one_by_one, count, dim**-0.5)
+        ours.attend_run(own, keys, values, 1, start, blocks, dim**-0.5)
+        _close(blocks, one_by_one.float(), 1e-6 if dtype is torch.float32 else 1e-2)
 
 
 def test_what_was_compiled_is_kept_for_the_next_start(

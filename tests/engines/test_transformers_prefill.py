@@ -132,7 +132,7 @@ def test_first_tokens_do_not_wait_for_the_prompts_behind_them() -> None:
     computed in the same step, before the decode, which serves all four."""
     # The first forwards of a process may take long, which is not what is looked at here.
     watched = Watched(tiny.llama(), slots=8, stall_ms=1e6, idle_ms=1e6)
-    asked = [*tiny.prompts(2, low=5, high=5), *tiny.prompts(2, low=150, high=150)]
+    asked = [*tiny.prompts(2, low=5, high=5), *tiny.prompts(2, low=60, high=60)]
     jobs = [tiny.ids_job(ids, max_tokens=6) for ids in asked]
     forward: Any = watched.runner.forward
     decode, decoded = forward.decode, []

@@ -240,13 +240,11 @@ class FusedLayer:
         self.kernels.attend(heads, *where, seen, packed.alone, self._scaling)
         flat = seen.view(len(heads), -1)
         for run in packed.runs:
-            end = run.start + run.last - run.first
-            flat[run.first : run.last] = self._attend_blockwise(
-                heads[run.first : run.last, : self._queries],
-                layer.keys[run.row, :end].transpose(0, 1),
-                layer.values[run.row, :end].transpose(0, 1),
-                None,
-            )[0]
+            tokens = slice(run.first, run.last)
+            self.kernels.attend_run(
+                *(heads[tokens], layer.keys, layer.values, run.row, run.start),
+                *(flat[tokens], self._scaling),
+            )
         return seen
 
     def _attend_apart(

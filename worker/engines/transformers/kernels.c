@@ -61,6 +61,24 @@ static inline float exp_below(float x)
     return sum * power;
 }
 
+/* The largest of some numbers and `peak`. In lanes, since compilers do not take the order of such
+ * comparisons for free where a number may be NaN. */
+static inline float largest(const float *numbers, long count, float peak)
+{
+    float peaks[16];
+    for (long i = 0; i < 16; i++)
+        peaks[i] = peak;
+    long at = 0;
+    for (; at + 16 <= count; at += 16)
+        for (long i = 0; i < 16; i++)
+            peaks[i] = numbers[at + i] > peaks[i] ? numbers[at + i] : peaks[i];
+    for (; at < count; at++)
+        peaks[0] = numbers[at] > peaks[0] ? numbers[at] : peaks[0];
+    for (long i = 0; i < 16; i++)
+        peak = peaks[i] > peak ? peaks[i] : peak;
+    return peak;
+}
+
 static inline void norm_row(
     number *out, const number *in, const number *weight, long size, float epsilon)
 {
@@ -131,9 +149,8 @@ static void attend_token(
                 }
             }
         for (long head = 0; head < heads; head++) {
-            float *shares = scores[head], peak = most[head], sum = 0.0f;
-            for (long at = 0; at < count; at++)
-                peak = shares[at] > peak ? shares[at] : peak;
+            float *shares = scores[head], sum = 0.0f;
+            float peak = largest(shares, count, most[head]);
             float kept = first ? exp_below(most[head] - peak) : 0.0f;
             for (long at = 0; at < count; at++) {
                 shares[at] = exp_below(shares[at] - peak);
@@ -154,6 +171,117 @@ static void attend_token(
     for (long head = 0; head < heads; head++)
         for (long i = 0; i < HEAD_DIM; i++)
             out[head * HEAD_DIM + i] = put(seen[head][i] / whole[head]);
+}
+
+/* A matrix product in registers: ROWS rows of WIDE numbers. */
+#if defined(__AVX512F__)
+enum { LANES = 16, ROWS = 8 };
+#elif defined(__AVX__)
+enum { LANES = 8, ROWS = 4 };
+#else
+enum { LANES = 4, ROWS = 8 };
+#endif
+enum { WIDE = 2 * LANES };
+typedef float lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
+
+/* sums [ROWS, WIDE] += left [ROWS, depth] times right [depth, WIDE], of wider matrices. */
+static inline void add_tile(
+    float *sums, long sums_width, const float *left, long left_width, const float *right,
+    long right_width, long depth)
+{
+    lanes own[ROWS][2];
+#pragma GCC unroll 8
+    for (long row = 0; row < ROWS; row++) {
+        own[row][0] = *(lanes *)(sums + row * sums_width);
+        own[row][1] = *(lanes *)(sums + row * sums_width + LANES);
+    }
+    for (long at = 0; at < depth; at++) {
+        lanes one = *(const lanes *)(right + at * right_width);
+        lanes two = *(const lanes *)(right + at * right_width + LANES);
+#pragma GCC unroll 8
+        for (long row = 0; row < ROWS; row++) {
+            own[row][0] += left[row * left_width + at] * one;
+            own[row][1] += left[row * left_width + at] * two;
+        }
+    }
+#pragma GCC unroll 8
+    for (long row = 0; row < ROWS; row++) {
+        *(lanes *)(sums + row * sums_width) = own[row][0];
+        *(lanes *)(sums + row * sums_width + LANES) = own[row][1];
+    }
+}
+
+enum {
+    /* Queries of one head of keys that are computed together, of so many tokens. */
+    ASKED = GROUP > 64 ? GROUP : 64,
+    TOKENS = ASKED / GROUP,
+    ASKED_ROWS = (ASKED + ROWS - 1) / ROWS * ROWS,
+    WIDTH = (HEAD_DIM + WIDE - 1) / WIDE * WIDE,
+};
+
+/* Attention of `tokens` tokens, at most TOKENS, which follow each other from position `start` of a
+ * row on, with one head of keys. `queries`, `keys`, `values` and `out` begin at that head, and
+ * have so many numbers from one token to the next. */
+static void attend_block(
+    number *out, long out_width, const number *queries, long query_width, const number *keys,
+    const number *values, long width, long start, long tokens, float scale)
+{
+    float asked[ASKED_ROWS][HEAD_DIM], seen[ASKED_ROWS][WIDTH], scores[ASKED_ROWS][BLOCK];
+    float key_columns[HEAD_DIM][BLOCK], value_rows[BLOCK][WIDTH];
+    float most[ASKED_ROWS], whole[ASKED_ROWS];
+    long count = tokens * GROUP, rows = (count + ROWS - 1) / ROWS * ROWS, end = start + tokens;
+    memset(seen, 0, sizeof seen);
+    memset(value_rows, 0, sizeof value_rows);
+    for (long row = 0; row < rows; row++) {
+        const number *query = queries + row / GROUP * query_width + row % GROUP * HEAD_DIM;
+        for (long i = 0; i < HEAD_DIM; i++)
+            asked[row][i] = row < count ? get(query[i]) * scale : 0.0f;
+        most[row] = -INFINITY;
+        whole[row] = 0.0f;
+    }
+    for (long first = 0; first < end; first += BLOCK) {
+        long filled = end - first < BLOCK ? end - first : BLOCK;
+        long columns = (filled + WIDE - 1) / WIDE * WIDE;
+        for (long at = 0; at < columns; at++) {
+            const number *key = keys + (first + at) * width, *value = values + (first + at) * width;
+            for (long i = 0; i < HEAD_DIM; i++) {
+                key_columns[i][at] = at < filled ? get(key[i]) : 0.0f;
+                value_rows[at][i] = at < filled ? get(value[i]) : 0.0f;
+            }
+        }
+        memset(scores, 0, sizeof scores);
+        for (long at = 0; at < columns; at += WIDE)
+            for (long row = 0; row < rows; row += ROWS)
+                add_tile(
+                    &scores[row][at], BLOCK, asked[row], HEAD_DIM, &key_columns[0][at], BLOCK,
+                    HEAD_DIM);
+        for (long row = 0; row < count; row++) {
+            /* A token sees none after itself. */
+            long visible = start + row / GROUP + 1 - first;
+            visible = visible < 0 ? 0 : visible < filled ? visible : filled;
+            float *shares = scores[row], sum = 0.0f;
+            float peak = largest(shares, visible, most[row]);
+            float kept = visible && first ? exp_below(most[row] - peak) : 1.0f;
+            for (long at = 0; at < visible; at++) {
+                shares[at] = exp_below(shares[at] - peak);
+                sum += shares[at];
+            }
+            for (long at = visible; at < columns; at++)
+                shares[at] = 0.0f;
+            most[row] = peak;
+            whole[row] = whole[row] * kept + sum;
+            for (long i = 0; i < WIDTH; i++)
+                seen[row][i] *= kept;
+        }
+        for (long i = 0; i < WIDTH; i += WIDE)
+            for (long row = 0; row < rows; row += ROWS)
+                add_tile(
+                    &seen[row][i], WIDTH, scores[row], BLOCK, &value_rows[0][i], WIDTH, filled);
+    }
+    for (long row = 0; row < count; row++)
+        for (long i = 0; i < HEAD_DIM; i++)
+            out[row / GROUP * out_width + row % GROUP * HEAD_DIM + i] =
+                put(seen[row][i] / whole[row]);
 }
 
 /* Rotates the queries and keys of tokens [tokens, (GROUP + 2) * key_heads, HEAD_DIM] in place by
@@ -189,5 +317,26 @@ void attend(
         attend_token(
             out + token * GROUP * width, token_heads + token * size, keys + row, values + row,
             places[token] + 1, key_heads, scale);
+    }
+}
+
+/* The same for `tokens` tokens that follow each other in one row, from position `start` on. */
+void attend_run(
+    number *out, const number *token_heads, const number *keys, const number *values, long row,
+    long start, long tokens, long capacity, long key_heads, float scale, long threads)
+{
+    long size = (GROUP + 2) * key_heads * HEAD_DIM, width = key_heads * HEAD_DIM;
+    long blocks = (tokens + TOKENS - 1) / TOKENS;
+    keys += row * capacity * width;
+    values += row * capacity * width;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (long part = 0; part < blocks * key_heads; part++) {
+        /* The last tokens see most: they begin. */
+        long first = (blocks - 1 - part / key_heads) * TOKENS, head = part % key_heads;
+        attend_block(
+            out + first * GROUP * width + head * GROUP * HEAD_DIM, GROUP * width,
+            token_heads + first * size + head * GROUP * HEAD_DIM, size, keys + head * HEAD_DIM,
+            values + head * HEAD_DIM, width, start + first,
+            tokens - first < TOKENS ? tokens - first : TOKENS, scale);
     }
 }

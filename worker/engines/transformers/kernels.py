@@ -61,7 +61,9 @@ class Kernels:
         self._store.argtypes = [*[_NUMBER] * 6, *[_COUNT] * 3, _NUMBER, _NUMBER, _FLOAT, _COUNT]
         self._attend = library.attend
         self._attend.argtypes = [*[_NUMBER] * 6, *[_COUNT] * 3, _FLOAT, _COUNT]
-        for function in (self._norm, self._store, self._attend):
+        self._attend_run = library.attend_run
+        self._attend_run.argtypes = [*[_NUMBER] * 4, *[_COUNT] * 5, _FLOAT, _COUNT]
+        for function in (self._norm, self._store, self._attend, self._attend_run):
             function.restype = None
 
     def norm(self, states: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -121,6 +123,24 @@ class Kernels:
         self._attend(
             *(out.data_ptr(), heads.data_ptr(), keys.data_ptr(), values.data_ptr()),
             *(rows.data_ptr(), places.data_ptr(), tokens, keys.shape[1], keys.shape[2]),
+            *(scale, torch.get_num_threads()),
+        )
+
+    def attend_run(
+        self,
+        heads: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        row: int,
+        start: int,
+        out: torch.Tensor,
+        scale: float,
+    ) -> None:
+        """Attention of all tokens of `heads`, after `store`, which follow each other in one row
+        from position `start` on, into `out`."""
+        self._attend_run(
+            *(out.data_ptr(), heads.data_ptr(), keys.data_ptr(), values.data_ptr()),
+            *(row, start, len(heads), keys.shape[1], keys.shape[2]),
             *(scale, torch.get_num_threads()),
         )
 
@@ -241,13 +261,16 @@ def _difference(kernels: Kernels, dim: int, group: int) -> float:
         for token, (row, place) in enumerate(zip(rows.tolist(), places.tolist(), strict=True))
     ]
 
-    seen = torch.empty(3, queries * dim, dtype=dtype)
+    seen, run_seen = (torch.empty(3, queries * dim, dtype=dtype) for _ in range(2))
     kernels.store(heads, turns, keys, values, rows, places, norms, epsilon)
     kernels.attend(heads, keys, values, rows, places, seen, 3, dim**-0.5)
+    kernels.attend_run(heads[:2], keys, values, 0, 3, run_seen[:2], dim**-0.5)
+    kernels.attend_run(heads[2:], keys, values, 1, 140, run_seen[2:], dim**-0.5)
     return max(
         _apart(keys, wanted_keys),
         _apart(values, wanted_values),
         _apart(seen, torch.stack(wanted_seen).flatten(1)),
+        _apart(run_seen, seen),
         _apart(kernels.norm(values, norms[0], epsilon), _normed(values, norms[0], epsilon)),
     )
 

@@ -47,8 +47,9 @@ GROUP_PADDING = 0.15
 tokens, or this fraction."""
 
 PACKED_TOKENS = 128
-"""Without padding, prompts are computed together up to so many tokens: then reading the weights for
-each forward is a tenth of its time, and the first ones do not wait for all others."""
+"""Without padding, prompts that are answered are computed together up to so many tokens: then
+reading the weights for each forward is a tenth of its time, and the first ones do not wait for all
+others."""
 
 
 class Prefill:
@@ -193,18 +194,20 @@ class Prefill:
     def _of_similar_length(
         self, able: list[Sequence], step: StepBudget
     ) -> tuple[int, list[Sequence]]:
-        """The shortest, as many as fit into the budget, with little padding where there is any; and
-        how much of the longest one is computed."""
+        """The shortest, as many as fit into the budget with little padding; and how much of the
+        longest one is computed. Where nothing is padded, what would be says that a prompt is much
+        longer than those that would wait for it."""
         start = max((sequence.filled for sequence in able), default=0)
         chosen: list[Sequence] = []
         real = 0
         for sequence in sorted(able, key=lambda sequence: sequence.total - sequence.filled):
             left = sequence.total - sequence.filled
-            if self._forward.packs and real >= PACKED_TOKENS:
+            if self._forward.packs and real >= PACKED_TOKENS and not sequence.reads:
                 break
+            padded = left * (len(chosen) + 1)
             real += left
-            padded = real if self._forward.packs else left * (len(chosen) + 1)
-            if padded > step.piece(start, left) or padded - real > max(
+            computed = real if self._forward.packs else padded
+            if computed > step.piece(start, left) or padded - real > max(
                 GROUP_TOKENS, GROUP_PADDING * padded
             ):
                 break
