@@ -17,6 +17,7 @@ from pathlib import Path
 
 NEEDED = ("slurmctld", "slurmd", "sbatch", "squeue", "scancel", "sinfo", "munge", "munged")
 START_S = 60.0
+END_S = 30.0
 
 
 def missing() -> str:
@@ -108,3 +109,6 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
         for pid in [*found, *([munged] if munged is not None else [])]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, 15)
+        until_s = time.monotonic() + END_S  # they write their state into the folder
+        while any(Path(f"/proc/{pid}").exists() for pid in found) and time.monotonic() < until_s:
+            time.sleep(0.1)
