@@ -115,14 +115,14 @@ class CoreSettings:
         "where all slots are taken, a stream of lower priority gives way and goes on later",
     )
     preempt_floor_s: float = option(
-        0.25,
+        0.1,
         "s",
         "a stream gives way this long after its first token at the earliest, and never before it "
         "has run for as long as it took to begin",
         low=0,
     )
     preempt_again_s: float = option(
-        1.0, "s", "a stream that gave way is left alone for this long", low=0
+        0.3, "s", "a stream that gave way is left alone for this long", low=0
     )
     swap_factor: float = option(
         5.0,

@@ -38,6 +38,8 @@ class Gpu:
     slots: int = 2
     #: Whether it holds the prompts of earlier requests.
     caches: bool = False
+    #: For each prefill, whatever its length.
+    begin_s: float = 0.0
 
 
 FAST = Gpu("fast", token_s=0.01, prefill_s=0.0005)
@@ -53,13 +55,19 @@ class Fleet:
         self.gpus = {gpu.name: gpu for gpu in gpus}
         self.peers: dict[str, WorkerPeer] = {}
         self._gone: dict[bytes, tuple[str, Message]] = {}
+        #: Tokens that streams had when they were moved.
+        self._had: dict[bytes, int] = {}
         for gpu in gpus:
             self.peers[gpu.name] = self.bus.worker(gpu.name, slots=gpu.slots)
         #: Prompt tokens and answer tokens by request.
         self.sizes: dict[bytes, tuple[int, int]] = {}
         self.where: dict[bytes, str] = {}
+        self.asked_s: dict[bytes, float] = {}
+        self.first_s: dict[bytes, float] = {}
         self.ended_s: dict[bytes, float] = {}
         self.moves = 0
+        #: Peers read what the broker told them this often, at least.
+        self.look_s = 2.0
         #: The worker that alone takes requests; empty: all do.
         self.only = ""
         self._seen: dict[str, set[str]] = {gpu.name: set() for gpu in gpus}
@@ -69,14 +77,24 @@ class Fleet:
         self._due: list[tuple[float, int, str, bytes, int]] = []
         self._count = itertools.count()
 
-    def ask(self, answer: int, prompt: int = 20, text: str = "", *, known: bool = True) -> bytes:
+    def ask(
+        self,
+        answer: int,
+        prompt: int = 20,
+        text: str = "",
+        *,
+        known: bool = True,
+        priority: int = 0,
+    ) -> bytes:
         """A request. `known`: its `max_tokens` is the length of its answer."""
         text = text or f"{next(self._count)} " + "x" * (4 * prompt)
         body: dict[str, Any] = {
             "prompt": text,
             "params": Params(max_tokens=answer) if known else Params(),
+            "priority": priority,
         }
         request = self.client.request(**body)
+        self.asked_s[request] = self.bus.now_s
         self.sizes[request], self._bodies[request] = (prompt, answer), body
         self._read()
         return request
@@ -94,6 +112,7 @@ class Fleet:
                     assert begun_s is not None
                     done = had + 1 + int((self.bus.now_s - begun_s) / self.gpus[name].token_s)
                     self._gone[message.id] = name, assign
+                    self._had[message.id] = done
                     epoch = assign.assign.epoch + 1
                     self.client.resume(message.id, epoch, tokens=done, **self._bodies[message.id])
             for name, peer in self.peers.items():
@@ -114,7 +133,7 @@ class Fleet:
         self._seen[name].add(text)
         self.where[assign.id] = name
         self._runs[assign.id] = name, assign, had, None
-        self._later((prompt + had) * gpu.prefill_s, "begin", assign)
+        self._later(gpu.begin_s + (prompt + had) * gpu.prefill_s, "begin", assign)
 
     def _leave(self, request: bytes) -> None:
         """A worker stops a stream that was moved away."""
@@ -133,8 +152,7 @@ class Fleet:
         while self._due and self._due[0][0] <= until_s:
             due_s, _, what, request, epoch = heapq.heappop(self._due)
             while self.bus.now_s < due_s:
-                self.bus.wait(min(2.0, due_s - self.bus.now_s))
-                self.beat()
+                self._wait(due_s)
             name, assign, had, _ = self._runs.get(request, ("", None, 0, None))
             if assign is None or assign.assign.epoch != epoch:
                 continue  # it moved
@@ -142,6 +160,7 @@ class Fleet:
             route = assign.assign.reply_to
             if what == "begin":
                 self._runs[request] = name, assign, had, self.bus.now_s
+                self.first_s.setdefault(request, self.bus.now_s)
                 event = TokensEvent(request, epoch, had, [7], "x")
                 peer.output(route, event, ledger=Ledger(peer.granted, [], [request]))
                 left = max(0, answer - had - 1)
@@ -155,8 +174,21 @@ class Fleet:
                 peer.output(route, end, ledger=ledger)
                 self.ended_s[request] = self.bus.now_s
             self._read()
-        if self._due:
-            self.bus.wait(until_s - self.bus.now_s)
+        while self.bus.now_s < until_s < math.inf:
+            self._wait(until_s)
+
+    def _wait(self, until_s: float) -> None:
+        self.bus.wait(min(self.look_s, until_s - self.bus.now_s))
+        self.beat()
+
+    def made(self, request: bytes) -> int:
+        """Tokens of its answer so far."""
+        if request in self.ended_s:
+            return self.sizes[request][1]
+        name, _, had, begun_s = self._runs.get(request, ("", None, 0, None))
+        if not name or begun_s is None:
+            return self._had.get(request, had)
+        return had + 1 + int((self.bus.now_s - begun_s) / self.gpus[name].token_s)
 
     def beat(self) -> None:
         """Heartbeats of all workers."""

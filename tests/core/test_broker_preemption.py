@@ -14,6 +14,7 @@ def fleet(slots: int = 1, **settings: object) -> tuple[Bus, WorkerPeer, ClientPe
         queue_s=600.0,
         client_liveness=1000,
         worker_liveness=1000,
+        preempt_floor_s=FLOOR_S,
         preempt_again_s=AGAIN_S,
         **settings,
     )
