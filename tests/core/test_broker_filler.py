@@ -1,5 +1,5 @@
-"""A batch at a low priority that fills every idle slot, in virtual time: people do not notice it, and
-it gets what they leave (the real thing: `bench.filler`)."""
+"""A batch at a low priority that fills every idle slot, in virtual time: people do not notice it,
+and it gets what they leave (the real thing: `bench.filler`)."""
 
 from __future__ import annotations
 
