@@ -281,7 +281,9 @@ def completion_calls(
     params = _params(
         body,
         seed=seed,
-        max_tokens=_limit(body, 1 if body.max_tokens == 0 else body.max_tokens),
+        max_tokens=_limit(
+            body, body.max_completion_tokens or (1 if body.max_tokens == 0 else body.max_tokens)
+        ),
         logprobs=logprobs,
         constraint=constraint_of(None, body),
         thinking_tokens=budget_of(body),
@@ -424,6 +426,22 @@ def _forced_tool(body: http.ChatRequest) -> Constraint | None:
     return forced_calls(functions, single=single)
 
 
+def _biases(given: dict[str, float]) -> list[tuple[int, float]]:
+    """By id. Raises GatewayError that names the first few keys that are none."""
+    bias: list[tuple[int, float]] = []
+    wrong: list[str] = []
+    for token, value in given.items():
+        id_ = http.number_of(token)
+        if id_ is None or id_ >= 1 << 31:
+            wrong.append(repr(token[:100]))
+        else:
+            bias.append((id_, value))
+    if wrong:
+        what = "which is not a token id" if len(wrong) == 1 else "which are not token ids"
+        raise invalid("logit_bias", f"`logit_bias` names {', '.join(wrong[:8])}, {what}.")
+    return bias
+
+
 def _limit(body: http.Sampling, max_tokens: int | None) -> int | None:
     """The longest answer; None: the context's end."""
     if body.n_predict is None:
@@ -463,12 +481,7 @@ def _params(
         )
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     penalty = body.repeat_penalty if body.repetition_penalty is None else body.repetition_penalty
-    bias: list[tuple[int, float]] = []
-    for token, value in (body.logit_bias or {}).items():
-        id_ = http.number_of(token)
-        if id_ is None or id_ >= 1 << 31:
-            raise invalid("logit_bias", f"`logit_bias` names {token!r}, which is not a token id.")
-        bias.append((id_, value))
+    bias = _biases(body.logit_bias or {})
     if body.min_tokens is not None and max_tokens is not None and body.min_tokens > max_tokens:
         raise invalid("min_tokens", "`min_tokens` is beyond the longest answer allowed.")
     return Params(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -160,7 +161,7 @@ def describe(error: BaseException) -> GatewayError:
     if isinstance(error, BusError):
         return GatewayError(
             error.code,
-            _of_context(error) or error.message,
+            _of_context(error) or _of_model(error) or error.message,
             retryable=error.retryable,
             retry_after_ms=error.retry_after_ms,
             details=error.details,
@@ -170,6 +171,17 @@ def describe(error: BaseException) -> GatewayError:
         ErrorCode.ENGINE_ERROR,
         "The gateway failed on this request; its log has the cause under this request id.",
     )
+
+
+_UNKNOWN_MODEL = re.compile(r"no worker serves model (?P<name>'.*?');")
+
+
+def _of_model(error: BusError) -> str:
+    """A model that nobody serves in the words that programs look for; empty for other failures."""
+    unknown = _UNKNOWN_MODEL.match(error.message)
+    if error.code != ErrorCode.MODEL_UNAVAILABLE or unknown is None:
+        return ""
+    return f"The model {unknown['name']} does not exist: {error.message}"
 
 
 def _of_context(error: BusError) -> str:

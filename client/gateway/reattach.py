@@ -305,9 +305,10 @@ class Store:
         """The answer; raises UnknownAnswer."""
         kept = self._entries.get((kind, id_))
         if kept is None or kept.owner != owner:
+            what = "Response" if kind == "response" else "Answer"
             raise UnknownAnswer(
-                f"No answer {id_!r} here: it is too old, belongs to another key, was not to be "
-                "kept, or was made by a gateway that cannot be asked."
+                f"{what} with id {id_!r} not found. It is too old, belongs to another key, was not "
+                "to be kept, or was made by a gateway that cannot be asked."
             )
         return kept
 

@@ -12,8 +12,8 @@ Three kinds of fields:
 * known but not served: typed `Refused`, with the reason; a value that asks for something is a 400
   naming the field. Null, an empty list and an empty string ask for nothing.
 
-An unknown field is a 400 that names it, unless it is null. Beyond OpenAI's own fields, common
-extensions of other servers are accepted: top_k, min_p, repetition_penalty, min_tokens,
+An unknown field is a 400 that names it, unless it is null or empty. Beyond OpenAI's own fields,
+common extensions of other servers are accepted: top_k, min_p, repetition_penalty, min_tokens,
 stop_token_ids, ignore_eos, include_stop_str_in_output, skip_special_tokens, structured_outputs,
 return_token_ids, return_tokens_as_token_ids, chat_template_kwargs, thinking_tokens, priority
 (higher goes first), queue_ms and ttl_ms; of a chat, also those of `thinking`.
@@ -344,6 +344,8 @@ class CompletionRequest(Sampling, kw_only=True):
     """Body of `POST /v1/completions`."""
 
     prompt: Texts
+    #: LMDeploy's client sends this name of `max_tokens` beside it.
+    max_completion_tokens: Tokens | None = None
     #: 0 is allowed with `echo`: only the prompt, with its log probabilities if requested.
     max_tokens: Annotated[int, Meta(ge=0, le=1 << 31)] | None = 16
     best_of: Choices | None = None
@@ -419,8 +421,8 @@ def _kinds_of(kind: Any) -> list[msgspec.inspect.Type]:
 
 
 def _without_unknown_nulls(value: Any, kinds: list[msgspec.inspect.Type]) -> Any:
-    """Decoded JSON without unknown fields that are null, since they ask for nothing. Objects that
-    may have any fields stay unchanged."""
+    """Decoded JSON without unknown fields that are null or empty, since they ask for nothing.
+    Objects that may have any fields stay unchanged."""
     if isinstance(value, list):
         items = [
             inner
@@ -442,7 +444,7 @@ def _without_unknown_nulls(value: Any, kinds: list[msgspec.inspect.Type]) -> Any
     return {
         name: _without_unknown_nulls(inner, known.get(name, []))
         for name, inner in value.items()
-        if inner is not None or name in known
+        if name in known or inner not in (None, {}, [])
     }
 
 

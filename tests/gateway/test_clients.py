@@ -41,6 +41,43 @@ def chat(http: httpx.Client, **fields: object) -> dict[str, Any]:
     return answer.json()["choices"][0]
 
 
+@pytest.mark.parametrize("empty", [None, {}, []])
+def test_unknown_fields_that_are_empty_are_accepted(http: httpx.Client, empty: object) -> None:
+    body = {"messages": [{**HELLO[0], "kwargs": empty}], "kwargs": empty}
+    [choice] = http.post("/v1/chat/completions", json=body).json()["choices"]
+    assert choice["message"]["content"] == "hello there"
+    for asking in (0, False, "", {"a": 1}, [0]):
+        refused = http.post("/v1/chat/completions", json={"messages": HELLO, "kwargs": asking})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "kwargs"
+
+
+def test_a_completion_takes_both_names_of_its_longest_answer(http: httpx.Client) -> None:
+    for words in ({"max_tokens": 16}, {}):
+        body = {"prompt": "hello there", "max_completion_tokens": 5, **words}
+        [choice] = http.post("/v1/completions", json=body).json()["choices"]
+        assert (choice["text"], choice["finish_reason"]) == ("hello", "length")
+
+
+def test_the_words_that_programs_look_for(client: openai.OpenAI, http: httpx.Client) -> None:
+    """As OpenAI and servers like it say them."""
+    with pytest.raises(openai.NotFoundError, match=r"The model 'nope' does not exist"):
+        client.chat.completions.create(model="nope", messages=HELLO)
+    with pytest.raises(openai.NotFoundError, match=r"The model 'nope' does not exist"):
+        client.models.retrieve("nope")
+    done = client.responses.create(model=MODEL, input="x")
+    with pytest.raises(openai.BadRequestError, match="Cannot cancel a synchronous response"):
+        client.responses.cancel(done.id)
+    with pytest.raises(openai.NotFoundError, match=r"Response with id 'resp_\w+' not found"):
+        client.responses.retrieve(client.responses.create(input="x", store=False, model=MODEL).id)
+    with pytest.raises(
+        openai.BadRequestError, match="background can only be used when `store` is true"
+    ):
+        client.responses.create(model=MODEL, input="x", background=True, store=False)
+    bias = {"one": 1, "7": 1, "two": 2}
+    with pytest.raises(openai.BadRequestError, match="'one', 'two', which are not token ids"):
+        client.chat.completions.create(model=MODEL, messages=HELLO, logit_bias=bias)
+
+
 NOTHING = {
     "no tools, as strands": {"tools": []},
     "a free choice of no tools": {"tools": [], "tool_choice": "auto"},

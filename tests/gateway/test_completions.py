@@ -122,7 +122,7 @@ def test_best_of_returns_the_likeliest(client: openai.OpenAI) -> None:
         ({"prompt": ["a", [1]]}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"logprobs": 21}, "logprobs"),
-        ({"messages": []}, "messages"),
+        ({"messages": [1]}, "messages"),
     ],
 )
 def test_unsupported_parameters_are_refused_by_name(

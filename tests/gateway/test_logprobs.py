@@ -34,7 +34,14 @@ def test_tokens_of_the_same_text_are_all_listed() -> None:
     assert text_logprobs([token(b"c", -9.0, *likeliest)])["top_logprobs"] == [
         {"a": -0.5, "token_id:2": -1.5, "b": -2.5, "c": -9.0}
     ]
-    assert text_logprobs([token(b"a")])["top_logprobs"] == [None]
+
+
+def test_the_chosen_token_is_told_first_and_without_alternatives_alone() -> None:
+    assert text_logprobs([token(b"a")])["top_logprobs"] == [{"a": -1.0}]
+    first = TokenLogprob(None, b"a", [], None)
+    assert text_logprobs([first])["top_logprobs"] == [None], "it has no predecessor"
+    [told] = text_logprobs([token(b"c", -9.0, (1, -0.5, b"a"))])["top_logprobs"]
+    assert list(told) == ["c", "a"]
 
 
 def test_a_split_character_has_one_offset() -> None:

@@ -111,16 +111,18 @@ def _name(data: bytes) -> str:
 
 
 def _top_logprobs(token: TokenLogprob) -> dict[str, float | None] | None:
-    """The most likely tokens and the chosen one by name. Of tokens with the same bytes, the chosen
-    one (or else the most likely) gets the name, and the others their ids."""
-    if not token.top:
+    """The chosen token, then the most likely ones, by name; the chosen one alone if no others were
+    asked for. Of tokens with the same bytes, the chosen one (or else the most likely) gets the
+    name, and the others their ids."""
+    if token.logprob is None and not token.top:
         return None
     chosen = _name(token.token)
-    named: dict[str, float | None] = {}
+    named: dict[str, float | None] = {chosen: token.logprob}
     for top in token.top:
         name = _name(top.token)
-        if name in named or (name == chosen and top.logprob != token.logprob):
+        if name == chosen and top.logprob == token.logprob:
+            continue
+        if name in named:
             name = f"token_id:{top.token_id}"
         named[name] = top.logprob
-    named.setdefault(chosen, token.logprob)
     return named

@@ -39,7 +39,8 @@ def find_model(models: list[dict[str, Any]], name: str) -> dict[str, Any]:
             return model
     raise GatewayError(
         ErrorCode.MODEL_UNAVAILABLE,
-        f"No worker serves model {name!r}; `GET /v1/models` lists the models served.",
+        f"The model {name!r} does not exist: no worker serves it; `GET /v1/models` lists those "
+        "that are served.",
         param="model",
     )
 

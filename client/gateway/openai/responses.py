@@ -351,7 +351,11 @@ async def cancel_response(context: RequestContext) -> Response:
     """Stop a response that runs in the background, at the worker too."""
     kept = _find(context)
     if kept.transcript is None:
-        raise invalid("id", "Only a response made with `background: true` can be cancelled.")
+        # OpenAI's words, and what they mean.
+        raise invalid(
+            "id",
+            "Cannot cancel a synchronous response. Only one made with `background: true` runs on.",
+        )
     kept.transcript.cancel()
     await kept.transcript.finished()
     return _json(kept.value.snapshot())

@@ -503,7 +503,11 @@ def as_chat(body: ResponseRequest, earlier: list[http.ChatMessage]) -> http.Chat
         check_include(entry)
     http.check_stream_options(body.stream_options, stream=bool(body.stream))
     if body.background and body.store is False:
-        raise invalid("background", "`background` needs `store`: it is read from the store.")
+        # OpenAI's words.
+        raise invalid(
+            "background",
+            "background can only be used when `store` is true: it is read from the store.",
+        )
     instructions = (
         [http.ChatMessage(role="system", content=body.instructions)] if body.instructions else []
     )

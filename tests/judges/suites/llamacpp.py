@@ -57,6 +57,8 @@ def _any_name(model: str) -> tuple[str, str]:
     return "--alias", f"*={model}"
 
 
+#: What its tests of keys send.
+KEY = "sk-this-is-the-secret-key"
 #: Scores are words in common, vectors are of letters.
 SCORED = _unit("embedding", "rerank")
 CALLED = _unit("tool_call")

@@ -13,7 +13,7 @@ from tests.judges.suites.suite import Part, Place, Suite, Test
 
 COMMIT = "1263d5cd889b7ad500e85b8eb20401327a4516ab"
 PACKAGES = (
-    "anthropic",
+    "anthropic==0.76.0",
     "openai",
     "pytest",
     "pytest-order",

@@ -64,10 +64,10 @@ TALKING = (
     *(f"{OPENAI}/completion/test_{name}.py" for name in COMPLETION),
     f"{OPENAI}/decisions",
     f"{OPENAI}/models",
-    f"{OPENAI}/test_chunked_prompt.py",
-    f"{OPENAI}/test_openai_schema.py",
     f"{OPENAI}/test_return_tokens_as_ids.py",
 )
+#: For a context that holds its prompts.
+LONG = (f"{OPENAI}/test_chunked_prompt.py",)
 #: As vLLM has LoRA adapters.
 NAMES = ("zephyr-lora", "qwen3-lora", "*/*")
 
@@ -103,5 +103,6 @@ SUITE = Suite(
     parts=(
         Part(CALLING, ("demo-tools",), _aliases("demo-tools")),
         Part(TALKING, ("demo",), _aliases("demo")),
+        Part(LONG, ("echo",), _aliases("echo")),
     ),
 )

@@ -10,9 +10,11 @@ It imports nothing of tokenbus, which is not installed there.
 
 from __future__ import annotations
 
+import base64
 import importlib.abc
 import importlib.machinery
 import inspect
+import io
 import os
 import sys
 import types
@@ -83,6 +85,52 @@ def get_tokenizer(*_: Any, **__: Any) -> Any:
     return AutoTokenizer.from_pretrained(TOKENIZER)
 
 
+class ModelConfig:
+    """What tests ask of a model's configuration."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        return
+
+    def get_vocab_size(self) -> int:
+        return len(get_tokenizer())
+
+
+class ImageAsset:
+    """A picture of a test: any serves."""
+
+    def __init__(self, *_: Any) -> None:
+        from PIL import Image
+
+        self.pil_image = Image.new("RGB", (32, 32), "red")
+
+
+def encode_image_url(image: Any, *_: Any) -> str:
+    """A picture as a data URL."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+class _Integers:
+    """Of torch: the range of 64 bits."""
+
+    min, max = -(1 << 63), (1 << 63) - 1
+
+    def __init__(self, *_: Any) -> None:
+        return
+
+
+#: What has a meaning, whatever module it is imported from.
+MEANT: dict[str, Any] = {
+    "get_tokenizer": get_tokenizer,
+    "ModelConfig": ModelConfig,
+    "ImageAsset": ImageAsset,
+    "encode_image_url": encode_image_url,
+    "iinfo": _Integers,
+    "download_weights_from_hf": lambda *_, **__: "a/model",
+}
+
+
 class _Nothing(types.ModuleType):
     """A module with every name."""
 
@@ -93,8 +141,8 @@ class _Nothing(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        if name == "get_tokenizer":
-            return get_tokenizer
+        if name in MEANT:
+            return MEANT[name]
         # Named in `pytest.raises` and `except`.
         made = type(name, (Exception,), {}) if name.endswith("Error") else MagicMock(name=name)
         setattr(self, name, made)
