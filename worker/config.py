@@ -21,8 +21,9 @@ from typing import Any, Final
 
 from broker.protocol.invitation import Invitation, InvitationError, read
 from broker.protocol.logs import FORMATS, LEVELS
-from broker.protocol.options import OptionParser, count, misspelt, number, parse_bool
+from broker.protocol.options import OptionParser, count, misspelt, parse_bool
 from broker.protocol.version import version
+from worker import option_values
 from worker.conversations import NAMED_TEMPLATES, read_template
 from worker.demo import caller, model_path
 from worker.ending import times
@@ -30,6 +31,7 @@ from worker.engines import registry
 from worker.engines.base import EngineOptions
 from worker.engines.common.reasoning import parser_names
 from worker.naming import pair_names
+from worker.option_values import CLOUDS, NEVER
 from worker.replaced import REPLACED
 
 ENVIRONMENT_PREFIX: Final = "TOKENBUS_WORKER_"
@@ -39,12 +41,8 @@ ON_DEMAND_SLOTS: Final = 16
 """With --models the number of slots is the same, whichever model is loaded."""
 ADAPTERS_FOLDER: Final = "adapters_folder"
 """The engine argument of engines that load adapters while they run."""
-NEVER: Final = "never"
 BUNDLED: Final = {DEMO_NAME: model_path, "demo-tools": caller.model_path}
 """Models that need no download, by the name that takes the place of a path."""
-
-CLOUDS: Final = ("aws", "gcp", "azure")
-"""Of `ending.sources`, which `--help` need not load."""
 
 _EPILOG: Final = f"""\
 Every option can be set by an environment variable: {ENVIRONMENT_PREFIX}LIMIT_MODEL_CONCURRENCY=4;
@@ -110,112 +108,6 @@ def software() -> str:
     return f"tokenbus-worker/{version()}"
 
 
-def check_address(address: str) -> str:
-    """Check a broker address for ZeroMQ. Raises ConfigError that says what to use instead."""
-    scheme, _, rest = address.partition("://")
-    if scheme in ("http", "https"):
-        raise ConfigError(
-            f"{address} is a web address, but the bus speaks ZeroMQ: use tcp://HOST:PORT with the "
-            "broker's back port (5556 unless its operator chose another)"
-        )
-    if scheme == "ipc" and rest:
-        return address
-    host, _, port = rest.rpartition(":")
-    if scheme == "tcp" and host and port.isdigit() and 0 < int(port) < 65536:
-        return address
-    raise ConfigError(f"{address!r} is not a broker address: use tcp://HOST:PORT or ipc://PATH")
-
-
-def _addresses(text: str) -> str:
-    """Addresses of brokers, separated by commas."""
-    try:
-        for address in text.split(","):
-            check_address(address)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
-def _template(text: str) -> str:
-    """A name of a chat template, or a file of one."""
-    try:
-        read_template(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
-def models_in(text: str) -> list[str]:
-    """What `--models` names: the models in a folder, or a list separated by commas. Raises
-    ValueError."""
-    folder = Path(text).expanduser()
-    if "," in text or not folder.is_dir() or (folder / "config.json").is_file():
-        return [item.strip() for item in text.split(",") if item.strip()]
-    found = [str(p.parent) for p in folder.glob("*/config.json")]
-    found += [str(p) for p in folder.glob("*.gguf")]
-    if not found:
-        raise ValueError(f"--models {text}: no folder with a config.json in it, and no .gguf file")
-    return sorted(found)
-
-
-def _positive(text: str) -> float:
-    value = number(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-_UNITS: Final = {
-    "": 1,
-    **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)},
-    **{f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", 1)},
-}
-
-
-def _size(text: str) -> int:
-    amount = text.rstrip("KMGTiB")
-    unit = text[len(amount) :]
-    try:
-        value = int(float(amount) * _UNITS[unit])
-    except (ValueError, KeyError, OverflowError):
-        value = 0
-    if value <= 0:
-        raise argparse.ArgumentTypeError(
-            f"{text} is not a size: 20GiB, 500MB, or a number of bytes"
-        )
-    return value
-
-
-def _seconds(text: str) -> float:
-    value = number(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
-    return value
-
-
-def _point(text: str) -> str:
-    try:
-        if text != NEVER:
-            times.point(text, datetime.now())
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error}, or {NEVER}") from None
-    return text
-
-
-def _length(text: str) -> float:
-    try:
-        return times.length(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _clouds(text: str) -> str:
-    for name in text.split(","):
-        if name not in CLOUDS:
-            raise argparse.ArgumentTypeError(f"{name!r}: must be of {', '.join(CLOUDS)}")
-    return text
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line. Defaults are None here, since the environment comes between
     flags and defaults."""
@@ -253,14 +145,14 @@ def parser() -> argparse.ArgumentParser:
     )
     models.add_argument(
         "--models-memory",
-        type=_size,
+        type=option_values.size,
         metavar="SIZE",
         help="with --models: as many are loaded at once as fit into this memory (20GiB, 8e9), the "
         "least recently used give way [one at a time]",
     )
     models.add_argument(
         "--unload-idle-s",
-        type=_positive,
+        type=option_values.positive,
         metavar="S",
         help="with --models: unload a model that nobody asked for so long [never]",
     )
@@ -278,7 +170,7 @@ def parser() -> argparse.ArgumentParser:
     models.add_argument(
         "--chat-template",
         "--conv-template",
-        type=_template,
+        type=option_values.template,
         metavar="FILE|NAME",
         help="Jinja file that renders conversations, for models without one, or one of "
         f"{', '.join(NAMED_TEMPLATES)} [the model's own]",
@@ -330,7 +222,7 @@ def parser() -> argparse.ArgumentParser:
     )
     engine.add_argument(
         "--engine-stall-s",
-        type=_positive,
+        type=option_values.positive,
         metavar="S",
         help="an engine that has work but finishes no step for this long is killed and restarted "
         "[120]",
@@ -342,7 +234,7 @@ def parser() -> argparse.ArgumentParser:
         "--controller-address",
         "--controller",
         action="append",
-        type=_addresses,
+        type=option_values.addresses,
         metavar="ADDRESS",
         help=f"back address of a broker; repeat to serve several from one pool [{DEFAULT_BROKER}]",
     )
@@ -363,17 +255,20 @@ def parser() -> argparse.ArgumentParser:
         "nobody could reach it.)",
     )
     bus.add_argument(
-        "--speed", type=_positive, metavar="X", help="weight in the broker's placement [1]"
+        "--speed",
+        type=option_values.positive,
+        metavar="X",
+        help="weight in the broker's placement [1]",
     )
     bus.add_argument(
         "--grace-s",
-        type=_seconds,
+        type=option_values.seconds,
         metavar="S",
         help="how long requests keep running after their broker was lost [30]",
     )
     bus.add_argument(
         "--drain-s",
-        type=_seconds,
+        type=option_values.seconds,
         metavar="S",
         help="how long running requests may take after the worker was told to stop [30]",
     )
@@ -384,20 +279,20 @@ def parser() -> argparse.ArgumentParser:
     )
     ends.add_argument(
         "--ends-at",
-        type=_point,
+        type=option_values.point,
         metavar="TIME",
         help=f"21:00, 2026-11-30T21:00 or seconds since 1970; {NEVER}: not even at the job's limit "
         "[the limit of the Slurm job]",
     )
     ends.add_argument(
         "--ends-in",
-        type=_length,
+        type=option_values.length,
         metavar="TIME",
         help="the same, counted from now: 90s, 15m, 8h, 1:30:00",
     )
     ends.add_argument(
         "--spot",
-        type=_clouds,
+        type=option_values.clouds,
         metavar="CLOUD",
         help=f"look for spot notices at the metadata service of {', '.join(CLOUDS)} [none]",
     )
@@ -409,7 +304,7 @@ def parser() -> argparse.ArgumentParser:
     )
     ends.add_argument(
         "--end-margin-s",
-        type=_seconds,
+        type=option_values.seconds,
         metavar="S",
         help="leave this long before a known end [2]",
     )
@@ -572,7 +467,7 @@ def _engine_options(values: dict[str, Any]) -> EngineOptions:
         if values["engine"] == "openai":
             raise ConfigError("--models: the server before --engine openai loads its models itself")
         try:
-            paths = models_in(values["models"])
+            paths = option_values.models_in(values["models"])
         except ValueError as error:
             raise ConfigError(str(error)) from None
     elif values["models_memory"]:
