@@ -1,6 +1,7 @@
-"""Who may import whom: the protocol is shared, cores are pure, clients are light.
+"""Who may import whom: the protocol is shared, cores are pure, clients are light. And no module is
+longer than a reader can hold.
 
-Checked twice: in every module's source, and by what an interpreter really loads.
+Imports are checked twice: in every module's source, and by what an interpreter really loads.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ SOCKET_OWNERS = (
     *("broker.peer.dealer", "broker.peer.keys"),
     *("worker.loop", "client.io"),
 )
+MOST_LINES = 600
+"""Of any module, tests and benchmarks included; a longer one has two subjects."""
 MODULES_OF_CLIENT = 68
 """Limit for the modules, ours and the standard library's, that `import client` loads; about 60."""
 
@@ -213,6 +216,16 @@ def test_no_module_imports_pickle() -> None:
 def test_no_package_imports_anything_by_itself_except_the_clients_public_face() -> None:
     for package in ("broker", "worker"):
         assert not imported(ROOT / package / "__init__.py")
+
+
+def test_no_module_is_too_long() -> None:
+    lines = {
+        name: path.read_text(encoding="utf-8").count("\n")
+        for package in (*PACKAGES, "bench", "tests", "findings")
+        for name, path in modules(package)
+    }
+    assert "tests.test_imports" in lines and "bench.common" in lines
+    assert not {name: count for name, count in lines.items() if count > MOST_LINES}
 
 
 # --- what an interpreter really loads -------------------------------------------------------------

@@ -13,8 +13,10 @@ import pytest
 from broker.protocol import codec, header, messages as m
 from broker.protocol.header import Flag, MessageType
 from broker.protocol.limits import MAX_REQUEST_BYTES
+from tests.protocol.golden_base import REQUEST
+from tests.protocol.golden_examples import examples
 from tests.protocol.golden_shows import SHOWS
-from tests.protocol.make_golden import GOLDEN, PAGE, REQUEST, examples, golden_bytes, page
+from tests.protocol.make_golden import GOLDEN, PAGE, golden_bytes, page
 from tests.protocol.wrong_messages import WRONG, as_json, wrong_messages
 
 KNOWN: dict[str, list[str]] = json.loads(GOLDEN.read_text())

@@ -10,7 +10,7 @@ import pytest
 
 from broker.protocol import codec, messages as m
 from broker.protocol.errors import ProtocolError
-from tests.protocol.make_golden import examples
+from tests.protocol.golden_examples import examples
 
 LIMIT = 1 << 20
 

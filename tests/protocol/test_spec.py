@@ -17,7 +17,8 @@ from broker.protocol import codec, header, messages as m
 from broker.protocol.errors import ErrorCode, ProtocolError
 from broker.protocol.header import MessageType
 from tests.harness import ROOT
-from tests.protocol.make_golden import examples, golden_bytes
+from tests.protocol.golden_examples import examples
+from tests.protocol.make_golden import golden_bytes
 from tests.protocol.wrong_messages import wrong_messages
 
 FOLDER = ROOT / "broker" / "protocol"

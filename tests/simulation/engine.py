@@ -18,7 +18,7 @@ from worker.engines.common.pieces import PieceText
 from worker.engines.events import END, FAIL, TOKENS
 
 if TYPE_CHECKING:
-    from tests.simulation.parties import SimWorker
+    from tests.simulation.worker import SimWorker
 
 MODEL = "model"
 

@@ -1,6 +1,6 @@
 """Judges a scenario: how every call must have ended, and what may be left over.
 
-The text, the window and the slots are checked as they happen (`parties`, `engine`), and the cores'
+The text, the window and the slots are checked as they happen (`client`, `engine`), and the cores'
 own invariants after every event (`world`). An error is allowed only if the scenario gave a reason
 for it.
 """

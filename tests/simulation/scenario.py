@@ -10,9 +10,11 @@ from broker.core.settings import CoreSettings
 from client.options import Limits, Retry
 from tests.simulation import judge
 from tests.simulation.answers import Answer, Call
-from tests.simulation.parties import SimBroker, SimClient, SimWorker
+from tests.simulation.broker import SimBroker
+from tests.simulation.client import SimClient
 from tests.simulation.plan import STORM_S, Ask, Fault, Plan
 from tests.simulation.shelf import name_of
+from tests.simulation.worker import SimWorker
 from tests.simulation.world import Party, Violation, World
 from worker.core.events import EndKnown, StopRequested
 

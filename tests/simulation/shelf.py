@@ -13,7 +13,7 @@ from worker.engines.base import EngineOptions
 from worker.process.shelf import HELD_BYTES, Shelf
 
 if TYPE_CHECKING:
-    from tests.simulation.parties import SimWorker
+    from tests.simulation.worker import SimWorker
 
 RESTART_S = 0.1
 UNIT_BYTES = 1000

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from tests.simulation.answers import Answer, Call
-from tests.simulation.parties import SimClient
+from tests.simulation.client import SimClient
 from tests.simulation.plan import Plan
 from tests.simulation.scenario import Run
 

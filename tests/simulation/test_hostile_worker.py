@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from tests.simulation import plan as plans
-from tests.simulation.parties import SimWorker
 from tests.simulation.plan import Ask
 from tests.simulation.scenario import Run
+from tests.simulation.worker import SimWorker
 
 GUESSES: dict[str, Callable[[SimWorker, int], int]] = {
     "the next epoch": lambda worker, _: (

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 
 from tests.simulation.answers import Answer, Call
-from tests.simulation.parties import SimClient
+from tests.simulation.client import SimClient
 from tests.simulation.scenario import Run
 from tests.simulation.test_fairness import QUIET, STEP_S, served
 
