@@ -15,7 +15,8 @@ import msgspec
 from client.gateway import requests as http
 from client.gateway.errors import invalid
 from client.gateway.openai.answers import new_id
-from client.gateway.openai.responses_body import Item, ItemReference, turns_of, typed
+from client.gateway.openai.responses_body import turns_of, typed
+from client.gateway.openai.responses_input import Item, ItemReference
 
 __all__ = ["bytes_of", "kept_items"]
 

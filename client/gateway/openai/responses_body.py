@@ -11,11 +11,26 @@ from collections.abc import Callable
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta
 
 from broker.protocol.limits import MAX_TOP_LOGPROBS
 from client.gateway import requests as http
 from client.gateway.errors import GatewayError, invalid
+from client.gateway.openai.responses_input import (
+    Body,
+    CompactionItem,
+    Content,
+    FunctionCallItem,
+    FunctionOutputItem,
+    InputImage,
+    InputText,
+    Item,
+    ItemReference,
+    MessageItem,
+    OutputText,
+    ReasoningItem,
+    Refusal,
+)
 from client.gateway.openai.sealing import SUMMARY, unsealed
 
 __all__ = [
@@ -50,136 +65,10 @@ INCLUDABLE: Final = (
 )
 
 
-class _Body(Struct, forbid_unknown_fields=True, kw_only=True):
-    pass
-
-
-# --- input ----------------------------------------------------------------------------------------
-
-
-class _Content(_Body, kw_only=True):
-    prompt_cache_breakpoint: http.Label = None
-    cache_control: http.Label = None
-
-
-class InputText(_Content, tag="input_text", tag_field="type", kw_only=True):
-    text: str
-
-
-class OutputText(_Content, tag="output_text", tag_field="type", kw_only=True):
-    text: str
-    # Fields that the SDK's object of an earlier answer has.
-    annotations: http.Label = None
-    logprobs: http.Label = None
-    parsed: http.Label = None
-
-
-class Refusal(_Content, tag="refusal", tag_field="type", kw_only=True):
-    refusal: str
-
-
-class InputImage(_Content, tag="input_image", tag_field="type", kw_only=True):
-    image_url: str | None = None
-    detail: http.Detail | None = None
-    file_id: http.Refused = None
-
-
-class InputFile(_Content, tag="input_file", tag_field="type", kw_only=True):
-    file_id: Any = None
-    file_url: Any = None
-    file_data: Any = None
-    filename: Any = None
-    detail: Any = None
-
-
-Content = InputText | OutputText | Refusal | InputImage | InputFile
-
-
-class MessageItem(_Body, tag="message", tag_field="type", kw_only=True):
-    role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[Content]
-    # Fields that an earlier answer has.
-    id: str | None = None
-    status: str | None = None
-    phase: str | None = None
-    cache_control: http.Label = None
-
-
-class FunctionCallItem(_Body, tag="function_call", tag_field="type", kw_only=True):
-    call_id: str
-    name: str
-    arguments: str
-    id: str | None = None
-    status: str | None = None
-    #: Who called and how: not shown to the model.
-    caller: http.Label = None
-    async_: http.Label = msgspec.field(default=None, name="async")
-    parsed_arguments: http.Label = None
-    namespace: http.Refused = None
-
-
-class FunctionOutputItem(_Body, tag="function_call_output", tag_field="type", kw_only=True):
-    call_id: str
-    output: str | list[Content]
-    id: str | None = None
-    status: str | None = None
-    #: The function's name, which the call has as well.
-    name: str | None = None
-    caller: http.Label = None
-    namespace: http.Refused = None
-
-
-class ReasoningText(_Content, tag="reasoning_text", tag_field="type", kw_only=True):
-    text: str
-
-
-class ReasoningItem(_Body, tag="reasoning", tag_field="type", kw_only=True):
-    """What was thought for an earlier answer."""
-
-    id: str | None = None
-    #: Of another server's model: not what it thought.
-    summary: Any = None
-    content: list[ReasoningText] | None = None
-    encrypted_content: str | None = None
-    status: str | None = None
-
-    @property
-    def thought(self) -> str:
-        """Empty where it was another server's and is not told."""
-        if self.content:
-            return "\n".join(part.text for part in self.content)
-        return unsealed(self.encrypted_content or "")
-
-
-class CompactionItem(_Body, tag="compaction", tag_field="type", kw_only=True):
-    """What `/v1/responses/compact` made of a conversation."""
-
-    encrypted_content: str
-    id: str | None = None
-    created_by: http.Label = None
-    status: http.Label = None
-
-
-class ItemReference(_Body, tag="item_reference", tag_field="type", kw_only=True):
-    """An output item of a response that is kept here."""
-
-    id: str
-
-
-Item = (
-    MessageItem
-    | FunctionCallItem
-    | FunctionOutputItem
-    | ReasoningItem
-    | CompactionItem
-    | ItemReference
-)
-
-
 # --- the body -------------------------------------------------------------------------------------
 
 
-class FunctionTool(_Body, kw_only=True):
+class FunctionTool(Body, kw_only=True):
     type: Literal["function"]
     name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
     parameters: dict[str, Any] | None = None
@@ -217,36 +106,36 @@ _RUN_ELSEWHERE: Final = (
 )
 
 
-class NamedTool(_Body, tag="function", tag_field="type", kw_only=True):
+class NamedTool(Body, tag="function", tag_field="type", kw_only=True):
     name: str
 
 
-class AllowedTools(_Body, tag="allowed_tools", tag_field="type", kw_only=True):
+class AllowedTools(Body, tag="allowed_tools", tag_field="type", kw_only=True):
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedTool], Meta(min_length=1)]
 
 
-class PlainFormat(_Body, tag="text", tag_field="type", kw_only=True):
+class PlainFormat(Body, tag="text", tag_field="type", kw_only=True):
     pass
 
 
-class ObjectFormat(_Body, tag="json_object", tag_field="type", kw_only=True):
+class ObjectFormat(Body, tag="json_object", tag_field="type", kw_only=True):
     pass
 
 
-class SchemaFormat(_Body, tag="json_schema", tag_field="type", kw_only=True):
+class SchemaFormat(Body, tag="json_schema", tag_field="type", kw_only=True):
     name: str
     schema: dict[str, Any]
     description: str | None = None
     strict: bool | None = None
 
 
-class TextConfig(_Body, kw_only=True):
+class TextConfig(Body, kw_only=True):
     format: PlainFormat | ObjectFormat | SchemaFormat | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
-class Reasoning(_Body, kw_only=True):
+class Reasoning(Body, kw_only=True):
     effort: str | None = None
     #: Answers of the bus have the reasoning itself and no summary of it.
     summary: Literal["auto", "concise", "detailed"] | None = None
@@ -256,11 +145,11 @@ class Reasoning(_Body, kw_only=True):
     mode: Literal["standard"] | None = None
 
 
-class ConversationId(_Body, kw_only=True):
+class ConversationId(Body, kw_only=True):
     id: str
 
 
-class ResponseStreamOptions(_Body, kw_only=True):
+class ResponseStreamOptions(Body, kw_only=True):
     include_obfuscation: bool | None = None
 
 
