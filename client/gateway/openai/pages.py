@@ -85,7 +85,8 @@ def check_query(context: RequestContext, *known: str) -> None:
     """Raises GatewayError for a parameter that is not known, or a value of `include`."""
     query = context.request.query_params
     for name in query:
-        if name not in known:
+        # `beta=true` is what OpenAI's clients send for another version of the same.
+        if name not in (*known, "beta"):
             raise invalid(name, f"`{name}` is not a parameter of this endpoint; remove it.")
     for entry in (*query.getlist("include"), *query.getlist("include[]")):
         check_include(entry)

@@ -12,11 +12,18 @@ import sys
 from pathlib import Path
 
 from tests.judges.stage import ENVIRONMENTS, Absent
-from tests.judges.suites import llamacpp, lmdeploy, vllm
+from tests.judges.suites import llamacpp, lmdeploy, openai_node, openai_python, vllm
 from tests.judges.suites.suite import Part, Place, Suite, Test, Verdict, reasons, served, tally
 
 SUITES: dict[str, Suite] = {
-    suite.name: suite for suite in (llamacpp.SUITE, lmdeploy.SUITE, vllm.SUITE)
+    suite.name: suite
+    for suite in (
+        llamacpp.SUITE,
+        lmdeploy.SUITE,
+        openai_node.SUITE,
+        openai_python.SUITE,
+        vllm.SUITE,
+    )
 }
 HEAD = "run | pass | our fault | we lack it | does not apply | skipped"
 
