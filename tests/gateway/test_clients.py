@@ -17,7 +17,7 @@ from client.gateway import requests
 from client.gateway.convert import chat_call
 from client.gateway.errors import GatewayError, error_headers
 from client.gateway.images import ImagePolicy
-from client.gateway.openai import responses_body as responses_input
+from client.gateway.openai import responses_body
 from tests.gateway.conftest import MODEL, GatewayProcess
 from tests.gateway.test_chat import CALL, picture
 from tests.harness import Bus, running_bus
@@ -277,10 +277,10 @@ def test_verbosity_reaches_the_chat_template_as_the_effort_does() -> None:
     )
     call = asyncio.run(chat_call(body, ImagePolicy(), seed=0, user=""))
     assert call.request.template_args == {"verbosity": "low", "reasoning_effort": "high"}
-    response = responses_input.ResponseRequest(
-        model="m", input="x", text=responses_input.TextConfig(verbosity="high")
+    response = responses_body.ResponseRequest(
+        model="m", input="x", text=responses_body.TextConfig(verbosity="high")
     )
-    assert responses_input.as_chat(response, []).verbosity == "high"
+    assert responses_body.as_chat(response, []).verbosity == "high"
 
 
 RESPONSE_TOOL = {"type": "function", "name": "get_weather", "parameters": SCHEMA, "strict": True}

@@ -25,7 +25,7 @@ from typing_extensions import is_typeddict
 import client.gateway
 from client.gateway import requests, unserved
 from client.gateway.errors import GatewayError
-from client.gateway.openai import responses_body as responses_input
+from client.gateway.openai import responses_body, responses_input
 from client.gateway.openai.responses_body import ResponseRequest
 from client.gateway.requests import (
     ChatRequest,
@@ -86,9 +86,9 @@ PARTS = {
     responses_input.FunctionOutputItem: [responses.response_input_param.FunctionCallOutput],
     responses_input.ReasoningItem: [responses.ResponseReasoningItemParam],
     responses_input.ItemReference: [responses.response_input_param.ItemReference],
-    responses_input.FunctionTool: [responses.FunctionToolParam],
-    responses_input.TextConfig: [responses.ResponseTextConfigParam],
-    responses_input.Reasoning: [Reasoning],
+    responses_body.FunctionTool: [responses.FunctionToolParam],
+    responses_body.TextConfig: [responses.ResponseTextConfigParam],
+    responses_body.Reasoning: [Reasoning],
 }
 
 
@@ -286,7 +286,7 @@ def test_null_fields_in_the_input_of_a_response_count_as_absent() -> None:
         ],
         tools=[{"type": "function", "name": "f", "parameters": SCHEMA, **NULLS}],
     )
-    chat = responses_input.as_chat(body, [])
+    chat = responses_body.as_chat(body, [])
     [message], [tool] = chat.messages, chat.tools or []
     assert message.content == [requests.TextPart(text="x")]
     assert tool.function.parameters == SCHEMA
