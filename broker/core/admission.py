@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Final
 
-from broker.core import dispatch, endings, fairness, placement, shutdown, waiting
+from broker.core import dispatch, endings, failed_loads, fairness, placement, shutdown, waiting
 from broker.core.events import Frames
 from broker.core.instructions import Log
 from broker.core.phases import Phase
@@ -202,9 +202,13 @@ def overloaded(bus: BusState, request: RequestState) -> RequestError:
 def check_model(bus: BusState, request: RequestState) -> None:
     """Refuse a request for a model that nobody serves, unless a worker may come (back) for it."""
     model = request.model
+    failed = failed_loads.error_of(bus, model, begun=request.epoch > 0)
+    if failed is not None:
+        raise failed
     if bus.registry.serving(model) or not any(bus.registry.models()) or request.epoch > 0:
         return
-    if bus.expected.get(model, -math.inf) > bus.now_s:
+    again_s = failed_loads.offered_again_s(bus, model)
+    if max(bus.expected.get(model, -math.inf), again_s) > bus.now_s:
         return
     gone_s = bus.registry.gone_s(model)
     if gone_s is None or gone_s + bus.settings.model_grace_s <= bus.now_s:

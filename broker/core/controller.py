@@ -32,6 +32,7 @@ from broker.core import (
     dispatch,
     endings,
     ends,
+    failed_loads,
     fairness,
     invariants,
     membership,
@@ -363,11 +364,15 @@ class BrokerCore(BusState):
         worker.beat = beat
         if beat.models is not None:
             gone = set(worker.models).difference(model.name for model in beat.models)
-            self.registry.change_models(worker, beat.models, self.now_s)
+            failed = [model.name for model in beat.failed]
+            self.registry.change_models(worker, beat.models, self.now_s, failed)
+            failed_loads.learn(self, worker, beat.failed)
             # Loaded, perhaps, as another broker asked.
             self.dirty.update(worker.models)
             for model in gone:
                 self.at(self.now_s + self.settings.model_grace_s, endings.on_model_grace, model)
+            for model in failed:
+                endings.on_load_failed(self, model)
         swapping.changed(self, worker)
         if beat.capacity is not None:
             worker.capacity = beat.capacity

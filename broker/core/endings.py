@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from broker.core import causes, fairness
+from broker.core import causes, failed_loads, fairness
 from broker.core.phases import Phase
 from broker.core.records import ClientSession, RequestState, Session, WorkerSession
 from broker.core.state import BusState
@@ -91,6 +91,7 @@ def drop_worker(
     bus.shared.pop(worker.routing_id, None)
     bus.swappers.pop(worker.routing_id, None)
     bus.registry.remove(worker, bus.now_s)
+    failed_loads.left(bus, worker)
     for route in list(worker.routes.values()):
         bus.remove_route(route)
     error = ErrorInfo(
@@ -246,6 +247,10 @@ def on_model_grace(bus: BusState, model: str) -> None:
         # Somebody says that workers will come; as long as that is repeated, requests wait.
         bus.at(bus.expected[model], on_model_grace, model)
         return
+    again_s = failed_loads.offered_again_s(bus, model)
+    if again_s > bus.now_s:
+        bus.at(again_s, on_model_grace, model)
+        return
     gone_s = bus.registry.gone_s(model)
     grace_s = bus.settings.model_grace_s
     queue = bus.queues.get(model)
@@ -266,10 +271,27 @@ def on_model_grace(bus: BusState, model: str) -> None:
             del bus.shares[model]
 
 
+def on_load_failed(bus: BusState, model: str) -> None:
+    """A worker could not load the model, or (timer) one that left has not come back: if that was
+    the last hope, those who wait are told why."""
+    returns_s = failed_loads.returns_s(bus, model)
+    if returns_s > bus.now_s and model in bus.queues:
+        bus.at(returns_s, on_load_failed, model)
+        return
+    queue = bus.queues.get(model)
+    for request in queue.all() if queue else ():
+        error = failed_loads.error_of(bus, model, begun=request.epoch > 0)
+        if error is not None:
+            fail(bus, request, error.info)
+
+
 def model_unavailable(bus: BusState, model: str, *, retryable: bool) -> RequestError:
     served = sorted(bus.registry.models())
     names = ", ".join(served[:10]) + (", ..." if len(served) > 10 else "")
     hint = f"models served: {names}" if served else "no worker serves any model; start one"
+    why = failed_loads.reasons(bus, model)
+    if why:
+        hint = f"it could not be loaded: {why}"
     return RequestError(
         ErrorCode.MODEL_UNAVAILABLE,
         f"no worker serves model {model[:100]!r}; {hint}",

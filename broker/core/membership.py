@@ -10,7 +10,7 @@ import functools
 import math
 from typing import Final
 
-from broker.core import endings, ends, recovery, sharing, shutdown, swapping
+from broker.core import endings, ends, failed_loads, recovery, sharing, shutdown, swapping
 from broker.core.events import AccessChanged, MessageReceived, Side
 from broker.core.instructions import Log, Send
 from broker.core.records import ClientSession, Session, WorkerSession
@@ -172,6 +172,9 @@ def welcome_worker(bus: BusState, event: MessageReceived, hello: Hello) -> None:
         bus.shared[event.routing_id] = worker
     begin(bus, worker, operator=False)
     bus.registry.add(worker)
+    failed_loads.learn(bus, worker, hello.failed)
+    for model in hello.failed:
+        endings.on_load_failed(bus, model.name)
     bus.dirty.update(worker.models)
     swapping.changed(bus, worker)
     ends.said(bus, worker, hello.ends_in_ms, hello.ends_why)

@@ -347,7 +347,7 @@ def _load(bus: BusState, args: _LoadArgs) -> dict[str, Any]:
     (worker,) = _named(bus, args.worker)[:1]
     info = worker.models.get(args.model)
     if info is None:
-        raise _no_such_model(worker, args.model)
+        raise _no_such_model(bus, worker, args.model)
     if not info.loaded:
         swapping.ask(bus, worker, args.model)
     state = "loaded" if info.loaded else "loading"
@@ -357,7 +357,7 @@ def _load(bus: BusState, args: _LoadArgs) -> dict[str, Any]:
 def _unload(bus: BusState, args: _UnloadArgs) -> dict[str, Any]:
     (worker,) = _named(bus, args.worker)[:1]
     if args.model and args.model not in worker.models:
-        raise _no_such_model(worker, args.model)
+        raise _no_such_model(bus, worker, args.model)
     if not any(info.load_ms for info in worker.models.values()):
         raise RequestError(
             ErrorCode.INVALID_REQUEST,
@@ -367,9 +367,15 @@ def _unload(bus: BusState, args: _UnloadArgs) -> dict[str, Any]:
     return {"worker": args.worker, "model": ", ".join(going), "state": "unloading"}
 
 
-def _no_such_model(worker: WorkerSession, model: str) -> RequestError:
+def _no_such_model(bus: BusState, worker: WorkerSession, model: str) -> RequestError:
     names = sorted(worker.models)
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    failed = bus.failed_loads.get(model, {}).get(worker.name)
+    if failed is not None:
+        return RequestError(
+            ErrorCode.INVALID_REQUEST,
+            f"worker {worker.name[:100]} cannot load model {model[:100]!r}: {failed.cause}",
+        )
     return RequestError(
         ErrorCode.INVALID_REQUEST,
         f"worker {worker.name[:100]} has no model {model[:100]!r}; it has "

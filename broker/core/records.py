@@ -155,6 +155,17 @@ class Swap:
     told: float = -1.0
 
 
+@dataclass(frozen=True, slots=True)
+class LoadFailure:
+    """A worker's failure to load a model. See `failed_loads`."""
+
+    cause: str
+    #: When the worker offers the model again; infinity: not by itself.
+    until_s: float
+    #: The worker has left since.
+    left: bool = False
+
+
 class WorkerSession(Session):
     """A worker, as the broker sees it."""
 

@@ -6,7 +6,7 @@ agrees with the sessions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from broker.core.records import WorkerSession
 from broker.protocol.messages import ModelInfo
@@ -19,6 +19,8 @@ class Registry:
         self._by_model: dict[str, dict[bytes, WorkerSession]] = {}
         #: When the last worker left, for models that nobody serves any more.
         self._gone_s: dict[str, float] = {}
+        #: When a worker last left that may come back with the model, whoever else serves it.
+        self._left_s: dict[str, float] = {}
 
     def add(self, worker: WorkerSession) -> None:
         """Index a worker by its models."""
@@ -26,9 +28,11 @@ class Registry:
             self._by_model.setdefault(name, {})[worker.id] = worker
             self._gone_s.pop(name, None)
 
-    def remove(self, worker: WorkerSession, now_s: float) -> None:
-        """Take a worker out of the index."""
+    def remove(self, worker: WorkerSession, now_s: float, failed: Collection[str] = ()) -> None:
+        """Take a worker out of the index. `failed`: what it could not load."""
         for name in worker.models:
+            if name not in failed:
+                self._left_s[name] = now_s
             serving = self._by_model.get(name)
             if serving is None:
                 continue
@@ -38,24 +42,34 @@ class Registry:
                 self._gone_s[name] = now_s
 
     def change_models(
-        self, worker: WorkerSession, models: Iterable[ModelInfo], now_s: float
+        self,
+        worker: WorkerSession,
+        models: Iterable[ModelInfo],
+        now_s: float,
+        failed: Collection[str] = (),
     ) -> None:
-        """The worker announced a new list of models."""
+        """The worker announced a new list of models, and of those that it could not load."""
         old = worker.models
         new = {model.name: model for model in models}
         worker.models = {name: info for name, info in old.items() if name not in new}
-        self.remove(worker, now_s)
+        self.remove(worker, now_s, failed)
         worker.models = new
         self.add(worker)
 
     def forget_gone(self, model: str) -> None:
         """Drop the memory of a model that nobody serves any more."""
         self._gone_s.pop(model, None)
+        self._left_s.pop(model, None)
 
     def gone_s(self, model: str) -> float | None:
         """When the last worker of the model left; None if it was never seen, is forgotten,
         or is served."""
         return self._gone_s.get(model)
+
+    def left_s(self, model: str) -> float | None:
+        """When a worker last left that had not failed to load the model; None if none did, or that
+        is forgotten."""
+        return self._left_s.get(model)
 
     def serving(self, model: str) -> dict[bytes, WorkerSession]:
         """Workers of a model in any state, by session id."""

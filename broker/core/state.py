@@ -19,7 +19,15 @@ from broker.core.figures import Figures
 from broker.core.instructions import Instruction, Log, Send
 from broker.core.phases import Phase
 from broker.core.queue import ModelQueue
-from broker.core.records import ClientSession, RequestState, Route, Session, WorkerSession, short
+from broker.core.records import (
+    ClientSession,
+    LoadFailure,
+    RequestState,
+    Route,
+    Session,
+    WorkerSession,
+    short,
+)
 from broker.core.registry import Registry
 from broker.core.settings import CoreSettings
 from broker.core.shares import Shares
@@ -67,6 +75,8 @@ class BusState:
         self.held: set[str] = set()
         #: Workers shared with other brokers, by routing id.
         self.shared: dict[bytes, WorkerSession] = {}
+        #: Models that workers could not load, by model and name of the worker.
+        self.failed_loads: dict[str, dict[str, LoadFailure]] = {}
         #: Workers that load models on demand, by routing id.
         self.swappers: dict[bytes, WorkerSession] = {}
         #: Every request known, by id, in whatever phase.

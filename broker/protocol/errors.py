@@ -65,6 +65,10 @@ HTTP_STATUS: dict[ErrorCode, int] = {
 }
 
 
+LOAD_FAILED = "load_failed"
+"""In the details of model_unavailable: the model is known, and no worker can load it. HTTP 503."""
+
+
 class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A failure as it travels.
 

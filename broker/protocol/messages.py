@@ -132,6 +132,16 @@ class ModelInfo(MapStruct, frozen=True, kw_only=True):
     must_free_bytes: Count | None = None
 
 
+class FailedModel(MapStruct, frozen=True, kw_only=True):
+    """A model that a worker offered and could not load."""
+
+    name: Name
+    #: In words.
+    cause: str = ""
+    #: When it is offered again, whether or not it can be loaded then; None: not by itself.
+    retry_in_ms: Milliseconds | None = None
+
+
 def kind_fields(kinds: Iterable[str]) -> dict[str, Any]:
     """The fields of a `ModelInfo` that say which of the known kinds a model answers."""
     known = [Kind(kind) for kind in kinds if kind in _KINDS]
@@ -181,6 +191,8 @@ class Hello(MapStruct, frozen=True, kw_only=True):
     #: When the worker will be gone, counted from now, and why, in words; None: no end is known.
     ends_in_ms: Milliseconds | None = None
     ends_why: str = ""
+    #: Models that are not among `models` because they could not be loaded.
+    failed: list[FailedModel] = []
     # Only from clients:
     #: Wants ACCEPTED again whenever the place or the expected start of a waiting request changes.
     waits: bool = False
@@ -253,6 +265,8 @@ class Heartbeat(MapStruct, frozen=True, kw_only=True):
     #: As in HELLO, as it is known now; None: no end is known (any more).
     ends_in_ms: Milliseconds | None = None
     ends_why: str = ""
+    #: Sent with `models`: what is not among them because it could not be loaded.
+    failed: list[FailedModel] = []
     #: From a broker, to a worker that loads on demand: load this model now, in place of those of
     #: `gives_way`; or unload those (none named: all).
     load: Annotated[str, Meta(max_length=MAX_NAME_BYTES)] = ""

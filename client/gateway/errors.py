@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from broker.protocol.errors import HTTP_STATUS, ErrorCode, ErrorInfo
+from broker.protocol.errors import HTTP_STATUS, LOAD_FAILED, ErrorCode, ErrorInfo
 from client import BusError
 
 if TYPE_CHECKING:
@@ -113,6 +113,8 @@ class GatewayError(Exception):
     @property
     def openai_code(self) -> str:
         """The `code` sent to an HTTP client."""
+        if self.info.details.get(LOAD_FAILED):
+            return self.info.code  # there is such a model
         return self._openai_code or _OPENAI_CODE.get(self.info.code, self.info.code)
 
 
@@ -138,6 +140,8 @@ class UnknownAnswer(GatewayError):
 
 def status_of(info: ErrorInfo) -> int:
     """The HTTP status of a bus error; 502 for a code that this version does not know."""
+    if info.code == ErrorCode.MODEL_UNAVAILABLE and info.details.get(LOAD_FAILED):
+        return 503
     try:
         return HTTP_STATUS[ErrorCode(info.code)]
     except ValueError:

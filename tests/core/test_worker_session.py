@@ -6,7 +6,7 @@ import pytest
 
 from broker.protocol import codec
 from broker.protocol.header import MessageType
-from broker.protocol.messages import WorkerState
+from broker.protocol.messages import ModelInfo, WorkerState
 from tests.core.worker_world import (
     OTHER_ROUTE,
     World,
@@ -16,6 +16,7 @@ from tests.core.worker_world import (
     serving,
 )
 from worker.core import events
+from worker.engines.base import Capabilities, FailedLoad
 
 # --- sessions -------------------------------------------------------------------------------------
 
@@ -32,6 +33,51 @@ def test_a_worker_sends_hello_then_reports_loading_and_grants_nothing() -> None:
     beat = broker.came(MessageType.HEARTBEAT)[-1]
     assert (beat.state, beat.progress, beat.note) == (WorkerState.LOADING, 0.5, "weights")
     assert broker.free == 0
+
+
+def test_a_worker_that_cannot_load_its_model_says_why_before_it_leaves() -> None:
+    world = World()
+    world.tell(events.Tick())
+    (broker,) = world.brokers
+    broker.connect()
+    world.tell(events.WorkerFailed("no config.json"))
+    beat = broker.came(MessageType.HEARTBEAT)[-1]
+    assert (beat.models, [(one.name, one.cause) for one in beat.failed]) == (
+        [],
+        [("demo", "no config.json")],
+    )
+    assert [head.type for head, _ in broker.messages][-1] is MessageType.GOODBYE
+
+
+def test_a_worker_that_was_ready_once_may_be_started_again_with_its_model() -> None:
+    world = serving()
+    world.tell(events.EngineLost("killed by signal 9"))
+    world.advance(1.0)
+    world.tell(events.WorkerFailed("the engine died 5 times in a row"))
+    beats = world.brokers[0].came(MessageType.HEARTBEAT)
+    assert not any(beat.failed for beat in beats)
+
+
+def test_a_failed_load_is_told_with_the_models_and_again_in_hello() -> None:
+    world = World()
+    world.tell(events.Tick())
+    (broker,) = world.brokers
+    broker.connect()
+    failed = (FailedLoad("other", "no memory", world.now_s + 30.0), FailedLoad("third", "why"))
+    known = Capabilities("echo", "cpu", (ModelInfo(name="demo"),), 2, failed)
+    world.tell(events.EngineReady(known))
+    world.advance(10.0)
+    told = [beat for beat in broker.came(MessageType.HEARTBEAT) if beat.models is not None]
+    assert [(one.name, one.retry_in_ms) for one in told[-1].failed] == [
+        ("other", 30_000),
+        ("third", None),
+    ]
+    broker.lose()
+    world.advance(2.0)
+    broker.connect()
+    hello = broker.came(MessageType.HELLO)[-1]
+    [other, _] = hello.failed
+    assert (other.name, other.cause) == ("other", "no memory") and other.retry_in_ms <= 20_000
 
 
 def test_a_loaded_engine_is_announced_once_with_models_then_granted() -> None:

@@ -12,6 +12,7 @@ from broker.protocol.messages import ModelInfo
 from worker.core import events
 from worker.engines.base import Capabilities, EngineOptions
 from worker.engines.events import END, FAIL
+from worker.process import shelf
 from worker.process.shelf import HELD_BYTES, Shelf
 
 GB = 10**9
@@ -404,6 +405,42 @@ def test_a_model_that_cannot_be_loaded_leaves_the_list_and_the_others_stay() -> 
     came = bench.read()
     assert not any(isinstance(event, events.WorkerFailed) for event in came)
     assert list(bench.models) == ["a"] and bench.loaded == ["a"]
+
+
+def test_a_model_that_could_not_be_loaded_is_offered_again_later_and_later() -> None:
+    bench = Bench("a", "b", budget=10)
+    bench.load("a")
+    wait_s = shelf.FIRST_RETRY_S
+    for _ in range(8):
+        bench.shelf.load("b")
+        bench["b"].came.append(events.WorkerFailed("no such file"))
+        changed = [e for e in bench.read() if isinstance(e, events.EngineChanged)][-1]
+        [failed] = changed.capabilities.failed
+        assert (failed.name, failed.cause) == ("b", "no such file")
+        assert failed.retry_s == bench.now_s + wait_s == bench.shelf.deadline_s()
+        bench.shelf.load("b")
+        assert bench.read() == [], "it is not tried before that"
+        bench.wait(wait_s)
+        assert list(bench.models) == ["a", "b"]
+        wait_s = min(2 * wait_s, shelf.LONGEST_RETRY_S)
+    # One that was mended begins anew.
+    bench.load("b")
+    assert bench.loaded == ["a", "b"]
+    bench.shelf.load("", ["b"])
+    bench.shelf.load("b")
+    bench["b"].came.append(events.WorkerFailed("again"))
+    bench.read()
+    assert bench.shelf.deadline_s() == bench.now_s + shelf.FIRST_RETRY_S
+
+
+def test_a_worker_that_can_load_nothing_says_of_each_model_why_before_it_fails() -> None:
+    bench = Bench("a+alias")
+    bench.shelf.load("a")
+    bench["a"].came.append(events.WorkerFailed("no such file"))
+    *told, last = bench.read()
+    assert isinstance(last, events.WorkerFailed)
+    [changed] = [e for e in told[-1:] if isinstance(e, events.EngineChanged)]
+    assert [one.name for one in changed.capabilities.failed] == ["a", "alias"]
 
 
 def test_a_model_that_is_being_loaded_is_not_thrown_out_for_another() -> None:

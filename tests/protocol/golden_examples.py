@@ -289,6 +289,31 @@ def examples() -> dict[str, Example]:
             ],
             [],
         ),
+        "heartbeat_failed": (
+            t.HEARTBEAT,
+            SESSION,
+            13,
+            0,
+            [
+                m.Heartbeat(
+                    state=m.WorkerState.READY,
+                    models=[m.ModelInfo(name="demo")],
+                    failed=[
+                        m.FailedModel(name="broken", cause="no config.json", retry_in_ms=30_000)
+                    ],
+                    capacity=16,
+                )
+            ],
+            [],
+        ),
+        "hello_failed": (
+            t.HELLO,
+            header.NO_ID,
+            0,
+            0,
+            [m.Hello(role="worker", name="lab", failed=[m.FailedModel(name="broken")])],
+            [],
+        ),
         "hello_continues_by_ids": (
             t.HELLO,
             header.NO_ID,

@@ -37,6 +37,8 @@ SHOWS: Final = {
     "heartbeat_on_demand": "a worker's models: one is loaded, one would take 4 s",
     "heartbeat_load_in_place": "a model is to be loaded, and two give way to it",
     "heartbeat_memory": "one model under two names is loaded, and 2 GiB more must go for another",
+    "heartbeat_failed": "a model could not be loaded, and is offered again in 30 s",
+    "hello_failed": "a model could not be loaded, and is not offered again by itself",
     "hello_continues_by_ids": "a model whose answers go on after the same tokens, and no more",
     "resume_of_a_suspect": "the epoch after a random step; two workers lost, one of them alone",
     "interrupted_alone": "the worker died and ran nothing else",

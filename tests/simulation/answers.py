@@ -203,6 +203,8 @@ class Call:
     #: How often it was preempted by a request of higher priority, or by the turn of another model.
     gave_way: int = 0
     model: str = "model"
+    #: How often it was told that its model could not be loaded.
+    asked_again: int = 0
 
     @property
     def name(self) -> str:

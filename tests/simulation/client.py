@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from broker.core.events import Side
+from broker.protocol.errors import LOAD_FAILED
 from broker.protocol.header import MessageType
 from broker.protocol.messages import (
     Cancel,
@@ -206,6 +207,9 @@ class SimClient(Party):
                     call.blamed.update(self.core._requests.exchanges[id_].lost_workers)
                     call.queued_s, call.lost_s = math.inf, min(call.lost_s, self.world.now_s)
                     self.world.note(self.name, f"{id_.hex()[:8]} recovers: {item.reason}")
+                case BusError() if item.details.get(LOAD_FAILED) and item.retry_after_ms:
+                    self._ask_again(name, call, item.retry_after_ms / 1000)
+                    return
                 case BusError():
                     call.outcome, call.error = str(item.code), item
         if final != bool(call.outcome):
@@ -221,7 +225,23 @@ class SimClient(Party):
         ):
             raise Violation(f"{name} failed after text that is not a prefix: {call.said!r}")
 
-    def _tokens(self, name: str, call: Call, item: TokensEvent) -> None:
+    def _ask_again(self, name: str, call: Call, after_s: float) -> None:
+        """The application asks again when its model may be loaded after all: as told."""
+        if call.token_ids:
+            raise Violation(f"{name} is not to go on, although it was begun")
+        call.asked_again += 1
+        self.world.note(self.name, f"{name} asks again in {after_s:.3f} s")
+        del self.calls[call.request_id]
+        call.request_id = b"\x01" + self.world.rng.randbytes(15)
+        self.calls[call.request_id] = call
+
+        def again() -> None:
+            if self.alive and not self.closed and not call.dropped:
+                self.ask(call)
+
+        self.world.after(after_s, again)
+
+    def _tokens(self, name: str, call: Call, item: client_events.Tokens) -> None:
         at = len(call.token_ids)
         right = [call.answer.token(i) for i in range(at, at + len(item.token_ids))]
         if item.offset != at or item.token_ids != right:

@@ -44,8 +44,10 @@ class SimEngine:
         load_s: float,
         names: tuple[str, ...] = (MODEL,),
         say: Callable[[SimEngine, Any], None] | None = None,
+        fails: bool = False,
     ) -> None:
-        """`say`: where its events go; None: to its worker."""
+        """`say`: where its events go; None: to its worker. `fails`: its model cannot be loaded."""
+        self._fails = fails
         self.names = names
         self._say = say or (lambda engine, event: worker.tell(event))
         self.worker = worker
@@ -59,7 +61,10 @@ class SimEngine:
         self.world.after(load_s, self._loaded)
 
     def _loaded(self) -> None:
-        if self.alive:
+        if self.alive and self._fails:
+            self.alive = False
+            self._say(self, worker_events.WorkerFailed("there is not enough memory"))
+        elif self.alive:
             self.ready = True
             kinds = kind_fields((Kind.COMPLETE, Kind.EMBED, Kind.DECIDE))
             models = tuple(

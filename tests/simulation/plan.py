@@ -101,6 +101,8 @@ class Plan:
     units: int = 0
     unload_idle_s: float = math.inf
     swap_factor: float = 5.0
+    #: Loads on demand that fail, at most.
+    load_failures: int = 0
 
 
 def make(
@@ -146,6 +148,7 @@ def make(
         units=shelf.choice((0, 2, 3)),
         unload_idle_s=shelf.choice((math.inf, math.inf, 1.0)),
         swap_factor=shelf.choice((0.5, 2.0, 5.0)),
+        load_failures=shelf.choice((0, 1, 3)),
     )
 
 

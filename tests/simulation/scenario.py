@@ -4,6 +4,7 @@ that can be served must be; then everyone leaves, and nothing may be left behind
 from __future__ import annotations
 
 import math
+import random
 
 from broker.core.events import ShutdownRequested
 from broker.core.settings import CoreSettings
@@ -70,6 +71,9 @@ class Run:
         self.calls: list[Call] = []
         self.broker_away_s = RESTART_S
         self.happened: set[str] = set()
+        #: Loads that failed; drawn apart, so that plans without such stay the same.
+        self.failed_loads = 0
+        self._loads = random.Random(~plan.seed)
         self.leaving = False
 
     @property
@@ -150,9 +154,17 @@ class Run:
                 "stall_s": STALL_S,
             },
             on_exit=lambda worker: self.world.after(RESTART_S, self._replace, worker),
-            on_demand=(plan.models, plan.units, plan.unload_idle_s) if plan.models > 1 else None,
+            on_demand=(plan.models, plan.units, plan.unload_idle_s, self._load_fails)
+            if plan.models > 1
+            else None,
         )
         self.workers.append(worker)
+
+    def _load_fails(self) -> bool:
+        """Whether a load that begins now fails."""
+        fails = self.failed_loads < self.plan.load_failures and self._loads.random() < 0.4
+        self.failed_loads += fails
+        return fails
 
     def _replace(self, worker: SimWorker) -> None:
         if not self.leaving:

@@ -4,6 +4,7 @@ processes in place of its supervisors."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tests.simulation.engine import SimEngine
@@ -45,14 +46,16 @@ class SimProcess:
 
     def start(self) -> None:
         self._restart_s = math.inf
-        self.engine = SimEngine(
-            self._worker, self._worker.step_s, self._worker.load_s, self.names, self._say
-        )
+        worker, fails = self._worker, self._shelf.load_fails()
+        self.engine = SimEngine(worker, worker.step_s, worker.load_s, self.names, self._say, fails)
         self._shelf.check_room()
 
     def _say(self, engine: SimEngine, event: Any) -> None:
         if engine is self.engine:
             self._came.append(event)
+            if isinstance(event, events.WorkerFailed):
+                self.engine = None
+                self._worker.world.note(self._worker.name, f"cannot load {self.names}")
             if isinstance(event, events.EngineReady):
                 held = float(self.size * UNIT_BYTES)
                 self._came.append(events.EngineMeasured({HELD_BYTES: held}))
@@ -109,10 +112,17 @@ class SimShelf:
     """The shelf of one worker, and what the link does with it."""
 
     def __init__(
-        self, worker: SimWorker, models: int, units: int, unload_idle_s: float, stall_s: float
+        self,
+        worker: SimWorker,
+        models: int,
+        units: int,
+        unload_idle_s: float,
+        load_fails: Callable[[], bool],
+        stall_s: float,
     ) -> None:
-        """`units`: what fits at once; 0: one model."""
+        """`units`: what fits at once; 0: one model. `load_fails`: whether the next load fails."""
         self.worker = worker
+        self.load_fails = load_fails
         self.names = [name_of(number) for number in range(models)]
         self._units = units
         self.processes: list[SimProcess] = []

@@ -49,7 +49,7 @@ class SimWorker(Party):
         load_s: float,
         settings: dict[str, Any],
         on_exit: Callable[[SimWorker], None],
-        on_demand: tuple[int, int, float] | None = None,
+        on_demand: tuple[int, int, float, Callable[[], bool]] | None = None,
     ) -> None:
         super().__init__(world, name)
         self._on_exit = on_exit

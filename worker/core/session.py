@@ -33,7 +33,6 @@ from broker.protocol.messages import (
     Drain,
     Heartbeat,
     Hello,
-    ModelInfo,
     Reject,
     Request,
     Welcome,
@@ -53,6 +52,7 @@ from worker.core.instructions import (
     RestartEngine,
     Send,
 )
+from worker.core.offer import Offer
 from worker.core.requests import Requests
 from worker.core.settings import Settings
 from worker.engines.base import Capabilities
@@ -72,15 +72,7 @@ class WorkerCore:
         ]
         # Engine.
         self._state = WorkerState.LOADING
-        self._capabilities: Capabilities | None = None
-        #: What it served last: an engine that is started anew will serve it again.
-        self._last_models = [ModelInfo(name=name) for name in settings.models]
-        self._progress: float | None = None
-        #: A model is being loaded on demand, while the worker serves on.
-        self._loads = False
-        self._note = ""
-        #: Why the latest load on demand failed; empty after one that did not.
-        self._not_loaded = ""
+        self._offer = Offer(settings.models)
         self._metrics: dict[str, float] = {}
         #: When the engine last finished a step, or got its first job after being idle.
         self._mark_s = now_s
@@ -134,12 +126,11 @@ class WorkerCore:
                 connection.blocked = False
                 self._requests.unblocked(connection, now_s)
             case events.EngineLoading():
-                self._loads, self._not_loaded = event.on_demand, ""
-                self._progress, self._note = event.progress, event.note
+                self._offer.loading(event)
             case events.EngineReady() | events.EngineChanged():
                 self._engine_ready(event.capabilities, now_s)
             case events.LoadRefused(model, message):
-                self._not_loaded = f"{model} was not loaded: {message}"
+                self._offer.refused(model, message)
             case events.EngineMeasured():
                 self._metrics = event.metrics
             case events.EngineLost():
@@ -149,6 +140,10 @@ class WorkerCore:
             case events.EndKnown():
                 self._end_known(event.ends_s, event.why, now_s)
             case events.WorkerFailed():
+                if self._offer.given_up(event.message):
+                    for connection in self._connections:
+                        if connection.open:
+                            self._beat(connection, now_s, tell=True)
                 self._leave("engine_dead", event.message, 1, now_s)
         self._settle(now_s)
         return out
@@ -170,7 +165,7 @@ class WorkerCore:
     @property
     def capacity(self) -> int:
         """Slots of the engine; 0 until it is loaded."""
-        return self._capabilities.capacity if self._capabilities else 0
+        return self._offer.capacity
 
     def invariants(self) -> None:
         """Raise AssertionError where the state contradicts itself."""
@@ -179,7 +174,8 @@ class WorkerCore:
         fixed = (
             not self._settings.relay
         )  # a relay may for a moment have granted slots that it just lost to others
-        if fixed and self._capabilities is not None and self._state is not WorkerState.LOADING:
+        loaded = self._offer.capabilities is not None
+        if fixed and loaded and self._state is not WorkerState.LOADING:
             assert self.running + unused <= self.capacity, (
                 f"{self.running} running and {unused} granted of {self.capacity} slots"
             )
@@ -225,14 +221,14 @@ class WorkerCore:
     def _connected(self, connection: Connection, now_s: float) -> None:
         if connection.state is not State.CONNECTING:
             return
-        settings, capabilities = self._settings, self._capabilities
+        settings, capabilities = self._settings, self._offer.capabilities
         holds = self._requests.holds()[-MAX_HELD_REQUESTS:]
         connection.held = {held.request_id for held in holds if held.running}
         hello = Hello(
             role="worker",
             name=settings.name,
             software=settings.software,
-            models=self._models(),
+            models=self._offer.models,
             capacity=self.capacity,
             speed=settings.speed,
             engine=capabilities.engine if capabilities else settings.engine,
@@ -242,13 +238,9 @@ class WorkerCore:
             instance=settings.instance,
             ends_in_ms=self._ends_in_ms(now_s),
             ends_why=self._end_why,
+            failed=self._offer.failed(now_s),
         )
         self._out.append(Send(connection.index, connection.greet(hello, now_s)))
-
-    def _models(self) -> list[ModelInfo]:
-        if self._capabilities is not None:
-            return list(self._capabilities.models)
-        return self._last_models
 
     def _lose(self, connection: Connection, ended: Ended, now_s: float) -> None:
         """The session, or the attempt to open one, is over; its requests live on."""
@@ -278,11 +270,12 @@ class WorkerCore:
             goodbye = connection.goodbye(reason, message, now_s)
             self._out.append(Send(connection.index, goodbye))
 
-    def _beat(self, connection: Connection, now_s: float) -> None:
+    def _beat(self, connection: Connection, now_s: float, *, tell: bool = False) -> None:
+        """`tell`: the models too, in any case."""
         busy = self._requests.engine_busy
         loading = self._state is WorkerState.LOADING
-        capabilities = self._capabilities
-        tell = not connection.models_told and capabilities is not None
+        capabilities = self._offer.capabilities
+        tell = tell or (not connection.models_told and capabilities is not None)
         connection.models_told |= tell
         heartbeat = Heartbeat(
             state=self._state,
@@ -290,10 +283,11 @@ class WorkerCore:
             waiting=int(self._metrics.get("waiting", 0)),
             granted=connection.credit.announce(),
             engine_age_ms=max(0, int((now_s - self._mark_s) * 1000)) if busy else 0,
-            progress=self._progress if loading or self._loads else None,
-            note=(self._note if loading or self._loads else self._not_loaded)[:500],
+            progress=self._offer.progress(loading=loading),
+            note=self._offer.note(loading=loading)[:500],
             metrics=self._metrics,
-            models=self._models() if tell else None,
+            models=self._offer.models if tell else None,
+            failed=self._offer.failed(now_s) if tell else [],
             capacity=self.capacity if tell else None,
             engine=capabilities.engine if tell and capabilities else None,
             device=capabilities.device if tell and capabilities else None,
@@ -435,13 +429,9 @@ class WorkerCore:
             return ErrorCode.DRAINING, f"worker {name} is draining; send it elsewhere", True
         if assign.attach:
             return ErrorCode.WORKER_LOST, f"worker {name} no longer holds the request", True
-        if self._capabilities is None:
-            return ErrorCode.MODEL_UNAVAILABLE, f"worker {name} is still loading", True
-        info = next((info for info in self._capabilities.models if info.name == model), None)
-        if info is None:
-            return ErrorCode.MODEL_UNAVAILABLE, f"worker {name} does not serve {model!r}", False
-        if not info.loaded:
-            return ErrorCode.MODEL_UNAVAILABLE, f"worker {name} has unloaded {model!r}", True
+        refusal = self._offer.refusal(name, model)
+        if refusal is not None:
+            return refusal
         if beyond:
             return ErrorCode.OVERLOADED, f"worker {name} granted no slot for this", True
         return None
@@ -490,12 +480,10 @@ class WorkerCore:
     # --- engine and end ---------------------------------------------------------------------------
 
     def _engine_ready(self, capabilities: Capabilities, now_s: float) -> None:
-        self._capabilities = capabilities
+        self._offer.ready(capabilities)
         if not self._settings.relay:
             batched = (model.name for model in capabilities.models if not model.serial)
             self._requests.batched = frozenset(batched)
-        self._last_models = list(capabilities.models)
-        self._loads, self._progress, self._note = False, None, ""
         if self._state is WorkerState.LOADING:
             self._state = WorkerState.READY
         for connection in self._connections:
@@ -506,8 +494,8 @@ class WorkerCore:
     def _engine_lost(self, reason: str, message: str, now_s: float) -> None:
         """Tell all brokers: running requests are lost, ended ones can still be resumed."""
         self._requests.engine_lost()
-        self._capabilities = None
-        self._progress, self._note, self._metrics = None, "", {}
+        self._offer.lost()
+        self._metrics = {}
         for connection in self._connections:
             if connection.open:
                 self._part(connection, reason, message, now_s)

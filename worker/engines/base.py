@@ -72,6 +72,16 @@ class EngineOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class FailedLoad:
+    """A model that was offered and could not be loaded."""
+
+    name: str
+    cause: str
+    #: When it is offered again, seconds of the monotonic clock; None: not by itself.
+    retry_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Capabilities:
     """What an engine can do; known once it is loaded."""
 
@@ -80,6 +90,8 @@ class Capabilities:
     models: tuple[ModelInfo, ...]
     #: Jobs that it can run at once: the credit that the worker grants.
     capacity: int
+    #: What is not among the models because it could not be loaded.
+    failed: tuple[FailedLoad, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from broker.protocol.errors import ErrorCode, ErrorInfo
 from broker.protocol.messages import ModelInfo
 from worker.core import events
 from worker.engines import events as engine_events
-from worker.engines.base import Capabilities, EngineOptions
+from worker.engines.base import Capabilities, EngineOptions, FailedLoad
 from worker.engines.events import END, FAIL
 from worker.process.pipe import Pipe
 from worker.process.supervisor import Supervisor
@@ -45,8 +45,10 @@ STRIKES = 3
 lives on, so the broker sees no worker die."""
 REMEMBERED = 1000
 """Requests whose engines died."""
-
-
+FIRST_RETRY_S = 30.0
+"""How long a model that could not be loaded is not offered; it doubles with every load that fails
+again. What was wrong may have been mended, or be no more: another process had the memory."""
+LONGEST_RETRY_S = 1800.0
 LATE_S = 1.0
 """A tick that comes later than this shows that the process was suspended."""
 STALL_SHARE = 0.9
@@ -78,6 +80,9 @@ class _Entry:
     told_bytes: int = 0
     #: Why it cannot be loaded; empty if it can, as far as is known.
     broken: str = ""
+    #: Loads that failed in a row, and when it is offered again.
+    failures: int = 0
+    retry_s: float = math.inf
     #: None: it is not loaded.
     engine: Supervisor | None = None
     ready: bool = False
@@ -168,7 +173,7 @@ class Shelf:
         return came
 
     def deadline_s(self) -> float:
-        due_s = math.inf
+        due_s = min((entry.retry_s for entry in self._entries if entry.broken), default=math.inf)
         for entry in self._loaded():
             due_s = min(due_s, _engine(entry).deadline_s())
             if entry.jobs:
@@ -180,8 +185,14 @@ class Shelf:
 
     def tick(self, now_s: float) -> list[events.Event]:
         """Start an engine that was lost, kill one that hangs, unload a model that nobody asks
-        for."""
+        for, offer one again that could not be loaded."""
         came: list[events.Event] = []
+        again = [entry for entry in self._entries if entry.broken and now_s >= entry.retry_s]
+        for entry in again:
+            entry.broken = ""
+            log.info("model is offered again", extra={"fields": {"model": entry.title}})
+        if again:
+            self._changed()
         late_s = now_s - self._due_s
         for entry in self._loaded():
             if late_s > LATE_S:
@@ -358,7 +369,7 @@ class Shelf:
             entry.load_ms = max(1, round((self._clock() - entry.since_s) * 1000))
         self._learn(entry, capabilities)
         self._device = capabilities.device
-        entry.lost, entry.ready = False, True
+        entry.lost, entry.ready, entry.failures = False, True, 0
         entry.idle_since_s = now_s
         # What it occupies is measured anew; until it is, the last time counts.
         entry.metrics = {}
@@ -422,15 +433,20 @@ class Shelf:
         return lost + self._translated(entry, _engine(entry).restart(reason, now_s), now_s)
 
     def _unusable(self, entry: _Entry, message: str) -> list[events.Event]:
-        """The model cannot be loaded: the others can."""
+        """The model cannot be loaded: the others can. It is offered again after a while, which
+        doubles."""
         entry.engine, entry.lost = None, False
         entry.broken = message
+        wait_s = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2.0**entry.failures)
+        entry.failures, entry.retry_s = entry.failures + 1, self._clock() + wait_s
         self._all_lost = False
         log.error("model unusable", extra={"fields": {"model": entry.title, "cause": message}})
-        if all(e.broken for e in self._entries):
-            return [events.WorkerFailed(f"none of the models can be loaded; the last: {message}")]
         refused = events.LoadRefused(entry.title, message)
-        return [refused, events.EngineChanged(self._capabilities())]
+        told: list[events.Event] = [refused, events.EngineChanged(self._capabilities())]
+        if all(e.broken for e in self._entries):
+            reason = f"none of the models can be loaded; the last: {message}"
+            told.append(events.WorkerFailed(reason))
+        return told
 
     def _count(self, entry: _Entry, event: events.EngineStepped, now_s: float) -> None:
         for told in event.events:
@@ -502,6 +518,12 @@ class Shelf:
             device=self._device,
             models=tuple(infos),
             capacity=self._options.slots,
+            failed=tuple(
+                FailedLoad(info.name, entry.broken, entry.retry_s)
+                for entry in self._entries
+                if entry.broken
+                for info in entry.infos
+            ),
         )
 
 

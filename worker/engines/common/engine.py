@@ -22,6 +22,7 @@ from worker.engines.base import (
     EngineEvent,
     EngineLoadError,
     Failed,
+    FailedLoad,
     Job,
     Tokens,
 )
@@ -102,7 +103,12 @@ class BatchEngine:
     def capabilities(self) -> Capabilities:
         if self.adapters is None:
             return self._capabilities
-        return replace(self._capabilities, models=tuple(self._infos(self.adapters)))
+        broken = [(name, one.broken) for name, one in self.adapters.known.items() if one.broken]
+        return replace(
+            self._capabilities,
+            models=tuple(self._infos(self.adapters)),
+            failed=tuple(FailedLoad(name, cause) for name, cause in broken),
+        )
 
     @property
     def busy(self) -> bool:
