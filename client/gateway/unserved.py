@@ -75,7 +75,6 @@ _UNSERVED: Final = {
     "functions": "it is the deprecated form of `tools`",
     "input_audio": "the bus serves text and images, not audio",
     "mcp_servers": "connect to them in your program and send their tools",
-    "namespace": "functions of the bus's models have none; write it into the function's name",
     "max_chunks_per_doc": "documents are scored whole; `truncate_prompt_tokens: -1` cuts them",
     "max_tokens_per_doc": "documents are scored whole; `truncate_prompt_tokens: -1` cuts them",
     "media_io_kwargs": "images are read as they are",

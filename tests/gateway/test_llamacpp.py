@@ -180,6 +180,13 @@ def test_progress_and_timings_come_with_the_stream(http: httpx.Client) -> None:
     assert "timings" not in chunks_of(http, prompt=TEXT)[0]
 
 
+def test_the_rate_is_of_the_steps_after_the_first_token(http: httpx.Client) -> None:
+    one = ask(http, prompt=TEXT, n_predict=1)["timings"]
+    assert one["predicted_n"] == 1 and one["predicted_per_second"] == 0
+    many = ask(http, prompt="[[echo step_delay_ms=2]]abcdef")["timings"]
+    assert many["predicted_per_second"] == pytest.approx(5 * 1000 / many["predicted_ms"])
+
+
 def test_an_answer_whose_time_is_over_ends_at_a_new_line(http: httpx.Client) -> None:
     slow = "[[echo step_delay_ms=20]]" + "ab\n" * 200
     told = ask(http, prompt=slow, t_max_predict_ms=100)

@@ -25,7 +25,7 @@ from typing_extensions import is_typeddict
 import client.gateway
 from client.gateway import requests, unserved
 from client.gateway.errors import GatewayError
-from client.gateway.openai import responses_body, responses_input
+from client.gateway.openai import responses_body, responses_input, responses_tools
 from client.gateway.openai.responses_body import ResponseRequest
 from client.gateway.requests import (
     ChatRequest,
@@ -86,7 +86,7 @@ PARTS = {
     responses_input.FunctionOutputItem: [responses.response_input_param.FunctionCallOutput],
     responses_input.ReasoningItem: [responses.ResponseReasoningItemParam],
     responses_input.ItemReference: [responses.response_input_param.ItemReference],
-    responses_body.FunctionTool: [responses.FunctionToolParam],
+    responses_tools.FunctionTool: [responses.FunctionToolParam],
     responses_body.TextConfig: [responses.ResponseTextConfigParam],
     responses_body.Reasoning: [Reasoning],
 }
@@ -140,7 +140,7 @@ def test_every_refused_field_has_its_reason() -> None:
         if issubclass(kind, msgspec.Struct)
     }
     refused = {field for kind in kinds for field in unserved._refused_fields(kind)}
-    assert "audio" in refused and "namespace" in refused
+    assert "audio" in refused and "suffix" in refused
     assert refused == set(unserved._UNSERVED)
 
 

@@ -216,6 +216,8 @@ class Answer:
 
 def _timings(usage: Usage, tokens: int, prompt_ms: float, written_ms: float) -> dict[str, Any]:
     read = usage.prompt_tokens - usage.cached_tokens
+    # The first token comes of the prompt.
+    steps = max(tokens - 1, 0)
     return {
         "cache_n": usage.cached_tokens,
         "prompt_n": read,
@@ -224,8 +226,8 @@ def _timings(usage: Usage, tokens: int, prompt_ms: float, written_ms: float) -> 
         "prompt_per_second": _per(read * 1000, prompt_ms),
         "predicted_n": tokens,
         "predicted_ms": written_ms,
-        "predicted_per_token_ms": _per(written_ms, tokens),
-        "predicted_per_second": _per(tokens * 1000, written_ms),
+        "predicted_per_token_ms": _per(written_ms, steps),
+        "predicted_per_second": _per(steps * 1000, written_ms),
     }
 
 

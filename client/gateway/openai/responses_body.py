@@ -31,18 +31,17 @@ from client.gateway.openai.responses_input import (
     ReasoningItem,
     Refusal,
 )
+from client.gateway.openai.responses_tools import full_name, functions_of
 from client.gateway.openai.sealing import SUMMARY, unsealed
 
 __all__ = [
     "ENCRYPTED",
     "INCLUDABLE",
     "LOGPROBS",
-    "FunctionTool",
     "ResponseRequest",
     "TextConfig",
     "as_chat",
     "check_include",
-    "functions_of",
     "named_in_input",
     "turns_of",
     "typed",
@@ -66,44 +65,6 @@ INCLUDABLE: Final = (
 
 
 # --- the body -------------------------------------------------------------------------------------
-
-
-class FunctionTool(Body, kw_only=True):
-    type: Literal["function"]
-    name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-    description: str | None = None
-    cache_control: http.Label = None
-    #: The format of the function's answer; the model sees the answer itself.
-    output_schema: http.Label = None
-    #: Models of the bus make calls in their answer ("direct").
-    allowed_callers: http.Label = None
-    async_: http.Label = msgspec.field(default=None, name="async")
-    #: The model is always given all tools at once.
-    defer_loading: http.Label = None
-
-
-#: Kinds of tools that OpenAI runs itself, or whose calls have a special form.
-_RUN_ELSEWHERE: Final = (
-    "apply_patch",
-    "code_interpreter",
-    "computer",
-    "computer_use_preview",
-    "custom",
-    "file_search",
-    "image_generation",
-    "local_shell",
-    "mcp",
-    "namespace",
-    "programmatic_tool_calling",
-    "shell",
-    "tool_search",
-    "web_search",
-    "web_search_2025_08_26",
-    "web_search_preview",
-    "web_search_preview_2025_03_11",
-)
 
 
 class NamedTool(Body, tag="function", tag_field="type", kw_only=True):
@@ -175,7 +136,7 @@ class ResponseRequest(http.Extensions, kw_only=True):
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     include: list[str] | None = None
     text: TextConfig | None = None
-    #: Functions; other kinds of tools are left out, see `functions_of`.
+    #: See `responses_tools.functions_of`.
     tools: Annotated[list[dict[str, Any]], Meta(max_length=http.MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
@@ -314,7 +275,9 @@ class _Turns:
             case FunctionCallItem():
                 call = http.ToolCall(
                     id=item.call_id,
-                    function=http.CalledFunction(name=item.name, arguments=item.arguments),
+                    function=http.CalledFunction(
+                        name=full_name(item.namespace, item.name), arguments=item.arguments
+                    ),
                 )
                 last = self.messages[-1] if self.messages else None
                 # Calls of one turn become one chat message, with all that was thought for them.
@@ -413,7 +376,7 @@ def as_chat(body: ResponseRequest, earlier: list[http.ChatMessage]) -> http.Chat
         logprobs=logprobs,
         top_logprobs=body.top_logprobs if logprobs else None,
         response_format=_format(body.text),
-        tools=[_tool(tool) for tool in functions_of(body)],
+        tools=[tool.shown for tool in functions_of(body.tools)],
         tool_choice=_tool_choice(body),
         parallel_tool_calls=body.parallel_tool_calls,
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
@@ -431,32 +394,6 @@ def check_include(entry: str) -> None:
         raise invalid("include", f"`include` knows {', '.join(INCLUDABLE)}; not {entry!r}.")
 
 
-def functions_of(body: ResponseRequest) -> list[FunctionTool]:
-    """The tools that the model may call. Tools that OpenAI runs itself are left out, because
-    agents send them along with their functions to any server. Raises GatewayError if there are
-    no other tools."""
-    functions: list[FunctionTool] = []
-    left_out: list[str] = []
-    for index, tool in enumerate(body.tools or []):
-        kind = tool.get("type")
-        if kind in _RUN_ELSEWHERE:
-            left_out.append(f"tools[{index}].type")
-            continue
-        if kind != "function":
-            told = f"Invalid value {kind!r}; allowed are 'function' and, beside functions, "
-            known = ", ".join(map(repr, _RUN_ELSEWHERE))
-            raise invalid(f"tools[{index}].type", f"`tools[{index}].type`: {told}{known}.")
-        path = f"tools[{index}]"
-        functions.append(http.converted(tool, FunctionTool, path))
-    if left_out and not functions:
-        raise invalid(
-            left_out[0],
-            f"`{left_out[0]}`: nothing here runs such a tool; send functions, which run at the "
-            "caller.",
-        )
-    return functions
-
-
 def _tool_choice(body: ResponseRequest) -> http.ToolChoice | None:
     match body.tool_choice:
         case NamedTool(name=name):
@@ -466,18 +403,6 @@ def _tool_choice(body: ResponseRequest) -> http.ToolChoice | None:
             return http.AllowedToolChoice(allowed_tools=http.AllowedTools(mode=mode, tools=names))
         case other:
             return other
-
-
-def _tool(tool: FunctionTool) -> http.Tool:
-    return http.Tool(
-        type="function",
-        function=http.Function(
-            name=tool.name,
-            description=tool.description,
-            parameters=tool.parameters,
-            strict=tool.strict,
-        ),
-    )
 
 
 def _format(text: TextConfig | None) -> http.ResponseFormat | None:

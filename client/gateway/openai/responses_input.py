@@ -73,7 +73,8 @@ class FunctionCallItem(Body, tag="function_call", tag_field="type", kw_only=True
     caller: http.Label = None
     async_: http.Label = msgspec.field(default=None, name="async")
     parsed_arguments: http.Label = None
-    namespace: http.Refused = None
+    #: Of the function, where it is one of a group of tools.
+    namespace: str | None = None
 
 
 class FunctionOutputItem(Body, tag="function_call_output", tag_field="type", kw_only=True):
@@ -84,7 +85,7 @@ class FunctionOutputItem(Body, tag="function_call_output", tag_field="type", kw_
     #: The function's name, which the call has as well.
     name: str | None = None
     caller: http.Label = None
-    namespace: http.Refused = None
+    namespace: http.Label = None
 
 
 class ReasoningText(_Content, tag="reasoning_text", tag_field="type", kw_only=True):

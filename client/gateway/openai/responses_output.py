@@ -38,13 +38,12 @@ from client.gateway.openai.generation import Batches, ChoiceEvent, Delta, Finish
 from client.gateway.openai.position import Position, Reader
 from client.gateway.openai.responses_body import (
     ENCRYPTED,
-    FunctionTool,
     ResponseRequest,
     TextConfig,
-    functions_of,
     turns_of,
 )
 from client.gateway.openai.responses_logprobs import TextTokens
+from client.gateway.openai.responses_tools import functions_of, told_tools
 from client.gateway.openai.sealing import sealed
 from client.gateway.openai.shapes import chat_logprobs, dumped
 from client.gateway.sse import Source, encode
@@ -92,7 +91,10 @@ class ResponseBuilder:
         #: Wall clock, whole seconds.
         self._created_s = position.created_s
         self._completed_s: int | None = None
-        self._tools = [_told_tool(tool) for tool in functions_of(body)]
+        functions = functions_of(body.tools)
+        self._tools = told_tools(functions)
+        #: By the names that the model knows.
+        self._grouped = {one.name: one for one in functions if one.group is not None}
         self._text = _told_text(body.text)
         self._reasoning = {
             "effort": body.reasoning.effort if body.reasoning else None,
@@ -336,6 +338,9 @@ class ResponseBuilder:
             arguments="",
             status="in_progress",
         )
+        grouped = self._grouped.get(name)
+        if grouped is not None and grouped.group is not None:
+            call.name, call.namespace = grouped.tool.name, grouped.group.name
         self.output.append(call)
         self._open = True
         return self._event("response.output_item.added", item=call.model_copy())
@@ -438,17 +443,6 @@ def told_usage(usage: Usage) -> ResponseUsage:
         output_tokens_details=OutputTokensDetails(reasoning_tokens=usage.reasoning_tokens),
         total_tokens=usage.prompt_tokens + usage.completion_tokens,
     )
-
-
-def _told_tool(tool: FunctionTool) -> dict[str, Any]:
-    """A tool as the response repeats it: with the fields that OpenAI's always has."""
-    return {
-        "type": "function",
-        "name": tool.name,
-        "description": tool.description,
-        "parameters": tool.parameters,
-        "strict": bool(tool.strict),
-    }
 
 
 def _told_text(text: TextConfig | None) -> dict[str, Any]:
