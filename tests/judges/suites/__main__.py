@@ -87,7 +87,7 @@ def _run(
             mine = tuple(test for test in only if not part.tests or test.startswith(part.tests))
             if not mine:
                 continue
-            chosen = Part(mine, part.models, part.options)
+            chosen = Part(mine, part.models, part.options, part.key)
         with contextlib.nullcontext(url.rstrip("/")) if url else served(part) as base:
             tests += suite.run(Place(base, folder, checkout), chosen)
     return tests

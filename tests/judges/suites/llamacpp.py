@@ -62,10 +62,13 @@ KEY = "sk-this-is-the-secret-key"
 #: Scores are words in common, vectors are of letters.
 SCORED = _unit("embedding", "rerank")
 CALLED = _unit("tool_call")
+KEYED = _unit("security")
+#: For a model that writes on.
+WRITTEN = _unit("completion", "ctx_shift", "ignore_eos", "metrics")
 TALKED = _unit(
     *("basic", "chat_completion", "compat_anthropic", "compat_gcp", "compat_oai_responses"),
-    *("completion", "ctx_shift", "ignore_eos", "infill", "kv_keep_only_active", "lora"),
-    *("mcp_servers", "metrics", "proxy", "router", "security", "sleep", "slot_save"),
+    *("infill", "kv_keep_only_active", "lora", "mcp_servers", "proxy", "router", "sleep"),
+    *("slot_save",),
     *("speculative", "stream", "template", "tokenize", "tools_builtin", "vision_api"),
 )
 
@@ -75,6 +78,8 @@ SUITE = Suite(
     run,
     parts=(
         Part(TALKED, ("demo",), _any_name("demo")),
+        Part(WRITTEN, ("tiny",), _any_name("tiny")),
+        Part(KEYED, ("demo",), _any_name("demo"), KEY),
         Part(CALLED, ("demo-tools",), _any_name("demo-tools")),
         Part(SCORED, ("echo",), _any_name("echo")),
     ),

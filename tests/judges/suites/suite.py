@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import hashlib
 import tempfile
 import tomllib
 from collections import Counter
@@ -25,6 +26,8 @@ MODELS: Mapping[str, tuple[str | None, tuple[str, ...]]] = {
     "echo": ("echo", ("--model-name", "echo")),
     "demo": (None, ()),
     "demo-tools": (None, ("--model-path", "demo-tools")),
+    # Random weights, which seldom end an answer, and a context of 256 tokens.
+    "tiny": (None, ("--model-path", "{folder}/tiny", "--model-name", "tiny")),
 }
 
 
@@ -64,6 +67,8 @@ class Part:
     models: tuple[str, ...] = ("demo",)
     #: Options of the gateway.
     options: tuple[str, ...] = ()
+    #: The only key that the gateway takes; empty: it needs none.
+    key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +169,26 @@ def served(part: Part) -> Iterator[str]:
             bus.start_broker()
             for model in part.models:
                 engine, options = MODELS[model]
-                bus.start_worker(model, *options, engine=engine)
+                if model == "tiny":
+                    _save_tiny(Path(name) / "tiny")
+                words = (word.replace("{folder}", name) for word in options)
+                bus.start_worker(model, *words, engine=engine)
             bus.wait_ready(len(part.models))
-            batches = ("--batch-folder", str(Path(name) / "batches"))
-            with running_gateway(bus, *batches, *part.options) as gateway:
+            options = ("--batch-folder", str(Path(name) / "batches"))
+            if part.key:
+                keys = Path(name) / "keys.toml"
+                digest = hashlib.sha256(part.key.encode()).hexdigest()
+                keys.write_text(f'[keys.suite]\nhash = "sha256:{digest}"\n')
+                options += ("--keys", str(keys))
+            with running_gateway(bus, *options, *part.options) as gateway:
                 yield gateway.url
         finally:
             bus.stop()
+
+
+def _save_tiny(folder: Path) -> None:
+    # Only now: it loads torch.
+    from tests.engines import tiny
+
+    tiny.llama(context=256).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
