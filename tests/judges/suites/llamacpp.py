@@ -59,13 +59,14 @@ def _any_name(model: str) -> tuple[str, str]:
 
 #: What its tests of keys send.
 KEY = "sk-this-is-the-secret-key"
-#: Scores are words in common, vectors are of letters.
-SCORED = _unit("embedding", "rerank")
+#: Scores are words in common.
+SCORED = _unit("rerank")
 CALLED = _unit("tool_call")
 KEYED = _unit("security")
 #: For a model that writes on.
 WRITTEN = _unit("completion", "ctx_shift", "ignore_eos", "metrics")
 TALKED = _unit(
+    "embedding",
     *("basic", "chat_completion", "compat_anthropic", "compat_gcp", "compat_oai_responses"),
     *("infill", "kv_keep_only_active", "lora", "mcp_servers", "proxy", "router", "sleep"),
     *("slot_save",),
