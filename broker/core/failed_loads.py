@@ -46,7 +46,7 @@ def reasons(bus: BusState, model: str) -> str:
     """Why it cannot be loaded, by worker; empty where nothing is known."""
     told = sorted(_known(bus, model).items())
     more = f", and {len(told) - 3} more" if len(told) > 3 else ""
-    return "; ".join(f"{one.cause} (worker {name})" for name, one in told[:3]) + more
+    return "; ".join(f"{one.cause.rstrip('. ')} (worker {name})" for name, one in told[:3]) + more
 
 
 def error_of(bus: BusState, model: str, *, begun: bool) -> RequestError | None:

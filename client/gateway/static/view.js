@@ -182,7 +182,7 @@ function draw() {
   );
   table("workers", ["Worker", "State", "Slots", "Tokens/s", "First token", "Heartbeat", "Memory", ""], workers.toSorted((a, b) => a.name.localeCompare(b.name)).map(workerRow), "No worker has joined yet: python -m worker --broker BACK");
   $("workers-note").textContent = `${workers.length} on this broker`;
-  table("models", ["Model", "Workers", "Running", "Waiting", "Context"], models.map((model) => [strong(model.name, model.images ? "text, images" : "text"), `${model.ready} of ${model.workers}`, whole.format(model.running ?? 0), whole.format(model.queued ?? 0), model.context_tokens ? whole.format(model.context_tokens) : "–"]), "No model is served.");
+  table("models", ["Model", "Workers", "Running", "Waiting", "Context"], models.map((model) => [strong(model.name, (model.images ? "text, images" : "text") + (waitsForLoad(model, workers) ? ", not loaded" : "")), `${model.ready} of ${model.workers}`, whole.format(model.running ?? 0), whole.format(model.queued ?? 0), model.context_tokens ? whole.format(model.context_tokens) : "–"]), "No model is served.");
   table("clients", ["Client", "In flight", "Waiting", "Silent for"], clients.map((client) => [client.name, whole.format(client.inflight), whole.format(client.queued), duration(client.silent_ms)]), "No client is connected.");
   table("requests", ["Request", "Model", "Worker", "State", "Waited", "Took"], requests.slice(0, 40).map((row) => [h("code", {}, row.id), row.model, row.worker || "–", outcome(row), row.state === "queued" && row.position !== null && row.position !== undefined ? `${duration(row.queued_ms)}, ${whole.format(row.position)} ahead${typeof row.starts_in_ms === "number" ? `, starts in ${duration(row.starts_in_ms)}` : ""}` : duration(row.queued_ms), duration(row.took_ms)]), "No request yet.");
   timeline(requests);
@@ -213,6 +213,9 @@ function table(id, heads, rows, none) {
     });
   });
 }
+
+/** Whether a model is to be loaded on demand, and is nowhere. */
+const waitsForLoad = (model, workers) => model.ready > 0 && !workers.some((worker) => (worker.loaded ?? [model.name]).includes(model.name));
 
 const STATES = { ready: "ok", loading: "wait", draining: "wait", ending: "wait" };
 const chip = (text, kind) => h("span", { class: `chip ${kind}` }, text);
