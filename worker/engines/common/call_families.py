@@ -510,6 +510,11 @@ class CallFormat:
         return parser
 
     @property
+    def marks(self) -> tuple[str, ...]:
+        """What begins calls, where a syntax is known; of calls without a mark, a bracket."""
+        return (*self._readers, *(("[", "{") if self._bare else ()))
+
+    @property
     def known(self) -> bool:
         """The model writes calls in a syntax that has a reader here."""
         return bool(self._readers or self._bare)

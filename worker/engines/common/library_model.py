@@ -143,6 +143,7 @@ class LibraryModel(BatchModel):
             facts.sampling_defaults.pop(name, None)
         super().__init__(facts, names, settings)
         self.forces_tokens = "thinking_tokens" not in self._unsupported
+        self.constrains = "constraint" not in self._unsupported
         self.scheduler = str(facts.details.get("library", "library"))
         self.runner: LibraryRunner = LibraryRunner(generator)
 

@@ -116,6 +116,11 @@ class PromptBuilder:
         with self._lock:
             return request.kind is Kind.CHAT and self._template.wants_silence(request)
 
+    def probed(self, turns: list[dict[str, Any]], *, begins: bool = False) -> str | None:
+        """See `ChatTemplate.probed`."""
+        with self._lock:
+            return self._template.probed(turns, begins=begins) if self._template.present else None
+
     def text(self, request: Request) -> str:
         """The rendered chat template (kind template)."""
         with self._lock:

@@ -77,6 +77,14 @@ class AnswerFormat(Protocol):
     def closing(self) -> str | None:
         """What ends a thought and begins the answer; None: it cannot be told."""
 
+    @property
+    def closing_before_call(self) -> str | None:
+        """What ends a thought where a call must follow."""
+
+    @property
+    def calls_open(self) -> str:
+        """What begins the calls that this parser reads itself; empty: it reads none."""
+
     def parser(self, begun: Begun) -> AnswerParser:
         """The parser of an answer that begins like this."""
 
@@ -209,6 +217,8 @@ def _special(marks: Sequence[str], added: AddedTokens) -> tuple[str, ...]:
 class MarkedThoughts:
     """Thoughts between marks."""
 
+    calls_open = ""
+
     def __init__(
         self, name: str, marks: Marks, behind: str, added: AddedTokens, *, shown: bool = True
     ) -> None:
@@ -220,6 +230,7 @@ class MarkedThoughts:
         self.special = _special((*marks.opens, *marks.closes, *(marks.wraps or ())), added)
         self.opening_ids = frozenset(added[mark][0] for mark in marks.opens if mark in added)
         self.closing: str | None = f"{behind}{marks.closes[0]}{behind * 2}"
+        self.closing_before_call = self.closing
         self._close_ids = {added[mark][0] for mark in marks.closes if mark in added}
 
     def parser(self, begun: Begun) -> AnswerParser:
@@ -260,11 +271,13 @@ class _Channels:
 
     name = HARMONY
     shown = True
+    calls_open = ""
 
     def __init__(self, added: AddedTokens) -> None:
         self.special = _special(ChannelSplitter.MARKS, added)
         self.opening_ids = frozenset(i for text, (i, _) in added.items() if text == "<|channel|>")
         self.closing: str | None = "<|end|><|start|>assistant<|channel|>final<|message|>"
+        self.closing_before_call: str | None = "<|end|><|start|>assistant"
 
     def parser(self, begun: Begun) -> AnswerParser:
         _, start, turn = begun.tail.rpartition("<|start|>")

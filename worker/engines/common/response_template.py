@@ -58,6 +58,9 @@ class TemplateFormat:
         )
         self.opening_ids = frozenset(added[text][0] for text in opens if text in added)
         self.closing = next(iter(closes), None)
+        self.closing_before_call = self.closing
+        calls = template.get("fields", {}).get(_CALLS) or {}
+        self.calls_open = next(iter(_literals(calls.get("open"))), "")
         self._whole = template
         fields = {
             name: copy.deepcopy(field)

@@ -30,10 +30,13 @@ from worker.engines.base import Ended, Job, check_received
 from worker.engines.common.answer_parser import AnswerParser, unsplit
 from worker.engines.common.arguments import SharedSettings
 from worker.engines.common.call_families import CallFormat
+from worker.engines.common.call_forms import probe_schemas
+from worker.engines.common.calls import ARGUMENTS, CALL
 from worker.engines.common.constrain import ConstraintFactory, ConstraintState
 from worker.engines.common.facts import ModelFacts
+from worker.engines.common.held_calls import Held, HeldCalls
 from worker.engines.common.images import ImageLimits
-from worker.engines.common.pieces import PieceStream
+from worker.engines.common.pieces import PieceStream, PieceText
 from worker.engines.common.prompt import Prompt, PromptBuilder
 from worker.engines.common.reasoning import (
     AnswerFormat,
@@ -52,6 +55,7 @@ from worker.engines.common.typed_arguments import (
     Tools,
     forces_calls,
     said_before,
+    strict_tools,
     tools_asked_for,
 )
 
@@ -101,8 +105,20 @@ class _Texts:
             template_source(facts.tokenizer, facts.processor),
             facts.reasoning_parser,
         )
-        self._call_format = CallFormat(
-            template_source(facts.tokenizer, facts.processor), added_tokens(facts.tokenizer)
+        added = added_tokens(facts.tokenizer)
+        source = template_source(facts.tokenizer, facts.processor)
+        self._call_format = CallFormat(source, added)
+        #: What begins a call that the model's response template reads, no reader of ours.
+        self._calls_open = ""
+        if self.format is not None and not self._call_format.known:
+            self._calls_open = self.format.calls_open
+        self._held_calls = HeldCalls(
+            self._call_format,
+            added,
+            template=source,
+            probed=self.builder.probed,
+            read=self._calls_read,
+            opens=self._calls_open,
         )
         self._constraints = ConstraintFactory(facts.tokenizer)
         self._constraint_lock = threading.Lock()
@@ -115,8 +131,44 @@ class _Texts:
             ends = self.facts.eos_ids.union(params.stop_token_ids)
             return self._constraints.build(params.constraint, ends)
 
+    def held(self, request: Request, params: Params, prompt: Prompt) -> Held | None:
+        """What holds the calls of an answer, in the place of the client's own constraint."""
+        tools = tools_asked_for(request)
+        if not tools or not (forces_calls(request) or strict_tools(request)):
+            return None
+        ends = self.facts.eos_ids.union(params.stop_token_ids)
+        tail = self.builder.detokenised(prompt.ids[-_TAIL_TOKENS:])
+        return self._held_calls.held(request, tools, end_ids=ends, tail=tail)
+
+    def _calls_read(self, text: str) -> list[tuple[str, str]]:
+        """The calls of probes' tools that are read in a text."""
+        tools = probe_schemas()
+        parser = unsplit()
+        if self.format is not None:
+            tail = self.builder.probed([{"role": "user", "content": "q"}], begins=True) or ""
+            known = self._call_format.known
+            parser = self.format.parser(Begun(tail, tools=tools, calls_known=known))
+            if parser.in_thought:
+                parser.feed(self.format.closing or "")
+        calls = self._call_format.parser(tools, forced=not self._call_format.known)
+        answer = PieceText(parser, Params(), calls=calls)
+        found: list[tuple[str, str]] = []
+        for piece in (*answer.add(text, may_stop=False), *answer.finish(may_stop=False)):
+            if piece.kind == CALL:
+                found.append((piece.text, ""))
+            elif piece.kind == ARGUMENTS and found:
+                found[-1] = (found[-1][0], found[-1][1] + piece.text)
+            elif piece.text.strip():
+                return []
+        return found
+
     def stream(
-        self, request: Request, params: Params, prompt: Prompt, prior: list[int]
+        self,
+        request: Request,
+        params: Params,
+        prompt: Prompt,
+        prior: list[int],
+        held: Held | None = None,
     ) -> TextStream | PieceStream:
         """The text of an answer as it is sent; `prior`: its tokens so far."""
         # A text that goes on where the prompt's ends: a first space is part of it.
@@ -141,7 +193,7 @@ class _Texts:
         parser = (
             unsplit(continues=goes_on)
             if format_ is None
-            else self._parser(format_, request, prompt, tools)
+            else self._parser(format_, request, params, prompt, tools=tools, held=held)
         )
         marks = format_.special if format_ is not None else ()
         if tools:
@@ -153,7 +205,7 @@ class _Texts:
             so_far["single"] = not request.parallel_tool_calls
             so_far["calls"] = self._call_format.parser(
                 tools,
-                forced=forces_calls(request),
+                forced=forces_calls(request) and not (held and self._call_format.known),
                 shows_special=not params.skip_special_tokens,
                 thoughts=of_thoughts.marks if of_thoughts else None,
                 opened=bool(of_thoughts and of_thoughts.parser(begun).in_thought),
@@ -174,11 +226,18 @@ class _Texts:
         return None if held and not self.format.shown else self.format
 
     def gate(
-        self, request: Request, params: Params, prompt: Prompt, *, forces: bool
+        self,
+        request: Request,
+        params: Params,
+        prompt: Prompt,
+        *,
+        forces: bool,
+        held: Held | None = None,
     ) -> ThoughtGate | None:
         """What tells the sampler a thought from the answer, if it must know. `forces`: the engine
         samples with it. Raises RequestError."""
-        constrained = params.constraint is not None
+        whole = held is not None and held.whole
+        constrained = params.constraint is not None and not whole
         split = self._format_for(params) is not None
         if self.format is not None:
             params = self._silenced(request, params, self.format, prompt, forces=forces)
@@ -190,9 +249,10 @@ class _Texts:
                 "leave it out, or start its worker with --reasoning-parser",
                 parameter="thinking_tokens",
             )
-        parser = self._parser(self.format, request, prompt)
+        parser = self._parser(self.format, request, params, prompt, held=held)
         if not forces:
-            if not parser.speaks:
+            # Where calls are awaited, a thought is free text like the rest.
+            if not parser.speaks and (held is None or held.forced):
                 raise _invalid(
                     "the constraint would hold the thought that the chat template begins: ask for "
                     "no thought (enable_thinking), or serve the model with --engine transformers"
@@ -206,7 +266,11 @@ class _Texts:
                     "in words how a thought ends: leave it out",
                     parameter="thinking_tokens",
                 )
-            ids = self.decoder.encode(self.format.closing, add_special_tokens=False)
+            before_call = held is not None and held.forced and whole
+            closing_text = (
+                self.format.closing_before_call if before_call else self.format.closing
+            ) or ""
+            ids = self.decoder.encode(closing_text, add_special_tokens=False)
             closing = Closing(params.thinking_tokens, ids)
         return ThoughtGate(
             self.decoder,
@@ -215,6 +279,7 @@ class _Texts:
             opening_ids=self.format.opening_ids,
             closing=closing,
             constrained=constrained,
+            whole=whole,
         )
 
     def _silenced(
@@ -232,7 +297,7 @@ class _Texts:
             return params
         if forces and format_.closing is not None:
             return msgspec.structs.replace(params, thinking_tokens=0)
-        if self._parser(format_, request, prompt).in_thought:
+        if self._parser(format_, request, params, prompt).in_thought:
             raise _invalid(
                 f"no thought was asked for (enable_thinking, reasoning_effort), but model "
                 f"{request.model} always thinks: its chat template has no variable against it; "
@@ -242,13 +307,21 @@ class _Texts:
         return params
 
     def _parser(
-        self, format_: AnswerFormat, request: Request, prompt: Prompt, tools: Tools | None = None
+        self,
+        format_: AnswerFormat,
+        request: Request,
+        params: Params,
+        prompt: Prompt,
+        *,
+        tools: Tools | None = None,
+        held: Held | None = None,
     ) -> AnswerParser:
         begun = self._begun(request, prompt)
-        if tools and not forces_calls(request):
+        if tools and (held is not None or not forces_calls(request)):
             begun = replace(begun, tools=tools, calls_known=self._call_format.known)
         parser = format_.parser(begun)
-        if request.params.constraint is not None:
+        # A grammar with the marks in it, or a call that this parser reads, is not to hide them.
+        if params.constraint is not None and not (held and (held.whole or self._calls_open)):
             parser.think_first()
         return parser
 
@@ -281,6 +354,8 @@ class BatchModel:
         #: Whether tokens are sampled with `SamplerRow`, which holds an answer to its constraint but
         #: not its reasoning, and can end the reasoning.
         self.forces_tokens = True
+        #: Whether answers can be held to a constraint.
+        self.constrains = True
         #: None if it only embeds.
         self.runner: Runner | None = None
         #: How it is served, for people.
@@ -384,22 +459,26 @@ class BatchModel:
         prior = request.resume.token_ids if request.resume is not None else []
         if prior and max(prior) >= known:
             raise _invalid(f"the tokens to resume from are not this model's: id {max(prior)}")
-        constraint = texts.constraint(params)
-        gate = texts.gate(request, params, prompt, forces=self.forces_tokens)
-        # Penalising image placeholders would be meaningless.
-        row = SamplerRow(
-            params,
-            [token_id for token_id in prompt.ids if token_id not in facts.placeholder_ids],
-            eos_ids=facts.eos_ids,
-            prior_ids=prior,
-            constraint=constraint,
-            gate=gate,
+        held = texts.held(request, params, prompt)
+        if held is not None and not self.constrains:
+            held = self._unheld(held)
+        given = params
+        params = (
+            given if held is None else msgspec.structs.replace(given, constraint=held.constraint)
         )
+        try:
+            row = self._row(texts, request, params, prompt, prior, held)
+        except RequestError:
+            if not prior or held is None or not held.forced:
+                raise
+            # It began elsewhere, where calls are held to JSON.
+            held, params = None, given
+            row = self._row(texts, request, params, prompt, prior, held)
         over = bool(prior) and ends_answer(
             prior[-1], len(prior), params, facts.eos_ids, finished=row.finished
         )
         # A token that ends an answer is not part of its text.
-        text = texts.stream(request, params, prompt, prior[:-1] if over else prior)
+        text = texts.stream(request, params, prompt, prior[:-1] if over else prior, held)
         room = facts.context_tokens - (0 if facts.encoder_decoder else len(prompt.ids))
         facts_seen = request.resume is not None and request.resume.prompt_seen
         echo = params.echo and not facts_seen
@@ -430,6 +509,39 @@ class BatchModel:
             adapter=self._adapter(request),
             added_at=added_at,
             answer=list(prior),
+        )
+
+    def _row(
+        self,
+        texts: _Texts,
+        request: Request,
+        params: Params,
+        prompt: Prompt,
+        prior: list[int],
+        held: Held | None,
+    ) -> SamplerRow:
+        """The sampler's state of an answer that has these tokens so far."""
+        facts = texts.facts
+        constraint = texts.constraint(params)
+        gate = texts.gate(request, params, prompt, forces=self.forces_tokens, held=held)
+        return SamplerRow(
+            params,
+            # Penalising image placeholders would be meaningless.
+            [token_id for token_id in prompt.ids if token_id not in facts.placeholder_ids],
+            eos_ids=facts.eos_ids,
+            prior_ids=prior,
+            constraint=constraint,
+            gate=gate,
+        )
+
+    def _unheld(self, held: Held) -> Held | None:
+        """Calls on an engine that constrains nothing. Raises RequestError for what must be held."""
+        if held.forced:
+            return None  # its constraint is refused by name
+        raise _invalid(
+            f"a strict tool cannot be kept: engine {self.scheduler} does not hold a model to a "
+            "schema: leave `strict` out, or serve the model with --engine transformers",
+            parameter="tools",
         )
 
     def _texts_of(self, request: Request) -> _Texts:

@@ -116,6 +116,28 @@ class ChatTemplate:
             self._check_images(request.model, text, images)
         return text
 
+    def probed(self, turns: list[dict[str, Any]], *, begins: bool = False) -> str | None:
+        """Turns of a text or of `tool_calls` through the template; None: it refuses them. `begins`:
+        with what begins an answer."""
+        conversation: list[dict[str, Any]] = []
+        for turn in turns:
+            text = turn.get("content")
+            if text is None:
+                content = self._no_words
+            elif self._forms_of(turn["role"], called=False).text:
+                content = text
+            else:
+                content = [{"type": "text", "text": text}]
+            conversation.append(turn if content is None else turn | {"content": content})
+        try:
+            return str(
+                self._holder.apply_chat_template(
+                    conversation, tokenize=False, add_generation_prompt=begins
+                )
+            )
+        except Exception:
+            return None  # a template is a program, and may raise anything
+
     def wants_silence(self, request: Request) -> bool:
         """The request asks for no thought, and the template has no variable that says so."""
         return self.present and self._asked(request).silent
@@ -208,7 +230,7 @@ class ChatTemplate:
             "conversation": [
                 self._message(message, turn, other) for message in request.messages or ()
             ],
-            "tools": rewritten(request.tools, other),
+            "tools": rewritten(_shown_tools(request.tools), other),
             "tokenize": False,
             "add_generation_prompt": add_prompt,
             "continue_final_message": continue_final,
@@ -543,6 +565,19 @@ def _argument_map(arguments: Any) -> dict[str, Any]:
     if value is None:
         return {}
     return value if isinstance(value, dict) else {"arguments": value}
+
+
+def _shown_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """The tools without `strict`, which is said to the engine and not to the model."""
+    shown = []
+    for tool in tools or ():
+        function = tool.get("function")
+        if isinstance(function, dict):
+            function = {key: value for key, value in function.items() if key != "strict"}
+            shown.append(tool | {"function": function})
+        else:
+            shown.append({key: value for key, value in tool.items() if key != "strict"})
+    return shown if tools else tools
 
 
 def _nested_beyond(value: Any, levels: int) -> bool:

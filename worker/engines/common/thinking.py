@@ -30,7 +30,8 @@ class ThoughtGate:
     """The thoughts of one answer as its tokens come.
 
     `opening_ids`: each begins a thought, where none is open yet. `constrained`: what is said is
-    held to a constraint, so a thought can only come before it.
+    held to a constraint, so a thought can only come before it. `whole`: a constraint holds thoughts
+    and marks too.
     """
 
     def __init__(
@@ -42,11 +43,13 @@ class ThoughtGate:
         opening_ids: frozenset[int] = frozenset(),
         closing: Closing | None = None,
         constrained: bool = False,
+        whole: bool = False,
     ) -> None:
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=True, keep_special=marks)
         self._parser = parser
         self._closing = closing
         self._constrained = constrained
+        self._whole = whole
         #: What is said has begun, and is constrained: nothing is looked at any more.
         self._over = False
         #: Tokens that may begin a thought now, though no constraint has them.
@@ -61,7 +64,7 @@ class ThoughtGate:
     @property
     def suspends(self) -> bool:
         """The next token is not part of what is said: no constraint counts for it."""
-        return not (self._over or self._parser.speaks)
+        return not (self._over or self._whole or self._parser.speaks)
 
     @property
     def forced(self) -> int | None:

@@ -14,7 +14,16 @@ from typing import Any, Final
 
 from broker.protocol.messages import Kind, PieceKind, Request
 
-__all__ = ["Tools", "forces_calls", "is_text", "said_before", "tools_asked_for", "typed"]
+__all__ = [
+    "Tools",
+    "forces_calls",
+    "is_text",
+    "referred",
+    "said_before",
+    "strict_tools",
+    "tools_asked_for",
+    "typed",
+]
 
 Tools = Mapping[str, Mapping[str, Any]]
 """The schema of each tool's arguments, by the tool's name."""
@@ -56,6 +65,16 @@ def forces_calls(request: Request) -> bool:
     )
 
 
+def strict_tools(request: Request) -> frozenset[str]:
+    """The tools whose calls are to be held to their schemas, though the model is free to call."""
+    strict = set()
+    for tool in request.tools or ():
+        function = tool.get("function", tool)
+        if isinstance(function, Mapping) and True in (function.get("strict"), tool.get("strict")):
+            strict.add(str(function.get("name")))
+    return frozenset(strict)
+
+
 def said_before(request: Request) -> str:
     """The text of the message that the answer goes on with, if it does."""
     if not request.template_args.get("continue_final_message") or not request.messages:
@@ -92,7 +111,7 @@ def _types(schema: Any, root: Mapping[str, Any], depth: int) -> Iterator[str]:
     if not isinstance(schema, Mapping) or not depth:
         return
     if isinstance(reference := schema.get("$ref"), str):
-        yield from _types(_referred(reference, root), root, depth - 1)
+        yield from _types(referred(reference, root), root, depth - 1)
     declared = schema.get("type")
     for name in declared if isinstance(declared, list) else [declared]:
         if isinstance(name, str):
@@ -112,7 +131,7 @@ def _types(schema: Any, root: Mapping[str, Any], depth: int) -> Iterator[str]:
         yield "null"
 
 
-def _referred(reference: str, root: Mapping[str, Any]) -> Any:
+def referred(reference: str, root: Mapping[str, Any]) -> Any:
     """What a reference within the schema stands for; None for any other."""
     if not reference.startswith("#"):
         return None
