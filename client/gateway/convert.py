@@ -410,6 +410,8 @@ def _tools(
         function: dict[str, Any] = {"name": tool.function.name}
         if tool.function.description is not None:
             function["description"] = tool.function.description
+        if tool.function.strict:
+            function["strict"] = True
         function["parameters"] = tool.function.parameters or {"type": "object", "properties": {}}
         tools.append({"type": "function", "function": function})
     return tools, choice

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from openai import OpenAI, Stream
+from openai import BadRequestError, OpenAI, Stream
 
 from tests.gateway.conftest import running_gateway
 from tests.harness import Bus
@@ -109,6 +109,64 @@ def test_two_calls_are_two_and_one_where_only_one_is_allowed(client: OpenAI) -> 
     assert calls_of(one.message) == calls_of(both.message)[:1]
 
 
+def strict(tool: Any, **parameters: Any) -> Any:
+    """The tool with calls held to its schema, which is changed by these keywords."""
+    schema = tool["function"]["parameters"] | {"additionalProperties": False} | parameters
+    return {**tool, "function": {**tool["function"], "parameters": schema, "strict": True}}
+
+
+FORCED = {"type": "function", "function": {"name": "get_weather"}}
+
+
+def test_a_forced_call_is_the_one_that_the_model_would_make_and_may_be_thought_about(
+    client: OpenAI,
+) -> None:
+    for choice, question, called in (
+        ("required", "Set a timer for 12 minutes.", [("set_timer", {"minutes": 12})]),
+        (FORCED, "What is the weather in Lisbon?", [("get_weather", {"city": "Lisbon"})]),
+        (
+            "required",
+            "What is the weather in Rome and in Oslo?",
+            [("get_weather", {"city": "Rome"}), ("get_weather", {"city": "Oslo"})],
+        ),
+    ):
+        for thinks in (True, False):
+            body = {"chat_template_kwargs": {"enable_thinking": thinks}}
+            [made] = ask(client, question, tool_choice=choice, extra_body=body).choices
+            assert calls_of(made.message) == called
+            assert bool(getattr(made.message, "reasoning", None)) == thinks
+            assert not made.message.content
+
+
+def test_a_forced_call_calls_where_the_model_would_talk_and_fits_its_schema(client: OpenAI) -> None:
+    place = {"$ref": "#/$defs/Place"}
+    schema = {"properties": {"city": place}, "$defs": {"Place": {"enum": ["Graz", "Linz"]}}}
+    [made] = ask(
+        client, "Thank you!", tools=[strict(WEATHER, **schema)], tool_choice=FORCED
+    ).choices
+    [(name, arguments)] = calls_of(made.message)
+    assert name == "get_weather" and arguments["city"] in ("Graz", "Linz")
+
+
+def test_a_strict_tool_holds_its_calls_and_leaves_text_free(client: OpenAI) -> None:
+    cities = {"type": "string", "enum": ["Graz", "Linz"]}
+    tools = [strict(WEATHER, properties={"city": cities}), TIMER]
+    [made] = ask(client, "What is the weather in Lisbon?", tools=tools).choices
+    [(name, arguments)] = calls_of(made.message)
+    assert name == "get_weather" and arguments["city"] in ("Graz", "Linz")
+    assert made.message.reasoning and made.finish_reason == "tool_calls"
+    [made] = ask(client, "Set a timer for 12 minutes.", tools=tools).choices
+    assert calls_of(made.message) == [("set_timer", {"minutes": 12})]
+    [made] = ask(client, "Thank you!", tools=tools).choices
+    assert (made.message.content, made.message.tool_calls) == ("You are welcome!", None)
+
+
+def test_a_strict_tool_beside_a_constraint_is_refused_by_its_name(client: OpenAI) -> None:
+    body = {"structured_outputs": {"regex": "a+"}}
+    with pytest.raises(BadRequestError, match="a strict tool cannot be kept"):
+        ask(client, "Hello!", tools=[strict(WEATHER)], extra_body=body)
+
+
 def test_it_does_not_think_where_it_is_told_not_to(client: OpenAI) -> None:
     told = {"chat_template_kwargs": {"enable_thinking": False}}
     [choice] = ask(client, "Hello!", extra_body=told).choices
@@ -143,18 +201,35 @@ def joined(told: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return whole
 
 
-@pytest.mark.parametrize("within", ["thought", "name", "arguments"])
+HELD: dict[str, Any] = {
+    "free": {},
+    "forced": {"tool_choice": "required"},
+    "strict": {"tools": [strict(WEATHER), strict(TIMER)], "temperature": 0.4, "seed": 5},
+}
+
+
+@pytest.mark.parametrize(
+    ("within", "how"),
+    [
+        ("thought", "free"),
+        ("name", "free"),
+        ("arguments", "free"),
+        ("name", "forced"),
+        ("arguments", "forced"),
+        ("arguments", "strict"),
+    ],
+)
 def test_a_worker_killed_in_the_middle_changes_nothing(
-    bus: Bus, client: OpenAI, within: str
+    bus: Bus, client: OpenAI, within: str, how: str
 ) -> None:
     question = "What is the weather in Athens and in Seoul?"
-    with ask(client, question, stream=True) as stream:
+    with ask(client, question, stream=True, **HELD[how]) as stream:
         undisturbed = joined(list(told_by(stream)))
     assert [kind for kind, _ in undisturbed] == ["thought", *["name", "arguments"] * 2]
     struck = ""
     for _ in range(20):  # a whole answer takes a fraction of a second, and may be over first
         told: list[tuple[str, str]] = []
-        with ask(client, question, stream=True) as stream:
+        with ask(client, question, stream=True, **HELD[how]) as stream:
             for kind, text in told_by(stream):
                 told.append((kind, text))
                 if kind == within and text and not struck and (struck := _busy(bus)):

@@ -2,7 +2,7 @@
 
 As in `client.gateway.requests`, every field is honoured, a harmless label, or refused by name.
 Labels are `cache_control` (a worker's prefix cache needs no hint), `citations` and `parsed_output`
-of an earlier answer's text, `caller`, a tool's `strict`, `defer_loading`, `allowed_callers` and
+of an earlier answer's text, `caller`, a tool's `defer_loading`, `allowed_callers` and
 `eager_input_streaming`, and of the body `diagnostics`, `inference_geo`, `service_tier`,
 `user_profile_id` and `metadata` beside `user_id`. Beyond Anthropic's own fields: those of
 `requests.Extensions` and `chat_template_kwargs`.
@@ -150,8 +150,9 @@ class Tool(_Body, kw_only=True):
     type: Literal["custom"] | None = None
     #: Shown to the model in the schema.
     input_examples: list[dict[str, Any]] | None = None
+    #: Calls are held to the schema.
+    strict: bool | None = None
     cache_control: http.Label = None
-    strict: http.Label = None
     defer_loading: http.Label = None
     allowed_callers: http.Label = None
     eager_input_streaming: http.Label = None

@@ -359,7 +359,10 @@ def _tools(body: CountTokensRequest) -> list[http.Tool]:
             http.Tool(
                 type="function",
                 function=http.Function(
-                    name=tool.name, description=tool.description, parameters=parameters
+                    name=tool.name,
+                    description=tool.description,
+                    parameters=parameters,
+                    strict=tool.strict,
                 ),
             )
         )

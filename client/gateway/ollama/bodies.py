@@ -138,7 +138,8 @@ class ToolFunction(_Body, kw_only=True):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Label = None
+    #: Calls are held to the schema.
+    strict: bool | None = None
 
 
 class Tool(_Body, kw_only=True):
@@ -340,7 +341,10 @@ def _tool(tool: Tool, index: int) -> http.Tool:
     return http.Tool(
         type="function",
         function=http.Function(
-            name=function.name, description=function.description, parameters=function.parameters
+            name=function.name,
+            description=function.description,
+            parameters=function.parameters,
+            strict=function.strict,
         ),
     )
 

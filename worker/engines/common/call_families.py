@@ -509,6 +509,11 @@ class CallFormat:
             parser.feed(_TURN)
         return parser
 
+    @staticmethod
+    def all_marks() -> tuple[str, ...]:
+        """Every mark of calls, of any family."""
+        return _MARKS
+
     @property
     def marks(self) -> tuple[str, ...]:
         """What begins calls, where a syntax is known; of calls without a mark, a bracket."""

@@ -25,6 +25,7 @@ __all__ = [
     "shared_start",
     "shown_form",
     "table_forms",
+    "usual_forms",
 ]
 
 ID: Final = "\x00"
@@ -347,6 +348,13 @@ _TABLE: Final[dict[str, tuple[tuple[str, Form], ...]]] = {
 }
 """By the mark that begins calls: forms, each with what a template or a vocabulary must show for it.
 The first that fits is taken."""
+
+
+def usual_forms() -> Iterator[tuple[str, str, Form]]:
+    """The table: mark, what a model must show besides, form."""
+    for mark, forms in _TABLE.items():
+        for hint, form in forms:
+            yield mark, hint, form
 
 
 def table_forms(mark: str, shown: Callable[[str], bool]) -> tuple[Form, ...]:

@@ -233,7 +233,7 @@ def _messages(calls: _Calls, vocabulary: Vocabulary, tail: str) -> str:
     return f"({message} {said('<|end|><|start|>assistant')})* ({message} | {call})"
 
 
-_BARE: Final = {"[": r"\s*\[\s*\w+\s*\(", "{": r"\s*(\[\s*)?\{"}
+_BARE: Final = {"[": r"\s*\[\s*[A-Za-z_]", "{": r"\s*(\[\s*)?\{"}
 """How an answer begins that is a call without a mark."""
 
 

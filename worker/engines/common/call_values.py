@@ -116,10 +116,9 @@ _PYTHON: Final = _JSON | {"json_allowed_escapes": 'nrt"\\'}
 _NO_TEXT: Final = (
     r"\s*[\[{](?s:.*)",
     r"\s*[-+]?[0-9_.]*([eE][-+]?[0-9_]*)?\s*",
-    r"\s*([tT][rR][uU][eE]|[fF][aA][lL][sS][eE]|null|None|[-+]?[a-zA-Z]{3,8})\s*",
+    r"\s*([tT][rR][uU][eE]|[fF][aA][lL][sS][eE])\s*",
 )
-"""Bare texts that might be read as something else where a schema allows more than strings; also
-words, of which some are numbers to Python."""
+"""Bare texts that may be read as something else where a schema allows more than strings."""
 _ANY_TEXT: Final = "(?s:.*)"
 _MAX_DEPTH: Final = 8
 
@@ -220,10 +219,10 @@ class OneByOne:
         """Texts up to what ends them."""
         if parts.any:
             return [self._text(_ANY_TEXT, [])]
-        mixed = bool(parts.others)
         if parts.literals or parts.texts:
             # Where a string is allowed, a text `null` is one.
             parts.others = [other for other in map(_without_null, parts.others) if other]
+        mixed = bool(parts.others)
         whole = {"properties": {key: schema}} | _definitions(self._root)
         literals = [
             text
