@@ -13,8 +13,7 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
-from types import TracebackType
-from typing import Any, Literal, Self, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 from broker.protocol.messages import Kind, Request
 from client import calls
@@ -27,6 +26,7 @@ from client.classification import (
     paired,
     reranked_from,
 )
+from client.closing import AsyncClosing
 from client.completion import Completion
 from client.core.events import Answered, End
 from client.core.shapes import Format, T
@@ -52,7 +52,7 @@ from client.version import software
 __all__ = ["AsyncClient"]
 
 
-class AsyncClient(BaseClient):
+class AsyncClient(BaseClient, AsyncClosing):
     """A client of the bus.
 
     ```
@@ -527,17 +527,6 @@ class AsyncClient(BaseClient):
             else:
                 await asyncio.to_thread(transport.shut_down)
         self._finalizer.detach()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
 
     async def _answer(
         self, call: Call, n: int | None, stream: bool

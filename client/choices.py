@@ -7,9 +7,9 @@ the order in which their events arrive. Whatever makes a caller stop reading can
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from types import TracebackType
 from typing import Any, Generic, Self
 
+from client.closing import AsyncClosing, Closing
 from client.completion import Completion, StreamState, text_of
 from client.core.events import Item, StreamEvent
 from client.core.shapes import T
@@ -60,7 +60,7 @@ def _numbering(choice: int, add: Callable[[Numbered], None]) -> Callable[[Item],
     return lambda item: add((choice, item))
 
 
-class ChoiceStream(_Choices[T]):
+class ChoiceStream(_Choices[T], Closing):
     """The answers of `Client.chat(..., n=3, stream=True)`: iterate over it for `(choice, event)`,
     over `.text` for `(choice, piece)`; `result()` reads all to their ends.
 
@@ -95,19 +95,8 @@ class ChoiceStream(_Choices[T]):
             pass
         return self._completions()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class AsyncChoiceStream(_Choices[T]):
+class AsyncChoiceStream(_Choices[T], AsyncClosing):
     """Like `ChoiceStream`, with `async for` and `await`; one task reads it."""
 
     def __init__(
@@ -135,17 +124,6 @@ class AsyncChoiceStream(_Choices[T]):
 
     async def aclose(self) -> None:
         """The same as `close`, for `contextlib.aclosing`."""
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
         self.close()
 
 

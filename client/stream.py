@@ -12,13 +12,13 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from queue import SimpleQueue
-from types import TracebackType
 from typing import TYPE_CHECKING, Generic, Self
 
 from broker.protocol.messages import (
     Piece,
     PieceKind,
 )
+from client.closing import AsyncClosing, Closing
 from client.completion import Completion, StreamState, pieces_of, text_of
 from client.core.events import (
     End,
@@ -149,7 +149,7 @@ class Inbox(Generic[Held]):
         return self._queue.get()
 
 
-class Stream(_Reading, Generic[T]):
+class Stream(_Reading, Closing, Generic[T]):
     """A stream of a `Client`: iterate over it for events, over `.text` for text; `result()` reads.
 
     One thread reads a stream. Leaving the loop early cancels the request.
@@ -192,17 +192,6 @@ class Stream(_Reading, Generic[T]):
             pass
         return self._state.completion()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
 
 class AsyncInbox(Generic[Held]):
     """The sink of an asyncio consumer; everything happens in its loop."""
@@ -238,7 +227,7 @@ class AsyncInbox(Generic[Held]):
         return self.items.popleft()
 
 
-class AsyncStream(_Reading, Generic[T]):
+class AsyncStream(_Reading, AsyncClosing, Generic[T]):
     """A stream of an `AsyncClient`. Like `Stream`, with `async for` and `await`.
 
     One task reads a stream. Leaving the loop early or cancelling the task cancels the request.
@@ -274,17 +263,6 @@ class AsyncStream(_Reading, Generic[T]):
 
     async def aclose(self) -> None:
         """The same as `close`, for `contextlib.aclosing`."""
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
         self.close()
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
-from types import TracebackType
-from typing import Any, Literal, Self, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 from broker.protocol.messages import Kind
 from client import calls
@@ -22,6 +21,7 @@ from client.classification import (
     paired,
     reranked_from,
 )
+from client.closing import Closing
 from client.completion import Completion
 from client.core.events import Answered, End
 from client.core.shapes import Format, T
@@ -45,7 +45,7 @@ from client.version import software
 __all__ = ["Client"]
 
 
-class Client(BaseClient):
+class Client(BaseClient, Closing):
     """A client of the bus.
 
     ```
@@ -477,17 +477,6 @@ class Client(BaseClient):
     def close(self) -> None:
         """Cancel everything that is open, end the session and the thread. Idempotent."""
         self._finalizer()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _answer(
         self, call: Call, n: int | None, stream: bool

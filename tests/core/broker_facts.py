@@ -324,17 +324,35 @@ class WorkerPeer(Peer):
         event = TokensEvent(assign.id, assign.assign.epoch, offset, [7] * count, "x" * count)
         self.output(assign.assign.reply_to, event)
 
+    def first_token(self, assign: Message, offset: int = 0) -> None:
+        """Send the first token of a run, with the ledger that reports it."""
+        event = TokensEvent(assign.id, assign.assign.epoch, offset, [7], "x")
+        ledger = Ledger(self.granted, [], [assign.id])
+        self.output(assign.assign.reply_to, event, ledger=ledger)
+
     def finish(
-        self, assign: Message, *, tokens: int = 0, outcome: str = "stop", grant: bool = True
+        self,
+        assign: Message,
+        *,
+        prompt: int = 3,
+        tokens: int = 0,
+        outcome: str = "stop",
+        grant: bool = True,
     ) -> None:
         """Send END, with a ledger that reports the request finished and grants its slot again."""
         self.granted += grant
         reason = FinishReason(outcome) if outcome in list(FinishReason) else FinishReason.STOP
         epoch = assign.assign.epoch
         end = EndEvent(assign.id, epoch, tokens, reason, "", Usage(), Timings())
-        finished = Finished(assign.id, outcome, 3, tokens)
+        finished = Finished(assign.id, outcome, prompt, tokens)
         ledger = Ledger(self.granted, [finished])
         self.output(assign.assign.reply_to, end, ledger=ledger)
+
+    def stopped(self, request_id: bytes, reply_to: bytes = b"") -> None:
+        """Report that a cancelled run has ended, and grant its slot again."""
+        self.granted += 1
+        ledger = Ledger(self.granted, [Finished(request_id, "cancelled")])
+        self.output(reply_to or self.bus.new_id(), ledger=ledger)
 
     def reject(self, assign: Message, code: str = "draining", *, retryable: bool = True) -> None:
         from broker.protocol.errors import ErrorInfo

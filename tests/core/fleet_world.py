@@ -12,14 +12,7 @@ from typing import Any
 from broker.protocol import codec
 from broker.protocol.header import MessageType
 from broker.protocol.messages import (
-    EndEvent,
-    Finished,
-    FinishReason,
-    Ledger,
     Params,
-    Timings,
-    TokensEvent,
-    Usage,
     WorkerState,
 )
 from tests.core.broker_facts import Bus, Message, WorkerPeer
@@ -138,10 +131,7 @@ class Fleet:
     def _leave(self, request: bytes) -> None:
         """A worker stops a stream that was moved away."""
         name, assign = self._gone.pop(request)
-        peer = self.peers[name]
-        peer.granted += 1
-        ledger = Ledger(peer.granted, [Finished(request, "cancelled")])
-        peer.output(assign.assign.reply_to, ledger=ledger)
+        self.peers[name].stopped(request, assign.assign.reply_to)
 
     def _later(self, after_s: float, what: str, assign: Message) -> None:
         entry = (self.bus.now_s + after_s, next(self._count), what, assign.id, assign.assign.epoch)
@@ -157,21 +147,15 @@ class Fleet:
             if assign is None or assign.assign.epoch != epoch:
                 continue  # it moved
             peer, (prompt, answer) = self.peers[name], self.sizes[request]
-            route = assign.assign.reply_to
             if what == "begin":
                 self._runs[request] = name, assign, had, self.bus.now_s
                 self.first_s.setdefault(request, self.bus.now_s)
-                event = TokensEvent(request, epoch, had, [7], "x")
-                peer.output(route, event, ledger=Ledger(peer.granted, [], [request]))
+                peer.first_token(assign, had)
                 left = max(0, answer - had - 1)
                 self._later(left * self.gpus[name].token_s, "end", assign)
             else:
                 del self._runs[request]
-                peer.granted += 1
-                reason = FinishReason.LENGTH
-                end = EndEvent(request, epoch, answer, reason, "", Usage(), Timings())
-                ledger = Ledger(peer.granted, [Finished(request, "length", prompt, answer)])
-                peer.output(route, end, ledger=ledger)
+                peer.finish(assign, prompt=prompt, tokens=answer, outcome="length")
                 self.ended_s[request] = self.bus.now_s
             self._read()
         while self.bus.now_s < until_s < math.inf:

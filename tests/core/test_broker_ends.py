@@ -5,18 +5,11 @@ from __future__ import annotations
 import pytest
 
 from broker.protocol.header import MessageType
-from broker.protocol.messages import Ledger, ModelInfo, Params, TokensEvent, WorkerState
+from broker.protocol.messages import ModelInfo, Params, WorkerState
 from tests.core.broker_facts import Bus, ClientPeer, Message, WorkerPeer, types
 
 TOKEN_S = 0.1
 BEGIN_S = 0.5
-
-
-def begin(worker: WorkerPeer, assign: Message) -> None:
-    """The first token of a run, with the ledger that says so."""
-    event = TokensEvent(assign.id, assign.assign.epoch, 0, [7], "x")
-    ledger = Ledger(worker.granted, [], [assign.id])
-    worker.output(assign.assign.reply_to, event, ledger=ledger)
 
 
 def ask(client: ClientPeer, tokens: int, **body: object) -> bytes:
@@ -27,7 +20,7 @@ def answer(worker: WorkerPeer, assign: Message, tokens: int) -> None:
     """A whole answer at the speed that is measured here."""
     bus = worker.bus
     pass_time(bus, BEGIN_S, worker)
-    begin(worker, assign)
+    worker.first_token(assign)
     pass_time(bus, TOKEN_S * (tokens - 1), worker)
     worker.finish(assign, tokens=tokens)
 
@@ -146,7 +139,7 @@ def two_workers(
     client = bus.client()
     requests = [ask(client, length) for length in lengths]
     for assign in going.assigned():
-        begin(going, assign)
+        going.first_token(assign)
     other = bus.worker("other", slots=elsewhere, grant=elsewhere > 0)
     client.receive()
     return client, going, other, requests
@@ -179,7 +172,7 @@ def test_no_more_move_than_there_is_room_for(bus: Bus) -> None:
 def test_at_the_last_moment_they_are_first_in_the_queue_of_others(bus: Bus) -> None:
     going, client = bus.worker("going"), bus.client()
     request = ask(client, 1000)
-    begin(going, going.assigned()[0])
+    going.first_token(going.assigned()[0])
     client.receive()
     other, stranger = bus.worker("other"), bus.client("stranger")
     ask(stranger, 1000)
@@ -198,7 +191,7 @@ def test_at_the_last_moment_they_are_first_in_the_queue_of_others(bus: Bus) -> N
 def test_without_another_worker_a_stream_stays_until_the_end_and_then_waits(bus: Bus) -> None:
     going, client = bus.worker("going"), bus.client()
     request = ask(client, 1000)
-    begin(going, going.assigned()[0])
+    going.first_token(going.assigned()[0])
     client.receive()
     end_in(going, 10.0)
     pass_time(bus, 9.9, going)
@@ -214,7 +207,7 @@ def test_without_another_worker_a_stream_stays_until_the_end_and_then_waits(bus:
 def test_a_new_worker_takes_streams_over_while_the_other_ends(bus: Bus) -> None:
     going, client = bus.worker("going"), bus.client()
     request = ask(client, 1000)
-    begin(going, going.assigned()[0])
+    going.first_token(going.assigned()[0])
     client.receive()
     end_in(going, 10.0)
     pass_time(bus, 4.0, going)
@@ -227,7 +220,7 @@ def test_what_would_not_go_on_token_for_token_stays(bus: Bus) -> None:
     going = bus.worker("going", slots=8)
     client = bus.client()
     ask(client, 1000)
-    begin(going, going.assigned()[0])
+    going.first_token(going.assigned()[0])
     other = bus.worker("other", grant=False)
     other.beat(models=[ModelInfo(name="demo", resume="text")], state=WorkerState.READY)
     other.grant()

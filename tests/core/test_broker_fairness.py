@@ -14,14 +14,7 @@ from broker.core.records import RequestState
 from broker.core.shares import MAX_USERS, Shares
 from broker.protocol.header import MessageType
 from broker.protocol.messages import (
-    EndEvent,
-    Finished,
-    FinishReason,
-    Ledger,
     Params,
-    Timings,
-    TokensEvent,
-    Usage,
     WorkerState,
 )
 from tests.core.broker_facts import Bus, ClientPeer, Message, WorkerPeer
@@ -50,9 +43,7 @@ class House:
     def begin(self) -> None:
         """What was assigned begins its answer."""
         for assign in self.worker.assigned():
-            event = TokensEvent(assign.id, assign.assign.epoch, 0, [7], "x")
-            ledger = Ledger(self.worker.granted, [], [assign.id])
-            self.worker.output(assign.assign.reply_to, event, ledger=ledger)
+            self.worker.first_token(assign)
             ends_s = self.bus.now_s + TOKEN_S * self.lengths[assign.id][1]
             self.running.append((ends_s, assign))
         self.running.sort(key=lambda entry: entry[0])
@@ -60,13 +51,7 @@ class House:
     def end(self, assign: Message, outcome: str = "stop") -> str:
         """A request ends; returns its user."""
         user, answer, prompt = self.lengths[assign.id]
-        self.worker.granted += 1
-        reason = FinishReason.STOP
-        epoch = assign.assign.epoch
-        end = EndEvent(assign.id, epoch, answer, reason, "", Usage(), Timings())
-        finished = Finished(assign.id, outcome, prompt, answer)
-        ledger = Ledger(self.worker.granted, [finished])
-        self.worker.output(assign.assign.reply_to, end, ledger=ledger)
+        self.worker.finish(assign, prompt=prompt, tokens=answer, outcome=outcome)
         self.client.receive()
         return user
 
@@ -209,10 +194,7 @@ def test_a_stream_that_moves_is_paid_for_once() -> None:
     assert share.tokens - before == pytest.approx(10 + 50, rel=0.35), "what it was given so far"
     house.client.resume(request, user="a", tokens=55, prompt="x" * 40)
     (assign,) = other.assigned()
-    other.granted += 1
-    end = EndEvent(assign.id, 1, 100, FinishReason.STOP, "", Usage(), Timings())
-    ledger = Ledger(other.granted, [Finished(assign.id, "stop", 10, 100)])
-    other.output(assign.assign.reply_to, end, ledger=ledger)
+    other.finish(assign, prompt=10, tokens=100)
     assert (share.tokens - before, share.running) == (110.0, 0.0)
 
 

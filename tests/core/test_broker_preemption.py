@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from broker.protocol.header import MessageType
-from broker.protocol.messages import Finished, Ledger, ModelInfo, TokensEvent, WorkerState
-from tests.core.broker_facts import Bus, ClientPeer, Message, WorkerPeer
+from broker.protocol.messages import ModelInfo, WorkerState
+from tests.core.broker_facts import Bus, ClientPeer, WorkerPeer
 
 FLOOR_S, AGAIN_S = 0.25, 10.0
 
@@ -21,18 +21,11 @@ def fleet(slots: int = 1, **settings: object) -> tuple[Bus, WorkerPeer, ClientPe
     return bus, bus.worker(slots=slots), bus.client()
 
 
-def begin(worker: WorkerPeer, assign: Message) -> None:
-    """The first token of a run, with the ledger that says so."""
-    event = TokensEvent(assign.id, assign.assign.epoch, 0, [7], "x")
-    ledger = Ledger(worker.granted, [], [assign.id])
-    worker.output(assign.assign.reply_to, event, ledger=ledger)
-
-
 def running(worker: WorkerPeer, client: ClientPeer, *priorities: int) -> list[bytes]:
     """Requests of these priorities that have made enough progress."""
     requests = [client.request(priority=priority) for priority in priorities]
     for assign in worker.assigned():
-        begin(worker, assign)
+        worker.first_token(assign)
         worker.bus.wait(0.01)
     worker.bus.wait(FLOOR_S)
     client.receive()
@@ -49,13 +42,6 @@ def gave_way(client: ClientPeer, worker: WorkerPeer) -> list[bytes]:
     return [m.id for m in interrupted]
 
 
-def leave(worker: WorkerPeer, request: bytes) -> None:
-    """The worker has stopped a run, and its slot is free."""
-    worker.granted += 1
-    ledger = Ledger(worker.granted, [Finished(request, "cancelled")])
-    worker.output(worker.bus.new_id(), ledger=ledger)
-
-
 def test_a_higher_priority_takes_the_slot_and_the_other_goes_on_after_it() -> None:
     bus, worker, client = fleet()
     (low,) = running(worker, client, -50)
@@ -64,7 +50,7 @@ def test_a_higher_priority_takes_the_slot_and_the_other_goes_on_after_it() -> No
     assert gave_way(client, worker) == [low]
     client.resume(low, tokens=12, priority=-50)
     assert worker.assigned() == [], "the slot is not free yet"
-    leave(worker, low)
+    worker.stopped(low)
     (assign,) = worker.assigned()
     assert assign.id == high
     worker.finish(assign)
@@ -80,7 +66,7 @@ def test_the_one_that_gave_way_goes_on_before_those_that_have_not_begun() -> Non
     client.receive()
     worker.receive()
     client.resume(low, tokens=12, priority=-50)
-    leave(worker, low)
+    worker.stopped(low)
     (assign,) = worker.assigned()
     assert assign.id == high
     worker.finish(assign)
@@ -156,7 +142,7 @@ def test_it_makes_some_progress_first() -> None:
     bus.client("person").request()
     bus.wait(5.0)
     assert gave_way(client, worker) == [], "it has no token yet"
-    begin(worker, assign)
+    worker.first_token(assign)
     bus.wait(4.5)
     assert gave_way(client, worker) == [], "that would be half of its time for nothing"
     bus.wait(1.0)
@@ -167,7 +153,7 @@ def test_one_that_began_at_once_runs_for_a_moment_first() -> None:
     bus, worker, client = fleet()
     low = client.request(priority=-50)
     (assign,) = worker.assigned()
-    begin(worker, assign)
+    worker.first_token(assign)
     client.receive()
     bus.client("person").request()
     bus.wait(FLOOR_S - 0.1)
@@ -183,9 +169,9 @@ def test_nobody_gives_way_twice_within_a_time() -> None:
     person.request()
     assert gave_way(client, worker) == [low]
     client.resume(low, tokens=12, priority=-50)
-    leave(worker, low)
+    worker.stopped(low)
     worker.finish(worker.assigned()[0])
-    begin(worker, worker.assigned()[0])
+    worker.first_token(worker.assigned()[0])
     client.receive()
     person.request()
     bus.wait(AGAIN_S - 1.5)
@@ -225,7 +211,7 @@ def test_a_stream_of_another_model_gives_way_where_it_has_room_elsewhere() -> No
     both = bus.worker("both", models=("a", "b"), slots=2)
     on_a, on_b = (client.request(model, priority=-50) for model in ("a", "b"))
     for assign in both.assigned():
-        begin(both, assign)
+        both.first_token(assign)
     bus.wait(FLOOR_S)
     client.receive()
     only_b = bus.worker("only-b", models=("b",))
@@ -233,7 +219,7 @@ def test_a_stream_of_another_model_gives_way_where_it_has_room_elsewhere() -> No
     assert gave_way(client, both) == [on_b], "nobody needs to wait for it"
     client.resume(on_b, model="b", tokens=5, priority=-50)
     assert only_b.assigned_ids() == [on_b]
-    leave(both, on_b)
+    both.stopped(on_b)
     assert both.assigned_ids() == [high]
     assert on_a in bus.core.requests
 
@@ -252,7 +238,7 @@ def test_who_gave_way_is_not_failed_for_waiting_by_the_brokers_own_limit() -> No
     bus.client("person").request()
     gave_way(client, worker)
     client.resume(low, tokens=12, priority=-50)
-    leave(worker, low)
+    worker.stopped(low)
     bus.wait(60.0)
     assert bus.core.requests[low].phase.value == "queued"
 

@@ -6,8 +6,8 @@ import pytest
 
 from broker.core.events import LoopWasLate, PeerUnreachable
 from broker.protocol.header import MessageType
-from broker.protocol.messages import FailEvent, Held, Ledger, TokensEvent
-from tests.core.broker_facts import Bus, ClientPeer, Message, WorkerPeer
+from broker.protocol.messages import FailEvent, Held
+from tests.core.broker_facts import Bus, ClientPeer, WorkerPeer
 
 THREE = ("b", "c", "d")
 FOUR = ("a", *THREE)
@@ -16,13 +16,6 @@ FOUR = ("a", *THREE)
 def vanish(peer: ClientPeer | WorkerPeer) -> None:
     """The connection breaks without GOODBYE."""
     peer.bus.handle(PeerUnreachable(peer.side, peer.routing_id))
-
-
-def begin(worker: WorkerPeer, assign: Message) -> None:
-    """Send the first token of a run, with the ledger that reports it."""
-    event = TokensEvent(assign.id, assign.assign.epoch, 0, [7], "x")
-    ledger = Ledger(worker.granted, [], [assign.id])
-    worker.output(assign.assign.reply_to, event, ledger=ledger)
 
 
 class Victim:
@@ -85,7 +78,7 @@ def test_two_shared_deaths_are_no_verdict_and_suspects_run_one_by_one() -> None:
     for _ in victims:
         third.beat()
         (assign,) = third.assigned()
-        begin(third, assign)
+        third.first_token(assign)
         third.finish(assign)
     for victim in victims:
         victim.resume()
@@ -100,7 +93,7 @@ def test_a_suspect_that_gets_past_its_first_tokens_is_cleared_and_others_run_bes
     bus.wait(1.1)
     (assign,) = worker.assigned()
     other = Victim(bus)
-    begin(worker, assign)
+    worker.first_token(assign)
     bus.wait(0.4)
     assert worker.assigned() == [], "it still runs alone"
     client.receive()
@@ -163,7 +156,7 @@ def test_the_late_end_of_a_run_that_moved_does_not_end_its_next_run_at_the_same_
     (again,) = worker.assigned()
     assert again.id == long.id
     # The worker does not answer the CANCEL until now.
-    begin(worker, before)
+    worker.first_token(before)
     worker.finish(before, outcome="cancelled")
     vanish(worker)
     assert long.resume(), "it was still known to run there"
@@ -260,7 +253,7 @@ def test_among_other_requests_only_the_killer_is_stopped_at_its_third_lone_kill(
                 worker.goodbye("engine_dead")
                 break
             for message in came:
-                begin(worker, message)
+                worker.first_token(message)
                 worker.finish(message)
         for victim in (poison, *others):
             victim.resume()
@@ -317,7 +310,7 @@ def test_a_death_long_after_the_first_token_is_no_evidence(ran_s: float, alone: 
     worker = bus.worker("w")
     victim = Victim(bus)
     (assign,) = worker.assigned()
-    begin(worker, assign)
+    worker.first_token(assign)
     bus.wait(ran_s)
     vanish(worker)
     victim.resume()
@@ -332,7 +325,7 @@ def test_a_stream_outlives_any_number_of_workers_that_others_killed() -> None:
         worker = bus.worker(f"w{number}")
         bus.wait(1.1)
         (assign,) = worker.assigned()
-        begin(worker, assign)
+        worker.first_token(assign)
         bus.wait(1.0)
         vanish(worker)
         assert victim.resume()

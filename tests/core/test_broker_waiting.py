@@ -12,7 +12,7 @@ from broker.core.records import RequestState
 from broker.core.speed import Accuracy
 from broker.protocol import header
 from broker.protocol.header import MessageType
-from broker.protocol.messages import Hello, Ledger, Params, TokensEvent, WorkerState
+from broker.protocol.messages import Hello, Params, WorkerState
 from tests.core.broker_facts import Bus, ClientPeer, Message, WorkerPeer
 from tests.core.fleet_world import Fleet as FastAndSlow, Gpu
 
@@ -21,15 +21,10 @@ BEGIN_S = 0.5
 ANSWER_S = BEGIN_S + 19 * TOKEN_S
 
 
-def begin(worker: WorkerPeer, assign: Message) -> None:
-    event = TokensEvent(assign.id, assign.assign.epoch, 0, [7], "x")
-    worker.output(assign.assign.reply_to, event, ledger=Ledger(worker.granted, [], [assign.id]))
-
-
 def answer(worker: WorkerPeer, assign: Message, tokens: int = 20, pace: float = 1.0) -> None:
     """A whole answer, `pace` times as slow as usual."""
     worker.bus.wait(BEGIN_S * pace)
-    begin(worker, assign)
+    worker.first_token(assign)
     worker.bus.wait(TOKEN_S * (tokens - 1) * pace)
     worker.finish(assign, tokens=tokens)
 
@@ -76,7 +71,7 @@ def test_it_hears_when_that_changes_and_not_else() -> None:
     fleet = Fleet()
     ask(fleet.client)
     (assign,) = fleet.worker.assigned()
-    begin(fleet.worker, assign)
+    fleet.worker.first_token(assign)
     ask(fleet.client)
     last = ask(fleet.client)
     fleet.told(last)
@@ -117,7 +112,7 @@ def test_a_higher_priority_starts_as_soon_as_somebody_gives_way() -> None:
     fleet = Fleet()
     ask(fleet.client, 1000, priority=-50)
     (low,) = fleet.worker.assigned()
-    begin(fleet.worker, low)
+    fleet.worker.first_token(low)
     (told,) = fleet.told(ask(fleet.client))
     assert told["starts_in_ms"] <= 200
 

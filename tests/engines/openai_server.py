@@ -69,6 +69,20 @@ class State:
     left = 0
 
 
+@dataclass(frozen=True)
+class Reply:
+    """What is answered to a request: the pieces of a stream, and all that comes with them."""
+
+    body: dict[str, Any]
+    deltas: list[dict[str, Any]]
+    finish: str
+    usage: dict[str, Any]
+    #: What the prompt tells the server to do, by its words with a #.
+    orders: dict[str, str]
+    asked: str
+    chat: bool
+
+
 def following(text: str, salt: str) -> int:
     """The next token of a text."""
     return hashlib.sha256((salt + text).encode()).digest()[0] % len(WORDS)
@@ -263,7 +277,7 @@ class Handler(BaseHTTPRequestHandler):
             "completion_tokens": len(deltas),
             "prompt_tokens_details": {"cached_tokens": 1},
         }
-        self.respond(body, deltas, finish, usage, orders, asked, chat=chat)
+        self.respond(Reply(body, deltas, finish, usage, orders, asked, chat))
 
     def once(self, what: str) -> bool:
         with State.lock:
@@ -271,26 +285,16 @@ class Handler(BaseHTTPRequestHandler):
             State.cut.add(what)
         return new
 
-    def respond(
-        self,
-        body: dict[str, Any],
-        deltas: list[dict[str, Any]],
-        finish: str,
-        usage: dict[str, Any],
-        orders: dict[str, str],
-        asked: str,
-        *,
-        chat: bool,
-    ) -> None:
-        options = self.options
+    def respond(self, reply: Reply) -> None:
+        options, body = self.options, reply.body
         if not body.get("stream") or options.whole:
-            content = "".join(delta.get("content") or "" for delta in deltas)
+            content = "".join(delta.get("content") or "" for delta in reply.deltas)
             message: dict[str, Any] = {"role": "assistant", "content": content}
-            choice = {"message": message} if chat else {"text": content}
-            choice |= {"index": 0, "finish_reason": finish}
+            choice = {"message": message} if reply.chat else {"text": content}
+            choice |= {"index": 0, "finish_reason": reply.finish}
             if body.get("return_token_ids"):
-                choice["token_ids"] = [1] * len(deltas)
-            self.answer(200, {"choices": [choice], "usage": usage})
+                choice["token_ids"] = [1] * len(reply.deltas)
+            self.answer(200, {"choices": [choice], "usage": reply.usage})
             return
         self.send_response(200)
         self.send_header("content-type", "text/event-stream; charset=utf-8")
@@ -299,7 +303,7 @@ class Handler(BaseHTTPRequestHandler):
         with State.lock:
             State.running += 1
         try:
-            self.events(body, deltas, finish, usage, orders, asked, chat=chat)
+            self.events(reply)
         except OSError:
             with State.lock:
                 State.left += 1
@@ -314,30 +318,20 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"%x\r\n%b\r\n" % (len(raw), raw))
         self.wfile.flush()
 
-    def events(
-        self,
-        body: dict[str, Any],
-        deltas: list[dict[str, Any]],
-        finish: str,
-        usage: dict[str, Any],
-        orders: dict[str, str],
-        asked: str,
-        *,
-        chat: bool,
-    ) -> None:
-        options = self.options
-        cut = int(orders.get("cut", -1))
-        for number, delta in enumerate(deltas):
-            if number == cut and self.once("cut" + asked):
+    def events(self, reply: Reply) -> None:
+        options, body = self.options, reply.body
+        cut = int(reply.orders.get("cut", -1))
+        for number, delta in enumerate(reply.deltas):
+            if number == cut and self.once("cut" + reply.asked):
                 self.connection.shutdown(2)
                 raise OSError("cut")
-            if "mid" in orders and number == int(orders["mid"]):
+            if "mid" in reply.orders and number == int(reply.orders["mid"]):
                 self.event({"error": {"message": "a failure in the middle", "code": 500}})
                 return
             if options.delay_ms:
                 time.sleep(options.delay_ms / 1000)
             choice: dict[str, Any] = {"index": 0, "finish_reason": None}
-            choice |= {"delta": delta} if chat else {"text": delta["content"]}
+            choice |= {"delta": delta} if reply.chat else {"text": delta["content"]}
             if body.get("logprobs") and "content" in delta:
                 word = delta["content"]
                 entry = {"token": word, "logprob": -0.5, "bytes": list(word.encode())}
@@ -345,14 +339,14 @@ class Handler(BaseHTTPRequestHandler):
                 choice["logprobs"] = {"content": [entry | {"top_logprobs": top}]}
             event: dict[str, Any] = {"choices": [choice]}
             if (body.get("stream_options") or {}).get("continuous_usage_stats"):
-                event["usage"] = usage | {"completion_tokens": number + 1}
+                event["usage"] = reply.usage | {"completion_tokens": number + 1}
             if body.get("timings_per_token") and options.timings:
-                event["timings"] = {"prompt_n": usage["prompt_tokens"] - 1, "cache_n": 1}
+                event["timings"] = {"prompt_n": reply.usage["prompt_tokens"] - 1, "cache_n": 1}
             self.event(event)
-        end: dict[str, Any] = {"index": 0, "finish_reason": finish}
-        self.event({"choices": [end | ({"delta": {}} if chat else {"text": ""})]})
+        end: dict[str, Any] = {"index": 0, "finish_reason": reply.finish}
+        self.event({"choices": [end | ({"delta": {}} if reply.chat else {"text": ""})]})
         if options.usage and (body.get("stream_options") or {}).get("include_usage"):
-            self.event({"choices": [], "usage": usage})
+            self.event({"choices": [], "usage": reply.usage})
         self.event("[DONE]")
         self.wfile.write(b"0\r\n\r\n")
 

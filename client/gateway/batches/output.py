@@ -13,13 +13,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import msgspec
 from msgspec import Struct
 
 from client import InvalidRequest
+from client.closing import Closing
 
 __all__ = ["Output", "Tally"]
 
@@ -105,7 +105,7 @@ class Tally:
         return Tally(*(getattr(self, n) + getattr(other, n) for n in self.__slots__))
 
 
-class Output:
+class Output(Closing):
     """The file, locked while open. An incomplete last line, left by a run that was killed, is
     removed."""
 
@@ -168,17 +168,6 @@ class Output:
     def close(self) -> None:
         """Close the file. Idempotent."""
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _lock(self) -> None:
         try:
