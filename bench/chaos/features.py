@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from bench.shapes import paint_tool, shape_schema
 from worker.demo.pictures import make_scene, render
 
 MODEL: Final = "demo"
@@ -47,37 +48,8 @@ model also thinks, if asked to: whatever it writes before its budget ends."""
 
 _THINKS: Final = {"chat_template_kwargs": {"thinking": True}, "thinking_tokens": 24}
 
-_SCHEMA: Final = {
-    "type": "object",
-    "properties": {
-        "colour": {"type": "string", "enum": ["red", "blue", "green"]},
-        "corners": {"type": "array", "items": {"type": "integer"}, "minItems": 24, "maxItems": 30},
-        "note": {"type": "string", "minLength": 60, "maxLength": 90},
-    },
-    "required": ["colour", "corners", "note"],
-    "additionalProperties": False,
-}
-_TOOL: Final = {
-    "type": "function",
-    "function": {
-        "name": "paint",
-        "description": "Paint a shape.",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "colours": {
-                    "type": "array",
-                    "items": {"type": "string", "enum": ["red", "blue", "black", "pink"]},
-                    "minItems": 12,
-                    "maxItems": 16,
-                },
-                "where": {"type": "string", "minLength": 40, "maxLength": 60},
-            },
-            "required": ["colours", "where"],
-            "additionalProperties": False,
-        },
-    },
-}
+_SCHEMA: Final = shape_schema(colour={"type": "string", "enum": ["red", "blue", "green"]})
+_TOOL: Final = paint_tool(12, 16)
 
 
 # --- what is asked --------------------------------------------------------------------------------
@@ -125,12 +97,11 @@ def _images_with_logprobs(variant: int, tokens: int) -> tuple[str, dict[str, Any
 
 
 def _schema(variant: int, tokens: int) -> tuple[str, dict[str, Any]]:
-    schema = {"name": "shape", "schema": _SCHEMA, "strict": True}
     return CHAT, {
         "messages": _user("Describe the image.", 1, variant),
         "max_tokens": 4 * tokens,
         "temperature": 0.9,
-        "response_format": {"type": "json_schema", "json_schema": schema},
+        "response_format": {"type": "json_schema", "json_schema": _SCHEMA},
         "logprobs": True,
         "n": 2,
         **(_THINKS if variant % 2 else {}),

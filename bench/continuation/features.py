@@ -12,38 +12,12 @@ import random
 from collections.abc import Callable
 from typing import Any, Final
 
+from bench.shapes import paint_tool, shape_schema
+
 CHAT: Final = "/chat/completions"
 COMPLETIONS: Final = "/completions"
-_SCHEMA: Final = {
-    "type": "object",
-    "properties": {
-        "corners": {"type": "array", "items": {"type": "integer"}, "minItems": 24, "maxItems": 30},
-        "note": {"type": "string", "minLength": 60, "maxLength": 90},
-    },
-    "required": ["corners", "note"],
-    "additionalProperties": False,
-}
-_TOOL: Final = {
-    "type": "function",
-    "function": {
-        "name": "paint",
-        "description": "Paint a shape.",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "colours": {
-                    "type": "array",
-                    "items": {"type": "string", "enum": ["red", "blue", "black", "pink"]},
-                    "minItems": 16,
-                    "maxItems": 20,
-                },
-                "where": {"type": "string", "minLength": 40, "maxLength": 60},
-            },
-            "required": ["colours", "where"],
-            "additionalProperties": False,
-        },
-    },
-}
+_SCHEMA: Final = shape_schema()
+_TOOL: Final = paint_tool(16, 20)
 _STORY: Final = "Tell me a long story about a red circle and a blue square."
 
 
@@ -76,8 +50,7 @@ def _with_image(seed: int) -> tuple[str, dict[str, Any]]:
 
 
 def _schema(seed: int) -> tuple[str, dict[str, Any]]:
-    schema = {"name": "shape", "schema": _SCHEMA, "strict": True}
-    told = {"type": "json_schema", "json_schema": schema}
+    told = {"type": "json_schema", "json_schema": _SCHEMA}
     return _chat("Describe a shape.", temperature=0.9, seed=seed, response_format=told)
 
 
