@@ -1,4 +1,4 @@
-"""A schema and a tool whose answers take a while, for the requests of `chaos` and `continuation`."""
+"""A schema and a tool that take a while to answer, for requests of `chaos` and `continuation`."""
 
 from __future__ import annotations
 
