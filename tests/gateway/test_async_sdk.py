@@ -78,7 +78,7 @@ def test_the_whole_answer_and_its_pieces_are_the_same(run: Run, endpoint: str) -
         return whole, pieces
 
     whole, pieces = run(work)
-    assert whole == "hello there" == "".join(pieces) and len(pieces) > 3
+    assert whole == "hello there" == "".join(pieces) and len(pieces) > 1
 
 
 @pytest.mark.parametrize("endpoint", ASK)

@@ -55,7 +55,7 @@ def test_a_stream_gives_the_same_answer_in_pieces(client: openai.OpenAI) -> None
     assert chunks[0].choices[0].delta.role == "assistant"
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == "hello there"
-    assert len(chunks) > 4
+    assert len(chunks) > 3
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
     assert [c.usage for c in chunks[:-1]] == [None] * (len(chunks) - 1)
     assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage

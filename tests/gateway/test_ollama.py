@@ -46,7 +46,7 @@ def test_a_chat_streamed_and_whole(sdk: ollama.Client) -> None:
     assert answer.message.role == "assistant" and answer.message.content == "hello there"
     assert answer.model == MODEL and answer.done and answer.done_reason == "stop"
     chunks = list(sdk.chat(MODEL, said("hello there"), stream=True))
-    assert whole(chunks) == "hello there" and len(chunks) > 2
+    assert whole(chunks) == "hello there" and len(chunks) > 1
     assert [chunk.done for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
     for last in (answer, chunks[-1]):
         assert last.eval_count > 0 and last.prompt_eval_count > 0

@@ -19,7 +19,7 @@ from broker.protocol.messages import Assign, Held, Request, Resume, new_id
 from worker.core.connection import Connection
 from worker.core.instructions import EngineAdd, EngineCancel, EngineWindow, Instruction, Log
 from worker.core.outbox import Outbox
-from worker.core.streams import Stream
+from worker.core.streams import COALESCED_TOKENS, Stream
 from worker.engines.events import END, FAIL, PROMPT, TOKENS
 
 KEPT_REQUESTS = 4096
@@ -246,6 +246,8 @@ class Requests:
             resume.text_characters,
             resume.prompt_seen,
         )
+        # Who looks for calls in the text may stop at one, and counts the tokens until there.
+        stream.joins = not request.tools
         connection.held.discard(stream.request_id)
         stream.ttl_until_s = math.inf
         if assign.ttl_ms is not None:
@@ -480,7 +482,9 @@ class Requests:
                 and not route.connection.blocked
                 and (stream.shows_kinds or not stream.split or pieces)
             ):
-                # Nothing is held back, so the event is passed on unchanged.
+                # Nothing is held back, so the event is passed on unchanged. Where this process is
+                # behind and reads several steps at once, a stream's tokens become one event, which
+                # spares all who come after.
                 tokens += ids
                 stream.ends.append(count)
                 stream.sent = count
@@ -493,9 +497,20 @@ class Requests:
                     )
                 else:
                     stream.texts.append(text)
-                    route.events.append(
-                        (TOKENS, stream.request_id, stream.epoch, offset, ids, text)
-                    )
+                    unsent = stream.unsent
+                    if (
+                        unsent is not None
+                        and stream.unsent_batch == route.batch
+                        and unsent[3] + len(unsent[4]) == offset
+                        and count - unsent[3] <= COALESCED_TOKENS
+                    ):
+                        unsent[4] += ids
+                        unsent[5] += text
+                    else:
+                        unsent = [TOKENS, stream.request_id, stream.epoch, offset, ids, text]
+                        route.events.append(unsent)
+                        if stream.joins:
+                            stream.unsent, stream.unsent_batch = unsent, route.batch
                 if not stream.started:
                     stream.started = True
                     route.started.append(stream.request_id)

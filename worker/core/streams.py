@@ -31,6 +31,7 @@ class Route:
     """A client session at a broker, as the worker sees it: the header id of its OUTPUT."""
 
     __slots__ = (
+        "batch",
         "connection",
         "events",
         "finished",
@@ -48,6 +49,8 @@ class Route:
         self.flagged = prefix(MessageType.OUTPUT, reply_to, Flag.LEDGER)
         #: Events of the message being assembled; empty between two calls of the core.
         self.events: list[Any] = []
+        #: Counts the messages, so that a stream knows whether its latest event still waits in this.
+        self.batch = 0
         self.started: list[bytes] = []
         self.finished: list[Any] = []
         #: Streams that use the route; it is forgotten with the last one.
@@ -58,6 +61,7 @@ class Route:
     def clear(self) -> None:
         """The message was sent, or will never be."""
         self.events = []
+        self.batch += 1
         self.started = []
         self.finished = []
         self.touched = False
@@ -79,6 +83,7 @@ class Stream:
         "in_engine",
         "interval",
         "job_id",
+        "joins",
         "kept_since_s",
         "logprobs",
         "model",
@@ -96,6 +101,8 @@ class Stream:
         "texts",
         "token_ids",
         "ttl_until_s",
+        "unsent",
+        "unsent_batch",
         "window",
         "window_timer",
     )
@@ -155,6 +162,12 @@ class Stream:
         self.prompt_sent = False
         self.started = False
         self.end_sent = False
+        #: Whether tokens that are sent together may be one event.
+        self.joins = True
+        #: Its latest event without pieces or log probabilities, and the batch of its route with
+        #: which that goes: until then more tokens can join it.
+        self.unsent: list[Any] | None = None
+        self.unsent_batch = 0
         #: When its time to live ends.
         self.ttl_until_s = math.inf
         #: Since when tokens wait for the client's window.
@@ -242,6 +255,7 @@ class Stream:
         if self.route is not None:
             self.route.streams -= 1
             self.route = None
+            self.unsent = None
 
     def _text_until(
         self, token_count: int, rest: str = "", rest_pieces: list[Any] | None = None
