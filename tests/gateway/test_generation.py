@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
@@ -13,6 +14,7 @@ from PIL import Image
 
 from broker.protocol.messages import Attachment, ImagePart, Request
 from client import AsyncClient, Retry, Timeout
+from client.core.events import StreamEvent, Tokens
 from client.gateway.convert import Generation, chat_call, completion_calls, seeded
 from client.gateway.errors import GatewayError
 from client.gateway.images import ImagePolicy
@@ -72,6 +74,55 @@ def test_the_bus_gets_the_request_made_from_the_body(choices: int) -> None:
     assert attachments is made.attachments
     assert how == {"timeout": limits, "retry": RETRY}
     assert [one.params.seed for one, *_ in bus.started] == [5, 6][:choices]
+
+
+class Arrived:
+    """Stands in for a client whose streams get these batches."""
+
+    def __init__(self, *batches: list[StreamEvent]) -> None:
+        self._batches = batches
+
+    async def start(self, request: Request, attachments: tuple[bytes, ...], **how: Any) -> Arrived:
+        return self
+
+    @property
+    async def batches(self) -> AsyncIterator[list[StreamEvent]]:
+        for batch in self._batches:
+            yield batch
+
+    async def aclose(self) -> None:
+        pass
+
+
+def piece(offset: int, text: str, **more: Any) -> Tokens:
+    return Tokens(bytes(16), 0, offset, [offset], text, **more)
+
+
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+@pytest.mark.parametrize("tools", [False, True])
+def test_tokens_that_arrived_together_are_one_event_unless_calls_are_looked_for(
+    choices: int, tools: bool
+) -> None:
+    bus = Arrived(
+        [piece(0, "a")],
+        [piece(1, "b"), piece(2, "c"), piece(3, "d", logprobs=[]), piece(4, "e"), piece(5, "f")],
+    )
+    made = chat(messages=[{"role": "user", "content": "x"}], **({"tools": [TOOL]} if tools else {}))
+
+    async def read() -> list[list[tuple[str, list[int]]]]:
+        events = generate(bus, [made] * choices, lambda stream: None)  # type: ignore[arg-type]
+        return [
+            [(event.text, list(event.token_ids)) for event in batch if isinstance(event, Delta)]
+            for batch in [await anext(events) for _ in range(2 * choices)]
+            if batch[0].choice == 0
+        ]
+
+    together = [("bc", [1, 2]), ("d", [3]), ("ef", [4, 5])]
+    apart = [("b", [1]), ("c", [2]), ("d", [3]), ("e", [4]), ("f", [5])]
+    assert asyncio.run(read()) == [[("a", [0])], apart if tools else together]
 
 
 def test_images_are_described_by_their_first_bytes() -> None:

@@ -185,12 +185,13 @@ async def generate(
 
     with naming(prompt_field):
         if len(generations) == 1:
+            joins = not generations[0].request.tools
             with traced(spans[0] if spans else None) as span:
                 stream = await start(generations[0])
                 opened(stream)
                 try:
                     async for arrived in stream.batches:
-                        batch = _translated(0, arrived, span)
+                        batch = _translated(0, arrived, span, joins=joins)
                         if batch:
                             yield batch
                             if has_enough(0) and not isinstance(batch[-1], Finish):
@@ -210,7 +211,14 @@ async def generate(
         tasks: list[asyncio.Task[None]] = []
         try:
             for index, one in enumerate(generations):
-                pump = _pump(partial(start, one), index, partial(opened_as, index), batches, spans)
+                pump = _pump(
+                    partial(start, one),
+                    index,
+                    partial(opened_as, index),
+                    batches,
+                    spans,
+                    joins=not one.request.tools,
+                )
                 tasks.append(asyncio.create_task(pump))
                 if len(tasks) % _OPENED_AT_ONCE == 0:
                     await asyncio.sleep(0)
@@ -261,6 +269,8 @@ async def _pump(
     opened: Opened,
     batches: asyncio.Queue[list[ChoiceEvent] | BaseException],
     spans: Sequence[BusSpan],
+    *,
+    joins: bool,
 ) -> None:
     try:
         with traced(spans[index] if spans else None) as span:
@@ -268,7 +278,7 @@ async def _pump(
             opened(stream)
             try:
                 async for arrived in stream.batches:
-                    batch = _translated(index, arrived, span)
+                    batch = _translated(index, arrived, span, joins=joins)
                     if batch:
                         await batches.put(batch)
             finally:
@@ -277,11 +287,16 @@ async def _pump(
         await batches.put(error)
 
 
-def _translated(choice: int, arrived: list[StreamEvent], span: BusSpan | None) -> list[ChoiceEvent]:
+def _translated(
+    choice: int, arrived: list[StreamEvent], span: BusSpan | None, *, joins: bool
+) -> list[ChoiceEvent]:
+    """`joins`: tokens that arrived together may be one event. Who looks for calls in the text may
+    stop at one, and counts the tokens until there."""
     batch: list[ChoiceEvent] = []
-    for event in arrived:
-        if span is not None:
+    if span is not None:
+        for event in arrived:
             span.saw(event)
+    for event in _joined(arrived) if joins and len(arrived) > 1 else arrived:
         if isinstance(event, Tokens):
             ids = event.token_ids
             batch.append(Delta(choice, event.text, len(ids), event.logprobs, event.pieces, ids))
@@ -293,3 +308,28 @@ def _translated(choice: int, arrived: list[StreamEvent], span: BusSpan | None) -
             batch.append(Prompted(choice, event))
         # An HTTP client has no use for Queued, Started and Recovering.
     return batch
+
+
+def _joined(arrived: list[StreamEvent]) -> Iterator[StreamEvent]:
+    """The same events, with neighbouring tokens in one. They are in the same write, so nobody gets
+    them later for it, and a gateway that is behind makes fewer chunks. What has log probabilities
+    or pieces stays by itself."""
+    run: list[Tokens] = []
+    for event in arrived:
+        if isinstance(event, Tokens) and event.logprobs is None and event.pieces is None:
+            run.append(event)
+            continue
+        if run:
+            yield _as_one(run)
+            run = []
+        yield event
+    if run:
+        yield _as_one(run)
+
+
+def _as_one(run: list[Tokens]) -> Tokens:
+    if len(run) == 1:
+        return run[0]
+    ids = [id_ for event in run for id_ in event.token_ids]
+    text = "".join([event.text for event in run])
+    return Tokens(run[0].request_id, run[0].epoch, run[0].offset, ids, text)
