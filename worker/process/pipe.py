@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Final
 
 _COUNT: Final = struct.Struct(">I")
+_ONE_FRAME: Final = struct.Struct(">IQ")
 _READ_BYTES: Final = 1 << 18
 _READ_AT_ONCE_BYTES: Final = 1 << 24
 """After this much, the reader can do something else, even if the other side keeps writing."""
@@ -52,12 +53,31 @@ class Pipe:
 
         Raises `PipeClosed`.
         """
-        lengths = struct.pack(f">{len(frames)}Q", *map(len, frames))
-        head = _COUNT.pack(len(frames)) + lengths
-        for part in (head, *frames):
-            if part:
-                self._outgoing.append(memoryview(part))
-                self.backlog_bytes += len(part)
+        if len(frames) == 1:
+            head = _ONE_FRAME.pack(1, len(frames[0]))
+        else:
+            lengths = struct.pack(f">{len(frames)}Q", *map(len, frames))
+            head = _COUNT.pack(len(frames)) + lengths
+        parts = [head, *frames]
+        sent = 0
+        if not self._outgoing and len(parts) <= _IOVECS:
+            # Mostly all of it goes at once, and nothing need be kept.
+            try:
+                sent = self._socket.sendmsg(parts)
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                raise PipeClosed(str(error)) from None
+            if sent == sum(map(len, parts)):
+                return
+        for part in parts:
+            if len(part) <= sent:
+                sent -= len(part)
+                continue
+            left = memoryview(part)[sent:]
+            sent = 0
+            self._outgoing.append(left)
+            self.backlog_bytes += len(left)
         self.flush()
 
     def flush(self) -> None:
@@ -100,7 +120,7 @@ class Pipe:
             received += chunk
             if len(chunk) < _READ_BYTES:
                 break
-        messages = self._parse()
+        messages = self._parse() if received else []
         if closed and not messages:
             raise PipeClosed("end of stream")
         return messages
