@@ -5,7 +5,7 @@ Whatever bytes come in, only `ProtocolError` is raised. Never pickle, never an e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, TypeVar
 
 import msgpack
@@ -40,6 +40,18 @@ _ANY_EVENTS: Final = msgspec.msgpack.Decoder(list[OutputEvent])
 """Decode bytes to events in one call. Safe for events without a free-form field, in which an
 extension type could hide (fields that a later version appends are skipped unread); memory grows
 with what has been read, not with what a length claims."""
+
+
+_FREE_FORMS = (
+    "tools",
+    "tool_choice",
+    "template_args",
+    "embed_args",
+    "classify_args",
+    "tokenize_args",
+    "state",
+)
+"""Fields of a request that hold anything like JSON."""
 
 
 def _refuse_extension(code: int, data: bytes) -> Any:
@@ -132,26 +144,18 @@ def check_free_form(value: Any, where: str, depth: int = 0) -> None:
 
 def check_free_forms(request: Request) -> None:
     """Bound every free-form value of a request. Raises `ProtocolError` that names the field."""
-    for where, value in _free_forms(request):
-        check_free_form(value, where)
-
-
-def _free_forms(request: Request) -> Iterator[tuple[str, Any]]:
-    yield "tools", request.tools
-    yield "tool_choice", request.tool_choice
-    yield "template_args", request.template_args
-    yield "embed_args", request.embed_args
-    yield "classify_args", request.classify_args
-    yield "tokenize_args", request.tokenize_args
-    yield "state", request.state
+    for field in _FREE_FORMS:
+        value = getattr(request, field)
+        if value is not None:  # few requests have any
+            check_free_form(value, field)
     for name, question in (request.questions or {}).items():
-        yield f"questions[{name!r}].instructions", question.instructions
-        yield f"questions[{name!r}].criteria", question.criteria
+        check_free_form(question.instructions, f"questions[{name!r}].instructions")
+        check_free_form(question.criteria, f"questions[{name!r}].criteria")
     if request.params.constraint is not None:
-        yield "params.constraint.value", request.params.constraint.value
+        check_free_form(request.params.constraint.value, "params.constraint.value")
     for index, message in enumerate(request.messages or ()):
         if message.tool_calls is not None:
-            yield f"messages[{index}].tool_calls", message.tool_calls
+            check_free_form(message.tool_calls, f"messages[{index}].tool_calls")
 
 
 def encode_events(events: list[OutputEvent]) -> bytes:

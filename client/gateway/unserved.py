@@ -102,11 +102,14 @@ _ASKING_NOTHING: Final[dict[str, tuple[Any, ...]]] = {
 
 def refuse_unserved(body: Struct, path: str = "") -> None:
     """Raise for the first known but unserved field that is set, in the body or nested in it."""
+    refused = _refused_fields(type(body))
     for field in body.__struct_fields__:
         value = getattr(body, field)
+        if value is None:  # most of them, in every request
+            continue
         here = f"{path}.{field}" if path else field
-        if field in _refused_fields(type(body)) and value not in (
-            *(None, [], {}, ""),
+        if field in refused and value not in (
+            *([], {}, ""),
             *_ASKING_NOTHING.get(field, ()),
         ):
             raise invalid(here, f"`{here}` is not served: {_UNSERVED[field]}.")
