@@ -161,8 +161,18 @@ class EventStream(Response):
 
     async def _write(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with contextlib.aclosing(self._source) as source:
-            while events := await self._next(source):
-                await self._tell(send, b"".join(events))
+            events = await self._next(source)
+            while events:
+                told, last = events, events[-1] == DONE
+                if last:
+                    # Nothing follows it, so that the end of the body goes in the same write.
+                    events = await self._next(source)
+                over = last and not events and self.failure is None
+                await self._tell(send, b"".join(told), over=over)
+                if over:
+                    return
+                if not last:
+                    events = await self._next(source)
         if self.failure is None:
             await self._tell(send, b"", over=True)
         else:

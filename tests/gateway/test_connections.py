@@ -74,6 +74,32 @@ def error_of(answer: bytes) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("chat/completions", {"messages": [{"role": "user", "content": "hello there"}], "n": 2}),
+        ("completions", {"prompt": "hello there"}),
+    ],
+)
+def test_what_ends_a_stream_comes_in_one_write_with_its_last_text(
+    gateway: GatewayProcess, path: str, asked: dict[str, Any]
+) -> None:
+    body = json.dumps({"model": "echo", "stream": True, **asked}).encode()
+    head = f"POST /v1/{path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+    head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    with closing(connected(gateway)) as connection:
+        connection.sendall(head.encode() + body)
+        _, _, rest = said(connection).partition(b"\r\n\r\n")
+    writes = []
+    while rest:
+        size, _, rest = rest.partition(b"\r\n")
+        writes.append(rest[: int(size, 16)])
+        rest = rest[int(size, 16) + 2 :]
+    *_, last, over = writes
+    assert over == b"" and last.endswith(b"data: [DONE]\n\n")
+    assert b'"finish_reason":"stop"' in last
+
+
+@pytest.mark.parametrize(
     ("begun", "status"),
     [
         (b"", b""),

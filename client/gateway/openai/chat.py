@@ -300,17 +300,23 @@ class _Answer:
         return usage_of(choice.usage or Usage() for choice in self._choices)
 
     async def stream(self, batches: Batches) -> Source:
-        """The answer as chunks."""
+        """The answer as chunks. Those that end it come with its last text."""
+        out: list[bytes] = []
+        running = len(self._choices)
         async with contextlib.aclosing(batches):
             async for batch in batches:
-                out: list[bytes] = []
                 for event in batch:
                     self._tell(event, out)
-                if out:
+                    running -= isinstance(event, Finish)
+                if out and running:
                     yield out
+                    out = []
         if self._body.store:
+            if out:
+                yield out
+                out = []
             await self.keep(await aside(self.logprob_bytes, self.complete))
-        yield [*self._chunks.last(self._usage()), DONE]
+        yield [*out, *self._chunks.last(self._usage()), DONE]
 
     def _tell(self, event: ChoiceEvent, out: list[bytes]) -> None:
         """Account for one bus event, and append the chunks that the reader gets."""

@@ -182,11 +182,13 @@ class _Answer:
         return usage_of([choice.usage for choice in self._choices], prompts=self._prompts)
 
     async def stream(self, batches: Batches) -> Source:
-        """The answer as chunks."""
+        """The answer as chunks. Those that end it come with its last text."""
+        out: list[bytes] = []
+        running = len(self._choices)
         async with contextlib.aclosing(batches):
             async for batch in batches:
-                out: list[bytes] = []
                 for event in batch:
+                    running -= isinstance(event, Finish)
                     text, logprobs, ids = self._unread(event, *self.take(event))
                     if text or logprobs or ids:
                         out.append(self._chunk(event.choice, text, logprobs, ids))
@@ -194,9 +196,10 @@ class _Answer:
                     if isinstance(event, Finish) and not reader.skipped(event.choice, 1):
                         reason = self._choices[event.choice].finish_reason
                         out.append(self._chunk(event.choice, "", [], (), JSON.encode(reason)))
-                if out:
+                if out and running:
                     yield out
-        yield [*self._chunks.last(self._usage()), DONE]
+                    out = []
+        yield [*out, *self._chunks.last(self._usage()), DONE]
 
     def _unread(
         self, event: ChoiceEvent, text: str, logprobs: list[TokenLogprob]
