@@ -99,7 +99,7 @@ def test_a_regenerated_answer_also_resumes_where_it_was_left(
 def test_an_answer_beyond_the_memory_limit_is_read_completely_and_an_unread_one_is_ended(
     make_gateway: Callable[..., GatewayProcess],
 ) -> None:
-    long = "[[echo mode=sampled answer_tokens=600]]x"
+    long = "[[echo mode=sampled answer_tokens=12000]]x"
     with make_gateway("--store-bytes", "30000").http() as http:
         whole = texts(read(http, json=body(long, seed=4)), 1)
         kept = read(http, json=body(long, seed=4), headers={"x-reattach": "20"})
