@@ -127,7 +127,7 @@ class Writer:
             state = common if case == "same" else self.text(choose, self._state_words)
             images = {}
             if case == "image":
-                images = {"image-1": _picture(choose)}
+                images = {"image-1": _image(choose)}
                 state = f"image-1 {state}"
             asked_of = 1 if case == "single" else questions
             asked.append(
@@ -152,7 +152,7 @@ class Writer:
                 return question | {"type": "score", "criteria": levels}
 
 
-def _picture(choose: random.Random) -> bytes:
+def _image(choose: random.Random) -> bytes:
     image = Image.new("RGB", (SIDE, SIDE * 3 // 4), tuple(choose.randrange(256) for _ in "rgb"))
     draw = ImageDraw.Draw(image)
     for _ in range(8):

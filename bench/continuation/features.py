@@ -26,18 +26,18 @@ def _chat(text: str = _STORY, **more: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _image(seed: int) -> str:
-    """A picture of coloured squares, as a data URL."""
+    """An image of coloured squares, as a data URL."""
     from PIL import Image, ImageDraw
 
     rng = random.Random(seed)
-    picture = Image.new("RGB", (192, 144), (250, 250, 245))
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (192, 144), (250, 250, 245))
+    draw = ImageDraw.Draw(image)
     for _ in range(3):
         left, top = rng.randrange(140), rng.randrange(90)
         colour = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
         draw.rectangle((left, top, left + 40, top + 40), fill=colour)
     stream = io.BytesIO()
-    picture.save(stream, "PNG")
+    image.save(stream, "PNG")
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 

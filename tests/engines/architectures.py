@@ -231,11 +231,9 @@ def _llava() -> tuple[Any, Any]:
         image_token_id=tok.image_token_id,
         image_seq_length=4,
     )
-    pictures = t.CLIPImageProcessor(
-        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
-    )
+    images = t.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     processor = t.LlavaProcessor(
-        pictures,
+        images,
         tok,
         patch_size=14,
         vision_feature_select_strategy="default",
@@ -257,13 +255,13 @@ def _llava_next() -> tuple[Any, Any]:
         image_grid_pinpoints=grid,
         image_seq_length=4,
     )
-    pictures = t.LlavaNextImageProcessor(
+    images = t.LlavaNextImageProcessor(
         size={"shortest_edge": 28},
         crop_size={"height": 28, "width": 28},
         image_grid_pinpoints=grid,
     )
     processor = t.LlavaNextProcessor(
-        pictures,
+        images,
         tok,
         patch_size=14,
         vision_feature_select_strategy="default",
@@ -287,10 +285,10 @@ def _llava_onevision() -> tuple[Any, Any]:
         image_grid_pinpoints=grid,
         vision_feature_layer=-1,
     )
-    pictures = t.LlavaOnevisionImageProcessor(**_square(28), image_grid_pinpoints=grid)
+    images = t.LlavaOnevisionImageProcessor(**_square(28), image_grid_pinpoints=grid)
     processor = _processor(
         "LlavaOnevisionProcessor",
-        pictures,
+        images,
         tok,
         num_image_tokens=4,
         vision_feature_select_strategy="full",
@@ -345,13 +343,13 @@ def _qwen_vl(kind: str) -> tuple[Any, Any]:
         vision_start_token_id=tok.vision_start_token_id,
         vision_end_token_id=tok.vision_end_token_id,
     )
-    pictures = t.Qwen2VLImageProcessor(
+    images = t.Qwen2VLImageProcessor(
         patch_size=14,
         merge_size=2,
         temporal_patch_size=2,
         size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 9},
     )
-    processor = _processor(names[1], pictures, tok, chat_template=tok.chat_template)
+    processor = _processor(names[1], images, tok, chat_template=tok.chat_template)
     return config, processor
 
 
@@ -375,10 +373,8 @@ def _gemma3() -> tuple[Any, Any]:
         boi_token_index=tok.boi_token_id,
         eoi_token_index=tok.eoi_token_id,
     )
-    pictures = t.Gemma3ImageProcessor(**_square(28))
-    processor = t.Gemma3Processor(
-        pictures, tok, chat_template=tok.chat_template, image_seq_length=4
-    )
+    images = t.Gemma3ImageProcessor(**_square(28))
+    processor = t.Gemma3Processor(images, tok, chat_template=tok.chat_template, image_seq_length=4)
     return config, processor
 
 
@@ -394,9 +390,9 @@ def _internvl() -> tuple[Any, Any]:
         image_seq_length=4,
         downsample_ratio=0.5,
     )
-    pictures = t.GotOcr2ImageProcessor(**_square(28), crop_to_patches=True, max_patches=4)
+    images = t.GotOcr2ImageProcessor(**_square(28), crop_to_patches=True, max_patches=4)
     processor = _processor(
-        "InternVLProcessor", pictures, tok, image_seq_length=4, chat_template=tok.chat_template
+        "InternVLProcessor", images, tok, image_seq_length=4, chat_template=tok.chat_template
     )
     return config, processor
 
@@ -413,10 +409,10 @@ def _idefics3() -> tuple[Any, Any]:
         scale_factor=2,
         pad_token_id=PAD,
     )
-    pictures = t.Idefics3ImageProcessor(
+    images = t.Idefics3ImageProcessor(
         size={"longest_edge": 56}, max_image_size={"longest_edge": 28}
     )
-    processor = t.Idefics3Processor(pictures, tok, image_seq_len=4, chat_template=tok.chat_template)
+    processor = t.Idefics3Processor(images, tok, image_seq_len=4, chat_template=tok.chat_template)
     return config, processor
 
 
@@ -431,9 +427,9 @@ def _paligemma() -> tuple[Any, Any]:
         image_token_id=tok.image_token_id,
         projection_dim=64,
     )
-    pictures = t.SiglipImageProcessor(**_square(28))
-    pictures.image_seq_length = 4
-    processor = t.PaliGemmaProcessor(pictures, tok, chat_template=tok.chat_template)
+    images = t.SiglipImageProcessor(**_square(28))
+    images.image_seq_length = 4
+    processor = t.PaliGemmaProcessor(images, tok, chat_template=tok.chat_template)
     return config, processor
 
 

@@ -276,8 +276,8 @@ def a_bad_request_fails_alone_with_its_cause(subject: Subject) -> None:
     beyond = tiny.ids_job([100_000])
     unknown = tiny.ids_job([20], model="other")
     too_long = tiny.ids_job(tiny.prompts(1, 400, 401)[0], max_tokens=300)
-    picture = tiny.chat_job("what is in this picture", [tiny.picture(1)])
-    answers = subject.run(good, beyond, unknown, too_long, picture)
+    image = tiny.chat_job("what is in this picture", [tiny.image(1)])
+    answers = subject.run(good, beyond, unknown, too_long, image)
     assert answers[0].reason is FinishReason.LENGTH
     codes = [answer.failed.code if answer.failed else None for answer in answers[1:]]
     assert codes == [

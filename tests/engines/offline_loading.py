@@ -122,14 +122,14 @@ ENGINES: dict[str, Callable[[], None] | None] = {
 }
 
 
-def main(text: str, pictures: str) -> None:
+def main(text: str, images: str) -> None:
     socket.socket.connect = no_network  # type: ignore[method-assign]
     socket.getaddrinfo = no_network
     told: dict[str, Any] = {}
     for name, library in ENGINES.items():
         if library is not None:
             library()
-        for kind, path in (("text", text), ("pictures", pictures)):
+        for kind, path in (("text", text), ("pictures", images)):
             if (name, kind) == ("mlx", "pictures"):
                 continue  # mlx-lm has text models only
             options = EngineOptions(

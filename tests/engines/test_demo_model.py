@@ -31,8 +31,8 @@ def test_at_least_95_of_100_held_out_questions_are_answered_exactly(
 
 
 def test_the_example_is_answered_as_promised(loaded: tuple[Any, Any]) -> None:
-    picture, question, answer = example()
-    tallies = count_right(*loaded, [([picture], question, answer, "describe")])
+    image, question, answer = example()
+    tallies = count_right(*loaded, [([image], question, answer, "describe")])
     assert tallies["describe"].right == 1, tallies["describe"].wrong
 
 
@@ -62,10 +62,10 @@ def test_a_question_before_its_images_makes_the_same_prompt_as_after_them(
     loaded: tuple[Any, Any],
 ) -> None:
     _, processor = loaded
-    picture, text = {"type": "image"}, {"type": "text", "text": "What is this?"}
+    image, text = {"type": "image"}, {"type": "text", "text": "What is this?"}
     before, after = (
         processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
-        for parts in ([text, picture, picture], [picture, picture, text])
+        for parts in ([text, image, image], [image, image, text])
     )
     assert before == after == "<|bos|><|user|>#1<image>#2<image>What is this?<|end|>"
 
@@ -84,7 +84,7 @@ def test_the_model_knows_its_special_tokens_and_is_small(loaded: tuple[Any, Any]
 
 def test_held_out_cases_are_the_same_ones_each_time() -> None:
     first, again = (
-        [([p.tobytes() for p in pictures], *case) for pictures, *case in held_out(40, seed=3)]
+        [([p.tobytes() for p in images], *case) for images, *case in held_out(40, seed=3)]
         for _ in range(2)
     )
     assert first == again

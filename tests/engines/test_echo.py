@@ -136,9 +136,9 @@ def test_a_chat_echoes_the_last_user_message_and_names_its_images() -> None:
     assert end.usage.image_tokens == 2
 
 
-@pytest.mark.parametrize(("prompt", "pictures"), [("no place", 1), ("<image> <image>", 1)])
-def test_a_wrong_number_of_images_is_refused(prompt: str, pictures: int) -> None:
-    assert failure(build(), job(prompt, attachments=(b"x",) * pictures)) == "invalid_request"
+@pytest.mark.parametrize(("prompt", "images"), [("no place", 1), ("<image> <image>", 1)])
+def test_a_wrong_number_of_images_is_refused(prompt: str, images: int) -> None:
+    assert failure(build(), job(prompt, attachments=(b"x",) * images)) == "invalid_request"
 
 
 def test_max_tokens_ends_with_length_and_ignore_eos_goes_on() -> None:

@@ -312,8 +312,8 @@ def test_an_image_goes_along_as_it_is(build: Build, server: StandIn) -> None:
         attachments=[Attachment()],
     )
     end_of(run(build(server), request, b"\x89PNG\r\n\x1a\n..."))
-    (_, picture) = server.bodies()[-1]["messages"][0]["content"]
-    assert picture["image_url"]["url"].startswith("data:image/png;base64,iVBO")
+    (_, image) = server.bodies()[-1]["messages"][0]["content"]
+    assert image["image_url"]["url"].startswith("data:image/png;base64,iVBO")
     with StandIn(images=False) as blind:
         error = failure_of(run(build(blind), request, b"\x89PNG"))
         assert "takes no images" in error.message

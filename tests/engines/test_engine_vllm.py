@@ -94,7 +94,7 @@ def test_images_are_seen_as_transformers_sees_them(tmp_path: Path) -> None:
     try:
         assert engine.capabilities.models[0].images
         jobs = [
-            tiny.chat_job("what is in this picture", [tiny.picture(n) for n in range(count)])
+            tiny.chat_job("what is in this picture", [tiny.image(n) for n in range(count)])
             for count in (1, 0, 2)
         ]
         answers = tiny.run(engine, jobs)

@@ -171,7 +171,7 @@ def test_the_processor_gets_the_shrunk_image(
         return processor(**arguments)
 
     monkeypatch.setattr(builder, "_processor", watched)
-    builder.generation(tiny.chat_job("what is this", [tiny.picture(1, 1200, 900)]))
+    builder.generation(tiny.chat_job("what is this", [tiny.image(1, 1200, 900)]))
     [size] = given
     assert size[0] < 1200 and size[0] >= 2 * 28 and abs(size[0] / size[1] - 4 / 3) < 0.05
 
@@ -261,13 +261,13 @@ def test_memory_that_runs_out_is_not_the_callers_fault(
     else:
         monkeypatch.setattr(type(builder._processor), "apply_chat_template", short)
         monkeypatch.setattr(type(builder._tokenizer), "apply_chat_template", short)
-    [answer] = tiny.run(engine, [tiny.chat_job("what is this", [tiny.picture(1)])])
+    [answer] = tiny.run(engine, [tiny.chat_job("what is this", [tiny.image(1)])])
     assert answer.failed is not None
     assert answer.failed.code == "out_of_memory"
     assert "memory ran out" in answer.failed.message
 
 
 def test_the_engine_goes_on_after_it(engine: TransformersEngine) -> None:
-    job = tiny.chat_job("what is this", [tiny.picture(1)], max_tokens=3)
+    job = tiny.chat_job("what is this", [tiny.image(1)], max_tokens=3)
     [answer] = tiny.run(engine, [job])
     assert answer.failed is None and len(answer.token_ids) == 3

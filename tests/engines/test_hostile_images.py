@@ -33,7 +33,7 @@ def encoded(image: Image.Image, form: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def picture(width: int = 64, height: int = 48) -> Image.Image:
+def drawn(width: int = 64, height: int = 48) -> Image.Image:
     image = Image.effect_noise((width, height), 60).convert("RGB")
     image.putpixel((0, 0), (255, 0, 0))
     return image
@@ -84,7 +84,7 @@ def webp_header(width: int, height: int) -> bytes:
     """An extended WebP that promises a canvas (at most 16,384 by 16,384) for an animation."""
     canvas = b"\x02\x00\x00\x00" + (width - 1).to_bytes(3, "little")
     canvas += (height - 1).to_bytes(3, "little")
-    frame = encoded(picture(8, 8), "WEBP")[12:]
+    frame = encoded(drawn(8, 8), "WEBP")[12:]
     at = bytes(6) + (7).to_bytes(3, "little") * 2 + (100).to_bytes(3, "little") + b"\x00"
     animation = b"ANIM" + struct.pack("<I", 6) + bytes(6)
     animation += b"ANMF" + struct.pack("<I", len(at + frame)) + at + frame
@@ -153,14 +153,14 @@ def measured(data: bytes, folder: Path) -> tuple[str, int, int]:
 def text_bomb() -> bytes:
     """A small PNG with compressed text of 300 MB."""
     text = b"Comment\x00\x00" + zlib.compress(bytes(300 << 20), 9)
-    whole = encoded(picture(8, 8), "PNG")
+    whole = encoded(drawn(8, 8), "PNG")
     return whole[:33] + chunk(b"zTXt", text) + whole[33:]
 
 
 def profile_bomb() -> bytes:
     """A small PNG with a colour profile of 300 MB."""
     profile = b"icc\x00\x00" + zlib.compress(bytes(300 << 20), 9)
-    whole = encoded(picture(8, 8), "PNG")
+    whole = encoded(drawn(8, 8), "PNG")
     return whole[:33] + chunk(b"iCCP", profile) + whole[33:]
 
 
@@ -198,7 +198,7 @@ def test_a_bomb_costs_neither_memory_nor_decoding(
 
 @pytest.mark.parametrize("form", [form for form in FORMATS if form in Image.SAVE])
 def test_a_file_cut_off_anywhere_is_refused_or_read_and_nothing_else(form: str) -> None:
-    whole = encoded(picture(), form)
+    whole = encoded(drawn(), form)
     sizes = sorted({1, 2, 7, 20, *range(30, len(whole) - 1, max(1, len(whole) // 40))})
     outcomes = set()
     for size in sizes:
@@ -211,7 +211,7 @@ def test_a_file_cut_off_anywhere_is_refused_or_read_and_nothing_else(form: str) 
     assert None in outcomes
 
 
-WHOLE = {form: encoded(picture(24, 16), form) for form in FORMATS if form in Image.SAVE}
+WHOLE = {form: encoded(drawn(24, 16), form) for form in FORMATS if form in Image.SAVE}
 
 
 @settings(max_examples=300)
@@ -245,7 +245,7 @@ def test_random_bytes_are_refused(data: bytes) -> None:
 def test_unsupported_formats_never_reach_their_decoders(form: str) -> None:
     if form not in Image.SAVE:
         pytest.skip(f"this Pillow writes no {form}")
-    error = refused(encoded(picture(), form))
+    error = refused(encoded(drawn(), form))
     assert error.code == ErrorCode.INVALID_REQUEST
     assert "JPEG" in error.info.message, "it tells what is taken"
 

@@ -17,12 +17,12 @@ from tests.harness import PATIENCE_S, ROOT
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """The models that each engine reports, offline."""
     text = checks.saved_model(tmp_path_factory.mktemp("text"))
-    pictures = tmp_path_factory.mktemp("pictures")
-    tiny.llava().save_pretrained(pictures)
-    tiny.llava_processor().save_pretrained(pictures)
+    images = tmp_path_factory.mktemp("pictures")
+    tiny.llava().save_pretrained(images)
+    tiny.llava_processor().save_pretrained(images)
     cache = tmp_path_factory.mktemp("empty")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.engines.offline_loading", str(text), str(pictures)],
+        [sys.executable, "-m", "tests.engines.offline_loading", str(text), str(images)],
         cwd=ROOT,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cache)},
         capture_output=True,

@@ -296,13 +296,13 @@ def test_remote_code_with_a_processor_takes_images_whatever_it_is_registered_as(
     auto: str, tmp_path: Path
 ) -> None:
     path = remote_folder(tmp_path / auto, auto)
-    picture = tiny.picture(3)
+    image = tiny.image(3)
     wanted_engine = tiny.serve(tiny.llava(), processor=tiny.llava_processor())
     engine = load(path, model_names=(("m",),), trust_remote_code=True)
     try:
-        wanted = tiny.run(wanted_engine, [tiny.chat_job("what is this", [picture])])[0]
+        wanted = tiny.run(wanted_engine, [tiny.chat_job("what is this", [image])])[0]
         assert engine.capabilities.models[0].images
-        answer = tiny.run(engine, [tiny.chat_job("what is this", [picture], model="m")])[0]
+        answer = tiny.run(engine, [tiny.chat_job("what is this", [image], model="m")])[0]
         assert answer.token_ids == wanted.token_ids != []
     finally:
         engine.close()
@@ -322,7 +322,7 @@ def test_remote_code_whose_processor_cannot_be_used_is_served_without_images_and
     try:
         assert not engine.capabilities.models[0].images
         assert "served without images" in caplog.text
-        refused = tiny.run(engine, [tiny.chat_job("what", [tiny.picture(3)], model="m")])[0]
+        refused = tiny.run(engine, [tiny.chat_job("what", [tiny.image(3)], model="m")])[0]
         assert refused.failed is not None and "takes no images" in refused.failed.message
     finally:
         engine.close()

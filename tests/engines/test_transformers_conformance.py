@@ -67,13 +67,15 @@ def test_a_serial_model_takes_turns_and_writes_the_same(name: str) -> None:
     _agree(text_model(name), scheduler="generate", jobs=4)
 
 
-def _picture_inputs(model: Any, processor: Any, text: str, pictures: list[bytes]) -> dict[str, Any]:
+def _image_inputs(
+    model: Any, processor: Any, text: str, image_files: list[bytes]
+) -> dict[str, Any]:
     """The output of the model's own processor for a message."""
-    content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": text}]
+    content = [{"type": "image"} for _ in image_files] + [{"type": "text", "text": text}]
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
-    images = [Image.open(io.BytesIO(data)).convert("RGB") for data in pictures]
+    images = [Image.open(io.BytesIO(data)).convert("RGB") for data in image_files]
     inputs = dict(processor(text=[prompt], images=images or None, return_tensors="pt"))
     inputs.pop("labels", None)
     return inputs
@@ -91,27 +93,29 @@ def test_images_and_texts_in_one_batch_write_what_generate_writes(name: str) -> 
         served = engine.capabilities.models[0].details["scheduler"]
         assert served.startswith("slots"), served
         asked = [
-            ("hello", [tiny.picture(1, 90, 70)]),
+            ("hello", [tiny.image(1, 90, 70)]),
             ("what is in this picture", []),
-            ("left right", [tiny.picture(2, 64, 120), tiny.picture(3, 80, 80)]),
-            ("hello", [tiny.picture(4, 90, 70)]),
-            ("two three four", [tiny.picture(5, 100, 50)]),
+            ("left right", [tiny.image(2, 64, 120), tiny.image(3, 80, 80)]),
+            ("hello", [tiny.image(4, 90, 70)]),
+            ("two three four", [tiny.image(5, 100, 50)]),
             ("the quick brown fox", []),
         ]
         if name == "paligemma":
             # Its processor makes no prompt without an image.
-            asked = [(text, pictures) for text, pictures in asked if pictures]
+            asked = [(text, image_files) for text, image_files in asked if image_files]
         banned = sorted(engine._served[0].loaded.placeholder_ids)
         lengths = [random.Random(index).randint(4, 12) for index in range(len(asked))]
         wanted = [
-            tiny.generated(plain, _picture_inputs(plain, processor, text, pictures), length, banned)
-            for (text, pictures), length in zip(asked, lengths, strict=True)
+            tiny.generated(
+                plain, _image_inputs(plain, processor, text, image_files), length, banned
+            )
+            for (text, image_files), length in zip(asked, lengths, strict=True)
         ]
         answers = tiny.run(
             engine,
             [
-                tiny.chat_job(text, pictures, max_tokens=length)
-                for (text, pictures), length in zip(asked, lengths, strict=True)
+                tiny.chat_job(text, image_files, max_tokens=length)
+                for (text, image_files), length in zip(asked, lengths, strict=True)
             ],
             every=[0, 0, 2, 3, 1, 4],
         )

@@ -62,7 +62,7 @@ def test_images_appear_where_they_are_named(name: str, chunk: int) -> None:
         model, processor=processor, own_tokenizer=processor.tokenizer, prefill_chunk=chunk
     )
     pipe = pipeline(model, processor)
-    images = {"img-1": tiny.picture(1), "img-2": tiny.picture(2)}
+    images = {"img-1": tiny.image(1), "img-2": tiny.image(2)}
     like = {
         number: {
             "type": "choice",
@@ -158,8 +158,8 @@ def test_a_decision_model_sees_images(name: str) -> None:
     pipe = pipeline(model, processor)
     questions = QUESTIONS | TRUE
     asked: list[dict[str, Any]] = [
-        {"state": f"{STATE} img", "images": {"img": tiny.picture(1)}, "questions": questions},
-        {"state": f"{STATE} img", "images": {"img": tiny.picture(2)}, "questions": questions},
+        {"state": f"{STATE} img", "images": {"img": tiny.image(1)}, "questions": questions},
+        {"state": f"{STATE} img", "images": {"img": tiny.image(2)}, "questions": questions},
         {"questions": questions},
     ]
     answers = tiny.run(engine, [job(**one) for one in asked], every=[0, 0, 0])
@@ -257,7 +257,7 @@ def test_questions_are_computed_together_behind_a_state_and_its_image_is_prepare
     asked: dict[str, Any] = {
         "state": f"{STATE} img",
         "questions": questions,
-        "images": {"img": tiny.picture(1)},
+        "images": {"img": tiny.image(1)},
     }
     wanted = pipeline_answers(pipe, **asked)
     tokens = _computed(engine)
@@ -276,7 +276,7 @@ def test_questions_are_computed_together_behind_a_state_and_its_image_is_prepare
     check(again, wanted)
     assert len(tokens) == 1 and len(towers) == 1 and len(prepared) == 2
     # Another image at the same place is another state.
-    other = asked | {"images": {"img": tiny.picture(2)}}
+    other = asked | {"images": {"img": tiny.image(2)}}
     wanted = pipeline_answers(pipe, **other)
     towers.clear()
     [answer] = tiny.run(engine, [job(**other)])
@@ -393,13 +393,13 @@ def test_questions_that_only_the_model_can_refuse_are_refused_by_name(
 
 def test_images_for_a_model_without_and_places_without_images_are_refused() -> None:
     engine = tiny.serve(tiny.llama())
-    [answer] = tiny.run(engine, [job("img", images={"img": tiny.picture(1)})])
+    [answer] = tiny.run(engine, [job("img", images={"img": tiny.image(1)})])
     assert answer.failed is not None and "takes no" in answer.failed.message
     seen, processor = architectures.vision_model("llava")
     model = jev(seen.config)
     model.decision_config = DecisionConfig(chat_template="{{ question.type }}:<|mark|>")
     engine = tiny.serve(model, processor=processor, own_tokenizer=processor.tokenizer)
-    [answer] = tiny.run(engine, [job("img", images={"img": tiny.picture(1)})])
+    [answer] = tiny.run(engine, [job("img", images={"img": tiny.image(1)})])
     assert answer.failed is not None and "'img'" in answer.failed.message
 
 

@@ -25,11 +25,11 @@ pytestmark = pytest.mark.skipif(
 
 def questions() -> list[tuple[Job, str]]:
     result = []
-    for pictures, question, answer, _ in held_out(QUESTIONS, seed=2024):
+    for images, question, answer, _ in held_out(QUESTIONS, seed=2024):
         data = []
-        for picture in pictures:
+        for image in images:
             stream = io.BytesIO()
-            picture.save(stream, "PNG")
+            image.save(stream, "PNG")
             data.append(stream.getvalue())
         job = tiny.chat_job(question, data, model="demo", ignore_eos=False, max_tokens=60)
         result.append((job, answer))

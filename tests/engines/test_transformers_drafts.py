@@ -353,7 +353,7 @@ def test_memory_that_a_wide_step_lacks_costs_no_request(
 def test_images_are_in_no_ones_way() -> None:
     model, processor = tiny.llava(), tiny.llava_processor()
     jobs = [
-        tiny.chat_job("what is in this picture", [tiny.picture(seed)], max_tokens=30)
+        tiny.chat_job("what is in this picture", [tiny.image(seed)], max_tokens=30)
         for seed in range(3)
     ] + [tiny.chat_job("the quick brown fox", max_tokens=30, temperature=0.9, seed=2)]
     plain = tiny.serve(model, processor=processor, speculate="off")

@@ -117,9 +117,9 @@ def test_requests_with_images_take_turns_too(name: str) -> None:
     batch = tiny.serve(model, processor=processor)
     turns = tiny.serve(model, processor=processor, scheduler="generate")
     jobs = [
-        tiny.chat_job("hello", [tiny.picture(1, 90, 70)]),
+        tiny.chat_job("hello", [tiny.image(1, 90, 70)]),
         tiny.chat_job("what is in this"),
-        tiny.chat_job("two three", [tiny.picture(2, 60, 120), tiny.picture(3, 80, 80)]),
+        tiny.chat_job("two three", [tiny.image(2, 60, 120), tiny.image(3, 80, 80)]),
     ]
     try:
         assert [a.token_ids for a in tiny.run(turns, jobs, every=[0, 1, 2])] == [

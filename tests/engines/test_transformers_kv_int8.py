@@ -210,7 +210,7 @@ def test_an_answer_is_resumed_at_every_cut_by_another_engine() -> None:
 
 def test_images_are_answered_as_in_full_precision_but_for_rounding() -> None:
     engine = serve(tiny.llava(), processor=tiny.llava_processor(), prefix_tokens=2048)
-    jobs = [tiny.chat_job("what is in this picture", [tiny.picture(seed)]) for seed in range(3)]
+    jobs = [tiny.chat_job("what is in this picture", [tiny.image(seed)]) for seed in range(3)]
     try:
         together = [answer.token_ids for answer in tiny.run(engine, jobs)]
         again = [replace(job, request_id=bytes([n]) * 16) for n, job in enumerate(jobs)]

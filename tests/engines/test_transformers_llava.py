@@ -91,8 +91,8 @@ def load(folder: Path, base: Path | None, **settings: Any) -> LoadedModel:
 @torch.inference_mode()
 def logits(model: Any, processor: Any, image_id: int | None = None) -> torch.Tensor:
     """The logits after a text with a wide image."""
-    picture = Image.linear_gradient("L").resize((60, 40)).convert("RGB")
-    inputs = processor(text=["what is <image> in this"], images=[picture], return_tensors="pt")
+    image = Image.linear_gradient("L").resize((60, 40)).convert("RGB")
+    inputs = processor(text=["what is <image> in this"], images=[image], return_tensors="pt")
     if image_id is not None:
         assert int((inputs["input_ids"] == image_id).sum()) == 4
     return model(**inputs).logits
@@ -129,7 +129,7 @@ def test_an_assembled_llava_answers_questions_on_images_in_the_batch(
     direct = tiny.serve(tiny.llava(), processor=tiny.llava_processor(), name="mine")
     try:
         assert engine.capabilities.models[0].details["scheduler"] == "slots"
-        jobs = [tiny.chat_job("hello", [tiny.picture(i)], model="mine") for i in range(3)]
+        jobs = [tiny.chat_job("hello", [tiny.image(i)], model="mine") for i in range(3)]
         answers = [answer.token_ids for answer in tiny.run(engine, jobs)]  # type: ignore[arg-type]
         assert answers == [answer.token_ids for answer in tiny.run(direct, jobs)]
     finally:
@@ -466,7 +466,7 @@ def test_a_whole_checkpoint_answers_as_in_transformers_format(tower: Path, tmp_p
     try:
         answers = []
         for name in ("theirs", "ours"):
-            jobs = [tiny.chat_job("hello", [tiny.picture(i)], model=name) for i in range(3)]
+            jobs = [tiny.chat_job("hello", [tiny.image(i)], model=name) for i in range(3)]
             jobs.append(tiny.chat_job("no picture", model=name))
             answers.append([answer.token_ids for answer in tiny.run(engine, jobs)])
         assert answers[0] == answers[1]

@@ -74,7 +74,7 @@ def test_a_loaded_model_answers_like_the_saved_one(folder: Path) -> None:
 
 def test_a_vision_language_folder_is_loaded_with_its_processor(vision_folder: Path) -> None:
     engine = load(vision_folder)
-    job = tiny.chat_job("hello", [tiny.picture(3)], model="tiny-llava")
+    job = tiny.chat_job("hello", [tiny.image(3)], model="tiny-llava")
     direct = tiny.serve(tiny.llava(), processor=tiny.llava_processor(), name="tiny-llava")
     try:
         assert engine.capabilities.models[0].images
@@ -99,9 +99,7 @@ def test_a_processor_that_could_take_videos_is_loaded_with_pillow_alone(
     (tmp_path / name / "processor_config.json").write_text(json.dumps(facts))
     engine = load(tmp_path / name)
     try:
-        answer = tiny.run(engine, [tiny.chat_job("hello", [tiny.picture(3, 90, 70)], model=name)])[
-            0
-        ]
+        answer = tiny.run(engine, [tiny.chat_job("hello", [tiny.image(3, 90, 70)], model=name)])[0]
         assert answer.failed is None and len(answer.token_ids) == 12
         assert engine.capabilities.models[0].details["scheduler"] == "slots"
     finally:
@@ -267,7 +265,7 @@ def test_images_are_served_in_half_precision(vision_folder: Path) -> None:
     engine = load(vision_folder, dtype="bfloat16")
     try:
         assert engine.capabilities.models[0].details["scheduler"] == "slots"
-        job = tiny.chat_job("hello", [tiny.picture(1)], model="tiny-llava")
+        job = tiny.chat_job("hello", [tiny.image(1)], model="tiny-llava")
         assert tiny.run(engine, [job])[0].reason is FinishReason.LENGTH
     finally:
         engine.close()
@@ -289,7 +287,7 @@ def test_quantised_weights_serve_text_and_images(vision_folder: Path, bits: int)
             if "vision_tower" in path or "projector" in path or path.endswith("lm_head"):
                 assert "bit" not in type(module).__name__, path
         jobs = [
-            tiny.chat_job("hello", [tiny.picture(1)], model="tiny-llava"),
+            tiny.chat_job("hello", [tiny.image(1)], model="tiny-llava"),
             tiny.chat_job("what is in this", model="tiny-llava"),
         ]
         assert [a.reason for a in tiny.run(engine, jobs)] == [FinishReason.LENGTH] * 2
@@ -332,7 +330,7 @@ def test_one_worker_serves_several_models(folder: Path, vision_folder: Path) -> 
             [
                 tiny.ids_job(ids, model="text"),
                 tiny.ids_job(ids, model="chat"),
-                tiny.chat_job("hello", [tiny.picture(1)], model="vision"),
+                tiny.chat_job("hello", [tiny.image(1)], model="vision"),
             ],
         )
         assert text.token_ids == chat.token_ids == plain(tiny.llama(), ids, 12)

@@ -112,12 +112,11 @@ def test_an_image_is_part_of_the_prefix() -> None:
     asked = [(text, 1), (text, 1), (text, 2), (text + "left", 1), (text + "left", 3)]
     try:
         got = [
-            tiny.run(reusing, [tiny.chat_job(words, [tiny.picture(seed)])])[0]
+            tiny.run(reusing, [tiny.chat_job(words, [tiny.image(seed)])])[0]
             for words, seed in asked
         ]
         wanted = [
-            tiny.run(fresh, [tiny.chat_job(words, [tiny.picture(seed)])])[0]
-            for words, seed in asked
+            tiny.run(fresh, [tiny.chat_job(words, [tiny.image(seed)])])[0] for words, seed in asked
         ]
         assert [a.token_ids for a in got] == [a.token_ids for a in wanted]
         cached = [a.ended.usage.cached_tokens > 0 for a in got if a.ended is not None]

@@ -70,9 +70,9 @@ def test_prompts_of_a_prefix_lm_go_in_one_piece(kind: dict[str, Any], paligemma:
     engine = load(paligemma, kind)
     try:
         assert scheduler(engine) == "slots, whole prompts"
-        picture = tiny.picture(1)
+        image = tiny.image(1)
         for question in QUESTIONS:
-            job = tiny.chat_job(question, [picture], model="paligemma")
+            job = tiny.chat_job(question, [image], model="paligemma")
             answer = tiny.run(engine, [job])[0]
             assert answer.ended is not None and answer.ended.usage is not None
             assert answer.ended.usage.cached_tokens == 0
@@ -89,8 +89,8 @@ def test_a_prefix_lm_of_few_bits_answers_as_generate_does(
     engine = load(paligemma, kind)
     try:
         served = engine._served[0]
-        pictures = [tiny.picture(1)]
-        jobs = [tiny.chat_job(text, pictures, model="paligemma") for text in QUESTIONS]
+        images = [tiny.image(1)]
+        jobs = [tiny.chat_job(text, images, model="paligemma") for text in QUESTIONS]
         wanted = []
         for job in jobs:
             prompt = served._texts.builder.generation(job)
@@ -104,7 +104,7 @@ def test_a_prefix_lm_of_few_bits_answers_as_generate_does(
         assert [answer.token_ids for answer in tiny.run(engine, again)] == wanted
         resume = Resume(epoch=1, token_ids=wanted[1][:5])
         request = msgspec.structs.replace(jobs[1].request, resume=resume)
-        rest = tiny.run(engine, [Job(new_id(), request, tuple(pictures))])[0]
+        rest = tiny.run(engine, [Job(new_id(), request, tuple(images))])[0]
         assert rest.token_ids == wanted[1][5:]
     finally:
         engine.close()

@@ -36,15 +36,15 @@ def one(engine: TransformersEngine, job: Job) -> tiny.Answer:
     return tiny.run(engine, [job])[0]
 
 
-def asked(engine: TransformersEngine, kind: Kind, *pictures: bytes, **body: Any) -> Any:
+def asked(engine: TransformersEngine, kind: Kind, *image_files: bytes, **body: Any) -> Any:
     """The result of a request that needs no model, or its error."""
     answer = one(
-        engine, Job(new_id(), Request(model="tiny", kind=kind, window=1, **body), pictures)
+        engine, Job(new_id(), Request(model="tiny", kind=kind, window=1, **body), image_files)
     )
     return answer.failed if answer.ended is None else answer.ended.result
 
 
-def completion(prompt: str, *pictures: bytes, **params: Any) -> Job:
+def completion(prompt: str, *image_files: bytes, **params: Any) -> Job:
     request = Request(
         model="tiny",
         kind=Kind.COMPLETE,
@@ -52,7 +52,7 @@ def completion(prompt: str, *pictures: bytes, **params: Any) -> Job:
         params=Params(**({"temperature": 0.0, "max_tokens": 8, "ignore_eos": True} | params)),
         window=1 << 30,
     )
-    return Job(new_id(), request, pictures)
+    return Job(new_id(), request, image_files)
 
 
 # --- end tokens -----------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_no_end_token_follows_a_prompt(added: str) -> None:
 def test_no_end_token_follows_a_prompt_with_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.llava()
     wanted = tiny.serve(model, processor=tiny.llava_processor())
-    job = tiny.chat_job("hello", [tiny.picture(1)])
+    job = tiny.chat_job("hello", [tiny.image(1)])
     plain = one(wanted, job)
     wanted.close()
     closed = closing("<|end|>")
@@ -301,8 +301,8 @@ def test_truncation_cuts_no_image_from_its_opening_mark(monkeypatch: pytest.Monk
     loaded = engine._served[0].loaded
     parts = [TextPart(text="how many words "), ImagePart(attachment=0), TextPart(text=" are there")]
     messages = [Message(role="user", content=parts)]
-    picture = tiny.picture(1)
-    ids = asked(engine, Kind.TOKENIZE, picture, messages=messages)["token_ids"]
+    image_bytes = tiny.image(1)
+    ids = asked(engine, Kind.TOKENIZE, image_bytes, messages=messages)["token_ids"]
     opening = ids.index(tiny.SYSTEM)
     assert ids[opening + 1 : opening + 6] == [tiny.IMAGE] * 4 + [tiny.USER]
     request = Request(
@@ -314,7 +314,7 @@ def test_truncation_cuts_no_image_from_its_opening_mark(monkeypatch: pytest.Monk
     try:
         for cut in range(1, len(ids)):
             loaded.context_tokens = len(ids) + 4 - cut
-            answer = one(engine, Job(new_id(), request, (picture,)))
+            answer = one(engine, Job(new_id(), request, (image_bytes,)))
             if cut <= opening:
                 assert answer.facts is not None and answer.facts.token_ids == ids[cut:]
             else:
@@ -361,10 +361,10 @@ def blip2() -> tuple[Any, Any]:
     )  # fmt: skip
     model = transformers.Blip2ForConditionalGeneration(config)
     torch.nn.init.normal_(model.query_tokens)
-    pictures = transformers.BlipImageProcessor(size={"height": 28, "width": 28})
+    images = transformers.BlipImageProcessor(size={"height": 28, "width": 28})
     tokenizer = copy.deepcopy(tiny.tokenizer())
     tokenizer.chat_template = None
-    return spread(model), transformers.Blip2Processor(pictures, tokenizer, num_query_tokens=4)
+    return spread(model), transformers.Blip2Processor(images, tokenizer, num_query_tokens=4)
 
 
 def git() -> tuple[Any, Any]:
@@ -373,31 +373,33 @@ def git() -> tuple[Any, Any]:
         vision_config=TOWER, vocab_size=tiny.VOCABULARY, hidden_size=64, intermediate_size=96,
         num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512, **ENDS,
     )  # fmt: skip
-    pictures = transformers.CLIPImageProcessor(
+    images = transformers.CLIPImageProcessor(
         size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
     )
     tokenizer = copy.deepcopy(tiny.tokenizer())
     tokenizer.chat_template = None
     model = spread(transformers.GitForCausalLM(config))
-    return model, transformers.GitProcessor(pictures, tokenizer)
+    return model, transformers.GitProcessor(images, tokenizer)
 
 
 @pytest.mark.parametrize("kind", [blip2, git])
 def test_a_raw_prompt_begins_with_the_image_that_the_processor_places(kind: Any) -> None:
     model, processor = kind()
     engine = tiny.serve(model, processor=processor, own_tokenizer=processor.tokenizer)
-    pictures = [tiny.picture(1), tiny.picture(2)]
+    image_files = [tiny.image(1), tiny.image(2)]
     try:
-        answers = [one(engine, completion("<image>the fox", picture)) for picture in pictures]
-        for picture, answer in zip(pictures, answers, strict=True):
-            image = Image.open(io.BytesIO(picture)).convert("RGB")
+        answers = [
+            one(engine, completion("<image>the fox", image_bytes)) for image_bytes in image_files
+        ]
+        for image_bytes, answer in zip(image_files, answers, strict=True):
+            image = Image.open(io.BytesIO(image_bytes)).convert("RGB")
             inputs = dict(processor(text=["the fox"], images=[image], return_tensors="pt"))
             banned = [tiny.IMAGE] if kind is blip2 else []
             assert answer.token_ids == tiny.generated(model, inputs, 8, banned), answer.failed
         assert answers[0].token_ids != answers[1].token_ids
         for prompt in ("the <image>fox", "<image><image>fox"):
             count = prompt.count("<image>")
-            error = one(engine, completion(prompt, *pictures[:count])).failed
+            error = one(engine, completion(prompt, *image_files[:count])).failed
             assert error is not None and error.code == "invalid_request"
             assert "one image, before the text" in error.message
     finally:

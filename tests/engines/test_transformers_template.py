@@ -57,8 +57,8 @@ def serve(models: dict[bool, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[
         engine.close()
 
 
-def asked(engine: TransformersEngine, kind: Kind, pictures: int = 0, **body: Any) -> Any:
-    attachments = tuple(tiny.picture(seed) for seed in range(pictures))
+def asked(engine: TransformersEngine, kind: Kind, images: int = 0, **body: Any) -> Any:
+    attachments = tuple(tiny.image(seed) for seed in range(images))
     request = Request(model="tiny", kind=kind, window=1, **body)
     answer = tiny.run(engine, [Job(new_id(), request, attachments)])[0]
     if answer.failed is not None:
@@ -209,7 +209,7 @@ def test_an_image_that_the_template_would_drop_is_refused(serve: Any) -> None:
     engine = serve(by_role(user=PARTS, assistant=STRING, tool=ONLY_TEXTS), images=True)
     call = Message(role="assistant", tool_calls=[CALL])
     shown = say("tool", "seen: ", 0, tool_call_id="abcdefgh9")
-    error = refusal(engine, say("user", "look"), call, shown, pictures=1)
+    error = refusal(engine, say("user", "look"), call, shown, images=1)
     assert "shows 0 of 1 images" in error.message
     result = asked(engine, Kind.TOKENIZE, 1, messages=[say("user", "look", 0)])
     assert result["token_ids"].count(tiny.IMAGE) == 4

@@ -272,7 +272,7 @@ def test_truncation_of_a_chat_keeps_the_system_message(engine: TransformersEngin
         (tiny.ids_job([1, 2], model="other"), "model_unavailable", "other"),
         (tiny.ids_job([99_999]), "invalid_request", "99999"),
         (tiny.ids_job([20], banned_token_ids=[5000]), "invalid_request", "5000"),
-        (tiny.chat_job("hello", [tiny.picture(1)]), "invalid_request", "no images"),
+        (tiny.chat_job("hello", [tiny.image(1)]), "invalid_request", "no images"),
     ],
     ids=["model", "token id", "parameter", "picture"],
 )

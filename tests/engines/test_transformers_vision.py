@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.engines import architectures, tiny
-from tests.engines.test_transformers_conformance import _picture_inputs
+from tests.engines.test_transformers_conformance import _image_inputs
 from worker.engines.common.prompt import Prompt
 from worker.engines.transformers.selftest import _probe, relative_error
 from worker.engines.transformers.slots import SlotRunner
@@ -26,11 +26,11 @@ IN_PIECES = (
     "idefics3",
 )
 ASKED: list[tuple[str, list[bytes]]] = [
-    ("hello", [tiny.picture(1, 90, 70)]),
+    ("hello", [tiny.image(1, 90, 70)]),
     ("what is in this picture", []),
-    ("left right", [tiny.picture(2, 64, 120), tiny.picture(3, 80, 80)]),
-    ("hello", [tiny.picture(4, 90, 70)]),
-    ("left right", [tiny.picture(2, 64, 120), tiny.picture(3, 80, 80)]),
+    ("left right", [tiny.image(2, 64, 120), tiny.image(3, 80, 80)]),
+    ("hello", [tiny.image(4, 90, 70)]),
+    ("left right", [tiny.image(2, 64, 120), tiny.image(3, 80, 80)]),
 ]
 
 
@@ -45,7 +45,7 @@ def served(name: str, **settings: Any) -> tuple[Any, Any, Any, SlotRunner]:
 def generated(model: Any, processor: Any, engine: Any, asked: Any = ASKED) -> list[list[int]]:
     banned = sorted(engine._served[0].loaded.placeholder_ids)
     return [
-        tiny.generated(model, _picture_inputs(model, processor, text, images), 8, banned)
+        tiny.generated(model, _image_inputs(model, processor, text, images), 8, banned)
         for text, images in asked
     ]
 
@@ -60,7 +60,7 @@ def test_a_prompt_is_the_same_wherever_it_is_cut(name: str) -> None:
     forward = runner.forward
     vision = forward.vision
     assert vision is not None and vision.splits
-    [job] = jobs([("left right", [tiny.picture(2, 64, 120), tiny.picture(3, 80, 80)])])
+    [job] = jobs([("left right", [tiny.image(2, 64, 120), tiny.image(3, 80, 80)])])
     prompt: Prompt = engine._served[0]._texts.builder.generation(job)
     forward.cache.reserve(2, len(prompt.ids) + 1, 0, 0)
     whole, cut = _probe(prompt), _probe(prompt)
@@ -131,9 +131,9 @@ def test_no_image_lengthens_a_gap_beyond_the_bound_for_prompts() -> None:
     model, processor, engine, runner = served("qwen2_vl", prefill_chunk=64, stall_ms=50.0)
     device = Device(runner, token_ms=2.0, image_ms=30.0)
     # The costs are known, as they are on a worker that has run for a moment.
-    tiny.run(engine, jobs([("hello", [tiny.picture(9, 300, 300)])]))
+    tiny.run(engine, jobs([("hello", [tiny.image(9, 300, 300)])]))
     stream = tiny.ids_job([40, 41, 42], max_tokens=60)
-    many = [tiny.picture(number, 300, 300) for number in range(4)]
+    many = [tiny.image(number, 300, 300) for number in range(4)]
     asked = tiny.chat_job("left right", many, max_tokens=8)
     engine.add(stream)
     answers: dict[bytes, tiny.Answer] = {}

@@ -175,11 +175,11 @@ def llava_processor(*, image: int = 28, patch: int = 14) -> Any:
     """The processor of `llava`."""
     from transformers import CLIPImageProcessor, LlavaProcessor
 
-    pictures = CLIPImageProcessor(
+    images = CLIPImageProcessor(
         size={"shortest_edge": image}, crop_size={"height": image, "width": image}
     )
     return LlavaProcessor(
-        image_processor=pictures,
+        image_processor=images,
         tokenizer=tokenizer(),
         patch_size=patch,
         vision_feature_select_strategy="default",
@@ -313,16 +313,18 @@ def ids_job(token_ids: Sequence[int], model: str = "tiny", **params: Any) -> Job
     return Job(new_id(), request)
 
 
-def chat_job(text: str, pictures: Sequence[bytes] = (), model: str = "tiny", **params: Any) -> Job:
+def chat_job(
+    text: str, image_files: Sequence[bytes] = (), model: str = "tiny", **params: Any
+) -> Job:
     """A job of one user message with images before the text; greedy unless told otherwise."""
-    parts: list[Part] = [ImagePart(attachment=index) for index in range(len(pictures))]
+    parts: list[Part] = [ImagePart(attachment=index) for index in range(len(image_files))]
     request = Request(
         model=model,
         messages=[Message(role="user", content=[*parts, TextPart(text=text)])],
         params=Params(**({"temperature": 0.0, "max_tokens": 12, "ignore_eos": True} | params)),
         window=1 << 30,
     )
-    return Job(new_id(), request, tuple(pictures))
+    return Job(new_id(), request, tuple(image_files))
 
 
 def prompts(count: int, low: int = 3, high: int = 60, seed: int = 0) -> list[list[int]]:
@@ -334,7 +336,7 @@ def prompts(count: int, low: int = 3, high: int = 60, seed: int = 0) -> list[lis
     ]
 
 
-def picture(seed: int, width: int = 40, height: int = 32, kind: str = "PNG") -> bytes:
+def image(seed: int, width: int = 40, height: int = 32, kind: str = "PNG") -> bytes:
     """An encoded image with some shapes."""
     choose = random.Random(seed)
     image = Image.new("RGB", (width, height), tuple(choose.randrange(256) for _ in range(3)))

@@ -99,7 +99,7 @@ def biased() -> Any:
 
 
 def images_and_question(engine: TransformersEngine, name: str, count: int) -> list[int]:
-    job = tiny.chat_job("what is this", [tiny.picture(n) for n in range(count)], model=name)
+    job = tiny.chat_job("what is this", [tiny.image(n) for n in range(count)], model=name)
     answer = tiny.run(engine, [job])[0]
     assert answer.failed is None, answer.failed
     return answer.token_ids

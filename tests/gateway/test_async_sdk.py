@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from tests.gateway.conftest import MODEL, GatewayProcess
-from tests.gateway.test_chat import CALL, TOOLS, picture
+from tests.gateway.test_chat import CALL, TOOLS, image
 from tests.harness import wait_until
 
 ENDLESS = "[[echo mode=sampled answer_tokens=30000 step_delay_ms=20]]x"
@@ -116,7 +116,7 @@ def test_a_cancelled_task_frees_the_slot(
 def test_images_logprobs_and_tools_work(run: Run) -> None:
     async def work(client: Client) -> None:
         shown = [
-            {"type": "image_url", "image_url": {"url": picture()}},
+            {"type": "image_url", "image_url": {"url": image()}},
             {"type": "text", "text": "what"},
         ]
         seen, scored, called = await asyncio.gather(

@@ -20,14 +20,14 @@ STREAM = openai.Stream[object]
 HELLO = [{"role": "user", "content": "hello there"}]
 
 
-def picture(width: int = 64, height: int = 48) -> str:
+def image(width: int = 64, height: int = 48) -> str:
     """A PNG as a data URL."""
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), "red").save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def with_picture(*urls: str, text: str = "what is this") -> list[dict[str, object]]:
+def with_image(*urls: str, text: str = "what is this") -> list[dict[str, object]]:
     parts: list[dict[str, object]] = [{"type": "text", "text": text}]
     parts += [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return [{"role": "user", "content": parts}]
@@ -121,7 +121,7 @@ def test_choices_of_a_stream_come_interleaved_with_their_index(client: openai.Op
 
 def test_images_are_passed_on_in_order(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
-        model=MODEL, messages=with_picture(picture(), picture(32, 32))
+        model=MODEL, messages=with_image(image(), image(32, 32))
     )
     assert answer.choices[0].message.content == "2 images: 64x48, 32x32. what is this"
     assert answer.usage is not None and answer.usage.prompt_tokens_details is not None
@@ -226,11 +226,11 @@ WRONG = {
     "options of no stream": ({"stream_options": {"include_usage": True}}, "stream_options"),
     "a choice without tools": ({"tool_choice": "required"}, "tool_choice"),
     "a remote picture": (
-        {"messages": with_picture("http://example.com/a.png")},
+        {"messages": with_image("http://example.com/a.png")},
         "messages[0].content[1].image_url.url",
     ),
     "a broken picture": (
-        {"messages": with_picture("data:image/png;base64,@@@")},
+        {"messages": with_image("data:image/png;base64,@@@")},
         "messages[0].content[1].image_url.url",
     ),
     "a file": (

@@ -19,7 +19,7 @@ from client.gateway.errors import GatewayError, error_headers
 from client.gateway.images import ImagePolicy
 from client.gateway.openai import responses_body
 from tests.gateway.conftest import MODEL, GatewayProcess
-from tests.gateway.test_chat import CALL, picture
+from tests.gateway.test_chat import CALL, image
 from tests.harness import Bus, running_bus
 
 HELLO = [{"role": "user", "content": "hello there"}]
@@ -116,7 +116,7 @@ def test_values_that_ask_for_nothing_are_accepted(http: httpx.Client, case: str)
 
 @pytest.mark.parametrize("detail", ["auto", "high", "low", "original"])
 def test_a_hint_on_an_image_does_not_hide_it(http: httpx.Client, detail: str) -> None:
-    shown = {"type": "image_url", "image_url": {"url": picture(), "detail": detail}, **HINT}
+    shown = {"type": "image_url", "image_url": {"url": image(), "detail": detail}, **HINT}
     said = [{"role": "user", "content": [shown, {"type": "text", "text": "what"}]}]
     assert chat(http, messages=said)["message"]["content"].startswith("1 image: 64x48")
 

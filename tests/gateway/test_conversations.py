@@ -19,7 +19,7 @@ from client.gateway.openai.conversations import Conversation, begin_turn
 from client.gateway.openai.responses_body import ResponseRequest
 from client.gateway.reattach import Kept, Store
 from tests.gateway.conftest import MODEL, GatewayProcess
-from tests.gateway.test_chat import picture
+from tests.gateway.test_chat import image
 from tests.gateway.test_reattach import events, read
 from tests.harness import wait_until
 
@@ -62,7 +62,7 @@ def test_items_of_every_kind_are_kept_and_read_again(gateway: GatewayProcess) ->
             "role": "user",
             "content": [
                 {"type": "input_text", "text": "what"},
-                {"type": "input_image", "image_url": picture()},
+                {"type": "input_image", "image_url": image()},
             ],
         },
         {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "hm"}]},

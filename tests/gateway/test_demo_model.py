@@ -53,7 +53,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
         bus.stop()
 
 
-def picture_and(question: str) -> list[dict[str, Any]]:
+def image_and(question: str) -> list[dict[str, Any]]:
     image, _, _ = example()
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
@@ -71,7 +71,7 @@ def picture_and(question: str) -> list[dict[str, Any]]:
 
 def test_the_right_image_gives_the_right_words(demo: openai.OpenAI) -> None:
     _, question, answer = example()
-    messages = picture_and(question)
+    messages = image_and(question)
     whole = demo.chat.completions.create(model="demo", messages=messages, temperature=0)
     assert whole.choices[0].message.content == answer
     assert whole.usage is not None and whole.usage.prompt_tokens_details is not None
@@ -87,7 +87,7 @@ def test_usage_so_far_counts_the_image(demo: openai.OpenAI) -> None:
     chunks = list(
         demo.chat.completions.create(
             model="demo",
-            messages=picture_and(question),
+            messages=image_and(question),
             temperature=0,
             stream=True,
             stream_options={"include_usage": True, "continuous_usage_stats": True},
@@ -103,7 +103,7 @@ def test_usage_so_far_counts_the_image(demo: openai.OpenAI) -> None:
 def test_an_answer_keeps_to_a_json_schema(demo: openai.OpenAI) -> None:
     answer = demo.chat.completions.create(
         model="demo",
-        messages=picture_and("What is in the picture?"),
+        messages=image_and("What is in the picture?"),
         temperature=0,
         max_tokens=900,
         response_format={
@@ -121,7 +121,7 @@ def test_the_sdk_parses_an_answer_into_a_type(demo: openai.OpenAI) -> None:
         sides: Literal[3, 4]
 
     chat = demo.chat.completions.parse(
-        model="demo", messages=picture_and("What is it?"), response_format=Shape, max_tokens=900
+        model="demo", messages=image_and("What is it?"), response_format=Shape, max_tokens=900
     )
     assert isinstance(chat.choices[0].message.parsed, Shape)
     response = demo.responses.parse(
@@ -133,7 +133,7 @@ def test_the_sdk_parses_an_answer_into_a_type(demo: openai.OpenAI) -> None:
 def test_a_forced_tool_is_called_with_fitting_arguments(demo: openai.OpenAI) -> None:
     answer = demo.chat.completions.create(
         model="demo",
-        messages=picture_and("Paint it."),
+        messages=image_and("Paint it."),
         temperature=0,
         max_tokens=1500,
         tools=[{"type": "function", "function": {"name": "paint", "parameters": SCHEMA}}],

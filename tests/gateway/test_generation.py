@@ -23,7 +23,7 @@ from client.gateway.requests import ChatRequest, CompletionRequest
 from tests.harness import Bus
 
 
-def picture(kind: str) -> bytes:
+def image(kind: str) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (20, 10)).save(buffer, kind)
     return buffer.getvalue()
@@ -58,7 +58,7 @@ class Recorder:
 
 @pytest.mark.parametrize("choices", [1, 2])
 def test_the_bus_gets_the_request_made_from_the_body(choices: int) -> None:
-    made = chat(messages=shown(picture("PNG")), queue_ms=7, temperature=0.5)
+    made = chat(messages=shown(image("PNG")), queue_ms=7, temperature=0.5)
     bus = Recorder()
     limits = Timeout(total=3)
 
@@ -126,7 +126,7 @@ def test_tokens_that_arrived_together_are_one_event_unless_calls_are_looked_for(
 
 
 def test_images_are_described_by_their_first_bytes() -> None:
-    png, jpeg = picture("PNG"), picture("JPEG")
+    png, jpeg = image("PNG"), image("JPEG")
     made = chat(messages=shown(jpeg, png))
     assert made.attachments == (jpeg, png)
     assert made.request.attachments == [
@@ -156,7 +156,7 @@ def test_prompts_are_checked_against_the_limits_of_the_bus_too() -> None:
 
 
 def test_a_ready_made_request_is_answered(bus: Bus) -> None:
-    made = chat(messages=shown(picture("PNG")))
+    made = chat(messages=shown(image("PNG")))
 
     async def run() -> tuple[str, str]:
         async with AsyncClient(bus.front) as client:

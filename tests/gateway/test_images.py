@@ -136,7 +136,7 @@ TRICKLES = {
 }
 
 
-class _Pictures(http.server.BaseHTTPRequestHandler):
+class _Images(http.server.BaseHTTPRequestHandler):
     asked: list[str]
     #: Slow answers wait until this is set.
     released: threading.Event
@@ -186,59 +186,59 @@ class _Pictures(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def pictures() -> Iterator[str]:
+def images() -> Iterator[str]:
     """The address of a web server on this machine."""
-    _Pictures.asked, _Pictures.released = [], threading.Event()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Pictures) as server:
+    _Images.asked, _Images.released = [], threading.Event()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Images) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
-        _Pictures.released.set()
+        _Images.released.set()
         server.shutdown()
         thread.join()
 
 
-def test_a_remote_image_is_fetched_through_redirects(pictures: str) -> None:
+def test_a_remote_image_is_fetched_through_redirects(images: str) -> None:
     allowed = {"allow_remote": True, "allowed_networks": LOOPBACK}
-    assert load(f"{pictures}/picture", **allowed) == b"bytes"
-    assert load(f"{pictures}/redirect", **allowed) == b"bytes"
+    assert load(f"{images}/picture", **allowed) == b"bytes"
+    assert load(f"{images}/redirect", **allowed) == b"bytes"
 
 
-def test_a_private_address_is_never_contacted(pictures: str) -> None:
-    assert "public internet" in str(refusal(f"{pictures}/picture", allow_remote=True))
-    port = pictures.rpartition(":")[2]
+def test_a_private_address_is_never_contacted(images: str) -> None:
+    assert "public internet" in str(refusal(f"{images}/picture", allow_remote=True))
+    port = images.rpartition(":")[2]
     assert "public internet" in str(refusal(f"http://localhost:{port}/x", allow_remote=True))
-    assert _Pictures.asked == []
+    assert _Images.asked == []
 
 
-def test_a_redirect_into_another_network_is_checked_again(pictures: str) -> None:
-    error = refusal(f"{pictures}/inward", allow_remote=True, allowed_networks=LOOPBACK)
+def test_a_redirect_into_another_network_is_checked_again(images: str) -> None:
+    error = refusal(f"{images}/inward", allow_remote=True, allowed_networks=LOOPBACK)
     assert "public internet" in str(error)
-    assert _Pictures.asked == ["/inward"]
+    assert _Images.asked == ["/inward"]
 
 
-def test_redirect_loops_missing_and_endless_images_have_different_errors(pictures: str) -> None:
+def test_redirect_loops_missing_and_endless_images_have_different_errors(images: str) -> None:
     allowed = {"allow_remote": True, "allowed_networks": LOOPBACK}
-    assert "redirects" in str(refusal(f"{pictures}/loop", **allowed))
-    assert "404" in str(refusal(f"{pictures}/missing", **allowed))
-    assert refusal(f"{pictures}/endless", **allowed, max_bytes=200_000).info.code == "too_large"
+    assert "redirects" in str(refusal(f"{images}/loop", **allowed))
+    assert "404" in str(refusal(f"{images}/missing", **allowed))
+    assert refusal(f"{images}/endless", **allowed, max_bytes=200_000).info.code == "too_large"
 
 
 @pytest.mark.parametrize("path", TRICKLES)
-def test_a_trickling_host_times_out(pictures: str, path: str) -> None:
+def test_a_trickling_host_times_out(images: str, path: str) -> None:
     allowed = {"allow_remote": True, "allowed_networks": LOOPBACK, "timeout_s": 0.2}
-    assert "within 0.2 s" in str(refusal(pictures + path, **allowed))
+    assert "within 0.2 s" in str(refusal(images + path, **allowed))
 
 
-def test_slow_hosts_do_not_delay_other_images(pictures: str) -> None:
+def test_slow_hosts_do_not_delay_other_images(images: str) -> None:
     policy = ImagePolicy(allow_remote=True, allowed_networks=LOOPBACK)
 
     async def first() -> bytes:
         slow = [
-            asyncio.ensure_future(load_image(f"{pictures}/silent{i}", policy, "url"))
+            asyncio.ensure_future(load_image(f"{images}/silent{i}", policy, "url"))
             for i in range(40)
         ]
-        quick = asyncio.ensure_future(load_image(f"{pictures}/picture", policy, "url"))
+        quick = asyncio.ensure_future(load_image(f"{images}/picture", policy, "url"))
         done, _ = await asyncio.wait({quick, *slow}, return_when=asyncio.FIRST_COMPLETED)
         for task in slow:
             task.cancel()
@@ -251,19 +251,19 @@ def test_slow_hosts_do_not_delay_other_images(pictures: str) -> None:
 
 
 def test_names_that_do_not_resolve_time_out_and_delay_no_one_else(
-    pictures: str, monkeypatch: pytest.MonkeyPatch
+    images: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resolve = socket.getaddrinfo
 
     def slowly(host: str, *arguments: object, **named: object) -> object:
         if host == "stuck.example":
-            _Pictures.released.wait(PATIENCE_S)
+            _Images.released.wait(PATIENCE_S)
         return resolve("127.0.0.1", *arguments, **named)
 
     monkeypatch.setattr(socket, "getaddrinfo", slowly)
     allowed = {"allow_remote": True, "allowed_networks": LOOPBACK, "timeout_s": 0.2}
     for _ in range(20):
         assert "within" in str(refusal("http://stuck.example/x", **allowed))
-    port = pictures.rpartition(":")[2]
+    port = images.rpartition(":")[2]
     allowed["timeout_s"] = PATIENCE_S
     assert load(f"http://known.example:{port}/x", **allowed) == b"bytes"

@@ -72,13 +72,13 @@ def test_long_strings_are_not_decoded_with_the_rest(monkeypatch: pytest.MonkeyPa
         decoded.append(len(data))
         return decode(data, **options)
 
-    picture = "data:image/png;base64," + "A" * 3_000_000
-    part = {"type": "image_url", "image_url": {"url": picture}}
+    image = "data:image/png;base64," + "A" * 3_000_000
+    part = {"type": "image_url", "image_url": {"url": image}}
     data = json.dumps(chat(messages=[{"role": "user", "content": [part] * 4}])).encode()
     monkeypatch.setattr(msgspec.json, "decode", watched)
     body = read_in_steps(data, lambda data: parse(ChatRequest, data))
     assert isinstance(body.messages[0].content, list)
-    assert [one.image_url.url == picture for one in body.messages[0].content] == [True] * 4
+    assert [one.image_url.url == image for one in body.messages[0].content] == [True] * 4
     # Each image by itself, then all else.
     assert max(decoded) < 3_100_000 and sorted(decoded)[0] < 100_000
 

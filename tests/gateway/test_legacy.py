@@ -32,7 +32,7 @@ def frames(http: httpx.Client, body: dict[str, Any], **options: Any) -> list[dic
     return [json.loads(part) for part in parts]
 
 
-def picture(width: int) -> str:
+def image(width: int) -> str:
     """A PNG of this width and ten pixels high, as base64."""
     buffer = io.BytesIO()
     Image.new("RGB", (width, 10)).save(buffer, "PNG")
@@ -88,7 +88,7 @@ def test_llava_gets_the_prompt_and_the_text_so_far_in_every_frame(http: httpx.Cl
 
 
 def test_llava_sends_images_as_base64(http: httpx.Client) -> None:
-    shown = picture(20)
+    shown = image(20)
     body = {"model": MODEL, "prompt": "<image>\nwhat", "images": [shown], "max_input_tiles": 12}
     assert "20x10" in frames(http, body, headers=LLAVA)[-1]["text"]
     wrong = frames(http, {**body, "images": [shown, shown]}, headers=LLAVA)
@@ -129,7 +129,7 @@ def test_an_answer_is_limited_to_the_rest_of_the_context(
 def test_internvl_sends_messages_with_their_images(http: httpx.Client) -> None:
     turns = [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "first", "image": [picture(20), picture(30)]},
+        {"role": "user", "content": "first", "image": [image(20), image(30)]},
         {"role": "assistant", "content": "seen"},
         {"role": "user", "content": "last"},
     ]
@@ -239,11 +239,11 @@ def test_a_prompt_made_with_our_template_is_a_chat_again(http: httpx.Client) -> 
 def test_images_appear_where_fastchat_marks_them(http: httpx.Client) -> None:
     conv = http.post("/worker_get_conv_template", json={"model": MODEL}).json()["conv"]
     prompt = fastchat_prompt(conv, "first", "seen", "$$<image>$$one $$<image>$$ other")
-    body = {"model": MODEL, "prompt": prompt, "echo": False, "images": [picture(20), picture(30)]}
+    body = {"model": MODEL, "prompt": prompt, "echo": False, "images": [image(20), image(30)]}
     told = frames(http, body, headers=FASTCHAT)[-1]["text"]
     assert told.index("20x10") < told.index("30x10") and told.endswith("other")
     # None of them is left out in silence, and without any the mark is a text like others.
-    for images in ([picture(20)], [picture(20)] * 3):
+    for images in ([image(20)], [image(20)] * 3):
         [frame] = frames(http, {**body, "images": images}, headers=FASTCHAT)
         assert "2 places" in frame["text"] and frame["error_code"] == 40302
     [*_, last] = frames(http, {**body, "images": []}, headers=FASTCHAT)

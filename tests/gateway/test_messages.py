@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from client.gateway.keys import add_key
 from tests.gateway.conftest import MODEL, GatewayProcess
-from tests.gateway.test_chat import picture
+from tests.gateway.test_chat import image
 from tests.harness import running_bus
 
 THOUGHT = "<think>\nhm, two\n</think>\n\nthree"
@@ -312,7 +312,7 @@ def test_gateways_with_one_key_know_each_others_signatures(
 
 # --- images and documents -------------------------------------------------------------------------
 
-PNG = picture().partition(",")[2]
+PNG = image().partition(",")[2]
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}}
 
 

@@ -16,7 +16,7 @@ from client.gateway.convert import chat_call
 from client.gateway.images import ImagePolicy
 from client.gateway.ollama import bodies
 from tests.gateway.conftest import MODEL, GatewayProcess
-from tests.gateway.test_chat import CALL, picture
+from tests.gateway.test_chat import CALL, image
 from tests.harness import Bus, wait_until
 
 THOUGHT = "<think>\nhm, two\n</think>\n\nthree"
@@ -179,15 +179,15 @@ def test_structured_output(sdk: ollama.Client) -> None:
 
 
 def test_images_reach_the_model(sdk: ollama.Client) -> None:
-    data = base64.b64decode(picture().partition(",")[2])
+    data = base64.b64decode(image().partition(",")[2])
     answer = sdk.chat(MODEL, said("what", images=[data]))
     assert answer.message.content.startswith("1 image: ")
-    made = sdk.generate(MODEL, "what", images=[data, picture().partition(",")[2]])
+    made = sdk.generate(MODEL, "what", images=[data, image().partition(",")[2]])
     assert made.response.startswith("2 images: ")
 
 
 def test_an_image_that_is_none_is_named(http: httpx.Client) -> None:
-    messages = [*said("x"), *said("y", images=[picture().partition(",")[2], "?!"])]
+    messages = [*said("x"), *said("y", images=[image().partition(",")[2], "?!"])]
     answer = http.post("/api/chat", json={"model": MODEL, "messages": messages})
     assert answer.status_code == 400 and answer.json()["param"] == "messages[1].images[1]"
     assert "`messages[1].images[1]`" in answer.json()["error"]

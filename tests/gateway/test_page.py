@@ -77,10 +77,10 @@ def done(page: sync_api.Page, answers: int = 1) -> None:
 
 
 def test_a_person_chats_about_an_image(open_page: OpenPage, tmp_path: Path) -> None:
-    picture = tmp_path / "picture.png"
-    Image.new("RGB", (320, 200), "green").save(picture)
+    image = tmp_path / "picture.png"
+    Image.new("RGB", (320, 200), "green").save(image)
     page = open_page()
-    page.locator("#file").set_input_files(picture)
+    page.locator("#file").set_input_files(image)
     page.locator("#pictures img").wait_for()
     answer = ask(page, "What is this?")
     done(page)

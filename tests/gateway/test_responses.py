@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from tests.gateway.conftest import MODEL, GatewayProcess
-from tests.gateway.test_chat import CALL, picture
+from tests.gateway.test_chat import CALL, image
 from tests.harness import wait_until
 
 TOOL = {
@@ -71,7 +71,7 @@ def test_images_and_items_are_taken(client: openai.OpenAI) -> None:
                 "role": "user",
                 "content": [
                     {"type": "input_text", "text": "what"},
-                    {"type": "input_image", "image_url": picture(), "detail": "auto"},
+                    {"type": "input_image", "image_url": image(), "detail": "auto"},
                 ],
             },
         ],

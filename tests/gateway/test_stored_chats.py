@@ -12,7 +12,7 @@ import pytest
 
 from client.gateway.keys import add_key
 from tests.gateway.conftest import MODEL, GatewayProcess
-from tests.gateway.test_chat import picture
+from tests.gateway.test_chat import image
 from tests.gateway.test_reattach import answer_id, body, read
 
 MakeGateway = Callable[..., GatewayProcess]
@@ -68,7 +68,7 @@ def test_what_was_cut_off_is_not_kept(gateway: GatewayProcess) -> None:
 def test_its_messages_are_read_again(http: httpx.Client) -> None:
     parts = [
         {"type": "text", "text": "what"},
-        {"type": "image_url", "image_url": {"url": picture()}},
+        {"type": "image_url", "image_url": {"url": image()}},
     ]
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": parts}]
     made = http.post(

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from tests.gateway.conftest import MODEL, GatewayProcess
-from tests.gateway.test_chat import CALL, picture
+from tests.gateway.test_chat import CALL, image
 from worker.engines.echo.tokens import tokenize
 
 SAID = [{"role": "user", "content": "hello there"}]
@@ -40,7 +40,7 @@ def test_the_tokens_and_the_prompt_of_a_conversation(http: httpx.Client) -> None
     assert ask(http, "/apply-template", model=MODEL, messages=SAID) == {"prompt": TEMPLATED}
     chat = ask(http, "/v1/chat/completions", model=MODEL, messages=SAID)
     assert chat["usage"]["prompt_tokens"] == told["count"]
-    shown = {"type": "image_url", "image_url": {"url": picture()}}
+    shown = {"type": "image_url", "image_url": {"url": image()}}
     with_image = [{"role": "user", "content": [shown, {"type": "text", "text": "hello there"}]}]
     assert ask(http, "/tokenize", messages=with_image)["tokens"] == told["tokens"]
 

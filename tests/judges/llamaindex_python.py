@@ -15,7 +15,7 @@ from pydantic import BaseModel
 CALL = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>'
 
 
-def picture() -> bytes:
+def image() -> bytes:
     """A grey PNG of 8 by 8 pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
@@ -52,7 +52,7 @@ echo = like("echo", is_chat_model=True, is_function_calling_model=True)
 assert echo.chat(said("hello")).message.content == "hello"
 assert "".join(part.delta or "" for part in echo.stream_chat(said("hello there"))) == "hello there"
 assert echo.complete("once more").text == "once more"
-shown = [ImageBlock(image=base64.b64encode(picture()), image_mimetype="image/png")]
+shown = [ImageBlock(image=base64.b64encode(image()), image_mimetype="image/png")]
 seen = echo.chat([ChatMessage(role="user", blocks=[TextBlock(text="What is this?"), *shown])])
 assert seen.message.content == "1 image: 8x8. What is this?"
 

@@ -21,8 +21,8 @@ def main() -> None:
     visitor = types.SimpleNamespace(client=types.SimpleNamespace(host="127.0.0.1"))
     models = front.get_model_list()
     state = front.default_conversation.copy()
-    picture = Image.new("RGB", (64, 48), "red")
-    state, *_ = front.add_text(state, question, picture, "Crop", visitor)
+    image = Image.new("RGB", (64, 48), "red")
+    state, *_ = front.add_text(state, question, image, "Crop", visitor)
     shown = []
     for now, *_ in front.http_bot(state, model, 0.2, 0.7, 1024, visitor):
         shown.append(now.messages[-1][-1])

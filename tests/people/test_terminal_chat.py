@@ -11,8 +11,8 @@ from tests.wire.test_client_cli import ENDLESS, Person
 
 
 def test_a_conversation_at_a_terminal(bus: Bus, tmp_path: Path) -> None:
-    picture = tmp_path / "my picture.png"
-    Image.new("RGB", (5, 4), "red").save(picture)
+    image = tmp_path / "my picture.png"
+    Image.new("RGB", (5, 4), "red").save(image)
     talk = Person("chat", "--broker", bus.front)
     prompts = 0
 
@@ -31,12 +31,12 @@ def test_a_conversation_at_a_terminal(bus: Bus, tmp_path: Path) -> None:
     talk.sees("first", times=2)  # typed, and answered
 
     # An image as a terminal drops it; taken back; added again, and asked about.
-    says(f"/image '{picture}'\n")
+    says(f"/image '{image}'\n")
     talk.sees("image 1 of the next question")
     says("/undo\n")
     says("without\n")
     talk.sees("without", times=2)
-    says(f"/image {str(picture).replace(' ', chr(92) + ' ')}\n")
+    says(f"/image {str(image).replace(' ', chr(92) + ' ')}\n")
     talk.sees("image 1 of the next question", times=2)
     says("look\n")
     talk.sees("1 image: 5x4. look")

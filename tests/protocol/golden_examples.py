@@ -11,7 +11,7 @@ from tests.protocol.golden_fields import every_field
 def examples() -> dict[str, Example]:
     """One message of every kind, with every field in one of them."""
     t = MessageType
-    picture = b"\x89PNG not really"
+    image = b"\x89PNG not really"
     request = m.Request(
         model="demo",
         messages=[
@@ -186,7 +186,7 @@ def examples() -> dict[str, Example]:
         ),
         "goodbye": (t.GOODBYE, SESSION, 7, 0, [m.Goodbye(reason="drained")], []),
         "drain": (t.DRAIN, SESSION, 8, 0, [m.Drain(reason="upgrade", deadline_ms=30_000)], []),
-        "request_chat": (t.REQUEST, REQUEST, 1, 0, [request], [picture]),
+        "request_chat": (t.REQUEST, REQUEST, 1, 0, [request], [image]),
         "request_token_ids": (t.REQUEST, REQUEST, 2, 0, [complete], []),
         "accepted": (t.ACCEPTED, REQUEST, 1, 0, [m.Accepted(position=3)], []),
         "assign": (
@@ -195,7 +195,7 @@ def examples() -> dict[str, Example]:
             9,
             0,
             [m.Assign(reply_to=ROUTE, ttl_ms=59_900), request],
-            [picture],
+            [image],
         ),
         "assign_attach": (
             t.ASSIGN,

@@ -111,9 +111,9 @@ def test_every_endpoint_answers_in_the_shapes_of_openais_package(
 
 
 def test_images_choices_and_tools_are_taken(batch: Batch, files: Files) -> None:
-    picture = io.BytesIO()
-    Image.new("RGB", (5, 4), "red").save(picture, "PNG")
-    url = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
+    image = io.BytesIO()
+    Image.new("RGB", (5, 4), "red").save(image, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}"
     parts = [
         {"type": "text", "text": "what is it"},
         {"type": "image_url", "image_url": {"url": url}},

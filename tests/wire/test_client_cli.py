@@ -99,7 +99,7 @@ def _take_terminal() -> None:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> str:
+def image(tmp_path: Path) -> str:
     path = tmp_path / "picture.png"
     Image.new("RGB", (5, 4), "red").save(path)
     return str(path)
@@ -143,9 +143,9 @@ def test_generate_does_not_wait_for_an_open_pipe_without_a_writer(bus: Bus) -> N
     assert "nothing came on standard input" in done.stderr
 
 
-def test_generate_takes_images_and_parameters(bus: Bus, picture: str) -> None:
+def test_generate_takes_images_and_parameters(bus: Bus, image: str) -> None:
     done = run(
-        *("generate", "--broker", bus.front, "-m", "echo", "-i", picture, "--image", picture),
+        *("generate", "--broker", bus.front, "-m", "echo", "-i", image, "--image", image),
         *("--max-tokens", "200", "--stop", "END", "--param", "logit_bias=[[5, 1.5]]", "--stats"),
         "before END after",
     )
@@ -348,11 +348,11 @@ def test_a_reader_that_goes_away_ends_generate_quietly(bus: Bus) -> None:
 # --- chat -----------------------------------------------------------------------------------------
 
 
-def test_chat_works_piped(bus: Bus, picture: str, tmp_path: Path) -> None:
+def test_chat_works_piped(bus: Bus, image: str, tmp_path: Path) -> None:
     saved = tmp_path / "talk.json"
     first = run(
         *("chat", "--broker", bus.front),
-        stdin=f"hello\n/image {picture}\nlook\n/regen\n/undo\n/save {saved}\n/exit\nnever\n",
+        stdin=f"hello\n/image {image}\nlook\n/regen\n/undo\n/save {saved}\n/exit\nnever\n",
     )
     assert first.returncode == 0, first.stderr
     assert first.stdout.splitlines() == ["hello", *["1 image: 5x4. look"] * 2]
@@ -427,20 +427,20 @@ def test_chat_checks_an_image_a_parameter_and_a_model_at_the_command(
 
 @pytest.mark.parametrize("form", ["{}", "'{}'", '"{}"', "file://{}", "{escaped}"])
 def test_chat_reads_a_path_dropped_onto_the_terminal(
-    bus: Bus, picture: str, tmp_path: Path, form: str
+    bus: Bus, image: str, tmp_path: Path, form: str
 ) -> None:
     dropped = tmp_path / "my picture (1).png"
-    dropped.write_bytes(Path(picture).read_bytes())
+    dropped.write_bytes(Path(image).read_bytes())
     path = str(dropped).replace(" ", "%20") if "://" in form else str(dropped)
     typed = form.format(path, escaped=re.sub(r"([ ()])", r"\\\1", path))
     done = run("chat", "--broker", bus.front, stdin=f"/image {typed}\nlook\n")
     assert done.stdout.splitlines() == ["1 image: 5x4. look"], done.stderr
 
 
-def test_undo_removes_an_attached_image_first(bus: Bus, picture: str) -> None:
+def test_undo_removes_an_attached_image_first(bus: Bus, image: str) -> None:
     done = run(
         *("chat", "--broker", bus.front),
-        stdin=f"hello\n/image {picture}\n/undo\nlook\n/undo\n/undo\n/regen\n",
+        stdin=f"hello\n/image {image}\n/undo\nlook\n/undo\n/undo\n/regen\n",
     )
     assert done.stdout.splitlines() == ["hello", "look"]
     assert "no question" in done.stderr

@@ -38,9 +38,9 @@ def test_the_demo_shows_every_step_and_stops_everything(tmp_path: Path) -> None:
 
 
 def test_the_demo_takes_an_image_and_a_question(tmp_path: Path) -> None:
-    picture = tmp_path / "picture.png"
-    Image.new("RGB", (5, 4)).save(picture)
-    done = run("demo", "--engine", "echo", "--image", str(picture), "--question", "what?")
+    image = tmp_path / "picture.png"
+    Image.new("RGB", (5, 4)).save(image)
+    done = run("demo", "--engine", "echo", "--image", str(image), "--question", "what?")
     assert (done.returncode, done.stdout) == (0, "1 image: 5x4. what?\n")
 
 
@@ -129,8 +129,8 @@ def test_the_page_is_served_until_it_is_interrupted(tmp_path: Path, number: sign
         # Once the address is printed, the page, its image and a model are ready.
         url = demo.url()
         assert b"<title>tokenbus</title>" in PLAIN.open(url).read()
-        picture = Image.open(io.BytesIO(PLAIN.open(f"{url}page/sample.png").read()))
-        assert picture.size == (240, 240)
+        image = Image.open(io.BytesIO(PLAIN.open(f"{url}page/sample.png").read()))
+        assert image.size == (240, 240)
         assert b'"serving":1' in PLAIN.open(f"{url}ready").read()
         assert f"base_url {url}v1" in demo.told()
         demo.process.send_signal(number)

@@ -118,9 +118,9 @@ def test_an_adapter_is_served_under_its_own_name_beside_its_base(bus: Bus) -> No
     image, question, answer = example()
     data = io.BytesIO()
     image.save(data, "PNG")
-    picture = data.getvalue()
+    image_bytes = data.getvalue()
     streams = [
-        client.chat(name, question, images=[picture], temperature=0, max_tokens=16, stream=True)
+        client.chat(name, question, images=[image_bytes], temperature=0, max_tokens=16, stream=True)
         for name in ("demo", "odd", "demo")
     ]
     base, odd, again = ("".join(stream.text) for stream in streams)

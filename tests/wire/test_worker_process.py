@@ -118,8 +118,8 @@ def test_a_hung_engine_is_killed_and_replaced_while_the_link_lives(tmp_path: Pat
 def test_large_images_for_a_hung_engine_do_not_stall_the_heartbeats(one: Bus) -> None:
     client = one.client()
     hanging = begin(client, hang_at=2)
-    picture = b"\x89PNG\r\n\x1a\n" + bytes(12 << 20)
-    blocked = client.generate("<image> " * 4, model="echo", images=[picture] * 4, stream=True)
+    image = b"\x89PNG\r\n\x1a\n" + bytes(12 << 20)
+    blocked = client.generate("<image> " * 4, model="echo", images=[image] * 4, stream=True)
     wait_until(lambda: one.rows()[0]["running"] == 2, "both requests at the worker")
     told = records(one.workers["w1"], "broker lost")
 

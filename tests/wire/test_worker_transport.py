@@ -53,8 +53,8 @@ def test_messages_arrive_whole_and_in_order(ends: tuple[Pipe, Pipe], message: li
 
 def test_unread_messages_are_queued_without_blocking_and_counted(ends: tuple[Pipe, Pipe]) -> None:
     link, engine = ends
-    pictures = [bytes((number,)) * (4 << 20) for number in range(4)]
-    link.send([b"head", *pictures])
+    images = [bytes((number,)) * (4 << 20) for number in range(4)]
+    link.send([b"head", *images])
     assert link.backlog_bytes > 8 << 20
     got: list[list[bytes]] = []
     writer = threading.Thread(target=lambda: got.extend(receive(engine, 1)))
@@ -62,7 +62,7 @@ def test_unread_messages_are_queued_without_blocking_and_counted(ends: tuple[Pip
     while link.backlog_bytes:
         link.flush()
     writer.join(PATIENCE_S)
-    assert got == [[b"head", *pictures]]
+    assert got == [[b"head", *images]]
 
 
 def test_without_data_receive_returns_nothing_and_does_not_wait(ends: tuple[Pipe, Pipe]) -> None:

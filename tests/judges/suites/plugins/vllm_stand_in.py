@@ -96,7 +96,7 @@ class ModelConfig:
 
 
 class ImageAsset:
-    """A picture of a test: any serves."""
+    """An image of a test: any serves."""
 
     def __init__(self, *_: Any) -> None:
         from PIL import Image
@@ -105,7 +105,7 @@ class ImageAsset:
 
 
 def encode_image_url(image: Any, *_: Any) -> str:
-    """A picture as a data URL."""
+    """An image as a data URL."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -90,8 +90,8 @@ def test_an_animation_gives_its_first_frame() -> None:
     [
         (b"", "invalid_request", "empty"),
         (b"no picture at all", "invalid_request", "none of JPEG"),
-        (tiny.picture(1)[:60], "invalid_request", ""),
-        (tiny.picture(1, 400, 400, "JPEG")[:400], "invalid_request", "truncated"),
+        (tiny.image(1)[:60], "invalid_request", ""),
+        (tiny.image(1, 400, 400, "JPEG")[:400], "invalid_request", "truncated"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "invalid_request", "none of JPEG"),
     ],
     ids=["empty", "text", "torn header", "torn body", "postscript"],
@@ -112,15 +112,15 @@ def test_a_bomb_is_refused_before_it_is_decoded() -> None:
 
 def test_too_many_bytes_are_refused() -> None:
     with pytest.raises(RequestError, match="at most 10") as caught:
-        decode_image(tiny.picture(1), 0, ImageLimits(size_bytes=10))
+        decode_image(tiny.image(1), 0, ImageLimits(size_bytes=10))
     assert caught.value.info.code == "too_large"
 
 
 # --- requests -------------------------------------------------------------------------------------
 
 
-def inputs(model: Any, text: str, pictures: list[bytes]) -> dict[str, Any]:
-    images = [Image.open(io.BytesIO(data)).convert("RGB") for data in pictures]
+def inputs(model: Any, text: str, image_files: list[bytes]) -> dict[str, Any]:
+    images = [Image.open(io.BytesIO(data)).convert("RGB") for data in image_files]
     return dict(tiny.llava_processor()(text=[text], images=images or None, return_tensors="pt"))
 
 
@@ -128,7 +128,7 @@ def test_a_raw_prompt_has_its_images_at_the_placeholders(
     engine: TransformersEngine, model: Any
 ) -> None:
     text = "USER: <image> hello <image> world ASSISTANT:"
-    pictures = [tiny.picture(1), tiny.picture(2)]
+    image_files = [tiny.image(1), tiny.image(2)]
     request = Request(
         model="tiny",
         kind=Kind.COMPLETE,
@@ -138,13 +138,13 @@ def test_a_raw_prompt_has_its_images_at_the_placeholders(
     )
     forward, backward = tiny.run(
         engine,
-        [Job(new_id(), request, tuple(order)) for order in (pictures, pictures[::-1])],
+        [Job(new_id(), request, tuple(order)) for order in (image_files, image_files[::-1])],
     )
     assert forward.token_ids == tiny.generated(
-        model, inputs(model, text, pictures), 8, [tiny.IMAGE]
+        model, inputs(model, text, image_files), 8, [tiny.IMAGE]
     )
     assert backward.token_ids == tiny.generated(
-        model, inputs(model, text, pictures[::-1]), 8, [tiny.IMAGE]
+        model, inputs(model, text, image_files[::-1]), 8, [tiny.IMAGE]
     )
     assert forward.token_ids != backward.token_ids
     assert forward.ended is not None and forward.ended.usage.image_tokens == 8
@@ -153,7 +153,7 @@ def test_a_raw_prompt_has_its_images_at_the_placeholders(
 def test_images_of_several_turns_keep_the_order_of_the_messages(
     engine: TransformersEngine, model: Any
 ) -> None:
-    pictures = (tiny.picture(1), tiny.picture(2))
+    image_files = (tiny.image(1), tiny.image(2))
     messages = [
         Message(role="user", content=[ImagePart(attachment=1), TextPart(text="hello")]),
         Message(role="assistant", content="world"),
@@ -165,18 +165,18 @@ def test_images_of_several_turns_keep_the_order_of_the_messages(
         params=Params(temperature=0.0, max_tokens=8, ignore_eos=True),
         window=1,
     )
-    answer = tiny.run(engine, [Job(new_id(), request, pictures)])[0]
+    answer = tiny.run(engine, [Job(new_id(), request, image_files)])[0]
     text = (
         "<|user|><image>hello<|end|><|assistant|>world<|end|>"
         "<|user|>answer<image><|end|><|assistant|>"
     )
     assert answer.token_ids == tiny.generated(
-        model, inputs(model, text, [pictures[1], pictures[0]]), 8, [tiny.IMAGE]
+        model, inputs(model, text, [image_files[1], image_files[0]]), 8, [tiny.IMAGE]
     )
 
 
 def test_a_video_is_its_frames(engine: TransformersEngine) -> None:
-    frames = tuple(tiny.picture(seed) for seed in range(3))
+    frames = tuple(tiny.image(seed) for seed in range(3))
     message = Message(
         role="user", content=[VideoPart(attachments=[0, 1, 2]), TextPart(text="what")]
     )
@@ -193,15 +193,15 @@ def test_a_video_is_its_frames(engine: TransformersEngine) -> None:
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_a_wrong_number_of_images_names_both_counts(engine: TransformersEngine, count: int) -> None:
     request = Request(model="tiny", kind=Kind.COMPLETE, prompt="<image> and <image>", window=1)
-    pictures = tuple(tiny.picture(seed) for seed in range(count))
-    answer = tiny.run(engine, [Job(new_id(), request, pictures)])[0]
+    image_files = tuple(tiny.image(seed) for seed in range(count))
+    answer = tiny.run(engine, [Job(new_id(), request, image_files)])[0]
     assert answer.failed is not None and answer.failed.code == "invalid_request"
     assert answer.failed.details == {"placeholders": 2, "pictures": count}
 
 
 def test_attachments_that_no_message_names_are_refused(engine: TransformersEngine) -> None:
     request = Request(model="tiny", messages=[Message(role="user", content="hello")], window=1)
-    answer = tiny.run(engine, [Job(new_id(), request, (tiny.picture(1),))])[0]
+    answer = tiny.run(engine, [Job(new_id(), request, (tiny.image(1),))])[0]
     assert answer.failed is not None
     assert "name 0 images, the request carries 1" in answer.failed.message
 
@@ -210,8 +210,8 @@ def test_a_placeholder_typed_by_a_user_claims_no_image(engine: TransformersEngin
     good, typed = tiny.run(
         engine,
         [
-            tiny.chat_job("hello", [tiny.picture(1)], max_tokens=4),
-            tiny.chat_job("hello <image> and <image>", [tiny.picture(1)], max_tokens=4),
+            tiny.chat_job("hello", [tiny.image(1)], max_tokens=4),
+            tiny.chat_job("hello <image> and <image>", [tiny.image(1)], max_tokens=4),
         ],
     )
     assert good.reason is typed.reason is FinishReason.LENGTH
@@ -226,7 +226,7 @@ def test_placeholder_ids_without_an_image_are_refused(engine: TransformersEngine
 def test_an_unreadable_image_fails_its_own_request_only(engine: TransformersEngine) -> None:
     bad, good = tiny.run(
         engine,
-        [tiny.chat_job("hello", [b"junk"]), tiny.chat_job("hello", [tiny.picture(1)])],
+        [tiny.chat_job("hello", [b"junk"]), tiny.chat_job("hello", [tiny.image(1)])],
     )
     assert bad.failed is not None and "image 0" in bad.failed.message
     assert good.reason is FinishReason.LENGTH
@@ -238,7 +238,7 @@ def test_a_placeholder_is_never_generated(engine: TransformersEngine, model: Any
     try:
         with torch.no_grad():
             head[tiny.IMAGE] = 50.0 * head[20:40].mean(0)
-        answer = tiny.run(engine, [tiny.chat_job("hello", [tiny.picture(1)], max_tokens=30)])[0]
+        answer = tiny.run(engine, [tiny.chat_job("hello", [tiny.image(1)], max_tokens=30)])[0]
         assert tiny.IMAGE not in answer.token_ids
     finally:
         with torch.no_grad():
@@ -250,7 +250,7 @@ def test_a_resumed_answer_about_an_image_continues(engine: TransformersEngine) -
 
     from broker.protocol.messages import Resume
 
-    job = tiny.chat_job("hello", [tiny.picture(7)], max_tokens=14)
+    job = tiny.chat_job("hello", [tiny.image(7)], max_tokens=14)
     whole = tiny.run(engine, [job])[0]
     resume = Resume(epoch=1, token_ids=whole.token_ids[:6])
     request = msgspec.structs.replace(job.request, resume=resume)
@@ -265,7 +265,7 @@ def test_a_resumed_answer_about_an_image_continues(engine: TransformersEngine) -
 def test_truncation_keeps_the_images_of_the_system_message(model: Any, asked: int) -> None:
     engine = tiny.serve(model, processor=tiny.llava_processor())
     wide = tiny.serve(model, processor=tiny.llava_processor())
-    pictures = [tiny.picture(seed) for seed in range(1 + asked)]
+    image_files = [tiny.image(seed) for seed in range(1 + asked)]
     system = Message(
         role="system", content=[ImagePart(attachment=0), TextPart(text="answer the question")]
     )
@@ -276,7 +276,7 @@ def test_truncation_keeps_the_images_of_the_system_message(model: Any, asked: in
     def answer(engine: TransformersEngine, messages: list[Message]) -> tiny.Answer:
         params = Params(max_tokens=8, temperature=0, ignore_eos=True, overflow="truncate_left")
         request = Request(model="tiny", messages=messages, params=params, window=1)
-        return tiny.run(engine, [Job(new_id(), request, tuple(pictures))])[0]
+        return tiny.run(engine, [Job(new_id(), request, tuple(image_files))])[0]
 
     try:
         # What is left of the turns is exactly one of them: the context is that long.
