@@ -37,7 +37,8 @@ def rounded_generate(model: Any, numbers: KvInt8, ids: list[int], count: int) ->
     """What `generate()` writes with a cache that rounds."""
     word = cache_argument(forward_parameters(model))
     cache = numbers.cache(model.config.get_text_config(decoder=True))
-    return tiny.generated(model, {"input_ids": torch.tensor([ids]), str(word): cache}, count, ())
+    inputs = {"input_ids": torch.tensor([ids]), str(word): cache, "use_cache": True}
+    return tiny.generated(model, inputs, count, ())
 
 
 def with_key_biases(size: float) -> Any:
@@ -125,6 +126,8 @@ def test_rows_of_codes_are_moved_shared_swapped_and_kept_with_their_scales() -> 
         ("deepseek_v3", {}),
         ("gpt_oss", {}),
         ("gpt2", {}),
+        # Its configuration says not to use a cache.
+        ("mpt", {}),
     ],
 )
 def test_a_batch_writes_what_generate_writes_with_a_cache_that_rounds(

@@ -108,7 +108,8 @@ def _reference(loaded: LoadedModel, prompt: Prompt, make_cache: MakeCache | None
         return_dict_in_generate=True,
         output_logits=True,
         suppress_tokens=sorted(loaded.placeholder_ids) or None,
-        **({} if make_cache is None else {"cache_implementation": None}),
+        # With a cache, but without its use, generate() fills it with the whole text at every step.
+        **({} if make_cache is None else {"cache_implementation": None, "use_cache": True}),
     )
     output = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, **inputs
