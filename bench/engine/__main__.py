@@ -22,6 +22,8 @@ Cases, all in one run (`--only` selects):
 * profile, on a CPU: a decode step of `--streams` rows and a prefill of `--prefill` tokens, in
   float32 and bfloat16, by operator and beside the bare matrix products of the same shapes.
 * speculation: texts that copy their prompt, and texts that do not, beside one token in each step.
+* numbers, on a CPU: weights in float32, bfloat16, 8 and 4 bits, keys and values in full and in 8
+  bits: memory, tokens per CPU second, and what it changes.
 * floor, on a GPU: a step beside the bytes of weights, keys and values that it must read over the
   bandwidth measured in the same run.
 
@@ -47,6 +49,7 @@ import torch
 from bench.common import Report, Row, integers, interleave, options, repeats
 from bench.engine import (
     engines as engine_engines,
+    numbers as engine_numbers,
     profile as engine_profile,
     served as engine_served,
     situations as engine_situations,
@@ -184,6 +187,7 @@ CASES: dict[str, Case] = {
     "gap": engine_situations.gap,
     "speculation": engine_speculation.speculation,
     "profile": engine_profile.profile,
+    "numbers": engine_numbers.numbers,
     "floor": engine_situations.floor,
 }
 

@@ -20,6 +20,9 @@ LARGEST_CODE = 127
 SCALE_BYTES = 4
 """One float32; codes are padded to a multiple of it, so that it is aligned."""
 
+PIECE = 1 << 18
+"""Numbers that are converted at once: 1 MiB of float32."""
+
 SMALLEST_SCALE = 1e-30
 """For keys of zeros."""
 
@@ -64,16 +67,28 @@ class Int8Codec:
         """What `encode` has stored, into `out` [..., heads, head_dim]."""
         dim = out.shape[-1]
         codes, scales = packed[..., :dim], packed[..., _padded(dim) :].view(torch.float32)
-        if out.dtype is torch.float32 and out.device.type == "cpu":
+        if out.device.type != "cpu":
+            torch.mul(codes, scales, out=out)
+        elif out.dtype is torch.float32:
             # Two operators that a CPU runs with vectors are faster than one of mixed types.
             out.copy_(codes).mul_(scales)
         else:
-            torch.mul(codes, scales, out=out)
+            _scale_on_cpu(codes, scales, out)
         return out if self.factors is None else out.mul_(self.factors)
 
     def rounded(self, states: torch.Tensor) -> torch.Tensor:
         """States as they are read from the cache."""
         return self.decode(self.encode(states), torch.empty_like(states))
+
+
+def _scale_on_cpu(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+    """Codes times scales in half precision: by way of float32, in pieces that stay in the
+    processor's cache. That takes half of the time of one product of mixed types."""
+    along = 0 if len(out) > 1 else 1
+    size = max(PIECE * out.shape[along] // max(out.numel(), 1), 1)
+    pieces = (torch.split(states, size, along) for states in (codes, scales, out))
+    for part, scale, target in zip(*pieces, strict=True):
+        target.copy_(part.float().mul_(scale))
 
 
 def _padded(head_dim: int) -> int:
