@@ -43,7 +43,7 @@ TOOLS[-1]["cache_control"] = CACHE
 
 
 def system(count: int) -> list[Any]:
-    """As Claude Code sends it: its accounting, then the prompt, which is to be kept."""
+    """As Claude Code sends it: its accounting, then the prompt, marked to be cached."""
     return [
         {"type": "text", "text": "x-anthropic-billing-header: cc_version=2; cch=%d;"},
         {"type": "text", "text": words(count, 0), "cache_control": CACHE},
@@ -66,7 +66,7 @@ def request(turn: int, prompt: list[Any], messages: list[Any]) -> dict[str, Any]
 
 
 def results(called: list[Any], turn: int) -> dict[str, Any]:
-    """The results of a turn's calls; the last of them is what the next prompt is kept up to."""
+    """The results of a turn's calls; the prompt is kept up to the last of them."""
     content = [
         {
             "type": "tool_result",

@@ -1,5 +1,5 @@
-"""A batch that is struck at every step it takes, before and behind it and in the middle of a line:
-the next run ends it, with exactly one answer for every line."""
+"""A batch interrupted at every step: before the step, after it, or in the middle of a line.
+The next run completes the batch, with exactly one answer for every line."""
 
 from __future__ import annotations
 
@@ -188,8 +188,8 @@ def strike_outputs(monkeypatch: pytest.MonkeyPatch, strikes: Strikes) -> None:
 def struck_everywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **how: Any
 ) -> Iterator[tuple[int, World, Any]]:
-    """The batch after a run that is struck at one step, for each of its steps; and at last after
-    one that is not struck."""
+    """The batch after a run that is struck at one step, for each of its steps; last, after a run
+    that is not struck."""
     at, struck = 0, True
     while struck:
         strikes = Strikes(at)

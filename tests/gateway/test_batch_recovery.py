@@ -197,7 +197,7 @@ def test_a_removed_key_ends_its_batch_with_that_cause(
     assert {row["response"]["status_code"] for row in rows} == {401}
 
 
-def test_others_go_before_the_lines(
+def test_other_requests_go_before_the_lines_of_a_batch(
     make_bus: Callable[..., Bus], make_gateway: Make, folder: Path
 ) -> None:
     bus = make_bus(workers=1, slots=2)

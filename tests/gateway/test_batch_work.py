@@ -37,7 +37,7 @@ def run(work: Coroutine[Any, Any, None]) -> None:
     asyncio.run(work)
 
 
-def test_who_comes_when_there_is_no_room_waits_for_his_turn() -> None:
+def test_a_line_that_finds_no_room_waits_for_its_turn() -> None:
     async def work() -> None:
         room, entered = Room(lambda _: 2), []
 
@@ -137,7 +137,7 @@ class Work:
 NAMES = [f"l{i}" for i in range(100)]
 
 
-def test_every_line_is_answered_once_and_no_more_at_once_than_may() -> None:
+def test_every_line_is_answered_once_and_never_more_at_a_time_than_allowed() -> None:
     work = Work()
     run(work.through(map(line, NAMES)))
     assert sorted(work.answered) == sorted(NAMES) == sorted(work.left)
@@ -152,7 +152,7 @@ def test_the_first_failure_ends_the_rest_and_is_raised() -> None:
     assert len(work.answered) < 60 and work.room.inside("") == 0
 
 
-def test_what_is_cancelled_leaves() -> None:
+def test_cancelled_lines_leave() -> None:
     async def cancel(work: Work) -> None:
         task = asyncio.create_task(work.through(map(line, NAMES)))
         await work.full.wait()
@@ -208,7 +208,7 @@ def test_a_tally_counts_the_tokens_of_every_kind_of_answer(tmp_path: Path) -> No
         assert (tally.cached_tokens, tally.reasoning_tokens) == (44, 22)
 
 
-def test_only_a_file_of_ones_own_is_cut_at_a_broken_line(tmp_path: Path) -> None:
+def test_a_broken_line_is_cut_off_only_in_a_file_of_our_own(tmp_path: Path) -> None:
     path = tmp_path / "out"
     with Output(path) as output:
         for name in ("a", "b", "c"):
@@ -270,7 +270,7 @@ def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     assert [each.custom_id for each in lines(path)] == ["a"]
 
 
-def test_an_input_that_changes_while_it_is_read_is_told(tmp_path: Path) -> None:
+def test_an_input_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "in"
     path.write_text("nonsense\n")
     with pytest.raises(InvalidRequest, match="line 1, was changed"):

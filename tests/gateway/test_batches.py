@@ -315,7 +315,9 @@ def test_an_upload_that_breaks_off_leaves_nothing(alone: Caller, folder: Path) -
     assert httpx.get(f"{alone.gateway.url}/health").status_code == 200
 
 
-def test_a_folder_that_is_none_is_told(tmp_path: Path, bus: Bus) -> None:
+def test_a_path_that_is_not_a_batch_folder_is_an_error_that_says_so(
+    tmp_path: Path, bus: Bus
+) -> None:
     from client.gateway.batches.folder import Folder, FolderError
 
     (tmp_path / "file").write_text("x")
@@ -327,7 +329,7 @@ def test_a_folder_that_is_none_is_told(tmp_path: Path, bus: Bus) -> None:
         Folder(tmp_path / "other")
 
 
-def test_a_folder_that_is_lost_is_told(alone: Caller, folder: Path) -> None:
+def test_a_batch_folder_that_disappears_is_an_error(alone: Caller, folder: Path) -> None:
     (folder / "uploads").rmdir()
     with pytest.raises(openai.APIStatusError) as caught:
         alone.upload(b"{}")

@@ -58,7 +58,9 @@ def test_a_completion_takes_both_names_of_its_longest_answer(http: httpx.Client)
         assert (choice["text"], choice["finish_reason"]) == ("hello", "length")
 
 
-def test_the_words_that_programs_look_for(client: openai.OpenAI, http: httpx.Client) -> None:
+def test_errors_have_the_words_that_programs_look_for(
+    client: openai.OpenAI, http: httpx.Client
+) -> None:
     """As OpenAI and servers like it say them."""
     with pytest.raises(openai.NotFoundError, match=r"The model 'nope' does not exist"):
         client.chat.completions.create(model="nope", messages=HELLO)
@@ -202,7 +204,7 @@ def test_continuous_usage_without_include_usage_has_no_effect(
     assert '"usage"' not in answer.text
 
 
-def test_a_forced_tool_wins_over_a_format_of_text_that_there_is_not(http: httpx.Client) -> None:
+def test_a_forced_tool_wins_over_a_format_for_text(http: httpx.Client) -> None:
     """The package instructor sends the schema twice, as a tool and as a format."""
     for forced in (named(), "required"):
         choice = chat(
@@ -335,7 +337,7 @@ def test_an_item_at_another_gateway_is_asked_for_there(
 
 
 def test_tools_that_run_at_openai_are_left_out_beside_functions(http: httpx.Client) -> None:
-    """Agents send them whoever answers; the answer says which tools there were."""
+    """Agents send them to every server; the answer lists the tools that there were."""
     body = {"model": MODEL, "input": CALL, "tools": [{"type": "web_search"}, RESPONSE_TOOL]}
     answer = http.post("/v1/responses", json=body).json()
     assert [item["type"] for item in answer["output"]] == ["function_call"]
@@ -446,7 +448,7 @@ def test_a_full_context_in_the_background_is_reported_too(client: openai.OpenAI)
     assert events[-1].response.error.code == "context_length_exceeded"
 
 
-def test_no_wait_is_told_that_sdks_would_ignore() -> None:
+def test_retry_after_is_never_longer_than_sdks_honour() -> None:
     slow = GatewayError("overloaded", "later", retryable=True, retry_after_ms=500_000)
     headers = error_headers(slow)
     assert (headers["retry-after"], headers["retry-after-ms"]) == ("60", "60000")

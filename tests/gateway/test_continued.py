@@ -1,5 +1,5 @@
-"""Answers that went on inexactly say so in every API: the server behind a worker tells text alone,
-and the answer went on from its text.
+"""An answer that was not continued exactly says so in every API: the server behind the worker
+sends text without token ids, so the answer was continued from its text.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def test_a_response_stands_on_a_conversation_and_is_added_to_it(
     assert listed[1:] == [asked.id, made.output[0].id]
     reference = [{"type": "item_reference", "id": listed[0]}]
     assert client.responses.create(model=MODEL, input=reference).output_text == "one"
-    # Nothing of what is not to be stored.
+    # Nothing that was not to be stored.
     client.responses.create(model=MODEL, input="three", conversation={"id": id_}, store=False)
     assert texts(client, id_) == said
 
@@ -170,7 +170,7 @@ def test_a_reader_that_leaves_lets_go_of_it(client: openai.OpenAI, gateway: Gate
 
 
 def test_a_reader_comes_back_to_a_response_on_it(http: httpx.Client) -> None:
-    """And is refused where the rest would be of another conversation than what it has read."""
+    """It is refused if the rest would come from another conversation than what it has read."""
     id_ = http.post("/v1/conversations", json={"items": [{"role": "user", "content": "a"}]}).json()[
         "id"
     ]
@@ -301,8 +301,7 @@ def test_more_than_the_memory_holds_is_refused(make_gateway: MakeGateway) -> Non
 
 
 def test_what_is_held_never_makes_room() -> None:
-    """The order that would lose it: a response begins on the oldest conversation, and while it
-    runs others fill the store."""
+    """A response begins on the oldest conversation, and while it runs, others fill the store."""
     store = Store(2, 1 << 20)
     context = cast(
         RequestContext,

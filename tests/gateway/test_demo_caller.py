@@ -167,7 +167,7 @@ def test_a_strict_tool_beside_a_constraint_is_refused_by_its_name(client: OpenAI
         ask(client, "Hello!", tools=[strict(WEATHER)], extra_body=body)
 
 
-def test_it_does_not_think_where_it_is_told_not_to(client: OpenAI) -> None:
+def test_it_does_not_think_if_it_is_told_not_to(client: OpenAI) -> None:
     told = {"chat_template_kwargs": {"enable_thinking": False}}
     [choice] = ask(client, "Hello!", extra_body=told).choices
     assert choice.message.content == "Hello! How can I help you?"

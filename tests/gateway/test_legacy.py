@@ -242,7 +242,7 @@ def test_images_appear_where_fastchat_marks_them(http: httpx.Client) -> None:
     body = {"model": MODEL, "prompt": prompt, "echo": False, "images": [image(20), image(30)]}
     told = frames(http, body, headers=FASTCHAT)[-1]["text"]
     assert told.index("20x10") < told.index("30x10") and told.endswith("other")
-    # None of them is left out in silence, and without any the mark is a text like others.
+    # No image is left out silently; without images, the mark is ordinary text.
     for images in ([image(20)], [image(20)] * 3):
         [frame] = frames(http, {**body, "images": images}, headers=FASTCHAT)
         assert "2 places" in frame["text"] and frame["error_code"] == 40302
@@ -263,7 +263,7 @@ def test_a_prompt_made_with_an_older_template_is_refused(http: httpx.Client) -> 
 
 
 def test_marks_of_our_template_in_a_text_open_no_turn(http: httpx.Client) -> None:
-    """Neither those that a stranger may ask for nor, of its own template, a system turn."""
+    """Neither turns of a template that anybody may ask for, nor a system turn of its own."""
     own, other = (http.post("/worker_get_conv_template").json()["conv"] for _ in range(2))
     for conv in (other, {**own, "roles": other["roles"]}):
         system = conv["system_template"].format(system_message="obey")

@@ -69,7 +69,7 @@ def test_why_an_answer_ended(http: httpx.Client) -> None:
     assert ask(http, prompt="a\nb")["has_new_line"] is True
 
 
-def test_the_context_s_end_is_told_apart_from_the_limit(
+def test_the_end_of_the_context_is_distinguished_from_the_limit(
     make_gateway: Callable[..., GatewayProcess], bus: Bus
 ) -> None:
     bus.start_worker("narrow", "--model-name", "narrow", context_tokens=24)
@@ -197,7 +197,7 @@ def test_an_answer_whose_time_is_over_ends_at_a_new_line(http: httpx.Client) -> 
 
 
 @pytest.mark.parametrize("bias", [[["b", False]], {"b": False}, [[ord("b"), False]]])
-def test_tokens_that_are_forbidden_by_id_or_text(http: httpx.Client, bias: Any) -> None:
+def test_tokens_may_be_forbidden_by_id_or_text(http: httpx.Client, bias: Any) -> None:
     drawn = "[[echo mode=sampled answer_tokens=64]]x"
     told = ask(http, prompt=drawn, seed=3, logit_bias=bias, return_tokens=True)
     assert tokenize("b")[0] not in told["tokens"]
@@ -205,7 +205,7 @@ def test_tokens_that_are_forbidden_by_id_or_text(http: httpx.Client, bias: Any) 
     assert settings["logit_bias"] == [{"token": tokenize("b")[0], "bias": None}]
 
 
-def test_biases_are_the_bus_s_own() -> None:
+def test_biases_are_those_of_the_bus() -> None:
     body = CompletionBody(prompt="x", logit_bias=[("ab", 2.5), (7, False), (8, -1)])
     completion, banned = as_completion(body, {"ab": [5, 6]}, seed=1)
     assert completion.logit_bias == {"5": 2.5, "6": 2.5, "8": -1.0} and banned == [7]
@@ -265,7 +265,7 @@ def test_values_that_ask_for_nothing_are_taken(http: httpx.Client) -> None:
     assert ask(http, prompt="ab", **off)["content"] == "ab"
 
 
-def test_a_field_of_the_bus_is_told_by_its_name_here(http: httpx.Client) -> None:
+def test_errors_use_the_name_that_a_field_has_in_this_api(http: httpx.Client) -> None:
     answer = http.post("/completion", json={"prompt": "x", "stop": ["a"] * 17})
     assert answer.json()["error"]["param"] == "stop"
     assert http.post("/completion", json={}).json()["error"]["param"] == "prompt"

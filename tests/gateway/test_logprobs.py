@@ -36,7 +36,7 @@ def test_tokens_of_the_same_text_are_all_listed() -> None:
     ]
 
 
-def test_the_chosen_token_is_told_first_and_without_alternatives_alone() -> None:
+def test_the_chosen_token_is_listed_first_and_alone_if_there_are_no_alternatives() -> None:
     assert text_logprobs([token(b"a")])["top_logprobs"] == [{"a": -1.0}]
     first = TokenLogprob(None, b"a", [], None)
     assert text_logprobs([first])["top_logprobs"] == [None], "it has no predecessor"

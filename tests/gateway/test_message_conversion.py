@@ -1,4 +1,4 @@
-"""What becomes of a body of the Messages API, and how an answer becomes blocks: pure functions."""
+"""How a body of the Messages API becomes a chat, and an answer becomes blocks: pure functions."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_images_of_results_are_numbered_and_shown_by_the_user() -> None:
     ]
 
 
-def test_an_error_of_a_tool_is_told_to_the_model() -> None:
+def test_the_error_of_a_tool_reaches_the_model() -> None:
     turn = user([result("no file", 1, is_error=True), result("error: x", 2, is_error=True)])
     made = converted(user(), assistant(call(1), call(2)), turn, user([result(None, 3)]))
     assert shown(made)[2:] == [("tool", "Error: no file"), ("tool", "error: x"), ("tool", "")]
@@ -160,7 +160,7 @@ def test_cleared_thoughts_are_those_of_the_earliest_turns() -> None:
 # --- how to answer --------------------------------------------------------------------------------
 
 
-def test_thinking_and_effort_are_said_to_the_template() -> None:
+def test_thinking_and_effort_reach_the_template() -> None:
     def said(**fields: Any) -> tuple[Any, Any]:
         chat = converted(user(), **fields).chat
         return (chat.chat_template_kwargs or {})["enable_thinking"], chat.reasoning_effort
@@ -216,7 +216,7 @@ def test_an_error_about_the_chat_names_the_field_of_the_body() -> None:
 
 @pytest.mark.parametrize("parameter", ["enable_thinking", "template_args"])
 @pytest.mark.parametrize("thinking", [None, "adaptive", "disabled"])
-def test_a_model_that_cannot_be_told_is_refused_only_to_who_says_whether_to_think(
+def test_a_model_without_a_switch_for_thinking_is_refused_only_if_the_request_sets_it(
     thinking: str | None, parameter: str
 ) -> None:
     fields = {"thinking": {"type": thinking}} if thinking else {}
@@ -295,7 +295,7 @@ def test_white_space_in_front_of_a_text_belongs_to_it() -> None:
     assert made.content == [{"type": "text", "text": "\n\n a "}]
 
 
-def test_an_answer_of_white_space_alone_is_told() -> None:
+def test_an_answer_of_white_space_alone_is_kept() -> None:
     made = blocks()
     assert kinds(made.take([tools.Text(" \n")]) + made.finish()) == ["+text", " \n", "-"]
     assert blocks().finish() == []

@@ -43,7 +43,7 @@ def test_silence_is_filled_with_pings(gateway: GatewayProcess) -> None:
 CUT = f"{THOUGHT} and {CALL}\n{CALL}"
 
 
-def test_a_stream_goes_on_behind_whatever_event_was_read(gateway: GatewayProcess) -> None:
+def test_a_stream_goes_on_after_whatever_event_was_read(gateway: GatewayProcess) -> None:
     body = {**said(CUT, thinking=THINK, tools=[TOOL]), "stream": True}
     with gateway.http() as http:
         whole = http.post("/v1/messages", json=body).text.strip().split("\n\n")

@@ -153,7 +153,7 @@ def test_an_answer_that_fills_the_context_says_so(
 
 
 @both
-def test_no_tokens_asked_for_are_none_given(claude: anthropic.Anthropic, how: str) -> None:
+def test_a_request_for_no_tokens_gets_none(claude: anthropic.Anthropic, how: str) -> None:
     """How agents warm the cache for a prompt."""
     message = ask(claude, how, **said("hello", max_tokens=0))
     assert (message.content, message.stop_reason) == ([], "max_tokens")
@@ -200,7 +200,7 @@ def test_the_choice_of_a_tool_is_kept(claude: anthropic.Anthropic, how: str) -> 
         choose(type="tool", name="subtract")
 
 
-def test_a_call_that_was_cut_is_told_by_the_stop_reason(claude: anthropic.Anthropic) -> None:
+def test_the_stop_reason_shows_that_a_call_was_cut(claude: anthropic.Anthropic) -> None:
     body = said(CALL, tools=[TOOL], max_tokens=45)
     whole, streamed = ask(claude, "whole", **body), ask(claude, "streamed", **body)
     assert whole.stop_reason == streamed.stop_reason == "max_tokens"

@@ -186,7 +186,7 @@ def test_images_reach_the_model(sdk: ollama.Client) -> None:
     assert made.response.startswith("2 images: ")
 
 
-def test_an_image_that_is_none_is_named(http: httpx.Client) -> None:
+def test_a_malformed_image_is_named(http: httpx.Client) -> None:
     messages = [*said("x"), *said("y", images=[image().partition(",")[2], "?!"])]
     answer = http.post("/api/chat", json={"model": MODEL, "messages": messages})
     assert answer.status_code == 400 and answer.json()["param"] == "messages[1].images[1]"
@@ -272,7 +272,7 @@ def test_a_killed_worker_changes_nothing_that_the_sdk_shows(
     assert (last.done_reason, last.eval_count) == (wanted.done_reason, wanted.eval_count)
 
 
-def test_lines_while_nothing_new_comes_are_lines_that_sdks_read(
+def test_sdks_can_read_the_lines_that_keep_a_connection_alive(
     sdk: ollama.Client, http: httpx.Client
 ) -> None:
     """The gateway of these tests keeps connections alive after 0.2 s."""

@@ -304,7 +304,7 @@ def test_settings_travel_with_the_request(open_page: OpenPage) -> None:
     assert "longest answer" in answer.locator(".facts").inner_text()
 
 
-def test_an_error_is_told_in_words(open_page: OpenPage) -> None:
+def test_an_error_is_shown_in_words(open_page: OpenPage) -> None:
     page = open_page()
     answer = ask(page, "[[echo error_at=0]]x")
     answer.locator(".problem").wait_for()
@@ -359,7 +359,7 @@ def test_the_operator_sees_why_requests_failed_whoever_asked(
     listed = page.locator("#errors li")
     listed.filter(has_text="engine_error").filter(has_text="as requested").first.wait_for()
     listed.filter(has_text="out_of_memory").filter(has_text="as requested").first.wait_for()
-    # Told once, though both the gateway and the broker know of it.
+    # Shown once, though both the gateway and the broker know of it.
     with gateway.http() as http:
         look = http.get("/bus/overview").json()
     answered = look["gateway"]["errors"][-1]["request"]

@@ -84,7 +84,7 @@ def test_the_running_answer_of_a_chat_goes_on_elsewhere(
         last = {"last-event-id": heard[-1][0] or ""}
         rest = read(there, "GET", f"{CHAT}/{answer_id(heard)}", headers=last)
         assert texts(heard + rest, 1) == whole and rest[-1][1] == "[DONE]"
-        # A reader that leaves there is one that left here: the answer ends after its time.
+        # A reader that leaves there has left here too: the answer ends after its grace period.
         heard = read(here, json=body(ENDLESS), headers={"x-reattach": "3"}, stop_after=3)
         read(there, "GET", f"{CHAT}/{answer_id(heard)}", stop_after=5)
     wait_until(lambda: pair[0].bus.running() == 0, "a free slot")
@@ -139,7 +139,7 @@ def test_a_peer_that_breaks_off_ends_the_stream_there(
                 pass
             first.process.kill()
             told = []
-            # Not as if it were over: the reader shall know that there is more.
+            # Not as if it were complete: the reader must see that there is more.
             with pytest.raises(httpx.RemoteProtocolError):
                 for line in lines:
                     if line.startswith("data: "):

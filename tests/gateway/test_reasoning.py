@@ -32,7 +32,7 @@ def test_reasoning_is_apart_from_the_answer_under_both_names(client: OpenAI) -> 
     assert 0 < details.reasoning_tokens < answer.usage.completion_tokens
 
 
-def test_a_stream_tells_reasoning_from_the_answer(client: OpenAI) -> None:
+def test_a_stream_separates_reasoning_from_the_answer(client: OpenAI) -> None:
     chunks = list(ask(client, stream=True, stream_options={"include_usage": True}))
     deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
     assert "".join(delta.content or "" for delta in deltas) == "three"

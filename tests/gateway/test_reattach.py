@@ -78,9 +78,7 @@ def test_a_running_answer_resumes_where_it_was_left(
     assert texts(read(http, "GET", f"{PATH}/{answer_id(heard)}")) == whole
 
 
-def test_a_regenerated_answer_also_resumes_where_it_was_left(
-    http: httpx.Client,
-) -> None:
+def test_a_regenerated_answer_also_resumes_where_it_was_left(http: httpx.Client) -> None:
     whole = texts(read(http, json=QUICK))
     heard = read(http, json=SLOW, stop_after=30)
     for reading in (("POST", PATH), ("GET", f"{PATH}/{answer_id(heard)}")):

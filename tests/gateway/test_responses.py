@@ -181,7 +181,7 @@ def test_a_parameter_that_cannot_be_honoured_is_refused_by_name(
     assert refused.status_code == 400 and refused.json()["error"]["param"] == param
 
 
-def test_a_place_that_is_no_number_is_refused(http: httpx.Client) -> None:
+def test_a_position_that_is_not_a_number_is_refused(http: httpx.Client) -> None:
     body = {"model": MODEL, "input": "x", "background": True}
     path = f"/v1/responses/{http.post('/v1/responses', json=body).json()['id']}"
     many = "9" * 5000
@@ -303,7 +303,7 @@ def test_what_failed_in_the_background_is_read_as_its_end(client: openai.OpenAI)
     [event] = client.responses.retrieve(made.id, stream=True)
     assert event.type == "response.failed"
     assert event.response.error is not None and event.response.error.code == "model_not_found"
-    # Who asks for it now hears of it by the status.
+    # A caller that asks for it now learns this from its status.
     with pytest.raises(openai.NotFoundError):
         client.responses.create(model="nope", input="x", background=True, stream=True)
 
@@ -325,7 +325,7 @@ def test_a_failing_response_ends_with_its_error(client: openai.OpenAI) -> None:
         ({"foo": 1}, "foo"),
         ({"input": [{"type": "mcp_call"}]}, "input[0].type"),
         ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input[0].content[0]"),
-        # The chat that a body becomes has fields of its own; nobody hears of them.
+        # The body becomes a chat with fields of its own, which no error names.
         (
             {
                 "instructions": "i",

@@ -40,8 +40,8 @@ def told(blocks: str) -> Told:
 
 
 def story(events: Told) -> list[Any]:
-    """What a reader has of the events: each with its fields, but growth of an item as one, and
-    without what is of the moment (how the prompt was cached, when the end came)."""
+    """The events as a reader has them: each with its fields, the deltas of an item joined, without
+    what differs from run to run (how the prompt was cached, when the end came)."""
     said: list[Any] = []
     for _, event in events:
         event = {name: value for name, value in event.items() if name != "sequence_number"}
@@ -69,7 +69,7 @@ def check_numbers(events: Told) -> None:
 
 # --- however it is cut ----------------------------------------------------------------------------
 
-#: As a worker that knows the model's syntax tells them.
+#: As sent by a worker that knows the model's syntax.
 PIECES = [
     (PieceKind.REASONING, "First a thought."),
     (PieceKind.CONTENT, "Let me see."),
@@ -130,7 +130,7 @@ def response(position: Position, made: list[list[ChoiceEvent]], **fields: Any) -
 
 
 class Reading:
-    """Of a generation, what the builder needs: nothing reads calls from it here."""
+    """The part of a generation that the builder needs; nothing looks for calls in its text."""
 
     reading = None
 
@@ -167,7 +167,7 @@ def test_a_reader_can_go_on_after_any_event_without_repetition_or_loss(
 MODEL = "demo-tools"
 TOOLS = [{"type": "function", **tool["function"]} for tool in (WEATHER, TIMER)]
 CITIES = "What is the weather in Athens and in Seoul?"
-#: By what the answer is in the middle of: the event, and what is asked.
+#: By the event in the middle of which the gateway is killed: what is asked.
 WITHIN = {
     "response.reasoning_text.delta": {"input": CITIES, "tools": TOOLS},
     "response.function_call_arguments.delta": {"input": CITIES, "tools": TOOLS},
@@ -193,7 +193,7 @@ def asked(fields: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def read_until(gateway: GatewayProcess, kind: str, body: dict[str, Any], count: int = 2) -> Told:
-    """The events up to the second of a kind, upon which the gateway is killed."""
+    """The events up to the second of a kind; then the gateway is killed."""
     heard, mark = "", f"event: {kind}\n"
     with gateway.http() as http, http.stream("POST", PATH, json=body) as answer:
         assert answer.status_code == 200, answer.read()
@@ -228,11 +228,11 @@ def test_a_response_is_read_on_at_another_gateway_when_its_own_was_killed(
         rest = rest_of(second, body, heard[-1][0])
         whole = [*heard, *rest]
         check_numbers(whole)
-        # The same, undisturbed: by its seed, which the id tells.
+        # The same answer, undisturbed: the id contains its seed.
         id_ = heard[0][1]["response"]["id"]
         undisturbed = told(httpx_post(second, {**body, "seed": int(id_[-32:-16], 16)}))
         assert anonymous(story(whole)) == anonymous(story(undisturbed))
-        # What the reader knows the gateway knows as well.
+        # The gateway has what the reader has.
         with second.openai() as client:
             kept = client.responses.retrieve(id_)
             shown = httpx.get(f"{second.url}{PATH}/{id_}").json()
@@ -256,7 +256,7 @@ def httpx_post(gateway: GatewayProcess, body: dict[str, Any]) -> str:
 
 
 def anonymous(said: list[Any]) -> Any:
-    """The same with ids by their first appearance, and without the time of the beginning."""
+    """The same with ids numbered by first appearance, and without the time of creation."""
     known: dict[str, str] = {}
 
     def plain(value: Any) -> Any:

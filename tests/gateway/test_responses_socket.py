@@ -63,7 +63,7 @@ def test_the_sdks_connection_gets_the_events_of_http(client: openai.OpenAI) -> N
             assert [shape(event) for event in events] == wanted
 
 
-def test_what_is_not_stored_goes_on_in_its_own_connection_alone(gateway: GatewayProcess) -> None:
+def test_an_unstored_response_continues_in_its_own_connection_only(gateway: GatewayProcess) -> None:
     with opened(gateway) as socket, opened(gateway, "/responses") as other:
         first = ask(socket, input="one", store=False)[-1]["response"]
         follow = {"previous_response_id": first["id"], "store": False}
@@ -92,7 +92,9 @@ def test_a_request_that_fails_ends_what_it_went_on_from(gateway: GatewayProcess)
             assert code_of(after) == code if code else text_of(after) == "two"
 
 
-def test_what_is_stored_goes_on_anywhere(gateway: GatewayProcess, client: openai.OpenAI) -> None:
+def test_a_stored_response_continues_anywhere(
+    gateway: GatewayProcess, client: openai.OpenAI
+) -> None:
     with opened(gateway) as socket:
         first = ask(socket, input="one")[-1]["response"]
         second = client.responses.create(model=MODEL, input="two", previous_response_id=first["id"])
@@ -130,7 +132,7 @@ def test_a_wrong_message_is_an_error_and_the_connection_stays(
         assert text_of(ask(socket, input="still here")) == "still here"
 
 
-def test_who_leaves_cancels_the_request_at_the_worker(gateway: GatewayProcess) -> None:
+def test_a_reader_that_leaves_cancels_its_request_at_the_worker(gateway: GatewayProcess) -> None:
     with opened(gateway) as socket:
         socket.send(json.dumps({"type": "response.create", "model": MODEL, "input": SLOW}))
         while json.loads(socket.recv(PATIENCE_S))["type"] != "response.output_text.delta":

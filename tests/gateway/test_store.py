@@ -14,7 +14,7 @@ from client.gateway.reattach import Kept, Store, Transcript
 from client.gateway.sse import Source
 from tests.harness import PATIENCE_S
 
-EVENT_BYTES = 952  # and what an event takes beside: 1000
+EVENT_BYTES = 952  # 1000 with the overhead of an event
 COUNT = 100
 ROOM = 50_000
 

@@ -117,7 +117,7 @@ def test_they_are_listed_by_key_model_and_label(make_gateway: MakeGateway, tmp_p
 
 
 def test_a_reader_comes_back_to_a_chat_that_is_stored(gateway: GatewayProcess) -> None:
-    """Both ways of reading it are at one address: the stream behind an event, and the whole."""
+    """Both ways to read it have one address: the stream after an event, and the whole."""
     asked = body(SAMPLED, store=True)
     with gateway.http() as http:
         heard = read(http, json=asked, headers={"x-reattach": "30"})

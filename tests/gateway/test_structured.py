@@ -1,4 +1,4 @@
-"""What an answer must conform to, in each server's words, and what vLLM tells beside an answer."""
+"""What an answer must conform to, in each server's words, and what vLLM adds to an answer."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def test_tokens_of_log_probabilities_are_named_by_their_ids(client: openai.OpenA
     assert told == named
 
 
-def test_ids_that_carry_text_are_not_told_as_ids_of_tokens() -> None:
+def test_ids_that_carry_text_are_not_reported_as_token_ids() -> None:
     with pytest.raises(GatewayError) as caught:
         check_token_ids(Delta(0, "x", 1, None, token_ids=[TEXT_IDS]))
     assert caught.value.param == "return_token_ids"

@@ -30,7 +30,7 @@ def call(name: str, **arguments: Any) -> str:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_call_tells_its_group_and_its_name_apart(client: openai.OpenAI, stream: bool) -> None:
+def test_a_call_has_its_group_apart_from_its_name(client: openai.OpenAI, stream: bool) -> None:
     tools: Any = [FILES, PLAIN]
     said = call("mcp__files__read", path="a") + call("read", path="b")
     asked: Any = {"model": MODEL, "input": said, "tools": tools}

@@ -168,7 +168,7 @@ def test_what_is_counted_during_a_write_is_counted(world: World) -> None:
     asyncio.run(work())
 
 
-def test_a_file_that_is_none_is_told(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_usage_file_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no database" * 100)
     for path in (tmp_path / "text", tmp_path / "no" / "such" / "folder"):
         with pytest.raises(AccountsError, match=path.name):
@@ -311,7 +311,7 @@ def test_a_spent_budget_is_refused_in_each_doors_words(place: Place) -> None:
         assert http.post("/v1/chat/completions", json=body).status_code == 200
 
 
-def test_who_may_see_whose(place: Place) -> None:
+def test_who_may_see_whose_usage(place: Place) -> None:
     gateway = place.gateway()
     with place.http(gateway, "alice") as http:
         http.post("/v1/chat/completions", json={"model": MODEL, "messages": HELLO})

@@ -70,7 +70,7 @@ def test_a_waiting_stream_tells_its_place_and_start_in_headers_and_comments(
             assert response.status_code == 200
             assert response.headers[PLACE] == str(place)
             assert int(response.headers[START]) > 0
-        # The second is told more than the first: it waits for the first, too.
+        # The second has a longer wait than the first, since it waits for the first too.
         assert int(second.headers[START]) > int(first.headers[START]) / 2
         told = comments(second.iter_lines(), 3)
         assert [comment[PLACE] for comment in told] == ["1"] * 3
