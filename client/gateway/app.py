@@ -52,6 +52,7 @@ from client.gateway.metrics import CONTENT_TYPE, Metrics
 from client.gateway.ollama.answers import error_object
 from client.gateway.ollama.routes import ollama_routes
 from client.gateway.openai.chat import cancel_chat, chat_completions, read_chat
+from client.gateway.openai.chat_batch import chat_batch
 from client.gateway.openai.completions import completions
 from client.gateway.openai.conversations import conversation_routes
 from client.gateway.openai.embeddings import embeddings
@@ -187,6 +188,7 @@ def _routes(config: Config) -> list[BaseRoute]:
         route("/v1/models/{model:path}", get_model),
         route("/v1/chat/completions", chat_completions, "POST", counted=True),
         route("/v1/chat/completions", list_chats),
+        route("/v1/chat/completions/batch", chat_batch, "POST", counted=True),
         route("/v1/chat/completions/{id:kept}", anywhere(read_chat)),
         route("/v1/chat/completions/{id:kept}", anywhere(update_chat), "POST"),
         route("/v1/chat/completions/{id:kept}", anywhere(delete_chat), "DELETE"),

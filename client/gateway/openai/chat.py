@@ -77,7 +77,7 @@ from client.gateway.openai.stored_chats import check_storable, find_stored, keep
 from client.gateway.requests import ChatRequest, TextPart
 from client.gateway.sse import DONE, Source, until_disconnect
 
-__all__ = ["cancel_chat", "chat_completions", "read_chat"]
+__all__ = ["Answer", "cancel_chat", "chat_completions", "read_chat"]
 
 _PREFIX = "chatcmpl-"
 #: In the store.
@@ -111,7 +111,7 @@ async def chat_completions(context: RequestContext) -> Response:
     count = body.n or 1
     position = resumed or Position.first(_PREFIX, call.request.params.seed)
     choices = [ChatChoice(parser_for(call)) for _ in range(count)]
-    answer = _Answer(context, body, choices, position, call.request.params.seed)
+    answer = Answer(context, body, choices, position, call.request.params.seed)
     events = context.generate(
         [seeded(call, i) for i in range(count)],
         prompt_field="messages",
@@ -158,7 +158,7 @@ def _echo_of(body: ChatRequest) -> str:
     return "".join(part.text for part in last.content if isinstance(part, TextPart))
 
 
-class _Answer:
+class Answer:
     """One answer in progress."""
 
     def __init__(

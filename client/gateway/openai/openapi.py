@@ -24,6 +24,7 @@ from client.gateway.ollama.bodies import (
     GenerateBody,
     ModelBody,
 )
+from client.gateway.openai.chat_batch import ChatBatchRequest
 from client.gateway.openai.conversations import (
     ConversationItems,
     ConversationRequest,
@@ -47,6 +48,7 @@ __all__ = ["openapi"]
 
 _TAKES = {
     ("post", "/v1/chat/completions"): (ChatRequest, "Answer a conversation."),
+    ("post", "/v1/chat/completions/batch"): (ChatBatchRequest, "Answer several conversations."),
     ("post", "/v1/completions"): (CompletionRequest, "Continue raw prompts."),
     ("post", "/v1/embeddings"): (EmbeddingRequest, "Vectors of texts."),
     ("post", "/v1/messages"): (MessagesRequest, "Answer a conversation, as Anthropic's API does."),
