@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from tests.judges.stage import ENVIRONMENTS, Absent
-from tests.judges.suites import llamacpp, lmdeploy, openai_node, openai_python, vllm
+from tests.judges.suites import llamacpp, lmdeploy, openai_node, openai_python, smg, vllm
 from tests.judges.suites.suite import Part, Place, Suite, Test, Verdict, reasons, served, tally
 
 SUITES: dict[str, Suite] = {
@@ -22,6 +22,7 @@ SUITES: dict[str, Suite] = {
         lmdeploy.SUITE,
         openai_node.SUITE,
         openai_python.SUITE,
+        smg.SUITE,
         vllm.SUITE,
     )
 }
