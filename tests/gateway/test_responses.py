@@ -110,6 +110,19 @@ def test_tool_calls_are_items_of_their_own(client: openai.OpenAI) -> None:
     assert answer.output_text == "thanks"
 
 
+@pytest.mark.parametrize("named", [{"name": "get_weather"}, {"function": {"name": "get_weather"}}])
+def test_a_tool_is_chosen_in_either_apis_words(http: httpx.Client, named: dict[str, Any]) -> None:
+    asked = {"model": MODEL, "input": CALL, "tools": [TOOL]}
+    answer = http.post(
+        "/v1/responses", json={**asked, "tool_choice": {"type": "function", **named}}
+    ).json()
+    assert answer["output"][0]["name"] == "get_weather", answer
+    assert answer["tool_choice"] == {"type": "function", "name": "get_weather"}
+    refused = http.post("/v1/responses", json={**asked, "tool_choice": {"type": "function"}})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "tool_choice"
+
+
 def test_an_answer_that_is_cut_is_incomplete(client: openai.OpenAI) -> None:
     response = client.responses.create(model=MODEL, input="a long text", max_output_tokens=2)
     assert response.status == "incomplete"

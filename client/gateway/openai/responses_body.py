@@ -67,8 +67,16 @@ INCLUDABLE: Final = (
 # --- the body -------------------------------------------------------------------------------------
 
 
-class NamedTool(Body, tag="function", tag_field="type", kw_only=True):
-    name: str
+class NamedTool(Body, tag="function", tag_field="type", kw_only=True, omit_defaults=True):
+    name: str = ""
+    #: The same as a chat has it, which clients of both send here too.
+    function: http.NamedFunction | None = None
+
+    def __post_init__(self) -> None:
+        if self.function is not None:
+            self.name, self.function = self.function.name, None
+        if not self.name:
+            raise ValueError("`name` is required")
 
 
 class AllowedTools(Body, tag="allowed_tools", tag_field="type", kw_only=True):
