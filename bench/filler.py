@@ -144,7 +144,7 @@ def figures(seen: Seen, took_s: float, with_batch: bool) -> dict[str, float]:
 
 
 def interval(mine: list[float], others: list[float], share: float) -> tuple[float, float]:
-    """Of the ratio of two percentiles, the interval that holds 95 % of resampled ratios."""
+    """The interval that holds 95 % of the resampled ratios of two percentiles."""
     rng = random.Random(1)
     ratios = sorted(
         percentile(rng.choices(mine, k=len(mine)), share)

@@ -32,7 +32,7 @@ START_S = 400.0
 
 @dataclass
 class Tally:
-    """What came of the answers of one kind."""
+    """How the answers of one kind ended."""
 
     asked: int = 0
     equal_text: int = 0

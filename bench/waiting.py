@@ -40,7 +40,7 @@ SHORTEST_S = 0.25
 class Seen:
     """What one run showed."""
 
-    #: What was said, what a place alone would say, and what came of it; seconds.
+    #: The announced wait, the wait that the place alone predicts, and the actual one, in seconds.
     waits: list[tuple[float, float, float]] = field(default_factory=list)
     untold: int = 0
     service_s: list[float] = field(default_factory=list)
@@ -87,7 +87,7 @@ async def run(front: str, seconds: float, seed: int) -> Seen:
 
 
 def errors(seen: Seen, which: int) -> list[float]:
-    """Relative errors of what was said (0), or of what a place alone says (1)."""
+    """Relative errors of the announced waits (0), or of those that the place alone predicts (1)."""
     return [abs(wait[which] - wait[2]) / wait[2] for wait in seen.waits]
 
 

@@ -162,7 +162,7 @@ def _tools_and_images(variant: int, tokens: int) -> tuple[str, dict[str, Any]]:
 
 
 def _written_call(variant: int, tokens: int) -> tuple[str, dict[str, Any]]:
-    """A call in the text, which a grammar makes the model write behind its thought."""
+    """A call in the text, which a grammar makes the model write after its reasoning."""
     call = r'<tool_call>\{"name": "paint", "arguments": \{"where": "[a-z ]{40,60}"\}\}</tool_call>'
     return CHAT, {
         "messages": _user(f"Think, then paint shape {variant}."),
@@ -306,7 +306,7 @@ class Heard:
 
     @property
     def usage(self) -> list[Any]:
-        """What was said of tokens, without those that were cached."""
+        """The token counts that were reported, without cached ones."""
         return self._usage
 
     def text(self) -> str:

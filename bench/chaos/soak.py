@@ -177,7 +177,7 @@ class Soak:
         finally:
             connection.close()
         self._count("refused")
-        # A stream that waits for its first event has told its status before its error.
+        # A stream that waits for its first event has sent its status before its error.
         late = status == 200 and b'"error"' in answer
         if not 400 <= status < 500 and not late:
             self._note(f"{path} with {sent[:80]} was answered with {status}")

@@ -47,7 +47,7 @@ class Deployment:
 
 
 def _busiest(bus: LocalBus) -> str:
-    """The worker with most running; of none, the first."""
+    """The worker with the most running requests; the first if none runs any."""
     until_s = time.monotonic() + KILL_WAIT_S
     while True:
         rows = bus.rows()

@@ -328,7 +328,8 @@ def _goals(rows: list[_Measured]) -> Iterator[str]:
             continue
         goals = BUS_GOALS if row.system != "tokenbus" else GOALS[row.where]
         for peer in _peers_of(row, rows):
-            # llama.cpp sets a goal in the process and behind our bus.
+            # Where ours is served, only vLLM sets a goal; llama.cpp sets one in the process and
+            # behind our bus.
             if row.system == "tokenbus" and row.where == "served" and peer.system != "vllm":
                 continue
             said = []

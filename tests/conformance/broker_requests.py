@@ -421,7 +421,7 @@ def broker_holder(scene: BrokerScene) -> None:
 @case("broker", "M7", "M14", "G7")
 def broker_worker_comes_back(scene: BrokerScene) -> None:
     """A worker loses its connection and comes back with the request in `holds`: the client's RESUME
-    is attached there; one that ended unread is told in a ledger without a route."""
+    is attached there; one that ended unread is reported in a ledger without a route."""
     instance = b"\7" * 16
     worker, client = scene.worker(slots=2, instance=instance), scene.client()
     id_, _ = scene.running(client, worker)
@@ -536,8 +536,8 @@ def broker_foreign_route(scene: BrokerScene) -> None:
 
 @case("broker", "K4", "R15")
 def broker_report(scene: BrokerScene) -> None:
-    """A worker's OUTPUT is no array: it reaches the client unread, who reports it; the broker cuts
-    the worker off, names it, and interrupts what ran there."""
+    """A worker's OUTPUT is not an array: it reaches the client unread, and the client reports it;
+    the broker cuts the worker off, names it, and interrupts what ran there."""
     worker, client = scene.worker(), scene.client()
     id_, route = scene.running(client, worker)
     worker.send(T.OUTPUT, route, {"no": "array"})

@@ -88,7 +88,7 @@ class BrokerScene:
         worker.send(T.CREDIT, worker.id, {"granted": worker.granted})
 
     def body(self, **more: Any) -> dict[str, Any]:
-        """Of a request."""
+        """The body of a request."""
         words = " ".join(self.random.choices(("once", "upon", "a", "time"), k=5))
         return {
             "model": self.model,

@@ -334,7 +334,7 @@ def client_late_events(stage: ClientStage) -> None:
 
 @case("client", "K4")
 def client_reports(stage: ClientStage) -> None:
-    """An OUTPUT that is no array: a client SHOULD report it, by its sequence number."""
+    """An OUTPUT that is not an array: a client SHOULD report it, by its sequence number."""
     session, answer = stage.begun()
     sequence = session.sequence
     session.send(T.OUTPUT, answer.route, {"no": "array"})

@@ -169,7 +169,7 @@ class Answer:
         )
 
     def fail(self, code: str, **more: Any) -> None:
-        """FAIL, of the broker itself."""
+        """FAIL, from the broker itself."""
         error = {"code": code, "message": f"the kit says {code}", **more}
         self.session.events(self.session.id, [2, self.id, self.epoch, len(self.ids), error])
 

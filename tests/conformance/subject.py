@@ -95,7 +95,7 @@ class Subject:
             said = None
         if not isinstance(said, dict):
             raise Broken(
-                "kit", f"standard output has a line that is no JSON object: {line[:100]!r}"
+                "kit", f"standard output has a line that is not a JSON object: {line[:100]!r}"
             )
         return said
 

@@ -1,4 +1,4 @@
-"""Cases, their verdicts, and the two ways to tell them: lines for people and JUnit XML."""
+"""Cases, their verdicts, and the two ways to report them: lines for people and JUnit XML."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Broken(Exception):
 
 
 class CannotStart(Exception):
-    """The command is no use: not found, gone at once, or silent."""
+    """The command cannot be judged: not found, gone at once, or silent."""
 
 
 class Skipped(Exception):

@@ -89,7 +89,7 @@ class WorkerStage:
             self.look(0.1)
 
     def look(self, seconds: float) -> Got | None:
-        """The next message that is no HEARTBEAT or CREDIT; what it grants is counted."""
+        """The next message that is neither HEARTBEAT nor CREDIT; what it grants is counted."""
         session = self.session
         assert session is not None
         until_s = time.monotonic() + seconds
@@ -159,7 +159,7 @@ class WorkerStage:
         raise Skipped("the worker serves no model with kind complete")
 
     def body(self, tokens: int, **more: Any) -> dict[str, Any]:
-        """Of a request for so many tokens."""
+        """The body of a request for so many tokens."""
         words = " ".join(self.random.choices(("once", "upon", "a", "time"), k=6))
         params = {"max_tokens": tokens, "ignore_eos": True, "seed": self.random.getrandbits(48)}
         params |= more.pop("params", {})

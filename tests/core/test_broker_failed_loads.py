@@ -1,4 +1,4 @@
-"""A model that cannot be loaded: who waits for it is told why at once, and nobody is told so while
+"""A model that cannot be loaded: its requests fail with the cause at once, and none of them while
 some worker may serve it."""
 
 from __future__ import annotations

@@ -249,7 +249,7 @@ def test_lost_workers_are_avoided_while_another_serves_the_model() -> None:
     client.resume(request_id, lost=("bad",))
     assert bad.assigned() == []
     client.request(user="next")
-    assert len(bad.assigned()) == 1, "who may go there does not wait behind"
+    assert len(bad.assigned()) == 1, "a request that may go there does not wait"
     other.grant()
     assert other.assigned_ids() == [request_id]
 

@@ -275,7 +275,7 @@ def test_a_broker_that_was_late_forgives_the_silence_of_that_time() -> None:
     assert not worker.known, "but not the silence that follows"
 
 
-def test_a_small_lateness_is_no_excuse() -> None:
+def test_a_small_delay_is_no_excuse() -> None:
     bus = Bus()
     worker = bus.worker()
     bus.wait(4.5)
@@ -380,7 +380,7 @@ def test_a_worker_whose_engine_makes_no_progress_for_long_is_lost() -> None:
     ("reason", "lost"),
     [("engine_dead", True), ("stalled", True), ("drained", False), ("closed", False)],
 )
-def test_a_goodbye_tells_whether_the_worker_died(reason: str, lost: bool) -> None:
+def test_a_goodbye_says_whether_the_worker_died(reason: str, lost: bool) -> None:
     bus = Bus()
     worker, client = bus.worker(), bus.client()
     client.request()

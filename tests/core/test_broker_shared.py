@@ -14,7 +14,7 @@ def test_a_shared_worker_is_told_at_once_when_requests_start_and_stop_waiting() 
     bus = Bus()
     worker, client = bus.worker(brokers=2), bus.client()
     running, first, second = (client.request() for _ in range(3))
-    assert worker.beats_told() == [{"waiting": 1}], "the second that waits is no news"
+    assert worker.beats_told() == [{"waiting": 1}], "a second waiting request is not news"
     client.cancel(first)
     assert worker.beats_told() == []
     client.cancel(second)

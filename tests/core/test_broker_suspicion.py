@@ -305,7 +305,7 @@ def test_fewer_deaths_are_no_verdict(lost: tuple[str, ...], alone: tuple[str, ..
 
 
 @pytest.mark.parametrize(("ran_s", "alone"), [(0.2, True), (0.6, False)])
-def test_a_death_long_after_the_first_token_is_no_evidence(ran_s: float, alone: bool) -> None:
+def test_a_death_long_after_the_first_token_is_not_evidence(ran_s: float, alone: bool) -> None:
     bus = Bus()
     worker = bus.worker("w")
     victim = Victim(bus)

@@ -36,7 +36,7 @@ class Shelf:
         self.worker.beat(state=WorkerState.READY, models=infos, **more)
 
     def asked(self) -> list[str]:
-        """What it was told to load since the last call; an empty name: to unload."""
+        """The models that it was told to load since the last call; an empty name means unload."""
         self._assigned += self.worker.assigned()
         beats = self.worker.beats_told()
         return [b.get("load", "") for b in beats if b.get("load") or b.get("unload")]
@@ -47,7 +47,7 @@ class Shelf:
         return came
 
     def load(self, model: str) -> None:
-        """It was told to, takes its time, and says that the model is there."""
+        """It loads the model that it was told to, and reports it loaded after a while."""
         assert self.asked()[-1:] in ([model], [])
         self.loaded = ""
         self.tell(progress=0.0)
@@ -251,7 +251,7 @@ def test_a_lost_worker_in_the_middle_of_a_swap_leaves_nothing_behind() -> None:
     assert again.asked() == ["a"]
 
 
-def test_none_starves_and_swaps_are_bounded_whatever_is_asked() -> None:
+def test_no_request_starves_and_swaps_are_bounded_whatever_is_asked() -> None:
     """Three models, sixteen clients that ask anew as soon as they are answered, for 1000 s."""
     models = ("a", "b", "c")
     bus, shelf, client = quiet(4, *models)
@@ -342,7 +342,7 @@ class Budget:
         self.worker.beat(state=WorkerState.READY, models=infos)
 
     def asked(self) -> list[tuple[str, list[str]]]:
-        """What it was told to load, and in place of what."""
+        """The model that it was told to load, and the one to unload for it."""
         self.bus.wait(0.11)
         self._assigned += self.worker.assigned()
         return [
@@ -458,7 +458,7 @@ def test_what_the_operator_unloads_waits_for_its_streams_and_takes_no_more() -> 
     assert client.query("bus.unload", worker="worker", model="z")["code"] == "invalid_request"
 
 
-def test_none_of_many_models_starves_in_a_memory_for_some_of_them() -> None:
+def test_no_model_starves_where_memory_has_room_for_only_some() -> None:
     """Four models of which two fit, sixteen clients that ask anew as soon as they are answered."""
     bus, shelf, client = budget(10, a=5, b=5, c=4, d=6)
     draw = random.Random(5)

@@ -97,7 +97,7 @@ def test_a_client_that_did_not_ask_for_it_is_told_once() -> None:
     assert [m for m in other.receive() if m.type is MessageType.ACCEPTED and m.id == request] == []
 
 
-def test_nothing_is_said_of_a_model_whose_speed_is_not_known() -> None:
+def test_no_wait_is_announced_for_a_model_of_unknown_speed() -> None:
     bus = Bus()
     bus.worker()
     client = bus.client()
@@ -118,7 +118,7 @@ def test_a_higher_priority_starts_as_soon_as_somebody_gives_way() -> None:
 
 
 def test_what_comes_of_it_corrects_the_next_word() -> None:
-    """All answers take twice as long as the speed that is known says; after a while it is said."""
+    """All answers take twice as long as the known speed predicts; after a while waits show it."""
     fleet = Fleet()
     said: list[float] = []
     ask(fleet.client)
@@ -136,7 +136,7 @@ def test_what_comes_of_it_corrects_the_next_word() -> None:
 
 
 def measured(fleet: Fleet) -> Message:
-    """Waits that were told well; returns what runs now."""
+    """Waits that were predicted well; returns the running requests."""
     ask(fleet.client)
     (assign,) = fleet.worker.assigned()
     for _ in range(20):
@@ -221,7 +221,7 @@ def relative_errors(seed: int, count: int = 250) -> list[float]:
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_what_is_said_of_waits_is_right_within_a_fifth_for_half_of_them(seed: int) -> None:
+def test_half_of_the_announced_waits_are_right_within_a_fifth(seed: int) -> None:
     errors = relative_errors(seed)
     assert len(errors) > 150
     assert errors[len(errors) // 2] <= 0.2, "lengths are random: so are sums of them"

@@ -118,7 +118,7 @@ READ = ["reasoning hm", "content Well.", 'paint {"a": 1}', "content And", 'paint
 
 
 def read_in_order(items: list[Item]) -> tuple[list[str], list[int]]:
-    """What an application is told, in order, neighbours of a kind joined; and the token ids."""
+    """What an application receives, in order, neighbours of a kind joined; and the token ids."""
     handed: list[Item] = []
     reading = Reading((Tool("paint", None),), forced=False, shows_special=False, shows_prompt=False)
     reader = CallReader(reading, "x", handed.append)

@@ -45,7 +45,7 @@ def test_a_time_named_by_the_broker_is_kept_and_jittered() -> None:
     backoff = Backoff(random.Random(1))
     waits = [backoff.hinted_s(1.0) for _ in range(100)]
     assert 1.0 <= min(waits) < 1.02 and 1.48 < max(waits) <= 1.5
-    assert backoff.next_s(0.0) <= BACKOFF_FIRST_S, "it is no failure"
+    assert backoff.next_s(0.0) <= BACKOFF_FIRST_S, "it is not a failure"
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def test_cuts_in_the_text_never_matter(whole: str, cuts: list[int]) -> None:
 
 
 @given(st.text(alphabet='{}[]"\\:, \nabc<>tool_call/namersguTOOL_CALLSARGS|py', max_size=60))
-def test_any_text_is_accepted_and_without_a_known_tool_none_is_lost(text: str) -> None:
+def test_any_text_is_accepted_and_none_of_it_is_lost_without_a_known_tool(text: str) -> None:
     assert parsed(list(text), names=("zzz",)) == (text, [])
 
 

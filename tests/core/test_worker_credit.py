@@ -107,7 +107,7 @@ def test_several_brokers_share_one_pool_of_slots() -> None:
     for number in range(1, 4):
         one.assign(number)
     world.end(1)
-    assert (one.free, two.free) == (1, 2), "a freed slot goes to who has least to spend"
+    assert (one.free, two.free) == (1, 2), "a freed slot goes to the broker with the least credit"
 
 
 def test_the_credit_of_a_lost_broker_goes_to_the_others() -> None:

@@ -13,12 +13,12 @@ from worker.core import events
 
 
 def said(world: World, type_: MessageType = MessageType.HEARTBEAT) -> int | None:
-    """What it said last of its end."""
+    """Its latest announcement of its end."""
     last = world.brokers[0].came(type_)[-1].ends_in_ms
     return None if last is None else int(last)
 
 
-def test_it_tells_every_broker_at_once_and_in_every_heartbeat() -> None:
+def test_every_broker_is_told_at_once_and_in_every_heartbeat() -> None:
     world = serving(brokers=2)
     world.tell(events.EndKnown(world.now_s + 60.0, "Slurm job 7"))
     for broker in world.brokers:

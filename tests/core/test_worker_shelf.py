@@ -170,7 +170,7 @@ def test_without_a_budget_one_model_is_loaded_at_a_time() -> None:
     assert bench.loaded == ["b"] and bench["a"].stopped
 
 
-def test_what_a_load_takes_is_measured_and_told() -> None:
+def test_the_cost_of_a_load_is_measured_and_reported() -> None:
     bench = Bench("a", "b")
     bench.load("a", takes_s=7.0)
     assert bench.models["a"].load_ms == 7000

@@ -94,7 +94,7 @@ def test_jobs_that_have_not_begun_are_cancelled_when_nothing_waits_any_more() ->
     cluster.look()
     assert cluster.jobs == {}
     cluster.waiting = 1
-    assert cluster.look() == 1, "what was cancelled is no failure"
+    assert cluster.look() == 1, "a cancelled job is not a failure"
 
 
 def test_a_worker_ends_after_it_was_idle_for_a_while_but_for_those_kept_always() -> None:

@@ -53,7 +53,7 @@ def test_tokens_of_steps_that_were_read_together_are_one_event_of_each_stream() 
             (numbered(2), 0, [20, 21], text_of(20, 21)),
         ]
     ]
-    assert isinstance(broker.outputs[0][1][-1], EndEvent), "the end comes behind the tokens"
+    assert isinstance(broker.outputs[0][1][-1], EndEvent), "the end comes after the tokens"
     assert broker.started == [request_id(1), request_id(2)]
 
 

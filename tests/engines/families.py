@@ -72,7 +72,7 @@ class Family:
     #: Tokens that its tokenizer adds: special ones, and others.
     special: tuple[str, ...] = ("<|im_start|>", "<|im_end|>")
     added: tuple[str, ...] = ()
-    #: Answers as its models write them, behind what the template wrote.
+    #: Answers as its models write them, after what the template wrote.
     answers: tuple[str, ...] = ()
     #: Arguments of the template.
     arguments: dict[str, Any] = field(default_factory=dict)

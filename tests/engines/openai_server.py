@@ -77,7 +77,7 @@ class Reply:
     deltas: list[dict[str, Any]]
     finish: str
     usage: dict[str, Any]
-    #: What the prompt tells the server to do, by its words with a #.
+    #: Instructions to the server: the words of the prompt that begin with #.
     orders: dict[str, str]
     asked: str
     chat: bool
@@ -218,7 +218,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         if body.get("max_tokens") is None:
             body["max_tokens"] = 16
-        # The answer begins behind the last question mark.
+        # The answer begins after the last question mark.
         asked, mark, prefix = prompt.rpartition("?")
         self.generate(body, asked + mark, prefix, asked, chat=False)
 

@@ -121,7 +121,7 @@ def test_a_thought_that_is_continued_keeps_its_first_white_space() -> None:
         ),
     ],
 )
-def test_what_is_said_on_the_analysis_channel_is_thought(text: str, pieces: str) -> None:
+def test_text_on_the_analysis_channel_is_reasoning(text: str, pieces: str) -> None:
     assert pieces_of(lambda: AnswerParser(ChannelSplitter("<|start|>assistant")), text) == pieces
 
 
@@ -147,14 +147,14 @@ def said(text: str, received: int = 0, **params: object) -> tuple[str, str | Non
     return told.pop()
 
 
-def test_a_stop_string_stops_what_is_said_and_not_the_thought() -> None:
+def test_a_stop_string_stops_the_text_and_not_the_reasoning() -> None:
     assert said("<think>a stop b</think>c stop d", stop=["stop"]) == ("[a stop b]c ", "stop")
     assert said("<think>a sto</think>p", stop=["stop"]) == ("[a sto]p", None)
     assert said("st<think>a</think>op", stop=["stop"]) == ("st[a]op", None)
 
 
 @pytest.mark.parametrize("received", range(5))
-def test_what_was_received_is_not_said_again_whatever_its_kind(received: int) -> None:
+def test_what_was_received_is_not_repeated_whatever_its_kind(received: int) -> None:
     whole = [("reasoning", "a"), ("reasoning", "b"), ("content", "c"), ("content", "d")]
     rest = merged([Piece(kind, text) for kind, text in whole[received:]])
     assert said("<think> ab </think> cd", received) == (shown(rest), None)

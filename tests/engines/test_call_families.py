@@ -343,7 +343,7 @@ def fallback(model_type: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "case"), [(k, case) for k, cases in SERVED.items() for case in cases]
 )
-def test_what_is_said_and_called_is_what_transformers_reads(kind: str, case: str) -> None:
+def test_text_and_calls_are_those_that_transformers_reads(kind: str, case: str) -> None:
     template, answer, _, _ = CASES[case]
     message = parse_response(answer, fallback(kind), prefix="", tools=WIRE_TOOLS)
     functions = [call["function"] for call in message["tool_calls"]]

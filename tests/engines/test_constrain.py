@@ -238,7 +238,7 @@ def test_each_answer_has_its_own_ends_and_they_are_never_content(
     tokenizer: Any, factory: ConstraintFactory
 ) -> None:
     """A stop token ends the answer, so it may come only where the answer is complete; and an end
-    token that is none of this answer's is nothing."""
+    token that does not belong to this answer is ignored."""
     (a,), (b,) = encode(tokenizer, "a"), encode(tokenizer, "b")
     eos, width = tokenizer.eos_token_id, len(tokenizer) + PADDING
     expression = Constraint(type="regex", value="[ab]+")

@@ -156,7 +156,7 @@ def test_a_server_that_repeats_what_it_is_to_continue_is_not_trusted_with_it(bui
         assert build(server)._models["stand-in"].manner == ""
 
 
-def test_a_wrong_key_and_a_wrong_address_are_told(build: Build, tmp_path: Path) -> None:
+def test_a_wrong_key_and_a_wrong_address_are_named_at_load(build: Build, tmp_path: Path) -> None:
     with StandIn(key="secret") as server:
         with pytest.raises(EngineLoadError, match="refuses the key"):
             build(server)
@@ -265,7 +265,7 @@ def test_a_completion_without_a_bound_is_not_cut_by_the_servers_own(build: Build
     ("owned_by", "timings", "tokens"),
     [("vllm", False, 2), ("llamacpp", True, 2), ("llamacpp", False, None), ("me", False, None)],
 )
-def test_the_prompts_tokens_are_told_before_the_answer_where_the_server_tells_them(
+def test_the_prompts_tokens_come_before_the_answer_if_the_server_reports_them(
     build: Build, owned_by: str, timings: bool, tokens: int | None
 ) -> None:
     with StandIn(owned_by=owned_by, timings=timings) as server:
@@ -283,7 +283,7 @@ def test_the_prompts_tokens_are_told_before_the_answer_where_the_server_tells_th
         assert not any(isinstance(event, PromptFacts) for event in again)
 
 
-def test_thoughts_come_apart_as_the_server_tells_them(build: Build, server: StandIn) -> None:
+def test_reasoning_is_separate_where_the_server_separates_it(build: Build, server: StandIn) -> None:
     params = Params(temperature=0, max_tokens=8, pieces=["reasoning"])
     (thought, said) = pieces_of(run(build(server), ask("#think", params)))
     assert thought == ("reasoning", "step 0. step 1. step 2. step 3. ")
@@ -292,7 +292,7 @@ def test_thoughts_come_apart_as_the_server_tells_them(build: Build, server: Stan
     assert whole == f"<think>\n{thought[1]}\n</think>\n\n{said[1]}"
 
 
-def test_calls_come_apart_as_the_server_tells_them(build: Build, server: StandIn) -> None:
+def test_calls_are_separate_where_the_server_separates_them(build: Build, server: StandIn) -> None:
     params = Params(temperature=0, pieces=["reasoning", "call"])
     events = run(build(server), ask("#think #call", params, tools=[TOOL], tool_choice="auto"))
     assert pieces_of(events)[1:] == [("call", "weather"), ("arguments", '{"city": "Paris"}')]

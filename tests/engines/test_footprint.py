@@ -109,7 +109,7 @@ def test_a_processor_of_a_fixed_size_takes_it() -> None:
     assert decode_image(wide(20_000), 0, ImageLimits(), fixed).image.size == (20_000, 1)
 
 
-def test_the_refusal_waits_for_no_lock_and_none_waits_for_it(
+def test_the_refusal_waits_for_no_lock_and_holds_none(
     engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = engine._served[0]

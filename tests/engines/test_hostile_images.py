@@ -247,7 +247,7 @@ def test_unsupported_formats_never_reach_their_decoders(form: str) -> None:
         pytest.skip(f"this Pillow writes no {form}")
     error = refused(encoded(drawn(), form))
     assert error.code == ErrorCode.INVALID_REQUEST
-    assert "JPEG" in error.info.message, "it tells what is taken"
+    assert "JPEG" in error.info.message, "it names the accepted formats"
 
 
 @pytest.mark.parametrize(

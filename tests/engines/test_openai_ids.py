@@ -1,4 +1,4 @@
-"""Servers that take and tell token ids: what is sent to them, and what is made of their chunks. The
+"""Servers that take and send token ids: what is sent to them, and how their chunks are read. The
 server is a stand-in without HTTP; a real vLLM is in `bench`'s table of engines."""
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def test_the_servers_error_is_the_requests(stub: StubServer) -> None:
     assert answer.failed is not None and answer.failed.message == "later"
 
 
-def test_a_server_that_tells_no_ids_is_not_believed() -> None:
+def test_a_server_that_sends_no_ids_is_not_believed() -> None:
     stub = StubServer(llamacpp=False)
     engine = driven(stub)
     engine.add(job(PROMPT))

@@ -78,7 +78,7 @@ def test_special_tokens_are_left_out_or_kept_as_asked(tokenizer: Any, skip: bool
     assert "".join(pieces(tokenizer, ids, skip=skip)) == decode(tokenizer, ids, skip=skip)
 
 
-def test_a_character_is_said_with_its_last_byte() -> None:
+def test_a_character_is_emitted_with_its_last_byte() -> None:
     """Tokens that end inside one character and begin inside another, one after the other."""
     data = [b"\xe4", b"\xb8\x96\xe7", b"\x95\x8c\xf0\x9f", b"\xa4", b"\x96!", b"\xc3", b"\xa9"]
     tokenizer = byte_tokenizer(data)
@@ -405,7 +405,7 @@ def test_an_answer_cut_off_anywhere_goes_on_as_if_it_had_not_been(tokenizer: Any
     assert resumed > 200
 
 
-def test_text_that_got_lost_with_the_worker_is_said_again(tokenizer: Any) -> None:
+def test_text_that_was_lost_with_the_worker_is_sent_again(tokenizer: Any) -> None:
     ids = encode(tokenizer, "hello world and more")
     text = decode(tokenizer, ids)
     for received in range(len(text) + 1):
@@ -421,7 +421,7 @@ def test_prior_tokens_that_reached_a_stop_end_the_answer_at_once(tokenizer: Any)
     assert TextStream(tokenizer, Params(stop=["wor"]), prior_ids=ids[:2]).stopped_by is None
 
 
-def test_text_that_was_received_early_is_not_said_twice(tokenizer: Any) -> None:
+def test_text_that_was_received_early_is_not_sent_twice(tokenizer: Any) -> None:
     """Another engine may have given out what this one would have held back."""
     ids = encode(tokenizer, "hello world and more")
     text = decode(tokenizer, ids)

@@ -205,7 +205,7 @@ def thought(engine: Any, **body: Any) -> int:
     return answer.ended.usage.reasoning_tokens
 
 
-def test_a_model_without_a_switch_does_not_think_where_none_is_wanted(serve: Any) -> None:
+def test_a_model_without_a_switch_does_not_think_where_no_reasoning_is_wanted(serve: Any) -> None:
     engine = serve(OPENS)
     assert thought(engine) == 12
     for given in OFF:
@@ -232,7 +232,7 @@ def test_an_answer_goes_on_with_a_given_thought(serve: Any) -> None:
     assert shown(engine, *said, **body).endswith("<think>I was think")
     [answer] = tiny.run(engine, [job(Kind.CHAT, *said, **body)])
     assert answer.ended is not None and answer.ended.usage.reasoning_tokens == 12
-    # With words behind the thought it is those that the answer goes on with.
+    # If words follow the reasoning, the answer goes on from those.
     spoken = Message(role="assistant", reasoning_content="hm", content="So the ans")
     assert shown(engine, said[0], spoken, **body).endswith("<think>hm</think>So the ans")
     [answer] = tiny.run(engine, [job(Kind.CHAT, said[0], spoken, **body)])

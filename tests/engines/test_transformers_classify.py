@@ -1,5 +1,5 @@
 """Rerank and classify by the transformers engine: scores equal the model's own forward, at any
-batch; what is no such model is refused."""
+batch; any other model is refused."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def llama(labels: int, **more: Any) -> Any:
 
 
 def tokenizer(*, types: bool) -> Any:
-    """The tiny tokenizer with a frame around texts and pairs; `types`: it tells them apart."""
+    """The tiny tokenizer with a frame around texts and pairs; `types`: with token type ids."""
     from tokenizers.processors import TemplateProcessing
 
     made = copy.deepcopy(tiny.tokenizer())
@@ -137,7 +137,7 @@ def test_a_cross_encoder_scores_as_transformers_does_at_any_batch(
 
 
 @pytest.mark.parametrize("make", [bert, roberta, llama])
-def test_a_classifier_tells_the_probability_of_every_label(make: Any, tmp_path: Path) -> None:
+def test_a_classifier_gives_the_probability_of_every_label(make: Any, tmp_path: Path) -> None:
     names = {0: "bad", 1: "so-so", 2: "good"}
     folder = saved(tmp_path / "mood", make(3, id2label=names), types=make is bert)
     engine = tiny.load(folder)
@@ -194,7 +194,7 @@ def test_an_activation_of_somebodys_own_is_refused_at_load(tmp_path: Path) -> No
 
 
 def test_what_is_too_long_is_refused_or_cut(tmp_path: Path) -> None:
-    """RoBERTa counts from behind its padding token: of 66 positions 64 are for tokens."""
+    """RoBERTa's positions begin after its padding token: of 66 positions, 64 are for tokens."""
     folder = saved(tmp_path / "short", roberta(1))
     engine = tiny.load(folder)
     long = ("the fox", "hello " * 200)

@@ -167,7 +167,7 @@ def test_a_decision_model_sees_images(name: str) -> None:
         check(answer, pipeline_answers(pipe, **one))
 
 
-def test_a_model_whose_tokens_see_those_behind_them_answers_right() -> None:
+def test_a_model_whose_tokens_attend_to_later_ones_answers_right() -> None:
     config = architectures.text_model("qwen3").config
     config.is_causal = False
     model = jev(config)
@@ -244,7 +244,7 @@ def _counted(monkeypatch: pytest.MonkeyPatch, holder: Any, name: str) -> list[in
     return calls
 
 
-def test_questions_are_computed_together_behind_a_state_and_its_image_is_prepared_once(
+def test_questions_are_computed_together_after_a_state_and_its_image_is_prepared_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, processor = architectures.vision_model("llava")
@@ -296,7 +296,7 @@ def test_states_of_many_requests_are_computed_together() -> None:
     assert len(tokens) <= 2
 
 
-def test_what_is_computed_behind_a_state_is_no_prefix_of_a_text() -> None:
+def test_what_is_computed_after_a_state_is_not_kept_as_the_prefix_of_a_text() -> None:
     """A text that happens to read as a state with its questions one after the other: only the state
     is where the text has it."""
     model = tiny.llama()

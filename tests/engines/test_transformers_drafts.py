@@ -93,7 +93,7 @@ def events_of(engine: TransformersEngine, jobs: Sequence[Job]) -> dict[bytes, li
 
 
 def told(events: list[EngineEvent]) -> list[Any]:
-    """What was told, without times and log probabilities."""
+    """The events, without times and log probabilities."""
     return [
         (type(event).__name__, *(getattr(event, name) for name in sorted(names)))
         for event in events
@@ -108,7 +108,7 @@ def assert_same(got: list[EngineEvent], wanted: list[EngineEvent], what: str = "
 
 
 def scored(events: list[EngineEvent]) -> list[tuple[Any, ...]]:
-    """The log probabilities that were told: of what, and the values."""
+    """The log probabilities in the events: their tokens and values."""
     return [
         (
             one.token,

@@ -72,7 +72,7 @@ def test_a_long_prompt_is_computed_block_by_block_to_the_same(
 
 
 def _prefilled(model: Any, ids: torch.Tensor, behind: int) -> torch.Tensor:
-    """Logits of the tokens of a prompt but for the first `behind`, which are computed before."""
+    """Logits of a prompt after its first `behind` tokens, which are computed before."""
     cache = {str(cache_argument(forward_parameters(model))): DynamicCache(config=model.config)}
     with torch.inference_mode():
         if behind:
@@ -239,7 +239,7 @@ def test_weights_are_packed_only_where_that_is_quicker(monkeypatch: pytest.Monke
         assert type(model.lm_head) is (PackedLinear if quicker else nn.Linear)
 
 
-def test_an_engine_tells_weights_apart_from_the_cache_by_their_bytes() -> None:
+def test_an_engine_reports_the_bytes_of_weights_and_cache_separately() -> None:
     plain = tiny.serve(text_model("llama"), fused="off")
     quick = tiny.serve(text_model("llama"), fused="on")
     sizes = [e._served[0].slot_runner.forward._weight_bytes for e in (plain, quick)]  # type: ignore[union-attr]

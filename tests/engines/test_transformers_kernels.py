@@ -105,7 +105,7 @@ def test_rows_of_any_length_are_computed_without_padding(
 
 
 @torch.inference_mode()
-def test_a_long_piece_behind_another_attends_to_it_and_to_nothing_after_itself() -> None:
+def test_a_long_piece_after_another_attends_to_it_and_to_nothing_after_itself() -> None:
     model = text_model("llama")
     plain = copy.deepcopy(model)
     fuse_layers(model, pack=True)

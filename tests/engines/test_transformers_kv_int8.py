@@ -66,7 +66,7 @@ def test_a_number_is_rounded_by_half_a_step_of_its_head_at_most(
     assert rounded.dtype is dtype
 
 
-def test_zeros_stay_zeros_and_what_is_no_number_stays_none() -> None:
+def test_zeros_stay_zeros_and_nan_stays_nan() -> None:
     states = torch.zeros(1, 3, 1, 8)
     states[0, 1, 0, 2], states[0, 2, 0, 5] = torch.nan, torch.inf
     rounded = Int8Codec().rounded(states)

@@ -482,7 +482,7 @@ def test_a_tower_among_the_weights_takes_precedence_over_the_named_one(
     with torch.no_grad():
         for parameter in whole.model.vision_tower.parameters():
             parameter.mul_(1.1)
-    # The named folder tells sizes and preparation only: its weights are not needed.
+    # Only sizes and preprocessing come from the named folder: its weights are not needed.
     bare = tmp_path / "bare"
     bare.mkdir()
     for file in tower.glob("*.json"):

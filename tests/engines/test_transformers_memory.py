@@ -322,7 +322,7 @@ def test_a_prompt_that_fills_its_row_affects_no_other(
     one, two, three = tiny.prompts(3, low=64, high=64, seed=52)
     asked = [one, two[:50], three[:40]]
     try:
-        # Short prompts behind prefixes of unlike length are padded when they are computed together.
+        # Short prompts after prefixes of different lengths are padded to be computed together.
         for known in (one[:48], three[:20]):
             tiny.run(engine, [tiny.ids_job(known, max_tokens=1)])
         answers = tiny.run_at_once(engine, [tiny.ids_job(ids, max_tokens=2) for ids in asked])

@@ -229,7 +229,7 @@ def test_others_on_the_machine_make_no_prompts_smaller(monkeypatch: pytest.Monke
 
 
 class Accelerator:
-    """Stand-in for a device whose work lies behind the launches: events happen at its own time."""
+    """Stands in for a device that runs asynchronously: events happen when its work gets there."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.launched_ms = self.done_ms = 0.0

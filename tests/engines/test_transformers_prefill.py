@@ -82,7 +82,7 @@ def test_prompts_that_begin_alike_are_computed_as_one_row(name: str) -> None:
         watched.engine.close()
 
 
-def test_prompts_behind_a_kept_beginning_are_computed_as_one_row() -> None:
+def test_prompts_after_a_kept_prefix_are_computed_as_one_row() -> None:
     watched = Watched(tiny.llama(), slots=8, prefix_tokens=4096)
     first, *asked = alike(7)
     try:
@@ -95,7 +95,7 @@ def test_prompts_behind_a_kept_beginning_are_computed_as_one_row() -> None:
         watched.engine.close()
 
 
-def test_rests_that_find_no_room_behind_the_beginning_are_computed_otherwise() -> None:
+def test_rests_that_find_no_room_after_the_prefix_are_computed_otherwise() -> None:
     """The budget holds the rows and nothing more."""
     watched = Watched(tiny.llama(), slots=8, kv_tokens=8 * 128)
     asked = [ids[:119] for ids in alike(7)]
@@ -127,8 +127,8 @@ def test_a_forward_of_prompts_that_fails_is_repeated_one_by_one(
         watched.engine.close()
 
 
-def test_first_tokens_do_not_wait_for_the_prompts_behind_them() -> None:
-    """Two short prompts are computed first, and their tokens told at once; two longer ones are
+def test_first_tokens_do_not_wait_for_later_prompts() -> None:
+    """Two short prompts are computed first, and their tokens sent at once; two longer ones are
     computed in the same step, before the decode, which serves all four."""
     # The first forwards of a process may take long, which is not what is looked at here.
     watched = Watched(tiny.llama(), slots=8, stall_ms=1e6, idle_ms=1e6)

@@ -94,7 +94,7 @@ def test_end_tokens_of_every_source_count_together() -> None:
     assert ends(model) == {tiny.END, 20, 21, 22, 23}
 
 
-def test_an_id_that_no_vocabulary_holds_is_no_end_token() -> None:
+def test_an_id_outside_the_vocabulary_is_not_an_end_token() -> None:
     model = tiny.llama()
     model.generation_config.eos_token_id = [-1, 20]
     model.config.eos_token_id = 50_256

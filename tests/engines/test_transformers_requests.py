@@ -1,5 +1,5 @@
-"""What one request is owed, whatever runs beside it: ends, stops, texts, log probabilities,
-cancellation, continuation, and failures that are its own."""
+"""One request, whatever runs beside it: how it ends, stop strings, log probabilities, cancellation,
+continuation, and failures that affect no other."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def test_a_match_may_span_the_end_of_the_prompt_and_lie_in_the_answer() -> None:
     assert index.draft(2) == ([8, 9], 3)
 
 
-def test_a_copy_with_a_change_goes_on_behind_the_change() -> None:
+def test_a_copy_with_a_change_goes_on_after_the_change() -> None:
     prompt = list(range(100, 140))
     index = LookupIndex(prompt)
     index.extend(prompt[:10])
@@ -59,7 +59,7 @@ def test_a_copy_with_a_change_goes_on_behind_the_change() -> None:
     assert index.draft(1) == ([114], 0)
     index.extend([11])
     assert not index.repeats and index.draft(1) == ([], 0)
-    # A short match is no copy.
+    # A short match is not a copy.
     index = LookupIndex(prompt)
     index.extend(prompt[:4])
     assert index.draft(1) == ([104], 4)
@@ -76,7 +76,7 @@ def test_a_text_that_repeats_itself_goes_on_repeating() -> None:
     assert draft == [1, 2, 3, 1, 2, 3, 1] and matched == 6
 
 
-def test_a_draft_is_never_longer_than_wanted_and_the_end_is_no_occurrence_of_itself() -> None:
+def test_a_draft_is_never_too_long_and_the_end_of_a_text_does_not_match_itself() -> None:
     index = LookupIndex([1, 2, 3])
     assert index.draft(8) == ([], 0)
     assert LookupIndex([]).draft(8) == ([], 0)

@@ -1,4 +1,4 @@
-"""What one request says and is told: templates, refusals, and the model's own defaults."""
+"""One request's texts and templates, what is refused, and the model's own defaults."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from worker.engines.transformers.engine import TransformersEngine
 
 @pytest.mark.parametrize("include_stop", [False, True])
 @pytest.mark.parametrize("received", [0, 1], ids=["no text", "some text"])
-def test_what_ended_an_answer_is_said_once_however_it_is_resumed(
+def test_what_ended_an_answer_is_sent_once_however_it_is_resumed(
     received: int, include_stop: bool, engine: TransformersEngine, model: Any
 ) -> None:
     ids = tiny.prompts(1, seed=41)[0]

@@ -222,7 +222,7 @@ def load(*paths: Path, **options: Any) -> TransformersEngine:
 
 @dataclass
 class Answer:
-    """Everything that an engine said of one job."""
+    """All events of one job, joined."""
 
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
@@ -238,7 +238,7 @@ class Answer:
 
 
 def collect(events: Sequence[Any], answers: dict[bytes, Answer]) -> None:
-    """Add events to the answers, checking that nothing is said after the end."""
+    """Add events to the answers, checking that nothing follows the end."""
     for event in events:
         answer = answers.setdefault(event.request_id, Answer())
         assert answer.ended is None and answer.failed is None, "an event after the end"

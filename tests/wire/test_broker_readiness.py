@@ -90,7 +90,7 @@ def test_a_drained_socket_is_ready_at_first_and_when_messages_were_left(
 ) -> None:
     theirs, ours = pair(zmq.PAIR, zmq.PAIR)  # it connects, like the reader of a monitor
     readiness = Readiness([], [ours], bell[0].fileno())
-    assert readiness.wait(LONG_S) == {ours}, "or its descriptor would never tell of anything"
+    assert readiness.wait(LONG_S) == {ours}, "or its descriptor would never become readable"
     assert drain(ours) == 0
     for part in (b"one", b"two"):
         theirs.send(part)

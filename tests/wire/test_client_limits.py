@@ -139,7 +139,7 @@ def test_a_stream_continues_at_the_next_broker_of_the_list() -> None:
     assert resume is not None and resume.token_ids == [97, 98, 99]
 
 
-def test_a_killed_broker_is_noticed_and_an_error_if_none_comes_back() -> None:
+def test_a_killed_broker_is_noticed_and_is_an_error_if_it_does_not_come_back() -> None:
     """By its connection: its heartbeats would be overdue only after minutes."""
     with ScriptedBroker(endless) as broker:
         client = Client(broker.address, retry=Retry(reconnect=0.3))

@@ -258,7 +258,7 @@ def test_q_and_ctrl_c_leave_the_terminal_as_it_was(
 ) -> None:
     window = open_window("--broker", bus.front, "--interval", "0.2")
     window.sees("q leaves")
-    window.presses("\x1b[B")  # an arrow is no escape
+    window.presses("\x1b[B")  # an arrow key is not Escape
     window.forget()
     window.sees("tokens/s")
     window.presses(key)

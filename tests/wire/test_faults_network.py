@@ -64,7 +64,7 @@ def test_a_network_that_breaks_alters_no_text(
         proxied.bus.wait_idle()
 
 
-def test_a_slow_network_is_no_fault(tmp_path: Path) -> None:
+def test_a_slow_network_is_not_a_fault(tmp_path: Path) -> None:
     with proxied_bus(tmp_path) as proxied, proxied.client() as client:
         proxied.front.delay(0.1)
         proxied.back.delay(0.1)

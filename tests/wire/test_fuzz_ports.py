@@ -57,7 +57,7 @@ def test_streams_beside_hostile_messages_of_every_kind_go_on_unaltered(busy: Bus
     assert read_all(client, 6, pester) == [0] * 6
     unharmed(busy, client)
     refusals = [line for line in busy.broker.log().splitlines() if '"refused"' in line]
-    assert refusals, "it is told"
+    assert refusals, "the peer is told why"
     assert len(refusals) < 300, "a stranger must not fill the disk"
 
 

@@ -134,9 +134,7 @@ def test_a_model_that_cannot_be_loaded_is_told_and_the_others_are_served(
     assert client.generate("hello", model="demo", max_tokens=2).token_ids
 
 
-def test_a_worker_whose_only_model_cannot_be_loaded_tells_who_waits_for_it(
-    bus: Bus, tmp_path: Path
-) -> None:
+def test_requests_for_the_only_model_fail_if_it_cannot_be_loaded(bus: Bus, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     broken = tmp_path / "broken"
     broken.mkdir()

@@ -134,7 +134,7 @@ def test_messages_that_the_socket_does_not_accept_are_kept_in_order(
     while dealer.send((b"%d" % sent, bytes(1 << 16))):
         sent += 1
     assert dealer.blocked
-    assert dealer.send((b"last",)), "only the first that is refused is told"
+    assert dealer.send((b"last",)), "only the first refused message is reported"
     heard: list[bytes] = []
 
     def drain() -> bool:

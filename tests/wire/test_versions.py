@@ -31,7 +31,7 @@ def test_each_command_prints_its_version(command: tuple[str, ...], told: str) ->
     assert done.stdout.strip() == told
 
 
-def test_the_parties_of_a_bus_tell_each_other_their_versions(bus: Bus) -> None:
+def test_the_parties_of_a_bus_exchange_their_versions(bus: Bus) -> None:
     with bus.client(name="asks") as client:
         assert client.query("bus.version")["software"] == f"tokenbus {VERSION}"
     joined = {}
