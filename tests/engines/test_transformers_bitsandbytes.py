@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits: what is quantised, what stays dense and is listed so, and checkpoints that
+"""Weights in 8 and 4 bits: what is quantised, what is reported as left dense, and checkpoints that
 were saved quantised by other releases of transformers."""
 
 from __future__ import annotations
