@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -79,6 +80,24 @@ def test_thoughts_between_marks_are_split_off_and_nothing_else_is_lost(
     text: str, pieces: str
 ) -> None:
     assert pieces_of(thinks(), text) == pieces
+
+
+def test_text_that_passes_unread_is_said_as_if_it_had_been_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn = random.Random(5)
+    words = ["a", " b ", "\n", " ", "<", ">", "</", "think>", "<think>", "</think>", "<answer>"]
+    words += ["</answer>", "c<d", "e", "f g", ""]
+    for _ in range(300):
+        feeds = drawn.choices(words, k=drawn.randrange(1, 25))
+        opened, continues = drawn.choice([(False, False), (True, False), (False, True)])
+        read, passing = (thinks(opened=opened, continues=continues)() for _ in "ab")
+        for feed in feeds:
+            with monkeypatch.context() as patched:
+                patched.setattr(MarkSplitter, "passes", lambda self, text: False)
+                expected = read.feed(feed)
+            assert passing.feed(feed) == expected, feeds
+        assert passing.finish() == read.finish(), feeds
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,13 @@ class MarkSplitter:
     def speaks(self) -> bool:
         return self._kind == CONTENT
 
+    def passes(self, text: str) -> bool:
+        """Whether `feed` would only say this text, as it stands: it is content, and no character
+        of it can begin a mark."""
+        if self._kind != CONTENT or self._pending or self._fresh:
+            return False
+        return not any(mark[0] in text for mark in self._watched())
+
     def feed(self, text: str) -> list[Piece]:
         self._pending += text
         pieces: list[Piece] = []
@@ -323,6 +330,14 @@ class AnswerParser:
 
     def feed(self, text: str) -> list[Piece]:
         """The pieces that became certain with this text; neighbours differ in kind."""
+        if (
+            self._kind == CONTENT
+            and not (self._trims or self._blank or self._space or self._thinks_first)
+            and isinstance(self._splitter, MarkSplitter)
+            and self._splitter.passes(text)
+        ):
+            # Most of an answer, and the step of every stream waits for this.
+            return [Piece(CONTENT, text)] if text else []
         pieces = merged(self._trimmed(self._splitter.feed(text)))
         if self._thinks_first and any(piece.kind == CONTENT for piece in pieces):
             pieces += self._trimmed(self._splitter.finish())
