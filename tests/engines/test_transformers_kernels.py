@@ -23,6 +23,7 @@ from worker.engines.transformers.forward import Forward
 from worker.engines.transformers.fused import fuse_layers
 from worker.engines.transformers.kernels import compiled
 from worker.engines.transformers.loaded import wrap_model
+from worker.engines.transformers.packing import common_prefixes
 
 pytestmark = pytest.mark.skipif(
     compiled(torch.float32, 16, 2) is None, reason="there is no C compiler"
@@ -104,6 +105,61 @@ def test_rows_of_any_length_are_computed_without_padding(
         _close(got[: len(draft) + 1], want[-len(draft) - 1 :], error)
 
 
+@pytest.mark.parametrize("common", [64, 300])
+@torch.inference_mode()
+def test_what_rows_have_in_common_is_read_once(common: int) -> None:
+    """Rows that begin alike read the first one's beginning, and a row of its own its own: seen by
+    taking away what none of them should read."""
+    model = text_model("llama")
+    plain = copy.deepcopy(model)
+    fuse_layers(model, pack=True)
+    forward = _forward(model)
+    head = _ids(common, 7)
+    texts = [[*head, *_ids(4, 1)], _ids(common + 9, 2), [*head, *_ids(40, 3)], [*head, 9]]
+    rows = [_sequence(ids) for ids in texts]
+    assert forward.cache.reserve(len(rows), common + 60, 0, 0)
+    for place, row in enumerate(rows):
+        row.filled = common
+        forward.prefill(place, row, 0, common)
+    for layer in forward.cache.slot_layers:
+        for copied in (2, 3):
+            layer.keys[copied, :common] = torch.nan
+            layer.values[copied, :common] = torch.nan
+    for got, ids in zip(forward.prefill_many(0, rows), texts, strict=True):
+        _close(got, _plain(plain, ids)[-1], 1e-5)
+    for step in range(2):
+        for row in rows:
+            row.filled = row.total
+            row.answer.append(50 + step)
+        for got, row in zip(forward.decode(rows), rows, strict=True):
+            _close(got, _plain(plain, row.prompt.ids + row.answer)[-1], 1e-5)
+    for row in rows:
+        row.filled = row.total
+        row.answer.append(33)
+    logits = forward.verify(rows, [[41, 42], [], [51], [61, 62]], 3)
+    _close(logits[3], _plain(plain, [*texts[3], *rows[3].answer, 61, 62])[-3:], 1e-5)
+    # The first row is gone: another one is the first.
+    forward.cache.write(2, forward.cache.read(0, common), common)
+    rest = rows[2:]
+    forward.cache.move(2, 0, rest[0].filled + 1)
+    forward.cache.move(3, 1, rest[1].filled + 1)
+    for got, row in zip(forward.decode(rest), rest, strict=True):
+        _close(got, _plain(plain, row.prompt.ids + row.answer)[-1], 1e-5)
+
+
+def test_only_the_same_adapter_and_what_is_computed_counts_as_common() -> None:
+    one, two, three = (_sequence(_ids(100, 1)) for _ in range(3))
+    three.adapter = "other"
+    assert common_prefixes([one, two, three], [100, 90, 100]) == [([0, 1], 90)]
+    assert common_prefixes([one, two, three], [100, 10, 100]) == []
+    branched = _sequence(_ids(100, 1))
+    branched.branches = (20, 10)
+    assert common_prefixes([one, branched], [100, 100]) == [([0, 1], 70)]
+    image = _sequence(_ids(100, 1))
+    image.prompt.key[30] += 1
+    assert common_prefixes([one, image], [100, 100]) == []
+
+
 @torch.inference_mode()
 def test_a_long_piece_after_another_attends_to_it_and_to_nothing_after_itself() -> None:
     model = text_model("llama")
@@ -132,7 +188,7 @@ def test_numbers_that_are_not_finite_stay_so(dtype: torch.dtype, broken: float) 
         ours.store(heads, turns, keys, values, rows, places)
         seen = torch.zeros(2, 32, dtype=dtype)
         ours.attend(heads, keys, values, rows, places, seen, 1, 0.25)
-        ours.attend_run(heads, keys, values, 0, 40, seen[1:], 0.25)
+        ours.attend_together(heads, keys, values, 0, 41, seen[1:], 0.25)
         if place == "key" and broken == torch.inf:
             continue  # an infinite score may also be one of minus infinity, which counts nothing
         assert not torch.isfinite(seen).all(1).any()
@@ -163,7 +219,7 @@ def test_threads_share_the_tokens(request: pytest.FixtureRequest) -> None:
     long = torch.randn(1, 160, 1, 16)
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        ours.attend_run(heads, long, long, 0, 50, out[threads // 2], 0.25)
+        ours.attend_together(heads, long, long, 0, 50 + count, out[threads // 2], 0.25)
     assert torch.equal(*out)
 
 
@@ -182,7 +238,7 @@ def test_tokens_in_blocks_attend_as_they_do_one_by_one(
         one_by_one, blocks = torch.empty(2, count, group * 2 * dim, dtype=dtype)
         own = heads[:count]
         ours.attend(own, keys, values, rows[:count], places, one_by_one, count, dim**-0.5)
-        ours.attend_run(own, keys, values, 1, start, blocks, dim**-0.5)
+        ours.attend_together(own, keys, values, 1, start + count, blocks, dim**-0.5)
         _close(blocks, one_by_one.float(), 1e-6 if dtype is torch.float32 else 1e-2)
 
 

@@ -75,29 +75,32 @@ def test_prompts_that_begin_alike_are_computed_as_one_row(name: str) -> None:
         assert [a.token_ids for a in answers] == [watched.written(ids) for ids in asked]
         if watched.runner.forward.branches:
             # The first one computes what is common; the others follow it together.
-            assert watched.forwards == [("prefill", 1), ("prefill_fanned", 6)]
+            together = "prefill_many" if watched.runner.forward.packs else "prefill_fanned"
+            assert watched.forwards == [("prefill", 1), (together, 6)]
             cached = [a.ended.usage.cached_tokens for a in answers if a.ended is not None]
             assert cached[0] == 0 and min(cached[1:]) >= 100
     finally:
         watched.engine.close()
 
 
-def test_prompts_after_a_kept_prefix_are_computed_as_one_row() -> None:
-    watched = Watched(tiny.llama(), slots=8, prefix_tokens=4096)
+@pytest.mark.parametrize("fused", ["on", "off"])
+def test_prompts_after_a_kept_prefix_are_computed_as_one_row(fused: str) -> None:
+    watched = Watched(tiny.llama(), slots=8, prefix_tokens=4096, fused=fused)
     first, *asked = alike(7)
     try:
         watched.answers([first])
         watched.forwards.clear()
         answers = watched.answers(asked)
         assert [a.token_ids for a in answers] == [watched.written(ids) for ids in asked]
-        assert watched.forwards == [("prefill_fanned", 6)]
+        together = "prefill_many" if watched.runner.forward.packs else "prefill_fanned"
+        assert watched.forwards == [(together, 6)]
     finally:
         watched.engine.close()
 
 
 def test_rests_that_find_no_room_after_the_prefix_are_computed_otherwise() -> None:
     """The budget holds the rows and nothing more."""
-    watched = Watched(tiny.llama(), slots=8, kv_tokens=8 * 128)
+    watched = Watched(tiny.llama(), slots=8, kv_tokens=8 * 128, fused="off")
     asked = [ids[:119] for ids in alike(7)]
     try:
         answers = watched.answers(asked)
@@ -112,7 +115,7 @@ def test_rests_that_find_no_room_after_the_prefix_are_computed_otherwise() -> No
 def test_a_forward_of_prompts_that_fails_is_repeated_one_by_one(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    watched = Watched(tiny.llama(), slots=8)
+    watched = Watched(tiny.llama(), slots=8, fused="off")
     asked = alike(5)
 
     def broken(*_: Any) -> Any:

@@ -21,21 +21,23 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from worker.engines.common.failures import is_out_of_memory
 from worker.engines.transformers.kv_int8 import Int8Codec, KvInt8
 
-__all__ = ["Packed", "Plan", "Run", "SlotCache", "SlotLayer"]
+__all__ = ["Packed", "Plan", "SlotCache", "SlotLayer", "Together"]
 
 ROUND_TOKENS = 64
 """Capacities are multiples of this: fewer reallocations, aligned reads."""
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """Tokens `first` to `last` - 1 of a forward, which follow each other in one row of the cache,
-    from position `start` on."""
+class Together:
+    """Tokens `first` to `last` - 1 of a forward, which attend in blocks: they follow each other in
+    row `row`, of which the last one sees `end` tokens; or, if they are `apart`, all see `end`
+    tokens of that row, which begins like theirs, and then the rest of their own."""
 
     first: int
     last: int
     row: int
-    start: int
+    end: int
+    apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +48,9 @@ class Packed:
     #: int64 [tokens]: row and position of each.
     rows: torch.Tensor
     places: torch.Tensor
-    #: So many tokens at the beginning attend one by one; those after them are in `runs`.
+    #: So many tokens at the beginning attend one by one, those after them together.
     alone: int
-    runs: tuple[Run, ...] = ()
+    together: tuple[Together, ...] = ()
 
 
 class Plan:

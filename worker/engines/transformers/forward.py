@@ -17,12 +17,13 @@ import torch
 
 from worker.engines.common.compat import cache_argument, forward_parameters, rope_owner
 from worker.engines.common.sequence import Sequence
-from worker.engines.transformers.cache import Packed, Run, SlotCache
+from worker.engines.transformers.cache import Packed, SlotCache
 from worker.engines.transformers.fused import direct_forward
 from worker.engines.transformers.graphs import StaticDecode
 from worker.engines.transformers.kv_int8 import KvInt8
 from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.packed import packed_bytes
+from worker.engines.transformers.packing import CommonPrefixes, Packing, Piece, common_prefixes
 from worker.engines.transformers.vision import ImageFeatures, Vision
 
 __all__ = ["Forward", "StaticUse", "Unsupported"]
@@ -32,9 +33,6 @@ LAYER_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
 DIRECT = frozenset({"input_ids", "position_ids", "attention_mask", "logits_to_keep"})
 """Arguments of a forward of text alone."""
-
-LONG_RUN = 48
-"""Tokens of a row that follow each other attend in blocks if they are so many, else one by one."""
 
 GROUPED_HEADS = "TRANSFORMERS_SDPA_FORCE_GQA"
 """If set, transformers passes grouped heads to torch unchanged."""
@@ -111,6 +109,7 @@ class Forward:
         self._each_alone = self._each_alone and numbers is None
         #: Whether tokens of any rows are computed one after the other, without padding.
         self.packs = self._each_alone and self._direct is not None and self._direct.packs
+        self._prefixes = CommonPrefixes()
         self._rope_owner = rope_owner(model)
         #: Number of M-RoPE position axes; if four, the first is text.
         self._rope_axes = 4
@@ -149,7 +148,10 @@ class Forward:
         prompt = sequence.prompt
         branched = end > sequence.stem_tokens
         if self.packs and not branched and start >= prompt.media_end:
-            return self._packed([(slot, start, sequence.tokens(start, end))], kept)
+            piece = Piece(sequence, slot, start, sequence.tokens(start, end))
+            return self._packed(
+                [piece], [], [[position - start for position in kept] or [end - start - 1]]
+            )
         self.cache.plan.prefill(slot, start)
         ids = torch.tensor([sequence.tokens(start, end)]).to(self.device, non_blocking=True)
         arguments: dict[str, Any] = {"input_ids": ids}
@@ -270,11 +272,13 @@ class Forward:
         the last tokens.
         """
         if self.packs:
+            groups = common_prefixes(sequences, [sequence.filled for sequence in sequences])
             return self._packed(
                 [
-                    (row, one.filled, one.tokens(one.filled, one.total))
+                    Piece(one, row, one.filled, one.tokens(one.filled, one.total))
                     for row, one in enumerate(sequences, slot)
-                ]
+                ],
+                groups,
             )
         tokens = max(sequence.total - sequence.filled for sequence in sequences)
         ids: list[list[int]] = []
@@ -335,49 +339,29 @@ class Forward:
     # --- packed -----------------------------------------------------------------------------------
 
     def _packed(
-        self, pieces: list[tuple[int, int, list[int]]], kept: Items[int] | None = None
-    ) -> torch.Tensor:
-        """Compute pieces of rows in one forward: of each its row, the position of its first token,
-        and its tokens. Returns logits [some, vocabulary]: of the last token of each piece, in
-        order, or of the only piece at the positions `kept`."""
-        order = sorted(range(len(pieces)), key=lambda index: len(pieces[index][2]) >= LONG_RUN)
-        ids: list[int] = []
-        rows: list[int] = []
-        places: list[int] = []
-        runs: list[Run] = []
-        last = [0] * len(pieces)
-        for index in order:
-            row, start, tokens = pieces[index]
-            if len(tokens) >= LONG_RUN:
-                runs.append(Run(len(ids), len(ids) + len(tokens), row, start))
-            ids += tokens
-            rows += [row] * len(tokens)
-            places += range(start, start + len(tokens))
-            last[index] = len(ids) - 1
-        alone = runs[0].first if runs else len(ids)
-        if kept:
-            last = [position - pieces[0][1] for position in kept]
-        return self._run_packed(ids, rows, places, alone, tuple(runs), last)
-
-    def _run_packed(
         self,
-        ids: list[int],
-        rows: list[int],
-        places: list[int],
-        alone: int,
-        runs: tuple[Run, ...] = (),
-        kept: list[int] | None = None,
+        pieces: list[Piece],
+        groups: list[tuple[list[int], int]],
+        kept: list[range | list[int]] | None = None,
     ) -> torch.Tensor:
+        """Compute pieces of rows in one forward, none padded. Returns logits [some, vocabulary]: of
+        the last token of each piece, or of those at the places `kept` of each."""
         assert self._direct is not None
-        facts = torch.tensor([ids, rows, places])
-        self.cache.plan.packed = Packed(facts[1], facts[2], alone, runs)
-        logits = self._direct(
-            facts[:1],
-            facts[2:],
+        packing = Packing.of(pieces, groups)
+        if kept is None:
+            kept = [[len(piece.ids) - 1] for piece in pieces]
+        wanted = [
+            begin + place
+            for begin, places in zip(packing.begins, kept, strict=True)
+            for place in places
+        ]
+        self.cache.plan.packed = packing.packed
+        return self._direct(
+            torch.tensor([packing.ids]),
+            packing.packed.places[None],
             self.cache,
-            logits_to_keep=0 if kept is None or len(kept) == len(ids) else torch.tensor(kept),
-        )
-        return logits[0]
+            logits_to_keep=torch.tensor(wanted),
+        )[0]
 
     # --- decode -----------------------------------------------------------------------------------
 
@@ -391,8 +375,13 @@ class Forward:
                 return logits
         lengths = [sequence.filled for sequence in sequences]
         if self.packs:
-            ids = [sequence.answer[-1] for sequence in sequences]
-            return self._run_packed(ids, list(range(len(ids))), lengths, len(ids))
+            return self._packed(
+                [
+                    Piece(one, row, one.filled, [one.answer[-1]])
+                    for row, one in enumerate(sequences)
+                ],
+                self._prefixes.decoded(sequences),
+            )
         runs = _runs(lengths, self._forward_tokens())
         parts = [self._decode_run(sequences[start:end], start) for start, end in runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -431,22 +420,18 @@ class Forward:
     def _verify_packed(
         self, sequences: list[Sequence], drafts: list[list[int]], width: int
     ) -> torch.Tensor:
-        ids: list[int] = []
-        rows: list[int] = []
-        places: list[int] = []
-        wanted: list[int] = []
-        for row, (sequence, draft) in enumerate(zip(sequences, drafts, strict=True)):
-            own = [sequence.answer[-1], *draft]
-            ids += own
-            rows += [row] * len(own)
-            places += range(sequence.filled, sequence.filled + len(own))
-            wanted += range(row * width, row * width + len(own))
-        logits = self._run_packed(ids, rows, places, len(ids))
-        if len(ids) < len(sequences) * width:
-            some = logits.new_empty(len(sequences) * width, logits.shape[-1])
-            some[torch.tensor(wanted)] = logits
-            logits = some
-        return logits.view(len(sequences), width, -1)
+        pieces = [
+            Piece(one, row, one.filled, [one.answer[-1], *draft])
+            for row, (one, draft) in enumerate(zip(sequences, drafts, strict=True))
+        ]
+        kept: list[range | list[int]] = [range(len(piece.ids)) for piece in pieces]
+        logits = self._packed(pieces, self._prefixes.decoded(sequences), kept)
+        if len(logits) == len(sequences) * width:
+            return logits.view(len(sequences), width, -1)
+        places = [row * width + at for row, each in enumerate(kept) for at in each]
+        result = logits.new_empty(len(sequences) * width, logits.shape[-1])
+        result[torch.tensor(places)] = logits
+        return result.view(len(sequences), width, -1)
 
     def _forward_tokens(self) -> int:
         """Number of cached tokens that take as long to read as the weights."""

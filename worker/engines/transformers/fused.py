@@ -239,11 +239,12 @@ class FusedLayer:
         seen = joined.new_empty(*joined.shape[:-1], self._queries * self._dim)
         self.kernels.attend(heads, *where, seen, packed.alone, self._scaling)
         flat = seen.view(len(heads), -1)
-        for run in packed.runs:
-            tokens = slice(run.first, run.last)
-            self.kernels.attend_run(
-                *(heads[tokens], layer.keys, layer.values, run.row, run.start),
-                *(flat[tokens], self._scaling),
+        for one in packed.together:
+            tokens = slice(one.first, one.last)
+            self.kernels.attend_together(
+                *(heads[tokens], layer.keys, layer.values, one.row, one.end, flat[tokens]),
+                self._scaling,
+                (packed.rows[tokens], packed.places[tokens]) if one.apart else None,
             )
         return seen
 

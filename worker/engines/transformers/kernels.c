@@ -79,6 +79,44 @@ static inline float largest(const float *numbers, long count, float peak)
     return peak;
 }
 
+/* Turns scores into shares of a sum that goes on: their exponentials, with the largest score so far
+ * and the whole sum. Returns what the sum before is to be multiplied by. */
+static inline float to_shares(float *scores, long count, float *most, float *whole)
+{
+    if (!count)
+        return 1.0f;
+    float peak = largest(scores, count, *most), sum = 0.0f;
+    float kept = *whole > 0.0f ? exp_below(*most - peak) : 0.0f;
+    for (long at = 0; at < count; at++) {
+        scores[at] = exp_below(scores[at] - peak);
+        sum += scores[at];
+    }
+    *most = peak;
+    *whole = *whole * kept + sum;
+    return kept;
+}
+
+static inline float score(const float *query, const number *key)
+{
+    float sum = 0.0f;
+    for (long i = 0; i < HEAD_DIM; i++)
+        sum += query[i] * get(key[i]);
+    return sum;
+}
+
+/* seen [HEAD_DIM] times `kept`, plus values [count, HEAD_DIM], `width` apart, by their shares. */
+static inline void add_values(
+    float *seen, float kept, const float *shares, const number *values, long width, long count)
+{
+    float result[HEAD_DIM];
+    for (long i = 0; i < HEAD_DIM; i++)
+        result[i] = seen[i] * kept;
+    for (long at = 0; at < count; at++, values += width)
+        for (long i = 0; i < HEAD_DIM; i++)
+            result[i] += shares[at] * get(values[i]);
+    memcpy(seen, result, sizeof result);
+}
+
 static inline void norm_row(
     number *out, const number *in, const number *weight, long size, float epsilon)
 {
@@ -141,31 +179,14 @@ static void attend_token(
         for (long at = 0; at < count; at++)
             for (long head = 0; head < key_heads; head++) {
                 const number *key = keys + (first + at) * width + head * HEAD_DIM;
-                for (long i = head * GROUP; i < (head + 1) * GROUP; i++) {
-                    float sum = 0.0f;
-                    for (long j = 0; j < HEAD_DIM; j++)
-                        sum += asked[i][j] * get(key[j]);
-                    scores[i][at] = sum;
-                }
+                for (long i = head * GROUP; i < (head + 1) * GROUP; i++)
+                    scores[i][at] = score(asked[i], key);
             }
         for (long head = 0; head < heads; head++) {
-            float *shares = scores[head], sum = 0.0f;
-            float peak = largest(shares, count, most[head]);
-            float kept = first ? exp_below(most[head] - peak) : 0.0f;
-            for (long at = 0; at < count; at++) {
-                shares[at] = exp_below(shares[at] - peak);
-                sum += shares[at];
-            }
-            most[head] = peak;
-            whole[head] = whole[head] * kept + sum;
-            float result[HEAD_DIM];
-            for (long j = 0; j < HEAD_DIM; j++)
-                result[j] = seen[head][j] * kept;
-            const number *value = values + first * width + head / GROUP * HEAD_DIM;
-            for (long at = 0; at < count; at++, value += width)
-                for (long j = 0; j < HEAD_DIM; j++)
-                    result[j] += shares[at] * get(value[j]);
-            memcpy(seen[head], result, sizeof result);
+            float kept = to_shares(scores[head], count, &most[head], &whole[head]);
+            add_values(
+                seen[head], kept, scores[head], values + first * width + head / GROUP * HEAD_DIM,
+                width, count);
         }
     }
     for (long head = 0; head < heads; head++)
@@ -219,17 +240,29 @@ enum {
     WIDTH = (HEAD_DIM + WIDE - 1) / WIDE * WIDE,
 };
 
-/* Attention of `tokens` tokens, at most TOKENS, which follow each other from position `start` of a
- * row on, with one head of keys. `queries`, `keys`, `values` and `out` begin at that head, and
- * have so many numbers from one token to the next. */
+/* Rows of the cache, of one head of keys: `width` numbers from one token to the next. */
+struct rows {
+    const number *keys, *values;
+    long width, capacity;
+};
+
+/* Attention of `tokens` tokens, at most TOKENS, with one head of keys, of whose queries and results
+ * the first are given, and how many numbers lie between those of one token and the next. They see
+ * `end` keys of row `cache_row`; with `own_rows` each sees the keys of its own row from there up to
+ * itself, else they follow each other at the end of what they see. */
 static void attend_block(
-    number *out, long out_width, const number *queries, long query_width, const number *keys,
-    const number *values, long width, long start, long tokens, float scale)
+    number *out, long out_width, const number *queries, long query_width, struct rows cache,
+    long cache_row, long end, long tokens, const int64_t *own_rows, const int64_t *places,
+    float scale)
 {
+    long width = cache.width, row_size = cache.capacity * width;
+    const number *keys = cache.keys + cache_row * row_size;
+    const number *values = cache.values + cache_row * row_size;
     float asked[ASKED_ROWS][HEAD_DIM], seen[ASKED_ROWS][WIDTH], scores[ASKED_ROWS][BLOCK];
     float key_columns[HEAD_DIM][BLOCK], value_rows[BLOCK][WIDTH];
     float most[ASKED_ROWS], whole[ASKED_ROWS];
-    long count = tokens * GROUP, rows = (count + ROWS - 1) / ROWS * ROWS, end = start + tokens;
+    long count = tokens * GROUP, rows = (count + ROWS - 1) / ROWS * ROWS;
+    long start = own_rows ? end : end - tokens;
     memset(seen, 0, sizeof seen);
     memset(value_rows, 0, sizeof value_rows);
     for (long row = 0; row < rows; row++) {
@@ -259,17 +292,9 @@ static void attend_block(
             /* A token sees none after itself. */
             long visible = start + row / GROUP + 1 - first;
             visible = visible < 0 ? 0 : visible < filled ? visible : filled;
-            float *shares = scores[row], sum = 0.0f;
-            float peak = largest(shares, visible, most[row]);
-            float kept = visible && first ? exp_below(most[row] - peak) : 1.0f;
-            for (long at = 0; at < visible; at++) {
-                shares[at] = exp_below(shares[at] - peak);
-                sum += shares[at];
-            }
+            float kept = to_shares(scores[row], visible, &most[row], &whole[row]);
             for (long at = visible; at < columns; at++)
-                shares[at] = 0.0f;
-            most[row] = peak;
-            whole[row] = whole[row] * kept + sum;
+                scores[row][at] = 0.0f;
             for (long i = 0; i < WIDTH; i++)
                 seen[row][i] *= kept;
         }
@@ -277,6 +302,18 @@ static void attend_block(
             for (long row = 0; row < rows; row += ROWS)
                 add_tile(
                     &seen[row][i], WIDTH, scores[row], BLOCK, &value_rows[0][i], WIDTH, filled);
+    }
+    for (long row = 0; own_rows && row < count; row++) {
+        const number *own_keys = cache.keys + own_rows[row / GROUP] * row_size;
+        const number *own_values = cache.values + own_rows[row / GROUP] * row_size;
+        for (long first = end; first <= places[row / GROUP]; first += BLOCK) {
+            long filled = places[row / GROUP] + 1 - first;
+            filled = filled < BLOCK ? filled : BLOCK;
+            for (long at = 0; at < filled; at++)
+                scores[row][at] = score(asked[row], own_keys + (first + at) * width);
+            float kept = to_shares(scores[row], filled, &most[row], &whole[row]);
+            add_values(seen[row], kept, scores[row], own_values + first * width, width, filled);
+        }
     }
     for (long row = 0; row < count; row++)
         for (long i = 0; i < HEAD_DIM; i++)
@@ -303,8 +340,8 @@ void store(
     }
 }
 
-/* Attention of tokens, as they are after `store`, each to its row up to itself. Into out [tokens,
- * GROUP * key_heads, HEAD_DIM]. */
+/* Attention of tokens, as they are after `store`, each to its row up to itself, one by one. Into
+ * out [tokens, GROUP * key_heads, HEAD_DIM]. */
 void attend(
     number *out, const number *token_heads, const number *keys, const number *values,
     const int64_t *rows, const int64_t *places, long tokens, long capacity, long key_heads,
@@ -320,23 +357,26 @@ void attend(
     }
 }
 
-/* The same for `tokens` tokens that follow each other in one row, from position `start` on. */
-void attend_run(
+/* Attention in blocks, of tokens that follow each other at the end of the first `end` tokens of row
+ * `row`; or, with `own_rows` and `places`, of tokens that all see those, and then the rest of their
+ * own rows up to themselves. */
+void attend_together(
     number *out, const number *token_heads, const number *keys, const number *values, long row,
-    long start, long tokens, long capacity, long key_heads, float scale, long threads)
+    long end, const int64_t *own_rows, const int64_t *places, long tokens, long capacity,
+    long key_heads, float scale, long threads)
 {
     long size = (GROUP + 2) * key_heads * HEAD_DIM, width = key_heads * HEAD_DIM;
     long blocks = (tokens + TOKENS - 1) / TOKENS;
-    keys += row * capacity * width;
-    values += row * capacity * width;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (long part = 0; part < blocks * key_heads; part++) {
         /* The last tokens see most: they begin. */
         long first = (blocks - 1 - part / key_heads) * TOKENS, head = part % key_heads;
+        long count = tokens - first < TOKENS ? tokens - first : TOKENS;
+        struct rows cache = {keys + head * HEAD_DIM, values + head * HEAD_DIM, width, capacity};
         attend_block(
             out + first * GROUP * width + head * GROUP * HEAD_DIM, GROUP * width,
-            token_heads + first * size + head * GROUP * HEAD_DIM, size, keys + head * HEAD_DIM,
-            values + head * HEAD_DIM, width, start + first,
-            tokens - first < TOKENS ? tokens - first : TOKENS, scale);
+            token_heads + first * size + head * GROUP * HEAD_DIM, size, cache, row,
+            own_rows ? end : end - tokens + first + count, count,
+            own_rows ? own_rows + first : 0, own_rows ? places + first : 0, scale);
     }
 }

@@ -61,9 +61,10 @@ class Kernels:
         self._store.argtypes = [*[_NUMBER] * 6, *[_COUNT] * 3, _NUMBER, _NUMBER, _FLOAT, _COUNT]
         self._attend = library.attend
         self._attend.argtypes = [*[_NUMBER] * 6, *[_COUNT] * 3, _FLOAT, _COUNT]
-        self._attend_run = library.attend_run
-        self._attend_run.argtypes = [*[_NUMBER] * 4, *[_COUNT] * 5, _FLOAT, _COUNT]
-        for function in (self._norm, self._store, self._attend, self._attend_run):
+        self._together = library.attend_together
+        self._together.argtypes = [*[_NUMBER] * 4, _COUNT, _COUNT, _NUMBER, _NUMBER]
+        self._together.argtypes += [*[_COUNT] * 3, _FLOAT, _COUNT]
+        for function in (self._norm, self._store, self._attend, self._together):
             function.restype = None
 
     def norm(self, states: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -126,21 +127,27 @@ class Kernels:
             *(scale, torch.get_num_threads()),
         )
 
-    def attend_run(
+    def attend_together(
         self,
         heads: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
         row: int,
-        start: int,
+        end: int,
         out: torch.Tensor,
         scale: float,
+        own: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
-        """Attention of all tokens of `heads`, after `store`, which follow each other in one row
-        from position `start` on, into `out`."""
-        self._attend_run(
+        """Attention of all tokens of `heads`, after `store`, in blocks, into `out`.
+
+        They follow each other in `row`, of which the last one sees `end` tokens; or, with their
+        `own` rows and places, int64 [tokens] each, all see `end` tokens of `row`, and then those of
+        their own rows from there up to themselves.
+        """
+        own_rows, own_places = (None, None) if own is None else (one.data_ptr() for one in own)
+        self._together(
             *(out.data_ptr(), heads.data_ptr(), keys.data_ptr(), values.data_ptr()),
-            *(row, start, len(heads), keys.shape[1], keys.shape[2]),
+            *(row, end, own_rows, own_places, len(heads), keys.shape[1], keys.shape[2]),
             *(scale, torch.get_num_threads()),
         )
 
@@ -261,16 +268,21 @@ def _difference(kernels: Kernels, dim: int, group: int) -> float:
         for token, (row, place) in enumerate(zip(rows.tolist(), places.tolist(), strict=True))
     ]
 
-    seen, run_seen = (torch.empty(3, queries * dim, dtype=dtype) for _ in range(2))
+    seen, together, behind = torch.empty(3, 3, queries * dim, dtype=dtype)
     kernels.store(heads, turns, keys, values, rows, places, norms, epsilon)
     kernels.attend(heads, keys, values, rows, places, seen, 3, dim**-0.5)
-    kernels.attend_run(heads[:2], keys, values, 0, 3, run_seen[:2], dim**-0.5)
-    kernels.attend_run(heads[2:], keys, values, 1, 140, run_seen[2:], dim**-0.5)
+    kernels.attend_together(heads[:2], keys, values, 0, 5, together[:2], dim**-0.5)
+    kernels.attend_together(heads[2:], keys, values, 1, 141, together[2:], dim**-0.5)
+    # What all see and what it sees itself are the same row here.
+    kernels.attend_together(
+        *(heads[2:], keys, values, 1, 130, behind[2:], dim**-0.5, (rows[2:], places[2:]))
+    )
     return max(
         _apart(keys, wanted_keys),
         _apart(values, wanted_values),
         _apart(seen, torch.stack(wanted_seen).flatten(1)),
-        _apart(run_seen, seen),
+        _apart(together, seen),
+        _apart(behind[2:], seen[2:]),
         _apart(kernels.norm(values, norms[0], epsilon), _normed(values, norms[0], epsilon)),
     )
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from worker.engines.common.sequence import Sequence
 
-__all__ = ["SMALLEST_PREFIX", "PrefixCache", "PrefixEntry"]
+__all__ = ["SMALLEST_PREFIX", "PrefixCache", "PrefixEntry", "common_length", "sequence_key"]
 
 SMALLEST_PREFIX = 16
 """Shorter prefixes cost as much to copy as to compute."""
@@ -60,7 +60,7 @@ class PrefixCache:
         key = sequence_key(sequence)
         entries, place = self._place(sequence.adapter, key.tobytes())
         for entry in entries[max(place - 1, 0) : place + 1]:
-            shared = _usable(sequence, min(_common(entry.key, key), limit))
+            shared = _usable(sequence, min(common_length(entry.key, key), limit))
             if shared > length:
                 best, length = entry, shared
         return best, length
@@ -69,7 +69,7 @@ class PrefixCache:
         """Length of the common prefix of two sequences that `sequence` may copy."""
         if other.adapter != sequence.adapter:
             return 0
-        common = _common(sequence_key(other), sequence_key(sequence))
+        common = common_length(sequence_key(other), sequence_key(sequence))
         return _usable(sequence, min(common, limit, other.stem_tokens))
 
     def used(self, entry: PrefixEntry, length: int) -> None:
@@ -134,7 +134,8 @@ def sequence_key(sequence: Sequence) -> NDArray[np.int64]:
     return np.concatenate([sequence.prompt.key, np.asarray(sequence.answer, dtype=np.int64)])
 
 
-def _common(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
+def common_length(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
+    """How many tokens two keys have in common at their beginning."""
     count = min(len(one), len(other))
     different = np.flatnonzero(one[:count] != other[:count])
     return int(different[0]) if len(different) else count

@@ -169,7 +169,7 @@ class Prefill:
         """Prompts that begin with the same tokens, which are computed, and whose rests fit into the
         budget and behind that beginning; and its length. Some have a little more in common: those
         few tokens are computed again."""
-        if len(able) < 2 or not self._forward.branches:
+        if len(able) < 2 or not self._forward.branches or self._forward.packs:
             return 0, []
         usual = statistics.mode(sequence.filled for sequence in able)
         near = [s for s in able if abs(s.filled - usual) <= AGAIN_TOKENS and not s.branches]
