@@ -295,6 +295,21 @@ class ToolCallParser:
         return self.calls - (self._reader is not None and self._told)
 
     @property
+    def in_calls(self) -> bool:
+        """Whether what follows is looked at as calls."""
+        return self._state in (_State.CALLS, _State.NAME, _State.READING)
+
+    @property
+    def between_calls(self) -> bool:
+        """Whether the last call is over and the next has not begun."""
+        return self._state is _State.CALLS
+
+    @property
+    def pending(self) -> str:
+        """What was taken and is not decided yet."""
+        return self._pending
+
+    @property
     def satisfied(self) -> bool:
         """Whether the only call allowed is complete, so that the rest of the answer
         is not needed."""

@@ -99,6 +99,18 @@ CASES: dict[str, tuple[str, str, str, list[Call]]] = {
         "So:",
         [CALL],
     ),
+    "deepseek-v4": (
+        "<｜DSML｜tool_calls>",
+        f"So:\n\n<｜DSML｜tool_calls>\n{DSML}</｜DSML｜tool_calls>",
+        "So:",
+        [CALL],
+    ),
+    "deepseek-v4.1": (
+        "<｜DSML｜ calls>",
+        f"<｜DSML｜ calls>\n{DSML.replace('｜DSML｜', '｜DSML｜ ')}</｜DSML｜ calls>",
+        "",
+        [CALL],
+    ),
     "kimi-k2": (
         "<|tool_calls_section_begin|>",
         "Ok.<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0"

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Final
 
-from broker.protocol.tool_parser import MARKS, ToolCallParser
+from broker.protocol.tool_parser import MARKS, Arguments, CallStart, ToolCallParser
 from worker.engines.common.answer_parser import Marks
 from worker.engines.common.calls import CallParser, Calls, DetectedCalls, Reader, Steps
 from worker.engines.common.reasoning import AddedTokens
@@ -61,24 +61,36 @@ def _tagged(close: str, *, optional: bool = False, before: str = "") -> Reader:
 _FUNCTION: Final = "<function="
 
 
-def _listed(calls: CallParser) -> Steps:
-    """Mistral: a list of JSON objects, or `name[CALL_ID]id[ARGS]{...}`; Llama 3: one object or
-    several."""
-    first = yield from calls.skip()
-    if first not in ("[", "{"):
-        head, mark = yield from calls.until("[ARGS]")
-        if not mark or not calls.start_call(head.partition("[CALL_ID]")[0].strip(_SPACE)):
-            return False
-        return (yield from calls.read_arguments())
-    if first == "[":
-        calls.take(1)
-    while True:
-        first = yield from calls.skip(_SEPARATORS)
-        if first != "{":
-            calls.take(first == "]")
-            return first in ("]", "")
-        if not (yield from calls.read_call()):
-            return False
+def _detected(mark: str) -> Reader:
+    """Mistral, and Llama 3 with its mark, as `ToolCallParser` reads them in any model."""
+
+    def read(calls: CallParser) -> Steps:
+        reader, told, behind = ToolCallParser(calls.tools), False, ""
+        reader.feed(mark)
+        ended = False
+        while reader.in_calls and not ended:
+            if not (calls.text or calls.over):
+                yield
+                continue
+            ended = not calls.text
+            found = reader.finish() if ended else reader.feed(calls.take(1))
+            if reader.cut:
+                return False
+            for piece in found:
+                if isinstance(piece, CallStart):
+                    told = calls.start_call(piece.name)
+                elif isinstance(piece, Arguments):
+                    calls.add_arguments(piece.text)
+                else:
+                    behind += piece.text
+            if reader.between_calls:
+                calls.end_call()
+        if told:
+            calls.forget()
+            calls.give_back(behind + reader.pending)
+        return told
+
+    return read
 
 
 def _function(calls: CallParser) -> Steps:
@@ -391,8 +403,10 @@ _FAMILIES: Final[dict[str, Reader]] = {
     # Seed-OSS
     "<seed:tool_call>": _tagged("</seed:tool_call>"),
     "<minimax:tool_call>": _invoked("</minimax:tool_call>"),
-    # DeepSeek V3.2
+    # DeepSeek V3.2, V4 and V4.1
     "<｜DSML｜function_calls>": _invoked("</｜DSML｜function_calls>", "｜DSML｜"),
+    "<｜DSML｜tool_calls>": _invoked("</｜DSML｜tool_calls>", "｜DSML｜"),
+    "<｜DSML｜ calls>": _invoked("</｜DSML｜ calls>", "｜DSML｜ "),
     # DeepSeek V3, R1 and V3.1
     "<｜tool▁calls▁begin｜>": _named(
         "<｜tool▁call▁begin｜>",
@@ -449,7 +463,9 @@ _MARKS: Final = (
 )
 """All of which some may be special tokens of a model."""
 
-_BESIDE: Final[dict[str, Reader]] = {"[TOOL_CALLS]": _listed, "<|python_tag|>": _listed}
+_BESIDE: Final[dict[str, Reader]] = {
+    mark: _detected(mark) for mark in ("[TOOL_CALLS]", "<|python_tag|>")
+}
 """Marks that `ToolCallParser` finds, in models that have those of a family too."""
 
 #: How a template says that calls are to be written as Python, without a mark.

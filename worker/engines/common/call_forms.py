@@ -201,7 +201,20 @@ _GEMMA: Final = Form(
     none="{",
 )
 _DEEPSEEK: Final = ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>")
-_DSML: Final = {"text": '" string="true">', "value": '" string="false">'}
+
+
+def _dsml(calls: str) -> Form:
+    """DeepSeek V3.2 and later. `calls`: what the region is called, with the blank before it."""
+    blank = calls[: len(calls) - len(calls.lstrip())]
+    return _invoked(
+        f"<｜DSML｜{calls}>\n",
+        f"｜DSML｜{blank}",
+        f"\n</｜DSML｜{calls}>",
+        "\n",
+        text='" string="true">',
+        value='" string="false">',
+    )
+
 
 _TABLE: Final[dict[str, tuple[tuple[str, Form], ...]]] = {
     "<tool_call>": (
@@ -250,18 +263,9 @@ _TABLE: Final[dict[str, tuple[tuple[str, Form], ...]]] = {
     "<minimax:tool_call>": (
         ("", _invoked("<minimax:tool_call>\n", "", "\n</minimax:tool_call>", "\n")),
     ),
-    "<｜DSML｜function_calls>": (
-        (
-            "",
-            _invoked(
-                "<｜DSML｜function_calls>\n",
-                "｜DSML｜",
-                "\n</｜DSML｜function_calls>",
-                "\n",
-                **_DSML,
-            ),
-        ),
-    ),
+    "<｜DSML｜function_calls>": (("", _dsml("function_calls")),),
+    "<｜DSML｜tool_calls>": (("", _dsml("tool_calls")),),
+    "<｜DSML｜ calls>": (("", _dsml(" calls")),),
     _DEEPSEEK[0]: (
         (
             "```json",

@@ -208,6 +208,11 @@ class CallParser:
             self._taken += taken
         return taken
 
+    def give_back(self, text: str) -> None:
+        """This text was taken and is none of a call's."""
+        self.text = text + self.text
+        self._searched = 0
+
     def skip(self, characters: str = _SPACE) -> Generator[None, None, str]:
         """Pass over these characters; the one that follows, empty at the end of the answer."""
         while True:
